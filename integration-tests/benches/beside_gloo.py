@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Several processes of one machine beside PyTorch over gloo, in turn in one run, and prints markdown tables.
+"""Compares several processes on one machine with PyTorch over gloo, alternating in one run, and prints markdown tables.
 
     cargo build --release && cargo bench -p shardflow-kernels --bench collectives --no-run
     python3 integration-tests/benches/beside_gloo.py --peers ../shared/peers --python VENV/bin/python [--rounds 3]
         [--only collectives|training] [--engines on-node,unix,tcp] [--worlds 2,4] [--sizes 1024,..]
 
 --python must have torch and numpy; --peers holds `collectives.py`, `gpt_dp2.py`, `gpt_tp2.py` and `gpt_pp2.py`, which are not
-part of this repository. Machines are noisy: figures are medians of the rounds' medians, and only ratios carry over. Ends
-with 1 if a training is slower than its peer, or a collective slower than gloo or, from 1 MiB on, than half of gloo's time.
+part of this repository. Machines are noisy: figures are medians of the rounds' medians, and only ratios are comparable. Exits
+with 1 if a training is slower than its peer, or a collective is slower than gloo, or takes over half of gloo's time from
+1 MiB on.
 """
 import json, os, statistics, subprocess, sys
 
@@ -38,7 +39,7 @@ def times(rows):
 
 
 def bench(a, engine):
-    """One engine's times, by (op, world, bytes)."""
+    """Returns one engine's times by (op, world, bytes)."""
     return times(lines(["cargo", "bench", "-q", "-p", "shardflow-kernels", "--bench", "collectives", "--", "--engine", engine,
                         "--worlds", a.worlds, "--sizes", a.sizes]))
 
@@ -62,16 +63,16 @@ def collectives(a):
     print("|" + "---|" * (4 + len(engines)))
     for key in sorted(rounds[0]["gloo"]):
         op, world, count = key
-        theirs = statistics.median(r["gloo"][key] for r in rounds)
+        peer = statistics.median(r["gloo"][key] for r in rounds)
         cells = []
         for engine in engines:
-            mine = statistics.median(r[engine][key] for r in rounds)
-            # Within a round both ran under the same load.
+            own = statistics.median(r[engine][key] for r in rounds)
+            # Both ran under the same load within a round.
             ratio = statistics.median(r["gloo"][key] / r[engine][key] for r in rounds)
-            cells.append(f"{mine:.1f} ({ratio:.2f})")
+            cells.append(f"{own:.1f} ({ratio:.2f})")
             if ratio < (2 if count >= 1 << 20 else 1):
                 behind.append(f"{engine} {op} of {world}, {size(count)}: {ratio:.2f} times gloo's speed")
-        print(f"| {op} | {world} | {size(count)} | {theirs:.1f} | " + " | ".join(cells) + " |")
+        print(f"| {op} | {world} | {size(count)} | {peer:.1f} | " + " | ".join(cells) + " |")
     return behind
 
 
@@ -85,13 +86,13 @@ def training(a):
     behind = []
     launch = [a.shardflow, "launch", "--nproc-per-node", "2", "--", a.binary]
     print("| | Shardflow, ms a step | PyTorch over gloo, ms a step | speed over PyTorch |\n|---|---|---|---|")
-    for name, flags, program, their_flags in TRAININGS:
+    for name, flags, program, peer_flags in TRAININGS:
         steps = 20 if flags["batch"] == 96 else 60
-        mine = lambda: ours(launch, a.data, steps, threads_per_device=1, **MODEL, **flags)[0]
-        pairs = [(mine(), torch(a, program, their_flags, steps)) for _ in range(a.rounds)]
-        ms, theirs = (statistics.median(side) for side in zip(*pairs))
+        own = lambda: ours(launch, a.data, steps, threads_per_device=1, **MODEL, **flags)[0]
+        pairs = [(own(), torch(a, program, peer_flags, steps)) for _ in range(a.rounds)]
+        ms, peer = (statistics.median(side) for side in zip(*pairs))
         ratio = statistics.median(y / x for x, y in pairs)
-        print(f"| {name} | {ms:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
+        print(f"| {name} | {ms:.1f} | {peer:.1f} | {ratio:.2f} |", flush=True)
         if ratio < 1:
             behind.append(f"{name}: {ratio:.2f} times PyTorch's speed")
     return behind

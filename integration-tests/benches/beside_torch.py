@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Runs `gpt` and the PyTorch reference program on the same model, text, batch and rules, in turn, and prints the ratio.
+"""Runs `gpt` and the PyTorch reference program in turn on the same model, text, batch and rules, and prints the ratio.
 
     python3 integration-tests/benches/beside_torch.py --peers ../shared/peers --python VENV/bin/python [--config a] [--threads 2]
 
---python must have torch and numpy. Both sides train on the same text from the same weights; their losses are compared
-too. Machines are noisy: figures are medians of the rounds' medians, and only their ratio carries over.
+--python must have torch and numpy. Both programs train on the same text from the same weights; the script also compares
+their losses. Machines are noisy: figures are medians of the rounds' medians, and only their ratio is comparable.
 """
 import json, os, statistics, subprocess, tempfile
 
@@ -32,17 +32,17 @@ def main():
     p.add_argument("--steps", type=int, default=0)
     a = p.parse_args()
     steps = a.steps or {"a": 100, "b": 15}[a.config]
-    mine, theirs = [], []
+    own, peer = [], []
     for _ in range(a.rounds):
-        ms, my_losses = ours([a.binary], a.data, steps, threads_per_device=a.threads, **CONFIGS[a.config])
-        mine.append(ms)
-        ms, their_losses = torch(a, steps)
-        theirs.append(ms)
-    apart = max(abs(x - y) / y for x, y in zip(my_losses[:20], their_losses[:20]))
-    mine, theirs = statistics.median(mine), statistics.median(theirs)
-    print(json.dumps(dict(config=a.config, threads=a.threads, shardflow_ms=round(mine, 2), torch_ms=round(theirs, 2),
-                          speed_over_torch=round(theirs / mine, 3), first_loss=my_losses[0],
-                          largest_relative_loss_difference_in_20_steps=f"{apart:.1e}")))
+        ms, own_losses = ours([a.binary], a.data, steps, threads_per_device=a.threads, **CONFIGS[a.config])
+        own.append(ms)
+        ms, peer_losses = torch(a, steps)
+        peer.append(ms)
+    difference = max(abs(x - y) / y for x, y in zip(own_losses[:20], peer_losses[:20]))
+    own, peer = statistics.median(own), statistics.median(peer)
+    print(json.dumps(dict(config=a.config, threads=a.threads, shardflow_ms=round(own, 2), torch_ms=round(peer, 2),
+                          speed_over_torch=round(peer / own, 3), first_loss=own_losses[0],
+                          largest_relative_loss_difference_in_20_steps=f"{difference:.1e}")))
 
 
 if __name__ == "__main__":

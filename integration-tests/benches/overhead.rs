@@ -1,5 +1,5 @@
-//! The share of a training step that is spent outside kernels: a step through the session, beside the same launches run
-//! straight on one stream, in turn. `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
+//! Measures the share of a training step spent outside kernels: alternates a step through the session with the same
+//! launches run directly on one stream. `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -16,8 +16,8 @@ use shardflow_kernels::stream::{Notification, Stream, Submission};
 
 const ROUNDS: usize = 60;
 
-/// The compute actor's programs with their bases, every register having one slot.
-fn bound(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
+/// Returns the compute actor's programs with their bases; every register has one slot.
+fn bound_programs(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     let mut out = Vec::new();
     for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
         for (action, spec) in actions.iter().zip(&actor.actions) {
@@ -39,8 +39,8 @@ fn bound(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     out
 }
 
-/// One step's launches with nobody between them.
-fn direct(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) {
+/// Runs one step's launches without the session.
+fn run_directly(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) {
     let (sender, receiver) = channel();
     for (program, bases) in programs {
         let (program, bases, sender) = (program.clone(), bases.clone(), sender.clone());
@@ -58,21 +58,22 @@ fn main() {
     let device = Device::cpu(0, threads, Arc::new(InProcess::new()));
     let stream = device.stream("direct", threads).expect("a thread");
     let arena = device.arena(plan.memory[0].arena_bytes).expect("memory");
-    let programs = bound(&plan, &arena);
+    let programs = bound_programs(&plan, &arena);
     let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
-    let (mut through, mut straight) = (Vec::new(), Vec::new());
+    let (mut session_seconds, mut direct_seconds) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS + 5 {
-        let pair = (timed(|| default_model::step(&mut session)), timed(|| direct(&stream, &programs)));
+        let pair = (timed(|| default_model::step(&mut session)), timed(|| run_directly(&stream, &programs)));
         if round >= 5 {
-            through.push(pair.0);
-            straight.push(pair.1);
+            session_seconds.push(pair.0);
+            direct_seconds.push(pair.1);
         }
     }
-    let [through, straight] = [through, straight].map(|seconds| median(seconds).expect("rounds"));
+    let [session_seconds, direct_seconds] =
+        [session_seconds, direct_seconds].map(|seconds| median(seconds).expect("rounds"));
     println!(
         "{threads} threads: a step takes {:.2} ms, its kernels {:.2} ms: {:.1} % outside kernels",
-        through * 1e3,
-        straight * 1e3,
-        100.0 * (1.0 - straight / through)
+        session_seconds * 1e3,
+        direct_seconds * 1e3,
+        100.0 * (1.0 - direct_seconds / session_seconds)
     );
 }

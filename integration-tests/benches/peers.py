@@ -1,4 +1,4 @@
-"""What the scripts that measure beside PyTorch share: their flags, and a run of `gpt` with what its log says."""
+"""Code shared by the scripts that compare with PyTorch: their flags, and a run of `gpt` that reads its log."""
 import argparse, json, os, statistics, subprocess, tempfile
 
 
@@ -13,7 +13,7 @@ def parser(doc):
 
 
 def ours(command, data, steps, **flags):
-    """Trains by this command (`gpt`, or a launcher's with `gpt` last): median of ms a step after the first fifth, and losses."""
+    """Trains with this command (a launcher or `gpt`); returns the median ms per step after the first fifth, and losses."""
     with tempfile.TemporaryDirectory() as folder:
         log = os.path.join(folder, "log.jsonl")
         flags = dict(flags, data=os.path.abspath(data), steps=steps, sample=0, log_json=log)

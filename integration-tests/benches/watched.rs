@@ -1,5 +1,6 @@
-//! What watching costs a training step of the default model: a session that nobody watches, beside one that tells all metrics, is
-//! scraped and writes a trace, step by step in turn. `cargo bench -p shardflow-integration-tests --bench watched [-- THREADS]`.
+//! Measures what observation costs a training step of the default model: alternates steps of a plain session with steps
+//! of one that records all metrics, is scraped and writes a trace. `cargo bench -p shardflow-integration-tests --bench
+//! watched [-- THREADS]`.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -12,14 +13,14 @@ use shardflow_integration_tests::default_model::{plan, step};
 use shardflow_integration_tests::measure::{median, timed};
 use shardflow_integration_tests::training::Scratch;
 
-/// In each of so many windows there is one scrape. Prometheus scrapes every 15 s; here it is about once a second.
+/// Windows with one scrape each. Prometheus scrapes every 15 s; here it is about once a second.
 const WINDOWS: usize = 30;
 const STEPS: usize = 40;
 const WARM: usize = 4;
 
 fn scrape(address: SocketAddr) -> usize {
     let mut stream = TcpStream::connect(address).expect("a server");
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("it listens");
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("the server reads");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an answer");
     assert!(answer.contains("shardflow_steps_total"), "{answer}");
@@ -29,16 +30,17 @@ fn scrape(address: SocketAddr) -> usize {
 fn main() {
     let threads = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(1);
     let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
-    let (ask, asked): (Sender<()>, Receiver<()>) = channel();
-    let (answer, answered) = channel();
+    let (scrape_request, scrape_requests): (Sender<()>, Receiver<()>) = channel();
+    let (scrape_done, scrapes_done) = channel();
     let address = watch.address();
     std::thread::spawn(move || {
-        asked.into_iter().for_each(|()| answer.send(scrape(address)).expect("it is waited for"))
+        scrape_requests.into_iter().for_each(|()| scrape_done.send(scrape(address)).expect("the receiver waits"))
     });
     let scratch = Scratch::new("watched");
     let (mut plain_seconds, mut ratios, mut writing) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..WINDOWS {
-        // Where a session's memory lies makes its steps longer or shorter; so each window has two new ones, in either order.
+        // The placement of a session's memory affects its speed, so each window starts two new sessions, in alternating
+        // order.
         let start = |publishes_metrics| {
             let options = SessionOptions { publishes_metrics, ..SessionOptions::default() };
             Session::start(plan(threads), &options).expect("a session")
@@ -48,26 +50,26 @@ fn main() {
         let (mut watched, mut plain) = if is_first { (first, start(false)) } else { (start(true), first) };
         watch.show(&watched);
         let mut trace = TraceFile::create(&scratch.path().join("trace.json"), u64::MAX).expect("a file");
-        let (mut without, mut with) = (0.0, 0.0);
+        let (mut plain_total, mut watched_total) = (0.0, 0.0);
         for index in 0..WARM + STEPS {
-            let mut plainly = || timed(|| step(&mut plain));
-            let before = (index % 2 == 0).then(&mut plainly);
-            let took = timed(|| {
+            let mut plain_step = || timed(|| step(&mut plain));
+            let before = (index % 2 == 0).then(&mut plain_step);
+            let watched_step = timed(|| {
                 let is_scraped = index == WARM + STEPS / 2;
-                is_scraped.then(|| ask.send(()).expect("a thread"));
+                is_scraped.then(|| scrape_request.send(()).expect("a thread"));
                 step(&mut watched);
                 writing.push(timed(|| assert!(trace.add(&watched).expect("room"))));
-                is_scraped.then(|| answered.recv().expect("an answer"));
+                is_scraped.then(|| scrapes_done.recv().expect("an answer"));
             });
-            let beside = before.unwrap_or_else(plainly);
+            let plain_seconds_now = before.unwrap_or_else(plain_step);
             if index >= WARM {
-                (without, with) = (without + beside, with + took);
+                (plain_total, watched_total) = (plain_total + plain_seconds_now, watched_total + watched_step);
             }
         }
-        plain_seconds.push(without / STEPS as f64);
-        ratios.push(with / without);
-        assert_eq!(trace.finish().expect("room"), 0, "the trace lacks nothing");
-        [plain, watched].into_iter().for_each(|session| session.shutdown().expect("it works"));
+        plain_seconds.push(plain_total / STEPS as f64);
+        ratios.push(watched_total / plain_total);
+        assert_eq!(trace.finish().expect("room"), 0, "no trace events were dropped");
+        [plain, watched].into_iter().for_each(|session| session.shutdown().expect("a clean shutdown"));
     }
     ratios.sort_by(f64::total_cmp);
     let middle = |values| median(values).expect("windows");

@@ -1,4 +1,4 @@
-//! The model that `gpt` trains unless it is told otherwise, for benchmarks.
+//! The model that `gpt` trains by default, for benchmarks.
 
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, GptConfig};
@@ -8,11 +8,11 @@ use shardflow::plan::Plan;
 use shardflow::session::Session;
 use shardflow_kernels::tensor::{DType, HostTensor};
 
-/// Its sizes.
+/// The model's sizes.
 pub const CONFIG: GptConfig =
     GptConfig { vocabulary: 65, layers: 4, heads: 4, width: 128, context: 64, batch: 12, dropout: 0.0 };
 
-/// Its training on one device.
+/// Compiles its training on one device.
 pub fn plan(threads_per_device: usize) -> Plan {
     let mesh = Mesh::parse("data=1").expect("a mesh");
     let mut graph = Graph::new(&mesh);
@@ -24,7 +24,7 @@ pub fn plan(threads_per_device: usize) -> Plan {
     compile(graph, &CompileOptions { threads_per_device, ..CompileOptions::default() }).expect("a plan")
 }
 
-/// One step on the same batch as ever.
+/// Runs one step; every step uses the same batch.
 pub fn step(session: &mut Session) {
     let tokens = CONFIG.batch * CONFIG.context;
     let ids = HostTensor::i32(&[CONFIG.batch, CONFIG.context], (0..tokens).map(|i| (i * 7 % 65) as i32).collect());

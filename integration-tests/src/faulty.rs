@@ -1,5 +1,5 @@
-//! An object store that fails at its k-th operation: it kills the process, says that the disk is full, never answers, or freezes the process.
-//! Or one that lacks hard links, or conditional puts.
+//! An object store that fails at its k-th operation: it kills the process, reports a full disk, never answers, or
+//! freezes the process. Or one that lacks hard links or conditional puts.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -14,35 +14,35 @@ use object_store::{
     PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
 };
 
-/// What is done meanwhile.
+/// Work that runs while the process is frozen.
 type Work = Box<dyn FnOnce() + Send>;
 
-/// What happens.
+/// How the store fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// The process is frozen, and goes on after something else is done.
+pub enum StoreFault {
+    /// The process freezes, and continues after the given work is done.
     Freeze,
-    /// The process is killed, a file being half written.
+    /// The process is killed and leaves a half-written file.
     Kill,
-    /// From then on, nothing can be written.
+    /// All writes fail from then on.
     Full,
-    /// From then on, nothing is answered.
+    /// All operations hang from then on.
     Stall,
-    /// No file can be created as one that must not be there yet, for the file system has no hard links.
+    /// Exclusive creation fails, because the file system has no hard links.
     NoLinks,
-    /// The same, for the object store does not have it.
+    /// Exclusive creation fails, because the object store does not support it.
     NoConditionalPut,
 }
 
-/// Counts operations, and when to fail.
+/// Counts operations and triggers the fault.
 struct Trigger {
     done: AtomicUsize,
     /// The operation that fails, from 0.
     at: AtomicUsize,
-    fault: Fault,
-    /// Where files lie, for a half-written one.
+    fault: StoreFault,
+    /// Root of the files, for a half-written one.
     root: Option<PathBuf>,
-    /// What is done while it is frozen.
+    /// Runs while the process is frozen.
     meanwhile: Mutex<Option<Work>>,
 }
 
@@ -53,28 +53,28 @@ impl fmt::Debug for Trigger {
 }
 
 impl Trigger {
-    /// Called before each operation; `part` is what it writes, and where.
-    async fn pass(&self, part: Option<(&Path, &PutPayload)>) -> Result<()> {
+    /// Called before each operation; `part` is the path and content that it writes.
+    async fn before_operation(&self, part: Option<(&Path, &PutPayload)>) -> Result<()> {
         let (index, at) = (self.done.fetch_add(1, SeqCst), self.at.load(SeqCst));
         match self.fault {
-            Fault::Kill if index == at => {
+            StoreFault::Kill if index == at => {
                 if let (Some(root), Some((path, payload))) = (&self.root, part) {
-                    // As `LocalFileSystem` names a file that is being written.
+                    // `LocalFileSystem` gives a file this name while writing it.
                     let torn = root.join(format!("{path}#1"));
                     let bytes: Vec<u8> = payload.iter().flatten().copied().collect();
-                    let _ = std::fs::create_dir_all(torn.parent().expect("a file lies in a folder"));
+                    let _ = std::fs::create_dir_all(torn.parent().expect("a file has a folder"));
                     let _ = std::fs::write(torn, &bytes[..bytes.len() / 2]);
                 }
                 let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
                 std::future::pending().await
             }
-            Fault::Full if index >= at && part.is_some() => {
+            StoreFault::Full if index >= at && part.is_some() => {
                 let full = std::io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
                 Err(object_store::Error::Generic { store: "Faulty", source: Box::new(full) })
             }
-            Fault::Stall if index >= at => std::future::pending().await,
-            Fault::Freeze if index == at => {
-                let work = self.meanwhile.lock().expect("nobody panics with it").take();
+            StoreFault::Stall if index >= at => std::future::pending().await,
+            StoreFault::Freeze if index == at => {
+                let work = self.meanwhile.lock().expect("the lock is not poisoned").take();
                 work.into_iter().for_each(|work| work());
                 Ok(())
             }
@@ -83,55 +83,55 @@ impl Trigger {
     }
 }
 
-/// The store.
+/// An object store with a fault.
 #[derive(Clone, Debug)]
-pub struct Faulty {
+pub struct FaultyStore {
     inner: Arc<dyn ObjectStore>,
     trigger: Arc<Trigger>,
 }
 
-impl Faulty {
-    /// Fails at operation `at`, from 0. `root` is where the files of `inner` lie, if they are files.
-    pub fn new(inner: Arc<dyn ObjectStore>, fault: Fault, at: usize, root: Option<PathBuf>) -> Self {
+impl FaultyStore {
+    /// Fails at operation `at`, from 0. `root` is the folder of `inner`, if it stores files.
+    pub fn new(inner: Arc<dyn ObjectStore>, fault: StoreFault, at: usize, root: Option<PathBuf>) -> Self {
         let trigger =
             Trigger { done: AtomicUsize::new(0), at: AtomicUsize::new(at), fault, root, meanwhile: Mutex::default() };
         Self { inner, trigger: Arc::new(trigger) }
     }
 
-    /// Does something before operation `at`, as if the process were frozen for that time.
+    /// Runs `work` before operation `at`, as if the process were frozen during it.
     pub fn meanwhile(inner: Arc<dyn ObjectStore>, at: usize, work: Work) -> Self {
-        let faulty = Self::new(inner, Fault::Freeze, at, None);
-        *faulty.trigger.meanwhile.lock().expect("nobody panics with it") = Some(work);
+        let faulty = Self::new(inner, StoreFault::Freeze, at, None);
+        *faulty.trigger.meanwhile.lock().expect("the lock is not poisoned") = Some(work);
         faulty
     }
 
-    /// Operations so far.
+    /// Number of operations so far.
     pub fn operations(&self) -> usize {
         self.trigger.done.load(SeqCst)
     }
 
-    /// Fails no more.
+    /// Ends the fault.
     pub fn heal(&self) {
         self.trigger.at.store(usize::MAX, SeqCst);
     }
 }
 
-impl fmt::Display for Faulty {
+impl fmt::Display for FaultyStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("faulty:/")
     }
 }
 
 #[async_trait]
-impl ObjectStore for Faulty {
+impl ObjectStore for FaultyStore {
     async fn put_opts(&self, location: &Path, payload: PutPayload, opts: PutOptions) -> Result<PutResult> {
-        self.trigger.pass(Some((location, &payload))).await?;
+        self.trigger.before_operation(Some((location, &payload))).await?;
         match (self.trigger.fault, &opts.mode) {
-            (Fault::NoLinks, PutMode::Create) => {
+            (StoreFault::NoLinks, PutMode::Create) => {
                 let none = std::io::Error::from_raw_os_error(rustix::io::Errno::PERM.raw_os_error());
                 Err(object_store::Error::Generic { store: "Faulty", source: Box::new(none) })
             }
-            (Fault::NoConditionalPut, PutMode::Create) => {
+            (StoreFault::NoConditionalPut, PutMode::Create) => {
                 let (operation, implementer) = ("put_opts: Create".into(), self.to_string());
                 Err(object_store::Error::NotImplemented { operation, implementer })
             }
@@ -140,13 +140,13 @@ impl ObjectStore for Faulty {
     }
 
     async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.trigger.pass(Some((location, &PutPayload::new()))).await?;
+        self.trigger.before_operation(Some((location, &PutPayload::new()))).await?;
         let (inner, trigger) = (self.inner.put_multipart_opts(location, opts).await?, self.trigger.clone());
         Ok(Box::new(FaultyUpload { inner, trigger, location: location.clone() }))
     }
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
-        self.trigger.pass(None).await?;
+        self.trigger.before_operation(None).await?;
         self.inner.get_opts(location, options).await
     }
 
@@ -155,19 +155,19 @@ impl ObjectStore for Faulty {
         let each = move |location: Result<Path>| {
             let this = this.clone();
             async move {
-                this.trigger.pass(None).await?;
+                this.trigger.before_operation(None).await?;
                 let one = futures_util::stream::once(async move { location }).boxed();
-                this.inner.delete_stream(one).next().await.expect("one for one")
+                this.inner.delete_stream(one).next().await.expect("one result per location")
             }
         };
         locations.then(each).boxed()
     }
 
-    /// In the order of their names, so that the k-th operation is the same everywhere.
+    /// Sorted by name, so that the k-th operation is the same everywhere.
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let (inner, trigger) = (self.inner.list(prefix), self.trigger.clone());
         let sorted = async move {
-            trigger.pass(None).await?;
+            trigger.before_operation(None).await?;
             let mut found: Vec<ObjectMeta> = inner.try_collect().await?;
             found.sort_by(|a, b| a.location.cmp(&b.location));
             Ok::<_, object_store::Error>(futures_util::stream::iter(found.into_iter().map(Ok)))
@@ -176,17 +176,17 @@ impl ObjectStore for Faulty {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.trigger.pass(None).await?;
+        self.trigger.before_operation(None).await?;
         self.inner.list_with_delimiter(prefix).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.trigger.pass(Some((to, &PutPayload::new()))).await?;
+        self.trigger.before_operation(Some((to, &PutPayload::new()))).await?;
         self.inner.copy_opts(from, to, options).await
     }
 
     async fn rename_opts(&self, from: &Path, to: &Path, options: RenameOptions) -> Result<()> {
-        self.trigger.pass(Some((to, &PutPayload::new()))).await?;
+        self.trigger.before_operation(Some((to, &PutPayload::new()))).await?;
         self.inner.rename_opts(from, to, options).await
     }
 }
@@ -204,13 +204,13 @@ impl MultipartUpload for FaultyUpload {
         let (part, trigger, location) =
             (self.inner.put_part(data.clone()), self.trigger.clone(), self.location.clone());
         Box::pin(async move {
-            trigger.pass(Some((&location, &data))).await?;
+            trigger.before_operation(Some((&location, &data))).await?;
             part.await
         })
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
-        self.trigger.pass(Some((&self.location, &PutPayload::new()))).await?;
+        self.trigger.before_operation(Some((&self.location, &PutPayload::new()))).await?;
         self.inner.complete().await
     }
 

@@ -1,5 +1,5 @@
-//! Gradients too large to be squared in a float, on devices of any kind: a finite norm, clipping that works, and no update that
-//! would leave an infinite parameter or moment.
+//! Checks gradients whose squares overflow f32, on any kind of device: the norm is finite, clipping works, and an
+//! update that would make a parameter or moment infinite is skipped.
 
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, Parallel};
@@ -13,10 +13,10 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::training::{LEARNING_RATE, Scratch, bits, options, relative};
 
-/// 2^80, about 1.2e24: it scales gradients of about 0.01 without rounding, to squares far past what a float holds.
+/// 2^80, about 1.2e24: it scales gradients of about 0.01 without rounding, to squares far beyond the range of f32.
 const LARGE: f32 = 1_208_925_819_614_629_174_706_176.0;
 
-/// Below the norm of the gradients as they are.
+/// Below the norm of the unscaled gradients.
 const MAX_NORM: f32 = 1e-3;
 
 const BATCH: usize = 8;
@@ -24,7 +24,7 @@ const LENGTH: usize = 3;
 const TOKENS: usize = 5;
 const WIDTH: usize = 6;
 
-/// Two layers, on two stages where there are stages, and a loss times `factor`.
+/// Two layers, on two stages if the mesh has stages, and a loss scaled by `factor`.
 fn start(device: DeviceKind, mesh: &str, factor: f32, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -53,26 +53,26 @@ fn step(session: &mut Session, learning_rate: f32) -> Result<StepReport, Session
     session.step(&[("ids", tokens(1)), ("targets", tokens(2))], learning_rate)
 }
 
-/// Parameters and moments, as a file's bytes.
+/// Parameters and moments as the bytes of a file.
 fn state(session: &Session) -> Vec<u8> {
     let folder = Scratch::new(&format!("large-{:?}", std::thread::current().id()));
     let path = folder.path().join("state");
     session.save(&path).expect("a place to write");
-    std::fs::read(&path).expect("what was written")
+    std::fs::read(&path).expect("a written file")
 }
 
-/// All of it, on devices of this kind.
+/// Runs all checks on devices of this kind.
 ///
 /// # Panics
-/// Where it does not hold.
+/// If a check fails.
 pub fn check(device: DeviceKind) {
     for mesh in ["data=1", "data=2", "stage=2"] {
-        clipping_is_that_of_small_gradients(device, mesh);
-        an_update_that_would_overflow_is_called_off(device, mesh);
+        large_gradients_are_clipped_like_small_ones(device, mesh);
+        an_update_that_would_overflow_is_skipped(device, mesh);
     }
 }
 
-fn clipping_is_that_of_small_gradients(device: DeviceKind, mesh: &str) {
+fn large_gradients_are_clipped_like_small_ones(device: DeviceKind, mesh: &str) {
     let train = |factor: f32| {
         let mut session = start(device, mesh, factor, MAX_NORM, OnNonFinite::Stop);
         let norms: Vec<f64> = (0..3)
@@ -95,16 +95,20 @@ fn clipping_is_that_of_small_gradients(device: DeviceKind, mesh: &str) {
     }
 }
 
-fn an_update_that_would_overflow_is_called_off(device: DeviceKind, mesh: &str) {
-    for (factor, learning_rate, what) in [(LARGE, LEARNING_RATE, "a second moment"), (1.0, f32::MAX, "a parameter")] {
+fn an_update_that_would_overflow_is_skipped(device: DeviceKind, mesh: &str) {
+    for (factor, learning_rate, overflow_in) in
+        [(LARGE, LEARNING_RATE, "a second moment"), (1.0, f32::MAX, "a parameter")]
+    {
         let mut session = start(device, mesh, factor, f32::INFINITY, OnNonFinite::Stop);
         let before = state(&session);
-        let Err(SessionError::NonFinite(found)) = step(&mut session, learning_rate) else { panic!("{mesh}: {what}") };
-        assert_eq!((found.overflow, &found.first), (Some(what), &None), "{mesh}");
+        let Err(SessionError::NonFinite(found)) = step(&mut session, learning_rate) else {
+            panic!("{mesh}: {overflow_in}")
+        };
+        assert_eq!((found.overflow, &found.first), (Some(overflow_in), &None), "{mesh}");
         assert!(found.loss.is_some_and(f32::is_finite) && found.grad_norm.is_some_and(f64::is_finite), "{found:?}");
-        assert!(state(&session) == before, "{mesh}: an update that was called off changed something, for {what}");
+        assert!(state(&session) == before, "{mesh}: a skipped update changed the state, overflow in {overflow_in}");
     }
-    // Large, but what it leaves is finite: so is the step.
+    // Large, but the updated values are finite, so the step succeeds.
     let mut session = start(device, mesh, 1e18, f32::INFINITY, OnNonFinite::Skip { in_a_row_max: 1 });
     let before = session.parameters().expect("parameters");
     assert_eq!(step(&mut session, LEARNING_RATE).expect("a good step").non_finite, None);

@@ -1,4 +1,4 @@
-//! References and helpers for the tests of this crate.
+//! The float64 reference and helpers for the tests of this crate.
 
 pub mod default_model;
 pub mod faulty;

@@ -1,15 +1,15 @@
-//! For benchmarks: how long work takes, and the middle of many figures.
+//! Timing and medians for benchmarks.
 
 use std::time::Instant;
 
-/// Seconds that it takes.
+/// Runs `work`; returns its seconds.
 pub fn timed(work: impl FnOnce()) -> f64 {
     let begin = Instant::now();
     work();
     begin.elapsed().as_secs_f64()
 }
 
-/// The middle one, of any.
+/// The upper median, or `None` without values.
 pub fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()

@@ -1,5 +1,5 @@
-//! A plain GPT in float64 on one thread: what every layout of the real thing is compared with. It shares no code with the
-//! kernels; only the counters of the initial weights come from `shardflow::init`.
+//! A plain GPT in float64 on one thread, the reference for every layout. It shares no code with the kernels; only the
+//! generator of the initial weights comes from `shardflow::init`.
 //!
 //! No biases, exact GELU, layer norm eps 1e-5, causal attention, untied head; AdamW with decay on matrices only.
 
@@ -11,7 +11,7 @@ use shardflow_kernels::tensor::Region;
 
 /// A model, its data and its training.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Config {
+pub struct ReferenceConfig {
     /// Transformer layers.
     pub layers: usize,
     /// Attention heads; divides `width`.
@@ -24,16 +24,16 @@ pub struct Config {
     pub batch: usize,
     /// Seed of the initial weights.
     pub seed: u64,
-    /// Standard deviation of the initial matrices; 0.02 as a rule.
+    /// Standard deviation of the initial matrices; 0.02 by default.
     pub init_std: f64,
     /// Learning rate.
     pub lr: f64,
-    /// Largest gradient norm that is let through unscaled.
+    /// Largest gradient norm that is not scaled down.
     pub max_norm: f64,
 }
 
-impl Config {
-    /// The usual training on a model of this size.
+impl ReferenceConfig {
+    /// The default training of a model of this size.
     pub fn new(layers: usize, heads: usize, width: usize, context: usize, batch: usize) -> Self {
         Self { layers, heads, width, context, batch, seed: 1337, init_std: 0.02, lr: 1e-3, max_norm: f64::INFINITY }
     }
@@ -42,8 +42,8 @@ impl Config {
 /// Values by parameter name, such as `h.0.attn.q.weight`, each row-major.
 pub type Tensors = BTreeMap<String, Vec<f64>>;
 
-/// Names and shapes of a model's parameters.
-pub fn parameter_shapes(config: &Config, vocab: usize) -> BTreeMap<String, Vec<usize>> {
+/// Returns names and shapes of a model's parameters.
+pub fn parameter_shapes(config: &ReferenceConfig, vocab: usize) -> BTreeMap<String, Vec<usize>> {
     let (width, mut shapes) = (config.width, BTreeMap::new());
     let mut add = |name: String, shape: &[usize]| shapes.insert(name, shape.to_vec());
     add("wte.weight".into(), &[vocab, width]);
@@ -62,8 +62,8 @@ pub fn parameter_shapes(config: &Config, vocab: usize) -> BTreeMap<String, Vec<u
     shapes
 }
 
-/// The initial parameters: the f32 values that every program starts from.
-pub fn initial_parameters(config: &Config, vocab: usize) -> Tensors {
+/// Returns the initial parameters: the f32 values that every program starts from.
+pub fn initial_parameters(config: &ReferenceConfig, vocab: usize) -> Tensors {
     let make = |(name, shape): (String, Vec<usize>)| {
         let init = if shape.len() == 1 { Init::Ones } else { Init::Normal { std: config.init_std } };
         let mut values = vec![0.0; shape.iter().product()];
@@ -73,7 +73,8 @@ pub fn initial_parameters(config: &Config, vocab: usize) -> Tensors {
     parameter_shapes(config, vocab).into_iter().map(make).collect()
 }
 
-/// A text as ids, bytes being numbered by rank. The number of different bytes, and the ids of the first nine tenths.
+/// Converts a text to ids, numbering its distinct bytes in ascending order. Returns the number of distinct bytes, and
+/// the ids of the first nine tenths.
 pub fn tokens(text: &[u8]) -> (usize, Vec<usize>) {
     let mut alphabet = text.to_vec();
     alphabet.sort_unstable();
@@ -82,8 +83,8 @@ pub fn tokens(text: &[u8]) -> (usize, Vec<usize>) {
     (alphabet.len(), text[..text.len() * 9 / 10].iter().map(id).collect())
 }
 
-/// Ids and targets of a step, each `[batch, context]`.
-pub fn batch(config: &Config, train: &[usize], step: usize) -> (Vec<usize>, Vec<usize>) {
+/// Returns ids and targets of a step, each `[batch, context]`.
+pub fn batch(config: &ReferenceConfig, train: &[usize], step: usize) -> (Vec<usize>, Vec<usize>) {
     let (mut ids, mut targets) = (Vec::new(), Vec::new());
     for sample in step * config.batch..(step + 1) * config.batch {
         let start = (mix(4242 + sample as u64) % (train.len() - config.context) as u64) as usize;
@@ -93,15 +94,15 @@ pub fn batch(config: &Config, train: &[usize], step: usize) -> (Vec<usize>, Vec<
     (ids, targets)
 }
 
-/// Loss and gradients by name of the initial model on the first batch.
-pub fn first_step(config: &Config, text: &[u8]) -> (f64, Tensors) {
+/// Returns loss and gradients by name of the initial model on the first batch.
+pub fn first_step(config: &ReferenceConfig, text: &[u8]) -> (f64, Tensors) {
     let (vocab, train) = tokens(text);
     let (ids, targets) = batch(config, &train, 0);
     loss_and_gradients(config, &initial_parameters(config, vocab), &ids, &targets)
 }
 
-/// Trains from the initial parameters. The loss of each step, before its update.
-pub fn train(config: &Config, text: &[u8], steps: usize) -> Vec<f64> {
+/// Trains from the initial parameters. Returns the loss of each step, before its update.
+pub fn train(config: &ReferenceConfig, text: &[u8], steps: usize) -> Vec<f64> {
     let (vocab, train) = tokens(text);
     let mut parameters = initial_parameters(config, vocab);
     let zeros = |values: &Vec<f64>| (vec![0.0; values.len()], vec![0.0; values.len()]);
@@ -137,7 +138,7 @@ fn adam_w(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, lr
     }
 }
 
-/// What a layer's backward needs of its forward.
+/// Forward values that a layer's backward needs.
 struct Saved {
     norm1: Norm,
     q: Vec<f64>,
@@ -149,8 +150,8 @@ struct Saved {
     gelu: Vec<f64>,
 }
 
-/// Mean loss of `ids` against `targets` (each `[samples, context]`), and its gradient by every parameter.
-pub fn loss_and_gradients(config: &Config, p: &Tensors, ids: &[usize], targets: &[usize]) -> (f64, Tensors) {
+/// Returns the mean loss of `ids` against `targets` (each `[samples, context]`), and its gradient by every parameter.
+pub fn loss_and_gradients(config: &ReferenceConfig, p: &Tensors, ids: &[usize], targets: &[usize]) -> (f64, Tensors) {
     let width = config.width;
     let mut x = vec![0.0; ids.len() * width];
     for (row, id) in ids.iter().enumerate() {
@@ -184,7 +185,7 @@ pub fn loss_and_gradients(config: &Config, p: &Tensors, ids: &[usize], targets: 
 }
 
 /// Adds attention and MLP of one layer to the residual stream `x`.
-fn layer_forward(config: &Config, p: &Tensors, layer: usize, x: &mut [f64]) -> Saved {
+fn layer_forward(config: &ReferenceConfig, p: &Tensors, layer: usize, x: &mut [f64]) -> Saved {
     let (width, weight) = (config.width, |name: &str| &p[&format!("h.{layer}.{name}.weight")]);
     let norm1 = Norm::forward(x, weight("ln1"));
     let [q, k, v] = ["attn.q", "attn.k", "attn.v"].map(|name| linear(&norm1.y, weight(name), width));
@@ -197,8 +198,8 @@ fn layer_forward(config: &Config, p: &Tensors, layer: usize, x: &mut [f64]) -> S
     Saved { norm1, q, k, v, attention, norm2, fc, gelu }
 }
 
-/// Takes the gradient by the layer's output in `dx` to that by its input.
-fn layer_backward(config: &Config, p: &Tensors, layer: usize, saved: &Saved, dx: &mut [f64], g: &mut Tensors) {
+/// Replaces the gradient by the layer's output in `dx` with the gradient by its input.
+fn layer_backward(config: &ReferenceConfig, p: &Tensors, layer: usize, saved: &Saved, dx: &mut [f64], g: &mut Tensors) {
     let (width, name) = (config.width, |part: &str| format!("h.{layer}.{part}.weight"));
     let mut dfc = linear_backward(dx, &saved.gelu, &name("mlp.proj"), p, g, 4 * width);
     for (d, z) in dfc.iter_mut().zip(&saved.fc) {
@@ -227,7 +228,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 /// `y = x w^T`: x `[rows, inputs]`, w `[outputs, inputs]`.
 fn linear(x: &[f64], w: &[f64], inputs: usize) -> Vec<f64> {
     let outputs = w.len() / inputs;
-    // Transposed first, so that the inner loop runs along rows and is quick enough for a test.
+    // Transposed first, so that the inner loop runs along rows, which is fast enough for a test.
     let mut transposed = vec![0.0; w.len()];
     for (i, value) in w.iter().enumerate() {
         transposed[i % inputs * outputs + i / inputs] = *value;
@@ -296,7 +297,7 @@ impl Norm {
     }
 }
 
-/// Causal attention with its scores written out.
+/// Causal attention with explicit scores.
 struct Attention {
     out: Vec<f64>,
     /// `[sample, head, query, key]`, zero above the diagonal.
@@ -305,7 +306,7 @@ struct Attention {
 
 impl Attention {
     /// Calls `f(query row, key row, first column, index of the probability)` for every pair that attends.
-    fn pairs(config: &Config, rows: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
+    fn pairs(config: &ReferenceConfig, rows: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
         let (t, heads) = (config.context, config.heads);
         for sample in 0..rows / t {
             for head in 0..heads {
@@ -319,7 +320,7 @@ impl Attention {
         }
     }
 
-    fn forward(config: &Config, q: &[f64], k: &[f64], v: &[f64]) -> Self {
+    fn forward(config: &ReferenceConfig, q: &[f64], k: &[f64], v: &[f64]) -> Self {
         let (width, size) = (config.width, config.width / config.heads);
         let rows = q.len() / width;
         let mut p = vec![f64::NEG_INFINITY; rows * config.heads * config.context];
@@ -343,7 +344,7 @@ impl Attention {
     }
 
     /// Gradients by q, k and v.
-    fn backward(&self, config: &Config, dout: &[f64], q: &[f64], k: &[f64], v: &[f64]) -> [Vec<f64>; 3] {
+    fn backward(&self, config: &ReferenceConfig, dout: &[f64], q: &[f64], k: &[f64], v: &[f64]) -> [Vec<f64>; 3] {
         let (width, size) = (config.width, config.width / config.heads);
         let (rows, p) = (q.len() / width, &self.probabilities);
         let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; q.len()], vec![0.0; q.len()]);
@@ -383,8 +384,8 @@ fn cross_entropy(logits: &[f64], targets: &[usize]) -> (f64, Vec<f64>) {
     (loss, dlogits)
 }
 
-/// `(1 + erf(z / sqrt 2)) / 2`, by the series `erf(x) = 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!`, whose terms all
-/// have the sign of x, so nothing cancels. (Abramowitz and Stegun 7.1.6)
+/// `(1 + erf(z / sqrt 2)) / 2`, by the series `erf(x) = 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!`, whose terms
+/// all have the sign of x, so nothing cancels. (Abramowitz and Stegun 7.1.6)
 fn normal_cdf(z: f64) -> f64 {
     let x = z / 2f64.sqrt();
     if x.abs() > 6.0 {

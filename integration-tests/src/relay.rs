@@ -1,5 +1,5 @@
-//! A proxy that stands before all that the processes of a job listen on. It cuts what goes through into random pieces, holds
-//! each direction of each connection up by itself, and loses no byte; of heartbeats it loses some.
+//! A proxy in front of every listener of a job's processes. It splits streams into random pieces, delays each direction
+//! of each connection independently, and loses no bytes; it drops some heartbeats.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -15,27 +15,27 @@ use shardflow_actors::transport::{Address, Connection};
 
 use crate::training::Scratch;
 
-/// Largest piece: 64 KiB.
+/// log2 of the largest piece: 64 KiB.
 const PIECE_BITS: u64 = 16;
-/// A thread that waits for a datagram looks this often whether the relay has ended.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often a thread that waits for a datagram checks whether the relay has ended.
+const POLL_EVERY: Duration = Duration::from_millis(20);
 
-/// Of so many heartbeats one is lost.
-const DATAGRAMS_TO_ONE_LOST: u64 = 8;
+/// One heartbeat in this number is dropped.
+const DROPPED_ONE_IN: u64 = 8;
 
-/// What the relay does to what goes through it.
+/// Delays of a relay.
 #[derive(Clone, Copy, Debug)]
-pub struct Weather {
-    /// All is a function of it but the timing of threads.
+pub struct RelayOptions {
+    /// Determines everything except the timing of threads.
     pub seed: u64,
-    /// Once a direction has brought this many pieces, it stands still for this long; and so do the first heartbeats.
+    /// Each direction stalls for this long after this many pieces; so does the first heartbeat of each process.
     pub long_stall: Option<(u64, Duration)>,
 }
 
-/// Random numbers: SplitMix64.
-struct Dice(u64);
+/// SplitMix64 random numbers.
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -44,13 +44,13 @@ impl Dice {
         z ^ (z >> 31)
     }
 
-    /// Bytes of the next piece, from 1 to 64 KiB: each power of two as often as any other.
-    fn piece(&mut self) -> usize {
+    /// Bytes of the next piece, from 1 to 64 KiB: each power of two is equally frequent.
+    fn piece_bytes(&mut self) -> usize {
         let top = 1 << (self.next() % (PIECE_BITS + 1));
         (top - self.next() % (top / 2 + 1)).max(1) as usize
     }
 
-    /// How long to hold a piece up: mostly not at all, sometimes for a moment, seldom for longer.
+    /// Delay of a piece: zero for most, up to 200 us for 7 in 64, up to 4 ms for 1 in 64.
     fn delay(&mut self) -> Duration {
         match self.next() % 64 {
             0 => Duration::from_micros(self.next() % 4000),
@@ -60,47 +60,47 @@ impl Dice {
     }
 }
 
-/// What went through.
+/// Counts of the relayed traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Passed {
+pub struct RelayCounts {
     /// Connections.
     pub connections: u64,
-    /// Pieces that streams were cut into.
+    /// Pieces that streams were split into.
     pub pieces: u64,
     /// Their bytes.
     pub bytes: u64,
     /// Long stalls.
     pub stalls: u64,
-    /// Those of them that held heartbeats up.
-    pub silences: u64,
+    /// Long stalls of heartbeats, included in `stalls`.
+    pub heartbeat_stalls: u64,
 }
 
-/// The relay. Dropping it cuts all that goes through it.
+/// The relay. Dropping it closes all its connections.
 pub struct Relay {
     shared: Arc<Shared>,
     folder: Scratch,
 }
 
 struct Shared {
-    weather: Weather,
+    options: RelayOptions,
     state: Mutex<State>,
     ended: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    /// By the address behind it.
+    /// Front address by the address behind it.
     fronts: BTreeMap<Address, Address>,
-    links: Vec<Connection>,
+    open_connections: Vec<Connection>,
     threads: Vec<JoinHandle<()>>,
-    passed: Passed,
+    counts: RelayCounts,
     directions: u64,
-    over: bool,
+    ended: bool,
 }
 
 impl fmt::Debug for Relay {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Relay({:?})", self.shared.weather)
+        write!(f, "Relay({:?})", self.shared.options)
     }
 }
 
@@ -109,40 +109,40 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits, but not beyond the end of the relay.
-    fn pause(&self, time: Duration) {
+    /// Waits for this long or until the relay ends.
+    fn wait(&self, time: Duration) {
         if !time.is_zero() {
-            drop(self.ended.wait_timeout_while(self.state(), time, |state| !state.over));
+            drop(self.ended.wait_timeout_while(self.state(), time, |state| !state.ended));
         }
     }
 
-    /// Waits for long.
+    /// Counts a long stall and waits for it.
     fn stall(&self, time: Duration) {
-        self.state().passed.stalls += 1;
-        self.pause(time);
+        self.state().counts.stalls += 1;
+        self.wait(time);
     }
 
-    /// Dice of the next direction.
-    fn dice(&self) -> Dice {
+    /// Random numbers for the next direction.
+    fn next_rng(&self) -> Rng {
         let mut state = self.state();
         state.directions += 1;
-        Dice(self.weather.seed.wrapping_mul(1 << 20).wrapping_add(state.directions))
+        Rng(self.options.seed.wrapping_mul(1 << 20).wrapping_add(state.directions))
     }
 
-    /// Starts a thread that ends with the relay.
-    fn run(self: &Arc<Self>, work: impl FnOnce(&Arc<Shared>) + Send + 'static) {
+    /// Spawns a thread that ends with the relay.
+    fn spawn(self: &Arc<Self>, work: impl FnOnce(&Arc<Shared>) + Send + 'static) {
         let shared = self.clone();
         let thread = thread::spawn(move || work(&shared));
         self.state().threads.push(thread);
     }
 
-    /// Passes on what arrives at a front.
+    /// Forwards the connections that a front accepts.
     fn serve(self: &Arc<Self>, accept: impl Fn() -> io::Result<Connection>, bound: &Address) {
         while let Ok(outside) = accept() {
-            if self.state().over {
+            if self.state().ended {
                 return;
             }
-            // Where nobody listens, the caller is hung up on, as it would be there.
+            // Without a listener behind the front, the caller's connection closes.
             let _ = connect(bound).and_then(|inside| self.join(inside, outside));
         }
     }
@@ -150,56 +150,56 @@ impl Shared {
     fn join(self: &Arc<Self>, inside: Connection, outside: Connection) -> io::Result<()> {
         let ends = [(inside.try_clone()?, outside.try_clone()?), (outside.try_clone()?, inside.try_clone()?)];
         let mut state = self.state();
-        state.links.extend([inside, outside]);
-        state.passed.connections += 1;
+        state.open_connections.extend([inside, outside]);
+        state.counts.connections += 1;
         drop(state);
         for (from, to) in ends {
-            self.run(move |shared| shared.carry(from, to));
+            self.spawn(move |shared| shared.forward(from, to));
         }
         Ok(())
     }
 
-    /// Carries one direction of a connection until it ends.
-    fn carry(&self, mut from: Connection, mut to: Connection) {
-        let (mut dice, mut buffer, mut pieces) = (self.dice(), vec![0; 1 << PIECE_BITS], 0);
+    /// Forwards one direction of a connection until it ends.
+    fn forward(&self, mut from: Connection, mut to: Connection) {
+        let (mut rng, mut buffer, mut pieces) = (self.next_rng(), vec![0; 1 << PIECE_BITS], 0);
         while let Ok(bytes @ 1..) = from.read(&mut buffer) {
             let mut rest = &buffer[..bytes];
             while !rest.is_empty() {
-                let (piece, more) = rest.split_at(dice.piece().min(rest.len()));
+                let (piece, more) = rest.split_at(rng.piece_bytes().min(rest.len()));
                 rest = more;
                 pieces += 1;
-                self.pause(dice.delay());
-                if let Some((_, time)) = self.weather.long_stall.filter(|(at, _)| *at == pieces) {
+                self.wait(rng.delay());
+                if let Some((_, time)) = self.options.long_stall.filter(|(at, _)| *at == pieces) {
                     self.stall(time);
                 }
                 if to.write_all(piece).is_err() {
-                    // Nobody takes it any more; what was sent the other way before is still to be delivered.
+                    // The receiver has closed; bytes in the other direction are still delivered.
                     return;
                 }
-                let passed = &mut self.state().passed;
-                passed.pieces += 1;
-                passed.bytes += piece.len() as u64;
+                let counts = &mut self.state().counts;
+                counts.pieces += 1;
+                counts.bytes += piece.len() as u64;
             }
         }
-        // The other direction may go on.
+        // The other direction may continue.
         drop(match &to {
             Connection::Tcp(stream) => stream.shutdown(Shutdown::Write),
             Connection::Unix(stream) => stream.shutdown(Shutdown::Write),
         });
     }
 
-    /// Carries heartbeats until the relay ends.
-    fn carry_datagrams(&self, front: &UdpSocket, bound: SocketAddr) {
-        let (mut dice, mut buffer, mut long) = (self.dice(), [0; 2048], self.weather.long_stall);
-        while !self.state().over {
+    /// Forwards heartbeats until the relay ends.
+    fn forward_datagrams(&self, front: &UdpSocket, bound: SocketAddr) {
+        let (mut rng, mut buffer, mut long) = (self.next_rng(), [0; 2048], self.options.long_stall);
+        while !self.state().ended {
             let Ok(bytes) = front.recv(&mut buffer) else { continue };
-            self.pause(dice.delay());
+            self.wait(rng.delay());
             if let Some((_, time)) = long.take() {
-                self.state().passed.silences += 1;
+                self.state().counts.heartbeat_stalls += 1;
                 self.stall(time);
             }
-            if dice.next() % DATAGRAMS_TO_ONE_LOST != 0 {
-                // A process that has ended hears nothing.
+            if rng.next() % DROPPED_ONE_IN != 0 {
+                // The process may have ended.
                 let _ = front.send_to(&buffer[..bytes], bound);
             }
         }
@@ -207,32 +207,32 @@ impl Shared {
 }
 
 fn connect(address: &Address) -> io::Result<Connection> {
-    let link: Connection = match address {
+    let connection: Connection = match address {
         Address::Tcp(name) => TcpStream::connect(name)?.into(),
         Address::Unix(path) => UnixStream::connect(path)?.into(),
     };
-    without_delay(link)
+    without_delay(connection)
 }
 
-/// So that pieces travel as they were cut.
-fn without_delay(link: Connection) -> io::Result<Connection> {
-    if let Connection::Tcp(stream) = &link {
+/// Sets TCP_NODELAY, so that each piece is sent at once.
+fn without_delay(connection: Connection) -> io::Result<Connection> {
+    if let Connection::Tcp(stream) = &connection {
         stream.set_nodelay(true)?;
     }
-    Ok(link)
+    Ok(connection)
 }
 
 impl Relay {
-    /// A relay that stands before nothing yet.
-    pub fn new(weather: Weather) -> Self {
-        let folder = Scratch::new(&format!("relay-{}", weather.seed));
-        let shared = Shared { weather, state: Mutex::default(), ended: Condvar::new() };
+    /// A relay without fronts.
+    pub fn new(options: RelayOptions) -> Self {
+        let folder = Scratch::new(&format!("relay-{}", options.seed));
+        let shared = Shared { options, state: Mutex::default(), ended: Condvar::new() };
         Self { shared: Arc::new(shared), folder }
     }
 
-    /// What went through so far.
-    pub fn passed(&self) -> Passed {
-        self.shared.state().passed
+    /// Counts so far.
+    pub fn counts(&self) -> RelayCounts {
+        self.shared.state().counts
     }
 }
 
@@ -260,15 +260,15 @@ impl Advertise for Relay {
         };
         state.fronts.insert(bound.clone(), front.clone());
         drop(state);
-        self.shared.run(move |shared| shared.serve(accept, &behind));
+        self.shared.spawn(move |shared| shared.serve(accept, &behind));
         Ok(front)
     }
 
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr> {
         let front = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        front.set_read_timeout(Some(LOOK))?;
+        front.set_read_timeout(Some(POLL_EVERY))?;
         let address = front.local_addr()?;
-        self.shared.run(move |shared| shared.carry_datagrams(&front, bound));
+        self.shared.spawn(move |shared| shared.forward_datagrams(&front, bound));
         Ok(address)
     }
 }
@@ -276,16 +276,16 @@ impl Advertise for Relay {
 impl Drop for Relay {
     fn drop(&mut self) {
         let mut state = self.shared.state();
-        state.over = true;
+        state.ended = true;
         self.shared.ended.notify_all();
-        state.links.drain(..).for_each(|link| drop(link.shutdown()));
+        state.open_connections.drain(..).for_each(|connection| drop(connection.shutdown()));
         let fronts = std::mem::take(&mut state.fronts);
         drop(state);
-        // A call wakes who waits for one.
+        // A connection wakes the thread that accepts on the front.
         fronts.values().for_each(|front| drop(connect(front)));
         let threads = std::mem::take(&mut self.shared.state().threads);
         for thread in threads {
-            // A panic there was reported by the hook.
+            // The panic hook has reported a panic of the thread.
             let _ = thread.join();
         }
     }

@@ -1,4 +1,4 @@
-//! Several processes of a job, played by threads: what they need to agree on a checkpoint, and a save by all of them.
+//! Agreement on a checkpoint, and a save, by several processes of a job that are threads of a test.
 
 use std::collections::BTreeMap;
 use std::sync::{Condvar, Mutex};
@@ -8,77 +8,77 @@ use shardflow::checkpoint::{
     AgreeError, ProcessRank, SaveAgreement, SaveId, SaveOutcome, SaveReport, SaverOptions, Snapshot, Store, save_now,
 };
 
-/// How long the others are waited for.
+/// How long a process waits for the others.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
-struct Said {
+struct SaveState {
     written: Vec<Result<(), String>>,
     decided: Option<Result<SaveOutcome, String>>,
 }
 
-/// The agreement of processes that share memory.
-pub struct Together {
+/// The [`SaveAgreement`] of processes that share memory.
+pub struct SharedMemoryAgreement {
     processes: usize,
-    said: Mutex<BTreeMap<SaveId, Said>>,
+    saves: Mutex<BTreeMap<SaveId, SaveState>>,
     changed: Condvar,
 }
 
-impl Together {
+impl SharedMemoryAgreement {
     /// Of this many processes.
     pub fn new(processes: usize) -> Self {
-        Self { processes, said: Mutex::default(), changed: Condvar::new() }
+        Self { processes, saves: Mutex::default(), changed: Condvar::new() }
     }
 
-    /// Says something, then waits until `ready` finds what it looks for.
+    /// Updates the state of a save, then waits until `ready` returns a value.
     fn exchange<T>(
         &self,
         save: SaveId,
-        say: impl FnOnce(&mut Said),
-        ready: impl Fn(&Said) -> Option<T>,
+        update: impl FnOnce(&mut SaveState),
+        ready: impl Fn(&SaveState) -> Option<T>,
     ) -> Result<T, AgreeError> {
-        let mut said = self.said.lock().expect("nobody panics with it");
-        say(said.entry(save).or_default());
+        let mut saves = self.saves.lock().expect("the lock is not poisoned");
+        update(saves.entry(save).or_default());
         self.changed.notify_all();
-        let waiting = |said: &mut BTreeMap<SaveId, Said>| said.get(&save).is_none_or(|s| ready(s).is_none());
-        let (said, _) = self.changed.wait_timeout_while(said, DEADLINE, waiting).expect("nobody panics with it");
-        let late = || AgreeError { process: None, why: format!("not all said so within {DEADLINE:?}") };
-        said.get(&save).and_then(ready).ok_or_else(late)
+        let waiting = |saves: &mut BTreeMap<SaveId, SaveState>| saves.get(&save).is_none_or(|s| ready(s).is_none());
+        let (saves, _) = self.changed.wait_timeout_while(saves, DEADLINE, waiting).expect("the lock is not poisoned");
+        let late = || AgreeError { process: None, why: format!("not all processes agreed within {DEADLINE:?}") };
+        saves.get(&save).and_then(ready).ok_or_else(late)
     }
 
     /// Waits until a process other than 0 has written its shard.
     pub fn wait_for_another(&self, save: SaveId) {
-        let one = |said: &Said| (!said.written.is_empty()).then_some(());
-        self.exchange(save, |_| (), one).expect("it says so in time");
+        let one = |state: &SaveState| (!state.written.is_empty()).then_some(());
+        self.exchange(save, |_| (), one).expect("the other process writes in time");
     }
 }
 
-impl SaveAgreement for Together {
-    fn all_written(&self, save: SaveId, mine: Result<(), String>) -> Result<(), AgreeError> {
-        let all = |said: &Said| (said.written.len() == self.processes).then(|| said.written.clone());
-        let results = self.exchange(save, |said| said.written.push(mine), all)?;
+impl SaveAgreement for SharedMemoryAgreement {
+    fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError> {
+        let all = |state: &SaveState| (state.written.len() == self.processes).then(|| state.written.clone());
+        let results = self.exchange(save, |state| state.written.push(own), all)?;
         let failed = results.into_iter().find_map(Result::err);
         failed.map_or(Ok(()), |why| Err(AgreeError { process: None, why }))
     }
 
     fn outcome(&self, save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError> {
-        let say = |said: &mut Said| said.decided = decided.or(said.decided.take());
-        let outcome = self.exchange(save, say, |said| said.decided.clone())?;
+        let update = |state: &mut SaveState| state.decided = decided.or(state.decided.take());
+        let outcome = self.exchange(save, update, |state| state.decided.clone())?;
         outcome.map_err(|why| AgreeError { process: Some(0), why })
     }
 }
 
-/// Saves the parts of a checkpoint that as many processes hold, each on a thread; gives the reports by rank.
+/// Saves one part of a checkpoint per process, each on a thread; returns the reports by rank.
 pub fn save_together(store: &Store, parts: &[Snapshot], epoch: u64, keep: usize) -> Vec<SaveReport> {
-    let together = Together::new(parts.len());
+    let agreement = SharedMemoryAgreement::new(parts.len());
     let processes = parts.len() as u32;
     let save = |(process, part): (usize, &Snapshot)| {
         let member = ProcessRank { process: process as u32, processes, epoch };
-        save_now(store, part, &together, &SaverOptions { member, keep, ..SaverOptions::default() }, 0)
+        save_now(store, part, &agreement, &SaverOptions { member, keep, ..SaverOptions::default() }, 0)
     };
     std::thread::scope(|scope| {
         let save = &save;
         let threads: Vec<_> = parts.iter().enumerate().map(|part| scope.spawn(move || save(part))).collect();
-        threads.into_iter().map(|t| t.join().expect("does not panic").expect("good options")).collect()
+        threads.into_iter().map(|t| t.join().expect("no panic").expect("valid options")).collect()
     })
 }

@@ -1,5 +1,5 @@
-//! A small GPT trained through the public API on a text that is part of the test, on any mesh: the same samples and initial
-//! weights for every layout, and those of [`crate::reference`].
+//! A small GPT trained through the public API on an embedded text, on any mesh. Every layout, and [`crate::reference`],
+//! uses the same samples and initial weights.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::reference;
 
-/// Shakespeare's sonnets 18 and 29: 46 different bytes, which 3 and 4 do not divide.
+/// Shakespeare's sonnets 18 and 29: 46 distinct bytes, not a multiple of 3 or 4.
 pub const TEXT: &str = "\
 Shall I compare thee to a summer's day?
 Thou art more lovely and more temperate:
@@ -81,14 +81,14 @@ impl Default for Model {
 }
 
 impl Model {
-    /// The same model and training for the float64 reference, which knows no dropout.
-    pub fn reference(&self) -> reference::Config {
+    /// The same model and training for the float64 reference, which has no dropout.
+    pub fn reference(&self) -> reference::ReferenceConfig {
         assert_eq!(self.dropout, 0.0, "the reference has no dropout");
-        reference::Config { lr: f64::from(LEARNING_RATE), max_norm: f64::from(self.max_norm), ..self.sizes() }
+        reference::ReferenceConfig { lr: f64::from(LEARNING_RATE), max_norm: f64::from(self.max_norm), ..self.sizes() }
     }
 
-    fn sizes(&self) -> reference::Config {
-        reference::Config::new(self.layers, self.heads, self.width, self.context, self.batch)
+    fn sizes(&self) -> reference::ReferenceConfig {
+        reference::ReferenceConfig::new(self.layers, self.heads, self.width, self.context, self.batch)
     }
 
     /// The training program.
@@ -116,18 +116,18 @@ impl Model {
         compile(self.graph(mesh), options).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
     }
 
-    /// A session that has done no step.
+    /// Starts a session.
     pub fn session(&self, mesh: &str, options: &CompileOptions) -> Session {
-        self.session_among(mesh, options, &SessionOptions::default())
+        self.session_with(mesh, options, &SessionOptions::default())
     }
 
-    /// As [`Model::session`], with these options: as one process of several, for one.
-    pub fn session_among(&self, mesh: &str, options: &CompileOptions, among: &SessionOptions) -> Session {
+    /// Starts a session with these options, for example as one process of several.
+    pub fn session_with(&self, mesh: &str, options: &CompileOptions, session: &SessionOptions) -> Session {
         let plan = self.plan(mesh, options);
-        Session::start(plan, among).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
+        Session::start(plan, session).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
     }
 
-    /// The inputs of a step, by name.
+    /// The inputs of a step by name.
     pub fn batch(&self, step: u64) -> [(&'static str, HostTensor); 2] {
         let (_, train) = reference::tokens(TEXT.as_bytes());
         let (ids, targets) = reference::batch(&self.sizes(), &train, step as usize);
@@ -137,33 +137,39 @@ impl Model {
         [("ids", tensor(ids)), ("targets", tensor(targets))]
     }
 
-    /// The session's next step.
+    /// Runs the session's next step.
     pub fn step(&self, session: &mut Session) -> StepReport {
         let batch = self.batch(session.steps());
         session.step(&batch, LEARNING_RATE).unwrap_or_else(|e| panic!("step {}: {e}", session.steps()))
     }
 
     /// Trains from the initial weights for some steps.
-    pub fn train(&self, mesh: &str, options: &CompileOptions, steps: usize) -> Trained {
-        self.train_among(mesh, options, steps, &SessionOptions::default())
+    pub fn train(&self, mesh: &str, options: &CompileOptions, steps: usize) -> TrainingResult {
+        self.train_with(mesh, options, steps, &SessionOptions::default())
     }
 
-    /// As [`Model::train`], with these options.
-    pub fn train_among(&self, mesh: &str, options: &CompileOptions, steps: usize, among: &SessionOptions) -> Trained {
-        let mut session = self.session_among(mesh, options, among);
+    /// Trains like [`Model::train`], with these session options.
+    pub fn train_with(
+        &self,
+        mesh: &str,
+        options: &CompileOptions,
+        steps: usize,
+        session: &SessionOptions,
+    ) -> TrainingResult {
+        let mut session = self.session_with(mesh, options, session);
         let reports: Vec<StepReport> = (0..steps).map(|_| self.step(&mut session)).collect();
         let losses = reports.iter().map(|r| r.loss.expect("the program has a loss")).collect();
         let norms = reports.iter().map(|r| r.grad_norm.expect("the program has gradients")).collect();
         let parameters = session.parameters().unwrap_or_else(|e| panic!("mesh {mesh}: {e}"));
         session.shutdown().unwrap_or_else(|e| panic!("mesh {mesh}: {e}"));
-        Trained { losses, norms, parameters }
+        TrainingResult { losses, norms, parameters }
     }
 }
 
-/// What came of a training.
+/// Result of a training.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Trained {
-    /// Of each step, before its update.
+pub struct TrainingResult {
+    /// Loss of each step, before its update.
     pub losses: Vec<f32>,
     /// Global norm of the gradients of each step.
     pub norms: Vec<f64>,
@@ -171,8 +177,8 @@ pub struct Trained {
     pub parameters: BTreeMap<String, HostTensor>,
 }
 
-impl Trained {
-    /// The bits of all that came of it, so that two trainings can be compared exactly.
+impl TrainingResult {
+    /// The bits of all values, to compare two trainings exactly.
     pub fn bits(&self) -> (Vec<u32>, Vec<u64>, BTreeMap<&str, Vec<u32>>) {
         let losses = self.losses.iter().map(|l| l.to_bits()).collect();
         let norms = self.norms.iter().map(|n| n.to_bits()).collect();
@@ -180,13 +186,13 @@ impl Trained {
     }
 }
 
-/// Bits of float tensors, by name.
+/// Bits of float tensors by name.
 pub fn bits(tensors: &BTreeMap<String, HostTensor>) -> BTreeMap<&str, Vec<u32>> {
     let bits = |t: &HostTensor| t.as_f32().expect("floats").iter().map(|v| v.to_bits()).collect();
     tensors.iter().map(|(name, t)| (name.as_str(), bits(t))).collect()
 }
 
-/// Tokens of [`TEXT`]'s vocabulary.
+/// Vocabulary size of [`TEXT`].
 pub fn vocabulary() -> usize {
     reference::tokens(TEXT.as_bytes()).0
 }
@@ -196,12 +202,12 @@ pub fn options(micro_batches: usize, schedule: Schedule) -> CompileOptions {
     CompileOptions { micro_batches, schedule, ..CompileOptions::default() }
 }
 
-/// `|a - b|` as a part of the larger of the two.
+/// `|a - b|` relative to the larger magnitude.
 pub fn relative(a: f64, b: f64) -> f64 {
     (a - b).abs() / a.abs().max(b.abs()).max(f64::MIN_POSITIVE)
 }
 
-/// Runs `work` on a thread of its own and fails when it takes longer than this, so that what hangs is told.
+/// Runs `work` on a new thread and panics if it takes longer than this, so that a hang fails the test.
 pub fn within<T: Send + 'static>(seconds: u64, work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = channel();
     let thread = std::thread::spawn(move || {
@@ -222,7 +228,7 @@ pub fn within<T: Send + 'static>(seconds: u64, work: impl FnOnce() -> T + Send +
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// An empty folder of this name, among those for temporary files.
+    /// Creates an empty temporary folder of this name.
     pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("shardflow-{name}-{}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
@@ -230,7 +236,7 @@ impl Scratch {
         Self(path)
     }
 
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.0
     }

@@ -1,5 +1,5 @@
-//! Ranks that are given different values end the call together, with the value named, and nothing is changed; a resume
-//! compares what was declared. The processes are threads of this test, each with a session of its own.
+//! When ranks get different values, the call fails on all of them, names the value and changes nothing; a resume
+//! compares the declared values. The processes are threads of this test, each with its own session.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -29,24 +29,24 @@ fn model() -> Model {
 }
 
 fn start(mesh: &str, options: &SessionOptions) -> Session {
-    model().session_among(mesh, &self::options(MICRO_BATCHES, OneFOneB), options)
+    model().session_with(mesh, &self::options(MICRO_BATCHES, OneFOneB), options)
 }
 
-fn alone(mesh: &str) -> Session {
+fn local_session(mesh: &str) -> Session {
     start(mesh, &SessionOptions::default())
 }
 
-/// Runs `work` on each rank of some processes, and gives what comes of each.
-fn together<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> T + Sync) -> Vec<T> {
+/// Runs `work` on each rank; returns the results by rank.
+fn run_ranks<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> T + Sync) -> Vec<T> {
     let folder = Scratch::new(&format!("agreement-{name}"));
-    let meet = folder.path().join("meet.sock");
+    let socket = folder.path().join("meet.sock");
     let world = |process| World {
         process,
         processes,
         local_process: process,
         local_processes: processes,
         node: Some(0),
-        endpoint: Endpoint::Unix(meet.clone()),
+        endpoint: Endpoint::Unix(socket.clone()),
         secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
@@ -59,15 +59,15 @@ fn together<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> 
             scope.spawn(move || work(process, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();
-        threads.into_iter().map(|t| t.join().expect("a rank that fails has printed why")).collect()
+        threads.into_iter().map(|t| t.join().expect("a failed rank has printed its error")).collect()
     })
 }
 
-fn among(cluster: Cluster) -> SessionOptions {
+fn options_with(cluster: Cluster) -> SessionOptions {
     SessionOptions { cluster, ..SessionOptions::default() }
 }
 
-/// Another token, which every vocabulary here has.
+/// Replaces these elements by another token of the vocabulary.
 fn changed(tensor: &HostTensor, elements: impl Iterator<Item = usize>) -> HostTensor {
     let mut tensor = tensor.clone();
     let HostData::I32(tokens) = &mut tensor.data else { panic!("tokens are integers") };
@@ -75,41 +75,41 @@ fn changed(tensor: &HostTensor, elements: impl Iterator<Item = usize>) -> HostTe
     tensor
 }
 
-/// Losses of the model's steps on one process.
+/// Bits of the losses on one process.
 fn losses(mesh: &str, steps: usize) -> Vec<u32> {
-    let mut session = alone(mesh);
+    let mut session = local_session(mesh);
     (0..steps).map(|_| model().step(&mut session).loss.expect("a loss").to_bits()).collect()
 }
 
-/// The error of a step that must fail by a disagreement.
-fn disagreement<T>(result: Result<T, SessionError>) -> String {
+/// Returns the text of a result that must be a disagreement.
+fn disagreement_text<T>(result: Result<T, SessionError>) -> String {
     match result {
         Err(error @ SessionError::Disagreement(_)) => {
             assert_eq!(error.exit(), Exit::Refused, "{error}");
             error.to_string()
         }
-        Err(error) => panic!("another error: {error}"),
-        Ok(_) => panic!("no error"),
+        Err(error) => panic!("expected a disagreement, got {error}"),
+        Ok(_) => panic!("expected a disagreement, got success"),
     }
 }
 
-/// The step that fails changes nothing: with one learning rate, training continues with the bits of an undisturbed one.
-/// Loads a file, and returns what to report.
+/// Loads a file; returns the notes.
 type LoadFile = fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>;
-/// Loads what it knows, and returns what to report.
+/// Loads a saved state; returns the notes.
 type Load<'a> = &'a dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>;
 
+/// The failed step changes nothing: with equal learning rates, training continues with the bits of an undisturbed run.
 #[test]
 fn learning_rates_are_compared_in_each_step() {
     within(SECONDS, || {
         let expected = losses("data=2", 3);
-        let ranks = together("lr", 2, |rank, cluster| {
-            let mut session = start("data=2", &among(cluster));
+        let ranks = run_ranks("lr", 2, |rank, cluster| {
+            let mut session = start("data=2", &options_with(cluster));
             let mut losses = vec![model().step(&mut session).loss];
             let rate = if rank == 1 { 0.25 } else { 0.5 };
-            let error = disagreement(session.step(&model().batch(1), rate));
+            let error = disagreement_text(session.step(&model().batch(1), rate));
             losses.extend((1..3).map(|_| model().step(&mut session).loss));
-            session.shutdown().expect("nothing has failed");
+            session.shutdown().expect("a clean shutdown");
             (error, losses.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>())
         });
         for (error, losses) in ranks {
@@ -121,11 +121,11 @@ fn learning_rates_are_compared_in_each_step() {
     });
 }
 
-/// What a rank does not feed may be anything; what several ranks feed is compared, in every micro-batch.
+/// Elements that a rank does not feed may differ; elements that several ranks feed are compared in every micro-batch.
 #[test]
 fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     within(SECONDS, || {
-        // Three processes have the devices 0 and 1, 2, and 3: the last two feed the second half of the samples.
+        // Three processes own devices 0 and 1, 2, and 3; the last two processes feed the second half of the samples.
         for (mesh, processes, changing, expected) in [
             ("tensor=2", 2, 1, Some("rank 0 has")),
             ("stage=2", 2, 1, None),
@@ -135,31 +135,31 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
         ] {
             let expected_losses = losses(mesh, 2);
             let name = format!("data-{processes}-{changing}-{}", mesh.replace([',', '='], "-"));
-            let ranks = together(&name, processes, |rank, cluster| {
-                let mut session = start(mesh, &among(cluster));
+            let ranks = run_ranks(&name, processes, |rank, cluster| {
+                let mut session = start(mesh, &options_with(cluster));
                 let [(ids, tokens), (targets, other)] = model().batch(0);
-                // With micro-batches of two samples, sample 3 is in the second half of the last one.
+                // Sample 3 is in the second half of the last micro-batch of two samples.
                 let of_sample = |sample: usize| sample * model().context..(sample + 1) * model().context;
-                // Of each rank alone, on the axis `data`: what the others feed.
-                let others = if rank == 0 { [1, 3] } else { [0, 2] };
+                // Samples that only the other rank feeds on the axis `data`.
+                let peer_samples = if rank == 0 { [1, 3] } else { [0, 2] };
                 let elements: Vec<usize> = match expected {
                     Some(_) if rank == changing => of_sample(3).collect(),
                     None if rank == changing && mesh.starts_with("data") => {
-                        others.into_iter().flat_map(of_sample).collect()
+                        peer_samples.into_iter().flat_map(of_sample).collect()
                     }
-                    // Token ids are fed on the first stage alone.
+                    // Only the first stage feeds token ids.
                     None if rank == changing => (0..tokens.elements_held()).collect(),
                     _ => Vec::new(),
                 };
                 let inputs = [(ids, changed(&tokens, elements.into_iter())), (targets, other)];
                 let first = session.step(&inputs, LEARNING_RATE);
                 let first = match expected {
-                    Some(_) => Err(disagreement(first)),
+                    Some(_) => Err(disagreement_text(first)),
                     None => Ok(first.unwrap_or_else(|e| panic!("{mesh}: {e}")).loss.expect("a loss").to_bits()),
                 };
-                // The session goes on.
+                // The session continues.
                 let next = model().step(&mut session).loss.expect("a loss").to_bits();
-                session.shutdown().expect("nothing has failed");
+                session.shutdown().expect("a clean shutdown");
                 (first, next)
             });
             for (first, next) in ranks {
@@ -171,7 +171,7 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
                             error.contains(rank) && error.contains(&format!("rank {changing} has ")),
                             "{mesh}: {error}"
                         );
-                        assert_eq!(next, expected_losses[0], "{mesh}: the first step, done again");
+                        assert_eq!(next, expected_losses[0], "{mesh}: the repeated first step");
                     }
                     (Err(error), None) => panic!("{mesh}: {error}"),
                 }
@@ -180,7 +180,7 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     });
 }
 
-/// Two stages that are fed one input, the first by halves: each rank's elements of it are compared with the others'.
+/// Two stages read one input, the first one split over `data`: each rank's elements are compared with the other ranks'.
 #[test]
 fn an_input_of_several_placements_is_one_tensor() {
     within(SECONDS, || {
@@ -199,7 +199,7 @@ fn an_input_of_several_placements_is_one_tensor() {
             let value = |element: usize| if changed == Some(element / 3) { -1.0 } else { element as f32 };
             HostTensor::f32(&[4, 3], (0..12).map(value).collect())
         };
-        // Rank 0 and rank 2 are fed the first and the second row of each micro-batch on the first stage.
+        // With four processes, ranks 0 and 2 hold the first and second row of each micro-batch on the first stage.
         for (mesh, processes, changing, row, differ) in [
             ("data=1,stage=2", 2, 1, 2, true),
             ("data=2,stage=2", 4, 2, 3, true),
@@ -207,12 +207,13 @@ fn an_input_of_several_placements_is_one_tensor() {
             ("data=2,stage=2", 4, 0, 3, false),
         ] {
             let name = format!("placements-{processes}-{changing}-{row}");
-            let sums = together(&name, processes, |rank, cluster| {
-                let mut session = Session::start(plan(mesh), &among(cluster)).unwrap_or_else(|e| panic!("{mesh}: {e}"));
+            let sums = run_ranks(&name, processes, |rank, cluster| {
+                let mut session =
+                    Session::start(plan(mesh), &options_with(cluster)).unwrap_or_else(|e| panic!("{mesh}: {e}"));
                 let first = session.step(&[("x", x((rank == changing).then_some(row)))], 0.0);
-                let first = if differ { Err(disagreement(first)) } else { Ok(first.expect("a step")) };
+                let first = if differ { Err(disagreement_text(first)) } else { Ok(first.expect("a step")) };
                 let next = session.step(&[("x", x(None))], 0.0).expect("a step");
-                session.shutdown().expect("nothing has failed");
+                session.shutdown().expect("a clean shutdown");
                 first.map(|report| report.outputs["sum"] == next.outputs["sum"])
             });
             for sum in sums {
@@ -220,41 +221,43 @@ fn an_input_of_several_placements_is_one_tensor() {
                     Err(error) => {
                         assert!(error.starts_with("step 1: the ranks differ in input x: "), "{name}: {error}")
                     }
-                    Ok(same) => assert!(same, "{name}: another sum"),
+                    Ok(same) => assert!(same, "{name}: the sums differ"),
                 }
             }
         }
     });
 }
 
-/// One rank has another file, or none: no rank loads anything, and all can go on.
+/// If one rank has a different file or none, no rank loads anything and all can continue.
 #[test]
-fn what_ranks_load_is_compared_before_anything_changes() {
+fn loaded_files_are_compared_before_anything_changes() {
     within(SECONDS, || {
         let scratch = Scratch::new("agreement-files");
         let path = |name: &str| scratch.path().join(name);
-        let mut session = alone(ONE);
+        let mut session = local_session(ONE);
         model().step(&mut session);
         session.save(&path("one")).expect("saved");
         let parameters = session.parameters().expect("parameters");
         model().step(&mut session);
         session.save(&path("two")).expect("saved");
-        let fresh = alone(ONE).parameters().expect("parameters");
+        let fresh = local_session(ONE).parameters().expect("parameters");
         for mesh in ["data=2", "tensor=2", "stage=2"] {
-            together(&format!("files-{mesh}"), 2, |rank, cluster| {
-                let mut session = start(mesh, &among(cluster));
+            run_ranks(&format!("files-{mesh}"), 2, |rank, cluster| {
+                let mut session = start(mesh, &options_with(cluster));
                 let file = |other: &str| path(if rank == 1 { other } else { "one" });
                 let is_fresh = |session: &Session| bits(&session.parameters().expect("parameters")) == bits(&fresh);
-                let error = disagreement(session.init_from(&file("two")));
+                let error = disagreement_text(session.init_from(&file("two")));
                 assert!(error.contains(": the ranks differ in tensor "), "{error}");
-                let error = disagreement(session.restore(&file("two")));
+                let error = disagreement_text(session.restore(&file("two")));
                 assert!(error.contains(": the ranks differ in number of steps: rank 0 has 1; rank 1 has 2"), "{error}");
-                let mut others = parameters.clone();
-                // The last layer's, which the second stage alone holds.
-                if let (1, Some(HostData::F32(values))) = (rank, others.get_mut("lnf.weight").map(|t| &mut t.data)) {
+                let mut changed_parameters = parameters.clone();
+                // Only the second stage holds the last layer's parameters.
+                if let (1, Some(HostData::F32(values))) =
+                    (rank, changed_parameters.get_mut("lnf.weight").map(|t| &mut t.data))
+                {
                     values[0] += 1.0;
                 }
-                let error = disagreement(session.set_parameters(&others));
+                let error = disagreement_text(session.set_parameters(&changed_parameters));
                 assert!(error.contains("(memory): the ranks differ in tensor lnf.weight: "), "{error}");
                 let error = session.restore(&file("missing")).expect_err("one rank has no file").to_string();
                 let expected = if rank == 1 { "No such file" } else { "rank 1 cannot load it; see its log" };
@@ -263,7 +266,7 @@ fn what_ranks_load_is_compared_before_anything_changes() {
                 session.restore(&file("one")).expect("the same on both");
                 assert!(bits(&session.parameters().expect("parameters")) == bits(&parameters));
                 model().step(&mut session);
-                session.shutdown().expect("nothing has failed");
+                session.shutdown().expect("a clean shutdown");
             });
         }
     });
@@ -280,13 +283,13 @@ fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
             model().step(&mut session);
             checkpoint(&session, &scratch.path().join(rank.to_string()));
         }
-        together("own-folders", 2, |rank, cluster| {
-            let mut session = start("stage=2", &among(cluster));
+        run_ranks("own-folders", 2, |rank, cluster| {
+            let mut session = start("stage=2", &options_with(cluster));
             let store = store(&scratch.path().join(rank.to_string()));
-            let error = disagreement(session.restore_newest(&store));
+            let error = disagreement_text(session.restore_newest(&store));
             assert!(error.contains("the ranks differ in seed: rank 0 has 0; rank 1 has 1"), "{error}");
             let reader = store.read(1).expect("a checkpoint");
-            let error = disagreement(session.restore_checkpoint(&reader));
+            let error = disagreement_text(session.restore_checkpoint(&reader));
             assert!(error.contains("the ranks differ in seed"), "{error}");
             assert_eq!(session.steps(), 0);
         });
@@ -296,9 +299,9 @@ fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
 #[test]
 fn declared_values_are_compared_before_a_session_starts() {
     within(SECONDS, || {
-        let errors = together("declared", 2, |rank, cluster| {
+        let errors = run_ranks("declared", 2, |rank, cluster| {
             let declared = Declarations::default().declare("tokenizer", format!("v{rank}"), OnResume::Free);
-            let options = SessionOptions { declared, ..among(cluster) };
+            let options = SessionOptions { declared, ..options_with(cluster) };
             let plan = model().plan("data=2", &self::options(MICRO_BATCHES, OneFOneB));
             let error = Session::start(plan, &options).err().expect("two values");
             assert_eq!(error.exit(), Exit::Refused, "{error}");
@@ -330,7 +333,7 @@ fn checkpoint(session: &Session, folder: &Path) {
 
 /// A session of the model without these of its layers, and with these options.
 fn with_layers(layers: usize, options: &SessionOptions) -> Session {
-    Model { layers, ..model() }.session_among(ONE, &self::options(MICRO_BATCHES, OneFOneB), options)
+    Model { layers, ..model() }.session_with(ONE, &self::options(MICRO_BATCHES, OneFOneB), options)
 }
 
 #[test]
@@ -338,7 +341,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
     within(SECONDS, || {
         let scratch = Scratch::new("agreement-lacks");
         let (file, folder) = (scratch.path().join("model"), scratch.path().join("run"));
-        let mut large = alone(ONE);
+        let mut large = local_session(ONE);
         model().step(&mut large);
         large.save(&file).expect("saved");
         checkpoint(&large, &folder);
@@ -386,7 +389,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
 fn a_program_that_only_computes_leaves_optimizer_states_out() {
     within(SECONDS, || {
         let scratch = Scratch::new("agreement-states");
-        let mut trained = alone(ONE);
+        let mut trained = local_session(ONE);
         model().step(&mut trained);
         trained.save(&scratch.path().join("model")).expect("saved");
         checkpoint(&trained, &scratch.path().join("run"));
@@ -407,13 +410,14 @@ fn a_program_that_only_computes_leaves_optimizer_states_out() {
     });
 }
 
-/// After a load of weights, the next steps are those of a session that began with them: moments, steps and updates are gone.
+/// After a load of weights, the next steps are those of a session that began with them: moments, steps and updates are
+/// gone.
 #[test]
 fn optimizer_state_is_fresh_after_a_load_of_weights() {
     within(SECONDS, || {
         let scratch = Scratch::new("agreement-fresh");
         let file = scratch.path().join("model");
-        let mut first = alone(ONE);
+        let mut first = local_session(ONE);
         (0..3).for_each(|_| drop(model().step(&mut first)));
         first.save(&file).expect("saved");
         let train = |session: &mut Session| {
@@ -426,7 +430,7 @@ fn optimizer_state_is_fresh_after_a_load_of_weights() {
                 .map(|(n, b)| (n.to_owned(), b))
                 .collect::<Vec<_>>()
         };
-        let expected = train(&mut alone(ONE));
+        let expected = train(&mut local_session(ONE));
         assert!(train(&mut first) == expected, "something of the steps before is left");
     });
 }
@@ -436,7 +440,7 @@ fn tensors_of_16_bits_are_converted_and_other_types_named() {
     within(SECONDS, || {
         let scratch = Scratch::new("agreement-types");
         let path = scratch.path().join("model");
-        let mut session = alone(ONE);
+        let mut session = local_session(ONE);
         let parameters = session.parameters().expect("parameters");
         let mut write = |dtype: Dtype, bytes_of: &dyn Fn(f32) -> Vec<u8>| {
             let bytes =
@@ -518,7 +522,7 @@ fn files_and_checkpoints_record_what_was_declared() {
             assert_eq!(
                 (notes.len(), losses(&mut resumed)),
                 (2, expected.clone()),
-                "{name}: dropout goes on with the seed"
+                "{name}: dropout continues with the seed"
             );
         }
         let error = start(ONE, &declared("a", 4, 4)).init_from(&file).expect_err("other heads").to_string();

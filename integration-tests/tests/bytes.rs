@@ -1,4 +1,4 @@
-//! The bytes that collectives bring into each device in a step are those that the plan says.
+//! The bytes that collectives deliver to each device in a step match the plan.
 
 use std::collections::BTreeMap;
 
@@ -10,14 +10,14 @@ use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::{element_count, split_range};
 
-/// Bytes into each device in a step, by the graph's changes of layout and the sizes of the buckets; what clipping takes in
-/// comes on top.
+/// Bytes received by each device in a step, from the graph's layout changes and the bucket sizes, without those of
+/// clipping.
 fn predicted(plan: &Plan) -> Vec<u64> {
     let mut bytes = vec![0; plan.memory.len()];
     for node in plan.graph.nodes() {
         let NodeOp::Boxing(step) = &node.op else { continue };
         if step.kind == StepKind::Transfer {
-            // Copies by the reader's own stream, not collectives.
+            // The reader's stream copies these; they are not collectives.
             continue;
         }
         let rate = node.phase.rate();
@@ -33,7 +33,7 @@ fn predicted(plan: &Plan) -> Vec<u64> {
     bytes
 }
 
-/// The all-reduces of whole gradient slots: each of n members takes in `(n - 1) * own chunk + (all - own chunk)`.
+/// All-reduces of whole gradient slots: each of n members receives `(n - 1) * own chunk + (all - own chunk)`.
 fn buckets(plan: &Plan) -> BTreeMap<usize, u64> {
     let mut bytes = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -72,14 +72,15 @@ fn check(mesh: &'static str, micro_batches: usize) -> Vec<u64> {
 }
 
 #[test]
-fn one_device_and_a_pipeline_of_single_devices_call_no_collective() {
+fn a_device_and_a_pipeline_of_single_devices_run_no_collective() {
     assert_eq!(check(ONE, 2), [0]);
     assert_eq!(check("stage=2", 2), [0, 0]);
 }
 
-/// Gradients are reduced once a step, whatever the micro-batches; half of them come in twice.
+/// Gradients are reduced once per step for any number of micro-batches. With two devices, each receives half of them
+/// twice.
 #[test]
-fn data_parallel_takes_in_the_gradients_once_a_step() {
+fn data_parallelism_reduces_gradients_once_per_step() {
     let bytes = check("data=2", 1);
     assert_eq!(bytes, check("data=2", 4));
     let model = Model::default();
@@ -93,14 +94,14 @@ fn data_parallel_takes_in_the_gradients_once_a_step() {
 }
 
 #[test]
-fn tensor_parallel_takes_in_activations_for_each_micro_batch() {
+fn tensor_parallelism_receives_activations_in_each_micro_batch() {
     let bytes = check("tensor=2", 2);
     assert!(bytes.iter().all(|b| *b > 0));
     check("tensor=3", 1);
 }
 
 #[test]
-fn data_and_tensor_parallel_take_in_both() {
+fn data_and_tensor_parallelism_receive_both() {
     check("data=2,tensor=2", 1);
     check("data=2,tensor=2", 3);
     check("data=2,stage=2,tensor=2", 2);

@@ -1,5 +1,5 @@
-//! Checkpoints where things go wrong: a process killed at each operation of a save, files altered and cut, a full disk, a
-//! stalled one. The newest complete checkpoint always loads, a torn one never, and training goes on.
+//! Checkpoints under faults: a process killed at each operation of a save, altered and truncated files, a full disk, a
+//! stalled store. The newest complete checkpoint always loads, a torn one never does, and training continues.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -21,15 +21,15 @@ use shardflow::checkpoint::{
 use shardflow::init::mix;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::Session;
-use shardflow_integration_tests::faulty::{Fault, Faulty};
-use shardflow_integration_tests::together::{Together, save_together};
+use shardflow_integration_tests::faulty::{FaultyStore, StoreFault};
+use shardflow_integration_tests::together::{SharedMemoryAgreement, save_together};
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 use shardflow_kernels::tensor::{HostTensor, Region, split_range};
 
-/// Rows and columns of the tensor that is saved where no session is needed.
+/// Shape of the tensor in the tests that need no session.
 const SHAPE: [usize; 2] = [40, 16];
 
-/// Parts that two processes write at a step: values that only this step has.
+/// The parts that two processes write at a step, with values unique to this step.
 fn parts(step: u64) -> Vec<Snapshot> {
     let info = TensorMeta {
         name: "weight".into(),
@@ -61,137 +61,139 @@ fn parts(step: u64) -> Vec<Snapshot> {
     (0..2).map(part).collect()
 }
 
-/// The checkpoint holds what its step wrote, to the last bit.
+/// Checks that the checkpoint holds the exact values of its step.
 fn check_contents(reader: &CheckpointReader) {
     let step = reader.manifest().step;
-    let whole = reader.tensor("weight", &Region::whole(&SHAPE)).expect("it was found good");
+    let whole = reader.tensor("weight", &Region::whole(&SHAPE)).expect("a verified checkpoint");
     let expected = |i: usize| (step as f32) + (i as f32) / 4096.0;
     assert!(whole.as_f32().expect("floats").iter().enumerate().all(|(i, v)| *v == expected(i)), "step {step}");
 }
 
-/// Parts so small that a shard takes several.
+/// Sets a part size so small that each shard needs several parts.
 fn small_parts(store: Store) -> Store {
     store.with_part_bytes(512)
 }
 
-/// Saves the step as two processes, of which 1 is done before 0 begins: so operations have an order.
+/// Saves the step as two processes. Process 1 finishes writing before process 0 begins, so the order of operations is
+/// fixed.
 fn save_in_order(store: &Store, step: u64, epoch: u64) -> Vec<SaveReport> {
-    let (together, parts) = (Together::new(2), parts(step));
+    let (agreement, parts) = (SharedMemoryAgreement::new(2), parts(step));
     let save = |process: u32| {
         let options =
             SaverOptions { member: ProcessRank { process, processes: 2, epoch }, keep: 2, ..SaverOptions::default() };
-        save_now(store, &parts[process as usize], &together, &options, 0).expect("good options")
+        save_now(store, &parts[process as usize], &agreement, &options, 0).expect("valid options")
     };
     std::thread::scope(|scope| {
         let other = scope.spawn(|| save(1));
-        together.wait_for_another(SaveId { epoch, step, attempt: 0 });
-        vec![save(0), other.join().expect("does not panic")]
+        agreement.wait_for_another(SaveId { epoch, step, attempt: 0 });
+        vec![save(0), other.join().expect("no panic")]
     })
 }
 
 const CHILD: &str = "SHARDFLOW_TEST_CHECKPOINT_KILL";
 
-/// What the processes of the next test run; by itself it does nothing.
+/// The child process of the next test; does nothing when run directly.
 #[test]
 fn child_that_saves_until_it_is_killed() {
-    let Ok(told) = std::env::var(CHILD) else { return };
-    let (folder, at) = told.split_once(' ').expect("a folder and a number");
+    let Ok(arguments) = std::env::var(CHILD) else { return };
+    let (folder, at) = arguments.split_once(' ').expect("a folder and a number");
     let inner = LocalFileSystem::new_with_prefix(folder).expect("the folder is there").with_fsync(true);
-    let faulty = Faulty::new(Arc::new(inner), Fault::Kill, at.parse().expect("a number"), Some(folder.into()));
+    let faulty =
+        FaultyStore::new(Arc::new(inner), StoreFault::Kill, at.parse().expect("a number"), Some(folder.into()));
     let store = small_parts(Store::with(Arc::new(faulty), "").expect("a store"));
     let reports = save_in_order(&store, 4, 1);
     assert!(reports.iter().all(|r| r.result.is_ok() && r.prune.is_none()));
 }
 
-/// Runs the child above; true when it was killed before it was done.
-fn killed_at(folder: &Path, at: usize) -> bool {
+/// Runs the child above; returns whether it was killed before it finished.
+fn run_child_killed_at(folder: &Path, at: usize) -> bool {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     child.args(["--exact", "child_that_saves_until_it_is_killed"]);
     child.env(CHILD, format!("{} {at}", folder.display()));
-    let status = child.stdout(std::process::Stdio::null()).status().expect("can be started");
+    let status = child.stdout(std::process::Stdio::null()).status().expect("started");
     assert!(status.success() || status.signal() == Some(9), "operation {at}: {status}");
     !status.success()
 }
 
 fn committed(folder: &Path) -> Vec<u64> {
     let store = open(folder);
-    store.steps().expect("can be listed")
+    store.steps().expect("listed")
 }
 
 fn open(folder: &Path) -> Store {
     small_parts(Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder"))
 }
 
-/// kill -9 before each operation of a save by two processes, writes being half done: what is listed is whole, the commit
-/// is all or nothing, and the next incarnation saves and cleans up.
+/// kill -9 before each operation of a save by two processes, with half-written files: every listed checkpoint is
+/// complete, the commit is atomic, and the next incarnation saves and cleans up.
 #[test]
-fn killed_at_any_operation_a_save_is_there_or_not() {
+fn a_save_killed_at_any_operation_is_complete_or_absent() {
     within(120, || {
         let scratch = Scratch::new("checkpoint-kill");
         let (mut at, mut seen) = (0, [0, 0]);
         loop {
             let folder = scratch.path().join(at.to_string());
-            std::fs::create_dir(&folder).expect("can be made");
+            std::fs::create_dir(&folder).expect("created");
             for step in [1, 2] {
                 save_in_order(&open(&folder), step, 0);
             }
-            let is_killed = killed_at(&folder, at);
-            let newest = open(&folder).newest_verified().expect("can be listed");
+            let is_killed = run_child_killed_at(&folder, at);
+            let newest = open(&folder).newest_verified().expect("listed");
             assert!(newest.damaged.is_empty(), "operation {at}: {:?}", newest.damaged);
-            let reader = newest.reader.expect("at least the one before");
+            let reader = newest.reader.expect("at least the previous checkpoint");
             check_contents(&reader);
             assert!([2, 4].contains(&reader.manifest().step), "operation {at}");
             for step in committed(&folder) {
                 let whole = open(&folder).read(step).and_then(|reader| reader.verify());
-                whole.unwrap_or_else(|e| panic!("operation {at}: step {step} is listed, but not whole: {e}"));
+                whole.unwrap_or_else(|e| panic!("operation {at}: step {step} is listed but incomplete: {e}"));
             }
             seen[usize::from(reader.manifest().step == 4)] += 1;
-            // The next incarnation: it may reach the same step again, and goes on.
+            // The next incarnation may reach the same step again, and continues.
             for (step, epoch) in [(4, 2), (6, 2)] {
                 for report in save_in_order(&open(&folder), step, epoch) {
                     assert!(report.result.is_ok() && report.prune.is_none(), "operation {at}: {report:?}");
                 }
             }
             assert_eq!(committed(&folder), [4, 6], "operation {at}");
-            check_contents(&open(&folder).read(4).expect("is kept"));
-            assert_eq!(files(&folder), 2 * 5, "operation {at}: leftovers are deleted, torn files too");
+            check_contents(&open(&folder).read(4).expect("a kept checkpoint"));
+            assert_eq!(files(&folder), 2 * 5, "operation {at}: leftovers and torn files remain");
             if !is_killed {
                 break;
             }
             at += 1;
         }
-        // Each of: shards in parts, sidecars, manifest, and deleting.
+        // Covers shards in parts, sidecars, the manifest and deletions.
         assert!(at > 30 && seen[0] > 15 && seen[1] > 10, "{at} operations, {seen:?}");
     });
 }
 
-/// A job is frozen before each operation of a save while its successor commits the same step; then it thaws. What was
-/// committed first stays, whole, and nobody else is told that the step is his.
+/// A job freezes before each operation of a save while its successor commits the same step, then resumes. The first
+/// commit stays complete, and only its job reports the commit.
 #[test]
-fn a_frozen_job_that_thaws_commits_nothing_twice() {
+fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
     within(60, || {
         for at in 0.. {
             let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
             let healthy = small_parts(Store::with(memory.clone(), "run").expect("a store"));
-            let (successor, (sender, told)) = (healthy.clone(), std::sync::mpsc::channel());
+            let (successor, (sender, results)) = (healthy.clone(), std::sync::mpsc::channel());
             let work = move || {
                 let reports = save_in_order(&successor, 4, 2);
                 let _ = sender.send(reports.into_iter().map(|r| r.result.expect("nothing fails")).collect::<Vec<_>>());
             };
-            let faulty = Arc::new(Faulty::meanwhile(memory, at, Box::new(work)));
+            let faulty = Arc::new(FaultyStore::meanwhile(memory, at, Box::new(work)));
             let store = small_parts(Store::with(faulty, "run").expect("a store"));
             let frozen = save_in_order(&store, 4, 1);
-            let Ok(saved) = told.try_recv() else {
+            let Ok(saved) = results.try_recv() else {
                 assert!(at > 20, "{at} operations");
                 return;
             };
-            let reader = healthy.read(4).expect("was committed");
+            let reader = healthy.read(4).expect("a committed checkpoint");
             reader.verify().unwrap_or_else(|e| panic!("operation {at}: {e}"));
             check_contents(&reader);
             let winner = if saved[0] == SaveOutcome::Committed { 2 } else { 1 };
             assert_eq!(reader.manifest().epoch, winner, "operation {at}: {saved:?}, {frozen:?}");
             for report in frozen {
-                // What the successor deleted as left behind is told as missing.
+                // Files that the successor deleted as leftovers are reported as missing.
                 let is_winner = matches!(report.result, Ok(SaveOutcome::Committed));
                 assert_eq!(is_winner, winner == 1, "operation {at}: {:?}", report.result);
             }
@@ -199,26 +201,27 @@ fn a_frozen_job_that_thaws_commits_nothing_twice() {
     });
 }
 
-/// Files below a folder.
+/// Number of files below a folder.
 fn files(folder: &Path) -> usize {
     let entries = std::fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").path());
     entries.map(|path| if path.is_dir() { files(&path) } else { 1 }).sum()
 }
 
-/// A full disk at each operation of a save: the file is named, nothing is listed, and when there is room again all is well.
+/// The disk fills up at each operation of a save: the error names the file, no checkpoint is listed, and saves work
+/// again once there is space.
 #[test]
-fn a_full_disk_fails_the_save_and_nothing_else() {
+fn a_full_disk_fails_only_the_save() {
     within(60, || {
         let mut at = 0;
         loop {
-            let faulty = Faulty::new(Arc::new(InMemory::new()), Fault::Full, usize::MAX, None);
+            let faulty = FaultyStore::new(Arc::new(InMemory::new()), StoreFault::Full, usize::MAX, None);
             let healthy = small_parts(Store::with(Arc::new(faulty.clone()), "run").expect("a store"));
             assert!(save_in_order(&healthy, 2, 0).iter().all(|r| r.result.is_ok()));
             let before = faulty.operations();
-            let failing = Faulty::new(Arc::new(faulty.clone()), Fault::Full, at, None);
+            let failing = FaultyStore::new(Arc::new(faulty.clone()), StoreFault::Full, at, None);
             let store = small_parts(Store::with(Arc::new(failing.clone()), "run").expect("a store"));
             let reports = save_in_order(&store, 4, 0);
-            let is_committed = healthy.steps().expect("can be listed").contains(&4);
+            let is_committed = healthy.steps().expect("listed").contains(&4);
             for report in &reports {
                 match &report.result {
                     Ok(saved) => assert!(is_committed && *saved == SaveOutcome::Committed),
@@ -232,10 +235,10 @@ fn a_full_disk_fails_the_save_and_nothing_else() {
                     }
                 }
             }
-            check_contents(&healthy.newest_verified().expect("can be listed").reader.expect("one is there"));
+            check_contents(&healthy.newest_verified().expect("listed").reader.expect("a checkpoint"));
             failing.heal();
             assert!(save_in_order(&store, 6, 0).iter().all(|r| r.result.is_ok()));
-            check_contents(&store.read(6).expect("was committed"));
+            check_contents(&store.read(6).expect("a committed checkpoint"));
             assert!(faulty.operations() > before);
             if is_committed {
                 break;
@@ -246,27 +249,27 @@ fn a_full_disk_fails_the_save_and_nothing_else() {
     });
 }
 
-/// A store that answers nothing from some operation on: each save ends by its deadline, with the file, and what was
-/// committed before loads.
+/// A store that hangs from some operation on: each save ends by its deadline and names the file, and the previous
+/// checkpoint still loads.
 #[test]
 fn a_stalled_store_ends_the_save_by_its_deadline() {
     within(60, || {
-        let count = |store: Faulty| {
+        let count = |store: FaultyStore| {
             save_in_order(&small_parts(Store::with(Arc::new(store.clone()), "run").expect("a store")), 4, 0);
             store.operations()
         };
-        let operations = count(Faulty::new(Arc::new(InMemory::new()), Fault::Stall, usize::MAX, None));
+        let operations = count(FaultyStore::new(Arc::new(InMemory::new()), StoreFault::Stall, usize::MAX, None));
         assert!(operations > 20, "{operations}");
-        // All at once: they only wait.
+        // All run at once, because they only wait.
         let stall_at = |at| {
             let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
             let healthy = Store::with(memory.clone(), "run").expect("a store");
             save_in_order(&healthy, 2, 0);
-            let faulty = Arc::new(Faulty::new(memory, Fault::Stall, at, None));
+            let faulty = Arc::new(FaultyStore::new(memory, StoreFault::Stall, at, None));
             let deadline = Duration::from_millis(800);
             let store = small_parts(Store::with(faulty, "run").expect("a store").with_deadline(deadline));
             let reports = save_in_order(&store, 4, 0);
-            let is_committed = healthy.steps().expect("can be listed").contains(&4);
+            let is_committed = healthy.steps().expect("listed").contains(&4);
             for report in reports {
                 let stalled = report.result.err().map(|e| e.to_string());
                 assert_eq!(stalled.is_none(), is_committed, "operation {at}: {stalled:?}");
@@ -275,14 +278,14 @@ fn a_stalled_store_ends_the_save_by_its_deadline() {
                 let pruned = report.prune.map(|e| e.to_string());
                 assert!(pruned.iter().all(|text| text.contains("no answer")), "operation {at}: {pruned:?}");
             }
-            check_contents(&healthy.newest_verified().expect("can be listed").reader.expect("one is there"));
+            check_contents(&healthy.newest_verified().expect("listed").reader.expect("a checkpoint"));
             is_committed
         };
         std::thread::scope(|scope| {
             let threads: Vec<_> = (0..operations).map(|at| scope.spawn(move || stall_at(at))).collect();
             let committed = threads.into_iter().map(|t| t.join().expect("no assertion failed"));
             let committed: Vec<bool> = committed.collect();
-            assert!(committed.is_sorted(), "a save is committed from one operation on: {committed:?}");
+            assert!(committed.is_sorted(), "the commit must depend on one operation: {committed:?}");
             assert!(!committed[0] && committed[operations - 1]);
         });
     });
@@ -296,44 +299,49 @@ fn session(mesh: &str) -> Session {
     model().session(mesh, &options(1, OneFOneB))
 }
 
-/// The disk fills up, then stalls, while a training runs: no step waits for it, and the losses are those they would be.
+/// The store fills up or stalls while a training runs: no step waits for it, and the losses do not change.
 #[test]
-fn training_goes_on_while_saves_fail() {
+fn training_continues_while_saves_fail() {
     within(60, || {
         let mut undisturbed = session("data=2");
         let losses: Vec<_> = (0..30).map(|_| model().step(&mut undisturbed).loss.map(f32::to_bits)).collect();
-        for (fault, what) in [(Fault::Full, "No space left"), (Fault::Stall, "no answer")] {
-            let faulty = Faulty::new(Arc::new(InMemory::new()), fault, 12, None);
+        for (fault, message) in [(StoreFault::Full, "No space left"), (StoreFault::Stall, "no answer")] {
+            let faulty = FaultyStore::new(Arc::new(InMemory::new()), fault, 12, None);
             let store = Store::with(Arc::new(faulty.clone()), "run").expect("a store");
             let store = store.with_deadline(Duration::from_secs(2));
             let options = SaverOptions { busy: WhenBusy::Skip, ..SaverOptions::default() };
-            let mut saver = Saver::new(store.clone(), Arc::new(SingleProcess), options).expect("a thread can be had");
+            let mut saver = Saver::new(store.clone(), Arc::new(SingleProcess), options).expect("a thread");
             let mut here = session("data=2");
             let (mut failed, mut skipped, mut again) = (None, 0, Vec::new());
             for step in 0..30 {
-                let begun = saver.save(&here, BTreeMap::new()).expect("the session lives");
+                let begun = saver.save(&here, BTreeMap::new()).expect("a running session");
                 skipped += usize::from(matches!(begun, SaveStart::Skipped));
                 if let SaveStart::Started { before: Some(report) } = begun {
                     failed = failed.or(report.result.err());
                 }
                 again.push(model().step(&mut here).loss.map(f32::to_bits));
                 failed = failed.or(saver.poll().and_then(|report| report.result.err()));
-                assert!(step < 29 || fault == Fault::Full || skipped > 0, "a save that stalls is not waited for");
+                assert!(step < 29 || fault == StoreFault::Full || skipped > 0, "training waited for a stalled save");
             }
             assert_eq!(again, losses);
             if failed.is_none() {
-                let report = saver.wait(Duration::from_secs(20)).expect("it ends").expect("one goes on");
+                let report = saver.wait(Duration::from_secs(20)).expect("the save ends").expect("a save in progress");
                 failed = report.result.err();
             }
             let error = failed.expect("the store failed").to_string();
-            assert!(error.contains(what) && error.contains("faulty://run/step-0000"), "{error}");
+            assert!(error.contains(message) && error.contains("faulty://run/step-0000"), "{error}");
             let begin = Instant::now();
             drop(saver);
-            assert!(begin.elapsed() < Duration::from_secs(1), "dropping waits for nothing");
+            assert!(begin.elapsed() < Duration::from_secs(1), "dropping the saver must not wait");
             faulty.heal();
-            let report =
-                save_now(&store, &here.snapshot(None).expect("lives"), &SingleProcess, &SaverOptions::default(), 99);
-            assert_eq!(report.expect("good options").result.expect("all is well again"), SaveOutcome::Committed);
+            let report = save_now(
+                &store,
+                &here.snapshot(None).expect("a running session"),
+                &SingleProcess,
+                &SaverOptions::default(),
+                99,
+            );
+            assert_eq!(report.expect("valid options").result.expect("the healed store"), SaveOutcome::Committed);
             let mut resumed = session("stage=1");
             assert_eq!(resumed.restore_newest(&store).expect("loads").found.map(|f| f.0), Some(30));
         }
@@ -343,10 +351,11 @@ fn training_goes_on_while_saves_fail() {
 /// All files of a store.
 fn all_files(memory: &InMemory) -> BTreeMap<object_store::path::Path, Vec<u8>> {
     let list = async {
-        let metas: Vec<_> = memory.list(None).try_collect().await.expect("can be listed");
+        let metas: Vec<_> = memory.list(None).try_collect().await.expect("listed");
         let mut files = BTreeMap::new();
         for meta in metas {
-            let bytes = memory.get(&meta.location).await.expect("is there").bytes().await.expect("is there");
+            let bytes =
+                memory.get(&meta.location).await.expect("an existing file").bytes().await.expect("an existing file");
             files.insert(meta.location, bytes.to_vec());
         }
         files
@@ -360,11 +369,12 @@ fn blocking<T>(work: impl Future<Output = T>) -> T {
 
 /// Bits of parameters and optimizer state.
 fn state(session: &Session) -> Vec<Vec<u32>> {
-    let pieces = session.snapshot(None).expect("lives").pieces;
+    let pieces = session.snapshot(None).expect("a running session").pieces;
     pieces.iter().map(|p| p.data.as_f32().expect("floats").iter().map(|v| v.to_bits()).collect()).collect()
 }
 
-/// A byte flipped, or a file cut, at 200 places each: what loads has the right bits, and what was passed over is named.
+/// One bit flipped, or the file truncated, at 200 places each: the loaded state is correct, and skipped checkpoints are
+/// named.
 #[test]
 fn altered_and_cut_files_are_found_and_named() {
     within(120, || {
@@ -374,10 +384,11 @@ fn altered_and_cut_files_are_found_and_named() {
         let mut expected = BTreeMap::new();
         for step in [1u64, 2] {
             model().step(&mut writer);
-            let parts: Vec<Snapshot> = (0..4).map(|d| writer.snapshot_of(d..d + 1, None).expect("lives")).collect();
+            let parts: Vec<Snapshot> =
+                (0..4).map(|d| writer.snapshot_of(d..d + 1, None).expect("a running session")).collect();
             assert!(save_together(&store, &parts, 0, 2).iter().all(|r| r.result.is_ok()));
             let mut reader = session("tensor=2");
-            reader.restore_checkpoint(&store.read(step).expect("was committed")).expect("fits");
+            reader.restore_checkpoint(&store.read(step).expect("a committed checkpoint")).expect("fits");
             expected.insert(step, state(&reader));
         }
         let files = all_files(&memory);
@@ -385,7 +396,7 @@ fn altered_and_cut_files_are_found_and_named() {
             files.keys().filter(|path| path.as_ref().starts_with("step-000000000002")).cloned().collect();
         assert_eq!(newest.len(), 4 + 4 + 1, "shards, sidecars, manifest");
         let mut reader = session("tensor=2");
-        let (mut seed, mut passed_over) = (1, 0);
+        let (mut seed, mut skipped) = (1, 0);
         let mut random = |below: usize| {
             seed = mix(seed);
             (seed % below as u64) as usize
@@ -399,12 +410,12 @@ fn altered_and_cut_files_are_found_and_named() {
             } else {
                 bytes.truncate(at)
             }
-            blocking(memory.put(path, bytes.into())).expect("can be put");
+            blocking(memory.put(path, bytes.into())).expect("written");
 
             let matters = !path.as_ref().contains("shard-") || !path.as_ref().ends_with(".json");
             let text = format!("case {case}: {path} at {at}");
-            let verified = store.newest_verified().expect("can be listed");
-            let found = verified.reader.expect("the older one is good").manifest().step;
+            let verified = store.newest_verified().expect("listed");
+            let found = verified.reader.expect("the older checkpoint").manifest().step;
             assert_eq!(found, if matters { 1 } else { 2 }, "{text}");
             assert!(
                 verified.damaged.iter().all(|e| e.to_string().contains(path.as_ref())),
@@ -414,18 +425,18 @@ fn altered_and_cut_files_are_found_and_named() {
             assert_eq!(verified.damaged.len(), usize::from(matters), "{text}");
 
             let restored = reader.restore_newest(&store).unwrap_or_else(|e| panic!("{text}: {e}"));
-            let step = restored.found.expect("the older one is good").0;
+            let step = restored.found.expect("the older checkpoint").0;
             assert!(state(&reader) == expected[&step], "{text}: wrong bits of step {step}");
             assert_eq!(restored.damaged.len(), usize::from(step == 1), "{text}");
             let named = |e: &CheckpointError| e.is_damage() && e.to_string().contains(path.as_ref());
             assert!(restored.damaged.iter().all(named), "{text}: {:?}", restored.damaged);
-            passed_over += usize::from(step == 1);
-            blocking(memory.put(path, files[path].clone().into())).expect("can be put");
+            skipped += usize::from(step == 1);
+            blocking(memory.put(path, files[path].clone().into())).expect("written");
         }
-        assert!(passed_over > 150, "{passed_over} of 400 were passed over");
-        // Nothing of either left: an error would be no help, an empty answer is.
+        assert!(skipped > 150, "{skipped} of 400 were skipped");
+        // Without any usable checkpoint, the result is empty rather than an error.
         for path in files.keys().filter(|path| path.as_ref().ends_with("safetensors")) {
-            blocking(memory.delete(path)).expect("can be deleted");
+            blocking(memory.delete(path)).expect("deleted");
         }
         let nothing = reader.restore_newest(&store).expect("no error");
         assert_eq!((nothing.found.is_none(), nothing.damaged.len()), (true, 2));

@@ -1,5 +1,5 @@
-//! A store of checkpoints where the place is not as it should be: shared with another run, without hard links, read-only,
-//! full, seen late; and what is kept and replaced there.
+//! Checkpoint stores in unsuitable locations: shared with another run, without hard links, read-only, full, or with
+//! delayed visibility; and which checkpoints are kept and replaced.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -15,7 +15,7 @@ use shardflow::checkpoint::{
 };
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionError};
-use shardflow_integration_tests::faulty::{Fault, Faulty};
+use shardflow_integration_tests::faulty::{FaultyStore, StoreFault};
 use shardflow_integration_tests::together::save_together;
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 use shardflow_kernels::tensor::HostTensor;
@@ -35,23 +35,23 @@ fn saver(session: &mut Session, store: &Store) -> Result<Saver, SessionError> {
 /// Trains a step, saves, and waits for the outcome.
 fn step_and_save(session: &mut Session, saver: &mut Saver) -> Result<SaveOutcome, CheckpointError> {
     Model::default().step(session);
-    saver.save(session, Cursor::new()).expect("the session lives");
-    saver.wait(Duration::from_secs(20)).expect("in time").expect("one was begun").result
+    saver.save(session, Cursor::new()).expect("a running session");
+    saver.wait(Duration::from_secs(20)).expect("in time").expect("a save in progress").result
 }
 
 fn whole(session: &Session) -> Vec<Snapshot> {
-    vec![session.snapshot(None).expect("nothing failed")]
+    vec![session.snapshot(None).expect("a running session")]
 }
 
 fn parts(session: &Session) -> Vec<Snapshot> {
-    (0..2).map(|device| session.snapshot_of(device..device + 1, None).expect("nothing failed")).collect()
+    (0..2).map(|device| session.snapshot_of(device..device + 1, None).expect("a running session")).collect()
 }
 
 fn checkpoint_error(result: Result<Saver, SessionError>) -> CheckpointError {
     match result {
         Err(SessionError::Checkpoint(error)) => error,
         Err(error) => panic!("{error}"),
-        Ok(_) => panic!("it was not found"),
+        Ok(_) => panic!("expected a checkpoint error"),
     }
 }
 
@@ -69,47 +69,53 @@ fn a_second_saver_fences_the_first() {
         let scratch = Scratch::new("store-fence");
         let store = open(scratch.path());
         let (mut first, mut second) = (session(), session());
-        let mut old = saver(&mut first, &store).expect("a place");
-        assert_eq!(step_and_save(&mut first, &mut old).expect("its own"), SaveOutcome::Committed);
+        let mut old = saver(&mut first, &store).expect("a usable store");
+        assert_eq!(step_and_save(&mut first, &mut old).expect("the owner saves"), SaveOutcome::Committed);
         second.restore_newest(&store).expect("readers need no lock");
-        let mut new = saver(&mut second, &store).expect("the same process");
+        let mut new = saver(&mut second, &store).expect("the same process takes over");
         let error = step_and_save(&mut first, &mut old).expect_err("fenced");
         assert!(matches!(error, CheckpointError::Fenced { .. }), "{error}");
-        assert_eq!(store.steps().expect("can be listed"), [1]);
-        assert_eq!(step_and_save(&mut second, &mut new).expect("its own"), SaveOutcome::Committed);
+        assert_eq!(store.steps().expect("listed"), [1]);
+        assert_eq!(step_and_save(&mut second, &mut new).expect("the owner saves"), SaveOutcome::Committed);
         drop((old, new));
-        assert_eq!(names(scratch.path()), ["step-000000000001", "step-000000000002"], "the lock is given back");
+        assert_eq!(names(scratch.path()), ["step-000000000001", "step-000000000002"], "the lock is released");
     });
 }
 
 #[test]
 fn a_store_without_conditional_puts_is_refused_and_named() {
-    let faulty = Faulty::new(Arc::new(InMemory::new()), Fault::NoConditionalPut, usize::MAX, None);
+    let faulty = FaultyStore::new(Arc::new(InMemory::new()), StoreFault::NoConditionalPut, usize::MAX, None);
     let store = Store::with(Arc::new(faulty), "run").expect("a store");
-    let error = Saver::new(store, Arc::new(SingleProcess), SaverOptions::default()).err().expect("no lock can be had");
+    let error = Saver::new(store, Arc::new(SingleProcess), SaverOptions::default())
+        .err()
+        .expect("no lock without conditional puts");
     assert!(error.to_string().contains("lacks conditional puts"), "{error}");
 }
 
-/// Without hard links a step is committed once, also after a writer that died between its claim and the commit.
+/// Without hard links a step is still committed once, even after a writer died between its claim and the commit.
 #[test]
 fn a_file_system_without_hard_links_is_enough() {
     within(60, || {
         let scratch = Scratch::new("store-links");
         let local = LocalFileSystem::new().with_fsync(true);
-        let faulty = Faulty::new(Arc::new(local), Fault::NoLinks, usize::MAX, None);
+        let faulty = FaultyStore::new(Arc::new(local), StoreFault::NoLinks, usize::MAX, None);
         let store = Store::in_folder(Arc::new(faulty), scratch.path(), "run").expect("a folder");
         let mut here = session();
-        let mut saver = saver(&mut here, &store).expect("a place");
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), SaveOutcome::Committed);
+        let mut saver = saver(&mut here, &store).expect("a usable store");
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("saved"), SaveOutcome::Committed);
         let again = save_together(&store, &parts(&here), 5, 2);
         assert!(again.iter().all(|report| matches!(report.result, Ok(SaveOutcome::AlreadyThere))), "{again:?}");
         let claim = scratch.path().join("step-000000000002/manifest.json.claim");
-        std::fs::create_dir_all(&claim).expect("can be made");
-        std::fs::write(claim.join("1"), "torn").expect("can be made");
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("the claim is taken"), SaveOutcome::Committed);
+        std::fs::create_dir_all(&claim).expect("created");
+        std::fs::write(claim.join("1"), "torn").expect("created");
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("the stale claim is replaced"), SaveOutcome::Committed);
         store.read(2).and_then(|reader| reader.verify()).expect("whole");
-        assert_eq!(names(&scratch.path().join("step-000000000002")), ["e0-1", "manifest.json"], "all else is deleted");
-        // Two jobs at once, with tensors of their own.
+        assert_eq!(
+            names(&scratch.path().join("step-000000000002")),
+            ["e0-1", "manifest.json"],
+            "everything else is deleted"
+        );
+        // Two jobs at once, each with its own tensors.
         Model::default().step(&mut here);
         let mut other = parts(&here);
         for piece in other.iter_mut().flat_map(|part| &mut part.pieces) {
@@ -123,7 +129,7 @@ fn a_file_system_without_hard_links_is_enough() {
                     move || save_together(&store, &parts, epoch, 9)
                 })
             });
-            jobs.map(|job| job.join().expect("does not panic"))
+            jobs.map(|job| job.join().expect("no panic"))
         });
         let committed =
             reports.iter().filter(|reports| matches!(reports[0].result, Ok(SaveOutcome::Committed))).count();
@@ -132,14 +138,14 @@ fn a_file_system_without_hard_links_is_enough() {
     });
 }
 
-/// Called with the clock's time while a test waits.
-type Meanwhile = Box<dyn FnMut(Duration) + Send>;
+/// Called with the clock's time during each wait.
+type OnWait = Box<dyn FnMut(Duration) + Send>;
 
-/// Time that passes by waits.
+/// A clock that advances only when someone waits.
 #[derive(Default)]
 struct TestClock {
     now: Mutex<Duration>,
-    meanwhile: Mutex<Option<Meanwhile>>,
+    on_wait: Mutex<Option<OnWait>>,
 }
 
 impl std::fmt::Debug for TestClock {
@@ -150,19 +156,19 @@ impl std::fmt::Debug for TestClock {
 
 impl WaitClock for TestClock {
     fn now(&self) -> Duration {
-        *self.now.lock().expect("nobody panics with it")
+        *self.now.lock().expect("the lock is not poisoned")
     }
 
     fn wait(&self, time: Duration) {
-        *self.now.lock().expect("nobody panics with it") += time;
+        *self.now.lock().expect("the lock is not poisoned") += time;
         let now = self.now();
-        self.meanwhile.lock().expect("nobody panics with it").iter_mut().for_each(|work| work(now));
+        self.on_wait.lock().expect("the lock is not poisoned").iter_mut().for_each(|work| work(now));
     }
 }
 
-/// Process 0 sees what process 1 has written a minute later: files of two nodes of a network file system.
+/// Process 0 sees the files of process 1 a minute later, as with two nodes of a network file system.
 #[test]
-fn a_file_that_is_seen_late_is_no_damage() {
+fn a_file_with_delayed_visibility_is_not_damage() {
     within(60, || {
         for (hidden, late, is_saved) in [(90, 60, true), (90, 120, false), (0, 60, false)] {
             let scratch = Scratch::new(&format!("store-late-{hidden}-{late}"));
@@ -171,17 +177,17 @@ fn a_file_that_is_seen_late_is_no_damage() {
             let store = open(&here).with_hidden(Duration::from_secs(hidden)).with_clock(clock.clone());
             let mut session = session();
             Model::default().step(&mut session);
-            // What the other writes lies elsewhere until then.
+            // The other process's files are in another folder until then.
             let files = "step-000000000001/e0-0";
             let (from, to) = (there.join(files), here.join(files));
-            *clock.meanwhile.lock().expect("nobody panics with it") = Some(Box::new(move |now: Duration| {
+            *clock.on_wait.lock().expect("the lock is not poisoned") = Some(Box::new(move |now: Duration| {
                 for name in ["shard-1-of-2.safetensors", "shard-1-of-2.json"] {
                     if now >= Duration::from_secs(late) && !to.join(name).exists() {
-                        std::fs::copy(from.join(name), to.join(name)).expect("is there");
+                        std::fs::copy(from.join(name), to.join(name)).expect("an existing file");
                     }
                 }
             }));
-            let together = shardflow_integration_tests::together::Together::new(2);
+            let agreement = shardflow_integration_tests::together::SharedMemoryAgreement::new(2);
             let stores = [store.clone(), open(&there)];
             let results = std::thread::scope(|scope| {
                 let jobs: Vec<_> = parts(&session)
@@ -189,16 +195,16 @@ fn a_file_that_is_seen_late_is_no_damage() {
                     .zip(stores)
                     .enumerate()
                     .map(|(process, (part, store))| {
-                        let together = &together;
+                        let agreement = &agreement;
                         scope.spawn(move || {
                             let member =
                                 shardflow::checkpoint::ProcessRank { process: process as u32, processes: 2, epoch: 0 };
                             let options = SaverOptions { member, ..SaverOptions::default() };
-                            save_now(&store, &part, together, &options, 0).expect("good options").result
+                            save_now(&store, &part, agreement, &options, 0).expect("valid options").result
                         })
                     })
                     .collect();
-                jobs.into_iter().map(|job| job.join().expect("does not panic")).collect::<Vec<_>>()
+                jobs.into_iter().map(|job| job.join().expect("no panic")).collect::<Vec<_>>()
             });
             match &results[0] {
                 Ok(saved) => assert!(is_saved && *saved == SaveOutcome::Committed, "{hidden} {late}"),
@@ -222,44 +228,44 @@ fn some_checkpoints_are_kept_for_good() {
         for _ in 0..10 {
             Model::default().step(&mut here);
             let options = SaverOptions { keep: 2, keep_every: Some(4), ..SaverOptions::default() };
-            let report = save_now(&store, &whole(&here)[0], &SingleProcess, &options, 0).expect("good options");
+            let report = save_now(&store, &whole(&here)[0], &SingleProcess, &options, 0).expect("valid options");
             assert!(report.result.is_ok() && report.prune.is_none(), "{report:?}");
         }
-        assert_eq!(store.steps().expect("can be listed"), [4, 8, 9, 10]);
-        store.prune(u64::MAX, 1, Some(4)).expect("can be deleted");
-        assert_eq!(store.steps().expect("can be listed"), [4, 8, 10]);
+        assert_eq!(store.steps().expect("listed"), [4, 8, 9, 10]);
+        store.prune(u64::MAX, 1, Some(4)).expect("deleted");
+        assert_eq!(store.steps().expect("listed"), [4, 8, 10]);
     });
 }
 
-/// A cursor that was replaced is the checkpoint's from then on, and of no other that is saved under the step.
+/// A replaced cursor applies to the checkpoint from then on, and not to another checkpoint of the same step.
 #[test]
-fn a_cursor_is_replaced_at_once() {
+fn a_replaced_cursor_takes_effect_immediately() {
     within(60, || {
         let scratch = Scratch::new("store-cursor");
         let store = open(scratch.path());
         let mut here = session();
-        let mut saver = saver(&mut here, &store).expect("a place");
-        step_and_save(&mut here, &mut saver).expect("can be saved");
+        let mut saver = saver(&mut here, &store).expect("a usable store");
+        step_and_save(&mut here, &mut saver).expect("saved");
         let cursor = Cursor::from([("sample".to_string(), "36".to_string())]);
-        store.set_cursor(1, cursor.clone()).expect("can be written");
+        store.set_cursor(1, cursor.clone()).expect("written");
         assert_eq!(session().restore_newest(&store).expect("loads").found, Some((1, cursor.clone())));
-        step_and_save(&mut here, &mut saver).expect("can be saved");
-        assert_eq!(store.read(1).expect("is kept").manifest().cursor, cursor, "what prunes spares it");
-        // Torn it is damage; of another manifest it is nothing.
+        step_and_save(&mut here, &mut saver).expect("saved");
+        assert_eq!(store.read(1).expect("a kept checkpoint").manifest().cursor, cursor, "pruning keeps the cursor");
+        // A torn cursor is damage; a cursor of another manifest is ignored.
         let file = scratch.path().join("step-000000000001/cursor.json");
-        let text = std::fs::read(&file).expect("is there");
-        std::fs::write(&file, &text[..text.len() / 2]).expect("can be written");
+        let text = std::fs::read(&file).expect("an existing file");
+        std::fs::write(&file, &text[..text.len() / 2]).expect("written");
         let error = store.read(1).expect_err("torn");
         assert!(error.is_damage() && error.to_string().contains("step-000000000001/cursor.json: damaged"), "{error}");
-        std::fs::write(scratch.path().join("step-000000000002/cursor.json"), &text).expect("can be written");
+        std::fs::write(scratch.path().join("step-000000000002/cursor.json"), &text).expect("written");
         assert!(store.read(2).expect("whole").manifest().cursor.is_empty());
     });
 }
 
-/// A damaged checkpoint is replaced when training comes to its step again: whether its manifest shows the damage or only a
-/// look at each byte.
+/// A damaged checkpoint is replaced when training reaches its step again, whether the manifest shows the damage or only
+/// a full verification.
 #[test]
-fn a_damaged_checkpoint_is_replaced_when_its_step_comes_again() {
+fn a_damaged_checkpoint_is_replaced_when_its_step_is_repeated() {
     within(60, || {
         for (file, is_cut) in
             [("e0-1/shard-0-of-1.safetensors", false), ("e0-1/shard-0-of-1.safetensors", true), ("manifest.json", true)]
@@ -267,20 +273,20 @@ fn a_damaged_checkpoint_is_replaced_when_its_step_comes_again() {
             let scratch = Scratch::new("store-damaged");
             let store = open(scratch.path());
             let mut here = session();
-            let mut first = saver(&mut here, &store).expect("a place");
+            let mut first = saver(&mut here, &store).expect("a usable store");
             for _ in 0..2 {
-                step_and_save(&mut here, &mut first).expect("can be saved");
+                step_and_save(&mut here, &mut first).expect("saved");
             }
             drop(first);
             let path = scratch.path().join("step-000000000002").join(file);
             let mut bytes = std::fs::read(&path).expect("a file");
             *bytes.last_mut().expect("bytes") ^= 1;
             bytes.truncate(if is_cut { bytes.len() / 2 } else { bytes.len() });
-            std::fs::write(&path, bytes).expect("can be written");
+            std::fs::write(&path, bytes).expect("written");
             let mut again = session();
             let restored = again.restore_newest(&store).expect("the older one");
             assert_eq!((restored.found.map(|f| f.0), restored.damaged.len()), (Some(1), 1), "{file}");
-            let mut second = saver(&mut again, &store).expect("a place");
+            let mut second = saver(&mut again, &store).expect("a usable store");
             assert_eq!(step_and_save(&mut again, &mut second).expect("replaced"), SaveOutcome::Committed, "{file}");
             store.read(2).and_then(|reader| reader.verify()).unwrap_or_else(|e| panic!("{file}: {e}"));
             assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(2));
@@ -289,28 +295,28 @@ fn a_damaged_checkpoint_is_replaced_when_its_step_comes_again() {
 }
 
 #[test]
-fn names_that_are_not_utf_8_do_no_harm() {
+fn file_names_that_are_not_utf_8_are_ignored() {
     within(60, || {
         let scratch = Scratch::new("store-names");
         let store = open(scratch.path());
         let mut here = session();
-        let mut saver = saver(&mut here, &store).expect("a place");
-        step_and_save(&mut here, &mut saver).expect("can be saved");
+        let mut saver = saver(&mut here, &store).expect("a usable store");
+        step_and_save(&mut here, &mut saver).expect("saved");
         let odd = std::ffi::OsStr::from_bytes(b"caf\xe9");
-        std::fs::write(scratch.path().join(odd), "").expect("can be made");
-        std::fs::create_dir(scratch.path().join("step-000000000001").join(odd)).expect("can be made");
-        std::fs::write(scratch.path().join("step-000000000001/e0-0").join(odd), "").expect("can be made");
+        std::fs::write(scratch.path().join(odd), "").expect("created");
+        std::fs::create_dir(scratch.path().join("step-000000000001").join(odd)).expect("created");
+        std::fs::write(scratch.path().join("step-000000000001/e0-0").join(odd), "").expect("created");
         let dir = scratch.path().to_str().expect("UTF-8").to_string();
         let listed = run(&CheckpointCommand::Ls { dir: dir.clone() }).expect("listed");
         assert_eq!(listed.lines().count(), 2, "{listed}");
         run(&CheckpointCommand::Verify { dir, step: None }).expect("verified");
         assert_eq!(session().restore_newest(&store).expect("loads").found.map(|f| f.0), Some(1));
-        assert_eq!(step_and_save(&mut here, &mut saver).expect("can be saved"), SaveOutcome::Committed);
+        assert_eq!(step_and_save(&mut here, &mut saver).expect("saved"), SaveOutcome::Committed);
     });
 }
 
 #[test]
-fn a_place_without_room_is_found_before_training() {
+fn a_store_without_space_is_refused_before_training() {
     within(60, || {
         let scratch = Scratch::new("store-room");
         let mut here = session();
@@ -318,34 +324,33 @@ fn a_place_without_room_is_found_before_training() {
         let error = checkpoint_error(here.saver(&open(scratch.path()), options.clone()));
         assert!(matches!(error, CheckpointError::NoRoom { .. }) && error.exit_code() == 73, "{error}");
         assert!(error.to_string().contains("bytes are free"), "{error}");
-        assert!(names(scratch.path()).is_empty(), "nothing is left: {:?}", names(scratch.path()));
-        // No more is needed than will be written.
-        here.saver(&open(scratch.path()), SaverOptions { saves_max: Some(2), ..options })
-            .expect("there is room for two");
-        assert!(names(scratch.path()).is_empty(), "nothing is left: {:?}", names(scratch.path()));
+        assert!(names(scratch.path()).is_empty(), "files remain: {:?}", names(scratch.path()));
+        // Only the space for the planned saves is required.
+        here.saver(&open(scratch.path()), SaverOptions { saves_max: Some(2), ..options }).expect("space for two");
+        assert!(names(scratch.path()).is_empty(), "files remain: {:?}", names(scratch.path()));
     });
 }
 
-/// Sets or clears the attribute by which nobody may change a file; false where that is not permitted.
-fn immutable(path: &Path, sign: &str) -> bool {
+/// Sets or clears the immutable attribute of a file; returns false if that is not permitted.
+fn set_immutable(path: &Path, sign: &str) -> bool {
     Command::new("chattr").arg(format!("{sign}i")).arg(path).output().is_ok_and(|output| output.status.success())
 }
 
 #[test]
-fn a_place_that_cannot_be_written_is_found_before_training() {
+fn a_store_that_is_not_writable_is_refused_before_training() {
     within(60, || {
         let mut here = session();
-        // Nobody can make a folder there.
+        // procfs does not allow new folders.
         let error = checkpoint_error(saver(&mut here, &open(Path::new("/proc/self/checkpoints"))));
         assert_eq!(error.exit_code(), 73, "{error}");
         assert!(error.to_string().contains("/proc/self/checkpoints"), "{error}");
         let scratch = Scratch::new("store-immutable");
-        if !immutable(scratch.path(), "+") {
+        if !set_immutable(scratch.path(), "+") {
             println!("SKIPPED: chattr +i is not permitted here");
             return;
         }
         let error = checkpoint_error(saver(&mut here, &open(scratch.path())));
-        assert!(immutable(scratch.path(), "-"));
+        assert!(set_immutable(scratch.path(), "-"));
         assert_eq!((error.exit_code(), error.io_kind()), (73, Some(std::io::ErrorKind::PermissionDenied)), "{error}");
     });
 }

@@ -1,5 +1,5 @@
-//! Processes of a job whose every connection goes through a relay that cuts, delays and stalls: the bits of the training are
-//! those of one process. The processes are threads of this test, each with a session of its own.
+//! A job whose connections all go through a relay that splits, delays and stalls: its losses are bit-identical to those
+//! of one process. The processes are threads of this test, each with its own session.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,21 +12,21 @@ use shardflow::cluster::{Advertise, Cluster, ClusterOptions, Transport};
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionOptions};
 use shardflow_actors::transport::Address;
-use shardflow_integration_tests::relay::{Passed, Relay, Weather};
+use shardflow_integration_tests::relay::{Relay, RelayCounts, RelayOptions};
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
 const SEEDS: u64 = 200;
 const STEPS: usize = 3;
-/// Seeds that are at work at the same time: they mostly wait.
+/// Seeds that run concurrently; they mostly wait.
 const AT_ONCE: u64 = 3;
-/// Every so many seeds there is a long stall in each direction of each connection.
+/// One seed in this number has a long stall in each direction of each connection.
 const LONG_EVERY: u64 = 20;
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
-/// Longer than ten heartbeats' time, and below the deadline.
+/// Longer than ten heartbeat periods, and below the deadline.
 const LONG: Duration = Duration::from_millis(600);
 const DEADLINE: Duration = Duration::from_secs(4);
 
-/// What differs from seed to seed.
+/// Mesh, number of processes and transport; seeds cycle through them.
 const CASES: [(&str, u32, Transport); 6] = [
     ("data=2,stage=2", 4, Transport::Tcp),
     ("data=2,stage=2", 2, Transport::Unix),
@@ -44,31 +44,31 @@ fn bits(losses: &[f32]) -> Vec<u32> {
     losses.iter().map(|loss| loss.to_bits()).collect()
 }
 
-/// The losses as a process of so many sees them.
+/// Trains as one process; returns the bits of its losses.
 fn train(mesh: &str, cluster: Cluster) -> Vec<u32> {
     let model = model();
     let rank = cluster.process();
     let options = SessionOptions { cluster, ..SessionOptions::default() };
     let plan = model.plan(mesh, &self::options(2, OneFOneB));
     let mut session = Session::start(plan, &options).unwrap_or_else(|e| panic!("rank {rank}: {e}"));
-    let losses: Vec<f32> = (0..STEPS).map(|_| model.step(&mut session).loss.expect("it has a loss")).collect();
+    let losses: Vec<f32> = (0..STEPS).map(|_| model.step(&mut session).loss.expect("a loss")).collect();
     session.shutdown().unwrap_or_else(|e| panic!("rank {rank}: {e}"));
     bits(&losses)
 }
 
-/// Process `process`, which others reach by the relay.
-fn cluster(process: u32, processes: u32, meet: &Path, relay: &Arc<Relay>, transport: Transport) -> Cluster {
-    let bound = Address::Unix(meet.into());
+/// The cluster of process `process`, which other processes reach through the relay.
+fn cluster(process: u32, processes: u32, socket: &Path, relay: &Arc<Relay>, transport: Transport) -> Cluster {
+    let bound = Address::Unix(socket.into());
     let front = relay.connections(&bound).expect("a relay");
-    let seen = if process == 0 { bound } else { front };
-    let Address::Unix(seen) = seen else { panic!("a relay of a Unix socket is one: {seen}") };
+    let visible = if process == 0 { bound } else { front };
+    let Address::Unix(visible) = visible else { panic!("expected a Unix socket, got {visible}") };
     let world = World {
         process,
         processes,
         local_process: process,
         local_processes: processes,
         node: Some(0),
-        endpoint: Endpoint::Unix(seen),
+        endpoint: Endpoint::Unix(visible),
         secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
@@ -84,16 +84,16 @@ fn cluster(process: u32, processes: u32, meet: &Path, relay: &Arc<Relay>, transp
     Cluster::new(LaunchContext::World(world), options)
 }
 
-/// Trains through a relay of this seed; all processes must see these losses.
-fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> Passed {
+/// Trains through a relay with this seed; all processes must get these losses.
+fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> RelayCounts {
     let (mesh, processes, transport) = CASES[seed as usize % CASES.len()];
     let long_stall = (seed % LONG_EVERY == LONG_EVERY - 1).then_some((8, LONG));
-    let relay = Arc::new(Relay::new(Weather { seed, long_stall }));
+    let relay = Arc::new(Relay::new(RelayOptions { seed, long_stall }));
     let folder = Scratch::new(&format!("delays-{seed}"));
-    let meet = folder.path().join("meet.sock");
+    let socket = folder.path().join("meet.sock");
     let losses: Vec<Vec<u32>> = thread::scope(|scope| {
         let start = |process| {
-            let cluster = cluster(process, processes, &meet, &relay, transport);
+            let cluster = cluster(process, processes, &socket, &relay, transport);
             scope.spawn(move || train(mesh, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();
@@ -103,22 +103,23 @@ fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> Passed {
     for (rank, losses) in losses.iter().enumerate() {
         assert!(
             losses == expected,
-            "seed {seed}, {mesh} on {processes} by {transport:?}: rank {rank} sees other losses"
+            "seed {seed}, {mesh} on {processes} by {transport:?}: the losses of rank {rank} differ"
         );
     }
-    let passed = relay.passed();
-    let silences = if long_stall.is_some() { u64::from(processes) } else { 0 };
-    assert_eq!(passed.silences, silences, "seed {seed}");
-    assert_eq!(passed.stalls > silences, long_stall.is_some(), "seed {seed}: {} stalls", passed.stalls);
-    passed
+    let counts = relay.counts();
+    let heartbeat_stalls = if long_stall.is_some() { u64::from(processes) } else { 0 };
+    assert_eq!(counts.heartbeat_stalls, heartbeat_stalls, "seed {seed}");
+    let has_stalls = counts.stalls > heartbeat_stalls;
+    assert_eq!(has_stalls, long_stall.is_some(), "seed {seed}: {} stalls", counts.stalls);
+    counts
 }
 
 #[test]
-fn the_bits_are_the_same_whatever_delays_and_splits_what_goes_between_processes() {
+fn losses_are_bit_identical_under_delays_and_splits() {
     within(600, || {
         let begin = Instant::now();
-        let alone = |mesh| (mesh, train(mesh, Cluster::local()));
-        let expected = [alone("data=2,stage=2"), alone("tensor=2")];
+        let train_locally = |mesh| (mesh, train(mesh, Cluster::local()));
+        let expected = [train_locally("data=2,stage=2"), train_locally("tensor=2")];
         let next = AtomicU64::new(0);
         let work = || {
             let mut all = Vec::new();
@@ -130,11 +131,11 @@ fn the_bits_are_the_same_whatever_delays_and_splits_what_goes_between_processes(
                 all.push(check(seed, &expected));
             }
         };
-        let passed: Vec<Passed> = thread::scope(|scope| {
+        let counts: Vec<RelayCounts> = thread::scope(|scope| {
             let threads: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
-            threads.into_iter().flat_map(|t| t.join().expect("a seed that failed has said so")).collect()
+            threads.into_iter().flat_map(|t| t.join().expect("a failed seed has printed its error")).collect()
         });
-        let sum = |what: fn(&Passed) -> u64| passed.iter().map(what).sum::<u64>();
+        let sum = |count: fn(&RelayCounts) -> u64| counts.iter().map(count).sum::<u64>();
         let (connections, pieces, bytes) = (sum(|p| p.connections), sum(|p| p.pieces), sum(|p| p.bytes));
         println!(
             "{SEEDS} seeds in {:.1} s: {connections} connections, {pieces} pieces, {bytes} bytes, {} long stalls",

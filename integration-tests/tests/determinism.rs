@@ -1,4 +1,4 @@
-//! The same program gives the same bits, run after run, whatever the timing of threads and however many there are.
+//! The same program gives the same bits in every run, for any timing and number of threads.
 
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
@@ -23,14 +23,14 @@ fn twenty_runs_give_the_same_bits() {
 
 /// Threads of one device share a kernel's work; reductions keep their order.
 #[test]
-fn twenty_runs_on_two_threads_a_device_give_the_same_bits() {
+fn twenty_runs_with_two_threads_per_device_give_the_same_bits() {
     check(2, 20);
 }
 
-/// Losses, norms and weights of a training that is large enough to be shared out. A norm is over the whole model, so that one
-/// changed bit of a gradient is in all that follows.
+/// Compares losses, norms and weights of a training large enough for several threads. The norm covers the whole model,
+/// so one changed gradient bit changes all later values.
 #[test]
-fn bits_depend_neither_on_threads_nor_on_stages() {
+fn bits_do_not_depend_on_threads_or_stages() {
     within(400, || {
         let model = Model { layers: 2, heads: 4, width: 128, context: 64, batch: 12, dropout: 0.1, max_norm: 0.5 };
         let train = |mesh, threads_per_device| {
@@ -40,8 +40,8 @@ fn bits_depend_neither_on_threads_nor_on_stages() {
         for (mesh, threads) in [(ONE, 2), (ONE, 3), ("stage=2", 1), ("stage=2", 3)] {
             let other = train(mesh, threads);
             let at = one.losses.iter().zip(&other.losses).position(|(a, b)| a.to_bits() != b.to_bits());
-            assert!(at.is_none(), "{mesh} on {threads} threads: the loss of step {at:?} has other bits");
-            assert!(one.bits() == other.bits(), "{mesh} on {threads} threads: norms or weights have other bits");
+            assert!(at.is_none(), "{mesh} on {threads} threads: the loss of step {at:?} differs");
+            assert!(one.bits() == other.bits(), "{mesh} on {threads} threads: norms or weights differ");
         }
     });
 }

@@ -1,5 +1,5 @@
-//! Evaluation: dropout is the identity and takes nothing, and nothing is trained. A program whose mode is not known is
-//! refused with the line of its dropout.
+//! Evaluation: dropout is the identity at no cost, and nothing is trained. A program with an unknown mode is refused
+//! with the line of its dropout.
 
 use shardflow::prelude::*;
 use shardflow_integration_tests::training::{Model, ONE, bits, within};
@@ -11,12 +11,12 @@ fn options(micro_batches: usize, mode: Option<Mode>) -> CompileOptions {
 
 const EVALUATION: Option<Mode> = Some(Mode::Evaluation);
 
-/// Where `x [4, 6, 8]` goes through dropout twice, and once on its way out.
+/// A program in which `x [4, 6, 8]` passes three dropouts, the last one just before an output.
 fn forward(mesh: &str, p: Option<f32>) -> Graph {
     forward_to(mesh, p).0
 }
 
-/// With the tensor that leaves the last dropout.
+/// The same program, with the output tensor of the last dropout.
 fn forward_to(mesh: &str, p: Option<f32>) -> (Graph, Var) {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -50,34 +50,34 @@ fn launches(plan: &Plan) -> Vec<&str> {
     plan.actions.iter().flatten().flat_map(|action| &action.launches).map(|launch| launch.op.name()).collect()
 }
 
-fn drops(plan: &Plan) -> bool {
+fn has_dropout(plan: &Plan) -> bool {
     let is_dropout = |launch: &shardflow_kernels::op::Launch| matches!(launch.op, Op::Dropout { .. });
     plan.actions.iter().flatten().flat_map(|action| &action.launches).any(is_dropout)
 }
 
 #[test]
-fn dropout_is_the_identity_and_takes_nothing() {
+fn dropout_is_the_identity_and_costs_nothing() {
     within(60, || {
         for (mesh, micro_batches) in [(ONE, 1), (ONE, 2), ("data=2", 2), ("stage=2", 2), ("data=2,stage=2", 4)] {
-            let what = format!("mesh {mesh}, {micro_batches} micro-batches");
+            let case = format!("mesh {mesh}, {micro_batches} micro-batches");
             let compiled = |p, mode| compile(forward(mesh, p), &options(micro_batches, mode)).expect("a plan");
             let (without, plan) = (compiled(None, None), compiled(Some(0.5), EVALUATION));
-            assert_eq!(launches(&plan), launches(&without), "{what}");
+            assert_eq!(launches(&plan), launches(&without), "{case}");
             let bytes = |plan: &Plan| plan.memory.iter().map(|m| m.total_bytes()).collect::<Vec<_>>();
-            assert_eq!(bytes(&plan), bytes(&without), "{what}");
-            assert!(!plan.graph.nodes().iter().any(|node| node.name == "rng"), "{what}: random numbers are fed");
+            assert_eq!(bytes(&plan), bytes(&without), "{case}");
+            assert!(!plan.graph.nodes().iter().any(|node| node.name == "rng"), "{case}: a random input remains");
             let training = compiled(Some(0.5), Some(Mode::Training));
-            assert!(drops(&training), "{what}");
+            assert!(has_dropout(&training), "{case}");
             let (got, want) = (step(plan).outputs, step(without).outputs);
-            assert!(bits(&got) == bits(&want), "{what}");
-            assert!(bits(&step(training).outputs) != bits(&want), "{what}: training drops nothing");
+            assert!(bits(&got) == bits(&want), "{case}");
+            assert!(bits(&step(training).outputs) != bits(&want), "{case}: training has no dropout");
         }
     });
 }
 
-/// An output, a parameter and an input may be all that dropout stood between.
+/// Dropout may be the only op between an input or a parameter and an output.
 #[test]
-fn what_only_went_through_dropout_comes_out() {
+fn a_tensor_with_only_dropout_is_returned_unchanged() {
     within(60, || {
         let mut g = Graph::new(&Mesh::parse("data=2").expect("a mesh"));
         let x = g.input("x", &[4, 2], DType::F32, Layout::split("data", 0));
@@ -95,22 +95,24 @@ fn what_only_went_through_dropout_comes_out() {
 }
 
 #[test]
-fn a_program_that_does_not_say_its_mode_is_refused() {
-    let error = compile(forward(ONE, Some(0.5)), &options(1, None)).map(drop).expect_err("which mode?");
+fn a_program_without_a_mode_is_refused() {
+    let error = compile(forward(ONE, Some(0.5)), &options(1, None)).map(drop).expect_err("an unknown mode");
     let CompileError::Graph(errors) = &error else { panic!("{error}") };
     assert_eq!(errors.len(), 1, "{error}");
     let line =
-        include_str!("evaluation.rs").lines().position(|line| line.contains("g.dropout(x, p, 1)")).expect("it is") + 1;
+        include_str!("evaluation.rs").lines().position(|line| line.contains("g.dropout(x, p, 1)")).expect("the line")
+            + 1;
     let text = error.to_string();
     for want in ["dropout: ", "minimises nothing", "Mode::Evaluation", &format!("evaluation.rs:{line}")] {
         assert!(text.contains(want), "{want:?} is not in: {text}");
     }
     // A program without dropout needs no mode, nor does one that minimises a loss.
     compile(forward(ONE, None), &options(1, None)).expect("a plan");
-    assert!(drops(&Model { dropout: 0.1, ..Model::default() }.plan(ONE, &options(1, None))));
+    assert!(has_dropout(&Model { dropout: 0.1, ..Model::default() }.plan(ONE, &options(1, None))));
 }
 
-/// The program that trains, compiled for evaluation: the loss of the model without dropout, and weights that stay.
+/// A training program compiled for evaluation: it has the loss of the model without dropout, and its weights do not
+/// change.
 #[test]
 fn evaluation_of_a_training_program_trains_nothing() {
     within(60, || {
@@ -123,17 +125,17 @@ fn evaluation_of_a_training_program_trains_nothing() {
             let (loss, want) = (report.loss.expect("a loss"), want.loss.expect("a loss"));
             assert!((loss - want).abs() < 1e-5 * want, "{mesh}: {loss}, not {want}");
             assert_eq!((report.grad_norm, session.updates()), (None, 0), "{mesh}");
-            assert!(bits(&session.parameters().expect("parameters")) == bits(&before), "{mesh}: something was trained");
+            assert!(bits(&session.parameters().expect("parameters")) == bits(&before), "{mesh}: the weights changed");
             let bytes = |session: &Session| session.plan().memory.iter().map(|m| m.total_bytes()).sum::<usize>();
-            assert!(bytes(&session) < bytes(&training), "{mesh}: memory for a training");
+            assert!(bytes(&session) < bytes(&training), "{mesh}: evaluation needs less memory than training");
         }
     });
 }
 
-/// One program for both: a copy of it trains, and a copy of it that got an output more evaluates, whatever the copies' tensors
-/// are numbered.
+/// A copy of a program, and a copy with an additional output, evaluate correctly even if their tensors have other
+/// numbers.
 #[test]
-fn copies_of_a_program_evaluate() {
+fn copies_of_a_program_can_be_evaluated() {
     within(60, || {
         for (mesh, micro_batches) in [(ONE, 1), ("data=2", 2), ("data=2,stage=2", 2)] {
             for precision in [Precision::F32, Precision::BF16] {
@@ -151,8 +153,8 @@ fn copies_of_a_program_evaluate() {
                 };
                 let want = evaluated(extended(None));
                 let g = extended(Some(0.5));
-                assert!(bits(&evaluated(g.clone())) == bits(&want), "{mesh}: of a copy");
-                assert!(bits(&evaluated(g)) == bits(&want), "{mesh}: of an extended copy");
+                assert!(bits(&evaluated(g.clone())) == bits(&want), "{mesh}: a copy");
+                assert!(bits(&evaluated(g)) == bits(&want), "{mesh}: an extended copy");
             }
         }
     });

@@ -1,4 +1,4 @@
-//! A kernel that fails or panics on one device ends the step with the first cause, on every mesh, and never hangs.
+//! A kernel that fails or panics on one device ends the step with the first cause on every mesh, without a hang.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,24 +19,24 @@ use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum How {
+enum FailureKind {
     Error,
     Panic,
 }
 
-/// Gives on what it reads, until one shard's nth firing fails.
+/// Copies its input until the nth firing of one shard fails.
 #[derive(Debug)]
 struct Fragile {
-    how: How,
+    kind: FailureKind,
     /// Counted from 0 over the whole session.
     firing: usize,
-    /// Only the shard whose rows start here fails.
+    /// First row of the shard that fails.
     row: usize,
 }
 
 #[derive(Debug)]
 struct FragileKernel {
-    how: How,
+    kind: FailureKind,
     fails_at: Option<usize>,
     fired: AtomicUsize,
 }
@@ -52,7 +52,7 @@ impl CustomOp for Fragile {
 
     fn kernel(&self, inputs: &[Region], _: &[Region]) -> Arc<dyn CustomKernel> {
         let fails_at = (inputs[0].start[0] == self.row).then_some(self.firing);
-        Arc::new(FragileKernel { how: self.how, fails_at, fired: AtomicUsize::new(0) })
+        Arc::new(FragileKernel { kind: self.kind, fails_at, fired: AtomicUsize::new(0) })
     }
 
     fn backward(&self, _: &mut Graph, _: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
@@ -68,12 +68,12 @@ impl CustomKernel for FragileKernel {
     fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
         let firing = self.fired.fetch_add(1, Ordering::Relaxed);
         if self.fails_at == Some(firing) {
-            match self.how {
-                How::Error => {
-                    let message = format!("gives up at firing {firing}");
+            match self.kind {
+                FailureKind::Error => {
+                    let message = format!("fails at firing {firing}");
                     return Err(KernelError::Custom { name: "fragile".into(), message });
                 }
-                How::Panic => panic!("breaks at firing {firing}"),
+                FailureKind::Panic => panic!("panics at firing {firing}"),
             }
         }
         let (CpuSlice::F32(from), CpuSliceMut::F32(to)) = (&args.reads[0].data, &mut args.writes[0].data) else {
@@ -87,7 +87,7 @@ impl CustomKernel for FragileKernel {
 const BATCH: usize = 8;
 const MICRO_BATCHES: usize = 4;
 
-/// Two linear layers, on two stages where there are stages, with the fragile op between them.
+/// Two linear layers, on two stages if the mesh has stages, with the fragile op between them.
 fn start(mesh: &str, schedule: Schedule, op: Fragile) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -122,35 +122,35 @@ fn failure(error: SessionError) -> Failure {
     }
 }
 
-/// `devices` hold row 0 of a micro-batch, on the last stage: one of them fails first.
-fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], how: How) {
+/// `devices` hold row 0 of a micro-batch on the last stage; one of them fails first.
+fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], kind: FailureKind) {
     within(60, move || {
-        let op = Fragile { how, firing: MICRO_BATCHES + 2, row: 0 };
+        let op = Fragile { kind, firing: MICRO_BATCHES + 2, row: 0 };
         let mut session = start(mesh, schedule, op);
         step(&mut session).unwrap_or_else(|e| panic!("mesh {mesh}, first step: {e}"));
         let first = failure(step(&mut session).expect_err("the op fails in the second step"));
         let Failure::Kernel { actor, device, action, cause } = &first else { panic!("mesh {mesh}: {first}") };
         assert!(devices.contains(device), "mesh {mesh}: {first}");
         assert_eq!((actor.as_str(), action.as_str()), (&*format!("device {device} compute"), "forward"));
-        let text = match (how, cause.as_ref()) {
-            (How::Error, KernelError::Custom { message, .. }) => message,
-            (How::Panic, KernelError::Panic { message, .. }) => message,
+        let text = match (kind, cause.as_ref()) {
+            (FailureKind::Error, KernelError::Custom { message, .. }) => message,
+            (FailureKind::Panic, KernelError::Panic { message, .. }) => message,
             other => panic!("mesh {mesh}: {other:?}"),
         };
         assert!(text.ends_with("at firing 6"), "mesh {mesh}: {first}");
-        assert_eq!(session.steps(), 1, "a step that failed does not count");
-        // What comes after tells the same cause, at once.
+        assert_eq!(session.steps(), 1, "a failed step counted");
+        // Later calls report the same cause immediately.
         match step(&mut session) {
             Err(SessionError::Actors(ActorError::Ended { cause })) => assert!(cause.contains(text), "{cause}"),
             Err(SessionError::Failed(again)) => assert_eq!(again, first),
             other => panic!("mesh {mesh}: {other:?}"),
         }
-        // Half a step is in the parameters: they are not to be had, and no file is replaced by them.
-        assert_eq!(failure(session.parameters().expect_err("the session had failed")), first, "mesh {mesh}");
+        // The parameters may hold half a step: they cannot be read, and no file is replaced.
+        assert_eq!(failure(session.parameters().expect_err("the session has failed")), first, "mesh {mesh}");
         let path = std::env::temp_dir().join(format!("shardflow-failed-{}-{mesh}", std::process::id()));
-        assert_eq!(failure(session.save(&path).expect_err("the session had failed")), first, "mesh {mesh}");
+        assert_eq!(failure(session.save(&path).expect_err("the session has failed")), first, "mesh {mesh}");
         assert!(!path.exists());
-        let end = failure(session.shutdown().expect_err("the session had failed"));
+        let end = failure(session.shutdown().expect_err("the session has failed"));
         assert_eq!(end, first, "mesh {mesh}");
     });
 }
@@ -168,7 +168,7 @@ const CASES: [(&str, &[usize]); 5] = [
 fn an_error_on_one_device_ends_the_step_with_its_cause() {
     for (mesh, devices) in CASES {
         for schedule in [GPipe, OneFOneB] {
-            check(mesh, schedule, devices, How::Error);
+            check(mesh, schedule, devices, FailureKind::Error);
         }
     }
 }
@@ -176,26 +176,26 @@ fn an_error_on_one_device_ends_the_step_with_its_cause() {
 #[test]
 fn a_panic_on_one_device_ends_the_step_with_its_cause() {
     for (mesh, devices) in CASES {
-        check(mesh, OneFOneB, devices, How::Panic);
+        check(mesh, OneFOneB, devices, FailureKind::Panic);
     }
 }
 
 #[test]
 fn a_failed_session_can_be_dropped() {
     within(60, || {
-        let mut session = start("data=2,stage=2", OneFOneB, Fragile { how: How::Error, firing: 1, row: 1 });
+        let mut session = start("data=2,stage=2", OneFOneB, Fragile { kind: FailureKind::Error, firing: 1, row: 1 });
         assert!(step(&mut session).is_err());
         drop(session);
     });
 }
 
-/// A session that is dropped in the middle of nothing ends its threads.
+/// Dropping an idle session ends its threads.
 #[test]
 fn a_session_can_be_dropped_without_a_step() {
-    within(60, || drop(start("data=2,stage=2", OneFOneB, Fragile { how: How::Error, firing: 0, row: 0 })));
+    within(60, || drop(start("data=2,stage=2", OneFOneB, Fragile { kind: FailureKind::Error, firing: 0, row: 0 })));
 }
 
-/// A shard of the table cannot tell, so the session does, before anything runs.
+/// A shard of the table cannot detect it, so the session checks tokens before anything runs.
 #[test]
 fn a_token_outside_the_vocabulary_is_named() {
     for mesh in [ONE, "data=2,stage=2,tensor=2"] {
@@ -222,7 +222,7 @@ fn a_token_outside_the_vocabulary_is_named() {
     }
 }
 
-/// Nothing runs for inputs that are not what the program says, and the session goes on.
+/// Nothing runs for inputs that do not match the program, and the session continues.
 #[test]
 fn wrong_inputs_are_refused_before_anything_runs() {
     within(60, || {

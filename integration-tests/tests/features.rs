@@ -1,5 +1,4 @@
-//! `cargo test -p CRATE` builds dependencies with the features that `cargo test --workspace` gives them, so it uses what that
-//! built.
+//! `cargo test -p CRATE` uses the same dependency features as `cargo test --workspace`, so it reuses that build.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -13,7 +12,7 @@ const CRATES: [&str; 6] = [
     "shardflow-software-cuda",
 ];
 
-/// Each package that a selection builds, with its features.
+/// Returns each package that a selection builds, with its features.
 fn packages(selection: &[&str]) -> BTreeSet<String> {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["tree", "--offline", "--locked", "--prefix", "none", "--format", "{p} {f}"]).args(selection);
@@ -24,14 +23,14 @@ fn packages(selection: &[&str]) -> BTreeSet<String> {
 }
 
 #[test]
-fn a_crates_tests_use_what_the_workspaces_tests_built() {
+fn the_tests_of_one_crate_reuse_the_build_of_the_workspace() {
     let workspace = packages(&["--workspace", "--edges", "normal,build,dev"]);
     assert!(workspace.len() > 100, "{workspace:?}");
     let select = |name: &str| packages(&["--package", name, "--edges", "normal,build,dev"]);
     let mut selections: Vec<_> = CRATES.iter().map(|name| (*name, select(name))).collect();
     selections.push(("cargo build", packages(&["--workspace", "--edges", "normal,build"])));
     let name = |package: &str| package.split(' ').take(2).collect::<Vec<_>>().join(" ");
-    for (what, built) in selections {
+    for (selection, built) in selections {
         let differing: Vec<String> = built
             .difference(&workspace)
             .map(|package| {
@@ -40,6 +39,6 @@ fn a_crates_tests_use_what_the_workspaces_tests_built() {
             })
             .collect();
         let todo = "give these the workspace's features in integration-tests/features/Cargo.toml";
-        assert!(differing.is_empty(), "{what}: {todo}:\n{}", differing.join("\n"));
+        assert!(differing.is_empty(), "{selection}: {todo}:\n{}", differing.join("\n"));
     }
 }

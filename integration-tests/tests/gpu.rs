@@ -1,7 +1,7 @@
-//! Training on GPUs that software plays: on any mesh the losses of CPU devices within a tolerance, with a GPU for each device,
-//! with all devices on one and with more devices than GPUs, and nothing wrong in what the driver was asked; a device that dies or
-//! hangs ends the session with its cause. Each case runs in a child, so that the dynamic linker finds the software device in the
-//! place of NVIDIA's libraries.
+//! Training on software GPUs: on any mesh the losses match CPU devices within a tolerance, with one GPU per device,
+//! with all devices on one GPU and with more devices than GPUs, and without findings in the driver calls; a device that
+//! dies or hangs ends the session with its cause. Each case runs in a child, so that the dynamic linker loads the
+//! software device instead of NVIDIA's libraries.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,20 +14,20 @@ use shardflow::session::{Session, SessionOptions};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, options, relative};
 use shardflow_kernels::device::DeviceKind;
-use shardflow_software_cuda::{POLICIES, Ran, Report, case, command, run_child};
+use shardflow_software_cuda::{ChildRun, POLICIES, SimReport, case, command, run_child};
 
 const STEPS: usize = 3;
-/// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
+/// Relative difference of losses from the CPU backend's, from another order of sums and other roundings of exp and erf.
 const F32_MAX: f64 = 1e-4;
-/// The same in bf16, where a last bit is 2^-9 of an activation.
+/// The same in bf16, whose rounding error is 2^-9.
 const BF16_MAX: f64 = 2e-3;
 
 /// Seeds of each policy in the long run.
 const SEEDS: u64 = 50;
 
-/// For a device that hangs.
+/// Stall limit for a hung device.
 const STALL: Duration = Duration::from_secs(2);
-/// How much later than a device's death, or than [`STALL`], a session may end: software is slow.
+/// How long after a device's death, or after [`STALL`], a session may end; the software device is slow.
 const LATE_MAX: Duration = Duration::from_secs(8);
 
 fn model() -> Model {
@@ -42,8 +42,8 @@ fn precision(name: &str) -> Precision {
     if name == "bf16" { Precision::BF16 } else { Precision::F32 }
 }
 
-/// Trains until a step fails, and says how.
-fn fail(mesh: &str) {
+/// Trains until a step fails, and prints the error.
+fn train_until_failure(mesh: &str) {
     let plan = model().plan(mesh, &settings(DeviceKind::Cuda, Precision::F32));
     let check_every = Some(Duration::from_millis(100));
     let watchdog =
@@ -63,9 +63,9 @@ fn fail(mesh: &str) {
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
     let case = case();
-    match case.split_once(' ').expect("how, and the mesh") {
+    match case.split_once(' ').expect("a kind and a mesh") {
         ("large", _) => shardflow_integration_tests::large::check(DeviceKind::Cuda),
-        ("fail", mesh) => fail(mesh),
+        ("fail", mesh) => train_until_failure(mesh),
         ("count", rest) => {
             let (name, rest) = rest.split_once(' ').expect("a precision");
             let (steps, rest) = rest.split_once(' ').expect("steps");
@@ -74,7 +74,7 @@ fn child() {
             Model { layers, ..model() }.train(mesh, &settings(DeviceKind::Cuda, precision(name)), steps);
         }
         ("memory", rest) => {
-            let (name, mesh) = rest.split_once(' ').expect("a precision, and the mesh");
+            let (name, mesh) = rest.split_once(' ').expect("a precision and a mesh");
             let mut session = model().session(mesh, &settings(DeviceKind::Cuda, precision(name)));
             (0..STEPS).for_each(|_| drop(model().step(&mut session)));
             let devices = session.metrics().devices;
@@ -89,15 +89,15 @@ fn child() {
     }
 }
 
-/// The losses of a training on so many GPUs.
+/// Returns the losses of a training on this number of GPUs.
 fn train(case: &str, gpus: usize, policy: &str, seed: u64) -> Vec<f64> {
-    let Ran { stdout: said, report } = run_child(case, gpus, policy, seed, None);
+    let ChildRun { stdout, report } = run_child(case, gpus, policy, seed, None);
     assert!(report.findings.is_empty(), "{case} on {gpus} GPUs, {policy}, seed {seed}: {:#?}", report.findings);
-    let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
+    let line = stdout.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
     line.split(", ").map(|loss| loss.parse().expect("a number")).collect()
 }
 
-/// Trains in `f32` or `bf16` on a mesh, with the losses of the CPU.
+/// Trains in `f32` or `bf16` on a mesh, and compares the losses with the CPU's.
 fn check(name: &str, mesh: &str, gpus: usize, policies: &[(&str, u64)]) {
     let max = if name == "bf16" { BF16_MAX } else { F32_MAX };
     let cpu = model().train(mesh, &settings(DeviceKind::Cpu, precision(name)), STEPS);
@@ -142,9 +142,9 @@ fn devices_that_share_a_gpu() {
     check("f32", "tensor=2", 1, &[("lazy", 7)]);
 }
 
-/// What is copied between GPUs takes no way through the host's memory, and what NCCL reads itself it may read.
+/// Copies between GPUs do not go through host memory, and NCCL can access peer memory.
 #[test]
-fn gpus_of_a_session_reach_each_other() {
+fn gpus_of_a_session_enable_peer_access() {
     for (mesh, gpus, pairs) in [("data=2,stage=2", 4, 12), ("stage=2,tensor=2", 2, 2), ("data=1", 2, 0)] {
         let calls = calls("f32", 1, 4, mesh, gpus);
         let count = |name: &str| calls.get(name).copied().unwrap_or(0);
@@ -153,20 +153,20 @@ fn gpus_of_a_session_reach_each_other() {
     }
 }
 
-/// What the plan says is what the device sees, to the byte: attention of cuDNN's and products of cuBLASLt's, collectives by
-/// NCCL and among devices that share GPUs.
+/// The device's peak memory equals the plan exactly, with cuDNN attention, cuBLASLt products, NCCL collectives and
+/// collectives between devices that share GPUs.
 #[test]
-fn memory_is_the_plan_s_to_the_byte() {
+fn device_memory_matches_the_plan_exactly() {
     for (mesh, gpus) in [("data=2", 2), ("stage=2", 2), ("tensor=2", 2), ("data=2,tensor=2", 2), ("tensor=2", 1)] {
         for name in ["f32", "bf16"] {
-            let Ran { stdout: said, report } = run_child(&format!("memory {name} {mesh}"), gpus, "random", 11, None);
+            let ChildRun { stdout, report } = run_child(&format!("memory {name} {mesh}"), gpus, "random", 11, None);
             assert!(report.findings.is_empty(), "{name} {mesh}: {:#?}", report.findings);
-            let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("bytes").trim_end_matches(']');
+            let line = stdout.lines().find_map(|line| line.strip_prefix("> [")).expect("bytes").trim_end_matches(']');
             let mut planned = vec![0; gpus];
             for (device, bytes) in line.split(", ").enumerate() {
                 planned[device % gpus] += bytes.parse::<u64>().expect("a number");
             }
-            // The last is of pinned memory.
+            // The last entry is pinned memory.
             assert_eq!(report.peak_bytes[..gpus], planned, "{name} {mesh} on {gpus} GPUs");
         }
     }
@@ -179,31 +179,31 @@ fn in_bf16() {
     check("bf16", "tensor=2", 2, &[("random", 3)]);
 }
 
-/// The losses that `gpt` logs. Its threads carry no clock tokens, so they count as one to the software device.
+/// Returns the losses that `gpt` logs. Its threads have no race clocks, so the software device treats them as one.
 fn run_gpt(device: &str, mesh: &str, gpus: usize) -> Vec<f64> {
     let folder = tempfile::tempdir().expect("a folder");
     // Cargo puts the programs of all packages into one folder.
     let gpt = Path::new(env!("CARGO_BIN_EXE_dies")).with_file_name("gpt");
-    assert!(gpt.is_file(), "{} is not there: cargo build -p shardflow-examples", gpt.display());
+    assert!(gpt.is_file(), "{} does not exist: run cargo build -p shardflow-examples", gpt.display());
     let mut command = command(gpt, folder.path(), gpus, "random", 1).expect("the software device");
     command.env("SOFTWARE_CUDA_HOST", "global").args(["--device", device, "--mesh", mesh, "--log-json"]);
     let log = folder.path().join("log");
     command.arg(&log).args("--layers 4 --width 32 --heads 2 --context 16 --batch 8 --micro-batches 2".split(' '));
     command.args("--steps 3 --sample 0 --clip 1 --memory-mib 64".split(' '));
     let output = command.output().expect("gpt");
-    let (said, log) = (String::from_utf8_lossy(&output.stderr), std::fs::read_to_string(log).unwrap_or_default());
-    assert!(output.status.success(), "{device} {mesh}: {said}");
+    let (stderr, log) = (String::from_utf8_lossy(&output.stderr), std::fs::read_to_string(log).unwrap_or_default());
+    assert!(output.status.success(), "{device} {mesh}: {stderr}");
     if device == "cuda" {
-        let report = Report::read(folder.path()).expect("a report");
+        let report = SimReport::read(folder.path()).expect("a report");
         assert!(report.findings.is_empty(), "{mesh} on {gpus} GPUs: {:#?}", report.findings);
-        assert!(report.classes["launches"] > 100, "{mesh}: it ran elsewhere");
+        assert!(report.classes["launches"] > 100, "{mesh}: few launches on the software device");
     }
     let record = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON");
     log.lines().filter_map(|line| record(line).get("loss")?.as_f64()).collect()
 }
 
 #[test]
-fn the_program_that_users_start() {
+fn the_gpt_program_trains_on_gpus() {
     for (mesh, gpus) in [("data=1", 1), ("tensor=2", 2), ("data=2,stage=2", 4), ("data=2,stage=2,tensor=2", 8)] {
         let (got, want) = (run_gpt("cuda", mesh, gpus), run_gpt("cpu", mesh, gpus));
         assert_eq!((got.len(), want.len()), (STEPS, STEPS), "{mesh}");
@@ -213,7 +213,7 @@ fn the_program_that_users_start() {
     }
 }
 
-/// Every mesh in every order in which the software device does things.
+/// Runs every mesh with every scheduling policy of the software device.
 #[test]
 #[ignore = "takes an hour: run by hand"]
 fn fifty_seeds_of_each_policy() {
@@ -235,17 +235,17 @@ fn fifty_seeds_of_each_policy() {
     }
 }
 
-/// Calls of the driver and its libraries by class or name, that so many steps of so many layers take.
+/// Counts the driver and library calls, by class and name, of this number of steps and layers.
 fn calls(name: &str, steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeMap<String, u64> {
-    let Report { findings, calls, classes, .. } =
+    let SimReport { findings, calls, classes, .. } =
         run_child(&format!("count {name} {steps} {layers} {mesh}"), gpus, "in-order", 1, None).report;
     assert!(findings.is_empty(), "{findings:#?}");
     calls.into_iter().chain(classes).collect()
 }
 
-/// What a step costs once it runs, and what each of its layers does. docs/performance.md has the figures.
+/// Checks the calls per step and per layer. docs/performance.md has the figures.
 #[test]
-fn a_step_allocates_nothing_and_waits_for_nothing() {
+fn a_step_neither_allocates_nor_synchronizes() {
     const MORE: u64 = 4;
     let each_step = |precision: &str, layers: u64, mesh: &str, gpus: usize| {
         let [few, many] = [2, 2 + MORE].map(|steps| calls(precision, steps, layers, mesh, gpus));
@@ -257,7 +257,8 @@ fn a_step_allocates_nothing_and_waits_for_nothing() {
         for name in ["allocations", "frees", "synchronisations", "cuEventCreate", "cuEventDestroy_v2"] {
             assert_eq!(shallow(name), 0.0, "{precision} {mesh}: {name} in each step");
         }
-        // Two words around each collective; without NCCL, each of four devices has one of its gradients and one of their norm.
+        // Two words per collective; without NCCL, each of four devices has one for its gradients and one for their
+        // norm.
         let collectives = if mesh == "data=2,stage=2" { 8.0 } else { shallow("ncclAllReduce") };
         assert_eq!(shallow("cuStreamWriteValue32_v2"), 2.0 * collectives, "{precision} {mesh}");
         assert!(gpus == 1 || collectives > 0.0, "{precision} {mesh}");
@@ -267,18 +268,18 @@ fn a_step_allocates_nothing_and_waits_for_nothing() {
         let deep = each_step(precision, 8, mesh, gpus);
         let layer = |name: &str| (deep(name) - shallow(name)) / 4.0;
         let names = ["cuLaunchKernel", "cublasLtMatmul", "cuEventRecord", "cuCtxSetCurrent"];
-        // Only actions and what crosses devices need events.
+        // Only actions and transfers between devices need events.
         assert_eq!(names.map(layer), [56.0, 36.0, 0.0, 0.0], "two micro-batches and the update");
         assert_eq!(names.map(&shallow), [257.0, 150.0, 14.0, 18.0]);
         assert_eq!(shallow("cuStreamWaitEvent"), 0.0);
     }
 }
 
-/// All that steps use is made when a session starts. What is made later may have to wait for a collective on the GPU that waits
-/// for whoever makes it.
+/// A session creates all resources of its steps at the start. A later creation could wait for a collective on the GPU
+/// that waits for the creating process.
 #[test]
-fn the_first_step_makes_nothing() {
-    const MAKES: [&str; 9] = [
+fn the_first_step_creates_no_resources() {
+    const CREATING_CALLS: [&str; 9] = [
         "allocations",
         "frees",
         "synchronisations",
@@ -294,7 +295,7 @@ fn the_first_step_makes_nothing() {
         for precision in ["f32", "bf16"] {
             let [none, one] = [0, 1].map(|steps| calls(precision, steps, 2, mesh, gpus));
             assert!(one["launches"] > none.get("launches").copied().unwrap_or(0), "a step runs");
-            for name in MAKES {
+            for name in CREATING_CALLS {
                 assert_eq!(
                     one.get(name),
                     none.get(name),
@@ -305,11 +306,12 @@ fn the_first_step_makes_nothing() {
     }
 }
 
-/// What a session says that fails because of the fault, within how long of the last step, and with which code.
+/// Runs a session that fails because of the fault; returns the duration of the failed step, the exit code and the
+/// error.
 fn failure(mesh: &str, gpus: usize, fault: &str) -> (Duration, u8, String) {
-    let Ran { stdout: said, .. } = run_child(&format!("fail {mesh}"), gpus, "random", 1, Some(fault));
-    let (_, told) = said.split_once("> ").unwrap_or_else(|| panic!("{mesh}, {fault}: {said}"));
-    let (ms, rest) = told.split_once(" ms, code ").expect("a time");
+    let ChildRun { stdout, .. } = run_child(&format!("fail {mesh}"), gpus, "random", 1, Some(fault));
+    let (_, result) = stdout.split_once("> ").unwrap_or_else(|| panic!("{mesh}, {fault}: {stdout}"));
+    let (ms, rest) = result.split_once(" ms, code ").expect("a time");
     let (code, text) = rest.split_once(", ").expect("a code");
     let took = Duration::from_millis(ms.parse().expect("milliseconds"));
     (took, code.parse().expect("a number"), text.to_owned())
@@ -330,7 +332,7 @@ fn a_killed_device_ends_the_session_with_its_cause() {
             "CUDA_ERROR_LAUNCH_FAILED".to_owned(),
         ];
         for part in parts {
-            assert!(text.contains(&part), "{mesh}: no {part}: {text}");
+            assert!(text.contains(&part), "{mesh}: {part:?} is missing in: {text}");
         }
     }
 }
@@ -343,12 +345,12 @@ fn a_hung_device_ends_the_session_with_its_cause() {
         println!("{mesh}: {took:?}, {code}: {text}");
         assert!(took <= STALL + LATE_MAX, "{mesh}: {took:?}: {text}");
         assert_eq!(code, 79, "{mesh}: {text}");
-        let (cause, _) = text.split_once('\n').expect("a cause, and who waits for whom");
-        let (_, root) = cause.split_once(" ms: ").expect("how long");
+        let (cause, _) = text.split_once('\n').expect("a cause and a wait chain");
+        let (_, root) = cause.split_once(" ms: ").expect("a duration");
         let root = root.split(';').next().unwrap_or_default();
-        let (action, said) = root.split_once(" has ").expect("an action");
+        let (action, state) = root.split_once(" has ").expect("an action");
         assert!(action.starts_with(&format!("device {device} compute ")), "{mesh}: {text}");
-        assert_eq!(said, "not ended, and waits for nobody", "{mesh}: {text}");
+        assert_eq!(state, "not ended, and waits for nobody", "{mesh}: {text}");
     }
 }
 
@@ -359,9 +361,9 @@ fn devices_that_share_several_gpus() {
     check("f32", "data=3", 2, &[("lazy", 10)]);
 }
 
-/// In bf16 attention is cuDNN's, forward and backward.
+/// In bf16, cuDNN computes attention forward and backward.
 #[test]
-fn attention_of_a_library() {
+fn attention_in_bf16_runs_on_cudnn() {
     let executions = |case: &str| {
         let report = run_child(case, 1, "random", 8, None).report;
         assert!(report.findings.is_empty(), "{case}: {:#?}", report.findings);
@@ -373,7 +375,7 @@ fn attention_of_a_library() {
 }
 
 #[test]
-fn gradients_too_large_to_be_squared_are_clipped_or_called_off() {
-    let Ran { report, .. } = run_child("large gradients", 2, POLICIES[0].0, 1, None);
+fn gradients_too_large_to_square_are_clipped_or_skipped() {
+    let ChildRun { report, .. } = run_child("large gradients", 2, POLICIES[0].0, 1, None);
     assert!(report.findings.is_empty(), "{:#?}", report.findings);
 }

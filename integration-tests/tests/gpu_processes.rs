@@ -1,7 +1,7 @@
-//! Training on GPUs that software plays, in several processes of one node: on any mesh the losses of CPU devices within a
-//! tolerance, and nothing wrong in what any process asked of the driver. Every process sees all GPUs of the node, as on a real
-//! one, and uses its share. Each process is this test program, on a software device of its own: what goes between GPUs of two
-//! processes goes by the software NCCL's sockets, or by the program's own.
+//! Training on software GPUs in several processes of one node: on any mesh the losses match CPU devices within a
+//! tolerance, without findings in any process's driver calls. Every process sees all GPUs of the node, as on real
+//! hardware, and uses its share. Each process is this test program with its own software device; transfers between GPUs
+//! of two processes use the software NCCL's sockets or the program's own.
 
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
@@ -15,12 +15,12 @@ use shardflow::session::SessionOptions;
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
 use shardflow_kernels::cuda::library::SETTINGS;
 use shardflow_kernels::device::DeviceKind;
-use shardflow_software_cuda::{CASE, Report, case, command};
+use shardflow_software_cuda::{CASE, SimReport, case, command};
 
 const STEPS: usize = 3;
-/// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
+/// Relative difference of losses from the CPU backend's, from another order of sums and other roundings of exp and erf.
 const LOSS_MAX: f64 = 1e-4;
-/// Longer than two processes need to start, compile kernels, fail and say why, by far.
+/// Much longer than two processes need to start, compile kernels, fail and report.
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
 
 fn model() -> Model {
@@ -31,15 +31,15 @@ fn settings(device: DeviceKind) -> CompileOptions {
     CompileOptions { device, ..options(2, OneFOneB) }
 }
 
-/// A process of so many, which meet at a socket.
-fn cluster(process: u32, processes: u32, meet: &Path, transport: Transport) -> Cluster {
+/// The cluster of one process; the processes meet at a Unix socket.
+fn cluster(process: u32, processes: u32, socket: &Path, transport: Transport) -> Cluster {
     let world = World {
         process,
         processes,
         local_process: process,
         local_processes: processes,
         node: Some(0),
-        endpoint: Endpoint::Unix(meet.into()),
+        endpoint: Endpoint::Unix(socket.into()),
         secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
@@ -52,14 +52,14 @@ fn cluster(process: u32, processes: u32, meet: &Path, transport: Transport) -> C
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
     let case = case();
-    let [mesh, process, processes, by, steps, meet] = case.split(' ').collect::<Vec<_>>()[..] else {
+    let [mesh, process, processes, by, steps, socket] = case.split(' ').collect::<Vec<_>>()[..] else {
         panic!("a case: {case}")
     };
     let number = |text: &str| text.parse().expect("a number");
     let transport = if by == "pipes" { Transport::Auto } else { Transport::Tcp };
-    let cluster = cluster(number(process), number(processes), Path::new(meet), transport);
+    let cluster = cluster(number(process), number(processes), Path::new(socket), transport);
     let options = SessionOptions { cluster, ..SessionOptions::default() };
-    let mut session = model().session_among(mesh, &settings(DeviceKind::Cuda), &options);
+    let mut session = model().session_with(mesh, &settings(DeviceKind::Cuda), &options);
     let losses: Vec<f32> = (0..number(steps)).map(|_| model().step(&mut session).loss.expect("a loss")).collect();
     println!("\n> {losses:?}");
     let devices = session.metrics().devices;
@@ -68,7 +68,8 @@ fn child() {
     session.shutdown().expect("an end");
 }
 
-/// A training in so many processes, on a node of so many GPUs, between which registers go by `pipes` or `connections`.
+/// A training in several processes on one node; `by` is `pipes` or `connections`, the transport of registers between
+/// them.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     mesh: &'static str,
@@ -78,37 +79,37 @@ struct Case {
     steps: u32,
 }
 
-/// How the processes ended, and what they report, when the last of them meets a fault.
-fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output, Option<Report>)> {
+/// Runs the case, with the fault in the last process; returns the output and report of each process.
+fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output, Option<SimReport>)> {
     let Case { mesh, processes, gpus, by, steps } = case;
     let scratch = Scratch::new(&format!("gpu-processes-{seed}"));
-    let meet = scratch.path().join("meet.sock");
+    let socket = scratch.path().join("meet.sock");
     let folder = |process: u32| scratch.path().join(process.to_string());
     let start = |process: u32| -> Child {
         let program = std::env::current_exe().expect("this program");
         let mut child = command(program, &folder(process), gpus, policy, seed + u64::from(process));
         let child = child.as_mut().expect("the software device");
         child.args(["--ignored", "--exact", "child", "--nocapture"]);
-        child.env(CASE, format!("{mesh} {process} {processes} {by} {steps} {}", meet.display()));
-        // As the launcher does.
+        child.env(CASE, format!("{mesh} {process} {processes} {by} {steps} {}", socket.display()));
+        // The launcher sets these, too.
         child.envs(SETTINGS);
         child.envs(fault.filter(|_| process + 1 == processes).map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
         child.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a child")
     };
     let children: Vec<Child> = (0..processes).map(start).collect();
-    // All of them, before any is judged: the one that failed first says why.
+    // All outputs are collected before any is checked, because the process that failed first reports the cause.
     let outputs: Vec<_> = children.into_iter().map(|child| child.wait_with_output().expect("a child")).collect();
-    (0..).zip(outputs).map(|(process, output)| (output, Report::read(&folder(process)).ok())).collect()
+    (0..).zip(outputs).map(|(process, output)| (output, SimReport::read(&folder(process)).ok())).collect()
 }
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// What a process planned for its devices, with mirrors of what the others send, is what they have allocated, and what the
-/// GPUs saw.
-fn check_memory(at: &str, said: &str, peak_bytes: &[u64]) {
-    let line = said.lines().find_map(|line| line.strip_prefix("= ")).expect("memory");
+/// Checks that a process's planned memory, which includes mirrors of remote registers, equals the allocated bytes and
+/// the GPUs' peak.
+fn check_memory(at: &str, stdout: &str, peak_bytes: &[u64]) {
+    let line = stdout.lines().find_map(|line| line.strip_prefix("= ")).expect("memory");
     let devices: Vec<(usize, u64, u64)> =
         serde_json::from_str(&line.replace(['('], "[").replace(')', "]")).expect("numbers");
     assert!(!devices.is_empty(), "{at}");
@@ -117,18 +118,18 @@ fn check_memory(at: &str, said: &str, peak_bytes: &[u64]) {
     }
 }
 
-/// What each process saw, and how often it called NCCL to send.
+/// Returns each process's losses and its number of `ncclSend` calls.
 fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
     let ended = run(case, policy, seed, None);
-    let said: String = ended.iter().map(|(output, _)| text(&output.stderr)).collect();
-    let losses = |(process, (output, report)): (u32, &(Output, Option<Report>))| {
+    let stderr: String = ended.iter().map(|(output, _)| text(&output.stderr)).collect();
+    let losses = |(process, (output, report)): (u32, &(Output, Option<SimReport>))| {
         let at = format!("{case:?}, process {process}, {policy}, seed {seed}");
-        assert!(output.status.success(), "{at}:\n{said}");
+        assert!(output.status.success(), "{at}:\n{stderr}");
         let report = report.as_ref().expect("a report");
         assert!(report.findings.is_empty(), "{at}: {:#?}", report.findings);
-        let said = text(&output.stdout);
-        check_memory(&at, &said, &report.peak_bytes);
-        let line = said.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
+        let stdout = text(&output.stdout);
+        check_memory(&at, &stdout, &report.peak_bytes);
+        let line = stdout.lines().find_map(|line| line.strip_prefix("> [")).expect("losses").trim_end_matches(']');
         let losses =
             line.split(", ").filter(|loss| !loss.is_empty()).map(|loss| loss.parse().expect("a number")).collect();
         (losses, report.calls.get("ncclSend").copied().unwrap_or(0))
@@ -136,7 +137,7 @@ fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
     (0..).zip(&ended).map(losses).collect()
 }
 
-/// Gives the losses, and how often each process called NCCL to send.
+/// Compares the losses with the CPU's; returns them and each process's number of `ncclSend` calls.
 fn check(
     mesh: &'static str,
     processes: u32,
@@ -149,7 +150,7 @@ fn check(
     let all = train(Case { mesh, processes, gpus, by, steps: STEPS as u32 }, policy, seed);
     for (process, (losses, _)) in all.iter().enumerate() {
         assert_eq!(losses.len(), STEPS);
-        assert_eq!(losses, &all[0].0, "all processes see the same");
+        assert_eq!(losses, &all[0].0, "the processes report different losses");
         for (step, (got, want)) in losses.iter().zip(&cpu.losses).enumerate() {
             let difference = relative(*got, f64::from(*want));
             let at = format!("{mesh}, process {process} of {processes}, step {step}");
@@ -175,7 +176,7 @@ fn a_pipeline_over_two_processes() {
     }
 }
 
-/// What NCCL connects when it is first used is connected before the first step: one send at the end where a pipe begins.
+/// NCCL connects on first use, so a session connects each pipe before the first step, with one send from each side.
 #[test]
 fn pipes_are_connected_when_the_session_starts() {
     for (by, expected) in [("pipes", [1, 1]), ("connections", [0, 0])] {
@@ -197,32 +198,32 @@ fn devices_that_do_not_divide_evenly() {
     check("data=3", 2, 3, "pipes", "random", 60);
 }
 
-/// What a process that could go on complains of when the other meets a fault.
-fn complaint(mesh: &'static str, by: &'static str, seed: u64, fault: &str) -> String {
+/// Returns the error text of process 0 when process 1 meets a fault.
+fn survivor_error(mesh: &'static str, by: &'static str, seed: u64, fault: &str) -> String {
     let started = Instant::now();
     let ended = run(Case { mesh, processes: 2, gpus: 2, by, steps: STEPS as u32 }, "random", seed, Some(fault));
-    let said = text(&ended[0].0.stderr);
-    assert!(started.elapsed() < ENDS_WITHIN, "{mesh} by {by}, {fault}: {said}");
-    assert!(ended.iter().all(|(output, _)| !output.status.success()), "{mesh} by {by}, {fault}: {said}");
+    let stderr = text(&ended[0].0.stderr);
+    assert!(started.elapsed() < ENDS_WITHIN, "{mesh} by {by}, {fault}: {stderr}");
+    assert!(ended.iter().all(|(output, _)| !output.status.success()), "{mesh} by {by}, {fault}: {stderr}");
     let report = ended[0].1.as_ref().expect("a report");
-    // What is under way is broken off when the other process says that it has failed, and the software device says so.
+    // The failure of the other process aborts running work, which the software device records.
     let found: Vec<_> = report.findings.iter().filter(|finding| finding.kind != "aborted").collect();
     assert!(found.is_empty(), "{mesh} by {by}, {fault}: {found:#?}");
-    said
+    stderr
 }
 
 #[test]
 fn a_lost_gpu_ends_all_processes_with_its_cause() {
     for (mesh, by, seed) in [("stage=2", "pipes", 70), ("stage=2", "connections", 72), ("data=2", "pipes", 74)] {
-        let said = complaint(mesh, by, seed, "kill:1:60");
-        assert!(said.contains("rank 1") && said.contains("CUDA_ERROR_LAUNCH_FAILED"), "{mesh} by {by}: {said}");
+        let stderr = survivor_error(mesh, by, seed, "kill:1:60");
+        assert!(stderr.contains("rank 1") && stderr.contains("CUDA_ERROR_LAUNCH_FAILED"), "{mesh} by {by}: {stderr}");
     }
 }
 
 #[test]
 fn a_process_that_dies_is_named() {
     for (mesh, seed) in [("stage=2", 80), ("data=2", 82)] {
-        let said = complaint(mesh, "pipes", seed, "die:1:60");
-        assert!(said.contains("rank 1"), "{mesh}: {said}");
+        let stderr = survivor_error(mesh, "pipes", seed, "die:1:60");
+        assert!(stderr.contains("rank 1"), "{mesh}: {stderr}");
     }
 }

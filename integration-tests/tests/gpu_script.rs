@@ -1,5 +1,5 @@
-//! `gpu/check.sh` where there is no GPU: without one, on a GPU that software plays, with a stage that hangs, and broken off.
-//! Whatever happens, there is a report, and it says what happened. Needs Python; what is compared with PyTorch does not run.
+//! Tests `gpu/check.sh` without a GPU, on a software GPU, with a stage that hangs, and interrupted. It always writes a
+//! report that states what happened. Needs Python; the comparisons with PyTorch do not run.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -10,20 +10,20 @@ use std::process::{Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use shardflow_integration_tests::training::Scratch;
-use shardflow_software_cuda::Report;
+use shardflow_software_cuda::SimReport;
 
-/// A folder with our program, and a suite that hangs but for one case.
+/// A folder with `gpu_check`, and a fake conformance suite that hangs except in one case.
 fn binaries(scratch: &Scratch) -> PathBuf {
     let folder = scratch.path().join("binaries");
     fs::create_dir(&folder).expect("an empty folder");
     symlink(env!("CARGO_BIN_EXE_gpu_check"), folder.join("gpu_check")).expect("an empty folder");
     let suite = folder.join("conformance");
     fs::write(&suite, "#!/bin/sh\n[ \"$SHARDFLOW_TEST_CASE\" = staged ] || exec tail -f /dev/null\n").expect("a file");
-    fs::set_permissions(&suite, fs::Permissions::from_mode(0o755)).expect("a file of ours");
+    fs::set_permissions(&suite, fs::Permissions::from_mode(0o755)).expect("permission to change the file");
     folder
 }
 
-/// Says so where there is no Python, without which the script does nothing.
+/// Whether Python is installed, which the script needs; prints SKIPPED if not.
 fn has_python() -> bool {
     let found = Command::new("python3").args(["-c", ""]).status().is_ok_and(|status| status.success());
     if !found {
@@ -36,13 +36,13 @@ fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("gpu/check.sh")
 }
 
-/// The script on so many software devices.
+/// The script on this number of software GPUs.
 fn on_software(scratch: &Scratch, gpus: usize) -> Command {
     shardflow_software_cuda::command(script(), scratch.path(), gpus, "random", 1).expect("the software device")
 }
 
-/// Adds its arguments, with tiny sizes.
-fn tiny(command: &mut Command, scratch: &Scratch, only: &str) {
+/// Adds the arguments for these stages, with tiny sizes.
+fn add_tiny_arguments(command: &mut Command, scratch: &Scratch, only: &str) {
     command.arg("--tiny").arg("--binaries").arg(binaries(scratch)).args(["--only", only]);
 }
 
@@ -50,7 +50,7 @@ fn report(out: &Path) -> Value {
     serde_json::from_slice(&fs::read(out.join("report.json")).expect("a report")).expect("JSON")
 }
 
-/// What the report says of each stage, by name.
+/// Name and state of each stage in the report.
 fn states(out: &Path) -> Vec<(String, String)> {
     let report = report(out);
     let stages = report["stages"].as_array().expect("stages");
@@ -61,20 +61,20 @@ fn states(out: &Path) -> Vec<(String, String)> {
     stages.iter().map(|stage| (text(stage, "name"), text(stage, "state"))).collect()
 }
 
-fn is(states: &[(String, String)], expected: &[(&str, &str)]) {
+fn assert_states(states: &[(String, String)], expected: &[(&str, &str)]) {
     let states: Vec<_> = states.iter().map(|(name, state)| (&name[..], &state[..])).collect();
     assert_eq!(states, expected);
 }
 
 #[test]
-fn without_a_gpu_each_stage_says_so() {
+fn without_a_gpu_every_other_stage_is_skipped() {
     if !has_python() {
         return;
     }
     let scratch = Scratch::new("gpu-script-none");
     let out = scratch.path().join("out");
     let mut script = Command::new(script());
-    // Where there is a GPU, it is hidden.
+    // Hides a GPU if there is one.
     script.env("CUDA_VISIBLE_DEVICES", "").arg("--binaries").arg(binaries(&scratch)).arg(&out);
     assert_eq!(script.status().expect("a shell").code(), Some(1));
     let states = states(&out);
@@ -82,7 +82,7 @@ fn without_a_gpu_each_stage_says_so() {
     assert!(states.len() > 20 && states[1..].iter().all(|(_, state)| state == "skipped"), "{states:?}");
 }
 
-/// How many attentions a stage counted, forward then backward, cuDNN's before our own.
+/// Attention counts of a stage: forward then backward, cuDNN before our own kernels.
 fn attentions(report: &Value, stage: &str) -> [u64; 4] {
     let stage = report["stages"].as_array().expect("stages").iter().find(|s| s["name"] == stage).expect("the stage");
     ["forward_cudnn", "forward_own", "backward_cudnn", "backward_own"]
@@ -90,7 +90,7 @@ fn attentions(report: &Value, stage: &str) -> [u64; 4] {
 }
 
 #[test]
-fn our_side_runs_on_a_software_device() {
+fn shardflow_stages_run_on_a_software_device() {
     if !has_python() {
         return;
     }
@@ -110,12 +110,12 @@ fn our_side_runs_on_a_software_device() {
         "virtual-stage",
         "virtual-tensor",
     ];
-    tiny(&mut script, &scratch, &stages.join(" "));
+    add_tiny_arguments(&mut script, &scratch, &stages.join(" "));
     let status = script.arg(&out).status().expect("a shell");
-    // Nothing stands beside them.
+    // There are no PyTorch results to compare with.
     let beside = ["gpt2-losses-f32", "gpt2-losses-bf16", "gpt2-speed"];
     let expected = stages.map(|name| (name, "ok")).into_iter().chain(beside.map(|name| (name, "skipped")));
-    is(&states(&out), &expected.collect::<Vec<_>>());
+    assert_states(&states(&out), &expected.collect::<Vec<_>>());
     assert!(status.success(), "{status}");
     let report = report(&out);
     // Ten steps of two layers; cuDNN has no attention in f32.
@@ -130,11 +130,11 @@ fn our_side_runs_on_a_software_device() {
         let [_, _, backward, own] = attentions(&report, stage);
         assert!(backward > 0 && own == 0, "{stage}: {report:#}");
     }
-    // Of the process that was last on the device: a training.
-    assert_eq!(Report::read(scratch.path()).expect("a report").findings, []);
+    // The report of the last process on the device, a training.
+    assert_eq!(SimReport::read(scratch.path()).expect("a report").findings, []);
 }
 
-/// What one GPU cannot show is no success of it; on two, trainings by NCCL are compared with one GPU's.
+/// On one GPU the NCCL stages are skipped; on two, trainings over NCCL are compared with one GPU's.
 #[test]
 fn nccl_needs_two_gpus() {
     if !has_python() {
@@ -146,20 +146,21 @@ fn nccl_needs_two_gpus() {
         let scratch = Scratch::new(&format!("gpu-script-nccl-{gpus}"));
         let out = scratch.path().join("out");
         let mut script = on_software(&scratch, gpus);
-        let asked = stages.iter().filter(|stage| gpus == 1 || **stage != "conformance-nccl").copied();
-        tiny(&mut script, &scratch, &asked.clone().collect::<Vec<_>>().join(" "));
+        let requested = stages.iter().filter(|stage| gpus == 1 || **stage != "conformance-nccl").copied();
+        add_tiny_arguments(&mut script, &scratch, &requested.clone().collect::<Vec<_>>().join(" "));
         assert!(script.arg(&out).status().expect("a shell").success());
         let state = |name: &'static str| match name.contains("nccl") {
             true if gpus == 1 => (name, "skipped"),
             false if derived.contains(&name) => (name, "skipped"),
             _ => (name, "ok"),
         };
-        is(&states(&out), &asked.chain(derived).map(state).collect::<Vec<_>>());
+        assert_states(&states(&out), &requested.chain(derived).map(state).collect::<Vec<_>>());
     }
 }
 
-/// What `report.py` makes of a folder of stages, each with its status and its last line; and whether all is well.
-fn reported(name: &str, info: &str, stages: &[(&str, &str, &str)]) -> (Vec<(String, String)>, bool) {
+/// Runs `report.py` on a folder of stages, each with its status and last line; returns the states and whether it
+/// succeeded.
+fn run_report(name: &str, info: &str, stages: &[(&str, &str, &str)]) -> (Vec<(String, String)>, bool) {
     let scratch = Scratch::new(name);
     let write = |name: &str, text: &str| fs::write(scratch.path().join(name), text).expect("a file");
     write("info", info);
@@ -173,19 +174,19 @@ fn reported(name: &str, info: &str, stages: &[(&str, &str, &str)]) -> (Vec<(Stri
 }
 
 #[test]
-fn what_cannot_be_read_fails_its_stage_alone() {
+fn an_unreadable_status_fails_only_its_stage() {
     if !has_python() {
         return;
     }
     let (states, passed) =
-        reported("gpu-script-garbled", "", &[("first", "ended well 3 9 9", ""), ("second", "ended 0 3 9 9", "")]);
-    is(&states, &[("first", "failed"), ("second", "ok")]);
+        run_report("gpu-script-garbled", "", &[("first", "ended well 3 9 9", ""), ("second", "ended 0 3 9 9", "")]);
+    assert_states(&states, &[("first", "failed"), ("second", "ok")]);
     assert!(!passed);
 }
 
-/// Our speed without torch.compile's is no success, but for sizes that say nothing of speed.
+/// A speed without torch.compile's is not measured, except that tiny sizes skip the comparison.
 #[test]
-fn a_speed_without_its_measure_is_not_passed() {
+fn a_speed_without_a_comparison_does_not_pass() {
     if !has_python() {
         return;
     }
@@ -194,15 +195,15 @@ fn a_speed_without_its_measure_is_not_passed() {
         .replace('\n', " ");
     for (sizes, expected) in [("", "not-measured"), ("tiny", "skipped")] {
         let stages = [("gpt2-ours-1", "ended 0 3 9 9", &*ours), ("gpt2-compile-1", "ended 77 3 9 9", "")];
-        let (states, passed) = reported("gpu-script-speed", &format!("sizes={sizes}\n"), &stages);
+        let (states, passed) = run_report("gpu-script-speed", &format!("sizes={sizes}\n"), &stages);
         assert_eq!(states.last().expect("derived").clone(), ("gpt2-speed".to_owned(), expected.to_owned()));
         assert_eq!(passed, expected == "skipped");
     }
 }
 
-/// Losses in bf16 are compared with the first round of PyTorch's that ran whole.
+/// Losses in bf16 are compared with the first complete PyTorch round.
 #[test]
-fn a_round_that_was_cut_off_is_not_the_only_one() {
+fn losses_are_compared_with_the_first_complete_round() {
     if !has_python() {
         return;
     }
@@ -215,19 +216,19 @@ fn a_round_that_was_cut_off_is_not_the_only_one() {
                 ("gpt2-eager-1", eager_status, eager),
                 ("gpt2-compile-1", "ended 0 3 9 9", compiled),
             ];
-            let (states, _) = reported("gpu-script-rounds", "", &stages);
+            let (states, _) = run_report("gpu-script-rounds", "", &stages);
             assert!(states.contains(&("gpt2-losses-bf16".to_owned(), expected.to_owned())), "{states:?}");
         }
     }
 }
 
-/// What a stage says of its failure: the program's error, the last panic or Python's exception.
+/// A failed stage reports the program's error, the last panic or Python's exception.
 #[test]
-fn a_failure_is_told_by_its_cause() {
+fn a_failure_is_reported_with_its_cause() {
     if !has_python() {
         return;
     }
-    let told = [
+    let cases = [
         ("warning\nerror: the first\nerror: the second\n", "error: the first"),
         (
             "thread 'a' panicked at x.rs:1:1:\non purpose\nthread 'b' panicked at y.rs:2:2:\nthe cause\nnote: run\n",
@@ -240,21 +241,21 @@ fn a_failure_is_told_by_its_cause() {
         ("no more than this\n", "no more than this"),
         ("", "it gave no reason"),
     ];
-    for (said, why) in told {
+    for (stderr, why) in cases {
         let scratch = Scratch::new("gpu-script-why");
         let write = |name: &str, text: &str| fs::write(scratch.path().join(name), text).expect("a file");
         write("stages", "compare\n");
         write("compare.status", "ended 1 3 9 9");
-        write("compare.err", said);
+        write("compare.err", stderr);
         let ended = Command::new("python3").arg(script().with_file_name("report.py")).arg(scratch.path()).status();
         assert_eq!(ended.expect("python").code(), Some(1));
         assert_eq!(report(scratch.path())["stages"][0]["why"], why);
     }
 }
 
-/// No failure of the code; but what is required and was not run has not passed.
+/// A stage that ran out of time is not a failure of the code, but a required stage that did not run has not passed.
 #[test]
-fn what_time_did_not_allow_is_not_run() {
+fn a_stage_without_time_is_not_run() {
     if !has_python() {
         return;
     }
@@ -265,58 +266,61 @@ fn what_time_did_not_allow_is_not_run() {
         ("compare", "ended 124 60 60 60", "timed-out", false),
         ("sanitizer-memcheck", "ended 124 60 60 60", "timed-out", false),
         ("sanitizer-memcheck", "ended 9 1 3 60", "failed", false),
-        // `timeout` kills what does not end; so may others, long before.
+        // `timeout` kills a stage at its limit; another process may kill it earlier.
         ("compare", "ended 137 65 60 60", "timed-out", false),
         ("compare", "ended 137 2 60 60", "failed", false),
         ("launches-any-order", "not-run nothing is left of 9 s", "not-run", true),
     ] {
-        let (states, passed) = reported("gpu-script-late", "", &[(name, status, "")]);
-        is(&states, &[(name, state)]);
+        let (states, passed) = run_report("gpu-script-late", "", &[(name, status, "")]);
+        assert_states(&states, &[(name, state)]);
         assert_eq!(passed, passes, "{name}: {status}");
     }
 }
 
 #[test]
-fn seconds_are_numbers() {
+fn time_limits_must_be_numbers() {
     for flag in ["--deadline", "--stage-seconds"] {
         for value in ["soon", "0", "-1", "1.5", ""] {
             let ended = Command::new(script()).args([flag, value]).output().expect("a shell");
             assert_eq!(ended.status.code(), Some(2), "{flag} {value:?}");
-            let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-            assert_eq!(said, format!("error: {flag} takes seconds, not '{value}'\n"));
+            let stderr = String::from_utf8_lossy(&ended.stderr).into_owned();
+            assert_eq!(stderr, format!("error: {flag} takes seconds, not '{value}'\n"));
         }
     }
 }
 
 #[test]
-fn a_stage_that_hangs_is_ended_and_the_next_one_runs() {
+fn a_hung_stage_is_killed_and_the_next_one_runs() {
     if !has_python() {
         return;
     }
     let scratch = Scratch::new("gpu-script-hangs");
     let out = scratch.path().join("out");
     let mut script = on_software(&scratch, 1);
-    tiny(&mut script, &scratch, "versions conformance-alone conformance-staged");
+    add_tiny_arguments(&mut script, &scratch, "versions conformance-alone conformance-staged");
     let script = script.args(["--stage-seconds", "15"]).arg(&out);
     assert_eq!(script.status().expect("a shell").code(), Some(1));
-    is(&states(&out), &[("versions", "ok"), ("conformance-alone", "timed-out"), ("conformance-staged", "ok")]);
+    assert_states(
+        &states(&out),
+        &[("versions", "ok"), ("conformance-alone", "timed-out"), ("conformance-staged", "ok")],
+    );
 }
 
 #[test]
-fn broken_off_it_reports_what_there_is() {
+fn an_interrupted_run_reports_the_finished_stages() {
     if !has_python() {
         return;
     }
     let scratch = Scratch::new("gpu-script-ends");
     let out = scratch.path().join("out");
     let mut script = on_software(&scratch, 1);
-    tiny(&mut script, &scratch, "versions conformance-alone conformance-staged");
+    add_tiny_arguments(&mut script, &scratch, "versions conformance-alone conformance-staged");
     let mut child = script.arg(&out).stdout(Stdio::piped()).spawn().expect("a shell");
     let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().map_while(Result::ok);
-    // It tells of a stage before it starts it.
+    // It prints the name of a stage before it starts it.
     assert!(lines.any(|line| line == "== conformance-alone"), "the stage never begins");
     kill_process(Pid::from_child(&child), Signal::TERM).expect("a child");
     lines.for_each(drop);
     assert_eq!(child.wait().expect("a child").code(), Some(1));
-    is(&states(&out), &[("versions", "ok"), ("conformance-alone", "interrupted")]);
+    assert_states(&states(&out), &[("versions", "ok"), ("conformance-alone", "interrupted")]);
 }

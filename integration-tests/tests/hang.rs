@@ -1,4 +1,4 @@
-//! A step that stands still can be asked what it waits for, from outside, while it does.
+//! `explain-hang` queries a stuck step from outside while it waits.
 
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
@@ -20,10 +20,10 @@ use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
 const BATCH: usize = 8;
-/// Far more than any wait here takes.
+/// Much longer than any wait here.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Closed, it holds up the kernels of one shard.
+/// Blocks the kernels of one shard while it is closed.
 #[derive(Debug, Default)]
 struct Gate {
     closed: Mutex<bool>,
@@ -32,12 +32,12 @@ struct Gate {
 
 impl Gate {
     fn set(&self, closed: bool) {
-        *self.closed.lock().expect("no panic") = closed;
+        *self.closed.lock().expect("the lock is not poisoned") = closed;
         self.opened.notify_all();
     }
 }
 
-/// Gives on what it reads; the shard whose rows and columns start here goes through the gate, forward or backward.
+/// Copies its input. The shard whose rows and columns start here passes the gate, forward or backward.
 #[derive(Clone, Debug)]
 struct Gated {
     gate: Arc<Gate>,
@@ -77,7 +77,7 @@ impl CustomKernel for GatedKernel {
 
     fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
         if let Some(gate) = &self.0 {
-            let closed = gate.closed.lock().expect("no panic");
+            let closed = gate.closed.lock().expect("the lock is not poisoned");
             drop(gate.opened.wait_while(closed, |closed| *closed).expect("no panic"));
         }
         let (CpuSlice::F32(from), CpuSliceMut::F32(to)) = (&args.reads[0].data, &mut args.writes[0].data) else {
@@ -88,7 +88,7 @@ impl CustomKernel for GatedKernel {
     }
 }
 
-/// Two linear layers, on two stages where there are stages, and split where there is a tensor axis, with the gate between them.
+/// Two linear layers with the gate between them, on two stages if the mesh has stages, split if it has a tensor axis.
 fn start(mesh: &str, op: Gated) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -119,18 +119,18 @@ fn step(session: &mut Session) {
 }
 
 #[test]
-fn whoever_asks_is_told_the_cause_and_the_way_to_it() {
+fn a_hang_report_names_the_cause_and_the_wait_chain() {
     within(120, || {
         let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
-        let ask = || client::explain_hang(watch.address()).expect("a session").reports.pop().expect("a report");
+        let explain = || client::explain_hang(watch.address()).expect("a session").reports.pop().expect("a report");
         assert!(client::explain_hang(watch.address()).expect_err("no session").to_string().contains("503"));
-        // The mesh; where the shard's rows (of a micro-batch) and columns begin that the gate is in; and who is held up.
+        // The mesh, the first row (of a micro-batch) and column of the gated shard, and the blocked action.
         for (mesh, row, column, culprit) in [
             ("data=1", 0, 0, "device 0 compute forward"),
             ("data=2", 2, 0, "device 1 compute forward"),
             ("stage=2", 0, 0, "device 1 compute backward"),
             ("data=2,stage=2", 2, 0, "device 3 compute forward"),
-            // Its peer waits for it inside a collective, which both have begun the firing of.
+            // Its peer waits for it inside a collective that both have started.
             ("tensor=2", 0, 2, "device 1 compute forward"),
             ("tensor=2", 0, 2, "device 1 compute backward"),
             ("tensor=2", 0, 0, "device 0 compute backward"),
@@ -140,15 +140,15 @@ fn whoever_asks_is_told_the_cause_and_the_way_to_it() {
                 start(mesh, Gated { gate: gate.clone(), row, column, backward: culprit.ends_with("backward") });
             watch.show(&session);
             step(&mut session);
-            assert_eq!(ask().cause, None, "{mesh}: between steps");
+            assert_eq!(explain().cause, None, "{mesh}: between steps");
             gate.set(true);
             thread::scope(|scope| {
                 let stepping = scope.spawn(|| step(&mut session));
                 let (until, wanted) =
                     (Instant::now() + PATIENCE, format!("{culprit} has not ended, and waits for nobody"));
-                // Until all else has come to its wait.
+                // Polls until everything else waits.
                 let report = loop {
-                    let report = ask();
+                    let report = explain();
                     if report.cause.as_deref() == Some(&wanted) && report.idle_seconds > 0.2 {
                         break report;
                     }
@@ -156,13 +156,13 @@ fn whoever_asks_is_told_the_cause_and_the_way_to_it() {
                     thread::yield_now();
                 };
                 assert_eq!((report.process, &report.elsewhere[..]), (0, &[][..]));
-                assert!(report.chain.last().is_none_or(|(_, what)| what.contains(&culprit[..8])), "{report}");
+                assert!(report.chain.last().is_none_or(|(_, state)| state.contains(&culprit[..8])), "{report}");
                 let status = client::status(watch.address()).expect("a session");
                 let held = status.actors.iter().find(|actor| culprit.starts_with(&actor.name)).expect("an actor");
                 assert_eq!(held.now, format!("{culprit} is in flight"));
                 assert!(held.now_seconds > 0.2 && status.idle_seconds > 0.2, "{status}");
                 gate.set(false);
-                stepping.join().expect("the step goes on");
+                stepping.join().expect("the step continues");
             });
             session.shutdown().unwrap_or_else(|e| panic!("mesh {mesh}: {e}"));
         }

@@ -1,5 +1,5 @@
-//! Every op in every layout that its rule derives equals the unsharded op: 1-D on 2, 3 and 4 devices, 2-D on 2x2 and 2x3,
-//! with uneven dims and, where a dim is shorter than an axis, empty shards.
+//! Every op in every layout that its rule derives equals the unsharded op: 1-D on 2, 3 and 4 devices, 2-D on 2x2 and
+//! 2x3, with uneven dims, and with empty shards if a dim is shorter than an axis.
 
 use std::sync::Arc;
 
@@ -40,7 +40,7 @@ impl Runner {
         Self { device, stream }
     }
 
-    /// `before` is what the writes hold before, for ops that update in place.
+    /// Runs an op; `before` is the initial content of its outputs, for ops that update in place.
     fn run(&self, op: &Op, reads: &[HostTensor], before: Vec<HostTensor>) -> Vec<HostTensor> {
         let (mut end, mut buffers) = (0, Vec::new());
         for tensor in reads.iter().chain(&before) {
@@ -70,7 +70,7 @@ impl Runner {
     }
 }
 
-/// An op, its whole inputs, and what its outputs hold before.
+/// An op, its whole inputs, and the initial content of its outputs.
 struct Case {
     op: Op,
     rule: Rule,
@@ -100,7 +100,7 @@ fn einsum(spec: &str, a: &[usize], b: &[usize]) -> Case {
     case(Op::Einsum(Einsum::parse(spec).expect("a product")), vec![values(a, 1), values(b, 2)])
 }
 
-/// Every op of the library that a graph can hold, on uneven shapes. `b` may be shorter than an axis.
+/// Every op that a graph can contain, on uneven shapes. `b` may be shorter than an axis.
 fn cases(runner: &Runner) -> Vec<Case> {
     let (b, t, c, h, d, v) = (3, 5, 7, 3, 4, 11);
     let (btc, bt, bthd, btv) = ([b, t, c], [b, t], [b, t, h, d], [b, t, v]);
@@ -125,7 +125,7 @@ fn cases(runner: &Runner) -> Vec<Case> {
             vec![values(&btc, 1), HostTensor::i32(&[2], vec![7, 12])],
         ),
     ];
-    // The gradient of a broadcast sum, and of the embedding, have factors that only the output has.
+    // The gradients of a broadcast sum and of the embedding have dims that only the output has.
     let mut sum = case(Op::Copy, vec![values(&btc, 1)]);
     (sum.op, sum.rule, sum.before) = (Op::SumLeading, ops::sum_leading(3, 2).expect("a rule"), vec![poisoned(&[t, c])]);
     all.push(sum);
@@ -166,7 +166,7 @@ fn cases(runner: &Runner) -> Vec<Case> {
     all
 }
 
-/// The shards of an operand, partial ones as random terms.
+/// The shards of an operand; partial ones are random terms.
 fn shards(whole: &HostTensor, layout: &NdSbp, placement: &Placement, key: u64) -> Vec<HostTensor> {
     let made = match layout.partial() {
         Some(_) => scatter_random_terms(whole, layout, placement, key),
@@ -175,7 +175,7 @@ fn shards(whole: &HostTensor, layout: &NdSbp, placement: &Placement, key: u64) -
     made.expect("a layout that fits")
 }
 
-/// Runs one signature and compares. Gives false where the signature cannot be: partial integers.
+/// Runs one signature and compares the result. Returns false for partial integers, which cannot exist.
 fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSignature, placement: &Placement) -> bool {
     let integer_partial = |(t, l): (&HostTensor, &NdSbp)| t.dtype() == DType::I32 && l.partial().is_some();
     if case.inputs.iter().zip(&signature.inputs).any(integer_partial) {
@@ -188,7 +188,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
         .enumerate()
         .map(|(i, (t, l))| shards(t, l, placement, i as u64))
         .collect();
-    // What is updated in place lies as the output; a partial output starts poisoned.
+    // Tensors updated in place have the output's layout; a partial output starts as NaN.
     let before = |index: usize| -> Vec<HostTensor> {
         let part = |(t, l): (&HostTensor, &NdSbp)| {
             let region = local_region(&t.shape, l, placement, index);
@@ -209,7 +209,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
             all.push(made);
         }
     }
-    // The random terms of partial inputs are whole numbers much larger than the values, which costs digits.
+    // The random terms of partial inputs are integers much larger than the values, which costs precision.
     let has_terms = signature.inputs.iter().any(|l| l.partial().is_some());
     let tolerance = if has_terms { 5e-4 } else { 1e-5 };
     for ((expected, layout), parts) in whole.iter().zip(&signature.outputs).zip(&outputs) {
@@ -245,6 +245,6 @@ fn every_op_in_every_derivable_layout_equals_the_unsharded_op() {
             }
         }
     }
-    // The number of derivable layouts falls only when a rule loses some.
+    // The number of derivable layouts falls only if a rule loses some.
     assert!(checked > 1500 && split > 1000, "{checked} layouts checked, {split} with a split");
 }

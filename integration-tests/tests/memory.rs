@@ -1,5 +1,5 @@
-//! Memory is static and as planned: nothing is allocated on a device after the start, the measured peak is within the planned
-//! one and close to it, and a plan that does not fit is refused before anything runs.
+//! Memory is static and planned: nothing is allocated on a device after the start, the measured peak is at most the
+//! planned one and close to it, and a plan that does not fit is refused before anything runs.
 
 use shardflow::passes::precision::Precision;
 use shardflow::passes::{CompileError, CompileOptions, THREADS_MAX, compile};
@@ -31,7 +31,7 @@ fn a_running_session_allocates_nothing_on_devices() {
 }
 
 #[test]
-fn the_measured_peak_is_the_planned_one_within_a_tenth() {
+fn the_measured_peak_is_within_a_tenth_of_the_planned_one() {
     within(180, || {
         for mesh in MESHES {
             for (schedule, micro_batches) in [(GPipe, 1), (GPipe, 8), (OneFOneB, 1), (OneFOneB, 8)] {
@@ -46,25 +46,25 @@ fn the_measured_peak_is_the_planned_one_within_a_tenth() {
                         .filter(|r| r.slots_peak < r.slots && r.name.starts_with(&format!("device {} ", device.device)))
                         .map(|r| format!("{}: {} of {} x {}", r.name, r.slots_peak, r.slots, r.slot_bytes))
                         .collect();
-                    let what =
+                    let case =
                         format!("mesh {mesh}, {schedule:?}, {micro_batches} micro-batches, {device:?}: {idle:#?}");
-                    assert!(measured <= planned && measured * 10 >= planned * 9, "{what}");
+                    assert!(measured <= planned && measured * 10 >= planned * 9, "{case}");
                 }
             }
         }
     });
 }
 
-/// What streams hold for their threads, and for widening bf16, is planned too; and no more of the plan depends on threads.
+/// The plan includes the streams' memory per thread and for widening bf16; nothing else in it depends on threads.
 #[test]
-fn all_that_is_allocated_is_planned_whatever_the_threads() {
+fn all_allocated_memory_is_planned_for_any_number_of_threads() {
     within(120, || {
         for precision in [Precision::F32, Precision::BF16] {
             let options = |threads_per_device| CompileOptions { threads_per_device, precision, ..options(2, OneFOneB) };
             let plans = [1, 3].map(|threads| model().plan("data=2,stage=2", &options(threads)));
             assert_eq!(plans[0].hash(), plans[1].hash(), "{precision:?}");
             let bytes = plans.each_ref().map(|plan| plan.memory[0].total_bytes());
-            // In bf16 the launch that needs most is one that is widened, on any number of threads.
+            // In bf16 the largest scratch is that of a widened launch, for any number of threads.
             assert!(bytes[0] < bytes[1] || precision == Precision::BF16, "{precision:?}: {bytes:?}");
             for threads in [1, 3] {
                 let mut session = model().session("data=2,stage=2", &options(threads));
@@ -77,9 +77,9 @@ fn all_that_is_allocated_is_planned_whatever_the_threads() {
     });
 }
 
-/// A session that takes the threads that its process owns plans their memory, and computes the same bits.
+/// A session that uses all cores of its process plans their memory, and computes the same bits.
 #[test]
-fn a_session_takes_the_cores_that_it_owns() {
+fn a_session_can_use_all_cores_of_its_process() {
     within(60, || {
         let plan_options = options(2, OneFOneB);
         let run = |threads| {
@@ -95,8 +95,9 @@ fn a_session_takes_the_cores_that_it_owns() {
         assert_eq!((planned, owned, same), (1, cores.min(THREADS_MAX), loss));
     });
 }
+
 #[test]
-fn one_f_one_b_needs_less_than_gpipe() {
+fn one_f_one_b_needs_less_memory_than_gpipe() {
     let bytes = |schedule| {
         let plan = model().plan("stage=4", &options(8, schedule));
         plan.memory.iter().map(|m| m.total_bytes()).collect::<Vec<_>>()
@@ -116,12 +117,12 @@ fn a_plan_that_does_not_fit_is_refused_with_the_numbers() {
         compile(model().graph("data=2"), &options)
     };
     assert!(compile_in(needed).is_ok());
-    let error = compile_in(needed - 1).expect_err("a byte is missing");
+    let error = compile_in(needed - 1).expect_err("one byte too few");
     assert!(matches!(error, CompileError::Plan(PlanError::Memory { .. })), "{error}");
     let text = error.to_string();
     for part in
         [&format!("a device has {} bytes", needed - 1), "device 0: ", "device 1: ", &format!("{needed} bytes = ")]
     {
-        assert!(text.contains(part), "no {part:?} in: {text}");
+        assert!(text.contains(part), "{part:?} is missing in: {text}");
     }
 }

@@ -1,5 +1,5 @@
-//! What a step reports does not depend on its number of micro-batches: outputs of every kind, dropout's masks; and programs
-//! for which that cannot be are refused, with the user's line.
+//! The results of a step do not depend on its number of micro-batches: outputs of every kind, and dropout masks.
+//! Programs for which this is impossible are refused with the user's line.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ fn graph(mesh: &str) -> Graph {
     Graph::new(&Mesh::parse(mesh).expect("a mesh"))
 }
 
-/// `x [b, t] -> y [t]`: the largest over the batch.
+/// `x [b, t] -> y [t]`: the maximum over the batch.
 #[derive(Debug)]
 struct Largest;
 
@@ -66,7 +66,7 @@ impl CustomKernel for Largest {
     }
 }
 
-/// A classifier with an output of each kind. `later` has its batch in dim 1.
+/// A classifier with an output of each kind. The batch dim of `later` is 1.
 fn every_kind(mesh: &str) -> Graph {
     let mut g = graph(mesh);
     let split = |dim| if mesh.starts_with("data") { Layout::split("data", dim) } else { Layout::broadcast() };
@@ -118,13 +118,13 @@ fn inputs_of_every_kind() -> Vec<(&'static str, HostTensor)> {
     ]
 }
 
-fn assert_same(what: &str, got: &BTreeMap<String, HostTensor>, want: &BTreeMap<String, HostTensor>) {
-    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{what}");
+fn assert_same(case: &str, got: &BTreeMap<String, HostTensor>, want: &BTreeMap<String, HostTensor>) {
+    assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>(), "{case}");
     for (name, want) in want {
         let got = &got[name];
-        assert_eq!(got.shape, want.shape, "{what}: {name}");
+        assert_eq!(got.shape, want.shape, "{case}: {name}");
         for (a, b) in got.as_f32().expect("floats").iter().zip(want.as_f32().expect("floats")) {
-            assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{what}: {name} is {got:?}, not {want:?}");
+            assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{case}: {name} is {got:?}, not {want:?}");
         }
     }
 }
@@ -158,7 +158,7 @@ fn outputs_do_not_depend_on_the_number_of_micro_batches() {
 }
 
 #[test]
-fn the_user_says_how_values_become_one() {
+fn outputs_are_combined_as_requested() {
     within(60, || {
         let outputs = |count| {
             let mut g = graph("data=1");
@@ -179,7 +179,7 @@ fn the_user_says_how_values_become_one() {
         let of = |name: &str| got[name].as_f32().expect("floats").to_vec();
         for i in 0..16 {
             let terms = [each[i], each[16 + i], each[32 + i], each[48 + i]];
-            assert_eq!(of("sum")[i], ((terms[0] + terms[1]) + terms[2]) + terms[3], "in their order");
+            assert_eq!(of("sum")[i], ((terms[0] + terms[1]) + terms[2]) + terms[3], "summed in order");
             assert_eq!(of("max")[i], terms.into_iter().fold(f32::NEG_INFINITY, f32::max));
             assert_eq!(of("once")[i], terms[0]);
             for (m, term) in terms.iter().enumerate() {
@@ -192,7 +192,7 @@ fn the_user_says_how_values_become_one() {
     });
 }
 
-/// A program, and what its error says when the batch is divided.
+/// A program, and parts of its error when the batch is divided.
 type Refused = (fn(&mut Graph), &'static [&'static str]);
 
 fn floats(g: &mut Graph, name: &str, shape: &[usize]) -> Var {
@@ -299,9 +299,9 @@ const REFUSED: &[Refused] = &[
     ),
 ];
 
-/// Each is refused with one error, which names a line of this file, where the batch is divided; and else is fine.
+/// Each program compiles undivided, and with a divided batch is refused with one error that names a line of this file.
 #[test]
-fn what_would_depend_on_the_number_of_micro_batches_is_refused() {
+fn programs_that_depend_on_the_number_of_micro_batches_are_refused() {
     for (build, wants) in REFUSED {
         let compiled = |count| {
             let mut g = graph("data=1");
@@ -317,7 +317,7 @@ fn what_would_depend_on_the_number_of_micro_batches_is_refused() {
     }
 }
 
-/// A program, and what its error says.
+/// A program, and a part of its error.
 type Wrong = (fn(&mut Graph), &'static str);
 
 #[test]
@@ -369,12 +369,12 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
     }
 }
 
-/// What dropout makes of ones: tensors with the batch in each dim, and one with another batch size.
+/// The masks that dropout applies to ones: tensors with the batch in each dim, and one with another batch size.
 fn masks(mesh: &str, micro_batches: usize, seed: u64, steps: usize) -> BTreeMap<String, HostTensor> {
     let mut g = graph(mesh);
     let has = |axis: &str| mesh.contains(axis);
     let mut inputs = Vec::new();
-    // The first input has a batch of its own.
+    // The first input has another batch size.
     for (name, shape, batch_dim) in
         [("other", [12, 5, 3], 0), ("first", [4, 6, 5], 0), ("second", [6, 8, 5], 1), ("third", [6, 5, 4], 2)]
     {
@@ -405,7 +405,7 @@ fn masks(mesh: &str, micro_batches: usize, seed: u64, steps: usize) -> BTreeMap<
 }
 
 #[test]
-fn masks_are_a_function_of_the_place_in_the_whole_tensor() {
+fn masks_depend_only_on_the_position_in_the_whole_tensor() {
     within(120, || {
         let whole = masks("data=1", 1, 5, 1);
         for (name, mask) in &whole {
@@ -417,18 +417,18 @@ fn masks_are_a_function_of_the_place_in_the_whole_tensor() {
         {
             for count in COUNTS {
                 let got = masks(mesh, count, 5, 1);
-                assert!(bits(&got) == bits(&whole), "mesh {mesh}, {count} micro-batches: other masks");
+                assert!(bits(&got) == bits(&whole), "mesh {mesh}, {count} micro-batches: the masks differ");
             }
         }
-        for (what, other) in [("seed", masks("data=1", 2, 6, 1)), ("step", masks("data=1", 2, 5, 2))] {
-            assert!(other.iter().all(|(name, mask)| *mask != whole[name]), "another {what}, the same mask");
+        for (change, other) in [("seed", masks("data=1", 2, 6, 1)), ("step", masks("data=1", 2, 5, 2))] {
+            assert!(other.iter().all(|(name, mask)| *mask != whole[name]), "another {change} gives the same mask");
         }
     });
 }
 
-/// The gradient is dropped where the value was, whatever the dim of the batch: trained parameters agree.
+/// Dropout masks the gradient like the value for any batch dim, so trained parameters agree.
 #[test]
-fn gradients_are_dropped_like_values() {
+fn gradients_are_masked_like_values() {
     within(120, || {
         let trained = |mesh: &str, micro_batches: usize| {
             let mut g = graph(mesh);

@@ -1,5 +1,6 @@
-//! `gpt` on two nodes, each a network namespace with a host name of its own: partitions, a flap, dropped TCP, a slow link, a
-//! slow process. They need root, `ip`, `nft` and `tc`, so they are ignored by default; `.ci/run network` runs them.
+//! Runs `gpt` on two nodes, each a network namespace with its own host name: partitions, a flap, dropped TCP, a slow
+//! link, a slow process. The tests need root, `ip`, `nft` and `tc`, so they are ignored by default; `.ci/run network`
+//! runs them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -13,18 +14,18 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use shardflow_integration_tests::training::Scratch;
 
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(240);
 /// A partition is noticed within this.
 const NOTICED_WITHIN: Duration = Duration::from_secs(10);
-/// A write that gets rid of nothing fails within 10 s; then its process says so to all, and they end within two more.
+/// A blocked write fails within 10 s; then its process reports it, and all processes end within two more.
 const WRITE_FAILS_WITHIN: Duration = Duration::from_secs(14);
-/// Resident memory that a slow peer may cost a process: what the system maps and libraries cache, not what is queued.
+/// Allowed growth of resident memory with a slow peer: mapped pages and library caches, not queued data.
 const GROWTH_KIB_MAX: u64 = 8 << 10;
-/// How a slow process, or a slow way to it, is told of.
+/// Start of the message about a slow process or link.
 const SLOW: &str = "waiting for rank";
 const NODES: [&str; 2] = ["a", "b"];
-/// What each says when it has lost the other.
+/// Part of each node's message when it has lost the other.
 const EACH_OTHER: [&str; 2] = ["rank 1", "rank 0"];
 const SECRET: &str = "a secret of these tests only";
 
@@ -38,7 +39,7 @@ fn run(command: &str) -> Result<(), String> {
     }
 }
 
-/// Two namespaces with a wire between them; removed at the end, with all that runs in them.
+/// Two namespaces with a link between them; dropping it removes them and kills their processes.
 struct Net {
     name: String,
 }
@@ -56,7 +57,7 @@ impl Drop for Net {
 }
 
 impl Net {
-    /// Where it is not permitted, says so and gives nothing.
+    /// Returns `None`, and prints SKIPPED, if that is not permitted.
     fn new(test: &str) -> Option<Self> {
         let net = Self { name: format!("sf{}{test}", std::process::id()) };
         match net.make() {
@@ -87,13 +88,13 @@ impl Net {
         format!("{}{node}", self.name)
     }
 
-    /// Node `a` drops what it sends to the other (`output`) or gets from it (`input`); `what` narrows it.
-    fn cut(&self, direction: &str, what: &str) {
+    /// Node `a` drops packets to the other node (`output`) or from it (`input`); `filter` selects packets.
+    fn cut(&self, direction: &str, filter: &str) {
         let nft = format!("ip netns exec {} nft add", self.node("a"));
         let hook = format!("{{ type filter hook {direction} priority 0 ; }}");
         run(&format!("{nft} chain inet cut {direction} {hook}")).expect("nft");
-        let way = if direction == "input" { "iifname" } else { "oifname" };
-        run(&format!("{nft} rule inet cut {direction} {way} wire {what} drop")).expect("nft");
+        let interface = if direction == "input" { "iifname" } else { "oifname" };
+        run(&format!("{nft} rule inet cut {direction} {interface} wire {filter} drop")).expect("nft");
     }
 
     fn cut_all(&self) {
@@ -105,7 +106,7 @@ impl Net {
         run(&format!("ip netns exec {} nft flush table inet cut", self.node("a"))).expect("nft");
     }
 
-    /// Both directions carry so much.
+    /// Limits the rate of both directions.
     fn slow_down(&self, rate: &str) {
         for node in NODES {
             let tbf = format!("tbf rate {rate} burst 16kb latency 500ms");
@@ -114,7 +115,7 @@ impl Net {
     }
 }
 
-/// A launcher on one node, and what it says.
+/// A launcher on one node, and its output lines with their times.
 struct Running {
     child: Child,
     lines: Receiver<(Instant, String)>,
@@ -131,7 +132,7 @@ impl Drop for Running {
 /// Cargo puts the programs of all packages into one folder.
 fn program(name: &str) -> PathBuf {
     let program = Path::new(env!("CARGO_BIN_EXE_dies")).with_file_name(name);
-    assert!(program.is_file(), "{} is not there: build the workspace, not this package alone", program.display());
+    assert!(program.is_file(), "{} does not exist: build the workspace, not only this package", program.display());
     program
 }
 
@@ -165,7 +166,7 @@ impl Running {
         self.seen.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
     }
 
-    /// Reads on until a line holds this; gives when that was.
+    /// Reads until a line contains this; returns the time of the line.
     fn until(&mut self, text: &str, within: Duration) -> Instant {
         let deadline = Instant::now() + within;
         loop {
@@ -174,14 +175,14 @@ impl Running {
             };
             self.seen.push(line);
             let (at, line) = self.seen.last().expect("pushed");
-            // That a rank is slow comes before that it is lost.
+            // The message about a slow rank comes before the one about a lost rank.
             if line.contains(text) && line.contains(SLOW) == text.contains(SLOW) {
                 return *at;
             }
         }
     }
 
-    /// Reads what comes in this time.
+    /// Reads lines for this long.
     fn listen(&mut self, time: Duration) {
         let deadline = Instant::now() + time;
         while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -189,26 +190,26 @@ impl Running {
         }
     }
 
-    fn end(&mut self) -> Option<i32> {
+    fn wait(&mut self) -> Option<i32> {
         let deadline = Instant::now() + TIMEOUT;
         loop {
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => self.seen.push(line),
-                Err(RecvTimeoutError::Disconnected) => return self.child.wait().expect("it ends").code(),
+                Err(RecvTimeoutError::Disconnected) => return self.child.wait().expect("an exit status").code(),
                 Err(RecvTimeoutError::Timeout) => panic!("did not end:\n{}", self.text()),
             }
         }
     }
 }
 
-/// Losses by step, as bits; a step that was done twice came out the same.
+/// Bits of the losses by step; a repeated step must have the same loss.
 fn losses(log: &Path) -> BTreeMap<u64, u64> {
     let mut losses = BTreeMap::new();
     for line in fs::read_to_string(log).unwrap_or_default().lines() {
         let record: Value = serde_json::from_str(line).unwrap_or(Value::Null);
         if let (Some(step), Some(loss)) = (record["step"].as_u64(), record["loss"].as_f64()) {
             let before = losses.insert(step, loss.to_bits());
-            assert!(before.is_none_or(|before| before == loss.to_bits()), "step {step} came out differently");
+            assert!(before.is_none_or(|before| before == loss.to_bits()), "step {step} has two losses");
         }
     }
     losses
@@ -230,7 +231,7 @@ struct Job {
     nodes: [Running; 2],
     steps: u64,
     flags: String,
-    /// Of steps that were seen to be committed.
+    /// Manifests of the committed steps seen so far.
     committed: BTreeMap<String, Vec<u8>>,
 }
 
@@ -248,49 +249,49 @@ impl Job {
         Some(job)
     }
 
-    fn done(&self) -> u64 {
+    fn steps_done(&self) -> u64 {
         losses(&self.folder.path().join("log")).len() as u64
     }
 
-    /// Waits until so many steps were done, and one checkpoint is there.
+    /// Waits until this number of steps is done and one checkpoint exists.
     fn until_step(&mut self, step: u64) {
         let deadline = Instant::now() + TIMEOUT;
-        while self.done() < step || commits(self.folder.path()).is_empty() {
-            assert!(Instant::now() < deadline, "only {} steps:\n{}", self.done(), self.nodes[0].text());
+        while self.steps_done() < step || commits(self.folder.path()).is_empty() {
+            assert!(Instant::now() < deadline, "only {} steps:\n{}", self.steps_done(), self.nodes[0].text());
             self.nodes[0].listen(Duration::from_millis(50));
         }
-        self.look();
+        self.check_commits();
     }
 
-    /// What was committed stays what it was.
-    fn look(&mut self) {
+    /// Checks that committed manifests have not changed.
+    fn check_commits(&mut self) {
         for (step, manifest) in commits(self.folder.path()) {
             let before = self.committed.insert(step.clone(), manifest.clone());
             assert!(before.is_none_or(|before| before == manifest), "{step} was committed twice");
         }
     }
 
-    /// Each node says that this process is lost; gives how long the later one took.
-    fn named(&mut self, since: Instant, within: Duration, said: [&str; 2]) -> f64 {
+    /// Waits until each node prints its message; returns the seconds of the later one.
+    fn wait_for_messages(&mut self, since: Instant, within: Duration, messages: [&str; 2]) -> f64 {
         let at = [0, 1].map(|node| {
             let left = (since + within).saturating_duration_since(Instant::now());
-            self.nodes[node].until(said[node], left).duration_since(since)
+            self.nodes[node].until(messages[node], left).duration_since(since)
         });
-        self.look();
+        self.check_commits();
         at[0].max(at[1]).as_secs_f64()
     }
 
-    /// To the end: all steps, the losses of one process, each step committed once and whole.
+    /// Waits for the end and checks that all steps have the losses of one process and are committed once and complete.
     fn finish(mut self) -> String {
         for node in &mut self.nodes {
-            assert_eq!(node.end(), Some(0), "{}", node.text());
+            assert_eq!(node.wait(), Some(0), "{}", node.text());
         }
-        self.look();
+        self.check_commits();
         let here = self.folder.path();
         let mut alone = Running::start(None, 0, here, &format!("{} --log-json one", self.flags));
-        assert_eq!(alone.end(), Some(0), "{}", alone.text());
-        assert!(losses(&here.join("log")) == losses(&here.join("one")), "other losses than in one process");
-        assert_eq!(self.done(), self.steps);
+        assert_eq!(alone.wait(), Some(0), "{}", alone.text());
+        assert!(losses(&here.join("log")) == losses(&here.join("one")), "the losses differ from those of one process");
+        assert_eq!(self.steps_done(), self.steps);
         assert_eq!(self.committed.len() as u64, self.steps.div_ceil(20), "{:?}", self.committed.keys());
         let verified =
             Command::new(program("shardflow")).args(["checkpoint", "verify", "ck"]).current_dir(here).output();
@@ -299,40 +300,42 @@ impl Job {
     }
 }
 
-/// Waits while it listens.
-fn pass(job: &mut Job, time: Duration) {
+/// Waits while it reads the output.
+fn wait_and_read(job: &mut Job, time: Duration) {
     job.nodes[0].listen(time / 2);
-    job.look();
+    job.check_commits();
     job.nodes[1].listen(time / 2);
-    job.look();
+    job.check_commits();
 }
 
-/// Cuts the nodes apart for 30 s: each says in time who is lost, and they go on afterwards. Gives what they said.
-fn partition(name: &str, cut_by: impl Fn(&Net), said: [&str; 2]) -> Option<String> {
+/// Separates the nodes for 30 s: each reports the lost rank in time, and both continue afterwards. Returns their
+/// output.
+fn partition(name: &str, cut_by: impl Fn(&Net), messages: [&str; 2]) -> Option<String> {
     let mut job = Job::start(name, 600, "data=2")?;
     let cut = Instant::now();
     cut_by(&job.net);
-    let noticed = job.named(cut, NOTICED_WITHIN, said);
+    let noticed = job.wait_for_messages(cut, NOTICED_WITHIN, messages);
     let left = Duration::from_secs(30).saturating_sub(cut.elapsed());
-    pass(&mut job, left);
+    wait_and_read(&mut job, left);
     job.net.heal();
-    let said = job.finish();
-    println!("partition of 30 s ({name}): named by both sides after {noticed:.1} s");
-    Some(said)
+    let output = job.finish();
+    println!("partition of 30 s ({name}): reported by both sides after {noticed:.1} s");
+    Some(output)
 }
 
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_partition_is_noticed_and_nothing_is_committed_twice() {
-    // Neither can hear of the other's view.
-    let Some(said) = partition("part", Net::cut_all, EACH_OTHER) else { return };
-    assert!(said.contains("restart 1 of"), "{said}");
+    // Neither node receives the other's report.
+    let Some(output) = partition("part", Net::cut_all, EACH_OTHER) else { return };
+    assert!(output.contains("restart 1 of"), "{output}");
 }
 
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_one_way_partition_is_noticed_by_both() {
-    // The one whose packets get lost hears from the other that they do: by a letter or, where that does not get through, a beat.
+    // The node whose packets are lost learns it from the other, by a letter or, if that does not arrive, by a
+    // heartbeat.
     partition("oneway", |net| net.cut("output", ""), ["(seen by process 1)", "rank 0: no heartbeat"]);
 }
 
@@ -340,17 +343,17 @@ fn a_one_way_partition_is_noticed_by_both() {
 #[ignore = "needs root: run by .ci/run network"]
 fn a_flap_of_three_seconds_restarts_nothing() {
     let Some(mut job) = Job::start("flap", 600, "stage=2") else { return };
-    let before = job.done();
+    let before = job.steps_done();
     let cut = Instant::now();
     job.net.cut_all();
-    pass(&mut job, Duration::from_secs(3));
-    assert!(job.done() < job.steps, "the cut came too late");
+    wait_and_read(&mut job, Duration::from_secs(3));
+    assert!(job.steps_done() < job.steps, "the cut came too late");
     let flapped = cut.elapsed();
     job.net.heal();
     job.until_step(before + 100);
     let resumed = cut.elapsed();
-    let said = job.finish();
-    assert!(!said.contains("restart"), "{said}");
+    let output = job.finish();
+    assert!(!output.contains("restart"), "{output}");
     println!("flap of {:.1} s: 100 steps later after {:.1} s", flapped.as_secs_f64(), resumed.as_secs_f64());
 }
 
@@ -359,20 +362,20 @@ fn a_flap_of_three_seconds_restarts_nothing() {
 fn a_half_open_socket_fails_its_write_in_time() {
     let Some(mut job) = Job::start("half", 600, "data=2") else { return };
     let cut = Instant::now();
-    // Heartbeats still come.
+    // Heartbeats still arrive.
     job.net.cut("output", "meta l4proto tcp");
     job.net.cut("input", "meta l4proto tcp");
-    // Whose write fails first tells, and by heartbeats: which of the two is named is chance.
-    let noticed = job.named(cut, WRITE_FAILS_WITHIN, ["error: rank", "error: rank"]);
+    // The process whose write fails first reports it, also by heartbeats; which of the two it is varies.
+    let noticed = job.wait_for_messages(cut, WRITE_FAILS_WITHIN, ["error: rank", "error: rank"]);
     job.net.heal();
-    let said = job.finish();
-    assert!(said.contains("Connection timed out") || said.contains("takes no bytes"), "{said}");
-    println!("half-open connections: named by both sides after {noticed:.1} s");
+    let output = job.finish();
+    assert!(output.contains("Connection timed out") || output.contains("takes no bytes"), "{output}");
+    println!("half-open connections: reported by both sides after {noticed:.1} s");
 }
 
-/// Resident memory of each `gpt` of the job, KiB.
+/// Resident memory of each `gpt` of the job in KiB.
 fn resident_kib(job: &Job) -> Vec<u64> {
-    let here = job.folder.path().canonicalize().expect("it is there");
+    let here = job.folder.path().canonicalize().expect("the folder");
     let processes = fs::read_dir("/proc").expect("Linux").flatten().map(|entry| entry.path());
     let ours = processes.filter(|p| {
         let exe = fs::read_link(p.join("exe")).unwrap_or_default();
@@ -385,37 +388,38 @@ fn resident_kib(job: &Job) -> Vec<u64> {
     ours.filter_map(resident).collect()
 }
 
-/// From now on the job is slow: the other is named, and memory stays what it was. Gives the seconds and the growth.
-fn slow_and_named(job: &mut Job, node: usize, rank: u32) -> (f64, u64) {
+/// Checks that a slow job reports the slow rank and does not use more memory. Returns the seconds and the growth in
+/// KiB.
+fn check_slow_rank(job: &mut Job, node: usize, rank: u32) -> (f64, u64) {
     let (before, begin) = (resident_kib(job), Instant::now());
     assert_eq!(before.len(), 2);
     let named = job.nodes[node].until(&format!("{SLOW} {rank}"), Duration::from_secs(60));
-    let mut most = 0;
+    let mut growth_max = 0;
     while begin.elapsed() < Duration::from_secs(30) {
         job.nodes[1 - node].listen(Duration::from_millis(100));
         let now = resident_kib(job);
-        most = most.max(now.iter().sum::<u64>().saturating_sub(before.iter().sum()));
+        growth_max = growth_max.max(now.iter().sum::<u64>().saturating_sub(before.iter().sum()));
     }
-    assert!(most < GROWTH_KIB_MAX, "two processes have grown by {most} KiB");
-    (named.duration_since(begin).as_secs_f64(), most)
+    assert!(growth_max < GROWTH_KIB_MAX, "two processes have grown by {growth_max} KiB");
+    (named.duration_since(begin).as_secs_f64(), growth_max)
 }
 
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_slow_link_is_named_and_costs_no_memory() {
     let Some(mut job) = Job::start("link", 100_000, "data=2") else { return };
-    let before = job.done();
+    let before = job.steps_done();
     job.net.slow_down("1mbit");
-    let (named, growth) = slow_and_named(&mut job, 0, 1);
-    let (steps, said) = (job.done() - before, job.nodes[0].text() + &job.nodes[1].text());
-    assert!(!said.contains("restart") && steps > 0, "{steps} steps; {said}");
-    println!("link of 1 Mbit/s: named after {named:.1} s, {growth} KiB more, {steps} steps in 30 s");
+    let (named, growth) = check_slow_rank(&mut job, 0, 1);
+    let (steps, output) = (job.steps_done() - before, job.nodes[0].text() + &job.nodes[1].text());
+    assert!(!output.contains("restart") && steps > 0, "{steps} steps; {output}");
+    println!("link of 1 Mbit/s: reported after {named:.1} s, {growth} KiB more, {steps} steps in 30 s");
 }
 
-/// A cgroup (v1 or v2) that has a tenth of a core.
-struct Slow(PathBuf);
+/// A cgroup (v1 or v2) limited to a tenth of a core.
+struct SlowCgroup(PathBuf);
 
-impl Slow {
+impl SlowCgroup {
     fn new() -> Result<Self, String> {
         let failed = |e: std::io::Error| format!("no cgroup with a quota of CPU: {e}");
         let v1 = Path::new("/sys/fs/cgroup/cpu");
@@ -428,9 +432,9 @@ impl Slow {
     }
 }
 
-impl Drop for Slow {
+impl Drop for SlowCgroup {
     fn drop(&mut self) {
-        // Empty once its processes have ended, which the caller sees to.
+        // The folder can be removed once its processes have ended; the caller ends them first.
         let deadline = Instant::now() + Duration::from_secs(5);
         while fs::remove_dir(&self.0).is_err() && self.0.is_dir() && Instant::now() < deadline {
             thread::yield_now();
@@ -441,20 +445,20 @@ impl Drop for Slow {
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_slow_process_is_named_and_costs_no_memory() {
-    let slow = match Slow::new() {
+    let slow = match SlowCgroup::new() {
         Ok(slow) => slow,
         Err(why) => return println!("SKIPPED slow process: {why}"),
     };
     let Some(mut job) = Job::start("process", 100_000, "data=2") else { return };
-    let before = job.done();
+    let before = job.steps_done();
     let pids = Command::new("ip").args(["netns", "pids", &job.net.node("b")]).output().expect("ip").stdout;
     for pid in String::from_utf8_lossy(&pids).split_whitespace() {
-        fs::write(slow.0.join("cgroup.procs"), pid).expect("a process of ours");
+        fs::write(slow.0.join("cgroup.procs"), pid).expect("permission to move the process");
     }
-    let (named, growth) = slow_and_named(&mut job, 0, 1);
-    let (steps, said) = (job.done() - before, job.nodes[0].text() + &job.nodes[1].text());
-    assert!(!said.contains("restart") && steps > 0, "{steps} steps; {said}");
-    println!("process with a tenth of a core: named after {named:.1} s, {growth} KiB more, {steps} steps in 30 s");
+    let (named, growth) = check_slow_rank(&mut job, 0, 1);
+    let (steps, output) = (job.steps_done() - before, job.nodes[0].text() + &job.nodes[1].text());
+    assert!(!output.contains("restart") && steps > 0, "{steps} steps; {output}");
+    println!("process with a tenth of a core: reported after {named:.1} s, {growth} KiB more, {steps} steps in 30 s");
     drop(job);
     drop(slow);
 }

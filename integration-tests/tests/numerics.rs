@@ -1,5 +1,5 @@
-//! A step that is not finite changes no weight, on any mesh, and names the first tensor that is to blame: an input, an op in
-//! forward or in backward, a parameter.
+//! A step with Inf or NaN changes no weight on any mesh, and names the first non-finite tensor: an input, an op in
+//! forward or backward, or a parameter.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,13 +17,13 @@ const LENGTH: usize = 3;
 const TOKENS: usize = 5;
 const WIDTH: usize = 6;
 
-/// `(x, fault) -> (y)`: x, but no number where `fault` is above 1/2; its gradient, where `fault` is below -1/2.
+/// `(x, fault) -> (y)`: x, but NaN where `fault` is above 1/2; the gradient is NaN where `fault` is below -1/2.
 #[derive(Debug)]
-struct Faulty {
+struct NanOp {
     backward: bool,
 }
 
-impl CustomOp for Faulty {
+impl CustomOp for NanOp {
     fn name(&self) -> &str {
         if self.backward { "faulty_grad" } else { "faulty" }
     }
@@ -37,12 +37,12 @@ impl CustomOp for Faulty {
     }
 
     fn backward(&self, g: &mut Graph, inputs: &[Var], _: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>> {
-        let dx = grads[0].map(|dy| g.custom(Arc::new(Faulty { backward: true }), &[dy, inputs[1]])[0]);
+        let dx = grads[0].map(|dy| g.custom(Arc::new(NanOp { backward: true }), &[dy, inputs[1]])[0]);
         vec![dx, None]
     }
 }
 
-impl CustomKernel for Faulty {
+impl CustomKernel for NanOp {
     fn name(&self) -> &str {
         CustomOp::name(self)
     }
@@ -60,7 +60,7 @@ impl CustomKernel for Faulty {
     }
 }
 
-/// Two linear layers, on two stages where there are stages, with the op between them.
+/// Two linear layers, on two stages if the mesh has stages, with the op between them.
 fn start(mesh: &str, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -75,7 +75,7 @@ fn start(mesh: &str, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
         g.place_at("stage", 1);
     }
     let fault = g.input("fault", &[BATCH, LENGTH, WIDTH], DType::F32, layout.clone());
-    let x = g.custom(Arc::new(Faulty { backward: false }), &[x, fault])[0];
+    let x = g.custom(Arc::new(NanOp { backward: false }), &[x, fault])[0];
     let logits = nn::linear(&mut g, "last", x, TOKENS, Parallel::Replicated);
     let targets = g.input("targets", &[BATCH, LENGTH], DType::I32, layout);
     let loss = g.cross_entropy(logits, targets);
@@ -85,7 +85,7 @@ fn start(mesh: &str, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
     Session::start(plan, &options).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
 }
 
-/// A step in whose row of the batch every element of `fault` has this value.
+/// Runs a step with this value of `fault` in one row of the batch.
 fn step(session: &mut Session, row: usize, value: f32) -> Result<StepReport, SessionError> {
     let tokens = || HostTensor::i32(&[BATCH, LENGTH], (0..(BATCH * LENGTH) as i32).map(|i| i % 5).collect());
     let mut fault = vec![0.0; BATCH * LENGTH * WIDTH];
@@ -99,7 +99,7 @@ fn first(error: Result<StepReport, SessionError>) -> FirstNonFinite {
     found.first.unwrap_or_else(|| panic!("no first tensor"))
 }
 
-/// With what the mesh brings in: the device that works on a row of the batch, beyond the cut.
+/// The device that computes a row of the batch on the last stage.
 fn device_of(mesh: &str, row: usize) -> usize {
     let data = row % 2;
     match mesh {
@@ -113,10 +113,10 @@ fn device_of(mesh: &str, row: usize) -> usize {
 
 const MESHES: [&str; 4] = ["data=1", "data=2", "stage=2", "data=2,stage=2"];
 
-/// All bits of the parameters after so many good steps.
+/// The parameters after this number of finite steps.
 fn undisturbed(mesh: &str, max_norm: f32, steps: usize) -> BTreeMap<String, HostTensor> {
     let mut session = start(mesh, max_norm, OnNonFinite::Stop);
-    (0..steps).for_each(|_| drop(step(&mut session, 0, 0.0).expect("a good step")));
+    (0..steps).for_each(|_| drop(step(&mut session, 0, 0.0).expect("a finite step")));
     session.parameters().expect("parameters")
 }
 
@@ -126,7 +126,7 @@ fn a_step_that_is_not_finite_changes_nothing_and_names_the_first_tensor() {
         for (mesh, max_norm) in MESHES.iter().flat_map(|mesh| [(mesh, f32::INFINITY), (mesh, 1.0)]) {
             let expected = undisturbed(mesh, max_norm, 2);
             let mut session = start(mesh, max_norm, OnNonFinite::Stop);
-            step(&mut session, 0, 0.0).expect("a good step");
+            step(&mut session, 0, 0.0).expect("a finite step");
             for row in [0, 3, BATCH - 1] {
                 for (value, tensor, op, phase) in [
                     (f32::INFINITY, "fault", "input", Phase::Forward),
@@ -147,9 +147,9 @@ fn a_step_that_is_not_finite_changes_nothing_and_names_the_first_tensor() {
                 }
             }
             assert_eq!(session.steps(), 1, "{mesh}");
-            step(&mut session, 0, 0.0).expect("a good step");
+            step(&mut session, 0, 0.0).expect("a finite step");
             let parameters = session.parameters().expect("parameters");
-            assert!(bits(&parameters) == bits(&expected), "{mesh}, clipped to {max_norm}: something was updated");
+            assert!(bits(&parameters) == bits(&expected), "{mesh}, clipped to {max_norm}: the parameters changed");
         }
     });
 }
@@ -172,54 +172,54 @@ fn a_parameter_that_is_not_finite_is_named() {
 }
 
 #[test]
-fn a_step_may_be_passed_over_but_not_for_ever() {
+fn non_finite_steps_are_skipped_up_to_a_limit() {
     within(60, || {
         let mut session = start("data=2", f32::INFINITY, OnNonFinite::Skip { in_a_row_max: 2 });
         for expected in [1, 2] {
-            let report = step(&mut session, 5, 1.0).expect("passed over");
-            let found = report.non_finite.expect("told");
+            let report = step(&mut session, 5, 1.0).expect("a skipped step");
+            let found = report.non_finite.expect("a report of the skipped step");
             assert_eq!((found.step + 1, session.steps()), (expected, expected));
             assert!(found.to_string().starts_with(&format!("step {expected} is not finite, loss NaN, ")), "{found}");
         }
-        let report = step(&mut session, 0, 0.0).expect("a good step");
+        let report = step(&mut session, 0, 0.0).expect("a finite step");
         assert_eq!(report.non_finite, None);
-        (0..2).for_each(|_| drop(step(&mut session, 5, 1.0).expect("passed over")));
+        (0..2).for_each(|_| drop(step(&mut session, 5, 1.0).expect("a skipped step")));
         assert_eq!(first(step(&mut session, 5, 1.0)).micro_batch, Some(2));
         assert_eq!(session.steps(), 5);
     });
 }
 
 #[test]
-fn a_learning_rate_that_is_no_number_is_refused() {
+fn a_nan_learning_rate_is_refused() {
     let mut session = start("data=1", f32::INFINITY, OnNonFinite::Stop);
     let error = session.step(&[], f32::NAN);
     assert!(matches!(&error, Err(SessionError::Input { .. })), "{error:?}");
-    step(&mut session, 0, 0.0).expect("nothing was begun");
+    step(&mut session, 0, 0.0).expect("a finite step after the refusal");
 }
 
-/// Bits of the parameters after one more good step.
-fn after_a_good_step(mut session: Session) -> BTreeMap<String, HostTensor> {
-    step(&mut session, 0, 0.0).expect("a good step");
+/// The parameters after one more finite step.
+fn after_a_finite_step(mut session: Session) -> BTreeMap<String, HostTensor> {
+    step(&mut session, 0, 0.0).expect("a finite step");
     session.parameters().expect("parameters")
 }
 
-/// Skipped steps advance no bias correction: the first update is as large as a first update is, on any mesh.
+/// Skipped steps do not advance the bias correction: the first update has its full size on any mesh.
 #[test]
-fn skipped_steps_are_no_updates() {
+fn skipped_steps_do_not_count_as_updates() {
     within(120, || {
         for (mesh, max_norm) in MESHES.iter().flat_map(|mesh| [(mesh, f32::INFINITY), (mesh, 1.0)]) {
             let mut session = start(mesh, max_norm, OnNonFinite::Skip { in_a_row_max: 10 });
             (0..10).for_each(|_| drop(step(&mut session, 5, 1.0).expect("skipped")));
             assert_eq!((session.steps(), session.updates()), (10, 0), "{mesh}");
-            let trained = after_a_good_step(session);
+            let trained = after_a_finite_step(session);
             assert!(bits(&trained) == bits(&undisturbed(mesh, max_norm, 1)), "{mesh}, clipped to {max_norm}");
         }
     });
 }
 
-/// AdamW's first update moves a weight by the learning rate, whatever its gradient.
+/// AdamW's first update moves a weight by the learning rate for any gradient.
 #[test]
-fn the_first_update_after_skipped_steps_is_the_learning_rate() {
+fn the_first_update_after_skipped_steps_equals_the_learning_rate() {
     let mut g = Graph::new(&Mesh::parse("data=1").expect("a mesh"));
     let x = g.input("x", &[4, 2], DType::F32, Layout::broadcast());
     let w = g.parameter("w", &[3, 2], Init::Ones, Layout::broadcast());
@@ -241,10 +241,11 @@ fn the_first_update_after_skipped_steps_is_the_learning_rate() {
     assert!(moved.iter().all(|w| ((w - 1.0).abs() - 1e-2).abs() < 1e-5), "{moved:?}");
 }
 
-/// A name, and what loads a saved state into a session.
-type Way<'a> = (&'a str, &'a dyn Fn(&mut Session));
+/// A name, and a function that loads a saved state into a session.
+type Loader<'a> = (&'a str, &'a dyn Fn(&mut Session));
 
-/// Every way to go on takes the number of updates along: a file, a checkpoint, its export, its resharding, going back.
+/// Every way to resume restores the number of updates: a file, a checkpoint, its export, its resharding, an earlier
+/// step.
 #[test]
 fn the_number_of_updates_is_saved() {
     within(120, || {
@@ -266,30 +267,33 @@ fn the_number_of_updates_is_saved() {
         convert::export(&reader, &path("exported")).expect("exported");
         convert::reshard(&reader, &store("resharded"), 3).expect("resharded");
 
-        let expected = after_a_good_step(session);
+        let expected = after_a_finite_step(session);
         assert!(bits(&expected) == bits(&undisturbed("data=2", 1.0, 2)));
-        let ways: [Way<'_>; 5] = [
+        let loaders: [Loader<'_>; 5] = [
             ("file", &|s| drop(s.restore(&path("file")).expect("restored"))),
             ("export", &|s| drop(s.restore(&path("exported")).expect("restored"))),
             ("checkpoint", &|s| drop(s.restore_checkpoint(&reader).expect("restored"))),
             ("newest", &|s| drop(s.restore_newest(&store("run")).expect("restored"))),
             ("resharded", &|s| drop(s.restore_newest(&store("resharded")).expect("restored"))),
         ];
-        for (way, load) in ways {
+        for (name, load) in loaders {
             let mut fresh = start();
             load(&mut fresh);
-            assert_eq!((fresh.steps(), fresh.updates()), (10, 1), "{way}");
-            assert!(bits(&after_a_good_step(fresh)) == bits(&expected), "{way}: another update");
-            // Going back from a later step.
+            assert_eq!((fresh.steps(), fresh.updates()), (10, 1), "{name}");
+            assert!(bits(&after_a_finite_step(fresh)) == bits(&expected), "{name}: the next update differs");
+            // From a later step back to the saved one.
             let mut later = start();
-            (0..4).for_each(|_| drop(step(&mut later, 0, 0.0).expect("a good step")));
+            (0..4).for_each(|_| drop(step(&mut later, 0, 0.0).expect("a finite step")));
             load(&mut later);
-            assert!(bits(&after_a_good_step(later)) == bits(&expected), "{way}, going back: another update");
+            assert!(
+                bits(&after_a_finite_step(later)) == bits(&expected),
+                "{name}, from a later step: the next update differs"
+            );
         }
     });
 }
 
 #[test]
-fn gradients_too_large_to_be_squared_are_clipped_or_called_off() {
+fn gradients_too_large_to_square_are_clipped_or_skipped() {
     within(120, || shardflow_integration_tests::large::check(DeviceKind::Cpu));
 }

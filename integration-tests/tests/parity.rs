@@ -1,5 +1,5 @@
-//! Every mesh, schedule and number of micro-batches trains the same model: pipelines to the bit, others within a tolerance;
-//! and all like the float64 reference.
+//! Every mesh, schedule and number of micro-batches trains the same model: pipelines bit-identically, others within a
+//! tolerance; and all match the float64 reference.
 
 use std::collections::BTreeMap;
 
@@ -7,33 +7,33 @@ use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::{GPipe, OneFOneB};
 use shardflow_integration_tests::reference;
 use shardflow_integration_tests::training::{
-    Model, ONE, Scratch, TEXT, Trained, options, relative, vocabulary, within,
+    Model, ONE, Scratch, TEXT, TrainingResult, options, relative, vocabulary, within,
 };
 
 const STEPS: usize = 20;
-/// Relative difference of losses between layouts, at the first step and over all.
+/// Relative difference of losses between layouts, at the first step and later.
 const FIRST_MAX: f64 = 1e-5;
 const LATER_MAX: f64 = 1e-3;
 const SECONDS_MAX: u64 = 300;
 
-/// Fails when losses or gradient norms are further apart than the tolerance.
-fn assert_close(what: &str, got: &Trained, want: &Trained) {
-    assert_eq!(got.losses.len(), want.losses.len(), "{what}");
+/// Checks that losses and gradient norms differ by no more than the tolerance.
+fn assert_close(case: &str, got: &TrainingResult, want: &TrainingResult) {
+    assert_eq!(got.losses.len(), want.losses.len(), "{case}");
     for (step, (got, want)) in got.losses.iter().zip(&want.losses).enumerate() {
         let limit = if step == 0 { FIRST_MAX } else { LATER_MAX };
         let difference = relative(f64::from(*got), f64::from(*want));
-        assert!(difference <= limit, "{what}: loss {got} against {want} at step {step}: {difference:e} > {limit:e}");
+        assert!(difference <= limit, "{case}: loss {got} against {want} at step {step}: {difference:e} > {limit:e}");
     }
     for (step, (got, want)) in got.norms.iter().zip(&want.norms).enumerate() {
         let limit = if step == 0 { 1e-4 } else { 1e-2 };
         let difference = relative(*got, *want);
-        assert!(difference <= limit, "{what}: norm {got} against {want} at step {step}: {difference:e} > {limit:e}");
+        assert!(difference <= limit, "{case}: norm {got} against {want} at step {step}: {difference:e} > {limit:e}");
     }
 }
 
-fn assert_learns(what: &str, trained: &Trained) {
+fn assert_learns(case: &str, trained: &TrainingResult) {
     let (first, last) = (trained.losses[0], trained.losses[trained.losses.len() - 1]);
-    assert!(last < first - 0.3, "{what}: the loss went from {first} to {last} only");
+    assert!(last < first - 0.3, "{case}: the loss fell only from {first} to {last}");
 }
 
 /// Trains on each mesh and compares with one device.
@@ -49,7 +49,7 @@ fn check_meshes(model: Model, meshes: &'static [&'static str], micro_batches: us
 }
 
 #[test]
-fn pipelines_give_the_bits_of_one_device() {
+fn pipelines_match_one_device_bit_for_bit() {
     within(SECONDS_MAX, || {
         let model = Model::default();
         for micro_batches in [1, 2, 4] {
@@ -58,8 +58,8 @@ fn pipelines_give_the_bits_of_one_device() {
             for mesh in ["stage=2", "stage=4"] {
                 for schedule in [GPipe, OneFOneB] {
                     let got = model.train(mesh, &options(micro_batches, schedule), STEPS);
-                    let what = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
-                    assert!(got.bits() == one.bits(), "{what}: {:?} against {:?}", got.losses, one.losses);
+                    let case = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
+                    assert!(got.bits() == one.bits(), "{case}: {:?} against {:?}", got.losses, one.losses);
                 }
             }
         }
@@ -73,21 +73,21 @@ fn meshes_agree_with_one_device() {
     }
 }
 
-/// 4 heads and a vocabulary of 46 over 3 devices.
+/// 4 heads and a vocabulary of 46 on 3 devices.
 #[test]
-fn heads_and_vocabulary_need_not_divide_over_tensor() {
+fn heads_and_vocabulary_need_not_divide_evenly_over_tensor() {
     assert_ne!(vocabulary() % 3, 0);
     check_meshes(Model::default(), &["tensor=3"], 2);
 }
 
 #[test]
-fn a_batch_need_not_divide_over_data() {
+fn a_batch_need_not_divide_evenly_over_data() {
     check_meshes(Model { batch: 10, ..Model::default() }, &["data=3", "data=3,tensor=2"], 2);
 }
 
 /// A micro-batch of one sample on three devices.
 #[test]
-fn devices_may_have_nothing_to_do() {
+fn devices_may_have_no_samples() {
     check_meshes(Model { batch: 2, ..Model::default() }, &["data=3", "data=3,stage=2", "data=3,stage=4"], 2);
 }
 
@@ -103,15 +103,15 @@ fn micro_batches_agree_with_one_batch() {
     });
 }
 
-/// The mask depends on the element's place in the whole batch alone.
+/// The mask depends only on the element's position in the whole batch.
 #[test]
-fn dropout_is_the_same_on_every_mesh_and_for_every_number_of_micro_batches() {
+fn dropout_is_the_same_for_every_mesh_and_number_of_micro_batches() {
     within(SECONDS_MAX, || {
         let model = Model { dropout: 0.2, ..Model::default() };
         let one = model.train(ONE, &options(1, OneFOneB), STEPS);
         assert_learns("with dropout", &one);
         let without = Model::default().train(ONE, &options(1, OneFOneB), 1);
-        assert!(relative(one.losses[0].into(), without.losses[0].into()) > 1e-4, "dropout drops nothing");
+        assert!(relative(one.losses[0].into(), without.losses[0].into()) > 1e-4, "dropout has no effect");
         let cases = [
             (ONE, 2),
             (ONE, 4),
@@ -136,7 +136,7 @@ fn clipping_is_the_same_on_every_mesh() {
         let one = model.train(ONE, &options(2, OneFOneB), STEPS);
         assert!(one.norms.iter().all(|n| *n > 0.1), "nothing is clipped: {:?}", one.norms);
         let unclipped = Model::default().train(ONE, &options(2, OneFOneB), STEPS);
-        assert!(one.parameters != unclipped.parameters, "clipping changes nothing");
+        assert!(one.parameters != unclipped.parameters, "clipping has no effect");
         let pipeline = model.train("stage=2", &options(2, OneFOneB), STEPS);
         assert!(pipeline.bits() == one.bits(), "{:?} against {:?}", pipeline.losses, one.losses);
         for mesh in ["data=2", "tensor=3", "data=2,stage=2,tensor=2"] {
@@ -145,9 +145,9 @@ fn clipping_is_the_same_on_every_mesh() {
     });
 }
 
-/// Float32 against float64: rounding alone parts the losses, by 1e-5 at first and 1e-3 after 20 steps of AdamW.
+/// f32 losses differ from float64 only by rounding: 1e-5 at first and 1e-3 after 20 steps of AdamW.
 #[test]
-fn training_follows_the_float64_reference() {
+fn training_matches_the_float64_reference() {
     within(SECONDS_MAX, || {
         for max_norm in [f32::INFINITY, 0.1] {
             let model = Model { max_norm, ..Model::default() };
@@ -164,9 +164,9 @@ fn training_follows_the_float64_reference() {
     });
 }
 
-/// Every parameter's gradient, which after one step is ten times AdamW's first moment (beta 0.9).
+/// Compares every parameter's gradient, which after one step is ten times AdamW's first moment (beta 0.9).
 #[test]
-fn gradients_are_those_of_the_float64_reference() {
+fn gradients_match_the_float64_reference() {
     within(SECONDS_MAX, || {
         let model = Model::default();
         let (_, want) = reference::first_step(&model.reference(), TEXT.as_bytes());
@@ -179,8 +179,11 @@ fn gradients_are_those_of_the_float64_reference() {
             assert_eq!(got.keys().collect::<Vec<_>>(), want.keys().collect::<Vec<_>>());
             for (name, want) in &want {
                 let size = want.iter().map(|g| g * g).sum::<f64>().sqrt();
-                let apart = got[name].iter().zip(want).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt();
-                assert!(apart < 2e-5 * size, "mesh {mesh:?}, {name}: gradients of size {size:e} are {apart:e} apart");
+                let difference = got[name].iter().zip(want).map(|(a, b)| (a - b) * (a - b)).sum::<f64>().sqrt();
+                assert!(
+                    difference < 2e-5 * size,
+                    "mesh {mesh:?}, {name}: gradients of size {size:e} differ by {difference:e}"
+                );
             }
         }
     });
@@ -192,14 +195,14 @@ fn first_gradients(model: &Model, mesh: &str, options: &CompileOptions) -> (BTre
     let report = model.step(&mut session);
     let folder = Scratch::new(&format!("gradients-{}-{}", mesh.replace(['=', ','], "-"), options.micro_batches));
     let path = folder.path().join("first.safetensors");
-    session.save(&path).expect("can be saved");
-    let bytes = std::fs::read(&path).expect("was saved");
-    let file = safetensors::SafeTensors::deserialize(&bytes).expect("was saved whole");
+    session.save(&path).expect("saved");
+    let bytes = std::fs::read(&path).expect("a saved file");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("a complete file");
     let mut gradients = BTreeMap::new();
     for (name, view) in file.tensors() {
         let Some(name) = name.strip_prefix("adamw.m/") else { continue };
         let values = view.data().chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]]));
         gradients.insert(name.to_string(), values.map(|m| f64::from(m) / f64::from(1.0 - 0.9f32)).collect());
     }
-    (gradients, report.grad_norm.expect("has gradients"))
+    (gradients, report.grad_norm.expect("a gradient norm"))
 }

@@ -1,6 +1,6 @@
-//! Four processes under `shardflow launch`, one of which is killed or frozen in the middle of forward, backward, a collective
-//! or the update; or their launcher is. They go on from the last commit, with the losses of an undisturbed run. The program
-//! is `dies`, of this crate.
+//! Four processes under `shardflow launch`. One of them, or the launcher, is killed or frozen in the middle of forward,
+//! backward, a collective or the update. They resume from the last commit with the losses of an undisturbed run. The
+//! program is `dies` of this crate.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -17,14 +17,14 @@ use shardflow_integration_tests::training::Scratch;
 const DIES: &str = env!("CARGO_BIN_EXE_dies");
 const PROCESSES: u32 = 4;
 const PHASES: [&str; 4] = ["forward", "backward", "collective", "update"];
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(90);
-/// What is asked for.
+/// Required times.
 const NEXT_STEP_WITHIN: f64 = 10.0;
 const FREEZE_NOTICED_WITHIN: f64 = 5.0;
 const NO_CHILD_AFTER: Duration = Duration::from_secs(5);
 
-/// A launcher that runs, and the lines that it writes, each with the time.
+/// A running launcher, and its output lines with their times.
 struct Running {
     child: Child,
     lines: Receiver<(u64, String)>,
@@ -41,7 +41,11 @@ impl Running {
     fn start(folder: &Path, dies: Option<&str>) -> Self {
         // Cargo puts the programs of all packages into one folder.
         let launcher = Path::new(DIES).with_file_name("shardflow");
-        assert!(launcher.is_file(), "{} is not there: build the workspace, not this package alone", launcher.display());
+        assert!(
+            launcher.is_file(),
+            "{} does not exist: build the workspace, not only this package",
+            launcher.display()
+        );
         let mut command = Command::new(launcher);
         command.args(["launch", "--nproc-per-node=4", "--max-restarts=1", "--", DIES]).current_dir(folder);
         command.envs(dies.map(|dies| ("DIES", dies)));
@@ -58,27 +62,27 @@ impl Running {
         Self { child, lines }
     }
 
-    /// Reads to the end; gives the exit code, and what was said when.
-    fn end(mut self) -> (Option<i32>, Vec<(u64, String)>) {
-        let (deadline, mut said) = (Instant::now() + TIMEOUT, Vec::new());
+    /// Reads to the end; returns the exit code and the lines with their times.
+    fn wait(mut self) -> (Option<i32>, Vec<(u64, String)>) {
+        let (deadline, mut lines) = (Instant::now() + TIMEOUT, Vec::new());
         while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            said.push(line);
+            lines.push(line);
         }
-        assert!(Instant::now() < deadline, "did not end: {said:?}");
-        (self.child.wait().expect("a child that ends").code(), said)
+        assert!(Instant::now() < deadline, "did not end: {lines:?}");
+        (self.child.wait().expect("a child that ends").code(), lines)
     }
 }
 
-/// What the log of a run says, over all its restarts.
+/// The log of a run, over all its restarts.
 #[derive(Debug, Default)]
 struct Log {
-    /// Bits of the losses; a step that was done twice came out the same.
+    /// Bits of the losses by step; a repeated step must have the same loss.
     losses: BTreeMap<u64, u32>,
-    /// When each step was done, in the order of the log.
+    /// Steps and their times, in the order of the log.
     done: Vec<(u64, u64)>,
-    /// Where each start went on, with how many steps stood before it.
+    /// The step that each start resumed from, with the number of log entries before it.
     from: Vec<(u64, usize)>,
-    /// Last step that was known to be committed before the last start.
+    /// Last step known to be committed before the last start.
     committed: u64,
 }
 
@@ -95,7 +99,7 @@ fn read_log(folder: &Path) -> Log {
             "step" => {
                 let loss = number(2) as u32;
                 let before = log.losses.insert(number(1), loss);
-                assert!(before.is_none_or(|before| before == loss), "step {} came out differently", words[1]);
+                assert!(before.is_none_or(|before| before == loss), "step {} has two losses", words[1]);
                 log.done.push((number(1), number(3)));
             }
             _ => committed = number(1),
@@ -104,13 +108,13 @@ fn read_log(folder: &Path) -> Log {
     log
 }
 
-/// The losses of a run that nothing disturbs.
+/// The losses of an undisturbed run.
 fn undisturbed() -> &'static BTreeMap<u64, u32> {
     static LOSSES: OnceLock<BTreeMap<u64, u32>> = OnceLock::new();
     LOSSES.get_or_init(|| {
         let folder = Scratch::new("phases-undisturbed");
-        let (code, said) = Running::start(folder.path(), None).end();
-        assert_eq!(code, Some(0), "{said:?}");
+        let (code, lines) = Running::start(folder.path(), None).wait();
+        assert_eq!(code, Some(0), "{lines:?}");
         read_log(folder.path()).losses
     })
 }
@@ -119,92 +123,95 @@ fn seconds(from_ns: u64, to_ns: u64) -> f64 {
     to_ns.saturating_sub(from_ns) as f64 * 1e-9
 }
 
-/// When who died, as the one that did has written.
-fn died(folder: &Path) -> Option<(u64, String)> {
+/// Reads the time of death and the text of the file `died`.
+fn read_death(folder: &Path) -> Option<(u64, String)> {
     let text = std::fs::read_to_string(folder.join("died")).ok()?;
     Some((text.split(' ').next()?.parse().ok()?, text))
 }
 
-/// Any process whose working folder is this one.
-fn anybody_in(folder: &Path) -> bool {
-    let here = folder.canonicalize().expect("it is there");
+/// Whether any process has this working folder.
+fn has_process_in(folder: &Path) -> bool {
+    let here = folder.canonicalize().expect("the folder");
     let all = std::fs::read_dir("/proc").expect("Linux").flatten();
     all.into_iter().any(|entry| std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == here))
 }
 
-/// Waits for the launcher's death in the phase; its processes must be gone soon.
+/// Waits for the launcher's death in the phase; its processes must end soon after.
 fn launcher_dies(folder: &Path, launcher: Running) -> f64 {
-    let (code, said) = launcher.end();
-    assert_eq!(code, None, "the launcher was killed: {said:?}");
-    let (died, _) = died(folder).expect("who killed it has said so");
+    let (code, lines) = launcher.wait();
+    assert_eq!(code, None, "the launcher was killed: {lines:?}");
+    let (died, _) = read_death(folder).expect("the process that killed it has written the file");
     let deadline = Instant::now() + NO_CHILD_AFTER;
-    while anybody_in(folder) {
-        assert!(Instant::now() < deadline, "a child is there {NO_CHILD_AFTER:?} after the launcher's death");
+    while has_process_in(folder) {
+        assert!(Instant::now() < deadline, "a child is still running {NO_CHILD_AFTER:?} after the launcher's death");
         thread::yield_now();
     }
     seconds(died, unix_ns())
 }
 
-/// What one case took, in seconds.
+/// Times of one case in seconds.
 #[derive(Debug, Default)]
-struct Took {
+struct CaseTimes {
     next_step: f64,
-    /// Until a frozen process was named, or until no child was left of a launcher that was killed.
+    /// Until a frozen process was reported, or until the last child of a killed launcher ended.
     noticed: Option<f64>,
 }
 
-fn check(who: &str, rank: u32, step: u64, phase: &str) -> Took {
-    let case = format!("{who} {rank} {step} {phase}");
+fn check(target: &str, rank: u32, step: u64, phase: &str) -> CaseTimes {
+    let case = format!("{target} {rank} {step} {phase}");
     let folder = Scratch::new(&format!("phases-{}", case.replace(' ', "-")));
     let folder = folder.path();
     let running = Running::start(folder, Some(&case));
-    let mut took = Took::default();
-    let again = if who == "LAUNCHER" {
-        took.noticed = Some(launcher_dies(folder, running));
+    let mut times = CaseTimes::default();
+    let again = if target == "LAUNCHER" {
+        times.noticed = Some(launcher_dies(folder, running));
         Running::start(folder, Some(&case))
     } else {
         running
     };
-    let (code, said) = again.end();
-    assert_eq!(code, Some(0), "{case}: {said:#?}");
-    let (died, where_) = died(folder).unwrap_or_else(|| panic!("{case}: nobody died"));
+    let (code, lines) = again.wait();
+    assert_eq!(code, Some(0), "{case}: {lines:#?}");
+    let (died, location) = read_death(folder).unwrap_or_else(|| panic!("{case}: no process died"));
     let in_phase = match phase {
-        "collective" => where_.contains(" all_reduce"),
-        phase => where_.contains(&format!(" {phase} ")),
+        "collective" => location.contains(" all_reduce"),
+        phase => location.contains(&format!(" {phase} ")),
     };
-    assert!(in_phase, "{case}: died in {where_}");
+    assert!(in_phase, "{case}: died in {location}");
     let log = read_log(folder);
-    assert!(log.losses == *undisturbed(), "{case}: other losses than an undisturbed run");
+    assert!(log.losses == *undisturbed(), "{case}: the losses differ from an undisturbed run");
     let [(0, 0), (from, before)] = log.from[..] else { panic!("{case}: started at {:?}", log.from) };
     let committed = log.committed;
-    assert!(from >= committed && from > 0 && from <= step, "{case}: went on from {from}, committed were {committed}");
+    assert!(from >= committed && from > 0 && from <= step, "{case}: resumed from {from}, committed was {committed}");
     assert_eq!(log.done[before].0, from, "{case}: the first step after the start");
-    // Another process may have ended its part of the step while this one is at its update.
+    // Another process may finish the step while this one is in its update.
     let done_max = if phase == "update" { step } else { step - 1 };
-    assert!(log.done[..before].iter().all(|(done, _)| *done <= done_max), "{case}: step {step} was done before");
-    took.next_step = seconds(died, log.done[before].1);
-    assert!(took.next_step < NEXT_STEP_WITHIN, "{case}: next step after {:.1} s: {said:#?}", took.next_step);
-    if who == "STOP" {
-        let named = said.iter().find(|(_, line)| line.contains(&format!("rank {rank}")));
-        let (named, _) = named.unwrap_or_else(|| panic!("{case}: not named in {said:#?}"));
-        let noticed = seconds(died, *named);
-        assert!(noticed < FREEZE_NOTICED_WITHIN, "{case}: noticed after {noticed:.1} s: {said:#?}");
-        took.noticed = Some(noticed);
+    assert!(
+        log.done[..before].iter().all(|(done, _)| *done <= done_max),
+        "{case}: step {step} was done before the death"
+    );
+    times.next_step = seconds(died, log.done[before].1);
+    assert!(times.next_step < NEXT_STEP_WITHIN, "{case}: next step after {:.1} s: {lines:#?}", times.next_step);
+    if target == "STOP" {
+        let reported = lines.iter().find(|(_, line)| line.contains(&format!("rank {rank}")));
+        let (reported, _) = reported.unwrap_or_else(|| panic!("{case}: not reported in {lines:#?}"));
+        let noticed = seconds(died, *reported);
+        assert!(noticed < FREEZE_NOTICED_WITHIN, "{case}: noticed after {noticed:.1} s: {lines:#?}");
+        times.noticed = Some(noticed);
     }
-    println!("{case:<26} next step after {:.2} s, noticed {:.2?}", took.next_step, took.noticed);
-    took
+    println!("{case:<26} next step after {:.2} s, noticed {:.2?}", times.next_step, times.noticed);
+    times
 }
 
-/// The longest times of all.
-fn worst(all: &[Took]) -> String {
+/// Formats the longest times.
+fn worst(all: &[CaseTimes]) -> String {
     let max = |times: &mut dyn Iterator<Item = f64>| times.fold(0.0, f64::max);
-    let next = max(&mut all.iter().map(|took| took.next_step));
-    let noticed = max(&mut all.iter().filter_map(|took| took.noticed));
-    format!("{} of {}: next step after {next:.2} s at most, noticed after {noticed:.2} s at most", all.len(), all.len())
+    let next = max(&mut all.iter().map(|times| times.next_step));
+    let noticed = max(&mut all.iter().filter_map(|times| times.noticed));
+    format!("{} cases: next step after {next:.2} s at most, noticed after {noticed:.2} s at most", all.len())
 }
 
 #[test]
-fn who_dies_in_any_phase_is_survived() {
+fn a_death_in_any_phase_is_survived() {
     for (rank, phase) in [1, 2, 3, 0].into_iter().zip(PHASES) {
         check("KILL", rank, 13, phase);
     }
@@ -212,15 +219,15 @@ fn who_dies_in_any_phase_is_survived() {
     check("LAUNCHER", 1, 14, "backward");
 }
 
-/// Each phase five times, every rank among them; takes some minutes.
-fn soak(who: &str, rank: impl Fn(u32) -> u32) {
+/// Runs each phase five times with changing ranks; takes some minutes.
+fn soak(target: &str, rank: impl Fn(u32) -> u32) {
     let mut all = Vec::new();
     for phase in PHASES {
         for step in 12..17 {
-            all.push(check(who, rank(all.len() as u32), step, phase));
+            all.push(check(target, rank(all.len() as u32), step, phase));
         }
     }
-    println!("{who}, {}", worst(&all));
+    println!("{target}, {}", worst(&all));
 }
 
 #[test]

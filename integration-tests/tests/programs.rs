@@ -1,5 +1,5 @@
-//! Programs that are no plain chain of layers: tensors that skip stages, one parameter used twice, devices without data,
-//! outputs that need no input; and programs that are wrong, which `compile` and `step` tell with the user's line.
+//! Programs that are not a simple chain of layers: tensors that skip stages, a parameter used twice, devices without
+//! data, outputs without inputs; and invalid programs, which `compile` and `step` report with the user's line.
 
 use std::collections::BTreeMap;
 
@@ -14,12 +14,12 @@ const WIDTH: usize = 6;
 const STAGES: usize = 4;
 const WEIGHTS: Init = Init::Normal { std: 0.3 };
 
-fn tokens(which: usize) -> HostTensor {
-    let token = |i: usize| ((i * 7 + i * i * 3 + which * i) % TOKENS) as i32;
+fn tokens(seed: usize) -> HostTensor {
+    let token = |i: usize| ((i * 7 + i * i * 3 + seed * i) % TOKENS) as i32;
     HostTensor::i32(&[BATCH, LENGTH], (0..BATCH * LENGTH).map(token).collect())
 }
 
-/// Places what follows on the stage that the `quarter`th of four parts of the model is on.
+/// Places the following ops on the stage of this quarter of the model.
 fn place(g: &mut Graph, quarter: usize) {
     let stages = g.mesh().axis("stage").map(|axis| g.mesh().axes()[axis].size);
     if let Ok(stages) = stages {
@@ -42,7 +42,7 @@ fn layer(g: &mut Graph, name: &str, x: Var) -> Var {
     g.add(x, h)
 }
 
-/// One table is the embedding on the first stage and the head on the last.
+/// One table serves as the embedding on the first stage and the head on the last.
 fn tied(g: &mut Graph) -> Var {
     place(g, 0);
     let ids = input(g, "ids");
@@ -58,7 +58,7 @@ fn tied(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// What the first two stages make is read again by the last two; ids and targets are fed to the first stage alone.
+/// The last two stages also read outputs of the first two; only the first stage is fed ids and targets.
 fn skipping(g: &mut Graph) -> Var {
     place(g, 0);
     let (ids, targets) = (input(g, "ids"), input(g, "targets"));
@@ -79,8 +79,8 @@ fn skipping(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// Two parameters lie on all devices, the others on one stage each: a device's update then has two placements.
-fn partly_everywhere(g: &mut Graph) -> Var {
+/// Two parameters are on all devices, the others on one stage each, so a device's update has two placements.
+fn two_placements(g: &mut Graph) -> Var {
     let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, Layout::broadcast());
     let last = g.parameter("last", &[LENGTH, WIDTH], WEIGHTS, Layout::broadcast());
     place(g, 0);
@@ -96,21 +96,21 @@ fn partly_everywhere(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// All gradients are clipped by one norm. AdamW hides a gradient's scale, its moments do not.
+/// All gradients are clipped by one norm. The moments are compared, because AdamW's updates hide a gradient's scale.
 #[test]
-fn clipping_takes_the_norm_over_all_placements() {
+fn clipping_uses_the_norm_over_all_placements() {
     within(60, || {
         let moments = |mesh: &str| {
             let mut g = graph(mesh);
-            let loss = partly_everywhere(&mut g);
+            let loss = two_placements(&mut g);
             g.minimize(loss, AdamW { max_norm: 0.01, ..AdamW::default() });
             let plan = compile(g, &CompileOptions::default()).unwrap_or_else(|e| panic!("{mesh}: {e}"));
-            let mut session = Session::start(plan, &SessionOptions::default()).expect("can start");
+            let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
             session.step(&[("ids", tokens(0)), ("targets", tokens(1))], 1e-2).unwrap_or_else(|e| panic!("{mesh}: {e}"));
             let path = std::env::temp_dir().join(format!("shardflow-clip-{mesh}-{}", std::process::id()));
-            session.save(&path).expect("can be saved");
-            let bytes = std::fs::read(&path).expect("was saved");
-            std::fs::remove_file(&path).expect("was saved");
+            session.save(&path).expect("saved");
+            let bytes = std::fs::read(&path).expect("a saved file");
+            std::fs::remove_file(&path).expect("a saved file");
             let file = safetensors::SafeTensors::deserialize(&bytes).expect("whole");
             let data = file.tensor("adamw.m/table").expect("is trained").data().to_vec();
             data.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect::<Vec<_>>()
@@ -120,9 +120,9 @@ fn clipping_takes_the_norm_over_all_placements() {
         assert!(largest > 1e-5);
         for mesh in ["stage=2", "stage=4"] {
             let got = moments(mesh);
-            // Close enough that a norm without one of the placements shows.
-            let apart = got.iter().zip(&want).fold(0.0f32, |most, (a, b)| most.max((a - b).abs())) / largest;
-            assert!(apart < 1e-5, "{mesh}: {apart} of the largest apart");
+            // Tight enough to detect a norm that lacks a placement.
+            let difference = got.iter().zip(&want).fold(0.0f32, |most, (a, b)| most.max((a - b).abs())) / largest;
+            assert!(difference < 1e-5, "{mesh}: the moments differ by {difference} of the largest");
         }
     });
 }
@@ -132,21 +132,21 @@ fn train(build: fn(&mut Graph) -> Var, mesh: &str, micro_batches: usize, schedul
     let loss = build(&mut g);
     g.minimize(loss, AdamW { max_norm: 0.2, ..AdamW::default() });
     let options = CompileOptions { micro_batches, schedule, ..CompileOptions::default() };
-    let what = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
-    let plan = compile(g, &options).unwrap_or_else(|e| panic!("{what}: {e}"));
-    let mut session = Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let case = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
+    let plan = compile(g, &options).unwrap_or_else(|e| panic!("{case}: {e}"));
+    let mut session = Session::start(plan, &SessionOptions::default()).unwrap_or_else(|e| panic!("{case}: {e}"));
     let mut step = |_| {
         let inputs = [("ids", tokens(0)), ("targets", tokens(1))];
-        session.step(&inputs, 1e-2).unwrap_or_else(|e| panic!("{what}: {e}"))
+        session.step(&inputs, 1e-2).unwrap_or_else(|e| panic!("{case}: {e}"))
     };
     let reports: Vec<StepReport> = (0..5).map(&mut step).collect();
     let losses = reports.iter().filter_map(|r| r.loss).collect();
     let norms = reports.iter().filter_map(|r| r.grad_norm).collect();
-    session.shutdown().unwrap_or_else(|e| panic!("{what}: {e}"));
+    session.shutdown().unwrap_or_else(|e| panic!("{case}: {e}"));
     (losses, norms)
 }
 
-/// With 6 micro-batches of one sample, half of the devices of `data=2` have no data at all, on any stage.
+/// With 6 micro-batches of one sample, half of the devices of `data=2` have no data on any stage.
 fn check_program(build: fn(&mut Graph) -> Var, same_bits: bool) {
     within(120, move || {
         for micro_batches in [1, 3, 6] {
@@ -155,15 +155,15 @@ fn check_program(build: fn(&mut Graph) -> Var, same_bits: bool) {
             for mesh in ["stage=2", "stage=4", "data=2,stage=4", "stage=4,tensor=2", "data=2,stage=2,tensor=2"] {
                 for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
                     let got = train(build, mesh, micro_batches, schedule);
-                    let what = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
+                    let case = format!("mesh {mesh}, {micro_batches} micro-batches, {schedule:?}");
                     if same_bits && !mesh.contains(',') {
-                        assert_eq!(got, (losses.clone(), norms.clone()), "{what}");
+                        assert_eq!(got, (losses.clone(), norms.clone()), "{case}");
                     }
                     for (a, b) in got.0.iter().zip(&losses) {
-                        assert!(relative((*a).into(), (*b).into()) < 1e-4, "{what}: {:?} against {losses:?}", got.0);
+                        assert!(relative((*a).into(), (*b).into()) < 1e-4, "{case}: {:?} against {losses:?}", got.0);
                     }
                     for (a, b) in got.1.iter().zip(&norms) {
-                        assert!(relative(*a, *b) < 1e-3, "{what}: {:?} against {norms:?}", got.1);
+                        assert!(relative(*a, *b) < 1e-3, "{case}: {:?} against {norms:?}", got.1);
                     }
                 }
             }
@@ -172,13 +172,13 @@ fn check_program(build: fn(&mut Graph) -> Var, same_bits: bool) {
 }
 
 #[test]
-fn a_table_is_used_on_the_first_and_the_last_stage() {
+fn a_table_can_be_used_on_the_first_and_the_last_stage() {
     check_program(tied, true);
 }
 
 #[test]
-fn tensors_and_inputs_skip_stages() {
-    // Parts of a gradient that are made on one stage are added there, so three of them add up in another order.
+fn tensors_and_inputs_can_skip_stages() {
+    // Gradient terms of one stage are added there, so three terms are summed in another order.
     check_program(skipping, false);
 }
 
@@ -186,7 +186,7 @@ fn graph(mesh: &str) -> Graph {
     Graph::new(&Mesh::parse(mesh).expect("a mesh"))
 }
 
-/// Three steps; the outputs of the last.
+/// Runs three steps; returns the report of the last.
 fn run(g: Graph, inputs: &[(&str, HostTensor)]) -> StepReport {
     let options = CompileOptions { micro_batches: 2, ..CompileOptions::default() };
     let plan = compile(g, &options).unwrap_or_else(|e| panic!("{e}"));
@@ -196,7 +196,7 @@ fn run(g: Graph, inputs: &[(&str, HostTensor)]) -> StepReport {
     reports.next().expect("three steps")
 }
 
-/// What no input leads to runs once a step all the same, and not ahead of it.
+/// Ops that depend on no input also run once per step, and not ahead of it.
 #[test]
 fn outputs_need_no_input() {
     within(60, || {
@@ -213,14 +213,14 @@ fn outputs_need_no_input() {
         let report = run(g, &[("x", HostTensor::f32(&[4, 2], vec![1.0; 8]))]);
         assert_eq!(report.outputs["y"], HostTensor::f32(&[4, 2], vec![2.0; 8]));
         assert_eq!(report.outputs["w"], HostTensor::f32(&[2, 2], vec![1.0; 4]));
-        // Made in each of two micro-batches, and the same in both.
+        // Computed in both micro-batches, with the same result.
         assert_eq!(report.outputs["z"], HostTensor::f32(&[2, 2], vec![3.0; 4]));
     });
 }
 
-/// A table that nothing updates is read on its own stage and on a later one, from where it lies, whatever is loaded.
+/// A later stage reads a table without updates directly from its own stage, also after a load.
 #[test]
-fn weights_that_nothing_updates_are_read_by_other_stages() {
+fn other_stages_can_read_weights_without_updates() {
     within(60, || {
         let program = |mesh: &str| {
             let mut g = graph(mesh);
@@ -232,7 +232,7 @@ fn weights_that_nothing_updates_are_read_by_other_stages() {
             };
             at(&mut g, 0);
             let x = g.input("x", &[4, 8], DType::F32, Layout::broadcast());
-            // Not the first thing in memory.
+            // Occupies the start of the memory, so that `w` has an offset.
             let first = g.parameter("first", &[8, 8], WEIGHTS, Layout::broadcast());
             let w = g.parameter("w", &[8, 8], WEIGHTS, Layout::broadcast());
             let hidden = g.einsum("bi,oi->bo", x, first);
@@ -294,21 +294,21 @@ impl CustomOp for Gradients {
     }
 }
 
-fn with_gradients(g: &mut Graph, how: &'static str) {
+fn with_gradients(g: &mut Graph, fault: &'static str) {
     let ids = input(g, "ids");
     let x = nn::embedding(g, "table", ids, TOKENS, WIDTH, Parallel::Replicated);
-    let x = g.custom(std::sync::Arc::new(Gradients(how)), &[x])[0];
+    let x = g.custom(std::sync::Arc::new(Gradients(fault)), &[x])[0];
     let targets = input(g, "targets");
     let loss = g.cross_entropy(x, targets);
     g.minimize(loss, AdamW::default());
 }
 
-/// A program that is wrong, and what must be said of it.
+/// An invalid program, and a part of its error.
 type Wrong = (fn(&mut Graph), &'static str);
 
-/// Each is refused at `compile`, with a line of this file.
+/// `compile` refuses each program with a line of this file.
 #[test]
-fn wrong_programs_are_told_at_compile() {
+fn compile_reports_invalid_programs() {
     let cases: &[Wrong] = &[
         (|g| _ = g.input("x", &[4], DType::F32, Layout::broadcast()), "the program has no output"),
         (|_| {}, "the program has no output"),
@@ -436,7 +436,7 @@ fn wrong_programs_are_told_at_compile() {
 }
 
 #[test]
-fn counts_out_of_range_are_told() {
+fn counts_out_of_range_are_refused() {
     for (micro_batches, threads_per_device, want) in [
         (0, 1, "micro_batches is 0"),
         (1 << 20, 1, "micro_batches is 1048576"),
@@ -455,14 +455,14 @@ fn counts_out_of_range_are_told() {
 
 /// A step's tensors are checked before anything runs.
 #[test]
-fn tensors_of_a_step_are_each_given_once_and_whole() {
+fn a_step_accepts_each_tensor_once_and_complete() {
     within(60, || {
         let mut g = graph("data=2");
         let x = g.input("x", &[4, 2], DType::F32, Layout::split("data", 0));
         let y = g.scale(x, 2.0);
         g.output("y", y);
         let plan = compile(g, &CompileOptions::default()).expect("a program");
-        let mut session = Session::start(plan, &SessionOptions::default()).expect("can start");
+        let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
         let good = HostTensor::f32(&[4, 2], vec![1.0; 8]);
         let short = HostTensor { shape: vec![4, 2], data: HostData::F32(vec![1.0; 3]) };
         let endless = vec![1 << 40, 1 << 40];

@@ -1,10 +1,14 @@
-//! Checks how the repository is laid out and written: import arrows, purity of the protocol, file headers and lengths,
-//! `unsafe`, sleeps in tests, links of the docs.
+//! Checks the repository's layout and style: import arrows, purity of the protocol, file headers and lengths, `unsafe`,
+//! sleeps in tests, links of the docs, phrases, and names of public types.
 //!
-//! Rules are pure functions of file texts, so each is tested on a small bad input below.
+//! Rules are pure functions of file texts; `tidy/rule_tests.rs` tests each on a small bad input.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
+
+#[path = "tidy/rule_tests.rs"]
+mod rule_tests;
 
 /// Each crate's folder, its name in code, and the crates that it may import.
 const CRATES: &[(&str, &str, &[&str])] = &[
@@ -15,10 +19,10 @@ const CRATES: &[(&str, &str, &[&str])] = &[
     ("integration-tests", "shardflow_integration_tests", &["shardflow_kernels", "shardflow_actors", "shardflow"]),
 ];
 
-/// Modules of `actors` that run things. Every other one is pure: it can be simulated, fuzzed and replayed.
+/// Modules of `actors` with side effects. Every other module is pure: it can be simulated, fuzzed and replayed.
 const ACTORS_IMPURE: &[&str] =
     &["lib", "error", "shell", "bus", "transport", "supervisor", "watchdog", "message", "remote", "membership"];
-/// What pure modules of `actors` may not mention.
+/// Paths that pure modules of `actors` may not use.
 const IMPURE_PATHS: &[&str] =
     &["tokio", "ractor", "crossbeam_channel", "shardflow_kernels", "std::time", "std::thread", "Instant", "SystemTime"];
 
@@ -85,10 +89,25 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/memory/shared.rs",
 ];
 
+/// Phrases to replace by plain terms. Each has a `~`, which the rule removes, so that this list passes the rule.
+const PHRASES: &[&str] = &[
+    "te~ll",
+    "te~lls",
+    "to~ld",
+    "so ~many",
+    "who~ever",
+    "an infinity or ~no number",
+    "put ~down to",
+    "made ~use of",
+    "what ~becomes of",
+];
+
+const TYPE_KEYWORDS: &[&str] = &["struct", "enum", "trait", "type", "union"];
+
 const LINES_MAX: usize = 700;
 const SAFETY_LINES_MAX: usize = 6;
 
-/// A file: its path from the repository's root, with `/`, and its text.
+/// A file: its path from the repository's root, with `/` separators, and its text.
 struct Source<'a> {
     path: &'a str,
     text: &'a str,
@@ -114,7 +133,7 @@ fn finding(source: &Source, line: usize, rule: &'static str, todo: impl Into<Str
     Finding { path: source.path.into(), line, rule, todo: todo.into() }
 }
 
-/// The text with comments and the insides of literals blanked, line by line as before.
+/// Replaces each character of comments and literals by a space, and keeps line ends.
 fn code_only(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let mut out = String::with_capacity(text.len());
@@ -167,7 +186,7 @@ fn block_comment_end(chars: &[char], start: usize) -> usize {
     chars.len()
 }
 
-/// One past the quote that closes the one at `start`.
+/// The index after the quote that closes the one at `start`.
 fn literal_end(chars: &[char], start: usize) -> usize {
     let mut i = start + 1;
     while i < chars.len() && chars[i] != chars[start] {
@@ -176,7 +195,7 @@ fn literal_end(chars: &[char], start: usize) -> usize {
     (i + 1).min(chars.len())
 }
 
-/// Names (identifiers and keywords) of a line of code, each with what follows it.
+/// Names (identifiers and keywords) of a line of code, each with the rest of the line.
 fn names(line: &str) -> impl Iterator<Item = (&str, &str)> {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
     line.char_indices().filter_map(move |(start, c)| {
@@ -186,7 +205,7 @@ fn names(line: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// Line (from 0) where a file's tests begin; its end when it has none. A file may be all tests.
+/// Index of the line where a file's tests begin; `usize::MAX` without tests, 0 for a file of tests only.
 fn tests_start(source: &Source) -> usize {
     if source.path.contains("/tests/") || source.path.ends_with("/tests.rs") {
         return 0;
@@ -222,7 +241,7 @@ fn check_macros_and_sleeps(source: &Source) -> Vec<Finding> {
                 found.push(finding(source, i + 1, "unfinished", format!("finish the code and remove `{name}!`")));
             }
             if name == "sleep" && rest.starts_with('(') && i >= tests {
-                let todo = "tests do not sleep: use virtual time, or wait for the event with a time-out";
+                let todo = "a test sleeps: use virtual time, or wait for the event with a time-out";
                 found.push(finding(source, i + 1, "sleep", todo));
             }
         }
@@ -237,7 +256,7 @@ fn check_unsafe(source: &Source) -> Vec<Finding> {
     for (i, line) in code.iter().enumerate() {
         for (_, rest) in names(line).filter(|(name, _)| *name == "unsafe") {
             let next = if rest.trim().is_empty() { code.get(i + 1).copied().unwrap_or("") } else { rest }.trim_start();
-            // The type of a function pointer does nothing unsafe; an attribute such as `unsafe(no_mangle)` does.
+            // A function pointer's type is not an unsafe operation; an attribute such as `unsafe(no_mangle)` is.
             if next.strip_prefix("fn").is_some_and(|after| after.trim_start().starts_with('(')) {
                 continue;
             }
@@ -315,14 +334,14 @@ fn check_purity(source: &Source) -> Vec<Finding> {
             })
         };
         if let Some(path) = IMPURE_PATHS.iter().find(mentions) {
-            let todo = format!("{path} in a pure module: move it to the shell, and pass what it gives as an event");
+            let todo = format!("{path} in a pure module: move it to the shell, and pass its result as an event");
             found.push(finding(source, i + 1, "purity", todo));
         }
     }
     found
 }
 
-/// Targets of the links in a Markdown text, with their lines; code is skipped.
+/// Targets of the links in a Markdown text with their line numbers; skips code.
 fn links(text: &str) -> Vec<(usize, String)> {
     let (mut found, mut in_code) = (Vec::new(), false);
     for (i, line) in text.lines().enumerate() {
@@ -332,7 +351,7 @@ fn links(text: &str) -> Vec<(usize, String)> {
         if in_code {
             continue;
         }
-        // Inline code stands at the odd places between backticks.
+        // Parts at odd indices are inline code.
         let prose: String =
             line.split('`').enumerate().map(|(n, part)| if n % 2 == 0 { part } else { "code" }).collect();
         for after in prose.split("](").skip(1) {
@@ -344,7 +363,7 @@ fn links(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// The path that `link` in the file `from` leads to, from the repository's root.
+/// The target of `link` in the file `from`, as a path from the repository's root.
 fn resolve(from: &str, link: &str) -> String {
     let mut parts: Vec<&str> = from.split('/').collect();
     parts.pop();
@@ -368,14 +387,90 @@ fn check_links(source: &Source, exists: impl Fn(&str) -> bool) -> Vec<Finding> {
     links(source.text).into_iter().filter_map(broken).collect()
 }
 
-/// Every page under `docs/` stands in the book's summary.
+/// Checks that the book's summary links every page under `docs/`.
 fn check_summary(summary: &Source, pages: &[&str]) -> Vec<Finding> {
     let linked: Vec<String> = links(summary.text).iter().map(|(_, link)| resolve(summary.path, link)).collect();
     let missing = pages.iter().filter(|page| **page != summary.path && !linked.iter().any(|l| l == *page));
     missing.map(|page| finding(summary, 1, "summary", format!("{page} is not in the book: link it here"))).collect()
 }
 
-/// Paths from the root of all files with one of these endings, sorted. Hidden folders and `target` are skipped.
+/// The words of a text in lower case with their line numbers. Separators other than whitespace and comment markers are
+/// empty words.
+fn words(text: &str) -> Vec<(usize, String)> {
+    let mut words: Vec<(usize, String)> = Vec::new();
+    for (i, line) in text.lines().enumerate() {
+        for part in line.split_inclusive(|c: char| !c.is_alphanumeric() && c != '_') {
+            let word = part.trim_end_matches(|c: char| !c.is_alphanumeric() && c != '_');
+            let separator = &part[word.len()..];
+            if !word.is_empty() {
+                words.push((i + 1, word.to_lowercase()));
+            }
+            if !separator.trim().is_empty() && !["/", "!", "#", "*", ">"].contains(&separator) {
+                words.push((i + 1, String::new()));
+            }
+        }
+    }
+    words
+}
+
+/// Rejects [`PHRASES`] in Markdown, and in the comments and literals of Rust files.
+fn check_phrases(source: &Source) -> Vec<Finding> {
+    let is_rust = source.path.ends_with(".rs");
+    let code = if is_rust { code_only(source.text) } else { String::new() };
+    // Code is replaced by a separator, which no phrase contains.
+    let mut code = code.chars();
+    let prose = source.text.chars().map(|c| if code.next().is_some_and(|c| !c.is_whitespace()) { ';' } else { c });
+    let words = words(&prose.collect::<String>());
+    let mut found = Vec::new();
+    for phrase in PHRASES.iter().map(|phrase| phrase.replace('~', "")) {
+        let parts: Vec<&str> = phrase.split(' ').collect();
+        let is_phrase = |window: &&[(usize, String)]| window.iter().map(|(_, word)| word).eq(&parts);
+        for window in words.windows(parts.len()).filter(is_phrase) {
+            let todo = format!("replace \"{phrase}\" by a plain term, such as \"reports\" or \"N\"");
+            found.push(finding(source, window[0].0, "phrase", todo));
+        }
+    }
+    found
+}
+
+/// Public types of a Rust file outside of its tests, with their line numbers. A test module ends the file.
+fn public_types(source: &Source) -> Vec<(usize, String)> {
+    let mut found = Vec::new();
+    if tests_start(source) == 0 {
+        return found;
+    }
+    let code = code_only(source.text);
+    let mut is_test = false;
+    for (i, line) in code.lines().map(str::trim).enumerate() {
+        if is_test && line.starts_with("mod ") && line.ends_with('{') {
+            break;
+        }
+        let mut names = names(line).map(|(name, _)| name).filter(|name| *name != "unsafe");
+        let is_type = line.starts_with("pub ") && names.nth(1).is_some_and(|name| TYPE_KEYWORDS.contains(&name));
+        found.extend(names.next().filter(|_| is_type && !is_test).map(|name| (i + 1, name.to_string())));
+        is_test = line == "#[cfg(test)]";
+    }
+    found
+}
+
+/// Rejects a second public type of the same name in the workspace.
+fn check_type_names(sources: &[Source]) -> Vec<Finding> {
+    let (mut found, mut first) = (Vec::new(), HashMap::new());
+    for source in sources.iter().filter(|source| source.path.ends_with(".rs")) {
+        for (line, name) in public_types(source) {
+            match first.get(&name) {
+                Some(other) => {
+                    let todo = format!("{other} has a public {name}, too: rename one, or make it `pub(crate)`");
+                    found.push(finding(source, line, "type name", todo));
+                }
+                None => _ = first.insert(name, source.path),
+            }
+        }
+    }
+    found
+}
+
+/// Sorted paths from the root of all files with one of these endings, without hidden folders and `target`.
 fn files(root: &Path, endings: &[&str]) -> Vec<String> {
     let (mut found, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
     while let Some(folder) = folders.pop() {
@@ -407,106 +502,28 @@ fn the_repository_is_tidy() {
         pages.contains(&"docs/SUMMARY.md") && paths.iter().any(|p| p == "kernels/src/lib.rs"),
         "wrong root {root:?}"
     );
-    let mut found = Vec::new();
-    for path in &paths {
-        let text = std::fs::read_to_string(root.join(path)).expect("a readable file of UTF-8");
-        let source = Source { path, text: &text };
-        if path.ends_with(".rs") {
-            found.extend(check_header(&source));
-            found.extend(check_macros_and_sleeps(&source));
-            found.extend(check_unsafe(&source));
-            found.extend(check_imports(&source));
-            found.extend(check_purity(&source));
-        } else if path.ends_with(".md") {
-            found.extend(check_links(&source, |target| root.join(target).exists()));
+    let read = |path: &String| std::fs::read_to_string(root.join(path)).expect("a readable file of UTF-8");
+    let texts: Vec<String> = paths.iter().map(read).collect();
+    let sources: Vec<Source> = paths.iter().zip(&texts).map(|(path, text)| Source { path, text }).collect();
+    let mut found = check_type_names(&sources);
+    for source in &sources {
+        if source.path.ends_with(".rs") {
+            found.extend(check_header(source));
+            found.extend(check_macros_and_sleeps(source));
+            found.extend(check_unsafe(source));
+            found.extend(check_imports(source));
+            found.extend(check_purity(source));
+            found.extend(check_phrases(source));
+        } else if source.path.ends_with(".md") {
+            found.extend(check_links(source, |target| root.join(target).exists()));
+            found.extend(check_phrases(source));
         } else {
-            found.extend(check_manifest(&source));
+            found.extend(check_manifest(source));
         }
-        if path == "docs/SUMMARY.md" {
-            found.extend(check_summary(&source, &pages));
+        if source.path == "docs/SUMMARY.md" {
+            found.extend(check_summary(source, &pages));
         }
     }
     let lines: Vec<String> = found.iter().map(Finding::to_string).collect();
     assert!(lines.is_empty(), "{} findings:\n{}", lines.len(), lines.join("\n"));
-}
-
-/// `line rule` of what a check finds.
-fn found(findings: Vec<Finding>) -> Vec<String> {
-    findings.into_iter().map(|f| format!("{} {}", f.line, f.rule)).collect()
-}
-
-fn rust<'a>(path: &'a str, text: &'a str) -> Source<'a> {
-    Source { path, text }
-}
-
-#[test]
-fn code_is_told_from_comments_and_literals() {
-    let text = "a // b\nc /* d /* e */ f\n g */ h \"i \\\" j\" k r#\"l \" m\"# n '\"' o 'p q '\\'' r";
-    let code = code_only(text);
-    let words: Vec<&str> = code.split_whitespace().collect();
-    assert_eq!(words, ["a", "c", "h", "k", "n", "o", "'p", "q", "r"]);
-    assert_eq!(code.lines().count(), text.lines().count());
-}
-
-#[test]
-fn headers_and_lengths() {
-    assert_eq!(found(check_header(&rust("a/src/mod.rs", "use b;\n"))), ["1 header", "1 mod.rs"]);
-    let long = format!("//! Long.\n{}", "fn f() {}\n".repeat(LINES_MAX));
-    assert_eq!(found(check_header(&rust("a/src/b.rs", &long))), [format!("{} length", LINES_MAX + 1)]);
-    assert_eq!(found(check_header(&rust("a/src/b/tests.rs", &long))), [""; 0]);
-    let tested = format!("//! Short.\n#[cfg(test)]\n{}", "fn f() {}\n".repeat(LINES_MAX));
-    assert_eq!(found(check_header(&rust("a/src/b.rs", &tested))), [""; 0]);
-}
-
-#[test]
-fn unfinished_code_and_sleeping_tests() {
-    let text = "fn f() { todo!() } // dbg!(x)\nfn g() { dbg!(1); thread::sleep(t) }\n#[cfg(test)]\nfn h() { sleep(t) }";
-    assert_eq!(found(check_macros_and_sleeps(&rust("a/src/b.rs", text))), ["1 unfinished", "2 unfinished", "4 sleep"]);
-    assert_eq!(found(check_macros_and_sleeps(&rust("a/tests/b.rs", "tokio::time::sleep(t).await"))), ["1 sleep"]);
-}
-
-#[test]
-fn unsafe_code_is_listed_and_explained() {
-    let text = "unsafe fn f() {}\ntype F = unsafe fn(u8);\n// unsafe { }\n#![allow(unsafe_code)]";
-    assert_eq!(found(check_unsafe(&rust("a/src/b.rs", text))), ["1 unsafe", "1 safety comment"]);
-    let near = "// SAFETY: the slot is ours until it is published\n\n\n\n\n\nunsafe { go() }";
-    assert_eq!(found(check_unsafe(&rust(UNSAFE_FILES[0], near))), [""; 0]);
-    let far = format!("// SAFETY: far away\n\n{}", near.split_once('\n').unwrap().1);
-    assert_eq!(found(check_unsafe(&rust(UNSAFE_FILES[0], &far))), ["8 safety comment"]);
-}
-
-#[test]
-fn imports_follow_the_arrows() {
-    let text = "use shardflow_kernels::op;\n// shardflow::graph\nuse shardflow::graph;\nlet shardflow = 1;";
-    assert_eq!(found(check_imports(&rust("actors/src/a.rs", text))), ["3 arrows"]);
-    assert_eq!(found(check_imports(&rust("kernels/src/a.rs", text))), ["3 arrows"]);
-    assert_eq!(found(check_imports(&rust("kernels/src/a.rs", "use shardflow_actors::spec;"))), ["1 arrows"]);
-    assert_eq!(found(check_imports(&rust("examples/src/a.rs", text))), [""; 0]);
-    let manifest = "[package]\nname = \"shardflow-kernels\"\n[dev-dependencies]\nshardflow-actors.workspace = true\n";
-    assert_eq!(found(check_manifest(&rust("kernels/Cargo.toml", manifest))), ["4 arrows"]);
-    assert_eq!(found(check_manifest(&rust("runtime/Cargo.toml", manifest))), [""; 0]);
-}
-
-#[test]
-fn the_protocol_stays_pure() {
-    let text = "//! No tokio.\nuse tokio::sync;\nuse std::collections::BTreeMap;\nuse std::{fmt, time::Duration};\n\
-                let t = std::time::Duration::ZERO;\nlet time = std::cmp::max(thread, 1);";
-    assert_eq!(found(check_purity(&rust("actors/src/protocol.rs", text))), ["2 purity", "4 purity", "5 purity"]);
-    assert_eq!(found(check_purity(&rust("actors/src/protocol/step.rs", "use shardflow_kernels::op;"))), ["1 purity"]);
-    assert_eq!(found(check_purity(&rust("actors/src/shell/queue.rs", text))), [""; 0]);
-}
-
-#[test]
-fn links_lead_somewhere() {
-    let text = "[a](b.md) [c](../d.md#e) `[f](g.md)`\n```\n[h](i.md)\n```\n[j](https://k) [l](#m) [draft]()";
-    let source = rust("docs/adr/x.md", text);
-    let findings = check_links(&source, |path| path == "docs/d.md");
-    assert_eq!(
-        findings.iter().map(Finding::to_string).collect::<Vec<_>>(),
-        ["docs/adr/x.md:1: links: docs/adr/b.md does not exist: correct the link"]
-    );
-    let summary = rust("docs/SUMMARY.md", "- [a](a.md)\n  - [b](adr/b.md)");
-    let pages = ["docs/SUMMARY.md", "docs/a.md", "docs/adr/b.md", "docs/c.md"];
-    assert_eq!(check_summary(&summary, &pages)[0].todo, "docs/c.md is not in the book: link it here");
-    assert_eq!(check_summary(&summary, &pages[..3]), []);
 }

@@ -1,4 +1,4 @@
-//! Traces show every firing, and every piece's way from its writing to its reading.
+//! Traces show every firing, and every piece from its write to its reads.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ fn a_trace_shows_every_firing_and_every_piece() {
         file.add(&session).expect("room");
     }
     let metrics = session.metrics();
-    assert_eq!(file.finish().expect("room"), 0, "nothing was lost");
+    assert_eq!(file.finish().expect("room"), 0, "no events were dropped");
     let text = std::fs::read_to_string(&path).expect("a trace");
     let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
     let number =
@@ -38,28 +38,29 @@ fn a_trace_shows_every_firing_and_every_piece() {
         assert_eq!(slices.len() as u64, actor.actions.iter().map(|a| a.1).sum::<u64>(), "{name}");
         slices.sort_by(|a, b| number(a, "ts").total_cmp(&number(b, "ts")));
         let overlap = slices.windows(2).find(|w| number(w[0], "ts") + number(w[0], "dur") > number(w[1], "ts") + 1e-3);
-        assert_eq!(overlap, None, "{name}: an actor does one thing at a time");
+        assert_eq!(overlap, None, "{name}: firings of an actor overlap");
     }
     let starts: BTreeMap<&str, f64> = of("s").map(|e| (e["id"].as_str().expect("an id"), number(e, "ts"))).collect();
-    assert_eq!(starts.len(), of("s").count(), "each piece is written once for each reader");
+    assert_eq!(starts.len(), of("s").count(), "flow ids of pieces must be unique");
     let mut ends = 0;
     for end in of("f") {
-        let start = starts.get(end["id"].as_str().expect("an id")).unwrap_or_else(|| panic!("from nowhere: {end}"));
+        let start =
+            starts.get(end["id"].as_str().expect("an id")).unwrap_or_else(|| panic!("a read without a write: {end}"));
         assert!(*start <= number(end, "ts"), "read before it was written: {end}");
         ends += 1;
     }
     assert!(ends > 3 * 4 * 4, "{ends}");
-    assert!(starts.len() - ends <= metrics.registers.len(), "only what the next step reads is left");
+    assert!(starts.len() - ends <= metrics.registers.len(), "only pieces for the next step remain unread");
     check_summary(&text, &metrics);
-    cut_off(&text);
+    check_truncated_trace(&text);
 }
 
-/// A process that is killed leaves a file with no end, which tells of what came before.
-fn cut_off(text: &str) {
+/// A killed process leaves a truncated file, which still shows the earlier events.
+fn check_truncated_trace(text: &str) {
     let count = |text: &str| {
         let joined = [text.to_owned()];
         let mut out = Vec::new();
-        JoinedTrace::of(&joined).expect("a file of ours").write(&joined, &mut out).expect("room");
+        JoinedTrace::of(&joined).expect("a valid trace").write(&joined, &mut out).expect("room");
         serde_json::from_slice::<Vec<serde_json::Value>>(&out).expect("JSON").len()
     };
     let all = count(text);
@@ -67,16 +68,16 @@ fn cut_off(text: &str) {
         let left = count(&text[..cut]);
         assert!(left <= all && left + 10 >= all, "{left} of {all} events are left of {cut} bytes");
     }
-    // What is torn in the middle was not cut off.
+    // Damage in the middle is not a truncation.
     let torn = text.replacen(",\n", ",\n{", 1);
     assert!(matches!(JoinedTrace::of(&[torn]), Err(JoinError::Format { file: 1, .. })));
 }
 
-/// What the summary says fits together, and is that of the session.
+/// Checks that the summary is consistent and matches the session.
 fn check_summary(text: &str, metrics: &Metrics) {
-    let of = |text: &str| TraceSummary::of(JoinedTrace::of(&[text.to_owned()]).expect("a file of ours"));
+    let of = |text: &str| TraceSummary::of(JoinedTrace::of(&[text.to_owned()]).expect("a valid trace"));
     let summary = of(text).expect("a trace");
-    assert_eq!(summary.steps, 2, "the first is left out");
+    assert_eq!(summary.steps, 2, "the first step is excluded");
     assert_eq!(summary.actors.len(), metrics.actors.len());
     for actor in &summary.actors {
         let parts = [actor.host, actor.credit, actor.link, actor.bubble, actor.imbalance, actor.other, actor.busy];
@@ -85,9 +86,9 @@ fn check_summary(text: &str, metrics: &Metrics) {
     }
     let computes = summary.actors.iter().filter(|actor| actor.name.ends_with("compute"));
     assert!(computes.clone().all(|actor| actor.busy > 0.05), "{summary}");
-    // The simulator knows no waiting for cores, messages or the host; and a step of means is no longer than the mean of steps, but
-    // for another order of the same firings.
-    let predicted = summary.predicted_seconds.expect("all actors are here");
+    // The simulator models no waits for cores, messages or the host; a step of mean firings is no longer than the mean
+    // step, unless the firings run in another order.
+    let predicted = summary.predicted_seconds.expect("a trace of all actors");
     assert!(predicted > summary.step_seconds * 0.1 && predicted < summary.step_seconds * 1.5, "{summary}");
     assert!(
         summary.edges.iter().any(|(cause, register, _)| cause == "input" && register.contains("pull")),

@@ -1,5 +1,4 @@
-//! What a running session shows: every metric that the documentation names, with the numbers that the session itself gives, in a
-//! form that Prometheus takes.
+//! A running session exports every documented metric with the session's own numbers, in Prometheus' text format.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -32,7 +31,7 @@ fn get(address: SocketAddr, path: &str) -> (u16, String) {
     (status, body.to_owned())
 }
 
-/// Each line of Prometheus' text, by name and labels.
+/// Parses Prometheus' text into values by name and labels.
 fn values(text: &str) -> BTreeMap<String, f64> {
     let lines = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
     let value = |line: &str| {
@@ -42,15 +41,15 @@ fn values(text: &str) -> BTreeMap<String, f64> {
     lines.map(value).collect()
 }
 
-/// The sum of all series of a name, with a part of their labels.
+/// Sums all series of a name whose labels contain `labels`.
 fn sum(values: &BTreeMap<String, f64>, name: &str, labels: &str) -> f64 {
     let of = |series: &&String| series.split('{').next() == Some(name) && series.contains(labels);
     values.iter().filter(|(series, _)| of(series)).map(|(_, value)| value).sum()
 }
 
-/// One recorder can be installed in a process, so this is one test.
+/// A single test, because a process can install only one recorder.
 #[test]
-fn metrics_are_those_of_the_session() {
+fn metrics_match_the_session() {
     let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
     assert!(watch.address().ip().is_loopback());
     assert!(matches!(Watch::listen("127.0.0.1:0".parse().expect("an address")), Err(WatchError::Recorder)));
@@ -126,12 +125,12 @@ fn metrics_are_those_of_the_session() {
         assert_eq!(collective, device.collective_bytes as f64);
         assert!(collective > 0.0, "gradients are reduced");
     }
-    // Activations of two micro-batches, to the next stage.
+    // Activations of two micro-batches for the next stage.
     let rows = model.batch / 2 / 2 * model.context * model.width * 4;
     let edge = sum(&got, names::EDGE_BYTES, EDGE);
     let collectives = session_collectives(&session);
     assert_eq!(edge, (rows * 2 * STEPS as usize) as f64);
-    // A collective is a part of what its actor was busy with.
+    // The time in collectives is part of an actor's busy time.
     let mut collect = BTreeSet::new();
     for actor in &metrics.actors {
         let labels = format!("actor=\"{}\"", actor.name);
@@ -161,23 +160,23 @@ fn metrics_are_those_of_the_session() {
 
     assert_complete(&text);
     promtool(&text);
-    session.shutdown().expect("an end in order");
-    assert_eq!(get(watch.address(), "/healthz").0, 503, "it has ended");
+    session.shutdown().expect("a clean shutdown");
+    assert_eq!(get(watch.address(), "/healthz").0, 503, "the session has ended");
     assert_eq!(get(watch.address(), "/nothing").0, 404);
-    a_second_session_that_diverges(&watch, &model, edge, collectives);
-    attempts_of_a_job_are_one_training(&watch, &model);
+    check_diverging_session(&watch, &model, edge, collectives);
+    check_attempts_of_a_job(&watch, &model);
 }
 
-/// What it does adds to what the first did; and the step that ends it is told.
-fn a_second_session_that_diverges(watch: &Watch, model: &Model, edge: f64, collectives: f64) {
+/// The counters of a second session add to the first's, and the step that ends it is recorded.
+fn check_diverging_session(watch: &Watch, model: &Model, edge: f64, collectives: f64) {
     let mut session = model.session("data=2,stage=2", &options(2, OneFOneB));
     watch.show(&session);
-    session.step(&model.batch(0), 1e30).expect("weights are finite yet");
+    session.step(&model.batch(0), 1e30).expect("the weights are still finite");
     assert!(matches!(session.step(&model.batch(1), LEARNING_RATE), Err(SessionError::NonFinite(_))));
     let got = values(&get(watch.address(), "/metrics").1);
     assert_eq!((got[names::STEPS], got[names::STEPS_NON_FINITE]), (STEPS as f64 + 2.0, 1.0));
-    assert_eq!(got[names::STEP], 1.0, "the last one changed nothing");
-    // The last step was run again, to find what is to blame.
+    assert_eq!(got[names::STEP], 1.0, "the last step changed nothing");
+    // The last step ran again to find the first non-finite tensor.
     let edge_now = sum(&got, names::EDGE_BYTES, EDGE);
     assert_eq!(edge_now, edge + edge / STEPS as f64 * 3.0);
     assert_eq!(sum(&got, names::COLLECTIVE_BYTES, ""), collectives + session_collectives(&session));
@@ -185,17 +184,17 @@ fn a_second_session_that_diverges(watch: &Watch, model: &Model, edge: f64, colle
     let status = client::status(watch.address()).expect("a session");
     let norm = status.gradient_norm.expect("a norm");
     assert!(!norm.is_finite() && status.to_string().contains(&format!("gradient norm {norm}")), "{status}");
-    let observer = session.observer().expect("it runs");
-    assert_eq!(observer.marks(), [(0, 0), (2, 1)], "the second step was run again");
+    let observer = session.observer().expect("a running session");
+    assert_eq!(observer.marks(), [(0, 0), (2, 1)], "the second step ran again");
     let incidents = observer.incidents();
     assert!(matches!(&incidents[..], [only] if only.kind == "not finite"), "{incidents:?}");
-    session.shutdown().expect("an end in order");
+    session.shutdown().expect("a clean shutdown");
 }
 
-/// The training ratio is that of the job: what a checkpoint of it was trained for counts, and what was lost does not.
-fn attempts_of_a_job_are_one_training(watch: &Watch, model: &Model) {
+/// The training ratio covers the whole job: time up to the restored checkpoint counts, lost time does not.
+fn check_attempts_of_a_job(watch: &Watch, model: &Model) {
     const EARLIER_MS: u64 = 1_000_000;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock that is right").as_millis() as u64;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_millis() as u64;
     let scratch = Scratch::new("watch-job");
     let store = Store::open(scratch.path().to_str().expect("text")).expect("a store");
     let attempt = |began_ms: u64| {
@@ -221,7 +220,7 @@ fn attempts_of_a_job_are_one_training(watch: &Watch, model: &Model) {
     };
     let before = ratio();
     assert!(expected(saved.productive_ms).contains(&before), "{before} for {saved:?}");
-    assert!(ratio() < before, "time passes, and no step ends");
+    assert!(ratio() < before, "the ratio must fall while no step ends");
     let snapshot = first.snapshot(None).expect("a snapshot");
     save_now(&store, &snapshot, &SingleProcess, &SaverOptions::default(), 0)
         .expect("options")
@@ -231,28 +230,28 @@ fn attempts_of_a_job_are_one_training(watch: &Watch, model: &Model) {
         model.step(&mut first);
     }
     first.restore_newest(&store).expect("the checkpoint");
-    assert_eq!(job(&first), saved, "steps behind it are lost");
-    first.shutdown().expect("an end in order");
+    assert_eq!(job(&first), saved, "steps after the checkpoint are lost");
+    first.shutdown().expect("a clean shutdown");
 
     let mut second = attempt(now - EARLIER_MS);
     watch.show(&second);
-    assert_eq!(job(&second).productive_ms, 0, "nothing is left of the first attempt yet");
+    assert_eq!(job(&second).productive_ms, 0, "the second attempt starts without progress");
     second.restore_newest(&store).expect("the checkpoint");
     assert_eq!(job(&second), saved);
     assert!(expected(saved.productive_ms).contains(&ratio()), "{} for {saved:?}", ratio());
-    second.shutdown().expect("an end in order");
+    second.shutdown().expect("a clean shutdown");
 
     let mut other = attempt(now);
     other.restore_newest(&store).expect("the checkpoint");
-    assert_eq!(job(&other).productive_ms, 0, "it is another job's");
-    other.shutdown().expect("an end in order");
+    assert_eq!(job(&other).productive_ms, 0, "the checkpoint belongs to another job");
+    other.shutdown().expect("a clean shutdown");
 }
 
 fn session_collectives(session: &Session) -> f64 {
     session.metrics().devices.iter().map(|device| device.collective_bytes as f64).sum()
 }
 
-/// All that is documented is there, but for what needs other processes; and nothing else.
+/// Checks that exactly the documented metrics are exported, except for those that need other processes.
 fn assert_complete(text: &str) {
     let documented = include_str!("../../runtime/src/metrics.rs").lines();
     let documented = documented.filter_map(|line| line.strip_prefix("//! | `shardflow_")?.split('`').next());
@@ -260,14 +259,14 @@ fn assert_complete(text: &str) {
     assert!(documented.len() > 15, "{documented:?}");
     documented.insert("collective_seconds");
     assert!(documented.remove("refused_total"));
-    let told = text.lines().filter_map(|line| line.strip_prefix("# TYPE shardflow_")?.split(' ').next());
-    assert_eq!(told.collect::<BTreeSet<&str>>(), documented);
+    let exported = text.lines().filter_map(|line| line.strip_prefix("# TYPE shardflow_")?.split(' ').next());
+    assert_eq!(exported.collect::<BTreeSet<&str>>(), documented);
     for name in documented {
         assert!(text.contains(&format!("# HELP shardflow_{name} ")), "{name} has no help");
     }
 }
 
-/// Prometheus' own check, where its tool is installed.
+/// Runs Prometheus' own check if its tool is installed.
 fn promtool(text: &str) {
     let child =
         Command::new("promtool").args(["check", "metrics"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
@@ -275,7 +274,7 @@ fn promtool(text: &str) {
         println!("SKIPPED: no promtool");
         return;
     };
-    child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("it reads");
+    child.stdin.take().expect("piped").write_all(text.as_bytes()).expect("promtool reads");
     let output = child.wait_with_output().expect("promtool");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
 }

@@ -23,7 +23,7 @@ use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Buffer, CpuArgs, CustomKernel, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
-use shardflow_software_cuda::{CASE, POLICIES, Report, case, command, run_child, run_child_in};
+use shardflow_software_cuda::{CASE, POLICIES, SimReport, case, command, run_child, run_child_in};
 
 #[path = "cuda/pull.rs"]
 mod pull;
@@ -500,8 +500,8 @@ fn child() {
     }
 }
 
-/// Runs a case on software devices; any finding whose kind is not `expected` fails it.
-fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>, expected: &[&str]) -> Report {
+/// Runs a case on software devices; kinds of findings that are not `expected` fail it.
+fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>, expected: &[&str]) -> SimReport {
     let mut report = run_child(case, devices, policy, seed, fault).report;
     report.findings.retain(|finding| !expected.contains(&finding.kind.as_str()));
     assert!(report.findings.is_empty(), "{case}, {policy}, seed {seed}: {:#?}", report.findings);
@@ -518,7 +518,7 @@ const SUITE: [(&str, usize, &[&str]); 5] = [
     ("local", 2, &[]),
 ];
 
-fn run_part(part: usize, policy: &str, seed: u64) -> Report {
+fn run_part(part: usize, policy: &str, seed: u64) -> SimReport {
     let (case, devices, expected) = SUITE[part];
     run(case, devices, policy, seed, None, expected)
 }

@@ -1,1 +1,1 @@
-//! Nothing: `Cargo.toml` unifies the features of dependencies.
+//! Empty on purpose: `Cargo.toml` unifies the features of dependencies.

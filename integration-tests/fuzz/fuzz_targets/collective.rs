@@ -1,4 +1,4 @@
-//! Headers of collectives over sockets from any bytes.
+//! Decodes headers of socket collectives from arbitrary bytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

@@ -1,4 +1,4 @@
-//! Headers of the register connection from any bytes: a frame that is written in just this way, or an error.
+//! Decodes frame headers of the register connection from arbitrary bytes: a decoded frame encodes to the same bytes.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -6,7 +6,7 @@ use shardflow_actors::transport::{FRAME_BYTES, Frame};
 
 fuzz_target!(|input: [u8; FRAME_BYTES]| {
     let mut bytes = input;
-    // Magic and version are left to chance now and then only.
+    // One input in 256 keeps a random magic and version.
     if bytes[0] != 0 {
         bytes[..3].copy_from_slice(&Frame::Bye.encode()[..3]);
     }

@@ -1,4 +1,4 @@
-//! Manifests and sidecars of checkpoints from any body under a right checksum.
+//! Decodes checkpoint manifests and sidecars from an arbitrary body with a valid checksum.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

@@ -1,4 +1,4 @@
-//! Heartbeats and letters of the control plane from any bytes.
+//! Decodes heartbeats and letters of the control plane from arbitrary bytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

@@ -1,4 +1,4 @@
-//! What processes say at rendezvous and about checkpoints, from any bytes.
+//! Decodes rendezvous and checkpoint messages from arbitrary bytes.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

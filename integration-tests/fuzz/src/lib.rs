@@ -1,11 +1,11 @@
-//! Begins from messages in good order instead of from files.
+//! Seeds the fuzzer with valid messages instead of corpus files.
 
 use libfuzzer_sys::fuzzer_mutate;
 
-/// One input in so many is a sample anew; the others are changed from inputs that reached something new.
+/// One input in this number starts from a sample; the others mutate inputs that reached new code.
 const FRESH: u32 = 64;
 
-/// For `fuzz_mutator!`: mutates `data`, or a sample that takes its place.
+/// Mutates `data`, or a sample that replaces it. For `fuzz_mutator!`.
 pub fn mutate(data: &mut [u8], size: usize, max_size: usize, seed: u32, samples: Vec<Vec<u8>>) -> usize {
     let sample = seed.is_multiple_of(FRESH).then(|| &samples[(seed / FRESH) as usize % samples.len()]);
     let size = match sample.filter(|sample| sample.len() <= max_size) {

@@ -1,5 +1,6 @@
-// Checks of each access to memory. The compiler calls __tsan_*, since kernels are compiled for the thread sanitizer; what
-// is global is checked as src/shadow.rs does (layouts and `conflict` are the same there), what is shared is checked here.
+// Checks each memory access. Kernels are compiled for the thread sanitizer, so the compiler calls __tsan_*. Global
+// memory is
+// checked as in src/shadow.rs (same layouts and `conflict`); shared memory is checked here.
 #pragma once
 
 namespace software_cuda {
@@ -27,7 +28,7 @@ struct Checker {
     size_t stacks, stack_bytes, scratch, shared_cells;
     u64 seed, generation;
 };
-// Of shared memory; void unless it is of this block.
+// A cell of shared memory; valid only for the block of its generation.
 struct SharedCell {
     u64 generation, writer_thread, reader_thread;
     u32 bits, unused;
@@ -36,10 +37,10 @@ struct SharedCell {
 static constexpr u32 INIT = 4, WRITTEN = 8, READ_BY = 12, ATOMICALLY = 1u << 16, SET = 1u << 31;
 static constexpr u64 LANE = 0x7ffull << 32;
 
-// Everything of the runtime lies in .data, so that .bss holds shared memory and nothing else.
+// All data of the runtime is in .data, so that .bss holds only shared memory.
 #define SC_DATA __attribute__((section(".data.software_cuda")))
 SC_DATA static Checker* checker = (Checker*)1;
-// The thread that runs: 1, block, thread, barriers of the block, barriers of the warp.
+// The running thread: 1, block, thread, barriers of the block, barriers of the warp.
 SC_DATA static u64 thread_now = 1;
 SC_DATA static u64 block_generation = 1;
 SC_DATA static size_t dynamic_bytes = 1;
@@ -75,7 +76,7 @@ SC_RAW static inline __attribute__((always_inline)) bool is_before(u32 operation
     return checker->clock[entry.agent] >= entry.number;
 }
 
-// Checks the bytes of one word, or leaves it to `slow` by returning false.
+// Checks the bytes of one word; returns false if `slow` must check them.
 template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) bool quick(Cell& cell, u32 mask) {
     Checker* x = checker;
     const u32 me = x->operation, bits = cell.bits;
@@ -156,18 +157,18 @@ template <u32 ACCESS> SC_RAW static __attribute__((noinline)) void shared_access
 
 SC_RAW static __attribute__((noinline)) void shared_bounds(size_t offset, size_t bytes) {
     if (offset + bytes <= dynamic_bytes) return;
-    checker->report(checker, "bounds", "a thread touches dynamic shared memory past what the launch asked for");
+    checker->report(checker, "bounds", "a thread accesses dynamic shared memory beyond the launch's size");
     fail();
 }
 
-// An access of a type that is as aligned as it is long; a GPU gives up where it is not.
+// Checks an access that must be aligned to its size; a GPU faults otherwise.
 SC_RAW static inline __attribute__((always_inline)) void check_alignment(const void* address, size_t bytes) {
     if (__builtin_expect((size_t)address % bytes == 0 || (size_t)checker < 4096, 1)) return;
-    checker->report(checker, "alignment", "a thread touches memory at an address that the access's length does not divide");
+    checker->report(checker, "alignment", "a thread accesses memory at an address that is not a multiple of the access's size");
     fail();
 }
 
-// Of one access by a kernel, wherever it leads.
+// Checks one access by a kernel to any address.
 template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) void touch(const void* address, size_t bytes) {
     if ((size_t)checker < 4096) return;
     size_t offset = (size_t)address - checker->base;
@@ -187,7 +188,7 @@ template <u32 ACCESS> SC_RAW static inline __attribute__((always_inline)) void t
     if (dynamic < sizeof software_cuda_dynamic_shared) shared_bounds(dynamic, bytes);
     size_t shared = (size_t)address - (size_t)__bss_start;
     if (shared < (size_t)(_end - __bss_start)) return shared_access<ACCESS>(shared, bytes);
-    // Constants of the library are left alone; the first pages are no memory at all.
+    // Constants of the library are not checked; the first pages are never mapped.
     if ((size_t)address < 1 << 16) {
         checker->slow(checker, (size_t)address, bytes, ACCESS, thread_now);
         fail();

@@ -1,4 +1,4 @@
-// bf16 numbers, with the arithmetic that kernels use: each operation in f32, rounded once.
+// bf16 numbers with the arithmetic that kernels use: each operation is computed in f32 and rounded once.
 #pragma once
 struct alignas(2) __nv_bfloat16 {
     unsigned short bits;

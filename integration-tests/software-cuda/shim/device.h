@@ -1,11 +1,11 @@
-// What CUDA C++ offers inside kernels: indices, barriers, exchanges between lanes, atomics, loads and stores.
+// Device functions of CUDA C++: indices, barriers, exchanges between lanes, atomics, loads and stores.
 #pragma once
 
 namespace software_cuda {
 struct Index {
     unsigned int x, y, z;
 };
-// `const`: a thread's index never changes, though fibers do.
+// `const`: a thread's index never changes, although the running fiber does.
 SC_RAW static __attribute__((const, noinline)) Index thread_index() {
     const Fiber& f = block.fiber[block.now];
     return {f.x, f.y, f.z};
@@ -154,7 +154,7 @@ template <class T> static inline __attribute__((always_inline)) void __stcg(T* p
 template <class T> static inline __attribute__((always_inline)) void __stwb(T* p, T v) { *p = v; }
 template <class T> static inline __attribute__((always_inline)) void __stwt(T* p, T v) { *p = v; }
 
-// Copies and fills of the C library are checked as a whole; small ones become plain loads and stores.
+// memcpy and memset are checked as a whole; small copies become plain loads and stores.
 extern "C" {
 void* memcpy(void*, const void*, size_t) noexcept;
 void* memset(void*, int, size_t) noexcept;

@@ -1,5 +1,6 @@
-// Threads of a block as fibers, which change at barriers only, in an order that the seed gives; barriers of block and
-// warp; exchanges between the lanes of a warp.
+// Runs the threads of a block as fibers, which switch only at barriers, in an order derived from the seed; barriers of
+// block
+// and warp; exchanges between the lanes of a warp.
 #pragma once
 
 namespace software_cuda {
@@ -9,7 +10,7 @@ struct Fiber {
     unsigned x, y, z, room;
     State state;
 };
-// What lanes do together: the last one to arrive does it for all.
+// Collective functions of a warp; the last lane to arrive executes them for all.
 enum Exchange : unsigned char { SYNC, SHUFFLE, BALLOT, MATRIX };
 struct Warp {
     u32 arrived, alive, epoch;
@@ -85,7 +86,7 @@ SC_RAW static inline u32 take_ready() {
     block.ready[at] = block.ready[--block.ready_count];
     return thread;
 }
-// The running fiber waits; another one goes on, or the block's loop finds that none can.
+// The running fiber waits; switches to another one, or to the block's loop if none can run.
 SC_RAW static __attribute__((noinline)) void yield() {
     u32 me = block.now, next;
     if (block.next < block.threads && (!block.ready_count || random_number() & 1)) {
@@ -107,7 +108,7 @@ SC_RAW static __attribute__((noinline)) void yield() {
 SC_RAW static void release_block(u32 except) {
     block.waiting = 0;
     block.epoch++;
-    // Read by all before any of them can come to the next barrier.
+    // All threads read it before any of them reaches the next barrier.
     block.voted = block.votes;
     block.votes = 0;
     for (u32 i = 0; i < block.threads; i++)
@@ -132,11 +133,11 @@ SC_RAW static void exchange(Warp& warp, u32 mask) {
             if (warp.what[l] == BALLOT) warp.result[l] = ballot;
             if (warp.what[l] == SHUFFLE) {
                 if (!(mask >> warp.source[l] & 1))
-                    checker->report(checker, "warp", "a lane asks a lane that takes no part for its value");
+                    checker->report(checker, "warp", "a lane reads the value of a lane that does not take part");
                 warp.result[l] = warp.value[warp.source[l]];
             }
         }
-    // A shuffle orders no memory; only a barrier does.
+    // Only a barrier orders memory; a shuffle does not.
     if (warp.what[__builtin_ctz(mask)] == SYNC) warp.epoch++;
 }
 SC_RAW static bool release_warp(u32 number, u32 mask, u32 except) {
@@ -146,7 +147,7 @@ SC_RAW static bool release_warp(u32 number, u32 mask, u32 except) {
     const Exchange what = warp.what[__builtin_ctz(need)];
     for (u32 l = 0; l < 32; l++)
         if ((need >> l & 1) && (warp.mask[l] != mask || warp.what[l] != what)) {
-            checker->report(checker, "warp", warp.mask[l] != mask ? "lanes of a warp meet with different masks" : "lanes of a warp meet in different functions");
+            checker->report(checker, "warp", warp.mask[l] != mask ? "lanes of a warp synchronise with different masks" : "lanes of a warp synchronise in different functions");
             return false;
         }
     exchange(warp, need);
@@ -159,7 +160,7 @@ SC_RAW static __attribute__((noinline)) u64 meet(u32 mask, Exchange what, u64 va
     u32 me = block.now, number = me >> 5, lane = me & 31;
     Warp& warp = block.warp[number];
     if (!(mask >> lane & 1)) {
-        checker->report(checker, "warp", "a lane that its mask does not name calls a function of the warp");
+        checker->report(checker, "warp", "a lane that is not in its mask calls a warp function");
         fail();
     }
     warp.mask[lane] = mask;
@@ -189,7 +190,7 @@ SC_RAW static void fiber_main() {
             u32 lane = __builtin_ctz(left);
             if (warp.arrived >> lane & 1) release_warp(number, warp.mask[lane], ~0u);
         }
-        // The next thread that has not begun takes over this stack.
+        // The next thread that has not started reuses this stack.
         if (block.next < block.threads && (!block.ready_count || random_number() & 1)) {
             u32 next = block.order[block.next++];
             block.fiber[next].room = block.fiber[me].room;
@@ -230,7 +231,7 @@ SC_RAW static void begin_block() {
         b.warp[w].alive = lanes >= 32 ? ~0u : (1u << lanes) - 1;
     }
 }
-// Runs one block to its end. False when it cannot end, or did what must not be done.
+// Runs one block to its end. Returns false if it cannot end or failed.
 SC_RAW static bool run_block() {
     begin_block();
     while (block.alive) {
@@ -241,7 +242,7 @@ SC_RAW static bool run_block() {
             next = block.order[block.next++];
             start_fiber(next);
         } else {
-            checker->report(checker, "barrier", "threads wait at a barrier that others never reach");
+            checker->report(checker, "barrier", "threads wait at a barrier that other threads never reach");
             return false;
         }
         block.now = next;

@@ -1,4 +1,4 @@
-// How a kernel is described to the device, and how its blocks are run. Layouts are those of src/kernel.rs.
+// Describes a kernel to the device, and runs its blocks. The layouts match src/kernel.rs.
 #pragma once
 
 namespace software_cuda {

@@ -1,4 +1,4 @@
-// Functions of mathematics, and of the bits of numbers.
+// Mathematical functions and bit operations.
 #pragma once
 extern "C" {
 #define SC_MATH1(NAME)                                                                                                 \

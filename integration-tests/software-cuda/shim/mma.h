@@ -1,5 +1,6 @@
-// nvcuda::wmma for bf16, 16 x 16 x 16, with f32 accumulators. Which lane holds which element is nobody's business on a
-// GPU, and differs here. Loads and stores are checked; like those of a GPU they order no memory between lanes.
+// nvcuda::wmma for bf16, 16 x 16 x 16, with f32 accumulators. The mapping of elements to lanes is unspecified on a GPU,
+// and
+// differs here. Loads and stores are checked; as on a GPU, they do not order memory between lanes.
 #pragma once
 #include "cuda_bf16.h"
 
@@ -28,11 +29,12 @@ template <class T> SC_RAW static inline size_t place(bool by_rows, u32 i, unsign
     u32 lane = software_cuda::lane_now(), row = row_of(lane), column = column_of(lane, i);
     return by_rows ? (size_t)row * leading + column : (size_t)column * leading + row;
 }
-// What PTX asks of the bytes from row to row, half of a row being what a lane moves at once; CUDA C++ asks for 32 of an address.
+// PTX requires row strides to be a multiple of half a row, which a lane moves at once; CUDA C++ requires addresses
+// aligned to 32.
 template <class T> constexpr unsigned STRIDE = 8 * sizeof(T);
 template <class T> SC_RAW static __attribute__((noinline)) void load(T* x, const T* from, unsigned leading, bool by_rows) {
     if ((size_t)from % 32 || leading * sizeof(T) % STRIDE<T>)
-        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is loaded from an address that 32 bytes do not divide, or with a stride that 16 do not, 32 for floats");
+        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is loaded from an address that is not a multiple of 32 bytes, or with a stride that is not one of 16, or 32 for floats");
     for (u32 i = 0; i < 8; i++) {
         const T* at = from + place<T>(by_rows, i, leading);
         software_cuda::touch<software_cuda::READ>(at, sizeof(T));
@@ -41,14 +43,14 @@ template <class T> SC_RAW static __attribute__((noinline)) void load(T* x, const
 }
 template <class T> SC_RAW static __attribute__((noinline)) void store(T* to, const T* x, unsigned leading, bool by_rows) {
     if ((size_t)to % 32 || leading * sizeof(T) % STRIDE<T>)
-        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is stored to an address that 32 bytes do not divide, or with a stride that 16 do not, 32 for floats");
+        software_cuda::checker->report(software_cuda::checker, "alignment", "a fragment is stored to an address that is not a multiple of 32 bytes, or with a stride that is not one of 16, or 32 for floats");
     for (u32 i = 0; i < 8; i++) {
         T* at = to + place<T>(by_rows, i, leading);
         software_cuda::touch<software_cuda::WRITE>(at, sizeof(T));
         *at = x[i];
     }
 }
-// All lanes have to come; their order of memory does not change.
+// Waits for all lanes without ordering memory.
 SC_RAW static inline void together() { software_cuda::meet(~0u, software_cuda::MATRIX, 0, 0); }
 } // namespace shim
 
@@ -72,7 +74,7 @@ SC_RAW static inline void store_matrix_sync(T* to, const fragment<accumulator, 1
 }
 template <class La, class Lb>
 SC_RAW static __attribute__((noinline)) void mma_sync(fragment<accumulator, 16, 16, 16, float>& d, const fragment<matrix_a, 16, 16, 16, __nv_bfloat16, La>& a, const fragment<matrix_b, 16, 16, 16, __nv_bfloat16, Lb>& b, const fragment<accumulator, 16, 16, 16, float>& c) {
-    // 16 x 16 of each operand, row by row, in the warp's scratch.
+    // The warp's scratch holds 16 x 16 of each operand, row by row.
     float* as = (float*)(software_cuda::checker->scratch + (software_cuda::block.now >> 5) * 4096);
     float* bs = as + 256;
     unsigned lane = software_cuda::lane_now(), row = shim::row_of(lane);

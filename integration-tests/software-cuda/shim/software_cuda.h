@@ -1,4 +1,4 @@
-// CUDA C++ as C++ for the host: included before a kernel's text.
+// Makes CUDA C++ compile as host C++; included before a kernel's text.
 #pragma once
 #include "types.h"
 #include "access.h"

@@ -1,4 +1,4 @@
-// Words of CUDA C++ that are types or attributes. No header of the system is included: NVRTC has none either.
+// Types and attributes of CUDA C++. No system header is included, because NVRTC has none either.
 #pragma once
 #define __device__
 #define __host__
@@ -9,7 +9,7 @@
 #define __align__(n) __attribute__((aligned(n)))
 #define __builtin_align__(n) __attribute__((aligned(n)))
 #define SOFTWARE_CUDA 1
-// Runtime functions are not checked themselves; what they do for a kernel they check by hand.
+// Runtime functions are not instrumented; they check a kernel's accesses explicitly.
 #define SC_RAW __attribute__((no_sanitize("thread")))
 #define SC_USED __attribute__((used, visibility("hidden")))
 

@@ -1,19 +1,19 @@
-//! Vector clocks: what happened before what.
+//! Vector clocks, which define the happens-before order.
 //!
-//! An agent is a stream or a host thread. Its own entry counts what it did; another's entry is the last of that agent's
-//! actions that are known to have ended before.
+//! An agent is a stream or a host thread. Its own entry counts its actions; another agent's entry is the last action of
+//! that agent known to have ended before.
 
-/// A vector clock; entries that are not there are 0.
+/// A vector clock; missing entries are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Clock(Vec<u32>);
+pub(crate) struct Clock(Vec<u32>);
 
 impl Clock {
-    /// What is known of `agent`.
+    /// The entry of `agent`.
     pub fn get(&self, agent: usize) -> u32 {
         self.0.get(agent).copied().unwrap_or(0)
     }
 
-    /// `agent` does its next action, whose number is returned.
+    /// Counts the next action of `agent` and returns its number.
     pub fn tick(&mut self, agent: usize) -> u32 {
         if self.0.len() <= agent {
             self.0.resize(agent + 1, 0);
@@ -22,17 +22,17 @@ impl Clock {
         self.0[agent]
     }
 
-    /// All that the other knows is known here too.
+    /// Takes the maximum with another clock.
     pub fn join(&mut self, other: &Clock) {
         if self.0.len() < other.0.len() {
             self.0.resize(other.0.len(), 0);
         }
-        for (mine, theirs) in self.0.iter_mut().zip(&other.0) {
-            *mine = (*mine).max(*theirs);
+        for (own, joined) in self.0.iter_mut().zip(&other.0) {
+            *own = (*own).max(*joined);
         }
     }
 
-    /// Entries, with zeros up to `agents`.
+    /// Entries, padded with zeros to `agents`.
     pub fn padded(&self, agents: usize) -> Vec<u32> {
         let mut entries = self.0.clone();
         entries.resize(entries.len().max(agents), 0);
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn joins_keep_what_either_knows() {
+    fn a_join_keeps_the_larger_entries() {
         let (mut a, mut b) = (Clock::default(), Clock::default());
         a.tick(0);
         b.tick(2);

@@ -1,113 +1,113 @@
-//! What the environment says of the software device.
+//! Settings of the software device from the environment.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How the executor picks among streams that can go on.
+/// How the executor picks among ready streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
-    /// In the order of submission: what a naive fake does.
+pub enum SchedulePolicy {
+    /// In submission order, as a naive fake does.
     InOrder,
-    /// In the order of submission, but only once the host waits or asks.
+    /// In submission order, but only once the host waits or polls.
     Lazy,
-    /// Any, by the seed, at once.
+    /// A random stream by the seed, at once.
     Random,
-    /// The stream whose head was submitted last, and only once the host waits or asks: consumers before producers.
+    /// The stream whose head was submitted last, and only once the host waits or polls: consumers before producers.
     Adversarial,
-    /// One fixed order of streams, by the seed: some starve as long as others have work.
+    /// A fixed order of streams by the seed: some starve as long as others have work.
     Starve,
 }
 
-/// All policies, with the names that the environment uses.
-pub const POLICIES: &[(&str, Policy)] = &[
-    ("in-order", Policy::InOrder),
-    ("lazy", Policy::Lazy),
-    ("random", Policy::Random),
-    ("adversarial", Policy::Adversarial),
-    ("starve", Policy::Starve),
+/// All policies with their names in the environment.
+pub const POLICIES: &[(&str, SchedulePolicy)] = &[
+    ("in-order", SchedulePolicy::InOrder),
+    ("lazy", SchedulePolicy::Lazy),
+    ("random", SchedulePolicy::Random),
+    ("adversarial", SchedulePolicy::Adversarial),
+    ("starve", SchedulePolicy::Starve),
 ];
 
-impl Policy {
-    /// The policy of a name.
-    pub fn named(name: &str) -> Option<Policy> {
+impl SchedulePolicy {
+    /// Returns the policy with this name.
+    pub fn named(name: &str) -> Option<SchedulePolicy> {
         POLICIES.iter().find(|p| p.0 == name).map(|p| p.1)
     }
 
-    /// Whether work waits until the host does.
+    /// Whether work starts only once the host waits or polls.
     pub fn is_late(self) -> bool {
-        matches!(self, Policy::Lazy | Policy::Adversarial | Policy::Starve)
+        matches!(self, SchedulePolicy::Lazy | SchedulePolicy::Adversarial | SchedulePolicy::Starve)
     }
 }
 
-/// What is done to a device at its n-th launch.
+/// A fault of a device at its n-th launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fault {
-    /// Killed (an error that stays), hung (a launch that never ends), or gone with its process.
-    pub kind: FaultKind,
+pub(crate) struct DeviceFault {
+    /// What happens.
+    pub kind: DeviceFaultKind,
     /// The device's number.
     pub device: usize,
-    /// Which launch of that device, from 1.
+    /// Launch of that device, counted from 1.
     pub launch: u64,
 }
 
-/// See [`Fault`].
+/// Kinds of [`DeviceFault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FaultKind {
-    /// From that launch on, each call answers with the same error.
+pub(crate) enum DeviceFaultKind {
+    /// Each call returns the same error from that launch on.
     Kill,
     /// That launch never ends.
     Hang,
-    /// The process ends there, not in order.
+    /// The process aborts at that launch.
     Die,
 }
 
-impl Fault {
-    /// From `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH` or `die:DEVICE:LAUNCH`.
-    pub fn parse(text: &str) -> Option<Fault> {
+impl DeviceFault {
+    /// Parses `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH` or `die:DEVICE:LAUNCH`.
+    pub fn parse(text: &str) -> Option<DeviceFault> {
         let mut parts = text.split(':');
         let kind = match parts.next()? {
-            "kill" => FaultKind::Kill,
-            "hang" => FaultKind::Hang,
-            "die" => FaultKind::Die,
+            "kill" => DeviceFaultKind::Kill,
+            "hang" => DeviceFaultKind::Hang,
+            "die" => DeviceFaultKind::Die,
             _ => return None,
         };
-        let fault = Fault { kind, device: parts.next()?.parse().ok()?, launch: parts.next()?.parse().ok()? };
+        let fault = DeviceFault { kind, device: parts.next()?.parse().ok()?, launch: parts.next()?.parse().ok()? };
         parts.next().is_none().then_some(fault)
     }
 }
 
 /// The environment's settings, read once.
 #[derive(Clone, Debug)]
-pub struct Config {
+pub(crate) struct SoftwareConfig {
     /// `SOFTWARE_CUDA_DEVICES`, 1 by default.
     pub devices: usize,
     /// `SOFTWARE_CUDA_POLICY`, `random` by default.
-    pub policy: Policy,
+    pub policy: SchedulePolicy,
     /// `SOFTWARE_CUDA_SEED`, 1 by default.
     pub seed: u64,
     /// `SOFTWARE_CUDA_MEMORY`: bytes of each device, 8 GiB by default.
     pub memory_bytes: usize,
-    /// `SOFTWARE_CUDA_SHARED`: bytes of shared memory that a block may ask for, 227 KiB by default.
+    /// `SOFTWARE_CUDA_SHARED`: bytes of shared memory that a block may request, 227 KiB by default.
     pub shared_bytes: usize,
     /// `SOFTWARE_CUDA_ABORT_MS`: how long ncclCommAbort takes, 0 by default.
     pub abort: Duration,
-    /// `SOFTWARE_CUDA_DEADLOCK_MS`: how long nothing may move while work is queued, 10 s by default.
+    /// `SOFTWARE_CUDA_DEADLOCK_MS`: allowed time without progress while work is queued, 10 s by default.
     pub deadlock: Duration,
     /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a device that hangs, 60 s by default.
     pub hang: Duration,
-    /// `SOFTWARE_CUDA_NCCL`: the version that NCCL says it is, 23003 (2.30.3) by default.
+    /// `SOFTWARE_CUDA_NCCL`: the version that NCCL reports, 23003 (2.30.3) by default.
     pub nccl_version: std::ffi::c_int,
-    /// `SOFTWARE_CUDA_CACHE`: where compiled kernels are kept.
+    /// `SOFTWARE_CUDA_CACHE`: folder of compiled kernels.
     pub cache: PathBuf,
-    /// `SOFTWARE_CUDA_REPORT`: the file that is written at exit.
+    /// `SOFTWARE_CUDA_REPORT`: file of the report written at exit.
     pub report: Option<PathBuf>,
-    /// `SOFTWARE_CUDA_HOST=global`: host threads count as one, for programs whose threads carry no clock tokens.
+    /// `SOFTWARE_CUDA_HOST=global`: treats all host threads as one, for programs whose threads pass no clock tokens.
     pub one_host: bool,
     /// `SOFTWARE_CUDA_FAULT`.
-    pub fault: Option<Fault>,
-    /// `SOFTWARE_CUDA_NODE`: devices of one number are the same in all processes of a node, for NCCL.
+    pub fault: Option<DeviceFault>,
+    /// `SOFTWARE_CUDA_NODE`: for NCCL, a device number means the same device in all processes of a node.
     pub node: String,
-    /// `SOFTWARE_CUDA_TRACE=1`: each operation is printed as it is executed.
+    /// `SOFTWARE_CUDA_TRACE=1`: prints each operation when it is executed.
     pub trace: bool,
 }
 
@@ -118,18 +118,20 @@ fn number(name: &str, default: u64) -> u64 {
     }
 }
 
-impl Config {
-    /// Reads the environment; a value that makes no sense ends the process, because a test would check nothing.
-    pub fn from_environment() -> Config {
+impl SoftwareConfig {
+    /// Reads the environment; panics on an invalid value, because a test would check nothing.
+    pub fn from_environment() -> SoftwareConfig {
         let text = |name: &str| std::env::var(name).ok();
-        let policy = text("SOFTWARE_CUDA_POLICY")
-            .map(|name| Policy::named(&name).unwrap_or_else(|| panic!("SOFTWARE_CUDA_POLICY has no policy {name}")));
-        let fault = text("SOFTWARE_CUDA_FAULT").map(|f| {
-            Fault::parse(&f).unwrap_or_else(|| panic!("SOFTWARE_CUDA_FAULT is not kill|hang|die:DEVICE:LAUNCH: {f}"))
+        let policy = text("SOFTWARE_CUDA_POLICY").map(|name| {
+            SchedulePolicy::named(&name).unwrap_or_else(|| panic!("SOFTWARE_CUDA_POLICY: unknown policy {name}"))
         });
-        Config {
+        let fault = text("SOFTWARE_CUDA_FAULT").map(|f| {
+            DeviceFault::parse(&f)
+                .unwrap_or_else(|| panic!("SOFTWARE_CUDA_FAULT: expected kill|hang|die:DEVICE:LAUNCH, got {f}"))
+        });
+        SoftwareConfig {
             devices: number("SOFTWARE_CUDA_DEVICES", 1) as usize,
-            policy: policy.unwrap_or(Policy::Random),
+            policy: policy.unwrap_or(SchedulePolicy::Random),
             seed: number("SOFTWARE_CUDA_SEED", 1),
             memory_bytes: number("SOFTWARE_CUDA_MEMORY", 8 << 30) as usize,
             shared_bytes: number("SOFTWARE_CUDA_SHARED", 227 << 10) as usize,
@@ -153,10 +155,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn faults_are_read() {
-        let fault = Fault { kind: FaultKind::Kill, device: 1, launch: 20 };
-        assert_eq!(Fault::parse("kill:1:20"), Some(fault));
-        assert_eq!(Fault::parse("hang:0:3").map(|f| f.kind), Some(FaultKind::Hang));
-        assert_eq!([Fault::parse("kill:1"), Fault::parse("burn:1:2"), Fault::parse("kill:1:2:3")], [None; 3]);
+    fn faults_are_parsed() {
+        let fault = DeviceFault { kind: DeviceFaultKind::Kill, device: 1, launch: 20 };
+        assert_eq!(DeviceFault::parse("kill:1:20"), Some(fault));
+        assert_eq!(DeviceFault::parse("hang:0:3").map(|f| f.kind), Some(DeviceFaultKind::Hang));
+        assert_eq!(
+            [DeviceFault::parse("kill:1"), DeviceFault::parse("burn:1:2"), DeviceFault::parse("kill:1:2:3")],
+            [None; 3]
+        );
     }
 }

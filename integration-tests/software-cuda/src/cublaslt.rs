@@ -1,6 +1,7 @@
 //! cuBLASLt's functions.
 //!
-//! What is refused with "not supported" is refused by cuBLASLt too, or is not emulated: the message says which.
+//! "Not supported" means that cuBLASLt refuses the request too, or that it is not emulated; the message names the
+//! request.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod product;
@@ -18,13 +19,13 @@ use cudarc::cublaslt::sys::{
 
 use crate::cublaslt::product::{Layout, Product, element_bytes, epilogue};
 use crate::export::{exports, plain_exports};
-use crate::nvrtc::lasting_text;
-use crate::world::{Kind, lock, world};
+use crate::nvrtc::static_text;
+use crate::world::{OpKind, lock, machine};
 
 const VERSION: usize = 130_000;
-/// What the only algorithm asks for, where it may have any: enough that a workspace shared between streams is seen.
+/// Workspace of the only algorithm, if the limit allows it: enough to detect a workspace shared between streams.
 const WORKSPACE_BYTES: usize = 4096;
-/// Tells that an algorithm is ours.
+/// Marks algorithms of this library.
 const ALGORITHM: u64 = 0x736f_6674_6375_6461;
 
 #[derive(Clone)]
@@ -54,12 +55,12 @@ fn objects() -> &'static Mutex<Objects> {
 }
 
 fn new_handle() -> u64 {
-    world().state().handle()
+    machine().state().handle()
 }
 
 /// # Safety
 ///
-/// `buffer` leads to `bytes` readable bytes.
+/// `buffer` points to `bytes` readable bytes.
 unsafe fn number(buffer: *const c_void, bytes: usize) -> Result<u64, cublasStatus_t> {
     if !matches!(bytes, 4 | 8) || buffer.is_null() {
         return Err(cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE);
@@ -78,13 +79,13 @@ fn dtype(number: u64) -> Result<cudaDataType, cublasStatus_t> {
     }
 }
 
-fn refuse<T>(what: &str) -> Result<T, cublasStatus_t> {
-    eprintln!("software-cuda: cuBLASLt: not supported: {what}");
+fn refuse<T>(request: &str) -> Result<T, cublasStatus_t> {
+    eprintln!("software-cuda: cuBLASLt: not supported: {request}");
     Err(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)
 }
 
-/// A product without its addresses and factors, when its parts fit together.
-fn plan(
+/// Builds a product without its addresses and factors, if its parts are consistent.
+fn build_product(
     objects: &Objects,
     description: cublasLtMatmulDesc_t,
     layouts: [cublasLtMatrixLayout_t; 4],
@@ -95,9 +96,9 @@ fn plan(
     for (to, handle) in found.iter_mut().zip(layouts) {
         *to = Some(*objects.layouts.get(&(handle as u64)).ok_or(invalid)?);
     }
-    let [a, b, c, out] = found.map(|l| l.expect("all were found"));
-    let turned = |l: &Layout, t: bool| if t { (l.cols, l.rows) } else { (l.rows, l.cols) };
-    let ((m, k), (k2, n)) = (turned(&a, d.transposed[0]), turned(&b, d.transposed[1]));
+    let [a, b, c, out] = found.map(|l| l.expect("all four layouts"));
+    let oriented_dims = |l: &Layout, t: bool| if t { (l.cols, l.rows) } else { (l.rows, l.cols) };
+    let ((m, k), (k2, n)) = (oriented_dims(&a, d.transposed[0]), oriented_dims(&b, d.transposed[1]));
     let shape = |l: &Layout| (l.rows, l.cols, l.dtype);
     if k != k2 || (m, n) != (out.rows, out.cols) || shape(&c) != shape(&out) || [m, n, k].contains(&0) {
         return Err(invalid);
@@ -109,13 +110,13 @@ fn plan(
         }
     }
     if a.dtype != b.dtype || (a.dtype == cudaDataType_t::CUDA_R_32F && out.dtype != a.dtype) {
-        return refuse("these types together");
+        return refuse("this combination of element types");
     }
     if !epilogue::KNOWN.contains(&d.epilogue) {
         return refuse(&format!("epilogue {}", d.epilogue));
     }
     if d.epilogue != 1 && (out.by_rows || out.batch > 1) {
-        return refuse("an epilogue with a result by rows, or in a batch");
+        return refuse("an epilogue with a row-major or batched result");
     }
     let auxiliary_layout = Layout {
         dtype: d.auxiliary_dtype.unwrap_or(out.dtype),
@@ -125,7 +126,7 @@ fn plan(
     };
     let uses_auxiliary = d.epilogue & epilogue::AUXILIARY != 0;
     if uses_auxiliary && (d.auxiliary_leading < m || d.auxiliary_leading % 8 != 0) {
-        // cuBLASLt asks for a leading dimension of the auxiliary matrix that 8 divides.
+        // cuBLASLt requires the auxiliary matrix's leading dimension to be a multiple of 8.
         return Err(invalid);
     }
     Ok(Product {
@@ -144,7 +145,7 @@ fn plan(
 
 exports! { cublaslt;
     fn cublasLtCreate(out: *mut cublasLtHandle_t) -> cublasStatus_t {
-        world().state().device().map_err(|_| cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED)?;
+        machine().state().device().map_err(|_| cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED)?;
         let handle = new_handle();
         lock(objects()).handles.insert(handle, ());
         *out = handle as cublasLtHandle_t;
@@ -163,7 +164,7 @@ exports! { cublaslt;
         use cublasComputeType_t::*;
         let is_f32 = matches!(compute, CUBLAS_COMPUTE_32F | CUBLAS_COMPUTE_32F_PEDANTIC | CUBLAS_COMPUTE_32F_FAST_TF32);
         if !is_f32 || scale != cudaDataType_t::CUDA_R_32F {
-            return refuse("anything but f32 accumulators and factors");
+            return refuse("accumulators or factors other than f32");
         }
         let handle = new_handle();
         let description = Description {
@@ -205,7 +206,7 @@ exports! { cublaslt;
             CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE => d.auxiliary_stride = value as usize,
             CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE => d.auxiliary_dtype = Some(dtype(value)?),
             CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET => {}
-            // Factors of the host, in f32: as they are from the start.
+            // Host factors in f32 are the default.
             CUBLASLT_MATMUL_DESC_POINTER_MODE if value == 0 => {}
             other => return refuse(&format!("{other:?} as {value}")),
         }
@@ -303,14 +304,14 @@ exports! { cublaslt;
         c: cublasLtMatrixLayout_t,
         d: cublasLtMatrixLayout_t,
         preference: cublasLtMatmulPreference_t,
-        wanted: c_int,
+        requested: c_int,
         out: *mut cublasLtMatmulHeuristicResult_t,
-        given: *mut c_int,
+        returned: *mut c_int,
     ) -> cublasStatus_t {
         let objects = lock(objects());
-        *given = 0;
-        plan(&objects, description, [a, b, c, d])?;
-        if wanted < 1 {
+        *returned = 0;
+        build_product(&objects, description, [a, b, c, d])?;
+        if requested < 1 {
             return Err(cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE);
         }
         let allowed = objects.preferences.get(&(preference as u64)).copied().unwrap_or(0);
@@ -323,7 +324,7 @@ exports! { cublaslt;
             wavesCount: 1.0,
             reserved: [0; 4],
         };
-        *given = 1;
+        *returned = 1;
         Ok(())
     }
 
@@ -349,7 +350,7 @@ exports! { cublaslt;
         if !objects.handles.contains_key(&(handle as u64)) {
             return Err(cublasStatus_t::CUBLAS_STATUS_NOT_INITIALIZED);
         }
-        let mut product = plan(&objects, description, [a_layout, b_layout, c_layout, d_layout])?;
+        let mut product = build_product(&objects, description, [a_layout, b_layout, c_layout, d_layout])?;
         drop(objects);
         let used = if algo.is_null() { 0 } else { (*algo).data[1] as usize };
         if used > workspace_bytes || (!algo.is_null() && (*algo).data[0] != ALGORITHM) {
@@ -363,12 +364,12 @@ exports! { cublaslt;
         if lacks_bias || (product.epilogue & epilogue::AUXILIARY != 0 && product.auxiliary == 0) {
             return Err(cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE);
         }
-        let mut state = world().state();
+        let mut state = machine().state();
         let stream = state.stream(stream as u64).map_err(|_| cublasStatus_t::CUBLAS_STATUS_EXECUTION_FAILED)?;
         let [la, _, _, ld] = &product.layouts;
         let k = if product.transposed[0] { la.rows } else { la.cols };
         let name = format!("product {} x {} x {k}", ld.rows, ld.cols);
-        state.submit(world(), stream, Kind::Product(Box::new(product)), name);
+        state.submit(machine(), stream, OpKind::Product(Box::new(product)), name);
         Ok(())
     }
 }
@@ -379,10 +380,10 @@ plain_exports! { cublaslt;
     }
 
     fn cublasLtGetStatusName(status: cublasStatus_t) -> *const c_char {
-        lasting_text(&format!("{status:?}"))
+        static_text(&format!("{status:?}"))
     }
 
     fn cublasLtGetStatusString(status: cublasStatus_t) -> *const c_char {
-        lasting_text(&format!("{status:?}"))
+        static_text(&format!("{status:?}"))
     }
 }

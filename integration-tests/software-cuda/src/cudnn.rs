@@ -1,7 +1,7 @@
-//! The part of cuDNN that runs graphs of operations: descriptors, whose attributes are checked as they are set and
-//! when they are sealed; an engine for each graph that can be evaluated; its execution on a stream.
+//! cuDNN's graph API: descriptors, whose attributes are checked when set and when finalised; an engine for each
+//! supported graph; its execution on a stream.
 //!
-//! What NVIDIA's library would refuse is refused, and is a finding, too, where a right program never asks for it.
+//! Requests that NVIDIA's library refuses are refused; those that a correct program never makes are findings, too.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod evaluate;
@@ -14,27 +14,28 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use cudarc::cudnn::sys::{
     cudaStream_t, cudnnBackendAttributeName_t as Attribute, cudnnBackendAttributeType_t as Type,
-    cudnnBackendDescriptor_t, cudnnBackendDescriptorType_t as DescriptorKind, cudnnHandle_t, cudnnStatus_t as Answer,
+    cudnnBackendDescriptor_t, cudnnBackendDescriptorType_t as DescriptorKind, cudnnHandle_t,
+    cudnnStatus_t as CudnnStatus,
 };
 
-use crate::cudnn::evaluate::Job;
+use crate::cudnn::evaluate::GraphExecution;
 use crate::cudnn::graph::Graph;
 use crate::export::{exports, plain_exports};
-use crate::nvrtc::lasting_text;
-use crate::world::{Kind, current_device, lock, world};
+use crate::nvrtc::static_text;
+use crate::world::{OpKind, current_device, lock, machine};
 
 const VERSION: usize = 92_801;
-/// What every plan asks for: enough that a workspace shared between streams is seen.
+/// Workspace of every plan: enough to detect a workspace shared between streams.
 const WORKSPACE_BYTES: usize = 256;
-/// Engines by their number: that of the heuristic, and the one that adds up in order.
+/// Engine numbers: the heuristic's engine, and the one that adds in a fixed order.
 const ENGINES: [i64; 2] = [2, 6];
 
-/// A descriptor: its attributes' values, each as wide as the widest.
-pub struct Descriptor {
+/// A descriptor with its attributes' values, all widened to i64.
+pub(crate) struct Descriptor {
     kind: DescriptorKind,
     values: BTreeMap<Attribute, Vec<i64>>,
     is_sealed: bool,
-    /// Of an operation graph, when it is sealed, and of what was made of it.
+    /// The graph of a finalised operation graph, and of descriptors derived from it.
     graph: Option<Arc<Graph>>,
 }
 
@@ -50,7 +51,7 @@ impl Descriptor {
 
 #[derive(Default)]
 struct Objects {
-    /// The stream of each.
+    /// Stream by handle.
     handles: HashMap<u64, u64>,
     descriptors: HashMap<u64, Descriptor>,
 }
@@ -60,65 +61,65 @@ fn objects() -> &'static Mutex<Objects> {
     OBJECTS.get_or_init(Mutex::default)
 }
 
-/// Notes what a right program never asks for, and refuses it.
-fn misuse<T>(answer: Answer, what: &str) -> Result<T, Answer> {
-    world().find("misuse", what, || format!("cuDNN: {what}"));
-    Err(answer)
+/// Records a finding for a request that a correct program never makes, and refuses it.
+fn misuse<T>(status: CudnnStatus, message: &str) -> Result<T, CudnnStatus> {
+    machine().report_finding("misuse", message, || format!("cuDNN: {message}"));
+    Err(status)
 }
 
-/// What NVIDIA's library has no engine for, either; or is not emulated.
-fn refuse<T>(what: &str) -> Result<T, Answer> {
-    eprintln!("software-cuda: cuDNN: not supported: {what}");
-    Err(Answer::CUDNN_STATUS_NOT_SUPPORTED)
+/// Refuses a request that NVIDIA's library does not support either, or that is not emulated.
+fn refuse<T>(request: &str) -> Result<T, CudnnStatus> {
+    eprintln!("software-cuda: cuDNN: not supported: {request}");
+    Err(CudnnStatus::CUDNN_STATUS_NOT_SUPPORTED)
 }
 
 impl Objects {
-    fn sealed(&self, handle: i64, by: &str) -> Result<&Descriptor, Answer> {
+    fn sealed(&self, handle: i64, by: &str) -> Result<&Descriptor, CudnnStatus> {
         match self.descriptors.get(&(handle as u64)) {
-            None => misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("{by}: refers to no descriptor")),
+            None => misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("{by}: refers to an unknown descriptor")),
             Some(found) if !found.is_sealed => {
-                let what = format!("{by}: refers to a {:?} that is not finalised", found.kind);
-                misuse(Answer::CUDNN_STATUS_BAD_PARAM_NOT_FINALIZED, &what)
+                let message = format!("{by}: refers to a {:?} that is not finalised", found.kind);
+                misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_NOT_FINALIZED, &message)
             }
             Some(found) => Ok(found),
         }
     }
 
-    fn set(&mut self, handle: u64, name: Attribute, kind: Type, values: Vec<i64>) -> Result<(), Answer> {
+    fn set(&mut self, handle: u64, name: Attribute, kind: Type, values: Vec<i64>) -> Result<(), CudnnStatus> {
         let Some(descriptor) = self.descriptors.get(&handle) else {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "sets an attribute of no descriptor");
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, "sets an attribute of an unknown descriptor");
         };
-        let told = format!("{:?} of a {:?}", name, descriptor.kind);
+        let attribute = format!("{:?} of a {:?}", name, descriptor.kind);
         if descriptor.is_sealed {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("sets {told}, which is finalised"));
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute}, which is finalised"));
         }
         let Some(known) = schema::of(descriptor.kind).iter().find(|known| known.name == name) else {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("sets {told}, which it does not have"));
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute}, which it does not have"));
         };
         if known.kind != kind || values.is_empty() || values.len() > known.count_max {
-            let what = format!("sets {told} to {} of {kind:?}; it takes {known:?}", values.len());
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_ATTRIBUTE_TYPE, &what);
+            let message = format!("sets {attribute} to {} of {kind:?}, expected {known:?}", values.len());
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_ATTRIBUTE_TYPE, &message);
         }
         if kind == Type::CUDNN_TYPE_BACKEND_DESCRIPTOR {
-            values.iter().try_for_each(|&value| self.sealed(value, &told).map(|_| ()))?;
+            values.iter().try_for_each(|&value| self.sealed(value, &attribute).map(|_| ()))?;
         }
         if kind == Type::CUDNN_TYPE_HANDLE && !self.handles.contains_key(&(values[0] as u64)) {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &format!("sets {told} to no handle"));
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &format!("sets {attribute} to an unknown handle"));
         }
-        self.descriptors.get_mut(&handle).expect("it was found").values.insert(name, values);
+        self.descriptors.get_mut(&handle).expect("looked up above").values.insert(name, values);
         Ok(())
     }
 
-    /// Checks a descriptor as a whole.
-    fn seal(&mut self, handle: u64) -> Result<(), Answer> {
+    /// Checks and finalises a descriptor.
+    fn seal(&mut self, handle: u64) -> Result<(), CudnnStatus> {
         let Some(descriptor) = self.descriptors.get(&handle) else {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "finalises no descriptor");
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, "finalises an unknown descriptor");
         };
         let missing =
-            schema::of(descriptor.kind).iter().find(|k| k.is_needed && !descriptor.values.contains_key(&k.name));
+            schema::of(descriptor.kind).iter().find(|k| k.is_required && !descriptor.values.contains_key(&k.name));
         if let Some(missing) = missing {
-            let what = format!("finalises a {:?} without {:?}", descriptor.kind, missing.name);
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, &what);
+            let message = format!("finalises a {:?} without {:?}", descriptor.kind, missing.name);
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &message);
         }
         let graph_of = |name: Attribute| {
             let found = descriptor.long(name).and_then(|handle| self.descriptors.get(&(handle as u64)));
@@ -156,24 +157,30 @@ impl Objects {
                 let count = |name| descriptor.longs(name).len();
                 let ids = count(Attribute::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS);
                 if ids != count(Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS) {
-                    return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "a variant pack has not as many ids as pointers");
+                    return misuse(
+                        CudnnStatus::CUDNN_STATUS_BAD_PARAM,
+                        "a variant pack has different numbers of ids and pointers",
+                    );
                 }
                 None
             }
             _ => None,
         };
-        let descriptor = self.descriptors.get_mut(&handle).expect("it was found");
+        let descriptor = self.descriptors.get_mut(&handle).expect("looked up above");
         (descriptor.is_sealed, descriptor.graph) = (true, graph);
         Ok(())
     }
 
-    /// Fills in what a heuristic thinks of; gives how many.
-    fn results(&mut self, heuristic: u64, to: &[u64]) -> Result<usize, Answer> {
+    /// Fills in the heuristic's engine configurations; returns their number.
+    fn results(&mut self, heuristic: u64, to: &[u64]) -> Result<usize, CudnnStatus> {
         let graph = self.sealed(heuristic as i64, "a heuristic's results")?.graph.clone();
         let Some(graph) = graph.filter(|graph| graph.has_engine()) else { return Ok(0) };
         let Some(first) = to.first().and_then(|first| self.descriptors.get_mut(first)) else { return Ok(0) };
         if first.kind != DescriptorKind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR || first.is_sealed {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, "results go to new engine configurations");
+            return misuse(
+                CudnnStatus::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE,
+                "heuristic results need new engine configurations",
+            );
         }
         (first.is_sealed, first.graph) = (true, Some(graph));
         Ok(1)
@@ -182,10 +189,10 @@ impl Objects {
 
 /// # Safety
 ///
-/// `start` leads to so many values of the type.
-unsafe fn values(kind: Type, count: i64, start: *const c_void) -> Result<Vec<i64>, Answer> {
+/// `start` points to `count` values of the type.
+unsafe fn values(kind: Type, count: i64, start: *const c_void) -> Result<Vec<i64>, CudnnStatus> {
     if start.is_null() || !(1..=1 << 20).contains(&count) {
-        return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "sets an attribute to nothing");
+        return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, "sets an attribute without values");
     }
     let count = count as usize;
     use Type::*;
@@ -204,43 +211,43 @@ unsafe fn values(kind: Type, count: i64, start: *const c_void) -> Result<Vec<i64
 }
 
 exports! { cudnn;
-    fn cudnnCreate(out: *mut cudnnHandle_t) -> Answer {
-        world().state().device().map_err(|_| Answer::CUDNN_STATUS_NOT_INITIALIZED)?;
-        let handle = world().state().handle();
+    fn cudnnCreate(out: *mut cudnnHandle_t) -> CudnnStatus {
+        machine().state().device().map_err(|_| CudnnStatus::CUDNN_STATUS_NOT_INITIALIZED)?;
+        let handle = machine().state().handle();
         lock(objects()).handles.insert(handle, 0);
         *out = handle as cudnnHandle_t;
         Ok(())
     }
 
-    fn cudnnDestroy(handle: cudnnHandle_t) -> Answer {
-        lock(objects()).handles.remove(&(handle as u64)).map(|_| ()).ok_or(Answer::CUDNN_STATUS_BAD_PARAM)
+    fn cudnnDestroy(handle: cudnnHandle_t) -> CudnnStatus {
+        lock(objects()).handles.remove(&(handle as u64)).map(|_| ()).ok_or(CudnnStatus::CUDNN_STATUS_BAD_PARAM)
     }
 
-    fn cudnnSetStream(handle: cudnnHandle_t, stream: cudaStream_t) -> Answer {
-        world().state().stream(stream as u64).map_err(|_| Answer::CUDNN_STATUS_BAD_PARAM)?;
+    fn cudnnSetStream(handle: cudnnHandle_t, stream: cudaStream_t) -> CudnnStatus {
+        machine().state().stream(stream as u64).map_err(|_| CudnnStatus::CUDNN_STATUS_BAD_PARAM)?;
         let mut objects = lock(objects());
-        *objects.handles.get_mut(&(handle as u64)).ok_or(Answer::CUDNN_STATUS_BAD_PARAM)? = stream as u64;
+        *objects.handles.get_mut(&(handle as u64)).ok_or(CudnnStatus::CUDNN_STATUS_BAD_PARAM)? = stream as u64;
         Ok(())
     }
 
-    fn cudnnBackendCreateDescriptor(kind: DescriptorKind, out: *mut cudnnBackendDescriptor_t) -> Answer {
+    fn cudnnBackendCreateDescriptor(kind: DescriptorKind, out: *mut cudnnBackendDescriptor_t) -> CudnnStatus {
         if schema::of(kind).is_empty() {
             return refuse(&format!("{kind:?}"));
         }
-        let handle = world().state().handle();
+        let handle = machine().state().handle();
         let descriptor = Descriptor { kind, values: BTreeMap::new(), is_sealed: false, graph: None };
         lock(objects()).descriptors.insert(handle, descriptor);
         *out = handle as cudnnBackendDescriptor_t;
         Ok(())
     }
 
-    fn cudnnBackendDestroyDescriptor(descriptor: cudnnBackendDescriptor_t) -> Answer {
+    fn cudnnBackendDestroyDescriptor(descriptor: cudnnBackendDescriptor_t) -> CudnnStatus {
         if current_device().is_none() {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM, "destroys a descriptor where no context is current");
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, "destroys a descriptor without a current context");
         }
         match lock(objects()).descriptors.remove(&(descriptor as u64)) {
             Some(_) => Ok(()),
-            None => misuse(Answer::CUDNN_STATUS_BAD_PARAM, "destroys no descriptor"),
+            None => misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, "destroys an unknown descriptor"),
         }
     }
 
@@ -250,12 +257,12 @@ exports! { cudnn;
         kind: Type,
         count: i64,
         start: *const c_void,
-    ) -> Answer {
+    ) -> CudnnStatus {
         let values = values(kind, count, start)?;
         lock(objects()).set(descriptor as u64, name, kind, values)
     }
 
-    fn cudnnBackendFinalize(descriptor: cudnnBackendDescriptor_t) -> Answer {
+    fn cudnnBackendFinalize(descriptor: cudnnBackendDescriptor_t) -> CudnnStatus {
         lock(objects()).seal(descriptor as u64)
     }
 
@@ -263,10 +270,10 @@ exports! { cudnn;
         descriptor: cudnnBackendDescriptor_t,
         name: Attribute,
         kind: Type,
-        wanted: i64,
+        requested: i64,
         given: *mut i64,
         to: *mut c_void,
-    ) -> Answer {
+    ) -> CudnnStatus {
         let mut objects = lock(objects());
         let found = objects.sealed(descriptor as i64, &format!("{name:?}"))?.kind;
         use Attribute::{
@@ -276,14 +283,15 @@ exports! { cudnn;
             CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR as HEURISTIC, CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN,
         };
         match (found, name, kind) {
-            (PLAN, WORKSPACE, Type::CUDNN_TYPE_INT64) if wanted > 0 => {
+            (PLAN, WORKSPACE, Type::CUDNN_TYPE_INT64) if requested > 0 => {
                 (*to.cast::<i64>(), *given) = (WORKSPACE_BYTES as i64, 1);
             }
             (HEURISTIC, RESULTS, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR) => {
-                let to = if wanted > 0 { std::slice::from_raw_parts(to.cast::<u64>(), wanted as usize) } else { &[] };
+                let count = requested.max(0) as usize;
+                let to = if count > 0 { std::slice::from_raw_parts(to.cast::<u64>(), count) } else { &[] };
                 *given = objects.results(descriptor as u64, to)? as i64;
             }
-            other => return refuse(&format!("to get {other:?}")),
+            other => return refuse(&format!("reading {other:?}")),
         }
         Ok(())
     }
@@ -292,31 +300,31 @@ exports! { cudnn;
         handle: cudnnHandle_t,
         plan: cudnnBackendDescriptor_t,
         pack: cudnnBackendDescriptor_t,
-    ) -> Answer {
+    ) -> CudnnStatus {
         let objects = lock(objects());
-        let stream = *objects.handles.get(&(handle as u64)).ok_or(Answer::CUDNN_STATUS_BAD_PARAM)?;
+        let stream = *objects.handles.get(&(handle as u64)).ok_or(CudnnStatus::CUDNN_STATUS_BAD_PARAM)?;
         let (plan, pack) = (objects.sealed(plan as i64, "a plan")?, objects.sealed(pack as i64, "a variant pack")?);
         let kinds = (plan.kind, pack.kind);
         use DescriptorKind::{
             CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR as PLAN, CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR as PACK,
         };
         let Some(graph) = plan.graph.clone().filter(|_| kinds == (PLAN, PACK)) else {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, &format!("executes {kinds:?}"));
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_DESCRIPTOR_TYPE, &format!("executes {kinds:?}"));
         };
         let workspace = pack.long(Attribute::CUDNN_ATTR_VARIANT_PACK_WORKSPACE).unwrap_or(0) as usize;
         if workspace == 0 {
-            return misuse(Answer::CUDNN_STATUS_BAD_PARAM_NULL_POINTER, "executes a plan without its workspace");
+            return misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM_NULL_POINTER, "executes a plan without its workspace");
         }
         let ids = pack.longs(Attribute::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS);
         let pointers = pack.longs(Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
         let given: HashMap<i64, usize> = ids.iter().copied().zip(pointers.iter().map(|&p| p as usize)).collect();
-        // SAFETY: who executes a plan gives numbers of the host where the graph has them.
-        let job = unsafe { Job::new(graph, &given, (workspace, WORKSPACE_BYTES)) };
-        let job = job.or_else(|what| misuse(Answer::CUDNN_STATUS_BAD_PARAM, &what))?;
+        // SAFETY: the caller passes pointers to host scalars for tensors by value.
+        let execution = unsafe { GraphExecution::new(graph, &given, (workspace, WORKSPACE_BYTES)) };
+        let execution = execution.or_else(|message| misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &message))?;
         drop(objects);
-        let mut state = world().state();
-        let stream = state.stream(stream).map_err(|_| Answer::CUDNN_STATUS_EXECUTION_FAILED)?;
-        state.submit(world(), stream, Kind::Graph(Box::new(job)), "graph of cuDNN");
+        let mut state = machine().state();
+        let stream = state.stream(stream).map_err(|_| CudnnStatus::CUDNN_STATUS_EXECUTION_FAILED)?;
+        state.submit(machine(), stream, OpKind::Graph(Box::new(execution)), "cuDNN graph");
         Ok(())
     }
 }
@@ -326,13 +334,13 @@ plain_exports! { cudnn;
         VERSION
     }
 
-    fn cudnnGetErrorString(status: Answer) -> *const c_char {
-        lasting_text(&format!("{status:?}"))
+    fn cudnnGetErrorString(status: CudnnStatus) -> *const c_char {
+        static_text(&format!("{status:?}"))
     }
 
     fn cudnnGetLastErrorString(message: *mut c_char, bytes: usize) -> () {
         if bytes > 0 {
-            // SAFETY: the caller has room for so many bytes.
+            // SAFETY: the caller's buffer has `bytes` bytes.
             unsafe { *message = 0 };
         }
     }

@@ -1,4 +1,4 @@
-//! The driver's functions. Its parts import `world` and what they need.
+//! The driver's functions.
 
 pub mod device;
 pub mod memory;

@@ -1,58 +1,58 @@
-//! What is checked and written when the process ends.
+//! Checks for leaks and writes the report when the process exits.
 #![allow(unsafe_code)]
 
 use std::time::Duration;
 
-use crate::findings::Report;
+use crate::findings::SimReport;
 use crate::memory::Place;
 use crate::nccl::hub;
 use crate::scheduler::drain;
-use crate::world::{World, lock, world};
+use crate::world::{SoftwareMachine, lock, machine};
 
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 
-/// Has the report written when the process ends by itself.
+/// Registers the report for a normal exit of the process.
 pub fn report_at_exit() {
     extern "C" fn at_exit() {
-        let world = world();
-        drain(world, DRAIN_MAX);
-        find_leaks(world);
-        let left = world.state().comms.left();
-        hub::wait_until_left(&left, DRAIN_MAX);
-        let Some(path) = &world.config.report else { return };
-        if let Err(error) = report(world).write(path) {
+        let machine = machine();
+        drain(machine, DRAIN_MAX);
+        find_leaks(machine);
+        let closed = machine.state().comms.closed_names();
+        hub::wait_until_left(&closed, DRAIN_MAX);
+        let Some(path) = &machine.config.report else { return };
+        if let Err(error) = report(machine).write(path) {
             eprintln!("software-cuda: cannot write {}: {error}", path.display());
         }
     }
-    // SAFETY: the handler is a function of this library, which is never unloaded: its executor runs in it.
+    // SAFETY: the handler is in this library, which is never unloaded, because its executor thread runs in it.
     unsafe { libc::atexit(at_exit) };
 }
 
-/// What is known so far.
-pub fn report(world: &World) -> Report {
-    let executed = world.state().executed;
-    let findings = lock(&world.findings).list().to_vec();
-    let peak_bytes = lock(&world.registry).peak_bytes().iter().map(|b| *b as u64).collect();
-    Report { findings, peak_bytes, executed, ..Report::default() }.with_calls()
+/// The report so far.
+pub fn report(machine: &SoftwareMachine) -> SimReport {
+    let executed = machine.state().executed;
+    let findings = lock(&machine.findings).list().to_vec();
+    let peak_bytes = lock(&machine.registry).peak_bytes().iter().map(|b| *b as u64).collect();
+    SimReport { findings, peak_bytes, executed, ..SimReport::default() }.with_calls()
 }
 
-/// What was made and not given back, as findings.
-pub fn find_leaks(world: &World) -> usize {
-    let leaks = leaks(world);
+/// Records leaked objects as findings.
+pub fn find_leaks(machine: &SoftwareMachine) -> usize {
+    let leaks = leaks(machine);
     for leak in &leaks {
-        world.find("leak", leak, || leak.clone());
+        machine.report_finding("leak", leak, || leak.clone());
     }
     leaks.len()
 }
 
-/// What was made and not given back. Nothing is blamed on a program whose device was lost.
-pub fn leaks(world: &World) -> Vec<String> {
+/// Objects that were created and not destroyed; none after an injected fault.
+pub fn leaks(machine: &SoftwareMachine) -> Vec<String> {
     let mut leaks = Vec::new();
-    let state = world.state();
+    let state = machine.state();
     if state.was_injected {
         return leaks;
     }
-    for allocation in lock(&world.registry).leaks() {
+    for allocation in lock(&machine.registry).leaks() {
         let pinned = if allocation.place == Place::Host { " of pinned memory" } else { "" };
         leaks.push(format!("{} bytes{pinned} at {:#x} on {}", allocation.bytes, allocation.base, allocation.place));
     }

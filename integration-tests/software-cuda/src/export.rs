@@ -1,65 +1,65 @@
-//! Exported functions, each with the type that cudarc calls it by.
+//! Exports functions, each with the type in cudarc.
 
-/// Answers of a library.
-pub trait Status: Copy {
-    /// Everything went well.
+/// A library's status type.
+pub(crate) trait LibraryStatus: Copy {
+    /// Success.
     const OK: Self;
 }
 
-impl Status for cudarc::driver::sys::CUresult {
+impl LibraryStatus for cudarc::driver::sys::CUresult {
     const OK: Self = Self::CUDA_SUCCESS;
 }
-impl Status for cudarc::nvrtc::sys::nvrtcResult {
+impl LibraryStatus for cudarc::nvrtc::sys::nvrtcResult {
     const OK: Self = Self::NVRTC_SUCCESS;
 }
-impl Status for cudarc::nccl::sys::ncclResult_t {
+impl LibraryStatus for cudarc::nccl::sys::ncclResult_t {
     const OK: Self = Self::ncclSuccess;
 }
-impl Status for cudarc::cudnn::sys::cudnnStatus_t {
+impl LibraryStatus for cudarc::cudnn::sys::cudnnStatus_t {
     const OK: Self = Self::CUDNN_STATUS_SUCCESS;
 }
-impl Status for cudarc::cublaslt::sys::cublasStatus_t {
+impl LibraryStatus for cudarc::cublaslt::sys::cublasStatus_t {
     const OK: Self = Self::CUBLAS_STATUS_SUCCESS;
 }
 
-/// The status that a result stands for.
-pub fn status<S: Status>(result: Result<(), S>) -> S {
+/// Converts a result to a status.
+pub fn status<S: LibraryStatus>(result: Result<(), S>) -> S {
     result.err().unwrap_or(S::OK)
 }
 
-/// Exports functions of one of cudarc's libraries. Their bodies give a `Result`; calls are counted; a signature that is
-/// not that of cudarc's `sys` does not compile.
+/// Exports functions of one of cudarc's libraries. Their bodies return a `Result`; calls are counted; a signature that
+/// differs from cudarc's `sys` does not compile.
 macro_rules! exports {
     ($lib:ident; $(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block)*) => { $(
         /// # Safety
         ///
-        /// As the library whose place this one takes asks.
+        /// The contract of the same function in NVIDIA's library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $ty),*) -> $ret {
             static CALLS: crate::findings::Counter = crate::findings::Counter::new(stringify!($name));
             CALLS.hit();
-            // SAFETY: the caller keeps the contract of the library's function of this name: pointers lead to what it says.
+            // SAFETY: the caller keeps the contract of NVIDIA's function, so pointers are valid as it requires.
             let run = move || -> Result<(), $ret> { #[allow(unused_unsafe)] unsafe { $body } };
             crate::export::status(run())
         }
-        // SAFETY: nothing is called here; types are compared.
+        // SAFETY: nothing is called; the types are compared.
         const _: unsafe fn($($ty),*) -> $ret = cudarc::$lib::sys::$name;
     )* };
 }
 
-/// As [`exports!`], for functions that answer with something else than a status.
+/// Like [`exports!`], for functions that do not return a status.
 macro_rules! plain_exports {
     ($lib:ident; $(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block)*) => { $(
         /// # Safety
         ///
-        /// As the library whose place this one takes asks.
+        /// The contract of the same function in NVIDIA's library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $ty),*) -> $ret {
             static CALLS: crate::findings::Counter = crate::findings::Counter::new(stringify!($name));
             CALLS.hit();
             $body
         }
-        // SAFETY: nothing is called here; types are compared.
+        // SAFETY: nothing is called; the types are compared.
         const _: unsafe fn($($ty),*) -> $ret = cudarc::$lib::sys::$name;
     )* };
 }

@@ -1,4 +1,4 @@
-//! What the checks found, what was called how often, and the report at exit.
+//! Findings of the checks, call counters, and the report at exit.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
@@ -6,26 +6,26 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// One thing that is wrong; the same one is kept once, with a count.
+/// An error that a check found; repetitions are counted.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, PartialEq, Eq)]
-pub struct Finding {
-    /// Its class: `race`, `bounds`, `use-after-free`, ..: the list is in the crate's documentation.
+pub struct SimFinding {
+    /// Its class, such as `race` or `bounds`; the crate documentation lists them.
     pub kind: String,
-    /// What happened, where, and after what.
+    /// What happened, and where.
     pub message: String,
-    /// How often.
+    /// Number of occurrences.
     pub count: u64,
 }
 
 /// Findings so far.
 #[derive(Default)]
-pub struct Findings {
-    list: Vec<Finding>,
+pub(crate) struct Findings {
+    list: Vec<SimFinding>,
     seen: HashMap<String, usize>,
 }
 
 impl Findings {
-    /// Adds one; `key` tells which ones are the same.
+    /// Adds a finding; findings with equal `kind` and `key` are counted once.
     pub fn add(&mut self, kind: &str, key: &str, message: impl FnOnce() -> String) {
         let at = *self.seen.entry(format!("{kind} {key}")).or_insert(self.list.len());
         match self.list.get_mut(at) {
@@ -33,24 +33,24 @@ impl Findings {
             None => {
                 let message = message();
                 eprintln!("software-cuda: {kind}: {message}");
-                self.list.push(Finding { kind: kind.into(), message, count: 1 });
+                self.list.push(SimFinding { kind: kind.into(), message, count: 1 });
             }
         }
     }
 
-    /// All of them, in the order in which they were found.
-    pub fn list(&self) -> &[Finding] {
+    /// All findings in the order of their first occurrence.
+    pub fn list(&self) -> &[SimFinding] {
         &self.list
     }
 
-    /// Forgets them.
+    /// Removes all findings.
     pub fn clear(&mut self) {
         *self = Findings::default();
     }
 }
 
 /// Counts the calls of one exported function.
-pub struct Counter {
+pub(crate) struct Counter {
     name: &'static str,
     calls: AtomicU64,
     listed: AtomicBool,
@@ -59,12 +59,12 @@ pub struct Counter {
 static COUNTERS: Mutex<Vec<&'static Counter>> = Mutex::new(Vec::new());
 
 impl Counter {
-    /// For the function of that name.
+    /// A counter for this function.
     pub const fn new(name: &'static str) -> Counter {
         Counter { name, calls: AtomicU64::new(0), listed: AtomicBool::new(false) }
     }
 
-    /// It was called.
+    /// Counts a call.
     pub fn hit(&'static self) {
         self.calls.fetch_add(1, Ordering::Relaxed);
         if !self.listed.swap(true, Ordering::Relaxed) {
@@ -73,7 +73,7 @@ impl Counter {
     }
 }
 
-/// Calls by the name of the function.
+/// Number of calls by function.
 pub fn calls() -> BTreeMap<String, u64> {
     let counters = COUNTERS.lock().unwrap_or_else(|e| e.into_inner());
     counters.iter().map(|c| (c.name.to_string(), c.calls.load(Ordering::Relaxed))).collect()
@@ -81,8 +81,8 @@ pub fn calls() -> BTreeMap<String, u64> {
 
 static LAUNCHES: Mutex<BTreeMap<String, u64>> = Mutex::new(BTreeMap::new());
 
-/// A kernel was launched.
-pub fn launched(kernel: &str) {
+/// Counts a launch of a kernel.
+pub fn count_launch(kernel: &str) {
     let mut launches = LAUNCHES.lock().unwrap_or_else(|e| e.into_inner());
     match launches.get_mut(kernel) {
         Some(count) => *count += 1,
@@ -90,7 +90,7 @@ pub fn launched(kernel: &str) {
     }
 }
 
-/// Groups of calls that tests assert on.
+/// Classes of calls that tests check.
 pub const CLASSES: &[(&str, &[&str])] = &[
     ("allocations", &["cuMemAlloc_v2", "cuMemAllocAsync", "cuMemHostAlloc"]),
     ("frees", &["cuMemFree_v2", "cuMemFreeAsync", "cuMemFreeHost"]),
@@ -113,7 +113,7 @@ pub const CLASSES: &[(&str, &[&str])] = &[
     ("queries", &["cuEventQuery", "cuStreamQuery"]),
 ];
 
-/// Calls of one function, or of one of [`CLASSES`].
+/// Number of calls of one function, or of one of [`CLASSES`].
 pub fn count(name: &str) -> u64 {
     let calls = calls();
     match CLASSES.iter().find(|c| c.0 == name) {
@@ -122,33 +122,33 @@ pub fn count(name: &str) -> u64 {
     }
 }
 
-/// What is written at exit.
+/// The report written at exit.
 #[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
-pub struct Report {
-    /// Everything found, leaks included.
-    pub findings: Vec<Finding>,
+pub struct SimReport {
+    /// All findings, including leaks.
+    pub findings: Vec<SimFinding>,
     /// Calls by function.
     pub calls: BTreeMap<String, u64>,
     /// Calls by class.
     pub classes: BTreeMap<String, u64>,
     /// Launches by kernel.
     pub kernels: BTreeMap<String, u64>,
-    /// The most bytes that were allocated at once, by device.
+    /// Peak of allocated bytes by device, then pinned memory.
     pub peak_bytes: Vec<u64>,
-    /// Operations that were executed.
+    /// Number of executed operations.
     pub executed: u64,
 }
 
-impl Report {
-    /// Fills in the calls.
-    pub fn with_calls(mut self) -> Report {
+impl SimReport {
+    /// Fills in the counters.
+    pub fn with_calls(mut self) -> SimReport {
         self.calls = calls();
         self.kernels = LAUNCHES.lock().unwrap_or_else(|e| e.into_inner()).clone();
         self.classes = CLASSES.iter().map(|(name, _)| (name.to_string(), count(name))).collect();
         self
     }
 
-    /// Writes it as JSON; the file appears whole or not at all.
+    /// Writes it as JSON, atomically.
     pub fn write(&self, path: &Path) -> std::io::Result<()> {
         let partial = path.with_extension(format!("partial-{}", std::process::id()));
         let mut file = std::fs::File::create(&partial)?;
@@ -163,7 +163,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_same_finding_is_kept_once() {
+    fn repeated_findings_are_counted() {
         let mut findings = Findings::default();
         for key in ["a", "b", "a"] {
             findings.add("race", key, || format!("about {key}"));

@@ -1,50 +1,50 @@
-//! What host threads do to pinned memory, and the clock tokens that they hand each other.
+//! Accesses of host threads to pinned memory, and the clock tokens that they exchange.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::run::{Running, guest};
-use crate::shadow::{Access, Guest, Name};
-use crate::world::{World, lock};
+use crate::run::{Running, accessor};
+use crate::shadow::{Access, Accessor, OperationName};
+use crate::world::{SoftwareMachine, lock};
 
-/// Does something to memory as the calling thread, at once.
-pub fn as_host<T>(world: &World, name: &str, act: impl FnOnce(&mut Guest) -> T) -> T {
-    let mut state = world.state();
+/// Accesses memory as the calling host thread, immediately.
+pub fn access_as_host<T>(machine: &SoftwareMachine, name: &str, act: impl FnOnce(&mut Accessor) -> T) -> T {
+    let mut state = machine.state();
     let agents = state.agents + 1;
-    let knows = state.host_clock(world.config.one_host);
-    let agent = state.host(world.config.one_host).agent;
+    let knows = state.host_clock(machine.config.one_host);
+    let agent = state.host(machine.config.one_host).agent;
     drop(state);
-    let mut shadow = lock(&world.shadow);
-    let name = Name { what: name.into(), whose: format!("host thread {agent}").into() };
+    let mut shadow = lock(&machine.shadow);
+    let name = OperationName { action: name.into(), agent: format!("host thread {agent}").into() };
     let operation = shadow.operation(agent, knows.get(agent), name);
     let running = Running { agent, device: 0, operation, clock: knows.padded(agents), knows };
-    act(&mut guest(&mut shadow, &world.registry, &world.findings, &running))
+    act(&mut accessor(&mut shadow, &machine.registry, &machine.findings, &running))
 }
 
-/// The calling thread reads or writes pinned memory.
-pub fn touch(world: &World, address: usize, bytes: usize, is_write: bool) {
+/// Records that the calling thread reads or writes pinned memory.
+pub fn touch(machine: &SoftwareMachine, address: usize, bytes: usize, is_write: bool) {
     let (name, access) = if is_write { ("host write", Access::Write) } else { ("host read", Access::Read) };
-    as_host(world, name, |guest| guest.touch(address, bytes, access));
+    access_as_host(machine, name, |accessor| accessor.touch(address, bytes, access));
 }
 
-/// What the calling thread knows, to be sent with a message; never 0.
-pub fn capture(world: &World) -> u64 {
+/// Captures the calling thread's clock as a token for a message; never 0.
+pub fn capture(machine: &SoftwareMachine) -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let token = NEXT.fetch_add(1, Ordering::Relaxed);
-    let mut state = world.state();
-    let clock = state.host_clock(world.config.one_host);
+    let mut state = machine.state();
+    let clock = state.host_clock(machine.config.one_host);
     state.tokens.insert(token, clock);
     token
 }
 
-/// The calling thread has received the message; a token may be joined by several.
-pub fn join(world: &World, token: u64) {
-    let mut state = world.state();
+/// Joins the token of a received message; several threads may join it.
+pub fn join(machine: &SoftwareMachine, token: u64) {
+    let mut state = machine.state();
     if let Some(clock) = state.tokens.get(&token).cloned() {
-        state.host(world.config.one_host).clock.join(&clock);
+        state.host(machine.config.one_host).clock.join(&clock);
     }
 }
 
-/// The message is no more.
-pub fn forget(world: &World, token: u64) {
-    world.state().tokens.remove(&token);
+/// Drops a token.
+pub fn forget(machine: &SoftwareMachine, token: u64) {
+    machine.state().tokens.remove(&token);
 }

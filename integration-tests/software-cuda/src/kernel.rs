@@ -1,6 +1,6 @@
-//! Kernels in compiled libraries, and how one runs.
+//! Loads and runs kernels of compiled libraries.
 //!
-//! The layout of [`Kernel`] is shared with `shim/launch.h`.
+//! The layout of [`Kernel`] matches `shim/launch.h`.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -8,50 +8,50 @@ use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use crate::shadow::{Checker, Guest};
+use crate::shadow::{Accessor, Checker};
 use crate::world::{Launch, lock};
 
-/// Arguments that a kernel can have.
+/// Maximum number of arguments of a kernel.
 pub const ARGUMENTS_MAX: usize = 64;
-/// Threads that a block can have.
+/// Maximum number of threads of a block.
 pub const THREADS_MAX: u32 = 1024;
-/// Dynamic shared memory that a block can have; the shim's array is as large.
+/// Maximum dynamic shared memory of a block; the shim's array has the same size.
 pub const SHARED_BYTES_MAX: usize = 227 << 10;
-/// No power of two: stacks that lie a power of two apart share the same few lines of the cache.
+/// Not a power of two, because stacks at power-of-two distances would share a few cache lines.
 const STACK_BYTES: usize = (64 << 10) + 33 * 64;
 const SCRATCH_BYTES: usize = 32 * 4096;
-/// Bytes of shared memory, static and dynamic of one library, that are checked, and a cell's bytes for each word.
+/// Checked bytes of static and dynamic shared memory of one library, and the bytes of a cell for each word.
 const SHARED_CHECKED_BYTES: usize = 2 << 20;
 const SHARED_CELL_BYTES: usize = 32;
 
-/// A pointer to a table of pointers among the arguments: the kernel may touch more than its arguments show.
+/// An argument that points to a table of pointers: the kernel may access more than its arguments show.
 const ARGUMENT_IS_TABLE: u8 = 2;
 
-/// What a compiled library says of a kernel.
+/// A compiled library's description of a kernel.
 #[repr(C)]
-pub struct Kernel {
+pub(crate) struct Kernel {
     invoke: *const c_void,
     arguments: u32,
     sizes: [u32; ARGUMENTS_MAX],
     kinds: [u8; ARGUMENTS_MAX],
     static_shared_bytes: u32,
     threads_max: u32,
-    // SAFETY: a type; `launch` says why its call is sound.
+    // SAFETY: only a type; `launch` states why the call is sound.
     run: unsafe extern "C" fn(*const Kernel, *const *const u8, *const u32, usize, *mut Checker) -> i32,
 }
 
 // SAFETY: a kernel's description never changes once its library is loaded, and libraries stay loaded.
 unsafe impl Sync for Kernel {}
-// SAFETY: as above.
+// SAFETY: a kernel's description never changes once its library is loaded, and libraries stay loaded.
 unsafe impl Send for Kernel {}
 
 impl Kernel {
-    /// Threads that a block may have, by the kernel's launch bounds.
+    /// Maximum number of threads of a block by the kernel's launch bounds.
     pub fn threads_max(&self) -> u32 {
         self.threads_max
     }
 
-    /// Bytes of each argument.
+    /// Sizes of the arguments in bytes.
     pub fn argument_bytes(&self) -> &[u32] {
         &self.sizes[..self.arguments as usize]
     }
@@ -59,58 +59,58 @@ impl Kernel {
 
 /// A loaded library.
 #[derive(Clone)]
-pub struct Library {
+pub(crate) struct Library {
     handle: usize,
 }
 
-/// Loads a compiled library; it stays loaded, since queued launches may use it.
+/// Loads a compiled library; it stays loaded, because queued launches may use it.
 pub fn load(path: &Path) -> Result<Library, String> {
     let path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| e.to_string())?;
     // SAFETY: the library is one that `nvrtc` compiled; its constructors only fill in descriptions of kernels.
     let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if handle.is_null() {
-        // SAFETY: after a failure `dlerror` gives a text that ends in a zero.
+        // SAFETY: after a failure `dlerror` returns a text that ends with NUL.
         return Err(unsafe { CStr::from_ptr(libc::dlerror()) }.to_string_lossy().into_owned());
     }
     Ok(Library { handle: handle as usize })
 }
 
-/// A kernel with its name, and what the driver keeps of it.
-pub struct Function {
+/// A kernel with its name and driver attributes.
+pub(crate) struct Function {
     /// Its name.
     pub name: Arc<str>,
     /// Its description.
     pub kernel: &'static Kernel,
-    /// Dynamic shared memory that launches may ask for.
+    /// Dynamic shared memory that launches may request.
     pub shared_bytes_max: usize,
 }
 
 impl Library {
-    /// A kernel by its name.
+    /// Returns the kernel with this name.
     pub fn kernel(&self, name: &str) -> Option<&'static Kernel> {
         let symbol = CString::new(format!("software_cuda_kernel_{name}")).ok()?;
-        // SAFETY: the handle is of a loaded library; the symbol, where it exists, is a `Kernel` of that library.
+        // SAFETY: the handle is of a loaded library; the symbol, if it exists, is a `Kernel` of that library.
         unsafe { (libc::dlsym(self.handle as *mut c_void, symbol.as_ptr()) as *const Kernel).as_ref() }
     }
 }
 
-/// Functions by handle.
+/// The functions by handle.
 pub fn functions() -> &'static Mutex<HashMap<u64, Function>> {
     static FUNCTIONS: OnceLock<Mutex<HashMap<u64, Function>>> = OnceLock::new();
     FUNCTIONS.get_or_init(Mutex::default)
 }
 
-struct Rooms {
+struct KernelBuffers {
     stacks: usize,
     scratch: usize,
     shared_cells: usize,
     generation: Mutex<u64>,
 }
 
-fn rooms() -> &'static Rooms {
-    static ROOMS: OnceLock<Rooms> = OnceLock::new();
+fn kernel_buffers() -> &'static KernelBuffers {
+    static ROOMS: OnceLock<KernelBuffers> = OnceLock::new();
     let map = |bytes: usize| {
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice overlaps nothing.
+        // SAFETY: a new anonymous mapping at an address that the OS selects overlaps nothing.
         let at = unsafe {
             let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
             libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
@@ -118,7 +118,7 @@ fn rooms() -> &'static Rooms {
         assert_ne!(at, libc::MAP_FAILED, "cannot reserve {bytes} bytes for stacks of fibers");
         at as usize
     };
-    ROOMS.get_or_init(|| Rooms {
+    ROOMS.get_or_init(|| KernelBuffers {
         stacks: map(STACK_BYTES * THREADS_MAX as usize),
         scratch: map(SCRATCH_BYTES),
         shared_cells: map(SHARED_CHECKED_BYTES / 4 * SHARED_CELL_BYTES),
@@ -126,7 +126,7 @@ fn rooms() -> &'static Rooms {
     })
 }
 
-/// Addresses among the arguments, or `None` when one leads to a table of more.
+/// Addresses in the arguments, or `None` if one points to a table of pointers.
 fn addresses(launch: &Launch) -> Option<Vec<usize>> {
     if launch.kernel.kinds[..launch.arguments.len()].contains(&ARGUMENT_IS_TABLE) {
         return None;
@@ -135,23 +135,23 @@ fn addresses(launch: &Launch) -> Option<Vec<usize>> {
     Some(words.map(|w| usize::from_ne_bytes(w.try_into().expect("a chunk of eight bytes"))).collect())
 }
 
-/// Runs a kernel. Its blocks run one after another, in an order that the seed gives.
-pub fn launch(guest: &mut Guest, launch: &Launch, seed: u64) {
+/// Runs a kernel. Its blocks run one after another in an order derived from the seed.
+pub fn launch(accessor: &mut Accessor, launch: &Launch, seed: u64) {
     if let Some(addresses) = addresses(launch) {
-        guest.allow_only(&addresses);
+        accessor.allow_only(&addresses);
     }
-    let rooms = rooms();
-    let mut generation = lock(&rooms.generation);
+    let kernel_buffers = kernel_buffers();
+    let mut generation = lock(&kernel_buffers.generation);
     let blocks: u64 = launch.dims[..3].iter().map(|d| u64::from(*d)).product();
-    let mut checker = guest.checker();
-    checker.stacks = rooms.stacks;
+    let mut checker = accessor.checker();
+    checker.stacks = kernel_buffers.stacks;
     checker.stack_bytes = STACK_BYTES;
-    checker.scratch = rooms.scratch;
-    checker.shared_cells = rooms.shared_cells;
+    checker.scratch = kernel_buffers.scratch;
+    checker.shared_cells = kernel_buffers.shared_cells;
     checker.seed = crate::world::mix(seed);
     checker.generation = *generation;
     let arguments: Vec<*const u8> = launch.arguments.iter().map(|a| a.as_ptr()).collect();
-    // SAFETY: the arguments are as many and as long as the description says; the checker and its guest stay in place.
+    // SAFETY: the arguments match the description in number and size; the checker and its accessor stay in place.
     unsafe {
         (launch.kernel.run)(launch.kernel, arguments.as_ptr(), launch.dims.as_ptr(), launch.shared_bytes, &mut checker);
     }
@@ -162,7 +162,7 @@ pub fn launch(guest: &mut Guest, launch: &Launch, seed: u64) {
 ///
 /// # Safety
 ///
-/// `pointers` leads to as many pointers as the kernel has arguments, each to an argument of its type.
+/// `pointers` points to one pointer per argument of the kernel, each to an argument of its type.
 pub unsafe fn copy_arguments(kernel: &Kernel, pointers: *mut *mut c_void) -> Vec<Vec<u8>> {
     let sizes = kernel.argument_bytes().iter().enumerate();
     // SAFETY: by the contract above.
@@ -171,11 +171,11 @@ pub unsafe fn copy_arguments(kernel: &Kernel, pointers: *mut *mut c_void) -> Vec
         .collect()
 }
 
-/// A C string's text.
+/// Copies a C string; empty for null.
 ///
 /// # Safety
 ///
-/// `text` is null or ends in a zero.
+/// `text` is null or ends with NUL.
 pub unsafe fn text(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();

@@ -1,28 +1,28 @@
-//! Memory of the devices and pinned memory of the host: one window of addresses, who owns what of it, and the regions
-//! that programs name inside their allocations.
+//! Device memory and pinned host memory: one window of addresses, its allocations, and the regions that programs name
+//! inside them.
 //!
-//! Addresses are never used twice, so a late access meets a freed allocation and not a newer one. Each allocation starts
-//! on a page of its own and has a gap behind it.
+//! Addresses are never reused, so a late access finds the freed allocation and not a newer one. Each allocation starts
+//! on its own page, with a gap after it.
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// Bytes of addresses that each place has.
+/// Bytes of addresses of each place.
 const PLACE_BYTES: usize = 64 << 30;
 const PAGE_BYTES: usize = 4096;
-/// The gap behind an allocation is as long as the allocation, within these bounds.
+/// The gap after an allocation is as long as the allocation, up to this limit.
 const GAP_BYTES_MAX: usize = 1 << 20;
-/// How much of a new allocation is filled with ones; pages behind that are not touched until somebody does.
+/// Bytes of a new allocation that are filled with ones; later pages stay untouched until their first use.
 const FILLED_BYTES_MAX: usize = 1 << 20;
 /// Bytes that one word of the shadow describes.
 pub const WORD_BYTES: usize = 4;
 
-/// Where memory is.
+/// The location of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Place {
+pub(crate) enum Place {
     /// On a device.
     Device(usize),
-    /// Pinned, on the host; every device reaches it.
+    /// Pinned on the host; every device can access it.
     Host,
 }
 
@@ -35,20 +35,20 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// Addresses that are reserved, and committed by the kernel as they are touched.
+/// Reserved addresses; the OS commits pages on first access.
 #[derive(Clone, Copy, Debug)]
-pub struct Window {
+pub(crate) struct Window {
     /// First address.
     pub base: usize,
     /// Length.
     pub bytes: usize,
-    /// Base of the shadow, a cell of `cell_bytes` for each word.
+    /// Base of the shadow, which has a cell of `cell_bytes` for each word.
     pub shadow: usize,
     cell_bytes: usize,
 }
 
 fn reserve(bytes: usize) -> usize {
-    // SAFETY: a new anonymous mapping at an address of the kernel's choice overlaps nothing.
+    // SAFETY: a new anonymous mapping at an address that the OS selects overlaps nothing.
     let at = unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
@@ -58,23 +58,23 @@ fn reserve(bytes: usize) -> usize {
 }
 
 impl Window {
-    /// For that many places.
+    /// Reserves addresses for this number of places.
     pub fn new(places: usize, cell_bytes: usize) -> Window {
         let bytes = places * PLACE_BYTES;
         Window { base: reserve(bytes), bytes, shadow: reserve(bytes / WORD_BYTES * cell_bytes), cell_bytes }
     }
 
-    /// Whether the address lies in it.
+    /// Whether the window contains the address.
     pub fn contains(&self, address: usize) -> bool {
         address.wrapping_sub(self.base) < self.bytes
     }
 
-    /// Gives back the pages of an allocation and of its shadow: both read as zeros from now on.
+    /// Releases the pages of an allocation and of its shadow: both read as zeros from now on.
     pub fn drop_pages(&self, base: usize, bytes: usize) {
         let shadow = self.shadow + (base - self.base) / WORD_BYTES * self.cell_bytes;
         let shadow_bytes = bytes / WORD_BYTES * self.cell_bytes;
         for (at, bytes) in [(base, bytes), (shadow, shadow_bytes)] {
-            // SAFETY: both ranges are whole pages of our own mappings; they stay mapped.
+            // SAFETY: both ranges are whole pages of this window's mappings, which stay mapped.
             unsafe { libc::madvise(at as *mut libc::c_void, bytes.next_multiple_of(PAGE_BYTES), libc::MADV_DONTNEED) };
         }
     }
@@ -82,8 +82,8 @@ impl Window {
 
 /// A part of an allocation that a program named.
 #[derive(Clone, Copy, Debug)]
-pub struct Region {
-    /// Its bytes.
+pub(crate) struct Region {
+    /// Length in bytes.
     pub bytes: usize,
     /// Unique among regions and allocations.
     pub id: u32,
@@ -91,38 +91,38 @@ pub struct Region {
 
 /// One allocation, freed or not.
 #[derive(Debug)]
-pub struct Allocation {
+pub(crate) struct Allocation {
     /// First address.
     pub base: usize,
-    /// As asked for.
+    /// Requested bytes.
     pub bytes: usize,
-    /// Where.
+    /// Its location.
     pub place: Place,
     /// Unique among regions and allocations; not 0.
     pub id: u32,
     /// The operation that freed it.
     pub freed: Option<String>,
-    /// The operation that made it, once executed; `None` for one that exists at once.
+    /// The operation that allocated it, once executed; `None` for an immediate allocation.
     pub born: Option<u32>,
-    /// Made on a stream, and not executed there yet.
+    /// Allocated on a stream, and not executed there yet.
     pub unborn: bool,
-    /// Named parts, by their offset.
+    /// Named parts by offset.
     pub regions: BTreeMap<usize, Region>,
-    /// The last operation of each agent that touched it.
+    /// The last operation of each agent that accessed it.
     pub users: HashMap<usize, u32>,
-    /// Copies in queues that name it, and those of them that write it.
+    /// Queued copies that use it, and those of them that write it.
     pub pending: (u32, u32),
-    /// Copies that have written it.
+    /// Number of copies that have written it.
     pub copies_in: u64,
 }
 
 impl Allocation {
-    /// Of a device's pool, which gives no other device access.
+    /// Whether it is from a device's pool, which other devices cannot access.
     pub fn is_pooled(&self) -> bool {
         self.unborn || self.born.is_some()
     }
 
-    /// The region that holds an offset: a named one, or the allocation itself; and the offset where that ends.
+    /// The region that contains an offset, named or the allocation itself, and the offset of its end.
     pub fn region(&self, offset: usize) -> (u32, usize) {
         match self.regions.range(..=offset).next_back() {
             Some((start, region)) if offset < start + region.bytes => (region.id, start + region.bytes),
@@ -131,38 +131,38 @@ impl Allocation {
     }
 }
 
-/// What an address belongs to.
+/// The allocation and region of an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owner {
+pub(crate) struct Owner {
     /// The allocation's base.
     pub base: usize,
     /// The allocation's length.
     pub bytes: usize,
     /// Named region or allocation.
     pub region: u32,
-    /// The first address that is not of the region, or where a named region begins inside of it.
+    /// The end of the region, or the start of the next named region inside it.
     pub region_end: usize,
-    /// Where it is.
+    /// Its location.
     pub place: Place,
     /// Whether it was freed.
     pub is_freed: bool,
 }
 
 /// All allocations.
-pub struct Registry {
-    /// The addresses.
+pub(crate) struct Registry {
+    /// The window of addresses.
     pub window: Window,
     allocations: BTreeMap<usize, Allocation>,
     next: Vec<usize>,
     next_id: u32,
     live_bytes: Vec<usize>,
     peak_bytes: Vec<usize>,
-    /// Pairs of devices, the first of which may touch memory of the second.
+    /// Pairs of devices; the first may access memory of the second.
     pub peers: HashSet<(usize, usize)>,
 }
 
 impl Registry {
-    /// For that many devices; the host is one place more.
+    /// A registry for this number of devices and the host.
     pub fn new(devices: usize, cell_bytes: usize) -> Registry {
         let places = devices + 1;
         let window = Window::new(places, cell_bytes);
@@ -185,7 +185,7 @@ impl Registry {
         }
     }
 
-    /// A new allocation, its beginning filled with ones (a NaN in every type), or `None` when addresses or `limit` are used up.
+    /// Allocates memory that starts filled with ones (NaN in every type); `None` if addresses or `limit` are exhausted.
     pub fn allocate(&mut self, place: Place, bytes: usize, limit: usize, unborn: bool) -> Option<usize> {
         let index = self.index(place);
         let pages = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
@@ -198,7 +198,7 @@ impl Registry {
         self.next[index] = end;
         self.live_bytes[index] += bytes;
         self.peak_bytes[index] = self.peak_bytes[index].max(self.live_bytes[index]);
-        // SAFETY: the range lies in our window, and nobody knows its address yet.
+        // SAFETY: the range is in the window, and its address is not known outside yet.
         unsafe { std::ptr::write_bytes(base as *mut u8, 0xff, bytes.min(FILLED_BYTES_MAX)) };
         let id = self.new_id();
         let allocation = Allocation {
@@ -223,23 +223,23 @@ impl Registry {
         self.next_id - 1
     }
 
-    /// The allocation, freed or not, that starts nearest below the address, gap included.
+    /// The allocation, freed or not, that starts at or below the address; the address may be in its gap.
     pub fn nearest(&self, address: usize) -> Option<&Allocation> {
         self.allocations.range(..=address).next_back().map(|a| a.1).filter(|_| self.window.contains(address))
     }
 
-    /// The allocation, freed or not, whose bytes hold the address.
+    /// The allocation, freed or not, that contains the address.
     pub fn find(&self, address: usize) -> Option<&Allocation> {
         self.nearest(address).filter(|a| address < a.base + a.bytes.max(1))
     }
 
-    /// As [`Registry::find`].
+    /// The allocation, freed or not, that contains the address.
     pub fn find_mut(&mut self, address: usize) -> Option<&mut Allocation> {
         let found = self.allocations.range_mut(..=address).next_back().map(|a| a.1);
         found.filter(|a| address < a.base + a.bytes.max(1))
     }
 
-    /// What the address belongs to.
+    /// The owner of an address.
     pub fn owner(&self, address: usize) -> Option<Owner> {
         let a = self.find(address)?;
         let (region, end) = a.region(address - a.base);
@@ -247,7 +247,7 @@ impl Registry {
         Some(Owner { base: a.base, bytes: a.bytes, region, region_end, place: a.place, is_freed: a.freed.is_some() })
     }
 
-    /// Marks it as freed and gives its pages back.
+    /// Marks an allocation as freed and releases its pages.
     pub fn free(&mut self, base: usize, by: String) {
         let Some(allocation) = self.allocations.get_mut(&base) else { return };
         allocation.freed = Some(by);
@@ -257,7 +257,7 @@ impl Registry {
         self.window.drop_pages(base, bytes.max(1).next_multiple_of(PAGE_BYTES));
     }
 
-    /// Names a part of an allocation; parts do not overlap. Returns whether that could be.
+    /// Names a part of an allocation. Returns false if it would overlap another part or exceed the allocation.
     pub fn name_region(&mut self, address: usize, bytes: usize) -> bool {
         let id = self.new_id();
         let window = self.window;
@@ -270,9 +270,9 @@ impl Registry {
         }
         allocation.regions.insert(offset, Region { bytes, id });
         if !allocation.users.is_empty() {
-            // Cells remember their region: those of this part have to ask again.
+            // Cells cache their region, so those of this part are reset.
             let cells = (window.shadow + (address - window.base) / WORD_BYTES * window.cell_bytes) as *mut u8;
-            // SAFETY: the shadow of a live allocation; the caller holds the lock of the shadow.
+            // SAFETY: the cells are the shadow of a live allocation; the caller holds the shadow's lock.
             unsafe { std::ptr::write_bytes(cells, 0, bytes.div_ceil(WORD_BYTES) * window.cell_bytes) };
         }
         true
@@ -283,12 +283,12 @@ impl Registry {
         self.live_bytes[self.index(place)]
     }
 
-    /// The most bytes in use at once, by device, then the host.
+    /// Peak of bytes in use by device, then the host.
     pub fn peak_bytes(&self) -> &[usize] {
         &self.peak_bytes
     }
 
-    /// Allocations that were not freed.
+    /// The allocations that were not freed.
     pub fn leaks(&self) -> impl Iterator<Item = &Allocation> {
         self.allocations.values().filter(|a| a.freed.is_none())
     }
@@ -299,7 +299,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_found_and_never_used_twice() {
+    fn addresses_are_found_and_never_reused() {
         let mut registry = Registry::new(1, 32);
         let a = registry.allocate(Place::Device(0), 100, 1000, false).unwrap();
         assert_eq!(registry.owner(a + 99).map(|o| o.base), Some(a));
@@ -313,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn regions_divide_an_allocation() {
+    fn named_regions_divide_an_allocation() {
         let mut registry = Registry::new(1, 32);
         let a = registry.allocate(Place::Device(0), 1024, 4096, false).unwrap();
         assert!(registry.name_region(a + 256, 256) && registry.name_region(a + 512, 256));

@@ -14,7 +14,7 @@ use cudarc::nvrtc::sys::{nvrtcProgram, nvrtcResult};
 
 use crate::export::{exports, plain_exports};
 use crate::kernel::text;
-use crate::world::{lock, world};
+use crate::world::{lock, machine};
 
 const ARCHITECTURES: &[c_int] = &[75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121];
 
@@ -29,18 +29,21 @@ fn units() -> &'static Mutex<HashMap<u64, Unit>> {
     UNITS.get_or_init(Mutex::default)
 }
 
-fn of<T>(program: nvrtcProgram, get: impl FnOnce(&mut Unit) -> Result<T, nvrtcResult>) -> Result<T, nvrtcResult> {
+fn with_unit<T>(
+    program: nvrtcProgram,
+    get: impl FnOnce(&mut Unit) -> Result<T, nvrtcResult>,
+) -> Result<T, nvrtcResult> {
     get(lock(units()).get_mut(&(program as u64)).ok_or(nvrtcResult::NVRTC_ERROR_INVALID_PROGRAM)?)
 }
 
 fn image_of(program: nvrtcProgram) -> Result<String, nvrtcResult> {
-    of(program, |unit| unit.image.clone().ok_or(nvrtcResult::NVRTC_ERROR_INVALID_INPUT))
+    with_unit(program, |unit| unit.image.clone().ok_or(nvrtcResult::NVRTC_ERROR_INVALID_INPUT))
 }
 
 /// # Safety
 ///
-/// `to` has room for the text and a zero.
-unsafe fn give(text: &str, to: *mut c_char) {
+/// `to` has room for the text and NUL.
+unsafe fn write_c_string(text: &str, to: *mut c_char) {
     // SAFETY: by the contract above.
     unsafe {
         std::ptr::copy_nonoverlapping(text.as_ptr().cast(), to, text.len());
@@ -75,7 +78,7 @@ exports! { nvrtc;
         let headers = (0..count.max(0) as usize).map(|i| (text(*names.add(i)), text(*headers.add(i)))).collect();
         let name = if name.is_null() { "program.cu".to_string() } else { text(name) };
         let program = compile::Program { text: text(source), name, headers };
-        let handle = world().state().handle();
+        let handle = machine().state().handle();
         lock(units()).insert(handle, Unit { program, image: None, log: String::new() });
         *out = handle as nvrtcProgram;
         Ok(())
@@ -83,13 +86,13 @@ exports! { nvrtc;
 
     fn nvrtcCompileProgram(program: nvrtcProgram, count: c_int, options: *const *const c_char) -> nvrtcResult {
         let options: Vec<String> = (0..count.max(0) as usize).map(|i| text(*options.add(i))).collect();
-        // Taken out meanwhile: compiling takes seconds, and other programs need not wait.
+        // Removed from the map meanwhile, so that other programs need not wait for the compiler.
         let handle = program as u64;
         let mut unit = lock(units()).remove(&handle).ok_or(nvrtcResult::NVRTC_ERROR_INVALID_PROGRAM)?;
-        world().compiling.fetch_add(1, Ordering::Relaxed);
-        let compiled = compile::compile(&unit.program, &options, &world().config.cache);
-        world().state().last_move = std::time::Instant::now();
-        world().compiling.fetch_sub(1, Ordering::Relaxed);
+        machine().compiling.fetch_add(1, Ordering::Relaxed);
+        let compiled = compile::compile(&unit.program, &options, &machine().config.cache);
+        machine().state().last_progress = std::time::Instant::now();
+        machine().compiling.fetch_sub(1, Ordering::Relaxed);
         let is_fine = compiled.is_ok();
         match compiled {
             Ok(image) => unit.image = Some(image),
@@ -105,7 +108,7 @@ exports! { nvrtc;
     }
 
     fn nvrtcGetPTX(program: nvrtcProgram, out: *mut c_char) -> nvrtcResult {
-        give(&image_of(program)?, out);
+        write_c_string(&image_of(program)?, out);
         Ok(())
     }
 
@@ -115,17 +118,17 @@ exports! { nvrtc;
     }
 
     fn nvrtcGetCUBIN(program: nvrtcProgram, out: *mut c_char) -> nvrtcResult {
-        give(&image_of(program)?, out);
+        write_c_string(&image_of(program)?, out);
         Ok(())
     }
 
     fn nvrtcGetProgramLogSize(program: nvrtcProgram, bytes: *mut usize) -> nvrtcResult {
-        *bytes = of(program, |unit| Ok(unit.log.len()))? + 1;
+        *bytes = with_unit(program, |unit| Ok(unit.log.len()))? + 1;
         Ok(())
     }
 
     fn nvrtcGetProgramLog(program: nvrtcProgram, out: *mut c_char) -> nvrtcResult {
-        give(&of(program, |unit| Ok(unit.log.clone()))?, out);
+        write_c_string(&with_unit(program, |unit| Ok(unit.log.clone()))?, out);
         Ok(())
     }
 
@@ -138,18 +141,18 @@ exports! { nvrtc;
 
 plain_exports! { nvrtc;
     fn nvrtcGetErrorString(result: nvrtcResult) -> *const c_char {
-        lasting_text(&format!("{result:?}"))
+        static_text(&format!("{result:?}"))
     }
 }
 
-/// The text for as long as the process lives, each once.
-pub fn lasting_text(text: &str) -> *const c_char {
+/// Returns the text as a C string that is never freed; equal texts share one.
+pub fn static_text(text: &str) -> *const c_char {
     static TEXTS: Mutex<Vec<&'static std::ffi::CStr>> = Mutex::new(Vec::new());
     let mut texts = lock(&TEXTS);
     if let Some(known) = texts.iter().find(|t| t.to_bytes() == text.as_bytes()) {
         return known.as_ptr();
     }
-    let owned = CString::new(text.replace('\0', " ")).expect("zeros were replaced");
+    let owned = CString::new(text.replace('\0', " ")).expect("NULs were replaced");
     let kept: &'static std::ffi::CStr = Box::leak(owned.into_boxed_c_str());
     texts.push(kept);
     kept.as_ptr()

@@ -1,12 +1,13 @@
-//! The shadow of memory: for each word who wrote and read it, and the checks that follow.
+//! The shadow memory: the last writer and readers of each word, and the checks on them.
 //!
-//! The same checks run in the compiled kernels (`shim/access.h`), which call [`slow`] where the answer is not plain;
-//! copies, products and collectives come here directly. Layouts are shared with the shim: change both.
+//! Compiled kernels run the same checks (`shim/access.h`), and call [`slow`] for the complex cases; copies, products
+//! and collectives are checked here directly. The layouts are shared with the shim: change both.
 //!
-//! - SH-1: two accesses of a byte, one of them a write, are ordered by streams, events, host threads or collectives, or
-//!   it is a race, whatever the order in which they were executed.
-//! - SH-2: inside one launch, two threads that touch a byte, one of them writing, are of one block, with a barrier between.
-//! - SH-3: what is read was written before; what is touched is allocated, and reached through a pointer to its region.
+//! - SH-1: two accesses of a byte, one of them a write, are ordered by streams, events, host threads or collectives;
+//!   otherwise they are a race for any order of execution.
+//! - SH-2: within one launch, two threads that access a byte, one of them writing, are in one block with a barrier
+//! between.
+//! - SH-3: a read byte was written before; an accessed byte is allocated, and accessed through a pointer to its region.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -16,17 +17,17 @@ use std::sync::{Arc, Mutex};
 use crate::findings::Findings;
 use crate::memory::{Place, Registry, WORD_BYTES};
 
-/// What the shadow keeps of one word.
+/// The shadow of one word.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-pub struct Cell {
+pub(crate) struct Cell {
     writer: u32,
-    /// An operation, or with the highest bit set a set of them.
+    /// An operation, or a set of operations if the highest bit is set.
     reader: u32,
-    /// Four bits for each of: allocated, initialised, written by `writer`, read by `reader`; then one: written atomically.
+    /// Four bits each: allocated, initialised, written by `writer`, read by `reader`; then one bit: written atomically.
     bits: u32,
     region: u32,
-    /// The thread of the launch that wrote; 0 for none.
+    /// The writing thread of a launch; 0 for none.
     writer_thread: u64,
     reader_thread: u64,
 }
@@ -38,23 +39,23 @@ const WRITTEN: u32 = 8;
 const READ: u32 = 12;
 const ATOMIC: u32 = 1 << 16;
 const SET: u32 = 1 << 31;
-/// Words that are looked up at once.
-const ADMITTED_WORDS: usize = 256;
-/// The block of a word that several blocks read.
+/// Words whose region is checked at once.
+const REGION_CHECK_WORDS: usize = 256;
+/// The block number of a word that several blocks read.
 const MANY_BLOCKS: u64 = 0xfffff;
 const MANY_WARPS: u64 = 2047;
 
-/// An executed operation: which agent's, and its number there.
+/// An executed operation: its agent, and its number there.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub struct Entry {
+pub(crate) struct Entry {
     agent: u32,
     number: u32,
 }
 
-/// How memory is touched; numbers are the shim's.
+/// Kinds of memory accesses, with the shim's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Access {
+pub(crate) enum Access {
     /// A read.
     Read,
     /// A write.
@@ -63,41 +64,41 @@ pub enum Access {
     Atomic,
 }
 
-/// What a kernel's checks need; `shim/access.h` has the same.
+/// The context of a kernel's checks, with the layout in `shim/access.h`.
 #[repr(C)]
-pub struct Checker {
+pub(crate) struct Checker {
     base: usize,
     bytes: usize,
     shadow: *mut Cell,
     entries: *const Entry,
     clock: *const u32,
     operation: u32,
-    /// The last change of a word's readers that [`slow`] made.
+    /// The last change of a word's set of readers by [`slow`].
     readers_from: u32,
     readers_to: u32,
-    /// Whether the block asked for a fence.
+    /// Whether the block has executed a fence.
     pub fenced: u32,
     regions: [u32; 16],
-    // SAFETY: types of the two functions at the end of this file, which state what their callers promise.
+    // SAFETY: only types, of the two functions at the end of this file, which state their contracts.
     slow: unsafe extern "C" fn(*mut Checker, usize, usize, u32, u64) -> u32,
     report: unsafe extern "C" fn(*mut Checker, *const c_char, *const c_char),
-    user: *mut Guest<'static>,
+    user: *mut Accessor<'static>,
     /// Stacks of the fibers.
     pub stacks: usize,
-    /// Bytes of each.
+    /// Bytes of each stack.
     pub stack_bytes: usize,
-    /// 4 KiB for each warp, for products of fragments.
+    /// 4 KiB per warp for products of fragments.
     pub scratch: usize,
     /// Cells of shared memory.
     pub shared_cells: usize,
     /// Seed of the order of threads and blocks.
     pub seed: u64,
-    /// Number of the block, counted over all launches: cells of shared memory older than it are void.
+    /// Number of the block, counted over all launches; cells of shared memory of earlier blocks are invalid.
     pub generation: u64,
 }
 
-/// Who touches memory now.
-pub struct Guest<'a> {
+/// Accesses memory on behalf of an operation, with all checks.
+pub(crate) struct Accessor<'a> {
     shadow: &'a mut Shadow,
     registry: &'a Mutex<Registry>,
     findings: &'a Mutex<Findings>,
@@ -105,24 +106,24 @@ pub struct Guest<'a> {
     agent: usize,
     device: Option<usize>,
     clock: &'a [u32],
-    /// Regions that the operation may touch; all when `None`.
+    /// Regions that the operation may access; `None` for all.
     allowed: Option<Vec<u32>>,
     name: String,
 }
 
-/// What an operation is called in messages: what it does, and whose it is.
+/// The name of an operation in messages.
 #[derive(Clone, Debug)]
-pub struct Name {
-    /// What it does: a kernel's name, a copy of so many bytes.
-    pub what: Arc<str>,
-    /// A stream or a host thread.
-    pub whose: Arc<str>,
+pub(crate) struct OperationName {
+    /// What it does, such as a kernel's name, or a copy and its bytes.
+    pub action: Arc<str>,
+    /// Its stream or host thread.
+    pub agent: Arc<str>,
 }
 
-/// History of all words.
-pub struct Shadow {
+/// The operations that the shadow's cells refer to.
+pub(crate) struct Shadow {
     entries: Vec<Entry>,
-    names: Vec<Name>,
+    names: Vec<OperationName>,
     sets: Vec<Vec<u32>>,
     set_index: HashMap<Vec<u32>, u32>,
 }
@@ -135,7 +136,7 @@ fn lane_of(thread: u64) -> u64 {
     thread >> 32 & 0x7ff
 }
 
-/// SH-2, for a word last touched by `before` and touched by `now` in one launch. The shim has the same.
+/// SH-2 for a word last accessed by `before` and now by `now` in one launch. Same as in the shim.
 fn conflict(before: u64, now: u64, fenced: bool) -> bool {
     if before == 0 || now == 0 {
         return false;
@@ -151,7 +152,7 @@ fn conflict(before: u64, now: u64, fenced: bool) -> bool {
     a == MANY_WARPS || warp != b >> 5 || before & 0xffff == now & 0xffff
 }
 
-/// The thread to remember of a word that `before` and `now` read.
+/// The thread to store for a word that `before` and `now` have read.
 fn merged(before: u64, now: u64) -> u64 {
     const LANE: u64 = 0x7ff << 32;
     if before == 0 || now == 0 || before == now {
@@ -177,7 +178,7 @@ impl Default for Shadow {
         let first = Entry { agent: 0, number: 0 };
         Shadow {
             entries: vec![first],
-            names: vec![Name { what: "nothing".into(), whose: "".into() }],
+            names: vec![OperationName { action: "nothing".into(), agent: "".into() }],
             sets: Vec::new(),
             set_index: HashMap::new(),
         }
@@ -185,8 +186,8 @@ impl Default for Shadow {
 }
 
 impl Shadow {
-    /// A new operation, the agent's `number`-th.
-    pub fn operation(&mut self, agent: usize, number: u32, name: Name) -> u32 {
+    /// Adds an operation, the agent's `number`-th.
+    pub fn operation(&mut self, agent: usize, number: u32, name: OperationName) -> u32 {
         self.entries.push(Entry { agent: agent as u32, number });
         self.names.push(name);
         assert!(self.entries.len() < SET as usize, "too many operations");
@@ -195,11 +196,11 @@ impl Shadow {
 
     /// An operation's name.
     pub fn name(&self, operation: u32) -> String {
-        let Name { what, whose } = &self.names[operation as usize];
-        format!("{what} ({whose}, operation {} there)", self.entries[operation as usize].number)
+        let OperationName { action, agent } = &self.names[operation as usize];
+        format!("{action} ({agent}, operation {} there)", self.entries[operation as usize].number)
     }
 
-    /// Whether a clock knows of an operation.
+    /// Whether an operation is before a clock.
     pub fn is_before(&self, operation: u32, clock: &[u32]) -> bool {
         let entry = self.entries[operation as usize];
         clock.get(entry.agent as usize).copied().unwrap_or(0) >= entry.number
@@ -213,7 +214,7 @@ impl Shadow {
         }
     }
 
-    /// The word's readers with `operation` added and those before it left out.
+    /// Adds `operation` to the readers of a word, and removes those before its clock.
     fn with_reader(&mut self, reader: u32, operation: u32, clock: &[u32]) -> u32 {
         let mut set = self.readers(reader);
         set.retain(|r| *r != operation && !self.is_before(*r, clock));
@@ -231,8 +232,8 @@ impl Shadow {
     }
 }
 
-impl<'a> Guest<'a> {
-    /// Somebody who is about to touch memory as `operation` of `agent`, knowing what `clock` knows.
+impl<'a> Accessor<'a> {
+    /// An accessor for `operation` of `agent` with this clock.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         shadow: &'a mut Shadow,
@@ -242,30 +243,30 @@ impl<'a> Guest<'a> {
         agent: usize,
         device: Option<usize>,
         clock: &'a [u32],
-    ) -> Guest<'a> {
+    ) -> Accessor<'a> {
         let name = shadow.name(operation);
-        Guest { shadow, registry, findings, operation, agent, device, clock, allowed: None, name }
+        Accessor { shadow, registry, findings, operation, agent, device, clock, allowed: None, name }
     }
 
-    /// Memory of all devices may be touched.
-    pub fn reach_all(&mut self) {
+    /// Allows access to all devices.
+    pub fn allow_all_devices(&mut self) {
         self.device = None;
     }
 
-    /// Only the regions that these addresses point into may be touched.
+    /// Restricts access to the regions of these addresses.
     pub fn allow_only(&mut self, addresses: &[usize]) {
         let registry = self.registry.lock().unwrap_or_else(|e| e.into_inner());
         self.allowed = Some(addresses.iter().filter_map(|a| registry.owner(*a)).map(|o| o.region).collect());
     }
 
-    /// Reports something that the operation did.
-    pub fn report(&mut self, kind: &str, what: &str) {
+    /// Records a finding about the operation.
+    pub fn report(&mut self, kind: &str, message: &str) {
         let mut findings = self.findings.lock().unwrap_or_else(|e| e.into_inner());
         let function = self.name.split(" (").next().unwrap_or("");
-        findings.add(kind, &format!("{function} {what}"), || format!("{}: {what}", self.name));
+        findings.add(kind, &format!("{function} {message}"), || format!("{}: {message}", self.name));
     }
 
-    /// A checker for compiled kernels, valid as long as the guest stays where it is.
+    /// A checker for compiled kernels, valid as long as the accessor does not move.
     pub fn checker(&mut self) -> Checker {
         let window = self.registry.lock().unwrap_or_else(|e| e.into_inner()).window;
         Checker {
@@ -281,7 +282,7 @@ impl<'a> Guest<'a> {
             regions: [0; 16],
             slow,
             report: report_text,
-            user: (self as *mut Guest<'a>).cast(),
+            user: (self as *mut Accessor<'a>).cast(),
             stacks: 0,
             stack_bytes: 0,
             scratch: 0,
@@ -291,7 +292,7 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Checks and notes an access of `bytes` at `address`; false when it must not be made.
+    /// Checks and records an access; returns false if it must not be executed.
     pub fn touch(&mut self, address: usize, bytes: usize, access: Access) -> bool {
         let mut checker = self.checker();
         self.touch_as(&mut checker, address, bytes, access, 0)
@@ -304,12 +305,12 @@ impl<'a> Guest<'a> {
             let stop = word_end.min(end);
             let mask = ((1u32 << (stop - at)) - 1) << (at % WORD_BYTES);
             if at.wrapping_sub(checker.base) >= checker.bytes {
-                let what = format!("touches address {at:#x}, which is no memory of a device nor pinned");
-                self.report("bounds", &what);
+                let message = format!("touches address {at:#x}, which is neither device memory nor pinned memory");
+                self.report("bounds", &message);
                 return false;
             }
-            // SAFETY: the address lies in the window, so its cell lies in the shadow, which only the holder of its lock
-            // touches; `self` borrows what that lock guards.
+            // SAFETY: the address is in the window, so its cell is in the shadow, which only the holder of its lock
+            // accesses; `self` borrows the data that this lock guards.
             let cell = unsafe { &mut *checker.shadow.add((at - checker.base) / WORD_BYTES) };
             if mask == ALL && thread == 0 && self.touch_whole(checker, cell, access) {
                 at = stop;
@@ -317,7 +318,7 @@ impl<'a> Guest<'a> {
             }
             let index = (cell.region & 15) as usize;
             if (cell.bits & mask != mask || checker.regions[index] != cell.region)
-                && !self.admit(checker, cell, at, stop - at, mask, (address, bytes, access))
+                && !self.check_region(checker, cell, at, stop - at, mask, (address, bytes, access))
             {
                 return false;
             }
@@ -327,7 +328,7 @@ impl<'a> Guest<'a> {
         true
     }
 
-    /// The plain case of a whole word that is touched in order, by one who is no thread of a launch; false for all else.
+    /// The simple case of an ordered access to a whole word outside of a launch; returns false in all other cases.
     fn touch_whole(&self, checker: &Checker, cell: &mut Cell, access: Access) -> bool {
         let is_known = checker.regions[(cell.region & 15) as usize] == cell.region && cell.bits & ALL == ALL;
         let me = self.operation;
@@ -355,8 +356,8 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// SH-3: the first touch of a word, or of its region by this operation.
-    fn admit(
+    /// SH-3: checks the first access to a word, or to its region by this operation.
+    fn check_region(
         &mut self,
         checker: &mut Checker,
         cell: &mut Cell,
@@ -378,11 +379,11 @@ impl<'a> Guest<'a> {
             return false;
         };
         let offset = at - owner.base;
-        let allocation = registry.find_mut(at).expect("it has an owner");
+        let allocation = registry.find_mut(at).expect("the address has an owner");
         if let Some(by) = &allocation.freed {
-            let what = format!("{verb} offset {offset} of an allocation of {} bytes, freed by {by}", owner.bytes);
+            let message = format!("{verb} offset {offset} of an allocation of {} bytes, freed by {by}", owner.bytes);
             drop(registry);
-            self.report("use-after-free", &what);
+            self.report("use-after-free", &message);
             return false;
         }
         let born = !allocation.unborn && allocation.born.is_none_or(|b| self.shadow.is_before(b, self.clock));
@@ -404,9 +405,9 @@ impl<'a> Guest<'a> {
             return false;
         }
         if self.allowed.as_ref().is_some_and(|a| !a.contains(&owner.region)) {
-            let what =
-                format!("{verb} offset {offset} of {} bytes, where no pointer that it was given leads", owner.bytes);
-            self.report("bounds", &what);
+            let message =
+                format!("{verb} offset {offset} of {} bytes, outside of the regions of its pointers", owner.bytes);
+            self.report("bounds", &message);
             return false;
         }
         if cell.region != owner.region {
@@ -414,16 +415,16 @@ impl<'a> Guest<'a> {
         }
         cell.bits |= mask;
         if owner.place == Place::Host {
-            // What the host wrote there itself is not seen.
+            // The host's own writes are not visible, so the memory counts as initialised.
             cell.bits |= mask << INIT;
         }
         checker.regions[(owner.region & 15) as usize] = owner.region;
-        // Whole words behind it are of the same region, and need not ask one by one.
+        // The following whole words are in the same region, and need no separate check.
         let words = (owner.region_end - at) / WORD_BYTES;
         let bits = if owner.place == Place::Host { ALL | ALL << INIT } else { ALL };
         let first = std::ptr::from_mut(cell);
-        for i in 1..words.min(ADMITTED_WORDS) {
-            // SAFETY: cells of the same allocation, which lie behind this one in the shadow.
+        for i in 1..words.min(REGION_CHECK_WORDS) {
+            // SAFETY: these cells follow in the shadow and are of the same allocation.
             let next = unsafe { &mut *first.add(i) };
             if next.region == owner.region {
                 break;
@@ -433,7 +434,7 @@ impl<'a> Guest<'a> {
         true
     }
 
-    /// SH-1, SH-2 and the rest of SH-3, for bytes of one word.
+    /// SH-1, SH-2 and the rest of SH-3 for bytes of one word.
     fn check_word(
         &mut self,
         checker: &mut Checker,
@@ -500,48 +501,51 @@ impl<'a> Guest<'a> {
         cell.writer_thread = thread;
     }
 
-    fn word_finding(&mut self, kind: &str, at: usize, what: &str) {
+    fn word_finding(&mut self, kind: &str, at: usize, message: &str) {
         let registry = self.registry.lock().unwrap_or_else(|e| e.into_inner());
         let owner = registry.owner(at);
         drop(registry);
         let mut findings = self.findings.lock().unwrap_or_else(|e| e.into_inner());
         let function = self.name.split(" (").next().unwrap_or("").to_string();
-        let generic = what.split(" (").next().unwrap_or("");
+        let generic = message.split(" (").next().unwrap_or("");
         findings.add(kind, &format!("{function} {generic}"), || match owner {
-            Some(o) => format!("{} {what}, at offset {} of {} bytes on {}", self.name, at - o.base, o.bytes, o.place),
-            None => format!("{} {what}, at {at:#x}", self.name),
+            Some(o) => {
+                format!("{} {message}, at offset {} of {} bytes on {}", self.name, at - o.base, o.bytes, o.place)
+            }
+            None => format!("{} {message}, at {at:#x}", self.name),
         });
     }
 
-    /// SH-1 for the freeing of a whole allocation: everybody who touched it must be before. Returns who is not.
-    pub fn users_after(&self, users: &HashMap<usize, u32>) -> Option<String> {
+    /// SH-1 for the free of an allocation: all operations that accessed it must be before. Returns the first that is
+    /// not.
+    pub fn unordered_user(&self, users: &HashMap<usize, u32>) -> Option<String> {
         let mut late: Vec<u32> = users.values().copied().filter(|u| !self.shadow.is_before(*u, self.clock)).collect();
         late.sort_unstable();
         late.first().map(|u| self.shadow.name(*u))
     }
 }
 
-/// What kernels call when the quick check has no answer. Returns 1 when the access must not be made.
+/// Called by kernels when the quick check cannot decide. Returns 1 if the access must not be executed.
 ///
 /// # Safety
 ///
-/// `checker` comes from [`Guest::checker`], and its guest is where it was.
+/// `checker` comes from [`Accessor::checker`], and its accessor has not moved.
 unsafe extern "C" fn slow(checker: *mut Checker, address: usize, bytes: usize, access: u32, thread: u64) -> u32 {
     let access = [Access::Read, Access::Write, Access::Atomic][access as usize];
-    // SAFETY: by the contract above; the kernel that calls us holds no reference to either.
-    let (checker, guest) = unsafe { (&mut *checker, &mut *(*checker).user) };
-    u32::from(!guest.touch_as(checker, address, bytes, access, thread))
+    // SAFETY: by the contract above; the calling kernel holds no reference to either.
+    let (checker, accessor) = unsafe { (&mut *checker, &mut *(*checker).user) };
+    u32::from(!accessor.touch_as(checker, address, bytes, access, thread))
 }
 
-/// What kernels call with findings of their own.
+/// Called by kernels to record their own findings.
 ///
 /// # Safety
 ///
-/// As for [`slow`]; the texts end in a zero.
-unsafe extern "C" fn report_text(checker: *mut Checker, kind: *const c_char, what: *const c_char) {
+/// The contract of [`slow`]; the texts end with NUL.
+unsafe extern "C" fn report_text(checker: *mut Checker, kind: *const c_char, message: *const c_char) {
     // SAFETY: by the contract above.
-    let (guest, kind, what) = unsafe { (&mut *(*checker).user, CStr::from_ptr(kind), CStr::from_ptr(what)) };
-    guest.report(&kind.to_string_lossy(), &what.to_string_lossy());
+    let (accessor, kind, message) = unsafe { (&mut *(*checker).user, CStr::from_ptr(kind), CStr::from_ptr(message)) };
+    accessor.report(&kind.to_string_lossy(), &message.to_string_lossy());
 }
 
 #[cfg(test)]
@@ -564,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn readers_are_remembered_together() {
+    fn several_readers_are_merged() {
         let (a, b, c) = (thread(0, 3, 1, 1), thread(0, 4, 1, 1), thread(0, 40, 1, 1));
         let warp = merged(a, b);
         assert!(conflict(warp, a, false) && conflict(warp, b, false) && conflict(warp, c, false));
@@ -575,10 +579,10 @@ mod tests {
     }
 
     #[test]
-    fn sets_of_readers_forget_those_before() {
+    fn sets_of_readers_drop_earlier_ones() {
         let mut shadow = Shadow::default();
-        let name = |what: &str| Name { what: what.into(), whose: "a stream".into() };
-        let mut add = |agent, what| shadow.operation(agent, 1, name(what));
+        let name = |action: &str| OperationName { action: action.into(), agent: "a stream".into() };
+        let mut add = |agent, action| shadow.operation(agent, 1, name(action));
         let (a, b, c) = (add(0, "a"), add(1, "b"), add(2, "c"));
         let both = shadow.with_reader(a, b, &[0, 1, 0]);
         assert_eq!(shadow.readers(both), [a, b]);

@@ -1,7 +1,7 @@
-//! What tests need to run a program on the software device.
+//! Functions for tests to run a program on the software device.
 //!
-//! The dynamic linker reads its path when a process starts, so tests start a child: themselves with another argument, or
-//! a program. [`command`] sets it up, [`Report::read`](crate::Report::read) says what was found.
+//! The dynamic linker reads its path when a process starts, so tests start a child: themselves with another argument,
+//! or a program. [`command`] sets it up, and [`SimReport::read`](crate::SimReport::read) reads the findings.
 
 use std::ffi::OsStr;
 use std::io;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::findings::Report;
+use crate::findings::SimReport;
 
 const LIBRARY: &str = "libshardflow_software_cuda.so";
 /// Names under which programs look for NVIDIA's libraries.
@@ -27,7 +27,7 @@ const NAMES: &[&str] = &[
     "libcudnn.so.9",
 ];
 
-/// The built library: beside the running test or program, or where `SOFTWARE_CUDA_LIBRARY` says.
+/// The path of the built library: beside the running test or program, or from `SOFTWARE_CUDA_LIBRARY`.
 pub fn library() -> io::Result<PathBuf> {
     if let Some(path) = std::env::var_os("SOFTWARE_CUDA_LIBRARY") {
         return Ok(path.into());
@@ -35,15 +35,15 @@ pub fn library() -> io::Result<PathBuf> {
     let program = std::env::current_exe()?;
     let folders = program.ancestors().skip(1).take(3).flat_map(|f| [f.to_path_buf(), f.join("deps")]);
     let found: Vec<PathBuf> = folders.map(|f| f.join(LIBRARY)).filter(|p| p.exists()).collect();
-    // Cargo leaves older ones in other folders.
+    // Cargo leaves older builds in other folders.
     let newest = found.into_iter().max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok());
     newest.ok_or_else(|| {
-        let what = format!("no {LIBRARY} near {}: cargo build -p shardflow-software-cuda", program.display());
-        io::Error::new(io::ErrorKind::NotFound, what)
+        let message = format!("no {LIBRARY} near {}: run cargo build -p shardflow-software-cuda", program.display());
+        io::Error::new(io::ErrorKind::NotFound, message)
     })
 }
 
-/// Makes links in `folder` (which is made too) that put the library in the place of NVIDIA's.
+/// Creates `folder` with links by which the library replaces NVIDIA's libraries.
 pub fn install(folder: &Path) -> io::Result<()> {
     let library = library()?.canonicalize()?;
     std::fs::create_dir_all(folder)?;
@@ -57,8 +57,8 @@ pub fn install(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A command that runs `program` on that many software devices, with a report at `folder/report.json`. The libraries are
-/// installed in `folder`.
+/// A command that runs `program` on this number of software devices, with the libraries in `folder` and the report at
+/// `folder/report.json`.
 pub fn command(
     program: impl AsRef<OsStr>,
     folder: &Path,
@@ -77,51 +77,51 @@ pub fn command(
     Ok(command)
 }
 
-/// Names to a test's child what it is to do.
+/// Environment variable with the case that a test's child runs.
 pub const CASE: &str = "SHARDFLOW_TEST_CASE";
 
-/// Within this a test's child ends, whatever it waits for.
+/// Time limit of a test's child.
 const CHILD_WITHIN: Duration = Duration::from_secs(600);
 
-/// What a test's child is to do. The child is ended when it takes too long, for its test waits for it.
+/// The case of a test's child. Exits the child after a time limit, because its test waits for it.
 ///
 /// # Panics
-/// Where nothing says what.
+/// If the environment names no case.
 pub fn case() -> String {
-    let case = std::env::var(CASE).expect("a test that starts this one says what to do");
-    let told = case.clone();
+    let case = std::env::var(CASE).expect("the starting test sets the case");
+    let name = case.clone();
     std::thread::spawn(move || {
         std::thread::sleep(CHILD_WITHIN);
-        eprintln!("{told}: not done after {CHILD_WITHIN:?}");
+        eprintln!("{name}: not done after {CHILD_WITHIN:?}");
         std::process::exit(124);
     });
     case
 }
 
-/// What came of a test's child.
+/// The result of a test's child.
 #[derive(Debug)]
-pub struct Ran {
-    /// What it printed.
+pub struct ChildRun {
+    /// Its standard output.
     pub stdout: String,
-    /// What the device found.
-    pub report: Report,
+    /// The device's report.
+    pub report: SimReport,
 }
 
-/// Runs this test program's ignored test `child` on so many software devices: [`CASE`] tells it `case`, and `fault`, if one is
-/// given, is injected.
+/// Runs this test program's ignored test `child` on this number of software devices, with [`CASE`] set to `case` and an
+/// optional injected fault.
 ///
 /// # Panics
-/// When the child does not succeed, with the end of what it complained of; when it leaves no report.
-pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>) -> Ran {
+/// If the child fails, with the end of its standard error, or if it leaves no report.
+pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>) -> ChildRun {
     let environment: Vec<_> = fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)).into_iter().collect();
     run_child_in(case, devices, policy, seed, &environment)
 }
 
-/// As [`run_child`], with these variables.
+/// Like [`run_child`], with these environment variables.
 ///
 /// # Panics
-/// As [`run_child`].
-pub fn run_child_in(case: &str, devices: usize, policy: &str, seed: u64, environment: &[(&str, &str)]) -> Ran {
+/// Like [`run_child`].
+pub fn run_child_in(case: &str, devices: usize, policy: &str, seed: u64, environment: &[(&str, &str)]) -> ChildRun {
     let folder = tempfile::tempdir().expect("a folder");
     let program = std::env::current_exe().expect("this program");
     let mut child = command(program, folder.path(), devices, policy, seed).expect("the software device");
@@ -131,18 +131,18 @@ pub fn run_child_in(case: &str, devices: usize, policy: &str, seed: u64, environ
     let text = String::from_utf8_lossy(&output.stderr);
     let tail: String = text.lines().rev().take(60).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n");
     assert!(output.status.success(), "{case}, {policy}, seed {seed}:\n{tail}");
-    let report = Report::read(folder.path()).expect("a report");
-    Ran { stdout: String::from_utf8_lossy(&output.stdout).into_owned(), report }
+    let report = SimReport::read(folder.path()).expect("a report");
+    ChildRun { stdout: String::from_utf8_lossy(&output.stdout).into_owned(), report }
 }
 
-/// Where [`command`] has the report written.
+/// The path of the report of [`command`].
 pub fn report_path(folder: &Path) -> PathBuf {
     folder.join("report.json")
 }
 
-impl Report {
-    /// Reads what [`command`]'s program left.
-    pub fn read(folder: &Path) -> io::Result<Report> {
+impl SimReport {
+    /// Reads the report of [`command`]'s program.
+    pub fn read(folder: &Path) -> io::Result<SimReport> {
         Ok(serde_json::from_slice(&std::fs::read(report_path(folder))?)?)
     }
 }

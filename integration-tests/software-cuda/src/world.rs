@@ -11,231 +11,231 @@ use std::time::Instant;
 use cudarc::driver::sys::{CUhostFn, CUresult};
 
 use crate::clock::Clock;
-use crate::config::{Config, Fault, FaultKind, Policy};
+use crate::config::{DeviceFault, DeviceFaultKind, SchedulePolicy, SoftwareConfig};
 use crate::cublaslt::product::Product;
-use crate::cudnn::evaluate::Job;
+use crate::cudnn::evaluate::GraphExecution;
 use crate::findings::Findings;
 use crate::memory::Registry;
 use crate::nccl::engine::{Comms, Group};
 use crate::shadow::{Cell, Shadow};
 
-/// What a driver call answers when it cannot do what was asked.
-pub type Refused = CUresult;
+/// The error of a driver call.
+pub(crate) type DriverError = CUresult;
 
-/// A kernel's launch.
-pub struct Launch {
+/// A launch of a kernel.
+pub(crate) struct Launch {
     /// The kernel in its loaded library.
     pub kernel: &'static crate::kernel::Kernel,
     /// Copies of the arguments.
     pub arguments: Vec<Vec<u8>>,
-    /// Grid, then block.
+    /// Dimensions of the grid, then of the block.
     pub dims: [u32; 6],
-    /// Dynamic shared memory.
+    /// Bytes of dynamic shared memory.
     pub shared_bytes: usize,
 }
 
-/// Rows of bytes from one place to another.
+/// The extent of a copy.
 #[derive(Clone, Copy, Debug)]
-pub struct Rows {
+pub(crate) struct Rows {
     /// Bytes of a row.
     pub width: usize,
-    /// Rows.
+    /// Number of rows.
     pub height: usize,
-    /// From one row to the next at the source and at the destination.
+    /// Bytes from one row to the next at the source and at the destination.
     pub pitch: (usize, usize),
 }
 
-/// A pinned source of a copy, as it was when the copy was submitted.
+/// The state of a copy's pinned source at its submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen {
-    /// Of its bytes.
+pub(crate) struct SourceState {
+    /// Digest of its bytes.
     pub digest: u64,
-    /// Copies that had written its allocation.
+    /// Number of copies that had written its allocation.
     pub copies_in: u64,
 }
 
-/// What an operation does.
-pub enum Kind {
-    /// A kernel.
+/// The kind of an operation.
+pub(crate) enum OpKind {
+    /// Launches a kernel.
     Launch(Box<Launch>),
-    /// A copy; a side that is not in the window is pageable memory of the host.
+    /// Copies rows; an address outside of the window is pageable host memory.
     Copy {
         from: usize,
         to: usize,
         rows: Rows,
-        /// Pageable bytes, taken when the copy was submitted.
+        /// Pageable bytes, read at submission.
         staged: Option<Vec<u8>>,
-        /// A pinned source as it was when the copy was submitted.
-        seen: Option<Seen>,
+        /// State of a pinned source at submission.
+        source_state: Option<SourceState>,
     },
-    /// A pattern of 1, 2 or 4 bytes, repeated.
+    /// Fills memory with a pattern of 1, 2 or 4 bytes.
     Fill { to: usize, pattern: u32, width: usize, count: usize },
-    /// An allocation begins.
+    /// Starts an allocation.
     Alloc { base: usize },
-    /// An allocation ends.
+    /// Frees an allocation.
     Free { base: usize },
-    /// An event.
+    /// Records an event.
     Record(Arc<Signal>),
-    /// A wait for one.
+    /// Waits for an event.
     Wait(Arc<Signal>),
-    /// A host function.
+    /// Calls a host function.
     Host { function: CUhostFn, data: usize },
-    /// Collectives and point-to-point calls of one group on one communicator.
+    /// Collectives and messages of one group on one communicator.
     Nccl(Box<Group>),
-    /// A product.
+    /// A matrix product.
     Product(Box<Product>),
-    /// A graph of cuDNN's.
-    Graph(Box<Job>),
+    /// A cuDNN graph.
+    Graph(Box<GraphExecution>),
 }
 
 /// One recording of an event.
-pub struct Signal {
+pub(crate) struct Signal {
     /// The stream that records it.
     pub stream: u64,
-    /// What the stream knew then; empty until the recording was executed.
+    /// The stream's clock and the time; empty until the recording is executed.
     pub done: OnceLock<(Clock, Instant)>,
 }
 
 /// An operation in a stream's queue.
-pub struct Op {
-    /// What it does.
-    pub kind: Kind,
-    /// What the host thread that submitted it knew.
+pub(crate) struct QueuedOp {
+    /// Its kind.
+    pub kind: OpKind,
+    /// The clock of the submitting host thread.
     pub host: Clock,
-    /// For messages.
+    /// Its name in messages.
     pub name: Arc<str>,
-    /// Its place among all submissions.
+    /// Its position among all submissions.
     pub sequence: u64,
 }
 
 /// A stream.
-pub struct Stream {
+pub(crate) struct Stream {
     /// Its device.
     pub device: usize,
-    /// Whether it takes no notice of the NULL stream.
-    pub is_free: bool,
-    /// As asked for.
+    /// Whether it does not synchronise with the NULL stream.
+    pub is_non_blocking: bool,
+    /// Its requested priority.
     pub priority: i32,
-    /// Its agent among the clocks.
+    /// Its agent in clocks.
     pub agent: usize,
-    /// For messages.
+    /// Its name in messages.
     pub name: Arc<str>,
-    /// What is not executed yet.
-    pub queue: VecDeque<Op>,
-    /// What its last operation knew.
+    /// Operations that are not executed yet.
+    pub queue: VecDeque<QueuedOp>,
+    /// The clock of its last operation.
     pub clock: Clock,
-    /// An operation of it is being executed.
+    /// One of its operations is executing.
     pub is_busy: bool,
-    /// An operation of it will never end.
+    /// One of its operations never ends.
     pub is_hung: bool,
-    /// Destroyed; what is queued still runs.
+    /// Destroyed; queued operations still run.
     pub is_destroyed: bool,
 }
 
 impl Stream {
-    /// Whether nothing is left to do.
+    /// Whether it has no work.
     pub fn is_idle(&self) -> bool {
         self.queue.is_empty() && !self.is_busy && !self.is_hung
     }
 }
 
 /// An event.
-pub struct Event {
+pub(crate) struct Event {
     /// Its device.
     pub device: usize,
     /// Its last recording.
     pub last: Option<Arc<Signal>>,
-    /// Whether times may be asked for.
+    /// Whether it records times.
     pub has_time: bool,
 }
 
 /// One device.
 #[derive(Default)]
-pub struct Device {
-    /// An error that stays.
-    pub error: Option<Refused>,
+pub(crate) struct Device {
+    /// A sticky error.
+    pub error: Option<DriverError>,
     /// Whether it hangs.
     pub is_hung: bool,
-    /// Launches executed.
+    /// Number of executed launches.
     pub launches: u64,
-    /// Primary context's holders.
+    /// Reference count of the primary context.
     pub retained: u64,
     /// Its NULL stream.
     pub null_stream: u64,
-    /// What its destroyed streams knew when they ended.
+    /// The joined clocks of its destroyed streams.
     pub ended: Clock,
 }
 
-/// A host thread among the clocks.
-pub struct Host {
-    /// Its agent.
+/// A host thread.
+pub(crate) struct Host {
+    /// Its agent in clocks.
     pub agent: usize,
-    /// What it knows.
+    /// Its clock.
     pub clock: Clock,
 }
 
-/// Everything that one lock guards.
-pub struct State {
-    /// Settings that tests may change.
-    pub policy: Policy,
-    /// Of the schedule's random numbers.
+/// The state that one lock guards.
+pub(crate) struct State {
+    /// The scheduling policy, which tests may change.
+    pub policy: SchedulePolicy,
+    /// State of the schedule's random numbers.
     pub random: u64,
-    /// Orders streams under [`Policy::Starve`].
+    /// Orders streams under [`SchedulePolicy::Starve`].
     pub seed: u64,
-    /// To be injected.
-    pub fault: Option<Fault>,
-    /// Whether one was.
+    /// The fault to inject.
+    pub fault: Option<DeviceFault>,
+    /// Whether a fault was injected.
     pub was_injected: bool,
-    /// By handle.
+    /// Streams by handle.
     pub streams: BTreeMap<u64, Stream>,
-    /// By handle.
+    /// Events by handle.
     pub events: HashMap<u64, Event>,
-    /// By number.
+    /// Devices by number.
     pub devices: Vec<Device>,
     /// Communicators.
     pub comms: Comms,
     hosts: HashMap<u64, Host>,
-    /// Streams and host threads so far.
+    /// Number of streams and host threads so far.
     pub agents: usize,
     next_handle: u64,
     next_sequence: u64,
-    /// Operations executed.
+    /// Number of executed operations.
     pub executed: u64,
     /// When something was last submitted or executed.
-    pub last_move: Instant,
-    /// When another process that shares communicators last said that it moves.
-    pub peers_moved: Instant,
-    /// Host threads that wait.
+    pub last_progress: Instant,
+    /// When another process that shares communicators last reported progress.
+    pub peers_progressed: Instant,
+    /// Number of waiting host threads.
     pub waiting_hosts: usize,
     /// When something was last submitted.
     pub last_submission: Instant,
-    /// Queries answered with "not ready" since then.
+    /// Queries that returned "not ready" since then.
     pub polls: u64,
-    /// Under the late policies: the host has waited or asked, or was quiet, since it last submitted something.
+    /// Under the late policies: the host has waited, polled or been idle since its last submission.
     pub is_released: bool,
-    /// Nothing can go on, and it was reported.
+    /// A deadlock was reported.
     pub is_stuck: bool,
-    /// Clocks captured and not joined yet.
+    /// Captured clocks by token.
     pub tokens: HashMap<u64, Clock>,
 }
 
-/// The machine.
-pub struct World {
+/// The software machine.
+pub(crate) struct SoftwareMachine {
     /// Settings.
-    pub config: Config,
-    /// Queues.
+    pub config: SoftwareConfig,
+    /// Streams, queues and devices.
     pub state: Mutex<State>,
-    /// Something was submitted.
+    /// Notified on a submission.
     pub submitted: Condvar,
-    /// Something was executed.
+    /// Notified on progress.
     pub progressed: Condvar,
-    /// History of memory.
+    /// Shadow of memory.
     pub shadow: Mutex<Shadow>,
     /// Allocations.
     pub registry: Mutex<Registry>,
     /// Findings.
     pub findings: Mutex<Findings>,
-    /// Programs that are being compiled: nothing moves meanwhile, and nothing is wrong.
+    /// Number of running compilations, during which a lack of progress is not a deadlock.
     pub compiling: AtomicU64,
 }
 
@@ -249,12 +249,12 @@ pub fn thread_number() -> u64 {
     NUMBER.with(|n| *n)
 }
 
-/// The device that is current on the calling thread.
+/// The current device of the calling thread.
 pub fn current_device() -> Option<usize> {
     CONTEXT.get()
 }
 
-/// Makes a device current.
+/// Sets the current device.
 pub fn set_current_device(device: Option<usize>) {
     CONTEXT.set(device);
 }
@@ -264,31 +264,31 @@ pub fn in_callback() -> bool {
     IN_CALLBACK.get()
 }
 
-/// Says so.
-pub fn set_in_callback(is: bool) {
-    IN_CALLBACK.set(is);
+/// Sets whether the calling thread runs a host function of a stream.
+pub fn set_in_callback(value: bool) {
+    IN_CALLBACK.set(value);
 }
 
-/// Takes a lock, poisoned or not: what panicked is reported already.
+/// Takes a lock even if it is poisoned; the panic has been reported.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// The one machine of this process; its executor runs from the first call on.
-pub fn world() -> &'static World {
-    static WORLD: OnceLock<World> = OnceLock::new();
+/// The machine of this process; the first call starts its executor.
+pub fn machine() -> &'static SoftwareMachine {
+    static WORLD: OnceLock<SoftwareMachine> = OnceLock::new();
     static START: Once = Once::new();
-    let world = WORLD.get_or_init(|| World::new(Config::from_environment()));
+    let machine = WORLD.get_or_init(|| SoftwareMachine::new(SoftwareConfig::from_environment()));
     START.call_once(|| {
         let executor = std::thread::Builder::new().name("software-cuda".into()).stack_size(16 << 20);
-        executor.spawn(|| crate::scheduler::execute(world)).expect("a thread for the executor");
+        executor.spawn(|| crate::scheduler::execute(machine)).expect("a thread for the executor");
         crate::exit::report_at_exit();
     });
-    world
+    machine
 }
 
-impl World {
-    fn new(config: Config) -> World {
+impl SoftwareMachine {
+    fn new(config: SoftwareConfig) -> SoftwareMachine {
         let registry = Registry::new(config.devices, size_of::<Cell>());
         let mut state = State {
             policy: config.policy,
@@ -305,8 +305,8 @@ impl World {
             next_handle: 0x1000,
             next_sequence: 0,
             executed: 0,
-            last_move: Instant::now(),
-            peers_moved: Instant::now(),
+            last_progress: Instant::now(),
+            peers_progressed: Instant::now(),
             waiting_hosts: 0,
             last_submission: Instant::now(),
             polls: 0,
@@ -318,7 +318,7 @@ impl World {
             let null_stream = state.add_stream(device, false, 0);
             state.devices.push(Device { null_stream, ..Device::default() });
         }
-        World {
+        SoftwareMachine {
             config,
             state: Mutex::new(state),
             submitted: Condvar::new(),
@@ -330,24 +330,24 @@ impl World {
         }
     }
 
-    /// The state, for a call that submits nothing.
+    /// Locks the state.
     pub fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
 
     /// Adds a finding.
-    pub fn find(&self, kind: &str, key: &str, message: impl FnOnce() -> String) {
+    pub fn report_finding(&self, kind: &str, key: &str, message: impl FnOnce() -> String) {
         lock(&self.findings).add(kind, key, message);
     }
 }
 
-/// A good start for a xorshift generator.
+/// Mixes a seed into a non-zero start value for a xorshift generator.
 pub fn mix(seed: u64) -> u64 {
     (seed ^ seed >> 31).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
 }
 
 impl State {
-    /// A new handle; they look like pointers, and none is used twice.
+    /// A new handle; handles look like pointers and are never reused.
     pub fn handle(&mut self) -> u64 {
         self.next_handle += 16;
         self.next_handle
@@ -358,17 +358,17 @@ impl State {
         self.agents - 1
     }
 
-    /// A new stream.
-    pub fn add_stream(&mut self, device: usize, is_free: bool, priority: i32) -> u64 {
+    /// Adds a stream.
+    pub fn add_stream(&mut self, device: usize, is_non_blocking: bool, priority: i32) -> u64 {
         let (handle, agent) = (self.handle(), self.agent());
         let is_null = self.devices.len() == device;
-        let what = if is_null { "the NULL stream".to_string() } else { format!("stream {handle:#x}") };
+        let name = if is_null { "the NULL stream".to_string() } else { format!("stream {handle:#x}") };
         let stream = Stream {
             device,
-            is_free,
+            is_non_blocking,
             priority,
             agent,
-            name: format!("{what} of device {device}").into(),
+            name: format!("{name} of device {device}").into(),
             queue: VecDeque::new(),
             clock: Clock::default(),
             is_busy: false,
@@ -379,14 +379,14 @@ impl State {
         handle
     }
 
-    /// Removes a stream that was destroyed, once it has nothing left to do.
-    pub fn remove_if_over(&mut self, handle: u64) {
+    /// Removes a destroyed stream once it is idle.
+    pub fn remove_if_finished(&mut self, handle: u64) {
         let Some(stream) = self.streams.get(&handle).filter(|s| s.is_destroyed && s.is_idle()) else { return };
         self.devices[stream.device].ended.join(&stream.clock);
         self.streams.remove(&handle);
     }
 
-    /// The calling thread among the clocks.
+    /// The calling host thread.
     pub fn host(&mut self, one_host: bool) -> &mut Host {
         let thread = if one_host { 0 } else { thread_number() };
         if !self.hosts.contains_key(&thread) {
@@ -395,10 +395,10 @@ impl State {
             clock.tick(agent);
             self.hosts.insert(thread, Host { agent, clock });
         }
-        self.hosts.get_mut(&thread).expect("it was just put there")
+        self.hosts.get_mut(&thread).expect("inserted above")
     }
 
-    /// What the calling thread knows; what it does next is after that.
+    /// The calling thread's clock; its later actions are after it.
     pub fn host_clock(&mut self, one_host: bool) -> Clock {
         let host = self.host(one_host);
         let clock = host.clock.clone();
@@ -414,77 +414,84 @@ impl State {
         self.random
     }
 
-    /// The current device, when it can be used.
-    pub fn device(&self) -> Result<usize, Refused> {
-        let device = current_device().ok_or(Refused::CUDA_ERROR_INVALID_CONTEXT)?;
+    /// The current device, unless it has an error.
+    pub fn device(&self) -> Result<usize, DriverError> {
+        let device = current_device().ok_or(DriverError::CUDA_ERROR_INVALID_CONTEXT)?;
         match self.devices[device].error {
             Some(error) => Err(error),
             None => Ok(device),
         }
     }
 
-    /// The stream that a handle means for the calling thread.
-    pub fn stream(&self, handle: u64) -> Result<u64, Refused> {
+    /// Resolves a stream handle for the calling thread.
+    pub fn stream(&self, handle: u64) -> Result<u64, DriverError> {
         let handle = match handle {
-            // The NULL stream, by its two names, and each thread's own one, which is taken for the same.
+            // The NULL stream under its two names, and the per-thread default stream, which is treated as the same.
             0..=2 => self.devices[self.device()?].null_stream,
             other => other,
         };
         let stream = self.streams.get(&handle).filter(|s| !s.is_destroyed);
-        let stream = stream.ok_or(Refused::CUDA_ERROR_INVALID_HANDLE)?;
+        let stream = stream.ok_or(DriverError::CUDA_ERROR_INVALID_HANDLE)?;
         match self.devices[stream.device].error {
             Some(error) => Err(error),
             None => Ok(handle),
         }
     }
 
-    /// Puts an operation at the end of a stream's queue; `stream` comes from [`State::stream`].
-    pub fn submit(&mut self, world: &World, stream: u64, kind: Kind, name: impl Into<Arc<str>>) {
-        let host = self.host_clock(world.config.one_host);
-        self.submit_as(world, stream, kind, name, host);
+    /// Appends an operation to a stream's queue; `stream` comes from [`State::stream`].
+    pub fn submit(&mut self, machine: &SoftwareMachine, stream: u64, kind: OpKind, name: impl Into<Arc<str>>) {
+        let host = self.host_clock(machine.config.one_host);
+        self.submit_as(machine, stream, kind, name, host);
     }
 
-    /// As [`State::submit`], for a call that a host thread made when it knew `host`.
-    pub fn submit_as(&mut self, world: &World, stream: u64, kind: Kind, name: impl Into<Arc<str>>, host: Clock) {
+    /// Like [`State::submit`], for a call that a host thread made at the clock `host`.
+    pub fn submit_as(
+        &mut self,
+        machine: &SoftwareMachine,
+        stream: u64,
+        kind: OpKind,
+        name: impl Into<Arc<str>>,
+        host: Clock,
+    ) {
         self.next_sequence += 1;
-        let op = Op { kind, host, name: name.into(), sequence: self.next_sequence };
-        // A deferred call may find its stream gone.
+        let op = QueuedOp { kind, host, name: name.into(), sequence: self.next_sequence };
+        // The stream of a deferred call may have been destroyed.
         let Some(queue) = self.streams.get_mut(&stream).map(|s| &mut s.queue) else { return };
         queue.push_back(op);
-        self.last_move = Instant::now();
-        self.last_submission = self.last_move;
+        self.last_progress = Instant::now();
+        self.last_submission = self.last_progress;
         (self.is_released, self.polls) = (false, 0);
         self.is_stuck = false;
-        world.submitted.notify_all();
+        machine.submitted.notify_all();
     }
 
     /// Records an event on a stream.
-    pub fn record(&mut self, world: &World, stream: u64, name: &str) -> Arc<Signal> {
+    pub fn record(&mut self, machine: &SoftwareMachine, stream: u64, name: &str) -> Arc<Signal> {
         let signal = Arc::new(Signal { stream, done: OnceLock::new() });
-        self.submit(world, stream, Kind::Record(signal.clone()), format!("record {name}"));
+        self.submit(machine, stream, OpKind::Record(signal.clone()), format!("record {name}"));
         signal
     }
 
-    /// How a stream is named in messages.
+    /// The name of a stream in messages.
     pub fn stream_name(&self, handle: u64) -> String {
         self.streams.get(&handle).map_or_else(|| format!("stream {handle:#x}"), |s| s.name.to_string())
     }
 
-    /// Counts a launch of a device, and says which fault it meets.
-    pub fn meet_fault(&mut self, device: usize) -> Option<FaultKind> {
+    /// Counts a launch of a device, and triggers its fault, if any.
+    pub fn trigger_fault(&mut self, device: usize) -> Option<DeviceFaultKind> {
         self.devices[device].launches += 1;
         let fault = self.fault.filter(|f| f.device == device && f.launch == self.devices[device].launches)?;
         self.was_injected = true;
         match fault.kind {
-            FaultKind::Hang => self.devices[device].is_hung = true,
-            FaultKind::Kill => self.kill(device, Refused::CUDA_ERROR_LAUNCH_FAILED),
-            FaultKind::Die => std::process::abort(),
+            DeviceFaultKind::Hang => self.devices[device].is_hung = true,
+            DeviceFaultKind::Kill => self.kill(device, DriverError::CUDA_ERROR_LAUNCH_FAILED),
+            DeviceFaultKind::Die => std::process::abort(),
         }
         Some(fault.kind)
     }
 
-    /// The device is lost: what is queued there never runs, and each call answers with the error.
-    pub fn kill(&mut self, device: usize, error: Refused) {
+    /// Kills a device: its queued operations never run, and each call returns the error.
+    pub fn kill(&mut self, device: usize, error: DriverError) {
         self.devices[device].error = Some(error);
         for stream in self.streams.values_mut().filter(|s| s.device == device) {
             stream.queue.clear();

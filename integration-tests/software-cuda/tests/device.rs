@@ -1,6 +1,6 @@
-//! The software device on its own: kernels, schedules, planted bugs.
+//! Tests of the software device alone: kernels, schedules, planted mistakes.
 //!
-//! Each test starts this program again, so that the dynamic linker finds the device in the place of NVIDIA's libraries.
+//! Each test starts this program again, so that the dynamic linker loads the device instead of NVIDIA's libraries.
 #![allow(unsafe_code)]
 
 #[path = "gpu/api.rs"]
@@ -30,7 +30,7 @@ mod schedules;
 
 use api::{cuda, nccl};
 
-/// What children run.
+/// The cases that children run.
 const CASES: &[(&str, fn())] = &[
     ("kernels", kernels::check_kernels),
     ("compiler", kernels::check_compiler),

@@ -1,10 +1,10 @@
-//! A training that is killed, or frozen, at a moment that its environment names: in the middle of forward, backward, a
+//! A training that kills or freezes itself at a point given by the environment: in the middle of forward, backward, a
 //! collective or the update of a step.
 //!
-//! `DIES="WHO RANK STEP PHASE"`: WHO is `KILL` or `STOP` for the process itself, `LAUNCHER` for its parent, which is killed.
-//! That happens once: the file `died` then says when (Unix time in nanoseconds) and where. What comes of the training stands
-//! in the file `log`, which goes on over restarts. Streams tell of each launch before it runs, on their own thread; so the
-//! process dies between two launches of one action, or while a collective waits for members that this program holds up.
+//! `DIES="TARGET RANK STEP PHASE"`: TARGET is `KILL` or `STOP` for the process itself, or `LAUNCHER` to kill its
+//! parent. This happens once; the file `died` then holds the Unix time in nanoseconds and the launch. The file `log`
+//! records progress and continues over restarts. Streams emit an event before each launch, on their own thread, so the
+//! process dies between two launches of one action, or while a collective waits for members that this program delays.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -25,59 +25,59 @@ use tracing::{Event, Metadata};
 
 const STEPS: u64 = 24;
 const SAVE_EVERY: u64 = 4;
-/// How long the stream of who is to die has to get from its word into the collective, and to wait there. The others come only
-/// after the death, so it may take any time.
+/// Time for the dying process's stream to enter the collective and wait there after its launch event. The other members
+/// enter only after the death, so the exact time does not matter.
 const DIES_AFTER: Duration = Duration::from_millis(100);
-/// How long they wait for that, and how often they look.
+/// How long the other members wait for the death, and their polling interval.
 const DEATH_WITHIN: Duration = Duration::from_secs(10);
-const LOOK_EVERY: Duration = Duration::from_millis(20);
+const POLL_EVERY: Duration = Duration::from_millis(20);
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Who {
-    Itself(Signal),
+enum Target {
+    Own(Signal),
     Launcher,
 }
 
-/// When to die.
+/// When to die, and how.
 #[derive(Clone, Debug)]
-struct Fate {
-    who: Who,
-    /// It is this process that dies.
-    mine: bool,
+struct DeathPlan {
+    target: Target,
+    /// Whether this process dies.
+    is_own: bool,
     step: u64,
     phase: String,
 }
 
-impl Fate {
+impl DeathPlan {
     fn read(rank: u32) -> Result<Option<Self>> {
         let Ok(text) = std::env::var("DIES") else { return Ok(None) };
-        let [who, dies, step, phase] = text.split(' ').collect::<Vec<_>>()[..] else { return Err(text.into()) };
-        let who = match who {
-            "KILL" => Who::Itself(Signal::KILL),
-            "STOP" => Who::Itself(Signal::STOP),
-            "LAUNCHER" => Who::Launcher,
+        let [target, victim, step, phase] = text.split(' ').collect::<Vec<_>>()[..] else { return Err(text.into()) };
+        let target = match target {
+            "KILL" => Target::Own(Signal::KILL),
+            "STOP" => Target::Own(Signal::STOP),
+            "LAUNCHER" => Target::Launcher,
             _ => return Err(text.into()),
         };
-        let fate = Self { who, mine: dies.parse::<u32>()? == rank, step: step.parse()?, phase: phase.into() };
-        Ok((!fs::exists("died")?).then_some(fate))
+        let plan = Self { target, is_own: victim.parse::<u32>()? == rank, step: step.parse()?, phase: phase.into() };
+        Ok((!fs::exists("died")?).then_some(plan))
     }
 
-    fn strike(&self, launch: &Launch) {
-        let (who, signal) = match self.who {
-            Who::Itself(signal) => (getpid(), signal),
-            Who::Launcher => (getppid().expect("a launcher"), Signal::KILL),
+    fn execute(&self, launch: &Launch) {
+        let (process, signal) = match self.target {
+            Target::Own(signal) => (getpid(), signal),
+            Target::Launcher => (getppid().expect("a launcher"), Signal::KILL),
         };
-        let (step, pid) = (self.step, who.as_raw_nonzero());
+        let (step, pid) = (self.step, process.as_raw_nonzero());
         let text = format!("{} {step} {} {} by {pid}\n", exit::unix_ns(), launch.program, launch.op);
-        // Whole, or not there.
+        // Atomically.
         fs::write("dies", text).and_then(|()| fs::rename("dies", "died")).expect("the folder can be written to");
-        kill_process(who, signal).expect("a signal of ours");
+        kill_process(process, signal).expect("permission to signal the process");
     }
 }
 
-/// A launch, as its event tells.
+/// The fields of a launch event.
 #[derive(Clone, Debug, Default)]
 struct Launch {
     program: String,
@@ -106,27 +106,27 @@ impl Visit for Launch {
     }
 }
 
-/// Hears of launches.
+/// Subscribes to launch events.
 struct Watch {
-    fate: Fate,
-    /// The step under way.
+    plan: DeathPlan,
+    /// The current step.
     step: Arc<AtomicU64>,
     /// A collective of the fatal step has begun.
     begun: AtomicBool,
 }
 
 impl Watch {
-    fn heard(&self, launch: &Launch) {
-        if self.step.load(Ordering::Relaxed) != self.fate.step {
+    fn on_launch(&self, launch: &Launch) {
+        if self.step.load(Ordering::Relaxed) != self.plan.step {
             return;
         }
-        if self.fate.phase == "collective" {
+        if self.plan.phase == "collective" {
             return self.in_collective(launch);
         }
-        // In the middle: what is before it has been done, what comes after has not.
-        let middle = launch.program.ends_with(&format!(" {}", self.fate.phase)) && launch.index == launch.launches / 2;
-        if self.fate.mine && middle {
-            self.fate.strike(launch);
+        // In the middle of the action: earlier launches are done, later ones are not.
+        let middle = launch.program.ends_with(&format!(" {}", self.plan.phase)) && launch.index == launch.launches / 2;
+        if self.plan.is_own && middle {
+            self.plan.execute(launch);
         }
     }
 
@@ -134,29 +134,29 @@ impl Watch {
         if launch.op != "all_reduce" || self.begun.swap(true, Ordering::Relaxed) {
             return;
         }
-        if !self.fate.mine {
+        if !self.plan.is_own {
             return wait_for_death();
         }
-        // The stream goes on into the collective, and waits there.
-        let (fate, launch) = (self.fate.clone(), launch.clone());
+        // The stream continues into the collective and waits there.
+        let (plan, launch) = (self.plan.clone(), launch.clone());
         thread::spawn(move || {
             thread::sleep(DIES_AFTER);
-            fate.strike(&launch);
+            plan.execute(&launch);
         });
     }
 }
 
-/// Members that live come to the collective only when another has died in it.
+/// Delays a surviving member until the other has died in the collective.
 fn wait_for_death() {
     let deadline = Instant::now() + DEATH_WITHIN;
-    while !is_dead() {
-        assert!(Instant::now() < deadline, "nobody died within {DEATH_WITHIN:?}");
-        thread::sleep(LOOK_EVERY);
+    while !victim_is_dead() {
+        assert!(Instant::now() < deadline, "no process died within {DEATH_WITHIN:?}");
+        thread::sleep(POLL_EVERY);
     }
 }
 
-/// The process that the file names has ended, or does not run any more.
-fn is_dead() -> bool {
+/// Whether the process in the file `died` has ended or is stopped.
+fn victim_is_dead() -> bool {
     let Ok(text) = fs::read_to_string("died") else { return false };
     let pid = text.trim_end().rsplit(' ').next().unwrap_or_default();
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -172,7 +172,7 @@ impl tracing::Subscriber for Watch {
     fn event(&self, event: &Event<'_>) {
         let mut launch = Launch::default();
         event.record(&mut launch);
-        self.heard(&launch);
+        self.on_launch(&launch);
     }
 
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
@@ -188,9 +188,9 @@ impl tracing::Subscriber for Watch {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// Says a line in the log of all restarts. Only the first process does.
-fn note(speaks: bool, line: String) -> Result<()> {
-    if speaks {
+/// Appends a line to the log, which covers all restarts. Only the first process writes it.
+fn log_line(is_first: bool, line: String) -> Result<()> {
+    if is_first {
         OpenOptions::new().create(true).append(true).open("log")?.write_all(format!("{line}\n").as_bytes())?;
     }
     Ok(())
@@ -198,10 +198,10 @@ fn note(speaks: bool, line: String) -> Result<()> {
 
 fn run() -> Result<()> {
     let cluster = Cluster::from_env()?;
-    let (rank, speaks) = (cluster.process(), cluster.is_first());
+    let (rank, is_first) = (cluster.process(), cluster.is_first());
     let step = Arc::new(AtomicU64::new(u64::MAX));
-    if let Some(fate) = Fate::read(rank)? {
-        let watch = Watch { fate, step: step.clone(), begun: AtomicBool::default() };
+    if let Some(plan) = DeathPlan::read(rank)? {
+        let watch = Watch { plan, step: step.clone(), begun: AtomicBool::default() };
         tracing::subscriber::set_global_default(watch)?;
     }
     let model = Model { max_norm: 1.0, dropout: 0.1, ..Model::default() };
@@ -209,17 +209,17 @@ fn run() -> Result<()> {
     let mut session = Session::start(plan, &SessionOptions { cluster, ..SessionOptions::default() })?;
     let store = Store::open("checkpoints")?;
     let restored = session.restore_newest(&store)?;
-    note(speaks, format!("from {}", restored.found.map_or(0, |(step, _)| step)))?;
+    log_line(is_first, format!("from {}", restored.found.map_or(0, |(step, _)| step)))?;
     let (agree, member) = session.agreement()?;
     let mut saver = Saver::new(store, agree, SaverOptions { member, ..SaverOptions::default() })?;
     while session.steps() < STEPS {
         let batch = model.batch(session.steps());
         step.store(session.steps(), Ordering::Relaxed);
         let report = session.step(&batch, LEARNING_RATE)?;
-        let loss = report.loss.ok_or("the program has a loss")?.to_bits();
-        note(speaks, format!("step {} {loss} {}", report.step, exit::unix_ns()))?;
+        let loss = report.loss.ok_or("the program has no loss")?.to_bits();
+        log_line(is_first, format!("step {} {loss} {}", report.step, exit::unix_ns()))?;
         if let Some(report) = saver.poll() {
-            note(speaks, format!("committed {}", report.step))?;
+            log_line(is_first, format!("committed {}", report.step))?;
             exit::progress(report.step)?;
         }
         if session.steps().is_multiple_of(SAVE_EVERY) {
@@ -234,8 +234,8 @@ fn main() -> ExitCode {
     let Err(error) = run() else { return ExitCode::SUCCESS };
     let session = error.downcast_ref::<SessionError>();
     let code = session.map_or(Exit::Internal, SessionError::exit);
-    let told = exit::report(code, &error.to_string(), session.and_then(SessionError::first_cause_rank));
-    told.unwrap_or_else(|e| eprintln!("warning: cannot report to the launcher: {e}"));
+    let reported = exit::report(code, &error.to_string(), session.and_then(SessionError::first_cause_rank));
+    reported.unwrap_or_else(|e| eprintln!("warning: cannot report to the launcher: {e}"));
     eprintln!("error: {error}");
     code.into()
 }

@@ -1,6 +1,7 @@
-//! A training to look at: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes so long for a micro-batch,
-//! forward and backward alike, whatever else the machine does: its kernels wait for a timer. The line `close` on standard
-//! input holds up the last stage's forward until the line `open`; the end of input ends it.
+//! A training to observe: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes this many
+//! milliseconds per micro-batch, forward and backward, independent of the machine's load, because its kernels wait for
+//! a timer. The line `close` on standard input blocks the last stage's forward until the line `open`; the end of input
+//! ends it.
 
 use std::io::BufRead;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +27,7 @@ const CONTEXT: usize = 3;
 const VOCABULARY: usize = 5;
 const WIDTH: usize = 4;
 
-/// Closed, it holds up who comes.
+/// Blocks kernels while it is closed.
 #[derive(Debug, Default)]
 struct Gate {
     closed: Mutex<bool>,
@@ -35,20 +36,20 @@ struct Gate {
 
 impl Gate {
     fn set(&self, closed: bool) {
-        *self.closed.lock().expect("no panic") = closed;
+        *self.closed.lock().expect("the lock is not poisoned") = closed;
         self.opened.notify_all();
     }
 
     fn pass(&self) {
-        let closed = self.closed.lock().expect("no panic");
+        let closed = self.closed.lock().expect("the lock is not poisoned");
         drop(self.opened.wait_while(closed, |closed| *closed).expect("no panic"));
     }
 }
 
-/// Gives on what it reads, after a time, and through the gate if there is one.
+/// Copies its input after a delay, and after passing the gate if there is one.
 #[derive(Clone, Debug)]
 struct Paced {
-    takes: Duration,
+    delay: Duration,
     gate: Option<Arc<Gate>>,
 }
 
@@ -78,7 +79,7 @@ impl CustomKernel for Paced {
 
     fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
         self.gate.iter().for_each(|gate| gate.pass());
-        thread::sleep(self.takes);
+        thread::sleep(self.delay);
         let (CpuSlice::F32(from), CpuSliceMut::F32(to)) = (&args.reads[0].data, &mut args.writes[0].data) else {
             return Err(KernelError::arguments("paced", "element type", "floats", "integers"));
         };
@@ -87,7 +88,7 @@ impl CustomKernel for Paced {
     }
 }
 
-fn graph(mesh: &str, batch: usize, takes: Duration, gate: &Arc<Gate>) -> Graph {
+fn graph(mesh: &str, batch: usize, delay: Duration, gate: &Arc<Gate>) -> Graph {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let stages = g.mesh().axes().iter().find(|axis| axis.name == "stage").map_or(1, |axis| axis.size);
     let layout = nn::batch_layout(&g);
@@ -101,7 +102,7 @@ fn graph(mesh: &str, batch: usize, takes: Duration, gate: &Arc<Gate>) -> Graph {
             nn::embedding(&mut g, "table", ids, VOCABULARY, WIDTH, Parallel::Replicated)
         });
         let gate = (stage + 1 == stages).then(|| gate.clone());
-        x = Some(g.custom(Arc::new(Paced { takes, gate }), &[from])[0]);
+        x = Some(g.custom(Arc::new(Paced { delay, gate }), &[from])[0]);
     }
     let logits = nn::linear(&mut g, "last", x.expect("a stage"), VOCABULARY, Parallel::Replicated);
     let targets = g.input("targets", &[batch, CONTEXT], DType::I32, layout);
@@ -118,33 +119,33 @@ fn main() {
     };
     let schedule = if schedule == "gpipe" { Schedule::GPipe } else { Schedule::OneFOneB };
     let micro_batches: usize = micro_batches.parse().expect("a number of micro-batches");
-    let takes = Duration::from_millis(milliseconds.parse().expect("milliseconds"));
+    let delay = Duration::from_millis(milliseconds.parse().expect("milliseconds"));
     let devices = Mesh::parse(mesh).expect("a mesh").device_count();
     let batch = micro_batches * devices;
     let gate = Arc::new(Gate::default());
     let options = CompileOptions { devices, ..options(micro_batches, schedule) };
-    let plan = compile(graph(mesh, batch, takes, &gate), &options).expect("a plan");
+    let plan = compile(graph(mesh, batch, delay, &gate), &options).expect("a plan");
     let watch = Watch::listen(address.parse().expect("an address")).expect("a server");
     let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
     watch.show(&session);
     println!("{} actors", session.plan().spec.actors.len());
-    let ended = Arc::new(AtomicBool::new(false));
+    let input_ended = Arc::new(AtomicBool::new(false));
     thread::spawn({
-        let ended = ended.clone();
+        let input_ended = input_ended.clone();
         move || {
             for line in std::io::stdin().lock().lines().map_while(Result::ok) {
                 gate.set(line == "close");
             }
             gate.set(false);
-            ended.store(true, Ordering::Relaxed);
+            input_ended.store(true, Ordering::Relaxed);
         }
     });
     let tokens = || {
         let count = (batch * CONTEXT) as i32;
         HostTensor::i32(&[batch, CONTEXT], (0..count).map(|i| i % VOCABULARY as i32).collect())
     };
-    while !ended.load(Ordering::Relaxed) {
+    while !input_ended.load(Ordering::Relaxed) {
         session.step(&[("ids", tokens()), ("targets", tokens())], LEARNING_RATE).expect("a step");
     }
-    session.shutdown().expect("an end in order");
+    session.shutdown().expect("a clean shutdown");
 }

@@ -4,19 +4,19 @@ use super::*;
 
 const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog while the cat sleeps in the sun";
 
-/// Weights large enough for every part of the model to matter to the loss.
-fn tiny() -> Config {
-    Config { init_std: 0.3, ..Config::new(2, 2, 4, 4, 3) }
+/// Weights large enough for every part of the model to affect the loss.
+fn tiny() -> ReferenceConfig {
+    ReferenceConfig { init_std: 0.3, ..ReferenceConfig::new(2, 2, 4, 4, 3) }
 }
 
-fn assert_close(got: f64, expected: f64, tolerance: f64, what: &str) {
-    assert!((got - expected).abs() <= tolerance, "{what}: got {got}, expected {expected}");
+fn assert_close(got: f64, expected: f64, tolerance: f64, quantity: &str) {
+    assert!((got - expected).abs() <= tolerance, "{quantity}: got {got}, expected {expected}");
 }
 
 /// The expected numbers come from a float64 numpy forward; gradients there are fourth-order central differences, and
 /// the later losses follow AdamW on those.
 #[test]
-fn numbers_of_numpy() {
+fn values_match_numpy() {
     let (loss, gradients) = first_step(&tiny(), TEXT);
     assert_close(loss, 3.5714343413608827, 1e-12, "loss at step 0");
     let expected = [
@@ -41,9 +41,9 @@ fn numbers_of_numpy() {
     }
 }
 
-/// Every element of every gradient, which a few numbers of numpy do not cover.
+/// Checks every element of every gradient; the numpy values cover only a few.
 #[test]
-fn gradients_are_finite_differences() {
+fn gradients_match_finite_differences() {
     let config = tiny();
     let (vocab, train) = tokens(TEXT);
     let (ids, targets) = batch(&config, &train, 1);
@@ -63,7 +63,7 @@ fn gradients_are_finite_differences() {
             };
             let (near, far) = (loss_at(h) - loss_at(-h), loss_at(2.0 * h) - loss_at(-2.0 * h));
             let expected = (8.0 * near - far) / (12.0 * h);
-            // Layer norms of width 4 bend sharply, and the error of the differences grows with the gradient.
+            // Layer norms of width 4 have a high curvature, and the error of the differences grows with the gradient.
             assert_close(gradients[&name][i], expected, 1e-8 * (1.0 + expected.abs()), &format!("{name}[{i}]"));
         }
     }
@@ -71,26 +71,26 @@ fn gradients_are_finite_differences() {
 
 #[test]
 fn training_reduces_the_loss() {
-    // One text of one repeated sentence, so that five steps are enough to see it.
+    // The text repeats one word, so five steps are enough to see the loss fall.
     let text = b"abcabcabcabc".repeat(20);
-    let losses = train(&Config { lr: 1e-2, ..Config::new(1, 2, 8, 8, 4) }, &text, 5);
+    let losses = train(&ReferenceConfig { lr: 1e-2, ..ReferenceConfig::new(1, 2, 8, 8, 4) }, &text, 5);
     assert!(losses.windows(2).all(|pair| pair[1] < pair[0]), "{losses:?}");
     assert_close(losses[0], 3f64.ln(), 0.05, "loss of the untrained model on three tokens");
 }
 
-/// A norm of 1e-4 at most makes every first step of AdamW smaller only through eps, so the loss falls less.
+/// AdamW's first steps depend on the gradient's scale only through eps, so tight clipping makes the loss fall less.
 #[test]
 fn clipping_scales_the_gradient() {
-    let (config, text) = (Config::new(1, 2, 8, 8, 4), b"abcabcabcabc".repeat(20));
+    let (config, text) = (ReferenceConfig::new(1, 2, 8, 8, 4), b"abcabcabcabc".repeat(20));
     let free = train(&config, &text, 3);
-    let loose = train(&Config { max_norm: 1e6, ..config }, &text, 3);
-    let tight = train(&Config { max_norm: 1e-7, ..config }, &text, 3);
+    let loose = train(&ReferenceConfig { max_norm: 1e6, ..config }, &text, 3);
+    let tight = train(&ReferenceConfig { max_norm: 1e-7, ..config }, &text, 3);
     assert_eq!(free, loose);
     assert!(free[0] == tight[0] && free[2] < tight[2], "free {free:?}, tight {tight:?}");
 }
 
 #[test]
-fn normal_cdf_of_tables() {
+fn normal_cdf_matches_tables() {
     for (z, expected) in [
         (0.0, 0.5),
         (1.0, 0.841_344_746_068_542_9),
@@ -103,14 +103,14 @@ fn normal_cdf_of_tables() {
     }
 }
 
-/// The number that the PyTorch and numpy programs give for this model, where the text is at hand.
+/// The loss of the PyTorch and numpy programs for this model, if the text is present.
 #[test]
 fn first_loss_on_tinyshakespeare() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/tinyshakespeare/input.txt");
     let Ok(text) = std::fs::read(&path) else {
-        eprintln!("SKIPPED first_loss_on_tinyshakespeare: {} is not there", path.display());
+        eprintln!("SKIPPED first_loss_on_tinyshakespeare: {} does not exist", path.display());
         return;
     };
-    let (loss, _) = first_step(&Config::new(4, 4, 128, 64, 12), &text);
+    let (loss, _) = first_step(&ReferenceConfig::new(4, 4, 128, 64, 12), &text);
     assert_close(loss, 4.205543617428251, 1e-9, "loss at step 0");
 }

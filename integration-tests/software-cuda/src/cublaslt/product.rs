@@ -1,12 +1,12 @@
-//! Products of matrices, in plain loops with f32 accumulators, through the checked memory.
+//! Matrix products in plain loops with f32 accumulators, through the checked memory.
 //!
-//! `D = epilogue(alpha * op(A) op(B) + beta * C)`; bias vectors run along the rows of D, as cuBLASLt's do.
+//! `D = epilogue(alpha * op(A) op(B) + beta * C)`; the bias has one element per row of D, as in cuBLASLt.
 #![allow(unsafe_code)]
 
 use cudarc::cublaslt::sys::cudaDataType;
 
 use crate::nccl::data::to_bf16;
-use crate::shadow::{Access, Guest};
+use crate::shadow::{Access, Accessor};
 
 /// Bits of an epilogue.
 pub mod epilogue {
@@ -18,15 +18,15 @@ pub mod epilogue {
     pub const BIAS_GRADIENT: u32 = 16;
     /// `gelu(x)`, by tanh.
     pub const GELU: u32 = 32;
-    /// Times the derivative of gelu at the auxiliary matrix.
+    /// Multiplies by the derivative of gelu at the auxiliary matrix.
     pub const GELU_GRADIENT: u32 = 64;
-    /// Reads or writes the auxiliary matrix: what gelu is applied to.
+    /// Reads or writes the auxiliary matrix, the input of gelu.
     pub const AUXILIARY: u32 = 128;
     /// Writes the sums over k of op(A).
     pub const BIAS_GRADIENT_A: u32 = 256;
     /// Writes the sums over k of op(B).
     pub const BIAS_GRADIENT_B: u32 = 512;
-    /// All that there are, alone or together.
+    /// All supported combinations.
     pub const KNOWN: &[u32] = &[
         1,
         RELU,
@@ -43,28 +43,28 @@ pub mod epilogue {
     ];
 }
 
-/// Where a matrix is.
+/// Layout of a matrix.
 #[derive(Clone, Copy, Debug)]
-pub struct Layout {
+pub(crate) struct Layout {
     /// Type of its elements.
     pub dtype: cudaDataType,
     /// Rows.
     pub rows: usize,
     /// Columns.
     pub cols: usize,
-    /// Elements from one column to the next (rows, in row order).
+    /// Elements from one column to the next, or from one row to the next if row-major.
     pub leading: usize,
-    /// Rows are contiguous.
+    /// Row-major.
     pub by_rows: bool,
-    /// Matrices.
+    /// Number of matrices.
     pub batch: usize,
     /// Elements from one matrix to the next.
     pub stride: usize,
 }
 
-/// A product.
+/// A matrix product.
 #[derive(Clone, Debug)]
-pub struct Product {
+pub(crate) struct Product {
     /// Addresses of A, B, C and D.
     pub addresses: [usize; 4],
     /// Their layouts.
@@ -75,19 +75,19 @@ pub struct Product {
     pub alpha: f32,
     /// Factor of C.
     pub beta: f32,
-    /// See [`epilogue`].
+    /// Bits of [`epilogue`].
     pub epilogue: u32,
-    /// Address, type, elements from one matrix of the batch to the next.
+    /// Address, type, and elements from one matrix of the batch to the next.
     pub bias: (usize, cudaDataType, usize),
-    /// Address.
+    /// Address of the auxiliary matrix.
     pub auxiliary: usize,
-    /// As D's, but for its own type and strides.
+    /// The layout of D with the auxiliary matrix's type and strides.
     pub auxiliary_layout: Layout,
-    /// Scratch that the algorithm uses.
+    /// Address and bytes of the algorithm's workspace.
     pub workspace: (usize, usize),
 }
 
-/// Bytes of an element, of a type that is supported.
+/// Bytes of an element, if its type is supported.
 pub fn element_bytes(dtype: cudaDataType) -> Option<usize> {
     match dtype {
         cudaDataType::CUDA_R_32F => Some(4),
@@ -96,36 +96,36 @@ pub fn element_bytes(dtype: cudaDataType) -> Option<usize> {
     }
 }
 
-/// Runs it.
-pub fn run(guest: &mut Guest, product: &Product) {
-    let mut given = product.addresses.to_vec();
-    given.extend([product.bias.0, product.auxiliary, product.workspace.0]);
-    guest.allow_only(&given);
-    if product.workspace.1 > 0 && !guest.touch(product.workspace.0, product.workspace.1, Access::Write) {
+/// Runs a product.
+pub fn run(accessor: &mut Accessor, product: &Product) {
+    let mut pointers = product.addresses.to_vec();
+    pointers.extend([product.bias.0, product.auxiliary, product.workspace.0]);
+    accessor.allow_only(&pointers);
+    if product.workspace.1 > 0 && !accessor.touch(product.workspace.0, product.workspace.1, Access::Write) {
         return;
     }
     for batch in 0..product.layouts[3].batch {
-        if one(guest, product, batch).is_none() {
+        if run_one(accessor, product, batch).is_none() {
             return;
         }
     }
 }
 
-fn one(guest: &mut Guest, p: &Product, batch: usize) -> Option<()> {
+fn run_one(accessor: &mut Accessor, p: &Product, batch: usize) -> Option<()> {
     let [la, lb, lc, ld] = p.layouts;
     let (m, n) = (ld.rows, ld.cols);
-    let a = oriented(load(guest, p.addresses[0], &la, batch)?, &la, p.transposed[0]);
-    let b = oriented(load(guest, p.addresses[1], &lb, batch)?, &lb, p.transposed[1]);
+    let a = row_major(load(accessor, p.addresses[0], &la, batch)?, &la, p.transposed[0]);
+    let b = row_major(load(accessor, p.addresses[1], &lb, batch)?, &lb, p.transposed[1]);
     let k = if p.transposed[0] { la.rows } else { la.cols };
     let mut out = multiply(&a, &b, (m, n, k));
     out.iter_mut().for_each(|x| *x *= p.alpha);
     if p.beta != 0.0 {
-        let c = load(guest, p.addresses[2], &lc, batch)?;
+        let c = load(accessor, p.addresses[2], &lc, batch)?;
         out.iter_mut().zip(&c).for_each(|(x, c)| *x += p.beta * c);
     }
     let bits = p.epilogue;
     if bits & epilogue::BIAS != 0 {
-        let bias = load(guest, p.bias.0, &vector(p, m), batch)?;
+        let bias = load(accessor, p.bias.0, &vector(p, m), batch)?;
         out.chunks_exact_mut(n).zip(&bias).for_each(|(row, bias)| row.iter_mut().for_each(|x| *x += bias));
     }
     if bits & epilogue::RELU != 0 {
@@ -133,28 +133,28 @@ fn one(guest: &mut Guest, p: &Product, batch: usize) -> Option<()> {
     }
     if bits & epilogue::GELU != 0 {
         if bits & epilogue::AUXILIARY != 0 {
-            store(guest, p.auxiliary, &p.auxiliary_layout, batch, &out)?;
+            store(accessor, p.auxiliary, &p.auxiliary_layout, batch, &out)?;
         }
         out.iter_mut().for_each(|x| *x = gelu(*x));
     }
     if bits & epilogue::GELU_GRADIENT != 0 {
-        let inputs = load(guest, p.auxiliary, &p.auxiliary_layout, batch)?;
+        let inputs = load(accessor, p.auxiliary, &p.auxiliary_layout, batch)?;
         out.iter_mut().zip(&inputs).for_each(|(x, input)| *x *= gelu_gradient(*input));
     }
     if bits & epilogue::BIAS_GRADIENT != 0 {
         let sums: Vec<f32> = out.chunks_exact(n).map(|row| row.iter().sum()).collect();
-        store(guest, p.bias.0, &vector(p, m), batch, &sums)?;
+        store(accessor, p.bias.0, &vector(p, m), batch, &sums)?;
     }
     if bits & epilogue::BIAS_GRADIENT_A != 0 {
         let sums: Vec<f32> = a.chunks_exact(k).map(|row| row.iter().sum()).collect();
-        store(guest, p.bias.0, &vector(p, m), batch, &sums)?;
+        store(accessor, p.bias.0, &vector(p, m), batch, &sums)?;
     }
     if bits & epilogue::BIAS_GRADIENT_B != 0 {
         let mut sums = vec![0.0; n];
         b.chunks_exact(n).for_each(|row| sums.iter_mut().zip(row).for_each(|(s, x)| *s += x));
-        store(guest, p.bias.0, &vector(p, n), batch, &sums)?;
+        store(accessor, p.bias.0, &vector(p, n), batch, &sums)?;
     }
-    store(guest, p.addresses[3], &ld, batch, &out)
+    store(accessor, p.addresses[3], &ld, batch, &out)
 }
 
 fn vector(p: &Product, length: usize) -> Layout {
@@ -162,7 +162,7 @@ fn vector(p: &Product, length: usize) -> Layout {
     Layout { dtype, rows: length, cols: 1, leading: length, by_rows: false, batch: 1, stride }
 }
 
-/// Row by row: `a` is m by k, `b` k by n.
+/// Multiplies row-major matrices: `a` is m by k, `b` k by n.
 fn multiply(a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f32> {
     let mut out = vec![0.0f32; m * n];
     for (row, a_row) in out.chunks_exact_mut(n.max(1)).zip(a.chunks_exact(k.max(1))) {
@@ -173,7 +173,7 @@ fn multiply(a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f32> 
     out
 }
 
-fn oriented(matrix: Vec<f32>, layout: &Layout, transposed: bool) -> Vec<f32> {
+fn row_major(matrix: Vec<f32>, layout: &Layout, transposed: bool) -> Vec<f32> {
     if !transposed {
         return matrix;
     }
@@ -187,7 +187,7 @@ fn oriented(matrix: Vec<f32>, layout: &Layout, transposed: bool) -> Vec<f32> {
     out
 }
 
-/// Calls `f` with the address of each contiguous line of the matrix, its number, and its elements.
+/// Calls `f` with the address, number and length of each contiguous row or column.
 fn lines(
     address: usize,
     layout: &Layout,
@@ -199,15 +199,15 @@ fn lines(
     (0..count).try_for_each(|line| f(address + (batch * layout.stride + line * layout.leading) * bytes, line, length))
 }
 
-/// The matrix, row by row.
-fn load(guest: &mut Guest, address: usize, layout: &Layout, batch: usize) -> Option<Vec<f32>> {
+/// Reads a matrix into row-major order.
+fn load(accessor: &mut Accessor, address: usize, layout: &Layout, batch: usize) -> Option<Vec<f32>> {
     let bytes = element_bytes(layout.dtype)?;
     let mut out = vec![0.0f32; layout.rows * layout.cols];
     lines(address, layout, batch, |at, line, length| {
-        if !guest.touch(at, length * bytes, Access::Read) {
+        if !accessor.touch(at, length * bytes, Access::Read) {
             return None;
         }
-        // SAFETY: the line was just checked.
+        // SAFETY: the line was checked above.
         let raw = unsafe { std::slice::from_raw_parts(at as *const u8, length * bytes) };
         for (i, element) in raw.chunks_exact(bytes).enumerate() {
             let value = match *element {
@@ -223,13 +223,13 @@ fn load(guest: &mut Guest, address: usize, layout: &Layout, batch: usize) -> Opt
     Some(out)
 }
 
-fn store(guest: &mut Guest, address: usize, layout: &Layout, batch: usize, values: &[f32]) -> Option<()> {
+fn store(accessor: &mut Accessor, address: usize, layout: &Layout, batch: usize, values: &[f32]) -> Option<()> {
     let bytes = element_bytes(layout.dtype)?;
     lines(address, layout, batch, |at, line, length| {
-        if !guest.touch(at, length * bytes, Access::Write) {
+        if !accessor.touch(at, length * bytes, Access::Write) {
             return None;
         }
-        // SAFETY: the line was just checked, and only operations, which run one at a time, touch it.
+        // SAFETY: the line was checked above, and only operations, which run one at a time, access it.
         let raw = unsafe { std::slice::from_raw_parts_mut(at as *mut u8, length * bytes) };
         for (i, element) in raw.chunks_exact_mut(bytes).enumerate() {
             let place = if layout.by_rows { line * layout.cols + i } else { i * layout.cols + line };
@@ -259,7 +259,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn products_by_hand() {
+    fn products_match_hand_computed_values() {
         let (a, b) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 0.0, 2.0, 1.0, 0.0, 3.0]);
         assert_eq!(multiply(&a, &b, (2, 2, 3)), [5.0, 11.0, 14.0, 23.0]);
         let layout = Layout {
@@ -271,11 +271,11 @@ mod tests {
             batch: 1,
             stride: 0,
         };
-        assert_eq!(oriented(a.to_vec(), &layout, true), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+        assert_eq!(row_major(a.to_vec(), &layout, true), [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
     }
 
     #[test]
-    fn the_gradient_of_gelu_is_its_slope() {
+    fn the_gradient_of_gelu_matches_finite_differences() {
         for x in [-3.0f32, -0.5, 0.0, 0.7, 2.5] {
             let slope = (gelu(x + 1e-2) - gelu(x - 1e-2)) / 2e-2;
             assert!((slope - gelu_gradient(x)).abs() < 1e-3, "{x}: {slope} and {}", gelu_gradient(x));

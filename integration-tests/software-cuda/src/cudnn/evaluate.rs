@@ -1,4 +1,4 @@
-//! Evaluates a graph, operation by operation, in plain loops on floats, through the checked memory.
+//! Evaluates a graph operation by operation in plain f32 loops, through the checked memory.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -9,30 +9,30 @@ use cudarc::cudnn::sys::cudnnPointwiseMode_t as Mode;
 
 use super::graph::{BFLOAT16, BOOLEAN, FLOAT, Graph, INT32, Node, Tensor};
 use crate::nccl::data::to_bf16;
-use crate::shadow::{Access, Guest};
+use crate::shadow::{Access, Accessor};
 
-/// An execution.
-pub struct Job {
+/// An execution of a graph.
+pub(crate) struct GraphExecution {
     graph: Arc<Graph>,
-    /// Addresses, by the tensors' ids.
+    /// Addresses by tensor id.
     addresses: HashMap<i64, usize>,
-    /// Numbers of the host, taken when it was submitted.
+    /// Host scalars by tensor id, read at submission.
     numbers: HashMap<i64, f32>,
     workspace: (usize, usize),
 }
 
-impl Job {
+impl GraphExecution {
     /// # Safety
     ///
-    /// What is given for a tensor by value leads to a float.
+    /// The pointer for a tensor by value points to an f32.
     pub(super) unsafe fn new(
         graph: Arc<Graph>,
-        given: &HashMap<i64, usize>,
+        pointers: &HashMap<i64, usize>,
         workspace: (usize, usize),
-    ) -> Result<Job, String> {
+    ) -> Result<GraphExecution, String> {
         let (mut addresses, mut numbers) = (HashMap::new(), HashMap::new());
         for (id, tensor) in graph.tensors.iter().filter(|(_, tensor)| !tensor.is_virtual) {
-            let address = given.get(id).copied().unwrap_or(0);
+            let address = pointers.get(id).copied().unwrap_or(0);
             if address == 0 {
                 return Err(format!("executes a plan without an address for tensor {id}"));
             }
@@ -45,42 +45,42 @@ impl Job {
                 addresses.insert(*id, address);
             }
         }
-        Ok(Job { graph, addresses, numbers, workspace })
+        Ok(GraphExecution { graph, addresses, numbers, workspace })
     }
 }
 
-/// Elements of a tensor, at their places by its strides.
+/// Elements of a tensor, indexed by its strides.
 type Values = Vec<f32>;
 
-/// Runs it.
-pub fn run(guest: &mut Guest, job: &Job) {
-    let given: Vec<usize> = job.addresses.values().copied().chain([job.workspace.0]).collect();
-    guest.allow_only(&given);
-    if !guest.touch(job.workspace.0, job.workspace.1, Access::Write) {
+/// Executes the graph.
+pub fn run(accessor: &mut Accessor, execution: &GraphExecution) {
+    let pointers: Vec<usize> = execution.addresses.values().copied().chain([execution.workspace.0]).collect();
+    accessor.allow_only(&pointers);
+    if !accessor.touch(execution.workspace.0, execution.workspace.1, Access::Write) {
         return;
     }
     let mut known: HashMap<i64, Values> = HashMap::new();
-    for node in &job.graph.nodes {
+    for node in &execution.graph.nodes {
         let (reads, write) = node.ids();
         for id in reads {
             let Entry::Vacant(new) = known.entry(id) else { continue };
-            let values = match job.numbers.get(&id) {
+            let values = match execution.numbers.get(&id) {
                 Some(number) => Some(vec![*number]),
-                None => load(guest, job.addresses[&id], &job.graph.tensors[&id]),
+                None => load(accessor, execution.addresses[&id], &execution.graph.tensors[&id]),
             };
             let Some(values) = values else { return };
             new.insert(values);
         }
-        let to = &job.graph.tensors[&write];
-        let mut made = evaluate(&job.graph, node, &known);
-        // NVIDIA's engines add parts of a product that others read to what lies in memory, as they come.
-        let is_read = || job.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
+        let to = &execution.graph.tensors[&write];
+        let mut made = evaluate(&execution.graph, node, &known);
+        // NVIDIA's engines accumulate a product that later operations read into the memory's previous contents.
+        let is_read = || execution.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
         if matches!(node, Node::Matmul { .. }) && !to.is_virtual && to.data == FLOAT && is_read() {
-            let Some(before) = load(guest, job.addresses[&write], to) else { return };
+            let Some(before) = load(accessor, execution.addresses[&write], to) else { return };
             made.iter_mut().zip(before).for_each(|(value, before)| *value += before);
         }
         made.iter_mut().for_each(|value| *value = rounded(*value, to.data));
-        if !to.is_virtual && store(guest, job.addresses[&write], to, &made).is_none() {
+        if !to.is_virtual && store(accessor, execution.addresses[&write], to, &made).is_none() {
             return;
         }
         known.insert(write, made);
@@ -114,7 +114,7 @@ fn indices(dims: &[usize], mut f: impl FnMut(&[usize])) {
     }
 }
 
-/// Where the element of an index is; dims of 1 are repeated.
+/// Offset of an element; dims of 1 are broadcast.
 fn place(tensor: &Tensor, index: &[usize]) -> usize {
     let sides = tensor.dims.iter().zip(&tensor.strides);
     sides.zip(index).map(|((extent, stride), at)| if *extent == 1 { 0 } else { at * stride }).sum()
@@ -171,7 +171,7 @@ fn evaluate(graph: &Graph, node: &Node, known: &HashMap<i64, Values>) -> Values 
 }
 
 fn pointwise(mode: i64, [x, b, t]: [f32; 3], index: usize) -> f32 {
-    let is = |wanted: Mode| mode == wanted as i64;
+    let is = |expected: Mode| mode == expected as i64;
     if is(Mode::CUDNN_POINTWISE_ADD) {
         x + b
     } else if is(Mode::CUDNN_POINTWISE_SUB) {
@@ -193,7 +193,7 @@ fn pointwise(mode: i64, [x, b, t]: [f32; 3], index: usize) -> f32 {
     } else if is(Mode::CUDNN_POINTWISE_BINARY_SELECT) {
         if t != 0.0 { x } else { b }
     } else {
-        // No mode that is not emulated; its results are never right.
+        // The mode is not emulated; NaN makes the results fail.
         f32::NAN
     }
 }
@@ -206,7 +206,7 @@ fn bytes_of(data: i64) -> usize {
     }
 }
 
-/// Calls `f` with the place and length of each run of elements that lie together.
+/// Calls `f` with the offset and length of each contiguous run of elements.
 fn runs(tensor: &Tensor, mut f: impl FnMut(usize, usize) -> Option<()>) -> Option<()> {
     let along = tensor.dims.iter().zip(&tensor.strides).position(|(extent, stride)| *stride == 1 && *extent > 1);
     let mut dims = tensor.dims.clone();
@@ -217,14 +217,14 @@ fn runs(tensor: &Tensor, mut f: impl FnMut(usize, usize) -> Option<()>) -> Optio
     starts.into_iter().try_for_each(|start| f(start, length))
 }
 
-fn load(guest: &mut Guest, address: usize, tensor: &Tensor) -> Option<Values> {
+fn load(accessor: &mut Accessor, address: usize, tensor: &Tensor) -> Option<Values> {
     let (mut out, bytes) = (vec![0.0; span(tensor)], bytes_of(tensor.data));
     runs(tensor, |start, length| {
         let at = address + start * bytes;
-        if !guest.touch(at, length * bytes, Access::Read) {
+        if !accessor.touch(at, length * bytes, Access::Read) {
             return None;
         }
-        // SAFETY: the run was just checked.
+        // SAFETY: the run was checked above.
         let raw = unsafe { std::slice::from_raw_parts(at as *const u8, length * bytes) };
         for (value, element) in out[start..].iter_mut().zip(raw.chunks_exact(bytes)) {
             *value = match *element {
@@ -239,14 +239,14 @@ fn load(guest: &mut Guest, address: usize, tensor: &Tensor) -> Option<Values> {
     Some(out)
 }
 
-fn store(guest: &mut Guest, address: usize, tensor: &Tensor, values: &[f32]) -> Option<()> {
+fn store(accessor: &mut Accessor, address: usize, tensor: &Tensor, values: &[f32]) -> Option<()> {
     let bytes = bytes_of(tensor.data);
     runs(tensor, |start, length| {
         let at = address + start * bytes;
-        if !guest.touch(at, length * bytes, Access::Write) {
+        if !accessor.touch(at, length * bytes, Access::Write) {
             return None;
         }
-        // SAFETY: the run was just checked, and only operations, which run one at a time, touch it.
+        // SAFETY: the run was checked above, and only operations, which run one at a time, access it.
         let raw = unsafe { std::slice::from_raw_parts_mut(at as *mut u8, length * bytes) };
         for (element, value) in raw.chunks_exact_mut(bytes).zip(&values[start..]) {
             match (bytes, tensor.data) {

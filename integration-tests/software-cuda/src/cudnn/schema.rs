@@ -1,99 +1,105 @@
-//! Which attributes descriptors have, of which type, how many values at most, and which they must have.
+//! The attributes of each kind of descriptor: types, maximum numbers of values, and which are required.
 use cudarc::cudnn::sys::cudnnBackendAttributeName_t::{self as Attribute, *};
 use cudarc::cudnn::sys::cudnnBackendAttributeType_t::{self as Type, *};
 use cudarc::cudnn::sys::cudnnBackendDescriptorType_t::{self as Kind, *};
 
-/// One attribute.
+/// The rule of one attribute.
 #[derive(Clone, Copy, Debug)]
-pub struct Known {
+pub(crate) struct AttributeRule {
     /// Its name.
     pub name: Attribute,
     /// Type of its values.
     pub kind: Type,
-    /// As many values at most.
+    /// Maximum number of values.
     pub count_max: usize,
-    /// Without it the descriptor is not whole.
-    pub is_needed: bool,
+    /// Whether the descriptor requires it.
+    pub is_required: bool,
 }
 
-const fn known(name: Attribute, kind: Type, count_max: usize, is_needed: bool) -> Known {
-    Known { name, kind, count_max, is_needed }
+const fn rule(name: Attribute, kind: Type, count_max: usize, is_required: bool) -> AttributeRule {
+    AttributeRule { name, kind, count_max, is_required }
 }
 
-const fn needed(name: Attribute, kind: Type) -> Known {
-    known(name, kind, 1, true)
+const fn required(name: Attribute, kind: Type) -> AttributeRule {
+    rule(name, kind, 1, true)
 }
 
 const DESCRIPTOR: Type = CUDNN_TYPE_BACKEND_DESCRIPTOR;
 
-const TENSOR: &[Known] = &[
-    needed(CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64),
-    needed(CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE),
-    needed(CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64),
-    known(CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 8, true),
-    known(CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 8, true),
-    known(CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, false),
-    known(CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, false),
-    known(CUDNN_ATTR_TENSOR_REORDERING_MODE, CUDNN_TYPE_TENSOR_REORDERING_MODE, 1, false),
+const TENSOR: &[AttributeRule] = &[
+    required(CUDNN_ATTR_TENSOR_UNIQUE_ID, CUDNN_TYPE_INT64),
+    required(CUDNN_ATTR_TENSOR_DATA_TYPE, CUDNN_TYPE_DATA_TYPE),
+    required(CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, CUDNN_TYPE_INT64),
+    rule(CUDNN_ATTR_TENSOR_DIMENSIONS, CUDNN_TYPE_INT64, 8, true),
+    rule(CUDNN_ATTR_TENSOR_STRIDES, CUDNN_TYPE_INT64, 8, true),
+    rule(CUDNN_ATTR_TENSOR_IS_VIRTUAL, CUDNN_TYPE_BOOLEAN, 1, false),
+    rule(CUDNN_ATTR_TENSOR_IS_BY_VALUE, CUDNN_TYPE_BOOLEAN, 1, false),
+    rule(CUDNN_ATTR_TENSOR_REORDERING_MODE, CUDNN_TYPE_TENSOR_REORDERING_MODE, 1, false),
 ];
-const POINTWISE: &[Known] = &[
-    needed(CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE),
-    needed(CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE),
-    known(CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, false),
+const POINTWISE: &[AttributeRule] = &[
+    required(CUDNN_ATTR_POINTWISE_MODE, CUDNN_TYPE_POINTWISE_MODE),
+    required(CUDNN_ATTR_POINTWISE_MATH_PREC, CUDNN_TYPE_DATA_TYPE),
+    rule(CUDNN_ATTR_POINTWISE_AXIS, CUDNN_TYPE_INT64, 1, false),
 ];
-const OPERATION_POINTWISE: &[Known] = &[
-    needed(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, DESCRIPTOR),
-    needed(CUDNN_ATTR_OPERATION_POINTWISE_XDESC, DESCRIPTOR),
-    needed(CUDNN_ATTR_OPERATION_POINTWISE_YDESC, DESCRIPTOR),
-    known(CUDNN_ATTR_OPERATION_POINTWISE_BDESC, DESCRIPTOR, 1, false),
-    known(CUDNN_ATTR_OPERATION_POINTWISE_TDESC, DESCRIPTOR, 1, false),
+const OPERATION_POINTWISE: &[AttributeRule] = &[
+    required(CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_POINTWISE_XDESC, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_POINTWISE_YDESC, DESCRIPTOR),
+    rule(CUDNN_ATTR_OPERATION_POINTWISE_BDESC, DESCRIPTOR, 1, false),
+    rule(CUDNN_ATTR_OPERATION_POINTWISE_TDESC, DESCRIPTOR, 1, false),
 ];
-const REDUCTION: &[Known] = &[
-    needed(CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE),
-    needed(CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE),
+const REDUCTION: &[AttributeRule] = &[
+    required(CUDNN_ATTR_REDUCTION_OPERATOR, CUDNN_TYPE_REDUCTION_OPERATOR_TYPE),
+    required(CUDNN_ATTR_REDUCTION_COMP_TYPE, CUDNN_TYPE_DATA_TYPE),
 ];
-const OPERATION_REDUCTION: &[Known] = &[
-    needed(CUDNN_ATTR_OPERATION_REDUCTION_DESC, DESCRIPTOR),
-    needed(CUDNN_ATTR_OPERATION_REDUCTION_XDESC, DESCRIPTOR),
-    needed(CUDNN_ATTR_OPERATION_REDUCTION_YDESC, DESCRIPTOR),
+const OPERATION_REDUCTION: &[AttributeRule] = &[
+    required(CUDNN_ATTR_OPERATION_REDUCTION_DESC, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_REDUCTION_XDESC, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_REDUCTION_YDESC, DESCRIPTOR),
 ];
-const OPERATION_MATMUL: &[Known] = &[
-    needed(CUDNN_ATTR_OPERATION_MATMUL_DESC, DESCRIPTOR),
-    needed(CUDNN_ATTR_OPERATION_MATMUL_ADESC, DESCRIPTOR),
-    needed(CUDNN_ATTR_OPERATION_MATMUL_BDESC, DESCRIPTOR),
-    needed(CUDNN_ATTR_OPERATION_MATMUL_CDESC, DESCRIPTOR),
+const OPERATION_MATMUL: &[AttributeRule] = &[
+    required(CUDNN_ATTR_OPERATION_MATMUL_DESC, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_MATMUL_ADESC, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_MATMUL_BDESC, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_MATMUL_CDESC, DESCRIPTOR),
 ];
-const OPERATION_RESHAPE: &[Known] =
-    &[needed(CUDNN_ATTR_OPERATION_RESHAPE_XDESC, DESCRIPTOR), needed(CUDNN_ATTR_OPERATION_RESHAPE_YDESC, DESCRIPTOR)];
-const OPERATION_GRAPH: &[Known] = &[
-    needed(CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE),
-    known(CUDNN_ATTR_OPERATIONGRAPH_OPS, DESCRIPTOR, 100, true),
+const OPERATION_RESHAPE: &[AttributeRule] = &[
+    required(CUDNN_ATTR_OPERATION_RESHAPE_XDESC, DESCRIPTOR),
+    required(CUDNN_ATTR_OPERATION_RESHAPE_YDESC, DESCRIPTOR),
 ];
-const HEURISTIC: &[Known] = &[
-    needed(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, DESCRIPTOR),
-    needed(CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE),
+const OPERATION_GRAPH: &[AttributeRule] = &[
+    required(CUDNN_ATTR_OPERATIONGRAPH_HANDLE, CUDNN_TYPE_HANDLE),
+    rule(CUDNN_ATTR_OPERATIONGRAPH_OPS, DESCRIPTOR, 100, true),
 ];
-const ENGINE: &[Known] =
-    &[needed(CUDNN_ATTR_ENGINE_OPERATION_GRAPH, DESCRIPTOR), needed(CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64)];
-const KNOB_CHOICE: &[Known] = &[
-    needed(CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, CUDNN_TYPE_KNOB_TYPE),
-    needed(CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64),
+const HEURISTIC: &[AttributeRule] = &[
+    required(CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, DESCRIPTOR),
+    required(CUDNN_ATTR_ENGINEHEUR_MODE, CUDNN_TYPE_HEUR_MODE),
 ];
-const ENGINE_CONFIGURATION: &[Known] =
-    &[needed(CUDNN_ATTR_ENGINECFG_ENGINE, DESCRIPTOR), known(CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, DESCRIPTOR, 64, false)];
-const PLAN: &[Known] = &[
-    needed(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE),
-    needed(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, DESCRIPTOR),
+const ENGINE: &[AttributeRule] = &[
+    required(CUDNN_ATTR_ENGINE_OPERATION_GRAPH, DESCRIPTOR),
+    required(CUDNN_ATTR_ENGINE_GLOBAL_INDEX, CUDNN_TYPE_INT64),
 ];
-const VARIANT_PACK: &[Known] = &[
-    known(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, 100, true),
-    known(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, 100, true),
-    known(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, false),
+const KNOB_CHOICE: &[AttributeRule] = &[
+    required(CUDNN_ATTR_KNOB_CHOICE_KNOB_TYPE, CUDNN_TYPE_KNOB_TYPE),
+    required(CUDNN_ATTR_KNOB_CHOICE_KNOB_VALUE, CUDNN_TYPE_INT64),
 ];
-const MATMUL: &[Known] = &[needed(CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE)];
+const ENGINE_CONFIGURATION: &[AttributeRule] = &[
+    required(CUDNN_ATTR_ENGINECFG_ENGINE, DESCRIPTOR),
+    rule(CUDNN_ATTR_ENGINECFG_KNOB_CHOICES, DESCRIPTOR, 64, false),
+];
+const PLAN: &[AttributeRule] = &[
+    required(CUDNN_ATTR_EXECUTION_PLAN_HANDLE, CUDNN_TYPE_HANDLE),
+    required(CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, DESCRIPTOR),
+];
+const VARIANT_PACK: &[AttributeRule] = &[
+    rule(CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, CUDNN_TYPE_INT64, 100, true),
+    rule(CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, CUDNN_TYPE_VOID_PTR, 100, true),
+    rule(CUDNN_ATTR_VARIANT_PACK_WORKSPACE, CUDNN_TYPE_VOID_PTR, 1, false),
+];
+const MATMUL: &[AttributeRule] = &[required(CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE)];
 
-/// The attributes of a kind of descriptor; none where it is not emulated.
-pub fn of(kind: Kind) -> &'static [Known] {
+/// The attributes of a kind of descriptor; empty if it is not emulated.
+pub fn of(kind: Kind) -> &'static [AttributeRule] {
     match kind {
         CUDNN_BACKEND_TENSOR_DESCRIPTOR => TENSOR,
         CUDNN_BACKEND_POINTWISE_DESCRIPTOR => POINTWISE,

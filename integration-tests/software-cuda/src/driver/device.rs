@@ -8,15 +8,15 @@ use cudarc::driver::sys::{CUcontext, CUdevice, CUdevice_attribute, CUresult, CUu
 use crate::export::exports;
 use crate::memory::Place;
 use crate::scheduler::synchronise_device;
-use crate::world::{State, current_device, lock, set_current_device, world};
+use crate::world::{State, current_device, lock, machine, set_current_device};
 
 const DRIVER_VERSION: c_int = 13000;
 const NAME: &[u8] = b"software CUDA device\0";
 
-/// What a device says of itself: an H100, as far as programs ask.
-fn attribute(which: CUdevice_attribute, device: CUdevice) -> c_int {
+/// Attributes of a device: those of an H100, as far as programs query them.
+fn attribute(attribute: CUdevice_attribute, device: CUdevice) -> c_int {
     use CUdevice_attribute::*;
-    match which {
+    match attribute {
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR => 9,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR => 0,
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT => 4,
@@ -28,7 +28,7 @@ fn attribute(which: CUdevice_attribute, device: CUdevice) -> c_int {
         CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X => c_int::MAX,
         CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y | CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z => 65535,
         CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK => 48 << 10,
-        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN => world().config.shared_bytes as c_int,
+        CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN => machine().config.shared_bytes as c_int,
         CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR => 228 << 10,
         CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR => 2048,
         CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK => 65536,
@@ -45,7 +45,7 @@ fn attribute(which: CUdevice_attribute, device: CUdevice) -> c_int {
     }
 }
 
-fn known(state: &State, device: CUdevice) -> Result<usize, CUresult> {
+fn check_device(state: &State, device: CUdevice) -> Result<usize, CUresult> {
     usize::try_from(device).ok().filter(|d| *d < state.devices.len()).ok_or(CUresult::CUDA_ERROR_INVALID_DEVICE)
 }
 
@@ -64,7 +64,7 @@ fn device_of(state: &State, context: CUcontext) -> Result<usize, CUresult> {
 
 exports! { driver;
     fn cuInit(_flags: c_uint) -> CUresult {
-        match world().config.devices {
+        match machine().config.devices {
             0 => Err(CUresult::CUDA_ERROR_NO_DEVICE),
             _ => Ok(()),
         }
@@ -76,37 +76,37 @@ exports! { driver;
     }
 
     fn cuDeviceGetCount(count: *mut c_int) -> CUresult {
-        *count = world().config.devices as c_int;
+        *count = machine().config.devices as c_int;
         Ok(())
     }
 
     fn cuDeviceGet(device: *mut CUdevice, ordinal: c_int) -> CUresult {
-        known(&world().state(), ordinal)?;
+        check_device(&machine().state(), ordinal)?;
         *device = ordinal;
         Ok(())
     }
 
     fn cuDeviceGetName(name: *mut c_char, len: c_int, dev: CUdevice) -> CUresult {
-        known(&world().state(), dev)?;
+        check_device(&machine().state(), dev)?;
         let bytes = (len.max(0) as usize).min(NAME.len());
         std::ptr::copy_nonoverlapping(NAME.as_ptr().cast(), name, bytes);
         Ok(())
     }
 
-    fn cuDeviceGetAttribute(value: *mut c_int, which: CUdevice_attribute, dev: CUdevice) -> CUresult {
-        known(&world().state(), dev)?;
-        *value = attribute(which, dev);
+    fn cuDeviceGetAttribute(value: *mut c_int, queried: CUdevice_attribute, dev: CUdevice) -> CUresult {
+        check_device(&machine().state(), dev)?;
+        *value = attribute(queried, dev);
         Ok(())
     }
 
     fn cuDeviceTotalMem_v2(bytes: *mut usize, dev: CUdevice) -> CUresult {
-        known(&world().state(), dev)?;
-        *bytes = world().config.memory_bytes;
+        check_device(&machine().state(), dev)?;
+        *bytes = machine().config.memory_bytes;
         Ok(())
     }
 
     fn cuDeviceGetUuid_v2(uuid: *mut CUuuid, dev: CUdevice) -> CUresult {
-        let device = known(&world().state(), dev)?;
+        let device = check_device(&machine().state(), dev)?;
         let mut bytes = [0x5f; 16];
         bytes[15] = device as c_char;
         (*uuid).bytes = bytes;
@@ -114,23 +114,23 @@ exports! { driver;
     }
 
     fn cuDevicePrimaryCtxRetain(pctx: *mut CUcontext, dev: CUdevice) -> CUresult {
-        let mut state = world().state();
-        let device = known(&state, dev)?;
+        let mut state = machine().state();
+        let device = check_device(&state, dev)?;
         state.devices[device].retained += 1;
         *pctx = context_of(device);
         Ok(())
     }
 
     fn cuDevicePrimaryCtxRelease_v2(dev: CUdevice) -> CUresult {
-        let mut state = world().state();
-        let device = known(&state, dev)?;
+        let mut state = machine().state();
+        let device = check_device(&state, dev)?;
         let retained = state.devices[device].retained.checked_sub(1).ok_or(CUresult::CUDA_ERROR_INVALID_CONTEXT)?;
         state.devices[device].retained = retained;
         Ok(())
     }
 
     fn cuCtxSetCurrent(ctx: CUcontext) -> CUresult {
-        let device = if ctx.is_null() { None } else { Some(device_of(&world().state(), ctx)?) };
+        let device = if ctx.is_null() { None } else { Some(device_of(&machine().state(), ctx)?) };
         set_current_device(device);
         Ok(())
     }
@@ -141,17 +141,17 @@ exports! { driver;
     }
 
     fn cuCtxGetDevice(device: *mut CUdevice) -> CUresult {
-        *device = world().state().device()? as CUdevice;
+        *device = machine().state().device()? as CUdevice;
         Ok(())
     }
 
     fn cuCtxSynchronize() -> CUresult {
-        let device = world().state().device()?;
-        synchronise_device(world(), device)
+        let device = machine().state().device()?;
+        synchronise_device(machine(), device)
     }
 
     fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) -> CUresult {
-        world().state().device()?;
+        machine().state().device()?;
         for (to, value) in [(least, 0), (greatest, -5)] {
             if !to.is_null() {
                 *to = value;
@@ -161,27 +161,27 @@ exports! { driver;
     }
 
     fn cuDeviceCanAccessPeer(can: *mut c_int, dev: CUdevice, peer: CUdevice) -> CUresult {
-        let state = world().state();
-        *can = c_int::from(known(&state, dev)? != known(&state, peer)?);
+        let state = machine().state();
+        *can = c_int::from(check_device(&state, dev)? != check_device(&state, peer)?);
         Ok(())
     }
 
     fn cuCtxEnablePeerAccess(peer: CUcontext, _flags: c_uint) -> CUresult {
-        let state = world().state();
+        let state = machine().state();
         let (own, peer) = (state.device()?, device_of(&state, peer)?);
         if own == peer {
             return Err(CUresult::CUDA_ERROR_INVALID_DEVICE);
         }
-        match lock(&world().registry).peers.insert((own, peer)) {
+        match lock(&machine().registry).peers.insert((own, peer)) {
             true => Ok(()),
             false => Err(CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED),
         }
     }
 
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CUresult {
-        let device = world().state().device()?;
-        *total = world().config.memory_bytes;
-        *free = *total - lock(&world().registry).live_bytes(Place::Device(device));
+        let device = machine().state().device()?;
+        *total = machine().config.memory_bytes;
+        *free = *total - lock(&machine().registry).live_bytes(Place::Device(device));
         Ok(())
     }
 
@@ -196,7 +196,7 @@ exports! { driver;
     }
 }
 
-/// The error's name, and what it means; both live as long as the process.
+/// The error's name or description; neither is freed.
 fn error_text(error: CUresult, is_long: bool) -> *const c_char {
     use CUresult::*;
     let long = match error {
@@ -223,7 +223,7 @@ fn error_text(error: CUresult, is_long: bool) -> *const c_char {
     if let Some((_, name)) = names.iter().find(|n| n.0 == error) {
         return name.as_ptr();
     }
-    let name = std::ffi::CString::new(format!("{error:?}")).expect("names of variants hold no zero");
+    let name = std::ffi::CString::new(format!("{error:?}")).expect("names of variants contain no NUL");
     let name: &'static std::ffi::CStr = Box::leak(name.into_boxed_c_str());
     names.push((error, name));
     name.as_ptr()

@@ -8,11 +8,11 @@ use cudarc::driver::sys::{
 };
 
 use crate::export::exports;
-use crate::host::as_host;
+use crate::host::access_as_host;
 use crate::memory::Place;
 use crate::run::{digest, free};
 use crate::scheduler::{synchronise, synchronise_device};
-use crate::world::{Kind, Rows, Seen, lock, world};
+use crate::world::{OpKind, Rows, SourceState, lock, machine};
 
 const NULL_STREAM: u64 = 0;
 
@@ -20,32 +20,32 @@ fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult>
     if bytes == 0 {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    let limit = world().config.memory_bytes;
-    lock(&world().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
+    let limit = machine().config.memory_bytes;
+    lock(&machine().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
 }
 
-/// Submits a copy; one that a pageable side makes synchronous is over when this returns.
+/// Submits a copy; waits for it if the target is pageable, because such a copy is synchronous.
 ///
 /// # Safety
 ///
-/// Pageable sides are readable and writable as far as `rows` says.
-unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> Result<(), CUresult> {
+/// Pageable memory is readable or writable over the extent of `rows`.
+unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> Result<(), CUresult> {
     let bytes = rows.width * rows.height;
-    let mut state = world().state();
+    let mut state = machine().state();
     let handle = state.stream(stream)?;
     if bytes == 0 {
         return Ok(());
     }
-    let mut registry = lock(&world().registry);
+    let mut registry = lock(&machine().registry);
     let (window, is_tight) = (registry.window, rows.height == 1);
     if !window.contains(from) && !window.contains(to) {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    let mut seen = None;
+    let mut source_state = None;
     let source = registry.find(from).filter(|a| a.place == Place::Host && is_tight && a.pending.1 == 0);
     if let Some(copies_in) = source.filter(|a| from + bytes <= a.base + a.bytes).map(|a| a.copies_in) {
-        // SAFETY: the bytes lie in a live allocation of pinned memory.
-        seen = Some(Seen { digest: unsafe { digest(from, bytes) }, copies_in });
+        // SAFETY: the bytes are in a live allocation of pinned memory.
+        source_state = Some(SourceState { digest: unsafe { digest(from, bytes) }, copies_in });
     }
     if let Some(source) = registry.find_mut(from) {
         source.pending.0 += 1;
@@ -53,8 +53,8 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> R
     if let Some(target) = registry.find_mut(to) {
         let is_free = target.place == Place::Host && target.pending.0 == 0 && target.freed.is_none();
         if is_free && is_tight && to + bytes <= target.base + target.bytes {
-            // What the host reads before the copy is over is a NaN in every type.
-            // SAFETY: the bytes lie in a live allocation of pinned memory, which nothing in a queue touches.
+            // The host reads NaN in every type until the copy has finished. SAFETY: the bytes are in a live allocation
+            // of pinned memory that no queued copy uses.
             unsafe { std::ptr::write_bytes(to as *mut u8, 0xff, bytes) };
         }
         target.pending = (target.pending.0 + 1, target.pending.1 + 1);
@@ -67,67 +67,71 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, what: &str) -> R
         };
         (0..rows.height).flat_map(row).copied().collect::<Vec<u8>>()
     });
-    let kind = Kind::Copy { from, to, rows, staged, seen };
-    state.submit(world(), handle, kind, format!("{what} of {bytes} bytes"));
+    let kind = OpKind::Copy { from, to, rows, staged, source_state };
+    state.submit(machine(), handle, kind, format!("{name} of {bytes} bytes"));
     drop(state);
-    if window.contains(to) { Ok(()) } else { synchronise(world(), handle) }
+    if window.contains(to) { Ok(()) } else { synchronise(machine(), handle) }
 }
 
 fn line(bytes: usize) -> Rows {
     Rows { width: bytes, height: 1, pitch: (bytes, bytes) }
 }
 
-/// Checks that each side of a copy lies on its context's device.
-fn between(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
+/// Checks that each side of a copy is on its context's device.
+fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
     let is_there = |(address, context): (CUdeviceptr, CUcontext)| {
-        let place = lock(&world().registry).owner(address as usize).map(|o| o.place);
+        let place = lock(&machine().registry).owner(address as usize).map(|o| o.place);
         place == Some(Place::Device((context as usize >> 8).wrapping_sub(1)))
     };
     if !is_there(to) || !is_there(from) {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    staged(to.0 as usize, from.0 as usize);
+    find_staged_copy(to.0 as usize, from.0 as usize);
     Ok(())
 }
 
-/// Says so where a copy between devices has to go through the host's memory: a driver does that in silence.
-fn staged(to: usize, from: usize) {
-    let registry = lock(&world().registry);
+/// Records a finding if a copy between devices has to go through host memory, which a driver does silently.
+fn find_staged_copy(to: usize, from: usize) {
+    let registry = lock(&machine().registry);
     let (Some(target), Some(source)) = (registry.find(to), registry.find(from)) else { return };
     let (Place::Device(a), Place::Device(b)) = (target.place, source.place) else { return };
     let is_open = a == b || (registry.peers.contains(&(a, b)) && registry.peers.contains(&(b, a)));
     let is_pooled = target.is_pooled() || source.is_pooled();
     drop(registry);
     if !is_open || (a != b && is_pooled) {
-        let why = if is_open { "its memory is of a pool, closed to peers" } else { "access is not enabled both ways" };
-        let what = format!("a copy from device {b} to device {a} goes through the host's memory: {why}");
-        world().find("staged", &what.clone(), || what);
+        let why = if is_open {
+            "its memory is from a pool without peer access"
+        } else {
+            "peer access is not enabled both ways"
+        };
+        let message = format!("a copy from device {b} to device {a} goes through host memory: {why}");
+        machine().report_finding("staged", &message.clone(), || message);
     }
 }
 
 fn fill(to: CUdeviceptr, pattern: u32, width: usize, count: usize, stream: CUstream) -> Result<(), CUresult> {
-    let mut state = world().state();
+    let mut state = machine().state();
     let handle = state.stream(stream as u64)?;
     if !(to as usize).is_multiple_of(width) {
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
-    let kind = Kind::Fill { to: to as usize, pattern, width, count };
-    state.submit(world(), handle, kind, format!("fill of {} bytes", width * count));
+    let kind = OpKind::Fill { to: to as usize, pattern, width, count };
+    state.submit(machine(), handle, kind, format!("fill of {} bytes", width * count));
     Ok(())
 }
 
 exports! { driver;
     fn cuMemAlloc_v2(out: *mut CUdeviceptr, bytes: usize) -> CUresult {
-        let device = world().state().device()?;
+        let device = machine().state().device()?;
         *out = allocate(Place::Device(device), bytes, false)? as CUdeviceptr;
         Ok(())
     }
 
     fn cuMemAllocAsync(out: *mut CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
-        let mut state = world().state();
+        let mut state = machine().state();
         let handle = state.stream(stream as u64)?;
         let base = allocate(Place::Device(state.streams[&handle].device), bytes, true)?;
-        state.submit(world(), handle, Kind::Alloc { base }, format!("allocation of {bytes} bytes"));
+        state.submit(machine(), handle, OpKind::Alloc { base }, format!("allocation of {bytes} bytes"));
         *out = base as CUdeviceptr;
         Ok(())
     }
@@ -136,49 +140,50 @@ exports! { driver;
         if address == 0 {
             return Ok(());
         }
-        // Whichever device is current, the one that has the memory is waited for.
-        let device = match lock(&world().registry).owner(address as usize).map(|o| o.place) {
+        // Waits for the device that owns the memory, not for the current one.
+        let device = match lock(&machine().registry).owner(address as usize).map(|o| o.place) {
             Some(Place::Device(device)) => device,
             _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
         };
-        synchronise_device(world(), device)?;
-        let mut state = world().state();
+        synchronise_device(machine(), device)?;
+        let mut state = machine().state();
         let handle = state.devices[device].null_stream;
-        state.submit(world(), handle, Kind::Free { base: address as usize }, "free");
+        state.submit(machine(), handle, OpKind::Free { base: address as usize }, "free");
         drop(state);
-        synchronise(world(), handle)
+        synchronise(machine(), handle)
     }
 
     fn cuMemFreeAsync(address: CUdeviceptr, stream: CUstream) -> CUresult {
-        let mut state = world().state();
+        let mut state = machine().state();
         let handle = state.stream(stream as u64)?;
-        state.submit(world(), handle, Kind::Free { base: address as usize }, "asynchronous free");
+        state.submit(machine(), handle, OpKind::Free { base: address as usize }, "asynchronous free");
         Ok(())
     }
 
     fn cuMemHostAlloc(out: *mut *mut c_void, bytes: usize, _flags: c_uint) -> CUresult {
-        world().state().device()?;
+        machine().state().device()?;
         *out = allocate(Place::Host, bytes, false)? as *mut c_void;
         Ok(())
     }
 
     fn cuMemFreeHost(address: *mut c_void) -> CUresult {
         let base = address as usize;
-        let pending = lock(&world().registry).find(base).map(|a| a.pending.0);
+        let pending = lock(&machine().registry).find(base).map(|a| a.pending.0);
         match pending {
             None => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
             Some(0) => {}
-            Some(_) => world().find("use-after-free", "pinned", || {
+            Some(_) => machine().report_finding("use-after-free", "pinned", || {
                 format!("pinned memory at {base:#x} is freed while copies that use it are queued")
             }),
         }
-        as_host(world(), "free of pinned memory", |guest| free(guest, world(), base, "free of pinned memory"));
+        let name = "free of pinned memory";
+        access_as_host(machine(), name, |accessor| free(accessor, machine(), base, name));
         Ok(())
     }
 
     fn cuMemcpyHtoD_v2(to: CUdeviceptr, from: *const c_void, bytes: usize) -> CUresult {
         copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy to the device")?;
-        synchronise(world(), NULL_STREAM)
+        synchronise(machine(), NULL_STREAM)
     }
 
     fn cuMemcpyHtoDAsync_v2(to: CUdeviceptr, from: *const c_void, bytes: usize, stream: CUstream) -> CUresult {
@@ -187,7 +192,7 @@ exports! { driver;
 
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize) -> CUresult {
         copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy to the host")?;
-        synchronise(world(), NULL_STREAM)
+        synchronise(machine(), NULL_STREAM)
     }
 
     fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
@@ -196,7 +201,7 @@ exports! { driver;
 
     fn cuMemcpyDtoD_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize) -> CUresult {
         copy(from as usize, to as usize, line(bytes), NULL_STREAM, "copy")?;
-        synchronise(world(), NULL_STREAM)
+        synchronise(machine(), NULL_STREAM)
     }
 
     fn cuMemcpyDtoDAsync_v2(to: CUdeviceptr, from: CUdeviceptr, bytes: usize, stream: CUstream) -> CUresult {
@@ -215,7 +220,7 @@ exports! { driver;
         bytes: usize,
         stream: CUstream,
     ) -> CUresult {
-        between((to, to_context), (from, from_context))?;
+        check_devices((to, to_context), (from, from_context))?;
         copy(from as usize, to as usize, line(bytes), stream as u64, "copy between devices")
     }
 
@@ -230,7 +235,7 @@ exports! { driver;
         if is_wrong(d.srcPitch) || is_wrong(d.dstPitch) || is_odd || d.Height > d.srcHeight.min(d.dstHeight) {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }
-        between((d.dstDevice, d.dstContext), (d.srcDevice, d.srcContext))?;
+        check_devices((d.dstDevice, d.dstContext), (d.srcDevice, d.srcContext))?;
         let rows = Rows { width: d.WidthInBytes, height: d.Height, pitch: (d.srcPitch, d.dstPitch) };
         copy(d.srcDevice as usize, d.dstDevice as usize, rows, stream as u64, "copy of rows between devices")
     }
@@ -265,7 +270,7 @@ exports! { driver;
     }
 
     fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, flags: c_uint) -> CUresult {
-        // `cuda.h`: the second version of the call does without memory barriers only where a device cannot make them.
+        // `cuda.h`: the second version of the call omits memory barriers only on devices without support for them.
         if flags != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }

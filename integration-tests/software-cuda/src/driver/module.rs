@@ -10,10 +10,10 @@ use cudarc::driver::sys::{
 };
 
 use crate::export::exports;
-use crate::findings::launched;
+use crate::findings::count_launch;
 use crate::kernel::{Function, Library, SHARED_BYTES_MAX, THREADS_MAX, copy_arguments, functions, load, text};
 use crate::nvrtc::image;
-use crate::world::{Kind, Launch, lock, world};
+use crate::world::{Launch, OpKind, lock, machine};
 
 const SHARED_BYTES_DEFAULT: usize = 48 << 10;
 
@@ -24,29 +24,29 @@ fn modules() -> &'static Mutex<HashMap<u64, Library>> {
 
 /// # Safety
 ///
-/// `image` leads to an image, which ends in a zero.
+/// `image` points to an image that ends with NUL.
 unsafe fn load_image(module: *mut CUmodule, image: *const c_void) -> Result<(), CUresult> {
-    world().state().device()?;
+    machine().state().device()?;
     // SAFETY: by the contract above.
     let text = unsafe { text(image.cast()) };
-    let Some(path) = image::library_path(&text, &world().config.cache) else {
-        eprintln!("software-cuda: an image that the software NVRTC did not make cannot be loaded");
+    let Some(path) = image::library_path(&text, &machine().config.cache) else {
+        eprintln!("software-cuda: cannot load an image that the software NVRTC did not create");
         return Err(CUresult::CUDA_ERROR_INVALID_IMAGE);
     };
     let library = load(&path).map_err(|error| {
         eprintln!("software-cuda: cannot load {}: {error}", path.display());
         CUresult::CUDA_ERROR_INVALID_IMAGE
     })?;
-    let handle = world().state().handle();
+    let handle = machine().state().handle();
     lock(modules()).insert(handle, library);
-    // SAFETY: the caller passed a place for a module.
+    // SAFETY: the caller passed a pointer to a module.
     unsafe { *module = handle as CUmodule };
     Ok(())
 }
 
 /// # Safety
 ///
-/// `arguments` leads to a pointer for each of the function's arguments.
+/// `arguments` points to one pointer per argument of the function.
 unsafe fn launch(
     function: CUfunction,
     dims: [u32; 6],
@@ -63,24 +63,21 @@ unsafe fn launch(
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
     if shared_bytes > found.shared_bytes_max {
-        eprintln!(
-            "software-cuda: {} asks for {shared_bytes} bytes of shared memory, which no attribute allows",
-            found.name
-        );
+        eprintln!("software-cuda: {} requests {shared_bytes} bytes of shared memory, above its attribute", found.name);
         return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
     }
     let (kernel, name) = (found.kernel, found.name.clone());
     drop(functions);
     // SAFETY: by the contract above.
     let arguments = unsafe { copy_arguments(kernel, arguments) };
-    let mut state = world().state();
+    let mut state = machine().state();
     let handle = state.stream(stream as u64)?;
     if state.streams[&handle].device != state.device()? {
         return Err(CUresult::CUDA_ERROR_INVALID_HANDLE);
     }
-    launched(&name);
+    count_launch(&name);
     let launch = Launch { kernel, arguments, dims, shared_bytes };
-    state.submit(world(), handle, Kind::Launch(Box::new(launch)), name);
+    state.submit(machine(), handle, OpKind::Launch(Box::new(launch)), name);
     Ok(())
 }
 
@@ -107,18 +104,18 @@ exports! { driver;
         let library = lock(modules()).get(&(module as u64)).cloned().ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
         let name: Arc<str> = text(name).into();
         let kernel = library.kernel(&name).ok_or(CUresult::CUDA_ERROR_NOT_FOUND)?;
-        let handle = world().state().handle();
+        let handle = machine().state().handle();
         let shared_bytes_max = SHARED_BYTES_DEFAULT;
         lock(functions()).insert(handle, Function { name, kernel, shared_bytes_max });
         *function = handle as CUfunction;
         Ok(())
     }
 
-    fn cuFuncGetAttribute(value: *mut c_int, which: CUfunction_attribute, function: CUfunction) -> CUresult {
+    fn cuFuncGetAttribute(value: *mut c_int, attribute: CUfunction_attribute, function: CUfunction) -> CUresult {
         use CUfunction_attribute::*;
         let functions = lock(functions());
         let found = functions.get(&(function as u64)).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
-        *value = match which {
+        *value = match attribute {
             CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK => found.kernel.threads_max() as c_int,
             CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES => found.shared_bytes_max as c_int,
             CU_FUNC_ATTRIBUTE_NUM_REGS => 32,
@@ -128,11 +125,12 @@ exports! { driver;
         Ok(())
     }
 
-    fn cuFuncSetAttribute(function: CUfunction, which: CUfunction_attribute, value: c_int) -> CUresult {
+    fn cuFuncSetAttribute(function: CUfunction, attribute: CUfunction_attribute, value: c_int) -> CUresult {
         let mut functions = lock(functions());
         let found = functions.get_mut(&(function as u64)).ok_or(CUresult::CUDA_ERROR_INVALID_HANDLE)?;
-        if which == CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES {
-            let bytes = usize::try_from(value).ok().filter(|b| *b <= SHARED_BYTES_MAX.min(world().config.shared_bytes));
+        if attribute == CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES {
+            let bytes_max = SHARED_BYTES_MAX.min(machine().config.shared_bytes);
+            let bytes = usize::try_from(value).ok().filter(|b| *b <= bytes_max);
             found.shared_bytes_max = bytes.ok_or(CUresult::CUDA_ERROR_INVALID_VALUE)?;
         }
         Ok(())

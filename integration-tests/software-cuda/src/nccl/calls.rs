@@ -1,7 +1,7 @@
 //! NCCL's collectives, messages and groups.
 //!
-//! Calls of a group are kept by their thread until the outermost group ends; then those of one communicator and stream
-//! become one operation.
+//! A thread keeps the calls of a group until the outermost group ends; then those of one communicator and stream become
+//! one operation.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::cell::RefCell;
@@ -13,14 +13,14 @@ use cudarc::nccl::sys::{cudaStream_t, ncclComm_t, ncclDataType_t, ncclRedOp_t, n
 use crate::export::exports;
 use crate::nccl::data::element_bytes;
 use crate::nccl::engine::{Call, CallKind, Group, Part, Stage, Tag, defer};
-use crate::world::{Kind, State, world};
+use crate::world::{OpKind, State, machine};
 
-/// What a thread has called inside a group.
+/// The calls of a thread in an open group.
 #[derive(Default)]
 struct Pending {
     depth: u32,
     calls: Vec<(u64, u64, Call)>,
-    /// The last collective that this thread issued on its own: clique, rank and number.
+    /// Rank and number of the last collective that this thread issued, by clique.
     last: HashMap<u64, (usize, u64)>,
 }
 
@@ -32,15 +32,17 @@ pub fn in_group() -> bool {
 }
 
 fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), ncclResult_t> {
-    let mut state = world().state();
+    let mut state = machine().state();
     let found = super::comm(&state, handle)?;
     let (device, ranks) = (found.device, state.comms.cliques[&found.clique].ranks.len());
-    match super::condition(&state, found) {
+    match super::status_of(&state, found) {
         ncclResult_t::ncclSuccess => {}
-        // A communicator that is not ready, or has a call in progress, takes no calls.
+        // A communicator that is not ready or has a call in progress refuses calls.
         ncclResult_t::ncclInProgress => {
             let key = format!("{handle:?} in progress");
-            world().find("misuse", &key, || "NCCL is called before the communicator's last call was over".into());
+            machine().report_finding("misuse", &key, || {
+                "NCCL is called before the communicator's last call has finished".into()
+            });
             return Err(ncclResult_t::ncclInvalidArgument);
         }
         error => return Err(error),
@@ -61,25 +63,25 @@ fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), nc
     })
 }
 
-/// Makes operations of calls, one for each communicator and stream, in the order of their first calls.
+/// Submits one operation per communicator and stream, in the order of their first calls.
 fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>) -> Result<(), ncclResult_t> {
     let is_alone = calls.len() == 1;
     let mut groups: Vec<(u64, u64, Vec<Part>)> = Vec::new();
     for (handle, stream, call) in calls {
         let (tag, broken) = state.comms.tag(handle, &call);
         if let Some((pair, broken)) = broken {
-            // Once for each pair of communicators: what follows is out of order too.
-            world().find("collective-order", &format!("{pair:?}"), || broken);
+            // Reported once per pair of communicators, because later calls are out of order too.
+            machine().report_finding("collective-order", &format!("{pair:?}"), || broken);
         }
         let (clique, rank) = (state.comms.comms[&handle].clique, state.comms.comms[&handle].rank);
         if let Tag::Collective(number) = tag {
             let before = pending.last.insert(clique, (rank, number));
-            // Without blocking, a call cannot wait for what its own thread will only issue afterwards.
+            // Only a blocking call can wait for a call that its own thread issues later.
             if is_alone
                 && state.comms.comms[&handle].is_blocking
                 && before.is_some_and(|(other, n)| other != rank && n == number)
             {
-                world().find("ungrouped", &format!("{clique}"), || {
+                machine().report_finding("ungrouped", &format!("{clique}"), || {
                     format!("one thread issues collective {number} of two ranks of a communicator outside of a group")
                 });
             }
@@ -98,9 +100,9 @@ fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>)
         let name = format!("NCCL rank {rank} of {:#x}: {}", state.comms.comms[&comm].clique, names.join(" and "));
         let group = Group { comm, parts, started: None };
         if state.comms.comms[&comm].is_blocking {
-            state.submit(world(), stream, Kind::Nccl(Box::new(group)), name);
+            state.submit(machine(), stream, OpKind::Nccl(Box::new(group)), name);
         } else {
-            defer(world(), state, stream, group, name);
+            defer(machine(), state, stream, group, name);
             answer = Err(ncclResult_t::ncclInProgress);
         }
     }
@@ -122,7 +124,7 @@ exports! { nccl;
             pending.depth = pending.depth.checked_sub(1).ok_or(ncclResult_t::ncclInvalidUsage)?;
             if pending.depth == 0 {
                 let calls = std::mem::take(&mut pending.calls);
-                return issue(&mut world().state(), pending, calls);
+                return issue(&mut machine().state(), pending, calls);
             }
             Ok(())
         })

@@ -1,20 +1,21 @@
-//! What collectives and messages do to memory.
+//! Memory accesses and arithmetic of collectives and messages.
 //!
-//! Reductions go by rank, in f32 for floating-point types up to 32 bits, so that results do not depend on the schedule.
+//! Reductions run in rank order, in f32 for floating-point types up to 32 bits, so that results do not depend on the
+//! schedule.
 #![allow(unsafe_code)]
 
 use crate::nccl::engine::{Call, CallKind};
-use crate::run::{Running, guest};
+use crate::run::{Running, accessor};
 use crate::shadow::Access;
-use crate::world::{World, lock};
+use crate::world::{SoftwareMachine, lock};
 
-/// Bytes of an element, by the number of its type.
+/// Bytes of an element by the number of its type.
 const ELEMENT_BYTES: [usize; 12] = [1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1];
 const AVERAGE: u32 = 4;
 
-/// A rank that takes part.
-pub struct Member {
-    /// What it called.
+/// A participating rank.
+pub(crate) struct Member {
+    /// Its call.
     pub call: Call,
     /// Its rank.
     pub rank: usize,
@@ -22,12 +23,12 @@ pub struct Member {
     pub running: Running,
 }
 
-/// Bytes of an element of a type, or `None` when there is no such type.
+/// Bytes of an element, or `None` for an unknown type.
 pub fn element_bytes(dtype: u32) -> Option<usize> {
     ELEMENT_BYTES.get(dtype as usize).copied()
 }
 
-/// Members whose data reaches the others: of this process's, where others have members too.
+/// Indices of the members whose data reaches the others, among the members in this process.
 pub fn sources(members: &[Member]) -> Vec<usize> {
     match members[0].call.kind {
         CallKind::Send | CallKind::Receive => vec![0],
@@ -38,7 +39,7 @@ pub fn sources(members: &[Member]) -> Vec<usize> {
     }
 }
 
-/// Elements that a member sends and receives.
+/// Number of elements that a member sends and receives.
 fn lengths(call: &Call, rank: usize, ranks: usize) -> (usize, usize) {
     let (n, is_root) = (call.count, call.peer as usize == rank);
     match call.kind {
@@ -52,7 +53,7 @@ fn lengths(call: &Call, rank: usize, ranks: usize) -> (usize, usize) {
     }
 }
 
-/// What is wrong with ranks that call these things together.
+/// Describes a mismatch between the ranks' calls.
 pub fn mismatch(calls: &[(usize, Call)]) -> Option<String> {
     let first = &calls[0];
     let is_message = matches!(first.1.kind, CallKind::Send | CallKind::Receive);
@@ -64,50 +65,50 @@ pub fn mismatch(calls: &[(usize, Call)]) -> Option<String> {
     let other = calls.iter().find(|c| facts(&c.1) != facts(&first.1))?;
     let describe = |(rank, c): &(usize, Call)| {
         format!(
-            "rank {rank} asks for {:?} of {} of type {}, reduction {}, root or peer {}",
+            "rank {rank} calls {:?} of {} of type {}, reduction {}, root or peer {}",
             c.kind, c.count, c.dtype, c.reduction, c.peer
         )
     };
     Some(format!("{}, but {}", describe(first), describe(other)))
 }
 
-/// Checks and makes one collective or message; `members` are all, by rank, or sender and receiver. True when they do not
-/// match.
-pub fn pass(world: &World, members: &[Member]) -> bool {
+/// Checks and executes one collective or message; `members` are all ranks in order, or sender and receiver. Returns
+/// whether the calls mismatch.
+pub fn execute(machine: &SoftwareMachine, members: &[Member]) -> bool {
     let calls: Vec<(usize, Call)> = members.iter().map(|m| (m.rank, m.call)).collect();
-    if let Some(what) = mismatch(&calls) {
-        world.find("collective-mismatch", &what, || what.clone());
+    if let Some(message) = mismatch(&calls) {
+        machine.report_finding("collective-mismatch", &message, || message.clone());
         return true;
     }
-    let inputs: Option<Vec<Vec<u8>>> = members.iter().map(|m| take(world, m, members.len())).collect();
+    let inputs: Option<Vec<Vec<u8>>> = members.iter().map(|m| read_input(machine, m, members.len())).collect();
     let Some(inputs) = inputs else { return false };
     let whole = combine(&calls[0].1, &inputs.iter().map(|input| &input[..]).collect::<Vec<_>>());
-    members.iter().for_each(|member| put(world, member, members.len(), &whole));
+    members.iter().for_each(|member| write_output(machine, member, members.len(), &whole));
     false
 }
 
-/// What a member of so many sends; `None` when it may not be read.
-pub fn take(world: &World, member: &Member, ranks: usize) -> Option<Vec<u8>> {
+/// Reads the data that a member sends; `None` if the access is invalid.
+pub fn read_input(machine: &SoftwareMachine, member: &Member, ranks: usize) -> Option<Vec<u8>> {
     let bytes = sent_bytes(member, ranks);
-    let mut shadow = lock(&world.shadow);
-    let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
-    if !guest.touch(member.call.send, bytes, Access::Read) {
+    let mut shadow = lock(&machine.shadow);
+    let mut accessor = accessor(&mut shadow, &machine.registry, &machine.findings, &member.running);
+    if !accessor.touch(member.call.send, bytes, Access::Read) {
         return None;
     }
     let mut input = Vec::new();
     if bytes > 0 {
-        // SAFETY: the range was just checked.
+        // SAFETY: the range was checked above.
         input.extend_from_slice(unsafe { std::slice::from_raw_parts(member.call.send as *const u8, bytes) });
     }
     Some(input)
 }
 
-/// How much a member of so many sends.
+/// Number of bytes that a member sends.
 pub fn sent_bytes(member: &Member, ranks: usize) -> usize {
     lengths(&member.call, member.rank, ranks).0 * ELEMENT_BYTES[member.call.dtype as usize]
 }
 
-/// What comes of what all members send, of which each gets all or its part: see [`put`].
+/// Combines the data of all members; each member receives all or its part of the result: see [`write_output`].
 pub fn combine(call: &Call, inputs: &[&[u8]]) -> Vec<u8> {
     match call.kind {
         CallKind::AllReduce | CallKind::Reduce | CallKind::ReduceScatter => reduce(inputs, call),
@@ -117,17 +118,17 @@ pub fn combine(call: &Call, inputs: &[&[u8]]) -> Vec<u8> {
     }
 }
 
-/// Writes what a member of so many receives.
-pub fn put(world: &World, member: &Member, ranks: usize, whole: &[u8]) {
+/// Writes the data that a member receives.
+pub fn write_output(machine: &SoftwareMachine, member: &Member, ranks: usize, whole: &[u8]) {
     let (_, received) = lengths(&member.call, member.rank, ranks);
     let bytes = received * ELEMENT_BYTES[member.call.dtype as usize];
-    let mut shadow = lock(&world.shadow);
-    let mut guest = guest(&mut shadow, &world.registry, &world.findings, &member.running);
-    if bytes == 0 || !guest.touch(member.call.receive, bytes, Access::Write) {
+    let mut shadow = lock(&machine.shadow);
+    let mut accessor = accessor(&mut shadow, &machine.registry, &machine.findings, &member.running);
+    if bytes == 0 || !accessor.touch(member.call.receive, bytes, Access::Write) {
         return;
     }
     let start = if member.call.kind == CallKind::ReduceScatter { member.rank * bytes } else { 0 };
-    // SAFETY: the range was just checked, and `whole` is as long.
+    // SAFETY: the range was checked above, and `whole` has at least its length.
     unsafe {
         let from = whole[start..start + bytes].as_ptr();
         std::ptr::copy_nonoverlapping(from, member.call.receive as *mut u8, bytes);
@@ -174,7 +175,7 @@ fn fold<T: Copy>(
     max: impl Fn(T, T) -> T,
     min: impl Fn(T, T) -> T,
 ) -> T {
-    let first = values.next().expect("one rank at least");
+    let first = values.next().expect("at least one rank");
     values.fold(first, |a, b| match reduction {
         1 => product(a, b),
         2 => max(a, b),
@@ -226,19 +227,19 @@ mod tests {
     }
 
     #[test]
-    fn reductions_of_each_type() {
-        let floats = |v: [f32; 2]| v.iter().flat_map(|x| x.to_ne_bytes()).collect::<Vec<u8>>();
-        let inputs = [&floats([1.0, -2.0])[..], &floats([3.0, 4.0])];
-        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 0)), floats([4.0, 2.0]));
-        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, AVERAGE)), floats([2.0, 1.0]));
-        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 2)), floats([3.0, 4.0]));
+    fn every_type_is_reduced() {
+        let f32_bytes = |v: [f32; 2]| v.iter().flat_map(|x| x.to_ne_bytes()).collect::<Vec<u8>>();
+        let inputs = [&f32_bytes([1.0, -2.0])[..], &f32_bytes([3.0, 4.0])];
+        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 0)), f32_bytes([4.0, 2.0]));
+        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, AVERAGE)), f32_bytes([2.0, 1.0]));
+        assert_eq!(reduce(&inputs, &call(CallKind::AllReduce, 7, 2)), f32_bytes([3.0, 4.0]));
         let bytes = [&[255u8, 3][..], &[1, 4]];
         assert_eq!(reduce(&bytes, &call(CallKind::AllReduce, 0, 0)), [0, 7]);
         assert_eq!(reduce(&bytes, &call(CallKind::AllReduce, 1, 2)), [255, 4]);
-        let halves = |v: [f32; 2]| v.iter().flat_map(|x| to_bf16(*x).to_le_bytes()).collect::<Vec<u8>>();
+        let bf16_bytes = |v: [f32; 2]| v.iter().flat_map(|x| to_bf16(*x).to_le_bytes()).collect::<Vec<u8>>();
         assert_eq!(
-            reduce(&[&halves([1.0, 2.0])[..], &halves([0.5, 0.25])], &call(CallKind::AllReduce, 9, 0)),
-            halves([1.5, 2.25])
+            reduce(&[&bf16_bytes([1.0, 2.0])[..], &bf16_bytes([0.5, 0.25])], &call(CallKind::AllReduce, 9, 0)),
+            bf16_bytes([1.5, 2.25])
         );
     }
 }

@@ -1,15 +1,16 @@
-//! Communicators and what passes between their ranks: who meets whom, and in which order.
+//! Communicators, the matching of their ranks' calls, and the order of collectives.
 //!
 //! - NC-1: the n-th collective of a communicator is the same on all its ranks: kind, count, type, reduction and root.
-//! - NC-2: communicators that share devices issue their collectives in one order on all of these.
+//! - NC-2: communicators that share devices issue their collectives in the same order on all of them.
 //!
-//! Calls of a group on one communicator and stream are one operation. It starts when it is its stream's first; a part of
-//! it is done once its partners have started too, and the operation ends with its last part. Where the communicator does
-//! not block, the call answers "in progress", and the operation comes to its stream only when the host has asked.
+//! The calls of a group on one communicator and stream form one operation. It starts when it is first in its stream;
+//! each part executes once its partners have started too, and the operation ends with its last part. On a non-blocking
+//! communicator the call returns "in progress", and the operation is submitted to its stream only after the host has
+//! polled.
 //!
-//! Where other processes have ranks too, the first message between two ranks stays "in progress" until both have called, since
-//! NCCL connects them only then; a part whose partners of this process have started is posted to the hub, and done
-//! when the hub's answer has come. Clocks do not cross processes, for neither do addresses.
+//! If other processes have ranks, the first message between two ranks stays "in progress" until both have called,
+//! because NCCL connects them only then. A part whose local partners have started is posted to the hub, and executes
+//! when the hub's result arrives. Clocks do not cross processes, because addresses do not either.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, MutexGuard};
@@ -18,42 +19,42 @@ use std::time::{Duration, Instant};
 use cudarc::nccl::sys::ncclResult_t;
 
 use crate::clock::Clock;
-use crate::nccl::abroad::{Answer, post};
+use crate::nccl::abroad::{ExchangeResult, post};
 use crate::nccl::data;
-use crate::nccl::wire::{Direction, Meeting, Said, Wire};
+use crate::nccl::wire::{Direction, ExchangeId, HubConnection, HubMessage};
 use crate::run::{Running, start};
-use crate::scheduler::Hold;
-use crate::world::{Kind, State, World};
+use crate::scheduler::Blocker;
+use crate::world::{OpKind, SoftwareMachine, State};
 
-/// What a call asks for.
+/// The kind of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub enum CallKind {
-    /// Sum or such of all, to all.
+pub(crate) enum CallKind {
+    /// A reduction of all ranks' data, to all.
     AllReduce,
     /// The root's data, to all.
     Broadcast,
-    /// Sum or such of all, to the root.
+    /// A reduction of all ranks' data, to the root.
     Reduce,
-    /// Everybody's data, to all.
+    /// The data of all ranks, to all.
     AllGather,
-    /// A piece of the sum of all, to each.
+    /// A part of the reduction of all ranks' data, to each.
     ReduceScatter,
-    /// To a peer.
+    /// A message to a peer.
     Send,
-    /// From a peer.
+    /// A message from a peer.
     Receive,
 }
 
 /// A call.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
-pub struct Call {
-    /// What.
+pub(crate) struct Call {
+    /// Its kind.
     pub kind: CallKind,
-    /// Address of what is sent.
+    /// Address of the sent data.
     pub send: usize,
-    /// Address of what is received.
+    /// Address of the received data.
     pub receive: usize,
-    /// Elements, as the function of that name counts them.
+    /// Number of elements, as the NCCL function counts them.
     pub count: usize,
     /// Number of the type.
     pub dtype: u32,
@@ -63,9 +64,9 @@ pub struct Call {
     pub peer: i32,
 }
 
-/// What tells partners of a part.
+/// Identifies the partners of a part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Tag {
+pub(crate) enum Tag {
     /// The n-th collective of the communicator.
     Collective(u64),
     /// The n-th message to a rank.
@@ -75,24 +76,24 @@ pub enum Tag {
 }
 
 /// A call with its tag.
-pub struct Part {
+pub(crate) struct Part {
     /// The call.
     pub call: Call,
     /// Its tag.
     pub tag: Tag,
-    /// How far it is.
+    /// Its progress.
     pub stage: Stage,
 }
 
-/// How far a part is.
-pub enum Stage {
-    /// Its partners of this process have not all started.
+/// Progress of a part.
+pub(crate) enum Stage {
+    /// Not all of its local partners have started.
     Waiting,
-    /// The hub knows of it.
+    /// It was posted to the hub.
     Posted,
-    /// The hub has answered.
-    Answered(Arc<Answer>),
-    /// It is over.
+    /// The hub has sent the result.
+    Answered(Arc<ExchangeResult>),
+    /// It has finished.
     Done,
 }
 
@@ -102,41 +103,41 @@ impl Part {
     }
 }
 
-/// Calls of one group on one communicator and stream.
-pub struct Group {
+/// The calls of one group on one communicator and stream.
+pub(crate) struct Group {
     /// Handle of the communicator.
     pub comm: u64,
     /// Its calls.
     pub parts: Vec<Part>,
-    /// Set once it is its stream's first.
+    /// Set once it is first in its stream.
     pub started: Option<Running>,
 }
 
 /// A communicator of one rank.
-pub struct Comm {
-    /// All ranks together.
+pub(crate) struct Comm {
+    /// Handle of its clique.
     pub clique: u64,
-    /// This one.
+    /// Its rank.
     pub rank: usize,
     /// Its device.
     pub device: usize,
-    /// Whether its calls wait.
+    /// Whether its calls block.
     pub is_blocking: bool,
     /// Destroyed or aborted: later calls are refused.
     pub is_closed: bool,
     collectives: u64,
     sent: HashMap<usize, u64>,
     received: HashMap<usize, u64>,
-    /// What went wrong behind its back.
+    /// Asynchronous error.
     pub error: Option<ncclResult_t>,
-    /// Operations of calls that are still in progress: they come to their streams once the host has asked, or later.
+    /// Operations of calls in progress, which are submitted to their streams after the host has polled, or later.
     pub deferred: Vec<Deferred>,
-    /// Whether the host has asked about them.
-    pub was_asked: bool,
+    /// Whether the host has polled since the last call.
+    pub was_polled: bool,
 }
 
-/// An operation of a communicator that does not block, before it is in its stream's queue.
-pub struct Deferred {
+/// An operation of a non-blocking communicator that is not in its stream's queue yet.
+pub(crate) struct Deferred {
     stream: u64,
     group: Box<Group>,
     name: String,
@@ -144,56 +145,56 @@ pub struct Deferred {
     since: Instant,
 }
 
-/// How long operations stay deferred when the host never asks.
+/// How long operations stay deferred if the host never polls.
 const DEFERRED_FOR: Duration = Duration::from_millis(5);
 
 /// The ranks of one unique id.
 #[derive(Default)]
-pub struct Clique {
-    /// Handles, by rank.
+pub(crate) struct Clique {
+    /// Handles by rank; `None` for ranks that are missing or in other processes.
     pub ranks: Vec<Option<u64>>,
-    /// Devices, by rank.
+    /// Devices of the local ranks, in joining order.
     pub devices: Vec<usize>,
-    /// A rank of it was given up.
-    pub is_over: bool,
-    /// Why it cannot be, or can no longer.
+    /// A rank was destroyed or aborted.
+    pub is_closing: bool,
+    /// Error of the whole clique.
     pub error: Option<ncclResult_t>,
-    /// To the hub, where ranks of all processes meet.
-    pub wire: Option<Arc<Wire>>,
-    /// All ranks are there, some of them in other processes.
-    pub is_abroad: bool,
-    /// First messages that ranks of other processes have called for.
+    /// Connection to the hub, which coordinates the processes.
+    pub hub: Option<Arc<HubConnection>>,
+    /// All ranks have joined, some of them in other processes.
+    pub has_remote_ranks: bool,
+    /// First messages that ranks of other processes have called.
     pub called: HashSet<Direction>,
-    /// The hub's process may end.
-    pub hub_left: bool,
-    /// Collectives issued, by device.
+    /// The hub's process has released its ranks and may end.
+    pub hub_has_left: bool,
+    /// Number of issued collectives by device.
     issued: HashMap<usize, u64>,
-    /// For a collective that not all ranks of this process have issued: who issued it first, what other cliques had issued
-    /// there by then, and how many ranks have not.
+    /// For a collective that not all local ranks have issued: the first device to issue it, the counts of other cliques
+    /// on that device at the time, and the number of ranks that have not issued it.
     orders: HashMap<u64, (usize, BTreeMap<u64, u64>, usize)>,
 }
 
 impl Clique {
-    /// One that its ranks have yet to join.
-    pub fn of(ranks: usize, wire: Arc<Wire>) -> Clique {
-        Clique { ranks: vec![None; ranks], wire: Some(wire), ..Clique::default() }
+    /// A clique without ranks yet.
+    pub fn of(ranks: usize, hub: Arc<HubConnection>) -> Clique {
+        Clique { ranks: vec![None; ranks], hub: Some(hub), ..Clique::default() }
     }
 
-    /// Whether all ranks are there.
+    /// Whether all ranks have joined.
     pub fn is_full(&self) -> bool {
-        self.is_abroad || self.ranks.iter().all(Option::is_some)
+        self.has_remote_ranks || self.ranks.iter().all(Option::is_some)
     }
 }
 
-/// NC-2 broken: by which two cliques, and how.
-pub type Disorder = ((u64, u64), String);
+/// A violation of NC-2: the two cliques, and a description.
+pub(crate) type Disorder = ((u64, u64), String);
 
 /// All communicators.
 #[derive(Default)]
-pub struct Comms {
+pub(crate) struct Comms {
     /// By handle.
     pub comms: BTreeMap<u64, Comm>,
-    /// By their own handle.
+    /// By handle.
     pub cliques: BTreeMap<u64, Clique>,
     /// Cliques by unique id.
     pub ids: HashMap<String, u64>,
@@ -206,13 +207,13 @@ impl Comms {
         open.map(|c| format!("communicator of rank {} on device {}", c.rank, c.device)).collect()
     }
 
-    /// Names of the communicators whose ranks in this process were all given up.
-    pub fn left(&self) -> Vec<String> {
+    /// Names of the communicators whose local ranks are all closed.
+    pub fn closed_names(&self) -> Vec<String> {
         let is_open = |clique: u64| self.comms.values().any(|c| c.clique == clique && !c.is_closed);
         self.ids.iter().filter(|(_, clique)| !is_open(**clique)).map(|(name, _)| name.clone()).collect()
     }
 
-    /// A new rank of a clique.
+    /// Adds a rank to a clique.
     pub fn add(&mut self, handle: u64, clique: u64, rank: usize, device: usize, is_blocking: bool) {
         let comm = Comm {
             clique,
@@ -225,10 +226,10 @@ impl Comms {
             received: HashMap::new(),
             error: None,
             deferred: Vec::new(),
-            was_asked: false,
+            was_polled: false,
         };
         self.comms.insert(handle, comm);
-        let members = self.cliques.get_mut(&clique).expect("its clique exists");
+        let members = self.cliques.get_mut(&clique).expect("cliques are never removed");
         if members.devices.contains(&device) {
             members.error = Some(ncclResult_t::ncclInvalidUsage);
         }
@@ -236,28 +237,28 @@ impl Comms {
         members.devices.push(device);
     }
 
-    /// A rank is given up, in order or not.
+    /// Closes a rank that was destroyed (`in_order`) or aborted.
     pub fn close(&mut self, handle: u64, in_order: bool) {
-        let comm = self.comms.get_mut(&handle).expect("it was looked up");
+        let comm = self.comms.get_mut(&handle).expect("looked up by the caller");
         comm.is_closed = true;
         let (number, rank) = (comm.clique, comm.rank);
         let is_last = self.comms.values().all(|c| c.clique != number || c.is_closed);
-        let clique = self.cliques.get_mut(&number).expect("its clique exists");
-        clique.is_over = true;
+        let clique = self.cliques.get_mut(&number).expect("cliques are never removed");
+        clique.is_closing = true;
         if !in_order {
             clique.error.get_or_insert(ncclResult_t::ncclRemoteError);
         }
-        if let Some(wire) = &clique.wire {
-            wire.say(&Said::Leave { rank, in_order }, &[]);
+        if let Some(hub) = &clique.hub {
+            hub.send(&HubMessage::Leave { rank, in_order }, &[]);
             if is_last {
-                wire.end();
+                hub.end();
             }
         }
     }
 
-    /// The tag of a communicator's next call, and what it breaks of NC-2.
+    /// The tag of a communicator's next call, and its violation of NC-2, if any.
     pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<Disorder>) {
-        let comm = self.comms.get_mut(&handle).expect("it was looked up");
+        let comm = self.comms.get_mut(&handle).expect("looked up by the caller");
         let peer = call.peer.max(0) as usize;
         let next = |counts: &mut HashMap<usize, u64>| {
             let count = counts.entry(peer).or_insert(0);
@@ -273,39 +274,39 @@ impl Comms {
             }
         };
         let (own, device, number) = (comm.clique, comm.device, comm.collectives);
-        (tag, self.note_order(own, device, number))
+        (tag, self.check_order(own, device, number))
     }
 
-    /// NC-2: what `device` has issued of other communicators before the `number`-th collective of the clique `own` is
-    /// what the first device to issue it had issued.
-    fn note_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
+    /// NC-2: before the `number`-th collective of the clique `own`, `device` has issued the same numbers of collectives
+    /// of other communicators as the first device that issued it.
+    fn check_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
         let before: BTreeMap<u64, u64> = self
             .cliques
             .iter()
-            .filter(|(other, c)| **other != own && !c.is_over && c.devices.contains(&device))
+            .filter(|(other, c)| **other != own && !c.is_closing && c.devices.contains(&device))
             .map(|(other, c)| (*other, c.issued.get(&device).copied().unwrap_or(0)))
             .collect();
         let ranks = self.cliques[&own].devices.len();
         let known = self.cliques[&own].orders.get(&number).cloned();
         let mut broken = None;
-        if let Some((first, theirs, _)) = &known {
+        if let Some((first, first_counts, _)) = &known {
             for (other, count) in &before {
-                let is_shared = theirs.contains_key(other) && self.cliques[other].devices.contains(first);
-                let there = theirs.get(other).copied().unwrap_or(0);
+                let is_shared = first_counts.contains_key(other) && self.cliques[other].devices.contains(first);
+                let there = first_counts.get(other).copied().unwrap_or(0);
                 if is_shared && there != *count {
-                    let what = format!(
+                    let message = format!(
                         "device {device} issues collective {number} of communicator {own:#x} after {count} of \
-                         communicator {other:#x}, device {first} after {there}: one order on all devices is needed"
+                         communicator {other:#x}, device {first} after {there}: all devices must use one order"
                     );
-                    broken = Some(((own.min(*other), own.max(*other)), what));
+                    broken = Some(((own.min(*other), own.max(*other)), message));
                 }
             }
         }
-        let clique = self.cliques.get_mut(&own).expect("its clique exists");
+        let clique = self.cliques.get_mut(&own).expect("cliques are never removed");
         *clique.issued.entry(device).or_insert(0) += 1;
-        let (first, theirs, left) = known.unwrap_or((device, before, ranks));
+        let (first, first_counts, left) = known.unwrap_or((device, before, ranks));
         if left > 1 {
-            clique.orders.insert(number, (first, theirs, left - 1));
+            clique.orders.insert(number, (first, first_counts, left - 1));
         } else {
             clique.orders.remove(&number);
         }
@@ -313,26 +314,26 @@ impl Comms {
     }
 }
 
-/// A part whose partners of this process have all started.
-pub struct Transfer {
-    /// Stream, part: by rank, or sender first.
+/// A part whose local partners have all started.
+pub(crate) struct Transfer {
+    /// Streams and part indices, by rank or sender first.
     pub members: Vec<(u64, usize)>,
-    /// What is to be done.
+    /// The next step.
     step: Step,
 }
 
 enum Step {
-    /// All of it.
-    Here,
-    /// The hub is to be told.
-    Post(Meeting),
-    /// The hub has answered.
-    Take(Arc<Answer>),
+    /// Execute within this process.
+    Local,
+    /// Post the calls to the hub.
+    Post(ExchangeId),
+    /// Write the hub's result.
+    Receive(Arc<ExchangeResult>),
 }
 
 fn started_part(state: &State, comm: u64, tag: Tag) -> Option<(u64, usize)> {
     state.streams.iter().find_map(|(handle, stream)| {
-        let Some(Kind::Nccl(group)) = stream.queue.front().map(|o| &o.kind) else { return None };
+        let Some(OpKind::Nccl(group)) = stream.queue.front().map(|o| &o.kind) else { return None };
         if group.comm != comm || group.started.is_none() || stream.is_busy || stream.is_hung {
             return None;
         }
@@ -341,7 +342,7 @@ fn started_part(state: &State, comm: u64, tag: Tag) -> Option<(u64, usize)> {
     })
 }
 
-/// Handles of partners of a part, with the tags that they know it by; none for those of other processes.
+/// Ranks, handles and tags of the partners of a part; the handle is `None` in other processes.
 fn partners(state: &State, comm: u64, tag: Tag) -> Vec<(usize, Option<u64>, Tag)> {
     let own = &state.comms.comms[&comm];
     let clique = &state.comms.cliques[&own.clique];
@@ -353,19 +354,19 @@ fn partners(state: &State, comm: u64, tag: Tag) -> Vec<(usize, Option<u64>, Tag)
     }
 }
 
-/// A part of the first operation of a stream that can be done now.
+/// A part of a stream's first operation that can execute now.
 pub fn next_transfer(state: &State, handle: u64) -> Option<Transfer> {
-    let Some(Kind::Nccl(group)) = state.streams[&handle].queue.front().map(|o| &o.kind) else { return None };
+    let Some(OpKind::Nccl(group)) = state.streams[&handle].queue.front().map(|o| &o.kind) else { return None };
     group.started.as_ref()?;
     let own = &state.comms.comms[&group.comm];
-    let is_abroad = state.comms.cliques[&own.clique].is_abroad;
+    let has_remote_ranks = state.comms.cliques[&own.clique].has_remote_ranks;
     for (index, part) in group.parts.iter().enumerate() {
         let partners = partners(state, group.comm, part.tag);
-        let crosses = is_abroad && partners.iter().any(|p| p.1.is_none());
+        let crosses = has_remote_ranks && partners.iter().any(|p| p.1.is_none());
         let step = match &part.stage {
-            Stage::Waiting if crosses => Step::Post(Meeting::of(own.rank, part.tag)),
-            Stage::Waiting => Step::Here,
-            Stage::Answered(answer) => Step::Take(answer.clone()),
+            Stage::Waiting if crosses => Step::Post(ExchangeId::of(own.rank, part.tag)),
+            Stage::Waiting => Step::Local,
+            Stage::Answered(answer) => Step::Receive(answer.clone()),
             Stage::Posted | Stage::Done => continue,
         };
         let here = partners.into_iter().filter(|p| p.1.is_some() || !crosses);
@@ -381,62 +382,66 @@ pub fn next_transfer(state: &State, handle: u64) -> Option<Transfer> {
     None
 }
 
-/// What a started operation waits for.
-pub fn holds(state: &State, own: u64, group: &Group) -> Vec<Hold> {
-    let mut holds = Vec::new();
-    let is_abroad = state.comms.cliques[&state.comms.comms[&group.comm].clique].is_abroad;
+/// The reasons why a started operation waits.
+pub fn blockers(state: &State, own: u64, group: &Group) -> Vec<Blocker> {
+    let mut blockers = Vec::new();
+    let has_remote_ranks = state.comms.cliques[&state.comms.comms[&group.comm].clique].has_remote_ranks;
     for part in group.parts.iter().filter(|p| !p.is_done()) {
         for (rank, comm, tag) in partners(state, group.comm, part.tag) {
             let Some(comm) = comm else {
-                let why = if is_abroad { "of another process" } else { "which never joined" };
-                holds.push(Hold::Missing(format!("rank {rank}, {why}")));
+                let why = if has_remote_ranks { "of another process" } else { "which never joined" };
+                blockers.push(Blocker::Missing(format!("rank {rank}, {why}")));
                 continue;
             };
             if started_part(state, comm, tag).is_some() {
                 continue;
             }
             let queued = state.streams.iter().find(|(_, s)| {
-                s.queue.iter().any(|o| matches!(&o.kind, Kind::Nccl(g) if g.comm == comm && has(g, tag)))
+                s.queue.iter().any(|o| matches!(&o.kind, OpKind::Nccl(g) if g.comm == comm && has(g, tag)))
             });
             match queued {
                 Some((other, _)) if *other != own => {
-                    holds.push(Hold::Stream(*other, format!("rank {rank} there has not come to it")));
+                    blockers.push(Blocker::Stream(*other, format!("rank {rank} there has not reached it")));
                 }
-                Some(_) => holds.push(Hold::Stream(own, format!("rank {rank}, behind it on its own stream"))),
-                None => holds.push(Hold::Missing(format!("rank {rank}, which has not issued it"))),
+                Some(_) => blockers.push(Blocker::Stream(own, format!("rank {rank}, behind it on its own stream"))),
+                None => blockers.push(Blocker::Missing(format!("rank {rank}, which has not issued it"))),
             }
         }
     }
-    holds
+    blockers
 }
 
 fn has(group: &Group, tag: Tag) -> bool {
     group.parts.iter().any(|p| p.tag == tag && !p.is_done())
 }
 
-/// Starts the first operation of a stream, or does one part of it.
-pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u64) -> MutexGuard<'a, State> {
+/// Starts the first operation of a stream, or executes one part of it.
+pub fn advance<'a>(
+    machine: &'a SoftwareMachine,
+    mut state: MutexGuard<'a, State>,
+    handle: u64,
+) -> MutexGuard<'a, State> {
     let op = &state.streams[&handle].queue[0];
-    let Kind::Nccl(group) = &op.kind else { return state };
+    let OpKind::Nccl(group) = &op.kind else { return state };
     if group.started.is_none() {
         let (host, name) = (op.host.clone(), op.name.clone());
-        let running = start(world, &mut state, handle, &host, name);
+        let running = start(machine, &mut state, handle, &host, name);
         group_mut(&mut state, handle).started = Some(running);
         return state;
     }
     let Some(transfer) = next_transfer(&state, handle) else { return state };
     let ranks = state.comms.cliques[&state.comms.comms[&group.comm].clique].ranks.len();
-    let wire = state.comms.cliques[&state.comms.comms[&group.comm].clique].wire.clone();
+    let hub = state.comms.cliques[&state.comms.comms[&group.comm].clique].hub.clone();
     let mut members = Vec::new();
     for (stream, part) in &transfer.members {
-        let queued = state.streams.get_mut(stream).expect("it was found");
+        let queued = state.streams.get_mut(stream).expect("looked up above");
         queued.is_busy = true;
         let group = group_mut(&mut state, *stream);
         if matches!(transfer.step, Step::Post(_)) {
             group.parts[*part].stage = Stage::Posted;
         }
         let call = group.parts[*part].call;
-        let running = group.started.as_ref().expect("it has started");
+        let running = group.started.as_ref().expect("the operation has started");
         let running = Running { knows: running.knows.clone(), clock: running.clock.clone(), ..*running };
         let comm = group.comm;
         let rank = state.comms.comms[&comm].rank;
@@ -444,29 +449,29 @@ pub fn advance<'a>(world: &'a World, mut state: MutexGuard<'a, State>, handle: u
     }
     drop(state);
     let mismatch = match &transfer.step {
-        Step::Here => data::pass(world, &members),
-        Step::Post(meeting) => {
-            post(world, wire.as_deref(), *meeting, &members, ranks);
-            let mut state = world.state();
-            transfer.members.iter().for_each(|(stream, _)| rest(&mut state, *stream));
+        Step::Local => data::execute(machine, &members),
+        Step::Post(exchange) => {
+            post(machine, hub.as_deref(), *exchange, &members, ranks);
+            let mut state = machine.state();
+            transfer.members.iter().for_each(|(stream, _)| set_idle(&mut state, *stream));
             return state;
         }
-        Step::Take(answer) => {
-            // A mismatch was told when the answer came.
+        Step::Receive(answer) => {
+            // A mismatch was reported when the result arrived.
             if answer.mismatch.is_none() {
-                members.iter().for_each(|member| data::put(world, member, ranks, &answer.bytes));
+                members.iter().for_each(|member| data::write_output(machine, member, ranks, &answer.bytes));
             }
             answer.mismatch.is_some()
         }
     };
-    finish(world.state(), &transfer.members, &members, mismatch)
+    finish(machine.state(), &transfer.members, &members, mismatch)
 }
 
-fn rest(state: &mut State, stream: u64) {
-    state.streams.get_mut(&stream).expect("streams stay while they are busy").is_busy = false;
+fn set_idle(state: &mut State, stream: u64) {
+    state.streams.get_mut(&stream).expect("busy streams are not removed").is_busy = false;
 }
 
-/// Parts are done, and operations whose last they were.
+/// Finishes executed parts, and operations whose last part they were.
 fn finish<'a>(
     mut state: MutexGuard<'a, State>,
     transferred: &[(u64, usize)],
@@ -475,115 +480,115 @@ fn finish<'a>(
 ) -> MutexGuard<'a, State> {
     let sources = data::sources(members);
     for (stream, part) in transferred {
-        rest(&mut state, *stream);
-        // It was aborted meanwhile.
+        set_idle(&mut state, *stream);
+        // Skips operations that were aborted meanwhile.
         let queued = &state.streams[stream];
-        if !matches!(queued.queue.front().map(|o| &o.kind), Some(Kind::Nccl(g)) if g.started.is_some()) {
+        if !matches!(queued.queue.front().map(|o| &o.kind), Some(OpKind::Nccl(g)) if g.started.is_some()) {
             continue;
         }
         let group = group_mut(&mut state, *stream);
         group.parts[*part].stage = Stage::Done;
         let comm = group.comm;
-        let is_over = group.parts.iter().all(Part::is_done);
-        let running = group.started.as_mut().expect("it has started");
+        let is_finished = group.parts.iter().all(Part::is_done);
+        let running = group.started.as_mut().expect("the operation has started");
         sources.iter().for_each(|source| running.knows.join(&members[*source].running.knows));
         let knows = running.knows.clone();
         if mismatch {
-            state.comms.comms.get_mut(&comm).expect("comms stay").error = Some(ncclResult_t::ncclInvalidUsage);
+            state.comms.comms.get_mut(&comm).expect("communicators are never removed").error =
+                Some(ncclResult_t::ncclInvalidUsage);
         }
-        if is_over {
-            let queued = state.streams.get_mut(stream).expect("it was found");
+        if is_finished {
+            let queued = state.streams.get_mut(stream).expect("looked up above");
             queued.queue.pop_front();
             queued.clock.join(&knows);
-            state.remove_if_over(*stream);
+            state.remove_if_finished(*stream);
         }
     }
     state
 }
 
 fn group_mut(state: &mut State, handle: u64) -> &mut Group {
-    let queued = state.streams.get_mut(&handle).expect("it was found");
+    let queued = state.streams.get_mut(&handle).expect("looked up above");
     match &mut queued.queue[0].kind {
-        Kind::Nccl(group) => group,
-        _ => unreachable!("its first operation is a group"),
+        OpKind::Nccl(group) => group,
+        _ => unreachable!("the first operation is a group"),
     }
 }
 
-/// Keeps a communicator's operation back, as NCCL does when the communicator does not block: whoever goes on with the
-/// stream before the host was told that the call is over, overtakes it.
-pub fn defer(world: &World, state: &mut State, stream: u64, group: Group, name: String) {
-    let (host, comm) = (state.host_clock(world.config.one_host), group.comm);
-    let first: Vec<Direction> = first_abroad(state, comm, &group).collect();
+/// Defers an operation, as NCCL does on a non-blocking communicator: work submitted to the stream before the host has
+/// polled the call's completion overtakes it.
+pub fn defer(machine: &SoftwareMachine, state: &mut State, stream: u64, group: Group, name: String) {
+    let (host, comm) = (state.host_clock(machine.config.one_host), group.comm);
+    let first: Vec<Direction> = first_remote_messages(state, comm, &group).collect();
     let deferred = Deferred { stream, group: Box::new(group), name, host, since: Instant::now() };
-    let comm = state.comms.comms.get_mut(&comm).expect("it was looked up");
-    if let Some(wire) = &state.comms.cliques[&comm.clique].wire {
-        first.into_iter().for_each(|direction| wire.say(&Said::Call(direction), &[]));
+    let comm = state.comms.comms.get_mut(&comm).expect("looked up by the caller");
+    if let Some(hub) = &state.comms.cliques[&comm.clique].hub {
+        first.into_iter().for_each(|direction| hub.send(&HubMessage::Call(direction), &[]));
     }
     comm.deferred.push(deferred);
-    comm.was_asked = false;
-    state.last_move = Instant::now();
+    comm.was_polled = false;
+    state.last_progress = Instant::now();
 }
 
-/// The host asks whether a communicator's calls are over: not yet, the first time.
-pub fn ask(world: &World, state: &mut State, comm: u64) -> bool {
-    let found = state.comms.comms.get_mut(&comm).expect("it was looked up");
+/// Polls whether a communicator's calls have finished; never true on the first poll after a call.
+pub fn poll_calls(machine: &SoftwareMachine, state: &mut State, comm: u64) -> bool {
+    let found = state.comms.comms.get_mut(&comm).expect("looked up by the caller");
     if found.deferred.is_empty() {
         return true;
     }
-    if !std::mem::replace(&mut found.was_asked, true) || !is_connected(state, comm) {
+    if !std::mem::replace(&mut found.was_polled, true) || !is_connected(state, comm) {
         return false;
     }
-    settle(world, state, comm);
+    submit_deferred(machine, state, comm);
     true
 }
 
 /// The first messages of a group to and from ranks of other processes.
-fn first_abroad(state: &State, comm: u64, group: &Group) -> impl Iterator<Item = Direction> {
+fn first_remote_messages(state: &State, comm: u64, group: &Group) -> impl Iterator<Item = Direction> {
     let own = &state.comms.comms[&comm];
     let ranks = &state.comms.cliques[&own.clique].ranks;
     let first = group.parts.iter().filter_map(|part| Direction::of_first(own.rank, part.tag));
     first.filter(|direction| ranks.get(direction.peer).is_some_and(Option::is_none))
 }
 
-/// Whether the other ends of a communicator's deferred messages have called too, where these are the first.
+/// Whether the remote ends of a communicator's deferred first messages have called too.
 fn is_connected(state: &State, comm: u64) -> bool {
     let own = &state.comms.comms[&comm];
     let called = &state.comms.cliques[&own.clique].called;
-    let deferred = own.deferred.iter().flat_map(|deferred| first_abroad(state, comm, &deferred.group));
+    let deferred = own.deferred.iter().flat_map(|deferred| first_remote_messages(state, comm, &deferred.group));
     deferred.map(Direction::other).all(|other| called.contains(&other))
 }
 
-fn settle(world: &World, state: &mut State, comm: u64) {
-    let deferred = std::mem::take(&mut state.comms.comms.get_mut(&comm).expect("it was looked up").deferred);
+fn submit_deferred(machine: &SoftwareMachine, state: &mut State, comm: u64) {
+    let deferred = std::mem::take(&mut state.comms.comms.get_mut(&comm).expect("looked up by the caller").deferred);
     for Deferred { stream, group, name, host, .. } in deferred {
-        state.submit_as(world, stream, Kind::Nccl(group), name, host);
+        state.submit_as(machine, stream, OpKind::Nccl(group), name, host);
     }
 }
 
-/// Settles calls that the host does not ask about. True when there were any.
-pub fn settle_old(world: &World, state: &mut State) -> bool {
+/// Submits deferred calls that the host does not poll. Returns whether there were any.
+pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool {
     let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
-    let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > world.config.deadlock);
+    let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > machine.config.deadlock);
     let may = |(handle, comm): &(&u64, &Comm)| is_old(comm) && (is_connected(state, **handle) || is_left(comm));
     let old: Vec<u64> = state.comms.comms.iter().filter(may).map(|(handle, _)| *handle).collect();
     for comm in old.iter().filter(|comm| !is_connected(state, **comm)) {
         let (rank, key) = (state.comms.comms[comm].rank, format!("{comm} connects"));
-        world.find("deadlock", &key, || {
-            format!(
-                "rank {rank} waits until its first message is on its stream, and the other end has not called for it"
-            )
+        machine.report_finding("deadlock", &key, || {
+            format!("rank {rank} waits until its first message is on its stream, but the other end has not called it")
         });
     }
-    old.iter().for_each(|comm| settle(world, state, *comm));
+    old.iter().for_each(|comm| submit_deferred(machine, state, *comm));
     !old.is_empty()
 }
 
-/// Takes a communicator's operations out of all queues. Returns how many there were.
+/// Removes a communicator's operations from all queues. Returns their number.
 pub fn abort(state: &mut State, comm: u64) -> usize {
-    let mut dropped = std::mem::take(&mut state.comms.comms.get_mut(&comm).expect("it was looked up").deferred).len();
+    let mut dropped =
+        std::mem::take(&mut state.comms.comms.get_mut(&comm).expect("looked up by the caller").deferred).len();
     for stream in state.streams.values_mut() {
         let before = stream.queue.len();
-        stream.queue.retain(|o| !matches!(&o.kind, Kind::Nccl(g) if g.comm == comm));
+        stream.queue.retain(|o| !matches!(&o.kind, OpKind::Nccl(g) if g.comm == comm));
         dropped += before - stream.queue.len();
     }
     dropped
@@ -593,5 +598,5 @@ pub fn abort(state: &mut State, comm: u64) -> usize {
 pub fn is_pending(state: &State, comm: u64) -> bool {
     let is_deferred = state.comms.comms.get(&comm).is_some_and(|c| !c.deferred.is_empty());
     is_deferred
-        || state.streams.values().any(|s| s.queue.iter().any(|o| matches!(&o.kind, Kind::Nccl(g) if g.comm == comm)))
+        || state.streams.values().any(|s| s.queue.iter().any(|o| matches!(&o.kind, OpKind::Nccl(g) if g.comm == comm)))
 }

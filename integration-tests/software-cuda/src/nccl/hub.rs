@@ -1,8 +1,8 @@
-//! Where ranks of several processes meet: in the process that made the communicator's id.
+//! The hub coordinates the ranks of several processes; it runs in the process that created the communicator's id.
 //!
-//! Every process that has ranks of a communicator tells the hub what they call and send. Once all who take part have come,
-//! it compares the calls, as [`crate::nccl::engine`] does within a process (NC-1), and gives all of them the result. It
-//! knows nothing of streams, and no lock of the device's is taken here, so it always goes on.
+//! Every process with ranks of a communicator sends their calls and data to the hub. Once all participants have posted,
+//! the hub compares the calls, as [`crate::nccl::engine`] does within a process (NC-1), and sends the result to all of
+//! them. It does not use streams or take locks of the device, so it never blocks on them.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufReader};
@@ -13,24 +13,24 @@ use std::time::Duration;
 
 use crate::nccl::data;
 use crate::nccl::engine::Call;
-use crate::nccl::wire::{Joining, Meeting, Said, address, hear, say};
+use crate::nccl::wire::{ExchangeId, HubMessage, JoinRequest, address, read_message, write_message};
 use crate::world::lock;
 
-/// The communicators whose ids this process made, by name.
-static HALLS: Mutex<BTreeMap<String, Hall>> = Mutex::new(BTreeMap::new());
-/// A process has given up its ranks, or is gone.
+/// The communicators whose ids this process created, by name.
+static GROUPS: Mutex<BTreeMap<String, HubGroup>> = Mutex::new(BTreeMap::new());
+/// Notified when a process has closed its ranks or ended.
 static LEFT: Condvar = Condvar::new();
 
 /// The processes of one communicator.
 #[derive(Default)]
-struct Hall {
-    ranks: Vec<Option<Joining>>,
+struct HubGroup {
+    ranks: Vec<Option<JoinRequest>>,
     connections: HashMap<u64, Connection>,
-    /// What has come of meetings that not all have come to.
-    posts: BTreeMap<Meeting, Vec<Post>>,
+    /// Posts of exchanges that are not complete.
+    posts: BTreeMap<ExchangeId, Vec<Post>>,
 }
 
-/// One rank's call.
+/// One rank's call and data.
 struct Post {
     connection: u64,
     rank: usize,
@@ -40,12 +40,12 @@ struct Post {
 
 struct Connection {
     out: UnixStream,
-    /// Ranks that are not given up.
+    /// Ranks that are not closed.
     open: Vec<usize>,
     is_own: bool,
 }
 
-/// The name of a new communicator. The first call starts to listen.
+/// Creates the name of a new communicator. The first call starts the listener.
 pub fn new_name(handle: u64) -> io::Result<String> {
     static LISTENING: OnceLock<Result<(), io::ErrorKind>> = OnceLock::new();
     let hub = format!("software-cuda-nccl-{}", std::process::id());
@@ -58,125 +58,126 @@ fn listen(hub: &str) -> io::Result<()> {
     let listen = move || {
         for (number, stream) in listener.incoming().flatten().enumerate() {
             let serving = thread::Builder::new().name("software-nccl-hub".into());
-            // Without a thread the connection closes, and the other side learns that.
+            // If the thread cannot start, the connection closes, which the other side notices.
             drop(serving.spawn(move || serve(number as u64, stream)));
         }
     };
     thread::Builder::new().name("software-nccl-hub".into()).spawn(listen).map(drop)
 }
 
-/// Waits until all have been told that this process has given up its ranks of these communicators in order: one that ends
-/// before would seem to have died.
+/// Waits until the other processes have been notified that this process has closed its ranks of these communicators;
+/// otherwise its exit would look like a crash.
 pub fn wait_until_left(cliques: &[String], limit: Duration) {
-    let is_here = |hall: &Hall| hall.connections.values().any(|connection| connection.is_own);
-    let waits = |halls: &mut BTreeMap<String, Hall>| cliques.iter().any(|name| halls.get(name).is_some_and(is_here));
-    drop(LEFT.wait_timeout_while(lock(&HALLS), limit, waits));
+    let is_here = |group: &HubGroup| group.connections.values().any(|connection| connection.is_own);
+    let waits =
+        |groups: &mut BTreeMap<String, HubGroup>| cliques.iter().any(|name| groups.get(name).is_some_and(is_here));
+    drop(LEFT.wait_timeout_while(lock(&GROUPS), limit, waits));
 }
 
-/// Hears one process out. It ends when the process does, or has given up its ranks.
+/// Serves one process until it ends or has closed its ranks.
 fn serve(connection: u64, stream: UnixStream) {
     let Ok(out) = stream.try_clone() else { return };
     let (mut out, mut from) = (Some(out), BufReader::new(stream));
     let mut name = String::new();
-    while let Ok((said, bytes)) = hear(&mut from) {
-        let mut halls = lock(&HALLS);
-        if let Said::Join(joining) = &said {
-            name.clone_from(&joining.clique);
+    while let Ok((message, bytes)) = read_message(&mut from) {
+        let mut groups = lock(&GROUPS);
+        if let HubMessage::Join(request) = &message {
+            name.clone_from(&request.clique);
         }
-        let hall = halls.entry(name.clone()).or_default();
-        match said {
-            Said::Join(joining) => {
-                let is_own = joining.process == std::process::id();
+        let group = groups.entry(name.clone()).or_default();
+        match message {
+            HubMessage::Join(request) => {
+                let is_own = request.process == std::process::id();
                 if let Some(out) = out.take() {
-                    hall.connections.insert(connection, Connection { out, open: Vec::new(), is_own });
+                    group.connections.insert(connection, Connection { out, open: Vec::new(), is_own });
                 }
-                hall.join(connection, joining);
+                group.join(connection, request);
             }
-            Said::Post { meeting, calls } => hall.post(connection, meeting, calls, &bytes),
-            Said::Leave { rank, in_order } => hall.leave(connection, rank, in_order),
-            Said::Busy | Said::Call(_) => hall.tell(Some(connection), &said),
+            HubMessage::Post { exchange, calls } => group.post(connection, exchange, calls, &bytes),
+            HubMessage::Leave { rank, in_order } => group.leave(connection, rank, in_order),
+            HubMessage::Busy | HubMessage::Call(_) => group.send_to_others(Some(connection), &message),
             _ => {}
         }
     }
-    let mut halls = lock(&HALLS);
-    let Some(hall) = halls.get_mut(&name) else { return };
-    if hall.connections.remove(&connection).is_some_and(|gone| !gone.open.is_empty()) {
-        hall.tell(None, &Said::Lost);
+    let mut groups = lock(&GROUPS);
+    let Some(group) = groups.get_mut(&name) else { return };
+    if group.connections.remove(&connection).is_some_and(|gone| !gone.open.is_empty()) {
+        group.send_to_others(None, &HubMessage::Lost);
     }
-    if hall.connections.is_empty() {
-        halls.remove(&name);
+    if group.connections.is_empty() {
+        groups.remove(&name);
     }
     LEFT.notify_all();
 }
 
-impl Hall {
-    /// Tells all processes but one. Those that are gone are found by whoever reads from them.
-    fn tell(&self, but: Option<u64>, said: &Said) {
-        for (_, other) in self.connections.iter().filter(|(number, _)| Some(**number) != but) {
-            drop(say(&other.out, said, &[]));
+impl HubGroup {
+    /// Sends a message to all processes except one. The reader of a connection notices if its process has ended.
+    fn send_to_others(&self, except: Option<u64>, message: &HubMessage) {
+        for (_, other) in self.connections.iter().filter(|(number, _)| Some(**number) != except) {
+            drop(write_message(&other.out, message, &[]));
         }
     }
 
-    fn join(&mut self, connection: u64, joining: Joining) {
+    fn join(&mut self, connection: u64, request: JoinRequest) {
         if self.ranks.is_empty() {
-            self.ranks.resize(joining.ranks, None);
+            self.ranks.resize(request.ranks, None);
         }
         let known = self.ranks.iter().flatten();
-        let is_double = known.clone().any(|other| other.rank == joining.rank || other.device == joining.device);
-        let Some(place) = self.ranks.get_mut(joining.rank).filter(|_| !is_double) else {
-            return self.tell(None, &Said::Refused);
+        let is_double = known.clone().any(|other| other.rank == request.rank || other.device == request.device);
+        let Some(place) = self.ranks.get_mut(request.rank).filter(|_| !is_double) else {
+            return self.send_to_others(None, &HubMessage::Refused);
         };
         if let Some(own) = self.connections.get_mut(&connection) {
-            own.open.push(joining.rank);
+            own.open.push(request.rank);
         }
-        *place = Some(joining);
+        *place = Some(request);
         let ranks = self.ranks.len();
         if self.ranks.iter().flatten().any(|other| other.ranks != ranks) {
-            return self.tell(None, &Said::Refused);
+            return self.send_to_others(None, &HubMessage::Refused);
         }
         if self.ranks.iter().all(Option::is_some) {
-            self.tell(None, &Said::Full);
+            self.send_to_others(None, &HubMessage::Full);
         }
     }
 
     fn leave(&mut self, connection: u64, rank: usize, in_order: bool) {
         let Some(own) = self.connections.get_mut(&connection) else { return };
         own.open.retain(|open| *open != rank);
-        let hub_left = own.is_own && own.open.is_empty();
+        let hub_has_left = own.is_own && own.open.is_empty();
         match in_order {
-            false => self.tell(Some(connection), &Said::Lost),
-            true if hub_left => self.tell(Some(connection), &Said::HubLeft),
+            false => self.send_to_others(Some(connection), &HubMessage::Lost),
+            true if hub_has_left => self.send_to_others(Some(connection), &HubMessage::HubLeft),
             true => {}
         }
     }
 
-    fn post(&mut self, connection: u64, meeting: Meeting, calls: Vec<(usize, Call, usize)>, mut bytes: &[u8]) {
-        let posts = self.posts.entry(meeting).or_default();
+    fn post(&mut self, connection: u64, exchange: ExchangeId, calls: Vec<(usize, Call, usize)>, mut bytes: &[u8]) {
+        let posts = self.posts.entry(exchange).or_default();
         for (rank, call, length) in calls {
             let (own, rest) = bytes.split_at(length.min(bytes.len()));
             bytes = rest;
             posts.push(Post { connection, rank, call, sent: own.to_vec() });
         }
-        let wanted = if matches!(meeting, Meeting::Collective(_)) { self.ranks.len() } else { 2 };
+        let wanted = if matches!(exchange, ExchangeId::Collective(_)) { self.ranks.len() } else { 2 };
         if posts.len() < wanted {
             return;
         }
-        let mut posts = self.posts.remove(&meeting).unwrap_or_default();
-        // By rank; or the sender first.
-        let receiver = if let Meeting::Message(_, to, _) = meeting { to } else { usize::MAX };
+        let mut posts = self.posts.remove(&exchange).unwrap_or_default();
+        // By rank, or the sender first.
+        let receiver = if let ExchangeId::Message(_, to, _) = exchange { to } else { usize::MAX };
         posts.sort_by_key(|post| (post.rank == receiver, post.rank));
         let calls: Vec<(usize, Call)> = posts.iter().map(|post| (post.rank, post.call)).collect();
         let inputs: Vec<&[u8]> = posts.iter().map(|post| &post.sent[..]).collect();
         let result = data::mismatch(&calls).map_or_else(|| Ok(data::combine(&calls[0].1, &inputs)), Err);
         let (mismatch, whole) = match result {
             Ok(whole) => (None, whole),
-            Err(what) => (Some(what), Vec::new()),
+            Err(message) => (Some(message), Vec::new()),
         };
-        let answer = Said::Answer { meeting, mismatch };
+        let answer = HubMessage::ExchangeResult { exchange, mismatch };
         let takes_part = |number: &u64| posts.iter().any(|post| post.connection == *number);
-        let mut told: Vec<_> = self.connections.iter().filter(|(number, _)| takes_part(number)).collect();
-        // This process last: it may end as soon as it has its own, and nobody else would be told.
-        told.sort_by_key(|(_, connection)| connection.is_own);
-        told.into_iter().for_each(|(_, connection)| drop(say(&connection.out, &answer, &whole)));
+        let mut receivers: Vec<_> = self.connections.iter().filter(|(number, _)| takes_part(number)).collect();
+        // This process comes last, because it may end as soon as it has its result, before the others have theirs.
+        receivers.sort_by_key(|(_, connection)| connection.is_own);
+        receivers.into_iter().for_each(|(_, connection)| drop(write_message(&connection.out, &answer, &whole)));
     }
 }

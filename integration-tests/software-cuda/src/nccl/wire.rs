@@ -1,7 +1,7 @@
-//! What processes tell each other of a communicator whose ranks they share, and a process's connection to the hub.
+//! The messages between processes that share a communicator, and a process's connection to the hub.
 //!
-//! A message is a header in JSON and raw bytes, each behind its length. It is a test's own, between its own processes:
-//! nothing is checked but that it can be read.
+//! A message is a JSON header and raw bytes, both preceded by their lengths. Only processes of one test exchange
+//! messages, so nothing is validated except that a message can be decoded.
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -13,58 +13,58 @@ use std::thread;
 use cudarc::nccl::sys::ncclUniqueId;
 use serde::{Deserialize, Serialize};
 
-use crate::nccl::abroad::{Answer, deliver};
+use crate::nccl::abroad::{ExchangeResult, deliver};
 use crate::nccl::engine::{Call, Tag};
-use crate::world::{lock, world};
+use crate::world::{lock, machine};
 
-/// What ranks of several processes do together.
+/// Identifies a collective or message among all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Meeting {
+pub(crate) enum ExchangeId {
     /// The n-th collective of the communicator.
     Collective(u64),
     /// The n-th message from a rank to a rank.
     Message(usize, usize, u64),
 }
 
-impl Meeting {
-    /// What a part of a rank is to all.
-    pub fn of(rank: usize, tag: Tag) -> Meeting {
+impl ExchangeId {
+    /// The exchange of a rank's part.
+    pub fn of(rank: usize, tag: Tag) -> ExchangeId {
         match tag {
-            Tag::Collective(n) => Meeting::Collective(n),
-            Tag::Send(to, n) => Meeting::Message(rank, to, n),
-            Tag::Receive(from, n) => Meeting::Message(from, rank, n),
+            Tag::Collective(n) => ExchangeId::Collective(n),
+            Tag::Send(to, n) => ExchangeId::Message(rank, to, n),
+            Tag::Receive(from, n) => ExchangeId::Message(from, rank, n),
         }
     }
 }
 
-/// A rank that joins.
+/// The request of a rank to join.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Joining {
-    /// Names the communicator.
+pub(crate) struct JoinRequest {
+    /// Name of the communicator.
     pub clique: String,
-    /// Of the communicator.
+    /// Number of ranks of the communicator.
     pub ranks: usize,
-    /// Its own.
+    /// The joining rank.
     pub rank: usize,
-    /// Node and number: no two ranks may be on one.
+    /// Node and device number; two ranks must not share a device.
     pub device: (String, usize),
-    /// Its process.
+    /// Its process id.
     pub process: u32,
 }
 
 /// One end of the messages from a rank to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Direction {
-    /// Whose end it is.
+pub(crate) struct Direction {
+    /// The rank of this end.
     pub rank: usize,
-    /// The other.
+    /// The other rank.
     pub peer: usize,
-    /// Whether it sends.
+    /// Whether this end sends.
     pub sends: bool,
 }
 
 impl Direction {
-    /// That of a rank's first message, if the call is for one.
+    /// The end of a rank's first message to or from a peer, if the tag is one.
     pub fn of_first(rank: usize, tag: Tag) -> Option<Direction> {
         match tag {
             Tag::Send(peer, 1) => Some(Direction { rank, peer, sends: true }),
@@ -79,45 +79,45 @@ impl Direction {
     }
 }
 
-/// What is said.
+/// A message to or from the hub.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Said {
+pub(crate) enum HubMessage {
     /// To the hub: a rank joins.
-    Join(Joining),
-    /// To the hub: ranks of one process call, with what they send, one after another. To all: what came of it.
+    Join(JoinRequest),
+    /// To the hub: calls of one process's ranks, followed by their data.
     Post {
-        meeting: Meeting,
+        exchange: ExchangeId,
         /// Rank, call, bytes that it sends.
         calls: Vec<(usize, Call, usize)>,
     },
-    /// To the hub, and on to the others: a rank has called for its first message to a peer, or from it.
+    /// To the hub, forwarded to the others: a rank has called its first message to or from a peer.
     Call(Direction),
-    /// To the hub: a rank is given up, in order or not.
+    /// To the hub: a rank was destroyed (`in_order`) or aborted.
     Leave { rank: usize, in_order: bool },
-    /// To the hub, and on to the others: this process moves, or compiles.
+    /// To the hub, forwarded to the others: this process makes progress or compiles.
     Busy,
-    /// From the hub: all ranks are there.
+    /// From the hub: all ranks have joined.
     Full,
-    /// From the hub: these ranks do not go together.
+    /// From the hub: the ranks are inconsistent.
     Refused,
-    /// From the hub: what came of a meeting, or why nothing did.
-    Answer { meeting: Meeting, mismatch: Option<String> },
-    /// From the hub: a rank was given up out of order, or its process is gone.
+    /// From the hub: the result of an exchange, or its mismatch.
+    ExchangeResult { exchange: ExchangeId, mismatch: Option<String> },
+    /// From the hub: a rank was aborted, or its process has ended.
     Lost,
-    /// From the hub: its own process has given up all its ranks in order, and may be gone soon.
+    /// From the hub: its own process has destroyed all its ranks and may end soon.
     HubLeft,
 }
 
 /// Writes one message.
-pub fn say(mut to: &UnixStream, said: &Said, bytes: &[u8]) -> io::Result<()> {
-    let header = serde_json::to_vec(said)?;
+pub fn write_message(mut to: &UnixStream, message: &HubMessage, bytes: &[u8]) -> io::Result<()> {
+    let header = serde_json::to_vec(message)?;
     let lengths = [header.len() as u64, bytes.len() as u64].map(u64::to_le_bytes);
     to.write_all(&[lengths.concat(), header].concat())?;
     to.write_all(bytes)
 }
 
-/// Reads one message; an error at the end.
-pub fn hear(from: &mut BufReader<UnixStream>) -> io::Result<(Said, Vec<u8>)> {
+/// Reads one message; returns an error at the end of the stream.
+pub fn read_message(from: &mut BufReader<UnixStream>) -> io::Result<(HubMessage, Vec<u8>)> {
     let mut length = || {
         let mut bytes = [0; 8];
         from.read_exact(&mut bytes).map(|()| u64::from_le_bytes(bytes) as usize)
@@ -129,63 +129,65 @@ pub fn hear(from: &mut BufReader<UnixStream>) -> io::Result<(Said, Vec<u8>)> {
     Ok((serde_json::from_slice(&header)?, bytes))
 }
 
-/// The name of a communicator, which a unique id is: the name of the hub's socket, `/`, and a number.
+/// The name of a communicator, encoded in its unique id: the name of the hub's socket, `/`, and a number.
 pub fn name_of(id: &ncclUniqueId) -> String {
     let bytes: Vec<u8> = id.internal.iter().take_while(|byte| **byte != 0).map(|byte| *byte as u8).collect();
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The unique id that is this name.
+/// The unique id that encodes a name.
 pub fn id_of(name: &str) -> ncclUniqueId {
     let mut internal = [0; 128];
     internal.iter_mut().zip(name.bytes().take(127)).for_each(|(to, byte)| *to = byte as _);
     ncclUniqueId { internal }
 }
 
-/// Where a hub listens. The name is the kernel's: no file is left behind.
+/// The address of a hub, an abstract socket, which leaves no file behind.
 pub fn address(clique: &str) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(clique.split('/').next().unwrap_or_default())
 }
 
 /// A process's connection to the hub of one communicator.
 #[derive(Debug)]
-pub struct Wire(Mutex<UnixStream>);
+pub(crate) struct HubConnection(Mutex<UnixStream>);
 
-impl Wire {
-    /// Connects; `clique` is the handle of the communicator's ranks in this process, which learn what the hub says.
-    pub fn connect(name: &str, clique: u64) -> io::Result<Arc<Wire>> {
+impl HubConnection {
+    /// Connects to the hub; its messages go to the clique with the handle `clique`.
+    pub fn connect(name: &str, clique: u64) -> io::Result<Arc<HubConnection>> {
         let stream = UnixStream::connect_addr(&address(name)?)?;
         let mut from = BufReader::new(stream.try_clone()?);
         thread::Builder::new().name("software-nccl".into()).spawn(move || {
-            while let Ok((said, bytes)) = hear(&mut from) {
-                let said = match said {
-                    Said::Answer { meeting, mismatch } => Heard::Answer(meeting, Arc::new(Answer { mismatch, bytes })),
-                    said => Heard::Other(said),
+            while let Ok((message, bytes)) = read_message(&mut from) {
+                let message = match message {
+                    HubMessage::ExchangeResult { exchange, mismatch } => {
+                        HubEvent::ExchangeResult(exchange, Arc::new(ExchangeResult { mismatch, bytes }))
+                    }
+                    message => HubEvent::Other(message),
                 };
-                deliver(world(), clique, said);
+                deliver(machine(), clique, message);
             }
-            deliver(world(), clique, Heard::End);
+            deliver(machine(), clique, HubEvent::End);
         })?;
-        Ok(Arc::new(Wire(Mutex::new(stream))))
+        Ok(Arc::new(HubConnection(Mutex::new(stream))))
     }
 
-    /// Tells the hub. That it is gone, the reader learns.
-    pub fn say(&self, said: &Said, bytes: &[u8]) {
-        let _ = say(&lock(&self.0), said, bytes);
+    /// Sends a message to the hub. Ignores errors, because the reader notices a closed connection.
+    pub fn send(&self, message: &HubMessage, bytes: &[u8]) {
+        let _ = write_message(&lock(&self.0), message, bytes);
     }
 
-    /// Nothing more is said.
+    /// Closes the sending side.
     pub fn end(&self) {
         let _ = lock(&self.0).shutdown(Shutdown::Write);
     }
 }
 
-/// What a process hears of a communicator.
-pub enum Heard {
-    /// What came of a meeting.
-    Answer(Meeting, Arc<Answer>),
-    /// Anything else that the hub says.
-    Other(Said),
-    /// The hub is gone, or this process has given up all its ranks.
+/// An event of a communicator from the hub.
+pub(crate) enum HubEvent {
+    /// The result of an exchange.
+    ExchangeResult(ExchangeId, Arc<ExchangeResult>),
+    /// Any other message from the hub.
+    Other(HubMessage),
+    /// The connection has ended.
     End,
 }

@@ -1,4 +1,4 @@
-//! Compiles CUDA C++ to a library of the host with g++, once for each text.
+//! Compiles CUDA C++ to a host library with g++, once per text.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::nvrtc::{image, source};
 
-/// The shim's headers, by name.
+/// The shim's headers by name.
 const SHIM: &[(&str, &str)] = &[
     ("software_cuda.h", include_str!("../../shim/software_cuda.h")),
     ("types.h", include_str!("../../shim/types.h")),
@@ -39,17 +39,17 @@ const FLAGS: &[&str] = &[
     "--param=tsan-distinguish-volatile=0",
 ];
 
-/// A program as it was given to NVRTC.
-pub struct Program {
+/// A program passed to NVRTC.
+pub(crate) struct Program {
     /// Its text.
     pub text: String,
-    /// Its name, for messages.
+    /// Its name in messages.
     pub name: String,
-    /// Headers that came with it: name and text.
+    /// Names and texts of its headers.
     pub headers: Vec<(String, String)>,
 }
 
-/// Options that change nothing here.
+/// Options without effect here.
 const IGNORED: &[&str] = &[
     "--gpu-architecture",
     "-arch",
@@ -79,7 +79,7 @@ const IGNORED: &[&str] = &[
     "-diag-suppress",
 ];
 
-/// Options for g++ from those of NVRTC, or the one that it does not know.
+/// Translates NVRTC's options to g++'s; returns an error for an unknown option.
 fn translate(options: &[String]) -> Result<Vec<String>, String> {
     let mut out = Vec::new();
     let mut architecture = 900;
@@ -118,20 +118,22 @@ fn translate(options: &[String]) -> Result<Vec<String>, String> {
 }
 
 fn run(command: &mut Command) -> Result<String, String> {
-    let output = command.output().map_err(|e| format!("cannot run g++, which the software CUDA device needs: {e}"))?;
+    let output = command
+        .output()
+        .map_err(|e| format!("cannot run g++, which the software CUDA device needs: {e}; install it"))?;
     if !output.status.success() {
         return Err(String::from_utf8_lossy(&output.stderr).into_owned());
     }
-    String::from_utf8(output.stdout).map_err(|e| format!("the preprocessed text is no UTF-8: {e}"))
+    String::from_utf8(output.stdout).map_err(|e| format!("the preprocessed text is not UTF-8: {e}"))
 }
 
-/// A name that no other thread or process uses.
-fn own_name(folder: &Path, ending: &str) -> PathBuf {
+/// A path that no other thread or process uses.
+fn unique_path(folder: &Path, ending: &str) -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     folder.join(format!("partial-{}-{}{ending}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)))
 }
 
-/// Writes a file that appears whole or not at all.
+/// Writes a file atomically.
 fn write(path: &Path, text: &str) -> Result<(), String> {
     if path.exists() {
         return Ok(());
@@ -139,7 +141,7 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
     let failed = |e: std::io::Error| format!("cannot write {}: {e}", path.display());
     let folder = path.parent().expect("a file has a folder");
     std::fs::create_dir_all(folder).map_err(failed)?;
-    let partial = own_name(folder, "");
+    let partial = unique_path(folder, "");
     std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, path)).map_err(failed)
 }
 
@@ -158,7 +160,7 @@ pub fn compile(program: &Program, options: &[String], cache: &Path) -> Result<St
     let headers = cache.join(format!("headers-{}", image::digest(&given)));
     write_all(&headers, program.headers.iter().map(|(n, t)| (n.as_str(), t.as_str())))?;
 
-    // The folder tells the program's own quoted includes nothing: NVRTC has no folder for it either.
+    // The source has its own folder, so that quoted includes find nothing there, as in NVRTC.
     let name = Path::new(&program.name).file_name().unwrap_or(OsStr::new("program.cu"));
     let source = cache.join(format!("source-{}", image::digest(&[&program.text]))).join(name);
     write(&source, &program.text)?;
@@ -167,27 +169,28 @@ pub fn compile(program: &Program, options: &[String], cache: &Path) -> Result<St
     let preprocessed = run(command.args(["-include", "software_cuda.h"]).arg(&source))?;
     let (text, kernels) = source::rewrite(&preprocessed)?;
     if kernels.is_empty() {
-        return Err(format!("{}: no kernel in it", program.name));
+        return Err(format!("{}: contains no kernel", program.name));
     }
-    let standard = options.iter().find(|o| o.starts_with("-std=")).expect("there is always one");
+    let standard = options.iter().find(|o| o.starts_with("-std=")).expect("`translate` adds a standard");
     let digest = image::digest(&[&text, &shim_digest, standard, &FLAGS.join(" ")]);
     let library = image::path(&digest, cache);
     if !library.exists() {
-        // Processes that start together want the same kernels: one compiles each, the others wait for it.
-        let only_one = std::fs::File::create(library.with_extension("lock")).and_then(|f| f.lock().map(|()| f));
-        let _only_one = only_one.map_err(|e| format!("cannot lock {}: {e}", library.display()))?;
+        // Processes that start together need the same kernels: one compiles each, and the others wait for it.
+        let lock_file = std::fs::File::create(library.with_extension("lock")).and_then(|f| f.lock().map(|()| f));
+        let _lock_file = lock_file.map_err(|e| format!("cannot lock {}: {e}", library.display()))?;
         if library.exists() {
             return Ok(image::image(&digest));
         }
-        let (rewritten, object, partial) = (own_name(cache, ".ii"), own_name(cache, ".o"), own_name(cache, ".so"));
+        let (rewritten, object, partial) =
+            (unique_path(cache, ".ii"), unique_path(cache, ".o"), unique_path(cache, ".so"));
         write(&rewritten, &text)?;
         let mut command = Command::new("g++");
         command.arg(standard).args(FLAGS).args(["-x", "c++", "-fpreprocessed", "-c"]).arg(&rewritten);
         let compiled = run(command.arg("-o").arg(&object));
-        // Without the sanitizer's library: the shim has its functions.
+        // Linked without the sanitizer's library, because the shim defines its functions.
         let linked = compiled
             .and_then(|_| run(Command::new("g++").args(["-shared", "-o"]).arg(&partial).arg(&object).args(["-lm"])));
-        // What cannot be removed does no harm.
+        // Failing to remove the temporary files is harmless.
         let _ = (std::fs::remove_file(&rewritten), std::fs::remove_file(&object));
         linked?;
         std::fs::rename(&partial, &library).map_err(|e| format!("cannot write {}: {e}", library.display()))?;

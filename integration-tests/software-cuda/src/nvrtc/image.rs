@@ -1,4 +1,4 @@
-//! What stands for PTX and cubins: a line that names a compiled library by its digest.
+//! Images that replace PTX and cubins: a line with the digest of a compiled library.
 
 use std::path::{Path, PathBuf};
 
@@ -10,18 +10,18 @@ pub fn image(digest: &str) -> String {
     format!("{MARK}{digest}\n")
 }
 
-/// Where a library lies.
+/// The path of a library.
 pub fn path(digest: &str, cache: &Path) -> PathBuf {
     cache.join(format!("{digest}.so"))
 }
 
-/// Where the library of an image lies, when it is one.
+/// The path of an image's library; `None` if the text is not an image.
 pub fn library_path(text: &str, cache: &Path) -> Option<PathBuf> {
     let digest = text.strip_prefix(MARK)?.get(..DIGEST_CHARS)?;
     digest.bytes().all(|b| b.is_ascii_hexdigit()).then(|| path(digest, cache))
 }
 
-/// A digest of texts, as images carry it.
+/// The digest of texts.
 pub fn digest(texts: &[&str]) -> String {
     let mut hasher = blake3::Hasher::new();
     for text in texts {

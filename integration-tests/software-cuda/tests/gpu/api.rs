@@ -1,6 +1,6 @@
-//! A thin cover of cudarc's `sys` for the tests of the software device.
+//! Thin wrappers of cudarc's `sys` for the tests of the software device.
 //!
-//! Objects are given back by hand: a test may forget to, on purpose.
+//! Objects are destroyed explicitly, because some tests leak them on purpose.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_void};
@@ -8,10 +8,10 @@ use std::ffi::{CStr, CString, c_void};
 use cudarc::driver::sys::{self, CUevent, CUfunction, CUmodule, CUresult, CUstream};
 use cudarc::nvrtc::sys as nvrtc;
 
-/// Calls a function of the driver, which must do what it is asked.
+/// Calls a driver function, which must succeed.
 macro_rules! cuda {
     ($name:ident($($arg:expr),* $(,)?)) => {{
-        // SAFETY: pointers lead to values of the types that the function wants; handles come from the driver.
+        // SAFETY: pointers point to values of the function's types; handles come from the driver.
         let code = unsafe { cudarc::driver::sys::$name($($arg),*) };
         assert_eq!(code, cudarc::driver::sys::CUresult::CUDA_SUCCESS, "{}", stringify!($name));
     }};
@@ -19,47 +19,47 @@ macro_rules! cuda {
 
 pub(crate) use cuda;
 
-/// A symbol of the software device itself.
+/// A symbol of the software device's control interface.
 pub fn control<F: Copy>(name: &str) -> F {
-    // SAFETY: callers name a symbol of the control interface with its own type.
+    // SAFETY: callers pass the type of the named symbol.
     unsafe { *sys::culib().get::<F>(name.as_bytes()).expect("the software device is loaded") }
 }
 
-/// Findings so far, once all is over.
+/// Findings after all submitted work.
 pub fn findings() -> Vec<(String, String)> {
     let report = control::<extern "C" fn() -> *const std::ffi::c_char>("software_cuda_report")();
-    // SAFETY: the text ends in a zero, and lives as long as the process.
+    // SAFETY: the text ends with NUL, and is never freed.
     let report: serde_json::Value = serde_json::from_slice(unsafe { CStr::from_ptr(report) }.to_bytes()).unwrap();
     let text = |f: &serde_json::Value, key: &str| f[key].as_str().unwrap().to_string();
     report["findings"].as_array().unwrap().iter().map(|f| (text(f, "kind"), text(f, "message"))).collect()
 }
 
-/// Forgets findings and starts a schedule.
+/// Clears the findings and starts a schedule.
 pub fn begin(policy: &str, seed: u64) {
     control::<extern "C" fn()>("software_cuda_forget_findings")();
     let name = CString::new(policy).unwrap();
-    // SAFETY: the type of the function; the text ends in a zero.
+    // SAFETY: this is the function's type; the text ends with NUL.
     let schedule = control::<unsafe extern "C" fn(*const std::ffi::c_char, u64) -> u32>("software_cuda_schedule");
-    // SAFETY: the text ends in a zero.
+    // SAFETY: the text ends with NUL.
     assert_eq!(unsafe { schedule(name.as_ptr(), seed) }, 1);
 }
 
-/// Calls of a function or a class of them.
+/// Number of calls of a function or a class of functions.
 pub fn calls(name: &str) -> u64 {
     let name = CString::new(name).unwrap();
-    // SAFETY: the type of the function; the text ends in a zero.
+    // SAFETY: this is the function's type; the text ends with NUL.
     let count = control::<unsafe extern "C" fn(*const std::ffi::c_char) -> u64>("software_cuda_call_count");
-    // SAFETY: the text ends in a zero.
+    // SAFETY: the text ends with NUL.
     unsafe { count(name.as_ptr()) }
 }
 
-/// What NVRTC makes of a text: an image, or its log.
+/// Compiles a text with NVRTC; returns the image, or the log as an error.
 pub fn compile(text: &str, options: &[&str]) -> Result<Vec<u8>, String> {
     let (text, name) = (CString::new(text).unwrap(), c"kernels.cu");
     let options: Vec<CString> = options.iter().map(|o| CString::new(*o).unwrap()).collect();
     let options: Vec<_> = options.iter().map(|o| o.as_ptr()).collect();
     let (mut program, mut bytes) = (std::ptr::null_mut(), 0);
-    // SAFETY: all texts end in a zero, and buffers are as long as NVRTC says.
+    // SAFETY: all texts end with NUL, and buffers have the lengths that NVRTC returns.
     unsafe {
         nvrtc::nvrtcCreateProgram(&mut program, text.as_ptr(), name.as_ptr(), 0, std::ptr::null(), std::ptr::null());
         let code = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
@@ -86,8 +86,8 @@ pub fn use_device(device: i32) {
     cuda!(cuCtxSetCurrent(context));
 }
 
-/// Lets the current device at the memory of another.
-pub fn reach(peer: sys::CUcontext) {
+/// Gives the current device access to another device's memory.
+pub fn enable_peer_access(peer: sys::CUcontext) {
     // SAFETY: the context comes from the driver.
     let code = unsafe { sys::cuCtxEnablePeerAccess(peer, 0) };
     assert!(matches!(code, CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED));
@@ -102,14 +102,14 @@ pub fn module() -> CUmodule {
     module
 }
 
-/// A kernel.
+/// Looks up a kernel.
 pub fn function(module: CUmodule, name: &str) -> CUfunction {
     let (mut function, name) = (std::ptr::null_mut(), CString::new(name).unwrap());
     cuda!(cuModuleGetFunction(&mut function, module, name.as_ptr()));
     function
 }
 
-/// A stream that takes no notice of the NULL stream.
+/// A stream that does not synchronise with the NULL stream.
 pub fn stream() -> CUstream {
     let mut stream = std::ptr::null_mut();
     cuda!(cuStreamCreate(&mut stream, 1));
@@ -123,7 +123,7 @@ pub fn event() -> CUevent {
     event
 }
 
-/// `later` waits for what `earlier` was given so far.
+/// Makes `later` wait for the work submitted to `earlier` so far.
 pub fn order(earlier: CUstream, later: CUstream) {
     let event = event();
     cuda!(cuEventRecord(event, earlier));
@@ -136,26 +136,26 @@ pub fn wait(stream: CUstream) {
     cuda!(cuStreamSynchronize(stream));
 }
 
-/// Device memory of that many f32.
+/// Allocates device memory for this number of f32.
 pub fn alloc(count: usize) -> u64 {
     let mut address = 0;
     cuda!(cuMemAlloc_v2(&mut address, count * 4));
     address
 }
 
-/// Device memory with values in it.
+/// Allocates device memory with these values.
 pub fn filled(values: &[f32]) -> u64 {
     let address = alloc(values.len());
     cuda!(cuMemcpyHtoD_v2(address, values.as_ptr().cast(), values.len() * 4));
     address
 }
 
-/// Gives device memory back, after waiting for the device.
+/// Frees device memory after waiting for the device.
 pub fn free(address: u64) {
     cuda!(cuMemFree_v2(address));
 }
 
-/// Values of device memory, by way of a stream that is waited for.
+/// Reads device memory on a stream, and waits for it.
 pub fn read(address: u64, count: usize, stream: CUstream) -> Vec<f32> {
     let mut values = vec![0.0f32; count];
     cuda!(cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), address, count * 4, stream));
@@ -163,7 +163,7 @@ pub fn read(address: u64, count: usize, stream: CUstream) -> Vec<f32> {
     values
 }
 
-/// Pinned memory of that many f32.
+/// Allocates pinned memory for this number of f32.
 pub fn pinned(count: usize) -> *mut f32 {
     let mut address: *mut c_void = std::ptr::null_mut();
     cuda!(cuMemHostAlloc(&mut address, count * 4, 0));
@@ -179,7 +179,7 @@ pub enum Arg {
     F(f32),
 }
 
-/// Launches, and says what the driver answers.
+/// Launches a kernel; returns the driver's result.
 pub fn try_launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream, args: &[Arg]) -> CUresult {
     let mut words: Vec<u64> = args
         .iter()
@@ -191,7 +191,7 @@ pub fn try_launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream
         })
         .collect();
     let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
-    // SAFETY: there is a pointer for each argument, to a word that is as long as any of these.
+    // SAFETY: there is a pointer for each argument, to a word at least as long as the argument.
     unsafe {
         let extra = std::ptr::null_mut();
         sys::cuLaunchKernel(f, dims.0, 1, 1, dims.1, 1, 1, shared, stream, pointers.as_mut_ptr(), extra)
@@ -203,10 +203,10 @@ pub fn launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream, ar
     assert_eq!(try_launch(f, dims, shared, stream, args), CUresult::CUDA_SUCCESS);
 }
 
-/// NCCL's functions by name, which must do what they are asked.
+/// Calls an NCCL function, which must succeed.
 macro_rules! nccl {
     ($name:ident($($arg:expr),* $(,)?)) => {{
-        // SAFETY: pointers lead to values of the types that the function wants; handles come from the library.
+        // SAFETY: pointers point to values of the function's types; handles come from the library.
         let code = unsafe { cudarc::nccl::sys::$name($($arg),*) };
         assert_eq!(code, cudarc::nccl::sys::ncclResult_t::ncclSuccess, "{}", stringify!($name));
     }};
@@ -214,18 +214,18 @@ macro_rules! nccl {
 
 pub(crate) use nccl;
 
-/// A communicator of each of the first `ranks` devices.
+/// Creates a communicator on each of the first `ranks` devices.
 pub fn comms(ranks: usize) -> Vec<cudarc::nccl::sys::ncclComm_t> {
     let mut comms = vec![std::ptr::null_mut(); ranks];
     nccl!(ncclCommInitAll(comms.as_mut_ptr(), ranks as i32, std::ptr::null()));
     comms
 }
 
-/// A host function that keeps the device from doing anything until the returned sender is dropped or sends.
-pub fn hold(stream: CUstream) -> std::sync::mpsc::Sender<()> {
-    // SAFETY: the driver calls it with what it was given below.
+/// Blocks the device in a host function until the returned sender is dropped or sends.
+pub fn block_device(stream: CUstream) -> std::sync::mpsc::Sender<()> {
+    // SAFETY: the driver calls it with the argument passed below.
     unsafe extern "C" fn wait(receiver: *mut c_void) {
-        // SAFETY: the box was made below, for this call alone.
+        // SAFETY: the box was created below, for this call only.
         let receiver = unsafe { Box::from_raw(receiver.cast::<std::sync::mpsc::Receiver<()>>()) };
         let _ = receiver.recv();
     }
@@ -234,38 +234,38 @@ pub fn hold(stream: CUstream) -> std::sync::mpsc::Sender<()> {
     sender
 }
 
-/// The calling thread reads or writes pinned memory, and says so.
+/// Records that the calling thread reads or writes pinned memory.
 pub fn host_access(address: *mut f32, count: usize, is_write: bool) {
     let access = control::<extern "C" fn(u64, u64, u32)>("software_cuda_host_access");
     access(address as u64, count as u64 * 4, u32::from(is_write));
 }
 
-/// What the calling thread knows.
+/// Captures the calling thread's clock.
 pub fn capture() -> u64 {
     control::<extern "C" fn() -> u64>("software_cuda_clock_capture")()
 }
 
-/// The calling thread learns what a token's thread knew.
+/// Joins a token into the calling thread's clock.
 pub fn join(token: u64) {
     control::<extern "C" fn(u64)>("software_cuda_clock_join")(token);
 }
 
-/// A communicator that does not block, and may not be ready yet.
+/// Creates a non-blocking communicator, which may not be ready yet.
 pub fn join_ranks(id: cudarc::nccl::sys::ncclUniqueId, ranks: usize, rank: usize) -> cudarc::nccl::sys::ncclComm_t {
     use cudarc::nccl::sys::{ncclCommInitRankConfig, ncclConfig_t, ncclResult_t};
     let mut comm = std::ptr::null_mut();
-    // SAFETY: a structure of numbers and pointers, all zero, but for the fields that are set.
+    // SAFETY: all-zero bytes are valid for this structure of numbers and pointers.
     let mut config: ncclConfig_t = unsafe { std::mem::zeroed() };
     config.size = size_of_val(&config);
     config.blocking = 0;
-    // SAFETY: the places that NCCL writes to and reads from are here.
+    // SAFETY: the pointers point to local variables.
     let code = unsafe { ncclCommInitRankConfig(&mut comm, ranks as i32, id, rank as i32, &mut config) };
     assert!(matches!(code, ncclResult_t::ncclInProgress | ncclResult_t::ncclSuccess));
     comm
 }
 
-/// Asks until a communicator's last call, which gave `code`, is over.
-pub fn settle(comm: cudarc::nccl::sys::ncclComm_t, code: cudarc::nccl::sys::ncclResult_t) {
+/// Polls until a communicator's last call, which returned `code`, has finished.
+pub fn wait_for_call(comm: cudarc::nccl::sys::ncclComm_t, code: cudarc::nccl::sys::ncclResult_t) {
     use cudarc::nccl::sys::ncclResult_t;
     let mut state = code;
     while state == ncclResult_t::ncclInProgress {

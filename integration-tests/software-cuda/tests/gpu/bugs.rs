@@ -1,32 +1,32 @@
-//! Planted mistakes: each is found under every policy and seed, and the same program without it is clean.
+//! Planted mistakes: each is found under every policy and seed, and the program without it has no findings.
 
 use shardflow_software_cuda::POLICIES;
 
 use crate::api::{self, findings};
 use crate::{child, cuda};
 
-/// Seeds of each policy: a few, or as many as `SOFTWARE_CUDA_TEST_SEEDS` says, for longer runs by hand.
+/// Number of seeds per policy; `SOFTWARE_CUDA_TEST_SEEDS` sets it for longer manual runs.
 fn seeds() -> u64 {
     std::env::var("SOFTWARE_CUDA_TEST_SEEDS").map_or(4, |seeds| seeds.parse().expect("a number of seeds"))
 }
 
-/// A program that can be run with a mistake in it.
+/// A program that can run with or without a mistake.
 pub struct Bug {
-    /// For messages.
+    /// Its name in messages.
     pub name: &'static str,
-    /// Kinds of findings, one of which names the mistake; with a part of the message, after a colon, where that matters.
+    /// Kinds of findings, one of which must occur; optionally followed by a colon and a part of the message.
     pub kinds: &'static [&'static str],
-    /// Runs it; true plants the mistake.
-    pub run: fn(&Lab, bool),
+    /// Runs the program, with the mistake if true.
+    pub run: fn(&LoadedKernels, bool),
 }
 
-/// What programs share.
-pub struct Lab {
+/// The kernels loaded on each device.
+pub struct LoadedKernels {
     modules: Vec<cudarc::driver::sys::CUmodule>,
 }
 
-impl Lab {
-    fn new(devices: i32) -> Lab {
+impl LoadedKernels {
+    fn new(devices: i32) -> LoadedKernels {
         let modules = (0..devices)
             .map(|device| {
                 api::use_device(device);
@@ -34,10 +34,10 @@ impl Lab {
             })
             .collect();
         api::use_device(0);
-        Lab { modules }
+        LoadedKernels { modules }
     }
 
-    /// A kernel of the current device.
+    /// Returns a kernel of the current device.
     pub fn kernel(&self, name: &str) -> cudarc::driver::sys::CUfunction {
         let mut device = 0;
         cuda!(cuCtxGetDevice(&mut device));
@@ -45,26 +45,26 @@ impl Lab {
     }
 }
 
-/// Runs all mistakes of a list, and the programs without them.
+/// Runs all programs of a list with and without their mistakes.
 pub fn run_all(bugs: &[Bug], devices: i32) {
-    let lab = Lab::new(devices);
+    let loaded = LoadedKernels::new(devices);
     for bug in bugs {
         for (policy, _) in POLICIES {
             for seed in 0..seeds() {
                 for planted in [true, false] {
                     api::use_device(0);
                     api::begin(policy, seed * 7919 + 13);
-                    (bug.run)(&lab, planted);
+                    (bug.run)(&loaded, planted);
                     let found = findings();
-                    let is_it = |wanted: &str, kind: &str, message: &str| match wanted.split_once(": ") {
-                        Some((wanted, says)) => wanted == kind && message.contains(says),
-                        None => wanted == kind,
+                    let matches = |expected: &str, kind: &str, message: &str| match expected.split_once(": ") {
+                        Some((wanted, part)) => wanted == kind && message.contains(part),
+                        None => expected == kind,
                     };
-                    let names_it = found.iter().any(|(kind, text)| bug.kinds.iter().any(|k| is_it(k, kind, text)));
-                    let (name, what) = (bug.name, if planted { "with" } else { "without" });
+                    let is_found = found.iter().any(|(kind, text)| bug.kinds.iter().any(|k| matches(k, kind, text)));
+                    let (name, variant) = (bug.name, if planted { "with" } else { "without" });
                     assert!(
-                        if planted { names_it } else { found.is_empty() },
-                        "{name} {what} its mistake, under {policy}, seed {seed}: {found:?}"
+                        if planted { is_found } else { found.is_empty() },
+                        "{name} {variant} its mistake, under {policy}, seed {seed}: {found:?}"
                     );
                 }
             }
@@ -74,7 +74,7 @@ pub fn run_all(bugs: &[Bug], devices: i32) {
     api::begin("in-order", 1);
 }
 
-/// In the parent: the child finds all, and its process ends well.
+/// In the parent: the child finds all mistakes and succeeds.
 pub fn expect_found(case: &str, devices: usize) {
     let (output, report) = child::start(case, devices, "in-order", 1, &[("SOFTWARE_CUDA_DEADLOCK_MS", "250")]);
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);

@@ -1,8 +1,8 @@
-//! Planted mistakes inside kernels, and of products.
+//! Planted mistakes in kernels and products.
 
 use crate::api::Arg::{I, P};
 use crate::api::{alloc, filled, free, launch, stream, wait};
-use crate::bugs::{Bug, Lab, run_all};
+use crate::bugs::{Bug, LoadedKernels, run_all};
 use crate::{cuda, products};
 
 /// The mistakes.
@@ -11,14 +11,14 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "__syncthreads missing around a tile", kinds: &["shared-race", "uninitialised"], run: tile },
     Bug { name: "__syncthreads missing in place, in global memory", kinds: &["race-in-launch"], run: in_place },
     Bug { name: "__syncwarp missing", kinds: &["shared-race", "uninitialised"], run: warp },
-    Bug { name: "shuffle in the place of __syncwarp", kinds: &["shared-race", "uninitialised"], run: shuffled },
-    Bug { name: "shared memory that nothing wrote", kinds: &["uninitialised"], run: fresh_tile },
+    Bug { name: "shuffle instead of __syncwarp", kinds: &["shared-race", "uninitialised"], run: shuffled },
+    Bug { name: "uninitialised shared memory", kinds: &["uninitialised"], run: fresh_tile },
     Bug { name: "dynamic shared memory too small", kinds: &["bounds"], run: small_tile },
     Bug { name: "blocks add without atomics", kinds: &["race-in-launch"], run: blocks },
-    Bug { name: "barrier that some never reach", kinds: &["barrier", "warp"], run: half_barrier },
-    Bug { name: "lanes of a warp in different functions of it", kinds: &["warp"], run: functions },
+    Bug { name: "barrier that some threads never reach", kinds: &["barrier", "warp"], run: half_barrier },
+    Bug { name: "lanes of a warp in different warp functions", kinds: &["warp"], run: functions },
     Bug { name: "two streams share a workspace", kinds: &["race"], run: workspace },
-    Bug { name: "product of what another stream still writes", kinds: &["race"], run: product_input },
+    Bug { name: "product reads what another stream still writes", kinds: &["race"], run: product_input },
     Bug { name: "product with too long a leading dimension", kinds: &["bounds", "uninitialised"], run: product_bounds },
 ];
 
@@ -36,64 +36,64 @@ fn with_buffers(n: usize, run: impl FnOnce(u64, u64, cudarc::driver::sys::CUstre
     cuda!(cuStreamDestroy_v2(s));
 }
 
-fn reduction(lab: &Lab, planted: bool) {
+fn reduction(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "row_sum_no_barrier" } else { "row_sum" };
-    with_buffers(400, |x, out, s| launch(lab.kernel(name), (4, 96), 0, s, &[P(out), P(x), I(100)]));
+    with_buffers(400, |x, out, s| launch(loaded.kernel(name), (4, 96), 0, s, &[P(out), P(x), I(100)]));
 }
 
-fn tile(lab: &Lab, planted: bool) {
+fn tile(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "reverse_no_barrier" } else { "reverse" };
-    with_buffers(256, |x, out, s| launch(lab.kernel(name), (2, 128), 512, s, &[P(out), P(x), I(128)]));
+    with_buffers(256, |x, out, s| launch(loaded.kernel(name), (2, 128), 512, s, &[P(out), P(x), I(128)]));
 }
 
-fn in_place(lab: &Lab, planted: bool) {
+fn in_place(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "normalise_no_barrier" } else { "normalise" };
-    with_buffers(256, |x, _, s| launch(lab.kernel(name), (2, 128), 0, s, &[P(x), I(128)]));
+    with_buffers(256, |x, _, s| launch(loaded.kernel(name), (2, 128), 0, s, &[P(x), I(128)]));
 }
 
-fn warp(lab: &Lab, planted: bool) {
+fn warp(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "rotate_no_barrier" } else { "rotate" };
-    with_buffers(64, |x, out, s| launch(lab.kernel(name), (1, 64), 0, s, &[P(out), P(x)]));
+    with_buffers(64, |x, out, s| launch(loaded.kernel(name), (1, 64), 0, s, &[P(out), P(x)]));
 }
 
-fn shuffled(lab: &Lab, planted: bool) {
+fn shuffled(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "rotate_shuffle" } else { "rotate" };
-    with_buffers(64, |x, out, s| launch(lab.kernel(name), (1, 64), 0, s, &[P(out), P(x)]));
+    with_buffers(64, |x, out, s| launch(loaded.kernel(name), (1, 64), 0, s, &[P(out), P(x)]));
 }
 
-fn fresh_tile(lab: &Lab, planted: bool) {
+fn fresh_tile(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "reverse_uninitialised" } else { "reverse" };
-    with_buffers(64, |x, out, s| launch(lab.kernel(name), (1, 64), 256, s, &[P(out), P(x), I(64)]));
+    with_buffers(64, |x, out, s| launch(loaded.kernel(name), (1, 64), 256, s, &[P(out), P(x), I(64)]));
 }
 
-fn small_tile(lab: &Lab, planted: bool) {
+fn small_tile(loaded: &LoadedKernels, planted: bool) {
     let bytes = if planted { 252 } else { 256 };
-    with_buffers(64, |x, out, s| launch(lab.kernel("reverse"), (1, 64), bytes, s, &[P(out), P(x), I(64)]));
+    with_buffers(64, |x, out, s| launch(loaded.kernel("reverse"), (1, 64), bytes, s, &[P(out), P(x), I(64)]));
 }
 
-fn blocks(lab: &Lab, planted: bool) {
+fn blocks(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "count_blocks_plainly" } else { "count_blocks" };
-    with_buffers(64, |x, _, s| launch(lab.kernel(name), (3, 32), 0, s, &[P(x)]));
+    with_buffers(64, |x, _, s| launch(loaded.kernel(name), (3, 32), 0, s, &[P(x)]));
 }
 
-fn functions(lab: &Lab, planted: bool) {
+fn functions(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "vote_apart" } else { "vote_together" };
-    with_buffers(64, |_, out, s| launch(lab.kernel(name), (1, 64), 0, s, &[P(out)]));
+    with_buffers(64, |_, out, s| launch(loaded.kernel(name), (1, 64), 0, s, &[P(out)]));
 }
 
-fn half_barrier(lab: &Lab, planted: bool) {
+fn half_barrier(loaded: &LoadedKernels, planted: bool) {
     let name = if planted { "half_barrier" } else { "whole_barrier" };
-    with_buffers(64, |_, out, s| launch(lab.kernel(name), (1, 64), 0, s, &[P(out)]));
+    with_buffers(64, |_, out, s| launch(loaded.kernel(name), (1, 64), 0, s, &[P(out)]));
 }
 
-fn workspace(_: &Lab, planted: bool) {
+fn workspace(_: &LoadedKernels, planted: bool) {
     let (x, second, work) = (filled(&[1.0; 64]), stream(), [alloc(4096), alloc(4096)]);
     with_buffers(64, |out, out2, s| {
         wait(s);
         let gemm = products::Gemm { workspace: (work[0], 16384), ..products::Gemm::square(x, x, out, 8) };
         gemm.run(s);
-        let mine = work[usize::from(!planted)];
-        products::Gemm { d: out2, workspace: (mine, 16384), ..gemm }.run(second);
+        let own = work[usize::from(!planted)];
+        products::Gemm { d: out2, workspace: (own, 16384), ..gemm }.run(second);
         wait(second);
     });
     cuda!(cuStreamDestroy_v2(second));
@@ -101,7 +101,7 @@ fn workspace(_: &Lab, planted: bool) {
     free(x);
 }
 
-fn product_input(_: &Lab, planted: bool) {
+fn product_input(_: &LoadedKernels, planted: bool) {
     let second = stream();
     with_buffers(64, |x, out, s| {
         cuda!(cuMemsetD8Async(x, 0, 256, second));
@@ -114,7 +114,7 @@ fn product_input(_: &Lab, planted: bool) {
     cuda!(cuStreamDestroy_v2(second));
 }
 
-fn product_bounds(_: &Lab, planted: bool) {
+fn product_bounds(_: &LoadedKernels, planted: bool) {
     with_buffers(64, |x, out, s| {
         let gemm = products::Gemm::square(x, x, out, 8);
         products::Gemm { leading_a: 8 + i64::from(planted), ..gemm }.run(s);

@@ -1,10 +1,10 @@
-//! Planted mistakes of streams, events, host threads and memory.
+//! Planted mistakes with streams, events, host threads and memory.
 
 use std::sync::mpsc;
 
 use crate::api::Arg::{I, L, P};
 use crate::api::{self, alloc, event, filled, free, host_access, launch, order, pinned, stream, wait};
-use crate::bugs::{Bug, Lab, run_all};
+use crate::bugs::{Bug, LoadedKernels, run_all};
 use crate::cuda;
 
 const N: usize = 1000;
@@ -15,10 +15,10 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "read with no wait for the write", kinds: &["race"], run: read_after_write },
     Bug { name: "write with no wait for the read", kinds: &["race"], run: write_after_read },
     Bug { name: "write with no wait for the write", kinds: &["race"], run: write_after_write },
-    Bug { name: "few words read with no wait for the write", kinds: &["race"], run: few_read },
-    Bug { name: "few words written with no wait for the read", kinds: &["race"], run: few_written },
+    Bug { name: "last words read with no wait for the write", kinds: &["race"], run: few_read },
+    Bug { name: "last words written with no wait for the read", kinds: &["race"], run: few_written },
     Bug { name: "wait for an event recorded too early", kinds: &["race"], run: stale_event },
-    Bug { name: "third stream reads, only one of two readers is awaited", kinds: &["race"], run: two_readers },
+    Bug { name: "third stream writes, but waits for only one of two readers", kinds: &["race"], run: two_readers },
     Bug { name: "freed while another stream reads", kinds: &["race", "use-after-free"], run: early_free },
     Bug { name: "used after its free", kinds: &["use-after-free"], run: late_use },
     Bug { name: "freed twice", kinds: &["bad-free"], run: double_free },
@@ -28,16 +28,16 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "kernel into another allocation", kinds: &["bounds"], run: stray },
     Bug { name: "kernel into the next slot of an arena", kinds: &["bounds"], run: slots },
     Bug { name: "16 bytes at an odd address", kinds: &["alignment"], run: misaligned },
-    Bug { name: "read of what nothing wrote", kinds: &["uninitialised"], run: uninitialised },
+    Bug { name: "read of uninitialised memory", kinds: &["uninitialised"], run: uninitialised },
     Bug { name: "message sent at launch", kinds: &["race"], run: early_message },
     Bug { name: "message without its clock", kinds: &["race"], run: message_without_clock },
-    Bug { name: "host reads before the copy is over", kinds: &["race"], run: early_host_read },
-    Bug { name: "host overwrites what is being copied", kinds: &["race"], run: early_host_write },
-    Bug { name: "host overwrites silently what is being copied", kinds: &["race"], run: silent_host_write },
+    Bug { name: "host reads before the copy has finished", kinds: &["race"], run: early_host_read },
+    Bug { name: "host overwrites the source of a copy", kinds: &["race"], run: early_host_write },
+    Bug { name: "host overwrites the source of a copy without recording it", kinds: &["race"], run: silent_host_write },
     Bug { name: "pinned memory freed under a copy", kinds: &["use-after-free"], run: pinned_free },
     Bug { name: "stream that ignores the NULL stream", kinds: &["race"], run: null_stream },
-    Bug { name: "memory of a device without access to it", kinds: &["peer"], run: peer },
-    Bug { name: "a copy between devices out of a pool", kinds: &["staged"], run: staged },
+    Bug { name: "peer memory without access to it", kinds: &["peer"], run: peer },
+    Bug { name: "copy between devices from a pool", kinds: &["staged"], run: staged },
     Bug { name: "wait for an event never recorded", kinds: &["misuse"], run: never_recorded },
     Bug { name: "host function that waits for the device", kinds: &["misuse"], run: waiting_callback },
 ];
@@ -46,24 +46,24 @@ pub const BUGS: &[Bug] = &[
 pub fn check() {
     run_all(BUGS, 2);
     let leaks = api::control::<extern "C" fn() -> u64>("software_cuda_leak_count")();
-    assert_eq!(leaks, 0, "the programs give back what they make");
+    assert_eq!(leaks, 0, "the programs leak objects");
 }
 
-/// Inputs, outputs and two streams.
-struct Desk {
+/// Inputs, an output and two streams.
+struct Fixture {
     s: [cudarc::driver::sys::CUstream; 2],
     a: u64,
     b: u64,
     out: u64,
 }
 
-impl Desk {
-    fn new() -> Desk {
-        Desk { s: [stream(), stream()], a: filled(&[1.0; N]), b: filled(&[2.0; N]), out: alloc(N) }
+impl Fixture {
+    fn new() -> Fixture {
+        Fixture { s: [stream(), stream()], a: filled(&[1.0; N]), b: filled(&[2.0; N]), out: alloc(N) }
     }
 
-    fn add(&self, lab: &Lab, on: usize, out: u64, x: u64, y: u64) {
-        launch(lab.kernel("add"), DIMS, 0, self.s[on], &[P(out), P(x), P(y), I(N as i32)]);
+    fn add(&self, loaded: &LoadedKernels, on: usize, out: u64, x: u64, y: u64) {
+        launch(loaded.kernel("add"), DIMS, 0, self.s[on], &[P(out), P(x), P(y), I(N as i32)]);
     }
 
     fn close(self) {
@@ -77,21 +77,21 @@ impl Desk {
     }
 }
 
-fn read_after_write(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn read_after_write(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let out = alloc(N);
-    d.add(lab, 0, d.out, d.a, d.b);
+    d.add(loaded, 0, d.out, d.a, d.b);
     if !planted {
         order(d.s[0], d.s[1]);
     }
-    d.add(lab, 1, out, d.out, d.a);
+    d.add(loaded, 1, out, d.out, d.a);
     d.close();
     free(out);
 }
 
-fn write_after_read(lab: &Lab, planted: bool) {
-    let d = Desk::new();
-    d.add(lab, 0, d.out, d.a, d.b);
+fn write_after_read(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
+    d.add(loaded, 0, d.out, d.a, d.b);
     if !planted {
         order(d.s[0], d.s[1]);
     }
@@ -99,9 +99,9 @@ fn write_after_read(lab: &Lab, planted: bool) {
     d.close();
 }
 
-fn write_after_write(lab: &Lab, planted: bool) {
-    let d = Desk::new();
-    d.add(lab, 0, d.out, d.a, d.b);
+fn write_after_write(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
+    d.add(loaded, 0, d.out, d.a, d.b);
     if !planted {
         order(d.s[0], d.s[1]);
     }
@@ -109,45 +109,46 @@ fn write_after_write(lab: &Lab, planted: bool) {
     d.close();
 }
 
-/// Only the last words of a buffer are in question: the kernel's quick checks meet them, not its first look-ups.
-fn few_read(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+/// Only the last words of a buffer conflict, so that the kernel's quick checks meet them, and not the first region
+/// checks.
+fn few_read(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     cuda!(cuMemsetD32Async(d.a + 4 * (N as u64 - 3), 0, 3, d.s[0]));
     if !planted {
         order(d.s[0], d.s[1]);
     }
-    d.add(lab, 1, d.out, d.a, d.b);
+    d.add(loaded, 1, d.out, d.a, d.b);
     d.close();
 }
 
-fn few_written(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn few_written(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     cuda!(cuMemcpyDtoDAsync_v2(d.out, d.a + 4 * (N as u64 - 3), 12, d.s[0]));
     if !planted {
         order(d.s[0], d.s[1]);
     }
-    d.add(lab, 1, d.a, d.b, d.b);
+    d.add(loaded, 1, d.a, d.b, d.b);
     d.close();
 }
 
-fn stale_event(lab: &Lab, planted: bool) {
-    let (d, out, e) = (Desk::new(), alloc(N), event());
+fn stale_event(loaded: &LoadedKernels, planted: bool) {
+    let (d, out, e) = (Fixture::new(), alloc(N), event());
     cuda!(cuEventRecord(e, d.s[0]));
-    d.add(lab, 0, d.out, d.a, d.b);
+    d.add(loaded, 0, d.out, d.a, d.b);
     if !planted {
         cuda!(cuEventRecord(e, d.s[0]));
     }
     cuda!(cuStreamWaitEvent(d.s[1], e, 0));
-    d.add(lab, 1, out, d.out, d.a);
+    d.add(loaded, 1, out, d.out, d.a);
     d.close();
     free(out);
     cuda!(cuEventDestroy_v2(e));
 }
 
-fn two_readers(lab: &Lab, planted: bool) {
-    let (d, out, third) = (Desk::new(), alloc(N), stream());
-    d.add(lab, 0, d.out, d.a, d.a);
-    d.add(lab, 1, out, d.a, d.a);
+fn two_readers(loaded: &LoadedKernels, planted: bool) {
+    let (d, out, third) = (Fixture::new(), alloc(N), stream());
+    d.add(loaded, 0, d.out, d.a, d.a);
+    d.add(loaded, 1, out, d.a, d.a);
     order(d.s[0], third);
     if !planted {
         order(d.s[1], third);
@@ -159,13 +160,13 @@ fn two_readers(lab: &Lab, planted: bool) {
     free(out);
 }
 
-fn early_free(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn early_free(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let mut address = 0;
     cuda!(cuMemAllocAsync(&mut address, N * 4, d.s[0]));
-    d.add(lab, 0, address, d.a, d.b);
+    d.add(loaded, 0, address, d.a, d.b);
     order(d.s[0], d.s[1]);
-    d.add(lab, 1, d.out, address, d.a);
+    d.add(loaded, 1, d.out, address, d.a);
     if !planted {
         order(d.s[1], d.s[0]);
     }
@@ -173,23 +174,23 @@ fn early_free(lab: &Lab, planted: bool) {
     d.close();
 }
 
-fn late_use(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn late_use(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let mut address = 0;
     cuda!(cuMemAllocAsync(&mut address, N * 4, d.s[0]));
-    d.add(lab, 0, address, d.a, d.b);
+    d.add(loaded, 0, address, d.a, d.b);
     if planted {
         cuda!(cuMemFreeAsync(address, d.s[0]));
     }
-    d.add(lab, 0, d.out, address, d.a);
+    d.add(loaded, 0, d.out, address, d.a);
     if !planted {
         cuda!(cuMemFreeAsync(address, d.s[0]));
     }
     d.close();
 }
 
-fn double_free(_: &Lab, planted: bool) {
-    let d = Desk::new();
+fn double_free(_: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let mut address = 0;
     cuda!(cuMemAllocAsync(&mut address, N * 4, d.s[0]));
     for _ in 0..1 + usize::from(planted) {
@@ -198,70 +199,70 @@ fn double_free(_: &Lab, planted: bool) {
     d.close();
 }
 
-fn early_use(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn early_use(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let mut address = 0;
     cuda!(cuMemAllocAsync(&mut address, N * 4, d.s[0]));
     if !planted {
         order(d.s[0], d.s[1]);
     }
-    d.add(lab, 1, address, d.a, d.b);
+    d.add(loaded, 1, address, d.a, d.b);
     order(d.s[1], d.s[0]);
     cuda!(cuMemFreeAsync(address, d.s[0]));
     d.close();
 }
 
-fn kernel_bounds(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn kernel_bounds(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let count = N + usize::from(planted);
-    launch(lab.kernel("add"), DIMS, 0, d.s[0], &[P(d.out), P(d.a), P(d.b), I(count as i32)]);
+    launch(loaded.kernel("add"), DIMS, 0, d.s[0], &[P(d.out), P(d.a), P(d.b), I(count as i32)]);
     d.close();
 }
 
-fn copy_bounds(_: &Lab, planted: bool) {
-    let d = Desk::new();
+fn copy_bounds(_: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     cuda!(cuMemcpyDtoDAsync_v2(d.out, d.a, N * 4 + 2 * usize::from(planted), d.s[0]));
     d.close();
 }
 
-fn stray(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn stray(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let offset = if planted { (d.out as i64 - d.a as i64) / 4 } else { 7 };
-    launch(lab.kernel("stray"), (1, 1), 0, d.s[0], &[P(d.a), L(offset)]);
+    launch(loaded.kernel("stray"), (1, 1), 0, d.s[0], &[P(d.a), L(offset)]);
     d.close();
 }
 
-fn slots(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn slots(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let arena = alloc(1024);
     let name = api::control::<extern "C" fn(u64, u64) -> u32>("software_cuda_name_region");
     assert_eq!([name(arena, 1024), name(arena + 1024, 1024)], [1, 1]);
-    launch(lab.kernel("stray"), (1, 1), 0, d.s[0], &[P(arena), L(255 + i64::from(planted))]);
-    launch(lab.kernel("stray"), (1, 1), 0, d.s[0], &[P(arena + 1024 + 512), L(-128)]);
+    launch(loaded.kernel("stray"), (1, 1), 0, d.s[0], &[P(arena), L(255 + i64::from(planted))]);
+    launch(loaded.kernel("stray"), (1, 1), 0, d.s[0], &[P(arena + 1024 + 512), L(-128)]);
     d.close();
     free(arena);
 }
 
-fn misaligned(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn misaligned(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let from = d.a + 4 * u64::from(planted);
-    launch(lab.kernel("copy_wide"), (1, 64), 0, d.s[0], &[P(d.out), P(from), I(8)]);
+    launch(loaded.kernel("copy_wide"), (1, 64), 0, d.s[0], &[P(d.out), P(from), I(8)]);
     d.close();
 }
 
-fn uninitialised(lab: &Lab, planted: bool) {
-    let (d, fresh) = (Desk::new(), alloc(N));
+fn uninitialised(loaded: &LoadedKernels, planted: bool) {
+    let (d, fresh) = (Fixture::new(), alloc(N));
     cuda!(cuMemsetD8Async(fresh, 0, N * 4 - usize::from(planted), d.s[0]));
-    d.add(lab, 0, d.out, fresh, d.a);
+    d.add(loaded, 0, d.out, fresh, d.a);
     d.close();
     free(fresh);
 }
 
-/// A producer and a consumer, each with its own thread and stream, and a message between them. The producer sends when
-/// its work is over, or at launch; with the clock, or without.
-fn messages(lab: &Lab, sends_at_launch: bool, carries_clock: bool) {
-    let (d, out) = (Desk::new(), alloc(N));
-    let (add, start) = (lab.kernel("add") as usize, api::capture());
+/// A producer and a consumer, each with its own thread and stream, and a message between them. The producer sends it
+/// when its work has finished or at launch, with or without its clock.
+fn messages(loaded: &LoadedKernels, sends_at_launch: bool, carries_clock: bool) {
+    let (d, out) = (Fixture::new(), alloc(N));
+    let (add, start) = (loaded.kernel("add") as usize, api::capture());
     let (s, a, b, mid) = (d.s.map(|s| s as usize), d.a, d.b, d.out);
     let (sender, receiver) = mpsc::channel::<u64>();
     let token = move || if carries_clock { api::capture() } else { 0 };
@@ -298,7 +299,7 @@ fn messages(lab: &Lab, sends_at_launch: bool, carries_clock: bool) {
     free(out);
 }
 
-/// Asks until an event is over, as a poller does.
+/// Polls until an event has completed.
 fn poll(e: cudarc::driver::sys::CUevent) {
     use cudarc::driver::sys::{CUresult, cuEventQuery};
     // SAFETY: the event comes from the driver.
@@ -307,16 +308,16 @@ fn poll(e: cudarc::driver::sys::CUevent) {
     }
 }
 
-fn early_message(lab: &Lab, planted: bool) {
-    messages(lab, planted, true);
+fn early_message(loaded: &LoadedKernels, planted: bool) {
+    messages(loaded, planted, true);
 }
 
-fn message_without_clock(lab: &Lab, planted: bool) {
-    messages(lab, false, !planted);
+fn message_without_clock(loaded: &LoadedKernels, planted: bool) {
+    messages(loaded, false, !planted);
 }
 
-fn early_host_read(_: &Lab, planted: bool) {
-    let (d, p) = (Desk::new(), pinned(N));
+fn early_host_read(_: &LoadedKernels, planted: bool) {
+    let (d, p) = (Fixture::new(), pinned(N));
     cuda!(cuMemcpyDtoHAsync_v2(p.cast(), d.a, N * 4, d.s[0]));
     if !planted {
         wait(d.s[0]);
@@ -327,8 +328,8 @@ fn early_host_read(_: &Lab, planted: bool) {
     d.close();
 }
 
-fn early_host_write(_: &Lab, planted: bool) {
-    let (d, p) = (Desk::new(), pinned(N));
+fn early_host_write(_: &LoadedKernels, planted: bool) {
+    let (d, p) = (Fixture::new(), pinned(N));
     host_access(p, N, true);
     cuda!(cuMemcpyHtoDAsync_v2(d.a, p.cast(), N * 4, d.s[0]));
     if !planted {
@@ -340,14 +341,14 @@ fn early_host_write(_: &Lab, planted: bool) {
     d.close();
 }
 
-fn silent_host_write(_: &Lab, planted: bool) {
-    let (d, p) = (Desk::new(), pinned(N));
-    let held = api::hold(d.s[1]);
+fn silent_host_write(_: &LoadedKernels, planted: bool) {
+    let (d, p) = (Fixture::new(), pinned(N));
+    let held = api::block_device(d.s[1]);
     cuda!(cuMemcpyHtoDAsync_v2(d.a, p.cast(), N * 4, d.s[0]));
     order(d.s[1], d.s[0]);
     cuda!(cuMemcpyHtoDAsync_v2(d.b, p.cast(), N * 4, d.s[0]));
     if planted {
-        // SAFETY: the memory is pinned, and as long.
+        // SAFETY: the index is within the pinned memory.
         unsafe { p.add(3).write(5.0) };
     }
     drop(held);
@@ -356,9 +357,9 @@ fn silent_host_write(_: &Lab, planted: bool) {
     d.close();
 }
 
-fn pinned_free(_: &Lab, planted: bool) {
-    let (d, p) = (Desk::new(), pinned(N));
-    let held = api::hold(d.s[1]);
+fn pinned_free(_: &LoadedKernels, planted: bool) {
+    let (d, p) = (Fixture::new(), pinned(N));
+    let held = api::block_device(d.s[1]);
     order(d.s[1], d.s[0]);
     cuda!(cuMemcpyHtoDAsync_v2(d.a, p.cast(), N * 4, d.s[0]));
     if planted {
@@ -372,20 +373,20 @@ fn pinned_free(_: &Lab, planted: bool) {
     d.close();
 }
 
-fn null_stream(lab: &Lab, planted: bool) {
-    let d = Desk::new();
+fn null_stream(loaded: &LoadedKernels, planted: bool) {
+    let d = Fixture::new();
     let mut s = std::ptr::null_mut();
     cuda!(cuStreamCreate(&mut s, u32::from(planted)));
-    launch(lab.kernel("add"), DIMS, 0, s, &[P(d.out), P(d.a), P(d.b), I(N as i32)]);
+    launch(loaded.kernel("add"), DIMS, 0, s, &[P(d.out), P(d.a), P(d.b), I(N as i32)]);
     cuda!(cuMemsetD8Async(d.out, 0, N * 4, std::ptr::null_mut()));
-    launch(lab.kernel("add"), DIMS, 0, s, &[P(d.a), P(d.out), P(d.b), I(N as i32)]);
+    launch(loaded.kernel("add"), DIMS, 0, s, &[P(d.a), P(d.out), P(d.b), I(N as i32)]);
     wait(s);
     cuda!(cuStreamDestroy_v2(s));
     d.close();
 }
 
-fn peer(lab: &Lab, planted: bool) {
-    // Access stays enabled, so the device without it is the one that looks.
+fn peer(loaded: &LoadedKernels, planted: bool) {
+    // Access stays enabled, so the device without access to the other reads when the mistake is planted.
     let owner = if planted { 0 } else { 1 };
     api::use_device(owner);
     let there = filled(&[3.0; N]);
@@ -393,23 +394,23 @@ fn peer(lab: &Lab, planted: bool) {
     cuda!(cuCtxGetCurrent(&mut context));
     api::use_device(1 - owner);
     if !planted {
-        api::reach(context);
+        api::enable_peer_access(context);
     }
-    let d = Desk::new();
-    d.add(lab, 0, d.out, there, d.a);
+    let d = Fixture::new();
+    d.add(loaded, 0, d.out, there, d.a);
     d.close();
     api::use_device(owner);
     free(there);
 }
 
-fn staged(_: &Lab, planted: bool) {
+fn staged(_: &LoadedKernels, planted: bool) {
     let contexts = [0, 1].map(|device| {
         let mut context = std::ptr::null_mut();
         api::use_device(device);
         cuda!(cuCtxGetCurrent(&mut context));
         context
     });
-    api::reach(contexts[0]);
+    api::enable_peer_access(contexts[0]);
     let (s, mut from) = (stream(), 0);
     match planted {
         true => cuda!(cuMemAllocAsync(&mut from, N * 4, s)),
@@ -418,7 +419,7 @@ fn staged(_: &Lab, planted: bool) {
     cuda!(cuMemsetD8Async(from, 0, N * 4, s));
     wait(s);
     api::use_device(0);
-    api::reach(contexts[1]);
+    api::enable_peer_access(contexts[1]);
     let (to, own) = (filled(&[0.0; N]), stream());
     cuda!(cuMemcpyPeerAsync(to, contexts[0], from, contexts[1], N * 4, own));
     wait(own);
@@ -429,8 +430,8 @@ fn staged(_: &Lab, planted: bool) {
     cuda!(cuStreamDestroy_v2(s));
 }
 
-fn never_recorded(_: &Lab, planted: bool) {
-    let (d, e) = (Desk::new(), event());
+fn never_recorded(_: &LoadedKernels, planted: bool) {
+    let (d, e) = (Fixture::new(), event());
     if !planted {
         cuda!(cuEventRecord(e, d.s[0]));
     }
@@ -439,8 +440,8 @@ fn never_recorded(_: &Lab, planted: bool) {
     cuda!(cuEventDestroy_v2(e));
 }
 
-fn waiting_callback(_: &Lab, planted: bool) {
-    // SAFETY: the driver calls it with what it was given below.
+fn waiting_callback(_: &LoadedKernels, planted: bool) {
+    // SAFETY: the driver calls it with the argument passed below.
     unsafe extern "C" fn function(stream: *mut std::ffi::c_void) {
         if !stream.is_null() {
             // SAFETY: the stream comes from the driver, which refuses this call.
@@ -448,7 +449,7 @@ fn waiting_callback(_: &Lab, planted: bool) {
             assert_eq!(code, cudarc::driver::sys::CUresult::CUDA_ERROR_NOT_PERMITTED);
         }
     }
-    let d = Desk::new();
+    let d = Fixture::new();
     api::use_device(0);
     let data = if planted { d.s[1].cast() } else { std::ptr::null_mut() };
     cuda!(cuLaunchHostFunc(d.s[0], Some(function), data));

@@ -1,4 +1,4 @@
-//! Planted mistakes of collectives and messages.
+//! Planted mistakes with collectives and messages.
 
 use std::ptr::null_mut;
 
@@ -6,7 +6,7 @@ use cudarc::driver::sys::CUstream;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t};
 
 use crate::api::{self, filled, free, order, stream};
-use crate::bugs::{Bug, Lab, run_all};
+use crate::bugs::{Bug, LoadedKernels, run_all};
 use crate::{cuda, nccl};
 
 const N: usize = 64;
@@ -22,20 +22,20 @@ pub const BUGS: &[Bug] = &[
         kinds: &["deadlock: streams wait for each other"],
         run: crossed,
     },
-    Bug { name: "communicators in another order on another device", kinds: &["collective-order"], run: another_order },
-    Bug { name: "a rank that never comes", kinds: &["deadlock: rank 1, which has not issued it"], run: missing_rank },
+    Bug { name: "communicators in different orders on two devices", kinds: &["collective-order"], run: another_order },
+    Bug { name: "a rank that never calls", kinds: &["deadlock: rank 1, which has not issued it"], run: missing_rank },
     Bug {
         name: "messages that wait for each other",
         kinds: &["deadlock: streams wait for each other"],
         run: ungrouped_messages,
     },
-    Bug { name: "one thread for two ranks, without a group", kinds: &["ungrouped"], run: ungrouped },
-    Bug { name: "collective of what is still computed", kinds: &["race"], run: early_collective },
-    Bug { name: "result of a collective, read too early", kinds: &["race"], run: early_result },
-    Bug { name: "sent buffer overwritten under way", kinds: &["race"], run: early_overwrite },
+    Bug { name: "one thread for two ranks without a group", kinds: &["ungrouped"], run: ungrouped },
+    Bug { name: "collective reads unfinished data", kinds: &["race"], run: early_collective },
+    Bug { name: "result of a collective read too early", kinds: &["race"], run: early_result },
+    Bug { name: "sent buffer overwritten during the send", kinds: &["race"], run: early_overwrite },
     Bug { name: "another device's memory read before the collective", kinds: &["race"], run: before_collective },
-    Bug { name: "stream goes on while the call is in progress", kinds: &["race"], run: in_progress },
-    Bug { name: "communicator aborted under way", kinds: &["aborted"], run: early_abort },
+    Bug { name: "stream continues while the call is in progress", kinds: &["race"], run: in_progress },
+    Bug { name: "communicator aborted during a collective", kinds: &["aborted"], run: early_abort },
     Bug { name: "communicator used after its end", kinds: &["misuse"], run: closed },
 ];
 
@@ -61,34 +61,34 @@ impl Pair {
         Pair { s: [s0, s1], x: [x0, x1], comms: [api::comms(2), api::comms(2)] }
     }
 
-    /// Sums buffer `which` of a device in place.
-    fn sum(&self, device: usize, comm: usize, on: usize, which: usize, count: usize) {
-        let (x, s) = (self.x[device][which], self.s[device][on]);
+    /// Sums buffer `index` of a device in place.
+    fn sum(&self, device: usize, comm: usize, on: usize, index: usize, count: usize) {
+        let (x, s) = (self.x[device][index], self.s[device][on]);
         nccl!(ncclAllReduce(x as _, x as _, count, F32, SUM, self.comms[comm][device], s.cast()));
     }
 
-    /// Sums it on both devices.
-    fn sum_both(&self, comm: usize, on: usize, which: usize) {
+    /// Sums buffer `index` on both devices.
+    fn sum_both(&self, comm: usize, on: usize, index: usize) {
         nccl!(ncclGroupStart());
-        (0..2).for_each(|d| self.sum(d, comm, on, which, N));
+        (0..2).for_each(|d| self.sum(d, comm, on, index, N));
         nccl!(ncclGroupEnd());
     }
 
-    /// Waits, without insisting that all goes well, and gives everything back.
+    /// Waits, accepting errors, and destroys everything.
     fn close(self) {
         let close = |comm: ncclComm_t, ends: bool| {
-            // SAFETY: the communicator comes from the library, and is given up once.
+            // SAFETY: the communicator comes from the library, and is destroyed once.
             let _ = unsafe {
                 if ends { cudarc::nccl::sys::ncclCommDestroy(comm) } else { cudarc::nccl::sys::ncclCommAbort(comm) }
             };
         };
-        let mut all_well = true;
+        let mut is_ok = true;
         for s in self.s.iter().flatten() {
             // SAFETY: the stream comes from the driver.
             let code = unsafe { cudarc::driver::sys::cuStreamSynchronize(*s) };
-            all_well &= code == cudarc::driver::sys::CUresult::CUDA_SUCCESS;
+            is_ok &= code == cudarc::driver::sys::CUresult::CUDA_SUCCESS;
         }
-        self.comms.iter().flatten().for_each(|c| close(*c, all_well));
+        self.comms.iter().flatten().for_each(|c| close(*c, is_ok));
         for device in 0..2 {
             api::use_device(device as i32);
             self.s[device].iter().for_each(|s| cuda!(cuStreamDestroy_v2(*s)));
@@ -97,7 +97,7 @@ impl Pair {
     }
 }
 
-fn lengths(_: &Lab, planted: bool) {
+fn lengths(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     nccl!(ncclGroupStart());
     p.sum(0, 0, 0, 0, N);
@@ -106,7 +106,7 @@ fn lengths(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn kinds(_: &Lab, planted: bool) {
+fn kinds(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     let broadcast = |device: usize| {
         let (x, s) = (p.x[device][1], p.s[device][0]);
@@ -126,9 +126,9 @@ fn kinds(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn crossed(_: &Lab, planted: bool) {
+fn crossed(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
-    // Each rank has a host thread of its own, as far as NCCL can tell: groups of one call each.
+    // Groups of one call each look to NCCL like separate host threads.
     let issue = |device: usize, comm: usize| {
         let other = if comm == 0 { 0 } else { 1 };
         p.sum(device, comm, 0, other, N);
@@ -152,7 +152,7 @@ fn crossed(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn another_order(_: &Lab, planted: bool) {
+fn another_order(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     nccl!(ncclGroupStart());
     p.sum(0, 0, 0, 0, N);
@@ -168,7 +168,7 @@ fn another_order(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn missing_rank(_: &Lab, planted: bool) {
+fn missing_rank(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     nccl!(ncclGroupStart());
     p.sum(0, 0, 0, 0, N);
@@ -179,7 +179,7 @@ fn missing_rank(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn ungrouped_messages(_: &Lab, planted: bool) {
+fn ungrouped_messages(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     for device in 0..2 {
         let (peer, comm, s) = (1 - device as i32, p.comms[0][device], p.s[device][0].cast());
@@ -198,7 +198,7 @@ fn ungrouped_messages(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn ungrouped(_: &Lab, planted: bool) {
+fn ungrouped(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     if planted {
         (0..2).for_each(|d| p.sum(d, 0, 0, 0, N));
@@ -209,7 +209,7 @@ fn ungrouped(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn early_collective(_: &Lab, planted: bool) {
+fn early_collective(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     for device in 0..2 {
         cuda!(cuMemsetD32Async(p.x[device][0], 0, N, p.s[device][1]));
@@ -222,7 +222,7 @@ fn early_collective(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn early_result(_: &Lab, planted: bool) {
+fn early_result(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     p.sum_both(0, 0, 0);
     for device in 0..2 {
@@ -235,7 +235,7 @@ fn early_result(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn early_overwrite(_: &Lab, planted: bool) {
+fn early_overwrite(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     nccl!(ncclGroupStart());
     nccl!(ncclSend(p.x[0][0] as _, N, F32, 1, p.comms[0][0], p.s[0][0].cast()));
@@ -249,8 +249,8 @@ fn early_overwrite(_: &Lab, planted: bool) {
     p.close();
 }
 
-/// A collective orders what all ranks did before it and what they do after it.
-fn before_collective(_: &Lab, planted: bool) {
+/// A collective orders the earlier work of all ranks before their later work.
+fn before_collective(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     let mut contexts = [null_mut(); 2];
     for (device, context) in contexts.iter_mut().enumerate() {
@@ -259,7 +259,7 @@ fn before_collective(_: &Lab, planted: bool) {
     }
     for device in 0..2 {
         api::use_device(device as i32);
-        api::reach(contexts[1 - device]);
+        api::enable_peer_access(contexts[1 - device]);
     }
     cuda!(cuMemsetD8Async(p.x[0][1], 0, N * 4, p.s[0][0]));
     let copy = || {
@@ -276,8 +276,8 @@ fn before_collective(_: &Lab, planted: bool) {
     p.close();
 }
 
-/// Communicators that do not block: a call may come to its stream after what the host did next.
-fn in_progress(_: &Lab, planted: bool) {
+/// On non-blocking communicators a call may be submitted to its stream after the host's next work.
+fn in_progress(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     let mut id = cudarc::nccl::sys::ncclUniqueId { internal: [0; 128] };
     nccl!(ncclGetUniqueId(&mut id));
@@ -286,30 +286,30 @@ fn in_progress(_: &Lab, planted: bool) {
         api::join_ranks(id, 2, rank)
     });
     let in_progress = cudarc::nccl::sys::ncclResult_t::ncclInProgress;
-    comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    comms.iter().for_each(|comm| api::wait_for_call(*comm, in_progress));
     nccl!(ncclGroupStart());
     for (device, comm) in comms.iter().enumerate() {
         let (x, s) = (p.x[device][0], p.s[device][0].cast());
         nccl!(ncclAllReduce(x as _, x as _, N, F32, SUM, *comm, s));
     }
-    // SAFETY: ends the group that was begun above.
+    // SAFETY: ends the group started above.
     assert_eq!(unsafe { cudarc::nccl::sys::ncclGroupEnd() }, in_progress);
     if !planted {
-        comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+        comms.iter().for_each(|comm| api::wait_for_call(*comm, in_progress));
     }
     for device in 0..2 {
         api::use_device(device as i32);
         order(p.s[device][0], p.s[device][1]);
         cuda!(cuMemcpyDtoDAsync_v2(p.x[device][1], p.x[device][0], N * 4, p.s[device][1]));
     }
-    comms.iter().for_each(|comm| api::settle(*comm, in_progress));
+    comms.iter().for_each(|comm| api::wait_for_call(*comm, in_progress));
     comms.iter().for_each(|comm| nccl!(ncclCommDestroy(*comm)));
     p.close();
 }
 
-fn early_abort(_: &Lab, planted: bool) {
+fn early_abort(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
-    let held = api::hold(p.s[0][0]);
+    let held = api::block_device(p.s[0][0]);
     p.sum_both(0, 0, 0);
     if planted {
         nccl!(ncclCommAbort(p.comms[0][0]));
@@ -317,7 +317,7 @@ fn early_abort(_: &Lab, planted: bool) {
     }
     drop(held);
     if planted {
-        // What is closed already is left alone.
+        // The communicators of the first set are already closed.
         let Pair { s, x, comms } = p;
         let rest = [Vec::new(), comms[1].clone()];
         return Pair { s, x, comms: rest }.close();
@@ -325,12 +325,12 @@ fn early_abort(_: &Lab, planted: bool) {
     p.close();
 }
 
-fn closed(_: &Lab, planted: bool) {
+fn closed(_: &LoadedKernels, planted: bool) {
     let mut p = Pair::new();
     if planted {
         let comm = p.comms[0][0];
         nccl!(ncclCommDestroy(comm));
-        // SAFETY: the library knows all communicators that it ever made.
+        // SAFETY: the library accepts handles of closed communicators.
         let code = unsafe {
             let s: CUstream = p.s[0][0];
             cudarc::nccl::sys::ncclAllReduce(p.x[0][0] as _, p.x[0][0] as _, N, F32, SUM, comm, s.cast())

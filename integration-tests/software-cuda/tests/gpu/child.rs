@@ -1,20 +1,20 @@
-//! Runs a case of a test in a child process, on the software device.
+//! Runs a case of a test in a child process on the software device.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-use shardflow_software_cuda::Report;
+use shardflow_software_cuda::SimReport;
 
 const CASE: &str = "SOFTWARE_CUDA_TEST_CASE";
 
-/// In the child: runs the case that the parent named.
+/// In the child: runs the case named by the parent.
 pub fn run(cases: &[(&str, fn())]) {
     let name = std::env::var(CASE).expect("the parent names a case");
     let (_, case) = cases.iter().find(|c| c.0 == name).expect("a case of that name");
     case();
 }
 
-/// In the parent: what runs a case, and leaves a report in the folder.
+/// In the parent: a command that runs a case and writes a report to the folder.
 pub fn command(case: &str, folder: &Path, devices: usize, policy: &str, seed: u64) -> Command {
     let program = std::env::current_exe().expect("this program");
     let command = shardflow_software_cuda::command(program, folder, devices, policy, seed);
@@ -23,16 +23,16 @@ pub fn command(case: &str, folder: &Path, devices: usize, policy: &str, seed: u6
     command
 }
 
-/// In the parent: runs a case, with settings, and gives what it printed and what the device reports.
-pub fn start(case: &str, devices: usize, policy: &str, seed: u64, settings: &[(&str, &str)]) -> (Output, Report) {
+/// In the parent: runs a case with settings; returns its output and the device's report.
+pub fn start(case: &str, devices: usize, policy: &str, seed: u64, settings: &[(&str, &str)]) -> (Output, SimReport) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut command = command(case, folder.path(), devices, policy, seed);
     let output = command.envs(settings.iter().copied()).output().expect("this program starts");
-    let report = Report::read(folder.path()).unwrap_or_default();
+    let report = SimReport::read(folder.path()).unwrap_or_default();
     (output, report)
 }
 
-/// In the parent: the case passes, and nothing is found.
+/// In the parent: checks that the case passes without findings.
 pub fn expect_clean(case: &str, devices: usize, policy: &str, seed: u64) {
     let (output, report) = start(case, devices, policy, seed, &[]);
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);

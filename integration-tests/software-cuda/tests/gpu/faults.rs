@@ -1,4 +1,4 @@
-//! Lost devices, leaks, counters, and ranks in threads of their own.
+//! Lost devices, leaks, counters, and ranks in separate threads.
 
 use std::time::{Duration, Instant};
 
@@ -18,18 +18,18 @@ pub fn check_killed() {
         let (module, s, x) = (api::module(), stream(), filled(&[1.0; 64]));
         devices.push((function(module, "add"), s, x));
     }
-    let mut answers = Vec::new();
+    let mut results = Vec::new();
     for _ in 0..6 {
         for (device, (add, s, x)) in devices.iter().enumerate() {
             api::use_device(device as i32);
             let launched = try_launch(*add, (1, 64), 0, *s, &[P(*x), P(*x), P(*x), I(64)]);
             // SAFETY: the stream comes from the driver.
             let waited = unsafe { sys::cuStreamSynchronize(*s) };
-            answers.push((device, launched, waited));
+            results.push((device, launched, waited));
         }
     }
     let lost = CUresult::CUDA_ERROR_LAUNCH_FAILED;
-    let of = |device| answers.iter().filter(move |a| a.0 == device).map(|a| (a.1, a.2)).collect::<Vec<_>>();
+    let of = |device| results.iter().filter(move |a| a.0 == device).map(|a| (a.1, a.2)).collect::<Vec<_>>();
     assert_eq!(of(0), [(CUresult::CUDA_SUCCESS, CUresult::CUDA_SUCCESS); 6]);
     assert_eq!(
         of(1)[..3],
@@ -41,11 +41,11 @@ pub fn check_killed() {
     );
     assert_eq!(of(1)[3..], [(lost, lost); 3]);
     let mut address = 0;
-    // SAFETY: a place for an address.
+    // SAFETY: the pointer points to a local variable.
     assert_eq!(unsafe { sys::cuMemAlloc_v2(&mut address, 4) }, lost, "the error stays");
 }
 
-/// In the child: the second launch never ends, and the rest goes on.
+/// In the child: the second launch never ends, and other streams continue.
 pub fn check_hung() {
     api::use_device(0);
     let (add, s, other, x, e) = (function(api::module(), "add"), stream(), stream(), filled(&[1.0; 64]), event());
@@ -69,7 +69,7 @@ pub fn check_hung() {
     );
 }
 
-/// In the child: leaves one of everything.
+/// In the child: leaks one object of each kind.
 pub fn check_leaks() {
     api::use_device(0);
     let made = (stream(), event(), alloc(10), pinned(10), api::comms(1));
@@ -78,7 +78,7 @@ pub fn check_leaks() {
     std::mem::forget(made);
 }
 
-/// In the child: what a steady step calls.
+/// In the child: counts the calls of a steady step.
 pub fn check_counters() {
     api::use_device(0);
     let (add, s, x) = (function(api::module(), "add"), stream(), filled(&[1.0; 64]));
@@ -99,14 +99,14 @@ pub fn check_counters() {
     cuda!(cuStreamDestroy_v2(s));
 }
 
-/// In the child: four ranks, each in its own thread, make a communicator and use it.
+/// In the child: four ranks, each in its own thread, create a communicator and use it.
 pub fn check_rank_threads() {
     const RANKS: usize = 4;
     let mut id = cudarc::nccl::sys::ncclUniqueId { internal: [0; 128] };
     nccl!(ncclGetUniqueId(&mut id));
     let sums: Vec<f32> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..RANKS).map(|rank| scope.spawn(move || one_rank(id, rank))).collect();
-        threads.into_iter().map(|t| t.join().expect("a rank ends well")).collect()
+        threads.into_iter().map(|t| t.join().expect("a rank succeeds")).collect()
     });
     // Ten averages of 1, 2, 3, 4 leave 2.5.
     assert_eq!(sums, [2.5; RANKS]);
@@ -115,7 +115,7 @@ pub fn check_rank_threads() {
         api::use_device(rank as i32);
         let (s, x, y) = (stream(), filled(&[rank as f32 + 1.0; 64]), alloc(64));
         let comm = api::join_ranks(id, RANKS, rank);
-        api::settle(comm, ncclResult_t::ncclInProgress);
+        api::wait_for_call(comm, ncclResult_t::ncclInProgress);
         let (mut count, mut own) = (0, 0);
         nccl!(ncclCommCount(comm, &mut count));
         nccl!(ncclCommUserRank(comm, &mut own));
@@ -123,19 +123,19 @@ pub fn check_rank_threads() {
         use cudarc::nccl::sys::{ncclAllGather, ncclAllReduce, ncclGroupEnd, ncclReduceScatter};
         let (f32_type, average, max) = (ncclDataType_t::ncclFloat32, ncclRedOp_t::ncclAvg, ncclRedOp_t::ncclMax);
         for _ in 0..10 {
-            // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
-            api::settle(comm, unsafe { ncclAllReduce(x as _, x as _, 64, f32_type, average, comm, s.cast()) });
+            // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
+            api::wait_for_call(comm, unsafe { ncclAllReduce(x as _, x as _, 64, f32_type, average, comm, s.cast()) });
             // SAFETY: as above.
-            api::settle(comm, unsafe { ncclReduceScatter(x as _, y as _, 16, f32_type, max, comm, s.cast()) });
+            api::wait_for_call(comm, unsafe { ncclReduceScatter(x as _, y as _, 16, f32_type, max, comm, s.cast()) });
             // SAFETY: as above.
-            api::settle(comm, unsafe { ncclAllGather(y as _, x as _, 16, f32_type, comm, s.cast()) });
+            api::wait_for_call(comm, unsafe { ncclAllGather(y as _, x as _, 16, f32_type, comm, s.cast()) });
         }
         let (next, before) = ((rank + 1) % RANKS, (rank + RANKS - 1) % RANKS);
         nccl!(ncclGroupStart());
         nccl!(ncclSend(x as _, 64, f32_type, next as i32, comm, s.cast()));
         nccl!(ncclRecv(y as _, 64, f32_type, before as i32, comm, s.cast()));
-        // SAFETY: ends the group that was begun above.
-        api::settle(comm, unsafe { ncclGroupEnd() });
+        // SAFETY: ends the group started above.
+        api::wait_for_call(comm, unsafe { ncclGroupEnd() });
         let value = api::read(y, 64, s)[63];
         nccl!(ncclCommFinalize(comm));
         nccl!(ncclCommDestroy(comm));
@@ -147,14 +147,14 @@ pub fn check_rank_threads() {
 }
 
 #[test]
-fn a_killed_device_answers_with_its_error() {
+fn a_killed_device_returns_its_error() {
     let (output, report) = child::start("killed", 2, "random", 1, &[("SOFTWARE_CUDA_FAULT", "kill:1:3")]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(report.findings, []);
 }
 
 #[test]
-fn a_hung_launch_holds_up_its_stream_alone() {
+fn a_hung_launch_blocks_only_its_stream() {
     let settings = [("SOFTWARE_CUDA_FAULT", "hang:0:2"), ("SOFTWARE_CUDA_HANG_MS", "100")];
     let (output, report) = child::start("hung", 1, "random", 1, &settings);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -162,7 +162,7 @@ fn a_hung_launch_holds_up_its_stream_alone() {
 }
 
 #[test]
-fn leaks_are_told_at_exit() {
+fn leaks_are_reported_at_exit() {
     let (output, report) = child::start("leaks", 1, "lazy", 1, &[]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let kinds: Vec<&str> = report.findings.iter().map(|f| f.kind.as_str()).collect();
@@ -176,7 +176,7 @@ fn calls_are_counted() {
 }
 
 #[test]
-fn ranks_in_threads_of_their_own_meet() {
+fn ranks_in_separate_threads_share_a_communicator() {
     for (policy, _) in POLICIES {
         for seed in 0..4 {
             child::expect_clean("rank threads", 4, policy, seed);

@@ -1,4 +1,4 @@
-//! cuDNN on the software device: values of a small graph, and planted mistakes.
+//! cuDNN on the software device: results of a small graph, and planted mistakes.
 
 use std::ffi::c_void;
 use std::ptr::{from_ref, null_mut};
@@ -11,20 +11,20 @@ use cudarc::cudnn::sys::{
 use cudarc::driver::sys::CUstream;
 
 use crate::api::{self, alloc, filled, free, read, stream, wait};
-use crate::bugs::{Bug, Lab, expect_found, run_all};
+use crate::bugs::{Bug, LoadedKernels, expect_found, run_all};
 use crate::cuda;
 
 /// The mistakes.
 pub const BUGS: &[Bug] = &[
     Bug { name: "a descriptor that is not finalised", kinds: &["misuse: not finalised"], run: not_finalised },
     Bug { name: "a tensor without dims", kinds: &["misuse: without CUDNN_ATTR_TENSOR_DIMENSIONS"], run: no_dims },
-    Bug { name: "a tensor whose rows overlap", kinds: &["misuse: over each other"], run: overlapping },
+    Bug { name: "a tensor whose rows overlap", kinds: &["misuse: elements overlap"], run: overlapping },
     Bug { name: "a stride past the buffer", kinds: &["bounds"], run: wide },
-    Bug { name: "two tensors with one id", kinds: &["misuse: the unique id"], run: twins },
-    Bug { name: "operations out of order", kinds: &["misuse: before it is made"], run: unordered },
+    Bug { name: "two tensors with one id", kinds: &["misuse: the unique id"], run: duplicate_ids },
+    Bug { name: "operations out of order", kinds: &["misuse: before it is written"], run: unordered },
     Bug { name: "no workspace", kinds: &["misuse: without its workspace"], run: no_workspace },
     Bug { name: "one workspace for two streams", kinds: &["race"], run: shared_workspace },
-    Bug { name: "a buffer without values", kinds: &["uninitialised"], run: empty },
+    Bug { name: "an uninitialised buffer", kinds: &["uninitialised"], run: empty },
     Bug { name: "an address off its alignment", kinds: &["misuse: off its alignment"], run: unaligned },
     Bug { name: "a tensor without an address", kinds: &["misuse: without an address"], run: no_address },
 ];
@@ -35,13 +35,13 @@ pub fn check() {
     run_all(BUGS, 1);
 }
 
-/// What may be wrong with a graph, and with what it is run on.
+/// Mistakes in a graph and its buffers.
 #[derive(Clone, Copy, Default)]
-struct Wrong {
+struct GraphFault {
     open: bool,
     no_dims: bool,
     row_stride: Option<i64>,
-    twins: bool,
+    duplicate_ids: bool,
     unordered: bool,
     no_mask: bool,
     no_workspace: bool,
@@ -51,11 +51,11 @@ struct Wrong {
 
 fn attribute<T>(descriptor: cudnnBackendDescriptor_t, name: Attribute, kind: Type, values: &[T]) -> Answer {
     let (count, start) = (values.len() as i64, values.as_ptr().cast::<c_void>());
-    // SAFETY: so many values of the type lie there.
+    // SAFETY: `values` holds this number of values of the type.
     unsafe { sys::cudnnBackendSetAttribute(descriptor, name, kind, count, start) }
 }
 
-/// Descriptors that live until it is dropped; the first refusal is kept, and ends the rest.
+/// Descriptors that live until it is dropped; after the first refusal it makes no more changes.
 struct Builder {
     made: Vec<cudnnBackendDescriptor_t>,
     refused: bool,
@@ -64,7 +64,7 @@ struct Builder {
 impl Builder {
     fn open(&mut self, kind: Kind) -> cudnnBackendDescriptor_t {
         let mut made = null_mut();
-        // SAFETY: writes a handle to a local.
+        // SAFETY: writes a handle to a local variable.
         let answer = unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut made) };
         assert_eq!(answer, Answer::CUDNN_STATUS_SUCCESS);
         self.made.push(made);
@@ -80,34 +80,34 @@ impl Builder {
     }
 
     fn seal(&mut self, descriptor: cudnnBackendDescriptor_t) -> cudnnBackendDescriptor_t {
-        // SAFETY: a descriptor of the library.
+        // SAFETY: the descriptor comes from the library.
         self.refused = self.refused || unsafe { sys::cudnnBackendFinalize(descriptor) } != Answer::CUDNN_STATUS_SUCCESS;
         descriptor
     }
 
-    fn tensor(&mut self, id: i64, (rows, columns): (i64, i64), data: Data, place: u8, wrong: Wrong) -> Descriptor {
+    fn tensor(&mut self, id: i64, (rows, columns): (i64, i64), data: Data, place: u8, fault: GraphFault) -> Descriptor {
         let made = self.open(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR);
         self.set(made, Attribute::CUDNN_ATTR_TENSOR_UNIQUE_ID, Type::CUDNN_TYPE_INT64, &[id]);
         self.set(made, Attribute::CUDNN_ATTR_TENSOR_DATA_TYPE, Type::CUDNN_TYPE_DATA_TYPE, &[data]);
         self.set(made, Attribute::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, Type::CUDNN_TYPE_INT64, &[16i64]);
-        if !wrong.no_dims {
+        if !fault.no_dims {
             self.set(made, Attribute::CUDNN_ATTR_TENSOR_DIMENSIONS, Type::CUDNN_TYPE_INT64, &[1, 1, rows, columns]);
         }
-        let stride = wrong.row_stride.unwrap_or(columns);
+        let stride = fault.row_stride.unwrap_or(columns);
         let strides = [rows * stride, rows * stride, stride, 1];
         self.set(made, Attribute::CUDNN_ATTR_TENSOR_STRIDES, Type::CUDNN_TYPE_INT64, &strides);
         self.set(made, Attribute::CUDNN_ATTR_TENSOR_IS_VIRTUAL, Type::CUDNN_TYPE_BOOLEAN, &[place == VIRTUAL]);
         self.set(made, Attribute::CUDNN_ATTR_TENSOR_IS_BY_VALUE, Type::CUDNN_TYPE_BOOLEAN, &[place == NUMBER]);
-        if wrong.open { made } else { self.seal(made) }
+        if fault.open { made } else { self.seal(made) }
     }
 
     fn product(&mut self, [a, b, c]: [Descriptor; 3]) -> Descriptor {
-        let what = self.open(Kind::CUDNN_BACKEND_MATMUL_DESCRIPTOR);
+        let matmul = self.open(Kind::CUDNN_BACKEND_MATMUL_DESCRIPTOR);
         let float = [Data::CUDNN_DATA_FLOAT];
-        self.set(what, Attribute::CUDNN_ATTR_MATMUL_COMP_TYPE, Type::CUDNN_TYPE_DATA_TYPE, &float);
-        self.seal(what);
+        self.set(matmul, Attribute::CUDNN_ATTR_MATMUL_COMP_TYPE, Type::CUDNN_TYPE_DATA_TYPE, &float);
+        self.seal(matmul);
         let made = self.open(Kind::CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR);
-        self.link(made, Attribute::CUDNN_ATTR_OPERATION_MATMUL_DESC, what);
+        self.link(made, Attribute::CUDNN_ATTR_OPERATION_MATMUL_DESC, matmul);
         self.link(made, Attribute::CUDNN_ATTR_OPERATION_MATMUL_ADESC, a);
         self.link(made, Attribute::CUDNN_ATTR_OPERATION_MATMUL_BDESC, b);
         self.link(made, Attribute::CUDNN_ATTR_OPERATION_MATMUL_CDESC, c);
@@ -115,16 +115,16 @@ impl Builder {
     }
 
     fn pointwise(&mut self, mode: Mode, axis: Option<i64>, operands: &[Descriptor], y: Descriptor) -> Descriptor {
-        let what = self.open(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
-        self.set(what, Attribute::CUDNN_ATTR_POINTWISE_MODE, Type::CUDNN_TYPE_POINTWISE_MODE, &[mode]);
+        let pointwise = self.open(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR);
+        self.set(pointwise, Attribute::CUDNN_ATTR_POINTWISE_MODE, Type::CUDNN_TYPE_POINTWISE_MODE, &[mode]);
         let float = [Data::CUDNN_DATA_FLOAT];
-        self.set(what, Attribute::CUDNN_ATTR_POINTWISE_MATH_PREC, Type::CUDNN_TYPE_DATA_TYPE, &float);
+        self.set(pointwise, Attribute::CUDNN_ATTR_POINTWISE_MATH_PREC, Type::CUDNN_TYPE_DATA_TYPE, &float);
         if let Some(axis) = axis {
-            self.set(what, Attribute::CUDNN_ATTR_POINTWISE_AXIS, Type::CUDNN_TYPE_INT64, &[axis]);
+            self.set(pointwise, Attribute::CUDNN_ATTR_POINTWISE_AXIS, Type::CUDNN_TYPE_INT64, &[axis]);
         }
-        self.seal(what);
+        self.seal(pointwise);
         let made = self.open(Kind::CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR);
-        self.link(made, Attribute::CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, what);
+        self.link(made, Attribute::CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, pointwise);
         let names = [
             Attribute::CUDNN_ATTR_OPERATION_POINTWISE_XDESC,
             Attribute::CUDNN_ATTR_OPERATION_POINTWISE_BDESC,
@@ -141,7 +141,7 @@ impl Builder {
 impl Drop for Builder {
     fn drop(&mut self) {
         for descriptor in &self.made {
-            // SAFETY: made here, destroyed once.
+            // SAFETY: created here, destroyed once.
             unsafe { sys::cudnnBackendDestroyDescriptor(*descriptor) };
         }
     }
@@ -153,11 +153,11 @@ const BUFFER: u8 = 0;
 const VIRTUAL: u8 = 1;
 const NUMBER: u8 = 2;
 
-/// Rows of all, and columns of a and of the result.
+/// Rows of a and v, and columns of b.
 const N: usize = 2;
 const DEPTH: usize = 8;
 
-/// What a graph is run on: `o = mask(a b) v`, a 2 x 8, b 8 x 2, v 2 x 8.
+/// The buffers of a graph: `o = mask(a b) v`, a 2 x 8, b 8 x 2, v 2 x 8.
 #[derive(Clone, Copy)]
 struct Buffers {
     a: u64,
@@ -178,36 +178,36 @@ impl Buffers {
         [self.a, self.b, self.v, self.o, self.workspace].into_iter().for_each(free);
     }
 
-    /// Builds the graph and runs it; true when nothing was refused.
-    fn run(&self, s: CUstream, wrong: Wrong) -> bool {
+    /// Builds and runs the graph; returns whether nothing was refused.
+    fn run(&self, s: CUstream, fault: GraphFault) -> bool {
         let mut handle = null_mut();
-        // SAFETY: writes a handle to a local; then a live handle and stream.
+        // SAFETY: writes a handle to a local variable; then passes a live handle and stream.
         unsafe {
             assert_eq!(sys::cudnnCreate(&mut handle), Answer::CUDNN_STATUS_SUCCESS);
             assert_eq!(sys::cudnnSetStream(handle, s.cast()), Answer::CUDNN_STATUS_SUCCESS);
         }
         let mut builder = Builder { made: Vec::new(), refused: false };
-        let whole = self.graph(&mut builder, wrong, handle);
-        let done = !builder.refused && self.execute(&mut builder, whole, handle, wrong);
-        // SAFETY: made above.
+        let whole = self.graph(&mut builder, fault, handle);
+        let done = !builder.refused && self.execute(&mut builder, whole, handle, fault);
+        // SAFETY: created above.
         unsafe { sys::cudnnDestroy(handle) };
         done
     }
 
-    fn graph(&self, builder: &mut Builder, wrong: Wrong, handle: sys::cudnnHandle_t) -> Descriptor {
+    fn graph(&self, builder: &mut Builder, fault: GraphFault, handle: sys::cudnnHandle_t) -> Descriptor {
         let (f32, wide, deep) = (Data::CUDNN_DATA_FLOAT, (N as i64, N as i64), (N as i64, DEPTH as i64));
-        let fine = Wrong::default();
-        let a = builder.tensor(1, deep, f32, BUFFER, wrong);
-        let b = builder.tensor(2, (DEPTH as i64, N as i64), f32, BUFFER, fine);
-        let v = builder.tensor(if wrong.twins { 2 } else { 3 }, deep, f32, BUFFER, fine);
-        let o = builder.tensor(4, deep, f32, BUFFER, fine);
-        let mut scores = |id, data| builder.tensor(id, wide, data, VIRTUAL, fine);
+        let no_fault = GraphFault::default();
+        let a = builder.tensor(1, deep, f32, BUFFER, fault);
+        let b = builder.tensor(2, (DEPTH as i64, N as i64), f32, BUFFER, no_fault);
+        let v = builder.tensor(if fault.duplicate_ids { 2 } else { 3 }, deep, f32, BUFFER, no_fault);
+        let o = builder.tensor(4, deep, f32, BUFFER, no_fault);
+        let mut scores = |id, data| builder.tensor(id, wide, data, VIRTUAL, no_fault);
         let [s, masked] = [5, 6].map(|id| scores(id, f32));
         let [row, column] = [7, 8].map(|id| scores(id, Data::CUDNN_DATA_INT32));
         let keep = scores(9, Data::CUDNN_DATA_BOOLEAN);
-        let zero = builder.tensor(10, (1, 1), f32, NUMBER, fine);
+        let zero = builder.tensor(10, (1, 1), f32, NUMBER, no_fault);
         let mut operations = vec![builder.product([a, b, s])];
-        if wrong.no_mask {
+        if fault.no_mask {
             operations.push(builder.pointwise(Mode::CUDNN_POINTWISE_ADD, None, &[s, zero], masked));
         } else {
             operations.push(builder.pointwise(Mode::CUDNN_POINTWISE_GEN_INDEX, Some(2), &[s], row));
@@ -216,7 +216,7 @@ impl Buffers {
             operations.push(builder.pointwise(Mode::CUDNN_POINTWISE_BINARY_SELECT, None, &[s, zero, keep], masked));
         }
         operations.push(builder.product([masked, v, o]));
-        if wrong.unordered {
+        if fault.unordered {
             operations.reverse();
         }
         let whole = builder.open(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR);
@@ -226,7 +226,7 @@ impl Buffers {
         builder.seal(whole)
     }
 
-    fn execute(&self, builder: &mut Builder, whole: Descriptor, handle: sys::cudnnHandle_t, wrong: Wrong) -> bool {
+    fn execute(&self, builder: &mut Builder, whole: Descriptor, handle: sys::cudnnHandle_t, fault: GraphFault) -> bool {
         let heuristic = builder.open(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR);
         builder.link(heuristic, Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, whole);
         let mode = [Heuristic::CUDNN_HEUR_MODE_A];
@@ -235,7 +235,7 @@ impl Buffers {
         let (mut configuration, mut count) = (builder.open(Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR), 0);
         let (results, kind) = (Attribute::CUDNN_ATTR_ENGINEHEUR_RESULTS, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR);
         let to = (&raw mut configuration).cast();
-        // SAFETY: at most one descriptor is filled in, which lies there.
+        // SAFETY: fills in at most one descriptor, which `to` points to.
         let answer = unsafe { sys::cudnnBackendGetAttribute(heuristic, results, kind, 1, &mut count, to) };
         assert_eq!((answer, count), (Answer::CUDNN_STATUS_SUCCESS, 1));
         let plan = builder.open(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR);
@@ -245,22 +245,22 @@ impl Buffers {
         let pack = builder.open(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR);
         let zero = 0f32;
         let zero = from_ref(&zero).expose_provenance() as u64;
-        let mut given = vec![(1, self.a + wrong.offset), (2, self.b), (3, self.v), (4, self.o), (10, zero)];
-        given.truncate(if wrong.no_address { 4 } else { 5 });
+        let mut given = vec![(1, self.a + fault.offset), (2, self.b), (3, self.v), (4, self.o), (10, zero)];
+        given.truncate(if fault.no_address { 4 } else { 5 });
         let (ids, pointers): (Vec<i64>, Vec<u64>) = given.into_iter().unzip();
         builder.set(pack, Attribute::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, Type::CUDNN_TYPE_INT64, &ids);
         builder.set(pack, Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, Type::CUDNN_TYPE_VOID_PTR, &pointers);
-        if !wrong.no_workspace {
+        if !fault.no_workspace {
             let workspace = Attribute::CUDNN_ATTR_VARIANT_PACK_WORKSPACE;
             builder.set(pack, workspace, Type::CUDNN_TYPE_VOID_PTR, &[self.workspace]);
         }
         builder.seal(pack);
-        // SAFETY: live handles; buffers are the device's, and numbers live until here.
+        // SAFETY: the handles are live; buffers are on the device, and host scalars live until here.
         unsafe { sys::cudnnBackendExecute(handle, plan, pack) == Answer::CUDNN_STATUS_SUCCESS }
     }
 }
 
-/// The graph by hand, and that it is another one without its mask.
+/// Compares the graph's results, with and without its mask, with hand-computed ones.
 fn values() {
     api::use_device(0);
     let (s, buffers) = (stream(), Buffers::new());
@@ -274,7 +274,7 @@ fn values() {
         (0..N * DEPTH).map(at).collect()
     };
     for is_masked in [true, false] {
-        assert!(buffers.run(s, Wrong { no_mask: !is_masked, ..Wrong::default() }));
+        assert!(buffers.run(s, GraphFault { no_mask: !is_masked, ..GraphFault::default() }));
         assert_eq!(read(buffers.o, N * DEPTH, s), expected(is_masked));
     }
     assert_ne!(expected(true), expected(false));
@@ -282,67 +282,67 @@ fn values() {
     cuda!(cuStreamDestroy_v2(s));
 }
 
-/// Runs the graph once, with a mistake that the library refuses, or does not see.
-fn once(planted: bool, wrong: Wrong) {
+/// Runs the graph once, with a mistake that the library refuses or ignores.
+fn run_once(planted: bool, fault: GraphFault) {
     let (s, buffers) = (stream(), Buffers::new());
-    buffers.run(s, if planted { wrong } else { Wrong::default() });
+    buffers.run(s, if planted { fault } else { GraphFault::default() });
     wait(s);
     buffers.free();
     cuda!(cuStreamDestroy_v2(s));
 }
 
-fn not_finalised(_: &Lab, planted: bool) {
-    once(planted, Wrong { open: true, ..Wrong::default() });
+fn not_finalised(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { open: true, ..GraphFault::default() });
 }
 
-fn no_dims(_: &Lab, planted: bool) {
-    once(planted, Wrong { no_dims: true, ..Wrong::default() });
+fn no_dims(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { no_dims: true, ..GraphFault::default() });
 }
 
-fn overlapping(_: &Lab, planted: bool) {
-    once(planted, Wrong { row_stride: Some(DEPTH as i64 - 1), ..Wrong::default() });
+fn overlapping(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { row_stride: Some(DEPTH as i64 - 1), ..GraphFault::default() });
 }
 
-fn wide(_: &Lab, planted: bool) {
-    once(planted, Wrong { row_stride: Some(2 * DEPTH as i64), ..Wrong::default() });
+fn wide(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { row_stride: Some(2 * DEPTH as i64), ..GraphFault::default() });
 }
 
-fn twins(_: &Lab, planted: bool) {
-    once(planted, Wrong { twins: true, ..Wrong::default() });
+fn duplicate_ids(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { duplicate_ids: true, ..GraphFault::default() });
 }
 
-fn unordered(_: &Lab, planted: bool) {
-    once(planted, Wrong { unordered: true, ..Wrong::default() });
+fn unordered(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { unordered: true, ..GraphFault::default() });
 }
 
-fn no_workspace(_: &Lab, planted: bool) {
-    once(planted, Wrong { no_workspace: true, ..Wrong::default() });
+fn no_workspace(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { no_workspace: true, ..GraphFault::default() });
 }
 
-fn no_address(_: &Lab, planted: bool) {
-    once(planted, Wrong { no_address: true, ..Wrong::default() });
+fn no_address(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { no_address: true, ..GraphFault::default() });
 }
 
-fn unaligned(_: &Lab, planted: bool) {
-    once(planted, Wrong { offset: 4, ..Wrong::default() });
+fn unaligned(_: &LoadedKernels, planted: bool) {
+    run_once(planted, GraphFault { offset: 4, ..GraphFault::default() });
 }
 
-fn empty(_: &Lab, planted: bool) {
+fn empty(_: &LoadedKernels, planted: bool) {
     let (s, buffers) = (stream(), Buffers::new());
     let without = alloc(N * DEPTH);
     let a = if planted { without } else { buffers.a };
-    Buffers { a, ..buffers }.run(s, Wrong::default());
+    Buffers { a, ..buffers }.run(s, GraphFault::default());
     wait(s);
     free(without);
     buffers.free();
     cuda!(cuStreamDestroy_v2(s));
 }
 
-fn shared_workspace(_: &Lab, planted: bool) {
+fn shared_workspace(_: &LoadedKernels, planted: bool) {
     let (streams, all) = ([stream(), stream()], [Buffers::new(), Buffers::new()]);
     let workspace = if planted { all[0].workspace } else { all[1].workspace };
-    all[0].run(streams[0], Wrong::default());
-    Buffers { workspace, ..all[1] }.run(streams[1], Wrong::default());
+    all[0].run(streams[0], GraphFault::default());
+    Buffers { workspace, ..all[1] }.run(streams[1], GraphFault::default());
     streams.into_iter().for_each(wait);
     all.into_iter().for_each(Buffers::free);
     for s in streams {
@@ -351,6 +351,6 @@ fn shared_workspace(_: &Lab, planted: bool) {
 }
 
 #[test]
-fn values_of_graphs_and_mistakes_in_them() {
+fn graph_results_are_right_and_mistakes_are_found() {
     expect_found("graphs", 1);
 }

@@ -1,4 +1,4 @@
-// Kernels of the software device's own tests: right ones, and ones with a mistake each.
+// Kernels for the software device's tests: correct ones, and ones with one mistake each.
 #include <cuda_bf16.h>
 #include <mma.h>
 
@@ -13,7 +13,7 @@ __device__ __forceinline__ float warp_sum(float v) {
     return v;
 }
 
-// The sum over the block; `SYNC` false leaves a barrier out.
+// The sum over the block; without `SYNC` a barrier is missing.
 template <bool SYNC> __device__ float block_sum(float v) {
     __shared__ float part[32];
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
@@ -37,7 +37,7 @@ extern "C" __global__ void row_sum_no_barrier(float* out, const float* x, int n)
     if (threadIdx.x == 0) out[blockIdx.x] = v;
 }
 
-// Turns a tile around in dynamic shared memory.
+// Reverses a tile in dynamic shared memory.
 template <bool SYNC> __device__ void reverse_tile(float* out, const float* x, int n) {
     extern __shared__ __align__(16) float tile[];
     int i = threadIdx.x;
@@ -54,7 +54,7 @@ extern "C" __global__ void reverse_uninitialised(float* out, const float* x, int
     out[threadIdx.x] = tile[n - 1 - threadIdx.x];
 }
 
-// In place: every thread reads the whole row before any may write.
+// In place: every thread must read the whole row before any thread writes.
 template <bool SYNC> __device__ void normalise_row(float* x, int n) {
     float sum = 0.0f;
     for (int i = 0; i < n; i++) sum += x[blockIdx.x * n + i];
@@ -64,7 +64,7 @@ template <bool SYNC> __device__ void normalise_row(float* x, int n) {
 extern "C" __global__ void normalise(float* x, int n) { normalise_row<true>(x, n); }
 extern "C" __global__ void normalise_no_barrier(float* x, int n) { normalise_row<false>(x, n); }
 
-// Lanes hand on values through shared memory.
+// Lanes exchange values through shared memory.
 template <bool SYNC> __device__ void rotate_lanes(float* out, const float* x) {
     __shared__ float hand[64];
     int i = threadIdx.x;
@@ -75,7 +75,7 @@ template <bool SYNC> __device__ void rotate_lanes(float* out, const float* x) {
 extern "C" __global__ void rotate(float* out, const float* x) { rotate_lanes<true>(out, x); }
 extern "C" __global__ void rotate_no_barrier(float* out, const float* x) { rotate_lanes<false>(out, x); }
 
-// A shuffle between brings lanes together, but orders no memory.
+// A shuffle synchronises lanes but does not order memory.
 extern "C" __global__ void rotate_shuffle(float* out, const float* x) {
     __shared__ float hand[64];
     int i = threadIdx.x;
@@ -84,7 +84,7 @@ extern "C" __global__ void rotate_shuffle(float* out, const float* x) {
     out[i] = hand[next];
 }
 
-// Half of the threads leave before a barrier that the rest waits at for a warp that never comes.
+// The threads wait at different barriers, so some wait forever.
 extern "C" __global__ void half_barrier(float* out) {
     if (threadIdx.x < 32) {
         __syncthreads();
@@ -101,7 +101,7 @@ extern "C" __global__ void whole_barrier(float* out) {
     out[threadIdx.x] = 1.0f;
 }
 
-// Every block adds to one number: by atomics, or not.
+// Every block adds to one number, with or without atomics.
 extern "C" __global__ void count_blocks(float* out) {
     if (threadIdx.x == 0) atomicAdd(out, 1.0f);
 }
@@ -129,7 +129,7 @@ extern "C" __global__ void copy_wide(float4* __restrict__ out, const float4* __r
     if (i < n) out[i] = x[i];
 }
 
-// The upper half of each warp waits where the lower one votes.
+// With `APART`, the upper half of each warp waits while the lower half votes.
 template <bool APART> __device__ __forceinline__ void vote(float* out) {
     unsigned votes = 0;
     if (APART && (threadIdx.x & 16)) __syncwarp();
@@ -139,7 +139,7 @@ template <bool APART> __device__ __forceinline__ void vote(float* out) {
 extern "C" __global__ void vote_together(float* out) { vote<false>(out); }
 extern "C" __global__ void vote_apart(float* out) { vote<true>(out); }
 
-// One warp multiplies 16 x 16 by 16 x 16, by way of shared memory.
+// One warp multiplies 16 x 16 by 16 x 16 through shared memory.
 extern "C" __global__ void tile_product(float* d, const __nv_bfloat16* a, const __nv_bfloat16* b) {
     using namespace nvcuda;
     __shared__ __align__(32) __nv_bfloat16 as[16 * 16];
@@ -159,7 +159,7 @@ extern "C" __global__ void tile_product(float* d, const __nv_bfloat16* a, const 
     for (int i = threadIdx.x; i < 256; i += 32) d[i] = ds[i];
 }
 
-// Votes, scans and the like, against values that the host knows.
+// Warp functions, compared with expected values.
 extern "C" __global__ void warp_functions(unsigned* out) {
     unsigned lane = threadIdx.x & 31;
     unsigned odd = __ballot_sync(0xffffffffu, lane & 1);
@@ -181,5 +181,5 @@ extern "C" __global__ void through_struct(Pointers p, int n) {
     int i = threadIdx.x;
     if (i < n) p.out[i] = p.in[i] + 1.0f;
 }
-// Goes past what its pointer was given for, into whatever lies there.
+// Writes outside of its pointer's region.
 extern "C" __global__ void stray(float* out, long offset) { out[offset] = 1.0f; }

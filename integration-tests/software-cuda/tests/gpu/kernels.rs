@@ -1,4 +1,4 @@
-//! The device's own kernels give the right values, with nothing found, under every policy.
+//! The test kernels compute the right values without findings under every policy.
 
 use shardflow_software_cuda::POLICIES;
 
@@ -11,8 +11,8 @@ fn bf16(x: f32) -> u16 {
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// bf16 numbers in device memory, two to a word.
-fn halves(values: &[f32]) -> u64 {
+/// Allocates bf16 numbers in device memory, two per word.
+fn bf16_buffer(values: &[f32]) -> u64 {
     let words: Vec<f32> = values
         .chunks(2)
         .map(|pair| f32::from_bits(u32::from(bf16(pair[0])) | u32::from(pair.get(1).map_or(0, |x| bf16(*x))) << 16))
@@ -49,7 +49,7 @@ pub fn check_kernels() {
     launch(kernel("warp_functions"), (1, 64), 0, s, &[P(out)]);
     assert!(read(out, 64, s).iter().all(|v| v.to_bits() == 511), "{:?}", read(out, 64, s).map_bits());
 
-    let h = halves(&x[..33]);
+    let h = bf16_buffer(&x[..33]);
     launch(kernel("scale_pairs"), (1, 32), 0, s, &[P(h), F(2.0), I(33)]);
     launch(kernel("scale_singly"), (2, 32), 0, s, &[P(h), F(2.0), I(33)]);
     let expected: Vec<u32> =
@@ -57,7 +57,7 @@ pub fn check_kernels() {
     assert_eq!(read(h, 16, s).map_bits(), expected);
 
     let (ma, mb): (Vec<f32>, Vec<f32>) = (0..256).map(|i| ((i % 7) as f32 - 3.0, (i % 5) as f32 - 2.0)).unzip();
-    let (da, db) = (halves(&ma), halves(&mb));
+    let (da, db) = (bf16_buffer(&ma), bf16_buffer(&mb));
     launch(kernel("tile_product"), (1, 32), 0, s, &[P(out), P(da), P(db)]);
     let product = |i: usize, j: usize| 2.0 * (0..16).map(|k| ma[i * 16 + k] * mb[j * 16 + k]).sum::<f32>();
     assert_eq!(read(out, 256, s), (0..256).map(|n| product(n / 16, n % 16)).collect::<Vec<_>>());
@@ -92,13 +92,13 @@ pub fn check_compiler() {
     launch(f, (1, 1), 0, s, &[P(x)]);
     assert_eq!(read(x, 1, s), [3.0]);
     let refused = api::try_launch(f, (1, 96), 0, s, &[P(x)]);
-    assert_eq!(refused, cudarc::driver::sys::CUresult::CUDA_ERROR_INVALID_VALUE, "past the launch bounds");
+    assert_eq!(refused, cudarc::driver::sys::CUresult::CUDA_ERROR_INVALID_VALUE, "above the launch bounds");
     free(x);
     cuda!(cuStreamDestroy_v2(s));
 }
 
 #[test]
-fn kernels_give_the_right_values() {
+fn kernels_compute_the_right_values() {
     for (policy, _) in POLICIES {
         for seed in 1..4 {
             child::expect_clean("kernels", 1, policy, seed);
@@ -107,6 +107,6 @@ fn kernels_give_the_right_values() {
 }
 
 #[test]
-fn the_compiler_reports_errors_and_knows_options() {
+fn the_compiler_reports_errors_and_accepts_options() {
     child::expect_clean("compiler", 1, "random", 1);
 }

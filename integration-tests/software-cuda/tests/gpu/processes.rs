@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUstream;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclResult_t, ncclUniqueId};
-use shardflow_software_cuda::Report;
+use shardflow_software_cuda::SimReport;
 
 use crate::api::{self, filled, free, read, stream};
 use crate::{child, cuda, nccl};
@@ -15,13 +15,13 @@ use crate::{child, cuda, nccl};
 const N: usize = 48;
 const F32: ncclDataType_t = ncclDataType_t::ncclFloat32;
 const SUM: ncclRedOp_t = ncclRedOp_t::ncclSum;
-/// Number of the process among them.
+/// Environment variable with the number of the process.
 const PROCESS: &str = "SOFTWARE_CUDA_TEST_PROCESS";
-/// Ranks of a process.
+/// Number of ranks per process.
 const OWN: usize = 2;
 const RANKS: usize = 2 * OWN;
 const WITHIN: Duration = Duration::from_secs(60);
-/// Cases in which processes wait for what never comes.
+/// Cases in which a process waits forever.
 const STUCK: [&str; 2] = ["a process never calls", "a send is not announced"];
 
 /// One rank.
@@ -38,7 +38,7 @@ fn process() -> usize {
     std::env::var(PROCESS).expect("the parent numbers processes").parse().expect("a number")
 }
 
-/// The communicator's id, which the first process makes and the parent passes on.
+/// The communicator's id, which the first process creates and the parent forwards.
 fn shared_id() -> ncclUniqueId {
     let mut id = ncclUniqueId { internal: [0; 128] };
     if process() == 0 {
@@ -54,7 +54,7 @@ fn shared_id() -> ncclUniqueId {
     id
 }
 
-/// This process's ranks, on devices that begin with `first`.
+/// This process's ranks, on devices from `first` on.
 fn join(first: usize) -> Vec<Rank> {
     let id = shared_id();
     let rank = |i: usize| {
@@ -66,18 +66,18 @@ fn join(first: usize) -> Vec<Rank> {
     (0..OWN).map(rank).collect()
 }
 
-fn settle_all(ranks: &[Rank]) {
-    ranks.iter().for_each(|rank| api::settle(rank.comm, ncclResult_t::ncclInProgress));
+fn wait_for_all(ranks: &[Rank]) {
+    ranks.iter().for_each(|rank| api::wait_for_call(rank.comm, ncclResult_t::ncclInProgress));
 }
 
-/// Has all ranks call something as one group.
-fn all(ranks: &[Rank], call: impl Fn(&Rank) -> ncclResult_t) {
+/// Calls a function for all ranks in one group.
+fn call_all(ranks: &[Rank], call: impl Fn(&Rank) -> ncclResult_t) {
     nccl!(ncclGroupStart());
     for rank in ranks {
         let code = call(rank);
         assert!(matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress), "{code:?}");
     }
-    // SAFETY: ends the group that was begun above.
+    // SAFETY: ends the group started above.
     let code = unsafe { cudarc::nccl::sys::ncclGroupEnd() };
     assert!(matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress), "{code:?}");
 }
@@ -96,7 +96,7 @@ fn close(ranks: Vec<Rank>) {
 pub fn check_together() {
     use cudarc::nccl::sys::*;
     let ranks = join(process() * OWN);
-    settle_all(&ranks);
+    wait_for_all(&ranks);
     let expect = |ranks: &[Rank], y: bool, want: &dyn Fn(usize, usize) -> f32| {
         for r in ranks {
             let got = read(if y { r.y } else { r.x }, N, r.s);
@@ -106,75 +106,76 @@ pub fn check_together() {
     };
     let quarter = N / RANKS;
     for _ in 0..3 {
-        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
-        all(&ranks, |r| unsafe { ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast()) });
-        settle_all(&ranks);
+        // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
+        call_all(&ranks, |r| unsafe { ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast()) });
+        wait_for_all(&ranks);
     }
     expect(&ranks, true, &|_, _| 10.0);
     // SAFETY: as above.
-    all(&ranks, |r| unsafe { ncclAllGather(r.x as _, r.y as _, quarter, F32, r.comm, r.s.cast()) });
-    settle_all(&ranks);
+    call_all(&ranks, |r| unsafe { ncclAllGather(r.x as _, r.y as _, quarter, F32, r.comm, r.s.cast()) });
+    wait_for_all(&ranks);
     expect(&ranks, true, &|_, i| (i / quarter) as f32 + 1.0);
     // SAFETY: as above.
-    all(&ranks, |r| unsafe { ncclReduceScatter(r.y as _, r.y as _, quarter, F32, SUM, r.comm, r.s.cast()) });
-    settle_all(&ranks);
+    call_all(&ranks, |r| unsafe { ncclReduceScatter(r.y as _, r.y as _, quarter, F32, SUM, r.comm, r.s.cast()) });
+    wait_for_all(&ranks);
     expect(&ranks, true, &|rank, i| if i < quarter { 4.0 * (rank as f32 + 1.0) } else { (i / quarter) as f32 + 1.0 });
     // SAFETY: as above.
-    all(&ranks, |r| unsafe { ncclBroadcast(r.x as _, r.y as _, N, F32, 2, r.comm, r.s.cast()) });
-    settle_all(&ranks);
+    call_all(&ranks, |r| unsafe { ncclBroadcast(r.x as _, r.y as _, N, F32, 2, r.comm, r.s.cast()) });
+    wait_for_all(&ranks);
     expect(&ranks, true, &|_, _| 3.0);
-    // To the next rank, which is of this process or of the other.
+    // To the next rank, in this process or in the other.
     let neighbour = |rank: usize, by: usize| ((rank + by) % RANKS) as i32;
     // SAFETY: as above.
-    all(&ranks, |r| unsafe {
+    call_all(&ranks, |r| unsafe {
         let (next, before) = (neighbour(r.rank, 1), neighbour(r.rank, RANKS - 1));
         ncclSend(r.x as _, N, F32, next, r.comm, r.s.cast());
         ncclRecv(r.y as _, N, F32, before, r.comm, r.s.cast())
     });
-    settle_all(&ranks);
+    wait_for_all(&ranks);
     expect(&ranks, true, &|rank, _| neighbour(rank, RANKS - 1) as f32 + 1.0);
     close(ranks);
 }
 
-/// In a child: the processes do not agree on a length, and both are told.
+/// In a child: the processes call with different lengths, and both get an error.
 pub fn check_lengths() {
     let ranks = join(process() * OWN);
-    settle_all(&ranks);
+    wait_for_all(&ranks);
     let count = N - process();
-    // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
-    all(&ranks, |r| unsafe {
+    // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
+    call_all(&ranks, |r| unsafe {
         cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, count, F32, SUM, r.comm, r.s.cast())
     });
     ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclInvalidUsage));
     abort(&ranks);
 }
 
-/// In a child: the second process's end leaves the first with an error, and an abort frees it.
+/// In a child: the second process dies, the first gets an error, and an abort releases its streams.
 pub fn check_gone() {
     let ranks = join(process() * OWN);
-    settle_all(&ranks);
+    wait_for_all(&ranks);
     api::use_device(ranks[0].device as i32);
     let (s, other) = (stream(), filled(&[0.0; N]));
     if process() == 1 {
-        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+        // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
         let code = unsafe { cudarc::nccl::sys::ncclRecv(other as _, N, F32, 0, ranks[0].comm, s.cast()) };
-        api::settle(ranks[0].comm, code);
+        api::wait_for_call(ranks[0].comm, code);
         api::wait(s);
-        // Not in order: nothing is given up, nothing is written.
+        // Dies without closing anything.
         std::process::abort();
     }
-    // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
-    all(&ranks, |r| unsafe { cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast()) });
-    settle_all(&ranks);
-    // The other dies when it has this, and so while the sum is under way.
-    // SAFETY: as above.
+    // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
+    call_all(&ranks, |r| unsafe {
+        cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast())
+    });
+    wait_for_all(&ranks);
+    // The other process dies when it receives this, during the all-reduce. SAFETY: as above.
     let _ = unsafe { cudarc::nccl::sys::ncclSend(other as _, N, F32, OWN as i32, ranks[0].comm, s.cast()) };
     ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     abort(&ranks);
     ranks.iter().for_each(|rank| api::wait(rank.s));
 }
 
-/// In a child: both processes bring the same devices.
+/// In a child: both processes use the same devices.
 pub fn check_same_devices() {
     let ranks = join(0);
     ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclInvalidUsage));
@@ -184,44 +185,44 @@ pub fn check_same_devices() {
 /// In a child: the second process never calls.
 pub fn check_missing() {
     let ranks = join(process() * OWN);
-    settle_all(&ranks);
+    wait_for_all(&ranks);
     if process() == 0 {
-        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
-        all(&ranks, |r| unsafe {
+        // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
+        call_all(&ranks, |r| unsafe {
             cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast())
         });
-        settle_all(&ranks);
+        wait_for_all(&ranks);
         // SAFETY: the stream comes from the driver.
         let waited = unsafe { cudarc::driver::sys::cuStreamSynchronize(ranks[0].s) };
         assert_ne!(waited, cudarc::driver::sys::CUresult::CUDA_SUCCESS);
     } else {
-        // Until the other has aborted.
+        // Waits until the other process has aborted.
         ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     }
     abort(&ranks);
 }
 
-/// In a child: the first process waits for its send to be on its stream before the second could know of it.
+/// In a child: the first process waits for its first send, which the second never receives.
 pub fn check_unannounced() {
     let ranks = join(process() * OWN);
-    settle_all(&ranks);
+    wait_for_all(&ranks);
     if process() == 0 {
         let r = &ranks[0];
-        // SAFETY: addresses of device memory that is long enough; handles come from the libraries.
+        // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
         let code = unsafe { cudarc::nccl::sys::ncclSend(r.x as _, N, F32, OWN as i32, r.comm, r.s.cast()) };
-        api::settle(r.comm, code);
+        api::wait_for_call(r.comm, code);
     } else {
-        // Until the other has aborted.
+        // Waits until the other process has aborted.
         ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     }
     abort(&ranks);
 }
 
-/// The error that a rank meets.
+/// Waits for a rank's error and returns it.
 fn error_of(rank: &Rank) -> ncclResult_t {
     let (mut state, start) = (ncclResult_t::ncclSuccess, Instant::now());
     while matches!(state, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress) {
-        assert!(start.elapsed() < WITHIN, "no error comes to rank {}", rank.rank);
+        assert!(start.elapsed() < WITHIN, "no error on rank {}", rank.rank);
         std::thread::yield_now();
         nccl!(ncclCommGetAsyncError(rank.comm, &mut state));
     }
@@ -232,33 +233,33 @@ fn abort(ranks: &[Rank]) {
     ranks.iter().for_each(|rank| nccl!(ncclCommAbort(rank.comm)));
 }
 
-/// In the parent: runs a case in two processes, and gives what each printed and reports, and whether it ended well.
-fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, Report)> {
+/// In the parent: runs a case in two processes; returns whether each succeeded, its output and its report.
+fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, SimReport)> {
     let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
     let start = |process: usize| -> Child {
         let mut command = child::command(case, folders[process].path(), RANKS, policy, seed + process as u64);
-        // Where nothing is to get stuck, a loaded machine has the usual time.
+        // Other cases keep the default limit for a loaded machine.
         command.envs(STUCK.contains(&case).then_some(("SOFTWARE_CUDA_DEADLOCK_MS", "1500")));
         command.env(PROCESS, process.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("this program starts")
     };
     let mut children = [start(0), start(1)];
-    let mut said = BufReader::new(children[0].stdout.take().expect("piped"));
+    let mut stdout = BufReader::new(children[0].stdout.take().expect("piped"));
     let mut line = String::new();
     while !line.starts_with("> ") {
         line.clear();
-        assert!(said.read_line(&mut line).expect("text") > 0, "{case}: the first process makes no id");
+        assert!(stdout.read_line(&mut line).expect("text") > 0, "{case}: the first process prints no id");
     }
     let to = children[1].stdin.take().expect("piped");
-    writeln!({ to }, "{}", line.trim_start_matches("> ").trim()).expect("the second process lives");
+    writeln!({ to }, "{}", line.trim_start_matches("> ").trim()).expect("the second process reads");
     let ends = children.into_iter().zip(&folders).enumerate().map(|(process, (child, folder))| {
         let mut text = String::new();
         if process == 0 {
-            said.read_to_string(&mut text).expect("text");
+            stdout.read_to_string(&mut text).expect("text");
         }
-        let output = child.wait_with_output().expect("it ends");
+        let output = child.wait_with_output().expect("a child");
         text += &(String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr));
-        (output.status.success(), text, Report::read(folder.path()).unwrap_or_default())
+        (output.status.success(), text, SimReport::read(folder.path()).unwrap_or_default())
     });
     ends.collect()
 }
@@ -266,24 +267,23 @@ fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, Report)> {
 #[test]
 fn ranks_of_several_processes_work_together() {
     for (policy, seed) in [("random", 1), ("adversarial", 2), ("lazy", 3)] {
-        for (process, (is_well, text, report)) in start("processes", policy, seed).into_iter().enumerate() {
-            assert!(is_well, "process {process}, {policy}:\n{text}");
+        for (process, (is_ok, text, report)) in start("processes", policy, seed).into_iter().enumerate() {
+            assert!(is_ok, "process {process}, {policy}:\n{text}");
             assert_eq!(report.findings, [], "process {process}, {policy}");
         }
     }
 }
 
-/// Kinds of what was found, beside what an abort leaves: whether something is under way then is a matter of time, and so is
-/// how often somebody is found to wait.
-fn kinds(report: &Report) -> BTreeSet<&str> {
+/// Kinds of findings, without those of an abort, which depend on timing.
+fn kinds(report: &SimReport) -> BTreeSet<&str> {
     let kinds = report.findings.iter().map(|finding| &finding.kind[..]);
     kinds.filter(|kind| !["leak", "aborted"].contains(kind)).collect()
 }
 
-/// Both processes end well, and report findings of these kinds.
+/// Checks that both processes succeed and report findings of these kinds.
 fn expect_found(case: &str, expected: [&[&str]; 2]) {
-    for (process, (is_well, text, report)) in start(case, "random", 1).into_iter().enumerate() {
-        assert!(is_well, "{case}, process {process}:\n{text}");
+    for (process, (is_ok, text, report)) in start(case, "random", 1).into_iter().enumerate() {
+        assert!(is_ok, "{case}, process {process}:\n{text}");
         let expected = expected[process].iter().copied().collect();
         assert_eq!(kinds(&report), expected, "{case}, process {process}: {:#?}", report.findings);
     }

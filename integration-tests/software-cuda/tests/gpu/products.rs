@@ -1,4 +1,4 @@
-//! cuBLASLt on the software device: values of products, types and epilogues.
+//! cuBLASLt on the software device: results of products and epilogues.
 
 use std::ffi::c_void;
 use std::ptr::null_mut;
@@ -11,13 +11,13 @@ use crate::{child, cuda};
 
 macro_rules! lt {
     ($name:ident($($arg:expr),* $(,)?)) => {{
-        // SAFETY: pointers lead to values of the types that the function wants; handles come from the library.
+        // SAFETY: pointers point to values of the function's types; handles come from the library.
         let code = unsafe { sys::$name($($arg),*) };
         assert_eq!(code, cublasStatus_t::CUBLAS_STATUS_SUCCESS, "{}", stringify!($name));
     }};
 }
 
-/// `D = A B + beta D` with an epilogue, all by columns in f32.
+/// `D = A B + beta D` with an epilogue, column-major in f32.
 #[derive(Clone, Copy)]
 pub struct Gemm {
     pub a: u64,
@@ -35,7 +35,7 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// Of `n` by `n` matrices.
+    /// A product of `n` by `n` matrices.
     pub fn square(a: u64, b: u64, d: u64, n: u64) -> Gemm {
         Gemm {
             a,
@@ -70,9 +70,9 @@ impl Gemm {
         set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, &self.bias);
         set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &self.auxiliary);
         set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &(m as i64));
-        let layout = |(rows, cols): (u64, u64), turned: i32, leading: Option<i64>| {
+        let layout = |(rows, cols): (u64, u64), transposed: i32, leading: Option<i64>| {
             let mut layout = null_mut();
-            let (rows, cols) = if turned == 1 { (cols, rows) } else { (rows, cols) };
+            let (rows, cols) = if transposed == 1 { (cols, rows) } else { (rows, cols) };
             lt!(cublasLtMatrixLayoutCreate(&mut layout, f32_type, rows, cols, leading.unwrap_or(rows as i64)));
             use sys::cublasLtMatrixLayoutAttribute_t::*;
             let stride = (rows * cols) as i64;
@@ -86,7 +86,7 @@ impl Gemm {
         lt!(cublasLtMatmulPreferenceCreate(&mut pref));
         let limit = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         lt!(cublasLtMatmulPreferenceSetAttribute(pref, limit, self.workspace.1.pointer(), 8));
-        // SAFETY: a structure of numbers, which the heuristic fills in.
+        // SAFETY: all-zero bytes are valid for this structure of numbers.
         let (mut found, mut count) = (unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() }, 0);
         lt!(cublasLtMatmulAlgoGetHeuristic(handle, desc, la, lb, ld, ld, pref, 1, &mut found, &mut count));
         assert_eq!(count, 1);
@@ -121,7 +121,7 @@ impl Gemm {
     }
 }
 
-/// A value that an attribute is set to.
+/// The value of an attribute.
 trait Attribute {
     fn pointer(&self) -> *const c_void;
     fn bytes(&self) -> usize;
@@ -140,14 +140,14 @@ fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + (0.797_884_6 * (x + 0.044_715 * x * x * x)).tanh())
 }
 
-fn near(got: &[f32], expected: &[f32], what: &str) {
+fn assert_close(got: &[f32], expected: &[f32], case: &str) {
     assert_eq!(got.len(), expected.len());
     let worst = got
         .iter()
         .zip(expected)
         .map(|(g, e)| (g - e).abs())
         .fold(0.0, |a: f32, b| if b > a || b.is_nan() { b } else { a });
-    assert!(worst < 1e-4, "{what}: off by {worst}");
+    assert!(worst < 1e-4, "{case}: off by {worst}");
 }
 
 /// In the child.
@@ -164,36 +164,36 @@ pub fn check() {
     let (bias, aux) = (filled(&bias_v), filled(&vec![0.25; m * n]));
     let dims = (m as u64, n as u64, k as u64);
     let gemm = Gemm { dims, ..Gemm::square(a, b, d, m as u64) };
-    // By columns: A[i, l] is at l * m + i.
+    // Column-major: A[i, l] is at l * m + i.
     let product: Vec<f32> = (0..m * n).map(|p| (0..k).map(|l| av[l * m + p % m] * bv[p / m * k + l]).sum()).collect();
     let biased: Vec<f32> = product.iter().enumerate().map(|(p, x)| x + bias_v[p % m]).collect();
-    let check = |gemm: Gemm, at: u64, expected: &[f32], what: &str| {
+    let check = |gemm: Gemm, at: u64, expected: &[f32], case: &str| {
         gemm.run(s);
-        near(&read(at, expected.len(), s), expected, what);
+        assert_close(&read(at, expected.len(), s), expected, case);
     };
     check(gemm, d, &product, "plain");
     check(Gemm { beta: 2.0, ..gemm }, d, &product.iter().map(|x| 3.0 * x).collect::<Vec<_>>(), "beta");
     check(Gemm { epilogue: 4, bias, ..gemm }, d, &biased, "bias");
     let activated: Vec<f32> = biased.iter().map(|x| gelu(*x)).collect();
     check(Gemm { epilogue: 164, bias, auxiliary: aux, ..gemm }, d, &activated, "gelu, bias and auxiliary");
-    near(&read(aux, m * n, s), &biased, "the auxiliary matrix");
+    assert_close(&read(aux, m * n, s), &biased, "the auxiliary matrix");
     let slope = |x: f32| (gelu(x + 1e-2) - gelu(x - 1e-2)) / 2e-2;
     let backward: Vec<f32> = product.iter().zip(&biased).map(|(g, x)| g * slope(*x)).collect();
-    let wide = |got: Vec<f32>, expected: &[f32], what: &str| {
-        assert!(got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 2e-3), "{what}: {got:?}, {expected:?}");
+    let assert_roughly = |got: Vec<f32>, expected: &[f32], case: &str| {
+        assert!(got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 2e-3), "{case}: {got:?}, {expected:?}");
     };
     let grad = alloc(m);
     Gemm { epilogue: 208, bias: grad, auxiliary: aux, ..gemm }.run(s);
-    wide(read(d, m * n, s), &backward, "the gradient of gelu");
+    assert_roughly(read(d, m * n, s), &backward, "the gradient of gelu");
     let sums: Vec<f32> = (0..m).map(|i| (0..n).map(|j| backward[j * m + i]).sum()).collect();
-    wide(read(grad, m, s), &sums, "the gradient of the bias");
+    assert_roughly(read(grad, m, s), &sums, "the gradient of the bias");
     let rows: Vec<f32> = (0..m).map(|i| (0..k).map(|l| av[l * m + i]).sum()).collect();
     check(Gemm { epilogue: 256, bias: grad, ..gemm }, grad, &rows, "sums of A");
     let columns: Vec<f32> = (0..n).map(|j| (0..k).map(|l| bv[j * k + l]).sum()).collect();
     check(Gemm { epilogue: 512, bias: grad, ..gemm }, grad, &columns, "sums of B");
-    // Turned: A is stored as k by m.
-    let turned: Vec<f32> = (0..m * k).map(|p| av[p % k * m + p / k]).collect();
-    let at = filled(&turned);
+    // Transposed: A is stored as k by m.
+    let transposed: Vec<f32> = (0..m * k).map(|p| av[p % k * m + p / k]).collect();
+    let at = filled(&transposed);
     check(Gemm { a: at, transposed: (1, 0), leading_a: k as i64, ..gemm }, d, &product, "transposed");
     let (batch_a, batch_b) = (filled(&[&av[..], &av[..]].concat()), filled(&[bv.clone(), vec![0.0; k * n]].concat()));
     let batch_d = alloc(2 * m * n);

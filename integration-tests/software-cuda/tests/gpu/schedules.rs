@@ -1,25 +1,25 @@
-//! Policies differ as they should: what is executed first is seen by host functions on streams of their own.
+//! Checks the order of execution under each policy with host functions on separate streams.
 
 use std::ffi::c_void;
 use std::sync::Mutex;
 
-use crate::api::{self, hold, stream, wait};
+use crate::api::{self, block_device, stream, wait};
 use crate::{child, cuda};
 
-static SEEN: Mutex<Vec<usize>> = Mutex::new(Vec::new());
+static EXECUTED: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
 // SAFETY: any number may be passed.
-unsafe extern "C" fn see(number: *mut c_void) {
-    SEEN.lock().unwrap().push(number as usize);
+unsafe extern "C" fn record(number: *mut c_void) {
+    EXECUTED.lock().unwrap().push(number as usize);
 }
 
-/// The order in which operations of eight streams are executed that were submitted while the device was held up.
+/// The order of execution of eight streams' operations, submitted while the device was blocked.
 fn order_of(policy: &str, seed: u64) -> Vec<usize> {
     api::begin(policy, seed);
     let (first, streams) = (stream(), [(); 8].map(|()| stream()));
-    let held = hold(first);
+    let held = block_device(first);
     for (number, s) in streams.iter().enumerate() {
-        cuda!(cuLaunchHostFunc(*s, Some(see), number as *mut c_void));
+        cuda!(cuLaunchHostFunc(*s, Some(record), number as *mut c_void));
     }
     drop(held);
     streams.iter().for_each(|s| wait(*s));
@@ -27,7 +27,7 @@ fn order_of(policy: &str, seed: u64) -> Vec<usize> {
     for s in streams.into_iter().chain([first]) {
         cuda!(cuStreamDestroy_v2(s));
     }
-    std::mem::take(&mut SEEN.lock().unwrap())
+    std::mem::take(&mut EXECUTED.lock().unwrap())
 }
 
 /// In the child.
@@ -36,7 +36,8 @@ pub fn check() {
     let up: Vec<usize> = (0..8).collect();
     assert_eq!(order_of("in-order", 1), up);
     assert_eq!(order_of("lazy", 1), up);
-    // The holder and the last one are one operation each: whichever comes first, the youngest is next.
+    // The blocking operation may run before or after the first submission; after that, the latest submission runs
+    // first.
     let down = order_of("adversarial", 1);
     assert!(down.starts_with(&[7, 6, 5, 4, 3, 2, 1]) || down.starts_with(&[0, 7, 6, 5, 4, 3, 2]), "{down:?}");
     for policy in ["random", "starve"] {
@@ -46,6 +47,6 @@ pub fn check() {
 }
 
 #[test]
-fn policies_differ() {
+fn policies_set_the_order_of_execution() {
     child::expect_clean("schedules", 1, "in-order", 1);
 }

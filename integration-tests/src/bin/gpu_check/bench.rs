@@ -1,5 +1,5 @@
-//! One launch by itself: on buffers of its own, timed, or run once for what it writes; and the two ceilings that are measured
-//! so.
+//! Runs a single launch on its own buffers, to time it or to read its outputs; and measures the copy and product
+//! ceilings with it.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -22,24 +22,24 @@ use shardflow_kernels::tensor::element_count;
 use crate::model::{On, token};
 use crate::{Found, Result};
 
-/// How long launches in a row should take, so that what a submission costs beside them does not count.
+/// Duration of a series of launches that makes the cost of its submission negligible.
 const ROUND_MS: f64 = 20.0;
 const ROUNDS: usize = 5;
-const IN_A_ROW_MAX: usize = 200;
-/// Memory that launches in a row go round in, so that no cache holds it: more than any GPU's.
+const SERIES_MAX: usize = 200;
+/// Memory that a series of launches cycles through: larger than any GPU's cache.
 const ROUND_BYTES: usize = 256 << 20;
 const COPIES_MAX: usize = 8;
-/// Elements that are written from the host at once.
+/// Elements that the host writes at once.
 const BLOCK: usize = 1 << 20;
 
-/// A stream of a device, for launches one at a time.
+/// A device and a stream for single launches.
 pub struct Bench {
     device: Device,
     stream: Stream,
 }
 
 impl Bench {
-    /// On the first device of this kind.
+    /// Opens the first device of this kind.
     pub fn open(kind: DeviceKind) -> Result<Self> {
         let engine = Arc::new(InProcess::new());
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -50,40 +50,40 @@ impl Bench {
         Ok(Self { stream: device.stream("bench", device.threads_per_stream())?, device })
     }
 
-    /// Milliseconds of a launch: many in a row, and the median of some rounds.
+    /// Milliseconds per launch: the median over several rounds of a series.
     pub fn measure(&self, launch: &Launch) -> Result<f64> {
-        let (own, bytes) = self.own(launch);
+        let (packed, bytes) = self.pack(launch);
         let copies = match self.device.kind() {
             DeviceKind::Cpu => 1,
             DeviceKind::Cuda => ROUND_BYTES.div_ceil(bytes.max(1)).clamp(1, COPIES_MAX),
         };
         let arena = self.device.arena(bytes * copies)?;
-        (0..copies).try_for_each(|copy| fill(&arena, copy * bytes, &own, true))?;
+        (0..copies).try_for_each(|copy| fill(&arena, copy * bytes, &packed, true))?;
         let round = |count: usize| -> Result<f64> {
-            let launches = (0..count).map(|i| moved(&own, i % copies * bytes)).collect();
+            let launches = (0..count).map(|i| moved(&packed, i % copies * bytes)).collect();
             let program = Arc::new(Program { name: "bench".to_owned(), launches, signals: vec![] });
             self.stream.prepare(&program)?;
             self.submit(&program, &arena)
         };
-        // The first loads kernels, and finds plans for products.
+        // The first round loads kernels and selects algorithms for products.
         round(copies)?;
         let count = (ROUND_MS / round(1)?.max(1e-3)).ceil() as usize;
-        let count = count.clamp(1, IN_A_ROW_MAX);
+        let count = count.clamp(1, SERIES_MAX);
         let ms = (0..ROUNDS).map(|_| Ok(round(count)? / count as f64)).collect::<Result<_>>()?;
         Ok(median(ms).unwrap_or(f64::NAN))
     }
 
-    /// What the device counts of its own work, by name.
+    /// The device's counters by name.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
         self.device.counts()
     }
 
-    /// What a launch writes: into NaN, where it does not read the same memory.
+    /// The outputs of a launch. Outputs that it does not also read start as NaN.
     pub fn outputs(&self, launch: &Launch) -> Result<Vec<HostTensor>> {
-        let (own, bytes) = self.own(launch);
+        let (packed, bytes) = self.pack(launch);
         let arena = self.device.arena(bytes)?;
-        let updated = matches!(own.op, Op::AdamW { .. } | Op::SumSquares { .. } | Op::CopyRegion { .. });
-        for write in own.writes.iter().filter(|_| !updated) {
+        let updated = matches!(packed.op, Op::AdamW { .. } | Op::SumSquares { .. } | Op::CopyRegion { .. });
+        for write in packed.writes.iter().filter(|_| !updated) {
             let poison = vec![f32::NAN; element_count(&write.shape)];
             let poison = if write.dtype == DType::BF16 {
                 HostTensor::bf16(&write.shape, &poison)
@@ -92,30 +92,30 @@ impl Bench {
             };
             arena.write_host(write.offset, &poison)?;
         }
-        fill(&arena, 0, &own, updated)?;
-        let writes = own.writes.clone();
-        self.submit(&Arc::new(Program { name: "once".to_owned(), launches: vec![own], signals: vec![] }), &arena)?;
+        fill(&arena, 0, &packed, updated)?;
+        let writes = packed.writes.clone();
+        self.submit(&Arc::new(Program { name: "once".to_owned(), launches: vec![packed], signals: vec![] }), &arena)?;
         let read = |buffer: &Buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype);
         Ok(writes.iter().map(read).collect::<std::result::Result<_, _>>()?)
     }
 
-    /// The launch on buffers that lie one after another from 0, those that were one being one; and their bytes. Its workspace is
-    /// what this device needs.
-    fn own(&self, launch: &Launch) -> (Launch, usize) {
-        let mut own = launch.clone();
+    /// Packs the launch's buffers from offset 0, keeping shared buffers shared, with the workspace that this device
+    /// needs. Returns the launch and its bytes.
+    fn pack(&self, launch: &Launch) -> (Launch, usize) {
+        let mut packed = launch.clone();
         let bytes = self.device.kind().workspace_bytes(launch);
         let workspace = |bytes| Buffer { base: usize::MAX, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
-        own.workspace = (bytes > 0).then(|| workspace(bytes));
+        packed.workspace = (bytes > 0).then(|| workspace(bytes));
         let mut placed: Vec<(Buffer, usize)> = Vec::new();
         let mut end = 0;
-        for buffer in own.reads.iter_mut().chain(&mut own.writes).chain(&mut own.workspace) {
+        for buffer in packed.reads.iter_mut().chain(&mut packed.writes).chain(&mut packed.workspace) {
             let known = placed.iter().find(|(other, _)| (other.base, other.offset) == (buffer.base, buffer.offset));
             let offset = known.map_or(end, |(_, offset)| *offset);
             placed.push((buffer.clone(), offset));
             end = end.max(offset + (element_count(&buffer.shape) * buffer.dtype.bytes()).next_multiple_of(256));
             (buffer.base, buffer.offset) = (0, offset);
         }
-        (own, end)
+        (packed, end)
     }
 
     /// Milliseconds from the submission of a program to its end.
@@ -131,7 +131,7 @@ impl Bench {
         match notice {
             Notification::Done => Ok(ms),
             Notification::Failed(error) => Err(error.into()),
-            told => Err(format!("unexpected: {told:?}").into()),
+            other => Err(format!("unexpected notification: {other:?}").into()),
         }
     }
 }
@@ -143,8 +143,8 @@ fn moved(launch: &Launch, by: usize) -> Launch {
     launch
 }
 
-/// Gives what a launch reads, and with `writes` what it writes, numbers between 0.1 and 1.1, which no op takes amiss, and tokens
-/// where integers are wanted.
+/// Fills the buffers that a launch reads, and with `writes` those it writes, with numbers between 0.1 and 1.1, which
+/// every op accepts, and integer buffers with tokens.
 fn fill(arena: &Arena, by: usize, launch: &Launch, writes: bool) -> Result<()> {
     let vocabulary = match launch.op {
         Op::Embedding { vocab, .. } | Op::SumExpTarget { vocab, .. } => vocab,
@@ -173,12 +173,12 @@ fn fill(arena: &Arena, by: usize, launch: &Launch, writes: bool) -> Result<()> {
     Ok(())
 }
 
-/// See [`ceilings`].
+/// Arguments of [`ceilings`].
 #[derive(Args, Clone, Debug)]
 pub struct CeilingArgs {
     #[arg(long, value_enum, default_value_t = On::Cuda)]
     device: On,
-    /// Bytes that are copied.
+    /// Bytes to copy.
     #[arg(long, default_value_t = 2 << 30)]
     copy_bytes: usize,
     /// Rows and columns of each matrix.
@@ -186,7 +186,7 @@ pub struct CeilingArgs {
     matrix: usize,
 }
 
-/// GB/s of a copy, bytes read and written, and TFLOP/s of products.
+/// Measures GB/s of a copy, counting bytes read and written, and TFLOP/s of matrix products.
 pub fn ceilings(args: &CeilingArgs) -> Result<Found> {
     let bench = Bench::open(if args.device == On::Cpu { DeviceKind::Cpu } else { DeviceKind::Cuda })?;
     let buffer = |offset, shape: &[usize], dtype| Buffer { base: 0, offset, shape: shape.to_vec(), dtype };

@@ -1,4 +1,4 @@
-//! The launches of a training step one by one: how long each takes, and whether the device writes what the CPU backend writes.
+//! Times each launch of a training step, and compares its outputs with the CPU backend's.
 
 use std::collections::BTreeMap;
 
@@ -13,12 +13,12 @@ use crate::bench::Bench;
 use crate::model::ModelArgs;
 use crate::{Found, Result};
 
-/// Relative to an element's size and to the mean of all: what sums in another order give.
+/// Tolerance for sums in another order, relative to an element's size plus the mean of all.
 const CLOSE: f64 = 1e-4;
-/// The same where something is in bf16 on the way.
-const CLOSE_HALF: f64 = 2e-2;
+/// The same with bf16 operands.
+const CLOSE_BF16: f64 = 2e-2;
 
-/// Each different launch of the devices' compute streams in a step, with how often it is there.
+/// Returns each distinct launch of the compute streams in a step, with its number of occurrences.
 fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
     use ActionKey::{Backward, Forward, Norm, Update};
     let mut found: BTreeMap<String, (Launch, usize)> = BTreeMap::new();
@@ -34,7 +34,7 @@ fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
             }
             let typed = |buffers: &[Buffer]| buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect::<Vec<_>>();
             let op = match &launch.op {
-                // Each parameter has a place of its own in the result.
+                // Each parameter has its own offset in the result, which would make these launches distinct.
                 Op::SumSquares { .. } => launch.op.name().to_owned(),
                 op => format!("{op:?}"),
             };
@@ -45,7 +45,7 @@ fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
     found.into_values().collect()
 }
 
-/// Floating-point operations; 0 for what only moves memory. Of attention, the causal half.
+/// Floating-point operations; 0 for an op that only moves memory. Attention counts its causal half.
 fn flops(launch: &Launch) -> f64 {
     let products = match &launch.op {
         Op::Einsum(einsum) => {
@@ -66,7 +66,7 @@ fn buffers(buffers: &[Buffer]) -> Value {
     buffers.iter().map(one).collect()
 }
 
-fn told(launch: &Launch) -> Value {
+fn describe(launch: &Launch) -> Value {
     let spec = match &launch.op {
         Op::Einsum(e) => format!("{},{}->{}", e.a, e.b, e.out).into(),
         _ => Value::Null,
@@ -74,17 +74,17 @@ fn told(launch: &Launch) -> Value {
     json!({ "op": launch.op.name(), "spec": spec, "reads": buffers(&launch.reads), "writes": buffers(&launch.writes) })
 }
 
-/// See [`time`].
+/// Arguments of [`time`].
 #[derive(Args, Clone, Debug)]
 pub struct LaunchArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Ops to be timed, by the beginning of their names, such as attention.
+    /// Time only ops whose name starts with this, such as attention.
     #[arg(long, default_value = "")]
     op: String,
 }
 
-/// Times them, those first that a step spends most in.
+/// Times the launches and sorts them by their time per step.
 pub fn time(LaunchArgs { model: args, op }: &LaunchArgs) -> Result<Found> {
     let (plan, batch) = args.compile()?;
     let bench = Bench::open(plan.device)?;
@@ -93,7 +93,7 @@ pub fn time(LaunchArgs { model: args, op }: &LaunchArgs) -> Result<Found> {
         let ms = bench.measure(&launch)?;
         let all = launch.reads.iter().chain(&launch.writes);
         let bytes: usize = all.map(|b| element_count(&b.shape) * b.dtype.bytes()).sum();
-        let mut row = told(&launch);
+        let mut row = describe(&launch);
         row["count"] = count.into();
         row["ms"] = ms.into();
         row["ms_per_step"] = (ms * count as f64).into();
@@ -108,22 +108,21 @@ pub fn time(LaunchArgs { model: args, op }: &LaunchArgs) -> Result<Found> {
     Ok(json!({ "model": args.json(batch), "sum_ms_per_step": sum, "counts": counts, "launches": launches }).into())
 }
 
-/// Runs each on both, from the same numbers.
+/// Runs each launch on the device and on the CPU with the same inputs.
 pub fn compare(args: &ModelArgs) -> Result<Found> {
     let (plan, batch) = args.compile()?;
     let (device, cpu) = (Bench::open(plan.device)?, Bench::open(DeviceKind::Cpu)?);
     let (mut rows, mut wrong) = (Vec::new(), Vec::new());
     for (launch, _) in distinct(&plan) {
         let mut all = launch.reads.iter().chain(&launch.writes);
-        let close = if all.any(|buffer| buffer.dtype == DType::BF16) { CLOSE_HALF } else { CLOSE };
+        let close = if all.any(|buffer| buffer.dtype == DType::BF16) { CLOSE_BF16 } else { CLOSE };
         let (got, want) = (device.outputs(&launch)?, cpu.outputs(&launch)?);
         let floats = got.iter().zip(&want).filter_map(|(got, want)| Some((got.to_f32()?, want.to_f32()?)));
-        let apart = floats.map(|(got, want)| farthest(&got, &want)).fold(0.0, worse);
-        let mut row = told(&launch);
-        row["relative"] = apart.into();
+        let difference = floats.map(|(got, want)| largest_difference(&got, &want)).fold(0.0, nan_max);
+        let mut row = describe(&launch);
+        row["relative"] = difference.into();
         row["allowed"] = close.into();
-        // A NaN is no small number either.
-        if apart.is_nan() || apart > close {
+        if difference.is_nan() || difference > close {
             wrong.push(format!("{row}"));
         }
         rows.push(row);
@@ -131,17 +130,17 @@ pub fn compare(args: &ModelArgs) -> Result<Found> {
     Ok(Found { json: json!({ "model": args.json(batch), "launches": rows }), wrong })
 }
 
-/// The larger one, or NaN if either is.
-fn worse(a: f64, b: f64) -> f64 {
+/// The larger value, or NaN if either is NaN.
+fn nan_max(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b { a } else { b }
 }
 
 /// The largest difference, relative to an element's size and to the mean of all.
-fn farthest(got: &[f32], want: &[f32]) -> f64 {
+fn largest_difference(got: &[f32], want: &[f32]) -> f64 {
     let mean = want.iter().map(|w| f64::from(w.abs())).sum::<f64>() / want.len().max(1) as f64;
-    let apart = |(got, want): (&f32, &f32)| {
+    let relative = |(got, want): (&f32, &f32)| {
         let (got, want) = (f64::from(*got), f64::from(*want));
         if got == want { 0.0 } else { (got - want).abs() / (want.abs() + mean) }
     };
-    got.iter().zip(want).map(apart).fold(0.0, worse)
+    got.iter().zip(want).map(relative).fold(0.0, nan_max)
 }

@@ -1,5 +1,6 @@
-//! Our side of `integration-tests/gpu/check.sh`: what is here, how fast it copies and multiplies, GPT-2 trained, its launches
-//! timed and compared one by one, and several devices on one GPU with delays. Each command prints one line of JSON.
+//! Shardflow's part of `integration-tests/gpu/check.sh`: reports versions, measures copies and products, trains GPT-2,
+//! times and compares its launches, and runs several devices on one GPU with delays. Each command prints one line of
+//! JSON.
 
 use std::process::ExitCode;
 
@@ -15,7 +16,7 @@ mod virtual_devices;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Our side of the checks on a machine with a GPU.
+/// Shardflow's part of the checks on a machine with a GPU.
 #[derive(Debug, Parser)]
 #[command(name = "gpu_check", version)]
 struct Args {
@@ -25,17 +26,17 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Driver, devices and libraries; fails where something is missing.
+    /// Print the driver, devices and libraries; fails if one is missing.
     Versions,
-    /// How fast the device copies, and how fast it multiplies through our cuBLASLt path.
+    /// Measure device copies and matrix products through cuBLASLt.
     Ceilings(bench::CeilingArgs),
-    /// Trains a GPT by rules that `gpt2_torch.py` follows, too.
+    /// Train a GPT by the same rules as `gpt2_torch.py`.
     Train(train::TrainArgs),
-    /// Times each different launch of a training step by itself.
+    /// Time each distinct launch of a training step.
     Launches(launches::LaunchArgs),
-    /// Runs each different launch of a training step on the device and on the CPU backend, and compares.
+    /// Run each distinct launch of a training step on the device and on the CPU backend, and compare.
     Compare(model::ModelArgs),
-    /// Trains on four devices that share one GPU, with and without delays on its streams.
+    /// Train on four devices that share one GPU, with and without delays on its streams.
     Virtual(virtual_devices::VirtualArgs),
 }
 
@@ -64,7 +65,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// What a command prints, and what is not as it should be.
+/// The JSON that a command prints, and its errors.
 struct Found {
     json: Value,
     wrong: Vec<String>,
@@ -79,18 +80,18 @@ impl From<Value> for Found {
 fn versions() -> Result<Found> {
     let probe = probe();
     let mut wrong = Vec::new();
-    let mut told = |result: std::result::Result<Value, String>| {
+    let mut value_or_error = |result: std::result::Result<Value, String>| {
         result.unwrap_or_else(|error| {
             wrong.push(error.clone());
             json!({ "error": error })
         })
     };
-    let driver = told(probe.driver.map(Value::from).map_err(|e| e.to_string()));
+    let driver = value_or_error(probe.driver.map(Value::from).map_err(|e| e.to_string()));
     let devices: Vec<Value> = probe
         .devices
         .into_iter()
         .map(|device| {
-            told(device.map_err(|e| e.to_string()).map(|device| {
+            value_or_error(device.map_err(|e| e.to_string()).map(|device| {
                 let (major, minor) = device.capability;
                 json!({ "name": device.name, "capability": format!("{major}.{minor}"), "bytes": device.bytes_total })
             }))
@@ -100,11 +101,11 @@ fn versions() -> Result<Found> {
         .libraries
         .into_iter()
         .map(|(library, version)| {
-            (library.name().to_owned(), told(version.map(Value::from).map_err(|e| e.to_string())))
+            (library.name().to_owned(), value_or_error(version.map(Value::from).map_err(|e| e.to_string())))
         })
         .collect();
     if devices.is_empty() && wrong.is_empty() {
-        wrong.push("the driver shows no device".to_owned());
+        wrong.push("the driver reports no device".to_owned());
     }
     let version = env!("CARGO_PKG_VERSION");
     let json = json!({ "shardflow": version, "driver": driver, "devices": devices, "libraries": libraries });

@@ -1,4 +1,4 @@
-//! The model, its training program and its data: the rules that `gpt2_torch.py` has, too.
+//! The model, its training program and its data, by the same rules as `gpt2_torch.py`.
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
@@ -7,12 +7,12 @@ use shardflow::prelude::*;
 
 use crate::Result;
 
-/// Sizes are GPT-2's of 124 million weights; the head is a matrix of its own, and nothing has a bias.
+/// Defaults are GPT-2's sizes with 124 million weights; the head is a separate matrix, and there are no biases.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     #[arg(long, value_enum, default_value_t = On::Cuda)]
     pub device: On,
-    /// Axes and sizes, such as data=2,stage=2.
+    /// Mesh axes and sizes, such as data=2,stage=2.
     #[arg(long, default_value = "data=1")]
     pub mesh: String,
     #[arg(long, value_enum, default_value_t = Stored::Bf16)]
@@ -28,7 +28,7 @@ pub struct ModelArgs {
     /// Rows of the embedding's and the head's tables: GPT-2's 50257 tokens, rounded up.
     #[arg(long, default_value_t = 50304)]
     pub vocabulary: usize,
-    /// Samples of a step; 0 for as many, up to 16, as let the plan fit into half of the GPU's free memory.
+    /// Samples per step; 0 for the largest power of two, up to 16, whose plan fits into half of the GPU's free memory.
     #[arg(long, default_value_t = 0)]
     pub batch: usize,
     #[arg(long, default_value_t = 1)]
@@ -51,11 +51,11 @@ pub enum Stored {
     Bf16,
 }
 
-/// The largest batch that is chosen.
+/// Largest batch that `--batch 0` selects.
 const BATCH_MAX: usize = 16;
 
 impl ModelArgs {
-    /// The training program, compiled, with the batch that it has.
+    /// Compiles the training program; returns it with its batch size.
     pub fn compile(&self) -> Result<(Plan, usize)> {
         if self.batch > 0 {
             return Ok((self.plan(self.batch)?, self.batch));
@@ -112,7 +112,7 @@ impl ModelArgs {
         [("ids", tokens(0)), ("targets", tokens(1))]
     }
 
-    /// As the report tells them.
+    /// The model's settings for the report.
     pub fn json(&self, batch: usize) -> Value {
         let Self { device, precision, mesh, layers, heads, width, context, vocabulary, .. } = self;
         let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| value.get_name().to_owned());
@@ -123,10 +123,10 @@ impl ModelArgs {
     }
 }
 
-/// Mixed with a token's place.
+/// Mixed with a token's position.
 const DATA_SEED: u64 = 4242;
 
-/// The token at place i of an endless text: small ones are frequent, so that there is something to be learnt.
+/// The token at position `i` of an endless text. Small tokens are frequent, so that the model can learn.
 pub fn token(i: u64, vocabulary: usize) -> i32 {
     let vocabulary = vocabulary as u64;
     let x = mix(DATA_SEED.wrapping_add(i)) % vocabulary;

@@ -1,4 +1,4 @@
-//! A training of some steps: losses, speed, memory.
+//! Trains for some steps and reports losses, speed and memory.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -12,26 +12,26 @@ use shardflow_kernels::cuda::gpu::Gpu;
 use crate::model::{ModelArgs, On};
 use crate::{Found, Result};
 
-/// See [`run`].
+/// Arguments of [`run`].
 #[derive(Args, Clone, Debug)]
 pub struct TrainArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Steps whose losses are told; they warm the device up, too.
+    /// Warm-up steps, whose losses are reported.
     #[arg(long, default_value_t = 10)]
     pub steps: u64,
-    /// Steps behind those, each of which is timed.
+    /// Timed steps after the warm-up.
     #[arg(long, default_value_t = 30)]
     pub timed: usize,
     #[arg(long, default_value_t = 3e-4)]
     pub lr: f32,
 }
 
-/// Trains, and tells of it.
+/// Trains, and returns the report.
 pub fn run(args: &TrainArgs) -> Result<Found> {
     let begin = Instant::now();
     let model = &args.model;
-    // Opened here too, so that the context is part of what was free before.
+    // Opened before the first reading, so that the context does not count as the training's memory.
     let gpu = if model.device == On::Cuda { Some(Gpu::open(0)?) } else { None };
     let free = || gpu.as_ref().map(|gpu| gpu.memory().map(|(free, _)| free)).transpose();
     let free_before = free()?;
@@ -52,13 +52,13 @@ pub fn run(args: &TrainArgs) -> Result<Found> {
         ms.push(begin.elapsed().as_secs_f64() * 1e3);
     }
     let driver_bytes = free_before.zip(free()?).map(|(before, now)| before.saturating_sub(now));
-    // Devices that share a GPU have its counts.
+    // Devices that share a GPU report the same counters.
     let counts: BTreeMap<_, _> = session.metrics().devices.iter().flat_map(|device| device.counts.clone()).collect();
     session.shutdown()?;
     let median = median(ms);
     let tokens_per_s = median.map(|ms| (batch * model.context) as f64 / ms * 1e3);
     let wrong = losses.iter().position(|loss| !loss.is_some_and(f32::is_finite));
-    let wrong = wrong.map(|step| format!("the loss of step {step} is no number: {:?}", losses[step]));
+    let wrong = wrong.map(|step| format!("the loss of step {step} is Inf or NaN: {:?}", losses[step]));
     let json = json!({
         "program": "shardflow", "model": model.json(batch), "weights": weights, "lr": args.lr, "losses": losses,
         "ms_per_step": median, "timed_steps": args.timed, "tokens_per_s": tokens_per_s, "started_s": started_s,
