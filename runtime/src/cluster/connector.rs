@@ -266,7 +266,7 @@ impl Connector<'_> {
                     memory.insert(register, RegisterMemory { base, stride });
                 }
             }
-            let link = self.link(process, Purpose::Registers { lane: 0 })?;
+            let link = self.link(process, Purpose::Registers { index: 0 })?;
             let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
             let mut pipes = BTreeMap::new();
             for (ends, registers) in &pairs {
@@ -280,7 +280,7 @@ impl Connector<'_> {
             peers.push(PeerSpec {
                 process,
                 actors: self.process_map.actors_of(plan, process),
-                link,
+                connection: link,
                 pushes,
                 mirrors,
                 pipes,

@@ -45,7 +45,7 @@ pub(super) fn exchange(
         }
     }
     for (process, bytes) in told {
-        membership.tell(process, TOPIC, bytes).map_err(|error| aborted(error.to_string()))?;
+        membership.send(process, TOPIC, bytes).map_err(|error| aborted(error.to_string()))?;
     }
     let joins = |group: &&Arc<Group>| process_map.processes_of(group).contains(&process_map.process);
     let wanted: Vec<&Arc<Group>> = groups.iter().filter(joins).collect();

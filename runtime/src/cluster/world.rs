@@ -132,19 +132,19 @@ impl First {
                 };
                 match notice {
                     // One that does not take what it is told runs into its deadline.
-                    MembershipEvent::Told { topic: save_agreement::TOPIC, from, bytes } => {
+                    MembershipEvent::Message { topic: save_agreement::TOPIC, from, bytes } => {
                         drop(to_agree.try_send(Received { from, bytes }))
                     }
-                    MembershipEvent::Told { topic: nccl_ids::TOPIC, from, bytes } => {
+                    MembershipEvent::Message { topic: nccl_ids::TOPIC, from, bytes } => {
                         drop(to_ids.try_send(Received { from, bytes }))
                     }
-                    MembershipEvent::Told { topic: DOING, from, bytes } => {
+                    MembershipEvent::Message { topic: DOING, from, bytes } => {
                         let printable = |c: &char| !c.is_control();
                         let what =
                             String::from_utf8_lossy(&bytes).chars().filter(printable).take(DOING_CHARS_MAX).collect();
                         first.lock().doing.insert(from, (what, Instant::now()));
                     }
-                    MembershipEvent::Told { .. } => {}
+                    MembershipEvent::Message { .. } => {}
                     MembershipEvent::Left { process } => first.left(process),
                     MembershipEvent::Ended(cause) => return first.ended(cause, &endpoint),
                 }
@@ -255,11 +255,11 @@ impl World {
             *secret.mac("membership", &[]).as_bytes(),
             heartbeat,
         );
-        (joining.every, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
+        (joining.interval, joining.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
         joining.join_within = options.connect_within;
         let roads = roads(plan.device, &process_map, &roster, &endpoint, &secret, &options, &by_mpi);
         for process in process_map.peers() {
-            joining.links.insert(process, roads.link(process, Purpose::Control)?);
+            joining.connections.insert(process, roads.link(process, Purpose::Control)?);
             joining.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
         }
         // From here on heartbeats show who is alive.
@@ -281,7 +281,7 @@ impl World {
     pub(crate) fn doing(&self, what: &str) {
         self.first.lock().doing.insert(self.process_map.process, (what.into(), Instant::now()));
         // A failure to send ends the session by other means.
-        let _ = self.membership.tell_all(DOING, what.as_bytes());
+        let _ = self.membership.send_to_all(DOING, what.as_bytes());
     }
 
     /// Which devices are whose.

@@ -106,8 +106,8 @@ pub fn lower(graph: Graph, setting: Setting) -> Plan {
     }
     let with = |of: fn(&ActionKey) -> bool| emitted.keys().filter(|site| of(&site.1)).map(reader).collect();
     spec.decision = Decision {
-        sees: with(|key| matches!(key, ActionKey::Fetch(_))),
-        gives: with(|key| matches!(key, ActionKey::Decide)),
+        observed: with(|key| matches!(key, ActionKey::Fetch(_))),
+        granted: with(|key| matches!(key, ActionKey::Decide)),
     };
     let mut plan = Plan {
         graph,
@@ -206,7 +206,7 @@ fn action_spec(
         ActionKey::Backward => i32::from(forward_first),
         _ => 0,
     };
-    let gangs = made.groups.iter().map(|ranks| groups.gang(site.1, ranks)).collect();
+    let own_groups = made.groups.iter().map(|ranks| groups.action_group(site.1, ranks)).collect();
     let communicators: BTreeSet<u32> = made.plan.launches.iter().filter_map(group_of).collect();
     ActionSpec {
         name: made.plan.name.clone(),
@@ -215,15 +215,15 @@ fn action_spec(
         inputs: inputs.collect(),
         outputs: outputs.collect(),
         external: begins_a_step(assignment, site, &made.inputs),
-        gangs,
-        groups: communicators.into_iter().collect(),
+        groups: own_groups,
+        communicators: communicators.into_iter().collect(),
     }
 }
 
 /// The order in which an actor fires. Where collectives run inside actions, all members of a group must fire in one
 /// order whatever the timing, so the schedule is written out; elsewhere credits decide.
 fn firing(sites: &[Site], specs: &[ActionSpec], setting: &Setting, in_flight: usize) -> Firing {
-    if specs.iter().all(|s| s.gangs.is_empty()) {
+    if specs.iter().all(|s| s.groups.is_empty()) {
         return Firing::Credit;
     }
     let index = |key: ActionKey| sites.iter().position(|s| s.1 == key).map(|i| i as u32);
@@ -238,7 +238,7 @@ fn firing(sites: &[Site], specs: &[ActionSpec], setting: &Setting, in_flight: us
             list.extend(forward);
         }
     }
-    // Buckets, then norm and update; on the copy stream nothing has a gang.
+    // Buckets, then norm and update; no action on the copy stream has a group.
     let others = sites.iter().enumerate().filter(|(_, s)| !matches!(s.1, ActionKey::Forward | ActionKey::Backward));
     list.extend(others.flat_map(|(i, _)| std::iter::repeat_n(i as u32, specs[i].per_step as usize)));
     Firing::Ordered(list)
@@ -252,11 +252,11 @@ fn group_of(launch: &Launch) -> Option<u32> {
     }
 }
 
-/// Ids of communicators (by stream and members) and of gangs (by action and members).
+/// Ids of communicators (by stream and members) and of action groups (by action and members).
 #[derive(Default)]
 struct Groups {
     communicators: BTreeMap<(StreamKind, Vec<usize>), Arc<Group>>,
-    gangs: BTreeMap<(ActionKey, Vec<usize>), u32>,
+    action_groups: BTreeMap<(ActionKey, Vec<usize>), u32>,
 }
 
 impl Groups {
@@ -266,8 +266,8 @@ impl Groups {
         self.communicators.entry((stream, ranks.to_vec())).or_insert_with(make).clone()
     }
 
-    fn gang(&mut self, key: ActionKey, ranks: &[usize]) -> u32 {
-        let id = self.gangs.len() as u32;
-        *self.gangs.entry((key, ranks.to_vec())).or_insert(id)
+    fn action_group(&mut self, key: ActionKey, ranks: &[usize]) -> u32 {
+        let id = self.action_groups.len() as u32;
+        *self.action_groups.entry((key, ranks.to_vec())).or_insert(id)
     }
 }

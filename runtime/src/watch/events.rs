@@ -191,7 +191,7 @@ impl Cursor {
 
     fn changed(&mut self, event: &mut Event, snapshot: &ActorSnapshot, now_ns: u64) {
         let idle = &snapshot.idle;
-        let flying_ns = snapshot.flying_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
+        let flying_ns = snapshot.in_flight_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
         let firing_ns = snapshot.busy_ns.iter().sum::<u64>() + flying_ns;
         let ns = [
             u64::from(snapshot.actor.0) * 1000,
@@ -233,12 +233,12 @@ fn cut(spec: &Spec, fired: &mut Vec<(ActorId, FiringRecord)>) {
 
 /// For how long an actor has done the same: what it does, or nothing.
 fn still_ns(snapshot: &ActorSnapshot, now_ns: u64) -> u64 {
-    snapshot.flying_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns.saturating_sub(since))
+    snapshot.in_flight_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns.saturating_sub(since))
 }
 
 /// Edges that are blocked, who waits for what, and all that went wrong so far.
 fn look_for_trouble(event: &mut Event, observer: &Observer, snapshots: &[ActorSnapshot]) {
-    let waits_long = |s: &&ActorSnapshot| s.flying_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
+    let waits_long = |s: &&ActorSnapshot| s.in_flight_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
     let long: Vec<&ActorSnapshot> = snapshots.iter().filter(waits_long).collect();
     // Between steps all actors wait, and nothing is wrong.
     if observer.is_under_way() {
