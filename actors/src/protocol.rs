@@ -550,7 +550,7 @@ impl Protocol {
 
     /// A seeded fault for the tests: every ring believes in one slot too many.
     #[cfg(test)]
-    pub(crate) fn overdraw(&mut self) {
+    pub(crate) fn add_surplus_credit(&mut self) {
         self.rings.iter_mut().for_each(|r| r.surplus = 1);
     }
 }

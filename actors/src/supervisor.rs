@@ -362,7 +362,7 @@ impl Session {
         let is_stuck = is_still && self.outstanding();
         let hang = is_stuck.then(|| hang::explain(hang_snapshot, self.begun.load(Ordering::Acquire))).flatten();
         let texts = snapshots.iter().map(|s| s.waiting.describe(&self.spec));
-        let texts = texts.chain(hang::pipes(&self.spec, &collectives));
+        let texts = texts.chain(hang::describe_pipe_waits(&self.spec, &collectives));
         (hang, texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n"))
     }
 

@@ -34,7 +34,7 @@ pub(super) fn check(loaded: &LoadedPlan) -> Result<(), ActorError> {
         };
         // A single slot needs no stride.
         if register.slots > 1 && memory.stride < register.slot_bytes {
-            return mismatch(&register.name, "stride of slots", format!("{} or more", register.slot_bytes), memory.stride);
+            return mismatch(&register.name, "slot stride", format!("{} or more", register.slot_bytes), memory.stride);
         }
         let end = (register.slots as usize - 1)
             .checked_mul(memory.stride)
