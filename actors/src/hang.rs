@@ -249,8 +249,8 @@ pub fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
 
 /// Describes waits in communicators that no action uses: pipes that carry registers between devices of two processes.
 pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
-    let of_actions: HashSet<u32> =
-        spec.actors.iter().flat_map(|actor| &actor.actions).flat_map(|action| action.communicators.iter().copied()).collect();
+    let actions = spec.actors.iter().flat_map(|actor| &actor.actions);
+    let of_actions: HashSet<u32> = actions.flat_map(|action| action.communicators.iter().copied()).collect();
     let of_pipes = waits.iter().filter(|(communicator, ..)| !of_actions.contains(communicator));
     let text = |(_, rank, peer): &CollectiveWait| {
         format!("device {rank}: a transfer of registers with device {peer} is in progress on the GPU and does not end")
@@ -357,7 +357,8 @@ impl<'a> Search<'a> {
         }
         let mut waits = Vec::new();
         for missing in actions.iter().filter(|w| w.action == at.action).flat_map(|w| &w.missing) {
-            waits.extend(self.targets(at, missing).into_iter().map(|next| (WaitReason::Missing(missing.clone()), next)));
+            let wait = || WaitReason::Missing(missing.clone());
+            waits.extend(self.targets(at, missing).into_iter().map(|next| (wait(), next)));
         }
         if let Some(action) = *in_flight {
             waits.push((busy(action), Next::Action(RegisterReader { actor: at.actor, action })));
@@ -389,7 +390,7 @@ impl<'a> Search<'a> {
                 }
                 // A member that has begun has its action in flight; a late member may join by any of its actions.
                 let in_flight = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
-                let next = actions.iter().filter(|action| is_late || in_flight.is_none_or(|in_flight| in_flight == **action));
+                let next = actions.iter().filter(|action| is_late || in_flight.is_none_or(|own| own == **action));
                 let next =
                     next.map(|&action| RegisterReader { actor: member, action }).filter(|at| self.is_unfinished(at));
                 waits.extend(next.map(|next| (WaitReason::Group { group, member }, self.target(next))));

@@ -174,8 +174,7 @@ mod tests {
     #[test]
     fn the_stall_time_follows_from_the_step_time() {
         let watchdog = Watchdog::new(WatchdogOptions::default());
-        let cases =
-            [(0, 60_000), (1, 10_000), (2_000, 10_000), (2_001, 10_005), (11_000, 55_000), (20_000, 60_000)];
+        let cases = [(0, 60_000), (1, 10_000), (2_000, 10_000), (2_001, 10_005), (11_000, 55_000), (20_000, 60_000)];
         for (step_ms, stall_ms) in cases {
             assert_eq!(watchdog.stall_after(Duration::from_millis(step_ms)), Duration::from_millis(stall_ms));
         }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{SimulatedFiring, SimulationError};
 use crate::protocol::Protocol;
-use crate::spec::{ActorId, Spec};
+use crate::spec::{ActorId, RegisterId, Spec};
 
 /// SplitMix64 (Steele, Lea and Flood 2014): small and good enough to shuffle events.
 #[derive(Clone, Debug)]
@@ -139,7 +139,7 @@ impl Data {
     }
 }
 
-fn race(spec: &Spec, fired: SimulatedFiring, register: crate::spec::RegisterId, fault: &'static str) -> SimulationError {
+fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'static str) -> SimulationError {
     let (action, register) = (spec.action_name(fired.actor, fired.action), spec.register_name(register));
     SimulationError::Race { action, firing: fired.firing, register, fault }
 }

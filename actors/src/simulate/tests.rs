@@ -1,4 +1,4 @@
-//! Tests the simulator against known schedules, and the protocol under random timing and injected faults.
+//! Tests the simulator against known schedules, and the protocol under random times and injected faults.
 
 use super::*;
 use crate::builder::Builder;
@@ -55,8 +55,8 @@ fn pipeline(m: u32, credits: Vec<u32>, schedule: PipelineSchedule, ordered: bool
     Arc::new(Pipeline { micro_batches: m, credits, schedule, ordered }.build())
 }
 
-fn makespan(spec: &Arc<Spec>, timing: &Timing) -> u64 {
-    simulate(spec, timing, &SimulationOptions::steps(1)).unwrap().makespan
+fn makespan(spec: &Arc<Spec>, times: &Timing) -> u64 {
+    simulate(spec, times, &SimulationOptions::steps(1)).unwrap().makespan
 }
 
 fn stash_peaks(spec: &Spec, run: &SimulatedRun) -> Vec<u32> {
@@ -94,16 +94,16 @@ fn latency_needs_more_credits_than_stages_left() {
 fn fewer_credits_never_shorten_the_makespan() {
     let (p, m) = (6u32, 24);
     for (f, b, c) in [(2, 4, 1), (1, 1, 3), (3, 2, 0), (2, 5, 7)] {
-        let timing = timing(p as usize, f, b, c);
+        let times = timing(p as usize, f, b, c);
         let full: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
         let mut last = 0;
         for fewer in 0..full[0] {
             let credits = full.iter().map(|w| w.saturating_sub(fewer).max(1)).collect();
-            let span = makespan(&pipeline(m, credits, PipelineSchedule::OneForwardOneBackward, false), &timing);
+            let span = makespan(&pipeline(m, credits, PipelineSchedule::OneForwardOneBackward, false), &times);
             assert!(span >= last, "F {f} B {b} c {c}: {fewer} credits fewer take {span}, one more takes {last}");
             last = span;
         }
-        assert!(last > makespan(&pipeline(m, full, PipelineSchedule::OneForwardOneBackward, false), &timing));
+        assert!(last > makespan(&pipeline(m, full, PipelineSchedule::OneForwardOneBackward, false), &times));
     }
 }
 
@@ -113,11 +113,11 @@ proptest::proptest! {
     /// The computed credits are as fast as unlimited ones.
     #[test]
     fn computed_credits_are_enough(p in 1u32..9, m in 1u32..40, f in 1u64..9, b in 1u64..12, c in 0u64..20) {
-        let timing = timing(p as usize, f, b, c);
+        let times = timing(p as usize, f, b, c);
         let computed: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
         let unlimited = pipeline(m, vec![m; p as usize], PipelineSchedule::OneForwardOneBackward, false);
         let limited = pipeline(m, computed.clone(), PipelineSchedule::OneForwardOneBackward, false);
-        let (limited, unlimited) = (makespan(&limited, &timing), makespan(&unlimited, &timing));
+        let (limited, unlimited) = (makespan(&limited, &times), makespan(&unlimited, &times));
         proptest::prop_assert!(limited <= unlimited, "{:?}: {} > {}", computed, limited, unlimited);
     }
 }
@@ -136,11 +136,11 @@ fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
 fn all_interleavings_end_with_the_same_digest_and_keep_the_invariants() {
     let mut runs = 0;
     for (name, spec, steps) in plans::all() {
-        let timing = Timing::uniform(&spec, 2, 1);
-        let exact = simulate(&spec, &timing, &SimulationOptions::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let times = Timing::uniform(&spec, 2, 1);
+        let exact = simulate(&spec, &times, &SimulationOptions::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let mut timelines = std::collections::HashSet::new();
         for seed in 0..1200 {
-            let run = simulate(&spec, &timing, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
+            let run = simulate(&spec, &times, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
             assert_eq!(run.digest, exact.digest, "{name}, seed {seed}");
             for (register, &peak) in spec.registers.iter().zip(&run.slots_peak) {
                 assert!(peak <= register.slots, "{name}, seed {seed}, {}", register.name);
@@ -165,7 +165,7 @@ fn the_digest_depends_on_the_data() {
 #[test]
 fn faulty_messages_are_detected() {
     for (name, spec, steps) in plans::all() {
-        let timing = Timing::uniform(&spec, 2, 1);
+        let times = Timing::uniform(&spec, 2, 1);
         // Each reader in another actor gets one message per written piece and sends one release back.
         let mut count = 0;
         for (register, r) in spec.registers.iter().zip(0..) {
@@ -178,7 +178,7 @@ fn faulty_messages_are_detected() {
         for nth in 0..count {
             for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth)] {
                 let options = SimulationOptions { fault: Some(fault), ..shuffled(nth, steps) };
-                let result = simulate(&spec, &timing, &options);
+                let result = simulate(&spec, &times, &options);
                 assert!(result.is_err(), "{name}: {fault:?} of {count} messages was not detected");
                 caught += 1;
             }
@@ -191,7 +191,7 @@ fn faulty_messages_are_detected() {
 fn one_credit_too_many_is_detected() {
     let mut caught = 0;
     for (name, spec, steps) in plans::all() {
-        let timing = Timing::uniform(&spec, 2, 7);
+        let times = Timing::uniform(&spec, 2, 7);
         let mut faulty = 0;
         for seed in 0..20 {
             let protocols = (0..spec.actors.len()).map(|a| {
@@ -199,7 +199,7 @@ fn one_credit_too_many_is_detected() {
                 protocol.add_surplus_credit();
                 protocol
             });
-            let result = run(&spec, &timing, &shuffled(seed, steps), protocols.collect());
+            let result = run(&spec, &times, &shuffled(seed, steps), protocols.collect());
             faulty += u32::from(result.is_err());
         }
         // If every micro-batch has a slot, or a list limits the forwards, the credits never run out.
@@ -262,9 +262,9 @@ fn the_host_decides_after_the_observed_actions_have_fired() {
     let starts = |spec: &Spec| {
         let spec = Arc::new(spec.clone());
         let run = simulate(&spec, &Timing::uniform(&spec, 5, 1), &SimulationOptions::steps(2)).unwrap();
-        let all = |at: RegisterReader| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
+        let of = |at: RegisterReader| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
         let (updates, logs): (Vec<_>, Vec<_>) =
-            (all(update).map(|f| f.start).collect(), all(log).map(|f| f.end).collect());
+            (of(update).map(|f| f.start).collect(), of(log).map(|f| f.end).collect());
         (updates, [logs[1], logs[3]])
     };
     assert_eq!(starts(&spec).0[0], 0, "it does not wait for the decision");
@@ -288,22 +288,22 @@ fn early_publication_shortens_the_makespan() {
         action.outputs.iter_mut().for_each(|o| o.early = false);
     }
     let late = Arc::new(late);
-    let timing = Timing::uniform(&early, 6, 0);
-    assert!(makespan(&early, &timing) < makespan(&late, &timing));
+    let times = Timing::uniform(&early, 6, 0);
+    assert!(makespan(&early, &times) < makespan(&late, &times));
 }
 
 #[test]
 fn a_collective_ends_after_its_last_member_has_started() {
     let spec = Arc::new(plans::groups());
-    let mut timing = Timing::uniform(&spec, 4, 0);
+    let mut times = Timing::uniform(&spec, 4, 0);
     // Stage 0's second shard is slow, so its partner waits in every collective.
-    timing.action_ticks[1] = vec![4, 9];
-    let run = simulate(&spec, &timing, &SimulationOptions::steps(1)).unwrap();
+    times.action_ticks[1] = vec![4, 9];
+    let run = simulate(&spec, &times, &SimulationOptions::steps(1)).unwrap();
     let of = |actor| run.timeline.iter().filter(move |f| f.actor == ActorId(actor));
     for (a, b) in of(0).zip(of(1)) {
         assert_eq!((a.action, a.firing), (b.action, b.firing));
-        assert!(a.end >= b.start + timing.action_ticks[0][a.action as usize]);
-        assert!(b.end >= a.start + timing.action_ticks[1][b.action as usize]);
+        assert!(a.end >= b.start + times.action_ticks[0][a.action as usize]);
+        assert!(b.end >= a.start + times.action_ticks[1][b.action as usize]);
     }
 }
 
@@ -314,10 +314,10 @@ fn waits_for_a_group_are_not_counted_twice() {
     let mut measured = truth.action_ticks.clone();
     // The second shard joined the forwards late, so those of the first shard took longer.
     (measured[0][0], measured[0][1], measured[1][1]) = (9, 6, 6);
-    let timing = Timing::measured(&spec, measured);
+    let times = Timing::measured(&spec, measured);
     // Forward and backward keep different durations, though both belong to the group.
-    assert_eq!(timing.action_ticks[..2], [vec![4, 6], vec![4, 6]]);
-    assert_eq!(timing.action_ticks[2..], truth.action_ticks[2..]);
+    assert_eq!(times.action_ticks[..2], [vec![4, 6], vec![4, 6]]);
+    assert_eq!(times.action_ticks[2..], truth.action_ticks[2..]);
 }
 
 #[test]
