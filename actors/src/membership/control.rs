@@ -1,8 +1,8 @@
-//! The control plane: a node of ractor_cluster on a thread of its own, over connections that were authenticated before.
+//! The control plane: a ractor_cluster node on its own thread, over authenticated connections.
 //!
-//! ractor_cluster's own handshake, with a cookie, comes on top. Its sessions mirror every actor whose messages can be
-//! serialized, process-wide; ours is the only one. A mirror is found by its name below the session that it belongs to. Not by
-//! a process group: those tell mirrors apart by numbers that repeat when several nodes live in one process, as in tests.
+//! ractor_cluster also runs its own handshake with a cookie. Its sessions mirror every actor of the process whose messages are
+//! serializable; the member actor is the only one. A mirror is found by its name among the children of its session. Process
+//! groups do not work: they identify mirrors by numbers that repeat when one process has several nodes, as in tests.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -21,50 +21,50 @@ use tokio::io::{AsyncRead, ReadBuf};
 use tokio::sync::oneshot;
 use tokio::time::{Sleep, sleep, timeout};
 
-use super::letter::{MESSAGE_BYTES_MAX, Mail};
+use super::letter::{MESSAGE_BYTES_MAX, Received};
 use super::shared::Shared;
 use super::{MembershipError, exit};
 use crate::transport::Connection;
 
-/// A frame of ractor_cluster: a letter with its envelope.
+/// Maximum size of a ractor_cluster frame: a control message with its envelope.
 const FRAME_BYTES_MAX: u64 = 2 * MESSAGE_BYTES_MAX as u64;
-/// ractor lets a stop overtake what was received before it, so the end of a stream is held back until that is through.
+/// In ractor, a stop overtakes messages received before it, so the end of a stream is reported with this delay.
 const END_DELAY: Duration = Duration::from_millis(50);
-/// How long actors may take to stop.
+/// Timeout for actors to stop.
 const STOP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The running thread; dropping it ends it, within [`STOP_TIMEOUT`].
+/// The running thread; dropping it ends the thread within [`STOP_TIMEOUT`].
 #[derive(Debug)]
-pub(crate) struct Control {
+pub(crate) struct ControlThread {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Drop for Control {
+impl Drop for ControlThread {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A panic there would be a bug that its own message tells.
+            // A panic of the thread is a bug; the panic hook has reported it.
             let _ = thread.join();
         }
     }
 }
 
-/// Starts the node; connections become ready later. `scope` tells this session from all others.
+/// Starts the node; connections become ready later. `scope` identifies this session.
 pub(crate) fn start(
     shared: Arc<Shared>,
-    links: BTreeMap<u32, Connection>,
+    connections: BTreeMap<u32, Connection>,
     key: &[u8; 32],
     scope: String,
-) -> Result<Control, MembershipError> {
-    let failed = |what| move |source| MembershipError::Io { what, source };
+) -> Result<ControlThread, MembershipError> {
+    let failed = |operation| move |source| MembershipError::Io { operation, source };
     let cookie = blake3::Hash::from_bytes(blake3::derive_key("shardflow control cookie v1", key)).to_string();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(failed("start the control plane's runtime"))?;
     let guard = runtime.enter();
     let mut streams = Vec::new();
-    for (process, link) in links {
-        let stream = Stream::new(process, link).map_err(failed("prepare a control connection"))?;
+    for (process, connection) in connections {
+        let stream = Stream::new(process, connection).map_err(failed("prepare a control connection"))?;
         streams.push((process, stream));
     }
     drop(guard);
@@ -76,7 +76,7 @@ pub(crate) fn start(
     };
     let thread = thread::Builder::new().name("control".into()).spawn(move || runtime.block_on(run));
     let thread = thread.map_err(failed("start the control plane's thread"))?;
-    Ok(Control { stop: Some(stop), thread: Some(thread) })
+    Ok(ControlThread { stop: Some(stop), thread: Some(thread) })
 }
 
 async fn run(
@@ -88,7 +88,7 @@ async fn run(
 ) -> Result<(), ActorProcessingErr> {
     let name = member_name(&scope, shared.own);
     let (member, mut member_end) = Actor::spawn(Some(name), Member, shared.clone()).await?;
-    // The name and port together must differ between nodes, or a node takes its peer for itself.
+    // Name and port together must be unique per node; otherwise a node takes its peer for itself.
     let host = format!("{scope}.{}", shared.own);
     let server = NodeServer::new(0, cookie, format!("process-{}", shared.own), host, None, None)
         .with_listen_addr(IpAddr::V4(Ipv4Addr::LOCALHOST))
@@ -108,13 +108,13 @@ async fn run(
     }
     member.stop(None);
     server.stop(None);
-    // Whatever takes longer ends with the runtime.
+    // Actors that take longer end with the runtime.
     let _ = timeout(STOP_TIMEOUT, async { (member_end.await, server_end.await) }).await;
     Ok(())
 }
 
-/// A node always opens a port for others to connect to, and opens it again when it closes. Peers come over connections that
-/// we made, so the listener is taken from the node and killed (it waits in a handler, where a stop does not reach it).
+/// Closes the port that a node always opens, and reopens when it closes. Peers use the given connections only, so the listener
+/// actor is unlinked from the node and killed; a stop would not reach it, because it waits in a handler.
 fn close_port(server: &ActorRef<NodeServerMessage>) {
     for listener in server.get_children() {
         listener.unlink(server.get_cell());
@@ -126,38 +126,43 @@ fn member_name(scope: &str, process: u32) -> String {
     format!("{scope} member {process}")
 }
 
-/// Takes the letters of all peers.
+/// Receives the control messages of all peers.
 struct Member;
 
 impl Actor for Member {
-    type Msg = Mail;
+    type Msg = Received;
     type State = Arc<Shared>;
     type Arguments = Arc<Shared>;
 
-    async fn pre_start(&self, _: ActorRef<Mail>, shared: Arc<Shared>) -> Result<Arc<Shared>, ActorProcessingErr> {
+    async fn pre_start(&self, _: ActorRef<Received>, shared: Arc<Shared>) -> Result<Arc<Shared>, ActorProcessingErr> {
         Ok(shared)
     }
 
-    async fn handle(&self, _: ActorRef<Mail>, mail: Mail, shared: &mut Arc<Shared>) -> Result<(), ActorProcessingErr> {
-        shared.take(mail);
+    async fn handle(
+        &self,
+        _: ActorRef<Received>,
+        received: Received,
+        shared: &mut Arc<Shared>,
+    ) -> Result<(), ActorProcessingErr> {
+        shared.receive(received);
         Ok(())
     }
 }
 
-/// Hears of sessions, on the node's thread.
+/// Receives session events on the node's thread.
 struct Events {
     shared: Arc<Shared>,
     scope: String,
 }
 
 impl Events {
-    /// The process at the other end, which the stream's label tells.
+    /// The process at the other end, from the stream's label.
     fn process(session: &NodeServerSessionInformation) -> Option<u32> {
         session.peer_addr.strip_prefix(LABEL)?.parse().ok()
     }
 
-    /// The peer's member, as mirrored by this session.
-    fn mirror(&self, process: u32, session: &ActorRef<NodeSessionMessage>) -> Option<ActorRef<Mail>> {
+    /// The mirror of the peer's member actor in this session.
+    fn mirror(&self, process: u32, session: &ActorRef<NodeSessionMessage>) -> Option<ActorRef<Received>> {
         let name = member_name(&self.scope, process);
         let mirrors = session.get_children().into_iter().filter(|c| !c.get_id().is_local());
         mirrors.into_iter().find(|m| m.get_name().as_ref() == Some(&name)).map(ActorRef::from)
@@ -174,7 +179,7 @@ impl NodeEventSubscription for Events {
         match self.mirror(process, &session.actor) {
             Some(member) => self.shared.connected(process, member),
             None => {
-                tracing::error!(process, "the peer has no member of this session: another epoch?");
+                tracing::error!(process, "the peer has no member actor of this session; it may run another epoch");
                 session.actor.stop(None);
             }
         }
@@ -189,7 +194,7 @@ impl NodeEventSubscription for Events {
 
 const LABEL: &str = "process ";
 
-/// A link as ractor_cluster takes it.
+/// A connection in the form that ractor_cluster requires.
 struct Stream {
     process: u32,
     read: BoxRead,
@@ -197,9 +202,9 @@ struct Stream {
 }
 
 impl Stream {
-    /// Within a runtime.
-    fn new(process: u32, link: Connection) -> io::Result<Self> {
-        let (read, write): (BoxRead, BoxWrite) = match link {
+    /// Must be called within a tokio runtime.
+    fn new(process: u32, connection: Connection) -> io::Result<Self> {
+        let (read, write): (BoxRead, BoxWrite) = match connection {
             Connection::Tcp(stream) => {
                 stream.set_nonblocking(true)?;
                 stream.set_nodelay(true)?;
@@ -212,7 +217,7 @@ impl Stream {
                 (Box::new(read), Box::new(write))
             }
         };
-        Ok(Self { process, read: Box::new(LateEnd { read, end: None }), write })
+        Ok(Self { process, read: Box::new(DelayedEnd { read, end: None }), write })
     }
 }
 
@@ -226,13 +231,13 @@ impl ClusterBidiStream for Stream {
     }
 }
 
-/// Tells the end of a stream, orderly or not, [`END_DELAY`] late.
-struct LateEnd {
+/// Reports the end of a stream, orderly or not, with a delay of [`END_DELAY`].
+struct DelayedEnd {
     read: BoxRead,
     end: Option<Pin<Box<Sleep>>>,
 }
 
-impl AsyncRead for LateEnd {
+impl AsyncRead for DelayedEnd {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if self.end.is_none() {
             let filled = buffer.filled().len();
@@ -242,7 +247,7 @@ impl AsyncRead for LateEnd {
                 Poll::Ready(_) => self.end = Some(Box::pin(sleep(END_DELAY))),
             }
         }
-        // Nothing filled: the end.
+        // Returning without filling the buffer means the end of the stream.
         self.end.as_mut().map_or(Poll::Pending, |end| end.as_mut().poll(cx).map(Ok))
     }
 }

@@ -1,14 +1,14 @@
-//! What processes say to each other over the control plane, as bytes with a version and limits.
+//! Messages of the control plane, encoded with a version and limits.
 //!
-//! A letter is `version u8 | header (bincode) | payload`; the payload is raw, since bincode copies bytes one by one.
+//! A control message is `version u8 | header (bincode) | payload`; the payload is raw, because bincode copies single bytes.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use ractor::message::{BoxedDowncastErr, SerializedMessage};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of an application's message, at most.
+/// Maximum size of an application's message in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
-/// Bytes of a cause's text, at most; the rest is cut off.
+/// Maximum size of a cause's text in bytes; longer texts are truncated.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
 
 const VERSION: u8 = 1;
@@ -17,9 +17,9 @@ const HEADER_BYTES_MAX: usize = CAUSE_BYTES_MAX + 256;
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<HEADER_BYTES_MAX>> =
     bincode::config::legacy().with_limit::<HEADER_BYTES_MAX>();
 
-/// A message with its sender.
+/// A control message with its sender.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Letter {
+pub(crate) struct ControlMessage {
     pub(crate) epoch: u64,
     pub(crate) from: u32,
     pub(crate) body: Body,
@@ -27,30 +27,30 @@ pub(crate) struct Letter {
     pub(crate) payload: Vec<u8>,
 }
 
-/// What a letter says.
+/// The content of a control message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
-    /// The application's; its bytes are the payload.
-    Told { topic: u16 },
-    /// The sender failed by itself. Answered with `Taken` at once.
+    /// An application's message; its bytes are the payload.
+    Message { topic: u16 },
+    /// The sender itself failed. Acknowledged with `Processed` at once.
     Failed { follows: bool, cause: String, exit: u8 },
-    /// The sender lost another process. Answered with `Taken` at once.
+    /// The sender lost another process. Acknowledged with `Processed` at once.
     Lost { about: u32, follows: bool, cause: String, exit: u8 },
-    /// The sender ends in order. Answered with `Taken` at once.
+    /// The sender leaves in order. Acknowledged with `Processed` at once.
     Leaving,
-    /// What the sender has taken in from the receiver since the start: messages told, their bytes, and other letters.
-    Taken { messages: u64, bytes: u64, urgent: u64 },
+    /// Acknowledgement: the sender's totals of processed messages, their bytes, and other control messages since the start.
+    Processed { messages: u64, bytes: u64, urgent: u64 },
 }
 
-/// What the member actor gets.
+/// A message of the member actor.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Mail {
-    Letter(Letter),
-    /// Bytes that are no letter; told so that they can be counted.
+pub(crate) enum Received {
+    Message(ControlMessage),
+    /// Bytes that are not a valid control message, with the reason; counted.
     Garbled(&'static str),
 }
 
-impl Letter {
+impl ControlMessage {
     pub(crate) fn write(&self) -> Result<Vec<u8>, BoxedDowncastErr> {
         let mut bytes = vec![VERSION];
         let header = bincode::serde::encode_into_std_write(self, &mut bytes, CONFIG);
@@ -61,39 +61,39 @@ impl Letter {
 
     pub(crate) fn read(bytes: &[u8]) -> Result<Self, &'static str> {
         let Some((&VERSION, rest)) = bytes.split_first() else {
-            return Err("another version");
+            return Err("unknown version");
         };
-        let (mut letter, read): (Self, usize) =
-            bincode::serde::decode_from_slice(rest, CONFIG).map_err(|_| "a header that cannot be read")?;
-        letter.payload = rest[read..].to_vec();
-        let payload_max = if matches!(letter.body, Body::Told { .. }) { MESSAGE_BYTES_MAX } else { 0 };
-        if letter.payload.len() > payload_max {
-            return Err("too many bytes");
+        let (mut message, read): (Self, usize) =
+            bincode::serde::decode_from_slice(rest, CONFIG).map_err(|_| "malformed header")?;
+        message.payload = rest[read..].to_vec();
+        let payload_max = if matches!(message.body, Body::Message { .. }) { MESSAGE_BYTES_MAX } else { 0 };
+        if message.payload.len() > payload_max {
+            return Err("payload too long");
         }
-        Ok(letter)
+        Ok(message)
     }
 }
 
-impl ractor::Message for Mail {
+impl ractor::Message for Received {
     fn serializable() -> bool {
         true
     }
 
     fn serialize(self) -> Result<SerializedMessage, BoxedDowncastErr> {
-        let Self::Letter(letter) = self else { return Err(BoxedDowncastErr) };
-        Ok(SerializedMessage::Cast { variant: String::new(), args: letter.write()?, metadata: None })
+        let Self::Message(message) = self else { return Err(BoxedDowncastErr) };
+        Ok(SerializedMessage::Cast { variant: String::new(), args: message.write()?, metadata: None })
     }
 
     fn deserialize(message: SerializedMessage) -> Result<Self, BoxedDowncastErr> {
         let SerializedMessage::Cast { args, .. } = message else {
-            return Ok(Self::Garbled("a call, which no member makes"));
+            return Ok(Self::Garbled("unexpected call"));
         };
-        Ok(Letter::read(&args).map_or_else(Self::Garbled, Self::Letter))
+        Ok(ControlMessage::read(&args).map_or_else(Self::Garbled, Self::Message))
     }
 }
 
-/// The text within [`CAUSE_BYTES_MAX`].
-pub(crate) fn bounded(mut cause: String) -> String {
+/// Truncates a text to [`CAUSE_BYTES_MAX`] bytes.
+pub(crate) fn truncate(mut cause: String) -> String {
     if cause.len() > CAUSE_BYTES_MAX {
         let end = (0..=CAUSE_BYTES_MAX).rev().find(|i| cause.is_char_boundary(*i)).unwrap_or(0);
         cause.truncate(end);
@@ -107,62 +107,62 @@ mod tests {
 
     use super::*;
 
-    fn letter(body: Body, payload: &[u8]) -> Letter {
-        Letter { epoch: 3, from: 1, body, payload: payload.to_vec() }
+    fn message(body: Body, payload: &[u8]) -> ControlMessage {
+        ControlMessage { epoch: 3, from: 1, body, payload: payload.to_vec() }
     }
 
-    fn all() -> Vec<Letter> {
+    fn all() -> Vec<ControlMessage> {
         let cause = || "out of memory: 3 GiB".to_string();
         vec![
-            letter(Body::Told { topic: 7 }, b"step 4"),
-            letter(Body::Told { topic: 7 }, b""),
-            letter(Body::Failed { follows: true, cause: cause(), exit: 71 }, b""),
-            letter(Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }, b""),
-            letter(Body::Leaving, b""),
-            letter(Body::Taken { messages: 1, bytes: 2, urgent: 3 }, b""),
+            message(Body::Message { topic: 7 }, b"step 4"),
+            message(Body::Message { topic: 7 }, b""),
+            message(Body::Failed { follows: true, cause: cause(), exit: 71 }, b""),
+            message(Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }, b""),
+            message(Body::Leaving, b""),
+            message(Body::Processed { messages: 1, bytes: 2, urgent: 3 }, b""),
         ]
     }
 
-    fn over_the_wire(letter: Letter) -> Mail {
-        Mail::deserialize(Mail::Letter(letter).serialize().expect("a letter")).expect("always something")
+    fn over_the_wire(message: ControlMessage) -> Received {
+        Received::deserialize(Received::Message(message).serialize().expect("encodes")).expect("never fails")
     }
 
     #[test]
-    fn letters_arrive_as_sent() {
-        for letter in all() {
-            assert_eq!(over_the_wire(letter.clone()), Mail::Letter(letter));
+    fn control_messages_arrive_as_sent() {
+        for message in all() {
+            assert_eq!(over_the_wire(message.clone()), Received::Message(message));
         }
-        let cause = bounded("é".repeat(CAUSE_BYTES_MAX));
-        let longest = letter(Body::Failed { follows: true, cause, exit: 71 }, b"");
-        assert_eq!(over_the_wire(longest.clone()), Mail::Letter(longest));
+        let cause = truncate("é".repeat(CAUSE_BYTES_MAX));
+        let longest = message(Body::Failed { follows: true, cause, exit: 71 }, b"");
+        assert_eq!(over_the_wire(longest.clone()), Received::Message(longest));
     }
 
     #[test]
-    fn what_is_no_letter_is_garbled() {
-        for letter in all() {
-            let bytes = letter.write().expect("short");
-            let payload = letter.payload.len();
+    fn invalid_bytes_are_garbled() {
+        for message in all() {
+            let bytes = message.write().expect("short");
+            let payload = message.payload.len();
             for length in 0..bytes.len() - payload {
-                assert!(Letter::read(&bytes[..length]).is_err(), "{letter:?} cut to {length}");
+                assert!(ControlMessage::read(&bytes[..length]).is_err(), "{message:?} truncated to {length}");
             }
-            if !matches!(letter.body, Body::Told { .. }) {
-                assert_eq!(Letter::read(&[&bytes[..], &[0]].concat()), Err("too many bytes"));
+            if !matches!(message.body, Body::Message { .. }) {
+                assert_eq!(ControlMessage::read(&[&bytes[..], &[0]].concat()), Err("payload too long"));
             }
-            assert_eq!(Letter::read(&[&[VERSION + 1], &bytes[1..]].concat()), Err("another version"));
+            assert_eq!(ControlMessage::read(&[&[VERSION + 1], &bytes[1..]].concat()), Err("unknown version"));
         }
-        let long = letter(Body::Told { topic: 0 }, &vec![0; MESSAGE_BYTES_MAX + 1]);
-        assert_eq!(over_the_wire(long), Mail::Garbled("too many bytes"));
+        let long = message(Body::Message { topic: 0 }, &vec![0; MESSAGE_BYTES_MAX + 1]);
+        assert_eq!(over_the_wire(long), Received::Garbled("payload too long"));
     }
 
     proptest::proptest! {
-        /// Whatever a peer sends, reading ends, and takes no more memory than the bytes that came.
+        /// Decoding arbitrary bytes terminates and does not panic.
         #[test]
-        fn any_bytes_are_read_or_refused(mut bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
-            let _ = Letter::read(&bytes);
+        fn decoding_arbitrary_bytes_never_panics(mut bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let _ = ControlMessage::read(&bytes);
             if let Some(first) = bytes.first_mut() {
                 *first = VERSION;
             }
-            let _ = Letter::read(&bytes);
+            let _ = ControlMessage::read(&bytes);
         }
     }
 }

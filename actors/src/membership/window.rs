@@ -1,16 +1,16 @@
-//! Bounds what is under way to a peer. Pure.
+//! Flow control: bounds the unprocessed messages to a peer. Pure.
 //!
-//! - **WI-1**: what was sent and not yet taken is at most [`MESSAGES_MAX`] messages and [`BYTES_MAX`] bytes.
+//! - **WI-1**: at most [`MESSAGES_MAX`] messages and [`BYTES_MAX`] bytes are sent and not yet acknowledged.
 //!
-//! The layers below queue without bound for a peer that does not read; a frozen one must not cost memory. The peer tells
-//! what it has taken each time that it comes to a quarter of the window, so most messages cost no answer.
+//! The layers below queue without bound for a peer that does not read, but a frozen peer must not use up memory. A peer
+//! acknowledges after each quarter of the window, so most messages need no acknowledgement.
 
-/// Messages under way to one peer.
+/// Maximum number of unacknowledged messages to one peer.
 pub(crate) const MESSAGES_MAX: u64 = 1024;
-/// Bytes under way to one peer.
+/// Maximum number of unacknowledged bytes to one peer.
 pub(crate) const BYTES_MAX: u64 = 4 << 20;
 
-/// Counts since the start.
+/// Totals since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Count {
     pub(crate) messages: u64,
@@ -28,51 +28,51 @@ impl Count {
     }
 }
 
-/// The sender's side.
+/// The sender's counters.
 #[derive(Debug, Default)]
 pub(crate) struct Outbox {
     sent: Count,
-    taken: Count,
+    acknowledged: Count,
 }
 
 impl Outbox {
-    /// Counts a message, or refuses it with what is under way.
+    /// Counts a message; if the window is full, returns the unacknowledged count.
     pub(crate) fn send(&mut self, bytes: usize) -> Result<(), Count> {
-        let waiting = self.sent.minus(self.taken);
-        if waiting.messages + 1 > MESSAGES_MAX || waiting.bytes + bytes as u64 > BYTES_MAX {
-            return Err(waiting);
+        let unacknowledged = self.sent.minus(self.acknowledged);
+        if unacknowledged.messages + 1 > MESSAGES_MAX || unacknowledged.bytes + bytes as u64 > BYTES_MAX {
+            return Err(unacknowledged);
         }
         self.sent.add(bytes);
         Ok(())
     }
 
-    /// The peer has taken this much in all; false when it cannot have.
-    pub(crate) fn taken(&mut self, taken: Count) -> bool {
+    /// Processes an acknowledgement of a total; false if the total is impossible.
+    pub(crate) fn acknowledge(&mut self, total: Count) -> bool {
         let within = |new: u64, old: u64, sent: u64| old <= new && new <= sent;
-        let possible = within(taken.messages, self.taken.messages, self.sent.messages)
-            && within(taken.bytes, self.taken.bytes, self.sent.bytes);
-        if possible {
-            self.taken = taken;
+        let is_valid = within(total.messages, self.acknowledged.messages, self.sent.messages)
+            && within(total.bytes, self.acknowledged.bytes, self.sent.bytes);
+        if is_valid {
+            self.acknowledged = total;
         }
-        possible
+        is_valid
     }
 }
 
-/// The receiver's side.
+/// The receiver's counters.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
-    taken: Count,
-    told: Count,
+    processed: Count,
+    acknowledged: Count,
 }
 
 impl Inbox {
-    /// Counts a message; the total when the sender should be told.
-    pub(crate) fn take(&mut self, bytes: usize) -> Option<Count> {
-        self.taken.add(bytes);
-        let untold = self.taken.minus(self.told);
-        (untold.messages >= MESSAGES_MAX / 4 || untold.bytes >= BYTES_MAX / 4).then(|| {
-            self.told = self.taken;
-            self.taken
+    /// Counts a message; returns the total if an acknowledgement is due.
+    pub(crate) fn receive(&mut self, bytes: usize) -> Option<Count> {
+        self.processed.add(bytes);
+        let pending = self.processed.minus(self.acknowledged);
+        (pending.messages >= MESSAGES_MAX / 4 || pending.bytes >= BYTES_MAX / 4).then(|| {
+            self.acknowledged = self.processed;
+            self.processed
         })
     }
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_that_takes_nothing_gets_a_window() {
+    fn a_peer_that_processes_nothing_receives_one_window() {
         let mut outbox = Outbox::default();
         let sent = (0..100_000).filter(|_| outbox.send(10).is_ok()).count();
         assert_eq!(sent as u64, MESSAGES_MAX);
@@ -93,25 +93,25 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_takes_all_is_never_refused() {
+    fn a_peer_that_processes_all_messages_never_fills_the_window() {
         for bytes in [0, 1, 1000, 100_000, BYTES_MAX as usize / 4] {
             let (mut outbox, mut inbox) = (Outbox::default(), Inbox::default());
             for _ in 0..10_000 {
                 outbox.send(bytes).expect("the peer keeps up");
-                if let Some(taken) = inbox.take(bytes) {
-                    assert!(outbox.taken(taken));
+                if let Some(total) = inbox.receive(bytes) {
+                    assert!(outbox.acknowledge(total));
                 }
             }
         }
     }
 
     #[test]
-    fn more_than_was_sent_cannot_be_taken() {
+    fn impossible_acknowledgements_are_rejected() {
         let mut outbox = Outbox::default();
         outbox.send(8).expect("empty");
-        assert!(!outbox.taken(Count { messages: 2, bytes: 8 }));
-        assert!(!outbox.taken(Count { messages: 1, bytes: 9 }));
-        assert!(outbox.taken(Count { messages: 1, bytes: 8 }));
-        assert!(!outbox.taken(Count { messages: 0, bytes: 0 }));
+        assert!(!outbox.acknowledge(Count { messages: 2, bytes: 8 }));
+        assert!(!outbox.acknowledge(Count { messages: 1, bytes: 9 }));
+        assert!(outbox.acknowledge(Count { messages: 1, bytes: 8 }));
+        assert!(!outbox.acknowledge(Count { messages: 0, bytes: 0 }));
     }
 }

@@ -1,4 +1,4 @@
-//! Passes descriptors, such as those of shared memory, over a Unix connection.
+//! Transfers descriptors, such as those of shared memory, over a Unix socket.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -36,8 +36,8 @@ pub fn send_descriptors(connection: &Connection, descriptors: &[BorrowedFd<'_>])
     }
 }
 
-/// Receives the descriptors of one [`send_descriptors`]: `count` of them, 1 to [`DESCRIPTORS_MAX`]. They are closed on exec.
-/// Waits as long as the connection's read time-out allows.
+/// Receives the `count` descriptors, 1 to [`DESCRIPTORS_MAX`], of one [`send_descriptors`]. They are closed on exec.
+/// The connection's read timeout applies.
 ///
 /// # Errors
 /// [`TransportError::NotUnix`], [`TransportError::Descriptors`] for another number, [`TransportError::Io`]. Received
