@@ -331,7 +331,7 @@ impl RunningSession {
     }
 
     /// Returns the Inf/NaN findings since the last call, at most one per firing.
-    pub fn take_found(&self) -> Vec<NotFinite> {
+    pub fn take_not_finite(&self) -> Vec<NotFinite> {
         self.session.take_not_finite()
     }
 

@@ -37,16 +37,8 @@ pub(crate) fn start(
 ) -> io::Result<HeartbeatThread> {
     socket.set_nonblocking(true)?;
     let stop = Arc::new(AtomicBool::new(false));
-    let mut sender = Sender {
-        shared,
-        codec,
-        socket,
-        addresses,
-        interval,
-        sequence: 0,
-        has_reported_loss: false,
-        stop: stop.clone(),
-    };
+    let mut sender =
+        Sender { shared, codec, socket, addresses, interval, sequence: 0, loss_reported: false, stop: stop.clone() };
     let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || sender.run())?;
     Ok(HeartbeatThread { stop, thread: Some(thread) })
 }
@@ -69,7 +61,7 @@ struct Sender {
     interval: Duration,
     sequence: u64,
     /// A heartbeat has reported the process that this one has lost.
-    has_reported_loss: bool,
+    loss_reported: bool,
     stop: Arc<AtomicBool>,
 }
 
@@ -86,9 +78,9 @@ impl Sender {
             self.wait(TICK.min(next.saturating_duration_since(now)));
             self.drain();
             self.shared.tick();
-            if !self.has_reported_loss && self.shared.heartbeat().is_some_and(|(_, lost)| lost.is_some()) {
+            if !self.loss_reported && self.shared.heartbeat().is_some_and(|(_, lost)| lost.is_some()) {
                 // Sent at once: this process may end before the next heartbeat.
-                self.has_reported_loss = true;
+                self.loss_reported = true;
                 self.send();
             }
         }

@@ -318,9 +318,8 @@ impl Reader {
         }
         let expected: u64 = runs.iter().map(|run| run.bytes as u64).sum();
         if bytes != expected {
-            return Err(
-                self.unexpected(format!("{bytes} bytes for a slot of register '{}', expected {expected}", name()))
-            );
+            let message = format!("{bytes} bytes for a slot of register '{}', expected {expected}", name());
+            return Err(self.unexpected(message));
         }
         let held = self.session.bus.remote().oldest_held(&self.session.spec, register);
         if !refresh && held.saturating_add(u64::from(spec.slots)) <= piece {
@@ -375,9 +374,8 @@ impl Reader {
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
         let queued = remote.host.as_ref().map_or(0, Sender::len);
         if bytes != expected as u64 || queued > HOST_PIECES_MAX {
-            return Err(
-                self.unexpected(format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces"))
-            );
+            let message = format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces");
+            return Err(self.unexpected(message));
         }
         let mut tensors = Vec::new();
         for (shape, dtype) in own.tensors.clone() {

@@ -1,4 +1,4 @@
-//! Tests the simulator against known schedules, and the protocol under random times and injected faults.
+//! Tests the simulator against known schedules, and the protocol under random timing and injected faults.
 
 use super::*;
 use crate::builder::Builder;

@@ -196,7 +196,7 @@ impl Session {
         let run = self.run(inputs).and_then(|_| self.decide(f32::NAN));
         self.check_finite(false);
         run?;
-        let found = self.running.as_ref().map(|running| running.take_found()).unwrap_or_default();
+        let found = self.running.as_ref().map(|running| running.take_not_finite()).unwrap_or_default();
         let made = found.iter().filter_map(|found| self.origin(found));
         let own = made.chain(self.parameters_not_finite()?).min().map_or(NOTHING, Origin::word);
         let first = self.exchange(own)?.into_iter().min().filter(|word| *word != NOTHING);
