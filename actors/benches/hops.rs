@@ -1,5 +1,5 @@
-//! Measures the cost of a register hop: the protocol alone, raw ractor casts, the protocol over ractor, and a firing on a CPU
-//! stream. Two actors, `ping` and `pong`, exchange pieces; each result is per message or per firing.
+//! Measures the cost of a register hop: the protocol alone, raw ractor casts, the protocol over ractor, and a firing on
+//! a CPU stream. Two actors, `ping` and `pong`, exchange pieces; each result is per message or per firing.
 
 use std::collections::VecDeque;
 use std::hint::black_box;

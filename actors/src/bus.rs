@@ -1,7 +1,8 @@
 //! Delivers messages: maps an actor's id to its mailbox, or to the peer that hosts it.
 //!
-//! ractor's mailboxes are unbounded, so the bus counts the entries of each and compares them with the limit that follows from
-//! credits: one entry per slot of each input (CR-3), one per slot and reader of each output, and those of one firing.
+//! ractor's mailboxes are unbounded, so the bus counts the entries of each and compares them with the limit that
+//! follows from credits: one entry per slot of each input (CR-3), one per slot and reader of each output, and those of
+//! one firing.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -1,8 +1,8 @@
-//! Explains hangs: follows waits from an action with firings left to the root cause. Pure: the input is actor snapshots, live or
-//! simulated.
+//! Explains hangs: follows waits from an action with firings left to the root cause. Pure: the input is actor
+//! snapshots, live or simulated.
 //!
-//! Piece numbers show lost messages: if a reader waits for a piece that its producer has published, the `Filled` message was
-//! lost; if a producer waits for a slot that its reader has released, the `Released` message was lost.
+//! Piece numbers show lost messages: if a reader waits for a piece that its producer has published, the `Filled`
+//! message was lost; if a producer waits for a slot that its reader has released, the `Released` message was lost.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::{fmt, iter};
@@ -24,7 +24,8 @@ pub struct Hang {
     pub root: Root,
     /// Further roots of the same rank; each may be the cause.
     pub also: Vec<Root>,
-    /// The waits from an action with firings left to the root. In a cycle each action waits for the next, the last for the first.
+    /// The waits from an action with firings left to the root. In a cycle each action waits for the next, the last for
+    /// the first.
     pub chain: Vec<WaitingAction>,
     text: String,
 }

@@ -1,9 +1,9 @@
 //! Tracks the members of a session, detects failures, and decides why the session ended.
 //! Layers: `detector, cause, window, datagram (pure), letter <- shared <- heartbeat, control <- this`.
 //!
-//! Each process holds one [`Membership`]. Heartbeats (datagrams) detect silent peers. A control plane (`ractor_cluster` over
-//! connections that the caller has authenticated) carries failures, orderly ends and small application messages. Any failure
-//! ends the session in all processes with one [`FirstCause`].
+//! Each process holds one [`Membership`]. Heartbeats (datagrams) detect silent peers. A control plane (`ractor_cluster`
+//! over connections that the caller has authenticated) carries failures, orderly ends and small application messages.
+//! Any failure ends the session in all processes with one [`FirstCause`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -35,7 +35,8 @@ use shared::{NOTICES_MAX, Shared};
 
 /// Timeout of an orderly end that waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not acknowledge it.
+/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not acknowledge
+/// it.
 const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Exit codes of this module.
@@ -225,8 +226,8 @@ pub struct MembershipConfig {
 }
 
 impl MembershipConfig {
-    /// Creates a configuration with the default times: a heartbeat every 250 ms, a deadline of 4 s, a grace time of 500 ms,
-    /// 30 s to join. Addresses and connections are empty.
+    /// Creates a configuration with the default times: a heartbeat every 250 ms, a deadline of 4 s, a grace time of 500
+    /// ms, 30 s to join. Addresses and connections are empty.
     pub fn new(
         process: u32,
         processes: u32,
@@ -285,8 +286,8 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// The membership of this process in the session.
 ///
-/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure, which is
-/// reported to peers.
+/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure, which
+/// is reported to peers.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
@@ -300,8 +301,8 @@ impl Membership {
     /// Joins the session; blocks until all peers have joined.
     ///
     /// # Errors
-    /// [`MembershipError::Config`], [`MembershipError::Io`], [`MembershipError::Missing`] and [`MembershipError::Refused`] with
-    /// the peers, or [`MembershipError::Ended`] if a peer failed during the start.
+    /// [`MembershipError::Config`], [`MembershipError::Io`], [`MembershipError::Missing`] and
+    /// [`MembershipError::Refused`] with the peers, or [`MembershipError::Ended`] if a peer failed during the start.
     pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
         config.check()?;
         let MembershipConfig { process, processes, session, epoch, key, .. } = config;
@@ -325,17 +326,18 @@ impl Membership {
         Ok(membership)
     }
 
-    /// Receives events, in order per peer. The application must read them: unread messages beyond a limit end the session.
+    /// Receives events, in order per peer. The application must read them: unread messages beyond a limit end the
+    /// session.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
 
-    /// Sends a peer a message of at most [`MESSAGE_BYTES_MAX`] bytes. Messages to one peer arrive in order. Returns without
-    /// waiting for delivery.
+    /// Sends a peer a message of at most [`MESSAGE_BYTES_MAX`] bytes. Messages to one peer arrive in order. Returns
+    /// without waiting for delivery.
     ///
     /// # Errors
-    /// [`MembershipError::TooLarge`], [`MembershipError::NoPeer`], [`MembershipError::Backlog`] if the peer does not process
-    /// its messages, [`MembershipError::Gone`], [`MembershipError::Ended`], [`MembershipError::Left`].
+    /// [`MembershipError::TooLarge`], [`MembershipError::NoPeer`], [`MembershipError::Backlog`] if the peer does not
+    /// process its messages, [`MembershipError::Gone`], [`MembershipError::Ended`], [`MembershipError::Left`].
     pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
         self.shared.send(to, topic, bytes)
     }
@@ -355,8 +357,8 @@ impl Membership {
         self.shared.fail(cause.into(), exit);
     }
 
-    /// Reports a symptom of a lost peer, such as a broken data connection. The session ends with that peer as the cause,
-    /// unless a better cause arrives within the grace window.
+    /// Reports a symptom of a lost peer, such as a broken data connection. The session ends with that peer as the
+    /// cause, unless a better cause arrives within the grace window.
     pub fn suspect(&self, process: u32, cause: impl Into<String>) {
         self.shared.suspect(process, cause.into());
     }
@@ -381,8 +383,8 @@ impl Membership {
         self.shared.counters()
     }
 
-    /// Leaves the session in order, after all work of this process. Waits at most a second until peers have received all
-    /// messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
+    /// Leaves the session in order, after all work of this process. Waits at most a second until peers have received
+    /// all messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
         self.shared.wait_for_delivery(LEAVE_TIMEOUT)

@@ -7,8 +7,8 @@ use shardflow_kernels::error::KernelError;
 use crate::protocol::ProtocolEvent;
 use crate::snapshot::ActorSnapshot;
 
-/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`], which
-/// holds ids and slots.
+/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`],
+/// which holds ids and slots.
 #[derive(Debug)]
 pub(crate) enum Cast {
     /// An event for the protocol.
@@ -32,7 +32,8 @@ pub(crate) struct Mail {
 /// Stays within the process: ractor sends only messages whose type is serializable to other processes.
 impl ractor::Message for Mail {}
 
-/// Message type of actors that receive none. `()` is serializable, so ractor would announce the actor to other processes.
+/// Message type of actors that receive none. `()` is serializable, so ractor would announce the actor to other
+/// processes.
 #[derive(Debug)]
 pub(crate) enum Never {}
 

@@ -21,7 +21,8 @@ pub enum PipelineSchedule {
 pub struct Pipeline {
     /// Micro-batches in a step.
     pub micro_batches: u32,
-    /// Slots of each stage's stash: the maximum number of micro-batches between their forward and backward on that stage.
+    /// Slots of each stage's stash: the maximum number of micro-batches between their forward and backward on that
+    /// stage.
     pub credits: Vec<u32>,
     /// The schedule.
     pub schedule: PipelineSchedule,
@@ -65,8 +66,8 @@ impl Pipeline {
     }
 }
 
-/// Returns `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards. Forward is action 0,
-/// backward is action 1. With `warm_up == micro_batches` this is GPipe's order.
+/// Returns `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards. Forward is action
+/// 0, backward is action 1. With `warm_up == micro_batches` this is GPipe's order.
 pub fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
     let mut list = vec![0; warm_up as usize];
     for _ in warm_up..micro_batches {

@@ -1,17 +1,18 @@
-//! The register protocol of one actor: a pure state machine from events to effects. The shell, the simulator and the tests
-//! share this code.
+//! The register protocol of one actor: a pure state machine from events to effects. The shell, the simulator and the
+//! tests share this code.
 //!
-//! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece` of each
-//! output (one later for an `initial` register, whose piece 0 exists from the start). So the state is a few counters, and
-//! events do not allocate.
+//! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece`
+//! of each output (one later for an `initial` register, whose piece 0 exists from the start). So the state is a few
+//! counters, and events do not allocate.
 //!
 //! - **CR-1**, **CR-2**: see [`crate::register`].
 //! - **CR-3**: a reader never has more unread pieces than the register has slots; this bounds every queue of messages.
 //! - **CR-4**: pieces reach each reader, and each reader releases them, in order, each once, in slot `piece mod slots`.
 //! - **CR-5**: at most one firing of an actor is in flight.
-//! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <= published`; the
-//!   differences are messages in transit.
-//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight. The simulator checks this on data.
+//! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <=
+//!   published`; the differences are messages in transit.
+//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight. The simulator checks this on
+//!   data.
 
 use std::sync::Arc;
 
@@ -245,7 +246,8 @@ impl Protocol {
         Ok(())
     }
 
-    /// Processes an event without launching a firing, so that the caller can apply several events before the next choice.
+    /// Processes an event without launching a firing, so that the caller can apply several events before the next
+    /// choice.
     ///
     /// # Errors
     /// An event that no correct peer sends. The state is then unspecified, and the session must end.

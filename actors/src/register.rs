@@ -1,10 +1,11 @@
 //! The slots of one register, as its producer counts them.
 //!
-//! A slot changes `Free -> Writing -> Filled(readers left) -> Free`. Pieces are numbered, every reader reads them in order, and
-//! piece `n` lies in slot `n mod slots`. So a few counters determine the state of every slot, and no queue is needed.
+//! A slot changes `Free -> Writing -> Filled(readers left) -> Free`. Pieces are numbered, every reader reads them in
+//! order, and piece `n` lies in slot `n mod slots`. So a few counters determine the state of every slot, and no queue
+//! is needed.
 //!
-//! - **CR-1**: `freed <= released[reader] <= published <= acquired <= published + 1`: one piece at a time is written, each
-//!   piece is published once, and each reader releases it once.
+//! - **CR-1**: `freed <= released[reader] <= published <= acquired <= published + 1`: one piece at a time is written,
+//!   each piece is published once, and each reader releases it once.
 //! - **CR-2**: slots held + slots free == credits, that is `acquired - freed <= slots`.
 
 use crate::error::ProtocolError;
@@ -127,7 +128,8 @@ impl SlotRing {
         self.published - 1
     }
 
-    /// Releases a reader's oldest piece; the slot becomes `Free` with the last reader. The caller has checked the piece.
+    /// Releases a reader's oldest piece; the slot becomes `Free` with the last reader. The caller has checked the
+    /// piece.
     pub(crate) fn release(&mut self, reader: usize) {
         self.released[reader] += 1;
         self.refresh_freed();

@@ -1,17 +1,17 @@
-//! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to the
-//! connection; another reads the peer's messages and casts them to the actors here (both in `connections`).
+//! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
+//! the connection; another reads the peer's messages and casts them to the actors here (both in `connections`).
 //!
 //! A slot's bytes are sent at most once to a process, before the `Filled` message, into the same slot of a mirror. The
-//! register's credits also bound the mirror: the producer cannot write the slot again before all readers have released it.
-//! Processes that share memory exchange only ids. Between GPUs the bytes may use a separate pipe; then the connection only
-//! announces them.
+//! register's credits also bound the mirror: the producer cannot write the slot again before all readers have released
+//! it. Processes that share memory exchange only ids. Between GPUs the bytes may use a separate pipe; then the
+//! connection only announces them.
 //!
-//! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer and
-//!   reader, the number of bytes of a slot, the expected piece and slot.
-//! - **RM-2**: an outbox holds at most the messages that the credits of the peer's actors allow (CR-3), plus the host's messages
-//!   of one step.
-//! - **RM-3**: a mirror's slot is written only after all readers here have released the piece that it holds; a refresh writes it
-//!   only while no reader here is in the middle of a step.
+//! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
+//!   and reader, the number of bytes of a slot, the expected piece and slot.
+//! - **RM-2**: an outbox holds at most the messages that the credits of the peer's actors allow (CR-3), plus the host's
+//!   messages of one step.
+//! - **RM-3**: a mirror's slot is written only after all readers here have released the piece that it holds; a refresh
+//!   writes it only while no reader here is in the middle of a step.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -181,7 +181,8 @@ impl Remote {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records that a peer has sent the initial registers' bytes of this round; false unless it is the peer's next round.
+    /// Records that a peer has sent the initial registers' bytes of this round; false unless it is the peer's next
+    /// round.
     fn set_ready(&self, peer: usize, round: u64) -> bool {
         let mut ready = self.ready();
         let is_next = ready[peer].0.checked_add(1) == Some(round);

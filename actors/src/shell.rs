@@ -75,8 +75,8 @@ pub struct LoadedPlan {
     pub spec: Arc<Spec>,
     /// The actors of this process: all that no peer hosts.
     pub hosted: BTreeMap<ActorId, ActorHost>,
-    /// Memory of the registers that these actors write or read. A register produced by a peer lies in the peer's mapped memory
-    /// or in a mirror that the peer fills.
+    /// Memory of the registers that these actors write or read. A register produced by a peer lies in the peer's mapped
+    /// memory or in a mirror that the peer fills.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
     /// The collective engine; aborted when the session fails.
     pub engine: Arc<dyn Collective>,
@@ -121,8 +121,8 @@ pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSess
 /// Creates the actors of a loaded plan and the threads of its connections. [`RunningSession::begin`] starts the actors.
 ///
 /// # Errors
-/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not match, [`ActorError::Thread`] when a thread cannot be
-/// started.
+/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not match, [`ActorError::Thread`] when a thread
+/// cannot be started.
 pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     check(&loaded.spec)?;
     loaded::check(&loaded)?;
@@ -242,8 +242,8 @@ fn start_device(
 }
 
 impl RunningSession {
-    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have called this too, then starts the actors. They fire once
-    /// the host adds tokens.
+    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have called this too, then starts the actors. They
+    /// fire once the host adds tokens.
     ///
     /// # Errors
     /// The first cause, if the session fails during the wait; a peer that is not ready in time.
@@ -288,9 +288,9 @@ impl RunningSession {
         self.session.quiesce(timeout)
     }
 
-    /// Sends the bytes of `initial` registers to the peers that read them, and waits until all peers have done the same. All
-    /// processes call it after such a register was written outside the plan, with no work in flight. Peers have
-    /// [`WatchdogOptions::wait_max`].
+    /// Sends the bytes of `initial` registers to the peers that read them, and waits until all peers have done the
+    /// same. All processes call it after such a register was written outside the plan, with no work in flight. Peers
+    /// have [`WatchdogOptions::wait_max`].
     ///
     /// # Errors
     /// The first cause, if the session fails during the wait; a peer that is not ready in time.
@@ -340,14 +340,14 @@ impl RunningSession {
         self.session.snapshot()
     }
 
-    /// Runs one watchdog check at time `now` since the start. Returns the report when the session has just stalled. For hosts
-    /// and tests with their own clock; the watchdog's thread does the same.
+    /// Runs one watchdog check at time `now` since the start. Returns the report when the session has just stalled. For
+    /// hosts and tests with their own clock; the watchdog's thread does the same.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
         self.watchdog.lock().unwrap_or_else(PoisonError::into_inner).check(now, &self.session)
     }
 
-    /// Stops the actors after their firings in flight; unused tokens are discarded. Call [`RunningSession::quiesce`] first to
-    /// finish all work.
+    /// Stops the actors after their firings in flight; unused tokens are discarded. Call [`RunningSession::quiesce`]
+    /// first to finish all work.
     ///
     /// # Errors
     /// The first cause, when the session has failed.
@@ -363,8 +363,8 @@ impl RunningSession {
         drop(self.watchdog_stop.take());
         self.session.bus.stop();
         if self.session.any_in_flight() {
-            // Other members may have stopped already, so a collective in flight would wait forever. Errors caused by the abort
-            // are not failures.
+            // Other members may have stopped already, so a collective in flight would wait forever. Errors caused by
+            // the abort are not failures.
             self.session.leave();
             self.session.abort_collectives("the session was shut down");
         }

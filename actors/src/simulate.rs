@@ -1,8 +1,8 @@
-//! Runs a plan's protocols in virtual time. Reports makespan, timeline and peaks, detects data races, and explains deadlocks.
-//! Delays and interleavings are random from a seed.
+//! Runs a plan's protocols in virtual time. Reports makespan, timeline and peaks, detects data races, and explains
+//! deadlocks. Delays and interleavings are random from a seed.
 //!
-//! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic: all runs
-//! of one plan must end with equal digests, whatever the delays.
+//! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic:
+//! all runs of one plan must end with equal digests, whatever the delays.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -37,8 +37,9 @@ impl Timing {
         Self { action_ticks, hop_ticks, hop_ticks_of: HashMap::new() }
     }
 
-    /// From measured durations by actor and action, without latency. In a collective, early members wait inside their firing
-    /// for the last one. The simulator adds this wait itself, so actions of one group and name get the shortest duration.
+    /// From measured durations by actor and action, without latency. In a collective, early members wait inside their
+    /// firing for the last one. The simulator adds this wait itself, so actions of one group and name get the shortest
+    /// duration.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
         let all = || {
@@ -77,10 +78,11 @@ pub struct Jitter {
 pub struct SimulationOptions {
     /// Number of steps; each action fires `per_step` times per step.
     pub steps: u32,
-    /// Random delays and tie-breaking. Without it a run is exact: all messages of a tick arrive before firings are chosen.
+    /// Random delays and tie-breaking. Without it a run is exact: all messages of a tick arrive before firings are
+    /// chosen.
     pub jitter: Option<Jitter>,
-    /// All tokens of the run, added at the start, by external action. `None` adds what the steps need; the host's decision gets
-    /// its tokens once the actions that it depends on have fired.
+    /// All tokens of the run, added at the start, by external action. `None` adds what the steps need; the host's
+    /// decision gets its tokens once the actions that it depends on have fired.
     pub tokens: Option<Vec<(RegisterReader, u32)>>,
     /// A fault to inject, for tests of the checks themselves.
     #[cfg(test)]
@@ -270,7 +272,8 @@ impl Simulator<'_> {
             self.arrive(actor, arrival)?;
             touched.push(actor);
             self.decide(&mut touched)?;
-            // An exact run processes all arrivals of a tick before it fires, so that priorities decide and not the queue order.
+            // An exact run processes all arrivals of a tick before it fires, so that priorities decide and not the
+            // queue order.
             let more = self.queue.peek().is_some_and(|Reverse((next, ..))| *next == tick);
             if self.rng.is_some() || !more {
                 for actor in touched.drain(..) {

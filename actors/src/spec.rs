@@ -85,7 +85,8 @@ pub enum StreamKind {
 pub enum Firing {
     /// Any action whose inputs and credits are available: the lowest `priority` value first, then the lowest index.
     Credit,
-    /// This list of action indices, repeated in every step; each action waits for the previous one and until it is ready.
+    /// This list of action indices, repeated in every step; each action waits for the previous one and until it is
+    /// ready.
     Ordered(Vec<u32>),
 }
 
@@ -104,9 +105,9 @@ pub struct ActionSpec {
     pub outputs: Vec<OutputSpec>,
     /// True if each firing also consumes one token from the host.
     pub external: bool,
-    /// Ids of the groups whose collectives run inside this action: its n-th firing ends only after the n-th firing of every
-    /// other member of the group has started. If several actions of one actor belong to a group (such as forward and
-    /// backward), n counts the firings of all of them in the actor's order.
+    /// Ids of the groups whose collectives run inside this action: its n-th firing ends only after the n-th firing of
+    /// every other member of the group has started. If several actions of one actor belong to a group (such as forward
+    /// and backward), n counts the firings of all of them in the actor's order.
     pub groups: Vec<u32>,
     /// Ids of the communicators that those collectives use. Engines report waits by these ids.
     pub communicators: Vec<u32>,

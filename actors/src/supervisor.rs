@@ -1,4 +1,5 @@
-//! Shared state of a running session. The first failure ends it: the cause is kept, collectives are aborted, all actors stop.
+//! Shared state of a running session. The first failure ends it: the cause is kept, collectives are aborted, all actors
+//! stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -53,8 +54,8 @@ pub(crate) struct Session {
     failed_ns: AtomicU64,
     /// By actor: index of the action in flight, or `IDLE`.
     in_flight: Vec<AtomicU32>,
-    /// Ended firings by actor and action. A total is not enough: if a peer is one step ahead, an early firing of one action
-    /// would hide a late one of another.
+    /// Ended firings by actor and action. A total is not enough: if a peer is one step ahead, an early firing of one
+    /// action would hide a late one of another.
     completed: Vec<Vec<AtomicU64>>,
     /// Launched firings by actor and action.
     launches: Vec<Vec<AtomicU64>>,
@@ -397,7 +398,8 @@ impl Session {
     }
 }
 
-/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops, for any reason.
+/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops, for any
+/// reason.
 pub(crate) struct Supervisor;
 
 impl Actor for Supervisor {

@@ -1,5 +1,5 @@
-//! Records each actor's firings: launch time, end time and the last event that the firing waited for. Each actor keeps its
-//! newest firings in a ring buffer; readers continue from their previous position.
+//! Records each actor's firings: launch time, end time and the last event that the firing waited for. Each actor keeps
+//! its newest firings in a ring buffer; readers continue from their previous position.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};

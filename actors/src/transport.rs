@@ -1,11 +1,11 @@
-//! Connections between the processes of a world: listeners, dialling and the handshake. Both sides authenticate before they
-//! use any received data.
+//! Connections between the processes of a world: listeners, dialling and the handshake. Both sides authenticate before
+//! they use any received data.
 //!
 //! Layers: `error <- secret, wire <- handshake <- connection <- dial, listener, descriptors`; `frame` and `folder` depend on none.
 //!
-//! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. It neither
-//! encrypts nor signs later data: an attacker who can modify packets can modify tensors. If that matters, run the world
-//! inside an encrypted network.
+//! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. It
+//! neither encrypts nor signs later data: an attacker who can modify packets can modify tensors. If that matters, run
+//! the world inside an encrypted network.
 
 use std::fmt;
 

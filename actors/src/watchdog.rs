@@ -15,20 +15,21 @@ pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 /// Options of the watchdog.
 #[derive(Clone)]
 pub struct WatchdogOptions {
-    /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer than
-    /// the longest firing, since kernels in flight show no progress. Once the step time is known
+    /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer
+    /// than the longest firing, since kernels in flight show no progress. Once the step time is known
     /// ([`crate::shell::Control::set_step_p99`]), five steps, but at least 10 s, are enough if that is shorter.
     pub stall_after: Duration,
-    /// Interval of checks; `None` starts no thread, and the host calls [`crate::shell::RunningSession::check_progress`].
+    /// Interval of checks; `None` starts no thread, and the host calls
+    /// [`crate::shell::RunningSession::check_progress`].
     pub check_every: Option<Duration>,
     /// Time without progress after which the session fails with [`Failure::Stalled`]; `None` disables this. Like
     /// [`WatchdogOptions::stall_after`], it must be longer than any firing.
     pub abort_after: Option<Duration>,
     /// Receives stall reports, in addition to the log.
     pub on_stall: Option<OnStall>,
-    /// Receives a line, in addition to the log, about another process that this one waits for most of the time: in 8 of the
-    /// last 10 checks all streams of this process were idle and waited for that process or the connection to it. Repeated
-    /// every 60 checks.
+    /// Receives a line, in addition to the log, about another process that this one waits for most of the time: in 8 of
+    /// the last 10 checks all streams of this process were idle and waited for that process or the connection to it.
+    /// Repeated every 60 checks.
     pub on_slow: Option<OnStall>,
 }
 

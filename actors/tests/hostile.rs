@@ -1,5 +1,5 @@
-//! Connections without the secret cannot exhaust a listener's memory or delay a valid peer. This is a separate test binary, so
-//! that no other test changes its memory use.
+//! Connections without the secret cannot exhaust a listener's memory or delay a valid peer. This is a separate test
+//! binary, so that no other test changes its memory use.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};

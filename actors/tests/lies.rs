@@ -1,5 +1,5 @@
-//! An authenticated peer that sends invalid messages: everything that the plan does not allow ends the session with an error
-//! that names the peer and the violation.
+//! An authenticated peer that sends invalid messages: everything that the plan does not allow ends the session with an
+//! error that names the peer and the violation.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};

@@ -166,7 +166,8 @@ fn refusals(port: u16, world: &SharedKey) -> Vec<u8> {
     // Who has the secret, and is of no session, hears why.
     let (recorded, verdict) = handshake(port, world).expect("it answers");
     let refusal = verdict.unwrap_err();
-    let session = |r: &Refusal| matches!(r, Refusal::Session { .. } | Refusal::WrongProcess { .. } | Refusal::Process { .. });
+    let session =
+        |r: &Refusal| matches!(r, Refusal::Session { .. } | Refusal::WrongProcess { .. } | Refusal::Process { .. });
     assert!(matches!(&refusal, HandshakeError::Refused(r) if session(r)), "{refusal}");
     // The same bytes again meet another nonce: the proof is none.
     let mut stream = TcpStream::connect(at(port)).unwrap();

@@ -1,16 +1,17 @@
 //! Decides which of several reports is the first cause of a session's end. Pure: the caller supplies the time.
 //!
-//! One failure causes many reports: the failed process reports itself, its peers lose their connections to it and later its
-//! heartbeats, and processes that stop because of it are lost to others. Reports carry no times, because clocks differ. Their
-//! order depends on their kind, and on whether the reporter already knew of another report:
+//! One failure causes many reports: the failed process reports itself, its peers lose their connections to it and later
+//! its heartbeats, and processes that stop because of it are lost to others. Reports carry no times, because clocks
+//! differ. Their order depends on their kind, and on whether the reporter already knew of another report:
 //!
 //! 1. this process's own failure, unless it already knew of a peer's own failure;
 //! 2. a peer's own failure, with the same condition;
 //! 3. secondary failures: the reporter already knew of another process's failure;
-//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers; first-hand accusers count first.
+//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers; first-hand accusers count
+//!    first.
 //!
-//! Ties go to the lower process number. After the first report, a grace window allows better reports to arrive. So processes
-//! that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
+//! Ties go to the lower process number. After the first report, a grace window allows better reports to arrive. So
+//! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;

@@ -1,8 +1,9 @@
 //! The control plane: a ractor_cluster node on its own thread, over authenticated connections.
 //!
-//! ractor_cluster also runs its own handshake with a cookie. Its sessions mirror every actor of the process whose messages are
-//! serializable; the member actor is the only one. A mirror is found by its name among the children of its session. Process
-//! groups do not work: they identify mirrors by numbers that repeat when one process has several nodes, as in tests.
+//! ractor_cluster also runs its own handshake with a cookie. Its sessions mirror every actor of the process whose
+//! messages are serializable; the member actor is the only one. A mirror is found by its name among the children of its
+//! session. Process groups do not work: they identify mirrors by numbers that repeat when one process has several
+//! nodes, as in tests.
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -113,8 +114,8 @@ async fn run(
     Ok(())
 }
 
-/// Closes the port that a node always opens, and reopens when it closes. Peers use the given connections only, so the listener
-/// actor is unlinked from the node and killed; a stop would not reach it, because it waits in a handler.
+/// Closes the port that a node always opens, and reopens when it closes. Peers use the given connections only, so the
+/// listener actor is unlinked from the node and killed; a stop would not reach it, because it waits in a handler.
 fn close_port(server: &ActorRef<NodeServerMessage>) {
     for listener in server.get_children() {
         listener.unlink(server.get_cell());

@@ -65,8 +65,8 @@ impl Detector {
         self.peers.get(&process).map(|p| (p.health, now.saturating_sub(p.last_heartbeat)))
     }
 
-    /// Checks all peers. Must run several times within half a deadline: a longer gap counts as a pause of this process. Pass
-    /// all received heartbeats to [`Detector::receive`] first.
+    /// Checks all peers. Must run several times within half a deadline: a longer gap counts as a pause of this process.
+    /// Pass all received heartbeats to [`Detector::receive`] first.
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<Event> {
         let mut events = Vec::new();
         let pause = now.saturating_sub(self.last_tick);

@@ -24,8 +24,8 @@ pub fn samples() -> Vec<Vec<u8>> {
     messages.into_iter().chain([codec(8).write(2, 5, 77, Some(1)).to_vec()]).collect()
 }
 
-/// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an existing
-/// process, has exactly one encoding, and is accepted once.
+/// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
+/// existing process, has exactly one encoding, and is accepted once.
 ///
 /// # Panics
 /// If a property does not hold.

@@ -1,7 +1,7 @@
 //! One thread that sends and receives heartbeats and runs the failure detector.
 //!
-//! Heartbeats are datagrams: after a network outage of some seconds, TCP's retransmission timer has backed off by about the
-//! same time, so a TCP connection could stay silent past the deadline after recovery. A datagram arrives at once.
+//! Heartbeats are datagrams: after a network outage of some seconds, TCP's retransmission timer has backed off by about
+//! the same time, so a TCP connection could stay silent past the deadline after recovery. A datagram arrives at once.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};

@@ -1,6 +1,7 @@
 //! Messages of the control plane, encoded with a version and limits.
 //!
-//! A control message is `version u8 | header (bincode) | payload`; the payload is raw, because bincode copies single bytes.
+//! A control message is `version u8 | header (bincode) | payload`; the payload is raw, because bincode copies single
+//! bytes.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use ractor::message::{BoxedDowncastErr, SerializedMessage};
@@ -38,7 +39,8 @@ pub(crate) enum Body {
     Lost { about: u32, follows: bool, cause: String, exit: u8 },
     /// The sender leaves in order. Acknowledged with `Processed` at once.
     Leaving,
-    /// Acknowledgement: the sender's totals of processed messages, their bytes, and other control messages since the start.
+    /// Acknowledgement: the sender's totals of processed messages, their bytes, and other control messages since the
+    /// start.
     Processed { messages: u64, bytes: u64, urgent: u64 },
 }
 

@@ -33,7 +33,8 @@ struct Peer {
     left: bool,
     outbox: Outbox,
     inbox: Inbox,
-    /// Control messages other than `Message` and `Processed`: sent to the peer, acknowledged by it, and processed from it.
+    /// Control messages other than `Message` and `Processed`: sent to the peer, acknowledged by it, and processed from
+    /// it.
     urgent_sent: u64,
     urgent_acknowledged: u64,
     urgent_processed: u64,
@@ -162,8 +163,8 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Blocks until all peers are connected, then starts the failure detector. After `within`, it waits only for peers whose
-    /// last heartbeat is younger than `deadline`.
+    /// Blocks until all peers are connected, then starts the failure detector. After `within`, it waits only for peers
+    /// whose last heartbeat is younger than `deadline`.
     pub(crate) fn wait_for_peers(
         &self,
         within: Duration,
@@ -215,8 +216,8 @@ impl Shared {
         self.step.store(step, Ordering::Relaxed);
     }
 
-    /// The content of the next heartbeat: the step, and the process that this one has lost. `None` if the session has ended for
-    /// another cause; peers then also detect the missing heartbeats.
+    /// The content of the next heartbeat: the step, and the process that this one has lost. `None` if the session has
+    /// ended for another cause; peers then also detect the missing heartbeats.
     pub(crate) fn heartbeat(&self) -> Option<(u64, Option<u32>)> {
         let state = self.state();
         let lost = state.arbiter.lost_by_own();
@@ -228,8 +229,8 @@ impl Shared {
         let mut state = self.state();
         let (now, by) = (self.now(), heartbeat.process);
         if let Some(about) = heartbeat.lost {
-            // Does not count as a sign of life: the sender is about to end. The control message with the cause may not arrive: TCP
-            // needs both directions, and the direction back to the sender may be broken.
+            // Does not count as a sign of life: the sender is about to end. The control message with the cause may not
+            // arrive: TCP needs both directions, and the direction back to the sender may be broken.
             let (cause, exit) = (String::new(), exit::UNAVAILABLE);
             let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
             if state.peers.get(&by).is_some_and(|peer| !peer.left) && state.arbiter.report(now, report) {
@@ -419,7 +420,8 @@ impl Shared {
         }
     }
 
-    /// Sends a peer an acknowledgement of its processed messages. Acknowledgements are not acknowledged, so they are bounded.
+    /// Sends a peer an acknowledgement of its processed messages. Acknowledgements are not acknowledged, so they are
+    /// bounded.
     fn acknowledge(&self, peer: &Peer) {
         let ControlState::Open(member) = &peer.control else { return };
         let Count { messages, bytes } = peer.acknowledged;
@@ -480,8 +482,8 @@ impl Shared {
         self.state().first.clone()
     }
 
-    /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier ones; false on
-    /// timeout. Does not wait for peers that are already lost.
+    /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier ones;
+    /// false on timeout. Does not wait for peers that are already lost.
     pub(crate) fn wait_for_delivery(&self, timeout: Duration) -> bool {
         let is_delivered =
             |p: &Peer| !matches!(p.control, ControlState::Open(_)) || p.urgent_acknowledged == p.urgent_sent;

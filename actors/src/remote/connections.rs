@@ -90,8 +90,8 @@ pub(crate) struct Connections {
 }
 
 impl Connections {
-    /// Ends all threads. With `in_order`, queued messages are written first, for at most [`CLOSE_TIMEOUT`]; then `abort` is called
-    /// for peers that do not read. A failed session does not wait.
+    /// Ends all threads. With `in_order`, queued messages are written first, for at most [`CLOSE_TIMEOUT`]; then
+    /// `abort` is called for peers that do not read. A failed session does not wait.
     pub(crate) fn close(&mut self, in_order: bool, abort: impl Fn()) {
         // A connection that cannot be shut down is closed already.
         let shut_down = |open: &[Connection]| open.iter().for_each(|connection| drop(connection.shutdown()));
@@ -348,8 +348,8 @@ impl Reader {
         Ok(())
     }
 
-    /// RM-3 for a refresh: waits until no reader of the register is in the middle of a step, and returns their firings. A peer
-    /// may have a step's results shortly before the last reader here has ended.
+    /// RM-3 for a refresh: waits until no reader of the register is in the middle of a step, and returns their firings.
+    /// A peer may have a step's results shortly before the last reader here has ended.
     fn wait_for_readers(&self, register: RegisterId) -> Result<u64, PeerError> {
         let deadline = Instant::now() + READERS_TIMEOUT;
         loop {

@@ -25,8 +25,8 @@ pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
     plans.into_iter().map(|(name, spec, steps)| (name, Arc::new(spec), steps)).collect()
 }
 
-/// Two replicas. The backward publishes two gradient buckets early; a collective actor of each device reduces them while the
-/// backward continues. Then both replicas update their parameters in place.
+/// Two replicas. The backward publishes two gradient buckets early; a collective actor of each device reduces them
+/// while the backward continues. Then both replicas update their parameters in place.
 pub(crate) fn data_parallel() -> Spec {
     let mut b = Builder::new();
     for d in 0..2 {
@@ -93,8 +93,8 @@ pub(crate) fn accumulation() -> Spec {
     b.build()
 }
 
-/// Versioned state with bounded staleness: an initial register of two slots. Two firings in a row read each version, while
-/// another actor writes the next version.
+/// Versioned state with bounded staleness: an initial register of two slots. Two firings in a row read each version,
+/// while another actor writes the next version.
 fn stale() -> Spec {
     let mut b = Builder::new();
     let (worker, server) = (b.actor("worker", 0, Firing::Credit), b.actor("server", 1, Firing::Credit));
@@ -127,7 +127,8 @@ pub(crate) fn fan() -> Spec {
     b.build()
 }
 
-/// Two stages of two tensor-parallel shards whose forward and backward contain collectives; each actor has an ordered list.
+/// Two stages of two tensor-parallel shards whose forward and backward contain collectives; each actor has an ordered
+/// list.
 pub(crate) fn groups() -> Spec {
     let mut b = Builder::new();
     let mut stages: Vec<Vec<(RegisterReader, RegisterReader)>> = Vec::new();

@@ -149,9 +149,9 @@ impl Connection {
         each!(self, stream => stream.set_read_timeout(timeout))
     }
 
-    /// Sets the write timeout. A write that makes no progress for this time fails with `WouldBlock`. If the peer's machine does
-    /// not acknowledge bytes for this time, the TCP connection fails with `TimedOut`, even without a pending write. This
-    /// includes a live peer that does not read, so receivers must always keep reading.
+    /// Sets the write timeout. A write that makes no progress for this time fails with `WouldBlock`. If the peer's
+    /// machine does not acknowledge bytes for this time, the TCP connection fails with `TimedOut`, even without a
+    /// pending write. This includes a live peer that does not read, so receivers must always keep reading.
     ///
     /// # Errors
     /// System errors.
@@ -264,8 +264,8 @@ impl AsFd for Connection {
     }
 }
 
-/// Reads and writes of a connection that fail with `TimedOut` after a deadline, even if bytes keep arriving slowly. It changes
-/// the connection's timeouts.
+/// Reads and writes of a connection that fail with `TimedOut` after a deadline, even if bytes keep arriving slowly. It
+/// changes the connection's timeouts.
 #[derive(Debug)]
 pub struct DeadlineConnection<'a> {
     connection: &'a Connection,

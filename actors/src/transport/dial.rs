@@ -17,8 +17,8 @@ const WAIT_MAX: Duration = Duration::from_millis(250);
 /// Timeout of one attempt, so that a peer that accepts and sends nothing does not use up the whole deadline.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connects to the process `hello.to` and authenticates both sides. If the peer is absent, refuses temporarily, has not started
-/// or closes the connection, it retries until `deadline`. It makes at least one attempt.
+/// Connects to the process `hello.to` and authenticates both sides. If the peer is absent, refuses temporarily, has not
+/// started or closes the connection, it retries until `deadline`. It makes at least one attempt.
 ///
 /// # Errors
 /// [`TransportError::Handshake`] at once if authentication fails on either side;
@@ -35,7 +35,8 @@ pub fn connect(
     })
 }
 
-/// Same as [`connect`]. `pause` sleeps between two attempts; if it returns true, this fails with [`TransportError::Closed`].
+/// Same as [`connect`]. `pause` sleeps between two attempts; if it returns true, this fails with
+/// [`TransportError::Closed`].
 pub(super) fn connect_unless(
     address: &Address,
     key: &SharedKey,
@@ -117,7 +118,8 @@ fn time_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
-/// Connects, with a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block this process forever.
+/// Connects, with a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block this process
+/// forever.
 fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
     net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(time_until(deadline)))?;

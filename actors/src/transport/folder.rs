@@ -1,7 +1,7 @@
 //! Private folders for sockets in the system's temporary folder.
 //!
-//! The owner holds a lock on the file `lock` in the folder. The kernel releases it when the owner dies for any reason, so
-//! later owners can remove the folders of killed processes.
+//! The owner holds a lock on the file `lock` in the folder. The kernel releases it when the owner dies for any reason,
+//! so later owners can remove the folders of killed processes.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -23,8 +23,8 @@ pub struct PrivateFolder {
 }
 
 impl PrivateFolder {
-    /// Creates a folder named `prefix` plus random letters, and removes the folders of dead owners. `prefix` must begin with
-    /// `shardflow-`.
+    /// Creates a folder named `prefix` plus random letters, and removes the folders of dead owners. `prefix` must begin
+    /// with `shardflow-`.
     ///
     /// # Errors
     /// If the folder cannot be created.
@@ -42,7 +42,8 @@ impl PrivateFolder {
     }
 }
 
-/// Creates the lock. The file gets its final name only while it is locked, so an unlocked file means that its owner is dead.
+/// Creates the lock. The file gets its final name only while it is locked, so an unlocked file means that its owner is
+/// dead.
 fn lock(folder: &Path) -> io::Result<File> {
     let (new, named) = (folder.join("lock.new"), folder.join(LOCK));
     let file = File::create(&new)?;

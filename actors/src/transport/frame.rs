@@ -29,8 +29,8 @@ const BYE: u8 = 6;
 pub enum Frame {
     /// A message between actors. Before `Filled`, all bytes of the piece have been sent or are in shared memory.
     Message(Message),
-    /// `bytes` raw bytes follow: the parts of the slot that the receiver's readers read, in order. If the register uses a pipe,
-    /// no bytes follow; the pipe carries them.
+    /// `bytes` raw bytes follow: the parts of the slot that the receiver's readers read, in order. If the register uses
+    /// a pipe, no bytes follow; the pipe carries them.
     Data {
         /// The register.
         register: RegisterId,
@@ -117,7 +117,8 @@ impl Frame {
         frame
     }
 
-    /// Decodes a frame. The caller must check that registers, slots and ports exist and that the data has the right length.
+    /// Decodes a frame. The caller must check that registers, slots and ports exist and that the data has the right
+    /// length.
     ///
     /// # Errors
     /// The first invalid field.

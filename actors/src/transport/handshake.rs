@@ -8,8 +8,8 @@
 //!                       ◄─────── verdict, MAC over both greetings, proof, verdict
 //! ```
 //!
-//! - **HS-1**: neither side uses a hello or a verdict before it has verified the MAC. Until then it reads only magic, version
-//!   and lengths, which do not depend on the secret.
+//! - **HS-1**: neither side uses a hello or a verdict before it has verified the MAC. Until then it reads only magic,
+//!   version and lengths, which do not depend on the secret.
 //! - **HS-2**: both MACs cover both nonces, so a recorded message is invalid in any other handshake.
 //! - **HS-3**: the two MACs have different domains, so a MAC of one side is never valid as one of the other.
 //! - **HS-4**: the dialler proves first: an acceptor sends no MAC to a dialler without the secret.
@@ -247,10 +247,12 @@ pub struct AuthenticatedDialler {
 }
 
 impl Acceptor {
-    /// Processes the dialler's greeting. The acceptor's own greeting is [`greeting`] of the same nonce; use a nonce only once.
+    /// Processes the dialler's greeting. The acceptor's own greeting is [`greeting`] of the same nonce; use a nonce
+    /// only once.
     ///
     /// # Errors
-    /// Those of [`check_greeting`]. On [`HandshakeError::Version`], send the own greeting anyway, so that both sides report it.
+    /// Those of [`check_greeting`]. On [`HandshakeError::Version`], send the own greeting anyway, so that both sides
+    /// report it.
     pub fn new(nonce: &Nonce, peer_greeting: &[u8]) -> Result<Self, HandshakeError> {
         Ok(Self { greetings: [check_greeting(peer_greeting)?, greeting(nonce)] })
     }

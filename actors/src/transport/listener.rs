@@ -1,8 +1,8 @@
-//! The accepting side: one thread polls the sockets and all unauthenticated connections, and keeps the authenticated ones until
-//! their owners claim them.
+//! The accepting side: one thread polls the sockets and all unauthenticated connections, and keeps the authenticated
+//! ones until their owners claim them.
 //!
-//! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one drops the oldest. Each keeps at most
-//!   one handshake message in memory, for at most `handshake_timeout`.
+//! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one drops the oldest. Each
+//!   keeps at most one handshake message in memory, for at most `handshake_timeout`.
 //! - **EP-2**: an unauthenticated connection never blocks the thread, whatever it sends or does not send.
 //! - **EP-3**: at most `unclaimed_max` connections are unclaimed; a further dialler must retry.
 
@@ -54,8 +54,8 @@ pub enum ListenAddress {
     Tcp(SocketAddr),
     /// On a path. A missing folder is created for this user only; a stale socket of a killed process is replaced.
     Unix(PathBuf),
-    /// On a socket in a new [`PrivateFolder`]. If that fails, [`Listener::private_error`] returns the cause, and only the other
-    /// addresses can be used.
+    /// On a socket in a new [`PrivateFolder`]. If that fails, [`Listener::private_error`] returns the cause, and only
+    /// the other addresses can be used.
     PrivateUnix,
 }
 
@@ -285,7 +285,8 @@ impl Listener {
         self.shared.state().refusals
     }
 
-    /// Stops accepting and ends every [`Listener::wait`] and [`Listener::dial`] in any thread. Claimed connections stay open.
+    /// Stops accepting and ends every [`Listener::wait`] and [`Listener::dial`] in any thread. Claimed connections stay
+    /// open.
     pub fn close(&self) {
         self.shared.close();
         if let Some(wake) = &self.wake {

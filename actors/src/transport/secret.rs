@@ -11,7 +11,8 @@ const CONTEXT: &str = "shardflow 2026-01-01 secret of a job";
 
 /// A key that all processes of a job share. `Debug` does not print it, and comparison takes constant time.
 ///
-/// A recorded handshake allows an offline search, so the text must be random, not a word: see [`SharedKey::random_text`].
+/// A recorded handshake allows an offline search, so the text must be random, not a word: see
+/// [`SharedKey::random_text`].
 #[derive(Clone)]
 pub struct SharedKey([u8; 32]);
 
@@ -36,8 +37,9 @@ impl SharedKey {
         Ok(random::<32>()?.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// Keyed BLAKE3 over `domain` and `parts`, each with a length prefix, so that different lists of parts have different input.
-    /// MACs of different domains are independent. Comparison of two [`blake3::Hash`] takes constant time.
+    /// Keyed BLAKE3 over `domain` and `parts`, each with a length prefix, so that different lists of parts have
+    /// different input. MACs of different domains are independent. Comparison of two [`blake3::Hash`] takes constant
+    /// time.
     pub fn mac(&self, domain: &str, parts: &[&[u8]]) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         for part in std::iter::once(domain.as_bytes()).chain(parts.iter().copied()) {

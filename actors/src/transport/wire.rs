@@ -1,4 +1,5 @@
-//! Encodes structured messages: the only bincode configuration, and length-prefixed messages. Tensors do not use this module.
+//! Encodes structured messages: the only bincode configuration, and length-prefixed messages. Tensors do not use this
+//! module.
 
 use std::io::{self, Read, Write};
 
@@ -69,8 +70,8 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(WireError::TooLong { bytes: bytes.len(), bytes_max: MESSAGE_BYTES_MAX });
     }
-    // bincode allocates a text at its claimed length before it reads the bytes. So short messages have lower limits: sixteen
-    // times their size, because a number encoded in one byte counts as eight.
+    // bincode allocates a text at its claimed length before it reads the bytes. So short messages have lower limits:
+    // sixteen times their size, because a number encoded in one byte counts as eight.
     let decoded = match bytes.len() {
         0..=0x1000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x1_0000>()),
         0x1001..=0x1_0000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x10_0000>()),
