@@ -536,16 +536,13 @@ impl Protocol {
         // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
         let writing = |o: &OutPort, fired: u64| o.piece(fired) > self.rings[o.ring].published();
         for (index, action) in self.actions.iter().enumerate() {
-            let completed = self.completed(index as u32);
-            for output in action.outputs.iter().filter(|o| o.begins(completed)) {
-                if writing(output, completed) && self.in_flight != Some(index as u32) {
+            let ended = self.completed(index as u32);
+            for output in action.outputs.iter().filter(|o| o.begins(ended)) {
+                if writing(output, ended) && self.in_flight != Some(index as u32) {
                     return Err(ProtocolError::Invariant {
                         label: "CR-5",
                         at: self.spec.action_name(self.me, index as u32),
-                        numbers: format!(
-                            "{completed} firings ended, piece {} unpublished",
-                            output.piece(completed) - 1
-                        ),
+                        numbers: format!("{ended} firings ended, piece {} unpublished", output.piece(ended) - 1),
                     });
                 }
             }
