@@ -1,5 +1,5 @@
-//! What a register hop costs: the protocol alone, raw casts of ractor, the protocol over ractor, and a firing through a CPU
-//! stream. Two actors, `ping` and `pong`, pass pieces to and fro; a number is for one message or one firing.
+//! Measures the cost of a register hop: the protocol alone, raw ractor casts, the protocol over ractor, and a firing on
+//! a CPU stream. Two actors, `ping` and `pong`, exchange pieces; each result is per message or per firing.
 
 use std::collections::VecDeque;
 use std::hint::black_box;
@@ -22,7 +22,7 @@ use shardflow_kernels::memory::Base;
 
 const PING: ActorId = ActorId(0);
 
-/// `ping` takes a token, `pong` reads its piece; each piece is one `Filled` and one `Released`.
+/// `ping` consumes a token and `pong` reads its piece; each piece is one `Filled` and one `Released`.
 fn spec() -> Arc<Spec> {
     let mut b = Builder::new();
     let (ping, pong) = (b.actor("ping", 0, Firing::Credit), b.actor("pong", 0, Firing::Credit));
@@ -31,7 +31,7 @@ fn spec() -> Arc<Spec> {
     Arc::new(b.build())
 }
 
-/// Runs `pieces` pieces through both protocols, every launch ending at once.
+/// Sends `pieces` pieces through both protocols; every launch ends at once.
 fn protocol_only(protocols: &mut [Protocol; 2], pieces: u32) {
     let (mut effects, mut queue) = (Vec::new(), VecDeque::new());
     queue.push_back((PING, ProtocolEvent::Token { action: 0, count: pieces }));
@@ -46,7 +46,7 @@ fn protocol_only(protocols: &mut [Protocol; 2], pieces: u32) {
 
 enum Cast {
     Connect(ActorRef<Cast>, Sender<()>),
-    /// A bare counter, sent to and fro.
+    /// A plain counter that both actors send back and forth.
     Count(u64),
     Event(ProtocolEvent),
 }
@@ -57,8 +57,8 @@ struct PeerState {
     protocol: Protocol,
     effects: Vec<Effect>,
     other: Option<(ActorRef<Cast>, Sender<()>)>,
-    /// Tells the bench when this many firings have ended.
-    until: u64,
+    /// Number of released pieces after which the actor notifies the benchmark.
+    notify_at: u64,
 }
 
 impl Actor for Peer {
@@ -82,7 +82,7 @@ impl Actor for Peer {
             Cast::Connect(..) => {}
             Cast::Event(mut event) => loop {
                 if let ProtocolEvent::Token { count, .. } = event {
-                    state.until += u64::from(count);
+                    state.notify_at += u64::from(count);
                 }
                 state.protocol.handle(event, &mut state.effects)?;
                 let mut launched = None;
@@ -95,7 +95,7 @@ impl Actor for Peer {
                 // A launch ends at once, so that only the hop is measured.
                 let Some(action) = launched else {
                     let ring = state.protocol.rings().next();
-                    if state.until > 0 && ring.is_some_and(|r| r.1.released(0) == state.until) {
+                    if state.notify_at > 0 && ring.is_some_and(|r| r.1.released(0) == state.notify_at) {
                         done.send(())?;
                     }
                     return Ok(());
@@ -107,7 +107,7 @@ impl Actor for Peer {
     }
 }
 
-/// Two peers on one thread, as actors of one device are.
+/// Starts two peers on one thread, like the actors of one device.
 fn peers() -> (ActorRef<Cast>, crossbeam_channel::Receiver<()>) {
     let (ready, started) = bounded(1);
     let (done, finished) = bounded(1);
@@ -119,7 +119,7 @@ fn peers() -> (ActorRef<Cast>, crossbeam_channel::Receiver<()>) {
             for actor in 0..2 {
                 let mut protocol = Protocol::new(&spec, ActorId(actor));
                 protocol.handle(ProtocolEvent::Start, &mut Vec::new()).expect("starts");
-                let state = PeerState { protocol, effects: Vec::new(), other: None, until: 0 };
+                let state = PeerState { protocol, effects: Vec::new(), other: None, notify_at: 0 };
                 let (peer, end) = Actor::spawn(None, Peer, state).await.expect("spawns");
                 refs.push(peer);
                 ends.push(end);
@@ -128,7 +128,7 @@ fn peers() -> (ActorRef<Cast>, crossbeam_channel::Receiver<()>) {
                 refs[a].cast(Cast::Connect(refs[b].clone(), done.clone())).expect("lives");
             }
             ready.send(refs[0].clone()).expect("waits");
-            // Ends with the process.
+            // The actors run until the process ends.
             for end in ends {
                 let _ = end.await;
             }
@@ -146,7 +146,7 @@ fn hops(c: &mut Criterion) {
         for protocol in &mut protocols {
             protocol.handle(ProtocolEvent::Start, &mut Vec::new()).expect("starts");
         }
-        // Two messages a piece.
+        // Two messages per piece.
         b.iter_custom(|n| {
             let start = Instant::now();
             protocol_only(black_box(&mut protocols), n.div_ceil(2) as u32);
@@ -175,7 +175,7 @@ fn hops(c: &mut Criterion) {
     group.finish();
 }
 
-/// The whole shell: empty programs on two streams of one device.
+/// Measures the complete runtime: empty programs on two streams of one device.
 fn firing(b: &mut criterion::Bencher<'_>) {
     let engine: Arc<dyn Collective> = Arc::new(InProcess::new());
     let device = Device::cpu(0, 1, engine.clone());
@@ -192,7 +192,7 @@ fn firing(b: &mut criterion::Bencher<'_>) {
     let running = start(loaded, WatchdogOptions::default()).expect("fits");
     b.iter_custom(|n| {
         let start = Instant::now();
-        running.give(PING, 0, n.div_ceil(2) as u32).expect("runs");
+        running.add_tokens(PING, 0, n.div_ceil(2) as u32).expect("runs");
         assert!(running.quiesce(Duration::from_secs(60)).expect("runs"));
         start.elapsed()
     });

@@ -1,18 +1,18 @@
-//! Builds a [`Spec`] piece by piece, keeping readers and ports in step.
+//! Builds a [`Spec`] incrementally and keeps readers and ports consistent.
 
 use crate::spec::{
     ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, RegisterSpec, Spec,
     StreamKind,
 };
 
-/// A plan under construction. An action is named by a [`Reader`]: its actor and its index.
+/// A plan under construction. A [`RegisterReader`] (actor and index) identifies an action.
 #[derive(Clone, Debug, Default)]
 pub struct Builder {
     spec: Spec,
 }
 
 impl Builder {
-    /// An empty plan.
+    /// Creates an empty plan.
     pub fn new() -> Self {
         Self::default()
     }
@@ -27,7 +27,7 @@ impl Builder {
     /// Adds an action of priority 0.
     ///
     /// # Panics
-    /// When the actor is not of this builder, as all methods below do for their ids.
+    /// If the actor does not belong to this builder; all methods below do the same for their ids.
     pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> RegisterReader {
         let actions = &mut self.spec.actors[actor.0 as usize].actions;
         actions.push(ActionSpec {
@@ -37,13 +37,13 @@ impl Builder {
             inputs: Vec::new(),
             outputs: Vec::new(),
             external: false,
-            gangs: Vec::new(),
             groups: Vec::new(),
+            communicators: Vec::new(),
         });
         RegisterReader { actor, action: actions.len() as u32 - 1 }
     }
 
-    /// An action that takes tokens of the host.
+    /// Adds an action that consumes tokens from the host.
     pub fn external(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> RegisterReader {
         let action = self.action(actor, name, per_step);
         self.action_mut(action).external = true;
@@ -72,7 +72,7 @@ impl Builder {
         self.action_mut(reader).inputs.push(InputSpec { register, firings_per_piece });
     }
 
-    /// An ordinary edge: `slots` slots, a piece for each firing, one reader.
+    /// Adds a register with one reader and one piece per firing.
     pub fn edge(
         &mut self,
         name: impl Into<String>,
@@ -85,22 +85,22 @@ impl Builder {
         register
     }
 
-    /// The action, to change it further.
+    /// Mutable access to an action.
     pub fn action_mut(&mut self, action: RegisterReader) -> &mut ActionSpec {
         &mut self.spec.actors[action.actor.0 as usize].actions[action.action as usize]
     }
 
-    /// The actor, to change it further.
+    /// Mutable access to an actor.
     pub fn actor_mut(&mut self, actor: ActorId) -> &mut ActorSpec {
         &mut self.spec.actors[actor.0 as usize]
     }
 
-    /// The register, to change it further.
+    /// Mutable access to a register.
     pub fn register_mut(&mut self, register: RegisterId) -> &mut RegisterSpec {
         &mut self.spec.registers[register.0 as usize]
     }
 
-    /// Publishes a register by a signal, before the last firing that writes it ends.
+    /// Marks a register as early: a signal publishes it before the last firing that writes it ends.
     pub fn early(&mut self, register: RegisterId) {
         if let Some((action, port)) = self.spec.writer(register) {
             let actor = self.spec.registers[register.0 as usize].producer;
@@ -108,7 +108,7 @@ impl Builder {
         }
     }
 
-    /// The plan; not checked.
+    /// Returns the plan without checking it.
     pub fn build(self) -> Spec {
         self.spec
     }

@@ -1,7 +1,8 @@
-//! Who is where: from an actor's id to its mailbox, or to the peer that hosts it.
+//! Delivers messages: maps an actor's id to its mailbox, or to the peer that hosts it.
 //!
-//! Mailboxes of ractor have no bound, so the bus counts what lies in each and compares it with what credits allow: one
-//! entry for each slot of each input (CR-3), one for each slot and reader of each output, and those of one firing.
+//! ractor's mailboxes are unbounded, so the bus counts the entries of each and compares them with the limit that
+//! follows from credits: one entry per slot of each input (CR-3), one per slot and reader of each output, and those of
+//! one firing.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,71 +19,71 @@ use crate::spec::{ActorId, Spec};
 /// The mailboxes of a session.
 #[derive(Debug)]
 pub(crate) struct Bus {
-    /// By actor; none for those of other processes.
-    refs: OnceLock<Vec<Option<ActorRef<Mail>>>>,
+    /// By actor; `None` for actors of other processes.
+    actors: OnceLock<Vec<Option<ActorRef<Mail>>>>,
     remote: Remote,
     /// By actor.
-    boxes: Vec<Depth>,
-    /// What a test does to messages.
+    mailboxes: Vec<Mailbox>,
+    /// The fault that a test injects into messages.
     #[cfg(test)]
     fault: OnceLock<crate::simulate::tests::Fault>,
 }
 
 #[derive(Debug)]
-struct Depth {
+struct Mailbox {
     entries: crossbeam_utils::CachePadded<AtomicU32>,
     bound: u32,
 }
 
 impl Bus {
-    /// Before the actors are known.
+    /// Creates the bus before the actors exist.
     pub(crate) fn new(spec: &Spec, remote: Remote) -> Self {
-        let boxes = (0..spec.actors.len() as u32)
-            .map(|a| Depth { entries: Default::default(), bound: mailbox_bound(spec, ActorId(a)) });
+        let mailboxes = (0..spec.actors.len() as u32)
+            .map(|a| Mailbox { entries: Default::default(), bound: mailbox_bound(spec, ActorId(a)) });
         Self {
-            refs: OnceLock::new(),
+            actors: OnceLock::new(),
             remote,
-            boxes: boxes.collect(),
+            mailboxes: mailboxes.collect(),
             #[cfg(test)]
             fault: OnceLock::new(),
         }
     }
 
-    /// Fills in the actors of this process; once.
+    /// Sets the actors of this process; called once.
     pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Mail>)>) {
-        let mut refs = vec![None; self.boxes.len()];
-        actors.into_iter().for_each(|(id, actor)| refs[id.0 as usize] = Some(actor));
-        // A second call would be a bug of `start`; the first one's actors stay.
-        let _ = self.refs.set(refs);
+        let mut by_id = vec![None; self.mailboxes.len()];
+        actors.into_iter().for_each(|(id, actor)| by_id[id.0 as usize] = Some(actor));
+        // A second call would be a bug in `prepare`; it has no effect.
+        let _ = self.actors.set(by_id);
     }
 
-    /// What goes to peers.
+    /// The connections to peers.
     pub(crate) fn remote(&self) -> &Remote {
         &self.remote
     }
 
-    /// Queues an entry; a message for a peer's actor goes on its way. False when the actor has stopped, or is not there yet.
+    /// Queues an entry for an actor, or a message for its peer. False if the actor has stopped or does not exist yet.
     pub(crate) fn send(&self, to: ActorId, cast: Cast) -> bool {
         #[cfg(test)]
         if self.is_lost(&cast) {
             return true;
         }
-        let Some(actor) = self.refs.get().and_then(|r| r.get(to.0 as usize)?.as_ref()) else {
+        let Some(actor) = self.actors.get().and_then(|all| all.get(to.0 as usize)?.as_ref()) else {
             return match cast {
                 Cast::Event(ProtocolEvent::Message(message)) => self.remote.send(to, message),
                 _ => false,
             };
         };
-        if counted(&cast) {
-            self.boxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
+        if is_bounded(&cast) {
+            self.mailboxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
         }
         actor.cast(Mail { cast, clock: RaceClock::capture() }).is_ok()
     }
 
-    /// From now on messages suffer this; once.
+    /// Injects a fault into all messages from now on; called once.
     #[cfg(test)]
-    pub(crate) fn break_with(&self, fault: crate::simulate::tests::Fault) {
-        self.fault.set(fault).expect("once");
+    pub(crate) fn inject(&self, fault: crate::simulate::tests::Fault) {
+        self.fault.set(fault).expect("called once");
     }
 
     #[cfg(test)]
@@ -91,21 +92,21 @@ impl Bus {
         self.fault.get().is_some_and(|fault| fault.apply(0, *message).is_empty())
     }
 
-    /// True when a mailbox holds more than credits allow. What a peer tells is let in only below that.
-    pub(crate) fn overfull(&self, actor: ActorId) -> bool {
-        let Depth { entries, bound } = &self.boxes[actor.0 as usize];
+    /// True if a mailbox holds more entries than credits allow. Messages from peers are then rejected.
+    pub(crate) fn is_overfull(&self, actor: ActorId) -> bool {
+        let Mailbox { entries, bound } = &self.mailboxes[actor.0 as usize];
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// An entry was taken out of an actor's mailbox.
+    /// Counts an entry that an actor has taken out of its mailbox.
     ///
     /// # Errors
-    /// CR-3, when more lay there than credits allow.
-    pub(crate) fn taken(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
-        if !counted(cast) {
+    /// CR-3, if the mailbox held more entries than credits allow.
+    pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
+        if !is_bounded(cast) {
             return Ok(());
         }
-        let Depth { entries, bound } = &self.boxes[actor.0 as usize];
+        let Mailbox { entries, bound } = &self.mailboxes[actor.0 as usize];
         let entries = entries.fetch_sub(1, Ordering::Relaxed);
         if entries <= *bound {
             return Ok(());
@@ -114,16 +115,16 @@ impl Bus {
         Err(ProtocolError::Invariant { label: "CR-3", at: format!("actor {name}"), numbers })
     }
 
-    /// Ends all actors; what lies in their mailboxes is dropped.
+    /// Stops all actors; entries in their mailboxes are dropped.
     pub(crate) fn stop(&self) {
-        for actor in self.refs.get().into_iter().flatten().flatten() {
+        for actor in self.actors.get().into_iter().flatten().flatten() {
             actor.stop(None);
         }
     }
 }
 
-/// What the host sends comes at the host's own pace and is not bounded by credits.
-fn counted(cast: &Cast) -> bool {
+/// True for entries that credits bound. The host sends at its own pace.
+fn is_bounded(cast: &Cast) -> bool {
     match cast {
         Cast::Event(ProtocolEvent::Token { .. } | ProtocolEvent::Start) | Cast::Snapshot(_) => false,
         Cast::Event(_) | Cast::Failed(_) => true,
@@ -132,14 +133,14 @@ fn counted(cast: &Cast) -> bool {
     }
 }
 
-/// Most entries that credits let lie in an actor's mailbox.
+/// Maximum number of entries that credits allow in an actor's mailbox.
 pub(crate) fn mailbox_bound(spec: &Spec, actor: ActorId) -> u32 {
     let own = &spec.actors[actor.0 as usize];
     let register = |id: crate::spec::RegisterId| &spec.registers[id.0 as usize];
     let slots = own.actions.iter().flat_map(|a| &a.inputs).map(|i| register(i.register).slots);
     let releases = own.actions.iter().flat_map(|a| &a.outputs).map(|o| register(o.register));
     let releases = releases.map(|r| r.slots * r.readers.len() as u32);
-    // Of the firing in flight: a signal for each early output, and its end.
-    let notices = own.actions.iter().map(|a| 1 + a.outputs.iter().filter(|o| o.early).count() as u32);
-    slots.sum::<u32>() + releases.sum::<u32>() + notices.max().unwrap_or(0)
+    // The firing in flight sends a signal per early output and its end.
+    let notifications = own.actions.iter().map(|a| 1 + a.outputs.iter().filter(|o| o.early).count() as u32);
+    slots.sum::<u32>() + releases.sum::<u32>() + notifications.max().unwrap_or(0)
 }

@@ -1,34 +1,33 @@
-//! Do the parts of a plan fit together: ids, writers, readers, rates, ordered lists. That it cannot get stuck is shown by
-//! `simulate`.
+//! Checks the consistency of a plan: ids, writers, readers, rates and ordered lists. `simulate` checks for deadlocks.
 
 use crate::error::SpecError;
 use crate::spec::{ActorId, Firing, RegisterId, Spec};
 
-/// Checks a plan's structure. [`crate::protocol::Protocol`] relies on it.
+/// Checks a plan's structure. [`crate::protocol::Protocol`] relies on this.
 ///
 /// # Errors
-/// The first fault found.
+/// The first inconsistency found.
 pub fn check(spec: &Spec) -> Result<(), SpecError> {
     for index in 0..spec.registers.len() {
-        register(spec, RegisterId(index as u32))?;
+        check_register(spec, RegisterId(index as u32))?;
     }
     for index in 0..spec.actors.len() {
-        actor(spec, ActorId(index as u32))?;
+        check_actor(spec, ActorId(index as u32))?;
     }
-    decision(spec)?;
-    rates(spec)?;
-    bounded(spec)
+    check_decision(spec)?;
+    check_rates(spec)?;
+    check_bounded(spec)
 }
 
-fn register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
+fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     let register = &spec.registers[id.0 as usize];
     let at = || format!("register '{}'", register.name);
     let actor = |id: ActorId| {
-        let unknown = SpecError::UnknownIndex { at: at(), what: "actor", index: id.0 as usize };
+        let unknown = SpecError::UnknownIndex { at: at(), kind: "actor", index: id.0 as usize };
         spec.actors.get(id.0 as usize).ok_or(unknown)
     };
     if register.slots == 0 {
-        return Err(SpecError::Zero { at: at(), what: "slots" });
+        return Err(SpecError::Zero { at: at(), count: "slots" });
     }
     let producer = actor(register.producer)?;
     let outputs = producer.actions.iter().flat_map(|a| &a.outputs);
@@ -38,7 +37,7 @@ fn register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     }
     for reader in &register.readers {
         let Some(action) = actor(reader.actor)?.actions.get(reader.action as usize) else {
-            return Err(SpecError::UnknownIndex { at: at(), what: "action", index: reader.action as usize });
+            return Err(SpecError::UnknownIndex { at: at(), kind: "action", index: reader.action as usize });
         };
         let listed = register.readers.iter().filter(|r| *r == reader).count();
         let ports = action.inputs.iter().filter(|i| i.register == id).count();
@@ -50,16 +49,16 @@ fn register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
+fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
     let actor = &spec.actors[id.0 as usize];
     for (index, action) in actor.actions.iter().enumerate() {
         let name = || spec.action_name(id, index as u32);
         if action.per_step == 0 {
-            return Err(SpecError::Zero { at: name(), what: "per_step" });
+            return Err(SpecError::Zero { at: name(), count: "per_step" });
         }
         for input in &action.inputs {
             let register = known_register(spec, input.register, &name())?;
-            pieces(&name(), &register.name, action.per_step, input.firings_per_piece)?;
+            check_pieces(&name(), &register.name, action.per_step, input.firings_per_piece)?;
             let here = |r: &&crate::spec::RegisterReader| r.actor == id && r.action as usize == index;
             let listed = register.readers.iter().filter(here).count();
             if listed != 1 {
@@ -69,13 +68,13 @@ fn actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
         }
         for output in &action.outputs {
             let register = known_register(spec, output.register, &name())?;
-            pieces(&name(), &register.name, action.per_step, output.firings_per_piece)?;
+            check_pieces(&name(), &register.name, action.per_step, output.firings_per_piece)?;
             if register.producer != id {
                 let producer = spec.actors[register.producer.0 as usize].name.clone();
                 return Err(SpecError::Writers { register: register.name.clone(), producer, writers: 2 });
             }
         }
-        // The kernels get one `repeat` flag for a whole submission.
+        // A submission has one `repeat` flag for all outputs.
         let mut spans = action.outputs.iter().map(|o| o.firings_per_piece).filter(|&f| f > 1);
         if let Some(first) = spans.next()
             && let Some(second) = spans.find(|&f| f != first)
@@ -85,7 +84,7 @@ fn actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
     }
     let Firing::Ordered(list) = &actor.firing else { return Ok(()) };
     if let Some(&index) = list.iter().find(|&&a| a as usize >= actor.actions.len()) {
-        return Err(SpecError::UnknownIndex { at: actor.name.clone(), what: "action", index: index as usize });
+        return Err(SpecError::UnknownIndex { at: actor.name.clone(), kind: "action", index: index as usize });
     }
     for (index, action) in actor.actions.iter().enumerate() {
         let listed = list.iter().filter(|&&a| a as usize == index).count() as u32;
@@ -98,13 +97,13 @@ fn actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
 }
 
 fn known_register<'a>(spec: &'a Spec, id: RegisterId, at: &str) -> Result<&'a crate::spec::RegisterSpec, SpecError> {
-    let unknown = || SpecError::UnknownIndex { at: at.into(), what: "register", index: id.0 as usize };
+    let unknown = || SpecError::UnknownIndex { at: at.into(), kind: "register", index: id.0 as usize };
     spec.registers.get(id.0 as usize).ok_or_else(unknown)
 }
 
-fn pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -> Result<u32, SpecError> {
+fn check_pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -> Result<u32, SpecError> {
     if firings_per_piece == 0 {
-        return Err(SpecError::Zero { at: format!("{action}, '{register}'"), what: "firings_per_piece" });
+        return Err(SpecError::Zero { at: format!("{action}, '{register}'"), count: "firings_per_piece" });
     }
     if !per_step.is_multiple_of(firings_per_piece) {
         let (action, register) = (action.into(), register.into());
@@ -113,20 +112,20 @@ fn pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -
     Ok(per_step / firings_per_piece)
 }
 
-fn decision(spec: &Spec) -> Result<(), SpecError> {
-    for at in spec.decision.sees.iter().chain(&spec.decision.gives) {
-        let (index, what) = (at.actor.0 as usize, "the decision");
-        let actor = spec.actors.get(index).ok_or(SpecError::UnknownIndex { at: what.into(), what: "actor", index })?;
+fn check_decision(spec: &Spec) -> Result<(), SpecError> {
+    for at in spec.decision.observed.iter().chain(&spec.decision.granted) {
+        let (index, place) = (at.actor.0 as usize, "the decision");
+        let actor = spec.actors.get(index).ok_or(SpecError::UnknownIndex { at: place.into(), kind: "actor", index })?;
         let index = at.action as usize;
         if index >= actor.actions.len() {
-            return Err(SpecError::UnknownIndex { at: format!("{what}, {}", actor.name), what: "action", index });
+            return Err(SpecError::UnknownIndex { at: format!("{place}, {}", actor.name), kind: "action", index });
         }
     }
     Ok(())
 }
 
-/// Every reader reads in a step as many pieces as are written in it.
-fn rates(spec: &Spec) -> Result<(), SpecError> {
+/// Checks that every reader reads as many pieces per step as are written.
+fn check_rates(spec: &Spec) -> Result<(), SpecError> {
     for (index, register) in spec.registers.iter().enumerate() {
         let id = RegisterId(index as u32);
         let Some((action, port)) = spec.writer(id) else { continue };
@@ -145,14 +144,14 @@ fn rates(spec: &Spec) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Tokens of the host bound every action: it is external, or one of its inputs is written by a bounded action.
-fn bounded(spec: &Spec) -> Result<(), SpecError> {
+/// Checks that host tokens bound every action: it is external, or a bounded action writes one of its inputs.
+fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
     let writers: Vec<_> = (0..spec.registers.len())
         .map(|r| spec.writer(RegisterId(r as u32)).map(|w| (spec.registers[r].producer.0 as usize, w.0 as usize)))
         .collect();
     let mut bounded: Vec<Vec<bool>> =
         spec.actors.iter().map(|a| a.actions.iter().map(|x| x.external).collect()).collect();
-    // Each pass marks one action more or is the last.
+    // Each pass marks at least one more action, or is the last.
     loop {
         let mut changed = false;
         for (a, actor) in spec.actors.iter().enumerate() {
@@ -187,42 +186,42 @@ mod tests {
 
     type Change = fn(&mut Spec);
 
-    fn refuse(change: impl FnOnce(&mut Spec)) -> String {
+    fn reject(change: impl FnOnce(&mut Spec)) -> String {
         let mut spec = plans::accumulation();
         change(&mut spec);
         check(&spec).unwrap_err().to_string()
     }
 
     #[test]
-    fn plans_of_every_shape_pass() {
+    fn the_plans_of_all_shapes_are_valid() {
         for (name, spec, _) in plans::all() {
             assert_eq!(check(&spec), Ok(()), "{name}");
         }
     }
 
     #[test]
-    fn parts_that_do_not_fit_are_refused() {
+    fn inconsistent_plans_are_rejected() {
         let faults: [(&str, Change); 11] = [
             ("the decision: no actor has index 9", |s| {
-                s.decision.sees.push(RegisterReader { actor: ActorId(9), action: 0 });
+                s.decision.observed.push(RegisterReader { actor: ActorId(9), action: 0 });
             }),
             ("the decision, host: no action has index 9", |s| {
-                s.decision.gives.push(RegisterReader { actor: ActorId(0), action: 9 });
+                s.decision.granted.push(RegisterReader { actor: ActorId(0), action: 9 });
             }),
-            ("register 'batch': slots is 0, at least 1 is needed", |s| s.registers[0].slots = 0),
+            ("register 'batch': slots is 0, expected at least 1", |s| s.registers[0].slots = 0),
             ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),
             ("register 'batch': no action has index 9", |s| s.registers[0].readers[0].action = 9),
-            ("host feed: per_step is 0, at least 1 is needed", |s| s.actors[0].actions[0].per_step = 0),
-            ("register 'batch': 2 pieces a step are written, shard train reads 4", |s| {
+            ("host feed: per_step is 0, expected at least 1", |s| s.actors[0].actions[0].per_step = 0),
+            ("register 'batch': 2 pieces per step are written, shard train reads 4", |s| {
                 s.actors[0].actions[0].per_step = 2
             }),
-            ("shard train fires 4 times a step, which 3 firings a piece of 'gradient' do not divide", |s| {
+            ("shard train fires 4 times per step, not a multiple of the 3 firings per piece of 'gradient'", |s| {
                 s.actors[1].actions[0].outputs[0].firings_per_piece = 3
             }),
             ("shard train accumulates over 4 firings in one output and over 2 in another", |s| {
                 s.actors[1].actions[0].outputs[1].firings_per_piece = 2
             }),
-            ("shard train stands 1 times in its actor's ordered list but fires 4 times a step", |s| {
+            ("shard train appears 1 times in its actor's ordered list but fires 4 times per step", |s| {
                 s.actors[1].firing = Firing::Ordered(vec![0, 1])
             }),
             ("register 'batch' and shard train disagree: 2 entries in its readers, 1 input ports", |s| {
@@ -231,20 +230,20 @@ mod tests {
             }),
         ];
         for (text, change) in faults {
-            assert_eq!(refuse(change), text);
+            assert_eq!(reject(change), text);
         }
-        let writers = "register 'batch' is written by 0 output ports, exactly 1 is needed, of actor host";
-        assert_eq!(refuse(|s| s.actors[0].actions[0].outputs.clear()), writers);
+        let writers = "register 'batch' is written by 0 output ports of actor host, expected exactly 1";
+        assert_eq!(reject(|s| s.actors[0].actions[0].outputs.clear()), writers);
         let disagree = "register 'batch' and shard train disagree: 1 entries in its readers, 0 input ports";
-        assert_eq!(refuse(|s| s.actors[1].actions[0].inputs[0].register = RegisterId(77)), disagree);
+        assert_eq!(reject(|s| s.actors[1].actions[0].inputs[0].register = RegisterId(77)), disagree);
     }
 
     #[test]
-    fn what_the_host_cannot_bound_is_refused() {
+    fn unbounded_actions_are_rejected() {
         let text =
-            "host feed can fire without end: it is not external and none of its inputs follows from an external action";
-        assert_eq!(refuse(|s| s.actors[0].actions[0].external = false), text);
-        // A ring that feeds itself from its initial piece.
+            "host feed can fire without end: it is not external and none of its inputs depends on an external action";
+        assert_eq!(reject(|s| s.actors[0].actions[0].external = false), text);
+        // A cycle that starts from its own initial piece.
         let mut b = Builder::new();
         let actor = b.actor("ring", 0, Firing::Credit);
         let turn = b.action(actor, "turn", 1);

@@ -5,29 +5,29 @@ use shardflow_kernels::error::KernelError;
 use crate::spec::{ActorId, RegisterId};
 use crate::transport::frame::FrameError;
 
-/// A plan whose parts do not fit together; found by [`crate::check::check`] before anything runs.
+/// An inconsistent plan; [`crate::check::check`] finds it before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SpecError {
     /// An id points outside its table.
-    #[error("{at}: no {what} has index {index}")]
+    #[error("{at}: no {kind} has index {index}")]
     UnknownIndex {
         /// Actor, action or register that holds the id.
         at: String,
         /// `actor`, `action` or `register`.
-        what: &'static str,
+        kind: &'static str,
         /// The id.
         index: usize,
     },
-    /// A count that must be at least one is zero.
-    #[error("{at}: {what} is 0, at least 1 is needed")]
+    /// A count is zero but must be at least one.
+    #[error("{at}: {count} is 0, expected at least 1")]
     Zero {
-        /// Where.
+        /// Actor, action or register.
         at: String,
-        /// Which count.
-        what: &'static str,
+        /// Name of the count.
+        count: &'static str,
     },
-    /// A register must be written by one output port of its producer, exactly.
-    #[error("register '{register}' is written by {writers} output ports, exactly 1 is needed, of actor {producer}")]
+    /// Not exactly one output port of the producer writes the register.
+    #[error("register '{register}' is written by {writers} output ports of actor {producer}, expected exactly 1")]
     Writers {
         /// Name of the register.
         register: String,
@@ -36,21 +36,21 @@ pub enum SpecError {
         /// Output ports found.
         writers: usize,
     },
-    /// The list of readers and the input ports do not name each other one to one.
+    /// The readers of a register and the input ports do not match one to one.
     #[error("register '{register}' and {action} disagree: {listed} entries in its readers, {ports} input ports")]
     Readers {
         /// Name of the register.
         register: String,
         /// Actor and action.
         action: String,
-        /// Times that the register's readers name the action.
+        /// How often the register's readers contain the action.
         listed: usize,
         /// Input ports of the action that name the register.
         ports: usize,
     },
-    /// Firings of an action do not divide into whole pieces.
+    /// The firings of an action do not divide into whole pieces.
     #[error(
-        "{action} fires {per_step} times a step, which {firings_per_piece} firings a piece of '{register}' do not divide"
+        "{action} fires {per_step} times per step, not a multiple of the {firings_per_piece} firings per piece of '{register}'"
     )]
     Remainder {
         /// Actor and action.
@@ -63,7 +63,7 @@ pub enum SpecError {
         firings_per_piece: u32,
     },
     /// A register is filled and emptied at different rates.
-    #[error("register '{register}': {written} pieces a step are written, {reader} reads {read}")]
+    #[error("register '{register}': {written} pieces per step are written, {reader} reads {read}")]
     Rates {
         /// Name of the register.
         register: String,
@@ -74,8 +74,8 @@ pub enum SpecError {
         /// Pieces read in a step.
         read: u32,
     },
-    /// An ordered list fires an action not `per_step` times.
-    #[error("{action} stands {listed} times in its actor's ordered list but fires {per_step} times a step")]
+    /// An ordered list does not contain an action `per_step` times.
+    #[error("{action} appears {listed} times in its actor's ordered list but fires {per_step} times per step")]
     Ordered {
         /// Actor and action.
         action: String,
@@ -84,54 +84,54 @@ pub enum SpecError {
         /// Firings in a step.
         per_step: u32,
     },
-    /// Nothing that the host gives bounds how often an action fires.
-    #[error("{action} can fire without end: it is not external and none of its inputs follows from an external action")]
+    /// No host token bounds how often an action fires.
+    #[error("{action} can fire without end: it is not external and none of its inputs depends on an external action")]
     Unbounded {
         /// Actor and action.
         action: String,
     },
-    /// Outputs of one action that accumulate must do so over the same firings.
+    /// The accumulating outputs of one action differ in `firings_per_piece`.
     #[error("{action} accumulates over {first} firings in one output and over {second} in another")]
     Accumulation {
         /// Actor and action.
         action: String,
         /// `firings_per_piece` of one output.
         first: u32,
-        /// Of another.
+        /// `firings_per_piece` of another output.
         second: u32,
     },
 }
 
-/// An event that no correct peer sends: a bug, a corrupted message, or peers that run different plans.
-/// Labels are those of [`crate::protocol`].
+/// An event that no correct peer sends: caused by a bug, a corrupted message, or peers with different plans.
+/// [`crate::protocol`] defines the labels.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ProtocolError {
-    /// CR-4: pieces come in order, each once.
+    /// CR-4: pieces arrive in order, each once.
     #[error("CR-4 register '{register}': {message} carries piece {got}, expected {expected}")]
     WrongPiece {
         /// Name of the register.
         register: String,
         /// `filled` or `released by ...`.
         message: String,
-        /// The piece that is due.
+        /// The expected piece.
         expected: u64,
-        /// The piece that came.
+        /// The received piece.
         got: u64,
     },
     /// CR-4: piece `n` lies in slot `n mod slots`.
-    #[error("CR-4 register '{register}': piece {piece} comes in slot {got}, expected {expected}")]
+    #[error("CR-4 register '{register}': piece {piece} arrived in slot {got}, expected {expected}")]
     WrongSlot {
         /// Name of the register.
         register: String,
         /// The piece.
         piece: u64,
-        /// Where it has to be.
+        /// The expected slot.
         expected: u32,
-        /// Where it is said to be.
+        /// The slot in the message.
         got: u32,
     },
-    /// CR-3: a producer has filled more slots than there are.
-    #[error("CR-3 register '{register}': reader {reader} of {slots} slots got piece {piece} with all of them unread")]
+    /// CR-3: a producer has filled more slots than the register has.
+    #[error("CR-3 register '{register}': reader {reader} received piece {piece} while all {slots} slots are unread")]
     Overflow {
         /// Name of the register.
         register: String,
@@ -139,11 +139,11 @@ pub enum ProtocolError {
         reader: String,
         /// Slots of the register.
         slots: u32,
-        /// The piece too many.
+        /// The excess piece.
         piece: u64,
     },
-    /// A reader has released a piece that was never published.
-    #[error("CR-1 register '{register}': {reader} released piece {piece}, only {published} were published")]
+    /// A reader has released an unpublished piece.
+    #[error("CR-1 register '{register}': {reader} released piece {piece}, but only {published} pieces are published")]
     Unpublished {
         /// Name of the register.
         register: String,
@@ -154,8 +154,10 @@ pub enum ProtocolError {
         /// Pieces published so far.
         published: u64,
     },
-    /// A message for a register, or a reader, that this actor does not have.
-    #[error("actor {actor} got a message for reader {reader} of register {register:?}, which is not its own")]
+    /// A message for a register or reader of another actor.
+    #[error(
+        "actor {actor} received a message for reader {reader} of register {register:?}, which belongs to another actor"
+    )]
     Misrouted {
         /// Name of the actor.
         actor: String,
@@ -165,44 +167,44 @@ pub enum ProtocolError {
         reader: u32,
     },
     /// CR-5: the end of a firing that is not in flight.
-    #[error("CR-5 actor {actor}: action {action} reports {what}, in flight is {in_flight:?}")]
+    #[error("CR-5 actor {actor}: action {action} reports {event}, but the action in flight is {in_flight:?}")]
     NotInFlight {
         /// Name of the actor.
         actor: String,
         /// Index of the action.
         action: u32,
         /// `done` or `signal of output n`.
-        what: String,
+        event: String,
         /// Index of the action in flight.
         in_flight: Option<u32>,
     },
-    /// A signal for an output that is not early, or is published already.
-    #[error("{action}: signal for output {output}, which is {why}")]
+    /// A signal for an output that is not early or is already published.
+    #[error("{action}: signal for output {output}, which is {reason}")]
     UnexpectedSignal {
         /// Actor and action.
         action: String,
         /// Output port.
         output: u32,
-        /// What speaks against it.
-        why: &'static str,
+        /// Why the signal is unexpected.
+        reason: &'static str,
     },
-    /// A firing ended and one of its early outputs was never signalled.
-    #[error("{action}: ended without the signal of its early output {output}")]
+    /// A firing ended without the signal of an early output.
+    #[error("{action}: the firing ended without the signal of its early output {output}")]
     MissingSignal {
         /// Actor and action.
         action: String,
         /// Output port.
         output: u32,
     },
-    /// A token for an action that takes none.
-    #[error("actor {actor}: action {action} takes no tokens from the host")]
+    /// A token for an action that is not external.
+    #[error("actor {actor}: action {action} accepts no tokens from the host")]
     UnexpectedToken {
         /// Name of the actor.
         actor: String,
         /// Index of the action.
         action: u32,
     },
-    /// One of the labelled invariants does not hold.
+    /// A labelled invariant does not hold.
     #[error("{label} {at}: {numbers}")]
     Invariant {
         /// `CR-1` and so on.
@@ -214,7 +216,7 @@ pub enum ProtocolError {
     },
 }
 
-/// What ends a session first. Everything else that fails afterwards follows from it.
+/// The first cause of a session's end. Later failures follow from it.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum Failure {
     /// A launch failed.
@@ -226,20 +228,20 @@ pub enum Failure {
         device: usize,
         /// Name of the action in flight.
         action: String,
-        /// What failed.
+        /// The error of the launch.
         cause: Box<KernelError>,
     },
-    /// The protocol was broken.
+    /// A protocol violation in this process.
     #[error("{actor} on device {device}: {cause}")]
     Protocol {
         /// Name of the actor.
         actor: String,
         /// Rank of the device.
         device: usize,
-        /// What was broken.
+        /// The violation.
         cause: ProtocolError,
     },
-    /// An actor panicked: a bug of this crate.
+    /// An actor panicked: a bug in this crate.
     #[error("{actor} on device {device} panicked{}: {message}", .action.as_ref().map(|a| format!(" in action {a}")).unwrap_or_default())]
     Panic {
         /// Name of the actor.
@@ -251,71 +253,71 @@ pub enum Failure {
         /// The panic's text.
         message: String,
     },
-    /// A peer, or the way to it.
+    /// A peer failed, or the connection to it.
     #[error("rank {process}: {cause}")]
     Peer {
         /// Number of the process.
         process: u32,
-        /// What it did, or what became of it.
+        /// What happened.
         cause: PeerError,
     },
-    /// Nothing moved although there was work.
+    /// No progress although work is left.
     #[error("no progress for {idle_ms} ms: {cause}\n{report}")]
     Stalled {
         /// Milliseconds since the last progress.
         idle_ms: u64,
-        /// What everything waits for in the end, and how (see [`crate::hang`]).
+        /// The root cause with the chain of waits, see [`crate::hang`].
         cause: String,
-        /// The process that is waited for, where it is another one.
+        /// The process that contains the cause, if it is another one.
         process: Option<u32>,
-        /// Who waits for which register of whom.
+        /// What each actor waits for or has in flight.
         report: String,
     },
 }
 
 impl Failure {
-    /// True when another process failed, and not this one.
-    pub fn is_of_a_peer(&self) -> bool {
+    /// True if another process failed, not this one.
+    pub fn is_peer_failure(&self) -> bool {
         matches!(self, Self::Peer { .. } | Self::Stalled { process: Some(_), .. })
     }
 }
 
-/// What a peer process can do wrong.
+/// A failure of a peer process.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum PeerError {
     /// The connection ended or broke.
     #[error("connection lost: {message}")]
     Lost {
-        /// What the system says.
+        /// The system's error text.
         message: String,
     },
-    /// It sent what is no frame of ours.
-    #[error("sent what cannot be read: {0}")]
+    /// It sent bytes that are not a valid frame.
+    #[error("sent an unreadable frame: {0}")]
     Frame(#[from] FrameError),
-    /// It sent what no process that runs the same plan sends.
-    #[error("sent {what}, which the plan does not allow")]
+    /// It sent a message that the plan does not allow.
+    #[error("sent {message}, which the plan does not allow")]
     Unexpected {
-        /// What it sent.
-        what: String,
+        /// Description of the message.
+        message: String,
     },
-    /// One of its actors sent what breaks the protocol.
-    #[error("sent what breaks the protocol: {0}")]
+    /// One of its actors sent a message that violates the protocol.
+    #[error("sent a message that violates the protocol: {0}")]
     Protocol(ProtocolError),
-    /// It did not get as far as the others.
+    /// It was not ready in time.
     #[error("not ready after {seconds} s")]
     Late {
-        /// How long it was waited for.
+        /// The timeout.
         seconds: u64,
     },
-    /// It has ended in order, though this process still needs it.
-    #[error("it has ended the session, and this process has not: do all make the same steps?")]
+    /// It has ended in order while this process still needs it.
+    #[error("it has ended the session before this process: do all processes run the same number of steps?")]
     Ended,
-    /// It failed, and says why.
+    /// It failed and reported the cause.
     #[error("{cause}")]
     Failed {
         /// Its first cause.
         cause: String,
-        /// The exit code that it ends with.
+        /// Its exit code.
         exit: u8,
     },
 }
@@ -326,22 +328,22 @@ impl From<std::io::Error> for PeerError {
     }
 }
 
-/// What `start` and `give` refuse.
+/// Errors of [`crate::shell::start`] and [`crate::shell::RunningSession::add_tokens`].
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum ActorError {
-    /// The plan does not fit together.
+    /// The plan is inconsistent.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// The loaded parts do not fit the plan.
-    #[error("{at}: {what}: expected {expected}, got {got}")]
+    /// The loaded parts do not match the plan.
+    #[error("{at}: {part}: expected {expected}, got {got}")]
     Loaded {
         /// Actor, action or register.
         at: String,
-        /// Which part.
-        what: &'static str,
-        /// What the plan needs.
+        /// The part.
+        part: &'static str,
+        /// The value that the plan requires.
         expected: String,
-        /// What was given.
+        /// The loaded value.
         got: String,
     },
     /// A thread could not be started.
@@ -349,11 +351,11 @@ pub enum ActorError {
     Thread {
         /// Rank of the device.
         device: usize,
-        /// What the system says.
+        /// The system's error text.
         message: String,
     },
-    /// No such actor or action, or an action that takes no tokens.
-    #[error("action {action} of actor {actor:?} takes no tokens from the host")]
+    /// No such actor or action, or the action is not external.
+    #[error("action {action} of actor {actor:?} accepts no tokens from the host")]
     NotExternal {
         /// The actor.
         actor: ActorId,
@@ -363,7 +365,7 @@ pub enum ActorError {
     /// The session has ended.
     #[error("the session has ended: {cause}")]
     Ended {
-        /// Why.
+        /// The first cause.
         cause: String,
     },
 }

@@ -1,8 +1,8 @@
-//! Why nothing moves: from an action with firings left to what everything waits for in the end. Pure: it looks at what actors
-//! show of themselves, live or simulated.
+//! Explains hangs: follows waits from an action with firings left to the root cause. Pure: the input is actor
+//! snapshots, live or simulated.
 //!
-//! Piece numbers tell what was lost: a reader that waits for a piece which its producer has published never heard of it, and a
-//! producer that waits for a slot which its reader has released never heard of that.
+//! Piece numbers show lost messages: if a reader waits for a piece that its producer has published, the `Filled`
+//! message was lost; if a producer waits for a slot that its reader has released, the `Released` message was lost.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::{fmt, iter};
@@ -11,75 +11,76 @@ use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 
-/// Roots of the same kind that a text names; a stuck device has a few.
+/// Maximum number of further roots of the same rank in a text; a stuck device has a few.
 const NAMED_MAX: usize = 4;
 
-/// A member of a group that has come to a collective, and waits there for another: the group's id, its rank, the other's.
+/// A rank that waits for another rank in a collective: communicator id, own rank, peer rank.
 pub type CollectiveWait = (u32, usize, usize);
 
-/// Why nothing moves.
+/// The explanation of a hang.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hang {
-    /// What everything waits for in the end.
+    /// The root cause of all waits.
     pub root: Root,
-    /// More of the same kind, of which each may be the cause.
+    /// Further roots of the same rank; each may be the cause.
     pub also: Vec<Root>,
-    /// From an action that has not fired enough to the root. In a cycle each waits for the next, and the last for the first.
+    /// The waits from an action with firings left to the root. In a cycle each action waits for the next, the last for
+    /// the first.
     pub chain: Vec<WaitingAction>,
     text: String,
 }
 
-/// What others wait for, and which itself waits for nobody.
+/// A root cause: others wait for it, but it waits for nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Root {
-    /// The producer has published a piece, and this reader never heard of it.
-    Unheard {
+    /// The producer has published a piece, but this reader did not receive the message.
+    LostPiece {
         /// The register.
         register: RegisterId,
         /// Number of the piece.
         piece: u64,
-        /// Who did not hear.
+        /// The reader that did not receive it.
         reader: RegisterReader,
     },
-    /// The reader has released a piece, and the register's producer never heard of it.
-    Unreturned {
+    /// The reader has released a piece, but the register's producer did not receive the message.
+    LostRelease {
         /// The register.
         register: RegisterId,
         /// Number of the piece.
         piece: u64,
-        /// Who released it.
+        /// The reader that released it.
         reader: RegisterReader,
     },
-    /// A firing that has not ended though it waits for nobody: its kernels, its stream or its device.
+    /// A firing that has not ended although it waits for nobody: its kernels, stream or device hang.
     Firing(RegisterReader),
-    /// The same, but all members of a collective in it have begun, and which of them is late is not known.
+    /// A firing that has not ended although all members of its collectives have begun; the late member is unknown.
     Collective(RegisterReader),
-    /// The actor does not answer.
-    Silent(ActorId),
+    /// The actor does not respond.
+    Unresponsive(ActorId),
     /// Another process.
     Process {
         /// Its number.
         process: u32,
-        /// Whom it hosts, or whose host waits for it.
+        /// An actor that it hosts, or an actor here whose host program waits for it.
         actor: ActorId,
     },
     /// Actions that wait for each other.
     Cycle,
-    /// A token that the host has not given.
+    /// A token that the host has not added.
     Token(RegisterReader),
 }
 
 impl Root {
-    /// Where several are found, the least explains the others.
-    fn rank(&self, is_checked: bool) -> u8 {
+    /// Among several roots, the one with the lowest rank explains the others.
+    fn rank(&self, is_acyclic: bool) -> u8 {
         match self {
-            Self::Unheard { .. } | Self::Unreturned { .. } => 0,
+            Self::LostPiece { .. } | Self::LostRelease { .. } => 0,
             Self::Firing(_) => 1,
             Self::Collective(_) => 2,
-            Self::Silent(_) => 3,
+            Self::Unresponsive(_) => 3,
             Self::Process { .. } => 4,
-            // What looks like a cycle in a plan that has none is one of several ways by which a member may come.
-            Self::Cycle if is_checked => 7,
+            // In an acyclic plan, an apparent cycle is only one of several actions by which a member may join.
+            Self::Cycle if is_acyclic => 7,
             Self::Cycle => 5,
             Self::Token(_) => 6,
         }
@@ -95,54 +96,54 @@ impl Root {
     fn describe(&self, spec: &Spec) -> String {
         let name = |at: &RegisterReader| spec.action_name(at.actor, at.action);
         match self {
-            Self::Unheard { register, piece, reader } => {
+            Self::LostPiece { register, piece, reader } => {
                 let register = spec.register_name(*register);
-                format!("{} never heard of piece {piece} of register '{register}', which was published", name(reader))
+                format!("{} did not receive piece {piece} of register '{register}', which was published", name(reader))
             }
-            Self::Unreturned { register, piece, reader } => {
+            Self::LostRelease { register, piece, reader } => {
                 let register = spec.register_name(*register);
                 format!(
-                    "the producer of register '{register}' never heard that {} released piece {piece}",
+                    "the producer of register '{register}' did not receive the release of piece {piece} by {}",
                     name(reader)
                 )
             }
             Self::Firing(at) => format!("{} has not ended, and waits for nobody", name(at)),
             Self::Collective(at) => format!("{} has not ended, in a collective that all members have begun", name(at)),
-            Self::Silent(actor) => {
+            Self::Unresponsive(actor) => {
                 let name = &spec.actors[actor.0 as usize].name;
-                format!("{name} does not answer: its thread is held up, as by a call of its device's driver")
+                format!("{name} does not respond: its thread is blocked, for example in a device driver call")
             }
             Self::Process { process, actor } => {
-                format!("rank {process} is waited for, by or for {}", spec.actors[actor.0 as usize].name)
+                format!("waiting for rank {process}, actor {}", spec.actors[actor.0 as usize].name)
             }
             Self::Cycle => "actions wait for each other".into(),
-            Self::Token(at) => format!("{} waits for a token of the host", name(at)),
+            Self::Token(at) => format!("{} waits for a token from the host", name(at)),
         }
     }
 }
 
-/// One action that waits.
+/// A waiting action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WaitingAction {
-    /// Who waits.
+    /// The action.
     pub action: RegisterReader,
-    /// For what.
+    /// The reason.
     pub wait: WaitReason,
 }
 
-/// What an action waits for.
+/// The reason why an action waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WaitReason {
-    /// Something of the protocol.
+    /// It lacks a piece, a slot, a token or its turn.
     Missing(Missing),
-    /// In flight: another member of a group has not begun, or not come as far.
-    Gang {
+    /// It is in flight, and another member of a group has not begun or is in an earlier round.
+    Group {
         /// The group.
         group: u32,
         /// The member.
         member: ActorId,
     },
-    /// Its actor's firing in flight.
+    /// Its actor has another firing in flight.
     Busy {
         /// Index of the action in flight.
         action: u32,
@@ -153,7 +154,7 @@ impl WaitReason {
     fn describe(&self, spec: &Spec, actor: ActorId) -> String {
         match self {
             WaitReason::Missing(missing) => missing.describe(spec, actor),
-            WaitReason::Gang { group, member } => {
+            WaitReason::Group { group, member } => {
                 format!("{} to join group {group}", spec.actors[member.0 as usize].name)
             }
             WaitReason::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
@@ -162,26 +163,26 @@ impl WaitReason {
 }
 
 impl Hang {
-    /// The root, in words.
+    /// Describes the root cause.
     pub fn cause(&self, spec: &Spec) -> String {
         self.root.describe(spec)
     }
 
-    /// The chain in words: who waits, and for what.
+    /// Describes the chain: pairs of a waiting action and what it waits for.
     pub fn steps(&self, spec: &Spec) -> Vec<(String, String)> {
-        let words = |link: &WaitingAction| {
-            let WaitingAction { action, wait } = link;
+        let describe = |waiting: &WaitingAction| {
+            let WaitingAction { action, wait } = waiting;
             (spec.action_name(action.actor, action.action), wait.describe(spec, action.actor))
         };
-        self.chain.iter().map(words).collect()
+        self.chain.iter().map(describe).collect()
     }
 
-    /// The process that is waited for, where the cause lies with another one.
+    /// The process that contains the cause, if it is another one.
     pub fn process(&self) -> Option<u32> {
         self.root.process()
     }
 
-    /// All other processes that may be the cause, each once.
+    /// All other processes that may contain the cause, each once.
     pub fn processes(&self) -> Vec<u32> {
         let all: BTreeSet<u32> = iter::once(&self.root).chain(&self.also).filter_map(Root::process).collect();
         all.into_iter().collect()
@@ -194,34 +195,34 @@ impl fmt::Display for Hang {
     }
 }
 
-/// What is looked at.
+/// The input of [`explain`].
 #[derive(Clone, Copy)]
 pub struct HangSnapshot<'a> {
     /// The plan.
     pub spec: &'a Spec,
-    /// States of this process's actors, taken while nothing moved.
+    /// Snapshots of this process's actors, taken without progress in between.
     pub snapshots: &'a [ActorSnapshot],
-    /// Who waits in which collective, as far as engines tell.
+    /// Waits in collectives, as reported by the engines.
     pub collectives: &'a [CollectiveWait],
-    /// Whether these are all who wait in one.
+    /// Whether `collectives` is complete.
     pub knows_collectives: bool,
-    /// Whether the plan was played through, so that it has no cycle.
-    pub is_checked: bool,
-    /// The process whose part of a step the program waits for before it goes on.
+    /// Whether a simulation has shown that the plan has no deadlock.
+    pub is_acyclic: bool,
+    /// The process whose part of a step the host program waits for.
     pub host_waits_for: Option<u32>,
-    /// The other process that hosts an actor.
+    /// Returns the process that hosts an actor, if it is another one.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
 }
 
-/// Why nothing moves in these steps, counted from the start; `None` when no action has firings left.
-pub fn explain(scene: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
-    let mut search = Search::new(scene, steps);
-    let spec = scene.spec;
+/// Explains why the first `steps` steps do not finish; `None` when no action has firings left.
+pub fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
+    let mut search = Search::new(snapshot, steps);
+    let spec = snapshot.spec;
     let mut first: Option<Hang> = None;
     let mut also = Vec::new();
     for at in search.unfinished() {
         while let Some((root, chain)) = search.next_root(at) {
-            let rank = |root: &Root| root.rank(scene.is_checked);
+            let rank = |root: &Root| root.rank(snapshot.is_acyclic);
             let least = first.as_ref().map_or(u8::MAX, |hang| rank(&hang.root));
             if rank(&root) < least {
                 first = Some(Hang { root, also: Vec::new(), chain, text: String::new() });
@@ -247,79 +248,79 @@ pub fn explain(scene: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     Some(hang)
 }
 
-/// What groups of no action wait for: the pipes that carry registers between devices of two processes.
-pub(crate) fn pipes(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
-    let of_actions: HashSet<u32> =
-        spec.actors.iter().flat_map(|actor| &actor.actions).flat_map(|action| action.groups.iter().copied()).collect();
-    let carries = waits.iter().filter(|(group, ..)| !of_actions.contains(group));
+/// Describes waits in communicators that no action uses: pipes that carry registers between devices of two processes.
+pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
+    let actions = spec.actors.iter().flat_map(|actor| &actor.actions);
+    let of_actions: HashSet<u32> = actions.flat_map(|action| action.communicators.iter().copied()).collect();
+    let of_pipes = waits.iter().filter(|(communicator, ..)| !of_actions.contains(communicator));
     let text = |(_, rank, peer): &CollectiveWait| {
-        format!("device {rank}: a transfer of registers with device {peer} is under way on the GPU, and does not end")
+        format!("device {rank}: a transfer of registers with device {peer} is in progress on the GPU and does not end")
     };
-    carries.map(text).collect()
+    of_pipes.map(text).collect()
 }
 
-fn sentences(spec: &Spec, links: &[WaitingAction]) -> String {
-    let sentence = |link: &WaitingAction| {
-        let name = spec.action_name(link.action.actor, link.action.action);
-        format!("{name} waits for {}", link.wait.describe(spec, link.action.actor))
+fn sentences(spec: &Spec, chain: &[WaitingAction]) -> String {
+    let sentence = |WaitingAction { action, wait }: &WaitingAction| {
+        let name = spec.action_name(action.actor, action.action);
+        format!("{name} waits for {}", wait.describe(spec, action.actor))
     };
-    links.iter().map(sentence).collect::<Vec<_>>().join("; ")
+    chain.iter().map(sentence).collect::<Vec<_>>().join("; ")
 }
 
-/// What ends a wait.
+/// The target of a wait: an action to visit, or a root cause.
 enum Next {
     Action(RegisterReader),
     Root(Root),
 }
 
-/// Depth-first over the actions; none is visited twice.
+/// Depth-first search over the actions; none is visited twice.
 struct Search<'a> {
-    scene: HangSnapshot<'a>,
-    /// That the host has begun, from the start.
+    input: HangSnapshot<'a>,
+    /// Steps that the host has begun since the start.
     steps: u64,
     snapshots: BTreeMap<ActorId, &'a ActorSnapshot>,
-    seen: HashSet<RegisterReader>,
-    /// From where the search began: each action, and the waits that are left to follow.
+    visited: HashSet<RegisterReader>,
+    /// The current path from the start of the search: each action with its remaining waits.
     path: Vec<(WaitingAction, std::vec::IntoIter<(WaitReason, Next)>)>,
 }
 
 impl<'a> Search<'a> {
-    fn new(scene: HangSnapshot<'a>, steps: u64) -> Self {
-        let snapshots = scene.snapshots.iter().map(|s| (s.actor, s)).collect();
-        Self { scene, steps, snapshots, seen: HashSet::new(), path: Vec::new() }
+    fn new(input: HangSnapshot<'a>, steps: u64) -> Self {
+        let snapshots = input.snapshots.iter().map(|s| (s.actor, s)).collect();
+        Self { input, steps, snapshots, visited: HashSet::new(), path: Vec::new() }
     }
 
-    /// Actions of this process with firings left, as far as is known here.
+    /// Actions of this process that have, or may have, firings left.
     fn unfinished(&self) -> Vec<RegisterReader> {
-        let actors = self.scene.spec.actors.iter().zip(0..).map(|(actor, a)| (ActorId(a), actor.actions.len() as u32));
-        let here = actors.filter(|(actor, _)| (self.scene.process_of)(*actor).is_none());
+        let actors = self.input.spec.actors.iter().zip(0..).map(|(actor, a)| (ActorId(a), actor.actions.len() as u32));
+        let here = actors.filter(|(actor, _)| (self.input.process_of)(*actor).is_none());
         let all = here.flat_map(|(actor, actions)| (0..actions).map(move |action| RegisterReader { actor, action }));
         all.filter(|at| self.is_unfinished(at)).collect()
     }
 
-    /// Of an actor that does not answer, and of other processes', nobody here knows.
+    /// True if the action has firings left, or if its actor's state is unknown (unresponsive, or in another process).
     fn is_unfinished(&self, at: &RegisterReader) -> bool {
-        let per_step = self.scene.spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
+        let per_step = self.input.spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
         completed.is_none_or(|completed| completed < u64::from(per_step) * self.steps)
     }
 
-    /// The next root that is reached from an action, with the chain to it.
+    /// The next root that can be reached from an action, with the chain to it.
     fn next_root(&mut self, at: RegisterReader) -> Option<(Root, Vec<WaitingAction>)> {
         if self.path.is_empty() {
             self.visit(at)?;
         }
         loop {
-            let (link, left) = self.path.last_mut()?;
-            let Some((wait, next)) = left.next() else {
+            let (waiting, remaining) = self.path.last_mut()?;
+            let Some((wait, next)) = remaining.next() else {
                 self.path.pop();
                 continue;
             };
-            link.wait = wait;
+            waiting.wait = wait;
             match next {
                 Next::Root(root) => return Some((root, self.chain(0, &root))),
                 Next::Action(to) => {
-                    if let Some(start) = self.path.iter().position(|(link, _)| link.action == to) {
+                    if let Some(start) = self.path.iter().position(|(waiting, _)| waiting.action == to) {
                         return Some((Root::Cycle, self.chain(start, &Root::Cycle)));
                     }
                     self.visit(to);
@@ -329,27 +330,27 @@ impl<'a> Search<'a> {
     }
 
     fn chain(&self, start: usize, root: &Root) -> Vec<WaitingAction> {
-        let mut links: Vec<WaitingAction> = self.path[start..].iter().map(|(link, _)| link.clone()).collect();
-        if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Silent(_)) {
-            // It waits for nobody.
-            links.pop();
+        let mut chain: Vec<WaitingAction> = self.path[start..].iter().map(|(waiting, _)| waiting.clone()).collect();
+        if matches!(root, Root::Firing(_) | Root::Collective(_) | Root::Unresponsive(_)) {
+            // The root itself waits for nobody.
+            chain.pop();
         }
-        links
+        chain
     }
 
     fn visit(&mut self, at: RegisterReader) -> Option<()> {
-        self.seen.insert(at).then(|| {
-            // Overwritten with each wait that is followed.
+        self.visited.insert(at).then(|| {
+            // A placeholder; the search overwrites it with each wait that it follows.
             let wait = WaitReason::Missing(Missing::Token);
             self.path.push((WaitingAction { action: at, wait }, self.waits(at).into_iter()));
         })
     }
 
-    /// All waits of an action, one for each of what could end it.
+    /// All waits of an action, one per target that could end the wait.
     fn waits(&self, at: RegisterReader) -> Vec<(WaitReason, Next)> {
         let busy = |action| WaitReason::Busy { action };
         let Some(snapshot) = self.snapshots.get(&at.actor) else {
-            return vec![(busy(at.action), Next::Root(Root::Silent(at.actor)))];
+            return vec![(busy(at.action), Next::Root(Root::Unresponsive(at.actor)))];
         };
         let ActorWaits { in_flight, actions, .. } = &snapshot.waiting;
         if *in_flight == Some(at.action) {
@@ -357,7 +358,8 @@ impl<'a> Search<'a> {
         }
         let mut waits = Vec::new();
         for missing in actions.iter().filter(|w| w.action == at.action).flat_map(|w| &w.missing) {
-            waits.extend(self.ends(at, missing).into_iter().map(|next| (WaitReason::Missing(missing.clone()), next)));
+            let wait = || WaitReason::Missing(missing.clone());
+            waits.extend(self.targets(at, missing).into_iter().map(|next| (wait(), next)));
         }
         if let Some(action) = *in_flight {
             waits.push((busy(action), Next::Action(RegisterReader { actor: at.actor, action })));
@@ -365,56 +367,56 @@ impl<'a> Search<'a> {
         waits
     }
 
-    /// A firing in flight waits for the members of its groups that have not come as far, or for its own stream.
+    /// A firing in flight waits for members of its groups that are in an earlier round, or for its own stream.
     fn waits_in_flight(&self, at: RegisterReader, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
-        let HangSnapshot { spec, collectives, knows_collectives, .. } = self.scene;
+        let HangSnapshot { spec, collectives, knows_collectives, .. } = self.input;
         let actor = &spec.actors[at.actor.0 as usize];
         let action = &actor.actions[at.action as usize];
-        let gangs = &action.gangs;
-        let is_own = |wait: &&CollectiveWait| action.groups.contains(&wait.0) && wait.1 == actor.device;
+        let groups = &action.groups;
+        let is_own = |wait: &&CollectiveWait| action.communicators.contains(&wait.0) && wait.1 == actor.device;
         let peers: Vec<(u32, usize)> = collectives.iter().filter(is_own).map(|wait| (wait.0, wait.2)).collect();
         let mut waits = Vec::new();
-        for &group in gangs {
-            let turn = self.begun(group, snapshot);
+        for &group in groups {
+            let round = self.begun(group, snapshot);
             for (member, actions) in self.members(group).into_iter().filter(|(member, _)| *member != at.actor) {
                 let of_member = &spec.actors[member.0 as usize];
-                let calls = |id: &u32| actions.iter().any(|a| of_member.actions[*a as usize].groups.contains(id));
-                let is_waited_for = peers.iter().any(|(id, device)| *device == of_member.device && calls(id));
+                let uses = |id: &u32| actions.iter().any(|a| of_member.actions[*a as usize].communicators.contains(id));
+                let is_waited_for = peers.iter().any(|(id, device)| *device == of_member.device && uses(id));
                 let is_late = match self.snapshots.get(&member) {
-                    Some(other) => self.begun(group, other) < turn,
+                    Some(other) => self.begun(group, other) < round,
                     None => !knows_collectives,
                 };
                 if !is_waited_for && !is_late {
                     continue;
                 }
-                // One that has begun is in flight; of the others nobody knows by which of its actions it will come.
-                let flying = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
-                let next = actions.iter().filter(|action| is_late || flying.is_none_or(|flying| flying == **action));
+                // A member that has begun has its action in flight; a late member may join by any of its actions.
+                let in_flight = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
+                let next = actions.iter().filter(|action| is_late || in_flight.is_none_or(|own| own == **action));
                 let next =
                     next.map(|&action| RegisterReader { actor: member, action }).filter(|at| self.is_unfinished(at));
-                waits.extend(next.map(|next| (WaitReason::Gang { group, member }, self.to(next))));
+                waits.extend(next.map(|next| (WaitReason::Group { group, member }, self.target(next))));
             }
         }
         if waits.is_empty() {
-            let is_alone = gangs.is_empty() || knows_collectives;
+            let is_alone = groups.is_empty() || knows_collectives;
             let root = if is_alone { Root::Firing(at) } else { Root::Collective(at) };
             waits.push((WaitReason::Busy { action: at.action }, Next::Root(root)));
         }
         waits
     }
 
-    /// Firings that an actor has begun of the actions that take part in a group.
+    /// Number of begun firings of an actor's actions that belong to a group.
     fn begun(&self, group: u32, snapshot: &ActorSnapshot) -> u64 {
-        let actions = &self.scene.spec.actors[snapshot.actor.0 as usize].actions;
-        let own = actions.iter().zip(&snapshot.firings).filter(|(action, _)| action.gangs.contains(&group));
+        let actions = &self.input.spec.actors[snapshot.actor.0 as usize].actions;
+        let own = actions.iter().zip(&snapshot.firings).filter(|(action, _)| action.groups.contains(&group));
         own.map(|(_, firings)| firings).sum()
     }
 
-    /// The members of a group, each with the actions by which it takes part.
+    /// The members of a group, each with its actions that belong to the group.
     fn members(&self, group: u32) -> Vec<(ActorId, Vec<u32>)> {
         let mut found = Vec::new();
-        for (a, actor) in self.scene.spec.actors.iter().enumerate() {
-            let own = actor.actions.iter().enumerate().filter(|(_, x)| x.gangs.contains(&group));
+        for (a, actor) in self.input.spec.actors.iter().enumerate() {
+            let own = actor.actions.iter().enumerate().filter(|(_, x)| x.groups.contains(&group));
             let own: Vec<u32> = own.map(|(x, _)| x as u32).collect();
             if !own.is_empty() {
                 found.push((ActorId(a as u32), own));
@@ -423,40 +425,40 @@ impl<'a> Search<'a> {
         found
     }
 
-    /// On to an action, unless another process has it.
-    fn to(&self, at: RegisterReader) -> Next {
-        match (self.scene.process_of)(at.actor) {
+    /// The action as a target, or its process if that is another one.
+    fn target(&self, at: RegisterReader) -> Next {
+        match (self.input.process_of)(at.actor) {
             Some(process) => Next::Root(Root::Process { process, actor: at.actor }),
             None => Next::Action(at),
         }
     }
 
-    /// What could end this wait of `at`.
-    fn ends(&self, at: RegisterReader, missing: &Missing) -> Vec<Next> {
+    /// The actions or roots that could end this wait of `at`.
+    fn targets(&self, at: RegisterReader, missing: &Missing) -> Vec<Next> {
         match missing {
             &Missing::Piece { register, piece, writer } => {
                 let known = self.snapshots.get(&writer.actor).and_then(|s| s.register(register));
                 if known.is_some_and(|of| of.published > piece) {
-                    return vec![Next::Root(Root::Unheard { register, piece, reader: at })];
+                    return vec![Next::Root(Root::LostPiece { register, piece, reader: at })];
                 }
-                vec![self.to(writer)]
+                vec![self.target(writer)]
             }
             Missing::Credit { register, holders, .. } => {
                 let released = self.snapshots.get(&at.actor).and_then(|s| s.register(*register));
                 let next = |reader: RegisterReader| {
-                    let readers = &self.scene.spec.registers[register.0 as usize].readers;
+                    let readers = &self.input.spec.registers[register.0 as usize].readers;
                     let index = readers.iter().position(|r| *r == reader);
-                    let told = index.zip(released).map(|(index, of)| of.released[index]);
-                    match told.zip(self.released_by(*register, reader)) {
+                    let known = index.zip(released).map(|(index, of)| of.released[index]);
+                    match known.zip(self.released_by(*register, reader)) {
                         Some((piece, done)) if done > piece => {
-                            Next::Root(Root::Unreturned { register: *register, piece, reader })
+                            Next::Root(Root::LostRelease { register: *register, piece, reader })
                         }
-                        _ => self.to(reader),
+                        _ => self.target(reader),
                     }
                 };
                 holders.iter().map(|holder| next(holder.reader)).collect()
             }
-            Missing::Token => vec![Next::Root(match self.scene.host_waits_for {
+            Missing::Token => vec![Next::Root(match self.input.host_waits_for {
                 Some(process) => Root::Process { process, actor: at.actor },
                 None => Root::Token(at),
             })],
@@ -464,10 +466,10 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Pieces of a register that a reader has released, as it sees it.
+    /// Number of pieces of a register that a reader has released, as counted by the reader.
     fn released_by(&self, register: RegisterId, reader: RegisterReader) -> Option<u64> {
         let snapshot = self.snapshots.get(&reader.actor)?;
-        let action = self.scene.spec.actors[reader.actor.0 as usize].actions.get(reader.action as usize)?;
+        let action = self.input.spec.actors[reader.actor.0 as usize].actions.get(reader.action as usize)?;
         let input = action.inputs.iter().find(|input| input.register == register)?;
         Some(snapshot.completed(reader.action) / u64::from(input.firings_per_piece))
     }

@@ -1,6 +1,6 @@
-//! Actors that own streams and exchange registers: the protocol, its simulator and its shell.
+//! Actors that own streams and exchange registers: the protocol, its simulator and the code that runs it.
 //! Layers: `spec <- check, builder, register <- protocol <- trace <- snapshot <- hang <- simulate, slow, message <- transport, remote, bus, supervisor
-//! <- watchdog, shell`; `membership` stands beside them.
+//! <- watchdog, shell`; `membership` depends only on `transport`.
 
 pub mod builder;
 mod bus;

@@ -1,8 +1,9 @@
-//! Who is in the session, who has failed, and what its end is put down to.
-//! Layers: `detector, cause, datagram, letter (pure) <- outbox <- shared <- heartbeat, control <- this`.
+//! Tracks the members of a session, detects failures, and decides why the session ended.
+//! Layers: `detector, cause, datagram, control_message (pure) <- outbox <- shared <- heartbeat, control <- this`.
 //!
-//! Each process holds one [`Membership`]. Heartbeats (datagrams) find peers that are silent; the control plane (letters over
-//! connections that the caller authenticated) carries failures, orderly ends and the application's small messages. Whatever fails ends the session everywhere, with one [`FirstCause`].
+//! Each process holds one [`Membership`]. Heartbeats (datagrams) detect silent peers. The control plane (messages over
+//! connections that the caller has authenticated) carries failures, orderly ends and small application messages.
+//! Any failure ends the session in all processes with one [`FirstCause`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,82 +15,83 @@ use crossbeam_channel::{Receiver, bounded};
 
 mod cause;
 mod control;
+mod control_message;
 mod datagram;
 mod detector;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
 mod heartbeat;
-mod letter;
 mod outbox;
 mod shared;
 
 pub use cause::FirstCause;
+pub use control_message::MESSAGE_BYTES_MAX;
 pub use detector::PeerHealth;
-pub use letter::MESSAGE_BYTES_MAX;
 
 use crate::transport::Connection;
 use datagram::Codec;
 use shared::{NOTICES_MAX, Shared};
 
-/// How long the orderly end waits for peers to answer.
+/// Timeout of an orderly end that waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a dropped membership waits for peers to have its last word; a frozen peer does not answer.
+/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not acknowledge
+/// it.
 const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Exit codes that this module decides on.
+/// Exit codes of this module.
 mod exit {
     /// A peer was lost.
     pub(crate) const UNAVAILABLE: u8 = 69;
-    /// A bug of ours.
+    /// An internal error.
     pub(crate) const INTERNAL: u8 = 70;
-    /// A newer epoch runs; start again.
+    /// A newer epoch is running; restart.
     pub(crate) const RETRY: u8 = 75;
     /// A peer did not pass the handshake.
     pub(crate) const PROTOCOL: u8 = 76;
 }
 
-/// What could not be done.
+/// Errors of a membership.
 #[derive(Debug, thiserror::Error)]
 pub enum MembershipError {
     /// The configuration contradicts itself.
-    #[error("membership of process {process} of {processes}: {what}")]
+    #[error("membership of process {process} of {processes}: {problem}")]
     Config {
-        /// Ours.
+        /// Number of this process.
         process: u32,
-        /// Of the world.
+        /// Number of processes.
         processes: u32,
-        /// What is wrong.
-        what: String,
+        /// The contradiction.
+        problem: String,
     },
-    /// The system refused something.
-    #[error("cannot {what}: {source}")]
+    /// A system call failed.
+    #[error("cannot {operation}: {source}")]
     Io {
-        /// What was tried.
-        what: &'static str,
-        /// What the system says.
+        /// The operation.
+        operation: &'static str,
+        /// The system's error.
         source: io::Error,
     },
     /// Peers did not connect in time.
-    #[error("processes {processes:?} did not join within {seconds:.1} s: look at their logs")]
+    #[error("processes {processes:?} did not join within {seconds:.1} s: see their logs")]
     Missing {
-        /// Those that did not.
+        /// The missing processes.
         processes: Vec<u32>,
-        /// How long they were waited for.
+        /// The waiting time.
         seconds: f64,
     },
-    /// A peer closed its connection while starting, or did not pass the handshake.
+    /// A peer closed its connection during the start, or failed the handshake.
     #[error(
-        "process {process} closed its control connection while joining: is its secret, session and epoch the same?"
+        "process {process} closed its control connection while joining: does it have the same secret, session and epoch?"
     )]
     Refused {
         /// The peer.
         process: u32,
     },
     /// A message is too large for the control plane.
-    #[error("a message of {bytes} bytes, at most {MESSAGE_BYTES_MAX} go over the control plane")]
+    #[error("a message of {bytes} bytes exceeds the control plane's maximum of {MESSAGE_BYTES_MAX} bytes")]
     TooLarge {
-        /// Its size.
+        /// Size of the message.
         bytes: usize,
     },
     /// A peer does not read its messages.
@@ -101,24 +103,24 @@ pub enum MembershipError {
         process: u32,
         /// Messages that wait to be sent to it.
         messages: u64,
-        /// Their bytes.
+        /// Their size in bytes.
         bytes: u64,
     },
     /// There is no such peer.
-    #[error("process {process} is no peer: there are {processes} with this one")]
+    #[error("process {process} is not a peer: the world has {processes} processes, including this one")]
     NoPeer {
-        /// The number asked for.
+        /// The requested number.
         process: u32,
-        /// Of the world.
+        /// Number of processes of the world.
         processes: u32,
     },
-    /// The peer has left, or its connection is gone.
-    #[error("process {process} is gone")]
+    /// The peer has left, or its connection is closed.
+    #[error("process {process} has left or is disconnected")]
     Gone {
         /// The peer.
         process: u32,
     },
-    /// The session is over.
+    /// The session has ended.
     #[error("the session has ended: {0}")]
     Ended(FirstCause),
     /// This process has left the session.
@@ -127,7 +129,7 @@ pub enum MembershipError {
 }
 
 impl MembershipError {
-    /// The exit code that goes with it.
+    /// The exit code for this error.
     pub fn exit(&self) -> u8 {
         match self {
             Self::Config { .. } | Self::Io { .. } => exit::INTERNAL,
@@ -139,95 +141,95 @@ impl MembershipError {
     }
 }
 
-/// What happened to others.
+/// An event from the other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MembershipEvent {
-    /// A peer told us something.
-    Told {
+    /// A message from a peer.
+    Message {
         /// The peer.
         from: u32,
-        /// The application's number for what it is about.
+        /// The application's topic number.
         topic: u16,
-        /// Opaque.
+        /// The opaque content.
         bytes: Vec<u8>,
     },
-    /// A peer has ended in order.
+    /// A peer has left in order.
     Left {
         /// The peer.
         process: u32,
     },
-    /// The session has ended; told once.
+    /// The session has ended; sent once.
     Ended(FirstCause),
 }
 
-/// What was refused since the start.
+/// Counters of rejected datagrams and control messages since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Datagrams and openings of another format.
     pub bad_format: u64,
-    /// Datagrams and openings made without the job's key.
+    /// Datagrams and openings with a wrong MAC.
     pub bad_mac: u64,
-    /// Datagrams seen before, or overtaken.
+    /// Duplicate or reordered datagrams.
     pub replays: u64,
     /// Datagrams and openings of another run with the same key.
     pub other_session: u64,
-    /// Datagrams and openings of an incarnation before this one.
+    /// Datagrams and openings of an older epoch.
     pub old_epoch: u64,
-    /// Datagrams and openings of an incarnation after this one; the first ends this process.
+    /// Datagrams and openings of a newer epoch; the first one ends this process.
     pub newer_epoch: u64,
-    /// Letters that make no sense.
+    /// Invalid control messages.
     pub garbled: u64,
 }
 
-/// What is known of a peer.
+/// Status of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerStatus {
-    /// Its number.
+    /// Number of the peer.
     pub process: u32,
-    /// It has ended in order.
+    /// True if it has left in order.
     pub left: bool,
-    /// The step that its last heartbeat told.
+    /// The step in its last heartbeat.
     pub step: u64,
-    /// `None` when it has left.
+    /// Its health; `None` if it has left.
     pub health: Option<PeerHealth>,
-    /// Time since its last heartbeat; `None` when it has left.
+    /// Time since its last heartbeat; `None` if it has left.
     pub silent: Option<Duration>,
 }
 
-/// What a membership starts from; most of it comes from the rendezvous.
+/// Configuration of a membership; the rendezvous supplies most of it.
 #[derive(Debug)]
 pub struct MembershipConfig {
-    /// This process's number.
+    /// Number of this process.
     pub process: u32,
-    /// Processes of the world, this one included.
+    /// Number of processes of the world, including this one.
     pub processes: u32,
-    /// The same for all incarnations of a run; tells it from other runs.
+    /// Id of the run; the same for all its incarnations.
     pub session: [u8; 16],
-    /// The incarnation: everything of an older one is refused.
+    /// The incarnation; messages of older ones are rejected.
     pub epoch: u64,
-    /// The job's secret. Keys for each use are derived from it.
+    /// The job's key. A separate key for each use is derived from it.
     pub key: [u8; 32],
-    /// Bound, see [`bind`].
+    /// The bound heartbeat socket, see [`bind`].
     pub heartbeat: UdpSocket,
-    /// Where the peers' heartbeat sockets are bound.
+    /// Addresses of the peers' heartbeat sockets.
     pub addresses: BTreeMap<u32, SocketAddr>,
-    /// An authenticated connection to each peer, for control only.
-    pub links: BTreeMap<u32, Connection>,
+    /// An authenticated connection to each peer, only for control.
+    pub connections: BTreeMap<u32, Connection>,
     /// Time between heartbeats.
-    pub every: Duration,
-    /// Silence after which a peer is lost.
+    pub interval: Duration,
+    /// Time without heartbeats after which a peer is lost.
     pub deadline: Duration,
-    /// Time that better causes may take to arrive after the first symptom.
+    /// Time after the first symptom in which better causes may arrive.
     pub grace: Duration,
-    /// How long peers may take to join.
+    /// Timeout for peers to join.
     pub join_within: Duration,
-    /// Limit for peers that send heartbeats.
+    /// Timeout for peers that send heartbeats but have not joined.
     pub join_at_most: Duration,
 }
 
 impl MembershipConfig {
-    /// The default times: a heartbeat each 250 ms, lost after 4 s, 500 ms of grace, 30 s to join. A world of one process
-    /// until addresses and links are given.
+    /// Creates a configuration with the default times: a heartbeat every 250 ms, a deadline of 4 s, a grace time of 500
+    /// ms, 30 s to join. Addresses and connections are empty.
     pub fn new(
         process: u32,
         processes: u32,
@@ -244,8 +246,8 @@ impl MembershipConfig {
             key,
             heartbeat,
             addresses: BTreeMap::new(),
-            links: BTreeMap::new(),
-            every: Duration::from_millis(250),
+            connections: BTreeMap::new(),
+            interval: Duration::from_millis(250),
             deadline: Duration::from_secs(4),
             grace: Duration::from_millis(500),
             join_within: Duration::from_secs(30),
@@ -255,146 +257,147 @@ impl MembershipConfig {
 
     fn check(&self) -> Result<(), MembershipError> {
         let Self { process, processes, .. } = *self;
-        let wrong = |what: String| Err(MembershipError::Config { process, processes, what });
+        let wrong = |problem: String| Err(MembershipError::Config { process, processes, problem });
         if process >= processes {
             return wrong(format!("processes are numbered 0 to {}", i64::from(processes) - 1));
         }
         let peers = || (0..processes).filter(|p| *p != process);
         if !self.addresses.keys().copied().eq(peers()) {
-            return wrong(format!("heartbeat addresses of {:?}, needed of all peers", self.addresses.keys()));
+            return wrong(format!("heartbeat addresses of {:?}, expected one per peer", self.addresses.keys()));
         }
-        if !self.links.keys().copied().eq(peers()) {
-            return wrong(format!("control connections to {:?}, needed to all peers", self.links.keys()));
+        if !self.connections.keys().copied().eq(peers()) {
+            return wrong(format!("control connections to {:?}, expected one per peer", self.connections.keys()));
         }
-        if self.every.is_zero() || self.deadline < 4 * self.every {
-            let (every, deadline) = (self.every, self.deadline);
+        if self.interval.is_zero() || self.deadline < 4 * self.interval {
+            let (interval, deadline) = (self.interval, self.deadline);
             return wrong(format!(
-                "a deadline of {deadline:?} for a heartbeat each {every:?}: give it 4 beats or more"
+                "a deadline of {deadline:?} with a heartbeat every {interval:?}: the deadline must be at least 4 intervals"
             ));
         }
         Ok(())
     }
 }
 
-/// A socket for heartbeats at this address of the node; port 0 lets the system choose one.
+/// Binds a heartbeat socket to an address of this node; with port 0 the system chooses a port.
 ///
 /// # Errors
-/// When the address is not there.
+/// If the address cannot be bound.
 pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::bind(address)
 }
 
-/// This process's part in the session.
+/// The membership of this process in the session.
 ///
-/// Dropping it ends it within a second, even with frozen peers; without [`Membership::leave`] that is a failure, which peers
-/// are told.
+/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure, which
+/// is reported to peers.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
     notices: Receiver<MembershipEvent>,
-    // In the order in which they end.
-    heartbeat: Option<heartbeat::Heartbeat>,
-    control: Option<control::Control>,
+    // Dropped in this order.
+    heartbeat: Option<heartbeat::HeartbeatThread>,
+    control: Option<control::ControlThread>,
 }
 
 impl Membership {
-    /// Joins: blocks until all peers have.
+    /// Joins the session; blocks until all peers have joined.
     ///
     /// # Errors
-    /// [`MembershipError::Config`], [`MembershipError::Io`], which peers are [`MembershipError::Missing`] or
-    /// [`MembershipError::Refused`], or [`MembershipError::Ended`] when a peer failed meanwhile.
+    /// [`MembershipError::Config`], [`MembershipError::Io`], [`MembershipError::Missing`] and
+    /// [`MembershipError::Refused`] with the peers, or [`MembershipError::Ended`] if a peer failed during the start.
     pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
         config.check()?;
         let MembershipConfig { process, processes, session, epoch, key, .. } = config;
-        // Kept free: one `Left` of each peer, and `Ended`.
+        // Extra room for one `Left` of each peer and for `Ended`.
         let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
         let shared = Arc::new(Shared::new(process, processes, epoch, config.grace, sender));
         let codec = Codec::new(&key, session, epoch, processes);
         let addresses = config.addresses.into_values().collect();
-        // Beats before it is connected: peers that are ready sooner already watch it.
-        let heartbeat = heartbeat::start(shared.clone(), codec, config.heartbeat, addresses, config.every);
-        let heartbeat = heartbeat.map_err(|source| MembershipError::Io { what: "start heartbeats", source })?;
-        let control = control::start(shared.clone(), config.links, session, &key)?;
-        // From here on a failure ends both threads.
+        // Heartbeats start before the connections: peers that are ready earlier already monitor this process.
+        let heartbeat = heartbeat::start(shared.clone(), codec, config.heartbeat, addresses, config.interval);
+        let heartbeat = heartbeat.map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
+        let control = control::start(shared.clone(), config.connections, session, &key)?;
+        // From here on, dropping `membership` ends both threads.
         let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };
         if let Err(error) = shared.wait_for_peers(config.join_within, config.join_at_most, config.deadline) {
-            // Those that did connect are told why we give up.
+            // Reports the reason to the peers that have connected.
             shared.fail(error.to_string(), error.exit());
             return Err(error);
         }
         Ok(membership)
     }
 
-    /// What happens to others, in order for each peer. Take them: a peer's messages that nobody takes end the session.
+    /// Receives events, in order per peer. The application must read them: unread messages beyond a limit end the
+    /// session.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
 
-    /// Tells a peer something of at most [`MESSAGE_BYTES_MAX`] bytes; it arrives after what it was told before. Returns at
-    /// once: Ok means that it is under way.
+    /// Sends a peer a message of at most [`MESSAGE_BYTES_MAX`] bytes. Messages to one peer arrive in order. Returns
+    /// without waiting for delivery.
     ///
     /// # Errors
-    /// [`MembershipError::TooLarge`], [`MembershipError::NoPeer`], [`MembershipError::Backlog`] when the peer does not take
-    /// what it was told, [`MembershipError::Gone`], [`MembershipError::Ended`], [`MembershipError::Left`].
-    pub fn tell(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
-        self.shared.tell(to, topic, bytes)
+    /// [`MembershipError::TooLarge`], [`MembershipError::NoPeer`], [`MembershipError::Backlog`] if the peer does not
+    /// process its messages, [`MembershipError::Gone`], [`MembershipError::Ended`], [`MembershipError::Left`].
+    pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
+        self.shared.send(to, topic, bytes)
     }
 
-    /// Tells all peers the same; those after the first error are not told.
+    /// Sends a message to all peers; stops at the first error.
     ///
     /// # Errors
-    /// As [`Membership::tell`].
-    pub fn tell_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
+    /// Those of [`Membership::send`].
+    pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
         let peers = (0..self.shared.processes).filter(|p| *p != self.shared.own);
-        peers.into_iter().try_for_each(|to| self.tell(to, topic, bytes.to_vec()))
+        peers.into_iter().try_for_each(|to| self.send(to, topic, bytes.to_vec()))
     }
 
-    /// This process failed by itself: the session ends everywhere. Errors that a lost peer led to belong in
-    /// [`Membership::suspect`], or this process would be named for them.
+    /// Reports a failure of this process and ends the session. Report errors that a lost peer caused with
+    /// [`Membership::suspect`] instead; otherwise this process becomes the first cause.
     pub fn fail(&self, cause: impl Into<String>, exit: u8) {
         self.shared.fail(cause.into(), exit);
     }
 
-    /// Something that a peer should have done did not happen (a data connection broke): the session ends, and the peer is
-    /// named, unless a better cause arrives within the grace window.
+    /// Reports a symptom of a lost peer, such as a broken data connection. The session ends with that peer as the
+    /// cause, unless a better cause arrives within the grace window.
     pub fn suspect(&self, process: u32, cause: impl Into<String>) {
         self.shared.suspect(process, cause.into());
     }
 
-    /// What the session ended for.
+    /// The first cause, if the session has ended.
     pub fn first_cause(&self) -> Option<FirstCause> {
         self.shared.first_cause()
     }
 
-    /// Heartbeats tell this step from now on.
+    /// Sets the step in this process's heartbeats.
     pub fn set_step(&self, step: u64) {
         self.shared.set_step(step);
     }
 
-    /// What is known of each peer.
+    /// Returns the status of each peer.
     pub fn peers(&self) -> Vec<PeerStatus> {
         self.shared.peers()
     }
 
-    /// What was refused since the start.
+    /// Returns the counters of rejected datagrams and control messages.
     pub fn counters(&self) -> Counters {
         self.shared.counters()
     }
 
-    /// Ends in order, when all work of this process is done. Waits a second at most for peers to have all that they were
-    /// told; false when one did not answer. Peers that fail from now on do not matter to this process.
+    /// Leaves the session in order, after all work of this process. Waits at most a second until peers have received
+    /// all messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
-        self.shared.settle(LEAVE_TIMEOUT)
+        self.shared.wait_for_delivery(LEAVE_TIMEOUT)
     }
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        if !self.shared.is_over() {
+        if !self.shared.has_ended() {
             self.shared.fail("it ended without leaving the session: see its log".into(), exit::INTERNAL);
         }
-        self.shared.settle(DROP_TIMEOUT);
+        self.shared.wait_for_delivery(DROP_TIMEOUT);
         drop(self.heartbeat.take());
         drop(self.control.take());
     }

@@ -1,4 +1,4 @@
-//! What a shard's mailbox carries.
+//! The messages in a shard's mailbox.
 
 use crossbeam_channel::Sender;
 use shardflow_kernels::clock::RaceClock;
@@ -7,22 +7,22 @@ use shardflow_kernels::error::KernelError;
 use crate::protocol::ProtocolEvent;
 use crate::snapshot::ActorSnapshot;
 
-/// One entry of a mailbox. Within a process only; what other actors send is the event's [`crate::protocol::Message`], ids
-/// and slots.
+/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`],
+/// which holds ids and slots.
 #[derive(Debug)]
 pub(crate) enum Cast {
-    /// Something for the protocol.
+    /// An event for the protocol.
     Event(ProtocolEvent),
     /// The firing in flight failed.
     Failed(KernelError),
-    /// Answer with the state, and what had happened then.
+    /// Requests the actor's state, with the race clock at that time.
     Snapshot(Sender<(ActorSnapshot, RaceClock)>),
-    /// A bug in the actor itself.
+    /// Makes the actor panic.
     #[cfg(test)]
     Panic,
 }
 
-/// What travels: an entry, and what its sender knew to have happened.
+/// A mailbox entry with the sender's race clock.
 #[derive(Debug)]
 pub(crate) struct Mail {
     pub(crate) cast: Cast,

@@ -1,4 +1,4 @@
-//! Plans of plain pipelines, as schedules are studied on paper: `p` stages, `m` micro-batches, forward and backward.
+//! Plans of plain pipelines for the study of schedules: `p` stages, `m` micro-batches, forward and backward.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use crate::credits::boundary_slots;
 use crate::simulate::Timing;
 use crate::spec::{Firing, RegisterReader, Spec};
 
-/// Which of forward and backward goes first where both can.
+/// Whether forward or backward fires first when both are ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PipelineSchedule {
     /// All forwards before any backward. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
@@ -21,16 +21,17 @@ pub enum PipelineSchedule {
 pub struct Pipeline {
     /// Micro-batches in a step.
     pub micro_batches: u32,
-    /// Slots of each stage's stash: micro-batches between their forward and their backward there.
+    /// Slots of each stage's stash: the maximum number of micro-batches between their forward and backward on that
+    /// stage.
     pub credits: Vec<u32>,
-    /// What goes first.
+    /// The schedule.
     pub schedule: PipelineSchedule,
-    /// True for a list emitted in advance, false for firing by credit.
+    /// True for a precomputed list, false for firing by credit.
     pub ordered: bool,
 }
 
 impl Pipeline {
-    /// The plan: actor `s` is stage `s`, on device `s`, with actions `forward` (0) and `backward` (1).
+    /// Builds the plan: actor `s` is stage `s`, on device `s`, with actions `forward` (0) and `backward` (1).
     pub fn build(&self) -> Spec {
         let (m, p) = (self.micro_batches, self.credits.len());
         let mut b = Builder::new();
@@ -65,8 +66,8 @@ impl Pipeline {
     }
 }
 
-/// `warm_up` forwards, then backward and forward in turns, then the backwards that are left; forward is action 0 and
-/// backward 1. With `warm_up == micro_batches` it is GPipe's order.
+/// Returns `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards. Forward is action
+/// 0, backward is action 1. With `warm_up == micro_batches` this is GPipe's order.
 pub fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
     let mut list = vec![0; warm_up as usize];
     for _ in warm_up..micro_batches {
@@ -76,7 +77,7 @@ pub fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
     list
 }
 
-/// The same durations on every stage.
+/// A timing with the same durations on every stage.
 pub fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64) -> Timing {
     Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks, hop_ticks_of: HashMap::new() }
 }

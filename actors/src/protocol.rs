@@ -1,17 +1,18 @@
-//! The register protocol of one actor: a pure state machine from events to effects. The shell, the simulator and the tests
-//! run this one code.
+//! The register protocol of one actor: a pure state machine from events to effects. The shell, the simulator and the
+//! tests share this code.
 //!
-//! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece` of each
-//! output (one later for an `initial` register, whose piece 0 is there from the start). So all state is a few counters, and
-//! no event allocates.
+//! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece`
+//! of each output (one later for an `initial` register, whose piece 0 exists from the start). So the state is a few
+//! counters, and events do not allocate.
 //!
 //! - **CR-1**, **CR-2**: see [`crate::register`].
 //! - **CR-3**: a reader never has more unread pieces than the register has slots; this bounds every queue of messages.
-//! - **CR-4**: pieces reach each reader, and come back from it, in order, each once, in slot `piece mod slots`.
+//! - **CR-4**: pieces reach each reader, and each reader releases them, in order, each once, in slot `piece mod slots`.
 //! - **CR-5**: at most one firing of an actor is in flight.
-//! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <= published`; what
-//!   lies between are messages under way.
-//! - **CR-7** (across actors): what a firing reads does not change while it is in flight. The simulator checks it on data.
+//! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <=
+//!   published`; the differences are messages in transit.
+//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight. The simulator checks this on
+//!   data.
 
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ use crate::spec::{ActorId, Firing, RegisterId, RegisterReader, Spec};
 mod waiting;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
-/// What actors tell each other: ids and slots, never addresses.
+/// A message between actors: ids and slots, never addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
     /// From the producer: a piece can be read.
@@ -31,27 +32,27 @@ pub enum Message {
         register: RegisterId,
         /// Index in the register's readers.
         reader: u32,
-        /// Where the piece lies.
+        /// The slot of the piece.
         slot: u32,
-        /// Its number.
+        /// Number of the piece.
         piece: u64,
     },
-    /// From a reader: it has done with a piece.
+    /// From a reader: it no longer needs a piece.
     Released {
         /// The register.
         register: RegisterId,
         /// Index in the register's readers.
         reader: u32,
-        /// Where the piece lies.
+        /// The slot of the piece.
         slot: u32,
-        /// Its number.
+        /// Number of the piece.
         piece: u64,
     },
 }
 
 impl Message {
-    /// Who sends it, and to whom; `None` for a register or a reader that the plan does not have.
-    pub fn ends(&self, spec: &Spec) -> Option<(ActorId, ActorId)> {
+    /// The sender and the receiver; `None` for a register or reader that the plan does not have.
+    pub fn route(&self, spec: &Spec) -> Option<(ActorId, ActorId)> {
         let (Self::Filled { register, reader, .. } | Self::Released { register, reader, .. }) = self;
         let register = spec.registers.get(register.0 as usize)?;
         let reader = register.readers.get(*reader as usize)?.actor;
@@ -62,14 +63,14 @@ impl Message {
     }
 }
 
-/// What happens to an actor.
+/// The input of an actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProtocolEvent {
-    /// The session has started; firings may begin.
+    /// The session has started; the actor may fire.
     Start,
-    /// Another actor says something.
+    /// A message from another actor.
     Message(Message),
-    /// The firing in flight has written an early output for good.
+    /// The firing in flight has finished writing an early output.
     Signal {
         /// Index of the action.
         action: u32,
@@ -81,16 +82,16 @@ pub enum ProtocolEvent {
         /// Index of the action.
         action: u32,
     },
-    /// The host lets an external action fire `count` times more.
+    /// The host allows `count` more firings of an external action.
     Token {
         /// Index of the action.
         action: u32,
-        /// How many.
+        /// Number of tokens.
         count: u32,
     },
 }
 
-/// What an actor wants done.
+/// The output of an actor: an operation that the caller executes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Launch a firing; its slots are [`Protocol::input_slot`] and [`Protocol::output_slot`].
@@ -100,11 +101,11 @@ pub enum Effect {
         /// Counted from 0.
         firing: u64,
     },
-    /// Tell another actor. Order between the same two actors must be kept.
+    /// Send a message. Messages between the same two actors must keep their order.
     Send {
-        /// Whom.
+        /// The receiver.
         to: ActorId,
-        /// What.
+        /// The message.
         message: Message,
     },
 }
@@ -118,19 +119,19 @@ pub struct Protocol {
     in_flight: Option<u32>,
     actions: Box<[ActionState]>,
     rings: Box<[SlotRing]>,
-    /// Sorted; position = index in `rings`.
+    /// Sorted; the position is the index in `rings`.
     produced: Box<[RegisterId]>,
     /// Sorted.
     reading: Box<[Reading]>,
     firing: FiringState,
 }
 
-/// Where a message from a producer belongs: `(register, reader) -> (action, input port)`.
+/// Routing of a producer's message: `(register, reader) -> (action, input port)`.
 type Reading = ((RegisterId, u32), (u32, u32));
 
 #[derive(Clone, Debug)]
 struct ActionState {
-    /// Firings launched.
+    /// Number of launched firings.
     fired: u64,
     external: bool,
     tokens: u64,
@@ -145,7 +146,7 @@ struct InPort {
     producer: ActorId,
     slots: u32,
     firings_per_piece: u64,
-    /// Pieces filled so far, the initial one included.
+    /// Number of filled pieces, including the initial one.
     filled: u64,
 }
 
@@ -163,7 +164,7 @@ struct OutPort {
 enum FiringState {
     /// Action indices, by priority.
     Credit(Box<[u32]>),
-    /// The list and the position of the next firing in it.
+    /// The list, and the position of the next firing in it.
     Ordered(Box<[u32]>, usize),
 }
 
@@ -184,10 +185,10 @@ impl OutPort {
 }
 
 impl Protocol {
-    /// The actor before [`Event::Start`].
+    /// Creates the actor's state before [`ProtocolEvent::Start`].
     ///
     /// # Panics
-    /// On a plan that [`crate::check::check`] refuses, or an id outside it.
+    /// If [`crate::check::check`] rejects the plan, or the plan has no such actor.
     pub fn new(spec: &Arc<Spec>, me: ActorId) -> Self {
         let own = &spec.actors[me.0 as usize];
         let mut produced: Vec<_> = own.actions.iter().flat_map(|a| &a.outputs).map(|o| o.register).collect();
@@ -211,14 +212,14 @@ impl Protocol {
                     }
                 };
                 let inputs = action.inputs.iter().enumerate().map(port).collect();
-                let out = |o: &crate::spec::OutputSpec| OutPort {
+                let output = |o: &crate::spec::OutputSpec| OutPort {
                     register: o.register,
                     ring: produced.binary_search(&o.register).expect("collected above"),
                     firings_per_piece: o.firings_per_piece.into(),
                     early: o.early,
                     first_piece: spec.registers[o.register.0 as usize].initial.into(),
                 };
-                let outputs = action.outputs.iter().map(out).collect();
+                let outputs = action.outputs.iter().map(output).collect();
                 ActionState { fired: 0, external: action.external, tokens: 0, inputs, outputs }
             })
             .collect();
@@ -235,20 +236,21 @@ impl Protocol {
         Self { spec, me, started: false, in_flight: None, actions, rings, produced, reading, firing }
     }
 
-    /// [`Protocol::apply`], then [`Protocol::fire`].
+    /// Calls [`Protocol::apply`], then [`Protocol::fire`].
     ///
     /// # Errors
-    /// As `apply`.
+    /// Those of `apply`.
     pub fn handle(&mut self, event: ProtocolEvent, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         self.apply(event, effects)?;
         self.fire(effects);
         Ok(())
     }
 
-    /// Takes an event in without beginning a firing, so that several can be taken in before the next is chosen.
+    /// Processes an event without launching a firing, so that the caller can apply several events before the next
+    /// choice.
     ///
     /// # Errors
-    /// An event that no correct peer sends. The state is then unspecified, and the session has to end.
+    /// An event that no correct peer sends. The state is then unspecified, and the session must end.
     pub fn apply(&mut self, event: ProtocolEvent, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         match event {
             ProtocolEvent::Start => self.started = true,
@@ -290,13 +292,13 @@ impl Protocol {
 
     fn choose(&self) -> Option<u32> {
         match &self.firing {
-            FiringState::Credit(order) => order.iter().copied().find(|&a| self.ready(a)),
-            FiringState::Ordered(list, next) => list.get(*next).copied().filter(|&a| self.ready(a)),
+            FiringState::Credit(order) => order.iter().copied().find(|&a| self.is_ready(a)),
+            FiringState::Ordered(list, next) => list.get(*next).copied().filter(|&a| self.is_ready(a)),
         }
     }
 
-    /// Inputs, credits and tokens for an action's next firing are all there.
-    fn ready(&self, action: u32) -> bool {
+    /// True if inputs, credits and tokens for an action's next firing are available.
+    fn is_ready(&self, action: u32) -> bool {
         let state = &self.actions[action as usize];
         let firing = state.fired;
         (!state.external || state.tokens > 0)
@@ -305,10 +307,10 @@ impl Protocol {
     }
 
     fn filled(&mut self, register: RegisterId, reader: u32, slot: u32, piece: u64) -> Result<(), ProtocolError> {
-        let Ok(found) = self.reading.binary_search_by_key(&(register, reader), |r| r.0) else {
+        let Ok(index) = self.reading.binary_search_by_key(&(register, reader), |r| r.0) else {
             return Err(self.misrouted(register, reader));
         };
-        let (action, port) = self.reading[found].1;
+        let (action, port) = self.reading[index].1;
         let done = self.completed(action);
         let input = &mut self.actions[action as usize].inputs[port as usize];
         if piece != input.filled {
@@ -357,9 +359,9 @@ impl Protocol {
         }
         let state = &self.actions[action as usize];
         let firing = state.fired - 1;
-        let unexpected = |why| {
+        let unexpected = |reason| {
             let action = self.spec.action_name(self.me, action);
-            Err(ProtocolError::UnexpectedSignal { action, output, why })
+            Err(ProtocolError::UnexpectedSignal { action, output, reason })
         };
         let Some(port) = state.outputs.get(output as usize).filter(|o| o.early) else {
             return unexpected("not an early output");
@@ -369,7 +371,7 @@ impl Protocol {
             return Ok(());
         }
         if self.rings[port.ring].published() > port.piece(firing) {
-            return unexpected("published already");
+            return unexpected("already published");
         }
         self.publish(action, output as usize, effects);
         Ok(())
@@ -412,7 +414,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Fills the slot of an output for all readers; those in this actor see it at once.
+    /// Publishes the slot of an output to all readers; readers in this actor see it at once.
     fn publish(&mut self, action: u32, port: usize, effects: &mut Vec<Effect>) {
         let output = &self.actions[action as usize].outputs[port];
         let register = output.register;
@@ -426,7 +428,7 @@ impl Protocol {
                 continue;
             }
             let inputs = &mut self.actions[reader.action as usize].inputs;
-            let input = inputs.iter_mut().find(|i| i.register == register).expect("checked: reads it");
+            let input = inputs.iter_mut().find(|i| i.register == register).expect("checked: has the port");
             input.filled += 1;
         }
     }
@@ -445,20 +447,20 @@ impl Protocol {
         ProtocolError::Misrouted { actor: self.name().into(), register, reader }
     }
 
-    fn not_in_flight(&self, action: u32, what: String) -> ProtocolError {
-        ProtocolError::NotInFlight { actor: self.name().into(), action, what, in_flight: self.in_flight }
+    fn not_in_flight(&self, action: u32, event: String) -> ProtocolError {
+        ProtocolError::NotInFlight { actor: self.name().into(), action, event, in_flight: self.in_flight }
     }
 
     fn name(&self) -> &str {
         &self.spec.actors[self.me.0 as usize].name
     }
 
-    /// Firings of an action that have ended.
+    /// Number of ended firings of an action.
     pub fn completed(&self, action: u32) -> u64 {
         self.fired(action) - u64::from(self.in_flight == Some(action))
     }
 
-    /// Firings of an action that have begun.
+    /// Number of begun firings of an action.
     pub fn fired(&self, action: u32) -> u64 {
         self.actions[action as usize].fired
     }
@@ -485,36 +487,36 @@ impl Protocol {
         self.actions[action as usize].outputs[port].register
     }
 
-    /// True when an earlier firing has written that slot's piece already, so that this one adds to it.
+    /// True if an earlier firing has already written that slot's piece, so that this one accumulates into it.
     pub fn repeats(&self, action: u32, port: usize, firing: u64) -> bool {
         !self.actions[action as usize].outputs[port].begins(firing)
     }
 
-    /// True when this firing is the last to write that slot's piece.
+    /// True if this firing is the last one that writes that slot's piece.
     pub fn completes(&self, action: u32, port: usize, firing: u64) -> bool {
         self.actions[action as usize].outputs[port].completes(firing)
     }
 
-    /// The rings of the registers that this actor produces.
+    /// The slot rings of the registers that this actor produces.
     pub fn rings(&self) -> impl Iterator<Item = (RegisterId, &SlotRing)> {
         self.produced.iter().copied().zip(&self.rings)
     }
 
-    /// The ring of a register that this actor produces.
+    /// The slot ring of a register that this actor produces.
     pub fn ring(&self, register: RegisterId) -> Option<&SlotRing> {
         self.produced.binary_search(&register).ok().map(|r| &self.rings[r])
     }
 
-    /// `(pieces filled, pieces released)` at an input port, as this actor counts them.
+    /// `(filled, released)` pieces at an input port, as counted by this actor.
     pub fn input_pieces(&self, action: u32, port: usize) -> (u64, u64) {
         let input = &self.actions[action as usize].inputs[port];
         (input.filled, self.completed(action) / input.firings_per_piece)
     }
 
-    /// CR-1, CR-2, CR-3 and CR-5 for this actor.
+    /// Checks CR-1, CR-2, CR-3 and CR-5 for this actor.
     ///
     /// # Errors
-    /// The first that does not hold.
+    /// The first violated invariant.
     pub fn check(&self) -> Result<(), ProtocolError> {
         for (register, ring) in self.rings() {
             ring.check(&self.spec.registers[register.0 as usize].name)?;
@@ -531,16 +533,16 @@ impl Protocol {
                 }
             }
         }
-        // CR-5: what is held open by this actor belongs to the one firing in flight, or to an accumulation.
+        // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
         let writing = |o: &OutPort, fired: u64| o.piece(fired) > self.rings[o.ring].published();
         for (index, action) in self.actions.iter().enumerate() {
-            let settled = self.completed(index as u32);
-            for output in action.outputs.iter().filter(|o| o.begins(settled)) {
-                if writing(output, settled) && self.in_flight != Some(index as u32) {
+            let ended = self.completed(index as u32);
+            for output in action.outputs.iter().filter(|o| o.begins(ended)) {
+                if writing(output, ended) && self.in_flight != Some(index as u32) {
                     return Err(ProtocolError::Invariant {
                         label: "CR-5",
                         at: self.spec.action_name(self.me, index as u32),
-                        numbers: format!("{settled} firings ended, piece {} unpublished", output.piece(settled) - 1),
+                        numbers: format!("{ended} firings ended, piece {} unpublished", output.piece(ended) - 1),
                     });
                 }
             }
@@ -548,9 +550,9 @@ impl Protocol {
         Ok(())
     }
 
-    /// A seeded fault for the tests: every ring believes in one slot too many.
+    /// Fault injection for tests: adds one credit too many to every ring.
     #[cfg(test)]
-    pub(crate) fn overdraw(&mut self) {
+    pub(crate) fn add_surplus_credit(&mut self) {
         self.rings.iter_mut().for_each(|r| r.surplus = 1);
     }
 }

@@ -1,30 +1,31 @@
-//! The slot ring of one register, as its producer sees it.
+//! The slots of one register, as its producer counts them.
 //!
-//! A slot goes `Free -> Writing -> Filled(readers left) -> Free`. Pieces are numbered, every reader takes them in order, and
-//! piece `n` lies in slot `n mod slots`; so the state of every slot follows from a few counters, and nothing is queued.
+//! A slot changes `Free -> Writing -> Filled(readers left) -> Free`. Pieces are numbered, every reader reads them in
+//! order, and piece `n` lies in slot `n mod slots`. So a few counters determine the state of every slot, and no queue
+//! is needed.
 //!
-//! - **CR-1**: `freed <= released[reader] <= published <= acquired <= published + 1`: a slot is written by one firing at a
-//!   time, published once, and released once by each reader.
+//! - **CR-1**: `freed <= released[reader] <= published <= acquired <= published + 1`: one piece at a time is written,
+//!   each piece is published once, and each reader releases it once.
 //! - **CR-2**: slots held + slots free == credits, that is `acquired - freed <= slots`.
 
 use crate::error::ProtocolError;
 use crate::spec::RegisterSpec;
 
-/// What a slot is doing.
+/// The state of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotState {
-    /// A credit of the producer.
+    /// Available to the producer as a credit.
     Free,
-    /// The producer's current firing, or the firings that accumulate into it, write it.
+    /// The producer's current firing, or a series of accumulating firings, writes it.
     Writing,
-    /// Published; this many readers have yet to release it.
+    /// Published; some readers have not released it.
     Filled {
-        /// At least 1.
+        /// Number of these readers, at least 1.
         readers_left: u32,
     },
 }
 
-/// Counters of one register, kept by its producer. All count pieces since the start.
+/// The producer's counters of one register. All count pieces since the start.
 #[derive(Clone, Debug)]
 pub struct SlotRing {
     slots: u32,
@@ -32,16 +33,16 @@ pub struct SlotRing {
     published: u64,
     /// By index in the register's readers.
     released: Box<[u64]>,
-    /// The least of `released`.
+    /// The minimum of `released`.
     freed: u64,
     peak: u32,
-    /// A seeded fault: credits beyond the slots.
+    /// Fault injection: credits beyond the slots.
     #[cfg(test)]
     pub(crate) surplus: u32,
 }
 
 impl SlotRing {
-    /// The ring before anything fires; an `initial` register has piece 0 published.
+    /// The ring before any firing; piece 0 of an `initial` register is published.
     pub fn new(spec: &RegisterSpec) -> Self {
         let first = u64::from(spec.initial);
         let mut ring = Self {
@@ -59,12 +60,12 @@ impl SlotRing {
         ring
     }
 
-    /// Slots that are written or filled.
+    /// Number of slots that are being written or are filled.
     pub fn held(&self) -> u32 {
         (self.acquired - self.freed) as u32
     }
 
-    /// Slots that a firing may acquire: the credits left.
+    /// Number of slots that a firing may acquire: the remaining credits.
     pub fn free(&self) -> u32 {
         #[cfg(test)]
         let slots = self.slots + self.surplus;
@@ -78,22 +79,22 @@ impl SlotRing {
         self.slots
     }
 
-    /// Most slots that were held at once.
+    /// Maximum number of slots held at once.
     pub fn peak(&self) -> u32 {
         self.peak
     }
 
-    /// Pieces published.
+    /// Number of published pieces.
     pub fn published(&self) -> u64 {
         self.published
     }
 
-    /// Pieces that a reader has released, as far as the producer knows.
+    /// Number of pieces that a reader has released, as far as the producer knows.
     pub fn released(&self, reader: usize) -> u64 {
         self.released[reader]
     }
 
-    /// The same of all readers.
+    /// [`SlotRing::released`] of all readers, by index.
     pub fn all_released(&self) -> &[u64] {
         &self.released
     }
@@ -103,7 +104,7 @@ impl SlotRing {
         (piece % u64::from(self.slots)) as u32
     }
 
-    /// State of a slot, from the counters.
+    /// The state of a slot, derived from the counters.
     pub fn state(&self, slot: u32) -> SlotState {
         let Some(piece) = (self.freed..self.acquired).find(|&p| self.slot_of(p) == slot) else {
             return SlotState::Free;
@@ -114,20 +115,21 @@ impl SlotRing {
         SlotState::Filled { readers_left: self.released.iter().filter(|&&r| r <= piece).count() as u32 }
     }
 
-    /// `Free -> Writing`: spends a credit for the next piece. The caller has seen that one is [`SlotRing::free`].
+    /// `Free -> Writing`: uses a credit for the next piece. The caller has checked [`SlotRing::free`].
     pub(crate) fn acquire(&mut self) {
         self.acquired += 1;
         self.peak = self.peak.max(self.held());
     }
 
-    /// `Writing -> Filled`, or straight to `Free` when nobody reads. Returns the piece.
+    /// `Writing -> Filled`, or directly to `Free` without readers. Returns the piece.
     pub(crate) fn publish(&mut self) -> u64 {
         self.published += 1;
         self.refresh_freed();
         self.published - 1
     }
 
-    /// One reader lets its oldest piece go; the slot becomes `Free` with the last. The caller has checked the piece.
+    /// Releases a reader's oldest piece; the slot becomes `Free` with the last reader. The caller has checked the
+    /// piece.
     pub(crate) fn release(&mut self, reader: usize) {
         self.released[reader] += 1;
         self.refresh_freed();
@@ -137,12 +139,12 @@ impl SlotRing {
         self.freed = self.released.iter().copied().min().unwrap_or(self.published);
     }
 
-    /// CR-1 and CR-2.
+    /// Checks CR-1 and CR-2.
     ///
     /// # Errors
-    /// The invariant that does not hold, with the counters.
+    /// The violated invariant with the counters.
     pub fn check(&self, name: &str) -> Result<(), ProtocolError> {
-        let broken = |label| ProtocolError::Invariant {
+        let violated = |label| ProtocolError::Invariant {
             label,
             at: format!("register '{name}'"),
             numbers: format!(
@@ -153,10 +155,10 @@ impl SlotRing {
         let published_once = self.published <= self.acquired && self.acquired <= self.published + 1;
         let released_once = self.released.iter().all(|&r| self.freed <= r && r <= self.published);
         if !(published_once && released_once) {
-            return Err(broken("CR-1"));
+            return Err(violated("CR-1"));
         }
         if self.acquired - self.freed > u64::from(self.slots) {
-            return Err(broken("CR-2"));
+            return Err(violated("CR-2"));
         }
         Ok(())
     }

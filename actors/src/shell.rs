@@ -1,4 +1,4 @@
-//! Runs a loaded plan: one thread for each device hosts its actors.
+//! Runs a loaded plan: one thread per device runs that device's actors.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -30,64 +30,64 @@ mod shard;
 
 use shard::{Shard, ShardActor};
 
-/// What one action launches.
+/// The program that one action launches.
 #[derive(Clone, Debug)]
 pub struct ActionProgram {
-    /// Its signals' tags are the output ports that are `early`, each once.
+    /// The tags of its signals are the `early` output ports, each once.
     pub program: Arc<Program>,
-    /// The program's bases, in order.
+    /// Base addresses of the program, in order.
     pub bases: Vec<BaseRef>,
 }
 
-/// Where a base of a program lies.
+/// Where a program's base address points.
 #[derive(Clone, Debug)]
 pub enum BaseRef {
-    /// Always there: parameters' optimizer state, scratch memory.
+    /// Fixed memory, such as optimizer state and scratch memory.
     Fixed(Base),
-    /// The slot that the firing reads at this input port.
+    /// The slot that the firing reads through this input port.
     Input(usize),
-    /// The slot that the firing writes at this output port.
+    /// The slot that the firing writes through this output port.
     Output(usize),
 }
 
-/// Where a register's slots lie: slot `i` at `base.offset + i * stride`.
+/// Location of a register's slots: slot `i` starts at `base.offset + i * stride`.
 #[derive(Clone, Debug)]
 pub struct RegisterMemory {
-    /// Slot 0.
+    /// Start of slot 0.
     pub base: Base,
-    /// Bytes from one slot to the next.
+    /// Distance between slots in bytes.
     pub stride: usize,
 }
 
-/// What an actor of this process runs on.
+/// The stream and programs of one actor of this process.
 #[derive(Debug)]
 pub struct ActorHost {
-    /// Its own.
+    /// The actor's own stream.
     pub stream: Stream,
-    /// By action.
+    /// Programs by action index.
     pub programs: Vec<ActionProgram>,
 }
 
-/// A plan with all that this process's part of it runs on.
+/// A plan with the streams, programs and memory of this process's part.
 #[derive(Debug)]
 pub struct LoadedPlan {
     /// The whole plan.
     pub spec: Arc<Spec>,
-    /// The actors of this process: all, or those that no peer hosts.
+    /// The actors of this process: all that no peer hosts.
     pub hosted: BTreeMap<ActorId, ActorHost>,
-    /// The registers that they write or read. One that a peer produces lies in the peer's memory, mapped here, or in a
-    /// mirror that the peer fills.
+    /// Memory of the registers that these actors write or read. A register produced by a peer lies in the peer's mapped
+    /// memory or in a mirror that the peer fills.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
-    /// Aborted when the session fails.
+    /// The collective engine; aborted when the session fails.
     pub engine: Arc<dyn Collective>,
-    /// The other processes; none where this one hosts all actors.
+    /// The other processes; empty when this one hosts all actors.
     pub peers: Peers,
 }
 
-/// What a session leaves behind.
+/// The final state of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SessionSummary {
-    /// The last state of each actor.
+    /// The last snapshot of each actor.
     pub actors: Vec<ActorSnapshot>,
 }
 
@@ -96,32 +96,33 @@ pub struct SessionSummary {
 pub struct RunningSession {
     session: Arc<Session>,
     failures: Receiver<Failure>,
-    /// Tokens given so far, by actor and action, for the external ones.
-    given: Mutex<BTreeMap<(ActorId, u32), u64>>,
+    /// Tokens added so far, by external action.
+    tokens: Mutex<BTreeMap<(ActorId, u32), u64>>,
     watchdog: Arc<Mutex<Watchdog>>,
     options: WatchdogOptions,
     /// Dropping it ends the watchdog's thread.
-    watching: Option<Sender<()>>,
+    watchdog_stop: Option<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
     connections: Connections,
-    /// Refreshes so far.
+    /// Number of refreshes so far.
     rounds: u64,
 }
 
-/// Starts the actors of a loaded plan: [`prepare`] and [`RunningSession::begin`].
+/// Starts the actors of a loaded plan: calls [`prepare`] and [`RunningSession::begin`].
 ///
 /// # Errors
-/// Those of [`prepare`], and [`ActorError::Ended`] when a peer does not start its actors too.
+/// Those of [`prepare`], and [`ActorError::Ended`] when a peer does not start its actors.
 pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     let mut running = prepare(loaded, options)?;
     running.begin().map_err(|failure| ActorError::Ended { cause: failure.to_string() })?;
     Ok(running)
 }
 
-/// Makes the actors of a loaded plan and the threads of its connections. [`RunningSession::begin`] lets them fire.
+/// Creates the actors of a loaded plan and the threads of its connections. [`RunningSession::begin`] starts the actors.
 ///
 /// # Errors
-/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not fit, [`ActorError::Thread`] without threads.
+/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not match, [`ActorError::Thread`] when a thread
+/// cannot be started.
 pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     check(&loaded.spec)?;
     loaded::check(&loaded)?;
@@ -145,10 +146,10 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     });
     let mut running = RunningSession {
         failures,
-        given: Mutex::new(external.collect()),
+        tokens: Mutex::new(external.collect()),
         watchdog: Arc::new(Mutex::new(Watchdog::new(options.clone()))),
         options,
-        watching: None,
+        watchdog_stop: None,
         threads: Vec::new(),
         connections: Connections::default(),
         rounds: 0,
@@ -156,48 +157,48 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     };
     let actors = spawn(devices, &session, &mut running.threads)?;
     session.bus.connect(actors);
-    // Only now, so that a message of a peer finds its actor.
+    // Started last, so that a peer's message finds its actor.
     let connections = serve(&session, ends, &memory);
     running.connections = connections.map_err(|e| ActorError::Thread { device: 0, message: e.to_string() })?;
     if let Some(every) = running.options.check_every {
-        running.watch(every)?;
+        running.start_watchdog(every)?;
     }
     Ok(running)
 }
 
-/// Starts all actors, on a thread for each device; all or none.
+/// Starts all actors, on one thread per device; all or none.
 fn spawn(
     devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
     session: &Arc<Session>,
     threads: &mut Vec<JoinHandle<()>>,
 ) -> Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError> {
     let mut actors = Vec::new();
-    let mut fault = None;
+    let mut error = None;
     for (device, shards) in devices {
-        let started = host(device, shards, session).and_then(|(thread, started)| {
+        let started = start_device(device, shards, session).and_then(|(thread, started)| {
             threads.push(thread);
-            let lost = |_| ActorError::Thread { device, message: "it ended while starting".into() };
+            let lost = |_| ActorError::Thread { device, message: "the thread ended during startup".into() };
             started.recv().map_err(lost)?
         });
         match started {
             Ok(started) => actors.extend(started),
-            Err(e) => fault = Some(e),
+            Err(e) => error = Some(e),
         }
     }
-    match fault {
+    match error {
         None => Ok(actors),
-        Some(fault) => {
+        Some(error) => {
             // Their threads end with them.
             actors.iter().for_each(|a| a.1.stop(None));
-            Err(fault)
+            Err(error)
         }
     }
 }
 
 type Started = Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError>;
 
-/// Starts a device's thread, which runs its actors until all have stopped.
-fn host(
+/// Starts the thread of a device. It runs the device's actors until all have stopped.
+fn start_device(
     device: usize,
     shards: Vec<(ActorId, Shard)>,
     session: &Arc<Session>,
@@ -216,20 +217,20 @@ fn host(
         for (id, shard) in shards {
             match Actor::spawn_linked(None, ShardActor, shard, supervisor.0.get_cell()).await {
                 Ok((actor, end)) => {
-                    session.adopt(actor.get_id(), id);
+                    session.register_child(actor.get_id(), id);
                     refs.push((id, actor));
                     ends.push(end);
                 }
                 Err(e) => return drop(started.send(Err(failed(e.to_string())))),
             }
         }
-        // `start` waits for this, so the receiver is there.
+        // `spawn` waits for this message, so the receiver exists.
         let _ = started.send(Ok(refs));
         for end in ends.drain(1..) {
-            // An error is the panic that the supervisor has reported.
+            // An error is a panic, which the supervisor has reported.
             let _ = end.await;
         }
-        // Takes in the reports of the last actors before it ends, as `stop` would not.
+        // Processes the reports of the last actors first; `stop` would drop them.
         let _ = supervisor.0.drain();
         for end in ends {
             let _ = end.await;
@@ -241,11 +242,11 @@ fn host(
 }
 
 impl RunningSession {
-    /// Waits until all peers have come as far, for [`WatchdogOptions::wait_max`], and starts the actors. They fire as soon as
-    /// the host gives tokens.
+    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have called this too, then starts the actors. They
+    /// fire once the host adds tokens.
     ///
     /// # Errors
-    /// The first cause, if the session fails meanwhile; a peer that does not come.
+    /// The first cause, if the session fails during the wait; a peer that is not ready in time.
     pub fn begin(&mut self) -> Result<(), Failure> {
         self.refresh()?;
         for actor in self.session.streams.keys() {
@@ -254,22 +255,22 @@ impl RunningSession {
         Ok(())
     }
 
-    /// Lets an external action fire `tokens` times more.
+    /// Adds tokens to an external action, so that it can fire `tokens` more times.
     ///
     /// # Errors
     /// [`ActorError::NotExternal`], or [`ActorError::Ended`] with the first cause.
-    pub fn give(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), ActorError> {
+    pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), ActorError> {
         if let Some(failure) = self.session.first_failure() {
             return Err(ActorError::Ended { cause: failure.to_string() });
         }
-        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(count) = given.get_mut(&(actor, action)) else {
+        let mut all = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(count) = all.get_mut(&(actor, action)) else {
             return Err(ActorError::NotExternal { actor, action });
         };
         *count += u64::from(tokens);
-        let (whole, begun) = steps(&self.session.spec, &given);
+        let (whole, begun) = step_counts(&self.session.spec, &all);
         self.session.set_steps(whole, begun);
-        drop(given);
+        drop(all);
         let event = ProtocolEvent::Token { action, count: tokens };
         if self.session.bus.send(actor, Cast::Event(event)) {
             return Ok(());
@@ -278,8 +279,8 @@ impl RunningSession {
         Err(ActorError::Ended { cause })
     }
 
-    /// Blocks until all firings of the whole steps that tokens were given for have ended; false when `timeout` ends first.
-    /// Only then may the host touch the arenas.
+    /// Blocks until all firings of the steps that have all their tokens have ended; false when `timeout` passes first.
+    /// The host may access the arenas only after this returns true.
     ///
     /// # Errors
     /// The first cause, when the session has failed.
@@ -287,66 +288,66 @@ impl RunningSession {
         self.session.quiesce(timeout)
     }
 
-    /// Sends the bytes of the registers that hold a piece from the start to the peers that read them, and waits until all
-    /// peers have done so: to be called by all processes when such a register was written outside the plan, with no work in
-    /// flight. Peers may take [`WatchdogOptions::wait_max`].
+    /// Sends the bytes of `initial` registers to the peers that read them, and waits until all peers have done the
+    /// same. All processes call it after such a register was written outside the plan, with no work in flight. Peers
+    /// have [`WatchdogOptions::wait_max`].
     ///
     /// # Errors
-    /// The first cause, if the session fails meanwhile; a peer that does not come in time.
+    /// The first cause, if the session fails during the wait; a peer that is not ready in time.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;
         session.bus.remote().refresh(self.rounds, self.options.wait_max(), || session.first_failure())
     }
 
-    /// Gives tensors to the programs of all other processes, by a port of this process.
-    pub fn give_host(&self, piece: HostPiece) {
-        self.session.bus.remote().give(piece);
+    /// Sends tensors through a port of this process to the host programs of all other processes.
+    pub fn send_host_piece(&self, piece: HostPiece) {
+        self.session.bus.remote().send_host_piece(piece);
     }
 
-    /// The program waits for another process's part of a step, or no more: for [`RunningSession::tick`]'s reports.
+    /// Sets the process whose part of a step the host program waits for, if any. Stall reports use it.
     pub fn host_waits_for(&self, process: Option<u32>) {
         self.session.host_waits_for.store(process.map_or(-1, i64::from), Ordering::Relaxed);
     }
 
-    /// For whoever watches the other processes; it does not keep the session alive.
+    /// Returns a handle for monitoring code. It does not keep the session alive.
     pub fn control(&self) -> Control {
         Control(Arc::downgrade(&self.session))
     }
 
-    /// Gets the first cause, once, when the session fails.
+    /// Receives the first cause, once, when the session fails.
     pub fn failures(&self) -> &Receiver<Failure> {
         &self.failures
     }
 
-    /// What the session has failed for, if it has.
+    /// The cause of the session's failure, if it has failed.
     pub fn first_failure(&self) -> Option<Failure> {
         self.session.first_failure()
     }
 
-    /// Has all streams look at the floats that each launch writes, from the next firing on, or no more. Slow.
+    /// Enables or disables Inf/NaN checks on launch outputs, from the next firing on. Slow.
     pub fn check_finite(&self, on: bool) {
         self.session.check_finite(on);
     }
 
-    /// What streams that check have found since this was last called, at most one thing for each firing.
-    pub fn take_found(&self) -> Vec<NotFinite> {
-        self.session.take_found()
+    /// Returns the Inf/NaN findings since the last call, at most one per firing.
+    pub fn take_not_finite(&self) -> Vec<NotFinite> {
+        self.session.take_not_finite()
     }
 
-    /// What each actor is doing.
+    /// Returns the state of each actor.
     pub fn snapshot(&self) -> Vec<ActorSnapshot> {
         self.session.snapshot()
     }
 
-    /// Lets the watchdog look once, `now` being the time since the start. Returns its report when the session has just
-    /// stalled. For hosts (and tests) that have a clock of their own; a watchdog's thread does the same.
-    pub fn tick(&self, now: Duration) -> Option<String> {
-        self.watchdog.lock().unwrap_or_else(PoisonError::into_inner).tick(now, &self.session)
+    /// Runs one watchdog check at time `now` since the start. Returns the report when the session has just stalled. For
+    /// hosts and tests with their own clock; the watchdog's thread does the same.
+    pub fn check_progress(&self, now: Duration) -> Option<String> {
+        self.watchdog.lock().unwrap_or_else(PoisonError::into_inner).check(now, &self.session)
     }
 
-    /// Stops the actors after their firings in flight; firings that tokens are left for do not happen. Use
-    /// [`RunningSession::quiesce`] first to let all work end.
+    /// Stops the actors after their firings in flight; unused tokens are discarded. Call [`RunningSession::quiesce`]
+    /// first to finish all work.
     ///
     /// # Errors
     /// The first cause, when the session has failed.
@@ -359,42 +360,42 @@ impl RunningSession {
     }
 
     fn stop(&mut self) {
-        drop(self.watching.take());
+        drop(self.watchdog_stop.take());
         self.session.bus.stop();
         if self.session.any_in_flight() {
-            // Its members may have stopped already, so a collective in flight would wait for ever. What breaks with it is no
-            // failure.
+            // Other members may have stopped already, so a collective in flight would wait forever. Errors caused by
+            // the abort are not failures.
             self.session.leave();
             self.session.abort_collectives("the session was shut down");
         }
         for thread in self.threads.drain(..) {
-            // A panic of these threads would be outside any actor; there is nothing left to stop.
+            // These threads can panic only outside actors; there is nothing left to stop.
             let _ = thread.join();
         }
         let in_order = self.session.first_failure().is_none();
         self.session.leave();
         self.session.bus.remote().end();
-        self.connections.close(in_order, || self.session.abort_collectives("a peer has not taken what is sent to it"));
+        self.connections.close(in_order, || self.session.abort_collectives("a peer does not receive queued data"));
         if in_order {
-            // What runs last may still use the arenas. A failed session may be failed because this would not end.
+            // The last work may still use the arenas. A failed session does not wait: its streams may never finish.
             for stream in self.session.streams.values() {
-                // A stream that has ended has done all it had.
+                // A stream that has ended has finished its work.
                 let _ = stream.synchronize();
             }
         }
     }
 
-    fn watch(&mut self, every: Duration) -> Result<(), ActorError> {
-        let (watching, ended) = bounded::<()>(0);
+    fn start_watchdog(&mut self, every: Duration) -> Result<(), ActorError> {
+        let (stop, stopped) = bounded::<()>(0);
         let (watchdog, session, start) = (self.watchdog.clone(), self.session.clone(), Instant::now());
         let watch = move || {
-            while ended.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
-                watchdog.lock().unwrap_or_else(PoisonError::into_inner).tick(start.elapsed(), &session);
+            while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                watchdog.lock().unwrap_or_else(PoisonError::into_inner).check(start.elapsed(), &session);
             }
         };
         let thread = thread::Builder::new().name("watchdog".into()).spawn(watch);
         let thread = thread.map_err(|e| ActorError::Thread { device: 0, message: e.to_string() })?;
-        self.watching = Some(watching);
+        self.watchdog_stop = Some(stop);
         self.threads.push(thread);
         Ok(())
     }
@@ -405,74 +406,74 @@ impl RunningSession {
     }
 }
 
-/// A handle on a session for whoever watches it or its peers, from any thread. Does nothing once the session is gone.
+/// A handle for monitoring a session and its peers, from any thread. Does nothing once the session has been dropped.
 #[derive(Clone, Debug)]
 pub struct Control(Weak<Session>);
 
 impl Control {
-    /// What each actor of this process is doing; empty once the session is gone.
+    /// Returns the state of each actor of this process; empty once the session has been dropped.
     pub fn snapshot(&self) -> Vec<ActorSnapshot> {
         self.0.upgrade().map_or_else(Vec::new, |session| session.snapshot())
     }
 
-    /// Firings of an actor of this process that have ended, from the `from`-th on.
+    /// Returns ended firings of an actor of this process, from index `from`.
     pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
         let session = self.0.upgrade();
         session.and_then(|session| Some(session.rings.get(&actor)?.read(from))).unwrap_or_default()
     }
 
-    /// Nanoseconds since the session's start, which all times of firings count from.
+    /// Nanoseconds since the session's start, the origin of all firing times.
     pub fn now_ns(&self) -> Option<u64> {
         self.0.upgrade().map(|session| session.now_ns())
     }
 
-    /// 99 of 100 steps take so long at most, which tells the watchdog what is too long: [`WatchdogOptions::stall_after`].
-    pub fn steps_take(&self, p99: Duration) {
+    /// Sets the 99th percentile of the step time, from which the watchdog derives [`WatchdogOptions::stall_after`].
+    pub fn set_step_p99(&self, p99: Duration) {
         if let Some(session) = self.0.upgrade() {
             session.step_p99_ns.store(p99.as_nanos() as u64, Ordering::Relaxed);
         }
     }
 
-    /// Nanoseconds since anything moved: an actor took in a message, a token or the end of a firing.
+    /// Nanoseconds since the last progress: an actor processed a message, a token or the end of a firing.
     pub fn idle_ns(&self) -> Option<u64> {
         self.0.upgrade().map(|session| session.idle_ns())
     }
 
-    /// True while firings are left of a step that the program has begun.
+    /// True while a step that the host program has begun has firings left.
     pub fn is_under_way(&self) -> bool {
         self.0.upgrade().is_some_and(|session| session.outstanding())
     }
 
-    /// Why nothing moves, if that is so; `None` when something does, no step is under way, or the session is gone.
+    /// Explains a hang; `None` when there is progress, no step is in progress, or the session has been dropped.
     pub fn hang(&self) -> Option<Hang> {
         self.0.upgrade()?.explain().0
     }
 
-    /// What the session has failed for, if it has.
+    /// The cause of the session's failure, if it has failed.
     pub fn first_failure(&self) -> Option<Failure> {
         self.0.upgrade()?.first_failure()
     }
 
-    /// The same, and when, nanoseconds since the session's start.
+    /// The cause of the session's failure, with its time in nanoseconds since the session's start.
     pub fn failed_at(&self) -> Option<(u64, Failure)> {
         let session = self.0.upgrade()?;
         Some((session.failed_ns(), session.first_failure()?))
     }
 
-    /// Ends the session for a cause from outside it. Only the first cause is kept.
+    /// Ends the session for an external cause. Only the first cause is kept.
     pub fn fail(&self, failure: Failure) {
         self.0.upgrade().into_iter().for_each(|session| session.fail(failure.clone()));
     }
 
-    /// A peer ends in order: what breaks with it is no failure.
+    /// Records that a peer leaves in order: a broken connection to it is not a failure.
     pub fn peer_left(&self, process: u32) {
         self.0.upgrade().into_iter().for_each(|session| session.peer_left(process));
     }
 
-    /// Has the first cause told to `tell`, before anything is stopped for it; once for each session.
-    pub fn on_failure(&self, tell: impl Fn(&Failure) + Send + Sync + 'static) {
+    /// Sets a callback for the first cause. It runs before anything stops. Once per session.
+    pub fn on_failure(&self, callback: impl Fn(&Failure) + Send + Sync + 'static) {
         if let Some(session) = self.0.upgrade() {
-            session.on_failure(OnFailure(Box::new(tell)));
+            session.on_failure(OnFailure(Box::new(callback)));
         }
     }
 }
@@ -483,10 +484,10 @@ impl Drop for RunningSession {
     }
 }
 
-/// Steps that these tokens are enough for, and those that they are enough to begin.
-fn steps(spec: &Spec, given: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
+/// Returns the number of steps for which every external action has its tokens, and for which at least one has.
+fn step_counts(spec: &Spec, tokens: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
     let per_step = |(actor, action): &(ActorId, u32)| spec.actors[actor.0 as usize].actions[*action as usize].per_step;
-    let steps = || given.iter().map(|(at, count)| count / u64::from(per_step(at)));
+    let steps = || tokens.iter().map(|(at, count)| count / u64::from(per_step(at)));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))
 }
 

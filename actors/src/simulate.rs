@@ -1,8 +1,8 @@
-//! Runs a plan's protocols under virtual time: makespan, timeline, peaks; seeded delays and interleavings; data races; and
-//! when it gets stuck, the cycle.
+//! Runs a plan's protocols in virtual time. Reports makespan, timeline and peaks, detects data races, and explains
+//! deadlocks. Delays and interleavings are random from a seed.
 //!
-//! Data is symbolic: a slot holds a hash, a firing mixes those that it reads. Runs of one plan must end with equal digests
-//! whatever the delays, which is what "deterministic" means for the protocol.
+//! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic:
+//! all runs of one plan must end with equal digests, whatever the delays.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -17,16 +17,16 @@ use crate::spec::{ActorId, Decision, RegisterId, RegisterReader, Spec};
 
 pub(crate) mod data;
 
-use data::{Data, Gangs, Rng};
+use data::{Data, Groups, Rng};
 
-/// How long things take, in ticks of the caller's choice.
+/// Durations in ticks; the caller chooses the unit.
 #[derive(Clone, Debug, Default)]
 pub struct Timing {
     /// Duration of a firing, by actor and action.
     pub action_ticks: Vec<Vec<u64>>,
     /// Latency of a message between two actors; within one actor it is 0.
     pub hop_ticks: u64,
-    /// Pairs `(from, to)` whose latency is another.
+    /// Pairs `(from, to)` with a different latency.
     pub hop_ticks_of: HashMap<(ActorId, ActorId), u64>,
 }
 
@@ -37,8 +37,9 @@ impl Timing {
         Self { action_ticks, hop_ticks, hop_ticks_of: HashMap::new() }
     }
 
-    /// From what firings took, by actor and action, with no latency. Of actions that meet in collectives, those that come early
-    /// stand in their firing until the last one comes, which a run adds by itself: for those of one name stands the shortest.
+    /// From measured durations by actor and action, without latency. In a collective, early members wait inside their
+    /// firing for the last one. The simulator adds this wait itself, so actions of one group and name get the shortest
+    /// duration.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
         let all = || {
@@ -48,14 +49,14 @@ impl Timing {
                 .flat_map(|(a, actor)| actor.actions.iter().enumerate().map(move |(x, s)| (a, x, s)))
         };
         for (a, x, action) in all() {
-            for gang in &action.gangs {
-                let least = least.entry((*gang, &action.name)).or_insert(u64::MAX);
+            for group in &action.groups {
+                let least = least.entry((*group, &action.name)).or_insert(u64::MAX);
                 *least = action_ticks[a][x].min(*least);
             }
         }
         for (a, x, action) in all() {
-            let of_gangs = action.gangs.iter().map(|gang| least[&(*gang, action.name.as_str())]);
-            action_ticks[a][x] = of_gangs.fold(action_ticks[a][x], u64::min);
+            let of_groups = action.groups.iter().map(|group| least[&(*group, action.name.as_str())]);
+            action_ticks[a][x] = of_groups.fold(action_ticks[a][x], u64::min);
         }
         Self { action_ticks, ..Self::default() }
     }
@@ -64,31 +65,32 @@ impl Timing {
 /// Random delays, from a seed.
 #[derive(Clone, Copy, Debug)]
 pub struct Jitter {
-    /// The same seed gives the same run.
+    /// Runs with the same seed are equal.
     pub seed: u64,
-    /// Up to this is added to each firing.
+    /// Maximum delay added to each firing.
     pub action_ticks_max: u64,
-    /// Up to this is added to each message; messages between the same two actors keep their order.
+    /// Maximum delay added to each message; messages between the same two actors keep their order.
     pub hop_ticks_max: u64,
 }
 
-/// What to run.
+/// Options of a run.
 #[derive(Clone, Debug)]
 pub struct SimulationOptions {
-    /// Each action fires `per_step` times as often.
+    /// Number of steps; each action fires `per_step` times per step.
     pub steps: u32,
-    /// Random delays and ties; without it a run is exact, and simultaneous messages are all seen before firings are chosen.
+    /// Random delays and tie-breaking. Without it a run is exact: all messages of a tick arrive before firings are
+    /// chosen.
     pub jitter: Option<Jitter>,
-    /// Tokens at the start, for each external action, and none later; `None` gives what the steps need, and what the host
-    /// decides as soon as it has seen what it decides from.
+    /// All tokens of the run, added at the start, by external action. `None` adds what the steps need; the host's
+    /// decision gets its tokens once the actions that it depends on have fired.
     pub tokens: Option<Vec<(RegisterReader, u32)>>,
-    /// What to do to messages under way, for tests of the checks themselves.
+    /// A fault to inject, for tests of the checks themselves.
     #[cfg(test)]
     pub(crate) fault: Option<tests::Fault>,
 }
 
 impl SimulationOptions {
-    /// Exact, with all the tokens that `steps` steps need.
+    /// An exact run with all the tokens that `steps` steps need.
     pub fn steps(steps: u32) -> Self {
         Self {
             steps,
@@ -103,44 +105,44 @@ impl SimulationOptions {
 /// One firing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SimulatedFiring {
-    /// Who.
+    /// The actor.
     pub actor: ActorId,
     /// Index of the action.
     pub action: u32,
     /// Counted from 0 over all steps.
     pub firing: u64,
-    /// First tick; includes the wait for a gang.
+    /// First tick; the firing includes the wait for its groups.
     pub start: u64,
     /// Tick after the last.
     pub end: u64,
 }
 
-/// A run that came to its end.
+/// The result of a completed run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SimulatedRun {
     /// Tick at which the last firing ended.
     pub makespan: u64,
-    /// By end.
+    /// All firings, ordered by end.
     pub timeline: Vec<SimulatedFiring>,
-    /// Most slots held at once, by register.
+    /// Maximum number of slots held at once, by register.
     pub slots_peak: Vec<u32>,
-    /// Hash of all data that flowed; does not depend on timing.
+    /// Hash of all data; does not depend on timing.
     pub digest: u64,
 }
 
-/// Why a run did not come to its end.
+/// Why a run did not complete.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SimulationError {
-    /// The plan does not fit together.
+    /// The plan is inconsistent.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// The protocol was broken.
+    /// A protocol violation.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
-    /// Nothing can fire, with work left.
+    /// No action can fire, although work is left.
     #[error("{0}")]
     Stuck(Box<Hang>),
-    /// CR-6: a message was lost, made twice or made up.
+    /// CR-6: a message was lost, duplicated or invented.
     #[error("CR-6 register '{register}' at reader {reader}: {numbers}")]
     Conservation {
         /// Name of the register.
@@ -151,7 +153,7 @@ pub enum SimulationError {
         numbers: String,
     },
     /// CR-7: a firing's input changed, or was not written.
-    #[error("CR-7 {action}, firing {firing}: what it reads from register '{register}' {how}")]
+    #[error("CR-7 {action}, firing {firing}: the slot that it reads of register '{register}' {fault}")]
     Race {
         /// Actor and action.
         action: String,
@@ -159,8 +161,8 @@ pub enum SimulationError {
         firing: u64,
         /// Name of the register.
         register: String,
-        /// What happened to it.
-        how: &'static str,
+        /// What happened to the slot.
+        fault: &'static str,
     },
 }
 
@@ -180,15 +182,15 @@ struct Simulator<'a> {
     /// `(tick, tie, index in arrivals)`.
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
     arrivals: Vec<(ActorId, Arrival)>,
-    /// Tick of the last delivery between two actors, which later ones may not overtake.
-    links: HashMap<(ActorId, ActorId), u64>,
+    /// Tick of the last delivery between two actors; later messages must not overtake it.
+    last_delivery: HashMap<(ActorId, ActorId), u64>,
     protocols: Vec<Protocol>,
     /// The firing in flight, by actor.
     flights: Vec<Option<SimulatedFiring>>,
-    gangs: Gangs,
+    groups: Groups,
     data: Data,
     timeline: Vec<SimulatedFiring>,
-    /// Steps for which the host has decided.
+    /// Number of steps for which the host has decided.
     decided: u32,
     #[cfg(test)]
     sent: u64,
@@ -197,10 +199,10 @@ struct Simulator<'a> {
 /// Runs `options.steps` steps of a plan.
 ///
 /// # Errors
-/// A plan that does not fit together or gets stuck, a protocol error, a broken invariant.
+/// An inconsistent plan, a deadlock, a protocol violation or a violated invariant.
 ///
 /// # Panics
-/// When `timing.action_ticks` does not have an entry for each action.
+/// If `timing.action_ticks` has no entry for an action.
 pub fn simulate(
     spec: &Arc<Spec>,
     timing: &Timing,
@@ -225,9 +227,9 @@ fn run(
         now: 0,
         queue: BinaryHeap::new(),
         arrivals: Vec::new(),
-        links: HashMap::new(),
+        last_delivery: HashMap::new(),
         flights: vec![None; spec.actors.len()],
-        gangs: Gangs::new(spec),
+        groups: Groups::new(spec),
         data: Data::new(spec),
         timeline: Vec::new(),
         decided: if options.tokens.is_some() { options.steps } else { 0 },
@@ -247,13 +249,13 @@ impl Simulator<'_> {
             let externals = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
             let actor = ActorId(a as u32);
             let all = externals.map(move |(x, s)| (RegisterReader { actor, action: x as u32 }, s.per_step * steps));
-            all.filter(|(at, _)| !self.spec.decision.gives.contains(at))
+            all.filter(|(at, _)| !self.spec.decision.granted.contains(at))
         });
         let tokens = self.options.tokens.clone().unwrap_or_else(|| all.collect());
         for (at, count) in tokens {
             self.apply(at.actor, ProtocolEvent::Token { action: at.action, count })?;
         }
-        // All fire below.
+        // All actors fire below.
         self.decide(&mut Vec::new())?;
         for actor in 0..self.spec.actors.len() as u32 {
             self.apply(ActorId(actor), ProtocolEvent::Start)?;
@@ -270,7 +272,8 @@ impl Simulator<'_> {
             self.arrive(actor, arrival)?;
             touched.push(actor);
             self.decide(&mut touched)?;
-            // An exact run sees all that comes at one tick before it chooses, so that priorities decide and not the queue.
+            // An exact run processes all arrivals of a tick before it fires, so that priorities decide and not the
+            // queue order.
             let more = self.queue.peek().is_some_and(|Reverse((next, ..))| *next == tick);
             if self.rng.is_some() || !more {
                 for actor in touched.drain(..) {
@@ -281,16 +284,16 @@ impl Simulator<'_> {
         Ok(())
     }
 
-    /// Gives the tokens of each step that the host has seen enough of.
+    /// Adds the decision's tokens for each step whose observed actions have all fired.
     fn decide(&mut self, touched: &mut Vec<ActorId>) -> Result<(), SimulationError> {
         let spec = self.spec;
-        let Decision { sees, gives } = &spec.decision;
+        let Decision { observed, granted } = &spec.decision;
         let per_step = |at: &RegisterReader| spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
         while self.decided < self.options.steps
-            && sees.iter().all(|at| self.ended(at) >= u64::from(self.decided + 1) * u64::from(per_step(at)))
+            && observed.iter().all(|at| self.ended(at) >= u64::from(self.decided + 1) * u64::from(per_step(at)))
         {
             self.decided += 1;
-            for at in gives {
+            for at in granted {
                 self.apply(at.actor, ProtocolEvent::Token { action: at.action, count: per_step(at) })?;
                 touched.push(at.actor);
             }
@@ -298,39 +301,39 @@ impl Simulator<'_> {
         Ok(())
     }
 
-    /// Firings that have ended.
+    /// Number of ended firings of an action.
     fn ended(&self, at: &RegisterReader) -> u64 {
         let actor = at.actor.0 as usize;
         let is_in_flight = self.flights[actor].is_some_and(|flight| flight.action == at.action);
         self.protocols[actor].fired(at.action) - u64::from(is_in_flight)
     }
 
-    /// What keeps actions with firings left from them, when nothing is under way any more.
-    fn stuck(&self) -> Option<Hang> {
-        let of = |(a, protocol): (usize, &Protocol)| {
+    /// Explains why actions have firings left although nothing is in transit any more.
+    fn explain_hang(&self) -> Option<Hang> {
+        let snapshot_of = |(a, protocol): (usize, &Protocol)| {
             let busy_ns = vec![0; self.spec.actors[a].actions.len()];
             ActorSnapshot::of(ActorId(a as u32), protocol, &busy_ns)
         };
-        let snapshots: Vec<_> = self.protocols.iter().enumerate().map(of).collect();
+        let snapshots: Vec<_> = self.protocols.iter().enumerate().map(snapshot_of).collect();
         let (collectives, knows_collectives) = (&[], false);
-        let scene = HangSnapshot {
+        let snapshot = HangSnapshot {
             spec: self.spec,
             snapshots: &snapshots,
             collectives,
             knows_collectives,
-            is_checked: false,
+            is_acyclic: false,
             host_waits_for: None,
             process_of: &|_| None,
         };
-        explain(scene, u64::from(self.options.steps))
+        explain(snapshot, u64::from(self.options.steps))
     }
 
     fn finish(self) -> Result<SimulatedRun, SimulationError> {
-        if let Some(hang) = self.stuck() {
+        if let Some(hang) = self.explain_hang() {
             return Err(SimulationError::Stuck(Box::new(hang)));
         }
         for register in 0..self.spec.registers.len() as u32 {
-            self.conserved(RegisterId(register), true)?;
+            self.check_conservation(RegisterId(register), true)?;
         }
         let slots_peak = (0..self.spec.registers.len())
             .map(|r| {
@@ -338,7 +341,7 @@ impl Simulator<'_> {
                 producer.ring(RegisterId(r as u32)).map_or(0, |ring| ring.peak())
             })
             .collect();
-        // Releases may still travel after the last firing.
+        // Releases may still be in transit after the last firing.
         let makespan = self.timeline.last().map_or(0, |f| f.end);
         Ok(SimulatedRun { makespan, timeline: self.timeline, slots_peak, digest: self.data.digest() })
     }
@@ -348,7 +351,7 @@ impl Simulator<'_> {
             Arrival::Message(message) => {
                 self.apply(actor, ProtocolEvent::Message(message))?;
                 let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
-                self.conserved(register, false)
+                self.check_conservation(register, false)
             }
             Arrival::Signal { action, output } => {
                 let firing = self.protocols[actor.0 as usize].fired(action) - 1;
@@ -357,14 +360,14 @@ impl Simulator<'_> {
             }
             Arrival::Done { action } => {
                 let protocol = &self.protocols[actor.0 as usize];
-                let flight = self.flights[actor.0 as usize].take().expect("a flight ends once");
-                self.data.settle(self.spec, protocol, flight)?;
+                let flight = self.flights[actor.0 as usize].take().expect("a firing ends once");
+                self.data.end(self.spec, protocol, flight)?;
                 self.timeline.push(SimulatedFiring { end: self.now, ..flight });
                 self.apply(actor, ProtocolEvent::Done { action })?;
                 let ports = &self.spec.actors[actor.0 as usize].actions[action as usize];
                 let registers = ports.inputs.iter().map(|i| i.register);
                 for register in registers.chain(ports.outputs.iter().map(|o| o.register)) {
-                    self.conserved(register, false)?;
+                    self.check_conservation(register, false)?;
                 }
                 Ok(())
             }
@@ -399,19 +402,19 @@ impl Simulator<'_> {
         self.flights[actor.0 as usize] = Some(fired);
         let protocol = &self.protocols[actor.0 as usize];
         let read = self.data.launch(self.spec, protocol, fired)?;
-        if self.spec.actors[actor.0 as usize].actions[action as usize].gangs.is_empty() {
-            self.proceed(actor, action, firing, 0);
+        if self.spec.actors[actor.0 as usize].actions[action as usize].groups.is_empty() {
+            self.start_kernels(actor, action, firing, 0);
             return Ok(());
         }
-        for (member, shared) in self.gangs.join(self.spec, actor, action, read) {
-            let flight = self.flights[member.0 as usize].expect("waits in its gang");
-            self.proceed(member, flight.action, flight.firing, shared);
+        for (member, shared) in self.groups.join(self.spec, actor, action, read) {
+            let flight = self.flights[member.0 as usize].expect("a waiting member has a firing in flight");
+            self.start_kernels(member, flight.action, flight.firing, shared);
         }
         Ok(())
     }
 
-    /// The kernels of a firing start to run: fixes its value and its end.
-    fn proceed(&mut self, actor: ActorId, action: u32, firing: u64, shared: u64) {
+    /// Starts the kernels of a firing: computes its value and schedules its end.
+    fn start_kernels(&mut self, actor: ActorId, action: u32, firing: u64, shared: u64) {
         #[cfg(test)]
         if self.options.fault == Some(tests::Fault::Hang(RegisterReader { actor, action }, firing)) {
             return;
@@ -452,14 +455,14 @@ impl Simulator<'_> {
         let mut tie = 1;
         if let Some(rng) = &mut self.rng {
             tie = rng.below(u64::MAX - 2) + 1;
-            // Ties are broken at random, so messages of one link must not share a tick.
-            if let Some(&last) = self.links.get(&(from, to)) {
+            // Ties are broken at random, so messages between the same two actors must not share a tick.
+            if let Some(&last) = self.last_delivery.get(&(from, to)) {
                 tick = tick.max(last + 1);
             }
-        } else if let Some(&last) = self.links.get(&(from, to)) {
+        } else if let Some(&last) = self.last_delivery.get(&(from, to)) {
             tick = tick.max(last);
         }
-        self.links.insert((from, to), tick);
+        self.last_delivery.insert((from, to), tick);
         self.schedule(tick, tie, to, Arrival::Message(message));
     }
 
@@ -472,8 +475,8 @@ impl Simulator<'_> {
         self.rng.as_mut().map_or(0, |rng| rng.below(max + 1))
     }
 
-    /// CR-6 for one register; with `settled`, that no message is under way any more.
-    fn conserved(&self, id: RegisterId, settled: bool) -> Result<(), SimulationError> {
+    /// Checks CR-6 for one register; with `settled`, also that no message is in transit.
+    fn check_conservation(&self, id: RegisterId, settled: bool) -> Result<(), SimulationError> {
         let register = &self.spec.registers[id.0 as usize];
         let Some(ring) = self.protocols[register.producer.0 as usize].ring(id) else { return Ok(()) };
         for (index, reader) in register.readers.iter().enumerate() {

@@ -1,5 +1,4 @@
-//! Whom a process waits for while nothing else is to be done in it, and who deserves to be named for it. Pure: samples come
-//! in at even intervals.
+//! Detects peers that this process waits for most of the time. Pure: the caller adds samples at even intervals.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -8,19 +7,19 @@ use crate::protocol::Missing;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, RegisterReader, Spec};
 
-/// Samples that are looked back on.
+/// Number of recent samples that count.
 const WINDOW: usize = 10;
-/// Of them, so many must find a process waited for, for it to be named. A pipeline's bubbles keep a process waiting too,
-/// for less of the time unless it has many stages and few micro-batches.
+/// Minimum number of samples that wait for a process before it is reported. A pipeline's bubbles make a process wait
+/// too, but in fewer samples, unless it has many stages and few micro-batches.
 const WAITS_MIN: usize = 8;
-/// Samples after which a process that stays slow is named again.
-const AGAIN: u64 = 60;
+/// Number of samples between reports of a process that stays slow.
+const REPEAT_AFTER: u64 = 60;
 
-/// What a process is waited for, by its number.
+/// What this process waits for, by the number of the process that it waits for.
 pub(crate) type Sample = BTreeMap<u32, String>;
 
-/// The other processes that this one waits for now; none while any stream of it works. `process_of` an actor gives the
-/// other process that hosts it.
+/// Returns the other processes that this one waits for now; empty while any of its streams works. `process_of` returns
+/// the process that hosts an actor, if it is another one.
 pub(crate) fn sample(
     spec: &Spec,
     snapshots: &[ActorSnapshot],
@@ -32,9 +31,9 @@ pub(crate) fn sample(
     for snapshot in snapshots {
         let actor = &spec.actors[snapshot.actor.0 as usize];
         if let Some(action) = snapshot.waiting.in_flight {
-            let groups = &actor.actions[action as usize].groups;
-            let is_its = |wait: &&CollectiveWait| wait.1 == actor.device && groups.contains(&wait.0);
-            let peers: Vec<usize> = collectives.iter().filter(is_its).map(|wait| wait.2).collect();
+            let own = &actor.actions[action as usize].communicators;
+            let is_own = |wait: &&CollectiveWait| wait.1 == actor.device && own.contains(&wait.0);
+            let peers: Vec<usize> = collectives.iter().filter(is_own).map(|wait| wait.2).collect();
             if peers.is_empty() {
                 return Sample::new();
             }
@@ -44,7 +43,7 @@ pub(crate) fn sample(
             }
         }
         let waits = snapshot.waiting.actions.iter().filter(|_| snapshot.waiting.in_flight.is_none());
-        // Nothing is late for an action that the host has not asked for.
+        // An action without a token waits for the host, not for other processes.
         for waits in waits.filter(|waits| !waits.missing.contains(&Missing::Token)) {
             for missing in &waits.missing {
                 for process in actors(missing).into_iter().filter_map(&process_of) {
@@ -56,7 +55,7 @@ pub(crate) fn sample(
     sample
 }
 
-/// Who could end this wait.
+/// The actors that could end this wait.
 fn actors(missing: &Missing) -> Vec<ActorId> {
     let of = |reader: &RegisterReader| reader.actor;
     match missing {
@@ -70,38 +69,38 @@ fn actors(missing: &Missing) -> Vec<ActorId> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Slow {
     pub(crate) process: u32,
-    /// Of [`Slow::of`] samples so many found this process waiting for it.
+    /// Number of samples, out of [`Slow::of`], in which this process waited for it.
     pub(crate) waits: usize,
     pub(crate) of: usize,
-    /// What for, at last.
-    pub(crate) what: String,
+    /// What this process waited for in the last sample.
+    pub(crate) reason: String,
 }
 
-/// Looks back on the last samples.
+/// The last samples.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     window: VecDeque<Sample>,
     count: u64,
-    /// When a process was last named.
-    named: BTreeMap<u32, u64>,
+    /// By process: the sample at which it was last reported.
+    reported: BTreeMap<u32, u64>,
 }
 
 impl Tally {
-    /// Takes a sample in; gives those to be named now.
+    /// Adds a sample; returns the processes to report now.
     pub(crate) fn add(&mut self, sample: Sample) -> Vec<Slow> {
         self.count += 1;
         if self.window.len() == WINDOW {
             self.window.pop_front();
         }
-        let last: Vec<(u32, String)> = sample.iter().map(|(p, what)| (*p, what.clone())).collect();
+        let last: Vec<(u32, String)> = sample.iter().map(|(p, reason)| (*p, reason.clone())).collect();
         self.window.push_back(sample);
         let mut slow = Vec::new();
-        for (process, what) in last {
+        for (process, reason) in last {
             let waits = self.window.iter().filter(|s| s.contains_key(&process)).count();
-            let rested = self.named.get(&process).is_none_or(|named| self.count - named >= AGAIN);
-            if waits >= WAITS_MIN && rested {
-                self.named.insert(process, self.count);
-                slow.push(Slow { process, waits, of: self.window.len(), what });
+            let is_due = self.reported.get(&process).is_none_or(|reported| self.count - reported >= REPEAT_AFTER);
+            if waits >= WAITS_MIN && is_due {
+                self.reported.insert(process, self.count);
+                slow.push(Slow { process, waits, of: self.window.len(), reason });
             }
         }
         slow
@@ -120,17 +119,17 @@ mod tests {
     }
 
     #[test]
-    fn who_is_waited_for_most_of_the_time_is_named_and_not_again_at_once() {
+    fn a_slow_process_is_reported_once_per_interval() {
         let mut tally = Tally::default();
-        let named: Vec<usize> = (0..70).filter(|_| !tally.add(waits_for(1)).is_empty()).collect();
-        assert_eq!(named, [WAITS_MIN - 1, WAITS_MIN - 1 + AGAIN as usize]);
+        let reported: Vec<usize> = (0..70).filter(|_| !tally.add(waits_for(1)).is_empty()).collect();
+        assert_eq!(reported, [WAITS_MIN - 1, WAITS_MIN - 1 + REPEAT_AFTER as usize]);
         let mut tally = Tally::default();
-        // Two of three samples: a pipeline's bubble.
+        // Two of three samples wait, as in a pipeline's bubbles.
         assert!((0..70).all(|n| tally.add(if n % 3 == 0 { Sample::new() } else { waits_for(1) }).is_empty()));
     }
 
     #[test]
-    fn a_process_waits_when_none_of_its_streams_works() {
+    fn a_process_waits_only_while_none_of_its_streams_works() {
         let spec = plans::data_parallel();
         let reader = RegisterReader { actor: ActorId(1), action: 0 };
         let missing = Missing::Piece { register: RegisterId(0), piece: 3, writer: reader };
@@ -142,14 +141,14 @@ mod tests {
             waiting: ActorWaits { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
             idle: Default::default(),
             idle_now_ns: 0,
-            flying_since_ns: None,
+            in_flight_since_ns: None,
             registers: vec![],
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);
         let found =
             |snapshot: ActorSnapshot| sample(&spec, &[snapshot], &[], elsewhere).into_keys().collect::<Vec<_>>();
         assert_eq!(found(snapshot(None, vec![missing.clone()])), [7]);
-        assert_eq!(found(snapshot(Some(0), vec![missing.clone()])), [0; 0], "it works");
-        assert_eq!(found(snapshot(None, vec![missing, Missing::Token])), [0; 0], "it was asked for nothing");
+        assert_eq!(found(snapshot(Some(0), vec![missing.clone()])), [0; 0], "a stream works");
+        assert_eq!(found(snapshot(None, vec![missing, Missing::Token])), [0; 0], "the action has no token");
     }
 }

@@ -1,53 +1,54 @@
-//! What an actor shows of itself while it runs.
+//! Snapshots of actors for monitoring.
 
 use crate::protocol::{ActorWaits, Protocol};
 use crate::spec::{ActorId, RegisterId};
 use crate::trace::Idle;
 
-/// The state of one actor at one moment.
+/// The state of one actor at one time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActorSnapshot {
-    /// Who.
+    /// The actor.
     pub actor: ActorId,
-    /// Firings begun since the start, by action.
+    /// Number of begun firings since the start, by action.
     pub firings: Vec<u64>,
-    /// Time from launch to the end as this actor saw them, summed over the ended firings, by action.
+    /// Total time from launch to end of the ended firings, as this actor observed it, by action.
     pub busy_ns: Vec<u64>,
-    /// Time that its stream was in collectives so far: waiting for other members, and moving bytes.
+    /// Total time of its stream in collectives: waits for other members, and transfers.
     pub collective_ns: u64,
-    /// Why it does not fire.
+    /// The firing in flight, and why other actions do not fire.
     pub waiting: ActorWaits,
-    /// How long it has stood idle, up to its last launch.
+    /// Idle time by cause, up to its last launch.
     pub idle: Idle,
-    /// How long it stands idle now; 0 while a firing is in flight, and before the session's start.
+    /// Current idle time; 0 while a firing is in flight, and before the session's start.
     pub idle_now_ns: u64,
-    /// When the firing in flight was launched, since the session's start.
-    pub flying_since_ns: Option<u64>,
+    /// Launch time of the firing in flight, nanoseconds since the session's start.
+    pub in_flight_since_ns: Option<u64>,
     /// The registers that it produces.
     pub registers: Vec<RegisterUse>,
 }
 
-/// Slots of a register.
+/// Slot usage of a register.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegisterUse {
     /// The register.
     pub register: RegisterId,
-    /// All its slots.
+    /// Number of slots.
     pub slots: u32,
-    /// Slots written or filled now.
+    /// Number of slots that are being written or are filled.
     pub slots_held: u32,
-    /// Most slots held at once since the start.
+    /// Maximum number of slots held at once since the start.
     pub slots_peak: u32,
-    /// Pieces published since the start, the initial one included.
+    /// Number of published pieces since the start, including the initial one.
     pub published: u64,
-    /// Pieces that each reader has released, as far as the producer knows, by index in the register's readers.
+    /// Number of pieces that each reader has released, as far as the producer knows, by index in the register's
+    /// readers.
     pub released: Vec<u64>,
 }
 
-/// The first tensor of one firing that holds an infinity or no number.
+/// The first output tensor of one firing that contains Inf or NaN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NotFinite {
-    /// Who made it.
+    /// The actor that wrote it.
     pub actor: ActorId,
     /// Index of the action.
     pub action: u32,
@@ -57,7 +58,7 @@ pub struct NotFinite {
     pub launch: usize,
     /// Index among the launch's writes.
     pub write: usize,
-    /// How many elements are not finite.
+    /// Number of elements that are Inf or NaN.
     pub elements: usize,
 }
 
@@ -79,19 +80,19 @@ impl ActorSnapshot {
             waiting: protocol.waiting(),
             idle: Idle::default(),
             idle_now_ns: 0,
-            flying_since_ns: None,
+            in_flight_since_ns: None,
             registers: uses.collect(),
         }
     }
 
-    /// Firings of an action that have ended.
+    /// Number of ended firings of an action.
     pub fn completed(&self, action: u32) -> u64 {
         let begun = self.firings.get(action as usize).copied().unwrap_or(0);
         begun - u64::from(self.waiting.in_flight == Some(action))
     }
 
-    /// What it shows of a register that it produces.
+    /// Slot usage of a register that it produces.
     pub fn register(&self, register: RegisterId) -> Option<&RegisterUse> {
-        self.registers.iter().find(|of| of.register == register)
+        self.registers.iter().find(|used| used.register == register)
     }
 }

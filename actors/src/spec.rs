@@ -1,4 +1,4 @@
-//! All that a plan may say of actors to the protocol: registers, credits, actions and firing. Plain data, no device.
+//! The part of a plan that the protocol uses: registers, credits, actions and firing. Plain data, no device.
 
 /// Index of an actor in [`Spec::actors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -8,24 +8,24 @@ pub struct ActorId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegisterId(pub u32);
 
-/// A whole plan's actors and registers.
+/// The actors and registers of a whole plan.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Spec {
-    /// By [`ActorId`].
+    /// Actors, indexed by [`ActorId`].
     pub actors: Vec<ActorSpec>,
-    /// By [`RegisterId`].
+    /// Registers, indexed by [`RegisterId`].
     pub registers: Vec<RegisterSpec>,
-    /// What the host decides in each step.
+    /// The decision that the host makes in each step.
     pub decision: Decision,
 }
 
-/// What the host decides in a step from what it has seen of it. It gives all other external actions their tokens when a step begins.
+/// A decision of the host within a step. All external actions other than `granted` get their tokens when a step begins.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Decision {
-    /// Actions that must all have fired for the step.
-    pub sees: Vec<RegisterReader>,
-    /// External actions that get the step's tokens then.
-    pub gives: Vec<RegisterReader>,
+    /// Actions that must all have fired for the step before the host decides.
+    pub observed: Vec<RegisterReader>,
+    /// External actions that get the step's tokens after the decision.
+    pub granted: Vec<RegisterReader>,
 }
 
 /// The channel from one producing actor to its readers.
@@ -33,13 +33,13 @@ pub struct Decision {
 pub struct RegisterSpec {
     /// Shown in errors, e.g. `stage0.forward/h`.
     pub name: String,
-    /// Actor whose action writes it.
+    /// The actor whose action writes it.
     pub producer: ActorId,
-    /// Number of slots: the producer's credits.
+    /// Number of slots; these are the producer's credits.
     pub slots: u32,
     /// Bytes of one slot; 0 for a register that only signals.
     pub slot_bytes: usize,
-    /// True when slot 0 holds piece 0 before anything fires (parameters).
+    /// True if slot 0 holds piece 0 before any firing (parameters).
     pub initial: bool,
     /// Every reader gets every piece. A reader is one action of one actor.
     pub readers: Vec<RegisterReader>,
@@ -48,24 +48,24 @@ pub struct RegisterSpec {
 /// One reading action of a register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RegisterReader {
-    /// Who reads.
+    /// The actor that reads.
     pub actor: ActorId,
     /// Index of the action in that actor.
     pub action: u32,
 }
 
-/// An actor: one stream's worth of actions.
+/// An actor: the actions that run on one stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActorSpec {
     /// Shown in errors, e.g. `device 3 compute`.
     pub name: String,
     /// Rank of the device in the mesh.
     pub device: usize,
-    /// Which of the device's streams it owns.
+    /// The stream of the device that it owns.
     pub stream: StreamKind,
-    /// Which ready action goes first.
+    /// How it chooses among ready actions.
     pub firing: Firing,
-    /// By index.
+    /// Actions by index.
     pub actions: Vec<ActionSpec>,
 }
 
@@ -83,9 +83,10 @@ pub enum StreamKind {
 /// How an actor chooses its next action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Firing {
-    /// Any action whose inputs and credits are there; the lowest `priority` value first, then the lowest index.
+    /// Any action whose inputs and credits are available: the lowest `priority` value first, then the lowest index.
     Credit,
-    /// This list of action indices, once a step, again and again; the next one waits until it is ready.
+    /// This list of action indices, repeated in every step; each action waits for the previous one and until it is
+    /// ready.
     Ordered(Vec<u32>),
 }
 
@@ -94,22 +95,22 @@ pub enum Firing {
 pub struct ActionSpec {
     /// Shown in errors, e.g. `forward`.
     pub name: String,
-    /// Lower goes first under [`Firing::Credit`].
+    /// Lower values fire first under [`Firing::Credit`].
     pub priority: i32,
     /// Firings in one step.
     pub per_step: u32,
-    /// What it reads.
+    /// Input ports.
     pub inputs: Vec<InputSpec>,
-    /// What it writes.
+    /// Output ports.
     pub outputs: Vec<OutputSpec>,
-    /// True when each firing also consumes one token that the host gives.
+    /// True if each firing also consumes one token from the host.
     pub external: bool,
-    /// Groups (by id) whose collectives run inside this action: its n-th firing ends only when the n-th firing of each
-    /// other action that names the group has started. Where several actions of one actor name a group (forward and
-    /// backward, say), n counts the firings of all of them, in the order in which that actor makes them.
-    pub gangs: Vec<u32>,
-    /// The engine's groups that those collectives are calls of, by id: what engines tell of waits is told by these.
+    /// Ids of the groups whose collectives run inside this action: its n-th firing ends only after the n-th firing of
+    /// every other member of the group has started. If several actions of one actor belong to a group (such as forward
+    /// and backward), n counts the firings of all of them in the actor's order.
     pub groups: Vec<u32>,
+    /// Ids of the communicators that those collectives use. Engines report waits by these ids.
+    pub communicators: Vec<u32>,
 }
 
 /// An input port.
@@ -117,7 +118,7 @@ pub struct ActionSpec {
 pub struct InputSpec {
     /// The register read.
     pub register: RegisterId,
-    /// The same piece is read by this many firings in a row and then released.
+    /// This many consecutive firings read the same piece; then it is released.
     pub firings_per_piece: u32,
 }
 
@@ -126,14 +127,14 @@ pub struct InputSpec {
 pub struct OutputSpec {
     /// The register written; this actor is its producer.
     pub register: RegisterId,
-    /// One slot is written by this many firings in a row (accumulation) and published by the last of them.
+    /// This many consecutive firings write one slot (accumulation); the last one publishes it.
     pub firings_per_piece: u32,
-    /// True when the last firing publishes it by a signal of its program, before the firing ends.
+    /// True if the last firing publishes it by a signal of its program, before the firing ends.
     pub early: bool,
 }
 
 impl Spec {
-    /// `device 3 compute forward`: how errors and reports name an action.
+    /// The name of an action in errors and reports, such as `device 3 compute forward`.
     pub fn action_name(&self, actor: ActorId, action: u32) -> String {
         match self.actors.get(actor.0 as usize) {
             Some(a) => match a.actions.get(action as usize) {
@@ -144,7 +145,7 @@ impl Spec {
         }
     }
 
-    /// Name of a register, or its number when there is none.
+    /// Name of a register; `register N` for an unknown id.
     pub fn register_name(&self, register: RegisterId) -> String {
         match self.registers.get(register.0 as usize) {
             Some(r) => r.name.clone(),
@@ -152,7 +153,7 @@ impl Spec {
         }
     }
 
-    /// The action and output port that write a register.
+    /// The action and output port that write a register, if it exists.
     pub fn writer(&self, register: RegisterId) -> Option<(u32, u32)> {
         let producer = self.registers.get(register.0 as usize)?.producer;
         let actions = &self.actors.get(producer.0 as usize)?.actions;

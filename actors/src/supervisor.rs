@@ -1,4 +1,5 @@
-//! The first cause ends a session: it is kept, collectives are aborted, all actors stop.
+//! Shared state of a running session. The first failure ends it: the cause is kept, collectives are aborted, all actors
+//! stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
@@ -21,58 +22,58 @@ use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 use crate::trace::Ring;
 
-/// How long a state is waited for; actors never block, so only an actor that is gone takes longer.
+/// Timeout for actor snapshots. Actors never block, so only an actor that has ended takes longer.
 const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Times that states are taken again because something moved meanwhile.
+/// Maximum number of repeated snapshots when an actor made progress during the previous one.
 const SNAPSHOT_TRIES: u32 = 3;
 
 const IDLE: u32 = u32::MAX;
 
-/// What all parts of a running session share.
+/// State that all parts of a running session share.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) spec: Arc<Spec>,
     pub(crate) bus: Bus,
-    /// Of the actors of this process. Kept here so that they end only after the collectives in them were aborted.
+    /// Streams of this process's actors. Kept here so that they end only after their collectives have been aborted.
     pub(crate) streams: BTreeMap<ActorId, Stream>,
     engine: Arc<dyn Collective>,
-    /// What the actors of this process did.
+    /// Recent firings of this process's actors.
     pub(crate) rings: BTreeMap<ActorId, Ring>,
     started: Instant,
-    /// The process that the program waits for, or -1.
+    /// The process that the host program waits for, or -1.
     pub(crate) host_waits_for: AtomicI64,
-    /// Nanoseconds that 99 of 100 steps take at most; 0 until that is known.
+    /// 99th percentile of the step time in nanoseconds; 0 while unknown.
     pub(crate) step_p99_ns: AtomicU64,
-    /// What had happened when actions last did all their firings of a step.
+    /// Race clocks at the time when actions last finished all their firings of a step.
     clocks: ReleaseClocks,
-    /// Counts every event that an actor takes in.
+    /// Number of events that actors have processed.
     progress: AtomicU64,
-    /// When it last did, nanoseconds from the start.
+    /// When an actor last processed an event, nanoseconds since the start.
     progressed_ns: AtomicU64,
-    /// When it failed, nanoseconds from the start.
+    /// When the session failed, nanoseconds since the start.
     failed_ns: AtomicU64,
-    /// Index of the action in flight, or `IDLE`; by actor.
+    /// By actor: index of the action in flight, or `IDLE`.
     in_flight: Vec<AtomicU32>,
-    /// Firings ended, by actor and action. Counted one by one: what follows from a peer that is a step ahead fires early, and
-    /// must not be taken for what is late.
+    /// Ended firings by actor and action. A total is not enough: if a peer is one step ahead, an early firing of one
+    /// action would hide a late one of another.
     completed: Vec<Vec<AtomicU64>>,
-    /// Firings launched, likewise.
+    /// Launched firings by actor and action.
     launches: Vec<Vec<AtomicU64>>,
-    /// Steps that all tokens were given for.
+    /// Number of steps for which all tokens have been added.
     whole: AtomicU64,
-    /// Steps that some tokens were given for.
+    /// Number of steps for which some tokens have been added.
     begun: AtomicU64,
-    /// Guards nothing but the wait for the end of a step or a failure.
+    /// Notified when a step ends and when the session fails.
     settled: Condvar,
     state: Mutex<State>,
-    /// What streams that check have found since it was last asked for.
-    found: Mutex<Vec<NotFinite>>,
+    /// Inf/NaN findings since the last [`Session::take_not_finite`].
+    not_finite: Mutex<Vec<NotFinite>>,
     failed: Sender<Failure>,
-    /// Told of the first cause before anything is stopped.
+    /// Called with the first cause before anything stops.
     on_failure: OnceLock<OnFailure>,
 }
 
-/// Hears of the first cause.
+/// Callback for the first cause.
 pub(crate) struct OnFailure(pub(crate) Box<dyn Fn(&Failure) + Send + Sync>);
 
 impl std::fmt::Debug for OnFailure {
@@ -84,13 +85,13 @@ impl std::fmt::Debug for OnFailure {
 #[derive(Debug, Default)]
 struct State {
     first: Option<Failure>,
-    /// Actors by their id in ractor.
+    /// Actor ids by ractor's id.
     children: Vec<(ractor::ActorId, ActorId)>,
-    /// Last state of the actors that have stopped.
+    /// Final snapshots of stopped actors.
     finals: Vec<ActorSnapshot>,
-    /// Peers that have ended in order; what breaks with them is no failure.
+    /// Peers that have left in order; a broken connection to them is not a failure.
     left: BTreeSet<u32>,
-    /// This process has ended in order.
+    /// This process has left in order.
     leaving: bool,
 }
 
@@ -102,7 +103,7 @@ impl Session {
         remote: Remote,
     ) -> (Arc<Self>, Receiver<Failure>) {
         let (failed, failures) = bounded(1);
-        let by_action = || spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect();
+        let counters = || spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect();
         let session = Self {
             bus: Bus::new(&spec, remote),
             rings: streams.keys().map(|actor| (*actor, Ring::default())).collect(),
@@ -114,13 +115,13 @@ impl Session {
             failed_ns: AtomicU64::new(0),
             clocks: ReleaseClocks::default(),
             in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
-            completed: by_action(),
-            launches: by_action(),
+            completed: counters(),
+            launches: counters(),
             whole: AtomicU64::new(0),
             begun: AtomicU64::new(0),
             settled: Condvar::new(),
             state: Mutex::default(),
-            found: Mutex::default(),
+            not_finite: Mutex::default(),
             spec,
             streams,
             engine,
@@ -130,7 +131,7 @@ impl Session {
         (Arc::new(session), failures)
     }
 
-    /// Time since the start.
+    /// Nanoseconds since the start.
     pub(crate) fn now_ns(&self) -> u64 {
         self.started.elapsed().as_nanos() as u64
     }
@@ -139,7 +140,7 @@ impl Session {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the session. Only the first cause is kept; the others follow from it.
+    /// Ends the session. Only the first cause is kept; later ones follow from it.
     pub(crate) fn fail(&self, failure: Failure) {
         {
             let mut state = self.state();
@@ -150,36 +151,36 @@ impl Session {
             self.failed_ns.store(self.now_ns(), Ordering::Relaxed);
         }
         tracing::error!(%failure, "session ends");
-        if let Some(OnFailure(tell)) = self.on_failure.get() {
-            tell(&failure);
+        if let Some(OnFailure(callback)) = self.on_failure.get() {
+            callback(&failure);
         }
         self.engine.abort(&failure.to_string());
         self.bus.stop();
-        // The channel has room for the one message it ever gets.
+        // The channel has room for its only message.
         let _ = self.failed.try_send(failure);
         self.settled.notify_all();
     }
 
-    /// Has the first cause told to `tell`, at once if there is one already.
-    pub(crate) fn on_failure(&self, tell: OnFailure) {
-        // Both orders of this and `fail` may tell twice; a cause told again changes nothing.
-        let _ = self.on_failure.set(tell);
-        if let (Some(first), Some(OnFailure(tell))) = (self.first_failure(), self.on_failure.get()) {
-            tell(&first);
+    /// Sets the callback for the first cause; calls it at once if the session has already failed.
+    pub(crate) fn on_failure(&self, callback: OnFailure) {
+        // A concurrent `fail` may call it twice; a repeated cause changes nothing.
+        let _ = self.on_failure.set(callback);
+        if let (Some(first), Some(OnFailure(callback))) = (self.first_failure(), self.on_failure.get()) {
+            callback(&first);
         }
     }
 
-    /// A peer has ended in order.
+    /// Records that a peer has left in order.
     pub(crate) fn peer_left(&self, process: u32) {
         self.state().left.insert(process);
     }
 
-    /// This process ends in order: what breaks with any peer is no failure from now on.
+    /// Records that this process leaves in order: from now on, broken peer connections are not failures.
     pub(crate) fn leave(&self) {
         self.state().leaving = true;
     }
 
-    /// The connection to a peer broke: a failure, unless one of the two has left.
+    /// Handles a broken connection to a peer: a failure, unless this process or the peer has left.
     pub(crate) fn peer_lost(&self, process: u32, message: String) {
         let expected = {
             let state = self.state();
@@ -199,7 +200,7 @@ impl Session {
         self.progress.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Nanoseconds since any actor took an event in.
+    /// Nanoseconds since an actor last processed an event.
     pub(crate) fn idle_ns(&self) -> u64 {
         self.now_ns().saturating_sub(self.progressed_ns.load(Ordering::Relaxed))
     }
@@ -217,32 +218,32 @@ impl Session {
         self.launches[actor.0 as usize][action as usize].fetch_add(1, Ordering::AcqRel);
     }
 
-    /// A firing has ended.
+    /// Records the end of a firing.
     pub(crate) fn completed(&self, actor: ActorId, action: u32) {
         let (at, action) = (actor.0 as usize, action as usize);
         self.in_flight[at].store(IDLE, Ordering::Relaxed);
         let per_step = u64::from(self.spec.actors[at].actions[action].per_step);
-        // Only this actor counts here, and whoever sees the count is to know what was done before.
+        // Only this actor writes these counters. The race clock must be added before the count becomes visible.
         if (self.completed[at][action].load(Ordering::Relaxed) + 1).is_multiple_of(per_step) {
             self.clocks.add();
         }
         let completed = self.completed[at][action].fetch_add(1, Ordering::AcqRel) + 1;
         let whole = self.whole.load(Ordering::Acquire);
-        // The firing that ends a step is the last of its action's in it.
+        // A step can end only with the last firing of an action in that step.
         if completed == whole * per_step && self.has_ended(whole) {
-            // Taken so that nobody can look before the count and wait after the notification.
+            // The lock ensures that a waiter cannot check before the count and start to wait after the notification.
             drop(self.state());
             self.settled.notify_all();
         }
     }
 
-    /// Steps that all tokens were given for, and that some were given for.
+    /// Sets the number of steps for which all tokens, and some tokens, have been added.
     pub(crate) fn set_steps(&self, whole: u64, begun: u64) {
         self.whole.store(whole, Ordering::Release);
         self.begun.store(begun, Ordering::Release);
     }
 
-    /// True when every action of this process has done its firings of so many steps.
+    /// True when every action of this process has finished its firings of this number of steps.
     fn has_ended(&self, steps: u64) -> bool {
         self.streams.keys().map(|actor| actor.0 as usize).all(|actor| {
             let actions = self.completed[actor].iter().zip(&self.spec.actors[actor].actions);
@@ -250,12 +251,12 @@ impl Session {
         })
     }
 
-    /// True while a step that was begun has firings left, be it for want of a token that the host gives late.
+    /// True while a step that has begun has firings left, even if they only lack a token that the host adds later.
     pub(crate) fn outstanding(&self) -> bool {
         !self.has_ended(self.begun.load(Ordering::Acquire))
     }
 
-    /// Firings that the register's readers here have done; nothing while one of them is in the middle of a step.
+    /// Ended firings of the register's readers in this process; `None` while one of them is in the middle of a step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.registers[register.0 as usize].readers.iter();
         let firings = |reader: &RegisterReader| {
@@ -268,12 +269,12 @@ impl Session {
         readers.filter(|reader| self.streams.contains_key(&reader.actor)).map(firings).sum()
     }
 
-    /// True when a stream is still working for an actor.
+    /// True while a firing of any actor is in flight.
     pub(crate) fn any_in_flight(&self) -> bool {
         self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
     }
 
-    /// Waits until no firing is left of the whole steps given; false when the time is over.
+    /// Waits until no firing is left of the steps that have all their tokens; false on timeout.
     pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         let begin = Instant::now();
         let mut state = self.state();
@@ -291,33 +292,33 @@ impl Session {
         }
     }
 
-    /// Has all streams look at the floats that they write, or no more.
+    /// Enables or disables Inf/NaN checks on launch outputs in all streams.
     pub(crate) fn check_finite(&self, on: bool) {
         for stream in self.streams.values() {
-            // A stream that has ended finds nothing.
+            // A stream that has ended checks nothing.
             let _ = stream.check_finite(on);
         }
     }
 
-    /// A stream has found something.
-    pub(crate) fn found(&self, found: NotFinite) {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).push(found);
+    /// Records an Inf/NaN finding of a stream.
+    pub(crate) fn add_not_finite(&self, finding: NotFinite) {
+        self.not_finite.lock().unwrap_or_else(PoisonError::into_inner).push(finding);
     }
 
-    /// What streams have found since this was last called.
-    pub(crate) fn take_found(&self) -> Vec<NotFinite> {
-        std::mem::take(&mut *self.found.lock().unwrap_or_else(PoisonError::into_inner))
+    /// Returns the Inf/NaN findings since the last call.
+    pub(crate) fn take_not_finite(&self) -> Vec<NotFinite> {
+        std::mem::take(&mut *self.not_finite.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn abort_collectives(&self, cause: &str) {
         self.engine.abort(cause);
     }
 
-    pub(crate) fn keep_final(&self, snapshot: ActorSnapshot) {
+    pub(crate) fn add_final_snapshot(&self, snapshot: ActorSnapshot) {
         self.state().finals.push(snapshot);
     }
 
-    /// States of this process's actors, by id; those that cannot be had (an actor that panicked) are left out.
+    /// Snapshots of this process's actors, ordered by id. Actors that do not answer (after a panic) are left out.
     pub(crate) fn snapshot(&self) -> Vec<ActorSnapshot> {
         let (reply, replies) = bounded(self.streams.len());
         for actor in self.streams.keys() {
@@ -337,9 +338,9 @@ impl Session {
         snapshots
     }
 
-    /// Why nothing moves, if nothing does; and who waits for which register of whom, and who has a launch in flight.
+    /// Explains a hang, if there is one, and lists what each actor waits for or has in flight.
     pub(crate) fn explain(&self) -> (Option<Hang>, String) {
-        // States that were taken while something moved tell of messages under way as if they were lost.
+        // In snapshots taken during progress, messages in transit look like lost messages.
         let mut tries = 0..SNAPSHOT_TRIES;
         let (snapshots, collectives, is_still) = loop {
             let before = self.progress();
@@ -350,19 +351,19 @@ impl Session {
             }
         };
         let process_of = |actor| self.bus.remote().process_of(actor);
-        let scene = HangSnapshot {
+        let hang_snapshot = HangSnapshot {
             spec: &self.spec,
             snapshots: &snapshots,
             collectives: &collectives,
             knows_collectives: self.engine.knows_waits(),
-            is_checked: true,
+            is_acyclic: true,
             host_waits_for: u32::try_from(self.host_waits_for.load(Ordering::Relaxed)).ok(),
             process_of: &process_of,
         };
         let is_stuck = is_still && self.outstanding();
-        let hang = is_stuck.then(|| hang::explain(scene, self.begun.load(Ordering::Acquire))).flatten();
+        let hang = is_stuck.then(|| hang::explain(hang_snapshot, self.begun.load(Ordering::Acquire))).flatten();
         let texts = snapshots.iter().map(|s| s.waiting.describe(&self.spec));
-        let texts = texts.chain(hang::pipes(&self.spec, &collectives));
+        let texts = texts.chain(hang::describe_pipe_waits(&self.spec, &collectives));
         (hang, texts.filter(|t| !t.is_empty()).collect::<Vec<_>>().join("\n"))
     }
 
@@ -370,7 +371,7 @@ impl Session {
         self.engine.waits().into_iter().map(|w| (w.group, w.rank, w.peer)).collect()
     }
 
-    /// The other processes that this one waits for now, and what for; none while any stream works.
+    /// The other processes that this one waits for now, with the reasons; empty while any stream works.
     pub(crate) fn waits(&self) -> Sample {
         let process_of = |actor| self.bus.remote().process_of(actor);
         slow::sample(&self.spec, &self.snapshot(), &self.collective_waits(), process_of)
@@ -381,14 +382,14 @@ impl Session {
         self.streams.len() < self.spec.actors.len()
     }
 
-    /// Lets a panic be told by the actor's name.
-    pub(crate) fn adopt(&self, child: ractor::ActorId, actor: ActorId) {
+    /// Registers a ractor id, so that a panic report can name the actor.
+    pub(crate) fn register_child(&self, child: ractor::ActorId, actor: ActorId) {
         self.state().children.push((child, actor));
     }
 
     fn panicked(&self, child: ractor::ActorId, message: String) {
-        let found = self.state().children.iter().find(|c| c.0 == child).map(|c| c.1);
-        let Some((id, own)) = found.and_then(|a| Some((a, self.spec.actors.get(a.0 as usize)?))) else {
+        let id = self.state().children.iter().find(|c| c.0 == child).map(|c| c.1);
+        let Some((id, own)) = id.and_then(|a| Some((a, self.spec.actors.get(a.0 as usize)?))) else {
             return self.fail(Failure::Panic { actor: format!("actor {child}"), device: 0, action: None, message });
         };
         let action = self.in_flight[id.0 as usize].load(Ordering::Relaxed);
@@ -397,7 +398,8 @@ impl Session {
     }
 }
 
-/// One for each device; the default of ractor would end with the first child that stops, orderly or not.
+/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops, for any
+/// reason.
 pub(crate) struct Supervisor;
 
 impl Actor for Supervisor {

@@ -1,5 +1,5 @@
-//! What actors did, firing by firing: when each was launched and ended, and what came last of all that it had waited for. Each
-//! actor keeps its newest firings in a ring, which others read from where they left off.
+//! Records each actor's firings: launch time, end time and the last event that the firing waited for. Each actor keeps
+//! its newest firings in a ring buffer; readers continue from their previous position.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -7,19 +7,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use crate::protocol::{Message, ProtocolEvent};
 use crate::spec::RegisterId;
 
-/// Firings that a ring holds.
+/// Capacity of a ring buffer, in firings.
 pub const RING_FIRINGS: usize = 4096;
 
-/// What let an actor that stood idle fire: whatever came last.
+/// The last event that an idle actor needed before it could fire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cause {
     /// A piece of an input.
     Input(RegisterId),
-    /// A slot of an output that its readers gave back.
+    /// A slot of an output that its readers released.
     Credit(RegisterId),
-    /// A token of the host.
+    /// A token from the host.
     Host,
-    /// Nothing: the actor's own firing before it had ended.
+    /// The end of the actor's own previous firing.
     Own,
 }
 
@@ -41,28 +41,28 @@ pub struct FiringRecord {
     pub action: u32,
     /// Firings of the action before this one.
     pub firing: u64,
-    /// When the actor had nothing to do.
+    /// When the actor became idle.
     pub idle_ns: u64,
-    /// When it was launched: what lies between, the actor waited for `cause`.
+    /// When it was launched. From `idle_ns` until then the actor waited for `cause`.
     pub launched_ns: u64,
-    /// When the actor heard that the first of its early outputs was written; its end, if it has none.
+    /// When the actor received the signal of its first early output; `ended_ns` if there is none.
     pub early_ns: u64,
-    /// When the actor heard of its end.
+    /// When the actor received its end.
     pub ended_ns: u64,
-    /// Why it was not launched before.
+    /// What it waited for before the launch.
     pub cause: Cause,
 }
 
-/// Time that an actor stood idle, by what ended it, nanoseconds.
+/// Idle time of an actor by cause, in nanoseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Idle {
-    /// For a piece of each register.
+    /// Waiting for a piece, by register.
     pub input_ns: BTreeMap<RegisterId, u64>,
-    /// For a slot of each register.
+    /// Waiting for a free slot, by register.
     pub credit_ns: BTreeMap<RegisterId, u64>,
-    /// For the host.
+    /// Waiting for the host.
     pub host_ns: u64,
-    /// For nothing from outside: messages on their way to the actor itself.
+    /// Not waiting for others: the actor's own messages were in transit.
     pub own_ns: u64,
 }
 
@@ -77,49 +77,49 @@ impl Idle {
     }
 }
 
-/// One actor's newest firings, in the order of their ends.
+/// One actor's newest firings, ordered by end time.
 #[derive(Debug, Default)]
-pub(crate) struct Ring(Mutex<Kept>);
+pub(crate) struct Ring(Mutex<RingState>);
 
 #[derive(Debug, Default)]
-struct Kept {
+struct RingState {
     firings: VecDeque<FiringRecord>,
-    /// Of the first that is kept.
+    /// Index of the first kept firing, counted since the start.
     first: u64,
 }
 
-/// What a ring told.
+/// The result of reading a ring buffer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NewFirings {
-    /// Firings that have ended since.
+    /// Firings that have ended since the given position.
     pub firings: Vec<FiringRecord>,
-    /// Where to read on.
+    /// The position for the next read.
     pub next: u64,
-    /// Firings that were dropped before they were read.
+    /// Number of firings that were overwritten before they were read.
     pub lost: u64,
 }
 
 impl Ring {
-    fn lock(&self) -> MutexGuard<'_, Kept> {
+    fn lock(&self) -> MutexGuard<'_, RingState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn push(&self, fired: FiringRecord) {
-        let mut kept = self.lock();
-        if kept.firings.len() == RING_FIRINGS {
-            kept.firings.pop_front();
-            kept.first += 1;
+        let mut state = self.lock();
+        if state.firings.len() == RING_FIRINGS {
+            state.firings.pop_front();
+            state.first += 1;
         }
-        kept.firings.push_back(fired);
+        state.firings.push_back(fired);
     }
 
-    /// All from the `from`-th on, counted since the start.
+    /// Returns all firings from index `from`, counted since the start.
     pub(crate) fn read(&self, from: u64) -> NewFirings {
-        let kept = self.lock();
-        let skip = from.saturating_sub(kept.first) as usize;
-        let firings: Vec<FiringRecord> = kept.firings.iter().skip(skip).copied().collect();
-        let next = kept.first + kept.firings.len() as u64;
-        NewFirings { firings, next, lost: kept.first.saturating_sub(from) }
+        let state = self.lock();
+        let skip = from.saturating_sub(state.first) as usize;
+        let firings: Vec<FiringRecord> = state.firings.iter().skip(skip).copied().collect();
+        let next = state.first + state.firings.len() as u64;
+        NewFirings { firings, next, lost: state.first.saturating_sub(from) }
     }
 }
 
@@ -128,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ring_keeps_the_newest_and_tells_what_was_lost() {
+    fn a_ring_keeps_the_newest_firings_and_counts_the_lost_ones() {
         let ring = Ring::default();
         let fired = |firing| FiringRecord {
             action: 0,
@@ -145,8 +145,8 @@ mod tests {
         assert_eq!(ring.read(3), NewFirings { firings: vec![], next: 3, lost: 0 });
         let total = RING_FIRINGS as u64 + 5;
         (3..total).for_each(|n| ring.push(fired(n)));
-        let told = ring.read(3);
-        assert_eq!((told.firings.len(), told.next, told.lost), (RING_FIRINGS, total, 2));
-        assert_eq!(told.firings[0], fired(5));
+        let new = ring.read(3);
+        assert_eq!((new.firings.len(), new.next, new.lost), (RING_FIRINGS, total, 2));
+        assert_eq!(new.firings[0], fired(5));
     }
 }

@@ -1,11 +1,11 @@
-//! Connections between the processes of a world, each authenticated on both sides before a byte of it is believed: who
-//! listens, who dials, and what goes before the first message.
+//! Connections between the processes of a world: listeners, dialling and the handshake. Both sides authenticate before
+//! they use any received data.
 //!
-//! Layers: `error <- secret, wire <- handshake <- link <- dial, endpoint, descriptors`; `frame` and `folder` stand alone.
+//! Layers: `error <- secret, wire <- handshake <- connection <- dial, listener, descriptors`; `frame` and `folder` depend on none.
 //!
-//! What the handshake gives: both sides hold the job's secret, and mean the same session, epoch, processes and purpose. It
-//! neither hides nor signs what follows: who can change packets on the way can change tensors. Where that matters, run the
-//! world inside an encrypted network.
+//! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. It
+//! neither encrypts nor signs later data: an attacker who can modify packets can modify tensors. If that matters, run
+//! the world inside an encrypted network.
 
 use std::fmt;
 
@@ -32,15 +32,15 @@ pub use handshake::{AcceptPolicy, HandshakeError, PROTOCOL_VERSION, Refusal, Set
 pub use listener::{ListenAddress, Listener, ListenerOptions, Refusals, UNIX_PATH_BYTES_MAX};
 pub use secret::{SECRET_BYTES_MIN, SharedKey};
 
-/// Processes of one world, at most.
+/// Maximum number of processes of one world.
 pub const PROCESSES_MAX: u32 = 4096;
 
-/// Random name of one incarnation of a world; all zero before the processes have met.
+/// Random id of one incarnation of a world; all zero before the rendezvous.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SessionId(pub [u8; 16]);
 
 impl SessionId {
-    /// A fresh one.
+    /// Creates a random id.
     ///
     /// # Errors
     /// [`TransportError::Random`].
@@ -61,28 +61,28 @@ impl fmt::Debug for SessionId {
     }
 }
 
-/// What a connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Purpose {
-    /// To process 0, before there is a session.
+    /// To process 0, before the session exists.
     Rendezvous,
     /// Supervision and the end of the session.
     Control,
-    /// Messages and bytes of registers.
+    /// Messages and register data.
     Registers {
-        /// One of several connections between the same two processes.
-        lane: u16,
+        /// Index among the connections between the same two processes.
+        index: u16,
     },
     /// One edge of a collective.
     Group {
         /// Index of the group in the plan.
         group: u32,
-        /// The member of the group that dialled.
+        /// The group member that dialled.
         member: u32,
-        /// The member that it wants.
+        /// The group member that it dials.
         peer: u32,
     },
-    /// Descriptors of shared memory; over a Unix socket.
+    /// Shared memory descriptors, over a Unix socket.
     Memory,
 }
 
@@ -91,14 +91,14 @@ impl fmt::Display for Purpose {
         match self {
             Self::Rendezvous => write!(f, "rendezvous"),
             Self::Control => write!(f, "control"),
-            Self::Registers { lane } => write!(f, "registers, lane {lane}"),
+            Self::Registers { index } => write!(f, "registers, connection {index}"),
             Self::Group { group, member, peer } => write!(f, "group {group}, member {member} to {peer}"),
             Self::Memory => write!(f, "shared memory"),
         }
     }
 }
 
-/// What a dialler says of itself and of whom it wants; part of what both sides prove.
+/// The dialler's description of both processes; the handshake authenticates it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The session; zero for [`Purpose::Rendezvous`].
@@ -107,8 +107,8 @@ pub struct Hello {
     pub epoch: u64,
     /// Process that dials.
     pub from: u32,
-    /// Process that it wants.
+    /// Process that it dials.
     pub to: u32,
-    /// What for.
+    /// The purpose.
     pub purpose: Purpose,
 }

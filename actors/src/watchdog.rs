@@ -1,4 +1,4 @@
-//! Notices that nothing moves although there is work, and says who waits for whom.
+//! Detects sessions that make no progress although work is left, and reports what each actor waits for.
 
 use std::fmt;
 use std::sync::Arc;
@@ -9,26 +9,27 @@ use crate::error::Failure;
 use crate::slow::{Slow, Tally};
 use crate::supervisor::Session;
 
-/// Called with a report, on the thread that looks; it must not call [`crate::shell::RunningSession::tick`].
+/// Called with a report on the checking thread. It must not call [`crate::shell::RunningSession::check_progress`].
 pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// What to do about a session that does not move.
+/// Options of the watchdog.
 #[derive(Clone)]
 pub struct WatchdogOptions {
-    /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer than
-    /// the longest firing, since a firing's kernels show no progress. Once it is known how long steps take
-    /// ([`crate::shell::Control::steps_take`]), five times as long, and at least 10 s, is enough, where that is sooner.
+    /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer
+    /// than the longest firing, since kernels in flight show no progress. Once the step time is known
+    /// ([`crate::shell::Control::set_step_p99`]), five steps, but at least 10 s, are enough if that is shorter.
     pub stall_after: Duration,
-    /// How often the watchdog's thread looks; `None` starts no thread, and [`crate::shell::RunningSession::tick`] drives it.
+    /// Interval of checks; `None` starts no thread, and the host calls
+    /// [`crate::shell::RunningSession::check_progress`].
     pub check_every: Option<Duration>,
-    /// Ends the session with [`Failure::Stalled`] after so long without progress; `None` never does. As
-    /// [`WatchdogOptions::stall_after`], longer than any firing.
+    /// Time without progress after which the session fails with [`Failure::Stalled`]; `None` disables this. Like
+    /// [`WatchdogOptions::stall_after`], it must be longer than any firing.
     pub abort_after: Option<Duration>,
-    /// Gets the report, besides the log.
+    /// Receives stall reports, in addition to the log.
     pub on_stall: Option<OnStall>,
-    /// Gets a line, besides the log, about another process that this one waits for most of the time: at 8 of the last 10
-    /// looks no stream of this process had anything to do, for want of what that process, or the way to it, brings late.
-    /// Told again every 60 looks.
+    /// Receives a line, in addition to the log, about another process that this one waits for most of the time: in 8 of
+    /// the last 10 checks all streams of this process were idle and waited for that process or the connection to it.
+    /// Repeated every 60 checks.
     pub on_slow: Option<OnStall>,
 }
 
@@ -44,12 +45,11 @@ impl Default for WatchdogOptions {
     }
 }
 
-/// Stands for no limit: small enough that an `Instant` does not overflow.
+/// Used as "no limit"; small enough that an `Instant` does not overflow.
 const NO_LIMIT: Duration = Duration::from_secs(1 << 30);
 
 impl WatchdogOptions {
-    /// How long a wait for processes that are alive may take: [`WatchdogOptions::abort_after`]. Those that are dead end it
-    /// sooner.
+    /// Timeout of a wait for live processes: [`WatchdogOptions::abort_after`]. Dead processes end a wait sooner.
     pub fn wait_max(&self) -> Duration {
         self.abort_after.unwrap_or(NO_LIMIT)
     }
@@ -62,20 +62,20 @@ impl fmt::Debug for WatchdogOptions {
     }
 }
 
-/// A stall is longer than so many steps, and at least so long.
+/// A stall lasts at least this number of steps and at least this time.
 const STALL_STEPS: u32 = 5;
-const STALL_LEAST: Duration = Duration::from_secs(10);
+const STALL_MIN: Duration = Duration::from_secs(10);
 
-/// Nothing has moved for too long.
+/// A detected stall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stall {
     idle: Duration,
     aborts: bool,
-    /// Not told before.
+    /// Not reported before.
     is_new: bool,
 }
 
-/// The watchdog's memory. Time is what the caller says.
+/// The watchdog's state. The caller supplies the time.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     options: WatchdogOptions,
@@ -90,13 +90,13 @@ impl Watchdog {
         Self { options, progress: 0, since: Duration::ZERO, reported: false, tally: Tally::default() }
     }
 
-    /// What is too long to be kept quiet.
+    /// Time without progress after which a stall is reported.
     fn stall_after(&self, step_p99: Duration) -> Duration {
-        let by_steps = if step_p99.is_zero() { Duration::MAX } else { (STALL_STEPS * step_p99).max(STALL_LEAST) };
+        let by_steps = if step_p99.is_zero() { Duration::MAX } else { (STALL_STEPS * step_p99).max(STALL_MIN) };
         by_steps.min(self.options.stall_after)
     }
 
-    /// How long nothing has moved, the first time that this is too long to be kept quiet, and when it is too long to go on.
+    /// Returns a stall when it is first detected, and from the abort time on at every check.
     fn observe(&mut self, now: Duration, progress: u64, outstanding: bool, step_p99: Duration) -> Option<Stall> {
         if progress != self.progress || !outstanding {
             (self.progress, self.since, self.reported) = (progress, now, false);
@@ -111,11 +111,11 @@ impl Watchdog {
         Some(Stall { idle, aborts, is_new })
     }
 
-    /// Looks once; `now` counts from the session's start. Returns the report when the session has just stalled.
-    pub(crate) fn tick(&mut self, now: Duration, session: &Session) -> Option<String> {
+    /// Runs one check; `now` counts from the session's start. Returns the report when the session has just stalled.
+    pub(crate) fn check(&mut self, now: Duration, session: &Session) -> Option<String> {
         if session.has_peers() && session.outstanding() {
             let slow = self.tally.add(session.waits());
-            slow.iter().for_each(|slow| self.tell_slow(slow));
+            slow.iter().for_each(|slow| self.report_slow(slow));
         }
         let step_p99 = Duration::from_nanos(session.step_p99_ns.load(Ordering::Relaxed));
         let Stall { idle, aborts, is_new } = self.observe(now, session.progress(), session.outstanding(), step_p99)?;
@@ -123,7 +123,7 @@ impl Watchdog {
             return None;
         }
         let (hang, report) = session.explain();
-        let cause = hang.as_ref().map_or_else(|| "why is not known".to_owned(), ToString::to_string);
+        let cause = hang.as_ref().map_or_else(|| "the cause is unknown".to_owned(), ToString::to_string);
         let idle_ms = idle.as_millis() as u64;
         let failure = Failure::Stalled { idle_ms, cause, process: hang.and_then(|hang| hang.process()), report };
         let text = failure.to_string();
@@ -137,8 +137,8 @@ impl Watchdog {
         Some(text)
     }
 
-    fn tell_slow(&self, Slow { process, waits, of, what }: &Slow) {
-        let text = format!("waiting for rank {process} at {waits} of the last {of} looks, now for {what}");
+    fn report_slow(&self, Slow { process, waits, of, reason }: &Slow) {
+        let text = format!("waiting for rank {process} in {waits} of the last {of} checks, now for {reason}");
         tracing::warn!("{text}");
         if let Some(callback) = &self.options.on_slow {
             callback(&text);
@@ -151,36 +151,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_outstanding_work_that_does_not_move_is_a_stall_and_once() {
+    fn outstanding_work_without_progress_is_one_stall() {
         let at = Duration::from_secs;
         let options = WatchdogOptions { stall_after: at(10), abort_after: Some(at(25)), ..WatchdogOptions::default() };
-        let mut dog = Watchdog::new(options);
-        let mut observe = |now, progress, outstanding| dog.observe(now, progress, outstanding, Duration::ZERO);
+        let mut watchdog = Watchdog::new(options);
+        let mut observe = |now, progress, outstanding| watchdog.observe(now, progress, outstanding, Duration::ZERO);
         let stall = |idle, aborts| Some(Stall { idle: at(idle), aborts, is_new: !aborts });
         assert_eq!(observe(at(0), 5, true), None);
         assert_eq!(observe(at(9), 5, true), None);
         assert_eq!(observe(at(10), 5, true), stall(10, false));
-        assert_eq!(observe(at(24), 5, true), None, "said once");
+        assert_eq!(observe(at(24), 5, true), None, "a stall is reported once");
         assert_eq!(observe(at(30), 5, true), stall(30, true));
-        assert_eq!(observe(at(31), 6, true), None, "moves again");
+        assert_eq!(observe(at(31), 6, true), None, "progress ends the stall");
         assert_eq!(observe(at(40), 6, true), None);
         assert_eq!(observe(at(41), 6, true), stall(10, false));
-        // An idle session is no stall, however long.
+        // A session without outstanding work never stalls.
         assert_eq!(observe(at(42), 7, false), None);
         assert_eq!(observe(at(99), 7, false), None);
-        assert_eq!(observe(at(108), 7, true), None, "counts from the end of idleness");
+        assert_eq!(observe(at(108), 7, true), None, "the time counts from the begin of the work");
         assert_eq!(observe(at(109), 7, true), stall(10, false));
     }
 
     #[test]
-    fn what_is_too_long_follows_from_what_steps_take() {
-        let dog = Watchdog::new(WatchdogOptions::default());
-        let is_enough =
-            [(0, 60_000), (1, 10_000), (2_000, 10_000), (2_001, 10_005), (11_000, 55_000), (20_000, 60_000)];
-        for (step_ms, stall_ms) in is_enough {
-            assert_eq!(dog.stall_after(Duration::from_millis(step_ms)), Duration::from_millis(stall_ms));
+    fn the_stall_time_follows_from_the_step_time() {
+        let watchdog = Watchdog::new(WatchdogOptions::default());
+        let cases = [(0, 60_000), (1, 10_000), (2_000, 10_000), (2_001, 10_005), (11_000, 55_000), (20_000, 60_000)];
+        for (step_ms, stall_ms) in cases {
+            assert_eq!(watchdog.stall_after(Duration::from_millis(step_ms)), Duration::from_millis(stall_ms));
         }
-        let told = WatchdogOptions { stall_after: Duration::from_secs(3), ..WatchdogOptions::default() };
-        assert_eq!(Watchdog::new(told).stall_after(Duration::from_secs(1)), Duration::from_secs(3));
+        let shorter = WatchdogOptions { stall_after: Duration::from_secs(3), ..WatchdogOptions::default() };
+        assert_eq!(Watchdog::new(shorter).stall_after(Duration::from_secs(1)), Duration::from_secs(3));
     }
 }

@@ -141,7 +141,7 @@ fn read_part(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
 }
 
 fn hello() -> Hello {
-    Hello { session: SessionId([7; 16]), epoch: 0, from: 1, to: 0, purpose: Purpose::Registers { lane: 0 } }
+    Hello { session: SessionId([7; 16]), epoch: 0, from: 1, to: 0, purpose: Purpose::Registers { index: 0 } }
 }
 
 /// A whole handshake of one that has the secret; what it sent, and how it ended.
@@ -166,7 +166,8 @@ fn refusals(port: u16, world: &SharedKey) -> Vec<u8> {
     // Who has the secret, and is of no session, hears why.
     let (recorded, verdict) = handshake(port, world).expect("it answers");
     let refusal = verdict.unwrap_err();
-    let session = |r: &Refusal| matches!(r, Refusal::Session { .. } | Refusal::NotMe { .. } | Refusal::Process { .. });
+    let session =
+        |r: &Refusal| matches!(r, Refusal::Session { .. } | Refusal::WrongProcess { .. } | Refusal::Process { .. });
     assert!(matches!(&refusal, HandshakeError::Refused(r) if session(r)), "{refusal}");
     // The same bytes again meet another nonce: the proof is none.
     let mut stream = TcpStream::connect(at(port)).unwrap();

@@ -535,7 +535,7 @@ impl Session {
     /// Sends a piece of this process to all processes, including itself.
     fn send(&self, inbox: &mut Inbox, piece: HostPiece) {
         if let Some(running) = self.running.as_ref().filter(|_| self.process_map.processes > 1) {
-            running.give_host(piece.clone());
+            running.send_host_piece(piece.clone());
         }
         inbox.put(piece);
     }

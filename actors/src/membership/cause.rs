@@ -1,30 +1,31 @@
-//! Which of several reports is the first cause of a session's end. Pure: time is what the caller says.
+//! Decides which of several reports is the first cause of a session's end. Pure: the caller supplies the time.
 //!
-//! A failure is seen by many: the process that fails says so, its peers lose their connections to it, later their heartbeats,
-//! and processes that stop because of it are lost to others in turn. Reports carry no times, since clocks differ; what
-//! orders them is their kind, and whether the reporter knew of another report already:
+//! One failure causes many reports: the failed process reports itself, its peers lose their connections to it and later
+//! its heartbeats, and processes that stop because of it are lost to others. Reports carry no times, because clocks
+//! differ. Their order depends on their kind, and on whether the reporter already knew of another report:
 //!
-//! 1. this process's own failure, unless it knew that a peer had failed by itself;
-//! 2. a peer's report about itself, likewise;
-//! 3. failures that follow: the reporter knew of another process's failure before;
-//! 4. symptoms (a connection lost, a heartbeat missed): the process that most accuse, those first who knew of no other.
+//! 1. this process's own failure, unless it already knew of a peer's own failure;
+//! 2. a peer's own failure, with the same condition;
+//! 3. secondary failures: the reporter already knew of another process's failure;
+//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers; first-hand accusers count
+//!    first.
 //!
-//! Ties go to the lower process. After the first report a grace window lets better ones arrive, so processes that got the
-//! same reports, in whatever order, name the same cause. Only a failure of our own is final at once.
+//! Ties go to the lower process number. After the first report, a grace window allows better reports to arrive. So
+//! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-/// The one cause that a session ended for.
+/// The first cause of a session's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FirstCause {
-    /// The process that failed, or that was lost.
+    /// The process that failed or was lost.
     pub process: u32,
-    /// What happened to it, and who saw it.
+    /// What happened to it, and which process observed it.
     pub cause: String,
-    /// The exit code that goes with it: the failed process's own, or 69 when it was lost.
+    /// The exit code: that of the failed process, or 69 if it was lost.
     pub exit: u8,
 }
 
@@ -34,33 +35,33 @@ impl fmt::Display for FirstCause {
     }
 }
 
-/// What a report says.
+/// The kind of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
-    /// The reporter failed by itself.
+    /// The reporter itself failed.
     Failed,
     /// The reporter lost another process.
     Lost,
 }
 
-/// One process's word on why the session cannot go on.
+/// One process's report of a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Report {
     pub(crate) by: u32,
-    /// The one that failed; `by` itself when the kind is [`Kind::Failed`].
+    /// The process that failed; equal to `by` for [`Kind::Failed`].
     pub(crate) about: u32,
     pub(crate) kind: Kind,
-    /// The reporter knew of another report that may have led to this one.
+    /// The reporter already knew of another report that may have caused this one.
     pub(crate) follows: bool,
-    /// Empty in one that came by a heartbeat, which has no room for it; a letter's takes its place.
+    /// Empty if a heartbeat brought the report, which has no room for it; a control message supplies it later.
     pub(crate) cause: String,
     pub(crate) exit: u8,
 }
 
-/// Stands for the cause of a report that only a heartbeat brought.
-const UNTOLD: &str = "it is lost; why did not get through";
+/// Text for the cause of a report that only a heartbeat brought.
+const UNKNOWN_CAUSE: &str = "it is lost; the report of the cause did not arrive";
 
-/// Collects reports and decides once.
+/// Collects reports and makes one decision.
 #[derive(Debug)]
 pub(crate) struct Arbiter {
     own: u32,
@@ -68,7 +69,7 @@ pub(crate) struct Arbiter {
     grace: Duration,
     /// When the grace window ends.
     decide_at: Option<Duration>,
-    /// One for each reporter, accused and kind, so their number is bounded.
+    /// By reporter, accused process and kind, so their number is bounded.
     reports: BTreeMap<(u32, u32, Kind), Report>,
     closed: bool,
 }
@@ -78,33 +79,33 @@ impl Arbiter {
         Self { own, processes, grace, decide_at: None, reports: BTreeMap::new(), closed: false }
     }
 
-    /// This process has ended in order: nothing that happens now is a failure of its session.
+    /// Closes the arbiter after this process has left in order: later reports are ignored.
     pub(crate) fn close(&mut self) {
         self.closed = true;
     }
 
-    /// The report of a failure of this process.
+    /// Creates a report of a failure of this process.
     pub(crate) fn own_failure(&self, cause: String, exit: u8) -> Report {
         let follows = self.reports.values().any(|r| r.kind == Kind::Failed && r.by != self.own);
         Report { by: self.own, about: self.own, kind: Kind::Failed, follows, cause, exit }
     }
 
-    /// The report that this process lost another.
+    /// Creates a report that this process has lost another one.
     pub(crate) fn own_symptom(&self, about: u32, cause: String, exit: u8) -> Report {
         let follows = self.reports.values().any(|r| r.about != about);
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
-    /// The process that this one has lost for no report that it knew of; the first by number.
+    /// The process that this one has lost without knowing of another report; the lowest number.
     pub(crate) fn lost_by_own(&self) -> Option<u32> {
         let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
         lost.map(|r| r.about)
     }
 
-    /// Takes a report in; false for one that is known, comes after the decision, or makes no sense.
+    /// Adds a report; false if it is known, too late or invalid.
     pub(crate) fn report(&mut self, now: Duration, report: Report) -> bool {
-        let names = report.by < self.processes && report.about < self.processes;
-        if self.closed || !names || (report.by == report.about) != (report.kind == Kind::Failed) {
+        let exist = report.by < self.processes && report.about < self.processes;
+        if self.closed || !exist || (report.by == report.about) != (report.kind == Kind::Failed) {
             return false;
         }
         let key = (report.by, report.about, report.kind);
@@ -114,8 +115,8 @@ impl Arbiter {
             }
             return false;
         }
-        let best_possible = report.by == self.own && report.kind == Kind::Failed && !report.follows;
-        let decide_at = if best_possible { now } else { now + self.grace };
+        let is_final = report.by == self.own && report.kind == Kind::Failed && !report.follows;
+        let decide_at = if is_final { now } else { now + self.grace };
         self.decide_at = Some(self.decide_at.map_or(decide_at, |at| at.min(decide_at)));
         self.reports.insert(key, report);
         true
@@ -126,14 +127,14 @@ impl Arbiter {
         self.decide_at.is_some() && !self.closed
     }
 
-    /// The first cause, once, when the grace window is over.
+    /// Returns the first cause, once, after the grace window.
     pub(crate) fn tick(&mut self, now: Duration) -> Option<FirstCause> {
         if self.closed || now < self.decide_at? {
             return None;
         }
         self.closed = true;
         let first = self.reports.values().min_by_key(|r| self.order(r))?;
-        let cause = if first.cause.is_empty() { UNTOLD } else { &first.cause };
+        let cause = if first.cause.is_empty() { UNKNOWN_CAUSE } else { &first.cause };
         let cause = match (first.kind, first.by == self.own) {
             (Kind::Failed, _) => cause.to_owned(),
             (Kind::Lost, true) => format!("{cause} (seen by this process, {})", first.by),
@@ -142,7 +143,7 @@ impl Arbiter {
         Some(FirstCause { process: first.about, cause, exit: first.exit })
     }
 
-    /// Smaller is nearer to the cause.
+    /// The sort key of a report; the smallest is the first cause.
     fn order(&self, report: &Report) -> impl Ord + use<> {
         let class = match report.kind {
             Kind::Failed if report.follows => 2,
@@ -150,11 +151,11 @@ impl Arbiter {
             Kind::Failed => 1,
             Kind::Lost => 3,
         };
-        let accusers = |unled: bool| {
+        let accusers = |first_hand: bool| {
             let same = self.reports.values().filter(|r| r.kind == report.kind && r.about == report.about);
-            Reverse(same.filter(|r| !(unled && r.follows)).count())
+            Reverse(same.filter(|r| !(first_hand && r.follows)).count())
         };
-        // Among the accusers of one process we quote ourselves, then the lowest.
+        // Among the accusers of one process, the text names this process first, then the lowest number.
         (class, accusers(true), accusers(false), report.about, report.follows, report.by != self.own, report.by)
     }
 }

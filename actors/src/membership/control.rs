@@ -1,6 +1,6 @@
-//! The control plane: one thread that exchanges letters with all peers, over connections that were authenticated before.
+//! The control plane: one thread that exchanges control messages with all peers, over connections that were authenticated before.
 //!
-//! Each end first sends an [`Opening`], which proves that both belong to one session and epoch. Letters follow, each after its
+//! Each end first sends an [`Opening`], which proves that both belong to one session and epoch. ControlThread messages follow, each after its
 //! length, a little-endian u32.
 
 use std::collections::BTreeMap;
@@ -13,19 +13,19 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::MembershipError;
-use super::letter::{LETTER_BYTES_MAX, Letter, OPENING_BYTES, Opening};
+use super::control_message::{CONTROL_BYTES_MAX, ControlMessage, OPENING_BYTES, Opening};
 use super::outbox::{Outbox, Waiting};
 use super::shared::Shared;
 use crate::transport::Connection;
 
 /// The running thread. Dropping it closes all connections and ends the thread.
 #[derive(Debug)]
-pub(crate) struct Control {
+pub(crate) struct ControlThread {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Drop for Control {
+impl Drop for ControlThread {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
@@ -41,8 +41,8 @@ pub(crate) fn start(
     connections: BTreeMap<u32, Connection>,
     session: [u8; 16],
     key: &[u8; 32],
-) -> Result<Control, MembershipError> {
-    let failed = |what| move |source| MembershipError::Io { what, source };
+) -> Result<ControlThread, MembershipError> {
+    let failed = |operation| move |source| MembershipError::Io { operation, source };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(failed("start the control plane's runtime"))?;
     let guard = runtime.enter();
@@ -61,7 +61,7 @@ pub(crate) fn start(
     };
     let thread = thread::Builder::new().name("control".into()).spawn(move || runtime.block_on(run));
     let thread = thread.map_err(failed("start the control plane's thread"))?;
-    Ok(Control { stop: Some(stop), thread: Some(thread) })
+    Ok(ControlThread { stop: Some(stop), thread: Some(thread) })
 }
 
 type Read = Box<dyn AsyncRead + Send + Unpin>;
@@ -88,7 +88,7 @@ fn halves(connection: Connection) -> io::Result<(Read, Write)> {
 async fn exchange(shared: Arc<Shared>, process: u32, (read, write): (Read, Write), opening: Opening, key: [u8; 32]) {
     let (outbox, waiting) = Outbox::new();
     tokio::select! {
-        // Letters that have arrived are handled before the connection's end, whichever direction ends first.
+        // ControlThread messages that have arrived are handled before the connection's end, whichever direction ends first.
         biased;
         ended = receive(&shared, process, read, outbox, opening, &key) => report(process, ended),
         ended = send(write, waiting, opening.write(&key)) => report(process, ended),
@@ -104,10 +104,10 @@ fn report(process: u32, ended: io::Result<()>) {
 
 async fn send(mut write: Write, mut waiting: Waiting, opening: [u8; OPENING_BYTES]) -> io::Result<()> {
     write.write_all(&opening).await?;
-    while let Some(letter) = waiting.next().await {
-        write.write_all(&(letter.bytes.len() as u32).to_le_bytes()).await?;
-        write.write_all(&letter.bytes).await?;
-        waiting.written(&letter);
+    while let Some(message) = waiting.next().await {
+        write.write_all(&(message.bytes.len() as u32).to_le_bytes()).await?;
+        write.write_all(&message.bytes).await?;
+        waiting.written(&message);
     }
     Ok(())
 }
@@ -122,9 +122,13 @@ async fn receive(
 ) -> io::Result<()> {
     let mut opening = [0; OPENING_BYTES];
     read.read_exact(&mut opening).await?;
-    if let Err(refusal) = (Opening { from: process, ..own }).check(&opening, key) {
-        tracing::error!(process, ?refusal, "the peer's control connection belongs to another session, epoch or secret");
-        shared.refused(refusal);
+    if let Err(rejection) = (Opening { from: process, ..own }).check(&opening, key) {
+        tracing::error!(
+            process,
+            ?rejection,
+            "the peer's control connection belongs to another session, epoch or secret"
+        );
+        shared.reject(rejection);
         return Ok(());
     }
     shared.connected(process, outbox);
@@ -132,14 +136,14 @@ async fn receive(
         let mut length = [0; 4];
         read.read_exact(&mut length).await?;
         let length = u32::from_le_bytes(length) as usize;
-        if length > LETTER_BYTES_MAX {
+        if length > CONTROL_BYTES_MAX {
             shared.garbled(process, "too long");
             return Ok(());
         }
         let mut bytes = vec![0; length];
         read.read_exact(&mut bytes).await?;
-        match Letter::read(&bytes) {
-            Ok(letter) => shared.receive(process, letter),
+        match ControlMessage::read(&bytes) {
+            Ok(message) => shared.receive(process, message),
             Err(why) => shared.garbled(process, why),
         }
     }

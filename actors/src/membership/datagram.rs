@@ -1,66 +1,66 @@
-//! The heartbeat's datagram: fixed layout, little-endian, with a MAC. Pure.
+//! The heartbeat datagram: fixed layout, little-endian, with a MAC. Pure.
 //!
 //! `magic [4] | version u16 | zero u16 | session [16] | epoch u64 | process u32 | lost u32 | sequence u64 | step u64 | mac [16]`
 
 use std::collections::BTreeMap;
 
-/// Bytes of a datagram.
+/// Size of a datagram in bytes.
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
 const MAGIC: [u8; 4] = *b"SFHB";
 const VERSION: u16 = 2;
-/// Bytes that the MAC covers.
+/// Number of bytes that the MAC covers.
 const SIGNED: usize = 56;
 const MAC: usize = 16;
-/// What `lost` is when nobody is.
-const NOBODY: u32 = u32::MAX;
+/// Value of `lost` without a lost process.
+const NO_PROCESS: u32 = u32::MAX;
 
-/// What a heartbeat says.
+/// The content of a heartbeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Beat {
+pub(crate) struct Heartbeat {
     pub(crate) epoch: u64,
     pub(crate) process: u32,
     /// Counts up from 1 within an epoch.
     pub(crate) sequence: u64,
-    /// The step that the process is at.
+    /// The process's current step.
     pub(crate) step: u64,
-    /// The process that it has lost, and that it ends for.
+    /// The process that the sender has lost, which is the reason for its end.
     pub(crate) lost: Option<u32>,
 }
 
-/// Why a datagram was not taken in.
+/// Why a datagram was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    /// Not ours: size, magic, version, or a process that is not in this world.
+pub(crate) enum Rejection {
+    /// Wrong size, magic or version, or a process that is not in this world.
     Format,
-    /// Made without the job's key.
+    /// Wrong MAC: signed without the job's key.
     Mac,
-    /// Of an incarnation before this one.
+    /// From an older incarnation.
     OldEpoch,
-    /// Of an incarnation after this one: we are the old one.
+    /// From a newer incarnation: this process belongs to an old one.
     NewerEpoch,
-    /// Of another run with the same key.
+    /// From another run with the same key.
     Session,
-    /// Seen before, or overtaken.
+    /// A duplicate, or older than the newest one.
     Replay,
 }
 
-/// Writes and reads the datagrams of one session.
+/// Encodes and decodes the datagrams of one session.
 #[derive(Debug)]
 pub(crate) struct Codec {
     key: [u8; 32],
     session: [u8; 16],
     epoch: u64,
     processes: u32,
-    /// Highest sequence heard, by process.
-    heard: BTreeMap<u32, u64>,
+    /// Highest received sequence number, by process.
+    received: BTreeMap<u32, u64>,
 }
 
 impl Codec {
-    /// `key` is the job's; a key for this use is derived from it.
+    /// `key` is the job's key; a separate key is derived from it.
     pub(crate) fn new(key: &[u8; 32], session: [u8; 16], epoch: u64, processes: u32) -> Self {
         let key = blake3::derive_key("shardflow heartbeat v1", key);
-        Self { key, session, epoch, processes, heard: BTreeMap::new() }
+        Self { key, session, epoch, processes, received: BTreeMap::new() }
     }
 
     pub(crate) fn write(&self, process: u32, sequence: u64, step: u64, lost: Option<u32>) -> [u8; BYTES] {
@@ -70,14 +70,14 @@ impl Codec {
         out[8..24].copy_from_slice(&self.session);
         out[24..32].copy_from_slice(&self.epoch.to_le_bytes());
         out[32..36].copy_from_slice(&process.to_le_bytes());
-        out[36..40].copy_from_slice(&lost.unwrap_or(NOBODY).to_le_bytes());
+        out[36..40].copy_from_slice(&lost.unwrap_or(NO_PROCESS).to_le_bytes());
         out[40..48].copy_from_slice(&sequence.to_le_bytes());
         out[48..SIGNED].copy_from_slice(&step.to_le_bytes());
         self.sign(&mut out);
         out
     }
 
-    /// Puts the MAC of what is before it.
+    /// Writes the MAC of the preceding bytes.
     pub(crate) fn sign(&self, datagram: &mut [u8; BYTES]) {
         let mac = self.mac(&datagram[..SIGNED]);
         datagram[SIGNED..].copy_from_slice(&mac);
@@ -89,38 +89,38 @@ impl Codec {
         mac
     }
 
-    /// Checks and reads a datagram; each sequence number is taken once.
-    pub(crate) fn read(&mut self, bytes: &[u8]) -> Result<Beat, Refusal> {
+    /// Checks and decodes a datagram; accepts each sequence number once.
+    pub(crate) fn read(&mut self, bytes: &[u8]) -> Result<Heartbeat, Rejection> {
         if bytes.len() != BYTES || bytes[..4] != MAGIC || bytes[4..8] != [VERSION as u8, (VERSION >> 8) as u8, 0, 0] {
-            return Err(Refusal::Format);
+            return Err(Rejection::Format);
         }
-        // In constant time, so that no part of a forged MAC can be told right from how soon it is refused.
-        let different = self.mac(&bytes[..SIGNED]).iter().zip(&bytes[SIGNED..]).fold(0, |all, (a, b)| all | (a ^ b));
-        if different != 0 {
-            return Err(Refusal::Mac);
+        // Compares in constant time, so that the time reveals nothing about a partially correct MAC.
+        let difference = self.mac(&bytes[..SIGNED]).iter().zip(&bytes[SIGNED..]).fold(0, |all, (a, b)| all | (a ^ b));
+        if difference != 0 {
+            return Err(Rejection::Mac);
         }
         let number = |at: usize| bytes[at..at + 8].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
         let (process, lost) = (number(32) as u32, (number(32) >> 32) as u32);
-        let lost = (lost != NOBODY).then_some(lost);
-        let beat = Beat { epoch: number(24), process, sequence: number(40), step: number(48), lost };
-        if beat.epoch < self.epoch {
-            return Err(Refusal::OldEpoch);
+        let lost = (lost != NO_PROCESS).then_some(lost);
+        let heartbeat = Heartbeat { epoch: number(24), process, sequence: number(40), step: number(48), lost };
+        if heartbeat.epoch < self.epoch {
+            return Err(Rejection::OldEpoch);
         }
         if bytes[8..24] != self.session {
-            return Err(Refusal::Session);
+            return Err(Rejection::Session);
         }
-        if beat.epoch > self.epoch {
-            return Err(Refusal::NewerEpoch);
+        if heartbeat.epoch > self.epoch {
+            return Err(Rejection::NewerEpoch);
         }
-        if beat.process >= self.processes || lost.is_some_and(|lost| lost >= self.processes || lost == process) {
-            return Err(Refusal::Format);
+        if heartbeat.process >= self.processes || lost.is_some_and(|lost| lost >= self.processes || lost == process) {
+            return Err(Rejection::Format);
         }
-        let highest = self.heard.entry(beat.process).or_default();
-        if beat.sequence <= *highest {
-            return Err(Refusal::Replay);
+        let highest = self.received.entry(heartbeat.process).or_default();
+        if heartbeat.sequence <= *highest {
+            return Err(Rejection::Replay);
         }
-        *highest = beat.sequence;
-        Ok(beat)
+        *highest = heartbeat.sequence;
+        Ok(heartbeat)
     }
 }
 
@@ -136,46 +136,46 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_once() {
+    fn each_datagram_is_accepted_once() {
         let (sender, mut receiver) = (codec(3), codec(3));
         let written = sender.write(2, 5, 77, None);
-        assert_eq!(receiver.read(&written), Ok(Beat { epoch: 3, process: 2, sequence: 5, step: 77, lost: None }));
-        assert_eq!(receiver.read(&written), Err(Refusal::Replay));
-        assert_eq!(receiver.read(&sender.write(2, 4, 77, None)), Err(Refusal::Replay));
-        assert!(receiver.read(&sender.write(1, 4, 77, None)).is_ok(), "sequences are each process's own");
-        let accuses = receiver.read(&sender.write(2, 6, 77, Some(3))).expect("newer");
-        assert_eq!(accuses.lost, Some(3));
+        assert_eq!(receiver.read(&written), Ok(Heartbeat { epoch: 3, process: 2, sequence: 5, step: 77, lost: None }));
+        assert_eq!(receiver.read(&written), Err(Rejection::Replay));
+        assert_eq!(receiver.read(&sender.write(2, 4, 77, None)), Err(Rejection::Replay));
+        assert!(receiver.read(&sender.write(1, 4, 77, None)).is_ok(), "each process has its own sequence");
+        let with_loss = receiver.read(&sender.write(2, 6, 77, Some(3))).expect("newer");
+        assert_eq!(with_loss.lost, Some(3));
     }
 
     #[test]
-    fn epochs_and_sessions() {
+    fn other_epochs_and_sessions_are_rejected() {
         let mut receiver = codec(3);
-        assert_eq!(receiver.read(&codec(2).write(2, 9, 0, None)), Err(Refusal::OldEpoch));
-        assert_eq!(receiver.read(&codec(4).write(2, 9, 0, None)), Err(Refusal::NewerEpoch));
+        assert_eq!(receiver.read(&codec(2).write(2, 9, 0, None)), Err(Rejection::OldEpoch));
+        assert_eq!(receiver.read(&codec(4).write(2, 9, 0, None)), Err(Rejection::NewerEpoch));
         let other = Codec::new(&KEY, [1; 16], 3, 4);
-        assert_eq!(receiver.read(&other.write(2, 9, 0, None)), Err(Refusal::Session));
-        assert_eq!(receiver.read(&codec(3).write(4, 9, 0, None)), Err(Refusal::Format));
-        for nonsense in [2, 4, u32::MAX - 1] {
-            assert_eq!(receiver.read(&codec(3).write(2, 9, 0, Some(nonsense))), Err(Refusal::Format));
+        assert_eq!(receiver.read(&other.write(2, 9, 0, None)), Err(Rejection::Session));
+        assert_eq!(receiver.read(&codec(3).write(4, 9, 0, None)), Err(Rejection::Format));
+        for invalid in [2, 4, u32::MAX - 1] {
+            assert_eq!(receiver.read(&codec(3).write(2, 9, 0, Some(invalid))), Err(Rejection::Format));
         }
-        // None of them took the sequence number.
+        // The rejected datagrams did not use up the sequence number.
         assert!(receiver.read(&codec(3).write(2, 1, 0, None)).is_ok());
     }
 
     #[test]
-    fn every_changed_bit_and_length_is_refused() {
+    fn every_changed_bit_and_length_is_rejected() {
         let good = codec(3).write(2, 5, 77, None);
         for bit in 0..BYTES * 8 {
             let mut bad = good;
             bad[bit / 8] ^= 1 << (bit % 8);
-            let refused = codec(3).read(&bad).expect_err("changed");
-            assert_eq!(refused, if bit < 64 { Refusal::Format } else { Refusal::Mac }, "bit {bit}");
+            let rejection = codec(3).read(&bad).expect_err("changed");
+            assert_eq!(rejection, if bit < 64 { Rejection::Format } else { Rejection::Mac }, "bit {bit}");
         }
         for length in 0..BYTES {
-            assert_eq!(codec(3).read(&good[..length]), Err(Refusal::Format));
+            assert_eq!(codec(3).read(&good[..length]), Err(Rejection::Format));
         }
-        assert_eq!(codec(3).read(&[&good[..], &[0]].concat()), Err(Refusal::Format));
+        assert_eq!(codec(3).read(&[&good[..], &[0]].concat()), Err(Rejection::Format));
         let forged = Codec::new(&[8; 32], SESSION, 3, 4).write(2, 5, 77, None);
-        assert_eq!(codec(3).read(&forged), Err(Refusal::Mac));
+        assert_eq!(codec(3).read(&forged), Err(Rejection::Mac));
     }
 }

@@ -1,25 +1,25 @@
-//! Who has been silent for too long. Pure: time is what the caller says, counted from any fixed moment.
+//! Detects peers without heartbeats. Pure: the caller supplies the time, counted from any fixed start.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// What a tick finds.
+/// The result of a tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// Silent for half the deadline: worth a line in the log, no more.
+    /// Silent for half the deadline; only logged.
     Suspect { process: u32, silent: Duration },
-    /// A suspect that was heard again.
+    /// Heartbeats of a suspect have returned.
     Returned { process: u32 },
-    /// Silent for the whole deadline. Told once; nothing brings the peer back.
+    /// Silent for the whole deadline. Returned once; the peer stays lost.
     Lost { process: u32, silent: Duration },
-    /// This process itself did not run (stopped, or starved) and could hear nobody: all peers have a fresh deadline.
+    /// This process itself did not run (stopped or starved) and received nothing: all peers get a new deadline.
     Paused { pause: Duration },
 }
 
-/// What is known of a peer.
+/// The health of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerHealth {
-    /// Heard within half the deadline.
+    /// A heartbeat arrived within half the deadline.
     Alive,
     /// Silent for half the deadline.
     Suspect,
@@ -29,7 +29,7 @@ pub enum PeerHealth {
 
 #[derive(Debug)]
 struct Peer {
-    heard: Duration,
+    last_heartbeat: Duration,
     health: PeerHealth,
 }
 
@@ -38,44 +38,45 @@ struct Peer {
 pub(crate) struct Detector {
     deadline: Duration,
     peers: BTreeMap<u32, Peer>,
-    ticked: Duration,
+    last_tick: Duration,
 }
 
 impl Detector {
-    /// All peers count as heard `now`.
+    /// Creates a detector; the deadline of all peers starts `now`.
     pub(crate) fn new(peers: impl IntoIterator<Item = u32>, deadline: Duration, now: Duration) -> Self {
-        let alive = |process| (process, Peer { heard: now, health: PeerHealth::Alive });
-        Self { deadline, peers: peers.into_iter().map(alive).collect(), ticked: now }
+        let alive = |process| (process, Peer { last_heartbeat: now, health: PeerHealth::Alive });
+        Self { deadline, peers: peers.into_iter().map(alive).collect(), last_tick: now }
     }
 
-    pub(crate) fn heard(&mut self, process: u32, now: Duration) {
+    /// Records a heartbeat.
+    pub(crate) fn receive(&mut self, process: u32, now: Duration) {
         if let Some(peer) = self.peers.get_mut(&process) {
-            peer.heard = peer.heard.max(now);
+            peer.last_heartbeat = peer.last_heartbeat.max(now);
         }
     }
 
-    /// The peer has left in order; its silence means nothing.
+    /// Removes a peer that has left in order.
     pub(crate) fn forget(&mut self, process: u32) {
         self.peers.remove(&process);
     }
 
-    /// State of a peer, and how long it has been silent; `None` of one that has left.
+    /// Health of a peer and the time since its last heartbeat; `None` if it has left.
     pub(crate) fn health(&self, process: u32, now: Duration) -> Option<(PeerHealth, Duration)> {
-        self.peers.get(&process).map(|p| (p.health, now.saturating_sub(p.heard)))
+        self.peers.get(&process).map(|p| (p.health, now.saturating_sub(p.last_heartbeat)))
     }
 
-    /// Looks at all peers. It must be called several times within half a deadline: a longer gap is a pause of our own.
-    /// What arrived meanwhile must be given to [`Detector::heard`] first.
+    /// Checks all peers. Must run several times within half a deadline: a longer gap counts as a pause of this process.
+    /// Pass all received heartbeats to [`Detector::receive`] first.
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<Event> {
         let mut events = Vec::new();
-        let pause = now.saturating_sub(self.ticked);
-        self.ticked = self.ticked.max(now);
+        let pause = now.saturating_sub(self.last_tick);
+        self.last_tick = self.last_tick.max(now);
         if pause >= self.deadline / 2 {
             events.push(Event::Paused { pause });
-            self.peers.values_mut().for_each(|p| p.heard = now);
+            self.peers.values_mut().for_each(|p| p.last_heartbeat = now);
         }
         for (&process, peer) in &mut self.peers {
-            let silent = now.saturating_sub(peer.heard);
+            let silent = now.saturating_sub(peer.last_heartbeat);
             let health = match peer.health {
                 PeerHealth::Lost => PeerHealth::Lost,
                 _ if silent >= self.deadline => PeerHealth::Lost,
@@ -105,29 +106,29 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    /// Ticks every 50 ms in `from..=to`, hearing `heard` on each; returns the events with their times.
-    fn run(detector: &mut Detector, from: u64, to: u64, heard: &[u32]) -> Vec<(u64, Event)> {
+    /// Ticks every 50 ms in `from..=to` with heartbeats of `alive` at each tick; returns the events with their times.
+    fn run(detector: &mut Detector, from: u64, to: u64, alive: &[u32]) -> Vec<(u64, Event)> {
         let mut events = Vec::new();
         for now in (from..=to).step_by(50) {
-            heard.iter().for_each(|p| detector.heard(*p, ms(now)));
+            alive.iter().for_each(|p| detector.receive(*p, ms(now)));
             events.extend(detector.tick(ms(now)).into_iter().map(|e| (now, e)));
         }
         events
     }
 
     #[test]
-    fn silence_is_suspected_then_lost_once() {
+    fn a_silent_peer_is_suspected_and_then_lost_once() {
         let mut d = Detector::new([1, 2], DEADLINE, ms(0));
         let suspect = Event::Suspect { process: 2, silent: ms(2000) };
         let lost = Event::Lost { process: 2, silent: ms(4000) };
         assert_eq!(run(&mut d, 0, 9000, &[1]), [(2000, suspect), (4000, lost)]);
-        // A peer that was declared lost stays so: others have acted on it.
+        // A lost peer stays lost, because other processes have acted on it.
         assert_eq!(run(&mut d, 9050, 20_000, &[1, 2]), []);
         assert_eq!(d.health(2, ms(20_000)), Some((PeerHealth::Lost, ms(0))));
     }
 
     #[test]
-    fn a_flap_shorter_than_the_deadline_passes() {
+    fn an_outage_shorter_than_the_deadline_is_not_a_loss() {
         let mut d = Detector::new([1], DEADLINE, ms(0));
         run(&mut d, 0, 1000, &[1]);
         let events = run(&mut d, 1050, 4000, &[]);
@@ -145,42 +146,42 @@ mod tests {
     }
 
     #[test]
-    fn a_frozen_process_does_not_accuse_its_peers_on_waking() {
+    fn a_process_that_was_frozen_does_not_report_its_peers_as_lost() {
         for pause in [2000, 4000, 60_000] {
             let mut d = Detector::new([1, 2], DEADLINE, ms(0));
-            // Peer 2 was silent already before the pause: it gets a fresh deadline as well.
+            // Peer 2 was silent already before the pause; it gets a new deadline too.
             run(&mut d, 0, 1900, &[1]);
-            let woke = 1900 + pause;
-            assert_eq!(d.tick(ms(woke)), [Event::Paused { pause: ms(pause) }]);
-            let found = run(&mut d, woke + 50, woke + 3950, &[1]);
-            assert_eq!(found, [(woke + 2000, Event::Suspect { process: 2, silent: ms(2000) })]);
-            let found = run(&mut d, woke + 4000, woke + 9000, &[1]);
-            assert_eq!(found, [(woke + 4000, Event::Lost { process: 2, silent: ms(4000) })]);
+            let resumed = 1900 + pause;
+            assert_eq!(d.tick(ms(resumed)), [Event::Paused { pause: ms(pause) }]);
+            let found = run(&mut d, resumed + 50, resumed + 3950, &[1]);
+            assert_eq!(found, [(resumed + 2000, Event::Suspect { process: 2, silent: ms(2000) })]);
+            let found = run(&mut d, resumed + 4000, resumed + 9000, &[1]);
+            assert_eq!(found, [(resumed + 4000, Event::Lost { process: 2, silent: ms(4000) })]);
         }
     }
 
     proptest::proptest! {
-        /// Exactly the peers with a gap of a deadline are lost, within one tick, whatever the times of datagrams.
+        /// For any arrival times, a peer is lost exactly if it was silent for a deadline, within one tick.
         #[test]
-        fn lost_are_those_silent_for_a_deadline(
+        fn a_peer_is_lost_exactly_after_a_deadline_of_silence(
             gaps in proptest::collection::vec(1u64..5200, 1..12),
             tick in 1u64..1900,
         ) {
             let mut d = Detector::new([7], DEADLINE, ms(0));
-            let (mut heard, mut arrivals) = (0, vec![]);
+            let (mut last_arrival, mut arrivals) = (0, vec![]);
             for gap in &gaps {
-                heard += gap;
-                arrivals.push(heard);
+                last_arrival += gap;
+                arrivals.push(last_arrival);
             }
-            // Beyond the last arrival silence is expected to be found.
+            // The loop runs long enough after the last arrival to detect the loss.
             let mut lost_at = None;
             let mut last = 0;
             let mut now = 0;
-            while now < heard + 10_000 {
+            while now < last_arrival + 10_000 {
                 now += tick;
                 while arrivals.first().is_some_and(|a| *a <= now) {
                     last = arrivals.remove(0);
-                    d.heard(7, ms(last));
+                    d.receive(7, ms(last));
                 }
                 let lost = d.tick(ms(now)).into_iter().any(|e| matches!(e, Event::Lost { .. }));
                 proptest::prop_assert_eq!(lost, lost_at.is_none() && now - last >= 4000);

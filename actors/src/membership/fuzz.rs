@@ -1,6 +1,6 @@
-//! What must hold for the decoders of heartbeats and letters, whatever a peer sends; for fuzzing and for tests.
-use super::datagram::{BYTES, Codec, Refusal};
-use super::letter::{Body, Letter, MESSAGE_BYTES_MAX};
+//! Properties of the heartbeat and control message decoders for arbitrary input; for fuzzing and tests.
+use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX};
+use super::datagram::{BYTES, Codec, Rejection};
 
 const EPOCH: u64 = 3;
 const PROCESSES: u32 = 4;
@@ -9,7 +9,7 @@ fn codec(key: u8) -> Codec {
     Codec::new(&[key; 32], [9; 16], EPOCH, PROCESSES)
 }
 
-/// Letters as peers send them, and a heartbeat that was signed with another key.
+/// Valid control messages, and a heartbeat signed with another key.
 pub fn samples() -> Vec<Vec<u8>> {
     let cause = || "rank 1: out of memory".to_string();
     let bodies = [
@@ -19,36 +19,37 @@ pub fn samples() -> Vec<Vec<u8>> {
         Body::Leaving,
         Body::Received { urgent: 3 },
     ];
-    let letters = bodies.map(|body| Letter::from(body).write());
-    letters.into_iter().chain([codec(8).write(2, 5, 77, Some(1)).to_vec()]).collect()
+    let messages = bodies.map(|body| ControlMessage::from(body).write());
+    messages.into_iter().chain([codec(8).write(2, 5, 77, Some(1)).to_vec()]).collect()
 }
 
-/// A datagram without the key is never taken. With it, what is taken is of this epoch, from a process that there is, is
-/// written in one way only, and is taken once.
+/// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
+/// existing process, has exactly one encoding, and is accepted once.
 ///
 /// # Panics
-/// When one of these does not hold.
+/// If a property does not hold.
 pub fn check_datagram(bytes: &[u8]) {
     let mut codec = codec(7);
     let forged = codec.read(bytes);
-    assert!(matches!(forged, Err(Refusal::Format | Refusal::Mac)), "{forged:?}");
+    assert!(matches!(forged, Err(Rejection::Format | Rejection::Mac)), "{forged:?}");
     let Ok(mut datagram) = <[u8; BYTES]>::try_from(bytes) else { return };
     codec.sign(&mut datagram);
-    if let Ok(beat) = codec.read(&datagram) {
-        assert!(beat.epoch == EPOCH && beat.process < PROCESSES);
-        assert_eq!(codec.write(beat.process, beat.sequence, beat.step, beat.lost), datagram);
-        assert_eq!(codec.read(&datagram), Err(Refusal::Replay));
+    if let Ok(heartbeat) = codec.read(&datagram) {
+        assert!(heartbeat.epoch == EPOCH && heartbeat.process < PROCESSES);
+        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.step, heartbeat.lost);
+        assert_eq!(written, datagram);
+        assert_eq!(codec.read(&datagram), Err(Rejection::Replay));
     }
 }
 
-/// A letter is written in one way only, and its payload has at most as many bytes as are allowed.
+/// Checks that a decoded control message has exactly one encoding and a payload within the limit.
 ///
 /// # Panics
 /// When one of these does not hold.
-pub fn check_letter(bytes: &[u8]) {
-    if let Ok(letter) = Letter::read(bytes) {
-        assert!(letter.payload.len() <= MESSAGE_BYTES_MAX);
-        assert_eq!(letter.write(), bytes, "{letter:?}");
+pub fn check_control_message(bytes: &[u8]) {
+    if let Ok(message) = ControlMessage::read(bytes) {
+        assert!(message.payload.len() <= MESSAGE_BYTES_MAX);
+        assert_eq!(message.write(), bytes, "{message:?}");
     }
 }
 
@@ -60,7 +61,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn holds_for_samples_with_changes(
+        fn the_properties_hold_for_modified_samples(
             index in 0usize..6, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
         ) {
             let mut changed = samples().swap_remove(index);
@@ -68,7 +69,7 @@ mod tests {
             let end = (at + bytes.len()).min(changed.len());
             changed.splice(at..end, bytes);
             check_datagram(&changed);
-            check_letter(&changed);
+            check_control_message(&changed);
         }
     }
 }

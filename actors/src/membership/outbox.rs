@@ -1,4 +1,4 @@
-//! Letters that wait to be written to a peer's connection.
+//! Control messages that wait to be written to a peer's connection.
 //!
 //! - **OB-1**: waiting messages of the application are at most [`MESSAGES_MAX`], with [`BYTES_MAX`] bytes in all. So a peer that
 //!   does not read costs this memory and its socket's buffers, and no more.
@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::letter::{Body, Letter};
+use super::control_message::{Body, ControlMessage};
 
 /// Messages that wait for one peer.
 pub(crate) const MESSAGES_MAX: u64 = 1024;
@@ -21,7 +21,7 @@ pub(crate) struct Count {
     pub(crate) bytes: u64,
 }
 
-/// Why a letter is not sent.
+/// Why a control message is not sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Unsent {
     /// The connection has ended.
@@ -30,7 +30,7 @@ pub(crate) enum Unsent {
     Full(Count),
 }
 
-/// A letter that waits.
+/// A control message that waits.
 #[derive(Debug)]
 pub(crate) struct Queued {
     pub(crate) bytes: Vec<u8>,
@@ -41,14 +41,14 @@ pub(crate) struct Queued {
 /// The sending side.
 #[derive(Debug)]
 pub(crate) struct Outbox {
-    letters: UnboundedSender<Queued>,
+    messages: UnboundedSender<Queued>,
     count: Arc<Mutex<Count>>,
 }
 
 /// The writing side.
 #[derive(Debug)]
 pub(crate) struct Waiting {
-    letters: UnboundedReceiver<Queued>,
+    messages: UnboundedReceiver<Queued>,
     count: Arc<Mutex<Count>>,
 }
 
@@ -58,14 +58,14 @@ fn lock(count: &Mutex<Count>) -> MutexGuard<'_, Count> {
 
 impl Outbox {
     pub(crate) fn new() -> (Self, Waiting) {
-        let ((sender, letters), count) = (unbounded_channel(), Arc::default());
-        (Self { letters: sender, count: Arc::clone(&count) }, Waiting { letters, count })
+        let ((sender, messages), count) = (unbounded_channel(), Arc::default());
+        (Self { messages: sender, count: Arc::clone(&count) }, Waiting { messages, count })
     }
 
-    /// Queues a letter. Only messages of the application are limited: of all others there are few.
-    pub(crate) fn send(&self, letter: &Letter) -> Result<(), Unsent> {
-        let is_message = matches!(letter.body, Body::Message { .. });
-        let message_bytes = is_message.then_some(letter.payload.len() as u64);
+    /// Queues a control message. Only messages of the application are limited: of all others there are few.
+    pub(crate) fn send(&self, message: &ControlMessage) -> Result<(), Unsent> {
+        let is_message = matches!(message.body, Body::Message { .. });
+        let message_bytes = is_message.then_some(message.payload.len() as u64);
         if let Some(bytes) = message_bytes {
             let mut count = lock(&self.count);
             if count.messages == MESSAGES_MAX || count.bytes + bytes > BYTES_MAX {
@@ -73,19 +73,19 @@ impl Outbox {
             }
             (count.messages, count.bytes) = (count.messages + 1, count.bytes + bytes);
         }
-        self.letters.send(Queued { bytes: letter.write(), message_bytes }).map_err(|_| Unsent::Closed)
+        self.messages.send(Queued { bytes: message.write(), message_bytes }).map_err(|_| Unsent::Closed)
     }
 }
 
 impl Waiting {
-    /// The next letter; `None` when the sending side was dropped.
+    /// The next message; `None` when the sending side was dropped.
     pub(crate) async fn next(&mut self) -> Option<Queued> {
-        self.letters.recv().await
+        self.messages.recv().await
     }
 
-    /// This letter waits no longer.
-    pub(crate) fn written(&self, letter: &Queued) {
-        if let Some(bytes) = letter.message_bytes {
+    /// This message waits no longer.
+    pub(crate) fn written(&self, message: &Queued) {
+        if let Some(bytes) = message.message_bytes {
             let mut count = lock(&self.count);
             (count.messages, count.bytes) = (count.messages - 1, count.bytes - bytes);
         }
@@ -96,8 +96,8 @@ impl Waiting {
 mod tests {
     use super::*;
 
-    fn message(bytes: usize) -> Letter {
-        Letter { body: Body::Message { topic: 1 }, payload: vec![0; bytes] }
+    fn message(bytes: usize) -> ControlMessage {
+        ControlMessage { body: Body::Message { topic: 1 }, payload: vec![0; bytes] }
     }
 
     #[test]
@@ -108,7 +108,7 @@ mod tests {
         let full = Count { messages: MESSAGES_MAX, bytes: 10 * MESSAGES_MAX };
         assert_eq!(outbox.send(&message(10)), Err(Unsent::Full(full)));
         assert_eq!(outbox.send(&Body::Leaving.into()), Ok(()));
-        let first = waiting.letters.try_recv().expect("waits");
+        let first = waiting.messages.try_recv().expect("waits");
         waiting.written(&first);
         assert_eq!(outbox.send(&message(10)), Ok(()));
         drop(waiting);

@@ -1,4 +1,4 @@
-//! What the threads of one membership share: who is there, what they said, and what the session ends for.
+//! State that the threads of one membership share: the peers, their messages, and the first cause.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,18 +8,18 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Sender;
 
 use super::cause::{Arbiter, FirstCause, Kind, Report};
-use super::datagram::{Beat, Refusal};
+use super::control_message::{Body, ControlMessage, truncate};
+use super::datagram::{Heartbeat, Rejection};
 use super::detector::{Detector, Event, PeerHealth};
-use super::letter::{Body, Letter, bounded};
 use super::outbox::{Count, Outbox, Unsent};
 use super::{Counters, MESSAGE_BYTES_MAX, MembershipError, MembershipEvent, PeerStatus, exit};
 
-/// Messages of peers that the application has not taken yet, at most.
+/// Maximum number of peer messages that the application has not read yet.
 pub(crate) const NOTICES_MAX: usize = 4096;
 
-/// Where the control connection to a peer stands.
+/// State of the control connection to a peer.
 #[derive(Debug)]
-enum Control {
+enum ControlState {
     Opening,
     Open(Outbox),
     Closed,
@@ -27,28 +27,28 @@ enum Control {
 
 #[derive(Debug)]
 struct Peer {
-    control: Control,
+    control: ControlState,
     left: bool,
-    /// Urgent letters: sent to the peer, acknowledged by it, and received from it.
+    /// Urgent control messages: sent to the peer, acknowledged by it, and received from it.
     urgent_sent: u64,
     urgent_acknowledged: u64,
     urgent_received: u64,
     step: u64,
-    /// When its last heartbeat came.
-    beat: Option<Duration>,
+    /// When its last heartbeat arrived.
+    last_heartbeat: Option<Duration>,
 }
 
 #[derive(Debug)]
 struct State {
     peers: BTreeMap<u32, Peer>,
     arbiter: Arbiter,
-    /// From the moment that all peers are connected.
+    /// `None` until all peers are connected.
     detector: Option<Detector>,
     first: Option<FirstCause>,
     left: bool,
 }
 
-/// Of one membership; any thread may call.
+/// The shared state of one membership; usable from any thread.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) own: u32,
@@ -57,7 +57,7 @@ pub(crate) struct Shared {
     start: Instant,
     step: AtomicU64,
     state: Mutex<State>,
-    /// Told of connections, answers and the end.
+    /// Notified about connections, acknowledgements and the end.
     changed: Condvar,
     notices: Sender<MembershipEvent>,
     counters: Mutex<Counters>,
@@ -67,13 +67,13 @@ impl Shared {
     pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<MembershipEvent>) -> Self {
         let peer = |process| {
             let peer = Peer {
-                control: Control::Opening,
+                control: ControlState::Opening,
                 left: false,
                 urgent_sent: 0,
                 urgent_acknowledged: 0,
                 urgent_received: 0,
                 step: 0,
-                beat: None,
+                last_heartbeat: None,
             };
             (process, peer)
         };
@@ -113,7 +113,7 @@ impl Shared {
         self.start.elapsed()
     }
 
-    /// Waits until `done` says something of the state, or gives up with `None`.
+    /// Waits until `done` returns a value; `None` on timeout.
     fn wait<T>(&self, timeout: Duration, mut done: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
         let until = Instant::now() + timeout;
         let mut state = self.state();
@@ -129,28 +129,28 @@ impl Shared {
         }
     }
 
-    /// The control connection to a peer is ready.
+    /// Records that the control connection to a peer is ready.
     pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
         if let Some(peer) = self.state().peers.get_mut(&process) {
-            peer.control = Control::Open(outbox);
+            peer.control = ControlState::Open(outbox);
         }
         self.changed.notify_all();
     }
 
-    /// The control connection to a peer has ended; a symptom, unless the peer has left.
+    /// Handles the end of the control connection to a peer; a symptom of failure, unless the peer has left.
     pub(crate) fn disconnected(&self, process: u32) {
         let mut state = self.state();
         if let Some(peer) = state.peers.get_mut(&process) {
-            peer.control = Control::Closed;
+            peer.control = ControlState::Closed;
             if state.detector.is_some() {
-                self.lost(&mut state, process, "its control connection closed".into());
+                self.report_lost(&mut state, process, "its control connection closed".into());
             }
         }
         self.changed.notify_all();
     }
 
-    /// Blocks until all peers are connected, and begins to watch them. After `within`, only peers whose last heartbeat is
-    /// younger than `deadline` are waited for.
+    /// Blocks until all peers are connected, then starts the failure detector. After `within`, it waits only for peers
+    /// whose last heartbeat is younger than `deadline`.
     pub(crate) fn wait_for_peers(
         &self,
         within: Duration,
@@ -159,11 +159,11 @@ impl Shared {
     ) -> Result<(), MembershipError> {
         let (begin, mut step) = (self.now(), within);
         loop {
-            let result = self.wait_for_some(step, deadline);
+            let result = self.wait_for_connections(step, deadline);
             let Err(MembershipError::Missing { processes, .. }) = &result else { return result };
             let (state, now) = (self.state(), self.now());
-            let beat = |process: &u32| state.peers.get(process).and_then(|peer| peer.beat);
-            let are_alive = processes.iter().all(|process| beat(process).is_some_and(|at| now < at + deadline));
+            let heartbeat = |process: &u32| state.peers.get(process).and_then(|peer| peer.last_heartbeat);
+            let are_alive = processes.iter().all(|process| heartbeat(process).is_some_and(|at| now < at + deadline));
             if !are_alive || now >= begin + at_most {
                 let (processes, seconds) = (processes.clone(), (now - begin).as_secs_f64());
                 return Err(MembershipError::Missing { processes, seconds });
@@ -172,9 +172,9 @@ impl Shared {
         }
     }
 
-    fn wait_for_some(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
-        let with = |state: &State, wanted: fn(&Control) -> bool| -> Vec<u32> {
-            state.peers.iter().filter(|(_, p)| wanted(&p.control)).map(|(p, _)| *p).collect()
+    fn wait_for_connections(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
+        let peers_in = |state: &State, matches: fn(&ControlState) -> bool| -> Vec<u32> {
+            state.peers.iter().filter(|(_, p)| matches(&p.control)).map(|(p, _)| *p).collect()
         };
         let ended = self.wait(within, |state| {
             if let Some(first) = &state.first {
@@ -183,17 +183,17 @@ impl Shared {
             if state.arbiter.is_deciding() {
                 return None;
             }
-            if let Some(&process) = with(state, |l| matches!(l, Control::Closed)).first() {
+            if let Some(&process) = peers_in(state, |c| matches!(c, ControlState::Closed)).first() {
                 return Some(Err(MembershipError::Refused { process }));
             }
-            if !with(state, |l| matches!(l, Control::Opening)).is_empty() {
+            if !peers_in(state, |c| matches!(c, ControlState::Opening)).is_empty() {
                 return None;
             }
             state.detector = Some(Detector::new(state.peers.keys().copied(), deadline, self.now()));
             Some(Ok(()))
         });
         ended.unwrap_or_else(|| {
-            let processes = with(&self.state(), |l| matches!(l, Control::Opening));
+            let processes = peers_in(&self.state(), |c| matches!(c, ControlState::Opening));
             Err(MembershipError::Missing { processes, seconds: within.as_secs_f64() })
         })
     }
@@ -202,60 +202,60 @@ impl Shared {
         self.step.store(step, Ordering::Relaxed);
     }
 
-    /// The step to tell in a heartbeat, and the process that this one has lost; `None` when the session has ended for
-    /// something else, which silence then tells too.
-    pub(crate) fn beat(&self) -> Option<(u64, Option<u32>)> {
+    /// The content of the next heartbeat: the step, and the process that this one has lost. `None` if the session has
+    /// ended for another cause; peers then also detect the missing heartbeats.
+    pub(crate) fn heartbeat(&self) -> Option<(u64, Option<u32>)> {
         let state = self.state();
         let lost = state.arbiter.lost_by_own();
         (state.first.is_none() || lost.is_some()).then(|| (self.step.load(Ordering::Relaxed), lost))
     }
 
-    /// A heartbeat was received.
-    pub(crate) fn heard(&self, beat: Beat) {
+    /// Processes a received heartbeat.
+    pub(crate) fn receive_heartbeat(&self, heartbeat: Heartbeat) {
         let mut state = self.state();
-        let (now, by) = (self.now(), beat.process);
-        if let Some(about) = beat.lost {
-            // No sign of life: its sender is about to end. The letter that says the same, and why, may not get through: its
-            // connection needs the way back, and that may be what is cut.
+        let (now, by) = (self.now(), heartbeat.process);
+        if let Some(about) = heartbeat.lost {
+            // Does not count as a sign of life: the sender is about to end. The control message with the cause may not
+            // arrive: TCP needs both directions, and the direction back to the sender may be broken.
             let (cause, exit) = (String::new(), exit::UNAVAILABLE);
             let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
             if state.peers.get(&by).is_some_and(|peer| !peer.left) && state.arbiter.report(now, report) {
-                tracing::warn!(by, about, "a peer's heartbeat says that it has lost a process");
+                tracing::warn!(by, about, "a peer's heartbeat reports a lost process");
             }
             return self.decide(&mut state);
         }
         if let Some(peer) = state.peers.get_mut(&by) {
-            (peer.step, peer.beat) = (beat.step, Some(now));
+            (peer.step, peer.last_heartbeat) = (heartbeat.step, Some(now));
         }
         if let Some(detector) = &mut state.detector {
-            detector.heard(by, now);
+            detector.receive(by, now);
         }
     }
 
-    /// A datagram was refused.
-    pub(crate) fn refused(&self, refusal: Refusal) {
+    /// Counts a rejected datagram.
+    pub(crate) fn reject(&self, rejection: Rejection) {
         self.count(|c| {
-            let counter = match refusal {
-                Refusal::Format => &mut c.bad_format,
-                Refusal::Mac => &mut c.bad_mac,
-                Refusal::OldEpoch => &mut c.old_epoch,
-                Refusal::NewerEpoch => &mut c.newer_epoch,
-                Refusal::Session => &mut c.other_session,
-                Refusal::Replay => &mut c.replays,
+            let counter = match rejection {
+                Rejection::Format => &mut c.bad_format,
+                Rejection::Mac => &mut c.bad_mac,
+                Rejection::OldEpoch => &mut c.old_epoch,
+                Rejection::NewerEpoch => &mut c.newer_epoch,
+                Rejection::Session => &mut c.other_session,
+                Rejection::Replay => &mut c.replays,
             };
             *counter += 1;
         });
-        if refusal == Refusal::NewerEpoch {
-            self.fenced();
+        if rejection == Rejection::NewerEpoch {
+            self.fail_fenced();
         }
     }
 
-    fn fenced(&self) {
-        let cause = format!("fenced: it belongs to epoch {}, and a newer one has begun", self.epoch);
+    fn fail_fenced(&self) {
+        let cause = format!("fenced: it belongs to epoch {}, but a newer epoch has begun", self.epoch);
         self.fail(cause, exit::RETRY);
     }
 
-    /// Looks at heartbeats and at the grace window.
+    /// Checks heartbeats and the grace window.
     pub(crate) fn tick(&self) {
         let mut state = self.state();
         let now = self.now();
@@ -263,11 +263,11 @@ impl Shared {
         for event in events {
             match event {
                 Event::Suspect { process, silent } => {
-                    tracing::warn!(process, silent_ms = silent.as_millis() as u64, "no heartbeat for a while");
+                    tracing::warn!(process, silent_ms = silent.as_millis() as u64, "heartbeats are late");
                 }
                 Event::Returned { process } => tracing::info!(process, "heartbeats are back"),
                 Event::Lost { process, silent } => {
-                    self.lost(&mut state, process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()));
+                    self.report_lost(&mut state, process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()));
                 }
                 Event::Paused { pause } => {
                     tracing::warn!(pause_ms = pause.as_millis() as u64, "this process did not run");
@@ -281,19 +281,19 @@ impl Shared {
         let Some(first) = state.arbiter.tick(self.now()) else { return };
         tracing::error!(process = first.process, exit = first.exit, cause = %first.cause, "session ends");
         state.first = Some(first.clone());
-        // Room is kept for it: see `notify`.
+        // `notify` reserves room for it.
         let _ = self.notices.try_send(MembershipEvent::Ended(first));
         self.changed.notify_all();
     }
 
-    /// This process failed by itself.
+    /// Reports a failure of this process.
     pub(crate) fn fail(&self, cause: String, exit: u8) {
         let mut state = self.state();
         self.fail_locked(&mut state, cause, exit);
     }
 
     fn fail_locked(&self, state: &mut State, cause: String, exit: u8) {
-        let cause = bounded(cause);
+        let cause = truncate(cause);
         let report = state.arbiter.own_failure(cause.clone(), exit);
         let body = Body::Failed { follows: report.follows, cause, exit };
         if state.arbiter.report(self.now(), report) {
@@ -302,18 +302,18 @@ impl Shared {
         self.decide(state);
     }
 
-    /// A connection to a peer broke: a symptom.
+    /// Reports a symptom of a lost peer, such as a broken connection.
     pub(crate) fn suspect(&self, process: u32, cause: String) {
         let mut state = self.state();
-        self.lost(&mut state, process, cause);
+        self.report_lost(&mut state, process, cause);
         self.decide(&mut state);
     }
 
-    fn lost(&self, state: &mut State, about: u32, cause: String) {
+    fn report_lost(&self, state: &mut State, about: u32, cause: String) {
         if state.peers.get(&about).is_none_or(|p| p.left) {
             return;
         }
-        let cause = bounded(cause);
+        let cause = truncate(cause);
         let report = state.arbiter.own_symptom(about, cause.clone(), exit::UNAVAILABLE);
         let body = Body::Lost { about, follows: report.follows, cause: cause.clone(), exit: report.exit };
         if state.arbiter.report(self.now(), report) {
@@ -322,37 +322,37 @@ impl Shared {
         }
     }
 
-    /// Sends an urgent letter to all peers that are connected.
+    /// Sends an urgent control message to all connected peers.
     fn broadcast(&self, state: &mut State, body: Body) {
-        let letter = body.into();
+        let message = body.into();
         for peer in state.peers.values_mut() {
-            let Control::Open(outbox) = &peer.control else { continue };
-            // An error means that the connection has just ended, which its thread reports.
-            if outbox.send(&letter).is_ok() {
+            let ControlState::Open(outbox) = &peer.control else { continue };
+            // An error means that the connection has just ended, which `disconnected` reports.
+            if outbox.send(&message).is_ok() {
                 peer.urgent_sent += 1;
             }
         }
     }
 
-    /// A peer sent something that is no letter.
-    pub(crate) fn garbled(&self, process: u32, why: &str) {
-        tracing::warn!(process, why, "a letter was refused");
+    /// Counts bytes of a peer that are no control message.
+    pub(crate) fn garbled(&self, process: u32, reason: &str) {
+        tracing::warn!(process, reason, "rejected a control message");
         self.count(|c| c.garbled += 1);
     }
 
-    /// A peer sent a letter.
-    pub(crate) fn receive(&self, by: u32, letter: Letter) {
+    /// Processes a control message of a peer.
+    pub(crate) fn receive(&self, by: u32, message: ControlMessage) {
         let mut state = self.state();
-        self.receive_locked(&mut state, by, letter);
+        self.receive_locked(&mut state, by, message);
         self.decide(&mut state);
         self.changed.notify_all();
     }
 
-    fn receive_locked(&self, state: &mut State, by: u32, letter: Letter) {
+    fn receive_locked(&self, state: &mut State, by: u32, message: ControlMessage) {
         let Some(peer) = state.peers.get_mut(&by) else { return };
-        match letter.body {
+        match message.body {
             Body::Message { topic } => {
-                return self.notify(state, MembershipEvent::Told { from: by, topic, bytes: letter.payload });
+                return self.notify(state, MembershipEvent::Message { from: by, topic, bytes: message.payload });
             }
             Body::Received { urgent } if urgent <= peer.urgent_sent => {
                 peer.urgent_acknowledged = urgent;
@@ -364,7 +364,7 @@ impl Shared {
                 if let Some(detector) = &mut state.detector {
                     detector.forget(by);
                 }
-                // The channel has a place for one of each peer: see `notify`.
+                // `notify` reserves room for one of each peer.
                 let _ = self.notices.try_send(MembershipEvent::Left { process: by });
             }
             Body::Failed { follows, cause, exit } => {
@@ -378,23 +378,23 @@ impl Shared {
         }
         let Some(peer) = state.peers.get_mut(&by) else { return };
         peer.urgent_received += 1;
-        // An acknowledgement is not acknowledged, so there are no more of them than of urgent letters.
-        if let Control::Open(outbox) = &peer.control {
+        // Acknowledgements are not acknowledged, so there are no more of them than of urgent messages.
+        if let ControlState::Open(outbox) = &peer.control {
             let _ = outbox.send(&Body::Received { urgent: peer.urgent_received }.into());
         }
     }
 
-    fn notify(&self, state: &mut State, notice: MembershipEvent) {
+    fn notify(&self, state: &mut State, event: MembershipEvent) {
         if self.notices.len() < NOTICES_MAX {
-            // The channel has room for more, kept for `Left` and `Ended`.
-            let _ = self.notices.try_send(notice);
+            // The channel has additional room, reserved for `Left` and `Ended`.
+            let _ = self.notices.try_send(event);
         } else {
-            let cause = format!("{NOTICES_MAX} messages of peers wait, and nobody takes them");
+            let cause = format!("the application has not read {NOTICES_MAX} messages of peers");
             self.fail_locked(state, cause, exit::INTERNAL);
         }
     }
 
-    pub(crate) fn tell(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
+    pub(crate) fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(MembershipError::TooLarge { bytes: bytes.len() });
         }
@@ -408,16 +408,17 @@ impl Shared {
         let Some(peer) = state.peers.get_mut(&to) else {
             return Err(MembershipError::NoPeer { process: to, processes: self.processes });
         };
-        let (Control::Open(outbox), false) = (&peer.control, peer.left) else {
+        let (ControlState::Open(outbox), false) = (&peer.control, peer.left) else {
             return Err(MembershipError::Gone { process: to });
         };
-        outbox.send(&Letter { body: Body::Message { topic }, payload: bytes }).map_err(|unsent| match unsent {
+        let message = ControlMessage { body: Body::Message { topic }, payload: bytes };
+        outbox.send(&message).map_err(|unsent| match unsent {
             Unsent::Closed => MembershipError::Gone { process: to },
             Unsent::Full(Count { messages, bytes }) => MembershipError::Backlog { process: to, messages, bytes },
         })
     }
 
-    /// Ends in order: peers are told, and from now on nothing is a failure of this process's session.
+    /// Leaves in order: notifies peers. From now on nothing counts as a failure of this process's session.
     pub(crate) fn leave(&self) {
         let mut state = self.state();
         if state.first.is_none() && !state.left {
@@ -427,8 +428,8 @@ impl Shared {
         }
     }
 
-    /// True when the session has ended, in order or not.
-    pub(crate) fn is_over(&self) -> bool {
+    /// True if the session has ended for this process, in order or not.
+    pub(crate) fn has_ended(&self) -> bool {
         let state = self.state();
         state.left || state.first.is_some()
     }
@@ -437,15 +438,17 @@ impl Shared {
         self.state().first.clone()
     }
 
-    /// Waits until all peers that are connected have our urgent letters, and with them all that was sent before; false when
-    /// one does not answer. One that has been silent for the whole deadline already is not waited for.
-    pub(crate) fn settle(&self, timeout: Duration) -> bool {
-        let arrived = |p: &Peer| !matches!(p.control, Control::Open(_)) || p.urgent_acknowledged == p.urgent_sent;
+    /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier ones;
+    /// false on timeout. Does not wait for peers that are already lost.
+    pub(crate) fn wait_for_delivery(&self, timeout: Duration) -> bool {
+        let is_delivered =
+            |p: &Peer| !matches!(p.control, ControlState::Open(_)) || p.urgent_acknowledged == p.urgent_sent;
         let is_lost = |state: &State, process: u32| {
             let health = state.detector.as_ref().and_then(|d| d.health(process, self.now()));
             health.is_some_and(|(health, _)| health == PeerHealth::Lost)
         };
-        let done = |state: &State| state.peers.iter().all(|(process, peer)| arrived(peer) || is_lost(state, *process));
+        let done =
+            |state: &State| state.peers.iter().all(|(process, peer)| is_delivered(peer) || is_lost(state, *process));
         self.wait(timeout, |state| done(state).then_some(())).is_some()
     }
 

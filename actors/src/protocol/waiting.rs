@@ -1,31 +1,31 @@
-//! Why an actor does not fire, for the watchdog and for reports of deadlocks.
+//! Reports why an actor does not fire, for the watchdog and for deadlock reports.
 
 use std::fmt::Write;
 
 use super::{FiringState, Protocol};
 use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 
-/// What an actor is doing or waiting for.
+/// An actor's firing in flight, and the waits of its actions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActorWaits {
     /// The actor.
     pub actor: ActorId,
-    /// The action in flight; nothing else of this actor can fire meanwhile.
+    /// The action in flight; no other action of this actor can fire until it ends.
     pub in_flight: Option<u32>,
-    /// Each action that cannot fire, and why.
+    /// The actions that cannot fire, with the reasons.
     pub actions: Vec<ActionWaits>,
 }
 
-/// Why one action cannot fire.
+/// The reasons why one action cannot fire.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ActionWaits {
     /// Index of the action.
     pub action: u32,
-    /// All of it has to come; never empty.
+    /// The action needs all of these; never empty.
     pub missing: Vec<Missing>,
 }
 
-/// One thing that an action lacks.
+/// One thing that an action needs and does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Missing {
     /// A piece of an input.
@@ -37,35 +37,35 @@ pub enum Missing {
         /// The action that writes it.
         writer: RegisterReader,
     },
-    /// A slot for an output.
+    /// A free slot of an output.
     Credit {
         /// The register.
         register: RegisterId,
-        /// Its slots, all held.
+        /// Its number of slots; all are held.
         slots: u32,
         /// Readers that have not released the oldest piece.
         holders: Vec<Holder>,
     },
-    /// A token of the host.
+    /// A token from the host.
     Token,
-    /// The actor's ordered list has another action next.
+    /// Its turn: the next action in the actor's ordered list is another one.
     Turn {
         /// Index of that action.
         next: u32,
     },
 }
 
-/// A reader that keeps slots from being freed.
+/// A reader that holds slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// Who.
+    /// The reader.
     pub reader: RegisterReader,
-    /// Slots that it has not released, as far as the producer knows.
+    /// Number of slots that it has not released, as far as the producer knows.
     pub slots: u32,
 }
 
 impl Protocol {
-    /// Why this actor does not fire.
+    /// Reports why this actor does not fire.
     pub fn waiting(&self) -> ActorWaits {
         let next = match &self.firing {
             FiringState::Ordered(list, next) => list.get(*next).copied(),
@@ -116,7 +116,7 @@ impl Protocol {
 }
 
 impl Missing {
-    /// `a piece of register 'x' from y`, `a credit of register 'x' (2 of 2 slots held by y)` and so on.
+    /// Describes it: `piece 0 of register 'x' from y`, `a credit of register 'x' (2 of 2 slots held by y)` and so on.
     pub fn describe(&self, spec: &Spec, actor: ActorId) -> String {
         match self {
             Missing::Piece { register, piece, writer } => {
@@ -131,14 +131,14 @@ impl Missing {
                 let held: Vec<_> = holders.iter().map(held).collect();
                 format!("a credit of register '{}' ({})", spec.register_name(*register), held.join(", "))
             }
-            Missing::Token => "a token of the host".into(),
+            Missing::Token => "a token from the host".into(),
             Missing::Turn { next } => format!("its turn after {}", spec.action_name(actor, *next)),
         }
     }
 }
 
 impl ActorWaits {
-    /// A line for each action that waits, or the one line that an action is in flight.
+    /// One line per waiting action, or a single line for the action in flight.
     pub fn describe(&self, spec: &Spec) -> String {
         if let Some(action) = self.in_flight {
             return format!("{} is in flight", spec.action_name(self.actor, action));

@@ -1,4 +1,4 @@
-//! The threads of the connections to peers: one writes what is in an outbox, one reads what the peer tells.
+//! The threads of the connections to peers: per peer, one writes the outbox and one reads the peer's messages.
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -20,13 +20,13 @@ use crate::supervisor::Session;
 use crate::transport::Connection;
 use crate::transport::frame::{FRAME_BYTES, Frame};
 
-/// Bytes that are gathered before they are written; longer runs go straight from the slot to the connection.
+/// Buffer size; longer runs go directly from the slot to the connection.
 const BUFFER_BYTES: usize = 1 << 16;
 
-/// Host pieces that may wait to be taken; a step's worth of a large mesh, and far less than what would hurt.
+/// Maximum number of queued host pieces: more than a step of a large mesh has, with an acceptable amount of memory.
 const HOST_PIECES_MAX: usize = 1 << 16;
 
-/// Starts two threads for each peer. They end after [`Remote::end`], when the links are shut down.
+/// Starts two threads per peer. They end after [`super::Remote::end`], when the connections are shut down.
 pub(crate) fn serve(
     session: &Arc<Session>,
     ends: Vec<PeerEnd>,
@@ -34,13 +34,13 @@ pub(crate) fn serve(
 ) -> io::Result<Connections> {
     let mut connections = Connections::default();
     for PeerEnd { peer, index, outgoing } in ends {
-        let PeerSpec { process, link, pushes, mirrors, pipes, .. } = peer;
+        let PeerSpec { process, connection, pushes, mirrors, pipes, .. } = peer;
         let (pipes, sent) = (Arc::new(pipes), Arc::<SentSlots>::default());
-        let (out, back) = (link.try_clone()?, link.try_clone()?);
-        connections.links.push(link);
+        let (write_half, read_half) = (connection.try_clone()?, connection.try_clone()?);
+        connections.open.push(connection);
         let initial = pushes.keys().filter(|r| session.spec.registers[r.0 as usize].initial).copied().collect();
         let mut writer = Writer {
-            sink: BufWriter::with_capacity(BUFFER_BYTES, out),
+            sink: BufWriter::with_capacity(BUFFER_BYTES, write_half),
             session: session.clone(),
             memory: memory.clone(),
             pipes: pipes.clone(),
@@ -49,14 +49,14 @@ pub(crate) fn serve(
             initial,
             pushed: BTreeMap::new(),
         };
-        let reporter = session.clone();
+        let failed_session = session.clone();
         let write = move || {
             if let Err(cause) = writer.run(&outgoing) {
-                reporter.peer_lost(process, cause.to_string());
+                failed_session.peer_lost(process, cause.to_string());
             }
         };
         connections.writers.push(thread::Builder::new().name(format!("to rank {process}")).spawn(write)?);
-        let source = BufReader::with_capacity(BUFFER_BYTES, back);
+        let source = BufReader::with_capacity(BUFFER_BYTES, read_half);
         let reader = Reader {
             source,
             session: session.clone(),
@@ -74,48 +74,48 @@ pub(crate) fn serve(
     Ok(connections)
 }
 
-/// How long a refresh waits for readers to end; less than the peer's time-out of a write.
-const READ_WITHIN: Duration = Duration::from_secs(2);
-/// How long what is queued may take to be written at the end.
-const CLOSE_WITHIN: Duration = Duration::from_secs(5);
-/// How often the threads are looked at meanwhile.
-const CLOSE_STEP: Duration = Duration::from_millis(1);
+/// Timeout of a refresh that waits for readers to finish; shorter than the peer's write timeout.
+const READERS_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout for writing queued messages at the end.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Polling interval of these waits.
+const POLL_EVERY: Duration = Duration::from_millis(1);
 
 /// The threads and connections of all peers.
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
-    links: Vec<Connection>,
+    open: Vec<Connection>,
     writers: Vec<JoinHandle<()>>,
     readers: Vec<JoinHandle<()>>,
 }
 
 impl Connections {
-    /// Ends all threads. In order, what is queued is written first, for [`CLOSE_WITHIN`] at most: then `give_up` ends what a peer
-    /// does not take. A failed session waits for nobody.
-    pub(crate) fn close(&mut self, in_order: bool, give_up: impl Fn()) {
-        // A link that cannot be shut down is down.
-        let down = |links: &[Connection]| links.iter().for_each(|link| drop(link.shutdown()));
+    /// Ends all threads. With `in_order`, queued messages are written first, for at most [`CLOSE_TIMEOUT`]; then
+    /// `abort` is called for peers that do not read. A failed session does not wait.
+    pub(crate) fn close(&mut self, in_order: bool, abort: impl Fn()) {
+        // A connection that cannot be shut down is closed already.
+        let shut_down = |open: &[Connection]| open.iter().for_each(|connection| drop(connection.shutdown()));
         if !in_order {
-            down(&self.links);
+            shut_down(&self.open);
         }
-        let deadline = Instant::now() + CLOSE_WITHIN;
+        let deadline = Instant::now() + CLOSE_TIMEOUT;
         while self.writers.iter().any(|writer| !writer.is_finished()) {
             if Instant::now() >= deadline {
-                give_up();
-                down(&self.links);
+                abort();
+                shut_down(&self.open);
                 break;
             }
-            thread::sleep(CLOSE_STEP);
+            thread::sleep(POLL_EVERY);
         }
-        // A panic of these threads would be a bug of this file; there is nothing left to stop.
+        // A panic in these threads is a bug in this file; there is nothing left to stop.
         self.writers.drain(..).for_each(|thread| drop(thread.join()));
-        down(&self.links);
+        shut_down(&self.open);
         self.readers.drain(..).for_each(|thread| drop(thread.join()));
-        self.links.clear();
+        self.open.clear();
     }
 }
 
-/// The last send of each slot that took a pipe: until it is over, the slot is not the producer's again.
+/// The last send of each slot through a pipe; the slot returns to the producer only after the send has ended.
 type SentSlots = Mutex<BTreeMap<(RegisterId, u32), Sent>>;
 
 struct Writer {
@@ -126,30 +126,30 @@ struct Writer {
     sent: Arc<SentSlots>,
     pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
     initial: Vec<RegisterId>,
-    /// The last piece whose bytes were sent.
+    /// By register: the last piece whose bytes were sent.
     pushed: BTreeMap<RegisterId, u64>,
 }
 
 impl Writer {
-    /// Writes until [`Outgoing::End`]; flushes whenever nothing is queued.
+    /// Writes until [`Outgoing::End`]; flushes when the queue is empty.
     fn run(&mut self, outgoing: &Receiver<Outgoing>) -> io::Result<()> {
         while let Ok(first) = outgoing.recv() {
             for out in std::iter::once(first).chain(outgoing.try_iter()) {
                 match out {
                     Outgoing::Message(message, clock) => {
                         clock.join();
-                        self.message(message)?;
+                        self.write_message(message)?;
                     }
-                    Outgoing::Host(piece) => self.host(&piece)?,
+                    Outgoing::Host(piece) => self.write_host_piece(&piece)?,
                     Outgoing::Refresh(round, clock) => {
                         clock.join();
                         for register in self.initial.clone() {
-                            self.slot(register, 0, 0)?;
+                            self.write_slot(register, 0, 0)?;
                         }
-                        self.frame(Frame::Ready { round })?;
+                        self.write_frame(Frame::Ready { round })?;
                     }
                     Outgoing::End => {
-                        self.frame(Frame::Bye)?;
+                        self.write_frame(Frame::Bye)?;
                         return self.sink.flush();
                     }
                 }
@@ -159,31 +159,31 @@ impl Writer {
         Ok(())
     }
 
-    fn frame(&mut self, frame: Frame) -> io::Result<()> {
+    fn write_frame(&mut self, frame: Frame) -> io::Result<()> {
         self.sink.write_all(&frame.encode())
     }
 
-    fn message(&mut self, message: Message) -> io::Result<()> {
+    fn write_message(&mut self, message: Message) -> io::Result<()> {
         if let Message::Filled { register, slot, piece, .. } = message
             && self.pushes.contains_key(&register)
             && self.pushed.insert(register, piece) != Some(piece)
         {
-            self.slot(register, slot, piece)?;
+            self.write_slot(register, slot, piece)?;
         }
         let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
-        self.session.bus.remote().told[register.0 as usize].add();
-        self.frame(Frame::Message(message))
+        self.session.bus.remote().sent[register.0 as usize].add();
+        self.write_frame(Frame::Message(message))
     }
 
-    /// The bytes that the peer reads of a slot, run after run: behind the frame, or through a pipe.
-    fn slot(&mut self, register: RegisterId, slot: u32, piece: u64) -> io::Result<()> {
+    /// Writes the parts of a slot that the peer reads: after the frame, or through a pipe.
+    fn write_slot(&mut self, register: RegisterId, slot: u32, piece: u64) -> io::Result<()> {
         let runs = &self.pushes[&register];
         let bytes = runs.iter().map(|run| run.bytes as u64).sum();
         let frame = Frame::Data { register, slot, piece, bytes };
         let memory = &self.memory[&register];
         let (arena, start) = (&memory.base.arena, memory.base.offset + slot as usize * memory.stride);
         if let Some(pipe) = self.pipes.get(&register) {
-            // PIPE-2: called, announced, and only then waited for.
+            // PIPE-2: start the send, announce it, and only then wait for it.
             pipe.send(arena, runs.iter().map(|run| (start + run.offset, run.bytes)))?;
             self.sink.write_all(&frame.encode())?;
             self.sink.flush()?;
@@ -193,13 +193,13 @@ impl Writer {
             self.sink.write_all(&frame.encode())?;
             runs.iter().try_for_each(|run| arena.write_to(start + run.offset, run.bytes, &mut self.sink))?;
         }
-        self.session.bus.remote().told[register.0 as usize].add();
+        self.session.bus.remote().sent[register.0 as usize].add();
         Ok(())
     }
 
-    fn host(&mut self, piece: &HostPiece) -> io::Result<()> {
+    fn write_host_piece(&mut self, piece: &HostPiece) -> io::Result<()> {
         let bytes: usize = piece.tensors.iter().map(|t| t.elements_held() * t.dtype().bytes()).sum();
-        self.frame(Frame::Host { port: piece.port, bytes: bytes as u64 })?;
+        self.write_frame(Frame::Host { port: piece.port, bytes: bytes as u64 })?;
         for tensor in &piece.tensors {
             self.sink.write_all(tensor.as_bytes())?;
         }
@@ -216,7 +216,7 @@ struct Reader {
     process: u32,
     index: usize,
     mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
-    /// Pieces whose bytes have come, by register.
+    /// By register: the next piece whose bytes are expected.
     pieces: BTreeMap<RegisterId, u64>,
 }
 
@@ -232,46 +232,46 @@ impl Reader {
         }
     }
 
-    /// Takes one frame in; false after the last one.
+    /// Processes one frame; false after the last one.
     fn next(&mut self) -> Result<bool, PeerError> {
         let mut header = [0; FRAME_BYTES];
         self.source.read_exact(&mut header)?;
         match Frame::decode(&header)? {
             Frame::Bye => {
                 self.session.peer_left(self.process);
-                self.session.bus.remote().has_ended(self.index);
-                self.tell_host(PeerMessage::Ended { process: self.process });
+                self.session.bus.remote().set_ended(self.index);
+                self.send_to_host(PeerMessage::Ended { process: self.process });
                 return Ok(false);
             }
-            Frame::Ready { round } if self.session.bus.remote().is_ready(self.index, round) => {}
+            Frame::Ready { round } if self.session.bus.remote().set_ready(self.index, round) => {}
             Frame::Ready { round } => return Err(self.unexpected(format!("ready for refresh {round} out of order"))),
-            Frame::Message(message) => self.message(message)?,
-            Frame::Data { register, slot, piece, bytes } => self.data(register, slot, piece, bytes)?,
-            Frame::Host { port, bytes } => self.host(port, bytes)?,
+            Frame::Message(message) => self.process_message(message)?,
+            Frame::Data { register, slot, piece, bytes } => self.process_data(register, slot, piece, bytes)?,
+            Frame::Host { port, bytes } => self.process_host_piece(port, bytes)?,
         }
         Ok(true)
     }
 
-    fn tell_host(&self, said: PeerMessage) {
+    fn send_to_host(&self, message: PeerMessage) {
         if let Some(host) = &self.session.bus.remote().host {
-            // A program that has ended needs nothing.
-            let _ = host.send(said);
+            // An error means that the host program has ended and needs no messages.
+            let _ = host.send(message);
         }
     }
 
-    fn unexpected(&self, what: String) -> PeerError {
-        PeerError::Unexpected { what }
+    fn unexpected(&self, message: String) -> PeerError {
+        PeerError::Unexpected { message }
     }
 
-    /// RM-1 of a message: the peer hosts who sends it, and this process whom it is for.
-    fn message(&mut self, message: Message) -> Result<(), PeerError> {
+    /// RM-1 for a message: the peer must host its sender, and this process its receiver.
+    fn process_message(&mut self, message: Message) -> Result<(), PeerError> {
         let (Message::Filled { register, reader, piece, .. } | Message::Released { register, reader, piece, .. }) =
             message;
         let remote = self.session.bus.remote();
-        let Some((from, to)) = message.ends(&self.session.spec) else {
+        let Some((from, to)) = message.route(&self.session.spec) else {
             return Err(self.unexpected(format!("a message about reader {reader} of register {}", register.0)));
         };
-        if remote.peer_of[from.0 as usize] != Some(self.index) || !remote.is_here(to) {
+        if remote.peer_of[from.0 as usize] != Some(self.index) || !remote.is_local(to) {
             let name = self.session.spec.register_name(register);
             return Err(
                 self.unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}"))
@@ -285,25 +285,25 @@ impl Reader {
             return Err(self.unexpected(format!("piece {piece} of register '{name}' without its bytes")));
         }
         if let Message::Released { register, slot, .. } = message {
-            self.end_of_send(register, slot)?;
+            self.wait_for_send(register, slot)?;
         }
-        remote.told[register.0 as usize].join();
-        if self.session.bus.overfull(to) {
+        remote.sent[register.0 as usize].join();
+        if self.session.bus.is_overfull(to) {
             return Err(self.unexpected("more messages than credits allow".into()));
         }
         self.session.bus.send(to, Cast::Event(ProtocolEvent::Message(message)));
         Ok(())
     }
 
-    /// A slot is released only once the send out of it is over here too; that the reader has the bytes, it has said.
-    fn end_of_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
+    /// Waits until the send of a slot has ended on this side; the release says only that the reader has the bytes.
+    fn wait_for_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
         let Some(pipe) = self.pipes.get(&register) else { return Ok(()) };
         let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner).get(&(register, slot)).cloned();
         sent.map_or(Ok(()), |sent| pipe.wait(&sent)).map_err(|error| io::Error::from(error).into())
     }
 
-    /// RM-1 of a slot's bytes. The bytes of an initial register's piece 0 may come again (a refresh).
-    fn data(&mut self, register: RegisterId, slot: u32, piece: u64, bytes: u64) -> Result<(), PeerError> {
+    /// RM-1 for a slot's bytes. The bytes of an initial register's piece 0 may be sent again (a refresh).
+    fn process_data(&mut self, register: RegisterId, slot: u32, piece: u64, bytes: u64) -> Result<(), PeerError> {
         let name = || self.session.spec.register_name(register);
         let (Some(runs), Some(memory)) = (self.mirrors.get(&register), self.memory.get(&register)) else {
             return Err(self.unexpected(format!("bytes of register '{}'", name())));
@@ -312,21 +312,22 @@ impl Reader {
         let due = self.pieces.get(&register).copied().unwrap_or(u64::from(spec.initial));
         let refresh = spec.initial && (slot, piece) == (0, 0);
         if !refresh && (piece != due || u64::from(slot) != piece % u64::from(spec.slots)) {
-            let what =
-                format!("bytes of piece {piece} of register '{}' for slot {slot}, piece {due} being due", name());
-            return Err(self.unexpected(what));
+            let message =
+                format!("bytes of piece {piece} of register '{}' for slot {slot}, expected piece {due}", name());
+            return Err(self.unexpected(message));
         }
         let expected: u64 = runs.iter().map(|run| run.bytes as u64).sum();
         if bytes != expected {
-            return Err(self.unexpected(format!("{bytes} bytes for a slot of register '{}', not {expected}", name())));
+            let message = format!("{bytes} bytes for a slot of register '{}', expected {expected}", name());
+            return Err(self.unexpected(message));
         }
         let held = self.session.bus.remote().oldest_held(&self.session.spec, register);
         if !refresh && held.saturating_add(u64::from(spec.slots)) <= piece {
-            let what = format!("bytes of piece {piece} of register '{}' over piece {held}, which is in use", name());
-            return Err(self.unexpected(what));
+            let message = format!("bytes of piece {piece} of register '{}' over piece {held}, which is in use", name());
+            return Err(self.unexpected(message));
         }
         let firings = if refresh { Some(self.wait_for_readers(register)?) } else { None };
-        self.session.bus.remote().told[register.0 as usize].join();
+        self.session.bus.remote().sent[register.0 as usize].join();
         let arena = &memory.base.arena;
         let start = memory.base.offset + slot as usize * memory.stride;
         if let Some(pipe) = self.pipes.get(&register) {
@@ -337,9 +338,9 @@ impl Reader {
                 arena.read_from(start + run.offset, run.bytes, &mut self.source)?;
             }
         }
-        // A reader that fired meanwhile may have read a part of these bytes.
+        // A reader that fired during the transfer may have read some of these bytes.
         if firings.is_some() && self.session.firings_of_readers(register) != firings {
-            return Err(self.in_use(register));
+            return Err(self.refresh_in_step(register));
         }
         if !refresh {
             self.pieces.insert(register, due + 1);
@@ -347,33 +348,34 @@ impl Reader {
         Ok(())
     }
 
-    /// RM-3 of a refresh: the firings of the register's readers, once none is in the middle of a step. A peer may have a
-    /// step's results a little before the last reader here has ended.
+    /// RM-3 for a refresh: waits until no reader of the register is in the middle of a step, and returns their firings.
+    /// A peer may have a step's results shortly before the last reader here has ended.
     fn wait_for_readers(&self, register: RegisterId) -> Result<u64, PeerError> {
-        let deadline = Instant::now() + READ_WITHIN;
+        let deadline = Instant::now() + READERS_TIMEOUT;
         loop {
             match self.session.firings_of_readers(register) {
                 Some(firings) => return Ok(firings),
-                None if Instant::now() < deadline => thread::sleep(CLOSE_STEP),
-                None => return Err(self.in_use(register)),
+                None if Instant::now() < deadline => thread::sleep(POLL_EVERY),
+                None => return Err(self.refresh_in_step(register)),
             }
         }
     }
 
-    fn in_use(&self, register: RegisterId) -> PeerError {
+    fn refresh_in_step(&self, register: RegisterId) -> PeerError {
         let name = self.session.spec.register_name(register);
         self.unexpected(format!("a refresh of register '{name}' in the middle of a step"))
     }
 
-    fn host(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
+    fn process_host_piece(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
         let remote = self.session.bus.remote();
         let Some(own) = remote.host_ports.get(port as usize).filter(|p| p.process == self.process) else {
-            return Err(self.unexpected(format!("tensors for port {port}, which is not its own")));
+            return Err(self.unexpected(format!("tensors for port {port}, which belongs to another process")));
         };
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
         let queued = remote.host.as_ref().map_or(0, Sender::len);
         if bytes != expected as u64 || queued > HOST_PIECES_MAX {
-            return Err(self.unexpected(format!("{bytes} bytes for port {port}, not {expected}, or too many pieces")));
+            let message = format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces");
+            return Err(self.unexpected(message));
         }
         let mut tensors = Vec::new();
         for (shape, dtype) in own.tensors.clone() {
@@ -381,7 +383,7 @@ impl Reader {
             self.source.read_exact(&mut raw)?;
             tensors.push(HostTensor::from_le_bytes(dtype, &shape, &raw));
         }
-        self.tell_host(PeerMessage::Piece(HostPiece { port, tensors }));
+        self.send_to_host(PeerMessage::Piece(HostPiece { port, tensors }));
         Ok(())
     }
 }

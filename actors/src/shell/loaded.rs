@@ -1,60 +1,60 @@
-//! Do programs, memory and streams fit the plan.
+//! Checks that programs, memory and streams match the plan.
 
 use super::{ActionProgram, BaseRef, LoadedPlan};
 use crate::error::ActorError;
 use crate::spec::{ActionSpec, ActorId};
 
-/// Compares the loaded parts with the plan.
+/// Checks the loaded parts against the plan.
 ///
 /// # Errors
-/// The first part that does not fit.
+/// The first part that does not match.
 pub(super) fn check(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
     for (a, actor) in spec.actors.iter().enumerate() {
         let id = ActorId(a as u32);
         let hosts = loaded.peers.peers.iter().filter(|peer| peer.actors.contains(&id)).count();
         let Some(own) = loaded.hosted.get(&id) else {
-            same(&actor.name, "processes that host it", 1, hosts)?;
+            expect_count(&actor.name, "processes that host it", 1, hosts)?;
             continue;
         };
-        same(&actor.name, "peers that host it too", 0, hosts)?;
-        same(&actor.name, "actions with programs", actor.actions.len(), own.programs.len())?;
+        expect_count(&actor.name, "peers that also host it", 0, hosts)?;
+        expect_count(&actor.name, "actions with programs", actor.actions.len(), own.programs.len())?;
         for (x, (action, program)) in actor.actions.iter().zip(&own.programs).enumerate() {
             let at = spec.action_name(id, x as u32);
-            action_program(&at, action, program)?;
+            check_program(&at, action, program)?;
             let mut ports = action.inputs.iter().map(|i| i.register).chain(action.outputs.iter().map(|o| o.register));
             if let Some(register) = ports.find(|register| !loaded.memory.contains_key(register)) {
-                return fault(&at, "memory of a register", spec.register_name(register), "nothing");
+                return mismatch(&at, "memory of a register", spec.register_name(register), "nothing");
             }
         }
     }
     for (id, memory) in &loaded.memory {
         let Some(register) = spec.registers.get(id.0 as usize) else {
-            return fault("the session", "register with memory", format!("below {}", spec.registers.len()), id.0);
+            return mismatch("the session", "register with memory", format!("below {}", spec.registers.len()), id.0);
         };
-        // One slot needs no stride.
+        // A single slot needs no stride.
         if register.slots > 1 && memory.stride < register.slot_bytes {
-            return fault(&register.name, "stride of slots", format!("{} or more", register.slot_bytes), memory.stride);
+            return mismatch(&register.name, "slot stride", format!("{} or more", register.slot_bytes), memory.stride);
         }
         let end = (register.slots as usize - 1)
             .checked_mul(memory.stride)
             .and_then(|n| n.checked_add(memory.base.offset)?.checked_add(register.slot_bytes));
         if end.is_none_or(|end| end > memory.base.arena.bytes()) {
             let bytes = memory.base.arena.bytes();
-            return fault(&register.name, "end of its slots", format!("{bytes} bytes or less"), format!("{end:?}"));
+            return mismatch(&register.name, "end of its slots", format!("{bytes} bytes or less"), format!("{end:?}"));
         }
     }
     Ok(())
 }
 
-fn action_program(at: &str, action: &ActionSpec, program: &ActionProgram) -> Result<(), ActorError> {
+fn check_program(at: &str, action: &ActionSpec, program: &ActionProgram) -> Result<(), ActorError> {
     for base in &program.bases {
         match *base {
             BaseRef::Input(port) if port >= action.inputs.len() => {
-                return fault(at, "input port of a base", format!("less than {}", action.inputs.len()), port);
+                return mismatch(at, "input port of a base", format!("less than {}", action.inputs.len()), port);
             }
             BaseRef::Output(port) if port >= action.outputs.len() => {
-                return fault(at, "output port of a base", format!("less than {}", action.outputs.len()), port);
+                return mismatch(at, "output port of a base", format!("less than {}", action.outputs.len()), port);
             }
             _ => {}
         }
@@ -64,7 +64,7 @@ fn action_program(at: &str, action: &ActionSpec, program: &ActionProgram) -> Res
     let early = (0..action.outputs.len() as u32).filter(|&o| action.outputs[o as usize].early);
     let early: Vec<_> = early.collect();
     if signals != early {
-        return fault(
+        return mismatch(
             at,
             "tags of the program's signals",
             format!("the early outputs {early:?}"),
@@ -74,10 +74,10 @@ fn action_program(at: &str, action: &ActionSpec, program: &ActionProgram) -> Res
     Ok(())
 }
 
-fn same(at: &str, what: &'static str, expected: usize, got: usize) -> Result<(), ActorError> {
-    if expected == got { Ok(()) } else { fault(at, what, expected, got) }
+fn expect_count(at: &str, part: &'static str, expected: usize, got: usize) -> Result<(), ActorError> {
+    if expected == got { Ok(()) } else { mismatch(at, part, expected, got) }
 }
 
-fn fault(at: &str, what: &'static str, expected: impl ToString, got: impl ToString) -> Result<(), ActorError> {
-    Err(ActorError::Loaded { at: at.into(), what, expected: expected.to_string(), got: got.to_string() })
+fn mismatch(at: &str, part: &'static str, expected: impl ToString, got: impl ToString) -> Result<(), ActorError> {
+    Err(ActorError::Loaded { at: at.into(), part, expected: expected.to_string(), got: got.to_string() })
 }

@@ -1,4 +1,4 @@
-//! One shard as a ractor actor: its protocol, its stream, and the way from effects to launches and casts.
+//! One shard as a ractor actor: it feeds events to the protocol and turns the effects into launches and casts.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,24 +18,24 @@ use crate::spec::{ActorId, RegisterId};
 use crate::supervisor::Session;
 use crate::trace::{Cause, FiringRecord, Idle};
 
-/// The behaviour; all state is in [`Shard`].
+/// The ractor behaviour; all state is in [`Shard`].
 pub(crate) struct ShardActor;
 
-/// One actor at work.
+/// The state of one actor.
 pub(crate) struct Shard {
     me: ActorId,
     session: Arc<Session>,
     protocol: Protocol,
-    /// By action.
+    /// Programs by action index.
     programs: Vec<ActionProgram>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     busy_ns: Vec<u64>,
     idle: Idle,
-    /// When the last firing ended, since the session's start.
+    /// When the last firing ended, nanoseconds since the session's start.
     idle_since_ns: u64,
-    /// The firing in flight; its end is not known yet.
-    flying: Option<FiringRecord>,
-    /// Reused, so that an event allocates nothing.
+    /// The firing in flight; its `ended_ns` is not known yet.
+    in_flight: Option<FiringRecord>,
+    /// Reused, so that processing an event does not allocate.
     effects: Vec<Effect>,
 }
 
@@ -57,37 +57,37 @@ impl Shard {
             busy_ns,
             idle: Idle::default(),
             idle_since_ns: 0,
-            flying: None,
+            in_flight: None,
             effects: Vec::new(),
         }
     }
 
-    fn take(&mut self, cast: Cast) -> Result<(), Failure> {
+    fn process(&mut self, cast: Cast) -> Result<(), Failure> {
         let name = &self.session.spec.actors[self.me.0 as usize].name;
-        self.session.bus.taken(self.me, name, &cast).map_err(|e| self.broken(e))?;
+        self.session.bus.dequeued(self.me, name, &cast).map_err(|e| self.own_protocol_failure(e))?;
         match cast {
-            Cast::Event(event) => self.event(event),
-            Cast::Failed(cause) => Err(self.failed(cause)),
+            Cast::Event(event) => self.apply(event),
+            Cast::Failed(cause) => Err(self.kernel_failure(cause)),
             Cast::Snapshot(reply) => {
-                // Nobody waits any more if the reply cannot be sent.
+                // If the reply cannot be sent, nobody waits for it any more.
                 let _ = reply.try_send((self.snapshot(), RaceClock::capture()));
                 Ok(())
             }
             #[cfg(test)]
-            Cast::Panic => panic!("told to"),
+            Cast::Panic => panic!("panic requested by a test"),
         }
     }
 
-    fn event(&mut self, event: ProtocolEvent) -> Result<(), Failure> {
+    fn apply(&mut self, event: ProtocolEvent) -> Result<(), Failure> {
         let now_ns = self.session.now_ns();
         self.session.progressed(now_ns);
         let mut effects = std::mem::take(&mut self.effects);
-        self.protocol.apply(event, &mut effects).map_err(|e| self.refused(event, e))?;
-        if let (ProtocolEvent::Signal { .. }, Some(fired)) = (event, &mut self.flying) {
+        self.protocol.apply(event, &mut effects).map_err(|e| self.protocol_failure(event, e))?;
+        if let (ProtocolEvent::Signal { .. }, Some(fired)) = (event, &mut self.in_flight) {
             fired.early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
         }
         if let ProtocolEvent::Done { action } = event {
-            if let Some(fired) = self.flying.take() {
+            if let Some(fired) = self.in_flight.take() {
                 self.busy_ns[action as usize] += now_ns - fired.launched_ns;
                 let early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
                 self.session.rings[&self.me].push(FiringRecord { ended_ns: now_ns, early_ns, ..fired });
@@ -102,12 +102,12 @@ impl Shard {
                     let (idle_ns, cause) = (self.idle_since_ns, Cause::of(&event));
                     self.idle.add(cause, now_ns - idle_ns);
                     let launched_ns = now_ns;
-                    self.flying =
+                    self.in_flight =
                         Some(FiringRecord { action, firing, idle_ns, launched_ns, early_ns: 0, ended_ns: 0, cause });
                     self.launch(action, firing)?;
                 }
                 Effect::Send { to, message } => {
-                    // An actor that has stopped does so because the session ends.
+                    // An actor has stopped only if the session ends.
                     self.session.bus.send(to, Cast::Event(ProtocolEvent::Message(message)));
                 }
             }
@@ -134,48 +134,48 @@ impl Shard {
         self.session.launched(self.me, action);
         let notify = notify(self.session.clone(), self.me, action, firing);
         let submission = Submission { program: program.program.clone(), bases, repeat, notify };
-        self.session.streams[&self.me].submit(submission).map_err(|cause| self.failed(cause))
+        self.session.streams[&self.me].submit(submission).map_err(|cause| self.kernel_failure(cause))
     }
 
     fn snapshot(&self) -> ActorSnapshot {
-        let idle_now_ns = if self.flying.is_some() { 0 } else { self.session.now_ns() - self.idle_since_ns };
-        let bare = ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns);
-        let flying_since_ns = self.flying.map(|fired| fired.launched_ns);
+        let idle_now_ns = if self.in_flight.is_some() { 0 } else { self.session.now_ns() - self.idle_since_ns };
+        let base = ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns);
+        let in_flight_since_ns = self.in_flight.map(|fired| fired.launched_ns);
         let collective_ns = self.session.streams[&self.me].collective_time().as_nanos() as u64;
-        ActorSnapshot { collective_ns, idle: self.idle.clone(), idle_now_ns, flying_since_ns, ..bare }
+        ActorSnapshot { collective_ns, idle: self.idle.clone(), idle_now_ns, in_flight_since_ns, ..base }
     }
 
-    fn broken(&self, cause: ProtocolError) -> Failure {
+    fn own_protocol_failure(&self, cause: ProtocolError) -> Failure {
         let own = &self.session.spec.actors[self.me.0 as usize];
         Failure::Protocol { actor: own.name.clone(), device: own.device, cause }
     }
 
-    /// A message that breaks the protocol is the fault of whoever sent it: another process, or a bug here.
-    fn refused(&self, event: ProtocolEvent, cause: ProtocolError) -> Failure {
+    /// Attributes a protocol error to the sender of the message: another process, or else a bug in this one.
+    fn protocol_failure(&self, event: ProtocolEvent, cause: ProtocolError) -> Failure {
         let sender = match event {
-            ProtocolEvent::Message(message) => message.ends(&self.session.spec),
+            ProtocolEvent::Message(message) => message.route(&self.session.spec),
             _ => None,
         };
         match sender.and_then(|(from, _)| self.session.bus.remote().process_of(from)) {
             Some(process) => Failure::Peer { process, cause: PeerError::Protocol(cause) },
-            None => self.broken(cause),
+            None => self.own_protocol_failure(cause),
         }
     }
 
-    fn failed(&self, cause: KernelError) -> Failure {
+    fn kernel_failure(&self, cause: KernelError) -> Failure {
         let own = &self.session.spec.actors[self.me.0 as usize];
         let action = self.protocol.in_flight().map_or("none", |a| &own.actions[a as usize].name);
         Failure::Kernel { actor: own.name.clone(), device: own.device, action: action.into(), cause: Box::new(cause) }
     }
 }
 
-/// Turns what the stream tells into casts; runs on the stream's thread and does not block.
+/// Returns a callback that turns stream notifications into casts. It runs on the stream's thread and does not block.
 fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notify {
-    Box::new(move |notice| {
-        let cast = match notice {
+    Box::new(move |notification| {
+        let cast = match notification {
             Notification::Signal(output) => Cast::Event(ProtocolEvent::Signal { action, output }),
             Notification::NotFinite { launch, write, elements } => {
-                return session.found(NotFinite { actor: me, action, firing, launch, write, elements });
+                return session.add_not_finite(NotFinite { actor: me, action, firing, launch, write, elements });
             }
             Notification::Done => Cast::Event(ProtocolEvent::Done { action }),
             Notification::Failed(cause) => Cast::Failed(cause),
@@ -195,14 +195,14 @@ impl Actor for ShardActor {
 
     async fn handle(&self, _: ActorRef<Mail>, mail: Mail, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
         mail.clock.join();
-        if let Err(failure) = shard.take(mail.cast) {
+        if let Err(failure) = shard.process(mail.cast) {
             shard.session.fail(failure);
         }
         Ok(())
     }
 
     async fn post_stop(&self, _: ActorRef<Mail>, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
-        shard.session.keep_final(shard.snapshot());
+        shard.session.add_final_snapshot(shard.snapshot());
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! Fifty stalls that are brought about in running sessions: the report names what was done, within ten seconds.
+//! Causes fifty stalls in running sessions and checks that the report names the injected cause within ten seconds.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,7 +7,7 @@ use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, Reduc
 use shardflow_kernels::op::{Buffer, Op};
 use shardflow_kernels::tensor::DType;
 
-use super::tests::{Bench, act, bench, give_steps, launch, programs};
+use super::tests::{Bench, act, add_steps, bench, launch, programs};
 use super::*;
 use crate::builder::Builder;
 use crate::hang::{Root, tests::pieces};
@@ -17,17 +17,17 @@ use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulat
 use crate::spec::{Firing, RegisterReader, StreamKind};
 
 const CASES: u64 = 50;
-/// After so long without progress a report is made, by the watchdog's clock; and the longest that a case may take to come to rest.
+/// Stall time on the watchdog's clock before a report, and the timeout for a case to become idle.
 const WITHIN: Duration = Duration::from_secs(10);
-/// Nothing has moved for so long: all is at rest.
-const REST: Duration = Duration::from_millis(100);
+/// A session without progress for this long counts as idle.
+const IDLE_FOR: Duration = Duration::from_millis(100);
 
-/// A number below `end`.
+/// A random number below `end`.
 fn draw(rng: &mut Rng, end: usize) -> usize {
     rng.below(end as u64) as usize
 }
 
-/// A session that will stall, what its report must name, and what holds a kernel up until it is dropped.
+/// A session that will stall, the expected root cause, and the sender that blocks a kernel until it is dropped.
 struct Case {
     loaded: LoadedPlan,
     fault: Option<Fault>,
@@ -36,7 +36,7 @@ struct Case {
     gate: Option<Sender<()>>,
 }
 
-/// A piece that is published and not heard of, or released and not heard of.
+/// Loses the message of one publication or of one release.
 fn lost_message(rng: &mut Rng) -> Case {
     let all = plans::all();
     loop {
@@ -44,10 +44,10 @@ fn lost_message(rng: &mut Rng) -> Case {
         let pieces = pieces(spec, *steps);
         let (register, index, reader, piece) = pieces[draw(rng, pieces.len())];
         let (fault, root) = match draw(rng, 2) {
-            0 => (Fault::Unheard(register, index, piece), Root::Unheard { register, piece, reader }),
-            _ => (Fault::Unreturned(register, index, piece), Root::Unreturned { register, piece, reader }),
+            0 => (Fault::LosePieces(register, index, piece), Root::LostPiece { register, piece, reader }),
+            _ => (Fault::LoseReleases(register, index, piece), Root::LostRelease { register, piece, reader }),
         };
-        // Not every message is waited for: the last credits are given back for nobody.
+        // Some lost messages cause no stall: nobody waits for the last releases.
         let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(*steps) };
         if let Err(SimulationError::Stuck(_)) = simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
             return Case {
@@ -61,8 +61,8 @@ fn lost_message(rng: &mut Rng) -> Case {
     }
 }
 
-/// Members of one group reduce what their devices compute; one of them never comes to one of the collectives.
-fn collective_that_one_never_joins(rng: &mut Rng) -> Case {
+/// The members of one group all-reduce what their devices compute; one member never joins one of the collectives.
+fn unjoined_collective(rng: &mut Rng) -> Case {
     let (members, steps, per_step) = (2 + draw(rng, 3), 3, 2);
     let mut b = Builder::new();
     let mut at = Vec::new();
@@ -72,7 +72,7 @@ fn collective_that_one_never_joins(rng: &mut Rng) -> Case {
         b.actor_mut(communication).stream = StreamKind::Communication;
         let work = b.external(compute, "work", per_step);
         let reduce = b.action(communication, "all-reduce", per_step);
-        (b.action_mut(reduce).gangs, b.action_mut(reduce).groups) = (vec![0], vec![0]);
+        (b.action_mut(reduce).groups, b.action_mut(reduce).communicators) = (vec![0], vec![0]);
         let gradient = b.edge(format!("device {device} gradient"), 2, work, reduce);
         let update = b.action(compute, "update", per_step);
         b.edge(format!("device {device} reduced"), 1, reduce, update);
@@ -94,27 +94,27 @@ fn collective_that_one_never_joins(rng: &mut Rng) -> Case {
     let (work, reduce, register) = at[late];
     let nth = draw(rng, (per_step * steps) as usize) as u64;
     let stuck = match draw(rng, 3) {
-        // Its gradient is lost on the way.
+        // The message of its gradient is lost.
         0 => {
-            let root = Root::Unheard { register, piece: nth, reader: reduce };
-            return Case { loaded, fault: Some(Fault::Unheard(register, 0, nth)), steps, root, gate: None };
+            let root = Root::LostPiece { register, piece: nth, reader: reduce };
+            return Case { loaded, fault: Some(Fault::LosePieces(register, 0, nth)), steps, root, gate: None };
         }
-        // It is computed for ever.
+        // The computation of its gradient never ends.
         1 => work,
         // The communication stream hangs.
         _ => reduce,
     };
-    let gate = hold_up(&mut loaded, stuck, nth);
+    let gate = block_firing(&mut loaded, stuck, nth);
     Case { loaded, fault: None, steps, root: Root::Firing(stuck), gate: Some(gate) }
 }
 
-/// The `nth` firing of an action does not end before what this gives is dropped.
-fn hold_up(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender<()> {
+/// Blocks the `nth` firing of an action until the returned sender is dropped.
+fn block_firing(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender<()> {
     let (gate, opened) = bounded::<()>(0);
     let fired = AtomicU64::new(0);
     let kernel = act(move || {
         if fired.fetch_add(1, Ordering::Relaxed) == nth {
-            // Ends when the sender is gone.
+            // Returns when the sender is dropped.
             let _ = opened.recv_timeout(WITHIN * 6);
         }
         Ok(())
@@ -124,11 +124,11 @@ fn hold_up(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender<()> 
     gate
 }
 
-/// Waits until nothing has moved for [`REST`].
-fn come_to_rest(running: &RunningSession) {
+/// Waits until the session has made no progress for [`IDLE_FOR`].
+fn wait_until_idle(running: &RunningSession) {
     let start = Instant::now();
     let mut last = (running.session.progress(), start);
-    while last.1.elapsed() < REST {
+    while last.1.elapsed() < IDLE_FOR {
         assert!(start.elapsed() < WITHIN, "{:?}", running.snapshot());
         if running.session.progress() != last.0 {
             last = (running.session.progress(), Instant::now());
@@ -138,19 +138,19 @@ fn come_to_rest(running: &RunningSession) {
 }
 
 #[test]
-fn fifty_stalls_are_told_by_their_cause_within_ten_seconds() {
+fn the_report_of_a_stall_names_its_cause_within_ten_seconds() {
     for seed in 0..CASES {
         let mut rng = Rng::new(seed);
-        let case = if seed % 3 == 2 { collective_that_one_never_joins(&mut rng) } else { lost_message(&mut rng) };
+        let case = if seed % 3 == 2 { unjoined_collective(&mut rng) } else { lost_message(&mut rng) };
         let Case { loaded, fault, steps, root, gate } = case;
         let spec = loaded.spec.clone();
         let options = WatchdogOptions { stall_after: WITHIN, check_every: None, ..WatchdogOptions::default() };
         let running = start(loaded, options).unwrap();
-        fault.into_iter().for_each(|fault| running.session.bus.break_with(fault));
-        give_steps(&running, &spec, steps);
-        come_to_rest(&running);
-        assert_eq!(running.tick(Duration::ZERO), None, "seed {seed}: it has just stopped");
-        let report = running.tick(WITHIN).unwrap_or_else(|| panic!("seed {seed}: no report"));
+        fault.into_iter().for_each(|fault| running.session.bus.inject(fault));
+        add_steps(&running, &spec, steps);
+        wait_until_idle(&running);
+        assert_eq!(running.check_progress(Duration::ZERO), None, "seed {seed}: the stall has just begun");
+        let report = running.check_progress(WITHIN).unwrap_or_else(|| panic!("seed {seed}: no report"));
         let hang = running.control().hang().unwrap_or_else(|| panic!("seed {seed}: no hang"));
         assert_eq!(hang.root, root, "seed {seed}: {report}");
         assert!(report.contains(&hang.cause(&spec)), "seed {seed}: {report}");

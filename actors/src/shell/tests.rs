@@ -1,4 +1,5 @@
-//! Small plans on real CPU streams: the same values as the simulator's order gives, run after run; and every way to fail.
+//! Runs small plans on real CPU streams: every run computes the values of the simulator's order. Also tests each
+//! failure.
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_kernels::collective::in_process::InProcess;
@@ -15,19 +16,19 @@ use crate::simulate::{self, SimulationOptions, Timing, plans};
 use crate::spec::{Firing, RegisterReader};
 use crate::trace::Cause;
 
-/// Far more than any run here takes; ends a test that hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Much longer than any run here takes; ends a test that hangs.
+const TIMEOUT: Duration = Duration::from_secs(20);
 
 fn mix(a: i32, b: i32) -> i32 {
     (a.rotate_left(7) ^ b).wrapping_mul(0x5bd1_e995).rotate_left(11).wrapping_add(b)
 }
 
-/// What a firing computes from what it reads.
+/// The value that a firing computes from the values that it reads.
 fn value(seed: i32, reads: &[i32]) -> i32 {
     reads.iter().fold(seed, |a, &b| mix(a, b))
 }
 
-/// `write = value(reads)`, mixed with what was there where it accumulates or is kept.
+/// `write = value(reads)`, mixed with the previous content when the launch accumulates or `keep` is set.
 #[derive(Debug)]
 struct Mix {
     seed: i32,
@@ -52,7 +53,7 @@ impl CustomKernel for Mix {
     }
 }
 
-/// Does what a test says.
+/// A kernel that runs a test's closure.
 struct Act<F>(F);
 
 impl<F> std::fmt::Debug for Act<F> {
@@ -83,10 +84,10 @@ pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate
     Launch { op, reads, writes, accumulate, workspace: None }
 }
 
-/// A plan with [`Mix`] kernels: each action writes each output from all inputs, and its own history.
+/// A plan with [`Mix`] kernels: each action computes each output and its own history from all inputs.
 pub(super) struct Bench {
     pub(super) loaded: LoadedPlan,
-    /// By actor; one integer for each action.
+    /// By actor; one integer per action.
     pub(super) histories: Vec<Arena>,
 }
 
@@ -123,7 +124,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let mut bases: Vec<BaseRef> = (0..action.inputs.len()).map(BaseRef::Input).collect();
     bases.extend((0..action.outputs.len()).map(BaseRef::Output));
     bases.push(BaseRef::Fixed(history));
-    // The history is read too, so that no two firings compute the same.
+    // Also reads the history, so that no two firings compute the same value.
     let own = bases.len() - 1;
     let reads: Vec<Buffer> = (0..action.inputs.len()).chain([own]).map(cell).collect();
     let mut program = Program { name: action.name.clone(), ..Program::default() };
@@ -143,10 +144,10 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     ActionProgram { program: Arc::new(program), bases }
 }
 
-pub(super) fn give_steps(running: &RunningSession, spec: &Spec, steps: u32) {
+pub(super) fn add_steps(running: &RunningSession, spec: &Spec, steps: u32) {
     for (a, actor) in spec.actors.iter().enumerate() {
         for (x, action) in actor.actions.iter().enumerate().filter(|(_, x)| x.external) {
-            running.give(ActorId(a as u32), x as u32, action.per_step * steps).unwrap();
+            running.add_tokens(ActorId(a as u32), x as u32, action.per_step * steps).unwrap();
         }
     }
 }
@@ -162,8 +163,8 @@ fn histories(bench: &[Arena], spec: &Spec) -> Vec<Vec<i32>> {
 fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     let Bench { loaded, histories: arenas } = bench(spec.clone());
     let running = start(loaded, WatchdogOptions::default()).unwrap();
-    give_steps(&running, &spec, steps);
-    assert!(running.quiesce(PATIENCE).unwrap(), "{:?}", running.snapshot());
+    add_steps(&running, &spec, steps);
+    assert!(running.quiesce(TIMEOUT).unwrap(), "{:?}", running.snapshot());
     let summary = running.shutdown().unwrap();
     for (actor, snapshot) in spec.actors.iter().zip(&summary.actors) {
         let all: Vec<u64> = actor.actions.iter().map(|a| u64::from(a.per_step * steps)).collect();
@@ -173,7 +174,7 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     histories(&arenas, &spec)
 }
 
-/// The same arithmetic one firing after another, in the simulator's order.
+/// The expected histories: the same arithmetic, one firing at a time, in the simulator's order.
 fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
     let shared = Arc::new(spec.clone());
     let mut run = simulate::simulate(&shared, &Timing::uniform(spec, 3, 1), &SimulationOptions::steps(steps)).unwrap();
@@ -211,14 +212,14 @@ fn slots_of(spec: &Spec, register: RegisterId) -> usize {
 }
 
 #[test]
-fn every_plan_computes_what_the_simulator_orders() {
+fn every_plan_computes_the_values_of_the_simulators_order() {
     for (name, spec, steps) in plans::all() {
         assert_eq!(run((*spec).clone(), steps), expected(&spec, steps), "{name}");
     }
 }
 
 #[test]
-fn twenty_runs_are_equal() {
+fn twenty_runs_compute_equal_values() {
     for spec in [plans::data_parallel(), plans::accumulation()] {
         let first = run(spec.clone(), 5);
         for _ in 1..20 {
@@ -227,7 +228,7 @@ fn twenty_runs_are_equal() {
     }
 }
 
-/// A chain of actors `a0 -> a1 -> ...`, each on a device of its own, with the given ops.
+/// A chain of actors `a0 -> a1 -> ...`, one per device, with the given ops.
 fn chain(ops: Vec<Op>) -> LoadedPlan {
     let mut b = Builder::new();
     let mut last: Option<RegisterReader> = None;
@@ -250,9 +251,9 @@ fn chain(ops: Vec<Op>) -> LoadedPlan {
 }
 
 fn first_failure(running: RunningSession) -> Failure {
-    let first = running.failures().recv_timeout(PATIENCE).expect("fails");
-    assert!(running.give(ActorId(0), 0, 1).is_err(), "a failed session takes no tokens");
-    assert_eq!(running.quiesce(PATIENCE), Err(first.clone()));
+    let first = running.failures().recv_timeout(TIMEOUT).expect("the session fails");
+    assert!(running.add_tokens(ActorId(0), 0, 1).is_err(), "a failed session accepts no tokens");
+    assert_eq!(running.quiesce(TIMEOUT), Err(first.clone()));
     assert_eq!(running.shutdown(), Err(first.clone()));
     first
 }
@@ -263,7 +264,7 @@ fn a_failing_kernel_is_the_first_cause() {
     let fails = cause.clone();
     let loaded = chain(vec![act(|| Ok(())), act(move || Err(fails.clone())), act(|| Ok(()))]);
     let running = start(loaded, WatchdogOptions::default()).unwrap();
-    running.give(ActorId(0), 0, 50).unwrap();
+    running.add_tokens(ActorId(0), 0, 50).unwrap();
     let failure = first_failure(running);
     assert_eq!(
         failure,
@@ -275,7 +276,7 @@ fn a_failing_kernel_is_the_first_cause() {
 fn a_panicking_kernel_is_the_first_cause() {
     let loaded = chain(vec![act(|| Ok(())), act(|| panic!("boom"))]);
     let running = start(loaded, WatchdogOptions::default()).unwrap();
-    running.give(ActorId(0), 0, 1).unwrap();
+    running.add_tokens(ActorId(0), 0, 1).unwrap();
     let failure = first_failure(running).to_string();
     assert!(failure.starts_with("a1 on device 1, action work: kernel"), "{failure}");
     assert!(failure.contains("panicked: boom"), "{failure}");
@@ -288,7 +289,7 @@ fn a_panicking_actor_is_the_first_cause() {
     let failure = first_failure(running);
     let Failure::Panic { actor, device, action, message } = failure else { panic!("{failure}") };
     assert_eq!((actor.as_str(), device, action), ("a1", 1, None));
-    assert!(message.contains("told to"), "{message}");
+    assert!(message.contains("requested by a test"), "{message}");
 }
 
 #[test]
@@ -305,7 +306,7 @@ pub(super) fn programs(loaded: &mut LoadedPlan, actor: u32) -> &mut Vec<ActionPr
     &mut loaded.hosted.get_mut(&ActorId(actor)).unwrap().programs
 }
 
-/// Two actors that meet in a collective.
+/// Two actors that run one collective together.
 fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
     let mut b = Builder::new();
     for device in 0..2 {
@@ -326,33 +327,33 @@ fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
 }
 
 #[test]
-fn a_mismatched_collective_ends_both_members() {
+fn a_mismatched_collective_fails_the_session() {
     let kind = |op| CollectiveKind::AllReduce { op };
     let running = start(collective([kind(ReduceOp::Sum), kind(ReduceOp::Max)]), WatchdogOptions::default()).unwrap();
-    running.give(ActorId(0), 0, 1).unwrap();
-    running.give(ActorId(1), 0, 1).unwrap();
+    running.add_tokens(ActorId(0), 0, 1).unwrap();
+    running.add_tokens(ActorId(1), 0, 1).unwrap();
     let failure = first_failure(running);
     let mismatch = |c: &KernelError| matches!(c, KernelError::CollectiveMismatch { .. });
     assert!(matches!(&failure, Failure::Kernel { cause, .. } if mismatch(cause)), "{failure}");
 }
 
 #[test]
-fn shutdown_ends_a_collective_whose_other_member_never_comes() {
+fn shutdown_aborts_a_collective_that_the_other_member_never_joins() {
     let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
     let running = start(collective([kind.clone(), kind]), WatchdogOptions::default()).unwrap();
-    running.give(ActorId(0), 0, 5).unwrap();
+    running.add_tokens(ActorId(0), 0, 5).unwrap();
     assert!(!running.quiesce(Duration::ZERO).unwrap() || running.snapshot()[0].firings[0] > 0);
     running.shutdown().unwrap();
 }
 
-/// A kernel that says when it begins and ends when it is told to.
+/// A kernel that reports its begin and blocks until the returned sender is dropped.
 fn gate() -> (Op, Receiver<()>, Sender<()>) {
     let (begun, begins) = bounded(1000);
     let (open, opened) = bounded::<()>(0);
     let kernel = act(move || {
         let _ = begun.send(());
-        // Ends when the test drops its sender, too.
-        let _ = opened.recv_timeout(PATIENCE);
+        // Also returns when the test drops its sender.
+        let _ = opened.recv_timeout(TIMEOUT);
         Ok(())
     });
     (kernel, begins, open)
@@ -362,12 +363,12 @@ fn gate() -> (Op, Receiver<()>, Sender<()>) {
 fn shutdown_with_work_queued_ends_after_the_firing_in_flight() {
     let (kernel, begins, open) = gate();
     let running = start(chain(vec![kernel, act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
-    running.give(ActorId(0), 0, 100).unwrap();
-    begins.recv_timeout(PATIENCE).unwrap();
+    running.add_tokens(ActorId(0), 0, 100).unwrap();
+    begins.recv_timeout(TIMEOUT).unwrap();
     let session = running.session.clone();
     let stopping = std::thread::spawn(move || running.shutdown());
-    // Until the actor has stopped, its kernel is kept from ending.
-    let deadline = Instant::now() + PATIENCE;
+    // The kernel stays blocked until the actor has stopped.
+    let deadline = Instant::now() + TIMEOUT;
     while session.bus.send(ActorId(0), Cast::Event(ProtocolEvent::Start)) {
         assert!(Instant::now() < deadline);
         std::thread::yield_now();
@@ -378,39 +379,40 @@ fn shutdown_with_work_queued_ends_after_the_firing_in_flight() {
 }
 
 #[test]
-fn the_watchdog_says_who_waits_for_whom() {
+fn the_watchdog_reports_what_each_actor_waits_for() {
     let (kernel, begins, open) = gate();
     let reports = Arc::new(Mutex::new(Vec::new()));
-    let seen = reports.clone();
+    let received = reports.clone();
     let options = WatchdogOptions {
         stall_after: Duration::from_secs(10),
         check_every: None,
         abort_after: Some(Duration::from_secs(30)),
-        on_stall: Some(Arc::new(move |text: &str| seen.lock().unwrap().push(text.to_owned()))),
+        on_stall: Some(Arc::new(move |text: &str| received.lock().unwrap().push(text.to_owned()))),
         ..WatchdogOptions::default()
     };
     let running = start(chain(vec![act(|| Ok(())), kernel]), options).unwrap();
-    assert_eq!(running.tick(Duration::from_secs(1000)), None, "nothing to do is no stall");
-    running.give(ActorId(0), 0, 9).unwrap();
-    begins.recv_timeout(PATIENCE).unwrap();
-    // The first actor fills its two slots and then waits. From then on nothing moves, and only virtual time passes.
-    let deadline = Instant::now() + PATIENCE;
+    assert_eq!(running.check_progress(Duration::from_secs(1000)), None, "without work there is no stall");
+    running.add_tokens(ActorId(0), 0, 9).unwrap();
+    begins.recv_timeout(TIMEOUT).unwrap();
+    // The first actor fills its two slots and then waits. From then on there is no progress, and only virtual time
+    // passes.
+    let deadline = Instant::now() + TIMEOUT;
     while !running.snapshot()[0].waiting.describe(&running.session.spec).contains("credit") {
         assert!(Instant::now() < deadline, "{:?}", running.snapshot());
     }
-    let at = |seconds| running.tick(Duration::from_secs(seconds));
+    let at = |seconds| running.check_progress(Duration::from_secs(seconds));
     assert_eq!((at(2000), at(2009)), (None, None));
     let report = at(2010).expect("ten seconds without progress");
-    assert_eq!(at(2020), None, "said once");
+    assert_eq!(at(2020), None, "a stall is reported once");
     let lines =
         ["a0 work waits for a credit of register 'wire1' (2 of 2 slots held by a1 work)", "a1 work is in flight"];
     for line in lines {
         assert!(report.contains(line), "{report}");
     }
     assert_eq!(*reports.lock().unwrap(), [report]);
-    assert!(running.failures().is_empty(), "it may still come");
+    assert!(running.failures().is_empty(), "the session has not failed yet");
     let report = at(2030).expect("thirty seconds without progress");
-    let failure = running.failures().recv_timeout(PATIENCE).unwrap();
+    let failure = running.failures().recv_timeout(TIMEOUT).unwrap();
     assert_eq!(failure.to_string(), report);
     let Failure::Stalled { idle_ms: 30_000, cause, process: None, .. } = &failure else { panic!("{failure}") };
     assert!(cause.starts_with("a1 work has not ended, and waits for nobody; so a0 work waits for "), "{cause}");
@@ -419,9 +421,9 @@ fn the_watchdog_says_who_waits_for_whom() {
     drop(open);
 }
 
-/// A host may give some of a step's tokens when it has seen what the others brought.
+/// The host may add some tokens of a step only after the step's other results are known.
 #[test]
-fn a_step_that_lacks_a_token_is_watched_too() {
+fn a_stall_is_reported_while_a_step_lacks_a_token() {
     let mut b = Builder::new();
     let actors = ["first", "late"].map(|name| b.actor(name, 0, Firing::Credit));
     let [first, late] = actors.map(|actor| b.external(actor, "work", 1));
@@ -429,24 +431,24 @@ fn a_step_that_lacks_a_token_is_watched_too() {
     let options =
         WatchdogOptions { stall_after: Duration::from_secs(10), check_every: None, ..WatchdogOptions::default() };
     let running = start(bench(b.build()).loaded, options).unwrap();
-    running.give(first.actor, 0, 1).unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    running.add_tokens(first.actor, 0, 1).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
     while running.snapshot()[0].firings != [1] || running.session.any_in_flight() {
         assert!(Instant::now() < deadline, "{:?}", running.snapshot());
     }
-    let at = |seconds| running.tick(Duration::from_secs(seconds));
-    assert_eq!((at(1000), running.quiesce(PATIENCE)), (None, Ok(true)), "no step has all of its tokens");
+    let at = |seconds| running.check_progress(Duration::from_secs(seconds));
+    assert_eq!((at(1000), running.quiesce(TIMEOUT)), (None, Ok(true)), "no step has all of its tokens");
     let report = at(1010).expect("ten seconds without progress");
     assert!(report.contains("late work waits for a token"), "{report}");
-    running.give(late.actor, 0, 1).unwrap();
-    assert_eq!(running.quiesce(PATIENCE), Ok(true));
-    assert_eq!((at(2000), at(3000)), (None, None), "a step that has ended is no stall");
+    running.add_tokens(late.actor, 0, 1).unwrap();
+    assert_eq!(running.quiesce(TIMEOUT), Ok(true));
+    assert_eq!((at(2000), at(3000)), (None, None), "a finished step is not a stall");
     running.shutdown().unwrap();
 }
 
-/// As when a peer is a step ahead, and what it sends is taken in before this process's own update has ended.
+/// A peer may be one step ahead: its messages arrive before this process's own update has ended.
 #[test]
-fn what_fires_ahead_is_not_taken_for_what_is_late() {
+fn an_early_firing_does_not_hide_a_late_one() {
     let mut b = Builder::new();
     let actors = ["ahead", "late"].map(|name| b.actor(name, 0, Firing::Credit));
     let [ahead, late] = actors.map(|actor| b.external(actor, "work", 1));
@@ -456,54 +458,54 @@ fn what_fires_ahead_is_not_taken_for_what_is_late() {
     let program = Program { name: "work".into(), launches, signals: vec![] };
     programs(&mut loaded, late.actor.0)[0] = ActionProgram { program: Arc::new(program), bases: vec![] };
     let running = start(loaded, WatchdogOptions::default()).unwrap();
-    running.give(ahead.actor, 0, 2).unwrap();
-    running.give(late.actor, 0, 1).unwrap();
-    begins.recv_timeout(PATIENCE).unwrap();
-    let deadline = Instant::now() + PATIENCE;
+    running.add_tokens(ahead.actor, 0, 2).unwrap();
+    running.add_tokens(late.actor, 0, 1).unwrap();
+    begins.recv_timeout(TIMEOUT).unwrap();
+    let deadline = Instant::now() + TIMEOUT;
     while running.snapshot()[0].firings != [2] || running.snapshot()[0].waiting.in_flight.is_some() {
         assert!(Instant::now() < deadline, "{:?}", running.snapshot());
     }
-    assert_eq!(running.quiesce(Duration::ZERO), Ok(false), "two firings ended, but not the late one");
+    assert_eq!(running.quiesce(Duration::ZERO), Ok(false), "two firings have ended, but not the late one");
     drop(open);
-    assert_eq!(running.quiesce(PATIENCE), Ok(true));
+    assert_eq!(running.quiesce(TIMEOUT), Ok(true));
     running.shutdown().unwrap();
 }
 
 #[test]
-fn parts_that_do_not_fit_are_refused() {
+fn mismatched_parts_are_rejected() {
     let fresh = || bench(plans::data_parallel()).loaded;
-    let refuse = |loaded| start(loaded, WatchdogOptions::default()).unwrap_err().to_string();
+    let error_of = |loaded| start(loaded, WatchdogOptions::default()).unwrap_err().to_string();
     let mut loaded = fresh();
     loaded.hosted.pop_last();
-    assert!(refuse(loaded).ends_with("processes that host it: expected 1, got 0"));
+    assert!(error_of(loaded).ends_with("processes that host it: expected 1, got 0"));
     let mut loaded = fresh();
     programs(&mut loaded, 0)[1].program = Arc::default();
-    assert!(refuse(loaded).contains("tags of the program's signals: expected the early outputs [0, 1], got []"));
+    assert!(error_of(loaded).contains("tags of the program's signals: expected the early outputs [0, 1], got []"));
     let mut loaded = fresh();
     programs(&mut loaded, 0)[0].bases.push(BaseRef::Input(7));
-    assert!(refuse(loaded).contains("input port of a base"));
+    assert!(error_of(loaded).contains("input port of a base"));
     let mut loaded = fresh();
     loaded.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20;
-    assert!(refuse(loaded).contains("end of its slots"));
+    assert!(error_of(loaded).contains("end of its slots"));
 }
 
 #[test]
-fn only_external_actions_take_tokens() {
+fn only_external_actions_accept_tokens() {
     let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
-    let refused = ActorError::NotExternal { actor: ActorId(1), action: 0 };
-    assert_eq!(running.give(ActorId(1), 0, 1), Err(refused));
-    assert!(running.give(ActorId(9), 9, 1).is_err());
-    running.give(ActorId(0), 0, 3).unwrap();
-    assert!(running.quiesce(PATIENCE).unwrap());
+    let error = ActorError::NotExternal { actor: ActorId(1), action: 0 };
+    assert_eq!(running.add_tokens(ActorId(1), 0, 1), Err(error));
+    assert!(running.add_tokens(ActorId(9), 9, 1).is_err());
+    running.add_tokens(ActorId(0), 0, 3).unwrap();
+    assert!(running.quiesce(TIMEOUT).unwrap());
 }
 
 #[test]
-fn a_failure_frees_members_that_wait_in_a_collective_and_stays_the_first_cause() {
+fn a_failure_aborts_collectives_and_stays_the_first_cause() {
     let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
     let mut loaded = collective([kind.clone(), kind]);
     let cause = KernelError::Custom { name: "act".into(), message: "no".into() };
     let (fails, (begun, begins)) = (cause.clone(), bounded(1));
-    // Device 1 fails instead of joining, once device 0's collective is under way.
+    // Device 1 fails instead of joining, once device 0 is in the collective.
     let launches = vec![launch(act(move || Err(fails.clone())), vec![], vec![], false)];
     let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
     *programs(&mut loaded, 1) = vec![ActionProgram { program, bases: vec![] }];
@@ -514,36 +516,36 @@ fn a_failure_frees_members_that_wait_in_a_collective_and_stays_the_first_cause()
     });
     first.launches.insert(0, launch(begin, vec![], vec![], false));
     let running = start(loaded, WatchdogOptions::default()).unwrap();
-    running.give(ActorId(0), 0, 1).unwrap();
-    begins.recv_timeout(PATIENCE).unwrap();
-    running.give(ActorId(1), 0, 1).unwrap();
+    running.add_tokens(ActorId(0), 0, 1).unwrap();
+    begins.recv_timeout(TIMEOUT).unwrap();
+    running.add_tokens(ActorId(1), 0, 1).unwrap();
     let expected =
         Failure::Kernel { actor: "a1".into(), device: 1, action: "reduce".into(), cause: Box::new(cause.clone()) };
-    assert_eq!(running.failures().recv_timeout(PATIENCE), Ok(expected.clone()));
-    // The stream comes free only if the collective was aborted.
-    let (waits, (free, freed)) = (running.session.clone(), bounded(1));
-    std::thread::spawn(move || free.send(waits.streams[&ActorId(0)].synchronize()));
-    assert_eq!(freed.recv_timeout(PATIENCE), Ok(Ok(())));
+    assert_eq!(running.failures().recv_timeout(TIMEOUT), Ok(expected.clone()));
+    // The stream becomes idle only if the collective was aborted.
+    let (session, (idle, becomes_idle)) = (running.session.clone(), bounded(1));
+    std::thread::spawn(move || idle.send(session.streams[&ActorId(0)].synchronize()));
+    assert_eq!(becomes_idle.recv_timeout(TIMEOUT), Ok(Ok(())));
     let late = Failure::Panic { actor: "a0".into(), device: 0, action: None, message: "later".into() };
     running.session.fail(late);
     assert_eq!(running.shutdown(), Err(expected));
 }
 
-/// What an actor did, and what it waited for, can be read while it runs, and again from where one left off.
+/// An actor's firings and their causes can be read while it runs, and a later read continues from the previous one.
 #[test]
-fn firings_are_traced_with_what_let_them_begin() {
+fn firings_are_traced_with_their_causes() {
     let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
     let control = running.control();
-    running.give(ActorId(0), 0, 3).unwrap();
-    assert_eq!(running.quiesce(PATIENCE), Ok(true));
+    running.add_tokens(ActorId(0), 0, 3).unwrap();
+    assert_eq!(running.quiesce(TIMEOUT), Ok(true));
     let [first, second] = [0, 1].map(|actor| control.fired(ActorId(actor), 0));
     let wire = RegisterId(running.session.spec.registers.iter().position(|r| r.name == "wire1").unwrap() as u32);
-    for (told, causes) in [(&first, [Cause::Host, Cause::Own]), (&second, [Cause::Input(wire), Cause::Own])] {
-        let numbers: Vec<u64> = told.firings.iter().map(|fired| fired.firing).collect();
-        assert_eq!((&numbers[..], told.next, told.lost), (&[0, 1, 2][..], 3, 0));
-        assert_eq!(told.firings[0].cause, causes[0]);
+    for (new, causes) in [(&first, [Cause::Host, Cause::Own]), (&second, [Cause::Input(wire), Cause::Own])] {
+        let numbers: Vec<u64> = new.firings.iter().map(|fired| fired.firing).collect();
+        assert_eq!((&numbers[..], new.next, new.lost), (&[0, 1, 2][..], 3, 0));
+        assert_eq!(new.firings[0].cause, causes[0]);
         let mut before = 0;
-        for fired in &told.firings {
+        for fired in &new.firings {
             let credit = matches!(fired.cause, Cause::Credit(_));
             assert!(causes.contains(&fired.cause) || credit, "{fired:?}");
             let times = [before, fired.idle_ns, fired.launched_ns, fired.ended_ns, control.now_ns().unwrap()];
@@ -557,8 +559,8 @@ fn firings_are_traced_with_what_let_them_begin() {
         second.firings.iter().filter(|f| f.cause == Cause::Input(wire)).map(|f| f.launched_ns - f.idle_ns).sum();
     assert_eq!((idle.input_ns.get(&wire), idle.host_ns), (Some(&waited), 0));
     assert!(snapshots[0].idle.host_ns > 0 && snapshots[0].idle_now_ns > 0);
-    running.give(ActorId(0), 0, 1).unwrap();
-    assert_eq!(running.quiesce(PATIENCE), Ok(true));
+    running.add_tokens(ActorId(0), 0, 1).unwrap();
+    assert_eq!(running.quiesce(TIMEOUT), Ok(true));
     assert_eq!(control.fired(ActorId(1), second.next).firings.iter().map(|f| f.firing).collect::<Vec<_>>(), [3]);
     running.shutdown().unwrap();
     assert_eq!((control.snapshot(), control.now_ns()), (vec![], None));

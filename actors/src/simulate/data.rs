@@ -1,12 +1,12 @@
-//! What flows in a simulation: hashes in slots, and the gangs whose members mix each other's.
+//! The data of a simulation: hashes in slots, and groups whose members mix each other's hashes.
 
 use std::collections::HashMap;
 
 use super::{SimulatedFiring, SimulationError};
 use crate::protocol::Protocol;
-use crate::spec::{ActorId, Spec};
+use crate::spec::{ActorId, RegisterId, Spec};
 
-/// SplitMix64 (Steele, Lea and Flood 2014): small, and good enough to shuffle events.
+/// SplitMix64 (Steele, Lea and Flood 2014): small and good enough to shuffle events.
 #[derive(Clone, Debug)]
 pub(crate) struct Rng(u64);
 
@@ -27,12 +27,12 @@ fn finish(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Depends on the order of its arguments.
+/// Mixes a value into a hash; depends on the order of the arguments.
 fn mix(hash: u64, value: u64) -> u64 {
     finish(hash.rotate_left(5) ^ finish(value.wrapping_add(0x9e37_79b9_7f4a_7c15)))
 }
 
-/// In a slot that is being written.
+/// Content of a slot that is being written.
 const UNWRITTEN: u64 = 0;
 
 pub(super) struct Data {
@@ -40,15 +40,15 @@ pub(super) struct Data {
     slots: Vec<Vec<u64>>,
     /// By actor.
     flights: Vec<Flight>,
-    /// All values of an action's firings, by actor and action.
+    /// Hash of the values of all firings, by actor and action.
     history: Vec<Vec<u64>>,
 }
 
 #[derive(Clone, Default)]
 struct Flight {
-    /// By input port, as found at launch.
+    /// By input port: the slot's hash at launch.
     reads: Vec<u64>,
-    /// By output port: what the slot held before, where the firing adds to it or updates it in place.
+    /// By output port: the slot's previous hash, if the firing accumulates or updates in place.
     before: Vec<u64>,
     value: u64,
 }
@@ -61,7 +61,7 @@ impl Data {
         Self { slots: slots.collect(), flights: vec![Flight::default(); spec.actors.len()], history }
     }
 
-    /// Reads the inputs and marks the outputs as unwritten. Returns the hash of what was read.
+    /// Reads the inputs and marks the outputs as unwritten. Returns the hash of the inputs.
     pub(super) fn launch(
         &mut self,
         spec: &Spec,
@@ -94,7 +94,7 @@ impl Data {
         Ok(flight.value)
     }
 
-    /// Adds what the firing's gang brings.
+    /// Mixes the hash of the firing's groups into its value.
     pub(super) fn compute(&mut self, actor: ActorId, shared: u64) {
         let value = &mut self.flights[actor.0 as usize].value;
         *value = mix(*value, shared);
@@ -109,8 +109,8 @@ impl Data {
         self.slots[register.0 as usize][slot] = value;
     }
 
-    /// The end of a firing: its inputs must be as they were (CR-7); writes the outputs that no signal has written.
-    pub(super) fn settle(
+    /// Ends a firing: checks that its inputs are unchanged (CR-7) and writes the outputs that no signal has written.
+    pub(super) fn end(
         &mut self,
         spec: &Spec,
         protocol: &Protocol,
@@ -121,7 +121,7 @@ impl Data {
             let slot = protocol.input_slot(fired.action, port, fired.firing) as usize;
             let read = self.flights[fired.actor.0 as usize].reads[port];
             if self.slots[input.register.0 as usize][slot] != read {
-                return Err(race(spec, fired, input.register, "was overwritten meanwhile"));
+                return Err(race(spec, fired, input.register, "was overwritten during the firing"));
             }
         }
         for (port, output) in action.outputs.iter().enumerate() {
@@ -139,58 +139,58 @@ impl Data {
     }
 }
 
-fn race(spec: &Spec, fired: SimulatedFiring, register: crate::spec::RegisterId, how: &'static str) -> SimulationError {
+fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'static str) -> SimulationError {
     let (action, register) = (spec.action_name(fired.actor, fired.action), spec.register_name(register));
-    SimulationError::Race { action, firing: fired.firing, register, how }
+    SimulationError::Race { action, firing: fired.firing, register, fault }
 }
 
 /// Groups whose members' n-th firings run together.
-pub(super) struct Gangs {
-    /// By group: firings begun, by member.
+pub(super) struct Groups {
+    /// By group: number of begun firings, by member.
     begun: HashMap<u32, Vec<(ActorId, u64)>>,
-    /// By group and turn: what the members brought.
-    brought: HashMap<(u32, u64), u64>,
-    /// Members in flight whose gang is not complete, with their groups and turns.
+    /// By group and round: the sum of the members' hashes.
+    contributions: HashMap<(u32, u64), u64>,
+    /// Members in flight that wait for other members, with their groups and rounds.
     waiting: Vec<(ActorId, Vec<(u32, u64)>)>,
 }
 
-impl Gangs {
+impl Groups {
     pub(super) fn new(spec: &Spec) -> Self {
         let mut begun: HashMap<u32, Vec<(ActorId, u64)>> = HashMap::new();
         for (a, actor) in spec.actors.iter().enumerate() {
-            for &group in actor.actions.iter().flat_map(|x| &x.gangs) {
+            for &group in actor.actions.iter().flat_map(|x| &x.groups) {
                 let members = begun.entry(group).or_default();
                 if members.iter().all(|m| m.0.0 != a as u32) {
                     members.push((ActorId(a as u32), 0));
                 }
             }
         }
-        Self { begun, brought: HashMap::new(), waiting: Vec::new() }
+        Self { begun, contributions: HashMap::new(), waiting: Vec::new() }
     }
 
-    /// A member's firing starts, having read `read`. Returns the members whose gangs are complete now, this one
-    /// perhaps, with the hash of what all brought.
+    /// Starts a member's firing with input hash `read`. Returns the members that wait for nobody now, each with the
+    /// hash of its groups.
     pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
-        let mut turns = Vec::new();
-        for &group in &spec.actors[actor.0 as usize].actions[action as usize].gangs {
+        let mut rounds = Vec::new();
+        for &group in &spec.actors[actor.0 as usize].actions[action as usize].groups {
             let members = self.begun.get_mut(&group).expect("collected from the plan");
             let member = members.iter_mut().find(|m| m.0 == actor).expect("collected from the plan");
-            turns.push((group, member.1));
-            // A sum, since members come in any order.
-            let brought = self.brought.entry((group, member.1)).or_default();
-            *brought = brought.wrapping_add(mix(u64::from(actor.0), read));
+            rounds.push((group, member.1));
+            // A sum, since members join in any order.
+            let sum = self.contributions.entry((group, member.1)).or_default();
+            *sum = sum.wrapping_add(mix(u64::from(actor.0), read));
             member.1 += 1;
         }
-        self.waiting.push((actor, turns));
-        let (begun, brought) = (&self.begun, &self.brought);
-        let complete = |t: &(u32, u64)| begun[&t.0].iter().all(|m| m.1 > t.1);
+        self.waiting.push((actor, rounds));
+        let (begun, contributions) = (&self.begun, &self.contributions);
+        let complete = |round: &(u32, u64)| begun[&round.0].iter().all(|m| m.1 > round.1);
         let mut ready = Vec::new();
-        self.waiting.retain(|(actor, turns)| {
-            let all = turns.iter().all(complete);
-            if all {
-                ready.push((*actor, turns.iter().fold(0, |hash, t| mix(hash, brought[t]))));
+        self.waiting.retain(|(actor, rounds)| {
+            let is_ready = rounds.iter().all(complete);
+            if is_ready {
+                ready.push((*actor, rounds.iter().fold(0, |hash, round| mix(hash, contributions[round]))));
             }
-            !all
+            !is_ready
         });
         ready
     }

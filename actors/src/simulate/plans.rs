@@ -1,4 +1,4 @@
-//! Small plans of every shape that the protocol must carry, for this crate's tests.
+//! Small plans of every shape that the protocol supports, for this crate's tests.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use crate::builder::Builder;
 use crate::pipeline::{Pipeline, PipelineSchedule};
 use crate::spec::{Firing, RegisterReader, Spec, StreamKind};
 
-/// Name, plan, steps.
+/// All plans: name, plan, steps.
 pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
     let piped =
         |credits: Vec<u32>, schedule, ordered| Pipeline { micro_batches: 6, credits, schedule, ordered }.build();
@@ -20,13 +20,13 @@ pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
         ("accumulation", accumulation(), 4),
         ("stale", stale(), 5),
         ("fan", fan(), 5),
-        ("gangs", gangs(), 3),
+        ("groups", groups(), 3),
     ];
     plans.into_iter().map(|(name, spec, steps)| (name, Arc::new(spec), steps)).collect()
 }
 
-/// Two replicas; the backward publishes two gradient buckets early, each reduced by a collective actor of its device while
-/// the backward goes on; then both replicas update their parameters in place.
+/// Two replicas. The backward publishes two gradient buckets early; a collective actor of each device reduces them
+/// while the backward continues. Then both replicas update their parameters in place.
 pub(crate) fn data_parallel() -> Spec {
     let mut b = Builder::new();
     for d in 0..2 {
@@ -42,14 +42,14 @@ pub(crate) fn data_parallel() -> Spec {
         b.read(parameters, backward, 2);
         let reduce = b.actor(format!("device{d}.reduce"), d, Firing::Credit);
         b.actor_mut(reduce).stream = StreamKind::Communication;
-        // Both devices must reduce the buckets in one order.
+        // Both devices must reduce the buckets in the same order.
         let list: Vec<u32> = vec![0, 1];
         b.actor_mut(reduce).firing = Firing::Ordered(list);
         for bucket in 0..2 {
             let gradient = b.register(format!("device{d}.gradient{bucket}"), 1, backward, 2);
             b.early(gradient);
             let all_reduce = b.action(reduce, format!("all-reduce{bucket}"), 1);
-            b.action_mut(all_reduce).gangs = vec![0];
+            b.action_mut(all_reduce).groups = vec![0];
             b.read(gradient, all_reduce, 1);
             b.edge(format!("device{d}.reduced{bucket}"), 1, all_reduce, update);
         }
@@ -57,7 +57,7 @@ pub(crate) fn data_parallel() -> Spec {
     b.build()
 }
 
-/// A stage whose output goes to the next stage and around it to the last.
+/// A stage whose output goes to the next stage and also directly to the last one.
 fn skip_connection() -> Spec {
     let mut b = Builder::new();
     let actors: Vec<_> = (0..3).map(|s| b.actor(format!("stage{s}"), s, Firing::Credit)).collect();
@@ -73,7 +73,7 @@ fn skip_connection() -> Spec {
     b.build()
 }
 
-/// Four micro-batches add to one gradient; one update a step writes the parameters in place.
+/// Four micro-batches accumulate into one gradient; one update per step writes the parameters in place.
 pub(crate) fn accumulation() -> Spec {
     let mut b = Builder::new();
     let host = b.actor("host", 0, Firing::Credit);
@@ -93,8 +93,8 @@ pub(crate) fn accumulation() -> Spec {
     b.build()
 }
 
-/// Versioned, boundedly stale state: an initial register of two slots, each version read by two firings in a row, and
-/// written from another actor's results while the version before is still read.
+/// Versioned state with bounded staleness: an initial register of two slots. Two firings in a row read each version,
+/// while another actor writes the next version.
 fn stale() -> Spec {
     let mut b = Builder::new();
     let (worker, server) = (b.actor("worker", 0, Firing::Credit), b.actor("server", 1, Firing::Credit));
@@ -109,7 +109,7 @@ fn stale() -> Spec {
     b.build()
 }
 
-/// One source, three workers, one sink that needs them all, and a register that nobody reads.
+/// One source, three workers, one sink that needs all of them, and a register without readers.
 pub(crate) fn fan() -> Spec {
     let mut b = Builder::new();
     let source = b.actor("source", 0, Firing::Credit);
@@ -127,8 +127,9 @@ pub(crate) fn fan() -> Spec {
     b.build()
 }
 
-/// Two tensor-parallel shards whose forward and backward contain collectives, in an ordered list, over two stages.
-pub(crate) fn gangs() -> Spec {
+/// Two stages of two tensor-parallel shards whose forward and backward contain collectives; each actor has an ordered
+/// list.
+pub(crate) fn groups() -> Spec {
     let mut b = Builder::new();
     let mut stages: Vec<Vec<(RegisterReader, RegisterReader)>> = Vec::new();
     for stage in 0..2u32 {
@@ -139,8 +140,8 @@ pub(crate) fn gangs() -> Spec {
             let actor = b.actor(format!("stage{stage}.shard{shard}"), device, Firing::Ordered(list.clone()));
             let (forward, backward) = (b.action(actor, "forward", 3), b.action(actor, "backward", 3));
             b.action_mut(forward).external = stage == 0;
-            b.action_mut(forward).gangs = vec![stage];
-            b.action_mut(backward).gangs = vec![stage];
+            b.action_mut(forward).groups = vec![stage];
+            b.action_mut(backward).groups = vec![stage];
             b.edge(format!("stage{stage}.shard{shard}.stash"), 2, forward, backward);
             shards.push((forward, backward));
         }

@@ -1,4 +1,4 @@
-//! The simulator against known schedules, and the protocol against random timing and seeded faults.
+//! Tests the simulator against known schedules, and the protocol under random timing and injected faults.
 
 use super::*;
 use crate::builder::Builder;
@@ -7,25 +7,25 @@ use crate::hang::Root;
 use crate::pipeline::{Pipeline, PipelineSchedule, timing};
 use crate::spec::Firing;
 
-/// What a bad network, or a bad protocol, does to the n-th message.
+/// A fault to inject: the n-th message is changed, messages are lost, or a firing never ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Fault {
     Lose(u64),
     Repeat(u64),
     NextPiece(u64),
-    /// From this piece on, this reader (by its index) hears of none of a register.
-    Unheard(RegisterId, u32, u64),
-    /// From this piece on, the producer hears of no release by this reader.
-    Unreturned(RegisterId, u32, u64),
-    /// This firing, once begun, does not end.
+    /// Loses the `Filled` messages of a register to one reader (by index) from this piece on.
+    LosePieces(RegisterId, u32, u64),
+    /// Loses the `Released` messages of one reader to the producer from this piece on.
+    LoseReleases(RegisterId, u32, u64),
+    /// This firing begins and never ends.
     Hang(RegisterReader, u64),
 }
 
 impl Fault {
     pub(crate) fn apply(self, nth: u64, message: Message) -> Vec<Message> {
         let is_lost = match (self, message) {
-            (Self::Unheard(of, to, from), Message::Filled { register, reader, piece, .. })
-            | (Self::Unreturned(of, to, from), Message::Released { register, reader, piece, .. }) => {
+            (Self::LosePieces(of, to, from), Message::Filled { register, reader, piece, .. })
+            | (Self::LoseReleases(of, to, from), Message::Released { register, reader, piece, .. }) => {
                 (register, reader) == (of, to) && piece >= from
             }
             _ => false,
@@ -55,8 +55,8 @@ fn pipeline(m: u32, credits: Vec<u32>, schedule: PipelineSchedule, ordered: bool
     Arc::new(Pipeline { micro_batches: m, credits, schedule, ordered }.build())
 }
 
-fn makespan(spec: &Arc<Spec>, timing: &Timing) -> u64 {
-    simulate(spec, timing, &SimulationOptions::steps(1)).unwrap().makespan
+fn makespan(spec: &Arc<Spec>, times: &Timing) -> u64 {
+    simulate(spec, times, &SimulationOptions::steps(1)).unwrap().makespan
 }
 
 fn stash_peaks(spec: &Spec, run: &SimulatedRun) -> Vec<u32> {
@@ -65,7 +65,7 @@ fn stash_peaks(spec: &Spec, run: &SimulatedRun) -> Vec<u32> {
 }
 
 #[test]
-fn gpipe_and_1f1b_reach_the_optimum() {
+fn gpipe_and_1f1b_have_the_optimal_makespan() {
     let (p, m) = (4, 8);
     for ordered in [false, true] {
         let gpipe = pipeline(m, vec![m; p], PipelineSchedule::Gpipe, ordered);
@@ -91,40 +91,40 @@ fn latency_needs_more_credits_than_stages_left() {
 }
 
 #[test]
-fn fewer_credits_only_slow_down() {
+fn fewer_credits_never_shorten_the_makespan() {
     let (p, m) = (6u32, 24);
     for (f, b, c) in [(2, 4, 1), (1, 1, 3), (3, 2, 0), (2, 5, 7)] {
-        let clock = timing(p as usize, f, b, c);
+        let times = timing(p as usize, f, b, c);
         let full: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
         let mut last = 0;
         for fewer in 0..full[0] {
             let credits = full.iter().map(|w| w.saturating_sub(fewer).max(1)).collect();
-            let span = makespan(&pipeline(m, credits, PipelineSchedule::OneForwardOneBackward, false), &clock);
+            let span = makespan(&pipeline(m, credits, PipelineSchedule::OneForwardOneBackward, false), &times);
             assert!(span >= last, "F {f} B {b} c {c}: {fewer} credits fewer take {span}, one more takes {last}");
             last = span;
         }
-        assert!(last > makespan(&pipeline(m, full, PipelineSchedule::OneForwardOneBackward, false), &clock));
+        assert!(last > makespan(&pipeline(m, full, PipelineSchedule::OneForwardOneBackward, false), &times));
     }
 }
 
 proptest::proptest! {
     #![proptest_config(proptest::test_runner::Config { failure_persistence: None, ..Default::default() })]
 
-    /// The computed credits lose nothing against unlimited ones.
+    /// The computed credits are as fast as unlimited ones.
     #[test]
     fn computed_credits_are_enough(p in 1u32..9, m in 1u32..40, f in 1u64..9, b in 1u64..12, c in 0u64..20) {
-        let clock = timing(p as usize, f, b, c);
+        let times = timing(p as usize, f, b, c);
         let computed: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
         let unlimited = pipeline(m, vec![m; p as usize], PipelineSchedule::OneForwardOneBackward, false);
         let limited = pipeline(m, computed.clone(), PipelineSchedule::OneForwardOneBackward, false);
-        let (limited, unlimited) = (makespan(&limited, &clock), makespan(&unlimited, &clock));
+        let (limited, unlimited) = (makespan(&limited, &times), makespan(&unlimited, &times));
         proptest::prop_assert!(limited <= unlimited, "{:?}: {} > {}", computed, limited, unlimited);
     }
 }
 
-/// Runs with random durations and delays; every plan, many seeds.
+/// Options with random durations and delays.
 fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
-    // Long and short delays both, so that messages overtake firings as well as the other way round.
+    // Both long and short delays, so that messages overtake firings and firings overtake messages.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
     SimulationOptions {
         jitter: Some(Jitter { seed, action_ticks_max, hop_ticks_max }),
@@ -133,14 +133,14 @@ fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
 }
 
 #[test]
-fn interleavings_end_equal_and_break_nothing() {
+fn all_interleavings_end_with_the_same_digest_and_keep_the_invariants() {
     let mut runs = 0;
     for (name, spec, steps) in plans::all() {
-        let clock = Timing::uniform(&spec, 2, 1);
-        let exact = simulate(&spec, &clock, &SimulationOptions::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let times = Timing::uniform(&spec, 2, 1);
+        let exact = simulate(&spec, &times, &SimulationOptions::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let mut timelines = std::collections::HashSet::new();
         for seed in 0..1200 {
-            let run = simulate(&spec, &clock, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
+            let run = simulate(&spec, &times, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
             assert_eq!(run.digest, exact.digest, "{name}, seed {seed}");
             for (register, &peak) in spec.registers.iter().zip(&run.slots_peak) {
                 assert!(peak <= register.slots, "{name}, seed {seed}, {}", register.name);
@@ -148,14 +148,14 @@ fn interleavings_end_equal_and_break_nothing() {
             timelines.insert(run.timeline.iter().map(|f| (f.actor, f.action, f.firing)).collect::<Vec<_>>());
             runs += 1;
         }
-        assert!(timelines.len() > 100, "{name}: only {} different orders were seen", timelines.len());
+        assert!(timelines.len() > 100, "{name}: only {} different orders occurred", timelines.len());
     }
     assert!(runs >= 10_000);
 }
 
 #[test]
-fn the_digest_sees_data() {
-    // Other tokens, other data: the digest is no constant.
+fn the_digest_depends_on_the_data() {
+    // Different tokens produce different data, so the digest must differ.
     let spec = Arc::new(plans::fan());
     let digest =
         |steps| simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(steps)).unwrap().digest;
@@ -163,10 +163,10 @@ fn the_digest_sees_data() {
 }
 
 #[test]
-fn faulty_messages_are_caught() {
+fn faulty_messages_are_detected() {
     for (name, spec, steps) in plans::all() {
-        let clock = Timing::uniform(&spec, 2, 1);
-        // Each piece goes to, and comes back from, every reader in another actor; the last of an initial register stays.
+        let times = Timing::uniform(&spec, 2, 1);
+        // Each reader in another actor gets one message per written piece and sends one release back.
         let mut count = 0;
         for (register, r) in spec.registers.iter().zip(0..) {
             let (action, port) = spec.writer(crate::spec::RegisterId(r)).unwrap();
@@ -178,8 +178,8 @@ fn faulty_messages_are_caught() {
         for nth in 0..count {
             for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth)] {
                 let options = SimulationOptions { fault: Some(fault), ..shuffled(nth, steps) };
-                let result = simulate(&spec, &clock, &options);
-                assert!(result.is_err(), "{name}: {fault:?} of {count} messages went unseen");
+                let result = simulate(&spec, &times, &options);
+                assert!(result.is_err(), "{name}: {fault:?} of {count} messages was not detected");
                 caught += 1;
             }
         }
@@ -188,32 +188,32 @@ fn faulty_messages_are_caught() {
 }
 
 #[test]
-fn one_credit_too_many_is_caught() {
+fn one_credit_too_many_is_detected() {
     let mut caught = 0;
     for (name, spec, steps) in plans::all() {
-        let clock = Timing::uniform(&spec, 2, 7);
+        let times = Timing::uniform(&spec, 2, 7);
         let mut faulty = 0;
         for seed in 0..20 {
             let protocols = (0..spec.actors.len()).map(|a| {
                 let mut protocol = Protocol::new(&spec, ActorId(a as u32));
-                protocol.overdraw();
+                protocol.add_surplus_credit();
                 protocol
             });
-            let result = run(&spec, &clock, &shuffled(seed, steps), protocols.collect());
+            let result = run(&spec, &times, &shuffled(seed, steps), protocols.collect());
             faulty += u32::from(result.is_err());
         }
-        // Where all micro-batches have a slot, or a list holds the forwards back, the credits never run out.
+        // If every micro-batch has a slot, or a list limits the forwards, the credits never run out.
         let listed = |a: &crate::spec::ActorSpec| matches!(a.firing, crate::spec::Firing::Ordered(_));
         let never_full = name.starts_with("gpipe") || spec.actors.iter().all(listed);
-        assert!(faulty > 0 || never_full, "{name}: {faulty} of 20 caught");
+        assert!(faulty > 0 || never_full, "{name}: {faulty} of 20 detected");
         caught += faulty;
     }
     assert!(caught >= 80);
 }
 
 #[test]
-fn too_few_credits_for_a_cycle_are_refused_with_the_cycle() {
-    // The list wants two forwards before the first backward; the stash has one slot.
+fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
+    // The list has two forwards before the first backward, but the stash has one slot.
     let mut spec =
         Pipeline { micro_batches: 2, credits: vec![2, 1], schedule: PipelineSchedule::Gpipe, ordered: false }.build();
     spec.actors[0].firing = crate::spec::Firing::Ordered(vec![0, 0, 1, 1]);
@@ -227,12 +227,12 @@ fn too_few_credits_for_a_cycle_are_refused_with_the_cycle() {
 }
 
 #[test]
-fn gangs_in_opposite_orders_are_refused_with_the_cycle() {
+fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
     let mut spec = plans::data_parallel();
     // Device 1 reduces in the other order, as two groups.
     for actor in spec.actors.iter_mut().filter(|a| a.name.ends_with("reduce")) {
         for (bucket, action) in actor.actions.iter_mut().enumerate() {
-            action.gangs = vec![bucket as u32];
+            action.groups = vec![bucket as u32];
         }
     }
     spec.actors[3].firing = crate::spec::Firing::Ordered(vec![1, 0]);
@@ -242,16 +242,16 @@ fn gangs_in_opposite_orders_are_refused_with_the_cycle() {
 }
 
 #[test]
-fn missing_tokens_are_starvation_and_no_deadlock() {
+fn missing_tokens_are_reported_as_starvation() {
     let spec = Arc::new(plans::accumulation());
     let feed = RegisterReader { actor: ActorId(0), action: 0 };
     let options = SimulationOptions { tokens: Some(vec![(feed, 3)]), ..SimulationOptions::steps(1) };
     let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &options).unwrap_err();
-    expect_test::expect!["starved: host feed waits for a token of the host"].assert_eq(&error.to_string());
+    expect_test::expect!["starved: host feed waits for a token from the host"].assert_eq(&error.to_string());
 }
 
 #[test]
-fn the_host_decides_when_it_has_seen_what_it_decides_from() {
+fn the_host_decides_after_the_observed_actions_have_fired() {
     let mut b = Builder::new();
     let [host, shard] = ["host", "shard"].map(|name| b.actor(name, 0, Firing::Credit));
     let (feed, log) = (b.external(host, "feed", 2), b.action(host, "log", 2));
@@ -267,62 +267,62 @@ fn the_host_decides_when_it_has_seen_what_it_decides_from() {
             (of(update).map(|f| f.start).collect(), of(log).map(|f| f.end).collect());
         (updates, [logs[1], logs[3]])
     };
-    assert_eq!(starts(&spec).0[0], 0, "nothing holds it up");
-    spec.decision = Decision { sees: vec![log], gives: vec![update] };
+    assert_eq!(starts(&spec).0[0], 0, "it does not wait for the decision");
+    spec.decision = Decision { observed: vec![log], granted: vec![update] };
     let (updates, logged) = starts(&spec);
-    // It may find its actor busy.
+    // The actor may be busy when the token arrives.
     assert!(updates[0] >= logged[0] && updates[1] >= logged[1], "{updates:?} {logged:?}");
     assert!(updates[0] < logged[0] + 5, "{updates:?} {logged:?}");
-    // What the host sees after the update it can never decide from.
-    spec.decision.sees.push(update);
+    // The host cannot decide from an action that depends on the decision.
+    spec.decision.observed.push(update);
     let spec = Arc::new(spec);
     let error = simulate(&spec, &Timing::uniform(&spec, 5, 1), &SimulationOptions::steps(1)).unwrap_err();
-    assert_eq!(error.to_string(), "starved: shard update waits for a token of the host");
+    assert_eq!(error.to_string(), "starved: shard update waits for a token from the host");
 }
 
 #[test]
-fn early_publication_overlaps() {
+fn early_publication_shortens_the_makespan() {
     let mut late = plans::data_parallel();
     let early = Arc::new(late.clone());
     for action in late.actors.iter_mut().flat_map(|a| &mut a.actions) {
         action.outputs.iter_mut().for_each(|o| o.early = false);
     }
     let late = Arc::new(late);
-    let clock = Timing::uniform(&early, 6, 0);
-    assert!(makespan(&early, &clock) < makespan(&late, &clock));
+    let times = Timing::uniform(&early, 6, 0);
+    assert!(makespan(&early, &times) < makespan(&late, &times));
 }
 
 #[test]
-fn a_gang_ends_after_its_last_member_has_started() {
-    let spec = Arc::new(plans::gangs());
-    let mut clock = Timing::uniform(&spec, 4, 0);
+fn a_collective_ends_after_its_last_member_has_started() {
+    let spec = Arc::new(plans::groups());
+    let mut times = Timing::uniform(&spec, 4, 0);
     // Stage 0's second shard is slow, so its partner waits in every collective.
-    clock.action_ticks[1] = vec![4, 9];
-    let run = simulate(&spec, &clock, &SimulationOptions::steps(1)).unwrap();
+    times.action_ticks[1] = vec![4, 9];
+    let run = simulate(&spec, &times, &SimulationOptions::steps(1)).unwrap();
     let of = |actor| run.timeline.iter().filter(move |f| f.actor == ActorId(actor));
     for (a, b) in of(0).zip(of(1)) {
         assert_eq!((a.action, a.firing), (b.action, b.firing));
-        assert!(a.end >= b.start + clock.action_ticks[0][a.action as usize]);
-        assert!(b.end >= a.start + clock.action_ticks[1][b.action as usize]);
+        assert!(a.end >= b.start + times.action_ticks[0][a.action as usize]);
+        assert!(b.end >= a.start + times.action_ticks[1][b.action as usize]);
     }
 }
 
 #[test]
-fn waits_for_a_gang_are_not_counted_twice() {
-    let spec = Arc::new(plans::gangs());
+fn waits_for_a_group_are_not_counted_twice() {
+    let spec = Arc::new(plans::groups());
     let truth = Timing::uniform(&spec, 4, 0);
-    let mut seen = truth.action_ticks.clone();
-    // The second shard came late to the forwards, so the first one's took longer.
-    (seen[0][0], seen[0][1], seen[1][1]) = (9, 6, 6);
-    let timing = Timing::measured(&spec, seen);
-    // A backward is no forward, though both are of the gang.
-    assert_eq!(timing.action_ticks[..2], [vec![4, 6], vec![4, 6]]);
-    assert_eq!(timing.action_ticks[2..], truth.action_ticks[2..]);
+    let mut measured = truth.action_ticks.clone();
+    // The second shard joined the forwards late, so those of the first shard took longer.
+    (measured[0][0], measured[0][1], measured[1][1]) = (9, 6, 6);
+    let times = Timing::measured(&spec, measured);
+    // Forward and backward keep different durations, though both belong to the group.
+    assert_eq!(times.action_ticks[..2], [vec![4, 6], vec![4, 6]]);
+    assert_eq!(times.action_ticks[2..], truth.action_ticks[2..]);
 }
 
 #[test]
-fn steps_overlap_only_where_registers_let_them() {
-    // The parameters' one slot keeps step 2's first training after step 1's update.
+fn steps_overlap_as_far_as_credits_allow() {
+    // The parameters have one slot, so the first training of step 2 starts after the update of step 1.
     let spec = Arc::new(plans::accumulation());
     let run = simulate(&spec, &Timing::uniform(&spec, 3, 1), &SimulationOptions::steps(3)).unwrap();
     let end = |actor, action, firing| {

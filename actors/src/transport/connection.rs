@@ -1,4 +1,4 @@
-//! One connection, over TCP or a Unix socket, and addresses of either.
+//! A connection over TCP or a Unix socket, and the addresses of both.
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
@@ -15,19 +15,19 @@ use serde::{Deserialize, Serialize};
 
 use super::TransportError;
 
-/// How long a write may wait for a peer that takes nothing, unless [`Link::set_send_timeout`] says otherwise.
+/// Default timeout of a write to a peer that does not read, see [`Connection::set_send_timeout`].
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
-/// A silent TCP connection is probed after this long, and then again and again.
+/// Idle time of a TCP connection before the first keepalive probe.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
-/// Zero means "no time-out" to the system, so a passed deadline waits this long instead.
+/// The system treats zero as "no timeout", so an expired deadline uses this value instead.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
-/// Where a process listens. Written `HOST:PORT` or `unix:PATH`; [`resolve`] reads the first.
+/// Address of a listener, written `HOST:PORT` or `unix:PATH`. [`resolve`] handles the first form.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Address {
-    /// `HOST:PORT`; an IPv6 host stands in brackets. Names are looked up at each attempt to connect.
+    /// `HOST:PORT`; an IPv6 host is in brackets. Names are resolved at each connection attempt.
     Tcp(String),
     /// Path of a Unix socket.
     Unix(PathBuf),
@@ -57,11 +57,11 @@ impl FromStr for Address {
     }
 }
 
-/// The addresses that `HOST:PORT` stands for. Of an IPv6 address in brackets, the zone is a number or the name of an interface of
-/// this node: `[fe80::1%eth0]:29400`.
+/// Resolves `HOST:PORT`. The zone of an IPv6 address is a number or the name of an interface of this node:
+/// `[fe80::1%eth0]:29400`.
 ///
 /// # Errors
-/// Those of the system: no such host, no such interface.
+/// System errors, such as an unknown host or interface.
 pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     let parts = address.strip_prefix('[').and_then(|rest| rest.split_once("]:"));
     let zoned = parts.and_then(|(host, port)| host.split_once('%').map(|(ip, zone)| (ip, zone, port)));
@@ -75,12 +75,12 @@ pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     Ok(vec![SocketAddrV6::new(ip, port, 0, id).into()])
 }
 
-/// The address for other nodes: a zone has a meaning on its own node only.
+/// Removes the zone for use on other nodes: a zone is valid only on its own node.
 pub fn without_zone(address: SocketAddr) -> SocketAddr {
     (address.ip(), address.port()).into()
 }
 
-/// A peer's link-local address in the zone of an address of this node; any other address as it is.
+/// Adds the zone of an own address to a peer's link-local address; returns other addresses unchanged.
 pub fn with_zone_of(peer: SocketAddr, own: SocketAddr) -> SocketAddr {
     match (peer, own) {
         (SocketAddr::V6(peer), SocketAddr::V6(own)) if peer.ip().is_unicast_link_local() && peer.scope_id() == 0 => {
@@ -90,10 +90,10 @@ pub fn with_zone_of(peer: SocketAddr, own: SocketAddr) -> SocketAddr {
     }
 }
 
-/// A connected socket. Blocking; reads wait without end unless [`Link::set_read_timeout`] says otherwise.
+/// A connected, blocking socket. Reads have no timeout unless [`Connection::set_read_timeout`] sets one.
 #[derive(Debug)]
 pub enum Connection {
-    /// To another node, or over loopback.
+    /// Between nodes, or over loopback.
     Tcp(TcpStream),
     /// Within a node.
     Unix(UnixStream),
@@ -111,10 +111,10 @@ impl From<UnixStream> for Connection {
     }
 }
 
-/// Does the same to either kind of socket.
+/// Applies the same call to both kinds of sockets.
 macro_rules! each {
-    ($link:expr, $stream:ident => $call:expr) => {
-        match $link {
+    ($connection:expr, $stream:ident => $call:expr) => {
+        match $connection {
             Connection::Tcp($stream) => $call,
             Connection::Unix($stream) => $call,
         }
@@ -122,10 +122,10 @@ macro_rules! each {
 }
 
 impl Connection {
-    /// A second handle to the same connection, for another thread.
+    /// Clones the handle, for use in another thread.
     ///
     /// # Errors
-    /// Those of the system.
+    /// System errors.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
             Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
@@ -133,28 +133,28 @@ impl Connection {
         })
     }
 
-    /// Ends both directions for all handles: a read that waits returns 0 bytes.
+    /// Closes both directions for all handles; a blocked read returns 0 bytes.
     ///
     /// # Errors
-    /// Those of the system; an unconnected socket for one.
+    /// System errors, for example for an unconnected socket.
     pub fn shutdown(&self) -> io::Result<()> {
         each!(self, stream => stream.shutdown(Shutdown::Both))
     }
 
-    /// A read that waits longer fails with `WouldBlock`. `None`: for ever.
+    /// Sets the read timeout; a read that exceeds it fails with `WouldBlock`. `None` disables the timeout.
     ///
     /// # Errors
-    /// Those of the system.
+    /// System errors.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         each!(self, stream => stream.set_read_timeout(timeout))
     }
 
-    /// A write that gets rid of nothing for longer fails with `WouldBlock`; where the peer's machine has not confirmed
-    /// bytes for so long, the TCP connection ends with `TimedOut`, waiting or not. A peer that lives but reads nothing for so
-    /// long is ended too, so whoever receives must always read on.
+    /// Sets the write timeout. A write that makes no progress for this time fails with `WouldBlock`. If the peer's
+    /// machine does not acknowledge bytes for this time, the TCP connection fails with `TimedOut`, even without a
+    /// pending write. This includes a live peer that does not read, so receivers must always keep reading.
     ///
     /// # Errors
-    /// Those of the system.
+    /// System errors.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Self::Tcp(stream) = self {
@@ -163,20 +163,20 @@ impl Connection {
         each!(self, stream => stream.set_write_timeout(Some(timeout)))
     }
 
-    /// Whether reads and writes return at once. A new link blocks.
+    /// Enables or disables nonblocking mode. A new connection is blocking.
     ///
     /// # Errors
-    /// Those of the system.
+    /// System errors.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         each!(self, stream => stream.set_nonblocking(nonblocking))
     }
 
-    /// True for a Unix socket, which can pass descriptors.
+    /// True for a Unix socket, which can transfer descriptors.
     pub fn is_unix(&self) -> bool {
         matches!(self, Self::Unix(_))
     }
 
-    /// The other side, for messages.
+    /// The peer's address, for error messages.
     pub fn peer(&self) -> String {
         match self {
             Self::Tcp(stream) => stream.peer_addr().map_or_else(|_| "a closed connection".into(), |a| a.to_string()),
@@ -188,7 +188,7 @@ impl Connection {
         }
     }
 
-    /// True when the peer has closed the connection, or it broke, and nothing is left to read. Waits for nothing.
+    /// True if the connection is closed or broken and nothing is left to read. Does not block.
     pub fn is_closed(&self) -> bool {
         use rustix::net::RecvFlags;
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -198,13 +198,13 @@ impl Connection {
         }
     }
 
-    /// Reads and writes that all end by a deadline.
+    /// Returns a wrapper whose reads and writes end by a deadline.
     pub fn until(&self, deadline: Instant) -> DeadlineConnection<'_> {
-        DeadlineConnection { link: self, deadline }
+        DeadlineConnection { connection: self, deadline }
     }
 
-    /// What every authenticated link has: no delay, probes of a silent peer, an end to writes.
-    pub(super) fn settle(&self) -> io::Result<()> {
+    /// Configures an authenticated connection: blocking mode, `TCP_NODELAY`, keepalive probes and the write timeout.
+    pub(super) fn configure(&self) -> io::Result<()> {
         if let Self::Tcp(stream) = self {
             stream.set_nodelay(true)?;
             sockopt::set_socket_keepalive(stream, true)?;
@@ -264,16 +264,16 @@ impl AsFd for Connection {
     }
 }
 
-/// Reads and writes of a link that fail with `TimedOut` once a deadline has passed, however slowly bytes drip in. It leaves
-/// the link's time-outs changed.
+/// Reads and writes of a connection that fail with `TimedOut` after a deadline, even if bytes keep arriving slowly. It
+/// changes the connection's timeouts.
 #[derive(Debug)]
 pub struct DeadlineConnection<'a> {
-    link: &'a Connection,
+    connection: &'a Connection,
     deadline: Instant,
 }
 
 impl DeadlineConnection<'_> {
-    fn left(&self) -> io::Result<Option<Duration>> {
+    fn time_left(&self) -> io::Result<Option<Duration>> {
         match self.deadline.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),
             left => Ok(Some(left.max(TIMEOUT_MIN))),
@@ -281,25 +281,25 @@ impl DeadlineConnection<'_> {
     }
 }
 
-/// The system says `WouldBlock` when a time-out passes.
+/// Maps `WouldBlock`, which the system returns on a timeout, to `TimedOut`.
 fn timed_out(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
 }
 
 impl Read for DeadlineConnection<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.link.set_read_timeout(self.left()?)?;
-        let mut link = self.link;
-        link.read(buffer).map_err(timed_out)
+        self.connection.set_read_timeout(self.time_left()?)?;
+        let mut connection = self.connection;
+        connection.read(buffer).map_err(timed_out)
     }
 }
 
 impl Write for DeadlineConnection<'_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let left = self.left()?;
-        each!(self.link, stream => stream.set_write_timeout(left))?;
-        let mut link = self.link;
-        link.write(buffer).map_err(timed_out)
+        let left = self.time_left()?;
+        each!(self.connection, stream => stream.set_write_timeout(left))?;
+        let mut connection = self.connection;
+        connection.write(buffer).map_err(timed_out)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -312,7 +312,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn zones_are_numbers_or_names_of_interfaces() {
+    fn a_zone_is_a_number_or_an_interface_name() {
         let zone = |text: &str| match resolve(text).map(|all| all[0]) {
             Ok(SocketAddr::V6(address)) => Ok((address.ip().to_string(), address.port(), address.scope_id())),
             other => Err(format!("{other:?}")),
@@ -327,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zone_stays_on_its_node() {
+    fn a_zone_is_used_only_on_its_node() {
         let (own, peer): (SocketAddr, SocketAddr) = ("[fe80::1%5]:1".parse().unwrap(), "[fe80::2]:9".parse().unwrap());
         assert_eq!(without_zone(own), "[fe80::1]:1".parse().unwrap());
         assert_eq!(with_zone_of(peer, own), "[fe80::2%5]:9".parse().unwrap());

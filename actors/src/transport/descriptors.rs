@@ -1,4 +1,4 @@
-//! Passes descriptors, such as those of shared memory, over a Unix link.
+//! Transfers descriptors, such as those of shared memory, over a Unix socket.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -11,45 +11,45 @@ use rustix::net::{
 
 use super::{Connection, TransportError};
 
-/// Descriptors in one message, at most. (The system's limit is 253.)
+/// Maximum number of descriptors in one message. The system's limit is 253.
 pub const DESCRIPTORS_MAX: usize = 64;
-/// Room for the most that may come.
+/// Size of the ancillary buffer for this maximum.
 const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX));
 
-/// Sends descriptors in one message; the receiver gets its own handles. 1 to [`DESCRIPTORS_MAX`] of them.
+/// Sends 1 to [`DESCRIPTORS_MAX`] descriptors in one message; the receiver gets its own handles.
 ///
 /// # Errors
 /// [`TransportError::NotUnix`], [`TransportError::Descriptors`] for a wrong number, [`TransportError::Io`].
-pub fn send_descriptors(link: &Connection, descriptors: &[BorrowedFd<'_>]) -> Result<(), TransportError> {
-    check(link, descriptors.len())?;
+pub fn send_descriptors(connection: &Connection, descriptors: &[BorrowedFd<'_>]) -> Result<(), TransportError> {
+    check(connection, descriptors.len())?;
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)), "the space is sized for the most");
-    // The count travels as a byte of data: without data, no descriptors pass a stream.
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)), "the buffer holds the maximum number");
+    // The count is sent as one byte of data: a stream transfers no descriptors without data.
     let count = [descriptors.len() as u8];
     loop {
-        match sendmsg(link, &[IoSlice::new(&count)], &mut ancillary, SendFlags::NOSIGNAL) {
+        match sendmsg(connection, &[IoSlice::new(&count)], &mut ancillary, SendFlags::NOSIGNAL) {
             Ok(_) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(TransportError::io("passing descriptors to", &link.peer(), error)),
+            Err(error) => return Err(TransportError::io("sending descriptors to", &connection.peer(), error)),
         }
     }
 }
 
-/// Receives the descriptors of one [`send_descriptors`]: `count` of them, 1 to [`DESCRIPTORS_MAX`]. They are closed on exec.
-/// Waits as long as the link's read time-out allows.
+/// Receives the `count` descriptors, 1 to [`DESCRIPTORS_MAX`], of one [`send_descriptors`]. They are closed on exec.
+/// The connection's read timeout applies.
 ///
 /// # Errors
-/// [`TransportError::NotUnix`], [`TransportError::Descriptors`] when more or fewer came, [`TransportError::Io`]. Whatever
-/// came is closed then.
-pub fn receive_descriptors(link: &Connection, count: usize) -> Result<Vec<OwnedFd>, TransportError> {
-    check(link, count)?;
+/// [`TransportError::NotUnix`], [`TransportError::Descriptors`] for another number, [`TransportError::Io`]. Received
+/// descriptors are closed on error.
+pub fn receive_descriptors(connection: &Connection, count: usize) -> Result<Vec<OwnedFd>, TransportError> {
+    check(connection, count)?;
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut said = [0u8];
-    let failed = |error: io::Error| TransportError::io("receiving descriptors from", &link.peer(), error);
+    let mut sent_count = [0u8];
+    let failed = |error: io::Error| TransportError::io("receiving descriptors from", &connection.peer(), error);
     let message = loop {
-        match recvmsg(link, &mut [IoSliceMut::new(&mut said)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+        match recvmsg(connection, &mut [IoSliceMut::new(&mut sent_count)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Err(rustix::io::Errno::INTR) => {}
             received => break received.map_err(|error| failed(error.into()))?,
         }
@@ -63,20 +63,20 @@ pub fn receive_descriptors(link: &Connection, count: usize) -> Result<Vec<OwnedF
     });
     let descriptors: Vec<OwnedFd> = rights.flatten().collect();
     let truncated = message.flags.contains(ReturnFlags::CTRUNC);
-    if truncated || descriptors.len() != count || usize::from(said[0]) != count {
-        let got = descriptors.len().max(usize::from(said[0]));
-        return Err(TransportError::Descriptors { peer: link.peer(), expected: count.to_string(), got });
+    if truncated || descriptors.len() != count || usize::from(sent_count[0]) != count {
+        let got = descriptors.len().max(usize::from(sent_count[0]));
+        return Err(TransportError::Descriptors { peer: connection.peer(), expected: count.to_string(), got });
     }
     Ok(descriptors)
 }
 
-fn check(link: &Connection, count: usize) -> Result<(), TransportError> {
-    if !link.is_unix() {
-        return Err(TransportError::NotUnix { peer: link.peer() });
+fn check(connection: &Connection, count: usize) -> Result<(), TransportError> {
+    if !connection.is_unix() {
+        return Err(TransportError::NotUnix { peer: connection.peer() });
     }
     if count == 0 || count > DESCRIPTORS_MAX {
         let expected = format!("1 to {DESCRIPTORS_MAX}");
-        return Err(TransportError::Descriptors { peer: link.peer(), expected, got: count });
+        return Err(TransportError::Descriptors { peer: connection.peer(), expected, got: count });
     }
     Ok(())
 }
@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_arrive_in_order_and_in_their_number() {
+    fn all_descriptors_arrive_in_order() {
         let (a, b) = pair();
         let mut files: Vec<File> = (0..DESCRIPTORS_MAX).map(|_| tempfile::tempfile().unwrap()).collect();
         for (i, file) in files.iter_mut().enumerate() {
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn another_number_is_refused() {
+    fn another_number_of_descriptors_is_rejected() {
         let (a, b) = pair();
         let file = tempfile::tempfile().unwrap();
         send_descriptors(&a, &[file.as_fd()]).unwrap();

@@ -1,4 +1,4 @@
-//! What can go wrong with a connection.
+//! Errors of connections.
 
 use std::io;
 
@@ -7,144 +7,144 @@ use super::handshake::{HandshakeError, Refusal};
 use super::wire::WireError;
 use super::{Purpose, SECRET_BYTES_MIN};
 
-/// Why there is no connection, or why it ended.
+/// Why a connection could not be established, or why it ended.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// The job's secret is too short to keep anybody out.
+    /// The job's secret is too short to be secure.
     #[error(
-        "the job's secret has {bytes} bytes, at least {SECRET_BYTES_MIN} are needed: \
-         let the launcher draw one, or give 32 random hexadecimal digits"
+        "the job's secret has {bytes} bytes, the minimum is {SECRET_BYTES_MIN}: \
+         let the launcher generate one, or set 32 random hexadecimal digits"
     )]
     WeakSecret {
-        /// Its length without surrounding white space.
+        /// Its length in bytes without surrounding white space.
         bytes: usize,
     },
-    /// The system gives no random numbers.
-    #[error("no random numbers from the system: {message}")]
+    /// The system returns no random numbers.
+    #[error("cannot get random numbers from the system: {message}")]
     Random {
-        /// What the system says.
+        /// The system's error.
         message: String,
     },
     /// An address that is neither `HOST:PORT` nor `unix:PATH`.
-    #[error("'{text}' is no address: expected HOST:PORT or unix:PATH")]
+    #[error("'{text}' is not an address: expected HOST:PORT or unix:PATH")]
     Address {
-        /// What was given.
+        /// The text.
         text: String,
     },
-    /// Cannot listen.
+    /// Listening failed.
     #[error("cannot listen on {address}: {cause}")]
     Listen {
-        /// Where.
+        /// The address.
         address: Address,
-        /// What the system says.
+        /// The system's error.
         #[source]
         cause: io::Error,
     },
-    /// Nobody answered until the deadline.
+    /// No connection before the deadline.
     #[error(
-        "no connection to process {to} at {address} for {purpose}: tried {attempts} times in {waited_ms} ms, last: {last}"
+        "no connection to process {to} at {address} for {purpose}: {attempts} attempts in {waited_ms} ms, the last error: {last}"
     )]
     Unreachable {
-        /// Process wanted.
+        /// The process to connect to.
         to: u32,
-        /// Where it should be.
+        /// Its address.
         address: Address,
-        /// What for.
+        /// The purpose.
         purpose: Purpose,
-        /// Times tried.
+        /// Number of attempts.
         attempts: u32,
-        /// Milliseconds since the first.
+        /// Milliseconds since the first attempt.
         waited_ms: u64,
-        /// Why the last one failed.
+        /// The error of the last attempt that was not cut short.
         last: Box<TransportError>,
     },
-    /// The system failed a call.
-    #[error("{doing} {peer}: {cause}")]
+    /// A system call failed.
+    #[error("{operation} {peer}: {cause}")]
     Io {
-        /// What was tried, such as `connecting to`.
-        doing: &'static str,
-        /// The other side.
+        /// The operation, such as `connecting to`.
+        operation: &'static str,
+        /// The peer.
         peer: String,
-        /// What the system says.
+        /// The system's error.
         #[source]
         cause: io::Error,
     },
-    /// The handshake failed on this side, or the other side refused.
+    /// The handshake failed on this side, or the peer refused.
     #[error("handshake with {peer}: {cause}")]
     Handshake {
-        /// The other side.
+        /// The peer.
         peer: String,
-        /// Why.
+        /// The error.
         #[source]
         cause: HandshakeError,
     },
     /// A message after the handshake could not be read or written.
     #[error("{peer}: {cause}")]
     Wire {
-        /// The other side.
+        /// The peer.
         peer: String,
-        /// Why.
+        /// The error.
         #[source]
         cause: WireError,
     },
-    /// Nobody dialled until the deadline.
-    #[error("no connection from {} for {purpose} in {waited_ms} ms{}", who(.from), refusals(.refused))]
+    /// No process dialled before the deadline.
+    #[error("no connection from {} for {purpose} in {waited_ms} ms{}", process_name(.from), describe_refusals(.refused))]
     Missing {
-        /// Process that should have dialled; any, when `None`.
+        /// The expected process; `None` for any.
         from: Option<u32>,
-        /// What for.
+        /// The purpose.
         purpose: Purpose,
-        /// Milliseconds waited.
+        /// Waiting time in milliseconds.
         waited_ms: u64,
-        /// Connections that this side refused since it listens.
+        /// Number of connections that this listener has rejected since its start.
         refused: u64,
     },
-    /// This side closed its endpoint.
-    #[error("the endpoint is closed")]
+    /// This side closed its listener.
+    #[error("the listener is closed")]
     Closed,
-    /// Descriptors pass through Unix sockets only.
-    #[error("{peer} is no Unix socket: descriptors cannot be passed")]
+    /// Only Unix sockets can transfer descriptors.
+    #[error("{peer} is not a Unix socket: it cannot transfer descriptors")]
     NotUnix {
-        /// The other side.
+        /// The peer.
         peer: String,
     },
-    /// Not the descriptors that were promised.
+    /// Unexpected number of descriptors.
     #[error("{peer}: {got} descriptors, expected {expected}")]
     Descriptors {
-        /// The other side.
+        /// The peer.
         peer: String,
-        /// How many were due.
+        /// The expected number.
         expected: String,
-        /// How many came, or would have to go.
+        /// The actual number.
         got: usize,
     },
 }
 
-fn who(from: &Option<u32>) -> String {
+fn process_name(from: &Option<u32>) -> String {
     from.map_or("any process".into(), |process| format!("process {process}"))
 }
 
-fn refusals(count: &u64) -> String {
+fn describe_refusals(count: &u64) -> String {
     if *count == 0 { String::new() } else { format!("; {count} connections were refused since the start") }
 }
 
 impl TransportError {
-    pub(super) fn io(doing: &'static str, peer: &impl ToString, cause: impl Into<io::Error>) -> Self {
-        Self::Io { doing, peer: peer.to_string(), cause: cause.into() }
+    pub(super) fn io(operation: &'static str, peer: &impl ToString, cause: impl Into<io::Error>) -> Self {
+        Self::Io { operation, peer: peer.to_string(), cause: cause.into() }
     }
 
-    /// True when one side does not believe the other, or does not speak its protocol: trying again will not help.
+    /// True if authentication failed or the protocols differ, so that a retry cannot succeed.
     pub fn is_authentication(&self) -> bool {
         match self {
             Self::WeakSecret { .. } => true,
-            Self::Handshake { cause: HandshakeError::Refused(refusal), .. } => !refusal.is_passing(),
+            Self::Handshake { cause: HandshakeError::Refused(refusal), .. } => !refusal.is_temporary(),
             Self::Handshake { .. } => true,
             Self::Unreachable { last, .. } => last.is_authentication(),
             _ => false,
         }
     }
 
-    /// What the other side answered, when it was an authenticated refusal.
+    /// The peer's authenticated refusal, if there is one.
     pub fn refusal(&self) -> Option<&Refusal> {
         match self {
             Self::Handshake { cause: HandshakeError::Refused(refusal), .. } => Some(refusal),

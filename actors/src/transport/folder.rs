@@ -1,7 +1,7 @@
-//! Private folders for sockets, below the system's folder for temporary files.
+//! Private folders for sockets in the system's temporary folder.
 //!
-//! The owner holds a lock on the file `lock` inside. The kernel releases it when the owner dies, however that happens, so
-//! the next owner of a folder can remove those that killed processes left.
+//! The owner holds a lock on the file `lock` in the folder. The kernel releases it when the owner dies for any reason,
+//! so later owners can remove the folders of killed processes.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -10,23 +10,24 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-/// Prefix of all their names.
+/// Prefix of all folder names.
 const PREFIX: &str = "shardflow-";
 const LOCK: &str = "lock";
 
-/// A new folder that only this user can enter. Dropping it removes it.
+/// A folder that only this user can enter. Dropping it removes it.
 #[derive(Debug)]
 pub struct PrivateFolder {
     folder: TempDir,
-    /// Not there on a file system without locks: then nobody removes the folder of a killed owner.
+    /// `None` on a file system without locks; then nobody removes the folder of a killed owner.
     _lock: Option<File>,
 }
 
 impl PrivateFolder {
-    /// A folder named `prefix`, which begins with `shardflow-`, and some letters. Removes the folders of dead owners.
+    /// Creates a folder named `prefix` plus random letters, and removes the folders of dead owners. `prefix` must begin
+    /// with `shardflow-`.
     ///
     /// # Errors
-    /// The folder cannot be made.
+    /// If the folder cannot be created.
     pub fn new(prefix: &str) -> io::Result<Self> {
         remove_dead(&std::env::temp_dir());
         let private = Permissions::from_mode(0o700);
@@ -35,13 +36,14 @@ impl PrivateFolder {
         Ok(Self { folder, _lock: lock })
     }
 
-    /// Where it is.
+    /// Path of the folder.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
 }
 
-/// The lock gets its name only once it is held, so a free lock means that its owner is dead.
+/// Creates the lock. The file gets its final name only while it is locked, so an unlocked file means that its owner is
+/// dead.
 fn lock(folder: &Path) -> io::Result<File> {
     let (new, named) = (folder.join("lock.new"), folder.join(LOCK));
     let file = File::create(&new)?;
@@ -50,18 +52,18 @@ fn lock(folder: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Removes this user's folders whose owners are dead. What cannot be read or removed stays.
+/// Removes this user's folders whose owners are dead. Skips folders that cannot be read or removed.
 fn remove_dead(temporary: &Path) {
     let own = rustix::process::geteuid().as_raw();
     for entry in fs::read_dir(temporary).into_iter().flatten().flatten() {
         let is_named = entry.file_name().to_string_lossy().starts_with(PREFIX);
-        // Of the entry itself: a link is not followed.
+        // Metadata of the entry itself: symbolic links are not followed.
         if !is_named || !entry.metadata().is_ok_and(|data| data.is_dir() && data.uid() == own) {
             continue;
         }
         let is_dead = File::open(entry.path().join(LOCK)).is_ok_and(|file| file.try_lock().is_ok());
         if is_dead && let Err(error) = fs::remove_dir_all(entry.path()) {
-            tracing::debug!(folder = %entry.path().display(), %error, "the folder of a killed process stays");
+            tracing::debug!(folder = %entry.path().display(), %error, "cannot remove the folder of a killed process");
         }
     }
 }
@@ -71,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn folders_of_the_dead_are_removed_and_no_others() {
+    fn only_folders_of_dead_owners_are_removed() {
         let temporary = tempfile::tempdir().unwrap();
         let make = |name: &str| {
             let path = temporary.path().join(name);
@@ -80,7 +82,7 @@ mod tests {
         };
         let (living, dead, without, other) = (make("shardflow-a"), make("shardflow-b"), make("shardflow-c"), make("d"));
         let held = lock(&living).unwrap();
-        // The kernel lets go of it when its process ends.
+        // As the kernel does when the owner ends.
         drop(lock(&dead).unwrap());
         drop(lock(&other).unwrap());
         fs::write(dead.join("0.sock"), "").unwrap();
@@ -93,11 +95,11 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_goes_with_its_owner() {
+    fn a_folder_is_removed_when_its_owner_is_dropped() {
         let folder = PrivateFolder::new("shardflow-test-").unwrap();
         let path = folder.path().to_owned();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
-        // Another one that is made meanwhile leaves it alone.
+        // Creating another folder does not remove it.
         drop(PrivateFolder::new("shardflow-test-").unwrap());
         assert!(path.join(LOCK).exists());
         drop(folder);

@@ -1,19 +1,19 @@
-//! The header of the register connection: what goes before a register's bytes, and the messages that have none.
+//! Frames of a register connection: messages, and headers of register data.
 //!
-//! [`FRAME_BYTES`] bytes, little-endian; fields that a kind does not use are zero, so a frame is written in one way only:
+//! [`FRAME_BYTES`] bytes, little-endian. Unused fields are zero, so each frame has exactly one encoding:
 //!
 //! ```text
 //! 0 magic "SF" │ 2 version │ 3 kind │ 4 register │ 8 reader │ 12 slot │ 16 piece │ 24 bytes
 //! ```
 //!
-//! Session and epoch are not in it: a connection belongs to one of each, from its handshake on.
+//! Frames contain neither session nor epoch: the handshake fixes both for a connection.
 
 use crate::protocol::Message;
 use crate::spec::RegisterId;
 
-/// Bytes of every frame, without what follows it.
+/// Size of a frame in bytes, without the data that follows it.
 pub const FRAME_BYTES: usize = 32;
-/// Goes up with any change to the layout.
+/// Any change to the layout increments it.
 pub const FRAME_VERSION: u8 = 1;
 
 const MAGIC: [u8; 2] = *b"SF";
@@ -27,25 +27,25 @@ const BYE: u8 = 6;
 /// One message on a register connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Frame {
-    /// Of an actor to another. The bytes of a piece that is filled have all been sent, or lie in shared memory.
+    /// A message between actors. Before `Filled`, all bytes of the piece have been sent or are in shared memory.
     Message(Message),
-    /// `bytes` raw bytes follow: the runs of the slot that the receiver's readers read, one after the other. Of a register
-    /// whose bytes take a pipe, nothing follows: they are on their way.
+    /// `bytes` raw bytes follow: the parts of the slot that the receiver's readers read, in order. If the register uses
+    /// a pipe, no bytes follow; the pipe carries them.
     Data {
         /// The register.
         register: RegisterId,
-        /// Where the piece lies.
+        /// The slot of the piece.
         slot: u32,
-        /// Its number.
+        /// Number of the piece.
         piece: u64,
-        /// Bytes that follow.
+        /// Number of bytes.
         bytes: u64,
     },
-    /// `bytes` raw bytes follow: the tensors of a host port, one after the other.
+    /// `bytes` raw bytes follow: the tensors of a host port, in order.
     Host {
         /// Index of the port.
         port: u32,
-        /// Bytes that follow.
+        /// Number of bytes.
         bytes: u64,
     },
     /// The sender has sent the bytes of its initial registers for the `round`th time.
@@ -53,45 +53,45 @@ pub enum Frame {
         /// Counted from 1.
         round: u64,
     },
-    /// Nothing will follow: the sender ends the connection in order.
+    /// The last frame: the sender closes the connection in order.
     Bye,
 }
 
 /// A header that no correct peer sends.
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum FrameError {
-    /// Not a frame: the two sides have lost each other's place.
-    #[error("no frame begins with {got:02x?}")]
+    /// Not the start of a frame: the stream is out of sync.
+    #[error("invalid frame magic {got:02x?}")]
     Magic {
         /// The first bytes.
         got: [u8; 2],
     },
     /// A frame of another version.
-    #[error("frame version {theirs}, expected {FRAME_VERSION}")]
+    #[error("frame version {got}, expected {FRAME_VERSION}")]
     Version {
-        /// The version.
-        theirs: u8,
+        /// The received version.
+        got: u8,
     },
-    /// A kind that there is not.
+    /// An unknown kind.
     #[error("unknown frame kind {kind}")]
     Kind {
         /// The kind.
         kind: u8,
     },
-    /// A field that this kind does not have is not zero.
+    /// A field that this kind does not use is not zero.
     #[error("frame kind {kind}: field '{field}' is {value}, expected 0")]
     Unused {
         /// The kind.
         kind: u8,
-        /// Which field.
+        /// Name of the field.
         field: &'static str,
-        /// What stands there.
+        /// The received value.
         value: u64,
     },
 }
 
 impl Frame {
-    /// The header's bytes.
+    /// Encodes the frame.
     pub fn encode(&self) -> [u8; FRAME_BYTES] {
         let (kind, register, reader, slot, piece, bytes) = match *self {
             Self::Message(Message::Filled { register, reader, slot, piece }) => {
@@ -117,18 +117,18 @@ impl Frame {
         frame
     }
 
-    /// The frame that these bytes are. That registers, slots and ports exist, and that what follows has the right length, is
-    /// for the caller to check.
+    /// Decodes a frame. The caller must check that registers, slots and ports exist and that the data has the right
+    /// length.
     ///
     /// # Errors
-    /// The first thing that is wrong with it.
+    /// The first invalid field.
     pub fn decode(frame: &[u8; FRAME_BYTES]) -> Result<Self, FrameError> {
         let magic = [frame[0], frame[1]];
         if magic != MAGIC {
             return Err(FrameError::Magic { got: magic });
         }
         if frame[2] != FRAME_VERSION {
-            return Err(FrameError::Version { theirs: frame[2] });
+            return Err(FrameError::Version { got: frame[2] });
         }
         let (kind, id, reader, slot) = (frame[3], u32_at(frame, 4), u32_at(frame, 8), u32_at(frame, 12));
         let (piece, bytes, register) = (u64_at(frame, 16), u64_at(frame, 24), RegisterId(id));
@@ -184,13 +184,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_frame_comes_back(frame in frames()) {
+        fn a_decoded_frame_equals_the_encoded_one(frame in frames()) {
             prop_assert_eq!(Frame::decode(&frame.encode()), Ok(frame));
         }
 
-        /// One way only to write a frame: whatever decodes, encodes to the same bytes.
+        /// Each frame has exactly one encoding: a decoded frame encodes to the same bytes.
         #[test]
-        fn any_bytes_are_that_frame_or_an_error(
+        fn decodable_bytes_are_the_encoding_of_their_frame(
             mut frame in prop::array::uniform32(any::<u8>()), kind in 0u8..8, zeroed in 0usize..32,
         ) {
             frame[..4].copy_from_slice(&[b'S', b'F', FRAME_VERSION, kind]);
@@ -204,17 +204,17 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_said() {
-        let check = |frame: Frame, change: fn(&mut [u8; FRAME_BYTES])| {
+    fn errors_name_the_invalid_field() {
+        let error_after = |frame: Frame, change: fn(&mut [u8; FRAME_BYTES])| {
             let mut bytes = frame.encode();
             change(&mut bytes);
             Frame::decode(&bytes).unwrap_err()
         };
         let data = Frame::Data { register: RegisterId(3), slot: 1, piece: 9, bytes: 8 };
-        assert_eq!(check(Frame::Bye, |b| b[0] = b'X'), FrameError::Magic { got: [b'X', b'F'] });
-        assert_eq!(check(Frame::Bye, |b| b[2] = 9), FrameError::Version { theirs: 9 });
-        assert_eq!(check(Frame::Bye, |b| b[3] = 77), FrameError::Kind { kind: 77 });
-        assert_eq!(check(Frame::Bye, |b| b[16] = 5), FrameError::Unused { kind: BYE, field: "piece", value: 5 });
-        assert_eq!(check(data, |b| b[8] = 2), FrameError::Unused { kind: DATA, field: "reader", value: 2 });
+        assert_eq!(error_after(Frame::Bye, |b| b[0] = b'X'), FrameError::Magic { got: [b'X', b'F'] });
+        assert_eq!(error_after(Frame::Bye, |b| b[2] = 9), FrameError::Version { got: 9 });
+        assert_eq!(error_after(Frame::Bye, |b| b[3] = 77), FrameError::Kind { kind: 77 });
+        assert_eq!(error_after(Frame::Bye, |b| b[16] = 5), FrameError::Unused { kind: BYE, field: "piece", value: 5 });
+        assert_eq!(error_after(data, |b| b[8] = 2), FrameError::Unused { kind: DATA, field: "reader", value: 2 });
     }
 }

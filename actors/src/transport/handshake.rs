@@ -1,4 +1,4 @@
-//! The handshake of a connection: bytes in, bytes out, no sockets, so that it can be fuzzed.
+//! The handshake of a connection, as a state machine on bytes without sockets, so that it can be fuzzed.
 //!
 //! ```text
 //! dialler                                        acceptor
@@ -8,25 +8,25 @@
 //!                       ◄─────── verdict, MAC over both greetings, proof, verdict
 //! ```
 //!
-//! - **HS-1**: neither side acts on a hello or a verdict before its MAC is right. Until then only magic, version and lengths
-//!   are looked at, which no secret has part in.
-//! - **HS-2**: both nonces are under both MACs, so a recorded message fits no other handshake.
-//! - **HS-3**: the two MACs have different domains, so neither side can be made to answer for the other.
-//! - **HS-4**: the dialler proves first: who does not hold the secret gets no MAC from an acceptor.
-//! - **HS-5**: the hello names both processes, so a proof for one process is of no use with another.
+//! - **HS-1**: neither side uses a hello or a verdict before it has verified the MAC. Until then it reads only magic,
+//!   version and lengths, which do not depend on the secret.
+//! - **HS-2**: both MACs cover both nonces, so a recorded message is invalid in any other handshake.
+//! - **HS-3**: the two MACs have different domains, so a MAC of one side is never valid as one of the other.
+//! - **HS-4**: the dialler proves first: an acceptor sends no MAC to a dialler without the secret.
+//! - **HS-5**: the hello names both processes, so a proof for one process is invalid at another.
 //!
-//! On the wire each message stands behind its length, a little-endian u16.
+//! On the wire, the length of each message precedes it as a little-endian u16.
 
 use serde::{Deserialize, Serialize};
 
 use super::wire::{self, WireError};
 use super::{Hello, PROCESSES_MAX, SessionId, SharedKey};
 
-/// Version of everything that is sent between processes. It goes up with any change to a message.
+/// Version of all messages between processes. Any change to a message increments it.
 pub const PROTOCOL_VERSION: u16 = 2;
-/// Bytes of a message of the handshake, at most.
+/// Maximum size of a handshake message in bytes.
 pub const HANDSHAKE_BYTES_MAX: usize = 1024;
-/// Bytes of a greeting.
+/// Size of a greeting in bytes.
 pub const GREETING_BYTES: usize = 38;
 
 /// A number used once.
@@ -39,40 +39,40 @@ const MAC_BYTES: usize = 32;
 const DIALLER: &str = "handshake: dialler";
 const ACCEPTOR: &str = "handshake: acceptor";
 
-/// Why an acceptor refuses a dialler that holds the secret. It is told so, under a MAC.
+/// Why an acceptor refuses an authenticated dialler. The dialler receives it under a MAC.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {
     /// Another session of the same job.
-    #[error("it is in session {ours}, this is session {theirs}")]
+    #[error("it is in session {acceptor}, this process is in session {dialler}")]
     Session {
-        /// Of the acceptor.
-        ours: SessionId,
-        /// Of the dialler.
-        theirs: SessionId,
+        /// Session of the acceptor.
+        acceptor: SessionId,
+        /// Session of the dialler.
+        dialler: SessionId,
     },
     /// The dialler belongs to an incarnation that has ended.
-    #[error("epoch {theirs} has ended, epoch {ours} is running")]
+    #[error("epoch {dialler} has ended, epoch {acceptor} is running")]
     OldEpoch {
-        /// Of the acceptor.
-        ours: u64,
-        /// Of the dialler.
-        theirs: u64,
+        /// Epoch of the acceptor.
+        acceptor: u64,
+        /// Epoch of the dialler.
+        dialler: u64,
     },
-    /// The acceptor belongs to an incarnation that has ended; it will be gone soon.
-    #[error("it is still in epoch {ours}, this is epoch {theirs}")]
+    /// The acceptor belongs to an incarnation that has ended; it will exit soon.
+    #[error("it is still in epoch {acceptor}, this process is in epoch {dialler}")]
     NewEpoch {
-        /// Of the acceptor.
-        ours: u64,
-        /// Of the dialler.
-        theirs: u64,
+        /// Epoch of the acceptor.
+        acceptor: u64,
+        /// Epoch of the dialler.
+        dialler: u64,
     },
-    /// The world is complete and runs; nobody can join it.
-    #[error("epoch {epoch} is running: this process came late, or stands there already")]
+    /// The world is complete and running; no process can join it.
+    #[error("epoch {epoch} is running: this process is too late, or its rank is already taken")]
     Late {
-        /// The epoch that runs.
+        /// The running epoch.
         epoch: u64,
     },
-    /// The acceptor has not met the others yet.
+    /// The acceptor has not finished the rendezvous.
     #[error("it has not started yet")]
     NotStarted,
     /// A process number that the world does not have.
@@ -83,28 +83,28 @@ pub enum Refusal {
         /// Processes of the world.
         processes: u32,
     },
-    /// Somebody else was wanted.
-    #[error("process {wanted} was wanted, this is process {me}")]
-    NotMe {
-        /// Whom the dialler wanted.
-        wanted: u32,
-        /// Who the acceptor is.
-        me: u32,
+    /// The dialler expected another process at this address.
+    #[error("expected process {expected} at this address, found process {actual}")]
+    WrongProcess {
+        /// The process that the dialler expected.
+        expected: u32,
+        /// The acceptor's process.
+        actual: u32,
     },
-    /// A hello that cannot be read: an unknown purpose, for one.
-    #[error("it cannot read the hello: does it run the same program?")]
+    /// The acceptor cannot decode the hello, for example because of an unknown purpose.
+    #[error("it cannot decode the hello: do both processes run the same build?")]
     Unreadable,
-    /// Too many connections that nobody has asked for.
-    #[error("{unclaimed} connections wait to be claimed there")]
+    /// The acceptor has too many unclaimed connections.
+    #[error("it has {unclaimed} unclaimed connections, the maximum")]
     Crowded {
-        /// Connections that wait.
+        /// Number of unclaimed connections.
         unclaimed: u64,
     },
 }
 
 impl Refusal {
-    /// True when it may go another way in a moment.
-    pub fn is_passing(&self) -> bool {
+    /// True if a retry may succeed.
+    pub fn is_temporary(&self) -> bool {
         matches!(self, Self::NotStarted | Self::Crowded { .. } | Self::NewEpoch { .. })
     }
 }
@@ -112,45 +112,43 @@ impl Refusal {
 /// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HandshakeError {
-    /// Not our protocol at all.
+    /// The peer uses another protocol.
     #[error("it does not speak Shardflow's protocol: is the address right?")]
     Magic,
-    /// Another version of it.
-    #[error(
-        "it speaks version {theirs} of the protocol, this is version {ours}: all processes must run the same build"
-    )]
+    /// The peer uses another version of the protocol.
+    #[error("it speaks protocol version {peer}, this process speaks {own}: all processes must run the same build")]
     Version {
-        /// Of this side.
-        ours: u16,
-        /// Of the other.
-        theirs: u16,
+        /// Version of this side.
+        own: u16,
+        /// Version of the peer.
+        peer: u16,
     },
-    /// A message of a length that it cannot have.
-    #[error("a {what} of {bytes} bytes")]
+    /// A message with an invalid length.
+    #[error("it sent a {message} with an invalid length of {bytes} bytes")]
     Length {
-        /// Which message.
-        what: &'static str,
+        /// Name of the message.
+        message: &'static str,
         /// Its length.
         bytes: usize,
     },
-    /// Our own greeting came back.
-    #[error("it sends back what it gets: the address leads back to this process")]
+    /// The peer returned this side's greeting.
+    #[error("it returns this process's own greeting: the address leads back to this process")]
     Echo,
-    /// The other side's MAC is wrong.
-    #[error("it does not hold this job's secret, or was tampered with")]
+    /// The peer's MAC is wrong.
+    #[error("it does not hold this job's secret, or its message was modified")]
     Proof,
-    /// The acceptor did not believe us. This answer has no MAC.
-    #[error("it does not believe that this process holds the job's secret: is the same one set everywhere?")]
+    /// The acceptor rejected this side's proof. This answer has no MAC.
+    #[error("it rejects this process's proof of the job's secret: is the same secret set everywhere?")]
     Denied,
-    /// The hello or the verdict cannot be read although its MAC is right.
-    #[error("it holds the secret, but sent: {0}")]
+    /// The hello or the verdict cannot be decoded although its MAC is valid.
+    #[error("it holds the secret, but its message cannot be decoded: {0}")]
     Unreadable(WireError),
-    /// The acceptor knows us and does not want us.
+    /// The acceptor authenticated this process and refuses it.
     #[error("refused: {0}")]
     Refused(Refusal),
 }
 
-/// Opens each side's part.
+/// Returns the first message of either side.
 pub fn greeting(nonce: &Nonce) -> Greeting {
     let mut message = [0; GREETING_BYTES];
     message[..4].copy_from_slice(&MAGIC);
@@ -159,7 +157,7 @@ pub fn greeting(nonce: &Nonce) -> Greeting {
     message
 }
 
-/// Looks at the other side's greeting. A later version's may be longer, but magic and version stay where they are.
+/// Checks the peer's greeting. A later version may have a longer greeting, but magic and version keep their positions.
 ///
 /// # Errors
 /// [`HandshakeError::Magic`], [`HandshakeError::Version`], [`HandshakeError::Length`].
@@ -169,11 +167,11 @@ pub fn check_greeting(message: &[u8]) -> Result<Greeting, HandshakeError> {
     if *magic != MAGIC {
         return Err(HandshakeError::Magic);
     }
-    let theirs = u16::from_le_bytes(*version);
-    if theirs != PROTOCOL_VERSION {
-        return Err(HandshakeError::Version { ours: PROTOCOL_VERSION, theirs });
+    let peer = u16::from_le_bytes(*version);
+    if peer != PROTOCOL_VERSION {
+        return Err(HandshakeError::Version { own: PROTOCOL_VERSION, peer });
     }
-    message.try_into().map_err(|_| HandshakeError::Length { what: "greeting", bytes: message.len() })
+    message.try_into().map_err(|_| HandshakeError::Length { message: "greeting", bytes: message.len() })
 }
 
 /// A dialler that has sent its greeting.
@@ -190,44 +188,44 @@ pub struct DiallerProof {
 }
 
 impl Dialler {
-    /// With a nonce that is used once, and the greeting to send.
+    /// Creates a dialler and its greeting. The nonce must be used only once.
     pub fn new(nonce: &Nonce) -> (Self, Greeting) {
         let greeting = greeting(nonce);
         (Self { greeting }, greeting)
     }
 
-    /// Takes the acceptor's greeting and gives the proof to send.
+    /// Processes the acceptor's greeting and returns the proof to send.
     ///
     /// # Errors
     /// Those of [`check_greeting`], [`HandshakeError::Echo`].
     pub fn prove(
         self,
-        secret: &SharedKey,
+        key: &SharedKey,
         hello: &Hello,
-        theirs: &[u8],
+        peer_greeting: &[u8],
     ) -> Result<(DiallerProof, Vec<u8>), HandshakeError> {
-        let theirs = check_greeting(theirs)?;
-        if theirs == self.greeting {
+        let peer_greeting = check_greeting(peer_greeting)?;
+        if peer_greeting == self.greeting {
             return Err(HandshakeError::Echo);
         }
         let mut proof = wire::encode(hello).map_err(HandshakeError::Unreadable)?;
-        let mac = secret.mac(DIALLER, &[&self.greeting, &theirs, &proof]);
+        let mac = key.mac(DIALLER, &[&self.greeting, &peer_greeting, &proof]);
         proof.extend_from_slice(mac.as_bytes());
-        Ok((DiallerProof { greetings: [self.greeting, theirs], proof: proof.clone() }, proof))
+        Ok((DiallerProof { greetings: [self.greeting, peer_greeting], proof: proof.clone() }, proof))
     }
 }
 
 impl DiallerProof {
-    /// Takes the acceptor's verdict.
+    /// Processes the acceptor's verdict.
     ///
     /// # Errors
     /// [`HandshakeError::Denied`], [`HandshakeError::Length`], [`HandshakeError::Proof`], [`HandshakeError::Refused`].
-    pub fn finish(self, secret: &SharedKey, message: &[u8]) -> Result<(), HandshakeError> {
+    pub fn finish(self, key: &SharedKey, message: &[u8]) -> Result<(), HandshakeError> {
         if message.is_empty() {
             return Err(HandshakeError::Denied);
         }
         let (verdict, mac) = split_mac("verdict", message)?;
-        if secret.mac(ACCEPTOR, &[&self.greetings[0], &self.greetings[1], &self.proof, verdict]) != mac {
+        if key.mac(ACCEPTOR, &[&self.greetings[0], &self.greetings[1], &self.proof, verdict]) != mac {
             return Err(HandshakeError::Proof);
         }
         let verdict: Result<(), Refusal> = wire::decode(verdict).map_err(HandshakeError::Unreadable)?;
@@ -235,13 +233,13 @@ impl DiallerProof {
     }
 }
 
-/// An acceptor that has taken a dialler's greeting and sent its own.
+/// An acceptor that has received a dialler's greeting and sent its own.
 #[derive(Debug)]
 pub struct Acceptor {
     greetings: [Greeting; 2],
 }
 
-/// An acceptor that believes the dialler.
+/// An acceptor that has verified the dialler's proof.
 #[derive(Debug)]
 pub struct AuthenticatedDialler {
     greetings: [Greeting; 2],
@@ -249,26 +247,28 @@ pub struct AuthenticatedDialler {
 }
 
 impl Acceptor {
-    /// Takes the dialler's greeting; the acceptor's own is [`greeting`] of the same nonce, which is used once.
+    /// Processes the dialler's greeting. The acceptor's own greeting is [`greeting`] of the same nonce; use a nonce
+    /// only once.
     ///
     /// # Errors
-    /// Those of [`check_greeting`]. On [`HandshakeError::Version`] the own greeting is sent all the same, so that both know.
-    pub fn new(nonce: &Nonce, theirs: &[u8]) -> Result<Self, HandshakeError> {
-        Ok(Self { greetings: [check_greeting(theirs)?, greeting(nonce)] })
+    /// Those of [`check_greeting`]. On [`HandshakeError::Version`], send the own greeting anyway, so that both sides
+    /// report it.
+    pub fn new(nonce: &Nonce, peer_greeting: &[u8]) -> Result<Self, HandshakeError> {
+        Ok(Self { greetings: [check_greeting(peer_greeting)?, greeting(nonce)] })
     }
 
-    /// Takes the dialler's proof. A hello that it holds but that cannot be read, such as one of an unknown purpose, is
-    /// [`Refusal::Unreadable`], to be told to the dialler like any other refusal.
+    /// Verifies the dialler's proof. An authentic hello that cannot be decoded, for example with an unknown purpose, is
+    /// [`Refusal::Unreadable`]; send it to the dialler like any other refusal.
     ///
     /// # Errors
     /// [`HandshakeError::Proof`] or [`HandshakeError::Length`]: answer with an empty message.
-    pub fn believe(
+    pub fn verify(
         self,
-        secret: &SharedKey,
+        key: &SharedKey,
         message: Vec<u8>,
     ) -> Result<(AuthenticatedDialler, Result<Hello, Refusal>), HandshakeError> {
         let (hello, mac) = split_mac("proof", &message)?;
-        if secret.mac(DIALLER, &[&self.greetings[0], &self.greetings[1], hello]) != mac {
+        if key.mac(DIALLER, &[&self.greetings[0], &self.greetings[1], hello]) != mac {
             return Err(HandshakeError::Proof);
         }
         let hello = wire::decode(hello).map_err(|_| Refusal::Unreadable);
@@ -277,65 +277,69 @@ impl Acceptor {
 }
 
 impl AuthenticatedDialler {
-    /// The verdict to send.
+    /// Returns the verdict to send.
     ///
     /// # Errors
-    /// None in practice: a refusal can always be written.
-    pub fn answer(self, secret: &SharedKey, verdict: &Result<(), Refusal>) -> Result<Vec<u8>, HandshakeError> {
+    /// None in practice: every refusal can be encoded.
+    pub fn answer(self, key: &SharedKey, verdict: &Result<(), Refusal>) -> Result<Vec<u8>, HandshakeError> {
         let mut message = wire::encode(verdict).map_err(HandshakeError::Unreadable)?;
-        let mac = secret.mac(ACCEPTOR, &[&self.greetings[0], &self.greetings[1], &self.proof, &message]);
+        let mac = key.mac(ACCEPTOR, &[&self.greetings[0], &self.greetings[1], &self.proof, &message]);
         message.extend_from_slice(mac.as_bytes());
         Ok(message)
     }
 }
 
-/// What is authenticated, and its MAC.
-fn split_mac<'a>(what: &'static str, message: &'a [u8]) -> Result<(&'a [u8], blake3::Hash), HandshakeError> {
+/// Splits a message into its authenticated body and the MAC.
+fn split_mac<'a>(name: &'static str, message: &'a [u8]) -> Result<(&'a [u8], blake3::Hash), HandshakeError> {
     let too_long = message.len() > HANDSHAKE_BYTES_MAX;
     match message.split_last_chunk::<MAC_BYTES>() {
         Some((body, mac)) if !too_long => Ok((body, blake3::Hash::from_bytes(*mac))),
-        _ => Err(HandshakeError::Length { what, bytes: message.len() }),
+        _ => Err(HandshakeError::Length { message: name, bytes: message.len() }),
     }
 }
 
-/// Who an acceptor is, and whom it lets in.
+/// The acceptor's identity, and the rule for accepting diallers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AcceptPolicy {
-    /// The acceptor.
+    /// The acceptor's process.
     pub process: u32,
-    /// Session, epoch and number of processes, once they are settled.
+    /// Session, epoch and number of processes; `None` before the rendezvous.
     pub world: Option<SettledWorld>,
 }
 
-/// What rendezvous settles.
+/// The result of the rendezvous.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SettledWorld {
     /// The session.
     pub session: SessionId,
     /// Its epoch.
     pub epoch: u64,
-    /// Its processes.
+    /// Number of its processes.
     pub processes: u32,
 }
 
 impl AcceptPolicy {
-    /// Whether an authenticated dialler may come in.
+    /// Decides whether to accept an authenticated dialler.
     ///
     /// # Errors
-    /// The first that speaks against it.
+    /// The first reason against it.
     pub fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
         if hello.to != self.process {
-            return Err(Refusal::NotMe { wanted: hello.to, me: self.process });
+            return Err(Refusal::WrongProcess { expected: hello.to, actual: self.process });
         }
         let rendezvous = hello.purpose == super::Purpose::Rendezvous;
-        let (processes, theirs) = (self.world.map_or(PROCESSES_MAX, |w| w.processes), hello.epoch);
+        let (processes, dialler) = (self.world.map_or(PROCESSES_MAX, |w| w.processes), hello.epoch);
         match self.world {
             None if !rendezvous => return Err(Refusal::NotStarted),
-            Some(SettledWorld { epoch: ours, .. }) if theirs > ours => return Err(Refusal::NewEpoch { ours, theirs }),
+            Some(SettledWorld { epoch: acceptor, .. }) if dialler > acceptor => {
+                return Err(Refusal::NewEpoch { acceptor, dialler });
+            }
             Some(SettledWorld { epoch, .. }) if rendezvous => return Err(Refusal::Late { epoch }),
-            Some(SettledWorld { epoch: ours, .. }) if theirs < ours => return Err(Refusal::OldEpoch { ours, theirs }),
+            Some(SettledWorld { epoch: acceptor, .. }) if dialler < acceptor => {
+                return Err(Refusal::OldEpoch { acceptor, dialler });
+            }
             Some(SettledWorld { session, .. }) if session != hello.session => {
-                return Err(Refusal::Session { ours: session, theirs: hello.session });
+                return Err(Refusal::Session { acceptor: session, dialler: hello.session });
             }
             _ => {}
         }

@@ -1,10 +1,10 @@
-//! The accepting side: one thread that polls the listeners and every stranger, and a shelf of authenticated connections that
-//! wait to be claimed.
+//! The accepting side: one thread polls the sockets and all unauthenticated connections, and keeps the authenticated
+//! ones until their owners claim them.
 //!
-//! - **EP-1**: strangers (connections that have not proved themselves) number `strangers_max` at most; one more drops the
-//!   oldest. Each holds at most one message of a handshake in memory, and lives `handshake_timeout` at most.
-//! - **EP-2**: nothing that a stranger sends or leaves out makes the thread wait.
-//! - **EP-3**: unclaimed connections number `unclaimed_max` at most; a further dialler is told to come again.
+//! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one drops the oldest. Each
+//!   keeps at most one handshake message in memory, for at most `handshake_timeout`.
+//! - **EP-2**: an unauthenticated connection never blocks the thread, whatever it sends or does not send.
+//! - **EP-3**: at most `unclaimed_max` connections are unclaimed; a further dialler must retry.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -24,91 +24,90 @@ use super::{Address, Connection, Hello, PrivateFolder, Purpose, SharedKey, Trans
 
 mod serve;
 
-/// Connections that the system keeps for the thread; without this a burst of strangers costs a good peer a second.
+/// Length of the system's accept queue; with a shorter one, a burst of connections delays a valid peer by a second.
 const BACKLOG: i32 = 1024;
 
-/// Longest path of a Unix socket, in bytes: `sun_path` has 108, the last of which is 0.
+/// Maximum length of a Unix socket path in bytes: `sun_path` has 108 including the terminating 0.
 pub const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// Limits of an endpoint.
+/// Limits of a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenerOptions {
-    /// Connections that have not proved themselves, at most.
-    pub strangers_max: usize,
-    /// Time to prove oneself.
+    /// Maximum number of unauthenticated connections.
+    pub unauthenticated_max: usize,
+    /// Timeout of a handshake.
     pub handshake_timeout: Duration,
-    /// Authenticated connections that nobody has asked for, at most.
+    /// Maximum number of authenticated connections that nobody has claimed.
     pub unclaimed_max: usize,
 }
 
 impl Default for ListenerOptions {
     fn default() -> Self {
-        Self { strangers_max: 64, handshake_timeout: Duration::from_secs(5), unclaimed_max: 1024 }
+        Self { unauthenticated_max: 64, handshake_timeout: Duration::from_secs(5), unclaimed_max: 1024 }
     }
 }
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
-    /// On an address of this node; port 0 takes a free one.
+    /// On an address of this node; port 0 selects a free port.
     Tcp(SocketAddr),
-    /// On a path. Its folder is made, for this user only, where it is missing; a socket that a killed process left is
-    /// replaced.
+    /// On a path. A missing folder is created for this user only; a stale socket of a killed process is replaced.
     Unix(PathBuf),
-    /// On a socket in a [`PrivateFolder`] of its own. Where that cannot be made, [`Listener::private_error`] says why, and
-    /// the endpoint is reached at its other addresses.
+    /// On a socket in a new [`PrivateFolder`]. If that fails, [`Listener::private_error`] returns the cause, and only
+    /// the other addresses can be used.
     PrivateUnix,
 }
 
-/// Connections that an endpoint did not let in, by reason. They only grow.
+/// Number of rejected connections of a listener, by reason. The counters only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Refusals {
-    /// Dropped to make room for a newer stranger.
-    pub crowded_out: u64,
-    /// Had not proved themselves in time.
-    pub too_slow: u64,
-    /// Hung up before the end.
-    pub hung_up: u64,
-    /// Not our protocol: wrong magic, a message of a wrong length.
+    /// Dropped in favour of a newer unauthenticated connection.
+    pub evicted: u64,
+    /// Handshake timed out.
+    pub timed_out: u64,
+    /// The peer closed the connection during the handshake.
+    pub disconnected: u64,
+    /// Not this protocol: wrong magic or message length.
     pub malformed: u64,
     /// Another version of the protocol.
     pub version: u64,
-    /// A wrong MAC: another secret, a replay, tampering.
+    /// Wrong MAC: another secret, a replay or tampering.
     pub proof: u64,
     /// Another session.
     pub session: u64,
-    /// An older epoch, or a process that comes late for a running one.
+    /// An older epoch, or a process that is too late for the running one.
     pub old_epoch: u64,
     /// A newer epoch than this process's own.
     pub new_epoch: u64,
-    /// A process number that does not exist, or a call for another process.
+    /// A process number that does not exist, or a connection meant for another process.
     pub process: u64,
-    /// A hello that cannot be read.
+    /// The hello cannot be decoded.
     pub unreadable: u64,
-    /// Told to come again: not started yet, or too many unclaimed connections.
-    pub again: u64,
+    /// Temporary: not started yet, or too many unclaimed connections.
+    pub retry: u64,
 }
 
 impl Refusals {
-    /// All of them.
+    /// Sum of all counters.
     pub fn total(&self) -> u64 {
-        let strangers = self.crowded_out + self.too_slow + self.hung_up + self.malformed + self.version + self.proof;
-        strangers + self.session + self.old_epoch + self.new_epoch + self.process + self.unreadable + self.again
+        let handshakes = self.evicted + self.timed_out + self.disconnected + self.malformed + self.version + self.proof;
+        handshakes + self.session + self.old_epoch + self.new_epoch + self.process + self.unreadable + self.retry
     }
 }
 
-/// An authenticated connection that waits to be claimed.
+/// An authenticated connection that nobody has claimed yet.
 #[derive(Debug)]
 struct Unclaimed {
     from: u32,
     purpose: Purpose,
-    link: Connection,
+    connection: Connection,
 }
 
-/// What the thread and the owner share.
+/// The state that the thread and the owner share.
 #[derive(Debug)]
 struct State {
-    gate: AcceptPolicy,
+    policy: AcceptPolicy,
     unclaimed: VecDeque<Unclaimed>,
     refusals: Refusals,
     closed: bool,
@@ -122,7 +121,7 @@ struct Shared {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        // No code panics while it holds the lock half-way through a change.
+        // No code panics in the middle of a change while it holds the lock.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -134,7 +133,7 @@ impl Shared {
     }
 }
 
-/// Listens for the other processes of the job. It closes when it is dropped.
+/// Accepts connections from the other processes of the job. Dropping it closes it.
 #[derive(Debug)]
 pub struct Listener {
     addresses: Vec<Address>,
@@ -143,12 +142,12 @@ pub struct Listener {
     /// Closing it ends the thread.
     wake: Option<UnixStream>,
     thread: Option<JoinHandle<()>>,
-    /// Sockets to be unlinked, with their inodes: by then the path may be a successor's.
+    /// Sockets to unlink, with their inodes: a successor may have replaced the path by then.
     paths: Vec<(PathBuf, u64)>,
     _folders: Vec<PrivateFolder>,
 }
 
-/// A listening socket that does not block.
+/// A nonblocking listening socket.
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpListener),
@@ -156,20 +155,20 @@ enum Socket {
 }
 
 impl Listener {
-    /// Listens as `process`. Until [`Listener::begin`] it lets in [`Purpose::Rendezvous`] only.
+    /// Listens as `process`. Until [`Listener::begin`] it accepts only [`Purpose::Rendezvous`].
     ///
     /// # Errors
     /// [`TransportError::Listen`].
     pub fn listen(
         process: u32,
-        secret: SharedKey,
+        key: SharedKey,
         listen: &[ListenAddress],
         options: ListenerOptions,
     ) -> Result<Self, TransportError> {
         let (mut addresses, mut listeners, mut paths, mut folders) = (vec![], vec![], vec![], vec![]);
         let mut private_error = None;
-        for place in listen {
-            let (address, listener) = match place {
+        for listen_address in listen {
+            let (address, listener) = match listen_address {
                 ListenAddress::Tcp(address) => listen_tcp(*address)?,
                 ListenAddress::Unix(path) => listen_unix(path)?,
                 ListenAddress::PrivateUnix => match listen_private(process) {
@@ -189,47 +188,47 @@ impl Listener {
             addresses.push(address);
             listeners.push(listener);
         }
-        let gate = AcceptPolicy { process, world: None };
-        let state = State { gate, unclaimed: VecDeque::new(), refusals: Refusals::default(), closed: false };
+        let policy = AcceptPolicy { process, world: None };
+        let state = State { policy, unclaimed: VecDeque::new(), refusals: Refusals::default(), closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), arrived: Condvar::new() });
         let thread_failed = |cause| TransportError::io("starting the accepting thread of", &"this process", cause);
-        let (wake, sleeper) = UnixStream::pair().map_err(thread_failed)?;
-        let server = serve::Server::new(listeners, sleeper, secret, options, Arc::clone(&shared));
+        let (wake, wake_receiver) = UnixStream::pair().map_err(thread_failed)?;
+        let server = serve::Server::new(listeners, wake_receiver, key, options, Arc::clone(&shared));
         let thread = std::thread::Builder::new().name("accept".into()).spawn(move || server.run());
         let thread = Some(thread.map_err(thread_failed)?);
         Ok(Self { addresses, private_error, shared, wake: Some(wake), thread, paths, _folders: folders })
     }
 
-    /// Why it does not listen on [`ListenAddress::PrivateUnix`], where it should: the folder and the cause.
+    /// Why it could not listen on [`ListenAddress::PrivateUnix`]: the folder and the cause.
     pub fn private_error(&self) -> Option<&str> {
         self.private_error.as_deref()
     }
 
-    /// Where others reach it, in the order in which it was told to listen.
+    /// Its addresses for others, in the order of the `listen` argument.
     pub fn addresses(&self) -> &[Address] {
         &self.addresses
     }
 
-    /// Who this process is, in which session and epoch. From now on it lets the members in, and nobody else.
+    /// Sets session, epoch and number of processes. From now on it accepts only members of this world.
     pub fn begin(&self, world: SettledWorld) {
         let mut state = self.shared.state();
-        state.gate.world = Some(world);
-        // Who came late gets hung up on, comes again, and is told.
+        state.policy.world = Some(world);
+        // Late diallers are disconnected; when they retry, the handshake reports the reason.
         state.unclaimed.retain(|u| u.purpose != Purpose::Rendezvous);
     }
 
-    /// The connection that process `from` dialled for `purpose`; waits for it. Of two, the newer.
+    /// Waits for the connection that process `from` dialled for `purpose`. If it dialled twice, returns the newer one.
     ///
     /// # Errors
     /// [`TransportError::Missing`] at the deadline, [`TransportError::Closed`].
     pub fn wait(&self, from: u32, purpose: Purpose, deadline: Instant) -> Result<Connection, TransportError> {
-        self.claim(Some(from), purpose, deadline).map(|(_, link)| link)
+        self.claim(Some(from), purpose, deadline).map(|(_, connection)| connection)
     }
 
-    /// The oldest connection that anybody dialled for `purpose`, and who; waits for one.
+    /// Waits for a connection that any process dialled for `purpose`. Returns the oldest one with its process.
     ///
     /// # Errors
-    /// As [`Listener::wait`].
+    /// Those of [`Listener::wait`].
     pub fn wait_any(&self, purpose: Purpose, deadline: Instant) -> Result<(u32, Connection), TransportError> {
         self.claim(None, purpose, deadline)
     }
@@ -243,9 +242,9 @@ impl Listener {
         let begin = Instant::now();
         let mut state = self.shared.state();
         loop {
-            let wanted = |u: &Unclaimed| u.purpose == purpose && from.is_none_or(|from| from == u.from);
-            if let Some(found) = state.unclaimed.iter().position(wanted).and_then(|i| state.unclaimed.remove(i)) {
-                return Ok((found.from, found.link));
+            let matches = |u: &Unclaimed| u.purpose == purpose && from.is_none_or(|from| from == u.from);
+            if let Some(found) = state.unclaimed.iter().position(matches).and_then(|i| state.unclaimed.remove(i)) {
+                return Ok((found.from, found.connection));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if state.closed {
@@ -258,35 +257,36 @@ impl Listener {
         }
     }
 
-    /// As [`super::connect`], until this endpoint is closed.
+    /// Same as [`super::connect`], but stops when this listener is closed.
     ///
     /// # Errors
-    /// As there, and [`TransportError::Closed`].
+    /// Those of [`super::connect`], and [`TransportError::Closed`].
     pub fn dial(
         &self,
         address: &Address,
-        secret: &SharedKey,
+        key: &SharedKey,
         hello: &Hello,
         deadline: Instant,
     ) -> Result<Connection, TransportError> {
-        connect_unless(address, secret, hello, deadline, &|wait| {
+        connect_unless(address, key, hello, deadline, &|wait| {
             let state = self.shared.state();
             let waited = self.shared.arrived.wait_timeout_while(state, wait, |state| !state.closed);
             waited.unwrap_or_else(PoisonError::into_inner).0.closed
         })
     }
 
-    /// True once it was closed.
+    /// True once it has been closed.
     pub fn is_closed(&self) -> bool {
         self.shared.state().closed
     }
 
-    /// Connections that were not let in so far.
+    /// Counters of rejected connections.
     pub fn refused(&self) -> Refusals {
         self.shared.state().refusals
     }
 
-    /// Lets nobody in any more and ends every [`Listener::wait`] and [`Listener::dial`], from any thread. Connections that were claimed live on.
+    /// Stops accepting and ends every [`Listener::wait`] and [`Listener::dial`] in any thread. Claimed connections stay
+    /// open.
     pub fn close(&self) {
         self.shared.close();
         if let Some(wake) = &self.wake {
@@ -299,7 +299,7 @@ impl Drop for Listener {
     fn drop(&mut self) {
         self.close();
         if let Some(thread) = self.thread.take() {
-            // A panic there has been reported by the panic hook.
+            // The panic hook has reported a panic of the thread.
             let _ = thread.join();
         }
         for (path, _) in self.paths.iter().filter(|(path, bound)| inode(path) == Some(*bound)) {
@@ -315,19 +315,19 @@ fn listen_failed(address: Address) -> impl Fn(io::Error) -> TransportError {
 fn listen_tcp(address: SocketAddr) -> Result<(Address, Socket), TransportError> {
     let failed = listen_failed(Address::Tcp(address.to_string()));
     let listener = TcpListener::bind(address).map_err(&failed)?;
-    deepen(&listener).map_err(&failed)?;
+    set_backlog(&listener).map_err(&failed)?;
     listener.set_nonblocking(true).map_err(&failed)?;
     let address = listener.local_addr().map_err(&failed)?;
     Ok((Address::Tcp(address.to_string()), Socket::Tcp(listener)))
 }
 
 fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Socket)), String> {
-    // The error of the library names a random path below the folder.
+    // Only the error kind: the library's text names a random path below the folder.
     let folder = PrivateFolder::new("shardflow-");
     let folder = folder.map_err(|error| format!("cannot make a folder there: {}", error.kind()))?;
     let path = folder.path().join(format!("{process}.sock"));
     if path.as_os_str().len() > UNIX_PATH_BYTES_MAX {
-        return Err(format!("too long: the path of a Unix socket below it has more than {UNIX_PATH_BYTES_MAX} bytes"));
+        return Err(format!("too long: a Unix socket path below it exceeds {UNIX_PATH_BYTES_MAX} bytes"));
     }
     listen_unix(&path).map(|bound| (folder, bound)).map_err(|error| error.to_string())
 }
@@ -338,14 +338,14 @@ fn listen_unix(path: &Path) -> Result<(Address, Socket), TransportError> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(&failed)?;
     }
     let listener = match UnixListener::bind(path) {
-        // Nobody answers there: its owner was killed.
+        // Nobody accepts connections there: the owner was killed.
         Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
             fs::remove_file(path).and_then(|()| UnixListener::bind(path))
         }
         bound => bound,
     }
     .map_err(&failed)?;
-    deepen(&listener).map_err(&failed)?;
+    set_backlog(&listener).map_err(&failed)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(&failed)?;
     listener.set_nonblocking(true).map_err(&failed)?;
     Ok((Address::Unix(path.into()), Socket::Unix(listener)))
@@ -355,8 +355,8 @@ fn inode(path: &Path) -> Option<u64> {
     fs::symlink_metadata(path).ok().map(|metadata| metadata.ino())
 }
 
-/// The standard library asks for a backlog of 128; a second call changes it.
-fn deepen(listener: &impl AsFd) -> io::Result<()> {
+/// Sets the backlog; the standard library uses 128, and a second `listen` call changes it.
+fn set_backlog(listener: &impl AsFd) -> io::Result<()> {
     Ok(rustix::net::listen(listener, BACKLOG)?)
 }
 

@@ -1,25 +1,26 @@
-//! The job's secret, and the MACs that are made with it.
+//! The job's secret, and MACs with it.
 
 use std::fmt;
 
 use super::TransportError;
 
-/// Length of a secret's text, at least: 16 random hexadecimal digits are 64 bits, which nobody tries out online.
+/// Minimum length of a secret's text: 16 random hexadecimal digits are 64 bits, too many for an online search.
 pub const SECRET_BYTES_MIN: usize = 16;
-/// Never change it: both sides derive the same key.
+/// Must never change: both sides derive the key with it.
 const CONTEXT: &str = "shardflow 2026-01-01 secret of a job";
 
-/// A key that all processes of a job share. It prints as nothing and is compared in constant time.
+/// A key that all processes of a job share. `Debug` does not print it, and comparison takes constant time.
 ///
-/// A recorded handshake lets one try texts offline, so the text has to be random, not a word: see [`SharedKey::random_text`].
+/// A recorded handshake allows an offline search, so the text must be random, not a word: see
+/// [`SharedKey::random_text`].
 #[derive(Clone)]
 pub struct SharedKey([u8; 32]);
 
 impl SharedKey {
-    /// The key that belongs to a text; white space around it does not count.
+    /// Derives the key from a text; ignores surrounding white space.
     ///
     /// # Errors
-    /// [`TransportError::WeakSecret`] when it is shorter than [`SECRET_BYTES_MIN`].
+    /// [`TransportError::WeakSecret`] if it is shorter than [`SECRET_BYTES_MIN`].
     pub fn from_text(text: &str) -> Result<Self, TransportError> {
         let text = text.trim();
         if text.len() < SECRET_BYTES_MIN {
@@ -28,7 +29,7 @@ impl SharedKey {
         Ok(Self(blake3::derive_key(CONTEXT, text.as_bytes())))
     }
 
-    /// A text for a new job: 64 hexadecimal digits, 256 random bits.
+    /// Generates a text for a new job: 64 hexadecimal digits, 256 random bits.
     ///
     /// # Errors
     /// [`TransportError::Random`].
@@ -36,8 +37,9 @@ impl SharedKey {
         Ok(random::<32>()?.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// Keyed BLAKE3 over `domain` and `parts`, each behind its length, so that no two lists of parts read the same. MACs of
-    /// different domains have nothing to do with each other. Equality of two [`blake3::Hash`] takes constant time.
+    /// Keyed BLAKE3 over `domain` and `parts`, each with a length prefix, so that different lists of parts have
+    /// different input. MACs of different domains are independent. Comparison of two [`blake3::Hash`] takes constant
+    /// time.
     pub fn mac(&self, domain: &str, parts: &[&[u8]]) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
         for part in std::iter::once(domain.as_bytes()).chain(parts.iter().copied()) {
@@ -57,7 +59,7 @@ impl Eq for SharedKey {}
 
 impl fmt::Debug for SharedKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(..)")
+        f.write_str("SharedKey(..)")
     }
 }
 
@@ -73,9 +75,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_is_not_printed_and_not_short() {
+    fn a_secret_is_not_printed_and_has_a_minimum_length() {
         let secret = SharedKey::from_text("correct horse battery staple").unwrap();
-        assert_eq!(format!("{secret:?}"), "Secret(..)");
+        assert_eq!(format!("{secret:?}"), "SharedKey(..)");
         assert_eq!(secret, SharedKey::from_text(" correct horse battery staple\n").unwrap());
         assert_ne!(secret, SharedKey::from_text("correct horse battery stapler").unwrap());
         assert!(matches!(SharedKey::from_text("  swordfish  "), Err(TransportError::WeakSecret { bytes: 9 })));
@@ -84,7 +86,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mac_depends_on_key_domain_and_the_cut_of_the_parts() {
+    fn a_mac_depends_on_key_domain_and_boundaries_of_parts() {
         let (a, b) = (SharedKey::from_text(&"a".repeat(16)).unwrap(), SharedKey::from_text(&"b".repeat(16)).unwrap());
         let macs = [
             a.mac("x", &[b"12", b"3"]),

@@ -1,14 +1,14 @@
-//! How structured messages become bytes: the one bincode configuration, and messages behind their length. Tensors do not
-//! go this way.
+//! Encodes structured messages: the only bincode configuration, and length-prefixed messages. Tensors do not use this
+//! module.
 
 use std::io::{self, Read, Write};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Bytes of one message, at most; each reader may allow fewer.
+/// Maximum size of a message in bytes; a reader may allow less.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
-/// The length in front of a message: u32, little-endian.
+/// Size of the length prefix, a little-endian u32.
 const PREFIX_BYTES: usize = 4;
 
 const CONFIG: bincode::config::Configuration<
@@ -17,52 +17,52 @@ const CONFIG: bincode::config::Configuration<
     bincode::config::Limit<MESSAGE_BYTES_MAX>,
 > = bincode::config::standard().with_limit::<MESSAGE_BYTES_MAX>();
 
-/// A message that cannot be read or written.
+/// A message could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
-    /// The system failed the read or write; [`io::ErrorKind::UnexpectedEof`] when the other side closed.
+    /// The read or write failed; [`io::ErrorKind::UnexpectedEof`] if the peer closed the connection.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// A length that is not allowed here.
-    #[error("a message of {bytes} bytes, at most {bytes_max} are allowed")]
+    /// The message exceeds the limit.
+    #[error("a message of {bytes} bytes, the maximum is {bytes_max}")]
     TooLong {
-        /// Bytes announced, or to be sent.
+        /// Size of the message.
         bytes: usize,
-        /// Bytes allowed.
+        /// Maximum size.
         bytes_max: usize,
     },
-    /// Bytes that are not such a message.
-    #[error("not a message of this kind: {message}")]
+    /// The bytes are not a message of the expected type.
+    #[error("malformed message: {message}")]
     Malformed {
-        /// What the decoder says.
+        /// The decoder's error text.
         message: String,
     },
-    /// Bytes left over behind a message.
-    #[error("{left} bytes are left behind a message of {bytes}")]
+    /// Bytes remain after the message.
+    #[error("{left} trailing bytes after a message of {bytes} bytes")]
     Trailing {
-        /// Bytes of the message.
+        /// Size of the message.
         bytes: usize,
-        /// Bytes after it.
+        /// Number of trailing bytes.
         left: usize,
     },
 }
 
 impl WireError {
-    /// True when a time-out passed.
+    /// True for a timeout.
     pub fn is_timeout(&self) -> bool {
         matches!(self, Self::Io(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
     }
 }
 
-/// The bytes of a message.
+/// Encodes a message.
 ///
 /// # Errors
-/// [`WireError::Malformed`] for a value that bincode does not know how to write, such as a path that is not UTF-8.
+/// [`WireError::Malformed`] for a value that bincode cannot encode, such as a path that is not UTF-8.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
     bincode::serde::encode_to_vec(value, CONFIG).map_err(|e| WireError::Malformed { message: e.to_string() })
 }
 
-/// The message that these bytes, all of them, are. It allocates no more than a small multiple of their number.
+/// Decodes a message from exactly these bytes. Allocates at most a small multiple of their number.
 ///
 /// # Errors
 /// [`WireError::Malformed`], [`WireError::Trailing`], [`WireError::TooLong`].
@@ -70,8 +70,8 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(WireError::TooLong { bytes: bytes.len(), bytes_max: MESSAGE_BYTES_MAX });
     }
-    // A text is allocated at the length that it claims, before its bytes are looked at. So short messages have lower limits:
-    // sixteen times their bytes, for a number of one byte counts as eight.
+    // bincode allocates a text at its claimed length before it reads the bytes. So short messages have lower limits:
+    // sixteen times their size, because a number encoded in one byte counts as eight.
     let decoded = match bytes.len() {
         0..=0x1000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x1_0000>()),
         0x1001..=0x1_0000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x10_0000>()),
@@ -84,7 +84,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     Ok(value)
 }
 
-/// Writes a message behind its length, in one call.
+/// Writes a length-prefixed message in one call.
 ///
 /// # Errors
 /// Those of [`encode`], [`WireError::TooLong`] over `bytes_max`, [`WireError::Io`].
@@ -101,7 +101,7 @@ pub fn write_message<T: Serialize>(to: &mut impl Write, value: &T, bytes_max: us
     Ok(())
 }
 
-/// Reads one message that [`write_message`] wrote. Memory grows with what has come, not with the length that is said.
+/// Reads one message of [`write_message`]. Memory use grows with the received bytes, not with the announced length.
 ///
 /// # Errors
 /// Those of [`decode`], [`WireError::TooLong`] over `bytes_max`, [`WireError::Io`].
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_comes_back_and_two_do_not_run_into_each_other() {
+    fn consecutive_messages_are_read_as_written() {
         let mut pipe = Vec::new();
         write_message(&mut pipe, &sample(), 100).unwrap();
         write_message(&mut pipe, &1u8, 100).unwrap();
@@ -147,17 +147,17 @@ mod tests {
     }
 
     #[test]
-    fn lengths_are_checked_before_they_are_believed() {
+    fn lengths_are_checked_before_use() {
         assert!(matches!(write_message(&mut Vec::new(), &sample(), 5), Err(WireError::TooLong { bytes_max: 5, .. })));
         let announced = u32::MAX.to_le_bytes();
         let too_long = read_message::<Sample>(&mut &announced[..], usize::MAX);
         assert!(matches!(too_long, Err(WireError::TooLong { bytes_max: MESSAGE_BYTES_MAX, .. })));
-        // A string that claims to be as long as the address space.
+        // A string whose claimed length exceeds the address space.
         let mut bytes = vec![253];
         bytes.extend_from_slice(&(u64::MAX / 2).to_le_bytes());
         assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { .. })));
         assert!(matches!(decode::<Vec<u64>>(&bytes), Err(WireError::Malformed { .. })));
-        // Or a few MiB, in a message of a few bytes.
+        // A string of several MiB in a message of a few bytes.
         let bytes = [&[252][..], &(5u32 << 20).to_le_bytes()].concat();
         assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { message }) if message.contains("Limit")));
         let numbers: Vec<u64> = vec![1; 4000];
@@ -169,13 +169,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_give_a_message_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+        fn decoding_arbitrary_bytes_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
             let _ = decode::<Sample>(&bytes);
             let _ = read_message::<Sample>(&mut &bytes[..], 32);
         }
 
         #[test]
-        fn a_cut_message_is_refused(cut in 0usize..20) {
+        fn a_truncated_message_is_rejected(cut in 0usize..20) {
             let bytes = encode(&sample()).unwrap();
             let cut = cut.min(bytes.len() - 1);
             prop_assert!(decode::<Sample>(&bytes[..cut]).is_err());

@@ -588,7 +588,7 @@ impl GptError {
             // The error names the cause.
             Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => String::new(),
             Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),
-            Self::Session(SessionError::Failed(failure)) if failure.is_of_a_peer() => {
+            Self::Session(SessionError::Failed(failure)) if failure.is_peer_failure() => {
                 "see the log of that rank; with --checkpoint DIR the same command goes on from the last checkpoint"
                     .into()
             }

@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use shardflow_actors::transport::handshake::{Acceptor, Dialler, GREETING_BYTES, check_greeting, greeting};
-use shardflow_actors::transport::{Hello, Purpose, Refusal, Secret, SessionId, wire};
+use shardflow_actors::transport::{Hello, Purpose, Refusal, SessionId, SharedKey, wire};
 
 const HELLO: Hello = Hello { session: SessionId([1; 16]), epoch: 1, from: 1, to: 0, purpose: Purpose::Control };
 

@@ -2,11 +2,11 @@
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
-use shardflow_actors::membership::fuzz::{check_datagram, check_letter, samples};
+use shardflow_actors::membership::fuzz::{check_control_message, check_datagram, samples};
 
 fuzz_target!(|bytes: &[u8]| {
     check_datagram(bytes);
-    check_letter(bytes);
+    check_control_message(bytes);
 });
 
 fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {

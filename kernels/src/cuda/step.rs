@@ -300,6 +300,7 @@ pub enum Pass {
 /// zeroed before first use and after each read that found an error. Kernels write it only if it holds no error, so it
 /// describes the stream's first one. The backend copies it to pinned memory after each submission and decodes it before
 /// it reports the end. A kernel treats a bad index like one that belongs to another shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorRecord {
     /// Index of the failing launch in its program.
     pub launch: u32,

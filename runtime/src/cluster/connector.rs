@@ -267,7 +267,7 @@ impl Connector<'_> {
                     memory.insert(register, RegisterMemory { base, stride });
                 }
             }
-            let link = self.connect(process, Purpose::Registers { lane: 0 })?;
+            let link = self.connect(process, Purpose::Registers { index: 0 })?;
             let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
             let mut pipes = BTreeMap::new();
             for (ends, registers) in &pairs {
@@ -281,7 +281,7 @@ impl Connector<'_> {
             specs.push(PeerSpec {
                 process,
                 actors: self.process_map.actors_of(plan, process),
-                link,
+                connection: link,
                 pushes,
                 mirrors,
                 pipes,

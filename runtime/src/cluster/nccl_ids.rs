@@ -46,7 +46,7 @@ pub(super) fn exchange(
         }
     }
     for (process, bytes) in outgoing {
-        membership.tell(process, TOPIC, bytes).map_err(|error| aborted(error.to_string()))?;
+        membership.send(process, TOPIC, bytes).map_err(|error| aborted(error.to_string()))?;
     }
     let is_member = |group: &&Arc<Group>| process_map.processes_of(group).contains(&process_map.process);
     let own_groups: Vec<&Arc<Group>> = groups.iter().filter(is_member).collect();

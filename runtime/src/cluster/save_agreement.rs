@@ -114,7 +114,7 @@ impl ClusterAgreement {
     }
 
     fn send_to_all(&self, bytes: &[u8]) -> Result<(), AgreeError> {
-        self.membership.tell_all(TOPIC, bytes).map_err(|e| self.error(self.process, e))
+        self.membership.send_to_all(TOPIC, bytes).map_err(|e| self.error(self.process, e))
     }
 }
 
@@ -124,7 +124,7 @@ impl SaveAgreement for ClusterAgreement {
         let own = own.map(|()| false).map_err(|why| (self.process, why));
         if self.process != 0 {
             let bytes = Self::encode(save, Phase::Written, own);
-            self.membership.tell(0, TOPIC, bytes).map_err(|e| self.error(0, e))?;
+            self.membership.send(0, TOPIC, bytes).map_err(|e| self.error(0, e))?;
             let all = self.wait(save, Phase::AllWritten, 0, deadline)?;
             return all.map(drop).map_err(|(process, why)| self.error(process, why));
         }

@@ -133,19 +133,19 @@ impl Monitor {
                 };
                 match event {
                     // A full queue drops the message; its receiver then reaches its deadline.
-                    MembershipEvent::Told { topic: save_agreement::TOPIC, from, bytes } => {
+                    MembershipEvent::Message { topic: save_agreement::TOPIC, from, bytes } => {
                         drop(to_agreement.try_send(Received { from, bytes }))
                     }
-                    MembershipEvent::Told { topic: nccl_ids::TOPIC, from, bytes } => {
+                    MembershipEvent::Message { topic: nccl_ids::TOPIC, from, bytes } => {
                         drop(to_nccl.try_send(Received { from, bytes }))
                     }
-                    MembershipEvent::Told { topic: ACTIVITY_TOPIC, from, bytes } => {
+                    MembershipEvent::Message { topic: ACTIVITY_TOPIC, from, bytes } => {
                         let text = String::from_utf8_lossy(&bytes);
                         let printable = text.chars().filter(|c| !c.is_control());
                         let activity = printable.take(ACTIVITY_CHARS_MAX).collect();
                         monitor.lock().activities.insert(from, (activity, Instant::now()));
                     }
-                    MembershipEvent::Told { .. } => {}
+                    MembershipEvent::Message { .. } => {}
                     MembershipEvent::Left { process } => monitor.record_left(process),
                     MembershipEvent::Ended(cause) => return monitor.record_end(cause, &listener),
                 }
@@ -257,11 +257,12 @@ impl World {
             *secret.mac("membership", &[]).as_bytes(),
             heartbeat,
         );
-        (membership_config.every, membership_config.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
+        (membership_config.interval, membership_config.deadline) =
+            (options.heartbeat_every, options.heartbeat_deadline);
         membership_config.join_within = options.connect_within;
         let connector = new_connector(plan.device, &process_map, &roster, &listener, &secret, &options, &by_mpi);
         for process in process_map.peers() {
-            membership_config.links.insert(process, connector.connect(process, Purpose::Control)?);
+            membership_config.connections.insert(process, connector.connect(process, Purpose::Control)?);
             let heartbeat = with_zone_of(roster.members[process as usize].heartbeat, bound);
             membership_config.addresses.insert(process, heartbeat);
         }
@@ -285,7 +286,7 @@ impl World {
     pub(crate) fn doing(&self, activity: &str) {
         self.monitor.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
         // A lost connection also fails the membership, so the error needs no handling here.
-        let _ = self.membership.tell_all(ACTIVITY_TOPIC, activity.as_bytes());
+        let _ = self.membership.send_to_all(ACTIVITY_TOPIC, activity.as_bytes());
     }
 
     /// The distribution of devices over processes.

@@ -106,8 +106,8 @@ pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
     }
     let readers_with = |test: fn(&ActionKey) -> bool| emitted.keys().filter(|site| test(&site.1)).map(reader).collect();
     spec.decision = Decision {
-        sees: readers_with(|key| matches!(key, ActionKey::Fetch(_))),
-        gives: readers_with(|key| matches!(key, ActionKey::Decide)),
+        observed: readers_with(|key| matches!(key, ActionKey::Fetch(_))),
+        granted: readers_with(|key| matches!(key, ActionKey::Decide)),
     };
     let mut plan = Plan {
         graph,
@@ -207,7 +207,7 @@ fn action_spec(
         ActionKey::Backward => i32::from(forward_first),
         _ => 0,
     };
-    let gangs = emitted.groups.iter().map(|ranks| groups.firing_group(site.1, ranks)).collect();
+    let firing_groups = emitted.groups.iter().map(|ranks| groups.firing_group(site.1, ranks)).collect();
     let communicators: BTreeSet<u32> = emitted.plan.launches.iter().filter_map(group_of).collect();
     ActionSpec {
         name: emitted.plan.name.clone(),
@@ -216,15 +216,15 @@ fn action_spec(
         inputs: inputs.collect(),
         outputs: outputs.collect(),
         external: starts_a_step(assignment, site, &emitted.inputs),
-        gangs,
-        groups: communicators.into_iter().collect(),
+        groups: firing_groups,
+        communicators: communicators.into_iter().collect(),
     }
 }
 
 /// The order in which an actor fires. If its actions call collectives, all members of a group must fire in the same
 /// order independent of timing, so the schedule is an explicit list; otherwise credits decide.
 fn firing(sites: &[DeviceAction], specs: &[ActionSpec], options: &LowerOptions, in_flight: usize) -> Firing {
-    if specs.iter().all(|s| s.gangs.is_empty()) {
+    if specs.iter().all(|s| s.groups.is_empty()) {
         return Firing::Credit;
     }
     let index = |key: ActionKey| sites.iter().position(|s| s.1 == key).map(|i| i as u32);

@@ -205,7 +205,7 @@ impl Session {
         let run = self.run(inputs).and_then(|_| self.decide(f32::NAN));
         self.check_finite(false);
         run?;
-        let found = self.running.as_ref().map(|running| running.take_found()).unwrap_or_default();
+        let found = self.running.as_ref().map(|running| running.take_not_finite()).unwrap_or_default();
         let computed = found.iter().filter_map(|found| self.origin(found));
         let own = computed.chain(self.non_finite_parameters()?).min().map_or(NOT_FOUND, Origin::to_pair);
         let first = self.exchange(own)?.into_iter().min().filter(|pair| *pair != NOT_FOUND);

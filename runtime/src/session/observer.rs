@@ -359,7 +359,7 @@ impl Observer {
         // Not after each step, because quantiles sort the durations.
         if recent.done.is_power_of_two() || recent.done.is_multiple_of(STEPS_TIMED as u64 / 2) {
             let p99 = recent.quantile(0.99).unwrap_or_default();
-            self.control.steps_take(Duration::from_secs_f64(p99));
+            self.control.set_step_p99(Duration::from_secs_f64(p99));
         }
     }
 

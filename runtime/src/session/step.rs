@@ -85,7 +85,7 @@ impl Session {
         }
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
         for (actor, action, firings) in &self.external_actions {
-            running.give(*actor, *action, *firings)?;
+            running.add_tokens(*actor, *action, *firings)?;
         }
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
         let wanted: Vec<_> =
@@ -116,7 +116,7 @@ impl Session {
             // The receiver is dropped only with the stream; the next line reports that.
             let _ = feed.sender.send(feed.vars.iter().map(|var| tensor(*var, micro_batch)).collect());
         }
-        Ok(running.give(feed.actor, feed.action, firings as u32)?)
+        Ok(running.add_tokens(feed.actor, feed.action, firings as u32)?)
     }
 
     fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {

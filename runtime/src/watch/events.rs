@@ -191,8 +191,8 @@ impl Cursor {
 
     fn add_changes(&mut self, event: &mut Event, snapshot: &ActorSnapshot, now_ns: u64) {
         let idle = &snapshot.idle;
-        let flying_ns = snapshot.flying_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
-        let firing_ns = snapshot.busy_ns.iter().sum::<u64>() + flying_ns;
+        let in_flight_ns = snapshot.in_flight_since_ns.map_or(0, |since| now_ns.saturating_sub(since));
+        let firing_ns = snapshot.busy_ns.iter().sum::<u64>() + in_flight_ns;
         let ns = [
             u64::from(snapshot.actor.0) * 1000,
             firing_ns.saturating_sub(snapshot.collective_ns),
@@ -233,12 +233,12 @@ fn limit_firings(spec: &Spec, fired: &mut Vec<(ActorId, FiringRecord)>) {
 
 /// How long an actor's state, in flight or idle, has been unchanged.
 fn unchanged_ns(snapshot: &ActorSnapshot, now_ns: u64) -> u64 {
-    snapshot.flying_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns.saturating_sub(since))
+    snapshot.in_flight_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns.saturating_sub(since))
 }
 
 /// Adds blocked edges, long waits and incidents.
 fn add_problems(event: &mut Event, observer: &Observer, snapshots: &[ActorSnapshot]) {
-    let waits_long = |s: &&ActorSnapshot| s.flying_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
+    let waits_long = |s: &&ActorSnapshot| s.in_flight_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
     let long: Vec<&ActorSnapshot> = snapshots.iter().filter(waits_long).collect();
     // Between steps all actors wait, which is normal.
     if observer.is_under_way() {

@@ -121,8 +121,8 @@ impl Status {
             let since_ns = oldest.map_or(0, |fired| fired.idle_ns).max(now_ns - window_ns);
             let share = |ns: u64| ns as f64 / (now_ns - since_ns).max(1) as f64;
             let within = |from: u64, to: u64| to.saturating_sub(from.max(since_ns));
-            let flying_ns = now_ns - snapshot.flying_since_ns.unwrap_or(now_ns);
-            let mut busy_ns = snapshot.flying_since_ns.map_or(0, |since| within(since, now_ns));
+            let in_flight_ns = now_ns - snapshot.in_flight_since_ns.unwrap_or(now_ns);
+            let mut busy_ns = snapshot.in_flight_since_ns.map_or(0, |since| within(since, now_ns));
             for fired in &recent.firings {
                 busy_ns += within(fired.launched_ns, fired.ended_ns);
                 let reason = match fired.cause {
@@ -132,9 +132,9 @@ impl Status {
                 };
                 *waits.entry(reason).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
             }
-            let now_for_ns = if snapshot.flying_since_ns.is_some() { flying_ns } else { snapshot.idle_now_ns };
+            let now_for_ns = if snapshot.in_flight_since_ns.is_some() { in_flight_ns } else { snapshot.idle_now_ns };
             // A wait that has not ended counts, too.
-            let idle_step = running_step.iter().filter(|_| snapshot.flying_since_ns.is_none());
+            let idle_step = running_step.iter().filter(|_| snapshot.in_flight_since_ns.is_none());
             let awaited = idle_step.flat_map(|step| step.missing(snapshot)).next();
             if let Some((_, missing)) = awaited {
                 let reason = match missing {

@@ -1,4 +1,4 @@
-//! First causes, in virtual time: every order of arrival, and random deaths and delays.
+//! Tests first causes in virtual time: every order of arrival, and random failures and delays.
 
 use super::*;
 
@@ -16,7 +16,7 @@ fn lost(by: u32, about: u32, follows: bool) -> Report {
     Report { by, about, kind: Kind::Lost, follows, cause: "connection lost".into(), exit: 69 }
 }
 
-/// Whom process `own` of 6 names when reports arrive at these times; it looks every 50 ms.
+/// The decision of process `own` of 6, with its time, when reports arrive at these times. It checks every 50 ms.
 fn decide(own: u32, reports: &[(u64, Report)]) -> Option<(u64, FirstCause)> {
     let mut arbiter = Arbiter::new(own, 6, GRACE);
     let mut found = None;
@@ -32,44 +32,44 @@ fn decide(own: u32, reports: &[(u64, Report)]) -> Option<(u64, FirstCause)> {
     found
 }
 
-fn named(own: u32, reports: &[(u64, Report)]) -> (u64, u32) {
+fn decided_process(own: u32, reports: &[(u64, Report)]) -> (u64, u32) {
     let (at, first) = decide(own, reports).expect("a cause");
     (at, first.process)
 }
 
 #[test]
-fn kinds_in_order() {
-    // Own failure: at once, over an earlier symptom.
-    assert_eq!(named(0, &[(0, lost(0, 2, false)), (100, failed(0, false))]), (100, 0));
-    // A late word of the process itself beats the symptoms, within the window that the first symptom opened.
+fn the_kind_of_a_report_decides() {
+    // An own failure is decided at once and beats an earlier symptom.
+    assert_eq!(decided_process(0, &[(0, lost(0, 2, false)), (100, failed(0, false))]), (100, 0));
+    // A process's own report beats symptoms if it arrives within the window of the first symptom.
     let reports = [(0, lost(0, 2, false)), (50, lost(1, 2, false)), (450, failed(3, false))];
-    assert_eq!(named(0, &reports), (500, 3));
+    assert_eq!(decided_process(0, &reports), (500, 3));
     let late = [(0, lost(0, 2, false)), (550, failed(3, false))];
-    assert_eq!(named(0, &late), (500, 2));
-    // A failure that follows another one does not win, though it is our own, or the lower process.
-    assert_eq!(named(0, &[(0, failed(5, false)), (100, failed(0, true))]), (500, 5));
-    assert_eq!(named(1, &[(0, failed(0, true)), (100, failed(5, false))]), (500, 5));
-    // Two that failed by themselves: the lower, so that all others agree.
-    assert_eq!(named(1, &[(0, failed(5, false)), (100, failed(4, false))]), (500, 4));
-    // The one that most accuse; then one that was accused first-hand.
+    assert_eq!(decided_process(0, &late), (500, 2));
+    // A secondary failure loses, even if it is this process's own or has the lower process number.
+    assert_eq!(decided_process(0, &[(0, failed(5, false)), (100, failed(0, true))]), (500, 5));
+    assert_eq!(decided_process(1, &[(0, failed(0, true)), (100, failed(5, false))]), (500, 5));
+    // Of two own failures, the lower process number wins, so that all other processes agree.
+    assert_eq!(decided_process(1, &[(0, failed(5, false)), (100, failed(4, false))]), (500, 4));
+    // The process with the most accusers wins; with a tie, the one with first-hand accusers.
     let reports = [(0, lost(0, 1, false)), (0, lost(2, 3, false)), (100, lost(4, 3, false))];
-    assert_eq!(named(0, &reports), (500, 3));
+    assert_eq!(decided_process(0, &reports), (500, 3));
     let reports = [(0, lost(1, 2, true)), (0, lost(2, 1, true)), (100, lost(2, 5, false))];
-    assert_eq!(named(0, &reports), (500, 5));
+    assert_eq!(decided_process(0, &reports), (500, 5));
 }
 
 #[test]
-fn a_process_that_was_frozen_names_itself() {
-    // It wakes, reads that it was given up, then sees the connections that its peer has closed since.
+fn a_process_that_was_frozen_decides_on_itself() {
+    // After it resumes, it first reads its peer's report, then detects that the peer has closed the connections.
     let mut arbiter = Arbiter::new(1, 2, GRACE);
     assert!(arbiter.report(ms(0), Report { about: 1, ..lost(0, 1, false) }));
     let symptom = arbiter.own_symptom(0, "connection lost".into(), 69);
     assert!(symptom.follows && arbiter.report(ms(50), symptom));
-    assert_eq!(arbiter.tick(ms(500)).expect("over").process, 1);
+    assert_eq!(arbiter.tick(ms(500)).expect("the window has ended").process, 1);
 }
 
 #[test]
-fn the_cause_names_who_saw_it() {
+fn the_cause_contains_the_observer() {
     let text = |own, by| decide(own, &[(0, lost(by, 2, false))]).expect("a cause").1.to_string();
     assert_eq!(text(0, 0), "process 2: connection lost (seen by this process, 0)");
     assert_eq!(text(0, 1), "process 2: connection lost (seen by process 1)");
@@ -77,36 +77,37 @@ fn the_cause_names_who_saw_it() {
 }
 
 #[test]
-fn senseless_and_repeated_reports_change_nothing() {
+fn invalid_and_repeated_reports_have_no_effect() {
     let mut arbiter = Arbiter::new(0, 6, GRACE);
-    let strange = [lost(1, 6, false), lost(6, 1, false), lost(1, 1, false), Report { about: 2, ..failed(1, false) }];
-    for report in strange {
+    let invalid = [lost(1, 6, false), lost(6, 1, false), lost(1, 1, false), Report { about: 2, ..failed(1, false) }];
+    for report in invalid {
         assert!(!arbiter.report(ms(0), report));
     }
     assert_eq!(arbiter.tick(ms(9000)), None);
     assert!(arbiter.report(ms(0), lost(1, 2, false)));
-    // It neither counts twice nor opens the window anew.
+    // A repeated report neither counts twice nor restarts the window.
     assert!(!arbiter.report(ms(400), lost(1, 2, false)));
     assert!(arbiter.tick(ms(500)).is_some());
     assert!(!arbiter.report(ms(600), failed(0, false)) && arbiter.tick(ms(9000)).is_none());
 }
 
 #[test]
-fn a_letter_tells_what_a_heartbeat_cannot() {
-    let untold = || Report { cause: String::new(), ..lost(1, 2, false) };
-    let told = |reports: [Report; 2]| {
+fn a_control_message_supplies_the_cause_for_a_heartbeats_report() {
+    let from_heartbeat = || Report { cause: String::new(), ..lost(1, 2, false) };
+    let decided_cause = |reports: [Report; 2]| {
         let mut arbiter = Arbiter::new(0, 6, GRACE);
         let new = reports.map(|report| arbiter.report(ms(0), report));
         assert_eq!((new, arbiter.reports.len()), ([true, false], 1));
-        arbiter.tick(ms(500)).expect("over").cause
+        arbiter.tick(ms(500)).expect("the window has ended").cause
     };
-    assert_eq!(told([untold(), lost(1, 2, false)]), "connection lost (seen by process 1)");
-    assert_eq!(told([lost(1, 2, false), untold()]), "connection lost (seen by process 1)");
-    assert_eq!(told([untold(), untold()]), format!("{UNTOLD} (seen by process 1)"));
+    assert_eq!(decided_cause([from_heartbeat(), lost(1, 2, false)]), "connection lost (seen by process 1)");
+    assert_eq!(decided_cause([lost(1, 2, false), from_heartbeat()]), "connection lost (seen by process 1)");
+    let unknown = format!("{UNKNOWN_CAUSE} (seen by process 1)");
+    assert_eq!(decided_cause([from_heartbeat(), from_heartbeat()]), unknown);
 }
 
 #[test]
-fn nothing_is_a_failure_after_the_orderly_end() {
+fn reports_after_an_orderly_end_are_ignored() {
     let mut arbiter = Arbiter::new(0, 6, GRACE);
     arbiter.close();
     assert!(!arbiter.report(ms(0), failed(1, false)));
@@ -129,9 +130,9 @@ fn permutations<T: Clone>(items: &[T]) -> Vec<Vec<T>> {
     (0..items.len()).flat_map(with_first).collect()
 }
 
-/// The order of arrival within the window does not matter, for every set of up to four of these reports.
+/// For every set of up to four of these reports, the order of arrival within the window does not matter.
 #[test]
-fn every_order_of_arrival_names_the_same() {
+fn every_order_of_arrival_leads_to_the_same_decision() {
     let all = [
         failed(1, false),
         failed(2, true),
@@ -149,40 +150,40 @@ fn every_order_of_arrival_names_the_same() {
         }
         let chosen: Vec<_> =
             all.iter().enumerate().filter(|(i, _)| set >> i & 1 == 1).map(|(_, r)| r.clone()).collect();
-        // Process 5 is nobody's peer in these reports, so it has no failure of its own.
-        let names = permutations(&chosen).into_iter().map(|order| {
+        // Process 5 has no own failure in these reports.
+        let decisions = permutations(&chosen).into_iter().map(|order| {
             let timed: Vec<_> = order.into_iter().enumerate().map(|(i, r)| (i as u64 * 100, r)).collect();
             decide(5, &timed).expect("a cause")
         });
-        let names: Vec<_> = names.collect();
-        assert!(names.iter().all(|n| *n == names[0]), "{chosen:?}: {names:?}");
+        let decisions: Vec<_> = decisions.collect();
+        assert!(decisions.iter().all(|d| *d == decisions[0]), "{chosen:?}: {decisions:?}");
     }
 }
 
-/// Processes with an arbiter each, and reports under way between them.
+/// Processes with one arbiter each, and the reports in transit between them.
 struct World {
     arbiters: Vec<Option<Arbiter>>,
-    /// (arrives, to, report)
-    under_way: Vec<(u64, u32, Report)>,
-    named: Vec<Option<u32>>,
+    /// (arrival time, receiver, report)
+    in_transit: Vec<(u64, u32, Report)>,
+    decided: Vec<Option<u32>>,
 }
 
 impl World {
     fn broadcast(&mut self, now: u64, delay: &mut impl FnMut() -> u64, report: &Report) {
         for to in (0..self.arbiters.len() as u32).filter(|to| *to != report.by) {
-            self.under_way.push((now + delay(), to, report.clone()));
+            self.in_transit.push((now + delay(), to, report.clone()));
         }
     }
 }
 
 proptest::proptest! {
-    /// One process dies: by itself with a last word, or without. Its peers notice at different times, and each stops a
-    /// while after it has decided, which others see as a loss in turn. All name the one that died first.
+    /// One process fails, with or without a report of its own. Its peers detect this at different times, and each stops
+    /// some time after its decision, which others detect as a loss. All decide on the process that failed first.
     #[test]
-    fn survivors_agree_on_who_died_first(
+    fn survivors_agree_on_the_process_that_failed_first(
         processes in 2u32..7,
         victim in 0u32..7,
-        last_word: bool,
+        reports_itself: bool,
         seed in proptest::collection::vec(0u64..200, 64),
     ) {
         let victim = victim % processes;
@@ -190,19 +191,19 @@ proptest::proptest! {
         let mut delay = || next.next().unwrap_or(0);
         let mut world = World {
             arbiters: (0..processes).map(|p| Some(Arbiter::new(p, processes, GRACE))).collect(),
-            under_way: vec![],
-            named: vec![None; processes as usize],
+            in_transit: vec![],
+            decided: vec![None; processes as usize],
         };
-        // (when, who notices, whose loss)
+        // (time, observer, lost process)
         let mut losses: Vec<(u64, u32, u32)> =
             (0..processes).filter(|p| *p != victim).map(|p| (1000 + delay(), p, victim)).collect();
-        if last_word {
-            let report = world.arbiters[victim as usize].as_ref().expect("lives").own_failure("broke".into(), 70);
+        if reports_itself {
+            let report = world.arbiters[victim as usize].as_ref().expect("running").own_failure("broke".into(), 70);
             world.broadcast(1000, &mut delay, &report);
         }
         world.arbiters[victim as usize] = None;
         for now in (0..6000).step_by(10) {
-            let due: Vec<_> = world.under_way.extract_if(.., |r| r.0 <= now).collect();
+            let due: Vec<_> = world.in_transit.extract_if(.., |r| r.0 <= now).collect();
             for (_, to, report) in due {
                 if let Some(arbiter) = &mut world.arbiters[to as usize] {
                     arbiter.report(ms(now), report);
@@ -219,7 +220,7 @@ proptest::proptest! {
             for p in 0..processes {
                 let first = world.arbiters[p as usize].as_mut().and_then(|a| a.tick(ms(now)));
                 if let Some(first) = first {
-                    world.named[p as usize] = Some(first.process);
+                    world.decided[p as usize] = Some(first.process);
                     world.arbiters[p as usize] = None;
                     let others = (0..processes).filter(|o| *o != p);
                     losses.extend(others.map(|o| (now + delay() / 4, o, p)).collect::<Vec<_>>());
@@ -227,7 +228,7 @@ proptest::proptest! {
             }
         }
         for p in (0..processes).filter(|p| *p != victim) {
-            proptest::prop_assert_eq!(world.named[p as usize], Some(victim), "process {}", p);
+            proptest::prop_assert_eq!(world.decided[p as usize], Some(victim), "process {}", p);
         }
     }
 }

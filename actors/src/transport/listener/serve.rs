@@ -1,5 +1,5 @@
-//! The thread of an endpoint: polls listeners and strangers, moves each handshake on as far as its bytes go, and never
-//! waits for one of them.
+//! The thread of a listener: polls sockets and unauthenticated connections and advances each handshake with the
+//! received bytes. It never blocks on one of them.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -15,212 +15,215 @@ use crate::transport::dial::with_length;
 use crate::transport::handshake::{Acceptor, HANDSHAKE_BYTES_MAX, HandshakeError, Nonce, Refusal, greeting};
 use crate::transport::{Connection, Hello, Purpose, SharedKey, secret};
 
-/// Connections taken from one listener before others get their turn.
-const ACCEPTS_A_TURN: usize = 64;
-/// After the system refused to accept (no descriptors left, for one), listeners rest this long.
-const REST: Duration = Duration::from_millis(50);
+/// Maximum number of connections accepted from one socket per iteration.
+const ACCEPTS_MAX: usize = 64;
+/// Pause of all sockets after a failed accept, for example because no descriptors are left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// What the thread owns.
+/// The state of the thread.
 pub(super) struct Server {
-    listeners: Vec<Socket>,
-    sleeper: UnixStream,
-    secret: SharedKey,
+    sockets: Vec<Socket>,
+    wake: UnixStream,
+    key: SharedKey,
     options: ListenerOptions,
     shared: Arc<Shared>,
     /// Oldest first.
-    strangers: VecDeque<Stranger>,
-    rest_until: Option<Instant>,
+    pending: VecDeque<PendingConnection>,
+    paused_until: Option<Instant>,
 }
 
-/// A connection that has not proved itself.
-struct Stranger {
-    link: Connection,
+/// An unauthenticated connection.
+struct PendingConnection {
+    connection: Connection,
     nonce: Nonce,
     deadline: Instant,
-    /// The message that is coming in, with its length in front; `filled` bytes of it are there.
+    /// The incoming message with its length prefix; `filled` bytes have been received.
     message: Vec<u8>,
     filled: usize,
-    /// `None` until it has greeted.
+    /// `None` until the greeting has been received.
     acceptor: Option<Acceptor>,
 }
 
-/// What became of a stranger.
+/// The result of advancing a handshake.
 enum Step {
-    /// It has to say more.
-    More,
-    /// It is in.
-    In(Hello),
-    /// It is out, and counted there.
-    Out(fn(&mut Refusals) -> &mut u64),
+    /// More bytes are needed.
+    Incomplete,
+    /// The connection is accepted.
+    Accepted(Hello),
+    /// The connection is rejected and counted by this counter.
+    Rejected(fn(&mut Refusals) -> &mut u64),
 }
 
 const PREFIX_BYTES: usize = 2;
 
 impl Server {
     pub(super) fn new(
-        listeners: Vec<Socket>,
-        sleeper: UnixStream,
-        secret: SharedKey,
+        sockets: Vec<Socket>,
+        wake: UnixStream,
+        key: SharedKey,
         options: ListenerOptions,
         shared: Arc<Shared>,
     ) -> Self {
-        Self { listeners, sleeper, secret, options, shared, strangers: VecDeque::new(), rest_until: None }
+        Self { sockets, wake, key, options, shared, pending: VecDeque::new(), paused_until: None }
     }
 
-    /// Until the endpoint closes.
+    /// Runs until the listener closes.
     pub(super) fn run(mut self) {
-        while let Some((listeners, strangers)) = self.poll() {
-            self.advance(&strangers);
+        while let Some((sockets, pending)) = self.poll() {
+            self.advance(&pending);
             self.expire();
-            for (index, _) in listeners.iter().enumerate().filter(|(_, ready)| **ready) {
+            for (index, _) in sockets.iter().enumerate().filter(|(_, ready)| **ready) {
                 self.accept(index);
             }
         }
         self.shared.close();
     }
 
-    /// Which listeners and strangers have something; `None` when the endpoint closes.
+    /// Returns which sockets and pending connections are ready; `None` when the listener closes.
     fn poll(&mut self) -> Option<(Vec<bool>, Vec<bool>)> {
         let now = Instant::now();
-        self.rest_until = self.rest_until.filter(|until| *until > now);
-        let resting = self.rest_until.is_some();
-        let wake_at = self.strangers.front().map(|s| s.deadline).into_iter().chain(self.rest_until).min();
-        // One millisecond more, so as not to wake just before the deadline.
+        self.paused_until = self.paused_until.filter(|until| *until > now);
+        let is_paused = self.paused_until.is_some();
+        let wake_at = self.pending.front().map(|p| p.deadline).into_iter().chain(self.paused_until).min();
+        // One millisecond more, so that it does not wake just before the deadline.
         let wait = wake_at.map(|at| at.saturating_duration_since(now) + Duration::from_millis(1));
         let wait = wait.map(|wait| Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() });
 
-        let mut fds = vec![PollFd::new(&self.sleeper, PollFlags::IN)];
-        let listening = if resting { &[] } else { &self.listeners[..] };
-        fds.extend(listening.iter().map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)));
-        fds.extend(self.strangers.iter().map(|s| PollFd::from_borrowed_fd(s.link.as_fd(), PollFlags::IN)));
+        let mut fds = vec![PollFd::new(&self.wake, PollFlags::IN)];
+        let listening = if is_paused { &[] } else { &self.sockets[..] };
+        fds.extend(listening.iter().map(|socket| PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN)));
+        fds.extend(self.pending.iter().map(|p| PollFd::from_borrowed_fd(p.connection.as_fd(), PollFlags::IN)));
         match poll(&mut fds, wait.as_ref()) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Some((Vec::new(), vec![false; self.strangers.len()])),
-            // Nothing that we pass can be wrong but by a bug; an endpoint that spins would hide it.
+            Err(rustix::io::Errno::INTR) => return Some((Vec::new(), vec![false; self.pending.len()])),
+            // Only a bug can cause another error; retrying would spin and hide it.
             Err(error) => {
-                tracing::error!(%error, "the endpoint cannot poll and closes");
+                tracing::error!(%error, "poll failed, the listener closes");
                 return None;
             }
         }
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         let (first, rest) = ready.split_first()?;
-        let (listeners, strangers) = rest.split_at(listening.len());
-        (!first).then(|| (listeners.to_vec(), strangers.to_vec()))
+        let (sockets, pending) = rest.split_at(listening.len());
+        (!first).then(|| (sockets.to_vec(), pending.to_vec()))
     }
 
-    /// Moves on the strangers that have sent something.
+    /// Advances the handshakes of pending connections that have sent bytes.
     fn advance(&mut self, ready: &[bool]) {
-        for (mut stranger, ready) in std::mem::take(&mut self.strangers).into_iter().zip(ready) {
-            let step = if *ready { self.step(&mut stranger) } else { Step::More };
+        for (mut pending, ready) in std::mem::take(&mut self.pending).into_iter().zip(ready) {
+            let step = if *ready { self.step(&mut pending) } else { Step::Incomplete };
             match step {
-                Step::More => self.strangers.push_back(stranger),
-                Step::In(hello) => self.shelve(hello, stranger.link),
-                Step::Out(counter) => self.count(counter),
+                Step::Incomplete => self.pending.push_back(pending),
+                Step::Accepted(hello) => self.add_unclaimed(hello, pending.connection),
+                Step::Rejected(counter) => self.count(counter),
             }
         }
     }
 
     fn expire(&mut self) {
         let now = Instant::now();
-        while self.strangers.front().is_some_and(|s| s.deadline <= now) {
-            self.strangers.pop_front();
-            self.count(|r| &mut r.too_slow);
+        while self.pending.front().is_some_and(|p| p.deadline <= now) {
+            self.pending.pop_front();
+            self.count(|r| &mut r.timed_out);
         }
     }
 
     fn accept(&mut self, index: usize) {
-        for _ in 0..ACCEPTS_A_TURN {
-            match self.listeners[index].accept() {
-                Ok(link) => match self.stranger(link) {
-                    Ok(stranger) => self.strangers.push_back(stranger),
-                    Err(_) => self.count(|r| &mut r.hung_up),
+        for _ in 0..ACCEPTS_MAX {
+            match self.sockets[index].accept() {
+                Ok(connection) => match self.prepare(connection) {
+                    Ok(pending) => self.pending.push_back(pending),
+                    Err(_) => self.count(|r| &mut r.disconnected),
                 },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a connection; the oldest stranger makes room");
-                    self.rest_until = Some(Instant::now() + REST);
-                    if self.strangers.pop_front().is_some() {
-                        self.count(|r| &mut r.crowded_out);
+                    tracing::warn!(%error, "cannot accept a connection; dropping the oldest unauthenticated one");
+                    self.paused_until = Some(Instant::now() + ACCEPT_PAUSE);
+                    if self.pending.pop_front().is_some() {
+                        self.count(|r| &mut r.evicted);
                     }
                     return;
                 }
             }
-            if self.strangers.len() > self.options.strangers_max {
-                self.strangers.pop_front();
-                self.count(|r| &mut r.crowded_out);
+            if self.pending.len() > self.options.unauthenticated_max {
+                self.pending.pop_front();
+                self.count(|r| &mut r.evicted);
             }
         }
     }
 
-    fn stranger(&self, link: Connection) -> io::Result<Stranger> {
-        link.set_nonblocking(true)?;
-        if let Connection::Tcp(stream) = &link {
+    fn prepare(&self, connection: Connection) -> io::Result<PendingConnection> {
+        connection.set_nonblocking(true)?;
+        if let Connection::Tcp(stream) = &connection {
             stream.set_nodelay(true)?;
         }
         let nonce = secret::random().map_err(io::Error::other)?;
         let deadline = Instant::now() + self.options.handshake_timeout;
-        Ok(Stranger { link, nonce, deadline, message: vec![0; PREFIX_BYTES], filled: 0, acceptor: None })
+        let message = vec![0; PREFIX_BYTES];
+        Ok(PendingConnection { connection, nonce, deadline, message, filled: 0, acceptor: None })
     }
 
-    /// As far as the bytes go that are there; two messages at most.
-    fn step(&self, stranger: &mut Stranger) -> Step {
+    /// Advances the handshake with the received bytes; at most two messages.
+    fn step(&self, pending: &mut PendingConnection) -> Step {
         loop {
-            let message = match stranger.receive() {
+            let message = match pending.receive() {
                 Ok(Some(message)) => message,
-                Ok(None) => return Step::More,
-                Err(error) if error.kind() == io::ErrorKind::InvalidData => return Step::Out(|r| &mut r.malformed),
-                Err(_) => return Step::Out(|r| &mut r.hung_up),
+                Ok(None) => return Step::Incomplete,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                    return Step::Rejected(|r| &mut r.malformed);
+                }
+                Err(_) => return Step::Rejected(|r| &mut r.disconnected),
             };
-            match stranger.acceptor.take() {
-                None => match self.greet(stranger, &message) {
+            match pending.acceptor.take() {
+                None => match self.greet(pending, &message) {
                     Ok(()) => {}
-                    Err(out) => return out,
+                    Err(rejected) => return rejected,
                 },
-                Some(acceptor) => return self.judge(stranger, acceptor, message),
+                Some(acceptor) => return self.verify(pending, acceptor, message),
             }
         }
     }
 
-    fn greet(&self, stranger: &mut Stranger, message: &[u8]) -> Result<(), Step> {
-        let acceptor = Acceptor::new(&stranger.nonce, message);
+    fn greet(&self, pending: &mut PendingConnection, message: &[u8]) -> Result<(), Step> {
+        let acceptor = Acceptor::new(&pending.nonce, message);
         if matches!(acceptor, Ok(_) | Err(HandshakeError::Version { .. })) {
-            stranger.send(&greeting(&stranger.nonce)).map_err(|_| Step::Out(|r| &mut r.hung_up))?;
+            pending.send(&greeting(&pending.nonce)).map_err(|_| Step::Rejected(|r| &mut r.disconnected))?;
         }
-        stranger.acceptor = Some(acceptor.map_err(|cause| match cause {
-            HandshakeError::Version { .. } => Step::Out(|r| &mut r.version),
-            _ => Step::Out(|r| &mut r.malformed),
+        pending.acceptor = Some(acceptor.map_err(|cause| match cause {
+            HandshakeError::Version { .. } => Step::Rejected(|r| &mut r.version),
+            _ => Step::Rejected(|r| &mut r.malformed),
         })?);
         Ok(())
     }
 
-    /// HS-1: only here is the hello looked at.
-    fn judge(&self, stranger: &mut Stranger, acceptor: Acceptor, message: Vec<u8>) -> Step {
-        let (believed, hello) = match acceptor.believe(&self.secret, message) {
-            Ok(believed) => believed,
+    /// HS-1: verifies the proof before it uses the hello.
+    fn verify(&self, pending: &mut PendingConnection, acceptor: Acceptor, message: Vec<u8>) -> Step {
+        let (dialler, hello) = match acceptor.verify(&self.key, message) {
+            Ok(verified) => verified,
             Err(cause) => {
-                // It may well be one of us with another secret, and should hear it.
-                let _ = stranger.send(&[]);
+                // It may be a process of this job with another secret; the empty answer lets it report that.
+                let _ = pending.send(&[]);
                 return match cause {
-                    HandshakeError::Proof => Step::Out(|r| &mut r.proof),
-                    _ => Step::Out(|r| &mut r.malformed),
+                    HandshakeError::Proof => Step::Rejected(|r| &mut r.proof),
+                    _ => Step::Rejected(|r| &mut r.malformed),
                 };
             }
         };
         let admitted = hello.and_then(|hello| self.admit(&hello).map(|()| hello));
         let verdict = admitted.as_ref().map(|_| ()).map_err(Refusal::clone);
-        let sent = believed.answer(&self.secret, &verdict).is_ok_and(|answer| stranger.send(&answer).is_ok());
+        let sent = dialler.answer(&self.key, &verdict).is_ok_and(|answer| pending.send(&answer).is_ok());
         match admitted {
-            Ok(hello) if sent && stranger.link.settle().is_ok() => Step::In(hello),
-            Ok(_) => Step::Out(|r| &mut r.hung_up),
-            Err(refusal) => Step::Out(counter(&refusal)),
+            Ok(hello) if sent && pending.connection.configure().is_ok() => Step::Accepted(hello),
+            Ok(_) => Step::Rejected(|r| &mut r.disconnected),
+            Err(refusal) => Step::Rejected(counter(&refusal)),
         }
     }
 
-    /// EP-3, after the gate.
+    /// Applies the policy and EP-3.
     fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
         let state = self.shared.state();
-        state.gate.admit(hello)?;
+        state.policy.admit(hello)?;
         match state.unclaimed.len() {
             unclaimed if unclaimed >= self.options.unclaimed_max => {
                 Err(Refusal::Crowded { unclaimed: unclaimed as u64 })
@@ -229,17 +232,18 @@ impl Server {
         }
     }
 
-    fn shelve(&self, hello: Hello, link: Connection) {
+    fn add_unclaimed(&self, hello: Hello, connection: Connection) {
         let mut state = self.shared.state();
         if state.closed {
             return;
         }
         let Hello { from, purpose, .. } = hello;
         if purpose != Purpose::Rendezvous {
-            // A dialler that gave up and came again. At rendezvous two may claim one rank, and both must be named.
+            // Replaces the connection of a dialler that retried. At rendezvous, two processes that claim one rank must
+            // both be reported.
             state.unclaimed.retain(|u| (u.from, u.purpose) != (from, purpose));
         }
-        state.unclaimed.push_back(Unclaimed { from, purpose, link });
+        state.unclaimed.push_back(Unclaimed { from, purpose, connection });
         self.shared.arrived.notify_all();
     }
 
@@ -253,19 +257,19 @@ fn counter(refusal: &Refusal) -> fn(&mut Refusals) -> &mut u64 {
         Refusal::Session { .. } => |r| &mut r.session,
         Refusal::OldEpoch { .. } | Refusal::Late { .. } => |r| &mut r.old_epoch,
         Refusal::NewEpoch { .. } => |r| &mut r.new_epoch,
-        Refusal::Process { .. } | Refusal::NotMe { .. } => |r| &mut r.process,
+        Refusal::Process { .. } | Refusal::WrongProcess { .. } => |r| &mut r.process,
         Refusal::Unreadable => |r| &mut r.unreadable,
-        Refusal::NotStarted | Refusal::Crowded { .. } => |r| &mut r.again,
+        Refusal::NotStarted | Refusal::Crowded { .. } => |r| &mut r.retry,
     }
 }
 
-impl Stranger {
-    /// A whole message without its length, once it is there. Never reads past its end: what follows a handshake belongs to
-    /// whoever claims the link.
+impl PendingConnection {
+    /// Returns the next message without its length prefix once it is complete. Never reads past its end: later bytes
+    /// belong to the owner of the connection.
     fn receive(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             while self.filled < self.message.len() {
-                match (&self.link).read(&mut self.message[self.filled..]) {
+                match (&self.connection).read(&mut self.message[self.filled..]) {
                     Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                     Ok(bytes) => self.filled += bytes,
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -287,9 +291,10 @@ impl Stranger {
         }
     }
 
-    /// The buffer of a fresh socket takes a whole handshake; a stranger that has filled it is not worth the wait.
+    /// Sends a message without blocking. The send buffer of a new socket holds a whole handshake; a full buffer is an
+    /// error.
     fn send(&self, part: &[u8]) -> io::Result<()> {
-        (&self.link).write_all(&with_length(part))
+        (&self.connection).write_all(&with_length(part))
     }
 }
 

@@ -146,7 +146,7 @@ fn waits(actor: u32, firings: [u64; 2], idle_now_ns: u64, missing: Vec<(u32, Mis
         waiting: ActorWaits { actor, in_flight: None, actions },
         idle: Idle::default(),
         idle_now_ns,
-        flying_since_ns: None,
+        in_flight_since_ns: None,
         registers: Vec::new(),
     }
 }

@@ -1,19 +1,19 @@
 //! What processes send each other over the control plane, as bytes with a version and limits.
 //!
-//! An opening is `version u8 | session | epoch u64 | process u32 | MAC of all that`, once at the start of each direction. A letter
+//! An opening is `version u8 | session | epoch u64 | process u32 | MAC of all that`, once at the start of each direction. A control message
 //! is `header (bincode) | payload`; the payload is raw, because bincode copies bytes one by one.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
 
-use super::datagram::Refusal;
+use super::datagram::Rejection;
 
 /// Bytes of an application's message, at most.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
 /// Bytes of a cause's text, at most; the rest is cut off.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
-/// Bytes of a letter, at most.
-pub(crate) const LETTER_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
+/// Bytes of a control message, at most.
+pub(crate) const CONTROL_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
 /// Bytes of an opening.
 pub(crate) const OPENING_BYTES: usize = OPENING_TEXT_BYTES + 32;
 
@@ -51,35 +51,35 @@ impl Opening {
     }
 
     /// Whether a peer sent what is expected of it, or why not.
-    pub(crate) fn check(&self, bytes: &[u8; OPENING_BYTES], key: &[u8; 32]) -> Result<(), Refusal> {
+    pub(crate) fn check(&self, bytes: &[u8; OPENING_BYTES], key: &[u8; 32]) -> Result<(), Rejection> {
         let (text, mac) = bytes.split_at(OPENING_TEXT_BYTES);
         if text[0] != VERSION {
-            return Err(Refusal::Format);
+            return Err(Rejection::Format);
         }
         // `Hash` compares in constant time.
         if blake3::keyed_hash(key, text) != *mac {
-            return Err(Refusal::Mac);
+            return Err(Rejection::Mac);
         }
         if text[1..17] != self.session || text[25..] != self.from.to_le_bytes() {
-            return Err(Refusal::Session);
+            return Err(Rejection::Session);
         }
         let epoch = text[17..25].iter().rev().fold(0, |epoch, byte| epoch << 8 | u64::from(*byte));
         match epoch.cmp(&self.epoch) {
-            std::cmp::Ordering::Less => Err(Refusal::OldEpoch),
+            std::cmp::Ordering::Less => Err(Rejection::OldEpoch),
             std::cmp::Ordering::Equal => Ok(()),
-            std::cmp::Ordering::Greater => Err(Refusal::NewerEpoch),
+            std::cmp::Ordering::Greater => Err(Rejection::NewerEpoch),
         }
     }
 }
 
-/// One letter.
+/// One control message.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Letter {
+pub(crate) struct ControlMessage {
     pub(crate) body: Body,
     pub(crate) payload: Vec<u8>,
 }
 
-/// The kinds of letters. All but `Message` and `Received` are urgent: the receiver answers with `Received` at once.
+/// The kinds of control messages. All but `Message` and `Received` are urgent: the receiver answers with `Received` at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
     /// The application's; the payload is its bytes.
@@ -90,20 +90,20 @@ pub(crate) enum Body {
     Lost { about: u32, follows: bool, cause: String, exit: u8 },
     /// The sender ends in order.
     Leaving,
-    /// How many urgent letters the sender has received since the start.
+    /// How many urgent control messages the sender has received since the start.
     Received { urgent: u64 },
 }
 
-impl From<Body> for Letter {
+impl From<Body> for ControlMessage {
     fn from(body: Body) -> Self {
         Self { body, payload: Vec::new() }
     }
 }
 
-impl Letter {
+impl ControlMessage {
     pub(crate) fn write(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.payload.len());
-        // Writing to a vector does not fail, and `bounded` keeps texts within the limit.
+        // Writing to a vector does not fail, and `truncate` keeps texts within the limit.
         let _ = bincode::serde::encode_into_std_write(&self.body, &mut bytes, CONFIG);
         bytes.extend_from_slice(&self.payload);
         bytes
@@ -122,7 +122,7 @@ impl Letter {
 }
 
 /// The text within [`CAUSE_BYTES_MAX`].
-pub(crate) fn bounded(mut cause: String) -> String {
+pub(crate) fn truncate(mut cause: String) -> String {
     if cause.len() > CAUSE_BYTES_MAX {
         let end = (0..=CAUSE_BYTES_MAX).rev().find(|i| cause.is_char_boundary(*i)).unwrap_or(0);
         cause.truncate(end);
@@ -134,10 +134,10 @@ pub(crate) fn bounded(mut cause: String) -> String {
 mod tests {
     use super::*;
 
-    fn all() -> Vec<Letter> {
+    fn all() -> Vec<ControlMessage> {
         let cause = || "out of memory: 3 GiB".to_string();
         vec![
-            Letter { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() },
+            ControlMessage { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() },
             Body::Message { topic: 7 }.into(),
             Body::Failed { follows: true, cause: cause(), exit: 71 }.into(),
             Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }.into(),
@@ -148,30 +148,30 @@ mod tests {
 
     #[test]
     fn letters_arrive_as_sent() {
-        let cause = bounded("é".repeat(CAUSE_BYTES_MAX));
-        let longest = Letter::from(Body::Failed { follows: true, cause, exit: 71 });
-        let largest = Letter { body: Body::Message { topic: 1 }, payload: vec![1; MESSAGE_BYTES_MAX] };
-        for letter in all().into_iter().chain([longest, largest]) {
-            let bytes = letter.write();
-            assert!(bytes.len() <= LETTER_BYTES_MAX);
-            assert_eq!(Letter::read(&bytes), Ok(letter));
+        let cause = truncate("é".repeat(CAUSE_BYTES_MAX));
+        let longest = ControlMessage::from(Body::Failed { follows: true, cause, exit: 71 });
+        let largest = ControlMessage { body: Body::Message { topic: 1 }, payload: vec![1; MESSAGE_BYTES_MAX] };
+        for message in all().into_iter().chain([longest, largest]) {
+            let bytes = message.write();
+            assert!(bytes.len() <= CONTROL_BYTES_MAX);
+            assert_eq!(ControlMessage::read(&bytes), Ok(message));
         }
     }
 
     #[test]
     fn letters_that_are_cut_or_too_long_are_refused() {
-        for letter in all() {
-            let bytes = letter.write();
-            let payload = letter.payload.len();
+        for message in all() {
+            let bytes = message.write();
+            let payload = message.payload.len();
             for length in 0..bytes.len() - payload {
-                assert!(Letter::read(&bytes[..length]).is_err(), "{letter:?} cut to {length}");
+                assert!(ControlMessage::read(&bytes[..length]).is_err(), "{message:?} cut to {length}");
             }
-            if !matches!(letter.body, Body::Message { .. }) {
-                assert_eq!(Letter::read(&[&bytes[..], &[0]].concat()), Err("too many bytes"));
+            if !matches!(message.body, Body::Message { .. }) {
+                assert_eq!(ControlMessage::read(&[&bytes[..], &[0]].concat()), Err("too many bytes"));
             }
         }
-        let long = Letter { body: Body::Message { topic: 0 }, payload: vec![0; MESSAGE_BYTES_MAX + 1] };
-        assert_eq!(Letter::read(&long.write()), Err("too many bytes"));
+        let long = ControlMessage { body: Body::Message { topic: 0 }, payload: vec![0; MESSAGE_BYTES_MAX + 1] };
+        assert_eq!(ControlMessage::read(&long.write()), Err("too many bytes"));
     }
 
     #[test]
@@ -179,15 +179,15 @@ mod tests {
         let (key, own) = (Opening::key(&[5; 32]), Opening { session: [6; 16], epoch: 3, from: 1 });
         let check = |sent: Opening, key: &[u8; 32]| own.check(&sent.write(key), &Opening::key(&[5; 32]));
         assert_eq!(check(own, &key), Ok(()));
-        assert_eq!(check(own, &Opening::key(&[4; 32])), Err(Refusal::Mac));
-        assert_eq!(check(Opening { session: [7; 16], ..own }, &key), Err(Refusal::Session));
-        assert_eq!(check(Opening { from: 2, ..own }, &key), Err(Refusal::Session));
-        assert_eq!(check(Opening { epoch: 2, ..own }, &key), Err(Refusal::OldEpoch));
-        assert_eq!(check(Opening { epoch: 4, ..own }, &key), Err(Refusal::NewerEpoch));
+        assert_eq!(check(own, &Opening::key(&[4; 32])), Err(Rejection::Mac));
+        assert_eq!(check(Opening { session: [7; 16], ..own }, &key), Err(Rejection::Session));
+        assert_eq!(check(Opening { from: 2, ..own }, &key), Err(Rejection::Session));
+        assert_eq!(check(Opening { epoch: 2, ..own }, &key), Err(Rejection::OldEpoch));
+        assert_eq!(check(Opening { epoch: 4, ..own }, &key), Err(Rejection::NewerEpoch));
         for at in 0..OPENING_BYTES {
             let mut bytes = own.write(&key);
             bytes[at] ^= 1;
-            let refusal = if at == 0 { Refusal::Format } else { Refusal::Mac };
+            let refusal = if at == 0 { Rejection::Format } else { Rejection::Mac };
             assert_eq!(own.check(&bytes, &key), Err(refusal), "byte {at}");
         }
     }
@@ -196,7 +196,7 @@ mod tests {
         /// Whatever a peer sends, reading ends, and takes no more memory than the bytes that came.
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
-            let _ = Letter::read(&bytes);
+            let _ = ControlMessage::read(&bytes);
         }
     }
 }
