@@ -48,7 +48,7 @@ pub enum CheckpointsError {
     /// A step was not finite, and there is no checkpoint to roll back to.
     #[error("{0}; there is no checkpoint to roll back to")]
     NoCheckpoint(Box<NonFinite>),
-    /// A step was not finite after [`ROLLBACKS_MAX`] rollbacks to one checkpoint.
+    /// A step was not finite again after the maximum number of rollbacks to one checkpoint.
     #[error("rolled back to step {step} {ROLLBACKS_MAX} times, and again {found}")]
     TooManyRollbacks {
         /// Step of the checkpoint.
