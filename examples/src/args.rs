@@ -1,6 +1,6 @@
 //! The command line of `gpt`: flags and their checks.
 //!
-//! What is checked here are the flags against each other; whether a plan exists and fits is `compile`'s to say.
+//! This module checks the flags against each other; `compile` checks whether a plan exists and fits.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
@@ -14,13 +14,13 @@ use shardflow::output;
 use shardflow::watch::client;
 
 /// How long an error waits for stdout to drain.
-const STDOUT_FIRST: Duration = Duration::from_millis(200);
+const STDOUT_DRAIN: Duration = Duration::from_millis(200);
 
-/// Queues `error:` and `hint:` lines for stderr, see [`output::finish`], and gives the exit code to return from `main`.
+/// Queues `error:` and `hint:` lines for stderr, see [`output::finish`], and returns the exit code for `main`.
 pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
     // On a terminal both streams are one, so earlier output comes first.
     output::stdout().end_line();
-    output::stdout().flush(Some(STDOUT_FIRST));
+    output::stdout().flush(Some(STDOUT_DRAIN));
     output::stderr().line(&format!("error: {error}"));
     if !hint.is_empty() {
         output::stderr().line(&format!("hint: {hint}"));
@@ -28,11 +28,11 @@ pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Train a small GPT on a text, on a mesh of devices, of this process or of several.
+/// Train a small GPT on a text, on a mesh of devices of one or several processes.
 #[derive(Clone, Debug, clap::Parser)]
 #[command(name = "gpt", version)]
 pub struct GptArgs {
-    /// Text to train on; without it, this repository's own sources and docs.
+    /// Text to train on; the default is this repository's own sources and docs.
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Devices along each mesh axis, such as data=2,stage=2,tensor=2; an axis not named has one.
@@ -41,19 +41,20 @@ pub struct GptArgs {
     /// Order of forward and backward work in a pipeline.
     #[arg(long, value_enum, default_value_t = ScheduleArg::OneFOneB)]
     pub schedule: ScheduleArg,
-    /// What the mesh's devices are. A GPU may be several of them, in one process.
+    /// Kind of devices in the mesh; in one process, several devices of the mesh may share a GPU.
     #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
     pub device: DeviceArg,
-    /// How activations and their gradients are stored; weights, their gradients and the update are f32 in any case.
+    /// Type in which activations and their gradients are stored; weights, their gradients and the update are always
+    /// f32.
     #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
     pub precision: PrecisionArg,
-    /// Micro-batches in a step.
+    /// Micro-batches per step.
     #[arg(long, value_name = "M", default_value_t = 1)]
     pub micro_batches: usize,
-    /// CPU threads of each device; without it, the cores of this process divided evenly.
+    /// CPU threads of each device; by default the cores of this process are divided evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory of each device in MiB that the plan must fit in; without it, the free memory of the node, or of each GPU.
+    /// Memory of each device in MiB that the plan must fit in; by default the free memory of the node, or of each GPU.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.
@@ -65,10 +66,10 @@ pub struct GptArgs {
     /// Width of the residual stream.
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub width: usize,
-    /// Tokens of a sample.
+    /// Tokens per sample.
     #[arg(long, value_name = "N", default_value_t = 64)]
     pub context: usize,
-    /// Samples of a step, all micro-batches and data shards together.
+    /// Samples per step, over all micro-batches and data shards.
     #[arg(long, value_name = "N", default_value_t = 12)]
     pub batch: usize,
     /// Training steps.
@@ -77,19 +78,20 @@ pub struct GptArgs {
     /// Learning rate of AdamW.
     #[arg(long, value_name = "X", default_value_t = 1e-3)]
     pub lr: f32,
-    /// Largest norm of the whole gradient; without it, no clipping.
+    /// Maximum norm of the whole gradient; by default gradients are not clipped.
     #[arg(long, value_name = "NORM")]
     pub clip: Option<f32>,
     /// Probability of dropping an activation.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub dropout: f32,
-    /// Seed of the initial weights, of dropout and of the text written at the end; the seed of a checkpoint replaces it.
+    /// Seed of the initial weights, of dropout and of the text generated at the end; the seed of a checkpoint replaces
+    /// it.
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub seed: u64,
-    /// Characters to write with the trained model at the end; 0 for none.
+    /// Characters to generate with the trained model at the end; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 200)]
     pub sample: usize,
-    /// Write one JSON object for each step to this file.
+    /// Write one JSON object per step to this file.
     #[arg(long, value_name = "FILE")]
     pub log_json: Option<PathBuf>,
     /// Print the plan (layouts, boxing, schedule, memory) and stop before training.
@@ -101,7 +103,7 @@ pub struct GptArgs {
     /// Start from the parameters in this file, with fresh optimizer state.
     #[arg(long, value_name = "FILE.safetensors")]
     pub init_from: Option<PathBuf>,
-    /// Keep checkpoints here, and continue from the newest one, see --resume.
+    /// Save checkpoints here, and continue from the newest one, see --resume.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<String>,
     /// Whether training continues from an existing checkpoint.
@@ -110,41 +112,42 @@ pub struct GptArgs {
     /// Steps between two checkpoints.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub checkpoint_every: u64,
-    /// Checkpoints that are kept.
+    /// Number of newest checkpoints that are kept.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub checkpoint_keep: usize,
-    /// Besides the newest, keep checkpoints of steps that are multiples of N for good.
+    /// In addition to the newest, keep checkpoints of steps that are multiples of N permanently.
     #[arg(long, value_name = "N")]
     pub checkpoint_keep_every: Option<u64>,
-    /// What a step does whose loss or gradients are not finite; it never changes a weight.
+    /// Policy for a step whose loss or gradients are not finite; such a step never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
-    /// A step without progress for this long ends the training with code 79 and the cause; a warning comes first, after 10 s or the time of five steps.
+    /// Abort with code 79 and the cause after this long without progress; a warning comes first, after 10 s or the time
+    /// of five steps.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
-    /// Serve metrics to Prometheus, the live page and the session's health here, without a value at 127.0.0.1:9400; process n of several on
-    /// the n-th port from this one.
+    /// Serve Prometheus metrics, the live page and the session's health here, without a value at 127.0.0.1:9400;
+    /// process n of several listens on this port plus n.
     #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, default_missing_value = client::ADDRESS, value_parser = client::address)]
     pub listen: Option<SocketAddr>,
-    /// What one device could do at best, in 10^12 floating-point operations a second; for the share of it that is used.
+    /// Peak of one device, in 10^12 floating-point operations per second; enables the metric of its utilisation (MFU).
     #[arg(long, value_name = "N")]
     pub peak_tflops: Option<f64>,
-    /// Write what each actor did to this file, for ui.perfetto.dev; process n of several to FILE.n.
+    /// Write a trace of all actors to this file, for ui.perfetto.dev; process n of several writes FILE.n.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
     /// Size in MiB at which the trace ends; the training continues.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub trace_mib: u64,
-    /// What all processes do after the step on SIGUSR1, a notice of preemption.
+    /// Action of all processes after the step on SIGUSR1, a notice of preemption.
     #[arg(long, value_enum, default_value_t = OnUsr1Arg::Checkpoint)]
     pub on_usr1: OnUsr1Arg,
-    /// Under Slurm, save a checkpoint and end with code 75 this long before the job's end time, plus the time of a step and a
-    /// save.
+    /// Under Slurm, save a checkpoint and end with code 75 before the job's end time, earlier by this margin plus the
+    /// time of a step and a save.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub job_end_margin: u64,
 }
 
-/// What SIGUSR1 requests.
+/// Action on SIGUSR1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum OnUsr1Arg {
     /// Save a checkpoint and continue.
@@ -153,29 +156,30 @@ pub enum OnUsr1Arg {
     End,
 }
 
-/// What becomes of steps that are not finite.
+/// Policy for steps that are not finite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum NonFiniteArg {
-    /// The training ends with code 80, and names the tensor.
+    /// End the training with code 80, and name the tensor.
     Stop,
-    /// The batch is passed over; the training ends if this does not help.
+    /// Skip the batch; end the training after too many such steps in a row.
     Skip,
-    /// Back to the newest checkpoint, and on from there with the batches that come after the bad one.
+    /// Return to the newest checkpoint, and continue with the batches after the bad one.
     Rollback,
 }
 
 /// When training continues from a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum ResumeArg {
-    /// Continue from the newest checkpoint, or start anew if there is none; a line reports which.
+    /// Continue from the newest checkpoint, or start from step 0 if there is none; a line reports which.
     Auto,
     /// Continue from the newest checkpoint, or end with code 65 if there is none.
     Required,
-    /// Start anew, or end with code 2 if there is a checkpoint. A job that the launcher restarts continues from its own.
+    /// Start from step 0, or end with code 2 if there is a checkpoint. A job that the launcher restarts continues from
+    /// its own.
     Never,
 }
 
-/// Pipeline schedules by name.
+/// Names of pipeline schedules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum ScheduleArg {
     /// All forwards, then all backwards: Huang et al. 2018, <https://arxiv.org/abs/1811.06965>.
@@ -186,22 +190,22 @@ pub enum ScheduleArg {
     OneFOneB,
 }
 
-/// Kinds of devices by name.
+/// Names of kinds of devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceArg {
     /// Threads of this machine.
     Cpu,
-    /// NVIDIA's GPUs.
+    /// NVIDIA GPUs.
     Cuda,
 }
 
-/// Precisions by name.
+/// Names of precisions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum PrecisionArg {
     /// 32-bit floats.
     #[value(name = "f32")]
     F32,
-    /// 16-bit floats with the range of 32-bit ones; on CPUs a reference, and slower.
+    /// 16-bit floats with the range of 32-bit ones; on CPUs slower than f32, and meant as a reference.
     #[value(name = "bf16")]
     BF16,
 }
@@ -218,7 +222,7 @@ pub struct MeshArg {
 }
 
 impl MeshArg {
-    /// Devices in all.
+    /// Number of devices.
     pub fn devices(&self) -> usize {
         self.data * self.stage * self.tensor
     }
@@ -229,11 +233,11 @@ impl MeshArg {
     }
 }
 
-/// Devices that a mesh may name, so that a slip such as `data=1000000000` is told at once. How many devices there are is
-/// for `compile` to say.
+/// Maximum number of devices in a mesh, so that a typo such as `data=1000000000` is reported at once. `compile`
+/// compares the mesh with the devices that exist.
 pub const DEVICES_MAX: usize = 4096;
 
-/// Threads that a device may be asked for; its streams refuse more.
+/// Maximum number of threads of a device; its streams refuse more.
 pub const THREADS_MAX: usize = 64;
 
 impl FromStr for MeshArg {
@@ -270,10 +274,10 @@ pub enum ArgsError {
     /// Not a list of `axis=size`.
     #[error("mesh {text:?} is not a list of axis=size, such as data=2,stage=2,tensor=2")]
     MeshSyntax {
-        /// What was given.
+        /// The text given.
         text: String,
     },
-    /// An axis that `gpt` does not know.
+    /// An axis other than those of `gpt`.
     #[error("unknown mesh axis {axis:?}: expected data, stage or tensor")]
     UnknownAxis {
         /// Its name.
@@ -285,10 +289,10 @@ pub enum ArgsError {
         /// Its name.
         axis: String,
     },
-    /// More devices than one process takes.
+    /// More than [`DEVICES_MAX`] devices.
     #[error("mesh {text:?} has more than {DEVICES_MAX} devices")]
     TooManyDevices {
-        /// What was given.
+        /// The text given.
         text: String,
     },
     /// A size of zero.
@@ -313,7 +317,7 @@ pub enum ArgsError {
         /// Micro-batches given.
         micro_batches: usize,
     },
-    /// Stages must have equally many layers.
+    /// Stages must have equal numbers of layers.
     #[error("--layers {layers} is not a multiple of --mesh stage={stages}")]
     LayersStages {
         /// Stages given.
@@ -321,28 +325,28 @@ pub enum ArgsError {
         /// Layers given.
         layers: usize,
     },
-    /// More threads than a device takes.
+    /// More than [`THREADS_MAX`] threads.
     #[error("--threads-per-device must be at most {THREADS_MAX}, got {threads}")]
     TooManyThreads {
         /// Threads given.
         threads: usize,
     },
-    /// One file for two uses, of which one would destroy what the other needs.
+    /// Two flags name the same file, and writing one would destroy the other.
     #[error("{first} and {second} are the same file {path}")]
     SameFile {
-        /// A flag.
+        /// The first flag.
         first: &'static str,
-        /// Another.
+        /// The second flag.
         second: &'static str,
-        /// What both name.
+        /// The file.
         path: PathBuf,
     },
-    /// A flag needs checkpoints, and there is no folder for them.
+    /// A flag needs checkpoints, and `--checkpoint` is not given.
     #[error("{flag} needs --checkpoint")]
     NeedsCheckpoint {
         /// The flag.
         flag: &'static str,
-        /// What works without one.
+        /// The flag to use without checkpoints.
         instead: &'static str,
     },
     /// A number outside its range.
@@ -383,7 +387,7 @@ impl ArgsError {
         }
     }
 
-    /// Sizes that no pipeline can have are refused as a plan would be; all else is wrong usage.
+    /// Sizes that do not divide in a pipeline have the code of a refused plan; all other errors are usage errors.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::BatchMicroBatches { .. } | Self::LayersStages { .. } => Exit::Refused.code(),
@@ -426,7 +430,7 @@ impl GptArgs {
         if !(self.lr.is_finite() && self.lr >= 0.0) {
             return range("--lr", "finite and not negative", self.lr);
         }
-        // Written so that a NaN fails too.
+        // `contains` is false for NaN.
         if !(0.0..1.0).contains(&self.dropout) {
             return range("--dropout", "at least 0 and less than 1", self.dropout);
         }
@@ -464,7 +468,7 @@ impl GptArgs {
         Ok(())
     }
 
-    /// No file is written that is also read or written for another use. To start from a file and save to it is fine.
+    /// Checks that no output file is also used by another flag. Starting from a file and saving to it is allowed.
     fn check_files(&self) -> Result<(), ArgsError> {
         let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
         let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));
@@ -475,7 +479,7 @@ impl GptArgs {
             let (Some(a), Some(b)) = (a, b) else { continue };
             let same = match (a.canonicalize(), b.canonicalize()) {
                 (Ok(a), Ok(b)) => a == b,
-                // At least one is not there yet.
+                // At least one does not exist yet.
                 _ => a == b,
             };
             if same {
@@ -485,17 +489,18 @@ impl GptArgs {
         Ok(())
     }
 
-    /// Whether training continues from a checkpoint after this many restarts: a restarted job finds its own checkpoints.
+    /// The resume mode after this many restarts: a restarted job continues from its own checkpoints.
     pub fn resume_at(&self, restart: u64) -> ResumeArg {
         if restart > 0 && self.resume == ResumeArg::Never { ResumeArg::Auto } else { self.resume }
     }
 
-    /// Threads of each device: as given, or an even share of `cores` for the devices on this machine, and one at least.
+    /// Threads of each device: the flag's value, or an even share of `cores` for the devices on this machine, and at
+    /// least one.
     pub fn threads(&self, cores: usize, devices_here: usize) -> usize {
         self.threads_per_device.unwrap_or(cores / devices_here.max(1)).clamp(1, THREADS_MAX)
     }
 
-    /// Bytes of each device, as given.
+    /// Memory of each device in bytes, if the flag is given.
     pub fn memory_bytes(&self) -> Option<usize> {
         self.memory_mib.map(|mib| mib.saturating_mul(1 << 20))
     }
@@ -528,7 +533,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mesh_and_a_schedule() {
+    fn meshes_and_schedules_are_parsed() {
         let args = parse(&["--mesh", "tensor=2, data=3", "--schedule", "gpipe"]).unwrap();
         assert_eq!(args.mesh, MeshArg { data: 3, stage: 1, tensor: 2 });
         assert_eq!((args.mesh.devices(), args.schedule, args.threads(16, 6)), (6, ScheduleArg::GPipe, 2));
@@ -613,7 +618,7 @@ mod tests {
         }
     }
 
-    /// Of every flag that takes a whole number.
+    /// Checks every flag that takes a whole number.
     #[test]
     fn negative_numbers_are_out_of_range() {
         let command = <GptArgs as clap::CommandFactory>::command();
@@ -638,7 +643,7 @@ mod tests {
     }
 
     #[test]
-    fn the_definition_is_sound() {
+    fn the_clap_definition_is_valid() {
         <GptArgs as clap::CommandFactory>::command().debug_assert();
     }
 }

@@ -1,5 +1,5 @@
-//! Text as training data: bytes numbered by rank, and batches chosen by counter, so that every layout and every number
-//! of micro-batches sees the same samples.
+//! Text as training data: bytes are numbered by rank, and a counter chooses the batches, so that every layout and every
+//! number of micro-batches gets the same samples.
 
 use std::path::{Path, PathBuf};
 
@@ -17,10 +17,10 @@ pub enum DataError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         cause: std::io::Error,
     },
-    /// The file holds nothing.
+    /// The file is empty.
     #[error("data file {path} is empty")]
     Empty {
         /// The file.
@@ -28,23 +28,23 @@ pub enum DataError {
     },
     /// The training part does not hold a single sample.
     #[error(
-        "{path} is too short: {bytes} bytes, of which the first nine tenths ({train}) train, but one sample of \
-         --context {context} takes {}", context.saturating_add(1)
+        "{path} is too short: {bytes} bytes, of which the first nine tenths ({train}) are for training, but one sample \
+         of --context {context} takes {}", context.saturating_add(1)
     )]
     TooShort {
         /// The file.
         path: PathBuf,
-        /// Bytes in all.
+        /// Bytes of the file.
         bytes: usize,
-        /// Bytes that train.
+        /// Bytes for training.
         train: usize,
         /// Tokens of one sample.
         context: usize,
     },
-    /// The default text is this repository, which is not there.
+    /// The default text is this repository, whose files are missing.
     #[error("no source or documentation files under {root}, which is the default text")]
     NoSources {
-        /// Where they were looked for.
+        /// The folder that was searched.
         root: PathBuf,
     },
 }
@@ -56,12 +56,14 @@ impl DataError {
             Self::Read { .. } => "check the path given with --data; without --data, this repository's own text is used",
             Self::Empty { .. } => "give a text file with --data",
             Self::TooShort { .. } => "give a longer file with --data, or a smaller --context",
-            Self::NoSources { .. } => "the program has been moved away from its checkout: give a text file with --data",
+            Self::NoSources { .. } => {
+                "the checkout that this program was built from is gone: give a text file with --data"
+            }
         }
     }
 }
 
-/// A text as token ids. A token is a byte, numbered by its rank among the bytes that occur.
+/// A text as token ids. A token is a byte; its id is its rank among the bytes that occur.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Text {
     /// Byte of each token id.
@@ -91,7 +93,7 @@ impl Text {
         }
     }
 
-    /// The text of some bytes; `path` is where they come from, for errors.
+    /// Makes a text from bytes; `path` is their source, for errors.
     ///
     /// # Errors
     /// No bytes, or too few for one sample.
@@ -99,7 +101,7 @@ impl Text {
         if bytes.is_empty() {
             return Err(DataError::Empty { path: path.into() });
         }
-        // Targets are one further on, so a sample needs context + 1 tokens.
+        // Targets are shifted by one, so a sample needs context + 1 tokens.
         let train = bytes.len() * 9 / 10;
         if train <= context {
             return Err(DataError::TooShort { path: path.into(), bytes: bytes.len(), train, context });
@@ -118,7 +120,7 @@ impl Text {
         &self.identity
     }
 
-    /// Identity of the vocabulary: which byte has which token id.
+    /// Identity of the vocabulary: the byte of each token id.
     pub fn vocabulary_identity(&self) -> String {
         identity_of(&self.vocabulary)
     }
@@ -128,7 +130,7 @@ impl Text {
         self.vocabulary.len()
     }
 
-    /// Tokens that train.
+    /// Number of training tokens.
     pub fn train_len(&self) -> usize {
         self.train.len()
     }
@@ -138,17 +140,17 @@ impl Text {
     /// # Panics
     /// When `context` is not shorter than the training part, which [`Text::load`] has checked.
     pub fn samples(&self, first: u64, count: usize, context: usize) -> (Vec<i32>, Vec<i32>) {
-        let places = (self.train.len() - context) as u64;
+        let starts = (self.train.len() - context) as u64;
         let (mut ids, mut targets) = (Vec::with_capacity(count * context), Vec::with_capacity(count * context));
         for row in 0..count as u64 {
-            let start = (mix(DATA_SEED.wrapping_add(first).wrapping_add(row)) % places) as usize;
+            let start = (mix(DATA_SEED.wrapping_add(first).wrapping_add(row)) % starts) as usize;
             ids.extend(&self.train[start..start + context]);
             targets.extend(&self.train[start + 1..start + 1 + context]);
         }
         (ids, targets)
     }
 
-    /// What a written text may start from: a line's end, or the first token of a text without lines.
+    /// The tokens that generated text starts from: a newline, or the first token of a text without newlines.
     pub fn prompt(&self) -> Vec<i32> {
         self.encode(b"\n").unwrap_or_else(|| self.train[..1].to_vec())
     }
@@ -158,7 +160,7 @@ impl Text {
         text.iter().map(|b| self.vocabulary.binary_search(b).ok().map(|id| id as i32)).collect()
     }
 
-    /// The text of token ids; ids outside the vocabulary and bytes that are not UTF-8 show as U+FFFD.
+    /// The text of token ids; ids outside the vocabulary and bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[i32]) -> String {
         let byte = |id: &i32| usize::try_from(*id).ok().and_then(|id| self.vocabulary.get(id).copied());
         let bytes: Vec<u8> = ids.iter().map(|id| byte(id).unwrap_or(0xFF)).collect();
@@ -166,7 +168,7 @@ impl Text {
     }
 }
 
-/// The `*.rs`, `*.md` and `*.toml` files under `root`, one after the other, sorted by path.
+/// Concatenates the `*.rs`, `*.md` and `*.toml` files under `root`, sorted by path.
 fn repository_text(root: &Path) -> Result<Vec<u8>, DataError> {
     let mut files = Vec::new();
     let mut folders = vec![root.to_path_buf()];
@@ -234,7 +236,7 @@ mod tests {
         let error = text(b"abcdef", 5).unwrap_err().to_string();
         assert_eq!(
             error,
-            "some.txt is too short: 6 bytes, of which the first nine tenths (5) train, but one sample of --context 5 takes 6"
+            "some.txt is too short: 6 bytes, of which the first nine tenths (5) are for training, but one sample of --context 5 takes 6"
         );
     }
 

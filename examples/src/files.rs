@@ -1,4 +1,4 @@
-//! Places that a program will write to, checked before the work whose result goes there.
+//! Checks of output paths, before the work whose result is written there.
 
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
@@ -8,89 +8,89 @@ use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use rustix::io::Errno;
 use shardflow::files::free_bytes;
 
-/// A file that could not be written later.
+/// A file that cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {path}: {cause}")]
 pub struct OutputFileError {
     /// The file.
     pub path: PathBuf,
-    /// Why.
+    /// The cause.
     pub cause: io::Error,
 }
 
-/// Checks that a file can be made at `path`, or can replace the one that is there, and leaves nothing there: a file that is
-/// there already stays as it is.
+/// Checks that a file can be created at `path`, or can replace the existing one. Leaves no new file, and does not
+/// change an existing one.
 ///
 /// # Errors
-/// `path` is a folder or has no file name, its folder is missing or may not be written to, or the file there may not be
+/// `path` is a folder or has no file name, its folder is missing or not writable, or the existing file cannot be
 /// replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
 pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     let error = |cause| OutputFileError { path: path.into(), cause };
     if path.is_dir() {
         return Err(error(io::ErrorKind::IsADirectory.into()));
     }
-    // Saving moves a new file to this place, which would take that of a device or a pipe: `--save /dev/null`, say.
+    // Saving renames a new file to this path, which would replace a device or a pipe, as with `--save /dev/null`.
     if path.exists() && !path.is_file() {
-        return Err(error(io::Error::new(io::ErrorKind::InvalidInput, "neither a file nor a free place for one")));
+        return Err(error(io::Error::new(io::ErrorKind::InvalidInput, "it exists and is not a regular file")));
     }
     check_replaceable(path).map_err(error)?;
     let mut name = path.file_name().ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?.to_os_string();
     name.push(format!(".{}.probe", std::process::id()));
     let probe = path.with_file_name(name);
-    let made = std::fs::File::create(&probe).and_then(|mut file| file.write_all(b"a probe"));
+    let created = std::fs::File::create(&probe).and_then(|mut file| file.write_all(b"a probe"));
     let removed = std::fs::remove_file(&probe);
-    made.and(removed).map_err(error)
+    created.and(removed).map_err(error)
 }
 
-/// Whether the file at `path`, if there is one, may be replaced by a rename. A file that is only write-protected may.
+/// Checks that a rename can replace the file at `path`, if there is one. This includes a write-protected file.
 fn check_replaceable(path: &Path) -> io::Result<()> {
-    let Ok(there) = path.canonicalize() else { return Ok(()) };
-    // Without O_TRUNC, this changes nothing. EPERM, unlike EACCES, is for immutable and append-only files.
-    match std::fs::OpenOptions::new().write(true).open(&there) {
+    let Ok(existing) = path.canonicalize() else { return Ok(()) };
+    // Without O_TRUNC, this changes nothing. EPERM, unlike EACCES, means an immutable or append-only file.
+    match std::fs::OpenOptions::new().write(true).open(&existing) {
         Err(error) if [Errno::PERM, Errno::ROFS].map(|e| Some(e.raw_os_error())).contains(&error.raw_os_error()) => {
             return Err(error);
         }
         _ => {}
     }
-    let attributes = statx(CWD, &there, AtFlags::empty(), StatxFlags::BASIC_STATS).map(|stat| stat.stx_attributes);
+    let attributes = statx(CWD, &existing, AtFlags::empty(), StatxFlags::BASIC_STATS).map(|stat| stat.stx_attributes);
     if attributes.is_ok_and(|bits| bits.contains(StatxAttributes::MOUNT_ROOT)) {
         return Err(io::Error::new(io::ErrorKind::ResourceBusy, "it is a mount point, which no file can replace"));
     }
-    let (Some(folder), user) = (there.parent(), rustix::process::geteuid()) else { return Ok(()) };
-    let (folder, file) = (folder.metadata()?, there.metadata()?);
+    let (Some(folder), user) = (existing.parent(), rustix::process::geteuid()) else { return Ok(()) };
+    let (folder, file) = (folder.metadata()?, existing.metadata()?);
     if folder.mode() & 0o1000 != 0 && ![file.uid(), folder.uid(), 0].contains(&user.as_raw()) {
         return Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
-            "it is another user's, in a folder with the sticky bit",
+            "it belongs to another user, in a folder with the sticky bit",
         ));
     }
     Ok(())
 }
 
-/// Checks that lines can be added to a file at `path`, and leaves one that is there as it is. A pipe or a terminal is not
-/// opened: that would wait for its reader.
+/// Checks that lines can be appended to a file at `path`, and does not change an existing one. A pipe or a terminal is
+/// not opened: that would wait for its reader.
 ///
 /// # Errors
-/// As [`check_writable`], and no room.
+/// Those of [`check_writable`], and a full file system.
 pub fn check_appendable(path: &Path) -> Result<(), OutputFileError> {
     match path.metadata() {
-        Ok(there) if there.is_file() => {
+        Ok(existing) if existing.is_file() => {
             let opened = std::fs::OpenOptions::new().append(true).open(path);
             opened.map_err(|cause| OutputFileError { path: path.into(), cause })?;
             check_room(&path.canonicalize().unwrap_or_else(|_| path.into()), 1)
         }
-        Ok(there) if !there.is_dir() => Ok(()),
+        Ok(existing) if !existing.is_dir() => Ok(()),
         _ => check_writable(path),
     }
 }
 
-/// What the user can change so that a file can be written; nothing where the cause does not show it.
+/// What the user can change so that a file can be written; empty for other causes.
 pub fn hint(cause: io::ErrorKind) -> &'static str {
     use io::ErrorKind as Kind;
     match cause {
-        Kind::StorageFull | Kind::QuotaExceeded => "free space there, or give another place",
+        Kind::StorageFull | Kind::QuotaExceeded => "free space there, or give another path",
         Kind::PermissionDenied | Kind::ReadOnlyFilesystem => {
-            "give a place that this user may write to; `lsattr` lists files and folders that are immutable"
+            "give a path that this user may write to; `lsattr` lists files and folders that are immutable"
         }
         Kind::NotFound | Kind::NotADirectory => "give a file in a folder that exists",
         Kind::IsADirectory => "give a file, not a folder",
@@ -99,7 +99,7 @@ pub fn hint(cause: io::ErrorKind) -> &'static str {
     }
 }
 
-/// Checks that a file of `bytes` bytes has room at `path`.
+/// Checks that the file system of `path` has `bytes` bytes of free space.
 ///
 /// # Errors
 /// The file system has less free space.
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_place_is_checked_and_left_alone() {
+    fn a_check_changes_no_file() {
         let folder = std::env::temp_dir().join(format!("shardflow-files-{}", std::process::id()));
         std::fs::create_dir(&folder).unwrap();
         let file = folder.join("model");
@@ -132,16 +132,15 @@ mod tests {
             assert!(error.starts_with(&format!("cannot write {}: ", wrong.display())), "{error}");
         }
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
-        // As `/dev/null` is, which nobody should risk here.
+        // A socket stands in for `/dev/null`, which a test should not put at risk.
         let socket = folder.join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
-        assert!(check_writable(&socket).unwrap_err().to_string().contains("neither a file nor a free place"));
+        assert!(check_writable(&socket).unwrap_err().to_string().contains("not a regular file"));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 
-    /// A file that a rename cannot replace is found, and left alone.
     #[test]
-    fn an_immutable_file_is_no_place() {
+    fn a_file_that_a_rename_cannot_replace_is_refused() {
         let folder = std::env::temp_dir().join(format!("shardflow-immutable-{}", std::process::id()));
         std::fs::create_dir(&folder).unwrap();
         let file = folder.join("model");
@@ -150,18 +149,18 @@ mod tests {
         if chattr("+i").is_ok_and(|output| output.status.success()) {
             let (error, link) = (check_writable(&file).unwrap_err(), folder.join("link"));
             std::os::unix::fs::symlink(&file, &link).unwrap();
-            let through = check_writable(&link).unwrap_err();
+            let link_error = check_writable(&link).unwrap_err();
             assert!(chattr("-i").is_ok_and(|output| output.status.success()));
             assert_eq!(error.cause.raw_os_error(), Some(Errno::PERM.raw_os_error()));
-            assert_eq!(through.cause.raw_os_error(), Some(Errno::PERM.raw_os_error()));
+            assert_eq!(link_error.cause.raw_os_error(), Some(Errno::PERM.raw_os_error()));
         } else {
             println!("SKIPPED: chattr +i is not permitted here");
         }
-        // One that is only write-protected can be replaced.
+        // A write-protected file can be replaced.
         std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o444)).unwrap();
         check_writable(&file).unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
-        // A mount point that is a file: containers have some.
+        // Containers have files that are mount points.
         match ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"].iter().find(|path| is_mount_point(path)) {
             Some(path) => drop(check_writable(Path::new(path)).unwrap_err()),
             None => println!("SKIPPED: no file is a mount point here"),
@@ -175,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_can_be_added() {
+    fn appendable_paths_are_checked() {
         let folder = std::env::temp_dir().join(format!("shardflow-appendable-{}", std::process::id()));
         std::fs::create_dir(&folder).unwrap();
         let file = folder.join("log");
@@ -194,7 +193,7 @@ mod tests {
 
     #[test]
     fn hints_fit_the_cause() {
-        let of = |errno: Errno| hint(io::Error::from(errno).kind());
+        let hint_of = |errno: Errno| hint(io::Error::from(errno).kind());
         for (errno, expected) in [
             (Errno::PERM, "immutable"),
             (Errno::ACCESS, "this user may write"),
@@ -205,13 +204,13 @@ mod tests {
             (Errno::NOTDIR, "a folder that exists"),
             (Errno::ISDIR, "not a folder"),
         ] {
-            assert!(of(errno).contains(expected), "{errno}: {}", of(errno));
+            assert!(hint_of(errno).contains(expected), "{errno}: {}", hint_of(errno));
         }
-        assert_eq!(of(Errno::IO), "", "nothing is known of the cause");
+        assert_eq!(hint_of(Errno::IO), "", "an unknown cause has no hint");
     }
 
     #[test]
-    fn room_is_looked_for() {
+    fn free_space_is_checked() {
         check_room(Path::new("model"), 1).unwrap();
         let error = check_room(&std::env::temp_dir().join("model"), u64::MAX).unwrap_err();
         assert_eq!(error.cause.kind(), io::ErrorKind::StorageFull, "{error}");

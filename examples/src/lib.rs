@@ -1,4 +1,5 @@
-//! What the example programs share. The modules do not know each other, but for `checkpoints`, which reads `args`.
+//! Code shared by the example programs. Modules are independent, except `checkpoints`, which uses `args`, `files` and
+//! `log`.
 
 pub mod args;
 pub mod checkpoints;

@@ -1,4 +1,4 @@
-//! What a training run writes: JSON lines for programs, progress lines for people.
+//! The output of a training run: JSON lines for programs, progress lines for people.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -13,15 +13,15 @@ use shardflow::output::{self, OutputKind, OutputQueue, ends_line};
 /// One training step. In JSON, a number that is not finite is written as `null`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct StepRecord {
-    /// From 0.
+    /// Number of the step, from 0.
     pub step: u64,
     /// Mean over the step's tokens, before the update.
     pub loss: f64,
-    /// Norm of the whole gradient before clipping; `null` where it is not computed.
+    /// Norm of the whole gradient before clipping; `null` if it is not computed.
     pub grad_norm: Option<f64>,
     /// Wall time of the step.
     pub step_seconds: f64,
-    /// Tokens of the step by its wall time.
+    /// Tokens of the step divided by its wall time.
     pub tokens_per_second: f64,
 }
 
@@ -30,13 +30,13 @@ pub struct StepRecord {
 pub struct DeviceMemoryRecord {
     /// Rank in the mesh.
     pub device: usize,
-    /// What the plan computed before the run.
+    /// Peak memory by the plan.
     pub planned_peak_bytes: usize,
-    /// What was in use at most.
+    /// Peak memory during the run.
     pub measured_peak_bytes: usize,
 }
 
-/// The whole run.
+/// Totals of the run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Totals {
     /// Steps done.
@@ -45,41 +45,42 @@ pub struct Totals {
     pub tokens: u64,
     /// Wall time of all steps.
     pub train_seconds: f64,
-    /// Tokens by wall time.
+    /// Tokens divided by wall time.
     pub tokens_per_second: f64,
-    /// Loss of the last step; `null` when there was none.
+    /// Loss of the last step; `null` if there was no step.
     pub final_loss: Option<f64>,
-    /// By rank.
+    /// Memory of each device, by rank.
     pub devices: Vec<DeviceMemoryRecord>,
 }
 
-/// The log could not be written.
+/// The log cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write log {path}: {cause}")]
 pub struct LogError {
     /// The file.
     pub path: PathBuf,
-    /// What the system says.
+    /// The system's error.
     pub cause: io::Error,
 }
 
-/// A file of JSON objects, one a line and each flushed, so that a run can be followed and a killed run keeps its past.
+/// A file of JSON objects, one per line. Each is flushed, so that a run can be followed and a killed run keeps its
+/// records.
 #[derive(Debug)]
 pub struct JsonLog {
     path: PathBuf,
-    to: Records,
+    sink: Sink,
 }
 
-/// Where the lines go.
+/// Destination of the lines.
 #[derive(Debug)]
-enum Records {
+enum Sink {
     File(File),
     /// A pipe or a terminal, whose reader may stall.
     Stream(OutputQueue),
 }
 
 impl JsonLog {
-    /// Creates the file, before training starts; an older one is replaced.
+    /// Creates the file, and replaces an existing one.
     ///
     /// # Errors
     /// The file cannot be created.
@@ -87,33 +88,33 @@ impl JsonLog {
         Self::open(path, File::options().write(true).create(true).truncate(true))
     }
 
-    /// Opens the file of a run that goes on from a checkpoint: repeated steps are in it twice. An incomplete last
-    /// line of the earlier run is removed.
+    /// Opens the file of a run that continues from a checkpoint. It then contains repeated steps twice. An incomplete
+    /// last line of the earlier run is removed.
     ///
     /// # Errors
     /// The file cannot be opened.
-    pub fn go_on(path: &Path) -> Result<Self, LogError> {
-        // A pipe is opened for writing alone: opened for both, it would never lack a reader.
+    pub fn append(path: &Path) -> Result<Self, LogError> {
+        // A pipe is opened only for writing. Opened for both, it would always have a reader.
         let is_stream = path.metadata().is_ok_and(|data| !data.is_file());
         Self::open(path, File::options().read(!is_stream).append(true).create(true))
     }
 
     fn open(path: &Path, options: &std::fs::OpenOptions) -> Result<Self, LogError> {
-        let open = || -> io::Result<Records> {
+        let open = || -> io::Result<Sink> {
             let mut file = options.open(path)?;
             if !file.metadata()?.is_file() {
-                return Ok(Records::Stream(OutputQueue::new(file)));
+                return Ok(Sink::Stream(OutputQueue::new(file)));
             }
             if file.metadata()?.len() > 0 {
-                remove_torn_line(&mut file)?;
+                repair_last_line(&mut file)?;
             }
-            Ok(Records::File(file))
+            Ok(Sink::File(file))
         };
         let failed = |cause| LogError { path: path.into(), cause };
-        Ok(Self { path: path.into(), to: open().map_err(failed)? })
+        Ok(Self { path: path.into(), sink: open().map_err(failed)? })
     }
 
-    /// Adds a step.
+    /// Writes a step.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -121,7 +122,7 @@ impl JsonLog {
         self.line(record)
     }
 
-    /// Adds the last line, `{"totals": {..}}`.
+    /// Writes the last line, `{"totals": {..}}`.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -136,18 +137,18 @@ impl JsonLog {
     }
 
     fn flush(&self, limit: Option<Duration>) {
-        if let Records::Stream(output) = &self.to {
+        if let Sink::Stream(output) = &self.sink {
             output.flush(limit);
         }
     }
 
     fn line(&mut self, object: &impl Serialize) -> Result<(), LogError> {
-        // One write a line: `File` has no buffer of its own, so a reader never sees half of it for long.
+        // One write per line. `File` is unbuffered, so a reader sees an incomplete line only briefly.
         let written = serde_json::to_vec(object).map_err(io::Error::from).and_then(|mut line| {
             line.push(b'\n');
-            match &mut self.to {
-                Records::File(file) => file.write_all(&line),
-                Records::Stream(output) => {
+            match &mut self.sink {
+                Sink::File(file) => file.write_all(&line),
+                Sink::Stream(output) => {
                     output.put(OutputKind::Record, &line);
                     Ok(())
                 }
@@ -157,15 +158,15 @@ impl JsonLog {
     }
 }
 
-/// A run that ends early waits one second for its reader.
+/// On an early end, waits up to one second for the reader.
 impl Drop for JsonLog {
     fn drop(&mut self) {
         self.flush(Some(Duration::from_secs(1)));
     }
 }
 
-/// Cuts a file back to its last whole line; a last line that lacks only its end gets it.
-fn remove_torn_line(file: &mut File) -> io::Result<()> {
+/// Truncates a file to its last complete line. A last line that lacks only its newline gets one.
+fn repair_last_line(file: &mut File) -> io::Result<()> {
     if ends_line(file)? {
         return Ok(());
     }
@@ -184,8 +185,8 @@ fn remove_torn_line(file: &mut File) -> io::Result<()> {
     file.set_len(start + line as u64)
 }
 
-/// Progress on stdout: a line every few steps and each minute, and always for the first and the last step. On a terminal a live
-/// line below them is updated at most once a second.
+/// Progress on stdout: a line every few steps and each minute, and always for the first and the last step. On a
+/// terminal, a live line below them is updated at most once per second.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
@@ -193,26 +194,26 @@ pub struct Progress {
     /// Steps so far, printed or not.
     done: u32,
     lines: Pace,
-    /// On a terminal only.
+    /// `None` if stdout is not a terminal.
     live: Option<Pace>,
-    /// The screen's line has no end yet.
+    /// Whether the live line on the screen lacks its newline.
     is_open: bool,
 }
 
-/// To the start of the screen's line, of which nothing is left; what does not fit into it is cut off and does not wrap.
-const ANEW: &str = "\r\x1b[K\x1b[?7l";
-const WRAP: &str = "\x1b[?7h";
+/// Returns to the start of the line, clears it, and disables line wrap, so that a long line is cut off.
+const CLEAR_LINE: &str = "\r\x1b[K\x1b[?7l";
+const ENABLE_WRAP: &str = "\x1b[?7h";
 
 /// Which steps are shown.
 #[derive(Debug)]
 enum Pace {
-    /// Once a second; the time of the last line.
+    /// Once per second. The field is the time of the last line.
     Seconds(Option<Duration>),
-    /// Every so many steps, and a minute after the last line, whose time this is.
+    /// Every N steps, and [`SILENT_MAX`] after the last line. The fields are N and the time of the last line.
     Steps(u64, Duration),
 }
 
-/// What follows a file wants to see that it goes on.
+/// Longest time without a line, so that a reader of a file sees that the run continues.
 const SILENT_MAX: Duration = Duration::from_secs(60);
 
 impl Pace {
@@ -244,7 +245,7 @@ impl Progress {
         Self { steps, start: Instant::now(), done: 0, lines, live, is_open: false }
     }
 
-    /// Shows a step, when it is time to.
+    /// Prints a step if it is due.
     pub fn step(&mut self, record: &StepRecord) {
         let text = self.text(record, self.start.elapsed());
         output::stdout().put(OutputKind::Progress, text.as_bytes());
@@ -265,13 +266,13 @@ impl Progress {
             None => format!("{line}\n"),
             Some(_) => {
                 self.is_open = !is_line;
-                format!("{ANEW}{line}{WRAP}{end}")
+                format!("{CLEAR_LINE}{line}{ENABLE_WRAP}{end}")
             }
         }
     }
 }
 
-/// What comes next stands on a line of its own.
+/// Ends the live line, so that later output starts on a new line.
 impl Drop for Progress {
     fn drop(&mut self) {
         if self.is_open {
@@ -280,18 +281,18 @@ impl Drop for Progress {
     }
 }
 
-/// Prints a line.
-pub fn say(line: impl Display) {
+/// Writes a line to stdout.
+pub fn print(line: impl Display) {
     output::stdout().line(&line.to_string());
 }
 
-/// Writes a line to stderr, in place of the progress on a screen, which is written anew below it.
+/// Writes a line to stderr. On a screen it replaces the live line, which is printed again below it.
 pub fn note(line: impl Display) {
-    let anew = if is_screen(&io::stderr()) { "\r\x1b[K" } else { "" };
-    output::stderr().line(&format!("{anew}{line}"));
+    let clear = if is_screen(&io::stderr()) { "\r\x1b[K" } else { "" };
+    output::stderr().line(&format!("{clear}{line}"));
 }
 
-/// A terminal that knows escape codes.
+/// Whether the stream is a terminal that supports escape codes.
 fn is_screen(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("TERM").is_some_and(|name| name != "dumb")
 }
@@ -316,7 +317,7 @@ mod tests {
         StepRecord { step: 8, loss: 2.5, grad_norm: None, step_seconds: 0.0125, tokens_per_second: 61440.0 };
 
     #[test]
-    fn lines_can_be_read_while_the_run_goes_on() {
+    fn each_line_is_readable_as_soon_as_it_is_written() {
         let path = std::env::temp_dir().join(format!("shardflow-log-{}.jsonl", std::process::id()));
         let mut log = JsonLog::create(&path).unwrap();
         log.step(&RECORD).unwrap();
@@ -338,13 +339,13 @@ mod tests {
     }
 
     #[test]
-    fn a_log_that_cannot_be_created_is_named() {
+    fn the_error_names_a_log_that_cannot_be_created() {
         let error = JsonLog::create(Path::new("no/such/folder/log.jsonl")).unwrap_err().to_string();
         assert!(error.starts_with("cannot write log no/such/folder/log.jsonl: "), "{error}");
     }
 
     #[test]
-    fn progress_is_paced() {
+    fn progress_is_printed_at_intervals() {
         let mut seconds = Pace::Seconds(None);
         let due: Vec<bool> = [0, 400, 999, 1000, 1500, 2100]
             .into_iter()
@@ -361,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn a_screen_has_a_live_line_below_those_of_a_file() {
+    fn a_screen_shows_a_live_line_below_the_progress_lines() {
         let texts = |live| {
             let (lines, start) = (Pace::Steps(2, Duration::ZERO), Instant::now());
             let mut progress = Progress { steps: 5, start, done: 0, lines, live, is_open: false };
@@ -379,7 +380,7 @@ mod tests {
         };
         let live = |step| format!("\r\x1b[K\x1b[?7l{}\x1b[?7h", line(step));
         let lines = |step| format!("{}\n", live(step));
-        // A minute passes with each step, so each has a line.
+        // Each step takes a minute, so each has a line.
         assert_eq!(texts(Some(Pace::Seconds(None))), [1, 2, 3, 4, 5].map(lines).concat());
         assert_eq!(texts(None), [1, 2, 3, 4, 5].map(|step| format!("{}\n", line(step))).concat());
         let (pace, start) = (Pace::Steps(3, Duration::ZERO), Instant::now());
@@ -387,11 +388,11 @@ mod tests {
             Progress { steps: 9, start, done: 0, lines: pace, live: Some(Pace::Seconds(None)), is_open: false };
         let ends = [0, 1, 2, 3]
             .map(|step| progress.text(&StepRecord { step, ..RECORD }, Duration::from_secs(step)).ends_with('\n'));
-        assert_eq!(ends, [true, false, false, true], "the live line is replaced until a line stays");
+        assert_eq!(ends, [true, false, false, true], "the live line is replaced until a permanent line is due");
     }
 
     #[test]
-    fn progress_lines() {
+    fn progress_lines_are_formatted() {
         let eta = Duration::from_secs(2 * 3600 + 3 * 60 + 4);
         let line = progress_line(&RECORD, 300, eta);
         assert_eq!(line, "step   9/300  loss 2.5000  12.5 ms  61440 tokens/s  ETA 2:03:04");
@@ -399,28 +400,28 @@ mod tests {
         assert_eq!(line, "step 9/9  loss 2.5000  norm 0.250  12.5 ms  61440 tokens/s  ETA 0:00:00");
     }
 
-    /// A killed run leaves any part of its last line; what a later run adds can be read in each case.
+    /// A killed run leaves any part of its last line. The lines that a later run appends are valid in each case.
     #[test]
-    fn a_log_goes_on_after_any_tear() {
+    fn a_log_can_be_continued_after_any_truncation() {
         let path = std::env::temp_dir().join(format!("shardflow-torn-{}.jsonl", std::process::id()));
         let mut log = JsonLog::create(&path).unwrap();
         log.step(&StepRecord { step: 0, ..RECORD }).unwrap();
         let first = std::fs::read(&path).unwrap().len();
         log.step(&StepRecord { step: 1, ..RECORD }).unwrap();
         let whole = std::fs::read(&path).unwrap();
-        // Zeros are what a machine that loses power may leave; the long line is larger than a block.
+        // A power loss may leave zeros. The long line is larger than a block.
         let zeros = [&whole[..first + 5], &[0; 8]].concat();
         let long = [&whole[..first], &[b'x'; 9000]].concat();
         let torn = (0..=whole.len()).map(|cut| whole[..cut].to_vec()).chain([zeros, long]);
         for torn in torn {
             std::fs::write(&path, &torn).unwrap();
-            JsonLog::go_on(&path).unwrap().step(&StepRecord { step: 7, ..RECORD }).unwrap();
+            JsonLog::append(&path).unwrap().step(&StepRecord { step: 7, ..RECORD }).unwrap();
             let text = std::fs::read_to_string(&path).unwrap();
             let steps: Vec<u64> = text
                 .lines()
                 .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("valid")["step"].as_u64().unwrap())
                 .collect();
-            // A line that lacks only its end is whole.
+            // A line that lacks only its newline counts as complete.
             let kept = [first - 1, whole.len() - 1].iter().filter(|end| torn.len() >= **end).count();
             let kept = if torn.contains(&0) || torn.contains(&b'x') { 1 } else { kept };
             assert_eq!(steps, [&[0, 1][..kept], &[7]].concat(), "{:?}", String::from_utf8_lossy(&torn));

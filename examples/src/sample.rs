@@ -1,12 +1,12 @@
-//! Writes text with a trained model: one token after the other, each drawn from what the model expects after the last
-//! `context` tokens.
+//! Generates text with a trained model, one token at a time. Each token is drawn from the model's distribution after
+//! the last `context` tokens.
 
 use std::collections::BTreeMap;
 
 use shardflow::init::mix;
 use shardflow::prelude::*;
 
-/// Logits are divided by this before a token is drawn: below 1, likely tokens become likelier.
+/// Logits are divided by this before a token is drawn. A value below 1 makes likely tokens more likely.
 const TEMPERATURE: f64 = 0.8;
 
 /// Draws tokens of one model, forward only, on one device.
@@ -16,11 +16,11 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Compiles the forward program of this model for one sequence at a time, in evaluation: `config.batch` and
-    /// `config.dropout` are those of training and not used.
+    /// Compiles the forward program of this model for one sequence at a time, in evaluation mode. `config.batch` and
+    /// `config.dropout` are not used.
     ///
     /// # Errors
-    /// As [`compile`].
+    /// Those of [`compile`].
     pub fn compile(config: &GptConfig, options: &CompileOptions) -> Result<Self, CompileError> {
         let mut g = Graph::new(&Mesh::new(&[("data", 1)]).expect("one axis of one device is a mesh"));
         let logits = nn::gpt(&mut g, &GptConfig { batch: 1, ..*config });
@@ -29,7 +29,8 @@ impl Sampler {
         Ok(Self { plan: compile(g, &options)?, context: config.context })
     }
 
-    /// `count` tokens that follow `prompt`, which holds one token at least. The same seed draws the same tokens.
+    /// Draws `count` tokens that follow `prompt`, which must hold at least one token. The same seed draws the same
+    /// tokens.
     ///
     /// # Errors
     /// The parameters are not this model's, or a kernel failed.
@@ -40,20 +41,20 @@ impl Sampler {
         count: usize,
         seed: u64,
     ) -> Result<Vec<i32>, SessionError> {
-        // What it does is not the training's.
+        // Its metrics must not count as those of the training.
         let options = SessionOptions { publishes_metrics: false, ..SessionOptions::default() };
         let mut session = Session::start(self.plan, &options)?;
         session.set_parameters(parameters)?;
         let mut tokens = prompt.to_vec();
         for drawn in 0..count {
-            let seen = &tokens[tokens.len().saturating_sub(self.context)..];
-            // Attention is causal, so what stands behind the last real token changes nothing before it.
-            let mut ids = seen.to_vec();
+            let window = &tokens[tokens.len().saturating_sub(self.context)..];
+            // Attention is causal, so the padding after the last real token does not affect earlier positions.
+            let mut ids = window.to_vec();
             ids.resize(self.context, 0);
             let report = session.step(&[("ids", HostTensor::i32(&[1, self.context], ids))], 0.0)?;
             let logits = report.outputs["logits"].as_f32().unwrap_or_default();
             let vocabulary = logits.len() / self.context;
-            let row = seen.len().saturating_sub(1) * vocabulary;
+            let row = window.len().saturating_sub(1) * vocabulary;
             tokens.push(draw(&logits[row..row + vocabulary], uniform(seed, drawn as u64)) as i32);
         }
         session.shutdown()?;
@@ -66,18 +67,18 @@ fn uniform(seed: u64, index: u64) -> f64 {
     (mix(mix(seed).wrapping_add(index)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// The token at which the running sum of the softmax of `logits / TEMPERATURE` passes `u` (in `0 .. 1`). Logits that are
-/// no numbers, as a diverged model's, count as impossible.
+/// The token at which the running sum of the softmax of `logits / TEMPERATURE` exceeds `u` (in `0 .. 1`). NaN logits,
+/// as from a diverged model, have probability 0.
 fn draw(logits: &[f32], u: f64) -> usize {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |logit: &f32| {
         let weight = (f64::from(logit - max) / TEMPERATURE).exp();
         if weight.is_nan() { 0.0 } else { weight }
     };
-    let mut left = u * logits.iter().map(weight).sum::<f64>();
+    let mut remaining = u * logits.iter().map(weight).sum::<f64>();
     for (token, logit) in logits.iter().enumerate() {
-        left -= weight(logit);
-        if left < 0.0 {
+        remaining -= weight(logit);
+        if remaining < 0.0 {
             return token;
         }
     }
@@ -90,7 +91,7 @@ mod tests {
 
     #[test]
     fn tokens_are_drawn_by_their_probability() {
-        // At temperature 0.8 these are 0, 1/4 and 3/4.
+        // At temperature 0.8 the probabilities are 0, 1/4 and 3/4.
         let logits = [f32::NEG_INFINITY, 0.0, 0.8 * 3f32.ln()];
         let tokens: Vec<usize> = [0.0, 0.24, 0.26, 0.99].iter().map(|u| draw(&logits, *u)).collect();
         assert_eq!(tokens, [1, 1, 2, 2]);
@@ -101,11 +102,11 @@ mod tests {
     }
 
     #[test]
-    fn the_window_slides_and_the_seed_decides() {
+    fn tokens_depend_on_the_seed_and_the_last_context_tokens() {
         let config = GptConfig { vocabulary: 5, layers: 1, heads: 1, width: 4, context: 3, batch: 9, dropout: 0.5 };
         let run = |prompt: &[i32], seed| {
             let sampler = Sampler::compile(&config, &CompileOptions::default()).unwrap();
-            assert!(sampler.plan.graph.nodes().iter().all(|node| node.name != "dropout"), "it is in evaluation");
+            assert!(sampler.plan.graph.nodes().iter().all(|node| node.name != "dropout"), "evaluation has no dropout");
             let names = sampler.plan.graph.parameters();
             let shapes = names.iter().map(|v| sampler.plan.graph.tensor(*v));
             let zeros = |i: &[usize]| HostTensor::f32(i, vec![0.0; i.iter().product()]);
@@ -116,7 +117,7 @@ mod tests {
         assert!(drawn.len() == 8 && drawn.iter().all(|t| (0..5).contains(t)), "{drawn:?}");
         assert_eq!(run(&[1], 1), drawn);
         assert_ne!(run(&[1], 2), drawn);
-        // A model of zeros expects every token alike, whatever came before: a prompt longer than the context, too.
+        // A model of zeros gives every token the same probability after any prompt, even one longer than the context.
         assert_eq!(run(&[1, 2, 3, 4], 1), drawn);
     }
 }

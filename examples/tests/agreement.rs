@@ -1,4 +1,4 @@
-//! What `gpt` compares between its ranks, and with a checkpoint on resume.
+//! Values that `gpt` compares between its ranks, and with a checkpoint on resume.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,16 +11,16 @@ use serde_json::Value;
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --sample 0 --threads-per-device 1";
 
-/// Runs `gpt` with these flags, after those of the model; gives code and output.
+/// Runs `gpt` with these flags, after those of the model. Returns code and output.
 fn gpt(folder: &Folder, flags: &str) -> (Option<i32>, String) {
-    end(folder, Command::new(GPT).args(with_defaults(flags)))
+    run(folder, Command::new(GPT).args(with_defaults(flags)))
 }
 
-/// The flags, and those of the model and the data that they do not set.
+/// The flags, and the default flags of the model and the data that they do not set.
 fn with_defaults(flags: &str) -> Vec<String> {
     let own: Vec<&str> = flags.split_whitespace().collect();
     let defaults: Vec<&str> = MODEL.split_whitespace().chain("--batch 4 --data text".split_whitespace()).collect();
@@ -28,22 +28,22 @@ fn with_defaults(flags: &str) -> Vec<String> {
     kept.chain(&own).map(ToString::to_string).collect()
 }
 
-fn end(folder: &Folder, command: &mut Command) -> (Option<i32>, String) {
+fn run(folder: &Folder, command: &mut Command) -> (Option<i32>, String) {
     let mut run = folder.start(command);
     (run.end(TIMEOUT), run.text())
 }
 
-/// Runs `gpt` as two processes, of which the second has a flag or a variable more.
-fn two(folder: &Folder, flags: &str, second: &str, variable: &str) -> (Option<i32>, String) {
+/// Runs `gpt` as two processes. The second has an additional flag or variable.
+fn run_two(folder: &Folder, flags: &str, second: &str, variable: &str) -> (Option<i32>, String) {
     let line = |flags: &str| format!("exec {GPT} {}", with_defaults(flags).join(" "));
-    // A flag of the second's own replaces that of both.
+    // The additional flag replaces the common one.
     let own = second.split_whitespace().next().unwrap_or("-");
     let kept: Vec<&str> = flags.split_whitespace().collect();
     let kept: Vec<&str> = kept.chunks(2).filter(|pair| pair[0] != own).flatten().copied().collect();
     let (first, second) = (line(flags), line(&format!("{} {second}", kept.join(" "))));
     let script = format!("if [ $RANK = 1 ]; then {variable} {second}; else {first}; fi");
     let mut command = Command::new(launcher());
-    end(folder, command.args(["launch", "--nproc-per-node=2", "--", "sh", "-c", &script]))
+    run(folder, command.args(["launch", "--nproc-per-node=2", "--", "sh", "-c", &script]))
 }
 
 /// Every file of a folder with its bytes.
@@ -69,12 +69,13 @@ fn manifest(folder: &Folder, name: &str, step: u64) -> Value {
     serde_json::from_slice::<Value>(&text).expect("JSON")["body"].clone()
 }
 
-/// As the text, with its first two letters swapped: of the same length and with the same bytes.
+/// Writes `other`, the text with its first two letters swapped, which has the same length and the same bytes; and
+/// `renumbered`, whose vocabulary differs.
 fn write_texts(folder: &Folder) {
     let mut text = std::fs::read(folder.path().join("text")).expect("a text");
     text.swap(0, 1);
     std::fs::write(folder.path().join("other"), &text).expect("a text");
-    // Another byte in the place of one, which changes the number of others.
+    // Replacing a byte by another one changes the token ids of other bytes.
     text.swap(0, 1);
     text.iter_mut().filter(|byte| **byte == b'z').for_each(|byte| *byte = b'Z');
     std::fs::write(folder.path().join("renumbered"), text).expect("a text");
@@ -100,7 +101,7 @@ fn ranks_with_other_values_end_together_and_name_the_value() {
         ("--save model", "", "differ in their save: not given and given;"),
         ("", "SHARDFLOW_TRANSPORT=tcp", "differ in their transport: Auto and Tcp; set the same SHARDFLOW_TRANSPORT"),
     ] {
-        let (code, text) = two(&folder, flags, second, variable);
+        let (code, text) = run_two(&folder, flags, second, variable);
         assert_eq!(code, Some(78), "{second}{variable}: {text}");
         assert!(text.contains("rank 0 (") && text.contains("rank 1 ("), "{second}{variable}: {text}");
         assert!(text.contains(expected), "{second}{variable}: {text}");
@@ -108,7 +109,7 @@ fn ranks_with_other_values_end_together_and_name_the_value() {
     }
 }
 
-/// Also where no weight is in both of them.
+/// Includes a mesh in which the ranks have no weight in common.
 #[test]
 fn ranks_that_start_from_other_files_end_together_and_name_the_tensor() {
     let folder = Folder::new("agreement-init");
@@ -125,7 +126,7 @@ fn ranks_that_start_from_other_files_end_together_and_name_the_tensor() {
         };
         let launch = |second| {
             let mut command = Command::new(launcher());
-            end(&folder, command.args(["launch", "--nproc-per-node=2", "--", "sh", "-c", &script(second)]))
+            run(&folder, command.args(["launch", "--nproc-per-node=2", "--", "sh", "-c", &script(second)]))
         };
         let (code, text) = launch(2);
         assert_eq!(code, Some(78), "{mesh}: {text}");
@@ -140,9 +141,8 @@ fn ranks_that_start_from_other_files_end_together_and_name_the_tensor() {
     }
 }
 
-/// What is refused is left alone: none of a checkpoint's files changes.
 #[test]
-fn a_checkpoint_of_another_training_is_refused_and_survives() {
+fn a_checkpoint_of_another_training_is_refused_and_not_changed() {
     let folder = Folder::new("agreement-refused");
     write_texts(&folder);
     let (code, text) = gpt(&folder, "--steps 5 --checkpoint ck --checkpoint-every 2 --save model");
@@ -162,7 +162,7 @@ fn a_checkpoint_of_another_training_is_refused_and_survives() {
         assert!(text.contains(expected) && text.contains("hint: use the flags and the data"), "{flags}: {text}");
         assert!(files(&folder, "ck") == before, "{flags}: files have changed");
     }
-    // Weights alone are compared without their data.
+    // A load of weights alone does not compare the data.
     for (flags, code, expected) in [
         ("--heads 4", 2, "its heads is 2, and this program's is 4"),
         ("--layers 1", 2, "its layers is 2, and this program's is 1"),
@@ -185,7 +185,7 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
         (text, samples.as_str().expect("a text").to_owned())
     };
     let (text, samples) = resume("", 4);
-    assert!(text.contains("no checkpoint in ck: starting anew") && !text.contains("warning"), "{text}");
+    assert!(text.contains("no checkpoint in ck: starting from step 0") && !text.contains("warning"), "{text}");
     assert_eq!(samples, "16");
     for (flags, steps, expected, warnings, consumed) in [
         ("--batch 2", 6, &["warning: batch was 4 and is 2 from here on"][..], 1, "20"),
@@ -200,7 +200,7 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
         ("--dropout 0.25 --clip 1 --mesh data=2 --lr 0.5 --micro-batches 2 --schedule gpipe", 9, &[], 0, "32"),
     ] {
         let (text, samples) = resume(flags, steps);
-        assert!(text.contains("going on from step"), "{flags}: {text}");
+        assert!(text.contains("continuing from step"), "{flags}: {text}");
         assert!(expected.iter().all(|line| text.contains(line)), "{flags}: {text}");
         assert_eq!(text.matches("warning: ").count(), warnings, "{flags}: {text}");
         assert_eq!(samples, consumed, "{flags}");
@@ -210,7 +210,7 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
 }
 
 #[test]
-fn whether_a_training_resumes_can_be_required_or_excluded() {
+fn resume_can_be_required_or_forbidden() {
     let folder = Folder::new("agreement-required");
     let (code, text) = gpt(&folder, "--steps 2 --resume required --checkpoint mistyped");
     assert_eq!(code, Some(65), "{text}");
@@ -225,14 +225,14 @@ fn whether_a_training_resumes_can_be_required_or_excluded() {
         let (code, text) = gpt(&folder, &format!("--steps 4 --resume never --checkpoint ck {other}"));
         assert_eq!(code, Some(2), "{other}: {text}");
         assert!(text.contains("--resume never, but ck has a checkpoint of step 2"), "{other}: {text}");
-        assert!(!text.contains("going on"), "{other}: {text}");
+        assert!(!text.contains("continuing"), "{other}: {text}");
     }
     assert!(files(&folder, "ck") == before, "files have changed");
     let (code, text) = gpt(&folder, "--steps 4 --resume required --checkpoint ck");
-    assert!(code == Some(0) && text.contains("going on from step 2"), "{text}");
-    // A restarted job's checkpoints are its own.
+    assert!(code == Some(0) && text.contains("continuing from step 2"), "{text}");
+    // A restarted job continues from its own checkpoints.
     let mut restarted = Command::new(launcher());
     restarted.args(["launch", "--nproc-per-node=1", "--", "env", "SHARDFLOW_RESTART_COUNT=1", GPT]);
-    let (code, text) = end(&folder, restarted.args(with_defaults("--steps 6 --resume never --checkpoint ck")));
-    assert!(code == Some(0) && text.contains("going on from step 4"), "{text}");
+    let (code, text) = run(&folder, restarted.args(with_defaults("--steps 6 --resume never --checkpoint ck")));
+    assert!(code == Some(0) && text.contains("continuing from step 4"), "{text}");
 }

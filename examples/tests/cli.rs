@@ -1,4 +1,4 @@
-//! Runs the built programs as a user would: their errors, what they print, and what they leave on disk.
+//! Runs the built programs as a user would: their errors, their output, and the files they leave.
 
 use std::io::Read;
 use std::net::TcpListener;
@@ -14,19 +14,19 @@ use serde_json::Value;
 #[path = "support/programs.rs"]
 mod programs;
 
-/// A model and a batch as small as they may be.
+/// The smallest possible model and batch.
 const TINY: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --steps 4 --sample 0 --threads-per-device 1";
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// How a program ended.
+/// Exit code and output of a program.
 struct Run {
     code: i32,
     stdout: String,
     stderr: String,
 }
 
-/// Runs a program in a folder until it ends; kills it at the time-out.
+/// Runs a program in a folder until it ends; kills it at the timeout.
 fn run(program: &str, folder: &Path, args: &[&str]) -> Run {
     let mut command = Command::new(program);
     command.args(args).current_dir(folder).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -63,7 +63,8 @@ impl Folder {
         Self(programs::Folder::new(&format!("cli-{name}")))
     }
 
-    /// Runs `gpt` here: the tiny model on the text, `flags` overriding what is their own. No path here has a space.
+    /// Runs `gpt` here with the tiny model and the text. `flags` override the default flags. No path here contains a
+    /// space.
     fn gpt(&self, flags: &str) -> Run {
         let own: Vec<&str> = flags.split_whitespace().collect();
         let defaults: Vec<&str> = TINY.split_whitespace().chain(["--data", "text"]).collect();
@@ -71,12 +72,12 @@ impl Folder {
         run(GPT, self.0.path(), &kept.chain(own.iter().copied()).collect::<Vec<_>>())
     }
 
-    /// Runs `gpt`, which must succeed, and gives its JSON log.
+    /// Runs `gpt`, which must succeed, and returns its JSON log.
     fn log(&self, flags: &str) -> Vec<Value> {
         let run = self.gpt(&format!("{flags} --log-json log"));
         assert_eq!(run.code, 0, "{flags}: {}", run.stderr);
         let text = std::fs::read_to_string(self.0.path().join("log")).unwrap();
-        // So that no later run can be taken for this one.
+        // A later run must not read this log.
         std::fs::remove_file(self.0.path().join("log")).unwrap();
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
@@ -94,14 +95,14 @@ impl Folder {
     }
 }
 
-/// Each run must end with this code before it trains, with an `error: ` line that holds the first text and more help that
-/// holds the second, and leave no file, though it was to write a log and parameters.
+/// Each run must end with this code before it trains. Its `error: ` line must contain the first text, and the following
+/// help the second. It must leave no file, although its flags request a log and parameters.
 fn check_errors(folder: &Folder, code: i32, cases: &[(&str, &str, &str)]) {
     let before = folder.files();
     for (flags, error, help) in cases {
-        let saves = [("--save", "--save model"), ("--log-json", "--log-json log")];
-        let saves = saves.iter().filter(|(flag, _)| !flags.contains(flag)).map(|(_, all)| *all);
-        let run = folder.gpt(&format!("{flags} {}", saves.collect::<Vec<_>>().join(" ")));
+        let outputs = [("--save", "--save model"), ("--log-json", "--log-json log")];
+        let outputs = outputs.iter().filter(|(flag, _)| !flags.contains(flag)).map(|(_, all)| *all);
+        let run = folder.gpt(&format!("{flags} {}", outputs.collect::<Vec<_>>().join(" ")));
         assert_eq!(run.code, code, "{flags}: {}", run.stderr);
         let (first, rest) = run.stderr.split_once('\n').unwrap();
         assert!(first.starts_with("error: ") && first.contains(error), "{flags}: {first}");
@@ -112,7 +113,7 @@ fn check_errors(folder: &Folder, code: i32, cases: &[(&str, &str, &str)]) {
 }
 
 #[test]
-fn flags_and_files_that_cannot_be_used() {
+fn unusable_flags_and_files_are_usage_errors() {
     let folder = Folder::new("usage");
     std::fs::write(folder.0.path().join("empty"), "").unwrap();
     std::fs::write(folder.0.path().join("short"), "too short").unwrap();
@@ -151,7 +152,7 @@ fn flags_and_files_that_cannot_be_used() {
 }
 
 #[test]
-fn plans_that_are_refused() {
+fn impossible_plans_are_refused() {
     check_errors(
         &Folder::new("refused"),
         78,
@@ -162,7 +163,7 @@ fn plans_that_are_refused() {
             ("--batch 4 --micro-batches 3", "--batch 4 is not a multiple of --micro-batches 3", "--batch 6"),
             ("--mesh data=65", "needs 65 devices, but only 64 are available", "mesh"),
             ("--memory-mib 1 --width 64", "does not fit: a device has 1048576 bytes", "device 0: "),
-            // 13 TB at least.
+            // At least 13 TB.
             ("--width 262144 --memory-mib 4096", "does not fit", "--memory-mib"),
         ],
     );
@@ -183,7 +184,7 @@ fn explain_prints_the_plan_and_stops() {
 }
 
 #[test]
-fn the_log_tells_every_step_and_the_totals() {
+fn the_log_contains_every_step_and_the_totals() {
     let folder = Folder::new("log");
     let log = folder.log("--steps 30 --lr 1e-2 --mesh data=2 --micro-batches 2");
     assert_eq!(log.len(), 31);
@@ -194,7 +195,7 @@ fn the_log_tells_every_step_and_the_totals() {
         }
     }
     let loss = |step: usize| log[step]["loss"].as_f64().unwrap();
-    // At first each of the 29 different letters is as likely.
+    // At first all 29 different letters have the same probability.
     assert!((loss(0) - 29f64.ln()).abs() < 0.2 && loss(29) < 0.8 * loss(0), "{} {}", loss(0), loss(29));
     let totals = &log[30]["totals"];
     assert_eq!((&totals["steps"], &totals["tokens"]), (&30.into(), &(30 * 4 * 8).into()));
@@ -210,10 +211,10 @@ fn the_log_tells_every_step_and_the_totals() {
 }
 
 #[test]
-fn saved_parameters_are_where_another_run_starts() {
+fn a_run_can_start_from_saved_parameters() {
     let folder = Folder::new("save");
     let first = folder.losses("--steps 30 --lr 1e-2 --save model");
-    // Files are whole tensors, so another mesh reads them.
+    // Files contain whole tensors, so another mesh can read them.
     let second = folder.losses("--init-from model --mesh data=2,tensor=2");
     assert!(second[0] < 0.8 * first[0], "{} then {}", first[0], second[0]);
     let again = folder.losses("--init-from model --seed 1");
@@ -234,7 +235,7 @@ fn saved_parameters_are_where_another_run_starts() {
 }
 
 #[test]
-fn a_run_is_the_same_bits_again() {
+fn a_repeated_run_gives_the_same_bits() {
     let folder = Folder::new("bits");
     let mesh = "--mesh data=2,stage=2,tensor=2 --micro-batches 2";
     let first = folder.losses(mesh);
@@ -252,9 +253,9 @@ fn a_run_is_the_same_bits_again() {
 }
 
 #[test]
-fn the_trained_model_writes() {
+fn the_trained_model_generates_text() {
     let folder = Folder::new("sample");
-    let written = |flags: &str| {
+    let generate = |flags: &str| {
         let run = folder.gpt(flags);
         assert_eq!(run.code, 0, "{}", run.stderr);
         assert!(run.stdout.contains(" 100/100  loss "), "{}", run.stdout);
@@ -262,13 +263,13 @@ fn the_trained_model_writes() {
         text.to_string()
     };
     let flags = "--steps 100 --lr 2e-2 --sample 90";
-    let text = written(flags);
+    let text = generate(flags);
     assert_eq!(text.len(), 91, "{text}");
-    // The text is one sentence of nine words, over and over.
+    // The text repeats one sentence of nine words.
     let words = "the quick brown fox jumps over the lazy dog.";
     let known = text.split_whitespace().filter(|word| words.split(' ').any(|w| w == *word)).count();
     assert!(known >= 6, "{known} words of the text in {text}");
-    assert_eq!(written(flags), text);
+    assert_eq!(generate(flags), text);
 }
 
 #[test]
@@ -284,9 +285,9 @@ fn the_other_programs_run() {
     }
 }
 
-/// With such a learning rate the first update leaves weights whose products no float can hold.
+/// With this learning rate, the first update leaves weights whose products overflow f32.
 #[test]
-fn a_training_that_blows_up_stops_or_skips_or_goes_back_and_names_the_tensor() {
+fn a_training_that_overflows_follows_its_policy_and_names_the_tensor() {
     let folder = Folder::new("blows-up");
     let args = "--lr 1e30 --steps 100";
     let first = "step 2 is not finite, loss ";
@@ -295,7 +296,7 @@ fn a_training_that_blows_up_stops_or_skips_or_goes_back_and_names_the_tensor() {
         ("--on-non-finite skip", "step 12 is not finite", 10),
         (
             "--on-non-finite rollback --checkpoint ck --checkpoint-every 1",
-            "gone back to step 1 3 times, and again step 2",
+            "rolled back to step 1 3 times, and again step 2",
             4,
         ),
     ] {
@@ -308,22 +309,22 @@ fn a_training_that_blows_up_stops_or_skips_or_goes_back_and_names_the_tensor() {
             "{policy}: {}",
             run.stderr
         );
-        let told = run.stderr.lines().filter(|line| line.starts_with("warning: step ")).count();
-        assert_eq!(told, warnings, "{policy}: {}", run.stderr);
+        let printed = run.stderr.lines().filter(|line| line.starts_with("warning: step ")).count();
+        assert_eq!(printed, warnings, "{policy}: {}", run.stderr);
     }
 }
 
 #[test]
-fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
+fn a_training_serves_its_page_writes_a_trace_and_shows_its_plan() {
     let folder = Folder::new("watched");
-    let run_ = folder.gpt("--listen 127.0.0.1:0 --trace trace.json --mesh data=2");
-    assert_eq!(run_.code, 0, "{}", run_.stderr);
-    assert!(run_.stderr.contains("watch it at http://127.0.0.1:"), "{}", run_.stderr);
+    let ended = folder.gpt("--listen 127.0.0.1:0 --trace trace.json --mesh data=2");
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.stderr.contains("watch it at http://127.0.0.1:"), "{}", ended.stderr);
     let trace = std::fs::read_to_string(folder.0.path().join("trace.json")).unwrap();
     let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
     let forwards = events.iter().filter(|event| event["ph"] == "X" && event["name"] == "forward").count();
     assert_eq!(forwards, 2 * 4, "two devices, four steps");
-    // With the command line of a job that runs, on a machine with none of what it runs on.
+    // `plan` works with the command line of a running job, on a machine without its GPUs and with its port in use.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let mut program = vec!["--", GPT, "--data", "text"];
@@ -331,9 +332,9 @@ fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
     program.extend(["--device", "cuda", "--mesh", "data=4", "--listen", &address]);
     let plan = |flags: &[&str]| {
         let args: Vec<&str> = ["plan"].iter().chain(flags).chain(&program).copied().collect();
-        let run_ = run(launcher().to_str().unwrap(), folder.0.path(), &args);
-        assert_eq!((run_.code, &*run_.stderr), (0, ""), "{}", run_.stdout);
-        run_.stdout
+        let ended = run(launcher().to_str().unwrap(), folder.0.path(), &args);
+        assert_eq!((ended.code, &*ended.stderr), (0, ""), "{}", ended.stdout);
+        ended.stdout
     };
     assert_eq!(
         plan(&["--html", "page.html", "--dot", "plan.dot"]),
@@ -343,16 +344,17 @@ fn what_a_training_does_can_be_watched_and_its_plan_be_seen() {
     for (file, part) in [("page.html", "device 0 compute"), ("plan.dot", "digraph")] {
         assert!(std::fs::read_to_string(folder.0.path().join(file)).unwrap().contains(part), "{file}");
     }
-    // Nobody is served there.
+    // No process listens there any more.
     drop(taken);
     for command in ["status", "explain-hang"] {
-        let run_ = run(launcher().to_str().unwrap(), folder.0.path(), &[command, "--at", &address]);
-        assert!(run_.code == 69 && run_.stderr.contains(&format!("nothing is served at {address}")), "{}", run_.stderr);
+        let ended = run(launcher().to_str().unwrap(), folder.0.path(), &[command, "--at", &address]);
+        let expected = format!("nothing is served at {address}");
+        assert!(ended.code == 69 && ended.stderr.contains(&expected), "{}", ended.stderr);
     }
 }
 
 #[test]
-fn progress_is_one_line_of_a_screen_and_lines_of_a_file() {
+fn a_terminal_gets_a_live_line_and_a_pipe_gets_plain_lines() {
     let folder = Folder::new("progress");
     let flags = format!("{} --data text", TINY.replace("--steps 4", "--steps 50"));
     let last = |text: &str| text.lines().filter(|line| line.contains("step 50/50  loss ")).count();
@@ -360,16 +362,16 @@ fn progress_is_one_line_of_a_screen_and_lines_of_a_file() {
     assert!(!piped.stdout.contains(['\r', '\x1b']), "{:?}", piped.stdout);
     let lines: Vec<&str> =
         piped.stdout.lines().filter(|line| line.starts_with("step ") && line.contains("loss")).collect();
-    // Every second step, from the first, and the last.
+    // Every second step from the first, and the last step.
     assert_eq!((lines.len(), last(&piped.stdout)), (26, 1), "{}", piped.stdout);
-    // A terminal, as `script` makes one.
+    // `script` runs the program in a terminal.
     let on_terminal = |kind: &str| {
         let command = format!("{GPT} {flags}");
         run("env", folder.0.path(), &[&format!("TERM={kind}"), "script", "-qec", &command, "/dev/null"])
     };
     let screen = on_terminal("xterm");
     assert_eq!((screen.code, last(&screen.stdout)), (0, 1), "{:?}", screen.stdout);
-    // Lines are written over the live one, which the last of them replaces.
+    // Each permanent line replaces the live line.
     let shown: Vec<&str> = screen.stdout.lines().filter(|line| line.contains("loss")).collect();
     assert_eq!(shown.len(), 26, "{:?}", screen.stdout);
     assert!(shown.iter().all(|line| line.starts_with("\r\x1b[K") && line.contains("  ETA 0:")), "{shown:?}");
@@ -377,19 +379,20 @@ fn progress_is_one_line_of_a_screen_and_lines_of_a_file() {
     assert!(!dumb.stdout.contains('\x1b') && dumb.stdout.contains("step  3/50"), "{:?}", dumb.stdout);
 }
 
-/// Programs that users copy: an error is one line for people, with its exit code, and `shardflow plan` is no error.
+/// In programs that users copy, an error is one readable line with its exit code. The end for `shardflow plan` is not
+/// an error.
 #[test]
-fn small_programs_print_errors_for_people() {
+fn small_programs_print_readable_errors() {
     let folder = Folder::new("small-programs");
     for program in [env!("CARGO_BIN_EXE_first_steps"), env!("CARGO_BIN_EXE_custom_kernel")] {
-        let with = |variable: &str, value: &Path| {
+        let run_with = |variable: &str, value: &Path| {
             let output = Command::new(program).env(variable, value).output().expect("it starts");
             (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
         };
-        let nowhere = folder.0.path().join("nowhere/plan.html");
-        let want =
-            format!("error: cannot write the plan to {}: No such file or directory (os error 2)\n", nowhere.display());
-        assert_eq!(with("SHARDFLOW_PLAN_HTML", &nowhere), (Some(2), want), "{program}");
-        assert_eq!(with("SHARDFLOW_PLAN_TEXT", &folder.0.path().join("plan")), (Some(0), String::new()), "{program}");
+        let (page, plan) = (folder.0.path().join("nowhere/plan.html"), folder.0.path().join("plan"));
+        let expected =
+            format!("error: cannot write the plan to {}: No such file or directory (os error 2)\n", page.display());
+        assert_eq!(run_with("SHARDFLOW_PLAN_HTML", &page), (Some(2), expected), "{program}");
+        assert_eq!(run_with("SHARDFLOW_PLAN_TEXT", &plan), (Some(0), String::new()), "{program}");
     }
 }

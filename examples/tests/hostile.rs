@@ -1,5 +1,5 @@
-//! Strangers at the doors of a training that runs: `gpt` as two processes over TCP, whose ports are flooded meanwhile. A test
-//! binary of its own, because it measures time.
+//! Attacks on a running training: `gpt` runs as two processes over TCP, and unauthenticated peers flood their ports.
+//! This is a separate test binary because it measures time.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -20,24 +20,24 @@ use shardflow_actors::transport::{Address, Hello, Purpose, SessionId, SharedKey,
 mod programs;
 
 const SECRET: &str = "a secret of this test";
-/// Longer than the run, by far.
+/// Much longer than the run.
 const TIMEOUT: Duration = Duration::from_secs(300);
 const STEPS: usize = 2000;
 const MODEL: &str = "--layers 4 --heads 4 --width 64 --context 32 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --micro-batches 2 --mesh data=2,stage=2 --steps 2000";
-/// Connections that are held open while the attack is on.
+/// Connections that are held open during an attack.
 const STRANGERS: usize = 500;
-/// Between two attacks of the thread that makes them: some hundred a second, so that they do not win by using up the
-/// processors, as any program on the machine can.
+/// Pause between two rounds of the attacking thread. It limits the attack to some hundred rounds per second, because
+/// any program on the machine could slow the training by using up the processors.
 const PAUSE: Duration = Duration::from_millis(2);
-/// Steps of a window without attack, or with it.
+/// Steps of a window, with or without attack.
 const WINDOW: usize = 25;
 /// Pairs of windows that are compared.
 const PAIRS: usize = 4;
 const RATIO_MAX: f64 = 1.2;
 const GROWTH_KB_MAX: usize = 16 << 10;
 
-/// A folder with a text in it, and the programs that run there; all gone at the end.
+/// A folder that contains a text, and the programs that run there. They are ended and removed on drop.
 struct Run {
     folder: Folder,
     launcher: Option<Child>,
@@ -45,7 +45,7 @@ struct Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // What it started ends with the launcher.
+        // The processes end with the launcher.
         if let Some(child) = &mut self.launcher {
             let _ = child.kill();
             let _ = child.wait();
@@ -58,7 +58,7 @@ impl Run {
         Self { folder: Folder::new("hostile"), launcher: None }
     }
 
-    /// Starts `gpt`, or with flags of the launcher several of it.
+    /// Starts `gpt`, or several processes of it if there are flags for the launcher.
     fn start(&self, launch: &[&str], log: &str) -> Child {
         let mut command = Command::new(if launch.is_empty() { GPT.into() } else { launcher() });
         if !launch.is_empty() {
@@ -74,13 +74,13 @@ impl Run {
         fs::read_to_string(self.folder.path().join("errors")).unwrap_or_default()
     }
 
-    /// Loss, as bits, and seconds of each step that is logged so far.
+    /// Loss, as bits, and seconds of each step in the log so far.
     fn steps(&self, log: &str) -> Vec<(u64, f64)> {
         let step = |r: Value| Some((r["loss"].as_f64()?.to_bits(), r["step_seconds"].as_f64()?));
         self.folder.records(log).into_iter().filter_map(step).collect()
     }
 
-    /// Waits until so many steps are logged.
+    /// Waits until this number of steps is logged.
     fn until(&self, log: &str, steps: usize, deadline: Instant) -> Vec<(u64, f64)> {
         loop {
             let done = self.steps(log);
@@ -93,32 +93,32 @@ impl Run {
     }
 }
 
-/// Lets time pass, where there is no event to wait for.
+/// Waits for a fixed time, for lack of an event to wait for.
 fn pause(time: Duration) {
-    let (_open, never) = channel::<()>();
-    let _ = never.recv_timeout(time);
+    let (_sender, receiver) = channel::<()>();
+    let _ = receiver.recv_timeout(time);
 }
 
 /// Resident memory, in kB.
 fn resident_kb(pid: u32) -> usize {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux says so");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux reports VmRSS");
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
-/// Ports of this node that the process listens on: of `tcp`, or of `udp`.
+/// Ports of this node that the process listens on, for `tcp` or `udp`.
 fn ports(pid: u32, protocol: &str) -> BTreeSet<u16> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
     let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()?.to_str().map(String::from));
     let sockets: BTreeSet<String> =
         links.filter_map(|link| Some(link.strip_prefix("socket:[")?.strip_suffix(']')?.into())).collect();
     let table = fs::read_to_string(format!("/proc/{pid}/net/{protocol}")).expect("Linux has it");
-    // A TCP socket that listens is in state 0A, a UDP socket that any may write to in state 07.
+    // A listening TCP socket is in state 0A, an unconnected UDP socket in state 07.
     let state = if protocol == "tcp" { "0A" } else { "07" };
     let port = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let mine = *fields.get(3)? == state && sockets.contains(*fields.get(9)?);
-        mine.then(|| u16::from_str_radix(fields[1].split_once(':')?.1, 16).ok()).flatten()
+        let is_own = *fields.get(3)? == state && sockets.contains(*fields.get(9)?);
+        is_own.then(|| u16::from_str_radix(fields[1].split_once(':')?.1, 16).ok()).flatten()
     };
     table.lines().filter_map(port).collect()
 }
@@ -127,12 +127,12 @@ fn at(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// A message of a handshake behind its length.
-fn part(message: &[u8]) -> Vec<u8> {
+/// A message of a handshake, prefixed with its length.
+fn framed(message: &[u8]) -> Vec<u8> {
     [&(message.len() as u16).to_le_bytes()[..], message].concat()
 }
 
-fn read_part(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
+fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
     let mut length = [0; 2];
     stream.read_exact(&mut length)?;
     let mut message = vec![0; usize::from(u16::from_le_bytes(length))];
@@ -144,44 +144,46 @@ fn hello() -> Hello {
     Hello { session: SessionId([7; 16]), epoch: 0, from: 1, to: 0, purpose: Purpose::Registers { index: 0 } }
 }
 
-/// A whole handshake of one that has the secret; what it sent, and how it ended.
+/// Runs a whole handshake of a peer with the secret. Returns the bytes it sent, and the result.
 fn handshake(port: u16, secret: &SharedKey) -> std::io::Result<(Vec<u8>, Result<(), HandshakeError>)> {
     let mut stream = TcpStream::connect(at(port))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
     let (dialler, greeting) = Dialler::new(&[9; 32]);
-    stream.write_all(&part(&greeting))?;
-    let theirs = read_part(&mut stream)?;
-    let (proved, proof) = dialler.prove(secret, &hello(), &theirs).expect("they greet in good order");
-    stream.write_all(&part(&proof))?;
-    let verdict = read_part(&mut stream)?;
-    Ok(([part(&greeting), part(&proof)].concat(), proved.finish(secret, &verdict)))
+    stream.write_all(&framed(&greeting))?;
+    let reply = read_message(&mut stream)?;
+    let (proved, proof) = dialler.prove(secret, &hello(), &reply).expect("a valid greeting");
+    stream.write_all(&framed(&proof))?;
+    let verdict = read_message(&mut stream)?;
+    Ok(([framed(&greeting), framed(&proof)].concat(), proved.finish(secret, &verdict)))
 }
 
-/// What each kind of stranger hears while nobody else attacks; gives a handshake to be replayed. Every refusal has its type.
-fn refusals(port: u16, world: &SharedKey) -> Vec<u8> {
+/// Checks the reply to each kind of stranger without a flood: every refusal has its type. Returns a handshake to
+/// replay.
+fn check_refusals(port: u16, secret: &SharedKey) -> Vec<u8> {
     let wrong = SharedKey::from_text("a secret of another job").unwrap();
     let address = Address::Tcp(at(port).to_string());
     let denied = connect(&address, &wrong, &hello(), Instant::now() + Duration::from_secs(10)).unwrap_err();
     assert!(matches!(denied, TransportError::Handshake { cause: HandshakeError::Denied, .. }), "{denied}");
-    // Who has the secret, and is of no session, hears why.
-    let (recorded, verdict) = handshake(port, world).expect("it answers");
+    // A peer with the secret but of another session receives the reason.
+    let (recorded, verdict) = handshake(port, secret).expect("an answer");
     let refusal = verdict.unwrap_err();
     let session =
         |r: &Refusal| matches!(r, Refusal::Session { .. } | Refusal::WrongProcess { .. } | Refusal::Process { .. });
     assert!(matches!(&refusal, HandshakeError::Refused(r) if session(r)), "{refusal}");
-    // The same bytes again meet another nonce: the proof is none.
+    // A replay of the same bytes meets another nonce, so the proof is invalid.
     let mut stream = TcpStream::connect(at(port)).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     stream.write_all(&recorded).unwrap();
-    read_part(&mut stream).expect("its greeting");
-    assert!(read_part(&mut stream).expect("its verdict").is_empty(), "a replay is denied");
+    read_message(&mut stream).expect("its greeting");
+    assert!(read_message(&mut stream).expect("its verdict").is_empty(), "a replay is denied");
     recorded
 }
 
-/// What a stranger sends before it falls silent, by number: idle, half, garbage, too long, replayed.
+/// The bytes that a stranger sends before it falls silent, by number: none, half a message, garbage, too long, a
+/// replay.
 fn opening(number: usize, recorded: &[u8]) -> Vec<u8> {
     let garbage = |bytes: usize| (0..bytes).map(|i| (i * number % 251) as u8).collect::<Vec<_>>();
-    let whole = part(&greeting(&[number as u8; 32]));
+    let whole = framed(&greeting(&[number as u8; 32]));
     match number % 8 {
         0 => vec![],
         1 => whole[..1].to_vec(),
@@ -194,9 +196,9 @@ fn opening(number: usize, recorded: &[u8]) -> Vec<u8> {
     }
 }
 
-/// Attacks all ports whenever it is on.
+/// Attacks all ports while it is enabled.
 struct Attack {
-    on: AtomicBool,
+    enabled: AtomicBool,
     tcp: Vec<u16>,
     udp: Vec<u16>,
     recorded: Vec<u8>,
@@ -210,20 +212,20 @@ impl Attack {
         let wrong = SharedKey::from_text("a secret of another job").unwrap();
         let mut strangers = Vec::new();
         for number in 0.. {
-            // The sender is dropped when it is all over.
+            // The sender is dropped at the end of the test.
             if end.recv_timeout(PAUSE) == Err(std::sync::mpsc::RecvTimeoutError::Disconnected) {
                 return;
             }
-            if !self.on.load(Ordering::Relaxed) {
+            if !self.enabled.load(Ordering::Relaxed) {
                 strangers.clear();
                 continue;
             }
             let tcp = self.tcp[number % self.tcp.len()];
-            // At once as many as are held, then one after the other in the place of older ones.
+            // Opens all connections at once, then one per round in place of an older one.
             let opened = STRANGERS.saturating_sub(strangers.len()).max(1);
             for stranger in number..number + opened {
                 let Ok(mut stream) = TcpStream::connect(at(tcp)) else { continue };
-                // It may have been hung up on already.
+                // The listener may have closed it already.
                 let _ = stream.write_all(&opening(stranger, &self.recorded));
                 self.connections.fetch_add(1, Ordering::Relaxed);
                 if strangers.len() < STRANGERS {
@@ -234,13 +236,13 @@ impl Attack {
             }
             if number % 16 == 0 {
                 let address = Address::Tcp(at(tcp).to_string());
-                let let_in = connect(&address, &wrong, &hello(), Instant::now());
-                assert!(let_in.is_err(), "a wrong secret was let in");
+                let accepted = connect(&address, &wrong, &hello(), Instant::now());
+                assert!(accepted.is_err(), "a wrong secret was accepted");
             }
             for datagram in 0..4 {
                 let bytes: Vec<u8> = match datagram {
                     0 => Vec::new(),
-                    // As a heartbeat begins, and as long as it is; with no MAC.
+                    // Starts like a heartbeat and has its length, but no valid MAC.
                     1 => [&b"SFHB\x01\0\0\0"[..], &[number as u8; 60]].concat(),
                     2 => vec![number as u8; 68],
                     _ => vec![0; 60_000],
@@ -257,30 +259,29 @@ fn median(mut seconds: Vec<f64>) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-/// Median step time under attack over that without, in windows that take turns.
+/// Ratio of the median step time under attack to that without, measured in alternating windows.
 fn ratio(run: &Run, attack: &Attack, deadline: Instant) -> f64 {
     let (mut calm, mut attacked) = (Vec::new(), Vec::new());
     for window in 0..2 * PAIRS {
-        let on = window % 2 == 1;
-        attack.on.store(on, Ordering::Relaxed);
-        // The step that runs now belongs to neither.
+        let enabled = window % 2 == 1;
+        attack.enabled.store(enabled, Ordering::Relaxed);
+        // The running step belongs to neither window.
         let begin = run.steps("many").len() + 1;
         let steps = run.until("many", begin + WINDOW, deadline);
         let seconds = steps[begin..begin + WINDOW].iter().map(|step| step.1);
-        if on { attacked.extend(seconds) } else { calm.extend(seconds) }
+        if enabled { attacked.extend(seconds) } else { calm.extend(seconds) }
     }
-    attack.on.store(false, Ordering::Relaxed);
+    attack.enabled.store(false, Ordering::Relaxed);
     let (calm, attacked) = (median(calm), median(attacked));
     println!("step: {:.2} ms, {:.2} ms under attack", calm * 1e3, attacked * 1e3);
     attacked / calm
 }
 
 #[test]
-fn strangers_cost_a_training_little_and_change_nothing() {
+fn unauthenticated_peers_slow_a_training_little_and_change_no_loss() {
     let mut run = Run::new();
     let deadline = Instant::now() + TIMEOUT;
     assert!(run.start(&[], "one").wait().unwrap().success(), "{}", run.errors());
-    // Free a moment ago.
     let free = TcpListener::bind(at(0)).unwrap().local_addr().unwrap();
     run.launcher = Some(run.start(&["--nproc-per-node=2", &format!("--rdzv-endpoint={free}")], "many"));
     run.until("many", 10, deadline);
@@ -289,19 +290,19 @@ fn strangers_cost_a_training_little_and_change_nothing() {
     assert_eq!(workers.len(), 2, "{}", run.errors());
     let all = |protocol| workers.iter().flat_map(|pid| ports(*pid, protocol)).collect::<Vec<_>>();
     let (tcp, udp) = (all("tcp"), all("udp"));
-    assert!(tcp.len() >= 2 && udp.len() >= 2, "a port of each for strangers and for heartbeats: {tcp:?} {udp:?}");
+    assert!(tcp.len() >= 2 && udp.len() >= 2, "each worker has a TCP and a UDP port: {tcp:?} {udp:?}");
     let secret = SharedKey::from_text(SECRET).unwrap();
-    let recorded = tcp.iter().map(|port| refusals(*port, &secret)).next_back().unwrap();
+    let recorded = tcp.iter().map(|port| check_refusals(*port, &secret)).next_back().unwrap();
 
     let resident = || workers.iter().map(|pid| resident_kb(*pid)).collect::<Vec<_>>();
     let before = resident();
     let (connections, datagrams) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let attack = Attack { on: AtomicBool::new(false), tcp, udp, recorded, connections, datagrams };
+    let attack = Attack { enabled: AtomicBool::new(false), tcp, udp, recorded, connections, datagrams };
     let best = thread::scope(|scope| {
         let (_running, end) = channel::<()>();
         let attack = &attack;
         scope.spawn(move || attack.run(&end));
-        // Others use this machine too: what the attack costs is the least that was seen.
+        // Other programs also use this machine, so the cost of the attack is the minimum of several measurements.
         let mut best = f64::INFINITY;
         for _ in 0..3 {
             best = best.min(ratio(&run, attack, deadline));
@@ -322,5 +323,5 @@ fn strangers_cost_a_training_little_and_change_nothing() {
     assert!(ended.success(), "{ended}:\n{}", run.errors());
     let losses = |log| run.steps(log).into_iter().map(|step| step.0).collect::<Vec<_>>();
     assert_eq!(losses("many").len(), STEPS);
-    assert!(losses("many") == losses("one"), "other losses than without strangers");
+    assert!(losses("many") == losses("one"), "losses differ from those of a run without attack");
 }

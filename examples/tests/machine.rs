@@ -1,6 +1,6 @@
-//! `gpt` on machines that give it less than they seem to: memory limits of a cgroup, containers with a `/tmp` each, a `TMPDIR` that
-//! cannot be used, names and addresses that mean something else on another node, other launchers. What needs root says `SKIPPED`
-//! without it.
+//! `gpt` on machines with restrictions: memory limits of a cgroup, containers that each have their own `/tmp`, an
+//! unusable `TMPDIR`, names and addresses that differ between nodes, other launchers. Tests that need root print
+//! `SKIPPED` without it.
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
@@ -14,7 +14,7 @@ use programs::{Folder, GPT, Running, launcher};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "a secret of these tests only");
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --sample 0 --steps 2 --threads-per-device 1 \
@@ -36,9 +36,9 @@ fn gpt(flags: &str) -> Vec<String> {
     gpt_of(MODEL, flags)
 }
 
-/// A launcher with these flags, that starts `gpt`.
-fn launch(flags: &str, of_gpt: &str) -> Vec<String> {
-    launch_of(flags, &gpt(of_gpt))
+/// The launcher with these flags and `gpt` with those.
+fn launch(flags: &str, gpt_flags: &str) -> Vec<String> {
+    launch_of(flags, &gpt(gpt_flags))
 }
 
 fn launch_of(flags: &str, program: &[String]) -> Vec<String> {
@@ -47,13 +47,13 @@ fn launch_of(flags: &str, program: &[String]) -> Vec<String> {
     [launcher].into_iter().chain(words).chain(program.iter().cloned()).collect()
 }
 
-/// Runs a line of `sh` before the command.
+/// Adds a line of `sh` that runs before the command.
 fn after(script: &str, command: &[String]) -> Vec<String> {
     let script = format!("{script} && exec \"$@\"");
     ["sh", "-c", &script, "sh"].into_iter().map(str::to_owned).chain(command.iter().cloned()).collect()
 }
 
-/// In a mount namespace of its own, where `script` has run.
+/// Runs `script` and the command in a new mount namespace.
 fn unshared(script: &str, command: &[String]) -> Vec<String> {
     ["unshare", "--mount"].into_iter().map(str::to_owned).chain(after(script, command)).collect()
 }
@@ -62,30 +62,30 @@ fn start(folder: &Folder, command: &[String], environment: &[(&str, &str)]) -> R
     folder.start(Command::new(&command[0]).args(&command[1..]).env_remove("TMPDIR").envs(environment.iter().copied()))
 }
 
-/// Whether a mount namespace can be made; says so where it cannot.
+/// Whether mount namespaces are permitted; prints `SKIPPED` otherwise.
 fn can_unshare(test: &str) -> bool {
-    let done = Command::new("unshare").args(["--mount", "mount", "-t", "tmpfs", "none", "/tmp"]).output();
-    let why = match done {
-        Ok(done) if done.status.success() => return true,
-        Ok(done) => String::from_utf8_lossy(&done.stderr).trim().to_owned(),
+    let output = Command::new("unshare").args(["--mount", "mount", "-t", "tmpfs", "none", "/tmp"]).output();
+    let cause = match output {
+        Ok(output) if output.status.success() => return true,
+        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
         Err(error) => error.to_string(),
     };
-    println!("SKIPPED {test}: no mount namespace: {why}");
+    println!("SKIPPED {test}: no mount namespace: {cause}");
     false
 }
 
-/// A cgroup (v1 or v2) with a limit of memory.
-struct Limited(PathBuf);
+/// A cgroup (v1 or v2) with a memory limit.
+struct MemoryCgroup(PathBuf);
 
-impl Limited {
+impl MemoryCgroup {
     fn new(name: &str) -> Option<Self> {
         let v1 = Path::new("/sys/fs/cgroup/memory");
         let folder = if v1.is_dir() { v1 } else { Path::new("/sys/fs/cgroup") };
-        let made = Self(folder.join(format!("shardflow-{name}-{}", std::process::id())));
-        match fs::create_dir(&made.0).and_then(|()| made.limit(1 << 30)) {
-            Ok(()) => Some(made),
+        let cgroup = Self(folder.join(format!("shardflow-{name}-{}", std::process::id())));
+        match fs::create_dir(&cgroup.0).and_then(|()| cgroup.limit(1 << 30)) {
+            Ok(()) => Some(cgroup),
             Err(error) => {
-                println!("SKIPPED {name}: no cgroup with a limit of memory: {error}");
+                println!("SKIPPED {name}: no cgroup with a memory limit: {error}");
                 None
             }
         }
@@ -97,15 +97,15 @@ impl Limited {
         fs::write(file, bytes.to_string())
     }
 
-    /// Joins it before the command.
+    /// A command that joins the cgroup first.
     fn with(&self, command: &[String]) -> Vec<String> {
         after(&format!("echo $$ > {}/cgroup.procs", self.0.display()), command)
     }
 }
 
-impl Drop for Limited {
+impl Drop for MemoryCgroup {
     fn drop(&mut self) {
-        // Empty once its processes have ended, which takes the kernel a moment.
+        // The kernel takes a moment to remove ended processes from the cgroup.
         let deadline = Instant::now() + Duration::from_secs(5);
         while fs::remove_dir(&self.0).is_err() && self.0.is_dir() && Instant::now() < deadline {
             thread::yield_now();
@@ -113,16 +113,16 @@ impl Drop for Limited {
     }
 }
 
-/// The number after some words of a text.
+/// The number that follows `words` in a text.
 fn number_after(text: &str, words: &str) -> u64 {
     let rest = text.split_once(words).unwrap_or_else(|| panic!("no {words:?} in:\n{text}")).1;
     rest.split(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).expect("a number")
 }
 
 #[test]
-fn what_a_cgroup_does_not_hold_is_refused() {
+fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     let folder = Folder::new("machine-cgroup");
-    let Some(cgroup) = Limited::new("cgroup") else { return };
+    let Some(cgroup) = MemoryCgroup::new("cgroup") else { return };
     let model = MODEL.replace("--width 16 --context 8", "--width 512 --context 64");
     let gpt = |flags: &str| gpt_of(&model, flags);
     let run = |limit: u64, command: &[String]| {
@@ -139,7 +139,7 @@ fn what_a_cgroup_does_not_hold_is_refused() {
     }
     let needed = number_after(&printed, "the job needs ");
     let used = SMALL - number_after(&printed, "this node has ");
-    // What it asks for is enough, to the end.
+    // The reported requirement is enough for the whole run.
     let enough = needed + used + (8 << 20);
     let (code, printed) = run(enough, &gpt(""));
     assert_eq!(code, Some(0), "{printed}");
@@ -147,23 +147,23 @@ fn what_a_cgroup_does_not_hold_is_refused() {
     let (code, printed) = run(enough, &gpt("--checkpoint ck"));
     assert_eq!(code, Some(78), "{printed}");
     assert!(printed.contains("bytes for 2 snapshots") && !printed.contains("loss"), "{printed}");
-    // Two ranks share what there is; each of them alone would fit.
+    // Two ranks share the limit; each of them alone would fit.
     let (code, printed) = run(enough, &launch_of("--nproc-per-node 2", &gpt("--mesh data=2")));
     assert_eq!(code, Some(78), "{printed}");
     assert!(printed.contains("\n  device 0: ") && printed.contains("\n  device 1: "), "{printed}");
-    // The limit is a real one.
+    // The kernel enforces the limit.
     let (code, printed) = run(SMALL, &gpt("--memory-mib 4096"));
     assert_ne!(code, Some(0), "{printed}");
 }
 
-/// Two containers of one host: equal host names and boots, a `/tmp` each.
+/// Two containers of one host have equal host names and boot ids, but separate `/tmp` folders.
 #[test]
-fn containers_with_a_tmp_each_use_tcp() {
+fn containers_with_separate_tmp_folders_use_tcp() {
     if !can_unshare("containers") {
         return;
     }
     let folder = Folder::new("machine-containers");
-    let both = |transport: &str, log: &str| {
+    let run_both = |transport: &str, log: &str| {
         let port = free_port();
         let environment = [SECRET, ("SHARDFLOW_TRANSPORT", transport)];
         let nodes = [0, 1].map(|node| {
@@ -174,13 +174,13 @@ fn containers_with_a_tmp_each_use_tcp() {
         nodes.map(|mut node| (node.end(TIMEOUT), node.text()))
     };
     let begin = Instant::now();
-    let ended = both("auto", "apart");
+    let ended = run_both("auto", "apart");
     let all = format!("{}\n{}", ended[0].1, ended[1].1);
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{all}");
     assert_eq!(all.matches("do not see the same folder at TMPDIR").count(), 1, "once:\n{all}");
     assert!(all.contains("TCP is used between such ranks"), "{all}");
     for transport in ["shared-memory", "unix"] {
-        for (code, printed) in both(transport, transport) {
+        for (code, printed) in run_both(transport, transport) {
             assert_eq!(code, Some(78), "{printed}");
             assert!(
                 printed.contains("they do not see the same folder") && printed.contains("set it to auto"),
@@ -188,11 +188,11 @@ fn containers_with_a_tmp_each_use_tcp() {
             );
         }
     }
-    assert!(begin.elapsed() < Duration::from_secs(55), "nothing waits for a connection that cannot come");
+    assert!(begin.elapsed() < Duration::from_secs(55), "no process waits for a connection that cannot be made");
 }
 
 #[test]
-fn a_tmpdir_that_cannot_be_used_is_named_or_not_needed() {
+fn an_unusable_tmpdir_is_reported_or_not_needed() {
     let folder = Folder::new("machine-tmpdir");
     let long = folder.path().join("x".repeat(120));
     fs::create_dir(&long).expect("a folder");
@@ -218,7 +218,7 @@ fn a_tmpdir_that_cannot_be_used_is_named_or_not_needed() {
             "{code:?} {printed}"
         );
     }
-    // The other commands that use it.
+    // Other commands that use TMPDIR.
     for (command, expected) in [("plan", Some(78)), ("doctor", Some(78))] {
         let mut words = vec![launcher().display().to_string(), command.to_owned()];
         words.extend(if command == "plan" { vec!["--".to_owned(), GPT.to_owned()] } else { vec![] });
@@ -228,7 +228,7 @@ fn a_tmpdir_that_cannot_be_used_is_named_or_not_needed() {
     }
     // Processes that another launcher started.
     let port = free_port().to_string();
-    let ended = by_variables(&folder, &[("TMPDIR", &missing)], |rank| {
+    let ended = run_by_variables(&folder, &[("TMPDIR", &missing)], |rank| {
         let rank = rank.to_string();
         let names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
         let values = [rank.clone(), "2".into(), rank, "2".into(), "127.0.0.1".into(), port.clone()];
@@ -237,25 +237,25 @@ fn a_tmpdir_that_cannot_be_used_is_named_or_not_needed() {
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
 }
 
-/// Two processes of `gpt` without a launcher of ours; how they ended.
-fn by_variables(
+/// Runs two processes of `gpt` without Shardflow's launcher. Returns their codes and output.
+fn run_by_variables(
     folder: &Folder,
     environment: &[(&str, &str)],
-    of_rank: impl Fn(u32) -> Vec<(String, String)>,
+    rank_variables: impl Fn(u32) -> Vec<(String, String)>,
 ) -> [(Option<i32>, String); 2] {
     let started = [0, 1].map(|rank| {
-        let own = of_rank(rank);
-        let mut all = vec![SECRET];
-        all.extend(environment);
-        all.extend(own.iter().map(|(name, value)| (name.as_str(), value.as_str())));
-        start(folder, &gpt("--mesh data=2 --log-json log.json"), &all)
+        let own = rank_variables(rank);
+        let mut variables = vec![SECRET];
+        variables.extend(environment);
+        variables.extend(own.iter().map(|(name, value)| (name.as_str(), value.as_str())));
+        start(folder, &gpt("--mesh data=2 --log-json log.json"), &variables)
     });
     started.map(|mut run| (run.end(TIMEOUT), run.text()))
 }
 
-/// MPICH's and Intel MPI's variables, and a PyTorchJob's: one job of two processes, not two jobs.
+/// With the variables of MPICH, Intel MPI or a PyTorchJob, two processes form one job, not two.
 #[test]
-fn processes_of_other_launchers_are_one_job() {
+fn processes_of_other_launchers_form_one_job() {
     let folder = Folder::new("machine-launchers");
     let pairs = |pairs: &[(&str, &str)]| pairs.iter().map(|(n, v)| (n.to_string(), v.to_string())).collect::<Vec<_>>();
     let port = free_port().to_string();
@@ -268,20 +268,20 @@ fn processes_of_other_launchers_are_one_job() {
     let port = free_port().to_string();
     let pod = |rank: u32| {
         let rank = rank.to_string();
-        // So the master's pod has it.
+        // The master's pod has `localhost`.
         let host = if rank == "0" { "localhost" } else { "127.0.0.1" };
         pairs(&[("RANK", &rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", &port)])
     };
-    let of: [&dyn Fn(u32) -> Vec<(String, String)>; 2] = [&mpi, &pod];
-    for of_rank in of {
-        let [first, second] = by_variables(&folder, &[], of_rank);
+    let launchers: [&dyn Fn(u32) -> Vec<(String, String)>; 2] = [&mpi, &pod];
+    for rank_variables in launchers {
+        let [first, second] = run_by_variables(&folder, &[], rank_variables);
         assert_eq!((first.0, second.0), (Some(0), Some(0)), "{first:?} {second:?}");
         assert!(first.1.contains("in 2 processes") && !second.1.contains("step"), "{first:?} {second:?}");
     }
 }
 
 /// An address of this machine that is not loopback.
-fn outward() -> Option<String> {
+fn external_address() -> Option<String> {
     let socket =
         UdpSocket::bind(("0.0.0.0", 0)).and_then(|s| s.connect(("192.0.2.1", 9)).and_then(|()| s.local_addr()));
     socket.ok().map(|own| own.ip().to_string()).filter(|ip| !ip.starts_with("127."))
@@ -289,14 +289,14 @@ fn outward() -> Option<String> {
 
 /// Debian's `/etc/hosts` maps the host's own name to 127.0.1.1; other nodes have the real address.
 #[test]
-fn a_host_name_that_is_loopback_on_its_own_node_is_reached() {
-    let Some(outward) = outward() else { return println!("SKIPPED hosts: this machine has no network") };
+fn a_host_name_that_is_loopback_on_its_own_node_is_reachable() {
+    let Some(external) = external_address() else { return println!("SKIPPED hosts: this machine has no network") };
     if !can_unshare("hosts") {
         return;
     }
     let folder = Folder::new("machine-hosts");
     let port = free_port();
-    let nodes = [(0, "127.0.1.1"), (1, outward.as_str())].map(|(node, ip)| {
+    let nodes = [(0, "127.0.1.1"), (1, external.as_str())].map(|(node, ip)| {
         let hosts = folder.path().join(format!("hosts-{node}"));
         fs::write(&hosts, format!("127.0.0.1 localhost\n{ip} shardflow-node0\n")).expect("a file");
         let flags = format!("--nnodes 2 --node-rank {node} --rdzv-endpoint shardflow-node0:{port} --rdzv-id hosts");
@@ -311,7 +311,7 @@ fn a_host_name_that_is_loopback_on_its_own_node_is_reached() {
 }
 
 #[test]
-fn link_local_addresses_have_zones() {
+fn link_local_addresses_work_with_zones() {
     let table = fs::read_to_string("/proc/net/if_inet6").unwrap_or_default();
     let link_local = table.lines().find_map(|line| {
         let (digits, name) = (line.split(' ').next()?, line.split_whitespace().last()?);
@@ -332,7 +332,7 @@ fn link_local_addresses_have_zones() {
     }
 }
 
-/// A name or an interface that is not there may appear later; what is waited for is on the screen meanwhile.
+/// A missing name or interface may appear later, so the process waits and reports the cause.
 #[test]
 fn an_endpoint_without_an_address_is_reported() {
     let folder = Folder::new("machine-no-address");

@@ -1,5 +1,5 @@
-//! `gpt` under `mpirun` with collectives by MPI: the losses of one process, within rounding; ranks that are killed or frozen;
-//! what is refused. Built only with the feature `mpi`.
+//! `gpt` under `mpirun` with collectives by MPI: the losses of one process, within rounding; ranks that are killed or
+//! frozen; refused configurations. Built only with the feature `mpi`.
 
 use std::process::Command;
 use std::thread;
@@ -10,25 +10,25 @@ use programs::{Folder, GPT, Running, launcher, signal};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(100);
-/// From the loss of a rank to the end of all: our heartbeats need 4 s, `mpirun` less.
+/// Time from the loss of a rank to the end of all: our heartbeats need 4 s, `mpirun` less.
 const NOTICED_WITHIN: Duration = Duration::from_secs(15);
 const MODEL: &str = "--layers 4 --heads 4 --width 32 --context 16 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --clip 1 --dropout 0.1";
 
-/// Relative difference of losses. MPI adds in another order than we do, so that a sum of n values may differ by about
-/// n * 6e-8 of its largest; 20 steps of training let that grow. Measured: 2e-7 at most.
+/// Maximum relative difference of losses. MPI adds in another order than our engines, so a sum of n values may differ
+/// by about n * 6e-8 of its largest value; 20 steps of training increase that. Measured: 2e-7 at most.
 const TOLERANCE: f64 = 1e-5;
 
-/// A command of these words in this folder, with collectives by `engine`.
+/// Starts a command line in this folder, with collectives by `engine`.
 fn start(folder: &Folder, words: &str, engine: &str) -> Running {
     let mut words = words.split_whitespace();
     let mut command = Command::new(words.next().expect("a program"));
     command.args(words).env("SHARDFLOW_COLLECTIVES", engine).env("SHARDFLOW_SECRET", "a secret of these tests alone");
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
     let mut run = folder.start(&mut command);
-    // Not SIGKILL, which `mpirun` cannot pass on.
+    // `mpirun` cannot pass on SIGKILL.
     run.last_signal = "TERM";
     run
 }
@@ -46,7 +46,7 @@ fn pid_of(folder: &Folder, rank: u32) -> Option<u32> {
     folder.pid_of(&format!("OMPI_COMM_WORLD_RANK={rank}"))
 }
 
-/// Reads to the end; gives the exit code and what was written.
+/// Reads to the end, and returns the exit code and the output.
 fn end(mut run: Running, within: Duration) -> (Option<i32>, String) {
     let code = run.end(within);
     (code, run.text())
@@ -63,44 +63,44 @@ fn losses_are_those_of_one_process_within_rounding() {
         assert_eq!(code, Some(0), "{text}");
         let expected = losses(&folder, &one);
         assert_eq!(expected.len(), 20);
-        // By two processes, groups of four go by our own engines, and those of two may go by MPI.
+        // With two processes, groups of four use our own engines, and groups of two may use MPI.
         for processes in [2, 4] {
             let (code, text) = end(mpirun(&folder, processes, &format!("{flags} --log-json {many}")), TIMEOUT);
             assert_eq!(code, Some(0), "{mesh} by {processes}:\n{text}");
             let losses = losses(&folder, &many);
             assert_eq!(losses.len(), 20, "{mesh} by {processes}:\n{text}");
-            let off = losses.iter().zip(&expected).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max);
-            println!("{mesh} by {processes}: losses differ by {off:.1e}");
-            assert!(off <= TOLERANCE, "{mesh} by {processes}: {off}: {losses:?}, in one process {expected:?}");
+            let error = losses.iter().zip(&expected).map(|(a, b)| (a - b).abs() / b.abs()).fold(0.0, f64::max);
+            println!("{mesh} by {processes}: losses differ by {error:.1e}");
+            assert!(error <= TOLERANCE, "{mesh} by {processes}: {error}: {losses:?}, in one process {expected:?}");
         }
     }
 }
 
 #[test]
-fn a_rank_that_is_killed_or_frozen_ends_all_in_time_and_not_with_0() {
+fn a_killed_or_frozen_rank_ends_all_in_time_with_an_error_code() {
     let folder = Folder::new("mpi-lost");
-    for (rank, how) in [(1, "KILL"), (3, "KILL"), (2, "STOP")] {
-        let log = format!("log-{rank}-{how}");
+    for (rank, name) in [(1, "KILL"), (3, "KILL"), (2, "STOP")] {
+        let log = format!("log-{rank}-{name}");
         let mut run = mpirun(&folder, 4, &format!("--mesh data=2,tensor=2 --steps 100000 --log-json {log}"));
         let deadline = Instant::now() + TIMEOUT;
         while losses(&folder, &log).len() < 20 {
-            assert!(Instant::now() < deadline && run.child.try_wait().expect("a child").is_none(), "{rank} {how}");
+            assert!(Instant::now() < deadline && run.child.try_wait().expect("a child").is_none(), "{rank} {name}");
             thread::yield_now();
         }
-        let pid = pid_of(&folder, rank).expect("a rank that runs");
-        signal(pid, how);
+        let pid = pid_of(&folder, rank).expect("a running rank");
+        signal(pid, name);
         let began = Instant::now();
         let (code, text) = end(run, NOTICED_WITHIN);
-        println!("rank {rank} {how}: all ended after {:?} with {code:?}", began.elapsed());
-        assert!(code.is_some_and(|code| code != 0), "rank {rank} {how}: {code:?}\n{text}");
-        assert!((0..4).all(|rank| pid_of(&folder, rank).is_none()), "rank {rank} {how}: some are left");
+        println!("rank {rank} {name}: all ended after {:?} with {code:?}", began.elapsed());
+        assert!(code.is_some_and(|code| code != 0), "rank {rank} {name}: {code:?}\n{text}");
+        assert!((0..4).all(|rank| pid_of(&folder, rank).is_none()), "rank {rank} {name}: some processes are left");
     }
 }
 
 #[test]
-fn what_mpi_does_not_know_is_refused() {
+fn mpi_collectives_without_mpirun_are_refused() {
     let folder = Folder::new("mpi-refused");
-    // Ours start the processes, so that each is alone to MPI.
+    // Our launcher starts the processes, so MPI sees each as a world of one.
     let flags = "--mesh data=2 --steps 2";
     let launch = format!("{} launch --nproc-per-node 2 -- {GPT} {MODEL} {flags}", launcher().display());
     let (code, text) = end(start(&folder, &launch, "mpi"), TIMEOUT);

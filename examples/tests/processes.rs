@@ -1,5 +1,5 @@
-//! `gpt` as several processes under `shardflow launch`: the same bits as in one process, whatever carries them; processes that
-//! are killed, frozen or asked to end.
+//! `gpt` as several processes under `shardflow launch`: the same bits as in one process, with every transport;
+//! processes that are killed, frozen or requested to end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
@@ -13,12 +13,12 @@ use programs::{Folder, GPT, Running, launcher, signal};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 4 --heads 4 --width 32 --context 16 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --micro-batches 2";
 
-/// Starts `gpt` as so many processes; 0 is without a launcher.
+/// Starts `gpt` as this number of processes; 0 means without the launcher.
 fn start(folder: &Folder, processes: u32, launch: &str, environment: &[(&str, &str)], flags: &str) -> Running {
     let mut command = Command::new(if processes == 0 { GPT.into() } else { launcher() });
     if processes > 0 {
@@ -33,13 +33,13 @@ fn start(folder: &Folder, processes: u32, launch: &str, environment: &[(&str, &s
     folder.start(&mut command)
 }
 
-/// Losses by step, as bits, of a log; a step that was done twice must have the same.
+/// Losses of a log by step, as bits. A repeated step must have the same loss.
 fn losses(folder: &Folder, log: &str) -> BTreeMap<u64, u64> {
     let mut losses = BTreeMap::new();
     for record in folder.records(log) {
         if let (Some(step), Some(loss)) = (record["step"].as_u64(), record["loss"].as_f64()) {
             let before = losses.insert(step, loss.to_bits());
-            assert!(before.is_none_or(|before| before == loss.to_bits()), "step {step} came out differently");
+            assert!(before.is_none_or(|before| before == loss.to_bits()), "step {step} was repeated with another loss");
         }
     }
     losses
@@ -70,9 +70,10 @@ fn the_bits_are_the_same_in_one_process_and_in_many() {
     }
 }
 
-/// Nodes need not have as many cores: threads are each process's own, and change neither the plan nor a bit.
+/// Nodes may have different numbers of cores: each process chooses its threads, and they change neither the plan nor a
+/// bit.
 #[test]
-fn processes_with_different_numbers_of_threads_are_one_job() {
+fn processes_with_different_numbers_of_threads_form_one_job() {
     let folder = Folder::new("processes-threads");
     let model = "--layers 2 --heads 4 --width 64 --context 32 --batch 8 --sample 0 --data text --micro-batches 2 --steps 5 \
                  --clip 1 --mesh data=2,stage=2";
@@ -87,9 +88,9 @@ fn processes_with_different_numbers_of_threads_are_one_job() {
     assert!(losses(&folder, "many") == losses(&folder, "one"), "threads change bits");
 }
 
-/// Each process writes a file of its own, and all of them are one trace.
+/// Each process writes a separate file, and `shardflow trace` joins them into one trace.
 #[test]
-fn traces_of_all_processes_are_one() {
+fn traces_of_all_processes_can_be_joined() {
     let folder = Folder::new("processes-trace");
     let mut run = start(&folder, 2, "", &[], "--mesh stage=4 --steps 6 --clip 1 --trace trace.json");
     assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());
@@ -106,7 +107,7 @@ fn traces_of_all_processes_are_one() {
     assert!(code == Some(0) && !of_one.contains("\ndevice 2 compute "), "{of_one}");
     let (code, twice) = trace("trace.json.0 trace.json.0");
     assert!(code == Some(65) && twice.contains("files 1 and 2 both have 'device 0 "), "{code:?} {twice}");
-    // What one process wrote and the other read is in it, in that order, and each device is a process with a name.
+    // Each device is a process with a name. A piece that crosses processes is written before it is read.
     let text = std::fs::read_to_string(folder.path().join("all.json")).expect("a file");
     let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
     let of = |key: &'static str, value: &'static str| events.iter().filter(move |event| event[key] == value);
@@ -121,45 +122,46 @@ fn traces_of_all_processes_are_one() {
     let written: BTreeMap<_, _> = of("ph", "s").map(|event| (event["id"].as_str(), place(event))).collect();
     let mut crossing = [0, 0];
     for event in of("ph", "f") {
-        let (from, at) = written.get(&event["id"].as_str()).unwrap_or_else(|| panic!("from nowhere: {event}"));
+        let (from, at) = written.get(&event["id"].as_str()).unwrap_or_else(|| panic!("no writing of: {event}"));
         let (to, read) = place(event);
         assert!(*at <= read + 1e-3, "read before it was written: {event}");
         crossing[usize::from(to)] += usize::from(*from != to);
     }
-    // Two micro-batches go forward, and back, in six steps.
+    // Two micro-batches go forward and backward in six steps.
     assert!(crossing[0] >= 12 && crossing[1] >= 12, "{crossing:?}");
 }
 
-/// One after the other, each rank is killed, or frozen, at another moment.
+/// In each run, another rank is killed or frozen at another moment.
 #[test]
-fn a_worker_that_is_killed_or_frozen_is_named_and_survived() {
+fn a_killed_or_frozen_worker_is_named_and_the_job_resumes() {
     let folder = Folder::new("processes-worker");
     let flags = "--mesh data=2,stage=2 --steps 400";
     assert_eq!(start(&folder, 0, "", &[], &format!("{flags} --log-json one")).end(TIMEOUT), Some(0));
     let undisturbed = losses(&folder, "one");
-    for (rank, how, moment) in [(0, "KILL", 61), (1, "KILL", 81), (2, "KILL", 101), (3, "KILL", 121), (1, "STOP", 81)] {
-        let flags = format!("{flags} --checkpoint ck-{rank}-{how} --checkpoint-every 20 --log-json log-{rank}-{how}");
+    for (rank, name, moment) in [(0, "KILL", 61), (1, "KILL", 81), (2, "KILL", 101), (3, "KILL", 121), (1, "STOP", 81)]
+    {
+        let flags = format!("{flags} --checkpoint ck-{rank}-{name} --checkpoint-every 20 --log-json log-{rank}-{name}");
         let mut run = start(&folder, 4, "--max-restarts 1", &[], &flags);
         run.until(&format!("step {moment:>3}/400"), TIMEOUT);
         let pid = folder.pid_of(&format!("RANK={rank}")).unwrap_or_else(|| panic!("no rank {rank}:\n{}", run.text()));
         let begin = Instant::now();
-        signal(pid, how);
+        signal(pid, name);
         run.until(&format!("rank {rank}"), TIMEOUT);
         let noticed = begin.elapsed();
-        assert!(noticed < Duration::from_secs(8), "rank {rank} {how}: noticed after {noticed:?}:\n{}", run.text());
-        run.until("going on from step", TIMEOUT);
+        assert!(noticed < Duration::from_secs(8), "rank {rank} {name}: noticed after {noticed:?}:\n{}", run.text());
+        run.until("continuing from step", TIMEOUT);
         run.until("/400", TIMEOUT);
         let resumed = begin.elapsed();
-        assert!(resumed < Duration::from_secs(30), "rank {rank} {how}: resumed after {resumed:?}:\n{}", run.text());
-        assert_eq!(run.end(TIMEOUT), Some(0), "rank {rank} {how}:\n{}", run.text());
-        let losses = losses(&folder, &format!("log-{rank}-{how}"));
-        assert!(losses == undisturbed, "rank {rank} {how}: other losses than an undisturbed run");
+        assert!(resumed < Duration::from_secs(30), "rank {rank} {name}: resumed after {resumed:?}:\n{}", run.text());
+        assert_eq!(run.end(TIMEOUT), Some(0), "rank {rank} {name}:\n{}", run.text());
+        let losses = losses(&folder, &format!("log-{rank}-{name}"));
+        assert!(losses == undisturbed, "rank {rank} {name}: other losses than an undisturbed run");
     }
 }
 
-/// One that is wrong before it has met the others ends all at once: who waits for it to come can be asked to end.
+/// A process that fails before the rendezvous ends all processes at once: those that wait for it handle SIGTERM.
 #[test]
-fn who_waits_for_others_ends_when_asked_to() {
+fn a_process_that_waits_for_others_ends_on_sigterm() {
     let folder = Folder::new("processes-asked");
     let begin = Instant::now();
     // There is no port for rank 1.
@@ -169,9 +171,9 @@ fn who_waits_for_others_ends_when_asked_to() {
     assert!(begin.elapsed() < Duration::from_secs(20), "after {:?}: {}", begin.elapsed(), run.text());
 }
 
-/// What one process cannot read none goes on from, and it is said who could not.
+/// The message names the process that could not read it.
 #[test]
-fn a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all() {
+fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
     let folder = Folder::new("processes-damaged");
     let flags = "--mesh stage=2 --checkpoint ck --checkpoint-every 3";
     let run = |steps: u32, log: &str| {
@@ -180,7 +182,7 @@ fn a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all() {
         run.text()
     };
     run(6, "first");
-    // Of rank 1, by step.
+    // The shards of rank 1, by step.
     let shards = || {
         let mut found = Vec::new();
         let mut folders = vec![folder.path().join("ck")];
@@ -203,31 +205,31 @@ fn a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all() {
         std::fs::write(shard, bytes).expect("a shard");
     };
     assert_eq!(shards().len(), 2, "of steps 3 and 6: {:?}", shards());
-    // The newest is damaged where rank 1 reads, then all are.
+    // First rank 1's part of the newest checkpoint is damaged, then that of all checkpoints.
     let bad = shards().pop().expect("two");
     damage(&bad);
     let text = run(9, "second");
-    assert!(text.contains("passed over: ") && text.contains("rank 1 cannot read its part"), "{text}");
-    assert!(text.contains("going on from step 3"), "{text}");
+    assert!(text.contains("checkpoint skipped: ") && text.contains("rank 1 cannot read its part"), "{text}");
+    assert!(text.contains("continuing from step 3"), "{text}");
     let (first, second) = (losses(&folder, "first"), losses(&folder, "second"));
     assert_eq!(second.keys().copied().collect::<Vec<_>>(), (3..9).collect::<Vec<_>>());
     assert!((3..6).all(|step| second[&step] == first[&step]), "{first:?} {second:?}");
-    // The damaged one was replaced when its step came again.
+    // The damaged checkpoint was replaced when its step was repeated.
     let verify = Command::new(launcher()).args(["checkpoint", "verify", "ck"]).current_dir(folder.path()).output();
-    let verified = String::from_utf8_lossy(&verify.expect("a program that is there").stdout).into_owned();
+    let verified = String::from_utf8_lossy(&verify.expect("a program that exists").stdout).into_owned();
     assert!(verified.contains("step 6: ok") && !verified.contains("damaged"), "{verified}");
     shards().iter().filter(|shard| **shard != bad).for_each(damage);
     let text = run(6, "third");
-    assert!(text.contains("rank 1 cannot read its part") && !text.contains("going on from"), "{text}");
-    assert_eq!(losses(&folder, "third"), first, "from the beginning");
+    assert!(text.contains("rank 1 cannot read its part") && !text.contains("continuing from"), "{text}");
+    assert_eq!(losses(&folder, "third"), first, "starts from step 0");
 }
 
-/// Processes whose `--checkpoint` is not one folder learn so before the first step, and which of them do not see it.
+/// The error comes before the first step, and names the ranks that do not see the folder.
 #[test]
-fn a_checkpoint_folder_that_is_not_shared_is_named() {
+fn a_checkpoint_folder_that_is_not_shared_is_reported() {
     let folder = Folder::new("processes-unshared");
     for rank in 0..3 {
-        std::fs::create_dir(folder.path().join(format!("node-{rank}"))).expect("can be made");
+        std::fs::create_dir(folder.path().join(format!("node-{rank}"))).expect("a new folder");
     }
     let mut command = Command::new(launcher());
     command.args(["launch", "--nproc-per-node=3", "--", "sh", "-c", "cd node-$RANK && exec \"$0\" \"$@\"", GPT]);
@@ -240,9 +242,10 @@ fn a_checkpoint_folder_that_is_not_shared_is_named() {
     assert!(!folder.path().join("node-0/log").exists(), "no step was done");
 }
 
-/// A second run in the folder of one that is alive is refused, and who is there is named; one that was killed is in no one's way.
+/// A second run in the folder of a live run is refused, and the error names the first run. A killed run does not block
+/// the folder.
 #[test]
-fn two_runs_do_not_share_a_checkpoint_folder() {
+fn two_runs_cannot_share_a_checkpoint_folder() {
     let folder = Folder::new("processes-two");
     let flags = "--checkpoint ck --checkpoint-every 5";
     let mut first = start(&folder, 0, "", &[], &format!("{flags} --steps 100000 --log-json log"));
@@ -259,15 +262,15 @@ fn two_runs_do_not_share_a_checkpoint_folder() {
     assert_eq!(first.end(TIMEOUT), None);
     let mut third = start(&folder, 0, "", &[], &format!("{flags} --steps 5"));
     assert_eq!(third.end(TIMEOUT), Some(0), "{}", third.text());
-    assert!(third.text().contains("going on from step"), "{}", third.text());
+    assert!(third.text().contains("continuing from step"), "{}", third.text());
 }
 
 #[test]
-fn sigterm_leaves_a_checkpoint_and_ends_with_143() {
+fn sigterm_saves_a_checkpoint_and_ends_with_143() {
     let folder = Folder::new("processes-term");
     let flags = "--mesh data=2,stage=2 --steps 100000 --checkpoint ck --checkpoint-every 1000000";
     let mut run = start(&folder, 2, "", &[], &format!("{flags} --log-json log"));
-    // The text of a run of so many steps comes late; its log does not.
+    // With this number of steps, progress lines come late; the log does not.
     let deadline = Instant::now() + TIMEOUT;
     while losses(&folder, "log").len() < 20 {
         assert!(Instant::now() < deadline && run.child.try_wait().expect("a child").is_none(), "{}", run.text());
@@ -278,12 +281,12 @@ fn sigterm_leaves_a_checkpoint_and_ends_with_143() {
     assert_eq!(std::fs::read_dir(folder.path().join("ck")).expect("a checkpoint").count(), 1);
 }
 
-/// Between the meeting and the first step too, a failure ends all at once, with its cause. Without a launcher, which would end
-/// the others itself.
+/// Between the rendezvous and the first step, a failure also ends all processes at once, with its cause. The test uses
+/// no launcher, because it would end the others itself.
 #[test]
-fn who_cannot_start_ends_the_others_with_its_cause() {
+fn a_process_that_cannot_start_ends_the_others_with_its_cause() {
     let folder = Folder::new("processes-start");
-    // Some gigabytes of parameters and what belongs to them, of which rank 1 may map a part.
+    // Parameters, gradients and moments take some gigabytes, and rank 1 may map only a part of that.
     let flags =
         "--mesh data=2 --steps 1 --width 2048 --layers 4 --heads 4 --context 16 --batch 8 --sample 0 --data text";
     let port =
@@ -305,10 +308,10 @@ fn who_cannot_start_ends_the_others_with_its_cause() {
         })
         .collect::<Vec<_>>();
     let codes: Vec<_> = runs.iter_mut().map(|run| run.end(TIMEOUT)).collect();
-    let said: Vec<_> = runs.iter().map(Running::text).collect();
-    assert_eq!(codes, [Some(78), Some(78)], "{said:#?}");
-    assert!(said[0].contains("rank 1: it cannot start: device 1: cannot allocate"), "{said:#?}");
-    assert!(begin.elapsed() < Duration::from_secs(30), "after {:?}: {said:#?}", begin.elapsed());
+    let texts: Vec<_> = runs.iter().map(Running::text).collect();
+    assert_eq!(codes, [Some(78), Some(78)], "{texts:#?}");
+    assert!(texts[0].contains("rank 1: it cannot start: device 1: cannot allocate"), "{texts:#?}");
+    assert!(begin.elapsed() < Duration::from_secs(30), "after {:?}: {texts:#?}", begin.elapsed());
 }
 
 /// A port of loopback that is free now.
@@ -317,11 +320,11 @@ fn free_port() -> u16 {
 }
 
 const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "a secret of these tests");
-/// All processes hear of a failure before the start within this; without a report they wait for 300 s.
+/// Time limit for the report of a failure before the start to all processes. Without a report they wait for 300 s.
 const REPORTED_WITHIN: Duration = Duration::from_secs(60);
 
-/// Rank `wrong` of two nodes has other flags than the other.
-fn nodes_with_a_wrong_flag(wrong: usize, flag: &str, code: i32) {
+/// Runs two nodes, of which `wrong` has the wrong flag. Both must end with `code`.
+fn check_wrong_flag(wrong: usize, flag: &str, code: i32) {
     let folder = Folder::new(&format!("processes-report-{wrong}-{code}"));
     let port = free_port();
     let begin = Instant::now();
@@ -341,14 +344,14 @@ fn nodes_with_a_wrong_flag(wrong: usize, flag: &str, code: i32) {
 #[test]
 fn a_wrong_flag_on_one_node_ends_all_nodes() {
     for wrong in [0, 1] {
-        nodes_with_a_wrong_flag(wrong, "--no-such-flag", 2);
-        nodes_with_a_wrong_flag(wrong, "--mesh data=2 --clip 0", 2);
-        nodes_with_a_wrong_flag(wrong, "--mesh data=2 --memory-mib 1", 78);
+        check_wrong_flag(wrong, "--no-such-flag", 2);
+        check_wrong_flag(wrong, "--mesh data=2 --clip 0", 2);
+        check_wrong_flag(wrong, "--mesh data=2 --memory-mib 1", 78);
     }
 }
 
 #[test]
-fn without_a_launcher_a_program_reports_to_the_others_itself() {
+fn a_program_without_a_launcher_reports_its_failure_to_the_others() {
     for wrong in [0u32, 1] {
         let folder = Folder::new(&format!("processes-report-alone-{wrong}"));
         let endpoint = format!("tcp://127.0.0.1:{}", free_port());

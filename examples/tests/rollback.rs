@@ -1,4 +1,4 @@
-//! A training that goes back to its newest checkpoint because of a bad batch, and on without it.
+//! A training that rolls back to its newest checkpoint after a bad batch, and continues without that batch.
 
 use clap::Parser;
 use shardflow::prelude::*;
@@ -30,59 +30,59 @@ fn step(session: &mut Session, batch: u64) -> StepReport {
 }
 
 #[test]
-fn the_batches_up_to_the_bad_one_are_passed_over() {
+fn batches_up_to_the_bad_one_are_skipped() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rollback-{}", std::process::id()));
     let place = folder.to_str().expect("a path");
     let args = GptArgs::parse_from(["gpt", "--checkpoint-every", "3"]);
     let rows = ROWS as u64;
 
     let mut session = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a place");
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a store");
     let mut batches = Vec::new();
     while session.steps() < STEPS {
         let batch = checkpoints.take(rows) / rows;
         batches.push(batch);
         if let Some(found) = step(&mut session, batch).non_finite {
-            checkpoints.roll_back(&mut session, &found).expect("a way back");
+            checkpoints.roll_back(&mut session, &found).expect("a checkpoint");
             continue;
         }
         let is_last = session.steps() == STEPS;
         checkpoints.after_step(&session, Request::Nothing, is_last).expect("saved");
     }
-    // Step 6 is the newest checkpoint when batch 7 turns out to be bad.
+    // The newest checkpoint is of step 6 when bad batch 7 is trained on.
     assert_eq!(batches, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
     let trained = session.parameters().expect("parameters");
 
-    let mut never_saw_it = start();
-    [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13].iter().for_each(|batch| drop(step(&mut never_saw_it, *batch)));
-    assert_eq!(never_saw_it.parameters().expect("parameters"), trained);
+    let mut without_batch = start();
+    [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13].iter().for_each(|batch| drop(step(&mut without_batch, *batch)));
+    assert_eq!(without_batch.parameters().expect("parameters"), trained);
 
     let mut later = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a place");
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a store");
     let next = (later.steps(), checkpoints.take(rows));
-    assert_eq!(next, (STEPS, (STEPS + 2) * rows), "batches passed over are forgotten");
+    assert_eq!(next, (STEPS, (STEPS + 2) * rows), "the cursor lacks the skipped batches");
     std::fs::remove_dir_all(folder).expect("a folder");
 }
 
-/// A process that dies after it went back, and before the next checkpoint, does not meet the bad batch again.
+/// A process that dies after a rollback and before the next checkpoint does not train on the bad batch again.
 #[test]
-fn a_rollback_outlives_the_process() {
+fn a_rollback_survives_the_end_of_the_process() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rolled-back-{}", std::process::id()));
     let place = folder.to_str().expect("a path");
     let args = GptArgs::parse_from(["gpt", "--checkpoint-every", "3"]);
     let mut session = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a place");
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a store");
     loop {
         let batch = checkpoints.take(ROWS as u64) / ROWS as u64;
         if let Some(found) = step(&mut session, batch).non_finite {
-            checkpoints.roll_back(&mut session, &found).expect("a way back");
+            checkpoints.roll_back(&mut session, &found).expect("a checkpoint");
             break;
         }
         checkpoints.after_step(&session, Request::Nothing, false).expect("saved");
     }
     drop(checkpoints);
     let mut later = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a place");
+    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a store");
     assert_eq!((later.steps(), checkpoints.take(ROWS as u64)), (6, (BAD + 1) * ROWS as u64));
     drop(checkpoints);
     std::fs::remove_dir_all(folder).expect("a folder");

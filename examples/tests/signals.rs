@@ -1,4 +1,4 @@
-//! `gpt` that is asked to save or to end, by signals and by the end of a Slurm job, and whose output nobody reads.
+//! `gpt` with requests to save or to end, by signals and by the end of a Slurm job; and `gpt` whose output is not read.
 
 use std::io::{PipeReader, Read, Write, pipe};
 use std::net::TcpListener;
@@ -11,13 +11,13 @@ use programs::{Folder, GPT, Running, launcher, signal};
 #[path = "support/programs.rs"]
 mod programs;
 
-/// Longer than any of these runs, by far.
+/// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --threads-per-device 1 --data text";
-/// A training that does not end by itself within the time-out.
+/// A training that needs a signal to end within the timeout.
 const ENDLESS: &str = "--sample 0 --steps 10000000 --log-json log";
 
-/// What runs the tests may ignore signals, as shells do for what they start in the background.
+/// Resets ignored signals for `env`: a shell ignores some of them for background commands, and tests inherit that.
 const SIGNALS: &str = "--default-signal=HUP,INT,QUIT,TERM";
 
 fn gpt(flags: &str) -> Command {
@@ -30,7 +30,7 @@ fn gpt(flags: &str) -> Command {
     command
 }
 
-/// As two processes.
+/// Starts `gpt` as two processes.
 fn launch(launch: &str, flags: &str) -> Command {
     let mut command = Command::new("env");
     command
@@ -45,16 +45,16 @@ fn launch(launch: &str, flags: &str) -> Command {
     command
 }
 
-/// Waits until something is so.
-fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+/// Waits until the condition holds.
+fn wait_until(event: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + TIMEOUT;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "not within {TIMEOUT:?}: {what}");
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {TIMEOUT:?}: {event}");
         thread::yield_now();
     }
 }
 
-/// Steps in the log, which may be long.
+/// Number of steps in the log. Counts lines without parsing them, because the log may be long.
 fn steps(folder: &Folder) -> usize {
     std::fs::read(folder.path().join("log")).unwrap_or_default().iter().filter(|byte| **byte == b'\n').count()
 }
@@ -79,7 +79,7 @@ fn checkpoints(folder: &Folder) -> Vec<u64> {
 }
 
 #[test]
-fn signals_end_a_training_after_a_checkpoint_and_the_hint_is_true() {
+fn signals_save_a_checkpoint_and_end_the_training_and_the_hint_is_true() {
     let folder = Folder::new("signals-end");
     for (name, code) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
         let mut run = folder.start(&mut gpt(ENDLESS));
@@ -87,8 +87,8 @@ fn signals_end_a_training_after_a_checkpoint_and_the_hint_is_true() {
         signal(run.child.id(), name);
         assert_eq!(run.end(TIMEOUT), Some(code), "{name}: {}", run.text());
         let text = run.text();
-        assert!(text.contains(&format!("as SIG{name} asked; nothing is saved")), "{text}");
-        assert!(text.contains("hint: the same command starts anew; with --checkpoint DIR"), "{text}");
+        assert!(text.contains(&format!("requested by SIG{name}; nothing is saved")), "{text}");
+        assert!(text.contains("hint: the same command starts from step 0; with --checkpoint DIR"), "{text}");
 
         std::fs::remove_file(folder.path().join("log")).expect("a log");
         let mut run = folder.start(&mut gpt(&format!("{ENDLESS} --checkpoint ck --checkpoint-every 100000000")));
@@ -96,11 +96,11 @@ fn signals_end_a_training_after_a_checkpoint_and_the_hint_is_true() {
         signal(run.child.id(), name);
         assert_eq!(run.end(TIMEOUT), Some(code), "{name}: {}", run.text());
         let (text, step) = (run.text(), *checkpoints(&folder).last().expect("a checkpoint"));
-        let error = format!("error: ended after step {step}, as SIG{name} asked; this step is saved in ck");
-        assert!(text.contains(&error) && text.contains("hint: the same command goes on from there"), "{text}");
+        let error = format!("error: ended after step {step}, requested by SIG{name}; this step is saved in ck");
+        assert!(text.contains(&error) && text.contains("hint: the same command continues from there"), "{text}");
         std::fs::remove_file(folder.path().join("log")).expect("a log");
     }
-    assert_eq!(checkpoints(&folder).len(), 3, "each went on from the one before");
+    assert_eq!(checkpoints(&folder).len(), 3, "each run continues from the one before");
 }
 
 #[test]
@@ -115,7 +115,7 @@ fn under_the_launcher_an_interrupt_saves_once() {
     assert!(!run.text().contains("interrupted again"), "{}", run.text());
 }
 
-/// One of two ranks, which are started without a launcher.
+/// Starts one of two ranks without the launcher.
 fn rank(folder: &Folder, rank: u32, port: u16, prefix: &[&str]) -> Running {
     let inner = gpt(&format!("--mesh data=2 {ENDLESS}"));
     let mut command = Command::new("env");
@@ -131,14 +131,14 @@ fn free_port() -> u16 {
 }
 
 #[test]
-fn a_second_interrupt_ends_a_step_that_does_not() {
+fn a_second_interrupt_ends_a_step_that_hangs() {
     let folder = Folder::new("signals-twice");
     let port = free_port();
     let mut runs = [0, 1].map(|number| rank(&folder, number, port, &[]));
     train(&folder, &mut runs[0], 3);
     signal(runs[1].child.id(), "STOP");
     let begin = Instant::now();
-    // Those that come while another is being handled count as one.
+    // Signals that arrive while one is being handled count as one, so the test sends several.
     wait_until("an end", || {
         let _ = Command::new("kill").args(["-INT", &runs[0].child.id().to_string()]).stderr(Stdio::null()).status();
         runs[0].child.try_wait().expect("a child").is_some()
@@ -149,7 +149,7 @@ fn a_second_interrupt_ends_a_step_that_does_not() {
 
 /// Process 1 of a container ignores signals for which it has no handler.
 #[test]
-fn sigterm_ends_who_waits_for_others_as_process_1_too() {
+fn sigterm_ends_a_process_that_waits_for_others_even_as_process_1() {
     let folder = Folder::new("signals-start");
     let is_root = Command::new("unshare").args(["-pf", "true"]).output().is_ok_and(|output| output.status.success());
     for prefix in [&[][..], &["unshare", "-pf", "--kill-child"]] {
@@ -169,7 +169,7 @@ fn sigterm_ends_who_waits_for_others_as_process_1_too() {
 }
 
 #[test]
-fn sigterm_ends_who_writes_a_sample() {
+fn sigterm_ends_a_process_that_generates_text() {
     let folder = Folder::new("signals-sample");
     let mut run = folder.start(&mut gpt("--steps 1 --sample 10000000"));
     run.until("memory at most", TIMEOUT);
@@ -178,7 +178,7 @@ fn sigterm_ends_who_writes_a_sample() {
 }
 
 #[test]
-fn sigusr1_saves_a_checkpoint_and_the_training_goes_on() {
+fn sigusr1_saves_a_checkpoint_and_the_training_continues() {
     let folder = Folder::new("signals-usr1");
     let flags = format!("{ENDLESS} --checkpoint ck --checkpoint-every 100000000 --checkpoint-keep 10");
     let mut run = folder.start(&mut launch("", &flags));
@@ -187,7 +187,7 @@ fn sigusr1_saves_a_checkpoint_and_the_training_goes_on() {
     run.until("on request", TIMEOUT);
     let first = checkpoints(&folder);
     assert!(!first.is_empty(), "{}", run.text());
-    // To one rank is enough, whichever it is. One that still is in the step just saved has its checkpoint already.
+    // A signal to any one rank is enough. If the rank is still in the step just saved, no new checkpoint is needed.
     for rank in ["RANK=1", "RANK=0"] {
         let before = steps(&folder);
         train(&folder, &mut run, before + 2);
@@ -199,7 +199,7 @@ fn sigusr1_saves_a_checkpoint_and_the_training_goes_on() {
     train(&folder, &mut run, before + 3);
     signal(run.child.id(), "TERM");
     assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
-    // Without a place for checkpoints it does no harm either.
+    // Without --checkpoint the signal does no harm.
     std::fs::remove_file(folder.path().join("log")).expect("a log");
     let mut run = folder.start(&mut gpt(ENDLESS));
     train(&folder, &mut run, 3);
@@ -210,7 +210,7 @@ fn sigusr1_saves_a_checkpoint_and_the_training_goes_on() {
 }
 
 #[test]
-fn sigusr1_may_end_the_training_and_no_launcher_starts_it_again() {
+fn with_on_usr1_end_sigusr1_ends_the_training_and_the_launcher_does_not_restart_it() {
     let folder = Folder::new("signals-usr1-end");
     let flags = format!("{ENDLESS} --checkpoint ck --checkpoint-every 100000000 --on-usr1 end");
     for to_rank in [false, true] {
@@ -219,16 +219,17 @@ fn sigusr1_may_end_the_training_and_no_launcher_starts_it_again() {
         signal(if to_rank { folder.pid_of("RANK=1").expect("a rank") } else { run.child.id() }, "USR1");
         assert_eq!(run.end(TIMEOUT), Some(75), "{}", run.text());
         let text = run.text();
-        assert!(text.contains("as SIGUSR1 or the end of the job's time asked; this step is saved in ck"), "{text}");
+        let expected = "requested by SIGUSR1 or the end of the job's time; this step is saved in ck";
+        assert!(text.contains(expected), "{text}");
         assert!(!text.contains("restart 1 of"), "{text}");
         assert_eq!(checkpoints(&folder).len(), 1 + usize::from(to_rank), "{text}");
         std::fs::remove_file(folder.path().join("log")).expect("a log");
     }
 }
 
-/// There is nothing to save then, and the node is taken away all the same.
+/// Outside the training there is nothing to save, but the node is still taken away.
 #[test]
-fn sigusr1_may_end_a_program_that_does_not_train() {
+fn with_on_usr1_end_sigusr1_ends_a_program_that_does_not_train() {
     let folder = Folder::new("signals-usr1-sample");
     let mut run = folder.start(&mut launch("--max-restarts 3", "--steps 1 --sample 10000000 --on-usr1 end"));
     run.until("memory at most", TIMEOUT);
@@ -246,18 +247,18 @@ fn a_training_ends_before_its_slurm_job_does() {
     let mut run = folder.start(launch("--max-restarts 3", &flags).env("SLURM_JOB_END_TIME", end(now + 10_000)));
     assert_eq!(run.end(TIMEOUT), Some(75), "{}", run.text());
     assert!(!run.text().contains("restart 1 of") && checkpoints(&folder).len() == 1, "{}", run.text());
-    // Another job's time, or one that is far, ends nothing.
+    // A time in the past, one that is far away, and an invalid one end nothing.
     for time in [end(now - 10), end(now + 1_000_000), "soon".into()] {
         let mut run = folder.start(gpt("--steps 3 --sample 0").env("SLURM_JOB_END_TIME", time));
         assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());
     }
 }
 
-/// `gpt` with both of its streams in a pipe that is full.
+/// Starts `gpt` with stdout and stderr in a full pipe.
 fn unread(folder: &Folder, flags: &str) -> (Child, PipeReader) {
     let (reader, writer) = pipe().expect("a pipe");
     let mut filler = writer.try_clone().expect("a pipe");
-    // More than a pipe takes, so it is full until it is read.
+    // This is more than the capacity of a pipe, so the pipe stays full until it is read.
     thread::spawn(move || filler.write_all(&vec![b'.'; 2 << 20]));
     let mut command = gpt(flags);
     command.current_dir(folder.path()).stdin(Stdio::null());
@@ -266,18 +267,18 @@ fn unread(folder: &Folder, flags: &str) -> (Child, PipeReader) {
 }
 
 #[test]
-fn a_reader_that_stalls_holds_up_no_training() {
+fn a_stalled_reader_does_not_block_the_training() {
     let folder = Folder::new("signals-unread");
     let (mut child, mut reader) = unread(&folder, "--steps 300 --sample 20 --log-json log --listen 127.0.0.1:0");
     wait_until("totals", || folder.records("log").last().is_some_and(|last| last["totals"]["steps"] == 300));
-    assert!(child.try_wait().expect("a child").is_none(), "it waits for its reader once it is done");
+    assert!(child.try_wait().expect("a child").is_none(), "after the training it waits for its reader");
     let mut text = String::new();
     reader.read_to_string(&mut text).expect("text");
     assert_eq!(child.wait().expect("an end").code(), Some(0));
     for part in ["watch it at", "step 300/300", "memory at most", "20 characters written by the model"] {
         assert!(text.contains(part), "no {part:?}: {}", text.trim_start_matches('.'));
     }
-    // Who waits for a reader ends when asked to, during the training and after it.
+    // A process whose reader stalls ends on SIGTERM, during the training and after it.
     for flags in [ENDLESS, "--steps 3 --sample 0 --log-json log"] {
         std::fs::remove_file(folder.path().join("log")).expect("a log");
         let (mut child, _reader) = unread(&folder, flags);
@@ -288,15 +289,14 @@ fn a_reader_that_stalls_holds_up_no_training() {
     }
 }
 
-/// Records that go to a pipe are neither lost nor waited for.
 #[test]
-fn records_to_a_pipe_arrive_all_and_hold_up_no_training() {
+fn all_records_to_a_pipe_arrive_and_do_not_block_the_training() {
     let folder = Folder::new("signals-records");
     let (reader, writer) = pipe().expect("a pipe");
     let mut command = gpt("--steps 1500 --sample 0 --log-json /dev/stdout --checkpoint ck --checkpoint-every 1500");
     command.current_dir(folder.path()).stdin(Stdio::null()).stdout(writer);
     let mut child = command.spawn().expect("a program");
-    // So that the pipe ends with the program.
+    // Close this process's end of the pipe, so that the pipe ends with the program.
     drop(command);
     wait_until("the last step", || checkpoints(&folder) == [1500]);
     let mut text = String::new();
@@ -311,7 +311,7 @@ fn records_to_a_pipe_arrive_all_and_hold_up_no_training() {
 }
 
 #[test]
-fn a_killed_run_leaves_a_log_and_a_trace_that_go_on() {
+fn the_log_and_trace_of_a_killed_run_are_readable_and_can_be_continued() {
     let folder = Folder::new("signals-torn");
     let flags = "--sample 0 --checkpoint ck --checkpoint-every 5 --log-json log --trace trace.json";
     let mut run = folder.start(&mut gpt(&format!("{flags} --steps 10000000")));
@@ -351,9 +351,9 @@ fn a_trace_ends_at_its_limit() {
     assert_eq!(output.expect("it runs").status.code(), Some(0));
 }
 
-/// The prompt stands on a line of its own.
+/// Otherwise the shell's prompt would follow the live line.
 #[test]
-fn an_interrupt_ends_the_progress_line_of_a_screen() {
+fn an_interrupt_ends_the_live_line_of_a_terminal() {
     let folder = Folder::new("signals-screen");
     let line = format!("env {SIGNALS} {GPT} {MODEL} {ENDLESS}");
     let mut command = Command::new("env");

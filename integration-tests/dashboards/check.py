@@ -1,10 +1,10 @@
-"""Asks a real Prometheus, which scrapes a real training, for every expression of every dashboard and alert; none may return nothing.
+"""Evaluates every expression of every dashboard and alert in a real Prometheus that scrapes a real training. Each must return a value.
 
-The training has two processes, commits checkpoints, and loses a process once, so that there is something to see of all that.
+The training has two processes, commits checkpoints, and loses a process once, so that these metrics have values.
 
     check.py --programs target/debug
 
-Needs `prometheus` on PATH. Ends with 0, with 1 and the expressions that returned nothing, or with 77 where there is no Prometheus.
+Needs `prometheus` on PATH. Ends with 0, with 1 and the expressions that returned nothing, or with 77 if there is no Prometheus.
 """
 
 import argparse
@@ -23,10 +23,11 @@ import urllib.parse
 import urllib.request
 
 DASHBOARDS = pathlib.Path(__file__).resolve().parents[2] / "docs" / "dashboards"
-# Of the two processes, and of Prometheus.
+# Ports of the two processes.
 PORTS = (19400, 19401)
+# Port of Prometheus.
 PROMETHEUS = 19490
-# For each thing that is waited for.
+# Deadline of each wait.
 DEADLINE_SECONDS = 120
 
 TRAINING = (
@@ -37,21 +38,21 @@ TRAINING = (
 
 def get(port, path, **query):
     url = f"http://127.0.0.1:{port}{path}?{urllib.parse.urlencode(query)}"
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return answer.read().decode()
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return response.read().decode()
 
 
-def wait(what, is_so):
-    """Until `is_so` gives something true, which is returned."""
+def wait(event, condition):
+    """Waits until `condition` returns a true value, and returns it."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     while time.monotonic() < deadline:
         try:
-            if found := is_so():
+            if found := condition():
                 return found
         except (urllib.error.URLError, ConnectionError, TimeoutError):
-            pass  # Not there yet, or no more.
+            pass  # The server has not started yet, or has ended.
         time.sleep(0.2)
-    raise SystemExit(f"error: {what}: not within {DEADLINE_SECONDS} s")
+    raise SystemExit(f"error: {event}: not within {DEADLINE_SECONDS} s")
 
 
 def metric(port, name):
@@ -60,7 +61,7 @@ def metric(port, name):
 
 
 def trainings(launcher):
-    """Process ids of the launcher's trainings."""
+    """Process ids of the training processes of the launcher."""
     children = pathlib.Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [int(pid) for pid in children if pathlib.Path(f"/proc/{pid}/comm").read_text().strip() == "gpt"]
 
@@ -68,21 +69,20 @@ def trainings(launcher):
 def train(programs, folder):
     """Starts the training, and kills one of its processes once it has a checkpoint."""
     launch = [programs / "shardflow", "launch", "--nproc-per-node=2", "--max-restarts=3", "--", programs / "gpt", *TRAINING]
-    places = [f"--listen=127.0.0.1:{PORTS[0]}", f"--checkpoint={folder}/checkpoints"]
+    outputs = [f"--listen=127.0.0.1:{PORTS[0]}", f"--checkpoint={folder}/checkpoints"]
     log = open(folder / "training.log", "w")
-    launcher = subprocess.Popen([*launch, *places], stdout=log, stderr=log, cwd=folder)
+    launcher = subprocess.Popen([*launch, *outputs], stdout=log, stderr=log, cwd=folder)
     commits = 'shardflow_checkpoints_total{outcome="committed"}'
     wait("a checkpoint", lambda: metric(PORTS[0], commits) or launcher.poll() is not None)
     if launcher.poll() is not None:
         raise SystemExit("error: the training ended:\n" + (folder / "training.log").read_text())
     os.kill(trainings(launcher.pid)[-1], signal.SIGKILL)
-    wait("the training goes on", lambda: metric(PORTS[0], 'shardflow_restarts_total{cause="137"}'))
-    wait("a checkpoint after that", lambda: metric(PORTS[0], commits))
+    wait("the restart", lambda: metric(PORTS[0], 'shardflow_restarts_total{cause="137"}'))
+    wait("a checkpoint after the restart", lambda: metric(PORTS[0], commits))
     return launcher
 
 
-def watch(folder):
-    """Starts Prometheus."""
+def start_prometheus(folder):
     config = folder / "prometheus.yml"
     targets = ", ".join(f"'127.0.0.1:{port}'" for port in PORTS)
     config.write_text(
@@ -96,7 +96,7 @@ def watch(folder):
 
 
 def expressions():
-    """Every expression, with where it stands."""
+    """Every expression, with its location."""
     for path in sorted(DASHBOARDS.glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
             for target in panel["targets"]:
@@ -105,26 +105,26 @@ def expressions():
                 yield f"{path.name}, {panel['title']}", expr
     for group in json.loads(get(PROMETHEUS, "/api/v1/rules"))["data"]["groups"]:
         for rule in group["rules"]:
-            # A comparison tells 0 or 1, so that an alert that does not fire returns something.
+            # `bool` makes a comparison return 0 or 1, so that an alert that does not fire returns a value.
             yield f"alerts.yaml, {rule['name']}", re.sub(r"(?<= )(>|<|==)(?= )", r"\1 bool", rule["query"])
 
 
-def is_nothing(result):
-    """Neither is a mean of no numbers something."""
+def has_no_value(result):
+    """True if the result is empty or has only NaN, such as a mean over no samples."""
     return all(sample["value"][1] == "NaN" for sample in result)
 
 
 def empty():
-    """The expressions that return nothing, and how many there are in all."""
-    all_of_them = list(expressions())
+    """The expressions that return nothing, and the number of all expressions."""
+    all_expressions = list(expressions())
     nothing = []
-    for place, expr in all_of_them:
+    for location, expr in all_expressions:
         try:
-            if is_nothing(json.loads(get(PROMETHEUS, "/api/v1/query", query=expr))["data"]["result"]):
-                nothing.append(f"{place}: {expr}")
+            if has_no_value(json.loads(get(PROMETHEUS, "/api/v1/query", query=expr))["data"]["result"]):
+                nothing.append(f"{location}: {expr}")
         except urllib.error.HTTPError as error:
-            nothing.append(f"{place}: {expr}: {error.read().decode()}")
-    return nothing, len(all_of_them)
+            nothing.append(f"{location}: {expr}: {error.read().decode()}")
+    return nothing, len(all_expressions)
 
 
 def main():
@@ -132,13 +132,13 @@ def main():
     arguments.add_argument("--programs", type=pathlib.Path, required=True, help="folder with shardflow and gpt")
     programs = arguments.parse_args().programs.resolve()
     if not shutil.which("prometheus"):
-        print("SKIPPED: there is no prometheus")
+        print("SKIPPED: prometheus is not on PATH")
         return 77
     with tempfile.TemporaryDirectory() as name:
         folder, running = pathlib.Path(name), []
         try:
             running.append(train(programs, folder))
-            running.append(watch(folder))
+            running.append(start_prometheus(folder))
             wait("Prometheus", lambda: get(PROMETHEUS, "/-/ready"))
             deadline, nothing, count = time.monotonic() + DEADLINE_SECONDS, ["all"], 0
             while nothing and time.monotonic() < deadline:
@@ -151,7 +151,7 @@ def main():
                 process.wait(timeout=30)
     for line in nothing:
         print(f"error: returns nothing: {line}")
-    print(f"{count - len(nothing)} of {count} expressions return something")
+    print(f"{count - len(nothing)} of {count} expressions return a value")
     return 1 if nothing or count < 40 else 0
 
 

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# All that is checked on a machine with a GPU, in 8 minutes at most: one folder with `report.json`. It needs Python, and for what
-# is compared with PyTorch a PyTorch; no Rust, no network.
+# Runs all checks for a machine with a GPU, in 8 minutes at most, and writes one folder with `report.json`. It needs Python, and
+# PyTorch for the comparisons with PyTorch; no Rust, no network.
 #
 #     ./check.sh [--tiny] [--binaries FOLDER] [--deadline SECONDS] [--stage-seconds SECONDS] [--only "STAGE .."] [OUT]
 #
-# --binaries: where `gpu_check`, `conformance` and `cubins` are; this script's folder, unless it says so
+# --binaries: folder with `gpu_check`, `conformance` and `cubins`; by default this script's folder
 # --tiny:     sizes for a software device; PyTorch then runs on the CPU
-# --deadline: how long all of it may take; --stage-seconds: the most that a stage may
-# --only:     these stages and no others
-# OUT:        where results go, ./results by default; it is emptied
-# PYTHON:     the Python to use, python3 by default
+# --deadline: time limit of the whole run; --stage-seconds: maximum time of a stage
+# --only:     runs only these stages
+# OUT:        folder of the results, ./results by default; it is emptied
+# PYTHON:     environment variable with the Python to use, python3 by default
 #
-# Exit code: 0 when each stage passed or says why it was skipped, 1 when one did not, or was not run for lack of time where
-# it is required, 2 for bad arguments.
+# Exit code: 0 if each stage passed or was skipped with a reason; 1 if one did not pass, or a required one was not run for lack of
+# time; 2 for bad arguments.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 binaries=$here tiny="" only="" seconds_max=470 stage_max=470 out=results
@@ -37,20 +37,21 @@ for given in "--deadline $seconds_max" "--stage-seconds $stage_max"; do
     [[ ${given#* } =~ ^[1-9][0-9]{0,5}$ ]] || { echo "error: ${given%% *} takes seconds, not '${given#* }'" >&2; exit 2; }
 done
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || { echo "error: no $python; name one by PYTHON=.." >&2; exit 2; }
+command -v "$python" >/dev/null || { echo "error: no program $python; set PYTHON to the Python to use" >&2; exit 2; }
 for needed in gpu_check conformance; do
-    [ -x "$binaries/$needed" ] || { echo "error: no program $binaries/$needed; pack.sh makes it" >&2; exit 2; }
+    [ -x "$binaries/$needed" ] || { echo "error: no program $binaries/$needed; pack.sh builds it" >&2; exit 2; }
 done
-# Results of an earlier run would pass for this one's; nothing else is removed.
+# Removes the results of an earlier run, so that they do not count as results of this one. A folder with other files is refused.
 if [ -d "$out" ]; then
-    [ -f "$out/stages" ] || [ -z "$(ls -A "$out")" ] || { echo "error: $out holds other things" >&2; exit 2; }
+    [ -f "$out/stages" ] || [ -z "$(ls -A "$out")" ] ||
+        { echo "error: $out holds files that are not results; name another folder" >&2; exit 2; }
     rm -rf "$out"
 fi
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 : >"$out/stages"
 scratch=$(mktemp -d) || exit 2
 
-# The report is written whatever happens. What runs is ended first.
+# Ends running stages, then writes the report. Runs on every exit.
 finish() {
     trap - EXIT INT TERM HUP
     local running
@@ -66,14 +67,14 @@ finish() {
 trap finish EXIT
 trap 'exit 1' INT TERM HUP
 
-# The driver, where the linker does not know it, and the libraries of Python's packages, behind what the user has named.
+# Prints library folders for LD_LIBRARY_PATH: those of Python's packages, and that of the driver if the linker does not find it.
 libraries() {
-    # A driver that does not answer must not keep the script from its report.
+    # The timeout is for a driver that does not answer: the script must still write its report.
     timeout 20 "$python" - "$scratch/lib" <<'PYTHON'
 import ctypes, glob, os, sys
 
 folders = [folder for root in sys.path for folder in sorted(glob.glob(os.path.join(root, "nvidia", "*", "lib")))]
-# Our programs ask for these without a version first, and a toolkit on the machine would give its own, not the packages'.
+# Our programs first load these without a version, and would otherwise find the libraries of a toolkit on the machine.
 links = sys.argv[1]
 os.mkdir(links)
 for name in ("libcublasLt.so", "libnvrtc.so"):
@@ -90,25 +91,25 @@ except OSError:
 print(":".join(dict.fromkeys(folders)))
 PYTHON
 }
-theirs=${LD_LIBRARY_PATH-}
+torch_libraries=${LD_LIBRARY_PATH-}
 found=$(libraries)
-ours=$theirs${theirs:+${found:+:}}$found
-# The software device stands under the names of libraries that PyTorch needs.
-[ -z "$tiny" ] || theirs=""
+ours=$torch_libraries${torch_libraries:+${found:+:}}$found
+# The software device has the names of libraries that PyTorch needs, so PyTorch must not load it.
+[ -z "$tiny" ] || torch_libraries=""
 
-# stage NAME SECONDS COMMAND..: its output, and how it ended. Whatever it does, the next one is begun.
+# stage NAME SECONDS COMMAND..: runs the command, and stores its output and its exit status. A failure does not end the script.
 stage() {
     local name=$1 limit=$2 wanted left=$((seconds_max - SECONDS)) begin=$SECONDS code
     shift 2
     [ -z "$only" ] || [[ $only == *" $name "* ]] || return 0
     echo "$name" >>"$out/stages"
-    # Software on a machine that has other things to do is slow.
+    # The software device is slow on a busy machine.
     [ -z "$tiny" ] || limit=$((limit * 4))
     [ "$limit" -le "$stage_max" ] || limit=$stage_max
     wanted=$limit
     [ "$limit" -le "$left" ] || limit=$left
     if [ "$limit" -lt 1 ]; then
-        echo "not-run nothing is left of $seconds_max s" >"$out/$name.status"
+        echo "not-run the $seconds_max s of the deadline are used up" >"$out/$name.status"
         return
     fi
     echo "running $limit" >"$out/$name.status"
@@ -126,29 +127,29 @@ skip() {
     echo "skipped $2" >"$out/$1.status"
 }
 
-# gpu_stage NAME SECONDS COMMAND..: one that needs a GPU of ours.
+# gpu_stage NAME SECONDS COMMAND..: a stage that needs a GPU.
 gpu_stage() {
-    [ -n "$gpu" ] || { skip "$1" "no GPU can be used: see the stage versions"; return; }
-    # EAGER and 32 are what the launcher sets. Where no GPU waits for another one, loading all of NVIDIA's kernels would only
-    # take time, in each of many processes.
-    local loads=${loading-LAZY}
-    stage "$1" "$2" env LD_LIBRARY_PATH="$ours" CUDA_MODULE_LOADING="${CUDA_MODULE_LOADING-$loads}" \
-        CUDA_MODULE_DATA_LOADING="${CUDA_MODULE_DATA_LOADING-$loads}" \
+    [ -n "$gpu" ] || { skip "$1" "no usable GPU: see the stage versions"; return; }
+    # The launcher sets EAGER and 32. If no GPU waits for another one, loading all of NVIDIA's kernels would only take time, in each
+    # of many processes.
+    local module_loading=${loading-LAZY}
+    stage "$1" "$2" env LD_LIBRARY_PATH="$ours" CUDA_MODULE_LOADING="${CUDA_MODULE_LOADING-$module_loading}" \
+        CUDA_MODULE_DATA_LOADING="${CUDA_MODULE_DATA_LOADING-$module_loading}" \
         CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS-32}" "${@:3}"
 }
 
-# nccl_stage NAME SECONDS COMMAND..: one that needs two GPUs, for members of a group.
+# nccl_stage NAME SECONDS COMMAND..: a stage that needs two GPUs, for members of a group.
 nccl_stage() {
-    [ -z "$gpu" ] || [ "$gpus" -ge 2 ] || { skip "$1" "it needs two GPUs, and $gpus can be used"; return; }
+    [ -z "$gpu" ] || [ "$gpus" -ge 2 ] || { skip "$1" "this stage needs two GPUs, and $gpus can be used"; return; }
     loading=EAGER gpu_stage "$@"
 }
 
-# train_stage NAME SECONDS ARGS..: GPT-2 trained by us, as users run it.
+# train_stage NAME SECONDS ARGS..: trains GPT-2 with Shardflow, as users run it.
 train_stage() {
     loading=EAGER gpu_stage "$1" "$2" "${train[@]}" "${@:3}"
 }
 
-# torch_stage NAME SECONDS LIKE SCRIPT ARGS..: PyTorch beside what our stage LIKE printed.
+# torch_stage NAME SECONDS LIKE SCRIPT ARGS..: runs PyTorch with the sizes from the output of our stage LIKE.
 torch_stage() {
     local name=$1 limit=$2 like=$3 script=$4
     shift 4
@@ -156,26 +157,26 @@ torch_stage() {
         skip "$name" "there is nothing to compare with: see the stage $like"
         return
     fi
-    stage "$name" "$limit" env LD_LIBRARY_PATH="$theirs" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" \
+    stage "$name" "$limit" env LD_LIBRARY_PATH="$torch_libraries" TORCHINDUCTOR_CACHE_DIR="$scratch/inductor" \
         "$python" "$here/$script" --like "$out/$like.out" "${torch_device[@]}" "$@"
 }
 
-# A part of the suite that CI runs on the software device goes by the name of its case.
+# conformance NAME SECONDS [CASE]: runs one case of the suite that CI runs on the software device.
 suite=("$binaries/conformance" --ignored --exact child --nocapture)
 conformance() {
     gpu_stage "conformance-$1" "$2" env SHARDFLOW_TEST_CASE="${3:-$1}" "${suite[@]}"
 }
 
-# sanitized TOOL: a small training under compute-sanitizer, where that works.
+# sanitized TOOL COMMAND..: runs the command under compute-sanitizer. Returns 77 if that is not available or does not support the GPU.
 sanitized() {
     local path code
     path=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer) ||
         { echo "compute-sanitizer is not on this machine" >&2; return 77; }
-    # With our own attention there are fewer kernels that are not ours. That a library tries what the driver does not have, and
-    # that an event is not there yet, is no error.
+    # With our own attention fewer kernels of other libraries run. API errors are not reported: libraries probe for functions that the
+    # driver does not have, and polling an event that is not complete yet is not an error.
     SHARDFLOW_ATTENTION=own "$path" --tool "$1" --report-api-errors no --error-exitcode 9 "${@:2}"
     code=$?
-    # It says so on its standard output, which the report shows too.
+    # compute-sanitizer prints this to its standard output, which the report shows too.
     [ "$code" = 0 ] || ! grep -qi 'device not supported' "$out/sanitizer-$1.out" ||
         { echo "compute-sanitizer does not support this device" >&2; return 77; }
     return "$code"
@@ -193,7 +194,7 @@ export out
 } >"$out/info"
 
 small=(--layers 2 --heads 2 --width 32 --context 16 --vocabulary 97)
-# As many samples as fit.
+# --batch 0: the largest batch that fits.
 batch=(--batch 0) timed=(--timed 30) ceilings=() delays=() torch_device=() sizes=()
 if [ -n "$tiny" ]; then
     batch=(--batch 4) timed=(--timed 5 --steps 3) torch_device=(--device cpu) sizes=("${small[@]}")
@@ -204,19 +205,19 @@ train=("$check" train "${sizes[@]}")
 
 gpu=1
 gpu_stage versions 90 "$check" versions
-# It names devices even where a library is missing. A stage that was not asked for, or has not come to its end, says nothing.
+# The stage lists devices even if a library is missing. If it was not requested or has not finished, assume a GPU.
 ! grep -Eqs '^ended [0-9] ' "$out/versions.status" || grep -q '"capability"' "$out/versions.out" || gpu=""
 gpus=0
 if [ -n "$gpu" ]; then
-    told=$out/versions.out
-    [ -f "$told" ] || { told=$scratch/versions && LD_LIBRARY_PATH=$ours timeout 30 "$check" versions >"$told" 2>/dev/null; }
-    gpus=$(grep -o '"capability"' "$told" | wc -l)
+    versions=$out/versions.out
+    [ -f "$versions" ] || { versions=$scratch/versions && LD_LIBRARY_PATH=$ours timeout 30 "$check" versions >"$versions" 2>/dev/null; }
+    gpus=$(grep -o '"capability"' "$versions" | wc -l)
 fi
-# From a disk that has not read it yet, PyTorch is long in coming.
+# The first import of PyTorch from disk is slow; this warms the page cache.
 if [ -n "$gpu" ] && [ -z "$tiny$only" ]; then
     timeout 120 "$python" -c 'import torch, torch._dynamo, triton' >/dev/null 2>&1 </dev/null &
 fi
-# What is required comes first, for time runs out at the end.
+# Required stages come first, because time may run out at the end.
 gpu_stage ceilings 40 "$check" ceilings "${ceilings[@]}"
 conformance alone 90
 conformance local 45

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Trains the GPT of `gpu_check train` in PyTorch, from the same weights and tokens by the same AdamW, and prints one line of JSON.
+"""Trains the GPT of `gpu_check train` in PyTorch, with the same weights, tokens and AdamW, and prints one line of JSON.
 
     python3 gpt2_torch.py [--compile] [--device cpu] [--like OURS.json] [--layers 12 ..] [--steps 10] [--timed 30]
 
-Weights are float32; with --precision bf16 the forward pass runs under autocast. --like takes sizes from what `gpu_check train`
-printed. No step that is timed waits for its loss: steps are timed in groups, each with one synchronisation at its end.
-Exit code 77: it cannot run here, and the last line says why.
+Weights are float32; with --precision bf16 the forward pass runs under autocast. --like takes sizes from the output of
+`gpu_check train`. Timed steps do not wait for their losses: they are timed in groups with one synchronisation at the end.
+Exit code 77: it cannot run here; the last line states the reason.
 """
 
 import argparse
@@ -29,7 +29,7 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.99), 1e-8, 0.1
 SIZES = dict(layers=12, heads=12, width=768, context=1024, vocabulary=50304, batch=16)
 # Steps of a timed group.
 GROUP = 5
-# Elements of a weight that are made at once.
+# Elements of a weight that one task generates.
 CHUNK = 1 << 20
 
 
@@ -60,7 +60,7 @@ def normal(name, count):
         u2 = (mix(i + np.uint64(1)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
         return (np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * np.pi * u2) * STD).astype(np.float32)
 
-    # numpy lets other threads run meanwhile.
+    # numpy releases the GIL.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return np.concatenate(list(pool.map(part, range(0, count, CHUNK))))
 
@@ -72,9 +72,9 @@ def token(i, vocabulary):
 
 def batch(a, step):
     """Tokens and targets of a step, in the host's memory."""
-    places = np.arange(step * a.batch * a.context, (step + 1) * a.batch * a.context, dtype=np.uint64)
-    places = places.reshape(a.batch, a.context)
-    both = [torch.from_numpy(token(places + np.uint64(shift), a.vocabulary)) for shift in (0, 1)]
+    positions = np.arange(step * a.batch * a.context, (step + 1) * a.batch * a.context, dtype=np.uint64)
+    positions = positions.reshape(a.batch, a.context)
+    both = [torch.from_numpy(token(positions + np.uint64(shift), a.vocabulary)) for shift in (0, 1)]
     return [tokens.pin_memory() if a.device == "cuda" else tokens for tokens in both]
 
 
@@ -83,7 +83,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.ln1, self.ln2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        # One product for all three, as PyTorch users write it.
+        # One product for q, k and v, as is usual in PyTorch.
         self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.fc, self.out = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """As shardflow's `nn::gpt`: no biases, exact GELU, a head of its own."""
+    """The model of shardflow's `nn::gpt`: no biases, exact GELU, a head that does not share the embedding's weights."""
 
     def __init__(self, a):
         super().__init__()
@@ -112,7 +112,7 @@ class Gpt(nn.Module):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.view(-1))
 
 
-# Our names, where they differ from the modules' above.
+# Shardflow's names of layers, if they differ from those of the modules above.
 NAMES = {"proj": "attn.proj", "fc": "mlp.fc", "out": "mlp.proj"}
 
 
@@ -124,7 +124,7 @@ def weight(name, shape):
     prefix = "".join(part + "." for part in front)
     if layer == "qkv":
         third = shape[0] // 3 * shape[1]
-        parts = [normal(f"{prefix}attn.{which}.weight", third) for which in "qkv"]
+        parts = [normal(f"{prefix}attn.{part}.weight", third) for part in "qkv"]
         return np.concatenate(parts).reshape(shape)
     return normal(f"{prefix}{NAMES.get(layer, layer)}.weight", int(np.prod(shape))).reshape(shape)
 
@@ -134,12 +134,12 @@ def arguments():
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--precision", default="bf16", choices=["bf16", "f32"])
     p.add_argument("--compile", action="store_true")
-    p.add_argument("--like", help="a file that `gpu_check train` printed: its sizes and learning rate")
+    p.add_argument("--like", help="output file of `gpu_check train`; its sizes and learning rate are used")
     for name, size in SIZES.items():
         p.add_argument(f"--{name}", type=int, default=size)
     p.add_argument("--lr", type=float, default=3e-4)
-    p.add_argument("--steps", type=int, default=10, help="steps whose losses are told")
-    p.add_argument("--timed", type=int, default=30, help="steps behind those, which are timed")
+    p.add_argument("--steps", type=int, default=10, help="first steps, whose losses are printed")
+    p.add_argument("--timed", type=int, default=30, help="further steps, which are timed")
     a = p.parse_args()
     if a.like:
         with open(a.like) as file:
@@ -154,7 +154,7 @@ def main():
         print("PyTorch sees no GPU", file=sys.stderr)
         sys.exit(77)
     on_gpu = a.device == "cuda"
-    # Not TF32, whatever the environment says: ours is float32.
+    # Disable TF32 regardless of the environment: Shardflow computes in float32.
     torch.set_float32_matmul_precision("highest")
     model = Gpt(a)
     with torch.no_grad():

@@ -4,8 +4,8 @@ milliseconds and PyTorch's.
 
     python3 launches_torch.py --like LAUNCHES.json [--device cpu]
 
-Both go round in more memory than a cache holds. A product that we write in float32 from bf16 is written in bf16 by PyTorch.
-Exit code 77: it cannot run here, and the last line says why.
+Both cycle through more memory than a cache holds. PyTorch writes a product of bf16 inputs in bf16 where we write float32.
+Exit code 77: it cannot run here; the last line states the reason.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 
 
 def calls(row, device, copies):
-    """Functions of no argument that do the row's work, each on tensors of its own."""
+    """Functions without arguments that do the row's work, each on separate tensors."""
     def tensors(kind):
         return [(torch.rand(b["shape"], device=device) + 0.1).to(TYPES[b["type"]]) for b in row[kind]]
 
@@ -35,7 +35,7 @@ def calls(row, device, copies):
         reads = tensors("reads")
         if row["op"] == "einsum":
             return lambda: torch.einsum(row["spec"], *reads)
-        # [b, t, h, d] as PyTorch has it: [b, h, t, d].
+        # PyTorch's layout is [b, h, t, d], ours is [b, t, h, d].
         q, k, v = (x.transpose(1, 2) for x in (reads if row["op"] == "attention" else reads[1:4]))
         if row["op"] == "attention":
             return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -48,7 +48,8 @@ def calls(row, device, copies):
 
 
 def captured(play):
-    """What plays it again without Python between its calls; None where that cannot be made."""
+    """Captures the calls of `play` as a CUDA graph, and returns a function that replays it without Python between the calls; None
+    if the capture fails."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -85,7 +86,7 @@ def measure(row, device):
     one = milliseconds(lambda: run(1))
     count = min(max(math.ceil(ROUND_MS / max(one, 1e-3)), 1), IN_A_ROW_MAX)
     play = lambda: run(count)
-    # Small products are over before Python comes to the next one.
+    # A small product ends before Python issues the next one.
     if device == "cuda" and row["op"] == "einsum":
         play = captured(play) or play
     milliseconds(play)
@@ -94,7 +95,7 @@ def measure(row, device):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--like", required=True, help="a file that `gpu_check launches` printed")
+    p.add_argument("--like", required=True, help="output file of `gpu_check launches`")
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     a = p.parse_args()
     if a.device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds what a machine with a GPU needs for check.sh: programs, cubins, scripts, in one folder and one archive beside it. Needs
-# Rust, g++, and PyPI for NVRTC; no GPU. Fails where the folder is larger than 64 MiB.
+# Builds the files that a machine with a GPU needs for check.sh: programs, cubins, scripts, in one folder and one archive beside it.
+# Needs Rust, g++, and PyPI for NVRTC; no GPU. Fails if the folder is larger than 64 MiB.
 #
 #     integration-tests/gpu/pack.sh [FOLDER]      target/gpu-check by default
 set -euo pipefail
@@ -9,31 +9,31 @@ export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target}"
 out="${1:-$CARGO_TARGET_DIR/gpu-check}"
 bytes_max=$((64 << 20))
 
-# As the CI's stage `cuda` has it.
+# The same virtual environment as in the CI stage `cuda`.
 venv="$CARGO_TARGET_DIR/cuda-wheels" wanted=kernels/cuda/requirements.txt
 if ! cmp -s "$wanted" "$venv/installed"; then
     python3 -m venv --clear "$venv"
     "$venv/bin/pip" install -q --disable-pip-version-check --only-binary :all: -r "$wanted"
     cp "$wanted" "$venv/installed"
 fi
-# Blackwell's too: where PyTorch's packages are all there is, NVRTC may lack headers.
+# Includes Blackwell, because NVRTC may lack headers on a machine that has only PyTorch's packages.
 architectures=(--arch sm_80 --arch sm_90 --arch sm_90a --arch sm_100 --arch sm_120)
 "$venv/bin/python" kernels/cuda/build_cubins.py "${architectures[@]}" --out "$CARGO_TARGET_DIR/cubins" >"$CARGO_TARGET_DIR/cubins.log" ||
     { tail -n 20 "$CARGO_TARGET_DIR/cubins.log" >&2; exit 1; }
 
 cargo build --release -p shardflow-integration-tests --bin gpu_check
-# The test program that the CI's stage `test` runs on the software device.
+# The test program that the CI stage `test` runs on the software device.
 conformance=$(cargo test -p shardflow-kernels --test cuda --no-run --message-format=json |
     sed -n 's/.*"kind":\["test"\].*"executable":"\([^"]*\)".*/\1/p')
-[ -x "$conformance" ] || { echo "error: cargo names no program of the test cuda: $conformance" >&2; exit 1; }
-# A name that no test has would run none, and pass.
+[ -x "$conformance" ] || { echo "error: cargo lists no program of the test cuda: $conformance" >&2; exit 1; }
+# With a name that matches no test, the program would run none and pass.
 "$conformance" --list --ignored | grep -x "child: test" >/dev/null || { echo "error: $conformance has no test named child" >&2; exit 1; }
 
 rm -rf "$out"
 mkdir -p "$out/cubins"
 strip -o "$out/gpu_check" "$CARGO_TARGET_DIR/release/gpu_check"
 strip -o "$out/conformance" "$conformance"
-# Those of modules that there are: an older build leaves others.
+# Copies only cubins of existing sources: an older build may have left others.
 for source in kernels/src/cuda/*.cu; do
     cp "$CARGO_TARGET_DIR/cubins/$(basename "$source" .cu)".*.cubin "$out/cubins"
 done
@@ -42,7 +42,7 @@ echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo ' with changes')" >"$
 bytes=$(du -sb "$out" | cut -f1)
 if [ "$bytes" -gt "$bytes_max" ]; then
     du -sb "$out"/* >&2
-    echo "error: $out has $bytes bytes, more than the $bytes_max that may be carried; see what grew above" >&2
+    echo "error: $out has $bytes bytes, more than the limit of $bytes_max; the sizes are listed above" >&2
     exit 1
 fi
 tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")"

@@ -1,9 +1,9 @@
-// Looks at the live page in a real Chromium, with no window, while real trainings run under it.
+// Checks the live page in a real headless Chromium, while real trainings run.
 //
 //     node check.mjs PROGRAMS MODULES [PICTURES]
 //
-// PROGRAMS is the folder with `gpt`, `shardflow` and `watched`, MODULES one where playwright-core is installed, and PICTURES, if given, where
-// pictures of the page are put. CHROMIUM names the browser's program. Ends with 0, or with 1 and what was wrong.
+// PROGRAMS is the folder with `gpt`, `shardflow` and `watched`. MODULES is the folder where playwright-core is installed. If PICTURES is
+// given, screenshots of the page are saved there. CHROMIUM is the path of the browser. Ends with 0, or with 1 and the errors.
 
 import assert from 'node:assert/strict';
 import { execFileSync, spawn } from 'node:child_process';
@@ -17,29 +17,29 @@ import { pathToFileURL } from 'node:url';
 
 const [programs, modules, pictures] = process.argv.slice(2).map((name) => path.resolve(name));
 const { chromium } = createRequire(pathToFileURL(`${modules}/`))('playwright-core');
-// For each thing that is waited for.
+// Deadline of each wait.
 const DEADLINE_MS = 60_000;
-const LOOK_EVERY_MS = 20;
-const BYTES_A_SECOND_MAX = 1_000_000;
-const BUBBLES_APART_MAX = 0.05;
-const SHARES_APART_MAX = 0.15;
+const POLL_MS = 20;
+const BYTES_PER_SECOND_MAX = 1_000_000;
+const BUBBLE_DIFFERENCE_MAX = 0.05;
+const SHARE_DIFFERENCE_MAX = 0.15;
 
 const pause = (ms) => new Promise((resume) => setTimeout(resume, ms));
 
-// What `look` gives, once it is true.
-async function until(what, look) {
+// Waits until `condition` returns a true value, and returns it.
+async function until(event, condition) {
   const deadline = performance.now() + DEADLINE_MS;
   let last = '';
   while (performance.now() < deadline) {
     try {
-      const found = await look();
+      const found = await condition();
       if (found) return found;
     } catch (error) {
       last = `: ${error.message}`;
     }
-    await pause(LOOK_EVERY_MS);
+    await pause(POLL_MS);
   }
-  throw new Error(`${what}: not within ${DEADLINE_MS / 1000} s${last}`);
+  throw new Error(`${event}: not within ${DEADLINE_MS / 1000} s${last}`);
 }
 
 async function freePort() {
@@ -53,18 +53,18 @@ async function freePort() {
 
 const running = new Set();
 
-// A program that answers on `port`.
+// Starts a program, and waits until it answers on `port`.
 async function start(program, args, port, environment = {}) {
   const child = spawn(path.join(programs, program), args, { stdio: ['pipe', 'pipe', 'pipe'], env: { ...process.env, ...environment } });
   running.add(child);
-  let said = '';
-  for (const stream of [child.stdout, child.stderr]) stream.on('data', (data) => (said = (said + data).slice(-4000)));
+  let output = '';
+  for (const stream of [child.stdout, child.stderr]) stream.on('data', (data) => (output = (output + data).slice(-4000)));
   child.on('exit', () => running.delete(child));
   await until(`${program} answers`, async () => {
-    if (child.exitCode !== null) throw new Error(`it ended: ${said}`);
+    if (child.exitCode !== null) throw new Error(`it ended: ${output}`);
     return (await fetch(`http://127.0.0.1:${port}/healthz`)).ok;
   });
-  return { child, said: () => said };
+  return { child };
 }
 
 async function end({ child }, signal = 'SIGKILL') {
@@ -80,22 +80,22 @@ const SMALL = ['--mesh=stage=2', '--micro-batches=4', '--layers=2', '--width=32'
 
 let browser;
 
-// A page on that port, and what its console said that was no mere word. `mayBreak` lets it tell of connections that broke.
-async function look(port, options = {}, mayBreak = false) {
+// Opens the page on this port. `wrong` collects errors and warnings; with `mayBreak`, messages about broken connections are ignored.
+async function openPage(port, options = {}, mayBreak = false) {
   const context = await browser.newContext({ viewport: { width: 1200, height: 900 }, ...options });
   const page = await context.newPage();
   const wrong = [];
   const origin = `http://127.0.0.1:${port}`;
   page.on('request', (request) => {
-    if (new URL(request.url()).origin !== origin) wrong.push(`it loads ${request.url()} from elsewhere`);
+    if (new URL(request.url()).origin !== origin) wrong.push(`it loads ${request.url()} from another origin`);
   });
   const isBroken = (text) => mayBreak && /net::ERR_|Failed to load resource/.test(text);
   page.on('pageerror', (error) => wrong.push(`${error}`));
   page.on('console', (message) => {
     if (['error', 'warning'].includes(message.type()) && !isBroken(message.text())) wrong.push(message.text());
   });
-  // A label that begins left of its canvas is cut off.
-  await page.exposeFunction('reportClipped', (label) => wrong.push(`the label ${label} is cut off`));
+  // A label that begins left of its canvas is clipped.
+  await page.exposeFunction('reportClipped', (label) => wrong.push(`the label ${label} is clipped`));
   await page.addInitScript(() => {
     const proto = CanvasRenderingContext2D.prototype;
     const fillText = proto.fillText;
@@ -121,21 +121,21 @@ async function metrics(port) {
   }));
 }
 
-// All that the page shows of a training is what `/metrics` and `/plan` say at the same step.
-async function showsWhatMetricsSay() {
+// The page must show the values of `/metrics` and `/plan` at the same step.
+async function matchesMetrics() {
   const port = await freePort();
   const training = await start('gpt', gptArgs(port, ...SMALL), port, { SHARDFLOW_RESTART_CAUSES: '137,75' });
-  const { page, wrong, close } = await look(port);
-  const told = new Map();
-  const shown = await until('a step that both have told', async () => {
+  const { page, wrong, close } = await openPage(port);
+  const byStep = new Map();
+  const shown = await until('a step in both the page and /metrics', async () => {
     const got = await metrics(port);
-    told.set(got.get('shardflow_steps_total'), got);
-    const page_ = await page.evaluate(() => ({
+    byStep.set(got.get('shardflow_steps_total'), got);
+    const values = await page.evaluate(() => ({
       ...Object.fromEntries(['step', 'loss', 'norm', 'tokens'].map((id) => [id, document.getElementById(id).textContent])),
       charts: ['loss', 'norm'].map((id) => document.getElementById(`chart-${id}`).getAttribute('aria-label')),
     }));
-    page_.got = told.get(Number(page_.step.split(' ')[0]));
-    return page_.got && page_.loss !== '-' && page_;
+    values.got = byStep.get(Number(values.step.split(' ')[0]));
+    return values.got && values.loss !== '-' && values;
   });
   const busyBefore = [performance.now(), shown.got];
   assert.equal(shown.loss, shown.got.get('shardflow_loss').toFixed(4));
@@ -143,7 +143,7 @@ async function showsWhatMetricsSay() {
   assert.equal(Number(shown.tokens), shown.got.get('shardflow_tokens_total'));
   assert.match(shown.step, /^\d+ of 1000000$/);
   assert.match(await text(page, 'what'), / on cpu, 4 micro-batches, 1f1b$/);
-  assert.deepEqual(shown.charts.map((label) => Number(label.split('now ')[1]).toFixed(4)), [shown.loss, shown.norm], 'curves end where the training is');
+  assert.deepEqual(shown.charts.map((label) => Number(label.split('now ')[1]).toFixed(4)), [shown.loss, shown.norm], 'curves end at the current values');
   assert.equal(await text(page, 'health'), 'running');
   const memory = await page.locator('#memory tbody tr').allInnerTexts();
   const kib = (device, kind) => `${(shown.got.get(`shardflow_memory_bytes{device="${device}",kind="${kind}"}`) / 1024).toFixed(1)} KiB`;
@@ -154,12 +154,12 @@ async function showsWhatMetricsSay() {
   assert.deepEqual([...rows].sort(), plan.actors.map((actor) => actor.name).sort());
   assert.equal(await page.locator('#breakdown tbody tr').count(), plan.actors.length);
   assert.equal(await page.locator('#charts .uplot').count(), 4, 'four charts');
-  assert.ok(!(await page.locator('#processes-section').isVisible()), 'it is the only process');
+  assert.ok(!(await page.locator('#processes-section').isVisible()), 'a single process has no list of processes');
   await restarts(page, shown.got);
   await widths(page, plan);
   await until('a prediction', async () => (await text(page, 'bubble-predicted')) !== '-');
-  await until('a whole step', async () => /^\d+/.test(await text(page, 'timeline-step')));
-  await rare(page);
+  await until('a complete step', async () => /^\d+/.test(await text(page, 'timeline-step')));
+  await rareValues(page);
   assert.ok(/ min | h | s$/.test(await text(page, 'eta')), 'time left');
   await colours(page);
   await busy(page, port, busyBefore);
@@ -171,8 +171,8 @@ async function showsWhatMetricsSay() {
   await end(training);
 }
 
-// What no short run shows: numbers that are none, and passes over the plan that are of no step of their own, or of an earlier one.
-async function rare(page) {
+// Cases that no short run produces: missing values and NaN, and passes over the plan that repeat a step or return to an earlier one.
+async function rareValues(page) {
   const seen = await page.evaluate(async () => {
     const [{ number }, { Model }] = [await import('./page/format.js'), await import('./page/model.js')];
     const stepOf = (pass) => Model.prototype.stepOf.call({ event: { passes: [[0, 60], [2, 61], [5, 60]] } }, pass);
@@ -181,7 +181,7 @@ async function rare(page) {
   assert.deepEqual(seen, { numbers: ['-', 'NaN', '1.3'], steps: [61, 62, 62, 63, 64, 61, 62] });
 }
 
-// The attempts before this one stand among the incidents, the first one first.
+// The incidents list earlier attempts, the oldest first.
 async function restarts(page, got) {
   const incidents = await page.locator('#incidents li').allTextContents();
   assert.match(incidents[0], /^restart after .*: attempt 0 of the job ended with code 137: SIGKILL$/);
@@ -190,7 +190,7 @@ async function restarts(page, got) {
   assert.deepEqual(counted, [1, 1]);
 }
 
-// The more bytes an edge carries in a step, the wider it is.
+// An edge with more bytes per step is wider.
 async function widths(page, plan) {
   const edges = await page.evaluate(() => [...document.querySelectorAll('.edge')].map((edge) => [
     Number(edge.dataset.register), edge.getAttribute('aria-label'), Number(edge.querySelector('path').getAttribute('stroke-width')),
@@ -204,17 +204,17 @@ async function widths(page, plan) {
   assert.equal(edges.length, between.reduce((sum, count) => sum + count, 0), 'an edge for each register and reader');
   sized.sort(([a], [b]) => a - b);
   for (const [i, [bytes, width]] of sized.entries()) assert.ok(i === 0 || width >= sized[i - 1][1], `${bytes} bytes: ${width}`);
-  assert.ok(sized[sized.length - 1][1] > 2 * sized[0][1], 'edges differ');
+  assert.ok(sized[sized.length - 1][1] > 2 * sized[0][1], 'widths of edges differ');
 }
 
-// In the row of an actor that computes: forward and backward in their colours, below what was predicted, which is paler.
+// The row of a compute actor shows measured forward and backward bars in their colours, below paler predicted bars.
 async function colours(page) {
   const seen = await page.evaluate(() => {
     const canvas = document.getElementById('gantt');
     const scale = canvas.width / parseFloat(canvas.style.width);
     const rows = [...document.querySelectorAll('#rows button')].map((row) => row.textContent);
     const top = rows.findIndex((name) => name.endsWith('compute')) * 26;
-    // A copy, for the page's own canvas is not made to be read.
+    // Copies the canvas, because the page's canvas is not created for frequent reads.
     const copy = Object.assign(document.createElement('canvas'), { width: canvas.width, height: canvas.height }).getContext('2d', { willReadFrequently: true });
     copy.drawImage(canvas, 0, 0);
     const count = (from, tall) => {
@@ -235,7 +235,7 @@ async function colours(page) {
   assert.ok(seen.predicted.pale > 20 && seen.predicted.full === 0, JSON.stringify(seen));
 }
 
-// For how much of the last seconds each actor was busy, and how much of this in collectives, by its bar and by `/metrics`.
+// Compares the share of busy time and of collectives of each actor, as shown by its bar, with `/metrics`.
 async function busy(page, port, [before, then]) {
   await until('seconds', () => performance.now() - before > 4000);
   const bars = await page.evaluate(() => [...document.querySelectorAll('#breakdown tbody tr')].map((row) => [
@@ -248,22 +248,22 @@ async function busy(page, port, [before, then]) {
       return (spent(now) - spent(then)) / seconds;
     };
     const [firing, collective] = ['shardflow_actor_firing_seconds_sum', 'shardflow_collective_seconds_sum'].map(share);
-    for (const [what, shown, expected] of [['busy', parts[0] + parts[1], firing], ['in collectives', parts[1], collective]]) {
-      assert.ok(Math.abs(shown - expected) < SHARES_APART_MAX, `${name}: ${what} ${shown} on the page, ${expected.toFixed(3)} by /metrics`);
+    for (const [kind, shown, expected] of [['busy', parts[0] + parts[1], firing], ['in collectives', parts[1], collective]]) {
+      assert.ok(Math.abs(shown - expected) < SHARE_DIFFERENCE_MAX, `${name}: ${kind} ${shown} on the page, ${expected.toFixed(3)} by /metrics`);
     }
     const all = parts.reduce((a, b) => a + b, 0);
     assert.ok(all > 0.7 && all < 1.02, `${name}: ${parts}`);
   }
-  assert.ok(bars.some(([name, parts]) => name.endsWith('compute') && parts[0] > 0.1), 'somebody works');
-  assert.ok(bars.some(([, parts]) => parts[1] > 0.01), 'somebody is in collectives');
+  assert.ok(bars.some(([name, parts]) => name.endsWith('compute') && parts[0] > 0.1), 'some compute actor is busy');
+  assert.ok(bars.some(([, parts]) => parts[1] > 0.01), 'some actor is in collectives');
 }
 
-// Rows and edges are reached by the Tab key, steps by arrows, a register by Enter.
+// The Tab key reaches rows and edges, arrow keys change the row and the step, Enter opens a register.
 async function keyboard(page, port) {
   await page.locator('#timeline').focus();
   await page.keyboard.press('Tab');
   assert.equal(await page.evaluate(() => document.activeElement.textContent), await page.locator('#rows button').first().textContent());
-  await until('a row tells what it did', async () => /: \d+ in /.test(await text(page, 'row-detail')));
+  await until('the details of a row', async () => /: \d+ in /.test(await text(page, 'row-detail')));
   await page.keyboard.press('ArrowDown');
   assert.equal(await page.evaluate(() => document.activeElement.textContent), await page.locator('#rows button').nth(1).textContent());
   await page.keyboard.press('ArrowLeft');
@@ -284,32 +284,32 @@ async function keyboard(page, port) {
   assert.ok(!(await page.locator('#register').isVisible()));
 }
 
-const looks = (page) => page.evaluate(() => ({
+const appearance = (page) => page.evaluate(() => ({
   width: document.documentElement.scrollWidth,
-  ground: getComputedStyle(document.body).backgroundColor,
-  moves: [...document.querySelectorAll('*')].some((element) => parseFloat(getComputedStyle(element).transitionDuration) > 0),
+  background: getComputedStyle(document.body).backgroundColor,
+  animated: [...document.querySelectorAll('*')].some((element) => parseFloat(getComputedStyle(element).transitionDuration) > 0),
 }));
 const LIGHT = 'rgb(255, 255, 255)';
 const DARK = 'rgb(20, 23, 28)';
 
-// Nothing stands out of a narrow window; dark is dark; nothing moves for who wants no motion.
+// The page fits a narrow window, follows the dark colour scheme, and has no animations under reduced motion.
 async function fits(port) {
-  const { page, wrong, close } = await look(port, { viewport: { width: 360, height: 700 }, colorScheme: 'dark', reducedMotion: 'reduce' });
+  const { page, wrong, close } = await openPage(port, { viewport: { width: 360, height: 700 }, colorScheme: 'dark', reducedMotion: 'reduce' });
   await until('an event', async () => (await text(page, 'step')) !== '-');
   await until('all charts', async () => (await page.locator('#charts .uplot').count()) === 4);
-  const { width, ground, moves } = await looks(page);
+  const { width, background, animated } = await appearance(page);
   assert.ok(width <= 360, `${width} pixels`);
-  assert.equal(ground, DARK);
-  assert.ok(!moves);
+  assert.equal(background, DARK);
+  assert.ok(!animated);
   assert.deepEqual(wrong, []);
   await close();
 }
 
-// A page that is open follows the system's colours and the window's width.
+// An open page follows changes of the colour scheme and of the window's width.
 async function follows(page) {
-  const before = await looks(page);
-  assert.deepEqual([before.ground, before.moves], [LIGHT, true]);
-  // The grid's colour by the style, and whether the chart has it.
+  const before = await appearance(page);
+  assert.deepEqual([before.background, before.animated], [LIGHT, true]);
+  // Whether the chart contains the grid's colour of the style sheet.
   const hasGrid = () => page.evaluate(() => {
     const canvas = document.querySelector('#chart-loss canvas');
     const copy = Object.assign(document.createElement('canvas'), { width: canvas.width, height: canvas.height }).getContext('2d', { willReadFrequently: true });
@@ -323,18 +323,18 @@ async function follows(page) {
   });
   await until('a grid', hasGrid);
   await page.emulateMedia({ colorScheme: 'dark' });
-  await until('dark', async () => (await looks(page)).ground === DARK && (await hasGrid()));
+  await until('dark', async () => (await appearance(page)).background === DARK && (await hasGrid()));
   await page.setViewportSize({ width: 700, height: 900 });
   await until('narrower charts', () => page.evaluate(() => [...document.querySelectorAll('#charts .chart')].every((chart) => chart.firstChild.offsetWidth <= chart.clientWidth)));
-  assert.ok((await looks(page)).width <= 700);
+  assert.ok((await appearance(page)).width <= 700);
 }
 
-// Of several processes each has a page with its own actors, which names the others and leads to theirs.
+// With several processes, each page shows the actors of its process, and links to the pages of the others.
 async function processes() {
   const port = await twoPorts();
   const launched = ['launch', '--nproc-per-node=2', `--log-dir=${path.join(modules, 'logs')}`, '--', path.join(programs, 'gpt')];
   const training = await start('shardflow', [...launched, ...gptArgs(port, ...SMALL)], port);
-  const { page, wrong, close } = await look(port);
+  const { page, wrong, close } = await openPage(port);
   await until('steps', async () => Number((await text(page, 'step')).split(' ')[0]) > 2);
   assert.match(await text(page, 'what'), /rank 0 of 2/);
   const names = () => page.locator('#rows button').allTextContents();
@@ -347,7 +347,7 @@ async function processes() {
   const pid = Number(/^the same machine, process (\d+)$/.exec(on)[1]);
   assert.match(readFileSync(`/proc/${pid}/cmdline`, 'utf8'), /gpt/);
   assert.equal(await page.locator('#incidents li').count(), 0);
-  // Rank 0's process, which rank 1 tells.
+  // Rank 1 reports the process id of rank 0.
   const { peers } = await (await fetch(`http://127.0.0.1:${port + 1}/plan`)).json();
   await sendNonsense(peers[0].pid);
   await until('a refusal', async () => /refused after .*: .* bad_format/.test(await text(page, 'incidents')));
@@ -372,12 +372,12 @@ async function twoPorts() {
   });
 }
 
-// To each UDP port of a process.
+// Sends an invalid datagram to each UDP port of a process.
 async function sendNonsense(pid) {
   const links = readdirSync(`/proc/${pid}/fd`).map((fd) => readlinkSync(`/proc/${pid}/fd/${fd}`));
   const lines = readFileSync(`/proc/${pid}/net/udp`, 'utf8').split('\n').slice(1).map((line) => line.trim().split(/\s+/));
   const own = lines.filter((fields) => links.includes(`socket:[${fields[9]}]`));
-  assert.ok(own.length > 0, 'it hears heartbeats');
+  assert.ok(own.length > 0, 'the process has a UDP port for heartbeats');
   const socket = createSocket('udp4');
   for (const [, local] of own) {
     const [address, port] = local.split(':');
@@ -387,22 +387,22 @@ async function sendNonsense(pid) {
   socket.close();
 }
 
-// What part of a step four evenly loaded stages stand idle: as predicted, and as the schedules' authors say.
+// The bubble of four evenly loaded stages must agree with the prediction and with the formula of the schedules' authors.
 async function bubble(schedule) {
   const [port, microBatches, stages] = [await freePort(), 8, 4];
   const training = await watched(port, `stage=${stages}`, schedule, microBatches, 20);
-  const { page, wrong, close } = await look(port);
+  const { page, wrong, close } = await openPage(port);
   const shares = () => page.evaluate(() => ['bubble', 'bubble-predicted'].map((id) => Number(document.getElementById(id).dataset.share)));
   await until('a prediction', async () => (await shares()).every((share) => share > 0));
   const expected = (stages - 1) / (microBatches + stages - 1);
-  // Where others use the machine, a step is longer now and then: so it has to agree in three events in a row.
+  // On a busy machine, single steps are longer, so this waits for agreement in three events in a row.
   let [seen, inARow, both] = ['', 0, []];
   await until('bubbles that agree', async () => {
     const now = await text(page, 'step');
     if (now === seen) return false;
     [seen, both] = [now, await shares()];
     const [measured, predicted] = both;
-    const agree = Math.abs(measured - predicted) <= BUBBLES_APART_MAX && Math.abs(predicted - expected) <= BUBBLES_APART_MAX;
+    const agree = Math.abs(measured - predicted) <= BUBBLE_DIFFERENCE_MAX && Math.abs(predicted - expected) <= BUBBLE_DIFFERENCE_MAX;
     inARow = agree ? inARow + 1 : 0;
     if (!agree) throw new Error(`measured ${measured}, predicted ${predicted}, by the formula ${expected}`);
     return inARow === 3;
@@ -413,30 +413,30 @@ async function bubble(schedule) {
   await end(training);
 }
 
-// An edge that holds its reader up turns red, the cause stands among the incidents, and all is well again afterwards.
+// An edge that blocks its reader turns red, and the incidents show the cause. After the stall, the page recovers.
 async function stall() {
   const port = await freePort();
   const training = await watched(port, 'stage=2', '1f1b', 4, 2);
-  const { page, wrong, close } = await look(port);
+  const { page, wrong, close } = await openPage(port);
   await until('steps', async () => Number(await text(page, 'step')) > 2);
   assert.equal(await page.locator('.edge.blocked').count(), 0);
   training.child.stdin.write('close\n');
   await until('a red edge', async () => (await page.locator('.edge.blocked').count()) > 0);
   const stroke = () => page.evaluate(() => getComputedStyle(document.querySelector('.edge.blocked path')).stroke);
-  await until('it is red', async () => (await stroke()) === 'rgb(198, 32, 28)');
+  await until('the red stroke', async () => (await stroke()) === 'rgb(198, 32, 28)');
   await until('health', async () => (await text(page, 'health')) === 'running, edges are blocked');
-  await until('who waits', async () => /waits for piece/.test(await text(page, 'breakdown')));
+  await until('the waiting actor', async () => /waits for piece/.test(await text(page, 'breakdown')));
   await until('an incident', async () => /device 1 compute forward has not ended, and waits for nobody/.test(await text(page, 'incidents')));
-  // A terminal is told the same.
-  const said = execFileSync(path.join(programs, 'shardflow'), ['status', '--at', `127.0.0.1:${port}`], { encoding: 'utf8' });
-  assert.match(said, /^no progress for [1-9]\d+\.\d s; run `shardflow explain-hang` for the cause$/m);
-  assert.match(said, /device 1 compute forward is in flight$/m);
-  assert.match(said, /device 0 compute backward waits for piece \d+ of register/);
-  assert.doesNotMatch(said, /waited +0\.0 %/);
+  // `shardflow status` prints the same.
+  const status = execFileSync(path.join(programs, 'shardflow'), ['status', '--at', `127.0.0.1:${port}`], { encoding: 'utf8' });
+  assert.match(status, /^no progress for [1-9]\d+\.\d s; run `shardflow explain-hang` for the cause$/m);
+  assert.match(status, /device 1 compute forward is in flight$/m);
+  assert.match(status, /device 0 compute backward waits for piece \d+ of register/);
+  assert.doesNotMatch(status, /waited +0\.0 %/);
   assert.match(await (await fetch(`http://127.0.0.1:${port}/healthz`)).text(), /^ok, \d+ steps, no progress for [1-9]\d+ s\n$/);
   await page.locator('.edge.blocked').first().focus();
   await page.keyboard.press('Enter');
-  await until('why', async () => /blocked/.test(await text(page, 'register-facts')));
+  await until('the reason', async () => /blocked/.test(await text(page, 'register-facts')));
   await page.keyboard.press('Escape');
   training.child.stdin.write('open\n');
   await until('no red edge', async () => (await page.locator('.edge.blocked').count()) === 0);
@@ -446,11 +446,11 @@ async function stall() {
   await end(training);
 }
 
-// The server dies, and another comes in its place: the page says so, and shows the new one.
+// When the server ends and another one starts in its place, the page reports this and shows the new session.
 async function reconnects() {
   const port = await freePort();
   let training = await watched(port, 'stage=2', '1f1b', 4, 2);
-  const { page, wrong, close } = await look(port, {}, true);
+  const { page, wrong, close } = await openPage(port, {}, true);
   await until('steps', async () => Number(await text(page, 'step')) > 20);
   await end(training);
   await until('reconnecting', async () => /^reconnecting/.test(await text(page, 'fresh')));
@@ -458,7 +458,7 @@ async function reconnects() {
   await until('the new session', async () => /stage=4/.test(await text(page, 'what')));
   await until('fresh', async () => /^\d\.\d s ago$/.test(await text(page, 'fresh')));
   assert.equal(await page.locator('#rows button').count(), (await (await fetch(`http://127.0.0.1:${port}/plan`)).json()).actors.length);
-  // A server that stands still is no broken connection at first, but what it told gets old.
+  // A stopped server does not break the connection at first, but its data becomes stale.
   training.child.kill('SIGSTOP');
   await until('stale', async () => /^stale, /.test(await text(page, 'fresh')));
   training.child.kill('SIGCONT');
@@ -468,13 +468,13 @@ async function reconnects() {
   await end(training);
 }
 
-// Bytes of events in a second, of a plan with a thousand actors; and the page can show it.
+// Measures the bytes of events per second for a plan with a thousand actors, and checks that the page shows it.
 async function manyActors() {
   const port = await freePort();
   const training = await watched(port, 'data=100,stage=4', '1f1b', 2, 0);
   const plan = await (await fetch(`http://127.0.0.1:${port}/plan`)).json();
   assert.ok(plan.actors.length >= 1000, `${plan.actors.length} actors`);
-  const { page, wrong, close } = await look(port);
+  const { page, wrong, close } = await openPage(port);
   await until('steps', async () => Number(await text(page, 'step')) >= 3);
   const abort = new AbortController();
   const answer = await fetch(`http://127.0.0.1:${port}/events`, { signal: abort.signal });
@@ -489,19 +489,19 @@ async function manyActors() {
   const most = Math.max(...rates);
   const steps = Number(await text(page, 'step'));
   console.log(`${plan.actors.length} actors, ${plan.registers.length} registers, ${steps} steps: at most ${most} bytes of events within a second`);
-  assert.ok(most > 0 && most < BYTES_A_SECOND_MAX);
+  assert.ok(most > 0 && most < BYTES_PER_SECOND_MAX);
   assert.equal(await page.locator('#rows button').count(), plan.actors.length);
   assert.deepEqual(wrong, []);
   await close();
   await end(training);
 }
 
-// Light and dark pictures of a training.
+// Saves light and dark screenshots of a training.
 async function takePictures() {
   const port = await freePort();
   const training = await start('gpt', gptArgs(port, '--mesh=stage=4', '--micro-batches=8', '--threads-per-device=1', '--layers=4', '--width=64', '--heads=4', '--context=64', '--batch=32', '--clip=1'), port);
   for (const colorScheme of ['light', 'dark']) {
-    const { page, close } = await look(port, { colorScheme, viewport: { width: 1120, height: 1000 } });
+    const { page, close } = await openPage(port, { colorScheme, viewport: { width: 1120, height: 1000 } });
     await until('a prediction', async () => (await text(page, 'bubble-predicted')) !== '-');
     await until('a curve', async () => Number((await text(page, 'step')).split(' ')[0]) >= 40);
     await page.screenshot({ path: path.join(pictures, `page-${colorScheme}.png`) });
@@ -510,9 +510,9 @@ async function takePictures() {
   await end(training);
 }
 
-// Root has no sandbox.
+// Chromium's sandbox does not work as root.
 const args = process.getuid() === 0 ? ['--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage'] : ['--disable-gpu', '--disable-dev-shm-usage'];
-const checks = [showsWhatMetricsSay, processes, bubble.bind(null, 'gpipe'), bubble.bind(null, '1f1b'), stall, reconnects, manyActors];
+const checks = [matchesMetrics, processes, bubble.bind(null, 'gpipe'), bubble.bind(null, '1f1b'), stall, reconnects, manyActors];
 let failed = 0;
 try {
   browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium', args });

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this machine's loopback, and `gpt` under it: by srun, by the file that users copy, with a
-# process killed, and with the launcher. Takes the folder of the release programs. Ends with 77 when it cannot run here.
+# Runs `gpt` under a real Slurm with two nodes on this machine's loopback: with srun, with docs/deploy/job.sbatch, with a killed
+# process, and with the launcher. The argument is the folder of the release programs. Ends with 77 when it cannot run here.
 #
-# All of it lives in namespaces of its own (mounts, processes, network, host names): it sees no Slurm that runs already, has
-# its own names node1 and node2, and nothing is left of it however it ends.
+# Everything runs in separate namespaces (mounts, processes, network, host names): it does not see another Slurm on this machine,
+# has its own host names node1 and node2, and leaves no processes behind.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -19,12 +19,12 @@ fail() {
     exit 1
 }
 
-# within SECONDS COMMAND..: repeats the command until it succeeds; its last output is shown if it never does.
+# within SECONDS COMMAND..: repeats the command until it succeeds. If it never does, prints its last output and fails.
 within() {
     local deadline=$((SECONDS + $1)) output
     shift
     until output=$("$@" 2>&1); do
-        [ $SECONDS -lt $deadline ] || fail "in vain: $*"$'\n'"$output"
+        [ $SECONDS -lt $deadline ] || fail "timeout: $*"$'\n'"$output"
         sleep 0.1
     done
 }
@@ -37,11 +37,11 @@ outside() {
     fi
     PATH="$PATH:/usr/sbin:/sbin"
     for program in slurmctld slurmd munged srun ip pgrep; do
-        command -v "$program" >/dev/null || skip "no $program: it needs Debian's slurm-wlm, munge, iproute2 and procps"
+        command -v "$program" >/dev/null || skip "no program $program: install Debian's slurm-wlm, munge, iproute2 and procps"
     done
-    "${as_root[@]}" unshare --mount --pid --net --uts --ipc --fork true 2>/dev/null || skip "no namespaces (unshare)"
+    "${as_root[@]}" unshare --mount --pid --net --uts --ipc --fork true 2>/dev/null || skip "namespaces are not permitted (unshare)"
     folder=$(mktemp -d)
-    # While this process holds the pipe open, those inside may run: so they end with it, even when it is killed.
+    # The processes inside end when this process closes the pipe, even when it is killed.
     mkfifo "$folder/alive"
     exec 9<>"$folder/alive"
     trap 'exit 130' INT
@@ -53,11 +53,11 @@ outside() {
     exit "$code"
 }
 
-# ---- What follows runs in the namespaces, as root.
+# ---- The functions below run in the namespaces, as root.
 
 start_slurm() {
     ip link set lo up
-    # The C library gives no IPv4 address to a program that asks politely where 127.0.0.1 is all there is.
+    # With AI_ADDRCONFIG, the C library returns no IPv4 address if the machine has only 127.0.0.1.
     ip address add 127.0.0.2/8 dev lo
     ip address add 127.0.0.3/8 dev lo
     printf '127.0.0.1 localhost\n127.0.0.2 node1\n127.0.0.3 node2\n' >"$folder/hosts"
@@ -74,7 +74,7 @@ SlurmctldHost=node1
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A job that is queued again waits for as long as its old credentials hold: two minutes, unless this says less.
+# A requeued job waits until its old credentials expire, by default two minutes.
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
@@ -85,7 +85,7 @@ SchedulerParameters=sched_interval=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
-# Cores that are not there: the nodes must be as large as the file that users copy asks for.
+# The nodes declare more cores than the machine has, because job.sbatch requests them.
 SlurmdParameters=config_overrides
 SlurmctldPort=6817
 StateSaveLocation=$folder/state
@@ -100,7 +100,7 @@ NodeName=node2 Port=6822 CPUs=16 RealMemory=1024 State=UNKNOWN
 PartitionName=main Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
 END
     export SLURM_CONF="$folder/slurm.conf"
-    # Each on a host of its name, as far as programs can tell.
+    # Each daemon runs with its own host name.
     unshare --uts bash -c 'hostname node1 && exec slurmctld -D' >/dev/null 2>&1 &
     local node
     for node in node1 node2; do
@@ -115,19 +115,19 @@ both_idle() {
     [ "$(sinfo --noheader --Node --format=%T)" = $'idle\nidle' ] || { sinfo --Node; return 1; }
 }
 
-# losses FILE: step and loss of each line, as written; numbers are written so that they read back to the same bits. A step
-# that was done again after a restart may stand there twice, with the same loss.
+# losses FILE: prints step and loss of each line, as written. The text of a number determines its bits. A step that was repeated
+# after a restart may occur twice, with the same loss.
 losses() {
     grep -o '"step":[^,]*,\|"loss":[^,]*,' "$1" | paste -d ' ' - - | sort -u
 }
 
-# same_losses FILE ONE: both have the same steps with the same losses, and at least one.
+# same_losses FILE ONE: fails unless both have the same steps with the same losses, and at least one step.
 same_losses() {
-    logged "$1" 1 || fail "$1 holds no step"
-    diff <(losses "$2") <(losses "$1") >&2 || fail "other losses than in one process: $1"
+    logged "$1" 1 || fail "$1 has no step"
+    diff <(losses "$2") <(losses "$1") >&2 || fail "the losses differ from those of one process: $1"
 }
 
-# pid_of VARIABLE=VALUE: the gpt with this in its environment.
+# pid_of VARIABLE=VALUE: prints the process id of the gpt with this variable in its environment.
 pid_of() {
     local pid
     for pid in $(pgrep -x gpt); do
@@ -151,26 +151,26 @@ check_srun() {
                 $gpt $mesh --steps 5 --log-json "srun-$tasks-$transport" >"out-$tasks-$transport" 2>&1 ||
                 { cat "out-$tasks-$transport" >&2; fail "srun of $tasks tasks ended with $?"; }
             same_losses "srun-$tasks-$transport" one
-            echo "$tasks processes on 2 nodes by $transport: the bits of one process"
+            echo "$tasks processes on 2 nodes with $transport: the bits of one process"
         done
     done
 }
 
-# A process is killed: the others notice and name it, and srun ends with a code that docs/guide.md lists.
+# Kills a process: the others must notice and name it, and srun must end with a code of docs/guide.md.
 check_kill() {
     local begin code=0 victim
     srun --nodes=2 --ntasks=4 --kill-on-bad-exit=0 --wait=60 --label \
         $gpt $mesh --steps 100000 --log-json killed >out-killed 2>&1 &
     local job=$!
     within 30 logged killed 20
-    victim=$(pid_of SLURM_PROCID=3) || fail "no process 3 runs"
+    victim=$(pid_of SLURM_PROCID=3) || fail "process 3 does not run"
     begin=$SECONDS
     kill -KILL "$victim"
     within 30 gone "$job"
     wait "$job" || code=$?
-    # srun gives the highest code: that of the killed one is 128 + 9.
+    # srun returns the highest code: that of the killed process is 128 + 9.
     [ $code = 137 ] || { cat out-killed >&2; fail "process 3 was killed, and srun ended with $code, not 137"; }
-    grep -q 'error:.*rank 3' out-killed || { cat out-killed >&2; fail "nobody named rank 3"; }
+    grep -q 'error:.*rank 3' out-killed || { cat out-killed >&2; fail "no process named rank 3"; }
     echo "process 3 killed: named by the others, srun ended with $code after $((SECONDS - begin)) s"
     grep 'error:' out-killed
 }
@@ -179,25 +179,26 @@ gone() {
     ! kill -0 "$1" 2>/dev/null
 }
 
-# The file that users copy, as it is. Asked to end in the middle, it is queued again and goes on from its checkpoint.
+# Runs job.sbatch unchanged. On SIGTERM in the middle, it must requeue itself and continue from its checkpoint.
 check_sbatch() {
     local job steps=600
     timeout 60 $gpt --steps $steps --mesh data=2,stage=2 --micro-batches 4 --log-json one-batch >/dev/null
     job=$(sbatch --parsable "$root/docs/deploy/job.sbatch" $model --steps $steps --log-json batch)
     within 30 logged batch 50
-    # What Slurm sends two minutes before the end of the job's time.
+    # Slurm sends this signal two minutes before the end of the job's time.
     scancel --signal=TERM "$job"
-    within 60 grep -qs 'code 143, queued again (1 of ' "gpt-$job.out"
+    within 60 grep -qs 'code 143, requeued (1 of ' "gpt-$job.out"
     within 90 has_ended "$job"
     scontrol show job "$job" | grep -q JobState=COMPLETED ||
-        { cat "gpt-$job.out" >&2; scontrol show job "$job" >&2; fail "job.sbatch did not end well"; }
-    grep -q 'going on from step' "gpt-$job.out" || { cat "gpt-$job.out" >&2; fail "the second run began anew"; }
+        { cat "gpt-$job.out" >&2; scontrol show job "$job" >&2; fail "job.sbatch did not complete"; }
+    grep -q 'continuing from step' "gpt-$job.out" ||
+        { cat "gpt-$job.out" >&2; fail "the second run did not continue from the checkpoint"; }
     same_losses batch one-batch
-    echo "job.sbatch: asked to end, queued again, went on from its checkpoint to the losses of one process"
-    grep 'job.sbatch:\|going on' "gpt-$job.out"
+    echo "job.sbatch: ended by SIGTERM, requeued, continued from its checkpoint to the losses of one process"
+    grep 'job.sbatch:\|continuing from' "gpt-$job.out"
 }
 
-# The commands of docs/slurm.md for the launcher, with a smaller model; a process is killed, and all are started again.
+# Runs the commands of docs/slurm.md for the launcher, with a smaller model. A process is killed, and all must be restarted.
 check_launcher() {
     local job victim
     { echo '#!/bin/bash'; awk '/^## / { ours = /With the launcher/ } /^```/ { code = !code; next } code && ours' \
@@ -209,14 +210,15 @@ check_launcher() {
     PATH="$PATH:$programs" salloc --nodes=2 --quiet bash launcher.sh >out-launched 2>&1 &
     job=$!
     within 30 logged launched 50
-    victim=$(pid_of SHARDFLOW_RANK=2) || fail "no process 2 runs"
+    victim=$(pid_of SHARDFLOW_RANK=2) || fail "process 2 does not run"
     kill -KILL "$victim"
     within 60 gone "$job"
     wait "$job" || { cat out-launched >&2; fail "the launchers ended with $?"; }
-    grep -q 'going on from step' out-launched || { cat out-launched >&2; fail "the launchers did not start anew"; }
+    grep -q 'continuing from step' out-launched ||
+        { cat out-launched >&2; fail "the restarted processes did not continue from the checkpoint"; }
     same_losses launched one-launched
-    echo "docs/slurm.md with the launcher: process 2 killed, all went on to the losses of one process"
-    grep 'going on' out-launched
+    echo "docs/slurm.md with the launcher: process 2 killed, all continued to the losses of one process"
+    grep 'continuing from' out-launched
 }
 
 has_ended() {
@@ -228,7 +230,7 @@ has_ended() {
     esac
 }
 
-# As process 1 of its namespace, all others end with this one: when the checks are through, or when the pipe is closed.
+# This is process 1 of its namespace, so all other processes end with it: after the checks, or when the pipe is closed.
 inside() {
     programs=$1 folder=$2
     local code=0

@@ -1,5 +1,5 @@
-//! An op from outside Shardflow's crates: squared ReLU (So et al. 2021, <https://arxiv.org/abs/2109.08668>) with its
-//! gradient. Its rule tells how it may be split, so it runs under every layout.
+//! A custom op outside Shardflow's crates: squared ReLU (So et al. 2021, <https://arxiv.org/abs/2109.08668>) with its
+//! gradient. Its rule defines how it may be split, so it runs under every layout.
 
 use std::sync::Arc;
 
@@ -18,7 +18,8 @@ impl CustomOp for SquaredRelu {
         "squared_relu"
     }
 
-    /// The same three indices on both sides: elementwise, so any of them may be split over any mesh axis.
+    /// The three indices are the same on both sides. The op is elementwise, so any of them may be split over any mesh
+    /// axis.
     fn rule(&self) -> Result<Rule, LayoutError> {
         Rule::parse("btc->btc")
     }
@@ -52,7 +53,7 @@ impl CustomOp for SquaredReluGrad {
     }
 
     fn rule(&self) -> Result<Rule, LayoutError> {
-        // Linear in dy (input 0): a gradient that is still a partial sum need not be reduced before this op.
+        // The op is linear in dy (input 0), so a gradient that is a partial sum need not be reduced before it.
         Rule::parse("btc,btc->btc")?.linear(&[&[0]])
     }
 
@@ -61,7 +62,7 @@ impl CustomOp for SquaredReluGrad {
     }
 
     fn backward(&self, _: &mut Graph, _: &[Var], _: &[Var], _: &[Option<Var>]) -> Vec<Option<Var>> {
-        // Nothing is differentiated twice.
+        // There are no second derivatives.
         vec![None, None]
     }
 }
@@ -90,7 +91,7 @@ const LENGTH: usize = 16;
 const WORDS: usize = 32;
 const STEPS: usize = 60;
 
-/// Trains a small model on this mesh, and gives the loss of each step.
+/// Trains a small model on this mesh, and returns the loss of each step.
 fn train(mesh: &str) -> Result<Vec<f32>, Box<dyn std::error::Error>> {
     let mesh = Mesh::parse(mesh)?;
     let mut g = Graph::new(&mesh);
@@ -114,7 +115,7 @@ fn train(mesh: &str) -> Result<Vec<f32>, Box<dyn std::error::Error>> {
     let mut session = Session::start(compile(g, &CompileOptions::default())?, &SessionOptions::default())?;
     let mut losses = Vec::new();
     for step in 0..STEPS {
-        // What is to be learned: after word w comes word 5 w + 3.
+        // The model learns that word 5 w + 3 follows word w.
         let ids: Vec<i32> = (0..BATCH * LENGTH).map(|i| ((i * 7 + step) % WORDS) as i32).collect();
         let targets = ids.iter().map(|w| (5 * w + 3) % WORDS as i32).collect();
         let tensor = |data| HostTensor::i32(&[BATCH, LENGTH], data);
@@ -134,7 +135,7 @@ fn compare() -> Result<(), Box<dyn std::error::Error>> {
     for step in (0..STEPS).filter(|step| step % 10 == 0 || step + 1 == STEPS) {
         println!("step {step:>2}  loss {:.4}", one[step]);
     }
-    // A rule that allows a split which the kernel cannot do would show here; a wrong gradient shows in the test below.
+    // This detects a rule that allows a split which the kernel cannot do. The test below detects a wrong gradient.
     for mesh in ["data=2", "tensor=2", "data=2,tensor=2"] {
         let difference = train(mesh)?.iter().zip(&one).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         if difference.is_nan() || difference > 1e-3 {

@@ -1,4 +1,4 @@
-//! The smallest whole program: a model that learns which letter follows which, on two devices.
+//! The smallest complete program: a model that learns to predict the next letter, on two devices.
 
 use shardflow::prelude::*;
 
@@ -11,7 +11,7 @@ fn main() -> std::process::ExitCode {
 }
 
 fn train() -> Result<(), Box<dyn std::error::Error>> {
-    // The program, as if there were one device. Only the inputs say that samples are split over the axis `data`.
+    // The program is written for one device. Only the layouts of the inputs split samples over the axis `data`.
     let mut g = Graph::new(&Mesh::parse("data=2")?);
     let ids = g.input("ids", &[BATCH, LENGTH], DType::I32, Layout::split("data", 0));
     let targets = g.input("targets", &[BATCH, LENGTH], DType::I32, Layout::split("data", 0));
@@ -22,7 +22,8 @@ fn train() -> Result<(), Box<dyn std::error::Error>> {
     let loss = g.cross_entropy(logits, targets);
     g.minimize(loss, AdamW::default());
 
-    // Backward, the all-reduce of gradients and the optimizer are added, and the plan is checked, before anything runs.
+    // `compile` adds the backward pass, the all-reduce of gradients and the optimizer, and checks the plan before it
+    // runs.
     let plan = compile(g, &CompileOptions::default())?;
     let mut session = Session::start(plan, &SessionOptions::default())?;
     for step in 0..=100 {

@@ -1,4 +1,5 @@
-//! Trains a small GPT on a text, on any mesh of devices of one process or of several, and writes a text with it at the end.
+//! Trains a small GPT on a text, on any mesh of devices of one or several processes, and generates text with it at the
+//! end.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,28 +19,28 @@ use shardflow_examples::args::{
 use shardflow_examples::checkpoints::{self, Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{self, OutputFileError, check_appendable, check_room, check_writable};
-use shardflow_examples::log::{DeviceMemoryRecord, JsonLog, LogError, Progress, StepRecord, Totals, note, say};
+use shardflow_examples::log::{DeviceMemoryRecord, JsonLog, LogError, Progress, StepRecord, Totals, note, print};
 use shardflow_examples::sample::Sampler;
 
 /// Limit of the work after the last step, once a signal has requested the end.
-const LAST_WORK: Duration = Duration::from_secs(20);
+const FINISH_LIMIT: Duration = Duration::from_secs(20);
 /// How long a process that ends on request waits for the reader of its output.
-const LAST_OUTPUT: Duration = Duration::from_secs(1);
+const OUTPUT_LIMIT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    // First of all: process 1 of a container has no other way to end.
+    // Handlers come first: without them, process 1 of a container ignores signals.
     let requests = Requests::on_signals();
     let args: GptArgs = match flags::parse(std::env::args_os()) {
         Ok(args) => args,
-        Err(error) => return usage(&error),
+        Err(error) => return print_usage(&error),
     };
-    let (ended, requests) = match requests {
+    let (result, requests) = match requests {
         Ok(requests) => (run(&args, &requests), requests),
         Err(error) => (Err(GptError::Signals(error)), Arc::default()),
     };
-    let code = match ended {
+    let code = match result {
         Ok(()) => ExitCode::SUCCESS,
-        // `shardflow plan` wanted no more.
+        // `shardflow plan` needs only the plan.
         Err(GptError::Session(SessionError::PlanWritten)) => ExitCode::SUCCESS,
         Err(error) => {
             // The launcher, if there is one, prints the first cause of all processes last.
@@ -49,13 +50,13 @@ fn main() -> ExitCode {
             fail(error.exit_code(), &error, &error.hint())
         }
     };
-    output::finish(matches!(requests.pending(), Request::End(_)).then_some(LAST_OUTPUT));
+    output::finish(matches!(requests.pending(), Request::End(_)).then_some(OUTPUT_LIMIT));
     code
 }
 
 /// Prints the parser's message: the help, or a wrong flag, which is also reported to the other processes.
-fn usage(error: &clap::Error) -> ExitCode {
-    // A closed pipe is no failure.
+fn print_usage(error: &clap::Error) -> ExitCode {
+    // A closed pipe is not an error.
     let _ = error.print();
     let code = u8::try_from(error.exit_code()).unwrap_or(Exit::Usage.code());
     if code != 0 {
@@ -67,8 +68,8 @@ fn usage(error: &clap::Error) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// All that can be wrong is found before the first step; files are made only then. Where the program runs as several
-/// processes, each runs all of this; the first one speaks.
+/// Reports every detectable error before the first step, and creates files only after the checks. Each process runs all
+/// of this; only the first one prints.
 fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     args.check()?;
     requests.set_job_end_margin(Duration::from_secs(args.job_end_margin));
@@ -81,75 +82,75 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let model = model(args, &text);
     let options = options(args, &cluster)?;
     let plan = compile(build(args, &model)?, &options)?;
-    let speaks = cluster.is_first();
+    let prints = cluster.is_first();
     let resume = args.resume_at(cluster.restart());
     if args.explain {
-        if speaks {
-            say(plan.explain().trim_end());
+        if prints {
+            print(plan.explain().trim_end());
         }
         return Ok(());
     }
     let sampler = sampler(args, &model, &cluster)?;
-    if let Some(path) = args.save.as_deref().filter(|_| speaks) {
+    if let Some(path) = args.save.as_deref().filter(|_| prints) {
         check_writable(path)?;
     }
-    args.log_json.as_deref().filter(|_| speaks).map_or(Ok(()), check_appendable)?;
+    args.log_json.as_deref().filter(|_| prints).map_or(Ok(()), check_appendable)?;
     let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
-    if speaks {
-        introduce(args, &text, &plan, &cluster);
+    if prints {
+        print_header(args, &text, &plan, &cluster);
     }
     let process = cluster.process();
     let watch = args.listen.filter(|_| !plan_files::is_requested()).map(|first| listen(first, process)).transpose()?;
-    let introduced = plan.threads_per_device;
+    let planned_threads = plan.threads_per_device;
     let mut session = Session::start(plan, &session_options(args, &text, cluster, requests.clone()))?;
-    if let Some(path) = args.save.as_deref().filter(|_| speaks) {
+    if let Some(path) = args.save.as_deref().filter(|_| prints) {
         check_room(path, weights(session.plan()) as u64 * 4)?;
     }
-    if speaks {
-        report_threads(introduced, &session);
+    if prints {
+        report_threads(planned_threads, &session);
     }
     if let Some(watch) = &watch {
         watch.show(&session);
     }
     if let Some(path) = &args.init_from {
         let notes = session.init_from(path).map_err(GptError::InitFrom)?;
-        notes.iter().filter(|_| speaks).for_each(note);
+        notes.iter().filter(|_| prints).for_each(note);
     }
     let checkpoints = args
         .checkpoint
         .as_deref()
-        .map(|place| Checkpoints::open(place, &GptArgs { resume, ..args.clone() }, speaks, &mut session));
+        .map(|place| Checkpoints::open(place, &GptArgs { resume, ..args.clone() }, prints, &mut session));
     let checkpoints = checkpoints.transpose()?;
-    let open = if session.steps() > 0 { JsonLog::go_on } else { JsonLog::create };
-    let log = args.log_json.as_deref().filter(|_| speaks).map(open).transpose()?;
+    let open = if session.steps() > 0 { JsonLog::append } else { JsonLog::create };
+    let log = args.log_json.as_deref().filter(|_| prints).map(open).transpose()?;
     let trace = trace_path.map(|path| TraceFile::create(&path, args.trace_mib.saturating_mul(1 << 20))).transpose()?;
     let outputs = Outputs { log, checkpoints, trace, requests: requests.clone(), process };
     let deferred = requests.defer();
-    train(args, &text, &mut session, outputs, speaks)?;
-    deferred.within(LAST_WORK);
+    train(args, &text, &mut session, outputs, prints)?;
+    deferred.within(FINISH_LIMIT);
     if let Some(path) = &args.save {
         session.save(path).map_err(GptError::Save)?;
-        if speaks {
-            say(format!("parameters saved to {}", path.display()));
+        if prints {
+            print(format!("parameters saved to {}", path.display()));
         }
     }
-    // Copies of all of them, which no budget counts; every process has to ask for them.
+    // Copies of all parameters, which no budget counts. Every process has to make this call.
     let parameters = (args.sample > 0).then(|| session.parameters()).transpose()?;
-    // Its threads end before those of the sampler start.
+    // End the session's threads before the sampler starts its own.
     session.shutdown()?;
     drop(deferred);
     if let Request::End(exit) = requests.pending() {
         return Err(GptError::Ended { exit, steps: args.steps, process, saved: Saved::All });
     }
-    if let Some((sampler, parameters)) = sampler.zip(parameters).filter(|_| speaks) {
+    if let Some((sampler, parameters)) = sampler.zip(parameters).filter(|_| prints) {
         let written = sampler.run(&parameters, &text.prompt(), args.sample, args.seed)?;
-        say(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
+        print(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
     }
     Ok(())
 }
 
-/// The model's sizes; those of the vocabulary are the text's.
+/// The model's sizes; the text determines the size of the vocabulary.
 fn model(args: &GptArgs, text: &Text) -> GptConfig {
     GptConfig {
         vocabulary: text.vocab(),
@@ -170,10 +171,10 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     };
     let memory_bytes = match (args.memory_bytes(), device) {
         (Some(given), _) => Some(given),
-        // A plan can be looked at anywhere; a session holds one for CPUs against what the node has free.
+        // A plan can be shown on any machine. A session compares a plan for CPUs with the node's free memory.
         (None, _) if plan_files::is_requested() => None,
         (None, DeviceKind::Cpu) => None,
-        // A plan can be looked at where no GPU is.
+        // A plan can be shown without a GPU.
         (None, DeviceKind::Cuda) if args.explain => gpu_memory_bytes(here).ok(),
         (None, DeviceKind::Cuda) => Some(gpu_memory_bytes(here).map_err(GptError::Device)?),
     };
@@ -194,18 +195,17 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     })
 }
 
-/// Steps one after another that may be passed over before the training is given up.
+/// Consecutive steps that may be skipped before the training ends.
 const NON_FINITE_IN_A_ROW_MAX: u32 = 10;
 
-/// A step that does not move for a minute is told: what everything waits for, and who on which register of whom. So is a
-/// process that the others wait for most of the time.
+/// Stalled steps and slow processes are logged as warnings. A stall report states what each actor waits for.
 fn session_options(args: &GptArgs, text: &Text, cluster: Cluster, requests: Arc<Requests>) -> SessionOptions {
-    let tell: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| note(format!("warning: {report}")));
+    let warn: Arc<dyn Fn(&str) + Send + Sync> = Arc::new(|report| note(format!("warning: {report}")));
     let hang = Duration::from_secs(args.hang_timeout);
     let watchdog = WatchdogOptions {
         abort_after: Some(hang),
-        on_stall: Some(tell.clone()),
-        on_slow: Some(tell),
+        on_stall: Some(warn.clone()),
+        on_slow: Some(warn),
         ..WatchdogOptions::default()
     };
     let on_non_finite = match args.on_non_finite {
@@ -227,16 +227,16 @@ fn session_options(args: &GptArgs, text: &Text, cluster: Cluster, requests: Arc<
     }
 }
 
-/// Reports the threads where the processes that have met since have other cores than this one expected.
-fn report_threads(introduced: usize, session: &Session) {
+/// Reports the number of threads if the cores assigned at the rendezvous differ from those that this process expected.
+fn report_threads(planned_threads: usize, session: &Session) {
     let threads = session.plan().threads_per_device;
-    if threads != introduced {
-        note(format!("{} a device: the cores that this process may run on", counted(threads, "thread")));
+    if threads != planned_threads {
+        note(format!("{} per device: the cores that this process may run on", counted(threads, "thread")));
     }
 }
 
-/// The values that must be equal on all ranks. A resume refuses other data or another model, and reports another batch size,
-/// dropout, clipping or precision. The rest may change.
+/// The values that must be equal on all ranks. A resume refuses other data or another model, and reports another batch
+/// size, dropout, clipping or precision. Other values may change on resume.
 fn declared(args: &GptArgs, text: &Text) -> Declarations {
     use OnResume::{Free, Same, Warn};
     fn name(value: &impl clap::ValueEnum) -> String {
@@ -267,7 +267,7 @@ fn declared(args: &GptArgs, text: &Text) -> Declarations {
         .declare("resume", name(&args.resume), Free)
 }
 
-/// Each process on a port of its own.
+/// Each process listens on a separate port.
 fn listen(first: SocketAddr, process: u32) -> Result<Watch, GptError> {
     let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
     let Ok(port) = u16::try_from(port) else { return Err(GptError::Port { first, process }) };
@@ -276,17 +276,17 @@ fn listen(first: SocketAddr, process: u32) -> Result<Watch, GptError> {
     Ok(watch)
 }
 
-/// Each process in a file of its own.
+/// Each process writes a separate file.
 fn trace_path(path: &Path, cluster: &Cluster) -> PathBuf {
-    let of_process = || PathBuf::from(format!("{}.{}", path.display(), cluster.process()));
-    if cluster.processes() > 1 { of_process() } else { path.to_owned() }
+    let numbered = || PathBuf::from(format!("{}.{}", path.display(), cluster.process()));
+    if cluster.processes() > 1 { numbered() } else { path.to_owned() }
 }
 
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// The program that is trained: written once, whatever the mesh.
+/// The training program, which is the same for every mesh.
 fn build(args: &GptArgs, model: &GptConfig) -> Result<Graph, GptError> {
     let mut g = Graph::new(&Mesh::new(&args.mesh.axes())?);
     let logits = nn::gpt(&mut g, model);
@@ -297,27 +297,27 @@ fn build(args: &GptArgs, model: &GptConfig) -> Result<Graph, GptError> {
     Ok(g)
 }
 
-/// The program that writes text, if any is wanted.
+/// The program that generates text, if `--sample` requests any.
 fn sampler(args: &GptArgs, model: &GptConfig, cluster: &Cluster) -> Result<Option<Sampler>, GptError> {
     let here = cluster.devices_here(args.mesh.devices());
     let options = CompileOptions { threads_per_device: args.threads(cores(), here), ..CompileOptions::default() };
     Ok((args.sample > 0 && cluster.is_first()).then(|| Sampler::compile(model, &options)).transpose()?)
 }
 
-fn introduce(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
+fn print_header(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
     let (weights, devices, threads) = (weights(plan), args.mesh.devices(), plan.threads_per_device);
-    let named = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
-    say(format!("text      {named}: {} tokens to train on, {} different", text.train_len(), text.vocab()));
-    say(format!("model     {}, {} wide, {weights} weights", counted(args.layers, "layer"), args.width));
-    let over = match cluster.processes() {
+    let source = args.data.as_deref().map_or("this repository".into(), |path| path.display().to_string());
+    print(format!("text      {source}: {} training tokens, {} different", text.train_len(), text.vocab()));
+    print(format!("model     {}, width {}, {weights} weights", counted(args.layers, "layer"), args.width));
+    let processes = match cluster.processes() {
         1 => String::new(),
-        many => format!(", in {many} processes"),
+        count => format!(", in {count} processes"),
     };
     let (devices, threads) = (counted(devices, "device"), counted(threads, "thread"));
-    say(format!("mesh      {}: {devices} of {threads}{over}", plan.graph.mesh()));
+    print(format!("mesh      {}: {devices} of {threads}{processes}", plan.graph.mesh()));
     let batches = counted(plan.micro_batches, "micro-batch");
     let (samples, tokens) = (counted(args.batch, "sample"), counted(args.context, "token"));
-    say(format!("step      {samples} of {tokens}, in {batches}"));
+    print(format!("step      {samples} of {tokens}, in {batches}"));
 }
 
 /// Elements of all parameters.
@@ -325,19 +325,19 @@ fn weights(plan: &Plan) -> usize {
     plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum()
 }
 
-/// What a training writes beside what it prints.
+/// Files that a training writes.
 struct Outputs {
     log: Option<JsonLog>,
     checkpoints: Option<Checkpoints>,
     trace: Option<TraceFile>,
-    /// They get the duration of the last save.
+    /// Receives the duration of the last save.
     requests: Arc<Requests>,
     process: u32,
 }
 
-fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, speaks: bool) -> Result<(), GptError> {
+fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, prints: bool) -> Result<(), GptError> {
     let Outputs { mut log, mut checkpoints, mut trace, requests, process } = outputs;
-    let mut progress = speaks.then(|| Progress::new(args.steps));
+    let mut progress = prints.then(|| Progress::new(args.steps));
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
     let mut steps = 0;
@@ -363,11 +363,11 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
             && !file.add(session)?
         {
             note(format!("the trace ends with step {}: it has reached --trace-mib {}", step + 1, args.trace_mib));
-            finish(trace.take())?;
+            finish_trace(trace.take())?;
         }
         (steps, seconds, final_loss) = (steps + 1, seconds + step_seconds, Some(loss));
         if let Some(found) = &report.non_finite {
-            if speaks {
+            if prints {
                 note(format!("warning: {found}; nothing is updated"));
             }
             if let Some(checkpoints) = checkpoints.as_mut().filter(|_| args.on_non_finite == NonFiniteArg::Rollback) {
@@ -379,25 +379,25 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, s
         if let Some(checkpoints) = &mut checkpoints {
             checkpoints.after_step(session, report.request, is_last)?;
             requests.set_save_time(checkpoints.save_time());
-        } else if report.request == Request::Checkpoint && speaks {
-            note("warning: a checkpoint was requested, and nothing is saved without --checkpoint DIR");
+        } else if report.request == Request::Checkpoint && prints {
+            note("warning: a checkpoint was requested, but nothing is saved without --checkpoint DIR");
         }
         if let Request::End(exit) = report.request {
             let saved = args.checkpoint.clone().map_or(Saved::Nothing, Saved::Checkpoint);
             return Err(GptError::Ended { exit, steps: session.steps(), process, saved });
         }
     }
-    finish(trace)?;
+    finish_trace(trace)?;
     let totals = totals(steps, step_tokens, seconds, final_loss, session);
-    if speaks {
-        summarise(&totals);
+    if prints {
+        print_totals(&totals);
     }
     log.map_or(Ok(()), |log| log.finish(&totals)).map_err(GptError::from)
 }
 
-fn finish(trace: Option<TraceFile>) -> Result<(), TraceError> {
+fn finish_trace(trace: Option<TraceFile>) -> Result<(), TraceError> {
     if let Some(lost) = trace.map(TraceFile::finish).transpose()?.filter(|lost| *lost > 0) {
-        note(format!("warning: the trace lacks {lost} firings: a step has more than an actor records"));
+        note(format!("warning: the trace lacks {lost} firings: a step has more firings than an actor records"));
     }
     Ok(())
 }
@@ -413,24 +413,24 @@ fn totals(steps: u64, step_tokens: u64, train_seconds: f64, final_loss: Option<f
     Totals { steps, tokens, train_seconds, tokens_per_second: tokens as f64 / train_seconds, final_loss, devices }
 }
 
-fn summarise(totals: &Totals) {
+fn print_totals(totals: &Totals) {
     if totals.steps > 0 {
         let (seconds, rate) = (totals.train_seconds, totals.tokens_per_second);
-        say(format!("{} steps in {seconds:.1} s, {rate:.0} tokens/s", totals.steps));
+        print(format!("{} steps in {seconds:.1} s, {rate:.0} tokens/s", totals.steps));
     }
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     for d in &totals.devices {
         let (planned, measured) = (mib(d.planned_peak_bytes), mib(d.measured_peak_bytes));
-        say(format!("device {:<2} memory at most {measured:.2} MiB, planned {planned:.2} MiB", d.device));
+        print(format!("device {:<2} memory at most {measured:.2} MiB, planned {planned:.2} MiB", d.device));
     }
 }
 
-/// What a training that ended on request has saved.
+/// State that a training saved before it ended on request.
 #[derive(Debug)]
 enum Saved {
-    /// It had done its last step, and all of its files are written.
+    /// The last step was done, and all files are written.
     All,
-    /// A checkpoint of its last step, in this store.
+    /// A checkpoint of the last step, in this store.
     Checkpoint(String),
     Nothing,
 }
@@ -445,7 +445,7 @@ enum GptError {
     #[error(transparent)]
     Data(#[from] DataError),
     #[error(transparent)]
-    Place(#[from] OutputFileError),
+    OutputFile(#[from] OutputFileError),
     #[error(transparent)]
     Log(#[from] LogError),
     #[error("--mesh: {0}")]
@@ -464,18 +464,18 @@ enum GptError {
     Device(KernelError),
     #[error("--listen {0}")]
     Watch(#[from] WatchError),
-    #[error("--listen {first}: no port is left for process {process}")]
+    #[error("--listen {first}: the port for process {process} is above 65535")]
     Port { first: SocketAddr, process: u32 },
     #[error("--trace: {0}")]
     Trace(#[from] TraceError),
     #[error("cannot handle signals: {0}")]
     Signals(std::io::Error),
-    #[error("ended after step {steps}, as {} asked{}", by(*.exit), saved.effect())]
+    #[error("ended after step {steps}, requested by {}; {saved}", requester(*.exit))]
     Ended { exit: Exit, steps: u64, process: u32, saved: Saved },
 }
 
-/// What requested the end.
-fn by(exit: Exit) -> &'static str {
+/// The signal or event that requested the end.
+fn requester(exit: Exit) -> &'static str {
     match exit {
         Exit::Signal(1) => "SIGHUP",
         Exit::Signal(2) => "SIGINT",
@@ -484,18 +484,16 @@ fn by(exit: Exit) -> &'static str {
     }
 }
 
-impl Saved {
-    /// The end of the error's text.
-    fn effect(&self) -> String {
+impl std::fmt::Display for Saved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::All => "; the training is done".into(),
-            Self::Checkpoint(place) => format!("; this step is saved in {place}"),
-            Self::Nothing => "; nothing is saved".into(),
+            Self::All => f.write_str("the training is done"),
+            Self::Checkpoint(place) => write!(f, "this step is saved in {place}"),
+            Self::Nothing => f.write_str("nothing is saved"),
         }
     }
 }
 
-/// A limit that replaces the node's free memory.
 const NODE_MEMORY_HINT: &str = "--memory-mib sets a limit for each device, in place of the node's free memory";
 
 fn is_node_memory(error: &SessionError) -> bool {
@@ -512,7 +510,7 @@ impl GptError {
             Self::Signals(_) => Exit::Internal.code(),
             Self::Device(error) => SessionError::Kernel(error.clone()).exit().code(),
             Self::Ended { exit, .. } => exit.code(),
-            Self::Data(_) | Self::Place(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
+            Self::Data(_) | Self::OutputFile(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
             Self::Watch(_) | Self::Port { .. } | Self::Trace(_) => Exit::Usage.code(),
             Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => Exit::Usage.code(),
             Self::Compile(_) => Exit::Refused.code(),
@@ -520,12 +518,12 @@ impl GptError {
         }
     }
 
-    /// The process that failed, where it was another one.
+    /// The rank that failed first, if it is known.
     fn first_cause_rank(&self) -> Option<u32> {
         match self {
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.first_cause_rank(),
             Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
-            // No other process failed. With code 75 this keeps the launcher from restarting it.
+            // No other process failed. With code 75, this prevents the launcher from restarting the process.
             Self::Ended { process, .. } => Some(*process),
             _ => None,
         }
@@ -537,16 +535,16 @@ impl GptError {
             Self::Args(error) => error.hint(),
             Self::Data(error) => error.hint().into(),
             Self::Watch(_) | Self::Port { .. } => "give an address of this machine, and ports that are free".into(),
-            Self::Place(OutputFileError { cause, .. })
+            Self::OutputFile(OutputFileError { cause, .. })
             | Self::Log(LogError { cause, .. })
             | Self::Trace(TraceError { source: cause, .. })
             | Self::Session(SessionError::PlanFile { source: cause, .. }) => files::hint(cause.kind()).into(),
             Self::Mesh(_) | Self::Compile(CompileError::Devices { .. }) => {
-                "a mesh has as many devices as its sizes multiply to".into()
+                "the number of devices is the product of the sizes in --mesh".into()
             }
             Self::Compile(CompileError::Plan(PlanError::Memory { .. }))
             | Self::Session(SessionError::Plan(PlanError::Memory { .. })) => {
-                "--memory-mib sets what a device has".into()
+                "--memory-mib sets the memory of each device".into()
             }
             Self::Session(error) if is_node_memory(error) => NODE_MEMORY_HINT.into(),
             Self::Checkpoints(error) if error.session().is_some_and(is_node_memory) => NODE_MEMORY_HINT.into(),
@@ -567,36 +565,34 @@ impl GptError {
             Self::Save(SessionError::Checkpoint(error)) => checkpoints::hint(error).into(),
             Self::Save(_) => String::new(),
             Self::Checkpoints(error) => error.hint().into(),
-            Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command goes on from there".into(),
+            Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command continues from there".into(),
             Self::Ended { saved: Saved::Nothing, .. } => {
-                "the same command starts anew; with --checkpoint DIR a training saves a checkpoint before it ends"
-                    .into()
+                "the same command starts from step 0; with --checkpoint DIR it saves a checkpoint before it ends".into()
             }
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => String::new(),
-            // What to do is a part of it.
             Self::Device(_) | Self::Session(SessionError::Kernel(KernelError::Unavailable { .. })) => {
-                "`shardflow doctor` tells what is here".into()
+                "`shardflow doctor` lists the devices and libraries of this machine".into()
             }
             Self::Session(SessionError::NonFinite(_)) => {
-                "try a lower --lr, or --clip 1; --on-non-finite says what else to do".into()
+                "try a lower --lr, or --clip 1; --on-non-finite selects another policy".into()
             }
             Self::Cluster(error) | Self::Session(SessionError::Cluster(error))
                 if error.exit() == Exit::PeerUnavailable =>
             {
-                "see that all ranks are started, with the same program and flags, and can reach rank 0".into()
+                "check that all ranks are started with the same program and flags, and can reach rank 0".into()
             }
-            // The error names the cause.
+            // The error states the cause.
             Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => String::new(),
             Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),
             Self::Session(SessionError::Failed(failure)) if failure.is_peer_failure() => {
-                "see the log of that rank; with --checkpoint DIR the same command goes on from the last checkpoint"
+                "see the log of that rank; with --checkpoint DIR the same command continues from the last checkpoint"
                     .into()
             }
             Self::Session(
                 error @ (SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)),
             ) if error.exit() != Exit::Internal => String::new(),
             Self::Compile(CompileError::Plan(_)) | Self::Session(_) => {
-                "this is a fault of the program: please report it with the command and this text".into()
+                "this is a bug in Shardflow: please report it with the command and this text".into()
             }
         }
     }
@@ -613,20 +609,20 @@ mod tests {
         GptError::Session(error.into()).hint()
     }
 
-    /// What another rank reports is not answered with "start all ranks".
+    /// A failure that another rank reports does not get the hint to start all ranks.
     #[test]
     fn hints_fit_the_cause() {
-        let ended = |exit| {
+        let refused = |exit| {
             let report = Report { rank: 1, exit, cause: "--lr must be finite".into(), ..Report::default() };
             ClusterError::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report)))
         };
-        assert_eq!([2, 65, 76, 78].map(|exit| hint_of(ended(exit))), [""; 4]);
-        assert!(hint_of(ended(69)).contains("can reach rank 0"));
+        assert_eq!([2, 65, 76, 78].map(|exit| hint_of(refused(exit))), [""; 4]);
+        assert!(hint_of(refused(69)).contains("can reach rank 0"));
         let kernel = |cause| hint_of(SessionError::Kernel(cause));
         assert_eq!(
             kernel(KernelError::Data { op: "embedding".into(), what: "token 7 of 5".into() }),
             "",
-            "no fault of the program"
+            "bad data is not a bug"
         );
         let file = |kind: std::io::ErrorKind| {
             let cause = kind.into();

@@ -1,5 +1,5 @@
-//! What tests of whole programs share: a folder with a text in it, the programs that run there and what they write.
-#![allow(dead_code, reason = "no test uses all of it")]
+//! Helpers for tests of whole programs: a folder with a text, the programs that run there and their output.
+#![allow(dead_code, reason = "no test uses all helpers")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -15,11 +15,11 @@ pub const GPT: &str = env!("CARGO_BIN_EXE_gpt");
 /// The launcher: Cargo puts the programs of all packages into one folder.
 pub fn launcher() -> PathBuf {
     let launcher = Path::new(GPT).with_file_name("shardflow");
-    assert!(launcher.is_file(), "{} is not there: build the workspace, not this package alone", launcher.display());
+    assert!(launcher.is_file(), "{} does not exist: build the whole workspace", launcher.display());
     launcher
 }
 
-/// A folder of one test with a text in it; removed at the end.
+/// A folder of one test that contains a text. It is removed at the end.
 pub struct Folder(PathBuf);
 
 impl Drop for Folder {
@@ -40,43 +40,43 @@ impl Folder {
         &self.0
     }
 
-    /// The whole lines of a log so far.
+    /// The complete lines of a log so far.
     pub fn records(&self, log: &str) -> Vec<Value> {
         let text = std::fs::read_to_string(self.0.join(log)).unwrap_or_default();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// The `gpt`s that run in this folder.
+    /// Process ids of the `gpt` processes in this folder.
     pub fn workers(&self) -> Vec<u32> {
-        let here = self.0.canonicalize().expect("it is there");
-        let is_it = |pid: &u32| {
+        let folder = self.0.canonicalize().expect("the folder exists");
+        let is_worker = |pid: &u32| {
             let link = |name: &str| std::fs::read_link(format!("/proc/{pid}/{name}")).unwrap_or_default();
-            link("cwd") == here && link("exe").file_name().is_some_and(|name| name == "gpt")
+            link("cwd") == folder && link("exe").file_name().is_some_and(|name| name == "gpt")
         };
-        let all = std::fs::read_dir("/proc").expect("Linux").flatten();
-        all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_it).collect()
+        let entries = std::fs::read_dir("/proc").expect("Linux").flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_worker).collect()
     }
 
-    /// Process id of the one of them that has this in its environment, such as `RANK=1`.
+    /// Process id of the `gpt` process with this variable in its environment, such as `RANK=1`.
     pub fn pid_of(&self, variable: &str) -> Option<u32> {
-        let has_it = |pid: &u32| {
+        let has_variable = |pid: &u32| {
             let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             environment.split(|b| *b == 0).any(|other| other == variable.as_bytes())
         };
-        self.workers().into_iter().find(has_it)
+        self.workers().into_iter().find(has_variable)
     }
 
     /// Starts a command here.
     pub fn start(&self, command: &mut Command) -> Running {
         command.current_dir(&self.0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Running::new(command.spawn().expect("a program that is there"))
+        Running::new(command.spawn().expect("a program that exists"))
     }
 }
 
-/// A program that runs, and the lines that it writes.
+/// A running program, and the lines that it writes.
 pub struct Running {
     pub child: Child,
-    /// Sent to it when this is dropped.
+    /// Signal that is sent to the program on drop.
     pub last_signal: &'static str,
     lines: Receiver<String>,
     seen: Vec<String>,
@@ -103,12 +103,12 @@ impl Running {
         Self { child, last_signal: "KILL", lines, seen: Vec::new() }
     }
 
-    /// What it has written, as far as that was read.
+    /// The output that was read so far.
     pub fn text(&self) -> String {
         self.seen.join("\n")
     }
 
-    /// Reads on until a line holds this.
+    /// Reads lines until one contains this text.
     pub fn until(&mut self, text: &str, within: Duration) {
         let deadline = Instant::now() + within;
         loop {
@@ -121,7 +121,7 @@ impl Running {
         }
     }
 
-    /// Reads to the end; gives the exit code.
+    /// Reads to the end, and returns the exit code.
     pub fn end(&mut self, within: Duration) -> Option<i32> {
         let deadline = Instant::now() + within;
         while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

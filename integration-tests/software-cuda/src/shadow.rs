@@ -6,7 +6,7 @@
 //! - SH-1: two accesses of a byte, one of them a write, are ordered by streams, events, host threads or collectives;
 //!   otherwise they are a race for any order of execution.
 //! - SH-2: within one launch, two threads that access a byte, one of them writing, are in one block with a barrier
-//! between.
+//!   between.
 //! - SH-3: a read byte was written before; an accessed byte is allocated, and accessed through a pointer to its region.
 #![allow(unsafe_code)]
 
