@@ -101,7 +101,7 @@ fn a_register_with_too_few_slots_is_refused_with_the_deadlock_cycle() {
         Schedule::GPipe,
         lower,
         expect![
-            "the plan cannot run to completion: register 'device 0 forward/dropout.6 (+66)': slots is 0, at least 1 is needed"
+            "the plan cannot run to completion: register 'device 0 forward/dropout.6 (+66)': slots is 0, expected at least 1"
         ],
     );
 }
