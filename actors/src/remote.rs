@@ -14,11 +14,12 @@
 //!   writes it only while no reader here is in the middle of a step.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::{Condvar, Mutex};
 use shardflow_kernels::clock::{RaceClock, ReleaseClocks};
 use shardflow_kernels::cuda::nccl::Pipe;
 use shardflow_kernels::tensor::{DType, HostTensor};
@@ -177,14 +178,10 @@ impl Remote {
         self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::End)));
     }
 
-    fn ready(&self) -> MutexGuard<'_, Vec<(u64, RaceClock, bool)>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Records that a peer has sent the initial registers' bytes of this round; false unless it is the peer's next
     /// round.
     fn set_ready(&self, peer: usize, round: u64) -> bool {
-        let mut ready = self.ready();
+        let mut ready = self.ready.lock();
         let is_next = ready[peer].0.checked_add(1) == Some(round);
         if is_next {
             ready[peer] = (round, RaceClock::capture(), false);
@@ -195,7 +192,7 @@ impl Remote {
 
     /// Records that the peer sends nothing more.
     fn set_ended(&self, peer: usize) {
-        self.ready()[peer].2 = true;
+        self.ready.lock()[peer].2 = true;
         self.changed.notify_all();
     }
 
@@ -231,7 +228,7 @@ impl Remote {
         let refresh = |outbox: &Sender<Outgoing>| outbox.send(Outgoing::Refresh(round, RaceClock::capture()));
         self.outboxes.iter().for_each(|(_, outbox)| drop(refresh(outbox)));
         let deadline = Instant::now() + timeout;
-        let mut ready = self.ready();
+        let mut ready = self.ready.lock();
         while let Some(late) = ready.iter().position(|r| r.0 < round) {
             if let Some(first) = failure() {
                 return Err(first);
@@ -241,7 +238,7 @@ impl Remote {
                 let cause = if ready[late].2 { PeerError::Ended } else { is_late };
                 return Err(Failure::Peer { process: self.outboxes[late].0, cause });
             }
-            ready = self.changed.wait_timeout(ready, CHECK_EVERY).unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut ready, CHECK_EVERY);
         }
         ready.iter().for_each(|(_, clock, _)| clock.join());
         Ok(())

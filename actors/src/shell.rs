@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use parking_lot::Mutex;
 use ractor::{Actor, ActorRef};
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::memory::Base;
@@ -263,7 +264,7 @@ impl RunningSession {
         if let Some(failure) = self.session.first_failure() {
             return Err(ActorError::Ended { cause: failure.to_string() });
         }
-        let mut all = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.tokens.lock();
         let Some(count) = all.get_mut(&(actor, action)) else {
             return Err(ActorError::NotExternal { actor, action });
         };
@@ -343,7 +344,7 @@ impl RunningSession {
     /// Runs one watchdog check at time `now` since the start. Returns the report when the session has just stalled. For
     /// hosts and tests with their own clock; the watchdog's thread does the same.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
-        self.watchdog.lock().unwrap_or_else(PoisonError::into_inner).check(now, &self.session)
+        self.watchdog.lock().check(now, &self.session)
     }
 
     /// Stops the actors after their firings in flight; unused tokens are discarded. Call [`RunningSession::quiesce`]
@@ -390,7 +391,7 @@ impl RunningSession {
         let (watchdog, session, start) = (self.watchdog.clone(), self.session.clone(), Instant::now());
         let watch = move || {
             while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
-                watchdog.lock().unwrap_or_else(PoisonError::into_inner).check(start.elapsed(), &session);
+                watchdog.lock().check(start.elapsed(), &session);
             }
         };
         let thread = thread::Builder::new().name("watchdog".into()).spawn(watch);

@@ -17,7 +17,8 @@ use crate::spec::{ActorId, Decision, RegisterId, RegisterReader, Spec};
 
 pub(crate) mod data;
 
-use data::{Data, Groups, Rng};
+use data::{Data, Groups};
+use shardflow_kernels::hash::SplitMix64;
 
 /// Durations in ticks; the caller chooses the unit.
 #[derive(Clone, Debug, Default)]
@@ -177,7 +178,7 @@ struct Simulator<'a> {
     spec: &'a Arc<Spec>,
     timing: &'a Timing,
     options: &'a SimulationOptions,
-    rng: Option<Rng>,
+    rng: Option<SplitMix64>,
     now: u64,
     /// `(tick, tie, index in arrivals)`.
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
@@ -223,7 +224,7 @@ fn run(
         spec,
         timing,
         options,
-        rng: options.jitter.map(|j| Rng::new(j.seed)),
+        rng: options.jitter.map(|j| SplitMix64(j.seed)),
         now: 0,
         queue: BinaryHeap::new(),
         arrivals: Vec::new(),

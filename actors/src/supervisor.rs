@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI64, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use parking_lot::{Condvar, Mutex};
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use shardflow_kernels::clock::ReleaseClocks;
 use shardflow_kernels::collective::Collective;
@@ -136,14 +137,10 @@ impl Session {
         self.started.elapsed().as_nanos() as u64
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Ends the session. Only the first cause is kept; later ones follow from it.
     pub(crate) fn fail(&self, failure: Failure) {
         {
-            let mut state = self.state();
+            let mut state = self.state.lock();
             if state.first.is_some() {
                 return;
             }
@@ -172,18 +169,18 @@ impl Session {
 
     /// Records that a peer has left in order.
     pub(crate) fn peer_left(&self, process: u32) {
-        self.state().left.insert(process);
+        self.state.lock().left.insert(process);
     }
 
     /// Records that this process leaves in order: from now on, broken peer connections are not failures.
     pub(crate) fn leave(&self) {
-        self.state().leaving = true;
+        self.state.lock().leaving = true;
     }
 
     /// Handles a broken connection to a peer: a failure, unless this process or the peer has left.
     pub(crate) fn peer_lost(&self, process: u32, message: String) {
         let expected = {
-            let state = self.state();
+            let state = self.state.lock();
             state.leaving || state.left.contains(&process)
         };
         if !expected {
@@ -192,7 +189,7 @@ impl Session {
     }
 
     pub(crate) fn first_failure(&self) -> Option<Failure> {
-        self.state().first.clone()
+        self.state.lock().first.clone()
     }
 
     pub(crate) fn progressed(&self, now_ns: u64) {
@@ -232,7 +229,7 @@ impl Session {
         // A step can end only with the last firing of an action in that step.
         if completed == whole * per_step && self.has_ended(whole) {
             // The lock ensures that a waiter cannot check before the count and start to wait after the notification.
-            drop(self.state());
+            drop(self.state.lock());
             self.settled.notify_all();
         }
     }
@@ -277,7 +274,7 @@ impl Session {
     /// Waits until no firing is left of the steps that have all their tokens; false on timeout.
     pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         let begin = Instant::now();
-        let mut state = self.state();
+        let mut state = self.state.lock();
         loop {
             if let Some(first) = &state.first {
                 return Err(first.clone());
@@ -288,7 +285,7 @@ impl Session {
                 self.clocks.join();
                 return Ok(ended);
             }
-            state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.settled.wait_for(&mut state, left);
         }
     }
 
@@ -302,12 +299,12 @@ impl Session {
 
     /// Records an Inf/NaN finding of a stream.
     pub(crate) fn add_not_finite(&self, finding: NotFinite) {
-        self.not_finite.lock().unwrap_or_else(PoisonError::into_inner).push(finding);
+        self.not_finite.lock().push(finding);
     }
 
     /// Returns the Inf/NaN findings since the last call.
     pub(crate) fn take_not_finite(&self) -> Vec<NotFinite> {
-        std::mem::take(&mut *self.not_finite.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.not_finite.lock())
     }
 
     pub(crate) fn abort_collectives(&self, cause: &str) {
@@ -315,7 +312,7 @@ impl Session {
     }
 
     pub(crate) fn add_final_snapshot(&self, snapshot: ActorSnapshot) {
-        self.state().finals.push(snapshot);
+        self.state.lock().finals.push(snapshot);
     }
 
     /// Snapshots of this process's actors, ordered by id. Actors that do not answer (after a panic) are left out.
@@ -332,7 +329,7 @@ impl Session {
             snapshots.push(snapshot);
         }
         let answered = |s: &ActorSnapshot| snapshots.iter().any(|t| t.actor == s.actor);
-        let finals: Vec<_> = self.state().finals.iter().filter(|s| !answered(s)).cloned().collect();
+        let finals: Vec<_> = self.state.lock().finals.iter().filter(|s| !answered(s)).cloned().collect();
         snapshots.extend(finals);
         snapshots.sort_by_key(|s| s.actor);
         snapshots
@@ -384,11 +381,11 @@ impl Session {
 
     /// Registers a ractor id, so that a panic report can name the actor.
     pub(crate) fn register_child(&self, child: ractor::ActorId, actor: ActorId) {
-        self.state().children.push((child, actor));
+        self.state.lock().children.push((child, actor));
     }
 
     fn panicked(&self, child: ractor::ActorId, message: String) {
-        let id = self.state().children.iter().find(|c| c.0 == child).map(|c| c.1);
+        let id = self.state.lock().children.iter().find(|c| c.0 == child).map(|c| c.1);
         let Some((id, own)) = id.and_then(|a| Some((a, self.spec.actors.get(a.0 as usize)?))) else {
             return self.fail(Failure::Panic { actor: format!("actor {child}"), device: 0, action: None, message });
         };

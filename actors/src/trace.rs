@@ -2,7 +2,8 @@
 //! its newest firings in a ring buffer; readers continue from their previous position.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use parking_lot::Mutex;
 
 use crate::protocol::{Message, ProtocolEvent};
 use crate::spec::RegisterId;
@@ -100,12 +101,8 @@ pub struct NewFirings {
 }
 
 impl Ring {
-    fn lock(&self) -> MutexGuard<'_, RingState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     pub(crate) fn push(&self, fired: FiringRecord) {
-        let mut state = self.lock();
+        let mut state = self.0.lock();
         if state.firings.len() == RING_FIRINGS {
             state.firings.pop_front();
             state.first += 1;
@@ -115,7 +112,7 @@ impl Ring {
 
     /// Returns all firings from index `from`, counted since the start.
     pub(crate) fn read(&self, from: u64) -> NewFirings {
-        let state = self.lock();
+        let state = self.0.lock();
         let skip = from.saturating_sub(state.first) as usize;
         let firings: Vec<FiringRecord> = state.firings.iter().skip(skip).copied().collect();
         let next = state.first + state.firings.len() as u64;

@@ -207,7 +207,7 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
     assert!(printed.contains(&format!("TMPDIR={long}: too long")) && printed.contains("TCP is used"), "{printed}");
     let (code, printed) = run(&endpoint(), &[("TMPDIR", &long), ("SHARDFLOW_TRANSPORT", "unix")]);
     assert_eq!(code, Some(78), "{printed}");
-    assert!(printed.contains("could make no Unix socket in its TMPDIR"), "{printed}");
+    assert!(printed.contains("could not create a Unix socket in its TMPDIR"), "{printed}");
     let (code, printed) = run("", &[("TMPDIR", &long)]);
     assert!(code == Some(78) && printed.contains("set TMPDIR to a shorter path"), "{code:?} {printed}");
     for flags in ["", &endpoint()] {

@@ -3,8 +3,8 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
 use futures_util::stream::{BoxStream, StreamExt, TryStreamExt};
@@ -13,6 +13,7 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMode,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, RenameOptions, Result, UploadPart,
 };
+use parking_lot::Mutex;
 
 /// Work that runs while the process is frozen.
 type Work = Box<dyn FnOnce() + Send>;
@@ -74,7 +75,7 @@ impl Trigger {
             }
             StoreFault::Stall if index >= at => std::future::pending().await,
             StoreFault::Freeze if index == at => {
-                let work = self.meanwhile.lock().expect("the lock is not poisoned").take();
+                let work = self.meanwhile.lock().take();
                 work.into_iter().for_each(|work| work());
                 Ok(())
             }
@@ -101,7 +102,7 @@ impl FaultyStore {
     /// Runs `work` before operation `at`, as if the process were frozen during it.
     pub fn meanwhile(inner: Arc<dyn ObjectStore>, at: usize, work: Work) -> Self {
         let faulty = Self::new(inner, StoreFault::Freeze, at, None);
-        *faulty.trigger.meanwhile.lock().expect("the lock is not poisoned") = Some(work);
+        *faulty.trigger.meanwhile.lock() = Some(work);
         faulty
     }
 

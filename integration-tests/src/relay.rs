@@ -6,12 +6,14 @@ use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
 use shardflow::cluster::Advertise;
 use shardflow_actors::transport::{Address, Connection};
+use shardflow_kernels::hash::SplitMix64;
 
 use crate::training::Scratch;
 
@@ -32,16 +34,12 @@ pub struct RelayOptions {
     pub long_stall: Option<(u64, Duration)>,
 }
 
-/// SplitMix64 random numbers.
-struct Rng(u64);
+/// Random numbers.
+struct Rng(SplitMix64);
 
 impl Rng {
     fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0.draw()
     }
 
     /// Bytes of the next piece, from 1 to 64 KiB: each power of two is equally frequent.
@@ -105,41 +103,37 @@ impl fmt::Debug for Relay {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Waits for this long or until the relay ends.
     fn wait(&self, time: Duration) {
         if !time.is_zero() {
-            drop(self.ended.wait_timeout_while(self.state(), time, |state| !state.ended));
+            self.ended.wait_while_for(&mut self.state.lock(), |state| !state.ended, time);
         }
     }
 
     /// Counts a long stall and waits for it.
     fn stall(&self, time: Duration) {
-        self.state().counts.stalls += 1;
+        self.state.lock().counts.stalls += 1;
         self.wait(time);
     }
 
     /// Random numbers for the next direction.
     fn next_rng(&self) -> Rng {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.directions += 1;
-        Rng(self.options.seed.wrapping_mul(1 << 20).wrapping_add(state.directions))
+        Rng(SplitMix64(self.options.seed.wrapping_mul(1 << 20).wrapping_add(state.directions)))
     }
 
     /// Spawns a thread that ends with the relay.
     fn spawn(self: &Arc<Self>, work: impl FnOnce(&Arc<Shared>) + Send + 'static) {
         let shared = self.clone();
         let thread = thread::spawn(move || work(&shared));
-        self.state().threads.push(thread);
+        self.state.lock().threads.push(thread);
     }
 
     /// Forwards the connections that a front accepts.
     fn serve(self: &Arc<Self>, accept: impl Fn() -> io::Result<Connection>, bound: &Address) {
         while let Ok(outside) = accept() {
-            if self.state().ended {
+            if self.state.lock().ended {
                 return;
             }
             // Without a listener behind the front, the caller's connection closes.
@@ -149,7 +143,7 @@ impl Shared {
 
     fn join(self: &Arc<Self>, inside: Connection, outside: Connection) -> io::Result<()> {
         let ends = [(inside.try_clone()?, outside.try_clone()?), (outside.try_clone()?, inside.try_clone()?)];
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.open_connections.extend([inside, outside]);
         state.counts.connections += 1;
         drop(state);
@@ -176,7 +170,7 @@ impl Shared {
                     // The receiver has closed; bytes in the other direction are still delivered.
                     return;
                 }
-                let counts = &mut self.state().counts;
+                let counts = &mut self.state.lock().counts;
                 counts.pieces += 1;
                 counts.bytes += piece.len() as u64;
             }
@@ -191,11 +185,11 @@ impl Shared {
     /// Forwards heartbeats until the relay ends.
     fn forward_datagrams(&self, front: &UdpSocket, bound: SocketAddr) {
         let (mut rng, mut buffer, mut long) = (self.next_rng(), [0; 2048], self.options.long_stall);
-        while !self.state().ended {
+        while !self.state.lock().ended {
             let Ok(bytes) = front.recv(&mut buffer) else { continue };
             self.wait(rng.delay());
             if let Some((_, time)) = long.take() {
-                self.state().counts.heartbeat_stalls += 1;
+                self.state.lock().counts.heartbeat_stalls += 1;
                 self.stall(time);
             }
             if rng.next() % DROPPED_ONE_IN != 0 {
@@ -232,13 +226,13 @@ impl Relay {
 
     /// Counts so far.
     pub fn counts(&self) -> RelayCounts {
-        self.shared.state().counts
+        self.shared.state.lock().counts
     }
 }
 
 impl Advertise for Relay {
     fn connections(&self, bound: &Address) -> io::Result<Address> {
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         if let Some(front) = state.fronts.get(bound) {
             return Ok(front.clone());
         }
@@ -275,7 +269,7 @@ impl Advertise for Relay {
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         state.ended = true;
         self.shared.ended.notify_all();
         state.open_connections.drain(..).for_each(|connection| drop(connection.shutdown()));
@@ -283,7 +277,7 @@ impl Drop for Relay {
         drop(state);
         // A connection wakes the thread that accepts on the front.
         fronts.values().for_each(|front| drop(connect(front)));
-        let threads = std::mem::take(&mut self.shared.state().threads);
+        let threads = std::mem::take(&mut self.shared.state.lock().threads);
         for thread in threads {
             // The panic hook has reported a panic of the thread.
             let _ = thread.join();

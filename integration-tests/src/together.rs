@@ -1,9 +1,9 @@
 //! Agreement on a checkpoint, and a save, by several processes of a job that are threads of a test.
 
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
 use shardflow::checkpoint::{
     AgreeError, ProcessRank, SaveAgreement, SaveId, SaveOutcome, SaveReport, SaverOptions, Snapshot, Store, save_now,
 };
@@ -37,11 +37,11 @@ impl SharedMemoryAgreement {
         update: impl FnOnce(&mut SaveState),
         ready: impl Fn(&SaveState) -> Option<T>,
     ) -> Result<T, AgreeError> {
-        let mut saves = self.saves.lock().expect("the lock is not poisoned");
+        let mut saves = self.saves.lock();
         update(saves.entry(save).or_default());
         self.changed.notify_all();
         let waiting = |saves: &mut BTreeMap<SaveId, SaveState>| saves.get(&save).is_none_or(|s| ready(s).is_none());
-        let (saves, _) = self.changed.wait_timeout_while(saves, DEADLINE, waiting).expect("the lock is not poisoned");
+        self.changed.wait_while_for(&mut saves, waiting, DEADLINE);
         let late = || AgreeError { process: None, why: format!("not all processes agreed within {DEADLINE:?}") };
         saves.get(&save).and_then(ready).ok_or_else(late)
     }

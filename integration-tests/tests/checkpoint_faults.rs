@@ -273,10 +273,10 @@ fn a_stalled_store_ends_the_save_by_its_deadline() {
             for report in reports {
                 let stalled = report.result.err().map(|e| e.to_string());
                 assert_eq!(stalled.is_none(), is_committed, "operation {at}: {stalled:?}");
-                let named = stalled.iter().all(|t| t.contains("/step-000000000004/") && t.contains("no answer"));
+                let named = stalled.iter().all(|t| t.contains("/step-000000000004/") && t.contains("no response"));
                 assert!(named, "operation {at}: {stalled:?}");
                 let pruned = report.prune.map(|e| e.to_string());
-                assert!(pruned.iter().all(|text| text.contains("no answer")), "operation {at}: {pruned:?}");
+                assert!(pruned.iter().all(|text| text.contains("no response")), "operation {at}: {pruned:?}");
             }
             check_contents(&healthy.newest_verified().expect("listed").reader.expect("a checkpoint"));
             is_committed
@@ -305,7 +305,7 @@ fn training_continues_while_saves_fail() {
     within(60, || {
         let mut undisturbed = session("data=2");
         let losses: Vec<_> = (0..30).map(|_| model().step(&mut undisturbed).loss.map(f32::to_bits)).collect();
-        for (fault, message) in [(StoreFault::Full, "No space left"), (StoreFault::Stall, "no answer")] {
+        for (fault, message) in [(StoreFault::Full, "No space left"), (StoreFault::Stall, "no response")] {
             let faulty = FaultyStore::new(Arc::new(InMemory::new()), fault, 12, None);
             let store = Store::with(Arc::new(faulty.clone()), "run").expect("a store");
             let store = store.with_deadline(Duration::from_secs(2));

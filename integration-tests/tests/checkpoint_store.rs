@@ -4,11 +4,12 @@
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
+use parking_lot::Mutex;
 use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::{
     CheckpointError, Cursor, SaveOutcome, Saver, SaverOptions, SingleProcess, Snapshot, Store, WaitClock, save_now,
@@ -156,13 +157,13 @@ impl std::fmt::Debug for TestClock {
 
 impl WaitClock for TestClock {
     fn now(&self) -> Duration {
-        *self.now.lock().expect("the lock is not poisoned")
+        *self.now.lock()
     }
 
     fn wait(&self, time: Duration) {
-        *self.now.lock().expect("the lock is not poisoned") += time;
+        *self.now.lock() += time;
         let now = self.now();
-        self.on_wait.lock().expect("the lock is not poisoned").iter_mut().for_each(|work| work(now));
+        self.on_wait.lock().iter_mut().for_each(|work| work(now));
     }
 }
 
@@ -180,7 +181,7 @@ fn a_file_with_delayed_visibility_is_not_damage() {
             // The other process's files are in another folder until then.
             let files = "step-000000000001/e0-0";
             let (from, to) = (there.join(files), here.join(files));
-            *clock.on_wait.lock().expect("the lock is not poisoned") = Some(Box::new(move |now: Duration| {
+            *clock.on_wait.lock() = Some(Box::new(move |now: Duration| {
                 for name in ["shard-1-of-2.safetensors", "shard-1-of-2.json"] {
                     if now >= Duration::from_secs(late) && !to.join(name).exists() {
                         std::fs::copy(from.join(name), to.join(name)).expect("an existing file");

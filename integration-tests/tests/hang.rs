@@ -1,9 +1,10 @@
 //! `explain-hang` queries a stuck step from outside while it waits.
 
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex};
 use shardflow::graph::builder::Layout;
 use shardflow::graph::{AdamW, CustomOp, Graph, Var};
 use shardflow::layout_error::LayoutError;
@@ -32,7 +33,7 @@ struct Gate {
 
 impl Gate {
     fn set(&self, closed: bool) {
-        *self.closed.lock().expect("the lock is not poisoned") = closed;
+        *self.closed.lock() = closed;
         self.opened.notify_all();
     }
 }
@@ -77,8 +78,7 @@ impl CustomKernel for GatedKernel {
 
     fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
         if let Some(gate) = &self.0 {
-            let closed = gate.closed.lock().expect("the lock is not poisoned");
-            drop(gate.opened.wait_while(closed, |closed| *closed).expect("no panic"));
+            gate.opened.wait_while(&mut gate.closed.lock(), |closed| *closed);
         }
         let (CpuSlice::F32(from), CpuSliceMut::F32(to)) = (&args.reads[0].data, &mut args.writes[0].data) else {
             return Err(KernelError::arguments("gated", "element type", "floats", "integers"));

@@ -6,9 +6,11 @@
 #[cfg(debug_assertions)]
 use std::{
     collections::HashMap,
-    sync::{Mutex, PoisonError},
     thread::{self, ThreadId},
 };
+
+#[cfg(debug_assertions)]
+use parking_lot::Mutex;
 
 /// A snapshot of the calling thread's vector clock: everything that happened before this point. A message between
 /// threads carries the sender's clock, and the receiver joins it, which orders the sender's earlier events before its
@@ -54,14 +56,14 @@ impl ReleaseClocks {
     pub fn add(&self) {
         #[cfg(debug_assertions)]
         if let clock @ RaceClock(1..) = RaceClock::capture() {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(thread::current().id(), clock);
+            self.0.lock().insert(thread::current().id(), clock);
         }
     }
 
     /// Merges the clocks of all releases into the calling thread's clock.
     pub fn join(&self) {
         #[cfg(debug_assertions)]
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(|clock| clock.join());
+        self.0.lock().values().for_each(|clock| clock.join());
     }
 }
 

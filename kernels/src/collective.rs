@@ -2,7 +2,9 @@
 //! CPU engines live in `collective/`, GPU engines in `cuda/`.
 
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::cuda::engine::CudaCollective;
 use crate::cuda::issue_order::IssueTicket;
@@ -71,7 +73,7 @@ pub struct AbortStatus(Arc<Mutex<Option<String>>>);
 impl AbortStatus {
     /// Records the cause unless one is recorded already. Returns whether this cause is the first.
     pub(crate) fn abort(&self, cause: &str) -> bool {
-        let mut aborted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut aborted = self.0.lock();
         let first = aborted.is_none();
         aborted.get_or_insert_with(|| cause.to_owned());
         first
@@ -79,7 +81,7 @@ impl AbortStatus {
 
     /// The error that calls return after an abort.
     pub(crate) fn aborted(&self) -> Option<KernelError> {
-        let aborted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let aborted = self.0.lock();
         aborted.clone().map(|cause| KernelError::Aborted { cause })
     }
 }

@@ -1,7 +1,9 @@
 //! One-shot events: set once by the stream that recorded them; other streams or the host wait for them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::{Condvar, Mutex};
 
 use crate::clock::RaceClock;
 use crate::cuda::event::Recorded;
@@ -40,9 +42,9 @@ impl Event {
             }
             std::hint::spin_loop();
         }
-        let mut guard = self.0.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut guard = self.0.lock.lock();
         while !self.query() {
-            guard = self.0.changed.wait(guard).unwrap_or_else(PoisonError::into_inner);
+            self.0.changed.wait(&mut guard);
         }
     }
 
@@ -51,7 +53,7 @@ impl Event {
         self.0.clock.get_or_init(RaceClock::capture);
         self.0.set.store(true, Ordering::Release);
         // Locked so that no waiter can check before the store and start to wait after the notification.
-        drop(self.0.lock.lock().unwrap_or_else(PoisonError::into_inner));
+        drop(self.0.lock.lock());
         self.0.changed.notify_all();
     }
 

@@ -44,7 +44,7 @@ pub mod cuda;
 pub mod device;
 pub mod error;
 pub mod event;
-mod hash;
+pub mod hash;
 pub mod memory;
 pub mod metrics;
 pub mod op;

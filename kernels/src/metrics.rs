@@ -6,10 +6,11 @@
 //! it until the stream continues: waiting for other members, and transferring bytes. For a GPU, as observed by the
 //! host, to about 0.1 ms |
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use metrics::{Histogram, histogram};
+use parking_lot::Mutex;
 
 use crate::collective::CollectiveCall;
 
@@ -68,24 +69,20 @@ impl StreamMetrics {
 
 impl CollectiveTime {
     pub(crate) fn get(&self) -> Duration {
-        let spent = self.spent();
+        let spent = self.0.lock();
         spent.ended + spent.started.map_or(Duration::ZERO, |started| started.elapsed())
-    }
-
-    fn spent(&self) -> MutexGuard<'_, Spent> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl CollectiveTimer {
     /// Records that the stream started the collective.
     pub(crate) fn came(&self, at: Instant) {
-        self.all.spent().started = Some(at);
+        self.all.0.lock().started = Some(at);
     }
 
     /// Records that the stream has finished the collective.
     pub(crate) fn went(&self, at: Instant) {
-        let mut spent = self.all.spent();
+        let mut spent = self.all.0.lock();
         let took = spent.started.take().map_or(Duration::ZERO, |started| at - started);
         spent.ended += took;
         self.kind.record(took);

@@ -255,8 +255,8 @@ impl HostTensor {
 
 #[cfg(test)]
 mod tests {
+    use parking_lot::Mutex;
     use std::panic::{self, Location};
-    use std::sync::Mutex;
 
     use super::*;
 
@@ -273,7 +273,7 @@ mod tests {
             if std::thread::current().id() == here {
                 let text = info.payload_as_str().unwrap_or_default().to_owned();
                 let at = info.location().filter(|at| at.file().ends_with("tensor.rs")).map_or(0, Location::line);
-                *AT.lock().unwrap() = Some((at, text));
+                *AT.lock() = Some((at, text));
             }
         }));
         let calls: [Call; 5] = [
@@ -286,7 +286,7 @@ mod tests {
         let mut panics = Vec::new();
         for (call, expected) in calls {
             assert!(panic::catch_unwind(call).is_err(), "{expected}");
-            panics.push((AT.lock().unwrap().take(), expected));
+            panics.push((AT.lock().take(), expected));
         }
         panic::set_hook(before);
         let source: Vec<&str> = include_str!("tensor.rs").lines().collect();

@@ -3,11 +3,12 @@
 //! libraries. Errors that the device finds fail the test.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use shardflow_kernels::clock::RaceClock;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
@@ -345,7 +346,7 @@ fn dropped(by_kernel: bool) {
     let stream = Arc::new(Mutex::new(Some(device.stream("compute", 1).expect("a stream"))));
     let drops = |yes: bool| {
         let stream = stream.clone();
-        move || drop(stream.lock().expect("no panic").take_if(|_| yes))
+        move || drop(stream.lock().take_if(|_| yes))
     };
     let program = after_call(drops(by_kernel));
     let (at_signal, (sender, notifications)) = (drops(!by_kernel), channel());
@@ -355,7 +356,7 @@ fn dropped(by_kernel: bool) {
     });
     let bases = vec![Base { arena: arena.clone(), offset: 0 }];
     let submission = Submission { program, bases, repeat: false, notify };
-    stream.lock().expect("no panic").as_ref().expect("a stream").submit(submission).expect("a live stream");
+    stream.lock().as_ref().expect("a stream").submit(submission).expect("a live stream");
     let received: Vec<Notification> = notifications
         .iter()
         .map(|(clock, notification)| {

@@ -4,9 +4,10 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use shardflow_kernels::collective::wire::{Channel, ChannelKey, Connect, Wire};
 use shardflow_kernels::collective::{Collective, CollectiveCall, Group, MemberWait};
 use shardflow_kernels::conformance;
@@ -34,7 +35,7 @@ type Ends = Arc<Mutex<HashMap<ChannelKey, Channel>>>;
 /// The first member that requests a channel gets one end of a new pair; the other member gets the other end.
 fn connector(pair: fn() -> io::Result<[Channel; 2]>, ends: Ends) -> Box<Connect> {
     Box::new(move |group: &Group, member, peer| {
-        let mut ends = ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ends = ends.lock();
         if let Some(channel) = ends.remove(&(group.id, member, peer)) {
             return Ok(channel);
         }
@@ -62,7 +63,7 @@ impl Collective for Process {
     }
 
     fn abort(&self, cause: &str) {
-        let all = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.session.lock();
         all.iter().for_each(|engine| engine.abort(cause));
     }
 
@@ -80,7 +81,7 @@ fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_per_process: usize, tre
             let own = Arc::new(Wire::with_connector(connector(pair, ends.clone()), WRITE_TIMEOUT));
             tree_bytes_max.into_iter().for_each(|bytes| own.set_tree_bytes_max(bytes));
             let session: &Arc<Mutex<Vec<Arc<Wire>>>> = &session;
-            session.lock().unwrap_or_else(PoisonError::into_inner).push(own.clone());
+            session.lock().push(own.clone());
             let engine = Arc::new(Process { own, session: session.clone() });
             for rank in first..n.min(first + devices_per_process) {
                 let device = Device::cpu(rank, 1, engine.clone());

@@ -1,6 +1,7 @@
 //! Counter-based initial weights: an element depends only on the seed, the parameter's name and the element's index in
 //! the whole parameter. Every shard computes its own part, and every layout starts from the same bits.
 
+use shardflow_kernels::hash::{SplitMix64, fnv1a};
 use shardflow_kernels::tensor::{Region, element_count};
 
 /// How a parameter is initialized.
@@ -32,15 +33,7 @@ impl Init {
 /// The output function of SplitMix64: maps a counter to 64 mixed bits.
 /// Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
 pub fn mix(counter: u64) -> u64 {
-    let mut z = counter.wrapping_add(0x9E37_79B9_7F4A_7C15);
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-/// The 64-bit FNV-1a hash of the bytes of `text`. <https://datatracker.ietf.org/doc/html/draft-eastlake-fnv>
-pub fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xCBF2_9CE4_8422_2325, |h, byte| (h ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3))
+    SplitMix64(counter).draw()
 }
 
 /// Element `index` of the standard normal sequence of `key`: the cosine branch of Box and Muller on the counters

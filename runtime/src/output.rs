@@ -5,9 +5,11 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
 
 use crate::text::counted;
 
@@ -72,9 +74,9 @@ impl OutputQueue {
 
     /// Queues a text. Waits only for a record, while more than 64 MiB of records are queued.
     pub fn put(&self, kind: OutputKind, text: &[u8]) {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         while kind == OutputKind::Record && state.record_bytes > RECORD_BYTES_MAX && !state.is_closed {
-            state = self.shared.wait(state);
+            self.shared.changed.wait(&mut state);
         }
         let Some(last) = text.last().filter(|_| !state.is_closed) else { return };
         state.ends_line = *last == b'\n';
@@ -93,7 +95,7 @@ impl OutputQueue {
 
     /// Ends the current line, if it has no line end.
     pub fn end_line(&self) {
-        if !self.shared.lock().ends_line {
+        if !self.shared.state.lock().ends_line {
             // Unlike a record it never waits.
             self.put(OutputKind::Progress, b"\n");
         }
@@ -102,13 +104,13 @@ impl OutputQueue {
     /// Waits until the queue is written, at most for `limit`.
     pub fn flush(&self, limit: Option<Duration>) {
         let deadline = limit.map(|limit| Instant::now() + limit);
-        let mut state = self.shared.lock();
+        let mut state = self.shared.state.lock();
         while !state.is_closed && (state.is_writing || !state.waiting.is_empty()) {
-            state = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
-                None => self.shared.wait(state),
-                Some(Duration::ZERO) => return,
-                Some(left) => self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0,
-            };
+            match deadline {
+                None => self.shared.changed.wait(&mut state),
+                Some(deadline) if self.shared.changed.wait_until(&mut state, deadline).timed_out() => return,
+                Some(_) => {}
+            }
         }
     }
 }
@@ -130,20 +132,12 @@ impl State {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn write(&self, mut to: impl Write) {
         let mut ends_line = true;
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         loop {
             let Some((kind, text)) = state.waiting.pop_front() else {
-                state = self.wait(state);
+                self.changed.wait(&mut state);
                 continue;
             };
             *state.bytes_of(kind) -= text.len();
@@ -159,7 +153,7 @@ impl Shared {
             };
             ends_line = text.ends_with(b"\n");
             let written = to.write_all(notice.as_bytes()).and_then(|()| to.write_all(&text)).and_then(|()| to.flush());
-            state = self.lock();
+            state = self.state.lock();
             state.is_writing = false;
             if written.is_err() {
                 state.is_closed = true;

@@ -21,10 +21,11 @@
 //! # }
 //! ```
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{env, fs, io, thread};
 
+use parking_lot::Mutex;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
 use crate::exit::{Exit, own_rank, report};
@@ -122,7 +123,7 @@ pub struct Deferred<'a> {
 impl Deferred<'_> {
     /// From now on a signal ends the process after at most `limit`. For work after the last step, which has no other limit.
     pub fn within(&self, limit: Duration) {
-        let mut state = self.requests.lock();
+        let mut state = self.requests.state.lock();
         state.effect = Effect::Within(limit);
         if let Request::End(exit) = state.pending {
             end_after(limit, exit);
@@ -132,7 +133,7 @@ impl Deferred<'_> {
 
 impl Drop for Deferred<'_> {
     fn drop(&mut self) {
-        self.requests.lock().effect = Effect::AtOnce;
+        self.requests.state.lock().effect = Effect::AtOnce;
     }
 }
 
@@ -152,7 +153,7 @@ impl Requests {
     pub fn on_signals() -> io::Result<Arc<Self>> {
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
-        requests.lock().job_end = end.filter(|end| *end > since_1970()).map(|at| JobEnd { at, margin: MARGIN });
+        requests.state.lock().job_end = end.filter(|end| *end > since_1970()).map(|at| JobEnd { at, margin: MARGIN });
         let mut signals = signal_hook::iterator::Signals::new(not_ignored(&[SIGTERM, SIGUSR1], &[SIGINT, SIGHUP]))?;
         let own = requests.clone();
         let run = move || signals.forever().for_each(|signal| own.signal(signal));
@@ -162,39 +163,39 @@ impl Requests {
 
     /// Sets the request that SIGUSR1 makes.
     pub fn set_on_usr1(&self, request: Request) {
-        self.lock().on_usr1 = request;
+        self.state.lock().on_usr1 = request;
     }
 
     /// Sets how long before a Slurm job's end time the training ends, in addition to the time of a step and a save.
     pub fn set_job_end_margin(&self, margin: Duration) {
-        self.lock().job_end.iter_mut().for_each(|end| end.margin = margin);
+        self.state.lock().job_end.iter_mut().for_each(|end| end.margin = margin);
     }
 
     /// Sets the expected duration of a save, such as that of the last one.
     pub fn set_save_time(&self, time: Duration) {
-        self.lock().save = time;
+        self.state.lock().save = time;
     }
 
     /// Defers requests until the guard is dropped; the program handles them between steps.
     pub fn defer(&self) -> Deferred<'_> {
-        self.lock().effect = Effect::Deferred;
+        self.state.lock().effect = Effect::Deferred;
         Deferred { requests: self }
     }
 
     /// Makes a request, which takes effect after the running step or the next one.
     pub fn submit(&self, request: Request) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.pending = state.pending.or_stronger(request);
     }
 
     /// The pending request to this process.
     pub fn pending(&self) -> Request {
-        self.lock().pending
+        self.state.lock().pending
     }
 
     /// The pending request, after taking the job's end time into account. `step` is the duration of a step.
     pub(crate) fn before_step(&self, step: Duration, now: Duration) -> Request {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let left = state.save + step;
         if state.job_end.is_some_and(|end| now + left + end.margin >= end.at) {
             state.pending = state.pending.or_stronger(Request::End(Exit::Retry));
@@ -206,7 +207,7 @@ impl Requests {
     /// arrived during the step, because the save that follows contains the newest state. A request to end stays pending on every
     /// process.
     pub(crate) fn agreed(&self, request: Request) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         match request {
             Request::Nothing => {}
             Request::Checkpoint if state.pending == Request::Checkpoint => state.pending = Request::Nothing,
@@ -215,7 +216,7 @@ impl Requests {
     }
 
     fn signal(&self, signal: i32) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let request = match signal {
             SIGUSR1 => state.on_usr1,
             _ => Request::End(Exit::Signal(signal as u8)),
@@ -229,10 +230,6 @@ impl Requests {
             _ => {}
         }
         state.pending = state.pending.or_stronger(request);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -324,12 +321,12 @@ mod tests {
     fn training_ends_a_step_a_save_and_a_margin_before_the_job_does() {
         let requests = Requests::default();
         let seconds = Duration::from_secs;
-        requests.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
+        requests.state.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
         requests.set_save_time(seconds(20));
         assert_eq!(requests.before_step(seconds(5), seconds(914)), Request::Nothing);
         assert_eq!(requests.before_step(seconds(6), seconds(914)), Request::End(Exit::Retry));
         let other = Requests::default();
-        other.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
+        other.state.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
         other.set_job_end_margin(seconds(1));
         assert_eq!(other.before_step(seconds(0), seconds(998)), Request::Nothing);
         assert_eq!(other.before_step(seconds(0), seconds(999)), Request::End(Exit::Retry));

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Once, OnceLock, Weak};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, after, never, select, unbounded};
+use parking_lot::Mutex;
 use shardflow_actors::error::{ActorError, Failure, PeerError};
 use shardflow_actors::remote::{HostPiece, Peers};
 use shardflow_actors::shell::{ActorHost, LoadedPlan, RegisterMemory, RunningSession, prepare};
@@ -529,7 +530,7 @@ impl Session {
 
     /// Sends numbers to all processes through a port of this process.
     fn send_numbers(&self, port: u32, numbers: &[u64]) {
-        self.send(&mut self.lock_inbox(), HostPiece { port, tensors: vec![tensor_of(numbers)] });
+        self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![tensor_of(numbers)] });
     }
 
     /// Sends a piece of this process to all processes, including itself.
@@ -552,11 +553,7 @@ impl Session {
     fn receive_numbers(&mut self, ports: &[u32], limit: Option<Duration>) -> Result<Vec<Vec<u64>>, SessionError> {
         let wanted: Vec<_> = ports.iter().map(|port| (*port, 1)).collect();
         self.receive(&wanted, limit).map_err(|failure| self.fail(failure))?;
-        Ok(self.lock_inbox().take_numbers(ports))
-    }
-
-    fn lock_inbox(&self) -> MutexGuard<'_, Inbox> {
-        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+        Ok(self.inbox.lock().take_numbers(ports))
     }
 
     /// Waits for these pieces, and forwards results of this process's fetches. A piece missing after `limit` fails the
@@ -579,7 +576,7 @@ impl Session {
         let running = self.running.as_ref().ok_or_else(stopped)?;
         // A closed channel means that the session has failed, so that failure is the result.
         let ended = || running.first_failure().unwrap_or_else(stopped);
-        let mut inbox = self.lock_inbox();
+        let mut inbox = self.inbox.lock();
         let peers = inbox.peers.clone();
         while !inbox.has_all(wanted) {
             running.host_waits_for(inbox.missing_sender(wanted).filter(|sender| *sender != self.process_map.process));

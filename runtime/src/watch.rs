@@ -14,7 +14,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -24,6 +24,7 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::metrics;
@@ -120,7 +121,7 @@ impl Watch {
     /// Shows this session from now on, while it runs.
     pub fn show(&self, session: &Session) {
         let observer = session.observer().map_or_else(Weak::new, Arc::downgrade);
-        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = observer;
+        *self.session.lock() = observer;
     }
 }
 
@@ -181,7 +182,7 @@ async fn serve(listener: TcpListener, state: ServerState, stopped: oneshot::Rece
 
 impl ServerState {
     fn observer(&self) -> Option<Arc<Observer>> {
-        self.session.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+        self.session.lock().upgrade()
     }
 }
 

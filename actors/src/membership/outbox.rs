@@ -3,8 +3,9 @@
 //! - **OB-1**: waiting messages of the application are at most [`MESSAGES_MAX`], with [`BYTES_MAX`] bytes in all. So a peer that
 //!   does not read costs this memory and its socket's buffers, and no more.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::control_message::{Body, ControlMessage};
@@ -52,10 +53,6 @@ pub(crate) struct Waiting {
     count: Arc<Mutex<Count>>,
 }
 
-fn lock(count: &Mutex<Count>) -> MutexGuard<'_, Count> {
-    count.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Outbox {
     pub(crate) fn new() -> (Self, Waiting) {
         let ((sender, messages), count) = (unbounded_channel(), Arc::default());
@@ -67,7 +64,7 @@ impl Outbox {
         let is_message = matches!(message.body, Body::Message { .. });
         let message_bytes = is_message.then_some(message.payload.len() as u64);
         if let Some(bytes) = message_bytes {
-            let mut count = lock(&self.count);
+            let mut count = self.count.lock();
             if count.messages == MESSAGES_MAX || count.bytes + bytes > BYTES_MAX {
                 return Err(Unsent::Full(*count));
             }
@@ -86,7 +83,7 @@ impl Waiting {
     /// This message waits no longer.
     pub(crate) fn written(&self, message: &Queued) {
         if let Some(bytes) = message.message_bytes {
-            let mut count = lock(&self.count);
+            let mut count = self.count.lock();
             (count.messages, count.bytes) = (count.messages - 1, count.bytes - bytes);
         }
     }

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
+use parking_lot::{Condvar, Mutex};
 
 use super::cause::{Arbiter, FirstCause, Kind, Report};
 use super::control_message::{Body, ControlMessage, truncate};
@@ -97,16 +97,12 @@ impl Shared {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn count(&self, add: impl FnOnce(&mut Counters)) {
-        add(&mut self.counters.lock().unwrap_or_else(PoisonError::into_inner));
+        add(&mut self.counters.lock());
     }
 
     pub(crate) fn counters(&self) -> Counters {
-        *self.counters.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.counters.lock()
     }
 
     fn now(&self) -> Duration {
@@ -116,7 +112,7 @@ impl Shared {
     /// Waits until `done` returns a value; `None` on timeout.
     fn wait<T>(&self, timeout: Duration, mut done: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
         let until = Instant::now() + timeout;
-        let mut state = self.state();
+        let mut state = self.state.lock();
         loop {
             if let Some(found) = done(&mut state) {
                 return Some(found);
@@ -125,13 +121,13 @@ impl Shared {
             if left.is_zero() {
                 return None;
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut state, left);
         }
     }
 
     /// Records that the control connection to a peer is ready.
     pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
-        if let Some(peer) = self.state().peers.get_mut(&process) {
+        if let Some(peer) = self.state.lock().peers.get_mut(&process) {
             peer.control = ControlState::Open(outbox);
         }
         self.changed.notify_all();
@@ -139,7 +135,7 @@ impl Shared {
 
     /// Handles the end of the control connection to a peer; a symptom of failure, unless the peer has left.
     pub(crate) fn disconnected(&self, process: u32) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if let Some(peer) = state.peers.get_mut(&process) {
             peer.control = ControlState::Closed;
             if state.detector.is_some() {
@@ -161,7 +157,7 @@ impl Shared {
         loop {
             let result = self.wait_for_connections(step, deadline);
             let Err(MembershipError::Missing { processes, .. }) = &result else { return result };
-            let (state, now) = (self.state(), self.now());
+            let (state, now) = (self.state.lock(), self.now());
             let heartbeat = |process: &u32| state.peers.get(process).and_then(|peer| peer.last_heartbeat);
             let are_alive = processes.iter().all(|process| heartbeat(process).is_some_and(|at| now < at + deadline));
             if !are_alive || now >= begin + at_most {
@@ -193,7 +189,7 @@ impl Shared {
             Some(Ok(()))
         });
         ended.unwrap_or_else(|| {
-            let processes = peers_in(&self.state(), |c| matches!(c, ControlState::Opening));
+            let processes = peers_in(&self.state.lock(), |c| matches!(c, ControlState::Opening));
             Err(MembershipError::Missing { processes, seconds: within.as_secs_f64() })
         })
     }
@@ -205,14 +201,14 @@ impl Shared {
     /// The content of the next heartbeat: the step, and the process that this one has lost. `None` if the session has
     /// ended for another cause; peers then also detect the missing heartbeats.
     pub(crate) fn heartbeat(&self) -> Option<(u64, Option<u32>)> {
-        let state = self.state();
+        let state = self.state.lock();
         let lost = state.arbiter.lost_by_own();
         (state.first.is_none() || lost.is_some()).then(|| (self.step.load(Ordering::Relaxed), lost))
     }
 
     /// Processes a received heartbeat.
     pub(crate) fn receive_heartbeat(&self, heartbeat: Heartbeat) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let (now, by) = (self.now(), heartbeat.process);
         if let Some(about) = heartbeat.lost {
             // Does not count as a sign of life: the sender is about to end. The control message with the cause may not
@@ -257,7 +253,7 @@ impl Shared {
 
     /// Checks heartbeats and the grace window.
     pub(crate) fn tick(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let now = self.now();
         let events = state.detector.as_mut().map(|d| d.tick(now)).unwrap_or_default();
         for event in events {
@@ -288,7 +284,7 @@ impl Shared {
 
     /// Reports a failure of this process.
     pub(crate) fn fail(&self, cause: String, exit: u8) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         self.fail_locked(&mut state, cause, exit);
     }
 
@@ -304,7 +300,7 @@ impl Shared {
 
     /// Reports a symptom of a lost peer, such as a broken connection.
     pub(crate) fn suspect(&self, process: u32, cause: String) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         self.report_lost(&mut state, process, cause);
         self.decide(&mut state);
     }
@@ -342,7 +338,7 @@ impl Shared {
 
     /// Processes a control message of a peer.
     pub(crate) fn receive(&self, by: u32, message: ControlMessage) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         self.receive_locked(&mut state, by, message);
         self.decide(&mut state);
         self.changed.notify_all();
@@ -398,7 +394,7 @@ impl Shared {
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(MembershipError::TooLarge { bytes: bytes.len() });
         }
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if let Some(first) = &state.first {
             return Err(MembershipError::Ended(first.clone()));
         }
@@ -420,7 +416,7 @@ impl Shared {
 
     /// Leaves in order: notifies peers. From now on nothing counts as a failure of this process's session.
     pub(crate) fn leave(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         if state.first.is_none() && !state.left {
             state.left = true;
             state.arbiter.close();
@@ -430,12 +426,12 @@ impl Shared {
 
     /// True if the session has ended for this process, in order or not.
     pub(crate) fn has_ended(&self) -> bool {
-        let state = self.state();
+        let state = self.state.lock();
         state.left || state.first.is_some()
     }
 
     pub(crate) fn first_cause(&self) -> Option<FirstCause> {
-        self.state().first.clone()
+        self.state.lock().first.clone()
     }
 
     /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier ones;
@@ -453,7 +449,7 @@ impl Shared {
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerStatus> {
-        let (state, now) = (self.state(), self.now());
+        let (state, now) = (self.state.lock(), self.now());
         let status = |(&process, peer): (&u32, &Peer)| {
             let health = state.detector.as_ref().and_then(|d| d.health(process, now));
             PeerStatus {

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
+use parking_lot::Mutex;
 use shardflow_kernels::cuda::nccl::{Pipe, Sent};
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
@@ -188,7 +189,7 @@ impl Writer {
             self.sink.write_all(&frame.encode())?;
             self.sink.flush()?;
             let sent = pipe.settle(arena)?;
-            self.sent.lock().unwrap_or_else(PoisonError::into_inner).insert((register, slot), sent);
+            self.sent.lock().insert((register, slot), sent);
         } else {
             self.sink.write_all(&frame.encode())?;
             runs.iter().try_for_each(|run| arena.write_to(start + run.offset, run.bytes, &mut self.sink))?;
@@ -298,7 +299,7 @@ impl Reader {
     /// Waits until the send of a slot has ended on this side; the release says only that the reader has the bytes.
     fn wait_for_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
         let Some(pipe) = self.pipes.get(&register) else { return Ok(()) };
-        let sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner).get(&(register, slot)).cloned();
+        let sent = self.sent.lock().get(&(register, slot)).cloned();
         sent.map_or(Ok(()), |sent| pipe.wait(&sent)).map_err(|error| io::Error::from(error).into())
     }
 

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Sender, bounded};
 use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::hash::SplitMix64;
 use shardflow_kernels::op::{Buffer, Op};
 use shardflow_kernels::tensor::DType;
 
@@ -11,7 +12,6 @@ use super::tests::{Bench, act, add_steps, bench, launch, programs};
 use super::*;
 use crate::builder::Builder;
 use crate::hang::{Root, tests::pieces};
-use crate::simulate::data::Rng;
 use crate::simulate::tests::Fault;
 use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulate};
 use crate::spec::{Firing, RegisterReader, StreamKind};
@@ -23,7 +23,7 @@ const WITHIN: Duration = Duration::from_secs(10);
 const IDLE_FOR: Duration = Duration::from_millis(100);
 
 /// A random number below `end`.
-fn draw(rng: &mut Rng, end: usize) -> usize {
+fn draw(rng: &mut SplitMix64, end: usize) -> usize {
     rng.below(end as u64) as usize
 }
 
@@ -37,7 +37,7 @@ struct Case {
 }
 
 /// Loses the message of one publication or of one release.
-fn lost_message(rng: &mut Rng) -> Case {
+fn lost_message(rng: &mut SplitMix64) -> Case {
     let all = plans::all();
     loop {
         let (_, spec, steps) = &all[draw(rng, all.len())];
@@ -62,7 +62,7 @@ fn lost_message(rng: &mut Rng) -> Case {
 }
 
 /// The members of one group all-reduce what their devices compute; one member never joins one of the collectives.
-fn unjoined_collective(rng: &mut Rng) -> Case {
+fn unjoined_collective(rng: &mut SplitMix64) -> Case {
     let (members, steps, per_step) = (2 + draw(rng, 3), 3, 2);
     let mut b = Builder::new();
     let mut at = Vec::new();
@@ -140,7 +140,7 @@ fn wait_until_idle(running: &RunningSession) {
 #[test]
 fn the_report_of_a_stall_names_its_cause_within_ten_seconds() {
     for seed in 0..CASES {
-        let mut rng = Rng::new(seed);
+        let mut rng = SplitMix64(seed);
         let case = if seed % 3 == 2 { unjoined_collective(&mut rng) } else { lost_message(&mut rng) };
         let Case { loaded, fault, steps, root, gate } = case;
         let spec = loaded.spec.clone();

@@ -387,7 +387,7 @@ fn the_watchdog_reports_what_each_actor_waits_for() {
         stall_after: Duration::from_secs(10),
         check_every: None,
         abort_after: Some(Duration::from_secs(30)),
-        on_stall: Some(Arc::new(move |text: &str| received.lock().unwrap().push(text.to_owned()))),
+        on_stall: Some(Arc::new(move |text: &str| received.lock().push(text.to_owned()))),
         ..WatchdogOptions::default()
     };
     let running = start(chain(vec![act(|| Ok(())), kernel]), options).unwrap();
@@ -409,7 +409,7 @@ fn the_watchdog_reports_what_each_actor_waits_for() {
     for line in lines {
         assert!(report.contains(line), "{report}");
     }
-    assert_eq!(*reports.lock().unwrap(), [report]);
+    assert_eq!(*reports.lock(), [report]);
     assert!(running.failures().is_empty(), "the session has not failed yet");
     let report = at(2030).expect("thirty seconds without progress");
     let failure = running.failures().recv_timeout(TIMEOUT).unwrap();

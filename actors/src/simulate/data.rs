@@ -2,34 +2,15 @@
 
 use std::collections::HashMap;
 
+use shardflow_kernels::hash::{GOLDEN_GAMMA, mix64};
+
 use super::{SimulatedFiring, SimulationError};
 use crate::protocol::Protocol;
 use crate::spec::{ActorId, RegisterId, Spec};
 
-/// SplitMix64 (Steele, Lea and Flood 2014): small and good enough to shuffle events.
-#[derive(Clone, Debug)]
-pub(crate) struct Rng(u64);
-
-impl Rng {
-    pub(crate) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    pub(crate) fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        finish(self.0) % bound
-    }
-}
-
-fn finish(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
-}
-
 /// Mixes a value into a hash; depends on the order of the arguments.
 fn mix(hash: u64, value: u64) -> u64 {
-    finish(hash.rotate_left(5) ^ finish(value.wrapping_add(0x9e37_79b9_7f4a_7c15)))
+    mix64(hash.rotate_left(5) ^ mix64(value.wrapping_add(GOLDEN_GAMMA)))
 }
 
 /// Content of a slot that is being written.

@@ -14,9 +14,11 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::dial::connect_unless;
 use super::handshake::{AcceptPolicy, SettledWorld};
@@ -122,7 +124,7 @@ struct Shared {
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         // No code panics in the middle of a change while it holds the lock.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn close(&self) {
@@ -253,7 +255,7 @@ impl Listener {
                 let (waited_ms, refused) = (begin.elapsed().as_millis() as u64, state.refusals.total());
                 return Err(TransportError::Missing { from, purpose, waited_ms, refused });
             }
-            state = self.shared.arrived.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.shared.arrived.wait_for(&mut state, left);
         }
     }
 
@@ -269,9 +271,9 @@ impl Listener {
         deadline: Instant,
     ) -> Result<Connection, TransportError> {
         connect_unless(address, key, hello, deadline, &|wait| {
-            let state = self.shared.state();
-            let waited = self.shared.arrived.wait_timeout_while(state, wait, |state| !state.closed);
-            waited.unwrap_or_else(PoisonError::into_inner).0.closed
+            let mut state = self.shared.state();
+            self.shared.arrived.wait_while_for(&mut state, |state| !state.closed, wait);
+            state.closed
         })
     }
 

@@ -4,11 +4,12 @@
 //! ends it.
 
 use std::io::BufRead;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex};
 use shardflow::graph::{AdamW, CustomOp, Graph, Var};
 use shardflow::layout_error::LayoutError;
 use shardflow::nn::{self, Parallel};
@@ -36,13 +37,12 @@ struct Gate {
 
 impl Gate {
     fn set(&self, closed: bool) {
-        *self.closed.lock().expect("the lock is not poisoned") = closed;
+        *self.closed.lock() = closed;
         self.opened.notify_all();
     }
 
     fn pass(&self) {
-        let closed = self.closed.lock().expect("the lock is not poisoned");
-        drop(self.opened.wait_while(closed, |closed| *closed).expect("no panic"));
+        self.opened.wait_while(&mut self.closed.lock(), |closed| *closed);
     }
 }
 

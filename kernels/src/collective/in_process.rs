@@ -10,8 +10,10 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe, describe_views, exchange,
@@ -95,10 +97,6 @@ impl Post {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Rendezvous {
     fn advance(&self) {
         self.round.fetch_add(1, Ordering::Release);
@@ -115,9 +113,9 @@ impl Rendezvous {
             while self.round.load(Ordering::Acquire) == round && began.elapsed() < SPIN {
                 std::hint::spin_loop();
             }
-            state = lock(&self.state);
+            state = self.state.lock();
             if self.round.load(Ordering::Acquire) == round && !done(&state) {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                self.changed.wait(&mut state);
             }
         }
         state
@@ -125,7 +123,7 @@ impl Rendezvous {
 
     /// Waits for all `members` to arrive. All of them are in the call (MEET-1, MEET-2).
     fn barrier(&self, members: usize) {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         state.at_barrier += 1;
         if state.at_barrier == members {
             state.at_barrier = 0;
@@ -145,32 +143,32 @@ impl InProcess {
     }
 
     fn rendezvous(&self, group: &Arc<Group>) -> Arc<Rendezvous> {
-        let rendezvous = lock(&self.groups).entry(group.id).or_default().clone();
+        let rendezvous = self.groups.lock().entry(group.id).or_default().clone();
         rendezvous.group.get_or_init(|| group.clone());
         rendezvous
     }
 
     fn check_aborted(&self) -> Result<(), KernelError> {
-        match &*lock(&self.aborted) {
+        match &*self.aborted.lock() {
             Some(cause) => Err(KernelError::Aborted { cause: cause.clone() }),
             None => Ok(()),
         }
     }
 
     fn is_aborted(&self) -> bool {
-        lock(&self.aborted).is_some()
+        self.aborted.lock().is_some()
     }
 
     /// The error of a wait that ended early.
     fn wait_error(&self, state: &State) -> KernelError {
-        let cause = lock(&self.aborted).clone();
+        let cause = self.aborted.lock().clone();
         let aborted = |cause| KernelError::Aborted { cause };
         state.failed.clone().or(cause.map(aborted)).unwrap_or_else(|| aborted("the peer has left the call".to_owned()))
     }
 
     fn count(&self, call: &CollectiveCall, elements: usize) {
         let bytes = (elements * size_of::<f32>()) as u64;
-        *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes;
+        *self.received.lock().entry(call.group.ranks[call.member]).or_default() += bytes;
     }
 
     /// Fails the group permanently and wakes its waiting members.
@@ -188,7 +186,7 @@ impl InProcess {
         description: &str,
         error: KernelError,
     ) -> KernelError {
-        let state = lock(&rendezvous.state);
+        let state = rendezvous.state.lock();
         let failed = state.failed.clone().map(Err).unwrap_or_else(|| self.check_aborted());
         if let Err(earlier) = failed {
             return earlier;
@@ -206,7 +204,7 @@ impl InProcess {
     /// Adds `post` and waits for the posts of all other members.
     fn exchange_posts(&self, rendezvous: &Rendezvous, post: Post) -> Result<Arc<Vec<Post>>, KernelError> {
         let (member, members) = (post.call.member, post.call.group.ranks.len());
-        let mut state = lock(&rendezvous.state);
+        let mut state = rendezvous.state.lock();
         self.check_aborted()?;
         if let Some(error) = &state.failed {
             return Err(error.clone());
@@ -267,7 +265,7 @@ impl InProcess {
     }
 
     fn send(&self, rendezvous: &Rendezvous, call: &CollectiveCall, to: usize, x: &View<'_>) -> Result<(), KernelError> {
-        let mut state = lock(&rendezvous.state);
+        let mut state = rendezvous.state.lock();
         self.check_aborted()?;
         if let Some(error) = state.failed.clone().or_else(|| peer_in_collective(&state, call, to)) {
             return Err(self.fail(rendezvous, state, error));
@@ -298,7 +296,7 @@ impl InProcess {
         from: usize,
         y: &View<'_>,
     ) -> Result<(), KernelError> {
-        let mut state = lock(&rendezvous.state);
+        let mut state = rendezvous.state.lock();
         if let Some(error) = peer_in_collective(&state, call, from) {
             state.failed.get_or_insert(error);
             rendezvous.advance();
@@ -335,7 +333,7 @@ impl InProcess {
         if from != call.member {
             self.count(call, elements);
         }
-        let mut state = lock(&rendezvous.state);
+        let mut state = rendezvous.state.lock();
         state.transfers.retain(|t| t.id != id);
         rendezvous.advance();
         Ok(())
@@ -390,22 +388,22 @@ impl Collective for InProcess {
     }
 
     fn abort(&self, cause: &str) {
-        lock(&self.aborted).get_or_insert_with(|| cause.to_owned());
-        let groups: Vec<_> = lock(&self.groups).values().cloned().collect();
+        self.aborted.lock().get_or_insert_with(|| cause.to_owned());
+        let groups: Vec<_> = self.groups.lock().values().cloned().collect();
         for rendezvous in groups {
             // Locked so that no member can check for an abort before it and start to wait after the notification.
-            drop(lock(&rendezvous.state));
+            drop(rendezvous.state.lock());
             rendezvous.changed.notify_all();
         }
     }
 
     /// Members that have posted wait for those that have not; each side of a transfer waits for the other.
     fn waits(&self) -> Vec<MemberWait> {
-        let groups: Vec<_> = lock(&self.groups).values().cloned().collect();
+        let groups: Vec<_> = self.groups.lock().values().cloned().collect();
         let mut waits = Vec::new();
         for rendezvous in groups {
             let Some(group) = rendezvous.group.get() else { continue };
-            let state = lock(&rendezvous.state);
+            let state = rendezvous.state.lock();
             let (present, absent): (Vec<usize>, Vec<usize>) =
                 (0..state.posts.len()).partition(|member| state.posts[*member].is_some());
             let sends = state.transfers.iter().filter(|transfer| !transfer.taken).map(|t| (t.from, t.to));
@@ -422,7 +420,7 @@ impl Collective for InProcess {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        lock(&self.received).get(&rank).copied().unwrap_or(0)
+        self.received.lock().get(&rank).copied().unwrap_or(0)
     }
 }
 

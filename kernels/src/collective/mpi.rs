@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::mem;
 use std::os::raw::c_int;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::collective::exchange::{all_reduce_foreign, check_buffers, check_members, taken};
@@ -33,6 +33,7 @@ mod calls;
 
 pub use calls::MpiWorld;
 use calls::{Comm, Layout, Transfer, pause};
+use parking_lot::Mutex;
 
 /// Posts use the tags below it, data the tags from it on; MPI supports at least 32768 tags.
 const TAGS: u32 = 1 << 14;
@@ -81,10 +82,6 @@ impl fmt::Debug for Mpi {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mpi").field("world", &self.world).field("groups", &self.groups.len()).finish_non_exhaustive()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Converts a number of words or bytes to MPI's integer type.
@@ -187,7 +184,7 @@ impl Mpi {
 impl Drop for Mpi {
     fn drop(&mut self) {
         for known in mem::take(&mut self.groups).into_values() {
-            let state = known.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let state = known.state.into_inner();
             // A communicator with an unfinished transfer is in use, and that of a failed group may be.
             state.comm.into_iter().filter(|_| state.failed.is_none()).for_each(Comm::free);
         }
@@ -529,7 +526,7 @@ impl Collective for Mpi {
                 got,
             ));
         };
-        let mut state = lock(&known.state);
+        let mut state = known.state.lock();
         self.check_aborted()?;
         let State { comm, memory, collectives, failed } = &mut *state;
         let (Some(joined), None) = (&*comm, &*failed) else {
@@ -542,7 +539,7 @@ impl Collective for Mpi {
             Ok(elements) => {
                 *collectives = collectives.wrapping_add(u32::from(peer.is_none()));
                 let bytes = (elements * size_of::<f32>()) as u64;
-                *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes;
+                *self.received.lock().entry(call.group.ranks[call.member]).or_default() += bytes;
                 Ok(())
             }
             Err(CallError::Completed(error)) => Err(failed.insert(error).clone()),
@@ -571,6 +568,6 @@ impl Collective for Mpi {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        lock(&self.received).get(&rank).copied().unwrap_or(0)
+        self.received.lock().get(&rank).copied().unwrap_or(0)
     }
 }

@@ -17,7 +17,7 @@ use std::hash::{Hash, Hasher};
 use std::io;
 use std::net::Shutdown;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::collective::exchange::{Terms, all_reduce_foreign, check_buffers, check_members};
@@ -44,6 +44,7 @@ mod tree;
 
 pub use channel::Channel;
 use link::{Context, Link};
+use parking_lot::Mutex;
 use port::{GroupStatus, Port};
 
 /// Bytes of a member's buffer for data in transit.
@@ -101,10 +102,6 @@ impl fmt::Debug for Wire {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Wire {
     /// An engine over established and authenticated connections: one to each of [`peers`], for each member of each
     /// group that lives in this process.
@@ -135,7 +132,7 @@ impl Wire {
     }
 
     fn channel(&self, group: &Group, member: usize, peer: usize) -> io::Result<Channel> {
-        let existing = lock(&self.unused_channels).remove(&(group.id, member, peer));
+        let existing = self.unused_channels.lock().remove(&(group.id, member, peer));
         match (existing, &self.connect) {
             (Some(channel), _) => Ok(channel),
             (None, Some(connect)) => connect(group, member, peer),
@@ -146,7 +143,7 @@ impl Wire {
     /// Returns the member's state. The first call creates its links.
     fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<GroupStatus>), KernelError> {
         let (group, member) = (&call.group, call.member);
-        let mut groups = lock(&self.groups);
+        let mut groups = self.groups.lock();
         let new_status = || Arc::new(GroupStatus::new(group.clone(), self.aborted.clone()));
         let status = groups.statuses.entry(group.id).or_insert_with(new_status).clone();
         status.check()?;
@@ -234,7 +231,7 @@ impl Collective for Wire {
             return Err(KernelError::arguments(call.name(), "peer", "a different member", got));
         }
         let (member, status) = self.member(call)?;
-        let mut member = lock(&member);
+        let mut member = member.lock();
         status.check()?;
         let (digest, text) = agreement(call, reads, writes);
         (member.port.context.digest, member.port.context.text, member.port.context.peer) = (digest, text, peer);
@@ -256,7 +253,7 @@ impl Collective for Wire {
         match member.run(call, &mut words, (&shapes.0, &shapes.1), limit) {
             Ok(taken) => {
                 member.port.finish_call();
-                *lock(&self.received).entry(call.group.ranks[call.member]).or_default() +=
+                *self.received.lock().entry(call.group.ranks[call.member]).or_default() +=
                     (taken * size_of::<f32>()) as u64;
                 Ok(())
             }
@@ -269,16 +266,16 @@ impl Collective for Wire {
             return;
         }
         // `member` holds this lock while it creates links, and checks for an abort before each later call.
-        lock(&self.groups).channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
-        lock(&self.unused_channels).values().for_each(|channel| channel.shutdown(Shutdown::Both));
+        self.groups.lock().channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
+        self.unused_channels.lock().values().for_each(|channel| channel.shutdown(Shutdown::Both));
     }
 
     fn waits(&self) -> Vec<MemberWait> {
-        lock(&self.groups).statuses.values().flat_map(|status| status.waits()).collect()
+        self.groups.lock().statuses.values().flat_map(|status| status.waits()).collect()
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        lock(&self.received).get(&rank).copied().unwrap_or(0)
+        self.received.lock().get(&rank).copied().unwrap_or(0)
     }
 }
 

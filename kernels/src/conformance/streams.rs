@@ -1,8 +1,9 @@
 //! Streams, events, signals, failures of single programs, memory.
 
 use std::sync::Arc;
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
+
+use parking_lot::Mutex;
 
 use super::{Report, TIMEOUT, run_program, submit, wait};
 use crate::clock::RaceClock;
@@ -23,13 +24,10 @@ impl CustomKernel for Gate {
     }
 
     fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
-        if let Ok(receiver) = self.0.lock()
-            && let Ok(clock) = receiver.recv_timeout(TIMEOUT)
-        {
-            clock.join();
-            return Ok(());
-        }
-        Err(KernelError::Custom { name: "gate".to_owned(), message: "never opened".to_owned() })
+        let never_opened = |_| KernelError::Custom { name: "gate".to_owned(), message: "never opened".to_owned() };
+        let clock = self.0.lock().recv_timeout(TIMEOUT).map_err(never_opened)?;
+        clock.join();
+        Ok(())
     }
 }
 

@@ -4,15 +4,9 @@ use crate::cpu::launch::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{Operand, dispatch};
 use crate::error::KernelError;
+use crate::hash::mix64;
 use crate::region::check_inside;
 use crate::tensor::{Region, element_count};
-
-/// SplitMix64's finalizer: Steele, Lea and Flood 2014, <https://doi.org/10.1145/2714064.2660195>.
-fn mix64(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
-}
 
 /// `lowbias32`, a 32-bit mixer that vectorizes: <https://github.com/skeeto/hash-prospector>.
 #[inline(always)]

@@ -11,10 +11,12 @@ use std::cell::{Cell, UnsafeCell};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use crate::tensor::split_range;
 
@@ -111,7 +113,7 @@ impl Pool {
         }
         let own = catch_unwind(AssertUnwindSafe(|| work(0)));
         wait_until(|| shared.pending.load(Ordering::Acquire) == 0, &shared.owner_parked);
-        let helpers_panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let helpers_panic = shared.panic.lock().take();
         if let Some(panic) = own.err().or(helpers_panic) {
             resume_unwind(panic);
         }
@@ -198,7 +200,7 @@ fn run_helper(shared: &Shared, helper: usize) {
             // SAFETY: the owner waits for `pending`, so the closure outlives this call (POOL-2).
             let work = unsafe { &*job.work };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(helper + 1))) {
-                shared.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+                shared.panic.lock().get_or_insert(panic);
             }
         }
         if shared.pending.fetch_sub(1, Ordering::SeqCst) == 1

@@ -2,7 +2,9 @@
 //! launch widens from bf16. It is not part of the plan's arena, because its size depends on the number of threads.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::cpu::widen;
 use crate::error::KernelError;
@@ -32,7 +34,7 @@ impl Scratch {
 
     /// Returns the memory, grown to at least `bytes`. Only the stream's thread uses it, for one launch at a time.
     pub(crate) fn at_least(&self, bytes: usize) -> Result<Arena, KernelError> {
-        let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut arena = self.arena.lock();
         match &*arena {
             Some(arena) if arena.bytes() >= bytes => Ok(arena.clone()),
             _ => {

@@ -2,9 +2,10 @@
 #![allow(unsafe_code)]
 
 use std::fmt::Display;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
+use parking_lot::Mutex;
 
 use super::context::{Context, Raw};
 use crate::error::KernelError;
@@ -35,7 +36,7 @@ impl EventPool {
     }
 
     fn take(&self, place: &dyn Display) -> Result<Raw<sys::CUevent>, KernelError> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = self.free.lock();
         if free.is_empty() {
             create_batch(&self.context, &mut free, place)?;
         }
@@ -73,7 +74,7 @@ impl Drop for EventPool {
         if !self.context.bind_to_drop() {
             return;
         }
-        for event in self.free.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for event in self.free.get_mut().drain(..) {
             // SAFETY: created here, destroyed once; the driver keeps recorded events until they complete.
             let _ = unsafe { sys::cuEventDestroy_v2(event.0) };
         }
@@ -101,6 +102,6 @@ impl Recorded {
 
 impl Drop for Recorded {
     fn drop(&mut self) {
-        self.events.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.event);
+        self.events.free.lock().push(self.event);
     }
 }

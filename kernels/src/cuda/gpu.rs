@@ -2,9 +2,10 @@
 //! may share one.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::sys;
+use parking_lot::Mutex;
 
 use super::blas::Blas;
 use super::context::Context;
@@ -155,7 +156,7 @@ impl Gpu {
 
     /// Requires the context to be bound.
     pub(crate) fn blas(&self) -> Result<Arc<Blas>, KernelError> {
-        let mut blas = self.blas.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut blas = self.blas.lock();
         match &*blas {
             Some(blas) => Ok(blas.clone()),
             None => Ok(blas.insert(Arc::new(Blas::new(&self.context)?)).clone()),

@@ -1,7 +1,9 @@
 //! A submission in flight: what it runs, whom it notifies, and what is checked before the final notification.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use super::record::RecordSlot;
 use crate::collective::AbortStatus;
@@ -32,7 +34,7 @@ impl InFlight {
     }
 
     pub(crate) fn send(&self, notification: Notification) {
-        (self.notify.lock().unwrap_or_else(PoisonError::into_inner))(notification);
+        (self.notify.lock())(notification);
     }
 
     pub(crate) fn signal(&self, tag: u32) {
@@ -44,7 +46,7 @@ impl InFlight {
 
     /// Sets the slot that receives the error record; `finish` reads it.
     pub(crate) fn set_record_slot(&self, slot: RecordSlot) {
-        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(slot);
+        *self.slot.lock() = Some(slot);
     }
 
     fn aborted(&self) -> Option<KernelError> {
@@ -53,7 +55,7 @@ impl InFlight {
 
     /// Sends the final notification, once all work on the stream is done or has failed.
     pub(crate) fn finish(&self, result: Result<(), KernelError>) {
-        let record = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take().and_then(|slot| slot.read());
+        let record = self.slot.lock().take().and_then(|slot| slot.read());
         let record_error = record.map(|record| {
             let launch = self.program.launches.get(record.launch as usize);
             record.error(launch.map_or("unknown", |launch| launch.op.name()))

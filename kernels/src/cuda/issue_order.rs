@@ -6,8 +6,10 @@
 //!   collectives in that order, however late a submission reaches its stream.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
 
 use crate::collective::AbortStatus;
 use crate::error::KernelError;
@@ -36,14 +38,10 @@ pub struct IssueTicket {
     number: u64,
 }
 
-fn lock(order: &IssueOrder) -> MutexGuard<'_, State> {
-    order.state.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl IssueOrder {
     /// Takes the next position.
     pub(crate) fn ticket(self: &Arc<Self>) -> IssueTicket {
-        let mut state = lock(self);
+        let mut state = self.state.lock();
         let number = state.next;
         state.next += 1;
         state.open.insert(number);
@@ -54,7 +52,7 @@ impl IssueOrder {
 impl IssueTicket {
     /// Whether all earlier tickets have been dropped.
     pub(crate) fn may_issue(&self) -> bool {
-        lock(&self.order).open.first() == Some(&self.number)
+        self.order.state.lock().open.first() == Some(&self.number)
     }
 
     /// Waits until all earlier tickets have been dropped.
@@ -62,13 +60,12 @@ impl IssueTicket {
     /// # Errors
     /// [`KernelError::Aborted`] once the engine is aborted.
     pub(crate) fn wait(&self, abort_statuses: &[AbortStatus]) -> Result<(), KernelError> {
-        let mut state = lock(&self.order);
+        let mut state = self.order.state.lock();
         while state.open.first() != Some(&self.number) {
             if let Some(error) = abort_statuses.iter().find_map(AbortStatus::aborted) {
                 return Err(error);
             }
-            let waited = self.order.changed.wait_timeout(state, ABORT_CHECK_INTERVAL);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.order.changed.wait_for(&mut state, ABORT_CHECK_INTERVAL);
         }
         Ok(())
     }
@@ -76,7 +73,7 @@ impl IssueTicket {
 
 impl Drop for IssueTicket {
     fn drop(&mut self) {
-        lock(&self.order).open.remove(&self.number);
+        self.order.state.lock().open.remove(&self.number);
         self.order.changed.notify_all();
     }
 }

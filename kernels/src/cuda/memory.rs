@@ -6,8 +6,8 @@
 #![allow(unsafe_code)]
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult};
 
@@ -54,7 +54,7 @@ impl DeviceMemory {
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
-            let transfer = gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
+            let transfer = gpu.transfer().lock();
             gpu.context().bind()?;
             // Not from a memory pool: other GPUs cannot access pool memory, whatever peer access the contexts have.
             // SAFETY: writes an address to a local.
@@ -128,7 +128,7 @@ impl DeviceMemory {
         bytes: usize,
         mut fill: impl FnMut(&mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut transfer = self.gpu.transfer().lock();
         self.gpu.context().bind()?;
         transfer.released.join();
         for at in (0..bytes).step_by(PIECE_BYTES) {
@@ -152,7 +152,7 @@ impl DeviceMemory {
         bytes: usize,
         mut take: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let mut transfer = self.gpu.transfer().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut transfer = self.gpu.transfer().lock();
         self.gpu.context().bind()?;
         transfer.released.join();
         for at in (0..bytes).step_by(PIECE_BYTES) {

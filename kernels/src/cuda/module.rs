@@ -5,11 +5,12 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::{env, fs};
 
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::nvrtc::sys as nvrtc;
+use parking_lot::Mutex;
 
 use super::context::{Context, Raw};
 use super::library::Library;
@@ -52,7 +53,7 @@ impl Modules {
     /// [`KernelError::Compile`]; [`KernelError::Unavailable`] if it must be compiled and there is no compiler;
     /// [`KernelError::Cuda`].
     pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function, KernelError> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loaded = self.loaded.lock();
         let place = format!("kernel {name} on {}", self.context.place());
         let mut function = match loaded.functions.get(name) {
             Some(function) => *function,
@@ -122,7 +123,7 @@ impl Modules {
 impl Drop for Modules {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
-            for module in self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner).modules.values() {
+            for module in self.loaded.get_mut().modules.values() {
                 // SAFETY: loaded here, unloaded once; all streams have ended.
                 let _ = unsafe { sys::cuModuleUnload(module.0) };
             }

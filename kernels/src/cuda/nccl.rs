@@ -13,7 +13,7 @@
 //! the plan is checked before it runs.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,7 @@ mod pipe;
 
 pub(crate) use api::Api;
 use comm::{Comm, NcclCall, Transfer};
+use parking_lot::Mutex;
 pub use pipe::{Pipe, Sent};
 
 /// How long the issuing thread polls whether a call is on the stream before it leaves that to the stream's own thread.
@@ -90,10 +91,6 @@ struct Inner {
     abort_status: AbortStatus,
     /// Aborts the communicators if a poller found an error.
     aborting: Mutex<Option<JoinHandle<()>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Nccl {
@@ -170,7 +167,7 @@ impl Inner {
 
     fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
         let bytes = foreign_elements(call, y_shape) * DType::F32.bytes();
-        *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes as u64;
+        *self.received.lock().entry(call.group.ranks[call.member]).or_default() += bytes as u64;
     }
 
     /// Waits until NCCL has put a call on its stream (NCCL-2); `None` after the timeout.
@@ -202,7 +199,7 @@ impl ErrorCheck for Inner {
             return;
         }
         let Some(error) = self.comms.values().find_map(|comm| comm.is_settled().err()) else { return };
-        let mut aborting = lock(&self.aborting);
+        let mut aborting = self.aborting.lock();
         if aborting.is_some() {
             return;
         }
@@ -222,7 +219,7 @@ impl Drop for Nccl {
             let comms: Vec<_> = self.0.comms.values().collect();
             comm::finalize(&comms, FINALIZE_WITHIN);
         }
-        let aborting = lock(&self.0.aborting).take();
+        let aborting = self.0.aborting.lock().take();
         let began = Instant::now();
         while aborting.as_ref().is_some_and(|thread| !thread.is_finished()) && began.elapsed() < FINALIZE_WITHIN {
             thread::sleep(ISSUE_STEP);
@@ -451,7 +448,7 @@ impl Collective for Nccl {
     }
 
     fn turn(&self, rank: usize) -> Option<IssueTicket> {
-        Some(lock(&self.0.orders).entry(rank).or_default().ticket())
+        Some(self.0.orders.lock().entry(rank).or_default().ticket())
     }
 
     fn on_device(&self, _: &CollectiveCall) -> Option<CudaCollective<'_>> {
@@ -459,6 +456,6 @@ impl Collective for Nccl {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        lock(&self.0.received).get(&rank).copied().unwrap_or(0)
+        self.0.received.lock().get(&rank).copied().unwrap_or(0)
     }
 }

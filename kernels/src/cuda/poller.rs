@@ -11,9 +11,11 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
 
 use super::context::Context;
 use super::event::Recorded;
@@ -85,10 +87,6 @@ impl fmt::Debug for Poller {
     }
 }
 
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Poller {
     pub(crate) fn start(context: &Arc<Context>) -> Result<Self, KernelError> {
         let shared = Arc::new(Shared {
@@ -111,13 +109,13 @@ impl Poller {
     pub(crate) fn register(&self, stream: &RawStream) -> Arc<CompletionQueue> {
         let (place, progress) = (stream.place().to_owned(), stream.call_progress().cloned());
         let queue = Arc::new(CompletionQueue { place, progress, pending: Mutex::default() });
-        lock(&self.shared.queues).push(queue.clone());
+        self.shared.queues.lock().push(queue.clone());
         queue
     }
 
     /// Removes the queue of a stream that has ended; pending completions fail with `cause`.
     pub(crate) fn unregister(&self, queue: &Arc<CompletionQueue>, cause: &KernelError) {
-        lock(&self.shared.queues).retain(|other| !Arc::ptr_eq(other, queue));
+        self.shared.queues.lock().retain(|other| !Arc::ptr_eq(other, queue));
         self.shared.fail(queue, cause);
     }
 
@@ -125,13 +123,13 @@ impl Poller {
     pub(crate) fn push(&self, queue: &CompletionQueue, after: Arc<Recorded>, completion: Completion) {
         // Count first, so that the thread never subtracts a completion that is not yet counted.
         self.shared.pending.fetch_add(1, Ordering::SeqCst);
-        lock(&queue.pending).push_back((after, completion));
+        queue.pending.lock().push_back((after, completion));
         self.wake();
     }
 
     /// Wakes the thread if it is parked.
     pub(crate) fn wake(&self) {
-        let parked = lock(&self.shared.parked);
+        let parked = self.shared.parked.lock();
         if *parked {
             self.shared.wake.notify_one();
         }
@@ -139,12 +137,12 @@ impl Poller {
 
     /// Adds an engine to check for errors while something is pending.
     pub(crate) fn add_error_check(&self, check: Weak<dyn ErrorCheck>) {
-        lock(&self.shared.error_checks).push(check);
+        self.shared.error_checks.lock().push(check);
     }
 
     /// True if the queue is empty.
     pub(crate) fn is_idle(&self, queue: &CompletionQueue) -> bool {
-        lock(&queue.pending).is_empty()
+        queue.pending.lock().is_empty()
     }
 
     /// True on the poller's own thread, which must not block.
@@ -156,7 +154,7 @@ impl Poller {
 impl Drop for Poller {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        drop(lock(&self.shared.parked));
+        drop(self.shared.parked.lock());
         self.shared.wake.notify_all();
         if !self.is_poller_thread()
             && let Some(thread) = self.thread.take()
@@ -179,7 +177,7 @@ impl Shared {
                 self.park();
                 (last_progress, sleep) = (Instant::now(), SLEEP_MIN);
             }
-            let queues = lock(&self.queues).clone();
+            let queues = self.queues.lock().clone();
             let advanced = queues.iter().filter(|queue| self.advance(queue)).count();
             // After the completions, so that the progress of completed work is always seen.
             queues.iter().filter_map(|queue| queue.progress.as_ref()).for_each(|progress| progress.update());
@@ -198,7 +196,7 @@ impl Shared {
                 sleep = (sleep * 2).min(SLEEP_MAX);
             }
         }
-        for queue in lock(&self.queues).drain(..) {
+        for queue in self.queues.lock().drain(..) {
             self.fail(&queue, &KernelError::Closed { device: self.context.ordinal() });
         }
     }
@@ -208,21 +206,21 @@ impl Shared {
         let expects_progress =
             |queue: &Arc<CompletionQueue>| queue.progress.as_ref().is_some_and(|progress| progress.expects_progress());
         self.pending.load(Ordering::SeqCst) == 0
-            && (self.context.lost().is_some() || !lock(&self.queues).iter().any(expects_progress))
+            && (self.context.lost().is_some() || !self.queues.lock().iter().any(expects_progress))
     }
 
     fn park(&self) {
-        let mut parked = lock(&self.parked);
+        let mut parked = self.parked.lock();
         while self.is_idle() && !self.stop.load(Ordering::SeqCst) {
             *parked = true;
-            parked = self.wake.wait(parked).unwrap_or_else(PoisonError::into_inner);
+            self.wake.wait(&mut parked);
         }
         *parked = false;
     }
 
     fn check_engines(&self) {
         let error_checks: Vec<_> = {
-            let mut error_checks = lock(&self.error_checks);
+            let mut error_checks = self.error_checks.lock();
             error_checks.retain(|engine| engine.strong_count() > 0);
             error_checks.iter().filter_map(Weak::upgrade).collect()
         };
@@ -234,7 +232,7 @@ impl Shared {
         let mut has_progressed = false;
         loop {
             // Query outside the lock, which submitting threads take.
-            let Some(front) = lock(&queue.pending).front().map(|(after, _)| after.clone()) else {
+            let Some(front) = queue.pending.lock().front().map(|(after, _)| after.clone()) else {
                 return has_progressed;
             };
             let lost = self.context.check_alive();
@@ -255,7 +253,7 @@ impl Shared {
     }
 
     fn pop(&self, queue: &CompletionQueue) -> Option<(Arc<Recorded>, Completion)> {
-        let popped = lock(&queue.pending).pop_front();
+        let popped = queue.pending.lock().pop_front();
         if popped.is_some() {
             self.pending.fetch_sub(1, Ordering::SeqCst);
         }

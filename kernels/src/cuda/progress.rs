@@ -8,9 +8,11 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
+
+use parking_lot::Mutex;
 
 use super::context::Context;
 use super::memory::Pinned;
@@ -90,13 +92,9 @@ fn has_reached_number(word: u32, number: u32) -> bool {
 }
 
 impl CallProgress {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Counts a call that is put on the stream next; returns the address and value that the stream writes before it.
     pub(super) fn begin(&self, timer: Option<CollectiveTimer>) -> (u64, u32) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         let number = state.begun.wrapping_add(1);
         state.begun = number;
         state.open.push_back(Open { number, reached: false, timer });
@@ -105,19 +103,19 @@ impl CallProgress {
 
     /// Returns the address and value that the stream writes after the last call.
     pub(super) fn end(&self) -> (u64, u32) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.ended = state.begun;
         (self.passed.address() as u64, state.ended)
     }
 
     /// The number of the last call.
     pub(super) fn last(&self) -> u32 {
-        self.state().begun
+        self.state.lock().begun
     }
 
     /// Whether progress will come without further work by the host: the stream will reach or complete a call.
     pub(super) fn expects_progress(&self) -> bool {
-        let state = self.state();
+        let state = self.state.lock();
         state.open.back().is_some_and(|open| !open.reached || open.number == state.ended)
     }
 
@@ -141,7 +139,7 @@ impl CallProgress {
             return;
         }
         let now = Instant::now();
-        let mut state = self.state();
+        let mut state = self.state.lock();
         while let Some(open) = state.open.front_mut().filter(|open| has_reached_number(reached, open.number)) {
             if !std::mem::replace(&mut open.reached, true) {
                 open.timer.iter().for_each(|timer| timer.came(now));

@@ -2,9 +2,10 @@
 //! submission that may write it.
 #![allow(unsafe_code)]
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::sys;
+use parking_lot::Mutex;
 
 use super::context::Raw;
 use super::gpu::Gpu;
@@ -71,7 +72,7 @@ impl ErrorRecords {
 
     fn take_slot(&mut self, gpu: &Gpu) -> Result<RecordSlot, KernelError> {
         let take = |block: &Arc<SlotBlock>| {
-            let index = block.free.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+            let index = block.free.lock().pop()?;
             block.returned.join();
             Some(RecordSlot { block: block.clone(), index })
         };
@@ -121,6 +122,6 @@ impl RecordSlot {
 impl Drop for RecordSlot {
     fn drop(&mut self) {
         self.block.returned.add();
-        self.block.free.lock().unwrap_or_else(PoisonError::into_inner).push(self.index);
+        self.block.free.lock().push(self.index);
     }
 }

@@ -10,7 +10,9 @@
 //!   that has left.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex};
 
 use super::engine::{self, CudaCollective, Enqueue, Enqueued};
 use super::event::Recorded;
@@ -86,10 +88,6 @@ struct Transfer {
     ready: Arc<Recorded>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Arrival {
     fn terms(&self) -> Terms<'_> {
         Terms::of(&self.call, &self.x_shape, &self.y_shape, self.dtype)
@@ -113,7 +111,7 @@ impl SharedGpu {
 
 impl Inner {
     fn rendezvous(&self, group: u32) -> Arc<Rendezvous> {
-        lock(&self.groups).entry(group).or_default().clone()
+        self.groups.lock().entry(group).or_default().clone()
     }
 
     /// The error that ends new and waiting calls, if any.
@@ -123,7 +121,7 @@ impl Inner {
 
     fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
         let bytes = foreign_elements(call, y_shape) * DType::F32.bytes();
-        *lock(&self.received).entry(call.group.ranks[call.member]).or_default() += bytes as u64;
+        *self.received.lock().entry(call.group.ranks[call.member]).or_default() += bytes as u64;
     }
 
     /// Fails the group permanently and wakes its waiting members.
@@ -139,7 +137,7 @@ impl Inner {
         arrival: Arrival,
     ) -> Result<Enqueued, KernelError> {
         let (member, members) = (arrival.call.member, arrival.call.group.ranks.len());
-        let mut state = lock(&rendezvous.state);
+        let mut state = rendezvous.state.lock();
         if let Some(error) = self.failure(&state) {
             return Err(error);
         }
@@ -174,7 +172,7 @@ impl Inner {
         withdraw: impl FnOnce(&mut State) + Send + 'static,
     ) -> engine::Wait {
         Box::new(move || {
-            let mut state = lock(&rendezvous.state);
+            let mut state = rendezvous.state.lock();
             loop {
                 if is_done(&state) {
                     return Ok(());
@@ -183,7 +181,7 @@ impl Inner {
                     withdraw(&mut state);
                     return Err(error);
                 }
-                state = rendezvous.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                rendezvous.changed.wait(&mut state);
             }
         })
     }
@@ -194,7 +192,7 @@ impl Inner {
         call: &CollectiveCall,
         mut transfer: Transfer,
     ) -> Result<Enqueued, KernelError> {
-        let mut state = lock(&rendezvous.state);
+        let mut state = rendezvous.state.lock();
         if let Some(error) = self.failure(&state) {
             return Err(error);
         }
@@ -215,7 +213,7 @@ impl Inner {
             }
             if sender.from != sender.to {
                 let (rank, bytes) = (call.group.ranks[sender.to], element_count(&sender.shape) * sender.dtype.bytes());
-                *lock(&self.received).entry(rank).or_default() += bytes as u64;
+                *self.received.lock().entry(rank).or_default() += bytes as u64;
             }
             rendezvous.changed.notify_all();
             return Ok(Enqueued::Issued);
@@ -439,7 +437,7 @@ impl Enqueue for SharedGpu {
         check_members(call)?;
         let rendezvous = self.0.rendezvous(call.group.id);
         if let Err(error) = check_call(call, reads, writes) {
-            let mut state = lock(&rendezvous.state);
+            let mut state = rendezvous.state.lock();
             if let Some(earlier) = self.0.failure(&state) {
                 return Err(earlier);
             }
@@ -491,10 +489,10 @@ impl Collective for SharedGpu {
 
     fn abort(&self, cause: &str) {
         self.0.abort_status.abort(cause);
-        let groups: Vec<_> = lock(&self.0.groups).values().cloned().collect();
+        let groups: Vec<_> = self.0.groups.lock().values().cloned().collect();
         for rendezvous in groups {
             // Lock, so that no member can check for an abort before it and start to wait after the notification.
-            drop(lock(&rendezvous.state));
+            drop(rendezvous.state.lock());
             rendezvous.changed.notify_all();
         }
     }
@@ -517,6 +515,6 @@ impl Collective for SharedGpu {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        lock(&self.0.received).get(&rank).copied().unwrap_or(0)
+        self.0.received.lock().get(&rank).copied().unwrap_or(0)
     }
 }

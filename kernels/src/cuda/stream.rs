@@ -6,10 +6,12 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::gpu::Gpu;
 use super::issue::{Command, Issuer};
@@ -74,10 +76,6 @@ impl fmt::Debug for CudaStream {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl CudaStream {
     /// Starts a stream; `urgent` gives its work priority over other streams.
     pub(crate) fn start(
@@ -114,7 +112,7 @@ impl CudaStream {
 
     pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         self.inner.stream.gpu().context().check_alive()?;
-        let lowered = lock(&self.inner.cache).get(&submission.program, submission.repeat);
+        let lowered = self.inner.cache.lock().get(&submission.program, submission.repeat);
         let issue_ticket = lowered.last_call.and_then(|_| self.inner.engine.turn(self.inner.rank));
         self.inner.submit_command(Command::run(submission, lowered, &self.inner.abort_statuses, issue_ticket))
     }
@@ -123,8 +121,8 @@ impl CudaStream {
         let gpu = self.inner.stream.gpu();
         gpu.context().check_alive()?;
         gpu.context().bind()?;
-        let lowered = [false, true].map(|repeat| lock(&self.inner.cache).get(program, repeat));
-        let mut issuer = lock(&self.inner.issuer);
+        let lowered = [false, true].map(|repeat| self.inner.cache.lock().get(program, repeat));
+        let mut issuer = self.inner.issuer.lock();
         lowered.iter().try_for_each(|lowered| issuer.prepare(program, lowered))
     }
 
@@ -164,15 +162,15 @@ impl Inner {
     /// Issues a command, or queues it behind waiting commands.
     fn submit_command(self: &Arc<Self>, command: Command) -> Result<(), KernelError> {
         self.stream.gpu().context().bind()?;
-        let mut queue = lock(&self.queue);
+        let mut queue = self.queue.lock();
         if queue.busy {
             queue.commands.push_back((RaceClock::capture(), command));
             return Ok(());
         }
         queue.busy = true;
         drop(queue);
-        let rest = lock(&self.issuer).execute(command, false);
-        let mut queue = lock(&self.queue);
+        let rest = self.issuer.lock().execute(command, false);
+        let mut queue = self.queue.lock();
         match rest {
             None if queue.commands.is_empty() => {
                 queue.busy = false;
@@ -206,13 +204,13 @@ impl Inner {
 
     /// Runs the stream's own thread.
     fn serve(&self) {
-        let mut queue = lock(&self.queue);
+        let mut queue = self.queue.lock();
         loop {
             if !queue.handed_over {
                 if queue.closed {
                     return;
                 }
-                queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                self.changed.wait(&mut queue);
                 continue;
             }
             let Some((clock, command)) = queue.commands.pop_front() else {
@@ -225,21 +223,21 @@ impl Inner {
             // User code may have bound another GPU's context meanwhile. An error repeats at the command.
             let _ = self.stream.gpu().context().bind();
             // A command that may block leaves no rest.
-            let _ = lock(&self.issuer).execute(command, true);
-            queue = lock(&self.queue);
+            let _ = self.issuer.lock().execute(command, true);
+            queue = self.queue.lock();
         }
     }
 
     /// Waits for all work; returns false if the device does not finish in time.
     fn drain(&self) -> bool {
         let deadline = Instant::now() + DRAIN_WITHIN;
-        let mut queue = lock(&self.queue);
+        let mut queue = self.queue.lock();
         while queue.busy {
             let remaining = deadline.saturating_duration_since(Instant::now());
             if remaining.is_zero() {
                 return false;
             }
-            queue = self.changed.wait_timeout(queue, remaining).unwrap_or_else(PoisonError::into_inner).0;
+            self.changed.wait_for(&mut queue, remaining);
         }
         drop(queue);
         let poller = self.stream.gpu().poller();
@@ -256,7 +254,7 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         if self.is_detached.load(Ordering::Relaxed) {
-            lock(&self.issuer).release_memory();
+            self.issuer.lock().release_memory();
         }
     }
 }
@@ -264,7 +262,7 @@ impl Drop for Inner {
 impl Drop for CudaStream {
     fn drop(&mut self) {
         let poller = self.inner.stream.gpu().poller();
-        let mut queue = lock(&self.inner.queue);
+        let mut queue = self.inner.queue.lock();
         queue.closed = true;
         self.inner.changed.notify_all();
         let thread = queue.thread.take();

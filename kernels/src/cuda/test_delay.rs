@@ -4,6 +4,7 @@ use std::env;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::error::KernelError;
+use crate::hash::{GOLDEN_GAMMA, mix64};
 
 /// Environment variable `SEED:CYCLES`: delays about half of a stream's steps by a kernel that spins for fewer than
 /// CYCLES cycles of the GPU's clock. Only for tests; unset means no delays.
@@ -31,21 +32,15 @@ impl TestDelays {
         let (seed, cycles_max): (u64, u64) = parsed.ok_or_else(|| {
             KernelError::arguments("cuda", SPIN, format!("SEED:CYCLES with 1 to {CYCLES_MAX} cycles"), text)
         })?;
-        Ok(Self { state: AtomicU64::new(seed.wrapping_mul(GOLDEN)), cycles_max })
+        Ok(Self { state: AtomicU64::new(seed.wrapping_mul(GOLDEN_GAMMA)), cycles_max })
     }
 
     /// Cycles to delay the next step of any stream; `None` for about half of the steps.
     pub(crate) fn next(&self) -> Option<u64> {
-        // SplitMix64: Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>.
-        let mut z = self.state.fetch_add(GOLDEN, Ordering::Relaxed);
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^= z >> 31;
+        let z = mix64(self.state.fetch_add(GOLDEN_GAMMA, Ordering::Relaxed));
         (z & 1 == 1).then(|| (z >> 1) % self.cycles_max)
     }
 }
-
-const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 #[cfg(test)]
 mod tests {

@@ -2,10 +2,11 @@
 //! thread while training steps continue.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use shardflow_actors::membership::Membership;
 
@@ -93,7 +94,7 @@ impl ClusterAgreement {
     fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<PhaseResult, AgreeError> {
         let key = (save.epoch, save.step, save.attempt, phase, from);
         loop {
-            let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut early = self.early.lock();
             if let Some(result) = early.remove(&key) {
                 return Ok(result);
             }
@@ -105,7 +106,7 @@ impl ClusterAgreement {
             let Received { from: sender, bytes } = message;
             let payload: Payload = serde_json::from_slice(&bytes)
                 .map_err(|e| self.error(sender, format!("sent an invalid message: {e}")))?;
-            let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut early = self.early.lock();
             if early.len() >= EARLY_MAX {
                 return Err(self.error(sender, format!("more than {EARLY_MAX} unexpected messages are pending")));
             }

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, MembershipEvent, PeerStatus};
 use shardflow_actors::shell::{Control, RunningSession};
@@ -104,10 +105,6 @@ impl State {
 const SLOW_LISTED_MAX: usize = 8;
 
 impl Monitor {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Starts the thread that receives events. It ends with the membership or with the session.
     fn spawn(
         self: &Arc<Self>,
@@ -123,7 +120,7 @@ impl Monitor {
             loop {
                 if Instant::now() >= report_at {
                     report_at = Instant::now() + options.report_every;
-                    let slow = monitor.lock().slow_peers(own, options.report_every);
+                    let slow = monitor.state.lock().slow_peers(own, options.report_every);
                     slow.iter().for_each(|line| options.report_waiting(line));
                 }
                 let event = match events.recv_deadline(report_at) {
@@ -143,7 +140,7 @@ impl Monitor {
                         let text = String::from_utf8_lossy(&bytes);
                         let printable = text.chars().filter(|c| !c.is_control());
                         let activity = printable.take(ACTIVITY_CHARS_MAX).collect();
-                        monitor.lock().activities.insert(from, (activity, Instant::now()));
+                        monitor.state.lock().activities.insert(from, (activity, Instant::now()));
                     }
                     MembershipEvent::Message { .. } => {}
                     MembershipEvent::Left { process } => monitor.record_left(process),
@@ -155,7 +152,7 @@ impl Monitor {
     }
 
     fn record_left(&self, process: u32) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.left.push(process);
         let control = state.control.clone();
         drop(state);
@@ -164,7 +161,7 @@ impl Monitor {
 
     /// Records the first cause and ends the session here. A session that has already failed keeps its own failure.
     fn record_end(&self, cause: FirstCause, listener: &Weak<Listener>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let control = state.control.clone();
         state.cause = Some(cause.clone());
         drop(state);
@@ -178,7 +175,7 @@ impl Monitor {
 
     /// Sets the running session's control, and applies the departures and the end that were recorded before.
     fn attach(&self, control: Control) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.control = Some(control.clone());
         let (left, cause) = (state.left.clone(), state.cause.clone());
         drop(state);
@@ -188,8 +185,9 @@ impl Monitor {
 
     /// Waits for the first cause; `None` after the timeout.
     fn wait_for_cause(&self, timeout: Duration) -> Option<FirstCause> {
-        let waited = self.cause_known.wait_timeout_while(self.lock(), timeout, |state| state.cause.is_none());
-        waited.unwrap_or_else(PoisonError::into_inner).0.cause.clone()
+        let mut state = self.state.lock();
+        self.cause_known.wait_while_for(&mut state, |state| state.cause.is_none(), timeout);
+        state.cause.clone()
     }
 }
 
@@ -284,7 +282,7 @@ impl World {
     /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the monitor
     /// then logs their activities at intervals.
     pub(crate) fn doing(&self, activity: &str) {
-        self.monitor.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
+        self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
         // A lost connection also fails the membership, so the error needs no handling here.
         let _ = self.membership.send_to_all(ACTIVITY_TOPIC, activity.as_bytes());
     }

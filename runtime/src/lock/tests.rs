@@ -1,10 +1,11 @@
 //! Tests of the lock with a simulated clock.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
+use parking_lot::Mutex;
 
 use super::*;
 use crate::clock::WaitClock;
@@ -26,13 +27,13 @@ impl std::fmt::Debug for TestClock {
 
 impl WaitClock for TestClock {
     fn now(&self) -> Duration {
-        *self.now.lock().unwrap()
+        *self.now.lock()
     }
 
     fn wait(&self, time: Duration) {
-        *self.now.lock().unwrap() += time;
+        *self.now.lock() += time;
         let now = self.now();
-        self.on_wait.lock().unwrap().iter_mut().for_each(|work| work(now));
+        self.on_wait.lock().iter_mut().for_each(|work| work(now));
     }
 }
 
@@ -87,7 +88,7 @@ fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
     let first = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
     let renewing = first.clone();
     // It renews every 29 s only, which is less than three intervals.
-    *clock.on_wait.lock().unwrap() = Some(Box::new(move |now| {
+    *clock.on_wait.lock() = Some(Box::new(move |now| {
         if now.as_secs() % 29 == 0 {
             renewing.renew().unwrap();
         }
@@ -96,7 +97,7 @@ fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
         let error = Lock::take_as(&store, holder(2, "b", 0)).unwrap_err();
         assert!(error.to_string().contains("process 1 on host host-1, job a"), "{error}");
     }
-    *clock.on_wait.lock().unwrap() = None;
+    *clock.on_wait.lock() = None;
     first.check().unwrap();
     // From now on the first holder does not renew.
     let begin = clock.now();
@@ -225,7 +226,7 @@ fn a_read_waits_for_files_that_another_process_has_written() {
             });
         };
         appear(Duration::ZERO);
-        *clock.on_wait.lock().unwrap() = Some(Box::new(appear));
+        *clock.on_wait.lock() = Some(Box::new(appear));
         let read = store.read_as(4, digest);
         assert_eq!(read.is_ok(), is_there, "{manifest_after} {shard_after}: {read:?}");
         let expected = if is_there { 60 } else { 90 };
@@ -244,7 +245,7 @@ fn a_read_waits_for_files_that_another_process_has_written() {
     let (writer, changed) = (store.clone(), Cursor::from([("sample".into(), "9".into())]));
     let digest = Manifest { cursor: changed.clone(), ..manifest }.cursor_digest();
     assert!(store.read_as(4, digest).unwrap_err().to_string().contains("its cursor is not the one"));
-    *clock.on_wait.lock().unwrap() = Some(Box::new(move |_| writer.set_cursor(4, changed.clone()).unwrap()));
+    *clock.on_wait.lock() = Some(Box::new(move |_| writer.set_cursor(4, changed.clone()).unwrap()));
     let reader = store.with_hidden(Duration::from_secs(90)).read_as(4, digest).unwrap();
     assert_eq!(reader.manifest().cursor["sample"], "9");
 }

@@ -62,14 +62,14 @@ impl Session {
             let port = self.ports.residents[&(device, index)];
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
-                self.send(&mut self.lock_inbox(), HostPiece { port, tensors: vec![part] });
+                self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![part] });
             }
             wanted.push((port, 1));
         }
         self.set_activity(WAITING);
         self.receive(&wanted, Some(self.wait_max))?;
         self.set_activity(BETWEEN_STEPS);
-        let mut inbox = self.lock_inbox();
+        let mut inbox = self.inbox.lock();
         Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
     }
 

@@ -3,10 +3,11 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use parking_lot::Mutex;
 use shardflow_actors::hang::Hang;
 use shardflow_actors::shell::Control;
 use shardflow_actors::snapshot::ActorSnapshot;
@@ -268,17 +269,17 @@ impl Observer {
 
     /// Steps done before a pass over the plan ([`pass_of`]).
     pub fn step_of(&self, pass: u64) -> u64 {
-        self.passes.lock().unwrap_or_else(PoisonError::into_inner).step_of(pass)
+        self.passes.lock().step_of(pass)
     }
 
     /// Passes at which the step number jumps, each with the steps done before it.
     pub fn marks(&self) -> Vec<(u64, u64)> {
-        self.passes.lock().unwrap_or_else(PoisonError::into_inner).marks.iter().copied().collect()
+        self.passes.lock().marks.iter().copied().collect()
     }
 
     /// Records the start of a pass, for the step after `steps` steps.
     pub(super) fn begin_pass(&self, steps: u64) {
-        self.passes.lock().unwrap_or_else(PoisonError::into_inner).begin(steps);
+        self.passes.lock().begin(steps);
     }
 
     /// Nanoseconds since the last progress; `None` after the session has ended.
@@ -298,7 +299,7 @@ impl Observer {
 
     /// Statistics of the most recent steps.
     pub fn recent_steps(&self) -> RecentSteps {
-        self.recent.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.recent.lock().clone()
     }
 
     /// Unix time of the session's start in nanoseconds, which distinguishes it from other sessions.
@@ -318,7 +319,7 @@ impl Observer {
         if let Some((at_ns, failure)) = self.control.failed_at() {
             self.add_incident(Incident { at_ns, kind: "failure", text: failure.to_string() });
         }
-        let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut incidents = self.incidents.lock().clone();
         incidents.sort_by_key(|incident| incident.at_ns);
         incidents
     }
@@ -330,7 +331,7 @@ impl Observer {
 
     /// Records an incident unless it is known, or the list has enough of its kind.
     fn add_incident(&self, incident: Incident) {
-        let mut incidents = self.incidents.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut incidents = self.incidents.lock();
         let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
         let same_kind = incidents.iter().filter(|known| known.kind == incident.kind).count();
         if !is_known && same_kind < INCIDENTS_MAX {
@@ -349,7 +350,7 @@ impl Observer {
         if let Some(found) = &report.non_finite {
             self.note("not finite", found.to_string());
         }
-        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recent = self.recent.lock();
         recent.done += 1;
         if recent.steps.len() == STEPS_KEPT {
             recent.steps.pop_front();
@@ -379,7 +380,7 @@ impl Observer {
     /// Takes a sample if the last one is at least [`SAMPLE_EVERY`] old.
     pub(super) fn sample_if_due(&self) {
         let is_due = |published: &PublishedMetrics| published.sampled.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY);
-        if is_due(&self.published.lock().unwrap_or_else(PoisonError::into_inner)) {
+        if is_due(&self.published.lock()) {
             self.sample();
         }
     }
@@ -387,7 +388,7 @@ impl Observer {
     /// Publishes the current values of all metrics.
     pub fn sample(&self) {
         let Some(training) = &self.training else { return };
-        let mut published = self.published.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut published = self.published.lock();
         published.sampled = Some(Instant::now());
         if matches!(self.health(), SessionHealth::Healthy { .. }) {
             training.publish();

@@ -91,7 +91,7 @@ impl Session {
         let wanted: Vec<_> =
             ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.lock_inbox();
+        let mut inbox = self.inbox.lock();
         let fetches = ports.fetches.iter().zip(&wanted);
         Ok(fetches.map(|((key, port), (_, count))| (*key, inbox.take(*port, *count))).collect())
     }

@@ -214,7 +214,7 @@ fn launches_that_do_not_fit_are_refused() {
     assert_eq!(refused(&ids, false), "gelu: dtype of read 0: expected F32, got I32");
     let mut halves = launch(Op::Gelu, &[&[2]], &[], &[&[2]]);
     halves.writes[0].dtype = DType::BF16;
-    assert_eq!(refused(&halves, false), "gelu: dtype of write 0: expected F32, as what is read, got BF16");
+    assert_eq!(refused(&halves, false), "gelu: dtype of write 0: expected F32, like the reads, got BF16");
     let mut sum = launch(Op::Add, &[&[2], &[2]], &[], &[&[2]]);
     sum.reads[1].dtype = DType::BF16;
     assert_eq!(refused(&sum, false), "add: dtype of read 0: expected BF16, as the other reads, got F32");

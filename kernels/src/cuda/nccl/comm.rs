@@ -3,11 +3,12 @@
 
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
+use parking_lot::Mutex;
 
 use super::GroupMember;
 use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
@@ -129,7 +130,7 @@ pub(super) fn join(
     // NCCL has written the handles of all communicators that it began to create.
     let comm = |(handle, mut comm): (Box<ncclComm_t>, Comm)| {
         let created = (!handle.is_null()).then_some(Raw(*handle));
-        *comm.handle.get_mut().unwrap_or_else(PoisonError::into_inner) = created;
+        *comm.handle.get_mut() = created;
         comm
     };
     let comms: Vec<Comm> = comms.into_iter().map(comm).collect();
@@ -179,7 +180,7 @@ impl Comm {
 
     /// Whether the host part of the last call is complete.
     pub(super) fn is_settled(&self) -> Result<bool, KernelError> {
-        let locked = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let locked = self.handle.lock();
         let Some(comm) = *locked else { return Ok(true) };
         let mut state = SUCCESS;
         // SAFETY: a live communicator; writes a code to a local.
@@ -188,13 +189,9 @@ impl Comm {
         Ok(state != IN_PROGRESS)
     }
 
-    fn call_log(&self) -> MutexGuard<'_, CallLog> {
-        self.call_log.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Records that the stream's latest call belongs to this communicator.
     pub(super) fn record_call(&self, stream: &RawStream) {
-        let mut call_log = self.call_log();
+        let mut call_log = self.call_log.lock();
         call_log.calls += 1;
         call_log.open.retain(|open| !open.stream.has_passed(open.number));
         let call = call_log.calls;
@@ -206,13 +203,13 @@ impl Comm {
     /// The first call that a stream of this member has reached and not left.
     pub(super) fn pending_call(&self) -> Option<u64> {
         let is_pending = |open: &&Open| open.stream.has_reached(open.number) && !open.stream.has_passed(open.number);
-        self.call_log().open.iter().find(is_pending).map(|open| open.call)
+        self.call_log.lock().open.iter().find(is_pending).map(|open| open.call)
     }
 
     /// Whether the member's stream is known to have reached the call. Without progress words (PROGRESS-1), it counts as
     /// reached once the call is made.
     pub(super) fn has_reached(&self, call: u64) -> bool {
-        let call_log = self.call_log();
+        let call_log = self.call_log.lock();
         let is_ahead = |open: &Open| open.call == call && !open.stream.has_reached(open.number);
         call <= call_log.calls && !call_log.open.iter().any(is_ahead)
     }
@@ -227,7 +224,7 @@ impl Comm {
         dtype: DType,
         stream: &RawStream,
     ) -> Result<(), KernelError> {
-        let locked = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Err(self.closed()) };
         let (api, dtype, handle) = (self.api.0, data_type(dtype), stream.handle().0.cast::<c_void>());
         let (x, y) = (x as *const c_void, y as *mut c_void);
@@ -258,7 +255,7 @@ impl Comm {
         dtype: Option<DType>,
         stream: &RawStream,
     ) -> Result<(), KernelError> {
-        let locked = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };
         let dtype = dtype.map_or(ncclDataType_t::ncclUint8, data_type);
         let (api, handle) = (self.api.0, stream.handle().0.cast::<c_void>());
@@ -281,7 +278,7 @@ impl Comm {
 
     /// Aborts the communicator: its kernels that wait for other members end.
     pub(super) fn abort(&self) {
-        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let handle = self.handle.lock().take();
         if let Some(comm) = handle
             && self.context.bind_to_drop()
         {
@@ -302,7 +299,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     let deadline = Instant::now() + within;
     let each = |step: &dyn Fn(&Comm, ncclComm_t) -> bool| {
         for comm in comms {
-            let handle = *comm.handle.lock().unwrap_or_else(PoisonError::into_inner);
+            let handle = *comm.handle.lock();
             let succeeded = handle.is_none_or(|handle| comm.context.bind_to_drop() && step(comm, handle.0));
             if !succeeded {
                 comm.abort();
@@ -326,7 +323,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     each(&|comm, handle| {
         // SAFETY: finalized and no longer used.
         let code = unsafe { (comm.api.0.destroy)(handle) };
-        *comm.handle.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *comm.handle.lock() = None;
         code == SUCCESS || code == IN_PROGRESS
     });
 }

@@ -11,8 +11,10 @@
 //! - PIPE-4: the stream writes its progress around each call, as around collectives, so that a hanging pipe can be
 //!   named.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::comm::{Comm, Transfer};
 use super::{ISSUE_SPIN, Inner};
@@ -103,7 +105,7 @@ impl Pipe {
             self.stream.record()?,
             Completion::Release(arena.clone(), event.clone()),
         );
-        *self.pending() = None;
+        *self.pending.lock() = None;
         Ok(Sent(event))
     }
 
@@ -170,7 +172,7 @@ impl Pipe {
             transfers.push(Transfer { sends, peer: self.peer, address, elements: bytes });
         }
         context.bind()?;
-        *self.pending() = Some(arena.clone());
+        *self.pending.lock() = Some(arena.clone());
         // Abort, since the other end would wait forever for a call that NCCL refused.
         self.stream.begin_call(None).map_err(|error| self.inner.abort_on_error(error))?;
         self.comm.record_call(&self.stream);
@@ -179,13 +181,9 @@ impl Pipe {
 }
 
 impl Pipe {
-    fn pending(&self) -> MutexGuard<'_, Option<Arena>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Waits for pending work; returns whether it ended in time.
     fn drain(&self) -> bool {
-        if self.pending().is_some() {
+        if self.pending.lock().is_some() {
             return false;
         }
         let (deadline, gpu) = (Instant::now() + DRAIN_WITHIN, self.stream.gpu());

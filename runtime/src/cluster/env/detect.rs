@@ -4,9 +4,10 @@ use std::fmt::Display;
 use std::ops::Range;
 use std::str::FromStr;
 
+use shardflow_kernels::hash::fnv1a;
+
 use super::slurm::{first_host, tasks_per_node};
 use super::{Endpoint, EnvError, LaunchContext, LaunchedBy, SecretSource, Variables, World, get};
-use crate::init::fnv1a;
 
 /// Ports that are derived from a job's name. They lie below Linux's ephemeral ports (from 32768) and Kubernetes's service
 /// ports (from 30000).
