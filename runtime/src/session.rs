@@ -20,9 +20,9 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::tensor::HostTensor;
 
+use crate::cluster::ClusterError;
 use crate::cluster::connector::Connections;
 use crate::cluster::world::{self, WAITING, World};
-use crate::cluster::{Cluster, ClusterError};
 use crate::declare::{Declarations, DeclareError};
 use crate::exit::Exit;
 use crate::graph::optimizer::Bounds;
@@ -48,6 +48,7 @@ mod load;
 pub mod metrics;
 pub mod numerics;
 pub mod observer;
+mod options;
 pub mod plan_files;
 pub mod process_map;
 mod saver;
@@ -65,6 +66,7 @@ use load::{FeedPort, Loader, external_actions, fetches};
 use metrics::{Metrics, MetricsSource, StepMetrics};
 use numerics::{NonFinite, OnNonFinite};
 use observer::{Observer, RecentSteps};
+pub use options::{SessionOptions, Threads};
 use process_map::{HostPorts, ProcessMap};
 
 /// Errors of a session.
@@ -121,65 +123,6 @@ pub enum SessionError {
         /// The given tensor.
         got: String,
     },
-}
-
-/// How many threads a CPU device uses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Threads {
-    /// [`crate::passes::CompileOptions::threads_per_device`].
-    #[default]
-    Planned,
-    /// This process's equal share of the cores that it may use, divided among its devices. Computed after the
-    /// rendezvous.
-    Owned,
-}
-
-/// Options of a session.
-#[derive(Clone, Debug)]
-pub struct SessionOptions {
-    /// Seed of initial weights and dropout masks.
-    pub seed: u64,
-    /// When and how a stall is reported.
-    pub watchdog: WatchdogOptions,
-    /// The processes that run the plan together.
-    pub cluster: Cluster,
-    /// Requests to this process, such as signals. All processes receive them in [`StepReport::request`] of the same
-    /// step.
-    pub requests: Option<Arc<Requests>>,
-    /// How a step with an Inf or NaN loss or gradient is handled.
-    pub on_non_finite: OnNonFinite,
-    /// Threads of each CPU device; results do not depend on this number.
-    pub threads: Threads,
-    /// Peak floating-point operations per second of one device, for [`crate::metrics::MFU`].
-    pub peak_flops: Option<f64>,
-    /// Total number of steps that the program plans, so that the live page can estimate the end.
-    pub steps_planned: Option<u64>,
-    /// Whether the session publishes to the `metrics` facade; enable it for one session per process.
-    pub publishes_metrics: bool,
-    /// Values that must be equal on all ranks. Checkpoints record them, and a resume compares them.
-    pub declared: Declarations,
-    /// Parameters that a file or checkpoint may have although the program lacks them; any other such parameter is an
-    /// error.
-    pub ignoring: Vec<String>,
-}
-
-impl Default for SessionOptions {
-    fn default() -> Self {
-        let (watchdog, cluster) = (WatchdogOptions::default(), Cluster::local());
-        Self {
-            seed: 1337,
-            watchdog,
-            cluster,
-            requests: None,
-            on_non_finite: OnNonFinite::default(),
-            threads: Threads::default(),
-            peak_flops: None,
-            steps_planned: None,
-            publishes_metrics: true,
-            declared: Declarations::default(),
-            ignoring: Vec::new(),
-        }
-    }
 }
 
 /// The result of a step.

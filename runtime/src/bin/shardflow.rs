@@ -283,7 +283,7 @@ fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
 
 fn run_checkpoint(command: &CheckpointCommand) -> Exit {
     match cli::run(command) {
-        Ok(text) => print(text.trim_end()).unwrap_or(Exit::Done),
+        Ok(text) => print(text.trim_end(), Exit::Done),
         Err(error) => fail(Exit::from_code(error.exit_code()), error),
     }
 }
@@ -292,7 +292,7 @@ fn run_doctor(json: bool) -> Exit {
     let findings = doctor::examine();
     let text = if json { serde_json::to_string_pretty(&findings) } else { Ok(findings.to_string()) };
     match text {
-        Ok(text) => print(text.trim_end()).unwrap_or_else(|| findings.exit()),
+        Ok(text) => print(text.trim_end(), findings.exit()),
         Err(error) => fail(Exit::Internal, error),
     }
 }
@@ -320,7 +320,7 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
         // Names come from the file and may contain control characters.
         Ok(summary) => {
             let plain = summary.to_string().replace(|c: char| c.is_control() && c != '\n', "?");
-            print(plain.trim_end()).unwrap_or(Exit::Done)
+            print(plain.trim_end(), Exit::Done)
         }
         Err(error) => fail(Exit::BadData, error),
     }
@@ -347,11 +347,11 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
         Err(error) => return fail(Exit::Usage, format!("cannot start {}: {error}", command[0].display())),
     };
     match std::fs::read_to_string(&text) {
-        Ok(plan) if html.is_none() && dot.is_none() => print(plan.trim_end()).unwrap_or(Exit::Done),
+        Ok(plan) if html.is_none() && dot.is_none() => print(plan.trim_end(), Exit::Done),
         Ok(_) => {
             let written: Vec<String> =
                 html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
-            print(&written.join("\n")).unwrap_or(Exit::Done)
+            print(&written.join("\n"), Exit::Done)
         }
         Err(_) => {
             eprint!("{}", String::from_utf8_lossy(&output.stderr));
@@ -370,7 +370,7 @@ fn run_status(at: SocketAddr, json: bool) -> Exit {
     };
     let text = if json { serde_json::to_string_pretty(&status) } else { Ok(status.to_string()) };
     match text {
-        Ok(text) => print(text.trim_end()).unwrap_or(Exit::Done),
+        Ok(text) => print(text.trim_end(), Exit::Done),
         Err(error) => fail(Exit::Internal, error),
     }
 }
@@ -378,19 +378,22 @@ fn run_status(at: SocketAddr, json: bool) -> Exit {
 #[cfg(feature = "watch")]
 fn run_explain_hang(at: SocketAddr) -> Exit {
     match client::explain_hang(at) {
-        Ok(explained) => print(explained.to_string().trim_end()).unwrap_or(Exit::Done),
+        Ok(explained) => print(explained.to_string().trim_end(), Exit::Done),
         Err(error) => fail(error.exit(), error),
     }
 }
 
-/// Prints a text. Returns an exit only if that fails, as with a closed pipe.
-fn print(text: &str) -> Option<Exit> {
-    writeln!(std::io::stdout(), "{text}").err().map(|error| fail(Exit::Internal, error))
+/// Prints a text, and returns `exit`. A reader that has closed its pipe, such as `head`, wanted no more.
+fn print(text: &str, exit: Exit) -> Exit {
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => fail(Exit::CannotWrite, error),
+        _ => exit,
+    }
 }
 
 fn print_secret() -> Exit {
     match Secret::random() {
-        Ok(secret) => print(secret.text()).unwrap_or(Exit::Done),
+        Ok(secret) => print(secret.text(), Exit::Done),
         Err(error) => fail(Exit::Internal, error),
     }
 }
