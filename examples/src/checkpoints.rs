@@ -95,6 +95,9 @@ impl CheckpointsError {
                 SessionError::Checkpoint(CheckpointError::Unfit { .. }) => {
                     "use the flags and the data of the run that saved the checkpoint, or give another --checkpoint"
                 }
+                SessionError::Checkpoint(CheckpointError::Damaged { .. }) => {
+                    "no checkpoint there is intact; restore one from a copy, or give another --checkpoint"
+                }
                 SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
                 _ => "",
             },

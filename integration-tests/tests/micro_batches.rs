@@ -426,6 +426,35 @@ fn masks_depend_only_on_the_position_in_the_whole_tensor() {
     });
 }
 
+/// The gradient of a dropped element is 0: without weight decay, an update changes exactly the kept elements of a
+/// parameter.
+#[test]
+fn dropped_parameters_are_not_updated() {
+    within(60, || {
+        for count in COUNTS {
+            let mut g = graph("data=1");
+            let x = floats(&mut g, "x", &[8, 4]);
+            let targets = g.input("targets", &[8], DType::I32, Layout::broadcast());
+            let w = g.parameter("w", &[6, 4], Init::Ones, Layout::broadcast());
+            let dropped = g.dropout(w, 0.5, 3);
+            g.output("dropped", dropped);
+            let logits = g.einsum("bi,oi->bo", x, dropped);
+            let loss = g.cross_entropy(logits, targets);
+            g.minimize(loss, AdamW { weight_decay: 0.0, ..AdamW::default() });
+            let mut session = started(g, count);
+            let targets = HostTensor::i32(&[8], (0..8).map(|i| i % 6).collect());
+            let inputs = [("x", values(&[8, 4], 0.7)), ("targets", targets)];
+            let report = session.step(&inputs, LEARNING_RATE).expect("a step");
+            let is_kept: Vec<bool> =
+                report.outputs["dropped"].as_f32().expect("floats").iter().map(|w| *w != 0.0).collect();
+            let parameters = session.parameters().expect("parameters");
+            let is_updated: Vec<bool> = parameters["w"].as_f32().expect("floats").iter().map(|w| *w != 1.0).collect();
+            assert!(is_kept.contains(&true) && is_kept.contains(&false), "{is_kept:?}");
+            assert_eq!(is_updated, is_kept, "{count} micro-batches");
+        }
+    });
+}
+
 /// Dropout masks the gradient like the value for any batch dim, so trained parameters agree.
 #[test]
 fn gradients_are_masked_like_values() {

@@ -74,9 +74,10 @@ pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 /// Creates a file with its whole content, synced, if it does not exist; needs no hard links. The writer renames a folder with
-/// the content to the claim's name, which fails while another writer's claim exists, and then renames the content from inside
-/// the claim to `path`. A claim may be removed at any time, from a writer that died or is slow; that writer then has no content
-/// to rename. So a writer that finds `path` free while it holds the claim is the only one that can create it.
+/// the content to the claim's name, which fails while that folder has content, and then renames the content from inside the
+/// claim to `path`. Another writer may delete the content of a claim at any time, because its writer may have died; a slow
+/// writer then has no content to rename. So a writer that finds `path` free while its content is in the claim is the only one
+/// that can create it. The claim's folder is never moved: a rename that has already looked it up would still find the content.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_os_string();
@@ -86,7 +87,7 @@ pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
     let unique = format!("{}{nanoseconds}", std::process::id());
     // Object stores do not list names that end with `#` and digits.
-    let [own, removed, claim] = [format!("#{unique}"), format!("#{unique}0"), ".claim".into()].map(|s| with_suffix(&s));
+    let [own, claim] = [format!("#{unique}"), ".claim".into()].map(|s| with_suffix(&s));
     fs::create_dir(&own)?;
     let mut file = File::create(own.join(&unique))?;
     file.write_all(bytes).and_then(|()| file.sync_all())?;
@@ -100,8 +101,10 @@ pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
                 return moved.and_then(|()| File::open(path.parent().unwrap_or(path))?.sync_all());
             }
             Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
-                // An error means that the other writer has just finished.
-                let _ = fs::rename(&claim, &removed).and_then(|()| fs::remove_dir_all(&removed));
+                // Errors mean that the other writer has just finished.
+                for entry in fs::read_dir(&claim).into_iter().flatten().flatten() {
+                    let _ = fs::remove_file(entry.path());
+                }
             }
             Err(error) => return Err(error),
         }

@@ -46,7 +46,9 @@ mod tests {
     fn a_temporary_folder_is_private_and_an_error_names_tmpdir() {
         let folder = temporary_folder("shardflow-test-").unwrap();
         assert_eq!(fs::metadata(folder.path()).unwrap().permissions().mode() & 0o777, 0o700);
-        let message = TemporaryError { folder: "/no/such".into(), cause: ErrorKind::NotFound }.to_string();
+        let error = temporary_folder("shardflow-no-such/folder-").unwrap_err();
+        assert_eq!((&error.folder, error.cause), (&env::temp_dir(), ErrorKind::NotFound));
+        let message = TemporaryError { folder: "/no/such".into(), ..error }.to_string();
         assert!(message.starts_with("TMPDIR=/no/such: cannot make a folder there: "), "{message}");
     }
 }

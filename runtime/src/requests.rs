@@ -279,7 +279,9 @@ mod tests {
     #[test]
     fn requests_survive_the_exchange_and_the_stronger_wins() {
         let term = Request::End(Exit::Signal(15));
-        let all = [Request::Nothing, Request::Checkpoint, Request::End(Exit::Retry), term];
+        let end = Request::End;
+        let all =
+            [Request::Nothing, Request::Checkpoint, end(Exit::Done), end(Exit::Retry), end(Exit::Signal(2)), term];
         assert!(all.iter().all(|request| Request::from_word(request.word()) == *request));
         assert!(all.windows(2).all(|pair| pair[0].word() < pair[1].word()));
         let requests = Requests::default();
@@ -304,6 +306,11 @@ mod tests {
         requests.signal(SIGTERM);
         requests.agreed(Request::End(Exit::Signal(15)));
         assert_eq!(before_step(), Request::End(Exit::Signal(15)));
+        requests.agreed(Request::Checkpoint);
+        assert_eq!(before_step(), Request::End(Exit::Signal(15)), "a save does not clear an end");
+        let other = Requests::default();
+        other.agreed(Request::End(Exit::Signal(15)));
+        assert_eq!(other.pending(), Request::End(Exit::Signal(15)), "another process received the signal");
     }
 
     #[test]

@@ -152,7 +152,9 @@ fn list(store: &Store) -> Result<String, CheckpointCliError> {
                 let bytes = reader.manifest().bytes();
                 writeln!(text, "{step:>12}  {epoch:>6}  {:>6}  {bytes:>14}  {mesh}", shards.len())
             }
-            Err(error) if error.is_damage() => writeln!(text, "{step:>12}  {error}"),
+            Err(error @ (CheckpointError::Damaged { .. } | CheckpointError::Newer { .. })) => {
+                writeln!(text, "{step:>12}  {error}")
+            }
             Err(error) => return Err(error.into()),
         };
     }

@@ -1,5 +1,6 @@
 //! Errors of checkpoints and of the stores that hold them.
 
+use super::manifest::VERSION;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -102,6 +103,16 @@ pub enum CheckpointError {
         /// The damage, with the tensor and the numbers.
         why: String,
     },
+    /// A newer program wrote the checkpoint.
+    #[error(
+        "{file}: version {version} of the format; this program reads versions 1 to {VERSION}: use the build that wrote it"
+    )]
+    Newer {
+        /// The manifest.
+        file: String,
+        /// The version.
+        version: u32,
+    },
     /// There is no committed checkpoint.
     #[error("{place}: no complete checkpoint{}", step.map(|s| format!(" of step {s}")).unwrap_or_default())]
     Absent {
@@ -162,6 +173,18 @@ pub enum CheckpointError {
         /// The failed process and the reason.
         source: AgreeError,
     },
+    /// Another rank failed; its own error states the cause.
+    #[error("{place}: rank {rank} {problem}; see its log")]
+    OnRank {
+        /// The store or file.
+        place: String,
+        /// The rank that failed.
+        rank: u32,
+        /// Its exit code.
+        exit: u8,
+        /// What that rank cannot do.
+        problem: String,
+    },
     /// The request cannot be fulfilled.
     #[error("{0}")]
     Refused(String),
@@ -208,6 +231,7 @@ impl CheckpointError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Place { .. } | Self::Refused(_) => 2,
+            Self::OnRank { exit, .. } => *exit,
             Self::Store { doing, .. } | Self::Stalled { doing, .. } => match doing {
                 StoreOperation::Read | StoreOperation::List => 65,
                 StoreOperation::Write | StoreOperation::Delete => 73,

@@ -15,9 +15,11 @@ use shardflow_kernels::tensor::{DType, Region};
 
 use crate::declare::{DECLARED_MAX, Values};
 
+/// Name of the format.
+const FORMAT: &str = "shardflow-checkpoint";
 /// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and
 /// [`Manifest::declared`].
-const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 3;
 /// Largest size of a manifest, bytes.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
 /// Maximum number of tensors of a checkpoint.
@@ -226,7 +228,7 @@ impl Manifest {
     /// # Errors
     /// The violation, with the tensor and the numbers.
     pub fn decode(text: &[u8]) -> Result<Self, String> {
-        let manifest: Self = open_sealed("shardflow-checkpoint", text)?;
+        let manifest: Self = open_sealed(FORMAT, text)?;
         manifest.check()?;
         Ok(manifest)
     }
@@ -237,7 +239,7 @@ impl Manifest {
     /// If the manifest violates an invariant.
     pub fn encode(&self) -> Result<Vec<u8>, String> {
         self.check()?;
-        seal("shardflow-checkpoint", self)
+        seal(FORMAT, self)
     }
 
     /// Updates applied; the number of steps for versions before 3, which did not count updates.
@@ -348,6 +350,12 @@ struct Sealed<'a> {
     blake3: Checksum,
     #[serde(borrow)]
     body: &'a RawValue,
+}
+
+/// The version of an unaltered manifest that is too new for this program. Later versions keep the envelope's checksum.
+pub(crate) fn newer_version(text: &[u8]) -> Option<u32> {
+    let Sealed { format, version, blake3, body } = serde_json::from_slice(text).ok()?;
+    (format == FORMAT && version > VERSION && checksum(version, body) == blake3).then_some(version)
 }
 
 /// The checksum of a sealed text, over its version and the bytes of its body; up to version 2 over the body only.

@@ -22,7 +22,7 @@ use url::Url;
 
 use super::error::{CheckpointError, StoreOperation};
 use super::io::{DEADLINE, HIDDEN, Io, Operations, PART_BYTES};
-use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, Manifest, open_sealed, seal};
+use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, Manifest, newer_version, open_sealed, seal};
 use super::read::CheckpointReader;
 use crate::clock::{SystemClock, WaitClock};
 use crate::files;
@@ -262,11 +262,13 @@ impl Store {
     /// size. Their contents are checked when they are read.
     ///
     /// # Errors
-    /// [`CheckpointError::Absent`], or [`CheckpointError::Damaged`] with the file.
+    /// [`CheckpointError::Absent`], [`CheckpointError::Damaged`] with the file, or [`CheckpointError::Newer`].
     pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
         let (name, text) = (self.manifest_name(step), self.manifest_text(step)?);
-        let mut manifest =
-            Manifest::decode(&text).map_err(|why| CheckpointError::Damaged { file: name.clone(), why })?;
+        let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
+            Some(version) => CheckpointError::Newer { file: name.clone(), version },
+            None => CheckpointError::Damaged { file: name.clone(), why },
+        })?;
         if manifest.step != step {
             let why = format!("it belongs to step {}", manifest.step);
             return Err(CheckpointError::Damaged { file: name, why });
@@ -408,7 +410,7 @@ impl Store {
                 // Files of a failed attempt before a good checkpoint are useless.
                 Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step, "", true)?,
                 Err(error) if error.is_damage() && kept >= keep => self.delete(step, "", true)?,
-                Err(CheckpointError::Absent { .. }) => {}
+                Err(CheckpointError::Absent { .. } | CheckpointError::Newer { .. }) => {}
                 Err(error) if error.is_damage() => {}
                 Err(error) => return Err(error),
             }

@@ -88,13 +88,14 @@ struct State {
 }
 
 impl State {
-    /// A log line with the busy processes, if `own` has waited for at least `wait_min`.
-    fn slow_peers(&self, own: u32, wait_min: Duration) -> Option<String> {
-        let is_long = |since: &Instant| since.elapsed() >= wait_min;
+    /// A log line with the busy processes, if at `now` `own` has waited for at least `wait_min`.
+    fn slow_peers(&self, own: u32, wait_min: Duration, now: Instant) -> Option<String> {
+        let is_long = |since: &Instant| now.saturating_duration_since(*since) >= wait_min;
         let waits = self.activities.get(&own).is_some_and(|(activity, since)| activity == WAITING && is_long(since));
         let entry = |(rank, (activity, since)): (&u32, &(String, Instant))| {
             let is_busy = *rank != own && activity != WAITING;
-            is_busy.then(|| format!("rank {rank}, which has been {activity} for {} s", since.elapsed().as_secs()))
+            let seconds = now.saturating_duration_since(*since).as_secs();
+            is_busy.then(|| format!("rank {rank}, which has been {activity} for {seconds} s"))
         };
         let entries: Vec<String> = self.activities.iter().filter_map(entry).take(SLOW_LISTED_MAX).collect();
         (waits && !entries.is_empty()).then(|| format!("waiting for {}", entries.join("; for ")))
@@ -120,7 +121,7 @@ impl Monitor {
             loop {
                 if Instant::now() >= report_at {
                     report_at = Instant::now() + options.report_every;
-                    let slow = monitor.state.lock().slow_peers(own, options.report_every);
+                    let slow = monitor.state.lock().slow_peers(own, options.report_every, Instant::now());
                     slow.iter().for_each(|line| options.report_waiting(line));
                 }
                 let event = match events.recv_deadline(report_at) {
@@ -540,5 +541,31 @@ fn report_failure(membership: &Membership, process_map: &ProcessMap, failure: &F
             _ => membership.fail(failure.to_string(), exit_of(failure).code()),
         },
         _ => membership.fail(failure.to_string(), exit_of(failure).code()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_waiting_process_lists_the_busy_ones() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        // Rank 1 began its activity at 2 s, the others at 0 s.
+        let line = |own: &str, peers: &[(u32, &str)], now| {
+            let peers = peers.iter().map(|(rank, activity)| (*rank, (activity.to_string(), at(0))));
+            let activities = peers.chain([(1, (own.into(), at(2)))]).collect();
+            State { activities, ..State::default() }.slow_peers(1, Duration::from_secs(5), at(now))
+        };
+        let peers = [(0, "loading weights"), (2, WAITING), (3, "running the program")];
+        let expected = "waiting for rank 0, which has been loading weights for 7 s; for rank 3, which has been running the \
+                        program for 7 s";
+        assert_eq!(line(WAITING, &peers, 7).as_deref(), Some(expected));
+        assert_eq!(line(WAITING, &peers, 6), None, "it has not waited long");
+        assert_eq!(line("loading weights", &peers, 7), None, "it does not wait");
+        assert_eq!(line(WAITING, &[(0, WAITING)], 7), None, "all wait");
+        let many: Vec<_> = (2..20).map(|rank| (rank, "busy")).collect();
+        assert_eq!(line(WAITING, &many, 7).unwrap().matches("rank ").count(), SLOW_LISTED_MAX);
     }
 }

@@ -159,7 +159,8 @@ fe8000000000000000fc00fffe000001 04 40 20 80     eth0
         let text = |all: Vec<SocketAddr>| all.iter().map(SocketAddr::to_string).collect::<Vec<_>>();
         assert_eq!(text(node_addresses(fib, inet6)), ["10.77.0.2:0", "[fd00::2]:0"]);
         assert!(node_addresses("", "x\n").is_empty());
-        assert!(source_address("127.0.0.1:9".parse().unwrap()).unwrap().ip().is_loopback());
+        let source = source_address("127.0.0.1:9".parse().unwrap()).unwrap();
+        assert_eq!(source, "127.0.0.1:0".parse().unwrap(), "the port is 0");
     }
 
     /// Debian's `/etc/hosts` maps the host's own name to 127.0.1.1.

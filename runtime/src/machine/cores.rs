@@ -44,7 +44,7 @@ pub fn threads_per_device(node: &[(&[u64], usize)], own: usize, quota: usize) ->
         cores if quota < cores => by_quota.min(by_cores),
         _ => by_cores,
     };
-    // Corrects rounding: the sum of three thirds is slightly below one.
+    // Corrects rounding: the sum of six thirds is slightly below two.
     ((threads + 1e-9) as usize).max(1)
 }
 
@@ -63,16 +63,21 @@ mod tests {
         assert_eq!(threads(&[(&[0x0f], 1), (&[0xf0], 1)], 4), [4, 4], "disjoint masks");
         assert_eq!(threads(&[(&[0x0f], 1), (&[0x0f], 1), (&[0xf0], 1), (&[0xf0], 1)], 4), [2; 4], "two sockets");
         assert_eq!(threads(&[(&[0xff], 1), (&[0xf0], 1)], 8), [6, 2], "four of its own, and half of four");
-        assert_eq!(threads(&[(&[0x7][..], 1); 3], 3), [1, 1, 1], "thirds");
+        assert_eq!(threads(&[(&[0x3f][..], 1); 3], 6), [2, 2, 2], "six thirds");
         assert_eq!(threads(&[(&[0x1], 2), (&[0x1], 1)], 1), [1, 1], "at least one");
-        assert_eq!(threads(&[(&[0, 0xff], 1), (&[0xff], 1)], 8), [8, 8], "masks of different lengths");
+        assert_eq!(threads(&[(&[0, 0xff], 1), (&[0xff], 2)], 8), [8, 4], "masks of different lengths");
         assert_eq!(threads(&[(&[0xff], 1), (&[0xff], 1)], 2), [1, 1], "a quota is divided too");
+        assert_eq!(
+            threads(&[(&[0x0f], 1), (&[0xf0], 1)], 2),
+            [2, 2],
+            "each quota is of the processes that share cores"
+        );
         assert_eq!(threads(&[(&[], 1), (&[0xff], 1)], 8), [4, 4], "unknown masks");
     }
 
     #[test]
     fn a_mask_is_formatted_as_ranges() {
-        assert_eq!(cores_text(&[0b1_0000_1111, 1]), "0-3,8,64");
+        assert_eq!(cores_text(&[0b10_1111, 1]), "0-3,5,64");
         assert_eq!(cores_text(&[]), "");
         let own = affinity();
         assert!(cores_of(&own).count() >= std::thread::available_parallelism().unwrap().get());

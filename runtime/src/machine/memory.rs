@@ -42,11 +42,15 @@ pub struct FreeMemory {
 /// The minimum of the machine's available memory and the free memory of each memory cgroup up to the root; `None` if `/proc`
 /// does not report it.
 pub fn free_memory() -> Option<FreeMemory> {
-    let read = |path: &Path| fs::read_to_string(path).ok();
-    let of_self = |name: &str| read(&Path::new("/proc/self").join(name)).unwrap_or_default();
-    let machine = meminfo(&read(Path::new("/proc/meminfo")).unwrap_or_default(), "MemAvailable");
+    free_memory_by(&|path| fs::read_to_string(path).ok())
+}
+
+/// [`free_memory`] according to the files that `read` returns.
+fn free_memory_by(read: &dyn Fn(&Path) -> Option<String>) -> Option<FreeMemory> {
+    let text = |path: &str| read(Path::new(path)).unwrap_or_default();
+    let machine = meminfo(&text("/proc/meminfo"), "MemAvailable");
     let machine = machine.map(|bytes| FreeMemory { bytes, bound: MemoryBound::Machine });
-    let cgroups = cgroups(&of_self("cgroup"), &of_self("mountinfo"), &read);
+    let cgroups = cgroups(&text("/proc/self/cgroup"), &text("/proc/self/mountinfo"), read);
     machine.into_iter().chain(cgroups).min_by_key(|free| free.bytes)
 }
 
@@ -157,10 +161,11 @@ mod tests {
             ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "2000"),
         ];
         assert_eq!(least(own, MOUNTS, &files), Some((4000, a.into())));
-        // The parent does not include the child's usage.
+        // The parent does not include the child's usage; the group's own limit still counts.
+        files.push(("/sys/fs/cgroup/memory/a/b/memory.use_hierarchy", "0\n"));
         files.push(("/sys/fs/cgroup/memory/a/memory.use_hierarchy", "0\n"));
         assert_eq!(least(own, MOUNTS, &files).unwrap().0, NONE_V1.parse::<u64>().unwrap() - 100);
-        files.pop();
+        files.truncate(7);
         files.push(("/sys/fs/cgroup/memory/a/memory.use_hierarchy", "1\n"));
         assert_eq!(least(own, MOUNTS, &files), Some((4000, a.into())));
         files[3].1 = "9999";
@@ -206,6 +211,26 @@ mod tests {
         assert_eq!(meminfo("MemTotal:   2 kB\nHugePages_Total:  3\n", "HugePages_Total"), Some(3));
         assert_eq!(meminfo("MemTotal: 9 kB\n", "MemAvailable"), None);
         assert_eq!(meminfo("MemTotalX: 2 kB", "MemTotal"), None);
+    }
+
+    #[test]
+    fn the_tighter_of_machine_and_cgroup_is_free() {
+        let free = |available_kb: u64| {
+            let read = |path: &Path| match path.to_str()? {
+                "/proc/meminfo" => Some(format!("MemAvailable: {available_kb} kB\n")),
+                "/proc/self/cgroup" => Some("0::/job\n".into()),
+                "/proc/self/mountinfo" => Some("29 23 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n".into()),
+                "/sys/fs/cgroup/job/memory.max" => Some("8000\n".into()),
+                "/sys/fs/cgroup/job/memory.current" => Some("2000\n".into()),
+                _ => None,
+            };
+            free_memory_by(&read).unwrap()
+        };
+        assert_eq!(free(5), FreeMemory { bytes: 5120, bound: MemoryBound::Machine });
+        let folder = "/sys/fs/cgroup/job".into();
+        let bound = MemoryBound::Cgroup { folder, limit_bytes: 8000, used_bytes: 2000 };
+        assert_eq!(free(6), FreeMemory { bytes: 6000, bound });
+        assert_eq!(free_memory_by(&|_| None), None);
     }
 
     #[test]

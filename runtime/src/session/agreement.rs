@@ -250,15 +250,20 @@ impl Session {
                 let digests = residents(&self.plan).map(|var| tensors.get(&var).copied().unwrap_or_default());
                 [1, steps, updates, seed, manifest].into_iter().chain(digests).collect()
             }
-            Err(_) => vec![0; load_numbers(&self.plan)],
+            Err(error) => {
+                let mut numbers = vec![0; load_numbers(&self.plan)];
+                numbers[1] = u64::from(error.exit().code());
+                numbers
+            }
         };
         let ports = self.ports.clone();
         self.send_numbers(ports.loads[self.process_map.process as usize], &numbers);
         let all_numbers = self.receive_numbers_between_steps(&ports.loads)?;
         let own = own?;
-        if let Some(rank) = all_numbers.iter().position(|numbers| numbers.first() != Some(&1)) {
-            let why = format!("{source}: rank {rank} cannot load it; see its log");
-            return Err(CheckpointError::Refused(why).into());
+        if let Some((rank, numbers)) = (0..).zip(&all_numbers).find(|(_, numbers)| numbers.first() != Some(&1)) {
+            let exit = numbers.get(1).copied().unwrap_or_default() as u8;
+            let (place, problem) = (source.into(), "cannot load it".into());
+            return Err(CheckpointError::OnRank { place, rank, exit, problem }.into());
         }
         let Some(index) = (0..numbers.len())
             .find(|index| all_numbers.iter().any(|other| other.get(*index) != all_numbers[0].get(*index)))

@@ -4,6 +4,7 @@ use shardflow_actors::error::{Failure, PeerError};
 use shardflow_kernels::error::KernelError;
 
 use super::SessionError;
+use crate::checkpoint::error::CheckpointError;
 use crate::cluster::ClusterError;
 use crate::cluster::rendezvous::{RendezvousError, RendezvousRefusal};
 use crate::exit::Exit;
@@ -64,6 +65,7 @@ impl SessionError {
             Self::Cluster(ClusterError::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report)))) => {
                 Some(report.rank)
             }
+            Self::Checkpoint(CheckpointError::OnRank { rank, .. }) => Some(*rank),
             _ => None,
         }
     }

@@ -12,7 +12,7 @@ use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
 use crate::text::counted;
 
-/// Outcome of a process's check.
+/// Outcomes of a process's check; a failed write probe is sent as the exit code of its error.
 const GOOD: u64 = 0;
 const FAILED: u64 = 1;
 
@@ -38,13 +38,13 @@ impl Session {
             }
             Ok(saver)
         });
-        let own = if probed.is_ok() { GOOD } else { FAILED };
+        let own = probed.as_ref().err().map_or(GOOD, |error| u64::from(error.exit_code()));
         let results = self.exchange([own, number])?;
-        if let Some(process) = results.iter().position(|[result, _]| *result != GOOD) {
-            let elsewhere = || CheckpointError::Refused(format!("{}: rank {process} cannot use it", store.place()));
-            return Err(probed.err().unwrap_or_else(elsewhere).into());
-        }
         let saver = probed?;
+        if let Some((rank, [exit, _])) = (0..).zip(&results).find(|(_, [result, _])| *result != GOOD) {
+            let (place, problem) = (store.place().into(), "cannot use it".into());
+            return Err(CheckpointError::OnRank { place, rank, exit: *exit as u8, problem }.into());
+        }
         let [_, number] = results[0];
         let seen = sees_probe(store, number);
         let results = self.exchange([if matches!(seen, Ok(true)) { GOOD } else { FAILED }, 0])?;

@@ -16,6 +16,7 @@ use crate::checkpoint::manifest::{Cursor, TensorKind, TensorMeta};
 use crate::checkpoint::read::CheckpointReader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{NewestCheckpoint, Store};
+use crate::exit::Exit;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
@@ -225,7 +226,7 @@ impl Session {
     }
 
     /// Loads the newest undamaged checkpoint of the store. Damaged ones are skipped and reported, and replaced when
-    /// training reaches their steps again. If several processes run the plan, all call it, and all load the same
+    /// training reaches their steps again; if there are only damaged ones, that is an error. If several processes run the plan, all call it, and all load the same
     /// checkpoint: none loads one that another process cannot read.
     ///
     /// # Errors
@@ -237,16 +238,25 @@ impl Session {
             all.extend(damaged);
             // The first process decides which step is loaded and which are damaged.
             let [chosen, newest] = self.exchange([step, newest])?[0];
-            let [cursor, _] = self.exchange([cursor, 0])?[0];
-            self.damaged_up_to = self.damaged_up_to.max(newest);
+            let [cursor, damaged_count] = self.exchange([cursor, all.len() as u64])?[0];
             let step = match chosen {
-                NONE => return Ok(Restored { found: None, damaged: all, notes: Vec::new() }),
+                NONE if damaged_count == 0 => {
+                    return Ok(Restored { found: None, damaged: Vec::new(), notes: Vec::new() });
+                }
+                // To start anew would in time delete what may still be of use.
+                NONE => {
+                    let (place, problem) = (store.place().into(), "finds only damaged checkpoints".into());
+                    let error = CheckpointError::OnRank { place, rank: 0, exit: Exit::BadData.code(), problem };
+                    return Err(if self.process_map.process == 0 { all.swap_remove(0) } else { error }.into());
+                }
                 FAILED => {
-                    let elsewhere = || CheckpointError::Refused(format!("{}: rank 0 cannot read it", store.place()));
-                    return Err(reader.err().unwrap_or_else(elsewhere).into());
+                    let (place, problem) = (store.place().into(), "cannot read it".into());
+                    let elsewhere = CheckpointError::OnRank { place, rank: 0, exit: newest as u8, problem };
+                    return Err(reader.err().unwrap_or(elsewhere).into());
                 }
                 step => step,
             };
+            self.damaged_up_to = self.damaged_up_to.max(newest);
             let reader = match reader {
                 Ok(None) => store.read_as(step, cursor),
                 Ok(Some(reader)) => Ok(reader),
@@ -260,8 +270,12 @@ impl Session {
                 Err(SessionError::Checkpoint(error)) if error.is_damage() => DAMAGED,
                 Err(_) => FAILED,
             };
-            let job = read.as_ref().map(|(_, reader)| reader.manifest().job).unwrap_or_default();
-            let outcomes = self.exchange([own, self.step_metrics.productive_ms(job)])?;
+            // With the outcome: the productive time, or the exit code of the error.
+            let detail = match &read {
+                Ok((_, reader)) => self.step_metrics.productive_ms(reader.manifest().job),
+                Err(error) => u64::from(error.exit().code()),
+            };
+            let outcomes = self.exchange([own, detail])?;
             let (worst, process) =
                 outcomes.iter().enumerate().map(|(p, outcome)| (outcome[0], p)).max().unwrap_or((FAILED, 0));
             match (read, worst) {
@@ -278,8 +292,9 @@ impl Session {
                 }
                 (Err(error), _) => return Err(error),
                 (Ok(_), _) => {
-                    let why = format!("{}: step {step} cannot be loaded on rank {process}; see its log", store.place());
-                    return Err(CheckpointError::Refused(why).into());
+                    let (place, problem) = (store.place().into(), format!("cannot load step {step}"));
+                    let (rank, exit) = (process as u32, outcomes[process][1] as u8);
+                    return Err(CheckpointError::OnRank { place, rank, exit, problem }.into());
                 }
             }
             (before, self.damaged_up_to) = (Some(step), self.damaged_up_to.max(step));
@@ -298,7 +313,10 @@ impl Session {
             let (step, cursor) = manifest.map_or((NONE, 0), |manifest| (manifest.step, manifest.cursor_digest()));
             Ok(Lookup { reader: Ok(reader), damaged, step, newest: steps.last().copied().unwrap_or(0), cursor })
         });
-        found.unwrap_or_else(|error| nothing(Err(error), FAILED))
+        found.unwrap_or_else(|error| {
+            let newest = u64::from(error.exit_code());
+            Lookup { newest, ..nothing(Err(error), FAILED) }
+        })
     }
 
     fn check_fits(&self, reader: &CheckpointReader, var: Var) -> Result<(), CheckpointError> {

@@ -3,6 +3,8 @@
 use serde_json::Value;
 
 use super::*;
+use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::store::Store;
 
 fn piece(shard: usize, offset: u64, start: [usize; 2], size: [usize; 2]) -> Piece {
     Piece { shard, offset, start: start.to_vec(), size: size.to_vec(), blake3: Checksum::of(b"") }
@@ -147,4 +149,23 @@ fn texts_of_other_formats_or_versions_are_refused() {
     assert!(Manifest::decode(&other).unwrap_err().contains("expected shardflow-checkpoint"));
     let unknown = seal("shardflow-checkpoint", &serde_json::json!({"step": 1, "more": 2})).unwrap();
     assert!(Manifest::decode(&unknown).unwrap_err().contains("unknown field"));
+}
+
+#[test]
+fn a_checkpoint_of_a_newer_version_is_refused_and_kept() {
+    let newer = seal_as(VERSION + 1, FORMAT, &good()).unwrap();
+    assert_eq!(newer_version(&newer), Some(VERSION + 1));
+    let altered = String::from_utf8(newer.clone()).unwrap().replace("\"version\":4", "\"version\":5");
+    assert_eq!(newer_version(altered.as_bytes()), None, "it is damaged");
+    let folder = tempfile::tempdir().unwrap();
+    let store = Store::open(folder.path().to_str().unwrap()).unwrap();
+    let step = good().step;
+    let manifest = folder.path().join(format!("step-{step:012}/manifest.json"));
+    std::fs::create_dir(manifest.parent().unwrap()).unwrap();
+    std::fs::write(&manifest, &newer).unwrap();
+    let error = store.read(step).map(drop).unwrap_err();
+    assert!(matches!(error, CheckpointError::Newer { version, .. } if version == VERSION + 1), "{error}");
+    assert!(store.newest().is_err(), "an older checkpoint must not be loaded in its place");
+    store.prune(step + 10, 1, None).unwrap();
+    assert!(manifest.exists());
 }
