@@ -538,6 +538,12 @@ fn files_and_checkpoints_record_what_was_declared() {
         let error = start(ONE, &declared("a", 4, 4)).init_from(&file).expect_err("other heads").to_string();
         assert!(error.contains("its heads is 2, and this program's is 4"), "{error}");
         start(ONE, &declared("b", 2, 2)).init_from(&file).expect("other data");
+        // The session itself records the settings of the optimizer.
+        assert!(value("shardflow.declared.optimizer").starts_with("AdamW, betas 0.9 and 0.99, eps 1e-8, weight decay"));
+        let other = Model { max_norm: 2.0, ..model() };
+        let mut other = other.session_with(ONE, &options(MICRO_BATCHES, OneFOneB), &declared("a", 4, 2));
+        let notes = other.restore(&file).expect("the optimizer may differ").join("\n");
+        assert!(notes.contains("optimizer was AdamW") && notes.contains("maximum norm 2 from here on"), "{notes}");
     });
 }
 

@@ -42,8 +42,10 @@ pub(crate) const KERNELS: &str = "kernels";
 pub(crate) const VERSION: &str = "version";
 pub(crate) const EXECUTABLE: &str = "executable";
 pub(crate) const PROCESSES: &str = "number of processes";
-const RESERVED: [&str; 10] =
-    [SEED, PLAN, MESH, TRANSPORT, COLLECTIVES, KERNELS, ON_NON_FINITE, VERSION, EXECUTABLE, PROCESSES];
+/// Settings of the optimizer. The plan's hash covers them, so only a resume compares them.
+pub(crate) const OPTIMIZER: &str = "optimizer";
+const RESERVED: [&str; 11] =
+    [SEED, PLAN, MESH, TRANSPORT, COLLECTIVES, KERNELS, ON_NON_FINITE, VERSION, EXECUTABLE, PROCESSES, OPTIMIZER];
 
 /// What a resume does if the checkpoint records another value. Between ranks, declared values must always be equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,7 +23,7 @@ use shardflow_kernels::tensor::HostTensor;
 use crate::cluster::ClusterError;
 use crate::cluster::connector::Connections;
 use crate::cluster::world::{self, WAITING, World};
-use crate::declare::{Declarations, DeclareError};
+use crate::declare::{Declarations, DeclareError, OPTIMIZER, OnResume};
 use crate::exit::Exit;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Rate, Var};
@@ -327,7 +327,10 @@ impl Session {
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
             shared_inputs,
-            declared: options.declared.clone(),
+            declared: match plan.graph.objective {
+                Some(objective) => options.declared.clone().declare(OPTIMIZER, objective.optimizer, OnResume::Warn),
+                None => options.declared.clone(),
+            },
             ignoring: options.ignoring.clone(),
             external_actions: external_actions(&plan, &own),
             fetches,
