@@ -192,7 +192,7 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
         (
             "--dropout 0.25 --clip 1",
             7,
-            &["batch was 2 and is 4", "dropout was 0 and is 0.25", "clip was none and is 1"],
+            &["batch was 2 and is 4", "dropout was 0 and is 0.25", "maximum gradient norm was inf and is 1"],
             3,
             "24",
         ),

@@ -44,8 +44,21 @@ pub(crate) const EXECUTABLE: &str = "executable";
 pub(crate) const PROCESSES: &str = "number of processes";
 /// Settings of the optimizer. The plan's hash covers them, so only a resume compares them.
 pub(crate) const OPTIMIZER: &str = "optimizer";
-const RESERVED: [&str; 11] =
-    [SEED, PLAN, MESH, TRANSPORT, COLLECTIVES, KERNELS, ON_NON_FINITE, VERSION, EXECUTABLE, PROCESSES, OPTIMIZER];
+pub(crate) const MAX_NORM: &str = "maximum gradient norm";
+const RESERVED: [&str; 12] = [
+    SEED,
+    PLAN,
+    MESH,
+    TRANSPORT,
+    COLLECTIVES,
+    KERNELS,
+    ON_NON_FINITE,
+    VERSION,
+    EXECUTABLE,
+    PROCESSES,
+    OPTIMIZER,
+    MAX_NORM,
+];
 
 /// What a resume does if the checkpoint records another value. Between ranks, declared values must always be equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -23,7 +23,7 @@ use shardflow_kernels::tensor::HostTensor;
 use crate::cluster::ClusterError;
 use crate::cluster::connector::Connections;
 use crate::cluster::world::{self, WAITING, World};
-use crate::declare::{Declarations, DeclareError, OPTIMIZER, OnResume};
+use crate::declare::{Declarations, DeclareError, MAX_NORM, OPTIMIZER, OnResume};
 use crate::exit::Exit;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Rate, Var};
@@ -327,8 +327,11 @@ impl Session {
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
             shared_inputs,
-            declared: match plan.graph.objective {
-                Some(objective) => options.declared.clone().declare(OPTIMIZER, objective.optimizer, OnResume::Warn),
+            declared: match plan.graph.objective.map(|objective| objective.optimizer) {
+                Some(adamw) => {
+                    let declared = options.declared.clone().declare(OPTIMIZER, adamw, OnResume::Warn);
+                    declared.declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
+                }
                 None => options.declared.clone(),
             },
             ignoring: options.ignoring.clone(),

@@ -252,9 +252,10 @@ fn declared(args: &GptArgs, text: &Text) -> Declarations {
         .declare_model("context", args.context)
         .declare("batch", args.batch, Warn)
         .declare("dropout", args.dropout, Warn)
-        .declare("clip", args.clip.map_or("none".into(), |clip| clip.to_string()), Warn)
         .declare("precision", name(&args.precision), Warn)
         .declare("lr", args.lr, Free)
+        // A resume compares the maximum norm itself.
+        .declare("clip", args.clip.map_or("none".into(), |clip| clip.to_string()), Free)
         .declare("steps", args.steps, Free)
         .declare("micro-batches", args.micro_batches, Free)
         .declare("schedule", name(&args.schedule), Free)

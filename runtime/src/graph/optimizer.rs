@@ -48,10 +48,11 @@ impl Default for AdamW {
     }
 }
 
+/// The settings without the maximum norm.
 impl std::fmt::Display for AdamW {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { betas: (beta1, beta2), eps, weight_decay, max_norm } = self;
-        write!(f, "AdamW, betas {beta1} and {beta2}, eps {eps:e}, weight decay {weight_decay}, maximum norm {max_norm}")
+        let Self { betas: (beta1, beta2), eps, weight_decay, .. } = self;
+        write!(f, "AdamW, betas {beta1} and {beta2}, eps {eps:e}, weight decay {weight_decay}")
     }
 }
 
