@@ -210,6 +210,18 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
     assert!(printed.contains("could not create a Unix socket in its TMPDIR"), "{printed}");
     let (code, printed) = run("", &[("TMPDIR", &long)]);
     assert!(code == Some(78) && printed.contains("set TMPDIR to a shorter path"), "{code:?} {printed}");
+    // Not UTF-8.
+    for (flags, transport, code, message) in [
+        (endpoint(), "auto", 0, "\u{fffd}: not UTF-8, and processes exchange the socket's path as text"),
+        (endpoint(), "unix", 78, "could not create a Unix socket in its TMPDIR"),
+        (String::new(), "auto", 78, "set TMPDIR to a path in UTF-8"),
+    ] {
+        let command = launch(&format!("--nproc-per-node 2 {flags}"), "--mesh data=2");
+        let set = "TMPDIR=$PWD/$(printf 'x\\377') && export TMPDIR && mkdir -p \"$TMPDIR\"";
+        let mut run = start(&folder, &after(set, &command), &[("SHARDFLOW_TRANSPORT", transport)]);
+        assert_eq!(run.end(TIMEOUT), Some(code), "{}", run.text());
+        assert!(run.text().contains(message), "{message}: {}", run.text());
+    }
     for flags in ["", &endpoint()] {
         let (code, printed) = run(flags, &[("TMPDIR", &missing)]);
         let expected_line = format!("error: TMPDIR={missing}: cannot make a folder there");

@@ -328,11 +328,15 @@ impl<'a> Job<'a> {
         match &self.options.endpoint {
             Some(endpoint) => Ok(endpoint.clone()),
             None => {
-                let path = self.folder.path().join(format!("meet-{attempt}")).display().to_string();
-                let message = |expected| {
-                    format!("cannot use {path} for the rendezvous: expected {expected}; set TMPDIR to a shorter path")
+                let path = self.folder.path().join(format!("meet-{attempt}"));
+                let refused = |expected, fix| {
+                    let path = path.display();
+                    let message =
+                        format!("cannot use {path} for the rendezvous: expected {expected}; set TMPDIR to {fix}");
+                    LaunchError::Refused(message)
                 };
-                Endpoint::parse(&format!("unix:{path}")).map_err(|expected| LaunchError::Refused(message(expected)))
+                let text = path.to_str().ok_or_else(|| refused("UTF-8", "a path in UTF-8"))?;
+                Endpoint::parse(&format!("unix:{text}")).map_err(|expected| refused(expected, "a shorter path"))
             }
         }
     }
