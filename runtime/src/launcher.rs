@@ -12,7 +12,7 @@ use std::time::Duration;
 use std::{env, fs, io, thread};
 
 use crossbeam_channel::{Receiver, Sender, select};
-use shardflow_actors::transport::PrivateFolder;
+use shardflow_actors::transport::{PROCESSES_MAX, PrivateFolder};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
 use crate::cluster::departure::Departure;
@@ -182,7 +182,12 @@ fn departure(options: &LaunchOptions) -> Option<Departure> {
     let variables = variables(options);
     let secret = SecretSource::find(&variables).ok()??.read().ok()?;
     let cluster_options = ClusterOptions::read(&variables).unwrap_or_default();
-    Departure::new(endpoint, &secret, &cluster_options, options.local_processes.checked_mul(options.nodes)?).ok()
+    Departure::new(endpoint, &secret, &cluster_options, processes(options)?).ok()
+}
+
+/// The number of processes on all nodes, if a job may have that many.
+fn processes(options: &LaunchOptions) -> Option<u32> {
+    options.local_processes.checked_mul(options.nodes).filter(|processes| *processes <= PROCESSES_MAX)
 }
 
 /// The environment variables of this process, with those set by flags.
@@ -352,8 +357,10 @@ fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
     if *local_processes == 0 || *nodes == 0 {
         return usage(format!("--nnodes {nodes} --nproc-per-node {local_processes}: both must be at least 1"));
     }
-    if local_processes.checked_mul(*nodes).is_none() {
-        return usage(format!("--nnodes {nodes} --nproc-per-node {local_processes}: too many processes"));
+    if processes(options).is_none() {
+        return usage(format!(
+            "--nnodes {nodes} --nproc-per-node {local_processes}: more than {PROCESSES_MAX} processes"
+        ));
     }
     if node >= nodes {
         return usage(format!("--node-rank {node} with --nnodes {nodes}: nodes are numbered from 0 to {}", nodes - 1));

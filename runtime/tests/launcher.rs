@@ -468,6 +468,8 @@ fn invalid_flags_are_usage_errors() {
         ("launch --nproc-per-node", "nproc-per-node"),
         ("launch --nproc-per-node 0 true", "at least 1"),
         ("launch --nproc-per-node x true", "invalid"),
+        ("launch --nproc-per-node 4097 true", "more than 4096 processes"),
+        ("launch --interface eth0 true", "expected an IP address"),
         ("launch --nnodes 1:2 true", "invalid"),
         ("launch --nnodes 2 true", "needs --node-rank"),
         ("launch --nnodes 2 --node-rank 0 true", "needs --rdzv-endpoint"),
