@@ -274,6 +274,8 @@ fn cluster_flags_become_variables_of_the_processes() {
     ] {
         assert_eq!(vars[name], value, "{name}");
     }
+    assert_eq!(job.sh(&["--rdzv-id=zone", "--interface=fe80::1%lo"], "env").end().code, 0);
+    assert_eq!(variables(&job.log("zone", 0, 0))["SHARDFLOW_INTERFACE"], "fe80::1%lo");
     for (flag, expected) in [
         ("--advertise=a:5", "SHARDFLOW_ADVERTISE is \"a:5\", expected a host name or an IP address"),
         ("--heartbeat-ms=0", "SHARDFLOW_HEARTBEAT_MS is \"0\""),

@@ -144,8 +144,8 @@ struct LaunchArgs {
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
     /// Local address that the processes listen on [default: source address of the route to process 0]
-    #[arg(long, value_name = "ADDRESS")]
-    interface: Option<IpAddr>,
+    #[arg(long, value_name = "ADDRESS", value_parser = interface)]
+    interface: Option<String>,
     /// Host name or address at which other nodes reach this node's processes [default: the one that they listen on]
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
@@ -165,7 +165,7 @@ impl LaunchArgs {
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
             (cluster::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
-            (cluster::INTERFACE, self.interface.map(|address| address.to_string())),
+            (cluster::INTERFACE, self.interface.clone()),
             (cluster::ADVERTISE, self.advertise.clone()),
             (cluster::HEARTBEAT_MS, self.heartbeat_ms.map(|ms| ms.to_string())),
             (cluster::HEARTBEAT_DEADLINE_MS, self.heartbeat_deadline_ms.map(|ms| ms.to_string())),
@@ -176,6 +176,11 @@ impl LaunchArgs {
 
 fn endpoint(text: &str) -> Result<Endpoint, String> {
     Endpoint::parse_rendezvous(text).map_err(|expected| format!("expected {expected}"))
+}
+
+/// Checks an address and keeps its text, because a zone is known by its name.
+fn interface(text: &str) -> Result<String, String> {
+    parse_ip(text).map(|_| text.into()).ok_or_else(|| "expected an IP address, such as 10.0.0.1 or fe80::1%eth0".into())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
