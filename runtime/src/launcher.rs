@@ -32,7 +32,7 @@ mod children;
 mod guard;
 mod logs;
 
-pub use guard::{become_program, guard};
+pub use guard::{become_program, child_command, guard};
 
 /// Capacity of the event queue. A sender waits while the queue is full.
 const EVENTS_MAX: usize = 64;

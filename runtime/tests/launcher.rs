@@ -592,6 +592,20 @@ fn new_output_begins_on_its_own_line_after_an_incomplete_one() {
     }
 }
 
+#[test]
+fn the_program_of_a_plan_ends_with_the_command() {
+    let job = Job::new();
+    let temporary = job.folder().join("tmp");
+    fs::create_dir(&temporary).unwrap();
+    let given = [("TMPDIR", temporary.to_str().unwrap())];
+    let running = job.run_with(&given, &["plan", "--", "sh", "-c", "echo $$ > $READY; read line < $WAIT.none"]);
+    let program = harness::Process::open(job.ready().parse().unwrap());
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code, 143);
+    assert!(program.ends_before(std::time::Instant::now() + timeout(5)), "the program is alive");
+    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
+}
+
 /// Process 1 of a container ignores signals without a handler.
 #[test]
 fn commands_end_on_sigterm_as_process_1() {
