@@ -391,6 +391,21 @@ fn the_other_processes_get_sigterm_after_a_failure() {
 }
 
 #[test]
+fn processes_that_wait_in_vain_for_a_failed_one_get_sigterm_soon() {
+    let job = Job::new();
+    let script = r#"[ $RANK = 0 ] && { echo ready > $READY; read line < $WAIT.none; }; read line < $WAIT
+        echo '{"rank":1,"time_unix_ns":1,"exit":2,"cause":"no such flag"}' > $SHARDFLOW_ERROR_FILE; exit 2"#;
+    // The wait is far longer than the test.
+    let running = job.sh(&["--nproc-per-node=2", "--failure-wait=600"], script);
+    job.ready();
+    job.write("go\n");
+    let ended = running.end();
+    assert_eq!(ended.code, 2, "{}", ended.err);
+    let last = ended.err.lines().last().unwrap();
+    assert!(last.starts_with("error: rank 1: no such flag (code 2: usage)"), "{last}");
+}
+
+#[test]
 fn a_frozen_process_that_the_others_blame_is_killed_soon() {
     let job = Job::new();
     let script = r#"[ $RANK = 1 ] && { echo ready > $READY; kill -STOP $$; }; read line < $WAIT
