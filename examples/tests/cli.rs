@@ -285,6 +285,17 @@ fn the_other_programs_run() {
     }
 }
 
+#[test]
+fn small_programs_ignore_that_a_pipe_is_closed() {
+    for program in [env!("CARGO_BIN_EXE_first_steps"), env!("CARGO_BIN_EXE_custom_kernel")] {
+        let mut command = Command::new(program);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        drop(child.stdout.take());
+        let output = child.wait_with_output().expect("it ends");
+        assert_eq!((output.status.code(), &*String::from_utf8_lossy(&output.stderr)), (Some(0), ""), "{program}");
+    }
+}
+
 /// With this learning rate, the first update leaves weights whose products overflow f32.
 #[test]
 fn a_training_that_overflows_follows_its_policy_and_names_the_tensor() {

@@ -210,6 +210,18 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
     assert!(printed.contains("could not create a Unix socket in its TMPDIR"), "{printed}");
     let (code, printed) = run("", &[("TMPDIR", &long)]);
     assert!(code == Some(78) && printed.contains("set TMPDIR to a shorter path"), "{code:?} {printed}");
+    // Not UTF-8.
+    for (flags, transport, code, message) in [
+        (endpoint(), "auto", 0, "\u{fffd}: not UTF-8, and processes exchange the socket's path as text"),
+        (endpoint(), "unix", 78, "could not create a Unix socket in its TMPDIR"),
+        (String::new(), "auto", 78, "set TMPDIR to a path in UTF-8"),
+    ] {
+        let command = launch(&format!("--nproc-per-node 2 {flags}"), "--mesh data=2");
+        let set = "TMPDIR=$PWD/$(printf 'x\\377') && export TMPDIR && mkdir -p \"$TMPDIR\"";
+        let mut run = start(&folder, &after(set, &command), &[("SHARDFLOW_TRANSPORT", transport)]);
+        assert_eq!(run.end(TIMEOUT), Some(code), "{}", run.text());
+        assert!(run.text().contains(message), "{message}: {}", run.text());
+    }
     for flags in ["", &endpoint()] {
         let (code, printed) = run(flags, &[("TMPDIR", &missing)]);
         let expected_line = format!("error: TMPDIR={missing}: cannot make a folder there");
@@ -218,14 +230,14 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
             "{code:?} {printed}"
         );
     }
-    // Other commands that use TMPDIR.
-    for (command, expected) in [("plan", Some(78)), ("doctor", Some(78))] {
-        let mut words = vec![launcher().display().to_string(), command.to_owned()];
-        words.extend(if command == "plan" { vec!["--".to_owned(), GPT.to_owned()] } else { vec![] });
-        let mut run = start(&folder, &words, &[("TMPDIR", &missing)]);
-        assert_eq!(run.end(TIMEOUT), expected, "{}", run.text());
-        assert!(run.text().contains(&format!("TMPDIR={missing}: ")), "{}", run.text());
-    }
+    // `doctor` needs it too, and `plan` does not.
+    let doctor = [launcher().display().to_string(), "doctor".to_owned()];
+    let mut run = start(&folder, &doctor, &[("TMPDIR", &missing)]);
+    assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
+    assert!(run.text().contains(&format!("TMPDIR={missing}: ")), "{}", run.text());
+    let plan = [launcher().display().to_string(), "plan".to_owned(), "--".to_owned()];
+    let mut run = start(&folder, &[&plan[..], &gpt("")].concat(), &[("TMPDIR", &missing)]);
+    assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());
     // Processes that another launcher started.
     let port = free_port().to_string();
     let ended = run_by_variables(&folder, &[("TMPDIR", &missing)], |rank| {

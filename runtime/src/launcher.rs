@@ -12,7 +12,7 @@ use std::time::Duration;
 use std::{env, fs, io, thread};
 
 use crossbeam_channel::{Receiver, Sender, select};
-use shardflow_actors::transport::PrivateFolder;
+use shardflow_actors::transport::{PROCESSES_MAX, PrivateFolder};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
 use crate::cluster::departure::Departure;
@@ -32,7 +32,7 @@ mod children;
 mod guard;
 mod logs;
 
-pub use guard::{become_program, guard};
+pub use guard::{become_program, child_command, guard};
 
 /// Capacity of the event queue. A sender waits while the queue is full.
 const EVENTS_MAX: usize = 64;
@@ -182,7 +182,12 @@ fn departure(options: &LaunchOptions) -> Option<Departure> {
     let variables = variables(options);
     let secret = SecretSource::find(&variables).ok()??.read().ok()?;
     let cluster_options = ClusterOptions::read(&variables).unwrap_or_default();
-    Departure::new(endpoint, &secret, &cluster_options, options.local_processes.checked_mul(options.nodes)?).ok()
+    Departure::new(endpoint, &secret, &cluster_options, processes(options)?).ok()
+}
+
+/// The number of processes on all nodes, if a job may have that many.
+fn processes(options: &LaunchOptions) -> Option<u32> {
+    options.local_processes.checked_mul(options.nodes).filter(|processes| *processes <= PROCESSES_MAX)
 }
 
 /// The environment variables of this process, with those set by flags.
@@ -328,11 +333,15 @@ impl<'a> Job<'a> {
         match &self.options.endpoint {
             Some(endpoint) => Ok(endpoint.clone()),
             None => {
-                let path = self.folder.path().join(format!("meet-{attempt}")).display().to_string();
-                let message = |expected| {
-                    format!("cannot use {path} for the rendezvous: expected {expected}; set TMPDIR to a shorter path")
+                let path = self.folder.path().join(format!("meet-{attempt}"));
+                let refused = |expected, fix| {
+                    let path = path.display();
+                    let message =
+                        format!("cannot use {path} for the rendezvous: expected {expected}; set TMPDIR to {fix}");
+                    LaunchError::Refused(message)
                 };
-                Endpoint::parse(&format!("unix:{path}")).map_err(|expected| LaunchError::Refused(message(expected)))
+                let text = path.to_str().ok_or_else(|| refused("UTF-8", "a path in UTF-8"))?;
+                Endpoint::parse(&format!("unix:{text}")).map_err(|expected| refused(expected, "a shorter path"))
             }
         }
     }
@@ -348,8 +357,10 @@ fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
     if *local_processes == 0 || *nodes == 0 {
         return usage(format!("--nnodes {nodes} --nproc-per-node {local_processes}: both must be at least 1"));
     }
-    if local_processes.checked_mul(*nodes).is_none() {
-        return usage(format!("--nnodes {nodes} --nproc-per-node {local_processes}: too many processes"));
+    if processes(options).is_none() {
+        return usage(format!(
+            "--nnodes {nodes} --nproc-per-node {local_processes}: more than {PROCESSES_MAX} processes"
+        ));
     }
     if node >= nodes {
         return usage(format!("--node-rank {node} with --nnodes {nodes}: nodes are numbered from 0 to {}", nodes - 1));

@@ -10,7 +10,8 @@ mod addresses;
 mod cores;
 mod memory;
 
-pub(crate) use addresses::{Targets, address_towards, hidden_name, parse_ip};
+pub use addresses::parse_ip;
+pub(crate) use addresses::{Targets, address_towards, hidden_name};
 pub use cores::threads_per_device;
 pub(crate) use cores::{affinity, cores_text};
 pub(crate) use memory::meminfo;

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use crate::cluster::ClusterError;
 use crate::exit::{self, Exit};
 use crate::layout_error::LayoutError;
+use crate::output;
 use crate::passes::CompileError;
 use crate::session::SessionError;
 
-/// Runs the body of `main`. Prints an error as `error: ..`, reports it to the launcher, and returns its exit code.
+/// Runs the body of `main`. Prints an error as `error: ..`, reports it to the launcher, and returns its exit code, after all
+/// [`output`] is written.
 ///
 /// ```no_run
 /// fn main() -> std::process::ExitCode {
@@ -20,7 +22,13 @@ use crate::session::SessionError;
 /// }
 /// ```
 pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
-    let Err(error) = body() else { return ExitCode::SUCCESS };
+    let exit = body().map_or_else(show, |()| Exit::Done);
+    output::finish(None);
+    exit.into()
+}
+
+/// Prints and reports an error.
+fn show(error: Box<dyn Error>) -> Exit {
     let exit = exit_of(&*error);
     // `Exit::Done` is not a failure: `shardflow plan` needs only the plan, which is written.
     if exit != Exit::Done {
@@ -30,7 +38,7 @@ pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
         }
         eprintln!("error: {error}");
     }
-    exit.into()
+    exit
 }
 
 fn exit_of(error: &(dyn Error + 'static)) -> Exit {

@@ -274,6 +274,8 @@ fn cluster_flags_become_variables_of_the_processes() {
     ] {
         assert_eq!(vars[name], value, "{name}");
     }
+    assert_eq!(job.sh(&["--rdzv-id=zone", "--interface=fe80::1%lo"], "env").end().code, 0);
+    assert_eq!(variables(&job.log("zone", 0, 0))["SHARDFLOW_INTERFACE"], "fe80::1%lo");
     for (flag, expected) in [
         ("--advertise=a:5", "SHARDFLOW_ADVERTISE is \"a:5\", expected a host name or an IP address"),
         ("--heartbeat-ms=0", "SHARDFLOW_HEARTBEAT_MS is \"0\""),
@@ -389,6 +391,21 @@ fn the_other_processes_get_sigterm_after_a_failure() {
 }
 
 #[test]
+fn processes_that_wait_in_vain_for_a_failed_one_get_sigterm_soon() {
+    let job = Job::new();
+    let script = r#"[ $RANK = 0 ] && { echo ready > $READY; read line < $WAIT.none; }; read line < $WAIT
+        echo '{"rank":1,"time_unix_ns":1,"exit":2,"cause":"no such flag"}' > $SHARDFLOW_ERROR_FILE; exit 2"#;
+    // The wait is far longer than the test.
+    let running = job.sh(&["--nproc-per-node=2", "--failure-wait=600"], script);
+    job.ready();
+    job.write("go\n");
+    let ended = running.end();
+    assert_eq!(ended.code, 2, "{}", ended.err);
+    let last = ended.err.lines().last().unwrap();
+    assert!(last.starts_with("error: rank 1: no such flag (code 2: usage)"), "{last}");
+}
+
+#[test]
 fn a_frozen_process_that_the_others_blame_is_killed_soon() {
     let job = Job::new();
     let script = r#"[ $RANK = 1 ] && { echo ready > $READY; kill -STOP $$; }; read line < $WAIT
@@ -468,6 +485,8 @@ fn invalid_flags_are_usage_errors() {
         ("launch --nproc-per-node", "nproc-per-node"),
         ("launch --nproc-per-node 0 true", "at least 1"),
         ("launch --nproc-per-node x true", "invalid"),
+        ("launch --nproc-per-node 4097 true", "more than 4096 processes"),
+        ("launch --interface eth0 true", "expected an IP address"),
         ("launch --nnodes 1:2 true", "invalid"),
         ("launch --nnodes 2 true", "needs --node-rank"),
         ("launch --nnodes 2 --node-rank 0 true", "needs --rdzv-endpoint"),
@@ -586,6 +605,20 @@ fn new_output_begins_on_its_own_line_after_an_incomplete_one() {
     for rank in 0..2 {
         assert_eq!(job.log("x", 0, rank), "whole\nto\nerror: new\n");
     }
+}
+
+#[test]
+fn the_program_of_a_plan_ends_with_the_command() {
+    let job = Job::new();
+    let temporary = job.folder().join("tmp");
+    fs::create_dir(&temporary).unwrap();
+    let given = [("TMPDIR", temporary.to_str().unwrap())];
+    let running = job.run_with(&given, &["plan", "--", "sh", "-c", "echo $$ > $READY; read line < $WAIT.none"]);
+    let program = harness::Process::open(job.ready().parse().unwrap());
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code, 143);
+    assert!(program.ends_before(std::time::Instant::now() + timeout(5)), "the program is alive");
+    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
 }
 
 /// Process 1 of a container ignores signals without a handler.

@@ -24,10 +24,19 @@ fn the_plan_is_printed_or_written_to_files() {
     assert!(output.status.success() && text(&output.stdout) == written, "{output:?}");
     let read = |path| std::fs::read_to_string(path).expect("a file");
     assert_eq!((read(html), read(dot)), ("page\n".to_owned(), "graph\n".to_owned()));
-    for (script, code) in [("echo why >&2; exit 78", 78), ("echo why >&2", 2)] {
+    for (script, code, out, error) in [
+        ("echo why >&2; exit 78", 78, "", "error: sh ended without starting a session"),
+        ("echo why >&2", 2, "", "error: sh ended without starting a session"),
+        (
+            "echo half > $SHARDFLOW_PLAN_TEXT; echo why >&2; exit 2",
+            2,
+            "half\n",
+            "error: sh failed after it wrote the plan (code 2: usage)",
+        ),
+    ] {
         let output = plan(&[], script);
         let err = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(code), "{err}");
-        assert!(err.starts_with("why\n") && err.contains("error: sh ended without starting a session"), "{err}");
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(code), out), "{err}");
+        assert!(err.starts_with("why\n") && err.contains(error), "{err}");
     }
 }

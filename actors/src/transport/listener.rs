@@ -328,6 +328,9 @@ fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Socket)), St
     let folder = PrivateFolder::new("shardflow-");
     let folder = folder.map_err(|error| format!("cannot make a folder there: {}", error.kind()))?;
     let path = folder.path().join(format!("{process}.sock"));
+    if path.to_str().is_none() {
+        return Err("not UTF-8, and processes exchange the socket's path as text".into());
+    }
     if path.as_os_str().len() > UNIX_PATH_BYTES_MAX {
         return Err(format!("too long: a Unix socket path below it exceeds {UNIX_PATH_BYTES_MAX} bytes"));
     }

@@ -3,23 +3,24 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::net::IpAddr;
+use std::io::{BufWriter, Read, Write};
 #[cfg(feature = "watch")]
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use rustix::fs::MemfdFlags;
 use shardflow::checkpoint::cli::{self, CheckpointCommand};
 use shardflow::cluster;
 use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
 use shardflow::exit::Exit;
 use shardflow::flags;
-use shardflow::launcher::{self, LaunchOptions, become_program, guard, launch};
-use shardflow::machine::temporary_folder;
+use shardflow::launcher::{self, LaunchOptions, become_program, child_command, guard, launch};
+use shardflow::machine::parse_ip;
 use shardflow::requests::Requests;
 use shardflow::session::plan_files::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 use shardflow::trace::join::JoinedTrace;
@@ -93,7 +94,7 @@ enum Command {
         #[arg(long)]
         folder: PathBuf,
     },
-    /// For the launcher only: executes a program that is killed when the launcher ends.
+    /// For `launch` and `plan` only: executes a program that is killed when they end.
     #[command(hide = true)]
     Child {
         #[arg(long)]
@@ -144,8 +145,8 @@ struct LaunchArgs {
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
     /// Local address that the processes listen on [default: source address of the route to process 0]
-    #[arg(long, value_name = "ADDRESS")]
-    interface: Option<IpAddr>,
+    #[arg(long, value_name = "ADDRESS", value_parser = interface)]
+    interface: Option<String>,
     /// Host name or address at which other nodes reach this node's processes [default: the one that they listen on]
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
@@ -165,7 +166,7 @@ impl LaunchArgs {
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
             (cluster::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
-            (cluster::INTERFACE, self.interface.map(|address| address.to_string())),
+            (cluster::INTERFACE, self.interface.clone()),
             (cluster::ADVERTISE, self.advertise.clone()),
             (cluster::HEARTBEAT_MS, self.heartbeat_ms.map(|ms| ms.to_string())),
             (cluster::HEARTBEAT_DEADLINE_MS, self.heartbeat_deadline_ms.map(|ms| ms.to_string())),
@@ -176,6 +177,11 @@ impl LaunchArgs {
 
 fn endpoint(text: &str) -> Result<Endpoint, String> {
     Endpoint::parse_rendezvous(text).map_err(|expected| format!("expected {expected}"))
+}
+
+/// Checks an address and keeps its text, because a zone is known by its name.
+fn interface(text: &str) -> Result<String, String> {
+    parse_ip(text).map(|_| text.into()).ok_or_else(|| "expected an IP address, such as 10.0.0.1 or fe80::1%eth0".into())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -328,13 +334,13 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
 
 /// Runs the program with variables that make it write its plan instead of starting a session.
 fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Exit {
-    let folder = match temporary_folder("shardflow-plan-") {
-        Ok(folder) => folder,
-        Err(error) => return fail(Exit::Refused, error),
+    // A file in memory: a full disk cannot truncate the plan, and a signal leaves no file behind.
+    let mut text = match rustix::fs::memfd_create("plan", MemfdFlags::CLOEXEC) {
+        Ok(file) => File::from(file),
+        Err(error) => return fail(Exit::Internal, format!("cannot create a file in memory: {error}")),
     };
-    let text = folder.path().join("plan");
-    let mut program = std::process::Command::new(&command[0]);
-    program.args(&command[1..]).env(PLAN_TEXT, &text);
+    let mut program = child_command("/proc/self/exe".as_ref(), command[0].as_ref(), &command[1..]);
+    program.env(PLAN_TEXT, format!("/proc/{}/fd/{}", std::process::id(), text.as_raw_fd()));
     for (variable, path) in [(PLAN_HTML, &html), (PLAN_DOT, &dot)] {
         // The program may change its working directory.
         match path.as_deref().map(std::path::absolute).transpose() {
@@ -346,20 +352,23 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
         Ok(output) => output,
         Err(error) => return fail(Exit::Usage, format!("cannot start {}: {error}", command[0].display())),
     };
-    match std::fs::read_to_string(&text) {
-        Ok(plan) if html.is_none() && dot.is_none() => print(plan.trim_end(), Exit::Done),
-        Ok(_) => {
-            let written: Vec<String> =
-                html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
-            print(&written.join("\n"), Exit::Done)
-        }
-        Err(_) => {
-            eprint!("{}", String::from_utf8_lossy(&output.stderr));
-            let message = format!("{} ended without starting a session, so there is no plan", command[0].display());
-            let code = output.status.code().and_then(|code| u8::try_from(code).ok());
-            fail(code.map(Exit::from_code).filter(|exit| *exit != Exit::Done).unwrap_or(Exit::Usage), message)
-        }
+    let mut plan = String::new();
+    if let Err(error) = text.read_to_string(&mut plan) {
+        return fail(Exit::Internal, format!("cannot read the plan: {error}"));
     }
+    let written: Vec<String> =
+        html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
+    let shown = if written.is_empty() { plan.trim_end().to_owned() } else { written.join("\n") };
+    let (name, exit) = (command[0].display(), Exit::from_status(output.status));
+    if exit == Exit::Done && !plan.is_empty() {
+        return print(&shown, exit);
+    }
+    eprint!("{}", String::from_utf8_lossy(&output.stderr));
+    if plan.is_empty() {
+        let exit = if exit == Exit::Done { Exit::Usage } else { exit };
+        return fail(exit, format!("{name} ended without starting a session, so there is no plan"));
+    }
+    print(&shown, fail(exit, format!("{name} failed after it wrote the plan ({exit})")))
 }
 
 #[cfg(feature = "watch")]

@@ -15,12 +15,15 @@ use signal_hook::consts::{SIGINT, SIGUSR1};
 use super::cause::Ended;
 use super::children::{AttemptConfig, Child};
 use super::{Event, Job, LaunchError, print_notice};
-use crate::exit::Exit;
+use crate::exit::{Exit, Report};
 use crate::output;
 
 /// Time until processes are killed when only those are left that the ended ones blame. A blamed process may be about to
 /// report its failure; usually it is frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
+/// Longest time from a failure until SIGTERM to processes that wait in vain for the failed one to join. Those that fail
+/// for the same cause report it themselves.
+const UNJOINED_WAIT: Duration = Duration::from_millis(500);
 /// Time until a killed process that does not end is abandoned. Only the kernel can delay its end.
 const KILL_WAIT: Duration = Duration::from_secs(10);
 /// Time to read a process's remaining output. Reading takes longer only if another process holds its pipes.
@@ -109,6 +112,15 @@ impl Attempt<'_, '_> {
         self.living().all(|child| is_blamed(child.rank))
     }
 
+    /// Time from the first failure until SIGTERM to the other processes.
+    fn failure_wait(&self) -> Duration {
+        let options = self.job.options;
+        let mut reports = self.children.iter().filter_map(|child| child.ended.as_ref()?.report.as_ref());
+        // On several nodes, rank 0 goes on refusing the processes that join.
+        let wait_is_vain = options.nodes == 1 && reports.any(Report::concerns_all);
+        if wait_is_vain { options.failure_wait.min(UNJOINED_WAIT) } else { options.failure_wait }
+    }
+
     fn handle_end(&mut self, local: usize) {
         let signaled = matches!(self.phase, Phase::Ending { .. } | Phase::Killed { .. });
         // A process whose start failed after the spawn is not in `children`.
@@ -123,7 +135,7 @@ impl Attempt<'_, '_> {
                 let print = |ended: &Ended| print_notice(&format!("rank {}: {}", ended.rank, ended.describe()));
                 child.ended.iter().for_each(print);
             }
-            self.phase = Phase::Settling { until: now + self.job.options.failure_wait };
+            self.phase = Phase::Settling { until: now + self.failure_wait() };
         }
         if let Phase::Settling { until } = self.phase
             && self.only_blamed_left()
@@ -160,7 +172,7 @@ impl Attempt<'_, '_> {
                 self.kill();
             }
             Phase::Settling { .. } => {
-                let wait = self.job.options.failure_wait;
+                let wait = self.failure_wait();
                 print_notice(&format!("sending SIGTERM to rank {ranks}, {wait:?} after the failure"));
                 self.living().for_each(|child| child.signal(Signal::TERM));
                 self.phase = Phase::Ending { until: Instant::now() + self.job.options.grace };

@@ -77,7 +77,7 @@ pub(crate) fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<St
 }
 
 /// Parses an IP address, with a zone if it is link-local (`fe80::1%eth0`), at port 0.
-pub(crate) fn parse_ip(text: &str) -> Option<SocketAddr> {
+pub fn parse_ip(text: &str) -> Option<SocketAddr> {
     // Names are refused: resolving one may be slow and return several addresses.
     let ip: IpAddr = text.split('%').next()?.parse().ok()?;
     let with_port = if ip.is_ipv6() { format!("[{text}]:0") } else { format!("{text}:0") };

@@ -12,7 +12,7 @@ pub const PLAN_HTML: &str = "SHARDFLOW_PLAN_HTML";
 /// Variable with the path of the file to which the plan is written for Graphviz.
 pub const PLAN_DOT: &str = "SHARDFLOW_PLAN_DOT";
 
-/// In the order of writing. The text is last, so its existence shows that all files are complete.
+/// In the order of writing. The text is last: once it is written, all files are complete.
 const VARIABLES: [&str; 3] = [PLAN_HTML, PLAN_DOT, PLAN_TEXT];
 
 /// True under `shardflow plan`: no session will start, so a program needs neither devices nor data.
