@@ -54,7 +54,8 @@ pub struct GptArgs {
     /// CPU threads of each device; by default the cores of this process are divided evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory of each device in MiB that the plan must fit in; by default the free memory of the node, or of each GPU.
+    /// Memory of each device in MiB that the plan must fit in; by default the free memory of each GPU. CPU devices must
+    /// also fit in the free memory of their node.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.

@@ -171,7 +171,7 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     };
     let memory_bytes = match (args.memory_bytes(), device) {
         (Some(given), _) => Some(given),
-        // A plan can be shown on any machine. A session compares a plan for CPUs with the node's free memory.
+        // A plan can be shown on any machine. A session also compares a plan for CPUs with the node's free memory.
         (None, _) if plan_files::is_requested() => None,
         (None, DeviceKind::Cpu) => None,
         // A plan can be shown without a GPU.
@@ -494,7 +494,8 @@ impl std::fmt::Display for Saved {
     }
 }
 
-const NODE_MEMORY_HINT: &str = "--memory-mib sets a limit for each device, in place of the node's free memory";
+const NODE_MEMORY_HINT: &str =
+    "reduce --batch, --width or --layers, use more nodes, or free memory or raise its limit on this node";
 
 fn is_node_memory(error: &SessionError) -> bool {
     matches!(error, SessionError::Plan(PlanError::NodeMemory { .. }))
