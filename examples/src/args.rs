@@ -13,6 +13,8 @@ use shardflow::exit::Exit;
 use shardflow::output;
 use shardflow::watch::client;
 
+use crate::files;
+
 /// How long an error waits for stdout to drain.
 const STDOUT_DRAIN: Duration = Duration::from_millis(200);
 
@@ -54,7 +56,8 @@ pub struct GptArgs {
     /// CPU threads of each device; by default the cores of this process are divided evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory of each device in MiB that the plan must fit in; by default the free memory of the node, or of each GPU.
+    /// Memory of each device in MiB that the plan must fit in; by default the free memory of each GPU. CPU devices must
+    /// also fit in the free memory of their node.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.
@@ -100,7 +103,8 @@ pub struct GptArgs {
     /// Write the trained parameters to this file.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save: Option<PathBuf>,
-    /// Start from the parameters in this file, with fresh optimizer state.
+    /// Start from the parameters in this file, with fresh optimizer state; not used when training continues from a
+    /// checkpoint.
     #[arg(long, value_name = "FILE.safetensors")]
     pub init_from: Option<PathBuf>,
     /// Save checkpoints here, and continue from the newest one, see --resume.
@@ -477,12 +481,7 @@ impl GptArgs {
         let with_trace = [data, log, save, init].map(|other| (other, trace));
         for ((first, a), (second, b)) in pairs.into_iter().chain(with_trace) {
             let (Some(a), Some(b)) = (a, b) else { continue };
-            let same = match (a.canonicalize(), b.canonicalize()) {
-                (Ok(a), Ok(b)) => a == b,
-                // At least one does not exist yet.
-                _ => a == b,
-            };
-            if same {
+            if files::resolved(a) == files::resolved(b) {
                 return Err(ArgsError::SameFile { first, second, path: b.clone() });
             }
         }

@@ -1,7 +1,9 @@
 //! The checkpoints of a training: continues from the newest, saves in the background, reports the outcomes.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
+use shardflow::checkpoint::error::StoreOperation;
 use shardflow::checkpoint::{CheckpointError, Cursor, SaveReport, SaveStart, Saver, SaverOptions, Store};
 use shardflow::exit;
 use shardflow::prelude::*;
@@ -70,6 +72,7 @@ impl CheckpointsError {
     /// The exit code of the program.
     pub fn exit(&self) -> Exit {
         match self {
+            Self::Store(error) if io_kind(error) == Some(ErrorKind::NotADirectory) => Exit::Usage,
             Self::Load(error) | Self::Snapshot(error) | Self::Store(error) => error.exit(),
             Self::Present { .. } => Exit::Usage,
             Self::NoCheckpoint(_) | Self::TooManyRollbacks { .. } => Exit::Numerics,
@@ -99,6 +102,7 @@ impl CheckpointsError {
                     "no checkpoint there is intact; restore one from a copy, or give another --checkpoint"
                 }
                 SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
+                SessionError::Checkpoint(ref error @ CheckpointError::Store { .. }) => hint(error),
                 _ => "",
             },
             Self::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
@@ -114,17 +118,42 @@ impl CheckpointsError {
     }
 }
 
-/// What the user can change so that a store or a file can be written.
-pub fn hint(error: &CheckpointError) -> &'static str {
-    match (error, error.io_kind()) {
-        (CheckpointError::NoRoom { checkpoints: 1, .. }, _) => "free space, or give another --checkpoint",
-        (CheckpointError::NoRoom { .. }, _) => {
-            "free space, keep fewer checkpoints with --checkpoint-keep, or give another --checkpoint"
+fn io_kind(error: &SessionError) -> Option<ErrorKind> {
+    match error {
+        SessionError::Checkpoint(error) => error.io_kind(),
+        _ => None,
+    }
+}
+
+/// What the user can change so that a store can be used.
+fn hint(error: &CheckpointError) -> &'static str {
+    match error {
+        CheckpointError::NoRoom { checkpoints: 1, .. } => "free space, or give another --checkpoint",
+        CheckpointError::NoRoom { .. } => {
+            "free space, keep fewer checkpoints with --checkpoint-keep and --checkpoint-keep-every, or give another \
+             --checkpoint"
         }
-        (CheckpointError::NotShared { .. }, _) => "give a --checkpoint that all nodes share",
-        (CheckpointError::Others { .. }, _) => "see the log of that rank",
-        (CheckpointError::Stalled { .. }, _) => "check the file system, or the network to the store",
-        (_, cause) => cause.map_or("", files::hint),
+        CheckpointError::NotShared { .. } => "give a --checkpoint that all nodes share",
+        CheckpointError::Others { .. } => "see the log of that rank",
+        CheckpointError::Stalled { .. } => "check the file system, or the network to the store",
+        CheckpointError::Store { doing: StoreOperation::Read | StoreOperation::List, .. } => {
+            error.io_kind().map_or("", read_hint)
+        }
+        _ => error.io_kind().map_or("", write_hint),
+    }
+}
+
+fn read_hint(cause: ErrorKind) -> &'static str {
+    match cause {
+        ErrorKind::PermissionDenied => "give a --checkpoint that this user may read",
+        cause => write_hint(cause),
+    }
+}
+
+fn write_hint(cause: ErrorKind) -> &'static str {
+    match cause {
+        ErrorKind::NotFound | ErrorKind::NotADirectory => "give a folder, or a path where one can be created",
+        cause => files::hint(cause),
     }
 }
 
@@ -134,6 +163,8 @@ pub struct Checkpoints {
     store: Store,
     every: u64,
     prints: bool,
+    /// Whether the session has the state of a checkpoint.
+    is_resumed: bool,
     /// Number of the next batch's first sample.
     next_sample: u64,
     /// Whether this process writes to the store.
@@ -159,7 +190,7 @@ impl Checkpoints {
         let options = SaverOptions {
             keep: args.checkpoint_keep,
             keep_every: args.checkpoint_keep_every,
-            saves_max: Some(args.steps / args.checkpoint_every + 1),
+            schedule: Some(SaveSchedule { every: args.checkpoint_every, steps: args.steps }),
             ..SaverOptions::default()
         };
         let saver = session.saver(&store, options).map_err(store_error)?;
@@ -178,11 +209,17 @@ impl Checkpoints {
             (_, None) if prints => note(format!("no checkpoint in {}: starting from step 0", store.place())),
             _ => {}
         }
+        let is_resumed = found.is_some();
         let next_sample = found.map_or(0, |(step, cursor)| samples_before(step, &cursor, args.batch as u64));
         let (_, member) = session.agreement().map_err(|error| CheckpointsError::Snapshot(Box::new(error)))?;
         let is_first = member.process == 0;
         let (every, rollbacks, requested, save_time) = (args.checkpoint_every, (0, 0), None, Duration::ZERO);
-        Ok(Self { saver, store, every, prints, is_first, next_sample, rollbacks, requested, save_time })
+        Ok(Self { saver, store, every, prints, is_resumed, next_sample, is_first, rollbacks, requested, save_time })
+    }
+
+    /// True if the session has the state of a checkpoint.
+    pub fn is_resumed(&self) -> bool {
+        self.is_resumed
     }
 
     /// Duration of the last save.
@@ -313,8 +350,6 @@ fn restore(store: &Store, session: &mut Session, prints: bool) -> Result<Option<
 
 #[cfg(test)]
 mod tests {
-    use std::io::ErrorKind;
-
     use super::*;
 
     #[test]
@@ -335,6 +370,8 @@ mod tests {
         ] {
             assert!(hint(&error).contains(expected), "{error}: {}", hint(&error));
         }
+        assert!(read_hint(ErrorKind::PermissionDenied).contains("may read"));
+        assert!(write_hint(ErrorKind::PermissionDenied).contains("may write"));
         let room = |checkpoints| CheckpointError::NoRoom { place: "x".into(), checkpoints, why: String::new() };
         assert!(hint(&room(2)).contains("--checkpoint-keep") && !hint(&room(1)).contains("--checkpoint-keep"));
         // An unknown cause has no hint.

@@ -1,6 +1,7 @@
 //! Checks of output paths, before the work whose result is written there.
 
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -22,12 +23,16 @@ pub struct OutputFileError {
 /// change an existing one.
 ///
 /// # Errors
-/// `path` is a folder or has no file name, its folder is missing or not writable, or the existing file cannot be
+/// `path` is a folder, ends with a slash or has no file name, its folder is missing or not writable, or the existing file cannot be
 /// replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
 pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     let error = |cause| OutputFileError { path: path.into(), cause };
     if path.is_dir() {
         return Err(error(io::ErrorKind::IsADirectory.into()));
+    }
+    // `Path::file_name` ignores a slash at the end, which the system does not.
+    if path.file_name().is_some_and(|name| !path.as_os_str().as_bytes().ends_with(name.as_bytes())) {
+        return Err(error(io::Error::new(io::ErrorKind::IsADirectory, "it ends with a slash, like a folder")));
     }
     // Saving renames a new file to this path, which would replace a device or a pipe, as with `--save /dev/null`.
     if path.exists() && !path.is_file() {
@@ -40,6 +45,26 @@ pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     let created = std::fs::File::create(&probe).and_then(|mut file| file.write_all(b"a probe"));
     let removed = std::fs::remove_file(&probe);
     created.and(removed).map_err(error)
+}
+
+/// Largest number of symbolic links that [`resolved`] follows.
+const LINKS_MAX: usize = 40;
+
+/// The path of the file that a write to `path` creates or replaces, without symbolic links. The file may not exist yet.
+pub fn resolved(path: &Path) -> PathBuf {
+    let mut path = path.to_path_buf();
+    for _ in 0..LINKS_MAX {
+        let folder = folder_of(&path).canonicalize();
+        let (Ok(folder), Some(name)) = (folder, path.file_name()) else { break };
+        path = folder.join(name);
+        let Ok(target) = path.read_link() else { break };
+        path = folder.join(target);
+    }
+    path
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Checks that a rename can replace the file at `path`, if there is one. This includes a write-protected file.
@@ -104,8 +129,7 @@ pub fn hint(cause: io::ErrorKind) -> &'static str {
 /// # Errors
 /// The file system has less free space.
 pub fn check_room(path: &Path, bytes: u64) -> Result<(), OutputFileError> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let Some(free) = free_bytes(folder) else { return Ok(()) };
+    let Some(free) = free_bytes(folder_of(path)) else { return Ok(()) };
     if free >= bytes {
         return Ok(());
     }
@@ -127,7 +151,11 @@ mod tests {
         std::fs::write(&file, "kept").unwrap();
         check_writable(&file).unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
-        for wrong in [folder.clone(), folder.join("no/such/model"), file.join("inside"), "..".into(), "".into()] {
+        let slash = [folder.join("new/"), folder.join("new/."), file.join("")];
+        for wrong in [folder.clone(), folder.join("no/such/model"), file.join("inside"), "..".into(), "".into()]
+            .into_iter()
+            .chain(slash)
+        {
             let error = check_writable(&wrong).unwrap_err().to_string();
             assert!(error.starts_with(&format!("cannot write {}: ", wrong.display())), "{error}");
         }
@@ -188,6 +216,25 @@ mod tests {
         assert_eq!(kind(&folder), io::ErrorKind::IsADirectory);
         assert_eq!(kind(&folder.join("no/log")), io::ErrorKind::NotFound);
         assert_eq!(kind(&file.join("log")), io::ErrorKind::NotADirectory);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn paths_of_one_file_are_resolved_to_one_path() {
+        let folder = std::env::temp_dir().join(format!("shardflow-resolved-{}", std::process::id()));
+        std::fs::create_dir_all(folder.join("sub")).unwrap();
+        let link = |target: &str, name: &str| std::os::unix::fs::symlink(target, folder.join(name)).unwrap();
+        link("../file", "sub/dangling");
+        link("sub", "alias");
+        link("loop", "loop");
+        let file = folder.canonicalize().unwrap().join("file");
+        for path in ["file", "./file", "sub/../file", "sub/dangling", "alias/dangling"] {
+            assert_eq!(resolved(&folder.join(path)), file, "{path}");
+        }
+        assert_ne!(resolved(&folder.join("sub/file")), file);
+        assert!(resolved(&folder.join("loop")).ends_with("loop"));
+        assert_eq!(resolved(Path::new("x")), std::env::current_dir().unwrap().canonicalize().unwrap().join("x"));
+        assert_eq!(resolved(Path::new("no/such/x")), Path::new("no/such/x"));
         std::fs::remove_dir_all(&folder).unwrap();
     }
 

@@ -3,7 +3,8 @@
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -77,6 +78,28 @@ enum Sink {
     File(File),
     /// A pipe or a terminal, whose reader may stall.
     Stream(OutputQueue),
+    /// The process's standard output or error, such as `/dev/stdout`. Opened again, a file would have a second
+    /// position, and each would overwrite the other's lines.
+    Standard(&'static OutputQueue),
+}
+
+impl Sink {
+    fn queue(&self) -> Option<&OutputQueue> {
+        match self {
+            Self::File(_) => None,
+            Self::Stream(output) => Some(output),
+            Self::Standard(output) => Some(output),
+        }
+    }
+}
+
+/// The queue of the process's standard output or error, if `path` is the same file.
+fn standard_stream(path: &Path) -> Option<&'static OutputQueue> {
+    let data = path.metadata().ok()?;
+    let is_same = |stream: &dyn AsFd| {
+        rustix::fs::fstat(stream.as_fd()).is_ok_and(|s| (s.st_dev, s.st_ino) == (data.dev(), data.ino()))
+    };
+    if is_same(&io::stdout()) { Some(output::stdout()) } else { is_same(&io::stderr()).then(output::stderr) }
 }
 
 impl JsonLog {
@@ -101,6 +124,9 @@ impl JsonLog {
 
     fn open(path: &Path, options: &std::fs::OpenOptions) -> Result<Self, LogError> {
         let open = || -> io::Result<Sink> {
+            if let Some(output) = standard_stream(path) {
+                return Ok(Sink::Standard(output));
+            }
             let mut file = options.open(path)?;
             if !file.metadata()?.is_file() {
                 return Ok(Sink::Stream(OutputQueue::new(file)));
@@ -133,28 +159,31 @@ impl JsonLog {
         }
         self.line(&Last { totals })?;
         self.flush(None);
-        Ok(())
+        self.sink.queue().and_then(OutputQueue::take_error).map_or(Ok(()), |cause| Err(self.error(cause)))
     }
 
     fn flush(&self, limit: Option<Duration>) {
-        if let Sink::Stream(output) = &self.sink {
-            output.flush(limit);
-        }
+        self.sink.queue().into_iter().for_each(|output| output.flush(limit));
+    }
+
+    fn error(&self, cause: io::Error) -> LogError {
+        LogError { path: self.path.clone(), cause }
     }
 
     fn line(&mut self, object: &impl Serialize) -> Result<(), LogError> {
         // One write per line. `File` is unbuffered, so a reader sees an incomplete line only briefly.
         let written = serde_json::to_vec(object).map_err(io::Error::from).and_then(|mut line| {
             line.push(b'\n');
-            match &mut self.sink {
-                Sink::File(file) => file.write_all(&line),
-                Sink::Stream(output) => {
-                    output.put(OutputKind::Record, &line);
-                    Ok(())
-                }
+            if let Sink::File(file) = &mut self.sink {
+                return file.write_all(&line);
             }
+            let Some(output) = self.sink.queue() else { return Ok(()) };
+            // The progress on a terminal may lack its line end.
+            output.end_line();
+            output.put(OutputKind::Record, &line);
+            output.take_error().map_or(Ok(()), Err)
         });
-        written.map_err(|cause| LogError { path: self.path.clone(), cause })
+        written.map_err(|cause| self.error(cause))
     }
 }
 

@@ -118,6 +118,7 @@ fn unusable_flags_and_files_are_usage_errors() {
     std::fs::write(folder.0.path().join("empty"), "").unwrap();
     std::fs::write(folder.0.path().join("short"), "too short").unwrap();
     std::fs::create_dir(folder.0.path().join("folder")).unwrap();
+    std::os::unix::fs::symlink("same", folder.0.path().join("link")).unwrap();
     check_errors(
         &folder,
         2,
@@ -129,6 +130,8 @@ fn unusable_flags_and_files_are_usage_errors() {
             ("--layer 3", "--layer", "'--layers'"),
             ("--layers three", "'three' for '--layers", "--help"),
             ("--lr NaN", "--lr must be finite", "--help"),
+            ("--lr abc", "'abc' for '--lr <X>': expected a number", "--help"),
+            ("--checkpoint text/x", "--checkpoint text/x", "hint: give a folder, or a path where one can be created"),
             ("--listen 192.0.2.1:80", "--listen cannot listen on 192.0.2.1:80", "an address of this machine"),
             ("--trace no/t.json", "cannot write no/t.json", "a folder that exists"),
             ("--trace text", "--data and --trace are the same file text", ""),
@@ -139,9 +142,16 @@ fn unusable_flags_and_files_are_usage_errors() {
             ("--threads-per-device 65", "--threads-per-device must be at most 64, got 65", "--help"),
             ("--save no/such/model", "cannot write no/such/model", "a folder that exists"),
             ("--save folder", "cannot write folder", "not a folder"),
+            ("--save new/", "cannot write new/: it ends with a slash", "not a folder"),
+            ("--save short/", "cannot write short/: it ends with a slash", "not a folder"),
+            ("--trace new/", "cannot write new/: it ends with a slash", "not a folder"),
+            ("--log-json new/", "cannot write new/: it ends with a slash", "not a folder"),
             ("--save text", "--data and --save are the same file", "--save"),
             ("--log-json ./text", "--data and --log-json are the same file", "--log-json"),
             ("--save same --log-json same", "--save and --log-json are the same file", "--log-json"),
+            ("--save same --log-json ./same", "--save and --log-json are the same file", "--log-json"),
+            ("--log-json same --trace folder/../same", "--log-json and --trace are the same file", "--trace"),
+            ("--save link --log-json same", "--save and --log-json are the same file", "--log-json"),
             ("--context 18446744073709551615", "text is too short", "smaller --context"),
             ("--log-json no/such/log", "cannot write no/such/log", "a folder that exists"),
             ("--log-json folder", "cannot write folder", "not a folder"),
@@ -211,6 +221,30 @@ fn the_log_contains_every_step_and_the_totals() {
 }
 
 #[test]
+fn a_stream_that_loses_records_ends_the_run() {
+    let run = Folder::new("full").gpt("--log-json /dev/full");
+    assert_eq!(run.code, 2, "{}", run.stderr);
+    assert!(run.stderr.starts_with("error: cannot write log /dev/full: No space left on device"), "{}", run.stderr);
+}
+
+/// A file opened a second time would have a position of its own, and its lines would be overwritten.
+#[test]
+fn the_log_can_go_to_the_file_of_standard_output() {
+    let folder = Folder::new("stdout");
+    let flags: Vec<&str> = TINY.split_whitespace().chain(["--data", "text", "--log-json", "/dev/stdout"]).collect();
+    let path = folder.0.path().join("output");
+    let output = std::fs::File::create(&path).unwrap();
+    let mut command = Command::new(GPT);
+    let code = command.args(flags).current_dir(folder.0.path()).stdout(output).status().unwrap().code();
+    let text = std::fs::read_to_string(&path).unwrap();
+    assert_eq!(code, Some(0), "{text}");
+    let records = text.lines().filter(|line| serde_json::from_str::<Value>(line).is_ok()).count();
+    let progress = text.lines().filter(|line| line.starts_with("step ") && line.contains("loss")).count();
+    assert_eq!((records, progress), (5, 4), "{text}");
+    assert!(text.starts_with("text ") && !text.contains('\0'), "{text:?}");
+}
+
+#[test]
 fn a_run_can_start_from_saved_parameters() {
     let folder = Folder::new("save");
     let first = folder.losses("--steps 30 --lr 1e-2 --save model");
@@ -232,6 +266,35 @@ fn a_run_can_start_from_saved_parameters() {
             ("--init-from cut", "cut: not a complete safetensors file", "gpt --save"),
         ],
     );
+}
+
+#[test]
+fn a_checkpoint_replaces_saved_parameters() {
+    let folder = Folder::new("resumed");
+    assert_eq!(folder.gpt("--steps 1 --save model").code, 0);
+    let run = |steps: u64| folder.gpt(&format!("--init-from model --checkpoint c --steps {steps}"));
+    let first = run(2);
+    assert!(
+        first.stderr.contains("optimizer state is fresh") && !first.stderr.contains("not used"),
+        "{}",
+        first.stderr
+    );
+    let second = run(3);
+    assert_eq!(second.code, 0, "{}", second.stderr);
+    for (text, is_printed) in
+        [("continuing from step 2", true), ("--init-from model is not used", true), ("optimizer state is fresh", false)]
+    {
+        assert_eq!(second.stderr.contains(text), is_printed, "{text}: {}", second.stderr);
+    }
+    assert!(second.stdout.contains("\n1 step in "), "{}", second.stdout);
+}
+
+#[test]
+fn an_error_in_a_trace_names_the_file() {
+    let folder = Folder::new("trace-error");
+    let run = run(launcher().to_str().unwrap(), folder.0.path(), &["trace", "text"]);
+    assert_eq!(run.code, 65, "{}", run.stderr);
+    assert!(run.stderr.starts_with("error: text is not a trace written by Shardflow: "), "{}", run.stderr);
 }
 
 #[test]

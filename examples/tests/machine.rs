@@ -133,7 +133,8 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     const SMALL: u64 = 48 << 20;
     let (code, printed) = run(SMALL, &gpt(""));
     assert_eq!(code, Some(78), "{printed}");
-    for part in ["error: the plan does not fit: this node has ", ": limit 50331648, ", "\n  device 0: ", "--memory-mib"]
+    for part in
+        ["error: the plan does not fit: this node has ", ": limit 50331648, ", "\n  device 0: ", "reduce --batch"]
     {
         assert!(printed.contains(part), "no {part:?} in:\n{printed}");
     }
@@ -151,9 +152,28 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     let (code, printed) = run(enough, &launch_of("--nproc-per-node 2", &gpt("--mesh data=2")));
     assert_eq!(code, Some(78), "{printed}");
     assert!(printed.contains("\n  device 0: ") && printed.contains("\n  device 1: "), "{printed}");
-    // The kernel enforces the limit.
+    // A budget of each device does not replace the node's, which would end with the kernel's SIGKILL.
     let (code, printed) = run(SMALL, &gpt("--memory-mib 4096"));
-    assert_ne!(code, Some(0), "{printed}");
+    assert_eq!(code, Some(78), "{printed}");
+}
+
+#[test]
+fn parameters_without_space_for_the_optimizer_state_are_refused_before_training() {
+    if !can_unshare("machine-room") {
+        return;
+    }
+    let folder = Folder::new("machine-room");
+    fs::create_dir(folder.path().join("small")).expect("a folder");
+    // Two layers of width 128 have 1.6 MB of weights; with the moments of AdamW they need 4.8 MB.
+    let model = MODEL.replace("--width 16", "--width 128");
+    for (size, expected) in [("3m", Some(73)), ("8m", Some(0))] {
+        let mount = format!("mount -t tmpfs -o size={size} none small");
+        let mut run = start(&folder, &unshared(&mount, &gpt_of(&model, "--save small/model")), &[]);
+        assert_eq!(run.end(TIMEOUT), expected, "{}", run.text());
+        let refusal = "error: --save small/model: 3145728 bytes are free, ";
+        assert_eq!(run.text().contains(refusal), expected == Some(73), "{}", run.text());
+        assert_eq!(run.text().contains("loss"), expected == Some(0), "{}", run.text());
+    }
 }
 
 /// Two containers of one host have equal host names and boot ids, but separate `/tmp` folders.

@@ -12,7 +12,8 @@ use object_store::memory::InMemory;
 use parking_lot::Mutex;
 use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::{
-    CheckpointError, Cursor, SaveOutcome, Saver, SaverOptions, SingleProcess, Snapshot, Store, WaitClock, save_now,
+    CheckpointError, Cursor, SaveOutcome, SaveSchedule, Saver, SaverOptions, SingleProcess, Snapshot, Store, WaitClock,
+    save_now,
 };
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionError};
@@ -327,7 +328,14 @@ fn a_store_without_space_is_refused_before_training() {
         assert!(error.to_string().contains("bytes are free"), "{error}");
         assert!(names(scratch.path()).is_empty(), "files remain: {:?}", names(scratch.path()));
         // Only the space for the planned saves is required.
-        here.saver(&open(scratch.path()), SaverOptions { saves_max: Some(2), ..options }).expect("space for two");
+        let schedule = |steps| Some(SaveSchedule { every: 1, steps });
+        here.saver(&open(scratch.path()), SaverOptions { schedule: schedule(2), ..options }).expect("space for two");
+        // Checkpoints that are kept permanently need space.
+        let options = SaverOptions { keep: 1, schedule: schedule(u64::MAX), ..SaverOptions::default() };
+        here.saver(&open(scratch.path()), options.clone()).expect("space for two");
+        let error =
+            checkpoint_error(here.saver(&open(scratch.path()), SaverOptions { keep_every: Some(1), ..options }));
+        assert!(matches!(error, CheckpointError::NoRoom { .. }), "{error}");
         assert!(names(scratch.path()).is_empty(), "files remain: {:?}", names(scratch.path()));
     });
 }

@@ -28,6 +28,6 @@ pub use error::{AgreeError, CheckpointError};
 pub use manifest::{Cursor, Manifest};
 pub use read::CheckpointReader;
 pub use save::SaveReport;
-pub use saver::{SaveStart, Saver, SaverOptions, WhenBusy, save_now};
+pub use saver::{SaveSchedule, SaveStart, Saver, SaverOptions, WhenBusy, save_now};
 pub use snapshot::Snapshot;
 pub use store::{NewestCheckpoint, Store};

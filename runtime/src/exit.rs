@@ -37,7 +37,7 @@ pub enum Exit {
     Internal,
     /// 71: memory could not be allocated.
     OutOfMemory,
-    /// 73: a checkpoint cannot be written.
+    /// 73: a checkpoint or a parameter file cannot be written.
     CannotWrite,
     /// 75: the program has not failed; restart it.
     Retry,

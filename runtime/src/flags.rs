@@ -32,9 +32,11 @@ fn accept_negative(arg: Arg) -> Arg {
         arg.value_parser(|text: &str| parse_whole(text, u64::MAX))
     } else if value_type == TypeId::of::<usize>() {
         arg.value_parser(|text: &str| parse_whole(text, usize::MAX))
-    } else if value_type == TypeId::of::<f32>() || value_type == TypeId::of::<f64>() {
+    } else if value_type == TypeId::of::<f32>() {
         // clap does not accept `-1e-3` and `-inf` as negative numbers.
-        arg.allow_hyphen_values(true)
+        arg.allow_hyphen_values(true).value_parser(parse_number::<f32>)
+    } else if value_type == TypeId::of::<f64>() {
+        arg.allow_hyphen_values(true).value_parser(parse_number::<f64>)
     } else {
         arg
     }
@@ -42,6 +44,10 @@ fn accept_negative(arg: Arg) -> Arg {
 
 fn parse_whole<T: FromStr + Display>(text: &str, max: T) -> Result<T, String> {
     text.parse().map_err(|_| format!("expected a whole number from 0 to {max}"))
+}
+
+fn parse_number<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| "expected a number, such as 0.5 or 1e-3".into())
 }
 
 #[cfg(test)]
@@ -78,7 +84,7 @@ mod tests {
             ("--count -1", "invalid value '-1' for '--count <COUNT>': expected a whole number from 0 to 4294967295"),
             ("--count 4294967296", "expected a whole number from 0 to 4294967295"),
             ("--count 1.5", "expected a whole number from 0 to 4294967295"),
-            ("--rate -x", "invalid value '-x' for '--rate <RATE>'"),
+            ("--rate -x", "invalid value '-x' for '--rate <RATE>': expected a number, such as 0.5 or 1e-3"),
         ] {
             let error = parse(flags).unwrap_err();
             assert!(error.to_string().contains(expected) && error.exit_code() == 2, "{flags}: {error}");

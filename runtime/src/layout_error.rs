@@ -1,5 +1,7 @@
 //! The error type of meshes, layouts, rules and boxing.
 
+use crate::text::counted;
+
 /// An error in a mesh, a layout, an op's rule or a layout change.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum LayoutError {
@@ -112,7 +114,7 @@ pub enum LayoutError {
         got: usize,
     },
     /// The number of dims of an input differs from the rule's.
-    #[error("rule {rule}: input {input} needs {} dims ({operand:?}), got shape {shape:?}", operand.len())]
+    #[error("rule {rule}: input {input} needs {} ({operand:?}), got shape {shape:?}", counted(operand.len(), "dim"))]
     Rank {
         /// The rule.
         rule: String,

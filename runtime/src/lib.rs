@@ -54,7 +54,7 @@ pub mod prelude {
     pub use shardflow_kernels::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel};
     pub use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
-    pub use crate::checkpoint::{Cursor, SaveStart, Saver, SaverOptions, SingleProcess, Store, WhenBusy};
+    pub use crate::checkpoint::{Cursor, SaveSchedule, SaveStart, Saver, SaverOptions, SingleProcess, Store, WhenBusy};
     pub use crate::cluster::{Cluster, ClusterError};
     pub use crate::declare::{Declarations, OnResume, data_identity};
     pub use crate::exit::Exit;

@@ -52,6 +52,8 @@ struct State {
     ends_line: bool,
     /// The stream is closed, such as a pipe without a reader; further text is discarded.
     is_closed: bool,
+    /// Why, unless the reader has closed the pipe.
+    error: Option<io::Error>,
 }
 
 impl OutputQueue {
@@ -65,6 +67,7 @@ impl OutputQueue {
             is_writing: false,
             ends_line: true,
             is_closed: false,
+            error: None,
         };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let own = shared.clone();
@@ -99,6 +102,11 @@ impl OutputQueue {
             // Unlike a record it never waits.
             self.put(OutputKind::Progress, b"\n");
         }
+    }
+
+    /// The error that has closed the stream, once. A pipe that its reader has closed is not an error.
+    pub fn take_error(&self) -> Option<io::Error> {
+        self.shared.state.lock().error.take()
     }
 
     /// Waits until the queue is written, at most for `limit`.
@@ -155,9 +163,10 @@ impl Shared {
             let written = to.write_all(notice.as_bytes()).and_then(|()| to.write_all(&text)).and_then(|()| to.flush());
             state = self.state.lock();
             state.is_writing = false;
-            if written.is_err() {
+            if let Err(error) = written {
                 state.is_closed = true;
                 state.waiting.clear();
+                state.error = Some(error).filter(|error| error.kind() != io::ErrorKind::BrokenPipe);
             }
             self.changed.notify_all();
             if state.is_closed {
@@ -257,6 +266,16 @@ mod tests {
         output.flush(None);
         (0..3).for_each(|_| output.put(OutputKind::Record, &vec![b'x'; RECORD_BYTES_MAX]));
         output.flush(None);
+        assert!(output.take_error().is_none(), "a reader may close its pipe");
+    }
+
+    #[test]
+    fn a_stream_that_cannot_be_written_has_an_error() {
+        let output = OutputQueue::new(File::options().write(true).open("/dev/full").unwrap());
+        output.line("lost");
+        output.flush(None);
+        assert_eq!(output.take_error().map(|error| error.kind()), Some(io::ErrorKind::StorageFull));
+        assert!(output.take_error().is_none());
     }
 
     #[test]

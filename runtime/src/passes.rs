@@ -48,8 +48,8 @@ pub struct CompileOptions {
     pub threads_per_device: usize,
     /// Number of available devices.
     pub devices: usize,
-    /// Memory of one device, bytes; a plan that needs more is refused. If `None`, `Session::start` refuses a plan for
-    /// CPUs that needs more than the node's free memory, see [`crate::machine::free_memory`].
+    /// Memory of one device, bytes; a plan that needs more is refused. `Session::start` also refuses a plan for CPUs
+    /// that needs more than the node's free memory, see [`crate::machine::free_memory`].
     pub memory_bytes: Option<usize>,
     /// Approximate size of a bucket of gradients for the all-reduce, bytes.
     pub bucket_bytes: usize,

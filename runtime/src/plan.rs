@@ -213,8 +213,7 @@ pub struct Plan {
     pub threads_per_device: usize,
     /// The kind of the devices.
     pub device: DeviceKind,
-    /// Memory limit of one device, bytes. If `None`, a session compares a plan for CPUs with the free memory of its
-    /// node. Each process chooses its own; not part of the plan's hash.
+    /// Memory limit of one device, bytes. Each process chooses its own; not part of the plan's hash.
     pub memory_bytes: Option<usize>,
     /// Maximum forward micro-batches in flight, by placement.
     pub in_flight: Vec<u32>,

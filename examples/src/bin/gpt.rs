@@ -16,7 +16,7 @@ use shardflow::{exit, flags, output};
 use shardflow_examples::args::{
     ArgsError, DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg, PrecisionArg, ScheduleArg, fail,
 };
-use shardflow_examples::checkpoints::{self, Checkpoints, CheckpointsError};
+use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{self, OutputFileError, check_appendable, check_room, check_writable};
 use shardflow_examples::log::{DeviceMemoryRecord, JsonLog, LogError, Progress, StepRecord, Totals, note, print};
@@ -105,7 +105,8 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let planned_threads = plan.threads_per_device;
     let mut session = Session::start(plan, &session_options(args, &text, cluster, requests.clone()))?;
     if let Some(path) = args.save.as_deref().filter(|_| prints) {
-        check_room(path, weights(session.plan()) as u64 * 4)?;
+        let room = check_room(path, session.checkpoint_bytes());
+        room.map_err(|e| GptError::Save(CheckpointError::Io { path: e.path, source: e.cause }.into()))?;
     }
     if prints {
         report_threads(planned_threads, &session);
@@ -113,15 +114,14 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     if let Some(watch) = &watch {
         watch.show(&session);
     }
-    if let Some(path) = &args.init_from {
-        let notes = session.init_from(path).map_err(GptError::InitFrom)?;
-        notes.iter().filter(|_| prints).for_each(note);
-    }
     let checkpoints = args
         .checkpoint
         .as_deref()
         .map(|place| Checkpoints::open(place, &GptArgs { resume, ..args.clone() }, prints, &mut session));
     let checkpoints = checkpoints.transpose()?;
+    if let Some(path) = &args.init_from {
+        init_from(path, &mut session, checkpoints.as_ref().is_some_and(Checkpoints::is_resumed), prints)?;
+    }
     let open = if session.steps() > 0 { JsonLog::append } else { JsonLog::create };
     let log = args.log_json.as_deref().filter(|_| prints).map(open).transpose()?;
     let trace = trace_path.map(|path| TraceFile::create(&path, args.trace_mib.saturating_mul(1 << 20))).transpose()?;
@@ -150,6 +150,17 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     Ok(())
 }
 
+/// Loads parameters, unless the session has continued from a checkpoint, which has its own.
+fn init_from(path: &Path, session: &mut Session, is_resumed: bool, prints: bool) -> Result<(), GptError> {
+    let notes = if is_resumed {
+        vec![format!("--init-from {} is not used: the checkpoint has the parameters", path.display())]
+    } else {
+        session.init_from(path).map_err(GptError::InitFrom)?
+    };
+    notes.iter().filter(|_| prints).for_each(note);
+    Ok(())
+}
+
 /// The model's sizes; the text determines the size of the vocabulary.
 fn model(args: &GptArgs, text: &Text) -> GptConfig {
     GptConfig {
@@ -171,7 +182,7 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     };
     let memory_bytes = match (args.memory_bytes(), device) {
         (Some(given), _) => Some(given),
-        // A plan can be shown on any machine. A session compares a plan for CPUs with the node's free memory.
+        // A plan can be shown on any machine. A session also compares a plan for CPUs with the node's free memory.
         (None, _) if plan_files::is_requested() => None,
         (None, DeviceKind::Cpu) => None,
         // A plan can be shown without a GPU.
@@ -417,7 +428,7 @@ fn totals(steps: u64, step_tokens: u64, train_seconds: f64, final_loss: Option<f
 fn print_totals(totals: &Totals) {
     if totals.steps > 0 {
         let (seconds, rate) = (totals.train_seconds, totals.tokens_per_second);
-        print(format!("{} steps in {seconds:.1} s, {rate:.0} tokens/s", totals.steps));
+        print(format!("{} in {seconds:.1} s, {rate:.0} tokens/s", counted(totals.steps, "step")));
     }
     let mib = |bytes: usize| bytes as f64 / (1 << 20) as f64;
     for d in &totals.devices {
@@ -495,7 +506,8 @@ impl std::fmt::Display for Saved {
     }
 }
 
-const NODE_MEMORY_HINT: &str = "--memory-mib sets a limit for each device, in place of the node's free memory";
+const NODE_MEMORY_HINT: &str =
+    "reduce --batch, --width or --layers, use more nodes, or free memory or raise its limit on this node";
 
 fn is_node_memory(error: &SessionError) -> bool {
     matches!(error, SessionError::Plan(PlanError::NodeMemory { .. }))
@@ -513,7 +525,8 @@ impl GptError {
             Self::Ended { exit, .. } => exit.code(),
             Self::Data(_) | Self::OutputFile(_) | Self::Log(_) | Self::Mesh(_) => Exit::Usage.code(),
             Self::Watch(_) | Self::Port { .. } | Self::Trace(_) => Exit::Usage.code(),
-            Self::InitFrom(Checkpoint(_)) | Self::Save(Checkpoint(_)) => Exit::Usage.code(),
+            Self::InitFrom(Checkpoint(_)) => Exit::Usage.code(),
+            Self::Save(Checkpoint(_)) => Exit::CannotWrite.code(),
             Self::Compile(_) => Exit::Refused.code(),
             Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.exit().code(),
         }
@@ -563,7 +576,7 @@ impl GptError {
             }
             Self::InitFrom(SessionError::Disagreement(_)) => "give all ranks the same file".into(),
             Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
-            Self::Save(SessionError::Checkpoint(error)) => checkpoints::hint(error).into(),
+            Self::Save(SessionError::Checkpoint(error)) => error.io_kind().map_or("", files::hint).into(),
             Self::Save(_) => String::new(),
             Self::Checkpoints(error) => error.hint().into(),
             Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command continues from there".into(),
@@ -629,6 +642,8 @@ mod tests {
             let cause = kind.into();
             GptError::Log(LogError { path: "log".into(), cause }).hint()
         };
+        let save = CheckpointError::Io { path: "model".into(), source: std::io::ErrorKind::StorageFull.into() };
+        assert_eq!(GptError::Save(save.into()).exit_code(), Exit::CannotWrite.code());
         assert!(file(std::io::ErrorKind::StorageFull).contains("free space"));
         assert!(file(std::io::ErrorKind::PermissionDenied).contains("immutable"));
     }

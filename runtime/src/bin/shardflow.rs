@@ -314,7 +314,9 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
     }
     let joined = match JoinedTrace::of(&texts) {
         Ok(joined) => joined,
-        Err(error) => return fail(Exit::BadData, error),
+        Err(error) => {
+            return fail(Exit::BadData, error.with_names(|file| files[file - 1].display().to_string()));
+        }
     };
     if let Some(path) = join {
         let written = File::create(path).and_then(|file| joined.write(&texts, BufWriter::new(file)));

@@ -25,6 +25,15 @@ pub enum WhenBusy {
     Skip,
 }
 
+/// When a program saves: each time the number of steps is a multiple of `every`, and after the last step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SaveSchedule {
+    /// Steps between two saves.
+    pub every: u64,
+    /// Steps of the whole training.
+    pub steps: u64,
+}
+
 /// Options of a saver.
 #[derive(Clone, Debug)]
 pub struct SaverOptions {
@@ -34,8 +43,8 @@ pub struct SaverOptions {
     pub keep: usize,
     /// Checkpoints of steps that are multiples of this are never deleted.
     pub keep_every: Option<u64>,
-    /// Number of saves that the program will make, if known; the check of free space assumes no more.
-    pub saves_max: Option<u64>,
+    /// The planned saves, if known; the check of free space counts the checkpoints that they will leave.
+    pub schedule: Option<SaveSchedule>,
     /// Behavior of a save while another one runs.
     pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
@@ -51,7 +60,7 @@ impl Default for SaverOptions {
             member: ProcessRank::ALONE,
             keep: 3,
             keep_every: None,
-            saves_max: None,
+            schedule: None,
             busy: WhenBusy::Wait,
             plan: None,
             job: None,

@@ -685,6 +685,16 @@ fn missing_outputs_and_unused_tensors_are_reported() {
     check(
         "data=1",
         |g| {
+            let weight = g.parameter("weight", &[], Init::Ones, Layout::broadcast());
+            g.minimize(weight, AdamW::default());
+        },
+        expect![[r#"
+            weight: a parameter cannot be the loss; minimise a scalar that an op computes
+              at `let weight = g.parameter("weight", &[], Init::Ones, Layout::broadcast());`"#]],
+    );
+    check(
+        "data=1",
+        |g| {
             let logits = floats(g, "logits", &[4, 6]);
             let targets = g.input("targets", &[4], DType::I32, Layout::broadcast());
             let frozen = g.parameter("frozen", &[6], Init::Ones, Layout::broadcast());

@@ -37,8 +37,13 @@ pub fn purpose(graph: &mut Graph) {
         let node = graph.producer(graph.outputs[index].tensor);
         if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
             let (name, location) = (node.name.clone(), node.location);
-            let message = "a trained parameter cannot be an output; read it with `Session::parameters`".to_string();
-            graph.error(&name, message, location);
+            let is_loss = graph.objective.is_some_and(|objective| objective.loss == graph.outputs[index].tensor);
+            let message = if is_loss {
+                "a parameter cannot be the loss; minimise a scalar that an op computes"
+            } else {
+                "a trained parameter cannot be an output; read it with `Session::parameters`"
+            };
+            graph.error(&name, message.into(), location);
         }
     }
     for (kind, name, location) in unused(graph) {

@@ -411,6 +411,8 @@ mod tests {
             r#"rule btc,vc->btv: input 0 needs 3 dims ("btc"), got shape [2, 3]"#
         );
         assert_eq!(text(&[vec![2, 3, 4]]), "rule btc,vc->btv: expected 2 inputs, got 1");
+        let error = Rule::parse("c->c").unwrap().infer_shapes(&[vec![2, 3]]).unwrap_err().to_string();
+        assert_eq!(error, r#"rule c->c: input 0 needs 1 dim ("c"), got shape [2, 3]"#);
     }
 
     #[test]

@@ -27,12 +27,10 @@ pub(crate) struct Budget {
 }
 
 impl Budget {
-    /// Call it before the rendezvous: afterwards, other processes may have allocated memory. A plan with its own budget
-    /// (`CompileOptions::memory_bytes`) is not compared with the machine's memory, and a GPU's memory is not the
-    /// host's.
+    /// Call it before the rendezvous: afterwards, other processes may have allocated memory. A GPU's memory is not the
+    /// host's. The budget of each device (`CompileOptions::memory_bytes`) does not replace this one.
     pub(crate) fn measure(plan: &Plan) -> Self {
-        let counts = plan.memory_bytes.is_none() && plan.device == DeviceKind::Cpu;
-        Self { free: counts.then(free_memory).flatten() }
+        Self { free: (plan.device == DeviceKind::Cpu).then(free_memory).flatten() }
     }
 
     /// Checks that this node has memory for these processes, all of which run on it: their devices and mirrors, and
@@ -160,12 +158,12 @@ mod tests {
     }
 
     #[test]
-    fn only_plans_without_their_own_budget_are_compared_with_the_machine() {
+    fn all_plans_for_cpus_are_compared_with_the_machine() {
         let mut plan = plan("data=1");
         assert!(Budget::measure(&plan).free.is_some());
         plan.memory_bytes = Some(1 << 30);
-        assert!(Budget::measure(&plan).free.is_none());
-        let gpu = Plan { memory_bytes: None, device: DeviceKind::Cuda, ..plan };
+        assert!(Budget::measure(&plan).free.is_some(), "a budget of each device does not replace the node's");
+        let gpu = Plan { device: DeviceKind::Cuda, ..plan };
         assert!(Budget::measure(&gpu).free.is_none());
     }
 

@@ -7,7 +7,7 @@ use object_store::{ObjectStoreExt, PutMode};
 
 use super::{Session, SessionError, resident_parts};
 use crate::checkpoint::error::{CheckpointError, StoreOperation};
-use crate::checkpoint::saver::{Saver, SaverOptions};
+use crate::checkpoint::saver::{SaveSchedule, Saver, SaverOptions};
 use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
 use crate::text::counted;
@@ -19,21 +19,21 @@ const FAILED: u64 = 1;
 impl Session {
     /// Starts a saver of this session, like [`Saver::new`], for the session's processes and job. All processes call it.
     /// It finds faults that would prevent a later save: process 0 takes the store's lock, checks the free space for the
-    /// kept checkpoints and one more, and writes, renames and deletes a file, which every process must see.
+    /// checkpoints that the store will hold, and writes, renames and deletes a file, which every process must see.
     ///
     /// # Errors
     /// On all processes: [`CheckpointError::Held`], [`CheckpointError::NoRoom`], [`CheckpointError::NotShared`], or the
     /// store's error.
     pub fn saver(&mut self, store: &Store, options: SaverOptions) -> Result<Saver, SessionError> {
         let (agree, member) = self.agreement()?;
-        let (keep, saves_max) = (options.keep.max(1) as u64, options.saves_max.unwrap_or(u64::MAX));
+        let checkpoints = checkpoints_max(options.keep, options.keep_every, options.schedule);
         let plan = options.plan.or_else(|| Some(self.plan.hash().to_string()));
         let job = options.job.or_else(|| self.job.0.clone());
         let saver = Saver::new(store.clone(), agree, SaverOptions { member, plan, job, ..options });
         let number = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let probed = saver.and_then(|saver| {
             if member.process == 0 {
-                check_free_space(store, self.checkpoint_bytes(), keep, saves_max)?;
+                check_free_space(store, self.checkpoint_bytes(), checkpoints)?;
                 write_probe(store, number)?;
             }
             Ok(saver)
@@ -59,8 +59,8 @@ impl Session {
         Err(CheckpointError::NotShared { place: store.place().into(), ranks: ranks.join(", ") }.into())
     }
 
-    /// Bytes of all elements of a checkpoint, for all processes.
-    fn checkpoint_bytes(&self) -> u64 {
+    /// Bytes of all tensors of a checkpoint, or of a file of [`Session::save`], for all processes.
+    pub fn checkpoint_bytes(&self) -> u64 {
         let bytes = |var| {
             let (shape, parts) = (self.plan.graph.shape(var), resident_parts(&self.plan, var));
             let element = parts.first().map_or(0, |(_, _, resident)| resident.dtype.bytes());
@@ -70,13 +70,33 @@ impl Session {
     }
 }
 
-/// Checks the free space for the checkpoints that are still to be written: `keep` and one more, minus the existing
-/// ones, and at most `saves_max`. Does nothing if the file system does not report its free space.
-fn check_free_space(store: &Store, bytes: u64, keep: u64, saves_max: u64) -> Result<(), CheckpointError> {
+/// Largest number of checkpoints that the store holds at once: the newest `keep`, one more while it is written, and the
+/// older ones that are never deleted, as far as they are planned.
+fn checkpoints_max(keep: usize, keep_every: Option<u64>, schedule: Option<SaveSchedule>) -> u64 {
+    let newest = (keep.max(1) as u64).saturating_add(1);
+    let Some(SaveSchedule { every, steps }) = schedule else { return newest };
+    let saves = steps.div_ceil(every.max(1));
+    let older_steps = saves.saturating_sub(newest).saturating_mul(every);
+    let kept = keep_every.and_then(|keep_every| older_steps.checked_div(common_multiple(every, keep_every)));
+    saves.min(newest) + kept.unwrap_or(0)
+}
+
+/// Least common multiple, or `u64::MAX` if it is larger.
+fn common_multiple(a: u64, b: u64) -> u64 {
+    let (mut divisor, mut rest) = (a, b);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
+    }
+    a.checked_div(divisor).unwrap_or(0).saturating_mul(b)
+}
+
+/// Checks the free space for `checkpoints` checkpoints minus the existing ones, and at least one. Does nothing if the
+/// file system does not report its free space.
+fn check_free_space(store: &Store, bytes: u64, checkpoints: u64) -> Result<(), CheckpointError> {
     // The lock has created the folder.
     let Some(free_bytes) = store.local.as_deref().and_then(free_bytes) else { return Ok(()) };
     let existing = store.steps()?.len() as u64;
-    let checkpoints = keep.saturating_add(1).saturating_sub(existing).max(1).min(saves_max);
+    let checkpoints = checkpoints.saturating_sub(existing).max(1);
     let needed_bytes = bytes.saturating_mul(checkpoints);
     if needed_bytes <= free_bytes {
         return Ok(());
@@ -108,4 +128,38 @@ fn sees_probe(store: &Store, number: u64) -> Result<bool, CheckpointError> {
 fn delete_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
     let (name, path) = probe(store, number);
     store.operations.delete(&name, &path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts the checkpoints of a simulated training, including the one being written.
+    fn simulated(keep: usize, keep_every: u64, every: u64, steps: u64) -> u64 {
+        let (mut held, mut most) = (Vec::new(), 0);
+        for step in (1..=steps).filter(|step| step.is_multiple_of(every) || *step == steps) {
+            held.push(step);
+            most = most.max(held.len());
+            let newest = held.split_off(held.len().saturating_sub(keep));
+            held.retain(|step| step.is_multiple_of(keep_every));
+            held.extend(newest);
+        }
+        most as u64
+    }
+
+    #[test]
+    fn checkpoints_that_are_kept_permanently_are_counted() {
+        for keep in 1..4 {
+            for (keep_every, every) in [(1, 1), (1, 3), (4, 2), (6, 4), (5, 7), (2, 4)] {
+                for steps in 1..60 {
+                    let counted = checkpoints_max(keep, Some(keep_every), Some(SaveSchedule { every, steps }));
+                    let expected = simulated(keep, keep_every, every, steps);
+                    assert_eq!(counted, expected, "{keep} {keep_every} {every} {steps}");
+                }
+            }
+        }
+        assert_eq!(checkpoints_max(3, Some(1), None), 4, "the number of saves is unknown");
+        let schedule = Some(SaveSchedule { every: 1, steps: u64::MAX });
+        assert_eq!(checkpoints_max(usize::MAX, Some(u64::MAX), schedule), u64::MAX);
+    }
 }

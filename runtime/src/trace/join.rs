@@ -14,9 +14,9 @@ use super::CLOCK;
 
 /// Why files cannot be joined to one trace.
 #[derive(Debug, thiserror::Error)]
+#[error("{}", self.with_names(|file| format!("file {file}")))]
 pub enum JoinError {
     /// A file is not a trace of Shardflow.
-    #[error("file {file} is not a trace written by Shardflow: {source}")]
     Format {
         /// Index of the file, from 1.
         file: usize,
@@ -24,13 +24,11 @@ pub enum JoinError {
         source: serde_json::Error,
     },
     /// A file has no clock event.
-    #[error("file {file} has no clock event, so it cannot be joined with others")]
     NoClock {
         /// Index of the file, from 1.
         file: usize,
     },
     /// Two files have the same actor.
-    #[error("files {first} and {second} both have '{actor}': pass the files of one run, one per process")]
     DuplicateActor {
         /// Index of the file, from 1.
         first: usize,
@@ -39,6 +37,20 @@ pub enum JoinError {
         /// Name of the actor.
         actor: String,
     },
+}
+
+impl JoinError {
+    /// The text of this error. `name` returns the name of a file for its index, from 1.
+    pub fn with_names(&self, name: impl Fn(usize) -> String) -> String {
+        match self {
+            Self::Format { file, source } => format!("{} is not a trace written by Shardflow: {source}", name(*file)),
+            Self::NoClock { file } => format!("{} has no clock event, so it cannot be joined with others", name(*file)),
+            Self::DuplicateActor { first, second, actor } => {
+                let (first, second) = (name(*first), name(*second));
+                format!("{first} and {second} both have '{actor}': pass the files of one run, one per process")
+            }
+        }
+    }
 }
 
 /// An event of a file, with the fields of all kinds of events.
@@ -242,7 +254,7 @@ mod tests {
     fn files_that_do_not_form_one_trace_are_refused() {
         let refused = |files: &[String]| JoinedTrace::of(files).unwrap_err().to_string();
         let (a, b) = (file(0, 1, &[]), file(0, 2, &[]));
-        let text = "files 1 and 2 both have 'a0': pass the files of one run, one per process";
+        let text = "file 1 and file 2 both have 'a0': pass the files of one run, one per process";
         assert_eq!(refused(&[a.clone(), b]), text);
         let text = "file 2 has no clock event, so it cannot be joined with others";
         assert_eq!(refused(&[a.clone(), "[]".into()]), text);
