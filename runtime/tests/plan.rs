@@ -12,9 +12,12 @@ fn plan(flags: &[&str], script: &str) -> Output {
 #[test]
 fn the_plan_is_printed_or_written_to_files() {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let output = plan(&[], "echo noise; echo a plan > $SHARDFLOW_PLAN_TEXT");
-    assert!(output.status.success());
-    assert_eq!(text(&output.stdout), "a plan\n");
+    // The program's own code does not matter: `main` may return the error with which the session did not start.
+    for end in ["", "; exit 1"] {
+        let output = plan(&[], &format!("echo noise; echo a plan > $SHARDFLOW_PLAN_TEXT{end}"));
+        assert!(output.status.success());
+        assert_eq!(text(&output.stdout), "a plan\n");
+    }
     let folder = tempfile::tempdir().expect("a folder");
     let (html, dot) = (folder.path().join("p.html"), folder.path().join("p.dot"));
     let flags = ["--html", html.to_str().expect("text"), "--dot", dot.to_str().expect("text")];
@@ -24,19 +27,11 @@ fn the_plan_is_printed_or_written_to_files() {
     assert!(output.status.success() && text(&output.stdout) == written, "{output:?}");
     let read = |path| std::fs::read_to_string(path).expect("a file");
     assert_eq!((read(html), read(dot)), ("page\n".to_owned(), "graph\n".to_owned()));
-    for (script, code, out, error) in [
-        ("echo why >&2; exit 78", 78, "", "error: sh ended without starting a session"),
-        ("echo why >&2", 2, "", "error: sh ended without starting a session"),
-        (
-            "echo half > $SHARDFLOW_PLAN_TEXT; echo why >&2; exit 2",
-            2,
-            "half\n",
-            "error: sh failed after it wrote the plan (code 2: usage)",
-        ),
-    ] {
+    let error = "error: sh ended without starting a session";
+    for (script, code) in [("echo why >&2; exit 78", 78), ("echo why >&2", 2)] {
         let output = plan(&[], script);
         let err = text(&output.stderr);
-        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(code), out), "{err}");
+        assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(code), ""), "{err}");
         assert!(err.starts_with("why\n") && err.contains(error), "{err}");
     }
 }

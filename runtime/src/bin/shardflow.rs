@@ -361,16 +361,13 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
     let written: Vec<String> =
         html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
     let shown = if written.is_empty() { plan.trim_end().to_owned() } else { written.join("\n") };
-    let (name, exit) = (command[0].display(), Exit::from_status(output.status));
-    if exit == Exit::Done && !plan.is_empty() {
-        return print(&shown, exit);
+    // A program that returns the error of its session from `main` ends with another code than 0.
+    if !plan.is_empty() && output.status.code().is_some() {
+        return print(&shown, Exit::Done);
     }
     eprint!("{}", String::from_utf8_lossy(&output.stderr));
-    if plan.is_empty() {
-        let exit = if exit == Exit::Done { Exit::Usage } else { exit };
-        return fail(exit, format!("{name} ended without starting a session, so there is no plan"));
-    }
-    print(&shown, fail(exit, format!("{name} failed after it wrote the plan ({exit})")))
+    let exit = Some(Exit::from_status(output.status)).filter(|exit| *exit != Exit::Done).unwrap_or(Exit::Usage);
+    fail(exit, format!("{} ended without starting a session, so there is no plan", command[0].display()))
 }
 
 #[cfg(feature = "watch")]

@@ -217,7 +217,7 @@ fn launches_that_do_not_fit_are_refused() {
     assert_eq!(refused(&halves, false), "gelu: dtype of write 0: expected F32, like the reads, got BF16");
     let mut sum = launch(Op::Add, &[&[2], &[2]], &[], &[&[2]]);
     sum.reads[1].dtype = DType::BF16;
-    assert_eq!(refused(&sum, false), "add: dtype of read 0: expected BF16, as the other reads, got F32");
+    assert_eq!(refused(&sum, false), "add: dtype of read 0: expected BF16, like the other reads, got F32");
     let mut table = launch(Op::Embedding { vocab_start: 0, vocab: 9 }, &[&[2], &[9, 3]], &[0], &[&[2, 3]]);
     table.reads[1].dtype = DType::BF16;
     assert_eq!(refused(&table, false), "embedding: dtype of read 1: expected F32 or I32, got BF16");
