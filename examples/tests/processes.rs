@@ -106,7 +106,10 @@ fn traces_of_all_processes_can_be_joined() {
     let (code, of_one) = trace("trace.json.0");
     assert!(code == Some(0) && !of_one.contains("\ndevice 2 compute "), "{of_one}");
     let (code, twice) = trace("trace.json.0 trace.json.0");
-    assert!(code == Some(65) && twice.contains("files 1 and 2 both have 'device 0 "), "{code:?} {twice}");
+    assert!(
+        code == Some(65) && twice.contains("trace.json.0 and trace.json.0 both have 'device 0 "),
+        "{code:?} {twice}"
+    );
     // Each device is a process with a name. A piece that crosses processes is written before it is read.
     let text = std::fs::read_to_string(folder.path().join("all.json")).expect("a file");
     let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
