@@ -209,9 +209,9 @@ impl Requests {
     pub(crate) fn agreed(&self, request: Request) {
         let mut state = self.state.lock();
         match request {
-            Request::Nothing => {}
             Request::Checkpoint if state.pending == Request::Checkpoint => state.pending = Request::Nothing,
-            _ => state.pending = state.pending.or_stronger(request),
+            Request::Nothing | Request::Checkpoint => {}
+            Request::End(_) => state.pending = state.pending.or_stronger(request),
         }
     }
 
@@ -309,6 +309,8 @@ mod tests {
         requests.agreed(Request::Checkpoint);
         assert_eq!(before_step(), Request::End(Exit::Signal(15)), "a save does not clear an end");
         let other = Requests::default();
+        other.agreed(Request::Checkpoint);
+        assert_eq!(other.pending(), Request::Nothing, "the save that follows answers the other process's request");
         other.agreed(Request::End(Exit::Signal(15)));
         assert_eq!(other.pending(), Request::End(Exit::Signal(15)), "another process received the signal");
     }
