@@ -10,14 +10,14 @@ const HELLO: Hello = Hello { session: SessionId([1; 16]), epoch: 1, from: 1, to:
 
 fuzz_target!(|input: (&[u8], &[u8])| {
     let (input_greeting, rest) = input;
-    let secret = Secret::from_text("a secret of the fuzzer").expect("long enough");
+    let secret = SharedKey::from_text("a secret of the fuzzer").expect("long enough");
     if let Ok(greeted) = check_greeting(input_greeting) {
         assert_eq!(greeted.len(), GREETING_BYTES);
     }
     // Each side gets the peer's greeting, and then a valid one to reach the later messages.
     for peer_greeting in [input_greeting, &greeting(&[2; 32])] {
         if let Ok(acceptor) = Acceptor::new(&[3; 32], peer_greeting) {
-            assert!(acceptor.believe(&secret, rest.to_vec()).is_err());
+            assert!(acceptor.verify(&secret, rest.to_vec()).is_err());
         }
         let (dialler, _) = Dialler::new(&[4; 32]);
         if let Ok((pending, _)) = dialler.prove(&secret, &HELLO, peer_greeting) {
