@@ -105,7 +105,7 @@ fn mpi_collectives_without_mpirun_are_refused() {
     let launch = format!("{} launch --nproc-per-node 2 -- {GPT} {MODEL} {flags}", launcher().display());
     let (code, text) = end(start(&folder, &launch, "mpi"), TIMEOUT);
     assert_eq!(code, Some(78), "{text}");
-    assert!(text.contains("start the processes by `mpirun -n 2`"), "{text}");
+    assert!(text.contains("start the processes with `mpirun -n 2`"), "{text}");
     let (code, text) = end(start(&folder, &format!("{GPT} {MODEL} {flags}"), "nccl"), TIMEOUT);
     assert!(code == Some(78) && text.contains("expected own or mpi"), "{code:?} {text}");
 }
