@@ -96,7 +96,9 @@ pub enum MembershipError {
     },
     /// A peer does not read its messages.
     #[error(
-        "{messages} messages ({bytes} bytes) wait for process {process}, which reads none; at most 1024 (4 MiB) may"
+        "{messages} messages ({bytes} bytes) wait for process {process}, which reads none; at most {} ({} MiB) may",
+        outbox::MESSAGES_MAX,
+        outbox::BYTES_MAX >> 20
     )]
     Backlog {
         /// The peer.

@@ -1,7 +1,8 @@
-//! The control plane: one thread that exchanges control messages with all peers, over connections that were authenticated before.
+//! The control plane: one thread that exchanges control messages with all peers, over connections that the caller has
+//! authenticated.
 //!
-//! Each end first sends an [`Opening`], which proves that both belong to one session and epoch. ControlThread messages follow, each after its
-//! length, a little-endian u32.
+//! Each end first sends an [`Opening`], which proves that both belong to one session and epoch. Control messages follow,
+//! each after its length, a little-endian u32.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -88,7 +89,7 @@ fn halves(connection: Connection) -> io::Result<(Read, Write)> {
 async fn exchange(shared: Arc<Shared>, process: u32, (read, write): (Read, Write), opening: Opening, key: [u8; 32]) {
     let (outbox, waiting) = Outbox::new();
     tokio::select! {
-        // ControlThread messages that have arrived are handled before the connection's end, whichever direction ends first.
+        // Messages that have arrived are handled before the connection's end, whichever direction ends first.
         biased;
         ended = receive(&shared, process, read, outbox, opening, &key) => report(process, ended),
         ended = send(write, waiting, opening.write(&key)) => report(process, ended),

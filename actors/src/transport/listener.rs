@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex};
 
 use super::dial::connect_unless;
 use super::handshake::{AcceptPolicy, SettledWorld};
@@ -122,13 +122,8 @@ struct Shared {
 }
 
 impl Shared {
-    fn state(&self) -> MutexGuard<'_, State> {
-        // No code panics in the middle of a change while it holds the lock.
-        self.state.lock()
-    }
-
     fn close(&self) {
-        let mut state = self.state();
+        let mut state = self.state.lock();
         state.closed = true;
         state.unclaimed.clear();
         self.arrived.notify_all();
@@ -213,7 +208,7 @@ impl Listener {
 
     /// Sets session, epoch and number of processes. From now on it accepts only members of this world.
     pub fn begin(&self, world: SettledWorld) {
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         state.policy.world = Some(world);
         // Late diallers are disconnected; when they retry, the handshake reports the reason.
         state.unclaimed.retain(|u| u.purpose != Purpose::Rendezvous);
@@ -242,7 +237,7 @@ impl Listener {
         deadline: Instant,
     ) -> Result<(u32, Connection), TransportError> {
         let begin = Instant::now();
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         loop {
             let matches = |u: &Unclaimed| u.purpose == purpose && from.is_none_or(|from| from == u.from);
             if let Some(found) = state.unclaimed.iter().position(matches).and_then(|i| state.unclaimed.remove(i)) {
@@ -271,7 +266,7 @@ impl Listener {
         deadline: Instant,
     ) -> Result<Connection, TransportError> {
         connect_unless(address, key, hello, deadline, &|wait| {
-            let mut state = self.shared.state();
+            let mut state = self.shared.state.lock();
             self.shared.arrived.wait_while_for(&mut state, |state| !state.closed, wait);
             state.closed
         })
@@ -279,12 +274,12 @@ impl Listener {
 
     /// True once it has been closed.
     pub fn is_closed(&self) -> bool {
-        self.shared.state().closed
+        self.shared.state.lock().closed
     }
 
     /// Counters of rejected connections.
     pub fn refused(&self) -> Refusals {
-        self.shared.state().refusals
+        self.shared.state.lock().refusals
     }
 
     /// Stops accepting and ends every [`Listener::wait`] and [`Listener::dial`] in any thread. Claimed connections stay

@@ -1,8 +1,9 @@
 //! Errors of checkpoints and of the stores that hold them.
 
-use super::manifest::VERSION;
 use std::fmt;
 use std::path::PathBuf;
+
+use super::manifest::VERSION;
 
 /// The operation on a store that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

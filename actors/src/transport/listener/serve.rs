@@ -222,7 +222,7 @@ impl Server {
 
     /// Applies the policy and EP-3.
     fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
-        let state = self.shared.state();
+        let state = self.shared.state.lock();
         state.policy.admit(hello)?;
         match state.unclaimed.len() {
             unclaimed if unclaimed >= self.options.unclaimed_max => {
@@ -233,7 +233,7 @@ impl Server {
     }
 
     fn add_unclaimed(&self, hello: Hello, connection: Connection) {
-        let mut state = self.shared.state();
+        let mut state = self.shared.state.lock();
         if state.closed {
             return;
         }
@@ -248,7 +248,7 @@ impl Server {
     }
 
     fn count(&self, counter: fn(&mut Refusals) -> &mut u64) {
-        *counter(&mut self.shared.state().refusals) += 1;
+        *counter(&mut self.shared.state.lock().refusals) += 1;
     }
 }
 
