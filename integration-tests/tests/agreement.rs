@@ -8,10 +8,11 @@ use std::thread;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use shardflow::checkpoint::{CheckpointError, Cursor, Saver, SaverOptions, Store};
-use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Cluster, ClusterOptions};
 use shardflow::exit::Exit;
 use shardflow::graph::Graph;
+use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
+use shardflow::job::secret::Secret;
 use shardflow::nn::{self, GptConfig};
 use shardflow::passes::compile;
 use shardflow::placement::Mesh;
@@ -47,7 +48,7 @@ fn run_ranks<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) ->
         local_processes: processes,
         node: Some(0),
         endpoint: Endpoint::Unix(socket.clone()),
-        secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
+        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
         run_id: name.into(),

@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Advertise, Cluster, ClusterOptions, Transport};
+use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
+use shardflow::job::secret::Secret;
+use shardflow::job::transport::Address;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionOptions};
-use shardflow_actors::transport::Address;
 use shardflow_integration_tests::relay::{Relay, RelayCounts, RelayOptions};
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
@@ -69,7 +70,7 @@ fn cluster(process: u32, processes: u32, socket: &Path, relay: &Arc<Relay>, tran
         local_processes: processes,
         node: Some(0),
         endpoint: Endpoint::Unix(visible),
-        secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
+        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
         run_id: "delays".into(),

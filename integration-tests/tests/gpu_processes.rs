@@ -7,8 +7,9 @@ use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
+use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
+use shardflow::job::secret::Secret;
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::SessionOptions;
@@ -40,7 +41,7 @@ fn cluster(process: u32, processes: u32, socket: &Path, transport: Transport) ->
         local_processes: processes,
         node: Some(0),
         endpoint: Endpoint::Unix(socket.into()),
-        secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
+        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
         run_id: "gpu_processes".into(),

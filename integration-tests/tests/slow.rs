@@ -7,9 +7,10 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::exit::Exit;
+use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
+use shardflow::job::secret::Secret;
 use shardflow::plan::Schedule::GPipe;
 use shardflow::session::{SessionError, SessionOptions};
 use shardflow_actors::watchdog::WatchdogOptions;
@@ -31,7 +32,7 @@ fn cluster(process: u32, socket: &Path, lines: Sender<String>) -> Cluster {
         local_processes: 2,
         node: Some(0),
         endpoint: Endpoint::Unix(socket.into()),
-        secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
+        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
         run_id: "slow".into(),

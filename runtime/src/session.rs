@@ -24,18 +24,18 @@ use crate::cluster::ClusterError;
 use crate::cluster::connector::Connections;
 use crate::cluster::world::{self, WAITING, World};
 use crate::declare::{Declarations, DeclareError, MAX_NORM, OPTIMIZER, OnResume};
-use crate::exit::Exit;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Rate, Var};
 use crate::init;
 use crate::layout_error::LayoutError;
-use crate::machine::{affinity, threads_per_device};
 use crate::metrics as names;
 use crate::passes::THREADS_MAX;
 use crate::plan::lower::threads_of;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
-use crate::requests::{Request, Requests};
+use shardflow_job::exit::Exit;
+use shardflow_job::machine::{affinity, threads_per_device};
+use shardflow_job::requests::{Request, Requests};
 
 pub mod agreement;
 pub(crate) mod budget;
@@ -137,7 +137,7 @@ pub struct StepReport {
     /// Every output by name, for the whole batch; [`crate::graph::Combine`] describes outputs computed once per
     /// micro-batch.
     pub outputs: BTreeMap<String, HostTensor>,
-    /// The request that the processes agreed on in this step; equal on all of them. See [`crate::requests`].
+    /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
     pub request: Request,
     /// Set if the loss or gradients are Inf or NaN and [`SessionOptions::on_non_finite`] accepts that; nothing was
     /// updated.

@@ -9,9 +9,14 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::{Failure, PeerError};
-use shardflow_actors::membership::{self, FirstCause, Membership, MembershipError, MembershipEvent, PeerStatus};
 use shardflow_actors::shell::{Control, RunningSession};
-use shardflow_actors::transport::{Address, Listener, Purpose, SharedKey, TransportError, with_zone_of};
+use shardflow_job::env::LaunchContext;
+use shardflow_job::membership::{self, FirstCause, Membership, MembershipError, MembershipEvent, PeerStatus};
+use shardflow_job::options::{ClusterOptions, Transport};
+use shardflow_job::rendezvous::facts::{COLLECTIVES, ENCRYPTION, KERNELS, MESH, PLAN, TRANSPORT};
+use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
+use shardflow_job::secret::Secret;
+use shardflow_job::transport::{Listener, Purpose, TransportError, with_zone_of};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cpu::instruction_set;
 use shardflow_kernels::cuda::cudnn::Attention;
@@ -20,17 +25,13 @@ use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
+use super::ClusterError;
 use super::by_mpi::ByMpi;
 use super::connector::{self, Connections, Connector};
-use super::env::{self, LaunchContext};
 use super::nccl_ids;
-use super::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use super::save_agreement::{self, ClusterAgreement, Received};
-use super::{ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::{self, SaveAgreement};
-use crate::declare::{COLLECTIVES, KERNELS, MESH, ON_NON_FINITE, PLAN, SEED, TRANSPORT};
-use crate::exit;
-use crate::machine::hidden_name;
+use crate::declare::{ON_NON_FINITE, SEED};
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
 use crate::session::devices::Pipes;
@@ -38,7 +39,9 @@ use crate::session::error_exit::exit_of;
 use crate::session::observer::PeerState;
 use crate::session::process_map::ProcessMap;
 use crate::session::{SessionError, SessionOptions};
-use crate::text::counted;
+use shardflow_job::exit;
+use shardflow_job::machine::hidden_name;
+use shardflow_job::text::counted;
 
 /// How long a failed session waits for the first cause, beyond the membership's own grace period.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -48,7 +51,7 @@ pub(crate) struct World {
     process_map: ProcessMap,
     roster: Roster,
     listener: Arc<Listener>,
-    secret: SharedKey,
+    secret: Secret,
     options: ClusterOptions,
     by_mpi: ByMpi,
     membership: Arc<Membership>,
@@ -209,8 +212,8 @@ impl World {
             return Ok(None);
         }
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
-        let secret = SharedKey::from_text(world.secret.read()?.text())?;
-        let coordinator = address(&world.endpoint);
+        let secret = world.secret.read()?;
+        let coordinator = world.endpoint.address();
         let system = |action| move |cause| ClusterError::System { action, cause };
         let spans_nodes = world.local_processes < processes;
         let report = |line: &str| options.report_waiting(line);
@@ -253,7 +256,7 @@ impl World {
             processes,
             roster.session.0,
             roster.epoch,
-            *secret.mac("membership", &[]).as_bytes(),
+            secret.key("membership"),
             heartbeat,
         );
         (membership_config.interval, membership_config.deadline) =
@@ -451,21 +454,13 @@ fn new_connector<'a>(
     process_map: &ProcessMap,
     roster: &'a Roster,
     listener: &'a Listener,
-    secret: &'a SharedKey,
+    secret: &'a Secret,
     options: &'a ClusterOptions,
     by_mpi: &'a ByMpi,
 ) -> Connector<'a> {
     let deadline = Instant::now() + options.connect_within;
     let pipes = Pipes::new();
     Connector { device, process_map: *process_map, roster, listener, secret, options, by_mpi, deadline, pipes }
-}
-
-pub(super) fn address(endpoint: &env::Endpoint) -> Address {
-    match endpoint {
-        env::Endpoint::Tcp { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
-        env::Endpoint::Tcp { host, port } => Address::Tcp(format!("{host}:{port}")),
-        env::Endpoint::Unix(path) => Address::Unix(path.clone()),
-    }
 }
 
 /// Values that must be equal on all processes, besides the build. The plan is last because it depends on most of the others.
@@ -479,6 +474,7 @@ fn facts(plan: &Plan, session: &SessionOptions) -> Result<Vec<Fact>, ClusterErro
         Fact::new(MESH, plan.graph.mesh()),
         Fact::new(TRANSPORT, format_args!("{:?}", options.transport)),
         Fact::new(COLLECTIVES, format_args!("{:?}", options.collectives)),
+        Fact::new(ENCRYPTION, if options.encrypt { "on" } else { "off" }),
         Fact::new(KERNELS, kernels),
         Fact::new(SEED, session.seed),
         Fact::new(ON_NON_FINITE, format_args!("{:?}", session.on_non_finite)),

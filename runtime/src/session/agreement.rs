@@ -13,13 +13,13 @@ use super::process_map::ProcessMap;
 use super::step::Inputs;
 use super::{BETWEEN_STEPS, Session, SessionError};
 use crate::checkpoint::error::CheckpointError;
-use crate::cluster::rendezvous::ranks;
 use crate::cluster::world::WAITING;
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{NodeOp, Var};
 use crate::plan::memory::local_part;
 use crate::plan::{ActionKey, Plan};
 use crate::sbp::region::contains;
+use shardflow_job::rendezvous::ranks;
 
 /// Maximum number of different values that an error lists.
 const VALUES_MAX: usize = 4;

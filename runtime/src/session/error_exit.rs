@@ -6,8 +6,8 @@ use shardflow_kernels::error::KernelError;
 use super::SessionError;
 use crate::checkpoint::error::CheckpointError;
 use crate::cluster::ClusterError;
-use crate::cluster::rendezvous::{RendezvousError, RendezvousRefusal};
-use crate::exit::Exit;
+use shardflow_job::exit::Exit;
+use shardflow_job::rendezvous::{RendezvousError, RendezvousRefusal};
 
 /// Exit code for the first cause of a session's failure.
 pub(crate) fn exit_of(failure: &Failure) -> Exit {

@@ -12,9 +12,9 @@ use shardflow_kernels::device::Device;
 use super::process_map::ProcessMap;
 use super::{SessionOptions, StepReport};
 use crate::checkpoint::manifest::JobTime;
-use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
+use shardflow_job::exit::unix_ns;
 
 /// Handles of the metrics of steps.
 pub(super) struct StepMetrics {

@@ -21,7 +21,7 @@ use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Phase, Rate, Var};
 use crate::plan::ActionKey;
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// How a step with an Inf or NaN loss or gradient is handled. In any case it updates nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

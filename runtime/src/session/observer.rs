@@ -18,9 +18,9 @@ use super::StepReport;
 use super::metrics::{Metrics, MetricsSource, TrainingTime};
 use super::process_map::ProcessMap;
 use crate::cluster::world::World;
-use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::Plan;
+use shardflow_job::exit::unix_ns;
 
 /// Shortest time between two samples, which are taken at the end of a step.
 const SAMPLE_EVERY: Duration = Duration::from_secs(1);

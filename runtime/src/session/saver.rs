@@ -10,7 +10,7 @@ use crate::checkpoint::error::{CheckpointError, StoreOperation};
 use crate::checkpoint::saver::{SaveSchedule, Saver, SaverOptions};
 use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// Outcomes of a process's check; a failed write probe is sent as the exit code of its error.
 const GOOD: u64 = 0;

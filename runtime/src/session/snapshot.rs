@@ -16,10 +16,10 @@ use crate::checkpoint::manifest::{Cursor, TensorKind, TensorMeta};
 use crate::checkpoint::read::CheckpointReader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::{NewestCheckpoint, Store};
-use crate::exit::Exit;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
+use shardflow_job::exit::Exit;
 
 /// Result of [`Session::restore_newest`].
 #[derive(Debug)]
