@@ -1,14 +1,15 @@
 //! The socket engine passes the conformance suite, over socket pairs and over TCP, with trees and with rings.
 
 use std::collections::HashMap;
-use std::io;
-use std::net::{TcpListener, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shardflow_kernels::collective::wire::{Channel, ChannelKey, Connect, Wire};
+use shardflow_kernels::collective::wire::{Channel, ChannelKey, Connect, SealedStream, Wire};
 use shardflow_kernels::collective::{Collective, CollectiveCall, Group, MemberWait};
 use shardflow_kernels::conformance;
 use shardflow_kernels::device::Device;
@@ -27,6 +28,71 @@ fn tcp_pair() -> io::Result<[Channel; 2]> {
     let a = TcpStream::connect(listener.local_addr()?)?;
     let (b, _) = listener.accept()?;
     Ok([a.into(), b.into()])
+}
+
+/// Most bytes that a [`Holding`] stream accepts at a time, and that it reads ahead.
+const HELD_BYTES: usize = 3000;
+
+/// A stream that holds bytes in both directions, as an encrypted one does: it sends nothing of what it has just accepted until
+/// the next call, and reads ahead.
+#[derive(Debug)]
+struct Holding {
+    socket: UnixStream,
+    accepted: Mutex<Vec<u8>>,
+    received: Mutex<Vec<u8>>,
+}
+
+impl Holding {
+    fn pair() -> io::Result<[Channel; 2]> {
+        let (a, b) = UnixStream::pair()?;
+        Ok([a, b].map(|socket| {
+            Channel::Sealed(Box::new(Self { socket, accepted: Mutex::default(), received: Mutex::default() }))
+        }))
+    }
+}
+
+impl SealedStream for Holding {
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    fn send(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
+        self.flush()?;
+        let both: Vec<u8> = first.iter().chain(second).copied().take(HELD_BYTES).collect();
+        let bytes = both.len();
+        *self.accepted.lock() = both;
+        Ok(bytes)
+    }
+
+    fn has_unsent(&self) -> bool {
+        !self.accepted.lock().is_empty()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        let mut accepted = self.accepted.lock();
+        while !accepted.is_empty() {
+            let sent = (&self.socket).write(&accepted)?;
+            accepted.drain(..sent);
+        }
+        Ok(())
+    }
+
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        let mut received = self.received.lock();
+        if received.is_empty() && !into.is_empty() {
+            let mut ahead = [0; HELD_BYTES];
+            let bytes = (&self.socket).read(&mut ahead)?;
+            received.extend_from_slice(&ahead[..bytes]);
+        }
+        let bytes = received.len().min(into.len());
+        into[..bytes].copy_from_slice(&received[..bytes]);
+        received.drain(..bytes);
+        Ok(bytes)
+    }
+
+    fn shutdown(&self, direction: Shutdown) {
+        drop(self.socket.shutdown(direction));
+    }
 }
 
 /// Channel ends that the other member has not requested yet.
@@ -104,6 +170,12 @@ fn all_devices_in_one_process() {
 #[test]
 fn one_device_per_process() {
     check(unix_pair, 1, None);
+}
+
+#[test]
+fn streams_that_hold_bytes() {
+    check(Holding::pair, 1, None);
+    check(Holding::pair, 2, Some(0));
 }
 
 #[test]

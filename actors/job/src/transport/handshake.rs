@@ -37,7 +37,7 @@ const MAGIC: [u8; 4] = *b"SHFL";
 const HEAD_BYTES: usize = 6;
 /// Bytes that encryption adds to a message.
 pub(super) const TAG_BYTES: usize = 16;
-const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
+const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 
 /// Why an acceptor refuses an authenticated dialler. The dialler receives it encrypted.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]

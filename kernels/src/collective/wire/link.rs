@@ -315,8 +315,12 @@ impl Link {
         }
     }
 
-    /// Notifies the peer that this member waits in its call, once per call and only between transfers.
+    /// Notifies the peer that this member waits in its call, once per call and only between transfers. Repeated calls send
+    /// what the channel holds.
     pub(super) fn announce(&mut self, context: &Context) -> Result<(), KernelError> {
+        if self.channel.has_unsent() {
+            self.send(context, &[])?;
+        }
         if self.announced || !self.out_done() || !context.involves(self.peer) {
             return Ok(());
         }
@@ -347,6 +351,7 @@ impl Link {
             let (header, sent) = (&self.outbox[self.outbox_sent..], self.outbox_sent);
             // A failure to send the reason has no receiver.
             self.outbox_sent = sent + self.channel.send(header, &[]).unwrap_or(0);
+            let _ = self.channel.flush();
         }
         self.channel.shutdown(Shutdown::Write);
     }
