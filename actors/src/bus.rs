@@ -10,11 +10,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use ractor::ActorRef;
 use shardflow_kernels::clock::RaceClock;
 
-use crate::error::ProtocolError;
 use crate::message::{Cast, Mail};
-use crate::protocol::ProtocolEvent;
+use crate::protocol::{ProtocolError, ProtocolEvent};
 use crate::remote::Remote;
-use crate::spec::{ActorId, Spec};
+use crate::spec::{ActorId, RegisterId, Spec};
 
 /// The mailboxes of a session.
 #[derive(Debug)]
@@ -135,8 +134,8 @@ fn is_bounded(cast: &Cast) -> bool {
 
 /// Maximum number of entries that credits allow in an actor's mailbox.
 pub(crate) fn mailbox_bound(spec: &Spec, actor: ActorId) -> u32 {
-    let own = &spec.actors[actor.0 as usize];
-    let register = |id: crate::spec::RegisterId| &spec.registers[id.0 as usize];
+    let own = spec.actor(actor);
+    let register = |id: RegisterId| spec.register(id);
     let slots = own.actions.iter().flat_map(|a| &a.inputs).map(|i| register(i.register).slots);
     let releases = own.actions.iter().flat_map(|a| &a.outputs).map(|o| register(o.register));
     let releases = releases.map(|r| r.slots * r.readers.len() as u32);

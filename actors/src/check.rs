@@ -1,7 +1,41 @@
 //! Checks the consistency of a plan: ids, writers, readers, rates and ordered lists. `simulate` checks for deadlocks.
 
-use crate::error::SpecError;
-use crate::spec::{ActorId, Firing, RegisterId, Spec};
+use crate::spec::{ActorId, Firing, InputSpec, RegisterId, RegisterReader, RegisterSpec, Spec};
+
+/// An inconsistent plan; [`check`] finds it before anything runs.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the texts name the fields")]
+pub enum SpecError {
+    /// An id points outside its table.
+    #[error("{at}: no {kind} has index {index}")]
+    UnknownIndex { at: String, kind: &'static str, index: usize },
+    /// A count is zero but must be at least one.
+    #[error("{at}: {count} is 0, expected at least 1")]
+    Zero { at: String, count: &'static str },
+    /// Not exactly one output port of the producer writes the register.
+    #[error("register '{register}' is written by {writers} output ports of actor {producer}, expected exactly 1")]
+    Writers { register: String, producer: String, writers: usize },
+    /// The readers of a register and the input ports do not match one to one.
+    #[error("register '{register}' and {action} disagree: {listed} entries in its readers, {ports} input ports")]
+    Readers { register: String, action: String, listed: usize, ports: usize },
+    /// The firings of an action do not divide into whole pieces.
+    #[error(
+        "{action} fires {per_step} times per step, not a multiple of the {firings_per_piece} firings per piece of '{register}'"
+    )]
+    Remainder { action: String, register: String, per_step: u32, firings_per_piece: u32 },
+    /// A register is filled and emptied at different rates.
+    #[error("register '{register}': {written} pieces per step are written, {reader} reads {read}")]
+    Rates { register: String, written: u32, reader: String, read: u32 },
+    /// An ordered list does not contain an action `per_step` times.
+    #[error("{action} appears {listed} times in its actor's ordered list but fires {per_step} times per step")]
+    Ordered { action: String, listed: u32, per_step: u32 },
+    /// No host token bounds how often an action fires.
+    #[error("{action} can fire without end: it is not external and none of its inputs depends on an external action")]
+    Unbounded { action: String },
+    /// The accumulating outputs of one action differ in `firings_per_piece`.
+    #[error("{action} accumulates over {first} firings in one output and over {second} in another")]
+    Accumulation { action: String, first: u32, second: u32 },
+}
 
 /// Checks a plan's structure. [`crate::protocol::Protocol`] relies on this.
 ///
@@ -20,7 +54,7 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
 }
 
 fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
-    let register = &spec.registers[id.0 as usize];
+    let register = spec.register(id);
     let at = || format!("register '{}'", register.name);
     let actor = |id: ActorId| {
         let unknown = SpecError::UnknownIndex { at: at(), kind: "actor", index: id.0 as usize };
@@ -50,7 +84,7 @@ fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
 }
 
 fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
-    let actor = &spec.actors[id.0 as usize];
+    let actor = spec.actor(id);
     for (index, action) in actor.actions.iter().enumerate() {
         let name = || spec.action_name(id, index as u32);
         if action.per_step == 0 {
@@ -59,7 +93,7 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
         for input in &action.inputs {
             let register = known_register(spec, input.register, &name())?;
             check_pieces(&name(), &register.name, action.per_step, input.firings_per_piece)?;
-            let here = |r: &&crate::spec::RegisterReader| r.actor == id && r.action as usize == index;
+            let here = |r: &&RegisterReader| r.actor == id && r.action as usize == index;
             let listed = register.readers.iter().filter(here).count();
             if listed != 1 {
                 let ports = action.inputs.iter().filter(|i| i.register == input.register).count();
@@ -70,7 +104,7 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
             let register = known_register(spec, output.register, &name())?;
             check_pieces(&name(), &register.name, action.per_step, output.firings_per_piece)?;
             if register.producer != id {
-                let producer = spec.actors[register.producer.0 as usize].name.clone();
+                let producer = spec.actor(register.producer).name.clone();
                 return Err(SpecError::Writers { register: register.name.clone(), producer, writers: 2 });
             }
         }
@@ -96,7 +130,7 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn known_register<'a>(spec: &'a Spec, id: RegisterId, at: &str) -> Result<&'a crate::spec::RegisterSpec, SpecError> {
+fn known_register<'a>(spec: &'a Spec, id: RegisterId, at: &str) -> Result<&'a RegisterSpec, SpecError> {
     let unknown = || SpecError::UnknownIndex { at: at.into(), kind: "register", index: id.0 as usize };
     spec.registers.get(id.0 as usize).ok_or_else(unknown)
 }
@@ -129,10 +163,10 @@ fn check_rates(spec: &Spec) -> Result<(), SpecError> {
     for (index, register) in spec.registers.iter().enumerate() {
         let id = RegisterId(index as u32);
         let Some((action, port)) = spec.writer(id) else { continue };
-        let writer = &spec.actors[register.producer.0 as usize].actions[action as usize];
+        let writer = spec.action(register.producer, action);
         let written = writer.per_step / writer.outputs[port as usize].firings_per_piece;
         for reader in &register.readers {
-            let action = &spec.actors[reader.actor.0 as usize].actions[reader.action as usize];
+            let action = spec.action(reader.actor, reader.action);
             let Some(input) = action.inputs.iter().find(|i| i.register == id) else { continue };
             let read = action.per_step / input.firings_per_piece;
             if read != written {
@@ -156,7 +190,7 @@ fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
         let mut changed = false;
         for (a, actor) in spec.actors.iter().enumerate() {
             for (x, action) in actor.actions.iter().enumerate() {
-                let follows = |i: &crate::spec::InputSpec| {
+                let follows = |i: &InputSpec| {
                     writers[i.register.0 as usize].is_some_and(|(actor, action)| bounded[actor][action])
                 };
                 if !bounded[a][x] && action.inputs.iter().any(follows) {
@@ -182,7 +216,6 @@ mod tests {
     use super::*;
     use crate::builder::Builder;
     use crate::simulate::plans;
-    use crate::spec::RegisterReader;
 
     type Change = fn(&mut Spec);
 

@@ -32,38 +32,20 @@ pub struct Hang {
 
 /// A root cause: others wait for it, but it waits for nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
-    LostPiece {
-        /// The register.
-        register: RegisterId,
-        /// Number of the piece.
-        piece: u64,
-        /// The reader that did not receive it.
-        reader: RegisterReader,
-    },
+    LostPiece { register: RegisterId, piece: u64, reader: RegisterReader },
     /// The reader has released a piece, but the register's producer did not receive the message.
-    LostRelease {
-        /// The register.
-        register: RegisterId,
-        /// Number of the piece.
-        piece: u64,
-        /// The reader that released it.
-        reader: RegisterReader,
-    },
+    LostRelease { register: RegisterId, piece: u64, reader: RegisterReader },
     /// A firing that has not ended although it waits for nobody: its kernels, stream or device hang.
     Firing(RegisterReader),
     /// A firing that has not ended although all members of its collectives have begun; the late member is unknown.
     Collective(RegisterReader),
     /// The actor does not respond.
     Unresponsive(ActorId),
-    /// Another process.
-    Process {
-        /// Its number.
-        process: u32,
-        /// An actor that it hosts, or an actor here whose host program waits for it.
-        actor: ActorId,
-    },
+    /// Another process, with an actor that it hosts, or an actor here whose host program waits for it.
+    Process { process: u32, actor: ActorId },
     /// Actions that wait for each other.
     Cycle,
     /// A token that the host has not added.
@@ -110,11 +92,11 @@ impl Root {
             Self::Firing(at) => format!("{} has not ended, and waits for nobody", name(at)),
             Self::Collective(at) => format!("{} has not ended, in a collective that all members have begun", name(at)),
             Self::Unresponsive(actor) => {
-                let name = &spec.actors[actor.0 as usize].name;
+                let name = &spec.actor(*actor).name;
                 format!("{name} does not respond: its thread is blocked, for example in a device driver call")
             }
             Self::Process { process, actor } => {
-                format!("waiting for rank {process}, actor {}", spec.actors[actor.0 as usize].name)
+                format!("waiting for rank {process}, actor {}", spec.actor(*actor).name)
             }
             Self::Cycle => "actions wait for each other".into(),
             Self::Token(at) => format!("{} waits for a token from the host", name(at)),
@@ -155,7 +137,7 @@ impl WaitReason {
         match self {
             WaitReason::Missing(missing) => missing.describe(spec, actor),
             WaitReason::Group { group, member } => {
-                format!("{} to join group {group}", spec.actors[member.0 as usize].name)
+                format!("{} to join group {group}", spec.actor(*member).name)
             }
             WaitReason::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
         }
@@ -212,6 +194,15 @@ pub struct HangSnapshot<'a> {
     pub host_waits_for: Option<u32>,
     /// Returns the process that hosts an actor, if it is another one.
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
+}
+
+impl<'a> HangSnapshot<'a> {
+    /// A process that hosts all actors of an acyclic plan, without reports of engines.
+    pub(crate) fn of_one_process(spec: &'a Spec, snapshots: &'a [ActorSnapshot]) -> Self {
+        let (collectives, process_of) = (&[], &|_| None);
+        let (knows_collectives, is_acyclic, host_waits_for) = (false, true, None);
+        Self { spec, snapshots, collectives, knows_collectives, is_acyclic, host_waits_for, process_of }
+    }
 }
 
 /// Explains why the first `steps` steps do not finish; `None` when no action has firings left.
@@ -300,7 +291,7 @@ impl<'a> Search<'a> {
 
     /// True if the action has firings left, or if its actor's state is unknown (unresponsive, or in another process).
     fn is_unfinished(&self, at: &RegisterReader) -> bool {
-        let per_step = self.input.spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
+        let per_step = self.input.spec.action(at.actor, at.action).per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
         completed.is_none_or(|completed| completed < u64::from(per_step) * self.steps)
     }
@@ -370,7 +361,7 @@ impl<'a> Search<'a> {
     /// A firing in flight waits for members of its groups that are in an earlier round, or for its own stream.
     fn waits_in_flight(&self, at: RegisterReader, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { spec, collectives, knows_collectives, .. } = self.input;
-        let actor = &spec.actors[at.actor.0 as usize];
+        let actor = spec.actor(at.actor);
         let action = &actor.actions[at.action as usize];
         let groups = &action.groups;
         let is_own = |wait: &&CollectiveWait| action.communicators.contains(&wait.0) && wait.1 == actor.device;
@@ -379,7 +370,7 @@ impl<'a> Search<'a> {
         for &group in groups {
             let round = self.begun(group, snapshot);
             for (member, actions) in self.members(group).into_iter().filter(|(member, _)| *member != at.actor) {
-                let of_member = &spec.actors[member.0 as usize];
+                let of_member = spec.actor(member);
                 let uses = |id: &u32| actions.iter().any(|a| of_member.actions[*a as usize].communicators.contains(id));
                 let is_waited_for = peers.iter().any(|(id, device)| *device == of_member.device && uses(id));
                 let is_late = match self.snapshots.get(&member) {
@@ -407,7 +398,7 @@ impl<'a> Search<'a> {
 
     /// Number of begun firings of an actor's actions that belong to a group.
     fn begun(&self, group: u32, snapshot: &ActorSnapshot) -> u64 {
-        let actions = &self.input.spec.actors[snapshot.actor.0 as usize].actions;
+        let actions = &self.input.spec.actor(snapshot.actor).actions;
         let own = actions.iter().zip(&snapshot.firings).filter(|(action, _)| action.groups.contains(&group));
         own.map(|(_, firings)| firings).sum()
     }
@@ -446,7 +437,7 @@ impl<'a> Search<'a> {
             Missing::Credit { register, holders, .. } => {
                 let released = self.snapshots.get(&at.actor).and_then(|s| s.register(*register));
                 let next = |reader: RegisterReader| {
-                    let readers = &self.input.spec.registers[register.0 as usize].readers;
+                    let readers = &self.input.spec.register(*register).readers;
                     let index = readers.iter().position(|r| *r == reader);
                     let known = index.zip(released).map(|(index, of)| of.released[index]);
                     match known.zip(self.released_by(*register, reader)) {
@@ -469,7 +460,7 @@ impl<'a> Search<'a> {
     /// Number of pieces of a register that a reader has released, as counted by the reader.
     fn released_by(&self, register: RegisterId, reader: RegisterReader) -> Option<u64> {
         let snapshot = self.snapshots.get(&reader.actor)?;
-        let action = self.input.spec.actors[reader.actor.0 as usize].actions.get(reader.action as usize)?;
+        let action = self.input.spec.actor(reader.actor).actions.get(reader.action as usize)?;
         let input = action.inputs.iter().find(|input| input.register == register)?;
         Some(snapshot.completed(reader.action) / u64::from(input.firings_per_piece))
     }

@@ -11,7 +11,6 @@ pub mod hang;
 mod message;
 pub mod pipeline;
 pub mod protocol;
-pub mod register;
 pub mod remote;
 pub mod shell;
 pub mod simulate;

@@ -199,7 +199,7 @@ impl Remote {
 
     /// RM-3: the oldest piece of the register that a reader here has not released.
     fn oldest_held(&self, spec: &Spec, register: RegisterId) -> u64 {
-        let readers = spec.registers[register.0 as usize].readers.iter().zip(&self.released[register.0 as usize]);
+        let readers = spec.register(register).readers.iter().zip(&self.released[register.0 as usize]);
         let local = readers.filter(|(reader, _)| self.is_local(reader.actor));
         local.map(|(_, released)| released.load(Ordering::Acquire)).min().unwrap_or(u64::MAX)
     }

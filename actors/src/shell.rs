@@ -139,10 +139,10 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     let mut devices: BTreeMap<usize, Vec<(ActorId, Shard)>> = BTreeMap::new();
     for (id, programs) in programs {
         let shard = Shard::new(id, session.clone(), programs, memory.clone());
-        devices.entry(spec.actors[id.0 as usize].device).or_default().push((id, shard));
+        devices.entry(spec.actor(id).device).or_default().push((id, shard));
     }
     let external = session.streams.keys().flat_map(|&a| {
-        let external = spec.actors[a.0 as usize].actions.iter().enumerate().filter(|(_, x)| x.external);
+        let external = spec.actor(a).actions.iter().enumerate().filter(|(_, x)| x.external);
         external.map(move |(x, _)| ((a, x as u32), 0))
     });
     let mut running = RunningSession {
@@ -487,7 +487,7 @@ impl Drop for RunningSession {
 
 /// Returns the number of steps for which every external action has its tokens, and for which at least one has.
 fn step_counts(spec: &Spec, tokens: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
-    let per_step = |(actor, action): &(ActorId, u32)| spec.actors[actor.0 as usize].actions[*action as usize].per_step;
+    let per_step = |(actor, action): &(ActorId, u32)| spec.action(*actor, *action).per_step;
     let steps = || tokens.iter().map(|(at, count)| count / u64::from(per_step(at)));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))
 }

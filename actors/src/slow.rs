@@ -29,7 +29,7 @@ pub(crate) fn sample(
     let host = |rank: usize| spec.actors.iter().position(|a| a.device == rank).map(|a| ActorId(a as u32));
     let mut sample = Sample::new();
     for snapshot in snapshots {
-        let actor = &spec.actors[snapshot.actor.0 as usize];
+        let actor = spec.actor(snapshot.actor);
         if let Some(action) = snapshot.waiting.in_flight {
             let own = &actor.actions[action as usize].communicators;
             let is_own = |wait: &&CollectiveWait| wait.1 == actor.device && own.contains(&wait.0);
@@ -109,8 +109,10 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::protocol::{ActionWaits, ActorWaits};
+    use crate::protocol::{ActionWaits, ActorWaits, Protocol};
     use crate::simulate::plans;
     use crate::spec::RegisterId;
 
@@ -130,19 +132,12 @@ mod tests {
 
     #[test]
     fn a_process_waits_only_while_none_of_its_streams_works() {
-        let spec = plans::data_parallel();
+        let spec = Arc::new(plans::data_parallel());
         let reader = RegisterReader { actor: ActorId(1), action: 0 };
         let missing = Missing::Piece { register: RegisterId(0), piece: 3, writer: reader };
         let snapshot = |in_flight, missing: Vec<Missing>| ActorSnapshot {
-            actor: ActorId(0),
-            firings: vec![],
-            busy_ns: vec![],
-            collective_ns: 0,
             waiting: ActorWaits { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
-            idle: Default::default(),
-            idle_now_ns: 0,
-            in_flight_since_ns: None,
-            registers: vec![],
+            ..ActorSnapshot::of(&Protocol::new(&spec, ActorId(0)))
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);
         let found =

@@ -134,6 +134,21 @@ pub struct OutputSpec {
 }
 
 impl Spec {
+    /// An actor of this plan.
+    pub fn actor(&self, id: ActorId) -> &ActorSpec {
+        &self.actors[id.0 as usize]
+    }
+
+    /// An action of this plan.
+    pub fn action(&self, actor: ActorId, action: u32) -> &ActionSpec {
+        &self.actor(actor).actions[action as usize]
+    }
+
+    /// A register of this plan.
+    pub fn register(&self, id: RegisterId) -> &RegisterSpec {
+        &self.registers[id.0 as usize]
+    }
+
     /// The name of an action in errors and reports, such as `device 3 compute forward`.
     pub fn action_name(&self, actor: ActorId, action: u32) -> String {
         match self.actors.get(actor.0 as usize) {

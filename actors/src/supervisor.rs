@@ -255,7 +255,7 @@ impl Session {
 
     /// Ended firings of the register's readers in this process; `None` while one of them is in the middle of a step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
-        let readers = self.spec.registers[register.0 as usize].readers.iter();
+        let readers = self.spec.register(register).readers.iter();
         let firings = |reader: &RegisterReader| {
             let (actor, action) = (reader.actor.0 as usize, reader.action as usize);
             let done = self.completed[actor][action].load(Ordering::Acquire);

@@ -40,7 +40,7 @@ pub(crate) fn serve(
         let (pipes, sent) = (Arc::new(pipes), Arc::<SentSlots>::default());
         let (write_half, read_half) = (connection.try_clone()?, connection.try_clone()?);
         connections.open.push(connection);
-        let initial = pushes.keys().filter(|r| session.spec.registers[r.0 as usize].initial).copied().collect();
+        let initial = pushes.keys().filter(|r| session.spec.register(**r).initial).copied().collect();
         let mut writer = Writer {
             sink: BufWriter::with_capacity(BUFFER_BYTES, write_half),
             session: session.clone(),
@@ -311,7 +311,7 @@ impl Reader {
         let (Some(runs), Some(memory)) = (self.mirrors.get(&register), self.memory.get(&register)) else {
             return Err(self.unexpected(format!("bytes of register '{}'", name())));
         };
-        let spec = &self.session.spec.registers[register.0 as usize];
+        let spec = self.session.spec.register(register);
         let due = self.pieces.get(&register).copied().unwrap_or(u64::from(spec.initial));
         let refresh = spec.initial && (slot, piece) == (0, 0);
         if !refresh && (piece != due || u64::from(slot) != piece % u64::from(spec.slots)) {

@@ -10,9 +10,9 @@ use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notification, Notify, Submission};
 
 use super::{ActionProgram, BaseRef, RegisterMemory};
-use crate::error::{Failure, PeerError, ProtocolError};
+use crate::error::{Failure, PeerError};
 use crate::message::{Cast, Mail};
-use crate::protocol::{Effect, Protocol, ProtocolEvent};
+use crate::protocol::{Effect, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};
 use crate::supervisor::Session;
@@ -63,7 +63,7 @@ impl Shard {
     }
 
     fn process(&mut self, cast: Cast) -> Result<(), Failure> {
-        let name = &self.session.spec.actors[self.me.0 as usize].name;
+        let name = &self.session.spec.actor(self.me).name;
         self.session.bus.dequeued(self.me, name, &cast).map_err(|e| self.own_protocol_failure(e))?;
         match cast {
             Cast::Event(event) => self.apply(event),
@@ -117,7 +117,7 @@ impl Shard {
     }
 
     fn launch(&mut self, action: u32, firing: u64) -> Result<(), Failure> {
-        let spec = &self.session.spec.actors[self.me.0 as usize].actions[action as usize];
+        let spec = self.session.spec.action(self.me, action);
         let program = &self.programs[action as usize];
         let slot = |register: RegisterId, slot: u32| {
             let memory = &self.memory[&register];
@@ -139,14 +139,15 @@ impl Shard {
 
     fn snapshot(&self) -> ActorSnapshot {
         let idle_now_ns = if self.in_flight.is_some() { 0 } else { self.session.now_ns() - self.idle_since_ns };
-        let base = ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns);
         let in_flight_since_ns = self.in_flight.map(|fired| fired.launched_ns);
         let collective_ns = self.session.streams[&self.me].collective_time().as_nanos() as u64;
-        ActorSnapshot { collective_ns, idle: self.idle.clone(), idle_now_ns, in_flight_since_ns, ..base }
+        let (busy_ns, idle) = (self.busy_ns.clone(), self.idle.clone());
+        let base = ActorSnapshot::of(&self.protocol);
+        ActorSnapshot { busy_ns, collective_ns, idle, idle_now_ns, in_flight_since_ns, ..base }
     }
 
     fn own_protocol_failure(&self, cause: ProtocolError) -> Failure {
-        let own = &self.session.spec.actors[self.me.0 as usize];
+        let own = self.session.spec.actor(self.me);
         Failure::Protocol { actor: own.name.clone(), device: own.device, cause }
     }
 
@@ -163,7 +164,7 @@ impl Shard {
     }
 
     fn kernel_failure(&self, cause: KernelError) -> Failure {
-        let own = &self.session.spec.actors[self.me.0 as usize];
+        let own = self.session.spec.actor(self.me);
         let action = self.protocol.in_flight().map_or("none", |a| &own.actions[a as usize].name);
         Failure::Kernel { actor: own.name.clone(), device: own.device, action: action.into(), cause: Box::new(cause) }
     }

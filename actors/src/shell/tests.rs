@@ -100,7 +100,7 @@ pub(super) fn bench(spec: Spec) -> Bench {
     let devices: Vec<Device> =
         (0..=spec.actors.iter().map(|a| a.device).max().unwrap()).map(|d| Device::cpu(d, 1, engine.clone())).collect();
     let memory = spec.registers.iter().enumerate().map(|(r, register)| {
-        let device = &devices[spec.actors[register.producer.0 as usize].device];
+        let device = &devices[spec.actor(register.producer).device];
         let arena = device.arena(4 * register.slots as usize).unwrap();
         arena.write_host(0, &HostTensor::i32(&[1], vec![r as i32])).unwrap();
         (RegisterId(r as u32), RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })
@@ -129,7 +129,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let reads: Vec<Buffer> = (0..action.inputs.len()).chain([own]).map(cell).collect();
     let mut program = Program { name: action.name.clone(), ..Program::default() };
     for (port, output) in action.outputs.iter().enumerate() {
-        let register = &spec.registers[output.register.0 as usize];
+        let register = spec.register(output.register);
         let kernel = Mix { seed: seed(a, x, port), keep: register.initial };
         let op = Op::Custom(Arc::new(kernel));
         let write = vec![cell(action.inputs.len() + port)];
@@ -194,7 +194,7 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
         let mut reads = inputs.clone();
         reads.push(histories[a][x]);
         for (port, output) in action.outputs.iter().enumerate() {
-            let initial = spec.registers[output.register.0 as usize].initial;
+            let initial = spec.register(output.register).initial;
             let every = u64::from(output.firings_per_piece);
             let (register, slot) = place(output.register, fired.firing / every + u64::from(initial));
             let value = value(seed(a, x, port), &reads);
@@ -208,7 +208,7 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
 }
 
 fn slots_of(spec: &Spec, register: RegisterId) -> usize {
-    spec.registers[register.0 as usize].slots as usize
+    spec.register(register).slots as usize
 }
 
 #[test]

@@ -4,7 +4,6 @@ use std::collections::HashMap;
 
 use shardflow_kernels::hash::{GOLDEN_GAMMA, mix64};
 
-use super::{SimulatedFiring, SimulationError};
 use crate::protocol::Protocol;
 use crate::spec::{ActorId, RegisterId, Spec};
 
@@ -15,6 +14,31 @@ fn mix(hash: u64, value: u64) -> u64 {
 
 /// Content of a slot that is being written.
 const UNWRITTEN: u64 = 0;
+
+/// One firing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SimulatedFiring {
+    /// The actor.
+    pub actor: ActorId,
+    /// Index of the action.
+    pub action: u32,
+    /// Counted from 0 over all steps.
+    pub firing: u64,
+    /// First tick; the firing includes the wait for its groups.
+    pub start: u64,
+    /// Tick after the last.
+    pub end: u64,
+}
+
+/// CR-7: a firing's input changed, or was not written.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("CR-7 {action}, firing {firing}: the slot that it reads of register '{register}' {fault}")]
+pub struct DataRace {
+    action: String,
+    firing: u64,
+    register: String,
+    fault: &'static str,
+}
 
 pub(super) struct Data {
     /// By register and slot.
@@ -43,13 +67,8 @@ impl Data {
     }
 
     /// Reads the inputs and marks the outputs as unwritten. Returns the hash of the inputs.
-    pub(super) fn launch(
-        &mut self,
-        spec: &Spec,
-        protocol: &Protocol,
-        fired: SimulatedFiring,
-    ) -> Result<u64, SimulationError> {
-        let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
+    pub(super) fn launch(&mut self, spec: &Spec, protocol: &Protocol, fired: SimulatedFiring) -> Result<u64, DataRace> {
+        let action = spec.action(fired.actor, fired.action);
         let flight = &mut self.flights[fired.actor.0 as usize];
         flight.reads.clear();
         flight.before.clear();
@@ -65,7 +84,7 @@ impl Data {
         }
         for (port, output) in action.outputs.iter().enumerate() {
             let slot = protocol.output_slot(fired.action, port, fired.firing) as usize;
-            let register = &spec.registers[output.register.0 as usize];
+            let register = spec.register(output.register);
             let in_place = register.initial && register.slots == 1;
             let kept = in_place || protocol.repeats(fired.action, port, fired.firing);
             let value = &mut self.slots[output.register.0 as usize][slot];
@@ -91,13 +110,8 @@ impl Data {
     }
 
     /// Ends a firing: checks that its inputs are unchanged (CR-7) and writes the outputs that no signal has written.
-    pub(super) fn end(
-        &mut self,
-        spec: &Spec,
-        protocol: &Protocol,
-        fired: SimulatedFiring,
-    ) -> Result<(), SimulationError> {
-        let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
+    pub(super) fn end(&mut self, spec: &Spec, protocol: &Protocol, fired: SimulatedFiring) -> Result<(), DataRace> {
+        let action = spec.action(fired.actor, fired.action);
         for (port, input) in action.inputs.iter().enumerate() {
             let slot = protocol.input_slot(fired.action, port, fired.firing) as usize;
             let read = self.flights[fired.actor.0 as usize].reads[port];
@@ -120,9 +134,9 @@ impl Data {
     }
 }
 
-fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'static str) -> SimulationError {
+fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'static str) -> DataRace {
     let (action, register) = (spec.action_name(fired.actor, fired.action), spec.register_name(register));
-    SimulationError::Race { action, firing: fired.firing, register, fault }
+    DataRace { action, firing: fired.firing, register, fault }
 }
 
 /// Groups whose members' n-th firings run together.
@@ -153,7 +167,7 @@ impl Groups {
     /// hash of its groups.
     pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
         let mut rounds = Vec::new();
-        for &group in &spec.actors[actor.0 as usize].actions[action as usize].groups {
+        for &group in &spec.action(actor, action).groups {
             let members = self.begun.get_mut(&group).expect("collected from the plan");
             let member = members.iter_mut().find(|m| m.0 == actor).expect("collected from the plan");
             rounds.push((group, member.1));
