@@ -3,9 +3,9 @@
 use shardflow_kernels::error::KernelError;
 
 use crate::check::SpecError;
+use crate::frame::FrameError;
 use crate::protocol::ProtocolError;
 use crate::spec::ActorId;
-use crate::remote::frame::FrameError;
 
 /// The first cause of a session's end. Later failures follow from it.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]

@@ -113,12 +113,13 @@ impl Watchdog {
 
     /// Runs one check; `now` counts from the session's start. Returns the report when the session has just stalled.
     pub(crate) fn check(&mut self, now: Duration, session: &Session) -> Option<String> {
-        if session.has_peers() && session.outstanding() {
+        if session.has_peers() && session.steps.outstanding() {
             let slow = self.tally.add(session.waits());
             slow.iter().for_each(|slow| self.report_slow(slow));
         }
-        let step_p99 = Duration::from_nanos(session.step_p99_ns.load(Ordering::Relaxed));
-        let Stall { idle, aborts, is_new } = self.observe(now, session.progress(), session.outstanding(), step_p99)?;
+        let step_p99 = Duration::from_nanos(session.hints.step_p99_ns.load(Ordering::Relaxed));
+        let Stall { idle, aborts, is_new } =
+            self.observe(now, session.activity.events(), session.steps.outstanding(), step_p99)?;
         if session.first_failure().is_some() {
             return None;
         }

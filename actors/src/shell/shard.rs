@@ -9,8 +9,8 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notification, Notify, Submission};
 
-use super::{ActionProgram, BaseRef, RegisterMemory};
 use crate::error::{Failure, PeerError};
+use crate::loaded::{ActionProgram, BaseRef, RegisterMemory};
 use crate::message::{Cast, Mail};
 use crate::protocol::{Effect, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::{ActorSnapshot, NotFinite};
@@ -79,8 +79,8 @@ impl Shard {
     }
 
     fn apply(&mut self, event: ProtocolEvent) -> Result<(), Failure> {
-        let now_ns = self.session.now_ns();
-        self.session.progressed(now_ns);
+        let now_ns = self.session.activity.now_ns();
+        self.session.activity.add(now_ns);
         let mut effects = std::mem::take(&mut self.effects);
         self.protocol.apply(event, &mut effects).map_err(|e| self.protocol_failure(event, e))?;
         if let (ProtocolEvent::Signal { .. }, Some(fired)) = (event, &mut self.in_flight) {
@@ -90,7 +90,7 @@ impl Shard {
             if let Some(fired) = self.in_flight.take() {
                 self.busy_ns[action as usize] += now_ns - fired.launched_ns;
                 let early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
-                self.session.rings[&self.me].push(FiringRecord { ended_ns: now_ns, early_ns, ..fired });
+                self.session.records.rings[&self.me].push(FiringRecord { ended_ns: now_ns, early_ns, ..fired });
             }
             self.idle_since_ns = now_ns;
             self.session.completed(self.me, action);
@@ -121,8 +121,7 @@ impl Shard {
         let program = &self.programs[action as usize];
         let slot = |register: RegisterId, slot: u32| {
             let memory = &self.memory[&register];
-            let offset = memory.base.offset + slot as usize * memory.stride;
-            Base { arena: memory.base.arena.clone(), offset }
+            Base { arena: memory.base.arena.clone(), offset: memory.offset(slot) }
         };
         let base = |base: &BaseRef| match *base {
             BaseRef::Fixed(ref base) => base.clone(),
@@ -131,14 +130,15 @@ impl Shard {
         };
         let bases = program.bases.iter().map(base).collect();
         let repeat = (0..spec.outputs.len()).any(|port| self.protocol.repeats(action, port, firing));
-        self.session.launched(self.me, action);
+        self.session.steps.launch(self.me, action);
         let notify = notify(self.session.clone(), self.me, action, firing);
         let submission = Submission { program: program.program.clone(), bases, repeat, notify };
         self.session.streams[&self.me].submit(submission).map_err(|cause| self.kernel_failure(cause))
     }
 
     fn snapshot(&self) -> ActorSnapshot {
-        let idle_now_ns = if self.in_flight.is_some() { 0 } else { self.session.now_ns() - self.idle_since_ns };
+        let idle_now_ns =
+            if self.in_flight.is_some() { 0 } else { self.session.activity.now_ns() - self.idle_since_ns };
         let in_flight_since_ns = self.in_flight.map(|fired| fired.launched_ns);
         let collective_ns = self.session.streams[&self.me].collective_time().as_nanos() as u64;
         let (busy_ns, idle) = (self.busy_ns.clone(), self.idle.clone());
@@ -176,7 +176,8 @@ fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notif
         let cast = match notification {
             Notification::Signal(output) => Cast::Event(ProtocolEvent::Signal { action, output }),
             Notification::NotFinite { launch, write, elements } => {
-                return session.add_not_finite(NotFinite { actor: me, action, firing, launch, write, elements });
+                let found = NotFinite { actor: me, action, firing, launch, write, elements };
+                return session.records.not_finite.lock().push(found);
             }
             Notification::Done => Cast::Event(ProtocolEvent::Done { action }),
             Notification::Failed(cause) => Cast::Failed(cause),
@@ -203,7 +204,7 @@ impl Actor for ShardActor {
     }
 
     async fn post_stop(&self, _: ActorRef<Mail>, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
-        shard.session.add_final_snapshot(shard.snapshot());
+        shard.session.records.finals.lock().push(shard.snapshot());
         Ok(())
     }
 }
