@@ -1,6 +1,8 @@
 //! Checks the consistency of a plan: ids, writers, readers, rates and ordered lists. `simulate` checks for deadlocks.
 
-use crate::spec::{ActorId, Firing, InputSpec, RegisterId, RegisterReader, RegisterSpec, Spec};
+use std::collections::HashSet;
+
+use crate::spec::{ActionSpec, ActorId, Firing, RegisterId, RegisterReader, RegisterSpec, Spec};
 
 /// An inconsistent plan; [`check`] finds it before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -180,35 +182,26 @@ fn check_rates(spec: &Spec) -> Result<(), SpecError> {
 
 /// Checks that host tokens bound every action: it is external, or a bounded action writes one of its inputs.
 fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
-    let writers: Vec<_> = (0..spec.registers.len())
-        .map(|r| spec.writer(RegisterId(r as u32)).map(|w| (spec.registers[r].producer.0 as usize, w.0 as usize)))
-        .collect();
-    let mut bounded: Vec<Vec<bool>> =
-        spec.actors.iter().map(|a| a.actions.iter().map(|x| x.external).collect()).collect();
-    // Each pass marks at least one more action, or is the last.
+    let is_external = |(_, action): &(RegisterReader, &ActionSpec)| action.external;
+    let mut bounded: HashSet<RegisterReader> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();
+    let writer =
+        |register| Some(RegisterReader { actor: spec.register(register).producer, action: spec.writer(register)?.0 });
+    // Each pass adds at least one more action, or is the last.
     loop {
-        let mut changed = false;
-        for (a, actor) in spec.actors.iter().enumerate() {
-            for (x, action) in actor.actions.iter().enumerate() {
-                let follows = |i: &InputSpec| {
-                    writers[i.register.0 as usize].is_some_and(|(actor, action)| bounded[actor][action])
-                };
-                if !bounded[a][x] && action.inputs.iter().any(follows) {
-                    bounded[a][x] = true;
-                    changed = true;
-                }
+        let before = bounded.len();
+        for (at, action) in spec.all_actions() {
+            if action.inputs.iter().any(|i| writer(i.register).is_some_and(|writer| bounded.contains(&writer))) {
+                bounded.insert(at);
             }
         }
-        if !changed {
+        if bounded.len() == before {
             break;
         }
     }
-    for (a, actions) in bounded.iter().enumerate() {
-        if let Some(x) = actions.iter().position(|b| !b) {
-            return Err(SpecError::Unbounded { action: spec.action_name(ActorId(a as u32), x as u32) });
-        }
+    match spec.all_actions().find(|(at, _)| !bounded.contains(at)) {
+        Some((at, _)) => Err(SpecError::Unbounded { action: spec.action_name(at.actor, at.action) }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -234,7 +227,7 @@ mod tests {
 
     #[test]
     fn inconsistent_plans_are_rejected() {
-        let faults: [(&str, Change); 11] = [
+        let faults: [(&str, Change); 13] = [
             ("the decision: no actor has index 9", |s| {
                 s.decision.observed.push(RegisterReader { actor: ActorId(9), action: 0 });
             }),
@@ -261,14 +254,16 @@ mod tests {
                 let reader = s.registers[0].readers[0];
                 s.registers[0].readers.push(reader);
             }),
+            ("register 'batch' is written by 0 output ports of actor host, expected exactly 1", |s| {
+                s.actors[0].actions[0].outputs.clear();
+            }),
+            ("register 'batch' and shard train disagree: 1 entries in its readers, 0 input ports", |s| {
+                s.actors[1].actions[0].inputs[0].register = RegisterId(77);
+            }),
         ];
         for (text, change) in faults {
             assert_eq!(reject(change), text);
         }
-        let writers = "register 'batch' is written by 0 output ports of actor host, expected exactly 1";
-        assert_eq!(reject(|s| s.actors[0].actions[0].outputs.clear()), writers);
-        let disagree = "register 'batch' and shard train disagree: 1 entries in its readers, 0 input ports";
-        assert_eq!(reject(|s| s.actors[1].actions[0].inputs[0].register = RegisterId(77)), disagree);
     }
 
     #[test]

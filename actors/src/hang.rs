@@ -15,25 +15,24 @@ use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 const NAMED_MAX: usize = 4;
 
 /// A rank that waits for another rank in a collective: communicator id, own rank, peer rank.
-pub type CollectiveWait = (u32, usize, usize);
+pub(crate) type CollectiveWait = (u32, usize, usize);
 
 /// The explanation of a hang.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hang {
     /// The root cause of all waits.
-    pub root: Root,
+    pub(crate) root: Root,
     /// Further roots of the same rank; each may be the cause.
-    pub also: Vec<Root>,
+    pub(crate) also: Vec<Root>,
     /// The waits from an action with firings left to the root. In a cycle each action waits for the next, the last for
     /// the first.
-    pub chain: Vec<WaitingAction>,
+    pub(crate) chain: Vec<WaitingAction>,
     text: String,
 }
 
 /// A root cause: others wait for it, but it waits for nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the comments of the variants name the fields")]
-pub enum Root {
+pub(crate) enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
     LostPiece { register: RegisterId, piece: u64, reader: RegisterReader },
     /// The reader has released a piece, but the register's producer did not receive the message.
@@ -106,7 +105,7 @@ impl Root {
 
 /// A waiting action.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WaitingAction {
+pub(crate) struct WaitingAction {
     /// The action.
     pub action: RegisterReader,
     /// The reason.
@@ -115,21 +114,13 @@ pub struct WaitingAction {
 
 /// The reason why an action waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum WaitReason {
+pub(crate) enum WaitReason {
     /// It lacks a piece, a slot, a token or its turn.
     Missing(Missing),
     /// It is in flight, and another member of a group has not begun or is in an earlier round.
-    Group {
-        /// The group.
-        group: u32,
-        /// The member.
-        member: ActorId,
-    },
+    Group { group: u32, member: ActorId },
     /// Its actor has another firing in flight.
-    Busy {
-        /// Index of the action in flight.
-        action: u32,
-    },
+    Busy { action: u32 },
 }
 
 impl WaitReason {
@@ -179,7 +170,7 @@ impl fmt::Display for Hang {
 
 /// The input of [`explain`].
 #[derive(Clone, Copy)]
-pub struct HangSnapshot<'a> {
+pub(crate) struct HangSnapshot<'a> {
     /// The plan.
     pub spec: &'a Spec,
     /// Snapshots of this process's actors, taken without progress in between.
@@ -206,7 +197,7 @@ impl<'a> HangSnapshot<'a> {
 }
 
 /// Explains why the first `steps` steps do not finish; `None` when no action has firings left.
-pub fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
+pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     let mut search = Search::new(snapshot, steps);
     let spec = snapshot.spec;
     let mut first: Option<Hang> = None;
@@ -241,8 +232,7 @@ pub fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
 
 /// Describes waits in communicators that no action uses: pipes that carry registers between devices of two processes.
 pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
-    let actions = spec.actors.iter().flat_map(|actor| &actor.actions);
-    let of_actions: HashSet<u32> = actions.flat_map(|action| action.communicators.iter().copied()).collect();
+    let of_actions: HashSet<u32> = spec.all_actions().flat_map(|(_, action)| action.communicators.clone()).collect();
     let of_pipes = waits.iter().filter(|(communicator, ..)| !of_actions.contains(communicator));
     let text = |(_, rank, peer): &CollectiveWait| {
         format!("device {rank}: a transfer of registers with device {peer} is in progress on the GPU and does not end")
@@ -283,10 +273,9 @@ impl<'a> Search<'a> {
 
     /// Actions of this process that have, or may have, firings left.
     fn unfinished(&self) -> Vec<RegisterReader> {
-        let actors = self.input.spec.actors.iter().zip(0..).map(|(actor, a)| (ActorId(a), actor.actions.len() as u32));
-        let here = actors.filter(|(actor, _)| (self.input.process_of)(*actor).is_none());
-        let all = here.flat_map(|(actor, actions)| (0..actions).map(move |action| RegisterReader { actor, action }));
-        all.filter(|at| self.is_unfinished(at)).collect()
+        let all = self.input.spec.all_actions().map(|(at, _)| at);
+        let here = all.filter(|at| (self.input.process_of)(at.actor).is_none());
+        here.filter(|at| self.is_unfinished(at)).collect()
     }
 
     /// True if the action has firings left, or if its actor's state is unknown (unresponsive, or in another process).
@@ -404,14 +393,10 @@ impl<'a> Search<'a> {
     }
 
     /// The members of a group, each with its actions that belong to the group.
-    fn members(&self, group: u32) -> Vec<(ActorId, Vec<u32>)> {
-        let mut found = Vec::new();
-        for (a, actor) in self.input.spec.actors.iter().enumerate() {
-            let own = actor.actions.iter().enumerate().filter(|(_, x)| x.groups.contains(&group));
-            let own: Vec<u32> = own.map(|(x, _)| x as u32).collect();
-            if !own.is_empty() {
-                found.push((ActorId(a as u32), own));
-            }
+    fn members(&self, group: u32) -> BTreeMap<ActorId, Vec<u32>> {
+        let mut found: BTreeMap<ActorId, Vec<u32>> = BTreeMap::new();
+        for (at, _) in self.input.spec.all_actions().filter(|(_, action)| action.groups.contains(&group)) {
+            found.entry(at.actor).or_default().push(at.action);
         }
         found
     }

@@ -28,7 +28,3 @@ pub(crate) struct Mail {
     pub(crate) cast: Cast,
     pub(crate) clock: RaceClock,
 }
-
-/// The message of actors that get none.
-#[derive(Debug)]
-pub(crate) enum Never {}

@@ -1,10 +1,7 @@
 //! Plans of plain pipelines for the study of schedules: `p` stages, `m` micro-batches, forward and backward.
 
-use std::collections::HashMap;
-
 use crate::builder::Builder;
 use crate::credits::boundary_slots;
-use crate::simulate::Timing;
 use crate::spec::{Firing, RegisterReader, Spec};
 
 /// Whether forward or backward fires first when both are ready.
@@ -68,16 +65,11 @@ impl Pipeline {
 
 /// Returns `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards. Forward is action
 /// 0, backward is action 1. With `warm_up == micro_batches` this is GPipe's order.
-pub fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
+fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
     let mut list = vec![0; warm_up as usize];
     for _ in warm_up..micro_batches {
         list.extend([1, 0]);
     }
     list.resize(2 * micro_batches as usize, 1);
     list
-}
-
-/// A timing with the same durations on every stage.
-pub fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64) -> Timing {
-    Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks, hop_ticks_of: HashMap::new() }
 }

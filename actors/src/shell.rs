@@ -17,7 +17,7 @@ use crate::message::{Cast, Mail};
 use crate::protocol::ProtocolEvent;
 use crate::remote::{HostPiece, Remote};
 use crate::snapshot::{ActorSnapshot, NotFinite};
-use crate::spec::{ActorId, Spec};
+use crate::spec::{ActorId, RegisterReader, Spec};
 use crate::supervisor::{Session, Supervisor};
 use crate::trace::NewFirings;
 use crate::watchdog::{Watchdog, WatchdogOptions};
@@ -42,7 +42,7 @@ pub struct RunningSession {
     session: Arc<Session>,
     failures: Receiver<Failure>,
     /// Tokens added so far, by external action.
-    tokens: Mutex<BTreeMap<(ActorId, u32), u64>>,
+    tokens: Mutex<BTreeMap<RegisterReader, u64>>,
     watchdog: Arc<Mutex<Watchdog>>,
     options: WatchdogOptions,
     /// Dropping it ends the watchdog's thread.
@@ -84,13 +84,11 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
         let shard = Shard::new(id, session.clone(), programs, memory.clone());
         devices.entry(spec.actor(id).device).or_default().push((id, shard));
     }
-    let external = session.streams.keys().flat_map(|&a| {
-        let external = spec.actor(a).actions.iter().enumerate().filter(|(_, x)| x.external);
-        external.map(move |(x, _)| ((a, x as u32), 0))
-    });
+    let external = spec.all_actions().filter(|(at, x)| x.external && session.streams.contains_key(&at.actor));
+    let tokens = external.map(|(at, _)| (at, 0)).collect();
     let mut running = RunningSession {
         failures,
-        tokens: Mutex::new(external.collect()),
+        tokens: Mutex::new(tokens),
         watchdog: Arc::new(Mutex::new(Watchdog::new(options.clone()))),
         options,
         watchdog_stop: None,
@@ -115,9 +113,8 @@ fn spawn(
     devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
     session: &Arc<Session>,
     threads: &mut Vec<JoinHandle<()>>,
-) -> Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError> {
-    let mut actors = Vec::new();
-    let mut error = None;
+) -> Started {
+    let mut actors: Vec<(ActorId, ActorRef<Mail>)> = Vec::new();
     for (device, shards) in devices {
         let started = start_device(device, shards, session).and_then(|(thread, started)| {
             threads.push(thread);
@@ -126,17 +123,14 @@ fn spawn(
         });
         match started {
             Ok(started) => actors.extend(started),
-            Err(e) => error = Some(e),
+            Err(error) => {
+                // Their threads end with them.
+                actors.iter().for_each(|a| a.1.stop(None));
+                return Err(error);
+            }
         }
     }
-    match error {
-        None => Ok(actors),
-        Some(error) => {
-            // Their threads end with them.
-            actors.iter().for_each(|a| a.1.stop(None));
-            Err(error)
-        }
-    }
+    Ok(actors)
 }
 
 type Started = Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError>;
@@ -208,7 +202,7 @@ impl RunningSession {
             return Err(ActorError::Ended { cause: failure.to_string() });
         }
         let mut all = self.tokens.lock();
-        let Some(count) = all.get_mut(&(actor, action)) else {
+        let Some(count) = all.get_mut(&RegisterReader { actor, action }) else {
             return Err(ActorError::NotExternal { actor, action });
         };
         *count += u64::from(tokens);
@@ -431,9 +425,8 @@ impl Drop for RunningSession {
 }
 
 /// Returns the number of steps for which every external action has its tokens, and for which at least one has.
-fn step_counts(spec: &Spec, tokens: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
-    let per_step = |(actor, action): &(ActorId, u32)| spec.action(*actor, *action).per_step;
-    let steps = || tokens.iter().map(|(at, count)| count / u64::from(per_step(at)));
+fn step_counts(spec: &Spec, tokens: &BTreeMap<RegisterReader, u64>) -> (u64, u64) {
+    let steps = || tokens.iter().map(|(at, count)| count / u64::from(spec.action(at.actor, at.action).per_step));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))
 }
 

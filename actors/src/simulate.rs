@@ -28,15 +28,13 @@ pub struct Timing {
     pub action_ticks: Vec<Vec<u64>>,
     /// Latency of a message between two actors; within one actor it is 0.
     pub hop_ticks: u64,
-    /// Pairs `(from, to)` with a different latency.
-    pub hop_ticks_of: HashMap<(ActorId, ActorId), u64>,
 }
 
 impl Timing {
     /// The same duration for every action.
     pub fn uniform(spec: &Spec, action_ticks: u64, hop_ticks: u64) -> Self {
         let action_ticks = spec.actors.iter().map(|a| vec![action_ticks; a.actions.len()]).collect();
-        Self { action_ticks, hop_ticks, hop_ticks_of: HashMap::new() }
+        Self { action_ticks, hop_ticks }
     }
 
     /// From measured durations by actor and action, without latency. In a collective, early members wait inside their
@@ -44,21 +42,16 @@ impl Timing {
     /// duration.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
-        let all = || {
-            spec.actors
-                .iter()
-                .enumerate()
-                .flat_map(|(a, actor)| actor.actions.iter().enumerate().map(move |(x, s)| (a, x, s)))
-        };
-        for (a, x, action) in all() {
+        for (at, action) in spec.all_actions() {
             for group in &action.groups {
                 let least = least.entry((*group, &action.name)).or_insert(u64::MAX);
-                *least = action_ticks[a][x].min(*least);
+                *least = action_ticks[at.actor.0 as usize][at.action as usize].min(*least);
             }
         }
-        for (a, x, action) in all() {
+        for (at, action) in spec.all_actions() {
+            let ticks = &mut action_ticks[at.actor.0 as usize][at.action as usize];
             let of_groups = action.groups.iter().map(|group| least[&(*group, action.name.as_str())]);
-            action_ticks[a][x] = of_groups.fold(action_ticks[a][x], u64::min);
+            *ticks = of_groups.fold(*ticks, u64::min);
         }
         Self { action_ticks, ..Self::default() }
     }
@@ -83,9 +76,6 @@ pub struct SimulationOptions {
     /// Random delays and tie-breaking. Without it a run is exact: all messages of a tick arrive before firings are
     /// chosen.
     pub jitter: Option<Jitter>,
-    /// All tokens of the run, added at the start, by external action. `None` adds what the steps need; the host's
-    /// decision gets its tokens once the actions that it depends on have fired.
-    pub tokens: Option<Vec<(RegisterReader, u32)>>,
     /// A fault to inject, for tests of the checks themselves.
     #[cfg(test)]
     pub(crate) fault: Option<tests::Fault>,
@@ -97,7 +87,6 @@ impl SimulationOptions {
         Self {
             steps,
             jitter: None,
-            tokens: None,
             #[cfg(test)]
             fault: None,
         }
@@ -190,7 +179,7 @@ pub fn simulate(
         groups: Groups::new(spec),
         data: Data::new(spec),
         timeline: Vec::new(),
-        decided: if options.tokens.is_some() { options.steps } else { 0 },
+        decided: 0,
         protocols: protocols.collect(),
         #[cfg(test)]
         sent: 0,
@@ -202,16 +191,15 @@ pub fn simulate(
 
 impl Simulator<'_> {
     fn start(&mut self) -> Result<(), SimulationError> {
-        let steps = self.options.steps;
-        let all = self.spec.actors.iter().enumerate().flat_map(|(a, actor)| {
-            let externals = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
-            let actor = ActorId(a as u32);
-            let all = externals.map(move |(x, s)| (RegisterReader { actor, action: x as u32 }, s.per_step * steps));
-            all.filter(|(at, _)| !self.spec.decision.granted.contains(at))
-        });
-        let tokens = self.options.tokens.clone().unwrap_or_else(|| all.collect());
-        for (at, count) in tokens {
-            self.apply(at.actor, ProtocolEvent::Token { action: at.action, count })?;
+        let (spec, steps) = (self.spec, self.options.steps);
+        for (at, action) in spec.all_actions().filter(|(_, action)| action.external) {
+            // The host's decision adds the others, once the actions that it depends on have fired.
+            if !spec.decision.granted.contains(&at) {
+                let count = action.per_step * steps;
+                #[cfg(test)]
+                let count = tests::tokens(count, self.options.fault);
+                self.apply(at.actor, ProtocolEvent::Token { action: at.action, count })?;
+            }
         }
         // All actors fire below.
         self.decide(&mut Vec::new())?;
@@ -384,8 +372,7 @@ impl Simulator<'_> {
 
     fn send(&mut self, from: ActorId, to: ActorId, message: Message) {
         let random = self.options.jitter.map_or(0, |j| j.hop_ticks_max);
-        let hop = self.timing.hop_ticks_of.get(&(from, to)).copied().unwrap_or(self.timing.hop_ticks);
-        let mut tick = self.now + hop + self.random(random);
+        let mut tick = self.now + self.timing.hop_ticks + self.random(random);
         let mut tie = 1;
         if let Some(rng) = &mut self.rng {
             tie = rng.below(u64::MAX - 2) + 1;

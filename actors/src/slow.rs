@@ -65,17 +65,6 @@ fn actors(missing: &Missing) -> Vec<ActorId> {
     }
 }
 
-/// A process that is waited for most of the time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Slow {
-    pub(crate) process: u32,
-    /// Number of samples, out of [`Slow::of`], in which this process waited for it.
-    pub(crate) waits: usize,
-    pub(crate) of: usize,
-    /// What this process waited for in the last sample.
-    pub(crate) reason: String,
-}
-
 /// The last samples.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
@@ -86,8 +75,8 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds a sample; returns the processes to report now.
-    pub(crate) fn add(&mut self, sample: Sample) -> Vec<Slow> {
+    /// Adds a sample; returns a report for each process that is waited for most of the time, unless it is recent.
+    pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {
             self.window.pop_front();
@@ -100,7 +89,8 @@ impl Tally {
             let is_due = self.reported.get(&process).is_none_or(|reported| self.count - reported >= REPEAT_AFTER);
             if waits >= WAITS_MIN && is_due {
                 self.reported.insert(process, self.count);
-                slow.push(Slow { process, waits, of: self.window.len(), reason });
+                let of = self.window.len();
+                slow.push(format!("waiting for rank {process} in {waits} of the last {of} checks, now for {reason}"));
             }
         }
         slow

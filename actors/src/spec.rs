@@ -46,7 +46,7 @@ pub struct RegisterSpec {
 }
 
 /// One reading action of a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegisterReader {
     /// The actor that reads.
     pub actor: ActorId,
@@ -142,6 +142,13 @@ impl Spec {
     /// An action of this plan.
     pub fn action(&self, actor: ActorId, action: u32) -> &ActionSpec {
         &self.actor(actor).actions[action as usize]
+    }
+
+    /// All actions of all actors.
+    pub fn all_actions(&self) -> impl Iterator<Item = (RegisterReader, &ActionSpec)> {
+        (0..).zip(&self.actors).flat_map(|(a, actor)| {
+            (0..).zip(&actor.actions).map(move |(action, x)| (RegisterReader { actor: ActorId(a), action }, x))
+        })
     }
 
     /// A register of this plan.

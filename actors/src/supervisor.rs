@@ -2,6 +2,7 @@
 //! stop.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -15,7 +16,7 @@ use shardflow_kernels::stream::Stream;
 use crate::bus::Bus;
 use crate::error::{Failure, PeerError};
 use crate::hang::{self, CollectiveWait, Hang, HangSnapshot};
-use crate::message::{Cast, Never};
+use crate::message::Cast;
 use crate::remote::Remote;
 use crate::slow::{self, Sample};
 use crate::snapshot::{ActorSnapshot, NotFinite};
@@ -260,17 +261,21 @@ impl Session {
 pub(crate) struct Supervisor;
 
 impl Actor for Supervisor {
-    type Msg = Never;
+    type Msg = Infallible;
     type State = Arc<Session>;
     type Arguments = Arc<Session>;
 
-    async fn pre_start(&self, _: ActorRef<Never>, session: Arc<Session>) -> Result<Arc<Session>, ActorProcessingErr> {
+    async fn pre_start(
+        &self,
+        _: ActorRef<Infallible>,
+        session: Arc<Session>,
+    ) -> Result<Arc<Session>, ActorProcessingErr> {
         Ok(session)
     }
 
     async fn handle_supervisor_evt(
         &self,
-        _: ActorRef<Never>,
+        _: ActorRef<Infallible>,
         event: SupervisionEvent,
         session: &mut Arc<Session>,
     ) -> Result<(), ActorProcessingErr> {

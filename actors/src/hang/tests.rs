@@ -59,15 +59,12 @@ fn a_lost_message_is_the_root_cause() {
 #[test]
 fn a_firing_that_does_not_end_is_the_root_cause() {
     for (name, spec, steps) in plans::all() {
-        for (a, actor) in spec.actors.iter().enumerate() {
-            for (x, action) in actor.actions.iter().enumerate() {
-                let at = RegisterReader { actor: ActorId(a as u32), action: x as u32 };
-                for firing in 0..u64::from(action.per_step * steps) {
-                    let hang = hang(&spec, steps, Fault::Hang(at, firing)).expect("others wait for its end");
-                    let root = if action.groups.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
-                    assert_eq!(hang.root, root, "{name}, firing {firing}: {hang}");
-                    assert!(hang.chain.iter().all(|waiting| waiting.action != at), "{name}: the root waits: {hang}");
-                }
+        for (at, action) in spec.all_actions() {
+            for firing in 0..u64::from(action.per_step * steps) {
+                let hang = hang(&spec, steps, Fault::Hang(at, firing)).expect("others wait for its end");
+                let root = if action.groups.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
+                assert_eq!(hang.root, root, "{name}, firing {firing}: {hang}");
+                assert!(hang.chain.iter().all(|waiting| waiting.action != at), "{name}: the root waits: {hang}");
             }
         }
     }
@@ -127,7 +124,7 @@ fn a_hanging_pipe_is_reported_and_a_collective_is_not() {
 #[test]
 fn an_unresponsive_actor_is_the_root_cause_or_its_process_if_it_is_remote() {
     let spec = Arc::new(plans::data_parallel());
-    let options = SimulationOptions { tokens: Some(Vec::new()), ..SimulationOptions::steps(1) };
+    let options = SimulationOptions { fault: Some(Fault::TokensMax(0)), ..SimulationOptions::steps(1) };
     let error = simulate(&spec, &Timing::uniform(&spec, 2, 1), &options);
     let Err(SimulationError::Stuck(all)) = error else { panic!("{error:?}") };
     assert!(matches!(all.root, Root::Token(_)), "{all}");

@@ -182,10 +182,8 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
 }
 
 pub(super) fn add_steps(running: &RunningSession, spec: &Spec, steps: u32) {
-    for (a, actor) in spec.actors.iter().enumerate() {
-        for (x, action) in actor.actions.iter().enumerate().filter(|(_, x)| x.external) {
-            running.add_tokens(ActorId(a as u32), x as u32, action.per_step * steps).unwrap();
-        }
+    for (at, action) in spec.all_actions().filter(|(_, action)| action.external) {
+        running.add_tokens(at.actor, at.action, action.per_step * steps).unwrap();
     }
 }
 

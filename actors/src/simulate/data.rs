@@ -152,11 +152,11 @@ pub(super) struct Groups {
 impl Groups {
     pub(super) fn new(spec: &Spec) -> Self {
         let mut begun: HashMap<u32, Vec<(ActorId, u64)>> = HashMap::new();
-        for (a, actor) in spec.actors.iter().enumerate() {
-            for &group in actor.actions.iter().flat_map(|x| &x.groups) {
+        for (at, action) in spec.all_actions() {
+            for &group in &action.groups {
                 let members = begun.entry(group).or_default();
-                if members.iter().all(|m| m.0.0 != a as u32) {
-                    members.push((ActorId(a as u32), 0));
+                if members.iter().all(|m| m.0 != at.actor) {
+                    members.push((at.actor, 0));
                 }
             }
         }

@@ -4,7 +4,7 @@ use super::*;
 use crate::builder::Builder;
 use crate::credits;
 use crate::hang::{Root, tests::pieces};
-use crate::pipeline::{Pipeline, PipelineSchedule, timing};
+use crate::pipeline::{Pipeline, PipelineSchedule};
 use crate::spec::{ActorSpec, Firing};
 
 /// A fault to inject: the n-th message is changed, messages are lost, or a firing never ends.
@@ -21,6 +21,12 @@ pub(crate) enum Fault {
     Hang(RegisterReader, u64),
     /// Every producer has one credit too many.
     SurplusCredit,
+    /// No action gets more tokens.
+    TokensMax(u32),
+}
+
+pub(super) fn tokens(count: u32, fault: Option<Fault>) -> u32 {
+    if let Some(Fault::TokensMax(max)) = fault { count.min(max) } else { count }
 }
 
 pub(super) fn with_fault(mut protocol: Protocol, fault: Option<Fault>) -> Protocol {
@@ -62,6 +68,11 @@ fn next_piece(mut message: Message) -> Message {
 
 fn pipeline(micro_batches: u32, credits: Vec<u32>, schedule: PipelineSchedule, ordered: bool) -> Arc<Spec> {
     Arc::new(Pipeline { micro_batches, credits, schedule, ordered }.build())
+}
+
+/// A timing with the same durations on every stage.
+fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64) -> Timing {
+    Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks }
 }
 
 /// One forward, one backward, without lists.
@@ -247,8 +258,7 @@ fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
 #[test]
 fn missing_tokens_are_reported_as_starvation() {
     let spec = Arc::new(plans::accumulation());
-    let feed = RegisterReader { actor: ActorId(0), action: 0 };
-    let options = SimulationOptions { tokens: Some(vec![(feed, 3)]), ..SimulationOptions::steps(1) };
+    let options = SimulationOptions { fault: Some(Fault::TokensMax(3)), ..SimulationOptions::steps(1) };
     let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &options).unwrap_err();
     expect_test::expect!["starved: host feed waits for a token from the host"].assert_eq(&error.to_string());
 }
