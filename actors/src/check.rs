@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::spec::{ActionSpec, ActorId, Firing, RegisterId, RegisterReader, RegisterSpec, Spec};
+use crate::spec::{ActionSpec, ActorId, Firing, InputSpec, RegisterId, RegisterReader, RegisterSpec, Spec};
 
 /// An inconsistent plan; [`check`] finds it before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -57,54 +57,38 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
 
 fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     let register = spec.register(id);
-    let at = || format!("register '{}'", register.name);
-    let actor = |id: ActorId| {
-        let unknown = SpecError::UnknownIndex { at: at(), kind: "actor", index: id.0 as usize };
-        spec.actors.get(id.0 as usize).ok_or(unknown)
-    };
+    let at = format!("register '{}'", register.name);
     if register.slots == 0 {
-        return Err(SpecError::Zero { at: at(), count: "slots" });
+        return Err(SpecError::Zero { at, count: "slots" });
     }
-    let producer = actor(register.producer)?;
-    let outputs = producer.actions.iter().flat_map(|a| &a.outputs);
-    let writers = outputs.filter(|o| o.register == id).count();
+    let producer = known(&spec.actors, register.producer.0, "actor", &at)?;
+    let writers = producer.actions.iter().flat_map(|a| &a.outputs).filter(|o| o.register == id).count();
     if writers != 1 {
         return Err(SpecError::Writers { register: register.name.clone(), producer: producer.name.clone(), writers });
     }
     for reader in &register.readers {
-        let Some(action) = actor(reader.actor)?.actions.get(reader.action as usize) else {
-            return Err(SpecError::UnknownIndex { at: at(), kind: "action", index: reader.action as usize });
-        };
-        let listed = register.readers.iter().filter(|r| *r == reader).count();
-        let ports = action.inputs.iter().filter(|i| i.register == id).count();
-        if (listed, ports) != (1, 1) {
-            let action = spec.action_name(reader.actor, reader.action);
-            return Err(SpecError::Readers { register: register.name.clone(), action, listed, ports });
-        }
+        let actor = known(&spec.actors, reader.actor.0, "actor", &at)?;
+        known(&actor.actions, reader.action, "action", &at)?;
+        check_reader(spec, id, *reader)?;
     }
     Ok(())
 }
 
 fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
     let actor = spec.actor(id);
-    for (index, action) in actor.actions.iter().enumerate() {
-        let name = || spec.action_name(id, index as u32);
+    for (index, action) in (0..).zip(&actor.actions) {
+        let name = spec.action_name(id, index);
         if action.per_step == 0 {
-            return Err(SpecError::Zero { at: name(), count: "per_step" });
+            return Err(SpecError::Zero { at: name, count: "per_step" });
         }
         for input in &action.inputs {
-            let register = known_register(spec, input.register, &name())?;
-            check_pieces(&name(), &register.name, action.per_step, input.firings_per_piece)?;
-            let here = |r: &&RegisterReader| r.actor == id && r.action as usize == index;
-            let listed = register.readers.iter().filter(here).count();
-            if listed != 1 {
-                let ports = action.inputs.iter().filter(|i| i.register == input.register).count();
-                return Err(SpecError::Readers { register: register.name.clone(), action: name(), listed, ports });
-            }
+            let register = known(&spec.registers, input.register.0, "register", &name)?;
+            check_pieces(&name, &register.name, action.per_step, input.firings_per_piece)?;
+            check_reader(spec, input.register, RegisterReader { actor: id, action: index })?;
         }
         for output in &action.outputs {
-            let register = known_register(spec, output.register, &name())?;
-            check_pieces(&name(), &register.name, action.per_step, output.firings_per_piece)?;
+            let register = known(&spec.registers, output.register.0, "register", &name)?;
+            check_pieces(&name, &register.name, action.per_step, output.firings_per_piece)?;
             if register.producer != id {
                 let producer = spec.actor(register.producer).name.clone();
                 return Err(SpecError::Writers { register: register.name.clone(), producer, writers: 2 });
@@ -115,29 +99,40 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
         if let Some(first) = spans.next()
             && let Some(second) = spans.find(|&f| f != first)
         {
-            return Err(SpecError::Accumulation { action: name(), first, second });
+            return Err(SpecError::Accumulation { action: name, first, second });
         }
     }
     let Firing::Ordered(list) = &actor.firing else { return Ok(()) };
-    if let Some(&index) = list.iter().find(|&&a| a as usize >= actor.actions.len()) {
-        return Err(SpecError::UnknownIndex { at: actor.name.clone(), kind: "action", index: index as usize });
-    }
-    for (index, action) in actor.actions.iter().enumerate() {
-        let listed = list.iter().filter(|&&a| a as usize == index).count() as u32;
+    list.iter().try_for_each(|&action| known(&actor.actions, action, "action", &actor.name).map(drop))?;
+    for (index, action) in (0..).zip(&actor.actions) {
+        let listed = list.iter().filter(|&&a| a == index).count() as u32;
         if listed != action.per_step {
-            let action = spec.action_name(id, index as u32);
-            return Err(SpecError::Ordered { action, listed, per_step: actor.actions[index].per_step });
+            let (action, per_step) = (spec.action_name(id, index), action.per_step);
+            return Err(SpecError::Ordered { action, listed, per_step });
         }
     }
     Ok(())
 }
 
-fn known_register<'a>(spec: &'a Spec, id: RegisterId, at: &str) -> Result<&'a RegisterSpec, SpecError> {
-    let unknown = || SpecError::UnknownIndex { at: at.into(), kind: "register", index: id.0 as usize };
-    spec.registers.get(id.0 as usize).ok_or_else(unknown)
+/// The entry of a table, or an error with the place that holds its index.
+fn known<'a, T>(table: &'a [T], index: u32, kind: &'static str, at: &str) -> Result<&'a T, SpecError> {
+    let index = index as usize;
+    table.get(index).ok_or_else(|| SpecError::UnknownIndex { at: at.into(), kind, index })
 }
 
-fn check_pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -> Result<u32, SpecError> {
+/// Checks that a register and its reading action list each other once.
+fn check_reader(spec: &Spec, id: RegisterId, reader: RegisterReader) -> Result<(), SpecError> {
+    let register = spec.register(id);
+    let listed = register.readers.iter().filter(|r| **r == reader).count();
+    let ports = spec.action(reader.actor, reader.action).inputs.iter().filter(|i| i.register == id).count();
+    if (listed, ports) == (1, 1) {
+        return Ok(());
+    }
+    let action = spec.action_name(reader.actor, reader.action);
+    Err(SpecError::Readers { register: register.name.clone(), action, listed, ports })
+}
+
+fn check_pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -> Result<(), SpecError> {
     if firings_per_piece == 0 {
         return Err(SpecError::Zero { at: format!("{action}, '{register}'"), count: "firings_per_piece" });
     }
@@ -145,17 +140,13 @@ fn check_pieces(action: &str, register: &str, per_step: u32, firings_per_piece: 
         let (action, register) = (action.into(), register.into());
         return Err(SpecError::Remainder { action, register, per_step, firings_per_piece });
     }
-    Ok(per_step / firings_per_piece)
+    Ok(())
 }
 
 fn check_decision(spec: &Spec) -> Result<(), SpecError> {
     for at in spec.decision.observed.iter().chain(&spec.decision.granted) {
-        let (index, place) = (at.actor.0 as usize, "the decision");
-        let actor = spec.actors.get(index).ok_or(SpecError::UnknownIndex { at: place.into(), kind: "actor", index })?;
-        let index = at.action as usize;
-        if index >= actor.actions.len() {
-            return Err(SpecError::UnknownIndex { at: format!("{place}, {}", actor.name), kind: "action", index });
-        }
+        let actor = known(&spec.actors, at.actor.0, "actor", "the decision")?;
+        known(&actor.actions, at.action, "action", &format!("the decision, {}", actor.name))?;
     }
     Ok(())
 }
@@ -184,13 +175,17 @@ fn check_rates(spec: &Spec) -> Result<(), SpecError> {
 fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
     let is_external = |(_, action): &(RegisterReader, &ActionSpec)| action.external;
     let mut bounded: HashSet<RegisterReader> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();
-    let writer =
-        |register| Some(RegisterReader { actor: spec.register(register).producer, action: spec.writer(register)?.0 });
+    let writer = |(register, of): (u32, &RegisterSpec)| {
+        let (action, _) = spec.writer(RegisterId(register))?;
+        Some(RegisterReader { actor: of.producer, action })
+    };
+    let writers: Vec<_> = (0..).zip(&spec.registers).map(writer).collect();
     // Each pass adds at least one more action, or is the last.
     loop {
         let before = bounded.len();
         for (at, action) in spec.all_actions() {
-            if action.inputs.iter().any(|i| writer(i.register).is_some_and(|writer| bounded.contains(&writer))) {
+            let follows = |i: &InputSpec| writers[i.register.0 as usize].is_some_and(|w| bounded.contains(&w));
+            if action.inputs.iter().any(follows) {
                 bounded.insert(at);
             }
         }

@@ -1,7 +1,6 @@
 //! Plans of plain pipelines for the study of schedules: `p` stages, `m` micro-batches, forward and backward.
 
 use crate::builder::Builder;
-use crate::credits::boundary_slots;
 use crate::spec::{Firing, RegisterReader, Spec};
 
 /// Whether forward or backward fires first when both are ready.
@@ -44,7 +43,10 @@ impl Pipeline {
         }
         for s in 0..p.saturating_sub(1) {
             let (here, next) = (stages[s], stages[s + 1]);
-            let slots = boundary_slots(self.credits[s]);
+            // As many slots as the earlier stage's stash never cost time: a micro-batch that holds a slot of either
+            // register also holds a slot of that stash, or its release is in transit and arrives before the micro-batch
+            // that takes its stash slot can reach the register.
+            let slots = self.credits[s];
             b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
             b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);
         }
