@@ -7,13 +7,37 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crossbeam_channel::Sender;
 use ractor::ActorRef;
 use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::error::KernelError;
 
-use crate::message::{Cast, Mail};
 use crate::protocol::{ProtocolError, ProtocolEvent};
 use crate::remote::Remote;
+use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, RegisterId, Spec};
+
+/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`],
+/// which holds ids and slots.
+#[derive(Debug)]
+pub(crate) enum Cast {
+    /// An event for the protocol.
+    Event(ProtocolEvent),
+    /// The firing in flight failed.
+    Failed(KernelError),
+    /// Requests the actor's state, with the race clock at that time.
+    Snapshot(Sender<(ActorSnapshot, RaceClock)>),
+    /// Makes the actor panic.
+    #[cfg(test)]
+    Panic,
+}
+
+/// A mailbox entry with the sender's race clock.
+#[derive(Debug)]
+pub(crate) struct Mail {
+    pub(crate) cast: Cast,
+    pub(crate) clock: RaceClock,
+}
 
 /// The mailboxes of a session.
 #[derive(Debug)]
@@ -97,10 +121,8 @@ impl Bus {
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// Counts an entry that an actor has taken out of its mailbox.
-    ///
-    /// # Errors
-    /// CR-3, if the mailbox held more entries than credits allow.
+    /// Counts an entry that an actor has taken out of its mailbox. An error of CR-3 if the mailbox held more entries
+    /// than credits allow.
     pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
         if !is_bounded(cast) {
             return Ok(());

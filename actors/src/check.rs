@@ -6,35 +6,26 @@ use crate::spec::{ActionSpec, ActorId, Firing, InputSpec, RegisterId, RegisterRe
 
 /// An inconsistent plan; [`check`] finds it before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the texts name the fields")]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum SpecError {
-    /// An id points outside its table.
     #[error("{at}: no {kind} has index {index}")]
     UnknownIndex { at: String, kind: &'static str, index: usize },
-    /// A count is zero but must be at least one.
     #[error("{at}: {count} is 0, expected at least 1")]
     Zero { at: String, count: &'static str },
-    /// Not exactly one output port of the producer writes the register.
     #[error("register '{register}' is written by {writers} output ports of actor {producer}, expected exactly 1")]
     Writers { register: String, producer: String, writers: usize },
-    /// The readers of a register and the input ports do not match one to one.
     #[error("register '{register}' and {action} disagree: {listed} entries in its readers, {ports} input ports")]
     Readers { register: String, action: String, listed: usize, ports: usize },
-    /// The firings of an action do not divide into whole pieces.
     #[error(
         "{action} fires {per_step} times per step, not a multiple of the {firings_per_piece} firings per piece of '{register}'"
     )]
     Remainder { action: String, register: String, per_step: u32, firings_per_piece: u32 },
-    /// A register is filled and emptied at different rates.
     #[error("register '{register}': {written} pieces per step are written, {reader} reads {read}")]
     Rates { register: String, written: u32, reader: String, read: u32 },
-    /// An ordered list does not contain an action `per_step` times.
     #[error("{action} appears {listed} times in its actor's ordered list but fires {per_step} times per step")]
     Ordered { action: String, listed: u32, per_step: u32 },
-    /// No host token bounds how often an action fires.
     #[error("{action} can fire without end: it is not external and none of its inputs depends on an external action")]
     Unbounded { action: String },
-    /// The accumulating outputs of one action differ in `firings_per_piece`.
     #[error("{action} accumulates over {first} firings in one output and over {second} in another")]
     Accumulation { action: String, first: u32, second: u32 },
 }

@@ -9,7 +9,7 @@ use crate::spec::ActorId;
 
 /// The first cause of a session's end. Later failures follow from it.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
-#[allow(missing_docs, reason = "the texts name the fields")]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum Failure {
     /// A launch failed.
     #[error("{actor} on device {device}, action {action}: {cause}")]
@@ -38,24 +38,18 @@ impl Failure {
 
 /// A failure of a peer process.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
-#[allow(missing_docs, reason = "the texts name the fields")]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum PeerError {
-    /// The connection ended or broke.
     #[error("connection lost: {message}")]
     Lost { message: String },
-    /// It sent bytes that are not a valid frame.
     #[error("sent an unreadable frame: {0}")]
     Frame(#[from] FrameError),
-    /// It sent a message that the plan does not allow.
     #[error("sent {message}, which the plan does not allow")]
     Unexpected { message: String },
-    /// One of its actors sent a message that violates the protocol.
     #[error("sent a message that violates the protocol: {0}")]
     Protocol(ProtocolError),
-    /// It was not ready in time.
     #[error("not ready after {seconds} s")]
     Late { seconds: u64 },
-    /// It has ended in order while this process still needs it.
     #[error("it has ended the session before this process: do all processes run the same number of steps?")]
     Ended,
     /// It failed and reported the cause and its exit code.
@@ -71,21 +65,16 @@ impl From<std::io::Error> for PeerError {
 
 /// Errors of [`crate::shell::start`] and [`crate::shell::RunningSession::add_tokens`].
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
-#[allow(missing_docs, reason = "the texts name the fields")]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ActorError {
-    /// The plan is inconsistent.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// A loaded part does not match the plan.
     #[error("{at}: {part}: expected {expected}, got {got}")]
     Loaded { at: String, part: &'static str, expected: String, got: String },
-    /// A thread could not be started.
     #[error("cannot start the thread of device {device}: {message}")]
     Thread { device: usize, message: String },
-    /// No such actor or action, or the action is not external.
     #[error("action {action} of actor {actor:?} accepts no tokens from the host")]
     NotExternal { actor: ActorId, action: u32 },
-    /// The session has ended.
     #[error("the session has ended: {cause}")]
     Ended { cause: String },
 }

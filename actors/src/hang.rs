@@ -215,7 +215,8 @@ pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
         }
     }
     let mut hang = first?;
-    let sentences = sentences(spec, &hang.chain);
+    let sentence = |(action, wait)| format!("{action} waits for {wait}");
+    let sentences = hang.steps(spec).into_iter().map(sentence).collect::<Vec<_>>().join("; ");
     also.retain(|root| *root != hang.root);
     hang.text = match hang.root {
         Root::Cycle => format!("deadlock: {sentences}; which closes the cycle"),
@@ -238,14 +239,6 @@ pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<
         format!("device {rank}: a transfer of registers with device {peer} is in progress on the GPU and does not end")
     };
     of_pipes.map(text).collect()
-}
-
-fn sentences(spec: &Spec, chain: &[WaitingAction]) -> String {
-    let sentence = |WaitingAction { action, wait }: &WaitingAction| {
-        let name = spec.action_name(action.actor, action.action);
-        format!("{name} waits for {}", wait.describe(spec, action.actor))
-    };
-    chain.iter().map(sentence).collect::<Vec<_>>().join("; ")
 }
 
 /// The target of a wait: an action to visit, or a root cause.

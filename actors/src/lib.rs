@@ -10,7 +10,6 @@ pub mod error;
 pub mod frame;
 pub mod hang;
 mod loaded;
-mod message;
 pub mod pipeline;
 pub mod protocol;
 pub mod remote;

@@ -74,10 +74,7 @@ pub struct LoadedPlan {
     pub peers: Peers,
 }
 
-/// Checks the plan, and the loaded parts against it.
-///
-/// # Errors
-/// The first inconsistency of the plan, or the first part that does not match.
+/// Checks the plan, and the loaded parts against it. Returns the first inconsistency.
 pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
     check(spec)?;

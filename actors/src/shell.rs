@@ -10,10 +10,10 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use ractor::{Actor, ActorRef};
 
+use crate::bus::{Cast, Mail};
 use crate::error::{ActorError, Failure};
 use crate::hang::Hang;
 use crate::loaded::check_loaded;
-use crate::message::{Cast, Mail};
 use crate::protocol::ProtocolEvent;
 use crate::remote::{HostPiece, Remote};
 use crate::snapshot::{ActorSnapshot, NotFinite};
@@ -339,11 +339,6 @@ impl RunningSession {
         self.watchdog_stop = Some(stop);
         self.threads.push(thread);
         Ok(())
-    }
-
-    #[cfg(test)]
-    pub(crate) fn cast(&self, actor: ActorId, cast: Cast) -> bool {
-        self.session.bus.send(actor, cast)
     }
 }
 

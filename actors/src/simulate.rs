@@ -108,12 +108,10 @@ pub struct SimulatedRun {
 
 /// Why a run did not complete.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the texts name the fields")]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum SimulationError {
-    /// The plan is inconsistent.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// A protocol violation.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
     /// No action can fire, although work is left.

@@ -13,10 +13,9 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::stream::Stream;
 
-use crate::bus::Bus;
+use crate::bus::{Bus, Cast};
 use crate::error::{Failure, PeerError};
 use crate::hang::{self, CollectiveWait, Hang, HangSnapshot};
-use crate::message::Cast;
 use crate::remote::Remote;
 use crate::slow::{self, Sample};
 use crate::snapshot::{ActorSnapshot, NotFinite};
@@ -176,7 +175,7 @@ impl Session {
     /// Waits until no firing is left of the steps that have all their tokens; false on timeout.
     pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         let ended = self.failure.wait_until(timeout, || self.steps.whole_steps_have_ended())?;
-        self.steps.join_clocks();
+        self.steps.clocks.join();
         Ok(ended)
     }
 

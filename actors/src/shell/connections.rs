@@ -12,9 +12,9 @@ use parking_lot::Mutex;
 use shardflow_kernels::cuda::nccl::{Pipe, Sent};
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
+use crate::bus::Cast;
 use crate::error::{Failure, PeerError};
 use crate::loaded::RegisterMemory;
-use crate::message::Cast;
 use crate::protocol::{Message, ProtocolEvent};
 use crate::remote::{ByteRun, HostPiece, Outgoing, PeerEnd, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
@@ -199,10 +199,7 @@ impl Writer {
     fn write_host_piece(&mut self, piece: &HostPiece) -> io::Result<()> {
         let bytes: usize = piece.tensors.iter().map(|t| t.elements_held() * t.dtype().bytes()).sum();
         self.write_frame(Frame::Host { port: piece.port, bytes: bytes as u64 })?;
-        for tensor in &piece.tensors {
-            self.sink.write_all(tensor.as_bytes())?;
-        }
-        Ok(())
+        piece.tensors.iter().try_for_each(|tensor| self.sink.write_all(tensor.as_bytes()))
     }
 }
 
@@ -327,9 +324,7 @@ impl Reader {
             let received = pipe.receive(arena, runs.iter().map(|run| (start + run.offset, run.bytes)));
             received.map_err(io::Error::from)?;
         } else {
-            for run in runs {
-                arena.read_from(start + run.offset, run.bytes, &mut self.source)?;
-            }
+            runs.iter().try_for_each(|run| arena.read_from(start + run.offset, run.bytes, &mut self.source))?;
         }
         // A reader that fired during the transfer may have read some of these bytes.
         if firings.is_some() && self.link.session.steps.firings_of_readers(register) != firings {

@@ -9,9 +9,9 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notification, Notify, Submission};
 
+use crate::bus::{Cast, Mail};
 use crate::error::{Failure, PeerError};
 use crate::loaded::{ActionProgram, BaseRef, RegisterMemory};
-use crate::message::{Cast, Mail};
 use crate::protocol::{Effect, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};

@@ -3,13 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Sender, bounded};
-use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::collective::{CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::hash::SplitMix64;
 use shardflow_kernels::memory::Base;
-use shardflow_kernels::op::{Buffer, Op};
-use shardflow_kernels::tensor::DType;
 
-use super::tests::{Bench, act, add_steps, bench, checked_by_hand, launch, launch_first, programs};
+use super::tests::{Bench, act, add_steps, bench, checked_by_hand, collective_launch, launch_first, programs};
 use super::*;
 use crate::builder::Builder;
 use crate::hang::{Root, tests::pieces};
@@ -80,11 +78,9 @@ fn unjoined_collective(rng: &mut SplitMix64) -> Case {
         let actor = reduce.actor.0;
         let program = &mut programs(&mut loaded, actor)[reduce.action as usize];
         program.bases.push(BaseRef::Fixed(Base { arena: histories[actor as usize].clone(), offset: 0 }));
-        let base = program.bases.len() - 1;
-        let buffer = Buffer { base, offset: 0, shape: vec![1], dtype: DType::F32 };
         let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
-        let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
-        Arc::make_mut(&mut program.program).launches.insert(0, launch(op, vec![buffer.clone()], vec![buffer], false));
+        let launch = collective_launch(&group, member, kind, program.bases.len() - 1);
+        Arc::make_mut(&mut program.program).launches.insert(0, launch);
     }
     let late = draw(rng, members);
     let (work, reduce, register) = at[late];

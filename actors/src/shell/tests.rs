@@ -314,7 +314,7 @@ fn a_panicking_kernel_is_the_first_cause() {
 #[test]
 fn a_panicking_actor_is_the_first_cause() {
     let running = started(chain(vec![idle(), idle()]));
-    assert!(running.cast(ActorId(1), Cast::Panic));
+    assert!(running.session.bus.send(ActorId(1), Cast::Panic));
     let failure = first_failure(running);
     let Failure::Panic { actor, device, action, message } = failure else { panic!("{failure}") };
     assert_eq!((actor.as_str(), device, action), ("a1", 1, None));
@@ -325,7 +325,7 @@ fn a_panicking_actor_is_the_first_cause() {
 fn a_stray_message_is_the_first_cause() {
     let running = started(chain(vec![idle(), idle()]));
     let message = Message::Filled { register: RegisterId(0), reader: 0, slot: 1, piece: 1 };
-    assert!(running.cast(ActorId(1), Cast::Event(ProtocolEvent::Message(message))));
+    assert!(running.session.bus.send(ActorId(1), Cast::Event(ProtocolEvent::Message(message))));
     let failure = first_failure(running);
     assert!(matches!(failure, Failure::Protocol { .. }), "{failure}");
     assert_eq!(failure.to_string(), "a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0");
@@ -333,6 +333,13 @@ fn a_stray_message_is_the_first_cause() {
 
 pub(super) fn programs(loaded: &mut LoadedPlan, actor: u32) -> &mut Vec<ActionProgram> {
     &mut loaded.hosted.get_mut(&ActorId(actor)).unwrap().programs
+}
+
+/// The launch of a member's collective on one number at a base.
+pub(super) fn collective_launch(group: &Arc<Group>, member: usize, kind: CollectiveKind, base: usize) -> Launch {
+    let buffer = Buffer { base, offset: 0, shape: vec![1], dtype: DType::F32 };
+    let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
+    launch(op, vec![buffer.clone()], vec![buffer], false)
 }
 
 /// Two actors that run one collective together.
@@ -345,9 +352,7 @@ fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
     let Bench { mut loaded, histories } = bench(b.build());
     let group = Arc::new(Group { id: 0, ranks: vec![0, 1] });
     for (member, kind) in kinds.into_iter().enumerate() {
-        let buffer = Buffer { base: 0, offset: 0, shape: vec![1], dtype: DType::F32 };
-        let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
-        let launches = vec![launch(op, vec![buffer.clone()], vec![buffer], false)];
+        let launches = vec![collective_launch(&group, member, kind, 0)];
         let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
         let bases = vec![BaseRef::Fixed(Base { arena: histories[member].clone(), offset: 0 })];
         *programs(&mut loaded, member as u32) = vec![ActionProgram { program, bases }];

@@ -81,10 +81,7 @@ impl FirstFailure {
         self.settled.notify_all();
     }
 
-    /// Waits for a condition; false on timeout.
-    ///
-    /// # Errors
-    /// The first cause, if the session fails first.
+    /// Waits for a condition; false on timeout. Returns the first cause if the session fails first.
     pub(super) fn wait_until(&self, timeout: Duration, condition: impl Fn() -> bool) -> Result<bool, Failure> {
         let begin = Instant::now();
         let mut first = self.first.lock();

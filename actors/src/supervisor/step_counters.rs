@@ -23,7 +23,7 @@ pub(crate) struct StepCounters {
     /// action would hide a late one of another.
     completed: Vec<Vec<AtomicU64>>,
     /// Race clocks at the time when actions last finished all their firings of a step.
-    clocks: ReleaseClocks,
+    pub(super) clocks: ReleaseClocks,
     /// Number of steps for which all tokens have been added.
     whole: AtomicU64,
     /// Number of steps for which some tokens have been added.
@@ -88,11 +88,6 @@ impl StepCounters {
     /// True when no firing is left of the steps that have all their tokens.
     pub(super) fn whole_steps_have_ended(&self) -> bool {
         self.has_ended(self.whole.load(Ordering::Acquire))
-    }
-
-    /// Joins the race clocks of the ended steps.
-    pub(super) fn join_clocks(&self) {
-        self.clocks.join();
     }
 
     /// True while a step that has begun has firings left, even if they only lack a token that the host adds later.
