@@ -53,6 +53,7 @@ impl Pipeline {
         b.build()
     }
 
+    /// As a list: `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards.
     fn firing(&self, credits: u32) -> Firing {
         if !self.ordered {
             return Firing::Credit;
@@ -61,17 +62,9 @@ impl Pipeline {
             PipelineSchedule::Gpipe => self.micro_batches,
             PipelineSchedule::OneForwardOneBackward => credits.min(self.micro_batches),
         };
-        Firing::Ordered(one_forward_one_backward(self.micro_batches, warm_up))
+        let mut list = vec![0; warm_up as usize];
+        list.extend([1, 0].repeat((self.micro_batches - warm_up) as usize));
+        list.resize(2 * self.micro_batches as usize, 1);
+        Firing::Ordered(list)
     }
-}
-
-/// Returns `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards. Forward is action
-/// 0, backward is action 1. With `warm_up == micro_batches` this is GPipe's order.
-fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
-    let mut list = vec![0; warm_up as usize];
-    for _ in warm_up..micro_batches {
-        list.extend([1, 0]);
-    }
-    list.resize(2 * micro_batches as usize, 1);
-    list
 }

@@ -322,10 +322,6 @@ impl Simulator<'_> {
         self.flights[actor.0 as usize] = Some(fired);
         let protocol = &self.protocols[actor.0 as usize];
         let read = self.data.launch(self.spec, protocol, fired)?;
-        if self.spec.action(actor, action).groups.is_empty() {
-            self.start_kernels(actor, action, firing, 0);
-            return Ok(());
-        }
         for (member, shared) in self.groups.join(self.spec, actor, action, read) {
             let flight = self.flights[member.0 as usize].expect("a waiting member has a firing in flight");
             self.start_kernels(member, flight.action, flight.firing, shared);
@@ -371,15 +367,10 @@ impl Simulator<'_> {
     fn send(&mut self, from: ActorId, to: ActorId, message: Message) {
         let random = self.options.jitter.map_or(0, |j| j.hop_ticks_max);
         let mut tick = self.now + self.timing.hop_ticks + self.random(random);
-        let mut tie = 1;
-        if let Some(rng) = &mut self.rng {
-            tie = rng.below(u64::MAX - 2) + 1;
-            // Ties are broken at random, so messages between the same two actors must not share a tick.
-            if let Some(&last) = self.last_delivery.get(&(from, to)) {
-                tick = tick.max(last + 1);
-            }
-        } else if let Some(&last) = self.last_delivery.get(&(from, to)) {
-            tick = tick.max(last);
+        let tie = self.rng.as_mut().map_or(1, |rng| rng.below(u64::MAX - 2) + 1);
+        if let Some(&last) = self.last_delivery.get(&(from, to)) {
+            // If ties are broken at random, messages between the same two actors must not share a tick.
+            tick = tick.max(last + u64::from(self.rng.is_some()));
         }
         self.last_delivery.insert((from, to), tick);
         self.schedule(tick, tie, to, ProtocolEvent::Message(message));

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -34,7 +35,6 @@ const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
 const SNAPSHOT_TRIES: u32 = 3;
 
 /// State that all parts of a running session share.
-#[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) spec: Arc<Spec>,
     pub(crate) bus: Bus,
@@ -52,7 +52,6 @@ pub(crate) struct Session {
 }
 
 /// The session's clock, and the events that its actors have processed. Times are nanoseconds since the start.
-#[derive(Debug)]
 pub(crate) struct Activity {
     started: Instant,
     /// Number of processed events.
@@ -83,7 +82,6 @@ impl Activity {
 }
 
 /// What actors and streams record for observers.
-#[derive(Debug)]
 pub(crate) struct Records {
     /// Recent firings of this process's actors.
     pub(crate) rings: BTreeMap<ActorId, Ring>,
@@ -94,7 +92,6 @@ pub(crate) struct Records {
 }
 
 /// What the host reports for stall detection.
-#[derive(Debug)]
 pub(crate) struct HostHints {
     /// The process that the host program waits for, or -1.
     pub(crate) waits_for: AtomicI64,
@@ -103,10 +100,16 @@ pub(crate) struct HostHints {
 }
 
 /// Processes that have left in order; broken connections of these are not failures.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Departures {
     peers: BTreeSet<u32>,
     own: bool,
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Session")
+    }
 }
 
 impl Session {

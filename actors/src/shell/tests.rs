@@ -291,44 +291,26 @@ fn first_failure(running: RunningSession) -> Failure {
 }
 
 #[test]
-fn a_failing_kernel_is_the_first_cause() {
+fn the_first_cause_names_its_actor_and_action() {
     let cause = KernelError::Custom { name: "act".into(), message: "no".into() };
-    let fails = cause.clone();
-    let loaded = chain(vec![idle(), act(move || Err(fails.clone())), idle()]);
-    let running = started(loaded);
-    running.add_tokens(ActorId(0), 0, 50).unwrap();
-    let expected = Failure::Kernel { actor: "a1".into(), device: 1, action: "work".into(), cause: Box::new(cause) };
-    assert_eq!(first_failure(running), expected);
-}
-
-#[test]
-fn a_panicking_kernel_is_the_first_cause() {
-    let loaded = chain(vec![idle(), act(|| panic!("boom"))]);
-    let running = started(loaded);
-    running.add_tokens(ActorId(0), 0, 1).unwrap();
-    let failure = first_failure(running).to_string();
-    assert!(failure.starts_with("a1 on device 1, action work: kernel"), "{failure}");
-    assert!(failure.contains("panicked: boom"), "{failure}");
-}
-
-#[test]
-fn a_panicking_actor_is_the_first_cause() {
-    let running = started(chain(vec![idle(), idle()]));
-    assert!(running.session.bus.send(ActorId(1), Cast::Panic));
-    let failure = first_failure(running);
-    let Failure::Panic { actor, device, action, message } = failure else { panic!("{failure}") };
-    assert_eq!((actor.as_str(), device, action), ("a1", 1, None));
-    assert!(message.contains("requested by a test"), "{message}");
-}
-
-#[test]
-fn a_stray_message_is_the_first_cause() {
-    let running = started(chain(vec![idle(), idle()]));
-    let message = Message::Filled { register: RegisterId(0), reader: 0, slot: 1, piece: 1 };
-    assert!(running.session.bus.send(ActorId(1), Cast::Event(ProtocolEvent::Message(message))));
-    let failure = first_failure(running);
-    assert!(matches!(failure, Failure::Protocol { .. }), "{failure}");
-    assert_eq!(failure.to_string(), "a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0");
+    let (failed, fails) = (format!("a1 on device 1, action work: {cause}"), act(move || Err(cause.clone())));
+    let stray = Message::Filled { register: RegisterId(0), reader: 0, slot: 1, piece: 1 };
+    let stray = Cast::Event(ProtocolEvent::Message(stray));
+    let cases = [
+        (fails, None, [&failed, ""]),
+        (act(|| panic!("boom")), None, ["a1 on device 1, action work: kernel", "panicked: boom"]),
+        (idle(), Some(Cast::Panic), ["a1 on device 1 panicked: ", "requested by a test"]),
+        (idle(), Some(stray), ["a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0", ""]),
+    ];
+    for (op, cast, [start, part]) in cases {
+        let running = started(chain(vec![idle(), op, idle()]));
+        match cast {
+            None => running.add_tokens(ActorId(0), 0, 50).unwrap(),
+            Some(cast) => assert!(running.session.bus.send(ActorId(1), cast)),
+        }
+        let failure = first_failure(running).to_string();
+        assert!(failure.starts_with(start) && failure.contains(part), "{failure}");
+    }
 }
 
 pub(super) fn programs(loaded: &mut LoadedPlan, actor: u32) -> &mut Vec<ActionProgram> {

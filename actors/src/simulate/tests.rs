@@ -228,13 +228,11 @@ fn one_credit_too_many_is_detected() {
 #[test]
 fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
     // The list has two forwards before the first backward, but the stash has one slot.
-    let mut spec =
-        Pipeline { micro_batches: 2, credits: vec![2, 1], schedule: PipelineSchedule::Gpipe, ordered: false }.build();
+    let mut spec = Arc::unwrap_or_clone(pipeline(2, vec![2, 1], PipelineSchedule::Gpipe, false));
     spec.actors[0].firing = Firing::Ordered(vec![0, 0, 1, 1]);
     let stash = spec.registers.iter_mut().find(|r| r.name == "stage0.stash").unwrap();
     stash.slots = 1;
-    let spec = Arc::new(spec);
-    let error = exact(&spec, 1, 0, 1).unwrap_err();
+    let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
     expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward; which closes the cycle"].assert_eq(&error.to_string());
     let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
     assert_eq!((stuck.root, stuck.chain.len()), (Root::Cycle, 2));
@@ -250,8 +248,7 @@ fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
         }
     }
     spec.actors[3].firing = Firing::Ordered(vec![1, 0]);
-    let spec = Arc::new(spec);
-    let error = exact(&spec, 1, 0, 1).unwrap_err();
+    let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
     expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight; which closes the cycle"].assert_eq(&error.to_string());
 }
 
@@ -287,8 +284,7 @@ fn the_host_decides_after_the_observed_actions_have_fired() {
     assert!(updates[0] < logged[0] + 5, "{updates:?} {logged:?}");
     // The host cannot decide from an action that depends on the decision.
     spec.decision.observed.push(update);
-    let spec = Arc::new(spec);
-    let error = exact(&spec, 5, 1, 1).unwrap_err();
+    let error = exact(&Arc::new(spec), 5, 1, 1).unwrap_err();
     assert_eq!(error.to_string(), "starved: shard update waits for a token from the host");
 }
 

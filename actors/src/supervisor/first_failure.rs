@@ -1,6 +1,5 @@
 //! The first cause of a session's failure, and the waits that it ends.
 
-use std::fmt;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -10,7 +9,6 @@ use parking_lot::{Condvar, Mutex};
 use crate::error::Failure;
 
 /// Keeps the first cause; later ones follow from it.
-#[derive(Debug)]
 pub(crate) struct FirstFailure {
     /// With its time in nanoseconds since the session's start.
     first: Mutex<Option<(u64, Failure)>>,
@@ -21,13 +19,7 @@ pub(crate) struct FirstFailure {
     callback: OnceLock<OnFailure>,
 }
 
-struct OnFailure(Box<dyn Fn(&Failure) + Send + Sync>);
-
-impl fmt::Debug for OnFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("OnFailure")
-    }
-}
+pub(crate) type OnFailure = Box<dyn Fn(&Failure) + Send + Sync>;
 
 impl FirstFailure {
     pub(super) fn new() -> (Self, Receiver<Failure>) {
@@ -41,16 +33,16 @@ impl FirstFailure {
     }
 
     /// Sets the callback for the first cause; calls it at once if the session has already failed.
-    pub(crate) fn set_callback(&self, callback: Box<dyn Fn(&Failure) + Send + Sync>) {
+    pub(crate) fn set_callback(&self, callback: OnFailure) {
         // A concurrent `record` may call it twice; a repeated cause changes nothing.
-        let _ = self.callback.set(OnFailure(callback));
+        let _ = self.callback.set(callback);
         if let Some((_, first)) = self.get() {
             self.call_back(&first);
         }
     }
 
     fn call_back(&self, failure: &Failure) {
-        self.callback.get().into_iter().for_each(|OnFailure(callback)| callback(failure));
+        self.callback.get().into_iter().for_each(|callback| callback(failure));
     }
 
     /// Keeps a cause and calls the callback. False if the session has failed before.

@@ -10,7 +10,6 @@ use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 const IDLE: u32 = u32::MAX;
 
 /// Firings by actor and action, and steps.
-#[derive(Debug)]
 pub(crate) struct StepCounters {
     spec: Arc<Spec>,
     /// The actors of this process.
