@@ -453,11 +453,6 @@ impl Protocol {
         self.rings[output.ring].slot_of(output.piece(firing))
     }
 
-    /// Register of an output port.
-    pub fn output_register(&self, action: u32, port: usize) -> RegisterId {
-        self.actions[action as usize].outputs[port].register
-    }
-
     /// True if an earlier firing has already written that slot's piece, so that this one accumulates into it.
     pub fn repeats(&self, action: u32, port: usize, firing: u64) -> bool {
         !self.actions[action as usize].outputs[port].begins(firing)
@@ -541,9 +536,9 @@ impl Protocol {
         for (register, ring) in self.rings() {
             ring.check(&self.spec.register(register).name)?;
         }
-        for (index, action) in self.actions.iter().enumerate() {
+        for (index, action) in (0..).zip(&self.actions) {
             for (port, input) in action.inputs.iter().enumerate() {
-                let (filled, released) = self.input_pieces(index as u32, port);
+                let (filled, released) = self.input_pieces(index, port);
                 if released > filled || filled - released > u64::from(input.slots) {
                     return Err(ProtocolError::Invariant {
                         label: "CR-3",
@@ -552,19 +547,17 @@ impl Protocol {
                     });
                 }
             }
-        }
-        // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
-        let writing = |o: &OutPort, fired: u64| o.piece(fired) > self.rings[o.ring].published();
-        for (index, action) in self.actions.iter().enumerate() {
-            let ended = self.completed(index as u32);
-            for output in action.outputs.iter().filter(|o| o.begins(ended)) {
-                if writing(output, ended) && self.in_flight != Some(index as u32) {
-                    return Err(ProtocolError::Invariant {
-                        label: "CR-5",
-                        at: self.spec.action_name(self.me, index as u32),
-                        numbers: format!("{ended} firings ended, piece {} unpublished", output.piece(ended) - 1),
-                    });
-                }
+            // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
+            let ended = self.completed(index);
+            let writing = |o: &&OutPort| o.begins(ended) && o.piece(ended) > self.rings[o.ring].published();
+            if let Some(output) = action.outputs.iter().find(writing)
+                && self.in_flight != Some(index)
+            {
+                return Err(ProtocolError::Invariant {
+                    label: "CR-5",
+                    at: self.spec.action_name(self.me, index),
+                    numbers: format!("{ended} firings ended, piece {} unpublished", output.piece(ended) - 1),
+                });
             }
         }
         Ok(())

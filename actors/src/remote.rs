@@ -216,10 +216,8 @@ impl Remote {
     }
 
     /// Sends the initial registers' bytes for refresh number `round` and waits until all peers have done the same.
-    ///
-    /// # Errors
-    /// The first cause, if the session fails during the wait; [`PeerError::Late`] with the missing peer,
-    /// [`PeerError::Ended`] if that peer has ended.
+    /// Fails with the session's first cause, with [`PeerError::Late`], or with [`PeerError::Ended`] if the missing peer
+    /// has ended.
     pub(crate) fn refresh(
         &self,
         round: u64,

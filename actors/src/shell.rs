@@ -365,9 +365,8 @@ impl Control {
 
     /// Sets the 99th percentile of the step time, from which the watchdog derives [`WatchdogOptions::stall_after`].
     pub fn set_step_p99(&self, p99: Duration) {
-        if let Some(session) = self.0.upgrade() {
-            session.hints.step_p99_ns.store(p99.as_nanos() as u64, Ordering::Relaxed);
-        }
+        let store = |session: Arc<Session>| session.hints.step_p99_ns.store(p99.as_nanos() as u64, Ordering::Relaxed);
+        self.0.upgrade().into_iter().for_each(store);
     }
 
     /// Nanoseconds since the last progress: an actor processed a message, a token or the end of a firing.

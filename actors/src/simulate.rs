@@ -69,7 +69,7 @@ pub struct Jitter {
 }
 
 /// Options of a run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct SimulationOptions {
     /// Number of steps; each action fires `per_step` times per step.
     pub steps: u32,
@@ -84,12 +84,7 @@ pub struct SimulationOptions {
 impl SimulationOptions {
     /// An exact run with all the tokens that `steps` steps need.
     pub fn steps(steps: u32) -> Self {
-        Self {
-            steps,
-            jitter: None,
-            #[cfg(test)]
-            fault: None,
-        }
+        Self { steps, ..Self::default() }
     }
 }
 
@@ -278,8 +273,9 @@ impl Simulator<'_> {
             ProtocolEvent::Message(Message::Filled { register, .. } | Message::Released { register, .. }) => {
                 touched.push(register);
             }
-            ProtocolEvent::Signal { action, output } => {
-                self.data.write(protocol, actor, action, output as usize, protocol.fired(action) - 1);
+            ProtocolEvent::Signal { output, .. } => {
+                let flight = self.flights[actor.0 as usize].expect("a signal precedes the end of its firing");
+                self.data.write(self.spec, protocol, flight, output as usize);
             }
             ProtocolEvent::Done { action } => {
                 let flight = self.flights[actor.0 as usize].take().expect("a firing ends once");

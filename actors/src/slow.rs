@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::hang::CollectiveWait;
 use crate::protocol::Missing;
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, RegisterReader, Spec};
+use crate::spec::{ActorId, Spec};
 
 /// Number of recent samples that count.
 const WINDOW: usize = 10;
@@ -57,9 +57,8 @@ pub(crate) fn sample(
 
 /// The actors that could end this wait.
 fn actors(missing: &Missing) -> Vec<ActorId> {
-    let of = |reader: &RegisterReader| reader.actor;
     match missing {
-        Missing::Piece { writer, .. } => vec![of(writer)],
+        Missing::Piece { writer, .. } => vec![writer.actor],
         Missing::Credit { holders, .. } => holders.iter().map(|h| h.reader.actor).collect(),
         Missing::Token | Missing::Turn { .. } => Vec::new(),
     }
@@ -104,7 +103,7 @@ mod tests {
     use super::*;
     use crate::protocol::{ActionWaits, ActorWaits, Protocol};
     use crate::simulate::plans;
-    use crate::spec::RegisterId;
+    use crate::spec::{RegisterId, RegisterReader};
 
     fn waits_for(process: u32) -> Sample {
         Sample::from([(process, "a piece".to_string())])

@@ -91,7 +91,7 @@ pub enum Firing {
 }
 
 /// One action.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ActionSpec {
     /// Shown in errors, e.g. `forward`.
     pub name: String,

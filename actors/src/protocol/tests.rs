@@ -16,7 +16,12 @@ fn source_and_sink() -> (Protocol, Protocol) {
     let (write, read) = (b.external(source, "write", 4), b.action(sink, "read", 4));
     b.edge("wire", 2, write, read);
     let spec = b.build();
-    (protocol(&spec, SOURCE), protocol(&spec, SINK))
+    let started = |actor| {
+        let mut protocol = protocol(&spec, actor);
+        assert_eq!(handle(&mut protocol, ProtocolEvent::Start), []);
+        protocol
+    };
+    (started(SOURCE), started(SINK))
 }
 
 fn protocol(spec: &Spec, actor: ActorId) -> Protocol {
@@ -55,14 +60,12 @@ fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
     let (mut source, mut sink) = source_and_sink();
     // Free slots, published pieces and released pieces.
     let state = |p: &Protocol| p.ring(WIRE).map(|ring| (ring.free(), ring.published(), ring.released()[0])).unwrap();
-    assert_eq!(handle(&mut source, ProtocolEvent::Start), []);
     assert_eq!(state(&source), (2, 0, 0));
     assert_eq!(handle(&mut source, tokens(0, 1)), launch(0, 0));
     assert_eq!(state(&source), (1, 0, 0));
     let message = Message::Filled { register: WIRE, reader: 0, slot: 0, piece: 0 };
     assert_eq!(handle(&mut source, DONE), [Effect::Send { to: SINK, message }]);
     assert_eq!(state(&source), (1, 1, 0));
-    handle(&mut sink, ProtocolEvent::Start);
     assert_eq!(handle(&mut sink, ProtocolEvent::Message(message)), launch(0, 0));
     let message = Message::Released { register: WIRE, reader: 0, slot: 0, piece: 0 };
     assert_eq!(handle(&mut sink, DONE), [Effect::Send { to: SOURCE, message }]);
@@ -73,7 +76,6 @@ fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
 #[test]
 fn credits_limit_the_pieces_in_flight() {
     let (mut source, _) = source_and_sink();
-    handle(&mut source, ProtocolEvent::Start);
     handle(&mut source, tokens(0, 4));
     handle(&mut source, DONE);
     let sent = handle(&mut source, DONE);
@@ -88,7 +90,6 @@ fn credits_limit_the_pieces_in_flight() {
 #[test]
 fn invalid_messages_are_rejected() {
     let (_, mut sink) = source_and_sink();
-    handle(&mut sink, ProtocolEvent::Start);
     let text = "CR-4 register 'wire': filled carries piece 1, expected 0";
     assert_eq!(reject(&mut sink.clone(), filled(1, 1)), text);
     assert_eq!(reject(&mut sink.clone(), filled(0, 1)), "CR-4 register 'wire': piece 0 arrived in slot 1, expected 0");
@@ -111,7 +112,6 @@ fn invalid_messages_are_rejected() {
 #[test]
 fn releases_are_checked() {
     let (mut source, _) = source_and_sink();
-    handle(&mut source, ProtocolEvent::Start);
     handle(&mut source, tokens(0, 4));
     let text = "CR-1 register 'wire': sink read released piece 0, but only 0 pieces are published";
     assert_eq!(reject(&mut source.clone(), released(0, 0)), text);

@@ -308,13 +308,14 @@ impl Reader {
         }
         let expected: u64 = runs.iter().map(|run| run.bytes as u64).sum();
         if bytes != expected {
-            let message = format!("{bytes} bytes for a slot of register '{}', expected {expected}", name());
-            return unexpected(message);
+            return unexpected(format!("{bytes} bytes for a slot of register '{}', expected {expected}", name()));
         }
         let held = self.link.remote().oldest_held(&self.link.session.spec, register);
         if !refresh && held.saturating_add(u64::from(spec.slots)) <= piece {
-            let message = format!("bytes of piece {piece} of register '{}' over piece {held}, which is in use", name());
-            return unexpected(message);
+            return unexpected(format!(
+                "bytes of piece {piece} of register '{}' over piece {held}, which is in use",
+                name()
+            ));
         }
         let firings = if refresh { Some(self.wait_for_readers(register)?) } else { None };
         self.link.remote().sent[register.0 as usize].join();
@@ -362,8 +363,7 @@ impl Reader {
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
         let queued = remote.host.as_ref().map_or(0, Sender::len);
         if bytes != expected as u64 || queued > HOST_PIECES_MAX {
-            let message = format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces");
-            return unexpected(message);
+            return unexpected(format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces"));
         }
         let mut tensors = Vec::new();
         for (shape, dtype) in own.tensors.clone() {

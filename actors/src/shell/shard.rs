@@ -83,14 +83,15 @@ impl Shard {
         self.session.activity.add(now_ns);
         let mut effects = std::mem::take(&mut self.effects);
         self.protocol.apply(event, &mut effects).map_err(|e| self.protocol_failure(event, e))?;
-        if let (ProtocolEvent::Signal { .. }, Some(fired)) = (event, &mut self.in_flight) {
-            fired.early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
+        if let (ProtocolEvent::Signal { .. } | ProtocolEvent::Done { .. }, Some(fired)) = (event, &mut self.in_flight)
+            && fired.early_ns == 0
+        {
+            fired.early_ns = now_ns;
         }
         if let ProtocolEvent::Done { action } = event {
             if let Some(fired) = self.in_flight.take() {
                 self.busy_ns[action as usize] += now_ns - fired.launched_ns;
-                let early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
-                self.session.records.rings[&self.me].push(FiringRecord { ended_ns: now_ns, early_ns, ..fired });
+                self.session.records.rings[&self.me].push(FiringRecord { ended_ns: now_ns, ..fired });
             }
             self.idle_since_ns = now_ns;
             self.session.completed(self.me, action);

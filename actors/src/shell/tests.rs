@@ -187,14 +187,6 @@ pub(super) fn add_steps(running: &RunningSession, spec: &Spec, steps: u32) {
     }
 }
 
-fn histories(bench: &[Arena], spec: &Spec) -> Vec<Vec<i32>> {
-    let read = |(arena, actor): (&Arena, &ActorSpec)| {
-        let tensor = arena.read_host(0, &[actor.actions.len()], DType::I32).unwrap();
-        tensor.as_i32().unwrap().to_vec()
-    };
-    bench.iter().zip(&spec.actors).map(read).collect()
-}
-
 fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     let Bench { loaded, histories: arenas } = bench(spec.clone());
     let running = started(loaded);
@@ -206,7 +198,11 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
         assert_eq!(snapshot.firings, all);
         assert!(snapshot.registers.iter().all(|r| r.slots_peak <= r.slots));
     }
-    histories(&arenas, &spec)
+    let read = |(arena, actor): (&Arena, &ActorSpec)| {
+        let tensor = arena.read_host(0, &[actor.actions.len()], DType::I32).unwrap();
+        tensor.as_i32().unwrap().to_vec()
+    };
+    arenas.iter().zip(&spec.actors).map(read).collect()
 }
 
 /// The expected histories: the same arithmetic, one firing at a time, in the simulator's order.
@@ -219,7 +215,7 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
     for fired in run.timeline {
         let (a, x) = (fired.actor.0 as usize, fired.action as usize);
         let action = &spec.actors[a].actions[x];
-        let place = |register: RegisterId, piece: u64| (register.0 as usize, piece as usize % slots_of(spec, register));
+        let place = |id: RegisterId, piece: u64| (id.0 as usize, piece as usize % spec.register(id).slots as usize);
         let read = |i: &InputSpec| {
             let (register, slot) = place(i.register, fired.firing / u64::from(i.firings_per_piece));
             slots[register][slot]
@@ -239,10 +235,6 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
         histories[a][x] = mix(histories[a][x], value(seed(a, x, 99), &inputs));
     }
     histories
-}
-
-fn slots_of(spec: &Spec, register: RegisterId) -> usize {
-    spec.register(register).slots as usize
 }
 
 #[test]
@@ -474,7 +466,8 @@ fn an_early_firing_does_not_hide_a_late_one() {
 
 #[test]
 fn mismatched_parts_are_rejected() {
-    let changes: [(&str, fn(&mut LoadedPlan)); 4] = [
+    type Change = fn(&mut LoadedPlan);
+    let changes: [(&str, Change); 4] = [
         ("processes that host it: expected 1, got 0", |l| drop(l.hosted.pop_last())),
         ("tags of the program's signals: expected the early outputs [0, 1], got []", |l| {
             programs(l, 0)[1].program = Arc::default();

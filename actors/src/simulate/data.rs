@@ -1,6 +1,6 @@
 //! The data of a simulation: hashes in slots, and groups whose members mix each other's hashes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use shardflow_kernels::hash::{GOLDEN_GAMMA, mix64};
 
@@ -101,11 +101,11 @@ impl Data {
     }
 
     /// Writes one output.
-    pub(super) fn write(&mut self, protocol: &Protocol, actor: ActorId, action: u32, port: usize, firing: u64) {
-        let flight = &self.flights[actor.0 as usize];
+    pub(super) fn write(&mut self, spec: &Spec, protocol: &Protocol, fired: SimulatedFiring, port: usize) {
+        let flight = &self.flights[fired.actor.0 as usize];
         let value = mix(mix(flight.value, port as u64), flight.before[port]);
-        let slot = protocol.output_slot(action, port, firing) as usize;
-        let register = protocol.output_register(action, port);
+        let slot = protocol.output_slot(fired.action, port, fired.firing) as usize;
+        let register = spec.action(fired.actor, fired.action).outputs[port].register;
         self.slots[register.0 as usize][slot] = value;
     }
 
@@ -121,7 +121,7 @@ impl Data {
         }
         for (port, output) in action.outputs.iter().enumerate() {
             if !(output.early && protocol.completes(fired.action, port, fired.firing)) {
-                self.write(protocol, fired.actor, fired.action, port, fired.firing);
+                self.write(spec, protocol, fired, port);
             }
         }
         let history = &mut self.history[fired.actor.0 as usize][fired.action as usize];
@@ -142,7 +142,7 @@ fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'stat
 /// Groups whose members' n-th firings run together.
 pub(super) struct Groups {
     /// By group: number of begun firings, by member.
-    begun: HashMap<u32, Vec<(ActorId, u64)>>,
+    begun: HashMap<u32, BTreeMap<ActorId, u64>>,
     /// By group and round: the sum of the members' hashes.
     contributions: HashMap<(u32, u64), u64>,
     /// Members in flight that wait for other members, with their groups and rounds.
@@ -151,13 +151,10 @@ pub(super) struct Groups {
 
 impl Groups {
     pub(super) fn new(spec: &Spec) -> Self {
-        let mut begun: HashMap<u32, Vec<(ActorId, u64)>> = HashMap::new();
+        let mut begun: HashMap<u32, BTreeMap<ActorId, u64>> = HashMap::new();
         for (at, action) in spec.all_actions() {
-            for &group in &action.groups {
-                let members = begun.entry(group).or_default();
-                if members.iter().all(|m| m.0 != at.actor) {
-                    members.push((at.actor, 0));
-                }
+            for group in &action.groups {
+                begun.entry(*group).or_default().insert(at.actor, 0);
             }
         }
         Self { begun, contributions: HashMap::new(), waiting: Vec::new() }
@@ -168,17 +165,17 @@ impl Groups {
     pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
         let mut rounds = Vec::new();
         for &group in &spec.action(actor, action).groups {
-            let members = self.begun.get_mut(&group).expect("collected from the plan");
-            let member = members.iter_mut().find(|m| m.0 == actor).expect("collected from the plan");
-            rounds.push((group, member.1));
+            let begun = self.begun.get_mut(&group).and_then(|members| members.get_mut(&actor));
+            let begun = begun.expect("collected from the plan");
+            rounds.push((group, *begun));
             // A sum, since members join in any order.
-            let sum = self.contributions.entry((group, member.1)).or_default();
+            let sum = self.contributions.entry((group, *begun)).or_default();
             *sum = sum.wrapping_add(mix(u64::from(actor.0), read));
-            member.1 += 1;
+            *begun += 1;
         }
         self.waiting.push((actor, rounds));
         let (begun, contributions) = (&self.begun, &self.contributions);
-        let complete = |round: &(u32, u64)| begun[&round.0].iter().all(|m| m.1 > round.1);
+        let complete = |round: &(u32, u64)| begun[&round.0].values().all(|begun| *begun > round.1);
         let mut ready = Vec::new();
         self.waiting.retain(|(actor, rounds)| {
             let is_ready = rounds.iter().all(complete);
