@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use shardflow_actors::builder::Builder;
 use shardflow_actors::error::{Failure, PeerError};
-use shardflow_actors::protocol::Message;
 use shardflow_actors::frame::{FRAME_BYTES, Frame, FrameError};
+use shardflow_actors::protocol::Message;
 use shardflow_actors::remote::{ByteRun, HostBroadcast, PeerSpec, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
 use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};

@@ -14,6 +14,7 @@ use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use crate::bus::Cast;
 use crate::error::{Failure, PeerError};
+use crate::frame::{FRAME_BYTES, Frame};
 use crate::loaded::RegisterMemory;
 use crate::protocol::{Message, ProtocolEvent};
 use crate::remote::{ByteRun, HostPiece, Outgoing, PeerEnd, PeerMessage, PeerSpec, Remote};
