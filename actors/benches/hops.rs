@@ -95,7 +95,7 @@ impl Actor for Peer {
                 // A launch ends at once, so that only the hop is measured.
                 let Some(action) = launched else {
                     let ring = state.protocol.rings().next();
-                    if state.notify_at > 0 && ring.is_some_and(|r| r.1.released(0) == state.notify_at) {
+                    if state.notify_at > 0 && ring.is_some_and(|r| r.1.released()[0] == state.notify_at) {
                         done.send(())?;
                     }
                     return Ok(());

@@ -30,16 +30,7 @@ impl Builder {
     /// If the actor does not belong to this builder; all methods below do the same for their ids.
     pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> RegisterReader {
         let actions = &mut self.spec.actors[actor.0 as usize].actions;
-        actions.push(ActionSpec {
-            name: name.into(),
-            priority: 0,
-            per_step,
-            inputs: Vec::new(),
-            outputs: Vec::new(),
-            external: false,
-            groups: Vec::new(),
-            communicators: Vec::new(),
-        });
+        actions.push(ActionSpec { name: name.into(), per_step, ..ActionSpec::default() });
         RegisterReader { actor, action: actions.len() as u32 - 1 }
     }
 

@@ -7,14 +7,37 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crossbeam_channel::Sender;
 use ractor::ActorRef;
 use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::error::KernelError;
 
-use crate::error::ProtocolError;
-use crate::message::{Cast, Mail};
-use crate::protocol::ProtocolEvent;
+use crate::protocol::{ProtocolError, ProtocolEvent};
 use crate::remote::Remote;
-use crate::spec::{ActorId, Spec};
+use crate::snapshot::ActorSnapshot;
+use crate::spec::{ActorId, RegisterId, Spec};
+
+/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`],
+/// which holds ids and slots.
+#[derive(Debug)]
+pub(crate) enum Cast {
+    /// An event for the protocol.
+    Event(ProtocolEvent),
+    /// The firing in flight failed.
+    Failed(KernelError),
+    /// Requests the actor's state, with the race clock at that time.
+    Snapshot(Sender<(ActorSnapshot, RaceClock)>),
+    /// Makes the actor panic.
+    #[cfg(test)]
+    Panic,
+}
+
+/// A mailbox entry with the sender's race clock.
+#[derive(Debug)]
+pub(crate) struct Mail {
+    pub(crate) cast: Cast,
+    pub(crate) clock: RaceClock,
+}
 
 /// The mailboxes of a session.
 #[derive(Debug)]
@@ -98,10 +121,8 @@ impl Bus {
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// Counts an entry that an actor has taken out of its mailbox.
-    ///
-    /// # Errors
-    /// CR-3, if the mailbox held more entries than credits allow.
+    /// Counts an entry that an actor has taken out of its mailbox. An error of CR-3 if the mailbox held more entries
+    /// than credits allow.
     pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
         if !is_bounded(cast) {
             return Ok(());
@@ -135,8 +156,8 @@ fn is_bounded(cast: &Cast) -> bool {
 
 /// Maximum number of entries that credits allow in an actor's mailbox.
 pub(crate) fn mailbox_bound(spec: &Spec, actor: ActorId) -> u32 {
-    let own = &spec.actors[actor.0 as usize];
-    let register = |id: crate::spec::RegisterId| &spec.registers[id.0 as usize];
+    let own = spec.actor(actor);
+    let register = |id: RegisterId| spec.register(id);
     let slots = own.actions.iter().flat_map(|a| &a.inputs).map(|i| register(i.register).slots);
     let releases = own.actions.iter().flat_map(|a| &a.outputs).map(|o| register(o.register));
     let releases = releases.map(|r| r.slots * r.readers.len() as u32);

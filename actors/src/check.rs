@@ -1,7 +1,34 @@
 //! Checks the consistency of a plan: ids, writers, readers, rates and ordered lists. `simulate` checks for deadlocks.
 
-use crate::error::SpecError;
-use crate::spec::{ActorId, Firing, RegisterId, Spec};
+use std::collections::HashSet;
+
+use crate::spec::{ActionSpec, ActorId, Firing, InputSpec, RegisterId, RegisterReader, RegisterSpec, Spec};
+
+/// An inconsistent plan; [`check`] finds it before anything runs.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
+pub enum SpecError {
+    #[error("{at}: no {kind} has index {index}")]
+    UnknownIndex { at: String, kind: &'static str, index: usize },
+    #[error("{at}: {count} is 0, expected at least 1")]
+    Zero { at: String, count: &'static str },
+    #[error("register '{register}' is written by {writers} output ports of actor {producer}, expected exactly 1")]
+    Writers { register: String, producer: String, writers: usize },
+    #[error("register '{register}' and {action} disagree: {listed} entries in its readers, {ports} input ports")]
+    Readers { register: String, action: String, listed: usize, ports: usize },
+    #[error(
+        "{action} fires {per_step} times per step, not a multiple of the {firings_per_piece} firings per piece of '{register}'"
+    )]
+    Remainder { action: String, register: String, per_step: u32, firings_per_piece: u32 },
+    #[error("register '{register}': {written} pieces per step are written, {reader} reads {read}")]
+    Rates { register: String, written: u32, reader: String, read: u32 },
+    #[error("{action} appears {listed} times in its actor's ordered list but fires {per_step} times per step")]
+    Ordered { action: String, listed: u32, per_step: u32 },
+    #[error("{action} can fire without end: it is not external and none of its inputs depends on an external action")]
+    Unbounded { action: String },
+    #[error("{action} accumulates over {first} firings in one output and over {second} in another")]
+    Accumulation { action: String, first: u32, second: u32 },
+}
 
 /// Checks a plan's structure. [`crate::protocol::Protocol`] relies on this.
 ///
@@ -20,57 +47,41 @@ pub fn check(spec: &Spec) -> Result<(), SpecError> {
 }
 
 fn check_register(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
-    let register = &spec.registers[id.0 as usize];
-    let at = || format!("register '{}'", register.name);
-    let actor = |id: ActorId| {
-        let unknown = SpecError::UnknownIndex { at: at(), kind: "actor", index: id.0 as usize };
-        spec.actors.get(id.0 as usize).ok_or(unknown)
-    };
+    let register = spec.register(id);
+    let at = format!("register '{}'", register.name);
     if register.slots == 0 {
-        return Err(SpecError::Zero { at: at(), count: "slots" });
+        return Err(SpecError::Zero { at, count: "slots" });
     }
-    let producer = actor(register.producer)?;
-    let outputs = producer.actions.iter().flat_map(|a| &a.outputs);
-    let writers = outputs.filter(|o| o.register == id).count();
+    let producer = known(&spec.actors, register.producer.0, "actor", &at)?;
+    let writers = producer.actions.iter().flat_map(|a| &a.outputs).filter(|o| o.register == id).count();
     if writers != 1 {
         return Err(SpecError::Writers { register: register.name.clone(), producer: producer.name.clone(), writers });
     }
     for reader in &register.readers {
-        let Some(action) = actor(reader.actor)?.actions.get(reader.action as usize) else {
-            return Err(SpecError::UnknownIndex { at: at(), kind: "action", index: reader.action as usize });
-        };
-        let listed = register.readers.iter().filter(|r| *r == reader).count();
-        let ports = action.inputs.iter().filter(|i| i.register == id).count();
-        if (listed, ports) != (1, 1) {
-            let action = spec.action_name(reader.actor, reader.action);
-            return Err(SpecError::Readers { register: register.name.clone(), action, listed, ports });
-        }
+        let actor = known(&spec.actors, reader.actor.0, "actor", &at)?;
+        known(&actor.actions, reader.action, "action", &at)?;
+        check_reader(spec, id, *reader)?;
     }
     Ok(())
 }
 
 fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
-    let actor = &spec.actors[id.0 as usize];
-    for (index, action) in actor.actions.iter().enumerate() {
-        let name = || spec.action_name(id, index as u32);
+    let actor = spec.actor(id);
+    for (index, action) in (0..).zip(&actor.actions) {
+        let name = spec.action_name(id, index);
         if action.per_step == 0 {
-            return Err(SpecError::Zero { at: name(), count: "per_step" });
+            return Err(SpecError::Zero { at: name, count: "per_step" });
         }
         for input in &action.inputs {
-            let register = known_register(spec, input.register, &name())?;
-            check_pieces(&name(), &register.name, action.per_step, input.firings_per_piece)?;
-            let here = |r: &&crate::spec::RegisterReader| r.actor == id && r.action as usize == index;
-            let listed = register.readers.iter().filter(here).count();
-            if listed != 1 {
-                let ports = action.inputs.iter().filter(|i| i.register == input.register).count();
-                return Err(SpecError::Readers { register: register.name.clone(), action: name(), listed, ports });
-            }
+            let register = known(&spec.registers, input.register.0, "register", &name)?;
+            check_pieces(&name, &register.name, action.per_step, input.firings_per_piece)?;
+            check_reader(spec, input.register, RegisterReader { actor: id, action: index })?;
         }
         for output in &action.outputs {
-            let register = known_register(spec, output.register, &name())?;
-            check_pieces(&name(), &register.name, action.per_step, output.firings_per_piece)?;
+            let register = known(&spec.registers, output.register.0, "register", &name)?;
+            check_pieces(&name, &register.name, action.per_step, output.firings_per_piece)?;
             if register.producer != id {
-                let producer = spec.actors[register.producer.0 as usize].name.clone();
+                let producer = spec.actor(register.producer).name.clone();
                 return Err(SpecError::Writers { register: register.name.clone(), producer, writers: 2 });
             }
         }
@@ -79,29 +90,40 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
         if let Some(first) = spans.next()
             && let Some(second) = spans.find(|&f| f != first)
         {
-            return Err(SpecError::Accumulation { action: name(), first, second });
+            return Err(SpecError::Accumulation { action: name, first, second });
         }
     }
     let Firing::Ordered(list) = &actor.firing else { return Ok(()) };
-    if let Some(&index) = list.iter().find(|&&a| a as usize >= actor.actions.len()) {
-        return Err(SpecError::UnknownIndex { at: actor.name.clone(), kind: "action", index: index as usize });
-    }
-    for (index, action) in actor.actions.iter().enumerate() {
-        let listed = list.iter().filter(|&&a| a as usize == index).count() as u32;
+    list.iter().try_for_each(|&action| known(&actor.actions, action, "action", &actor.name).map(drop))?;
+    for (index, action) in (0..).zip(&actor.actions) {
+        let listed = list.iter().filter(|&&a| a == index).count() as u32;
         if listed != action.per_step {
-            let action = spec.action_name(id, index as u32);
-            return Err(SpecError::Ordered { action, listed, per_step: actor.actions[index].per_step });
+            let (action, per_step) = (spec.action_name(id, index), action.per_step);
+            return Err(SpecError::Ordered { action, listed, per_step });
         }
     }
     Ok(())
 }
 
-fn known_register<'a>(spec: &'a Spec, id: RegisterId, at: &str) -> Result<&'a crate::spec::RegisterSpec, SpecError> {
-    let unknown = || SpecError::UnknownIndex { at: at.into(), kind: "register", index: id.0 as usize };
-    spec.registers.get(id.0 as usize).ok_or_else(unknown)
+/// The entry of a table, or an error with the place that holds its index.
+fn known<'a, T>(table: &'a [T], index: u32, kind: &'static str, at: &str) -> Result<&'a T, SpecError> {
+    let index = index as usize;
+    table.get(index).ok_or_else(|| SpecError::UnknownIndex { at: at.into(), kind, index })
 }
 
-fn check_pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -> Result<u32, SpecError> {
+/// Checks that a register and its reading action list each other once.
+fn check_reader(spec: &Spec, id: RegisterId, reader: RegisterReader) -> Result<(), SpecError> {
+    let register = spec.register(id);
+    let listed = register.readers.iter().filter(|r| **r == reader).count();
+    let ports = spec.action(reader.actor, reader.action).inputs.iter().filter(|i| i.register == id).count();
+    if (listed, ports) == (1, 1) {
+        return Ok(());
+    }
+    let action = spec.action_name(reader.actor, reader.action);
+    Err(SpecError::Readers { register: register.name.clone(), action, listed, ports })
+}
+
+fn check_pieces(action: &str, register: &str, per_step: u32, firings_per_piece: u32) -> Result<(), SpecError> {
     if firings_per_piece == 0 {
         return Err(SpecError::Zero { at: format!("{action}, '{register}'"), count: "firings_per_piece" });
     }
@@ -109,17 +131,13 @@ fn check_pieces(action: &str, register: &str, per_step: u32, firings_per_piece: 
         let (action, register) = (action.into(), register.into());
         return Err(SpecError::Remainder { action, register, per_step, firings_per_piece });
     }
-    Ok(per_step / firings_per_piece)
+    Ok(())
 }
 
 fn check_decision(spec: &Spec) -> Result<(), SpecError> {
     for at in spec.decision.observed.iter().chain(&spec.decision.granted) {
-        let (index, place) = (at.actor.0 as usize, "the decision");
-        let actor = spec.actors.get(index).ok_or(SpecError::UnknownIndex { at: place.into(), kind: "actor", index })?;
-        let index = at.action as usize;
-        if index >= actor.actions.len() {
-            return Err(SpecError::UnknownIndex { at: format!("{place}, {}", actor.name), kind: "action", index });
-        }
+        let actor = known(&spec.actors, at.actor.0, "actor", "the decision")?;
+        known(&actor.actions, at.action, "action", &format!("the decision, {}", actor.name))?;
     }
     Ok(())
 }
@@ -129,10 +147,10 @@ fn check_rates(spec: &Spec) -> Result<(), SpecError> {
     for (index, register) in spec.registers.iter().enumerate() {
         let id = RegisterId(index as u32);
         let Some((action, port)) = spec.writer(id) else { continue };
-        let writer = &spec.actors[register.producer.0 as usize].actions[action as usize];
+        let writer = spec.action(register.producer, action);
         let written = writer.per_step / writer.outputs[port as usize].firings_per_piece;
         for reader in &register.readers {
-            let action = &spec.actors[reader.actor.0 as usize].actions[reader.action as usize];
+            let action = spec.action(reader.actor, reader.action);
             let Some(input) = action.inputs.iter().find(|i| i.register == id) else { continue };
             let read = action.per_step / input.firings_per_piece;
             if read != written {
@@ -146,35 +164,30 @@ fn check_rates(spec: &Spec) -> Result<(), SpecError> {
 
 /// Checks that host tokens bound every action: it is external, or a bounded action writes one of its inputs.
 fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
-    let writers: Vec<_> = (0..spec.registers.len())
-        .map(|r| spec.writer(RegisterId(r as u32)).map(|w| (spec.registers[r].producer.0 as usize, w.0 as usize)))
-        .collect();
-    let mut bounded: Vec<Vec<bool>> =
-        spec.actors.iter().map(|a| a.actions.iter().map(|x| x.external).collect()).collect();
-    // Each pass marks at least one more action, or is the last.
+    let is_external = |(_, action): &(RegisterReader, &ActionSpec)| action.external;
+    let mut bounded: HashSet<RegisterReader> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();
+    let writer = |(register, of): (u32, &RegisterSpec)| {
+        let (action, _) = spec.writer(RegisterId(register))?;
+        Some(RegisterReader { actor: of.producer, action })
+    };
+    let writers: Vec<_> = (0..).zip(&spec.registers).map(writer).collect();
+    // Each pass adds at least one more action, or is the last.
     loop {
-        let mut changed = false;
-        for (a, actor) in spec.actors.iter().enumerate() {
-            for (x, action) in actor.actions.iter().enumerate() {
-                let follows = |i: &crate::spec::InputSpec| {
-                    writers[i.register.0 as usize].is_some_and(|(actor, action)| bounded[actor][action])
-                };
-                if !bounded[a][x] && action.inputs.iter().any(follows) {
-                    bounded[a][x] = true;
-                    changed = true;
-                }
+        let before = bounded.len();
+        for (at, action) in spec.all_actions() {
+            let follows = |i: &InputSpec| writers[i.register.0 as usize].is_some_and(|w| bounded.contains(&w));
+            if action.inputs.iter().any(follows) {
+                bounded.insert(at);
             }
         }
-        if !changed {
+        if bounded.len() == before {
             break;
         }
     }
-    for (a, actions) in bounded.iter().enumerate() {
-        if let Some(x) = actions.iter().position(|b| !b) {
-            return Err(SpecError::Unbounded { action: spec.action_name(ActorId(a as u32), x as u32) });
-        }
+    match spec.all_actions().find(|(at, _)| !bounded.contains(at)) {
+        Some((at, _)) => Err(SpecError::Unbounded { action: spec.action_name(at.actor, at.action) }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -182,7 +195,6 @@ mod tests {
     use super::*;
     use crate::builder::Builder;
     use crate::simulate::plans;
-    use crate::spec::RegisterReader;
 
     type Change = fn(&mut Spec);
 
@@ -201,7 +213,7 @@ mod tests {
 
     #[test]
     fn inconsistent_plans_are_rejected() {
-        let faults: [(&str, Change); 11] = [
+        let faults: [(&str, Change); 13] = [
             ("the decision: no actor has index 9", |s| {
                 s.decision.observed.push(RegisterReader { actor: ActorId(9), action: 0 });
             }),
@@ -228,14 +240,16 @@ mod tests {
                 let reader = s.registers[0].readers[0];
                 s.registers[0].readers.push(reader);
             }),
+            ("register 'batch' is written by 0 output ports of actor host, expected exactly 1", |s| {
+                s.actors[0].actions[0].outputs.clear();
+            }),
+            ("register 'batch' and shard train disagree: 1 entries in its readers, 0 input ports", |s| {
+                s.actors[1].actions[0].inputs[0].register = RegisterId(77);
+            }),
         ];
         for (text, change) in faults {
             assert_eq!(reject(change), text);
         }
-        let writers = "register 'batch' is written by 0 output ports of actor host, expected exactly 1";
-        assert_eq!(reject(|s| s.actors[0].actions[0].outputs.clear()), writers);
-        let disagree = "register 'batch' and shard train disagree: 1 entries in its readers, 0 input ports";
-        assert_eq!(reject(|s| s.actors[1].actions[0].inputs[0].register = RegisterId(77)), disagree);
     }
 
     #[test]

@@ -16,13 +16,3 @@ pub fn pipeline(stages: u32, stage: u32, micro_batches: u32, forward: u64, backw
     let credits = 1 + below * (1 + (2 * hop).div_ceil(period));
     credits.min(u64::from(micro_batches)).max(1) as u32
 }
-
-/// Returns the slots of the activation and gradient registers between a stage and the next: as many as the earlier
-/// stage's stash has.
-///
-/// This never costs time: a micro-batch that holds a slot of either register also holds a slot of the earlier stage's
-/// stash, or its release is in transit and arrives before the micro-batch that takes its stash slot can reach the
-/// register.
-pub fn boundary_slots(stash_slots: u32) -> u32 {
-    stash_slots
-}

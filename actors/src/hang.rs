@@ -15,55 +15,36 @@ use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 const NAMED_MAX: usize = 4;
 
 /// A rank that waits for another rank in a collective: communicator id, own rank, peer rank.
-pub type CollectiveWait = (u32, usize, usize);
+pub(crate) type CollectiveWait = (u32, usize, usize);
 
 /// The explanation of a hang.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hang {
     /// The root cause of all waits.
-    pub root: Root,
+    pub(crate) root: Root,
     /// Further roots of the same rank; each may be the cause.
-    pub also: Vec<Root>,
+    pub(crate) also: Vec<Root>,
     /// The waits from an action with firings left to the root. In a cycle each action waits for the next, the last for
     /// the first.
-    pub chain: Vec<WaitingAction>,
+    pub(crate) chain: Vec<WaitingAction>,
     text: String,
 }
 
 /// A root cause: others wait for it, but it waits for nobody.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Root {
+pub(crate) enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
-    LostPiece {
-        /// The register.
-        register: RegisterId,
-        /// Number of the piece.
-        piece: u64,
-        /// The reader that did not receive it.
-        reader: RegisterReader,
-    },
+    LostPiece { register: RegisterId, piece: u64, reader: RegisterReader },
     /// The reader has released a piece, but the register's producer did not receive the message.
-    LostRelease {
-        /// The register.
-        register: RegisterId,
-        /// Number of the piece.
-        piece: u64,
-        /// The reader that released it.
-        reader: RegisterReader,
-    },
+    LostRelease { register: RegisterId, piece: u64, reader: RegisterReader },
     /// A firing that has not ended although it waits for nobody: its kernels, stream or device hang.
     Firing(RegisterReader),
     /// A firing that has not ended although all members of its collectives have begun; the late member is unknown.
     Collective(RegisterReader),
     /// The actor does not respond.
     Unresponsive(ActorId),
-    /// Another process.
-    Process {
-        /// Its number.
-        process: u32,
-        /// An actor that it hosts, or an actor here whose host program waits for it.
-        actor: ActorId,
-    },
+    /// Another process, with an actor that it hosts, or an actor here whose host program waits for it.
+    Process { process: u32, actor: ActorId },
     /// Actions that wait for each other.
     Cycle,
     /// A token that the host has not added.
@@ -110,11 +91,11 @@ impl Root {
             Self::Firing(at) => format!("{} has not ended, and waits for nobody", name(at)),
             Self::Collective(at) => format!("{} has not ended, in a collective that all members have begun", name(at)),
             Self::Unresponsive(actor) => {
-                let name = &spec.actors[actor.0 as usize].name;
+                let name = &spec.actor(*actor).name;
                 format!("{name} does not respond: its thread is blocked, for example in a device driver call")
             }
             Self::Process { process, actor } => {
-                format!("waiting for rank {process}, actor {}", spec.actors[actor.0 as usize].name)
+                format!("waiting for rank {process}, actor {}", spec.actor(*actor).name)
             }
             Self::Cycle => "actions wait for each other".into(),
             Self::Token(at) => format!("{} waits for a token from the host", name(at)),
@@ -124,7 +105,7 @@ impl Root {
 
 /// A waiting action.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WaitingAction {
+pub(crate) struct WaitingAction {
     /// The action.
     pub action: RegisterReader,
     /// The reason.
@@ -133,21 +114,13 @@ pub struct WaitingAction {
 
 /// The reason why an action waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum WaitReason {
+pub(crate) enum WaitReason {
     /// It lacks a piece, a slot, a token or its turn.
     Missing(Missing),
     /// It is in flight, and another member of a group has not begun or is in an earlier round.
-    Group {
-        /// The group.
-        group: u32,
-        /// The member.
-        member: ActorId,
-    },
+    Group { group: u32, member: ActorId },
     /// Its actor has another firing in flight.
-    Busy {
-        /// Index of the action in flight.
-        action: u32,
-    },
+    Busy { action: u32 },
 }
 
 impl WaitReason {
@@ -155,7 +128,7 @@ impl WaitReason {
         match self {
             WaitReason::Missing(missing) => missing.describe(spec, actor),
             WaitReason::Group { group, member } => {
-                format!("{} to join group {group}", spec.actors[member.0 as usize].name)
+                format!("{} to join group {group}", spec.actor(*member).name)
             }
             WaitReason::Busy { action } => format!("{}, which is in flight", spec.action_name(actor, *action)),
         }
@@ -197,7 +170,7 @@ impl fmt::Display for Hang {
 
 /// The input of [`explain`].
 #[derive(Clone, Copy)]
-pub struct HangSnapshot<'a> {
+pub(crate) struct HangSnapshot<'a> {
     /// The plan.
     pub spec: &'a Spec,
     /// Snapshots of this process's actors, taken without progress in between.
@@ -214,8 +187,17 @@ pub struct HangSnapshot<'a> {
     pub process_of: &'a dyn Fn(ActorId) -> Option<u32>,
 }
 
+impl<'a> HangSnapshot<'a> {
+    /// A process that hosts all actors of an acyclic plan, without reports of engines.
+    pub(crate) fn of_one_process(spec: &'a Spec, snapshots: &'a [ActorSnapshot]) -> Self {
+        let (collectives, process_of) = (&[], &|_| None);
+        let (knows_collectives, is_acyclic, host_waits_for) = (false, true, None);
+        Self { spec, snapshots, collectives, knows_collectives, is_acyclic, host_waits_for, process_of }
+    }
+}
+
 /// Explains why the first `steps` steps do not finish; `None` when no action has firings left.
-pub fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
+pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     let mut search = Search::new(snapshot, steps);
     let spec = snapshot.spec;
     let mut first: Option<Hang> = None;
@@ -233,7 +215,8 @@ pub fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
         }
     }
     let mut hang = first?;
-    let sentences = sentences(spec, &hang.chain);
+    let sentence = |(action, wait)| format!("{action} waits for {wait}");
+    let sentences = hang.steps(spec).into_iter().map(sentence).collect::<Vec<_>>().join("; ");
     also.retain(|root| *root != hang.root);
     hang.text = match hang.root {
         Root::Cycle => format!("deadlock: {sentences}; which closes the cycle"),
@@ -250,21 +233,12 @@ pub fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
 
 /// Describes waits in communicators that no action uses: pipes that carry registers between devices of two processes.
 pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<String> {
-    let actions = spec.actors.iter().flat_map(|actor| &actor.actions);
-    let of_actions: HashSet<u32> = actions.flat_map(|action| action.communicators.iter().copied()).collect();
+    let of_actions: HashSet<u32> = spec.all_actions().flat_map(|(_, action)| action.communicators.clone()).collect();
     let of_pipes = waits.iter().filter(|(communicator, ..)| !of_actions.contains(communicator));
     let text = |(_, rank, peer): &CollectiveWait| {
         format!("device {rank}: a transfer of registers with device {peer} is in progress on the GPU and does not end")
     };
     of_pipes.map(text).collect()
-}
-
-fn sentences(spec: &Spec, chain: &[WaitingAction]) -> String {
-    let sentence = |WaitingAction { action, wait }: &WaitingAction| {
-        let name = spec.action_name(action.actor, action.action);
-        format!("{name} waits for {}", wait.describe(spec, action.actor))
-    };
-    chain.iter().map(sentence).collect::<Vec<_>>().join("; ")
 }
 
 /// The target of a wait: an action to visit, or a root cause.
@@ -292,15 +266,14 @@ impl<'a> Search<'a> {
 
     /// Actions of this process that have, or may have, firings left.
     fn unfinished(&self) -> Vec<RegisterReader> {
-        let actors = self.input.spec.actors.iter().zip(0..).map(|(actor, a)| (ActorId(a), actor.actions.len() as u32));
-        let here = actors.filter(|(actor, _)| (self.input.process_of)(*actor).is_none());
-        let all = here.flat_map(|(actor, actions)| (0..actions).map(move |action| RegisterReader { actor, action }));
-        all.filter(|at| self.is_unfinished(at)).collect()
+        let all = self.input.spec.all_actions().map(|(at, _)| at);
+        let here = all.filter(|at| (self.input.process_of)(at.actor).is_none());
+        here.filter(|at| self.is_unfinished(at)).collect()
     }
 
     /// True if the action has firings left, or if its actor's state is unknown (unresponsive, or in another process).
     fn is_unfinished(&self, at: &RegisterReader) -> bool {
-        let per_step = self.input.spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
+        let per_step = self.input.spec.action(at.actor, at.action).per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
         completed.is_none_or(|completed| completed < u64::from(per_step) * self.steps)
     }
@@ -370,7 +343,7 @@ impl<'a> Search<'a> {
     /// A firing in flight waits for members of its groups that are in an earlier round, or for its own stream.
     fn waits_in_flight(&self, at: RegisterReader, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { spec, collectives, knows_collectives, .. } = self.input;
-        let actor = &spec.actors[at.actor.0 as usize];
+        let actor = spec.actor(at.actor);
         let action = &actor.actions[at.action as usize];
         let groups = &action.groups;
         let is_own = |wait: &&CollectiveWait| action.communicators.contains(&wait.0) && wait.1 == actor.device;
@@ -379,7 +352,7 @@ impl<'a> Search<'a> {
         for &group in groups {
             let round = self.begun(group, snapshot);
             for (member, actions) in self.members(group).into_iter().filter(|(member, _)| *member != at.actor) {
-                let of_member = &spec.actors[member.0 as usize];
+                let of_member = spec.actor(member);
                 let uses = |id: &u32| actions.iter().any(|a| of_member.actions[*a as usize].communicators.contains(id));
                 let is_waited_for = peers.iter().any(|(id, device)| *device == of_member.device && uses(id));
                 let is_late = match self.snapshots.get(&member) {
@@ -407,20 +380,16 @@ impl<'a> Search<'a> {
 
     /// Number of begun firings of an actor's actions that belong to a group.
     fn begun(&self, group: u32, snapshot: &ActorSnapshot) -> u64 {
-        let actions = &self.input.spec.actors[snapshot.actor.0 as usize].actions;
+        let actions = &self.input.spec.actor(snapshot.actor).actions;
         let own = actions.iter().zip(&snapshot.firings).filter(|(action, _)| action.groups.contains(&group));
         own.map(|(_, firings)| firings).sum()
     }
 
     /// The members of a group, each with its actions that belong to the group.
-    fn members(&self, group: u32) -> Vec<(ActorId, Vec<u32>)> {
-        let mut found = Vec::new();
-        for (a, actor) in self.input.spec.actors.iter().enumerate() {
-            let own = actor.actions.iter().enumerate().filter(|(_, x)| x.groups.contains(&group));
-            let own: Vec<u32> = own.map(|(x, _)| x as u32).collect();
-            if !own.is_empty() {
-                found.push((ActorId(a as u32), own));
-            }
+    fn members(&self, group: u32) -> BTreeMap<ActorId, Vec<u32>> {
+        let mut found: BTreeMap<ActorId, Vec<u32>> = BTreeMap::new();
+        for (at, _) in self.input.spec.all_actions().filter(|(_, action)| action.groups.contains(&group)) {
+            found.entry(at.actor).or_default().push(at.action);
         }
         found
     }
@@ -446,7 +415,7 @@ impl<'a> Search<'a> {
             Missing::Credit { register, holders, .. } => {
                 let released = self.snapshots.get(&at.actor).and_then(|s| s.register(*register));
                 let next = |reader: RegisterReader| {
-                    let readers = &self.input.spec.registers[register.0 as usize].readers;
+                    let readers = &self.input.spec.register(*register).readers;
                     let index = readers.iter().position(|r| *r == reader);
                     let known = index.zip(released).map(|(index, of)| of.released[index]);
                     match known.zip(self.released_by(*register, reader)) {
@@ -469,7 +438,7 @@ impl<'a> Search<'a> {
     /// Number of pieces of a register that a reader has released, as counted by the reader.
     fn released_by(&self, register: RegisterId, reader: RegisterReader) -> Option<u64> {
         let snapshot = self.snapshots.get(&reader.actor)?;
-        let action = self.input.spec.actors[reader.actor.0 as usize].actions.get(reader.action as usize)?;
+        let action = self.input.spec.actor(reader.actor).actions.get(reader.action as usize)?;
         let input = action.inputs.iter().find(|input| input.register == register)?;
         Some(snapshot.completed(reader.action) / u64::from(input.firings_per_piece))
     }

@@ -1,17 +1,18 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and the code that runs it.
-//! Layers: `spec <- check, builder, register <- protocol <- trace <- snapshot <- hang <- simulate, slow, message <- transport, remote, bus, supervisor
-//! <- watchdog, shell`; `membership` depends only on `transport`.
+//!
+//! Layers: `spec <- builder, check, credits, protocol <- frame, pipeline, trace <- snapshot <- hang <- simulate, slow <-
+//! error <- remote <- bus, loaded <- supervisor <- watchdog <- shell`.
 
 pub mod builder;
 mod bus;
 pub mod check;
 pub mod credits;
 pub mod error;
+pub mod frame;
 pub mod hang;
-mod message;
+mod loaded;
 pub mod pipeline;
 pub mod protocol;
-pub mod register;
 pub mod remote;
 pub mod shell;
 pub mod simulate;

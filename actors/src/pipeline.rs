@@ -1,10 +1,6 @@
 //! Plans of plain pipelines for the study of schedules: `p` stages, `m` micro-batches, forward and backward.
 
-use std::collections::HashMap;
-
 use crate::builder::Builder;
-use crate::credits::boundary_slots;
-use crate::simulate::Timing;
 use crate::spec::{Firing, RegisterReader, Spec};
 
 /// Whether forward or backward fires first when both are ready.
@@ -47,13 +43,17 @@ impl Pipeline {
         }
         for s in 0..p.saturating_sub(1) {
             let (here, next) = (stages[s], stages[s + 1]);
-            let slots = boundary_slots(self.credits[s]);
+            // As many slots as the earlier stage's stash never cost time: a micro-batch that holds a slot of either
+            // register also holds a slot of that stash, or its release is in transit and arrives before the micro-batch
+            // that takes its stash slot can reach the register.
+            let slots = self.credits[s];
             b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
             b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);
         }
         b.build()
     }
 
+    /// As a list: `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards.
     fn firing(&self, credits: u32) -> Firing {
         if !self.ordered {
             return Firing::Credit;
@@ -62,22 +62,9 @@ impl Pipeline {
             PipelineSchedule::Gpipe => self.micro_batches,
             PipelineSchedule::OneForwardOneBackward => credits.min(self.micro_batches),
         };
-        Firing::Ordered(one_forward_one_backward(self.micro_batches, warm_up))
+        let mut list = vec![0; warm_up as usize];
+        list.extend([1, 0].repeat((self.micro_batches - warm_up) as usize));
+        list.resize(2 * self.micro_batches as usize, 1);
+        Firing::Ordered(list)
     }
-}
-
-/// Returns `warm_up` forwards, then alternating backwards and forwards, then the remaining backwards. Forward is action
-/// 0, backward is action 1. With `warm_up == micro_batches` this is GPipe's order.
-pub fn one_forward_one_backward(micro_batches: u32, warm_up: u32) -> Vec<u32> {
-    let mut list = vec![0; warm_up as usize];
-    for _ in warm_up..micro_batches {
-        list.extend([1, 0]);
-    }
-    list.resize(2 * micro_batches as usize, 1);
-    list
-}
-
-/// A timing with the same durations on every stage.
-pub fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64) -> Timing {
-    Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks, hop_ticks_of: HashMap::new() }
 }

@@ -5,7 +5,7 @@
 //! of each output (one later for an `initial` register, whose piece 0 exists from the start). So the state is a few
 //! counters, and events do not allocate.
 //!
-//! - **CR-1**, **CR-2**: see [`crate::register`].
+//! - **CR-1**, **CR-2**: see `protocol/register.rs`.
 //! - **CR-3**: a reader never has more unread pieces than the register has slots; this bounds every queue of messages.
 //! - **CR-4**: pieces reach each reader, and each reader releases them, in order, each once, in slot `piece mod slots`.
 //! - **CR-5**: at most one firing of an actor is in flight.
@@ -16,38 +16,25 @@
 
 use std::sync::Arc;
 
-use crate::error::ProtocolError;
-use crate::register::SlotRing;
-use crate::spec::{ActorId, Firing, RegisterId, RegisterReader, Spec};
+use crate::spec::{ActorId, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, Spec};
 
+mod error;
+mod register;
 mod waiting;
+
+pub use error::ProtocolError;
+pub use register::SlotRing;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
-/// A message between actors: ids and slots, never addresses.
+/// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers, `slot` the
+/// slot of piece number `piece`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Message {
     /// From the producer: a piece can be read.
-    Filled {
-        /// The register.
-        register: RegisterId,
-        /// Index in the register's readers.
-        reader: u32,
-        /// The slot of the piece.
-        slot: u32,
-        /// Number of the piece.
-        piece: u64,
-    },
+    Filled { register: RegisterId, reader: u32, slot: u32, piece: u64 },
     /// From a reader: it no longer needs a piece.
-    Released {
-        /// The register.
-        register: RegisterId,
-        /// Index in the register's readers.
-        reader: u32,
-        /// The slot of the piece.
-        slot: u32,
-        /// Number of the piece.
-        piece: u64,
-    },
+    Released { register: RegisterId, reader: u32, slot: u32, piece: u64 },
 }
 
 impl Message {
@@ -63,51 +50,30 @@ impl Message {
     }
 }
 
-/// The input of an actor.
+/// The input of an actor. `action` is an index in its actions, `output` an output port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum ProtocolEvent {
     /// The session has started; the actor may fire.
     Start,
     /// A message from another actor.
     Message(Message),
     /// The firing in flight has finished writing an early output.
-    Signal {
-        /// Index of the action.
-        action: u32,
-        /// Output port.
-        output: u32,
-    },
+    Signal { action: u32, output: u32 },
     /// The firing in flight has ended.
-    Done {
-        /// Index of the action.
-        action: u32,
-    },
+    Done { action: u32 },
     /// The host allows `count` more firings of an external action.
-    Token {
-        /// Index of the action.
-        action: u32,
-        /// Number of tokens.
-        count: u32,
-    },
+    Token { action: u32, count: u32 },
 }
 
 /// The output of an actor: an operation that the caller executes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Effect {
-    /// Launch a firing; its slots are [`Protocol::input_slot`] and [`Protocol::output_slot`].
-    Launch {
-        /// Index of the action.
-        action: u32,
-        /// Counted from 0.
-        firing: u64,
-    },
-    /// Send a message. Messages between the same two actors must keep their order.
-    Send {
-        /// The receiver.
-        to: ActorId,
-        /// The message.
-        message: Message,
-    },
+    /// Launch a firing, counted from 0; its slots are [`Protocol::input_slot`] and [`Protocol::output_slot`].
+    Launch { action: u32, firing: u64 },
+    /// Send a message to an actor. Messages between the same two actors must keep their order.
+    Send { to: ActorId, message: Message },
 }
 
 /// One actor's state.
@@ -190,15 +156,15 @@ impl Protocol {
     /// # Panics
     /// If [`crate::check::check`] rejects the plan, or the plan has no such actor.
     pub fn new(spec: &Arc<Spec>, me: ActorId) -> Self {
-        let own = &spec.actors[me.0 as usize];
+        let own = spec.actor(me);
         let mut produced: Vec<_> = own.actions.iter().flat_map(|a| &a.outputs).map(|o| o.register).collect();
         produced.sort_unstable();
-        let rings = produced.iter().map(|r| SlotRing::new(&spec.registers[r.0 as usize])).collect();
+        let rings = produced.iter().map(|r| SlotRing::new(spec.register(*r))).collect();
         let mut reading = Vec::new();
         let actions: Box<[ActionState]> = (own.actions.iter().enumerate())
             .map(|(index, action)| {
-                let port = |(p, i): (usize, &crate::spec::InputSpec)| {
-                    let register = &spec.registers[i.register.0 as usize];
+                let port = |(p, i): (usize, &InputSpec)| {
+                    let register = spec.register(i.register);
                     let this = RegisterReader { actor: me, action: index as u32 };
                     let reader = register.readers.iter().position(|r| *r == this).expect("checked: is listed") as u32;
                     reading.push(((i.register, reader), (index as u32, p as u32)));
@@ -212,12 +178,12 @@ impl Protocol {
                     }
                 };
                 let inputs = action.inputs.iter().enumerate().map(port).collect();
-                let output = |o: &crate::spec::OutputSpec| OutPort {
+                let output = |o: &OutputSpec| OutPort {
                     register: o.register,
                     ring: produced.binary_search(&o.register).expect("collected above"),
                     firings_per_piece: o.firings_per_piece.into(),
                     early: o.early,
-                    first_piece: spec.registers[o.register.0 as usize].initial.into(),
+                    first_piece: spec.register(o.register).initial.into(),
                 };
                 let outputs = action.outputs.iter().map(output).collect();
                 ActionState { fired: 0, external: action.external, tokens: 0, inputs, outputs }
@@ -328,7 +294,7 @@ impl Protocol {
     }
 
     fn released(&mut self, register: RegisterId, reader: u32, slot: u32, piece: u64) -> Result<(), ProtocolError> {
-        let readers = |id: RegisterId| &self.spec.registers[id.0 as usize].readers;
+        let readers = |id: RegisterId| &self.spec.register(id).readers;
         let ring = match self.produced.binary_search(&register) {
             Ok(ring) if (reader as usize) < readers(register).len() => &mut self.rings[ring],
             _ => return Err(self.misrouted(register, reader)),
@@ -337,7 +303,7 @@ impl Protocol {
             let r = readers(register)[reader as usize];
             self.spec.action_name(r.actor, r.action)
         };
-        let expected = ring.released(reader as usize);
+        let expected = ring.released()[reader as usize];
         if piece != expected {
             let register = self.spec.register_name(register);
             let message = format!("released by {}", reader_name());
@@ -421,7 +387,7 @@ impl Protocol {
         let ring = &mut self.rings[output.ring];
         let piece = ring.publish();
         let slot = ring.slot_of(piece);
-        for (index, reader) in self.spec.registers[register.0 as usize].readers.iter().enumerate() {
+        for (index, reader) in self.spec.register(register).readers.iter().enumerate() {
             if reader.actor != self.me {
                 let message = Message::Filled { register, reader: index as u32, slot, piece };
                 effects.push(Effect::Send { to: reader.actor, message });
@@ -452,7 +418,7 @@ impl Protocol {
     }
 
     fn name(&self) -> &str {
-        &self.spec.actors[self.me.0 as usize].name
+        &self.spec.actor(self.me).name
     }
 
     /// Number of ended firings of an action.
@@ -463,6 +429,11 @@ impl Protocol {
     /// Number of begun firings of an action.
     pub fn fired(&self, action: u32) -> u64 {
         self.actions[action as usize].fired
+    }
+
+    /// [`Protocol::fired`] of all actions.
+    pub(crate) fn all_fired(&self) -> Vec<u64> {
+        self.actions.iter().map(|action| action.fired).collect()
     }
 
     /// The action in flight.
@@ -480,11 +451,6 @@ impl Protocol {
     pub fn output_slot(&self, action: u32, port: usize, firing: u64) -> u32 {
         let output = &self.actions[action as usize].outputs[port];
         self.rings[output.ring].slot_of(output.piece(firing))
-    }
-
-    /// Register of an output port.
-    pub fn output_register(&self, action: u32, port: usize) -> RegisterId {
-        self.actions[action as usize].outputs[port].register
     }
 
     /// True if an earlier firing has already written that slot's piece, so that this one accumulates into it.
@@ -513,17 +479,66 @@ impl Protocol {
         (input.filled, self.completed(action) / input.firings_per_piece)
     }
 
+    /// Reports why this actor does not fire.
+    pub fn waiting(&self) -> ActorWaits {
+        let next = match &self.firing {
+            FiringState::Ordered(list, next) => list.get(*next).copied(),
+            FiringState::Credit(_) => None,
+        };
+        let mut actions = Vec::new();
+        for action in 0..self.actions.len() as u32 {
+            let missing = match next {
+                Some(next) if next != action => vec![Missing::Turn { next }],
+                _ => self.missing(action),
+            };
+            if !missing.is_empty() {
+                actions.push(ActionWaits { action, missing });
+            }
+        }
+        ActorWaits { actor: self.me, in_flight: self.in_flight, actions }
+    }
+
+    fn missing(&self, action: u32) -> Vec<Missing> {
+        let state = &self.actions[action as usize];
+        let firing = state.fired;
+        let mut missing = Vec::new();
+        for input in &state.inputs {
+            let piece = firing / input.firings_per_piece;
+            if input.filled <= piece {
+                let action = self.spec.writer(input.register).map_or(0, |w| w.0);
+                let writer = RegisterReader { actor: input.producer, action };
+                missing.push(Missing::Piece { register: input.register, piece, writer });
+            }
+        }
+        for output in state.outputs.iter().filter(|o| o.begins(firing)) {
+            let ring = &self.rings[output.ring];
+            if ring.free() > 0 {
+                continue;
+            }
+            let readers = self.spec.register(output.register).readers.iter();
+            let oldest = ring.released().iter().min();
+            let holders = readers.zip(ring.released()).filter(|(_, released)| Some(*released) == oldest);
+            let held = |released| (ring.published() - released) as u32;
+            let holders = holders.map(|(&reader, released)| Holder { reader, slots: held(released) }).collect();
+            missing.push(Missing::Credit { register: output.register, slots: ring.slots(), holders });
+        }
+        if state.external && state.tokens == 0 {
+            missing.push(Missing::Token);
+        }
+        missing
+    }
+
     /// Checks CR-1, CR-2, CR-3 and CR-5 for this actor.
     ///
     /// # Errors
     /// The first violated invariant.
     pub fn check(&self) -> Result<(), ProtocolError> {
         for (register, ring) in self.rings() {
-            ring.check(&self.spec.registers[register.0 as usize].name)?;
+            ring.check(&self.spec.register(register).name)?;
         }
-        for (index, action) in self.actions.iter().enumerate() {
+        for (index, action) in (0..).zip(&self.actions) {
             for (port, input) in action.inputs.iter().enumerate() {
-                let (filled, released) = self.input_pieces(index as u32, port);
+                let (filled, released) = self.input_pieces(index, port);
                 if released > filled || filled - released > u64::from(input.slots) {
                     return Err(ProtocolError::Invariant {
                         label: "CR-3",
@@ -532,19 +547,17 @@ impl Protocol {
                     });
                 }
             }
-        }
-        // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
-        let writing = |o: &OutPort, fired: u64| o.piece(fired) > self.rings[o.ring].published();
-        for (index, action) in self.actions.iter().enumerate() {
-            let ended = self.completed(index as u32);
-            for output in action.outputs.iter().filter(|o| o.begins(ended)) {
-                if writing(output, ended) && self.in_flight != Some(index as u32) {
-                    return Err(ProtocolError::Invariant {
-                        label: "CR-5",
-                        at: self.spec.action_name(self.me, index as u32),
-                        numbers: format!("{ended} firings ended, piece {} unpublished", output.piece(ended) - 1),
-                    });
-                }
+            // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
+            let ended = self.completed(index);
+            let writing = |o: &&OutPort| o.begins(ended) && o.piece(ended) > self.rings[o.ring].published();
+            if let Some(output) = action.outputs.iter().find(writing)
+                && self.in_flight != Some(index)
+            {
+                return Err(ProtocolError::Invariant {
+                    label: "CR-5",
+                    at: self.spec.action_name(self.me, index),
+                    numbers: format!("{ended} firings ended, piece {} unpublished", output.piece(ended) - 1),
+                });
             }
         }
         Ok(())

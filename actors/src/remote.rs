@@ -1,5 +1,5 @@
 //! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
-//! the connection; another reads the peer's messages and casts them to the actors here (both in `connections`).
+//! the connection; another reads the peer's messages and casts them to the actors here.
 //!
 //! A slot's bytes are sent at most once to a process, before the `Filled` message, into the same slot of a mirror. The
 //! register's credits also bound the mirror: the producer cannot write the slot again before all readers have released
@@ -28,10 +28,6 @@ use crate::error::{Failure, PeerError};
 use crate::protocol::Message;
 use crate::spec::{ActorId, RegisterId, Spec};
 use shardflow_job::transport::Connection;
-
-mod connections;
-pub mod frame;
-pub(crate) use connections::{Connections, serve};
 
 /// Interval at which a wait for peers checks whether the session has failed.
 const CHECK_EVERY: Duration = Duration::from_millis(50);
@@ -119,13 +115,13 @@ pub(crate) struct Remote {
     /// By actor: index of the peer that hosts it, if it is not here.
     peer_of: Vec<Option<usize>>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
-    host_ports: Vec<HostBroadcast>,
-    host: Option<Sender<PeerMessage>>,
+    pub(crate) host_ports: Vec<HostBroadcast>,
+    pub(crate) host: Option<Sender<PeerMessage>>,
     /// By peer: the last received `Ready` round, the race clock at that time, and whether the peer has ended in order.
     ready: Mutex<Vec<(u64, RaceClock, bool)>>,
     changed: Condvar,
     /// By register: race clocks of the sends about it. Later messages from peers about it happen after those.
-    sent: Vec<ReleaseClocks>,
+    pub(crate) sent: Vec<ReleaseClocks>,
     /// By register and reader: number of pieces that readers here have released to a remote producer.
     released: Vec<Box<[AtomicU64]>>,
 }
@@ -133,13 +129,13 @@ pub(crate) struct Remote {
 /// The data of one peer that its threads use.
 #[derive(Debug)]
 pub(crate) struct PeerEnd {
-    peer: PeerSpec,
-    index: usize,
-    outgoing: Receiver<Outgoing>,
+    pub(crate) peer: PeerSpec,
+    pub(crate) index: usize,
+    pub(crate) outgoing: Receiver<Outgoing>,
 }
 
 impl Remote {
-    /// Creates the outboxes; [`serve`] starts the threads.
+    /// Creates the outboxes; the threads start later.
     pub(crate) fn new(spec: &Spec, peers: Peers) -> (Self, Vec<PeerEnd>) {
         let Peers { peers, host_ports, host } = peers;
         let mut peer_of = vec![None; spec.actors.len()];
@@ -181,7 +177,7 @@ impl Remote {
 
     /// Records that a peer has sent the initial registers' bytes of this round; false unless it is the peer's next
     /// round.
-    fn set_ready(&self, peer: usize, round: u64) -> bool {
+    pub(crate) fn set_ready(&self, peer: usize, round: u64) -> bool {
         let mut ready = self.ready.lock();
         let is_next = ready[peer].0.checked_add(1) == Some(round);
         if is_next {
@@ -192,14 +188,14 @@ impl Remote {
     }
 
     /// Records that the peer sends nothing more.
-    fn set_ended(&self, peer: usize) {
+    pub(crate) fn set_ended(&self, peer: usize) {
         self.ready.lock()[peer].2 = true;
         self.changed.notify_all();
     }
 
     /// RM-3: the oldest piece of the register that a reader here has not released.
-    fn oldest_held(&self, spec: &Spec, register: RegisterId) -> u64 {
-        let readers = spec.registers[register.0 as usize].readers.iter().zip(&self.released[register.0 as usize]);
+    pub(crate) fn oldest_held(&self, spec: &Spec, register: RegisterId) -> u64 {
+        let readers = spec.register(register).readers.iter().zip(&self.released[register.0 as usize]);
         let local = readers.filter(|(reader, _)| self.is_local(reader.actor));
         local.map(|(_, released)| released.load(Ordering::Acquire)).min().unwrap_or(u64::MAX)
     }
@@ -209,16 +205,19 @@ impl Remote {
         self.peer_of.get(actor.0 as usize).copied().flatten().map(|peer| self.outboxes[peer].0)
     }
 
+    /// True if the peer of this index hosts the actor.
+    pub(crate) fn is_at(&self, peer: usize, actor: ActorId) -> bool {
+        self.peer_of[actor.0 as usize] == Some(peer)
+    }
+
     /// True if this process hosts the actor.
-    fn is_local(&self, actor: ActorId) -> bool {
+    pub(crate) fn is_local(&self, actor: ActorId) -> bool {
         self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none)
     }
 
     /// Sends the initial registers' bytes for refresh number `round` and waits until all peers have done the same.
-    ///
-    /// # Errors
-    /// The first cause, if the session fails during the wait; [`PeerError::Late`] with the missing peer,
-    /// [`PeerError::Ended`] if that peer has ended.
+    /// Fails with the session's first cause, with [`PeerError::Late`], or with [`PeerError::Ended`] if the missing peer
+    /// has ended.
     pub(crate) fn refresh(
         &self,
         round: u64,

@@ -9,81 +9,25 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::Mutex;
 use ractor::{Actor, ActorRef};
-use shardflow_kernels::collective::Collective;
-use shardflow_kernels::memory::Base;
-use shardflow_kernels::op::Program;
-use shardflow_kernels::stream::Stream;
 
-use crate::check::check;
+use crate::bus::{Cast, Mail};
 use crate::error::{ActorError, Failure};
 use crate::hang::Hang;
-use crate::message::{Cast, Mail};
+use crate::loaded::check_loaded;
 use crate::protocol::ProtocolEvent;
-use crate::remote::{Connections, HostPiece, Peers, Remote, serve};
+use crate::remote::{HostPiece, Remote};
 use crate::snapshot::{ActorSnapshot, NotFinite};
-use crate::spec::{ActorId, RegisterId, Spec};
-use crate::supervisor::{OnFailure, Session, Supervisor};
+use crate::spec::{ActorId, RegisterReader, Spec};
+use crate::supervisor::{Session, Supervisor};
 use crate::trace::NewFirings;
 use crate::watchdog::{Watchdog, WatchdogOptions};
 
-mod loaded;
+mod connections;
 mod shard;
 
+pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterMemory};
+use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
-
-/// The program that one action launches.
-#[derive(Clone, Debug)]
-pub struct ActionProgram {
-    /// The tags of its signals are the `early` output ports, each once.
-    pub program: Arc<Program>,
-    /// Base addresses of the program, in order.
-    pub bases: Vec<BaseRef>,
-}
-
-/// Where a program's base address points.
-#[derive(Clone, Debug)]
-pub enum BaseRef {
-    /// Fixed memory, such as optimizer state and scratch memory.
-    Fixed(Base),
-    /// The slot that the firing reads through this input port.
-    Input(usize),
-    /// The slot that the firing writes through this output port.
-    Output(usize),
-}
-
-/// Location of a register's slots: slot `i` starts at `base.offset + i * stride`.
-#[derive(Clone, Debug)]
-pub struct RegisterMemory {
-    /// Start of slot 0.
-    pub base: Base,
-    /// Distance between slots in bytes.
-    pub stride: usize,
-}
-
-/// The stream and programs of one actor of this process.
-#[derive(Debug)]
-pub struct ActorHost {
-    /// The actor's own stream.
-    pub stream: Stream,
-    /// Programs by action index.
-    pub programs: Vec<ActionProgram>,
-}
-
-/// A plan with the streams, programs and memory of this process's part.
-#[derive(Debug)]
-pub struct LoadedPlan {
-    /// The whole plan.
-    pub spec: Arc<Spec>,
-    /// The actors of this process: all that no peer hosts.
-    pub hosted: BTreeMap<ActorId, ActorHost>,
-    /// Memory of the registers that these actors write or read. A register produced by a peer lies in the peer's mapped
-    /// memory or in a mirror that the peer fills.
-    pub memory: BTreeMap<RegisterId, RegisterMemory>,
-    /// The collective engine; aborted when the session fails.
-    pub engine: Arc<dyn Collective>,
-    /// The other processes; empty when this one hosts all actors.
-    pub peers: Peers,
-}
 
 /// The final state of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +42,7 @@ pub struct RunningSession {
     session: Arc<Session>,
     failures: Receiver<Failure>,
     /// Tokens added so far, by external action.
-    tokens: Mutex<BTreeMap<(ActorId, u32), u64>>,
+    tokens: Mutex<BTreeMap<RegisterReader, u64>>,
     watchdog: Arc<Mutex<Watchdog>>,
     options: WatchdogOptions,
     /// Dropping it ends the watchdog's thread.
@@ -125,8 +69,7 @@ pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSess
 /// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not match, [`ActorError::Thread`] when a thread
 /// cannot be started.
 pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
-    check(&loaded.spec)?;
-    loaded::check(&loaded)?;
+    check_loaded(&loaded)?;
     let LoadedPlan { spec, hosted, memory, engine, peers } = loaded;
     let (mut streams, mut programs) = (BTreeMap::new(), Vec::new());
     for (id, own) in hosted {
@@ -139,15 +82,13 @@ pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSe
     let mut devices: BTreeMap<usize, Vec<(ActorId, Shard)>> = BTreeMap::new();
     for (id, programs) in programs {
         let shard = Shard::new(id, session.clone(), programs, memory.clone());
-        devices.entry(spec.actors[id.0 as usize].device).or_default().push((id, shard));
+        devices.entry(spec.actor(id).device).or_default().push((id, shard));
     }
-    let external = session.streams.keys().flat_map(|&a| {
-        let external = spec.actors[a.0 as usize].actions.iter().enumerate().filter(|(_, x)| x.external);
-        external.map(move |(x, _)| ((a, x as u32), 0))
-    });
+    let external = spec.all_actions().filter(|(at, x)| x.external && session.streams.contains_key(&at.actor));
+    let tokens = external.map(|(at, _)| (at, 0)).collect();
     let mut running = RunningSession {
         failures,
-        tokens: Mutex::new(external.collect()),
+        tokens: Mutex::new(tokens),
         watchdog: Arc::new(Mutex::new(Watchdog::new(options.clone()))),
         options,
         watchdog_stop: None,
@@ -172,9 +113,8 @@ fn spawn(
     devices: BTreeMap<usize, Vec<(ActorId, Shard)>>,
     session: &Arc<Session>,
     threads: &mut Vec<JoinHandle<()>>,
-) -> Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError> {
-    let mut actors = Vec::new();
-    let mut error = None;
+) -> Started {
+    let mut actors: Vec<(ActorId, ActorRef<Mail>)> = Vec::new();
     for (device, shards) in devices {
         let started = start_device(device, shards, session).and_then(|(thread, started)| {
             threads.push(thread);
@@ -183,17 +123,14 @@ fn spawn(
         });
         match started {
             Ok(started) => actors.extend(started),
-            Err(e) => error = Some(e),
+            Err(error) => {
+                // Their threads end with them.
+                actors.iter().for_each(|a| a.1.stop(None));
+                return Err(error);
+            }
         }
     }
-    match error {
-        None => Ok(actors),
-        Some(error) => {
-            // Their threads end with them.
-            actors.iter().for_each(|a| a.1.stop(None));
-            Err(error)
-        }
-    }
+    Ok(actors)
 }
 
 type Started = Result<Vec<(ActorId, ActorRef<Mail>)>, ActorError>;
@@ -218,7 +155,7 @@ fn start_device(
         for (id, shard) in shards {
             match Actor::spawn_linked(None, ShardActor, shard, supervisor.0.get_cell()).await {
                 Ok((actor, end)) => {
-                    session.register_child(actor.get_id(), id);
+                    session.children.lock().push((actor.get_id(), id));
                     refs.push((id, actor));
                     ends.push(end);
                 }
@@ -265,12 +202,12 @@ impl RunningSession {
             return Err(ActorError::Ended { cause: failure.to_string() });
         }
         let mut all = self.tokens.lock();
-        let Some(count) = all.get_mut(&(actor, action)) else {
+        let Some(count) = all.get_mut(&RegisterReader { actor, action }) else {
             return Err(ActorError::NotExternal { actor, action });
         };
         *count += u64::from(tokens);
         let (whole, begun) = step_counts(&self.session.spec, &all);
-        self.session.set_steps(whole, begun);
+        self.session.steps.set_steps(whole, begun);
         drop(all);
         let event = ProtocolEvent::Token { action, count: tokens };
         if self.session.bus.send(actor, Cast::Event(event)) {
@@ -308,7 +245,7 @@ impl RunningSession {
 
     /// Sets the process whose part of a step the host program waits for, if any. Stall reports use it.
     pub fn host_waits_for(&self, process: Option<u32>) {
-        self.session.host_waits_for.store(process.map_or(-1, i64::from), Ordering::Relaxed);
+        self.session.hints.waits_for.store(process.map_or(-1, i64::from), Ordering::Relaxed);
     }
 
     /// Returns a handle for monitoring code. It does not keep the session alive.
@@ -328,12 +265,15 @@ impl RunningSession {
 
     /// Enables or disables Inf/NaN checks on launch outputs, from the next firing on. Slow.
     pub fn check_finite(&self, on: bool) {
-        self.session.check_finite(on);
+        for stream in self.session.streams.values() {
+            // A stream that has ended checks nothing.
+            let _ = stream.check_finite(on);
+        }
     }
 
     /// Returns the Inf/NaN findings since the last call, at most one per firing.
     pub fn take_not_finite(&self) -> Vec<NotFinite> {
-        self.session.take_not_finite()
+        std::mem::take(&mut self.session.records.not_finite.lock())
     }
 
     /// Returns the state of each actor.
@@ -363,11 +303,11 @@ impl RunningSession {
     fn stop(&mut self) {
         drop(self.watchdog_stop.take());
         self.session.bus.stop();
-        if self.session.any_in_flight() {
+        if self.session.steps.any_in_flight() {
             // Other members may have stopped already, so a collective in flight would wait forever. Errors caused by
             // the abort are not failures.
             self.session.leave();
-            self.session.abort_collectives("the session was shut down");
+            self.session.engine.abort("the session was shut down");
         }
         for thread in self.threads.drain(..) {
             // These threads can panic only outside actors; there is nothing left to stop.
@@ -376,7 +316,7 @@ impl RunningSession {
         let in_order = self.session.first_failure().is_none();
         self.session.leave();
         self.session.bus.remote().end();
-        self.connections.close(in_order, || self.session.abort_collectives("a peer does not receive queued data"));
+        self.connections.close(in_order, || self.session.engine.abort("a peer does not receive queued data"));
         if in_order {
             // The last work may still use the arenas. A failed session does not wait: its streams may never finish.
             for stream in self.session.streams.values() {
@@ -400,11 +340,6 @@ impl RunningSession {
         self.threads.push(thread);
         Ok(())
     }
-
-    #[cfg(test)]
-    pub(crate) fn cast(&self, actor: ActorId, cast: Cast) -> bool {
-        self.session.bus.send(actor, cast)
-    }
 }
 
 /// A handle for monitoring a session and its peers, from any thread. Does nothing once the session has been dropped.
@@ -420,29 +355,28 @@ impl Control {
     /// Returns ended firings of an actor of this process, from index `from`.
     pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
         let session = self.0.upgrade();
-        session.and_then(|session| Some(session.rings.get(&actor)?.read(from))).unwrap_or_default()
+        session.and_then(|session| Some(session.records.rings.get(&actor)?.read(from))).unwrap_or_default()
     }
 
     /// Nanoseconds since the session's start, the origin of all firing times.
     pub fn now_ns(&self) -> Option<u64> {
-        self.0.upgrade().map(|session| session.now_ns())
+        self.0.upgrade().map(|session| session.activity.now_ns())
     }
 
     /// Sets the 99th percentile of the step time, from which the watchdog derives [`WatchdogOptions::stall_after`].
     pub fn set_step_p99(&self, p99: Duration) {
-        if let Some(session) = self.0.upgrade() {
-            session.step_p99_ns.store(p99.as_nanos() as u64, Ordering::Relaxed);
-        }
+        let store = |session: Arc<Session>| session.hints.step_p99_ns.store(p99.as_nanos() as u64, Ordering::Relaxed);
+        self.0.upgrade().into_iter().for_each(store);
     }
 
     /// Nanoseconds since the last progress: an actor processed a message, a token or the end of a firing.
     pub fn idle_ns(&self) -> Option<u64> {
-        self.0.upgrade().map(|session| session.idle_ns())
+        self.0.upgrade().map(|session| session.activity.idle_ns())
     }
 
     /// True while a step that the host program has begun has firings left.
     pub fn is_under_way(&self) -> bool {
-        self.0.upgrade().is_some_and(|session| session.outstanding())
+        self.0.upgrade().is_some_and(|session| session.steps.outstanding())
     }
 
     /// Explains a hang; `None` when there is progress, no step is in progress, or the session has been dropped.
@@ -457,8 +391,7 @@ impl Control {
 
     /// The cause of the session's failure, with its time in nanoseconds since the session's start.
     pub fn failed_at(&self) -> Option<(u64, Failure)> {
-        let session = self.0.upgrade()?;
-        Some((session.failed_ns(), session.first_failure()?))
+        self.0.upgrade()?.failure.get()
     }
 
     /// Ends the session for an external cause. Only the first cause is kept.
@@ -474,7 +407,7 @@ impl Control {
     /// Sets a callback for the first cause. It runs before anything stops. Once per session.
     pub fn on_failure(&self, callback: impl Fn(&Failure) + Send + Sync + 'static) {
         if let Some(session) = self.0.upgrade() {
-            session.on_failure(OnFailure(Box::new(callback)));
+            session.failure.set_callback(Box::new(callback));
         }
     }
 }
@@ -486,9 +419,8 @@ impl Drop for RunningSession {
 }
 
 /// Returns the number of steps for which every external action has its tokens, and for which at least one has.
-fn step_counts(spec: &Spec, tokens: &BTreeMap<(ActorId, u32), u64>) -> (u64, u64) {
-    let per_step = |(actor, action): &(ActorId, u32)| spec.actors[actor.0 as usize].actions[*action as usize].per_step;
-    let steps = || tokens.iter().map(|(at, count)| count / u64::from(per_step(at)));
+fn step_counts(spec: &Spec, tokens: &BTreeMap<RegisterReader, u64>) -> (u64, u64) {
+    let steps = || tokens.iter().map(|(at, count)| count / u64::from(spec.action(at.actor, at.action).per_step));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))
 }
 

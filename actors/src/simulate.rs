@@ -8,17 +8,18 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 
-use crate::check::check;
-use crate::error::{ProtocolError, SpecError};
+use shardflow_kernels::hash::SplitMix64;
+
+use crate::check::{SpecError, check};
 use crate::hang::{Hang, HangSnapshot, explain};
-use crate::protocol::{Effect, Message, Protocol, ProtocolEvent};
+use crate::protocol::{Effect, Message, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, Decision, RegisterId, RegisterReader, Spec};
 
-pub(crate) mod data;
+mod data;
 
 use data::{Data, Groups};
-use shardflow_kernels::hash::SplitMix64;
+pub use data::{DataRace, SimulatedFiring};
 
 /// Durations in ticks; the caller chooses the unit.
 #[derive(Clone, Debug, Default)]
@@ -27,15 +28,13 @@ pub struct Timing {
     pub action_ticks: Vec<Vec<u64>>,
     /// Latency of a message between two actors; within one actor it is 0.
     pub hop_ticks: u64,
-    /// Pairs `(from, to)` with a different latency.
-    pub hop_ticks_of: HashMap<(ActorId, ActorId), u64>,
 }
 
 impl Timing {
     /// The same duration for every action.
     pub fn uniform(spec: &Spec, action_ticks: u64, hop_ticks: u64) -> Self {
         let action_ticks = spec.actors.iter().map(|a| vec![action_ticks; a.actions.len()]).collect();
-        Self { action_ticks, hop_ticks, hop_ticks_of: HashMap::new() }
+        Self { action_ticks, hop_ticks }
     }
 
     /// From measured durations by actor and action, without latency. In a collective, early members wait inside their
@@ -43,21 +42,16 @@ impl Timing {
     /// duration.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
-        let all = || {
-            spec.actors
-                .iter()
-                .enumerate()
-                .flat_map(|(a, actor)| actor.actions.iter().enumerate().map(move |(x, s)| (a, x, s)))
-        };
-        for (a, x, action) in all() {
+        for (at, action) in spec.all_actions() {
             for group in &action.groups {
                 let least = least.entry((*group, &action.name)).or_insert(u64::MAX);
-                *least = action_ticks[a][x].min(*least);
+                *least = action_ticks[at.actor.0 as usize][at.action as usize].min(*least);
             }
         }
-        for (a, x, action) in all() {
+        for (at, action) in spec.all_actions() {
+            let ticks = &mut action_ticks[at.actor.0 as usize][at.action as usize];
             let of_groups = action.groups.iter().map(|group| least[&(*group, action.name.as_str())]);
-            action_ticks[a][x] = of_groups.fold(action_ticks[a][x], u64::min);
+            *ticks = of_groups.fold(*ticks, u64::min);
         }
         Self { action_ticks, ..Self::default() }
     }
@@ -75,16 +69,13 @@ pub struct Jitter {
 }
 
 /// Options of a run.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct SimulationOptions {
     /// Number of steps; each action fires `per_step` times per step.
     pub steps: u32,
     /// Random delays and tie-breaking. Without it a run is exact: all messages of a tick arrive before firings are
     /// chosen.
     pub jitter: Option<Jitter>,
-    /// All tokens of the run, added at the start, by external action. `None` adds what the steps need; the host's
-    /// decision gets its tokens once the actions that it depends on have fired.
-    pub tokens: Option<Vec<(RegisterReader, u32)>>,
     /// A fault to inject, for tests of the checks themselves.
     #[cfg(test)]
     pub(crate) fault: Option<tests::Fault>,
@@ -93,29 +84,8 @@ pub struct SimulationOptions {
 impl SimulationOptions {
     /// An exact run with all the tokens that `steps` steps need.
     pub fn steps(steps: u32) -> Self {
-        Self {
-            steps,
-            jitter: None,
-            tokens: None,
-            #[cfg(test)]
-            fault: None,
-        }
+        Self { steps, ..Self::default() }
     }
-}
-
-/// One firing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SimulatedFiring {
-    /// The actor.
-    pub actor: ActorId,
-    /// Index of the action.
-    pub action: u32,
-    /// Counted from 0 over all steps.
-    pub firing: u64,
-    /// First tick; the firing includes the wait for its groups.
-    pub start: u64,
-    /// Tick after the last.
-    pub end: u64,
 }
 
 /// The result of a completed run.
@@ -133,11 +103,10 @@ pub struct SimulatedRun {
 
 /// Why a run did not complete.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum SimulationError {
-    /// The plan is inconsistent.
     #[error(transparent)]
     Spec(#[from] SpecError),
-    /// A protocol violation.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
     /// No action can fire, although work is left.
@@ -145,33 +114,10 @@ pub enum SimulationError {
     Stuck(Box<Hang>),
     /// CR-6: a message was lost, duplicated or invented.
     #[error("CR-6 register '{register}' at reader {reader}: {numbers}")]
-    Conservation {
-        /// Name of the register.
-        register: String,
-        /// Actor and action.
-        reader: String,
-        /// The four counters.
-        numbers: String,
-    },
-    /// CR-7: a firing's input changed, or was not written.
-    #[error("CR-7 {action}, firing {firing}: the slot that it reads of register '{register}' {fault}")]
-    Race {
-        /// Actor and action.
-        action: String,
-        /// Counted from 0.
-        firing: u64,
-        /// Name of the register.
-        register: String,
-        /// What happened to the slot.
-        fault: &'static str,
-    },
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Arrival {
-    Message(Message),
-    Signal { action: u32, output: u32 },
-    Done { action: u32 },
+    Conservation { register: String, reader: String, numbers: String },
+    /// CR-7.
+    #[error(transparent)]
+    Race(#[from] DataRace),
 }
 
 struct Simulator<'a> {
@@ -182,7 +128,7 @@ struct Simulator<'a> {
     now: u64,
     /// `(tick, tie, index in arrivals)`.
     queue: BinaryHeap<Reverse<(u64, u64, usize)>>,
-    arrivals: Vec<(ActorId, Arrival)>,
+    arrivals: Vec<(ActorId, ProtocolEvent)>,
     /// Tick of the last delivery between two actors; later messages must not overtake it.
     last_delivery: HashMap<(ActorId, ActorId), u64>,
     protocols: Vec<Protocol>,
@@ -210,16 +156,9 @@ pub fn simulate(
     options: &SimulationOptions,
 ) -> Result<SimulatedRun, SimulationError> {
     check(spec)?;
-    let protocols = (0..spec.actors.len()).map(|a| Protocol::new(spec, ActorId(a as u32))).collect();
-    run(spec, timing, options, protocols)
-}
-
-fn run(
-    spec: &Arc<Spec>,
-    timing: &Timing,
-    options: &SimulationOptions,
-    protocols: Vec<Protocol>,
-) -> Result<SimulatedRun, SimulationError> {
+    let protocols = (0..spec.actors.len() as u32).map(|a| Protocol::new(spec, ActorId(a)));
+    #[cfg(test)]
+    let protocols = protocols.map(|protocol| tests::with_fault(protocol, options.fault));
     let mut simulator = Simulator {
         spec,
         timing,
@@ -233,8 +172,8 @@ fn run(
         groups: Groups::new(spec),
         data: Data::new(spec),
         timeline: Vec::new(),
-        decided: if options.tokens.is_some() { options.steps } else { 0 },
-        protocols,
+        decided: 0,
+        protocols: protocols.collect(),
         #[cfg(test)]
         sent: 0,
     };
@@ -245,16 +184,15 @@ fn run(
 
 impl Simulator<'_> {
     fn start(&mut self) -> Result<(), SimulationError> {
-        let steps = self.options.steps;
-        let all = self.spec.actors.iter().enumerate().flat_map(|(a, actor)| {
-            let externals = actor.actions.iter().enumerate().filter(|(_, x)| x.external);
-            let actor = ActorId(a as u32);
-            let all = externals.map(move |(x, s)| (RegisterReader { actor, action: x as u32 }, s.per_step * steps));
-            all.filter(|(at, _)| !self.spec.decision.granted.contains(at))
-        });
-        let tokens = self.options.tokens.clone().unwrap_or_else(|| all.collect());
-        for (at, count) in tokens {
-            self.apply(at.actor, ProtocolEvent::Token { action: at.action, count })?;
+        let (spec, steps) = (self.spec, self.options.steps);
+        for (at, action) in spec.all_actions().filter(|(_, action)| action.external) {
+            // The host's decision adds the others, once the actions that it depends on have fired.
+            if !spec.decision.granted.contains(&at) {
+                let count = action.per_step * steps;
+                #[cfg(test)]
+                let count = tests::tokens(count, self.options.fault);
+                self.apply(at.actor, ProtocolEvent::Token { action: at.action, count })?;
+            }
         }
         // All actors fire below.
         self.decide(&mut Vec::new())?;
@@ -269,8 +207,8 @@ impl Simulator<'_> {
         let mut touched = Vec::new();
         while let Some(Reverse((tick, _, index))) = self.queue.pop() {
             self.now = tick;
-            let (actor, arrival) = self.arrivals[index];
-            self.arrive(actor, arrival)?;
+            let (actor, event) = self.arrivals[index];
+            self.arrive(actor, event)?;
             touched.push(actor);
             self.decide(&mut touched)?;
             // An exact run processes all arrivals of a tick before it fires, so that priorities decide and not the
@@ -289,9 +227,10 @@ impl Simulator<'_> {
     fn decide(&mut self, touched: &mut Vec<ActorId>) -> Result<(), SimulationError> {
         let spec = self.spec;
         let Decision { observed, granted } = &spec.decision;
-        let per_step = |at: &RegisterReader| spec.actors[at.actor.0 as usize].actions[at.action as usize].per_step;
+        let per_step = |at: &RegisterReader| spec.action(at.actor, at.action).per_step;
+        let ended = |this: &Self, at: &RegisterReader| this.protocols[at.actor.0 as usize].completed(at.action);
         while self.decided < self.options.steps
-            && observed.iter().all(|at| self.ended(at) >= u64::from(self.decided + 1) * u64::from(per_step(at)))
+            && observed.iter().all(|at| ended(self, at) >= u64::from(self.decided + 1) * u64::from(per_step(at)))
         {
             self.decided += 1;
             for at in granted {
@@ -302,30 +241,10 @@ impl Simulator<'_> {
         Ok(())
     }
 
-    /// Number of ended firings of an action.
-    fn ended(&self, at: &RegisterReader) -> u64 {
-        let actor = at.actor.0 as usize;
-        let is_in_flight = self.flights[actor].is_some_and(|flight| flight.action == at.action);
-        self.protocols[actor].fired(at.action) - u64::from(is_in_flight)
-    }
-
     /// Explains why actions have firings left although nothing is in transit any more.
     fn explain_hang(&self) -> Option<Hang> {
-        let snapshot_of = |(a, protocol): (usize, &Protocol)| {
-            let busy_ns = vec![0; self.spec.actors[a].actions.len()];
-            ActorSnapshot::of(ActorId(a as u32), protocol, &busy_ns)
-        };
-        let snapshots: Vec<_> = self.protocols.iter().enumerate().map(snapshot_of).collect();
-        let (collectives, knows_collectives) = (&[], false);
-        let snapshot = HangSnapshot {
-            spec: self.spec,
-            snapshots: &snapshots,
-            collectives,
-            knows_collectives,
-            is_acyclic: false,
-            host_waits_for: None,
-            process_of: &|_| None,
-        };
+        let snapshots: Vec<_> = self.protocols.iter().map(ActorSnapshot::of).collect();
+        let snapshot = HangSnapshot { is_acyclic: false, ..HangSnapshot::of_one_process(self.spec, &snapshots) };
         explain(snapshot, u64::from(self.options.steps))
     }
 
@@ -347,32 +266,28 @@ impl Simulator<'_> {
         Ok(SimulatedRun { makespan, timeline: self.timeline, slots_peak, digest: self.data.digest() })
     }
 
-    fn arrive(&mut self, actor: ActorId, arrival: Arrival) -> Result<(), SimulationError> {
-        match arrival {
-            Arrival::Message(message) => {
-                self.apply(actor, ProtocolEvent::Message(message))?;
-                let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
-                self.check_conservation(register, false)
+    fn arrive(&mut self, actor: ActorId, event: ProtocolEvent) -> Result<(), SimulationError> {
+        let protocol = &self.protocols[actor.0 as usize];
+        let mut touched = Vec::new();
+        match event {
+            ProtocolEvent::Message(Message::Filled { register, .. } | Message::Released { register, .. }) => {
+                touched.push(register);
             }
-            Arrival::Signal { action, output } => {
-                let firing = self.protocols[actor.0 as usize].fired(action) - 1;
-                self.data.write(&self.protocols[actor.0 as usize], actor, action, output as usize, firing);
-                self.apply(actor, ProtocolEvent::Signal { action, output })
+            ProtocolEvent::Signal { output, .. } => {
+                let flight = self.flights[actor.0 as usize].expect("a signal precedes the end of its firing");
+                self.data.write(self.spec, protocol, flight, output as usize);
             }
-            Arrival::Done { action } => {
-                let protocol = &self.protocols[actor.0 as usize];
+            ProtocolEvent::Done { action } => {
                 let flight = self.flights[actor.0 as usize].take().expect("a firing ends once");
                 self.data.end(self.spec, protocol, flight)?;
                 self.timeline.push(SimulatedFiring { end: self.now, ..flight });
-                self.apply(actor, ProtocolEvent::Done { action })?;
-                let ports = &self.spec.actors[actor.0 as usize].actions[action as usize];
-                let registers = ports.inputs.iter().map(|i| i.register);
-                for register in registers.chain(ports.outputs.iter().map(|o| o.register)) {
-                    self.check_conservation(register, false)?;
-                }
-                Ok(())
+                let ports = self.spec.action(actor, action);
+                touched.extend(ports.inputs.iter().map(|i| i.register).chain(ports.outputs.iter().map(|o| o.register)));
             }
+            ProtocolEvent::Start | ProtocolEvent::Token { .. } => {}
         }
+        self.apply(actor, event)?;
+        touched.into_iter().try_for_each(|register| self.check_conservation(register, false))
     }
 
     fn apply(&mut self, actor: ActorId, event: ProtocolEvent) -> Result<(), SimulationError> {
@@ -403,10 +318,6 @@ impl Simulator<'_> {
         self.flights[actor.0 as usize] = Some(fired);
         let protocol = &self.protocols[actor.0 as usize];
         let read = self.data.launch(self.spec, protocol, fired)?;
-        if self.spec.actors[actor.0 as usize].actions[action as usize].groups.is_empty() {
-            self.start_kernels(actor, action, firing, 0);
-            return Ok(());
-        }
         for (member, shared) in self.groups.join(self.spec, actor, action, read) {
             let flight = self.flights[member.0 as usize].expect("a waiting member has a firing in flight");
             self.start_kernels(member, flight.action, flight.firing, shared);
@@ -423,17 +334,17 @@ impl Simulator<'_> {
         self.data.compute(actor, shared);
         let random = self.options.jitter.map_or(0, |j| j.action_ticks_max);
         let ticks = self.timing.action_ticks[actor.0 as usize][action as usize] + self.random(random);
-        let outputs = &self.spec.actors[actor.0 as usize].actions[action as usize].outputs;
+        let outputs = &self.spec.action(actor, action).outputs;
         let early: Vec<u32> = (0..outputs.len() as u32).filter(|&o| outputs[o as usize].early).collect();
         // Early outputs are spread evenly over the firing.
         for (n, &output) in early.iter().enumerate() {
             let protocol = &self.protocols[actor.0 as usize];
             if protocol.completes(action, output as usize, firing) {
                 let tick = self.now + ticks * (n as u64 + 1) / (early.len() as u64 + 1);
-                self.schedule(tick, 0, actor, Arrival::Signal { action, output });
+                self.schedule(tick, 0, actor, ProtocolEvent::Signal { action, output });
             }
         }
-        self.schedule(self.now + ticks, u64::MAX, actor, Arrival::Done { action });
+        self.schedule(self.now + ticks, u64::MAX, actor, ProtocolEvent::Done { action });
     }
 
     fn post(&mut self, from: ActorId, to: ActorId, message: Message) {
@@ -451,25 +362,19 @@ impl Simulator<'_> {
 
     fn send(&mut self, from: ActorId, to: ActorId, message: Message) {
         let random = self.options.jitter.map_or(0, |j| j.hop_ticks_max);
-        let hop = self.timing.hop_ticks_of.get(&(from, to)).copied().unwrap_or(self.timing.hop_ticks);
-        let mut tick = self.now + hop + self.random(random);
-        let mut tie = 1;
-        if let Some(rng) = &mut self.rng {
-            tie = rng.below(u64::MAX - 2) + 1;
-            // Ties are broken at random, so messages between the same two actors must not share a tick.
-            if let Some(&last) = self.last_delivery.get(&(from, to)) {
-                tick = tick.max(last + 1);
-            }
-        } else if let Some(&last) = self.last_delivery.get(&(from, to)) {
-            tick = tick.max(last);
+        let mut tick = self.now + self.timing.hop_ticks + self.random(random);
+        let tie = self.rng.as_mut().map_or(1, |rng| rng.below(u64::MAX - 2) + 1);
+        if let Some(&last) = self.last_delivery.get(&(from, to)) {
+            // If ties are broken at random, messages between the same two actors must not share a tick.
+            tick = tick.max(last + u64::from(self.rng.is_some()));
         }
         self.last_delivery.insert((from, to), tick);
-        self.schedule(tick, tie, to, Arrival::Message(message));
+        self.schedule(tick, tie, to, ProtocolEvent::Message(message));
     }
 
-    fn schedule(&mut self, tick: u64, tie: u64, actor: ActorId, arrival: Arrival) {
+    fn schedule(&mut self, tick: u64, tie: u64, actor: ActorId, event: ProtocolEvent) {
         self.queue.push(Reverse((tick, tie, self.arrivals.len())));
-        self.arrivals.push((actor, arrival));
+        self.arrivals.push((actor, event));
     }
 
     fn random(&mut self, max: u64) -> u64 {
@@ -478,15 +383,15 @@ impl Simulator<'_> {
 
     /// Checks CR-6 for one register; with `settled`, also that no message is in transit.
     fn check_conservation(&self, id: RegisterId, settled: bool) -> Result<(), SimulationError> {
-        let register = &self.spec.registers[id.0 as usize];
+        let register = self.spec.register(id);
         let Some(ring) = self.protocols[register.producer.0 as usize].ring(id) else { return Ok(()) };
         for (index, reader) in register.readers.iter().enumerate() {
-            let actor = &self.spec.actors[reader.actor.0 as usize];
+            let actor = self.spec.actor(reader.actor);
             let inputs = &actor.actions[reader.action as usize].inputs;
             let Some(port) = inputs.iter().position(|i| i.register == id) else { continue };
             let protocol = &self.protocols[reader.actor.0 as usize];
             let (filled, released) = protocol.input_pieces(reader.action, port);
-            let (credited, published) = (ring.released(index), ring.published());
+            let (credited, published) = (ring.released()[index], ring.published());
             let in_order = credited <= released && released <= filled && filled <= published;
             let at_rest = credited == released && filled == published;
             if !in_order || (settled && !at_rest) {

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use crate::hang::CollectiveWait;
 use crate::protocol::Missing;
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, RegisterReader, Spec};
+use crate::spec::{ActorId, Spec};
 
 /// Number of recent samples that count.
 const WINDOW: usize = 10;
@@ -29,7 +29,7 @@ pub(crate) fn sample(
     let host = |rank: usize| spec.actors.iter().position(|a| a.device == rank).map(|a| ActorId(a as u32));
     let mut sample = Sample::new();
     for snapshot in snapshots {
-        let actor = &spec.actors[snapshot.actor.0 as usize];
+        let actor = spec.actor(snapshot.actor);
         if let Some(action) = snapshot.waiting.in_flight {
             let own = &actor.actions[action as usize].communicators;
             let is_own = |wait: &&CollectiveWait| wait.1 == actor.device && own.contains(&wait.0);
@@ -57,23 +57,11 @@ pub(crate) fn sample(
 
 /// The actors that could end this wait.
 fn actors(missing: &Missing) -> Vec<ActorId> {
-    let of = |reader: &RegisterReader| reader.actor;
     match missing {
-        Missing::Piece { writer, .. } => vec![of(writer)],
+        Missing::Piece { writer, .. } => vec![writer.actor],
         Missing::Credit { holders, .. } => holders.iter().map(|h| h.reader.actor).collect(),
         Missing::Token | Missing::Turn { .. } => Vec::new(),
     }
-}
-
-/// A process that is waited for most of the time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Slow {
-    pub(crate) process: u32,
-    /// Number of samples, out of [`Slow::of`], in which this process waited for it.
-    pub(crate) waits: usize,
-    pub(crate) of: usize,
-    /// What this process waited for in the last sample.
-    pub(crate) reason: String,
 }
 
 /// The last samples.
@@ -86,8 +74,8 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Adds a sample; returns the processes to report now.
-    pub(crate) fn add(&mut self, sample: Sample) -> Vec<Slow> {
+    /// Adds a sample; returns a report for each process that is waited for most of the time, unless it is recent.
+    pub(crate) fn add(&mut self, sample: Sample) -> Vec<String> {
         self.count += 1;
         if self.window.len() == WINDOW {
             self.window.pop_front();
@@ -100,7 +88,8 @@ impl Tally {
             let is_due = self.reported.get(&process).is_none_or(|reported| self.count - reported >= REPEAT_AFTER);
             if waits >= WAITS_MIN && is_due {
                 self.reported.insert(process, self.count);
-                slow.push(Slow { process, waits, of: self.window.len(), reason });
+                let of = self.window.len();
+                slow.push(format!("waiting for rank {process} in {waits} of the last {of} checks, now for {reason}"));
             }
         }
         slow
@@ -109,10 +98,12 @@ impl Tally {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::protocol::{ActionWaits, ActorWaits};
+    use crate::protocol::{ActionWaits, ActorWaits, Protocol};
     use crate::simulate::plans;
-    use crate::spec::RegisterId;
+    use crate::spec::{RegisterId, RegisterReader};
 
     fn waits_for(process: u32) -> Sample {
         Sample::from([(process, "a piece".to_string())])
@@ -130,19 +121,12 @@ mod tests {
 
     #[test]
     fn a_process_waits_only_while_none_of_its_streams_works() {
-        let spec = plans::data_parallel();
+        let spec = Arc::new(plans::data_parallel());
         let reader = RegisterReader { actor: ActorId(1), action: 0 };
         let missing = Missing::Piece { register: RegisterId(0), piece: 3, writer: reader };
         let snapshot = |in_flight, missing: Vec<Missing>| ActorSnapshot {
-            actor: ActorId(0),
-            firings: vec![],
-            busy_ns: vec![],
-            collective_ns: 0,
             waiting: ActorWaits { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },
-            idle: Default::default(),
-            idle_now_ns: 0,
-            in_flight_since_ns: None,
-            registers: vec![],
+            ..ActorSnapshot::of(&Protocol::new(&spec, ActorId(0)))
         };
         let elsewhere = |actor: ActorId| (actor == ActorId(1)).then_some(7);
         let found =

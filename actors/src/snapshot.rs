@@ -63,21 +63,23 @@ pub struct NotFinite {
 }
 
 impl ActorSnapshot {
-    pub(crate) fn of(actor: ActorId, protocol: &Protocol, busy_ns: &[u64]) -> Self {
+    /// A snapshot without times.
+    pub(crate) fn of(protocol: &Protocol) -> Self {
         let uses = protocol.rings().map(|(register, ring)| RegisterUse {
             register,
             slots: ring.slots(),
             slots_held: ring.held(),
             slots_peak: ring.peak(),
             published: ring.published(),
-            released: ring.all_released().to_vec(),
+            released: ring.released().to_vec(),
         });
+        let (waiting, firings) = (protocol.waiting(), protocol.all_fired());
         Self {
-            actor,
-            firings: (0..busy_ns.len() as u32).map(|a| protocol.fired(a)).collect(),
-            busy_ns: busy_ns.to_vec(),
+            actor: waiting.actor,
+            busy_ns: vec![0; firings.len()],
+            firings,
             collective_ns: 0,
-            waiting: protocol.waiting(),
+            waiting,
             idle: Idle::default(),
             idle_now_ns: 0,
             in_flight_since_ns: None,

@@ -46,7 +46,7 @@ pub struct RegisterSpec {
 }
 
 /// One reading action of a register.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegisterReader {
     /// The actor that reads.
     pub actor: ActorId,
@@ -91,7 +91,7 @@ pub enum Firing {
 }
 
 /// One action.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ActionSpec {
     /// Shown in errors, e.g. `forward`.
     pub name: String,
@@ -134,6 +134,28 @@ pub struct OutputSpec {
 }
 
 impl Spec {
+    /// An actor of this plan.
+    pub fn actor(&self, id: ActorId) -> &ActorSpec {
+        &self.actors[id.0 as usize]
+    }
+
+    /// An action of this plan.
+    pub fn action(&self, actor: ActorId, action: u32) -> &ActionSpec {
+        &self.actor(actor).actions[action as usize]
+    }
+
+    /// All actions of all actors.
+    pub fn all_actions(&self) -> impl Iterator<Item = (RegisterReader, &ActionSpec)> {
+        (0..).zip(&self.actors).flat_map(|(a, actor)| {
+            (0..).zip(&actor.actions).map(move |(action, x)| (RegisterReader { actor: ActorId(a), action }, x))
+        })
+    }
+
+    /// A register of this plan.
+    pub fn register(&self, id: RegisterId) -> &RegisterSpec {
+        &self.registers[id.0 as usize]
+    }
+
     /// The name of an action in errors and reports, such as `device 3 compute forward`.
     pub fn action_name(&self, actor: ActorId, action: u32) -> String {
         match self.actors.get(actor.0 as usize) {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::error::Failure;
-use crate::slow::{Slow, Tally};
+use crate::slow::Tally;
 use crate::supervisor::Session;
 
 /// Called with a report on the checking thread. It must not call [`crate::shell::RunningSession::check_progress`].
@@ -113,12 +113,15 @@ impl Watchdog {
 
     /// Runs one check; `now` counts from the session's start. Returns the report when the session has just stalled.
     pub(crate) fn check(&mut self, now: Duration, session: &Session) -> Option<String> {
-        if session.has_peers() && session.outstanding() {
-            let slow = self.tally.add(session.waits());
-            slow.iter().for_each(|slow| self.report_slow(slow));
+        if session.has_peers() && session.steps.outstanding() {
+            for text in self.tally.add(session.waits()) {
+                tracing::warn!("{text}");
+                self.options.on_slow.iter().for_each(|callback| callback(&text));
+            }
         }
-        let step_p99 = Duration::from_nanos(session.step_p99_ns.load(Ordering::Relaxed));
-        let Stall { idle, aborts, is_new } = self.observe(now, session.progress(), session.outstanding(), step_p99)?;
+        let step_p99 = Duration::from_nanos(session.hints.step_p99_ns.load(Ordering::Relaxed));
+        let Stall { idle, aborts, is_new } =
+            self.observe(now, session.activity.events(), session.steps.outstanding(), step_p99)?;
         if session.first_failure().is_some() {
             return None;
         }
@@ -135,14 +138,6 @@ impl Watchdog {
             session.fail(failure);
         }
         Some(text)
-    }
-
-    fn report_slow(&self, Slow { process, waits, of, reason }: &Slow) {
-        let text = format!("waiting for rank {process} in {waits} of the last {of} checks, now for {reason}");
-        tracing::warn!("{text}");
-        if let Some(callback) = &self.options.on_slow {
-            callback(&text);
-        }
     }
 }
 

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use shardflow_actors::builder::Builder;
 use shardflow_actors::error::{Failure, PeerError};
+use shardflow_actors::frame::{FRAME_BYTES, Frame, FrameError};
 use shardflow_actors::protocol::Message;
-use shardflow_actors::remote::frame::{FRAME_BYTES, Frame, FrameError};
 use shardflow_actors::remote::{ByteRun, HostBroadcast, PeerSpec, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
 use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};
@@ -75,14 +75,8 @@ fn authenticated() -> (Connection, Connection) {
     (listener.wait(PEER, purpose, deadline).unwrap(), peer)
 }
 
-/// A running session of this process's part, and the peer's end of the connection.
-fn running() -> (RunningSession, Connection) {
-    let (running, peer, _) = running_with_mirrors();
-    (running, peer)
-}
-
-/// The same with the memory of the mirrors.
-fn running_with_mirrors() -> (RunningSession, Connection, [Arena; 2]) {
+/// A running session of this process's part, the peer's end of the connection, and the memory of the mirrors.
+fn running() -> (RunningSession, Connection, [Arena; 2]) {
     let (connection, mut peer_end) = authenticated();
     let engine = Arc::new(InProcess::new());
     let device = Device::cpu(0, 1, engine.clone());
@@ -114,11 +108,25 @@ fn running_with_mirrors() -> (RunningSession, Connection, [Arena; 2]) {
 
 /// The error with which the session ends after the peer has sent these bytes.
 fn error_after(bytes: &[u8]) -> PeerError {
-    let (running, mut peer) = running();
+    let (running, mut peer, _) = running();
     peer.write_all(bytes).unwrap();
-    let failure = running.failures().recv_timeout(TIMEOUT).expect("the bytes are rejected");
-    let Failure::Peer { process: PEER, cause } = failure else { panic!("wrong process: {failure}") };
-    cause
+    rejection(&running)
+}
+
+fn rejection(running: &RunningSession) -> PeerError {
+    match running.failures().recv_timeout(TIMEOUT).expect("the bytes are rejected") {
+        Failure::Peer { process: PEER, cause } => cause,
+        failure => panic!("wrong process: {failure}"),
+    }
+}
+
+/// Waits until the actor of this index has fired this many times.
+fn wait_for(running: &RunningSession, actor: usize, firings: u64) {
+    let deadline = Instant::now() + TIMEOUT;
+    while running.snapshot()[actor].firings != [firings] {
+        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+        std::thread::yield_now();
+    }
 }
 
 /// Sends valid bytes, then an invalid frame, and checks the error text.
@@ -149,15 +157,11 @@ fn valid_piece(slot: u32, piece: u64) -> Vec<u8> {
 
 #[test]
 fn valid_pieces_are_accepted() {
-    let (running, mut peer) = running();
+    let (running, mut peer, _) = running();
     peer.write_all(&[valid_piece(0, 0), valid_piece(1, 1)].concat()).unwrap();
     peer.write_all(&Frame::Bye.encode()).unwrap();
-    let deadline = Instant::now() + TIMEOUT;
     // `out` has two slots, so both pieces are processed.
-    while running.snapshot()[0].firings != [2] {
-        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
-        std::thread::yield_now();
-    }
+    wait_for(&running, 0, 2);
     running.shutdown().unwrap();
 }
 
@@ -168,11 +172,8 @@ fn wrong_sizes_are_rejected() {
     check(&[], data(IN, 0, 0, u64::MAX), "18446744073709551615 bytes for a slot of register 'in', expected 4");
     // The size of another element type, and of another shape.
     check(&[], Frame::Host { port: 0, bytes: 4 }, "4 bytes for port 0, expected 8, or too many pieces");
-    check(
-        &[],
-        Frame::Host { port: 0, bytes: 1 << 40 },
-        "1099511627776 bytes for port 0, expected 8, or too many pieces",
-    );
+    let huge = Frame::Host { port: 0, bytes: 1 << 40 };
+    check(&[], huge, "1099511627776 bytes for port 0, expected 8, or too many pieces");
 }
 
 #[test]
@@ -183,9 +184,8 @@ fn messages_for_registers_of_others_are_rejected() {
     check(&[], filled(RegisterId(99), 0, 0, 0), "a message about reader 0 of register 99");
     check(&[], filled(IN, 1, 0, 0), "a message about reader 1 of register 0");
     // The peer does not produce `out` and does not read `in`.
-    let between = |name, from, to| {
-        format!("a message about register '{name}' between actors {:?} and {:?}", ActorId(from), ActorId(to))
-    };
+    let between =
+        |name, from, to| format!("a message about register '{name}' between actors ActorId({from}) and ActorId({to})");
     check(&[], filled(OUT, 0, 0, 0), &between("out", 1, 2));
     check(&[], released(IN, 0, 0, 0), &between("in", 1, 0));
     check(&[], filled(THEIRS, 0, 0, 0), &between("theirs", 2, 3));
@@ -211,7 +211,7 @@ fn wrong_slots_and_pieces_are_rejected() {
 
 /// Sends four pieces. The credits of `out` allow two firings, which release two pieces; the other two stay held.
 fn with_two_pieces_held() -> (RunningSession, Connection, [Arena; 2]) {
-    let (running, mut peer, mirrors) = running_with_mirrors();
+    let (running, mut peer, mirrors) = running();
     peer.write_all(&[valid_piece(0, 0), valid_piece(1, 1)].concat()).unwrap();
     let mut released = 0;
     while released < 2 {
@@ -232,18 +232,11 @@ fn slots_of(mirror: &Arena) -> [i32; 2] {
     [0, 8].map(|at| mirror.read_host(at, &[1], DType::I32).unwrap().as_i32().unwrap()[0])
 }
 
-fn rejection(running: &RunningSession) -> String {
-    match running.failures().recv_timeout(TIMEOUT).expect("the bytes are rejected") {
-        Failure::Peer { process: PEER, cause } => cause.to_string(),
-        failure => panic!("wrong process: {failure}"),
-    }
-}
-
 #[test]
 fn a_slot_that_is_in_use_is_not_overwritten() {
     let (running, mut peer, [mirror, _]) = with_two_pieces_held();
     peer.write_all(&[&data(IN, 0, 4, 4).encode()[..], &[9; 4]].concat()).unwrap();
-    let error = rejection(&running);
+    let error = rejection(&running).to_string();
     assert!(error.contains("bytes of piece 4 of register 'in' over piece 2, which is in use"), "{error}");
     let sent = i32::from_le_bytes([1, 2, 3, 4]);
     assert_eq!(slots_of(&mirror), [sent, sent]);
@@ -264,7 +257,7 @@ proptest::proptest! {
         let (running, mut peer, [mirror, _]) = with_two_pieces_held();
         let frame = data(RegisterId(register), slot, piece, bytes);
         peer.write_all(&[&frame.encode()[..], &vec![9; bytes as usize]].concat()).unwrap();
-        let error = rejection(&running);
+        let error = rejection(&running).to_string();
         proptest::prop_assert!(error.contains("register"), "{}", error);
         let sent = i32::from_le_bytes([1, 2, 3, 4]);
         proptest::prop_assert_eq!(slots_of(&mirror), [sent, sent]);
@@ -274,16 +267,9 @@ proptest::proptest! {
 #[test]
 fn weights_are_refreshed_only_between_steps() {
     let refresh = [&data(WEIGHTS, 0, 0, 4).encode()[..], &[7; 4]].concat();
-    let (mut running, mut peer, [_, mirror]) = running_with_mirrors();
-    let wait_for = |running: &RunningSession, firings: u64| {
-        let deadline = Instant::now() + TIMEOUT;
-        while running.snapshot()[1].firings != [firings] {
-            assert!(Instant::now() < deadline, "{:?}", running.snapshot());
-            std::thread::yield_now();
-        }
-    };
+    let (mut running, mut peer, [_, mirror]) = running();
     running.add_tokens(USER, 0, 2).unwrap();
-    wait_for(&running, 2);
+    wait_for(&running, 1, 2);
     peer.write_all(&[&refresh[..], &Frame::Ready { round: 2 }.encode()].concat()).unwrap();
     running.refresh().unwrap();
     assert_eq!(mirror.read_host(0, &[1], DType::I32).unwrap().as_i32().unwrap(), [i32::from_le_bytes([7; 4])]);
@@ -292,9 +278,9 @@ fn weights_are_refreshed_only_between_steps() {
     let update = [&data(WEIGHTS, 0, 1, 4).encode()[..], &[8; 4], &filled(WEIGHTS, 0, 0, 1).encode()].concat();
     peer.write_all(&update).unwrap();
     running.add_tokens(USER, 0, 1).unwrap();
-    wait_for(&running, 3);
+    wait_for(&running, 1, 3);
     peer.write_all(&refresh).unwrap();
-    assert!(rejection(&running).contains("a refresh of register 'weights' in the middle of a step"));
+    assert!(rejection(&running).to_string().contains("a refresh of register 'weights' in the middle of a step"));
     assert_eq!(mirror.read_host(0, &[1], DType::I32).unwrap().as_i32().unwrap(), [i32::from_le_bytes([8; 4])]);
 }
 
@@ -325,10 +311,10 @@ fn invalid_frames_are_rejected() {
 #[test]
 fn a_truncated_message_is_a_lost_peer() {
     for truncated in [&Frame::Bye.encode()[..20], &[&data(IN, 0, 0, 4).encode()[..], &[1, 2]].concat()] {
-        let (running, mut peer) = running();
+        let (running, mut peer, _) = running();
         peer.write_all(truncated).unwrap();
         drop(peer);
-        let failure = running.failures().recv_timeout(TIMEOUT).expect("the end is detected");
-        assert!(matches!(failure, Failure::Peer { process: PEER, cause: PeerError::Lost { .. } }), "{failure}");
+        let cause = rejection(&running);
+        assert!(matches!(cause, PeerError::Lost { .. }), "{cause}");
     }
 }

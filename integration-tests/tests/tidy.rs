@@ -20,8 +20,7 @@ const CRATES: &[(&str, &str, &[&str])] = &[
 ];
 
 /// Modules of `actors` with side effects. Every other module is pure: it can be simulated, fuzzed and replayed.
-const ACTORS_IMPURE: &[&str] =
-    &["lib", "error", "shell", "bus", "transport", "supervisor", "watchdog", "message", "remote", "membership"];
+const ACTORS_IMPURE: &[&str] = &["lib", "error", "shell", "bus", "supervisor", "watchdog", "loaded", "remote"];
 /// Paths that pure modules of `actors` may not use.
 const IMPURE_PATHS: &[&str] =
     &["tokio", "ractor", "crossbeam_channel", "shardflow_kernels", "std::time", "std::thread", "Instant", "SystemTime"];

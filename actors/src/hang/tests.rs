@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::protocol::Protocol;
 use crate::simulate::tests::Fault;
 use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulate};
+use crate::spec::ActorSpec;
 
 /// Runs a plan with a fault and returns the hang, if the fault causes one.
 fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
@@ -24,7 +26,7 @@ pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, RegisterR
     for (register, r) in spec.registers.iter().zip(0..) {
         let id = RegisterId(r);
         let (action, port) = spec.writer(id).expect("every register has a writer");
-        let action = &spec.actors[register.producer.0 as usize].actions[action as usize];
+        let action = spec.action(register.producer, action);
         let count = action.per_step / action.outputs[port as usize].firings_per_piece * steps;
         let first = u64::from(register.initial);
         for (&reader, index) in register.readers.iter().zip(0..).filter(|(r, _)| r.actor != register.producer) {
@@ -57,15 +59,12 @@ fn a_lost_message_is_the_root_cause() {
 #[test]
 fn a_firing_that_does_not_end_is_the_root_cause() {
     for (name, spec, steps) in plans::all() {
-        for (a, actor) in spec.actors.iter().enumerate() {
-            for (x, action) in actor.actions.iter().enumerate() {
-                let at = RegisterReader { actor: ActorId(a as u32), action: x as u32 };
-                for firing in 0..u64::from(action.per_step * steps) {
-                    let hang = hang(&spec, steps, Fault::Hang(at, firing)).expect("others wait for its end");
-                    let root = if action.groups.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
-                    assert_eq!(hang.root, root, "{name}, firing {firing}: {hang}");
-                    assert!(hang.chain.iter().all(|waiting| waiting.action != at), "{name}: the root waits: {hang}");
-                }
+        for (at, action) in spec.all_actions() {
+            for firing in 0..u64::from(action.per_step * steps) {
+                let hang = hang(&spec, steps, Fault::Hang(at, firing)).expect("others wait for its end");
+                let root = if action.groups.is_empty() { Root::Firing(at) } else { Root::Collective(at) };
+                assert_eq!(hang.root, root, "{name}, firing {firing}: {hang}");
+                assert!(hang.chain.iter().all(|waiting| waiting.action != at), "{name}: the root waits: {hang}");
             }
         }
     }
@@ -79,22 +78,15 @@ fn members_in_flight() -> (Arc<Spec>, Vec<ActorSnapshot>) {
         action.communicators = action.groups.iter().map(|group| group + 10).collect();
     }
     let spec = Arc::new(spec);
-    let snapshot = |(a, actor): (usize, &crate::spec::ActorSpec)| ActorSnapshot {
-        actor: ActorId(a as u32),
-        firings: actor.actions.iter().map(|_| 1).collect(),
-        busy_ns: actor.actions.iter().map(|_| 0).collect(),
-        collective_ns: 0,
-        waiting: ActorWaits {
-            actor: ActorId(a as u32),
-            in_flight: actor.actions.iter().position(|x| !x.groups.is_empty()).map(|x| x as u32),
-            actions: Vec::new(),
-        },
-        idle: Default::default(),
-        idle_now_ns: 0,
-        in_flight_since_ns: None,
-        registers: Vec::new(),
+    let snapshot = |(a, actor): (u32, &ActorSpec)| {
+        let in_flight = actor.actions.iter().position(|x| !x.groups.is_empty()).map(|x| x as u32);
+        ActorSnapshot {
+            firings: vec![1; actor.actions.len()],
+            waiting: ActorWaits { actor: ActorId(a), in_flight, actions: Vec::new() },
+            ..ActorSnapshot::of(&Protocol::new(&spec, ActorId(a)))
+        }
     };
-    let snapshots = spec.actors.iter().enumerate().map(snapshot).collect();
+    let snapshots = (0..).zip(&spec.actors).map(snapshot).collect();
     (spec, snapshots)
 }
 
@@ -102,29 +94,19 @@ fn members_in_flight() -> (Arc<Spec>, Vec<ActorSnapshot>) {
 fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
     let (spec, snapshots) = members_in_flight();
     let members: Vec<_> = snapshots.iter().filter(|s| s.waiting.in_flight.is_some()).map(|s| s.actor).collect();
-    let device = |actor: ActorId| spec.actors[actor.0 as usize].device;
+    let device = |actor: ActorId| spec.actor(actor).device;
     let action = |actor: ActorId| snapshots[actor.0 as usize].waiting.in_flight.expect("a member");
     for late in &members {
-        let communicator = spec.actors[late.0 as usize].actions[action(*late) as usize].communicators[0];
-        let in_it = |m: &&ActorId| {
-            let action = &spec.actors[m.0 as usize].actions[action(**m) as usize];
-            m != &late && action.communicators.contains(&communicator)
-        };
+        let communicator = spec.action(*late, action(*late)).communicators[0];
+        let in_it = |m: &&ActorId| m != &late && spec.action(**m, action(**m)).communicators.contains(&communicator);
         let waits: Vec<CollectiveWait> =
             members.iter().filter(in_it).map(|m| (communicator, device(*m), device(*late))).collect();
         assert!(!waits.is_empty());
         // Leaves out members of other groups.
         let mut snapshots = snapshots.clone();
         snapshots.retain(|s| s.actor == *late || members.iter().filter(in_it).any(|m| *m == s.actor));
-        let input = HangSnapshot {
-            spec: &spec,
-            snapshots: &snapshots,
-            collectives: &waits,
-            knows_collectives: true,
-            is_acyclic: true,
-            host_waits_for: None,
-            process_of: &|_| None,
-        };
+        let alone = HangSnapshot::of_one_process(&spec, &snapshots);
+        let input = HangSnapshot { collectives: &waits, knows_collectives: true, ..alone };
         let hang = explain(input, 9).expect("none has fired nine times");
         assert_eq!(hang.root, Root::Firing(RegisterReader { actor: *late, action: action(*late) }), "{hang}");
     }
@@ -142,25 +124,13 @@ fn a_hanging_pipe_is_reported_and_a_collective_is_not() {
 #[test]
 fn an_unresponsive_actor_is_the_root_cause_or_its_process_if_it_is_remote() {
     let spec = Arc::new(plans::data_parallel());
-    let error = simulate(
-        &spec,
-        &Timing::uniform(&spec, 2, 1),
-        &SimulationOptions { tokens: Some(Vec::new()), ..SimulationOptions::steps(1) },
-    );
+    let options = SimulationOptions { fault: Some(Fault::TokensMax(0)), ..SimulationOptions::steps(1) };
+    let error = simulate(&spec, &Timing::uniform(&spec, 2, 1), &options);
     let Err(SimulationError::Stuck(all)) = error else { panic!("{error:?}") };
     assert!(matches!(all.root, Root::Token(_)), "{all}");
     // Device 0's reduce actor waits for gradients of its compute actor, whose snapshot is missing.
-    let mut incomplete = idle_actors(&spec);
-    incomplete.retain(|s| s.actor != ActorId(0));
-    let input = |process_of| HangSnapshot {
-        spec: &spec,
-        snapshots: &incomplete,
-        collectives: &[],
-        knows_collectives: false,
-        is_acyclic: true,
-        host_waits_for: None,
-        process_of,
-    };
+    let incomplete = [ActorSnapshot::of(&Protocol::new(&spec, ActorId(1)))];
+    let input = |process_of| HangSnapshot { process_of, ..HangSnapshot::of_one_process(&spec, &incomplete) };
     let hang = explain(input(&|_| None), 1).expect("nothing has fired");
     assert_eq!(hang.root, Root::Unresponsive(ActorId(0)), "{hang}");
     let without_snapshots = HangSnapshot { snapshots: &[], ..input(&|_| None) };
@@ -168,13 +138,4 @@ fn an_unresponsive_actor_is_the_root_cause_or_its_process_if_it_is_remote() {
     assert_eq!((hang.root, hang.also.len()), (Root::Unresponsive(ActorId(0)), spec.actors.len() - 1), "{hang}");
     let hang = explain(input(&|actor| (actor != ActorId(1)).then_some(7)), 1).expect("nothing has fired");
     assert_eq!((hang.root, hang.process()), (Root::Process { process: 7, actor: ActorId(0) }, Some(7)), "{hang}");
-}
-
-/// Snapshots of device 0's actors before any firing.
-fn idle_actors(spec: &Arc<Spec>) -> Vec<ActorSnapshot> {
-    let snapshot = |a: u32| {
-        let protocol = crate::protocol::Protocol::new(spec, ActorId(a));
-        ActorSnapshot::of(ActorId(a), &protocol, &vec![0; spec.actors[a as usize].actions.len()])
-    };
-    (0..2).map(snapshot).collect()
 }

@@ -2,12 +2,12 @@
 
 use super::*;
 use crate::builder::Builder;
-use crate::register::SlotState;
 use crate::spec::Firing;
 
 const SOURCE: ActorId = ActorId(0);
 const SINK: ActorId = ActorId(1);
 const WIRE: RegisterId = RegisterId(0);
+const DONE: ProtocolEvent = ProtocolEvent::Done { action: 0 };
 
 /// The source fills the two slots of `wire`; the sink reads them.
 fn source_and_sink() -> (Protocol, Protocol) {
@@ -15,9 +15,18 @@ fn source_and_sink() -> (Protocol, Protocol) {
     let (source, sink) = (b.actor("source", 0, Firing::Credit), b.actor("sink", 1, Firing::Credit));
     let (write, read) = (b.external(source, "write", 4), b.action(sink, "read", 4));
     b.edge("wire", 2, write, read);
-    let spec = Arc::new(b.build());
-    crate::check::check(&spec).unwrap();
-    (Protocol::new(&spec, SOURCE), Protocol::new(&spec, SINK))
+    let spec = b.build();
+    let started = |actor| {
+        let mut protocol = protocol(&spec, actor);
+        assert_eq!(handle(&mut protocol, ProtocolEvent::Start), []);
+        protocol
+    };
+    (started(SOURCE), started(SINK))
+}
+
+fn protocol(spec: &Spec, actor: ActorId) -> Protocol {
+    crate::check::check(spec).unwrap();
+    Protocol::new(&Arc::new(spec.clone()), actor)
 }
 
 fn handle(protocol: &mut Protocol, event: ProtocolEvent) -> Vec<Effect> {
@@ -28,6 +37,14 @@ fn handle(protocol: &mut Protocol, event: ProtocolEvent) -> Vec<Effect> {
 
 fn reject(protocol: &mut Protocol, event: ProtocolEvent) -> String {
     protocol.handle(event, &mut Vec::new()).unwrap_err().to_string()
+}
+
+fn launch(action: u32, firing: u64) -> [Effect; 1] {
+    [Effect::Launch { action, firing }]
+}
+
+fn tokens(action: u32, count: u32) -> ProtocolEvent {
+    ProtocolEvent::Token { action, count }
 }
 
 fn filled(piece: u64, slot: u32) -> ProtocolEvent {
@@ -41,44 +58,38 @@ fn released(piece: u64, slot: u32) -> ProtocolEvent {
 #[test]
 fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
     let (mut source, mut sink) = source_and_sink();
-    let state = |p: &Protocol| p.ring(WIRE).unwrap().state(0);
-    assert_eq!(handle(&mut source, ProtocolEvent::Start), []);
-    assert_eq!(state(&source), SlotState::Free);
-    assert_eq!(
-        handle(&mut source, ProtocolEvent::Token { action: 0, count: 1 }),
-        [Effect::Launch { action: 0, firing: 0 }]
-    );
-    assert_eq!(state(&source), SlotState::Writing);
+    // Free slots, published pieces and released pieces.
+    let state = |p: &Protocol| p.ring(WIRE).map(|ring| (ring.free(), ring.published(), ring.released()[0])).unwrap();
+    assert_eq!(state(&source), (2, 0, 0));
+    assert_eq!(handle(&mut source, tokens(0, 1)), launch(0, 0));
+    assert_eq!(state(&source), (1, 0, 0));
     let message = Message::Filled { register: WIRE, reader: 0, slot: 0, piece: 0 };
-    assert_eq!(handle(&mut source, ProtocolEvent::Done { action: 0 }), [Effect::Send { to: SINK, message }]);
-    assert_eq!(state(&source), SlotState::Filled { readers_left: 1 });
-    handle(&mut sink, ProtocolEvent::Start);
-    assert_eq!(handle(&mut sink, ProtocolEvent::Message(message)), [Effect::Launch { action: 0, firing: 0 }]);
+    assert_eq!(handle(&mut source, DONE), [Effect::Send { to: SINK, message }]);
+    assert_eq!(state(&source), (1, 1, 0));
+    assert_eq!(handle(&mut sink, ProtocolEvent::Message(message)), launch(0, 0));
     let message = Message::Released { register: WIRE, reader: 0, slot: 0, piece: 0 };
-    assert_eq!(handle(&mut sink, ProtocolEvent::Done { action: 0 }), [Effect::Send { to: SOURCE, message }]);
+    assert_eq!(handle(&mut sink, DONE), [Effect::Send { to: SOURCE, message }]);
     handle(&mut source, ProtocolEvent::Message(message));
-    assert_eq!((state(&source), source.ring(WIRE).unwrap().peak()), (SlotState::Free, 1));
+    assert_eq!((state(&source), source.ring(WIRE).unwrap().peak()), ((2, 1, 1), 1));
 }
 
 #[test]
 fn credits_limit_the_pieces_in_flight() {
     let (mut source, _) = source_and_sink();
-    handle(&mut source, ProtocolEvent::Start);
-    handle(&mut source, ProtocolEvent::Token { action: 0, count: 4 });
-    handle(&mut source, ProtocolEvent::Done { action: 0 });
-    let sent = handle(&mut source, ProtocolEvent::Done { action: 0 });
+    handle(&mut source, tokens(0, 4));
+    handle(&mut source, DONE);
+    let sent = handle(&mut source, DONE);
     assert_eq!(sent.len(), 1, "a third firing has no slot: {sent:?}");
     let spec = source.spec.clone();
     let text = source.waiting().describe(&spec);
     assert_eq!(text, "source write waits for a credit of register 'wire' (2 of 2 slots held by sink read)");
-    assert_eq!(handle(&mut source, released(0, 0)), [Effect::Launch { action: 0, firing: 2 }]);
+    assert_eq!(handle(&mut source, released(0, 0)), launch(0, 2));
     assert_eq!((source.output_slot(0, 0, 2), source.repeats(0, 0, 2)), (0, false));
 }
 
 #[test]
 fn invalid_messages_are_rejected() {
     let (_, mut sink) = source_and_sink();
-    handle(&mut sink, ProtocolEvent::Start);
     let text = "CR-4 register 'wire': filled carries piece 1, expected 0";
     assert_eq!(reject(&mut sink.clone(), filled(1, 1)), text);
     assert_eq!(reject(&mut sink.clone(), filled(0, 1)), "CR-4 register 'wire': piece 0 arrived in slot 1, expected 0");
@@ -90,22 +101,21 @@ fn invalid_messages_are_rejected() {
     assert!(reject(&mut sink.clone(), released(0, 0)).contains("belongs to another actor"));
     let stray = Message::Filled { register: RegisterId(9), reader: 0, slot: 0, piece: 0 };
     assert!(reject(&mut sink.clone(), ProtocolEvent::Message(stray)).contains("belongs to another actor"));
-    assert!(reject(&mut sink.clone(), ProtocolEvent::Token { action: 0, count: 1 }).contains("accepts no tokens"));
-    assert!(reject(&mut sink.clone(), ProtocolEvent::Token { action: 7, count: 1 }).contains("accepts no tokens"));
+    assert!(reject(&mut sink.clone(), tokens(0, 1)).contains("accepts no tokens"));
+    assert!(reject(&mut sink.clone(), tokens(7, 1)).contains("accepts no tokens"));
     assert!(reject(&mut sink.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("not an early output"));
-    handle(&mut sink, ProtocolEvent::Done { action: 0 });
-    handle(&mut sink, ProtocolEvent::Done { action: 0 });
-    assert!(reject(&mut sink, ProtocolEvent::Done { action: 0 }).starts_with("CR-5"));
+    handle(&mut sink, DONE);
+    handle(&mut sink, DONE);
+    assert!(reject(&mut sink, DONE).starts_with("CR-5"));
 }
 
 #[test]
 fn releases_are_checked() {
     let (mut source, _) = source_and_sink();
-    handle(&mut source, ProtocolEvent::Start);
-    handle(&mut source, ProtocolEvent::Token { action: 0, count: 4 });
+    handle(&mut source, tokens(0, 4));
     let text = "CR-1 register 'wire': sink read released piece 0, but only 0 pieces are published";
     assert_eq!(reject(&mut source.clone(), released(0, 0)), text);
-    handle(&mut source, ProtocolEvent::Done { action: 0 });
+    handle(&mut source, DONE);
     handle(&mut source, released(0, 0));
     let text = "CR-4 register 'wire': released by sink read carries piece 0, expected 1";
     assert_eq!(reject(&mut source, released(0, 0)), text);
@@ -119,22 +129,20 @@ fn early_outputs_are_published_once_and_by_a_signal() {
     let gradient = b.register("gradient", 1, backward, 2);
     b.read(gradient, update, 1);
     b.early(gradient);
-    let spec = Arc::new(b.build());
-    crate::check::check(&spec).unwrap();
-    let mut shard = Protocol::new(&spec, actor);
+    let mut shard = protocol(&b.build(), actor);
     handle(&mut shard, ProtocolEvent::Start);
-    handle(&mut shard, ProtocolEvent::Token { action: 0, count: 2 });
+    handle(&mut shard, tokens(0, 2));
     // The first firing does not complete the piece, so its signal has no effect.
     handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
     assert_eq!(shard.ring(gradient).unwrap().published(), 0);
-    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 0, firing: 1 }]);
+    assert_eq!(handle(&mut shard, DONE), launch(0, 1));
     assert!(shard.repeats(0, 0, 1));
-    assert!(reject(&mut shard.clone(), ProtocolEvent::Done { action: 0 }).contains("without the signal"));
+    assert!(reject(&mut shard.clone(), DONE).contains("without the signal"));
     handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
     assert_eq!(shard.ring(gradient).unwrap().published(), 1);
     assert!(reject(&mut shard.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("already published"));
     // The actor's own reader has the piece, but one firing is in flight (CR-5).
-    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 1, firing: 0 }]);
+    assert_eq!(handle(&mut shard, DONE), launch(1, 0));
 }
 
 #[test]
@@ -147,15 +155,13 @@ fn an_initial_register_of_one_slot_is_updated_after_its_readers() {
     b.read(parameters, train, 2);
     // It would fire first if it were ready.
     b.action_mut(update).priority = -1;
-    let spec = Arc::new(b.build());
-    crate::check::check(&spec).unwrap();
-    let mut shard = Protocol::new(&spec, actor);
-    handle(&mut shard, ProtocolEvent::Token { action: 1, count: 1 });
-    handle(&mut shard, ProtocolEvent::Token { action: 0, count: 3 });
-    assert_eq!(handle(&mut shard, ProtocolEvent::Start), [Effect::Launch { action: 0, firing: 0 }]);
-    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 0, firing: 1 }]);
+    let mut shard = protocol(&b.build(), actor);
+    handle(&mut shard, tokens(1, 1));
+    handle(&mut shard, tokens(0, 3));
+    assert_eq!(handle(&mut shard, ProtocolEvent::Start), launch(0, 0));
+    assert_eq!(handle(&mut shard, DONE), launch(0, 1));
     // Both firings have read piece 0, so the slot is free and the next piece is 1.
-    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 0 }), [Effect::Launch { action: 1, firing: 0 }]);
+    assert_eq!(handle(&mut shard, DONE), launch(1, 0));
     assert_eq!(shard.output_slot(1, 0, 0), 0);
-    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 1 }), [Effect::Launch { action: 0, firing: 2 }]);
+    assert_eq!(handle(&mut shard, ProtocolEvent::Done { action: 1 }), launch(0, 2));
 }

@@ -1,8 +1,5 @@
-//! Reports why an actor does not fire, for the watchdog and for deadlock reports.
+//! The reasons why an actor does not fire, for the watchdog and for deadlock reports.
 
-use std::fmt::Write;
-
-use super::{FiringState, Protocol};
 use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
 
 /// An actor's firing in flight, and the waits of its actions.
@@ -27,32 +24,16 @@ pub struct ActionWaits {
 
 /// One thing that an action needs and does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Missing {
-    /// A piece of an input.
-    Piece {
-        /// The register.
-        register: RegisterId,
-        /// Number of the piece.
-        piece: u64,
-        /// The action that writes it.
-        writer: RegisterReader,
-    },
-    /// A free slot of an output.
-    Credit {
-        /// The register.
-        register: RegisterId,
-        /// Its number of slots; all are held.
-        slots: u32,
-        /// Readers that have not released the oldest piece.
-        holders: Vec<Holder>,
-    },
+    /// A piece of an input, from the action that writes it.
+    Piece { register: RegisterId, piece: u64, writer: RegisterReader },
+    /// A free slot of an output: all are held. The holders have not released the oldest piece.
+    Credit { register: RegisterId, slots: u32, holders: Vec<Holder> },
     /// A token from the host.
     Token,
-    /// Its turn: the next action in the actor's ordered list is another one.
-    Turn {
-        /// Index of that action.
-        next: u32,
-    },
+    /// Its turn: the `next` action in the actor's ordered list is another one.
+    Turn { next: u32 },
 }
 
 /// A reader that holds slots.
@@ -62,57 +43,6 @@ pub struct Holder {
     pub reader: RegisterReader,
     /// Number of slots that it has not released, as far as the producer knows.
     pub slots: u32,
-}
-
-impl Protocol {
-    /// Reports why this actor does not fire.
-    pub fn waiting(&self) -> ActorWaits {
-        let next = match &self.firing {
-            FiringState::Ordered(list, next) => list.get(*next).copied(),
-            FiringState::Credit(_) => None,
-        };
-        let mut actions = Vec::new();
-        for action in 0..self.actions.len() as u32 {
-            let missing = match next {
-                Some(next) if next != action => vec![Missing::Turn { next }],
-                _ => self.missing(action),
-            };
-            if !missing.is_empty() {
-                actions.push(ActionWaits { action, missing });
-            }
-        }
-        ActorWaits { actor: self.me, in_flight: self.in_flight, actions }
-    }
-
-    fn missing(&self, action: u32) -> Vec<Missing> {
-        let state = &self.actions[action as usize];
-        let firing = state.fired;
-        let mut missing = Vec::new();
-        for input in &state.inputs {
-            let piece = firing / input.firings_per_piece;
-            if input.filled <= piece {
-                let action = self.spec.writer(input.register).map_or(0, |w| w.0);
-                let writer = RegisterReader { actor: input.producer, action };
-                missing.push(Missing::Piece { register: input.register, piece, writer });
-            }
-        }
-        for output in state.outputs.iter().filter(|o| o.begins(firing)) {
-            let ring = &self.rings[output.ring];
-            if ring.free() > 0 {
-                continue;
-            }
-            let readers = self.spec.registers[output.register.0 as usize].readers.iter().enumerate();
-            let oldest = (0..readers.len()).map(|r| ring.released(r)).min().unwrap_or(0);
-            let holders = readers.filter(|(r, _)| ring.released(*r) == oldest);
-            let held = |r| (ring.published() - ring.released(r)) as u32;
-            let holders = holders.map(|(r, &reader)| Holder { reader, slots: held(r) }).collect();
-            missing.push(Missing::Credit { register: output.register, slots: ring.slots(), holders });
-        }
-        if state.external && state.tokens == 0 {
-            missing.push(Missing::Token);
-        }
-        missing
-    }
 }
 
 impl Missing {
@@ -143,13 +73,10 @@ impl ActorWaits {
         if let Some(action) = self.in_flight {
             return format!("{} is in flight", spec.action_name(self.actor, action));
         }
-        let mut text = String::new();
-        for waits in &self.actions {
+        let line = |waits: &ActionWaits| {
             let missing: Vec<_> = waits.missing.iter().map(|m| m.describe(spec, self.actor)).collect();
-            let _ =
-                writeln!(text, "{} waits for {}", spec.action_name(self.actor, waits.action), missing.join(" and "));
-        }
-        text.truncate(text.trim_end().len());
-        text
+            format!("{} waits for {}", spec.action_name(self.actor, waits.action), missing.join(" and "))
+        };
+        self.actions.iter().map(line).collect::<Vec<_>>().join("\n")
     }
 }

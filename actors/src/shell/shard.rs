@@ -9,10 +9,10 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notification, Notify, Submission};
 
-use super::{ActionProgram, BaseRef, RegisterMemory};
-use crate::error::{Failure, PeerError, ProtocolError};
-use crate::message::{Cast, Mail};
-use crate::protocol::{Effect, Protocol, ProtocolEvent};
+use crate::bus::{Cast, Mail};
+use crate::error::{Failure, PeerError};
+use crate::loaded::{ActionProgram, BaseRef, RegisterMemory};
+use crate::protocol::{Effect, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};
 use crate::supervisor::Session;
@@ -63,7 +63,7 @@ impl Shard {
     }
 
     fn process(&mut self, cast: Cast) -> Result<(), Failure> {
-        let name = &self.session.spec.actors[self.me.0 as usize].name;
+        let name = &self.session.spec.actor(self.me).name;
         self.session.bus.dequeued(self.me, name, &cast).map_err(|e| self.own_protocol_failure(e))?;
         match cast {
             Cast::Event(event) => self.apply(event),
@@ -79,18 +79,19 @@ impl Shard {
     }
 
     fn apply(&mut self, event: ProtocolEvent) -> Result<(), Failure> {
-        let now_ns = self.session.now_ns();
-        self.session.progressed(now_ns);
+        let now_ns = self.session.activity.now_ns();
+        self.session.activity.add(now_ns);
         let mut effects = std::mem::take(&mut self.effects);
         self.protocol.apply(event, &mut effects).map_err(|e| self.protocol_failure(event, e))?;
-        if let (ProtocolEvent::Signal { .. }, Some(fired)) = (event, &mut self.in_flight) {
-            fired.early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
+        if let (ProtocolEvent::Signal { .. } | ProtocolEvent::Done { .. }, Some(fired)) = (event, &mut self.in_flight)
+            && fired.early_ns == 0
+        {
+            fired.early_ns = now_ns;
         }
         if let ProtocolEvent::Done { action } = event {
             if let Some(fired) = self.in_flight.take() {
                 self.busy_ns[action as usize] += now_ns - fired.launched_ns;
-                let early_ns = if fired.early_ns > 0 { fired.early_ns } else { now_ns };
-                self.session.rings[&self.me].push(FiringRecord { ended_ns: now_ns, early_ns, ..fired });
+                self.session.records.rings[&self.me].push(FiringRecord { ended_ns: now_ns, ..fired });
             }
             self.idle_since_ns = now_ns;
             self.session.completed(self.me, action);
@@ -117,12 +118,11 @@ impl Shard {
     }
 
     fn launch(&mut self, action: u32, firing: u64) -> Result<(), Failure> {
-        let spec = &self.session.spec.actors[self.me.0 as usize].actions[action as usize];
+        let spec = self.session.spec.action(self.me, action);
         let program = &self.programs[action as usize];
         let slot = |register: RegisterId, slot: u32| {
             let memory = &self.memory[&register];
-            let offset = memory.base.offset + slot as usize * memory.stride;
-            Base { arena: memory.base.arena.clone(), offset }
+            Base { arena: memory.base.arena.clone(), offset: memory.offset(slot) }
         };
         let base = |base: &BaseRef| match *base {
             BaseRef::Fixed(ref base) => base.clone(),
@@ -131,22 +131,24 @@ impl Shard {
         };
         let bases = program.bases.iter().map(base).collect();
         let repeat = (0..spec.outputs.len()).any(|port| self.protocol.repeats(action, port, firing));
-        self.session.launched(self.me, action);
+        self.session.steps.launch(self.me, action);
         let notify = notify(self.session.clone(), self.me, action, firing);
         let submission = Submission { program: program.program.clone(), bases, repeat, notify };
         self.session.streams[&self.me].submit(submission).map_err(|cause| self.kernel_failure(cause))
     }
 
     fn snapshot(&self) -> ActorSnapshot {
-        let idle_now_ns = if self.in_flight.is_some() { 0 } else { self.session.now_ns() - self.idle_since_ns };
-        let base = ActorSnapshot::of(self.me, &self.protocol, &self.busy_ns);
+        let idle_now_ns =
+            if self.in_flight.is_some() { 0 } else { self.session.activity.now_ns() - self.idle_since_ns };
         let in_flight_since_ns = self.in_flight.map(|fired| fired.launched_ns);
         let collective_ns = self.session.streams[&self.me].collective_time().as_nanos() as u64;
-        ActorSnapshot { collective_ns, idle: self.idle.clone(), idle_now_ns, in_flight_since_ns, ..base }
+        let (busy_ns, idle) = (self.busy_ns.clone(), self.idle.clone());
+        let base = ActorSnapshot::of(&self.protocol);
+        ActorSnapshot { busy_ns, collective_ns, idle, idle_now_ns, in_flight_since_ns, ..base }
     }
 
     fn own_protocol_failure(&self, cause: ProtocolError) -> Failure {
-        let own = &self.session.spec.actors[self.me.0 as usize];
+        let own = self.session.spec.actor(self.me);
         Failure::Protocol { actor: own.name.clone(), device: own.device, cause }
     }
 
@@ -163,7 +165,7 @@ impl Shard {
     }
 
     fn kernel_failure(&self, cause: KernelError) -> Failure {
-        let own = &self.session.spec.actors[self.me.0 as usize];
+        let own = self.session.spec.actor(self.me);
         let action = self.protocol.in_flight().map_or("none", |a| &own.actions[a as usize].name);
         Failure::Kernel { actor: own.name.clone(), device: own.device, action: action.into(), cause: Box::new(cause) }
     }
@@ -175,7 +177,8 @@ fn notify(session: Arc<Session>, me: ActorId, action: u32, firing: u64) -> Notif
         let cast = match notification {
             Notification::Signal(output) => Cast::Event(ProtocolEvent::Signal { action, output }),
             Notification::NotFinite { launch, write, elements } => {
-                return session.add_not_finite(NotFinite { actor: me, action, firing, launch, write, elements });
+                let found = NotFinite { actor: me, action, firing, launch, write, elements };
+                return session.records.not_finite.lock().push(found);
             }
             Notification::Done => Cast::Event(ProtocolEvent::Done { action }),
             Notification::Failed(cause) => Cast::Failed(cause),
@@ -202,7 +205,7 @@ impl Actor for ShardActor {
     }
 
     async fn post_stop(&self, _: ActorRef<Mail>, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
-        shard.session.add_final_snapshot(shard.snapshot());
+        shard.session.records.finals.lock().push(shard.snapshot());
         Ok(())
     }
 }

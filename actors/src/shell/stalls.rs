@@ -3,12 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_channel::{Sender, bounded};
-use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::collective::{CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::hash::SplitMix64;
-use shardflow_kernels::op::{Buffer, Op};
-use shardflow_kernels::tensor::DType;
+use shardflow_kernels::memory::Base;
 
-use super::tests::{Bench, act, add_steps, bench, launch, programs};
+use super::tests::{Bench, act, add_steps, bench, checked_by_hand, collective_launch, launch_first, programs};
 use super::*;
 use crate::builder::Builder;
 use crate::hang::{Root, tests::pieces};
@@ -50,13 +49,8 @@ fn lost_message(rng: &mut SplitMix64) -> Case {
         // Some lost messages cause no stall: nobody waits for the last releases.
         let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(*steps) };
         if let Err(SimulationError::Stuck(_)) = simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
-            return Case {
-                loaded: bench((**spec).clone()).loaded,
-                fault: Some(fault),
-                steps: *steps,
-                root,
-                gate: None,
-            };
+            let loaded = bench((**spec).clone()).loaded;
+            return Case { loaded, fault: Some(fault), steps: *steps, root, gate: None };
         }
     }
 }
@@ -84,11 +78,9 @@ fn unjoined_collective(rng: &mut SplitMix64) -> Case {
         let actor = reduce.actor.0;
         let program = &mut programs(&mut loaded, actor)[reduce.action as usize];
         program.bases.push(BaseRef::Fixed(Base { arena: histories[actor as usize].clone(), offset: 0 }));
-        let base = program.bases.len() - 1;
-        let buffer = Buffer { base, offset: 0, shape: vec![1], dtype: DType::F32 };
         let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
-        let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
-        Arc::make_mut(&mut program.program).launches.insert(0, launch(op, vec![buffer.clone()], vec![buffer], false));
+        let launch = collective_launch(&group, member, kind, program.bases.len() - 1);
+        Arc::make_mut(&mut program.program).launches.insert(0, launch);
     }
     let late = draw(rng, members);
     let (work, reduce, register) = at[late];
@@ -112,26 +104,25 @@ fn unjoined_collective(rng: &mut SplitMix64) -> Case {
 fn block_firing(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender<()> {
     let (gate, opened) = bounded::<()>(0);
     let fired = AtomicU64::new(0);
-    let kernel = act(move || {
+    let op = act(move || {
         if fired.fetch_add(1, Ordering::Relaxed) == nth {
             // Returns when the sender is dropped.
             let _ = opened.recv_timeout(WITHIN * 6);
         }
         Ok(())
     });
-    let program = &mut programs(loaded, at.actor.0)[at.action as usize].program;
-    Arc::make_mut(program).launches.insert(0, launch(kernel, vec![], vec![], false));
+    launch_first(loaded, at, op);
     gate
 }
 
 /// Waits until the session has made no progress for [`IDLE_FOR`].
 fn wait_until_idle(running: &RunningSession) {
     let start = Instant::now();
-    let mut last = (running.session.progress(), start);
+    let mut last = (running.session.activity.events(), start);
     while last.1.elapsed() < IDLE_FOR {
         assert!(start.elapsed() < WITHIN, "{:?}", running.snapshot());
-        if running.session.progress() != last.0 {
-            last = (running.session.progress(), Instant::now());
+        if running.session.activity.events() != last.0 {
+            last = (running.session.activity.events(), Instant::now());
         }
         thread::yield_now();
     }
@@ -144,8 +135,7 @@ fn the_report_of_a_stall_names_its_cause_within_ten_seconds() {
         let case = if seed % 3 == 2 { unjoined_collective(&mut rng) } else { lost_message(&mut rng) };
         let Case { loaded, fault, steps, root, gate } = case;
         let spec = loaded.spec.clone();
-        let options = WatchdogOptions { stall_after: WITHIN, check_every: None, ..WatchdogOptions::default() };
-        let running = start(loaded, options).unwrap();
+        let running = start(loaded, checked_by_hand()).unwrap();
         fault.into_iter().for_each(|fault| running.session.bus.inject(fault));
         add_steps(&running, &spec, steps);
         wait_until_idle(&running);

@@ -3,17 +3,19 @@
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_kernels::collective::in_process::InProcess;
-use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
+use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::device::Device;
 use shardflow_kernels::error::KernelError;
-use shardflow_kernels::memory::Arena;
-use shardflow_kernels::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op};
+use shardflow_kernels::memory::{Arena, Base};
+use shardflow_kernels::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op, Program};
 use shardflow_kernels::tensor::{DType, HostTensor};
 
 use super::*;
 use crate::builder::Builder;
-use crate::simulate::{self, SimulationOptions, Timing, plans};
-use crate::spec::{Firing, RegisterReader};
+use crate::protocol::Message;
+use crate::remote::Peers;
+use crate::simulate::{plans, tests::exact};
+use crate::spec::{ActorSpec, Firing, InputSpec, RegisterId, RegisterReader};
 use crate::trace::Cause;
 
 /// Much longer than any run here takes; ends a test that hangs.
@@ -76,12 +78,47 @@ pub(super) fn act(f: impl Fn() -> Result<(), KernelError> + Send + Sync + 'stati
     Op::Custom(Arc::new(Act(f)))
 }
 
+/// A kernel that does nothing.
+fn idle() -> Op {
+    act(|| Ok(()))
+}
+
 fn cell(base: usize) -> Buffer {
     Buffer { base, offset: 0, shape: vec![1], dtype: DType::I32 }
 }
 
 pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate: bool) -> Launch {
     Launch { op, reads, writes, accumulate, workspace: None }
+}
+
+/// The program of one op, without memory.
+fn program(op: Op) -> ActionProgram {
+    let launches = vec![launch(op, vec![], vec![], false)];
+    let program = Program { name: "work".into(), launches, signals: vec![] };
+    ActionProgram { program: Arc::new(program), bases: vec![] }
+}
+
+/// Makes an action launch an op before its others.
+pub(super) fn launch_first(loaded: &mut LoadedPlan, at: RegisterReader, op: Op) {
+    let program = &mut programs(loaded, at.actor.0)[at.action as usize].program;
+    Arc::make_mut(program).launches.insert(0, launch(op, vec![], vec![], false));
+}
+
+fn started(loaded: LoadedPlan) -> RunningSession {
+    start(loaded, WatchdogOptions::default()).unwrap()
+}
+
+/// Options for a test that runs the watchdog's checks itself.
+pub(super) fn checked_by_hand() -> WatchdogOptions {
+    WatchdogOptions { stall_after: Duration::from_secs(10), check_every: None, ..WatchdogOptions::default() }
+}
+
+fn wait_for(running: &RunningSession, condition: impl Fn(&[ActorSnapshot]) -> bool) {
+    let deadline = Instant::now() + TIMEOUT;
+    while !condition(&running.snapshot()) {
+        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+        std::thread::yield_now();
+    }
 }
 
 /// A plan with [`Mix`] kernels: each action computes each output and its own history from all inputs.
@@ -100,13 +137,13 @@ pub(super) fn bench(spec: Spec) -> Bench {
     let devices: Vec<Device> =
         (0..=spec.actors.iter().map(|a| a.device).max().unwrap()).map(|d| Device::cpu(d, 1, engine.clone())).collect();
     let memory = spec.registers.iter().enumerate().map(|(r, register)| {
-        let device = &devices[spec.actors[register.producer.0 as usize].device];
+        let device = &devices[spec.actor(register.producer).device];
         let arena = device.arena(4 * register.slots as usize).unwrap();
         arena.write_host(0, &HostTensor::i32(&[1], vec![r as i32])).unwrap();
         (RegisterId(r as u32), RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })
     });
     let memory = memory.collect();
-    let arena = |a: &crate::spec::ActorSpec| devices[a.device].arena(4 * a.actions.len()).unwrap();
+    let arena = |a: &ActorSpec| devices[a.device].arena(4 * a.actions.len()).unwrap();
     let histories: Vec<Arena> = spec.actors.iter().map(arena).collect();
     let mut hosted = BTreeMap::new();
     for (a, actor) in spec.actors.iter().enumerate() {
@@ -129,7 +166,7 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let reads: Vec<Buffer> = (0..action.inputs.len()).chain([own]).map(cell).collect();
     let mut program = Program { name: action.name.clone(), ..Program::default() };
     for (port, output) in action.outputs.iter().enumerate() {
-        let register = &spec.registers[output.register.0 as usize];
+        let register = spec.register(output.register);
         let kernel = Mix { seed: seed(a, x, port), keep: register.initial };
         let op = Op::Custom(Arc::new(kernel));
         let write = vec![cell(action.inputs.len() + port)];
@@ -145,24 +182,14 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
 }
 
 pub(super) fn add_steps(running: &RunningSession, spec: &Spec, steps: u32) {
-    for (a, actor) in spec.actors.iter().enumerate() {
-        for (x, action) in actor.actions.iter().enumerate().filter(|(_, x)| x.external) {
-            running.add_tokens(ActorId(a as u32), x as u32, action.per_step * steps).unwrap();
-        }
+    for (at, action) in spec.all_actions().filter(|(_, action)| action.external) {
+        running.add_tokens(at.actor, at.action, action.per_step * steps).unwrap();
     }
-}
-
-fn histories(bench: &[Arena], spec: &Spec) -> Vec<Vec<i32>> {
-    let read = |(arena, actor): (&Arena, &crate::spec::ActorSpec)| {
-        let tensor = arena.read_host(0, &[actor.actions.len()], DType::I32).unwrap();
-        tensor.as_i32().unwrap().to_vec()
-    };
-    bench.iter().zip(&spec.actors).map(read).collect()
 }
 
 fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     let Bench { loaded, histories: arenas } = bench(spec.clone());
-    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    let running = started(loaded);
     add_steps(&running, &spec, steps);
     assert!(running.quiesce(TIMEOUT).unwrap(), "{:?}", running.snapshot());
     let summary = running.shutdown().unwrap();
@@ -171,13 +198,16 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
         assert_eq!(snapshot.firings, all);
         assert!(snapshot.registers.iter().all(|r| r.slots_peak <= r.slots));
     }
-    histories(&arenas, &spec)
+    let read = |(arena, actor): (&Arena, &ActorSpec)| {
+        let tensor = arena.read_host(0, &[actor.actions.len()], DType::I32).unwrap();
+        tensor.as_i32().unwrap().to_vec()
+    };
+    arenas.iter().zip(&spec.actors).map(read).collect()
 }
 
 /// The expected histories: the same arithmetic, one firing at a time, in the simulator's order.
 fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
-    let shared = Arc::new(spec.clone());
-    let mut run = simulate::simulate(&shared, &Timing::uniform(spec, 3, 1), &SimulationOptions::steps(steps)).unwrap();
+    let mut run = exact(&Arc::new(spec.clone()), 3, 1, steps).unwrap();
     run.timeline.sort_by_key(|f| f.start);
     let mut slots: Vec<Vec<i32>> = spec.registers.iter().map(|r| vec![0; r.slots as usize]).collect();
     slots.iter_mut().enumerate().for_each(|(r, s)| s[0] = r as i32);
@@ -185,8 +215,8 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
     for fired in run.timeline {
         let (a, x) = (fired.actor.0 as usize, fired.action as usize);
         let action = &spec.actors[a].actions[x];
-        let place = |register: RegisterId, piece: u64| (register.0 as usize, piece as usize % slots_of(spec, register));
-        let read = |i: &crate::spec::InputSpec| {
+        let place = |id: RegisterId, piece: u64| (id.0 as usize, piece as usize % spec.register(id).slots as usize);
+        let read = |i: &InputSpec| {
             let (register, slot) = place(i.register, fired.firing / u64::from(i.firings_per_piece));
             slots[register][slot]
         };
@@ -194,7 +224,7 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
         let mut reads = inputs.clone();
         reads.push(histories[a][x]);
         for (port, output) in action.outputs.iter().enumerate() {
-            let initial = spec.registers[output.register.0 as usize].initial;
+            let initial = spec.register(output.register).initial;
             let every = u64::from(output.firings_per_piece);
             let (register, slot) = place(output.register, fired.firing / every + u64::from(initial));
             let value = value(seed(a, x, port), &reads);
@@ -205,10 +235,6 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
         histories[a][x] = mix(histories[a][x], value(seed(a, x, 99), &inputs));
     }
     histories
-}
-
-fn slots_of(spec: &Spec, register: RegisterId) -> usize {
-    spec.registers[register.0 as usize].slots as usize
 }
 
 #[test]
@@ -243,9 +269,7 @@ fn chain(ops: Vec<Op>) -> LoadedPlan {
     }
     let mut loaded = bench(b.build()).loaded;
     for (own, op) in loaded.hosted.values_mut().zip(ops) {
-        let launches = vec![launch(op, vec![], vec![], false)];
-        let program = Program { name: "work".into(), launches, signals: vec![] };
-        own.programs[0] = ActionProgram { program: Arc::new(program), bases: vec![] };
+        own.programs[0] = program(op);
     }
     loaded
 }
@@ -259,51 +283,37 @@ fn first_failure(running: RunningSession) -> Failure {
 }
 
 #[test]
-fn a_failing_kernel_is_the_first_cause() {
+fn the_first_cause_names_its_actor_and_action() {
     let cause = KernelError::Custom { name: "act".into(), message: "no".into() };
-    let fails = cause.clone();
-    let loaded = chain(vec![act(|| Ok(())), act(move || Err(fails.clone())), act(|| Ok(()))]);
-    let running = start(loaded, WatchdogOptions::default()).unwrap();
-    running.add_tokens(ActorId(0), 0, 50).unwrap();
-    let failure = first_failure(running);
-    assert_eq!(
-        failure,
-        Failure::Kernel { actor: "a1".into(), device: 1, action: "work".into(), cause: Box::new(cause) }
-    );
-}
-
-#[test]
-fn a_panicking_kernel_is_the_first_cause() {
-    let loaded = chain(vec![act(|| Ok(())), act(|| panic!("boom"))]);
-    let running = start(loaded, WatchdogOptions::default()).unwrap();
-    running.add_tokens(ActorId(0), 0, 1).unwrap();
-    let failure = first_failure(running).to_string();
-    assert!(failure.starts_with("a1 on device 1, action work: kernel"), "{failure}");
-    assert!(failure.contains("panicked: boom"), "{failure}");
-}
-
-#[test]
-fn a_panicking_actor_is_the_first_cause() {
-    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
-    assert!(running.cast(ActorId(1), Cast::Panic));
-    let failure = first_failure(running);
-    let Failure::Panic { actor, device, action, message } = failure else { panic!("{failure}") };
-    assert_eq!((actor.as_str(), device, action), ("a1", 1, None));
-    assert!(message.contains("requested by a test"), "{message}");
-}
-
-#[test]
-fn a_stray_message_is_the_first_cause() {
-    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
-    let message = crate::protocol::Message::Filled { register: RegisterId(0), reader: 0, slot: 1, piece: 1 };
-    assert!(running.cast(ActorId(1), Cast::Event(ProtocolEvent::Message(message))));
-    let failure = first_failure(running);
-    assert!(matches!(failure, Failure::Protocol { .. }), "{failure}");
-    assert_eq!(failure.to_string(), "a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0");
+    let (failed, fails) = (format!("a1 on device 1, action work: {cause}"), act(move || Err(cause.clone())));
+    let stray = Message::Filled { register: RegisterId(0), reader: 0, slot: 1, piece: 1 };
+    let stray = Cast::Event(ProtocolEvent::Message(stray));
+    let cases = [
+        (fails, None, [&failed, ""]),
+        (act(|| panic!("boom")), None, ["a1 on device 1, action work: kernel", "panicked: boom"]),
+        (idle(), Some(Cast::Panic), ["a1 on device 1 panicked: ", "requested by a test"]),
+        (idle(), Some(stray), ["a1 on device 1: CR-4 register 'wire1': filled carries piece 1, expected 0", ""]),
+    ];
+    for (op, cast, [start, part]) in cases {
+        let running = started(chain(vec![idle(), op, idle()]));
+        match cast {
+            None => running.add_tokens(ActorId(0), 0, 50).unwrap(),
+            Some(cast) => assert!(running.session.bus.send(ActorId(1), cast)),
+        }
+        let failure = first_failure(running).to_string();
+        assert!(failure.starts_with(start) && failure.contains(part), "{failure}");
+    }
 }
 
 pub(super) fn programs(loaded: &mut LoadedPlan, actor: u32) -> &mut Vec<ActionProgram> {
     &mut loaded.hosted.get_mut(&ActorId(actor)).unwrap().programs
+}
+
+/// The launch of a member's collective on one number at a base.
+pub(super) fn collective_launch(group: &Arc<Group>, member: usize, kind: CollectiveKind, base: usize) -> Launch {
+    let buffer = Buffer { base, offset: 0, shape: vec![1], dtype: DType::F32 };
+    let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
+    launch(op, vec![buffer.clone()], vec![buffer], false)
 }
 
 /// Two actors that run one collective together.
@@ -316,9 +326,7 @@ fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
     let Bench { mut loaded, histories } = bench(b.build());
     let group = Arc::new(Group { id: 0, ranks: vec![0, 1] });
     for (member, kind) in kinds.into_iter().enumerate() {
-        let buffer = Buffer { base: 0, offset: 0, shape: vec![1], dtype: DType::F32 };
-        let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
-        let launches = vec![launch(op, vec![buffer.clone()], vec![buffer], false)];
+        let launches = vec![collective_launch(&group, member, kind, 0)];
         let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
         let bases = vec![BaseRef::Fixed(Base { arena: histories[member].clone(), offset: 0 })];
         *programs(&mut loaded, member as u32) = vec![ActionProgram { program, bases }];
@@ -329,7 +337,7 @@ fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
 #[test]
 fn a_mismatched_collective_fails_the_session() {
     let kind = |op| CollectiveKind::AllReduce { op };
-    let running = start(collective([kind(ReduceOp::Sum), kind(ReduceOp::Max)]), WatchdogOptions::default()).unwrap();
+    let running = started(collective([kind(ReduceOp::Sum), kind(ReduceOp::Max)]));
     running.add_tokens(ActorId(0), 0, 1).unwrap();
     running.add_tokens(ActorId(1), 0, 1).unwrap();
     let failure = first_failure(running);
@@ -340,7 +348,7 @@ fn a_mismatched_collective_fails_the_session() {
 #[test]
 fn shutdown_aborts_a_collective_that_the_other_member_never_joins() {
     let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
-    let running = start(collective([kind.clone(), kind]), WatchdogOptions::default()).unwrap();
+    let running = started(collective([kind.clone(), kind]));
     running.add_tokens(ActorId(0), 0, 5).unwrap();
     assert!(!running.quiesce(Duration::ZERO).unwrap() || running.snapshot()[0].firings[0] > 0);
     running.shutdown().unwrap();
@@ -362,7 +370,7 @@ fn gate() -> (Op, Receiver<()>, Sender<()>) {
 #[test]
 fn shutdown_with_work_queued_ends_after_the_firing_in_flight() {
     let (kernel, begins, open) = gate();
-    let running = start(chain(vec![kernel, act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    let running = started(chain(vec![kernel, idle()]));
     running.add_tokens(ActorId(0), 0, 100).unwrap();
     begins.recv_timeout(TIMEOUT).unwrap();
     let session = running.session.clone();
@@ -384,22 +392,17 @@ fn the_watchdog_reports_what_each_actor_waits_for() {
     let reports = Arc::new(Mutex::new(Vec::new()));
     let received = reports.clone();
     let options = WatchdogOptions {
-        stall_after: Duration::from_secs(10),
-        check_every: None,
         abort_after: Some(Duration::from_secs(30)),
         on_stall: Some(Arc::new(move |text: &str| received.lock().push(text.to_owned()))),
-        ..WatchdogOptions::default()
+        ..checked_by_hand()
     };
-    let running = start(chain(vec![act(|| Ok(())), kernel]), options).unwrap();
+    let running = start(chain(vec![idle(), kernel]), options).unwrap();
     assert_eq!(running.check_progress(Duration::from_secs(1000)), None, "without work there is no stall");
     running.add_tokens(ActorId(0), 0, 9).unwrap();
     begins.recv_timeout(TIMEOUT).unwrap();
     // The first actor fills its two slots and then waits. From then on there is no progress, and only virtual time
     // passes.
-    let deadline = Instant::now() + TIMEOUT;
-    while !running.snapshot()[0].waiting.describe(&running.session.spec).contains("credit") {
-        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
-    }
+    wait_for(&running, |all| all[0].waiting.describe(&running.session.spec).contains("credit"));
     let at = |seconds| running.check_progress(Duration::from_secs(seconds));
     assert_eq!((at(2000), at(2009)), (None, None));
     let report = at(2010).expect("ten seconds without progress");
@@ -428,14 +431,9 @@ fn a_stall_is_reported_while_a_step_lacks_a_token() {
     let actors = ["first", "late"].map(|name| b.actor(name, 0, Firing::Credit));
     let [first, late] = actors.map(|actor| b.external(actor, "work", 1));
     b.edge("wire", 1, first, late);
-    let options =
-        WatchdogOptions { stall_after: Duration::from_secs(10), check_every: None, ..WatchdogOptions::default() };
-    let running = start(bench(b.build()).loaded, options).unwrap();
+    let running = start(bench(b.build()).loaded, checked_by_hand()).unwrap();
     running.add_tokens(first.actor, 0, 1).unwrap();
-    let deadline = Instant::now() + TIMEOUT;
-    while running.snapshot()[0].firings != [1] || running.session.any_in_flight() {
-        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
-    }
+    wait_for(&running, |all| all[0].firings == [1] && !running.session.steps.any_in_flight());
     let at = |seconds| running.check_progress(Duration::from_secs(seconds));
     assert_eq!((at(1000), running.quiesce(TIMEOUT)), (None, Ok(true)), "no step has all of its tokens");
     let report = at(1010).expect("ten seconds without progress");
@@ -454,17 +452,12 @@ fn an_early_firing_does_not_hide_a_late_one() {
     let [ahead, late] = actors.map(|actor| b.external(actor, "work", 1));
     let mut loaded = bench(b.build()).loaded;
     let (kernel, begins, open) = gate();
-    let launches = vec![launch(kernel, vec![], vec![], false)];
-    let program = Program { name: "work".into(), launches, signals: vec![] };
-    programs(&mut loaded, late.actor.0)[0] = ActionProgram { program: Arc::new(program), bases: vec![] };
-    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    programs(&mut loaded, late.actor.0)[0] = program(kernel);
+    let running = started(loaded);
     running.add_tokens(ahead.actor, 0, 2).unwrap();
     running.add_tokens(late.actor, 0, 1).unwrap();
     begins.recv_timeout(TIMEOUT).unwrap();
-    let deadline = Instant::now() + TIMEOUT;
-    while running.snapshot()[0].firings != [2] || running.snapshot()[0].waiting.in_flight.is_some() {
-        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
-    }
+    wait_for(&running, |all| all[0].firings == [2] && all[0].waiting.in_flight.is_none());
     assert_eq!(running.quiesce(Duration::ZERO), Ok(false), "two firings have ended, but not the late one");
     drop(open);
     assert_eq!(running.quiesce(TIMEOUT), Ok(true));
@@ -473,25 +466,26 @@ fn an_early_firing_does_not_hide_a_late_one() {
 
 #[test]
 fn mismatched_parts_are_rejected() {
-    let fresh = || bench(plans::data_parallel()).loaded;
-    let error_of = |loaded| start(loaded, WatchdogOptions::default()).unwrap_err().to_string();
-    let mut loaded = fresh();
-    loaded.hosted.pop_last();
-    assert!(error_of(loaded).ends_with("processes that host it: expected 1, got 0"));
-    let mut loaded = fresh();
-    programs(&mut loaded, 0)[1].program = Arc::default();
-    assert!(error_of(loaded).contains("tags of the program's signals: expected the early outputs [0, 1], got []"));
-    let mut loaded = fresh();
-    programs(&mut loaded, 0)[0].bases.push(BaseRef::Input(7));
-    assert!(error_of(loaded).contains("input port of a base"));
-    let mut loaded = fresh();
-    loaded.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20;
-    assert!(error_of(loaded).contains("end of its slots"));
+    type Change = fn(&mut LoadedPlan);
+    let changes: [(&str, Change); 4] = [
+        ("processes that host it: expected 1, got 0", |l| drop(l.hosted.pop_last())),
+        ("tags of the program's signals: expected the early outputs [0, 1], got []", |l| {
+            programs(l, 0)[1].program = Arc::default();
+        }),
+        ("input port of a base", |l| programs(l, 0)[0].bases.push(BaseRef::Input(7))),
+        ("end of its slots", |l| l.memory.get_mut(&RegisterId(0)).unwrap().base.offset = 1 << 20),
+    ];
+    for (text, change) in changes {
+        let mut loaded = bench(plans::data_parallel()).loaded;
+        change(&mut loaded);
+        let error = start(loaded, WatchdogOptions::default()).unwrap_err().to_string();
+        assert!(error.contains(text), "{error}");
+    }
 }
 
 #[test]
 fn only_external_actions_accept_tokens() {
-    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    let running = started(chain(vec![idle(), idle()]));
     let error = ActorError::NotExternal { actor: ActorId(1), action: 0 };
     assert_eq!(running.add_tokens(ActorId(1), 0, 1), Err(error));
     assert!(running.add_tokens(ActorId(9), 9, 1).is_err());
@@ -506,21 +500,17 @@ fn a_failure_aborts_collectives_and_stays_the_first_cause() {
     let cause = KernelError::Custom { name: "act".into(), message: "no".into() };
     let (fails, (begun, begins)) = (cause.clone(), bounded(1));
     // Device 1 fails instead of joining, once device 0 is in the collective.
-    let launches = vec![launch(act(move || Err(fails.clone())), vec![], vec![], false)];
-    let program = Arc::new(Program { name: "reduce".into(), launches, signals: vec![] });
-    *programs(&mut loaded, 1) = vec![ActionProgram { program, bases: vec![] }];
-    let first = Arc::make_mut(&mut programs(&mut loaded, 0)[0].program);
+    programs(&mut loaded, 1)[0] = program(act(move || Err(fails.clone())));
     let begin = act(move || {
         let _ = begun.try_send(());
         Ok(())
     });
-    first.launches.insert(0, launch(begin, vec![], vec![], false));
-    let running = start(loaded, WatchdogOptions::default()).unwrap();
+    launch_first(&mut loaded, RegisterReader { actor: ActorId(0), action: 0 }, begin);
+    let running = started(loaded);
     running.add_tokens(ActorId(0), 0, 1).unwrap();
     begins.recv_timeout(TIMEOUT).unwrap();
     running.add_tokens(ActorId(1), 0, 1).unwrap();
-    let expected =
-        Failure::Kernel { actor: "a1".into(), device: 1, action: "reduce".into(), cause: Box::new(cause.clone()) };
+    let expected = Failure::Kernel { actor: "a1".into(), device: 1, action: "reduce".into(), cause: Box::new(cause) };
     assert_eq!(running.failures().recv_timeout(TIMEOUT), Ok(expected.clone()));
     // The stream becomes idle only if the collective was aborted.
     let (session, (idle, becomes_idle)) = (running.session.clone(), bounded(1));
@@ -534,7 +524,7 @@ fn a_failure_aborts_collectives_and_stays_the_first_cause() {
 /// An actor's firings and their causes can be read while it runs, and a later read continues from the previous one.
 #[test]
 fn firings_are_traced_with_their_causes() {
-    let running = start(chain(vec![act(|| Ok(())), act(|| Ok(()))]), WatchdogOptions::default()).unwrap();
+    let running = started(chain(vec![idle(), idle()]));
     let control = running.control();
     running.add_tokens(ActorId(0), 0, 3).unwrap();
     assert_eq!(running.quiesce(TIMEOUT), Ok(true));

@@ -1,10 +1,9 @@
 //! The data of a simulation: hashes in slots, and groups whose members mix each other's hashes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use shardflow_kernels::hash::{GOLDEN_GAMMA, mix64};
 
-use super::{SimulatedFiring, SimulationError};
 use crate::protocol::Protocol;
 use crate::spec::{ActorId, RegisterId, Spec};
 
@@ -15,6 +14,31 @@ fn mix(hash: u64, value: u64) -> u64 {
 
 /// Content of a slot that is being written.
 const UNWRITTEN: u64 = 0;
+
+/// One firing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SimulatedFiring {
+    /// The actor.
+    pub actor: ActorId,
+    /// Index of the action.
+    pub action: u32,
+    /// Counted from 0 over all steps.
+    pub firing: u64,
+    /// First tick; the firing includes the wait for its groups.
+    pub start: u64,
+    /// Tick after the last.
+    pub end: u64,
+}
+
+/// CR-7: a firing's input changed, or was not written.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("CR-7 {action}, firing {firing}: the slot that it reads of register '{register}' {fault}")]
+pub struct DataRace {
+    action: String,
+    firing: u64,
+    register: String,
+    fault: &'static str,
+}
 
 pub(super) struct Data {
     /// By register and slot.
@@ -43,13 +67,8 @@ impl Data {
     }
 
     /// Reads the inputs and marks the outputs as unwritten. Returns the hash of the inputs.
-    pub(super) fn launch(
-        &mut self,
-        spec: &Spec,
-        protocol: &Protocol,
-        fired: SimulatedFiring,
-    ) -> Result<u64, SimulationError> {
-        let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
+    pub(super) fn launch(&mut self, spec: &Spec, protocol: &Protocol, fired: SimulatedFiring) -> Result<u64, DataRace> {
+        let action = spec.action(fired.actor, fired.action);
         let flight = &mut self.flights[fired.actor.0 as usize];
         flight.reads.clear();
         flight.before.clear();
@@ -65,7 +84,7 @@ impl Data {
         }
         for (port, output) in action.outputs.iter().enumerate() {
             let slot = protocol.output_slot(fired.action, port, fired.firing) as usize;
-            let register = &spec.registers[output.register.0 as usize];
+            let register = spec.register(output.register);
             let in_place = register.initial && register.slots == 1;
             let kept = in_place || protocol.repeats(fired.action, port, fired.firing);
             let value = &mut self.slots[output.register.0 as usize][slot];
@@ -82,22 +101,17 @@ impl Data {
     }
 
     /// Writes one output.
-    pub(super) fn write(&mut self, protocol: &Protocol, actor: ActorId, action: u32, port: usize, firing: u64) {
-        let flight = &self.flights[actor.0 as usize];
+    pub(super) fn write(&mut self, spec: &Spec, protocol: &Protocol, fired: SimulatedFiring, port: usize) {
+        let flight = &self.flights[fired.actor.0 as usize];
         let value = mix(mix(flight.value, port as u64), flight.before[port]);
-        let slot = protocol.output_slot(action, port, firing) as usize;
-        let register = protocol.output_register(action, port);
+        let slot = protocol.output_slot(fired.action, port, fired.firing) as usize;
+        let register = spec.action(fired.actor, fired.action).outputs[port].register;
         self.slots[register.0 as usize][slot] = value;
     }
 
     /// Ends a firing: checks that its inputs are unchanged (CR-7) and writes the outputs that no signal has written.
-    pub(super) fn end(
-        &mut self,
-        spec: &Spec,
-        protocol: &Protocol,
-        fired: SimulatedFiring,
-    ) -> Result<(), SimulationError> {
-        let action = &spec.actors[fired.actor.0 as usize].actions[fired.action as usize];
+    pub(super) fn end(&mut self, spec: &Spec, protocol: &Protocol, fired: SimulatedFiring) -> Result<(), DataRace> {
+        let action = spec.action(fired.actor, fired.action);
         for (port, input) in action.inputs.iter().enumerate() {
             let slot = protocol.input_slot(fired.action, port, fired.firing) as usize;
             let read = self.flights[fired.actor.0 as usize].reads[port];
@@ -107,7 +121,7 @@ impl Data {
         }
         for (port, output) in action.outputs.iter().enumerate() {
             if !(output.early && protocol.completes(fired.action, port, fired.firing)) {
-                self.write(protocol, fired.actor, fired.action, port, fired.firing);
+                self.write(spec, protocol, fired, port);
             }
         }
         let history = &mut self.history[fired.actor.0 as usize][fired.action as usize];
@@ -120,15 +134,15 @@ impl Data {
     }
 }
 
-fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'static str) -> SimulationError {
+fn race(spec: &Spec, fired: SimulatedFiring, register: RegisterId, fault: &'static str) -> DataRace {
     let (action, register) = (spec.action_name(fired.actor, fired.action), spec.register_name(register));
-    SimulationError::Race { action, firing: fired.firing, register, fault }
+    DataRace { action, firing: fired.firing, register, fault }
 }
 
 /// Groups whose members' n-th firings run together.
 pub(super) struct Groups {
     /// By group: number of begun firings, by member.
-    begun: HashMap<u32, Vec<(ActorId, u64)>>,
+    begun: HashMap<u32, BTreeMap<ActorId, u64>>,
     /// By group and round: the sum of the members' hashes.
     contributions: HashMap<(u32, u64), u64>,
     /// Members in flight that wait for other members, with their groups and rounds.
@@ -137,34 +151,31 @@ pub(super) struct Groups {
 
 impl Groups {
     pub(super) fn new(spec: &Spec) -> Self {
-        let mut begun: HashMap<u32, Vec<(ActorId, u64)>> = HashMap::new();
-        for (a, actor) in spec.actors.iter().enumerate() {
-            for &group in actor.actions.iter().flat_map(|x| &x.groups) {
-                let members = begun.entry(group).or_default();
-                if members.iter().all(|m| m.0.0 != a as u32) {
-                    members.push((ActorId(a as u32), 0));
-                }
+        let mut begun: HashMap<u32, BTreeMap<ActorId, u64>> = HashMap::new();
+        for (at, action) in spec.all_actions() {
+            for group in &action.groups {
+                begun.entry(*group).or_default().insert(at.actor, 0);
             }
         }
         Self { begun, contributions: HashMap::new(), waiting: Vec::new() }
     }
 
-    /// Starts a member's firing with input hash `read`. Returns the members that wait for nobody now, each with the
-    /// hash of its groups.
+    /// Starts a firing with input hash `read`. Returns the actors that wait for no member now, each with the hash of its
+    /// groups.
     pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
         let mut rounds = Vec::new();
-        for &group in &spec.actors[actor.0 as usize].actions[action as usize].groups {
-            let members = self.begun.get_mut(&group).expect("collected from the plan");
-            let member = members.iter_mut().find(|m| m.0 == actor).expect("collected from the plan");
-            rounds.push((group, member.1));
+        for &group in &spec.action(actor, action).groups {
+            let begun = self.begun.get_mut(&group).and_then(|members| members.get_mut(&actor));
+            let begun = begun.expect("collected from the plan");
+            rounds.push((group, *begun));
             // A sum, since members join in any order.
-            let sum = self.contributions.entry((group, member.1)).or_default();
+            let sum = self.contributions.entry((group, *begun)).or_default();
             *sum = sum.wrapping_add(mix(u64::from(actor.0), read));
-            member.1 += 1;
+            *begun += 1;
         }
         self.waiting.push((actor, rounds));
         let (begun, contributions) = (&self.begun, &self.contributions);
-        let complete = |round: &(u32, u64)| begun[&round.0].iter().all(|m| m.1 > round.1);
+        let complete = |round: &(u32, u64)| begun[&round.0].values().all(|begun| *begun > round.1);
         let mut ready = Vec::new();
         self.waiting.retain(|(actor, rounds)| {
             let is_ready = rounds.iter().all(complete);

@@ -40,11 +40,9 @@ pub(crate) fn data_parallel() -> Spec {
         b.register_mut(parameters).initial = true;
         b.read(parameters, forward, 2);
         b.read(parameters, backward, 2);
-        let reduce = b.actor(format!("device{d}.reduce"), d, Firing::Credit);
-        b.actor_mut(reduce).stream = StreamKind::Communication;
         // Both devices must reduce the buckets in the same order.
-        let list: Vec<u32> = vec![0, 1];
-        b.actor_mut(reduce).firing = Firing::Ordered(list);
+        let reduce = b.actor(format!("device{d}.reduce"), d, Firing::Ordered(vec![0, 1]));
+        b.actor_mut(reduce).stream = StreamKind::Communication;
         for bucket in 0..2 {
             let gradient = b.register(format!("device{d}.gradient{bucket}"), 1, backward, 2);
             b.early(gradient);

@@ -3,9 +3,9 @@
 use super::*;
 use crate::builder::Builder;
 use crate::credits;
-use crate::hang::Root;
-use crate::pipeline::{Pipeline, PipelineSchedule, timing};
-use crate::spec::Firing;
+use crate::hang::{Root, tests::pieces};
+use crate::pipeline::{Pipeline, PipelineSchedule};
+use crate::spec::{ActorSpec, Firing};
 
 /// A fault to inject: the n-th message is changed, messages are lost, or a firing never ends.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,6 +19,26 @@ pub(crate) enum Fault {
     LoseReleases(RegisterId, u32, u64),
     /// This firing begins and never ends.
     Hang(RegisterReader, u64),
+    /// Every producer has one credit too many.
+    SurplusCredit,
+    /// No action gets more tokens.
+    TokensMax(u32),
+}
+
+pub(super) fn tokens(count: u32, fault: Option<Fault>) -> u32 {
+    if let Some(Fault::TokensMax(max)) = fault { count.min(max) } else { count }
+}
+
+pub(super) fn with_fault(mut protocol: Protocol, fault: Option<Fault>) -> Protocol {
+    if fault == Some(Fault::SurplusCredit) {
+        protocol.add_surplus_credit();
+    }
+    protocol
+}
+
+/// Simulates some steps in which each action takes `ticks` and each message `hop_ticks`.
+pub(crate) fn exact(spec: &Arc<Spec>, ticks: u64, hop_ticks: u64, steps: u32) -> Result<SimulatedRun, SimulationError> {
+    simulate(spec, &Timing::uniform(spec, ticks, hop_ticks), &SimulationOptions::steps(steps))
 }
 
 impl Fault {
@@ -40,19 +60,24 @@ impl Fault {
     }
 }
 
-fn next_piece(message: Message) -> Message {
-    match message {
-        Message::Filled { register, reader, slot, piece } => {
-            Message::Filled { register, reader, slot, piece: piece + 1 }
-        }
-        Message::Released { register, reader, slot, piece } => {
-            Message::Released { register, reader, slot, piece: piece + 1 }
-        }
-    }
+fn next_piece(mut message: Message) -> Message {
+    let (Message::Filled { piece, .. } | Message::Released { piece, .. }) = &mut message;
+    *piece += 1;
+    message
 }
 
-fn pipeline(m: u32, credits: Vec<u32>, schedule: PipelineSchedule, ordered: bool) -> Arc<Spec> {
-    Arc::new(Pipeline { micro_batches: m, credits, schedule, ordered }.build())
+fn pipeline(micro_batches: u32, credits: Vec<u32>, schedule: PipelineSchedule, ordered: bool) -> Arc<Spec> {
+    Arc::new(Pipeline { micro_batches, credits, schedule, ordered }.build())
+}
+
+/// A timing with the same durations on every stage.
+fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64) -> Timing {
+    Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks }
+}
+
+/// One forward, one backward, without lists.
+fn alternating(micro_batches: u32, credits: Vec<u32>) -> Arc<Spec> {
+    pipeline(micro_batches, credits, PipelineSchedule::OneForwardOneBackward, false)
 }
 
 fn makespan(spec: &Arc<Spec>, times: &Timing) -> u64 {
@@ -68,13 +93,14 @@ fn stash_peaks(spec: &Spec, run: &SimulatedRun) -> Vec<u32> {
 fn gpipe_and_1f1b_have_the_optimal_makespan() {
     let (p, m) = (4, 8);
     for ordered in [false, true] {
-        let gpipe = pipeline(m, vec![m; p], PipelineSchedule::Gpipe, ordered);
-        let run = simulate(&gpipe, &timing(p, 1, 2, 0), &SimulationOptions::steps(1)).unwrap();
-        assert_eq!((run.makespan, stash_peaks(&gpipe, &run)), (33, vec![m; p]), "ordered: {ordered}");
-        let credits: Vec<u32> = (0..p as u32).map(|s| p as u32 - s).collect();
-        let alternating = pipeline(m, credits.clone(), PipelineSchedule::OneForwardOneBackward, ordered);
-        let run = simulate(&alternating, &timing(p, 1, 2, 0), &SimulationOptions::steps(1)).unwrap();
-        assert_eq!((run.makespan, stash_peaks(&alternating, &run)), (33, credits), "ordered: {ordered}");
+        let few = (0..p as u32).map(|s| p as u32 - s).collect();
+        for (schedule, credits) in
+            [(PipelineSchedule::Gpipe, vec![m; p]), (PipelineSchedule::OneForwardOneBackward, few)]
+        {
+            let spec = pipeline(m, credits.clone(), schedule, ordered);
+            let run = simulate(&spec, &timing(p, 1, 2, 0), &SimulationOptions::steps(1)).unwrap();
+            assert_eq!((run.makespan, stash_peaks(&spec, &run)), (33, credits), "{schedule:?}, ordered: {ordered}");
+        }
     }
 }
 
@@ -86,8 +112,8 @@ fn latency_needs_more_credits_than_stages_left() {
     let enough: Vec<u32> = (0..p as u32).map(|s| 2 * (p as u32 - s) - 1).collect();
     let computed: Vec<u32> = (0..p as u32).map(|s| credits::pipeline(p as u32, s, m, 2, 4, 1)).collect();
     assert_eq!(enough, computed);
-    assert_eq!(makespan(&pipeline(m, few, PipelineSchedule::OneForwardOneBackward, false), &half_ticks), 2 * 151);
-    assert_eq!(makespan(&pipeline(m, enough, PipelineSchedule::OneForwardOneBackward, false), &half_ticks), 2 * 124);
+    assert_eq!(makespan(&alternating(m, few), &half_ticks), 2 * 151);
+    assert_eq!(makespan(&alternating(m, enough), &half_ticks), 2 * 124);
 }
 
 #[test]
@@ -99,11 +125,11 @@ fn fewer_credits_never_shorten_the_makespan() {
         let mut last = 0;
         for fewer in 0..full[0] {
             let credits = full.iter().map(|w| w.saturating_sub(fewer).max(1)).collect();
-            let span = makespan(&pipeline(m, credits, PipelineSchedule::OneForwardOneBackward, false), &times);
+            let span = makespan(&alternating(m, credits), &times);
             assert!(span >= last, "F {f} B {b} c {c}: {fewer} credits fewer take {span}, one more takes {last}");
             last = span;
         }
-        assert!(last > makespan(&pipeline(m, full, PipelineSchedule::OneForwardOneBackward, false), &times));
+        assert!(last > makespan(&alternating(m, full), &times));
     }
 }
 
@@ -115,8 +141,8 @@ proptest::proptest! {
     fn computed_credits_are_enough(p in 1u32..9, m in 1u32..40, f in 1u64..9, b in 1u64..12, c in 0u64..20) {
         let times = timing(p as usize, f, b, c);
         let computed: Vec<u32> = (0..p).map(|s| credits::pipeline(p, s, m, f, b, c)).collect();
-        let unlimited = pipeline(m, vec![m; p as usize], PipelineSchedule::OneForwardOneBackward, false);
-        let limited = pipeline(m, computed.clone(), PipelineSchedule::OneForwardOneBackward, false);
+        let unlimited = alternating(m, vec![m; p as usize]);
+        let limited = alternating(m, computed.clone());
         let (limited, unlimited) = (makespan(&limited, &times), makespan(&unlimited, &times));
         proptest::prop_assert!(limited <= unlimited, "{:?}: {} > {}", computed, limited, unlimited);
     }
@@ -137,7 +163,7 @@ fn all_interleavings_end_with_the_same_digest_and_keep_the_invariants() {
     let mut runs = 0;
     for (name, spec, steps) in plans::all() {
         let times = Timing::uniform(&spec, 2, 1);
-        let exact = simulate(&spec, &times, &SimulationOptions::steps(steps)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let exact = exact(&spec, 2, 1, steps).unwrap_or_else(|e| panic!("{name}: {e}"));
         let mut timelines = std::collections::HashSet::new();
         for seed in 0..1200 {
             let run = simulate(&spec, &times, &shuffled(seed, steps)).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
@@ -157,8 +183,7 @@ fn all_interleavings_end_with_the_same_digest_and_keep_the_invariants() {
 fn the_digest_depends_on_the_data() {
     // Different tokens produce different data, so the digest must differ.
     let spec = Arc::new(plans::fan());
-    let digest =
-        |steps| simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(steps)).unwrap().digest;
+    let digest = |steps| exact(&spec, 1, 0, steps).unwrap().digest;
     assert_ne!(digest(1), digest(2));
 }
 
@@ -167,13 +192,7 @@ fn faulty_messages_are_detected() {
     for (name, spec, steps) in plans::all() {
         let times = Timing::uniform(&spec, 2, 1);
         // Each reader in another actor gets one message per written piece and sends one release back.
-        let mut count = 0;
-        for (register, r) in spec.registers.iter().zip(0..) {
-            let (action, port) = spec.writer(crate::spec::RegisterId(r)).unwrap();
-            let action = &spec.actors[register.producer.0 as usize].actions[action as usize];
-            let pieces = u64::from(action.per_step / action.outputs[port as usize].firings_per_piece * steps);
-            count += 2 * pieces * register.readers.iter().filter(|r| r.actor != register.producer).count() as u64;
-        }
+        let count = 2 * pieces(&spec, steps).len() as u64;
         let mut caught = 0;
         for nth in 0..count {
             for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth)] {
@@ -194,16 +213,11 @@ fn one_credit_too_many_is_detected() {
         let times = Timing::uniform(&spec, 2, 7);
         let mut faulty = 0;
         for seed in 0..20 {
-            let protocols = (0..spec.actors.len()).map(|a| {
-                let mut protocol = Protocol::new(&spec, ActorId(a as u32));
-                protocol.add_surplus_credit();
-                protocol
-            });
-            let result = run(&spec, &times, &shuffled(seed, steps), protocols.collect());
-            faulty += u32::from(result.is_err());
+            let options = SimulationOptions { fault: Some(Fault::SurplusCredit), ..shuffled(seed, steps) };
+            faulty += u32::from(simulate(&spec, &times, &options).is_err());
         }
         // If every micro-batch has a slot, or a list limits the forwards, the credits never run out.
-        let listed = |a: &crate::spec::ActorSpec| matches!(a.firing, crate::spec::Firing::Ordered(_));
+        let listed = |a: &ActorSpec| matches!(a.firing, Firing::Ordered(_));
         let never_full = name.starts_with("gpipe") || spec.actors.iter().all(listed);
         assert!(faulty > 0 || never_full, "{name}: {faulty} of 20 detected");
         caught += faulty;
@@ -214,13 +228,11 @@ fn one_credit_too_many_is_detected() {
 #[test]
 fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
     // The list has two forwards before the first backward, but the stash has one slot.
-    let mut spec =
-        Pipeline { micro_batches: 2, credits: vec![2, 1], schedule: PipelineSchedule::Gpipe, ordered: false }.build();
-    spec.actors[0].firing = crate::spec::Firing::Ordered(vec![0, 0, 1, 1]);
+    let mut spec = Arc::unwrap_or_clone(pipeline(2, vec![2, 1], PipelineSchedule::Gpipe, false));
+    spec.actors[0].firing = Firing::Ordered(vec![0, 0, 1, 1]);
     let stash = spec.registers.iter_mut().find(|r| r.name == "stage0.stash").unwrap();
     stash.slots = 1;
-    let spec = Arc::new(spec);
-    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(1)).unwrap_err();
+    let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
     expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward; which closes the cycle"].assert_eq(&error.to_string());
     let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
     assert_eq!((stuck.root, stuck.chain.len()), (Root::Cycle, 2));
@@ -235,17 +247,15 @@ fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
             action.groups = vec![bucket as u32];
         }
     }
-    spec.actors[3].firing = crate::spec::Firing::Ordered(vec![1, 0]);
-    let spec = Arc::new(spec);
-    let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(1)).unwrap_err();
+    spec.actors[3].firing = Firing::Ordered(vec![1, 0]);
+    let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
     expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight; which closes the cycle"].assert_eq(&error.to_string());
 }
 
 #[test]
 fn missing_tokens_are_reported_as_starvation() {
     let spec = Arc::new(plans::accumulation());
-    let feed = RegisterReader { actor: ActorId(0), action: 0 };
-    let options = SimulationOptions { tokens: Some(vec![(feed, 3)]), ..SimulationOptions::steps(1) };
+    let options = SimulationOptions { fault: Some(Fault::TokensMax(3)), ..SimulationOptions::steps(1) };
     let error = simulate(&spec, &Timing::uniform(&spec, 1, 0), &options).unwrap_err();
     expect_test::expect!["starved: host feed waits for a token from the host"].assert_eq(&error.to_string());
 }
@@ -260,8 +270,7 @@ fn the_host_decides_after_the_observed_actions_have_fired() {
     b.edge("loss", 4, train, log);
     let mut spec = b.build();
     let starts = |spec: &Spec| {
-        let spec = Arc::new(spec.clone());
-        let run = simulate(&spec, &Timing::uniform(&spec, 5, 1), &SimulationOptions::steps(2)).unwrap();
+        let run = exact(&Arc::new(spec.clone()), 5, 1, 2).unwrap();
         let of = |at: RegisterReader| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
         let (updates, logs): (Vec<_>, Vec<_>) =
             (of(update).map(|f| f.start).collect(), of(log).map(|f| f.end).collect());
@@ -275,8 +284,7 @@ fn the_host_decides_after_the_observed_actions_have_fired() {
     assert!(updates[0] < logged[0] + 5, "{updates:?} {logged:?}");
     // The host cannot decide from an action that depends on the decision.
     spec.decision.observed.push(update);
-    let spec = Arc::new(spec);
-    let error = simulate(&spec, &Timing::uniform(&spec, 5, 1), &SimulationOptions::steps(1)).unwrap_err();
+    let error = exact(&Arc::new(spec), 5, 1, 1).unwrap_err();
     assert_eq!(error.to_string(), "starved: shard update waits for a token from the host");
 }
 
@@ -324,7 +332,7 @@ fn waits_for_a_group_are_not_counted_twice() {
 fn steps_overlap_as_far_as_credits_allow() {
     // The parameters have one slot, so the first training of step 2 starts after the update of step 1.
     let spec = Arc::new(plans::accumulation());
-    let run = simulate(&spec, &Timing::uniform(&spec, 3, 1), &SimulationOptions::steps(3)).unwrap();
+    let run = exact(&spec, 3, 1, 3).unwrap();
     let end = |actor, action, firing| {
         let mut fired = run.timeline.iter().filter(|f| (f.actor.0, f.action, f.firing) == (actor, action, firing));
         fired.next().copied().unwrap()

@@ -26,68 +26,34 @@ const BYE: u8 = 6;
 
 /// One message on a register connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Frame {
     /// A message between actors. Before `Filled`, all bytes of the piece have been sent or are in shared memory.
     Message(Message),
     /// `bytes` raw bytes follow: the parts of the slot that the receiver's readers read, in order. If the register uses
     /// a pipe, no bytes follow; the pipe carries them.
-    Data {
-        /// The register.
-        register: RegisterId,
-        /// The slot of the piece.
-        slot: u32,
-        /// Number of the piece.
-        piece: u64,
-        /// Number of bytes.
-        bytes: u64,
-    },
+    Data { register: RegisterId, slot: u32, piece: u64, bytes: u64 },
     /// `bytes` raw bytes follow: the tensors of a host port, in order.
-    Host {
-        /// Index of the port.
-        port: u32,
-        /// Number of bytes.
-        bytes: u64,
-    },
-    /// The sender has sent the bytes of its initial registers for the `round`th time.
-    Ready {
-        /// Counted from 1.
-        round: u64,
-    },
+    Host { port: u32, bytes: u64 },
+    /// The sender has sent the bytes of its initial registers for the `round`th time, counted from 1.
+    Ready { round: u64 },
     /// The last frame: the sender closes the connection in order.
     Bye,
 }
 
 /// A header that no correct peer sends.
 #[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum FrameError {
     /// Not the start of a frame: the stream is out of sync.
     #[error("invalid frame magic {got:02x?}")]
-    Magic {
-        /// The first bytes.
-        got: [u8; 2],
-    },
-    /// A frame of another version.
+    Magic { got: [u8; 2] },
     #[error("frame version {got}, expected {FRAME_VERSION}")]
-    Version {
-        /// The received version.
-        got: u8,
-    },
-    /// An unknown kind.
+    Version { got: u8 },
     #[error("unknown frame kind {kind}")]
-    Kind {
-        /// The kind.
-        kind: u8,
-    },
-    /// A field that this kind does not use is not zero.
+    Kind { kind: u8 },
     #[error("frame kind {kind}: field '{field}' is {value}, expected 0")]
-    Unused {
-        /// The kind.
-        kind: u8,
-        /// Name of the field.
-        field: &'static str,
-        /// The received value.
-        value: u64,
-    },
+    Unused { kind: u8, field: &'static str, value: u64 },
 }
 
 impl Frame {

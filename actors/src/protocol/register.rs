@@ -8,22 +8,8 @@
 //!   each piece is published once, and each reader releases it once.
 //! - **CR-2**: slots held + slots free == credits, that is `acquired - freed <= slots`.
 
-use crate::error::ProtocolError;
+use super::error::ProtocolError;
 use crate::spec::RegisterSpec;
-
-/// The state of a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SlotState {
-    /// Available to the producer as a credit.
-    Free,
-    /// The producer's current firing, or a series of accumulating firings, writes it.
-    Writing,
-    /// Published; some readers have not released it.
-    Filled {
-        /// Number of these readers, at least 1.
-        readers_left: u32,
-    },
-}
 
 /// The producer's counters of one register. All count pieces since the start.
 #[derive(Clone, Debug)]
@@ -89,30 +75,14 @@ impl SlotRing {
         self.published
     }
 
-    /// Number of pieces that a reader has released, as far as the producer knows.
-    pub fn released(&self, reader: usize) -> u64 {
-        self.released[reader]
-    }
-
-    /// [`SlotRing::released`] of all readers, by index.
-    pub fn all_released(&self) -> &[u64] {
+    /// Number of pieces that each reader has released, as far as the producer knows, by index in the register's readers.
+    pub fn released(&self) -> &[u64] {
         &self.released
     }
 
     /// The slot of a piece.
     pub fn slot_of(&self, piece: u64) -> u32 {
         (piece % u64::from(self.slots)) as u32
-    }
-
-    /// The state of a slot, derived from the counters.
-    pub fn state(&self, slot: u32) -> SlotState {
-        let Some(piece) = (self.freed..self.acquired).find(|&p| self.slot_of(p) == slot) else {
-            return SlotState::Free;
-        };
-        if piece >= self.published {
-            return SlotState::Writing;
-        }
-        SlotState::Filled { readers_left: self.released.iter().filter(|&&r| r <= piece).count() as u32 }
     }
 
     /// `Free -> Writing`: uses a credit for the next piece. The caller has checked [`SlotRing::free`].

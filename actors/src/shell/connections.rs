@@ -12,12 +12,12 @@ use parking_lot::Mutex;
 use shardflow_kernels::cuda::nccl::{Pipe, Sent};
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
-use super::frame::{FRAME_BYTES, Frame};
-use super::{ByteRun, HostPiece, Outgoing, PeerEnd, PeerMessage, PeerSpec};
+use crate::bus::Cast;
 use crate::error::{Failure, PeerError};
-use crate::message::Cast;
+use crate::frame::{FRAME_BYTES, Frame};
+use crate::loaded::RegisterMemory;
 use crate::protocol::{Message, ProtocolEvent};
-use crate::shell::RegisterMemory;
+use crate::remote::{ByteRun, HostPiece, Outgoing, PeerEnd, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
 use shardflow_job::transport::Connection;
@@ -28,7 +28,25 @@ const BUFFER_BYTES: usize = 1 << 16;
 /// Maximum number of queued host pieces: more than a step of a large mesh has, with an acceptable amount of memory.
 const HOST_PIECES_MAX: usize = 1 << 16;
 
-/// Starts two threads per peer. They end after [`super::Remote::end`], when the connections are shut down.
+/// The data that both threads of a connection use.
+struct Link {
+    session: Arc<Session>,
+    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    process: u32,
+    /// Index of the peer.
+    index: usize,
+    pipes: BTreeMap<RegisterId, Arc<Pipe>>,
+    /// The last send of each slot through a pipe; the slot returns to the producer only after the send has ended.
+    sent: Mutex<BTreeMap<(RegisterId, u32), Sent>>,
+}
+
+impl Link {
+    fn remote(&self) -> &Remote {
+        self.session.bus.remote()
+    }
+}
+
+/// Starts two threads per peer. They end after [`Remote::end`], when the connections are shut down.
 pub(crate) fn serve(
     session: &Arc<Session>,
     ends: Vec<PeerEnd>,
@@ -37,39 +55,15 @@ pub(crate) fn serve(
     let mut connections = Connections::default();
     for PeerEnd { peer, index, outgoing } in ends {
         let PeerSpec { process, connection, pushes, mirrors, pipes, .. } = peer;
-        let (pipes, sent) = (Arc::new(pipes), Arc::<SentSlots>::default());
-        let (write_half, read_half) = (connection.try_clone()?, connection.try_clone()?);
+        let (session, memory, sent) = (session.clone(), memory.clone(), Mutex::default());
+        let link = Arc::new(Link { session, memory, process, index, pipes, sent });
+        let sink = BufWriter::with_capacity(BUFFER_BYTES, connection.try_clone()?);
+        let source = BufReader::with_capacity(BUFFER_BYTES, connection.try_clone()?);
         connections.open.push(connection);
-        let initial = pushes.keys().filter(|r| session.spec.registers[r.0 as usize].initial).copied().collect();
-        let mut writer = Writer {
-            sink: BufWriter::with_capacity(BUFFER_BYTES, write_half),
-            session: session.clone(),
-            memory: memory.clone(),
-            pipes: pipes.clone(),
-            sent: sent.clone(),
-            pushes,
-            initial,
-            pushed: BTreeMap::new(),
-        };
-        let failed_session = session.clone();
-        let write = move || {
-            if let Err(cause) = writer.run(&outgoing) {
-                failed_session.peer_lost(process, cause.to_string());
-            }
-        };
+        let writer = Writer { sink, link: link.clone(), pushes, pushed: BTreeMap::new() };
+        let write = move || writer.run(&outgoing);
         connections.writers.push(thread::Builder::new().name(format!("to rank {process}")).spawn(write)?);
-        let source = BufReader::with_capacity(BUFFER_BYTES, read_half);
-        let reader = Reader {
-            source,
-            session: session.clone(),
-            memory: memory.clone(),
-            pipes,
-            sent,
-            process,
-            index,
-            mirrors,
-            pieces: BTreeMap::new(),
-        };
+        let reader = Reader { source, link, mirrors, pieces: BTreeMap::new() };
         let read = move || reader.run();
         connections.readers.push(thread::Builder::new().name(format!("from rank {process}")).spawn(read)?);
     }
@@ -118,24 +112,23 @@ impl Connections {
     }
 }
 
-/// The last send of each slot through a pipe; the slot returns to the producer only after the send has ended.
-type SentSlots = Mutex<BTreeMap<(RegisterId, u32), Sent>>;
-
 struct Writer {
     sink: BufWriter<Connection>,
-    session: Arc<Session>,
-    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
-    pipes: Arc<BTreeMap<RegisterId, Arc<Pipe>>>,
-    sent: Arc<SentSlots>,
+    link: Arc<Link>,
     pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
-    initial: Vec<RegisterId>,
     /// By register: the last piece whose bytes were sent.
     pushed: BTreeMap<RegisterId, u64>,
 }
 
 impl Writer {
+    fn run(mut self, outgoing: &Receiver<Outgoing>) {
+        if let Err(cause) = self.write(outgoing) {
+            self.link.session.peer_lost(self.link.process, cause.to_string());
+        }
+    }
+
     /// Writes until [`Outgoing::End`]; flushes when the queue is empty.
-    fn run(&mut self, outgoing: &Receiver<Outgoing>) -> io::Result<()> {
+    fn write(&mut self, outgoing: &Receiver<Outgoing>) -> io::Result<()> {
         while let Ok(first) = outgoing.recv() {
             for out in std::iter::once(first).chain(outgoing.try_iter()) {
                 match out {
@@ -146,9 +139,7 @@ impl Writer {
                     Outgoing::Host(piece) => self.write_host_piece(&piece)?,
                     Outgoing::Refresh(round, clock) => {
                         clock.join();
-                        for register in self.initial.clone() {
-                            self.write_slot(register, 0, 0)?;
-                        }
+                        self.write_initial_registers()?;
                         self.write_frame(Frame::Ready { round })?;
                     }
                     Outgoing::End => {
@@ -160,6 +151,12 @@ impl Writer {
             self.sink.flush()?;
         }
         Ok(())
+    }
+
+    fn write_initial_registers(&mut self) -> io::Result<()> {
+        let spec = self.link.session.spec.clone();
+        let initial: Vec<_> = self.pushes.keys().filter(|r| spec.register(**r).initial).copied().collect();
+        initial.into_iter().try_for_each(|register| self.write_slot(register, 0, 0))
     }
 
     fn write_frame(&mut self, frame: Frame) -> io::Result<()> {
@@ -174,7 +171,7 @@ impl Writer {
             self.write_slot(register, slot, piece)?;
         }
         let (Message::Filled { register, .. } | Message::Released { register, .. }) = message;
-        self.session.bus.remote().sent[register.0 as usize].add();
+        self.link.remote().sent[register.0 as usize].add();
         self.write_frame(Frame::Message(message))
     }
 
@@ -183,41 +180,38 @@ impl Writer {
         let runs = &self.pushes[&register];
         let bytes = runs.iter().map(|run| run.bytes as u64).sum();
         let frame = Frame::Data { register, slot, piece, bytes };
-        let memory = &self.memory[&register];
-        let (arena, start) = (&memory.base.arena, memory.base.offset + slot as usize * memory.stride);
-        if let Some(pipe) = self.pipes.get(&register) {
+        let memory = &self.link.memory[&register];
+        let (arena, start) = (&memory.base.arena, memory.offset(slot));
+        if let Some(pipe) = self.link.pipes.get(&register) {
             // PIPE-2: start the send, announce it, and only then wait for it.
             pipe.send(arena, runs.iter().map(|run| (start + run.offset, run.bytes)))?;
             self.sink.write_all(&frame.encode())?;
             self.sink.flush()?;
             let sent = pipe.settle(arena)?;
-            self.sent.lock().insert((register, slot), sent);
+            self.link.sent.lock().insert((register, slot), sent);
         } else {
             self.sink.write_all(&frame.encode())?;
             runs.iter().try_for_each(|run| arena.write_to(start + run.offset, run.bytes, &mut self.sink))?;
         }
-        self.session.bus.remote().sent[register.0 as usize].add();
+        self.link.remote().sent[register.0 as usize].add();
         Ok(())
     }
 
     fn write_host_piece(&mut self, piece: &HostPiece) -> io::Result<()> {
         let bytes: usize = piece.tensors.iter().map(|t| t.elements_held() * t.dtype().bytes()).sum();
         self.write_frame(Frame::Host { port: piece.port, bytes: bytes as u64 })?;
-        for tensor in &piece.tensors {
-            self.sink.write_all(tensor.as_bytes())?;
-        }
-        Ok(())
+        piece.tensors.iter().try_for_each(|tensor| self.sink.write_all(tensor.as_bytes()))
     }
+}
+
+/// A message that the plan does not allow.
+fn unexpected<T>(message: String) -> Result<T, PeerError> {
+    Err(PeerError::Unexpected { message })
 }
 
 struct Reader {
     source: BufReader<Connection>,
-    session: Arc<Session>,
-    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
-    pipes: Arc<BTreeMap<RegisterId, Arc<Pipe>>>,
-    sent: Arc<SentSlots>,
-    process: u32,
-    index: usize,
+    link: Arc<Link>,
     mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
     /// By register: the next piece whose bytes are expected.
     pieces: BTreeMap<RegisterId, u64>,
@@ -229,8 +223,8 @@ impl Reader {
             match self.next() {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(PeerError::Lost { message }) => return self.session.peer_lost(self.process, message),
-                Err(cause) => return self.session.fail(Failure::Peer { process: self.process, cause }),
+                Err(PeerError::Lost { message }) => return self.link.session.peer_lost(self.link.process, message),
+                Err(cause) => return self.link.session.fail(Failure::Peer { process: self.link.process, cause }),
             }
         }
     }
@@ -241,13 +235,13 @@ impl Reader {
         self.source.read_exact(&mut header)?;
         match Frame::decode(&header)? {
             Frame::Bye => {
-                self.session.peer_left(self.process);
-                self.session.bus.remote().set_ended(self.index);
-                self.send_to_host(PeerMessage::Ended { process: self.process });
+                self.link.session.peer_left(self.link.process);
+                self.link.remote().set_ended(self.link.index);
+                self.send_to_host(PeerMessage::Ended { process: self.link.process });
                 return Ok(false);
             }
-            Frame::Ready { round } if self.session.bus.remote().set_ready(self.index, round) => {}
-            Frame::Ready { round } => return Err(self.unexpected(format!("ready for refresh {round} out of order"))),
+            Frame::Ready { round } if self.link.remote().set_ready(self.link.index, round) => {}
+            Frame::Ready { round } => return unexpected(format!("ready for refresh {round} out of order")),
             Frame::Message(message) => self.process_message(message)?,
             Frame::Data { register, slot, piece, bytes } => self.process_data(register, slot, piece, bytes)?,
             Frame::Host { port, bytes } => self.process_host_piece(port, bytes)?,
@@ -256,94 +250,87 @@ impl Reader {
     }
 
     fn send_to_host(&self, message: PeerMessage) {
-        if let Some(host) = &self.session.bus.remote().host {
+        if let Some(host) = &self.link.remote().host {
             // An error means that the host program has ended and needs no messages.
             let _ = host.send(message);
         }
-    }
-
-    fn unexpected(&self, message: String) -> PeerError {
-        PeerError::Unexpected { message }
     }
 
     /// RM-1 for a message: the peer must host its sender, and this process its receiver.
     fn process_message(&mut self, message: Message) -> Result<(), PeerError> {
         let (Message::Filled { register, reader, piece, .. } | Message::Released { register, reader, piece, .. }) =
             message;
-        let remote = self.session.bus.remote();
-        let Some((from, to)) = message.route(&self.session.spec) else {
-            return Err(self.unexpected(format!("a message about reader {reader} of register {}", register.0)));
+        let remote = self.link.remote();
+        let Some((from, to)) = message.route(&self.link.session.spec) else {
+            return unexpected(format!("a message about reader {reader} of register {}", register.0));
         };
-        if remote.peer_of[from.0 as usize] != Some(self.index) || !remote.is_local(to) {
-            let name = self.session.spec.register_name(register);
-            return Err(
-                self.unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}"))
-            );
+        if !remote.is_at(self.link.index, from) || !remote.is_local(to) {
+            let name = self.link.session.spec.register_name(register);
+            return unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}"));
         }
         if matches!(message, Message::Filled { .. })
             && self.mirrors.contains_key(&register)
             && self.pieces.get(&register).is_none_or(|due| piece >= *due)
         {
-            let name = self.session.spec.register_name(register);
-            return Err(self.unexpected(format!("piece {piece} of register '{name}' without its bytes")));
+            let name = self.link.session.spec.register_name(register);
+            return unexpected(format!("piece {piece} of register '{name}' without its bytes"));
         }
         if let Message::Released { register, slot, .. } = message {
             self.wait_for_send(register, slot)?;
         }
         remote.sent[register.0 as usize].join();
-        if self.session.bus.is_overfull(to) {
-            return Err(self.unexpected("more messages than credits allow".into()));
+        if self.link.session.bus.is_overfull(to) {
+            return unexpected("more messages than credits allow".into());
         }
-        self.session.bus.send(to, Cast::Event(ProtocolEvent::Message(message)));
+        self.link.session.bus.send(to, Cast::Event(ProtocolEvent::Message(message)));
         Ok(())
     }
 
     /// Waits until the send of a slot has ended on this side; the release says only that the reader has the bytes.
     fn wait_for_send(&self, register: RegisterId, slot: u32) -> Result<(), PeerError> {
-        let Some(pipe) = self.pipes.get(&register) else { return Ok(()) };
-        let sent = self.sent.lock().get(&(register, slot)).cloned();
+        let Some(pipe) = self.link.pipes.get(&register) else { return Ok(()) };
+        let sent = self.link.sent.lock().get(&(register, slot)).cloned();
         sent.map_or(Ok(()), |sent| pipe.wait(&sent)).map_err(|error| io::Error::from(error).into())
     }
 
     /// RM-1 for a slot's bytes. The bytes of an initial register's piece 0 may be sent again (a refresh).
     fn process_data(&mut self, register: RegisterId, slot: u32, piece: u64, bytes: u64) -> Result<(), PeerError> {
-        let name = || self.session.spec.register_name(register);
-        let (Some(runs), Some(memory)) = (self.mirrors.get(&register), self.memory.get(&register)) else {
-            return Err(self.unexpected(format!("bytes of register '{}'", name())));
+        let name = || self.link.session.spec.register_name(register);
+        let (Some(runs), Some(memory)) = (self.mirrors.get(&register), self.link.memory.get(&register)) else {
+            return unexpected(format!("bytes of register '{}'", name()));
         };
-        let spec = &self.session.spec.registers[register.0 as usize];
+        let spec = self.link.session.spec.register(register);
         let due = self.pieces.get(&register).copied().unwrap_or(u64::from(spec.initial));
         let refresh = spec.initial && (slot, piece) == (0, 0);
         if !refresh && (piece != due || u64::from(slot) != piece % u64::from(spec.slots)) {
             let message =
                 format!("bytes of piece {piece} of register '{}' for slot {slot}, expected piece {due}", name());
-            return Err(self.unexpected(message));
+            return unexpected(message);
         }
         let expected: u64 = runs.iter().map(|run| run.bytes as u64).sum();
         if bytes != expected {
-            let message = format!("{bytes} bytes for a slot of register '{}', expected {expected}", name());
-            return Err(self.unexpected(message));
+            return unexpected(format!("{bytes} bytes for a slot of register '{}', expected {expected}", name()));
         }
-        let held = self.session.bus.remote().oldest_held(&self.session.spec, register);
+        let held = self.link.remote().oldest_held(&self.link.session.spec, register);
         if !refresh && held.saturating_add(u64::from(spec.slots)) <= piece {
-            let message = format!("bytes of piece {piece} of register '{}' over piece {held}, which is in use", name());
-            return Err(self.unexpected(message));
+            return unexpected(format!(
+                "bytes of piece {piece} of register '{}' over piece {held}, which is in use",
+                name()
+            ));
         }
         let firings = if refresh { Some(self.wait_for_readers(register)?) } else { None };
-        self.session.bus.remote().sent[register.0 as usize].join();
+        self.link.remote().sent[register.0 as usize].join();
         let arena = &memory.base.arena;
-        let start = memory.base.offset + slot as usize * memory.stride;
-        if let Some(pipe) = self.pipes.get(&register) {
+        let start = memory.offset(slot);
+        if let Some(pipe) = self.link.pipes.get(&register) {
             let received = pipe.receive(arena, runs.iter().map(|run| (start + run.offset, run.bytes)));
             received.map_err(io::Error::from)?;
         } else {
-            for run in runs {
-                arena.read_from(start + run.offset, run.bytes, &mut self.source)?;
-            }
+            runs.iter().try_for_each(|run| arena.read_from(start + run.offset, run.bytes, &mut self.source))?;
         }
         // A reader that fired during the transfer may have read some of these bytes.
-        if firings.is_some() && self.session.firings_of_readers(register) != firings {
-            return Err(self.refresh_in_step(register));
+        if firings.is_some() && self.link.session.steps.firings_of_readers(register) != firings {
+            return self.refresh_in_step(register);
         }
         if !refresh {
             self.pieces.insert(register, due + 1);
@@ -356,29 +343,28 @@ impl Reader {
     fn wait_for_readers(&self, register: RegisterId) -> Result<u64, PeerError> {
         let deadline = Instant::now() + READERS_TIMEOUT;
         loop {
-            match self.session.firings_of_readers(register) {
+            match self.link.session.steps.firings_of_readers(register) {
                 Some(firings) => return Ok(firings),
                 None if Instant::now() < deadline => thread::sleep(POLL_EVERY),
-                None => return Err(self.refresh_in_step(register)),
+                None => return self.refresh_in_step(register),
             }
         }
     }
 
-    fn refresh_in_step(&self, register: RegisterId) -> PeerError {
-        let name = self.session.spec.register_name(register);
-        self.unexpected(format!("a refresh of register '{name}' in the middle of a step"))
+    fn refresh_in_step<T>(&self, register: RegisterId) -> Result<T, PeerError> {
+        let name = self.link.session.spec.register_name(register);
+        unexpected(format!("a refresh of register '{name}' in the middle of a step"))
     }
 
     fn process_host_piece(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
-        let remote = self.session.bus.remote();
-        let Some(own) = remote.host_ports.get(port as usize).filter(|p| p.process == self.process) else {
-            return Err(self.unexpected(format!("tensors for port {port}, which belongs to another process")));
+        let remote = self.link.remote();
+        let Some(own) = remote.host_ports.get(port as usize).filter(|p| p.process == self.link.process) else {
+            return unexpected(format!("tensors for port {port}, which belongs to another process"));
         };
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
         let queued = remote.host.as_ref().map_or(0, Sender::len);
         if bytes != expected as u64 || queued > HOST_PIECES_MAX {
-            let message = format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces");
-            return Err(self.unexpected(message));
+            return unexpected(format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces"));
         }
         let mut tensors = Vec::new();
         for (shape, dtype) in own.tensors.clone() {

@@ -1,15 +1,83 @@
-//! Checks that programs, memory and streams match the plan.
+//! A plan with the streams, programs and memory of one process, and the check that they match.
 
-use super::{ActionProgram, BaseRef, LoadedPlan};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shardflow_kernels::collective::Collective;
+use shardflow_kernels::memory::Base;
+use shardflow_kernels::op::Program;
+use shardflow_kernels::stream::Stream;
+
+use crate::check::check;
 use crate::error::ActorError;
-use crate::spec::{ActionSpec, ActorId};
+use crate::remote::Peers;
+use crate::spec::{ActionSpec, ActorId, RegisterId, Spec};
 
-/// Checks the loaded parts against the plan.
-///
-/// # Errors
-/// The first part that does not match.
-pub(super) fn check(loaded: &LoadedPlan) -> Result<(), ActorError> {
+/// The program that one action launches.
+#[derive(Clone, Debug)]
+pub struct ActionProgram {
+    /// The tags of its signals are the `early` output ports, each once.
+    pub program: Arc<Program>,
+    /// Base addresses of the program, in order.
+    pub bases: Vec<BaseRef>,
+}
+
+/// Where a program's base address points.
+#[derive(Clone, Debug)]
+pub enum BaseRef {
+    /// Fixed memory, such as optimizer state and scratch memory.
+    Fixed(Base),
+    /// The slot that the firing reads through this input port.
+    Input(usize),
+    /// The slot that the firing writes through this output port.
+    Output(usize),
+}
+
+/// Location of a register's slots: slot `i` starts at `base.offset + i * stride`.
+#[derive(Clone, Debug)]
+pub struct RegisterMemory {
+    /// Start of slot 0.
+    pub base: Base,
+    /// Distance between slots in bytes.
+    pub stride: usize,
+}
+
+impl RegisterMemory {
+    /// Start of a slot in the arena.
+    pub(crate) fn offset(&self, slot: u32) -> usize {
+        self.base.offset + slot as usize * self.stride
+    }
+}
+
+/// The stream and programs of one actor of this process.
+#[derive(Debug)]
+pub struct ActorHost {
+    /// The actor's own stream.
+    pub stream: Stream,
+    /// Programs by action index.
+    pub programs: Vec<ActionProgram>,
+}
+
+/// A plan with the streams, programs and memory of this process's part.
+#[derive(Debug)]
+pub struct LoadedPlan {
+    /// The whole plan.
+    pub spec: Arc<Spec>,
+    /// The actors of this process: all that no peer hosts.
+    pub hosted: BTreeMap<ActorId, ActorHost>,
+    /// Memory of the registers that these actors write or read. A register produced by a peer lies in the peer's mapped
+    /// memory or in a mirror that the peer fills.
+    pub memory: BTreeMap<RegisterId, RegisterMemory>,
+    /// The collective engine; aborted when the session fails.
+    pub engine: Arc<dyn Collective>,
+    /// The other processes; empty when this one hosts all actors.
+    pub peers: Peers,
+}
+
+/// Checks the plan, and the loaded parts against it. Returns the first inconsistency.
+pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
+    check(spec)?;
     for (a, actor) in spec.actors.iter().enumerate() {
         let id = ActorId(a as u32);
         let hosts = loaded.peers.peers.iter().filter(|peer| peer.actors.contains(&id)).count();
@@ -64,12 +132,8 @@ fn check_program(at: &str, action: &ActionSpec, program: &ActionProgram) -> Resu
     let early = (0..action.outputs.len() as u32).filter(|&o| action.outputs[o as usize].early);
     let early: Vec<_> = early.collect();
     if signals != early {
-        return mismatch(
-            at,
-            "tags of the program's signals",
-            format!("the early outputs {early:?}"),
-            format!("{signals:?}"),
-        );
+        let expected = format!("the early outputs {early:?}");
+        return mismatch(at, "tags of the program's signals", expected, format!("{signals:?}"));
     }
     Ok(())
 }

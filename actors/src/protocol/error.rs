@@ -1,0 +1,35 @@
+//! Violations of the protocol.
+
+use crate::spec::RegisterId;
+
+/// An event that no correct peer sends: caused by a bug, a corrupted message, or peers with different plans.
+/// [`crate::protocol`] defines the labels.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the texts describe variants and fields")]
+pub enum ProtocolError {
+    /// CR-4: pieces arrive in order, each once.
+    #[error("CR-4 register '{register}': {message} carries piece {got}, expected {expected}")]
+    WrongPiece { register: String, message: String, expected: u64, got: u64 },
+    /// CR-4: piece `n` lies in slot `n mod slots`.
+    #[error("CR-4 register '{register}': piece {piece} arrived in slot {got}, expected {expected}")]
+    WrongSlot { register: String, piece: u64, expected: u32, got: u32 },
+    #[error("CR-3 register '{register}': reader {reader} received piece {piece} while all {slots} slots are unread")]
+    Overflow { register: String, reader: String, slots: u32, piece: u64 },
+    #[error("CR-1 register '{register}': {reader} released piece {piece}, but only {published} pieces are published")]
+    Unpublished { register: String, reader: String, piece: u64, published: u64 },
+    #[error(
+        "actor {actor} received a message for reader {reader} of register {register:?}, which belongs to another actor"
+    )]
+    Misrouted { actor: String, register: RegisterId, reader: u32 },
+    #[error("CR-5 actor {actor}: action {action} reports {event}, but the action in flight is {in_flight:?}")]
+    NotInFlight { actor: String, action: u32, event: String, in_flight: Option<u32> },
+    #[error("{action}: signal for output {output}, which is {reason}")]
+    UnexpectedSignal { action: String, output: u32, reason: &'static str },
+    #[error("{action}: the firing ended without the signal of its early output {output}")]
+    MissingSignal { action: String, output: u32 },
+    #[error("actor {actor}: action {action} accepts no tokens from the host")]
+    UnexpectedToken { actor: String, action: u32 },
+    /// A labelled invariant does not hold.
+    #[error("{label} {at}: {numbers}")]
+    Invariant { label: &'static str, at: String, numbers: String },
+}

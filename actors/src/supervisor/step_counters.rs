@@ -1,0 +1,120 @@
+//! Counts the firings of this process's actors, and the steps that the host has begun.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use shardflow_kernels::clock::ReleaseClocks;
+
+use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
+
+const IDLE: u32 = u32::MAX;
+
+/// Firings by actor and action, and steps.
+pub(crate) struct StepCounters {
+    spec: Arc<Spec>,
+    /// The actors of this process.
+    hosted: Vec<ActorId>,
+    /// By actor: index of the action in flight, or `IDLE`.
+    in_flight: Vec<AtomicU32>,
+    /// Launched firings by actor and action.
+    launched: Vec<Vec<AtomicU64>>,
+    /// Ended firings by actor and action. A total is not enough: if a peer is one step ahead, an early firing of one
+    /// action would hide a late one of another.
+    completed: Vec<Vec<AtomicU64>>,
+    /// Race clocks at the time when actions last finished all their firings of a step.
+    pub(super) clocks: ReleaseClocks,
+    /// Number of steps for which all tokens have been added.
+    whole: AtomicU64,
+    /// Number of steps for which some tokens have been added.
+    begun: AtomicU64,
+}
+
+impl StepCounters {
+    pub(super) fn new(spec: Arc<Spec>, hosted: Vec<ActorId>) -> Self {
+        let counters = || spec.actors.iter().map(|a| a.actions.iter().map(|_| AtomicU64::new(0)).collect()).collect();
+        Self {
+            hosted,
+            in_flight: spec.actors.iter().map(|_| AtomicU32::new(IDLE)).collect(),
+            launched: counters(),
+            completed: counters(),
+            clocks: ReleaseClocks::default(),
+            whole: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
+            spec,
+        }
+    }
+
+    /// Records the launch of a firing.
+    pub(crate) fn launch(&self, actor: ActorId, action: u32) {
+        self.in_flight[actor.0 as usize].store(action, Ordering::Relaxed);
+        self.launched[actor.0 as usize][action as usize].fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Records the end of a firing. True if it ends the last step that has all its tokens.
+    pub(super) fn complete(&self, actor: ActorId, action: u32) -> bool {
+        let completed = &self.completed[actor.0 as usize][action as usize];
+        self.in_flight[actor.0 as usize].store(IDLE, Ordering::Relaxed);
+        let per_step = u64::from(self.spec.action(actor, action).per_step);
+        // Only this actor writes these counters. The race clock must be added before the count becomes visible.
+        if (completed.load(Ordering::Relaxed) + 1).is_multiple_of(per_step) {
+            self.clocks.add();
+        }
+        let completed = completed.fetch_add(1, Ordering::AcqRel) + 1;
+        let whole = self.whole.load(Ordering::Acquire);
+        // A step can end only with the last firing of an action in that step.
+        completed == whole * per_step && self.has_ended(whole)
+    }
+
+    /// Sets the number of steps for which all tokens, and some tokens, have been added.
+    pub(crate) fn set_steps(&self, whole: u64, begun: u64) {
+        self.whole.store(whole, Ordering::Release);
+        self.begun.store(begun, Ordering::Release);
+    }
+
+    /// Number of steps for which some tokens have been added.
+    pub(super) fn begun(&self) -> u64 {
+        self.begun.load(Ordering::Acquire)
+    }
+
+    /// True when every action of this process has finished its firings of this number of steps.
+    fn has_ended(&self, steps: u64) -> bool {
+        self.hosted.iter().all(|actor| {
+            let mut actions = self.completed[actor.0 as usize].iter().zip(&self.spec.actor(*actor).actions);
+            actions.all(|(done, action)| done.load(Ordering::Acquire) >= steps * u64::from(action.per_step))
+        })
+    }
+
+    /// True when no firing is left of the steps that have all their tokens.
+    pub(super) fn whole_steps_have_ended(&self) -> bool {
+        self.has_ended(self.whole.load(Ordering::Acquire))
+    }
+
+    /// True while a step that has begun has firings left, even if they only lack a token that the host adds later.
+    pub(crate) fn outstanding(&self) -> bool {
+        !self.has_ended(self.begun())
+    }
+
+    /// Ended firings of the register's readers in this process; `None` while one of them is in the middle of a step.
+    pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
+        let readers = self.spec.register(register).readers.iter();
+        let firings = |reader: &RegisterReader| {
+            let (actor, action) = (reader.actor.0 as usize, reader.action as usize);
+            let done = self.completed[actor][action].load(Ordering::Acquire);
+            let per_step = u64::from(self.spec.action(reader.actor, reader.action).per_step);
+            let is_idle = self.launched[actor][action].load(Ordering::Acquire) == done;
+            (is_idle && done.is_multiple_of(per_step)).then_some(done)
+        };
+        readers.filter(|reader| self.hosted.contains(&reader.actor)).map(firings).sum()
+    }
+
+    /// True while a firing of any actor is in flight.
+    pub(crate) fn any_in_flight(&self) -> bool {
+        self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
+    }
+
+    /// Name of an actor's action in flight.
+    pub(super) fn in_flight(&self, actor: ActorId) -> Option<String> {
+        let action = self.in_flight[actor.0 as usize].load(Ordering::Relaxed);
+        self.spec.actor(actor).actions.get(action as usize).map(|action| action.name.clone())
+    }
+}
