@@ -140,10 +140,12 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     }
     let needed = number_after(&printed, "the job needs ");
     let used = SMALL - number_after(&printed, "this node has ");
-    // The reported requirement is enough for the whole run.
+    // The reported requirement is enough for the whole run, with the parameter file.
     let enough = needed + used + (8 << 20);
-    let (code, printed) = run(enough, &gpt(""));
-    assert_eq!(code, Some(0), "{printed}");
+    for flags in ["", "--save model"] {
+        let (code, printed) = run(enough, &gpt(flags));
+        assert_eq!(code, Some(0), "{flags}: {printed}");
+    }
     // Snapshots are refused before the first step.
     let (code, printed) = run(enough, &gpt("--checkpoint ck"));
     assert_eq!(code, Some(78), "{printed}");
