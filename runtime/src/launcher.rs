@@ -203,13 +203,13 @@ fn wait_for_output_reader(events: &Receiver<Event>) {
     wait_until_done_or_signal(&written, events);
 }
 
-/// Waits until `done` is disconnected, or a signal other than SIGUSR1 arrives.
-fn wait_until_done_or_signal(done: &Receiver<()>, events: &Receiver<Event>) {
+/// Waits until `done` has a value or is disconnected, or a signal other than SIGUSR1 arrives.
+fn wait_until_done_or_signal<T>(done: &Receiver<T>, events: &Receiver<Event>) -> Option<T> {
     loop {
         select! {
-            recv(done) -> _ => return,
+            recv(done) -> value => return value.ok(),
             recv(events) -> event => match event {
-                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return,
+                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return None,
                 _ => {}
             },
         }
@@ -314,6 +314,16 @@ impl<'a> Job<'a> {
         };
         // If the thread cannot start, the other nodes wait until their timeout.
         let _ = thread::Builder::new().name("report".into()).spawn(send);
+    }
+
+    /// Reports to the other nodes that no process of this node joins. Returns true if a process there waits for them.
+    fn is_missed(&self, report: Report) -> bool {
+        let Some(departure) = self.departure.clone() else { return false };
+        print_notice("no process of this node has joined the other nodes; reporting it to those that wait");
+        let ranks = report.rank..report.rank + self.options.local_processes;
+        let (sender, missed) = crossbeam_channel::bounded(1);
+        thread::spawn(move || sender.send(departure.report(ranks, &report)));
+        wait_until_done_or_signal(&missed, &self.events.1).unwrap_or(false)
     }
 
     /// Waits until all reports are sent, or a signal arrives.

@@ -210,6 +210,23 @@ fn nodes_that_fail_before_the_rendezvous_do_not_wait_for_each_other() {
     assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
 }
 
+/// They run another program, or print a help text.
+#[test]
+fn nodes_that_end_with_code_0_and_do_not_join_have_not_failed() {
+    let (job, port) = (Job::new(), free_port());
+    let begin = std::time::Instant::now();
+    let nodes = [0, 1].map(|node| {
+        let flags = two_node_flags(node, port);
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--report-wait=600"]).collect();
+        job.sh_with(&[SECRET], &flags, "exit 0")
+    });
+    for running in nodes {
+        let ended = running.end();
+        assert_eq!(ended.code, 0, "{}", ended.err);
+    }
+    assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
+}
+
 #[test]
 fn a_report_without_a_receiver_ends_by_its_timeout_or_by_a_signal() {
     let (job, port) = (Job::new(), free_port());

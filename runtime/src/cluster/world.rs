@@ -208,6 +208,7 @@ impl World {
         if processes == 1 {
             return Ok(None);
         }
+        exit::mark_joining();
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
         let secret = SharedKey::from_text(world.secret.read()?.text())?;
         let coordinator = address(&world.endpoint);

@@ -26,6 +26,14 @@ impl Ended {
         Self { rank, exit, time_unix_ns, report: None, error_line: None, signaled: true }
     }
 
+    /// Makes the end with code 0 of a process that others wait for a failure, which no restart fixes.
+    pub(super) fn set_missed(&mut self) {
+        self.exit = Exit::Refused;
+        let cause = "it ended with code 0, but other ranks wait for it to join; start the same program with the same \
+                     flags on all ranks";
+        self.report = Some(Report { cause: cause.into(), ..self.report() });
+    }
+
     /// 0: the failure was its own. 1: it blames another process. 2: the launcher ended it.
     fn class(&self) -> u8 {
         match &self.report {

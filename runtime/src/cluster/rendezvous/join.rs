@@ -43,7 +43,8 @@ pub(super) fn join(
     }
 }
 
-/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join.
+/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if process 0
+/// waited for them.
 ///
 /// # Errors
 /// The report was not accepted in time, or the processes already run without these ranks.
@@ -51,7 +52,7 @@ pub(in crate::cluster) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
     report: &Report,
-) -> Result<(), RendezvousError> {
+) -> Result<bool, RendezvousError> {
     let (deadline, from) = (Instant::now() + config.report_within, ranks.start);
     let cause = report.cause[..report.cause.floor_char_boundary(CAUSE_BYTES_MAX)].to_string();
     let request = Request::Failed { ranks, report: Report { cause, ..report.clone() } };
@@ -63,7 +64,9 @@ pub(in crate::cluster) fn send_failure(
         let written = wire::write_message(&mut until(), &request, REQUEST_BYTES_MAX);
         let answer = written.and_then(|()| wire::read_message::<Answer>(&mut until(), MESSAGE_BYTES_MAX));
         match answer {
-            Ok(_) => return Ok(()),
+            // For a failure of process 0, its launcher answers.
+            Ok(Answer::Refused(RendezvousRefusal::Failed(first))) if first.rank == 0 => return Ok(false),
+            Ok(_) => return Ok(true),
             // It ended before it accepted the report, so others may not have received it.
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(cause) => {
