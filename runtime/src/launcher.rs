@@ -279,7 +279,13 @@ impl<'a> Job<'a> {
         check(options)?;
         let program = find_program(options)?;
         let variables = variables(options);
-        ClusterOptions::read(&variables)?;
+        ClusterOptions::read(&variables).map_err(|error| match &error {
+            ClusterError::Variable { name, .. } if options.variables.iter().any(|(given, _)| given == name) => {
+                let flag = name.trim_start_matches("SHARDFLOW_").replace('_', "-").to_lowercase();
+                LaunchError::Refused(format!("--{flag}: {error}"))
+            }
+            _ => error.into(),
+        })?;
         let secret = match SecretSource::find(&variables).map_err(ClusterError::Env)? {
             Some(source) => source.read().map_err(ClusterError::Env)?,
             None if options.nodes > 1 => {
