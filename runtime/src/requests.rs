@@ -150,7 +150,14 @@ impl Requests {
     ///
     /// # Errors
     /// The handlers cannot be installed, or their thread cannot be started.
+    ///
+    /// A second call returns the same requests: [`crate::program::run`] makes the first one.
     pub fn on_signals() -> io::Result<Arc<Self>> {
+        static INSTALLED: Mutex<Option<Arc<Requests>>> = Mutex::new(None);
+        let mut installed = INSTALLED.lock();
+        if let Some(requests) = &*installed {
+            return Ok(requests.clone());
+        }
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
         requests.state.lock().job_end = end.filter(|end| *end > since_1970()).map(|at| JobEnd { at, margin: MARGIN });
@@ -158,7 +165,7 @@ impl Requests {
         let own = requests.clone();
         let run = move || signals.forever().for_each(|signal| own.signal(signal));
         thread::Builder::new().name("signals".into()).spawn(run)?;
-        Ok(requests)
+        Ok(installed.insert(requests).clone())
     }
 
     /// Sets the request that SIGUSR1 makes.
