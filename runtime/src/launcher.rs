@@ -115,7 +115,6 @@ impl LaunchError {
 enum Event {
     /// The process with this local rank ended and has not been reaped.
     Ended(usize),
-    /// The launcher received this signal.
     Signal(u8),
 }
 
@@ -266,7 +265,6 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
     }
 }
 
-/// Prints a line of the launcher to standard error.
 fn print_notice(text: &str) {
     output::stderr().line(&format!("shardflow: {text}"));
 }

@@ -207,7 +207,10 @@ impl Drop for Lock {
         }
         // A refused run leaves no folder. Folders that are not empty stay.
         let created = std::mem::take(&mut self.created);
-        let remove = move || Ok(created.iter().try_for_each(fs::remove_dir).unwrap_or_default());
+        let remove = move || {
+            let _ = created.iter().try_for_each(fs::remove_dir);
+            Ok(())
+        };
         let _ = self.store.operations.run_local(self.store.place(), StoreOperation::Delete, remove);
     }
 }

@@ -31,12 +31,10 @@ const KILL_WAIT: Duration = Duration::from_secs(10);
 /// Time to read a process's remaining output. Reading takes longer only if another process holds its pipes.
 pub(super) const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
-/// The result of an attempt.
 pub(super) struct Outcome {
     pub(super) ended: Vec<Ended>,
     /// The signal that ended the launcher.
     pub(super) signal: Option<u8>,
-    /// A killed process did not end.
     pub(super) abandoned: bool,
     /// By local rank: rank, error lines, and the log's path.
     logs: Vec<(u32, Vec<String>, String)>,
@@ -154,7 +152,7 @@ impl Attempt<'_, '_> {
         let absent = self.children.iter().position(Child::is_absent);
         let Some(local) = absent.filter(|_| self.living().any(Child::is_joining)) else { return };
         let Some(ended) = &mut self.children[local].ended else { return };
-        ended.set_missed();
+        *ended = ended.missed();
         self.job.report(ended);
         self.settle(local);
     }
@@ -166,8 +164,7 @@ impl Attempt<'_, '_> {
             && self.children.iter().all(Child::is_absent)
             && let Some(first) = self.children[0].ended.as_mut()
         {
-            let mut missed = first.clone();
-            missed.set_missed();
+            let missed = first.missed();
             if self.job.is_missed(missed.report()) {
                 *first = missed;
             }

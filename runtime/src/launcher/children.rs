@@ -42,7 +42,6 @@ impl AttemptConfig {
     }
 }
 
-/// A started process.
 pub(super) struct Child {
     pub(super) rank: u32,
     pub(super) log: Log,

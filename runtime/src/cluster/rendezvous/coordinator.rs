@@ -40,7 +40,6 @@ struct JoinState {
     rejected: Vec<Connection>,
 }
 
-/// Runs the rendezvous of process 0.
 pub(super) fn run(
     config: &RendezvousConfig,
     deadline: Instant,
@@ -102,14 +101,9 @@ fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Repo
     while !missing.is_empty() {
         let Ok((from, connection)) = listener.wait_any(Purpose::Rendezvous, deadline) else { break };
         // The whole request is read first: closing a connection with unread bytes may discard the answer.
-        let ranks = match read_request(&connection) {
-            Ok(Request::Failed { ranks, .. }) => ranks,
-            Ok(Request::Join(_)) => {
-                joins = true;
-                from..from.saturating_add(1)
-            }
-            Err(_) => continue,
-        };
+        let Ok(request) = read_request(&connection) else { continue };
+        joins |= matches!(request, Request::Join(_));
+        let ranks = if let Request::Failed { ranks, .. } = request { ranks } else { from..from.saturating_add(1) };
         send_answer(&connection, &Answer::Refused(RendezvousRefusal::Failed(report.clone())));
         missing.retain(|rank| !ranks.contains(rank));
     }

@@ -19,7 +19,6 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// Longest cause of a failure that is reported, in bytes.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
-/// Runs the rendezvous of a process other than 0.
 pub(super) fn join(
     config: &RendezvousConfig,
     deadline: Instant,
@@ -77,7 +76,6 @@ pub(in crate::cluster) fn send_failure(
     }
 }
 
-/// Opens an authenticated connection to process 0.
 fn connect_to_coordinator(
     config: &RendezvousConfig,
     deadline: Instant,
