@@ -112,7 +112,7 @@ impl CheckpointsError {
             },
             Self::Fenced(_) => "end the other run, and start this one again: it continues from the newest checkpoint",
             Self::Snapshot(_) => "",
-            Self::NoCheckpoint(_) | Self::TooManyRollbacks { .. } => "try a lower --lr, or --clip 1",
+            Self::NoCheckpoint(found) | Self::TooManyRollbacks { found, .. } => non_finite_hint(found),
             Self::Last { cause, .. } => hint(cause),
         }
     }
@@ -122,6 +122,15 @@ fn io_kind(error: &SessionError) -> Option<ErrorKind> {
     match error {
         SessionError::Checkpoint(error) => error.io_kind(),
         _ => None,
+    }
+}
+
+/// What the user can change so that a step is finite. The moments of AdamW depend on the gradients alone.
+pub fn non_finite_hint(found: &NonFinite) -> &'static str {
+    match found.overflow {
+        Some("a parameter") => "try a lower --lr",
+        Some(_) => "try --clip 1, or less",
+        None => "try a lower --lr, or --clip 1",
     }
 }
 

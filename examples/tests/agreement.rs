@@ -215,6 +215,14 @@ fn resume_can_be_required_or_forbidden() {
     let (code, text) = gpt(&folder, "--steps 2 --resume required --checkpoint mistyped");
     assert_eq!(code, Some(65), "{text}");
     assert!(text.contains("mistyped: no complete checkpoint") && !text.contains("loss"), "{text}");
+    // Nothing is left of a place that a refused run has tried; a folder of the user stays.
+    std::fs::create_dir(folder.path().join("own")).expect("a folder");
+    for (place, rest) in [("new/a/b", "new"), ("own/a", "own/a")] {
+        let (code, text) = gpt(&folder, &format!("--steps 2 --init-from no-such --checkpoint {place}"));
+        assert!(code == Some(2) && text.contains("no-such"), "{text}");
+        assert!(!folder.path().join(rest).exists(), "{place}");
+    }
+    assert!(folder.path().join("own").is_dir() && !folder.path().join("mistyped").exists());
     let (code, text) = gpt(&folder, "--steps 2 --resume required");
     assert!(code == Some(2) && text.contains("--resume required needs --checkpoint"), "{text}");
     let (code, text) = gpt(&folder, "--steps 2 --resume never --checkpoint ck");

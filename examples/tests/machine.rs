@@ -140,10 +140,12 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     }
     let needed = number_after(&printed, "the job needs ");
     let used = SMALL - number_after(&printed, "this node has ");
-    // The reported requirement is enough for the whole run.
+    // The reported requirement is enough for the whole run, with the parameter file.
     let enough = needed + used + (8 << 20);
-    let (code, printed) = run(enough, &gpt(""));
-    assert_eq!(code, Some(0), "{printed}");
+    for flags in ["", "--save model"] {
+        let (code, printed) = run(enough, &gpt(flags));
+        assert_eq!(code, Some(0), "{flags}: {printed}");
+    }
     // Snapshots are refused before the first step.
     let (code, printed) = run(enough, &gpt("--checkpoint ck"));
     assert_eq!(code, Some(78), "{printed}");
@@ -174,6 +176,12 @@ fn parameters_without_space_for_the_optimizer_state_are_refused_before_training(
         assert_eq!(run.text().contains(refusal), expected == Some(73), "{}", run.text());
         assert_eq!(run.text().contains("loss"), expected == Some(0), "{}", run.text());
     }
+    // The root, the lock and its folder are three of the inodes.
+    let mount = "mount -t tmpfs -o size=8m,nr_inodes=6 none small";
+    let mut run = start(&folder, &unshared(mount, &gpt("--checkpoint small/ck")), &[]);
+    assert_eq!(run.end(TIMEOUT), Some(73), "{}", run.text());
+    let refusal = "--checkpoint small/ck: 3 inodes are free, 5 are needed for 1 checkpoint of 5 inodes";
+    assert!(run.text().contains(refusal) && !run.text().contains("loss"), "{}", run.text());
 }
 
 /// Two containers of one host have equal host names and boot ids, but separate `/tmp` folders.
@@ -364,16 +372,20 @@ fn link_local_addresses_work_with_zones() {
     }
 }
 
-/// A missing name or interface may appear later, so the process waits and reports the cause.
+/// A missing name may appear later, so the process waits and reports the cause. A missing interface is a mistake.
 #[test]
 fn an_endpoint_without_an_address_is_reported() {
     let folder = Folder::new("machine-no-address");
-    for (host, rank) in [("shardflow-no-host.invalid", "0"), ("fe80::1%no-such", "1")] {
-        let variables = [("RANK", rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", "29400"), SECRET];
-        let mut run = start(&folder, &gpt("--mesh data=2"), &variables);
-        run.until("trying again for 300s", TIMEOUT);
-        assert!(run.text().contains("no route to "), "{}", run.text());
-        programs::signal(run.child.id(), "TERM");
-        assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
-    }
+    let start_at = |host| {
+        let variables = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", "29400"), SECRET];
+        start(&folder, &gpt("--mesh data=2"), &variables)
+    };
+    let mut run = start_at("shardflow-no-host.invalid");
+    run.until("trying again for 300s", TIMEOUT);
+    assert!(run.text().contains("no route to "), "{}", run.text());
+    programs::signal(run.child.id(), "TERM");
+    assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
+    let mut run = start_at("fe80::1%no-such");
+    assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
+    assert!(run.text().contains("MASTER_ADDR=fe80::1%no-such: must be "), "{}", run.text());
 }

@@ -174,6 +174,21 @@ fn a_process_that_waits_for_others_ends_on_sigterm() {
     assert!(begin.elapsed() < Duration::from_secs(20), "after {:?}: {}", begin.elapsed(), run.text());
 }
 
+#[test]
+fn a_process_that_ends_with_code_0_before_it_joins_ends_all() {
+    let folder = Folder::new("processes-absent");
+    let begin = Instant::now();
+    for absent in [0, 1] {
+        let script = format!("[ $RANK = {absent} ] && exit 0; exec {GPT} {MODEL} --mesh data=2 --steps 1");
+        let mut command = Command::new(launcher());
+        let mut run = folder.start(command.args(["launch", "--nproc-per-node=2", "--", "sh", "-c", &script]));
+        assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
+        let expected = format!("error: rank {absent}: it ended with code 0, but other ranks wait for it to join; ");
+        assert!(run.text().contains(&expected), "{}", run.text());
+    }
+    assert!(begin.elapsed() < REPORTED_WITHIN, "{:?}", begin.elapsed());
+}
+
 /// The message names the process that could not read it.
 #[test]
 fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
@@ -358,6 +373,8 @@ fn a_wrong_flag_on_one_node_ends_all_nodes() {
         check_wrong_flag(wrong, "--no-such-flag", 2);
         check_wrong_flag(wrong, "--mesh data=2 --clip 0", 2);
         check_wrong_flag(wrong, "--mesh data=2 --memory-mib 1", 78);
+        // Ends with code 0.
+        check_wrong_flag(wrong, "--help", 78);
     }
 }
 

@@ -106,6 +106,9 @@ fn an_update_that_would_overflow_is_skipped(device: DeviceKind, mesh: &str) {
         };
         assert_eq!((found.overflow, &found.first), (Some(overflow_in), &None), "{mesh}");
         assert!(found.loss.is_some_and(f32::is_finite) && found.grad_norm.is_some_and(f64::is_finite), "{found:?}");
+        let (text, by_rate) = (found.to_string(), overflow_in == "a parameter");
+        let advice = if by_rate { "lower the learning rate" } else { "clip the gradients to a smaller norm" };
+        assert!(text.ends_with(&format!("could make {overflow_in} overflow f32: {advice}")), "{mesh}: {text}");
         assert!(state(&session) == before, "{mesh}: a skipped update changed the state, overflow in {overflow_in}");
     }
     // Large, but the updated values are finite, so the step succeeds.

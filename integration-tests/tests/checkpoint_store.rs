@@ -57,6 +57,17 @@ fn checkpoint_error(result: Result<Saver, SessionError>) -> CheckpointError {
     }
 }
 
+#[test]
+fn a_symbolic_link_to_a_missing_folder_is_reported() {
+    let scratch = Scratch::new("store-dangling");
+    let link = scratch.path().join("link");
+    std::os::unix::fs::symlink("missing", &link).expect("a link");
+    for place in [link.clone(), link.join("checkpoints")] {
+        let error = Store::open(place.to_str().expect("UTF-8")).expect_err("no folder").to_string();
+        assert!(error.contains(&format!("{} is a symbolic link to missing, which ", link.display())), "{error}");
+    }
+}
+
 /// Names in a folder.
 fn names(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name());

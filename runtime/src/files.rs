@@ -28,6 +28,12 @@ pub fn free_bytes(folder: &Path) -> Option<u64> {
     (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
+/// Files that can still be created in the folder; `None` if the file system does not limit them.
+pub(crate) fn free_inodes(folder: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    (stat.f_files > 0).then_some(stat.f_favail)
+}
+
 /// Names in a folder, with the sizes of files; `None` for folders. With `deep`, all files below it instead. Skips names that
 /// are not UTF-8, and files that are deleted during the listing.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {

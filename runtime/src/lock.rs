@@ -14,6 +14,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -101,6 +102,8 @@ pub(crate) struct Lock {
     number: u64,
     holder: Holder,
     renewals: AtomicU64,
+    /// The local folders that did not exist before, innermost first.
+    created: Vec<PathBuf>,
     /// The open file with its `flock`; `None` without `flock`.
     file: Option<File>,
     /// Dropping the sender ends the renewing thread.
@@ -117,6 +120,8 @@ impl Lock {
     }
 
     fn take_as(store: &Store, holder: Holder) -> Result<Arc<Self>, CheckpointError> {
+        let folders = store.local.iter().flat_map(|folder| folder.ancestors());
+        let created: Vec<PathBuf> = folders.take_while(|folder| !folder.exists()).map(PathBuf::from).collect();
         for _ in 0..ATTEMPTS_MAX {
             let newest = numbers(store)?.pop();
             if let Some(other) = newest.map(|number| live_holder(store, number, &holder)).transpose()?.flatten() {
@@ -129,9 +134,8 @@ impl Lock {
             let is_own = read(store, number)?.as_deref() == Some(&holder.encode()[..]);
             if is_own && numbers.last() == Some(&number) {
                 numbers.iter().filter(|older| **older < number).try_for_each(|older| delete(store, *older))?;
-                return Ok(
-                    Self { store: store.clone(), number, holder, renewals: 0.into(), file, _renewing: None }.renewed()
-                );
+                let (store, renewals) = (store.clone(), 0.into());
+                return Ok(Self { store, number, holder, renewals, created, file, _renewing: None }.renewed());
             }
         }
         let message = format!("{}: other processes took the lock first in {ATTEMPTS_MAX} attempts", store.place());
@@ -201,6 +205,13 @@ impl Drop for Lock {
         if let Err(error) = self.check().and_then(|()| delete(&self.store, self.number)) {
             tracing::debug!("could not release the lock of the checkpoints: {error}");
         }
+        // A refused run leaves no folder. Folders that are not empty stay.
+        let created = std::mem::take(&mut self.created);
+        let remove = move || {
+            let _ = created.iter().try_for_each(fs::remove_dir);
+            Ok(())
+        };
+        let _ = self.store.operations.run_local(self.store.place(), StoreOperation::Delete, remove);
     }
 }
 

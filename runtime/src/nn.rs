@@ -119,6 +119,9 @@ pub struct GptConfig {
     pub dropout: f32,
 }
 
+/// Largest number of layers of a [`gpt`]. The time to compile a program grows with the square of its ops.
+pub const LAYERS_MAX: usize = 1024;
+
 /// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `data`, and
 /// heads, hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which stay on the
 /// last stage. The host feeds `ids`, i32 `[batch, context]`.
@@ -136,6 +139,10 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
         );
         g.error("gpt", message, Location::caller());
     }
+    if config.layers > LAYERS_MAX {
+        let message = format!("{} layers, but the maximum is {LAYERS_MAX}", config.layers);
+        g.error("gpt", message, Location::caller());
+    }
     let tensor = g.mesh().axis("tensor").ok().map(|_| "tensor");
     let (column, row) = tensor.map_or_else(Default::default, |axis| (Parallel::Column(axis), Parallel::Row(axis)));
     let batch_layout = batch_layout(g);
@@ -147,7 +154,7 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
     let positions = g.parameter("wpe.weight", &[config.context, config.width], init, Layout::broadcast());
     x = g.add(x, positions);
     x = dropout(g, x, config.dropout, 0);
-    for layer in 0..config.layers {
+    for layer in 0..if config.layers > LAYERS_MAX { 0 } else { config.layers } {
         place_stage(g, layer / per_stage);
         let name = format!("h.{layer}");
         let normed = layer_norm(g, &format!("{name}.ln1"), x);

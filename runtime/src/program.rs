@@ -9,8 +9,9 @@ use crate::passes::CompileError;
 use crate::session::SessionError;
 use shardflow_job::exit::Exit;
 use shardflow_job::output;
+use shardflow_job::requests::Requests;
 
-/// Runs the body of `main`. Prints an error as `error: ..`, reports it to the launcher, and returns its exit code, after all
+/// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..`, reports it to the launcher, and returns its exit code, after all
 /// [`output`] is written.
 ///
 /// ```no_run
@@ -22,9 +23,15 @@ use shardflow_job::output;
 /// }
 /// ```
 pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
-    let exit = body().map_or_else(show, |()| Exit::Done);
+    let exit = run_body(body);
     output::finish(None);
     exit.into()
+}
+
+fn run_body(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Exit {
+    // Comes first: process 1 of a container ignores signals without a handler.
+    let handled = Requests::on_signals().map_err(Into::into);
+    handled.and_then(|_| body()).map_or_else(show, |()| Exit::Done)
 }
 
 /// Prints and reports an error.
@@ -55,10 +62,26 @@ fn exit_of(error: &(dyn Error + 'static)) -> Exit {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use signal_hook::consts::SIGTERM;
+
     use super::*;
     use crate::graph::Graph;
     use crate::passes::{CompileOptions, compile};
     use crate::placement::Mesh;
+    use shardflow_job::requests::signal_mask;
+
+    #[test]
+    fn the_body_runs_with_signal_handlers_and_shares_them() {
+        let body = || {
+            let handled = signal_mask("self", "SigCgt:");
+            assert_eq!(handled >> (SIGTERM - 1) & 1, 1, "{handled:x}");
+            assert!(Arc::ptr_eq(&Requests::on_signals()?, &Requests::on_signals()?));
+            Ok(())
+        };
+        assert_eq!(run_body(body), Exit::Done);
+    }
 
     #[test]
     fn errors_have_their_exit_codes() {

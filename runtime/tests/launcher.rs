@@ -210,6 +210,23 @@ fn nodes_that_fail_before_the_rendezvous_do_not_wait_for_each_other() {
     assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
 }
 
+/// They run another program, or print a help text.
+#[test]
+fn nodes_that_end_with_code_0_and_do_not_join_have_not_failed() {
+    let (job, port) = (Job::new(), free_port());
+    let begin = std::time::Instant::now();
+    let nodes = [0, 1].map(|node| {
+        let flags = two_node_flags(node, port);
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--report-wait=600"]).collect();
+        job.sh_with(&[SECRET], &flags, "exit 0")
+    });
+    for running in nodes {
+        let ended = running.end();
+        assert_eq!(ended.code, 0, "{}", ended.err);
+    }
+    assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
+}
+
 #[test]
 fn a_report_without_a_receiver_ends_by_its_timeout_or_by_a_signal() {
     let (job, port) = (Job::new(), free_port());
@@ -277,9 +294,12 @@ fn cluster_flags_become_variables_of_the_processes() {
     assert_eq!(job.sh(&["--rdzv-id=zone", "--interface=fe80::1%lo"], "env").end().code, 0);
     assert_eq!(variables(&job.log("zone", 0, 0))["SHARDFLOW_INTERFACE"], "fe80::1%lo");
     for (flag, expected) in [
-        ("--advertise=a:5", "SHARDFLOW_ADVERTISE is \"a:5\", expected a host name or an IP address"),
-        ("--heartbeat-ms=0", "SHARDFLOW_HEARTBEAT_MS is \"0\""),
-        ("--heartbeat-deadline-ms=999", "SHARDFLOW_HEARTBEAT_DEADLINE_MS is \"999\""),
+        (
+            "--advertise=a:5",
+            "error: --advertise: SHARDFLOW_ADVERTISE is \"a:5\", expected a host name or an IP address",
+        ),
+        ("--heartbeat-ms=0", "error: --heartbeat-ms: SHARDFLOW_HEARTBEAT_MS is \"0\""),
+        ("--heartbeat-deadline-ms=999", "error: --heartbeat-deadline-ms: SHARDFLOW_HEARTBEAT_DEADLINE_MS is \"999\""),
     ] {
         let ended = job.sh(&[flag], "true").end();
         assert_eq!(ended.code, 78, "{flag}: {}", ended.err);
@@ -493,6 +513,7 @@ fn invalid_flags_are_usage_errors() {
         ("launch --nnodes 2 --node-rank 2 --rdzv-endpoint a:5 true", "numbered from 0 to 1"),
         ("launch --node-rank 1 true", "numbered from 0 to 0"),
         ("launch --rdzv-endpoint a:0 true", "port from 1"),
+        ("launch --rdzv-endpoint [fe80::1%no-such]:5 true", "an existing interface"),
         ("launch --rdzv-id ../x true", "--rdzv-id ../x"),
         ("launch --grace -1 true", "grace"),
         ("launch --no-such-flag true", "unexpected argument '--no-such-flag'"),

@@ -25,15 +25,16 @@ impl Departure {
     }
 
     /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it connects to
-    /// rank 0. Returns within [`ClusterOptions::report_within`].
-    pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) {
+    /// rank 0. Returns within [`ClusterOptions::report_within`]: true if a process waited for them.
+    pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) -> bool {
         let reported = match ranks.start {
             0 => refuse_callers(&self.0, ranks, report),
             _ => send_failure(&self.0, ranks, report),
         };
-        if let Err(error) = reported {
+        reported.unwrap_or_else(|error| {
             tracing::debug!(%error, "could not report a failure to the other processes");
-        }
+            false
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitCode, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -210,6 +210,19 @@ impl Report {
 
 /// True once this process has joined the others, or has reported why it cannot.
 static JOINED: AtomicBool = AtomicBool::new(false);
+
+/// Records for the launcher that this process begins to wait for the others. Without the record they may wait in vain for
+/// a process that ends with code 0 before it joins.
+pub fn mark_joining() {
+    if let Some(path) = env::var_os(ERROR_FILE) {
+        let _ = fs::write(joining_file(Path::new(&path)), "");
+    }
+}
+
+/// The file that exists once the process of this [`ERROR_FILE`] has begun to wait for the others.
+pub(crate) fn joining_file(error_file: &Path) -> PathBuf {
+    error_file.with_extension("joining")
+}
 
 /// Records that the rendezvous succeeded, or that this process has reported why it cannot. From now on the session reports
 /// failures to the others. Returns whether it was recorded before.

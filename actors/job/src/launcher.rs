@@ -116,7 +116,6 @@ impl LaunchError {
 enum Event {
     /// The process with this local rank ended and has not been reaped.
     Ended(usize),
-    /// The launcher received this signal.
     Signal(u8),
 }
 
@@ -204,13 +203,13 @@ fn wait_for_output_reader(events: &Receiver<Event>) {
     wait_until_done_or_signal(&written, events);
 }
 
-/// Waits until `done` is disconnected, or a signal other than SIGUSR1 arrives.
-fn wait_until_done_or_signal(done: &Receiver<()>, events: &Receiver<Event>) {
+/// Waits until `done` has a value or is disconnected, or a signal other than SIGUSR1 arrives.
+fn wait_until_done_or_signal<T>(done: &Receiver<T>, events: &Receiver<Event>) -> Option<T> {
     loop {
         select! {
-            recv(done) -> _ => return,
+            recv(done) -> value => return value.ok(),
             recv(events) -> event => match event {
-                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return,
+                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return None,
                 _ => {}
             },
         }
@@ -267,7 +266,6 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
     }
 }
 
-/// Prints a line of the launcher to standard error.
 fn print_notice(text: &str) {
     output::stderr().line(&format!("shardflow: {text}"));
 }
@@ -280,7 +278,13 @@ impl<'a> Job<'a> {
         check(options)?;
         let program = find_program(options)?;
         let variables = variables(options);
-        ClusterOptions::read(&variables)?;
+        ClusterOptions::read(&variables).map_err(|error| match &error {
+            EnvError::Option { name, .. } if options.variables.iter().any(|(given, _)| given == name) => {
+                let flag = name.trim_start_matches("SHARDFLOW_").replace('_', "-").to_lowercase();
+                LaunchError::Refused(format!("--{flag}: {error}"))
+            }
+            _ => error.into(),
+        })?;
         let secret = match SecretSource::find(&variables)? {
             Some(source) => source.read()?,
             None if options.nodes > 1 => {
@@ -315,6 +319,16 @@ impl<'a> Job<'a> {
         };
         // If the thread cannot start, the other nodes wait until their timeout.
         let _ = thread::Builder::new().name("report".into()).spawn(send);
+    }
+
+    /// Reports to the other nodes that no process of this node joins. Returns true if a process there waits for them.
+    fn is_missed(&self, report: Report) -> bool {
+        let Some(departure) = self.departure.clone() else { return false };
+        print_notice("no process of this node has joined the other nodes; reporting it to those that wait");
+        let ranks = report.rank..report.rank + self.options.local_processes;
+        let (sender, missed) = crossbeam_channel::bounded(1);
+        thread::spawn(move || sender.send(departure.report(ranks, &report)));
+        wait_until_done_or_signal(&missed, &self.events.1).unwrap_or(false)
     }
 
     /// Waits until all reports are sent, or a signal arrives.

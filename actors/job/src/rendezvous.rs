@@ -154,7 +154,6 @@ pub fn local_address(
     }
 }
 
-/// Makes this process's [`JoinInfo`].
 fn join_info(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<JoinInfo, RendezvousError> {
     let Identity { version, binary, node, sockets, cores, host, pid } = config.identity.clone();
     let (process, restart, heartbeat) = (config.process, config.restart, without_zone(config.heartbeat));

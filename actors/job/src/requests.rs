@@ -152,7 +152,14 @@ impl Requests {
     ///
     /// # Errors
     /// The handlers cannot be installed, or their thread cannot be started.
+    ///
+    /// A second call returns the same requests: [`crate::program::run`] makes the first one.
     pub fn on_signals() -> io::Result<Arc<Self>> {
+        static INSTALLED: Mutex<Option<Arc<Requests>>> = Mutex::new(None);
+        let mut installed = INSTALLED.lock();
+        if let Some(requests) = &*installed {
+            return Ok(requests.clone());
+        }
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
         requests.state.lock().job_end = end.filter(|end| *end > since_1970()).map(|at| JobEnd { at, margin: MARGIN });
@@ -160,7 +167,7 @@ impl Requests {
         let own = requests.clone();
         let run = move || signals.forever().for_each(|signal| own.signal(signal));
         thread::Builder::new().name("signals".into()).spawn(run)?;
-        Ok(requests)
+        Ok(installed.insert(requests).clone())
     }
 
     /// Sets the request that SIGUSR1 makes.
@@ -268,7 +275,7 @@ pub(crate) fn not_ignored<'a>(always: &'a [i32], others: &'a [i32]) -> impl Iter
 }
 
 /// A process's signal set from `/proc/<process>/status`; bit n - 1 is signal n. Empty if it cannot be read.
-pub(crate) fn signal_mask(process: &str, name: &str) -> u64 {
+pub fn signal_mask(process: &str, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix(name));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)

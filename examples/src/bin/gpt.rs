@@ -17,7 +17,7 @@ use shardflow::{exit, flags};
 use shardflow_examples::args::{
     ArgsError, DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg, PrecisionArg, ScheduleArg, fail,
 };
-use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError};
+use shardflow_examples::checkpoints::{Checkpoints, CheckpointsError, non_finite_hint};
 use shardflow_examples::data::{DataError, Text};
 use shardflow_examples::files::{self, OutputFileError, check_appendable, check_room, check_writable};
 use shardflow_examples::log::{DeviceMemoryRecord, JsonLog, LogError, Progress, StepRecord, Totals, note, print};
@@ -588,8 +588,8 @@ impl GptError {
             Self::Device(_) | Self::Session(SessionError::Kernel(KernelError::Unavailable { .. })) => {
                 "`shardflow doctor` lists the devices and libraries of this machine".into()
             }
-            Self::Session(SessionError::NonFinite(_)) => {
-                "try a lower --lr, or --clip 1; --on-non-finite selects another policy".into()
+            Self::Session(SessionError::NonFinite(found)) => {
+                format!("{}; --on-non-finite selects another policy", non_finite_hint(found))
             }
             Self::Cluster(error) | Self::Session(SessionError::Cluster(error))
                 if error.exit() == Exit::PeerUnavailable =>

@@ -16,7 +16,6 @@ use super::snapshot::Snapshot;
 use super::store::Store;
 use crate::lock::Lock;
 
-/// Options of one save.
 #[derive(Debug, Default)]
 pub(crate) struct Attempt {
     pub(crate) number: u32,

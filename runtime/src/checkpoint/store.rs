@@ -457,6 +457,12 @@ fn absolute(path: &std::path::Path) -> std::io::Result<PathBuf> {
     let mut existing = std::path::absolute(path)?;
     let mut rest = Vec::new();
     while !existing.exists() {
+        if let Ok(target) = existing.read_link() {
+            let (link, target) = (existing.display(), target.display());
+            let why =
+                format!("{link} is a symbolic link to {target}, which does not exist; create it, or remove the link");
+            return Err(std::io::Error::new(std::io::ErrorKind::NotFound, why));
+        }
         // `..` after a missing folder cannot be resolved.
         let Some(Component::Normal(name)) = existing.components().next_back() else {
             return Err(std::io::Error::from(std::io::ErrorKind::NotFound));

@@ -211,6 +211,7 @@ impl World {
         if processes == 1 {
             return Ok(None);
         }
+        exit::mark_joining();
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
         let secret = world.secret.read()?;
         let coordinator = world.endpoint.address();

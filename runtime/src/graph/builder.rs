@@ -278,6 +278,16 @@ impl Graph {
     pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
         let location = Location::caller();
         let [logits, targets] = self.check_args("cross_entropy", [logits, targets], location);
+        let rows = self.shape(logits).split_last().map_or(&[][..], |(_, rows)| rows);
+        let (dtype, shape) = (self.tensor(targets).dtype, self.shape(targets));
+        if (dtype, shape) != (DType::I32, rows) && !self.is_poisoned(&[logits, targets]) {
+            let all = self.shape(logits);
+            let message = format!(
+                "targets are {dtype:?} {shape:?}, but must be I32 {rows:?}, the shape of the logits {all:?} without the last dim"
+            );
+            self.error("cross_entropy", message, location);
+            return self.poison(&[]);
+        }
         // `compile` refuses an overflow.
         let tokens = self.shape(targets).iter().fold(1usize, |n, extent| n.saturating_mul(*extent));
         let scale = 1.0 / tokens.max(1) as f32;

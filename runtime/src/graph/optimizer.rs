@@ -91,6 +91,9 @@ impl AdamW {
     }
 }
 
+/// The kind of value whose overflow depends on the learning rate; that of moments depends on the gradients alone.
+pub(crate) const PARAMETER: &str = "a parameter";
+
 /// Upper bounds of the magnitude of all elements that the optimizer writes, on all devices; equal on all processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Bounds {
@@ -111,7 +114,7 @@ impl Bounds {
     /// The kind of value that may exceed the largest float, if any.
     pub(crate) fn overflow(&self) -> Option<&'static str> {
         let Self { parameter, first, second, .. } = *self;
-        let parts = [("a second moment", second), ("a first moment", first), ("a parameter", parameter)];
+        let parts = [("a second moment", second), ("a first moment", first), (PARAMETER, parameter)];
         let is_float = |bound: f64| bound <= f64::from(f32::MAX);
         // False for NaN.
         parts.into_iter().find(|(_, bound)| !is_float(*bound)).map(|(name, _)| name)

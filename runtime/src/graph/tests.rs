@@ -106,7 +106,7 @@ fn mismatched_shapes_are_reported() {
             g.cross_entropy(logits, targets);
         },
         expect![[r#"
-            sum_exp: rule av,a,a->a,a: a is 3 in input 2 but 4 in input 0; the inputs have shapes [4, 6], [4], [3]
+            cross_entropy: targets are F32 [3], but must be I32 [4], the shape of the logits [4, 6] without the last dim
               at `g.cross_entropy(logits, targets);`"#]],
     );
 }

@@ -32,33 +32,17 @@ impl Session {
     /// # Errors
     /// The failure of an earlier step; or if copies on different devices differ, which only a kernel's bug can cause.
     pub fn parameters(&self) -> Result<BTreeMap<String, HostTensor>, SessionError> {
-        self.tensors(|op| matches!(op, NodeOp::Parameter { .. }))
-    }
-
-    fn tensors(&self, wanted: impl Fn(&NodeOp) -> bool) -> Result<BTreeMap<String, HostTensor>, SessionError> {
         self.check_not_failed()?;
-        let graph = &self.plan.graph;
-        let vars: Vec<Var> = graph.nodes().iter().filter(|n| wanted(&n.op)).map(|n| n.outputs[0]).collect();
-        let mut parts = self.parts(&vars)?.into_iter();
-        let mut out = BTreeMap::new();
-        for var in vars {
-            let info = graph.tensor(var);
-            let shards: Vec<HostTensor> = parts.by_ref().take(resident_parts(&self.plan, var).len()).collect();
-            let layout = info.layout.as_ref().expect("residents have a layout");
-            let placement = &graph.placements[graph.placement_of(var)];
-            let mut whole = gather(&shards, &info.shape, layout, placement)?;
-            whole.shape = self.saved_shape(var);
-            out.insert(info.name.clone(), whole);
-        }
-        Ok(out)
+        let name = |var| self.plan.graph.tensor(var).name.clone();
+        self.plan.graph.parameters().into_iter().map(|var| Ok((name(var), self.whole(var)?))).collect()
     }
 
-    /// All devices' parts of these tensors, in order. Other processes send their parts, so all processes must call it.
-    fn parts(&self, vars: &[Var]) -> Result<Vec<HostTensor>, SessionError> {
-        let all = || vars.iter().flat_map(|var| resident_parts(&self.plan, *var));
-        let own = self.process_map.own();
+    /// A parameter or state as a whole tensor, in its saved shape. Processes send each other their parts, so all must
+    /// call it.
+    fn whole(&self, var: Var) -> Result<HostTensor, SessionError> {
+        let (graph, own) = (&self.plan.graph, self.process_map.own());
         let mut wanted = Vec::new();
-        for (device, index, resident) in all() {
+        for (device, index, resident) in resident_parts(&self.plan, var) {
             let port = self.ports.residents[&(device, index)];
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
@@ -70,7 +54,11 @@ impl Session {
         self.receive(&wanted, Some(self.wait_max))?;
         self.set_activity(BETWEEN_STEPS);
         let mut inbox = self.inbox.lock();
-        Ok(wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect())
+        let parts: Vec<_> = wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect();
+        let layout = graph.tensor(var).layout.as_ref().expect("residents have a layout");
+        let mut whole = gather(&parts, graph.shape(var), layout, &graph.placements[graph.placement_of(var)])?;
+        whole.shape = self.saved_shape(var);
+        Ok(whole)
     }
 
     pub(super) fn saved_shape(&self, var: Var) -> Vec<usize> {
@@ -79,27 +67,41 @@ impl Session {
     }
 
     /// Writes parameters, optimizer state, the numbers of steps and updates, the seed and declared values to one
-    /// safetensors file. The file appears when it is complete, or not at all. If several processes run the plan, all
-    /// must call it, and the first one writes.
+    /// safetensors file. The file appears when it is complete, or not at all. Only one whole tensor at a time is in
+    /// memory. If several processes run the plan, all must call it, and the first one writes.
     ///
     /// # Errors
     /// [`CheckpointError::Io`], or the failure of an earlier step: tensors of an incomplete step do not replace a good
     /// file.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
-        let tensors = self.tensors(|op| matches!(op, NodeOp::Parameter { .. } | NodeOp::State))?;
-        if self.process_map.process != 0 {
-            return Ok(());
-        }
-        let entry =
-            |(name, t): (&String, &HostTensor)| Entry { name: name.clone(), dtype: t.dtype(), shape: t.shape.clone() };
-        let entries: Vec<Entry> = tensors.iter().map(entry).collect();
+        self.check_not_failed()?;
+        let graph = &self.plan.graph;
+        let mut vars: Vec<Var> = self.residents().map(|(var, _)| var).collect();
+        vars.sort_by_key(|var| &graph.tensor(*var).name);
+        let mut wholes = vars.iter().map(|var| self.whole(*var));
+        let written = if self.process_map.process == 0 { self.write(path, &vars, &mut wholes) } else { Ok(()) };
+        // After a failed write the other processes still need this one's parts.
+        written.and(wholes.try_for_each(|whole| whole.map(drop)))
+    }
+
+    /// Writes these tensors; `wholes` returns them in order.
+    fn write(
+        &self,
+        path: &Path,
+        vars: &[Var],
+        mut wholes: impl Iterator<Item = Result<HostTensor, SessionError>>,
+    ) -> Result<(), SessionError> {
+        let entry = |var: &Var| {
+            let info = self.plan.graph.tensor(*var);
+            Entry { name: info.name.clone(), dtype: info.dtype, shape: self.saved_shape(*var) }
+        };
+        let entries: Vec<Entry> = vars.iter().map(entry).collect();
         let metadata = metadata(self.steps, self.updates, self.seed, &self.declared.values());
         let header = header(&entries, &metadata)?;
-        let content = |out: &mut BufWriter<fs::File>| {
-            out.write_all(&header)?;
-            tensors.values().try_for_each(|t| out.write_all(t.as_bytes()))
-        };
-        Ok(write_whole(path, |out| content(out).map_err(|e| io(path, e)))?)
+        write_whole(path, |out| {
+            out.write_all(&header).map_err(|e| io(path, e))?;
+            wholes.try_for_each(|whole| Ok(out.write_all(whole?.as_bytes()).map_err(|e| io(path, e))?))
+        })
     }
 
     /// Loads a file of [`Session::save`] under any mesh: the next step is the one after the saved ones, and the file's
@@ -319,11 +321,11 @@ fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
 ///
 /// # Errors
 /// Those of `content`, or [`CheckpointError::Io`].
-pub(crate) fn write_whole(
+pub(crate) fn write_whole<E: From<CheckpointError>>(
     path: &Path,
-    content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), CheckpointError>,
-) -> Result<(), CheckpointError> {
-    let failed = |source| io(path, source);
+    content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), E>,
+) -> Result<(), E> {
+    let failed = |source| E::from(io(path, source));
     if path.exists() && !path.is_file() {
         // A rename onto a folder fails anyway, but a rename onto a device or a pipe would replace it.
         let kind = std::io::ErrorKind::InvalidInput;

@@ -18,7 +18,7 @@ use super::exchange::NumberPair;
 use super::step::Inputs;
 use super::{Session, SessionError, StepReport};
 use crate::graph::builder::STATE_PREFIX;
-use crate::graph::optimizer::Bounds;
+use crate::graph::optimizer::{Bounds, PARAMETER};
 use crate::graph::{Node, NodeOp, Phase, Rate, Var};
 use crate::plan::ActionKey;
 use shardflow_job::text::counted;
@@ -80,10 +80,10 @@ impl fmt::Display for NonFinite {
         self.grad_norm.iter().try_for_each(|norm| write!(f, ", gradient norm {norm}"))?;
         match (&self.first, self.overflow) {
             (None, Some(tensors)) => {
-                write!(
-                    f,
-                    "; its update could make {tensors} overflow f32: clip the gradients, or lower the learning rate"
-                )
+                let is_parameter = tensors == PARAMETER;
+                let advice =
+                    if is_parameter { "lower the learning rate" } else { "clip the gradients to a smaller norm" };
+                write!(f, "; its update could make {tensors} overflow f32: {advice}")
             }
             (None, None) => {
                 write!(f, "; the repeated step was finite: suspect this machine's memory or a kernel")

@@ -9,7 +9,7 @@ use super::{Session, SessionError, resident_parts};
 use crate::checkpoint::error::{CheckpointError, StoreOperation};
 use crate::checkpoint::saver::{SaveSchedule, Saver, SaverOptions};
 use crate::checkpoint::store::Store;
-use crate::files::free_bytes;
+use crate::files::{free_bytes, free_inodes};
 use shardflow_job::text::counted;
 
 /// Outcomes of a process's check; a failed write probe is sent as the exit code of its error.
@@ -33,7 +33,9 @@ impl Session {
         let number = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
         let probed = saver.and_then(|saver| {
             if member.process == 0 {
-                check_free_space(store, self.checkpoint_bytes(), checkpoints)?;
+                // Two folders and a manifest, and for each process a shard and its description.
+                let files = 3 + 2 * u64::from(member.processes);
+                check_free_space(store, self.checkpoint_bytes(), files, checkpoints)?;
                 write_probe(store, number)?;
             }
             Ok(saver)
@@ -90,20 +92,22 @@ fn common_multiple(a: u64, b: u64) -> u64 {
     a.checked_div(divisor).unwrap_or(0).saturating_mul(b)
 }
 
-/// Checks the free space for `checkpoints` checkpoints minus the existing ones, and at least one. Does nothing if the
+/// Checks the free bytes and inodes for `checkpoints` checkpoints minus the existing ones, and at least one. Does nothing if the
 /// file system does not report its free space.
-fn check_free_space(store: &Store, bytes: u64, checkpoints: u64) -> Result<(), CheckpointError> {
+fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64) -> Result<(), CheckpointError> {
     // The lock has created the folder.
-    let Some(free_bytes) = store.local.as_deref().and_then(free_bytes) else { return Ok(()) };
+    let Some(folder) = store.local.as_deref() else { return Ok(()) };
     let existing = store.steps()?.len() as u64;
     let checkpoints = checkpoints.saturating_sub(existing).max(1);
-    let needed_bytes = bytes.saturating_mul(checkpoints);
-    if needed_bytes <= free_bytes {
-        return Ok(());
+    for (unit, free, each) in [("bytes", free_bytes(folder), bytes), ("inodes", free_inodes(folder), files)] {
+        let needed = each.saturating_mul(checkpoints);
+        if let Some(free) = free.filter(|free| *free < needed) {
+            let all = counted(checkpoints, "checkpoint");
+            let why = format!("{free} {unit} are free, {needed} are needed for {all} of {each} {unit}");
+            return Err(CheckpointError::NoRoom { place: store.place().into(), checkpoints, why });
+        }
     }
-    let needed = format!("{needed_bytes} are needed for {} of {bytes} bytes", counted(checkpoints, "checkpoint"));
-    let why = format!("{free_bytes} bytes are free, {needed}");
-    Err(CheckpointError::NoRoom { place: store.place().into(), checkpoints, why })
+    Ok(())
 }
 
 fn probe(store: &Store, number: u64) -> (String, Path) {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use crate::transport::{Address, UNIX_PATH_BYTES_MAX};
 
+use crate::machine::parse_ip;
+
 /// The default port of a rendezvous address, the same as torchrun's.
 pub const PORT_DEFAULT: u16 = 29400;
 
@@ -67,10 +69,8 @@ impl Endpoint {
 fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
     let (host, port) = if let Some(rest) = address.strip_prefix('[') {
         let (host, after) = rest.split_once(']').ok_or("a closing bracket after the IPv6 address")?;
-        let (ip, zone) = host.split_once('%').unwrap_or((host, "0"));
-        ip.parse::<std::net::Ipv6Addr>().map_err(|_| "an IPv6 address in the brackets")?;
-        if zone.is_empty() || !zone.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_')) {
-            return Err("a zone after %, the name or number of an interface");
+        if !host.contains(':') || parse_ip(host).is_none() {
+            return Err("an IPv6 address in the brackets; after a % an existing interface of this node");
         }
         match after.strip_prefix(':') {
             None if !after.is_empty() => return Err("a colon and a port after the bracket"),
@@ -117,7 +117,7 @@ mod tests {
         let tcp = |host: &str, port| Ok(Endpoint::Tcp { host: host.into(), port });
         assert_eq!(Endpoint::parse("tcp://node-1.site:29400"), tcp("node-1.site", 29400));
         assert_eq!(Endpoint::parse("tcp://[::1]:7"), tcp("::1", 7));
-        assert_eq!(Endpoint::parse("tcp://[fe80::1%eth0]:7"), tcp("fe80::1%eth0", 7));
+        assert_eq!(Endpoint::parse("tcp://[fe80::1%lo]:7"), tcp("fe80::1%lo", 7));
         assert_eq!(Endpoint::parse_rendezvous("[fe80::1%2]"), tcp("fe80::1%2", PORT_DEFAULT));
         assert_eq!(Endpoint::parse("unix:/tmp/a b"), Ok(Endpoint::Unix("/tmp/a b".into())));
         assert_eq!(Endpoint::parse_rendezvous("node1"), tcp("node1", PORT_DEFAULT));
@@ -129,6 +129,7 @@ mod tests {
         for bad in [
             "tcp://[fe80::1%]:5",
             "tcp://[fe80::1%a b]:5",
+            "tcp://[fe80::1%no-such]:5",
             "tcp://[%eth0]:5",
             "tcp://a%b:5",
             "tcp://::1:5",

@@ -58,8 +58,8 @@ fn each_launcher_is_detected() {
     assert_eq!(summary(TORCHRUN), "3/4 1/2 None tcp://a:5 0 none");
     let more = "GROUP_RANK=1 TORCHELASTIC_RESTART_COUNT=2 TORCHELASTIC_RUN_ID=x MASTER_ADDR=fe80::1";
     assert_eq!(summary(&format!("{TORCHRUN} {more}")), "3/4 1/2 Some(1) tcp://[fe80::1]:5 2 x");
-    let zoned = format!("{TORCHRUN} MASTER_ADDR=fe80::1%eth0");
-    assert_eq!(summary(&zoned), "3/4 1/2 None tcp://[fe80::1%eth0]:5 0 none");
+    let zoned = format!("{TORCHRUN} MASTER_ADDR=fe80::1%lo");
+    assert_eq!(summary(&zoned), "3/4 1/2 None tcp://[fe80::1%lo]:5 0 none");
     assert_eq!(summary(&format!("{TORCHRUN} MASTER_ADDR=[::1]")), "3/4 1/2 None tcp://[::1]:5 0 none");
     assert_eq!(summary(OPENMPI), "3/4 1/2 None tcp://a:5 0 none");
     assert_eq!(summary(KUBERNETES), "1/2 0/1 Some(1) tcp://job-0-0.job:5 0 none");

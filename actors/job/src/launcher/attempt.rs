@@ -24,17 +24,17 @@ const BLAMED_WAIT: Duration = Duration::from_secs(2);
 /// Longest time from a failure until SIGTERM to processes that wait in vain for the failed one to join. Those that fail
 /// for the same cause report it themselves.
 const UNJOINED_WAIT: Duration = Duration::from_millis(500);
+/// Interval between checks for processes that others wait for in vain.
+const ABSENCE_POLL: Duration = Duration::from_millis(500);
 /// Time until a killed process that does not end is abandoned. Only the kernel can delay its end.
 const KILL_WAIT: Duration = Duration::from_secs(10);
 /// Time to read a process's remaining output. Reading takes longer only if another process holds its pipes.
 pub(super) const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
-/// The result of an attempt.
 pub(super) struct Outcome {
     pub(super) ended: Vec<Ended>,
     /// The signal that ended the launcher.
     pub(super) signal: Option<u8>,
-    /// A killed process did not end.
     pub(super) abandoned: bool,
     /// By local rank: rank, error lines, and the log's path.
     logs: Vec<(u32, Vec<String>, String)>,
@@ -82,6 +82,7 @@ pub(super) fn run(job: &mut Job, number: u64, pause: Duration) -> Result<Outcome
         }
     }
     attempt.wait();
+    attempt.fail_if_missed();
     Ok(attempt.outcome())
 }
 
@@ -89,8 +90,7 @@ impl Attempt<'_, '_> {
     fn wait(&mut self) {
         while !self.abandoned && self.living().next().is_some() {
             let until = match self.phase {
-                // `recv_deadline` needs a deadline; this one has no effect.
-                Phase::Running => Instant::now() + Duration::from_secs(3600),
+                Phase::Running => Instant::now() + ABSENCE_POLL,
                 Phase::Settling { until } | Phase::Ending { until } | Phase::Killed { until } => until,
             };
             match self.job.events.1.recv_deadline(until) {
@@ -128,19 +128,46 @@ impl Attempt<'_, '_> {
         child.finish(self.job, signaled);
         child.ended.iter().filter(|ended| !ended.signaled).for_each(|ended| self.job.report(ended));
         let failed = child.ended.as_ref().is_some_and(|ended| ended.exit != Exit::Done);
-        let now = Instant::now();
         if failed && self.phase == Phase::Running {
-            // The output of the first process is already on the screen.
-            if local > 0 {
-                let print = |ended: &Ended| print_notice(&format!("rank {}: {}", ended.rank, ended.describe()));
-                child.ended.iter().for_each(print);
-            }
-            self.phase = Phase::Settling { until: now + self.failure_wait() };
+            self.settle(local);
         }
         if let Phase::Settling { until } = self.phase
             && self.only_blamed_left()
         {
-            self.phase = Phase::Settling { until: until.min(now + BLAMED_WAIT) };
+            self.phase = Phase::Settling { until: until.min(Instant::now() + BLAMED_WAIT) };
+        }
+    }
+
+    /// Begins to wait for the end of the other processes after the failure of this one.
+    fn settle(&mut self, local: usize) {
+        // The output of the first process is already on the screen.
+        if let Some(ended) = self.children[local].ended.as_ref().filter(|_| local > 0) {
+            print_notice(&format!("rank {}: {}", ended.rank, ended.describe()));
+        }
+        self.phase = Phase::Settling { until: Instant::now() + self.failure_wait() };
+    }
+
+    /// Fails a process that ended with code 0 before it joined, if processes of this node wait for it.
+    fn fail_absent(&mut self) {
+        let absent = self.children.iter().position(Child::is_absent);
+        let Some(local) = absent.filter(|_| self.living().any(Child::is_joining)) else { return };
+        let Some(ended) = &mut self.children[local].ended else { return };
+        *ended = ended.missed();
+        self.job.report(ended);
+        self.settle(local);
+    }
+
+    /// Processes that all end with code 0 and do not join may be of any program. They have failed if processes of other nodes
+    /// wait for them.
+    fn fail_if_missed(&mut self) {
+        if self.phase == Phase::Running
+            && self.children.iter().all(Child::is_absent)
+            && let Some(first) = self.children[0].ended.as_mut()
+        {
+            let missed = first.missed();
+            if self.job.is_missed(missed.report()) {
+                *first = missed;
+            }
         }
     }
 
@@ -166,7 +193,7 @@ impl Attempt<'_, '_> {
         let ranks: Vec<String> = self.living().map(|child| child.rank.to_string()).collect();
         let ranks = ranks.join(", ");
         match self.phase {
-            Phase::Running => {}
+            Phase::Running => self.fail_absent(),
             Phase::Settling { .. } if self.only_blamed_left() => {
                 print_notice(&format!("killing rank {ranks}: the other ranks report it as the cause of the failure"));
                 self.kill();

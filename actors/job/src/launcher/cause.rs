@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use crate::exit::{Exit, Report, unix_ns};
 
-/// How one process ended.
 #[derive(Clone, Debug)]
 pub(super) struct Ended {
     pub(super) rank: u32,
@@ -24,6 +23,15 @@ impl Ended {
     pub(super) fn by_signal(rank: u32, signal: u8) -> Self {
         let (exit, time_unix_ns) = (Exit::Signal(signal), unix_ns());
         Self { rank, exit, time_unix_ns, report: None, error_line: None, signaled: true }
+    }
+
+    /// The failure of a process that ended with code 0 while others wait for it. No restart fixes it.
+    pub(super) fn missed(&self) -> Self {
+        let cause = "it ended with code 0, but other ranks wait for it to join; start the same program with the same \
+                     flags on all ranks";
+        let exit = Exit::Refused;
+        let report = Report { cause: cause.into(), exit: exit.code(), ..self.report() };
+        Self { exit, report: Some(report), ..self.clone() }
     }
 
     /// 0: the failure was its own. 1: it blames another process. 2: the launcher ended it.
@@ -89,14 +97,11 @@ pub(super) fn exit_after_signal(ended: &[Ended], signal: u8) -> (Exit, Option<&E
     }
 }
 
-/// Whether to restart after a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
-    /// Restart.
     Restart,
     /// The processes would fail again, or must not be restarted.
     WouldNotHelp,
-    /// All restarts are used.
     Exhausted,
     /// Several restarts in a row committed no higher step.
     NoProgress,
@@ -108,12 +113,9 @@ pub(super) const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 2;
 /// The longest pause between two attempts, unless the first is longer.
 const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Counts restarts.
 #[derive(Debug, Default)]
 pub(super) struct Restarts {
-    /// Largest number of restarts.
     pub(super) max: u64,
-    /// Number of restarts so far.
     pub(super) made: u64,
     /// Highest committed step of all attempts.
     pub(super) committed: Option<u64>,

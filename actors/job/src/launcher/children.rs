@@ -14,7 +14,7 @@ use super::cause::Ended;
 use super::logs::{Log, pump};
 use super::{Event, Job, LaunchError, guard};
 use crate::env::Endpoint;
-use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, unix_ns};
+use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, joining_file, unix_ns};
 use crate::output::{self, OutputQueue};
 use crate::requests::signal_mask;
 
@@ -41,7 +41,6 @@ impl AttemptConfig {
     }
 }
 
-/// A started process.
 pub(super) struct Child {
     pub(super) rank: u32,
     pub(super) log: Log,
@@ -89,6 +88,16 @@ impl Child {
         let thread = thread::Builder::new().name(format!("wait for rank {rank}"));
         thread.spawn(wait).map_err(LaunchError::io("start a thread"))?;
         Ok(Child { rank, log, process, pid, error_file, pumps, ended: None })
+    }
+
+    /// True once it has begun to wait for the other ranks.
+    pub(super) fn is_joining(&self) -> bool {
+        joining_file(&self.error_file).exists()
+    }
+
+    /// True if it ended with code 0 before it began to join.
+    pub(super) fn is_absent(&self) -> bool {
+        self.ended.as_ref().is_some_and(|ended| ended.exit == Exit::Done) && !self.is_joining()
     }
 
     /// Sends a signal to the process and its own children.

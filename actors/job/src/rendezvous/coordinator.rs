@@ -40,7 +40,6 @@ struct JoinState {
     rejected: Vec<Connection>,
 }
 
-/// Runs the rendezvous of process 0.
 pub(super) fn run(
     config: &RendezvousConfig,
     deadline: Instant,
@@ -80,6 +79,7 @@ pub(super) fn run(
 }
 
 /// RV-4 on behalf of the failed `ranks`, which include process 0: refuses every process that connects within `report_within`.
+/// Returns true if one of them wanted to join.
 ///
 /// # Errors
 /// The address cannot be listened on.
@@ -87,27 +87,27 @@ pub(crate) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
     report: &Report,
-) -> Result<(), RendezvousError> {
+) -> Result<bool, RendezvousError> {
     let deadline = Instant::now() + config.report_within;
     let listener = bind(config, deadline)?;
     let missing = (0..config.processes).filter(|rank| !ranks.contains(rank)).collect();
-    refuse_missing(&listener, missing, report, deadline);
-    Ok(())
+    Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed.
-fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) {
+/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed. Returns true if one
+/// of them wanted to join.
+fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
+    let mut joins = false;
     while !missing.is_empty() {
-        let Ok((from, connection)) = listener.wait_any(Purpose::Rendezvous, deadline) else { return };
+        let Ok((from, connection)) = listener.wait_any(Purpose::Rendezvous, deadline) else { break };
         // The whole request is read first: closing a connection with unread bytes may discard the answer.
-        let ranks = match read_request(&connection) {
-            Ok(Request::Failed { ranks, .. }) => ranks,
-            Ok(Request::Join(_)) => from..from.saturating_add(1),
-            Err(_) => continue,
-        };
+        let Ok(request) = read_request(&connection) else { continue };
+        joins |= matches!(request, Request::Join(_));
+        let ranks = if let Request::Failed { ranks, .. } = request { ranks } else { from..from.saturating_add(1) };
         send_answer(&connection, &Answer::Refused(RendezvousRefusal::Failed(report.clone())));
         missing.retain(|rank| !ranks.contains(rank));
     }
+    joins
 }
 
 fn read_request(connection: &Connection) -> Result<Request, WireError> {

@@ -19,7 +19,6 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// Longest cause of a failure that is reported, in bytes.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
-/// Runs the rendezvous of a process other than 0.
 pub(super) fn join(
     config: &RendezvousConfig,
     deadline: Instant,
@@ -43,7 +42,8 @@ pub(super) fn join(
     }
 }
 
-/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join.
+/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if process 0
+/// waited for them.
 ///
 /// # Errors
 /// The report was not accepted in time, or the processes already run without these ranks.
@@ -51,7 +51,7 @@ pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
     report: &Report,
-) -> Result<(), RendezvousError> {
+) -> Result<bool, RendezvousError> {
     let (deadline, from) = (Instant::now() + config.report_within, ranks.start);
     let cause = report.cause[..report.cause.floor_char_boundary(CAUSE_BYTES_MAX)].to_string();
     let request = Request::Failed { ranks, report: Report { cause, ..report.clone() } };
@@ -62,7 +62,9 @@ pub(crate) fn send_failure(
         let written = wire::write_message(&mut until(), &request, REQUEST_BYTES_MAX);
         let answer = written.and_then(|()| wire::read_message::<Answer>(&mut until(), MESSAGE_BYTES_MAX));
         match answer {
-            Ok(_) => return Ok(()),
+            // For a failure of process 0, its launcher answers.
+            Ok(Answer::Refused(RendezvousRefusal::Failed(first))) if first.rank == 0 => return Ok(false),
+            Ok(_) => return Ok(true),
             // It ended before it accepted the report, so others may not have received it.
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(cause) => {
@@ -80,7 +82,6 @@ pub(super) fn hello(config: &RendezvousConfig, from: u32) -> Hello {
     Hello { session, epoch: config.restart, from, to: 0, sealed, purpose: Purpose::Rendezvous }
 }
 
-/// Opens an authenticated connection to process 0.
 fn connect_to_coordinator(
     config: &RendezvousConfig,
     deadline: Instant,
