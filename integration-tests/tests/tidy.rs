@@ -1,4 +1,4 @@
-//! Checks the repository's layout and style: import arrows, purity of the protocol, file headers and lengths, `unsafe`,
+//! Checks the repository's layout and style: import arrows, layers of modules, purity of the protocol, file headers and lengths, `unsafe`,
 //! sleeps in tests, links of the docs, phrases, and names of public types.
 //!
 //! Rules are pure functions of file texts; `tidy/rule_tests.rs` tests each on a small bad input.
@@ -7,14 +7,17 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
+#[path = "tidy/layers.rs"]
+mod layers;
 #[path = "tidy/rule_tests.rs"]
 mod rule_tests;
 
 /// Each crate's folder, its name in code, and the crates that it may import.
 const CRATES: &[(&str, &str, &[&str])] = &[
     ("kernels", "shardflow_kernels", &[]),
-    ("actors", "shardflow_actors", &["shardflow_kernels"]),
-    ("runtime", "shardflow", &["shardflow_kernels", "shardflow_actors"]),
+    ("actors/job", "shardflow_job", &[]),
+    ("actors", "shardflow_actors", &["shardflow_kernels", "shardflow_job"]),
+    ("runtime", "shardflow", &["shardflow_kernels", "shardflow_job", "shardflow_actors"]),
     ("examples", "shardflow_examples", &["shardflow_kernels", "shardflow_actors", "shardflow"]),
     ("integration-tests", "shardflow_integration_tests", &["shardflow_kernels", "shardflow_actors", "shardflow"]),
 ];
@@ -276,7 +279,9 @@ fn check_unsafe(source: &Source) -> Vec<Finding> {
 }
 
 fn check_imports(source: &Source) -> Vec<Finding> {
-    let Some((folder, own, allowed)) = CRATES.iter().find(|c| source.path.split('/').next() == Some(c.0)) else {
+    // The longest folder that holds the file.
+    let holds = |folder: &str| source.path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
+    let Some((folder, own, allowed)) = CRATES.iter().filter(|c| holds(c.0)).max_by_key(|c| c.0.len()) else {
         return Vec::new();
     };
     let mut found = Vec::new();
@@ -284,8 +289,9 @@ fn check_imports(source: &Source) -> Vec<Finding> {
         for (name, rest) in names(line) {
             let is_crate = CRATES.iter().any(|c| c.1 == name) && rest.trim_start().starts_with("::");
             if is_crate && name != *own && !allowed.contains(&name) {
-                let todo =
-                    format!("{folder} may not import {name}: the arrows run kernels <- actors <- runtime <- the rest");
+                let todo = format!(
+                    "{folder} may not import {name}: the arrows run {{kernels, job}} <- actors <- runtime <- the rest"
+                );
                 found.push(finding(source, i + 1, "arrows", todo));
             }
         }
@@ -304,8 +310,9 @@ fn check_manifest(source: &Source) -> Vec<Finding> {
         }
         let name = line.split(['.', '=', ' ']).next().unwrap_or("").replace('-', "_");
         if in_dependencies && CRATES.iter().any(|c| c.1 == name) && !allowed.contains(&name.as_str()) {
-            let todo =
-                format!("{folder} may not depend on {name}: the arrows run kernels <- actors <- runtime <- the rest");
+            let todo = format!(
+                "{folder} may not depend on {name}: the arrows run {{kernels, job}} <- actors <- runtime <- the rest"
+            );
             found.push(finding(source, i + 1, "arrows", todo));
         }
     }
@@ -507,6 +514,7 @@ fn the_repository_is_tidy() {
     let texts: Vec<String> = paths.iter().map(read).collect();
     let sources: Vec<Source> = paths.iter().zip(&texts).map(|(path, text)| Source { path, text }).collect();
     let mut found = check_type_names(&sources);
+    found.extend(layers::check(&sources));
     for source in &sources {
         if source.path.ends_with(".rs") {
             found.extend(check_header(source));

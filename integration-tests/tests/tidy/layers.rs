@@ -1,0 +1,189 @@
+//! Checks the imports between the modules of each crate against the table of layers in `docs/architecture.md`.
+//!
+//! A row of the table is a crate: its layers, lowest first, separated by `←`. The longest entry that a module's path begins
+//! with is its own. A module may import its own entry and those of lower layers. No modules import each other in a circle,
+//! even below one entry.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Finding, Source, code_only, finding, tests_start};
+
+/// The file with the table, and the heading of its section.
+pub(super) const PAGE: &str = "docs/architecture.md";
+const HEADING: &str = "## Layers";
+
+/// Each entry's layer, by crate.
+type Layers = BTreeMap<String, BTreeMap<String, usize>>;
+
+/// Reads the table.
+fn layers(page: &str) -> Layers {
+    let section = page.split(HEADING).nth(1).unwrap_or("").split("\n## ").next().unwrap_or("");
+    let rows = section.lines().filter_map(|line| line.trim().strip_prefix('|')?.split_once('|'));
+    let quoted = |cell: &str| -> Vec<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let row = |(name, cells): (&str, &str)| {
+        let entries = cells.split('←').enumerate();
+        let entries = entries.flat_map(|(layer, cell)| quoted(cell).into_iter().map(move |entry| (entry, layer)));
+        Some((quoted(name).pop()?, entries.collect()))
+    };
+    rows.filter_map(row).collect()
+}
+
+/// The crate's folder and the module of a source file; `None` for tests, binaries and the root of a crate.
+fn module<'a>(source: &Source<'a>, crates: &Layers) -> Option<(&'a str, String)> {
+    let (folder, file) = source.path.split_once("/src/")?;
+    let is_part = crates.contains_key(folder) && file != "lib.rs" && !file.starts_with("bin/");
+    (is_part && tests_start(source) > 0).then(|| (folder, file.trim_end_matches(".rs").replace('/', "::")))
+}
+
+/// The paths of a tree of imports: `a::{b, c::d}` is `a::b` and `a::c::d`.
+fn expand(tree: &str, paths: &mut Vec<String>) {
+    let Some((prefix, rest)) = tree.split_once('{') else {
+        return paths.push(tree.split(" as ").next().unwrap_or("").split_whitespace().collect());
+    };
+    let (mut depth, mut start) = (0, 0);
+    let body = rest.trim_end().strip_suffix('}').unwrap_or(rest);
+    for (at, c) in body.char_indices().chain([(body.len(), ',')]) {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                if !body[start..at].trim().is_empty() {
+                    expand(&format!("{}{}", prefix.trim(), body[start..at].trim()), paths);
+                }
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The part of a file before its test module.
+fn without_tests(code: &str) -> &str {
+    let is_module = |(at, _): &(usize, &str)| {
+        let rest = code[*at..]["#[cfg(test)]".len()..].trim_start();
+        rest.strip_prefix("mod ")
+            .is_some_and(|rest| rest.split([';', '{']).next().is_some_and(|name| rest[name.len()..].starts_with('{')))
+    };
+    code.match_indices("#[cfg(test)]").find(is_module).map_or(code, |(at, _)| &code[..at])
+}
+
+/// The paths that a module mentions, with their line numbers: those of `use`, and others that begin with `crate` or `super`.
+fn mentioned(code: &str) -> Vec<(usize, String)> {
+    let is_name = |c: char| c.is_alphanumeric() || c == '_';
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < code.len() {
+        let rest = &code[at..];
+        let word = &rest[..rest.find(|c| !is_name(c)).unwrap_or(rest.len())];
+        let line = 1 + code[..at].matches('\n').count();
+        let mut length = word.len().max(rest.chars().next().map_or(1, char::len_utf8));
+        match word {
+            "use" => {
+                length = rest.find(';').unwrap_or(rest.len());
+                let mut paths = Vec::new();
+                expand(&rest["use".len()..length], &mut paths);
+                found.extend(paths.into_iter().map(|path| (line, path)));
+            }
+            // Not a visibility, such as `pub(super)`.
+            "crate" | "super" if rest[word.len()..].starts_with("::") => {
+                length = rest.find(|c| !is_name(c) && c != ':').unwrap_or(rest.len());
+                found.push((line, rest[..length].trim_end_matches(':').to_owned()));
+            }
+            _ => {}
+        }
+        at += length;
+    }
+    found
+}
+
+/// The module of the crate that a path leads to, if any.
+fn resolve(path: &str, own: &str, modules: &BTreeSet<&str>) -> Option<String> {
+    let mut parts: Vec<&str> = own.split("::").collect();
+    let mut rest = path.split("::").peekable();
+    match rest.peek()? {
+        &"crate" => {
+            parts.clear();
+            rest.next();
+        }
+        &"super" => {
+            while rest.next_if_eq(&"super").is_some() {
+                parts.pop();
+            }
+        }
+        &"self" => drop(rest.next()),
+        // A child of the module; anything else is another crate.
+        first if !modules.contains(format!("{own}::{first}").as_str()) => return None,
+        _ => {}
+    }
+    parts.extend(rest);
+    let lengths = (1..=parts.len()).rev();
+    lengths.map(|length| parts[..length].join("::")).find(|module| modules.contains(module.as_str()))
+}
+
+/// The entry of a module, and its layer.
+fn entry<'a>(module: &str, entries: &'a BTreeMap<String, usize>) -> Option<(&'a str, usize)> {
+    let is_below = |entry: &&String| module == entry.as_str() || module.starts_with(&format!("{entry}::"));
+    entries.keys().filter(is_below).max_by_key(|entry| entry.len()).map(|entry| (entry.as_str(), entries[entry]))
+}
+
+/// Modules of a circle of imports that begins and ends at `start`; empty without one.
+fn circle(start: &str, edges: &BTreeMap<&str, BTreeSet<String>>) -> Vec<String> {
+    let mut paths = vec![vec![start.to_owned()]];
+    let mut seen = BTreeSet::new();
+    while let Some(path) = paths.pop() {
+        for next in edges.get(path[path.len() - 1].as_str()).into_iter().flatten() {
+            if next == start {
+                return path;
+            }
+            if seen.insert(next.clone()) {
+                paths.push([&path[..], &[next.clone()]].concat());
+            }
+        }
+    }
+    Vec::new()
+}
+
+/// Checks the modules of all crates in the table.
+pub(super) fn check(sources: &[Source]) -> Vec<Finding> {
+    let Some(page) = sources.iter().find(|source| source.path == PAGE) else { return Vec::new() };
+    let crates = layers(page.text);
+    let mut found = Vec::new();
+    for (folder, entries) in &crates {
+        let own = sources.iter().filter_map(|source| Some((source, module(source, &crates)?)));
+        let own: Vec<_> =
+            own.filter(|(_, (of, _))| of == folder).map(|(source, (_, module))| (source, module)).collect();
+        let modules: BTreeSet<&str> = own.iter().map(|(_, module)| module.as_str()).collect();
+        let unknown = entries.keys().filter(|entry| !modules.contains(entry.as_str()));
+        found.extend(unknown.map(|entry| finding(page, 1, "layers", format!("{folder} has no module {entry}"))));
+        let mut edges: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+        for (source, module) in &own {
+            let Some((own_entry, own_layer)) = entry(module, entries) else {
+                found.push(finding(source, 1, "layers", format!("add {module} to the table of layers in {PAGE}")));
+                continue;
+            };
+            for (line, path) in mentioned(without_tests(&code_only(source.text))) {
+                let Some(imported) = resolve(&path, module, &modules).filter(|imported| imported != module) else {
+                    continue;
+                };
+                if let Some((entry, layer)) = entry(&imported, entries)
+                    && entry != own_entry
+                    && layer >= own_layer
+                {
+                    let todo =
+                        format!("{module} imports {imported}, which is not below it in the table of layers in {PAGE}");
+                    found.push(finding(source, line, "layers", todo));
+                }
+                edges.entry(module).or_default().insert(imported);
+            }
+        }
+        for (source, module) in &own {
+            let circle = circle(module, &edges);
+            // One finding for each circle: at its first module.
+            if !circle.is_empty() && circle.iter().all(|other| other >= module) {
+                let todo = format!("these modules import each other in a circle: {}", circle.join(" -> "));
+                found.push(finding(source, 1, "layers", todo));
+            }
+        }
+    }
+    found
+}
