@@ -157,6 +157,9 @@ struct LaunchArgs {
     /// Time without heartbeats after which a process counts as failed; the same on all nodes [default: 4000]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_deadline_ms: Option<u64>,
+    /// Encryption of tensors between nodes; the same on all nodes [default: on]
+    #[arg(long, value_name = "on|off")]
+    encrypt: Option<String>,
     /// The program and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
     command: Vec<OsString>,
@@ -168,6 +171,7 @@ impl LaunchArgs {
         let given = [
             (env::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
             (env::INTERFACE, self.interface.clone()),
+            (env::ENCRYPT, self.encrypt.clone()),
             (env::ADVERTISE, self.advertise.clone()),
             (env::HEARTBEAT_MS, self.heartbeat_ms.map(|ms| ms.to_string())),
             (env::HEARTBEAT_DEADLINE_MS, self.heartbeat_deadline_ms.map(|ms| ms.to_string())),
