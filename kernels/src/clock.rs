@@ -37,6 +37,33 @@ impl RaceClock {
     }
 }
 
+/// A value that one thread hands to another, with the clock of the thread that wrapped it. Reading the value orders that
+/// thread's earlier events before the reader's later ones.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stamped<T> {
+    value: T,
+    clock: RaceClock,
+}
+
+impl<T> Stamped<T> {
+    /// Wraps a value, with the calling thread's clock.
+    pub fn new(value: T) -> Self {
+        Self { value, clock: RaceClock::capture() }
+    }
+
+    /// The value.
+    pub fn get(&self) -> &T {
+        self.clock.join();
+        &self.value
+    }
+
+    /// Unwraps the value.
+    pub fn open(self) -> T {
+        self.clock.join();
+        self.value
+    }
+}
+
 /// Reports a host access of the calling thread to pinned memory, which the software device cannot observe.
 pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     #[cfg(debug_assertions)]

@@ -1,6 +1,7 @@
 //! The CPU backend, the default. Code outside this crate uses it only through `device` and `stream`.
-//! Layers: `pool, simd <- kernels (one file per family of ops) <- launch, widen, scratch <- stream <- device`.
+//! Layers: `pool, simd <- args, scratch <- kernels (one file per family of ops), widen <- launch <- stream <- device`.
 
+mod args;
 mod attention;
 pub mod device;
 mod dropout;

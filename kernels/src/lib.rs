@@ -50,4 +50,5 @@ pub mod metrics;
 pub mod op;
 mod region;
 pub mod stream;
+mod submission;
 pub mod tensor;

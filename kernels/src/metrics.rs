@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use metrics::{Histogram, histogram};
 use parking_lot::Mutex;
 
-use crate::collective::CollectiveCall;
+use crate::collective::call::CollectiveCall;
 
 /// Name of the histogram of collectives.
 pub const COLLECTIVE_SECONDS: &str = "shardflow_collective_seconds";

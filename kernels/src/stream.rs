@@ -1,6 +1,5 @@
 //! In-order streams of launches. A backend is a variant, dispatched once per submission.
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,49 +7,9 @@ use crate::cpu::stream::CpuStream;
 use crate::cuda::stream::CudaStream;
 use crate::error::KernelError;
 use crate::event::Event;
-use crate::memory::Base;
 use crate::op::Program;
 
-/// Receives the notifications of a submission, on a thread of the backend; the call must not block.
-pub type Notify = Box<dyn FnMut(Notification) + Send>;
-
-/// An event in the execution of a submission.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Notification {
-    /// The launches before a signal of the program have finished; holds the signal's tag.
-    Signal(u32),
-    /// With [`Stream::check_finite`] enabled: the first write of the submission that contains Inf or NaN.
-    NotFinite {
-        /// Index of the launch in the program.
-        launch: usize,
-        /// Index among the launch's writes.
-        write: usize,
-        /// Number of elements that are Inf or NaN.
-        elements: usize,
-    },
-    /// All launches have finished. Exactly one of `Done` and `Failed` is sent, and it is the last notification.
-    Done,
-    /// A launch failed; the launches after it were skipped. The stream continues with the next submission.
-    Failed(KernelError),
-}
-
-/// A program to run and its memory. The arenas stay alive until it has run.
-pub struct Submission {
-    /// The launches to run.
-    pub program: Arc<Program>,
-    /// The addresses that the program's buffers are relative to.
-    pub bases: Vec<Base>,
-    /// Whether launches marked `accumulate` add to the existing values instead of overwriting them.
-    pub repeat: bool,
-    /// Receives signals and the result.
-    pub notify: Notify,
-}
-
-impl fmt::Debug for Submission {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Submission").field("program", &self.program.name).field("repeat", &self.repeat).finish()
-    }
-}
+pub use crate::submission::{Notification, Notify, Submission};
 
 /// A queue of work on one device, executed in order. Dropping it waits for queued work to finish (unless the stream's
 /// own thread drops it), so abort the collective engine first when members may be missing.

@@ -30,6 +30,24 @@ impl DType {
     }
 }
 
+/// A Rust type of elements.
+pub(crate) trait Element: Copy + 'static {
+    /// The dtype of tensors of such elements.
+    const DTYPE: DType;
+}
+
+impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+}
+
+impl Element for i32 {
+    const DTYPE: DType = DType::I32;
+}
+
+impl Element for bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
 /// Elements in a tensor of this shape (1 for a scalar's empty shape); `usize::MAX` on overflow.
 pub fn element_count(shape: &[usize]) -> usize {
     shape.iter().fold(1, |count: usize, extent| count.saturating_mul(*extent))

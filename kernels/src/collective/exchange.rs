@@ -4,7 +4,7 @@
 //! - EXCHANGE-1: a member writes only its own y, and between two barriers no part of it that another member reads then.
 #![allow(unsafe_code)]
 
-use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
+use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
 use crate::cpu::simd;
 use crate::error::KernelError;
 use crate::memory::{Arena, View};
@@ -197,11 +197,7 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     let name = call.name();
     let members = call.group.ranks.len();
     let rejected = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));
-    let (read_count, write_count) = match call.kind {
-        CollectiveKind::Send { .. } => (1, 0),
-        CollectiveKind::Receive { .. } => (0, 1),
-        _ => (1, 1),
-    };
+    let (read_count, write_count) = call.kind.arity();
     if (reads.len(), writes.len()) != (read_count, write_count) {
         let expected = format!("{read_count} read, {write_count} written");
         return rejected("buffers", expected, format!("{} read, {} written", reads.len(), writes.len()));

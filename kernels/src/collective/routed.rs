@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::collective::{AbortStatus, Collective, CollectiveCall, MemberWait};
-use crate::cuda::engine::CudaCollective;
-use crate::cuda::issue_order::IssueTicket;
+use crate::collective::issue_order::IssueTicket;
+use crate::collective::{AbortStatus, Collective, CollectiveCall, DeviceCollective, MemberWait};
 use crate::error::KernelError;
 use crate::memory::View;
 
@@ -64,7 +63,7 @@ impl Collective for Routed {
         self.engines().into_iter().find_map(|engine| engine.turn(rank))
     }
 
-    fn on_device(&self, call: &CollectiveCall) -> Option<CudaCollective<'_>> {
+    fn on_device(&self, call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
         self.engine_of(call).on_device(call)
     }
 

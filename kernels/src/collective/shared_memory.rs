@@ -1,7 +1,7 @@
 //! Collectives between devices of several processes of one node. Members rendezvous on a board in shared memory, then
 //! read each other's arenas directly.
 //!
-//! MEET-1 and MEET-3 hold as in `in_process`. Instead of MEET-2:
+//! MEET-1 holds as in `in_process`, MEET-3 as in `rendezvous`. Instead of MEET-2:
 //! - NODE-1: a peer may die or freeze at any time, so every wait ends once this process, or any other, aborts. Partial
 //!   results of an aborted call are invalid.
 //! - NODE-2: a small x is copied to the board, and the member leaves as soon as all members have arrived: no other

@@ -3,12 +3,12 @@
 //! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: whole rows of a block fit in L2.
 #![allow(unsafe_code)]
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::matmul::{Matrix, SharedMatrix, product};
 use crate::cpu::pool::{Pieces, Pool};
 use crate::cpu::simd::{dispatch, exp, fold, max, sum, update};
 use crate::error::KernelError;
-use crate::op::ATTENTION_BLOCK;
+use crate::op::describe::ATTENTION_BLOCK;
 use crate::tensor::split_range;
 
 /// Extents of `[b, t, h, d]`.

@@ -1,6 +1,6 @@
 //! Dropout whose mask is a function of the element's index in the whole tensor.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{Operand, dispatch};
 use crate::error::KernelError;

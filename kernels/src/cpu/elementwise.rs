@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{LANES, Operand, dispatch, map_operand, map_operands, normal};
 use crate::error::KernelError;

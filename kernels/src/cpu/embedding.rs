@@ -1,6 +1,6 @@
 //! Embedding tables and their gradients.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::error::KernelError;
 use crate::tensor::element_count;

@@ -1,6 +1,6 @@
 //! Softmax cross entropy in parts, so that a vocabulary can be split over devices.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{dispatch, exp, fold, map_operand, max};
 use crate::error::KernelError;

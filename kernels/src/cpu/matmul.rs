@@ -5,7 +5,7 @@
 //! nor on caches, nor on the vector width.
 #![allow(unsafe_code)]
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::{Pieces, Pool};
 use crate::error::KernelError;
 use crate::op::Einsum;

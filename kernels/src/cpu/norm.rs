@@ -1,6 +1,6 @@
 //! Layer norm and its gradient.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{LANES, dispatch, fold, map, sum, update};
 use crate::error::KernelError;

@@ -1,6 +1,6 @@
 //! AdamW, and the global gradient norm for clipping.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::{FORK_ELEMENTS, Pool};
 use crate::cpu::simd::{LANES, dispatch};
 use crate::error::KernelError;

@@ -17,10 +17,7 @@ use crate::event::Event;
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
-use crate::stream::{Notification, Submission};
-
-/// Target of the TRACE events that are logged on the stream's thread before each launch.
-const LAUNCH: &str = "shardflow::launch";
+use crate::submission::{Notification, Submission, launch_panic, trace_launch};
 
 /// The CPU variant of [`crate::stream::Stream`].
 #[derive(Debug)]
@@ -168,13 +165,7 @@ fn run(
         timer.iter().for_each(|timer| timer.came(Instant::now()));
         let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, scratch)));
         timer.iter().for_each(|timer| timer.went(Instant::now()));
-        let result = result.unwrap_or_else(|panic| {
-            Err(KernelError::Panic {
-                launch: format!("{done} ({})", launch.op.name()),
-                program: program.name.clone(),
-                message: panic_message(&*panic),
-            })
-        });
+        let result = result.unwrap_or_else(|panic| Err(launch_panic(&program, done, &*panic)));
         if let Err(error) = result {
             return send(Notification::Failed(error));
         }
@@ -185,22 +176,4 @@ fn run(
         }
     }
     send(Notification::Done);
-}
-
-/// Logs the next launch of a program as a trace event.
-pub(crate) fn trace_launch(program: &Program, index: usize) {
-    let (name, launches) = (program.name.as_str(), program.launches.len());
-    let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
-    tracing::trace!(target: LAUNCH, program = name, op, index, launches);
-}
-
-/// The message of a panic.
-pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    if let Some(text) = panic.downcast_ref::<&str>() {
-        (*text).to_owned()
-    } else if let Some(text) = panic.downcast_ref::<String>() {
-        text.clone()
-    } else {
-        "no message".to_owned()
-    }
 }

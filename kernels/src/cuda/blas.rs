@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use cudarc::cublaslt::sys::{self, cublasStatus_t};
 
-use super::context::{Context, Raw, static_text};
-use super::gpu::Gpu;
+use super::context::{Context, Raw};
+use super::status::static_text;
 use super::step::{Element, Epilogue, Matrix, Product};
 use crate::error::KernelError;
 
@@ -114,9 +114,8 @@ impl Drop for Blas {
 }
 
 impl ProductPlans {
-    /// Requires the context to be bound.
-    pub(crate) fn new(gpu: &Gpu) -> Result<Self, KernelError> {
-        Ok(Self { by_key: HashMap::new(), blas: gpu.blas()? })
+    pub(crate) fn new(blas: Arc<Blas>) -> Self {
+        Self { by_key: HashMap::new(), blas }
     }
 
     /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.

@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
 use super::library;
+use super::status::{check_code, unavailable};
 use crate::error::KernelError;
 
 /// A handle of a CUDA library, usable from any thread.
@@ -71,7 +72,7 @@ impl Context {
         let place = format!("cuda device {ordinal}");
         if ordinal >= count {
             let what = format!("{place} does not exist; the driver reports {count} devices");
-            return Err(library::unavailable(what, "set CUDA_VISIBLE_DEVICES, or use fewer devices in the mesh"));
+            return Err(unavailable(what, "set CUDA_VISIBLE_DEVICES, or use fewer devices in the mesh"));
         }
         let (mut device, mut handle, mut name) = (0, std::ptr::null_mut(), [0; 256]);
         let ordinal_c = i32::try_from(ordinal).unwrap_or(i32::MAX);
@@ -208,29 +209,4 @@ impl Drop for Context {
         // SAFETY: retained once in `open`. An error here has no remedy.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
-}
-
-/// Converts a status code to an error when there is no context yet.
-pub(crate) fn check_code(result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
-    if result == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: both write a pointer to a local; the strings are static, or null for an unknown code.
-    let (name, text) = unsafe {
-        let _ = sys::cuGetErrorName(result, &mut name);
-        let _ = sys::cuGetErrorString(result, &mut text);
-        (static_text(name), static_text(text))
-    };
-    Err(KernelError::Cuda { place: place.to_string(), call, code: result as u32, name, text })
-}
-
-/// # Safety
-/// `text` is null or a static string terminated by 0.
-pub(crate) unsafe fn static_text(text: *const std::ffi::c_char) -> String {
-    if text.is_null() {
-        return "unknown".to_owned();
-    }
-    // SAFETY: guaranteed by the caller.
-    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

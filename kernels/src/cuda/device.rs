@@ -1,8 +1,8 @@
 //! A mesh device on a GPU: its memory tally, its collective engine and its streams. Several devices may share one GPU.
 use std::sync::Arc;
 
+use super::device_memory::DeviceMemory;
 use super::gpu::Gpu;
-use super::memory::DeviceMemory;
 use super::stream::CudaStream;
 use crate::collective::Collective;
 use crate::error::KernelError;
@@ -23,7 +23,7 @@ impl CudaDevice {
     }
 
     pub(crate) fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
-        DeviceMemory::new(&self.gpu, self.rank, bytes, &self.tally).map(Arena::cuda)
+        DeviceMemory::new(&self.gpu, self.rank, bytes, &self.tally).map(Arena::on_device)
     }
 
     pub(crate) fn stream(

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 use parking_lot::Mutex;
 
+use super::attention::{Attention, AttentionCounters};
 use super::blas::Blas;
 use super::context::Context;
-use super::cudnn::{Attention, AttentionCounters};
 use super::event::EventPool;
 use super::library::Library;
 use super::memory::HostTransfer;

@@ -14,27 +14,26 @@ use std::time::Instant;
 
 use super::blas::{Addresses, ProductPlans};
 use super::cudnn::AttentionPlans;
-use super::engine::{Enqueued, Wait};
+use super::device_memory::{DeviceMemory, device_address};
+use super::event::Recorded;
 use super::in_flight::InFlight;
-use super::issue_order::IssueTicket;
 use super::lower;
 use super::lowered::{FusedPair, LaunchKind, LoweredProgram, Parameter, PreparedStep, address};
-use super::poller::{Completion, CompletionQueue};
+use super::poller::{release, set_event};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
-use super::staged::{HostStaging, device_address};
+use super::staged::HostStaging;
 use super::step::{Epilogue, Operand, Place, Product};
 use super::strided_copy::{self, StridedRegion, fetch_from_peer};
 use crate::bound::Bound;
-use crate::collective::{AbortStatus, Collective, CollectiveCall};
-use crate::cpu::stream::{panic_message, trace_launch};
+use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
 use crate::error::KernelError;
 use crate::event::Event;
-use crate::memory::{Base, View};
+use crate::memory::{Base, DeviceStorage, View};
 use crate::metrics::StreamMetrics;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::region::check_inside;
-use crate::stream::{Notification, Submission};
+use crate::submission::{Notification, Submission, launch_panic, trace_launch};
 use crate::tensor::Region;
 
 /// Stand-in for a base address that is not known yet, as aligned as arenas are.
@@ -97,7 +96,6 @@ impl Command {
 /// Issues the commands of one stream.
 pub(crate) struct Issuer {
     stream: Arc<RawStream>,
-    completions: Arc<CompletionQueue>,
     engine: Arc<dyn Collective>,
     records: ErrorRecords,
     product_plans: Option<ProductPlans>,
@@ -110,19 +108,17 @@ pub(crate) struct Issuer {
 impl Issuer {
     pub(crate) fn new(
         stream: &Arc<RawStream>,
-        completions: &Arc<CompletionQueue>,
         engine: Arc<dyn Collective>,
         records: ErrorRecords,
         metrics: StreamMetrics,
     ) -> Self {
         Self {
             stream: stream.clone(),
-            completions: completions.clone(),
             engine,
             records,
             product_plans: None,
             attention_plans: None,
-            staging: HostStaging::new(stream, completions),
+            staging: HostStaging::new(stream),
             metrics,
             check_finite: false,
         }
@@ -206,8 +202,7 @@ impl Issuer {
         let Some(recorded) = recorded else { return };
         // The last completion keeps the GPU and its poller alive.
         for memory in self.staging.memory().into_iter().chain([self.records.memory()]) {
-            let completion = Completion::Release(memory.clone(), Event::default());
-            self.stream.gpu().poller().push(&self.completions, recorded.clone(), completion);
+            self.stream.report(recorded.clone(), release(memory.clone(), Event::default()));
         }
     }
 
@@ -221,7 +216,7 @@ impl Issuer {
         let stream = &self.stream;
         match &mut self.product_plans {
             Some(plans) => Ok(plans),
-            none => Ok(none.insert(ProductPlans::new(stream.gpu())?)),
+            none => Ok(none.insert(ProductPlans::new(stream.gpu().blas()?))),
         }
     }
 
@@ -234,7 +229,7 @@ impl Issuer {
                 if event.query() {
                     return None;
                 }
-                match event.recorded() {
+                match event.recorded::<Recorded>() {
                     // A failure marks the context as lost; the next submission returns it.
                     Some(recorded) => drop(self.stream.wait(recorded)),
                     None if may_block => event.synchronize(),
@@ -254,7 +249,7 @@ impl Issuer {
         match self.stream.record() {
             Ok(recorded) => {
                 event.record(recorded.clone());
-                self.stream.gpu().poller().push(&self.completions, recorded, Completion::SetEvent(event));
+                self.stream.report(recorded, set_event(event));
             }
             // A failed stream runs nothing more, so the event is due.
             Err(_) => event.set(),
@@ -288,11 +283,7 @@ impl Issuer {
                     return Ok(false);
                 }
                 let issued = catch_unwind(AssertUnwindSafe(|| self.issue_next(run)));
-                let issued = issued.unwrap_or_else(|panic| {
-                    let (index, program) = (run.next_launch, program.name.clone());
-                    let (launch, message) = (format!("{index} ({})", launch.op.name()), panic_message(&*panic));
-                    Err(KernelError::Panic { launch, program, message })
-                });
+                let issued = issued.unwrap_or_else(|panic| Err(launch_panic(program, run.next_launch, &*panic)));
                 let (count, wait) = issued?;
                 if wait.is_some() {
                     run.pending_collective = wait;
@@ -321,8 +312,7 @@ impl Issuer {
                 Some(recorded) => Arc::clone(recorded),
                 None => event.insert(self.stream.record()?).clone(),
             };
-            let completion = Completion::Signal(run.in_flight.clone(), *tag);
-            self.stream.gpu().poller().push(&self.completions, recorded, completion);
+            self.stream.report(recorded, run.in_flight.clone().signal(*tag));
             run.next_signal += 1;
         }
         Ok(())
@@ -332,9 +322,7 @@ impl Issuer {
         let Run { in_flight, bases, uses_record, .. } = run;
         let fetched = if uses_record { self.fetch_record(&in_flight) } else { Ok(()) };
         match fetched.and_then(|()| self.stream.record()) {
-            Ok(recorded) => {
-                self.stream.gpu().poller().push(&self.completions, recorded, Completion::End(in_flight, bases, result))
-            }
+            Ok(recorded) => self.stream.report(recorded, in_flight.end(bases, result)),
             Err(error) => {
                 drop(bases);
                 in_flight.finish(Err(result.err().unwrap_or(error)));
@@ -432,7 +420,7 @@ impl Issuer {
     /// Checks ISSUE-1.
     fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
         let gpu = self.stream.gpu();
-        let got = match view.arena().device_memory() {
+        let got = match DeviceMemory::of(view.arena()) {
             Some(memory) if Arc::ptr_eq(memory.gpu().context(), gpu.context()) => return Ok(()),
             Some(memory) => format!("memory of {}", memory.place()),
             None => "host memory".to_owned(),
@@ -450,7 +438,7 @@ impl Issuer {
         accumulate: bool,
     ) -> Result<(), KernelError> {
         let name = "copy_region";
-        let source = read.arena().device_memory().map(|memory| memory.gpu().context().clone());
+        let source = DeviceMemory::of(read.arena()).map(|memory| memory.gpu().context().clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
             return Err(KernelError::arguments(name, "read 0", "device memory to copy unchanged", got));
@@ -512,7 +500,7 @@ impl Issuer {
             self.stream.issue_test_delay()?;
             // Abort, or the other members would wait forever.
             self.stream.begin_call(Some(timer)).inspect_err(|error| self.engine.abort(&error.to_string()))?;
-            return match engine.0.enqueue(call, &bound.reads, &bound.writes, bound.workspace.as_ref(), &self.stream)? {
+            return match engine.0.enqueue(call, bound, self.stream.clone())? {
                 Enqueued::Issued => self.stream.end_call().map(|()| None),
                 Enqueued::Pending(wait) => Ok(Some(wait)),
             };

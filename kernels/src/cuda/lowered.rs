@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
-use super::cudnn::Attention;
+use super::attention::Attention;
+use super::device_memory::device_address;
 use super::gpu::Gpu;
 use super::lower;
 use super::module::Function;
@@ -240,9 +241,7 @@ pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelErro
         Operand::Workspace => bound.workspace.as_ref(),
     };
     let missing = || KernelError::arguments(bound.name, "step", "a buffer of the launch", format!("{place:?}"));
-    let view = view.ok_or_else(missing)?;
-    let memory = view.arena().device_memory().ok_or_else(missing)?;
-    Ok(memory.address() + (view.offset() + place.offset_bytes) as u64)
+    Ok(device_address(view.ok_or_else(missing)?)? + place.offset_bytes as u64)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use super::context::{Context, Raw};
 use super::library::Library;
 use super::source::{MODULES, Module};
+use super::status::static_text;
 use super::step::SHARED_BYTES_DEFAULT;
 use crate::error::KernelError;
 
@@ -194,7 +195,7 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
     let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
     let failed = |result: nvrtc::nvrtcResult, call: &'static str| {
         // SAFETY: returns a static string.
-        let text = unsafe { super::context::static_text(nvrtc::nvrtcGetErrorString(result)) };
+        let text = unsafe { static_text(nvrtc::nvrtcGetErrorString(result)) };
         let place = format!("{file} for {target}");
         Err(KernelError::Cuda { place, call, code: result as u32, name: format!("{result:?}"), text })
     };

@@ -12,32 +12,35 @@
 //! the same bits on all members. NCCL does not compare calls, so members that call different collectives get no error;
 //! the plan is checked before it runs.
 
+use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::engine::{CudaCollective, Enqueue, Enqueued};
-use super::gpu::Gpu;
-use super::issue_order::{IssueOrder, IssueTicket};
+use super::gpu_call::GpuCall;
 use super::lower::collective::{are_rows, messages, regions};
 use super::poller::ErrorCheck;
-use super::raw_stream::RawStream;
-use super::staged::device_address;
-use super::strided_copy::{OwnedRegion, StridedRegion, copy_region, foreign_elements};
-use crate::clock::RaceClock;
+use super::strided_copy::{OwnedRegion, StridedRegion, copy_region};
+use crate::bound::Bound;
+use crate::clock::Stamped;
 use crate::collective::exchange::{check_call, check_members, taken};
-use crate::collective::{AbortStatus, Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
+use crate::collective::issue_order::{IssueOrder, IssueTicket};
+use crate::collective::status::ReceivedBytes;
+use crate::collective::{
+    AbortStatus, Collective, CollectiveCall, CollectiveKind, DeviceCollective, Enqueue, Enqueued, Group, MemberWait,
+    ReduceOp,
+};
 use crate::error::KernelError;
-use crate::memory::View;
-use crate::tensor::{DType, Region, element_count};
+use crate::tensor::{Region, element_count};
 
-mod api;
+pub(crate) mod api;
 mod comm;
 mod pipe;
 
-pub(crate) use api::Api;
+use api::Api;
 use comm::{Comm, NcclCall, Transfer};
+pub use comm::{GroupMember, UniqueId};
 use parking_lot::Mutex;
 pub use pipe::{Pipe, Sent};
 
@@ -47,33 +50,6 @@ const ISSUE_SPIN: Duration = Duration::from_micros(50);
 const ISSUE_STEP: Duration = Duration::from_micros(20);
 /// How long members wait for each other at shutdown.
 const FINALIZE_WITHIN: Duration = Duration::from_secs(5);
-
-/// The `ncclUniqueId` of a group: created by one member, distributed to all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UniqueId(pub [u8; 128]);
-
-impl UniqueId {
-    /// Creates a new id.
-    ///
-    /// # Errors
-    /// [`KernelError::Unavailable`] if NCCL is missing; [`KernelError::Cuda`] if it finds no network interface.
-    pub fn new() -> Result<Self, KernelError> {
-        comm::unique_id().map(Self)
-    }
-}
-
-/// One member of one group.
-#[derive(Clone, Debug)]
-pub struct GroupMember {
-    /// The group.
-    pub group: Arc<Group>,
-    /// Index of the member.
-    pub member: usize,
-    /// The GPU of the member's device; no two members of a group share one.
-    pub gpu: Arc<Gpu>,
-    /// The group's id.
-    pub id: UniqueId,
-}
 
 /// The NCCL engine of this process's devices.
 #[derive(Debug)]
@@ -85,7 +61,7 @@ struct Inner {
     groups: BTreeMap<u32, Arc<Group>>,
     /// By group and member; groups of one have none.
     comms: HashMap<(u32, usize), Arc<Comm>>,
-    received: Mutex<HashMap<usize, u64>>,
+    received: ReceivedBytes,
     /// By rank of the device.
     orders: Mutex<HashMap<usize, Arc<IssueOrder>>>,
     abort_status: AbortStatus,
@@ -115,7 +91,7 @@ impl Nccl {
         let inner = Arc::new(Inner {
             groups: memberships.iter().map(|membership| (membership.group.id, membership.group.clone())).collect(),
             comms,
-            received: Mutex::default(),
+            received: ReceivedBytes::default(),
             orders: Mutex::default(),
             abort_status: AbortStatus::default(),
             aborting: Mutex::default(),
@@ -128,24 +104,6 @@ impl Nccl {
             }
         }
         Ok(Self(inner))
-    }
-
-    /// Opens a member's end of a pipe over a group of two. Its calls follow the order of its own stream, not the
-    /// device's issue order (TURN-1). The pipe ends with this engine. See [`Pipe::connect`].
-    ///
-    /// # Errors
-    /// [`KernelError::Arguments`] for a membership that was not joined; [`KernelError::Cuda`].
-    pub fn pipe(&self, membership: &GroupMember) -> Result<Pipe, KernelError> {
-        let comm =
-            self.0.comms.get(&(membership.group.id, membership.member)).filter(|_| membership.group.ranks.len() == 2);
-        let Some(comm) = comm.cloned() else {
-            let got = format!("group {}, member {}", membership.group.id, membership.member);
-            return Err(KernelError::arguments("pipe", "group", "a joined group of two", got));
-        };
-        let (rank, peer) = (membership.group.ranks[membership.member], 1 - membership.member);
-        let name = format!("{}{}", ["to ", "from "][membership.member], membership.group.ranks[peer]);
-        let stream = RawStream::new(&membership.gpu, rank, &name, true)?;
-        Ok(Pipe::new(self.0.clone(), comm, peer, stream))
     }
 }
 
@@ -163,11 +121,6 @@ impl Inner {
         }
         self.abort(&error.to_string());
         error
-    }
-
-    fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
-        let bytes = foreign_elements(call, y_shape) * DType::F32.bytes();
-        *self.received.lock().entry(call.group.ranks[call.member]).or_default() += bytes as u64;
     }
 
     /// Waits until NCCL has put a call on its stream (NCCL-2); `None` after the timeout.
@@ -203,11 +156,8 @@ impl ErrorCheck for Inner {
         if aborting.is_some() {
             return;
         }
-        let (own, clock) = (self.clone(), RaceClock::capture());
-        let abort = move || {
-            clock.join();
-            own.abort_on_error(error);
-        };
+        let own = Stamped::new(self.clone());
+        let abort = move || drop(own.open().abort_on_error(error));
         *aborting = thread::Builder::new().name("nccl abort".to_owned()).spawn(abort).ok();
     }
 }
@@ -227,18 +177,9 @@ impl Drop for Nccl {
     }
 }
 
-/// One member's call: its memory, and how to enqueue it.
+/// One member's call, and how to enqueue it.
 struct MemberCall<'a> {
-    call: &'a CollectiveCall,
-    /// Device addresses; 0 if absent.
-    x: u64,
-    y: u64,
-    /// Address of the launch's workspace (STAGE-1).
-    workspace: u64,
-    x_shape: &'a [usize],
-    y_shape: &'a [usize],
-    dtype: DType,
-    stream: &'a RawStream,
+    of: &'a GpuCall<'a>,
     /// `None` in a group of one.
     comm: Option<&'a Comm>,
 }
@@ -249,31 +190,31 @@ type Unpack = (OwnedRegion, OwnedRegion);
 impl MemberCall<'_> {
     /// Enqueues the call; returns the copies to enqueue after it.
     fn issue(&self) -> Result<Vec<Unpack>, KernelError> {
-        let elements = element_count(self.y_shape);
+        let elements = element_count(self.of.y_shape);
         let nothing = |()| Vec::new();
-        match &self.call.kind {
+        match &self.of.call.kind {
             CollectiveKind::AllReduce { op } => {
-                self.call_or_copy(NcclCall::AllReduce(*op), self.x, self.y, elements).map(nothing)
+                self.call_or_copy(NcclCall::AllReduce(*op), self.of.x, self.of.y, elements).map(nothing)
             }
             CollectiveKind::Broadcast { root } => {
-                self.call_or_copy(NcclCall::Broadcast(*root), self.x, self.y, elements).map(nothing)
+                self.call_or_copy(NcclCall::Broadcast(*root), self.of.x, self.of.y, elements).map(nothing)
             }
-            CollectiveKind::ReduceScatter { op, parts } if are_rows(parts, self.x_shape) => {
-                self.call_or_copy(NcclCall::ReduceScatter(*op), self.x, self.y, elements).map(nothing)
+            CollectiveKind::ReduceScatter { op, parts } if are_rows(parts, self.of.x_shape) => {
+                self.call_or_copy(NcclCall::ReduceScatter(*op), self.of.x, self.of.y, elements).map(nothing)
             }
             CollectiveKind::ReduceScatter { op, parts } => self.reduce_parts(*op, parts),
-            CollectiveKind::AllGather { parts } if are_rows(parts, self.y_shape) => {
-                self.call_or_copy(NcclCall::AllGather, self.x, self.y, element_count(self.x_shape)).map(nothing)
-            }
+            CollectiveKind::AllGather { parts } if are_rows(parts, self.of.y_shape) => self
+                .call_or_copy(NcclCall::AllGather, self.of.x, self.of.y, element_count(self.of.x_shape))
+                .map(nothing),
             CollectiveKind::Send { to } => {
-                let (address, elements, peer) = (self.x, element_count(self.x_shape), *to);
+                let (address, elements, peer) = (self.of.x, element_count(self.of.x_shape), *to);
                 self.transfers(&[Transfer { sends: true, peer, address, elements }]).map(nothing)
             }
             CollectiveKind::Receive { from } => {
-                let (address, peer) = (self.y, *from);
+                let (address, peer) = (self.of.y, *from);
                 self.transfers(&[Transfer { sends: false, peer, address, elements }]).map(nothing)
             }
-            kind => match regions(kind, self.y_shape) {
+            kind => match regions(kind, self.of.y_shape) {
                 Some((sources, targets)) => self.exchange_regions(sources, &targets),
                 None => Ok(Vec::new()),
             },
@@ -284,15 +225,15 @@ impl MemberCall<'_> {
     fn call_or_copy(&self, kind: NcclCall, x: u64, y: u64, elements: usize) -> Result<(), KernelError> {
         match self.comm {
             _ if elements == 0 => Ok(()),
-            None => self.stream.copy(y, x, elements * self.dtype.bytes()),
-            Some(comm) => comm.call(kind, x, y, elements, self.dtype, self.stream),
+            None => self.of.stream.copy(y, x, elements * self.of.dtype.bytes()),
+            Some(comm) => comm.call(kind, x, y, elements, self.of.dtype, &self.of.stream),
         }
     }
 
     fn transfers(&self, transfers: &[Transfer]) -> Result<(), KernelError> {
         match self.comm {
             Some(comm) if transfers.iter().any(|t| t.elements > 0) => {
-                comm.transfer(transfers, Some(self.dtype), self.stream)
+                comm.transfer(transfers, Some(self.of.dtype), &self.of.stream)
             }
             _ => Ok(()),
         }
@@ -302,43 +243,43 @@ impl MemberCall<'_> {
     /// padding after a part, which is ignored.
     fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>, KernelError> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
-        let slot = longest * self.dtype.bytes();
-        let staging = self.workspace;
+        let slot = longest * self.of.dtype.bytes();
+        let staging = self.of.workspace;
         for (i, part) in parts.iter().enumerate() {
             let to = OwnedRegion::whole(staging + (i * slot) as u64, &part.size);
             copy_region(
-                self.stream,
-                StridedRegion { address: self.x, shape: self.x_shape, region: part },
+                &self.of.stream,
+                StridedRegion { address: self.of.x, shape: self.of.x_shape, region: part },
                 to.as_region(),
-                self.dtype,
+                self.of.dtype,
             )?;
         }
-        if element_count(self.y_shape) == longest {
-            return self.call_or_copy(NcclCall::ReduceScatter(op), staging, self.y, longest).map(|()| Vec::new());
+        if element_count(self.of.y_shape) == longest {
+            return self.call_or_copy(NcclCall::ReduceScatter(op), staging, self.of.y, longest).map(|()| Vec::new());
         }
         let out = staging + (parts.len() * slot) as u64;
         self.call_or_copy(NcclCall::ReduceScatter(op), staging, out, longest)?;
-        Ok(vec![(OwnedRegion::whole(out, self.y_shape), OwnedRegion::whole(self.y, self.y_shape))])
+        Ok(vec![(OwnedRegion::whole(out, self.of.y_shape), OwnedRegion::whole(self.of.y, self.of.y_shape))])
     }
 
     /// Exchanges regions between all members: one message per pair, packed if it is not contiguous.
     fn exchange_regions(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>, KernelError> {
-        let (me, dtype) = (self.call.member, self.dtype);
+        let (me, dtype) = (self.of.call.member, self.of.dtype);
         let (source, target) = (&sources[me], &targets[me]);
-        let in_x = |part: &Region| OwnedRegion { address: self.x, shape: source.size.clone(), region: part.clone() };
-        let in_y = |part: &Region| OwnedRegion { address: self.y, shape: target.size.clone(), region: part.clone() };
+        let in_x = |part: &Region| OwnedRegion { address: self.of.x, shape: source.size.clone(), region: part.clone() };
+        let in_y = |part: &Region| OwnedRegion { address: self.of.y, shape: target.size.clone(), region: part.clone() };
         for (_, boxes) in taken(me, sources, target).into_iter().filter(|(from, _)| *from == me) {
             for common in &boxes {
                 let [from, to] = [common.relative_to(source), common.relative_to(target)];
-                copy_region(self.stream, in_x(&from).as_region(), in_y(&to).as_region(), dtype)?;
+                copy_region(&self.of.stream, in_x(&from).as_region(), in_y(&to).as_region(), dtype)?;
             }
         }
         let bytes = |elements: usize| (elements * dtype.bytes()) as u64;
-        let (mut transfers, mut unpacks, mut next) = (Vec::new(), Vec::new(), self.workspace);
+        let (mut transfers, mut unpacks, mut next) = (Vec::new(), Vec::new(), self.of.workspace);
         for message in messages(me, sources, targets) {
             let (sends, peer, elements) = (message.sends, message.peer, message.elements());
             if let Some(start) = message.direct {
-                let address = if sends { self.x } else { self.y } + bytes(start);
+                let address = if sends { self.of.x } else { self.of.y } + bytes(start);
                 transfers.push(Transfer { sends, peer, address, elements });
                 continue;
             }
@@ -347,7 +288,7 @@ impl MemberCall<'_> {
             for common in &message.boxes {
                 let piece = OwnedRegion::whole(place, &common.size);
                 if sends {
-                    copy_region(self.stream, in_x(common).as_region(), piece.as_region(), dtype)?;
+                    copy_region(&self.of.stream, in_x(common).as_region(), piece.as_region(), dtype)?;
                 } else {
                     unpacks.push((piece, in_y(common)));
                 }
@@ -364,44 +305,27 @@ impl Enqueue for Nccl {
     fn enqueue(
         &self,
         call: &CollectiveCall,
-        reads: &[View<'_>],
-        writes: &[View<'_>],
-        workspace: Option<&View<'_>>,
-        stream: &Arc<RawStream>,
+        bound: &Bound<'_>,
+        stream: Arc<dyn Any + Send + Sync>,
     ) -> Result<Enqueued, KernelError> {
         check_members(call)?;
-        if let Some(error) = self.0.abort_status.aborted() {
-            return Err(error);
-        }
+        self.0.abort_status.check()?;
         // Abort, or the other members would wait forever.
-        check_call(call, reads, writes).map_err(|error| self.0.abort_on_error(error))?;
+        check_call(call, &bound.reads, &bound.writes).map_err(|error| self.0.abort_on_error(error))?;
         let comm = self.0.comms.get(&(call.group.id, call.member)).cloned();
         if comm.is_none() && call.group.ranks.len() > 1 {
             let got = format!("group {}, member {}", call.group.id, call.member);
             return Err(KernelError::arguments(call.name(), "group", "a joined group", got));
         }
-        let Some(any) = reads.iter().chain(writes).next() else { return Ok(Enqueued::Issued) };
-        let address = |view: Option<&View<'_>>| view.map_or(Ok(0), device_address);
-        let shape = |view: Option<&View<'_>>| view.map_or(Vec::new(), |view| view.shape().to_vec());
-        let (x_shape, y_shape) = (shape(reads.first()), shape(writes.first()));
-        let member = MemberCall {
-            call,
-            x: address(reads.first())?,
-            y: address(writes.first())?,
-            workspace: address(workspace)?,
-            x_shape: &x_shape,
-            y_shape: &y_shape,
-            dtype: any.dtype(),
-            stream,
-            comm: comm.as_deref(),
-        };
+        let of = GpuCall::new(call, bound, stream)?;
         if let Some(comm) = &comm {
-            comm.record_call(stream);
+            comm.record_call(&of.stream);
         }
         // Abort, since the other members would wait forever for a call that NCCL refused.
+        let member = MemberCall { of: &of, comm: comm.as_deref() };
         let unpacks = member.issue().map_err(|error| self.0.abort_on_error(error))?;
-        self.0.count(call, &y_shape);
-        let (stream, dtype) = (stream.clone(), any.dtype());
+        of.count(&self.0.received);
+        let (stream, dtype) = (of.stream, of.dtype);
         let enqueue_copies = move || {
             unpacks.iter().try_for_each(|(from, to)| copy_region(&stream, from.as_region(), to.as_region(), dtype))
         };
@@ -418,10 +342,6 @@ impl Enqueue for Nccl {
 }
 
 impl Collective for Nccl {
-    fn run(&self, call: &CollectiveCall, _: &[View<'_>], _: &[View<'_>]) -> Result<(), KernelError> {
-        Err(KernelError::arguments(call.name(), "stream", "a CUDA stream", "a host thread"))
-    }
-
     fn abort(&self, cause: &str) {
         self.0.abort(cause);
     }
@@ -451,11 +371,11 @@ impl Collective for Nccl {
         Some(self.0.orders.lock().entry(rank).or_default().ticket())
     }
 
-    fn on_device(&self, _: &CollectiveCall) -> Option<CudaCollective<'_>> {
-        Some(CudaCollective(self))
+    fn on_device(&self, _: &CollectiveCall) -> Option<DeviceCollective<'_>> {
+        Some(DeviceCollective(self))
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        self.0.received.lock().get(&rank).copied().unwrap_or(0)
+        self.0.received.of(rank)
     }
 }

@@ -11,6 +11,7 @@ use super::event::Recorded;
 use super::gpu::Gpu;
 use super::memory::{destroy_stream, new_stream};
 use super::module::Function;
+use super::poller::{Completion, CompletionQueue};
 use super::progress::CallProgress;
 use super::test_delay::TestDelays;
 use crate::error::KernelError;
@@ -63,6 +64,7 @@ pub(crate) struct RawStream {
     place: String,
     /// `None` if the GPU has no progress words left.
     call_progress: Option<Arc<CallProgress>>,
+    completions: Arc<CompletionQueue>,
 }
 
 /// The launch geometry of a kernel.
@@ -80,7 +82,9 @@ impl RawStream {
         gpu.context().bind()?;
         let (least, greatest) = gpu.priorities();
         let handle = new_stream(gpu.context(), if urgent { greatest } else { least }, &place)?;
-        Ok(Self { gpu: gpu.clone(), rank, handle, place, call_progress: gpu.progress_words().allocate() })
+        let call_progress = gpu.progress_words().allocate();
+        let completions = gpu.poller().register(&place, call_progress.as_ref());
+        Ok(Self { gpu: gpu.clone(), rank, handle, place, call_progress, completions })
     }
 
     pub(crate) fn gpu(&self) -> &Arc<Gpu> {
@@ -283,6 +287,26 @@ impl RawStream {
     /// Records an event after all work that was put on the stream so far.
     pub(crate) fn record(&self) -> Result<Arc<Recorded>, KernelError> {
         self.gpu.events().record(self.handle, &self.place)
+    }
+
+    /// Reports the completion when `after`, an event of this stream, is done.
+    pub(crate) fn report(&self, after: Arc<Recorded>, completion: Completion) {
+        self.gpu.poller().push(&self.completions, after, completion);
+    }
+
+    /// Reports the completion when all work that was put on the stream so far is done.
+    pub(crate) fn report_end(&self, completion: Completion) -> Result<(), KernelError> {
+        self.record().map(|after| self.report(after, completion))
+    }
+
+    /// Whether all completions have been reported.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.gpu.poller().is_idle(&self.completions)
+    }
+
+    /// Ends reports: pending completions fail with `cause`.
+    pub(crate) fn close(&self, cause: &KernelError) {
+        self.gpu.poller().unregister(&self.completions, cause);
     }
 
     /// Makes later work on the stream wait for the event.

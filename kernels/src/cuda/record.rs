@@ -8,8 +8,9 @@ use cudarc::driver::sys;
 use parking_lot::Mutex;
 
 use super::context::Raw;
+use super::device_memory::DeviceMemory;
 use super::gpu::Gpu;
-use super::memory::{DeviceMemory, Pinned};
+use super::memory::Pinned;
 use super::step::ErrorRecord;
 use crate::clock::{ReleaseClocks, host_access};
 use crate::error::KernelError;
@@ -51,7 +52,7 @@ pub(crate) struct RecordSlot {
 impl ErrorRecords {
     /// Allocates the device record, counted in `tally`.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
-        let device = Arena::cuda(DeviceMemory::new(gpu, rank, BYTES, tally)?);
+        let device = Arena::on_device(DeviceMemory::new(gpu, rank, BYTES, tally)?);
         Ok(Self { device, blocks: Vec::new() })
     }
 
@@ -62,7 +63,7 @@ impl ErrorRecords {
 
     /// The device address that kernels write to.
     pub(crate) fn address(&self) -> u64 {
-        self.device.device_memory().map_or(0, DeviceMemory::address)
+        DeviceMemory::of(&self.device).map_or(0, DeviceMemory::address)
     }
 
     /// Allocates slots. Requires the context to be bound.

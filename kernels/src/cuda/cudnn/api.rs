@@ -11,8 +11,8 @@ use cudarc::cudnn::sys::{
 };
 use libloading::Library as Loaded;
 
-use crate::cuda::context::static_text;
-use crate::cuda::library::{Library, unavailable};
+use crate::cuda::library::Library;
+use crate::cuda::status::{static_text, unavailable};
 use crate::error::KernelError;
 
 /// The oldest version that was tried and accepts the graphs: `10000 * major + 100 * minor`.

@@ -19,7 +19,8 @@ pub(super) struct Args<'a> {
 }
 
 impl<'a> Args<'a> {
-    pub(super) fn new(launch: &'a Launch, accumulate: bool) -> Result<Self, KernelError> {
+    /// Checks a launch that needs `needed` bytes of workspace.
+    pub(super) fn new(launch: &'a Launch, accumulate: bool, needed: usize) -> Result<Self, KernelError> {
         let args = Self { launch, accumulate };
         let counts = (launch.reads.len(), launch.writes.len());
         if let Some(arity) = launch.op.arity()
@@ -39,7 +40,6 @@ impl<'a> Args<'a> {
         if sum.is_some_and(|i| launch.writes[i].dtype == DType::BF16) {
             return Err(args.refused("accumulate", "a sum of type F32, since BF16 loses small terms", "BF16"));
         }
-        let needed = super::workspace_bytes(launch);
         let given = launch.workspace.as_ref().map_or(0, |b| element_count(&b.shape) * b.dtype.bytes());
         if needed > given {
             return Err(args.refused("workspace", format!("{needed} bytes"), format!("{given} bytes")));
@@ -93,7 +93,7 @@ impl<'a> Args<'a> {
         integers.try_for_each(|(i, buffer)| self.check_dtype("write", i, buffer, DType::F32))
     }
 
-    /// Picks the variant of a kernel (see [`variants`](super::variants)) for the types of read `i` and write `w`.
+    /// Picks the variant of a kernel (see [`variants`](super::kernel::variants)) for the types of read `i` and write `w`.
     pub(super) fn pick(&self, i: usize, w: usize, [f32, bf16, widening]: [&'static str; 3]) -> &'static str {
         match (self.read_dtype(i), self.write_dtype(w)) {
             (DType::BF16, DType::BF16) => bf16,

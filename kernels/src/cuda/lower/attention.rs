@@ -2,8 +2,8 @@
 //! shapes that cuDNN may run instead.
 
 use super::args::Args;
+use super::kernel::{blocks, long, read, write};
 use super::norm::warps;
-use super::{blocks, long, read, write};
 use crate::cuda::step::{Arg, AttentionShape, Element, Pass, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};

@@ -1,8 +1,8 @@
 //! Layer norm and its gradient.
 
 use super::args::Args;
+use super::kernel::{blocks, long, read, variants, write};
 use super::reduce::{ColumnSum, ColumnSumKernels, sum_columns};
-use super::{blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::element_count;

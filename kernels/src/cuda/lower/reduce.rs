@@ -1,7 +1,7 @@
 //! Sums over rows and over all elements. The shape alone determines how a sum is split into parts.
 
 use super::args::Args;
-use super::{PACK, THREADS, blocks, long, read, variants, write};
+use super::kernel::{PACK, THREADS, blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Kernel, Place, Step};
 use crate::error::KernelError;
 use crate::op::check_squares;

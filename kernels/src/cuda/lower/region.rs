@@ -1,7 +1,7 @@
 //! Ops on regions of larger tensors. Merges dims where possible; the kernels take up to four.
 
 use super::args::Args;
-use super::{PACK, long, pack_of, read, threads, variants};
+use super::kernel::{PACK, long, pack_of, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
 use crate::error::KernelError;
 use crate::region::check_inside;

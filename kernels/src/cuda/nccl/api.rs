@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::Library as Loaded;
 
-use crate::cuda::context::static_text;
-use crate::cuda::library::{Library, unavailable};
+use crate::cuda::library::Library;
+use crate::cuda::status::{static_text, unavailable};
 use crate::error::KernelError;
 
 /// The oldest supported version: `10000 * major + 100 * minor + patch`. Before 2.24, members in one process may read

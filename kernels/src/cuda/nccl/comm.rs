@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use parking_lot::Mutex;
 
-use super::GroupMember;
 use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
-use crate::collective::ReduceOp;
+use crate::collective::{Group, ReduceOp};
 use crate::cuda::context::{Context, Raw};
+use crate::cuda::gpu::Gpu;
 use crate::cuda::progress::CallProgress;
 use crate::cuda::raw_stream::RawStream;
 use crate::error::KernelError;
@@ -21,6 +21,37 @@ use crate::tensor::DType;
 
 /// Poll interval while a communicator is created or finalized.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
+
+/// The `ncclUniqueId` of a group: created by one member, distributed to all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UniqueId(pub [u8; 128]);
+
+impl UniqueId {
+    /// Creates a new id.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] if NCCL is missing; [`KernelError::Cuda`] if it finds no network interface.
+    pub fn new() -> Result<Self, KernelError> {
+        let api = Api::get()?;
+        let mut id = ncclUniqueId { internal: [0; 128] };
+        // SAFETY: writes an id to a local.
+        api.check(unsafe { (api.unique_id)(&mut id) }, "ncclGetUniqueId", "nccl")?;
+        Ok(Self(id.internal.map(|byte| byte as u8)))
+    }
+}
+
+/// One member of one group.
+#[derive(Clone, Debug)]
+pub struct GroupMember {
+    /// The group.
+    pub group: Arc<Group>,
+    /// Index of the member.
+    pub member: usize,
+    /// The GPU of the member's device; no two members of a group share one.
+    pub gpu: Arc<Gpu>,
+    /// The group's id.
+    pub id: UniqueId,
+}
 
 /// A communicator. Dropping it aborts it unless [`finalize`] has ended it.
 #[derive(Debug)]
@@ -92,15 +123,6 @@ fn reduction(op: ReduceOp) -> ncclRedOp_t {
         ReduceOp::Sum => ncclRedOp_t::ncclSum,
         ReduceOp::Max => ncclRedOp_t::ncclMax,
     }
-}
-
-/// Creates a new id.
-pub(super) fn unique_id() -> Result<[u8; 128], KernelError> {
-    let api = Api::get()?;
-    let mut id = ncclUniqueId { internal: [0; 128] };
-    // SAFETY: writes an id to a local.
-    api.check(unsafe { (api.unique_id)(&mut id) }, "ncclGetUniqueId", "nccl")?;
-    Ok(id.internal.map(|byte| byte as u8))
 }
 
 /// Creates the communicators of this process's members of one group, in one NCCL group call.

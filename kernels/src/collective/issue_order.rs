@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::collective::AbortStatus;
+use crate::collective::status::AbortStatus;
 use crate::error::KernelError;
 
 /// How often a waiting thread checks whether the engine was aborted.
