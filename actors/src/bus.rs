@@ -8,7 +8,6 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use ractor::ActorRef;
-use shardflow_kernels::clock::RaceClock;
 
 use crate::error::ProtocolError;
 use crate::message::{Cast, Mail};
@@ -77,7 +76,7 @@ impl Bus {
         if is_bounded(&cast) {
             self.mailboxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
         }
-        actor.cast(Mail { cast, clock: RaceClock::capture() }).is_ok()
+        actor.cast(Mail::new(cast)).is_ok()
     }
 
     /// Injects a fault into all messages from now on; called once.

@@ -1,7 +1,7 @@
 //! The messages in a shard's mailbox.
 
 use crossbeam_channel::Sender;
-use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::error::KernelError;
 
 use crate::protocol::ProtocolEvent;
@@ -15,19 +15,15 @@ pub(crate) enum Cast {
     Event(ProtocolEvent),
     /// The firing in flight failed.
     Failed(KernelError),
-    /// Requests the actor's state, with the race clock at that time.
-    Snapshot(Sender<(ActorSnapshot, RaceClock)>),
+    /// Requests the actor's state.
+    Snapshot(Sender<Stamped<ActorSnapshot>>),
     /// Makes the actor panic.
     #[cfg(test)]
     Panic,
 }
 
-/// A mailbox entry with the sender's race clock.
-#[derive(Debug)]
-pub(crate) struct Mail {
-    pub(crate) cast: Cast,
-    pub(crate) clock: RaceClock,
-}
+/// A mailbox entry.
+pub(crate) type Mail = Stamped<Cast>;
 
 /// The message of actors that get none.
 #[derive(Debug)]

@@ -16,11 +16,11 @@ use parking_lot::Mutex;
 /// threads carries the sender's clock, and the receiver joins it, which orders the sender's earlier events before its
 /// own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RaceClock(#[cfg(debug_assertions)] u64);
+struct RaceClock(#[cfg(debug_assertions)] u64);
 
 impl RaceClock {
     /// Takes a snapshot of the calling thread's clock.
-    pub fn capture() -> Self {
+    fn capture() -> Self {
         #[cfg(debug_assertions)]
         return Self(software::functions().map_or(0, |functions| (functions.capture)()));
         #[cfg(not(debug_assertions))]
@@ -29,7 +29,7 @@ impl RaceClock {
 
     /// Merges the snapshot into the calling thread's clock: the events it contains happened before all later events
     /// here.
-    pub fn join(self) {
+    fn join(self) {
         #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
             (functions.join)(token);

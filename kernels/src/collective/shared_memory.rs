@@ -10,8 +10,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
@@ -19,6 +19,7 @@ use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
     exchange_copies,
 };
+use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::KernelError;
 use crate::memory::{Arena, View};
@@ -33,8 +34,8 @@ pub struct SharedMemory {
     groups: Vec<GroupProgress>,
     index: HashMap<u32, usize>,
     arenas: BTreeMap<usize, Arena>,
-    received: BTreeMap<usize, AtomicU64>,
-    aborted: OnceLock<String>,
+    received: ReceivedBytes,
+    abort_status: AbortStatus,
     cores: usize,
 }
 
@@ -94,9 +95,9 @@ impl SharedMemory {
             board,
             groups: groups.iter().map(known).collect(),
             index,
-            received: arenas.keys().map(|&rank| (rank, AtomicU64::new(0))).collect(),
+            received: ReceivedBytes::default(),
             arenas,
-            aborted: OnceLock::new(),
+            abort_status: AbortStatus::default(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
         })
     }
@@ -104,16 +105,14 @@ impl SharedMemory {
     fn check_aborted(&self) -> Result<(), KernelError> {
         // The board's cause comes first: it is the first of all processes. A peer that died while writing it leaves
         // none.
-        match self.board.aborted().or_else(|| self.aborted.get().cloned()) {
+        match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
-            None => Ok(()),
+            None => self.abort_status.check(),
         }
     }
 
     fn count(&self, call: &CollectiveCall, elements: usize) {
-        if let Some(bytes) = self.received.get(&call.group.ranks[call.member]) {
-            bytes.fetch_add((elements * size_of::<f32>()) as u64, Ordering::Relaxed);
-        }
+        self.received.add(&call.group, call.member, elements * size_of::<f32>());
     }
 }
 
@@ -409,7 +408,7 @@ impl Collective for SharedMemory {
     }
 
     fn abort(&self, cause: &str) {
-        let _ = self.aborted.set(cause.to_owned());
+        self.abort_status.abort(cause);
         self.board.abort(cause, self.groups.iter().map(|known| known.group.ranks.len()));
     }
 
@@ -435,7 +434,7 @@ impl Collective for SharedMemory {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        self.received.get(&rank).map_or(0, |bytes| bytes.load(Ordering::Relaxed))
+        self.received.of(rank)
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use parking_lot::Mutex;
 
-use super::{Report, TIMEOUT, run_program, submit, wait};
-use crate::clock::RaceClock;
+use super::harness::{Report, TIMEOUT, run_program, submit, wait};
+use crate::clock::Stamped;
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::memory::Arena;
@@ -16,7 +16,7 @@ use crate::tensor::{DType, HostTensor, Region};
 
 /// A kernel that waits until the test opens it.
 #[derive(Debug)]
-struct Gate(Mutex<Receiver<RaceClock>>);
+struct Gate(Mutex<Receiver<Stamped<()>>>);
 
 impl CustomKernel for Gate {
     fn name(&self) -> &str {
@@ -25,13 +25,11 @@ impl CustomKernel for Gate {
 
     fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
         let never_opened = |_| KernelError::Custom { name: "gate".to_owned(), message: "never opened".to_owned() };
-        let clock = self.0.lock().recv_timeout(TIMEOUT).map_err(never_opened)?;
-        clock.join();
-        Ok(())
+        self.0.lock().recv_timeout(TIMEOUT).map(Stamped::open).map_err(never_opened)
     }
 }
 
-fn gate() -> (Sender<RaceClock>, Launch) {
+fn gate() -> (Sender<Stamped<()>>, Launch) {
     let (open, receiver) = channel();
     (open, launch(Op::Custom(Arc::new(Gate(Mutex::new(receiver)))), &[], &[]))
 }
@@ -153,7 +151,7 @@ fn events(device: &Device) -> Result<(), String> {
     let after = second.record();
     ensure(!event.query() && !after.query(), "an event was set before the work recorded before it finished")?;
     ensure(consumer.try_recv().is_err(), "work after an event did not wait")?;
-    open.send(RaceClock::capture()).map_err(text)?;
+    open.send(Stamped::new(())).map_err(text)?;
     wait(&producer).map_err(text)?;
     wait(&consumer).map_err(text)?;
     after.synchronize();
@@ -174,7 +172,7 @@ fn signals(device: &Device) -> Result<(), String> {
     }
     // The gate is closed, so nothing writes.
     expect_floats(&arena, 0, &[1.0])?;
-    open.send(RaceClock::capture()).map_err(text)?;
+    open.send(Stamped::new(())).map_err(text)?;
     for expected in [Notification::Signal(10), Notification::Done] {
         let notification = notifications.recv_timeout(TIMEOUT).map_err(text)?;
         ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
@@ -293,7 +291,7 @@ fn memory(device: &Device) -> Result<(), String> {
     let notifications = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
     drop(arena);
     ensure(device.bytes_allocated() == bytes_before + bytes, "an arena was freed during a submission")?;
-    open.send(RaceClock::capture()).map_err(text)?;
+    open.send(Stamped::new(())).map_err(text)?;
     wait(&notifications).map_err(text)?;
     drop(stream);
     ensure(device.bytes_allocated() == bytes_before, "an arena was not freed after its last use")?;

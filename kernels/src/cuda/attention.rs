@@ -95,3 +95,20 @@ impl AttentionCounters {
         ]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_attention_implementation_is_selected_by_name() {
+        assert_eq!(Attention::parse(None), Ok(Attention::Ordered));
+        assert_eq!(Attention::parse(Some("own")), Ok(Attention::Own));
+        assert_eq!(Attention::parse(Some("cudnn-any-order")), Ok(Attention::AnyOrder));
+        let error = Attention::parse(Some("fast")).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "unknown attention implementation \"fast\": set SHARDFLOW_ATTENTION to own, cudnn or cudnn-any-order"
+        );
+    }
+}

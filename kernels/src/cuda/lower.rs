@@ -13,7 +13,7 @@ mod args;
 mod attention;
 pub(crate) mod collective;
 mod elementwise;
-mod fuse;
+pub mod fuse;
 mod kernel;
 mod loss;
 mod norm;
@@ -25,8 +25,6 @@ mod region;
 mod tests;
 
 use args::Args;
-
-pub use fuse::{FusedLaunches, fuse, may_fuse};
 
 /// Alignment of cuBLASLt's and cuDNN's workspaces; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;

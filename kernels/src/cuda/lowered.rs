@@ -7,7 +7,10 @@ use std::sync::{Arc, OnceLock};
 use super::attention::Attention;
 use super::device_memory::device_address;
 use super::gpu::Gpu;
-use super::lower;
+use super::lower::{
+    self,
+    fuse::{FusedLaunches, fuse, may_fuse},
+};
 use super::module::Function;
 use super::raw_stream::{Geometry, PARAMETERS_MAX};
 use super::step::{Arg, AttentionShape, Operand, Place, Product, Step};
@@ -138,7 +141,7 @@ impl LoweredProgram {
     pub(crate) fn cannot_fuse(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
         match self.pairs[index].get() {
             Some(pair) => pair.is_none(),
-            None => !lower::may_fuse(first, second),
+            None => !may_fuse(first, second),
         }
     }
 
@@ -150,7 +153,7 @@ impl LoweredProgram {
 
 fn fuse_pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<FusedPair> {
     // Errors are reported when the launches run one by one.
-    let lower::FusedLaunches { reads, writes, steps } = lower::fuse(first, second, &overlap).ok()??;
+    let FusedLaunches { reads, writes, steps } = fuse(first, second, &overlap).ok()??;
     let steps = steps.into_iter().map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>().ok()?;
     let uses_record = uses_record(&steps);
     Some(FusedPair { reads, writes, steps, uses_record })

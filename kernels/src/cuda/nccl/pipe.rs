@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::comm::{Comm, GroupMember, Transfer};
-use super::{ISSUE_SPIN, Inner, Nccl};
+use super::engine::{ISSUE_SPIN, Inner, Nccl};
 use crate::cuda::device_memory::DeviceMemory;
 use crate::cuda::poller::release;
 use crate::cuda::raw_stream::RawStream;
