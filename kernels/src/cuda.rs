@@ -2,13 +2,12 @@
 //! On a machine without them, [`probe`](probe()) reports what is missing. Layers: `step <- lower`, `source` (no FFI, no
 //! GPU); `status <- library <- context <- event, memory, module, blas, progress, attention, test_delay <- poller <- gpu
 //! <- device_memory, raw_stream <- cudnn, record, staged, in_flight, lowered, strided_copy <- gpu_call <- nccl,
-//! shared_gpu (collective engines); issue <- stream <- device; probe`.
+//! shared_gpu (collective engines); issue <- stream; probe`.
 
 pub(crate) mod attention;
 pub(crate) mod blas;
 pub(crate) mod context;
 pub mod cudnn;
-pub mod device;
 pub(crate) mod device_memory;
 pub(crate) mod event;
 pub mod gpu;
@@ -16,10 +15,10 @@ pub(crate) mod gpu_call;
 pub(crate) mod in_flight;
 pub(crate) mod issue;
 pub mod library;
-pub mod lower;
+pub(crate) mod lower;
 pub(crate) mod lowered;
 pub(crate) mod memory;
-pub mod module;
+pub(crate) mod module;
 pub mod nccl;
 pub(crate) mod poller;
 mod probe;
@@ -30,8 +29,8 @@ pub mod shared_gpu;
 pub mod source;
 pub(crate) mod staged;
 pub(crate) mod status;
-pub mod step;
-pub mod stream;
+pub(crate) mod step;
+pub(crate) mod stream;
 pub(crate) mod strided_copy;
 pub mod test_delay;
 

@@ -22,7 +22,7 @@ use half::bf16;
 
 use crate::error::KernelError;
 use crate::op::Buffer;
-use crate::tensor::{DType, Element, HostData, HostTensor, element_count};
+use crate::tensor::{DType, HostElement, HostData, HostTensor, element_count};
 
 mod heap;
 mod raw_io;
@@ -444,7 +444,7 @@ impl<'a> View<'a> {
     ///
     /// # Safety
     /// The dtype is that of `T`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
-    pub(crate) unsafe fn slice<T: Element>(&self) -> &'a [T] {
+    pub(crate) unsafe fn slice<T: HostElement>(&self) -> &'a [T] {
         debug_assert_eq!(self.dtype, T::DTYPE);
         // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, not written by the contract.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
@@ -455,7 +455,7 @@ impl<'a> View<'a> {
     /// # Safety
     /// The dtype is that of `T`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
     #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn slice_mut<T: Element>(&self) -> &'a mut [T] {
+    pub(crate) unsafe fn slice_mut<T: HostElement>(&self) -> &'a mut [T] {
         debug_assert_eq!(self.dtype, T::DTYPE);
         // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, exclusive by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }

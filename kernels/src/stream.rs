@@ -1,4 +1,4 @@
-//! In-order streams of launches. A backend is a variant, dispatched once per submission.
+//! In-order streams of launches. A backend takes commands; everything else is the same for all.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,13 +8,17 @@ use crate::cuda::stream::CudaStream;
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::op::Program;
+use crate::submission::Command;
 
 pub use crate::submission::{Notification, Notify, Submission};
 
 /// A queue of work on one device, executed in order. Dropping it waits for queued work to finish (unless the stream's
 /// own thread drops it), so abort the collective engine first when members may be missing.
 #[derive(Debug)]
-pub enum Stream {
+pub struct Stream(Backend);
+
+#[derive(Debug)]
+enum Backend {
     /// A thread of this process, with helper threads.
     Cpu(CpuStream),
     /// A GPU stream.
@@ -22,15 +26,27 @@ pub enum Stream {
 }
 
 impl Stream {
+    pub(crate) fn cpu(stream: CpuStream) -> Self {
+        Self(Backend::Cpu(stream))
+    }
+
+    pub(crate) fn cuda(stream: CudaStream) -> Self {
+        Self(Backend::Cuda(stream))
+    }
+
+    fn send(&self, command: Command) -> Result<(), KernelError> {
+        match &self.0 {
+            Backend::Cpu(stream) => stream.send(command),
+            Backend::Cuda(stream) => stream.send(command),
+        }
+    }
+
     /// Queues a program and returns immediately.
     ///
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended. Errors of the program are passed to `notify`.
     pub fn submit(&self, submission: Submission) -> Result<(), KernelError> {
-        match self {
-            Stream::Cpu(stream) => stream.submit(submission),
-            Stream::Cuda(stream) => stream.submit(submission),
-        }
+        self.send(Command::Run(submission))
     }
 
     /// Prepares everything that the stream needs to run this program, so that its submissions allocate nothing: loads
@@ -39,18 +55,20 @@ impl Stream {
     /// # Errors
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; an invalid launch is reported when it is submitted.
     pub fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
-        match self {
-            Stream::Cpu(stream) => stream.prepare(program),
-            Stream::Cuda(stream) => stream.prepare(program),
+        match &self.0 {
+            Backend::Cpu(stream) => stream.prepare(program),
+            Backend::Cuda(stream) => stream.prepare(program),
         }
     }
 
     /// An event that is set when all work submitted so far has finished.
     pub fn record(&self) -> Event {
-        match self {
-            Stream::Cpu(stream) => stream.record(),
-            Stream::Cuda(stream) => stream.record(),
+        let event = Event::default();
+        if self.send(Command::Record(event.clone())).is_err() {
+            // An ended or failed stream runs nothing more, so the event is due.
+            event.set();
         }
+        event
     }
 
     /// Delays later submissions until `event` is set, which may belong to another stream. Does not block.
@@ -58,10 +76,7 @@ impl Stream {
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended.
     pub fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
-        match self {
-            Stream::Cpu(stream) => stream.wait_for(event),
-            Stream::Cuda(stream) => stream.wait_for(event),
-        }
+        if event.query() { Ok(()) } else { self.send(Command::Wait(event.clone())) }
     }
 
     /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. Slow: for finding the origin
@@ -70,10 +85,7 @@ impl Stream {
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended.
     pub fn check_finite(&self, on: bool) -> Result<(), KernelError> {
-        match self {
-            Stream::Cpu(stream) => stream.check_finite(on),
-            Stream::Cuda(stream) => stream.check_finite(on),
-        }
+        self.send(Command::CheckFinite(on))
     }
 
     /// Blocks until all work submitted so far has finished. Must not be called from a [`Notify`].
@@ -81,25 +93,25 @@ impl Stream {
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended.
     pub fn synchronize(&self) -> Result<(), KernelError> {
-        match self {
-            Stream::Cpu(stream) => stream.synchronize(),
-            Stream::Cuda(stream) => stream.synchronize(),
-        }
+        let event = Event::default();
+        self.send(Command::Record(event.clone()))?;
+        event.synchronize();
+        Ok(())
     }
 
     /// Number of threads that run each kernel of this stream.
     pub fn threads(&self) -> usize {
-        match self {
-            Stream::Cpu(stream) => stream.threads(),
-            Stream::Cuda(_) => 1,
+        match &self.0 {
+            Backend::Cpu(stream) => stream.threads(),
+            Backend::Cuda(_) => 1,
         }
     }
 
     /// Total time that the stream has spent in collectives, waiting for other members or transferring bytes.
     pub fn collective_time(&self) -> Duration {
-        match self {
-            Stream::Cpu(stream) => stream.collective_time(),
-            Stream::Cuda(stream) => stream.collective_time(),
+        match &self.0 {
+            Backend::Cpu(stream) => stream.collective_time(),
+            Backend::Cuda(stream) => stream.collective_time(),
         }
     }
 }

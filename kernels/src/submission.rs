@@ -6,6 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::KernelError;
+use crate::event::Event;
 use crate::memory::Base;
 use crate::op::{Op, Program};
 
@@ -51,6 +52,17 @@ impl fmt::Debug for Submission {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Submission").field("program", &self.program.name).field("repeat", &self.repeat).finish()
     }
+}
+
+/// A command of a stream's queue; `R` is how the backend represents a submission.
+pub(crate) enum Command<R = Submission> {
+    Run(R),
+    /// Set the event.
+    Record(Event),
+    /// Wait for the event.
+    Wait(Event),
+    /// Enable or disable Inf/NaN checks.
+    CheckFinite(bool),
 }
 
 /// Logs the next launch of a program as a trace event.

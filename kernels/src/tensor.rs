@@ -31,20 +31,20 @@ impl DType {
 }
 
 /// A Rust type of elements.
-pub(crate) trait Element: Copy + 'static {
+pub(crate) trait HostElement: Copy + 'static {
     /// The dtype of tensors of such elements.
     const DTYPE: DType;
 }
 
-impl Element for f32 {
+impl HostElement for f32 {
     const DTYPE: DType = DType::F32;
 }
 
-impl Element for i32 {
+impl HostElement for i32 {
     const DTYPE: DType = DType::I32;
 }
 
-impl Element for bf16 {
+impl HostElement for bf16 {
     const DTYPE: DType = DType::BF16;
 }
 

@@ -8,7 +8,7 @@ use crate::cpu::simd::Operand;
 use crate::error::KernelError;
 use crate::memory::{Base, View};
 use crate::op::Launch;
-use crate::tensor::{DType, Element, element_count};
+use crate::tensor::{DType, HostElement, element_count};
 
 /// The checked buffers of a launch, and access to their slices.
 pub(crate) struct Args<'a> {
@@ -129,7 +129,7 @@ impl<'a> Args<'a> {
     }
 
     /// Read `i`, which must not also be a write.
-    fn slice<T: Element>(&self, i: usize) -> Result<&'a [T], KernelError> {
+    fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T], KernelError> {
         self.check_dtype("read", i, &self.reads[i], T::DTYPE)?;
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
             return Err(self.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
@@ -164,7 +164,7 @@ impl<'a> Args<'a> {
     }
 
     /// Write `i`, once.
-    fn take<T: Element>(&mut self, i: usize) -> Result<&'a mut [T], KernelError> {
+    fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T], KernelError> {
         self.check_dtype("write", i, &self.writes[i], T::DTYPE)?;
         assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
         // SAFETY: of this type, taken once, no other write overlaps (`Bound` has checked that), and no slice is made of

@@ -13,15 +13,14 @@ use crate::cpu::launch::{not_finite, run_launch};
 use crate::cpu::pool::Pool;
 use crate::cpu::scratch::Scratch;
 use crate::error::KernelError;
-use crate::event::Event;
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
-use crate::submission::{Notification, Submission, launch_panic, trace_launch};
+use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 
-/// The CPU variant of [`crate::stream::Stream`].
+/// The CPU form of [`crate::stream::Stream`].
 #[derive(Debug)]
-pub struct CpuStream {
+pub(crate) struct CpuStream {
     // The queue is unbounded; the register protocol's credits bound the number of submissions.
     queue: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
@@ -29,13 +28,6 @@ pub struct CpuStream {
     threads: usize,
     collective_time: CollectiveTime,
     scratch: Scratch,
-}
-
-enum Command {
-    Run(Submission),
-    Record(Event),
-    Wait(Event),
-    CheckFinite(bool),
 }
 
 impl CpuStream {
@@ -64,44 +56,13 @@ impl CpuStream {
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
 
-    fn send(&self, command: Command) -> Result<(), KernelError> {
+    pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
         let closed = KernelError::Closed { device: self.device };
         self.queue.as_ref().ok_or_else(|| closed.clone())?.send(command).map_err(|_| closed)
     }
 
-    pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
-        self.send(Command::Run(submission))
-    }
-
     pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
         self.scratch.prepare(program)
-    }
-
-    pub(crate) fn record(&self) -> Event {
-        let event = Event::default();
-        if self.send(Command::Record(event.clone())).is_err() {
-            // An ended stream has finished all of its work.
-            event.set();
-        }
-        event
-    }
-
-    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
-        if event.query() {
-            return Ok(());
-        }
-        self.send(Command::Wait(event.clone()))
-    }
-
-    pub(crate) fn check_finite(&self, on: bool) -> Result<(), KernelError> {
-        self.send(Command::CheckFinite(on))
-    }
-
-    pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
-        let event = Event::default();
-        self.send(Command::Record(event.clone()))?;
-        event.synchronize();
-        Ok(())
     }
 
     pub(crate) fn threads(&self) -> usize {

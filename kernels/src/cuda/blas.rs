@@ -11,7 +11,7 @@ use cudarc::cublaslt::sys::{self, cublasStatus_t};
 
 use super::context::{Context, Raw};
 use super::status::static_text;
-use super::step::{Element, Epilogue, Matrix, Product};
+use super::step::{Element, Matrix, Product};
 use crate::error::KernelError;
 
 /// Address alignment, in bytes, that the fastest algorithms require.
@@ -41,7 +41,6 @@ struct Key {
     d: Shape,
     batch: i32,
     accumulates: bool,
-    epilogue: u8,
     /// Of a, b and d, in bytes.
     alignment: [u32; 3],
 }
@@ -77,9 +76,6 @@ pub(crate) struct Addresses {
     pub(crate) a: u64,
     pub(crate) b: u64,
     pub(crate) d: u64,
-    /// Epilogue operands; 0 if unused.
-    pub(crate) bias: u64,
-    pub(crate) aux: u64,
     /// Holds [`Product::workspace_bytes`] bytes.
     pub(crate) workspace: u64,
 }
@@ -146,14 +142,6 @@ impl ProductPlans {
         place: &str,
     ) -> Result<(), KernelError> {
         let plan = Self::plan(&mut self.by_key, &self.blas, product, addresses, place)?;
-        use sys::cublasLtMatmulDescAttributes_t::{
-            CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER as AUX,
-        };
-        for (attribute, address) in [(BIAS, addresses.bias), (AUX, addresses.aux)] {
-            if address != 0 {
-                set(plan.description, attribute, &address, place)?;
-            }
-        }
         // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
         // matrices; alpha and beta are read before the call returns.
         let status = unsafe {
@@ -194,15 +182,6 @@ impl Key {
             d: (&product.d).into(),
             batch: product.batch,
             accumulates: product.beta != 0.0,
-            epilogue: match product.epilogue {
-                Epilogue::None => 0,
-                Epilogue::Bias(_) => 1,
-                Epilogue::Gelu => 2,
-                Epilogue::GeluBias { aux: None, .. } => 3,
-                Epilogue::GeluBias { aux: Some(_), .. } => 4,
-                Epilogue::GeluGrad { .. } => 5,
-                Epilogue::BiasGrad(_) => 6,
-            },
             alignment: [addresses.a, addresses.b, addresses.d].map(alignment),
         }
     }
@@ -212,22 +191,6 @@ fn data_type(element: Element) -> sys::cudaDataType {
     match element {
         Element::F32 => sys::cudaDataType_t::CUDA_R_32F,
         Element::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
-    }
-}
-
-fn epilogue(epilogue: &Epilogue) -> sys::cublasLtEpilogue_t {
-    use sys::cublasLtEpilogue_t::{
-        CUBLASLT_EPILOGUE_BGRADB, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_DGELU,
-        CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
-    };
-    match epilogue {
-        Epilogue::None => CUBLASLT_EPILOGUE_DEFAULT,
-        Epilogue::Bias(_) => CUBLASLT_EPILOGUE_BIAS,
-        Epilogue::Gelu => CUBLASLT_EPILOGUE_GELU,
-        Epilogue::GeluBias { aux: None, .. } => CUBLASLT_EPILOGUE_GELU_BIAS,
-        Epilogue::GeluBias { aux: Some(_), .. } => CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-        Epilogue::GeluGrad { .. } => CUBLASLT_EPILOGUE_DGELU,
-        Epilogue::BiasGrad(_) => CUBLASLT_EPILOGUE_BGRADB,
     }
 }
 
@@ -284,14 +247,6 @@ impl Plan {
         };
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
-        set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(&product.epilogue), place)?;
-        if addresses.bias != 0 {
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &addresses.bias, place)?;
-        }
-        if addresses.aux != 0 {
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &addresses.aux, place)?;
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &product.d.leading, place)?;
-        }
         let mut plan = Self {
             description,
             a: layout(&product.a, product.batch, place)?,
@@ -408,13 +363,12 @@ mod tests {
             batch: 1,
             alpha: 1.0,
             beta: 0.0,
-            epilogue: Epilogue::None,
         }
     }
 
     #[test]
     fn a_plan_is_reused_for_the_same_shape_at_another_address_of_the_same_alignment() {
-        let addresses = |a| Addresses { a, b: 1 << 20, d: 1 << 21, bias: 0, aux: 0, workspace: 0 };
+        let addresses = |a| Addresses { a, b: 1 << 20, d: 1 << 21, workspace: 0 };
         let key = |product: &Product, a| Key::of(product, &addresses(a));
         let base = product(8, 4, 2);
         assert_eq!(key(&base, 4096), key(&base, 8192 + 256));
@@ -423,7 +377,6 @@ mod tests {
         assert_ne!(key(&base, 4096), key(&Product { beta: 1.0, ..base }, 4096));
         let moved = Matrix { place: Place::workspace(64), ..base.a };
         assert_eq!(key(&base, 4096), key(&Product { a: moved, ..base }, 4096));
-        assert_ne!(key(&base, 4096), key(&Product { epilogue: Epilogue::Gelu, ..base }, 4096));
         assert_eq!([0x100, 4, 2, 6].map(alignment), [16, 4, 2, 2]);
     }
 }

@@ -23,7 +23,7 @@ use super::poller::{release, set_event};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
 use super::staged::HostStaging;
-use super::step::{Epilogue, Operand, Place, Product};
+use super::step::{Operand, Place, Product};
 use super::strided_copy::{self, StridedRegion, fetch_from_peer};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
@@ -33,19 +33,11 @@ use crate::memory::{Base, DeviceStorage, View};
 use crate::metrics::StreamMetrics;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::region::check_inside;
-use crate::submission::{Notification, Submission, launch_panic, trace_launch};
+use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 use crate::tensor::Region;
 
 /// Stand-in for a base address that is not known yet, as aligned as arenas are.
 const ANY_BASE: u64 = 1 << 20;
-
-/// A command of a stream.
-pub(crate) enum Command {
-    Run(Run),
-    Record(Event),
-    Wait(Event),
-    CheckFinite(bool),
-}
 
 /// A submission that is being issued.
 pub(crate) struct Run {
@@ -67,9 +59,8 @@ pub(crate) struct Run {
     non_finite_reported: bool,
 }
 
-impl Command {
-    /// Creates the command for a submission.
-    pub(crate) fn run(
+impl Run {
+    pub(crate) fn new(
         submission: Submission,
         lowered: Arc<LoweredProgram>,
         abort_statuses: &Arc<[AbortStatus]>,
@@ -78,7 +69,7 @@ impl Command {
         let Submission { program, bases, repeat, notify } = submission;
         let abort_statuses = if lowered.last_call.is_some() { abort_statuses.clone() } else { Arc::default() };
         let in_flight = Arc::new(InFlight::new(program, repeat, notify, abort_statuses.clone()));
-        Command::Run(Run {
+        Self {
             in_flight,
             lowered,
             bases,
@@ -89,7 +80,7 @@ impl Command {
             abort_statuses,
             uses_record: false,
             non_finite_reported: false,
-        })
+        }
     }
 }
 
@@ -221,7 +212,7 @@ impl Issuer {
     }
 
     /// Runs a command. If it would block and must not, returns the rest of it.
-    pub(crate) fn execute(&mut self, command: Command, may_block: bool) -> Option<Command> {
+    pub(crate) fn execute(&mut self, command: Command<Run>, may_block: bool) -> Option<Command<Run>> {
         match command {
             Command::CheckFinite(on) => self.check_finite = on,
             Command::Record(event) => self.record(event),
@@ -532,19 +523,10 @@ fn addresses(
     address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
     workspace: u64,
 ) -> Result<Addresses, KernelError> {
-    let (bias, aux) = match product.epilogue {
-        Epilogue::None | Epilogue::Gelu => (None, None),
-        Epilogue::Bias(bias) | Epilogue::BiasGrad(bias) => (Some(bias), None),
-        Epilogue::GeluBias { bias, aux } => (Some(bias), aux),
-        Epilogue::GeluGrad { aux } => (None, Some(aux)),
-    };
-    let optional = |place: Option<Place>| place.map_or(Ok(0), address_of);
     Ok(Addresses {
         a: address_of(product.a.place)?,
         b: address_of(product.b.place)?,
         d: address_of(product.d.place)?,
-        bias: optional(bias)?,
-        aux: optional(aux)?,
         workspace,
     })
 }

@@ -13,7 +13,7 @@ mod args;
 mod attention;
 pub(crate) mod collective;
 mod elementwise;
-pub mod fuse;
+pub(crate) mod fuse;
 mod kernel;
 mod loss;
 mod norm;

@@ -139,16 +139,6 @@ pub enum Element {
     Bf16,
 }
 
-impl Element {
-    /// Bytes of one element.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Element::F32 => 4,
-            Element::Bf16 => 2,
-        }
-    }
-}
-
 /// A cuBLASLt matrix, in its own terms: COLUMN-major, `rows` by `columns` as stored (before any transposition).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
@@ -166,7 +156,7 @@ pub struct Matrix {
     pub batch_stride: i64,
 }
 
-/// `d = epilogue(alpha op(a) op(b) + beta d)` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
+/// `d = alpha op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
 /// (`CUBLAS_COMPUTE_32F`; TF32 is not allowed), all dims above 0. All fields except the places are part of the plan
 /// cache key.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -193,8 +183,6 @@ pub struct Product {
     pub alpha: f32,
     /// Factor of the old `d`: 1 to add to it, 0 to overwrite it without reading.
     pub beta: f32,
-    /// Applied to the result before it is stored.
-    pub epilogue: Epilogue,
 }
 
 /// Number of partial results that fit a product's workspace: cuBLASLt splits a product with few elements over `k`.
@@ -213,33 +201,6 @@ impl Product {
     pub fn workspace_bytes(&self) -> usize {
         product_workspace_bytes(self.m as usize * self.n as usize * self.batch as usize)
     }
-}
-
-/// The cuBLASLt epilogues in use. The bias has one element per row of the column-major `d`, that is per last index of a
-/// row-major result. cuBLASLt's GELU is the tanh approximation, so a graph with the exact [`crate::op::Op::Gelu`] never
-/// uses it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Epilogue {
-    /// Nothing.
-    None,
-    /// Adds a bias (`CUBLASLT_EPILOGUE_BIAS`).
-    Bias(Place),
-    /// GELU (`CUBLASLT_EPILOGUE_GELU`).
-    Gelu,
-    /// Adds a bias, then GELU; stores the input of GELU in `aux` if given, laid out as `d` (`.._GELU_AUX_BIAS`).
-    GeluBias {
-        /// The bias.
-        bias: Place,
-        /// Input of GELU, for the backward pass.
-        aux: Option<Place>,
-    },
-    /// Multiplies by GELU's derivative at `aux` (`CUBLASLT_EPILOGUE_DGELU`).
-    GeluGrad {
-        /// Input of GELU.
-        aux: Place,
-    },
-    /// Also sums the gradient `b` over the columns of `op(b)` (`CUBLASLT_EPILOGUE_BGRADB`).
-    BiasGrad(Place),
 }
 
 /// Causal attention or its gradient on bf16 activations `[batch, time, heads, depth]`, in a shape that cuDNN may run.

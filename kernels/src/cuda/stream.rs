@@ -14,18 +14,17 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::gpu::Gpu;
-use super::issue::{Command, Issuer};
+use super::issue::{Issuer, Run};
 use super::lowered::ProgramCache;
 use super::raw_stream::RawStream;
 use super::record::ErrorRecords;
 use crate::clock::Stamped;
 use crate::collective::{AbortStatus, Collective};
 use crate::error::KernelError;
-use crate::event::Event;
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::Program;
-use crate::submission::Submission;
+use crate::submission::Command;
 
 /// How long dropping a stream waits for an unresponsive device.
 const DRAIN_WITHIN: Duration = Duration::from_secs(5);
@@ -34,7 +33,7 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 const DRAIN_STEP: Duration = Duration::from_micros(20);
 
 /// The CUDA form of [`crate::stream::Stream`].
-pub struct CudaStream {
+pub(crate) struct CudaStream {
     inner: Arc<Inner>,
 }
 
@@ -58,7 +57,7 @@ struct Inner {
 /// Bounded by the register protocol's credits, as every stream's queue is.
 #[derive(Default)]
 struct Queue {
-    commands: VecDeque<Stamped<Command>>,
+    commands: VecDeque<Stamped<Command<Run>>>,
     /// A thread is issuing.
     busy: bool,
     /// The stream's own thread issues.
@@ -106,11 +105,20 @@ impl CudaStream {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
-        self.inner.stream.gpu().context().check_alive()?;
-        let lowered = self.inner.cache.lock().get(&submission.program, submission.repeat);
-        let issue_ticket = lowered.last_call.and_then(|_| self.inner.engine.turn(self.inner.rank));
-        self.inner.submit_command(Command::run(submission, lowered, &self.inner.abort_statuses, issue_ticket))
+    pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
+        let Inner { stream, cache, engine, abort_statuses, rank, .. } = &*self.inner;
+        let command = match command {
+            Command::Run(submission) => {
+                stream.gpu().context().check_alive()?;
+                let lowered = cache.lock().get(&submission.program, submission.repeat);
+                let issue_ticket = lowered.last_call.and_then(|_| engine.turn(*rank));
+                Command::Run(Run::new(submission, lowered, abort_statuses, issue_ticket))
+            }
+            Command::Record(event) => Command::Record(event),
+            Command::Wait(event) => Command::Wait(event),
+            Command::CheckFinite(on) => Command::CheckFinite(on),
+        };
+        self.inner.issue(command)
     }
 
     pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
@@ -122,33 +130,6 @@ impl CudaStream {
         lowered.iter().try_for_each(|lowered| issuer.prepare(program, lowered))
     }
 
-    pub(crate) fn record(&self) -> Event {
-        let event = Event::default();
-        if self.inner.submit_command(Command::Record(event.clone())).is_err() {
-            // A failed stream runs nothing more, so the event is due.
-            event.set();
-        }
-        event
-    }
-
-    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
-        if event.query() {
-            return Ok(());
-        }
-        self.inner.submit_command(Command::Wait(event.clone()))
-    }
-
-    pub(crate) fn check_finite(&self, on: bool) -> Result<(), KernelError> {
-        self.inner.submit_command(Command::CheckFinite(on))
-    }
-
-    pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
-        let event = Event::default();
-        self.inner.submit_command(Command::Record(event.clone()))?;
-        event.synchronize();
-        Ok(())
-    }
-
     pub(crate) fn collective_time(&self) -> Duration {
         self.inner.collective_time.get()
     }
@@ -156,7 +137,7 @@ impl CudaStream {
 
 impl Inner {
     /// Issues a command, or queues it behind waiting commands.
-    fn submit_command(self: &Arc<Self>, command: Command) -> Result<(), KernelError> {
+    fn issue(self: &Arc<Self>, command: Command<Run>) -> Result<(), KernelError> {
         self.stream.gpu().context().bind()?;
         let mut queue = self.queue.lock();
         if queue.busy {
