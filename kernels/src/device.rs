@@ -31,8 +31,9 @@ struct Inner {
 #[derive(Debug)]
 enum Backend {
     /// Some cores of this process, with their own memory.
-    Cpu { threads_per_stream: usize },
-    /// A GPU, or a share of a GPU.
+    Cpu {
+        threads_per_stream: usize,
+    },
     Cuda(Arc<Gpu>),
 }
 

@@ -22,7 +22,7 @@ use half::bf16;
 
 use crate::error::KernelError;
 use crate::op::Buffer;
-use crate::tensor::{DType, HostElement, HostData, HostTensor, element_count};
+use crate::tensor::{DType, HostData, HostElement, HostTensor, element_count};
 
 mod heap;
 mod raw_io;
@@ -36,7 +36,6 @@ use shared::Mapping;
 
 /// Memory that only its device can address. A backend allocates it, and frees it when it is dropped.
 pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
-    /// Size in bytes.
     fn bytes(&self) -> usize;
 
     /// Device and GPU, as error messages name them.

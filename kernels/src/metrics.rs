@@ -17,7 +17,6 @@ use crate::collective::call::CollectiveCall;
 /// Name of the histogram of collectives.
 pub const COLLECTIVE_SECONDS: &str = "shardflow_collective_seconds";
 
-/// The metric handles of a stream.
 pub(crate) struct StreamMetrics {
     actor: String,
     /// By kind, created at the first call of that kind.
@@ -25,7 +24,6 @@ pub(crate) struct StreamMetrics {
     all: CollectiveTime,
 }
 
-/// Time that a stream has spent in collectives.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CollectiveTime(Arc<Mutex<Spent>>);
 
@@ -37,7 +35,6 @@ struct Spent {
     started: Option<Instant>,
 }
 
-/// Records the time of one collective.
 #[derive(Clone, Debug)]
 pub(crate) struct CollectiveTimer {
     kind: Histogram,
@@ -50,7 +47,6 @@ impl StreamMetrics {
         Self { actor: actor.to_owned(), collectives: Vec::new(), all: CollectiveTime::default() }
     }
 
-    /// The total time in collectives.
     pub(crate) fn collective_time(&self) -> CollectiveTime {
         self.all.clone()
     }

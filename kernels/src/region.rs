@@ -79,12 +79,10 @@ impl Runs {
         Self { start, len, outer }
     }
 
-    /// A range of a flat tensor.
     pub(crate) fn flat(range: Range<usize>) -> Self {
         Self { start: range.start, len: range.len(), outer: Vec::new() }
     }
 
-    /// Number of elements of the box.
     pub(crate) fn element_count(&self) -> usize {
         self.outer.iter().fold(self.len, |all, (size, _)| all * size)
     }

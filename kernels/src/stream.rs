@@ -21,7 +21,6 @@ pub struct Stream(Backend);
 enum Backend {
     /// A thread of this process, with helper threads.
     Cpu(CpuStream),
-    /// A GPU stream.
     Cuda(CudaStream),
 }
 

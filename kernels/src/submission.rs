@@ -57,22 +57,18 @@ impl fmt::Debug for Submission {
 /// A command of a stream's queue; `R` is how the backend represents a submission.
 pub(crate) enum Command<R = Submission> {
     Run(R),
-    /// Set the event.
     Record(Event),
-    /// Wait for the event.
     Wait(Event),
     /// Enable or disable Inf/NaN checks.
     CheckFinite(bool),
 }
 
-/// Logs the next launch of a program as a trace event.
 pub(crate) fn trace_launch(program: &Program, index: usize) {
     let (name, launches) = (program.name.as_str(), program.launches.len());
     let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
     tracing::trace!(target: LAUNCH, program = name, op, index, launches);
 }
 
-/// The message of a panic.
 fn panic_message(panic: &(dyn Any + Send)) -> String {
     if let Some(text) = panic.downcast_ref::<&str>() {
         (*text).to_owned()
@@ -83,7 +79,6 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
     }
 }
 
-/// The error of a launch that panicked.
 pub(crate) fn launch_panic(program: &Program, index: usize, panic: &(dyn Any + Send)) -> KernelError {
     let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
     let launch = format!("{index} ({op})");

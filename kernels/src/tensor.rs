@@ -129,7 +129,6 @@ impl HostData {
         }
     }
 
-    /// The elements' bytes.
     pub(crate) fn as_bytes(&self) -> &[u8] {
         match self {
             HostData::F32(values) => bytemuck::cast_slice(values),

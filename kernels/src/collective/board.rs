@@ -92,7 +92,6 @@ pub(super) struct Post {
     pub(super) y: AtomicU64,
 }
 
-/// The state that one member publishes.
 #[repr(C, align(64))]
 pub(super) struct MemberSlot {
     pub(super) posts: [Post; 2],
@@ -219,7 +218,6 @@ impl GroupArea {
 }
 
 impl MemberSlot {
-    /// Publishes a description of the member's current call.
     pub(super) fn publish_call(&self, text: &str) {
         let call = self.call.load(Ordering::Relaxed);
         if self.text_call.load(Ordering::Relaxed) != call {
@@ -228,7 +226,6 @@ impl MemberSlot {
         }
     }
 
-    /// The description of the member's current call, once it is published.
     pub(super) fn published_call(&self) -> Option<String> {
         let call = self.call.load(Ordering::Acquire);
         (self.text_call.load(Ordering::Acquire) == call).then(|| self.text.read())

@@ -44,9 +44,7 @@ pub(crate) struct Terms<'a> {
 /// The memory of all members after the rendezvous, by member.
 pub(crate) struct ExchangeBuffers<'a> {
     pub(crate) call: &'a CollectiveCall,
-    /// Shape of this member's x.
     pub(crate) x_shape: &'a [usize],
-    /// Shape of this member's y.
     pub(crate) y_shape: &'a [usize],
     pub(crate) xs: &'a [Posted],
     /// This member's y.
@@ -161,7 +159,6 @@ impl<'a> Terms<'a> {
     }
 }
 
-/// Describes a call, for errors.
 pub(crate) fn describe(call: &CollectiveCall, buffer: Option<(DType, &[usize])>) -> String {
     let buffer = buffer.map_or("nothing".to_owned(), |(dtype, shape)| format!("{dtype:?} {shape:?}"));
     format!("{:?} of {buffer} among ranks {:?}", call.kind, call.group.ranks)

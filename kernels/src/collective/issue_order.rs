@@ -17,7 +17,6 @@ use crate::error::KernelError;
 /// How often a waiting thread checks whether the engine was aborted.
 const ABORT_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The issue order of one device.
 #[derive(Debug, Default)]
 pub(crate) struct IssueOrder {
     state: Mutex<State>,

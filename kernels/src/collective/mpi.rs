@@ -107,7 +107,6 @@ impl Layout {
         Ok((layout, end))
     }
 
-    /// The layout of regions in a tensor of this shape, if each region is contiguous.
     fn contiguous(shape: &[usize], regions: &[Region]) -> Option<Self> {
         let mut layout = Self::default();
         for region in regions {
@@ -185,7 +184,6 @@ impl Drop for Mpi {
     }
 }
 
-/// One call of one member.
 struct Call<'a> {
     engine: &'a Mpi,
     call: &'a CollectiveCall,
@@ -199,7 +197,6 @@ struct Call<'a> {
 
 /// The error of a call, and whether its transfers have completed.
 enum CallError {
-    /// All transfers have completed.
     Completed(KernelError),
     /// A transfer is in flight and never completes (MPI-2).
     InFlight(KernelError),
@@ -392,7 +389,6 @@ impl Call<'_> {
         done
     }
 
-    /// Gathers parts that do not overlap.
     fn all_gather(&mut self, words: &mut Words<'_>, y_shape: &[usize], parts: &[Region]) -> Result<(), CallError> {
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
@@ -465,7 +461,6 @@ impl Call<'_> {
     }
 }
 
-/// The boxes that a member sends.
 fn boxes_of(sender: usize, taken: &[(usize, Vec<Region>)]) -> Vec<Region> {
     taken.iter().filter(|(from, _)| *from == sender).flat_map(|(_, boxes)| boxes.clone()).collect()
 }

@@ -64,7 +64,6 @@ impl<M> Post<M> {
     }
 }
 
-/// The groups of one engine.
 #[derive(Debug)]
 pub(crate) struct Groups<M> {
     by_id: Mutex<HashMap<u32, Arc<Rendezvous<M>>>>,
@@ -119,7 +118,6 @@ impl<M: Clone> Groups<M> {
     }
 }
 
-/// The rendezvous of one group.
 #[derive(Debug)]
 pub(crate) struct Rendezvous<M> {
     group: Arc<Group>,
@@ -140,7 +138,6 @@ struct State<M> {
     rounds: u64,
     /// Members that have arrived at the barrier at the end of a phase.
     at_barrier: usize,
-    /// Number of completed barriers.
     barriers: u64,
     /// Point-to-point posts that wait for their peer or are being copied, in order of arrival.
     transfers: Vec<Transfer<M>>,

@@ -26,7 +26,6 @@ impl Routed {
         self.by_group.get(&call.group.id).unwrap_or(&self.default)
     }
 
-    /// The distinct engines.
     fn engines(&self) -> Vec<&Arc<dyn Collective>> {
         let mut all: Vec<&Arc<dyn Collective>> = Vec::new();
         for engine in self.by_group.values().chain([&self.default]) {

@@ -54,7 +54,6 @@ struct Progress {
     barriers: AtomicU32,
 }
 
-/// One call of one member.
 struct Call<'a> {
     engine: &'a SharedMemory,
     call: &'a CollectiveCall,
@@ -218,7 +217,6 @@ impl Call<'_> {
         self.group_error()
     }
 
-    /// The member's post for this member's next or current rendezvous.
     fn posted_next(&self, member: usize) -> Option<&Post> {
         let next = self.progress.rendezvous_count.load(Ordering::Relaxed).wrapping_add(1);
         let post = &self.other(member).posts[(next % 2) as usize];

@@ -20,7 +20,6 @@ struct Member {
     arena: Arena,
 }
 
-/// Bytes of a member's arena.
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
 /// Creates those devices of this process, in order, among the given number of devices with ranks from 0; each with an
@@ -78,7 +77,6 @@ impl EngineRequirements {
     }
 }
 
-/// Runs all checks.
 pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineRequirements) {
     let EngineRequirements { members_max, sums, single_process, compares_calls, any_order } = *requirements;
     for n in 1..=members_max {
@@ -148,7 +146,6 @@ struct Suite<'a> {
     report: &'a mut Report,
     /// Number of members of each group.
     n: usize,
-    /// The members of this process.
     members: &'a [Member],
     numbers: Numbers,
     group: u32,
@@ -174,7 +171,6 @@ fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
     all
 }
 
-/// The elements of a region of a whole tensor.
 fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
@@ -214,7 +210,6 @@ impl Suite<'_> {
         }
     }
 
-    /// A group of all members, with the next id.
     fn next_group(&mut self) -> Arc<Group> {
         self.group = self.group % GROUPS + 1;
         Arc::new(Group { id: self.group, ranks: (0..self.n).collect() })

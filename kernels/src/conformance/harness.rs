@@ -232,7 +232,6 @@ pub(super) fn run_program(
     wait(&notifications)
 }
 
-/// Notifications of a submission.
 pub(super) struct Notifications(Receiver<Stamped<Notification>>);
 
 impl Notifications {

@@ -47,7 +47,6 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     }
 }
 
-/// Attention, with all dtypes.
 pub(super) fn run_attentions(report: &mut Report, device: &Device) {
     for types in [Types::Floats, Types::Halves, Types::Widening] {
         let numbers = Numbers::new(1, types != Types::Floats);

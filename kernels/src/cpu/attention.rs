@@ -63,7 +63,6 @@ impl Dims {
     }
 }
 
-/// A row-major matrix in a slice.
 fn plain(slice: &mut [f32], columns: usize) -> Matrix {
     Matrix { start: slice.as_mut_ptr(), row: columns, column: 1 }
 }

@@ -34,7 +34,6 @@ impl Matrix {
         Self { start: self.start, row: self.column, column: self.row }
     }
 
-    /// The submatrix that starts at this row and column.
     pub(crate) fn at(self, row: usize, column: usize) -> Self {
         Self { start: self.start.wrapping_add(row * self.row + column * self.column), ..self }
     }
@@ -139,7 +138,6 @@ pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Resul
     Ok(())
 }
 
-/// A matrix that is shared with the pool's threads.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedMatrix(pub(crate) Matrix);
 

@@ -130,7 +130,6 @@ pub(crate) fn map_operands(a: Operand<'_>, b: Operand<'_>, y: &mut [f32], f: imp
     }
 }
 
-/// Adds the elements to their partial sums.
 #[inline(always)]
 fn add_to_partial_sums(sums: &mut [f32; LANES], x: &[f32]) {
     let (blocks, tail) = x.as_chunks::<LANES>();
@@ -144,7 +143,6 @@ fn add_to_partial_sums(sums: &mut [f32; LANES], x: &[f32]) {
     }
 }
 
-/// Adds the partial sums in a fixed tree.
 #[inline(always)]
 fn add_partial_sums(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;

@@ -24,7 +24,6 @@ pub(crate) struct Blas {
     context: Arc<Context>,
 }
 
-/// The cached plans of one stream.
 #[derive(Debug)]
 pub(crate) struct ProductPlans {
     by_key: HashMap<Key, Plan>,

@@ -43,7 +43,6 @@ impl From<&AttentionShape> for PlanKey {
     }
 }
 
-/// The cuDNN plans of one stream.
 #[derive(Debug)]
 pub(crate) struct AttentionPlans {
     /// `None` if Shardflow's kernels run this shape.
@@ -53,7 +52,6 @@ pub(crate) struct AttentionPlans {
     gpu: Arc<Gpu>,
 }
 
-/// A cuDNN handle, bound to one stream.
 struct CudnnHandle {
     raw: Raw<cudnnHandle_t>,
     api: &'static Api,
@@ -184,7 +182,6 @@ impl AttentionPlans {
     }
 }
 
-/// Describes stream and shape for error messages.
 fn describe(shape: &AttentionShape, place: &str) -> String {
     let AttentionShape { pass, batch, time, heads, depth, .. } = shape;
     format!("{place}, attention {pass:?} of {batch} x {time} x {heads} x {depth}")

@@ -12,7 +12,6 @@ use crate::clock::{ReleaseClocks, Stamped};
 use crate::error::KernelError;
 use crate::memory::{Arena, DeviceStorage, Tally, View};
 
-/// An allocation of device memory.
 pub(crate) struct DeviceMemory {
     gpu: Arc<Gpu>,
     /// Rank of the device in the session's mesh.

@@ -13,7 +13,6 @@ use crate::error::KernelError;
 /// Number of events created when the pool is empty.
 const BATCH: usize = 64;
 
-/// The event pool of one context.
 #[derive(Debug)]
 pub(crate) struct EventPool {
     context: Arc<Context>,

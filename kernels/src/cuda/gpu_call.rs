@@ -13,7 +13,6 @@ use crate::error::KernelError;
 use crate::memory::View;
 use crate::tensor::DType;
 
-/// A call, its memory and its stream.
 #[derive(Clone, Debug)]
 pub(crate) struct GpuCall<'a> {
     pub(crate) call: &'a CollectiveCall,
@@ -53,7 +52,6 @@ impl<'a> GpuCall<'a> {
         })
     }
 
-    /// Counts the bytes that the member receives from others.
     pub(crate) fn count(&self, received: &ReceivedBytes) {
         let elements = foreign_elements(self.call, self.y_shape);
         received.add(&self.call.group, self.call.member, elements * DType::F32.bytes());

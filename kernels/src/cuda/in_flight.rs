@@ -39,7 +39,6 @@ impl InFlight {
         (self.notify.lock())(notification);
     }
 
-    /// Sends the signal with this tag.
     pub(crate) fn signal(self: Arc<Self>, tag: u32) -> Completion {
         Box::new(move |failed| {
             // Do not signal results of an aborted collective.

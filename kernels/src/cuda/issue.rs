@@ -44,9 +44,7 @@ pub(crate) struct Run {
     in_flight: Arc<InFlight>,
     lowered: Arc<LoweredProgram>,
     bases: Vec<Base>,
-    /// Index of the next launch to issue.
     next_launch: usize,
-    /// Index of the next signal to issue.
     next_signal: usize,
     /// Completes the next launch, a collective that the engine has not put on the stream yet.
     pending_collective: Option<Wait>,
@@ -84,7 +82,6 @@ impl Run {
     }
 }
 
-/// Issues the commands of one stream.
 pub(crate) struct Issuer {
     stream: Arc<RawStream>,
     engine: Arc<dyn Collective>,

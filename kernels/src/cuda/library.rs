@@ -45,11 +45,9 @@ pub enum Library {
     Cudnn,
 }
 
-/// The initialized driver.
 pub(crate) struct Driver {
     /// Its CUDA version.
     pub(crate) version: i32,
-    /// Number of devices.
     pub(crate) devices: usize,
 }
 

@@ -92,7 +92,6 @@ pub fn workspace_bytes(launch: &Launch) -> usize {
     library.max(own * DType::F32.bytes())
 }
 
-/// Start of the library's part of a workspace at this address.
 pub(crate) fn library_start(address: u64) -> u64 {
     address.next_multiple_of(LIBRARY_ALIGNMENT as u64)
 }

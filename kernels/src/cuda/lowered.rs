@@ -23,7 +23,6 @@ use crate::tensor::element_count;
 /// Maximum number of cached programs per stream, far more than an actor has. If exceeded, the cache is cleared.
 const PROGRAMS_MAX: usize = 1024;
 
-/// The lowered programs of one stream.
 #[derive(Debug, Default)]
 pub(crate) struct ProgramCache {
     /// By address of the program, which the entry keeps alive so that the address stays unique.
@@ -100,7 +99,6 @@ pub(crate) enum PreparedStep {
     },
 }
 
-/// One parameter of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Parameter {
     Address(Place),

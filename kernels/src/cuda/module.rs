@@ -179,7 +179,6 @@ fn missing_headers(folders: &[PathBuf]) -> Option<String> {
     (!lacking.is_empty()).then_some(hint)
 }
 
-/// Compiles a module to a cubin.
 fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {
     Library::Nvrtc.require()?;
     let text = CString::new(module.text).unwrap_or_default();

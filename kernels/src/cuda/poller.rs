@@ -28,7 +28,6 @@ use crate::memory::Arena;
 const SPIN: Duration = Duration::from_micros(20);
 /// The first sleep after the spin; each following sleep is twice as long.
 const SLEEP_MIN: Duration = Duration::from_micros(10);
-/// The longest sleep.
 const SLEEP_MAX: Duration = Duration::from_micros(50);
 /// How often engines check for errors while something is pending.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
@@ -36,7 +35,6 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 /// What to do when an event is done, or with the error of a lost context, which comes instead (POLL-3). Must not block.
 pub(crate) type Completion = Box<dyn FnOnce(Option<&KernelError>) + Send>;
 
-/// Sets the event.
 pub(crate) fn set_event(event: Event) -> Completion {
     Box::new(move |_| event.set())
 }
@@ -56,7 +54,6 @@ pub(crate) trait ErrorCheck: Send + Sync {
     fn check_errors(self: Arc<Self>);
 }
 
-/// The pending completions of one stream.
 pub(crate) struct CompletionQueue {
     /// The stream, as error messages name it.
     place: String,
@@ -75,7 +72,6 @@ struct Shared {
     wake: Condvar,
 }
 
-/// The poller of one GPU.
 pub(crate) struct Poller {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,

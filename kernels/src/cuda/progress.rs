@@ -29,7 +29,6 @@ pub(crate) struct ProgressWords {
     next: AtomicUsize,
 }
 
-/// One progress word.
 #[derive(Debug)]
 struct ProgressWord {
     words: Arc<ProgressWords>,
@@ -108,7 +107,6 @@ impl CallProgress {
         (self.passed.address() as u64, state.ended)
     }
 
-    /// The number of the last call.
     pub(super) fn last(&self) -> u32 {
         self.state.lock().begun
     }

@@ -17,7 +17,6 @@ use super::test_delay::TestDelays;
 use crate::error::KernelError;
 use crate::metrics::CollectiveTimer;
 
-/// Maximum number of kernel parameters.
 pub(crate) const PARAMETERS_MAX: usize = 32;
 
 /// Maximum row pitch of a copy: `CU_DEVICE_ATTRIBUTE_MAX_PITCH` of every GPU.

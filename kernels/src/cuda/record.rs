@@ -21,7 +21,6 @@ const BYTES: usize = ErrorRecord::BYTES;
 /// Number of slots per pinned allocation.
 const SLOTS: usize = 128;
 
-/// The error record of one stream and the slots for its copies.
 #[derive(Debug)]
 pub(crate) struct ErrorRecords {
     device: Arena,

@@ -28,7 +28,6 @@ use crate::tensor::{DType, Region, element_count, split_range};
 #[derive(Debug, Default)]
 pub struct SharedGpu(Groups<Memory>);
 
-/// A member's memory and stream.
 #[derive(Clone, Debug)]
 struct Memory {
     /// Device addresses; 0 if absent.
@@ -208,7 +207,6 @@ fn reduce(
     Ok(())
 }
 
-/// Assembles a member's target from the members' sources.
 fn gather(posts: &[Post<Memory>], member: usize, sources: &[Region], target: &Region) -> Result<(), KernelError> {
     let own = &posts[member];
     for (other, boxes) in taken(member, sources, target) {

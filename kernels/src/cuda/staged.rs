@@ -18,7 +18,6 @@ use crate::op::{Buffer, CustomKernel, Launch, Op};
 use crate::submission::faults;
 use crate::tensor::element_count;
 
-/// The staging memory of one stream.
 #[derive(Debug)]
 pub(crate) struct HostStaging {
     stream: Arc<RawStream>,
@@ -112,7 +111,6 @@ impl HostStaging {
         result
     }
 
-    /// Runs a custom kernel.
     pub(crate) fn run_custom(
         &mut self,
         bound: &Bound<'_>,

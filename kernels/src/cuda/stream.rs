@@ -136,7 +136,6 @@ impl CudaStream {
 }
 
 impl Inner {
-    /// Issues a command, or queues it behind waiting commands.
     fn issue(self: &Arc<Self>, command: Command<Run>) -> Result<(), KernelError> {
         self.stream.gpu().context().bind()?;
         let mut queue = self.queue.lock();

@@ -38,7 +38,6 @@ pub(crate) struct OwnedRegion {
 }
 
 impl OwnedRegion {
-    /// A whole tensor of this shape.
     pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
         Self { address, shape: shape.to_vec(), region: Region::whole(shape) }
     }
@@ -54,7 +53,6 @@ pub(crate) fn prepare(gpu: &Gpu) -> Result<(), KernelError> {
     ["collective", "region"].iter().try_for_each(|module| gpu.modules().prepare(module))
 }
 
-/// Copies a region to another region of the same size.
 pub(crate) fn copy_region(
     stream: &RawStream,
     from: StridedRegion<'_>,

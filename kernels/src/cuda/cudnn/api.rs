@@ -21,7 +21,6 @@ const VERSION_MIN: usize = 91_200;
 /// Buffer size for the library's error message, in bytes.
 const TEXT_BYTES: usize = 512;
 
-/// cuDNN's type of a CUDA stream.
 pub(super) type Stream = *mut c_void;
 
 macro_rules! api {
@@ -88,7 +87,6 @@ impl Api {
         dotted(self.number())
     }
 
-    /// Converts a status code to an error.
     pub(super) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
         if code == 0 {
             return Ok(());

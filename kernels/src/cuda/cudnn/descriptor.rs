@@ -141,7 +141,6 @@ impl Descriptor {
     }
 }
 
-/// Describes place and descriptor type for error messages.
 fn describe(place: &str, kind: Kind) -> String {
     format!("{place}, {kind:?}")
 }

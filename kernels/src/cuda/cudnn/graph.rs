@@ -16,7 +16,6 @@ pub(super) enum DataType {
 /// Where the elements of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Storage {
-    /// In a buffer of the launch.
     Buffer(Place),
     /// In the launch's workspace, at this byte offset.
     Workspace(usize),
@@ -35,7 +34,6 @@ pub(super) struct Tensor {
     pub(super) storage: Storage,
 }
 
-/// A tensor's index in the graph.
 pub(super) type TensorId = usize;
 
 /// A pointwise operation on x, b and t.
@@ -56,7 +54,6 @@ pub(super) enum PointwiseMode {
     Select,
 }
 
-/// A reduction operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reduction {
     Max,
@@ -81,7 +78,6 @@ pub(super) enum Node {
 pub(super) struct Graph {
     pub(super) tensors: Vec<Tensor>,
     pub(super) nodes: Vec<Node>,
-    /// Total bytes of the tensors in the workspace.
     pub(super) workspace_bytes: usize,
     /// The workspace tensor that cuDNN adds partial sums to, as (byte offset, floats); must be zeroed before each run.
     pub(super) accumulated: Option<(usize, usize)>,
@@ -131,7 +127,6 @@ impl Builder {
         self.tensor([b, h, t, 1], [h * t, t, 1, 1], DataType::F32, storage)
     }
 
-    /// A virtual tensor with the shape of the scores.
     fn scores(&mut self, data: DataType) -> TensorId {
         let [b, h, t, _] = self.extents;
         self.tensor([b, h, t, t], [h * t * t, t * t, t, 1], data, Storage::Virtual)
@@ -141,7 +136,6 @@ impl Builder {
         self.tensor([1; 4], [1; 4], DataType::F32, Storage::HostScalar(value))
     }
 
-    /// Reserves workspace for this number of floats.
     fn reserve(&mut self, floats: i64) -> Storage {
         let start = self.graph.workspace_bytes;
         self.graph.workspace_bytes =

@@ -22,7 +22,6 @@ pub(crate) const SUCCESS: u32 = 0;
 /// `ncclInProgress`: a non-blocking call has not completed.
 pub(crate) const IN_PROGRESS: u32 = 7;
 
-/// NCCL's type of a CUDA stream.
 type Stream = *mut c_void;
 
 /// The first fields of `ncclConfig_t`, as of version 2.17; `size` lets later versions see that the rest is missing.
@@ -40,7 +39,6 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// The configuration of a non-blocking communicator.
     pub(crate) fn non_blocking() -> Self {
         const UNDEFINED: c_int = c_int::MIN;
         Self {

@@ -169,7 +169,6 @@ pub(super) fn join(
     Ok(comms)
 }
 
-/// Runs NCCL calls as one group.
 fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelError>) -> Result<(), KernelError> {
     // SAFETY: has no preconditions.
     api.check(unsafe { (api.group_start)() }, "ncclGroupStart", place)?;
@@ -189,7 +188,6 @@ impl Comm {
         KernelError::Aborted { cause: format!("{} has ended", self.place) }
     }
 
-    /// The error for a call that did not complete in time.
     pub(super) fn timeout_error(&self, call: &'static str, within: Duration) -> KernelError {
         let text = format!(
             "not all members joined within {} s: check that every process of the launch is alive and reaches the others; \
@@ -211,7 +209,6 @@ impl Comm {
         Ok(state != IN_PROGRESS)
     }
 
-    /// Records that the stream's latest call belongs to this communicator.
     pub(super) fn record_call(&self, stream: &RawStream) {
         let mut call_log = self.call_log.lock();
         call_log.calls += 1;

@@ -171,7 +171,6 @@ impl Drop for Nccl {
     }
 }
 
-/// One member's call, and how to enqueue it.
 struct MemberCall<'a> {
     of: &'a GpuCall<'a>,
     /// `None` in a group of one.
