@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
-use crate::cpu::simd;
+use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::KernelError;
 use crate::memory::{Arena, View};
 use crate::region::{check_inside, for_each_run, subtract};
@@ -286,47 +286,23 @@ fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
 
 /// `y[i] = combine(a[i], b[i])`.
 pub(crate) fn combine_two(op: ReduceOp, a: &[f32], b: &[f32], y: &mut [f32]) {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            simd::map(
-                [a, b],
-                y,
-                #[inline(always)]
-                |[a, b]| combine(op, a, b),
-            );
-        },
-    );
+    inlined!(dispatch(|| {
+        inlined!(map([a, b], y, |[a, b]| combine(op, a, b)));
+    }));
 }
 
 /// `y[i] = combine(y[i], b[i])`.
 pub(crate) fn combine_into(op: ReduceOp, y: &mut [f32], b: &[f32]) {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            simd::update(
-                y,
-                [b],
-                #[inline(always)]
-                |y, [b]| combine(op, y, b),
-            );
-        },
-    );
+    inlined!(dispatch(|| {
+        inlined!(update(y, [b], |y, [b]| combine(op, y, b)));
+    }));
 }
 
 /// `y[i] = combine(a[i], y[i])`.
 pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            simd::update(
-                y,
-                [a],
-                #[inline(always)]
-                |y, [a]| combine(op, a, y),
-            );
-        },
-    );
+    inlined!(dispatch(|| {
+        inlined!(update(y, [a], |y, [a]| combine(op, a, y)));
+    }));
 }
 
 /// Writes to `y`, from `to` on, `len` elements of all members' x from `start` on, combined in the order of

@@ -6,7 +6,7 @@
 use crate::cpu::args::Args;
 use crate::cpu::matmul::{Matrix, SharedMatrix, product};
 use crate::cpu::pool::{Pieces, Pool};
-use crate::cpu::simd::{dispatch, exp, fold, max, sum, update};
+use crate::cpu::simd::{dispatch, exp, fold, inlined, max, sum, update};
 use crate::error::KernelError;
 use crate::op::describe::ATTENTION_BLOCK;
 use crate::tensor::split_range;
@@ -99,10 +99,7 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
                 product((rows, end, depth), plain(scores, end), false, scale, q.at(first, 0), k.transposed());
             }
             let lse = &mut lse[first..end];
-            dispatch(
-                #[inline(always)]
-                || softmax_block(scores, lse, first, end),
-            );
+            inlined!(dispatch(|| softmax_block(scores, lse, first, end)));
             // SAFETY: as above.
             unsafe { product((rows, depth, end), o.at(first, 0), false, 1.0, plain(scores, end), v) };
         }
@@ -121,20 +118,10 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
     for (i, (row, lse)) in scores.chunks_exact_mut(end).zip(lse).enumerate() {
         let (past, future) = row.split_at_mut(first + i + 1);
         let largest = max(past);
-        update(
-            past,
-            [],
-            #[inline(always)]
-            |score, []| exp(score - largest),
-        );
+        inlined!(update(past, [], |score, []| exp(score - largest)));
         let sum = sum(past);
         let inverse = 1.0 / sum;
-        update(
-            past,
-            [],
-            #[inline(always)]
-            |p, []| p * inverse,
-        );
+        inlined!(update(past, [], |p, []| p * inverse));
         future.fill(0.0);
         *lse = largest + sum.ln();
     }
@@ -193,38 +180,19 @@ fn grad_block(
         product((rows, end, depth), plain(p, end), false, scale, q, k.transposed());
         product((rows, end, depth), plain(ds, end), false, 1.0, d_o, v.transposed());
     }
-    dispatch(
-        #[inline(always)]
-        || {
-            for i in 0..rows {
-                let (past, future) = p[i * end..(i + 1) * end].split_at_mut(first + i + 1);
-                let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
-                let lse = lse[first + i];
-                // SAFETY: as above; both are only read.
-                let delta = unsafe {
-                    fold(
-                        [row(d_o, i, depth), row(o, i, depth)],
-                        #[inline(always)]
-                        |[d_o, o]| d_o * o,
-                    )
-                };
-                update(
-                    past,
-                    [],
-                    #[inline(always)]
-                    |score, []| exp(score - lse),
-                );
-                update(
-                    ds_past,
-                    [past],
-                    #[inline(always)]
-                    |dp, [p]| p * (dp - delta),
-                );
-                future.fill(0.0);
-                ds_future.fill(0.0);
-            }
-        },
-    );
+    inlined!(dispatch(|| {
+        for i in 0..rows {
+            let (past, future) = p[i * end..(i + 1) * end].split_at_mut(first + i + 1);
+            let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
+            let lse = lse[first + i];
+            // SAFETY: as above; both are only read.
+            let delta = unsafe { inlined!(fold([row(d_o, i, depth), row(o, i, depth)], |[d_o, o]| d_o * o)) };
+            inlined!(update(past, [], |score, []| exp(score - lse)));
+            inlined!(update(ds_past, [past], |dp, [p]| p * (dp - delta)));
+            future.fill(0.0);
+            ds_future.fill(0.0);
+        }
+    }));
     // SAFETY: as above.
     unsafe {
         product((end, depth, rows), dv, accumulate, 1.0, plain(p, end).transposed(), d_o);

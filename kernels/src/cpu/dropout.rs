@@ -2,7 +2,7 @@
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{Operand, dispatch};
+use crate::cpu::simd::{Operand, dispatch, inlined};
 use crate::error::KernelError;
 use crate::hash::mix64;
 use crate::region::check_inside;
@@ -67,21 +67,18 @@ pub(crate) fn dropout(
             let place = part_start + row_start(row, local, shape, start) as u64;
             let x = x.range(row * width..(row + 1) * width);
             let y = &mut y[i * width..(i + 1) * width];
-            dispatch(
-                #[inline(always)]
-                || match x {
-                    Operand::Same => (0u32..).zip(y.iter_mut()).for_each(
+            inlined!(dispatch(|| match x {
+                Operand::Same => (0u32..).zip(y.iter_mut()).for_each(
+                    #[inline(always)]
+                    |(j, y)| *y = mask.apply(place, j, *y),
+                ),
+                Operand::Other(x) => {
+                    (0u32..).zip(y.iter_mut().zip(x)).for_each(
                         #[inline(always)]
-                        |(j, y)| *y = mask.apply(place, j, *y),
-                    ),
-                    Operand::Other(x) => {
-                        (0u32..).zip(y.iter_mut().zip(x)).for_each(
-                            #[inline(always)]
-                            |(j, (y, x))| *y = mask.apply(place, j, *x),
-                        );
-                    }
-                },
-            );
+                        |(j, (y, x))| *y = mask.apply(place, j, *x),
+                    );
+                }
+            }));
         }
     });
     Ok(())

@@ -4,7 +4,7 @@ use half::bf16;
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{LANES, Operand, dispatch, map_operand, map_operands, normal};
+use crate::cpu::simd::{LANES, Operand, dispatch, inlined, map_operand, map_operands, normal};
 use crate::error::KernelError;
 use crate::region::{check_inside, for_each_run};
 use crate::tensor::{DType, Region, element_count};
@@ -14,10 +14,7 @@ fn parallel_map(pool: &Pool, x: Operand<'_>, y: &mut [f32], weight: usize, f: im
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
         let x = x.range(range);
-        dispatch(
-            #[inline(always)]
-            || map_operand(x, y, &f),
-        );
+        inlined!(dispatch(|| map_operand(x, y, &f)));
     });
 }
 
@@ -32,10 +29,7 @@ fn parallel_map_two(
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
         let (a, b) = (a.range(range.clone()), b.range(range));
-        dispatch(
-            #[inline(always)]
-            || map_operands(a, b, y, &f),
-        );
+        inlined!(dispatch(|| map_operands(a, b, y, &f)));
     });
 }
 
@@ -137,14 +131,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
     if a_shape == b_shape {
         let b = args.operand(1, 0)?;
-        parallel_map_two(
-            pool,
-            [a, b],
-            args.out(0)?,
-            1,
-            #[inline(always)]
-            |a, b| a + b,
-        );
+        inlined!(parallel_map_two(pool, [a, b], args.out(0)?, 1, |a, b| a + b));
         return Ok(());
     }
     let (b, y) = (args.f32(1)?, args.out(0)?);
@@ -153,18 +140,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
         let a = a.range(range.start * width..range.end * width);
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let a = a.range(i * width..(i + 1) * width);
-            dispatch(
-                #[inline(always)]
-                || {
-                    map_operands(
-                        a,
-                        Operand::Other(b),
-                        y,
-                        #[inline(always)]
-                        |a, b| a + b,
-                    )
-                },
-            );
+            inlined!(dispatch(|| { inlined!(map_operands(a, Operand::Other(b), y, |a, b| a + b)) }));
         }
     });
     Ok(())
@@ -173,14 +149,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
 pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(
-        pool,
-        x,
-        args.out(0)?,
-        1,
-        #[inline(always)]
-        |x| factor * x,
-    );
+    inlined!(parallel_map(pool, x, args.out(0)?, 1, |x| factor * x));
     Ok(())
 }
 
@@ -197,14 +166,11 @@ pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), Kernel
         if !accumulate {
             y.fill(0.0);
         }
-        dispatch(
-            #[inline(always)]
-            || {
-                for row in x.chunks_exact(width) {
-                    y.iter_mut().zip(&row[columns.clone()]).for_each(|(y, x)| *y += x);
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for row in x.chunks_exact(width) {
+                y.iter_mut().zip(&row[columns.clone()]).for_each(|(y, x)| *y += x);
+            }
+        }));
     });
     Ok(())
 }
@@ -212,14 +178,7 @@ pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), Kernel
 pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(
-        pool,
-        x,
-        args.out(0)?,
-        4,
-        #[inline(always)]
-        |x| x * normal(x).0,
-    );
+    inlined!(parallel_map(pool, x, args.out(0)?, 4, |x| x * normal(x).0));
     Ok(())
 }
 
@@ -227,16 +186,9 @@ pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelEr
     args.expect_same_count(0, 0)?;
     args.expect_same_count(1, 0)?;
     let inputs = [args.operand(0, 0)?, args.operand(1, 0)?];
-    parallel_map_two(
-        pool,
-        inputs,
-        args.out(0)?,
-        4,
-        #[inline(always)]
-        |dy, x| {
-            let (cdf, pdf) = normal(x);
-            dy * x.mul_add(pdf, cdf)
-        },
-    );
+    inlined!(parallel_map_two(pool, inputs, args.out(0)?, 4, |dy, x| {
+        let (cdf, pdf) = normal(x);
+        dy * x.mul_add(pdf, cdf)
+    }));
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{dispatch, exp, fold, map_operand, max};
+use crate::cpu::simd::{dispatch, exp, fold, inlined, map_operand, max};
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
@@ -11,14 +11,11 @@ pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelErro
     args.expect_write(0, leading)?;
     let (logits, out) = (args.f32(0)?, args.out(0)?);
     pool.rows(element_count(leading), logits.len(), [out], |rows, [out]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (out, row) in out.iter_mut().zip(rows.clone()) {
-                    *out = max(&logits[row * width..(row + 1) * width]);
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for (out, row) in out.iter_mut().zip(rows.clone()) {
+                *out = max(&logits[row * width..(row + 1) * width]);
+            }
+        }));
     });
     Ok(())
 }
@@ -44,21 +41,14 @@ pub(crate) fn sum_exp_target(
     let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, args.indices(2, vocab)?);
     let outs = [args.out(0)?, args.out(1)?];
     pool.rows(element_count(leading), 4 * logits.len(), outs, |rows, [sums, chosen]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (i, row) in rows.clone().enumerate() {
-                    let logits = &logits[row * width..(row + 1) * width];
-                    let max = maxima[row];
-                    sums[i] = fold(
-                        [logits],
-                        #[inline(always)]
-                        |[logit]| exp(logit - max),
-                    );
-                    chosen[i] = column(targets[row], vocab_start, width).map_or(0.0, |column| logits[column]);
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for (i, row) in rows.clone().enumerate() {
+                let logits = &logits[row * width..(row + 1) * width];
+                let max = maxima[row];
+                sums[i] = inlined!(fold([logits], |[logit]| exp(logit - max)));
+                chosen[i] = column(targets[row], vocab_start, width).map_or(0.0, |column| logits[column]);
+            }
+        }));
     });
     Ok(())
 }
@@ -96,25 +86,17 @@ pub(crate) fn cross_entropy_grad(
     let dlogits = args.out(0)?;
     let weight = 4 * dlogits.len();
     pool.rows(element_count(leading), weight, [dlogits], |rows, [dlogits]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (i, row) in rows.clone().enumerate() {
-                    let (max, factor_row) = (maxima[row], factor / sums[row]);
-                    let dlogits = &mut dlogits[i * width..(i + 1) * width];
-                    let logits = logits.range(row * width..(row + 1) * width);
-                    map_operand(
-                        logits,
-                        dlogits,
-                        #[inline(always)]
-                        |logit| factor_row * exp(logit - max),
-                    );
-                    if let Some(column) = column(targets[row], vocab_start, width) {
-                        dlogits[column] -= factor;
-                    }
+        inlined!(dispatch(|| {
+            for (i, row) in rows.clone().enumerate() {
+                let (max, factor_row) = (maxima[row], factor / sums[row]);
+                let dlogits = &mut dlogits[i * width..(i + 1) * width];
+                let logits = logits.range(row * width..(row + 1) * width);
+                inlined!(map_operand(logits, dlogits, |logit| factor_row * exp(logit - max)));
+                if let Some(column) = column(targets[row], vocab_start, width) {
+                    dlogits[column] -= factor;
                 }
-            },
-        );
+            }
+        }));
     });
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::{FORK_ELEMENTS, Pool};
-use crate::cpu::simd::{LANES, dispatch};
+use crate::cpu::simd::{LANES, dispatch, inlined};
 use crate::error::KernelError;
 use crate::op::{SQUARES_SCALE, check_squares, norm_of_squares};
 use crate::tensor::split_range;
@@ -29,10 +29,7 @@ pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Res
     pool.ranges(&mut partial[..parts], 1, x.len(), |range, partial| {
         for (part, partial) in range.zip(partial) {
             let x = &x[split_range(x.len(), parts, part)];
-            *partial = dispatch(
-                #[inline(always)]
-                || squares(x),
-            );
+            *partial = inlined!(dispatch(|| squares(x)));
         }
     });
     let sum: f64 = partial[..parts].iter().sum();
@@ -115,16 +112,13 @@ pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<()
     };
     pool.rows(grad.len(), 2 * grad.len(), outs, |range, [params, ms, vs]| {
         let grad = &grad[range];
-        dispatch(
-            #[inline(always)]
-            || {
-                let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
-                values.for_each(
-                    #[inline(always)]
-                    |(((&grad, param), m), v)| update.apply(grad, param, m, v),
-                );
-            },
-        );
+        inlined!(dispatch(|| {
+            let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
+            values.for_each(
+                #[inline(always)]
+                |(((&grad, param), m), v)| update.apply(grad, param, m, v),
+            );
+        }));
     });
     Ok(())
 }

@@ -128,7 +128,7 @@ impl ProductPlans {
         let key = Key::of(product, addresses);
         Ok(match by_key.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(Plan::new(blas, product, addresses, &key, place)?),
+            Entry::Vacant(new) => new.insert(Plan::new(blas, product, &key, place)?),
         })
     }
 
@@ -229,7 +229,7 @@ fn layout(matrix: &Matrix, batch: i32, place: &str) -> Result<Raw<sys::cublasLtM
 }
 
 impl Plan {
-    fn new(blas: &Blas, product: &Product, addresses: &Addresses, key: &Key, place: &str) -> Result<Self, KernelError> {
+    fn new(blas: &Blas, product: &Product, key: &Key, place: &str) -> Result<Self, KernelError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let mut description = std::ptr::null_mut();
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);

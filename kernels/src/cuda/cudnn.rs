@@ -70,7 +70,7 @@ impl CudnnHandle {
         let (api, mut raw) = (Api::get()?, std::ptr::null_mut());
         // SAFETY: writes a handle to a local.
         api.check(unsafe { (api.create)(&mut raw) }, "cudnnCreate", place)?;
-        let handle = Self { raw: Raw(raw), api, context: gpu.context().clone() };
+        let handle = Self { raw: Raw(raw), api, context: gpu.context.clone() };
         // SAFETY: both handles are live and of one device.
         api.check(unsafe { (api.set_stream)(raw, stream.0.cast()) }, "cudnnSetStream", place)?;
         Ok(handle)
@@ -104,7 +104,7 @@ fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine
 impl Drop for AttentionPlans {
     fn drop(&mut self) {
         let plans = std::mem::take(&mut self.by_key);
-        if !self.gpu.context().bind_to_drop() {
+        if !self.gpu.context.bind_to_drop() {
             std::mem::forget(plans);
         }
     }
@@ -169,7 +169,7 @@ impl AttentionPlans {
         let (Some(plan), Some(handle)) = (entry.get(), &self.handle) else { return Ok(false) };
         match plan.execute(handle.api, handle.raw, address_of, workspace, stream, &describe(shape, place)) {
             Ok(issued) => {
-                self.gpu.attention_counters().count_cudnn(shape.pass, issued);
+                self.gpu.attention_counters.count_cudnn(shape.pass, issued);
                 Ok(issued)
             }
             Err(error) => {

@@ -13,7 +13,7 @@ use crate::error::KernelError;
 use crate::memory::{Arena, DeviceStorage, Tally, View};
 
 pub(crate) struct DeviceMemory {
-    gpu: Arc<Gpu>,
+    pub(crate) gpu: Arc<Gpu>,
     /// Rank of the device in the session's mesh.
     rank: usize,
     /// Stamped when the memory was zeroed.
@@ -39,15 +39,15 @@ impl DeviceMemory {
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
-            let transfer = gpu.transfer().lock();
-            gpu.context().bind()?;
+            let transfer = gpu.transfer.lock();
+            gpu.context.bind()?;
             // Not from a memory pool: other GPUs cannot access pool memory, whatever peer access the contexts have.
             // SAFETY: writes an address to a local.
             let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
             if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY || result == CUresult::CUDA_ERROR_INVALID_VALUE {
                 return Err(KernelError::OutOfMemory { device: rank, bytes });
             }
-            gpu.context().check(result, "cuMemAlloc", &place)?;
+            gpu.context.check(result, "cuMemAlloc", &place)?;
             transfer.zero(address, bytes)?;
         }
         tally.add(bytes);
@@ -64,11 +64,6 @@ impl DeviceMemory {
     /// Device address of the first byte.
     pub(crate) fn address(&self) -> u64 {
         *self.address.get()
-    }
-
-    /// The GPU that holds the memory.
-    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
     }
 }
 
@@ -89,14 +84,14 @@ impl DeviceStorage for DeviceMemory {
     }
 
     fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<(), KernelError> {
-        let mut transfer = self.gpu.transfer().lock();
-        self.gpu.context().bind()?;
+        let mut transfer = self.gpu.transfer.lock();
+        self.gpu.context.bind()?;
         transfer.write(self.address() + offset as u64, bytes, fill)
     }
 
     fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<(), KernelError> {
-        let mut transfer = self.gpu.transfer().lock();
-        self.gpu.context().bind()?;
+        let mut transfer = self.gpu.transfer.lock();
+        self.gpu.context.bind()?;
         transfer.read(self.address() + offset as u64, bytes, take)
     }
 
@@ -109,11 +104,11 @@ impl Drop for DeviceMemory {
     fn drop(&mut self) {
         self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         self.releases.join();
-        if self.bytes > 0 && self.gpu.context().bind_to_drop() {
+        if self.bytes > 0 && self.gpu.context.bind_to_drop() {
             // SAFETY: allocated in `new`, freed once. No work uses it: submissions keep their arenas until they end.
             // The context has kept any lasting error.
             let result = unsafe { sys::cuMemFree_v2(*self.address.get()) };
-            let _ = self.gpu.context().check(result, "cuMemFree", &self.gpu.place());
+            let _ = self.gpu.context.check(result, "cuMemFree", &self.gpu.place());
         }
     }
 }

@@ -116,19 +116,19 @@ impl Issuer {
     /// (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<(), KernelError> {
         let stream = self.stream.clone();
-        if stream.gpu().test_delays().is_some() {
-            stream.gpu().modules().function("spin", 0)?;
+        if stream.gpu.test_delays().is_some() {
+            stream.gpu.modules.function("spin", 0)?;
         }
         for (index, launch) in program.launches.iter().enumerate() {
             if self.needs_host(launch) {
                 self.staging.prepare(launch)?;
             } else if matches!(launch.op, Op::Collective(_)) {
-                strided_copy::prepare(stream.gpu())?;
+                strided_copy::prepare(&stream.gpu)?;
             }
             let kind = catch_unwind(AssertUnwindSafe(|| {
                 let second = program.launches.get(index + 1);
-                let pair = second.and_then(|second| lowered.fused_pair(index, [launch, second], stream.gpu()));
-                (pair, lowered.launch_kind(index, launch, stream.gpu()))
+                let pair = second.and_then(|second| lowered.fused_pair(index, [launch, second], &stream.gpu));
+                (pair, lowered.launch_kind(index, launch, &stream.gpu))
             }));
             let Ok((pair, kind)) = kind else { continue };
             if let Some(FusedPair { reads, writes, steps, uses_record }) = pair {
@@ -155,7 +155,7 @@ impl Issuer {
     ) -> Result<(), KernelError> {
         let stream = self.stream.clone();
         if uses_record {
-            self.records.prepare(stream.gpu())?;
+            self.records.prepare(&stream.gpu)?;
         }
         // Only the alignment of an address matters here, and bases have the alignment that the libraries require.
         let address_of = |place: Place| {
@@ -184,7 +184,7 @@ impl Issuer {
 
     /// Keeps the stream's own memory alive until the stream has passed all issued work.
     pub(crate) fn release_memory(&self) {
-        let context = self.stream.gpu().context();
+        let context = &self.stream.gpu.context;
         let recorded = if context.bind_to_drop() { self.stream.record().ok() } else { None };
         // No event: the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
@@ -196,7 +196,7 @@ impl Issuer {
 
     fn attention_plans(&mut self) -> &mut AttentionPlans {
         let stream = &self.stream;
-        let new = || AttentionPlans::new(stream.gpu(), stream.handle(), stream.place());
+        let new = || AttentionPlans::new(&stream.gpu, stream.handle, stream.place());
         self.attention_plans.get_or_insert_with(new)
     }
 
@@ -204,7 +204,7 @@ impl Issuer {
         let stream = &self.stream;
         match &mut self.product_plans {
             Some(plans) => Ok(plans),
-            none => Ok(none.insert(ProductPlans::new(stream.gpu().blas()?))),
+            none => Ok(none.insert(ProductPlans::new(stream.gpu.blas()?))),
         }
     }
 
@@ -246,7 +246,7 @@ impl Issuer {
 
     /// Issues the remaining launches of a program. Returns false if it would block and must not.
     fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
-        self.stream.gpu().context().check_alive()?;
+        self.stream.gpu.context.check_alive()?;
         let in_flight = run.in_flight.clone();
         let program = &in_flight.program;
         loop {
@@ -319,7 +319,7 @@ impl Issuer {
     }
 
     fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
-        in_flight.set_record_slot(self.records.fetch(self.stream.gpu(), self.stream.handle(), self.stream.place())?);
+        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, self.stream.place())?);
         Ok(())
     }
 
@@ -363,7 +363,7 @@ impl Issuer {
                 return Ok(false);
             }
         }
-        let Some(pair) = lowered.fused_pair(run.next_launch, launches, self.stream.gpu()) else { return Ok(false) };
+        let Some(pair) = lowered.fused_pair(run.next_launch, launches, &self.stream.gpu) else { return Ok(false) };
         let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
         trace_launch(&run.in_flight.program, run.next_launch + 1);
         run.uses_record |= pair.uses_record;
@@ -387,12 +387,12 @@ impl Issuer {
             return Ok(None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
-        let kind = run.lowered.launch_kind(run.next_launch, launch, self.stream.gpu())?;
+        let kind = run.lowered.launch_kind(run.next_launch, launch, &self.stream.gpu)?;
         match (kind, &launch.op) {
             (LaunchKind::Steps { steps, uses_record }, _) => {
                 check_in_place(launch, &bound)?;
                 run.uses_record |= uses_record;
-                self.stream.gpu().attention_counters().count_launch(&launch.op);
+                self.stream.gpu.attention_counters.count_launch(&launch.op);
                 steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
                 Ok(None)
             }
@@ -407,9 +407,9 @@ impl Issuer {
 
     /// Checks ISSUE-1.
     fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
-        let gpu = self.stream.gpu();
+        let gpu = &self.stream.gpu;
         let got = match DeviceMemory::of(view.arena()) {
-            Some(memory) if Arc::ptr_eq(memory.gpu().context(), gpu.context()) => return Ok(()),
+            Some(memory) if Arc::ptr_eq(&memory.gpu.context, &gpu.context) => return Ok(()),
             Some(memory) => format!("memory of {}", memory.place()),
             None => "host memory".to_owned(),
         };
@@ -426,7 +426,7 @@ impl Issuer {
         accumulate: bool,
     ) -> Result<(), KernelError> {
         let name = "copy_region";
-        let source = DeviceMemory::of(read.arena()).map(|memory| memory.gpu().context().clone());
+        let source = DeviceMemory::of(read.arena()).map(|memory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
             return Err(KernelError::arguments(name, "read 0", "device memory to copy unchanged", got));
@@ -467,7 +467,7 @@ impl Issuer {
             PreparedStep::Product(product) => {
                 let addresses = addresses(product, &address_of, library_workspace(bound)?)?;
                 let stream = self.stream.clone();
-                let issued = self.product_plans()?.issue(product, &addresses, stream.handle(), stream.place());
+                let issued = self.product_plans()?.issue(product, &addresses, stream.handle, stream.place());
                 issued.map_err(|error| stream.root_cause(error))
             }
             PreparedStep::Attention { shape, fallback } => {

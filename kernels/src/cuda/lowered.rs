@@ -186,7 +186,7 @@ fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKin
         Op::Collective(_) => Ok(LaunchKind::Collective),
         Op::Custom(_) => Ok(LaunchKind::Custom),
         _ => {
-            let steps = lower::lower(launch, accumulate, gpu.context().shared_bytes_max())?.into_iter();
+            let steps = lower::lower(launch, accumulate, gpu.context.shared_bytes_max())?.into_iter();
             let steps = steps.map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>()?;
             let uses_record = uses_record(&steps);
             let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention() != Attention::Own);
@@ -209,7 +209,7 @@ fn uses_record(steps: &[PreparedStep]) -> bool {
 fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
     Ok(match step {
         Step::Kernel(kernel) => {
-            let function = gpu.modules().function(kernel.function, kernel.shared_bytes)?;
+            let function = gpu.modules.function(kernel.function, kernel.shared_bytes)?;
             let geometry = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
             if kernel.args.len() > PARAMETERS_MAX {
                 let got = kernel.args.len().to_string();

@@ -56,13 +56,14 @@ impl RowCopy {
 /// An owned CUDA stream, destroyed on drop.
 #[derive(Debug)]
 pub(crate) struct RawStream {
-    gpu: Arc<Gpu>,
-    rank: usize,
-    handle: Raw<sys::CUstream>,
+    pub(crate) gpu: Arc<Gpu>,
+    /// Rank of the device in the mesh.
+    pub(crate) rank: usize,
+    pub(crate) handle: Raw<sys::CUstream>,
     /// The stream, as error messages name it.
     place: String,
     /// `None` if the GPU has no progress words left.
-    call_progress: Option<Arc<CallProgress>>,
+    pub(crate) call_progress: Option<Arc<CallProgress>>,
     completions: Arc<CompletionQueue>,
 }
 
@@ -78,25 +79,12 @@ impl RawStream {
     /// Creates a stream; `urgent` gives it the greatest priority.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, name: &str, urgent: bool) -> Result<Self, KernelError> {
         let place = format!("stream {name} of device {rank} on {}", gpu.place());
-        gpu.context().bind()?;
+        gpu.context.bind()?;
         let (least, greatest) = gpu.priorities();
-        let handle = new_stream(gpu.context(), if urgent { greatest } else { least }, &place)?;
-        let call_progress = gpu.progress_words().allocate();
-        let completions = gpu.poller().register(&place, call_progress.as_ref());
+        let handle = new_stream(&gpu.context, if urgent { greatest } else { least }, &place)?;
+        let call_progress = gpu.progress_words.allocate();
+        let completions = gpu.poller.register(&place, call_progress.as_ref());
         Ok(Self { gpu: gpu.clone(), rank, handle, place, call_progress, completions })
-    }
-
-    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
-    /// Rank of the device in the mesh.
-    pub(crate) fn rank(&self) -> usize {
-        self.rank
-    }
-
-    pub(crate) fn handle(&self) -> Raw<sys::CUstream> {
-        self.handle
     }
 
     pub(crate) fn place(&self) -> &str {
@@ -104,7 +92,7 @@ impl RawStream {
     }
 
     fn check(&self, result: sys::CUresult, call: &'static str) -> Result<(), KernelError> {
-        self.gpu.context().check(result, call, &self.place)
+        self.gpu.context.check(result, call, &self.place)
     }
 
     /// Launches a kernel. Each parameter is 8 bytes, of which the kernel reads as many as its type has.
@@ -129,7 +117,7 @@ impl RawStream {
     pub(crate) fn issue_test_delay(&self) -> Result<(), KernelError> {
         let Some(cycles) = self.gpu.test_delays().and_then(TestDelays::next) else { return Ok(()) };
         let geometry = Geometry { grid: [1; 3], block: [1; 3], shared_bytes: 0 };
-        self.launch(self.gpu.modules().function("spin", 0)?, &geometry, &[cycles])
+        self.launch(self.gpu.modules.function("spin", 0)?, &geometry, &[cycles])
     }
 
     /// Launches a kernel, given a pointer to each parameter; see [`RawStream::launch`].
@@ -174,7 +162,7 @@ impl RawStream {
         if bytes == 0 {
             return Ok(());
         }
-        let own = self.gpu.context().raw();
+        let own = self.gpu.context.raw();
         // SAFETY: the caller guarantees device memory of these contexts that lives until the copy is done.
         let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.raw(), bytes, self.handle.0) };
         self.check(result, "cuMemcpyPeerAsync")
@@ -206,7 +194,7 @@ impl RawStream {
             dstHost: std::ptr::null_mut(),
             dstDevice: to,
             dstArray: std::ptr::null_mut(),
-            dstContext: self.gpu.context().raw(),
+            dstContext: self.gpu.context.raw(),
             dstPitch: pitch.1 as usize,
             dstHeight: count,
             WidthInBytes: bytes,
@@ -245,11 +233,6 @@ impl RawStream {
         self.check(unsafe { sys::cuMemsetD32Async(to, word, words, self.handle.0) }, "cuMemsetD32Async")
     }
 
-    /// Progress through collective and pipe calls.
-    pub(crate) fn call_progress(&self) -> Option<&Arc<CallProgress>> {
-        self.call_progress.as_ref()
-    }
-
     /// Marks on the stream that a call begins; `timer` receives its time when it has ended (PROGRESS-1).
     pub(crate) fn begin_call(&self, timer: Option<CollectiveTimer>) -> Result<(), KernelError> {
         self.call_progress.as_ref().map_or(Ok(()), |call_progress| self.write_word(call_progress.begin(timer)))
@@ -266,7 +249,7 @@ impl RawStream {
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: the caller guarantees an aligned word of pinned host memory that lives until the stream ends.
         let result = unsafe { sys::cuStreamWriteValue32_v2(self.handle.0, to, value, flags) };
-        self.gpu.poller().wake();
+        self.gpu.poller.wake();
         self.check(result, "cuStreamWriteValue32")
     }
 
@@ -274,7 +257,7 @@ impl RawStream {
     pub(crate) fn root_cause(&self, error: KernelError) -> KernelError {
         // SAFETY: the stream lives as long as `self`.
         let result = self.check(unsafe { sys::cuStreamQuery(self.handle.0) }, "cuStreamQuery");
-        result.err().filter(|_| self.gpu.context().lost().is_some()).unwrap_or(error)
+        result.err().filter(|_| self.gpu.context.lost().is_some()).unwrap_or(error)
     }
 
     /// Blocks until all work on the stream is done.
@@ -285,12 +268,12 @@ impl RawStream {
 
     /// Records an event after all work that was put on the stream so far.
     pub(crate) fn record(&self) -> Result<Arc<Recorded>, KernelError> {
-        self.gpu.events().record(self.handle, &self.place)
+        self.gpu.events.record(self.handle, &self.place)
     }
 
     /// Reports the completion when `after`, an event of this stream, is done.
     pub(crate) fn report(&self, after: Arc<Recorded>, completion: Completion) {
-        self.gpu.poller().push(&self.completions, after, completion);
+        self.gpu.poller.push(&self.completions, after, completion);
     }
 
     /// Reports the completion when all work that was put on the stream so far is done.
@@ -300,12 +283,12 @@ impl RawStream {
 
     /// Whether all completions have been reported.
     pub(crate) fn is_idle(&self) -> bool {
-        self.gpu.poller().is_idle(&self.completions)
+        self.gpu.poller.is_idle(&self.completions)
     }
 
     /// Ends reports: pending completions fail with `cause`.
     pub(crate) fn close(&self, cause: &KernelError) {
-        self.gpu.poller().unregister(&self.completions, cause);
+        self.gpu.poller.unregister(&self.completions, cause);
     }
 
     /// Makes later work on the stream wait for the event.
@@ -316,6 +299,6 @@ impl RawStream {
 
 impl Drop for RawStream {
     fn drop(&mut self) {
-        destroy_stream(self.gpu.context(), self.handle);
+        destroy_stream(&self.gpu.context, self.handle);
     }
 }

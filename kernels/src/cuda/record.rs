@@ -79,7 +79,7 @@ impl ErrorRecords {
         if let Some(slot) = self.blocks.iter().find_map(take) {
             return Ok(slot);
         }
-        let pinned = Pinned::new(gpu.context(), SLOTS * BYTES)?;
+        let pinned = Pinned::new(&gpu.context, SLOTS * BYTES)?;
         let block =
             Arc::new(SlotBlock { pinned, free: Mutex::new((1..SLOTS).collect()), returned: ReleaseClocks::default() });
         self.blocks.push(block.clone());
@@ -98,10 +98,10 @@ impl ErrorRecords {
         // SAFETY: both are live and have a record's size; nobody reads the slot before the event recorded after this
         // copy is done.
         let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.address(), BYTES, stream.0) };
-        gpu.context().check(result, "cuMemcpyDtoHAsync", &place)?;
+        gpu.context.check(result, "cuMemcpyDtoHAsync", &place)?;
         // SAFETY: the record is live.
         let result = unsafe { sys::cuMemsetD32Async(self.address(), 0, ErrorRecord::WORDS, stream.0) };
-        gpu.context().check(result, "cuMemsetD32Async", &place)?;
+        gpu.context.check(result, "cuMemsetD32Async", &place)?;
         Ok(slot)
     }
 }

@@ -74,11 +74,11 @@ fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()
 
 /// Binds the context of the stream's GPU, as enqueueing requires.
 fn bind(stream: &RawStream) -> Result<(), KernelError> {
-    stream.gpu().context().bind()
+    stream.gpu.context.bind()
 }
 
 fn same_gpu(stream: &RawStream, other: &RawStream) -> bool {
-    Arc::ptr_eq(stream.gpu().context(), other.gpu().context())
+    Arc::ptr_eq(&stream.gpu.context, &other.gpu.context)
 }
 
 /// Copies from memory on `source`'s GPU.
@@ -86,7 +86,7 @@ fn copy(stream: &RawStream, to: u64, source: &RawStream, from: u64, bytes: usize
     if same_gpu(stream, source) {
         return stream.copy(to, from, bytes);
     }
-    stream.copy_from(to, source.gpu().context(), from, bytes)
+    stream.copy_from(to, &source.gpu.context, from, bytes)
 }
 
 /// Copies a region from memory on `source`'s GPU.
@@ -100,7 +100,7 @@ fn copy_between(
     if same_gpu(stream, source) {
         return copy_region(stream, from, to, dtype);
     }
-    fetch_from_peer(stream, source.gpu().context(), from, to, dtype)
+    fetch_from_peer(stream, &source.gpu.context, from, to, dtype)
 }
 
 /// Makes each member's stream wait for the events of all other members.

@@ -36,7 +36,7 @@ impl HostStaging {
         self.stream.report_end(set_event(event.clone()))?;
         event.synchronize();
         // A lost device also sets the event.
-        self.stream.gpu().context().check_alive()
+        self.stream.gpu.context.check_alive()
     }
 
     /// Returns staging memory of at least `bytes` bytes. An earlier copy from it may still be in progress, so the host
@@ -49,7 +49,7 @@ impl HostStaging {
             // Wait, since this frees the old memory.
             self.wait()?;
         }
-        let arena = Pinned::new(self.stream.gpu().context(), bytes.next_power_of_two())?.into_arena();
+        let arena = Pinned::new(&self.stream.gpu.context, bytes.next_power_of_two())?.into_arena();
         self.arena = Some(arena.clone());
         Ok(arena)
     }
@@ -102,7 +102,7 @@ impl HostStaging {
         writes.iter().for_each(|view| host_access(view.start(), view.bytes(), true));
         let result = work(reads, writes);
         // User code may have bound another GPU's context.
-        self.stream.gpu().context().bind()?;
+        self.stream.gpu.context.bind()?;
         if result.is_ok() {
             for (view, copy) in bound.writes.iter().zip(writes) {
                 self.stream.copy_in(device_address(view)?, copy.start(), view.bytes())?;

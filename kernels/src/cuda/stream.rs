@@ -109,7 +109,7 @@ impl CudaStream {
         let Inner { stream, cache, engine, abort_statuses, rank, .. } = &*self.inner;
         let command = match command {
             Command::Run(submission) => {
-                stream.gpu().context().check_alive()?;
+                stream.gpu.context.check_alive()?;
                 let lowered = cache.lock().get(&submission.program, submission.repeat);
                 let issue_ticket = lowered.last_call.and_then(|_| engine.turn(*rank));
                 Command::Run(Run::new(submission, lowered, abort_statuses, issue_ticket))
@@ -122,9 +122,9 @@ impl CudaStream {
     }
 
     pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
-        let gpu = self.inner.stream.gpu();
-        gpu.context().check_alive()?;
-        gpu.context().bind()?;
+        let gpu = &self.inner.stream.gpu;
+        gpu.context.check_alive()?;
+        gpu.context.bind()?;
         let lowered = [false, true].map(|repeat| self.inner.cache.lock().get(program, repeat));
         let mut issuer = self.inner.issuer.lock();
         lowered.iter().try_for_each(|lowered| issuer.prepare(program, lowered))
@@ -137,7 +137,7 @@ impl CudaStream {
 
 impl Inner {
     fn issue(self: &Arc<Self>, command: Command<Run>) -> Result<(), KernelError> {
-        self.stream.gpu().context().bind()?;
+        self.stream.gpu.context.bind()?;
         let mut queue = self.queue.lock();
         if queue.busy {
             queue.commands.push_back(Stamped::new(command));
@@ -193,7 +193,7 @@ impl Inner {
             drop(queue);
             let command = command.open();
             // User code may have bound another GPU's context meanwhile. An error repeats at the command.
-            let _ = self.stream.gpu().context().bind();
+            let _ = self.stream.gpu.context.bind();
             // A command that may block leaves no rest.
             let _ = self.issuer.lock().execute(command, true);
             queue = self.queue.lock();
@@ -239,7 +239,7 @@ impl Drop for CudaStream {
         let thread = queue.thread.take();
         drop(queue);
         let is_own_thread = thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id());
-        if is_own_thread || stream.gpu().poller().is_poller_thread() {
+        if is_own_thread || stream.gpu.poller.is_poller_thread() {
             // A thread cannot wait for itself. The work on the stream still completes and is reported.
             self.inner.is_detached.store(true, Ordering::Relaxed);
             return;
@@ -249,7 +249,7 @@ impl Drop for CudaStream {
             let text =
                 format!("pending work has not ended within {} s after the stream was dropped", DRAIN_WITHIN.as_secs());
             let error = KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "timeout".to_owned(), text };
-            stream.close(&stream.gpu().context().mark_lost(error));
+            stream.close(&stream.gpu.context.mark_lost(error));
         } else {
             stream.close(&KernelError::Closed { device: self.inner.rank });
             // The stream has ended; `cuStreamSynchronize` makes that known before its memory is freed. A failure is the

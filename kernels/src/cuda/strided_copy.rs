@@ -50,7 +50,7 @@ impl OwnedRegion {
 /// Loads all kernels used here: a load behind a collective that waits for another GPU would wait for it too. Requires
 /// the context to be bound.
 pub(crate) fn prepare(gpu: &Gpu) -> Result<(), KernelError> {
-    ["collective", "region"].iter().try_for_each(|module| gpu.modules().prepare(module))
+    ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }
 
 pub(crate) fn copy_region(
@@ -116,7 +116,7 @@ fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<(), K
     match step {
         Step::Copy { from, to, bytes } => stream.copy(address_of(to)?, address_of(from)?, *bytes),
         Step::Kernel(kernel) if kernel.args.len() <= PARAMETERS_MAX => {
-            let function = stream.gpu().modules().function(kernel.function, kernel.shared_bytes)?;
+            let function = stream.gpu.modules.function(kernel.function, kernel.shared_bytes)?;
             let geometry = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
             let mut words = [0; PARAMETERS_MAX];
             for (word, arg) in words.iter_mut().zip(&kernel.args) {
@@ -151,7 +151,7 @@ pub(crate) fn combine(
         let expected = format!("at most {MEMBERS_MAX}");
         return Err(KernelError::arguments("reduce", "members on one GPU", expected, xs.len().to_string()));
     }
-    let function = stream.gpu().modules().function("combine_members_f32", 0)?;
+    let function = stream.gpu.modules.function("combine_members_f32", 0)?;
     let mut words = [0; MEMBERS_MAX + 4];
     words[0] = y;
     words[1..=xs.len()].copy_from_slice(xs);

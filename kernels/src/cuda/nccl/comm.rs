@@ -138,13 +138,13 @@ pub(super) fn join(
             let (n, member) = (membership.group.ranks.len() as c_int, membership.member as c_int);
             let rank = membership.group.ranks.get(membership.member).copied().unwrap_or(usize::MAX);
             let place = format!("nccl, group {}, device {rank} on {}", membership.group.id, membership.gpu.place());
-            membership.gpu.context().bind()?;
+            membership.gpu.context.bind()?;
             let id = ncclUniqueId { internal: membership.id.0.map(|byte| byte as _) };
             let (mut config, mut handle) = (Config::non_blocking(), Box::new(std::ptr::null_mut()));
             // SAFETY: the box that receives the handle outlives the NCCL group, at whose end NCCL has written it.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
-            let (context, call_log) = (membership.gpu.context().clone(), Mutex::default());
+            let (context, call_log) = (membership.gpu.context.clone(), Mutex::default());
             comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, call_log }));
         }
         Ok(())
@@ -214,7 +214,7 @@ impl Comm {
         call_log.calls += 1;
         call_log.open.retain(|open| !open.stream.has_passed(open.number));
         let call = call_log.calls;
-        if let Some(progress) = stream.call_progress() {
+        if let Some(progress) = &stream.call_progress {
             call_log.open.push_back(Open { call, stream: progress.clone(), number: progress.last() });
         }
     }
@@ -245,7 +245,7 @@ impl Comm {
     ) -> Result<(), KernelError> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Err(self.closed()) };
-        let (api, dtype, handle) = (self.api.0, data_type(dtype), stream.handle().0.cast::<c_void>());
+        let (api, dtype, handle) = (self.api.0, data_type(dtype), stream.handle.0.cast::<c_void>());
         let (x, y) = (x as *const c_void, y as *mut c_void);
         // SAFETY: communicator and stream are live and of one context; `Bound` has checked that the memory has the
         // right size and lives until the stream has run the call.
@@ -277,7 +277,7 @@ impl Comm {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };
         let dtype = dtype.map_or(ncclDataType_t::ncclUint8, data_type);
-        let (api, handle) = (self.api.0, stream.handle().0.cast::<c_void>());
+        let (api, handle) = (self.api.0, stream.handle.0.cast::<c_void>());
         grouped(api, &self.place, || {
             for transfer in transfers.iter().filter(|transfer| transfer.elements > 0) {
                 let (n, peer) = (transfer.elements, transfer.peer as c_int);

@@ -94,7 +94,7 @@ impl Nccl {
             let is_registered = memberships[..i].iter().any(|other| Arc::ptr_eq(&other.gpu, &membership.gpu));
             if !is_registered {
                 let check: Arc<dyn ErrorCheck> = inner.clone();
-                membership.gpu.poller().add_error_check(Arc::downgrade(&check));
+                membership.gpu.poller.add_error_check(Arc::downgrade(&check));
             }
         }
         Ok(Self(inner))

@@ -76,7 +76,7 @@ impl Pipe {
         const BYTES: usize = 16;
         let deadline = Instant::now() + within;
         // Freed before the devices' arenas are created, so no plan counts it.
-        let memory = DeviceMemory::new(self.stream.gpu(), self.stream.rank(), BYTES, &Arc::default())?;
+        let memory = DeviceMemory::new(&self.stream.gpu, self.stream.rank, BYTES, &Arc::default())?;
         let arena = Arena::on_device(memory);
         // The pipe's first member sends.
         let (sends, call) = if self.peer == 1 { (true, "ncclSend") } else { (false, "ncclRecv") };
@@ -144,7 +144,7 @@ impl Pipe {
             // Query first: an aborted call looks complete on its stream, but its bytes have not arrived (NCCL-3).
             let is_done = sent.0.query();
             self.inner.abort_status.check()?;
-            self.stream.gpu().context().check_alive()?;
+            self.stream.gpu.context.check_alive()?;
             if is_done || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(is_done);
             }
@@ -163,8 +163,8 @@ impl Pipe {
         ranges: impl Iterator<Item = (usize, usize)>,
     ) -> Result<(), KernelError> {
         self.inner.abort_status.check()?;
-        let context = self.stream.gpu().context();
-        let memory = DeviceMemory::of(arena).filter(|memory| Arc::ptr_eq(memory.gpu().context(), context));
+        let context = &self.stream.gpu.context;
+        let memory = DeviceMemory::of(arena).filter(|memory| Arc::ptr_eq(&memory.gpu.context, context));
         let Some(memory) = memory else {
             return Err(KernelError::arguments("pipe", "memory", context.place(), "memory of another device"));
         };
@@ -193,7 +193,7 @@ impl Pipe {
             return false;
         }
         let deadline = Instant::now() + DRAIN_WITHIN;
-        while !self.stream.is_idle() && self.stream.gpu().context().lost().is_none() {
+        while !self.stream.is_idle() && self.stream.gpu.context.lost().is_none() {
             if Instant::now() > deadline {
                 return false;
             }
@@ -209,6 +209,6 @@ impl Drop for Pipe {
             self.comm.abort();
             self.drain();
         }
-        self.stream.close(&KernelError::Closed { device: self.stream.rank() });
+        self.stream.close(&KernelError::Closed { device: self.stream.rank });
     }
 }
