@@ -7,7 +7,6 @@ use crate::memory::{Base, View};
 use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
 use crate::tensor::DType;
 
-/// A launch's buffers.
 #[derive(Debug)]
 pub(crate) struct Bound<'a> {
     pub(crate) name: &'a str,
@@ -18,9 +17,6 @@ pub(crate) struct Bound<'a> {
 
 impl<'a> Bound<'a> {
     /// Resolves the buffers. `workspace_bytes` returns the workspace that the backend needs.
-    ///
-    /// # Errors
-    /// [`KernelError::Arguments`] for invalid buffers.
     pub(crate) fn resolve(
         launch: &'a Launch,
         bases: &'a [Base],
@@ -90,7 +86,6 @@ impl<'a> Bound<'a> {
         Ok(())
     }
 
-    /// All buffers.
     pub(crate) fn all(&self) -> impl Iterator<Item = &View<'a>> {
         self.reads.iter().chain(&self.writes).chain(&self.workspace)
     }

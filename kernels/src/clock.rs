@@ -19,7 +19,6 @@ use parking_lot::Mutex;
 struct RaceClock(#[cfg(debug_assertions)] u64);
 
 impl RaceClock {
-    /// Takes a snapshot of the calling thread's clock.
     fn capture() -> Self {
         #[cfg(debug_assertions)]
         return Self(software::functions().map_or(0, |functions| (functions.capture)()));

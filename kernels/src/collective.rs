@@ -84,20 +84,15 @@ pub(crate) type Wait = Box<dyn FnOnce() -> Result<(), KernelError> + Send>;
 
 /// The state of a call after [`Enqueue::enqueue`].
 pub(crate) enum Enqueued {
-    /// The call is on the stream.
     Issued,
     /// The call is on the stream once this function returns. It may block, so the stream's own thread calls it.
     Pending(Wait),
 }
 
-/// Collectives on a device's streams.
 pub(crate) trait Enqueue {
     /// Puts one member's part of a call on its stream, in order. `stream` is the backend's own; its device is current.
     /// Blocks no longer than a few driver calls take. The caller keeps all memory of `bound` alive until the stream has
     /// run the call (STAGE-1 for the workspace).
-    ///
-    /// # Errors
-    /// Those of [`Collective::run`].
     fn enqueue(
         &self,
         call: &CollectiveCall,

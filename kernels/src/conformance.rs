@@ -23,43 +23,38 @@ use harness::Report;
 
 /// Runs the whole suite. `make(n)` creates n devices with ranks `0..n` that share one new collective engine.
 pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    if let Some(device) = make(1).first() {
-        run_ops_and_streams(&mut report, device);
-    }
     let with_arena = |device: Device| device.arena(collectives::ARENA_BYTES).map(|arena| (device, arena));
-    let make = |n| make(n).into_iter().map(with_arena).collect();
-    collectives::run(&mut report, &make, &EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder));
+    let mut failures = make(1).first().map_or(Vec::new(), run_alone);
+    failures.extend(run_collectives(&|n| make(n).into_iter().map(with_arena).collect()));
+    failures
+}
+
+fn failures(check: impl FnOnce(&mut Report)) -> Vec<ConformanceFailure> {
+    let mut report = Report::default();
+    check(&mut report);
     report.failures
 }
 
 /// Runs the part of the suite for ops and streams, on one device.
 pub fn run_alone(device: &Device) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    run_ops_and_streams(&mut report, device);
-    report.failures
-}
-
-fn run_ops_and_streams(report: &mut Report, device: &Device) {
-    ops::run(report, device);
-    odd::run(report, device);
-    streams::run(report, device);
+    failures(|report| {
+        ops::run(report, device);
+        odd::run(report, device);
+        streams::run(report, device);
+    })
 }
 
 /// Runs the attention part of the suite on one device, which may use one of several attention libraries.
 pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    ops::run_attentions(&mut report, device);
-    report.failures
+    failures(|report| ops::run_attentions(report, device))
 }
 
 /// Runs the collectives part of the suite, for engines that must know all memory and all groups in advance. `make(n)`
 /// creates n devices with ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know
 /// [`collectives_groups`] of n.
 pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    collectives::run(&mut report, make, &EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder));
-    report.failures
+    let requirements = EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder);
+    failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// [`run_collectives`] for engines that sum in their own order, do not compare the members' calls, and require that all
@@ -68,14 +63,12 @@ pub fn run_collectives_unordered(
     make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
     members: usize,
 ) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
     let requirements = EngineRequirements {
         compares_calls: false,
         any_order: false,
         ..EngineRequirements::of(members, SummationOrder::InAnyOrder)
     };
-    collectives::run(&mut report, make, &requirements);
-    report.failures
+    failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// Runs the collectives part of the suite in one of several processes. All of them run it at the same time, each for
@@ -86,13 +79,8 @@ pub fn run_collectives_apart(
     members: usize,
     sums: SummationOrder,
 ) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    collectives::run(
-        &mut report,
-        make,
-        &EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) },
-    );
-    report.failures
+    let requirements = EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) };
+    failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// Default number of members of the largest groups.

@@ -41,7 +41,6 @@ impl Event {
         }
     }
 
-    /// Sets the event and wakes all waiters.
     pub(crate) fn set(&self) {
         self.0.set.get_or_init(|| Stamped::new(()));
         // Locked so that no waiter can check before the store and start to wait after the notification.

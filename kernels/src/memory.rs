@@ -58,7 +58,6 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// Kind and location of the memory.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -68,7 +67,6 @@ enum Storage {
         /// Of the device that owns the memory; `None` for a peer's memory, which the peer counts.
         tally: Option<Arc<Tally>>,
     },
-    /// Memory that only its device can address.
     Device(Box<dyn DeviceStorage>),
 }
 
@@ -102,7 +100,6 @@ impl Arena {
         Self(Arc::new(Storage::Host(HostMemory::of_backend(start, bytes, owner))))
     }
 
-    /// Memory that only its device can address.
     pub(crate) fn on_device(memory: impl DeviceStorage) -> Self {
         Self(Arc::new(Storage::Device(Box::new(memory))))
     }
@@ -125,8 +122,6 @@ impl Arena {
         self.storage_on_device().into_iter().for_each(DeviceStorage::mark_released);
     }
 
-    /// # Errors
-    /// [`KernelError::Arguments`] for GPU memory, which the host cannot address (MEM-5).
     pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
         let Some(memory) = self.storage_on_device() else { return Ok(()) };
         let got = format!("memory of {}", memory.place());
@@ -366,8 +361,6 @@ impl<'a> View<'a> {
         self.offset
     }
 
-    /// # Errors
-    /// [`KernelError::Arguments`] for GPU memory, which the host cannot address (MEM-5).
     pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
         self.arena.check_host(user)
     }
@@ -403,9 +396,6 @@ impl<'a> View<'a> {
     ///
     /// Sound while the caller guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]; MEM-2
     /// is checked here.
-    ///
-    /// # Errors
-    /// [`KernelError::Arguments`] for more than one read or write, and for an overlap that is not the same memory.
     pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>, KernelError> {
         if reads.len() > 1 || writes.len() > 1 {
             let got = format!("{} read, {} written", reads.len(), writes.len());
@@ -434,7 +424,6 @@ impl<'a> View<'a> {
         Ok(if in_place { Words { x: None, y } } else { Words { x: Some(x.map(read).unwrap_or_default()), y } })
     }
 
-    /// Address of the first element.
     pub(crate) fn start(&self) -> *mut u8 {
         self.arena.host_start().wrapping_add(self.offset)
     }

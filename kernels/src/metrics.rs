@@ -29,9 +29,7 @@ pub(crate) struct CollectiveTime(Arc<Mutex<Spent>>);
 
 #[derive(Debug, Default)]
 struct Spent {
-    /// Total of the finished collectives.
     ended: Duration,
-    /// Start of the current collective.
     started: Option<Instant>,
 }
 
@@ -71,12 +69,10 @@ impl CollectiveTime {
 }
 
 impl CollectiveTimer {
-    /// Records that the stream started the collective.
     pub(crate) fn came(&self, at: Instant) {
         self.all.0.lock().started = Some(at);
     }
 
-    /// Records that the stream has finished the collective.
     pub(crate) fn went(&self, at: Instant) {
         let mut spent = self.all.0.lock();
         let took = spent.started.take().map_or(Duration::ZERO, |started| at - started);

@@ -119,8 +119,6 @@ impl Runs {
     }
 }
 
-/// # Errors
-/// [`KernelError::Arguments`] when `region` does not lie in a tensor of this shape.
 pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize]) -> Result<(), KernelError> {
     let inside = region.start.len() == shape.len()
         && region.size.len() == shape.len()

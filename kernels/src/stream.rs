@@ -19,7 +19,6 @@ pub struct Stream(Backend);
 
 #[derive(Debug)]
 enum Backend {
-    /// A thread of this process, with helper threads.
     Cpu(CpuStream),
     Cuda(CudaStream),
 }

@@ -59,7 +59,6 @@ pub(crate) enum Command<R = Submission> {
     Run(R),
     Record(Event),
     Wait(Event),
-    /// Enable or disable Inf/NaN checks.
     CheckFinite(bool),
 }
 

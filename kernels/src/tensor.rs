@@ -32,7 +32,6 @@ impl DType {
 
 /// A Rust type of elements.
 pub(crate) trait HostElement: Copy + 'static {
-    /// The dtype of tensors of such elements.
     const DTYPE: DType;
 }
 

@@ -47,7 +47,6 @@ pub(crate) struct ExchangeBuffers<'a> {
     pub(crate) x_shape: &'a [usize],
     pub(crate) y_shape: &'a [usize],
     pub(crate) xs: &'a [Posted],
-    /// This member's y.
     pub(crate) y: &'a Posted,
     /// The y of each member, for an all-reduce; other collectives do not read each other's y.
     pub(crate) ys: &'a [Posted],
@@ -65,7 +64,6 @@ impl Posted {
         inside.then(|| Self { arena: arena.clone(), offset, elements })
     }
 
-    /// Address of element `index`.
     pub(crate) fn at(&self, index: usize) -> *mut u32 {
         debug_assert!(index <= self.elements);
         self.arena.host_start().wrapping_add(self.offset).cast::<u32>().wrapping_add(index)
@@ -338,13 +336,11 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
 /// Assembles the member's target from the members' sources. Returns the number of elements received from others.
 fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) -> usize {
     let member = buffers.call.member;
-    let mut rest = vec![target.clone()];
     let mut received = 0;
     let bypass_caches = buffers.y.elements >= STREAM_ELEMENTS_MIN;
-    let own_first = std::iter::once(member).chain((0..buffers.xs.len()).filter(|&other| other != member));
-    for other in own_first {
+    for (other, boxes) in taken(member, sources, target) {
         let source = &sources[other];
-        for common in rest.iter().filter_map(|region| region.intersect(source)) {
+        for common in boxes {
             if other != member {
                 received += common.element_count();
             }
@@ -356,7 +352,6 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) ->
                 unsafe { copy_part(&buffers.xs[other], from, buffers.y, to, len, bypass_caches) };
             });
         }
-        rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
     received
 }

@@ -38,7 +38,6 @@ pub struct IssueTicket {
 }
 
 impl IssueOrder {
-    /// Takes the next position.
     pub(crate) fn ticket(self: &Arc<Self>) -> IssueTicket {
         let mut state = self.state.lock();
         let number = state.next;
@@ -55,9 +54,6 @@ impl IssueTicket {
     }
 
     /// Waits until all earlier tickets have been dropped.
-    ///
-    /// # Errors
-    /// [`KernelError::Aborted`] once the engine is aborted.
     pub(crate) fn wait(&self, abort_statuses: &[AbortStatus]) -> Result<(), KernelError> {
         let mut state = self.order.state.lock();
         while state.open.first() != Some(&self.number) {

@@ -117,7 +117,6 @@ impl Layout {
         Some(layout)
     }
 
-    /// Whether the parts follow each other without gaps.
     fn is_packed(&self) -> bool {
         let mut end = 0;
         self.starts.iter().zip(&self.counts).all(|(start, count)| {
@@ -465,7 +464,6 @@ fn boxes_of(sender: usize, taken: &[(usize, Vec<Region>)]) -> Vec<Region> {
     taken.iter().filter(|(from, _)| *from == sender).flat_map(|(_, boxes)| boxes.clone()).collect()
 }
 
-/// Copies a box of a tensor to the start of `to`.
 fn pack(from: &[f32], shape: &[usize], region: &Region, to: &mut [f32]) {
     let runs = Runs::new(shape, region);
     runs.for_each(0..runs.element_count(), |place, at, len| to[at..][..len].copy_from_slice(&from[place..][..len]));
@@ -546,7 +544,6 @@ impl Collective for Mpi {
         self.world.abort();
     }
 
-    /// MPI does not report waits.
     fn waits(&self) -> Vec<MemberWait> {
         Vec::new()
     }

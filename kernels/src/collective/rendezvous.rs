@@ -35,7 +35,6 @@ pub(crate) struct Post<M> {
 pub(crate) type Posts<M> = Arc<[Post<M>]>;
 
 impl<M> Post<M> {
-    /// The post of a call whose buffers were checked.
     pub(crate) fn new(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>], memory: M) -> Self {
         let shape = |views: &[View<'_>]| views.first().map_or(Vec::new(), |view| view.shape().to_vec());
         let dtype = reads.iter().chain(writes).next().map_or(DType::F32, View::dtype);
@@ -100,7 +99,6 @@ impl<M: Clone> Groups<M> {
         Err(error)
     }
 
-    /// Fails every waiting call and every later call.
     pub(crate) fn abort(&self, cause: &str) {
         self.abort_status.abort(cause);
         let groups: Vec<_> = self.by_id.lock().values().cloned().collect();
@@ -153,7 +151,6 @@ struct Transfer<M> {
     taken: bool,
 }
 
-/// A member's arrival.
 pub(crate) enum Arrival<M> {
     /// All members have arrived. Holds what the last member left for the others.
     Complete(Option<Posts<M>>),
@@ -161,7 +158,6 @@ pub(crate) enum Arrival<M> {
     Waits(Awaited),
 }
 
-/// What a member that has arrived waits for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Awaited {
     LastMember { member: usize, round: u64 },

@@ -249,7 +249,6 @@ impl Call<'_> {
         }
     }
 
-    /// Waits until all members have reached the barrier.
     fn barrier(&self, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<(), KernelError> {
         let barriers = self.progress.barriers.load(Ordering::Relaxed).wrapping_add(1);
         self.progress.barriers.store(barriers, Ordering::Relaxed);

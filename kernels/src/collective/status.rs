@@ -13,7 +13,6 @@ use crate::error::KernelError;
 pub(crate) struct ReceivedBytes(Mutex<HashMap<usize, u64>>);
 
 impl ReceivedBytes {
-    /// Counts what a member of the group has received.
     pub(crate) fn add(&self, group: &Group, member: usize, bytes: usize) {
         *self.0.lock().entry(group.ranks[member]).or_default() += bytes as u64;
     }
@@ -36,8 +35,6 @@ impl AbortStatus {
         first
     }
 
-    /// # Errors
-    /// [`KernelError::Aborted`] after an abort.
     pub(crate) fn check(&self) -> Result<(), KernelError> {
         self.aborted().map_or(Ok(()), Err)
     }

@@ -19,7 +19,6 @@ pub(crate) struct Args<'a> {
     taken: Vec<bool>,
     /// The threads' parts of the stream's scratch memory.
     scratch: Option<View<'a>>,
-    /// Whether to add to the accumulating write.
     pub(crate) accumulate: bool,
 }
 
@@ -32,12 +31,10 @@ impl<'a> Args<'a> {
         Ok(Self { name, taken, reads, writes, scratch: None, accumulate: launch.accumulate && repeat })
     }
 
-    /// The buffers that the launch reads.
     pub(crate) fn reads(&self) -> &[View<'a>] {
         &self.reads
     }
 
-    /// The buffers that the launch writes.
     pub(crate) fn writes(&self) -> &[View<'a>] {
         &self.writes
     }
@@ -46,22 +43,18 @@ impl<'a> Args<'a> {
         KernelError::arguments(self.name, what, expected, got)
     }
 
-    /// Shape of read `i`.
     pub(crate) fn read_shape(&self, i: usize) -> &'a [usize] {
         self.reads[i].shape()
     }
 
-    /// Shape of write `i`.
     pub(crate) fn write_shape(&self, i: usize) -> &'a [usize] {
         self.writes[i].shape()
     }
 
-    /// Dtype of read `i`.
     pub(crate) fn read_dtype(&self, i: usize) -> DType {
         self.reads[i].dtype()
     }
 
-    /// Dtype of write `i`.
     pub(crate) fn write_dtype(&self, i: usize) -> DType {
         self.writes[i].dtype()
     }
@@ -73,12 +66,10 @@ impl<'a> Args<'a> {
         Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", view.dtype())))
     }
 
-    /// Fails unless read `i` has this shape.
     pub(crate) fn expect_read(&self, i: usize, shape: &[usize]) -> Result<(), KernelError> {
         self.expect(&format!("shape of read {i}"), self.reads[i].shape(), shape)
     }
 
-    /// Fails unless write `i` has this shape.
     pub(crate) fn expect_write(&self, i: usize, shape: &[usize]) -> Result<(), KernelError> {
         self.expect(&format!("shape of write {i}"), self.writes[i].shape(), shape)
     }
@@ -138,17 +129,14 @@ impl<'a> Args<'a> {
         Ok(unsafe { self.reads[i].slice() })
     }
 
-    /// Read `i` as f32; it must not also be a write.
     pub(crate) fn f32(&self, i: usize) -> Result<&'a [f32], KernelError> {
         self.slice(i)
     }
 
-    /// Read `i` as i32; it must not also be a write.
     pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32], KernelError> {
         self.slice(i)
     }
 
-    /// Read `i` as bf16; it must not also be a write.
     pub(crate) fn bf16(&self, i: usize) -> Result<&'a [bf16], KernelError> {
         self.slice(i)
     }
@@ -172,22 +160,18 @@ impl<'a> Args<'a> {
         Ok(unsafe { self.writes[i].slice_mut() })
     }
 
-    /// Write `i` as f32, once.
     pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32], KernelError> {
         self.take(i)
     }
 
-    /// Write `i` as bf16, once.
     pub(crate) fn out_bf16(&mut self, i: usize) -> Result<&'a mut [bf16], KernelError> {
         self.take(i)
     }
 
-    /// Write `i` as i32, once.
     pub(crate) fn out_i32(&mut self, i: usize) -> Result<&'a mut [i32], KernelError> {
         self.take(i)
     }
 
-    /// Gives the launch the threads' parts of scratch memory.
     pub(super) fn set_scratch(&mut self, scratch: Option<View<'a>>) {
         self.scratch = scratch;
     }

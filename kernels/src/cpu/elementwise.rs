@@ -86,7 +86,6 @@ pub(crate) fn cast(args: &mut Args<'_>) -> Result<(), KernelError> {
     }
 }
 
-/// Overwrites `y` with `x`, or adds to it.
 fn store(y: &mut [f32], x: &[f32], accumulate: bool) {
     if accumulate {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);

@@ -10,7 +10,6 @@ use crate::tensor::split_range;
 /// Maximum number of parts of a sum of squares; one thread sums each part.
 const PARTS_MAX: usize = 64;
 
-/// The attributes of [`crate::op::Op::AdamW`].
 #[derive(Clone, Copy)]
 pub(crate) struct AdamW {
     pub(crate) beta1: f32,

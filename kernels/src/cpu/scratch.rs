@@ -25,7 +25,6 @@ impl Scratch {
         Self { device, threads, tally, arena: Arc::default() }
     }
 
-    /// Allocates the scratch memory for the program's launches.
     pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
         let bytes = program.launches.iter().map(|launch| bytes(launch, self.threads)).max().unwrap_or(0);
         if bytes > 0 { self.at_least(bytes).map(drop) } else { Ok(()) }

@@ -13,7 +13,6 @@ const BLOCK: usize = 256;
 pub(crate) enum Operand<'a> {
     /// The memory that is written (in place).
     Same,
-    /// Separate memory.
     Other(&'a [f32]),
 }
 

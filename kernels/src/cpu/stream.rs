@@ -18,7 +18,6 @@ use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
 use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 
-/// The CPU form of [`crate::stream::Stream`].
 #[derive(Debug)]
 pub(crate) struct CpuStream {
     // The queue is unbounded; the register protocol's credits bound the number of submissions.

@@ -44,7 +44,6 @@ impl Attention {
     }
 }
 
-/// Counts the attention launches of a GPU by implementation.
 #[derive(Debug, Default)]
 pub(crate) struct AttentionCounters {
     forward: PassCounters,
@@ -81,7 +80,6 @@ impl AttentionCounters {
         self.of(pass).cudnn.fetch_add(u64::from(issued), Ordering::Relaxed);
     }
 
-    /// Returns all counts by name.
     pub(crate) fn by_name(&self) -> [(&'static str, u64); 4] {
         let [forward, backward] = [&self.forward, &self.backward].map(|counters| {
             let cudnn = counters.cudnn.load(Ordering::Relaxed);

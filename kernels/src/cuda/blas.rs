@@ -17,7 +17,6 @@ use crate::error::KernelError;
 /// Address alignment, in bytes, that the fastest algorithms require.
 const ALIGNMENT_MAX: u32 = 16;
 
-/// The cuBLASLt handle.
 #[derive(Debug)]
 pub(crate) struct Blas {
     handle: Raw<sys::cublasLtHandle_t>,
@@ -30,7 +29,6 @@ pub(crate) struct ProductPlans {
     blas: Arc<Blas>,
 }
 
-/// Everything that determines the plan of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     dims: [u64; 3],
@@ -69,7 +67,6 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-/// Device addresses of a product's operands.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Addresses {
     pub(crate) a: u64,

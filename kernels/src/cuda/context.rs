@@ -25,13 +25,11 @@ unsafe impl<T> Send for Raw<T> {}
 // SAFETY: see `Send`.
 unsafe impl<T> Sync for Raw<T> {}
 
-/// The retained primary context of one GPU.
 pub(crate) struct Context {
     ordinal: usize,
     name: String,
     device: sys::CUdevice,
     handle: Raw<sys::CUcontext>,
-    /// Compute capability, major and minor.
     capability: (i32, i32),
     /// Maximum dynamic shared memory of a block (opt-in limit), in bytes.
     shared_bytes_max: usize,
@@ -44,7 +42,6 @@ impl fmt::Debug for Context {
     }
 }
 
-/// Codes after which the context is unusable.
 const STICKY: &[CUresult] = &[
     CUresult::CUDA_ERROR_DEINITIALIZED,
     CUresult::CUDA_ERROR_ECC_UNCORRECTABLE,
@@ -63,10 +60,6 @@ const STICKY: &[CUresult] = &[
 ];
 
 impl Context {
-    /// Retains the primary context of the GPU of this ordinal.
-    ///
-    /// # Errors
-    /// [`KernelError::Unavailable`] if there is no driver or device, or the driver is too old; [`KernelError::Cuda`].
     pub(crate) fn open(ordinal: usize) -> Result<Self, KernelError> {
         let count = library::driver()?.devices;
         let place = format!("cuda device {ordinal}");
@@ -113,7 +106,6 @@ impl Context {
         Ok(value)
     }
 
-    /// Makes the context current on this thread.
     pub(crate) fn bind(&self) -> Result<(), KernelError> {
         // SAFETY: the context stays retained while `self` lives.
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
@@ -153,7 +145,6 @@ impl Context {
         format!("cuda device {} ({})", self.ordinal, self.name)
     }
 
-    /// The driver's handle.
     pub(crate) fn raw(&self) -> sys::CUcontext {
         self.handle.0
     }
@@ -166,12 +157,10 @@ impl Context {
         &self.name
     }
 
-    /// Compute capability, major and minor.
     pub(crate) fn capability(&self) -> (i32, i32) {
         self.capability
     }
 
-    /// Maximum dynamic shared memory of a block, in bytes, once the function's attribute allows it.
     pub(crate) fn shared_bytes_max(&self) -> usize {
         self.shared_bytes_max
     }
@@ -186,13 +175,10 @@ impl Context {
         self.lost.get_or_init(|| error).clone()
     }
 
-    /// # Errors
-    /// The error that made the context unusable, if any.
     pub(crate) fn check_alive(&self) -> Result<(), KernelError> {
         self.lost().map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    /// Converts a status code to an error that names code, call and place.
     pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
         match check_code(result, call, place) {
             Err(error) if STICKY.contains(&result) => Err(self.mark_lost(error)),

@@ -28,7 +28,6 @@ use api::Api;
 use graph::Graph;
 use plan::{PinnedEngine, Plan, Target};
 
-/// The cache key: pass, shape and scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct PlanKey {
     pass: Pass,

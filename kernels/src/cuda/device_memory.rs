@@ -20,7 +20,6 @@ pub(crate) struct DeviceMemory {
     address: Stamped<u64>,
     bytes: usize,
     tally: Arc<Tally>,
-    /// Each time that a submission released the memory.
     releases: ReleaseClocks,
 }
 
@@ -33,9 +32,6 @@ impl fmt::Debug for DeviceMemory {
 impl DeviceMemory {
     /// Allocates zeroed memory and counts it in `tally`. Nothing else allocates device memory, so the tally is
     /// complete.
-    ///
-    /// # Errors
-    /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`].
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
@@ -61,7 +57,6 @@ impl DeviceMemory {
         arena.device_memory()
     }
 
-    /// Device address of the first byte.
     pub(crate) fn address(&self) -> u64 {
         *self.address.get()
     }

@@ -29,8 +29,6 @@ pub(crate) struct GpuCall<'a> {
 }
 
 impl<'a> GpuCall<'a> {
-    /// # Errors
-    /// [`KernelError::Arguments`] for host memory, and for a stream of another backend.
     pub(crate) fn new(
         call: &'a CollectiveCall,
         bound: &'a Bound<'_>,

@@ -20,7 +20,6 @@ pub(crate) struct InFlight {
     notify: Mutex<Notify>,
     /// The engine's, if the program calls collectives: an aborted collective looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
-    /// Receives the copy of the stream's error record.
     slot: Mutex<Option<RecordSlot>>,
 }
 
@@ -57,7 +56,6 @@ impl InFlight {
         })
     }
 
-    /// Sets the slot that receives the error record; `finish` reads it.
     pub(crate) fn set_record_slot(&self, slot: RecordSlot) {
         *self.slot.lock() = Some(slot);
     }

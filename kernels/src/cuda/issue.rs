@@ -39,7 +39,6 @@ use crate::tensor::Region;
 /// Stand-in for a base address that is not known yet, as aligned as arenas are.
 const ANY_BASE: u64 = 1 << 20;
 
-/// A submission that is being issued.
 pub(crate) struct Run {
     in_flight: Arc<InFlight>,
     lowered: Arc<LoweredProgram>,
@@ -416,7 +415,6 @@ impl Issuer {
         Err(KernelError::arguments(name, "memory", format!("memory of {}", gpu.place()), got))
     }
 
-    /// Copies a region from another GPU's memory.
     fn copy_from_peer(
         &self,
         read: &View<'_>,
@@ -503,7 +501,6 @@ impl Issuer {
         Ok(None)
     }
 
-    /// Reports Inf or NaN in the outputs of a launch.
     fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
         let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
         if let Some((write, elements)) = self.staging.find_non_finite(&launch.op, &bound)? {
@@ -514,7 +511,6 @@ impl Issuer {
     }
 }
 
-/// Resolves the addresses of a product's operands.
 fn addresses(
     product: &Product,
     address_of: &dyn Fn(Place) -> Result<u64, KernelError>,

@@ -14,7 +14,6 @@ use crate::error::KernelError;
 /// minor`.
 const DRIVER_MIN: i32 = 13_000;
 
-/// How to get CUDA 13.0.
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
      container with --gpus all; without a GPU choose the device cpu";
 
@@ -51,6 +50,32 @@ pub(crate) struct Driver {
     pub(crate) devices: usize,
 }
 
+/// Declares `Api`, the functions of a library that is loaded at run time, tried under these file names.
+macro_rules! dynamic_library {
+    ([$($file:literal),*] $($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
+        pub(crate) struct Api {
+            // SAFETY: these are only types; each call states why it is sound.
+            $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
+            /// Keeps the functions loaded.
+            _library: libloading::Library,
+        }
+
+        impl Api {
+            fn load() -> Option<Self> {
+                // SAFETY: only NVIDIA's initializers run; the signatures are those of its header.
+                unsafe {
+                    let library = [$($file),*].iter().find_map(|name| libloading::Library::new(*name).ok())?;
+                    Some(Self {
+                        $($field: *library.get::<unsafe extern "C" fn($($arg),*) -> $out>($symbol).ok()?,)*
+                        _library: library,
+                    })
+                }
+            }
+        }
+    };
+}
+pub(super) use dynamic_library;
+
 /// Formats `13000` as `13.0`.
 pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
@@ -67,10 +92,6 @@ fn set_environment() {
     }
 }
 
-/// Initializes the driver.
-///
-/// # Errors
-/// [`KernelError::Unavailable`] if it is missing or too old.
 pub(crate) fn driver() -> Result<Driver, KernelError> {
     // SAFETY: loads and unloads the library; only NVIDIA's initializers run.
     if !unsafe { sys::is_culib_present() } {
@@ -136,8 +157,6 @@ impl Library {
         }
     }
 
-    /// # Errors
-    /// [`KernelError::Unavailable`] if the library is missing.
     pub(crate) fn require(self) -> Result<(), KernelError> {
         // SAFETY: see `driver`.
         let present = unsafe {

@@ -43,7 +43,6 @@ pub(crate) struct LoweredProgram {
     /// By launch: the fused form of this launch and the next, if there is one.
     pairs: Vec<OnceLock<Option<FusedPair>>>,
     repeat: bool,
-    /// Index of the last collective.
     pub(crate) last_call: Option<usize>,
 }
 
@@ -58,10 +57,8 @@ pub(crate) struct FusedPair {
     pub(crate) uses_record: bool,
 }
 
-/// How a launch is run.
 #[derive(Debug)]
 pub(crate) enum LaunchKind {
-    /// Runs these steps.
     Steps {
         steps: Vec<PreparedStep>,
         /// Whether a kernel writes the stream's error record.
@@ -109,7 +106,6 @@ pub(crate) enum Parameter {
 }
 
 impl ProgramCache {
-    /// Returns the lowered program.
     pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool) -> Arc<LoweredProgram> {
         let key = Arc::as_ptr(program).addr();
         if self.programs.len() >= PROGRAMS_MAX && !self.programs.contains_key(&key) {

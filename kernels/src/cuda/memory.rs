@@ -14,7 +14,6 @@ use crate::clock::{Stamped, host_access};
 use crate::error::KernelError;
 use crate::memory::Arena;
 
-/// Size of the pinned buffer for host copies, in bytes.
 const PIECE_BYTES: usize = 4 << 20;
 
 /// The stream and pinned buffer for host copies, which run one at a time.
@@ -149,14 +148,12 @@ impl Pinned {
         Ok(Self { context: context.clone(), start: Raw(start), bytes })
     }
 
-    /// Makes an arena of the memory.
     pub(crate) fn into_arena(self) -> Arena {
         let (start, bytes) = (NonNull::new(self.start.0).unwrap_or(NonNull::dangling()), self.bytes);
         // SAFETY: initialized in `new`, page-aligned, and freed when `self` is dropped.
         unsafe { Arena::of_backend(start, bytes, Box::new(self)) }
     }
 
-    /// Address of the first byte.
     pub(crate) fn start(&self) -> *mut u8 {
         self.start.0
     }

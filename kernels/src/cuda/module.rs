@@ -22,7 +22,6 @@ use crate::error::KernelError;
 /// Environment variable: a directory of cubins (`NAME.ARCH.cubin`), searched before `cubins` next to the program.
 pub const CUBINS: &str = "SHARDFLOW_CUBINS";
 
-/// The modules loaded into one context.
 #[derive(Debug)]
 pub(crate) struct Modules {
     context: Arc<Context>,
@@ -35,7 +34,6 @@ struct Loaded {
     functions: HashMap<&'static str, Function>,
 }
 
-/// A kernel that can be launched.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Function {
     pub(crate) handle: Raw<sys::CUfunction>,
@@ -49,10 +47,6 @@ impl Modules {
     }
 
     /// Returns the kernel of this name and allows it this much dynamic shared memory. Requires the context to be bound.
-    ///
-    /// # Errors
-    /// [`KernelError::Compile`]; [`KernelError::Unavailable`] if it must be compiled and there is no compiler;
-    /// [`KernelError::Cuda`].
     pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function, KernelError> {
         let mut loaded = self.loaded.lock();
         let place = format!("kernel {name} on {}", self.context.place());
@@ -88,9 +82,6 @@ impl Modules {
     }
 
     /// Loads all kernels of a module. Requires the context to be bound.
-    ///
-    /// # Errors
-    /// Those of [`Modules::function`].
     pub(crate) fn prepare(&self, module: &str) -> Result<(), KernelError> {
         let mut functions = MODULES.iter().filter(|known| known.name == module).flat_map(Module::functions);
         functions.try_for_each(|function| self.function(function, 0).map(drop))

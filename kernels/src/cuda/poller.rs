@@ -107,7 +107,6 @@ impl Poller {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Creates the completion queue of a new stream.
     pub(crate) fn register(&self, place: &str, progress: Option<&Arc<CallProgress>>) -> Arc<CompletionQueue> {
         let (place, progress) = (place.to_owned(), progress.cloned());
         let queue = Arc::new(CompletionQueue { place, progress, pending: Mutex::default() });
@@ -129,7 +128,6 @@ impl Poller {
         self.wake();
     }
 
-    /// Wakes the thread if it is parked.
     pub(crate) fn wake(&self) {
         let parked = self.shared.parked.lock();
         if *parked {
@@ -142,7 +140,6 @@ impl Poller {
         self.shared.error_checks.lock().push(check);
     }
 
-    /// True if the queue is empty.
     pub(crate) fn is_idle(&self, queue: &CompletionQueue) -> bool {
         queue.pending.lock().is_empty()
     }

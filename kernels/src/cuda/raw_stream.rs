@@ -34,7 +34,6 @@ pub(crate) struct RowCopy {
 }
 
 impl RowCopy {
-    /// A single row.
     pub(crate) fn one(from: u64, to: u64, bytes: usize) -> Self {
         Self { from, to, bytes, count: 1, pitch: (0, 0) }
     }
@@ -53,7 +52,6 @@ impl RowCopy {
     }
 }
 
-/// An owned CUDA stream, destroyed on drop.
 #[derive(Debug)]
 pub(crate) struct RawStream {
     pub(crate) gpu: Arc<Gpu>,
@@ -67,7 +65,6 @@ pub(crate) struct RawStream {
     completions: Arc<CompletionQueue>,
 }
 
-/// The launch geometry of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
     pub(crate) grid: [u32; 3],
@@ -168,7 +165,6 @@ impl RawStream {
         self.check(result, "cuMemcpyPeerAsync")
     }
 
-    /// Copies rows from another GPU's memory in one call.
     pub(crate) fn copy_rows_from(&self, source: &Context, rows: &RowCopy) -> Result<(), KernelError> {
         let &RowCopy { from, to, bytes, count, pitch } = rows;
         if count == 1 {
@@ -224,7 +220,6 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.handle.0) }, "cuMemcpyHtoDAsync")
     }
 
-    /// Sets 32-bit words.
     pub(crate) fn fill(&self, to: u64, word: u32, words: usize) -> Result<(), KernelError> {
         if words == 0 {
             return Ok(());
@@ -260,7 +255,6 @@ impl RawStream {
         result.err().filter(|_| self.gpu.context.lost().is_some()).unwrap_or(error)
     }
 
-    /// Blocks until all work on the stream is done.
     pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
         // SAFETY: the stream lives as long as `self`.
         self.check(unsafe { sys::cuStreamSynchronize(self.handle.0) }, "cuStreamSynchronize")
@@ -281,7 +275,6 @@ impl RawStream {
         self.record().map(|after| self.report(after, completion))
     }
 
-    /// Whether all completions have been reported.
     pub(crate) fn is_idle(&self) -> bool {
         self.gpu.poller.is_idle(&self.completions)
     }
@@ -291,7 +284,6 @@ impl RawStream {
         self.gpu.poller.unregister(&self.completions, cause);
     }
 
-    /// Makes later work on the stream wait for the event.
     pub(crate) fn wait(&self, event: &Recorded) -> Result<(), KernelError> {
         event.wait_on(self.handle, &self.place)
     }

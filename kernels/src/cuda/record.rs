@@ -18,7 +18,6 @@ use crate::memory::{Arena, Tally};
 
 const BYTES: usize = ErrorRecord::BYTES;
 
-/// Number of slots per pinned allocation.
 const SLOTS: usize = 128;
 
 #[derive(Debug)]
@@ -55,12 +54,10 @@ impl ErrorRecords {
         Ok(Self { device, blocks: Vec::new() })
     }
 
-    /// The memory that kernels write.
     pub(crate) fn memory(&self) -> &Arena {
         &self.device
     }
 
-    /// The device address that kernels write to.
     pub(crate) fn address(&self) -> u64 {
         DeviceMemory::of(&self.device).map_or(0, DeviceMemory::address)
     }

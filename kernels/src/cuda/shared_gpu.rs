@@ -41,7 +41,6 @@ struct Memory {
 }
 
 impl Memory {
-    /// Address of an element of y.
     fn element(&self, element: usize) -> u64 {
         self.y + (element * DType::F32.bytes()) as u64
     }
@@ -53,7 +52,6 @@ impl SharedGpu {
         Self::default()
     }
 
-    /// Counts what a member receives from others.
     fn count(&self, post: &Post<Memory>) {
         let bytes = foreign_elements(&post.call, &post.y_shape) * post.dtype.bytes();
         self.0.received.add(&post.call.group, post.call.member, bytes);
@@ -81,7 +79,6 @@ fn same_gpu(stream: &RawStream, other: &RawStream) -> bool {
     Arc::ptr_eq(&stream.gpu.context, &other.gpu.context)
 }
 
-/// Copies from memory on `source`'s GPU.
 fn copy(stream: &RawStream, to: u64, source: &RawStream, from: u64, bytes: usize) -> Result<(), KernelError> {
     if same_gpu(stream, source) {
         return stream.copy(to, from, bytes);
@@ -89,7 +86,6 @@ fn copy(stream: &RawStream, to: u64, source: &RawStream, from: u64, bytes: usize
     stream.copy_from(to, &source.gpu.context, from, bytes)
 }
 
-/// Copies a region from memory on `source`'s GPU.
 fn copy_between(
     stream: &RawStream,
     source: &RawStream,
@@ -103,7 +99,6 @@ fn copy_between(
     fetch_from_peer(stream, &source.gpu.context, from, to, dtype)
 }
 
-/// Makes each member's stream wait for the events of all other members.
 fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<(), KernelError> {
     for (i, post) in posts.iter().enumerate() {
         bind(&post.memory.stream)?;

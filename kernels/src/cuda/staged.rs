@@ -30,7 +30,6 @@ impl HostStaging {
         Self { stream: stream.clone(), arena: None }
     }
 
-    /// Waits until all work put on the stream so far is done.
     fn wait(&self) -> Result<(), KernelError> {
         let event = Event::default();
         self.stream.report_end(set_event(event.clone()))?;
@@ -54,7 +53,6 @@ impl HostStaging {
         Ok(arena)
     }
 
-    /// The staging memory, if allocated.
     pub(crate) fn memory(&self) -> Option<&Arena> {
         self.arena.as_ref()
     }

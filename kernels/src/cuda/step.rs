@@ -17,10 +17,8 @@ pub enum Step {
         /// Bytes to copy, more than 0.
         bytes: usize,
     },
-    /// Sets 32-bit words.
     Fill {
         to: Place,
-        /// The word's bits.
         word: u32,
         words: usize,
     },
@@ -32,7 +30,6 @@ pub struct Kernel {
     pub function: &'static str,
     /// Blocks in x, y, z, all greater than 0.
     pub grid: [u32; 3],
-    /// Threads of a block in x, y, z.
     pub block: [u32; 3],
     /// Dynamic shared memory in bytes. The function's attribute must allow more than [`SHARED_BYTES_DEFAULT`].
     pub shared_bytes: u32,
@@ -46,7 +43,6 @@ pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Arg {
     Pointer(Place),
-    /// A null pointer for an optional argument.
     Null,
     /// The address of the stream's [`ErrorRecord`]. Each stream has its own, since only launches of one stream are
     /// ordered.
@@ -222,7 +218,6 @@ pub enum Pass {
 /// it reports the end. A kernel treats a bad index like one that belongs to another shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorRecord {
-    /// Index of the failing launch in its program.
     pub launch: u32,
     pub index: i32,
     /// Position of the index among the launch's indices: the first that is out of range.

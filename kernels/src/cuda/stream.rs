@@ -29,10 +29,8 @@ use crate::submission::Command;
 /// How long dropping a stream waits for an unresponsive device.
 const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 
-/// Poll interval of that wait.
 const DRAIN_STEP: Duration = Duration::from_micros(20);
 
-/// The CUDA form of [`crate::stream::Stream`].
 pub(crate) struct CudaStream {
     inner: Arc<Inner>,
 }
@@ -46,7 +44,6 @@ struct Inner {
     /// Lowers submissions. Separate from the issuer, which stays locked while its thread waits.
     cache: Mutex<ProgramCache>,
     engine: Arc<dyn Collective>,
-    /// Those of the engine.
     abort_statuses: Arc<[AbortStatus]>,
     issuer: Mutex<Issuer>,
     collective_time: CollectiveTime,
@@ -58,11 +55,8 @@ struct Inner {
 #[derive(Default)]
 struct Queue {
     commands: VecDeque<Stamped<Command<Run>>>,
-    /// A thread is issuing.
     busy: bool,
-    /// The stream's own thread issues.
     handed_over: bool,
-    /// No more commands are submitted.
     closed: bool,
     thread: Option<JoinHandle<Stamped<()>>>,
 }
@@ -174,7 +168,6 @@ impl Inner {
         Ok(())
     }
 
-    /// Runs the stream's own thread.
     fn serve(&self) {
         let mut queue = self.queue.lock();
         loop {

@@ -14,7 +14,6 @@ use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
 use crate::tensor::{DType, Region, element_count};
 
-/// A region of a tensor on the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StridedRegion<'a> {
     pub(crate) address: u64,
@@ -29,7 +28,6 @@ impl StridedRegion<'_> {
     }
 }
 
-/// A [`StridedRegion`] that owns its data.
 #[derive(Clone, Debug)]
 pub(crate) struct OwnedRegion {
     pub(crate) address: u64,

@@ -39,7 +39,6 @@ pub(super) struct HostMemory {
     owner: Owner,
 }
 
-/// Frees the memory.
 #[derive(Debug)]
 enum Owner {
     Heap(Arc<Tally>),

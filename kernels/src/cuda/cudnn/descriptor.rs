@@ -13,7 +13,6 @@ use super::api::Api;
 use crate::cuda::context::Raw;
 use crate::error::KernelError;
 
-/// The values of an attribute, by type.
 #[derive(Clone, Copy)]
 pub(super) enum Values<'a> {
     Longs(&'a [i64]),

@@ -4,7 +4,6 @@
 
 use crate::cuda::step::{AttentionShape, Pass, Place};
 
-/// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DataType {
     Bf16,
@@ -13,7 +12,6 @@ pub(super) enum DataType {
     Bool,
 }
 
-/// Where the elements of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Storage {
     Buffer(Place),
@@ -60,7 +58,6 @@ pub(super) enum Reduction {
     Sum,
 }
 
-/// An operation.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
@@ -73,7 +70,6 @@ pub(super) enum Node {
     Transpose { x: TensorId, y: TensorId },
 }
 
-/// A graph of operations for cuDNN.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Graph {
     pub(super) tensors: Vec<Tensor>,
@@ -84,7 +80,6 @@ pub(super) struct Graph {
 }
 
 impl Graph {
-    /// Builds the graph of an attention launch.
     pub(super) fn of(shape: &AttentionShape) -> Self {
         let extents = [shape.batch, shape.heads, shape.time, shape.depth].map(|extent| extent as i64);
         let mut builder =
@@ -152,7 +147,6 @@ impl Builder {
         y
     }
 
-    /// Applies a pointwise operation to scores.
     fn map(&mut self, mode: PointwiseMode, x: TensorId, b: Option<TensorId>) -> TensorId {
         let y = self.scores(DataType::F32);
         self.pointwise(y, mode, x, b)

@@ -59,7 +59,6 @@ impl<'a> Args<'a> {
         &self.launch.writes[i].shape
     }
 
-    /// Elements of write `i`.
     pub(super) fn written(&self, i: usize) -> usize {
         element_count(self.write_shape(i))
     }
@@ -102,12 +101,10 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// The element type of read `i`.
     pub(super) fn read_element(&self, i: usize) -> Element {
         element(self.read_dtype(i))
     }
 
-    /// The element type of write `i`.
     pub(super) fn write_element(&self, i: usize) -> Element {
         element(self.write_dtype(i))
     }
@@ -124,12 +121,10 @@ impl<'a> Args<'a> {
         Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
     }
 
-    /// Fails unless these reads have this shape.
     pub(super) fn expect_reads(&self, reads: &[usize], shape: &[usize]) -> Result<(), KernelError> {
         reads.iter().try_for_each(|&i| self.expect(&format!("shape of read {i}"), self.read_shape(i), shape))
     }
 
-    /// Fails unless these writes have this shape.
     pub(super) fn expect_writes(&self, writes: &[usize], shape: &[usize]) -> Result<(), KernelError> {
         writes.iter().try_for_each(|&i| self.expect(&format!("shape of write {i}"), self.write_shape(i), shape))
     }

@@ -4,7 +4,6 @@ use crate::cuda::step::{Arg, Kernel, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::DType;
 
-/// Default number of threads per block.
 pub(super) const THREADS: usize = 256;
 
 /// Elements per thread of an elementwise kernel on f32: 16 bytes.
@@ -26,7 +25,6 @@ macro_rules! variants {
 }
 pub(super) use variants;
 
-/// A kernel with a one-dimensional grid.
 pub(super) fn blocks(
     function: &'static str,
     blocks: usize,
@@ -49,12 +47,10 @@ pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) ->
     blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
 }
 
-/// The start of read `i`.
 pub(super) fn read(i: usize) -> Arg {
     Arg::Pointer(Place::read(i))
 }
 
-/// The start of write `i`.
 pub(super) fn write(i: usize) -> Arg {
     Arg::Pointer(Place::write(i))
 }

@@ -25,12 +25,10 @@ const SQUARES_PARTS_MAX: usize = 4 * THREADS;
 /// How a sum over `rows` rows of `width` columns is split.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct ColumnSum {
-    /// Blocks along the columns.
     columns: usize,
     /// Blocks along the rows; more than one need a second pass over their partial sums.
     pub(super) parts: usize,
     rows_per_part: usize,
-    /// Threads in x and y.
     threads: [usize; 2],
 }
 

@@ -90,7 +90,6 @@ impl std::fmt::Debug for ApiRef {
     }
 }
 
-/// A collective that NCCL implements.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum NcclCall {
     AllReduce(ReduceOp),
@@ -100,11 +99,9 @@ pub(super) enum NcclCall {
     Broadcast(usize),
 }
 
-/// One point-to-point message of an NCCL group.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
     pub(super) sends: bool,
-    /// Index of the other member.
     pub(super) peer: usize,
     pub(super) address: u64,
     pub(super) elements: usize,

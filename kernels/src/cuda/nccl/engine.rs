@@ -56,7 +56,6 @@ pub(super) struct Inner {
     /// By group and member; groups of one have none.
     pub(super) comms: HashMap<(u32, usize), Arc<Comm>>,
     received: ReceivedBytes,
-    /// By rank of the device.
     orders: Mutex<HashMap<usize, Arc<IssueOrder>>>,
     pub(super) abort_status: AbortStatus,
     /// Aborts the communicators if a poller found an error.

@@ -35,7 +35,6 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(2);
 pub struct Pipe {
     inner: Arc<Inner>,
     comm: Arc<Comm>,
-    /// Member index of the other end.
     peer: usize,
     stream: RawStream,
     /// Memory of a call that has not settled; kept until the call settles or is aborted.
