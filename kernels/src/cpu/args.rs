@@ -66,12 +66,14 @@ impl<'a> Args<'a> {
         Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", view.dtype())))
     }
 
-    pub(crate) fn expect_read(&self, i: usize, shape: &[usize]) -> Result<(), KernelError> {
-        self.expect(&format!("shape of read {i}"), self.reads[i].shape(), shape)
+    /// Fails unless these reads have this shape.
+    pub(crate) fn expect_reads(&self, reads: &[usize], shape: &[usize]) -> Result<(), KernelError> {
+        reads.iter().try_for_each(|&i| self.expect(&format!("shape of read {i}"), self.reads[i].shape(), shape))
     }
 
-    pub(crate) fn expect_write(&self, i: usize, shape: &[usize]) -> Result<(), KernelError> {
-        self.expect(&format!("shape of write {i}"), self.writes[i].shape(), shape)
+    /// Fails unless these writes have this shape.
+    pub(crate) fn expect_writes(&self, writes: &[usize], shape: &[usize]) -> Result<(), KernelError> {
+        writes.iter().try_for_each(|&i| self.expect(&format!("shape of write {i}"), self.writes[i].shape(), shape))
     }
 
     fn expect(&self, what: &str, got: &[usize], expected: &[usize]) -> Result<(), KernelError> {

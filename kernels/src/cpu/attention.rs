@@ -78,11 +78,9 @@ unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
 
 pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
     let dims = Dims::of(args, 0)?;
-    for read in [1, 2] {
-        args.expect_read(read, args.read_shape(0))?;
-    }
-    args.expect_write(0, args.read_shape(0))?;
-    args.expect_write(1, &dims.lse_shape())?;
+    args.expect_reads(&[1, 2], args.read_shape(0))?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1], &dims.lse_shape())?;
     let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| start_of(slice.as_ptr()));
     let o = start_of(args.out(0)?.as_mut_ptr());
     let lse = Pieces::new(args.out(1)?);
@@ -129,13 +127,9 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
 
 pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
     let dims = Dims::of(args, 0)?;
-    for read in 1..5 {
-        args.expect_read(read, args.read_shape(0))?;
-    }
-    args.expect_read(5, &dims.lse_shape())?;
-    for write in 0..3 {
-        args.expect_write(write, args.read_shape(0))?;
-    }
+    args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
+    args.expect_reads(&[5], &dims.lse_shape())?;
+    args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
     let mut inputs = [start_of(std::ptr::null()); 5];
     for (i, input) in inputs.iter_mut().enumerate() {
         *input = start_of(args.f32(i)?.as_ptr());

@@ -46,8 +46,8 @@ pub(crate) fn dropout(
     stride: usize,
 ) -> Result<(), KernelError> {
     let local = args.read_shape(0);
-    args.expect_write(0, local)?;
-    args.expect_read(1, &[2])?;
+    args.expect_writes(&[0], local)?;
+    args.expect_reads(&[1], &[2])?;
     check_inside("dropout", "x in the whole tensor", &Region { start: start.to_vec(), size: local.to_vec() }, shape)?;
     if !(0.0..=1.0).contains(&p) {
         return Err(args.refused("p", "0 to 1", p.to_string()));

@@ -70,7 +70,7 @@ pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> 
 
 pub(crate) fn cast(args: &mut Args<'_>) -> Result<(), KernelError> {
     let shape = args.read_shape(0);
-    args.expect_write(0, shape)?;
+    args.expect_writes(&[0], shape)?;
     match (args.read_dtype(0), args.write_dtype(0)) {
         (DType::F32, DType::BF16) => {
             let (x, y) = (args.f32(0)?, args.out_bf16(0)?);
@@ -123,7 +123,7 @@ pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Re
 
 pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (a_shape, b_shape) = (args.read_shape(0), args.read_shape(1));
-    args.expect_write(0, a_shape)?;
+    args.expect_writes(&[0], a_shape)?;
     if !a_shape.ends_with(b_shape) {
         return Err(args.refused("shape of read 1", format!("a suffix of {a_shape:?}"), format!("{b_shape:?}")));
     }

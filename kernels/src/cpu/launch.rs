@@ -1,6 +1,8 @@
 //! Runs one launch on the CPU: calls the kernel of its op.
 #![allow(unsafe_code)]
 
+use std::sync::Arc;
+
 use crate::bound::run_custom;
 use crate::collective::Collective;
 use crate::cpu::args::Args;
@@ -14,58 +16,65 @@ use crate::op::{Launch, Op};
 use crate::submission::faults;
 use crate::tensor::DType;
 
-pub(crate) fn run_launch(
-    launch: &Launch,
-    bases: &[Base],
-    repeat: bool,
-    pool: &Pool,
-    engine: &dyn Collective,
-    scratch: &Scratch,
-) -> Result<(), KernelError> {
-    if is_widened(launch) {
-        let run = |launch: &Launch, bases: &[Base]| run_launch(launch, bases, repeat, pool, engine, scratch);
-        return widen::run(launch, bases, pool.threads(), scratch, run);
-    }
-    let op = &launch.op;
-    let bytes = thread_bytes(launch, pool.threads());
-    let floats = [bytes / size_of::<f32>()];
-    let arena = (bytes > 0).then(|| scratch.at_least(bytes)).transpose()?;
-    let mut args = Args::resolve(launch, bases, repeat)?;
-    let scratch = arena.as_ref().map(|arena| View::new(op.name(), arena, 0, &floats, DType::F32)).transpose()?;
-    args.set_scratch(scratch);
-    match op {
-        Op::Fill { value } => elementwise::fill(&mut args, pool, *value),
-        Op::Copy => elementwise::copy(&mut args, pool),
-        Op::Cast => elementwise::cast(&mut args),
-        Op::CopyRegion { src, dst } => elementwise::copy_region(&mut args, src, dst),
-        Op::Add => elementwise::add(&mut args, pool),
-        Op::SumLeading => elementwise::sum_leading(&mut args, pool),
-        Op::Scale { factor } => elementwise::scale(&mut args, pool, *factor),
-        Op::Einsum(einsum) => matmul::einsum(&mut args, pool, einsum),
-        Op::Embedding { vocab_start, vocab } => embedding::embedding(&mut args, pool, *vocab_start, *vocab),
-        Op::EmbeddingGrad { vocab_start } => embedding::embedding_grad(&mut args, pool, *vocab_start),
-        Op::LayerNorm { eps } => norm::layer_norm(&mut args, pool, *eps),
-        Op::LayerNormGrad => norm::layer_norm_grad(&mut args, pool),
-        Op::Gelu => elementwise::gelu(&mut args, pool),
-        Op::GeluGrad => elementwise::gelu_grad(&mut args, pool),
-        Op::Attention { scale } => attention::attention(&mut args, pool, *scale),
-        Op::AttentionGrad { scale } => attention::attention_grad(&mut args, pool, *scale),
-        Op::RowMax => loss::row_max(&mut args, pool),
-        Op::SumExpTarget { vocab_start, vocab } => loss::sum_exp_target(&mut args, pool, *vocab_start, *vocab),
-        Op::TokenLoss { scale } => loss::token_loss(&mut args, *scale),
-        Op::CrossEntropyGrad { vocab_start, scale } => loss::cross_entropy_grad(&mut args, pool, *vocab_start, *scale),
-        Op::Dropout { p, seed, shape, start, stride } => {
-            dropout::dropout(&mut args, pool, *p, *seed, shape, start, *stride)
+/// Runs a stream's launches, on its thread.
+pub(crate) struct Runner {
+    pub(crate) pool: Pool,
+    pub(crate) engine: Arc<dyn Collective>,
+    pub(crate) scratch: Scratch,
+}
+
+impl Runner {
+    pub(crate) fn run(&self, launch: &Launch, bases: &[Base], repeat: bool) -> Result<(), KernelError> {
+        let Self { pool, engine, scratch } = self;
+        if is_widened(launch) {
+            let run = |launch: &Launch, bases: &[Base]| self.run(launch, bases, repeat);
+            return widen::run(launch, bases, pool.threads(), scratch, run);
         }
-        Op::SumSquares { index } => optimizer::sum_squares(&mut args, pool, *index),
-        Op::ClipScale { max_norm } => optimizer::clip_scale(&mut args, *max_norm),
-        Op::AdamW { beta1, beta2, eps, weight_decay } => {
-            let rates = optimizer::AdamW { beta1: *beta1, beta2: *beta2, eps: *eps, weight_decay: *weight_decay };
-            optimizer::adamw(&mut args, pool, rates)
+        let op = &launch.op;
+        let bytes = thread_bytes(launch, pool.threads());
+        let floats = [bytes / size_of::<f32>()];
+        let arena = (bytes > 0).then(|| scratch.at_least(bytes)).transpose()?;
+        let mut args = Args::resolve(launch, bases, repeat)?;
+        let scratch = arena.as_ref().map(|arena| View::new(op.name(), arena, 0, &floats, DType::F32)).transpose()?;
+        args.set_scratch(scratch);
+        match op {
+            Op::Fill { value } => elementwise::fill(&mut args, pool, *value),
+            Op::Copy => elementwise::copy(&mut args, pool),
+            Op::Cast => elementwise::cast(&mut args),
+            Op::CopyRegion { src, dst } => elementwise::copy_region(&mut args, src, dst),
+            Op::Add => elementwise::add(&mut args, pool),
+            Op::SumLeading => elementwise::sum_leading(&mut args, pool),
+            Op::Scale { factor } => elementwise::scale(&mut args, pool, *factor),
+            Op::Einsum(einsum) => matmul::einsum(&mut args, pool, einsum),
+            Op::Embedding { vocab_start, vocab } => embedding::embedding(&mut args, pool, *vocab_start, *vocab),
+            Op::EmbeddingGrad { vocab_start } => embedding::embedding_grad(&mut args, pool, *vocab_start),
+            Op::LayerNorm { eps } => norm::layer_norm(&mut args, pool, *eps),
+            Op::LayerNormGrad => norm::layer_norm_grad(&mut args, pool),
+            Op::Gelu => elementwise::gelu(&mut args, pool),
+            Op::GeluGrad => elementwise::gelu_grad(&mut args, pool),
+            Op::Attention { scale } => attention::attention(&mut args, pool, *scale),
+            Op::AttentionGrad { scale } => attention::attention_grad(&mut args, pool, *scale),
+            Op::RowMax => loss::row_max(&mut args, pool),
+            Op::SumExpTarget { vocab_start, vocab } => loss::sum_exp_target(&mut args, pool, *vocab_start, *vocab),
+            Op::TokenLoss { scale } => loss::token_loss(&mut args, *scale),
+            Op::CrossEntropyGrad { vocab_start, scale } => {
+                loss::cross_entropy_grad(&mut args, pool, *vocab_start, *scale)
+            }
+            Op::Dropout { p, seed, shape, start, stride } => {
+                dropout::dropout(&mut args, pool, *p, *seed, shape, start, *stride)
+            }
+            Op::SumSquares { index } => optimizer::sum_squares(&mut args, pool, *index),
+            Op::ClipScale { max_norm } => optimizer::clip_scale(&mut args, *max_norm),
+            Op::AdamW { beta1, beta2, eps, weight_decay } => {
+                let rates = optimizer::AdamW { beta1: *beta1, beta2: *beta2, eps: *eps, weight_decay: *weight_decay };
+                optimizer::adamw(&mut args, pool, rates)
+            }
+            Op::Collective(call) => engine.run(call, args.reads(), args.writes()),
+            // SAFETY: no two writes overlap (`Bound` has checked that); other streams: MEM-3.
+            Op::Custom(kernel) => unsafe {
+                run_custom(&**kernel, op.name(), args.reads(), args.writes(), args.accumulate)
+            },
         }
-        Op::Collective(call) => engine.run(call, args.reads(), args.writes()),
-        // SAFETY: no two writes overlap (`Bound` has checked that); other streams: MEM-3.
-        Op::Custom(kernel) => unsafe { run_custom(&**kernel, op.name(), args.reads(), args.writes(), args.accumulate) },
     }
 }
 

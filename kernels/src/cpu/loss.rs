@@ -8,7 +8,7 @@ use crate::tensor::element_count;
 
 pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    args.expect_write(0, leading)?;
+    args.expect_writes(&[0], leading)?;
     let (logits, out) = (args.f32(0)?, args.out(0)?);
     pool.rows(element_count(leading), logits.len(), [out], |rows, [out]| {
         inlined!(dispatch(|| {
@@ -32,12 +32,8 @@ pub(crate) fn sum_exp_target(
     vocab: usize,
 ) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    for read in [1, 2] {
-        args.expect_read(read, leading)?;
-    }
-    for write in [0, 1] {
-        args.expect_write(write, leading)?;
-    }
+    args.expect_reads(&[1, 2], leading)?;
+    args.expect_writes(&[0, 1], leading)?;
     let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, args.indices(2, vocab)?);
     let outs = [args.out(0)?, args.out(1)?];
     pool.rows(element_count(leading), 4 * logits.len(), outs, |rows, [sums, chosen]| {
@@ -54,10 +50,8 @@ pub(crate) fn sum_exp_target(
 }
 
 pub(crate) fn token_loss(args: &mut Args<'_>, scale: f32) -> Result<(), KernelError> {
-    for read in [1, 2] {
-        args.expect_read(read, args.read_shape(0))?;
-    }
-    args.expect_write(0, &[])?;
+    args.expect_reads(&[1, 2], args.read_shape(0))?;
+    args.expect_writes(&[0], &[])?;
     let (maxima, sums, chosen) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let tokens = maxima.iter().zip(sums).zip(chosen);
     let loss: f64 =
@@ -76,11 +70,9 @@ pub(crate) fn cross_entropy_grad(
     scale: f32,
 ) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(1)?;
-    args.expect_read(0, &[])?;
-    for read in [2, 3, 4] {
-        args.expect_read(read, leading)?;
-    }
-    args.expect_write(0, args.read_shape(1))?;
+    args.expect_reads(&[0], &[])?;
+    args.expect_reads(&[2, 3, 4], leading)?;
+    args.expect_writes(&[0], args.read_shape(1))?;
     let (logits, factor) = (args.operand(1, 0)?, args.f32(0)?[0] * scale);
     let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, args.i32(4)?);
     let dlogits = args.out(0)?;

@@ -8,10 +8,9 @@ use crate::tensor::element_count;
 
 pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    args.expect_read(1, &[width])?;
-    args.expect_write(0, args.read_shape(0))?;
-    args.expect_write(1, leading)?;
-    args.expect_write(2, leading)?;
+    args.expect_reads(&[1], &[width])?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1, 2], leading)?;
     let (x, weight) = (args.f32(0)?, args.f32(1)?);
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
     pool.rows(element_count(leading), 2 * x.len(), outs, |rows, [y, means, rstds]| {
@@ -38,12 +37,11 @@ const COLUMNS: usize = 256;
 /// all rows in order (BITS-1).
 pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    args.expect_read(1, args.read_shape(0))?;
-    args.expect_read(2, &[width])?;
-    args.expect_read(3, leading)?;
-    args.expect_read(4, leading)?;
-    args.expect_write(0, args.read_shape(0))?;
-    args.expect_write(1, &[width])?;
+    args.expect_reads(&[1], args.read_shape(0))?;
+    args.expect_reads(&[2], &[width])?;
+    args.expect_reads(&[3, 4], leading)?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1], &[width])?;
     let (dy, x, weight) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let (means, rstds) = (args.f32(3)?, args.f32(4)?);
     let (dx, dweight, accumulate) = (args.out(0)?, args.out(1)?, args.accumulate);

@@ -53,8 +53,7 @@ fn squares(x: &[f32]) -> f64 {
 }
 
 pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), KernelError> {
-    args.expect_write(0, &[])?;
-    args.expect_write(1, &[])?;
+    args.expect_writes(&[0, 1], &[])?;
     let sums = args.f32(0)?;
     if !sums.len().is_multiple_of(2) {
         return Err(args.refused("shape of read 0", "[n, 2]", format!("{:?}", args.read_shape(0))));
@@ -90,11 +89,9 @@ impl Update {
 
 pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<(), KernelError> {
     let shape = args.read_shape(0);
-    args.expect_read(1, &[2])?;
-    args.expect_read(2, &[])?;
-    for write in 0..3 {
-        args.expect_write(write, shape)?;
-    }
+    args.expect_reads(&[1], &[2])?;
+    args.expect_reads(&[2], &[])?;
+    args.expect_writes(&[0, 1, 2], shape)?;
     let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
     let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];

@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::collective::Collective;
 use crate::cpu::THREADS_MAX;
-use crate::cpu::launch::{not_finite, run_launch};
+use crate::cpu::launch::{Runner, not_finite};
 use crate::cpu::pool::Pool;
 use crate::cpu::scratch::Scratch;
 use crate::error::KernelError;
@@ -47,10 +47,10 @@ impl CpuStream {
         let metrics = StreamMetrics::new(name);
         let collective_time = metrics.collective_time();
         let scratch = Scratch::new(device, threads, tally);
-        let own = scratch.clone();
+        let runner = Runner { pool, engine, scratch: scratch.clone() };
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || run_commands(&commands, &pool, &*engine, &own, metrics))
+            .spawn(move || run_commands(&commands, &runner, metrics))
             .map_err(|_| KernelError::Closed { device })?;
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
@@ -85,18 +85,12 @@ impl Drop for CpuStream {
     }
 }
 
-fn run_commands(
-    commands: &Receiver<Command>,
-    pool: &Pool,
-    engine: &dyn Collective,
-    scratch: &Scratch,
-    mut metrics: StreamMetrics,
-) {
+fn run_commands(commands: &Receiver<Command>, runner: &Runner, mut metrics: StreamMetrics) {
     let mut check_finite = false;
     for command in commands {
         match command {
             Command::CheckFinite(on) => check_finite = on,
-            Command::Run(submission) => run(submission, check_finite, pool, engine, scratch, &mut metrics),
+            Command::Run(submission) => run(submission, check_finite, runner, &mut metrics),
             Command::Record(event) => event.set(),
             Command::Wait(event) => event.synchronize(),
         }
@@ -104,14 +98,7 @@ fn run_commands(
 }
 
 /// Runs one program. A panic of the submitter's `notify` is ignored, since there is no other receiver for it.
-fn run(
-    submission: Submission,
-    mut check_finite: bool,
-    pool: &Pool,
-    engine: &dyn Collective,
-    scratch: &Scratch,
-    metrics: &mut StreamMetrics,
-) {
+fn run(submission: Submission, mut check_finite: bool, runner: &Runner, metrics: &mut StreamMetrics) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut send = |notification| drop(catch_unwind(AssertUnwindSafe(|| notify(notification))));
     let mut signals = program.signals.iter().peekable();
@@ -123,7 +110,7 @@ fn run(
         trace_launch(&program, done);
         let timer = if let Op::Collective(call) = &launch.op { Some(metrics.collective(call)) } else { None };
         timer.iter().for_each(|timer| timer.came(Instant::now()));
-        let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, scratch)));
+        let result = catch_unwind(AssertUnwindSafe(|| runner.run(launch, &bases, repeat)));
         timer.iter().for_each(|timer| timer.went(Instant::now()));
         let result = result.unwrap_or_else(|panic| Err(launch_panic(&program, done, &*panic)));
         if let Err(error) = result {

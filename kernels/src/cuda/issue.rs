@@ -24,7 +24,7 @@ use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
 use super::staged::HostStaging;
 use super::step::{Operand, Place, Product};
-use super::strided_copy::{self, StridedRegion, fetch_from_peer};
+use super::strided_copy::{self, StridedRegion, copy_region_from};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
 use crate::error::KernelError;
@@ -443,7 +443,7 @@ impl Issuer {
         let (from, to) = (device_address(read)?, device_address(write)?);
         let from = StridedRegion { address: from, shape: read.shape(), region: src };
         let to = StridedRegion { address: to, shape: write.shape(), region: dst };
-        fetch_from_peer(&self.stream, &source, from, to, read.dtype())
+        copy_region_from(&self.stream, &source, from, to, read.dtype())
     }
 
     fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {

@@ -154,10 +154,15 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.handle.0) }, "cuMemcpyDtoDAsync")
     }
 
-    /// Copies from another GPU's memory, directly or through host memory as the driver chooses.
+    /// Whether the stream is on the GPU of this context.
+    pub(crate) fn is_on(&self, context: &Context) -> bool {
+        std::ptr::eq(&*self.gpu.context, context)
+    }
+
+    /// Copies from memory of any GPU, directly or through host memory as the driver chooses.
     pub(crate) fn copy_from(&self, to: u64, source: &Context, from: u64, bytes: usize) -> Result<(), KernelError> {
-        if bytes == 0 {
-            return Ok(());
+        if self.is_on(source) || bytes == 0 {
+            return self.copy(to, from, bytes);
         }
         let own = self.gpu.context.raw();
         // SAFETY: the caller guarantees device memory of these contexts that lives until the copy is done.

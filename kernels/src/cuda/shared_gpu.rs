@@ -10,11 +10,12 @@
 use std::any::Any;
 use std::sync::Arc;
 
+use super::context::Context;
 use super::event::Recorded;
 use super::gpu_call::GpuCall;
 use super::lower::collective::{PIECE_BYTES, contiguous_start, regions};
 use super::raw_stream::RawStream;
-use super::strided_copy::{StridedRegion, combine, copy_region, fetch_from_peer, foreign_elements};
+use super::strided_copy::{StridedRegion, combine, copy_region_from, foreign_elements};
 use crate::bound::Bound;
 use crate::collective::exchange::{check_call, taken};
 use crate::collective::rendezvous::{Arrival, Groups, Post};
@@ -41,6 +42,11 @@ struct Memory {
 }
 
 impl Memory {
+    /// The context of the GPU that holds the memory.
+    fn context(&self) -> &Context {
+        &self.stream.gpu.context
+    }
+
     fn element(&self, element: usize) -> u64 {
         self.y + (element * DType::F32.bytes()) as u64
     }
@@ -64,7 +70,7 @@ fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()
     let sender = &sender.memory;
     bind(stream)?;
     stream.wait(&sender.ready)?;
-    copy(stream, receiver.memory.y, &sender.stream, sender.x, bytes)?;
+    stream.copy_from(receiver.memory.y, sender.context(), sender.x, bytes)?;
     let done = stream.record()?;
     bind(&sender.stream)?;
     sender.stream.wait(&done)
@@ -73,30 +79,6 @@ fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()
 /// Binds the context of the stream's GPU, as enqueueing requires.
 fn bind(stream: &RawStream) -> Result<(), KernelError> {
     stream.gpu.context.bind()
-}
-
-fn same_gpu(stream: &RawStream, other: &RawStream) -> bool {
-    Arc::ptr_eq(&stream.gpu.context, &other.gpu.context)
-}
-
-fn copy(stream: &RawStream, to: u64, source: &RawStream, from: u64, bytes: usize) -> Result<(), KernelError> {
-    if same_gpu(stream, source) {
-        return stream.copy(to, from, bytes);
-    }
-    stream.copy_from(to, &source.gpu.context, from, bytes)
-}
-
-fn copy_between(
-    stream: &RawStream,
-    source: &RawStream,
-    from: StridedRegion<'_>,
-    to: StridedRegion<'_>,
-    dtype: DType,
-) -> Result<(), KernelError> {
-    if same_gpu(stream, source) {
-        return copy_region(stream, from, to, dtype);
-    }
-    fetch_from_peer(stream, &source.gpu.context, from, to, dtype)
 }
 
 fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<(), KernelError> {
@@ -131,7 +113,7 @@ fn enqueue_all(posts: &[Post<Memory>]) -> Result<(), KernelError> {
             }
             CollectiveKind::Broadcast { root } => {
                 let (root, bytes) = (&posts[*root], element_count(&post.y_shape) * post.dtype.bytes());
-                copy(&post.memory.stream, post.memory.y, &root.memory.stream, root.memory.x, bytes)?;
+                post.memory.stream.copy_from(post.memory.y, root.memory.context(), root.memory.x, bytes)?;
             }
             kind => {
                 if let Some((sources, targets)) = regions(kind, &post.y_shape) {
@@ -154,7 +136,7 @@ fn exchange_chunks(posts: &[Post<Memory>]) -> Result<(), KernelError> {
         for (j, other) in posts.iter().enumerate().filter(|(j, _)| *j != i) {
             let chunk = split_range(element_count(&post.y_shape), posts.len(), j);
             let (to, from) = (post.memory.element(chunk.start), other.memory.element(chunk.start));
-            copy(&post.memory.stream, to, &other.memory.stream, from, chunk.len() * post.dtype.bytes())?;
+            post.memory.stream.copy_from(to, other.memory.context(), from, chunk.len() * post.dtype.bytes())?;
         }
     }
     Ok(())
@@ -178,23 +160,23 @@ fn reduce(
         for (i, post) in in_order() {
             let to = StridedRegion { address: slot(i, elements), shape: &part.size, region: &whole };
             let from = StridedRegion { address: post.memory.x, shape, region: part };
-            copy_between(&own.memory.stream, &post.memory.stream, from, to, own.dtype)?;
+            copy_region_from(&own.memory.stream, post.memory.context(), from, to, own.dtype)?;
         }
         let xs: Vec<u64> = in_order().map(|(i, _)| slot(i, elements)).collect();
         return combine(&own.memory.stream, op, &xs, y, elements);
     };
-    let all_on_one_gpu = posts.iter().all(|post| same_gpu(&own.memory.stream, &post.memory.stream));
+    let all_on_one_gpu = posts.iter().all(|post| own.memory.stream.is_on(post.memory.context()));
     let chunk = if all_on_one_gpu { elements } else { elements.min(PIECE_BYTES / own.dtype.bytes()) };
     for offset in (0..elements).step_by(chunk.max(1)) {
         let count = chunk.min(elements - offset);
         let mut xs = Vec::new();
         for (i, post) in in_order() {
             let x = post.memory.x + bytes(start + offset) as u64;
-            if same_gpu(&own.memory.stream, &post.memory.stream) {
+            if own.memory.stream.is_on(post.memory.context()) {
                 xs.push(x);
                 continue;
             }
-            copy(&own.memory.stream, slot(i, chunk), &post.memory.stream, x, bytes(count))?;
+            own.memory.stream.copy_from(slot(i, chunk), post.memory.context(), x, bytes(count))?;
             xs.push(slot(i, chunk));
         }
         combine(&own.memory.stream, op, &xs, y + bytes(offset) as u64, count)?;
@@ -210,7 +192,7 @@ fn gather(posts: &[Post<Memory>], member: usize, sources: &[Region], target: &Re
             let (from, to) = (common.relative_to(source), common.relative_to(target));
             let from = StridedRegion { address: posts[other].memory.x, shape: &source.size, region: &from };
             let to = StridedRegion { address: own.memory.y, shape: &target.size, region: &to };
-            copy_between(&own.memory.stream, &posts[other].memory.stream, from, to, own.dtype)?;
+            copy_region_from(&own.memory.stream, posts[other].memory.context(), from, to, own.dtype)?;
         }
     }
     Ok(())

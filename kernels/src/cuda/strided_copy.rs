@@ -76,15 +76,18 @@ pub(crate) fn copy_region(
         .try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
-/// Copies a region from another GPU. Runs of adjacent elements become rows; rows of equal size and pitch share one
-/// call.
-pub(crate) fn fetch_from_peer(
+/// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch share
+/// one call.
+pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,
     from: StridedRegion<'_>,
     to: StridedRegion<'_>,
     dtype: DType,
 ) -> Result<(), KernelError> {
+    if stream.is_on(source) {
+        return copy_region(stream, from, to, dtype);
+    }
     let (mut rows, mut copied): (Option<RowCopy>, _) = (None, Ok(()));
     let (read, write) = ((from.shape, &from.region.start[..]), (to.shape, &to.region.start[..]));
     for_each_run(read, write, &from.region.size, |i, j, elements| {
