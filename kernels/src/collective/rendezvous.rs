@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, Group};
-use crate::collective::exchange::{Terms, check_members, describe, describe_views};
+use crate::collective::exchange::{Terms, check_buffers, check_call, check_members, describe, describe_views};
 use crate::collective::status::{AbortStatus, MemberWait, ReceivedBytes};
 use crate::error::KernelError;
 use crate::memory::View;
@@ -77,18 +77,20 @@ impl<M> Default for Groups<M> {
 }
 
 impl<M: Clone> Groups<M> {
-    /// The rendezvous of a call, after `check` of its buffers. If they do not fit, the group fails for all members.
+    /// The rendezvous of a call, after a check of its buffers, which lie on the host or on a device. If they
+    /// do not fit, the group fails for all members.
     pub(crate) fn enter(
         &self,
         call: &CollectiveCall,
         reads: &[View<'_>],
         writes: &[View<'_>],
-        check: fn(&CollectiveCall, &[View<'_>], &[View<'_>]) -> Result<(), KernelError>,
+        on_host: bool,
     ) -> Result<Arc<Rendezvous<M>>, KernelError> {
         check_members(call)?;
         let new = || Arc::new(Rendezvous::new(&call.group, &self.abort_status));
         let rendezvous = self.by_id.lock().entry(call.group.id).or_insert_with(new).clone();
-        let Err(error) = check(call, reads, writes) else { return Ok(rendezvous) };
+        let checked = if on_host { check_buffers(call, reads, writes) } else { check_call(call, reads, writes) };
+        let Err(error) = checked else { return Ok(rendezvous) };
         let mut state = rendezvous.state.lock();
         if let Some(earlier) = rendezvous.failure(&state) {
             return Err(earlier);

@@ -161,7 +161,10 @@ impl Inner {
         queue.handed_over = true;
         if queue.thread.is_none() {
             let own = self.clone();
-            let thread = thread::Builder::new().name(self.name.clone()).spawn(move || Stamped::new(own.serve()));
+            let thread = thread::Builder::new().name(self.name.clone()).spawn(move || {
+                own.serve();
+                Stamped::new(())
+            });
             queue.thread = Some(thread.map_err(|_| KernelError::Closed { device: self.rank })?);
         }
         self.changed.notify_all();
