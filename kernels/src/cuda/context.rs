@@ -26,13 +26,13 @@ unsafe impl<T> Send for Raw<T> {}
 unsafe impl<T> Sync for Raw<T> {}
 
 pub(crate) struct Context {
-    ordinal: usize,
+    pub(crate) ordinal: usize,
     name: String,
     device: sys::CUdevice,
-    handle: Raw<sys::CUcontext>,
+    pub(crate) handle: Raw<sys::CUcontext>,
     capability: (i32, i32),
     /// Maximum dynamic shared memory of a block (opt-in limit), in bytes.
-    shared_bytes_max: usize,
+    pub(crate) shared_bytes_max: usize,
     lost: OnceLock<KernelError>,
 }
 
@@ -145,24 +145,12 @@ impl Context {
         format!("cuda device {} ({})", self.ordinal, self.name)
     }
 
-    pub(crate) fn raw(&self) -> sys::CUcontext {
-        self.handle.0
-    }
-
-    pub(crate) fn ordinal(&self) -> usize {
-        self.ordinal
-    }
-
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     pub(crate) fn capability(&self) -> (i32, i32) {
         self.capability
-    }
-
-    pub(crate) fn shared_bytes_max(&self) -> usize {
-        self.shared_bytes_max
     }
 
     /// The error that made the context unusable, if any (CONTEXT-1).

@@ -51,16 +51,11 @@ pub(crate) struct AttentionPlans {
     gpu: Arc<Gpu>,
 }
 
+#[derive(Debug)]
 struct CudnnHandle {
     raw: Raw<cudnnHandle_t>,
     api: &'static Api,
     context: Arc<Context>,
-}
-
-impl std::fmt::Debug for CudnnHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("cuDNN")
-    }
 }
 
 impl CudnnHandle {

@@ -85,7 +85,7 @@ impl Gpu {
     /// [`KernelError::Cuda`]. Lack of support is not an error.
     pub fn connect(gpus: &[&Arc<Self>]) -> Result<(), KernelError> {
         for gpu in gpus {
-            for other in gpus.iter().filter(|other| other.context.ordinal() != gpu.context.ordinal()) {
+            for other in gpus.iter().filter(|other| other.context.ordinal != gpu.context.ordinal) {
                 gpu.context.enable_peer_access(&other.context)?;
             }
         }

@@ -52,6 +52,6 @@ impl<'a> GpuCall<'a> {
 
     pub(crate) fn count(&self, received: &ReceivedBytes) {
         let elements = foreign_elements(self.call, self.y_shape);
-        received.add(&self.call.group, self.call.member, elements * DType::F32.bytes());
+        received.add(&self.call.group, self.call.member, elements * self.dtype.bytes());
     }
 }

@@ -60,6 +60,12 @@ macro_rules! dynamic_library {
             _library: libloading::Library,
         }
 
+        impl std::fmt::Debug for Api {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("Api")
+            }
+        }
+
         impl Api {
             fn load() -> Option<Self> {
                 // SAFETY: only NVIDIA's initializers run; the signatures are those of its header.

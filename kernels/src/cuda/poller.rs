@@ -100,10 +100,10 @@ impl Poller {
             parked: Mutex::new(false),
             wake: Condvar::new(),
         });
-        let name = format!("cuda {} poller", context.ordinal());
+        let name = format!("cuda {} poller", context.ordinal);
         let own = shared.clone();
         let thread = thread::Builder::new().name(name).spawn(move || own.serve());
-        let thread = thread.map_err(|_| KernelError::Closed { device: context.ordinal() })?;
+        let thread = thread.map_err(|_| KernelError::Closed { device: context.ordinal })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -196,7 +196,7 @@ impl Shared {
             }
         }
         for queue in self.queues.lock().drain(..) {
-            self.fail(&queue, &KernelError::Closed { device: self.context.ordinal() });
+            self.fail(&queue, &KernelError::Closed { device: self.context.ordinal });
         }
     }
 

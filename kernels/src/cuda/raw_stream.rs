@@ -164,9 +164,9 @@ impl RawStream {
         if self.is_on(source) || bytes == 0 {
             return self.copy(to, from, bytes);
         }
-        let own = self.gpu.context.raw();
+        let own = self.gpu.context.handle.0;
         // SAFETY: the caller guarantees device memory of these contexts that lives until the copy is done.
-        let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.raw(), bytes, self.handle.0) };
+        let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.handle.0, bytes, self.handle.0) };
         self.check(result, "cuMemcpyPeerAsync")
     }
 
@@ -184,7 +184,7 @@ impl RawStream {
             srcHost: std::ptr::null(),
             srcDevice: from,
             srcArray: std::ptr::null_mut(),
-            srcContext: source.raw(),
+            srcContext: source.handle.0,
             srcPitch: pitch.0 as usize,
             srcHeight: count,
             dstXInBytes: 0,
@@ -195,7 +195,7 @@ impl RawStream {
             dstHost: std::ptr::null_mut(),
             dstDevice: to,
             dstArray: std::ptr::null_mut(),
-            dstContext: self.gpu.context.raw(),
+            dstContext: self.gpu.context.handle.0,
             dstPitch: pitch.1 as usize,
             dstHeight: count,
             WidthInBytes: bytes,

@@ -56,7 +56,7 @@ pub struct GroupMember {
 /// A communicator. Dropping it aborts it unless [`finalize`] has ended it.
 #[derive(Debug)]
 pub(super) struct Comm {
-    api: ApiRef,
+    api: &'static Api,
     /// `None` after the communicator has ended. Locked during NCCL calls (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
     /// Not the `Gpu`: its poller may hold the last reference to the communicator.
@@ -79,15 +79,6 @@ struct Open {
     call: u64,
     stream: Arc<CallProgress>,
     number: u32,
-}
-
-#[derive(Clone, Copy)]
-struct ApiRef(&'static Api);
-
-impl std::fmt::Debug for ApiRef {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("nccl")
-    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -142,7 +133,7 @@ pub(super) fn join(
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
             let (context, call_log) = (membership.gpu.context.clone(), Mutex::default());
-            comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, call_log }));
+            comms.push((handle, Comm { api, handle: Mutex::new(None), context, place, call_log }));
         }
         Ok(())
     });
@@ -177,7 +168,7 @@ fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelErro
 
 impl Comm {
     fn check(&self, code: u32, call: &'static str) -> Result<(), KernelError> {
-        self.api.0.check(code, call, &self.place)
+        self.api.check(code, call, &self.place)
     }
 
     /// The error for a communicator that has ended or was aborted.
@@ -201,7 +192,7 @@ impl Comm {
         let Some(comm) = *locked else { return Ok(true) };
         let mut state = SUCCESS;
         // SAFETY: a live communicator; writes a code to a local.
-        self.check(unsafe { (self.api.0.async_error)(comm.0, &mut state) }, "ncclCommGetAsyncError")?;
+        self.check(unsafe { (self.api.async_error)(comm.0, &mut state) }, "ncclCommGetAsyncError")?;
         self.check(state, "ncclCommGetAsyncError")?;
         Ok(state != IN_PROGRESS)
     }
@@ -242,7 +233,7 @@ impl Comm {
     ) -> Result<(), KernelError> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Err(self.closed()) };
-        let (api, dtype, handle) = (self.api.0, data_type(dtype), stream.handle.0.cast::<c_void>());
+        let (api, dtype, handle) = (self.api, data_type(dtype), stream.handle.0.cast::<c_void>());
         let (x, y) = (x as *const c_void, y as *mut c_void);
         // SAFETY: communicator and stream are live and of one context; `Bound` has checked that the memory has the
         // right size and lives until the stream has run the call.
@@ -274,7 +265,7 @@ impl Comm {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };
         let dtype = dtype.map_or(ncclDataType_t::ncclUint8, data_type);
-        let (api, handle) = (self.api.0, stream.handle.0.cast::<c_void>());
+        let (api, handle) = (self.api, stream.handle.0.cast::<c_void>());
         grouped(api, &self.place, || {
             for transfer in transfers.iter().filter(|transfer| transfer.elements > 0) {
                 let (n, peer) = (transfer.elements, transfer.peer as c_int);
@@ -299,7 +290,7 @@ impl Comm {
             && self.context.bind_to_drop()
         {
             // SAFETY: owned here and no longer used. The status no longer matters.
-            let _ = unsafe { (self.api.0.abort)(comm.0) };
+            let _ = unsafe { (self.api.abort)(comm.0) };
         }
     }
 }
@@ -324,7 +315,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     };
     each(&|comm, handle| {
         // SAFETY: the communicator is live.
-        let code = unsafe { (comm.api.0.finalize)(handle) };
+        let code = unsafe { (comm.api.finalize)(handle) };
         code == SUCCESS || code == IN_PROGRESS
     });
     each(&|comm, _| {
@@ -338,7 +329,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     });
     each(&|comm, handle| {
         // SAFETY: finalized and no longer used.
-        let code = unsafe { (comm.api.0.destroy)(handle) };
+        let code = unsafe { (comm.api.destroy)(handle) };
         *comm.handle.lock() = None;
         code == SUCCESS || code == IN_PROGRESS
     });
