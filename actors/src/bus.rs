@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use crossbeam_channel::Sender;
 use ractor::ActorRef;
-use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::error::KernelError;
 
 use crate::protocol::{ProtocolError, ProtocolEvent};
@@ -25,19 +25,15 @@ pub(crate) enum Cast {
     Event(ProtocolEvent),
     /// The firing in flight failed.
     Failed(KernelError),
-    /// Requests the actor's state, with the race clock at that time.
-    Snapshot(Sender<(ActorSnapshot, RaceClock)>),
+    /// Requests the actor's state.
+    Snapshot(Sender<Stamped<ActorSnapshot>>),
     /// Makes the actor panic.
     #[cfg(test)]
     Panic,
 }
 
-/// A mailbox entry with the sender's race clock.
-#[derive(Debug)]
-pub(crate) struct Mail {
-    pub(crate) cast: Cast,
-    pub(crate) clock: RaceClock,
-}
+/// A mailbox entry.
+pub(crate) type Mail = Stamped<Cast>;
 
 /// The mailboxes of a session.
 #[derive(Debug)]
@@ -100,7 +96,7 @@ impl Bus {
         if is_bounded(&cast) {
             self.mailboxes[to.0 as usize].entries.fetch_add(1, Ordering::Relaxed);
         }
-        actor.cast(Mail { cast, clock: RaceClock::capture() }).is_ok()
+        actor.cast(Mail::new(cast)).is_ok()
     }
 
     /// Injects a fault into all messages from now on; called once.

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::{Condvar, Mutex};
-use shardflow_kernels::clock::{RaceClock, ReleaseClocks};
+use shardflow_kernels::clock::{ReleaseClocks, Stamped};
 use shardflow_kernels::cuda::nccl::Pipe;
 use shardflow_kernels::tensor::{DType, HostTensor};
 
@@ -101,11 +101,10 @@ pub struct HostPiece {
 
 #[derive(Debug)]
 pub(crate) enum Outgoing {
-    /// A message with its sender's race clock.
-    Message(Message, RaceClock),
+    Message(Stamped<Message>),
     Host(Arc<HostPiece>),
     /// Send the current bytes of initial registers, then `Ready`.
-    Refresh(u64, RaceClock),
+    Refresh(Stamped<u64>),
     End,
 }
 
@@ -117,8 +116,8 @@ pub(crate) struct Remote {
     outboxes: Vec<(u32, Sender<Outgoing>)>,
     pub(crate) host_ports: Vec<HostBroadcast>,
     pub(crate) host: Option<Sender<PeerMessage>>,
-    /// By peer: the last received `Ready` round, the race clock at that time, and whether the peer has ended in order.
-    ready: Mutex<Vec<(u64, RaceClock, bool)>>,
+    /// By peer: the last received `Ready` round, its stamp, and whether the peer has ended in order.
+    ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
     changed: Condvar,
     /// By register: race clocks of the sends about it. Later messages from peers about it happen after those.
     pub(crate) sent: Vec<ReleaseClocks>,
@@ -146,7 +145,7 @@ impl Remote {
             outboxes.push((peer.process, sender));
             ends.push(PeerEnd { peer, index, outgoing });
         }
-        let ready = Mutex::new(vec![(0, RaceClock::default(), false); ends.len()]);
+        let ready = Mutex::new(vec![(0, Stamped::default(), false); ends.len()]);
         let sent = spec.registers.iter().map(|_| ReleaseClocks::default()).collect();
         let released = spec.registers.iter().map(|r| r.readers.iter().map(|_| AtomicU64::new(0)).collect()).collect();
         (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new(), sent, released }, ends)
@@ -160,7 +159,7 @@ impl Remote {
             self.released[register.0 as usize][reader as usize].fetch_add(1, Ordering::Release);
         }
         // If the peer's writer thread has ended, the peer is lost; the reader thread reports that.
-        let _ = self.outboxes[peer].1.send(Outgoing::Message(message, RaceClock::capture()));
+        let _ = self.outboxes[peer].1.send(Outgoing::Message(Stamped::new(message)));
         true
     }
 
@@ -181,7 +180,7 @@ impl Remote {
         let mut ready = self.ready.lock();
         let is_next = ready[peer].0.checked_add(1) == Some(round);
         if is_next {
-            ready[peer] = (round, RaceClock::capture(), false);
+            ready[peer] = (round, Stamped::new(()), false);
             self.changed.notify_all();
         }
         is_next
@@ -225,7 +224,7 @@ impl Remote {
         failure: impl Fn() -> Option<Failure>,
     ) -> Result<(), Failure> {
         self.sent.iter().for_each(ReleaseClocks::add);
-        let refresh = |outbox: &Sender<Outgoing>| outbox.send(Outgoing::Refresh(round, RaceClock::capture()));
+        let refresh = |outbox: &Sender<Outgoing>| outbox.send(Outgoing::Refresh(Stamped::new(round)));
         self.outboxes.iter().for_each(|(_, outbox)| drop(refresh(outbox)));
         let deadline = Instant::now() + timeout;
         let mut ready = self.ready.lock();
@@ -240,7 +239,7 @@ impl Remote {
             }
             self.changed.wait_for(&mut ready, CHECK_EVERY);
         }
-        ready.iter().for_each(|(_, clock, _)| clock.join());
+        ready.iter().for_each(|(_, ready, _)| *ready.get());
         Ok(())
     }
 }

@@ -191,9 +191,8 @@ impl Session {
         drop(reply);
         let deadline = Instant::now() + SNAPSHOT_TIMEOUT;
         let mut snapshots = Vec::new();
-        while let Ok((snapshot, clock)) = replies.recv_deadline(deadline) {
-            clock.join();
-            snapshots.push(snapshot);
+        while let Ok(snapshot) = replies.recv_deadline(deadline) {
+            snapshots.push(snapshot.open());
         }
         let answered = |s: &ActorSnapshot| snapshots.iter().any(|t| t.actor == s.actor);
         let finals: Vec<_> = self.records.finals.lock().iter().filter(|s| !answered(s)).cloned().collect();

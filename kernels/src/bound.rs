@@ -1,12 +1,12 @@
 //! Resolves the buffers of one launch in the submission's memory and checks them (MEM-1, MEM-2, MEM-4). Every backend
-//! does this before it runs a launch.
+//! does this before it runs a launch. Also runs custom kernels on host memory.
+#![allow(unsafe_code)]
 
 use crate::error::KernelError;
 use crate::memory::{Base, View};
-use crate::op::{Launch, Op};
+use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
 use crate::tensor::DType;
 
-/// A launch's buffers.
 #[derive(Debug)]
 pub(crate) struct Bound<'a> {
     pub(crate) name: &'a str,
@@ -17,9 +17,6 @@ pub(crate) struct Bound<'a> {
 
 impl<'a> Bound<'a> {
     /// Resolves the buffers. `workspace_bytes` returns the workspace that the backend needs.
-    ///
-    /// # Errors
-    /// [`KernelError::Arguments`] for invalid buffers.
     pub(crate) fn resolve(
         launch: &'a Launch,
         bases: &'a [Base],
@@ -89,7 +86,6 @@ impl<'a> Bound<'a> {
         Ok(())
     }
 
-    /// All buffers.
     pub(crate) fn all(&self) -> impl Iterator<Item = &View<'a>> {
         self.reads.iter().chain(&self.writes).chain(&self.workspace)
     }
@@ -97,4 +93,46 @@ impl<'a> Bound<'a> {
     fn refused(&self, what: &str, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
         KernelError::arguments(self.name, what, expected, got)
     }
+}
+
+/// Runs a custom kernel on host memory.
+///
+/// # Safety
+/// No two writes overlap, and nothing else accesses the buffers meanwhile.
+pub(crate) unsafe fn run_custom(
+    kernel: &dyn CustomKernel,
+    name: &str,
+    reads: &[View<'_>],
+    writes: &[View<'_>],
+    accumulate: bool,
+) -> Result<(), KernelError> {
+    if let Some(i) = reads.iter().position(|read| writes.iter().any(|write| write.overlaps(read))) {
+        let (what, got) = (format!("read {i}"), "memory of a write");
+        return Err(KernelError::arguments(name, &what, "memory that is not written", got));
+    }
+    let half = |what, i| KernelError::arguments(name, &format!("dtype of {what} {i}"), "F32 or I32", "BF16");
+    let mut args = CpuArgs { reads: Vec::new(), writes: Vec::new(), accumulate };
+    for (i, view) in reads.iter().enumerate() {
+        // SAFETY: the dtype matches; no write overlaps it (just checked).
+        let data = unsafe {
+            match view.dtype() {
+                DType::F32 => CpuSlice::F32(view.slice()),
+                DType::I32 => CpuSlice::I32(view.slice()),
+                DType::BF16 => return Err(half("read", i)),
+            }
+        };
+        args.reads.push(CpuRead { shape: view.shape(), data });
+    }
+    for (i, view) in writes.iter().enumerate() {
+        // SAFETY: the dtype matches; no read (just checked) and no other write (the contract) overlaps it.
+        let data = unsafe {
+            match view.dtype() {
+                DType::F32 => CpuSliceMut::F32(view.slice_mut()),
+                DType::I32 => CpuSliceMut::I32(view.slice_mut()),
+                DType::BF16 => return Err(half("write", i)),
+            }
+        };
+        args.writes.push(CpuWrite { shape: view.shape(), data });
+    }
+    kernel.run_cpu(args)
 }

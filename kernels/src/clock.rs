@@ -16,11 +16,10 @@ use parking_lot::Mutex;
 /// threads carries the sender's clock, and the receiver joins it, which orders the sender's earlier events before its
 /// own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RaceClock(#[cfg(debug_assertions)] u64);
+struct RaceClock(#[cfg(debug_assertions)] u64);
 
 impl RaceClock {
-    /// Takes a snapshot of the calling thread's clock.
-    pub fn capture() -> Self {
+    fn capture() -> Self {
         #[cfg(debug_assertions)]
         return Self(software::functions().map_or(0, |functions| (functions.capture)()));
         #[cfg(not(debug_assertions))]
@@ -29,11 +28,38 @@ impl RaceClock {
 
     /// Merges the snapshot into the calling thread's clock: the events it contains happened before all later events
     /// here.
-    pub fn join(self) {
+    fn join(self) {
         #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
             (functions.join)(token);
         }
+    }
+}
+
+/// A value that one thread hands to another, with the clock of the thread that wrapped it. Reading the value orders that
+/// thread's earlier events before the reader's later ones.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stamped<T> {
+    value: T,
+    clock: RaceClock,
+}
+
+impl<T> Stamped<T> {
+    /// Wraps a value, with the calling thread's clock.
+    pub fn new(value: T) -> Self {
+        Self { value, clock: RaceClock::capture() }
+    }
+
+    /// The value.
+    pub fn get(&self) -> &T {
+        self.clock.join();
+        &self.value
+    }
+
+    /// Unwraps the value.
+    pub fn open(self) -> T {
+        self.clock.join();
+        self.value
     }
 }
 

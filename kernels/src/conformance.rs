@@ -2,23 +2,15 @@
 //! asserts that it returns no failures. Each op is compared with a plain f64 reference on irregular sizes, in memory
 //! filled with NaN and surrounded by canaries.
 
-use std::fmt;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
-use std::time::Duration;
 
-use half::bf16;
-
-use crate::clock::RaceClock;
 use crate::collective::Group;
 use crate::device::Device;
 use crate::error::KernelError;
-use crate::memory::{ALIGNMENT, Arena, Base};
-use crate::op::{Buffer, Launch, Op, Program};
-use crate::stream::{Notification, Stream, Submission};
-use crate::tensor::{DType, HostData, HostTensor, Region, element_count};
+use crate::memory::Arena;
 
 mod collectives;
+mod harness;
 mod odd;
 mod ops;
 mod reference;
@@ -26,69 +18,43 @@ mod streams;
 
 use collectives::EngineRequirements;
 pub use collectives::SummationOrder;
-
-/// Longest wait for any result of a device.
-const TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Space between buffers, filled with canaries.
-const FENCE_BYTES: usize = ALIGNMENT;
-
-const CANARY: i32 = 0x5afe_c0de;
-
-/// One error of a backend.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ConformanceFailure {
-    /// The check, with its sizes.
-    pub check: String,
-    /// The expected and the actual result.
-    pub what: String,
-}
-
-impl fmt::Display for ConformanceFailure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.check, self.what)
-    }
-}
+pub use harness::ConformanceFailure;
+use harness::Report;
 
 /// Runs the whole suite. `make(n)` creates n devices with ranks `0..n` that share one new collective engine.
 pub fn run(make: &dyn Fn(usize) -> Vec<Device>) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    if let Some(device) = make(1).first() {
-        run_ops_and_streams(&mut report, device);
-    }
     let with_arena = |device: Device| device.arena(collectives::ARENA_BYTES).map(|arena| (device, arena));
-    let make = |n| make(n).into_iter().map(with_arena).collect();
-    collectives::run(&mut report, &make, &EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder));
+    let mut failures = make(1).first().map_or(Vec::new(), run_alone);
+    failures.extend(run_collectives(&|n| make(n).into_iter().map(with_arena).collect()));
+    failures
+}
+
+fn failures(check: impl FnOnce(&mut Report)) -> Vec<ConformanceFailure> {
+    let mut report = Report::default();
+    check(&mut report);
     report.failures
 }
 
 /// Runs the part of the suite for ops and streams, on one device.
 pub fn run_alone(device: &Device) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    run_ops_and_streams(&mut report, device);
-    report.failures
-}
-
-fn run_ops_and_streams(report: &mut Report, device: &Device) {
-    ops::run(report, device);
-    odd::run(report, device);
-    streams::run(report, device);
+    failures(|report| {
+        ops::run(report, device);
+        odd::run(report, device);
+        streams::run(report, device);
+    })
 }
 
 /// Runs the attention part of the suite on one device, which may use one of several attention libraries.
 pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    ops::run_attentions(&mut report, device);
-    report.failures
+    failures(|report| ops::run_attentions(report, device))
 }
 
 /// Runs the collectives part of the suite, for engines that must know all memory and all groups in advance. `make(n)`
 /// creates n devices with ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know
 /// [`collectives_groups`] of n.
 pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    collectives::run(&mut report, make, &EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder));
-    report.failures
+    let requirements = EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder);
+    failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// [`run_collectives`] for engines that sum in their own order, do not compare the members' calls, and require that all
@@ -97,14 +63,12 @@ pub fn run_collectives_unordered(
     make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
     members: usize,
 ) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
     let requirements = EngineRequirements {
         compares_calls: false,
         any_order: false,
         ..EngineRequirements::of(members, SummationOrder::InAnyOrder)
     };
-    collectives::run(&mut report, make, &requirements);
-    report.failures
+    failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// Runs the collectives part of the suite in one of several processes. All of them run it at the same time, each for
@@ -115,13 +79,8 @@ pub fn run_collectives_apart(
     members: usize,
     sums: SummationOrder,
 ) -> Vec<ConformanceFailure> {
-    let mut report = Report::default();
-    collectives::run(
-        &mut report,
-        make,
-        &EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) },
-    );
-    report.failures
+    let requirements = EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) };
+    failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// Default number of members of the largest groups.
@@ -133,283 +92,4 @@ pub const COLLECTIVES_ARENA_BYTES: usize = collectives::ARENA_BYTES;
 /// The groups that [`run_collectives`] calls on n devices.
 pub fn collectives_groups(n: usize) -> Vec<Arc<Group>> {
     (1..=collectives::GROUPS).map(|id| Arc::new(Group { id, ranks: (0..n).collect() })).collect()
-}
-
-/// Half of the relative distance between adjacent BF16 values.
-const BF16_ROUNDING: f64 = 1.0 / 256.0;
-
-/// The failures so far.
-#[derive(Default)]
-struct Report {
-    failures: Vec<ConformanceFailure>,
-}
-
-impl Report {
-    fn fail(&mut self, check: &str, what: impl fmt::Display) {
-        self.failures.push(ConformanceFailure { check: check.to_owned(), what: what.to_string() });
-    }
-
-    fn expect(&mut self, check: &str, holds: bool, what: impl fmt::Display) {
-        if !holds {
-            self.fail(check, what);
-        }
-    }
-
-    /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`; NaN always fails.
-    fn close(&mut self, check: &str, got: &HostTensor, expected: &[f64], tolerance: f64) {
-        let rounding = if got.dtype() == DType::BF16 { BF16_ROUNDING } else { 0.0 };
-        let tolerance = tolerance + rounding;
-        let Some(got) = got.to_f32() else { return self.fail(check, "the result is not a float tensor") };
-        if got.len() != expected.len() {
-            return self.fail(check, format!("{} elements, expected {}", got.len(), expected.len()));
-        }
-        let differs = |(got, expected): (&f32, &f64)| {
-            let (got, expected) = (f64::from(*got), *expected);
-            let close = (got - expected).abs() <= tolerance * (1.0 + expected.abs()) || got == expected;
-            !close
-        };
-        if let Some(i) = got.iter().zip(expected).position(differs) {
-            self.fail(check, format!("element {i} of {}: expected {}, got {}", got.len(), expected[i], got[i]));
-        }
-    }
-}
-
-/// The content of a launch's write before it.
-#[derive(Clone)]
-enum Initial {
-    /// NaN.
-    Poison(Vec<usize>),
-    /// These values, which are updated in place or added to.
-    Values(HostTensor),
-    /// The memory of this read: the op works in place.
-    Read(usize),
-}
-
-/// The float dtypes of a launch's buffers, where its op supports BF16.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Types {
-    /// All buffers are F32.
-    Floats,
-    /// Reads and poisoned writes are BF16.
-    Halves,
-    /// Reads are BF16, writes F32.
-    Widening,
-}
-
-/// One launch under test.
-#[derive(Clone)]
-struct Trial<'a> {
-    op: Op,
-    reads: &'a [HostTensor],
-    writes: &'a [Initial],
-    accumulate: bool,
-    repeat: bool,
-    types: Types,
-    /// The first buffer starts at an address that is not a multiple of 16 bytes, unlike vectors otherwise.
-    unaligned: bool,
-}
-
-impl<'a> Trial<'a> {
-    fn new(op: Op, reads: &'a [HostTensor], writes: &'a [Initial]) -> Self {
-        Self { op, reads, writes, accumulate: false, repeat: false, types: Types::Floats, unaligned: false }
-    }
-
-    /// Places the buffers in a new arena between canaries, launches, and returns the content of the writes.
-    fn launch(&self, device: &Device) -> Result<Vec<HostTensor>, String> {
-        let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
-        let mut layout = Layout { end: if self.unaligned { DType::F32.bytes() } else { 0 }, ..Layout::default() };
-        let narrow = |(port, read): (usize, &HostTensor)| match read.as_f32() {
-            Some(values) if self.types != Types::Floats && self.op.reads_bf16(port) => {
-                HostTensor::bf16(&read.shape, values)
-            }
-            _ => read.clone(),
-        };
-        let values: Vec<HostTensor> = self.reads.iter().enumerate().map(narrow).collect();
-        let reads: Vec<Buffer> = values.iter().map(|read| layout.place(&read.shape, read.dtype())).collect();
-        let is_half = |port| self.types == Types::Halves && self.op.writes_bf16(port);
-        let poisoned = |port| if is_half(port) { DType::BF16 } else { DType::F32 };
-        let place_write = |(port, write): (usize, &Initial)| match write {
-            Initial::Poison(shape) => layout.place(shape, poisoned(port)),
-            Initial::Values(values) => layout.place(&values.shape, values.dtype()),
-            Initial::Read(read) => reads[*read].clone(),
-        };
-        let writes: Vec<Buffer> = self.writes.iter().enumerate().map(place_write).collect();
-        let (op, accumulate) = (self.op.clone(), self.accumulate);
-        let mut launch = Launch { op, reads: reads.clone(), writes: writes.clone(), accumulate, workspace: None };
-        let workspace_bytes = device.kind().workspace_bytes(&launch);
-        let workspace = (workspace_bytes > 0).then(|| layout.place_workspace(workspace_bytes));
-        let arena = layout.arena(device).map_err(|error| error.to_string())?;
-        for (buffer, tensor) in reads.iter().zip(&values) {
-            arena.write_host(buffer.offset, tensor).map_err(|error| error.to_string())?;
-        }
-        for (buffer, write) in writes.iter().zip(self.writes) {
-            let elements = element_count(&buffer.shape);
-            let initial = match write {
-                Initial::Poison(shape) if buffer.dtype == DType::BF16 => {
-                    HostTensor::bf16(shape, &vec![f32::NAN; elements])
-                }
-                Initial::Poison(shape) => HostTensor::f32(shape, vec![f32::NAN; elements]),
-                Initial::Values(values) => values.clone(),
-                Initial::Read(_) => continue,
-            };
-            arena.write_host(buffer.offset, &initial).map_err(|error| error.to_string())?;
-        }
-        if let Some(buffer) = &workspace {
-            let poison = HostTensor::f32(&buffer.shape, vec![f32::NAN; element_count(&buffer.shape)]);
-            arena.write_host(buffer.offset, &poison).map_err(|error| error.to_string())?;
-        }
-        launch.workspace = workspace;
-        run_program(&stream, vec![launch], &[&arena], self.repeat).map_err(|error| error.to_string())?;
-        layout.check_fences(&arena)?;
-        writes
-            .iter()
-            .map(|buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype).map_err(|e| e.to_string()))
-            .collect()
-    }
-}
-
-/// Buffers one after another, with fences between them.
-#[derive(Default)]
-struct Layout {
-    fences: Vec<usize>,
-    end: usize,
-}
-
-impl Layout {
-    fn place(&mut self, shape: &[usize], dtype: DType) -> Buffer {
-        self.fences.push(self.end);
-        let offset = self.end + FENCE_BYTES;
-        // The next fence consists of words; the padding before it is not checked.
-        self.end = (offset + element_count(shape) * dtype.bytes()).next_multiple_of(DType::I32.bytes());
-        Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
-    }
-
-    /// Places a workspace with the alignment of a plan's workspace, which libraries require, after a fence.
-    fn place_workspace(&mut self, bytes: usize) -> Buffer {
-        self.fences.push(self.end);
-        self.end = (self.end + FENCE_BYTES).next_multiple_of(ALIGNMENT);
-        self.place(&[bytes / 4], DType::F32)
-    }
-
-    fn fence() -> HostTensor {
-        let words = FENCE_BYTES / DType::I32.bytes();
-        HostTensor::i32(&[words], vec![CANARY; words])
-    }
-
-    /// Creates an arena with this layout and writes its fences.
-    fn arena(&mut self, device: &Device) -> Result<Arena, KernelError> {
-        self.fences.push(self.end);
-        let arena = device.arena(self.end + FENCE_BYTES)?;
-        self.fences.iter().try_for_each(|&fence| arena.write_host(fence, &Self::fence()))?;
-        Ok(arena)
-    }
-
-    fn check_fences(&self, arena: &Arena) -> Result<(), String> {
-        for &fence in &self.fences {
-            let expected = Self::fence();
-            let got = arena.read_host(fence, &expected.shape, DType::I32).map_err(|error| error.to_string())?;
-            if got != expected {
-                return Err(format!("wrote outside its buffers, into the {FENCE_BYTES} bytes from {fence}"));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Submits launches as one program, where base i is arena i, and waits for its end.
-fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat: bool) -> Result<(), KernelError> {
-    let notifications =
-        submit(stream, Program { name: "conformance".to_owned(), launches, signals: vec![] }, arenas, repeat)?;
-    wait(&notifications)
-}
-
-/// Notifications of a submission, each with the clock of the thread that sent it.
-struct Notifications(Receiver<(RaceClock, Notification)>);
-
-impl Notifications {
-    fn recv_timeout(&self, timeout: Duration) -> Result<Notification, RecvTimeoutError> {
-        self.0.recv_timeout(timeout).map(Self::join_clock)
-    }
-
-    fn try_recv(&self) -> Result<Notification, TryRecvError> {
-        self.0.try_recv().map(Self::join_clock)
-    }
-
-    fn join_clock((clock, notification): (RaceClock, Notification)) -> Notification {
-        clock.join();
-        notification
-    }
-}
-
-/// Submits a program, where base i is arena i.
-fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications, KernelError> {
-    let (sender, notifications) = channel();
-    let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
-    let notify = Box::new(move |notification| drop(sender.send((RaceClock::capture(), notification))));
-    stream.submit(Submission { program: Arc::new(program), bases, repeat, notify })?;
-    Ok(Notifications(notifications))
-}
-
-/// Waits for the end of a submission.
-fn wait(notifications: &Notifications) -> Result<(), KernelError> {
-    loop {
-        match notifications.recv_timeout(TIMEOUT) {
-            Ok(Notification::Signal(_) | Notification::NotFinite { .. }) => {}
-            Ok(Notification::Done) => return Ok(()),
-            Ok(Notification::Failed(error)) => return Err(error),
-            Err(cause) => return Err(KernelError::Aborted { cause: format!("the program has not ended: {cause}") }),
-        }
-    }
-}
-
-/// Pseudo-random values that are the same in every run.
-#[derive(Default)]
-struct Numbers {
-    state: u64,
-    /// Whether all values can be represented in BF16.
-    halves: bool,
-}
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut x = self.state;
-        x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    /// Uniform in `-size .. size`.
-    fn tensor(&mut self, shape: &[usize], size: f32) -> HostTensor {
-        let unit = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-        let values: Vec<f32> = (0..element_count(shape)).map(|_| size * unit(self.next())).collect();
-        let rounded = |value: &f32| if self.halves { bf16::from_f32(*value).to_f32() } else { *value };
-        HostTensor::f32(shape, values.iter().map(rounded).collect())
-    }
-
-    /// Indices below `below`.
-    fn indices(&mut self, shape: &[usize], below: usize) -> HostTensor {
-        let data = (0..element_count(shape)).map(|_| (self.next() % below as u64) as i32).collect();
-        HostTensor::i32(shape, data)
-    }
-}
-
-/// The elements of a tensor in f64.
-fn wide(tensor: &HostTensor) -> Vec<f64> {
-    match &tensor.data {
-        HostData::F32(values) => values.iter().map(|&value| f64::from(value)).collect(),
-        HostData::I32(values) => values.iter().map(|&value| f64::from(value)).collect(),
-        HostData::BF16(values) => values.iter().map(|&value| f64::from(value)).collect(),
-    }
-}
-
-/// Flat index in a tensor of `shape` of the element `index` (relative to the region) of `region`.
-fn flat(mut index: usize, region: &Region, shape: &[usize]) -> usize {
-    let (mut place, mut stride) = (0, 1);
-    for d in (0..shape.len()).rev() {
-        place += (region.start[d] + index % region.size[d]) * stride;
-        index /= region.size[d];
-        stride *= shape[d];
-    }
-    place
 }

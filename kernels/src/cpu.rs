@@ -1,8 +1,8 @@
 //! The CPU backend, the default. Code outside this crate uses it only through `device` and `stream`.
-//! Layers: `pool, simd <- kernels (one file per family of ops) <- launch, widen, scratch <- stream <- device`.
+//! Layers: `pool, simd <- args, scratch <- kernels (one file per family of ops), widen <- launch <- stream`.
 
+mod args;
 mod attention;
-pub mod device;
 mod dropout;
 mod elementwise;
 mod embedding;
@@ -14,7 +14,7 @@ mod optimizer;
 pub(crate) mod pool;
 pub(crate) mod scratch;
 pub(crate) mod simd;
-pub mod stream;
+pub(crate) mod stream;
 pub(crate) mod widen;
 
 /// Maximum number of threads of one stream.

@@ -1,35 +1,37 @@
 //! The CUDA backend. It builds without a CUDA toolkit: cudarc's bindings load the driver and the libraries at run time.
-//! On a machine without them, [`library::probe`] reports what is missing. Layers: `step <- lower`, `source` (no FFI, no
-//! GPU); `library <- context <- event, memory, module, blas, test_delay <- poller, in_flight, record <- gpu <-
-//! raw_stream, progress, cudnn <- engine, issue_order, lowered, staged <- issue <- stream <- device`; `nccl` and
-//! `shared_gpu` are collective engines.
+//! On a machine without them, [`probe`](probe()) reports what is missing. Layers: `step <- lower`, `source` (no FFI, no
+//! GPU); `status <- library <- context <- event, memory, module, blas, progress, attention, test_delay <- poller <- gpu
+//! <- device_memory, raw_stream <- cudnn, record, staged, in_flight, lowered, strided_copy <- gpu_call <- nccl,
+//! shared_gpu (collective engines); issue <- stream; probe`.
 
+pub(crate) mod attention;
 pub(crate) mod blas;
 pub(crate) mod context;
 pub mod cudnn;
-pub mod device;
-pub mod engine;
+pub(crate) mod device_memory;
 pub(crate) mod event;
 pub mod gpu;
+pub(crate) mod gpu_call;
 pub(crate) mod in_flight;
 pub(crate) mod issue;
-pub mod issue_order;
 pub mod library;
-pub mod lower;
+pub(crate) mod lower;
 pub(crate) mod lowered;
 pub(crate) mod memory;
-pub mod module;
+pub(crate) mod module;
 pub mod nccl;
 pub(crate) mod poller;
+mod probe;
 pub(crate) mod progress;
 pub(crate) mod raw_stream;
 pub(crate) mod record;
 pub mod shared_gpu;
 pub mod source;
 pub(crate) mod staged;
-pub mod step;
-pub mod stream;
+pub(crate) mod status;
+pub(crate) mod step;
+pub(crate) mod stream;
 pub(crate) mod strided_copy;
 pub mod test_delay;
 
-pub use library::probe;
+pub use probe::{DeviceFacts, Probe, probe};

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::collective::Collective;
-use crate::cpu::device::CpuDevice;
 use crate::cpu::scratch;
-use crate::cuda::device::CudaDevice;
+use crate::cpu::stream::CpuStream;
+use crate::cuda::device_memory::DeviceMemory;
 use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
 use crate::cuda::step::ErrorRecord;
+use crate::cuda::stream::CudaStream;
 use crate::error::KernelError;
 use crate::memory::{Arena, Tally};
 use crate::op::Launch;
@@ -17,11 +18,23 @@ use crate::stream::Stream;
 
 /// One device of a session's mesh. Clones are the same device.
 #[derive(Clone, Debug)]
-pub enum Device {
+pub struct Device(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    rank: usize,
+    engine: Arc<dyn Collective>,
+    tally: Arc<Tally>,
+    backend: Backend,
+}
+
+#[derive(Debug)]
+enum Backend {
     /// Some cores of this process, with their own memory.
-    Cpu(Arc<CpuDevice>),
-    /// A GPU, or a share of a GPU.
-    Cuda(Arc<CudaDevice>),
+    Cpu {
+        threads_per_stream: usize,
+    },
+    Cuda(Arc<Gpu>),
 }
 
 /// Device kinds; all devices of a plan have the same kind.
@@ -82,16 +95,20 @@ pub enum Priority {
 }
 
 impl Device {
+    fn new(rank: usize, engine: Arc<dyn Collective>, backend: Backend) -> Self {
+        Self(Arc::new(Inner { rank, engine, tally: Arc::default(), backend }))
+    }
+
     /// A CPU device. `threads_per_stream` is the number of threads of a compute stream (at least 1). `engine` runs the
     /// collectives of its streams.
     pub fn cpu(rank: usize, threads_per_stream: usize, engine: Arc<dyn Collective>) -> Self {
-        Device::Cpu(Arc::new(CpuDevice::new(rank, threads_per_stream, engine)))
+        Self::new(rank, engine, Backend::Cpu { threads_per_stream: threads_per_stream.max(1) })
     }
 
     /// A device on a GPU, which other devices may share. `engine` runs the collectives of its streams: a GPU engine, or
     /// any other, which then works on copies in host memory.
     pub fn cuda(rank: usize, gpu: Arc<Gpu>, engine: Arc<dyn Collective>) -> Self {
-        Device::Cuda(Arc::new(CudaDevice::new(rank, gpu, engine)))
+        Self::new(rank, engine, Backend::Cuda(gpu))
     }
 
     /// Allocates `bytes` bytes of zeroed memory.
@@ -99,9 +116,10 @@ impl Device {
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Cuda`].
     pub fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
-        match self {
-            Device::Cpu(device) => device.arena(bytes),
-            Device::Cuda(device) => device.arena(bytes),
+        let Inner { rank, tally, backend, .. } = &*self.0;
+        match backend {
+            Backend::Cpu { .. } => Arena::host(*rank, bytes, tally),
+            Backend::Cuda(gpu) => DeviceMemory::new(gpu, *rank, bytes, tally).map(Arena::on_device),
         }
     }
 
@@ -110,10 +128,10 @@ impl Device {
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Arguments`] for a GPU, whose memory other processes cannot map.
     pub fn shared_arena(&self, bytes: usize) -> Result<Arena, KernelError> {
-        match self {
-            Device::Cpu(device) => device.shared_arena(bytes),
-            Device::Cuda(device) => {
-                let got = format!("memory of {}", device.gpu().place());
+        match &self.0.backend {
+            Backend::Cpu { .. } => Arena::shared(self.0.rank, bytes, &self.0.tally),
+            Backend::Cuda(gpu) => {
+                let got = format!("memory of {}", gpu.place());
                 Err(KernelError::arguments("shared_arena", "memory", "memory that other processes can map", got))
             }
         }
@@ -125,7 +143,7 @@ impl Device {
     /// # Errors
     /// [`KernelError::Closed`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
     pub fn stream(&self, name: &str, threads: usize) -> Result<Stream, KernelError> {
-        self.stream_with(name, threads, self.engine().clone(), Priority::Normal)
+        self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }
 
     /// [`Device::stream`] with a priority and another engine: one that needs the device's memory to exist first. GPU
@@ -140,74 +158,62 @@ impl Device {
         engine: Arc<dyn Collective>,
         priority: Priority,
     ) -> Result<Stream, KernelError> {
-        match self {
-            Device::Cpu(device) => Ok(Stream::Cpu(device.stream(name, threads, engine)?)),
-            Device::Cuda(device) => {
-                let stream = device.stream(name, priority == Priority::High, engine)?;
-                Ok(Stream::Cuda(stream))
+        let Inner { rank, tally, backend, .. } = &*self.0;
+        match backend {
+            Backend::Cpu { .. } => CpuStream::start(name, *rank, threads, engine, tally.clone()).map(Stream::cpu),
+            Backend::Cuda(gpu) => {
+                let is_urgent = priority == Priority::High;
+                CudaStream::start(gpu, *rank, name, is_urgent, engine, tally).map(Stream::cuda)
             }
         }
     }
 
     /// The device's kind.
     pub fn kind(&self) -> DeviceKind {
-        match self {
-            Device::Cpu(_) => DeviceKind::Cpu,
-            Device::Cuda(_) => DeviceKind::Cuda,
+        match &self.0.backend {
+            Backend::Cpu { .. } => DeviceKind::Cpu,
+            Backend::Cuda(_) => DeviceKind::Cuda,
         }
     }
 
     /// The device's rank in the session's mesh.
     pub fn rank(&self) -> usize {
-        match self {
-            Device::Cpu(device) => device.rank(),
-            Device::Cuda(device) => device.rank(),
-        }
+        self.0.rank
     }
 
     /// Number of threads of a compute stream.
     pub fn threads_per_stream(&self) -> usize {
-        match self {
-            Device::Cpu(device) => device.threads_per_stream(),
-            Device::Cuda(_) => 1,
+        match &self.0.backend {
+            Backend::Cpu { threads_per_stream } => *threads_per_stream,
+            Backend::Cuda(_) => 1,
         }
     }
 
     /// The collective engine of the device's streams.
     pub fn engine(&self) -> &Arc<dyn Collective> {
-        match self {
-            Device::Cpu(device) => device.engine(),
-            Device::Cuda(device) => device.engine(),
-        }
-    }
-
-    fn tally(&self) -> &Tally {
-        match self {
-            Device::Cpu(device) => device.tally(),
-            Device::Cuda(device) => device.tally(),
-        }
+        &self.0.engine
     }
 
     /// Counters of the backend, by name. For a GPU they cover the whole GPU, which other devices may share.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
-        match self {
-            Device::Cpu(_) => Vec::new(),
-            Device::Cuda(device) => device.gpu().counts(),
+        match &self.0.backend {
+            Backend::Cpu { .. } => Vec::new(),
+            Backend::Cuda(gpu) => gpu.counts(),
         }
     }
 
     /// Bytes of the live arenas.
     pub fn bytes_allocated(&self) -> usize {
-        self.tally().bytes.load(Ordering::Relaxed)
+        self.0.tally.bytes.load(Ordering::Relaxed)
     }
 
     /// Peak number of bytes of live arenas.
     pub fn bytes_peak(&self) -> usize {
-        self.tally().bytes_peak.load(Ordering::Relaxed)
+        self.0.tally.bytes_peak.load(Ordering::Relaxed)
     }
 
     /// Number of arenas allocated so far; constant after a plan is loaded.
     pub fn allocation_count(&self) -> usize {
-        self.tally().allocations.load(Ordering::Relaxed)
+        self.0.tally.allocations.load(Ordering::Relaxed)
     }
 }

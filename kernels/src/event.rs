@@ -1,12 +1,11 @@
 //! One-shot events: set once by the stream that recorded them; other streams or the host wait for them.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::clock::RaceClock;
-use crate::cuda::event::Recorded;
+use crate::clock::Stamped;
 
 /// Set when the stream that recorded it has finished all earlier submissions. Clones are the same event.
 #[derive(Clone, Debug, Default)]
@@ -14,23 +13,17 @@ pub struct Event(Arc<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    set: AtomicBool,
+    set: OnceLock<Stamped<()>>,
     lock: Mutex<()>,
     changed: Condvar,
-    /// Clock of the thread that set the event.
-    clock: OnceLock<RaceClock>,
-    /// Set when a CUDA stream has recorded the event: other CUDA streams wait for it on the device.
-    recorded: OnceLock<Arc<Recorded>>,
+    /// The backend's own event, for streams of the same backend.
+    recorded: OnceLock<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Event {
     /// Whether the event is set; it is never cleared.
     pub fn query(&self) -> bool {
-        let set = self.0.set.load(Ordering::Acquire);
-        if set && let Some(clock) = self.0.clock.get() {
-            clock.join();
-        }
-        set
+        self.0.set.get().map(Stamped::get).is_some()
     }
 
     /// Blocks until the event is set. That always happens: a stream ends only after all of its queued work.
@@ -48,23 +41,21 @@ impl Event {
         }
     }
 
-    /// Sets the event and wakes all waiters.
     pub(crate) fn set(&self) {
-        self.0.clock.get_or_init(RaceClock::capture);
-        self.0.set.store(true, Ordering::Release);
+        self.0.set.get_or_init(|| Stamped::new(()));
         // Locked so that no waiter can check before the store and start to wait after the notification.
         drop(self.0.lock.lock());
         self.0.changed.notify_all();
     }
 
-    /// Lets CUDA streams wait for the event on the device.
-    pub(crate) fn record(&self, recorded: Arc<Recorded>) {
+    /// Attaches the backend's event, on which streams of the same backend wait without the host.
+    pub(crate) fn record(&self, recorded: Arc<dyn Any + Send + Sync>) {
         // Once: an event is recorded by one stream.
         let _ = self.0.recorded.set(recorded);
     }
 
-    /// The recorded CUDA event; `None` before a CUDA stream has recorded it, and for events of CPU streams.
-    pub(crate) fn recorded(&self) -> Option<&Arc<Recorded>> {
-        self.0.recorded.get()
+    /// The backend's event, if a stream of that backend has recorded one.
+    pub(crate) fn recorded<T: Any>(&self) -> Option<&T> {
+        self.0.recorded.get()?.downcast_ref()
     }
 }

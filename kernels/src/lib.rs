@@ -1,6 +1,7 @@
 //! Devices, in-order streams, memory, kernels and collectives: all code that computes on tensors.
-//! Layers: `error <- tensor <- region, collective (calls), op <- memory <- event, stream, device <- cpu, collective
-//! engines <- conformance`.
+//! Layers, lowest first: `error, hash, clock, tensor <- region, collective::call <- op <- memory <- event, bound, metrics
+//! <- submission <- collective (the trait) <- cpu::simd <- collective engines <- cpu, cuda <- stream <- device <-
+//! conformance`.
 //!
 //! ```
 //! use std::sync::{Arc, mpsc::channel};
@@ -50,4 +51,5 @@ pub mod metrics;
 pub mod op;
 mod region;
 pub mod stream;
+mod submission;
 pub mod tensor;

@@ -1,6 +1,6 @@
 //! Device memory: arenas, and the typed views that kernels and collectives receive.
 //!
-//! This file, and `raw_io` for bytes, turn memory into slices. This is sound because:
+//! This file, `heap` and `raw_io` turn memory into slices. This is sound because:
 //! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
 //! - MEM-2: within a launch no write overlaps another buffer, unless the op may work in place and the buffers are
 //!   identical. `cpu::stream` checks that before a kernel runs, and the kernel then gets one slice for both buffers.
@@ -10,42 +10,47 @@
 //! - MEM-5: slices are made only of host memory; `View::check_host` rejects GPU memory before a slice is made.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::any::Any;
+use std::borrow::Cow;
+use std::fmt::Debug;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use half::bf16;
 
-use crate::cuda::memory::{DeviceMemory, Pinned};
 use crate::error::KernelError;
 use crate::op::Buffer;
-use crate::tensor::{DType, HostData, HostTensor, element_count};
+use crate::tensor::{DType, HostData, HostElement, HostTensor, element_count};
 
+mod heap;
 mod raw_io;
 mod shared;
 
+pub use heap::ALIGNMENT;
+use heap::HostMemory;
+pub(crate) use heap::Tally;
 pub use shared::Access;
 use shared::Mapping;
 
-/// Every arena starts at a multiple of this many bytes.
-pub const ALIGNMENT: usize = 64;
+/// Memory that only its device can address. A backend allocates it, and frees it when it is dropped.
+pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
+    fn bytes(&self) -> usize;
 
-/// Allocation counters of a device, updated by its arenas.
-#[derive(Debug, Default)]
-pub(crate) struct Tally {
-    pub(crate) bytes: AtomicUsize,
-    pub(crate) bytes_peak: AtomicUsize,
-    pub(crate) allocations: AtomicUsize,
-}
+    /// Device and GPU, as error messages name them.
+    fn place(&self) -> String;
 
-impl Tally {
-    pub(crate) fn add(&self, bytes: usize) {
-        self.allocations.fetch_add(1, Ordering::Relaxed);
-        let now = self.bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        self.bytes_peak.fetch_max(now, Ordering::Relaxed);
-    }
+    /// Writes `bytes` bytes from `offset` on, which the caller has checked, in pieces that `fill` provides until it
+    /// returns false. Waits for the copies.
+    fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<(), KernelError>;
+
+    /// Reads `bytes` bytes from `offset` on, which the caller has checked, and passes each piece to `take` until it
+    /// returns false.
+    fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<(), KernelError>;
+
+    /// Records that a submission no longer uses the memory, as the calling thread knows.
+    fn mark_released(&self);
 }
 
 /// A fixed block of one device's memory, zeroed when created, freed when the last clone is dropped. It may be shared
@@ -53,7 +58,6 @@ impl Tally {
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// Kind and location of the memory.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -63,10 +67,7 @@ enum Storage {
         /// Of the device that owns the memory; `None` for a peer's memory, which the peer counts.
         tally: Option<Arc<Tally>>,
     },
-    /// Page-locked host memory, which GPUs can copy directly.
-    Pinned(Pinned),
-    /// GPU memory.
-    Cuda(DeviceMemory),
+    Device(Box<dyn DeviceStorage>),
 }
 
 impl Drop for Storage {
@@ -77,48 +78,11 @@ impl Drop for Storage {
     }
 }
 
-#[derive(Debug)]
-struct HostMemory {
-    start: NonNull<u8>,
-    bytes: usize,
-    tally: Arc<Tally>,
-}
-
-// SAFETY: `start` is an exclusively owned heap allocation, which any thread may free; MEM-3 governs access to its
-// contents from several threads.
-unsafe impl Send for HostMemory {}
-// SAFETY: as for `Send`.
-unsafe impl Sync for HostMemory {}
-
-impl Drop for HostMemory {
-    fn drop(&mut self) {
-        if let (Some(layout), true) = (host_layout(self.bytes), self.bytes > 0) {
-            // SAFETY: `start` was allocated by `alloc_zeroed` with the same layout (see `Arena::host`) and is freed
-            // once.
-            unsafe { dealloc(self.start.as_ptr(), layout) };
-        }
-        self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
-
-fn host_layout(bytes: usize) -> Option<Layout> {
-    Layout::from_size_align(bytes, ALIGNMENT).ok()
-}
-
 impl Arena {
     /// Allocates host memory, counted in `tally`.
     pub(crate) fn host(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
-        let refused = KernelError::OutOfMemory { device, bytes };
-        let layout = host_layout(bytes).ok_or_else(|| refused.clone())?;
-        let start = if bytes == 0 {
-            // Never dereferenced for more than zero bytes; aligned so that empty slices are well formed.
-            NonNull::without_provenance(std::num::NonZeroUsize::new(ALIGNMENT).expect("64 is not zero"))
-        } else {
-            // SAFETY: the layout's size is not zero.
-            NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(refused)?
-        };
-        tally.add(bytes);
-        Ok(Self(Arc::new(Storage::Host(HostMemory { start, bytes, tally: tally.clone() }))))
+        let memory = HostMemory::allocate(bytes, tally).ok_or(KernelError::OutOfMemory { device, bytes })?;
+        Ok(Self(Arc::new(Storage::Host(memory))))
     }
 
     /// Allocates memory that other processes of the node can map, counted in `tally`.
@@ -128,28 +92,38 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
     }
 
-    /// An arena of GPU memory.
-    pub(crate) fn cuda(memory: DeviceMemory) -> Self {
-        Self(Arc::new(Storage::Cuda(memory)))
+    /// Host memory that a backend has allocated and frees when it drops `owner`.
+    ///
+    /// # Safety
+    /// The memory is initialized, aligned to [`ALIGNMENT`], and lives as long as `owner`.
+    pub(crate) unsafe fn of_backend(start: NonNull<u8>, bytes: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
+        Self(Arc::new(Storage::Host(HostMemory::of_backend(start, bytes, owner))))
     }
 
-    /// An arena of page-locked host memory.
-    pub(crate) fn pinned(memory: Pinned) -> Self {
-        Self(Arc::new(Storage::Pinned(memory)))
+    pub(crate) fn on_device(memory: impl DeviceStorage) -> Self {
+        Self(Arc::new(Storage::Device(Box::new(memory))))
     }
 
-    /// The GPU memory of this arena; `None` for host memory.
-    pub(crate) fn device_memory(&self) -> Option<&DeviceMemory> {
+    fn storage_on_device(&self) -> Option<&dyn DeviceStorage> {
         match &*self.0 {
-            Storage::Cuda(memory) => Some(memory),
-            Storage::Host(_) | Storage::Shared { .. } | Storage::Pinned(_) => None,
+            Storage::Device(memory) => Some(&**memory),
+            Storage::Host(_) | Storage::Shared { .. } => None,
         }
     }
 
-    /// # Errors
-    /// [`KernelError::Arguments`] for GPU memory, which the host cannot address (MEM-5).
+    /// The device memory of this arena, if it is of a backend's type `T`.
+    pub(crate) fn device_memory<T: DeviceStorage>(&self) -> Option<&T> {
+        let memory: &dyn Any = self.storage_on_device()?;
+        memory.downcast_ref()
+    }
+
+    /// Records that a submission no longer uses the memory, as the calling thread knows.
+    pub(crate) fn mark_released(&self) {
+        self.storage_on_device().into_iter().for_each(DeviceStorage::mark_released);
+    }
+
     pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
-        let Some(memory) = self.device_memory() else { return Ok(()) };
+        let Some(memory) = self.storage_on_device() else { return Ok(()) };
         let got = format!("memory of {}", memory.place());
         Err(KernelError::arguments(user, "memory", "host memory", got))
     }
@@ -179,18 +153,17 @@ impl Arena {
     /// The descriptor with which a peer can map the arena, passed over a Unix socket; `None` when it is not shared.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
-            Storage::Host(_) | Storage::Pinned(_) | Storage::Cuda(_) => None,
             Storage::Shared { mapping, .. } => Some(mapping.descriptor()),
+            Storage::Host(_) | Storage::Device(_) => None,
         }
     }
 
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
         match &*self.0 {
-            Storage::Host(memory) => memory.bytes,
+            Storage::Host(memory) => memory.bytes(),
             Storage::Shared { mapping, .. } => mapping.bytes(),
-            Storage::Pinned(memory) => memory.bytes(),
-            Storage::Cuda(memory) => memory.bytes(),
+            Storage::Device(memory) => memory.bytes(),
         }
     }
 
@@ -202,7 +175,7 @@ impl Arena {
     /// Whether the memory may be written (MEM-4).
     pub fn is_writable(&self) -> bool {
         match &*self.0 {
-            Storage::Host(_) | Storage::Pinned(_) | Storage::Cuda(_) => true,
+            Storage::Host(_) | Storage::Device(_) => true,
             Storage::Shared { mapping, .. } => mapping.access() == Access::ReadWrite,
         }
     }
@@ -213,10 +186,9 @@ impl Arena {
     /// For GPU memory: code that makes slices checks first (MEM-5).
     pub(crate) fn host_start(&self) -> *mut u8 {
         match &*self.0 {
-            Storage::Host(memory) => memory.start.as_ptr(),
+            Storage::Host(memory) => memory.start().as_ptr(),
             Storage::Shared { mapping, .. } => mapping.start().as_ptr(),
-            Storage::Pinned(memory) => memory.start(),
-            Storage::Cuda(_) => panic!("host slice of GPU memory requested"),
+            Storage::Device(_) => panic!("host slice of GPU memory requested"),
         }
     }
 
@@ -232,17 +204,18 @@ impl Arena {
             return Err(KernelError::arguments("write_host", "memory", "writable memory", got));
         }
         let view = View::new("write_host", self, offset, &tensor.shape, tensor.dtype())?;
-        if let Some(memory) = self.device_memory() {
-            return memory.write(offset, tensor.data.as_bytes());
+        let bytes = tensor.data.as_bytes();
+        assert_eq!(bytes.len(), view.bytes(), "elements of a tensor of shape {:?}", tensor.shape);
+        if let Some(memory) = self.storage_on_device() {
+            let mut at = 0;
+            return memory.write(offset, bytes.len(), &mut |piece| {
+                piece.copy_from_slice(&bytes[at..][..piece.len()]);
+                at += piece.len();
+                true
+            });
         }
-        // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3.
-        unsafe {
-            match &tensor.data {
-                HostData::F32(data) => view.f32_mut().copy_from_slice(data),
-                HostData::I32(data) => view.i32_mut().copy_from_slice(data),
-                HostData::BF16(data) => view.bf16_mut().copy_from_slice(data),
-            }
-        }
+        // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3; the tensor is not in the arena.
+        unsafe { self.host_start().add(offset).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
 
@@ -262,28 +235,18 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
     pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<(), KernelError> {
-        let view = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?;
-        if let Some(memory) = self.device_memory() {
-            let elements = view.element_count();
-            return memory.read(offset, tensor.data.resized(elements));
+        let elements = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?.element_count();
+        let bytes = tensor.data.resized(elements);
+        if let Some(memory) = self.storage_on_device() {
+            let mut at = 0;
+            return memory.read(offset, bytes.len(), &mut |piece| {
+                bytes[at..][..piece.len()].copy_from_slice(piece);
+                at += piece.len();
+                true
+            });
         }
-        // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3.
-        unsafe {
-            match &mut tensor.data {
-                HostData::F32(data) => {
-                    data.clear();
-                    data.extend_from_slice(view.f32());
-                }
-                HostData::I32(data) => {
-                    data.clear();
-                    data.extend_from_slice(view.i32());
-                }
-                HostData::BF16(data) => {
-                    data.clear();
-                    data.extend_from_slice(view.bf16());
-                }
-            }
-        }
+        // SAFETY: `View::new` checked MEM-1; the caller guarantees MEM-3; the tensor is not in the arena.
+        unsafe { self.host_start().add(offset).copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
 }
@@ -398,8 +361,6 @@ impl<'a> View<'a> {
         self.offset
     }
 
-    /// # Errors
-    /// [`KernelError::Arguments`] for GPU memory, which the host cannot address (MEM-5).
     pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
         self.arena.check_host(user)
     }
@@ -435,9 +396,6 @@ impl<'a> View<'a> {
     ///
     /// Sound while the caller guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]; MEM-2
     /// is checked here.
-    ///
-    /// # Errors
-    /// [`KernelError::Arguments`] for more than one read or write, and for an overlap that is not the same memory.
     pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>, KernelError> {
         if reads.len() > 1 || writes.len() > 1 {
             let got = format!("{} read, {} written", reads.len(), writes.len());
@@ -466,71 +424,43 @@ impl<'a> View<'a> {
         Ok(if in_place { Words { x: None, y } } else { Words { x: Some(x.map(read).unwrap_or_default()), y } })
     }
 
-    /// Address of the first element.
     pub(crate) fn start(&self) -> *mut u8 {
         self.arena.host_start().wrapping_add(self.offset)
     }
 
-    /// The elements as f32.
+    /// The elements.
     ///
     /// # Safety
-    /// The dtype is `F32`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
-    pub(crate) unsafe fn f32(&self) -> &'a [f32] {
-        debug_assert_eq!(self.dtype, DType::F32);
+    /// The dtype is that of `T`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
+    pub(crate) unsafe fn slice<T: HostElement>(&self) -> &'a [T] {
+        debug_assert_eq!(self.dtype, T::DTYPE);
         // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, not written by the contract.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements as i32.
+    /// The elements, to be written.
     ///
     /// # Safety
-    /// The dtype is `I32`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
-    pub(crate) unsafe fn i32(&self) -> &'a [i32] {
-        debug_assert_eq!(self.dtype, DType::I32);
-        // SAFETY: as in `f32`.
-        unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
-    }
-
-    /// The elements as mutable f32.
-    ///
-    /// # Safety
-    /// The dtype is `F32`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
+    /// The dtype is that of `T`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
     #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn f32_mut(&self) -> &'a mut [f32] {
-        debug_assert_eq!(self.dtype, DType::F32);
+    pub(crate) unsafe fn slice_mut<T: HostElement>(&self) -> &'a mut [T] {
+        debug_assert_eq!(self.dtype, T::DTYPE);
         // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, exclusive by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements as mutable i32.
+    /// The elements of a float tensor, converted to f32; `None` for integers.
     ///
     /// # Safety
-    /// The dtype is `I32`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
-    #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn i32_mut(&self) -> &'a mut [i32] {
-        debug_assert_eq!(self.dtype, DType::I32);
-        // SAFETY: as in `f32_mut`.
-        unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
-    }
-
-    /// The elements as bf16.
-    ///
-    /// # Safety
-    /// The dtype is `BF16`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
-    pub(crate) unsafe fn bf16(&self) -> &'a [bf16] {
-        debug_assert_eq!(self.dtype, DType::BF16);
-        // SAFETY: as in `f32`.
-        unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
-    }
-
-    /// The elements as mutable bf16.
-    ///
-    /// # Safety
-    /// The dtype is `BF16`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
-    #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn bf16_mut(&self) -> &'a mut [bf16] {
-        debug_assert_eq!(self.dtype, DType::BF16);
-        // SAFETY: as in `f32_mut`.
-        unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
+    /// Nothing writes the elements during `'a` (MEM-2, MEM-3).
+    pub(crate) unsafe fn to_f32(self) -> Option<Cow<'a, [f32]>> {
+        // SAFETY: of the matching dtype; the rest is the contract.
+        unsafe {
+            match self.dtype {
+                DType::F32 => Some(self.slice().into()),
+                DType::BF16 => Some(self.slice::<bf16>().iter().map(|half| half.to_f32()).collect()),
+                DType::I32 => None,
+            }
+        }
     }
 }

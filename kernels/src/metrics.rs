@@ -12,12 +12,11 @@ use std::time::{Duration, Instant};
 use metrics::{Histogram, histogram};
 use parking_lot::Mutex;
 
-use crate::collective::CollectiveCall;
+use crate::collective::call::CollectiveCall;
 
 /// Name of the histogram of collectives.
 pub const COLLECTIVE_SECONDS: &str = "shardflow_collective_seconds";
 
-/// The metric handles of a stream.
 pub(crate) struct StreamMetrics {
     actor: String,
     /// By kind, created at the first call of that kind.
@@ -25,19 +24,15 @@ pub(crate) struct StreamMetrics {
     all: CollectiveTime,
 }
 
-/// Time that a stream has spent in collectives.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CollectiveTime(Arc<Mutex<Spent>>);
 
 #[derive(Debug, Default)]
 struct Spent {
-    /// Total of the finished collectives.
     ended: Duration,
-    /// Start of the current collective.
     started: Option<Instant>,
 }
 
-/// Records the time of one collective.
 #[derive(Clone, Debug)]
 pub(crate) struct CollectiveTimer {
     kind: Histogram,
@@ -50,7 +45,6 @@ impl StreamMetrics {
         Self { actor: actor.to_owned(), collectives: Vec::new(), all: CollectiveTime::default() }
     }
 
-    /// The total time in collectives.
     pub(crate) fn collective_time(&self) -> CollectiveTime {
         self.all.clone()
     }
@@ -75,12 +69,10 @@ impl CollectiveTime {
 }
 
 impl CollectiveTimer {
-    /// Records that the stream started the collective.
     pub(crate) fn came(&self, at: Instant) {
         self.all.0.lock().started = Some(at);
     }
 
-    /// Records that the stream has finished the collective.
     pub(crate) fn went(&self, at: Instant) {
         let mut spent = self.all.0.lock();
         let took = spent.started.take().map_or(Duration::ZERO, |started| at - started);

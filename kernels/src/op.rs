@@ -6,14 +6,12 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use crate::collective::CollectiveCall;
+use crate::collective::call::CollectiveCall;
 use crate::error::KernelError;
 use crate::tensor::{DType, Region};
 
-mod describe;
+pub(crate) mod describe;
 mod einsum;
-
-pub(crate) use describe::ATTENTION_BLOCK;
 
 /// Scale of the second column of [`Op::SumSquares`]: `2^-192`. A float's square is below `2^256`, so a scaled sum of
 /// `2^63` squares stays below `2^127`, in a float's range. When the first column overflows, past `2^128`, the second is

@@ -79,12 +79,10 @@ impl Runs {
         Self { start, len, outer }
     }
 
-    /// A range of a flat tensor.
     pub(crate) fn flat(range: Range<usize>) -> Self {
         Self { start: range.start, len: range.len(), outer: Vec::new() }
     }
 
-    /// Number of elements of the box.
     pub(crate) fn element_count(&self) -> usize {
         self.outer.iter().fold(self.len, |all, (size, _)| all * size)
     }
@@ -121,8 +119,6 @@ impl Runs {
     }
 }
 
-/// # Errors
-/// [`KernelError::Arguments`] when `region` does not lie in a tensor of this shape.
 pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize]) -> Result<(), KernelError> {
     let inside = region.start.len() == shape.len()
         && region.size.len() == shape.len()

@@ -30,6 +30,23 @@ impl DType {
     }
 }
 
+/// A Rust type of elements.
+pub(crate) trait HostElement: Copy + 'static {
+    const DTYPE: DType;
+}
+
+impl HostElement for f32 {
+    const DTYPE: DType = DType::F32;
+}
+
+impl HostElement for i32 {
+    const DTYPE: DType = DType::I32;
+}
+
+impl HostElement for bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
 /// Elements in a tensor of this shape (1 for a scalar's empty shape); `usize::MAX` on overflow.
 pub fn element_count(shape: &[usize]) -> usize {
     shape.iter().fold(1, |count: usize, extent| count.saturating_mul(*extent))
@@ -111,7 +128,6 @@ impl HostData {
         }
     }
 
-    /// The elements' bytes.
     pub(crate) fn as_bytes(&self) -> &[u8] {
         match self {
             HostData::F32(values) => bytemuck::cast_slice(values),

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, ReduceOp};
 use shardflow_kernels::conformance::{self, ConformanceFailure};
@@ -119,14 +119,10 @@ fn submit(stream: &Stream, program: &Arc<Program>, arena: &Arena) -> Result<Vec<
 /// Runs a program on several arenas and returns the stream's notifications.
 fn submit_on(stream: &Stream, program: &Arc<Program>, arenas: &[&Arena]) -> Result<Vec<Notification>, KernelError> {
     let (sender, notifications) = channel();
-    let notify = Box::new(move |notification| drop(sender.send((RaceClock::capture(), notification))));
+    let notify = Box::new(move |notification| drop(sender.send(Stamped::new(notification))));
     let bases = arenas.iter().map(|arena| Base { arena: (*arena).clone(), offset: 0 }).collect();
     stream.submit(Submission { program: program.clone(), bases, repeat: false, notify })?;
-    let receive = |(clock, notification): (RaceClock, Notification)| {
-        clock.join();
-        notification
-    };
-    Ok(notifications.iter().map(receive).collect())
+    Ok(notifications.iter().map(Stamped::open).collect())
 }
 
 /// Runs a layer many times, like a training loop.
@@ -352,18 +348,12 @@ fn dropped(by_kernel: bool) {
     let (at_signal, (sender, notifications)) = (drops(!by_kernel), channel());
     let notify = Box::new(move |notification: Notification| {
         at_signal();
-        drop(sender.send((RaceClock::capture(), notification)));
+        drop(sender.send(Stamped::new(notification)));
     });
     let bases = vec![Base { arena: arena.clone(), offset: 0 }];
     let submission = Submission { program, bases, repeat: false, notify };
     stream.lock().as_ref().expect("a stream").submit(submission).expect("a live stream");
-    let received: Vec<Notification> = notifications
-        .iter()
-        .map(|(clock, notification)| {
-            clock.join();
-            notification
-        })
-        .collect();
+    let received: Vec<Notification> = notifications.iter().map(Stamped::open).collect();
     assert_eq!(received, [Notification::Signal(1), Notification::Done]);
     let deadline = Instant::now() + WITHIN;
     while device.bytes_allocated() > before {
@@ -446,11 +436,12 @@ fn slow_abort() {
         (program, device.stream("reduce", 1).expect("a stream"), device.arena(256).expect("memory"))
     };
     let members = [0, 1].map(|member: usize| reduce(member, &devices[member]));
-    let clock = RaceClock::capture();
+    let members = Stamped::new(members);
     std::thread::scope(|scope| {
-        for (program, stream, arena) in &members {
-            scope.spawn(|| {
-                clock.join();
+        for member in 0..2 {
+            let members = &members;
+            scope.spawn(move || {
+                let (program, stream, arena) = &members.get()[member];
                 submit(stream, program, arena).expect("a live stream")
             });
         }
@@ -462,7 +453,7 @@ fn slow_abort() {
         assert_eq!(submit(&other, &program, &arena).expect("a live stream").last(), Some(&Notification::Done));
         assert!(submitted.elapsed() < ABORT / 2, "a completion is reported after {:?}", submitted.elapsed());
     }
-    let (program, stream, arena) = &members[0];
+    let (program, stream, arena) = &members.get()[0];
     let received = submit(stream, program, arena).expect("a live stream");
     assert!(matches!(received[..], [Notification::Failed(KernelError::Aborted { .. })]), "{received:?}");
 }

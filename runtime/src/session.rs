@@ -14,6 +14,7 @@ use shardflow_actors::remote::{HostPiece, Peers};
 use shardflow_actors::shell::{ActorHost, LoadedPlan, RegisterMemory, RunningSession, prepare};
 use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::{Device, DeviceKind, Priority};
 use shardflow_kernels::error::KernelError;
@@ -163,7 +164,7 @@ pub struct Session {
     feeds: Vec<FeedPort>,
     /// External actions without input tensors, each with its firings per step.
     external_actions: Vec<(ActorId, u32, u32)>,
-    fetched: Receiver<Fetched>,
+    fetched: Receiver<Stamped<Fetched>>,
     /// Ports of host data between processes; equal on all processes.
     ports: Arc<HostPorts>,
     inbox: Mutex<Inbox>,
@@ -534,8 +535,7 @@ impl Session {
             }
             select! {
                 recv(self.fetched) -> message => {
-                    let Fetched { device, rate, tensors, clock } = message.map_err(|_| ended())?;
-                    clock.join();
+                    let Fetched { device, rate, tensors } = message.map_err(|_| ended())?.open();
                     let port = self.ports.fetches[&(device, rate)];
                     self.send(&mut inbox, HostPiece { port, tensors });
                 },

@@ -132,13 +132,10 @@ impl Writer {
         while let Ok(first) = outgoing.recv() {
             for out in std::iter::once(first).chain(outgoing.try_iter()) {
                 match out {
-                    Outgoing::Message(message, clock) => {
-                        clock.join();
-                        self.write_message(message)?;
-                    }
+                    Outgoing::Message(message) => self.write_message(message.open())?,
                     Outgoing::Host(piece) => self.write_host_piece(&piece)?,
-                    Outgoing::Refresh(round, clock) => {
-                        clock.join();
+                    Outgoing::Refresh(round) => {
+                        let round = round.open();
                         self.write_initial_registers()?;
                         self.write_frame(Frame::Ready { round })?;
                     }

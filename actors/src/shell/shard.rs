@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
-use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Base;
 use shardflow_kernels::stream::{Notification, Notify, Submission};
@@ -70,7 +70,7 @@ impl Shard {
             Cast::Failed(cause) => Err(self.kernel_failure(cause)),
             Cast::Snapshot(reply) => {
                 // If the reply cannot be sent, nobody waits for it any more.
-                let _ = reply.try_send((self.snapshot(), RaceClock::capture()));
+                let _ = reply.try_send(Stamped::new(self.snapshot()));
                 Ok(())
             }
             #[cfg(test)]
@@ -197,8 +197,7 @@ impl Actor for ShardActor {
     }
 
     async fn handle(&self, _: ActorRef<Mail>, mail: Mail, shard: &mut Shard) -> Result<(), ActorProcessingErr> {
-        mail.clock.join();
-        if let Err(failure) = shard.process(mail.cast) {
+        if let Err(failure) = shard.process(mail.open()) {
             shard.session.fail(failure);
         }
         Ok(())

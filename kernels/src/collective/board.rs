@@ -61,7 +61,6 @@ pub(super) struct Head {
     cause: Text,
 }
 
-/// A counter that members wait on.
 #[repr(C, align(64))]
 pub(super) struct Counter {
     pub(super) value: AtomicU32,
@@ -92,19 +91,16 @@ pub(super) struct Post {
     pub(super) y: AtomicU64,
 }
 
-/// The state that one member publishes.
 #[repr(C, align(64))]
 pub(super) struct MemberSlot {
     pub(super) posts: [Post; 2],
     /// The member that a pending send is addressed to, plus 1; 0 when no send is pending.
     pub(super) offer: Counter,
-    /// The buffer of the pending send.
     pub(super) sent: Post,
     /// Number of the call that the member is in; wraps.
     pub(super) call: AtomicU32,
     /// The member that this one waits to receive from, plus 1; 0 when it waits for none.
     pub(super) receiving: AtomicU32,
-    /// Number of the call that `text` describes.
     text_call: AtomicU32,
     text: Text,
 }
@@ -219,7 +215,6 @@ impl GroupArea {
 }
 
 impl MemberSlot {
-    /// Publishes a description of the member's current call.
     pub(super) fn publish_call(&self, text: &str) {
         let call = self.call.load(Ordering::Relaxed);
         if self.text_call.load(Ordering::Relaxed) != call {
@@ -228,7 +223,6 @@ impl MemberSlot {
         }
     }
 
-    /// The description of the member's current call, once it is published.
     pub(super) fn published_call(&self) -> Option<String> {
         let call = self.call.load(Ordering::Acquire);
         (self.text_call.load(Ordering::Acquire) == call).then(|| self.text.read())
@@ -307,17 +301,17 @@ impl Board {
     }
 
     pub(super) fn member_slot(&self, group: usize, member: usize) -> &MemberSlot {
-        let offset =
-            self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>());
         // SAFETY: one of this file's types.
-        unsafe { self.at(offset) }
+        unsafe { self.at(self.slot_offset(group, member)) }
+    }
+
+    fn slot_offset(&self, group: usize, member: usize) -> usize {
+        self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
     /// Offset on the board of the copy of x that a member posts for a rendezvous.
     pub(super) fn copy_offset(&self, group: usize, member: usize, rendezvous: u32) -> usize {
-        let slot =
-            self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>());
-        slot + size_of::<MemberSlot>() + (rendezvous % 2) as usize * COPY_BYTES_MAX
+        self.slot_offset(group, member) + size_of::<MemberSlot>() + (rendezvous % 2) as usize * COPY_BYTES_MAX
     }
 
     /// Aborts all processes and wakes the `members` of each group. The first cause is kept.

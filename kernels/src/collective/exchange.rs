@@ -4,8 +4,8 @@
 //! - EXCHANGE-1: a member writes only its own y, and between two barriers no part of it that another member reads then.
 #![allow(unsafe_code)]
 
-use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
-use crate::cpu::simd;
+use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
+use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::KernelError;
 use crate::memory::{Arena, View};
 use crate::region::{check_inside, for_each_run, subtract};
@@ -44,12 +44,9 @@ pub(crate) struct Terms<'a> {
 /// The memory of all members after the rendezvous, by member.
 pub(crate) struct ExchangeBuffers<'a> {
     pub(crate) call: &'a CollectiveCall,
-    /// Shape of this member's x.
     pub(crate) x_shape: &'a [usize],
-    /// Shape of this member's y.
     pub(crate) y_shape: &'a [usize],
     pub(crate) xs: &'a [Posted],
-    /// This member's y.
     pub(crate) y: &'a Posted,
     /// The y of each member, for an all-reduce; other collectives do not read each other's y.
     pub(crate) ys: &'a [Posted],
@@ -67,7 +64,6 @@ impl Posted {
         inside.then(|| Self { arena: arena.clone(), offset, elements })
     }
 
-    /// Address of element `index`.
     pub(crate) fn at(&self, index: usize) -> *mut u32 {
         debug_assert!(index <= self.elements);
         self.arena.host_start().wrapping_add(self.offset).cast::<u32>().wrapping_add(index)
@@ -161,7 +157,6 @@ impl<'a> Terms<'a> {
     }
 }
 
-/// Describes a call, for errors.
 pub(crate) fn describe(call: &CollectiveCall, buffer: Option<(DType, &[usize])>) -> String {
     let buffer = buffer.map_or("nothing".to_owned(), |(dtype, shape)| format!("{dtype:?} {shape:?}"));
     format!("{:?} of {buffer} among ranks {:?}", call.kind, call.group.ranks)
@@ -197,11 +192,7 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     let name = call.name();
     let members = call.group.ranks.len();
     let rejected = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));
-    let (read_count, write_count) = match call.kind {
-        CollectiveKind::Send { .. } => (1, 0),
-        CollectiveKind::Receive { .. } => (0, 1),
-        _ => (1, 1),
-    };
+    let (read_count, write_count) = call.kind.arity();
     if (reads.len(), writes.len()) != (read_count, write_count) {
         let expected = format!("{read_count} read, {write_count} written");
         return rejected("buffers", expected, format!("{} read, {} written", reads.len(), writes.len()));
@@ -293,47 +284,23 @@ fn combine(op: ReduceOp, a: f32, b: f32) -> f32 {
 
 /// `y[i] = combine(a[i], b[i])`.
 pub(crate) fn combine_two(op: ReduceOp, a: &[f32], b: &[f32], y: &mut [f32]) {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            simd::map(
-                [a, b],
-                y,
-                #[inline(always)]
-                |[a, b]| combine(op, a, b),
-            );
-        },
-    );
+    inlined!(dispatch(|| {
+        inlined!(map([a, b], y, |[a, b]| combine(op, a, b)));
+    }));
 }
 
 /// `y[i] = combine(y[i], b[i])`.
 pub(crate) fn combine_into(op: ReduceOp, y: &mut [f32], b: &[f32]) {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            simd::update(
-                y,
-                [b],
-                #[inline(always)]
-                |y, [b]| combine(op, y, b),
-            );
-        },
-    );
+    inlined!(dispatch(|| {
+        inlined!(update(y, [b], |y, [b]| combine(op, y, b)));
+    }));
 }
 
 /// `y[i] = combine(a[i], y[i])`.
 pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
-    simd::dispatch(
-        #[inline(always)]
-        || {
-            simd::update(
-                y,
-                [a],
-                #[inline(always)]
-                |y, [a]| combine(op, a, y),
-            );
-        },
-    );
+    inlined!(dispatch(|| {
+        inlined!(update(y, [a], |y, [a]| combine(op, a, y)));
+    }));
 }
 
 /// Writes to `y`, from `to` on, `len` elements of all members' x from `start` on, combined in the order of
@@ -369,13 +336,11 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
 /// Assembles the member's target from the members' sources. Returns the number of elements received from others.
 fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) -> usize {
     let member = buffers.call.member;
-    let mut rest = vec![target.clone()];
     let mut received = 0;
     let bypass_caches = buffers.y.elements >= STREAM_ELEMENTS_MIN;
-    let own_first = std::iter::once(member).chain((0..buffers.xs.len()).filter(|&other| other != member));
-    for other in own_first {
+    for (other, boxes) in taken(member, sources, target) {
         let source = &sources[other];
-        for common in rest.iter().filter_map(|region| region.intersect(source)) {
+        for common in boxes {
             if other != member {
                 received += common.element_count();
             }
@@ -387,7 +352,6 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) ->
                 unsafe { copy_part(&buffers.xs[other], from, buffers.y, to, len, bypass_caches) };
             });
         }
-        rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
     received
 }

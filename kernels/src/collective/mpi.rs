@@ -14,14 +14,15 @@
 //! in-place all-reduce).
 #![allow(unsafe_code)]
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::mem;
 use std::os::raw::c_int;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::collective::exchange::{all_reduce_foreign, check_buffers, check_members, taken};
+use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::wire::agreement;
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
 use crate::error::KernelError;
@@ -50,8 +51,8 @@ const RECORD_BYTES: usize = 256;
 /// The engine of groups with one member in each of several processes. A process has one engine for all its groups.
 pub struct Mpi {
     groups: BTreeMap<u32, GroupState>,
-    received: Mutex<HashMap<usize, u64>>,
-    aborted: OnceLock<String>,
+    received: ReceivedBytes,
+    abort_status: AbortStatus,
     /// Dropped last, so that MPI is finalized after all communicators are freed.
     world: Arc<MpiWorld>,
 }
@@ -106,7 +107,6 @@ impl Layout {
         Ok((layout, end))
     }
 
-    /// The layout of regions in a tensor of this shape, if each region is contiguous.
     fn contiguous(shape: &[usize], regions: &[Region]) -> Option<Self> {
         let mut layout = Self::default();
         for region in regions {
@@ -117,7 +117,6 @@ impl Layout {
         Some(layout)
     }
 
-    /// Whether the parts follow each other without gaps.
     fn is_packed(&self) -> bool {
         let mut end = 0;
         self.starts.iter().zip(&self.counts).all(|(start, count)| {
@@ -165,19 +164,12 @@ impl Mpi {
             (group.id, GroupState { group: group.clone(), member, state: Mutex::new(state) })
         });
         let known = known.collect();
-        Ok(Self { groups: known, received: Mutex::default(), aborted: OnceLock::new(), world })
+        Ok(Self { groups: known, received: ReceivedBytes::default(), abort_status: AbortStatus::default(), world })
     }
 
     /// The world that the engine was created with.
     pub fn world(&self) -> &Arc<MpiWorld> {
         &self.world
-    }
-
-    fn check_aborted(&self) -> Result<(), KernelError> {
-        match self.aborted.get() {
-            Some(cause) => Err(KernelError::Aborted { cause: cause.clone() }),
-            None => Ok(()),
-        }
     }
 }
 
@@ -191,7 +183,6 @@ impl Drop for Mpi {
     }
 }
 
-/// One call of one member.
 struct Call<'a> {
     engine: &'a Mpi,
     call: &'a CollectiveCall,
@@ -205,7 +196,6 @@ struct Call<'a> {
 
 /// The error of a call, and whether its transfers have completed.
 enum CallError {
-    /// All transfers have completed.
     Completed(KernelError),
     /// A transfer is in flight and never completes (MPI-2).
     InFlight(KernelError),
@@ -214,7 +204,7 @@ enum CallError {
 impl Call<'_> {
     fn transfer(&self, transfer: Transfer<'_>) -> Result<(), CallError> {
         // SAFETY: after `CallError::InFlight`, `Mpi::run` leaks the call's arenas and memory, and fails the group.
-        unsafe { self.comm.run(transfer, &mut || self.engine.check_aborted()) }.map_err(CallError::InFlight)
+        unsafe { self.comm.run(transfer, &mut || self.engine.abort_status.check()) }.map_err(CallError::InFlight)
     }
 
     fn post(&self, to: usize, status: u64) -> Result<(), CallError> {
@@ -229,7 +219,7 @@ impl Call<'_> {
                     .map_err(|(CallError::Completed(error) | CallError::InFlight(error))| error)?;
             }
         }
-        self.engine.check_aborted()
+        self.engine.abort_status.check()
     }
 
     /// Checks whether all members make the same call. A member that is `rejected` disagrees.
@@ -288,7 +278,7 @@ impl Call<'_> {
             if let Some((_, peer_post)) = self.comm.receive_post(Some(peer), self.tag).map_err(CallError::Completed)? {
                 break peer_post;
             }
-            self.engine.check_aborted().map_err(CallError::Completed)?;
+            self.engine.abort_status.check().map_err(CallError::Completed)?;
             pause(began);
         };
         match peer_post {
@@ -398,7 +388,6 @@ impl Call<'_> {
         done
     }
 
-    /// Gathers parts that do not overlap.
     fn all_gather(&mut self, words: &mut Words<'_>, y_shape: &[usize], parts: &[Region]) -> Result<(), CallError> {
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
@@ -471,12 +460,10 @@ impl Call<'_> {
     }
 }
 
-/// The boxes that a member sends.
 fn boxes_of(sender: usize, taken: &[(usize, Vec<Region>)]) -> Vec<Region> {
     taken.iter().filter(|(from, _)| *from == sender).flat_map(|(_, boxes)| boxes.clone()).collect()
 }
 
-/// Copies a box of a tensor to the start of `to`.
 fn pack(from: &[f32], shape: &[usize], region: &Region, to: &mut [f32]) {
     let runs = Runs::new(shape, region);
     runs.for_each(0..runs.element_count(), |place, at, len| to[at..][..len].copy_from_slice(&from[place..][..len]));
@@ -527,7 +514,7 @@ impl Collective for Mpi {
             ));
         };
         let mut state = known.state.lock();
-        self.check_aborted()?;
+        self.abort_status.check()?;
         let State { comm, memory, collectives, failed } = &mut *state;
         let (Some(joined), None) = (&*comm, &*failed) else {
             return Err(failed.clone().unwrap_or(KernelError::Aborted { cause: "the group has failed".to_owned() }));
@@ -538,8 +525,7 @@ impl Collective for Mpi {
         match running.run(peer, reads, writes) {
             Ok(elements) => {
                 *collectives = collectives.wrapping_add(u32::from(peer.is_none()));
-                let bytes = (elements * size_of::<f32>()) as u64;
-                *self.received.lock().entry(call.group.ranks[call.member]).or_default() += bytes;
+                self.received.add(&call.group, call.member, elements * size_of::<f32>());
                 Ok(())
             }
             Err(CallError::Completed(error)) => Err(failed.insert(error).clone()),
@@ -554,11 +540,10 @@ impl Collective for Mpi {
     }
 
     fn abort(&self, cause: &str) {
-        let _ = self.aborted.set(cause.to_owned());
+        self.abort_status.abort(cause);
         self.world.abort();
     }
 
-    /// MPI does not report waits.
     fn waits(&self) -> Vec<MemberWait> {
         Vec::new()
     }
@@ -568,6 +553,6 @@ impl Collective for Mpi {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        self.received.lock().get(&rank).copied().unwrap_or(0)
+        self.received.of(rank)
     }
 }

@@ -4,9 +4,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::collective::{AbortStatus, Collective, CollectiveCall, MemberWait};
-use crate::cuda::engine::CudaCollective;
-use crate::cuda::issue_order::IssueTicket;
+use crate::collective::issue_order::IssueTicket;
+use crate::collective::{AbortStatus, Collective, CollectiveCall, DeviceCollective, MemberWait};
 use crate::error::KernelError;
 use crate::memory::View;
 
@@ -27,7 +26,6 @@ impl Routed {
         self.by_group.get(&call.group.id).unwrap_or(&self.default)
     }
 
-    /// The distinct engines.
     fn engines(&self) -> Vec<&Arc<dyn Collective>> {
         let mut all: Vec<&Arc<dyn Collective>> = Vec::new();
         for engine in self.by_group.values().chain([&self.default]) {
@@ -64,7 +62,7 @@ impl Collective for Routed {
         self.engines().into_iter().find_map(|engine| engine.turn(rank))
     }
 
-    fn on_device(&self, call: &CollectiveCall) -> Option<CudaCollective<'_>> {
+    fn on_device(&self, call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
         self.engine_of(call).on_device(call)
     }
 

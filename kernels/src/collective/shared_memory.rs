@@ -1,7 +1,7 @@
 //! Collectives between devices of several processes of one node. Members rendezvous on a board in shared memory, then
 //! read each other's arenas directly.
 //!
-//! MEET-1 and MEET-3 hold as in `in_process`. Instead of MEET-2:
+//! MEET-1 holds as in `in_process`, MEET-3 as in `rendezvous`. Instead of MEET-2:
 //! - NODE-1: a peer may die or freeze at any time, so every wait ends once this process, or any other, aborts. Partial
 //!   results of an aborted call are invalid.
 //! - NODE-2: a small x is copied to the board, and the member leaves as soon as all members have arrived: no other
@@ -10,8 +10,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
@@ -19,6 +19,7 @@ use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
     exchange_copies,
 };
+use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::KernelError;
 use crate::memory::{Arena, View};
@@ -33,8 +34,8 @@ pub struct SharedMemory {
     groups: Vec<GroupProgress>,
     index: HashMap<u32, usize>,
     arenas: BTreeMap<usize, Arena>,
-    received: BTreeMap<usize, AtomicU64>,
-    aborted: OnceLock<String>,
+    received: ReceivedBytes,
+    abort_status: AbortStatus,
     cores: usize,
 }
 
@@ -53,7 +54,6 @@ struct Progress {
     barriers: AtomicU32,
 }
 
-/// One call of one member.
 struct Call<'a> {
     engine: &'a SharedMemory,
     call: &'a CollectiveCall,
@@ -94,9 +94,9 @@ impl SharedMemory {
             board,
             groups: groups.iter().map(known).collect(),
             index,
-            received: arenas.keys().map(|&rank| (rank, AtomicU64::new(0))).collect(),
+            received: ReceivedBytes::default(),
             arenas,
-            aborted: OnceLock::new(),
+            abort_status: AbortStatus::default(),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
         })
     }
@@ -104,16 +104,14 @@ impl SharedMemory {
     fn check_aborted(&self) -> Result<(), KernelError> {
         // The board's cause comes first: it is the first of all processes. A peer that died while writing it leaves
         // none.
-        match self.board.aborted().or_else(|| self.aborted.get().cloned()) {
+        match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
-            None => Ok(()),
+            None => self.abort_status.check(),
         }
     }
 
     fn count(&self, call: &CollectiveCall, elements: usize) {
-        if let Some(bytes) = self.received.get(&call.group.ranks[call.member]) {
-            bytes.fetch_add((elements * size_of::<f32>()) as u64, Ordering::Relaxed);
-        }
+        self.received.add(&call.group, call.member, elements * size_of::<f32>());
     }
 }
 
@@ -219,7 +217,6 @@ impl Call<'_> {
         self.group_error()
     }
 
-    /// The member's post for this member's next or current rendezvous.
     fn posted_next(&self, member: usize) -> Option<&Post> {
         let next = self.progress.rendezvous_count.load(Ordering::Relaxed).wrapping_add(1);
         let post = &self.other(member).posts[(next % 2) as usize];
@@ -252,7 +249,6 @@ impl Call<'_> {
         }
     }
 
-    /// Waits until all members have reached the barrier.
     fn barrier(&self, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<(), KernelError> {
         let barriers = self.progress.barriers.load(Ordering::Relaxed).wrapping_add(1);
         self.progress.barriers.store(barriers, Ordering::Relaxed);
@@ -409,7 +405,7 @@ impl Collective for SharedMemory {
     }
 
     fn abort(&self, cause: &str) {
-        let _ = self.aborted.set(cause.to_owned());
+        self.abort_status.abort(cause);
         self.board.abort(cause, self.groups.iter().map(|known| known.group.ranks.len()));
     }
 
@@ -435,7 +431,7 @@ impl Collective for SharedMemory {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        self.received.get(&rank).map_or(0, |bytes| bytes.load(Ordering::Relaxed))
+        self.received.of(rank)
     }
 }
 

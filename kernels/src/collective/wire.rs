@@ -21,6 +21,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crate::collective::exchange::{Terms, all_reduce_foreign, check_buffers, check_members};
+use crate::collective::status::ReceivedBytes;
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::KernelError;
 use crate::hash::Fnv;
@@ -76,7 +77,7 @@ pub struct Wire {
     /// Creates the channels that `unused_channels` does not hold.
     connect: Option<Box<Connect>>,
     groups: Mutex<Groups>,
-    received: Mutex<HashMap<usize, u64>>,
+    received: ReceivedBytes,
     aborted: Arc<OnceLock<KernelError>>,
     write_timeout: Duration,
     tree_bytes_max: AtomicUsize,
@@ -113,7 +114,7 @@ impl Wire {
             unused_channels: Mutex::new(channels),
             connect: None,
             groups: Mutex::default(),
-            received: Mutex::default(),
+            received: ReceivedBytes::default(),
             aborted: Arc::default(),
             write_timeout,
             tree_bytes_max: AtomicUsize::new(TREE_BYTES_MAX),
@@ -253,8 +254,7 @@ impl Collective for Wire {
         match member.run(call, &mut words, (&shapes.0, &shapes.1), limit) {
             Ok(taken) => {
                 member.port.finish_call();
-                *self.received.lock().entry(call.group.ranks[call.member]).or_default() +=
-                    (taken * size_of::<f32>()) as u64;
+                self.received.add(&call.group, call.member, taken * size_of::<f32>());
                 Ok(())
             }
             Err(error) => Err(member.port.fail(error)),
@@ -275,7 +275,7 @@ impl Collective for Wire {
     }
 
     fn bytes_received(&self, rank: usize) -> u64 {
-        self.received.lock().get(&rank).copied().unwrap_or(0)
+        self.received.of(rank)
     }
 }
 

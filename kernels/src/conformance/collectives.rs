@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::thread;
 
-use super::{Notifications, Numbers, Report, flat, run_program, wait};
-use crate::clock::RaceClock;
+use super::harness::{self, Notifications, Numbers, Report, TIMEOUT, flat, run_program, wait};
+use crate::clock::Stamped;
 use crate::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 use crate::device::Device;
 use crate::error::KernelError;
@@ -20,7 +20,6 @@ struct Member {
     arena: Arena,
 }
 
-/// Bytes of a member's arena.
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
 /// Creates those devices of this process, in order, among the given number of devices with ranks from 0; each with an
@@ -78,7 +77,6 @@ impl EngineRequirements {
     }
 }
 
-/// Runs all checks.
 pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineRequirements) {
     let EngineRequirements { members_max, sums, single_process, compares_calls, any_order } = *requirements;
     for n in 1..=members_max {
@@ -86,8 +84,7 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineReq
             Ok(members) => members,
             Err(error) => return report.fail("collectives", error),
         };
-        let mut suite =
-            Suite { report, n, members: &members, numbers: Numbers { state: n as u64, halves: false }, group: 0, sums };
+        let mut suite = Suite { report, n, members: &members, numbers: Numbers::new(n as u64, false), group: 0, sums };
         suite.all_reduces();
         suite.moves();
         suite.reduce_scatters();
@@ -113,14 +110,11 @@ fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>, KernelError> {
     make(n)?.into_iter().map(member).collect()
 }
 
-/// [`super::submit`] from a separate thread: engines rely on that no thread submits for two members, which might wait
+/// [`harness::submit`] from a separate thread: engines rely on that no thread submits for two members, which might wait
 /// for each other.
 fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications, KernelError> {
-    let clock = RaceClock::capture();
-    let submit = || {
-        clock.join();
-        super::submit(stream, program, arenas, repeat)
-    };
+    let program = Stamped::new(program);
+    let submit = || harness::submit(stream, program.open(), arenas, repeat);
     let submitted = thread::scope(|scope| scope.spawn(submit).join());
     submitted.unwrap_or_else(|_| Err(KernelError::Aborted { cause: "submit panicked".to_owned() }))
 }
@@ -152,7 +146,6 @@ struct Suite<'a> {
     report: &'a mut Report,
     /// Number of members of each group.
     n: usize,
-    /// The members of this process.
     members: &'a [Member],
     numbers: Numbers,
     group: u32,
@@ -178,7 +171,6 @@ fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
     all
 }
 
-/// The elements of a region of a whole tensor.
 fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
@@ -218,7 +210,6 @@ impl Suite<'_> {
         }
     }
 
-    /// A group of all members, with the next id.
     fn next_group(&mut self) -> Arc<Group> {
         self.group = self.group % GROUPS + 1;
         Arc::new(Group { id: self.group, ranks: (0..self.n).collect() })
@@ -567,7 +558,7 @@ fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind
     let program = Program { name: check.to_owned(), launches: vec![launch.clone()], signals: vec![(0, 1)] };
     let waiting = submit(&members[0].stream, program, &[&members[0].arena], false)?;
     // The signal is sent when the stream has reached the collective.
-    let started = waiting.recv_timeout(super::TIMEOUT).is_ok();
+    let started = waiting.recv_timeout(TIMEOUT).is_ok();
     members[1].device.engine().abort("aborted by the test");
     members[1].device.engine().abort("a later cause");
     let expected = Err(KernelError::Aborted { cause: "aborted by the test".to_owned() });

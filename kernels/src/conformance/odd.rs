@@ -2,8 +2,8 @@
 
 use std::hash::Hasher;
 
+use super::harness::{Initial, Layout, Numbers, Report, Trial, Types, run_program, wide};
 use super::reference as exact;
-use super::{Initial, Layout, Numbers, Report, Trial, Types, run_program, wide};
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::hash::Fnv;
@@ -35,7 +35,7 @@ fn is_same(got: f32, expected: f64, tolerance: f64) -> bool {
 fn rows(report: &mut Report, device: &Device) {
     const NAN: f32 = f32::NAN;
     const INFINITY: f32 = f32::INFINITY;
-    let mut numbers = Numbers { state: 5, halves: true };
+    let mut numbers = Numbers::new(5, true);
     let special = [
         // Only -Inf; no finite value; Inf; Inf, -Inf and NaN; finite values around -Inf; a finite value, -Inf and NaN.
         [-INFINITY; 7],
@@ -117,7 +117,7 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
 fn attention(report: &mut Report, device: &Device) {
     const SHAPE: [usize; 4] = [1, 80, 1, 8];
     let filled = |f: &dyn Fn(usize) -> f32| HostTensor::f32(&SHAPE, (0..640).map(|i| f(i / 8)).collect());
-    let v = Numbers { state: 1, halves: true }.tensor(&SHAPE, 1.0);
+    let v = Numbers::new(1, true).tensor(&SHAPE, 1.0);
     let q = filled(&|t| if t == 79 { f32::NAN } else { 1.0 });
     // The result of a library for a tile in which no key contributes is undefined; libraries write BF16.
     for (types, far, first) in [(Types::Floats, 66, 0), (Types::Widening, 66, 0), (Types::Halves, 10, 10 * 8)] {
@@ -145,7 +145,7 @@ fn attention(report: &mut Report, device: &Device) {
 
 /// The error reports the first invalid index and its position.
 fn indices(report: &mut Report, device: &Device) {
-    let mut numbers = Numbers::default();
+    let mut numbers = Numbers::new(0, false);
     let (table, logits, max) =
         (numbers.tensor(&[5, 3], 1.0), numbers.tensor(&[700, 5], 1.0), numbers.tensor(&[700], 1.0));
     for bad in [-1, i32::MIN, 20, i32::MAX] {

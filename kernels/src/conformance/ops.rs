@@ -1,7 +1,7 @@
 //! Every op against its f64 reference.
 
+use super::harness::{BF16_ROUNDING, Initial, Numbers, Report, Trial, Types, flat, wide};
 use super::reference as exact;
-use super::{BF16_ROUNDING, Initial, Numbers, Report, Trial, Types, flat, wide};
 use half::bf16;
 
 use crate::device::Device;
@@ -22,7 +22,7 @@ const UNALIGNED_ELEMENTS_MAX: usize = 5000;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
     for types in [Types::Floats, Types::Halves, Types::Widening] {
-        let numbers = Numbers { state: 1, halves: types != Types::Floats };
+        let numbers = Numbers::new(1, types != Types::Floats);
         let mut suite = Suite { report, device, numbers, types };
         suite.elementwise();
         suite.sums();
@@ -47,10 +47,9 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     }
 }
 
-/// Attention, with all dtypes.
 pub(super) fn run_attentions(report: &mut Report, device: &Device) {
     for types in [Types::Floats, Types::Halves, Types::Widening] {
-        let numbers = Numbers { state: 1, halves: types != Types::Floats };
+        let numbers = Numbers::new(1, types != Types::Floats);
         Suite { report, device, numbers, types }.attentions();
     }
 }

@@ -1,12 +1,13 @@
 //! Streams, events, signals, failures of single programs, memory.
 
+use std::error::Error;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use parking_lot::Mutex;
 
-use super::{Report, TIMEOUT, run_program, submit, wait};
-use crate::clock::RaceClock;
+use super::harness::{Report, TIMEOUT, run_program, submit, wait};
+use crate::clock::Stamped;
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::memory::Arena;
@@ -16,7 +17,7 @@ use crate::tensor::{DType, HostTensor, Region};
 
 /// A kernel that waits until the test opens it.
 #[derive(Debug)]
-struct Gate(Mutex<Receiver<RaceClock>>);
+struct Gate(Mutex<Receiver<Stamped<()>>>);
 
 impl CustomKernel for Gate {
     fn name(&self) -> &str {
@@ -25,13 +26,11 @@ impl CustomKernel for Gate {
 
     fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
         let never_opened = |_| KernelError::Custom { name: "gate".to_owned(), message: "never opened".to_owned() };
-        let clock = self.0.lock().recv_timeout(TIMEOUT).map_err(never_opened)?;
-        clock.join();
-        Ok(())
+        self.0.lock().recv_timeout(TIMEOUT).map(Stamped::open).map_err(never_opened)
     }
 }
 
-fn gate() -> (Sender<RaceClock>, Launch) {
+fn gate() -> (Sender<Stamped<()>>, Launch) {
     let (open, receiver) = channel();
     (open, launch(Op::Custom(Arc::new(Gate(Mutex::new(receiver)))), &[], &[]))
 }
@@ -81,8 +80,9 @@ fn fill(value: f32, buffer: Buffer) -> Launch {
     launch(Op::Fill { value }, &[], &[buffer])
 }
 
-/// Returns a description of the failure, if any.
-type Check = fn(&Device) -> Result<(), String>;
+type Outcome = Result<(), Box<dyn Error>>;
+
+type Check = fn(&Device) -> Outcome;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
     let checks: [(&str, Check); 8] = [
@@ -102,25 +102,21 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     }
 }
 
-fn text(error: impl ToString) -> String {
-    error.to_string()
+fn make(device: &Device, bytes: usize) -> Result<(Stream, Arena), Box<dyn Error>> {
+    Ok((device.stream("conformance", device.threads_per_stream())?, device.arena(bytes)?))
 }
 
-fn make(device: &Device, bytes: usize) -> Result<(Stream, Arena), String> {
-    Ok((device.stream("conformance", device.threads_per_stream()).map_err(text)?, device.arena(bytes).map_err(text)?))
+fn expect_floats(arena: &Arena, offset: usize, expected: &[f32]) -> Outcome {
+    let got = arena.read_host(offset, &[expected.len()], DType::F32)?;
+    if got.as_f32() == Some(expected) { Ok(()) } else { Err(format!("expected {expected:?}, got {got:?}").into()) }
 }
 
-fn expect_floats(arena: &Arena, offset: usize, expected: &[f32]) -> Result<(), String> {
-    let got = arena.read_host(offset, &[expected.len()], DType::F32).map_err(text)?;
-    if got.as_f32() == Some(expected) { Ok(()) } else { Err(format!("expected {expected:?}, got {got:?}")) }
-}
-
-fn ensure(holds: bool, what: &str) -> Result<(), String> {
-    if holds { Ok(()) } else { Err(what.to_owned()) }
+fn ensure(holds: bool, what: &str) -> Outcome {
+    if holds { Ok(()) } else { Err(what.into()) }
 }
 
 /// Submissions run in order, and so do launches; `synchronize` waits for all of them.
-fn order(device: &Device) -> Result<(), String> {
+fn order(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 128)?;
     let mut ends = Vec::new();
     for i in 0..50 {
@@ -129,9 +125,9 @@ fn order(device: &Device) -> Result<(), String> {
             fill((i + 1) as f32, floats(0, 64, &[4])),
         ];
         let program = Program { name: "order".to_owned(), launches, signals: vec![] };
-        ends.push(submit(&stream, program, &[&arena], false).map_err(text)?);
+        ends.push(submit(&stream, program, &[&arena], false)?);
     }
-    stream.synchronize().map_err(text)?;
+    stream.synchronize()?;
     for end in &ends {
         ensure(end.try_recv() == Ok(Notification::Done), "synchronize returned before the end")?;
     }
@@ -139,44 +135,43 @@ fn order(device: &Device) -> Result<(), String> {
 }
 
 /// Work after a wait for another stream's event starts only once the event is set.
-fn events(device: &Device) -> Result<(), String> {
+fn events(device: &Device) -> Outcome {
     let (first, arena) = make(device, 128)?;
     let (second, _) = make(device, 0)?;
     let (open, wait_for_gate) = gate();
     let program = |launches| Program { name: "events".to_owned(), launches, signals: vec![] };
-    let producer =
-        submit(&first, program(vec![wait_for_gate, fill(3.0, floats(0, 0, &[2]))]), &[&arena], false).map_err(text)?;
+    let producer = submit(&first, program(vec![wait_for_gate, fill(3.0, floats(0, 0, &[2]))]), &[&arena], false)?;
     let event = first.record();
-    second.wait_for(&event).map_err(text)?;
+    second.wait_for(&event)?;
     let copy = launch(Op::Copy, &[floats(0, 0, &[2])], &[floats(0, 64, &[2])]);
-    let consumer = submit(&second, program(vec![copy]), &[&arena], false).map_err(text)?;
+    let consumer = submit(&second, program(vec![copy]), &[&arena], false)?;
     let after = second.record();
     ensure(!event.query() && !after.query(), "an event was set before the work recorded before it finished")?;
     ensure(consumer.try_recv().is_err(), "work after an event did not wait")?;
-    open.send(RaceClock::capture()).map_err(text)?;
-    wait(&producer).map_err(text)?;
-    wait(&consumer).map_err(text)?;
+    open.send(Stamped::new(()))?;
+    wait(&producer)?;
+    wait(&consumer)?;
     after.synchronize();
     ensure(event.query() && after.query(), "an event was not set")?;
     expect_floats(&arena, 64, &[3.0, 3.0])
 }
 
 /// A signal is sent after the launches before it have finished, and before those after it.
-fn signals(device: &Device) -> Result<(), String> {
+fn signals(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let (open, wait_for_gate) = gate();
     let launches = vec![fill(1.0, floats(0, 0, &[1])), wait_for_gate, fill(2.0, floats(0, 0, &[1]))];
     let program = Program { name: "signals".to_owned(), launches, signals: vec![(0, 7), (1, 8), (1, 9), (3, 10)] };
-    let notifications = submit(&stream, program, &[&arena], false).map_err(text)?;
+    let notifications = submit(&stream, program, &[&arena], false)?;
     for tag in [7, 8, 9] {
-        let notification = notifications.recv_timeout(TIMEOUT).map_err(text)?;
+        let notification = notifications.recv_timeout(TIMEOUT)?;
         ensure(notification == Notification::Signal(tag), &format!("expected signal {tag}, got {notification:?}"))?;
     }
     // The gate is closed, so nothing writes.
     expect_floats(&arena, 0, &[1.0])?;
-    open.send(RaceClock::capture()).map_err(text)?;
+    open.send(Stamped::new(()))?;
     for expected in [Notification::Signal(10), Notification::Done] {
-        let notification = notifications.recv_timeout(TIMEOUT).map_err(text)?;
+        let notification = notifications.recv_timeout(TIMEOUT)?;
         ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
     }
     ensure(notifications.recv_timeout(TIMEOUT).is_err(), "a notification arrived after the end")?;
@@ -185,7 +180,7 @@ fn signals(device: &Device) -> Result<(), String> {
 
 /// With Inf/NaN checks enabled, a stream reports the first write of a submission that contains Inf or NaN, and no
 /// others.
-fn finite(device: &Device) -> Result<(), String> {
+fn finite(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let (x, y) = (|| floats(0, 0, &[2]), || floats(0, 8, &[2]));
     let one = Region { start: vec![0], size: vec![1] };
@@ -203,12 +198,11 @@ fn finite(device: &Device) -> Result<(), String> {
         (false, bad(f32::NAN), None),
         (true, mixed, Some((2, 1))),
     ] {
-        stream.check_finite(on).map_err(text)?;
-        let notifications =
-            submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
+        stream.check_finite(on)?;
+        let notifications = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false)?;
         let found = |(launch, elements)| Notification::NotFinite { launch, write: 0, elements };
         for expected in expected.map(found).into_iter().chain([Notification::Done]) {
-            let notification = notifications.recv_timeout(TIMEOUT).map_err(text)?;
+            let notification = notifications.recv_timeout(TIMEOUT)?;
             ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
         }
     }
@@ -216,7 +210,7 @@ fn finite(device: &Device) -> Result<(), String> {
 }
 
 /// A kernel that panics ends only its program.
-fn failures(device: &Device) -> Result<(), String> {
+fn failures(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let bad = vec![
         fill(1.0, floats(0, 0, &[1])),
@@ -224,16 +218,16 @@ fn failures(device: &Device) -> Result<(), String> {
         fill(2.0, floats(0, 0, &[1])),
     ];
     let program = Program { name: "bad".to_owned(), launches: bad, signals: vec![(1, 1), (2, 2)] };
-    let first = submit(&stream, program, &[&arena], false).map_err(text)?;
+    let first = submit(&stream, program, &[&arena], false)?;
     let copy = vec![launch(Op::Copy, &[floats(0, 0, &[1])], &[floats(0, 4, &[1])])];
-    let second = submit(&stream, Program { launches: copy, ..Program::default() }, &[&arena], false).map_err(text)?;
+    let second = submit(&stream, Program { launches: copy, ..Program::default() }, &[&arena], false)?;
     let expected = KernelError::Panic {
         launch: "1 (panics)".to_owned(),
         program: "bad".to_owned(),
         message: "on purpose".to_owned(),
     };
     for expected in [Notification::Signal(1), Notification::Failed(expected)] {
-        let notification = first.recv_timeout(TIMEOUT).map_err(text)?;
+        let notification = first.recv_timeout(TIMEOUT)?;
         ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
     }
     ensure(first.recv_timeout(TIMEOUT).is_err(), "a notification arrived after the failure")?;
@@ -242,7 +236,7 @@ fn failures(device: &Device) -> Result<(), String> {
 }
 
 /// Buffers that do not fit their bases cause an error, never a crash.
-fn invalid_buffers(device: &Device) -> Result<(), String> {
+fn invalid_buffers(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let cases = [
         ("beyond the end", fill(0.0, floats(0, 4, &[16]))),
@@ -265,19 +259,19 @@ fn invalid_buffers(device: &Device) -> Result<(), String> {
     expect_floats(&arena, 0, &[0.0; 16])
 }
 
-fn custom(device: &Device) -> Result<(), String> {
+fn custom(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
-    arena.write_host(0, &HostTensor::f32(&[1], vec![1.5])).map_err(text)?;
-    arena.write_host(4, &HostTensor::i32(&[1], vec![2])).map_err(text)?;
+    arena.write_host(0, &HostTensor::f32(&[1], vec![1.5]))?;
+    arena.write_host(4, &HostTensor::i32(&[1], vec![2]))?;
     let integer = Buffer { dtype: DType::I32, ..floats(0, 4, &[1]) };
     let mixed = launch(Op::Custom(Arc::new(Mixed)), &[floats(0, 0, &[1]), integer], &[floats(0, 8, &[1])]);
-    run_program(&stream, vec![mixed], &[&arena], false).map_err(text)?;
+    run_program(&stream, vec![mixed], &[&arena], false)?;
     expect_floats(&arena, 8, &[3.5])
 }
 
 /// Arenas are counted, zeroed, and kept alive by submissions. A stream allocates the bytes documented for the device's
 /// kind; nothing else is ever allocated.
-fn memory(device: &Device) -> Result<(), String> {
+fn memory(device: &Device) -> Outcome {
     let bytes_before = device.bytes_allocated();
     let (stream, arena) = make(device, 1 << 20)?;
     let (bytes, count) = ((1 << 20) + device.kind().stream_bytes(), device.allocation_count());
@@ -285,16 +279,16 @@ fn memory(device: &Device) -> Result<(), String> {
     ensure(device.bytes_peak() >= device.bytes_allocated(), "bytes_peak is below bytes_allocated")?;
     expect_floats(&arena, 0, &[0.0; 1024])?;
     for _ in 0..20 {
-        run_program(&stream, vec![fill(1.0, floats(0, 0, &[1000]))], &[&arena], false).map_err(text)?;
+        run_program(&stream, vec![fill(1.0, floats(0, 0, &[1000]))], &[&arena], false)?;
     }
     ensure(device.allocation_count() == count, "running a program allocated device memory")?;
     let (open, wait_for_gate) = gate();
     let launches = vec![wait_for_gate, fill(2.0, floats(0, 0, &[1000]))];
-    let notifications = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false).map_err(text)?;
+    let notifications = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false)?;
     drop(arena);
     ensure(device.bytes_allocated() == bytes_before + bytes, "an arena was freed during a submission")?;
-    open.send(RaceClock::capture()).map_err(text)?;
-    wait(&notifications).map_err(text)?;
+    open.send(Stamped::new(()))?;
+    wait(&notifications)?;
     drop(stream);
     ensure(device.bytes_allocated() == bytes_before, "an arena was not freed after its last use")?;
     ensure(device.arena(usize::MAX / 2).is_err(), "an allocation of excessive size succeeded")

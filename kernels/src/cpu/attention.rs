@@ -3,12 +3,12 @@
 //! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: whole rows of a block fit in L2.
 #![allow(unsafe_code)]
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::matmul::{Matrix, SharedMatrix, product};
 use crate::cpu::pool::{Pieces, Pool};
-use crate::cpu::simd::{dispatch, exp, fold, max, sum, update};
+use crate::cpu::simd::{dispatch, exp, fold, inlined, max, sum, update};
 use crate::error::KernelError;
-use crate::op::ATTENTION_BLOCK;
+use crate::op::describe::ATTENTION_BLOCK;
 use crate::tensor::split_range;
 
 /// Extents of `[b, t, h, d]`.
@@ -63,7 +63,6 @@ impl Dims {
     }
 }
 
-/// A row-major matrix in a slice.
 fn plain(slice: &mut [f32], columns: usize) -> Matrix {
     Matrix { start: slice.as_mut_ptr(), row: columns, column: 1 }
 }
@@ -79,11 +78,9 @@ unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
 
 pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
     let dims = Dims::of(args, 0)?;
-    for read in [1, 2] {
-        args.expect_read(read, args.read_shape(0))?;
-    }
-    args.expect_write(0, args.read_shape(0))?;
-    args.expect_write(1, &dims.lse_shape())?;
+    args.expect_reads(&[1, 2], args.read_shape(0))?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1], &dims.lse_shape())?;
     let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| start_of(slice.as_ptr()));
     let o = start_of(args.out(0)?.as_mut_ptr());
     let lse = Pieces::new(args.out(1)?);
@@ -100,10 +97,7 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
                 product((rows, end, depth), plain(scores, end), false, scale, q.at(first, 0), k.transposed());
             }
             let lse = &mut lse[first..end];
-            dispatch(
-                #[inline(always)]
-                || softmax_block(scores, lse, first, end),
-            );
+            inlined!(dispatch(|| softmax_block(scores, lse, first, end)));
             // SAFETY: as above.
             unsafe { product((rows, depth, end), o.at(first, 0), false, 1.0, plain(scores, end), v) };
         }
@@ -122,20 +116,10 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
     for (i, (row, lse)) in scores.chunks_exact_mut(end).zip(lse).enumerate() {
         let (past, future) = row.split_at_mut(first + i + 1);
         let largest = max(past);
-        update(
-            past,
-            [],
-            #[inline(always)]
-            |score, []| exp(score - largest),
-        );
+        inlined!(update(past, [], |score, []| exp(score - largest)));
         let sum = sum(past);
         let inverse = 1.0 / sum;
-        update(
-            past,
-            [],
-            #[inline(always)]
-            |p, []| p * inverse,
-        );
+        inlined!(update(past, [], |p, []| p * inverse));
         future.fill(0.0);
         *lse = largest + sum.ln();
     }
@@ -143,13 +127,9 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
 
 pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
     let dims = Dims::of(args, 0)?;
-    for read in 1..5 {
-        args.expect_read(read, args.read_shape(0))?;
-    }
-    args.expect_read(5, &dims.lse_shape())?;
-    for write in 0..3 {
-        args.expect_write(write, args.read_shape(0))?;
-    }
+    args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
+    args.expect_reads(&[5], &dims.lse_shape())?;
+    args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
     let mut inputs = [start_of(std::ptr::null()); 5];
     for (i, input) in inputs.iter_mut().enumerate() {
         *input = start_of(args.f32(i)?.as_ptr());
@@ -194,38 +174,19 @@ fn grad_block(
         product((rows, end, depth), plain(p, end), false, scale, q, k.transposed());
         product((rows, end, depth), plain(ds, end), false, 1.0, d_o, v.transposed());
     }
-    dispatch(
-        #[inline(always)]
-        || {
-            for i in 0..rows {
-                let (past, future) = p[i * end..(i + 1) * end].split_at_mut(first + i + 1);
-                let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
-                let lse = lse[first + i];
-                // SAFETY: as above; both are only read.
-                let delta = unsafe {
-                    fold(
-                        [row(d_o, i, depth), row(o, i, depth)],
-                        #[inline(always)]
-                        |[d_o, o]| d_o * o,
-                    )
-                };
-                update(
-                    past,
-                    [],
-                    #[inline(always)]
-                    |score, []| exp(score - lse),
-                );
-                update(
-                    ds_past,
-                    [past],
-                    #[inline(always)]
-                    |dp, [p]| p * (dp - delta),
-                );
-                future.fill(0.0);
-                ds_future.fill(0.0);
-            }
-        },
-    );
+    inlined!(dispatch(|| {
+        for i in 0..rows {
+            let (past, future) = p[i * end..(i + 1) * end].split_at_mut(first + i + 1);
+            let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
+            let lse = lse[first + i];
+            // SAFETY: as above; both are only read.
+            let delta = unsafe { inlined!(fold([row(d_o, i, depth), row(o, i, depth)], |[d_o, o]| d_o * o)) };
+            inlined!(update(past, [], |score, []| exp(score - lse)));
+            inlined!(update(ds_past, [past], |dp, [p]| p * (dp - delta)));
+            future.fill(0.0);
+            ds_future.fill(0.0);
+        }
+    }));
     // SAFETY: as above.
     unsafe {
         product((end, depth, rows), dv, accumulate, 1.0, plain(p, end).transposed(), d_o);

@@ -1,8 +1,8 @@
 //! Dropout whose mask is a function of the element's index in the whole tensor.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{Operand, dispatch};
+use crate::cpu::simd::{Operand, dispatch, inlined};
 use crate::error::KernelError;
 use crate::hash::mix64;
 use crate::region::check_inside;
@@ -46,8 +46,8 @@ pub(crate) fn dropout(
     stride: usize,
 ) -> Result<(), KernelError> {
     let local = args.read_shape(0);
-    args.expect_write(0, local)?;
-    args.expect_read(1, &[2])?;
+    args.expect_writes(&[0], local)?;
+    args.expect_reads(&[1], &[2])?;
     check_inside("dropout", "x in the whole tensor", &Region { start: start.to_vec(), size: local.to_vec() }, shape)?;
     if !(0.0..=1.0).contains(&p) {
         return Err(args.refused("p", "0 to 1", p.to_string()));
@@ -67,21 +67,18 @@ pub(crate) fn dropout(
             let place = part_start + row_start(row, local, shape, start) as u64;
             let x = x.range(row * width..(row + 1) * width);
             let y = &mut y[i * width..(i + 1) * width];
-            dispatch(
-                #[inline(always)]
-                || match x {
-                    Operand::Same => (0u32..).zip(y.iter_mut()).for_each(
+            inlined!(dispatch(|| match x {
+                Operand::Same => (0u32..).zip(y.iter_mut()).for_each(
+                    #[inline(always)]
+                    |(j, y)| *y = mask.apply(place, j, *y),
+                ),
+                Operand::Other(x) => {
+                    (0u32..).zip(y.iter_mut().zip(x)).for_each(
                         #[inline(always)]
-                        |(j, y)| *y = mask.apply(place, j, *y),
-                    ),
-                    Operand::Other(x) => {
-                        (0u32..).zip(y.iter_mut().zip(x)).for_each(
-                            #[inline(always)]
-                            |(j, (y, x))| *y = mask.apply(place, j, *x),
-                        );
-                    }
-                },
-            );
+                        |(j, (y, x))| *y = mask.apply(place, j, *x),
+                    );
+                }
+            }));
         }
     });
     Ok(())

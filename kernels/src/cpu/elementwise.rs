@@ -2,9 +2,9 @@
 
 use half::bf16;
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{LANES, Operand, dispatch, map_operand, map_operands, normal};
+use crate::cpu::simd::{LANES, Operand, dispatch, inlined, map_operand, map_operands, normal};
 use crate::error::KernelError;
 use crate::region::{check_inside, for_each_run};
 use crate::tensor::{DType, Region, element_count};
@@ -14,10 +14,7 @@ fn parallel_map(pool: &Pool, x: Operand<'_>, y: &mut [f32], weight: usize, f: im
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
         let x = x.range(range);
-        dispatch(
-            #[inline(always)]
-            || map_operand(x, y, &f),
-        );
+        inlined!(dispatch(|| map_operand(x, y, &f)));
     });
 }
 
@@ -32,10 +29,7 @@ fn parallel_map_two(
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
         let (a, b) = (a.range(range.clone()), b.range(range));
-        dispatch(
-            #[inline(always)]
-            || map_operands(a, b, y, &f),
-        );
+        inlined!(dispatch(|| map_operands(a, b, y, &f)));
     });
 }
 
@@ -76,7 +70,7 @@ pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> 
 
 pub(crate) fn cast(args: &mut Args<'_>) -> Result<(), KernelError> {
     let shape = args.read_shape(0);
-    args.expect_write(0, shape)?;
+    args.expect_writes(&[0], shape)?;
     match (args.read_dtype(0), args.write_dtype(0)) {
         (DType::F32, DType::BF16) => {
             let (x, y) = (args.f32(0)?, args.out_bf16(0)?);
@@ -92,7 +86,6 @@ pub(crate) fn cast(args: &mut Args<'_>) -> Result<(), KernelError> {
     }
 }
 
-/// Overwrites `y` with `x`, or adds to it.
 fn store(y: &mut [f32], x: &[f32], accumulate: bool) {
     if accumulate {
         y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
@@ -130,21 +123,14 @@ pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Re
 
 pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (a_shape, b_shape) = (args.read_shape(0), args.read_shape(1));
-    args.expect_write(0, a_shape)?;
+    args.expect_writes(&[0], a_shape)?;
     if !a_shape.ends_with(b_shape) {
         return Err(args.refused("shape of read 1", format!("a suffix of {a_shape:?}"), format!("{b_shape:?}")));
     }
     let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
     if a_shape == b_shape {
         let b = args.operand(1, 0)?;
-        parallel_map_two(
-            pool,
-            [a, b],
-            args.out(0)?,
-            1,
-            #[inline(always)]
-            |a, b| a + b,
-        );
+        inlined!(parallel_map_two(pool, [a, b], args.out(0)?, 1, |a, b| a + b));
         return Ok(());
     }
     let (b, y) = (args.f32(1)?, args.out(0)?);
@@ -153,18 +139,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
         let a = a.range(range.start * width..range.end * width);
         for (i, y) in y.chunks_exact_mut(width).enumerate() {
             let a = a.range(i * width..(i + 1) * width);
-            dispatch(
-                #[inline(always)]
-                || {
-                    map_operands(
-                        a,
-                        Operand::Other(b),
-                        y,
-                        #[inline(always)]
-                        |a, b| a + b,
-                    )
-                },
-            );
+            inlined!(dispatch(|| { inlined!(map_operands(a, Operand::Other(b), y, |a, b| a + b)) }));
         }
     });
     Ok(())
@@ -173,14 +148,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
 pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(
-        pool,
-        x,
-        args.out(0)?,
-        1,
-        #[inline(always)]
-        |x| factor * x,
-    );
+    inlined!(parallel_map(pool, x, args.out(0)?, 1, |x| factor * x));
     Ok(())
 }
 
@@ -197,14 +165,11 @@ pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), Kernel
         if !accumulate {
             y.fill(0.0);
         }
-        dispatch(
-            #[inline(always)]
-            || {
-                for row in x.chunks_exact(width) {
-                    y.iter_mut().zip(&row[columns.clone()]).for_each(|(y, x)| *y += x);
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for row in x.chunks_exact(width) {
+                y.iter_mut().zip(&row[columns.clone()]).for_each(|(y, x)| *y += x);
+            }
+        }));
     });
     Ok(())
 }
@@ -212,14 +177,7 @@ pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), Kernel
 pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     args.expect_same_count(0, 0)?;
     let x = args.operand(0, 0)?;
-    parallel_map(
-        pool,
-        x,
-        args.out(0)?,
-        4,
-        #[inline(always)]
-        |x| x * normal(x).0,
-    );
+    inlined!(parallel_map(pool, x, args.out(0)?, 4, |x| x * normal(x).0));
     Ok(())
 }
 
@@ -227,16 +185,9 @@ pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelEr
     args.expect_same_count(0, 0)?;
     args.expect_same_count(1, 0)?;
     let inputs = [args.operand(0, 0)?, args.operand(1, 0)?];
-    parallel_map_two(
-        pool,
-        inputs,
-        args.out(0)?,
-        4,
-        #[inline(always)]
-        |dy, x| {
-            let (cdf, pdf) = normal(x);
-            dy * x.mul_add(pdf, cdf)
-        },
-    );
+    inlined!(parallel_map_two(pool, inputs, args.out(0)?, 4, |dy, x| {
+        let (cdf, pdf) = normal(x);
+        dy * x.mul_add(pdf, cdf)
+    }));
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Embedding tables and their gradients.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::error::KernelError;
 use crate::tensor::element_count;
@@ -9,7 +9,7 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
     let (&[held, width], ids_shape) = (args.read_shape(1), args.read_shape(0)) else {
         return Err(args.refused("shape of read 1", "[v, c]", format!("{:?}", args.read_shape(1))));
     };
-    args.expect_write(0, &[ids_shape, &[width]].concat())?;
+    args.expect_writes(&[0], &[ids_shape, &[width]].concat())?;
     let (ids, table, y) = (args.indices(0, vocab)?, args.f32(1)?, args.out(0)?);
     let elements = y.len();
     pool.rows(element_count(ids_shape), elements, [y], |rows, [y]| {
@@ -29,7 +29,7 @@ pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
     let (&[vocab, width], ids_shape) = (args.write_shape(0), args.read_shape(0)) else {
         return Err(args.refused("shape of write 0", "[v, c]", format!("{:?}", args.write_shape(0))));
     };
-    args.expect_read(1, &[ids_shape, &[width]].concat())?;
+    args.expect_reads(&[1], &[ids_shape, &[width]].concat())?;
     let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);
     let dtable = args.out(0)?;
     let weight = dy.len() + if accumulate { 0 } else { dtable.len() };

@@ -1,24 +1,21 @@
 //! Softmax cross entropy in parts, so that a vocabulary can be split over devices.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{dispatch, exp, fold, map_operand, max};
+use crate::cpu::simd::{dispatch, exp, fold, inlined, map_operand, max};
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
 pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    args.expect_write(0, leading)?;
+    args.expect_writes(&[0], leading)?;
     let (logits, out) = (args.f32(0)?, args.out(0)?);
     pool.rows(element_count(leading), logits.len(), [out], |rows, [out]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (out, row) in out.iter_mut().zip(rows.clone()) {
-                    *out = max(&logits[row * width..(row + 1) * width]);
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for (out, row) in out.iter_mut().zip(rows.clone()) {
+                *out = max(&logits[row * width..(row + 1) * width]);
+            }
+        }));
     });
     Ok(())
 }
@@ -35,39 +32,26 @@ pub(crate) fn sum_exp_target(
     vocab: usize,
 ) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    for read in [1, 2] {
-        args.expect_read(read, leading)?;
-    }
-    for write in [0, 1] {
-        args.expect_write(write, leading)?;
-    }
+    args.expect_reads(&[1, 2], leading)?;
+    args.expect_writes(&[0, 1], leading)?;
     let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, args.indices(2, vocab)?);
     let outs = [args.out(0)?, args.out(1)?];
     pool.rows(element_count(leading), 4 * logits.len(), outs, |rows, [sums, chosen]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (i, row) in rows.clone().enumerate() {
-                    let logits = &logits[row * width..(row + 1) * width];
-                    let max = maxima[row];
-                    sums[i] = fold(
-                        [logits],
-                        #[inline(always)]
-                        |[logit]| exp(logit - max),
-                    );
-                    chosen[i] = column(targets[row], vocab_start, width).map_or(0.0, |column| logits[column]);
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for (i, row) in rows.clone().enumerate() {
+                let logits = &logits[row * width..(row + 1) * width];
+                let max = maxima[row];
+                sums[i] = inlined!(fold([logits], |[logit]| exp(logit - max)));
+                chosen[i] = column(targets[row], vocab_start, width).map_or(0.0, |column| logits[column]);
+            }
+        }));
     });
     Ok(())
 }
 
 pub(crate) fn token_loss(args: &mut Args<'_>, scale: f32) -> Result<(), KernelError> {
-    for read in [1, 2] {
-        args.expect_read(read, args.read_shape(0))?;
-    }
-    args.expect_write(0, &[])?;
+    args.expect_reads(&[1, 2], args.read_shape(0))?;
+    args.expect_writes(&[0], &[])?;
     let (maxima, sums, chosen) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let tokens = maxima.iter().zip(sums).zip(chosen);
     let loss: f64 =
@@ -86,35 +70,25 @@ pub(crate) fn cross_entropy_grad(
     scale: f32,
 ) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(1)?;
-    args.expect_read(0, &[])?;
-    for read in [2, 3, 4] {
-        args.expect_read(read, leading)?;
-    }
-    args.expect_write(0, args.read_shape(1))?;
+    args.expect_reads(&[0], &[])?;
+    args.expect_reads(&[2, 3, 4], leading)?;
+    args.expect_writes(&[0], args.read_shape(1))?;
     let (logits, factor) = (args.operand(1, 0)?, args.f32(0)?[0] * scale);
     let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, args.i32(4)?);
     let dlogits = args.out(0)?;
     let weight = 4 * dlogits.len();
     pool.rows(element_count(leading), weight, [dlogits], |rows, [dlogits]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (i, row) in rows.clone().enumerate() {
-                    let (max, factor_row) = (maxima[row], factor / sums[row]);
-                    let dlogits = &mut dlogits[i * width..(i + 1) * width];
-                    let logits = logits.range(row * width..(row + 1) * width);
-                    map_operand(
-                        logits,
-                        dlogits,
-                        #[inline(always)]
-                        |logit| factor_row * exp(logit - max),
-                    );
-                    if let Some(column) = column(targets[row], vocab_start, width) {
-                        dlogits[column] -= factor;
-                    }
+        inlined!(dispatch(|| {
+            for (i, row) in rows.clone().enumerate() {
+                let (max, factor_row) = (maxima[row], factor / sums[row]);
+                let dlogits = &mut dlogits[i * width..(i + 1) * width];
+                let logits = logits.range(row * width..(row + 1) * width);
+                inlined!(map_operand(logits, dlogits, |logit| factor_row * exp(logit - max)));
+                if let Some(column) = column(targets[row], vocab_start, width) {
+                    dlogits[column] -= factor;
                 }
-            },
-        );
+            }
+        }));
     });
     Ok(())
 }

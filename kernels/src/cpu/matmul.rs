@@ -5,7 +5,7 @@
 //! nor on caches, nor on the vector width.
 #![allow(unsafe_code)]
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::{Pieces, Pool};
 use crate::error::KernelError;
 use crate::op::Einsum;
@@ -34,7 +34,6 @@ impl Matrix {
         Self { start: self.start, row: self.column, column: self.row }
     }
 
-    /// The submatrix that starts at this row and column.
     pub(crate) fn at(self, row: usize, column: usize) -> Self {
         Self { start: self.start.wrapping_add(row * self.row + column * self.column), ..self }
     }
@@ -110,7 +109,7 @@ fn stored(start: *const f32, rows: usize, columns: usize, transposed: bool) -> M
 
 pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Result<(), KernelError> {
     let dims = einsum.gemm_dims(args.read_shape(0), args.read_shape(1))?;
-    args.expect_write(0, &einsum.output_shape(args.read_shape(0), args.read_shape(1))?)?;
+    args.expect_writes(&[0], &einsum.output_shape(args.read_shape(0), args.read_shape(1))?)?;
     let (a, b, out, accumulate) = (args.f32(0)?, args.f32(1)?, args.out(0)?, args.accumulate);
     let (m, n, k) = (dims.m, dims.n, dims.k);
     assert!(a.len() == m * k && b.len() == k * n && out.len() == m * n, "einsum's dims cover its operands");
@@ -139,7 +138,6 @@ pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Resul
     Ok(())
 }
 
-/// A matrix that is shared with the pool's threads.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedMatrix(pub(crate) Matrix);
 

@@ -1,43 +1,30 @@
 //! Layer norm and its gradient.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::cpu::simd::{LANES, dispatch, fold, map, sum, update};
+use crate::cpu::simd::{LANES, dispatch, fold, inlined, map, sum, update};
 use crate::error::KernelError;
 use crate::tensor::element_count;
 
 pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    args.expect_read(1, &[width])?;
-    args.expect_write(0, args.read_shape(0))?;
-    args.expect_write(1, leading)?;
-    args.expect_write(2, leading)?;
+    args.expect_reads(&[1], &[width])?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1, 2], leading)?;
     let (x, weight) = (args.f32(0)?, args.f32(1)?);
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
     pool.rows(element_count(leading), 2 * x.len(), outs, |rows, [y, means, rstds]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (i, row) in rows.clone().enumerate() {
-                    let x = &x[row * width..(row + 1) * width];
-                    let y = &mut y[i * width..(i + 1) * width];
-                    let mean = sum(x) / width as f32;
-                    let variance = fold(
-                        [x],
-                        #[inline(always)]
-                        |[x]| (x - mean) * (x - mean),
-                    ) / width as f32;
-                    let rstd = 1.0 / (variance + eps).sqrt();
-                    map(
-                        [x, weight],
-                        y,
-                        #[inline(always)]
-                        |[x, weight]| (x - mean) * rstd * weight,
-                    );
-                    (means[i], rstds[i]) = (mean, rstd);
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for (i, row) in rows.clone().enumerate() {
+                let x = &x[row * width..(row + 1) * width];
+                let y = &mut y[i * width..(i + 1) * width];
+                let mean = sum(x) / width as f32;
+                let variance = inlined!(fold([x], |[x]| (x - mean) * (x - mean))) / width as f32;
+                let rstd = 1.0 / (variance + eps).sqrt();
+                inlined!(map([x, weight], y, |[x, weight]| (x - mean) * rstd * weight));
+                (means[i], rstds[i]) = (mean, rstd);
+            }
+        }));
     });
     Ok(())
 }
@@ -50,62 +37,38 @@ const COLUMNS: usize = 256;
 /// all rows in order (BITS-1).
 pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     let (leading, width) = args.rows_of(0)?;
-    args.expect_read(1, args.read_shape(0))?;
-    args.expect_read(2, &[width])?;
-    args.expect_read(3, leading)?;
-    args.expect_read(4, leading)?;
-    args.expect_write(0, args.read_shape(0))?;
-    args.expect_write(1, &[width])?;
+    args.expect_reads(&[1], args.read_shape(0))?;
+    args.expect_reads(&[2], &[width])?;
+    args.expect_reads(&[3, 4], leading)?;
+    args.expect_writes(&[0], args.read_shape(0))?;
+    args.expect_writes(&[1], &[width])?;
     let (dy, x, weight) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let (means, rstds) = (args.f32(3)?, args.f32(4)?);
     let (dx, dweight, accumulate) = (args.out(0)?, args.out(1)?, args.accumulate);
     pool.rows(element_count(leading), 3 * x.len(), [dx], |rows, [dx]| {
-        dispatch(
-            #[inline(always)]
-            || {
-                for (i, row) in rows.clone().enumerate() {
-                    let (dy, x) = (&dy[row * width..(row + 1) * width], &x[row * width..(row + 1) * width]);
-                    let (mean, rstd) = (means[row], rstds[row]);
-                    let g_mean = fold(
-                        [dy, weight],
-                        #[inline(always)]
-                        |[dy, weight]| dy * weight,
-                    ) / width as f32;
-                    let gx_mean = fold(
-                        [dy, weight, x],
-                        #[inline(always)]
-                        |[dy, weight, x]| dy * weight * ((x - mean) * rstd),
-                    );
-                    let gx_mean = gx_mean / width as f32;
-                    map(
-                        [dy, weight, x],
-                        &mut dx[i * width..(i + 1) * width],
-                        #[inline(always)]
-                        |[dy, weight, x]| rstd * (dy * weight - g_mean - (x - mean) * rstd * gx_mean),
-                    );
-                }
-            },
-        );
+        inlined!(dispatch(|| {
+            for (i, row) in rows.clone().enumerate() {
+                let (dy, x) = (&dy[row * width..(row + 1) * width], &x[row * width..(row + 1) * width]);
+                let (mean, rstd) = (means[row], rstds[row]);
+                let g_mean = inlined!(fold([dy, weight], |[dy, weight]| dy * weight)) / width as f32;
+                let gx_mean = inlined!(fold([dy, weight, x], |[dy, weight, x]| dy * weight * ((x - mean) * rstd)));
+                let gx_mean = gx_mean / width as f32;
+                inlined!(map([dy, weight, x], &mut dx[i * width..(i + 1) * width], |[dy, weight, x]| rstd
+                    * (dy * weight - g_mean - (x - mean) * rstd * gx_mean)));
+            }
+        }));
     });
     pool.ranges(dweight, LANES, 2 * x.len(), |columns, dweight| {
         for (block, dweight) in dweight.chunks_mut(COLUMNS).enumerate() {
             let first = columns.start + block * COLUMNS;
             let mut sums = [0.0; COLUMNS];
             let sums = &mut sums[..dweight.len()];
-            dispatch(
-                #[inline(always)]
-                || {
-                    for (row, (&mean, &rstd)) in means.iter().zip(rstds).enumerate() {
-                        let start = row * width + first;
-                        update(
-                            sums,
-                            [&dy[start..], &x[start..]],
-                            #[inline(always)]
-                            |sum, [dy, x]| sum + dy * ((x - mean) * rstd),
-                        );
-                    }
-                },
-            );
+            inlined!(dispatch(|| {
+                for (row, (&mean, &rstd)) in means.iter().zip(rstds).enumerate() {
+                    let start = row * width + first;
+                    inlined!(update(sums, [&dy[start..], &x[start..]], |sum, [dy, x]| sum + dy * ((x - mean) * rstd)));
+                }
+            }));
             for (out, sum) in dweight.iter_mut().zip(sums) {
                 *out = if accumulate { *out + *sum } else { *sum };
             }

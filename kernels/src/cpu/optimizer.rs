@@ -1,8 +1,8 @@
 //! AdamW, and the global gradient norm for clipping.
 
-use crate::cpu::launch::Args;
+use crate::cpu::args::Args;
 use crate::cpu::pool::{FORK_ELEMENTS, Pool};
-use crate::cpu::simd::{LANES, dispatch};
+use crate::cpu::simd::{LANES, dispatch, inlined};
 use crate::error::KernelError;
 use crate::op::{SQUARES_SCALE, check_squares, norm_of_squares};
 use crate::tensor::split_range;
@@ -10,7 +10,6 @@ use crate::tensor::split_range;
 /// Maximum number of parts of a sum of squares; one thread sums each part.
 const PARTS_MAX: usize = 64;
 
-/// The attributes of [`crate::op::Op::AdamW`].
 #[derive(Clone, Copy)]
 pub(crate) struct AdamW {
     pub(crate) beta1: f32,
@@ -29,10 +28,7 @@ pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Res
     pool.ranges(&mut partial[..parts], 1, x.len(), |range, partial| {
         for (part, partial) in range.zip(partial) {
             let x = &x[split_range(x.len(), parts, part)];
-            *partial = dispatch(
-                #[inline(always)]
-                || squares(x),
-            );
+            *partial = inlined!(dispatch(|| squares(x)));
         }
     });
     let sum: f64 = partial[..parts].iter().sum();
@@ -57,8 +53,7 @@ fn squares(x: &[f32]) -> f64 {
 }
 
 pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), KernelError> {
-    args.expect_write(0, &[])?;
-    args.expect_write(1, &[])?;
+    args.expect_writes(&[0, 1], &[])?;
     let sums = args.f32(0)?;
     if !sums.len().is_multiple_of(2) {
         return Err(args.refused("shape of read 0", "[n, 2]", format!("{:?}", args.read_shape(0))));
@@ -94,11 +89,9 @@ impl Update {
 
 pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<(), KernelError> {
     let shape = args.read_shape(0);
-    args.expect_read(1, &[2])?;
-    args.expect_read(2, &[])?;
-    for write in 0..3 {
-        args.expect_write(write, shape)?;
-    }
+    args.expect_reads(&[1], &[2])?;
+    args.expect_reads(&[2], &[])?;
+    args.expect_writes(&[0, 1, 2], shape)?;
     let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
     let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
@@ -115,16 +108,13 @@ pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<()
     };
     pool.rows(grad.len(), 2 * grad.len(), outs, |range, [params, ms, vs]| {
         let grad = &grad[range];
-        dispatch(
-            #[inline(always)]
-            || {
-                let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
-                values.for_each(
-                    #[inline(always)]
-                    |(((&grad, param), m), v)| update.apply(grad, param, m, v),
-                );
-            },
-        );
+        inlined!(dispatch(|| {
+            let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
+            values.for_each(
+                #[inline(always)]
+                |(((&grad, param), m), v)| update.apply(grad, param, m, v),
+            );
+        }));
     });
     Ok(())
 }

@@ -234,7 +234,6 @@ fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
     }
 }
 
-/// A slice of which several threads write disjoint ranges.
 pub(crate) struct Pieces<'a, T> {
     start: *mut T,
     len: usize,

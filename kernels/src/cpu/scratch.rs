@@ -6,10 +6,9 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::cpu::widen;
 use crate::error::KernelError;
 use crate::memory::{ALIGNMENT, Arena, Tally};
-use crate::op::{Launch, Program};
+use crate::op::{Buffer, Launch, Op, Program};
 use crate::tensor::{DType, element_count};
 
 /// As large as needed by the largest launch that a stream has prepared or run. Clones share the memory.
@@ -26,7 +25,6 @@ impl Scratch {
         Self { device, threads, tally, arena: Arc::default() }
     }
 
-    /// Allocates the scratch memory for the program's launches.
     pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
         let bytes = program.launches.iter().map(|launch| bytes(launch, self.threads)).max().unwrap_or(0);
         if bytes > 0 { self.at_least(bytes).map(drop) } else { Ok(()) }
@@ -46,6 +44,13 @@ impl Scratch {
     }
 }
 
+/// Whether a launch runs on widened buffers. Casts and copies support bf16 directly; collectives must not compute with it.
+pub(crate) fn is_widened(launch: &Launch) -> bool {
+    let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
+    let supports_bf16 = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));
+    !supports_bf16 && launch.reads.iter().chain(&launch.writes).any(is_half)
+}
+
 /// Bytes of all threads' parts for a launch on a stream of `threads` threads; widened tensors follow them.
 pub(crate) fn thread_bytes(launch: &Launch, threads: usize) -> usize {
     let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
@@ -60,7 +65,7 @@ pub(crate) fn bytes(launch: &Launch, threads: usize) -> usize {
         let places: BTreeSet<_> = halves.map(|b| (b.base, b.offset, element_count(&b.shape))).collect();
         places.into_iter().map(|(_, _, elements)| wide_bytes(elements)).sum()
     };
-    thread_bytes(launch, threads) + if widen::is_for(launch) { wide(launch) } else { 0 }
+    thread_bytes(launch, threads) + if is_widened(launch) { wide(launch) } else { 0 }
 }
 
 /// Bytes of a bf16 tensor that is widened to f32.

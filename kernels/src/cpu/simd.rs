@@ -13,7 +13,6 @@ const BLOCK: usize = 256;
 pub(crate) enum Operand<'a> {
     /// The memory that is written (in place).
     Same,
-    /// Separate memory.
     Other(&'a [f32]),
 }
 
@@ -44,6 +43,51 @@ pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     }
     pulp::Arch::new().dispatch(Inlined(work))
 }
+
+/// Calls [`dispatch`] or a loop of this module with its closure inlined, as [`dispatch`] requires.
+macro_rules! inlined {
+    ($call:ident(|| $body:expr)) => {
+        $call(
+            #[inline(always)]
+            || $body,
+        )
+    };
+    ($call:ident($a:expr, |$($x:pat_param),*| $body:expr)) => {
+        $call(
+            $a,
+            #[inline(always)]
+            |$($x),*| $body,
+        )
+    };
+    ($call:ident($a:expr, $b:expr, |$($x:pat_param),*| $body:expr)) => {
+        $call(
+            $a,
+            $b,
+            #[inline(always)]
+            |$($x),*| $body,
+        )
+    };
+    ($call:ident($a:expr, $b:expr, $c:expr, |$($x:pat_param),*| $body:expr)) => {
+        $call(
+            $a,
+            $b,
+            $c,
+            #[inline(always)]
+            |$($x),*| $body,
+        )
+    };
+    ($call:ident($a:expr, $b:expr, $c:expr, $d:expr, |$($x:pat_param),*| $body:expr)) => {
+        $call(
+            $a,
+            $b,
+            $c,
+            $d,
+            #[inline(always)]
+            |$($x),*| $body,
+        )
+    };
+}
+pub(crate) use inlined;
 
 /// `y[i] = f([inputs[0][i], ..])`. Call inside [`dispatch`].
 #[inline(always)]
@@ -84,18 +128,8 @@ pub(crate) fn update<const N: usize>(y: &mut [f32], inputs: [&[f32]; N], f: impl
 #[inline(always)]
 pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32) {
     match x {
-        Operand::Same => update(
-            y,
-            [],
-            #[inline(always)]
-            |x, []| f(x),
-        ),
-        Operand::Other(x) => map(
-            [x],
-            y,
-            #[inline(always)]
-            |[x]| f(x),
-        ),
+        Operand::Same => inlined!(update(y, [], |x, []| f(x))),
+        Operand::Other(x) => inlined!(map([x], y, |[x]| f(x))),
     }
 }
 
@@ -103,34 +137,13 @@ pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32)
 #[inline(always)]
 pub(crate) fn map_operands(a: Operand<'_>, b: Operand<'_>, y: &mut [f32], f: impl Fn(f32, f32) -> f32) {
     match (a, b) {
-        (Operand::Same, Operand::Same) => update(
-            y,
-            [],
-            #[inline(always)]
-            |x, []| f(x, x),
-        ),
-        (Operand::Same, Operand::Other(b)) => update(
-            y,
-            [b],
-            #[inline(always)]
-            |a, [b]| f(a, b),
-        ),
-        (Operand::Other(a), Operand::Same) => update(
-            y,
-            [a],
-            #[inline(always)]
-            |b, [a]| f(a, b),
-        ),
-        (Operand::Other(a), Operand::Other(b)) => map(
-            [a, b],
-            y,
-            #[inline(always)]
-            |[a, b]| f(a, b),
-        ),
+        (Operand::Same, Operand::Same) => inlined!(update(y, [], |x, []| f(x, x))),
+        (Operand::Same, Operand::Other(b)) => inlined!(update(y, [b], |a, [b]| f(a, b))),
+        (Operand::Other(a), Operand::Same) => inlined!(update(y, [a], |b, [a]| f(a, b))),
+        (Operand::Other(a), Operand::Other(b)) => inlined!(map([a, b], y, |[a, b]| f(a, b))),
     }
 }
 
-/// Adds the elements to their partial sums.
 #[inline(always)]
 fn add_to_partial_sums(sums: &mut [f32; LANES], x: &[f32]) {
     let (blocks, tail) = x.as_chunks::<LANES>();
@@ -144,7 +157,6 @@ fn add_to_partial_sums(sums: &mut [f32; LANES], x: &[f32]) {
     }
 }
 
-/// Adds the partial sums in a fixed tree.
 #[inline(always)]
 fn add_partial_sums(mut sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
@@ -327,17 +339,8 @@ mod tests {
             fn with_simd<S: Simd>(self, _: S) {
                 let Self(x, y) = self;
                 y.resize(x.len(), 0.0);
-                map(
-                    [x],
-                    y,
-                    #[inline(always)]
-                    |[x]| exp(x) * normal(x).0 + x / (1.0 + x.abs()).sqrt(),
-                );
-                let fold = fold(
-                    [x],
-                    #[inline(always)]
-                    |[x]| x.mul_add(x, exp(x)),
-                );
+                inlined!(map([x], y, |[x]| exp(x) * normal(x).0 + x / (1.0 + x.abs()).sqrt()));
+                let fold = inlined!(fold([x], |[x]| x.mul_add(x, exp(x))));
                 y.extend([sum(x), max(x), fold]);
             }
         }

@@ -9,22 +9,17 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::collective::Collective;
 use crate::cpu::THREADS_MAX;
-use crate::cpu::launch::{not_finite, run_launch};
+use crate::cpu::launch::{Runner, not_finite};
 use crate::cpu::pool::Pool;
 use crate::cpu::scratch::Scratch;
 use crate::error::KernelError;
-use crate::event::Event;
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
-use crate::stream::{Notification, Submission};
+use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 
-/// Target of the TRACE events that are logged on the stream's thread before each launch.
-const LAUNCH: &str = "shardflow::launch";
-
-/// The CPU variant of [`crate::stream::Stream`].
 #[derive(Debug)]
-pub struct CpuStream {
+pub(crate) struct CpuStream {
     // The queue is unbounded; the register protocol's credits bound the number of submissions.
     queue: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
@@ -32,13 +27,6 @@ pub struct CpuStream {
     threads: usize,
     collective_time: CollectiveTime,
     scratch: Scratch,
-}
-
-enum Command {
-    Run(Submission),
-    Record(Event),
-    Wait(Event),
-    CheckFinite(bool),
 }
 
 impl CpuStream {
@@ -59,52 +47,21 @@ impl CpuStream {
         let metrics = StreamMetrics::new(name);
         let collective_time = metrics.collective_time();
         let scratch = Scratch::new(device, threads, tally);
-        let own = scratch.clone();
+        let runner = Runner { pool, engine, scratch: scratch.clone() };
         let thread = thread::Builder::new()
             .name(name.to_owned())
-            .spawn(move || run_commands(&commands, &pool, &*engine, &own, metrics))
+            .spawn(move || run_commands(&commands, &runner, metrics))
             .map_err(|_| KernelError::Closed { device })?;
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
 
-    fn send(&self, command: Command) -> Result<(), KernelError> {
+    pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
         let closed = KernelError::Closed { device: self.device };
         self.queue.as_ref().ok_or_else(|| closed.clone())?.send(command).map_err(|_| closed)
     }
 
-    pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
-        self.send(Command::Run(submission))
-    }
-
     pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
         self.scratch.prepare(program)
-    }
-
-    pub(crate) fn record(&self) -> Event {
-        let event = Event::default();
-        if self.send(Command::Record(event.clone())).is_err() {
-            // An ended stream has finished all of its work.
-            event.set();
-        }
-        event
-    }
-
-    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
-        if event.query() {
-            return Ok(());
-        }
-        self.send(Command::Wait(event.clone()))
-    }
-
-    pub(crate) fn check_finite(&self, on: bool) -> Result<(), KernelError> {
-        self.send(Command::CheckFinite(on))
-    }
-
-    pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
-        let event = Event::default();
-        self.send(Command::Record(event.clone()))?;
-        event.synchronize();
-        Ok(())
     }
 
     pub(crate) fn threads(&self) -> usize {
@@ -128,18 +85,12 @@ impl Drop for CpuStream {
     }
 }
 
-fn run_commands(
-    commands: &Receiver<Command>,
-    pool: &Pool,
-    engine: &dyn Collective,
-    scratch: &Scratch,
-    mut metrics: StreamMetrics,
-) {
+fn run_commands(commands: &Receiver<Command>, runner: &Runner, mut metrics: StreamMetrics) {
     let mut check_finite = false;
     for command in commands {
         match command {
             Command::CheckFinite(on) => check_finite = on,
-            Command::Run(submission) => run(submission, check_finite, pool, engine, scratch, &mut metrics),
+            Command::Run(submission) => run(submission, check_finite, runner, &mut metrics),
             Command::Record(event) => event.set(),
             Command::Wait(event) => event.synchronize(),
         }
@@ -147,14 +98,7 @@ fn run_commands(
 }
 
 /// Runs one program. A panic of the submitter's `notify` is ignored, since there is no other receiver for it.
-fn run(
-    submission: Submission,
-    mut check_finite: bool,
-    pool: &Pool,
-    engine: &dyn Collective,
-    scratch: &Scratch,
-    metrics: &mut StreamMetrics,
-) {
+fn run(submission: Submission, mut check_finite: bool, runner: &Runner, metrics: &mut StreamMetrics) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut send = |notification| drop(catch_unwind(AssertUnwindSafe(|| notify(notification))));
     let mut signals = program.signals.iter().peekable();
@@ -166,15 +110,9 @@ fn run(
         trace_launch(&program, done);
         let timer = if let Op::Collective(call) = &launch.op { Some(metrics.collective(call)) } else { None };
         timer.iter().for_each(|timer| timer.came(Instant::now()));
-        let result = catch_unwind(AssertUnwindSafe(|| run_launch(launch, &bases, repeat, pool, engine, scratch)));
+        let result = catch_unwind(AssertUnwindSafe(|| runner.run(launch, &bases, repeat)));
         timer.iter().for_each(|timer| timer.went(Instant::now()));
-        let result = result.unwrap_or_else(|panic| {
-            Err(KernelError::Panic {
-                launch: format!("{done} ({})", launch.op.name()),
-                program: program.name.clone(),
-                message: panic_message(&*panic),
-            })
-        });
+        let result = result.unwrap_or_else(|panic| Err(launch_panic(&program, done, &*panic)));
         if let Err(error) = result {
             return send(Notification::Failed(error));
         }
@@ -185,22 +123,4 @@ fn run(
         }
     }
     send(Notification::Done);
-}
-
-/// Logs the next launch of a program as a trace event.
-pub(crate) fn trace_launch(program: &Program, index: usize) {
-    let (name, launches) = (program.name.as_str(), program.launches.len());
-    let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
-    tracing::trace!(target: LAUNCH, program = name, op, index, launches);
-}
-
-/// The message of a panic.
-pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
-    if let Some(text) = panic.downcast_ref::<&str>() {
-        (*text).to_owned()
-    } else if let Some(text) = panic.downcast_ref::<String>() {
-        text.clone()
-    } else {
-        "no message".to_owned()
-    }
 }

@@ -5,36 +5,26 @@
 
 use half::bf16;
 
-use crate::collective::Collective;
-use crate::cpu::launch::{Args, run_launch};
-use crate::cpu::pool::Pool;
+use crate::cpu::args::Args;
 use crate::cpu::scratch::{Scratch, thread_bytes, wide_bytes};
 use crate::error::KernelError;
 use crate::memory::{Base, View};
-use crate::op::{Buffer, Launch, Op};
+use crate::op::{Buffer, Launch};
 use crate::tensor::DType;
 
-/// Whether [`run`] must run the launch. Casts and copies support bf16 directly; collectives must not compute with it.
-pub(crate) fn is_for(launch: &Launch) -> bool {
-    let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
-    let supports_bf16 = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));
-    !supports_bf16 && launch.reads.iter().chain(&launch.writes).any(is_half)
-}
-
-/// Runs a launch in f32.
+/// Runs a launch in f32: `run_wide` runs it on widened buffers.
 pub(crate) fn run(
     launch: &Launch,
     bases: &[Base],
-    repeat: bool,
-    pool: &Pool,
-    engine: &dyn Collective,
+    threads: usize,
     scratch: &Scratch,
+    run_wide: impl FnOnce(&Launch, &[Base]) -> Result<(), KernelError>,
 ) -> Result<(), KernelError> {
     // Run all checks on the original buffers.
-    let args = Args::resolve(launch, bases, repeat)?;
+    let args = Args::resolve(launch, bases, false)?;
     let views = || args.reads().iter().chain(args.writes()).filter(|view| view.dtype() == DType::BF16);
     let mut places: Vec<(View<'_>, usize)> = Vec::new();
-    let mut bytes = thread_bytes(launch, pool.threads());
+    let mut bytes = thread_bytes(launch, threads);
     for view in views() {
         if !places.iter().any(|(other, _)| other.same_memory(view)) {
             places.push((*view, bytes));
@@ -46,7 +36,7 @@ pub(crate) fn run(
     for view in args.reads().iter().filter(|view| view.dtype() == DType::BF16) {
         let x = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
         // SAFETY: the dtypes match; only this stream uses the arena; nothing writes the read buffer (MEM-2, MEM-3).
-        let (x, halves) = unsafe { (x.f32_mut(), view.bf16()) };
+        let (x, halves) = unsafe { (x.slice_mut::<f32>(), view.slice::<bf16>()) };
         x.iter_mut().zip(halves).for_each(|(x, half)| *x = half.to_f32());
     }
     let widened = |buffers: &[Buffer], views: &[View<'_>]| {
@@ -65,12 +55,12 @@ pub(crate) fn run(
     };
     let mut all = bases.to_vec();
     all.push(Base { arena: arena.clone(), offset: 0 });
-    run_launch(&launch_wide, &all, repeat, pool, engine, scratch)?;
+    run_wide(&launch_wide, &all)?;
     for view in args.writes().iter().filter(|view| view.dtype() == DType::BF16) {
         let y = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
         // SAFETY: the dtypes match; only this stream uses the arena; nothing else uses the written buffer (MEM-2,
         // MEM-3).
-        let (y, halves) = unsafe { (y.f32(), view.bf16_mut()) };
+        let (y, halves) = unsafe { (y.slice::<f32>(), view.slice_mut::<bf16>()) };
         halves.iter_mut().zip(y).for_each(|(half, y)| *half = bf16::from_f32(*y));
     }
     Ok(())

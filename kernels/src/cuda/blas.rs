@@ -9,29 +9,26 @@ use std::sync::Arc;
 
 use cudarc::cublaslt::sys::{self, cublasStatus_t};
 
-use super::context::{Context, Raw, static_text};
-use super::gpu::Gpu;
-use super::step::{Element, Epilogue, Matrix, Product};
+use super::context::{Context, Raw};
+use super::status::static_text;
+use super::step::{Element, Matrix, Product};
 use crate::error::KernelError;
 
 /// Address alignment, in bytes, that the fastest algorithms require.
 const ALIGNMENT_MAX: u32 = 16;
 
-/// The cuBLASLt handle.
 #[derive(Debug)]
 pub(crate) struct Blas {
     handle: Raw<sys::cublasLtHandle_t>,
     context: Arc<Context>,
 }
 
-/// The cached plans of one stream.
 #[derive(Debug)]
 pub(crate) struct ProductPlans {
     by_key: HashMap<Key, Plan>,
     blas: Arc<Blas>,
 }
 
-/// Everything that determines the plan of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     dims: [u64; 3],
@@ -41,7 +38,6 @@ struct Key {
     d: Shape,
     batch: i32,
     accumulates: bool,
-    epilogue: u8,
     /// Of a, b and d, in bytes.
     alignment: [u32; 3],
 }
@@ -71,15 +67,11 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-/// Device addresses of a product's operands.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Addresses {
     pub(crate) a: u64,
     pub(crate) b: u64,
     pub(crate) d: u64,
-    /// Epilogue operands; 0 if unused.
-    pub(crate) bias: u64,
-    pub(crate) aux: u64,
     /// Holds [`Product::workspace_bytes`] bytes.
     pub(crate) workspace: u64,
 }
@@ -114,9 +106,8 @@ impl Drop for Blas {
 }
 
 impl ProductPlans {
-    /// Requires the context to be bound.
-    pub(crate) fn new(gpu: &Gpu) -> Result<Self, KernelError> {
-        Ok(Self { by_key: HashMap::new(), blas: gpu.blas()? })
+    pub(crate) fn new(blas: Arc<Blas>) -> Self {
+        Self { by_key: HashMap::new(), blas }
     }
 
     /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.
@@ -134,7 +125,7 @@ impl ProductPlans {
         let key = Key::of(product, addresses);
         Ok(match by_key.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(Plan::new(blas, product, addresses, &key, place)?),
+            Entry::Vacant(new) => new.insert(Plan::new(blas, product, &key, place)?),
         })
     }
 
@@ -147,14 +138,6 @@ impl ProductPlans {
         place: &str,
     ) -> Result<(), KernelError> {
         let plan = Self::plan(&mut self.by_key, &self.blas, product, addresses, place)?;
-        use sys::cublasLtMatmulDescAttributes_t::{
-            CUBLASLT_MATMUL_DESC_BIAS_POINTER as BIAS, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER as AUX,
-        };
-        for (attribute, address) in [(BIAS, addresses.bias), (AUX, addresses.aux)] {
-            if address != 0 {
-                set(plan.description, attribute, &address, place)?;
-            }
-        }
         // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
         // matrices; alpha and beta are read before the call returns.
         let status = unsafe {
@@ -195,15 +178,6 @@ impl Key {
             d: (&product.d).into(),
             batch: product.batch,
             accumulates: product.beta != 0.0,
-            epilogue: match product.epilogue {
-                Epilogue::None => 0,
-                Epilogue::Bias(_) => 1,
-                Epilogue::Gelu => 2,
-                Epilogue::GeluBias { aux: None, .. } => 3,
-                Epilogue::GeluBias { aux: Some(_), .. } => 4,
-                Epilogue::GeluGrad { .. } => 5,
-                Epilogue::BiasGrad(_) => 6,
-            },
             alignment: [addresses.a, addresses.b, addresses.d].map(alignment),
         }
     }
@@ -213,22 +187,6 @@ fn data_type(element: Element) -> sys::cudaDataType {
     match element {
         Element::F32 => sys::cudaDataType_t::CUDA_R_32F,
         Element::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
-    }
-}
-
-fn epilogue(epilogue: &Epilogue) -> sys::cublasLtEpilogue_t {
-    use sys::cublasLtEpilogue_t::{
-        CUBLASLT_EPILOGUE_BGRADB, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_DGELU,
-        CUBLASLT_EPILOGUE_GELU, CUBLASLT_EPILOGUE_GELU_AUX_BIAS, CUBLASLT_EPILOGUE_GELU_BIAS,
-    };
-    match epilogue {
-        Epilogue::None => CUBLASLT_EPILOGUE_DEFAULT,
-        Epilogue::Bias(_) => CUBLASLT_EPILOGUE_BIAS,
-        Epilogue::Gelu => CUBLASLT_EPILOGUE_GELU,
-        Epilogue::GeluBias { aux: None, .. } => CUBLASLT_EPILOGUE_GELU_BIAS,
-        Epilogue::GeluBias { aux: Some(_), .. } => CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-        Epilogue::GeluGrad { .. } => CUBLASLT_EPILOGUE_DGELU,
-        Epilogue::BiasGrad(_) => CUBLASLT_EPILOGUE_BGRADB,
     }
 }
 
@@ -268,7 +226,7 @@ fn layout(matrix: &Matrix, batch: i32, place: &str) -> Result<Raw<sys::cublasLtM
 }
 
 impl Plan {
-    fn new(blas: &Blas, product: &Product, addresses: &Addresses, key: &Key, place: &str) -> Result<Self, KernelError> {
+    fn new(blas: &Blas, product: &Product, key: &Key, place: &str) -> Result<Self, KernelError> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let mut description = std::ptr::null_mut();
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
@@ -285,14 +243,6 @@ impl Plan {
         };
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
-        set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue(&product.epilogue), place)?;
-        if addresses.bias != 0 {
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &addresses.bias, place)?;
-        }
-        if addresses.aux != 0 {
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &addresses.aux, place)?;
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &product.d.leading, place)?;
-        }
         let mut plan = Self {
             description,
             a: layout(&product.a, product.batch, place)?,
@@ -409,13 +359,12 @@ mod tests {
             batch: 1,
             alpha: 1.0,
             beta: 0.0,
-            epilogue: Epilogue::None,
         }
     }
 
     #[test]
     fn a_plan_is_reused_for_the_same_shape_at_another_address_of_the_same_alignment() {
-        let addresses = |a| Addresses { a, b: 1 << 20, d: 1 << 21, bias: 0, aux: 0, workspace: 0 };
+        let addresses = |a| Addresses { a, b: 1 << 20, d: 1 << 21, workspace: 0 };
         let key = |product: &Product, a| Key::of(product, &addresses(a));
         let base = product(8, 4, 2);
         assert_eq!(key(&base, 4096), key(&base, 8192 + 256));
@@ -424,7 +373,6 @@ mod tests {
         assert_ne!(key(&base, 4096), key(&Product { beta: 1.0, ..base }, 4096));
         let moved = Matrix { place: Place::workspace(64), ..base.a };
         assert_eq!(key(&base, 4096), key(&Product { a: moved, ..base }, 4096));
-        assert_ne!(key(&base, 4096), key(&Product { epilogue: Epilogue::Gelu, ..base }, 4096));
         assert_eq!([0x100, 4, 2, 6].map(alignment), [16, 4, 2, 2]);
     }
 }

@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
 use super::library;
+use super::status::{check_code, unavailable};
 use crate::error::KernelError;
 
 /// A handle of a CUDA library, usable from any thread.
@@ -24,16 +25,14 @@ unsafe impl<T> Send for Raw<T> {}
 // SAFETY: see `Send`.
 unsafe impl<T> Sync for Raw<T> {}
 
-/// The retained primary context of one GPU.
 pub(crate) struct Context {
-    ordinal: usize,
+    pub(crate) ordinal: usize,
     name: String,
     device: sys::CUdevice,
-    handle: Raw<sys::CUcontext>,
-    /// Compute capability, major and minor.
+    pub(crate) handle: Raw<sys::CUcontext>,
     capability: (i32, i32),
     /// Maximum dynamic shared memory of a block (opt-in limit), in bytes.
-    shared_bytes_max: usize,
+    pub(crate) shared_bytes_max: usize,
     lost: OnceLock<KernelError>,
 }
 
@@ -43,7 +42,6 @@ impl fmt::Debug for Context {
     }
 }
 
-/// Codes after which the context is unusable.
 const STICKY: &[CUresult] = &[
     CUresult::CUDA_ERROR_DEINITIALIZED,
     CUresult::CUDA_ERROR_ECC_UNCORRECTABLE,
@@ -62,16 +60,12 @@ const STICKY: &[CUresult] = &[
 ];
 
 impl Context {
-    /// Retains the primary context of the GPU of this ordinal.
-    ///
-    /// # Errors
-    /// [`KernelError::Unavailable`] if there is no driver or device, or the driver is too old; [`KernelError::Cuda`].
     pub(crate) fn open(ordinal: usize) -> Result<Self, KernelError> {
         let count = library::driver()?.devices;
         let place = format!("cuda device {ordinal}");
         if ordinal >= count {
             let what = format!("{place} does not exist; the driver reports {count} devices");
-            return Err(library::unavailable(what, "set CUDA_VISIBLE_DEVICES, or use fewer devices in the mesh"));
+            return Err(unavailable(what, "set CUDA_VISIBLE_DEVICES, or use fewer devices in the mesh"));
         }
         let (mut device, mut handle, mut name) = (0, std::ptr::null_mut(), [0; 256]);
         let ordinal_c = i32::try_from(ordinal).unwrap_or(i32::MAX);
@@ -112,7 +106,6 @@ impl Context {
         Ok(value)
     }
 
-    /// Makes the context current on this thread.
     pub(crate) fn bind(&self) -> Result<(), KernelError> {
         // SAFETY: the context stays retained while `self` lives.
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
@@ -152,27 +145,12 @@ impl Context {
         format!("cuda device {} ({})", self.ordinal, self.name)
     }
 
-    /// The driver's handle.
-    pub(crate) fn raw(&self) -> sys::CUcontext {
-        self.handle.0
-    }
-
-    pub(crate) fn ordinal(&self) -> usize {
-        self.ordinal
-    }
-
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Compute capability, major and minor.
     pub(crate) fn capability(&self) -> (i32, i32) {
         self.capability
-    }
-
-    /// Maximum dynamic shared memory of a block, in bytes, once the function's attribute allows it.
-    pub(crate) fn shared_bytes_max(&self) -> usize {
-        self.shared_bytes_max
     }
 
     /// The error that made the context unusable, if any (CONTEXT-1).
@@ -185,13 +163,10 @@ impl Context {
         self.lost.get_or_init(|| error).clone()
     }
 
-    /// # Errors
-    /// The error that made the context unusable, if any.
     pub(crate) fn check_alive(&self) -> Result<(), KernelError> {
         self.lost().map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    /// Converts a status code to an error that names code, call and place.
     pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
         match check_code(result, call, place) {
             Err(error) if STICKY.contains(&result) => Err(self.mark_lost(error)),
@@ -208,29 +183,4 @@ impl Drop for Context {
         // SAFETY: retained once in `open`. An error here has no remedy.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
-}
-
-/// Converts a status code to an error when there is no context yet.
-pub(crate) fn check_code(result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
-    if result == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: both write a pointer to a local; the strings are static, or null for an unknown code.
-    let (name, text) = unsafe {
-        let _ = sys::cuGetErrorName(result, &mut name);
-        let _ = sys::cuGetErrorString(result, &mut text);
-        (static_text(name), static_text(text))
-    };
-    Err(KernelError::Cuda { place: place.to_string(), call, code: result as u32, name, text })
-}
-
-/// # Safety
-/// `text` is null or a static string terminated by 0.
-pub(crate) unsafe fn static_text(text: *const std::ffi::c_char) -> String {
-    if text.is_null() {
-        return "unknown".to_owned();
-    }
-    // SAFETY: guaranteed by the caller.
-    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

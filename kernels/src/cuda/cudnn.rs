@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::cudnn::sys::{cudnnBackendKnobType_t as Knob, cudnnHandle_t};
 
@@ -15,7 +14,6 @@ use super::gpu::Gpu;
 use super::raw_stream::RawStream;
 use super::step::{AttentionShape, Pass, Place};
 use crate::error::KernelError;
-use crate::op::Op;
 
 pub(crate) mod api;
 mod descriptor;
@@ -25,96 +23,11 @@ mod plan;
 #[cfg(test)]
 mod tests;
 
+pub use super::attention::Attention;
 use api::Api;
 use graph::Graph;
 use plan::{PinnedEngine, Plan, Target};
 
-/// Environment variable that selects the attention implementation.
-pub const ATTENTION_ENV: &str = "SHARDFLOW_ATTENTION";
-
-/// Which attention implementation the streams of a GPU use. All processes of a job must use the same one, or their
-/// results differ by rounding.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Attention {
-    /// Shardflow's kernels.
-    Own,
-    /// cuDNN if it has an engine with bit-identical results in every run, else Shardflow's kernels.
-    #[default]
-    Ordered,
-    /// cuDNN, even if its backward engine sums parts of dq in arbitrary order, so that bits differ from run to run.
-    AnyOrder,
-}
-
-impl Attention {
-    /// Reads [`ATTENTION_ENV`]: `own`, `cudnn` (the default) or `cudnn-any-order`.
-    ///
-    /// # Errors
-    /// [`KernelError::Unavailable`] for another value.
-    pub fn from_env() -> Result<Self, KernelError> {
-        Self::parse(std::env::var_os(ATTENTION_ENV).map(|value| value.to_string_lossy().into_owned()).as_deref())
-    }
-
-    fn parse(value: Option<&str>) -> Result<Self, KernelError> {
-        match value {
-            None | Some("" | "cudnn") => Ok(Self::Ordered),
-            Some("own") => Ok(Self::Own),
-            Some("cudnn-any-order") => Ok(Self::AnyOrder),
-            Some(other) => Err(KernelError::Unavailable {
-                what: format!("unknown attention implementation {other:?}"),
-                hint: format!("set {ATTENTION_ENV} to own, cudnn or cudnn-any-order"),
-            }),
-        }
-    }
-}
-
-/// Counts the attention launches of a GPU by implementation.
-#[derive(Debug, Default)]
-pub(crate) struct AttentionCounters {
-    forward: PassCounters,
-    backward: PassCounters,
-}
-
-/// Launches of one pass: all, and those that cuDNN ran.
-#[derive(Debug, Default)]
-struct PassCounters {
-    all: AtomicU64,
-    cudnn: AtomicU64,
-}
-
-impl AttentionCounters {
-    fn of(&self, pass: Pass) -> &PassCounters {
-        match pass {
-            Pass::Forward => &self.forward,
-            Pass::Backward => &self.backward,
-        }
-    }
-
-    /// Counts a launch, whichever implementation runs it.
-    pub(crate) fn count_launch(&self, op: &Op) {
-        let pass = match op {
-            Op::Attention { .. } => Pass::Forward,
-            Op::AttentionGrad { .. } => Pass::Backward,
-            _ => return,
-        };
-        self.of(pass).all.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Returns all counts by name.
-    pub(crate) fn by_name(&self) -> [(&'static str, u64); 4] {
-        let [forward, backward] = [&self.forward, &self.backward].map(|counters| {
-            let cudnn = counters.cudnn.load(Ordering::Relaxed);
-            (cudnn, counters.all.load(Ordering::Relaxed).saturating_sub(cudnn))
-        });
-        [
-            ("attention_forward_cudnn", forward.0),
-            ("attention_forward_own", forward.1),
-            ("attention_backward_cudnn", backward.0),
-            ("attention_backward_own", backward.1),
-        ]
-    }
-}
-
-/// The cache key: pass, shape and scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct PlanKey {
     pass: Pass,
@@ -129,7 +42,6 @@ impl From<&AttentionShape> for PlanKey {
     }
 }
 
-/// The cuDNN plans of one stream.
 #[derive(Debug)]
 pub(crate) struct AttentionPlans {
     /// `None` if Shardflow's kernels run this shape.
@@ -139,17 +51,11 @@ pub(crate) struct AttentionPlans {
     gpu: Arc<Gpu>,
 }
 
-/// A cuDNN handle, bound to one stream.
+#[derive(Debug)]
 struct CudnnHandle {
     raw: Raw<cudnnHandle_t>,
     api: &'static Api,
     context: Arc<Context>,
-}
-
-impl std::fmt::Debug for CudnnHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("cuDNN")
-    }
 }
 
 impl CudnnHandle {
@@ -158,7 +64,7 @@ impl CudnnHandle {
         let (api, mut raw) = (Api::get()?, std::ptr::null_mut());
         // SAFETY: writes a handle to a local.
         api.check(unsafe { (api.create)(&mut raw) }, "cudnnCreate", place)?;
-        let handle = Self { raw: Raw(raw), api, context: gpu.context().clone() };
+        let handle = Self { raw: Raw(raw), api, context: gpu.context.clone() };
         // SAFETY: both handles are live and of one device.
         api.check(unsafe { (api.set_stream)(raw, stream.0.cast()) }, "cudnnSetStream", place)?;
         Ok(handle)
@@ -192,7 +98,7 @@ fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine
 impl Drop for AttentionPlans {
     fn drop(&mut self) {
         let plans = std::mem::take(&mut self.by_key);
-        if !self.gpu.context().bind_to_drop() {
+        if !self.gpu.context.bind_to_drop() {
             std::mem::forget(plans);
         }
     }
@@ -257,7 +163,7 @@ impl AttentionPlans {
         let (Some(plan), Some(handle)) = (entry.get(), &self.handle) else { return Ok(false) };
         match plan.execute(handle.api, handle.raw, address_of, workspace, stream, &describe(shape, place)) {
             Ok(issued) => {
-                self.gpu.attention_counters().of(shape.pass).cudnn.fetch_add(u64::from(issued), Ordering::Relaxed);
+                self.gpu.attention_counters.count_cudnn(shape.pass, issued);
                 Ok(issued)
             }
             Err(error) => {
@@ -270,7 +176,6 @@ impl AttentionPlans {
     }
 }
 
-/// Describes stream and shape for error messages.
 fn describe(shape: &AttentionShape, place: &str) -> String {
     let AttentionShape { pass, batch, time, heads, depth, .. } = shape;
     format!("{place}, attention {pass:?} of {batch} x {time} x {heads} x {depth}")

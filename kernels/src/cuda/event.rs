@@ -10,10 +10,8 @@ use parking_lot::Mutex;
 use super::context::{Context, Raw};
 use crate::error::KernelError;
 
-/// Number of events created when the pool is empty.
 const BATCH: usize = 64;
 
-/// The event pool of one context.
 #[derive(Debug)]
 pub(crate) struct EventPool {
     context: Arc<Context>,
@@ -82,7 +80,6 @@ impl Drop for EventPool {
 }
 
 impl Recorded {
-    /// Whether all earlier work on its stream is done.
     pub(crate) fn is_done(&self, place: &dyn Display) -> Result<bool, KernelError> {
         // SAFETY: the event is live.
         match unsafe { sys::cuEventQuery(self.event.0) } {

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 use parking_lot::Mutex;
 
+use super::attention::{Attention, AttentionCounters};
 use super::blas::Blas;
 use super::context::Context;
-use super::cudnn::{Attention, AttentionCounters};
 use super::event::EventPool;
 use super::library::Library;
 use super::memory::HostTransfer;
@@ -22,20 +22,20 @@ use crate::error::KernelError;
 /// An open GPU. Its resources are freed when the last user drops it.
 pub struct Gpu {
     // In drop order.
-    poller: Poller,
-    modules: Modules,
+    pub(crate) poller: Poller,
+    pub(crate) modules: Modules,
     /// Created on first use.
     blas: Mutex<Option<Arc<Blas>>>,
-    transfer: Mutex<HostTransfer>,
-    events: Arc<EventPool>,
-    progress_words: Arc<ProgressWords>,
+    pub(crate) transfer: Mutex<HostTransfer>,
+    pub(crate) events: Arc<EventPool>,
+    pub(crate) progress_words: Arc<ProgressWords>,
     /// Only in tests.
     test_delays: Option<TestDelays>,
     /// Least and greatest stream priority; the greatest is the lower number.
     priorities: (i32, i32),
     attention: Attention,
-    attention_counters: AttentionCounters,
-    context: Arc<Context>,
+    pub(crate) attention_counters: AttentionCounters,
+    pub(crate) context: Arc<Context>,
 }
 
 impl fmt::Debug for Gpu {
@@ -85,7 +85,7 @@ impl Gpu {
     /// [`KernelError::Cuda`]. Lack of support is not an error.
     pub fn connect(gpus: &[&Arc<Self>]) -> Result<(), KernelError> {
         for gpu in gpus {
-            for other in gpus.iter().filter(|other| other.context.ordinal() != gpu.context.ordinal()) {
+            for other in gpus.iter().filter(|other| other.context.ordinal != gpu.context.ordinal) {
                 gpu.context.enable_peer_access(&other.context)?;
             }
         }
@@ -130,28 +130,8 @@ impl Gpu {
         self.attention_counters.by_name().to_vec()
     }
 
-    pub(crate) fn context(&self) -> &Arc<Context> {
-        &self.context
-    }
-
-    pub(crate) fn events(&self) -> &Arc<EventPool> {
-        &self.events
-    }
-
-    pub(crate) fn progress_words(&self) -> &Arc<ProgressWords> {
-        &self.progress_words
-    }
-
     pub(crate) fn test_delays(&self) -> Option<&TestDelays> {
         self.test_delays.as_ref()
-    }
-
-    pub(crate) fn poller(&self) -> &Poller {
-        &self.poller
-    }
-
-    pub(crate) fn modules(&self) -> &Modules {
-        &self.modules
     }
 
     /// Requires the context to be bound.
@@ -163,16 +143,8 @@ impl Gpu {
         }
     }
 
-    pub(crate) fn transfer(&self) -> &Mutex<HostTransfer> {
-        &self.transfer
-    }
-
     pub(crate) fn attention(&self) -> Attention {
         self.attention
-    }
-
-    pub(crate) fn attention_counters(&self) -> &AttentionCounters {
-        &self.attention_counters
     }
 
     pub(crate) fn priorities(&self) -> (i32, i32) {

@@ -5,11 +5,13 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::poller::Completion;
 use super::record::RecordSlot;
 use crate::collective::AbortStatus;
 use crate::error::KernelError;
+use crate::memory::Base;
 use crate::op::Program;
-use crate::stream::{Notification, Notify};
+use crate::submission::{Notification, Notify};
 
 /// A submission that has been accepted and has not ended.
 pub(crate) struct InFlight {
@@ -18,7 +20,6 @@ pub(crate) struct InFlight {
     notify: Mutex<Notify>,
     /// The engine's, if the program calls collectives: an aborted collective looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
-    /// Receives the copy of the stream's error record.
     slot: Mutex<Option<RecordSlot>>,
 }
 
@@ -37,14 +38,24 @@ impl InFlight {
         (self.notify.lock())(notification);
     }
 
-    pub(crate) fn signal(&self, tag: u32) {
-        // Do not signal results of an aborted collective.
-        if self.aborted().is_none() {
-            self.send(Notification::Signal(tag));
-        }
+    pub(crate) fn signal(self: Arc<Self>, tag: u32) -> Completion {
+        Box::new(move |failed| {
+            // Do not signal results of an aborted collective.
+            if failed.is_none() && self.aborted().is_none() {
+                self.send(Notification::Signal(tag));
+            }
+        })
     }
 
-    /// Sets the slot that receives the error record; `finish` reads it.
+    /// Ends the submission. Its memory is released first, so that the receiver of the notification may rely on that.
+    pub(crate) fn end(self: Arc<Self>, bases: Vec<Base>, result: Result<(), KernelError>) -> Completion {
+        Box::new(move |failed| {
+            bases.iter().for_each(|base| base.arena.mark_released());
+            drop(bases);
+            self.finish(failed.map_or(result, |error| Err(error.clone())));
+        })
+    }
+
     pub(crate) fn set_record_slot(&self, slot: RecordSlot) {
         *self.slot.lock() = Some(slot);
     }

@@ -14,48 +14,36 @@ use std::time::Instant;
 
 use super::blas::{Addresses, ProductPlans};
 use super::cudnn::AttentionPlans;
-use super::engine::{Enqueued, Wait};
+use super::device_memory::{DeviceMemory, device_address};
+use super::event::Recorded;
 use super::in_flight::InFlight;
-use super::issue_order::IssueTicket;
 use super::lower;
 use super::lowered::{FusedPair, LaunchKind, LoweredProgram, Parameter, PreparedStep, address};
-use super::poller::{Completion, CompletionQueue};
+use super::poller::{release, set_event};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
-use super::staged::{HostStaging, device_address};
-use super::step::{Epilogue, Operand, Place, Product};
-use super::strided_copy::{self, StridedRegion, fetch_from_peer};
+use super::staged::HostStaging;
+use super::step::{Operand, Place, Product};
+use super::strided_copy::{self, StridedRegion, copy_region_from};
 use crate::bound::Bound;
-use crate::collective::{AbortStatus, Collective, CollectiveCall};
-use crate::cpu::stream::{panic_message, trace_launch};
+use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
 use crate::error::KernelError;
 use crate::event::Event;
-use crate::memory::{Base, View};
+use crate::memory::{Base, DeviceStorage, View};
 use crate::metrics::StreamMetrics;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::region::check_inside;
-use crate::stream::{Notification, Submission};
+use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 use crate::tensor::Region;
 
 /// Stand-in for a base address that is not known yet, as aligned as arenas are.
 const ANY_BASE: u64 = 1 << 20;
 
-/// A command of a stream.
-pub(crate) enum Command {
-    Run(Run),
-    Record(Event),
-    Wait(Event),
-    CheckFinite(bool),
-}
-
-/// A submission that is being issued.
 pub(crate) struct Run {
     in_flight: Arc<InFlight>,
     lowered: Arc<LoweredProgram>,
     bases: Vec<Base>,
-    /// Index of the next launch to issue.
     next_launch: usize,
-    /// Index of the next signal to issue.
     next_signal: usize,
     /// Completes the next launch, a collective that the engine has not put on the stream yet.
     pending_collective: Option<Wait>,
@@ -68,9 +56,8 @@ pub(crate) struct Run {
     non_finite_reported: bool,
 }
 
-impl Command {
-    /// Creates the command for a submission.
-    pub(crate) fn run(
+impl Run {
+    pub(crate) fn new(
         submission: Submission,
         lowered: Arc<LoweredProgram>,
         abort_statuses: &Arc<[AbortStatus]>,
@@ -79,7 +66,7 @@ impl Command {
         let Submission { program, bases, repeat, notify } = submission;
         let abort_statuses = if lowered.last_call.is_some() { abort_statuses.clone() } else { Arc::default() };
         let in_flight = Arc::new(InFlight::new(program, repeat, notify, abort_statuses.clone()));
-        Command::Run(Run {
+        Self {
             in_flight,
             lowered,
             bases,
@@ -90,14 +77,12 @@ impl Command {
             abort_statuses,
             uses_record: false,
             non_finite_reported: false,
-        })
+        }
     }
 }
 
-/// Issues the commands of one stream.
 pub(crate) struct Issuer {
     stream: Arc<RawStream>,
-    completions: Arc<CompletionQueue>,
     engine: Arc<dyn Collective>,
     records: ErrorRecords,
     product_plans: Option<ProductPlans>,
@@ -110,19 +95,17 @@ pub(crate) struct Issuer {
 impl Issuer {
     pub(crate) fn new(
         stream: &Arc<RawStream>,
-        completions: &Arc<CompletionQueue>,
         engine: Arc<dyn Collective>,
         records: ErrorRecords,
         metrics: StreamMetrics,
     ) -> Self {
         Self {
             stream: stream.clone(),
-            completions: completions.clone(),
             engine,
             records,
             product_plans: None,
             attention_plans: None,
-            staging: HostStaging::new(stream, completions),
+            staging: HostStaging::new(stream),
             metrics,
             check_finite: false,
         }
@@ -132,19 +115,19 @@ impl Issuer {
     /// (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<(), KernelError> {
         let stream = self.stream.clone();
-        if stream.gpu().test_delays().is_some() {
-            stream.gpu().modules().function("spin", 0)?;
+        if stream.gpu.test_delays().is_some() {
+            stream.gpu.modules.function("spin", 0)?;
         }
         for (index, launch) in program.launches.iter().enumerate() {
             if self.needs_host(launch) {
                 self.staging.prepare(launch)?;
             } else if matches!(launch.op, Op::Collective(_)) {
-                strided_copy::prepare(stream.gpu())?;
+                strided_copy::prepare(&stream.gpu)?;
             }
             let kind = catch_unwind(AssertUnwindSafe(|| {
                 let second = program.launches.get(index + 1);
-                let pair = second.and_then(|second| lowered.fused_pair(index, [launch, second], stream.gpu()));
-                (pair, lowered.launch_kind(index, launch, stream.gpu()))
+                let pair = second.and_then(|second| lowered.fused_pair(index, [launch, second], &stream.gpu));
+                (pair, lowered.launch_kind(index, launch, &stream.gpu))
             }));
             let Ok((pair, kind)) = kind else { continue };
             if let Some(FusedPair { reads, writes, steps, uses_record }) = pair {
@@ -171,7 +154,7 @@ impl Issuer {
     ) -> Result<(), KernelError> {
         let stream = self.stream.clone();
         if uses_record {
-            self.records.prepare(stream.gpu())?;
+            self.records.prepare(&stream.gpu)?;
         }
         // Only the alignment of an address matters here, and bases have the alignment that the libraries require.
         let address_of = |place: Place| {
@@ -200,20 +183,19 @@ impl Issuer {
 
     /// Keeps the stream's own memory alive until the stream has passed all issued work.
     pub(crate) fn release_memory(&self) {
-        let context = self.stream.gpu().context();
+        let context = &self.stream.gpu.context;
         let recorded = if context.bind_to_drop() { self.stream.record().ok() } else { None };
         // No event: the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
         // The last completion keeps the GPU and its poller alive.
         for memory in self.staging.memory().into_iter().chain([self.records.memory()]) {
-            let completion = Completion::Release(memory.clone(), Event::default());
-            self.stream.gpu().poller().push(&self.completions, recorded.clone(), completion);
+            self.stream.report(recorded.clone(), release(memory.clone(), Event::default()));
         }
     }
 
     fn attention_plans(&mut self) -> &mut AttentionPlans {
         let stream = &self.stream;
-        let new = || AttentionPlans::new(stream.gpu(), stream.handle(), stream.place());
+        let new = || AttentionPlans::new(&stream.gpu, stream.handle, stream.place());
         self.attention_plans.get_or_insert_with(new)
     }
 
@@ -221,12 +203,12 @@ impl Issuer {
         let stream = &self.stream;
         match &mut self.product_plans {
             Some(plans) => Ok(plans),
-            none => Ok(none.insert(ProductPlans::new(stream.gpu())?)),
+            none => Ok(none.insert(ProductPlans::new(stream.gpu.blas()?))),
         }
     }
 
     /// Runs a command. If it would block and must not, returns the rest of it.
-    pub(crate) fn execute(&mut self, command: Command, may_block: bool) -> Option<Command> {
+    pub(crate) fn execute(&mut self, command: Command<Run>, may_block: bool) -> Option<Command<Run>> {
         match command {
             Command::CheckFinite(on) => self.check_finite = on,
             Command::Record(event) => self.record(event),
@@ -234,7 +216,7 @@ impl Issuer {
                 if event.query() {
                     return None;
                 }
-                match event.recorded() {
+                match event.recorded::<Recorded>() {
                     // A failure marks the context as lost; the next submission returns it.
                     Some(recorded) => drop(self.stream.wait(recorded)),
                     None if may_block => event.synchronize(),
@@ -254,7 +236,7 @@ impl Issuer {
         match self.stream.record() {
             Ok(recorded) => {
                 event.record(recorded.clone());
-                self.stream.gpu().poller().push(&self.completions, recorded, Completion::SetEvent(event));
+                self.stream.report(recorded, set_event(event));
             }
             // A failed stream runs nothing more, so the event is due.
             Err(_) => event.set(),
@@ -263,7 +245,7 @@ impl Issuer {
 
     /// Issues the remaining launches of a program. Returns false if it would block and must not.
     fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
-        self.stream.gpu().context().check_alive()?;
+        self.stream.gpu.context.check_alive()?;
         let in_flight = run.in_flight.clone();
         let program = &in_flight.program;
         loop {
@@ -288,11 +270,7 @@ impl Issuer {
                     return Ok(false);
                 }
                 let issued = catch_unwind(AssertUnwindSafe(|| self.issue_next(run)));
-                let issued = issued.unwrap_or_else(|panic| {
-                    let (index, program) = (run.next_launch, program.name.clone());
-                    let (launch, message) = (format!("{index} ({})", launch.op.name()), panic_message(&*panic));
-                    Err(KernelError::Panic { launch, program, message })
-                });
+                let issued = issued.unwrap_or_else(|panic| Err(launch_panic(program, run.next_launch, &*panic)));
                 let (count, wait) = issued?;
                 if wait.is_some() {
                     run.pending_collective = wait;
@@ -321,8 +299,7 @@ impl Issuer {
                 Some(recorded) => Arc::clone(recorded),
                 None => event.insert(self.stream.record()?).clone(),
             };
-            let completion = Completion::Signal(run.in_flight.clone(), *tag);
-            self.stream.gpu().poller().push(&self.completions, recorded, completion);
+            self.stream.report(recorded, run.in_flight.clone().signal(*tag));
             run.next_signal += 1;
         }
         Ok(())
@@ -332,9 +309,7 @@ impl Issuer {
         let Run { in_flight, bases, uses_record, .. } = run;
         let fetched = if uses_record { self.fetch_record(&in_flight) } else { Ok(()) };
         match fetched.and_then(|()| self.stream.record()) {
-            Ok(recorded) => {
-                self.stream.gpu().poller().push(&self.completions, recorded, Completion::End(in_flight, bases, result))
-            }
+            Ok(recorded) => self.stream.report(recorded, in_flight.end(bases, result)),
             Err(error) => {
                 drop(bases);
                 in_flight.finish(Err(result.err().unwrap_or(error)));
@@ -343,7 +318,7 @@ impl Issuer {
     }
 
     fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
-        in_flight.set_record_slot(self.records.fetch(self.stream.gpu(), self.stream.handle(), self.stream.place())?);
+        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, self.stream.place())?);
         Ok(())
     }
 
@@ -387,7 +362,7 @@ impl Issuer {
                 return Ok(false);
             }
         }
-        let Some(pair) = lowered.fused_pair(run.next_launch, launches, self.stream.gpu()) else { return Ok(false) };
+        let Some(pair) = lowered.fused_pair(run.next_launch, launches, &self.stream.gpu) else { return Ok(false) };
         let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
         trace_launch(&run.in_flight.program, run.next_launch + 1);
         run.uses_record |= pair.uses_record;
@@ -411,12 +386,12 @@ impl Issuer {
             return Ok(None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
-        let kind = run.lowered.launch_kind(run.next_launch, launch, self.stream.gpu())?;
+        let kind = run.lowered.launch_kind(run.next_launch, launch, &self.stream.gpu)?;
         match (kind, &launch.op) {
             (LaunchKind::Steps { steps, uses_record }, _) => {
                 check_in_place(launch, &bound)?;
                 run.uses_record |= uses_record;
-                self.stream.gpu().attention_counters().count_launch(&launch.op);
+                self.stream.gpu.attention_counters.count_launch(&launch.op);
                 steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
                 Ok(None)
             }
@@ -431,16 +406,15 @@ impl Issuer {
 
     /// Checks ISSUE-1.
     fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
-        let gpu = self.stream.gpu();
-        let got = match view.arena().device_memory() {
-            Some(memory) if Arc::ptr_eq(memory.gpu().context(), gpu.context()) => return Ok(()),
+        let gpu = &self.stream.gpu;
+        let got = match DeviceMemory::of(view.arena()) {
+            Some(memory) if Arc::ptr_eq(&memory.gpu.context, &gpu.context) => return Ok(()),
             Some(memory) => format!("memory of {}", memory.place()),
             None => "host memory".to_owned(),
         };
         Err(KernelError::arguments(name, "memory", format!("memory of {}", gpu.place()), got))
     }
 
-    /// Copies a region from another GPU's memory.
     fn copy_from_peer(
         &self,
         read: &View<'_>,
@@ -450,7 +424,7 @@ impl Issuer {
         accumulate: bool,
     ) -> Result<(), KernelError> {
         let name = "copy_region";
-        let source = read.arena().device_memory().map(|memory| memory.gpu().context().clone());
+        let source = DeviceMemory::of(read.arena()).map(|memory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
             return Err(KernelError::arguments(name, "read 0", "device memory to copy unchanged", got));
@@ -469,7 +443,7 @@ impl Issuer {
         let (from, to) = (device_address(read)?, device_address(write)?);
         let from = StridedRegion { address: from, shape: read.shape(), region: src };
         let to = StridedRegion { address: to, shape: write.shape(), region: dst };
-        fetch_from_peer(&self.stream, &source, from, to, read.dtype())
+        copy_region_from(&self.stream, &source, from, to, read.dtype())
     }
 
     fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
@@ -491,7 +465,7 @@ impl Issuer {
             PreparedStep::Product(product) => {
                 let addresses = addresses(product, &address_of, library_workspace(bound)?)?;
                 let stream = self.stream.clone();
-                let issued = self.product_plans()?.issue(product, &addresses, stream.handle(), stream.place());
+                let issued = self.product_plans()?.issue(product, &addresses, stream.handle, stream.place());
                 issued.map_err(|error| stream.root_cause(error))
             }
             PreparedStep::Attention { shape, fallback } => {
@@ -512,7 +486,7 @@ impl Issuer {
             self.stream.issue_test_delay()?;
             // Abort, or the other members would wait forever.
             self.stream.begin_call(Some(timer)).inspect_err(|error| self.engine.abort(&error.to_string()))?;
-            return match engine.0.enqueue(call, &bound.reads, &bound.writes, bound.workspace.as_ref(), &self.stream)? {
+            return match engine.0.enqueue(call, bound, self.stream.clone())? {
                 Enqueued::Issued => self.stream.end_call().map(|()| None),
                 Enqueued::Pending(wait) => Ok(Some(wait)),
             };
@@ -527,7 +501,6 @@ impl Issuer {
         Ok(None)
     }
 
-    /// Reports Inf or NaN in the outputs of a launch.
     fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
         let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
         if let Some((write, elements)) = self.staging.find_non_finite(&launch.op, &bound)? {
@@ -538,25 +511,15 @@ impl Issuer {
     }
 }
 
-/// Resolves the addresses of a product's operands.
 fn addresses(
     product: &Product,
     address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
     workspace: u64,
 ) -> Result<Addresses, KernelError> {
-    let (bias, aux) = match product.epilogue {
-        Epilogue::None | Epilogue::Gelu => (None, None),
-        Epilogue::Bias(bias) | Epilogue::BiasGrad(bias) => (Some(bias), None),
-        Epilogue::GeluBias { bias, aux } => (Some(bias), aux),
-        Epilogue::GeluGrad { aux } => (None, Some(aux)),
-    };
-    let optional = |place: Option<Place>| place.map_or(Ok(0), address_of);
     Ok(Addresses {
         a: address_of(product.a.place)?,
         b: address_of(product.b.place)?,
         d: address_of(product.d.place)?,
-        bias: optional(bias)?,
-        aux: optional(aux)?,
         workspace,
     })
 }

@@ -7,16 +7,13 @@ use std::{env, fs};
 
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
-use super::context::check_code;
-use super::cudnn::api::Api as Cudnn;
-use super::nccl::Api;
+use super::status::{check_code, unavailable};
 use crate::error::KernelError;
 
 /// The oldest supported driver: it must provide the CUDA version of the libraries and cubins, `1000 * major + 10 *
 /// minor`.
 const DRIVER_MIN: i32 = 13_000;
 
-/// How to get CUDA 13.0.
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
      container with --gpus all; without a GPU choose the device cpu";
 
@@ -47,42 +44,46 @@ pub enum Library {
     Cudnn,
 }
 
-/// What `shardflow doctor` reports about CUDA.
-#[derive(Clone, Debug)]
-pub struct Probe {
-    /// CUDA version of the driver, such as `13.0`; or why there is no driver.
-    pub driver: Result<String, KernelError>,
-    /// Each device, or why the query failed.
-    pub devices: Vec<Result<DeviceFacts, KernelError>>,
-    /// Each library's version, or why it cannot be used.
-    pub libraries: Vec<(Library, Result<String, KernelError>)>,
-}
-
-/// One GPU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceFacts {
-    /// The driver's name for the device.
-    pub name: String,
-    /// Compute capability, major and minor.
-    pub capability: (i32, i32),
-    /// Memory, in bytes.
-    pub bytes_total: usize,
-}
-
-/// The initialized driver.
 pub(crate) struct Driver {
     /// Its CUDA version.
     pub(crate) version: i32,
-    /// Number of devices.
     pub(crate) devices: usize,
 }
 
-pub(crate) fn unavailable(what: impl Into<String>, hint: &str) -> KernelError {
-    KernelError::Unavailable { what: what.into(), hint: hint.to_owned() }
+/// Declares `Api`, the functions of a library that is loaded at run time, tried under these file names.
+macro_rules! dynamic_library {
+    ([$($file:literal),*] $($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
+        pub(crate) struct Api {
+            // SAFETY: these are only types; each call states why it is sound.
+            $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
+            /// Keeps the functions loaded.
+            _library: libloading::Library,
+        }
+
+        impl std::fmt::Debug for Api {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("Api")
+            }
+        }
+
+        impl Api {
+            fn load() -> Option<Self> {
+                // SAFETY: only NVIDIA's initializers run; the signatures are those of its header.
+                unsafe {
+                    let library = [$($file),*].iter().find_map(|name| libloading::Library::new(*name).ok())?;
+                    Some(Self {
+                        $($field: *library.get::<unsafe extern "C" fn($($arg),*) -> $out>($symbol).ok()?,)*
+                        _library: library,
+                    })
+                }
+            }
+        }
+    };
 }
+pub(super) use dynamic_library;
 
 /// Formats `13000` as `13.0`.
-fn dotted(version: i32) -> String {
+pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
@@ -97,10 +98,6 @@ fn set_environment() {
     }
 }
 
-/// Initializes the driver.
-///
-/// # Errors
-/// [`KernelError::Unavailable`] if it is missing or too old.
 pub(crate) fn driver() -> Result<Driver, KernelError> {
     // SAFETY: loads and unloads the library; only NVIDIA's initializers run.
     if !unsafe { sys::is_culib_present() } {
@@ -166,16 +163,14 @@ impl Library {
         }
     }
 
-    /// # Errors
-    /// [`KernelError::Unavailable`] if the library is missing or too old.
     pub(crate) fn require(self) -> Result<(), KernelError> {
         // SAFETY: see `driver`.
         let present = unsafe {
             match self {
                 Library::CublasLt => cublaslt::sys::is_culib_present(),
                 Library::Nvrtc => nvrtc::sys::is_culib_present(),
-                Library::Nccl => return Api::get().map(|_| ()),
-                Library::Cudnn => return Cudnn::get().map(|_| ()),
+                // Loaded and checked by the `Api::get` of `nccl` and `cudnn`.
+                Library::Nccl | Library::Cudnn => true,
             }
         };
         if present { Ok(()) } else { Err(self.missing()) }
@@ -184,67 +179,12 @@ impl Library {
     pub(crate) fn missing(self) -> KernelError {
         unavailable(format!("{} is not installed on this machine", self.name()), self.hint())
     }
-
-    fn version(self) -> Result<String, KernelError> {
-        self.require()?;
-        match self {
-            // SAFETY: has no preconditions.
-            Library::CublasLt => Ok(cublas_version(unsafe { cublaslt::sys::cublasLtGetVersion() })),
-            Library::Nvrtc => {
-                let (mut major, mut minor) = (0, 0);
-                // SAFETY: writes to locals.
-                let result = unsafe { nvrtc::sys::nvrtcVersion(&mut major, &mut minor) };
-                if result == nvrtc::sys::nvrtcResult::NVRTC_SUCCESS {
-                    return Ok(format!("{major}.{minor}"));
-                }
-                Err(unavailable("libnvrtc reports no version", self.hint()))
-            }
-            Library::Nccl => Api::get()?.version(),
-            Library::Cudnn => Ok(Cudnn::get()?.version()),
-        }
-    }
-}
-
-/// Formats `130002` as `13.0.2`.
-fn cublas_version(version: usize) -> String {
-    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
 
 impl Display for Library {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
-}
-
-/// Probes driver, devices, memory and libraries. Creates no context, so it allocates no device memory.
-pub fn probe() -> Probe {
-    let libraries = Library::ALL.map(|library| (library, library.version())).into();
-    match driver() {
-        Err(error) => Probe { driver: Err(error), devices: Vec::new(), libraries },
-        Ok(driver) => {
-            let devices = (0..driver.devices).map(device_facts).collect();
-            Probe { driver: Ok(dotted(driver.version)), devices, libraries }
-        }
-    }
-}
-
-fn device_facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
-    use sys::CUdevice_attribute::{
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
-    };
-    let place = format!("cuda device {ordinal}");
-    let (mut device, mut bytes_total, mut name) = (0, 0, [0; 256]);
-    let mut capability = (0, 0);
-    // SAFETY: each call writes to locals of its declared types; the name ends with a 0 within the buffer.
-    let name = unsafe {
-        check_code(sys::cuDeviceGet(&mut device, i32::try_from(ordinal).unwrap_or(i32::MAX)), "cuDeviceGet", &place)?;
-        check_code(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device), "cuDeviceGetName", &place)?;
-        check_code(sys::cuDeviceTotalMem_v2(&mut bytes_total, device), "cuDeviceTotalMem", &place)?;
-        check_code(sys::cuDeviceGetAttribute(&mut capability.0, MAJOR, device), "cuDeviceGetAttribute", &place)?;
-        check_code(sys::cuDeviceGetAttribute(&mut capability.1, MINOR, device), "cuDeviceGetAttribute", &place)?;
-        super::context::static_text(name.as_ptr())
-    };
-    Ok(DeviceFacts { name, capability, bytes_total })
 }
 
 #[cfg(test)]
@@ -254,7 +194,6 @@ mod tests {
     #[test]
     fn versions_are_formatted_with_dots() {
         assert_eq!([13_000, 12_080, 11_020].map(dotted), ["13.0", "12.8", "11.2"]);
-        assert_eq!([130_002, 121_100].map(cublas_version), ["13.0.2", "12.11.0"]);
     }
 
     #[test]
@@ -264,20 +203,5 @@ mod tests {
         let expected =
             "the driver is too old: found CUDA 12.8, need 13.0 or newer: install NVIDIA's driver of version 580";
         assert!(message.starts_with(expected), "{message}");
-    }
-
-    /// Runs only on machines without a driver, such as CI: `probe` reports everything that is missing and does not
-    /// panic.
-    #[test]
-    fn the_probe_reports_what_a_machine_without_cuda_lacks() {
-        let probe = probe();
-        let Err(error) = &probe.driver else { return };
-        assert!(error.to_string().starts_with("no CUDA driver (libcuda.so.1) on this machine: install"), "{error}");
-        for (library, version) in &probe.libraries {
-            if let Err(error) = version {
-                assert!(error.to_string().contains(library.name()), "{error}");
-            }
-        }
-        assert_eq!(super::super::gpu::Gpu::open(0).unwrap_err(), *error);
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! The backend makes the checks that depend on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
 
-use crate::cuda::step::{Arg, AttentionShape, Kernel, Place, Step, product_workspace_bytes};
+use crate::cuda::step::{AttentionShape, Step, product_workspace_bytes};
 use crate::error::KernelError;
 use crate::memory::ALIGNMENT;
 use crate::op::{Launch, Op};
@@ -13,7 +13,8 @@ mod args;
 mod attention;
 pub(crate) mod collective;
 mod elementwise;
-mod fuse;
+pub(crate) mod fuse;
+mod kernel;
 mod loss;
 mod norm;
 mod product;
@@ -24,22 +25,6 @@ mod region;
 mod tests;
 
 use args::Args;
-
-pub use fuse::{FusedLaunches, fuse, may_fuse};
-
-/// Default number of threads per block.
-const THREADS: usize = 256;
-
-/// Elements per thread of an elementwise kernel on f32: 16 bytes.
-const PACK: usize = 4;
-
-/// Elements per thread of an elementwise kernel on bf16.
-const BF16_PACK: usize = 8;
-
-/// Elements per thread for this type: 16 bytes.
-fn pack_of(dtype: DType) -> usize {
-    if dtype == DType::BF16 { BF16_PACK } else { PACK }
-}
 
 /// Alignment of cuBLASLt's and cuDNN's workspaces; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
@@ -53,7 +38,7 @@ const LIBRARY_ALIGNMENT: usize = 256;
 /// [`KernelError::Arguments`] for buffers that do not fit the op, for a workspace smaller than [`workspace_bytes`], for
 /// collectives, which the stream's engine runs, and for custom kernels, which have no CUDA form.
 pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
-    let args = Args::new(launch, accumulate)?;
+    let args = Args::new(launch, accumulate, workspace_bytes(launch))?;
     match &launch.op {
         Op::Fill { value } => elementwise::fill(&args, *value),
         Op::Copy => elementwise::copy(&args),
@@ -107,7 +92,6 @@ pub fn workspace_bytes(launch: &Launch) -> usize {
     library.max(own * DType::F32.bytes())
 }
 
-/// Start of the library's part of a workspace at this address.
 pub(crate) fn library_start(address: u64) -> u64 {
     address.next_multiple_of(LIBRARY_ALIGNMENT as u64)
 }
@@ -128,50 +112,4 @@ pub fn in_place(launch: &Launch) -> &'static [usize] {
         Op::CrossEntropyGrad { .. } => &[1],
         _ => &[],
     }
-}
-
-/// The names of a kernel's variants: f32, bf16, and bf16 to f32.
-macro_rules! variants {
-    ($name:literal) => {
-        [concat!($name, "_f32"), concat!($name, "_bf16"), concat!($name, "_bf16_f32")]
-    };
-}
-use variants;
-
-/// A kernel with a one-dimensional grid.
-fn blocks(
-    function: &'static str,
-    blocks: usize,
-    threads: usize,
-    shared_bytes: usize,
-    args: Vec<Arg>,
-) -> Result<Step, KernelError> {
-    let narrow = |what: &str, value: usize, limit: usize| match u32::try_from(value) {
-        Ok(narrow) if value <= limit => Ok(narrow),
-        _ => Err(KernelError::arguments(function, what, format!("at most {limit}"), value.to_string())),
-    };
-    let grid = [narrow("blocks", blocks, i32::MAX as usize)?, 1, 1];
-    let block = [narrow("threads", threads, 1024)?, 1, 1];
-    let shared_bytes = narrow("bytes of shared memory", shared_bytes, 160 * 1024)?;
-    Ok(Step::Kernel(Kernel { function, grid, block, shared_bytes, args }))
-}
-
-/// A kernel with `threads` threads, in blocks of [`THREADS`].
-fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
-    blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
-}
-
-/// The start of read `i`.
-fn read(i: usize) -> Arg {
-    Arg::Pointer(Place::read(i))
-}
-
-/// The start of write `i`.
-fn write(i: usize) -> Arg {
-    Arg::Pointer(Place::write(i))
-}
-
-/// A count, extent or index; no tensor has 2^63 elements.
-fn long(value: usize) -> Arg {
-    Arg::I64(value as i64)
 }

@@ -4,9 +4,13 @@
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
-use super::cudnn::Attention;
+use super::attention::Attention;
+use super::device_memory::device_address;
 use super::gpu::Gpu;
-use super::lower;
+use super::lower::{
+    self,
+    fuse::{FusedLaunches, fuse, may_fuse},
+};
 use super::module::Function;
 use super::raw_stream::{Geometry, PARAMETERS_MAX};
 use super::step::{Arg, AttentionShape, Operand, Place, Product, Step};
@@ -19,7 +23,6 @@ use crate::tensor::element_count;
 /// Maximum number of cached programs per stream, far more than an actor has. If exceeded, the cache is cleared.
 const PROGRAMS_MAX: usize = 1024;
 
-/// The lowered programs of one stream.
 #[derive(Debug, Default)]
 pub(crate) struct ProgramCache {
     /// By address of the program, which the entry keeps alive so that the address stays unique.
@@ -40,7 +43,6 @@ pub(crate) struct LoweredProgram {
     /// By launch: the fused form of this launch and the next, if there is one.
     pairs: Vec<OnceLock<Option<FusedPair>>>,
     repeat: bool,
-    /// Index of the last collective.
     pub(crate) last_call: Option<usize>,
 }
 
@@ -55,10 +57,8 @@ pub(crate) struct FusedPair {
     pub(crate) uses_record: bool,
 }
 
-/// How a launch is run.
 #[derive(Debug)]
 pub(crate) enum LaunchKind {
-    /// Runs these steps.
     Steps {
         steps: Vec<PreparedStep>,
         /// Whether a kernel writes the stream's error record.
@@ -96,7 +96,6 @@ pub(crate) enum PreparedStep {
     },
 }
 
-/// One parameter of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Parameter {
     Address(Place),
@@ -107,7 +106,6 @@ pub(crate) enum Parameter {
 }
 
 impl ProgramCache {
-    /// Returns the lowered program.
     pub(crate) fn get(&mut self, program: &Arc<Program>, repeat: bool) -> Arc<LoweredProgram> {
         let key = Arc::as_ptr(program).addr();
         if self.programs.len() >= PROGRAMS_MAX && !self.programs.contains_key(&key) {
@@ -137,7 +135,7 @@ impl LoweredProgram {
     pub(crate) fn cannot_fuse(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
         match self.pairs[index].get() {
             Some(pair) => pair.is_none(),
-            None => !lower::may_fuse(first, second),
+            None => !may_fuse(first, second),
         }
     }
 
@@ -149,7 +147,7 @@ impl LoweredProgram {
 
 fn fuse_pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<FusedPair> {
     // Errors are reported when the launches run one by one.
-    let lower::FusedLaunches { reads, writes, steps } = lower::fuse(first, second, &overlap).ok()??;
+    let FusedLaunches { reads, writes, steps } = fuse(first, second, &overlap).ok()??;
     let steps = steps.into_iter().map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>().ok()?;
     let uses_record = uses_record(&steps);
     Some(FusedPair { reads, writes, steps, uses_record })
@@ -184,7 +182,7 @@ fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKin
         Op::Collective(_) => Ok(LaunchKind::Collective),
         Op::Custom(_) => Ok(LaunchKind::Custom),
         _ => {
-            let steps = lower::lower(launch, accumulate, gpu.context().shared_bytes_max())?.into_iter();
+            let steps = lower::lower(launch, accumulate, gpu.context.shared_bytes_max)?.into_iter();
             let steps = steps.map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>()?;
             let uses_record = uses_record(&steps);
             let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention() != Attention::Own);
@@ -207,7 +205,7 @@ fn uses_record(steps: &[PreparedStep]) -> bool {
 fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
     Ok(match step {
         Step::Kernel(kernel) => {
-            let function = gpu.modules().function(kernel.function, kernel.shared_bytes)?;
+            let function = gpu.modules.function(kernel.function, kernel.shared_bytes)?;
             let geometry = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
             if kernel.args.len() > PARAMETERS_MAX {
                 let got = kernel.args.len().to_string();
@@ -240,9 +238,7 @@ pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelErro
         Operand::Workspace => bound.workspace.as_ref(),
     };
     let missing = || KernelError::arguments(bound.name, "step", "a buffer of the launch", format!("{place:?}"));
-    let view = view.ok_or_else(missing)?;
-    let memory = view.arena().device_memory().ok_or_else(missing)?;
-    Ok(memory.address() + (view.offset() + place.offset_bytes) as u64)
+    Ok(device_address(view.ok_or_else(missing)?)? + place.offset_bytes as u64)
 }
 
 #[cfg(test)]

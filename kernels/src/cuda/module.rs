@@ -15,13 +15,13 @@ use parking_lot::Mutex;
 use super::context::{Context, Raw};
 use super::library::Library;
 use super::source::{MODULES, Module};
+use super::status::static_text;
 use super::step::SHARED_BYTES_DEFAULT;
 use crate::error::KernelError;
 
 /// Environment variable: a directory of cubins (`NAME.ARCH.cubin`), searched before `cubins` next to the program.
 pub const CUBINS: &str = "SHARDFLOW_CUBINS";
 
-/// The modules loaded into one context.
 #[derive(Debug)]
 pub(crate) struct Modules {
     context: Arc<Context>,
@@ -34,7 +34,6 @@ struct Loaded {
     functions: HashMap<&'static str, Function>,
 }
 
-/// A kernel that can be launched.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Function {
     pub(crate) handle: Raw<sys::CUfunction>,
@@ -48,10 +47,6 @@ impl Modules {
     }
 
     /// Returns the kernel of this name and allows it this much dynamic shared memory. Requires the context to be bound.
-    ///
-    /// # Errors
-    /// [`KernelError::Compile`]; [`KernelError::Unavailable`] if it must be compiled and there is no compiler;
-    /// [`KernelError::Cuda`].
     pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function, KernelError> {
         let mut loaded = self.loaded.lock();
         let place = format!("kernel {name} on {}", self.context.place());
@@ -87,9 +82,6 @@ impl Modules {
     }
 
     /// Loads all kernels of a module. Requires the context to be bound.
-    ///
-    /// # Errors
-    /// Those of [`Modules::function`].
     pub(crate) fn prepare(&self, module: &str) -> Result<(), KernelError> {
         let mut functions = MODULES.iter().filter(|known| known.name == module).flat_map(Module::functions);
         functions.try_for_each(|function| self.function(function, 0).map(drop))
@@ -178,7 +170,6 @@ fn missing_headers(folders: &[PathBuf]) -> Option<String> {
     (!lacking.is_empty()).then_some(hint)
 }
 
-/// Compiles a module to a cubin.
 fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {
     Library::Nvrtc.require()?;
     let text = CString::new(module.text).unwrap_or_default();
@@ -194,7 +185,7 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, Kerne
     let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
     let failed = |result: nvrtc::nvrtcResult, call: &'static str| {
         // SAFETY: returns a static string.
-        let text = unsafe { super::context::static_text(nvrtc::nvrtcGetErrorString(result)) };
+        let text = unsafe { static_text(nvrtc::nvrtcGetErrorString(result)) };
         let place = format!("{file} for {target}");
         Err(KernelError::Cuda { place, call, code: result as u32, name: format!("{result:?}"), text })
     };

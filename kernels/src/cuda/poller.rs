@@ -19,34 +19,33 @@ use parking_lot::{Condvar, Mutex};
 
 use super::context::Context;
 use super::event::Recorded;
-use super::in_flight::InFlight;
-use super::memory::DeviceMemory;
 use super::progress::CallProgress;
-use super::raw_stream::RawStream;
 use crate::error::KernelError;
 use crate::event::Event;
-use crate::memory::{Arena, Base};
+use crate::memory::Arena;
 
 /// How long the thread spins after the last progress.
 const SPIN: Duration = Duration::from_micros(20);
 /// The first sleep after the spin; each following sleep is twice as long.
 const SLEEP_MIN: Duration = Duration::from_micros(10);
-/// The longest sleep.
 const SLEEP_MAX: Duration = Duration::from_micros(50);
 /// How often engines check for errors while something is pending.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What to report when an event is done.
-#[derive(Debug)]
-pub(crate) enum Completion {
-    /// Sends the signal with this tag.
-    Signal(Arc<InFlight>, u32),
-    /// Ends a submission. Its memory is released first, so that the receiver of the notification may rely on that.
-    End(Arc<InFlight>, Vec<Base>, Result<(), KernelError>),
-    /// Sets the event.
-    SetEvent(Event),
-    /// Releases the memory, then sets the event.
-    Release(Arena, Event),
+/// What to do when an event is done, or with the error of a lost context, which comes instead (POLL-3). Must not block.
+pub(crate) type Completion = Box<dyn FnOnce(Option<&KernelError>) + Send>;
+
+pub(crate) fn set_event(event: Event) -> Completion {
+    Box::new(move |_| event.set())
+}
+
+/// Releases the memory, then sets the event.
+pub(crate) fn release(arena: Arena, event: Event) -> Completion {
+    Box::new(move |_| {
+        arena.mark_released();
+        drop(arena);
+        event.set();
+    })
 }
 
 /// An engine that detects its own errors; called periodically while something is pending.
@@ -55,11 +54,9 @@ pub(crate) trait ErrorCheck: Send + Sync {
     fn check_errors(self: Arc<Self>);
 }
 
-/// The pending completions of one stream.
-#[derive(Debug)]
 pub(crate) struct CompletionQueue {
     /// The stream, as error messages name it.
-    pub(crate) place: String,
+    place: String,
     progress: Option<Arc<CallProgress>>,
     pending: Mutex<VecDeque<(Arc<Recorded>, Completion)>>,
 }
@@ -75,10 +72,15 @@ struct Shared {
     wake: Condvar,
 }
 
-/// The poller of one GPU.
 pub(crate) struct Poller {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for CompletionQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CompletionQueue").field("place", &self.place).finish_non_exhaustive()
+    }
 }
 
 impl fmt::Debug for Poller {
@@ -98,16 +100,15 @@ impl Poller {
             parked: Mutex::new(false),
             wake: Condvar::new(),
         });
-        let name = format!("cuda {} poller", context.ordinal());
+        let name = format!("cuda {} poller", context.ordinal);
         let own = shared.clone();
         let thread = thread::Builder::new().name(name).spawn(move || own.serve());
-        let thread = thread.map_err(|_| KernelError::Closed { device: context.ordinal() })?;
+        let thread = thread.map_err(|_| KernelError::Closed { device: context.ordinal })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Creates the completion queue of a new stream.
-    pub(crate) fn register(&self, stream: &RawStream) -> Arc<CompletionQueue> {
-        let (place, progress) = (stream.place().to_owned(), stream.call_progress().cloned());
+    pub(crate) fn register(&self, place: &str, progress: Option<&Arc<CallProgress>>) -> Arc<CompletionQueue> {
+        let (place, progress) = (place.to_owned(), progress.cloned());
         let queue = Arc::new(CompletionQueue { place, progress, pending: Mutex::default() });
         self.shared.queues.lock().push(queue.clone());
         queue
@@ -127,7 +128,6 @@ impl Poller {
         self.wake();
     }
 
-    /// Wakes the thread if it is parked.
     pub(crate) fn wake(&self) {
         let parked = self.shared.parked.lock();
         if *parked {
@@ -140,7 +140,6 @@ impl Poller {
         self.shared.error_checks.lock().push(check);
     }
 
-    /// True if the queue is empty.
     pub(crate) fn is_idle(&self, queue: &CompletionQueue) -> bool {
         queue.pending.lock().is_empty()
     }
@@ -197,7 +196,7 @@ impl Shared {
             }
         }
         for queue in self.queues.lock().drain(..) {
-            self.fail(&queue, &KernelError::Closed { device: self.context.ordinal() });
+            self.fail(&queue, &KernelError::Closed { device: self.context.ordinal });
         }
     }
 
@@ -270,21 +269,5 @@ impl Shared {
 
 /// Reports a completion. Panics of the receiver are dropped, since nobody could handle them.
 fn report(completion: Completion, failed: Option<&KernelError>) {
-    let send = || match (completion, failed) {
-        (Completion::SetEvent(event), _) => event.set(),
-        (Completion::Release(arena, event), _) => {
-            arena.device_memory().into_iter().for_each(DeviceMemory::mark_released);
-            drop(arena);
-            event.set();
-        }
-        (Completion::Signal(in_flight, tag), None) => in_flight.signal(tag),
-        (Completion::Signal(..), Some(_)) => {}
-        (Completion::End(in_flight, bases, result), failed) => {
-            let memories = bases.iter().filter_map(|base| base.arena.device_memory());
-            memories.for_each(DeviceMemory::mark_released);
-            drop(bases);
-            in_flight.finish(failed.map_or(result, |error| Err(error.clone())));
-        }
-    };
-    drop(catch_unwind(AssertUnwindSafe(send)));
+    drop(catch_unwind(AssertUnwindSafe(|| completion(failed))));
 }

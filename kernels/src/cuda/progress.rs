@@ -29,7 +29,6 @@ pub(crate) struct ProgressWords {
     next: AtomicUsize,
 }
 
-/// One progress word.
 #[derive(Debug)]
 struct ProgressWord {
     words: Arc<ProgressWords>,
@@ -60,9 +59,7 @@ impl ProgressWords {
 /// The progress of one stream through its collective and pipe calls, counted from 1.
 #[derive(Debug)]
 pub(crate) struct CallProgress {
-    /// The call that the stream reached last.
     reached: ProgressWord,
-    /// The call that the stream completed last.
     passed: ProgressWord,
     /// Both words at the last update.
     seen: AtomicU64,
@@ -81,7 +78,6 @@ struct State {
 #[derive(Debug)]
 struct Open {
     number: u32,
-    /// Whether the stream has been seen to reach it.
     reached: bool,
     timer: Option<CollectiveTimer>,
 }
@@ -108,7 +104,6 @@ impl CallProgress {
         (self.passed.address() as u64, state.ended)
     }
 
-    /// The number of the last call.
     pub(super) fn last(&self) -> u32 {
         self.state.lock().begun
     }
@@ -119,12 +114,10 @@ impl CallProgress {
         state.open.back().is_some_and(|open| !open.reached || open.number == state.ended)
     }
 
-    /// Whether the stream has reached the call.
     pub(super) fn has_reached(&self, number: u32) -> bool {
         has_reached_number(self.reached.read(), number)
     }
 
-    /// Whether the stream has completed the call.
     pub(super) fn has_passed(&self, number: u32) -> bool {
         has_reached_number(self.passed.read(), number)
     }
@@ -159,7 +152,6 @@ impl ProgressWord {
         self.words.pinned.start().cast::<u32>().wrapping_add(self.index)
     }
 
-    /// The value written last.
     fn read(&self) -> u32 {
         // SAFETY: an aligned word in page-aligned memory that lives as long as `self`; the GPU writes it as a whole.
         unsafe { AtomicU32::from_ptr(self.address()) }.load(Ordering::Acquire)

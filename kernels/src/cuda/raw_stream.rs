@@ -11,12 +11,12 @@ use super::event::Recorded;
 use super::gpu::Gpu;
 use super::memory::{destroy_stream, new_stream};
 use super::module::Function;
+use super::poller::{Completion, CompletionQueue};
 use super::progress::CallProgress;
 use super::test_delay::TestDelays;
 use crate::error::KernelError;
 use crate::metrics::CollectiveTimer;
 
-/// Maximum number of kernel parameters.
 pub(crate) const PARAMETERS_MAX: usize = 32;
 
 /// Maximum row pitch of a copy: `CU_DEVICE_ATTRIBUTE_MAX_PITCH` of every GPU.
@@ -34,7 +34,6 @@ pub(crate) struct RowCopy {
 }
 
 impl RowCopy {
-    /// A single row.
     pub(crate) fn one(from: u64, to: u64, bytes: usize) -> Self {
         Self { from, to, bytes, count: 1, pitch: (0, 0) }
     }
@@ -53,19 +52,19 @@ impl RowCopy {
     }
 }
 
-/// An owned CUDA stream, destroyed on drop.
 #[derive(Debug)]
 pub(crate) struct RawStream {
-    gpu: Arc<Gpu>,
-    rank: usize,
-    handle: Raw<sys::CUstream>,
+    pub(crate) gpu: Arc<Gpu>,
+    /// Rank of the device in the mesh.
+    pub(crate) rank: usize,
+    pub(crate) handle: Raw<sys::CUstream>,
     /// The stream, as error messages name it.
     place: String,
     /// `None` if the GPU has no progress words left.
-    call_progress: Option<Arc<CallProgress>>,
+    pub(crate) call_progress: Option<Arc<CallProgress>>,
+    completions: Arc<CompletionQueue>,
 }
 
-/// The launch geometry of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Geometry {
     pub(crate) grid: [u32; 3],
@@ -77,23 +76,12 @@ impl RawStream {
     /// Creates a stream; `urgent` gives it the greatest priority.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, name: &str, urgent: bool) -> Result<Self, KernelError> {
         let place = format!("stream {name} of device {rank} on {}", gpu.place());
-        gpu.context().bind()?;
+        gpu.context.bind()?;
         let (least, greatest) = gpu.priorities();
-        let handle = new_stream(gpu.context(), if urgent { greatest } else { least }, &place)?;
-        Ok(Self { gpu: gpu.clone(), rank, handle, place, call_progress: gpu.progress_words().allocate() })
-    }
-
-    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
-        &self.gpu
-    }
-
-    /// Rank of the device in the mesh.
-    pub(crate) fn rank(&self) -> usize {
-        self.rank
-    }
-
-    pub(crate) fn handle(&self) -> Raw<sys::CUstream> {
-        self.handle
+        let handle = new_stream(&gpu.context, if urgent { greatest } else { least }, &place)?;
+        let call_progress = gpu.progress_words.allocate();
+        let completions = gpu.poller.register(&place, call_progress.as_ref());
+        Ok(Self { gpu: gpu.clone(), rank, handle, place, call_progress, completions })
     }
 
     pub(crate) fn place(&self) -> &str {
@@ -101,7 +89,7 @@ impl RawStream {
     }
 
     fn check(&self, result: sys::CUresult, call: &'static str) -> Result<(), KernelError> {
-        self.gpu.context().check(result, call, &self.place)
+        self.gpu.context.check(result, call, &self.place)
     }
 
     /// Launches a kernel. Each parameter is 8 bytes, of which the kernel reads as many as its type has.
@@ -126,7 +114,7 @@ impl RawStream {
     pub(crate) fn issue_test_delay(&self) -> Result<(), KernelError> {
         let Some(cycles) = self.gpu.test_delays().and_then(TestDelays::next) else { return Ok(()) };
         let geometry = Geometry { grid: [1; 3], block: [1; 3], shared_bytes: 0 };
-        self.launch(self.gpu.modules().function("spin", 0)?, &geometry, &[cycles])
+        self.launch(self.gpu.modules.function("spin", 0)?, &geometry, &[cycles])
     }
 
     /// Launches a kernel, given a pointer to each parameter; see [`RawStream::launch`].
@@ -166,18 +154,22 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.handle.0) }, "cuMemcpyDtoDAsync")
     }
 
-    /// Copies from another GPU's memory, directly or through host memory as the driver chooses.
+    /// Whether the stream is on the GPU of this context.
+    pub(crate) fn is_on(&self, context: &Context) -> bool {
+        std::ptr::eq(&*self.gpu.context, context)
+    }
+
+    /// Copies from memory of any GPU, directly or through host memory as the driver chooses.
     pub(crate) fn copy_from(&self, to: u64, source: &Context, from: u64, bytes: usize) -> Result<(), KernelError> {
-        if bytes == 0 {
-            return Ok(());
+        if self.is_on(source) || bytes == 0 {
+            return self.copy(to, from, bytes);
         }
-        let own = self.gpu.context().raw();
+        let own = self.gpu.context.handle.0;
         // SAFETY: the caller guarantees device memory of these contexts that lives until the copy is done.
-        let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.raw(), bytes, self.handle.0) };
+        let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.handle.0, bytes, self.handle.0) };
         self.check(result, "cuMemcpyPeerAsync")
     }
 
-    /// Copies rows from another GPU's memory in one call.
     pub(crate) fn copy_rows_from(&self, source: &Context, rows: &RowCopy) -> Result<(), KernelError> {
         let &RowCopy { from, to, bytes, count, pitch } = rows;
         if count == 1 {
@@ -192,7 +184,7 @@ impl RawStream {
             srcHost: std::ptr::null(),
             srcDevice: from,
             srcArray: std::ptr::null_mut(),
-            srcContext: source.raw(),
+            srcContext: source.handle.0,
             srcPitch: pitch.0 as usize,
             srcHeight: count,
             dstXInBytes: 0,
@@ -203,7 +195,7 @@ impl RawStream {
             dstHost: std::ptr::null_mut(),
             dstDevice: to,
             dstArray: std::ptr::null_mut(),
-            dstContext: self.gpu.context().raw(),
+            dstContext: self.gpu.context.handle.0,
             dstPitch: pitch.1 as usize,
             dstHeight: count,
             WidthInBytes: bytes,
@@ -233,18 +225,12 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.handle.0) }, "cuMemcpyHtoDAsync")
     }
 
-    /// Sets 32-bit words.
     pub(crate) fn fill(&self, to: u64, word: u32, words: usize) -> Result<(), KernelError> {
         if words == 0 {
             return Ok(());
         }
         // SAFETY: the caller guarantees device memory that lives until the fill is done.
         self.check(unsafe { sys::cuMemsetD32Async(to, word, words, self.handle.0) }, "cuMemsetD32Async")
-    }
-
-    /// Progress through collective and pipe calls.
-    pub(crate) fn call_progress(&self) -> Option<&Arc<CallProgress>> {
-        self.call_progress.as_ref()
     }
 
     /// Marks on the stream that a call begins; `timer` receives its time when it has ended (PROGRESS-1).
@@ -263,7 +249,7 @@ impl RawStream {
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: the caller guarantees an aligned word of pinned host memory that lives until the stream ends.
         let result = unsafe { sys::cuStreamWriteValue32_v2(self.handle.0, to, value, flags) };
-        self.gpu.poller().wake();
+        self.gpu.poller.wake();
         self.check(result, "cuStreamWriteValue32")
     }
 
@@ -271,10 +257,9 @@ impl RawStream {
     pub(crate) fn root_cause(&self, error: KernelError) -> KernelError {
         // SAFETY: the stream lives as long as `self`.
         let result = self.check(unsafe { sys::cuStreamQuery(self.handle.0) }, "cuStreamQuery");
-        result.err().filter(|_| self.gpu.context().lost().is_some()).unwrap_or(error)
+        result.err().filter(|_| self.gpu.context.lost().is_some()).unwrap_or(error)
     }
 
-    /// Blocks until all work on the stream is done.
     pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
         // SAFETY: the stream lives as long as `self`.
         self.check(unsafe { sys::cuStreamSynchronize(self.handle.0) }, "cuStreamSynchronize")
@@ -282,10 +267,28 @@ impl RawStream {
 
     /// Records an event after all work that was put on the stream so far.
     pub(crate) fn record(&self) -> Result<Arc<Recorded>, KernelError> {
-        self.gpu.events().record(self.handle, &self.place)
+        self.gpu.events.record(self.handle, &self.place)
     }
 
-    /// Makes later work on the stream wait for the event.
+    /// Reports the completion when `after`, an event of this stream, is done.
+    pub(crate) fn report(&self, after: Arc<Recorded>, completion: Completion) {
+        self.gpu.poller.push(&self.completions, after, completion);
+    }
+
+    /// Reports the completion when all work that was put on the stream so far is done.
+    pub(crate) fn report_end(&self, completion: Completion) -> Result<(), KernelError> {
+        self.record().map(|after| self.report(after, completion))
+    }
+
+    pub(crate) fn is_idle(&self) -> bool {
+        self.gpu.poller.is_idle(&self.completions)
+    }
+
+    /// Ends reports: pending completions fail with `cause`.
+    pub(crate) fn close(&self, cause: &KernelError) {
+        self.gpu.poller.unregister(&self.completions, cause);
+    }
+
     pub(crate) fn wait(&self, event: &Recorded) -> Result<(), KernelError> {
         event.wait_on(self.handle, &self.place)
     }
@@ -293,6 +296,6 @@ impl RawStream {
 
 impl Drop for RawStream {
     fn drop(&mut self) {
-        destroy_stream(self.gpu.context(), self.handle);
+        destroy_stream(&self.gpu.context, self.handle);
     }
 }

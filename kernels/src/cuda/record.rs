@@ -8,8 +8,9 @@ use cudarc::driver::sys;
 use parking_lot::Mutex;
 
 use super::context::Raw;
+use super::device_memory::DeviceMemory;
 use super::gpu::Gpu;
-use super::memory::{DeviceMemory, Pinned};
+use super::memory::Pinned;
 use super::step::ErrorRecord;
 use crate::clock::{ReleaseClocks, host_access};
 use crate::error::KernelError;
@@ -17,10 +18,8 @@ use crate::memory::{Arena, Tally};
 
 const BYTES: usize = ErrorRecord::BYTES;
 
-/// Number of slots per pinned allocation.
 const SLOTS: usize = 128;
 
-/// The error record of one stream and the slots for its copies.
 #[derive(Debug)]
 pub(crate) struct ErrorRecords {
     device: Arena,
@@ -51,18 +50,16 @@ pub(crate) struct RecordSlot {
 impl ErrorRecords {
     /// Allocates the device record, counted in `tally`.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
-        let device = Arena::cuda(DeviceMemory::new(gpu, rank, BYTES, tally)?);
+        let device = Arena::on_device(DeviceMemory::new(gpu, rank, BYTES, tally)?);
         Ok(Self { device, blocks: Vec::new() })
     }
 
-    /// The memory that kernels write.
     pub(crate) fn memory(&self) -> &Arena {
         &self.device
     }
 
-    /// The device address that kernels write to.
     pub(crate) fn address(&self) -> u64 {
-        self.device.device_memory().map_or(0, DeviceMemory::address)
+        DeviceMemory::of(&self.device).map_or(0, DeviceMemory::address)
     }
 
     /// Allocates slots. Requires the context to be bound.
@@ -79,7 +76,7 @@ impl ErrorRecords {
         if let Some(slot) = self.blocks.iter().find_map(take) {
             return Ok(slot);
         }
-        let pinned = Pinned::new(gpu.context(), SLOTS * BYTES)?;
+        let pinned = Pinned::new(&gpu.context, SLOTS * BYTES)?;
         let block =
             Arc::new(SlotBlock { pinned, free: Mutex::new((1..SLOTS).collect()), returned: ReleaseClocks::default() });
         self.blocks.push(block.clone());
@@ -98,10 +95,10 @@ impl ErrorRecords {
         // SAFETY: both are live and have a record's size; nobody reads the slot before the event recorded after this
         // copy is done.
         let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.address(), BYTES, stream.0) };
-        gpu.context().check(result, "cuMemcpyDtoHAsync", &place)?;
+        gpu.context.check(result, "cuMemcpyDtoHAsync", &place)?;
         // SAFETY: the record is live.
         let result = unsafe { sys::cuMemsetD32Async(self.address(), 0, ErrorRecord::WORDS, stream.0) };
-        gpu.context().check(result, "cuMemsetD32Async", &place)?;
+        gpu.context.check(result, "cuMemsetD32Async", &place)?;
         Ok(slot)
     }
 }

@@ -5,44 +5,37 @@
 
 use std::sync::Arc;
 
+use super::device_memory::device_address;
 use super::memory::Pinned;
-use super::poller::{Completion, CompletionQueue};
+use super::poller::set_event;
 use super::raw_stream::RawStream;
-use crate::bound::Bound;
+use crate::bound::{Bound, run_custom};
 use crate::clock::host_access;
-use crate::cpu::launch::faults;
 use crate::error::KernelError;
 use crate::event::Event;
 use crate::memory::{ALIGNMENT, Arena, View};
-use crate::op::{Buffer, CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
-use crate::tensor::{DType, element_count};
+use crate::op::{Buffer, CustomKernel, Launch, Op};
+use crate::submission::faults;
+use crate::tensor::element_count;
 
-/// The staging memory of one stream.
 #[derive(Debug)]
 pub(crate) struct HostStaging {
     stream: Arc<RawStream>,
-    completions: Arc<CompletionQueue>,
     /// Grows to the needs of the largest launch.
     arena: Option<Arena>,
 }
 
 impl HostStaging {
-    pub(crate) fn new(stream: &Arc<RawStream>, completions: &Arc<CompletionQueue>) -> Self {
-        Self { stream: stream.clone(), completions: completions.clone(), arena: None }
+    pub(crate) fn new(stream: &Arc<RawStream>) -> Self {
+        Self { stream: stream.clone(), arena: None }
     }
 
-    /// Returns an event that is set when all work put on the stream so far is done.
-    fn record(&self) -> Result<Event, KernelError> {
+    fn wait(&self) -> Result<(), KernelError> {
         let event = Event::default();
-        let recorded = self.stream.record()?;
-        self.stream.gpu().poller().push(&self.completions, recorded, Completion::SetEvent(event.clone()));
-        Ok(event)
-    }
-
-    /// Waits for the event, which a lost device also sets.
-    fn wait(&self, event: &Event) -> Result<(), KernelError> {
+        self.stream.report_end(set_event(event.clone()))?;
         event.synchronize();
-        self.stream.gpu().context().check_alive()
+        // A lost device also sets the event.
+        self.stream.gpu.context.check_alive()
     }
 
     /// Returns staging memory of at least `bytes` bytes. An earlier copy from it may still be in progress, so the host
@@ -53,15 +46,13 @@ impl HostStaging {
         }
         if self.arena.is_some() {
             // Wait, since this frees the old memory.
-            let event = self.record()?;
-            self.wait(&event)?;
+            self.wait()?;
         }
-        let arena = Arena::pinned(Pinned::new(self.stream.gpu().context(), bytes.next_power_of_two())?);
+        let arena = Pinned::new(&self.stream.gpu.context, bytes.next_power_of_two())?.into_arena();
         self.arena = Some(arena.clone());
         Ok(arena)
     }
 
-    /// The staging memory, if allocated.
     pub(crate) fn memory(&self) -> Option<&Arena> {
         self.arena.as_ref()
     }
@@ -101,8 +92,7 @@ impl HostStaging {
             // Copy writes too: a kernel may leave some elements unchanged, or add to them.
             self.stream.copy_out(arena.host_start().wrapping_add(*offset), device_address(view)?, view.bytes())?;
         }
-        let event = self.record()?;
-        self.wait(&event)?;
+        self.wait()?;
         let views = buffers().map(|(view, offset)| View::new(bound.name, &arena, *offset, view.shape(), view.dtype()));
         let views = views.collect::<Result<Vec<_>, _>>()?;
         let (reads, writes) = views.split_at(bound.reads.len());
@@ -110,7 +100,7 @@ impl HostStaging {
         writes.iter().for_each(|view| host_access(view.start(), view.bytes(), true));
         let result = work(reads, writes);
         // User code may have bound another GPU's context.
-        self.stream.gpu().context().bind()?;
+        self.stream.gpu.context.bind()?;
         if result.is_ok() {
             for (view, copy) in bound.writes.iter().zip(writes) {
                 self.stream.copy_in(device_address(view)?, copy.start(), view.bytes())?;
@@ -119,7 +109,6 @@ impl HostStaging {
         result
     }
 
-    /// Runs a custom kernel.
     pub(crate) fn run_custom(
         &mut self,
         bound: &Bound<'_>,
@@ -127,20 +116,8 @@ impl HostStaging {
         accumulate: bool,
     ) -> Result<(), KernelError> {
         self.run(bound, |reads, writes| {
-            if writes.iter().any(|write| reads.iter().any(|read| read.overlaps(write))) {
-                let got = "an op in place";
-                return Err(KernelError::arguments(bound.name, "read", "memory that is not written", got));
-            }
-            // SAFETY: the copies belong to this stream; no read overlaps a write (just checked), and no two writes
-            // overlap (`bound` has checked that).
-            let args = unsafe {
-                CpuArgs {
-                    reads: reads.iter().map(|view| read(view)).collect::<Result<_, _>>()?,
-                    writes: writes.iter().map(|view| write(view)).collect::<Result<_, _>>()?,
-                    accumulate,
-                }
-            };
-            kernel.run_cpu(args)
+            // SAFETY: the copies belong to this stream, and no two writes overlap (`bound` has checked that).
+            unsafe { run_custom(kernel, bound.name, reads, writes, accumulate) }
         })
     }
 
@@ -153,63 +130,15 @@ impl HostStaging {
         for (i, write) in bound.writes.iter().enumerate().filter(|(_, write)| write.dtype().is_float()) {
             let arena = self.arena(write.bytes())?;
             self.stream.copy_out(arena.host_start(), device_address(write)?, write.bytes())?;
-            let event = self.record()?;
-            self.wait(&event)?;
+            self.wait()?;
             let copy = View::new(bound.name, &arena, 0, write.shape(), write.dtype())?;
-            let widened: Vec<f32>;
-            // SAFETY: the type matches; the copy is exclusively ours and complete.
-            let values = unsafe {
-                if write.dtype() == DType::BF16 {
-                    widened = copy.bf16().iter().map(|value| value.to_f32()).collect();
-                    &widened
-                } else {
-                    copy.f32()
-                }
-            };
-            let elements = faults(op, write.shape(), values);
+            // SAFETY: the copy is exclusively ours and complete.
+            let values = unsafe { copy.to_f32() }.unwrap_or_default();
+            let elements = faults(op, write.shape(), &values);
             if elements > 0 {
                 return Ok(Some((i, elements)));
             }
         }
         Ok(None)
     }
-}
-
-/// Device address of a view's first element.
-pub(crate) fn device_address(view: &View<'_>) -> Result<u64, KernelError> {
-    let memory = view.arena().device_memory();
-    let memory = memory.ok_or_else(|| KernelError::arguments("copy", "memory", "device memory", "host memory"))?;
-    Ok(memory.address() + view.offset() as u64)
-}
-
-/// # Safety
-/// Nobody writes the elements during `'a`.
-unsafe fn read<'a>(view: &View<'a>) -> Result<CpuRead<'a>, KernelError> {
-    // SAFETY: the dtype matches; the caller guarantees the rest.
-    let data = unsafe {
-        match view.dtype() {
-            DType::F32 => CpuSlice::F32(view.f32()),
-            DType::I32 => CpuSlice::I32(view.i32()),
-            DType::BF16 => return Err(bf16_error()),
-        }
-    };
-    Ok(CpuRead { shape: view.shape(), data })
-}
-
-fn bf16_error() -> KernelError {
-    KernelError::arguments("custom kernel", "dtype", "F32 or I32", "BF16")
-}
-
-/// # Safety
-/// Nobody else accesses the elements during `'a`.
-unsafe fn write<'a>(view: &View<'a>) -> Result<CpuWrite<'a>, KernelError> {
-    // SAFETY: see `read`.
-    let data = unsafe {
-        match view.dtype() {
-            DType::F32 => CpuSliceMut::F32(view.f32_mut()),
-            DType::I32 => CpuSliceMut::I32(view.i32_mut()),
-            DType::BF16 => return Err(bf16_error()),
-        }
-    };
-    Ok(CpuWrite { shape: view.shape(), data })
 }

@@ -8,38 +8,28 @@ use crate::error::KernelError;
 // A program has a few hundred steps, created once.
 #[allow(clippy::large_enum_variant)]
 pub enum Step {
-    /// A kernel of one of the modules in `source`.
     Kernel(Kernel),
-    /// A product on cuBLASLt.
     Product(Product),
     /// A copy on the device. A no-op if both places have the same address.
     Copy {
-        /// Source.
         from: Place,
-        /// Destination.
         to: Place,
         /// Bytes to copy, more than 0.
         bytes: usize,
     },
-    /// Sets 32-bit words.
     Fill {
-        /// First word.
         to: Place,
-        /// The word's bits.
         word: u32,
-        /// Number of words, more than 0.
         words: usize,
     },
 }
 
-/// A kernel launch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Kernel {
     /// Name of the `extern "C"` function, unique among all modules.
     pub function: &'static str,
     /// Blocks in x, y, z, all greater than 0.
     pub grid: [u32; 3],
-    /// Threads of a block in x, y, z.
     pub block: [u32; 3],
     /// Dynamic shared memory in bytes. The function's attribute must allow more than [`SHARED_BYTES_DEFAULT`].
     pub shared_bytes: u32,
@@ -50,29 +40,20 @@ pub struct Kernel {
 /// Default limit of dynamic shared memory, in bytes (`CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`).
 pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 
-/// One argument of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Arg {
-    /// The address of a place.
     Pointer(Place),
-    /// A null pointer for an optional argument.
     Null,
     /// The address of the stream's [`ErrorRecord`]. Each stream has its own, since only launches of one stream are
     /// ordered.
     ErrorRecord,
     /// The launch's index in its program, as an `unsigned int`, for the [`ErrorRecord`]; the issuer fills it in.
     LaunchIndex,
-    /// `int`.
     I32(i32),
-    /// `unsigned int`.
     U32(u32),
-    /// `long long`.
     I64(i64),
-    /// `unsigned long long`.
     U64(u64),
-    /// `float`.
     F32(f32),
-    /// `double`.
     F64(f64),
 }
 
@@ -96,35 +77,27 @@ impl Arg {
 /// A buffer of the launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Operand {
-    /// `launch.reads[i]`.
     Read(usize),
-    /// `launch.writes[i]`.
     Write(usize),
-    /// `launch.workspace`.
     Workspace,
 }
 
 /// An address: bytes from the start of one of the launch's buffers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Place {
-    /// The buffer.
     pub operand: Operand,
-    /// Bytes from its start.
     pub offset_bytes: usize,
 }
 
 impl Place {
-    /// The start of read `i`.
     pub const fn read(i: usize) -> Self {
         Self { operand: Operand::Read(i), offset_bytes: 0 }
     }
 
-    /// The start of write `i`.
     pub const fn write(i: usize) -> Self {
         Self { operand: Operand::Write(i), offset_bytes: 0 }
     }
 
-    /// A place in the workspace.
     pub const fn workspace(offset_bytes: usize) -> Self {
         Self { operand: Operand::Workspace, offset_bytes }
     }
@@ -133,28 +106,14 @@ impl Place {
 /// Element type of a matrix or an activation on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Element {
-    /// 32-bit IEEE float.
     F32,
-    /// bfloat16.
     Bf16,
-}
-
-impl Element {
-    /// Bytes of one element.
-    pub const fn bytes(self) -> usize {
-        match self {
-            Element::F32 => 4,
-            Element::Bf16 => 2,
-        }
-    }
 }
 
 /// A cuBLASLt matrix, in its own terms: COLUMN-major, `rows` by `columns` as stored (before any transposition).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
-    /// Place of the first element.
     pub place: Place,
-    /// Element type.
     pub element: Element,
     /// Extent of the dim whose elements are adjacent.
     pub rows: u64,
@@ -166,35 +125,27 @@ pub struct Matrix {
     pub batch_stride: i64,
 }
 
-/// `d = epilogue(alpha op(a) op(b) + beta d)` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
+/// `d = alpha op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
 /// (`CUBLAS_COMPUTE_32F`; TF32 is not allowed), all dims above 0. All fields except the places are part of the plan
 /// cache key.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
-    /// Rows of `op(a)` and of `d`.
     pub m: u64,
-    /// Columns of `op(b)` and of `d`.
     pub n: u64,
-    /// Columns of `op(a)`, rows of `op(b)`.
     pub k: u64,
     /// `op(a)` is the transpose of `a` as stored (`CUBLAS_OP_T`).
     pub a_transposed: bool,
-    /// `op(b)` is the transpose of `b` as stored.
     pub b_transposed: bool,
     /// First operand of cuBLASLt, not necessarily that of the einsum.
     pub a: Matrix,
-    /// Second operand.
     pub b: Matrix,
     /// The result, `m` by `n`; also read if `beta` is not 0.
     pub d: Matrix,
     /// Number of products in the batch (`CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT`).
     pub batch: i32,
-    /// Factor of the product.
     pub alpha: f32,
     /// Factor of the old `d`: 1 to add to it, 0 to overwrite it without reading.
     pub beta: f32,
-    /// Applied to the result before it is stored.
-    pub epilogue: Epilogue,
 }
 
 /// Number of partial results that fit a product's workspace: cuBLASLt splits a product with few elements over `k`.
@@ -215,48 +166,15 @@ impl Product {
     }
 }
 
-/// The cuBLASLt epilogues in use. The bias has one element per row of the column-major `d`, that is per last index of a
-/// row-major result. cuBLASLt's GELU is the tanh approximation, so a graph with the exact [`crate::op::Op::Gelu`] never
-/// uses it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Epilogue {
-    /// Nothing.
-    None,
-    /// Adds a bias (`CUBLASLT_EPILOGUE_BIAS`).
-    Bias(Place),
-    /// GELU (`CUBLASLT_EPILOGUE_GELU`).
-    Gelu,
-    /// Adds a bias, then GELU; stores the input of GELU in `aux` if given, laid out as `d` (`.._GELU_AUX_BIAS`).
-    GeluBias {
-        /// The bias.
-        bias: Place,
-        /// Input of GELU, for the backward pass.
-        aux: Option<Place>,
-    },
-    /// Multiplies by GELU's derivative at `aux` (`CUBLASLT_EPILOGUE_DGELU`).
-    GeluGrad {
-        /// Input of GELU.
-        aux: Place,
-    },
-    /// Also sums the gradient `b` over the columns of `op(b)` (`CUBLASLT_EPILOGUE_BGRADB`).
-    BiasGrad(Place),
-}
-
 /// Causal attention or its gradient on bf16 activations `[batch, time, heads, depth]`, in a shape that cuDNN may run.
 /// Buffers are those of the launch, in the op's order. No extent is 0.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AttentionShape {
-    /// Forward or backward.
     pub pass: Pass,
-    /// Sequences.
     pub batch: usize,
-    /// Positions of a sequence.
     pub time: usize,
-    /// Heads.
     pub heads: usize,
-    /// Elements of a head.
     pub depth: usize,
-    /// Scores are multiplied by this.
     pub scale: f32,
 }
 
@@ -290,9 +208,7 @@ impl AttentionShape {
 /// Forward or backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Pass {
-    /// The op.
     Forward,
-    /// Its gradient.
     Backward,
 }
 
@@ -302,9 +218,7 @@ pub enum Pass {
 /// it reports the end. A kernel treats a bad index like one that belongs to another shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorRecord {
-    /// Index of the failing launch in its program.
     pub launch: u32,
-    /// The index.
     pub index: i32,
     /// Position of the index among the launch's indices: the first that is out of range.
     pub position: u64,
@@ -316,7 +230,6 @@ impl ErrorRecord {
     /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low,
     /// high), and two unused words.
     pub const WORDS: usize = 8;
-    /// Bytes of a record.
     pub const BYTES: usize = Self::WORDS * size_of::<u32>();
 
     /// Decodes the error in a record, if there is one.

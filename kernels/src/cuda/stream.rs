@@ -14,28 +14,24 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::gpu::Gpu;
-use super::issue::{Command, Issuer};
+use super::issue::{Issuer, Run};
 use super::lowered::ProgramCache;
-use super::poller::CompletionQueue;
 use super::raw_stream::RawStream;
 use super::record::ErrorRecords;
-use crate::clock::RaceClock;
+use crate::clock::Stamped;
 use crate::collective::{AbortStatus, Collective};
 use crate::error::KernelError;
-use crate::event::Event;
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::Program;
-use crate::stream::Submission;
+use crate::submission::Command;
 
 /// How long dropping a stream waits for an unresponsive device.
 const DRAIN_WITHIN: Duration = Duration::from_secs(5);
 
-/// Poll interval of that wait.
 const DRAIN_STEP: Duration = Duration::from_micros(20);
 
-/// The CUDA form of [`crate::stream::Stream`].
-pub struct CudaStream {
+pub(crate) struct CudaStream {
     inner: Arc<Inner>,
 }
 
@@ -43,13 +39,11 @@ struct Inner {
     name: String,
     rank: usize,
     stream: Arc<RawStream>,
-    completions: Arc<CompletionQueue>,
     queue: Mutex<Queue>,
     changed: Condvar,
     /// Lowers submissions. Separate from the issuer, which stays locked while its thread waits.
     cache: Mutex<ProgramCache>,
     engine: Arc<dyn Collective>,
-    /// Those of the engine.
     abort_statuses: Arc<[AbortStatus]>,
     issuer: Mutex<Issuer>,
     collective_time: CollectiveTime,
@@ -60,14 +54,11 @@ struct Inner {
 /// Bounded by the register protocol's credits, as every stream's queue is.
 #[derive(Default)]
 struct Queue {
-    commands: VecDeque<(RaceClock, Command)>,
-    /// A thread is issuing.
+    commands: VecDeque<Stamped<Command<Run>>>,
     busy: bool,
-    /// The stream's own thread issues.
     handed_over: bool,
-    /// No more commands are submitted.
     closed: bool,
-    thread: Option<JoinHandle<RaceClock>>,
+    thread: Option<JoinHandle<Stamped<()>>>,
 }
 
 impl fmt::Debug for CudaStream {
@@ -87,17 +78,15 @@ impl CudaStream {
         tally: &Arc<Tally>,
     ) -> Result<Self, KernelError> {
         let stream = Arc::new(RawStream::new(gpu, rank, name, urgent)?);
-        let completions = gpu.poller().register(&stream);
         let abort_statuses = engine.outcomes().into();
         let metrics = StreamMetrics::new(name);
         let collective_time = metrics.collective_time();
         let records = ErrorRecords::new(gpu, rank, tally)?;
-        let issuer = Mutex::new(Issuer::new(&stream, &completions, engine.clone(), records, metrics));
+        let issuer = Mutex::new(Issuer::new(&stream, engine.clone(), records, metrics));
         let inner = Inner {
             name: name.to_owned(),
             rank,
             stream,
-            completions,
             queue: Mutex::default(),
             changed: Condvar::new(),
             cache: Mutex::default(),
@@ -110,47 +99,29 @@ impl CudaStream {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    pub(crate) fn submit(&self, submission: Submission) -> Result<(), KernelError> {
-        self.inner.stream.gpu().context().check_alive()?;
-        let lowered = self.inner.cache.lock().get(&submission.program, submission.repeat);
-        let issue_ticket = lowered.last_call.and_then(|_| self.inner.engine.turn(self.inner.rank));
-        self.inner.submit_command(Command::run(submission, lowered, &self.inner.abort_statuses, issue_ticket))
+    pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
+        let Inner { stream, cache, engine, abort_statuses, rank, .. } = &*self.inner;
+        let command = match command {
+            Command::Run(submission) => {
+                stream.gpu.context.check_alive()?;
+                let lowered = cache.lock().get(&submission.program, submission.repeat);
+                let issue_ticket = lowered.last_call.and_then(|_| engine.turn(*rank));
+                Command::Run(Run::new(submission, lowered, abort_statuses, issue_ticket))
+            }
+            Command::Record(event) => Command::Record(event),
+            Command::Wait(event) => Command::Wait(event),
+            Command::CheckFinite(on) => Command::CheckFinite(on),
+        };
+        self.inner.issue(command)
     }
 
     pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
-        let gpu = self.inner.stream.gpu();
-        gpu.context().check_alive()?;
-        gpu.context().bind()?;
+        let gpu = &self.inner.stream.gpu;
+        gpu.context.check_alive()?;
+        gpu.context.bind()?;
         let lowered = [false, true].map(|repeat| self.inner.cache.lock().get(program, repeat));
         let mut issuer = self.inner.issuer.lock();
         lowered.iter().try_for_each(|lowered| issuer.prepare(program, lowered))
-    }
-
-    pub(crate) fn record(&self) -> Event {
-        let event = Event::default();
-        if self.inner.submit_command(Command::Record(event.clone())).is_err() {
-            // A failed stream runs nothing more, so the event is due.
-            event.set();
-        }
-        event
-    }
-
-    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
-        if event.query() {
-            return Ok(());
-        }
-        self.inner.submit_command(Command::Wait(event.clone()))
-    }
-
-    pub(crate) fn check_finite(&self, on: bool) -> Result<(), KernelError> {
-        self.inner.submit_command(Command::CheckFinite(on))
-    }
-
-    pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
-        let event = Event::default();
-        self.inner.submit_command(Command::Record(event.clone()))?;
-        event.synchronize();
-        Ok(())
     }
 
     pub(crate) fn collective_time(&self) -> Duration {
@@ -159,12 +130,11 @@ impl CudaStream {
 }
 
 impl Inner {
-    /// Issues a command, or queues it behind waiting commands.
-    fn submit_command(self: &Arc<Self>, command: Command) -> Result<(), KernelError> {
-        self.stream.gpu().context().bind()?;
+    fn issue(self: &Arc<Self>, command: Command<Run>) -> Result<(), KernelError> {
+        self.stream.gpu.context.bind()?;
         let mut queue = self.queue.lock();
         if queue.busy {
-            queue.commands.push_back((RaceClock::capture(), command));
+            queue.commands.push_back(Stamped::new(command));
             return Ok(());
         }
         queue.busy = true;
@@ -179,7 +149,7 @@ impl Inner {
             // Commands that other threads queued meanwhile run in order after the rest of this one.
             rest => {
                 if let Some(rest) = rest {
-                    queue.commands.push_front((RaceClock::capture(), rest));
+                    queue.commands.push_front(Stamped::new(rest));
                 }
                 self.hand_over(queue)
             }
@@ -191,18 +161,16 @@ impl Inner {
         queue.handed_over = true;
         if queue.thread.is_none() {
             let own = self.clone();
-            let serve = move || {
+            let thread = thread::Builder::new().name(self.name.clone()).spawn(move || {
                 own.serve();
-                RaceClock::capture()
-            };
-            let thread = thread::Builder::new().name(self.name.clone()).spawn(serve);
+                Stamped::new(())
+            });
             queue.thread = Some(thread.map_err(|_| KernelError::Closed { device: self.rank })?);
         }
         self.changed.notify_all();
         Ok(())
     }
 
-    /// Runs the stream's own thread.
     fn serve(&self) {
         let mut queue = self.queue.lock();
         loop {
@@ -213,15 +181,15 @@ impl Inner {
                 self.changed.wait(&mut queue);
                 continue;
             }
-            let Some((clock, command)) = queue.commands.pop_front() else {
+            let Some(command) = queue.commands.pop_front() else {
                 (queue.handed_over, queue.busy) = (false, false);
                 self.changed.notify_all();
                 continue;
             };
             drop(queue);
-            clock.join();
+            let command = command.open();
             // User code may have bound another GPU's context meanwhile. An error repeats at the command.
-            let _ = self.stream.gpu().context().bind();
+            let _ = self.stream.gpu.context.bind();
             // A command that may block leaves no rest.
             let _ = self.issuer.lock().execute(command, true);
             queue = self.queue.lock();
@@ -240,8 +208,7 @@ impl Inner {
             self.changed.wait_for(&mut queue, remaining);
         }
         drop(queue);
-        let poller = self.stream.gpu().poller();
-        while !poller.is_idle(&self.completions) {
+        while !self.stream.is_idle() {
             if Instant::now() > deadline {
                 return false;
             }
@@ -261,34 +228,33 @@ impl Drop for Inner {
 
 impl Drop for CudaStream {
     fn drop(&mut self) {
-        let poller = self.inner.stream.gpu().poller();
+        let stream = &self.inner.stream;
         let mut queue = self.inner.queue.lock();
         queue.closed = true;
         self.inner.changed.notify_all();
         let thread = queue.thread.take();
         drop(queue);
         let is_own_thread = thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id());
-        if is_own_thread || poller.is_poller_thread() {
+        if is_own_thread || stream.gpu.poller.is_poller_thread() {
             // A thread cannot wait for itself. The work on the stream still completes and is reported.
             self.inner.is_detached.store(true, Ordering::Relaxed);
             return;
         }
         if !self.inner.drain() {
-            let place = self.inner.stream.place().to_owned();
+            let place = stream.place().to_owned();
             let text =
                 format!("pending work has not ended within {} s after the stream was dropped", DRAIN_WITHIN.as_secs());
             let error = KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "timeout".to_owned(), text };
-            let error = self.inner.stream.gpu().context().mark_lost(error);
-            poller.unregister(&self.inner.completions, &error);
+            stream.close(&stream.gpu.context.mark_lost(error));
         } else {
-            poller.unregister(&self.inner.completions, &KernelError::Closed { device: self.inner.rank });
+            stream.close(&KernelError::Closed { device: self.inner.rank });
             // The stream has ended; `cuStreamSynchronize` makes that known before its memory is freed. A failure is the
             // context's.
-            let _ = self.inner.stream.synchronize();
+            let _ = stream.synchronize();
         }
         if let Some(thread) = thread {
             // The thread catches every panic of user code.
-            thread.join().into_iter().for_each(RaceClock::join);
+            thread.join().into_iter().for_each(Stamped::open);
         }
     }
 }

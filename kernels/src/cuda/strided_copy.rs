@@ -14,7 +14,6 @@ use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
 use crate::tensor::{DType, Region, element_count};
 
-/// A region of a tensor on the device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StridedRegion<'a> {
     pub(crate) address: u64,
@@ -29,7 +28,6 @@ impl StridedRegion<'_> {
     }
 }
 
-/// A [`StridedRegion`] that owns its data.
 #[derive(Clone, Debug)]
 pub(crate) struct OwnedRegion {
     pub(crate) address: u64,
@@ -38,7 +36,6 @@ pub(crate) struct OwnedRegion {
 }
 
 impl OwnedRegion {
-    /// A whole tensor of this shape.
     pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
         Self { address, shape: shape.to_vec(), region: Region::whole(shape) }
     }
@@ -51,10 +48,9 @@ impl OwnedRegion {
 /// Loads all kernels used here: a load behind a collective that waits for another GPU would wait for it too. Requires
 /// the context to be bound.
 pub(crate) fn prepare(gpu: &Gpu) -> Result<(), KernelError> {
-    ["collective", "region"].iter().try_for_each(|module| gpu.modules().prepare(module))
+    ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }
 
-/// Copies a region to another region of the same size.
 pub(crate) fn copy_region(
     stream: &RawStream,
     from: StridedRegion<'_>,
@@ -80,15 +76,18 @@ pub(crate) fn copy_region(
         .try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
-/// Copies a region from another GPU. Runs of adjacent elements become rows; rows of equal size and pitch share one
-/// call.
-pub(crate) fn fetch_from_peer(
+/// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch share
+/// one call.
+pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,
     from: StridedRegion<'_>,
     to: StridedRegion<'_>,
     dtype: DType,
 ) -> Result<(), KernelError> {
+    if stream.is_on(source) {
+        return copy_region(stream, from, to, dtype);
+    }
     let (mut rows, mut copied): (Option<RowCopy>, _) = (None, Ok(()));
     let (read, write) = ((from.shape, &from.region.start[..]), (to.shape, &to.region.start[..]));
     for_each_run(read, write, &from.region.size, |i, j, elements| {
@@ -118,7 +117,7 @@ fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<(), K
     match step {
         Step::Copy { from, to, bytes } => stream.copy(address_of(to)?, address_of(from)?, *bytes),
         Step::Kernel(kernel) if kernel.args.len() <= PARAMETERS_MAX => {
-            let function = stream.gpu().modules().function(kernel.function, kernel.shared_bytes)?;
+            let function = stream.gpu.modules.function(kernel.function, kernel.shared_bytes)?;
             let geometry = Geometry { grid: kernel.grid, block: kernel.block, shared_bytes: kernel.shared_bytes };
             let mut words = [0; PARAMETERS_MAX];
             for (word, arg) in words.iter_mut().zip(&kernel.args) {
@@ -153,7 +152,7 @@ pub(crate) fn combine(
         let expected = format!("at most {MEMBERS_MAX}");
         return Err(KernelError::arguments("reduce", "members on one GPU", expected, xs.len().to_string()));
     }
-    let function = stream.gpu().modules().function("combine_members_f32", 0)?;
+    let function = stream.gpu.modules.function("combine_members_f32", 0)?;
     let mut words = [0; MEMBERS_MAX + 4];
     words[0] = y;
     words[1..=xs.len()].copy_from_slice(xs);

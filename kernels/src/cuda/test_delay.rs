@@ -13,7 +13,6 @@ pub const SPIN: &str = "SHARDFLOW_CUDA_SPIN";
 /// Maximum of CYCLES, about a second: a stream without progress for long counts as lost.
 const CYCLES_MAX: u64 = 1 << 30;
 
-/// The delays that [`SPIN`] requests.
 #[derive(Debug)]
 pub(crate) struct TestDelays {
     state: AtomicU64,
@@ -21,7 +20,6 @@ pub(crate) struct TestDelays {
 }
 
 impl TestDelays {
-    /// Reads the environment variable.
     pub(crate) fn from_environment() -> Result<Option<Self>, KernelError> {
         env::var_os(SPIN).map(|text| Self::parse(&text.to_string_lossy())).transpose()
     }

@@ -14,8 +14,13 @@ impl Arena {
     /// `InvalidInput` when the range is out of bounds; any error of `sink`.
     pub fn write_to(&self, offset: usize, bytes: usize, sink: &mut impl Write) -> io::Result<()> {
         self.check_inside(offset, bytes)?;
-        if let Some(memory) = self.device_memory() {
-            return memory.read_pieces(offset, bytes, |piece| sink.write_all(piece));
+        if let Some(memory) = self.storage_on_device() {
+            let mut written = Ok(());
+            memory.read(offset, bytes, &mut |piece| {
+                written = sink.write_all(piece);
+                written.is_ok()
+            })?;
+            return written;
         }
         let start = self.host_start().wrapping_add(offset);
         // SAFETY: in bounds (just checked), initialized since arenas start zeroed, not written by the contract (MEM-3).
@@ -36,8 +41,13 @@ impl Arena {
             ));
         }
         self.check_inside(offset, bytes)?;
-        if let Some(memory) = self.device_memory() {
-            return memory.write_pieces(offset, bytes, |piece| source.read_exact(piece));
+        if let Some(memory) = self.storage_on_device() {
+            let mut filled = Ok(());
+            memory.write(offset, bytes, &mut |piece| {
+                filled = source.read_exact(piece);
+                filled.is_ok()
+            })?;
+            return filled;
         }
         let start = self.host_start().wrapping_add(offset);
         // SAFETY: in bounds (just checked), initialized since arenas start zeroed, used by nothing else by the

@@ -11,7 +11,7 @@ use std::ptr::{NonNull, null_mut};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-use super::ALIGNMENT;
+use super::heap::empty_start;
 use crate::error::KernelError;
 
 /// Seals that fix the size of the file, and the seals themselves.
@@ -73,9 +73,7 @@ impl Mapping {
 
     fn map(file: OwnedFd, bytes: usize, access: Access) -> rustix::io::Result<Self> {
         if bytes == 0 {
-            // Never dereferenced for more than zero bytes; aligned so that empty slices are well formed.
-            let start = NonNull::without_provenance(std::num::NonZeroUsize::new(ALIGNMENT).expect("64 is not zero"));
-            return Ok(Self { file, start, bytes, access });
+            return Ok(Self { file, start: empty_start(), bytes, access });
         }
         let protection = match access {
             Access::Read => ProtFlags::READ,

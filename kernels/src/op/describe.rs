@@ -1,6 +1,5 @@
 //! Properties of ops for the planner: name, number of buffers, accumulating write, scratch memory, supported dtypes.
 
-use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::op::Op;
 use crate::tensor::DType;
 
@@ -57,11 +56,7 @@ impl Op {
             Op::CrossEntropyGrad { .. } => (5, 1),
             Op::ClipScale { .. } => (1, 2),
             Op::AdamW { .. } => (3, 3),
-            Op::Collective(call) => match call.kind {
-                CollectiveKind::Send { .. } => (1, 0),
-                CollectiveKind::Receive { .. } => (0, 1),
-                _ => (1, 1),
-            },
+            Op::Collective(call) => call.kind.arity(),
             Op::Custom(_) => return None,
         })
     }
@@ -144,21 +139,6 @@ impl Op {
             // A block of probabilities and a block of their gradients.
             (Op::AttentionGrad { .. }, [_, _, k, ..]) => ATTENTION_BLOCK * 2 * k.get(1).copied().unwrap_or(0),
             _ => 0,
-        }
-    }
-}
-
-impl CollectiveCall {
-    /// Name for errors, plans and traces.
-    pub fn name(&self) -> &'static str {
-        match self.kind {
-            CollectiveKind::AllReduce { .. } => "all_reduce",
-            CollectiveKind::AllGather { .. } => "all_gather",
-            CollectiveKind::ReduceScatter { .. } => "reduce_scatter",
-            CollectiveKind::AllToAll { .. } => "all_to_all",
-            CollectiveKind::Broadcast { .. } => "broadcast",
-            CollectiveKind::Send { .. } => "send",
-            CollectiveKind::Receive { .. } => "receive",
         }
     }
 }

@@ -11,7 +11,6 @@ impl fmt::Display for Einsum {
     }
 }
 
-/// The group of indices that a letter belongs to.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
     /// In `a` and `out`.

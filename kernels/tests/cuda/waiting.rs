@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::cuda::nccl::{GroupMember, Nccl, Pipe, UniqueId};
@@ -108,17 +108,17 @@ pub fn pipe() {
     let memberships = memberships(&gpus);
     let engine = Arc::new(Nccl::join(&memberships, WITHIN).expect("both members join"));
     let pipes = [0, 1].map(|member: usize| engine.pipe(&memberships[member]).expect("a pipe"));
-    let clock = RaceClock::capture();
+    let start = Stamped::new(());
     let connect = |pipe: &Pipe| {
-        clock.join();
+        start.get();
         pipe.connect(WITHIN).expect("the other end connects");
-        RaceClock::capture()
+        Stamped::new(())
     };
     let ends = std::thread::scope(|scope| {
         let ends = pipes.each_ref().map(|pipe| scope.spawn(|| connect(pipe)));
         ends.map(|end| end.join().expect("no panic"))
     });
-    ends.iter().for_each(|end| end.join());
+    ends.iter().for_each(|end| *end.get());
     let device = |rank: usize| Device::cuda(rank, gpus[rank].clone(), engine.clone());
     let arenas = [0, 1].map(|rank| device(rank).arena(64).expect("memory"));
     arenas[0].write_host(0, &HostTensor::f32(&[16], vec![1.5; 16])).expect("inside");

@@ -1,6 +1,6 @@
 //! GPUs, their driver and libraries as the CUDA backend finds them, with the backend's own error texts.
 
-use shardflow_kernels::cuda::library::DeviceFacts;
+use shardflow_kernels::cuda::DeviceFacts;
 use shardflow_kernels::cuda::probe;
 use shardflow_kernels::error::KernelError;
 

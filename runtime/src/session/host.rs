@@ -3,7 +3,7 @@
 
 use crossbeam_channel::{Receiver, Sender};
 
-use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
 use shardflow_kernels::tensor::{HostData, HostTensor};
@@ -26,8 +26,6 @@ pub struct Fetched {
     pub rate: Rate,
     /// One tensor per buffer.
     pub tensors: Vec<HostTensor>,
-    /// Race clock at the time of the firing.
-    pub clock: RaceClock,
 }
 
 /// Kernel that reads tensors and sends them to the session.
@@ -38,7 +36,7 @@ pub struct HostOut {
     /// Rate of the fetch.
     pub rate: Rate,
     /// Channel to the session.
-    pub sender: Sender<Fetched>,
+    pub sender: Sender<Stamped<Fetched>>,
 }
 
 fn failed(name: &str, message: &str) -> KernelError {
@@ -74,7 +72,7 @@ impl CustomKernel for HostOut {
             CpuSlice::I32(values) => HostData::I32(values.to_vec()),
         };
         let tensors = args.reads.iter().map(|r| HostTensor { shape: r.shape.to_vec(), data: copy(&r.data) }).collect();
-        let message = Fetched { device: self.device, rate: self.rate, tensors, clock: RaceClock::capture() };
+        let message = Stamped::new(Fetched { device: self.device, rate: self.rate, tensors });
         // A session that has ended needs no results.
         let _ = self.sender.send(message);
         Ok(())

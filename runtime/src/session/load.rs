@@ -6,6 +6,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Sender, unbounded};
 use shardflow_actors::shell::{ActionProgram, BaseRef};
 use shardflow_actors::spec::ActorId;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Launch, Op, Program};
 use shardflow_kernels::tensor::HostTensor;
@@ -48,7 +49,7 @@ pub(super) struct Loader<'a> {
     pub(super) arenas: &'a BTreeMap<usize, Arena>,
     /// Feed ports of the programs created so far.
     pub(super) feeds: Vec<FeedPort>,
-    pub(super) sender: Sender<Fetched>,
+    pub(super) sender: Sender<Stamped<Fetched>>,
 }
 
 /// Port through which the host sends an action its tensors.

@@ -10,7 +10,7 @@ use serde_json::json;
 use shardflow::init::mix;
 use shardflow::prelude::{DType, DeviceKind, HostTensor};
 use shardflow_integration_tests::measure::median;
-use shardflow_kernels::clock::RaceClock;
+use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::cuda::gpu::Gpu;
 use shardflow_kernels::device::Device;
@@ -121,12 +121,11 @@ impl Bench {
     /// Milliseconds from the submission of a program to its end.
     fn submit(&self, program: &Arc<Program>, arena: &Arena) -> Result<f64> {
         let (sender, notices) = channel();
-        let notify = Box::new(move |notice| drop(sender.send((RaceClock::capture(), notice))));
+        let notify = Box::new(move |notice| drop(sender.send(Stamped::new(notice))));
         let bases = vec![Base { arena: arena.clone(), offset: 0 }];
         let begin = Instant::now();
         self.stream.submit(Submission { program: program.clone(), bases, repeat: false, notify })?;
-        let (clock, notice) = notices.recv()?;
-        clock.join();
+        let notice = notices.recv()?.open();
         let ms = begin.elapsed().as_secs_f64() * 1e3;
         match notice {
             Notification::Done => Ok(ms),

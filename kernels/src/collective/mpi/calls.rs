@@ -50,7 +50,6 @@ pub struct MpiWorld {
     aborted: AtomicBool,
 }
 
-/// Finalizes MPI when it is dropped.
 struct UniverseGuard(#[allow(dead_code)] Universe);
 
 impl std::fmt::Debug for UniverseGuard {
@@ -99,7 +98,6 @@ impl MpiWorld {
         self.aborted.store(true, Ordering::Relaxed);
     }
 
-    /// Waits until all processes have called this.
     pub(super) fn barrier(&self, within: Duration) -> Result<(), KernelError> {
         self.barrier_on(&self.comm, within)
     }
@@ -213,7 +211,6 @@ pub(super) struct Layout {
 /// An MPI call and its buffers. Members are ranks of the communicator; counts and offsets are in words.
 pub(super) enum Transfer<'a> {
     Barrier,
-    /// The element-wise maximum over all members.
     Max {
         x: &'a [u64; 2],
         y: &'a mut [u64; 2],

@@ -9,10 +9,9 @@ use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptor_t as Raw,
     cudnnBackendDescriptorType_t as Kind, cudnnHandle_t,
 };
-use libloading::Library as Loaded;
 
-use crate::cuda::context::static_text;
-use crate::cuda::library::{Library, unavailable};
+use crate::cuda::library::{Library, dynamic_library};
+use crate::cuda::status::{static_text, unavailable};
 use crate::error::KernelError;
 
 /// The oldest version that was tried and accepts the graphs: `10000 * major + 100 * minor`.
@@ -21,35 +20,10 @@ const VERSION_MIN: usize = 91_200;
 /// Buffer size for the library's error message, in bytes.
 const TEXT_BYTES: usize = 512;
 
-/// cuDNN's type of a CUDA stream.
 pub(super) type Stream = *mut c_void;
 
-macro_rules! api {
-    ($($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
-        /// The loaded functions.
-        pub(crate) struct Api {
-            // SAFETY: these are only types; each call states why it is sound.
-            $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
-            /// Keeps the functions loaded.
-            _library: Loaded,
-        }
-
-        impl Api {
-            fn load() -> Option<Self> {
-                // SAFETY: only NVIDIA's initializers run; the signatures are those of cudnn_graph.h.
-                unsafe {
-                    let library = ["libcudnn.so.9", "libcudnn.so"].iter().find_map(|name| Loaded::new(*name).ok())?;
-                    Some(Self {
-                        $($field: *library.get::<unsafe extern "C" fn($($arg),*) -> $out>($symbol).ok()?,)*
-                        _library: library,
-                    })
-                }
-            }
-        }
-    };
-}
-
-api! {
+dynamic_library! {
+    ["libcudnn.so.9", "libcudnn.so"]
     version: b"cudnnGetVersion\0" = fn() -> usize;
     error_string: b"cudnnGetErrorString\0" = fn(u32) -> *const c_char;
     last_error: b"cudnnGetLastErrorString\0" = fn(*mut c_char, usize) -> ();
@@ -65,8 +39,6 @@ api! {
 }
 
 impl Api {
-    /// # Errors
-    /// [`KernelError::Unavailable`] if cuDNN is missing or older than `VERSION_MIN`.
     pub(crate) fn get() -> Result<&'static Self, KernelError> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Cudnn.missing())?;
@@ -88,7 +60,6 @@ impl Api {
         dotted(self.number())
     }
 
-    /// Converts a status code to an error.
     pub(super) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
         if code == 0 {
             return Ok(());

@@ -13,7 +13,6 @@ use super::api::Api;
 use crate::cuda::context::Raw;
 use crate::error::KernelError;
 
-/// The values of an attribute, by type.
 #[derive(Clone, Copy)]
 pub(super) enum Values<'a> {
     Longs(&'a [i64]),
@@ -141,7 +140,6 @@ impl Descriptor {
     }
 }
 
-/// Describes place and descriptor type for error messages.
 fn describe(place: &str, kind: Kind) -> String {
     format!("{place}, {kind:?}")
 }

@@ -4,7 +4,6 @@
 
 use crate::cuda::step::{AttentionShape, Pass, Place};
 
-/// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DataType {
     Bf16,
@@ -13,10 +12,8 @@ pub(super) enum DataType {
     Bool,
 }
 
-/// Where the elements of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Storage {
-    /// In a buffer of the launch.
     Buffer(Place),
     /// In the launch's workspace, at this byte offset.
     Workspace(usize),
@@ -35,7 +32,6 @@ pub(super) struct Tensor {
     pub(super) storage: Storage,
 }
 
-/// A tensor's index in the graph.
 pub(super) type TensorId = usize;
 
 /// A pointwise operation on x, b and t.
@@ -56,14 +52,12 @@ pub(super) enum PointwiseMode {
     Select,
 }
 
-/// A reduction operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reduction {
     Max,
     Sum,
 }
 
-/// An operation.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
@@ -76,19 +70,16 @@ pub(super) enum Node {
     Transpose { x: TensorId, y: TensorId },
 }
 
-/// A graph of operations for cuDNN.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Graph {
     pub(super) tensors: Vec<Tensor>,
     pub(super) nodes: Vec<Node>,
-    /// Total bytes of the tensors in the workspace.
     pub(super) workspace_bytes: usize,
     /// The workspace tensor that cuDNN adds partial sums to, as (byte offset, floats); must be zeroed before each run.
     pub(super) accumulated: Option<(usize, usize)>,
 }
 
 impl Graph {
-    /// Builds the graph of an attention launch.
     pub(super) fn of(shape: &AttentionShape) -> Self {
         let extents = [shape.batch, shape.heads, shape.time, shape.depth].map(|extent| extent as i64);
         let mut builder =
@@ -131,7 +122,6 @@ impl Builder {
         self.tensor([b, h, t, 1], [h * t, t, 1, 1], DataType::F32, storage)
     }
 
-    /// A virtual tensor with the shape of the scores.
     fn scores(&mut self, data: DataType) -> TensorId {
         let [b, h, t, _] = self.extents;
         self.tensor([b, h, t, t], [h * t * t, t * t, t, 1], data, Storage::Virtual)
@@ -141,7 +131,6 @@ impl Builder {
         self.tensor([1; 4], [1; 4], DataType::F32, Storage::HostScalar(value))
     }
 
-    /// Reserves workspace for this number of floats.
     fn reserve(&mut self, floats: i64) -> Storage {
         let start = self.graph.workspace_bytes;
         self.graph.workspace_bytes =
@@ -158,7 +147,6 @@ impl Builder {
         y
     }
 
-    /// Applies a pointwise operation to scores.
     fn map(&mut self, mode: PointwiseMode, x: TensorId, b: Option<TensorId>) -> TensorId {
         let y = self.scores(DataType::F32);
         self.pointwise(y, mode, x, b)

@@ -21,10 +21,8 @@ pub(super) const ALIGNMENT: u64 = 16;
 /// Maximum number of engine configurations to try; the heuristic returns fewer.
 const CONFIGURATIONS_MAX: usize = 8;
 
-/// The device that a plan is made for.
 #[derive(Clone, Copy)]
 pub(super) enum Target<'a> {
-    /// The handle's device.
     Handle(Raw<cudnnHandle_t>),
     /// A described device, which the machine may lack.
     #[cfg_attr(not(test), expect(dead_code, reason = "for a check without a GPU"))]
@@ -38,7 +36,6 @@ pub(super) struct PinnedEngine {
     pub(super) knobs: &'static [(Knob, i64)],
 }
 
-/// A finalized execution plan.
 #[derive(Debug)]
 pub(super) struct Plan {
     plan: Descriptor,
@@ -139,7 +136,6 @@ impl Plan {
     }
 }
 
-/// The unique id of a tensor.
 fn id(index: usize) -> i64 {
     index as i64 + 1
 }

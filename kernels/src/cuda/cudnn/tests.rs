@@ -11,18 +11,6 @@ fn attention_shape(pass: Pass, [batch, time, heads, depth]: [usize; 4]) -> Atten
 }
 
 #[test]
-fn an_attention_implementation_is_selected_by_name() {
-    assert_eq!(Attention::parse(None), Ok(Attention::Ordered));
-    assert_eq!(Attention::parse(Some("own")), Ok(Attention::Own));
-    assert_eq!(Attention::parse(Some("cudnn-any-order")), Ok(Attention::AnyOrder));
-    let error = Attention::parse(Some("fast")).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "unknown attention implementation \"fast\": set SHARDFLOW_ATTENTION to own, cudnn or cudnn-any-order"
-    );
-}
-
-#[test]
 fn only_some_architectures_have_an_engine_with_a_fixed_order() {
     let engine = |capability, version| ordered_engine(capability, version).map(|pin| pin.engine);
     assert_eq!([(9, 0), (10, 0), (8, 0)].map(|capability| engine(capability, 92_800)), [Some(6), None, None]);

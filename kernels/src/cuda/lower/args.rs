@@ -19,7 +19,8 @@ pub(super) struct Args<'a> {
 }
 
 impl<'a> Args<'a> {
-    pub(super) fn new(launch: &'a Launch, accumulate: bool) -> Result<Self, KernelError> {
+    /// Checks a launch that needs `needed` bytes of workspace.
+    pub(super) fn new(launch: &'a Launch, accumulate: bool, needed: usize) -> Result<Self, KernelError> {
         let args = Self { launch, accumulate };
         let counts = (launch.reads.len(), launch.writes.len());
         if let Some(arity) = launch.op.arity()
@@ -39,7 +40,6 @@ impl<'a> Args<'a> {
         if sum.is_some_and(|i| launch.writes[i].dtype == DType::BF16) {
             return Err(args.refused("accumulate", "a sum of type F32, since BF16 loses small terms", "BF16"));
         }
-        let needed = super::workspace_bytes(launch);
         let given = launch.workspace.as_ref().map_or(0, |b| element_count(&b.shape) * b.dtype.bytes());
         if needed > given {
             return Err(args.refused("workspace", format!("{needed} bytes"), format!("{given} bytes")));
@@ -59,7 +59,6 @@ impl<'a> Args<'a> {
         &self.launch.writes[i].shape
     }
 
-    /// Elements of write `i`.
     pub(super) fn written(&self, i: usize) -> usize {
         element_count(self.write_shape(i))
     }
@@ -93,7 +92,7 @@ impl<'a> Args<'a> {
         integers.try_for_each(|(i, buffer)| self.check_dtype("write", i, buffer, DType::F32))
     }
 
-    /// Picks the variant of a kernel (see [`variants`](super::variants)) for the types of read `i` and write `w`.
+    /// Picks the variant of a kernel (see [`variants`](super::kernel::variants)) for the types of read `i` and write `w`.
     pub(super) fn pick(&self, i: usize, w: usize, [f32, bf16, widening]: [&'static str; 3]) -> &'static str {
         match (self.read_dtype(i), self.write_dtype(w)) {
             (DType::BF16, DType::BF16) => bf16,
@@ -102,12 +101,10 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// The element type of read `i`.
     pub(super) fn read_element(&self, i: usize) -> Element {
         element(self.read_dtype(i))
     }
 
-    /// The element type of write `i`.
     pub(super) fn write_element(&self, i: usize) -> Element {
         element(self.write_dtype(i))
     }
@@ -124,12 +121,10 @@ impl<'a> Args<'a> {
         Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
     }
 
-    /// Fails unless these reads have this shape.
     pub(super) fn expect_reads(&self, reads: &[usize], shape: &[usize]) -> Result<(), KernelError> {
         reads.iter().try_for_each(|&i| self.expect(&format!("shape of read {i}"), self.read_shape(i), shape))
     }
 
-    /// Fails unless these writes have this shape.
     pub(super) fn expect_writes(&self, writes: &[usize], shape: &[usize]) -> Result<(), KernelError> {
         writes.iter().try_for_each(|&i| self.expect(&format!("shape of write {i}"), self.write_shape(i), shape))
     }

@@ -2,8 +2,8 @@
 //! shapes that cuDNN may run instead.
 
 use super::args::Args;
+use super::kernel::{blocks, long, read, write};
 use super::norm::warps;
-use super::{blocks, long, read, write};
 use crate::cuda::step::{Arg, AttentionShape, Element, Pass, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
@@ -75,7 +75,6 @@ impl Dims {
         self.batch * self.heads * self.time
     }
 
-    /// The trailing arguments of a tiled kernel.
     fn tiled_args(self, scale: f32) -> Vec<Arg> {
         let blocks = self.time.div_ceil(BLOCK_ROWS);
         // A tiled depth is at most 128; more than 2^31 heads fit in no memory.

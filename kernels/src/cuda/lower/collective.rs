@@ -69,13 +69,11 @@ impl Message {
         self.boxes.iter().map(Region::element_count).sum()
     }
 
-    /// Bytes of workspace for packing.
     pub(crate) fn packed_bytes(&self, dtype: DType) -> usize {
         if self.direct.is_some() { 0 } else { (self.elements() * dtype.bytes()).next_multiple_of(ALIGNMENT) }
     }
 }
 
-/// The messages of one member, given the source and target regions of all members.
 pub(crate) fn messages(member: usize, sources: &[Region], targets: &[Region]) -> Vec<Message> {
     let mut messages = Vec::new();
     for (to, target) in targets.iter().enumerate().filter(|(to, _)| *to != member) {

@@ -1,7 +1,7 @@
 //! Elementwise ops.
 
 use super::args::Args;
-use super::{BF16_PACK, PACK, THREADS, blocks, long, pack_of, read, threads, variants, write};
+use super::kernel::{BF16_PACK, PACK, THREADS, blocks, long, pack_of, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::{DType, element_count};

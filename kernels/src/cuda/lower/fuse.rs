@@ -1,9 +1,10 @@
 //! Fuses two adjacent launches into one kernel to save a trip through memory: residual sum and layer norm, bias and
 //! GELU, row maximum and sum of exponentials. The graph stays unchanged: the backend looks for adjacent launches in a
 //! program.
+use super::kernel::{long, pack_of, read, threads, write};
 use super::loss::rows;
+use super::lower;
 use super::norm::warps;
-use super::{long, lower, pack_of, read, threads, write};
 use crate::cuda::step::{Arg, SHARED_BYTES_DEFAULT, Step};
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};

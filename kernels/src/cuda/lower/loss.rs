@@ -1,7 +1,7 @@
 //! Ops that take indices: embeddings, and the pieces of softmax cross entropy.
 
 use super::args::Args;
-use super::{PACK, THREADS, blocks, long, read, threads, variants, write};
+use super::kernel::{PACK, THREADS, blocks, long, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::{DType, element_count};

@@ -1,8 +1,8 @@
 //! Layer norm and its gradient.
 
 use super::args::Args;
+use super::kernel::{blocks, long, read, variants, write};
 use super::reduce::{ColumnSum, ColumnSumKernels, sum_columns};
-use super::{blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::element_count;
@@ -10,7 +10,6 @@ use crate::tensor::element_count;
 /// Threads per block; each warp processes one row.
 const ROW_THREADS: usize = 128;
 
-/// A kernel with one warp per row.
 pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
     blocks(function, rows.div_ceil(ROW_THREADS / 32), ROW_THREADS, 0, args)
 }

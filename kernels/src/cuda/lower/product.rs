@@ -3,7 +3,7 @@
 
 use super::args::Args;
 use super::elementwise::filled;
-use crate::cuda::step::{Element, Epilogue, Matrix, Place, Product, Step};
+use crate::cuda::step::{Element, Matrix, Place, Product, Step};
 use crate::error::KernelError;
 use crate::op::{Einsum, GemmDims};
 
@@ -32,7 +32,6 @@ pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: 
         batch: 1,
         alpha: 1.0,
         beta,
-        epilogue: Epilogue::None,
     };
     if out_transposed {
         return direct;

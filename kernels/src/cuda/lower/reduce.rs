@@ -1,7 +1,7 @@
 //! Sums over rows and over all elements. The shape alone determines how a sum is split into parts.
 
 use super::args::Args;
-use super::{PACK, THREADS, blocks, long, read, variants, write};
+use super::kernel::{PACK, THREADS, blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Kernel, Place, Step};
 use crate::error::KernelError;
 use crate::op::check_squares;
@@ -25,12 +25,10 @@ const SQUARES_PARTS_MAX: usize = 4 * THREADS;
 /// How a sum over `rows` rows of `width` columns is split.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct ColumnSum {
-    /// Blocks along the columns.
     columns: usize,
     /// Blocks along the rows; more than one need a second pass over their partial sums.
     pub(super) parts: usize,
     rows_per_part: usize,
-    /// Threads in x and y.
     threads: [usize; 2],
 }
 

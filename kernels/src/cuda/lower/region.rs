@@ -1,7 +1,7 @@
 //! Ops on regions of larger tensors. Merges dims where possible; the kernels take up to four.
 
 use super::args::Args;
-use super::{PACK, long, pack_of, read, threads, variants};
+use super::kernel::{PACK, long, pack_of, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
 use crate::error::KernelError;
 use crate::region::check_inside;
@@ -10,7 +10,6 @@ use crate::tensor::{DType, Region, element_count};
 /// Dims that a kernel takes; further outer dims become one launch per index.
 const DIMS: usize = 4;
 
-/// One dim of a region in two tensors.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Dim {
     size: usize,
@@ -23,7 +22,6 @@ fn steps(shape: &[usize]) -> Vec<usize> {
     (0..shape.len()).map(|d| shape[d + 1..].iter().product()).collect()
 }
 
-/// Flat position of an index.
 fn place(shape: &[usize], index: &[usize]) -> usize {
     steps(shape).iter().zip(index).map(|(step, index)| step * index).sum()
 }

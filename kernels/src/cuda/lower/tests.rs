@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::cuda::source::MODULES;
-use crate::cuda::step::{Element, Operand, SHARED_BYTES_DEFAULT};
+use crate::cuda::step::{Arg, Element, Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 
@@ -23,7 +23,6 @@ fn launch(op: Op, reads: &[&[usize]], ints: &[usize], writes: &[&[usize]]) -> La
     with_workspace(Launch { op, reads, writes, accumulate: false, workspace: None })
 }
 
-/// Adds the workspace that the launch needs.
 fn with_workspace(mut launch: Launch) -> Launch {
     let floats = workspace_bytes(&launch) / 4;
     let buffer = Buffer { base: 0, offset: 1 << 20, shape: vec![floats], dtype: DType::F32 };
@@ -85,7 +84,6 @@ fn parameters(function: &str) -> Vec<String> {
     list.split(',').map(type_of).collect()
 }
 
-/// Whether a kernel's element type fits the dtype of the operand.
 fn element_fits(launch: &Launch, operand: Operand, element: &str) -> bool {
     let dtype = match operand {
         Operand::Read(i) => launch.reads[i].dtype,

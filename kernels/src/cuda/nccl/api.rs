@@ -6,10 +6,9 @@ use std::ffi::{c_char, c_int, c_void};
 use std::sync::OnceLock;
 
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
-use libloading::Library as Loaded;
 
-use crate::cuda::context::static_text;
-use crate::cuda::library::{Library, unavailable};
+use crate::cuda::library::{Library, dynamic_library};
+use crate::cuda::status::{static_text, unavailable};
 use crate::error::KernelError;
 
 /// The oldest supported version: `10000 * major + 100 * minor + patch`. Before 2.24, members in one process may read
@@ -17,12 +16,10 @@ use crate::error::KernelError;
 /// configuration after that was freed.
 const VERSION_MIN: c_int = 22_400;
 
-/// `ncclSuccess`.
 pub(crate) const SUCCESS: u32 = 0;
 /// `ncclInProgress`: a non-blocking call has not completed.
 pub(crate) const IN_PROGRESS: u32 = 7;
 
-/// NCCL's type of a CUDA stream.
 type Stream = *mut c_void;
 
 /// The first fields of `ncclConfig_t`, as of version 2.17; `size` lets later versions see that the rest is missing.
@@ -40,7 +37,6 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// The configuration of a non-blocking communicator.
     pub(crate) fn non_blocking() -> Self {
         const UNDEFINED: c_int = c_int::MIN;
         Self {
@@ -57,32 +53,8 @@ impl Config {
     }
 }
 
-macro_rules! api {
-    ($($(#[$meta:meta])* $field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
-        /// The loaded functions.
-        pub(crate) struct Api {
-            // SAFETY: these are only types; each call states why it is sound.
-            $($(#[$meta])* pub(crate) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
-            /// Keeps the functions loaded.
-            _library: Loaded,
-        }
-
-        impl Api {
-            fn load() -> Option<Self> {
-                // SAFETY: only NVIDIA's initializers run; the signatures are those of nccl.h.
-                unsafe {
-                    let library = ["libnccl.so.2", "libnccl.so"].iter().find_map(|name| Loaded::new(*name).ok())?;
-                    Some(Self {
-                        $($field: *library.get::<unsafe extern "C" fn($($arg),*) -> $out>($symbol).ok()?,)*
-                        _library: library,
-                    })
-                }
-            }
-        }
-    };
-}
-
-api! {
+dynamic_library! {
+    ["libnccl.so.2", "libnccl.so"]
     version: b"ncclGetVersion\0" = fn(*mut c_int) -> u32;
     unique_id: b"ncclGetUniqueId\0" = fn(*mut ncclUniqueId) -> u32;
     init: b"ncclCommInitRankConfig\0" = fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int, *mut Config) -> u32;
@@ -106,8 +78,6 @@ api! {
 }
 
 impl Api {
-    /// # Errors
-    /// [`KernelError::Unavailable`] if NCCL is missing or too old.
     pub(crate) fn get() -> Result<&'static Self, KernelError> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Nccl.missing())?;

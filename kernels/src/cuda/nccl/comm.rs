@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use parking_lot::Mutex;
 
-use super::GroupMember;
 use super::api::{Api, Config, IN_PROGRESS, SUCCESS};
-use crate::collective::ReduceOp;
+use crate::collective::{Group, ReduceOp};
 use crate::cuda::context::{Context, Raw};
+use crate::cuda::gpu::Gpu;
 use crate::cuda::progress::CallProgress;
 use crate::cuda::raw_stream::RawStream;
 use crate::error::KernelError;
@@ -22,10 +22,41 @@ use crate::tensor::DType;
 /// Poll interval while a communicator is created or finalized.
 const POLL_INTERVAL: Duration = Duration::from_micros(200);
 
+/// The `ncclUniqueId` of a group: created by one member, distributed to all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UniqueId(pub [u8; 128]);
+
+impl UniqueId {
+    /// Creates a new id.
+    ///
+    /// # Errors
+    /// [`KernelError::Unavailable`] if NCCL is missing; [`KernelError::Cuda`] if it finds no network interface.
+    pub fn new() -> Result<Self, KernelError> {
+        let api = Api::get()?;
+        let mut id = ncclUniqueId { internal: [0; 128] };
+        // SAFETY: writes an id to a local.
+        api.check(unsafe { (api.unique_id)(&mut id) }, "ncclGetUniqueId", "nccl")?;
+        Ok(Self(id.internal.map(|byte| byte as u8)))
+    }
+}
+
+/// One member of one group.
+#[derive(Clone, Debug)]
+pub struct GroupMember {
+    /// The group.
+    pub group: Arc<Group>,
+    /// Index of the member.
+    pub member: usize,
+    /// The GPU of the member's device; no two members of a group share one.
+    pub gpu: Arc<Gpu>,
+    /// The group's id.
+    pub id: UniqueId,
+}
+
 /// A communicator. Dropping it aborts it unless [`finalize`] has ended it.
 #[derive(Debug)]
 pub(super) struct Comm {
-    api: ApiRef,
+    api: &'static Api,
     /// `None` after the communicator has ended. Locked during NCCL calls (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
     /// Not the `Gpu`: its poller may hold the last reference to the communicator.
@@ -50,16 +81,6 @@ struct Open {
     number: u32,
 }
 
-#[derive(Clone, Copy)]
-struct ApiRef(&'static Api);
-
-impl std::fmt::Debug for ApiRef {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("nccl")
-    }
-}
-
-/// A collective that NCCL implements.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum NcclCall {
     AllReduce(ReduceOp),
@@ -69,11 +90,9 @@ pub(super) enum NcclCall {
     Broadcast(usize),
 }
 
-/// One point-to-point message of an NCCL group.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Transfer {
     pub(super) sends: bool,
-    /// Index of the other member.
     pub(super) peer: usize,
     pub(super) address: u64,
     pub(super) elements: usize,
@@ -94,15 +113,6 @@ fn reduction(op: ReduceOp) -> ncclRedOp_t {
     }
 }
 
-/// Creates a new id.
-pub(super) fn unique_id() -> Result<[u8; 128], KernelError> {
-    let api = Api::get()?;
-    let mut id = ncclUniqueId { internal: [0; 128] };
-    // SAFETY: writes an id to a local.
-    api.check(unsafe { (api.unique_id)(&mut id) }, "ncclGetUniqueId", "nccl")?;
-    Ok(id.internal.map(|byte| byte as u8))
-}
-
 /// Creates the communicators of this process's members of one group, in one NCCL group call.
 pub(super) fn join(
     memberships: &[&GroupMember],
@@ -116,14 +126,14 @@ pub(super) fn join(
             let (n, member) = (membership.group.ranks.len() as c_int, membership.member as c_int);
             let rank = membership.group.ranks.get(membership.member).copied().unwrap_or(usize::MAX);
             let place = format!("nccl, group {}, device {rank} on {}", membership.group.id, membership.gpu.place());
-            membership.gpu.context().bind()?;
+            membership.gpu.context.bind()?;
             let id = ncclUniqueId { internal: membership.id.0.map(|byte| byte as _) };
             let (mut config, mut handle) = (Config::non_blocking(), Box::new(std::ptr::null_mut()));
             // SAFETY: the box that receives the handle outlives the NCCL group, at whose end NCCL has written it.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
-            let (context, call_log) = (membership.gpu.context().clone(), Mutex::default());
-            comms.push((handle, Comm { api: ApiRef(api), handle: Mutex::new(None), context, place, call_log }));
+            let (context, call_log) = (membership.gpu.context.clone(), Mutex::default());
+            comms.push((handle, Comm { api, handle: Mutex::new(None), context, place, call_log }));
         }
         Ok(())
     });
@@ -147,7 +157,6 @@ pub(super) fn join(
     Ok(comms)
 }
 
-/// Runs NCCL calls as one group.
 fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelError>) -> Result<(), KernelError> {
     // SAFETY: has no preconditions.
     api.check(unsafe { (api.group_start)() }, "ncclGroupStart", place)?;
@@ -159,7 +168,7 @@ fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelErro
 
 impl Comm {
     fn check(&self, code: u32, call: &'static str) -> Result<(), KernelError> {
-        self.api.0.check(code, call, &self.place)
+        self.api.check(code, call, &self.place)
     }
 
     /// The error for a communicator that has ended or was aborted.
@@ -167,7 +176,6 @@ impl Comm {
         KernelError::Aborted { cause: format!("{} has ended", self.place) }
     }
 
-    /// The error for a call that did not complete in time.
     pub(super) fn timeout_error(&self, call: &'static str, within: Duration) -> KernelError {
         let text = format!(
             "not all members joined within {} s: check that every process of the launch is alive and reaches the others; \
@@ -184,18 +192,17 @@ impl Comm {
         let Some(comm) = *locked else { return Ok(true) };
         let mut state = SUCCESS;
         // SAFETY: a live communicator; writes a code to a local.
-        self.check(unsafe { (self.api.0.async_error)(comm.0, &mut state) }, "ncclCommGetAsyncError")?;
+        self.check(unsafe { (self.api.async_error)(comm.0, &mut state) }, "ncclCommGetAsyncError")?;
         self.check(state, "ncclCommGetAsyncError")?;
         Ok(state != IN_PROGRESS)
     }
 
-    /// Records that the stream's latest call belongs to this communicator.
     pub(super) fn record_call(&self, stream: &RawStream) {
         let mut call_log = self.call_log.lock();
         call_log.calls += 1;
         call_log.open.retain(|open| !open.stream.has_passed(open.number));
         let call = call_log.calls;
-        if let Some(progress) = stream.call_progress() {
+        if let Some(progress) = &stream.call_progress {
             call_log.open.push_back(Open { call, stream: progress.clone(), number: progress.last() });
         }
     }
@@ -226,7 +233,7 @@ impl Comm {
     ) -> Result<(), KernelError> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Err(self.closed()) };
-        let (api, dtype, handle) = (self.api.0, data_type(dtype), stream.handle().0.cast::<c_void>());
+        let (api, dtype, handle) = (self.api, data_type(dtype), stream.handle.0.cast::<c_void>());
         let (x, y) = (x as *const c_void, y as *mut c_void);
         // SAFETY: communicator and stream are live and of one context; `Bound` has checked that the memory has the
         // right size and lives until the stream has run the call.
@@ -258,7 +265,7 @@ impl Comm {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };
         let dtype = dtype.map_or(ncclDataType_t::ncclUint8, data_type);
-        let (api, handle) = (self.api.0, stream.handle().0.cast::<c_void>());
+        let (api, handle) = (self.api, stream.handle.0.cast::<c_void>());
         grouped(api, &self.place, || {
             for transfer in transfers.iter().filter(|transfer| transfer.elements > 0) {
                 let (n, peer) = (transfer.elements, transfer.peer as c_int);
@@ -283,7 +290,7 @@ impl Comm {
             && self.context.bind_to_drop()
         {
             // SAFETY: owned here and no longer used. The status no longer matters.
-            let _ = unsafe { (self.api.0.abort)(comm.0) };
+            let _ = unsafe { (self.api.abort)(comm.0) };
         }
     }
 }
@@ -308,7 +315,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     };
     each(&|comm, handle| {
         // SAFETY: the communicator is live.
-        let code = unsafe { (comm.api.0.finalize)(handle) };
+        let code = unsafe { (comm.api.finalize)(handle) };
         code == SUCCESS || code == IN_PROGRESS
     });
     each(&|comm, _| {
@@ -322,7 +329,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
     });
     each(&|comm, handle| {
         // SAFETY: finalized and no longer used.
-        let code = unsafe { (comm.api.0.destroy)(handle) };
+        let code = unsafe { (comm.api.destroy)(handle) };
         *comm.handle.lock() = None;
         code == SUCCESS || code == IN_PROGRESS
     });

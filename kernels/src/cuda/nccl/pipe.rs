@@ -16,10 +16,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::comm::{Comm, Transfer};
-use super::{ISSUE_SPIN, Inner};
-use crate::cuda::memory::DeviceMemory;
-use crate::cuda::poller::{Completion, CompletionQueue};
+use super::comm::{Comm, GroupMember, Transfer};
+use super::engine::{ISSUE_SPIN, Inner, Nccl};
+use crate::cuda::device_memory::DeviceMemory;
+use crate::cuda::poller::release;
 use crate::cuda::raw_stream::RawStream;
 use crate::error::KernelError;
 use crate::event::Event;
@@ -35,10 +35,8 @@ const DRAIN_WITHIN: Duration = Duration::from_secs(2);
 pub struct Pipe {
     inner: Arc<Inner>,
     comm: Arc<Comm>,
-    /// Member index of the other end.
     peer: usize,
     stream: RawStream,
-    completions: Arc<CompletionQueue>,
     /// Memory of a call that has not settled; kept until the call settles or is aborted.
     pending: Mutex<Option<Arena>>,
 }
@@ -47,12 +45,27 @@ pub struct Pipe {
 #[derive(Clone, Debug)]
 pub struct Sent(Event);
 
-impl Pipe {
-    pub(super) fn new(inner: Arc<Inner>, comm: Arc<Comm>, peer: usize, stream: RawStream) -> Self {
-        let completions = stream.gpu().poller().register(&stream);
-        Self { inner, comm, peer, stream, completions, pending: Mutex::default() }
+impl Nccl {
+    /// Opens a member's end of a pipe over a group of two. Its calls follow the order of its own stream, not the
+    /// device's issue order (TURN-1). The pipe ends with this engine. See [`Pipe::connect`].
+    ///
+    /// # Errors
+    /// [`KernelError::Arguments`] for a membership that was not joined; [`KernelError::Cuda`].
+    pub fn pipe(&self, membership: &GroupMember) -> Result<Pipe, KernelError> {
+        let comm =
+            self.0.comms.get(&(membership.group.id, membership.member)).filter(|_| membership.group.ranks.len() == 2);
+        let Some(comm) = comm.cloned() else {
+            let got = format!("group {}, member {}", membership.group.id, membership.member);
+            return Err(KernelError::arguments("pipe", "group", "a joined group of two", got));
+        };
+        let (rank, peer) = (membership.group.ranks[membership.member], 1 - membership.member);
+        let name = format!("{}{}", ["to ", "from "][membership.member], membership.group.ranks[peer]);
+        let stream = RawStream::new(&membership.gpu, rank, &name, true)?;
+        Ok(Pipe { inner: self.0.clone(), comm, peer, stream, pending: Mutex::default() })
     }
+}
 
+impl Pipe {
     /// Transfers a few bytes in the pipe's direction and waits for them, since NCCL connects on first use. All
     /// processes connect their ends in one common order over all pipes, so that each waits for an end that will come.
     ///
@@ -62,8 +75,8 @@ impl Pipe {
         const BYTES: usize = 16;
         let deadline = Instant::now() + within;
         // Freed before the devices' arenas are created, so no plan counts it.
-        let memory = DeviceMemory::new(self.stream.gpu(), self.stream.rank(), BYTES, &Arc::default())?;
-        let arena = Arena::cuda(memory);
+        let memory = DeviceMemory::new(&self.stream.gpu, self.stream.rank, BYTES, &Arc::default())?;
+        let arena = Arena::on_device(memory);
         // The pipe's first member sends.
         let (sends, call) = if self.peer == 1 { (true, "ncclSend") } else { (false, "ncclRecv") };
         let timeout_error = || self.inner.abort_on_error(self.comm.timeout_error(call, within));
@@ -100,11 +113,7 @@ impl Pipe {
     fn record_end(&self, arena: &Arena) -> Result<Sent, KernelError> {
         self.stream.end_call().map_err(|error| self.inner.abort_on_error(error))?;
         let event = Event::default();
-        self.stream.gpu().poller().push(
-            &self.completions,
-            self.stream.record()?,
-            Completion::Release(arena.clone(), event.clone()),
-        );
+        self.stream.report_end(release(arena.clone(), event.clone()))?;
         *self.pending.lock() = None;
         Ok(Sent(event))
     }
@@ -133,10 +142,8 @@ impl Pipe {
         loop {
             // Query first: an aborted call looks complete on its stream, but its bytes have not arrived (NCCL-3).
             let is_done = sent.0.query();
-            if let Some(error) = self.inner.abort_status.aborted() {
-                return Err(error);
-            }
-            self.stream.gpu().context().check_alive()?;
+            self.inner.abort_status.check()?;
+            self.stream.gpu.context.check_alive()?;
             if is_done || deadline.is_some_and(|deadline| Instant::now() >= deadline) {
                 return Ok(is_done);
             }
@@ -154,11 +161,9 @@ impl Pipe {
         arena: &Arena,
         ranges: impl Iterator<Item = (usize, usize)>,
     ) -> Result<(), KernelError> {
-        if let Some(error) = self.inner.abort_status.aborted() {
-            return Err(error);
-        }
-        let context = self.stream.gpu().context();
-        let memory = arena.device_memory().filter(|memory| Arc::ptr_eq(memory.gpu().context(), context));
+        self.inner.abort_status.check()?;
+        let context = &self.stream.gpu.context;
+        let memory = DeviceMemory::of(arena).filter(|memory| Arc::ptr_eq(&memory.gpu.context, context));
         let Some(memory) = memory else {
             return Err(KernelError::arguments("pipe", "memory", context.place(), "memory of another device"));
         };
@@ -186,8 +191,8 @@ impl Pipe {
         if self.pending.lock().is_some() {
             return false;
         }
-        let (deadline, gpu) = (Instant::now() + DRAIN_WITHIN, self.stream.gpu());
-        while !gpu.poller().is_idle(&self.completions) && gpu.context().lost().is_none() {
+        let deadline = Instant::now() + DRAIN_WITHIN;
+        while !self.stream.is_idle() && self.stream.gpu.context.lost().is_none() {
             if Instant::now() > deadline {
                 return false;
             }
@@ -203,7 +208,6 @@ impl Drop for Pipe {
             self.comm.abort();
             self.drain();
         }
-        let gpu = self.stream.gpu();
-        gpu.poller().unregister(&self.completions, &KernelError::Closed { device: self.stream.rank() });
+        self.stream.close(&KernelError::Closed { device: self.stream.rank });
     }
 }

@@ -11,13 +11,12 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::collective::AbortStatus;
+use crate::collective::status::AbortStatus;
 use crate::error::KernelError;
 
 /// How often a waiting thread checks whether the engine was aborted.
 const ABORT_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// The issue order of one device.
 #[derive(Debug, Default)]
 pub(crate) struct IssueOrder {
     state: Mutex<State>,
@@ -39,7 +38,6 @@ pub struct IssueTicket {
 }
 
 impl IssueOrder {
-    /// Takes the next position.
     pub(crate) fn ticket(self: &Arc<Self>) -> IssueTicket {
         let mut state = self.state.lock();
         let number = state.next;
@@ -56,9 +54,6 @@ impl IssueTicket {
     }
 
     /// Waits until all earlier tickets have been dropped.
-    ///
-    /// # Errors
-    /// [`KernelError::Aborted`] once the engine is aborted.
     pub(crate) fn wait(&self, abort_statuses: &[AbortStatus]) -> Result<(), KernelError> {
         let mut state = self.order.state.lock();
         while state.open.first() != Some(&self.number) {

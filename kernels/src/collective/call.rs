@@ -1,0 +1,112 @@
+//! The request of a collective: what its members call together.
+
+use std::sync::Arc;
+
+use crate::tensor::Region;
+
+/// How partial values are combined.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ReduceOp {
+    /// Addition.
+    Sum,
+    /// The larger value.
+    Max,
+}
+
+/// An ordered set of devices that call collectives together.
+///
+/// The order fixes the bits of every reduction, in every engine: the data that member `c` owns (chunk `c` of an
+/// all-reduce, part `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, with member indices
+/// modulo the group size. A ring passes the values in this order, the owner's value last.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Group {
+    /// Unique in a plan.
+    pub id: u32,
+    /// Ranks of the member devices in the session's mesh.
+    pub ranks: Vec<usize>,
+}
+
+/// One collective, as one member sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CollectiveCall {
+    /// The participating devices.
+    pub group: Arc<Group>,
+    /// Index of this member in `group.ranks`.
+    pub member: usize,
+    /// The operation.
+    pub kind: CollectiveKind,
+}
+
+/// The operation of a collective. Regions lie in the whole tensor that the group shares, one per member, in order.
+/// They may be empty or uneven, and split any dim.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum CollectiveKind {
+    /// `(x) -> (y)`, same shape on all members; may be in place. Every member gets the same bits.
+    /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]) in the order of [`Group`], so
+    /// each of n members receives `(n-1) * own chunk + (all - own chunk)` elements.
+    AllReduce {
+        /// How values are combined.
+        op: ReduceOp,
+    },
+    /// `(part) -> (whole)`: each member contributes its region and receives the whole tensor.
+    AllGather {
+        /// The region that each member contributes.
+        parts: Vec<Region>,
+    },
+    /// `(whole) -> (part)`: each member receives its region, combined over all members in the order of [`Group`].
+    ReduceScatter {
+        /// How values are combined.
+        op: ReduceOp,
+        /// The region that each member receives.
+        parts: Vec<Region>,
+    },
+    /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`.
+    /// An element comes from the member's own source if that holds it, else from the first member that does.
+    AllToAll {
+        /// The region that each member contributes.
+        sources: Vec<Region>,
+        /// The region that each member receives.
+        targets: Vec<Region>,
+    },
+    /// `(x) -> (y)`: every member receives the root's tensor.
+    Broadcast {
+        /// The member that sends.
+        root: usize,
+    },
+    /// `(x) -> ()`, point to point. Returns once the receiver has x, or is in its call and x may be overwritten.
+    Send {
+        /// The receiving member.
+        to: usize,
+    },
+    /// `() -> (y)`, point to point.
+    Receive {
+        /// The sending member.
+        from: usize,
+    },
+}
+
+impl CollectiveCall {
+    /// Name for errors, plans and traces.
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            CollectiveKind::AllReduce { .. } => "all_reduce",
+            CollectiveKind::AllGather { .. } => "all_gather",
+            CollectiveKind::ReduceScatter { .. } => "reduce_scatter",
+            CollectiveKind::AllToAll { .. } => "all_to_all",
+            CollectiveKind::Broadcast { .. } => "broadcast",
+            CollectiveKind::Send { .. } => "send",
+            CollectiveKind::Receive { .. } => "receive",
+        }
+    }
+}
+
+impl CollectiveKind {
+    /// Number of buffers read and written.
+    pub(crate) fn arity(&self) -> (usize, usize) {
+        match self {
+            CollectiveKind::Send { .. } => (1, 0),
+            CollectiveKind::Receive { .. } => (0, 1),
+            _ => (1, 1),
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! One member's part of a collective on a GPU's stream: what every GPU engine needs of a call.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use super::device_memory::device_address;
+use super::raw_stream::RawStream;
+use super::strided_copy::foreign_elements;
+use crate::bound::Bound;
+use crate::collective::CollectiveCall;
+use crate::collective::status::ReceivedBytes;
+use crate::error::KernelError;
+use crate::memory::View;
+use crate::tensor::DType;
+
+#[derive(Clone, Debug)]
+pub(crate) struct GpuCall<'a> {
+    pub(crate) call: &'a CollectiveCall,
+    /// Device addresses; 0 if absent.
+    pub(crate) x: u64,
+    pub(crate) y: u64,
+    /// Address of the launch's workspace (STAGE-1); 0 if absent.
+    pub(crate) workspace: u64,
+    /// Empty if absent.
+    pub(crate) x_shape: &'a [usize],
+    pub(crate) y_shape: &'a [usize],
+    pub(crate) dtype: DType,
+    pub(crate) stream: Arc<RawStream>,
+}
+
+impl<'a> GpuCall<'a> {
+    pub(crate) fn new(
+        call: &'a CollectiveCall,
+        bound: &'a Bound<'_>,
+        stream: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Self, KernelError> {
+        let other_backend = |_| KernelError::arguments(call.name(), "stream", "a CUDA stream", "another stream");
+        let (x, y) = (bound.reads.first(), bound.writes.first());
+        let address = |view: Option<&View<'_>>| view.map_or(Ok(0), device_address);
+        let shape = |view: Option<&View<'a>>| view.map_or(&[][..], View::shape);
+        Ok(Self {
+            call,
+            x: address(x)?,
+            y: address(y)?,
+            workspace: address(bound.workspace.as_ref())?,
+            x_shape: shape(x),
+            y_shape: shape(y),
+            dtype: x.or(y).map_or(DType::F32, View::dtype),
+            stream: stream.downcast().map_err(other_backend)?,
+        })
+    }
+
+    pub(crate) fn count(&self, received: &ReceivedBytes) {
+        let elements = foreign_elements(self.call, self.y_shape);
+        received.add(&self.call.group, self.call.member, elements * self.dtype.bytes());
+    }
+}

@@ -1,0 +1,112 @@
+//! What this machine has of CUDA, for `shardflow doctor`.
+#![allow(unsafe_code)]
+
+use cudarc::{cublaslt, driver::sys, nvrtc};
+
+use super::cudnn::api::Api as Cudnn;
+use super::library::{Library, dotted, driver};
+use super::nccl::api::Api as Nccl;
+use super::status::{check_code, static_text, unavailable};
+use crate::error::KernelError;
+
+/// What `shardflow doctor` reports about CUDA.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// CUDA version of the driver, such as `13.0`; or why there is no driver.
+    pub driver: Result<String, KernelError>,
+    /// Each device, or why the query failed.
+    pub devices: Vec<Result<DeviceFacts, KernelError>>,
+    /// Each library's version, or why it cannot be used.
+    pub libraries: Vec<(Library, Result<String, KernelError>)>,
+}
+
+/// One GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// The driver's name for the device.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (i32, i32),
+    /// Memory, in bytes.
+    pub bytes_total: usize,
+}
+
+/// Probes driver, devices, memory and libraries. Creates no context, so it allocates no device memory.
+pub fn probe() -> Probe {
+    let libraries = Library::ALL.map(|library| (library, version(library))).into();
+    match driver() {
+        Err(error) => Probe { driver: Err(error), devices: Vec::new(), libraries },
+        Ok(driver) => {
+            let devices = (0..driver.devices).map(device_facts).collect();
+            Probe { driver: Ok(dotted(driver.version)), devices, libraries }
+        }
+    }
+}
+
+fn device_facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
+    use sys::CUdevice_attribute::{
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    };
+    let place = format!("cuda device {ordinal}");
+    let (mut device, mut bytes_total, mut name) = (0, 0, [0; 256]);
+    let mut capability = (0, 0);
+    // SAFETY: each call writes to locals of its declared types; the name ends with a 0 within the buffer.
+    let name = unsafe {
+        check_code(sys::cuDeviceGet(&mut device, i32::try_from(ordinal).unwrap_or(i32::MAX)), "cuDeviceGet", &place)?;
+        check_code(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device), "cuDeviceGetName", &place)?;
+        check_code(sys::cuDeviceTotalMem_v2(&mut bytes_total, device), "cuDeviceTotalMem", &place)?;
+        check_code(sys::cuDeviceGetAttribute(&mut capability.0, MAJOR, device), "cuDeviceGetAttribute", &place)?;
+        check_code(sys::cuDeviceGetAttribute(&mut capability.1, MINOR, device), "cuDeviceGetAttribute", &place)?;
+        static_text(name.as_ptr())
+    };
+    Ok(DeviceFacts { name, capability, bytes_total })
+}
+
+fn version(library: Library) -> Result<String, KernelError> {
+    library.require()?;
+    match library {
+        // SAFETY: has no preconditions.
+        Library::CublasLt => Ok(cublas_version(unsafe { cublaslt::sys::cublasLtGetVersion() })),
+        Library::Nvrtc => {
+            let (mut major, mut minor) = (0, 0);
+            // SAFETY: writes to locals.
+            let result = unsafe { nvrtc::sys::nvrtcVersion(&mut major, &mut minor) };
+            if result == nvrtc::sys::nvrtcResult::NVRTC_SUCCESS {
+                return Ok(format!("{major}.{minor}"));
+            }
+            Err(unavailable("libnvrtc reports no version", library.hint()))
+        }
+        Library::Nccl => Nccl::get()?.version(),
+        Library::Cudnn => Ok(Cudnn::get()?.version()),
+    }
+}
+
+/// Formats `130002` as `13.0.2`.
+fn cublas_version(version: usize) -> String {
+    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_formatted_with_dots() {
+        assert_eq!([130_002, 121_100].map(cublas_version), ["13.0.2", "12.11.0"]);
+    }
+
+    /// Runs only on machines without a driver, such as CI: `probe` reports everything that is missing and does not
+    /// panic.
+    #[test]
+    fn the_probe_reports_what_a_machine_without_cuda_lacks() {
+        let probe = probe();
+        let Err(error) = &probe.driver else { return };
+        assert!(error.to_string().starts_with("no CUDA driver (libcuda.so.1) on this machine: install"), "{error}");
+        for (library, version) in &probe.libraries {
+            if let Err(error) = version {
+                assert!(error.to_string().contains(library.name()), "{error}");
+            }
+        }
+        assert_eq!(crate::cuda::gpu::Gpu::open(0).unwrap_err(), *error);
+    }
+}

@@ -1,0 +1,100 @@
+//! What a stream runs and how it reports: submissions, their notifications, and the parts of a report that all backends
+//! share.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::error::KernelError;
+use crate::event::Event;
+use crate::memory::Base;
+use crate::op::{Op, Program};
+
+/// Target of the TRACE events that are logged on the stream's thread before each launch.
+const LAUNCH: &str = "shardflow::launch";
+
+/// Receives the notifications of a submission, on a thread of the backend; the call must not block.
+pub type Notify = Box<dyn FnMut(Notification) + Send>;
+
+/// An event in the execution of a submission.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Notification {
+    /// The launches before a signal of the program have finished; holds the signal's tag.
+    Signal(u32),
+    /// With [`Stream::check_finite`](crate::stream::Stream::check_finite) enabled: the first write of the submission that contains Inf or NaN.
+    NotFinite {
+        /// Index of the launch in the program.
+        launch: usize,
+        /// Index among the launch's writes.
+        write: usize,
+        /// Number of elements that are Inf or NaN.
+        elements: usize,
+    },
+    /// All launches have finished. Exactly one of `Done` and `Failed` is sent, and it is the last notification.
+    Done,
+    /// A launch failed; the launches after it were skipped. The stream continues with the next submission.
+    Failed(KernelError),
+}
+
+/// A program to run and its memory. The arenas stay alive until it has run.
+pub struct Submission {
+    /// The launches to run.
+    pub program: Arc<Program>,
+    /// The addresses that the program's buffers are relative to.
+    pub bases: Vec<Base>,
+    /// Whether launches marked `accumulate` add to the existing values instead of overwriting them.
+    pub repeat: bool,
+    /// Receives signals and the result.
+    pub notify: Notify,
+}
+
+impl fmt::Debug for Submission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Submission").field("program", &self.program.name).field("repeat", &self.repeat).finish()
+    }
+}
+
+/// A command of a stream's queue; `R` is how the backend represents a submission.
+pub(crate) enum Command<R = Submission> {
+    Run(R),
+    Record(Event),
+    Wait(Event),
+    CheckFinite(bool),
+}
+
+pub(crate) fn trace_launch(program: &Program, index: usize) {
+    let (name, launches) = (program.name.as_str(), program.launches.len());
+    let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
+    tracing::trace!(target: LAUNCH, program = name, op, index, launches);
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    if let Some(text) = panic.downcast_ref::<&str>() {
+        (*text).to_owned()
+    } else if let Some(text) = panic.downcast_ref::<String>() {
+        text.clone()
+    } else {
+        "no message".to_owned()
+    }
+}
+
+pub(crate) fn launch_panic(program: &Program, index: usize, panic: &(dyn Any + Send)) -> KernelError {
+    let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
+    let launch = format!("{index} ({op})");
+    KernelError::Panic { launch, program: program.name.clone(), message: panic_message(panic) }
+}
+
+/// Number of invalid Inf and NaN values among the floats that an op has written.
+pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
+    let is_fault = |value: &f32| match op {
+        // The maximum of an empty row.
+        Op::RowMax => !value.is_finite() && *value != f32::NEG_INFINITY,
+        _ => !value.is_finite(),
+    };
+    let count = |values: &[f32]| values.iter().filter(|value| is_fault(value)).count();
+    match op {
+        // The op does not write elements outside of the box.
+        Op::CopyRegion { dst, .. } => dst.runs(shape).into_iter().map(|run| count(&values[run])).sum(),
+        _ => count(values),
+    }
+}
