@@ -23,12 +23,13 @@ use shardflow_kernels::error::KernelError;
 
 use crate::exit::Exit;
 use crate::machine::parse_ip;
-use crate::session::process_map::ProcessMap;
+use crate::process_map::ProcessMap;
 
 mod by_mpi;
 pub(crate) mod connector;
 pub(crate) mod departure;
 pub mod env;
+pub(crate) mod failure;
 mod nccl_ids;
 pub mod rendezvous;
 mod save_agreement;

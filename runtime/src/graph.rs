@@ -463,6 +463,12 @@ impl Graph {
         self.producer(var).placement
     }
 
+    /// Parameters and optimizer states, in the program's order.
+    pub(crate) fn residents(&self) -> impl Iterator<Item = Var> {
+        let nodes = self.nodes.iter();
+        nodes.filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State)).map(|n| n.outputs[0])
+    }
+
     /// The parameters, in the order of their creation.
     pub fn parameters(&self) -> Vec<Var> {
         let is_parameter = |n: &&Node| matches!(n.op, NodeOp::Parameter { .. });

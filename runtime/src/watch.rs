@@ -35,6 +35,7 @@ use crate::text::counted;
 mod bubble;
 pub mod client;
 mod events;
+mod number;
 mod page;
 mod shape;
 pub mod status;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use shardflow_kernels::collective::{Collective, Group};
 
 use super::ClusterError;
-use crate::session::process_map::ProcessMap;
+use crate::process_map::ProcessMap;
 
 /// The error of a program that was built without MPI.
 pub(super) fn not_built() -> ClusterError {

@@ -25,9 +25,9 @@ use shardflow_kernels::memory::{Access, Arena, Base};
 use super::by_mpi::ByMpi;
 use super::rendezvous::{Member, Roster};
 use super::{ClusterError, ClusterOptions, Collectives, INTERFACE, TRANSPORT, Transport};
+use crate::devices::Pipes;
 use crate::plan::Plan;
-use crate::session::devices::Pipes;
-use crate::session::process_map::ProcessMap;
+use crate::process_map::ProcessMap;
 
 /// Interval at which a wait for a peer checks whether the session has ended.
 const END_CHECK_INTERVAL: Duration = Duration::from_millis(100);

@@ -42,11 +42,6 @@ pub fn stream_of(key: ActionKey) -> StreamKind {
     }
 }
 
-/// Threads of a stream: several for compute streams, one for the others.
-pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {
-    if stream == StreamKind::Compute { threads_per_device } else { 1 }
-}
-
 /// Lowers a graph on which the layout, boxing and bucket passes have run.
 pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
     let assignment = assign(&graph);

@@ -1,7 +1,7 @@
 //! Metrics of a session: a typed snapshot, and the values of each step for the `metrics` facade.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
@@ -9,12 +9,14 @@ use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
 
-use super::process_map::ProcessMap;
-use super::{SessionOptions, StepReport};
+use super::options::SessionOptions;
+use super::report::StepReport;
+use super::tokens::tokens_per_step;
 use crate::checkpoint::manifest::JobTime;
 use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
+use crate::process_map::ProcessMap;
 
 /// Handles of the metrics of steps.
 pub(super) struct StepMetrics {
@@ -60,7 +62,7 @@ impl TrainingTime {
 }
 
 impl StepMetrics {
-    pub(super) fn new(plan: &Plan, process_map: &ProcessMap, step_tokens: u64, options: &SessionOptions) -> Self {
+    pub(super) fn new(plan: &Plan, process_map: &ProcessMap, options: &SessionOptions) -> Self {
         let peak_flops = options.peak_flops;
         let now_ms = unix_ns() / 1_000_000;
         let job_began_ms = options.cluster.job_began_ms.unwrap_or(now_ms);
@@ -81,6 +83,10 @@ impl StepMetrics {
         // So that these counters exist before their first event.
         counter!(names::STALLS).absolute(0);
         counter!(names::FIRINGS_LOST).absolute(0);
+        // Once per process, even if it starts several sessions.
+        static RESTARTS: Once = Once::new();
+        let restart = |code: &u8| counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
+        RESTARTS.call_once(|| options.cluster.restart_causes.iter().for_each(restart));
         Self {
             steps: counter!(names::STEPS),
             step: gauge!(names::STEP),
@@ -91,7 +97,7 @@ impl StepMetrics {
             gradient_norm: gauge!(names::GRADIENT_NORM),
             learning_rate: gauge!(names::LEARNING_RATE),
             mfu: peak_flops.map(|_| gauge!(names::MFU)),
-            step_tokens,
+            step_tokens: tokens_per_step(plan),
             step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * process_map.devices as f64),
             job_began_ms,
             training: TrainingTime::new(gauge!(names::TRAINING_RATIO), earlier),

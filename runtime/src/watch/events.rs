@@ -10,7 +10,7 @@ use shardflow_actors::spec::{ActorId, RegisterId, Spec};
 use shardflow_actors::trace::{Cause, FiringRecord};
 
 use super::bubble::Bubble;
-use super::status::number;
+use super::number;
 use super::under_way::RunningStep;
 use crate::session::observer::{Observer, RecentSteps, SessionHealth, StepStats, pass_of};
 
