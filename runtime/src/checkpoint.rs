@@ -24,7 +24,7 @@ pub(crate) mod shard;
 pub mod snapshot;
 pub mod store;
 
-pub use crate::clock::WaitClock;
+pub use crate::clock::{SimulatedClock, WaitClock};
 pub use agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome, SingleProcess};
 pub use error::{AgreeError, CheckpointError};
 pub use manifest::{Cursor, Manifest};
