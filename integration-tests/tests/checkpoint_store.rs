@@ -12,7 +12,7 @@ use object_store::memory::InMemory;
 use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::{
     CheckpointError, Cursor, SaveOutcome, SaveSchedule, Saver, SaverOptions, SimulatedClock, SingleProcess, Snapshot,
-    Store, save_now,
+    Store, WaitClock, save_now,
 };
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionError};

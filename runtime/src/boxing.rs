@@ -5,9 +5,10 @@
 //! step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. Dijkstra's
 //! algorithm (1959) finds the cheapest path; ties go to fewer steps, then to the layout that is listed first.
 
-pub mod interpret;
+#[cfg(test)]
+pub(crate) mod interpret;
 pub mod step;
-pub mod table;
+pub(crate) mod table;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -5,7 +5,7 @@
 //! returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole model, and
 //! [`convert::export`] writes one from a checkpoint.
 
-pub mod agreement;
+pub(crate) mod agreement;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod convert;
@@ -15,14 +15,14 @@ pub mod error;
 pub mod fuzz;
 pub(crate) mod io;
 pub mod manifest;
-pub mod newest;
-pub mod options;
-pub mod read;
-pub mod save;
-pub mod saver;
+pub(crate) mod newest;
+pub(crate) mod options;
+pub(crate) mod read;
+pub(crate) mod save;
+pub(crate) mod saver;
 pub(crate) mod shard;
 pub mod snapshot;
-pub mod store;
+pub(crate) mod store;
 
 pub use crate::clock::{SimulatedClock, WaitClock};
 pub use agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome, SingleProcess};

@@ -22,7 +22,7 @@ use crate::sbp::rule::{NdSignature, Rule};
 use crate::sbp::{NdSbp, Sbp};
 
 pub mod builder;
-pub mod error;
+pub(crate) mod error;
 pub mod ops;
 pub mod optimizer;
 

@@ -25,7 +25,7 @@ pub mod output;
 pub mod passes;
 pub mod placement;
 pub mod plan;
-pub mod process_map;
+pub(crate) mod process_map;
 pub mod program;
 pub mod requests;
 pub mod sbp;

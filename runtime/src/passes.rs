@@ -14,16 +14,16 @@ use crate::text::counted;
 use mode::Mode;
 use precision::Precision;
 
-pub mod autodiff;
-pub mod boxing;
-pub mod bucket;
+pub(crate) mod autodiff;
+pub(crate) mod boxing;
+pub(crate) mod bucket;
 mod check;
-pub mod layout;
-pub mod micro_batch;
+pub(crate) mod layout;
+pub(crate) mod micro_batch;
 pub mod mode;
-pub mod optimizer;
+pub(crate) mod optimizer;
 pub mod precision;
-pub mod stages;
+pub(crate) mod stages;
 
 /// The treatment of forward layout changes that the user did not write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -95,30 +95,17 @@ impl Default for CompileOptions {
 
 /// Why compilation failed.
 #[derive(Clone, Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum CompileError {
     /// The program has errors, each with its source line.
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
     /// The mesh has more devices than are available.
     #[error("mesh {mesh} needs {}, but only {available} are available; choose a smaller mesh", counted(.needed, "device"))]
-    Devices {
-        /// The mesh.
-        mesh: String,
-        /// Its devices.
-        needed: usize,
-        /// Available devices.
-        available: usize,
-    },
+    Devices { mesh: String, needed: usize, available: usize },
     /// A count is 0 or too large.
     #[error("{name} is {got}; it must be from 1 to {max}")]
-    Range {
-        /// The field of [`CompileOptions`].
-        name: &'static str,
-        /// Its value.
-        got: usize,
-        /// The maximum.
-        max: usize,
-    },
+    Range { name: &'static str, got: usize, max: usize },
     /// Validation refused the plan.
     #[error(transparent)]
     Plan(#[from] PlanError),

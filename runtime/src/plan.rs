@@ -11,16 +11,16 @@ use shardflow_kernels::tensor::{DType, Region};
 
 use crate::graph::{Graph, NodeId, Phase, Rate, Var};
 
-pub mod assign;
-pub mod collective_order;
-pub mod emit;
-pub mod explain;
+pub(crate) mod assign;
+pub(crate) mod collective_order;
+pub(crate) mod emit;
+pub(crate) mod explain;
 pub mod flops;
 mod hash;
-pub mod lower;
-pub mod memory;
-pub mod picture;
-pub mod slots;
+pub(crate) mod lower;
+pub(crate) mod memory;
+pub(crate) mod picture;
+pub(crate) mod slots;
 pub mod validate;
 
 /// The order of the micro-batches in a pipeline.

@@ -18,7 +18,6 @@ use crate::plan::{BaseKey, Plan};
 pub struct ProcessMap {
     /// Rank of this process.
     pub process: u32,
-    /// Number of processes.
     pub processes: u32,
     /// Number of devices of the mesh.
     pub devices: usize,

@@ -2,8 +2,8 @@
 //!
 //! SBP is from OneFlow, Yuan et al. 2021, <https://arxiv.org/abs/2110.15032>.
 
-pub mod choose;
-pub mod cost;
+pub(crate) mod choose;
+pub(crate) mod cost;
 pub mod region;
 pub mod rule;
 

@@ -24,18 +24,18 @@ use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use crate::requests::Requests;
 
-pub mod agreement;
+pub(crate) mod agreement;
 mod budget;
-pub mod checkpoint;
+pub(crate) mod checkpoint;
 mod error;
 mod exchange;
-pub mod host;
+pub(crate) mod host;
 mod incidents;
 mod load;
 pub mod metrics;
 mod non_finite;
 pub mod numerics;
-pub mod observer;
+pub(crate) mod observer;
 mod options;
 mod outcome;
 mod passes;
@@ -45,7 +45,7 @@ mod published;
 mod recent;
 mod report;
 mod saver;
-pub mod snapshot;
+pub(crate) mod snapshot;
 mod start;
 mod step;
 mod tokens;
@@ -68,7 +68,6 @@ pub use report::StepReport;
 pub struct Session {
     plan: Arc<Plan>,
     process_map: ProcessMap,
-    /// The processes of this node.
     node_processes: Vec<u32>,
     budget: Budget,
     /// Devices of this process.
@@ -104,7 +103,6 @@ pub struct Session {
     damaged_up_to: u64,
     seed: u64,
     requests: Option<Arc<Requests>>,
-    /// Duration of the last step.
     last_step: Duration,
     /// Longest wait for live processes between steps.
     wait_max: Duration,

@@ -39,7 +39,6 @@ pub struct TraceFile {
     spec: Option<Arc<Spec>>,
     /// By actor and action: number of firings, and their total duration in nanoseconds.
     spent: BTreeMap<(ActorId, u32), (u64, u64)>,
-    /// By actor: number of firings read.
     firings_read: BTreeMap<ActorId, u64>,
     lost: u64,
     bytes: u64,

@@ -52,15 +52,11 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Errors of the server's start.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum WatchError {
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
-    Listen {
-        /// The address.
-        address: SocketAddr,
-        /// The system's error.
-        source: io::Error,
-    },
+    Listen { address: SocketAddr, source: io::Error },
     /// The program, or one of its libraries, has installed another recorder.
     #[error("the program already has a metrics recorder, so this one cannot be installed")]
     Recorder,

@@ -159,7 +159,6 @@ pub fn save_now(
     Ok(report)
 }
 
-/// Publishes the metrics of a save.
 fn publish_metrics(report: &SaveReport) {
     let [committed, failed] = outcome_counters();
     histogram!(names::CHECKPOINT_DURATION).record(report.seconds);

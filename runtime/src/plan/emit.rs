@@ -26,19 +26,16 @@ pub struct EmitContext<'a> {
     pub arenas: &'a ArenaMap,
     /// Accumulations fused into the producing kernel: value to sum.
     pub fused: &'a BTreeMap<Var, Var>,
-    /// The kind of device.
     pub device: DeviceKind,
 }
 
 /// An action's launches, registers, scratch and groups.
 pub struct EmittedAction {
-    /// The plan of the action.
     pub plan: ActionPlan,
     /// Registers read, in port order.
     pub inputs: Vec<usize>,
     /// Registers written, in port order.
     pub outputs: Vec<usize>,
-    /// Bytes of scratch.
     pub scratch_bytes: usize,
     /// The ranks of each group whose collectives it calls.
     pub groups: BTreeSet<Vec<usize>>,

@@ -18,7 +18,6 @@ use crate::plan::memory::{ArenaMap, align, lay_out};
 use crate::plan::slots::{StageCosts, in_flight, slots, stages};
 use crate::plan::{ActionKey, Plan, Schedule};
 
-/// The options of [`lower`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LowerOptions {
     /// Micro-batches per step.

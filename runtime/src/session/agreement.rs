@@ -139,7 +139,6 @@ pub(super) fn digest(hasher: &blake3::Hasher) -> u64 {
     u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
 }
 
-/// Digest of bytes.
 pub(super) fn digest_of(bytes: &[u8]) -> u64 {
     digest(blake3::Hasher::new().update(bytes))
 }

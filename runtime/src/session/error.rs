@@ -20,6 +20,7 @@ use crate::plan::validate::PlanError;
 
 /// Errors of a session.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum SessionError {
     /// An actor, a kernel or a collective failed; this is the first cause.
     #[error("{0}")]
@@ -53,25 +54,13 @@ pub enum SessionError {
     PlanWritten,
     /// A file for the plan cannot be written.
     #[error("cannot write the plan to {path}: {source}")]
-    PlanFile {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
+    PlanFile { path: PathBuf, source: io::Error },
     /// The loss or the gradients of a step are Inf or NaN.
     #[error("{0}")]
     NonFinite(Box<NonFinite>),
     /// A tensor given to [`super::Session::step`] does not match the program's input.
     #[error("input {name}: expected {expected}, got {got}")]
-    Input {
-        /// Name of the input.
-        name: String,
-        /// What the graph requires.
-        expected: String,
-        /// The given tensor.
-        got: String,
-    },
+    Input { name: String, expected: String, got: String },
 }
 
 impl SessionError {

@@ -48,7 +48,6 @@ impl Sources {
 #[derive(Default)]
 pub(super) struct PublishedMetrics {
     sampled: Option<Instant>,
-    /// By actor: number of firings read.
     firings_read: BTreeMap<ActorId, u64>,
     firings: HashMap<(ActorId, u32), Histogram>,
     waits: HashMap<(ActorId, Cause), Histogram>,

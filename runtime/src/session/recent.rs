@@ -22,23 +22,19 @@ pub struct RecentSteps {
     pub steps: VecDeque<StepStats>,
 }
 
-/// One step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepStats {
     /// Steps done, including this one.
     pub steps: u64,
-    /// Its loss.
     pub loss: Option<f32>,
     /// Global norm of its gradients, before clipping.
     pub gradient_norm: Option<f64>,
-    /// Its learning rate.
     pub learning_rate: f32,
     /// Its wall time.
     pub seconds: f64,
 }
 
 impl RecentSteps {
-    /// The last step.
     pub fn last(&self) -> Option<&StepStats> {
         self.steps.back()
     }

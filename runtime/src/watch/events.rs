@@ -90,7 +90,6 @@ pub(super) struct Event {
 pub(super) struct Cursor {
     session: u64,
     step: u64,
-    /// By actor: firings read.
     firings_read: HashMap<ActorId, u64>,
     busy: HashMap<ActorId, [u64; 7]>,
     registers: HashMap<RegisterId, Vec<u64>>,
