@@ -26,7 +26,7 @@ pub(crate) mod error;
 pub mod ops;
 pub mod optimizer;
 
-pub use error::GraphError;
+pub use error::{GraphError, SourceLine};
 pub use optimizer::AdamW;
 
 /// A tensor of a graph. Other graphs refuse it, except clones that were made after the tensor.
@@ -36,7 +36,7 @@ pub struct Var {
     /// The [`GraphId`] of the graph that created it.
     graph: u32,
     dims: u8,
-    location: &'static Location<'static>,
+    location: SourceLine,
 }
 
 /// Compares the index only, not the graph, so that equal programs have equal plans.
@@ -305,7 +305,7 @@ pub struct Node {
     /// The phase in which it runs.
     pub phase: Phase,
     /// The user's source line.
-    pub location: &'static Location<'static>,
+    pub location: SourceLine,
     /// The signature chosen by the layout pass.
     pub signature: Option<NdSignature>,
 }
@@ -320,7 +320,7 @@ pub struct Output {
     /// How the values of micro-batches are combined: given by the user, or derived by the micro-batch pass.
     pub combine: Option<Combine>,
     /// The user's source line.
-    pub location: &'static Location<'static>,
+    pub location: SourceLine,
 }
 
 /// How an output's values from the micro-batches of a step are combined into one.
@@ -355,7 +355,7 @@ pub(crate) struct Objective {
     pub(crate) loss: Var,
     pub(crate) optimizer: AdamW,
     /// The user's source line.
-    pub(crate) location: &'static Location<'static>,
+    pub(crate) location: SourceLine,
 }
 
 /// The logical program under construction. The methods that add nodes are in [`builder`].
@@ -363,7 +363,7 @@ pub(crate) struct Objective {
 pub struct Graph {
     id: GraphId,
     /// The source line of [`Graph::new`].
-    pub(crate) location: &'static Location<'static>,
+    pub(crate) location: SourceLine,
     pub(crate) mesh: Mesh,
     pub(crate) placements: Vec<Placement>,
     pub(crate) nodes: Vec<Node>,
@@ -380,7 +380,7 @@ pub struct Graph {
     /// Phase of the nodes added next; passes change it.
     pub(crate) phase: Phase,
     /// Source line of the layer under construction.
-    pub(crate) origin: Option<&'static Location<'static>>,
+    pub(crate) origin: Option<SourceLine>,
 }
 
 impl Graph {
@@ -421,7 +421,7 @@ impl Graph {
     }
 
     /// Adds a tensor created at this source line.
-    pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: &'static Location<'static>) -> Var {
+    pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: SourceLine) -> Var {
         let dims = info.shape.len().min(DIMS_MAX) as u8;
         let var = Var { index: self.tensors.len() as u32, graph: self.id.0, dims, location };
         self.tensors.push(info);
