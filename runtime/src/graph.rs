@@ -310,6 +310,20 @@ pub struct Node {
     pub signature: Option<NdSignature>,
 }
 
+impl Node {
+    /// A node with one input and one output, for `reader`.
+    pub(crate) fn between(
+        name: String,
+        op: NodeOp,
+        (input, output): (Var, Var),
+        placement: usize,
+        reader: &Self,
+    ) -> Self {
+        let (inputs, outputs) = (vec![input], vec![output]);
+        Self { name, op, inputs, outputs, updates: Vec::new(), placement, signature: None, ..reader.clone() }
+    }
+}
+
 /// A tensor that the host fetches.
 #[derive(Clone, Debug)]
 pub struct Output {
@@ -433,6 +447,13 @@ impl Graph {
     pub(crate) fn take_tensors(&mut self) -> Vec<TensorInfo> {
         self.vars.clear();
         std::mem::take(&mut self.tensors)
+    }
+
+    /// Adds a node, and its outputs' producer, for a pass that rebuilds the list of nodes.
+    pub(crate) fn push_rebuilt(&mut self, rebuilt: &mut Vec<Node>, node: Node) {
+        let id = NodeId(rebuilt.len() as u32);
+        node.outputs.iter().for_each(|output| self.tensors[output.index()].producer = id);
+        rebuilt.push(node);
     }
 
     /// All errors recorded so far.

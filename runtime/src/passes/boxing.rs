@@ -8,7 +8,7 @@ use shardflow_kernels::op::Op;
 
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::boxing::{self, CostModel};
-use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
+use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
 use crate::passes::Boxing;
 use crate::sbp::PlacedLayout;
 
@@ -62,11 +62,7 @@ struct BoxingPass<'a> {
 
 impl BoxingPass<'_> {
     fn push(&mut self, node: Node) {
-        let id = NodeId(self.rebuilt.len() as u32);
-        for output in &node.outputs {
-            self.graph.tensors[output.index()].producer = id;
-        }
-        self.rebuilt.push(node);
+        self.graph.push_rebuilt(&mut self.rebuilt, node);
     }
 
     fn layout(&self, var: Var) -> PlacedLayout {
@@ -130,18 +126,8 @@ impl BoxingPass<'_> {
         let rate = phase.rate();
         let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
         let out = self.graph.new_tensor(info, reader.location);
-        let node = Node {
-            name,
-            op: NodeOp::Boxing(Arc::new(step)),
-            inputs: vec![input],
-            outputs: vec![out],
-            updates: Vec::new(),
-            placement,
-            phase,
-            location: reader.location,
-            signature: None,
-        };
-        self.push(node);
+        let node = Node::between(name, NodeOp::Boxing(Arc::new(step)), (input, out), placement, reader);
+        self.push(Node { phase, ..node });
         out
     }
 }

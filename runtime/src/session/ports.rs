@@ -35,30 +35,33 @@ impl HostPorts {
             for action in actions {
                 if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
                     let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
-                    out.fetches.insert((actor.device, rate), out.ports.len() as u32);
-                    out.ports.push(HostBroadcast { process: process_map.process_of(actor.device), tensors });
+                    let port = out.add(process_map.process_of(actor.device), tensors);
+                    out.fetches.insert((actor.device, rate), port);
                 }
             }
         }
         for (device, memory) in plan.memory.iter().enumerate() {
             for (index, resident) in memory.residents.iter().enumerate() {
-                out.residents.insert((device, index), out.ports.len() as u32);
                 let tensors = vec![(resident.region.size.clone(), resident.dtype)];
-                out.ports.push(HostBroadcast { process: process_map.process_of(device), tensors });
+                let port = out.add(process_map.process_of(device), tensors);
+                out.residents.insert((device, index), port);
             }
         }
         let loads = agreement::load_numbers(plan);
         for process in 0..process_map.processes {
             // A number is sent as two integers.
-            let mut port = |numbers: usize| {
-                out.ports.push(HostBroadcast { process, tensors: vec![(vec![2 * numbers], DType::I32)] });
-                out.ports.len() as u32 - 1
-            };
-            out.pairs.push(port(2));
-            out.steps.push(port(agreement::step_numbers(shared, process)));
-            out.loads.push(port(loads));
+            let mut port = |numbers: usize| out.add(process, vec![(vec![2 * numbers], DType::I32)]);
+            let ports = [2, agreement::step_numbers(shared, process), loads].map(&mut port);
+            out.pairs.push(ports[0]);
+            out.steps.push(ports[1]);
+            out.loads.push(ports[2]);
         }
         out
+    }
+
+    fn add(&mut self, process: u32, tensors: Vec<(Vec<usize>, DType)>) -> u32 {
+        self.ports.push(HostBroadcast { process, tensors });
+        self.ports.len() as u32 - 1
     }
 
     /// One number pair of each process, as a list of wanted pieces.
