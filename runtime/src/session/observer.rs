@@ -15,6 +15,7 @@ pub use super::incidents::Incident;
 use super::incidents::Incidents;
 use super::metrics::{Metrics, TrainingTime};
 use super::passes::Passes;
+pub(crate) use super::passes::cause_of;
 pub use super::passes::pass_of;
 use super::published::{PublishedMetrics, Sources};
 pub use super::recent::{RecentSteps, StepStats};

@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
-use shardflow_actors::spec::{ActorId, Spec};
-use shardflow_actors::trace::FiringRecord;
+use shardflow_actors::spec::{ActorId, RegisterId, Spec};
+use shardflow_actors::trace::{Cause, FiringRecord};
 
 /// The passes of a session. Firings count passes, which differ from steps: a non-finite step runs twice, to
 /// find its first non-finite tensor, and a restore continues from another step.
@@ -21,6 +21,16 @@ const MARKS_MAX: usize = 256;
 pub fn pass_of(spec: &Spec, actor: ActorId, fired: &FiringRecord) -> u64 {
     let per_step = spec.actors[actor.0 as usize].actions[fired.action as usize].per_step;
     fired.firing / u64::from(per_step.max(1))
+}
+
+/// The condition that a firing waited for last, as text, and its register.
+pub(crate) fn cause_of(cause: Cause) -> (&'static str, Option<RegisterId>) {
+    match cause {
+        Cause::Input(register) => ("input", Some(register)),
+        Cause::Credit(register) => ("credit", Some(register)),
+        Cause::Host => ("host", None),
+        Cause::Own => ("own", None),
+    }
 }
 
 impl Passes {

@@ -11,6 +11,7 @@ use shardflow_actors::spec::{ActorId, RegisterId, Spec};
 use shardflow_actors::trace::{Cause, FiringRecord};
 
 use super::metrics::MetricsSource;
+use super::passes::cause_of;
 use crate::cluster::world::World;
 use crate::metrics as names;
 use crate::plan::Plan;
@@ -173,12 +174,8 @@ impl PublishedMetrics {
 }
 
 fn wait_histogram(spec: &Spec, actor: ActorId, cause: Cause) -> Histogram {
-    let (reason, register) = match cause {
-        Cause::Input(register) => ("input", spec.register_name(register)),
-        Cause::Credit(register) => ("credit", spec.register_name(register)),
-        Cause::Host => ("host", String::new()),
-        Cause::Own => ("own", String::new()),
-    };
+    let (reason, register) = cause_of(cause);
+    let register = register.map(|register| spec.register_name(register)).unwrap_or_default();
     let actor = spec.actors[actor.0 as usize].name.clone();
     histogram!(names::WAIT, "actor" => actor, "reason" => reason, "register" => register)
 }
