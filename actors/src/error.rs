@@ -2,8 +2,8 @@
 
 use shardflow_kernels::error::KernelError;
 
+use crate::remote::frame::FrameError;
 use crate::spec::{ActorId, RegisterId};
-use crate::transport::frame::FrameError;
 
 /// An inconsistent plan; [`crate::check::check`] finds it before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]

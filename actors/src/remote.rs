@@ -27,9 +27,10 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 use crate::error::{Failure, PeerError};
 use crate::protocol::Message;
 use crate::spec::{ActorId, RegisterId, Spec};
-use crate::transport::Connection;
+use shardflow_job::transport::Connection;
 
 mod connections;
+pub mod frame;
 pub(crate) use connections::{Connections, serve};
 
 /// Interval at which a wait for peers checks whether the session has failed.

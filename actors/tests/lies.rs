@@ -10,14 +10,15 @@ use std::time::{Duration, Instant};
 use shardflow_actors::builder::Builder;
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::protocol::Message;
+use shardflow_actors::remote::frame::{FRAME_BYTES, Frame, FrameError};
 use shardflow_actors::remote::{ByteRun, HostBroadcast, PeerSpec, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
 use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};
-use shardflow_actors::transport::{
-    Connection, FRAME_BYTES, Frame, FrameError, Hello, ListenAddress, Listener, ListenerOptions, Purpose, SessionId,
-    SettledWorld, SharedKey, connect,
-};
 use shardflow_actors::watchdog::WatchdogOptions;
+use shardflow_job::secret::Secret;
+use shardflow_job::transport::{
+    Connection, Hello, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, SettledWorld, connect,
+};
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::{Arena, Base};
@@ -64,12 +65,12 @@ fn spec() -> Spec {
 
 /// An authenticated connection from [`connect`] and [`Listener::wait`]: this process's end and the peer's end.
 fn authenticated() -> (Connection, Connection) {
-    let secret = SharedKey::from_text("a secret of these tests").unwrap();
+    let secret = Secret::new("a secret of these tests").unwrap();
     let listen = [ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 0).into())];
     let listener = Listener::listen(0, secret.clone(), &listen, ListenerOptions::default()).unwrap();
     listener.begin(WORLD);
     let (deadline, purpose) = (Instant::now() + TIMEOUT, Purpose::Registers { index: 0 });
-    let hello = Hello { session: WORLD.session, epoch: WORLD.epoch, from: PEER, to: 0, purpose };
+    let hello = Hello { session: WORLD.session, epoch: WORLD.epoch, from: PEER, to: 0, sealed: true, purpose };
     let peer = connect(&listener.addresses()[0], &secret, &hello, deadline).unwrap();
     (listener.wait(PEER, purpose, deadline).unwrap(), peer)
 }

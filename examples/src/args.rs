@@ -10,7 +10,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use shardflow::exit::Exit;
-use shardflow::output;
+use shardflow::job::output;
 use shardflow::watch::client;
 
 use crate::files;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use shardflow::output::{self, OutputKind, OutputQueue, ends_line};
+use shardflow::job::output::{self, OutputKind, OutputQueue, ends_line};
 
 /// One training step. In JSON, a number that is not finite is written as `null`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use programs::{Folder, GPT, launcher};
 use serde_json::Value;
-use shardflow_actors::transport::handshake::{Dialler, HandshakeError, Refusal, greeting};
-use shardflow_actors::transport::{Address, Hello, Purpose, SessionId, SharedKey, TransportError, connect};
+use shardflow::job::secret::Secret;
+use shardflow::job::transport::handshake::{Dialler, GREETING_BYTES, HandshakeError, Refusal};
+use shardflow::job::transport::{Address, Hello, Purpose, SessionId, TransportError, connect};
 
 #[path = "support/programs.rs"]
 mod programs;
@@ -141,26 +142,27 @@ fn read_message(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
 }
 
 fn hello() -> Hello {
-    Hello { session: SessionId([7; 16]), epoch: 0, from: 1, to: 0, purpose: Purpose::Registers { index: 0 } }
+    let purpose = Purpose::Registers { index: 0 };
+    Hello { session: SessionId([7; 16]), epoch: 0, from: 1, to: 0, sealed: true, purpose }
 }
 
 /// Runs a whole handshake of a peer with the secret. Returns the bytes it sent, and the result.
-fn handshake(port: u16, secret: &SharedKey) -> std::io::Result<(Vec<u8>, Result<(), HandshakeError>)> {
+fn handshake(port: u16, secret: &Secret) -> std::io::Result<(Vec<u8>, Result<(), HandshakeError>)> {
     let mut stream = TcpStream::connect(at(port))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
-    let (dialler, greeting) = Dialler::new(&[9; 32]);
+    let (dialler, greeting) = Dialler::new(secret).expect("random numbers");
     stream.write_all(&framed(&greeting))?;
     let reply = read_message(&mut stream)?;
-    let (proved, proof) = dialler.prove(secret, &hello(), &reply).expect("a valid greeting");
-    stream.write_all(&framed(&proof))?;
+    let (greeted, message) = dialler.introduce(&hello(), &reply).expect("a valid greeting");
+    stream.write_all(&framed(&message))?;
     let verdict = read_message(&mut stream)?;
-    Ok(([framed(&greeting), framed(&proof)].concat(), proved.finish(secret, &verdict)))
+    Ok(([framed(&greeting), framed(&message)].concat(), greeted.finish(&verdict).map(drop)))
 }
 
 /// Checks the reply to each kind of stranger without a flood: every refusal has its type. Returns a handshake to
 /// replay.
-fn check_refusals(port: u16, secret: &SharedKey) -> Vec<u8> {
-    let wrong = SharedKey::from_text("a secret of another job").unwrap();
+fn check_refusals(port: u16, secret: &Secret) -> Vec<u8> {
+    let wrong = Secret::new("a secret of another job").unwrap();
     let address = Address::Tcp(at(port).to_string());
     let denied = connect(&address, &wrong, &hello(), Instant::now() + Duration::from_secs(10)).unwrap_err();
     assert!(matches!(denied, TransportError::Handshake { cause: HandshakeError::Denied, .. }), "{denied}");
@@ -170,12 +172,12 @@ fn check_refusals(port: u16, secret: &SharedKey) -> Vec<u8> {
     let session =
         |r: &Refusal| matches!(r, Refusal::Session { .. } | Refusal::WrongProcess { .. } | Refusal::Process { .. });
     assert!(matches!(&refusal, HandshakeError::Refused(r) if session(r)), "{refusal}");
-    // A replay of the same bytes meets another nonce, so the proof is invalid.
+    // A replay of the same bytes meets another ephemeral key, so the hello is invalid.
     let mut stream = TcpStream::connect(at(port)).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     stream.write_all(&recorded).unwrap();
     read_message(&mut stream).expect("its greeting");
-    assert!(read_message(&mut stream).expect("its verdict").is_empty(), "a replay is denied");
+    assert!(read_message(&mut stream).is_err(), "a replay gets no verdict");
     recorded
 }
 
@@ -183,15 +185,16 @@ fn check_refusals(port: u16, secret: &SharedKey) -> Vec<u8> {
 /// replay.
 fn opening(number: usize, recorded: &[u8]) -> Vec<u8> {
     let garbage = |bytes: usize| (0..bytes).map(|i| (i * number % 251) as u8).collect::<Vec<_>>();
-    let whole = framed(&greeting(&[number as u8; 32]));
+    // The greeting of the recorded handshake.
+    let whole = &recorded[..2 + GREETING_BYTES];
     match number % 8 {
         0 => vec![],
         1 => whole[..1].to_vec(),
-        2 => whole,
-        3 => [&whole[..], &1024u16.to_le_bytes(), &garbage(1023)].concat(),
+        2 => whole.to_vec(),
+        3 => [whole, &1024u16.to_le_bytes(), &garbage(1023)].concat(),
         4 => garbage(64),
         5 => [&u16::MAX.to_le_bytes()[..], &garbage(4096)].concat(),
-        6 => [&whole[..], &90u16.to_le_bytes(), &garbage(90)].concat(),
+        6 => [whole, &90u16.to_le_bytes(), &garbage(90)].concat(),
         _ => recorded.to_vec(),
     }
 }
@@ -209,7 +212,7 @@ struct Attack {
 impl Attack {
     fn run(&self, end: &Receiver<()>) {
         let socket = UdpSocket::bind(at(0)).unwrap();
-        let wrong = SharedKey::from_text("a secret of another job").unwrap();
+        let wrong = Secret::new("a secret of another job").unwrap();
         let mut strangers = Vec::new();
         for number in 0.. {
             // The sender is dropped at the end of the test.
@@ -291,7 +294,7 @@ fn unauthenticated_peers_slow_a_training_little_and_change_no_loss() {
     let all = |protocol| workers.iter().flat_map(|pid| ports(*pid, protocol)).collect::<Vec<_>>();
     let (tcp, udp) = (all("tcp"), all("udp"));
     assert!(tcp.len() >= 2 && udp.len() >= 2, "each worker has a TCP and a UDP port: {tcp:?} {udp:?}");
-    let secret = SharedKey::from_text(SECRET).unwrap();
+    let secret = Secret::new(SECRET).unwrap();
     let recorded = tcp.iter().map(|port| check_refusals(*port, &secret)).next_back().unwrap();
 
     let resident = || workers.iter().map(|pid| resident_kb(*pid)).collect::<Vec<_>>();

@@ -156,7 +156,7 @@ check_srun() {
     done
 }
 
-# Kills a process: the others must notice and name it, and srun must end with a code of docs/guide.md.
+# Kills a process: the others must notice and name it, and srun must end with a code of docs/guide/troubleshooting.md.
 check_kill() {
     local begin code=0 victim
     srun --nodes=2 --ntasks=4 --kill-on-bad-exit=0 --wait=60 --label \

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use shardflow::cluster::Advertise;
-use shardflow_actors::transport::{Address, Connection};
+use shardflow::job::transport::{Address, Connection};
 use shardflow_kernels::hash::SplitMix64;
 
 use crate::training::Scratch;
@@ -176,10 +176,7 @@ impl Shared {
             }
         }
         // The other direction may continue.
-        drop(match &to {
-            Connection::Tcp(stream) => stream.shutdown(Shutdown::Write),
-            Connection::Unix(stream) => stream.shutdown(Shutdown::Write),
-        });
+        drop(to.shutdown(Shutdown::Write));
     }
 
     /// Forwards heartbeats until the relay ends.
@@ -210,8 +207,8 @@ fn connect(address: &Address) -> io::Result<Connection> {
 
 /// Sets TCP_NODELAY, so that each piece is sent at once.
 fn without_delay(connection: Connection) -> io::Result<Connection> {
-    if let Connection::Tcp(stream) = &connection {
-        stream.set_nodelay(true)?;
+    if !connection.is_unix() {
+        rustix::net::sockopt::set_tcp_nodelay(&connection, true)?;
     }
     Ok(connection)
 }
@@ -272,7 +269,7 @@ impl Drop for Relay {
         let mut state = self.shared.state.lock();
         state.ended = true;
         self.shared.ended.notify_all();
-        state.open_connections.drain(..).for_each(|connection| drop(connection.shutdown()));
+        state.open_connections.drain(..).for_each(|connection| drop(connection.shutdown(Shutdown::Both)));
         let fronts = std::mem::take(&mut state.fronts);
         drop(state);
         // A connection wakes the thread that accepts on the front.

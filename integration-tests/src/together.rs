@@ -9,8 +9,9 @@ use parking_lot::{Condvar, Mutex};
 use shardflow::checkpoint::{
     AgreeError, ProcessRank, SaveAgreement, SaveId, SaveOutcome, SaveReport, SaverOptions, Snapshot, Store, save_now,
 };
-use shardflow::cluster::env::{Endpoint, LaunchContext, LaunchedBy, Secret, SecretSource, World};
 use shardflow::cluster::{Cluster, ClusterOptions};
+use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
+use shardflow::job::secret::Secret;
 
 /// The cluster of one process of a node, which meets the others at a Unix socket.
 pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterOptions) -> Cluster {
@@ -21,7 +22,7 @@ pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterO
         local_processes: processes,
         node: Some(0),
         endpoint: Endpoint::Unix(socket.into()),
-        secret: SecretSource::Text(Secret::new("a secret of these tests", "this test").expect("long enough")),
+        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
         restart: 0,
         source: LaunchedBy::Shardflow,
         run_id: "tests".into(),

@@ -8,9 +8,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use shardflow::cluster::{Advertise, Cluster, ClusterOptions, Transport};
+use shardflow::job::transport::Address;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionOptions};
-use shardflow_actors::transport::Address;
 use shardflow_integration_tests::relay::{Relay, RelayCounts, RelayOptions};
 use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{Model, Scratch, options, within};

@@ -22,35 +22,32 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+/// Largest length of a value, in bytes; declare a digest of a longer one.
+pub use shardflow_job::rendezvous::facts::VALUE_BYTES_MAX;
+use shardflow_job::rendezvous::facts::{
+    COLLECTIVES, ENCRYPTION, EXECUTABLE, KERNELS, MESH, PLAN, PROCESSES, TRANSPORT, VERSION,
+};
+
 /// Largest number of declared values.
 pub const DECLARED_MAX: usize = 64;
 /// Largest length of a name, in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
-/// Largest length of a value, in bytes; declare a digest of a longer one.
-pub const VALUE_BYTES_MAX: usize = 1024;
 /// Largest length of all names and values together, in bytes.
 pub const DECLARED_BYTES_MAX: usize = 6 << 10;
 
 /// Names of the values that the session itself compares.
 pub(crate) const SEED: &str = "seed";
-pub(crate) const PLAN: &str = "plan";
-pub(crate) const MESH: &str = "mesh";
-pub(crate) const TRANSPORT: &str = "transport";
-pub(crate) const COLLECTIVES: &str = "collectives";
 pub(crate) const ON_NON_FINITE: &str = "on_non_finite";
-pub(crate) const KERNELS: &str = "kernels";
-pub(crate) const VERSION: &str = "version";
-pub(crate) const EXECUTABLE: &str = "executable";
-pub(crate) const PROCESSES: &str = "number of processes";
 /// Settings of the optimizer. The plan's hash covers them, so only a resume compares them.
 pub(crate) const OPTIMIZER: &str = "optimizer";
 pub(crate) const MAX_NORM: &str = "maximum gradient norm";
-const RESERVED: [&str; 12] = [
+const RESERVED: [&str; 13] = [
     SEED,
     PLAN,
     MESH,
     TRANSPORT,
     COLLECTIVES,
+    ENCRYPTION,
     KERNELS,
     ON_NON_FINITE,
     VERSION,

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::exit::Exit;
+use shardflow_job::exit::Exit;
 
 mod gpu;
 mod machine;

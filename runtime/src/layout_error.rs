@@ -1,6 +1,6 @@
 //! The error type of meshes, layouts, rules and boxing.
 
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// An error in a mesh, a layout, an op's rule or a layout change.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]

@@ -9,31 +9,33 @@ pub mod cluster;
 pub mod declare;
 mod devices;
 pub mod doctor;
-pub mod exit;
 pub mod files;
 #[cfg(feature = "cli")]
 pub mod flags;
 pub mod graph;
 pub mod init;
-pub mod launcher;
 pub mod layout_error;
 mod lock;
-pub mod machine;
 pub mod metrics;
 pub mod nn;
-pub mod output;
 pub mod passes;
 pub mod placement;
 pub mod plan;
 pub(crate) mod process_map;
 pub mod program;
-pub mod requests;
 pub mod sbp;
 pub mod session;
-pub mod text;
 pub mod trace;
 #[cfg(feature = "watch")]
 pub mod watch;
+
+pub use shardflow_job as job;
+
+/// Exit codes, and the report of a failure to the launcher and to the other processes.
+pub mod exit {
+    pub use shardflow_job::departure::report;
+    pub use shardflow_job::exit::*;
+}
 
 /// Everything that a training program or a custom op needs: `use shardflow::prelude::*`.
 ///
@@ -61,7 +63,6 @@ pub mod prelude {
     pub use crate::cluster::{Cluster, ClusterError};
     pub use crate::declare::{Declarations, OnResume, data_identity};
     pub use crate::devices::gpu_memory_bytes;
-    pub use crate::exit::Exit;
     pub use crate::graph::builder::Layout;
     pub use crate::graph::{AdamW, Combine, CustomOp, Graph, GraphError, Var};
     pub use crate::init::Init;
@@ -74,10 +75,11 @@ pub mod prelude {
     pub use crate::plan::validate::PlanError;
     pub use crate::plan::{Plan, Schedule};
     pub use crate::program;
-    pub use crate::requests::{Request, Requests};
     pub use crate::sbp::rule::Rule;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
     pub use crate::session::{Session, SessionError, SessionOptions, StepReport, Threads};
+    pub use shardflow_job::exit::Exit;
+    pub use shardflow_job::requests::{Request, Requests};
     pub use shardflow_kernels::device::DeviceKind;
 }

@@ -7,7 +7,7 @@ use shardflow_kernels::tensor::DType;
 use crate::graph::builder::Layout;
 use crate::graph::{Graph, Var};
 use crate::init::Init;
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// How a layer's weight is split over a mesh axis, in the terms of Megatron-LM (Shoeybi et al. 2019,
 /// <https://arxiv.org/abs/1909.08053>).

@@ -10,9 +10,9 @@ use crate::plan::lower::{LowerOptions, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
-use crate::text::counted;
 use mode::Mode;
 use precision::Precision;
+use shardflow_job::text::counted;
 
 pub(crate) mod autodiff;
 pub(crate) mod boxing;
@@ -49,7 +49,7 @@ pub struct CompileOptions {
     /// Number of available devices.
     pub devices: usize,
     /// Memory of one device, bytes; a plan that needs more is refused. `Session::start` also refuses a plan for CPUs
-    /// that needs more than the node's free memory, see [`crate::machine::free_memory`].
+    /// that needs more than the node's free memory, see [`shardflow_job::machine::free_memory`].
     pub memory_bytes: Option<usize>,
     /// Approximate size of a bucket of gradients for the all-reduce, bytes.
     pub bucket_bytes: usize,

@@ -4,11 +4,11 @@ use std::error::Error;
 use std::process::ExitCode;
 
 use crate::cluster::ClusterError;
-use crate::exit::{self, Exit};
 use crate::layout_error::LayoutError;
-use crate::output;
 use crate::passes::CompileError;
 use crate::session::SessionError;
+use shardflow_job::exit::Exit;
+use shardflow_job::output;
 
 /// Runs the body of `main`. Prints an error as `error: ..`, reports it to the launcher, and returns its exit code, after all
 /// [`output`] is written.
@@ -33,7 +33,7 @@ fn show(error: Box<dyn Error>) -> Exit {
     // `Exit::Done` is not a failure: `shardflow plan` needs only the plan, which is written.
     if exit != Exit::Done {
         let rank = error.downcast_ref().and_then(SessionError::first_cause_rank);
-        if let Err(e) = exit::report(exit, &error.to_string(), rank) {
+        if let Err(e) = shardflow_job::departure::report(exit, &error.to_string(), rank) {
             eprintln!("warning: cannot write the report for the launcher: {e}");
         }
         eprintln!("error: {error}");

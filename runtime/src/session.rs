@@ -22,7 +22,7 @@ use crate::graph::optimizer::Bounds;
 use crate::graph::{Rate, Var};
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
-use crate::requests::Requests;
+use shardflow_job::requests::Requests;
 
 pub(crate) mod agreement;
 mod budget;

@@ -30,7 +30,7 @@ use tokio::sync::{Semaphore, oneshot};
 use crate::metrics;
 use crate::session::Session;
 use crate::session::observer::{Observer, SessionHealth};
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 mod bubble;
 pub mod client;

@@ -9,7 +9,7 @@ use std::fs;
 
 use harness::{Job, timeout};
 use rustix::process::Signal;
-use shardflow::cluster::env::{LaunchContext, LaunchedBy, detect};
+use shardflow_job::env::{LaunchContext, LaunchedBy, detect};
 
 /// The variables that a script printed with `env`.
 fn variables(log: &str) -> BTreeMap<String, String> {

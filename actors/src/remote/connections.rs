@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use parking_lot::Mutex;
 use shardflow_kernels::cuda::nccl::{Pipe, Sent};
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
+use super::frame::{FRAME_BYTES, Frame};
 use super::{ByteRun, HostPiece, Outgoing, PeerEnd, PeerMessage, PeerSpec};
 use crate::error::{Failure, PeerError};
 use crate::message::Cast;
@@ -18,8 +20,7 @@ use crate::protocol::{Message, ProtocolEvent};
 use crate::shell::RegisterMemory;
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
-use crate::transport::Connection;
-use crate::transport::frame::{FRAME_BYTES, Frame};
+use shardflow_job::transport::Connection;
 
 /// Buffer size; longer runs go directly from the slot to the connection.
 const BUFFER_BYTES: usize = 1 << 16;
@@ -95,7 +96,8 @@ impl Connections {
     /// `abort` is called for peers that do not read. A failed session does not wait.
     pub(crate) fn close(&mut self, in_order: bool, abort: impl Fn()) {
         // A connection that cannot be shut down is closed already.
-        let shut_down = |open: &[Connection]| open.iter().for_each(|connection| drop(connection.shutdown()));
+        let shut_down =
+            |open: &[Connection]| open.iter().for_each(|connection| drop(connection.shutdown(Shutdown::Both)));
         if !in_order {
             shut_down(&self.open);
         }

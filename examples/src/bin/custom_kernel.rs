@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use shardflow::{output, prelude::*};
+use shardflow::job::output;
+use shardflow::prelude::*;
 
 /// `(x) -> (y)`: `y = max(x, 0)^2`.
 #[derive(Debug)]

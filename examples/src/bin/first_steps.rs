@@ -1,6 +1,7 @@
 //! The smallest complete program: a model that learns to predict the next letter, on two devices.
 
-use shardflow::{output, prelude::*};
+use shardflow::job::output;
+use shardflow::prelude::*;
 
 const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog. ";
 const BATCH: usize = 8;

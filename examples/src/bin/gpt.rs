@@ -7,12 +7,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use shardflow::job::output;
+use shardflow::job::text::counted;
 use shardflow::prelude::*;
 use shardflow::session::plan_files;
-use shardflow::text::counted;
 use shardflow::trace::{TraceError, TraceFile};
 use shardflow::watch::{Watch, WatchError};
-use shardflow::{exit, flags, output};
+use shardflow::{exit, flags};
 use shardflow_examples::args::{
     ArgsError, DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg, PrecisionArg, ScheduleArg, fail,
 };
@@ -614,8 +615,8 @@ impl GptError {
 
 #[cfg(test)]
 mod tests {
-    use shardflow::cluster::rendezvous::{RendezvousError, RendezvousRefusal};
     use shardflow::exit::Report;
+    use shardflow::job::rendezvous::{RendezvousError, RendezvousRefusal};
 
     use super::*;
 

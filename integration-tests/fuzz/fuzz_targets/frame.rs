@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use shardflow_actors::transport::{FRAME_BYTES, Frame};
+use shardflow_actors::remote::frame::{FRAME_BYTES, Frame};
 
 fuzz_target!(|input: [u8; FRAME_BYTES]| {
     let mut bytes = input;

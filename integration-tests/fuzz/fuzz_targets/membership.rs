@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
-use shardflow_actors::membership::fuzz::{check_control_message, check_datagram, samples};
+use shardflow::job::membership::fuzz::{check_control_message, check_datagram, samples};
 
 fuzz_target!(|bytes: &[u8]| {
     check_datagram(bytes);

@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};
-use shardflow::cluster::rendezvous::fuzz::{check, samples};
+use shardflow::job::rendezvous::fuzz::{check, samples};
 
 fuzz_target!(|bytes: &[u8]| check(bytes));
 

@@ -42,7 +42,7 @@ mod ring;
 mod tests;
 mod tree;
 
-pub use channel::Channel;
+pub use channel::{Channel, SealedStream};
 use link::{Context, Link};
 use parking_lot::Mutex;
 use port::{GroupStatus, Port};

@@ -14,19 +14,20 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use rustix::fs::MemfdFlags;
 use shardflow::checkpoint::cli::{self, CheckpointCommand};
-use shardflow::cluster;
-use shardflow::cluster::env::{Endpoint, Secret};
 use shardflow::doctor;
-use shardflow::exit::Exit;
 use shardflow::flags;
-use shardflow::launcher::{self, LaunchOptions, become_program, child_command, guard, launch};
-use shardflow::machine::parse_ip;
-use shardflow::requests::Requests;
 use shardflow::session::plan_files::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 use shardflow::trace::join::JoinedTrace;
 use shardflow::trace::summary::TraceSummary;
 #[cfg(feature = "watch")]
 use shardflow::watch::client;
+use shardflow_job::env::{self, Endpoint};
+use shardflow_job::exit::Exit;
+use shardflow_job::launcher::{self, LaunchOptions, become_program, child_command, guard, launch};
+use shardflow_job::machine::parse_ip;
+use shardflow_job::requests::Requests;
+use shardflow_job::secret::Secret;
+use shardflow_kernels::cuda::library::SETTINGS;
 
 #[derive(Parser)]
 #[command(name = "shardflow", version, about = "An actor-based dataflow runtime for training neural networks")]
@@ -162,16 +163,18 @@ struct LaunchArgs {
 }
 
 impl LaunchArgs {
-    /// Environment variables of the processes, from flags.
+    /// Environment variables of the processes: from flags, and CUDA's settings that are not set.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
-            (cluster::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
-            (cluster::INTERFACE, self.interface.clone()),
-            (cluster::ADVERTISE, self.advertise.clone()),
-            (cluster::HEARTBEAT_MS, self.heartbeat_ms.map(|ms| ms.to_string())),
-            (cluster::HEARTBEAT_DEADLINE_MS, self.heartbeat_deadline_ms.map(|ms| ms.to_string())),
+            (env::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
+            (env::INTERFACE, self.interface.clone()),
+            (env::ADVERTISE, self.advertise.clone()),
+            (env::HEARTBEAT_MS, self.heartbeat_ms.map(|ms| ms.to_string())),
+            (env::HEARTBEAT_DEADLINE_MS, self.heartbeat_deadline_ms.map(|ms| ms.to_string())),
         ];
-        given.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+        let cuda = SETTINGS.iter().filter(|(name, _)| std::env::var_os(name).is_none());
+        let cuda = cuda.map(|(name, value)| (*name, Some((*value).to_owned())));
+        given.into_iter().chain(cuda).filter_map(|(name, value)| Some((name, value?))).collect()
     }
 }
 

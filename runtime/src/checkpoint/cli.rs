@@ -10,7 +10,7 @@ use super::error::CheckpointError;
 use super::manifest::Manifest;
 use super::read::CheckpointReader;
 use super::store::Store;
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// Commands on the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path if support for it is
 /// built in.

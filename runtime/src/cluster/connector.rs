@@ -2,8 +2,9 @@
 //! do this in the same order.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::ErrorKind;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,20 +12,23 @@ use std::time::{Duration, Instant};
 use shardflow_actors::remote::PeerSpec;
 use shardflow_actors::shell::RegisterMemory;
 use shardflow_actors::spec::RegisterId;
-use shardflow_actors::transport::{
-    self, Address, Connection, Hello, Listener, Purpose, SharedKey, TransportError, with_zone_of,
+use shardflow_job::env::{INTERFACE, TRANSPORT};
+use shardflow_job::options::{ClusterOptions, Collectives, Transport};
+use shardflow_job::rendezvous::{Member, Roster};
+use shardflow_job::secret::Secret;
+use shardflow_job::transport::{
+    self, Address, Connection, Hello, Listener, Purpose, Socket, TransportError, with_zone_of,
 };
 use shardflow_kernels::collective::board::Board;
 use shardflow_kernels::collective::routed::Routed;
 use shardflow_kernels::collective::shared_memory::SharedMemory;
-use shardflow_kernels::collective::wire::{self, Channel, Wire};
+use shardflow_kernels::collective::wire::{self, Channel, SealedStream, Wire};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::{Access, Arena, Base};
 
+use super::ClusterError;
 use super::by_mpi::ByMpi;
-use super::rendezvous::{Member, Roster};
-use super::{ClusterError, ClusterOptions, Collectives, INTERFACE, TRANSPORT, Transport};
 use crate::devices::Pipes;
 use crate::plan::Plan;
 use crate::process_map::ProcessMap;
@@ -58,7 +62,7 @@ pub(crate) struct Connector<'a> {
     pub(crate) process_map: ProcessMap,
     pub(crate) roster: &'a Roster,
     pub(crate) listener: &'a Listener,
-    pub(crate) secret: &'a SharedKey,
+    pub(crate) secret: &'a Secret,
     pub(crate) options: &'a ClusterOptions,
     pub(crate) by_mpi: &'a ByMpi,
     pub(crate) deadline: Instant,
@@ -87,8 +91,10 @@ impl Connector<'_> {
             return Ok(self.listener.wait(peer, purpose, self.deadline)?);
         }
         let (session, epoch) = (self.roster.session, self.roster.epoch);
-        let hello = Hello { session, epoch, from: self.process_map.process, to: peer, purpose };
-        Ok(self.listener.dial(&self.address(peer)?, self.secret, &hello, self.deadline)?)
+        let address = self.address(peer)?;
+        let sealed = matches!(address, Address::Tcp(_)) && (self.options.encrypt || purpose == Purpose::Control);
+        let hello = Hello { session, epoch, from: self.process_map.process, to: peer, sealed, purpose };
+        Ok(self.listener.dial(&address, self.secret, &hello, self.deadline)?)
     }
 
     fn address(&self, peer: u32) -> Result<Address, ClusterError> {
@@ -294,15 +300,46 @@ impl Connector<'_> {
 type Mirrors = BTreeMap<RegisterId, RegisterMemory>;
 
 fn channel(connection: Connection) -> Channel {
-    match connection {
-        Connection::Tcp(stream) => Channel::Tcp(stream),
-        Connection::Unix(stream) => Channel::Unix(stream),
+    match connection.into_socket() {
+        Ok(Socket::Tcp(stream)) => Channel::Tcp(stream),
+        Ok(Socket::Unix(stream)) => Channel::Unix(stream),
+        Err(sealed) => Channel::Sealed(Box::new(SealedConnection(sealed))),
+    }
+}
+
+/// An encrypted connection as the collectives use it.
+#[derive(Debug)]
+struct SealedConnection(Connection);
+
+impl SealedStream for SealedConnection {
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn send(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
+        self.0.write_both(first, second)
+    }
+
+    fn has_unsent(&self) -> bool {
+        self.0.has_unsent()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        (&self.0).flush()
+    }
+
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize> {
+        (&self.0).read(into)
+    }
+
+    fn shutdown(&self, direction: Shutdown) {
+        drop(self.0.shutdown(direction));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use shardflow_actors::transport::SessionId;
+    use shardflow_job::transport::SessionId;
 
     use super::*;
 

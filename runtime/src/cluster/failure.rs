@@ -1,11 +1,11 @@
 //! Failures of a session with several processes: their exit codes, and whether another process is the cause.
 
 use shardflow_actors::error::{Failure, PeerError};
-use shardflow_actors::membership::{FirstCause, Membership};
+use shardflow_job::membership::{FirstCause, Membership};
 use shardflow_kernels::error::KernelError;
 
-use crate::exit::Exit;
 use crate::process_map::ProcessMap;
+use shardflow_job::exit::Exit;
 
 /// Exit code for the first cause of a session's failure.
 pub(crate) fn exit_of(failure: &Failure) -> Exit {

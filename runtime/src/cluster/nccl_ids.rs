@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crossbeam_channel::Receiver;
-use shardflow_actors::membership::Membership;
+use shardflow_job::membership::Membership;
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::error::KernelError;

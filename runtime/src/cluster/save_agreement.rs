@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use shardflow_actors::membership::Membership;
+use shardflow_job::membership::Membership;
 
 use crate::checkpoint::agreement::{SaveAgreement, SaveId, SaveOutcome};
 use crate::checkpoint::error::AgreeError;
@@ -31,8 +31,8 @@ pub(super) struct Received {
     pub(super) bytes: Vec<u8>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub(super) enum Phase {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+enum Phase {
     /// To process 0: the result of writing this process's part.
     Written,
     /// From process 0: the result of writing all parts.
@@ -42,8 +42,8 @@ pub(super) enum Phase {
 }
 
 /// The content of a message, as JSON.
-#[derive(PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Payload {
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Payload {
     epoch: u64,
     step: u64,
     attempt: u32,
@@ -151,5 +151,29 @@ impl SaveAgreement for ClusterAgreement {
         };
         let is_already_there = result.map_err(|(process, why)| self.error(process, why))?;
         Ok(if is_already_there { SaveOutcome::AlreadyThere } else { SaveOutcome::Committed })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SAMPLE: &[u8] = br#"{"epoch":1,"step":2,"attempt":0,"phase":"Written","result":{"Err":[1,"a full disk"]}}"#;
+
+    proptest! {
+        /// A peer's message is rejected or has one meaning.
+        #[test]
+        fn changed_messages_are_decoded_or_rejected(
+            at in 0..SAMPLE.len(), bytes in prop::collection::vec(any::<u8>(), 0..8),
+        ) {
+            let mut changed = SAMPLE.to_vec();
+            changed.splice(at..(at + bytes.len()).min(SAMPLE.len()), bytes);
+            if let Ok(payload) = serde_json::from_slice::<Payload>(&changed) {
+                let again: Payload = serde_json::from_slice(&serde_json::to_vec(&payload).unwrap()).unwrap();
+                prop_assert_eq!(again, payload);
+            }
+        }
     }
 }

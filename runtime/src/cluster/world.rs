@@ -10,31 +10,34 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::Failure;
-use shardflow_actors::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent, PeerStatus};
 use shardflow_actors::shell::{Control, RunningSession};
-use shardflow_actors::transport::{Address, Listener, Purpose, SharedKey, with_zone_of};
+use shardflow_job::env::{LaunchContext, World as Launched};
+use shardflow_job::exit::{self, Exit};
+use shardflow_job::machine::hidden_name;
+use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent, PeerStatus};
+use shardflow_job::options::{ClusterOptions, Transport};
+use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
+use shardflow_job::secret::Secret;
+use shardflow_job::text::counted;
+use shardflow_job::transport::{Listener, Purpose, with_zone_of};
 use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
+use super::Cluster;
+use super::ClusterError;
 use super::by_mpi::ByMpi;
 use super::connector::{self, Connections, Connector};
-use super::env::{self, LaunchContext};
 use super::failure::{attribute_to_peer, is_symptom, peer_failure, report_failure};
 use super::nccl_ids;
-use super::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use super::save_agreement::{self, ClusterAgreement, Received};
-use super::{Cluster, ClusterError, ClusterOptions, Transport};
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement};
 use crate::devices::Pipes;
-use crate::exit::{self, Exit};
-use crate::machine::hidden_name;
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
 use crate::process_map::ProcessMap;
-use crate::text::counted;
 
 /// How long a failed session waits for the first cause, beyond the membership's own grace period.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -44,7 +47,7 @@ pub(crate) struct World {
     process_map: ProcessMap,
     roster: Roster,
     listener: Arc<Listener>,
-    secret: SharedKey,
+    secret: Secret,
     options: ClusterOptions,
     by_mpi: ByMpi,
     membership: Arc<Membership>,
@@ -224,7 +227,7 @@ impl World {
             return Ok(None);
         }
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
-        let secret = SharedKey::from_text(world.secret.read()?.text())?;
+        let secret = world.secret.read()?;
         let (roster, listener, heartbeat) = meet(world, &options, &secret, facts)?;
         let process_map = ProcessMap { process: world.process, processes, devices };
         let connector = new_connector(plan.device, &process_map, &roster, &listener, &secret, &options, &by_mpi);
@@ -390,12 +393,12 @@ impl World {
 /// Binds this process's addresses and meets the other processes. Returns their roster, the listener for their connections, and
 /// the socket for heartbeats.
 fn meet(
-    world: &env::World,
+    world: &Launched,
     options: &ClusterOptions,
-    secret: &SharedKey,
+    secret: &Secret,
     facts: impl FnOnce() -> Result<Vec<Fact>, ClusterError>,
 ) -> Result<(Roster, Listener, UdpSocket), ClusterError> {
-    let coordinator = address(&world.endpoint);
+    let coordinator = world.endpoint.address();
     let spans_nodes = world.local_processes < world.processes;
     let report = |line: &str| options.report_waiting(line);
     let hidden = hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0);
@@ -441,7 +444,7 @@ fn start_membership(
     let Connector { process_map, roster, options, secret, .. } = connector;
     let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
     let (own, processes) = (process_map.process, process_map.processes);
-    let key = *secret.mac("membership", &[]).as_bytes();
+    let key = secret.key("membership");
     let mut config = MembershipConfig::new(own, processes, roster.session.0, roster.epoch, key, heartbeat);
     (config.interval, config.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
     config.join_within = options.connect_within;
@@ -462,21 +465,13 @@ fn new_connector<'a>(
     process_map: &ProcessMap,
     roster: &'a Roster,
     listener: &'a Listener,
-    secret: &'a SharedKey,
+    secret: &'a Secret,
     options: &'a ClusterOptions,
     by_mpi: &'a ByMpi,
 ) -> Connector<'a> {
     let deadline = Instant::now() + options.connect_within;
     let pipes = Pipes::new();
     Connector { device, process_map: *process_map, roster, listener, secret, options, by_mpi, deadline, pipes }
-}
-
-pub(super) fn address(endpoint: &env::Endpoint) -> Address {
-    match endpoint {
-        env::Endpoint::Tcp { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
-        env::Endpoint::Tcp { host, port } => Address::Tcp(format!("{host}:{port}")),
-        env::Endpoint::Unix(path) => Address::Unix(path.clone()),
-    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread::available_parallelism;
 
 use super::{Finding, FindingStatus, size};
-use crate::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
+use shardflow_job::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
 
 /// Recommended free shared memory, in bytes: registers between processes of one node may not fit into less.
 const SHM_BYTES_MIN: u64 = 1 << 30;

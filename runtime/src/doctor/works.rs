@@ -8,8 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use rustix::fs::MemfdFlags;
 
 use super::{Finding, FindingStatus};
-use crate::cluster::env::{DERIVED_PORTS, PORT_DEFAULT};
-use crate::machine::temporary_folder;
+use shardflow_job::env::{DERIVED_PORTS, PORT_DEFAULT};
+use shardflow_job::machine::temporary_folder;
 
 pub(super) fn examine() -> Vec<Finding> {
     let trials = [

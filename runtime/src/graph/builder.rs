@@ -15,7 +15,7 @@ use crate::layout_error::LayoutError;
 use crate::placement::{Mesh, Placement};
 use crate::sbp::rule::{Rule, plausible_shapes};
 use crate::sbp::{NdSbp, Sbp};
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// A layout as the user writes it: the mesh axes over which dims are split; along all other axes the tensor is
 /// broadcast. Example: `Layout::split("data", 0).and_split("tensor", 2)`.

@@ -8,7 +8,7 @@ use shardflow_kernels::tensor::DType;
 
 use crate::graph::NodeOp;
 use crate::plan::Plan;
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 impl Plan {
     /// The plan as text.

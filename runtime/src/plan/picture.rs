@@ -7,7 +7,7 @@ use std::fmt::{self, Write};
 use crate::graph::NodeOp;
 use crate::plan::explain::text_of;
 use crate::plan::{DeviceMemory, Plan};
-use crate::text::{counted, size};
+use shardflow_job::text::{counted, size};
 
 /// Width of a box, and its height without the lines for actions, pixels.
 const BOX: (usize, usize) = (190, 34);

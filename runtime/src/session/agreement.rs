@@ -10,13 +10,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use shardflow_kernels::tensor::Region;
 
 use super::outcome::Outcome;
-use crate::cluster::rendezvous::ranks;
 use crate::graph::Var;
 use crate::graph::builder::RNG_INPUT;
 use crate::plan::memory::local_part;
 use crate::plan::{ActionKey, Plan};
 use crate::process_map::ProcessMap;
 use crate::sbp::region::contains;
+use shardflow_job::rendezvous::ranks;
 
 /// Maximum number of different values that an error lists.
 const VALUES_MAX: usize = 4;

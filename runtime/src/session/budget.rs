@@ -3,10 +3,10 @@
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::Var;
-use crate::machine::{FreeMemory, free_memory};
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
+use shardflow_job::machine::{FreeMemory, free_memory};
 
 /// Reserve for memory outside the plan: libraries and connections of a process, and packing buffers of matrix products
 /// for each device and each of its threads. Measured: 3 to 31 MiB in total, for `gpt` with widths from 64 to 1024 and
@@ -96,8 +96,8 @@ fn snapshot_bytes(plan: &Plan, is_included: impl Fn(usize) -> bool) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::MemoryBound;
     use crate::prelude::*;
+    use shardflow_job::machine::MemoryBound;
 
     fn plan(mesh: &str) -> Plan {
         let mut g = Graph::new(&Mesh::parse(mesh).unwrap());

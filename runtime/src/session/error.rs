@@ -12,11 +12,11 @@ use super::plan_files::PLAN_HTML;
 use crate::checkpoint::error::CheckpointError;
 use crate::cluster::ClusterError;
 use crate::cluster::failure::{exit_of, exit_of_kernel};
-use crate::cluster::rendezvous::{RendezvousError, RendezvousRefusal};
 use crate::declare::DeclareError;
-use crate::exit::Exit;
 use crate::layout_error::LayoutError;
 use crate::plan::validate::PlanError;
+use shardflow_job::exit::Exit;
+use shardflow_job::rendezvous::{RendezvousError, RendezvousRefusal};
 
 /// Errors of a session.
 #[derive(Debug, thiserror::Error)]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_job::exit::unix_ns;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
 
@@ -13,7 +14,6 @@ use super::options::SessionOptions;
 use super::report::StepReport;
 use super::tokens::tokens_per_step;
 use crate::checkpoint::manifest::JobTime;
-use crate::exit::unix_ns;
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
 use crate::process_map::ProcessMap;

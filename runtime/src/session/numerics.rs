@@ -12,7 +12,7 @@
 use std::fmt;
 
 use crate::graph::Phase;
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// How a step with an Inf or NaN loss or gradient is handled. In any case it updates nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -21,9 +21,9 @@ use super::published::{PublishedMetrics, Sources};
 pub use super::recent::{RecentSteps, StepStats};
 use super::report::StepReport;
 pub use crate::cluster::world::PeerState;
-use crate::exit::unix_ns;
 use crate::plan::Plan;
 use crate::process_map::ProcessMap;
+use shardflow_job::exit::unix_ns;
 
 /// A view of a running session that any thread may use.
 pub struct Observer {

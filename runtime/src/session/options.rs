@@ -7,7 +7,7 @@ use shardflow_actors::watchdog::WatchdogOptions;
 use super::numerics::OnNonFinite;
 use crate::cluster::Cluster;
 use crate::declare::Declarations;
-use crate::requests::Requests;
+use shardflow_job::requests::Requests;
 
 /// How many threads a CPU device uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

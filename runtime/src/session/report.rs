@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use shardflow_kernels::tensor::HostTensor;
 
 use super::numerics::NonFinite;
-use crate::requests::Request;
+use shardflow_job::requests::Request;
 
 /// What a step computed, and the request that came with it.
 #[derive(Clone, Debug)]
@@ -19,7 +19,7 @@ pub struct StepReport {
     /// Every output by name, for the whole batch; [`crate::graph::Combine`] describes outputs computed once per
     /// micro-batch.
     pub outputs: BTreeMap<String, HostTensor>,
-    /// The request that the processes agreed on in this step; equal on all of them. See [`crate::requests`].
+    /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
     pub request: Request,
     /// Set if the loss or gradients are Inf or NaN and [`super::SessionOptions::on_non_finite`] accepts that; nothing was
     /// updated.

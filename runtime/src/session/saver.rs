@@ -14,7 +14,7 @@ use crate::checkpoint::options::{SaveSchedule, SaverOptions};
 use crate::checkpoint::saver::{SaveStart, Saver};
 use crate::checkpoint::store::Store;
 use crate::files::free_bytes;
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 impl Saver {
     /// Takes a snapshot of the session between two steps and starts to write it. In a job of several processes, all

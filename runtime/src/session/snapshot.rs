@@ -20,10 +20,10 @@ use crate::checkpoint::newest::NewestCheckpoint;
 use crate::checkpoint::read::CheckpointReader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
 use crate::checkpoint::store::Store;
-use crate::exit::Exit;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
+use shardflow_job::exit::Exit;
 
 /// Result of [`Session::restore_newest`].
 #[derive(Debug)]

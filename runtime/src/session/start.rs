@@ -7,11 +7,11 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shardflow_actors::membership::MembershipError;
 use shardflow_actors::shell::{LoadedPlan, prepare};
 use shardflow_actors::spec::RegisterId;
-use shardflow_actors::transport::TransportError;
 use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
+use shardflow_job::membership::MembershipError;
+use shardflow_job::transport::TransportError;
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::cpu::instruction_set;
 use shardflow_kernels::cuda::cudnn::Attention;
@@ -36,21 +36,20 @@ use super::{BETWEEN_STEPS, Session, plan_files, tokens};
 use crate::cluster::ClusterError;
 use crate::cluster::connector::Connections;
 use crate::cluster::failure::{is_aborted_by_peer, peer_failure};
-use crate::cluster::rendezvous::Fact;
 use crate::cluster::world::{WAITING, World};
-use crate::declare::{
-    COLLECTIVES, Declarations, KERNELS, MAX_NORM, MESH, ON_NON_FINITE, OPTIMIZER, OnResume, PLAN, SEED, TRANSPORT,
-};
+use crate::declare::{Declarations, MAX_NORM, ON_NON_FINITE, OPTIMIZER, OnResume, SEED};
 use crate::devices::{self, ProcessDevices};
-use crate::exit::Exit;
 use crate::graph::NodeOp;
 use crate::graph::optimizer::Bounds;
 use crate::init;
-use crate::machine::{affinity, threads_per_device};
 use crate::metrics as names;
 use crate::passes::THREADS_MAX;
 use crate::plan::Plan;
 use crate::process_map::ProcessMap;
+use shardflow_job::exit::Exit;
+use shardflow_job::machine::{affinity, threads_per_device};
+use shardflow_job::rendezvous::Fact;
+use shardflow_job::rendezvous::facts::{COLLECTIVES, ENCRYPTION, KERNELS, MESH, PLAN, TRANSPORT};
 
 /// The warning for kernels built with this optimization level, which may be fifty times slower.
 fn slow_build_warning(opt_level: &str) -> Option<String> {
@@ -276,6 +275,7 @@ fn facts(plan: &Plan, options: &SessionOptions) -> Result<Vec<Fact>, ClusterErro
         Fact::new(MESH, plan.graph.mesh()),
         Fact::new(TRANSPORT, format_args!("{:?}", cluster.transport)),
         Fact::new(COLLECTIVES, format_args!("{:?}", cluster.collectives)),
+        Fact::new(ENCRYPTION, if cluster.encrypt { "on" } else { "off" }),
         Fact::new(KERNELS, kernels),
         Fact::new(SEED, options.seed),
         Fact::new(ON_NON_FINITE, format_args!("{:?}", options.on_non_finite)),

@@ -17,9 +17,9 @@ use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
 use crate::graph::{Combine, NodeOp, Rate, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
-use crate::requests::{Request, since_1970};
 use crate::sbp::region::{combine, concat, take_box};
 use crate::sbp::{Sbp, gather};
+use shardflow_job::requests::{Request, since_1970};
 
 /// Inputs of a step, by name.
 pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
@@ -47,9 +47,9 @@ impl Session {
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let requested = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        self.send_step_numbers(requested.word(), learning_rate, &by_name);
+        self.send_step_numbers(requested.code(), learning_rate, &by_name);
         let results = self.run(&by_name)?;
-        let request = Request::from_word(self.agree_on_step()?);
+        let request = Request::from_code(self.agree_on_step()?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
         let mut report = StepReport { request, ..self.report(results)? };
         let mut accepted = Ok(());

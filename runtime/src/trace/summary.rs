@@ -15,7 +15,7 @@ use std::fmt;
 
 use super::PREDICTION;
 use super::join::{Event, JoinedTrace};
-use crate::text::counted;
+use shardflow_job::text::counted;
 
 /// Number of actions of the critical path that are shown.
 const PATH_SHOWN: usize = 6;

@@ -10,8 +10,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::status::Status;
-use crate::exit::Exit;
 use crate::session::observer::Observer;
+use shardflow_job::exit::Exit;
 
 /// Time-out of each connect, write and read.
 const TIMEOUT: Duration = Duration::from_secs(10);

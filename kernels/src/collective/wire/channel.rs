@@ -1,11 +1,12 @@
 //! One connection between two members: an ordered byte stream in each direction.
 
+use std::fmt;
 use std::io::{self, IoSlice, Read};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 
 /// Socket send buffer within a node, in bytes (the kernel reserves twice as much). Measured: with the default sizes the
 /// kernel wakes the receiver too often (Unix), or buffers more data than the caches hold (TCP); either costs up to half
@@ -20,6 +21,39 @@ pub enum Channel {
     Unix(UnixStream),
     /// Between nodes.
     Tcp(TcpStream),
+    /// A stream that sends other bytes than it is given, such as encrypted ones.
+    Sealed(Box<dyn SealedStream>),
+}
+
+/// A non-blocking stream that may hold bytes: some that it has accepted and not sent, and some that it has received and not
+/// returned. All methods except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
+pub trait SealedStream: fmt::Debug + Send + Sync {
+    /// The socket, to set its options and to wait for it.
+    fn socket(&self) -> BorrowedFd<'_>;
+
+    /// Accepts bytes of `first` and then of `second`, and returns how many.
+    ///
+    /// # Errors
+    /// System errors.
+    fn send(&self, first: &[u8], second: &[u8]) -> io::Result<usize>;
+
+    /// True if [`SealedStream::flush`] has bytes to send.
+    fn has_unsent(&self) -> bool;
+
+    /// Sends the accepted bytes.
+    ///
+    /// # Errors
+    /// System errors.
+    fn flush(&self) -> io::Result<()>;
+
+    /// Returns received bytes; 0 when the peer has closed its side.
+    ///
+    /// # Errors
+    /// System errors; [`io::ErrorKind::InvalidData`] for bytes that were modified.
+    fn receive(&self, into: &mut [u8]) -> io::Result<usize>;
+
+    /// Shuts down one or both directions. Does nothing on a closed connection.
+    fn shutdown(&self, direction: Shutdown);
 }
 
 impl From<UnixStream> for Channel {
@@ -37,32 +71,47 @@ impl From<TcpStream> for Channel {
 impl Channel {
     /// Sets the socket options: non-blocking, no delayed sends.
     pub(super) fn prepare(&self) -> io::Result<()> {
-        match self {
-            Channel::Unix(stream) => {
-                stream.set_nonblocking(true)?;
-                // Affects only speed, and the system may allow less.
-                let _ = rustix::net::sockopt::set_socket_send_buffer_size(stream, NODE_BUFFER_BYTES);
-                Ok(())
-            }
-            Channel::Tcp(stream) => {
-                stream.set_nonblocking(true)?;
-                if stream.peer_addr()?.ip().is_loopback() {
-                    // Affects only speed.
-                    let _ = rustix::net::sockopt::set_socket_send_buffer_size(stream, NODE_BUFFER_BYTES);
-                }
-                stream.set_nodelay(true)
-            }
+        let socket = self.as_fd();
+        rustix::io::ioctl_fionbio(socket, true)?;
+        let is_loopback = match self {
+            Channel::Unix(_) => true,
+            Channel::Tcp(stream) => stream.peer_addr()?.ip().is_loopback(),
+            Channel::Sealed(_) => false,
+        };
+        if is_loopback {
+            // Affects only speed, and the system may allow less.
+            let _ = sockopt::set_socket_send_buffer_size(socket, NODE_BUFFER_BYTES);
         }
+        if let Channel::Tcp(stream) = self {
+            stream.set_nodelay(true)?;
+        }
+        Ok(())
     }
 
     /// Sends as much of `first`, then of `second`, as the kernel accepts without blocking; 0 when it accepts nothing.
     pub(super) fn send(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
+        if let Channel::Sealed(stream) = self {
+            return without_blocking(|| stream.send(first, second)).map(Option::unwrap_or_default);
+        }
         let slices = [IoSlice::new(first), IoSlice::new(second)];
         let slices = if first.is_empty() { &slices[1..] } else { &slices[..] };
         without_blocking(|| {
             Ok(sendmsg(self.as_fd(), slices, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?)
         })
-        .map(|sent| sent.unwrap_or(0))
+        .map(Option::unwrap_or_default)
+    }
+
+    /// Sends accepted bytes without blocking; true when none are left.
+    pub(super) fn flush(&self) -> io::Result<bool> {
+        match self {
+            Channel::Sealed(stream) => Ok(without_blocking(|| stream.flush().map(|()| 0))?.is_some()),
+            _ => Ok(true),
+        }
+    }
+
+    /// True if [`Channel::flush`] has bytes to send.
+    pub(super) fn has_unsent(&self) -> bool {
+        matches!(self, Channel::Sealed(stream) if stream.has_unsent())
     }
 
     /// Reads the available bytes without blocking; `None` when there are none, 0 when the peer has closed its side.
@@ -70,15 +119,18 @@ impl Channel {
         without_blocking(|| match self {
             Channel::Unix(stream) => (&mut &*stream).read(into),
             Channel::Tcp(stream) => (&mut &*stream).read(into),
+            Channel::Sealed(stream) => stream.receive(into),
         })
     }
 
     /// Shuts down one or both directions and wakes threads that wait for them. Does nothing on a closed connection.
     pub(super) fn shutdown(&self, direction: Shutdown) {
-        let _ = match self {
-            Channel::Unix(stream) => stream.shutdown(direction),
-            Channel::Tcp(stream) => stream.shutdown(direction),
-        };
+        // It may be closed already.
+        match self {
+            Channel::Unix(stream) => drop(stream.shutdown(direction)),
+            Channel::Tcp(stream) => drop(stream.shutdown(direction)),
+            Channel::Sealed(stream) => stream.shutdown(direction),
+        }
     }
 }
 
@@ -87,6 +139,7 @@ impl AsFd for Channel {
         match self {
             Channel::Unix(stream) => stream.as_fd(),
             Channel::Tcp(stream) => stream.as_fd(),
+            Channel::Sealed(stream) => stream.socket(),
         }
     }
 }

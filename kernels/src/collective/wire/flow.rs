@@ -198,12 +198,13 @@ impl RunningFlow<'_> {
         }
     }
 
-    /// Whether enough bytes are ready to be sent.
+    /// Whether enough bytes are ready to be sent, or the channel holds some.
     fn can_send(&self, port: &mut Port, peer: usize) -> Result<bool, KernelError> {
         let Some(piece) = self.flow.outs.get(self.sent.piece) else { return Ok(!port.out_done(peer)?) };
         let ready = self.ready(piece);
         let bytes = size_of::<f32>() * ready - self.sent.bytes;
-        Ok(bytes > 0 && (ready == piece.words || bytes >= SEND_BYTES_MIN))
+        let enough = bytes > 0 && (ready == piece.words || bytes >= SEND_BYTES_MIN);
+        Ok(enough || port.has_unsent(peer)?)
     }
 
     /// Tries to receive once; returns whether bytes arrived.

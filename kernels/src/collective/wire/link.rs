@@ -134,12 +134,12 @@ impl Link {
 
     /// Whether the kernel has accepted the outgoing transfer and its header.
     pub(super) fn out_done(&self) -> bool {
-        self.out_left == 0 && self.outbox.is_empty()
+        self.out_left == 0 && self.flushed()
     }
 
-    /// Whether no header is left to send.
+    /// Whether no header is left to send, nor bytes that the channel has accepted.
     pub(super) fn flushed(&self) -> bool {
-        self.outbox.is_empty()
+        self.outbox.is_empty() && !self.channel.has_unsent()
     }
 
     /// Whether the incoming transfer has been read completely.
@@ -161,14 +161,16 @@ impl Link {
     /// sent.
     pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize, KernelError> {
         let header = &self.outbox[self.outbox_sent..];
-        if header.is_empty() && data.is_empty() {
-            return Ok(0);
-        }
-        let sent = match self.channel.send(header, data) {
+        let sent = if header.is_empty() && data.is_empty() {
+            self.channel.flush().map(|done| (0, done))
+        } else {
+            self.channel.send(header, data).map(|sent| (sent, sent > 0))
+        };
+        let (sent, has_moved) = match sent {
             Ok(sent) => sent,
             Err(error) => return Err(self.write_error(context, &error)),
         };
-        self.stalled = if sent == 0 { self.stalled.or_else(|| Some(Instant::now())) } else { None };
+        self.stalled = if has_moved { None } else { self.stalled.or_else(|| Some(Instant::now())) };
         let header_sent = sent.min(header.len());
         self.outbox_sent += header_sent;
         if self.outbox_sent == self.outbox.len() {

@@ -140,6 +140,11 @@ impl Port {
         Ok(self.link(peer)?.0.out_done())
     }
 
+    /// Whether the channel to `peer` holds bytes that it has accepted.
+    pub(super) fn has_unsent(&mut self, peer: usize) -> Result<bool, KernelError> {
+        Ok(self.link(peer)?.0.channel.has_unsent())
+    }
+
     /// Whether the whole transfer from `peer` has been read.
     pub(super) fn in_done(&mut self, peer: usize) -> Result<bool, KernelError> {
         Ok(self.link(peer)?.0.in_done())

@@ -1,0 +1,80 @@
+//! Reports a failure before the rendezvous to the processes that would wait for this one.
+
+use std::ops::Range;
+use std::path::Path;
+use std::{env, io};
+
+use crate::env::{Endpoint, LaunchContext, detect, process_variables};
+use crate::exit::{CAUSE_BYTES_MAX, ERROR_FILE, Exit, Report, mark_joined, own_rank, unix_ns};
+use crate::options::ClusterOptions;
+use crate::rendezvous::{Identity, RendezvousConfig, refuse_callers, send_failure};
+use crate::secret::Secret;
+
+/// How to reach the other processes.
+#[derive(Clone, Debug)]
+pub(crate) struct Departure(RendezvousConfig);
+
+impl Departure {
+    pub(crate) fn new(endpoint: &Endpoint, secret: Secret, options: &ClusterOptions, processes: u32) -> Self {
+        Self(RendezvousConfig {
+            processes,
+            interface: options.interface,
+            report_within: options.report_within,
+            ..RendezvousConfig::new(endpoint.address(), secret, Identity::default())
+        })
+    }
+
+    /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it connects to
+    /// rank 0. Returns within [`ClusterOptions::report_within`].
+    pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) {
+        let reported = match ranks.start {
+            0 => refuse_callers(&self.0, ranks, report),
+            _ => send_failure(&self.0, ranks, report),
+        };
+        if let Err(error) = reported {
+            tracing::debug!(%error, "could not report a failure to the other processes");
+        }
+    }
+}
+
+/// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is another
+/// one. With [`Exit::Retry`] and its own rank, the process ends on request, for example before its node is reclaimed, and the
+/// launcher does not restart it.
+///
+/// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the rendezvous,
+/// for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it connects to the
+/// rendezvous endpoint, or as rank 0 refuses those that connect to it. Only the first report of a process is kept.
+///
+/// # Errors
+/// The report cannot be written.
+pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
+    let path = env::var_os(ERROR_FILE);
+    if path.as_ref().is_some_and(|path| Path::new(path).exists()) {
+        return Ok(());
+    }
+    let rank = own_rank();
+    let cause = cause[..cause.floor_char_boundary(CAUSE_BYTES_MAX)].into();
+    let (time_unix_ns, joined) = (unix_ns(), mark_joined());
+    let report = Report { rank, time_unix_ns, exit: exit.code(), cause, first_cause_rank, joined };
+    match path {
+        Some(path) => report.write(Path::new(&path)),
+        None => {
+            if report.concerns_all() {
+                report_to_others(&report);
+            }
+            Ok(())
+        }
+    }
+}
+
+/// Reports the failure of this process, if it is one of several.
+fn report_to_others(report: &Report) {
+    let variables = process_variables();
+    let (Ok(options), Ok(LaunchContext::World(world))) = (ClusterOptions::read(&variables), detect(&variables)) else {
+        return;
+    };
+    let Ok(secret) = world.secret.read() else { return };
+    let rank = world.process;
+    let departure = Departure::new(&world.endpoint, secret, &options, world.processes);
+    departure.report(rank..rank + 1, &Report { rank, ..report.clone() });
+}

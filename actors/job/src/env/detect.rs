@@ -1,0 +1,318 @@
+//! Reads each launcher's variables.
+
+use std::fmt::Display;
+use std::ops::Range;
+use std::str::FromStr;
+
+use super::slurm::{first_host, tasks_per_node};
+use super::{Endpoint, EnvError, LaunchContext, LaunchedBy, SecretSource, Variables, World, get};
+
+/// Ports that are derived from a job's name. They lie below Linux's ephemeral ports (from 32768) and Kubernetes's service
+/// ports (from 30000).
+pub const DERIVED_PORTS: Range<u16> = 20000..30000;
+
+/// Detects how a process with these variables was started.
+///
+/// # Errors
+/// Some variables are missing, contradict each other or are invalid; several processes have no secret.
+pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
+    let Some((source, found)) = find_launcher(variables) else { return Ok(LaunchContext::Local) };
+    let vars = Reader { variables, found };
+    let place = place(source, &vars)?;
+    // One process needs no rendezvous and no secret. Shardflow's launcher always sets both, with the restart count.
+    if place.processes == 1 && source != LaunchedBy::Shardflow {
+        return Ok(LaunchContext::Local);
+    }
+    let endpoint = match vars.get("SHARDFLOW_ENDPOINT") {
+        Some(text) => {
+            Endpoint::parse(text).map_err(|e| invalid("SHARDFLOW_ENDPOINT", text, &format!("must be {e}")))?
+        }
+        None => derived_endpoint(source, &vars, &place)?,
+    };
+    if matches!(endpoint, Endpoint::Unix(_)) && place.local_processes < place.processes {
+        let rule = "a Unix socket reaches the processes of one node only: use tcp://HOST:PORT";
+        return Err(contradiction(("SHARDFLOW_ENDPOINT", endpoint), (place.processes_name, place.processes), rule));
+    }
+    let Some(secret) = SecretSource::find(variables)? else {
+        let (launcher, instructions) = (source.name(), source.secret_instructions());
+        return Err(EnvError::NoSecret { launcher, processes: place.processes, instructions });
+    };
+    let (restart, run_id) = (restart(source, &vars)?, run_id(source, &vars));
+    let Place { process, processes, local_process, local_processes, node, .. } = place;
+    let world =
+        World { process, processes, local_process, local_processes, node, endpoint, secret, restart, source, run_id };
+    Ok(LaunchContext::World(world))
+}
+
+/// Each launcher's variables for the rank, the world size, the local rank and the local world size.
+const SHARDFLOW: [&str; 4] =
+    ["SHARDFLOW_RANK", "SHARDFLOW_WORLD_SIZE", "SHARDFLOW_LOCAL_RANK", "SHARDFLOW_LOCAL_WORLD_SIZE"];
+const TORCHRUN: [&str; 4] = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"];
+const MPICH: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"];
+const OPENMPI: [&str; 4] =
+    ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
+
+/// Variables that identify a launcher.
+fn markers(source: LaunchedBy) -> &'static [&'static str] {
+    match source {
+        LaunchedBy::Shardflow => &SHARDFLOW,
+        LaunchedBy::Torchrun => &TORCHRUN,
+        LaunchedBy::OpenMpi => &OPENMPI[..2],
+        LaunchedBy::Slurm => &["SLURM_STEP_ID"],
+        LaunchedBy::Mpich => &MPICH,
+        LaunchedBy::Kubernetes => &["JOB_COMPLETION_INDEX"],
+    }
+}
+
+/// The innermost launcher, and the first of its markers that is set.
+///
+/// OpenMPI is checked before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes with `srun`, so its processes
+/// have the variables of both, and those of Slurm describe the helper. MPICH is checked after Slurm because
+/// `srun --mpi=pmi2` sets `PMI_*` too.
+fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
+    use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
+    let is = |name: &str, value: &str| get(variables, name) == Some(value);
+    let (tasks, has) = (slurm_tasks(variables).1, |name: &str| get(variables, name).is_some());
+    // Hydra also starts its helpers with `srun`. It is the only one of these launchers that sets the local process count.
+    let is_helper = || has("MPI_LOCALNRANKS") && has("PMI_SIZE") && !is("PMI_SIZE", tasks);
+    [Shardflow, Torchrun, OpenMpi, Slurm, Mpich, Kubernetes].into_iter().find_map(|source| {
+        let marker = markers(source).iter().find(|name| has(name))?;
+        let is_launcher = match source {
+            // An sbatch script is in no step; the shell of an interactive step is one task.
+            Slurm => has("SLURM_PROCID") && tasks != "1" && !is_helper(),
+            Mpich => !is("PMI_SIZE", "1"),
+            _ => true,
+        };
+        is_launcher.then_some((source, *marker))
+    })
+}
+
+/// The variable with the number of a step's tasks, and its value. `SLURM_NTASKS` may count the tasks of the whole job.
+fn slurm_tasks(variables: &Variables) -> (&'static str, &str) {
+    let names = ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"];
+    names.into_iter().find_map(|name| Some((name, get(variables, name)?))).unwrap_or(("SLURM_NTASKS", "1"))
+}
+
+/// The variables of a launcher that was detected by the variable `found`.
+struct Reader<'a> {
+    variables: &'a Variables,
+    found: &'static str,
+}
+
+impl<'a> Reader<'a> {
+    fn get(&self, name: &str) -> Option<&'a str> {
+        get(self.variables, name)
+    }
+
+    fn need(&self, name: &'static str, meaning: &'static str) -> Result<&'a str, EnvError> {
+        self.get(name).ok_or_else(|| self.missing(name, meaning))
+    }
+
+    fn missing(&self, missing: &'static str, meaning: &'static str) -> EnvError {
+        let value = self.get(self.found).unwrap_or("").into();
+        EnvError::HalfSet { found: self.found, value, missing, meaning }
+    }
+
+    fn number(&self, name: &'static str, meaning: &'static str) -> Result<u32, EnvError> {
+        parse(name, self.need(name, meaning)?)
+    }
+
+    fn optional<T: FromStr>(&self, name: &'static str) -> Result<Option<T>, EnvError> {
+        self.get(name).map(|text| parse(name, text)).transpose()
+    }
+}
+
+fn parse<T: FromStr>(name: &'static str, text: &str) -> Result<T, EnvError> {
+    text.parse().map_err(|_| invalid(name, text, "must be a whole number, not negative"))
+}
+
+pub(super) fn invalid(variable: &'static str, value: &str, expected: &str) -> EnvError {
+    EnvError::Invalid { variable, value: value.into(), expected: expected.into() }
+}
+
+pub(super) fn contradiction(
+    (variable, value): (&'static str, impl Display),
+    (other, other_value): (&'static str, impl Display),
+    rule: &'static str,
+) -> EnvError {
+    EnvError::Contradiction { variable, value: value.to_string(), other, other_value: other_value.to_string(), rule }
+}
+
+/// Ranks and sizes of a process, and the variable that the world size came from.
+struct Place {
+    process: u32,
+    processes: u32,
+    processes_name: &'static str,
+    local_process: u32,
+    local_processes: u32,
+    node: Option<u32>,
+}
+
+fn place(source: LaunchedBy, vars: &Reader) -> Result<Place, EnvError> {
+    match source {
+        LaunchedBy::Shardflow => checked_place(SHARDFLOW, vars, vars.optional("SHARDFLOW_NODE_RANK")?),
+        LaunchedBy::Torchrun => checked_place(TORCHRUN, vars, vars.optional("GROUP_RANK")?),
+        LaunchedBy::Mpich => checked_place(MPICH, vars, None),
+        LaunchedBy::OpenMpi => checked_place(OPENMPI, vars, None),
+        LaunchedBy::Slurm => slurm_place(vars),
+        LaunchedBy::Kubernetes => kubernetes_place(vars),
+    }
+}
+
+/// True in a PyTorchJob, which starts one process in each pod and sets torchrun's variables without the local ones.
+fn is_pod(vars: &Reader) -> bool {
+    vars.get("LOCAL_RANK").is_none() && vars.get("LOCAL_WORLD_SIZE").is_none()
+}
+
+fn checked_place(names: [&'static str; 4], vars: &Reader, node: Option<u32>) -> Result<Place, EnvError> {
+    let [rank, size, local_rank, local_size] = names;
+    let process = vars.number(rank, "the rank of this process, from 0")?;
+    let processes = vars.number(size, "the number of processes")?;
+    let (local_process, local_processes) = if rank == "RANK" && is_pod(vars) {
+        (0, 1)
+    } else {
+        let local_process = vars.number(local_rank, "the rank of this process on its node, from 0")?;
+        (local_process, vars.number(local_size, "the number of processes on this node")?)
+    };
+    let range_rule = "ranks begin at 0 and are below the number of processes";
+    if process >= processes {
+        return Err(contradiction((rank, process), (size, processes), range_rule));
+    }
+    if local_process >= local_processes {
+        return Err(contradiction((local_rank, local_process), (local_size, local_processes), range_rule));
+    }
+    if local_processes > processes {
+        let rule = "a node cannot have more processes than the world";
+        return Err(contradiction((local_size, local_processes), (size, processes), rule));
+    }
+    Ok(Place { process, processes, processes_name: size, local_process, local_processes, node })
+}
+
+fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
+    let process = vars.number("SLURM_PROCID", "the number of this task: start it with srun")?;
+    let (processes_name, text) = slurm_tasks(vars.variables);
+    let processes = parse(processes_name, text)?;
+    let local_process = vars.number("SLURM_LOCALID", "the number of this task on its node: start it with srun")?;
+    let node = vars.number("SLURM_NODEID", "the number of this node: start it with srun")?;
+    let range_rule = "task numbers begin at 0 and are below the number of tasks";
+    if process >= processes {
+        return Err(contradiction(("SLURM_PROCID", process), (processes_name, processes), range_rule));
+    }
+    const PER_NODE: [&str; 2] = ["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"];
+    let per_node_name = PER_NODE.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(PER_NODE[0]);
+    let list = vars.need(per_node_name, "the tasks of each node, such as 2(x3),1: start it with srun")?;
+    let tasks = tasks_per_node(list).map_err(|e| invalid(per_node_name, list, e))?;
+    if tasks.iter().map(|count| u64::from(*count)).sum::<u64>() != u64::from(processes) {
+        let rule = "the tasks of all nodes must add up to the number of tasks";
+        return Err(contradiction((per_node_name, list), (processes_name, processes), rule));
+    }
+    let Some(&local_processes) = tasks.get(node as usize) else {
+        let rule = "the node's number must be below the number of nodes";
+        return Err(contradiction(("SLURM_NODEID", node), (per_node_name, list), rule));
+    };
+    if local_process >= local_processes {
+        return Err(contradiction(("SLURM_LOCALID", local_process), (per_node_name, list), range_rule));
+    }
+    Ok(Place { process, processes, processes_name, local_process, local_processes, node: Some(node) })
+}
+
+/// One process for each pod. A pod with several processes runs `shardflow launch`.
+fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
+    let process = vars.number("JOB_COMPLETION_INDEX", "the number of this pod")?;
+    let meaning = "the number of pods of the job (or to 1, if each pod trains on its own)";
+    let processes = vars.number("SHARDFLOW_NNODES", meaning)?;
+    // Pods that train on their own keep their index, which may exceed the world size of 1.
+    if process >= processes && processes != 1 {
+        let rule = "the index of a pod is below the number of pods";
+        return Err(contradiction(("JOB_COMPLETION_INDEX", process), ("SHARDFLOW_NNODES", processes), rule));
+    }
+    let processes_name = "SHARDFLOW_NNODES";
+    Ok(Place { process, processes, processes_name, local_process: 0, local_processes: 1, node: Some(process) })
+}
+
+/// Derives the address of process 0 from the launcher's variables. Only called without `SHARDFLOW_ENDPOINT`.
+fn derived_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
+    let missing = |meaning| Err(vars.missing("SHARDFLOW_ENDPOINT", meaning));
+    match source {
+        LaunchedBy::Shardflow => missing("tcp://HOST:PORT or unix:PATH"),
+        LaunchedBy::Torchrun => master_endpoint(vars),
+        LaunchedBy::OpenMpi | LaunchedBy::Mpich if vars.get("MASTER_ADDR").or(vars.get("MASTER_PORT")).is_some() => {
+            master_endpoint(vars)
+        }
+        LaunchedBy::OpenMpi | LaunchedBy::Mpich if place.local_processes == place.processes => {
+            let jobs = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_PORT", "PMI_JOBID"];
+            let job = jobs.into_iter().find_map(|name| vars.get(name));
+            Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port: derived_port(job.unwrap_or("")) })
+        }
+        LaunchedBy::OpenMpi => {
+            missing("tcp://HOST:PORT of the node of process 0, with `mpirun -x SHARDFLOW_ENDPOINT=..`")
+        }
+        LaunchedBy::Mpich => {
+            missing("tcp://HOST:PORT of the node of process 0, with `mpiexec -genv SHARDFLOW_ENDPOINT tcp://HOST:PORT`")
+        }
+        LaunchedBy::Slurm => slurm_endpoint(vars, place),
+        LaunchedBy::Kubernetes => missing("tcp://HOST:PORT, with the DNS name of the job's first pod in its service"),
+    }
+}
+
+fn master_endpoint(vars: &Reader) -> Result<Endpoint, EnvError> {
+    let host = match vars.need("MASTER_ADDR", "the host of process 0")? {
+        // In a PyTorchJob the master's own MASTER_ADDR is localhost; the other pods have its name.
+        "localhost" if is_pod(vars) && vars.get("RANK") == Some("0") => "0.0.0.0",
+        host => host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host),
+    };
+    let port = vars.need("MASTER_PORT", "a free port on the host of process 0")?;
+    match port.parse::<u16>() {
+        Ok(port) if port > 0 => {
+            // MASTER_ADDR may hold an IPv6 address with or without brackets.
+            let text =
+                if host.contains(':') { format!("tcp://[{host}]:{port}") } else { format!("tcp://{host}:{port}") };
+            Endpoint::parse(&text).map_err(|e| invalid("MASTER_ADDR", host, &format!("must be {e}")))
+        }
+        _ => Err(invalid("MASTER_PORT", port, "must be a port from 1 to 65535")),
+    }
+}
+
+fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
+    let job = vars.need("SLURM_JOB_ID", "the job's number: start it with srun")?;
+    let port = derived_port(&run_id(LaunchedBy::Slurm, vars));
+    let _: u64 = parse("SLURM_JOB_ID", job)?;
+    if place.local_processes == place.processes {
+        return Ok(Endpoint::Tcp { host: "127.0.0.1".into(), port });
+    }
+    const LISTS: [&str; 2] = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"];
+    let name = LISTS.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(LISTS[0]);
+    let list = vars.need(name, "the step's nodes: start it with srun")?;
+    let host = first_host(list).map_err(|e| invalid(name, list, &format!("not a list of hosts: {e}")))?;
+    Ok(Endpoint::Tcp { host, port })
+}
+
+/// A port that all processes of a job derive from its name and that two jobs on a node rarely share.
+fn derived_port(job: &str) -> u16 {
+    let Range { start, end } = DERIVED_PORTS;
+    let digest = *blake3::hash(job.as_bytes()).as_bytes();
+    start + u16::from_le_bytes([digest[0], digest[1]]) % (end - start)
+}
+
+fn restart(source: LaunchedBy, vars: &Reader) -> Result<u64, EnvError> {
+    let name = match source {
+        LaunchedBy::Shardflow => "SHARDFLOW_RESTART_COUNT",
+        LaunchedBy::Torchrun => "TORCHELASTIC_RESTART_COUNT",
+        LaunchedBy::Slurm => "SLURM_RESTART_COUNT",
+        // `mpirun` does not restart, and a pod does not receive its restart count.
+        LaunchedBy::OpenMpi | LaunchedBy::Mpich | LaunchedBy::Kubernetes => return Ok(0),
+    };
+    Ok(vars.optional(name)?.unwrap_or(0))
+}
+
+fn run_id(source: LaunchedBy, vars: &Reader) -> String {
+    let named = |name: &str| vars.get(name).unwrap_or("none").to_string();
+    match source {
+        LaunchedBy::Shardflow => named("SHARDFLOW_RUN_ID"),
+        LaunchedBy::Torchrun => named("TORCHELASTIC_RUN_ID"),
+        LaunchedBy::OpenMpi => named("PMIX_NAMESPACE"),
+        LaunchedBy::Mpich => named("PMI_JOBID"),
+        LaunchedBy::Slurm => format!("{}.{}", named("SLURM_JOB_ID"), named("SLURM_STEP_ID")),
+        LaunchedBy::Kubernetes => named("SHARDFLOW_RUN_ID"),
+    }
+}

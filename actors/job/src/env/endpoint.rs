@@ -1,0 +1,157 @@
+//! The address at which the processes of a world meet.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::transport::{Address, UNIX_PATH_BYTES_MAX};
+
+/// The default port of a rendezvous address, the same as torchrun's.
+pub const PORT_DEFAULT: u16 = 29400;
+
+/// An address that the first process listens on and all others connect to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// `tcp://HOST:PORT`. The host is a name or an address; an IPv6 address has no brackets and may have a zone.
+    Tcp {
+        /// Name or address.
+        host: String,
+        /// Never 0.
+        port: u16,
+    },
+    /// `unix:PATH`: for processes of one node.
+    Unix(PathBuf),
+}
+
+impl Endpoint {
+    /// Parses `tcp://HOST:PORT` or `unix:PATH`.
+    ///
+    /// # Errors
+    /// The expected form.
+    pub fn parse(text: &str) -> Result<Endpoint, &'static str> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return match path {
+                _ if !path.starts_with('/') => Err("unix: and an absolute path"),
+                _ if path.len() > UNIX_PATH_BYTES_MAX => Err("a path of a Unix socket of at most 107 bytes"),
+                _ if path.contains('\0') => Err("a path without NUL"),
+                path => Ok(Endpoint::Unix(path.into())),
+            };
+        }
+        let Some(address) = text.strip_prefix("tcp://") else { return Err("tcp://HOST:PORT or unix:PATH") };
+        let (host, port) = split_port(address)?;
+        Ok(Endpoint::Tcp { host, port: port.ok_or("tcp://HOST:PORT, with the port")? })
+    }
+
+    /// Like [`Endpoint::parse`], and also accepts torchrun's `HOST` and `HOST:PORT`.
+    ///
+    /// # Errors
+    /// The expected form.
+    pub fn parse_rendezvous(text: &str) -> Result<Endpoint, &'static str> {
+        if text.starts_with("tcp://") || text.starts_with("unix:") {
+            return Endpoint::parse(text);
+        }
+        let (host, port) = split_port(text)?;
+        Ok(Endpoint::Tcp { host, port: port.unwrap_or(PORT_DEFAULT) })
+    }
+
+    /// The address to listen on or to dial.
+    pub fn address(&self) -> Address {
+        match self {
+            Endpoint::Tcp { host, port } if host.contains(':') => Address::Tcp(format!("[{host}]:{port}")),
+            Endpoint::Tcp { host, port } => Address::Tcp(format!("{host}:{port}")),
+            Endpoint::Unix(path) => Address::Unix(path.clone()),
+        }
+    }
+}
+
+/// Splits `HOST` or `HOST:PORT`. An IPv6 address must be in brackets.
+fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
+    let (host, port) = if let Some(rest) = address.strip_prefix('[') {
+        let (host, after) = rest.split_once(']').ok_or("a closing bracket after the IPv6 address")?;
+        let (ip, zone) = host.split_once('%').unwrap_or((host, "0"));
+        ip.parse::<std::net::Ipv6Addr>().map_err(|_| "an IPv6 address in the brackets")?;
+        if zone.is_empty() || !zone.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_')) {
+            return Err("a zone after %, the name or number of an interface");
+        }
+        match after.strip_prefix(':') {
+            None if !after.is_empty() => return Err("a colon and a port after the bracket"),
+            port => (host, port),
+        }
+    } else {
+        let (host, port) = match address.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (address, None),
+        };
+        if !host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_')) {
+            return Err("a host of letters, digits, dots and dashes");
+        }
+        (host, port)
+    };
+    if host.is_empty() {
+        return Err("a host");
+    }
+    match port.map(str::parse::<u16>) {
+        None => Ok((host.into(), None)),
+        Some(Ok(port)) if port > 0 => Ok((host.into(), Some(port))),
+        Some(_) => Err("one port from 1 to 65535, and an IPv6 address in brackets"),
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Endpoint::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
+            Endpoint::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
+            Endpoint::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn endpoints_are_parsed_and_malformed_ones_are_refused() {
+        let tcp = |host: &str, port| Ok(Endpoint::Tcp { host: host.into(), port });
+        assert_eq!(Endpoint::parse("tcp://node-1.site:29400"), tcp("node-1.site", 29400));
+        assert_eq!(Endpoint::parse("tcp://[::1]:7"), tcp("::1", 7));
+        assert_eq!(Endpoint::parse("tcp://[fe80::1%eth0]:7"), tcp("fe80::1%eth0", 7));
+        assert_eq!(Endpoint::parse_rendezvous("[fe80::1%2]"), tcp("fe80::1%2", PORT_DEFAULT));
+        assert_eq!(Endpoint::parse("unix:/tmp/a b"), Ok(Endpoint::Unix("/tmp/a b".into())));
+        assert_eq!(Endpoint::parse_rendezvous("node1"), tcp("node1", PORT_DEFAULT));
+        assert_eq!(Endpoint::parse_rendezvous("node1:5"), tcp("node1", 5));
+        assert_eq!(Endpoint::parse_rendezvous("[fe80::1]"), tcp("fe80::1", PORT_DEFAULT));
+        for bad in ["", "node1:5", "tcp://", "tcp://a", "tcp://a:0", "tcp://a:65536", "tcp://:5", "tcp://a:b:5"] {
+            assert!(Endpoint::parse(bad).is_err(), "{bad}");
+        }
+        for bad in [
+            "tcp://[fe80::1%]:5",
+            "tcp://[fe80::1%a b]:5",
+            "tcp://[%eth0]:5",
+            "tcp://a%b:5",
+            "tcp://::1:5",
+            "tcp://[::1]5",
+            "tcp://[::1",
+            "tcp://[a]:5",
+            "unix:a",
+            "unix:",
+            "http://a:5",
+            "a/b",
+        ] {
+            assert!(Endpoint::parse(bad).is_err() && Endpoint::parse_rendezvous(bad).is_err(), "{bad}");
+        }
+        assert!(Endpoint::parse(&format!("unix:/{}", "a".repeat(106))).is_ok());
+        assert!(Endpoint::parse(&format!("unix:/{}", "a".repeat(107))).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn a_parsed_endpoint_survives_display_and_parse(text in "(tcp://|unix:|)[a-z0-9:/.%\\[\\]]{0,24}") {
+            if let Ok(endpoint) = Endpoint::parse(&text) {
+                prop_assert_eq!(Endpoint::parse(&endpoint.to_string()), Ok(endpoint));
+            }
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! Where a process finds the secret of its job.
+
+use std::path::PathBuf;
+
+use super::detect::{contradiction, invalid};
+use super::{EnvError, Variables, get};
+use crate::secret::Secret;
+
+/// Largest size of a secret's file, in bytes.
+const SECRET_BYTES_MAX: u64 = 4096;
+
+/// Where the secret is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecretSource {
+    /// In `SHARDFLOW_SECRET`.
+    Text(Secret),
+    /// In the file that `SHARDFLOW_SECRET_FILE` names.
+    File(PathBuf),
+}
+
+impl SecretSource {
+    /// Finds the secret in the variables, if any.
+    ///
+    /// # Errors
+    /// Both variables are set, or the text is too short.
+    pub fn find(variables: &Variables) -> Result<Option<SecretSource>, EnvError> {
+        match (get(variables, "SHARDFLOW_SECRET"), get(variables, "SHARDFLOW_SECRET_FILE")) {
+            (None, None) => Ok(None),
+            (Some(text), None) => Ok(Some(SecretSource::Text(parse(text, "SHARDFLOW_SECRET")?))),
+            (None, Some(path)) => Ok(Some(SecretSource::File(path.into()))),
+            (Some(_), Some(path)) => {
+                let file = ("SHARDFLOW_SECRET_FILE", path);
+                Err(contradiction(("SHARDFLOW_SECRET", "(hidden)"), file, "set one of the two"))
+            }
+        }
+    }
+
+    /// Returns the secret; reads it from the file if needed.
+    ///
+    /// # Errors
+    /// The file cannot be read, is too large, or its text is too short.
+    pub fn read(&self) -> Result<Secret, EnvError> {
+        let path = match self {
+            SecretSource::Text(secret) => return Ok(secret.clone()),
+            SecretSource::File(path) => path,
+        };
+        let error = |reason: String| invalid("SHARDFLOW_SECRET_FILE", &path.display().to_string(), &reason);
+        let bytes = std::fs::metadata(path).map_err(|e| error(e.to_string()))?.len();
+        if bytes > SECRET_BYTES_MAX {
+            return Err(error(format!("the file has {bytes} bytes, at most {SECRET_BYTES_MAX} are allowed")));
+        }
+        parse(&std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?, &path.display().to_string())
+    }
+}
+
+/// Makes the secret that `place`, a variable or a file, holds.
+fn parse(text: &str, place: &str) -> Result<Secret, EnvError> {
+    Secret::new(text).map_err(|source| EnvError::ShortSecret { place: place.into(), source })
+}

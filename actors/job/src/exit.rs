@@ -1,0 +1,305 @@
+//! Exit codes, which of them are worth a restart, and the reports of a process's failure and progress.
+
+use std::fmt;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{ExitCode, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+use std::{env, fs, io};
+
+use serde::{Deserialize, Serialize};
+
+/// Variable with the path of the file to which a failing process writes its [`Report`].
+pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
+/// Variable with the path of the file to which the last committed step is written. Set only for the first process of a node.
+pub const PROGRESS_FILE: &str = "SHARDFLOW_PROGRESS_FILE";
+
+/// Largest report that is read, in bytes. [`crate::departure::report`] writes no longer one.
+const REPORT_BYTES_MAX: u64 = 64 << 10;
+/// Longest cause that [`crate::departure::report`] writes, in bytes.
+pub(crate) const CAUSE_BYTES_MAX: usize = 16 << 10;
+
+/// Why a process ended. Codes that `sysexits.h` defines have its meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Exit {
+    /// 0: done.
+    Done,
+    /// 2: an invalid flag or file.
+    Usage,
+    /// 65: damaged data or checkpoint, or one of another model.
+    BadData,
+    /// 69: another process has ended or does not respond.
+    PeerUnavailable,
+    /// 70: a bug, or a failure without a code of its own.
+    Internal,
+    /// 71: memory could not be allocated.
+    OutOfMemory,
+    /// 73: a checkpoint or a parameter file cannot be written.
+    CannotWrite,
+    /// 75: the program has not failed; restart it.
+    Retry,
+    /// 76: a peer uses another protocol or secret.
+    Protocol,
+    /// 78: the plan or the configuration was refused.
+    Refused,
+    /// 79: no progress for too long.
+    Hang,
+    /// 80: a loss or gradient is Inf or NaN.
+    Numerics,
+    /// 128 + n: ended by signal n, or with the code of signal n.
+    Signal(u8),
+    /// Any other code, of a program that does not follow these.
+    Other(u8),
+}
+
+impl Exit {
+    /// Every exit that has exactly one code.
+    pub const NAMED: [Exit; 12] = [
+        Exit::Done,
+        Exit::Usage,
+        Exit::BadData,
+        Exit::PeerUnavailable,
+        Exit::Internal,
+        Exit::OutOfMemory,
+        Exit::CannotWrite,
+        Exit::Retry,
+        Exit::Protocol,
+        Exit::Refused,
+        Exit::Hang,
+        Exit::Numerics,
+    ];
+
+    /// The exit code.
+    pub fn code(self) -> u8 {
+        match self {
+            Exit::Done => 0,
+            Exit::Usage => 2,
+            Exit::BadData => 65,
+            Exit::PeerUnavailable => 69,
+            Exit::Internal => 70,
+            Exit::OutOfMemory => 71,
+            Exit::CannotWrite => 73,
+            Exit::Retry => 75,
+            Exit::Protocol => 76,
+            Exit::Refused => 78,
+            Exit::Hang => 79,
+            Exit::Numerics => 80,
+            Exit::Signal(signal) => 128 | signal,
+            Exit::Other(code) => code,
+        }
+    }
+
+    /// The meaning of a code: the inverse of [`Exit::code`].
+    pub fn from_code(code: u8) -> Exit {
+        match Exit::NAMED.into_iter().find(|exit| exit.code() == code) {
+            Some(exit) => exit,
+            // Linux has signals 1 to 64.
+            None if (129..=192).contains(&code) => Exit::Signal(code - 128),
+            None => Exit::Other(code),
+        }
+    }
+
+    /// The exit of a reaped process.
+    pub fn from_status(status: ExitStatus) -> Exit {
+        match (status.code(), status.signal()) {
+            (Some(code), _) => Exit::from_code(code as u8),
+            (None, Some(signal)) => Exit::Signal(signal as u8),
+            (None, None) => Exit::Internal,
+        }
+    }
+
+    /// True if a restart from the last commit may help. SIGHUP, SIGINT, SIGQUIT and SIGTERM are requests to end, not failures;
+    /// any other signal may come from outside (the kernel's out-of-memory killer) or from an intermittent bug.
+    pub fn worth_a_retry(self) -> bool {
+        match self {
+            Exit::PeerUnavailable | Exit::Internal | Exit::OutOfMemory | Exit::Retry | Exit::Hang | Exit::Other(_) => {
+                true
+            }
+            Exit::Done | Exit::Usage | Exit::BadData | Exit::CannotWrite | Exit::Protocol => false,
+            Exit::Refused | Exit::Numerics => false,
+            Exit::Signal(signal) => !matches!(signal, 1 | 2 | 3 | 15),
+        }
+    }
+
+    /// True if this exit means that another process caused the end.
+    pub fn is_caused_by_peer(self) -> bool {
+        matches!(self, Exit::PeerUnavailable | Exit::Retry)
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let meaning = match self {
+            Exit::Done => "done",
+            Exit::Usage => "usage",
+            Exit::BadData => "bad data or checkpoint",
+            Exit::PeerUnavailable => "peer unavailable",
+            Exit::Internal => "internal",
+            Exit::OutOfMemory => "out of memory",
+            Exit::CannotWrite => "cannot write a checkpoint",
+            Exit::Retry => "retry",
+            Exit::Protocol => "protocol or authentication",
+            Exit::Refused => "plan or configuration refused",
+            Exit::Hang => "hang",
+            Exit::Numerics => "numerics",
+            Exit::Signal(signal) => match signal_hook::low_level::signal_name(i32::from(*signal)) {
+                Some(name) => name,
+                None => return write!(f, "signal {signal}"),
+            },
+            Exit::Other(_) => return write!(f, "code {}", self.code()),
+        };
+        write!(f, "code {}: {meaning}", self.code())
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> ExitCode {
+        ExitCode::from(exit.code())
+    }
+}
+
+/// A process's report of its failure: one JSON object.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// Rank of the reporting process.
+    pub rank: u32,
+    /// Unix time of the failure, in nanoseconds.
+    pub time_unix_ns: u64,
+    /// The code with which it will end.
+    pub exit: u8,
+    /// The failure, in one line or a few.
+    pub cause: String,
+    /// The rank that failed first; if absent, the exit code decides whether the failure is the reporter's own.
+    #[serde(default)]
+    pub first_cause_rank: Option<u32>,
+    /// The process had joined the others, to which the session reports the failure.
+    #[serde(default)]
+    pub joined: bool,
+}
+
+impl Report {
+    /// Writes the report atomically.
+    ///
+    /// # Errors
+    /// The folder cannot be written.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        write_atomically(path, &serde_json::to_vec(self)?)
+    }
+
+    /// Reads a report. `None` if it is missing or unreadable: it only adds detail to the exit code.
+    pub fn read(path: &Path) -> Option<Report> {
+        let bytes = fs::metadata(path).ok()?.len();
+        (bytes <= REPORT_BYTES_MAX).then(|| serde_json::from_slice(&fs::read(path).ok()?).ok())?
+    }
+
+    /// True if the failure began in the reporting process.
+    pub fn is_own_failure(&self) -> bool {
+        match self.first_cause_rank {
+            Some(first) => first == self.rank,
+            None => !Exit::from_code(self.exit).is_caused_by_peer(),
+        }
+    }
+
+    /// True if the other processes must be refused too: they would wait for the reporter, and a restart would not help.
+    pub fn concerns_all(&self) -> bool {
+        let exit = Exit::from_code(self.exit);
+        !self.joined && self.is_own_failure() && exit != Exit::Done && !exit.worth_a_retry()
+    }
+}
+
+/// True once this process has joined the others, or has reported why it cannot.
+static JOINED: AtomicBool = AtomicBool::new(false);
+
+/// Records that the rendezvous succeeded, or that this process has reported why it cannot. From now on the session reports
+/// failures to the others. Returns whether it was recorded before.
+pub fn mark_joined() -> bool {
+    JOINED.swap(true, Ordering::Relaxed)
+}
+
+/// The rank that the launcher assigned to this process.
+pub fn own_rank() -> u32 {
+    env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
+}
+
+/// Reports to the launcher that `step` is committed, so that it can detect restarts without progress. Does nothing if
+/// [`PROGRESS_FILE`] is not set.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn progress(step: u64) -> io::Result<()> {
+    match env::var_os(PROGRESS_FILE) {
+        Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),
+        None => Ok(()),
+    }
+}
+
+/// The step in a progress file; `None` if no step was committed yet.
+pub fn read_progress(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Unix time in nanoseconds; 0 if the clock is before 1970.
+pub fn unix_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+}
+
+fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{}", std::process::id()));
+    fs::write(&temporary, bytes)?;
+    fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_has_one_meaning() {
+        for code in 0..=255 {
+            assert_eq!(Exit::from_code(code).code(), code);
+        }
+        assert_eq!(Exit::from_code(137), Exit::Signal(9));
+        assert_eq!(Exit::from_code(1), Exit::Other(1));
+        assert_eq!(Exit::from_status(ExitStatus::from_raw(9)), Exit::Signal(9));
+        assert_eq!(Exit::from_status(ExitStatus::from_raw(78 << 8)), Exit::Refused);
+        assert_eq!(Exit::Signal(9).to_string(), "code 137: SIGKILL");
+    }
+
+    #[test]
+    fn final_failures_and_requested_ends_are_not_worth_a_retry() {
+        let worth: Vec<u8> = (0..=255).filter(|code| Exit::from_code(*code).worth_a_retry()).collect();
+        let not: Vec<u8> = (0..=255).filter(|code| !worth.contains(code)).collect();
+        assert_eq!(not, [0, 2, 65, 73, 76, 78, 80, 129, 130, 131, 143]);
+    }
+
+    #[test]
+    fn a_report_is_read_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.json");
+        assert_eq!(Report::read(&path), None);
+        let report = Report {
+            rank: 3,
+            time_unix_ns: 5,
+            exit: 69,
+            cause: "a \"b\"\n".into(),
+            first_cause_rank: Some(1),
+            joined: false,
+        };
+        report.write(&path).unwrap();
+        assert_eq!(Report::read(&path), Some(report.clone()));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file is gone");
+        assert!(!report.is_own_failure());
+        assert!(Report { exit: 70, first_cause_rank: None, ..report.clone() }.is_own_failure());
+        assert!(!Report { first_cause_rank: None, ..report.clone() }.is_own_failure());
+        let code = |exit| Report { exit, first_cause_rank: None, ..report.clone() };
+        assert_eq!([0, 2, 70, 78].map(|exit| code(exit).concerns_all()), [false, true, false, true]);
+        assert!(!Report { joined: true, ..code(2) }.concerns_all(), "its session reports it");
+        assert!(!Report { first_cause_rank: Some(1), ..code(2) }.concerns_all(), "rank 1 reports it");
+        fs::write(&path, "{\"rank\":").unwrap();
+        assert_eq!(Report::read(&path), None);
+        fs::write(&path, vec![b' '; REPORT_BYTES_MAX as usize + 1]).unwrap();
+        assert_eq!(Report::read(&path), None);
+    }
+}

@@ -1,0 +1,192 @@
+//! One process of an attempt: its environment, its start, its end.
+
+use std::io::{self, Read};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child as Process, Command, Stdio};
+use std::thread;
+
+use crossbeam_channel::Receiver;
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
+use signal_hook::consts::SIGUSR1;
+
+use super::cause::Ended;
+use super::logs::{Log, pump};
+use super::{Event, Job, LaunchError, guard};
+use crate::env::Endpoint;
+use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, unix_ns};
+use crate::output::{self, OutputQueue};
+use crate::requests::signal_mask;
+
+/// The values that all processes of an attempt share.
+pub(super) struct AttemptConfig {
+    pub(super) attempt: u64,
+    endpoint: Endpoint,
+    /// `MASTER_ADDR` and `MASTER_PORT`, for programs that read only torchrun's variables.
+    master: (String, u16),
+}
+
+impl AttemptConfig {
+    pub(super) fn new(job: &Job, attempt: u64) -> Result<AttemptConfig, LaunchError> {
+        let endpoint = job.endpoint(attempt)?;
+        let master = match &endpoint {
+            Endpoint::Tcp { host, port } => (host.clone(), *port),
+            Endpoint::Unix(_) => {
+                // The port is free now, but is not reserved.
+                let free = || TcpListener::bind(("127.0.0.1", 0))?.local_addr();
+                ("127.0.0.1".into(), free().map_err(LaunchError::io("find a free port"))?.port())
+            }
+        };
+        Ok(AttemptConfig { attempt, endpoint, master })
+    }
+}
+
+/// A started process.
+pub(super) struct Child {
+    pub(super) rank: u32,
+    pub(super) log: Log,
+    process: Process,
+    /// Its process id, which is also its process group.
+    pid: Pid,
+    error_file: PathBuf,
+    /// Disconnected when all of its output is read.
+    pumps: Receiver<()>,
+    /// `None` while it runs.
+    pub(super) ended: Option<Ended>,
+}
+
+impl Child {
+    /// Starts the process with local rank `local`. Its end is sent as an event.
+    pub(super) fn start(job: &mut Job, config: &AttemptConfig, local: u32) -> Result<Child, LaunchError> {
+        let options = job.options;
+        let rank = options.node * options.local_processes + local;
+        let folder = options.log_dir.join(&job.run_id).join(format!("attempt-{}", config.attempt));
+        let log = Log::open(&folder, rank).map_err(|error| {
+            LaunchError::Usage(format!("--log-dir: cannot write a log in {}: {error}", folder.display()))
+        })?;
+        let error_file = job.folder.path().join(format!("error-{}-{rank}.json", config.attempt));
+        let mut command = guard::child_command(&options.helper, &job.program, &options.args);
+        set_environment(&mut command, job, config, local);
+        command.env(ERROR_FILE, &error_file).stdin(Stdio::null());
+        let copy = || log.file.try_clone().map_err(LaunchError::io("duplicate a log's descriptor"));
+        if local == 0 {
+            command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        } else {
+            command.stdout(copy()?).stderr(copy()?);
+        }
+        let mut process = command.spawn().map_err(LaunchError::io("start a process"))?;
+        let pid = Pid::from_child(&process);
+        if job.guard.report('+', pid).is_err() {
+            super::print_notice("the guard has ended: if the launcher is killed, children of ranks may survive");
+        }
+        let pumps = start_pumps(&mut process, &log).map_err(LaunchError::io("start a thread"))?;
+        let events = job.events.0.clone();
+        let wait = move || {
+            wait_until_ended(pid);
+            // An error means that the launcher no longer receives events.
+            let _ = events.send(Event::Ended(local as usize));
+        };
+        let thread = thread::Builder::new().name(format!("wait for rank {rank}"));
+        thread.spawn(wait).map_err(LaunchError::io("start a thread"))?;
+        Ok(Child { rank, log, process, pid, error_file, pumps, ended: None })
+    }
+
+    /// Sends a signal to the process and its own children.
+    pub(super) fn signal(&self, signal: Signal) {
+        if self.ended.is_none() {
+            // An error means that the group is empty.
+            let _ = kill_process_group(self.pid, signal);
+        }
+    }
+
+    /// Sends SIGUSR1 to the process alone, if it has a handler: the default action would end it.
+    pub(super) fn signal_usr1(&self) {
+        if signal_mask(&self.pid.to_string(), "SigCgt:") >> (SIGUSR1 - 1) & 1 == 1 {
+            // An error means that the process has ended.
+            let _ = kill_process(self.pid, Signal::USR1);
+        }
+    }
+
+    /// Called after its event: kills the rest of its group and records how it ended. `signaled`: the launcher had sent a signal
+    /// to end.
+    pub(super) fn finish(&mut self, job: &mut Job, signaled: bool) {
+        // Until the process is reaped, its id and its group's cannot be reused.
+        let _ = kill_process_group(self.pid, Signal::KILL);
+        let _ = job.guard.report('-', self.pid);
+        let time_unix_ns = unix_ns();
+        let exit = match self.process.wait() {
+            Ok(status) => Exit::from_status(status),
+            Err(_) => Exit::Internal,
+        };
+        // Its pipes close when the group ends, unless a child has left the group.
+        let _ = self.pumps.recv_timeout(super::attempt::PUMPS_WAIT);
+        let report = Report::read(&self.error_file);
+        let error_line = if exit == Exit::Done { None } else { self.log.errors().into_iter().next() };
+        self.ended = Some(Ended { rank: self.rank, exit, time_unix_ns, report, error_line, signaled });
+    }
+}
+
+/// Starts threads that copy the process's piped output to its log and the screen.
+fn start_pumps(process: &mut Process, log: &Log) -> io::Result<Receiver<()>> {
+    let (running, pumps) = crossbeam_channel::bounded(0);
+    let start = |name: &str, from: Option<Box<dyn Read + Send>>, screen: &'static OutputQueue| -> io::Result<()> {
+        let Some(from) = from else { return Ok(()) };
+        let (file, running) = (log.file.try_clone()?, running.clone());
+        let copy = move || (pump(from, file, screen), drop(running));
+        thread::Builder::new().name(name.into()).spawn(copy).map(drop)
+    };
+    start("stdout", process.stdout.take().map(|from| Box::new(from) as _), output::stdout())?;
+    start("stderr", process.stderr.take().map(|from| Box::new(from) as _), output::stderr())?;
+    Ok(pumps)
+}
+
+/// Returns when the process has ended, without reaping it.
+fn wait_until_ended(pid: Pid) {
+    while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {}
+}
+
+/// Sets the variables that `cluster::env` reads, torchrun's, and the CUDA driver's.
+fn set_environment(command: &mut Command, job: &Job, config: &AttemptConfig, local: u32) {
+    let options = job.options;
+    let rank = (options.node * options.local_processes + local).to_string();
+    let processes = (options.nodes * options.local_processes).to_string();
+    let (local, local_processes) = (local.to_string(), options.local_processes.to_string());
+    let (node, nodes) = (options.node.to_string(), options.nodes.to_string());
+    let (attempt, max) = (config.attempt.to_string(), options.restarts_max.to_string());
+    let causes = job.causes.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let variables = [
+        ("SHARDFLOW_RANK", &rank),
+        ("SHARDFLOW_WORLD_SIZE", &processes),
+        ("SHARDFLOW_LOCAL_RANK", &local),
+        ("SHARDFLOW_LOCAL_WORLD_SIZE", &local_processes),
+        ("SHARDFLOW_NODE_RANK", &node),
+        ("SHARDFLOW_NNODES", &nodes),
+        ("SHARDFLOW_ENDPOINT", &config.endpoint.to_string()),
+        ("SHARDFLOW_RUN_ID", &job.run_id),
+        ("SHARDFLOW_RESTART_COUNT", &attempt),
+        ("SHARDFLOW_MAX_RESTARTS", &max),
+        ("SHARDFLOW_RESTART_CAUSES", &causes),
+        ("SHARDFLOW_JOB_BEGAN_MS", &job.began_ms.to_string()),
+        ("RANK", &rank),
+        ("WORLD_SIZE", &processes),
+        ("LOCAL_RANK", &local),
+        ("LOCAL_WORLD_SIZE", &local_processes),
+        ("GROUP_RANK", &node),
+        ("GROUP_WORLD_SIZE", &nodes),
+        ("ROLE_NAME", &"default".to_string()),
+        ("ROLE_RANK", &rank),
+        ("ROLE_WORLD_SIZE", &processes),
+        ("MASTER_ADDR", &config.master.0),
+        ("MASTER_PORT", &config.master.1.to_string()),
+        ("TORCHELASTIC_RESTART_COUNT", &attempt),
+        ("TORCHELASTIC_MAX_RESTARTS", &max),
+        ("TORCHELASTIC_RUN_ID", &job.run_id),
+    ];
+    command.envs(variables).envs(options.variables.iter().map(|(name, value)| (name, value)));
+    command.env("SHARDFLOW_SECRET", job.secret.text()).env_remove("SHARDFLOW_SECRET_FILE");
+    if local == "0" {
+        command.env(PROGRESS_FILE, job.progress_file());
+    } else {
+        command.env_remove(PROGRESS_FILE);
+    }
+}

@@ -1,0 +1,254 @@
+//! Tracks the members of a session, detects failures, and decides why the session ended.
+//!
+//! Each process holds one [`Membership`]. Heartbeats (datagrams) detect silent peers. The control plane (messages over
+//! connections that the caller has authenticated) carries failures, orderly ends and small application messages.
+//! Any failure ends the session in all processes with one [`FirstCause`].
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, bounded};
+
+mod cause;
+mod control;
+mod control_message;
+mod datagram;
+mod detector;
+mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
+mod heartbeat;
+mod outbox;
+mod shared;
+mod status;
+
+pub use cause::FirstCause;
+pub use control_message::MESSAGE_BYTES_MAX;
+pub use detector::PeerHealth;
+pub use error::MembershipError;
+pub use status::{Counters, MembershipEvent, PeerStatus};
+
+use crate::exit::Exit;
+use crate::transport::Connection;
+use datagram::Codec;
+use shared::{NOTICES_MAX, Shared};
+
+/// Timeout of an orderly end that waits for acknowledgements from peers.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not acknowledge
+/// it.
+const DROP_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// Configuration of a membership; the rendezvous supplies most of it.
+#[derive(Debug)]
+pub struct MembershipConfig {
+    /// Number of this process.
+    pub process: u32,
+    /// Number of processes of the world, including this one.
+    pub processes: u32,
+    /// Id of the run; the same for all its incarnations.
+    pub session: [u8; 16],
+    /// The incarnation; messages of older ones are rejected.
+    pub epoch: u64,
+    /// The job's key. A separate key for each use is derived from it.
+    pub key: [u8; 32],
+    /// The bound heartbeat socket, see [`bind`].
+    pub heartbeat: UdpSocket,
+    /// Addresses of the peers' heartbeat sockets.
+    pub addresses: BTreeMap<u32, SocketAddr>,
+    /// An authenticated connection to each peer, only for control.
+    pub connections: BTreeMap<u32, Connection>,
+    /// Time between heartbeats.
+    pub interval: Duration,
+    /// Time without heartbeats after which a peer is lost.
+    pub deadline: Duration,
+    /// Time after the first symptom in which better causes may arrive.
+    pub grace: Duration,
+    /// Timeout for peers to join.
+    pub join_within: Duration,
+    /// Timeout for peers that send heartbeats but have not joined.
+    pub join_at_most: Duration,
+}
+
+impl MembershipConfig {
+    /// Creates a configuration with the default times: a heartbeat every 250 ms, a deadline of 4 s, a grace time of 500
+    /// ms, 30 s to join. Addresses and connections are empty.
+    pub fn new(
+        process: u32,
+        processes: u32,
+        session: [u8; 16],
+        epoch: u64,
+        key: [u8; 32],
+        heartbeat: UdpSocket,
+    ) -> Self {
+        Self {
+            process,
+            processes,
+            session,
+            epoch,
+            key,
+            heartbeat,
+            addresses: BTreeMap::new(),
+            connections: BTreeMap::new(),
+            interval: Duration::from_millis(250),
+            deadline: Duration::from_secs(4),
+            grace: Duration::from_millis(500),
+            join_within: Duration::from_secs(30),
+            join_at_most: Duration::from_secs(30),
+        }
+    }
+
+    fn check(&self) -> Result<(), MembershipError> {
+        let Self { process, processes, .. } = *self;
+        let wrong = |problem: String| Err(MembershipError::Config { process, processes, problem });
+        if process >= processes {
+            return wrong(format!("processes are numbered 0 to {}", i64::from(processes) - 1));
+        }
+        let peers = || (0..processes).filter(|p| *p != process);
+        if !self.addresses.keys().copied().eq(peers()) {
+            return wrong(format!("heartbeat addresses of {:?}, expected one per peer", self.addresses.keys()));
+        }
+        if !self.connections.keys().copied().eq(peers()) {
+            return wrong(format!("control connections to {:?}, expected one per peer", self.connections.keys()));
+        }
+        if self.interval.is_zero() || self.deadline < 4 * self.interval {
+            let (interval, deadline) = (self.interval, self.deadline);
+            return wrong(format!(
+                "a deadline of {deadline:?} with a heartbeat every {interval:?}: the deadline must be at least 4 intervals"
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Binds a heartbeat socket to an address of this node; with port 0 the system chooses a port.
+///
+/// # Errors
+/// If the address cannot be bound.
+pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
+    UdpSocket::bind(address)
+}
+
+/// The membership of this process in the session.
+///
+/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure, which
+/// is reported to peers.
+#[derive(Debug)]
+pub struct Membership {
+    shared: Arc<Shared>,
+    notices: Receiver<MembershipEvent>,
+    // Dropped in this order.
+    heartbeat: Option<heartbeat::HeartbeatThread>,
+    control: Option<control::ControlThread>,
+}
+
+impl Membership {
+    /// Joins the session; blocks until all peers have joined.
+    ///
+    /// # Errors
+    /// [`MembershipError::Config`], [`MembershipError::Io`], [`MembershipError::Missing`] and
+    /// [`MembershipError::Closed`] with the peers, or [`MembershipError::Ended`] if a peer failed during the start.
+    pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
+        config.check()?;
+        let MembershipConfig { process, processes, session, epoch, key, .. } = config;
+        // Extra room for one `Left` of each peer and for `Ended`.
+        let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
+        let shared = Arc::new(Shared::new(process, processes, epoch, config.grace, sender));
+        let codec = Codec::new(&key, session, epoch, processes);
+        let addresses = config.addresses.into_values().collect();
+        // Heartbeats start before the connections: peers that are ready earlier already monitor this process.
+        let heartbeat = heartbeat::start(shared.clone(), codec, config.heartbeat, addresses, config.interval);
+        let heartbeat = heartbeat.map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
+        let control = control::start(shared.clone(), config.connections)?;
+        // From here on, dropping `membership` ends both threads.
+        let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };
+        if let Err(error) = shared.wait_for_peers(config.join_within, config.join_at_most, config.deadline) {
+            // Reports the reason to the peers that have connected.
+            shared.fail(error.to_string(), error.exit().code());
+            return Err(error);
+        }
+        Ok(membership)
+    }
+
+    /// Receives events, in order per peer. The application must read them: unread messages beyond a limit end the
+    /// session.
+    pub fn notices(&self) -> &Receiver<MembershipEvent> {
+        &self.notices
+    }
+
+    /// Sends a peer a message of at most [`MESSAGE_BYTES_MAX`] bytes. Messages to one peer arrive in order. Returns
+    /// without waiting for delivery.
+    ///
+    /// # Errors
+    /// [`MembershipError::TooLarge`], [`MembershipError::NoPeer`], [`MembershipError::Backlog`] if the peer does not
+    /// process its messages, [`MembershipError::Gone`], [`MembershipError::Ended`], [`MembershipError::Left`].
+    pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
+        self.shared.send(to, topic, bytes)
+    }
+
+    /// Sends a message to all peers; stops at the first error.
+    ///
+    /// # Errors
+    /// Those of [`Membership::send`].
+    pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
+        let peers = (0..self.shared.processes).filter(|p| *p != self.shared.own);
+        peers.into_iter().try_for_each(|to| self.send(to, topic, bytes.to_vec()))
+    }
+
+    /// Reports a failure of this process and ends the session. Report errors that a lost peer caused with
+    /// [`Membership::suspect`] instead; otherwise this process becomes the first cause.
+    pub fn fail(&self, cause: impl Into<String>, exit: u8) {
+        self.shared.fail(cause.into(), exit);
+    }
+
+    /// Reports a symptom of a lost peer, such as a broken data connection. The session ends with that peer as the
+    /// cause, unless a better cause arrives within the grace window.
+    pub fn suspect(&self, process: u32, cause: impl Into<String>) {
+        self.shared.suspect(process, cause.into());
+    }
+
+    /// The first cause, if the session has ended.
+    pub fn first_cause(&self) -> Option<FirstCause> {
+        self.shared.first_cause()
+    }
+
+    /// Sets the step in this process's heartbeats.
+    pub fn set_step(&self, step: u64) {
+        self.shared.set_step(step);
+    }
+
+    /// Returns the status of each peer.
+    pub fn peers(&self) -> Vec<PeerStatus> {
+        self.shared.peers()
+    }
+
+    /// Returns the counters of rejected datagrams and control messages.
+    pub fn counters(&self) -> Counters {
+        self.shared.counters()
+    }
+
+    /// Leaves the session in order, after all work of this process. Waits at most a second until peers have received
+    /// all messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
+    pub fn leave(&self) -> bool {
+        self.shared.leave();
+        self.shared.wait_for_delivery(LEAVE_TIMEOUT)
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        if !self.shared.has_ended() {
+            self.shared.fail("it ended without leaving the session: see its log".into(), Exit::Internal.code());
+        }
+        self.shared.wait_for_delivery(DROP_TIMEOUT);
+        drop(self.heartbeat.take());
+        drop(self.control.take());
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+//! The control plane: one thread that exchanges control messages with all peers, over connections that the handshake has
+//! authenticated. Each message follows its length, a little-endian u32. The first one is [`Body::Joined`].
+
+use std::collections::BTreeMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use tokio::io::Interest;
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use super::control_message::{Body, CONTROL_BYTES_MAX, ControlMessage};
+use super::error::MembershipError;
+use super::outbox::{Outbox, Waiting};
+use super::shared::Shared;
+use crate::transport::{Connection, Socket};
+
+/// The running thread. Dropping it closes all connections and ends the thread.
+#[derive(Debug)]
+pub(crate) struct ControlThread {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for ControlThread {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has printed its own message.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Starts the thread. Connections become ready later: [`Shared::connected`].
+pub(crate) fn start(
+    shared: Arc<Shared>,
+    connections: BTreeMap<u32, Connection>,
+) -> Result<ControlThread, MembershipError> {
+    let failed = |operation| move |source| MembershipError::Io { operation, source };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+    let runtime = runtime.map_err(failed("start the control plane's runtime"))?;
+    let guard = runtime.enter();
+    let mut peers = JoinSet::new();
+    for (process, connection) in connections {
+        let connection = AsyncConnection::new(connection).map_err(failed("prepare a control connection"))?;
+        peers.spawn_on(exchange(shared.clone(), process, connection), runtime.handle());
+    }
+    drop(guard);
+    let (stop, stopped) = oneshot::channel::<()>();
+    let run = async move {
+        // An error means that the sender was dropped, which is the signal.
+        let _ = stopped.await;
+        peers.shutdown().await;
+    };
+    let thread = thread::Builder::new().name("control".into()).spawn(move || runtime.block_on(run));
+    let thread = thread.map_err(failed("start the control plane's thread"))?;
+    Ok(ControlThread { stop: Some(stop), thread: Some(thread) })
+}
+
+/// Serves the connection to one peer until either direction ends.
+async fn exchange(shared: Arc<Shared>, process: u32, connection: AsyncConnection) {
+    let (outbox, waiting) = Outbox::new();
+    tokio::select! {
+        // Messages that have arrived are handled before the connection's end, whichever direction ends first.
+        biased;
+        ended = receive(&shared, process, &connection, outbox) => report(process, ended),
+        ended = send(&connection, waiting) => report(process, ended),
+    }
+    shared.disconnected(process);
+}
+
+fn report(process: u32, ended: io::Result<()>) {
+    if let Err(error) = ended {
+        tracing::debug!(process, %error, "a control connection ended");
+    }
+}
+
+async fn send(connection: &AsyncConnection, mut waiting: Waiting) -> io::Result<()> {
+    connection.write_message(&ControlMessage::from(Body::Joined).write()).await?;
+    while let Some(message) = waiting.next().await {
+        connection.write_message(&message.bytes).await?;
+        waiting.written(&message);
+    }
+    Ok(())
+}
+
+async fn receive(shared: &Shared, process: u32, connection: &AsyncConnection, outbox: Outbox) -> io::Result<()> {
+    let mut outbox = Some(outbox);
+    loop {
+        let mut length = [0; 4];
+        connection.read_exact(&mut length).await?;
+        let length = u32::from_le_bytes(length) as usize;
+        if length > CONTROL_BYTES_MAX {
+            shared.garbled(process, "too long");
+            return Ok(());
+        }
+        let mut bytes = vec![0; length];
+        connection.read_exact(&mut bytes).await?;
+        match (ControlMessage::read(&bytes), outbox.take()) {
+            (Ok(ControlMessage { body: Body::Joined, .. }), Some(outbox)) => shared.connected(process, outbox),
+            (Ok(message), None) => shared.receive(process, message),
+            (Ok(_), Some(_)) => {
+                shared.garbled(process, "a message before it joined");
+                return Ok(());
+            }
+            (Err(why), waiting) => {
+                outbox = waiting;
+                shared.garbled(process, why);
+            }
+        }
+    }
+}
+
+/// A connection, and a second handle of its socket that waits until it is ready.
+struct AsyncConnection {
+    connection: Connection,
+    ready: Ready,
+}
+
+enum Ready {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl AsyncConnection {
+    /// Needs a runtime's context.
+    fn new(connection: Connection) -> io::Result<Self> {
+        connection.set_nonblocking(true)?;
+        let ready = match connection.socket() {
+            Socket::Tcp(stream) => Ready::Tcp(TcpStream::from_std(stream.try_clone()?)?),
+            Socket::Unix(stream) => Ready::Unix(UnixStream::from_std(stream.try_clone()?)?),
+        };
+        Ok(Self { connection, ready })
+    }
+
+    /// Calls `attempt` until it does not block.
+    async fn complete<R>(
+        &self,
+        interest: Interest,
+        mut attempt: impl FnMut(&Connection) -> io::Result<R>,
+    ) -> io::Result<R> {
+        let attempt = || attempt(&self.connection);
+        match &self.ready {
+            Ready::Tcp(stream) => stream.async_io(interest, attempt).await,
+            Ready::Unix(stream) => stream.async_io(interest, attempt).await,
+        }
+    }
+
+    async fn read_exact(&self, mut buffer: &mut [u8]) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match self.complete(Interest::READABLE, |mut connection| connection.read(buffer)).await? {
+                0 => return Err(ErrorKind::UnexpectedEof.into()),
+                bytes => buffer = &mut buffer[bytes..],
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_message(&self, message: &[u8]) -> io::Result<()> {
+        let bytes = [&(message.len() as u32).to_le_bytes(), message].concat();
+        let mut left = &bytes[..];
+        while !left.is_empty() {
+            let written = self.complete(Interest::WRITABLE, |mut connection| connection.write(left)).await?;
+            left = &left[written..];
+        }
+        self.complete(Interest::WRITABLE, |mut connection| connection.flush()).await
+    }
+}

@@ -1,0 +1,131 @@
+//! The messages of the control plane, as bytes with limits: `header (bincode) | payload`. The payload is raw, because bincode
+//! copies bytes one by one.
+
+use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
+use serde::{Deserialize, Serialize};
+
+/// Bytes of an application's message, at most.
+pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
+/// Bytes of a cause's text, at most; the rest is cut off.
+pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
+/// Bytes of a control message, at most.
+pub(crate) const CONTROL_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
+
+const HEADER_BYTES_MAX: usize = CAUSE_BYTES_MAX + 256;
+
+const CONFIG: Configuration<LittleEndian, Fixint, Limit<HEADER_BYTES_MAX>> =
+    bincode::config::legacy().with_limit::<HEADER_BYTES_MAX>();
+
+/// One control message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct ControlMessage {
+    pub(crate) body: Body,
+    pub(crate) payload: Vec<u8>,
+}
+
+/// The kinds of control messages. All but `Joined`, `Message` and `Received` are urgent: the receiver answers with `Received` at once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Body {
+    /// The sender's membership runs; the first message.
+    Joined,
+    /// The application's; the payload is its bytes.
+    Message { topic: u16 },
+    /// The sender failed.
+    Failed { follows: bool, cause: String, exit: u8 },
+    /// The sender lost another process.
+    Lost { about: u32, follows: bool, cause: String, exit: u8 },
+    /// The sender ends in order.
+    Leaving,
+    /// How many urgent control messages the sender has received since the start.
+    Received { urgent: u64 },
+}
+
+impl From<Body> for ControlMessage {
+    fn from(body: Body) -> Self {
+        Self { body, payload: Vec::new() }
+    }
+}
+
+impl ControlMessage {
+    pub(crate) fn write(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(64 + self.payload.len());
+        // Writing to a vector does not fail, and `truncate` keeps texts within the limit.
+        let _ = bincode::serde::encode_into_std_write(&self.body, &mut bytes, CONFIG);
+        bytes.extend_from_slice(&self.payload);
+        bytes
+    }
+
+    pub(crate) fn read(bytes: &[u8]) -> Result<Self, &'static str> {
+        let (body, read): (Body, usize) =
+            bincode::serde::decode_from_slice(bytes, CONFIG).map_err(|_| "a header that cannot be read")?;
+        let payload = bytes[read..].to_vec();
+        let payload_max = if matches!(body, Body::Message { .. }) { MESSAGE_BYTES_MAX } else { 0 };
+        if payload.len() > payload_max {
+            return Err("too many bytes");
+        }
+        Ok(Self { body, payload })
+    }
+}
+
+/// The text within [`CAUSE_BYTES_MAX`].
+pub(crate) fn truncate(mut cause: String) -> String {
+    if cause.len() > CAUSE_BYTES_MAX {
+        let end = (0..=CAUSE_BYTES_MAX).rev().find(|i| cause.is_char_boundary(*i)).unwrap_or(0);
+        cause.truncate(end);
+    }
+    cause
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all() -> Vec<ControlMessage> {
+        let cause = || "out of memory: 3 GiB".to_string();
+        vec![
+            ControlMessage { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() },
+            Body::Message { topic: 7 }.into(),
+            Body::Failed { follows: true, cause: cause(), exit: 71 }.into(),
+            Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }.into(),
+            Body::Leaving.into(),
+            Body::Joined.into(),
+            Body::Received { urgent: 3 }.into(),
+        ]
+    }
+
+    #[test]
+    fn messages_arrive_as_sent() {
+        let cause = truncate("é".repeat(CAUSE_BYTES_MAX));
+        let longest = ControlMessage::from(Body::Failed { follows: true, cause, exit: 71 });
+        let largest = ControlMessage { body: Body::Message { topic: 1 }, payload: vec![1; MESSAGE_BYTES_MAX] };
+        for message in all().into_iter().chain([longest, largest]) {
+            let bytes = message.write();
+            assert!(bytes.len() <= CONTROL_BYTES_MAX);
+            assert_eq!(ControlMessage::read(&bytes), Ok(message));
+        }
+    }
+
+    #[test]
+    fn messages_that_are_cut_or_too_long_are_refused() {
+        for message in all() {
+            let bytes = message.write();
+            let payload = message.payload.len();
+            for length in 0..bytes.len() - payload {
+                assert!(ControlMessage::read(&bytes[..length]).is_err(), "{message:?} cut to {length}");
+            }
+            if !matches!(message.body, Body::Message { .. }) {
+                assert_eq!(ControlMessage::read(&[&bytes[..], &[0]].concat()), Err("too many bytes"));
+            }
+        }
+        let long = ControlMessage { body: Body::Message { topic: 0 }, payload: vec![0; MESSAGE_BYTES_MAX + 1] };
+        assert_eq!(ControlMessage::read(&long.write()), Err("too many bytes"));
+    }
+
+    proptest::proptest! {
+        /// Whatever a peer sends, reading ends, and takes no more memory than the bytes that came.
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let _ = ControlMessage::read(&bytes);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! Properties of the heartbeat and control message decoders for arbitrary input; for fuzzing and tests.
+use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX};
+use super::datagram::{BYTES, Codec, Rejection};
+
+const EPOCH: u64 = 3;
+const PROCESSES: u32 = 4;
+
+fn codec(key: u8) -> Codec {
+    Codec::new(&[key; 32], [9; 16], EPOCH, PROCESSES)
+}
+
+/// Valid control messages, and a heartbeat signed with another key.
+pub fn samples() -> Vec<Vec<u8>> {
+    let cause = || "rank 1: out of memory".to_string();
+    let bodies = [
+        Body::Message { topic: 7 },
+        Body::Failed { follows: true, cause: cause(), exit: 71 },
+        Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 },
+        Body::Leaving,
+        Body::Joined,
+        Body::Received { urgent: 3 },
+    ];
+    let messages = bodies.map(|body| ControlMessage::from(body).write());
+    messages.into_iter().chain([codec(8).write(2, 5, 77, Some(1)).to_vec()]).collect()
+}
+
+/// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
+/// existing process, has exactly one encoding, and is accepted once.
+///
+/// # Panics
+/// If a property does not hold.
+pub fn check_datagram(bytes: &[u8]) {
+    let mut codec = codec(7);
+    let forged = codec.read(bytes);
+    assert!(matches!(forged, Err(Rejection::Format | Rejection::Mac)), "{forged:?}");
+    let Ok(mut datagram) = <[u8; BYTES]>::try_from(bytes) else { return };
+    codec.sign(&mut datagram);
+    if let Ok(heartbeat) = codec.read(&datagram) {
+        assert!(heartbeat.epoch == EPOCH && heartbeat.process < PROCESSES);
+        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.step, heartbeat.lost);
+        assert_eq!(written, datagram);
+        assert_eq!(codec.read(&datagram), Err(Rejection::Replay));
+    }
+}
+
+/// Checks that a decoded control message has exactly one encoding and a payload within the limit.
+///
+/// # Panics
+/// When one of these does not hold.
+pub fn check_control_message(bytes: &[u8]) {
+    if let Ok(message) = ControlMessage::read(bytes) {
+        assert!(message.payload.len() <= MESSAGE_BYTES_MAX);
+        assert_eq!(message.write(), bytes, "{message:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn the_properties_hold_for_modified_samples(
+            index in 0usize..7, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
+        ) {
+            let mut changed = samples().swap_remove(index);
+            let at = at.index(changed.len());
+            let end = (at + bytes.len()).min(changed.len());
+            changed.splice(at..end, bytes);
+            check_datagram(&changed);
+            check_control_message(&changed);
+        }
+    }
+}

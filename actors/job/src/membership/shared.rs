@@ -1,0 +1,467 @@
+//! State that the threads of one membership share: the peers, their messages, and the first cause.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use parking_lot::{Condvar, Mutex};
+
+use super::cause::{Arbiter, FirstCause, Kind, Report};
+use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX, truncate};
+use super::datagram::{Heartbeat, Rejection};
+use super::detector::{Detector, Event, PeerHealth};
+use super::error::MembershipError;
+use super::outbox::{Count, Outbox, Unsent};
+use super::status::{Counters, MembershipEvent, PeerStatus};
+use crate::exit::Exit;
+
+/// Maximum number of peer messages that the application has not read yet.
+pub(crate) const NOTICES_MAX: usize = 4096;
+
+/// State of the control connection to a peer.
+#[derive(Debug)]
+enum ControlState {
+    Joining,
+    Open(Outbox),
+    Closed,
+}
+
+#[derive(Debug)]
+struct Peer {
+    control: ControlState,
+    left: bool,
+    /// Urgent control messages: sent to the peer, acknowledged by it, and received from it.
+    urgent_sent: u64,
+    urgent_acknowledged: u64,
+    urgent_received: u64,
+    step: u64,
+    /// When its last heartbeat arrived.
+    last_heartbeat: Option<Duration>,
+}
+
+#[derive(Debug)]
+struct State {
+    peers: BTreeMap<u32, Peer>,
+    arbiter: Arbiter,
+    /// `None` until all peers are connected.
+    detector: Option<Detector>,
+    first: Option<FirstCause>,
+    left: bool,
+}
+
+/// The shared state of one membership; usable from any thread.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) own: u32,
+    pub(crate) processes: u32,
+    pub(crate) epoch: u64,
+    start: Instant,
+    step: AtomicU64,
+    state: Mutex<State>,
+    /// Notified about connections, acknowledgements and the end.
+    changed: Condvar,
+    notices: Sender<MembershipEvent>,
+    counters: Mutex<Counters>,
+}
+
+impl Shared {
+    pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<MembershipEvent>) -> Self {
+        let peer = |process| {
+            let peer = Peer {
+                control: ControlState::Joining,
+                left: false,
+                urgent_sent: 0,
+                urgent_acknowledged: 0,
+                urgent_received: 0,
+                step: 0,
+                last_heartbeat: None,
+            };
+            (process, peer)
+        };
+        let state = State {
+            peers: (0..processes).filter(|p| *p != own).map(peer).collect(),
+            arbiter: Arbiter::new(own, processes, grace),
+            detector: None,
+            first: None,
+            left: false,
+        };
+        Self {
+            own,
+            processes,
+            epoch,
+            start: Instant::now(),
+            step: AtomicU64::new(0),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            notices,
+            counters: Mutex::default(),
+        }
+    }
+
+    fn count(&self, add: impl FnOnce(&mut Counters)) {
+        add(&mut self.counters.lock());
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        *self.counters.lock()
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    /// Waits until `done` returns a value; `None` on timeout.
+    fn wait<T>(&self, timeout: Duration, mut done: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
+        let until = Instant::now() + timeout;
+        let mut state = self.state.lock();
+        loop {
+            if let Some(found) = done(&mut state) {
+                return Some(found);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            self.changed.wait_for(&mut state, left);
+        }
+    }
+
+    /// Records that the control connection to a peer is ready.
+    pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
+        if let Some(peer) = self.state.lock().peers.get_mut(&process) {
+            peer.control = ControlState::Open(outbox);
+        }
+        self.changed.notify_all();
+    }
+
+    /// Handles the end of the control connection to a peer; a symptom of failure, unless the peer has left.
+    pub(crate) fn disconnected(&self, process: u32) {
+        let mut state = self.state.lock();
+        if let Some(peer) = state.peers.get_mut(&process) {
+            peer.control = ControlState::Closed;
+            if state.detector.is_some() {
+                self.report_lost(&mut state, process, "its control connection closed".into());
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    /// Blocks until all peers are connected, then starts the failure detector. After `within`, it waits only for peers
+    /// whose last heartbeat is younger than `deadline`.
+    pub(crate) fn wait_for_peers(
+        &self,
+        within: Duration,
+        at_most: Duration,
+        deadline: Duration,
+    ) -> Result<(), MembershipError> {
+        let (begin, mut step) = (self.now(), within);
+        loop {
+            let result = self.wait_for_connections(step, deadline);
+            let Err(MembershipError::Missing { processes, .. }) = &result else { return result };
+            let (state, now) = (self.state.lock(), self.now());
+            let heartbeat = |process: &u32| state.peers.get(process).and_then(|peer| peer.last_heartbeat);
+            let are_alive = processes.iter().all(|process| heartbeat(process).is_some_and(|at| now < at + deadline));
+            if !are_alive || now >= begin + at_most {
+                let (processes, seconds) = (processes.clone(), (now - begin).as_secs_f64());
+                return Err(MembershipError::Missing { processes, seconds });
+            }
+            step = deadline.min((begin + at_most).saturating_sub(now));
+        }
+    }
+
+    fn wait_for_connections(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
+        let peers_in = |state: &State, matches: fn(&ControlState) -> bool| -> Vec<u32> {
+            state.peers.iter().filter(|(_, p)| matches(&p.control)).map(|(p, _)| *p).collect()
+        };
+        let ended = self.wait(within, |state| {
+            if let Some(first) = &state.first {
+                return Some(Err(MembershipError::Ended(first.clone())));
+            }
+            if state.arbiter.is_deciding() {
+                return None;
+            }
+            if let Some(&process) = peers_in(state, |c| matches!(c, ControlState::Closed)).first() {
+                return Some(Err(MembershipError::Closed { process }));
+            }
+            if !peers_in(state, |c| matches!(c, ControlState::Joining)).is_empty() {
+                return None;
+            }
+            state.detector = Some(Detector::new(state.peers.keys().copied(), deadline, self.now()));
+            Some(Ok(()))
+        });
+        ended.unwrap_or_else(|| {
+            let processes = peers_in(&self.state.lock(), |c| matches!(c, ControlState::Joining));
+            Err(MembershipError::Missing { processes, seconds: within.as_secs_f64() })
+        })
+    }
+
+    pub(crate) fn set_step(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// The content of the next heartbeat: the step, and the process that this one has lost. `None` if the session has
+    /// ended for another cause; peers then also detect the missing heartbeats.
+    pub(crate) fn heartbeat(&self) -> Option<(u64, Option<u32>)> {
+        let state = self.state.lock();
+        let lost = state.arbiter.lost_by_own();
+        (state.first.is_none() || lost.is_some()).then(|| (self.step.load(Ordering::Relaxed), lost))
+    }
+
+    /// Processes a received heartbeat.
+    pub(crate) fn receive_heartbeat(&self, heartbeat: Heartbeat) {
+        let mut state = self.state.lock();
+        let (now, by) = (self.now(), heartbeat.process);
+        if let Some(about) = heartbeat.lost {
+            // Does not count as a sign of life: the sender is about to end. The control message with the cause may not
+            // arrive: TCP needs both directions, and the direction back to the sender may be broken.
+            let (cause, exit) = (String::new(), Exit::PeerUnavailable.code());
+            let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
+            if state.peers.get(&by).is_some_and(|peer| !peer.left) && state.arbiter.report(now, report) {
+                tracing::warn!(by, about, "a peer's heartbeat reports a lost process");
+            }
+            return self.decide(&mut state);
+        }
+        if let Some(peer) = state.peers.get_mut(&by) {
+            (peer.step, peer.last_heartbeat) = (heartbeat.step, Some(now));
+        }
+        if let Some(detector) = &mut state.detector {
+            detector.receive(by, now);
+        }
+    }
+
+    /// Counts a rejected datagram.
+    pub(crate) fn reject(&self, rejection: Rejection) {
+        self.count(|c| {
+            let counter = match rejection {
+                Rejection::Format => &mut c.bad_format,
+                Rejection::Mac => &mut c.bad_mac,
+                Rejection::OldEpoch => &mut c.old_epoch,
+                Rejection::NewerEpoch => &mut c.newer_epoch,
+                Rejection::Session => &mut c.other_session,
+                Rejection::Replay => &mut c.replays,
+            };
+            *counter += 1;
+        });
+        if rejection == Rejection::NewerEpoch {
+            self.fail_fenced();
+        }
+    }
+
+    fn fail_fenced(&self) {
+        let cause = format!("fenced: it belongs to epoch {}, but a newer epoch has begun", self.epoch);
+        self.fail(cause, Exit::Retry.code());
+    }
+
+    /// Checks heartbeats and the grace window.
+    pub(crate) fn tick(&self) {
+        let mut state = self.state.lock();
+        let now = self.now();
+        let events = state.detector.as_mut().map(|d| d.tick(now)).unwrap_or_default();
+        for event in events {
+            match event {
+                Event::Suspect { process, silent } => {
+                    tracing::warn!(process, silent_ms = silent.as_millis() as u64, "heartbeats are late");
+                }
+                Event::Returned { process } => tracing::info!(process, "heartbeats are back"),
+                Event::Lost { process, silent } => {
+                    self.report_lost(&mut state, process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()));
+                }
+                Event::Paused { pause } => {
+                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process did not run");
+                }
+            }
+        }
+        self.decide(&mut state);
+    }
+
+    fn decide(&self, state: &mut State) {
+        let Some(first) = state.arbiter.tick(self.now()) else { return };
+        tracing::error!(process = first.process, exit = first.exit, cause = %first.cause, "session ends");
+        state.first = Some(first.clone());
+        // `notify` reserves room for it.
+        let _ = self.notices.try_send(MembershipEvent::Ended(first));
+        self.changed.notify_all();
+    }
+
+    /// Reports a failure of this process.
+    pub(crate) fn fail(&self, cause: String, exit: u8) {
+        let mut state = self.state.lock();
+        self.fail_locked(&mut state, cause, exit);
+    }
+
+    fn fail_locked(&self, state: &mut State, cause: String, exit: u8) {
+        let cause = truncate(cause);
+        let report = state.arbiter.own_failure(cause.clone(), exit);
+        let body = Body::Failed { follows: report.follows, cause, exit };
+        if state.arbiter.report(self.now(), report) {
+            self.broadcast(state, body);
+        }
+        self.decide(state);
+    }
+
+    /// Reports a symptom of a lost peer, such as a broken connection.
+    pub(crate) fn suspect(&self, process: u32, cause: String) {
+        let mut state = self.state.lock();
+        self.report_lost(&mut state, process, cause);
+        self.decide(&mut state);
+    }
+
+    fn report_lost(&self, state: &mut State, about: u32, cause: String) {
+        if state.peers.get(&about).is_none_or(|p| p.left) {
+            return;
+        }
+        let cause = truncate(cause);
+        let report = state.arbiter.own_symptom(about, cause.clone(), Exit::PeerUnavailable.code());
+        let body = Body::Lost { about, follows: report.follows, cause: cause.clone(), exit: report.exit };
+        if state.arbiter.report(self.now(), report) {
+            tracing::warn!(process = about, cause, "peer lost");
+            self.broadcast(state, body);
+        }
+    }
+
+    /// Sends an urgent control message to all connected peers.
+    fn broadcast(&self, state: &mut State, body: Body) {
+        let message = body.into();
+        for peer in state.peers.values_mut() {
+            let ControlState::Open(outbox) = &peer.control else { continue };
+            // An error means that the connection has just ended, which `disconnected` reports.
+            if outbox.send(&message).is_ok() {
+                peer.urgent_sent += 1;
+            }
+        }
+    }
+
+    /// Counts bytes of a peer that are no control message.
+    pub(crate) fn garbled(&self, process: u32, reason: &str) {
+        tracing::warn!(process, reason, "rejected a control message");
+        self.count(|c| c.garbled += 1);
+    }
+
+    /// Processes a control message of a peer.
+    pub(crate) fn receive(&self, by: u32, message: ControlMessage) {
+        let mut state = self.state.lock();
+        self.receive_locked(&mut state, by, message);
+        self.decide(&mut state);
+        self.changed.notify_all();
+    }
+
+    fn receive_locked(&self, state: &mut State, by: u32, message: ControlMessage) {
+        let Some(peer) = state.peers.get_mut(&by) else { return };
+        match message.body {
+            Body::Message { topic } => {
+                return self.notify(state, MembershipEvent::Message { from: by, topic, bytes: message.payload });
+            }
+            Body::Received { urgent } if urgent <= peer.urgent_sent => {
+                peer.urgent_acknowledged = urgent;
+                return;
+            }
+            Body::Received { .. } | Body::Joined => return self.count(|c| c.garbled += 1),
+            Body::Leaving => {
+                peer.left = true;
+                if let Some(detector) = &mut state.detector {
+                    detector.forget(by);
+                }
+                // `notify` reserves room for one of each peer.
+                let _ = self.notices.try_send(MembershipEvent::Left { process: by });
+            }
+            Body::Failed { follows, cause, exit } => {
+                let report = Report { by, about: by, kind: Kind::Failed, follows, cause, exit };
+                state.arbiter.report(self.now(), report);
+            }
+            Body::Lost { about, follows, cause, exit } => {
+                let report = Report { by, about, kind: Kind::Lost, follows, cause, exit };
+                state.arbiter.report(self.now(), report);
+            }
+        }
+        let Some(peer) = state.peers.get_mut(&by) else { return };
+        peer.urgent_received += 1;
+        // Acknowledgements are not acknowledged, so there are no more of them than of urgent messages.
+        if let ControlState::Open(outbox) = &peer.control {
+            let _ = outbox.send(&Body::Received { urgent: peer.urgent_received }.into());
+        }
+    }
+
+    fn notify(&self, state: &mut State, event: MembershipEvent) {
+        if self.notices.len() < NOTICES_MAX {
+            // The channel has additional room, reserved for `Left` and `Ended`.
+            let _ = self.notices.try_send(event);
+        } else {
+            let cause = format!("the application has not read {NOTICES_MAX} messages of peers");
+            self.fail_locked(state, cause, Exit::Internal.code());
+        }
+    }
+
+    pub(crate) fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
+        if bytes.len() > MESSAGE_BYTES_MAX {
+            return Err(MembershipError::TooLarge { bytes: bytes.len() });
+        }
+        let mut state = self.state.lock();
+        if let Some(first) = &state.first {
+            return Err(MembershipError::Ended(first.clone()));
+        }
+        if state.left {
+            return Err(MembershipError::Left);
+        }
+        let Some(peer) = state.peers.get_mut(&to) else {
+            return Err(MembershipError::NoPeer { process: to, processes: self.processes });
+        };
+        let (ControlState::Open(outbox), false) = (&peer.control, peer.left) else {
+            return Err(MembershipError::Gone { process: to });
+        };
+        let message = ControlMessage { body: Body::Message { topic }, payload: bytes };
+        outbox.send(&message).map_err(|unsent| match unsent {
+            Unsent::Closed => MembershipError::Gone { process: to },
+            Unsent::Full(Count { messages, bytes }) => MembershipError::Backlog { process: to, messages, bytes },
+        })
+    }
+
+    /// Leaves in order: notifies peers. From now on nothing counts as a failure of this process's session.
+    pub(crate) fn leave(&self) {
+        let mut state = self.state.lock();
+        if state.first.is_none() && !state.left {
+            state.left = true;
+            state.arbiter.close();
+            self.broadcast(&mut state, Body::Leaving);
+        }
+    }
+
+    /// True if the session has ended for this process, in order or not.
+    pub(crate) fn has_ended(&self) -> bool {
+        let state = self.state.lock();
+        state.left || state.first.is_some()
+    }
+
+    pub(crate) fn first_cause(&self) -> Option<FirstCause> {
+        self.state.lock().first.clone()
+    }
+
+    /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier ones;
+    /// false on timeout. Does not wait for peers that are already lost.
+    pub(crate) fn wait_for_delivery(&self, timeout: Duration) -> bool {
+        let is_delivered =
+            |p: &Peer| !matches!(p.control, ControlState::Open(_)) || p.urgent_acknowledged == p.urgent_sent;
+        let is_lost = |state: &State, process: u32| {
+            let health = state.detector.as_ref().and_then(|d| d.health(process, self.now()));
+            health.is_some_and(|(health, _)| health == PeerHealth::Lost)
+        };
+        let done =
+            |state: &State| state.peers.iter().all(|(process, peer)| is_delivered(peer) || is_lost(state, *process));
+        self.wait(timeout, |state| done(state).then_some(())).is_some()
+    }
+
+    pub(crate) fn peers(&self) -> Vec<PeerStatus> {
+        let (state, now) = (self.state.lock(), self.now());
+        let status = |(&process, peer): (&u32, &Peer)| {
+            let health = state.detector.as_ref().and_then(|d| d.health(process, now));
+            PeerStatus {
+                process,
+                left: peer.left,
+                step: peer.step,
+                health: health.map(|h| h.0),
+                silent: health.map(|h| h.1),
+            }
+        };
+        state.peers.iter().map(status).collect()
+    }
+}

@@ -1,0 +1,312 @@
+//! Process 0 at rendezvous: collects the join requests, compares them, and starts all processes together.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
+use crate::transport::{Address, Connection, ListenAddress, Listener, Purpose, SessionId, TransportError};
+
+use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, Request};
+use super::{
+    Conflict, JoinInfo, MissingRanks, ProcessLabel, RendezvousConfig, RendezvousError, RendezvousRefusal, Roster,
+};
+use super::{RETRY, advertised, is_in_use, join, join_info};
+use crate::exit::Report;
+use crate::machine::Targets;
+
+/// Timeout of each message to or from a connected process.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Conflicts that are kept.
+const CONFLICTS_MAX: usize = 64;
+
+/// A process that has joined.
+struct Joined {
+    info: JoinInfo,
+    connection: Connection,
+}
+
+/// The join requests received so far.
+struct JoinState {
+    own: JoinInfo,
+    /// By rank, from rank 1.
+    joined: Vec<Option<Joined>>,
+    conflicts: Vec<Conflict>,
+    /// RV-4: these ranks will not join.
+    failed: Option<(Range<u32>, Report)>,
+    /// Connections of processes that did not join and receive the refusal.
+    rejected: Vec<Connection>,
+}
+
+/// Runs the rendezvous of process 0.
+pub(super) fn run(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&MissingRanks),
+) -> Result<(Roster, Listener), RendezvousError> {
+    let listener = listen(config, deadline)?;
+    let joined = (1..config.processes).map(|_| None).collect();
+    // Others reach process 0 by the configured name, which may resolve differently on their nodes.
+    let others = listener.addresses().iter().skip(1).cloned();
+    let published = std::iter::once(config.coordinator.clone()).chain(others).collect();
+    let own = join_info(config, advertised(config, published)?)?;
+    let mut state = JoinState { own, joined, conflicts: Vec::new(), failed: None, rejected: Vec::new() };
+    state.collect(config, &listener, deadline, on_waiting)?;
+    if let Some((ranks, report)) = state.failed.take() {
+        let error = state.refuse(RendezvousRefusal::Failed(report.clone()));
+        let missing = state.missing().into_iter().filter(|rank| !ranks.contains(rank)).collect();
+        refuse_missing(&listener, missing, &report, Instant::now() + config.report_within);
+        return Err(error);
+    }
+    if !state.conflicts.is_empty() {
+        return Err(state.refuse(RendezvousRefusal::Conflicts(state.conflicts.clone())));
+    }
+    let missing = state.missing();
+    if !missing.is_empty() {
+        // The deadline has passed.
+        let waited_ms = (config.timeout + deadline.elapsed()).as_millis() as u64;
+        let processes = config.processes;
+        let refused = listener.refused().total();
+        return Err(state.refuse(RendezvousRefusal::Missing { missing, processes, waited_ms, refused }));
+    }
+    let roster = state.roster()?;
+    listener.begin(roster.world());
+    match state.start(&roster) {
+        Ok(()) => Ok((roster, listener)),
+        Err(lost) => Err(state.refuse(RendezvousRefusal::Lost(lost))),
+    }
+}
+
+/// RV-4 on behalf of the failed `ranks`, which include process 0: refuses every process that connects within `report_within`.
+///
+/// # Errors
+/// The address cannot be listened on.
+pub(crate) fn refuse_callers(
+    config: &RendezvousConfig,
+    ranks: Range<u32>,
+    report: &Report,
+) -> Result<(), RendezvousError> {
+    let deadline = Instant::now() + config.report_within;
+    let listener = bind(config, deadline)?;
+    let missing = (0..config.processes).filter(|rank| !ranks.contains(rank)).collect();
+    refuse_missing(&listener, missing, report, deadline);
+    Ok(())
+}
+
+/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed.
+fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) {
+    while !missing.is_empty() {
+        let Ok((from, connection)) = listener.wait_any(Purpose::Rendezvous, deadline) else { return };
+        // The whole request is read first: closing a connection with unread bytes may discard the answer.
+        let ranks = match read_request(&connection) {
+            Ok(Request::Failed { ranks, .. }) => ranks,
+            Ok(Request::Join(_)) => from..from.saturating_add(1),
+            Err(_) => continue,
+        };
+        send_answer(&connection, &Answer::Refused(RendezvousRefusal::Failed(report.clone())));
+        missing.retain(|rank| !ranks.contains(rank));
+    }
+}
+
+fn read_request(connection: &Connection) -> Result<Request, WireError> {
+    wire::read_message(&mut connection.until(Instant::now() + REPLY_TIMEOUT), REQUEST_BYTES_MAX)
+}
+
+/// Listens on the coordinator's address, and on a second address that only the roster publishes.
+fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Listener, RendezvousError> {
+    match bind(config, deadline.min(Instant::now() + config.late_grace)) {
+        Err(error) if is_in_use(&error) => Err(join_as_duplicate(config, error)),
+        bound => Ok(bound?),
+    }
+}
+
+fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Listener, TransportError> {
+    let open = |listen: &[ListenAddress]| Listener::listen(0, config.secret.clone(), listen, config.listener);
+    let local = config.interface.unwrap_or((Ipv4Addr::LOCALHOST, 0).into());
+    loop {
+        let opened = match &config.coordinator {
+            Address::Unix(path) => open(&[ListenAddress::Unix(path.clone()), ListenAddress::Tcp(local)]),
+            Address::Tcp(name) => open_tcp(config, name, &open),
+        };
+        match opened {
+            // An earlier rank 0 that is about to end may still hold the address.
+            Err(error) if is_in_use(&error) && Instant::now() < give_up => std::thread::sleep(RETRY),
+            opened => return opened,
+        }
+    }
+}
+
+fn open_tcp(
+    config: &RendezvousConfig,
+    name: &str,
+    open: &dyn Fn(&[ListenAddress]) -> Result<Listener, TransportError>,
+) -> Result<Listener, TransportError> {
+    let failed = |cause| TransportError::Listen { address: config.coordinator.clone(), cause };
+    let mut last = failed(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
+    let Targets { addresses, is_hidden } = Targets::of(name, config.spans_nodes).map_err(failed)?;
+    for target in addresses {
+        let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let any = [ListenAddress::Tcp((any, target.port()).into()), ListenAddress::PrivateUnix];
+        let mut address = config.interface.unwrap_or(target);
+        address.set_port(target.port());
+        if is_hidden && config.interface.is_none() {
+            return open(&any);
+        }
+        match open(&[ListenAddress::Tcp(address), ListenAddress::PrivateUnix]) {
+            // The name resolves to an address in front of this node, such as a service's: listen on all local addresses.
+            Err(TransportError::Listen { cause, .. })
+                if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
+            {
+                return open(&any);
+            }
+            Err(error) => last = error,
+            opened => return opened,
+        }
+    }
+    Err(last)
+}
+
+/// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all processes as a conflict.
+fn join_as_duplicate(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
+    let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
+    match join::join(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
+        Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
+        _ => error.into(),
+    }
+}
+
+impl JoinState {
+    fn missing(&self) -> Vec<u32> {
+        (1u32..).zip(&self.joined).filter(|(_, entry)| entry.is_none()).map(|(rank, _)| rank).collect()
+    }
+
+    /// Accepts join requests until all ranks have joined, a failure is reported, the deadline passes, or `conflict_grace`
+    /// passes after a conflict.
+    fn collect(
+        &mut self,
+        config: &RendezvousConfig,
+        listener: &Listener,
+        deadline: Instant,
+        on_waiting: &mut dyn FnMut(&MissingRanks),
+    ) -> Result<(), TransportError> {
+        let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
+        loop {
+            // A process that died while it waited has to join again.
+            for entry in &mut self.joined {
+                entry.take_if(|joined| joined.connection.is_closed());
+            }
+            let now = Instant::now();
+            if !self.conflicts.is_empty() {
+                deadline = deadline.min(now + config.conflict_grace);
+            }
+            let missing = self.missing();
+            if missing.is_empty() || now >= deadline || self.failed.is_some() {
+                return Ok(());
+            }
+            if now >= report_at {
+                on_waiting(&MissingRanks::Ranks { missing, processes: config.processes });
+                report_at = now + config.report_every;
+            }
+            match listener.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {
+                Ok((from, connection)) => self.handle_request(from, connection),
+                Err(TransportError::Missing { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Reads a request and records the process as joined, failed or in conflict.
+    fn handle_request(&mut self, from: u32, connection: Connection) {
+        let info = match read_request(&connection) {
+            Ok(Request::Join(info)) if info.member.process == from && info.check().is_ok() => info,
+            Ok(Request::Failed { ranks, report }) if report.concerns_all() => {
+                self.failed = Some((ranks, report));
+                return self.rejected.push(connection);
+            }
+            // The sender holds the secret, so this is a bug or a dying process, which may join again.
+            request => {
+                tracing::warn!(from, error = ?request.err(), "invalid rendezvous request");
+                return;
+            }
+        };
+        if let Some(conflict) = self.own.conflict(&info) {
+            self.add_conflict(conflict);
+        }
+        let Some(entry) = from.checked_sub(1).and_then(|index| self.joined.get_mut(index as usize)) else {
+            // Rank 0 is this process. A rank beyond the world has another world size: that conflict is recorded above.
+            if from == 0 {
+                let (first, second) = (self.own.member.label(), info.member.label());
+                self.add_conflict(Conflict::Duplicate { first, second });
+            }
+            self.rejected.push(connection);
+            return;
+        };
+        let Some(present) = entry else {
+            *entry = Some(Joined { info, connection });
+            return;
+        };
+        let (old, new) = (&present.info.member, &info.member);
+        let (first, second) = (old.label(), new.label());
+        if present.connection.is_closed() || new.restart > old.restart || first == second {
+            // RV-3
+            *entry = Some(Joined { info, connection });
+        } else if new.restart < old.restart {
+            // Only the process of an earlier attempt is refused; the others continue.
+            let conflicts = vec![Conflict::Duplicate { first, second }];
+            send_answer(&connection, &Answer::Refused(RendezvousRefusal::Conflicts(conflicts)));
+        } else {
+            self.add_conflict(Conflict::Duplicate { first, second });
+            self.rejected.push(connection);
+        }
+    }
+
+    fn add_conflict(&mut self, conflict: Conflict) {
+        if self.conflicts.len() < CONFLICTS_MAX && !self.conflicts.contains(&conflict) {
+            self.conflicts.push(conflict);
+        }
+    }
+
+    fn roster(&self) -> Result<Roster, RendezvousError> {
+        let others = self.joined.iter().flatten().map(|joined| joined.info.member.clone());
+        let members: Vec<_> = std::iter::once(self.own.member.clone()).chain(others).collect();
+        let epoch = members.iter().map(|m| m.restart).max().unwrap_or(0);
+        Ok(Roster { session: SessionId::random().map_err(TransportError::from)?, epoch, members })
+    }
+
+    /// RV-1. The error is the process that was lost.
+    fn start(&self, roster: &Roster) -> Result<(), ProcessLabel> {
+        let label = |joined: &Joined| joined.info.member.label();
+        let answer = Answer::Roster(roster.clone());
+        for joined in self.joined.iter().flatten() {
+            send_answer(&joined.connection, &answer).then_some(()).ok_or_else(|| label(joined))?;
+        }
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        for joined in self.joined.iter().flatten() {
+            match wire::read_message::<Ready>(&mut joined.connection.until(deadline), REQUEST_BYTES_MAX) {
+                Ok(ready) if ready.session == roster.session => {}
+                _ => return Err(label(joined)),
+            }
+        }
+        for joined in self.joined.iter().flatten() {
+            send_answer(&joined.connection, &Answer::Start).then_some(()).ok_or_else(|| label(joined))?;
+        }
+        Ok(())
+    }
+
+    /// RV-2: sends the refusal to all connected processes.
+    fn refuse(&self, refusal: RendezvousRefusal) -> RendezvousError {
+        let answer = Answer::Refused(refusal.clone());
+        for connection in self.joined.iter().flatten().map(|joined| &joined.connection).chain(&self.rejected) {
+            send_answer(connection, &answer);
+        }
+        RendezvousError::Refused(refusal)
+    }
+}
+
+/// Returns false if the answer could not be sent.
+fn send_answer(connection: &Connection, answer: &Answer) -> bool {
+    let mut writer = connection.until(Instant::now() + REPLY_TIMEOUT);
+    wire::write_message(&mut writer, answer, MESSAGE_BYTES_MAX).is_ok()
+}

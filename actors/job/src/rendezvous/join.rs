@@ -1,0 +1,172 @@
+//! Every process but 0 at rendezvous: connects to process 0, sends its [`JoinInfo`], waits for the roster.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use crate::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
+use crate::transport::{
+    Address, Connection, Hello, ListenAddress, Listener, Purpose, Refusal, SessionId, TransportError, connect,
+};
+
+use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, RendezvousRefusal, Request};
+use super::{JoinInfo, MissingRanks, RETRY, RendezvousConfig, RendezvousError, Roster};
+use super::{advertised, join_info, local_address};
+use crate::exit::Report;
+
+/// Time after the deadline for process 0's report of the missing ranks to arrive.
+const MARGIN: Duration = Duration::from_secs(5);
+/// Longest cause of a failure that is reported, in bytes.
+const CAUSE_BYTES_MAX: usize = 4 << 10;
+
+/// Runs the rendezvous of a process other than 0.
+pub(super) fn join(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&MissingRanks),
+) -> Result<(Roster, Listener), RendezvousError> {
+    // TCP for processes on other nodes, and a Unix socket for those on this node.
+    let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
+    let listen = [ListenAddress::Tcp(address), ListenAddress::PrivateUnix];
+    let listener = Listener::listen(config.process, config.secret.clone(), &listen, config.listener)?;
+    let own = join_info(config, advertised(config, listener.addresses().to_vec())?)?;
+    loop {
+        let connection = connect_to_coordinator(config, deadline, on_waiting)?;
+        match request_join(config, &own, &listener, &connection, deadline) {
+            // Process 0 closed the connection during the wait: it was restarted, or a newer process has this rank.
+            Err(RendezvousError::Transport(error)) if is_hangup(&error) && Instant::now() < deadline => {
+                tracing::warn!(%error, "lost rank 0 at rendezvous; connecting again");
+                std::thread::sleep(RETRY);
+            }
+            result => return result.map(|roster| (roster, listener)),
+        }
+    }
+}
+
+/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join.
+///
+/// # Errors
+/// The report was not accepted in time, or the processes already run without these ranks.
+pub(crate) fn send_failure(
+    config: &RendezvousConfig,
+    ranks: Range<u32>,
+    report: &Report,
+) -> Result<(), RendezvousError> {
+    let (deadline, from) = (Instant::now() + config.report_within, ranks.start);
+    let cause = report.cause[..report.cause.floor_char_boundary(CAUSE_BYTES_MAX)].to_string();
+    let request = Request::Failed { ranks, report: Report { cause, ..report.clone() } };
+    let hello = hello(config, from);
+    loop {
+        let connection = connect(&config.coordinator, &config.secret, &hello, deadline)?;
+        let until = || connection.until(deadline);
+        let written = wire::write_message(&mut until(), &request, REQUEST_BYTES_MAX);
+        let answer = written.and_then(|()| wire::read_message::<Answer>(&mut until(), MESSAGE_BYTES_MAX));
+        match answer {
+            Ok(_) => return Ok(()),
+            // It ended before it accepted the report, so others may not have received it.
+            Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
+            Err(cause) => {
+                let peer = format!("rank 0 at {}", config.coordinator);
+                return Err(TransportError::Wire { peer, cause }.into());
+            }
+        }
+    }
+}
+
+/// The hello of a process without a session yet. Everything between nodes is encrypted.
+pub(super) fn hello(config: &RendezvousConfig, from: u32) -> Hello {
+    let sealed = matches!(config.coordinator, Address::Tcp(_));
+    let session = SessionId::default();
+    Hello { session, epoch: config.restart, from, to: 0, sealed, purpose: Purpose::Rendezvous }
+}
+
+/// Opens an authenticated connection to process 0.
+fn connect_to_coordinator(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&MissingRanks),
+) -> Result<Connection, RendezvousError> {
+    let hello = hello(config, config.process);
+    let late_until = deadline.min(Instant::now() + config.late_grace);
+    let mut report_at = Instant::now() + config.report_every;
+    loop {
+        let error = match connect(&config.coordinator, &config.secret, &hello, deadline.min(report_at)) {
+            Ok(connection) => return Ok(connection),
+            Err(error) => error,
+        };
+        let now = Instant::now();
+        match (&error, error.refusal()) {
+            (_, Some(Refusal::Late { .. })) if now < late_until => std::thread::sleep(RETRY),
+            (_, Some(Refusal::Late { epoch })) => {
+                let (process, epoch, coordinator) = (config.process, *epoch, config.coordinator.clone());
+                return Err(RendezvousError::Late { process, epoch, coordinator });
+            }
+            (TransportError::Unreachable { .. }, _) if now < deadline => {}
+            _ => return Err(error.into()),
+        }
+        if now >= report_at {
+            on_waiting(&MissingRanks::Coordinator { address: config.coordinator.clone() });
+            report_at = now + config.report_every;
+        }
+    }
+}
+
+/// Runs the exchange with process 0, from the join request to the start.
+fn request_join(
+    config: &RendezvousConfig,
+    own: &JoinInfo,
+    listener: &Listener,
+    connection: &Connection,
+    deadline: Instant,
+) -> Result<Roster, RendezvousError> {
+    let peer = || format!("rank 0 at {}", config.coordinator);
+    let broken = |cause| RendezvousError::Transport(TransportError::Wire { peer: peer(), cause });
+    let unexpected =
+        |action: &str| RendezvousError::Unexpected { coordinator: config.coordinator.clone(), action: action.into() };
+    let receive =
+        |deadline| wire::read_message::<Answer>(&mut connection.until(deadline), MESSAGE_BYTES_MAX).map_err(broken);
+
+    let begin = Instant::now();
+    let join = Request::Join(own.clone());
+    wire::write_message(&mut connection.until(deadline + MARGIN), &join, REQUEST_BYTES_MAX).map_err(broken)?;
+    let mut roster = match receive(deadline + MARGIN) {
+        Ok(Answer::Roster(roster)) => roster,
+        Ok(Answer::Refused(refusal)) => return Err(RendezvousError::Refused(refusal)),
+        Ok(Answer::Start) => return Err(unexpected("sent the start before the roster")),
+        Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
+            let waited_ms = begin.elapsed().as_millis();
+            return Err(unexpected(&format!(
+                "neither started nor refused in {waited_ms} ms: it is frozen, or waits for ranks that start much later"
+            )));
+        }
+        Err(error) => return Err(error),
+    };
+    let in_order = (0u32..).zip(&roster.members).all(|(rank, member)| member.process == rank);
+    let listed = roster.members.get(config.process as usize);
+    if !in_order || roster.members.len() != config.processes as usize || listed != Some(&own.member) {
+        return Err(unexpected("sent a roster of another world"));
+    }
+    // Rank 0 may publish the unspecified address; the coordinator's name, by which this process reached it, replaces that.
+    let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
+    for address in &mut roster.members[0].addresses {
+        if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
+            *address = config.coordinator.clone();
+        }
+    }
+    listener.begin(roster.world());
+    // From here on the loss of process 0 fails the start. If it has already closed the connection, its refusal may still be
+    // readable, so a failure to send `Ready` is ignored.
+    let ready = Ready { session: roster.session };
+    let deadline = Instant::now() + config.timeout;
+    let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);
+    match receive(deadline) {
+        Ok(Answer::Start) => Ok(roster),
+        Ok(Answer::Refused(refusal)) => Err(RendezvousError::Refused(refusal)),
+        Ok(Answer::Roster(_)) => Err(unexpected("sent a second roster")),
+        Err(_) => Err(RendezvousError::Refused(RendezvousRefusal::Lost(roster.members[0].label()))),
+    }
+}
+
+fn is_hangup(error: &TransportError) -> bool {
+    matches!(error, TransportError::Wire { cause: cause @ WireError::Io(_), .. } if !cause.is_timeout())
+}

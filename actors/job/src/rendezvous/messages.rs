@@ -1,0 +1,429 @@
+//! Messages of the rendezvous, and the reasons for which it refuses a start.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+
+use crate::transport::{Address, SessionId, SettledWorld, TransportError};
+use serde::{Deserialize, Serialize};
+
+use super::facts::{VALUE_BYTES_MAX, advice};
+use crate::exit::{Exit, Report};
+use crate::machine::affinity;
+
+/// Largest request to process 0.
+pub(super) const REQUEST_BYTES_MAX: usize = 16 << 10;
+const NAME_BYTES_MAX: usize = 256;
+const FACTS_MAX: usize = 96;
+/// Largest sum of the lengths of all facts' names and values.
+const FACTS_BYTES_MAX: usize = 9 << 10;
+const ADDRESSES_MAX: usize = 8;
+const ADDRESS_BYTES_MAX: usize = 512;
+/// 64-bit words for 1024 cores, the size of the kernel's affinity mask.
+const CORES_WORDS_MAX: usize = 16;
+/// Ranks or conflicts that a message lists; it counts the rest.
+const LISTED_MAX: usize = 16;
+
+/// The program that a process runs, and its host and process id.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// Version of this crate.
+    pub version: String,
+    /// BLAKE3 of the executable.
+    pub binary: [u8; 32],
+    /// The kernel's boot id and the host name: the same for all processes of one machine.
+    pub node: String,
+    /// Hash of user, device, inode and path of `TMPDIR`. Processes with the same hash can open each other's sockets in that
+    /// folder. Containers of one host have the same `node` but may have separate `/tmp`.
+    pub sockets: [u8; 32],
+    /// Affinity mask: see [`crate::machine::threads_per_device`].
+    pub cores: Vec<u64>,
+    /// Host name, for messages.
+    pub host: String,
+    /// Process id, for messages.
+    pub pid: u32,
+}
+
+impl Identity {
+    /// The identity of the running process. Reads the whole executable.
+    ///
+    /// # Errors
+    /// [`RendezvousError::Identity`].
+    pub fn of_this_process() -> Result<Self, RendezvousError> {
+        let failed = |part| move |cause| RendezvousError::Identity { part, cause };
+        // `/proc/self/exe` is the running file even if another file replaced it at its path.
+        let executable = File::open("/proc/self/exe");
+        let executable = executable.or_else(|_| std::env::current_exe().and_then(File::open));
+        let mut hasher = blake3::Hasher::new();
+        executable.and_then(|file| hasher.update_reader(file).map(drop)).map_err(failed("executable"))?;
+        let read = |path| std::fs::read_to_string(path).map(|text| text.trim().to_string());
+        let host = read("/proc/sys/kernel/hostname").map_err(failed("host name"))?;
+        let boot = read("/proc/sys/kernel/random/boot_id").map_err(failed("boot id"))?;
+        let (version, pid) = (env!("CARGO_PKG_VERSION").into(), std::process::id());
+        let folder = std::env::temp_dir();
+        let inode = std::fs::metadata(&folder).map(|data| (data.dev(), data.ino())).ok();
+        let sockets = format!("{:?} {inode:?} {folder:?}", rustix::process::geteuid());
+        let (binary, sockets) = (*hasher.finalize().as_bytes(), *blake3::hash(sockets.as_bytes()).as_bytes());
+        Ok(Self { version, binary, node: format!("{boot} {host}"), sockets, cores: affinity(), host, pid })
+    }
+}
+
+/// One process of a world, as published to the others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its rank.
+    pub process: u32,
+    /// See [`Identity::node`].
+    pub node: String,
+    /// See [`Identity::sockets`].
+    pub sockets: [u8; 32],
+    /// See [`Identity::cores`].
+    pub cores: Vec<u64>,
+    /// See [`Identity::host`].
+    pub host: String,
+    /// See [`Identity::pid`].
+    pub pid: u32,
+    /// How many times it was restarted.
+    pub restart: u64,
+    /// Addresses of its listener.
+    pub addresses: Vec<Address>,
+    /// UDP address that receives heartbeats.
+    pub heartbeat: SocketAddr,
+}
+
+impl Member {
+    /// Label for messages.
+    pub fn label(&self) -> ProcessLabel {
+        ProcessLabel { process: self.process, host: self.host.clone(), pid: self.pid }
+    }
+
+    /// True if the two run on one node and can open each other's Unix sockets.
+    pub fn is_near(&self, other: &Self) -> bool {
+        let can_open = self.sockets == other.sockets && self.unix().is_some() && other.unix().is_some();
+        self.node == other.node && can_open
+    }
+
+    /// The address to dial from another node.
+    pub fn tcp(&self) -> Option<&Address> {
+        self.addresses.iter().find(|a| matches!(a, Address::Tcp(_)))
+    }
+
+    /// The address to dial from its own node.
+    pub fn unix(&self) -> Option<&Address> {
+        self.addresses.iter().find(|a| matches!(a, Address::Unix(_)))
+    }
+}
+
+/// A value that must be equal on all processes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fact {
+    /// Its name.
+    pub name: String,
+    /// Its value, as text.
+    pub value: String,
+}
+
+impl Fact {
+    /// Makes a fact.
+    pub fn new(name: impl Into<String>, value: impl ToString) -> Self {
+        Self { name: name.into(), value: value.to_string() }
+    }
+}
+
+/// The data that a process sends in order to join.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinInfo {
+    /// The process and its addresses.
+    pub member: Member,
+    /// Values that must be equal on all processes. A value comes before those that depend on it.
+    pub facts: Vec<Fact>,
+}
+
+impl JoinInfo {
+    /// Checks the size of every part.
+    ///
+    /// # Errors
+    /// [`RendezvousError::TooLong`].
+    pub fn check(&self) -> Result<(), RendezvousError> {
+        let member = &self.member;
+        let longest = member.addresses.iter().map(|a| a.to_string().len()).max().unwrap_or(0);
+        let all_bytes = self.facts.iter().map(|fact| fact.name.len() + fact.value.len()).sum();
+        let fixed = [
+            ("node", member.node.len(), NAME_BYTES_MAX),
+            ("host name", member.host.len(), NAME_BYTES_MAX),
+            ("mask of cores", member.cores.len(), CORES_WORDS_MAX),
+            ("list of addresses", member.addresses.len(), ADDRESSES_MAX),
+            ("address", longest, ADDRESS_BYTES_MAX),
+            ("list of facts", self.facts.len(), FACTS_MAX),
+        ];
+        // Each fact is checked before their total, because the name of a long fact is the better hint.
+        let facts = self.facts.iter().map(|fact| (fact.name.as_str(), fact.value.len(), VALUE_BYTES_MAX));
+        let total = ("text of all facts", all_bytes, FACTS_BYTES_MAX);
+        for (part, length, length_max) in fixed.into_iter().chain(facts).chain([total]) {
+            if length > length_max {
+                let part = part.chars().take(NAME_BYTES_MAX).collect();
+                return Err(RendezvousError::TooLong { process: member.label(), part, length, length_max });
+            }
+        }
+        Ok(())
+    }
+
+    /// The first fact whose value differs in another process.
+    pub(super) fn conflict(&self, other: &Self) -> Option<Conflict> {
+        let value = |info: &Self, name: &str| {
+            let fact = info.facts.iter().find(|fact| fact.name == name);
+            fact.map_or_else(|| "nothing".to_owned(), |fact| fact.value.clone())
+        };
+        self.facts.iter().chain(&other.facts).find_map(|Fact { name, .. }| {
+            let (first_value, second_value) = (value(self, name), value(other, name));
+            let (name, first, second) = (name.clone(), self.member.label(), other.member.label());
+            let is_different = first_value != second_value;
+            is_different.then_some(Conflict::Differs { name, first, first_value, second, second_value })
+        })
+    }
+}
+
+/// The members of a world.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Roster {
+    /// Random id of the session, the same for all.
+    pub session: SessionId,
+    /// The largest restart count of all members.
+    pub epoch: u64,
+    /// By rank.
+    pub members: Vec<Member>,
+}
+
+impl Roster {
+    /// The values that the listener needs.
+    pub fn world(&self) -> SettledWorld {
+        SettledWorld { session: self.session, epoch: self.epoch, processes: self.members.len() as u32 }
+    }
+}
+
+/// The first message to process 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Request {
+    /// A process joins.
+    Join(JoinInfo),
+    /// These ranks will not join, and a restart would not help.
+    Failed { ranks: Range<u32>, report: Report },
+}
+
+/// An answer of process 0.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Answer {
+    /// All have joined. The receiver accepts connections of the members and sends [`Ready`].
+    Roster(Roster),
+    /// All are ready.
+    Start,
+    /// The world does not start.
+    Refused(RendezvousRefusal),
+}
+
+/// To process 0: the sender accepts connections of the session's members.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Ready {
+    pub session: SessionId,
+}
+
+/// A process's rank, host and process id, for messages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessLabel {
+    /// Its rank.
+    pub process: u32,
+    /// Its host.
+    pub host: String,
+    /// Its process id.
+    pub pid: u32,
+}
+
+impl fmt::Display for ProcessLabel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} (host {}, pid {})", self.process, self.host, self.pid)
+    }
+}
+
+/// Two processes that cannot be in the same world.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Conflict {
+    /// A fact has different values.
+    #[error("{first} and {second} differ in their {name}: {first_value} and {second_value}; {}", advice(.name))]
+    Differs {
+        /// Name of the fact.
+        name: String,
+        /// The first process: rank 0.
+        first: ProcessLabel,
+        /// Its value.
+        first_value: String,
+        /// The second process.
+        second: ProcessLabel,
+        /// Its value.
+        second_value: String,
+    },
+    /// They claim the same rank.
+    #[error("two processes claim one rank: {first} and {second}; give each process its own rank")]
+    Duplicate {
+        /// The one that joined first.
+        first: ProcessLabel,
+        /// The other.
+        second: ProcessLabel,
+    },
+}
+
+/// Why the world does not start; the same for all processes that can be reached.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RendezvousRefusal {
+    /// Some processes are incompatible.
+    #[error("the ranks are incompatible: {}", list(.0))]
+    Conflicts(Vec<Conflict>),
+    /// Some processes did not join in time.
+    #[error(
+        "{} did not join in {waited_ms} ms: {} of {processes} joined{}",
+        ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
+    )]
+    Missing {
+        /// Their ranks, at least one.
+        missing: Vec<u32>,
+        /// World size.
+        processes: u32,
+        /// Milliseconds waited.
+        waited_ms: u64,
+        /// Connections that rank 0 refused during the wait.
+        refused: u64,
+    },
+    /// A process ended before it joined, for a cause that no restart fixes.
+    #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
+    Failed(Report),
+    /// A process ended or froze after all had joined.
+    #[error("{0} joined and was lost before the start; see its log")]
+    Lost(ProcessLabel),
+}
+
+/// The processes that a wait is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MissingRanks {
+    /// At process 0: these ranks have not joined.
+    Ranks {
+        /// Their ranks.
+        missing: Vec<u32>,
+        /// World size.
+        processes: u32,
+    },
+    /// At other processes: process 0 cannot be reached yet.
+    Coordinator {
+        /// Its address.
+        address: Address,
+    },
+}
+
+impl fmt::Display for MissingRanks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ranks { missing, processes } => {
+                write!(f, "waiting for {}: {} of {processes} joined", ranks(missing), joined(missing, *processes))
+            }
+            Self::Coordinator { address } => write!(f, "waiting for rank 0 at {address}"),
+        }
+    }
+}
+
+fn joined(missing: &[u32], processes: u32) -> usize {
+    (processes as usize).saturating_sub(missing.len())
+}
+
+/// Formats ranks for messages.
+pub fn ranks(ranks: &[u32]) -> String {
+    let word = if ranks.len() == 1 { "rank" } else { "ranks" };
+    let listed: Vec<String> = ranks.iter().take(LISTED_MAX).map(u32::to_string).collect();
+    format!("{word} {}{}", listed.join(", "), more(ranks.len()))
+}
+
+fn refused_connections(connections: u64) -> String {
+    match connections {
+        0 => String::new(),
+        n => format!("; rank 0 refused {n} connections: another secret or version on a rank, or unrelated peers"),
+    }
+}
+
+fn list(conflicts: &[Conflict]) -> String {
+    let listed: Vec<String> = conflicts.iter().take(LISTED_MAX).map(Conflict::to_string).collect();
+    format!("{}{}", listed.join("; "), more(conflicts.len()))
+}
+
+fn more(count: usize) -> String {
+    if count > LISTED_MAX { format!(" and {} more", count - LISTED_MAX) } else { String::new() }
+}
+
+/// Why a process did not join a world.
+#[derive(Debug, thiserror::Error)]
+pub enum RendezvousError {
+    /// A connection could not be made or was lost.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The rendezvous refused the start for all processes.
+    #[error("cannot start: {0}")]
+    Refused(RendezvousRefusal),
+    /// The world runs without this process.
+    #[error(
+        "rank {process} joined too late: epoch {epoch} already runs at {coordinator}; \
+         stop it, or restart all ranks together"
+    )]
+    Late {
+        /// This process.
+        process: u32,
+        /// The epoch that runs.
+        epoch: u64,
+        /// The address of process 0.
+        coordinator: Address,
+    },
+    /// An invalid rank or world size.
+    #[error("rank {process} of a world of {processes}: expected 1 to 4096 processes, and ranks below their number")]
+    Rank {
+        /// The rank.
+        process: u32,
+        /// World size.
+        processes: u32,
+    },
+    /// A part of a process's [`JoinInfo`] is too long.
+    #[error("{process}: {part} of length {length}, at most {length_max} is allowed")]
+    TooLong {
+        /// The process.
+        process: ProcessLabel,
+        /// The part.
+        part: String,
+        /// Its length.
+        length: usize,
+        /// The largest length.
+        length_max: usize,
+    },
+    /// A part of the process's [`Identity`] cannot be read.
+    #[error("cannot read this process's {part}: {cause}")]
+    Identity {
+        /// The part.
+        part: &'static str,
+        /// The system's error.
+        #[source]
+        cause: io::Error,
+    },
+    /// The coordinator's name cannot be resolved, or there is no route to it.
+    #[error("no route to {coordinator}: {cause}")]
+    NoRoute {
+        /// The address of process 0.
+        coordinator: Address,
+        /// The system's error.
+        #[source]
+        cause: io::Error,
+    },
+    /// Process 0 received the join request and then did not answer in time or sent an invalid answer: a bug.
+    #[error("rank 0 at {coordinator} {action}")]
+    Unexpected {
+        /// Its address.
+        coordinator: Address,
+        /// What it did.
+        action: String,
+    },
+}

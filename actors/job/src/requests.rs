@@ -1,0 +1,345 @@
+//! Requests to a training process: save a checkpoint, or end. Their sources are signals, the end time of a Slurm job, and the
+//! program.
+//!
+//! ```ignore
+//! use shardflow::prelude::*;
+//!
+//! # fn program(plan: Plan) -> Result<Exit, Box<dyn std::error::Error>> {
+//! let requests = Requests::on_signals()?; // comes first: process 1 of a container ignores signals without a handler
+//! let options = SessionOptions { requests: Some(requests.clone()), ..SessionOptions::default() };
+//! let mut session = Session::start(plan, &options)?;
+//! let deferred = requests.defer(); // before this, SIGTERM ends the process at once
+//! for _ in 0..1000 {
+//!     match session.step(&[], 1e-3)?.request {
+//!         Request::Nothing => {}
+//!         Request::Checkpoint => {} // save; all processes get this request after the same step
+//!         Request::End(exit) => return Ok(exit), // save and end
+//!     }
+//! }
+//! drop(deferred);
+//! # Ok(Exit::Done)
+//! # }
+//! ```
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{env, fs, io, thread};
+
+use parking_lot::Mutex;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+
+use crate::departure::report;
+use crate::exit::{Exit, own_rank};
+use crate::output;
+
+/// Slurm's variable with the job's end time, in Unix seconds.
+const JOB_END_TIME: &str = "SLURM_JOB_END_TIME";
+/// How long before the job's end time the training ends, in addition to the time of a step and a save.
+const MARGIN: Duration = Duration::from_secs(60);
+/// How long a process that ends at once waits for the reader of its output.
+const OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// A request, which takes effect after a step. All processes get the same one: the strongest that any of them has received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Request {
+    /// Continue.
+    #[default]
+    Nothing,
+    /// Save a checkpoint and continue.
+    Checkpoint,
+    /// Save a checkpoint and end with this exit.
+    End(Exit),
+}
+
+impl Request {
+    /// The number that processes exchange; a stronger request has a larger number.
+    pub fn code(self) -> u64 {
+        match self {
+            Request::Nothing => 0,
+            Request::Checkpoint => 1,
+            Request::End(exit) => 0x100 | u64::from(exit.code()),
+        }
+    }
+
+    /// The inverse of [`Request::code`].
+    pub fn from_code(code: u64) -> Self {
+        match code {
+            0 => Request::Nothing,
+            1 => Request::Checkpoint,
+            end => Request::End(Exit::from_code(end as u8)),
+        }
+    }
+
+    fn or_stronger(self, other: Request) -> Request {
+        if other.code() > self.code() { other } else { self }
+    }
+}
+
+/// When a signal that ends the process takes effect.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    AtOnce,
+    /// The program ends after the step.
+    Deferred,
+    /// The same, but at most this long after the signal.
+    Within(Duration),
+}
+
+/// The job's end time, since 1970, and the margin before it.
+#[derive(Clone, Copy, Debug)]
+struct JobEnd {
+    at: Duration,
+    margin: Duration,
+}
+
+#[derive(Debug)]
+struct State {
+    pending: Request,
+    on_usr1: Request,
+    effect: Effect,
+    job_end: Option<JobEnd>,
+    /// Duration of a save.
+    save: Duration,
+}
+
+/// Requests to this process. The option `requests` of a session makes a session agree on them with all others.
+#[derive(Debug)]
+pub struct Requests {
+    state: Mutex<State>,
+}
+
+impl Default for Requests {
+    /// Without signal handlers: only [`Requests::submit`] makes requests.
+    fn default() -> Self {
+        let (pending, on_usr1, effect) = (Request::Nothing, Request::Checkpoint, Effect::AtOnce);
+        Self { state: Mutex::new(State { pending, on_usr1, effect, job_end: None, save: Duration::ZERO }) }
+    }
+}
+
+/// Guard: while it exists, a signal ends the process after the step; otherwise a signal ends it at once.
+#[derive(Debug)]
+pub struct Deferred<'a> {
+    requests: &'a Requests,
+}
+
+impl Deferred<'_> {
+    /// From now on a signal ends the process after at most `limit`. For work after the last step, which has no other limit.
+    pub fn within(&self, limit: Duration) {
+        let mut state = self.requests.state.lock();
+        state.effect = Effect::Within(limit);
+        if let Request::End(exit) = state.pending {
+            end_after(limit, exit);
+        }
+    }
+}
+
+impl Drop for Deferred<'_> {
+    fn drop(&mut self) {
+        self.requests.state.lock().effect = Effect::AtOnce;
+    }
+}
+
+impl Requests {
+    /// Installs signal handlers, and watches the end time of the Slurm job if there is one:
+    ///
+    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: at once, or under [`Requests::defer`] by [`Request::End`] after
+    ///   the step. A SIGINT after one of them ends it at once. A signal that was ignored when the process started stays ignored
+    ///   (`nohup`), except SIGTERM.
+    /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. It is ignored outside of
+    ///   [`Requests::defer`], when there is no training to save.
+    /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`] in time for a step, a save and a margin. A time in the
+    ///   past is ignored because it belongs to another job.
+    ///
+    /// # Errors
+    /// The handlers cannot be installed, or their thread cannot be started.
+    pub fn on_signals() -> io::Result<Arc<Self>> {
+        let requests = Arc::new(Self::default());
+        let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
+        requests.state.lock().job_end = end.filter(|end| *end > since_1970()).map(|at| JobEnd { at, margin: MARGIN });
+        let mut signals = signal_hook::iterator::Signals::new(not_ignored(&[SIGTERM, SIGUSR1], &[SIGINT, SIGHUP]))?;
+        let own = requests.clone();
+        let run = move || signals.forever().for_each(|signal| own.signal(signal));
+        thread::Builder::new().name("signals".into()).spawn(run)?;
+        Ok(requests)
+    }
+
+    /// Sets the request that SIGUSR1 makes.
+    pub fn set_on_usr1(&self, request: Request) {
+        self.state.lock().on_usr1 = request;
+    }
+
+    /// Sets how long before a Slurm job's end time the training ends, in addition to the time of a step and a save.
+    pub fn set_job_end_margin(&self, margin: Duration) {
+        self.state.lock().job_end.iter_mut().for_each(|end| end.margin = margin);
+    }
+
+    /// Sets the expected duration of a save, such as that of the last one.
+    pub fn set_save_time(&self, time: Duration) {
+        self.state.lock().save = time;
+    }
+
+    /// Defers requests until the guard is dropped; the program handles them between steps.
+    pub fn defer(&self) -> Deferred<'_> {
+        self.state.lock().effect = Effect::Deferred;
+        Deferred { requests: self }
+    }
+
+    /// Makes a request, which takes effect after the running step or the next one.
+    pub fn submit(&self, request: Request) {
+        let mut state = self.state.lock();
+        state.pending = state.pending.or_stronger(request);
+    }
+
+    /// The pending request to this process.
+    pub fn pending(&self) -> Request {
+        self.state.lock().pending
+    }
+
+    /// The pending request, after taking the job's end time into account. `step` is the duration of a step.
+    pub fn before_step(&self, step: Duration, now: Duration) -> Request {
+        let mut state = self.state.lock();
+        let left = state.save + step;
+        if state.job_end.is_some_and(|end| now + left + end.margin >= end.at) {
+            state.pending = state.pending.or_stronger(Request::End(Exit::Retry));
+        }
+        state.pending
+    }
+
+    /// Applies the request that all processes agreed on. `Checkpoint` clears a pending request for a checkpoint, also one that
+    /// arrived during the step, because the save that follows contains the newest state. A request to end stays pending on every
+    /// process.
+    pub fn agreed(&self, request: Request) {
+        let mut state = self.state.lock();
+        match request {
+            Request::Checkpoint if state.pending == Request::Checkpoint => state.pending = Request::Nothing,
+            Request::Nothing | Request::Checkpoint => {}
+            Request::End(_) => state.pending = state.pending.or_stronger(request),
+        }
+    }
+
+    fn signal(&self, signal: i32) {
+        let mut state = self.state.lock();
+        let request = match signal {
+            SIGUSR1 => state.on_usr1,
+            _ => Request::End(Exit::Signal(signal as u8)),
+        };
+        let is_second = signal == SIGINT && matches!(state.pending, Request::End(_));
+        match (state.effect, request) {
+            (Effect::AtOnce, Request::End(exit)) => end_now(exit),
+            (Effect::AtOnce, _) => return,
+            (_, Request::End(exit)) if is_second => end_now(exit),
+            (Effect::Within(limit), Request::End(exit)) => end_after(limit, exit),
+            _ => {}
+        }
+        state.pending = state.pending.or_stronger(request);
+    }
+}
+
+fn end_after(limit: Duration, exit: Exit) {
+    let late = move || {
+        thread::sleep(limit);
+        end_now(exit)
+    };
+    // If the thread cannot start, the program still ends after its work.
+    drop(thread::Builder::new().name("deadline".into()).spawn(late));
+}
+
+/// Ends the process without running exit handlers, which may wait for threads that do not end.
+fn end_now(exit: Exit) -> ! {
+    if exit == Exit::Retry {
+        // The launcher must not restart it.
+        let _ = report(exit, "ended on request, outside of the training", Some(own_rank()));
+    }
+    // A live progress line has no line end; without one a shell's prompt would follow it.
+    output::stdout().end_line();
+    output::finish(Some(OUTPUT_TIMEOUT));
+    signal_hook::low_level::exit(i32::from(exit.code()))
+}
+
+/// The current time since 1970.
+pub fn since_1970() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
+}
+
+/// The signals `always`, and those of `others` that were not ignored when the process started, as under `nohup`.
+pub(crate) fn not_ignored<'a>(always: &'a [i32], others: &'a [i32]) -> impl Iterator<Item = i32> + 'a {
+    let ignored = signal_mask("self", "SigIgn:");
+    always.iter().chain(others.iter().filter(move |signal| ignored >> (*signal - 1) & 1 == 0)).copied()
+}
+
+/// A process's signal set from `/proc/<process>/status`; bit n - 1 is signal n. Empty if it cannot be read.
+pub(crate) fn signal_mask(process: &str, name: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix(name));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_survive_the_exchange_and_the_stronger_wins() {
+        let term = Request::End(Exit::Signal(15));
+        let end = Request::End;
+        let all =
+            [Request::Nothing, Request::Checkpoint, end(Exit::Done), end(Exit::Retry), end(Exit::Signal(2)), term];
+        assert!(all.iter().all(|request| Request::from_code(request.code()) == *request));
+        assert!(all.windows(2).all(|pair| pair[0].code() < pair[1].code()));
+        let requests = Requests::default();
+        requests.submit(term);
+        requests.submit(Request::Checkpoint);
+        assert_eq!(requests.pending(), term);
+        // A number that no process sends is decoded as an end.
+        assert_eq!(Request::from_code(u64::MAX), Request::End(Exit::Other(255)));
+    }
+
+    #[test]
+    fn a_checkpoint_request_is_handled_once_and_an_end_stays_pending() {
+        let requests = Requests::default();
+        let _deferred = requests.defer();
+        let before_step = || requests.before_step(Duration::ZERO, Duration::ZERO);
+        requests.signal(SIGUSR1);
+        assert_eq!(before_step(), Request::Checkpoint);
+        requests.agreed(Request::Nothing);
+        assert_eq!(before_step(), Request::Checkpoint, "requested after the other processes had answered");
+        requests.agreed(Request::Checkpoint);
+        assert_eq!(before_step(), Request::Nothing);
+        requests.signal(SIGTERM);
+        requests.agreed(Request::End(Exit::Signal(15)));
+        assert_eq!(before_step(), Request::End(Exit::Signal(15)));
+        requests.agreed(Request::Checkpoint);
+        assert_eq!(before_step(), Request::End(Exit::Signal(15)), "a save does not clear an end");
+        let other = Requests::default();
+        other.agreed(Request::Checkpoint);
+        assert_eq!(other.pending(), Request::Nothing, "the save that follows answers the other process's request");
+        other.agreed(Request::End(Exit::Signal(15)));
+        assert_eq!(other.pending(), Request::End(Exit::Signal(15)), "another process received the signal");
+    }
+
+    #[test]
+    fn usr1_makes_the_configured_request() {
+        let requests = Requests::default();
+        requests.signal(SIGUSR1);
+        assert_eq!(requests.pending(), Request::Nothing, "no training runs yet");
+        requests.set_on_usr1(Request::End(Exit::Retry));
+        let _deferred = requests.defer();
+        requests.signal(SIGUSR1);
+        assert_eq!(requests.pending(), Request::End(Exit::Retry));
+    }
+
+    #[test]
+    fn training_ends_a_step_a_save_and_a_margin_before_the_job_does() {
+        let requests = Requests::default();
+        let seconds = Duration::from_secs;
+        requests.state.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
+        requests.set_save_time(seconds(20));
+        assert_eq!(requests.before_step(seconds(5), seconds(914)), Request::Nothing);
+        assert_eq!(requests.before_step(seconds(6), seconds(914)), Request::End(Exit::Retry));
+        let other = Requests::default();
+        other.state.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
+        other.set_job_end_margin(seconds(1));
+        assert_eq!(other.before_step(seconds(0), seconds(998)), Request::Nothing);
+        assert_eq!(other.before_step(seconds(0), seconds(999)), Request::End(Exit::Retry));
+    }
+}

@@ -1,0 +1,365 @@
+//! The handshake of a connection, as a state machine on bytes without sockets, so that it can be fuzzed. It is Noise with a
+//! pre-shared key (`NNpsk0`, <https://noiseprotocol.org/noise.html>); the key is derived from the job's secret.
+//!
+//! ```text
+//! dialler                                        acceptor
+//! greeting: magic, version, psk, e ────────────►
+//!                       ◄──────────── greeting: magic, version, e, ee
+//! hello, encrypted ────────────────────────────►
+//!                       ◄─────────────────────── verdict, encrypted
+//! ```
+//!
+//! - **HS-1**: neither side uses a hello or a verdict before it has decrypted it. Until then it reads only magic,
+//!   version and lengths, which do not depend on the secret.
+//! - **HS-2**: the keys depend on an ephemeral key of each side, so a recorded message is invalid in any other handshake. A
+//!   recorded greeting of a dialler passes the first check, but its hello cannot follow.
+//! - **HS-3**: each direction has its own key, so a message of one side is never valid as one of the other.
+//! - **HS-4**: the dialler proves first: an acceptor encrypts nothing for a dialler without the secret.
+//! - **HS-5**: the hello names both processes, so a hello for one process is refused by another.
+//!
+//! On the wire, the length of each message precedes it as a little-endian u16.
+
+use serde::{Deserialize, Serialize};
+use snow::{Builder, HandshakeState, StatelessTransportState};
+
+use super::wire::{self, WireError};
+use super::{Hello, PROCESSES_MAX, SessionId};
+use crate::secret::Secret;
+
+/// Version of all messages between processes. Any change to a message increments it.
+pub const PROTOCOL_VERSION: u16 = 3;
+/// Maximum size of a handshake message in bytes.
+pub const HANDSHAKE_BYTES_MAX: usize = 1024;
+/// Size of a greeting in bytes: magic, version, a public key and a tag.
+pub const GREETING_BYTES: usize = HEAD_BYTES + 32 + TAG_BYTES;
+
+const MAGIC: [u8; 4] = *b"SHFL";
+const HEAD_BYTES: usize = 6;
+/// Bytes that encryption adds to a message.
+pub(super) const TAG_BYTES: usize = 16;
+const PATTERN: &str = "Noise_NNpsk0_25519_ChaChaPoly_BLAKE2s";
+
+/// Why an acceptor refuses an authenticated dialler. The dialler receives it encrypted.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// Another session of the same job.
+    #[error("it is in session {acceptor}, this process is in session {dialler}")]
+    Session {
+        /// Session of the acceptor.
+        acceptor: SessionId,
+        /// Session of the dialler.
+        dialler: SessionId,
+    },
+    /// The dialler belongs to an incarnation that has ended.
+    #[error("epoch {dialler} has ended, epoch {acceptor} is running")]
+    OldEpoch {
+        /// Epoch of the acceptor.
+        acceptor: u64,
+        /// Epoch of the dialler.
+        dialler: u64,
+    },
+    /// The acceptor belongs to an incarnation that has ended; it will exit soon.
+    #[error("it is still in epoch {acceptor}, this process is in epoch {dialler}")]
+    NewEpoch {
+        /// Epoch of the acceptor.
+        acceptor: u64,
+        /// Epoch of the dialler.
+        dialler: u64,
+    },
+    /// The world is complete and running; no process can join it.
+    #[error("epoch {epoch} is running: this process is too late, or its rank is already taken")]
+    Late {
+        /// The running epoch.
+        epoch: u64,
+    },
+    /// The acceptor has not finished the rendezvous.
+    #[error("it has not started yet")]
+    NotStarted,
+    /// A process number that the world does not have.
+    #[error("there is no process {process} in a world of {processes}")]
+    Process {
+        /// The number.
+        process: u32,
+        /// Processes of the world.
+        processes: u32,
+    },
+    /// The dialler expected another process at this address.
+    #[error("expected process {expected} at this address, found process {actual}")]
+    WrongProcess {
+        /// The process that the dialler expected.
+        expected: u32,
+        /// The acceptor's process.
+        actual: u32,
+    },
+    /// The acceptor cannot decode the hello, for example because of an unknown purpose.
+    #[error("it cannot decode the hello: do both processes run the same build?")]
+    Unreadable,
+    /// The acceptor has too many unclaimed connections.
+    #[error("it has {unclaimed} unclaimed connections, the maximum")]
+    Crowded {
+        /// Number of unclaimed connections.
+        unclaimed: u64,
+    },
+}
+
+impl Refusal {
+    /// True if a retry may succeed.
+    pub fn is_temporary(&self) -> bool {
+        matches!(self, Self::NotStarted | Self::Crowded { .. } | Self::NewEpoch { .. })
+    }
+}
+
+/// Why a handshake failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandshakeError {
+    /// The peer uses another protocol.
+    #[error("it does not speak Shardflow's protocol: is the address right?")]
+    Magic,
+    /// The peer uses another version of the protocol.
+    #[error("it speaks protocol version {peer}, this process speaks {own}: all processes must run the same build")]
+    Version {
+        /// Version of this side.
+        own: u16,
+        /// Version of the peer.
+        peer: u16,
+    },
+    /// A message with an invalid length.
+    #[error("it sent a {message} with an invalid length of {bytes} bytes")]
+    Length {
+        /// Name of the message.
+        message: &'static str,
+        /// Its length.
+        bytes: usize,
+    },
+    /// The peer returned this side's greeting.
+    #[error("it returns this process's own greeting: the address leads back to this process")]
+    Echo,
+    /// The peer's message cannot be decrypted.
+    #[error("it does not hold this job's secret, or its message was modified")]
+    Proof,
+    /// The acceptor could not decrypt this side's greeting. This answer is not authenticated.
+    #[error("it rejects this process's proof of the job's secret: is the same secret set everywhere?")]
+    Denied,
+    /// The hello or the verdict cannot be decoded although it is authentic.
+    #[error("it holds the secret, but its message cannot be decoded: {0}")]
+    Unreadable(WireError),
+    /// The cipher could not be set up: the system returns no random numbers.
+    #[error("cannot encrypt: {0}")]
+    Cipher(snow::Error),
+    /// The acceptor authenticated this process and refuses it.
+    #[error("refused: {0}")]
+    Refused(Refusal),
+}
+
+/// Magic and version, which precede both greetings. Alone, it is the answer to a dialler with another version or secret.
+pub fn head() -> [u8; HEAD_BYTES] {
+    let mut head = [0; HEAD_BYTES];
+    head[..4].copy_from_slice(&MAGIC);
+    head[4..].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
+    head
+}
+
+/// Checks magic and version of a greeting and returns the rest. A later version may have a longer greeting, but magic and
+/// version keep their positions.
+fn check_head(message: &[u8]) -> Result<&[u8], HandshakeError> {
+    let Some((head, rest)) = message.split_first_chunk::<HEAD_BYTES>() else { return Err(HandshakeError::Magic) };
+    if head[..4] != MAGIC {
+        return Err(HandshakeError::Magic);
+    }
+    let peer = u16::from_le_bytes([head[4], head[5]]);
+    if peer != PROTOCOL_VERSION {
+        return Err(HandshakeError::Version { own: PROTOCOL_VERSION, peer });
+    }
+    Ok(rest)
+}
+
+fn check_length(message: &'static str, body: &[u8], expected: usize) -> Result<(), HandshakeError> {
+    if body.len() == expected {
+        Ok(())
+    } else {
+        Err(HandshakeError::Length { message, bytes: HEAD_BYTES + body.len() })
+    }
+}
+
+fn noise(secret: &Secret, initiates: bool) -> Result<HandshakeState, snow::Error> {
+    let (head, key) = (head(), secret.key("handshake"));
+    let builder = Builder::new(PATTERN.parse()?).prologue(&head)?.psk(0, &key)?;
+    if initiates { builder.build_initiator() } else { builder.build_responder() }
+}
+
+/// Appends a greeting's Noise message to its head.
+fn greeting(noise: &mut HandshakeState) -> Result<Vec<u8>, HandshakeError> {
+    let mut message = vec![0; GREETING_BYTES];
+    message[..HEAD_BYTES].copy_from_slice(&head());
+    noise.write_message(&[], &mut message[HEAD_BYTES..]).map_err(HandshakeError::Cipher)?;
+    Ok(message)
+}
+
+fn encrypt(keys: &StatelessTransportState, message: &impl Serialize) -> Result<Vec<u8>, HandshakeError> {
+    let plain = wire::encode(message).map_err(HandshakeError::Unreadable)?;
+    let mut sealed = vec![0; plain.len() + TAG_BYTES];
+    keys.write_message(0, &plain, &mut sealed).map_err(HandshakeError::Cipher)?;
+    Ok(sealed)
+}
+
+fn decrypt(keys: &StatelessTransportState, name: &'static str, message: &[u8]) -> Result<Vec<u8>, HandshakeError> {
+    if !(TAG_BYTES..=HANDSHAKE_BYTES_MAX).contains(&message.len()) {
+        return Err(HandshakeError::Length { message: name, bytes: message.len() });
+    }
+    let mut plain = vec![0; message.len() - TAG_BYTES];
+    keys.read_message(0, message, &mut plain).map_err(|_| HandshakeError::Proof)?;
+    Ok(plain)
+}
+
+/// A dialler that has sent its greeting.
+#[derive(Debug)]
+pub struct Dialler {
+    noise: HandshakeState,
+    greeting: Vec<u8>,
+}
+
+/// A dialler that has sent its hello.
+#[derive(Debug)]
+pub struct GreetedDialler(StatelessTransportState);
+
+impl Dialler {
+    /// Creates a dialler and its greeting.
+    ///
+    /// # Errors
+    /// [`HandshakeError::Cipher`].
+    pub fn new(secret: &Secret) -> Result<(Self, Vec<u8>), HandshakeError> {
+        let mut noise = noise(secret, true).map_err(HandshakeError::Cipher)?;
+        let greeting = greeting(&mut noise)?;
+        Ok((Self { noise, greeting: greeting.clone() }, greeting))
+    }
+
+    /// Processes the acceptor's greeting and returns the hello to send.
+    ///
+    /// # Errors
+    /// [`HandshakeError::Magic`], [`HandshakeError::Version`], [`HandshakeError::Length`], [`HandshakeError::Echo`],
+    /// [`HandshakeError::Denied`], [`HandshakeError::Proof`].
+    pub fn introduce(
+        mut self,
+        hello: &Hello,
+        peer_greeting: &[u8],
+    ) -> Result<(GreetedDialler, Vec<u8>), HandshakeError> {
+        let body = check_head(peer_greeting)?;
+        if body.is_empty() {
+            return Err(HandshakeError::Denied);
+        }
+        if peer_greeting == self.greeting {
+            return Err(HandshakeError::Echo);
+        }
+        check_length("greeting", body, GREETING_BYTES - HEAD_BYTES)?;
+        self.noise.read_message(body, &mut []).map_err(|_| HandshakeError::Proof)?;
+        let keys = self.noise.into_stateless_transport_mode().map_err(HandshakeError::Cipher)?;
+        let hello = encrypt(&keys, hello)?;
+        Ok((GreetedDialler(keys), hello))
+    }
+}
+
+impl GreetedDialler {
+    /// Processes the acceptor's verdict. The returned keys continue with nonce 1 in both directions.
+    ///
+    /// # Errors
+    /// [`HandshakeError::Length`], [`HandshakeError::Proof`], [`HandshakeError::Refused`].
+    pub fn finish(self, message: &[u8]) -> Result<StatelessTransportState, HandshakeError> {
+        let verdict = decrypt(&self.0, "verdict", message)?;
+        let verdict: Result<(), Refusal> = wire::decode(&verdict).map_err(HandshakeError::Unreadable)?;
+        verdict.map(|()| self.0).map_err(HandshakeError::Refused)
+    }
+}
+
+/// An acceptor that has received a dialler's greeting and sent its own.
+#[derive(Debug)]
+pub struct Acceptor(StatelessTransportState);
+
+impl Acceptor {
+    /// Processes the dialler's greeting and returns the greeting to send.
+    ///
+    /// # Errors
+    /// [`HandshakeError::Magic`], [`HandshakeError::Length`]; [`HandshakeError::Version`], [`HandshakeError::Proof`]: answer
+    /// with [`head`], so that the dialler reports it too.
+    pub fn new(secret: &Secret, peer_greeting: &[u8]) -> Result<(Self, Vec<u8>), HandshakeError> {
+        let body = check_head(peer_greeting)?;
+        check_length("greeting", body, GREETING_BYTES - HEAD_BYTES)?;
+        let mut noise = noise(secret, false).map_err(HandshakeError::Cipher)?;
+        noise.read_message(body, &mut []).map_err(|_| HandshakeError::Proof)?;
+        let greeting = greeting(&mut noise)?;
+        let keys = noise.into_stateless_transport_mode().map_err(HandshakeError::Cipher)?;
+        Ok((Self(keys), greeting))
+    }
+
+    /// Decrypts the dialler's hello. An authentic hello that cannot be decoded, for example with an unknown purpose, is
+    /// [`Refusal::Unreadable`]; send it to the dialler like any other refusal.
+    ///
+    /// # Errors
+    /// [`HandshakeError::Proof`] or [`HandshakeError::Length`].
+    pub fn verify(&self, message: &[u8]) -> Result<Result<Hello, Refusal>, HandshakeError> {
+        Ok(wire::decode(&decrypt(&self.0, "hello", message)?).map_err(|_| Refusal::Unreadable))
+    }
+
+    /// Returns the verdict to send, and the keys, which continue with nonce 1 in both directions. Only after
+    /// [`Acceptor::verify`].
+    ///
+    /// # Errors
+    /// None in practice: every refusal can be encoded.
+    pub fn answer(self, verdict: &Result<(), Refusal>) -> Result<(Vec<u8>, StatelessTransportState), HandshakeError> {
+        Ok((encrypt(&self.0, verdict)?, self.0))
+    }
+}
+
+/// The acceptor's identity, and the rule for accepting diallers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AcceptPolicy {
+    /// The acceptor's process.
+    pub process: u32,
+    /// Session, epoch and number of processes; `None` before the rendezvous.
+    pub world: Option<SettledWorld>,
+}
+
+/// The result of the rendezvous.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SettledWorld {
+    /// The session.
+    pub session: SessionId,
+    /// Its epoch.
+    pub epoch: u64,
+    /// Number of its processes.
+    pub processes: u32,
+}
+
+impl AcceptPolicy {
+    /// Decides whether to accept an authenticated dialler.
+    ///
+    /// # Errors
+    /// The first reason against it.
+    pub fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
+        if hello.to != self.process {
+            return Err(Refusal::WrongProcess { expected: hello.to, actual: self.process });
+        }
+        let rendezvous = hello.purpose == super::Purpose::Rendezvous;
+        let (processes, dialler) = (self.world.map_or(PROCESSES_MAX, |w| w.processes), hello.epoch);
+        match self.world {
+            None if !rendezvous => return Err(Refusal::NotStarted),
+            Some(SettledWorld { epoch: acceptor, .. }) if dialler > acceptor => {
+                return Err(Refusal::NewEpoch { acceptor, dialler });
+            }
+            Some(SettledWorld { epoch, .. }) if rendezvous => return Err(Refusal::Late { epoch }),
+            Some(SettledWorld { epoch: acceptor, .. }) if dialler < acceptor => {
+                return Err(Refusal::OldEpoch { acceptor, dialler });
+            }
+            Some(SettledWorld { session, .. }) if session != hello.session => {
+                return Err(Refusal::Session { acceptor: session, dialler: hello.session });
+            }
+            _ => {}
+        }
+        if hello.from >= processes {
+            return Err(Refusal::Process { process: hello.from, processes });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! Encrypted records over a socket: a length (little-endian u16), then one Noise message.
+//!
+//! - **SEAL-1**: record `n` of a direction is encrypted with nonce `n`, so a removed, repeated or reordered record is an error.
+//! - **SEAL-2**: each direction holds at most one record to send and [`INPUT_BYTES`] of received bytes.
+//! - **SEAL-3**: bytes are accepted from the writer a record at a time. A record that the socket accepts only in part is sent
+//!   to its end before the next one is encrypted.
+
+use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
+
+use parking_lot::Mutex;
+use snow::StatelessTransportState;
+
+use super::handshake::TAG_BYTES;
+
+const PREFIX_BYTES: usize = 2;
+/// Largest record without its prefix: the limit of a Noise message.
+const RECORD_BYTES_MAX: usize = 65535;
+/// Most bytes of a writer that one record carries.
+pub(super) const PLAIN_BYTES_MAX: usize = RECORD_BYTES_MAX - TAG_BYTES;
+/// Received bytes that are held: two records.
+const INPUT_BYTES: usize = 2 * (PREFIX_BYTES + RECORD_BYTES_MAX);
+
+/// The cipher of a connection. Both directions can be used at the same time by different threads.
+pub(super) struct Seal {
+    keys: StatelessTransportState,
+    incoming: Mutex<Incoming>,
+    outgoing: Mutex<Outgoing>,
+}
+
+struct Incoming {
+    /// Number of the next record.
+    nonce: u64,
+    /// Received bytes; `start..end` are not decrypted yet.
+    input: Vec<u8>,
+    start: usize,
+    end: usize,
+    /// Decrypted bytes; those from `taken` on are not read yet.
+    plain: Vec<u8>,
+    taken: usize,
+}
+
+struct Outgoing {
+    /// Number of the next record.
+    nonce: u64,
+    /// The record that is being sent, from `sent` on.
+    record: Vec<u8>,
+    sent: usize,
+}
+
+impl fmt::Debug for Seal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Seal(..)")
+    }
+}
+
+impl Seal {
+    /// Continues after a handshake, which used nonce 0 in both directions.
+    pub(super) fn new(keys: StatelessTransportState) -> Self {
+        let incoming = Incoming { nonce: 1, input: Vec::new(), start: 0, end: 0, plain: Vec::new(), taken: 0 };
+        let outgoing = Outgoing { nonce: 1, record: Vec::new(), sent: 0 };
+        Self { keys, incoming: Mutex::new(incoming), outgoing: Mutex::new(outgoing) }
+    }
+
+    /// Reads decrypted bytes. Fails with [`ErrorKind::InvalidData`] if a record was modified, and like the socket if it would
+    /// block or times out; a later call continues.
+    pub(super) fn read(&self, mut socket: impl Read, into: &mut [u8]) -> io::Result<usize> {
+        let mut incoming = self.incoming.lock();
+        let incoming = &mut *incoming;
+        loop {
+            if incoming.taken < incoming.plain.len() || into.is_empty() {
+                let left = &incoming.plain[incoming.taken..];
+                let bytes = left.len().min(into.len());
+                into[..bytes].copy_from_slice(&left[..bytes]);
+                incoming.taken += bytes;
+                return Ok(bytes);
+            }
+            let Some(record) = incoming.next_record() else {
+                if incoming.receive(&mut socket)? == 0 {
+                    // A record that is cut off is lost, as the peer's later bytes are.
+                    return if incoming.start == incoming.end { Ok(0) } else { Err(ErrorKind::UnexpectedEof.into()) };
+                }
+                continue;
+            };
+            let bytes = record.len().checked_sub(TAG_BYTES).filter(|bytes| *bytes > 0).ok_or(ErrorKind::InvalidData)?;
+            let (nonce, record) = (incoming.nonce, &incoming.input[record]);
+            let decrypt =
+                |out: &mut [u8]| self.keys.read_message(nonce, record, out).map_err(|_| ErrorKind::InvalidData);
+            incoming.nonce += 1;
+            if into.len() >= bytes {
+                decrypt(&mut into[..bytes])?;
+                return Ok(bytes);
+            }
+            incoming.plain.resize(bytes, 0);
+            incoming.taken = bytes;
+            decrypt(&mut incoming.plain)?;
+            incoming.taken = 0;
+        }
+    }
+
+    /// Encrypts at most one record of `first` and then `second`, and sends as much of it as the socket accepts. Returns how
+    /// many bytes were accepted from the caller. Fails without accepting any while the previous record cannot be sent.
+    pub(super) fn write(&self, socket: impl Write, first: &[u8], second: &[u8]) -> io::Result<usize> {
+        let mut outgoing = self.outgoing.lock();
+        let mut socket = socket;
+        outgoing.send(&mut socket)?;
+        let first = &first[..first.len().min(PLAIN_BYTES_MAX)];
+        let second = &second[..second.len().min(PLAIN_BYTES_MAX - first.len())];
+        let bytes = first.len() + second.len();
+        if bytes == 0 {
+            return Ok(0);
+        }
+        let Outgoing { nonce, record, sent } = &mut *outgoing;
+        record.resize(PREFIX_BYTES + bytes + TAG_BYTES, 0);
+        let (prefix, body) = record.split_at_mut(PREFIX_BYTES);
+        prefix.copy_from_slice(&((bytes + TAG_BYTES) as u16).to_le_bytes());
+        let joined;
+        let plain = match (first, second) {
+            (first, []) => first,
+            ([], second) => second,
+            (first, second) => {
+                joined = [first, second].concat();
+                &joined
+            }
+        };
+        self.keys.write_message(*nonce, plain, body).map_err(io::Error::other)?;
+        (*nonce, *sent) = (*nonce + 1, 0);
+        match outgoing.send(&mut socket) {
+            // The rest is sent by the next call.
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(bytes),
+            sent => sent.map(|()| bytes),
+        }
+    }
+
+    /// Sends the rest of the last record.
+    pub(super) fn flush(&self, mut socket: impl Write) -> io::Result<()> {
+        self.outgoing.lock().send(&mut socket)
+    }
+
+    /// True if a part of the last record is not sent yet.
+    pub(super) fn has_unsent(&self) -> bool {
+        let outgoing = self.outgoing.lock();
+        outgoing.sent < outgoing.record.len()
+    }
+}
+
+impl Incoming {
+    /// The range of the next complete record without its prefix, which is then consumed.
+    fn next_record(&mut self) -> Option<std::ops::Range<usize>> {
+        let received = &self.input[self.start..self.end];
+        let (prefix, rest) = received.split_first_chunk::<PREFIX_BYTES>()?;
+        let bytes = usize::from(u16::from_le_bytes(*prefix));
+        (rest.len() >= bytes).then(|| {
+            let start = self.start + PREFIX_BYTES;
+            self.start = start + bytes;
+            start..start + bytes
+        })
+    }
+
+    /// Reads what has arrived behind the bytes that are held.
+    fn receive(&mut self, socket: &mut impl Read) -> io::Result<usize> {
+        self.input.resize(INPUT_BYTES, 0);
+        self.input.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        let bytes = socket.read(&mut self.input[self.end..])?;
+        self.end += bytes;
+        Ok(bytes)
+    }
+}
+
+impl Outgoing {
+    fn send(&mut self, socket: &mut impl Write) -> io::Result<()> {
+        while self.sent < self.record.len() {
+            match socket.write(&self.record[self.sent..]) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(bytes) => self.sent += bytes,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;
