@@ -111,7 +111,7 @@ impl NdSbp {
         }
         let missing =
             |sbp: &Sbp| if let Sbp::Split(dim) = *sbp { Some(dim).filter(|d| *d >= shape.len()) } else { None };
-        if let Some(dim) = self.0.iter().filter_map(missing).last() {
+        if let Some(dim) = self.0.iter().find_map(missing) {
             why = Some(format!("the tensor has no dim {dim}"));
         }
         if self.mixes_reductions() {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use shardflow_kernels::collective::{Collective, Group};
 
-use super::ClusterError;
+use super::error::ClusterError;
 use crate::process_map::ProcessMap;
 
 /// The error of a program that was built without MPI.

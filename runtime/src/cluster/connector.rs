@@ -27,8 +27,8 @@ use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::{Access, Arena, Base};
 
-use super::ClusterError;
 use super::by_mpi::ByMpi;
+use super::error::ClusterError;
 use crate::devices::Pipes;
 use crate::plan::Plan;
 use crate::process_map::ProcessMap;

@@ -27,9 +27,9 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
 use super::Cluster;
-use super::ClusterError;
 use super::by_mpi::ByMpi;
 use super::connector::{self, Connections, Connector};
+use super::error::ClusterError;
 use super::failure::{attribute_to_peer, is_symptom, peer_failure, report_failure};
 use super::nccl_ids;
 use super::save_agreement::{self, ClusterAgreement, Received};
