@@ -1,8 +1,8 @@
 //! Checkpoints of a training on any number of processes: each process writes a shard, and the atomic creation of a
 //! manifest commits the checkpoint.
 //!
-//! [`store`] defines the location of files and the invariants; [`save`] leads from a snapshot to a commit; [`read`]
-//! returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole model, and
+//! [`Store`] defines the location of files and the invariants; a [`Saver`] leads from a snapshot to a commit; a
+//! [`CheckpointReader`] returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole model, and
 //! [`convert::export`] writes one from a checkpoint.
 
 pub(crate) mod agreement;
