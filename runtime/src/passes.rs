@@ -10,6 +10,7 @@ use crate::plan::lower::{LowerOptions, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
+pub use boxing::Boxing;
 use mode::Mode;
 use precision::Precision;
 use shardflow_job::text::counted;
@@ -24,16 +25,6 @@ pub mod mode;
 pub(crate) mod optimizer;
 pub mod precision;
 pub(crate) mod stages;
-
-/// The treatment of forward layout changes that the user did not write.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Boxing {
-    /// They are inserted, and `explain` lists them.
-    #[default]
-    Automatic,
-    /// They are errors, except reductions of partial sums, which a row-parallel layout implies.
-    Explicit,
-}
 
 /// How a graph is compiled.
 #[derive(Clone, Debug)]

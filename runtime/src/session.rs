@@ -42,7 +42,7 @@ mod passes;
 pub mod plan_files;
 mod ports;
 mod published;
-mod recent;
+pub(crate) mod recent;
 mod report;
 mod saver;
 pub(crate) mod snapshot;

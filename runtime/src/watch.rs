@@ -24,7 +24,6 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::metrics;
@@ -38,6 +37,7 @@ mod events;
 mod number;
 mod page;
 mod shape;
+mod state;
 pub mod status;
 mod stream;
 mod under_way;
@@ -45,6 +45,7 @@ mod under_way;
 use bubble::Prediction;
 use client::HangReport;
 use shape::Shape;
+use state::{ServerState, ShownSession};
 use status::Status;
 
 /// Interval at which samples of histograms are moved to their buckets, so that they do not accumulate without scrapes.
@@ -70,17 +71,6 @@ pub struct Watch {
     session: ShownSession,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-}
-
-/// The observer of the session that the server shows.
-type ShownSession = Arc<Mutex<Weak<Observer>>>;
-
-#[derive(Clone)]
-struct ServerState {
-    session: ShownSession,
-    prometheus: PrometheusHandle,
-    /// Permits for clients that receive events.
-    clients: Arc<Semaphore>,
 }
 
 impl Watch {
@@ -174,12 +164,6 @@ async fn serve(listener: TcpListener, state: ServerState, stopped: oneshot::Rece
     tokio::select! {
         _ = server => {}
         _ = stopped => {}
-    }
-}
-
-impl ServerState {
-    fn observer(&self) -> Option<Arc<Observer>> {
-        self.session.lock().upgrade()
     }
 }
 

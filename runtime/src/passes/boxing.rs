@@ -9,8 +9,17 @@ use shardflow_kernels::op::Op;
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::boxing::{self, CostModel};
 use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
-use crate::passes::Boxing;
 use crate::sbp::PlacedLayout;
+
+/// The treatment of forward layout changes that the user did not write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Boxing {
+    /// They are inserted, and `explain` lists them.
+    #[default]
+    Automatic,
+    /// They are errors, except reductions of partial sums, which a row-parallel layout implies.
+    Explicit,
+}
 
 /// Inserts the steps. Requires a layout for every tensor and a signature for every kernel. Records an error in the
 /// graph where no sequence of collectives makes the change, or `mode` forbids it.

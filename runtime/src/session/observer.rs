@@ -18,7 +18,7 @@ use super::passes::Passes;
 pub(crate) use super::passes::cause_of;
 pub use super::passes::pass_of;
 use super::published::{PublishedMetrics, Sources};
-pub use super::recent::{RecentSteps, StepStats};
+pub use super::recent::RecentSteps;
 use super::report::StepReport;
 pub use crate::cluster::world::PeerState;
 use crate::plan::Plan;

@@ -12,7 +12,8 @@ use shardflow_actors::trace::{Cause, FiringRecord};
 use super::bubble::Bubble;
 use super::number;
 use super::under_way::RunningStep;
-use crate::session::observer::{Observer, RecentSteps, SessionHealth, StepStats, pass_of};
+use crate::session::observer::{Observer, RecentSteps, SessionHealth, pass_of};
+use crate::session::recent::StepStats;
 
 #[cfg(test)]
 mod tests;
