@@ -1,12 +1,34 @@
-//! Agreement on a checkpoint, and a save, by several processes of a job that are threads of a test.
+//! Several processes of a job that are threads of a test, or child processes: how they meet, and their agreement on a
+//! checkpoint.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 use shardflow::checkpoint::{
     AgreeError, ProcessRank, SaveAgreement, SaveId, SaveOutcome, SaveReport, SaverOptions, Snapshot, Store, save_now,
 };
+use shardflow::cluster::{Cluster, ClusterOptions};
+use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
+use shardflow::job::secret::Secret;
+
+/// The cluster of one process of a node, which meets the others at a Unix socket.
+pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterOptions) -> Cluster {
+    let world = World {
+        process,
+        processes,
+        local_process: process,
+        local_processes: processes,
+        node: Some(0),
+        endpoint: Endpoint::Unix(socket.into()),
+        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
+        restart: 0,
+        source: LaunchedBy::Shardflow,
+        run_id: "tests".into(),
+    };
+    Cluster::new(LaunchContext::World(world), options)
+}
 
 /// How long a process waits for the others.
 const DEADLINE: Duration = Duration::from_secs(20);

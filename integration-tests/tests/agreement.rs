@@ -11,14 +11,13 @@ use shardflow::checkpoint::{CheckpointError, Cursor, Saver, SaverOptions, Store}
 use shardflow::cluster::{Cluster, ClusterOptions};
 use shardflow::exit::Exit;
 use shardflow::graph::Graph;
-use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
-use shardflow::job::secret::Secret;
 use shardflow::nn::{self, GptConfig};
 use shardflow::passes::compile;
 use shardflow::placement::Mesh;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::prelude::{DType, Declarations, Layout, OnResume};
 use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
 use shardflow_kernels::tensor::{HostData, HostTensor};
 
@@ -41,22 +40,10 @@ fn local_session(mesh: &str) -> Session {
 fn run_ranks<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> T + Sync) -> Vec<T> {
     let folder = Scratch::new(&format!("agreement-{name}"));
     let socket = folder.path().join("meet.sock");
-    let world = |process| World {
-        process,
-        processes,
-        local_process: process,
-        local_processes: processes,
-        node: Some(0),
-        endpoint: Endpoint::Unix(socket.clone()),
-        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
-        restart: 0,
-        source: LaunchedBy::Shardflow,
-        run_id: name.into(),
-    };
     thread::scope(|scope| {
         let start = |process| {
-            let (cluster, work) =
-                (Cluster::new(LaunchContext::World(world(process)), ClusterOptions::default()), &work);
+            let cluster = cluster_at(&socket, process, processes, ClusterOptions::default());
+            let work = &work;
             scope.spawn(move || work(process, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();

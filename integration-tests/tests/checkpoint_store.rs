@@ -9,11 +9,10 @@ use std::time::Duration;
 
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
-use parking_lot::Mutex;
 use shardflow::checkpoint::cli::{CheckpointCommand, run};
 use shardflow::checkpoint::{
-    CheckpointError, Cursor, SaveOutcome, SaveSchedule, Saver, SaverOptions, SingleProcess, Snapshot, Store, WaitClock,
-    save_now,
+    CheckpointError, Cursor, SaveOutcome, SaveSchedule, Saver, SaverOptions, SimulatedClock, SingleProcess, Snapshot,
+    Store, WaitClock, save_now,
 };
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionError};
@@ -151,34 +150,6 @@ fn a_file_system_without_hard_links_is_enough() {
     });
 }
 
-/// Called with the clock's time during each wait.
-type OnWait = Box<dyn FnMut(Duration) + Send>;
-
-/// A clock that advances only when someone waits.
-#[derive(Default)]
-struct TestClock {
-    now: Mutex<Duration>,
-    on_wait: Mutex<Option<OnWait>>,
-}
-
-impl std::fmt::Debug for TestClock {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}", self.now)
-    }
-}
-
-impl WaitClock for TestClock {
-    fn now(&self) -> Duration {
-        *self.now.lock()
-    }
-
-    fn wait(&self, time: Duration) {
-        *self.now.lock() += time;
-        let now = self.now();
-        self.on_wait.lock().iter_mut().for_each(|work| work(now));
-    }
-}
-
 /// Process 0 sees the files of process 1 a minute later, as with two nodes of a network file system.
 #[test]
 fn a_file_with_delayed_visibility_is_not_damage() {
@@ -186,20 +157,20 @@ fn a_file_with_delayed_visibility_is_not_damage() {
         for (hidden, late, is_saved) in [(90, 60, true), (90, 120, false), (0, 60, false)] {
             let scratch = Scratch::new(&format!("store-late-{hidden}-{late}"));
             let (here, there) = (scratch.path().join("here"), scratch.path().join("there"));
-            let clock = Arc::new(TestClock::default());
+            let clock = Arc::new(SimulatedClock::default());
             let store = open(&here).with_hidden(Duration::from_secs(hidden)).with_clock(clock.clone());
             let mut session = session();
             Model::default().step(&mut session);
             // The other process's files are in another folder until then.
             let files = "step-000000000001/e0-0";
             let (from, to) = (there.join(files), here.join(files));
-            *clock.on_wait.lock() = Some(Box::new(move |now: Duration| {
+            clock.on_wait(move |now: Duration| {
                 for name in ["shard-1-of-2.safetensors", "shard-1-of-2.json"] {
                     if now >= Duration::from_secs(late) && !to.join(name).exists() {
                         std::fs::copy(from.join(name), to.join(name)).expect("an existing file");
                     }
                 }
-            }));
+            });
             let agreement = shardflow_integration_tests::together::SharedMemoryAgreement::new(2);
             let stores = [store.clone(), open(&there)];
             let results = std::thread::scope(|scope| {

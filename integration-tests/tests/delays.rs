@@ -8,12 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use shardflow::cluster::{Advertise, Cluster, ClusterOptions, Transport};
-use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
-use shardflow::job::secret::Secret;
 use shardflow::job::transport::Address;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::{Session, SessionOptions};
 use shardflow_integration_tests::relay::{Relay, RelayCounts, RelayOptions};
+use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
 const SEEDS: u64 = 200;
@@ -63,18 +62,6 @@ fn cluster(process: u32, processes: u32, socket: &Path, relay: &Arc<Relay>, tran
     let front = relay.connections(&bound).expect("a relay");
     let visible = if process == 0 { bound } else { front };
     let Address::Unix(visible) = visible else { panic!("expected a Unix socket, got {visible}") };
-    let world = World {
-        process,
-        processes,
-        local_process: process,
-        local_processes: processes,
-        node: Some(0),
-        endpoint: Endpoint::Unix(visible),
-        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
-        restart: 0,
-        source: LaunchedBy::Shardflow,
-        run_id: "delays".into(),
-    };
     let options = ClusterOptions {
         transport,
         advertise: Some(relay.clone()),
@@ -82,7 +69,7 @@ fn cluster(process: u32, processes: u32, socket: &Path, relay: &Arc<Relay>, tran
         heartbeat_deadline: DEADLINE,
         ..ClusterOptions::default()
     };
-    Cluster::new(LaunchContext::World(world), options)
+    cluster_at(&visible, process, processes, options)
 }
 
 /// Trains through a relay with this seed; all processes must get these losses.

@@ -7,12 +7,11 @@ use std::path::Path;
 use std::process::{Child, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use shardflow::cluster::{Cluster, ClusterOptions, Transport};
-use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
-use shardflow::job::secret::Secret;
+use shardflow::cluster::{ClusterOptions, Transport};
 use shardflow::passes::CompileOptions;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::session::SessionOptions;
+use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{Model, Scratch, options, relative};
 use shardflow_kernels::cuda::library::SETTINGS;
 use shardflow_kernels::device::DeviceKind;
@@ -32,23 +31,6 @@ fn settings(device: DeviceKind) -> CompileOptions {
     CompileOptions { device, ..options(2, OneFOneB) }
 }
 
-/// The cluster of one process; the processes meet at a Unix socket.
-fn cluster(process: u32, processes: u32, socket: &Path, transport: Transport) -> Cluster {
-    let world = World {
-        process,
-        processes,
-        local_process: process,
-        local_processes: processes,
-        node: Some(0),
-        endpoint: Endpoint::Unix(socket.into()),
-        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
-        restart: 0,
-        source: LaunchedBy::Shardflow,
-        run_id: "gpu_processes".into(),
-    };
-    Cluster::new(LaunchContext::World(world), ClusterOptions { transport, ..ClusterOptions::default() })
-}
-
 #[test]
 #[ignore = "started by the other tests, on software devices"]
 fn child() {
@@ -58,7 +40,8 @@ fn child() {
     };
     let number = |text: &str| text.parse().expect("a number");
     let transport = if by == "pipes" { Transport::Auto } else { Transport::Tcp };
-    let cluster = cluster(number(process), number(processes), Path::new(socket), transport);
+    let cluster_options = ClusterOptions { transport, ..ClusterOptions::default() };
+    let cluster = cluster_at(Path::new(socket), number(process), number(processes), cluster_options);
     let options = SessionOptions { cluster, ..SessionOptions::default() };
     let mut session = model().session_with(mesh, &settings(DeviceKind::Cuda), &options);
     let losses: Vec<f32> = (0..number(steps)).map(|_| model().step(&mut session).loss.expect("a loss")).collect();

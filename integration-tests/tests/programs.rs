@@ -306,124 +306,126 @@ fn with_gradients(g: &mut Graph, fault: &'static str) {
 /// An invalid program, and a part of its error.
 type Wrong = (fn(&mut Graph), &'static str);
 
+/// Each has one error.
+const WRONG: &[Wrong] = &[
+    (|g| _ = g.input("x", &[4], DType::F32, Layout::broadcast()), "the program has no output"),
+    (|_| {}, "the program has no output"),
+    (
+        |g| {
+            let x = g.input("x", &[4, 5], DType::F32, Layout::broadcast());
+            let t = g.input("t", &[4], DType::I32, Layout::broadcast());
+            let loss = g.cross_entropy(x, t);
+            g.minimize(loss, AdamW::default());
+        },
+        "the loss depends on no parameter",
+    ),
+    (
+        |g| {
+            let l = tied(g);
+            g.parameter("unused", &[2, 2], WEIGHTS, Layout::broadcast());
+            g.minimize(l, AdamW::default())
+        },
+        "unused: no output depends on this parameter",
+    ),
+    (
+        |g| {
+            let x = g.input("x", &[], DType::F32, Layout::broadcast());
+            g.output("x", x)
+        },
+        "`step_input`",
+    ),
+    (
+        |g| {
+            let x = g.input("rng", &[4], DType::F32, Layout::broadcast());
+            g.output("x", x)
+        },
+        "choose another",
+    ),
+    (
+        |g| {
+            let x = g.step_input("hyper", &[4], DType::F32);
+            g.output("x", x)
+        },
+        "choose another",
+    ),
+    (
+        |g| {
+            input(g, "x");
+            let x = g.input("x", &[4], DType::F32, Layout::broadcast());
+            g.output("x", x)
+        },
+        "one tensor of the host",
+    ),
+    (
+        |g| {
+            let l = Layout::split("data", 0).and_split("data", 1);
+            let x = g.input("x", &[4, 4], DType::F32, l);
+            g.output("x", x)
+        },
+        "`data` twice",
+    ),
+    (
+        |g| {
+            let x = input(g, "ids");
+            let y = g.gelu(x);
+            g.output("y", y)
+        },
+        "input 0 (ids) is I32, but must be F32",
+    ),
+    (
+        |g| {
+            let x = g.input("x", &[4], DType::F32, Layout::broadcast());
+            let y = nn::embedding(g, "table", x, 3, 2, Parallel::Replicated);
+            g.output("y", y)
+        },
+        "input 0 (x) is F32, but must be I32",
+    ),
+    (
+        |g| {
+            let l = tied(g);
+            g.minimize(l, AdamW::default());
+            g.minimize(l, AdamW::default())
+        },
+        "minimise their sum",
+    ),
+    (
+        |g| {
+            let l = tied(g);
+            g.minimize(l, AdamW { max_norm: -1.0, ..AdamW::default() })
+        },
+        "max_norm must be above 0",
+    ),
+    (
+        |g| {
+            let l = tied(g);
+            g.minimize(l, AdamW { betas: (0.9, f32::NAN), ..AdamW::default() })
+        },
+        "betas must be",
+    ),
+    (
+        |g| {
+            let l = tied(g);
+            let w = g.parameters()[0];
+            g.output("w", w);
+            g.minimize(l, AdamW::default())
+        },
+        "`Session::parameters`",
+    ),
+    (
+        |g| {
+            let w = g.parameter("w", &[1 << 40, 1 << 40], Init::Ones, Layout::broadcast());
+            g.output("w", w)
+        },
+        "more elements than any device",
+    ),
+    (|g| with_gradients(g, "none"), "for each input: expected 1, got 0"),
+    (|g| with_gradients(g, "small"), "a gradient of shape [3, 3, 6] for input 0, got [6, 6]"),
+];
+
 /// `compile` refuses each program with a line of this file.
 #[test]
 fn compile_reports_invalid_programs() {
-    let cases: &[Wrong] = &[
-        (|g| _ = g.input("x", &[4], DType::F32, Layout::broadcast()), "the program has no output"),
-        (|_| {}, "the program has no output"),
-        (
-            |g| {
-                let x = g.input("x", &[4, 5], DType::F32, Layout::broadcast());
-                let t = g.input("t", &[4], DType::I32, Layout::broadcast());
-                let loss = g.cross_entropy(x, t);
-                g.minimize(loss, AdamW::default());
-            },
-            "the loss depends on no parameter",
-        ),
-        (
-            |g| {
-                let l = tied(g);
-                g.parameter("unused", &[2, 2], WEIGHTS, Layout::broadcast());
-                g.minimize(l, AdamW::default())
-            },
-            "unused: no output depends on this parameter",
-        ),
-        (
-            |g| {
-                let x = g.input("x", &[], DType::F32, Layout::broadcast());
-                g.output("x", x)
-            },
-            "`step_input`",
-        ),
-        (
-            |g| {
-                let x = g.input("rng", &[4], DType::F32, Layout::broadcast());
-                g.output("x", x)
-            },
-            "choose another",
-        ),
-        (
-            |g| {
-                let x = g.step_input("hyper", &[4], DType::F32);
-                g.output("x", x)
-            },
-            "choose another",
-        ),
-        (
-            |g| {
-                input(g, "x");
-                let x = g.input("x", &[4], DType::F32, Layout::broadcast());
-                g.output("x", x)
-            },
-            "one tensor of the host",
-        ),
-        (
-            |g| {
-                let l = Layout::split("data", 0).and_split("data", 1);
-                let x = g.input("x", &[4, 4], DType::F32, l);
-                g.output("x", x)
-            },
-            "`data` twice",
-        ),
-        (
-            |g| {
-                let x = input(g, "ids");
-                let y = g.gelu(x);
-                g.output("y", y)
-            },
-            "input 0 (ids) is I32, but must be F32",
-        ),
-        (
-            |g| {
-                let x = g.input("x", &[4], DType::F32, Layout::broadcast());
-                let y = nn::embedding(g, "table", x, 3, 2, Parallel::Replicated);
-                g.output("y", y)
-            },
-            "input 0 (x) is F32, but must be I32",
-        ),
-        (
-            |g| {
-                let l = tied(g);
-                g.minimize(l, AdamW::default());
-                g.minimize(l, AdamW::default())
-            },
-            "minimise their sum",
-        ),
-        (
-            |g| {
-                let l = tied(g);
-                g.minimize(l, AdamW { max_norm: -1.0, ..AdamW::default() })
-            },
-            "max_norm must be above 0",
-        ),
-        (
-            |g| {
-                let l = tied(g);
-                g.minimize(l, AdamW { betas: (0.9, f32::NAN), ..AdamW::default() })
-            },
-            "betas must be",
-        ),
-        (
-            |g| {
-                let l = tied(g);
-                let w = g.parameters()[0];
-                g.output("w", w);
-                g.minimize(l, AdamW::default())
-            },
-            "`Session::parameters`",
-        ),
-        (
-            |g| {
-                let w = g.parameter("w", &[1 << 40, 1 << 40], Init::Ones, Layout::broadcast());
-                g.output("w", w)
-            },
-            "more elements than any device",
-        ),
-        (|g| with_gradients(g, "none"), "for each input: expected 1, got 0"),
-        (|g| with_gradients(g, "small"), "a gradient of shape [3, 3, 6] for input 0, got [6, 6]"),
-    ];
-    for (build, want) in cases {
+    for (build, want) in WRONG {
         let mut g = graph("data=2");
         build(&mut g);
         let options = CompileOptions { micro_batches: 2, ..CompileOptions::default() };

@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 
 use shardflow::cluster::{Cluster, ClusterOptions, Transport};
 use shardflow::exit::Exit;
-use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
-use shardflow::job::secret::Secret;
 use shardflow::plan::Schedule::GPipe;
 use shardflow::session::{SessionError, SessionOptions};
 use shardflow_actors::watchdog::WatchdogOptions;
+use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
 /// Much longer than any expected wait.
@@ -25,25 +24,13 @@ fn model() -> Model {
 
 /// The cluster of process `process` of two; sends messages about waits to `lines`.
 fn cluster(process: u32, socket: &Path, lines: Sender<String>) -> Cluster {
-    let world = World {
-        process,
-        processes: 2,
-        local_process: process,
-        local_processes: 2,
-        node: Some(0),
-        endpoint: Endpoint::Unix(socket.into()),
-        secret: SecretSource::Text(Secret::new("a secret of these tests").expect("long enough")),
-        restart: 0,
-        source: LaunchedBy::Shardflow,
-        run_id: "slow".into(),
-    };
     let options = ClusterOptions {
         transport: Transport::Unix,
         report_every: Duration::from_millis(20),
         on_waiting: Some(Arc::new(move |line| drop(lines.send(line.to_owned())))),
         ..ClusterOptions::default()
     };
-    Cluster::new(LaunchContext::World(world), options)
+    cluster_at(socket, process, 2, options)
 }
 
 /// What rank 1 does while rank 0 waits for it.

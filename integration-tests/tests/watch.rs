@@ -10,7 +10,8 @@ use shardflow::checkpoint::{SaverOptions, SingleProcess, Store, save_now};
 use shardflow::metrics as names;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::plan::flops::step_flops;
-use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow::session::metrics::Metrics;
+use shardflow::session::{Session, SessionError, SessionOptions, StepReport};
 use shardflow::watch::status::DeviceStatus;
 use shardflow::watch::{Watch, WatchError, client};
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, Scratch, options};
@@ -31,8 +32,11 @@ fn get(address: SocketAddr, path: &str) -> (u16, String) {
     (status, body.to_owned())
 }
 
-/// Parses Prometheus' text into values by name and labels.
-fn values(text: &str) -> BTreeMap<String, f64> {
+/// By name and labels.
+type Values = BTreeMap<String, f64>;
+
+/// Parses Prometheus' text.
+fn values(text: &str) -> Values {
     let lines = text.lines().filter(|line| !line.starts_with('#') && !line.is_empty());
     let value = |line: &str| {
         let (name, value) = line.rsplit_once(' ').expect("a value");
@@ -42,7 +46,7 @@ fn values(text: &str) -> BTreeMap<String, f64> {
 }
 
 /// Sums all series of a name whose labels contain `labels`.
-fn sum(values: &BTreeMap<String, f64>, name: &str, labels: &str) -> f64 {
+fn sum(values: &Values, name: &str, labels: &str) -> f64 {
     let of = |series: &&String| series.split('{').next() == Some(name) && series.contains(labels);
     values.iter().filter(|(series, _)| of(series)).map(|(_, value)| value).sum()
 }
@@ -74,9 +78,29 @@ fn metrics_match_the_session() {
     assert_eq!(get(watch.address(), "/healthz"), (200, format!("ok, {STEPS} steps\n")));
     let (status, text) = get(watch.address(), "/metrics");
     assert_eq!(status, 200);
-    let got = values(&text);
+    let (got, last, metrics) = (values(&text), &reports[STEPS as usize - 1], session.metrics());
+    check_steps(&got, last, flops, &model);
+    check_job(&got);
+    check_actors(&got, &metrics);
+    check_devices(&got, &metrics);
+    // Activations of two micro-batches for the next stage.
+    let rows = model.batch / 2 / 2 * model.context * model.width * 4;
+    let edge = sum(&got, names::EDGE_BYTES, EDGE);
+    let collectives = session_collectives(&session);
+    assert_eq!(edge, (rows * 2 * STEPS as usize) as f64);
+    check_status(watch.address(), last, &metrics);
+    assert_complete(&text);
+    promtool(&text);
+    session.shutdown().expect("a clean shutdown");
+    assert_eq!(get(watch.address(), "/healthz").0, 503, "the session has ended");
+    assert_eq!(get(watch.address(), "/nothing").0, 404);
+    check_diverging_session(&watch, &model, edge, collectives);
+    check_attempts_of_a_job(&watch, &model);
+}
+
+/// The values of the last step, and of all.
+fn check_steps(got: &Values, last: &StepReport, flops: f64, model: &Model) {
     let value = |name: &str| got[name];
-    let (last, metrics) = (&reports[STEPS as usize - 1], session.metrics());
     assert_eq!((value(names::STEPS), value(names::STEPS_NON_FINITE)), (STEPS as f64, 0.0));
     assert_eq!(value(names::STEP), STEPS as f64);
     assert!(value(names::START) > 1.7e9);
@@ -90,15 +114,23 @@ fn metrics_match_the_session() {
     assert!(mfu > flops / PEAK / 4.0 / 60.0 && mfu < 1.0, "{mfu}");
     let ratio = value(names::TRAINING_RATIO);
     assert!(ratio > 0.0 && ratio <= 1.0, "{ratio}");
-    assert_eq!(sum(&got, names::BUILD_INFO, "mesh=\"data=2,stage=2\""), 1.0);
-    assert_eq!((sum(&got, names::RESTARTS, "137"), sum(&got, names::RESTARTS, "")), (2.0, 3.0));
-    assert_eq!(sum(&got, names::STALLS, ""), 0.0);
+}
+
+/// The values of the job and its checkpoint.
+fn check_job(got: &Values) {
+    let value = |name: &str| got[name];
+    assert_eq!(sum(got, names::BUILD_INFO, "mesh=\"data=2,stage=2\""), 1.0);
+    assert_eq!((sum(got, names::RESTARTS, "137"), sum(got, names::RESTARTS, "")), (2.0, 3.0));
+    assert_eq!(sum(got, names::STALLS, ""), 0.0);
     assert_eq!(value("shardflow_checkpoint_duration_seconds_count"), 1.0);
     let saves =
         ["committed", "failed"].map(|outcome| value(&format!("{}{{outcome=\"{outcome}\"}}", names::CHECKPOINTS)));
     assert_eq!(saves, [1.0, 0.0]);
     assert!(value(names::CHECKPOINT_LAST_SUCCESS) > 1.7e9);
+}
 
+fn check_actors(got: &Values, metrics: &Metrics) {
+    let value = |name: &str| got[name];
     for actor in &metrics.actors {
         for (action, firings, seconds) in &actor.actions {
             let labels = format!("{{actor=\"{}\",action=\"{action}\"}}", actor.name);
@@ -109,14 +141,31 @@ fn metrics_match_the_session() {
         }
     }
     let firings: u64 = metrics.actors.iter().flat_map(|a| &a.actions).map(|a| a.1).sum();
-    assert_eq!(sum(&got, &format!("{}_count", names::WAIT), ""), firings as f64);
-    assert!(sum(&got, &format!("{}_sum", names::WAIT), "reason=\"host\"") > 0.0);
+    assert_eq!(sum(got, &format!("{}_count", names::WAIT), ""), firings as f64);
+    assert!(sum(got, &format!("{}_sum", names::WAIT), "reason=\"host\"") > 0.0);
     for register in &metrics.registers {
         let of = |state: &str| value(&format!("{}{{register=\"{}\",state=\"{state}\"}}", names::SLOTS, register.name));
         let slots = ["free", "writing", "filled"].map(of);
         assert_eq!(slots.iter().sum::<f64>(), f64::from(register.slots), "{}", register.name);
         assert_eq!(slots[1] + slots[2], f64::from(register.slots_held), "{}", register.name);
     }
+    // The time in collectives is part of an actor's busy time.
+    let mut collect = BTreeSet::new();
+    for actor in &metrics.actors {
+        let labels = format!("actor=\"{}\"", actor.name);
+        let spent = sum(got, "shardflow_collective_seconds_sum", &labels);
+        let busy: f64 = actor.actions.iter().map(|(_, _, seconds)| seconds).sum();
+        assert!(spent <= busy, "{labels}: {spent} of {busy}");
+        if spent > 0.0 {
+            collect.insert(actor.name.split(' ').take(2).collect::<Vec<_>>().join(" "));
+        }
+    }
+    assert_eq!(collect.into_iter().collect::<Vec<_>>(), ["device 0", "device 1", "device 2", "device 3"]);
+    assert!(sum(got, "shardflow_collective_seconds_count", "kind=\"all_reduce\"") > 0.0);
+}
+
+fn check_devices(got: &Values, metrics: &Metrics) {
+    let value = |name: &str| got[name];
     for device in &metrics.devices {
         let of = |kind: &str| value(&format!("{}{{device=\"{}\",kind=\"{kind}\"}}", names::MEMORY, device.device));
         let bytes = [device.planned_peak_bytes, device.allocated_bytes, device.measured_peak_bytes].map(|b| b as f64);
@@ -125,26 +174,10 @@ fn metrics_match_the_session() {
         assert_eq!(collective, device.collective_bytes as f64);
         assert!(collective > 0.0, "gradients are reduced");
     }
-    // Activations of two micro-batches for the next stage.
-    let rows = model.batch / 2 / 2 * model.context * model.width * 4;
-    let edge = sum(&got, names::EDGE_BYTES, EDGE);
-    let collectives = session_collectives(&session);
-    assert_eq!(edge, (rows * 2 * STEPS as usize) as f64);
-    // The time in collectives is part of an actor's busy time.
-    let mut collect = BTreeSet::new();
-    for actor in &metrics.actors {
-        let labels = format!("actor=\"{}\"", actor.name);
-        let spent = sum(&got, "shardflow_collective_seconds_sum", &labels);
-        let busy: f64 = actor.actions.iter().map(|(_, _, seconds)| seconds).sum();
-        assert!(spent <= busy, "{labels}: {spent} of {busy}");
-        if spent > 0.0 {
-            collect.insert(actor.name.split(' ').take(2).collect::<Vec<_>>().join(" "));
-        }
-    }
-    assert_eq!(collect.into_iter().collect::<Vec<_>>(), ["device 0", "device 1", "device 2", "device 3"]);
-    assert!(sum(&got, "shardflow_collective_seconds_count", "kind=\"all_reduce\"") > 0.0);
+}
 
-    let status = client::status(watch.address()).expect("a session");
+fn check_status(address: SocketAddr, last: &StepReport, metrics: &Metrics) {
+    let status = client::status(address).expect("a session");
     assert_eq!((status.steps, status.gradient_norm), (STEPS, last.grad_norm));
     assert_eq!(status.loss, last.loss.map(f64::from));
     assert_eq!((&*status.mesh, &*status.device, status.process, status.processes), ("data=2,stage=2", "cpu", 0, 1));
@@ -157,14 +190,6 @@ fn metrics_match_the_session() {
     let header = "  busy      now for  what each actor does or waits for\n";
     assert!(status.to_string().contains(header), "{status}");
     assert!(!status.waits.is_empty() && status.to_string().lines().count() > 8, "{status}");
-
-    assert_complete(&text);
-    promtool(&text);
-    session.shutdown().expect("a clean shutdown");
-    assert_eq!(get(watch.address(), "/healthz").0, 503, "the session has ended");
-    assert_eq!(get(watch.address(), "/nothing").0, 404);
-    check_diverging_session(&watch, &model, edge, collectives);
-    check_attempts_of_a_job(&watch, &model);
 }
 
 /// The counters of a second session add to the first's, and the step that ends it is recorded.

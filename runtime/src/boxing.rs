@@ -5,9 +5,10 @@
 //! step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. Dijkstra's
 //! algorithm (1959) finds the cheapest path; ties go to fewer steps, then to the layout that is listed first.
 
-pub mod interpret;
+#[cfg(test)]
+pub(crate) mod interpret;
 pub mod step;
-pub mod table;
+pub(crate) mod table;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -259,17 +260,23 @@ impl<'a> SearchSpace<'a> {
 /// The layouts that a path may contain on this placement; `ends` are its end layouts there. An axis may be `Partial`
 /// only if it is in one of the ends, because any other partial terms would have to be reduced again.
 fn layouts_between(shape: &[usize], placement: &Placement, ends: &[&NdSbp]) -> Vec<NdSbp> {
-    let mut layouts = vec![NdSbp(Vec::new())];
-    for axis in 0..placement.axes().len() {
-        let at_ends = || ends.iter().map(|end| end.0[axis]);
+    let entries = |axis: usize| {
         let mut entries = vec![Sbp::Broadcast];
         entries.extend((0..shape.len()).map(Sbp::Split));
-        entries.extend(at_ends().filter(|s| s.is_partial()));
+        entries.extend(ends.iter().map(|end| end.0[axis]).filter(|s| s.is_partial()));
         entries.dedup();
-        let extended = layouts
-            .iter()
-            .flat_map(|layout| entries.iter().map(|&entry| NdSbp(layout.0.iter().copied().chain([entry]).collect())));
-        layouts = extended.filter(|layout| !layout.mixes_reductions()).collect();
+        entries
+    };
+    combinations((0..placement.axes().len()).map(entries))
+}
+
+/// All layouts with one of the entries of each axis, except those that mix reductions.
+fn combinations(axes: impl Iterator<Item = Vec<Sbp>>) -> Vec<NdSbp> {
+    let mut layouts = vec![NdSbp(Vec::new())];
+    for entries in axes {
+        let extended = |layout: &NdSbp, entry: &Sbp| NdSbp(layout.0.iter().copied().chain([*entry]).collect());
+        let all = layouts.iter().flat_map(|layout| entries.iter().map(move |entry| extended(layout, entry)));
+        layouts = all.filter(|layout| !layout.mixes_reductions()).collect();
     }
     layouts
 }

@@ -1,11 +1,11 @@
 //! Checkpoints of a training on any number of processes: each process writes a shard, and the atomic creation of a
 //! manifest commits the checkpoint.
 //!
-//! [`store`] defines the location of files and the invariants; [`save`] leads from a snapshot to a commit; [`read`]
-//! returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole model, and
+//! [`Store`] defines the location of files and the invariants; a [`Saver`] leads from a snapshot to a commit; a
+//! [`CheckpointReader`] returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole model, and
 //! [`convert::export`] writes one from a checkpoint.
 
-pub mod agreement;
+pub(crate) mod agreement;
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod convert;
@@ -15,19 +15,23 @@ pub mod error;
 pub mod fuzz;
 pub(crate) mod io;
 pub mod manifest;
-pub mod read;
-pub mod save;
-pub mod saver;
+pub(crate) mod newest;
+pub(crate) mod options;
+pub(crate) mod read;
+pub(crate) mod save;
+pub(crate) mod saver;
 pub(crate) mod shard;
 pub mod snapshot;
-pub mod store;
+pub(crate) mod store;
 
-pub use crate::clock::WaitClock;
+pub use crate::clock::{SimulatedClock, WaitClock};
 pub use agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome, SingleProcess};
 pub use error::{AgreeError, CheckpointError};
 pub use manifest::{Cursor, Manifest};
+pub use newest::NewestCheckpoint;
+pub use options::{SaveSchedule, SaverOptions, WhenBusy};
 pub use read::CheckpointReader;
 pub use save::SaveReport;
-pub use saver::{SaveSchedule, SaveStart, Saver, SaverOptions, WhenBusy, save_now};
+pub use saver::{SaveStart, Saver, save_now};
 pub use snapshot::Snapshot;
-pub use store::{NewestCheckpoint, Store};
+pub use store::Store;

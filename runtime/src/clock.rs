@@ -3,6 +3,8 @@
 use std::fmt;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 /// A clock that also waits.
 pub trait WaitClock: Send + Sync + fmt::Debug {
     /// Time since a fixed moment.
@@ -22,5 +24,40 @@ impl WaitClock for SystemClock {
 
     fn wait(&self, time: Duration) {
         std::thread::sleep(time);
+    }
+}
+
+/// Called with the clock's time during each wait.
+type OnWait = Box<dyn FnMut(Duration) + Send>;
+
+/// A clock for tests, which advances only when someone waits.
+#[derive(Default)]
+pub struct SimulatedClock {
+    now: Mutex<Duration>,
+    on_wait: Mutex<Option<OnWait>>,
+}
+
+impl SimulatedClock {
+    /// Runs `work` with the new time after each wait, in place of earlier work.
+    pub fn on_wait(&self, work: impl FnMut(Duration) + Send + 'static) {
+        *self.on_wait.lock() = Some(Box::new(work));
+    }
+}
+
+impl fmt::Debug for SimulatedClock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.now)
+    }
+}
+
+impl WaitClock for SimulatedClock {
+    fn now(&self) -> Duration {
+        *self.now.lock()
+    }
+
+    fn wait(&self, time: Duration) {
+        *self.now.lock() += time;
+        let now = self.now();
+        self.on_wait.lock().iter_mut().for_each(|work| work(now));
     }
 }

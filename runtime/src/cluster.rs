@@ -11,27 +11,21 @@
 //! # }
 //! ```
 
-use std::io;
-
-use shardflow_job::env::{
-    COLLECTIVES, EnvError, JOB_BEGAN_MS, LaunchContext, RESTART_CAUSES, World as Launched, detect, process_variables,
-};
-use shardflow_job::exit::Exit;
-use shardflow_job::membership::MembershipError;
+use shardflow_job::env::{JOB_BEGAN_MS, LaunchContext, RESTART_CAUSES, World as Launched, detect, process_variables};
 pub use shardflow_job::options::{Advertise, ClusterOptions, Collectives, Transport};
-use shardflow_job::rendezvous::{RendezvousError, RendezvousRefusal};
-use shardflow_job::transport::TransportError;
-use shardflow_kernels::error::KernelError;
 
-use crate::session::process_map::ProcessMap;
+use crate::process_map::ProcessMap;
 
 mod by_mpi;
 pub(crate) mod connector;
+mod error;
+pub(crate) mod failure;
 mod nccl_ids;
 mod save_agreement;
 pub(crate) mod world;
 
 use by_mpi::ByMpi;
+pub use error::ClusterError;
 
 /// This process's rank and options, known before the rendezvous.
 #[derive(Clone, Debug)]
@@ -119,63 +113,4 @@ impl Cluster {
     pub fn is_first(&self) -> bool {
         self.process() == 0
     }
-}
-
-/// Why the processes cannot form a world.
-#[derive(Debug, thiserror::Error)]
-pub enum ClusterError {
-    /// The environment contradicts itself.
-    #[error(transparent)]
-    Env(#[from] EnvError),
-    /// MPI is selected and cannot be used.
-    #[error("{COLLECTIVES}=mpi, but {0}")]
-    Mpi(String),
-    /// An invalid combination of processes, devices, addresses or transports.
-    #[error("{0}")]
-    Refused(String),
-    /// The rendezvous failed.
-    #[error(transparent)]
-    Rendezvous(#[from] RendezvousError),
-    /// A connection could not be made.
-    #[error(transparent)]
-    Transport(#[from] TransportError),
-    /// A process was lost after the rendezvous, before the session began.
-    #[error(transparent)]
-    Membership(#[from] MembershipError),
-    /// Memory or a collective engine could not be created.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// A system call failed.
-    #[error("cannot {action}: {cause}")]
-    System {
-        /// The action that failed.
-        action: &'static str,
-        /// The system's error.
-        cause: io::Error,
-    },
-}
-
-impl ClusterError {
-    /// The exit code of a program that ends with this error.
-    pub fn exit(&self) -> Exit {
-        match self {
-            Self::Env(error) => error.exit(),
-            Self::Mpi(_) | Self::Refused(_) => Exit::Refused,
-            Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
-            Self::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Conflicts(_))) => Exit::Refused,
-            Self::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report))) => {
-                Exit::from_code(report.exit)
-            }
-            Self::Rendezvous(RendezvousError::Transport(error)) | Self::Transport(error) => transport_exit(error),
-            Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,
-            Self::Rendezvous(_) => Exit::PeerUnavailable,
-            Self::Membership(error) => error.exit(),
-            Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::OutOfMemory,
-            Self::Kernel(_) | Self::System { .. } => Exit::Internal,
-        }
-    }
-}
-
-fn transport_exit(error: &TransportError) -> Exit {
-    if error.is_authentication() { Exit::Protocol } else { Exit::PeerUnavailable }
 }

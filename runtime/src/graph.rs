@@ -22,11 +22,11 @@ use crate::sbp::rule::{NdSignature, Rule};
 use crate::sbp::{NdSbp, Sbp};
 
 pub mod builder;
-pub mod error;
+pub(crate) mod error;
 pub mod ops;
 pub mod optimizer;
 
-pub use error::GraphError;
+pub use error::{GraphError, SourceLine};
 pub use optimizer::AdamW;
 
 /// A tensor of a graph. Other graphs refuse it, except clones that were made after the tensor.
@@ -36,7 +36,7 @@ pub struct Var {
     /// The [`GraphId`] of the graph that created it.
     graph: u32,
     dims: u8,
-    location: &'static Location<'static>,
+    location: SourceLine,
 }
 
 /// Compares the index only, not the graph, so that equal programs have equal plans.
@@ -305,9 +305,23 @@ pub struct Node {
     /// The phase in which it runs.
     pub phase: Phase,
     /// The user's source line.
-    pub location: &'static Location<'static>,
+    pub location: SourceLine,
     /// The signature chosen by the layout pass.
     pub signature: Option<NdSignature>,
+}
+
+impl Node {
+    /// A node with one input and one output, for `reader`.
+    pub(crate) fn between(
+        name: String,
+        op: NodeOp,
+        (input, output): (Var, Var),
+        placement: usize,
+        reader: &Self,
+    ) -> Self {
+        let (inputs, outputs) = (vec![input], vec![output]);
+        Self { name, op, inputs, outputs, updates: Vec::new(), placement, signature: None, ..reader.clone() }
+    }
 }
 
 /// A tensor that the host fetches.
@@ -320,7 +334,7 @@ pub struct Output {
     /// How the values of micro-batches are combined: given by the user, or derived by the micro-batch pass.
     pub combine: Option<Combine>,
     /// The user's source line.
-    pub location: &'static Location<'static>,
+    pub location: SourceLine,
 }
 
 /// How an output's values from the micro-batches of a step are combined into one.
@@ -355,7 +369,7 @@ pub(crate) struct Objective {
     pub(crate) loss: Var,
     pub(crate) optimizer: AdamW,
     /// The user's source line.
-    pub(crate) location: &'static Location<'static>,
+    pub(crate) location: SourceLine,
 }
 
 /// The logical program under construction. The methods that add nodes are in [`builder`].
@@ -363,7 +377,7 @@ pub(crate) struct Objective {
 pub struct Graph {
     id: GraphId,
     /// The source line of [`Graph::new`].
-    pub(crate) location: &'static Location<'static>,
+    pub(crate) location: SourceLine,
     pub(crate) mesh: Mesh,
     pub(crate) placements: Vec<Placement>,
     pub(crate) nodes: Vec<Node>,
@@ -380,7 +394,7 @@ pub struct Graph {
     /// Phase of the nodes added next; passes change it.
     pub(crate) phase: Phase,
     /// Source line of the layer under construction.
-    pub(crate) origin: Option<&'static Location<'static>>,
+    pub(crate) origin: Option<SourceLine>,
 }
 
 impl Graph {
@@ -421,7 +435,7 @@ impl Graph {
     }
 
     /// Adds a tensor created at this source line.
-    pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: &'static Location<'static>) -> Var {
+    pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: SourceLine) -> Var {
         let dims = info.shape.len().min(DIMS_MAX) as u8;
         let var = Var { index: self.tensors.len() as u32, graph: self.id.0, dims, location };
         self.tensors.push(info);
@@ -433,6 +447,13 @@ impl Graph {
     pub(crate) fn take_tensors(&mut self) -> Vec<TensorInfo> {
         self.vars.clear();
         std::mem::take(&mut self.tensors)
+    }
+
+    /// Adds a node, and its outputs' producer, for a pass that rebuilds the list of nodes.
+    pub(crate) fn push_rebuilt(&mut self, rebuilt: &mut Vec<Node>, node: Node) {
+        let id = NodeId(rebuilt.len() as u32);
+        node.outputs.iter().for_each(|output| self.tensors[output.index()].producer = id);
+        rebuilt.push(node);
     }
 
     /// All errors recorded so far.
@@ -461,6 +482,12 @@ impl Graph {
 
     pub(crate) fn placement_of(&self, var: Var) -> usize {
         self.producer(var).placement
+    }
+
+    /// Parameters and optimizer states, in the program's order.
+    pub(crate) fn residents(&self) -> impl Iterator<Item = Var> {
+        let nodes = self.nodes.iter();
+        nodes.filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State)).map(|n| n.outputs[0])
     }
 
     /// The parameters, in the order of their creation.

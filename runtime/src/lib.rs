@@ -7,6 +7,7 @@ pub mod checkpoint;
 mod clock;
 pub mod cluster;
 pub mod declare;
+mod devices;
 pub mod doctor;
 pub mod files;
 #[cfg(feature = "cli")]
@@ -20,6 +21,7 @@ pub mod nn;
 pub mod passes;
 pub mod placement;
 pub mod plan;
+pub(crate) mod process_map;
 pub mod program;
 pub mod sbp;
 pub mod session;
@@ -56,9 +58,11 @@ pub mod prelude {
     pub use shardflow_kernels::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel};
     pub use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
+    pub use crate::checkpoint::CheckpointError;
     pub use crate::checkpoint::{Cursor, SaveSchedule, SaveStart, Saver, SaverOptions, SingleProcess, Store, WhenBusy};
     pub use crate::cluster::{Cluster, ClusterError};
     pub use crate::declare::{Declarations, OnResume, data_identity};
+    pub use crate::devices::gpu_memory_bytes;
     pub use crate::graph::builder::Layout;
     pub use crate::graph::{AdamW, Combine, CustomOp, Graph, GraphError, Var};
     pub use crate::init::Init;
@@ -72,8 +76,6 @@ pub mod prelude {
     pub use crate::plan::{Plan, Schedule};
     pub use crate::program;
     pub use crate::sbp::rule::Rule;
-    pub use crate::session::checkpoint::CheckpointError;
-    pub use crate::session::devices::gpu_memory_bytes;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
     pub use crate::session::{Session, SessionError, SessionOptions, StepReport, Threads};

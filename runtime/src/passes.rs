@@ -10,30 +10,21 @@ use crate::plan::lower::{LowerOptions, lower};
 use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
+pub use boxing::Boxing;
 use mode::Mode;
 use precision::Precision;
 use shardflow_job::text::counted;
 
-pub mod autodiff;
-pub mod boxing;
-pub mod bucket;
+pub(crate) mod autodiff;
+pub(crate) mod boxing;
+pub(crate) mod bucket;
 mod check;
-pub mod layout;
-pub mod micro_batch;
+pub(crate) mod layout;
+pub(crate) mod micro_batch;
 pub mod mode;
-pub mod optimizer;
+pub(crate) mod optimizer;
 pub mod precision;
-pub mod stages;
-
-/// The treatment of forward layout changes that the user did not write.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Boxing {
-    /// They are inserted, and `explain` lists them.
-    #[default]
-    Automatic,
-    /// They are errors, except reductions of partial sums, which a row-parallel layout implies.
-    Explicit,
-}
+pub(crate) mod stages;
 
 /// How a graph is compiled.
 #[derive(Clone, Debug)]
@@ -95,30 +86,17 @@ impl Default for CompileOptions {
 
 /// Why compilation failed.
 #[derive(Clone, Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum CompileError {
     /// The program has errors, each with its source line.
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
     /// The mesh has more devices than are available.
     #[error("mesh {mesh} needs {}, but only {available} are available; choose a smaller mesh", counted(.needed, "device"))]
-    Devices {
-        /// The mesh.
-        mesh: String,
-        /// Its devices.
-        needed: usize,
-        /// Available devices.
-        available: usize,
-    },
+    Devices { mesh: String, needed: usize, available: usize },
     /// A count is 0 or too large.
     #[error("{name} is {got}; it must be from 1 to {max}")]
-    Range {
-        /// The field of [`CompileOptions`].
-        name: &'static str,
-        /// Its value.
-        got: usize,
-        /// The maximum.
-        max: usize,
-    },
+    Range { name: &'static str, got: usize, max: usize },
     /// Validation refused the plan.
     #[error(transparent)]
     Plan(#[from] PlanError),

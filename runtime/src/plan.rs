@@ -4,23 +4,23 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use shardflow_actors::spec::{ActionSpec, ActorId, RegisterId, Spec};
+use shardflow_actors::spec::{ActionSpec, ActorId, RegisterId, Spec, StreamKind};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Buffer, Launch};
 use shardflow_kernels::tensor::{DType, Region};
 
 use crate::graph::{Graph, NodeId, Phase, Rate, Var};
 
-pub mod assign;
-pub mod collective_order;
-pub mod emit;
-pub mod explain;
+pub(crate) mod assign;
+pub(crate) mod collective_order;
+pub(crate) mod emit;
+pub(crate) mod explain;
 pub mod flops;
 mod hash;
-pub mod lower;
-pub mod memory;
-pub mod picture;
-pub mod slots;
+pub(crate) mod lower;
+pub(crate) mod memory;
+pub(crate) mod picture;
+pub(crate) mod slots;
 pub mod validate;
 
 /// The order of the micro-batches in a pipeline.
@@ -230,11 +230,23 @@ impl Plan {
         self.threads_per_device = threads_per_device;
         self.memory.iter_mut().for_each(|memory| memory.stream_bytes = 0);
         for (actor, actions) in self.spec.actors.iter().zip(&self.actions) {
-            let threads = lower::threads_of(actor.stream, threads_per_device);
+            let threads = threads_of(actor.stream, threads_per_device);
             let launches = actions.iter().flat_map(|action| &action.launches);
             let scratch = launches.map(|launch| self.device.scratch_bytes(launch, threads)).max().unwrap_or(0);
             self.memory[actor.device].stream_bytes += self.device.stream_bytes() + scratch;
         }
+    }
+
+    /// A resident tensor's part on each device of its placement, in the placement's order, with its index among the
+    /// device's residents.
+    pub(crate) fn resident_parts(&self, var: Var) -> Vec<(usize, usize, &ResidentTensor)> {
+        let placement = &self.graph.placements[self.graph.placement_of(var)];
+        let part = |device: &usize| {
+            let mut residents = self.memory[*device].residents.iter().enumerate();
+            let (index, resident) = residents.find(|(_, r)| r.var == var)?;
+            Some((*device, index, resident))
+        };
+        placement.devices().iter().filter_map(part).collect()
     }
 
     /// The memory of a register.
@@ -245,3 +257,8 @@ impl Plan {
 
 #[cfg(test)]
 mod tests;
+
+/// Threads of a stream: several for compute streams, one for the others.
+pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {
+    if stream == StreamKind::Compute { threads_per_device } else { 1 }
+}

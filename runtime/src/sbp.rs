@@ -2,8 +2,8 @@
 //!
 //! SBP is from OneFlow, Yuan et al. 2021, <https://arxiv.org/abs/2110.15032>.
 
-pub mod choose;
-pub mod cost;
+pub(crate) mod choose;
+pub(crate) mod cost;
 pub mod region;
 pub mod rule;
 
@@ -59,14 +59,9 @@ impl fmt::Display for Sbp {
 pub struct NdSbp(pub Vec<Sbp>);
 
 impl NdSbp {
-    /// The same entry along each of `axes` axes.
-    pub fn uniform(sbp: Sbp, axes: usize) -> Self {
-        Self(vec![sbp; axes])
-    }
-
     /// The whole tensor on every device.
     pub fn broadcast(axes: usize) -> Self {
-        Self::uniform(Sbp::Broadcast, axes)
+        Self(vec![Sbp::Broadcast; axes])
     }
 
     /// Parses `(S0, B)`, `S0,B` or, for a placement without axes, `()`.
@@ -114,11 +109,10 @@ impl NdSbp {
         if self.0.len() != axes.len() {
             why = Some(format!("expected one entry for each of {} mesh axes, got {}", axes.len(), self.0.len()));
         }
-        for sbp in &self.0 {
-            match *sbp {
-                Sbp::Split(dim) if dim >= shape.len() => why = Some(format!("the tensor has no dim {dim}")),
-                _ => {}
-            }
+        let missing =
+            |sbp: &Sbp| if let Sbp::Split(dim) = *sbp { Some(dim).filter(|d| *d >= shape.len()) } else { None };
+        if let Some(dim) = self.0.iter().find_map(missing) {
+            why = Some(format!("the tensor has no dim {dim}"));
         }
         if self.mixes_reductions() {
             why = Some("it mixes two different reductions".into());

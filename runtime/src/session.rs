@@ -2,154 +2,73 @@
 //! shutdown.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::{Arc, Once, OnceLock, Weak};
-use std::thread::available_parallelism;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, after, never, select, unbounded};
+use crossbeam_channel::{Receiver, after, never, select};
 use parking_lot::Mutex;
-use shardflow_actors::error::{ActorError, Failure, PeerError};
-use shardflow_actors::remote::{HostPiece, Peers};
-use shardflow_actors::shell::{ActorHost, LoadedPlan, RegisterMemory, RunningSession, prepare};
-use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
-use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
+use shardflow_actors::error::{Failure, PeerError};
+use shardflow_actors::remote::HostPiece;
+use shardflow_actors::shell::RunningSession;
+use shardflow_actors::spec::ActorId;
 use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::collective::Collective;
-use shardflow_kernels::device::{Device, DeviceKind, Priority};
-use shardflow_kernels::error::KernelError;
-use shardflow_kernels::memory::{Arena, Base};
+use shardflow_kernels::device::Device;
+use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
-use crate::cluster::ClusterError;
-use crate::cluster::connector::Connections;
-use crate::cluster::world::{self, WAITING, World};
-use crate::declare::{Declarations, DeclareError, MAX_NORM, OPTIMIZER, OnResume};
+use crate::cluster::world::{WAITING, World};
+use crate::declare::Declarations;
 use crate::graph::optimizer::Bounds;
-use crate::graph::{NodeOp, Rate, Var};
-use crate::init;
-use crate::layout_error::LayoutError;
-use crate::metrics as names;
-use crate::passes::THREADS_MAX;
-use crate::plan::lower::threads_of;
-use crate::plan::validate::PlanError;
+use crate::graph::{Rate, Var};
 use crate::plan::{Plan, ResidentTensor};
-use shardflow_job::exit::Exit;
-use shardflow_job::machine::{affinity, threads_per_device};
-use shardflow_job::requests::{Request, Requests};
+use crate::process_map::ProcessMap;
+use shardflow_job::requests::Requests;
 
-pub mod agreement;
-pub(crate) mod budget;
-pub mod checkpoint;
-pub mod devices;
-pub(crate) mod error_exit;
+pub(crate) mod agreement;
+mod budget;
+pub(crate) mod checkpoint;
+mod error;
 mod exchange;
-pub mod host;
+pub(crate) mod host;
+mod incidents;
 mod load;
 pub mod metrics;
+mod non_finite;
 pub mod numerics;
-pub mod observer;
+pub(crate) mod observer;
 mod options;
+mod outcome;
+mod passes;
 pub mod plan_files;
-pub mod process_map;
+mod ports;
+mod published;
+pub(crate) mod recent;
+mod report;
 mod saver;
-pub mod snapshot;
+pub(crate) mod snapshot;
+mod start;
 mod step;
 mod tokens;
 
-use agreement::{RankDisagreement, SharedInput, shared_inputs};
+use agreement::SharedInput;
 use budget::Budget;
-use checkpoint::CheckpointError;
-use devices::ProcessDevices;
-use exchange::{Inbox, NumberPair, tensor_of};
+pub use error::SessionError;
+use exchange::{Inbox, tensor_of};
 use host::Fetched;
-use load::{FeedPort, Loader, external_actions, fetches};
+use load::FeedPort;
 use metrics::{Metrics, MetricsSource, StepMetrics};
-use numerics::{NonFinite, OnNonFinite};
-use observer::{Observer, RecentSteps};
+use numerics::OnNonFinite;
+use observer::Observer;
 pub use options::{SessionOptions, Threads};
-use process_map::{HostPorts, ProcessMap};
-
-/// Errors of a session.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// An actor, a kernel or a collective failed; this is the first cause.
-    #[error("{0}")]
-    Failed(#[from] Failure),
-    /// The actors cannot be started, or do not accept a message.
-    #[error(transparent)]
-    Actors(#[from] ActorError),
-    /// With the buffers for data of other processes, the plan exceeds its memory budget or the node's memory.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// A device is not available, or memory cannot be allocated.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// The devices' results do not form the tensors of the program.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-    /// This process cannot join the other processes.
-    #[error(transparent)]
-    Cluster(#[from] ClusterError),
-    /// A checkpoint or a parameter file cannot be read or written, or does not fit the program.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// A value cannot be declared.
-    #[error(transparent)]
-    Declared(#[from] DeclareError),
-    /// Ranks have different values where all must have the same; nothing was updated or loaded.
-    #[error(transparent)]
-    Disagreement(#[from] RankDisagreement),
-    /// The plan was written to files, as the variables of `shardflow plan` request; nothing was run.
-    #[error("the plan was written and nothing was run, because {} or a related variable is set", plan_files::PLAN_HTML)]
-    PlanWritten,
-    /// A file for the plan cannot be written.
-    #[error("cannot write the plan to {path}: {source}")]
-    PlanFile {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
-    },
-    /// The loss or the gradients of a step are Inf or NaN.
-    #[error("{0}")]
-    NonFinite(Box<NonFinite>),
-    /// A tensor given to [`Session::step`] does not match the program's input.
-    #[error("input {name}: expected {expected}, got {got}")]
-    Input {
-        /// Name of the input.
-        name: String,
-        /// What the graph requires.
-        expected: String,
-        /// The given tensor.
-        got: String,
-    },
-}
-
-/// The result of a step.
-#[derive(Clone, Debug)]
-pub struct StepReport {
-    /// Steps done before this one.
-    pub step: u64,
-    /// The loss, if the program minimizes one.
-    pub loss: Option<f32>,
-    /// Global norm of the gradients before clipping, if there are any.
-    pub grad_norm: Option<f64>,
-    /// Every output by name, for the whole batch; [`crate::graph::Combine`] describes outputs computed once per
-    /// micro-batch.
-    pub outputs: BTreeMap<String, HostTensor>,
-    /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
-    pub request: Request,
-    /// Set if the loss or gradients are Inf or NaN and [`SessionOptions::on_non_finite`] accepts that; nothing was
-    /// updated.
-    pub non_finite: Option<NonFinite>,
-}
+use outcome::{NumberPair, Outcome};
+use ports::HostPorts;
+pub use report::StepReport;
 
 /// A running plan, or this process's part of it. Dropping the session shuts it down.
 pub struct Session {
     plan: Arc<Plan>,
     process_map: ProcessMap,
-    /// The processes of this node.
     node_processes: Vec<u32>,
     budget: Budget,
     /// Devices of this process.
@@ -185,7 +104,6 @@ pub struct Session {
     damaged_up_to: u64,
     seed: u64,
     requests: Option<Arc<Requests>>,
-    /// Duration of the last step.
     last_step: Duration,
     /// Longest wait for live processes between steps.
     wait_max: Duration,
@@ -198,13 +116,6 @@ pub struct Session {
     observer: Option<Arc<Observer>>,
 }
 
-/// The warning for kernels built with this optimization level, which may be fifty times slower.
-fn slow_build_warning(opt_level: &str) -> Option<String> {
-    let advice = "build with --release, or add to Cargo.toml: [profile.dev.package.\"*\"] opt-level = 3";
-    matches!(opt_level, "0" | "1")
-        .then(|| format!("warning: the kernels are built with opt-level {opt_level} and are slow; {advice}"))
-}
-
 /// How long a session that shuts down waits for running firings.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -212,209 +123,6 @@ const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 const BETWEEN_STEPS: &str = "running the program";
 
 impl Session {
-    /// Joins the other processes, if any, allocates each device's arena, creates the initial weights and starts the
-    /// actors. All processes call it with the same plan.
-    ///
-    /// # Errors
-    /// When memory, threads or peers are not available; [`PlanError::NodeMemory`] before anything is allocated.
-    pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
-        plan_files::write_requested(&plan)?;
-        options.declared.check()?;
-        if options.cluster.is_first() {
-            static WARNING: Once = Once::new();
-            WARNING.call_once(|| {
-                slow_build_warning(shardflow_kernels::OPT_LEVEL).into_iter().for_each(|text| eprintln!("{text}"))
-            });
-        }
-        let budget = Budget::measure(&plan);
-        let world = World::join(&plan, options).map_err(world::named)?.map(Arc::new);
-        Self::start_in_world(plan, options, budget, world.clone()).map_err(|error| match world {
-            Some(world) => world.cannot_start(error),
-            None => error,
-        })
-    }
-
-    fn start_in_world(
-        mut plan: Plan,
-        options: &SessionOptions,
-        budget: Budget,
-        world: Option<Arc<World>>,
-    ) -> Result<Self, SessionError> {
-        let set_activity = |activity| world.iter().for_each(|world| world.doing(activity));
-        set_activity("opening devices");
-        if let Some(world) = &world {
-            world.count_mirrors(&mut plan)?;
-        }
-        let process_map = world.as_ref().map_or(ProcessMap::alone(plan.memory.len()), |w| w.process_map());
-        let node_processes = world.as_ref().map_or(vec![0], |world| world.here());
-        if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
-            plan.set_threads(owned_threads(world.as_deref(), &process_map, &node_processes));
-        }
-        budget.check(&plan, &process_map, &node_processes, 0)?;
-        let on_node = process_map.on_node(node_processes.iter().copied(), process_map.process);
-        let takes_pipes = world.as_ref().is_some_and(|world| world.takes_pipes());
-        let ids: devices::IdSource<'_> = &|groups| match &world {
-            Some(world) => {
-                world.doing(WAITING);
-                world.nccl_ids(groups)
-            }
-            None => devices::new_ids(groups),
-        };
-        let ProcessDevices { devices, engine: in_process, pipes } =
-            devices::open(&plan, &process_map, on_node, takes_pipes, ids)?;
-        set_activity("allocating memory");
-        let shared = world.as_ref().is_some_and(|world| world.shares_memory(plan.device));
-        let mut arenas = BTreeMap::new();
-        for device in &devices {
-            let bytes = plan.memory[device.rank()].arena_bytes;
-            arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
-        }
-        let shared_inputs = shared_inputs(&plan, &process_map);
-        let ports = Arc::new(HostPorts::of(&plan, &process_map, &shared_inputs));
-        let (host, from_peers) = unbounded();
-        set_activity(WAITING);
-        let connections = match &world {
-            Some(world) => world.connect(&plan, &devices, &arenas, in_process, pipes)?,
-            None => Connections::alone(in_process),
-        };
-        arenas.extend(connections.mapped);
-        set_activity("preparing kernels");
-        let (sender, fetched) = unbounded();
-        let mut loader = Loader { plan: &plan, arenas: &arenas, feeds: Vec::new(), sender };
-        let own = process_map.actors_of(&plan, process_map.process);
-        let mut hosted = BTreeMap::new();
-        for id in &own {
-            let actor = &plan.spec.actors[id.0 as usize];
-            let device = &devices[actor.device - process_map.own().start];
-            let threads = threads_of(actor.stream, plan.threads_per_device);
-            let urgent = actor.stream == StreamKind::Communication;
-            let priority = if urgent { Priority::High } else { Priority::Normal };
-            let stream = device.stream_with(&actor.name, threads, connections.engine.clone(), priority)?;
-            let programs = loader.programs(*id);
-            programs.iter().try_for_each(|action| stream.prepare(&action.program))?;
-            hosted.insert(*id, ActorHost { stream, programs });
-        }
-        let feeds = loader.feeds;
-        let is_piped = |register: &RegisterId| connections.peers.iter().any(|peer| peer.pipes.contains_key(register));
-        let transport = |register: &RegisterId| (*register, if is_piped(register) { "nccl" } else { "socket" });
-        let mirrored = connections.mirrors.keys().map(transport).collect();
-        let mut memory = connections.mirrors;
-        for (index, place) in plan.registers.iter().enumerate() {
-            let Some(arena) = arenas.get(&place.device) else { continue };
-            let base = Base { arena: arena.clone(), offset: place.offset };
-            memory.insert(RegisterId(index as u32), RegisterMemory { base, stride: place.stride });
-        }
-        let loaded = LoadedPlan {
-            spec: Arc::new(plan.spec.clone()),
-            hosted,
-            memory,
-            engine: connections.engine.clone(),
-            peers: Peers { peers: connections.peers, host_ports: ports.ports.clone(), host: Some(host) },
-        };
-        let plan = Arc::new(plan);
-        let step_tokens = tokens::tokens_per_step(&plan);
-        let fetches = fetches(&plan);
-        // A channel without senders counts as closed.
-        let has_fetches = fetches.keys().any(|(device, _)| process_map.own().contains(device));
-        let fetched = if has_fetches { fetched } else { never() };
-        let publishes = options.publishes_metrics;
-        let step_metrics = StepMetrics::new(&plan, &process_map, step_tokens, options);
-        if publishes {
-            // Once per process, even if it starts several sessions.
-            static RESTARTS: Once = Once::new();
-            let restart = |code: &u8| ::metrics::counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
-            RESTARTS.call_once(|| options.cluster.restart_causes.iter().for_each(restart));
-        }
-        let mut session = Self {
-            vocabularies: tokens::vocabularies(&plan.graph),
-            shared_inputs,
-            declared: match plan.graph.objective.map(|objective| objective.optimizer) {
-                Some(adamw) => {
-                    let declared = options.declared.clone().declare(OPTIMIZER, adamw, OnResume::Warn);
-                    declared.declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
-                }
-                None => options.declared.clone(),
-            },
-            ignoring: options.ignoring.clone(),
-            external_actions: external_actions(&plan, &own),
-            fetches,
-            plan,
-            process_map,
-            node_processes,
-            budget,
-            devices,
-            arenas,
-            engine: connections.engine,
-            running: None,
-            world,
-            job: options.cluster.job(),
-            feeds,
-            fetched,
-            inbox: Mutex::new(Inbox::new(ports.clone(), from_peers)),
-            ports,
-            failed: None,
-            steps: 0,
-            updates: 0,
-            damaged_up_to: 0,
-            seed: options.seed,
-            requests: options.requests.clone(),
-            last_step: Duration::ZERO,
-            wait_max: options.watchdog.wait_max(),
-            on_non_finite: options.on_non_finite,
-            skipped_in_a_row: 0,
-            bounds: Bounds::default(),
-            step_metrics,
-            observer: None,
-        };
-        session.set_activity("making initial weights");
-        session.initialize()?;
-        let observer_slot = Arc::new(OnceLock::new());
-        let mut running = prepare(loaded, with_stall_recording(&options.watchdog, observer_slot.clone()))?;
-        if let Some(world) = &session.world {
-            // Before `begin` waits, so that a failure elsewhere can end that wait.
-            world.watch(&running);
-        }
-        session.set_activity(WAITING);
-        running.begin()?;
-        session.set_activity(BETWEEN_STEPS);
-        let source = MetricsSource { devices: session.devices.clone(), engine: session.engine.clone() };
-        let (plan, world) = (session.plan.clone(), session.world.as_ref());
-        let steps = RecentSteps { tokens: step_tokens, planned: options.steps_planned, ..RecentSteps::default() };
-        let observer = Observer::new(plan, session.process_map, running.control(), source, world, mirrored, steps);
-        for (index, code) in options.cluster.restart_causes.iter().enumerate() {
-            observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));
-        }
-        let publishes = options.publishes_metrics;
-        let training_time = session.step_metrics.training_time();
-        let observer = Arc::new(if publishes { observer.with_metrics(training_time) } else { observer });
-        // This is the only place that sets it.
-        let _ = observer_slot.set(Arc::downgrade(&observer));
-        session.observer = Some(observer);
-        session.running = Some(running);
-        Ok(session)
-    }
-
-    /// Creates each device's part of each parameter.
-    fn initialize(&mut self) -> Result<(), SessionError> {
-        let plan = self.plan.clone();
-        // Including parameters of other processes.
-        let largest = plan.graph.nodes().iter().map(|node| match node.op {
-            NodeOp::Parameter { init } => init.magnitude_bound(),
-            _ => 0.0,
-        });
-        self.bounds.parameter = largest.fold(0.0, f64::max);
-        for device in self.process_map.own() {
-            for resident in &plan.memory[device].residents {
-                let NodeOp::Parameter { init } = plan.graph.producer(resident.var).op else { continue };
-                let info = plan.graph.tensor(resident.var);
-                let mut data = vec![0.0; resident.region.element_count()];
-                init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
-                self.write_resident(device, resident, &HostTensor::f32(&resident.region.size, data))?;
-            }
-        }
-        Ok(())
-    }
-
     /// Writes a device's part of a parameter or a state, and its bf16 copy if there is one.
     fn write_resident(
         &mut self,
@@ -497,6 +205,20 @@ impl Session {
         let ports = self.ports.clone();
         let pairs = self.receive_numbers_between_steps(&ports.pairs)?.into_iter();
         Ok(pairs.map(|pair| [0, 1].map(|index| pair.get(index).copied().unwrap_or_default())).collect())
+    }
+
+    /// Sends the outcome of this process's part and waits for that of every process. Returns them in the order of ranks.
+    fn exchange_outcomes(&mut self, own: Outcome) -> Result<Vec<Outcome>, SessionError> {
+        Ok(self.exchange(own.to_pair())?.into_iter().map(Outcome::from_pair).collect())
+    }
+
+    /// Like [`Session::receive_numbers`], between steps: slow processes are logged, and may take as long as the
+    /// watchdog allows.
+    fn receive_numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
+        self.set_activity(WAITING);
+        let numbers = self.receive_numbers(ports, Some(self.wait_max));
+        self.set_activity(BETWEEN_STEPS);
+        numbers
     }
 
     /// Receives one message of numbers from each of these ports. `limit`: as in [`Session::receive`].
@@ -608,53 +330,5 @@ impl Drop for Session {
     fn drop(&mut self) {
         // The call that failed has returned its error already.
         let _ = self.end();
-    }
-}
-
-/// Threads of each device under [`Threads::Owned`].
-fn owned_threads(world: Option<&World>, process_map: &ProcessMap, node_processes: &[u32]) -> usize {
-    let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
-    let cores = |process: &u32| world.map_or(&own[..], |world| world.cores(*process));
-    let shares = node_processes.iter().map(|process| (cores(process), process_map.devices_of(*process).len()));
-    let own_index = node_processes.iter().position(|process| *process == process_map.process);
-    threads_per_device(&shares.collect::<Vec<_>>(), own_index.unwrap_or(0), quota).min(THREADS_MAX)
-}
-
-/// The same options, with a callback that counts stalls and records them as incidents.
-fn with_stall_recording(options: &WatchdogOptions, observer: Arc<OnceLock<Weak<Observer>>>) -> WatchdogOptions {
-    let user_callback = options.on_stall.clone();
-    let on_stall: OnStall = Arc::new(move |report| {
-        ::metrics::counter!(names::STALLS).increment(1);
-        if let Some(observer) = observer.get().and_then(Weak::upgrade) {
-            observer.note("stall", report.lines().next().unwrap_or_default().to_owned());
-        }
-        user_callback.iter().for_each(|callback| callback(report));
-    });
-    WatchdogOptions { on_stall: Some(on_stall), ..options.clone() }
-}
-
-/// A resident tensor's part on each device of its placement, in the placement's order, with its index among the
-/// device's residents.
-pub(crate) fn resident_parts(plan: &Plan, var: Var) -> Vec<(usize, usize, &ResidentTensor)> {
-    let placement = &plan.graph.placements[plan.graph.placement_of(var)];
-    let part = |device: &usize| {
-        let mut residents = plan.memory[*device].residents.iter().enumerate();
-        let (index, resident) = residents.find(|(_, r)| r.var == var)?;
-        Some((*device, index, resident))
-    };
-    placement.devices().iter().filter_map(part).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slow_builds_are_reported() {
-        assert!(
-            ["0", "1"].iter().all(|level| slow_build_warning(level).is_some_and(|text| text.contains("opt-level = 3")))
-        );
-        assert!(["2", "3", "s", "z"].iter().all(|level| slow_build_warning(level).is_none()));
-        assert_eq!(slow_build_warning(shardflow_kernels::OPT_LEVEL), None, "the project's own builds are optimized");
     }
 }

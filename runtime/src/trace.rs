@@ -13,10 +13,10 @@ use std::sync::Arc;
 use serde_json::json;
 use shardflow_actors::simulate::{SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{ActorId, ActorSpec, Spec};
-use shardflow_actors::trace::{Cause, FiringRecord};
+use shardflow_actors::trace::FiringRecord;
 
 use crate::session::Session;
-use crate::session::observer::{Observer, pass_of};
+use crate::session::observer::{Observer, cause_of, pass_of};
 
 pub mod join;
 pub mod summary;
@@ -39,7 +39,6 @@ pub struct TraceFile {
     spec: Option<Arc<Spec>>,
     /// By actor and action: number of firings, and their total duration in nanoseconds.
     spent: BTreeMap<(ActorId, u32), (u64, u64)>,
-    /// By actor: number of firings read.
     firings_read: BTreeMap<ActorId, u64>,
     lost: u64,
     bytes: u64,
@@ -206,12 +205,8 @@ impl TraceFile {
         *spent = (spent.0 + 1, spent.1 + fired.ended_ns - fired.launched_ns);
         self.last_ns = self.last_ns.max(fired.ended_ns);
         let (pid, tid) = (own.device, actor.0);
-        let (cause, register) = match fired.cause {
-            Cause::Input(register) => ("input", spec.register_name(register)),
-            Cause::Credit(register) => ("credit", spec.register_name(register)),
-            Cause::Host => ("host", String::new()),
-            Cause::Own => ("own", String::new()),
-        };
+        let (cause, register) = cause_of(fired.cause);
+        let register = register.map(|register| spec.register_name(register)).unwrap_or_default();
         self.write_event(&json!({
             "name": action.name, "cat": category(&action.name), "ph": "X", "pid": pid, "tid": tid,
             "ts": micros(fired.launched_ns), "dur": micros(fired.ended_ns - fired.launched_ns),

@@ -24,7 +24,6 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
-use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
 
 use crate::metrics;
@@ -35,8 +34,10 @@ use shardflow_job::text::counted;
 mod bubble;
 pub mod client;
 mod events;
+mod number;
 mod page;
 mod shape;
+mod state;
 pub mod status;
 mod stream;
 mod under_way;
@@ -44,6 +45,7 @@ mod under_way;
 use bubble::Prediction;
 use client::HangReport;
 use shape::Shape;
+use state::{ServerState, ShownSession};
 use status::Status;
 
 /// Interval at which samples of histograms are moved to their buckets, so that they do not accumulate without scrapes.
@@ -51,15 +53,11 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 
 /// Errors of the server's start.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum WatchError {
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
-    Listen {
-        /// The address.
-        address: SocketAddr,
-        /// The system's error.
-        source: io::Error,
-    },
+    Listen { address: SocketAddr, source: io::Error },
     /// The program, or one of its libraries, has installed another recorder.
     #[error("the program already has a metrics recorder, so this one cannot be installed")]
     Recorder,
@@ -73,17 +71,6 @@ pub struct Watch {
     session: ShownSession,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-}
-
-/// The observer of the session that the server shows.
-type ShownSession = Arc<Mutex<Weak<Observer>>>;
-
-#[derive(Clone)]
-struct ServerState {
-    session: ShownSession,
-    prometheus: PrometheusHandle,
-    /// Permits for clients that receive events.
-    clients: Arc<Semaphore>,
 }
 
 impl Watch {
@@ -177,12 +164,6 @@ async fn serve(listener: TcpListener, state: ServerState, stopped: oneshot::Rece
     tokio::select! {
         _ = server => {}
         _ = stopped => {}
-    }
-}
-
-impl ServerState {
-    fn observer(&self) -> Option<Arc<Observer>> {
-        self.session.lock().upgrade()
     }
 }
 

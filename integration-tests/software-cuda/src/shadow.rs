@@ -15,7 +15,7 @@ use std::ffi::{CStr, c_char};
 use std::sync::{Arc, Mutex};
 
 use crate::findings::Findings;
-use crate::memory::{Place, Registry, WORD_BYTES};
+use crate::memory::{Owner, Place, Registry, WORD_BYTES};
 
 /// The shadow of one word.
 #[repr(C)]
@@ -419,18 +419,7 @@ impl<'a> Accessor<'a> {
             cell.bits |= mask << INIT;
         }
         checker.regions[(owner.region & 15) as usize] = owner.region;
-        // The following whole words are in the same region, and need no separate check.
-        let words = (owner.region_end - at) / WORD_BYTES;
-        let bits = if owner.place == Place::Host { ALL | ALL << INIT } else { ALL };
-        let first = std::ptr::from_mut(cell);
-        for i in 1..words.min(REGION_CHECK_WORDS) {
-            // SAFETY: these cells follow in the shadow and are of the same allocation.
-            let next = unsafe { &mut *first.add(i) };
-            if next.region == owner.region {
-                break;
-            }
-            *next = Cell { region: owner.region, bits, ..Cell::default() };
-        }
+        claim_next_words(cell, &owner, at);
         true
     }
 
@@ -522,6 +511,21 @@ impl<'a> Accessor<'a> {
         let mut late: Vec<u32> = users.values().copied().filter(|u| !self.shadow.is_before(*u, self.clock)).collect();
         late.sort_unstable();
         late.first().map(|u| self.shadow.name(*u))
+    }
+}
+
+/// Marks the whole words that follow a checked word at `at` as words of the same region, which need no separate check.
+fn claim_next_words(cell: &mut Cell, owner: &Owner, at: usize) {
+    let words = (owner.region_end - at) / WORD_BYTES;
+    let bits = if owner.place == Place::Host { ALL | ALL << INIT } else { ALL };
+    let first = std::ptr::from_mut(cell);
+    for i in 1..words.min(REGION_CHECK_WORDS) {
+        // SAFETY: these cells follow in the shadow and are of the same allocation.
+        let next = unsafe { &mut *first.add(i) };
+        if next.region == owner.region {
+            break;
+        }
+        *next = Cell { region: owner.region, bits, ..Cell::default() };
     }
 }
 

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::DType;
 
-use super::{CostModel, SearchSpace};
+use super::{CostModel, SearchSpace, combinations};
 use crate::placement::Placement;
 use crate::sbp::{NdSbp, PlacedLayout, Sbp};
 
@@ -63,24 +63,14 @@ fn cheapest_from(steps: &[Vec<f64>], source: usize) -> Vec<f64> {
 /// All layouts of a tensor of this shape.
 pub(super) fn all_layouts(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
     let partial = [Sbp::Partial(ReduceOp::Sum), Sbp::Partial(ReduceOp::Max)];
-    combinations(shape, placement, &partial)
+    combinations(placement.axes().iter().map(|_| entries(shape).chain(partial).collect()))
 }
 
 /// All layouts without `Partial`.
 fn layouts_without_partial(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
-    combinations(shape, placement, &[])
+    combinations(placement.axes().iter().map(|_| entries(shape).collect()))
 }
 
-fn combinations(shape: &[usize], placement: &Placement, partial: &[Sbp]) -> Vec<NdSbp> {
-    let splits = (0..shape.len()).map(Sbp::Split);
-    let entries: Vec<Sbp> = std::iter::once(Sbp::Broadcast).chain(splits).chain(partial.iter().copied()).collect();
-    let mut layouts = vec![NdSbp(Vec::new())];
-    for _ in placement.axes() {
-        let extended = |layout: &NdSbp| {
-            let layout = layout.clone();
-            entries.clone().into_iter().map(move |e| NdSbp(layout.0.iter().copied().chain([e]).collect()))
-        };
-        layouts = layouts.iter().flat_map(extended).filter(|layout| !layout.mixes_reductions()).collect();
-    }
-    layouts
+fn entries(shape: &[usize]) -> impl Iterator<Item = Sbp> {
+    std::iter::once(Sbp::Broadcast).chain((0..shape.len()).map(Sbp::Split))
 }

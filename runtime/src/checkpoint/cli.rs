@@ -57,28 +57,17 @@ pub enum CheckpointCommand {
 
 /// Errors of a command.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum CheckpointCliError {
     /// A checkpoint or a store cannot be used.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     /// The output file cannot be written.
     #[error("{path}: {source}")]
-    Output {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
-    },
+    Output { path: PathBuf, source: std::io::Error },
     /// `verify` found damage.
     #[error("{text}{damaged} of {} damaged", counted(.checked, "checkpoint"))]
-    Damaged {
-        /// A line for each checkpoint.
-        text: String,
-        /// Number of damaged checkpoints.
-        damaged: usize,
-        /// Number of checked checkpoints.
-        checked: usize,
-    },
+    Damaged { text: String, damaged: usize, checked: usize },
 }
 
 impl CheckpointCliError {

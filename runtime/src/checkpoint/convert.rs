@@ -12,10 +12,9 @@ use super::error::CheckpointError;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor};
 use super::read::CheckpointReader;
 use super::save::{SHARD, commit_manifest, part_file};
-use super::shard::{self, Entry, entry_name, header, metadata};
+use super::shard::{self, Entry, entry_name, header, metadata, write_whole};
 use super::store::Store;
 use crate::lock::Lock;
-use crate::session::checkpoint::write_whole;
 
 /// Writes a checkpoint as one safetensors file of whole tensors, with the same bytes as `Session::save`. The file
 /// appears when it is complete, or not at all.

@@ -31,161 +31,63 @@ impl fmt::Display for StoreOperation {
 
 /// Errors of checkpoints, parameter files and stores.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum CheckpointError {
     /// A local file cannot be read or written.
     #[error("{path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
-    },
+    Io { path: PathBuf, source: std::io::Error },
     /// It is not a safetensors file.
     #[error("{path}: not a complete safetensors file: {message}")]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// The reader's error.
-        message: String,
-    },
+    Format { path: PathBuf, message: String },
     /// The file does not fit the program: a tensor is missing, extra or of another shape, or a declared value differs.
     #[error("{path}: {why}")]
-    Unfit {
-        /// The file.
-        path: PathBuf,
-        /// The difference, with names and numbers.
-        why: String,
-    },
+    Unfit { path: PathBuf, why: String },
     /// A tensor of an unsupported type.
     #[error("{path}: tensor {name} is {got}, expected {expected}; convert the file")]
-    Dtype {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// The supported types.
-        expected: String,
-        /// The file's type.
-        got: String,
-    },
+    Dtype { path: PathBuf, name: String, expected: String, got: String },
     /// The place cannot hold checkpoints.
     #[error("{place}: not a place for checkpoints: {why}")]
-    Place {
-        /// The place, as given.
-        place: String,
-        /// The reason.
-        why: String,
-    },
+    Place { place: String, why: String },
     /// The store failed.
     #[error("{file}: cannot {doing}: {source}")]
-    Store {
-        /// The file or folder.
-        file: String,
-        /// The operation.
-        doing: StoreOperation,
-        /// The store's error.
-        source: Box<object_store::Error>,
-    },
+    Store { file: String, doing: StoreOperation, source: Box<object_store::Error> },
     /// The store did not respond in time.
     #[error("{file}: cannot {doing}: no response from the store within {seconds} s; a disk or server may have stalled")]
-    Stalled {
-        /// The file or folder.
-        file: String,
-        /// The operation.
-        doing: StoreOperation,
-        /// The time-out.
-        seconds: f64,
-    },
+    Stalled { file: String, doing: StoreOperation, seconds: f64 },
     /// A file of a committed checkpoint is missing, truncated, altered or invalid.
     #[error("{file}: damaged: {why}")]
-    Damaged {
-        /// The file.
-        file: String,
-        /// The damage, with the tensor and the numbers.
-        why: String,
-    },
+    Damaged { file: String, why: String },
     /// A newer program wrote the checkpoint.
     #[error(
         "{file}: version {version} of the format; this program reads versions 1 to {VERSION}: use the build that wrote it"
     )]
-    Newer {
-        /// The manifest.
-        file: String,
-        /// The version.
-        version: u32,
-    },
+    Newer { file: String, version: u32 },
     /// There is no committed checkpoint.
     #[error("{place}: no complete checkpoint{}", step.map(|s| format!(" of step {s}")).unwrap_or_default())]
-    Absent {
-        /// The store.
-        place: String,
-        /// The requested step; `None` for any step.
-        step: Option<u64>,
-    },
+    Absent { place: String, step: Option<u64> },
     /// The step already has a checkpoint.
     #[error("{file}: step {step} already has a committed checkpoint; committed checkpoints are never overwritten")]
-    Exists {
-        /// The existing manifest.
-        file: String,
-        /// The step.
-        step: u64,
-    },
+    Exists { file: String, step: u64 },
     /// Another training writes to the store.
     #[error("{place}: another run writes its checkpoints here: {holder}; end that run, or use another place")]
-    Held {
-        /// The store.
-        place: String,
-        /// Host, process, job, epoch and start time.
-        holder: String,
-    },
+    Held { place: String, holder: String },
     /// Another training has taken the store from this one.
     #[error("{place}: this run has lost the lock and writes no more checkpoints: the lock is held by {holder}")]
-    Fenced {
-        /// The store.
-        place: String,
-        /// Host, process, job, epoch and start time.
-        holder: String,
-    },
+    Fenced { place: String, holder: String },
     /// There is too little free space for the checkpoints to keep.
     #[error("{place}: {why}")]
-    NoRoom {
-        /// The store.
-        place: String,
-        /// Checkpoints that may be written in addition to the existing ones.
-        checkpoints: u64,
-        /// Free and needed space.
-        why: String,
-    },
+    NoRoom { place: String, checkpoints: u64, why: String },
     /// Not all processes see the same folder.
     #[error(
         "{place}: {ranks} cannot see a file that rank 0 has written there; all nodes must share the folder, so use a network file system"
     )]
-    NotShared {
-        /// The store.
-        place: String,
-        /// The ranks, such as `rank 1, rank 3`.
-        ranks: String,
-    },
+    NotShared { place: String, ranks: String },
     /// Another process, or the agreement between processes, failed; nothing was committed.
     #[error("checkpoint of step {step} not committed: {source}")]
-    Others {
-        /// The step.
-        step: u64,
-        /// The failed process and the reason.
-        source: AgreeError,
-    },
+    Others { step: u64, source: AgreeError },
     /// Another rank failed; its own error states the cause.
     #[error("{place}: rank {rank} {problem}; see its log")]
-    OnRank {
-        /// The store or file.
-        place: String,
-        /// The rank that failed.
-        rank: u32,
-        /// Its exit code.
-        exit: u8,
-        /// What that rank cannot do.
-        problem: String,
-    },
+    OnRank { place: String, rank: u32, exit: u8, problem: String },
     /// The request cannot be fulfilled.
     #[error("{0}")]
     Refused(String),
@@ -209,6 +111,11 @@ impl CheckpointError {
     pub(crate) fn shape(path: impl Into<PathBuf>, name: &str, expected: &str, got: &str) -> Self {
         let why = format!("tensor {name}: expected {expected}, got {got}; it was saved by a model of other sizes");
         Self::Unfit { path: path.into(), why }
+    }
+
+    /// The error of a process that succeeded although another rank failed with this exit code.
+    pub(crate) fn on_rank(place: &str, rank: u32, exit: u8, problem: &str) -> Self {
+        Self::OnRank { place: place.into(), rank, exit, problem: problem.into() }
     }
 
     /// True if a file could not be created because it already exists.

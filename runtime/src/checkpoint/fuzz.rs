@@ -9,40 +9,51 @@ use super::shard::{Sidecar, SidecarPiece};
 /// Largest number of elements for which a tensor is checked element by element.
 const ELEMENTS_MAX: usize = 1 << 12;
 
-/// Bodies of a manifest and of a sidecar as processes write them, without the seal.
-pub fn samples() -> Vec<Vec<u8>> {
+/// A manifest with a tensor of 4 x 6 in two pieces, a scalar, and an empty tensor.
+pub(super) fn sample_manifest() -> Manifest {
     let sum = Checksum::of(b"");
-    let shard = Shard { file: "e0-0/shard-0-of-1.safetensors".into(), bytes: 200, blake3: sum };
-    let piece = |at: usize, rows: usize| {
-        let (start, size) = (vec![at, 0], vec![rows, 6]);
-        Piece { shard: 0, offset: 8, start, size, blake3: sum }
-    };
-    let info = TensorMeta {
-        name: "w".into(),
+    let info = |name: &str, shape: &[usize]| TensorMeta {
+        name: name.into(),
         kind: TensorKind::Parameter,
         dtype: shardflow_kernels::tensor::DType::F32,
-        shape: vec![4, 6],
-        saved_shape: vec![24],
+        shape: shape.to_vec(),
+        saved_shape: shape.to_vec(),
         layout: "(S0)".into(),
         axes: "data=2".into(),
         devices: vec![0, 1],
     };
-    let manifest = Manifest {
+    let shard = |p| Shard { file: format!("e0-0/shard-{p}-of-2.safetensors"), bytes: 200, blake3: sum };
+    let piece = |shard, offset, start: &[usize], size: &[usize]| {
+        let (start, size) = (start.to_vec(), size.to_vec());
+        Piece { shard, offset, start, size, blake3: sum }
+    };
+    let wide = vec![piece(0, 8, &[0, 0], &[3, 6]), piece(1, 8, &[3, 0], &[1, 6])];
+    Manifest {
         step: 7,
         updates: Some(5),
         epoch: 0,
         mesh: "data=2".into(),
-        seed: 1,
-        cursor: Cursor::from([("place".into(), "9".into())]),
+        seed: u64::MAX,
+        cursor: Cursor::from([("file".into(), "a \"quoted\" name".into())]),
         declared: Cursor::from([("batch".into(), "4".into())]),
         writer: "0.1.0".into(),
         plan: None,
-        job: JobTime { began_ms: 1, productive_ms: 2 },
-        shards: vec![shard.clone()],
-        tensors: vec![StoredTensor { info, pieces: vec![piece(0, 3), piece(3, 1)] }],
-    };
+        job: JobTime { began_ms: 1_764_000_000_000, productive_ms: 7 },
+        shards: vec![shard(0), shard(1)],
+        tensors: vec![
+            StoredTensor { info: info("wide", &[4, 6]), pieces: wide },
+            StoredTensor { info: info("scalar", &[]), pieces: vec![piece(1, 196, &[], &[])] },
+            StoredTensor { info: info("empty", &[0, 6]), pieces: Vec::new() },
+        ],
+    }
+}
+
+/// Bodies of a manifest and of a sidecar as processes write them, without the seal.
+pub fn samples() -> Vec<Vec<u8>> {
+    let (manifest, sum) = (sample_manifest(), Checksum::of(b""));
     let piece = SidecarPiece { tensor: "w".into(), offset: 8, start: vec![0, 0], size: vec![3, 6], blake3: sum };
-    let sidecar = Sidecar { step: 7, epoch: 0, attempt: 1, process: 0, processes: 1, shard, pieces: vec![piece] };
+    let (shard, pieces) = (manifest.shards[0].clone(), vec![piece]);
+    let sidecar = Sidecar { step: 7, epoch: 0, attempt: 1, process: 0, processes: 1, shard, pieces };
     [serde_json::to_vec(&manifest), serde_json::to_vec(&sidecar)].map(Result::unwrap_or_default).into()
 }
 

@@ -1,4 +1,4 @@
-//! Reads tensors of a committed checkpoint: only the requested pieces, each checked before use.
+//! Opens committed checkpoints, and reads their tensors: only the requested pieces, each checked before use.
 
 use std::collections::BTreeMap;
 
@@ -6,8 +6,8 @@ use object_store::path::Path;
 use shardflow_kernels::tensor::{HostTensor, Region};
 
 use super::error::CheckpointError;
-use super::manifest::{Checksum, Manifest, Piece, Shard, StoredTensor};
-use super::store::Store;
+use super::manifest::{Checksum, Manifest, Piece, Shard, StoredTensor, newer_version, open_sealed};
+use super::store::{CURSOR, CURSOR_BYTES_MAX, NewCursor, Store};
 use crate::sbp::region::{contains, copy_box, filled};
 
 /// A committed checkpoint, open for reading. See [`Store::read`].
@@ -18,8 +18,70 @@ pub struct CheckpointReader {
     by_name: BTreeMap<String, usize>,
 }
 
+impl Store {
+    /// Opens a committed checkpoint. Reads and checks its manifest, and checks that all shards exist with their full
+    /// size. Their contents are checked when they are read.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Absent`], [`CheckpointError::Damaged`] with the file, or [`CheckpointError::Newer`].
+    pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
+        let (name, text) = (self.manifest_name(step), self.manifest_text(step)?);
+        let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
+            Some(version) => CheckpointError::Newer { file: name.clone(), version },
+            None => CheckpointError::Damaged { file: name.clone(), why },
+        })?;
+        if manifest.step != step {
+            let why = format!("it belongs to step {}", manifest.step);
+            return Err(CheckpointError::Damaged { file: name, why });
+        }
+        let is_complete = |files: &BTreeMap<_, _>| manifest.shards.iter().all(|shard| files.contains_key(&shard.file));
+        let listed = self.operations.wait_visible(|| Ok(Some(self.list(Some(step), true)?).filter(is_complete)))?;
+        let files = listed.map_or_else(|| self.list(Some(step), true), Ok)?;
+        for shard in &manifest.shards {
+            let why = match files.get(&shard.file).copied().flatten() {
+                Some(bytes) if bytes == shard.bytes => continue,
+                Some(bytes) => format!("{bytes} bytes long, expected {}", shard.bytes),
+                None => "the file is missing".into(),
+            };
+            return Err(CheckpointError::Damaged { file: self.name(step, &shard.file), why });
+        }
+        if files.contains_key(CURSOR) {
+            self.read_cursor(step, &text, &mut manifest)?;
+        }
+        Ok(CheckpointReader::new(self.clone(), manifest))
+    }
+
+    fn read_cursor(&self, step: u64, text: &[u8], manifest: &mut Manifest) -> Result<(), CheckpointError> {
+        let file = self.name(step, CURSOR);
+        let Some(sealed) = self.operations.get(&file, &self.path(step, CURSOR), CURSOR_BYTES_MAX)? else {
+            return Ok(());
+        };
+        let new: NewCursor =
+            open_sealed("shardflow-cursor", &sealed).map_err(|why| CheckpointError::Damaged { file, why })?;
+        if new.manifest == Checksum::of(text) {
+            manifest.cursor = new.cursor;
+        }
+        Ok(())
+    }
+
+    /// Like [`Store::read`], after another process has read the step and found a cursor with this
+    /// [`Manifest::cursor_digest`].
+    pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
+        let attempt = || match self.read(step) {
+            Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
+            Err(CheckpointError::Absent { .. }) => Ok(None),
+            result => result.map(Some),
+        };
+        let mismatch = || {
+            let why = format!("{}: its cursor is not the one that rank 0 reads", self.manifest_name(step));
+            self.read(step).and(Err(CheckpointError::Refused(why)))
+        };
+        self.operations.wait_visible(attempt)?.map_or_else(mismatch, Ok)
+    }
+}
+
 impl CheckpointReader {
-    pub(crate) fn new(store: Store, manifest: Manifest) -> Self {
+    fn new(store: Store, manifest: Manifest) -> Self {
         let names = manifest.tensors.iter().enumerate();
         let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
         Self { store, manifest, by_name }

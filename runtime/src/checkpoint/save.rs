@@ -10,7 +10,7 @@ use object_store::PutMode;
 use super::agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome};
 use super::error::CheckpointError;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor, open_sealed, seal};
-use super::saver::SaverOptions;
+use super::options::SaverOptions;
 use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
 use super::snapshot::Snapshot;
 use super::store::Store;

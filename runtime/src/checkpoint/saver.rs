@@ -6,67 +6,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use metrics::{Counter, counter, gauge, histogram};
 
-use super::agreement::{ProcessRank, SaveAgreement};
+use super::agreement::SaveAgreement;
 use super::error::{CheckpointError, StoreOperation};
-use super::manifest::Cursor;
+use super::options::{SaverOptions, WhenBusy};
 use super::save::{Attempt, SaveReport, check_member, save};
 use super::snapshot::Snapshot;
 use super::store::Store;
 use crate::lock::Lock;
 use crate::metrics as names;
-use crate::session::{Session, SessionError};
-
-/// Behavior of a save while another one runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WhenBusy {
-    /// Wait for the running save.
-    Wait,
-    /// Skip this save. Only for single-process jobs, because all processes must skip the same saves.
-    Skip,
-}
-
-/// When a program saves: each time the number of steps is a multiple of `every`, and after the last step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SaveSchedule {
-    /// Steps between two saves.
-    pub every: u64,
-    /// Steps of the whole training.
-    pub steps: u64,
-}
-
-/// Options of a saver.
-#[derive(Clone, Debug)]
-pub struct SaverOptions {
-    /// Rank of this process.
-    pub member: ProcessRank,
-    /// Number of complete checkpoints to keep, 1 or more.
-    pub keep: usize,
-    /// Checkpoints of steps that are multiples of this are never deleted.
-    pub keep_every: Option<u64>,
-    /// The planned saves, if known; the check of free space counts the checkpoints that they will leave.
-    pub schedule: Option<SaveSchedule>,
-    /// Behavior of a save while another one runs.
-    pub busy: WhenBusy,
-    /// Hash of the plan, for the manifest.
-    pub plan: Option<String>,
-    /// The job's unique name, the same for all its incarnations: a later incarnation takes the store's lock
-    /// immediately.
-    pub job: Option<String>,
-}
-
-impl Default for SaverOptions {
-    fn default() -> Self {
-        Self {
-            member: ProcessRank::ALONE,
-            keep: 3,
-            keep_every: None,
-            schedule: None,
-            busy: WhenBusy::Wait,
-            plan: None,
-            job: None,
-        }
-    }
-}
 
 /// Result of [`Saver::save`].
 #[derive(Debug)]
@@ -102,7 +49,7 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Takes the store's lock on process 0, and starts the thread. [`Session::saver`] also checks the store.
+    /// Takes the store's lock on process 0, and starts the thread. [`crate::session::Session::saver`] also checks the store.
     ///
     /// # Errors
     /// [`CheckpointError::Held`] if another training writes to the store; also if the options contradict each other, or
@@ -136,22 +83,19 @@ impl Saver {
         Ok(Self { jobs, reports, is_busy: false, spare: None, next_attempt: 0, busy, place, lock })
     }
 
-    /// Takes a snapshot of the session between two steps and starts to write it. In a job of several processes, all
-    /// call this after the same steps.
-    ///
-    /// # Errors
-    /// If the session or the saver's thread has failed. The result of the write is reported later.
-    pub fn save(&mut self, session: &Session, cursor: Cursor) -> Result<SaveStart, SessionError> {
-        let spare = self.spare.take();
-        // While a save runs, its snapshot is the only other one in memory.
-        let is_running = self.is_busy && self.reports.is_empty();
-        if is_running && self.busy == WhenBusy::Skip {
-            self.spare = spare;
-            return Ok(SaveStart::Skipped);
-        }
-        let mut snapshot = session.snapshot(spare)?;
-        snapshot.cursor = cursor;
-        let replaces = session.is_known_damaged(snapshot.step);
+    /// True if the next save is to be skipped, because another one is running and the option is [`WhenBusy::Skip`].
+    pub(crate) fn must_skip(&self) -> bool {
+        self.is_busy && self.reports.is_empty() && self.busy == WhenBusy::Skip
+    }
+
+    /// The buffers of the last snapshot, for the next one. While a save runs, its snapshot is the only other one in memory.
+    pub(crate) fn take_spare(&mut self) -> Option<Snapshot> {
+        self.spare.take()
+    }
+
+    /// Starts to write a snapshot after the running save. `replaces`: the step's checkpoint, if there is one, was found
+    /// damaged.
+    pub(crate) fn start(&mut self, snapshot: Snapshot, replaces: bool) -> Result<SaveStart, CheckpointError> {
         let mut before = None;
         if self.is_busy {
             let (report, spare) = self.reports.recv().map_err(|_| self.panicked())?;
@@ -215,7 +159,6 @@ pub fn save_now(
     Ok(report)
 }
 
-/// Publishes the metrics of a save.
 fn publish_metrics(report: &SaveReport) {
     let [committed, failed] = outcome_counters();
     histogram!(names::CHECKPOINT_DURATION).record(report.seconds);

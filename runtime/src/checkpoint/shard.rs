@@ -2,6 +2,9 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::Path;
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo as View};
 use serde::{Deserialize, Serialize};
@@ -151,4 +154,32 @@ pub(crate) struct SidecarPiece {
     pub(crate) start: Vec<usize>,
     pub(crate) size: Vec<usize>,
     pub(crate) blake3: Checksum,
+}
+
+/// Writes a temporary file beside `path`, syncs it, and renames it.
+///
+/// # Errors
+/// Those of `content`, or [`CheckpointError::Io`].
+pub(crate) fn write_whole<E: From<CheckpointError>>(
+    path: &Path,
+    content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), E>,
+) -> Result<(), E> {
+    let failed = |source| E::from(CheckpointError::Io { path: path.into(), source });
+    if path.exists() && !path.is_file() {
+        // A rename onto a folder fails anyway, but a rename onto a device or a pipe would replace it.
+        let kind = std::io::ErrorKind::InvalidInput;
+        return Err(failed(std::io::Error::new(kind, "the path exists and is not a file")));
+    }
+    // A symbolic link stays, and its target is replaced.
+    let target = path.canonicalize().unwrap_or_else(|_| path.into());
+    let mut name = target.file_name().unwrap_or_default().to_os_string();
+    name.push(format!(".{}.part", std::process::id()));
+    let part = target.with_file_name(name);
+    let write = || {
+        let mut file = BufWriter::new(fs::File::create(&part).map_err(failed)?);
+        content(&mut file)?;
+        let synced = file.flush().and_then(|()| file.get_ref().sync_all());
+        synced.and_then(|()| fs::rename(&part, &target)).map_err(failed)
+    };
+    write().inspect_err(|_| drop(std::fs::remove_file(&part)))
 }

@@ -1,5 +1,4 @@
-//! A store of checkpoints: the location of each file, the list of checkpoints, the newest good one, and the deletion of
-//! old ones.
+//! A store of checkpoints: the location of each file, the list of checkpoints, and the deletion of files.
 //!
 //! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` does. One atomic operation, which
 //!   fails if the file exists, creates it after all its shards are written and synced.
@@ -22,26 +21,25 @@ use url::Url;
 
 use super::error::{CheckpointError, StoreOperation};
 use super::io::{DEADLINE, HIDDEN, Io, Operations, PART_BYTES};
-use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, Manifest, newer_version, open_sealed, seal};
-use super::read::CheckpointReader;
+use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, seal};
 use crate::clock::{SystemClock, WaitClock};
 use crate::files;
 
 /// Name of the file whose creation commits a checkpoint.
-const MANIFEST: &str = "manifest.json";
+pub(super) const MANIFEST: &str = "manifest.json";
 /// Name of a manifest after [`Store::set_aside`].
 const SET_ASIDE: &str = "manifest.json.damaged";
 /// Name of the file with a cursor that replaces the manifest's (ST-4).
-const CURSOR: &str = "cursor.json";
+pub(super) const CURSOR: &str = "cursor.json";
 /// Largest size of that file, bytes.
-const CURSOR_BYTES_MAX: u64 = 16 << 20;
+pub(super) const CURSOR_BYTES_MAX: u64 = 16 << 20;
 
 /// The content of [`CURSOR`].
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct NewCursor {
-    manifest: Checksum,
-    cursor: Cursor,
+pub(super) struct NewCursor {
+    pub(super) manifest: Checksum,
+    pub(super) cursor: Cursor,
 }
 
 /// A local folder, or one in the cloud, that holds checkpoints. Clones share their threads.
@@ -53,15 +51,6 @@ pub struct Store {
     place: String,
     /// The folder, if it is local.
     pub(crate) local: Option<PathBuf>,
-}
-
-/// The newest good checkpoint, and the errors of newer, damaged ones.
-#[derive(Debug)]
-pub struct NewestCheckpoint {
-    /// The checkpoint, if there is one.
-    pub reader: Option<CheckpointReader>,
-    /// Errors of newer checkpoints, with the damaged file.
-    pub damaged: Vec<CheckpointError>,
 }
 
 impl Store {
@@ -234,7 +223,7 @@ impl Store {
     }
 
     /// Steps that have a folder, in order.
-    fn steps_with_folder(&self) -> Result<Vec<u64>, CheckpointError> {
+    pub(super) fn steps_with_folder(&self) -> Result<Vec<u64>, CheckpointError> {
         let step = |(name, bytes): (String, Option<u64>)| {
             let step = name.strip_prefix("step-")?.parse().ok()?;
             (bytes.is_none() && name == Self::folder_name(step)).then_some(step)
@@ -258,55 +247,10 @@ impl Store {
         Ok(committed)
     }
 
-    /// Opens a committed checkpoint. Reads and checks its manifest, and checks that all shards exist with their full
-    /// size. Their contents are checked when they are read.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Absent`], [`CheckpointError::Damaged`] with the file, or [`CheckpointError::Newer`].
-    pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
-        let (name, text) = (self.manifest_name(step), self.manifest_text(step)?);
-        let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
-            Some(version) => CheckpointError::Newer { file: name.clone(), version },
-            None => CheckpointError::Damaged { file: name.clone(), why },
-        })?;
-        if manifest.step != step {
-            let why = format!("it belongs to step {}", manifest.step);
-            return Err(CheckpointError::Damaged { file: name, why });
-        }
-        let is_complete = |files: &BTreeMap<_, _>| manifest.shards.iter().all(|shard| files.contains_key(&shard.file));
-        let listed = self.operations.wait_visible(|| Ok(Some(self.list(Some(step), true)?).filter(is_complete)))?;
-        let files = listed.map_or_else(|| self.list(Some(step), true), Ok)?;
-        for shard in &manifest.shards {
-            let why = match files.get(&shard.file).copied().flatten() {
-                Some(bytes) if bytes == shard.bytes => continue,
-                Some(bytes) => format!("{bytes} bytes long, expected {}", shard.bytes),
-                None => "the file is missing".into(),
-            };
-            return Err(CheckpointError::Damaged { file: self.name(step, &shard.file), why });
-        }
-        if files.contains_key(CURSOR) {
-            self.read_cursor(step, &text, &mut manifest)?;
-        }
-        Ok(CheckpointReader::new(self.clone(), manifest))
-    }
-
-    fn manifest_text(&self, step: u64) -> Result<Vec<u8>, CheckpointError> {
+    pub(super) fn manifest_text(&self, step: u64) -> Result<Vec<u8>, CheckpointError> {
         let absent = || CheckpointError::Absent { place: self.place.clone(), step: Some(step) };
         let text = self.operations.get(&self.manifest_name(step), &self.manifest_path(step), MANIFEST_BYTES_MAX)?;
         text.ok_or_else(absent)
-    }
-
-    fn read_cursor(&self, step: u64, text: &[u8], manifest: &mut Manifest) -> Result<(), CheckpointError> {
-        let file = self.name(step, CURSOR);
-        let Some(sealed) = self.operations.get(&file, &self.path(step, CURSOR), CURSOR_BYTES_MAX)? else {
-            return Ok(());
-        };
-        let new: NewCursor =
-            open_sealed("shardflow-cursor", &sealed).map_err(|why| CheckpointError::Damaged { file, why })?;
-        if new.manifest == Checksum::of(text) {
-            manifest.cursor = new.cursor;
-        }
-        Ok(())
     }
 
     /// Atomically replaces the cursor of a committed checkpoint, for a training that rolls back to it and skips
@@ -318,66 +262,6 @@ impl Store {
         let manifest = Checksum::of(&self.manifest_text(step)?);
         let sealed = seal("shardflow-cursor", &NewCursor { manifest, cursor }).map_err(CheckpointError::Refused)?;
         self.operations.put(&self.name(step, CURSOR), &self.path(step, CURSOR), sealed, PutMode::Overwrite)
-    }
-
-    /// Like [`Store::read`], after another process has read the step and found a cursor with this
-    /// [`Manifest::cursor_digest`].
-    pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
-        let attempt = || match self.read(step) {
-            Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
-            Err(CheckpointError::Absent { .. }) => Ok(None),
-            result => result.map(Some),
-        };
-        let mismatch = || {
-            let why = format!("{}: its cursor is not the one that rank 0 reads", self.manifest_name(step));
-            self.read(step).and(Err(CheckpointError::Refused(why)))
-        };
-        self.operations.wait_visible(attempt)?.map_or_else(mismatch, Ok)
-    }
-
-    /// The newest good checkpoint, of a step before `before` if that is given: one that [`Store::read`] accepts.
-    /// Damaged checkpoints are skipped and reported.
-    ///
-    /// # Errors
-    /// If the store cannot be read.
-    pub fn newest_before(&self, before: Option<u64>) -> Result<NewestCheckpoint, CheckpointError> {
-        self.newest_accepted(before, |_| Ok(()))
-    }
-
-    /// The newest good checkpoint; see [`Store::newest_before`].
-    ///
-    /// # Errors
-    /// If the store cannot be read.
-    pub fn newest(&self) -> Result<NewestCheckpoint, CheckpointError> {
-        self.newest_before(None)
-    }
-
-    /// Like [`Store::newest`], but reads and checks every byte: the checkpoint can fail to load only because of later
-    /// damage.
-    ///
-    /// # Errors
-    /// If the store cannot be read.
-    pub fn newest_verified(&self) -> Result<NewestCheckpoint, CheckpointError> {
-        self.newest_accepted(None, CheckpointReader::verify)
-    }
-
-    fn newest_accepted(
-        &self,
-        before: Option<u64>,
-        accept: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
-    ) -> Result<NewestCheckpoint, CheckpointError> {
-        let mut damaged = Vec::new();
-        for step in
-            self.steps_with_folder()?.into_iter().rev().filter(|step| before.is_none_or(|before| *step < before))
-        {
-            match self.read(step).and_then(|reader| accept(&reader).map(|()| reader)) {
-                Ok(reader) => return Ok(NewestCheckpoint { reader: Some(reader), damaged }),
-                Err(CheckpointError::Absent { .. }) => {}
-                Err(error) if error.is_damage() => damaged.push(error),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(NewestCheckpoint { reader: None, damaged })
     }
 
     /// Renames the manifest of a checkpoint that is damaged, or that training has rolled back past, so that the step
@@ -392,46 +276,8 @@ impl Store {
         self.operations.run(&self.manifest_name(step), StoreOperation::Write, rename)
     }
 
-    /// Deletes old checkpoints of steps up to `newest`, and files of failed attempts. It keeps the newest `keep` good
-    /// ones (at least one) and those of steps that are multiples of `keep_every`. One process calls it after `newest`
-    /// is committed: others may already save a later step, even one that has a damaged checkpoint.
-    ///
-    /// # Errors
-    /// If a deletion fails; the next call finds the remaining files again.
-    pub fn prune(&self, newest: u64, keep: usize, keep_every: Option<u64>) -> Result<(), CheckpointError> {
-        let (keep, mut kept) = (keep.max(1), 0);
-        for step in self.steps_with_folder()?.into_iter().rev().skip_while(|step| *step > newest) {
-            match self.read(step) {
-                Ok(reader) if kept < keep || keep_every.is_some_and(|every| step.is_multiple_of(every)) => {
-                    kept += 1;
-                    self.delete_other_attempts(&reader)?;
-                }
-                Ok(_) => self.delete(step, "", true)?,
-                // Files of a failed attempt before a good checkpoint are useless.
-                Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step, "", true)?,
-                Err(error) if error.is_damage() && kept >= keep => self.delete(step, "", true)?,
-                Err(CheckpointError::Absent { .. } | CheckpointError::Newer { .. }) => {}
-                Err(error) if error.is_damage() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Deletes files of uncommitted attempts in a committed checkpoint's folder.
-    fn delete_other_attempts(&self, reader: &CheckpointReader) -> Result<(), CheckpointError> {
-        let step = reader.manifest().step;
-        let shards = || reader.manifest().shards.iter().filter_map(|shard| shard.file.split('/').next());
-        for (name, bytes) in self.list(Some(step), false)? {
-            if name != MANIFEST && name != CURSOR && !shards().any(|attempt| attempt == name) {
-                self.delete(step, &name, bytes.is_none())?;
-            }
-        }
-        Ok(())
-    }
-
     /// Deletes a file or a folder of a step; with an empty name the whole step, its manifest first.
-    fn delete(&self, step: u64, name: &str, is_folder: bool) -> Result<(), CheckpointError> {
+    pub(super) fn delete(&self, step: u64, name: &str, is_folder: bool) -> Result<(), CheckpointError> {
         if name.is_empty() {
             self.delete(step, MANIFEST, false)?;
         }

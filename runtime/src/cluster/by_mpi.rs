@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use shardflow_kernels::collective::{Collective, Group};
 
-use super::ClusterError;
-use crate::session::process_map::ProcessMap;
+use super::error::ClusterError;
+use crate::process_map::ProcessMap;
 
 /// The error of a program that was built without MPI.
 pub(super) fn not_built() -> ClusterError {

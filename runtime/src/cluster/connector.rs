@@ -27,11 +27,11 @@ use shardflow_kernels::collective::{Collective, Group};
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::{Access, Arena, Base};
 
-use super::ClusterError;
 use super::by_mpi::ByMpi;
+use super::error::ClusterError;
+use crate::devices::Pipes;
 use crate::plan::Plan;
-use crate::session::devices::Pipes;
-use crate::session::process_map::ProcessMap;
+use crate::process_map::ProcessMap;
 
 /// Interval at which a wait for a peer checks whether the session has ended.
 const END_CHECK_INTERVAL: Duration = Duration::from_millis(100);

@@ -12,7 +12,7 @@ use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::error::KernelError;
 
 use super::save_agreement::Received;
-use crate::session::process_map::ProcessMap;
+use crate::process_map::ProcessMap;
 
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 2;

@@ -10,7 +10,8 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use shardflow_job::membership::Membership;
 
-use crate::checkpoint::{AgreeError, SaveAgreement, SaveId, SaveOutcome};
+use crate::checkpoint::agreement::{SaveAgreement, SaveId, SaveOutcome};
+use crate::checkpoint::error::AgreeError;
 
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;

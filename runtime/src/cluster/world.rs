@@ -2,46 +2,42 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::UdpSocket;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
-use shardflow_actors::error::{Failure, PeerError};
+use shardflow_actors::error::Failure;
 use shardflow_actors::shell::{Control, RunningSession};
-use shardflow_job::env::LaunchContext;
-use shardflow_job::membership::{self, FirstCause, Membership, MembershipError, MembershipEvent, PeerStatus};
+use shardflow_job::env::{LaunchContext, World as Launched};
+use shardflow_job::exit::{self, Exit};
+use shardflow_job::machine::hidden_name;
+use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent, PeerStatus};
 use shardflow_job::options::{ClusterOptions, Transport};
-use shardflow_job::rendezvous::facts::{COLLECTIVES, ENCRYPTION, KERNELS, MESH, PLAN, TRANSPORT};
 use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use shardflow_job::secret::Secret;
-use shardflow_job::transport::{Listener, Purpose, TransportError, with_zone_of};
+use shardflow_job::text::counted;
+use shardflow_job::transport::{Listener, Purpose, with_zone_of};
 use shardflow_kernels::collective::{Collective, Group};
-use shardflow_kernels::cpu::instruction_set;
-use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 
-use super::ClusterError;
+use super::Cluster;
 use super::by_mpi::ByMpi;
 use super::connector::{self, Connections, Connector};
+use super::error::ClusterError;
+use super::failure::{attribute_to_peer, is_symptom, peer_failure, report_failure};
 use super::nccl_ids;
 use super::save_agreement::{self, ClusterAgreement, Received};
-use crate::checkpoint::{self, SaveAgreement};
-use crate::declare::{ON_NON_FINITE, SEED};
+use crate::checkpoint::agreement::{ProcessRank, SaveAgreement};
+use crate::devices::Pipes;
 use crate::plan::Plan;
 use crate::plan::validate::{self, PlanError};
-use crate::session::devices::Pipes;
-use crate::session::error_exit::exit_of;
-use crate::session::observer::PeerState;
-use crate::session::process_map::ProcessMap;
-use crate::session::{SessionError, SessionOptions};
-use shardflow_job::exit;
-use shardflow_job::machine::hidden_name;
-use shardflow_job::text::counted;
+use crate::process_map::ProcessMap;
 
 /// How long a failed session waits for the first cause, beyond the membership's own grace period.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -59,6 +55,21 @@ pub(crate) struct World {
     agreement: Arc<ClusterAgreement>,
     /// Peers' messages with NCCL ids.
     ids: Receiver<Received>,
+}
+
+/// Another process of the session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerState {
+    /// Its rank.
+    pub process: u32,
+    /// Name of its machine.
+    pub host: String,
+    /// Its process id there.
+    pub pid: u32,
+    /// True if it runs on the same machine as this process.
+    pub is_on_this_node: bool,
+    /// Time since its last heartbeat; `None` if it has ended normally.
+    pub silent: Option<Duration>,
 }
 
 /// Topic of the control plane on which processes report their activity.
@@ -196,10 +207,14 @@ impl Monitor {
 }
 
 impl World {
-    /// Meets the other processes; `None` for a single process. Later waits for live processes last as long as the session's
-    /// watchdog allows.
-    pub(crate) fn join(plan: &Plan, session: &SessionOptions) -> Result<Option<Self>, ClusterError> {
-        let (cluster, wait_max) = (&session.cluster, session.watchdog.wait_max());
+    /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all processes, besides
+    /// the build. Later waits for live processes last up to `wait_max`.
+    pub(crate) fn join(
+        plan: &Plan,
+        cluster: &Cluster,
+        facts: impl FnOnce() -> Result<Vec<Fact>, ClusterError>,
+        wait_max: Duration,
+    ) -> Result<Option<Self>, ClusterError> {
         let LaunchContext::World(world) = &cluster.launch else { return Ok(None) };
         let (devices, processes) = (plan.memory.len(), world.processes);
         if processes as usize > devices {
@@ -214,65 +229,12 @@ impl World {
         exit::mark_joining();
         let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
         let secret = world.secret.read()?;
-        let coordinator = world.endpoint.address();
-        let system = |action| move |cause| ClusterError::System { action, cause };
-        let spans_nodes = world.local_processes < processes;
-        let report = |line: &str| options.report_waiting(line);
-        let hidden = hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0);
-        hidden.iter().for_each(|line| report(line));
-        let deadline = Instant::now() + options.meet_within;
-        let local = |deadline| local_address(&coordinator, options.interface, spans_nodes, deadline);
-        let retry = |error| {
-            report(&format!("{error}; trying again for {:?}", options.meet_within));
-            local(deadline)
-        };
-        let local = local(Instant::now()).or_else(retry)?;
-        let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
-        let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
-        let published = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
-        let config = RendezvousConfig {
-            process: world.process,
-            processes,
-            restart: world.restart,
-            facts: facts(plan, session)?,
-            heartbeat: published.map_err(system("publish the address for heartbeats"))?,
-            spans_nodes,
-            interface: options.interface,
-            advertise: options.advertise.clone(),
-            timeout: options.meet_within,
-            report_every: options.report_every,
-            report_within: options.report_within,
-            ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
-        };
-        let (roster, listener) = rendezvous(&config, |missing| report(&missing.to_string()))?;
-        exit::mark_joined();
-        listener
-            .private_error()
-            .iter()
-            .for_each(|cause| report(&format!("no Unix socket for processes of this node: {cause}")));
-        connector::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| report(line));
+        let (roster, listener, heartbeat) = meet(world, &options, &secret, facts)?;
         let process_map = ProcessMap { process: world.process, processes, devices };
-        let mut membership_config = membership::MembershipConfig::new(
-            world.process,
-            processes,
-            roster.session.0,
-            roster.epoch,
-            secret.key("membership"),
-            heartbeat,
-        );
-        (membership_config.interval, membership_config.deadline) =
-            (options.heartbeat_every, options.heartbeat_deadline);
-        membership_config.join_within = options.connect_within;
         let connector = new_connector(plan.device, &process_map, &roster, &listener, &secret, &options, &by_mpi);
-        for process in process_map.peers() {
-            membership_config.connections.insert(process, connector.connect(process, Purpose::Control)?);
-            let heartbeat = with_zone_of(roster.members[process as usize].heartbeat, bound);
-            membership_config.addresses.insert(process, heartbeat);
-        }
+        let membership = Arc::new(start_membership(&connector, heartbeat, wait_max)?);
         // From here on heartbeats detect lost processes.
         options.connect_within = wait_max.max(options.connect_within);
-        membership_config.join_at_most = options.connect_within;
-        let membership = Arc::new(Membership::start(membership_config)?);
         let (to_agreement, messages) = bounded(QUEUE_MAX);
         let agreement = ClusterAgreement::new(world.process, processes, membership.clone(), messages, wait_max);
         let agreement = Arc::new(agreement);
@@ -368,54 +330,33 @@ impl World {
 
     /// The cause of the session's end after a failure here: the first cause of all processes, if it arrives in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
-        match self.monitor.wait_for_cause(SETTLE_TIMEOUT) {
+        match self.wait_for_cause() {
             // If this process failed first, its own failure has more detail. The cause explains a failure that is a symptom.
             Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
             // A symptom without another cause is kept.
-            _ => self.attribute_to_peer(failure),
+            _ => attribute_to_peer(failure, &self.process_map),
         }
     }
 
-    /// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this process
-    /// ends: that of another process if it failed first.
-    pub(crate) fn cannot_start(&self, error: SessionError) -> SessionError {
-        let report = || self.membership.fail(format!("it cannot start: {error}"), error.exit().code());
-        match &error {
-            SessionError::Cluster(ClusterError::Transport(
-                cause @ (TransportError::Unreachable { to: process, .. }
-                | TransportError::Missing { from: Some(process), .. }),
-            )) => self.membership.suspect(*process, cause.to_string()),
-            // The session has reported its failure.
-            SessionError::Failed(_) => {}
-            error if is_interrupted_start(error) => {}
-            _ => report(),
-        }
-        match self.monitor.wait_for_cause(SETTLE_TIMEOUT) {
-            Some(cause) if cause.process != self.process_map.process || is_interrupted_start(&error) => {
-                SessionError::Failed(peer_failure(&cause))
-            }
-            _ => {
-                report();
-                error
-            }
-        }
+    /// Ends the session in all processes because of this one.
+    pub(crate) fn fail(&self, cause: String, exit: Exit) {
+        self.membership.fail(cause, exit.code());
     }
 
-    /// Attributes a broken connection to the process at its other end.
-    fn attribute_to_peer(&self, failure: Failure) -> Failure {
-        let Failure::Kernel { cause, .. } = &failure else { return failure };
-        let KernelError::Link { peer, .. } = &**cause else { return failure };
-        let (process, message) = (self.process_map.process_of(*peer), failure.to_string());
-        if process == self.process_map.process {
-            return failure;
-        }
-        Failure::Peer { process, cause: PeerError::Lost { message } }
+    /// Reports a process that may be lost.
+    pub(crate) fn suspect(&self, process: u32, cause: String) {
+        self.membership.suspect(process, cause);
+    }
+
+    /// The first cause of all processes; `None` if it does not arrive in time.
+    pub(crate) fn wait_for_cause(&self) -> Option<FirstCause> {
+        self.monitor.wait_for_cause(SETTLE_TIMEOUT)
     }
 
     /// The agreement on checkpoints, and this process's rank in it.
-    pub(crate) fn agree(&self) -> (Arc<dyn SaveAgreement>, checkpoint::ProcessRank) {
+    pub(crate) fn agree(&self) -> (Arc<dyn SaveAgreement>, ProcessRank) {
         let ProcessMap { process, processes, .. } = self.process_map;
-        (self.agreement.clone(), checkpoint::ProcessRank { process, processes, epoch: self.roster.epoch })
+        (self.agreement.clone(), ProcessRank { process, processes, epoch: self.roster.epoch })
     }
 
     /// Number of messages refused since the start, by reason.
@@ -450,6 +391,76 @@ impl World {
     }
 }
 
+/// Binds this process's addresses and meets the other processes. Returns their roster, the listener for their connections, and
+/// the socket for heartbeats.
+fn meet(
+    world: &Launched,
+    options: &ClusterOptions,
+    secret: &Secret,
+    facts: impl FnOnce() -> Result<Vec<Fact>, ClusterError>,
+) -> Result<(Roster, Listener, UdpSocket), ClusterError> {
+    let coordinator = world.endpoint.address();
+    let spans_nodes = world.local_processes < world.processes;
+    let report = |line: &str| options.report_waiting(line);
+    let hidden = hidden_name(&coordinator, spans_nodes).filter(|_| world.local_process == 0);
+    hidden.iter().for_each(|line| report(line));
+    let deadline = Instant::now() + options.meet_within;
+    let local = |deadline| local_address(&coordinator, options.interface, spans_nodes, deadline);
+    let retry = |error| {
+        report(&format!("{error}; trying again for {:?}", options.meet_within));
+        local(deadline)
+    };
+    let local = local(Instant::now()).or_else(retry)?;
+    let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
+    let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
+    let published = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
+    let config = RendezvousConfig {
+        process: world.process,
+        processes: world.processes,
+        restart: world.restart,
+        facts: facts()?,
+        heartbeat: published.map_err(system("publish the address for heartbeats"))?,
+        spans_nodes,
+        interface: options.interface,
+        advertise: options.advertise.clone(),
+        timeout: options.meet_within,
+        report_every: options.report_every,
+        report_within: options.report_within,
+        ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
+    };
+    let (roster, listener) = rendezvous(&config, |missing| report(&missing.to_string()))?;
+    exit::mark_joined();
+    let no_socket = listener.private_error();
+    no_socket.iter().for_each(|cause| report(&format!("no Unix socket for processes of this node: {cause}")));
+    connector::check_near(&roster, world.process, options.transport)?.iter().for_each(|line| report(line));
+    Ok((roster, listener, heartbeat))
+}
+
+/// Connects the control plane to every peer and starts heartbeats.
+fn start_membership(
+    connector: &Connector<'_>,
+    heartbeat: UdpSocket,
+    wait_max: Duration,
+) -> Result<Membership, ClusterError> {
+    let Connector { process_map, roster, options, secret, .. } = connector;
+    let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
+    let (own, processes) = (process_map.process, process_map.processes);
+    let key = secret.key("membership");
+    let mut config = MembershipConfig::new(own, processes, roster.session.0, roster.epoch, key, heartbeat);
+    (config.interval, config.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
+    config.join_within = options.connect_within;
+    config.join_at_most = wait_max.max(options.connect_within);
+    for process in process_map.peers() {
+        config.connections.insert(process, connector.connect(process, Purpose::Control)?);
+        config.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
+    }
+    Ok(Membership::start(config)?)
+}
+
+fn system(action: &'static str) -> impl FnOnce(io::Error) -> ClusterError {
+    move |cause| ClusterError::System { action, cause }
+}
+
 fn new_connector<'a>(
     device: DeviceKind,
     process_map: &ProcessMap,
@@ -462,83 +473,6 @@ fn new_connector<'a>(
     let deadline = Instant::now() + options.connect_within;
     let pipes = Pipes::new();
     Connector { device, process_map: *process_map, roster, listener, secret, options, by_mpi, deadline, pipes }
-}
-
-/// Values that must be equal on all processes, besides the build. The plan is last because it depends on most of the others.
-fn facts(plan: &Plan, session: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
-    let options = &session.cluster.options;
-    let kernels = match plan.device {
-        DeviceKind::Cpu => instruction_set(),
-        DeviceKind::Cuda => format!("CUDA, attention {:?}", Attention::from_env()?),
-    };
-    let mut facts = vec![
-        Fact::new(MESH, plan.graph.mesh()),
-        Fact::new(TRANSPORT, format_args!("{:?}", options.transport)),
-        Fact::new(COLLECTIVES, format_args!("{:?}", options.collectives)),
-        Fact::new(ENCRYPTION, if options.encrypt { "on" } else { "off" }),
-        Fact::new(KERNELS, kernels),
-        Fact::new(SEED, session.seed),
-        Fact::new(ON_NON_FINITE, format_args!("{:?}", session.on_non_finite)),
-    ];
-    facts.extend(session.declared.iter().map(|(name, value)| Fact::new(name, value)));
-    facts.push(Fact::new(PLAN, plan.hash()));
-    Ok(facts)
-}
-
-fn peer_failure(cause: &FirstCause) -> Failure {
-    Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
-}
-
-/// The error of a failed join. The end of another process during the join becomes the same failure as after it.
-pub(crate) fn named(error: ClusterError) -> SessionError {
-    match error {
-        ClusterError::Membership(MembershipError::Ended(cause)) => SessionError::Failed(peer_failure(&cause)),
-        error => error.into(),
-    }
-}
-
-/// True if the start failed because another process closed a connection or aborted a collective. That process reports its
-/// cause, or heartbeats detect its loss.
-fn is_interrupted_start(error: &SessionError) -> bool {
-    match error {
-        SessionError::Cluster(ClusterError::Transport(broken)) => {
-            matches!(broken, TransportError::Io { .. } | TransportError::Closed)
-        }
-        SessionError::Cluster(ClusterError::Kernel(cause)) | SessionError::Kernel(cause) => is_aborted_by_peer(cause),
-        _ => false,
-    }
-}
-
-/// True for a collective that a peer aborted; the peer has reported its cause, or is about to end. MPI does not name the failed
-/// process; heartbeats do.
-fn is_aborted_by_peer(cause: &KernelError) -> bool {
-    matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. })
-}
-
-/// True for a failure that another process may have caused.
-fn is_symptom(failure: &Failure) -> bool {
-    match failure {
-        Failure::Peer { .. } | Failure::Stalled { process: Some(_), .. } => true,
-        Failure::Kernel { cause, .. } => is_aborted_by_peer(cause) || matches!(&**cause, KernelError::Link { .. }),
-        _ => false,
-    }
-}
-
-/// Reports a failure of this process to the others: as a suspicion if it is a symptom, else as a cause.
-fn report_failure(membership: &Membership, process_map: &ProcessMap, failure: &Failure) {
-    match failure {
-        // The membership reported this failure itself.
-        Failure::Peer { cause: PeerError::Failed { .. }, .. } => {}
-        Failure::Peer { process, cause } => membership.suspect(*process, cause.to_string()),
-        // The peer's own report has more detail.
-        Failure::Stalled { process: Some(process), .. } => membership.suspect(*process, failure.to_string()),
-        Failure::Kernel { cause, .. } => match &**cause {
-            cause if is_aborted_by_peer(cause) => {}
-            KernelError::Link { peer, .. } => membership.suspect(process_map.process_of(*peer), failure.to_string()),
-            _ => membership.fail(failure.to_string(), exit_of(failure).code()),
-        },
-        _ => membership.fail(failure.to_string(), exit_of(failure).code()),
-    }
 }
 
 #[cfg(test)]

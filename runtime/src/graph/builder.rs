@@ -8,7 +8,7 @@ use shardflow_kernels::tensor::DType;
 
 use super::{
     AdamW, Combine, CustomOp, DIMS_MAX, Graph, GraphError, GraphId, Node, NodeId, NodeOp, Objective, Output, Phase,
-    Rate, TensorInfo, Var, foreign_tensor_message, ops,
+    Rate, SourceLine, TensorInfo, Var, foreign_tensor_message, ops,
 };
 use crate::init::Init;
 use crate::layout_error::LayoutError;
@@ -64,7 +64,7 @@ impl Graph {
 
     /// Builds a layer of several nodes. Errors inside it are reported at `location`, the source line that calls the
     /// layer; for nested layers, that of the outermost one.
-    pub fn layer<T>(&mut self, location: &'static Location<'static>, build: impl FnOnce(&mut Self) -> T) -> T {
+    pub fn layer<T>(&mut self, location: SourceLine, build: impl FnOnce(&mut Self) -> T) -> T {
         let outer = self.origin;
         self.origin = Some(outer.unwrap_or(location));
         let out = build(self);
@@ -144,8 +144,7 @@ impl Graph {
         }
         let duplicate = |n: &Node| matches!(n.op, NodeOp::Parameter { .. }) && n.name == name;
         if self.nodes.iter().any(duplicate) {
-            let message = "a parameter with this name already exists; give each parameter a unique name".to_string();
-            self.error(name, message, location);
+            self.error(name, "a parameter with this name already exists; give each parameter a unique name", location);
         }
         if name.starts_with(STATE_PREFIX) {
             let message = format!(
@@ -154,8 +153,7 @@ impl Graph {
             self.error(name, message, location);
         }
         if name == FILE_METADATA {
-            let message = "this name is reserved for the metadata of checkpoint files; choose another".to_string();
-            self.error(name, message, location);
+            self.error(name, "this name is reserved for the metadata of checkpoint files; choose another", location);
         }
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
     }
@@ -331,8 +329,11 @@ impl Graph {
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
         let location = Location::caller();
         if self.objective.is_some() {
-            let message = "the program already minimises a loss; add the losses and minimise their sum".to_string();
-            return self.error("minimize", message, location);
+            return self.error(
+                "minimize",
+                "the program already minimises a loss; add the losses and minimise their sum",
+                location,
+            );
         }
         if let Some(message) = optimizer.invalid() {
             self.error("minimize", message, location);
@@ -362,7 +363,7 @@ impl Graph {
         self.output_as(name, tensor, Some(combine), Location::caller());
     }
 
-    fn output_as(&mut self, name: &str, tensor: Var, combine: Option<Combine>, location: &'static Location<'static>) {
+    fn output_as(&mut self, name: &str, tensor: Var, combine: Option<Combine>, location: SourceLine) {
         let [tensor] = self.check_args("output", [tensor], location);
         let (shape, dtype) = (self.shape(tensor), self.tensor(tensor).dtype);
         let message = match combine {
@@ -378,25 +379,17 @@ impl Graph {
             self.error(name, message, location);
         }
         if self.outputs.iter().any(|other| other.name == name && other.tensor != tensor) {
-            let message = "another output already has this name; give each output a unique name".to_string();
-            return self.error(name, message, location);
+            return self.error(name, "another output already has this name; give each output a unique name", location);
         }
         if name == GRAD_SQUARES_OUTPUT {
-            let message = "this name is reserved for an output of the session; choose another".to_string();
-            self.error(name, message, location);
+            self.error(name, "this name is reserved for an output of the session; choose another", location);
         }
         self.push_output(name, tensor, combine, location);
     }
 
     // ---- shared by the methods above and the passes ----
 
-    pub(crate) fn push_output(
-        &mut self,
-        name: &str,
-        tensor: Var,
-        combine: Option<Combine>,
-        location: &'static Location<'static>,
-    ) {
+    pub(crate) fn push_output(&mut self, name: &str, tensor: Var, combine: Option<Combine>, location: SourceLine) {
         let location = self.origin.unwrap_or(location);
         self.outputs.push(Output { name: name.to_string(), tensor, combine, location });
     }
@@ -410,12 +403,11 @@ impl Graph {
         dtype: DType,
         rate: Rate,
         (layout, loop_sbp): (Layout, Sbp),
-        location: &'static Location<'static>,
+        location: SourceLine,
     ) -> Var {
         self.check_shape(name, shape, location);
         if name == RNG_INPUT || name == HYPER_INPUT {
-            let message = "this name is reserved for an input that the session feeds; choose another".to_string();
-            self.error(name, message, location);
+            self.error(name, "this name is reserved for an input that the session feeds; choose another", location);
         }
         let others = self.nodes.iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name == name);
         let different = others.map(|n| self.tensor(n.outputs[0])).find(|other| {
@@ -440,9 +432,15 @@ impl Graph {
         out
     }
 
-    pub(crate) fn error(&mut self, subject: &str, message: String, location: &'static Location<'static>) {
+    pub(crate) fn error(&mut self, subject: &str, message: impl Into<String>, location: SourceLine) {
         let location = self.origin.unwrap_or(location);
-        self.errors.push(GraphError { subject: subject.to_string(), message, location });
+        self.errors.push(GraphError { subject: subject.into(), message: message.into(), location });
+    }
+
+    /// Records an error of a node.
+    pub(crate) fn node_error(&mut self, index: usize, message: impl Into<String>) {
+        let (name, location) = (self.nodes[index].name.clone(), self.nodes[index].location);
+        self.error(&name, message, location);
     }
 
     pub(crate) fn is_poisoned(&self, vars: &[Var]) -> bool {
@@ -450,18 +448,13 @@ impl Graph {
     }
 
     /// Checks the arguments of `op`, see [`Graph::check_arg`].
-    fn check_args<const N: usize>(
-        &mut self,
-        op: &str,
-        args: [Var; N],
-        location: &'static Location<'static>,
-    ) -> [Var; N] {
+    fn check_args<const N: usize>(&mut self, op: &str, args: [Var; N], location: SourceLine) -> [Var; N] {
         std::array::from_fn(|port| self.check_arg(op, &format!("input {port}"), args[port], location))
     }
 
     /// Returns the argument. A tensor of another graph is an error, and a poisoned tensor with the same number of dims
     /// replaces it.
-    pub(crate) fn check_arg(&mut self, op: &str, role: &str, arg: Var, location: &'static Location<'static>) -> Var {
+    pub(crate) fn check_arg(&mut self, op: &str, role: &str, arg: Var, location: SourceLine) -> Var {
         if self.owns(arg) {
             return arg;
         }
@@ -478,7 +471,7 @@ impl Graph {
     }
 
     /// Refuses dims of size 0, and more dims than the rules of ops have letters for.
-    fn check_shape(&mut self, name: &str, shape: &[usize], location: &'static Location<'static>) {
+    fn check_shape(&mut self, name: &str, shape: &[usize], location: SourceLine) {
         if let Some(dim) = shape.iter().position(|extent| *extent == 0) {
             let message = format!("dim {dim} of shape {shape:?} is 0; each dim must be at least 1");
             self.error(name, message, location);
@@ -490,7 +483,7 @@ impl Graph {
     }
 
     /// The input `[step, micro-batch]` of dropout on the current placement; added at its first use.
-    fn rng(&mut self, location: &'static Location<'static>) -> Var {
+    fn rng(&mut self, location: SourceLine) -> Var {
         let placement = self.current_placement;
         let existing =
             self.nodes.iter().find(|n| n.name == RNG_INPUT && n.placement == placement).map(|n| n.outputs[0]);
@@ -510,7 +503,7 @@ impl Graph {
         dtype: DType,
         rate: Rate,
         layout: Layout,
-        location: &'static Location<'static>,
+        location: SourceLine,
     ) -> Var {
         let out = self.push(name, op, &[], &[(shape.to_vec(), dtype, rate)], location)[0];
         self.tensors[out.index()].name = name.to_string();
@@ -519,13 +512,7 @@ impl Graph {
     }
 
     /// The layout on the tensor's placement. Along axes of size 1 it is `Broadcast`.
-    fn resolve(
-        &mut self,
-        subject: &str,
-        layout: &Layout,
-        var: Var,
-        location: &'static Location<'static>,
-    ) -> Option<NdSbp> {
+    fn resolve(&mut self, subject: &str, layout: &Layout, var: Var, location: SourceLine) -> Option<NdSbp> {
         let placement = self.placements[self.placement_of(var)].clone();
         let rank = self.shape(var).len();
         let mut out = vec![Sbp::Broadcast; placement.axes().len()];
@@ -558,13 +545,7 @@ impl Graph {
     }
 
     /// Adds a kernel node; the output shapes follow from its rule.
-    pub(crate) fn kernel(
-        &mut self,
-        name: &str,
-        op: Op,
-        inputs: &[Var],
-        location: &'static Location<'static>,
-    ) -> Vec<Var> {
+    pub(crate) fn kernel(&mut self, name: &str, op: Op, inputs: &[Var], location: SourceLine) -> Vec<Var> {
         let shapes: Vec<Vec<usize>> = inputs.iter().map(|v| self.shape(*v).to_vec()).collect();
         let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
         let rule = ops::rule(&op, &shapes);
@@ -579,7 +560,7 @@ impl Graph {
         rule: Result<Rule, LayoutError>,
         inputs: &[Var],
         shapes: Option<Vec<Vec<usize>>>,
-        location: &'static Location<'static>,
+        location: SourceLine,
     ) -> Vec<Var> {
         let rate = inputs.iter().map(|v| self.tensor(*v)).filter(|t| t.rate == Rate::MicroBatch).count();
         let rate = if rate > 0 || self.phase.rate() == Rate::MicroBatch { Rate::MicroBatch } else { Rate::Step };
@@ -639,7 +620,7 @@ impl Graph {
         op: NodeOp,
         inputs: &[Var],
         outputs: &[(Vec<usize>, DType, Rate)],
-        location: &'static Location<'static>,
+        location: SourceLine,
     ) -> Vec<Var> {
         let location = self.origin.unwrap_or(location);
         let producer = NodeId(self.nodes.len() as u32);

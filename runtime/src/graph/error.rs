@@ -2,6 +2,9 @@
 
 use std::panic::Location;
 
+/// The line of the user's program that created something.
+pub type SourceLine = &'static Location<'static>;
+
 /// An error in the user's program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GraphError {
@@ -10,7 +13,7 @@ pub struct GraphError {
     /// The cause, with the numbers, and what to change.
     pub message: String,
     /// The user's source line.
-    pub location: &'static Location<'static>,
+    pub location: SourceLine,
 }
 
 impl std::fmt::Display for GraphError {

@@ -5,37 +5,9 @@ use std::time::Duration;
 
 use object_store::ObjectStore;
 use object_store::memory::InMemory;
-use parking_lot::Mutex;
 
 use super::*;
-use crate::clock::WaitClock;
-
-type Work = Box<dyn FnMut(Duration) + Send>;
-
-/// A clock that advances by each wait and then runs `on_wait`.
-#[derive(Default)]
-struct TestClock {
-    now: Mutex<Duration>,
-    on_wait: Mutex<Option<Work>>,
-}
-
-impl std::fmt::Debug for TestClock {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:?}", self.now)
-    }
-}
-
-impl WaitClock for TestClock {
-    fn now(&self) -> Duration {
-        *self.now.lock()
-    }
-
-    fn wait(&self, time: Duration) {
-        *self.now.lock() += time;
-        let now = self.now();
-        self.on_wait.lock().iter_mut().for_each(|work| work(now));
-    }
-}
+use crate::clock::{SimulatedClock, WaitClock};
 
 fn holder(pid: u32, job: &str, epoch: u64) -> Holder {
     let since_ns = 1_700_000_000 * 1_000_000_000 + u64::from(pid);
@@ -49,8 +21,8 @@ fn on_disk() -> (tempfile::TempDir, Store) {
     (folder, store)
 }
 
-fn in_cloud() -> (Arc<TestClock>, Store) {
-    let (clock, backend): (Arc<TestClock>, Arc<dyn ObjectStore>) = (Arc::default(), Arc::new(InMemory::new()));
+fn in_cloud() -> (Arc<SimulatedClock>, Store) {
+    let (clock, backend): (Arc<SimulatedClock>, Arc<dyn ObjectStore>) = (Arc::default(), Arc::new(InMemory::new()));
     (clock.clone(), Store::with(backend, "run").unwrap().with_clock(clock))
 }
 
@@ -88,16 +60,16 @@ fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
     let first = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
     let renewing = first.clone();
     // It renews every 29 s only, which is less than three intervals.
-    *clock.on_wait.lock() = Some(Box::new(move |now| {
+    clock.on_wait(move |now| {
         if now.as_secs() % 29 == 0 {
             renewing.renew().unwrap();
         }
-    }));
+    });
     for _ in 0..3 {
         let error = Lock::take_as(&store, holder(2, "b", 0)).unwrap_err();
         assert!(error.to_string().contains("process 1 on host host-1, job a"), "{error}");
     }
-    *clock.on_wait.lock() = None;
+    clock.on_wait(|_| {});
     first.check().unwrap();
     // From now on the first holder does not renew.
     let begin = clock.now();
@@ -226,7 +198,7 @@ fn a_read_waits_for_files_that_another_process_has_written() {
             });
         };
         appear(Duration::ZERO);
-        *clock.on_wait.lock() = Some(Box::new(appear));
+        clock.on_wait(appear);
         let read = store.read_as(4, digest);
         assert_eq!(read.is_ok(), is_there, "{manifest_after} {shard_after}: {read:?}");
         let expected = if is_there { 60 } else { 90 };
@@ -245,7 +217,7 @@ fn a_read_waits_for_files_that_another_process_has_written() {
     let (writer, changed) = (store.clone(), Cursor::from([("sample".into(), "9".into())]));
     let digest = Manifest { cursor: changed.clone(), ..manifest }.cursor_digest();
     assert!(store.read_as(4, digest).unwrap_err().to_string().contains("its cursor is not the one"));
-    *clock.on_wait.lock() = Some(Box::new(move |_| writer.set_cursor(4, changed.clone()).unwrap()));
+    clock.on_wait(move |_| writer.set_cursor(4, changed.clone()).unwrap());
     let reader = store.with_hidden(Duration::from_secs(90)).read_as(4, digest).unwrap();
     assert_eq!(reader.manifest().cursor["sample"], "9");
 }

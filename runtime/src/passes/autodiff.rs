@@ -2,11 +2,10 @@
 //! node. Contributions to the gradient of a tensor are added in reverse program order, so the result is deterministic.
 
 use std::collections::BTreeMap;
-use std::panic::Location;
 
 use shardflow_kernels::op::{Einsum, Op};
 
-use crate::graph::{Graph, Node, NodeOp, Phase, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Phase, SourceLine, Var, ops};
 
 /// Returns the gradient of `loss` for each parameter that it depends on.
 ///
@@ -74,7 +73,7 @@ impl Gradients {
     }
 
     /// The sum of all contributions. Those of one placement are added there, so that only one tensor is transferred.
-    fn total(&mut self, graph: &mut Graph, of: Var, location: &'static Location<'static>) -> Option<Var> {
+    fn total(&mut self, graph: &mut Graph, of: Var, location: SourceLine) -> Option<Var> {
         let parts = self.parts.remove(&of)?;
         let mut by_placement: Vec<(usize, Var)> = Vec::new();
         for part in parts {

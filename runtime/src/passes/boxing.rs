@@ -8,9 +8,18 @@ use shardflow_kernels::op::Op;
 
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::boxing::{self, CostModel};
-use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
-use crate::passes::Boxing;
+use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
 use crate::sbp::PlacedLayout;
+
+/// The treatment of forward layout changes that the user did not write.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Boxing {
+    /// They are inserted, and `explain` lists them.
+    #[default]
+    Automatic,
+    /// They are errors, except reductions of partial sums, which a row-parallel layout implies.
+    Explicit,
+}
 
 /// Inserts the steps. Requires a layout for every tensor and a signature for every kernel. Records an error in the
 /// graph where no sequence of collectives makes the change, or `mode` forbids it.
@@ -62,11 +71,7 @@ struct BoxingPass<'a> {
 
 impl BoxingPass<'_> {
     fn push(&mut self, node: Node) {
-        let id = NodeId(self.rebuilt.len() as u32);
-        for output in &node.outputs {
-            self.graph.tensors[output.index()].producer = id;
-        }
-        self.rebuilt.push(node);
+        self.graph.push_rebuilt(&mut self.rebuilt, node);
     }
 
     fn layout(&self, var: Var) -> PlacedLayout {
@@ -130,18 +135,8 @@ impl BoxingPass<'_> {
         let rate = phase.rate();
         let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
         let out = self.graph.new_tensor(info, reader.location);
-        let node = Node {
-            name,
-            op: NodeOp::Boxing(Arc::new(step)),
-            inputs: vec![input],
-            outputs: vec![out],
-            updates: Vec::new(),
-            placement,
-            phase,
-            location: reader.location,
-            signature: None,
-        };
-        self.push(node);
+        let node = Node::between(name, NodeOp::Boxing(Arc::new(step)), (input, out), placement, reader);
+        self.push(Node { phase, ..node });
         out
     }
 }

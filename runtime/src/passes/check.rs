@@ -1,12 +1,11 @@
 //! Refuses invalid programs, with the user's source line.
 
 use std::collections::BTreeMap;
-use std::panic::Location;
 
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::builder::RNG_INPUT;
-use crate::graph::{Graph, NodeOp, Var};
+use crate::graph::{Graph, NodeOp, SourceLine, Var};
 
 /// Refuses tensors so large that sums of their sizes in bytes could overflow.
 pub fn sizes(graph: &mut Graph) {
@@ -19,8 +18,7 @@ pub fn sizes(graph: &mut Graph) {
         };
         if let Some(out) = node.outputs.iter().find(|out| !fits(graph.shape(**out))) {
             let message = format!("shape {:?} has more elements than any device can hold", graph.shape(*out));
-            let (name, location) = (node.name.clone(), node.location);
-            return graph.error(&name, message, location);
+            return graph.node_error(index, message);
         }
     }
 }
@@ -30,20 +28,20 @@ pub fn sizes(graph: &mut Graph) {
 pub fn purpose(graph: &mut Graph) {
     if graph.outputs.is_empty() {
         let location = graph.nodes.last().map_or(graph.location, |node| node.location);
-        let message = "the program has no output; call `minimize` or `output`".to_string();
+        let message = "the program has no output; call `minimize` or `output`";
         return graph.error("program", message, location);
     }
     for index in 0..graph.outputs.len() {
         let node = graph.producer(graph.outputs[index].tensor);
         if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
-            let (name, location) = (node.name.clone(), node.location);
+            let producer = graph.tensor(graph.outputs[index].tensor).producer.index();
             let is_loss = graph.objective.is_some_and(|objective| objective.loss == graph.outputs[index].tensor);
             let message = if is_loss {
                 "a parameter cannot be the loss; minimise a scalar that an op computes"
             } else {
                 "a trained parameter cannot be an output; read it with `Session::parameters`"
             };
-            graph.error(&name, message.into(), location);
+            graph.node_error(producer, message);
         }
     }
     for (kind, name, location) in unused(graph) {
@@ -53,7 +51,7 @@ pub fn purpose(graph: &mut Graph) {
 }
 
 /// Parameters and inputs that no output depends on.
-fn unused(graph: &Graph) -> Vec<(&'static str, String, &'static Location<'static>)> {
+fn unused(graph: &Graph) -> Vec<(&'static str, String, SourceLine)> {
     let mut used = vec![false; graph.nodes.len()];
     for output in &graph.outputs {
         used[graph.tensor(output.tensor).producer.index()] = true;
@@ -81,7 +79,7 @@ pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Var>) {
     {
         let message =
             "the loss depends on no parameter, so there is nothing to train; make it depend on one, or use `output`";
-        graph.error("minimize", message.into(), objective.location);
+        graph.error("minimize", message, objective.location);
     }
 }
 
@@ -95,8 +93,7 @@ pub fn kernels(graph: &mut Graph, device: DeviceKind) {
             let message = format!(
                 "the op has no kernel for {device} devices (`CustomOp::runs_on`); compile for another device kind"
             );
-            let (name, location) = (node.name.clone(), node.location);
-            graph.error(&name, message, location);
+            graph.node_error(index, message);
         }
     }
 }

@@ -17,7 +17,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::element_count;
 
 use crate::boxing::CostModel;
-use crate::graph::{Graph, Node, NodeOp, Rate, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Rate, SourceLine, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::passes::optimizer::owner_sums;
 use crate::placement::Placement;
@@ -69,7 +69,7 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
 }
 
 /// The source line of the node that the error names.
-fn error_location(graph: &Graph, error: &LayoutError) -> &'static Location<'static> {
+fn error_location(graph: &Graph, error: &LayoutError) -> SourceLine {
     let found = match error {
         LayoutError::Choice { node, .. } => graph.nodes.iter().find(|n| n.name == *node),
         _ => None,

@@ -2,14 +2,13 @@
 //! AdamW.
 
 use std::collections::BTreeMap;
-use std::panic::Location;
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, Layout, STATE_PREFIX};
-use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, Var};
+use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, SourceLine, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
@@ -71,7 +70,7 @@ pub fn owner_sums(placement: &Placement) -> NdSbp {
 }
 
 fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], adamw: AdamW) {
-    let at: &'static Location<'static> = graph.producer(parameters[0].0).location;
+    let at: SourceLine = graph.producer(parameters[0].0).location;
     let hyper = graph.source(HYPER_INPUT, NodeOp::Input, &[2], DType::F32, Rate::Step, Layout::broadcast(), at);
     let scalar = (Vec::new(), DType::F32, Rate::Step);
     let scale = if adamw.max_norm.is_finite() {

@@ -15,7 +15,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use crate::boxing::step::{BoxingStep, StepKind};
-use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, TensorInfo, Var};
+use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
 
 /// The element type of a step's floating-point tensors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -217,7 +217,7 @@ fn insert_casts(graph: &mut Graph) {
                     };
                     let out = cast.outputs[0];
                     casts.insert(key, out);
-                    push(graph, &mut rebuilt, cast);
+                    graph.push_rebuilt(&mut rebuilt, cast);
                     out
                 }
             };
@@ -235,8 +235,8 @@ fn insert_casts(graph: &mut Graph) {
             updates: vec![copy],
             ..node.clone()
         });
-        push(graph, &mut rebuilt, node);
-        refreshed.into_iter().for_each(|cast| push(graph, &mut rebuilt, cast));
+        graph.push_rebuilt(&mut rebuilt, node);
+        refreshed.into_iter().for_each(|cast| graph.push_rebuilt(&mut rebuilt, cast));
     }
     graph.nodes = rebuilt;
 }
@@ -248,13 +248,6 @@ fn bf16_copy(graph: &mut Graph, of: Var, parameter: Node) -> Node {
     let info = TensorInfo { name: name.clone(), dtype: DType::BF16, saved_shape: None, ..info };
     let out = graph.new_tensor(info, parameter.location);
     Node { name, op: NodeOp::Bf16Copy { of }, outputs: vec![out], ..parameter }
-}
-
-fn push(graph: &mut Graph, rebuilt: &mut Vec<Node>, node: Node) {
-    for output in &node.outputs {
-        graph.tensors[output.index()].producer = NodeId(rebuilt.len() as u32);
-    }
-    rebuilt.push(node);
 }
 
 /// The step with the number of bytes that it moves in bf16.
@@ -270,15 +263,5 @@ fn cast(graph: &mut Graph, input: Var, (placement, phase): (usize, Phase), reade
     let (dtype, rate) = (DType::BF16, phase.rate());
     let info = TensorInfo { name: name.clone(), dtype, rate, saved_shape: None, ..info };
     let out = graph.new_tensor(info, reader.location);
-    Node {
-        name,
-        op: NodeOp::Kernel(Op::Cast),
-        inputs: vec![input],
-        outputs: vec![out],
-        updates: Vec::new(),
-        placement,
-        phase,
-        location: reader.location,
-        signature: None,
-    }
+    Node { phase, ..Node::between(name, NodeOp::Kernel(Op::Cast), (input, out), placement, reader) }
 }

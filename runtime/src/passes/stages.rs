@@ -2,9 +2,8 @@
 //! a result that depends on its own forward work.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::panic::Location;
 
-use crate::graph::{Graph, NodeOp};
+use crate::graph::{Graph, NodeOp, SourceLine};
 
 /// Records an error for each node that reads from a placement which shares a device with the node's own, or which waits
 /// for the node's own, directly or indirectly.
@@ -51,7 +50,7 @@ pub fn check(graph: &mut Graph) {
 fn shared_parameter_errors(
     graph: &Graph,
     reads: &BTreeMap<usize, BTreeSet<usize>>,
-) -> Vec<(String, String, &'static Location<'static>)> {
+) -> Vec<(String, String, SourceLine)> {
     let mut errors = Vec::new();
     for node in &graph.nodes {
         for input in &node.inputs {

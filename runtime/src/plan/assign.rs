@@ -47,9 +47,7 @@ pub struct RegisterPlan {
 pub struct Assignment {
     /// Nodes of each action, in graph order.
     pub actions: BTreeMap<DeviceAction, Vec<NodeId>>,
-    /// The storage of each local tensor.
     pub storage: BTreeMap<LocalTensor, Storage>,
-    /// The registers.
     pub registers: Vec<RegisterPlan>,
     /// Tensors that share another's memory: relayouts that move no data, and reduced buckets.
     pub alias: BTreeMap<Var, Var>,

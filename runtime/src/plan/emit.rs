@@ -26,19 +26,16 @@ pub struct EmitContext<'a> {
     pub arenas: &'a ArenaMap,
     /// Accumulations fused into the producing kernel: value to sum.
     pub fused: &'a BTreeMap<Var, Var>,
-    /// The kind of device.
     pub device: DeviceKind,
 }
 
 /// An action's launches, registers, scratch and groups.
 pub struct EmittedAction {
-    /// The plan of the action.
     pub plan: ActionPlan,
     /// Registers read, in port order.
     pub inputs: Vec<usize>,
     /// Registers written, in port order.
     pub outputs: Vec<usize>,
-    /// Bytes of scratch.
     pub scratch_bytes: usize,
     /// The ranks of each group whose collectives it calls.
     pub groups: BTreeSet<Vec<usize>>,
@@ -189,16 +186,9 @@ impl Emitter<'_> {
     /// Index of the base for a register's slot. If the action both reads and writes the register, that of the output
     /// port.
     fn port_base(&self, register: usize) -> usize {
-        match self.outputs.iter().position(|r| *r == register) {
-            Some(port) => 2 + self.inputs.len() + port,
-            None => {
-                2 + self
-                    .inputs
-                    .iter()
-                    .position(|r| *r == register)
-                    .expect("an action has a port for every register that it uses")
-            }
-        }
+        let port_of = |ports: &[usize]| ports.iter().position(|r| *r == register);
+        let output = port_of(self.outputs).map(|port| self.inputs.len() + port);
+        2 + output.or(port_of(self.inputs)).expect("an action has a port for every register that it uses")
     }
 
     fn scratch_index(&mut self, var: Var, bytes: usize) -> usize {
@@ -247,26 +237,20 @@ impl Emitter<'_> {
     }
 
     fn emit_node(&mut self, node: &Node) {
-        let graph = self.context.graph;
+        let (graph, device) = (self.context.graph, self.site.0);
+        let parts = || {
+            [&node.inputs, &node.outputs]
+                .map(|vars| vars.iter().map(|var| local_part(graph, *var, device)).collect::<Vec<_>>())
+        };
         match &node.op {
             NodeOp::Kernel(op) => {
                 let accumulate = node.outputs.iter().any(|o| self.context.fused.contains_key(o));
-                let part = |v: &Var| local_part(graph, *v, self.site.0);
-                let (ins, outs): (Vec<_>, Vec<_>) =
-                    (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
-                let op = ops::localize(op, &ins, &outs);
-                let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
-                let writes = node.outputs.iter().chain(&node.updates).map(|v| self.buffer(*v)).collect();
-                self.launch(op, reads, writes, accumulate);
+                let [ins, outs] = parts();
+                self.launch_node(node, ops::localize(op, &ins, &outs), accumulate);
             }
             NodeOp::Custom(op) => {
-                let part = |v: &Var| local_part(graph, *v, self.site.0);
-                let (ins, outs): (Vec<_>, Vec<_>) =
-                    (node.inputs.iter().map(part).collect(), node.outputs.iter().map(part).collect());
-                let kernel = op.kernel(&ins, &outs);
-                let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
-                let writes = node.outputs.iter().map(|v| self.buffer(*v)).collect();
-                self.launch(Op::Custom(kernel), reads, writes, false);
+                let [ins, outs] = parts();
+                self.launch_node(node, Op::Custom(op.kernel(&ins, &outs)), false);
             }
             NodeOp::Accumulate if self.context.fused.contains_key(&node.inputs[0]) => {}
             NodeOp::Accumulate => {
@@ -279,6 +263,13 @@ impl Emitter<'_> {
             NodeOp::ClipScale { max_norm } => self.emit_clip_scale(node, *max_norm),
             NodeOp::Relayout | NodeOp::Input | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
+    }
+
+    /// Launches a kernel on the parts of a node's tensors.
+    fn launch_node(&mut self, node: &Node, op: Op, accumulate: bool) {
+        let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
+        let writes = node.outputs.iter().chain(&node.updates).map(|v| self.buffer(*v)).collect();
+        self.launch(op, reads, writes, accumulate);
     }
 
     fn collective(&mut self, ranks: &[usize], kind: CollectiveKind, reads: Vec<Buffer>, writes: Vec<Buffer>) {

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write};
 
-use shardflow_actors::spec::Firing;
+use shardflow_actors::spec::{Firing, RegisterReader, RegisterSpec};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::tensor::DType;
 
@@ -13,10 +13,7 @@ use shardflow_job::text::counted;
 impl Plan {
     /// The plan as text.
     pub fn explain(&self) -> String {
-        let mut out = String::new();
-        // Writing to a String cannot fail.
-        let _ = self.write_all(&mut out);
-        out
+        text_of(|out| self.write_all(out))
     }
 
     fn write_all(&self, out: &mut String) -> fmt::Result {
@@ -110,23 +107,13 @@ impl Plan {
 
     fn write_registers(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "\nregisters (slots x bytes)")?;
-        for register in &self.spec.registers {
-            let readers: Vec<String> = register
-                .readers
-                .iter()
-                .map(|r| {
-                    let actor = &self.spec.actors[r.actor.0 as usize];
-                    format!("{} {}", actor.name, actor.actions[r.action as usize].name)
-                })
-                .collect();
-            writeln!(
-                out,
-                "  {}: {} x {} -> {}",
-                register.name,
-                register.slots,
-                register.slot_bytes,
-                readers.join(", ")
-            )?;
+        let reader = |r: &RegisterReader| {
+            let actor = &self.spec.actors[r.actor.0 as usize];
+            format!("{} {}", actor.name, actor.actions[r.action as usize].name)
+        };
+        for RegisterSpec { name, slots, slot_bytes, readers, .. } in &self.spec.registers {
+            let readers: Vec<String> = readers.iter().map(reader).collect();
+            writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;
         }
         Ok(())
     }
@@ -138,6 +125,14 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+/// The text that `write` writes.
+pub(super) fn text_of(write: impl FnOnce(&mut String) -> fmt::Result) -> String {
+    let mut out = String::new();
+    // Writing to a String cannot fail.
+    let _ = write(&mut out);
+    out
 }
 
 /// Writes `a a b` as `2 a, b`.

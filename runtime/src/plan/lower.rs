@@ -18,7 +18,6 @@ use crate::plan::memory::{ArenaMap, align, lay_out};
 use crate::plan::slots::{StageCosts, in_flight, slots, stages};
 use crate::plan::{ActionKey, Plan, Schedule};
 
-/// The options of [`lower`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LowerOptions {
     /// Micro-batches per step.
@@ -40,11 +39,6 @@ pub fn stream_of(key: ActionKey) -> StreamKind {
         ActionKey::Bucket(_) => StreamKind::Communication,
         ActionKey::Feed(_) | ActionKey::Pull(_) | ActionKey::Decide | ActionKey::Fetch(_) => StreamKind::Copy,
     }
-}
-
-/// Threads of a stream: several for compute streams, one for the others.
-pub fn threads_of(stream: StreamKind, threads_per_device: usize) -> usize {
-    if stream == StreamKind::Compute { threads_per_device } else { 1 }
 }
 
 /// Lowers a graph on which the layout, boxing and bucket passes have run.

@@ -94,7 +94,6 @@ pub struct ArenaMap {
     pub registers: Vec<RegisterPlace>,
     /// By register: the offset of each of its tensors in a slot.
     pub slot_offsets: Vec<BTreeMap<Var, usize>>,
-    /// The memory of each device.
     pub devices: Vec<DeviceMemory>,
     /// Offset of each fixed tensor's part, by device.
     pub fixed: BTreeMap<(usize, Var), usize>,

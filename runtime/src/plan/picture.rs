@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
 use crate::graph::NodeOp;
+use crate::plan::explain::text_of;
 use crate::plan::{DeviceMemory, Plan};
 use shardflow_job::text::{counted, size};
 
@@ -28,18 +29,12 @@ impl Plan {
     /// The plan in DOT, for `dot -Tsvg`. Actors are boxes within their device; arrows are registers with their bytes
     /// per step.
     pub fn to_dot(&self) -> String {
-        let mut out = String::new();
-        // Writing to a String cannot fail.
-        let _ = self.write_dot(&mut out);
-        out
+        text_of(|out| self.write_dot(out))
     }
 
     /// The plan as an HTML page.
     pub fn to_html(&self) -> String {
-        let mut out = String::new();
-        // Writing to a String cannot fail.
-        let _ = self.write_html(&mut out);
-        out
+        text_of(|out| self.write_html(out))
     }
 
     /// The arrows by producer and reader, both indices of actors.
@@ -257,21 +252,11 @@ fn bytes_or_signal(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::AdamW;
-    use crate::graph::Graph;
-    use crate::nn::{self, GptConfig};
-    use crate::passes::{CompileOptions, compile};
-    use crate::placement::Mesh;
+    use crate::plan::Schedule;
+    use crate::plan::tests::gpt;
 
     fn plan(mesh: &str) -> Plan {
-        let mut g = Graph::new(&Mesh::parse(mesh).unwrap());
-        let config = GptConfig { vocabulary: 11, layers: 2, heads: 2, width: 8, context: 4, batch: 4, dropout: 0.0 };
-        let logits = nn::gpt(&mut g, &config);
-        let layout = nn::batch_layout(&g);
-        let targets = g.input("targets", &[4, 4], shardflow_kernels::tensor::DType::I32, layout);
-        let loss = g.cross_entropy(logits, targets);
-        g.minimize(loss, AdamW::default());
-        compile(g, &CompileOptions { micro_batches: 2, ..CompileOptions::default() }).unwrap()
+        gpt(mesh, 2, Schedule::OneFOneB)
     }
 
     #[test]
@@ -297,13 +282,13 @@ mod tests {
         }
     }
 
-    /// Activations of both micro-batches: 2 samples, 4 tokens, width 8, f32.
+    /// Activations of both micro-batches: 4 samples, 3 tokens, width 8, f32.
     #[test]
     fn an_arrow_shows_the_bytes_of_a_step() {
         let plan = plan("stage=2");
         let index = |name: &str| plan.spec.actors.iter().position(|a| a.name == name).unwrap() as u32;
         let edge = &plan.edges()[&(index("device 0 compute"), index("device 1 copy"))];
-        assert_eq!(edge.step_bytes, 2 * 2 * 4 * 8 * 4, "{:?}", edge.registers);
+        assert_eq!(edge.step_bytes, 2 * 4 * 3 * 8 * 4, "{:?}", edge.registers);
     }
 
     #[test]

@@ -30,7 +30,7 @@ fn try_gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Result<Plan,
     compile(g, &CompileOptions { micro_batches, schedule, ..CompileOptions::default() })
 }
 
-fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {
+pub(super) fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {
     try_gpt(mesh, micro_batches, schedule).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"))
 }
 

@@ -12,6 +12,7 @@ use crate::plan::{ActionKey, BaseKey, DeviceMemory, Plan};
 
 /// Why a plan is refused.
 #[derive(Clone, Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum PlanError {
     /// It would deadlock, or it violates a rule of the protocol.
     #[error("the plan cannot run to completion: {0}")]
@@ -26,55 +27,19 @@ pub enum PlanError {
     #[error(
         "the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices"
     )]
-    Memory {
-        /// Bytes of one device.
-        budget: usize,
-        /// Bytes needed, by device.
-        table: String,
-    },
+    Memory { budget: usize, table: String },
     /// A node has less free memory than its processes need.
     #[error(
         "the plan does not fit: this node has {budget} bytes free ({bound}), but the job needs {needed} bytes\n{table}reduce \
          the batch, use more micro-batches or more nodes, or give the job more memory"
     )]
-    NodeMemory {
-        /// Free bytes before any allocation for the plan.
-        budget: u64,
-        /// The limit that determines the budget.
-        bound: String,
-        /// Bytes needed.
-        needed: u64,
-        /// Bytes needed, by device and rank of this node.
-        table: String,
-    },
+    NodeMemory { budget: u64, bound: String, needed: u64, table: String },
     /// A buffer is outside its register, scratch or arena: a planner bug.
     #[error("{action}: launch {launch} ({op}): a buffer ends at byte {end}, but its memory has only {size} bytes")]
-    Bounds {
-        /// The action.
-        action: String,
-        /// Index of the launch in the action.
-        launch: usize,
-        /// The op.
-        op: String,
-        /// End of the buffer.
-        end: usize,
-        /// Bytes of the memory that contains it.
-        size: usize,
-    },
+    Bounds { action: String, launch: usize, op: String, end: usize, size: usize },
     /// Two parts of a device's arena overlap, or a part exceeds it: a planner bug.
     #[error("device {device}: {first} ends at byte {end}, but {second} starts at byte {start}")]
-    Overlap {
-        /// Rank of the device.
-        device: usize,
-        /// The part that starts first.
-        first: String,
-        /// Its end.
-        end: usize,
-        /// The next part, or the memory after the arena.
-        second: String,
-        /// Its start.
-        start: usize,
-    },
+    Overlap { device: usize, first: String, end: usize, second: String, start: usize },
 }
 
 /// Simulated steps: enough to reuse every register's slots.

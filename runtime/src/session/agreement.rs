@@ -9,15 +9,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use shardflow_kernels::tensor::Region;
 
-use super::process_map::ProcessMap;
-use super::step::Inputs;
-use super::{BETWEEN_STEPS, Session, SessionError};
-use crate::checkpoint::error::CheckpointError;
-use crate::cluster::world::WAITING;
+use super::outcome::Outcome;
+use crate::graph::Var;
 use crate::graph::builder::RNG_INPUT;
-use crate::graph::{NodeOp, Var};
 use crate::plan::memory::local_part;
 use crate::plan::{ActionKey, Plan};
+use crate::process_map::ProcessMap;
 use crate::sbp::region::contains;
 use shardflow_job::rendezvous::ranks;
 
@@ -27,7 +24,7 @@ const VALUES_MAX: usize = 4;
 /// Numbers of a step before its digests: the request and the learning rate's bits.
 const STEP_NUMBERS: usize = 2;
 
-/// Names of a load's numbers that precede the digests of tensors. The first number is 0 if the load failed.
+/// Names of a load's numbers that precede the digests of tensors. The first two are an [`Outcome`].
 const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates", "seed", "manifest"];
 
 /// Index of the first digest among them.
@@ -64,10 +61,10 @@ fn list(values: &[(u32, String)]) -> String {
 /// Elements of an input that the same two or more processes feed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedInput {
-    var: Var,
-    processes: BTreeSet<u32>,
+    pub(super) var: Var,
+    pub(super) processes: BTreeSet<u32>,
     /// The regions of one micro-batch that all of them feed.
-    regions: Vec<Region>,
+    pub(super) regions: Vec<Region>,
 }
 
 /// The processes that feed each region, by its start and size.
@@ -133,22 +130,15 @@ pub fn step_numbers(shared: &[SharedInput], process: u32) -> usize {
 
 /// Number of values that a process sends at a load.
 pub fn load_numbers(plan: &Plan) -> usize {
-    LOAD_NAMES.len() + residents(plan).count()
-}
-
-/// Parameters and optimizer states, in the program's order.
-fn residents(plan: &Plan) -> impl Iterator<Item = Var> + '_ {
-    let nodes = plan.graph.nodes().iter();
-    nodes.filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State)).map(|n| n.outputs[0])
+    LOAD_NAMES.len() + plan.graph.residents().count()
 }
 
 /// The first 8 bytes of a BLAKE3 checksum.
-fn digest(hasher: &blake3::Hasher) -> u64 {
+pub(super) fn digest(hasher: &blake3::Hasher) -> u64 {
     let bytes = *hasher.finalize().as_bytes();
     u64::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3], bytes[4], bytes[5], bytes[6], bytes[7]])
 }
 
-/// Digest of bytes.
 pub(super) fn digest_of(bytes: &[u8]) -> u64 {
     digest(blake3::Hasher::new().update(bytes))
 }
@@ -165,121 +155,62 @@ pub(super) struct LoadSummary {
     pub(super) tensors: BTreeMap<Var, u64>,
 }
 
-impl Session {
-    /// Like [`Session::receive_numbers`], between steps: slow processes are logged, and may take as long as the
-    /// watchdog allows.
-    pub(super) fn receive_numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
-        self.set_activity(WAITING);
-        let numbers = self.receive_numbers(ports, Some(self.wait_max));
-        self.set_activity(BETWEEN_STEPS);
-        numbers
-    }
+/// The numbers that a process sends at a load: of what it has read, or of its error's exit code.
+pub(super) fn numbers_of_load(plan: &Plan, summary: Result<LoadSummary, u8>) -> Vec<u64> {
+    let LoadSummary { steps, updates, seed, manifest, tensors } = match summary {
+        Ok(summary) => summary,
+        Err(exit) => {
+            let mut numbers = Outcome::Failed(exit).to_pair().to_vec();
+            numbers.resize(load_numbers(plan), 0);
+            return numbers;
+        }
+    };
+    let digests = plan.graph.residents().map(|var| tensors.get(&var).copied().unwrap_or_default());
+    Outcome::Good(steps).to_pair().into_iter().chain([updates, seed, manifest]).chain(digests).collect()
+}
 
-    /// Sends this process's request, learning rate and digests of a step to all processes.
-    pub(super) fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
-        let own = self.process_map.process;
-        let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
-        for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
-            let mut hasher = blake3::Hasher::new();
-            let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
-            for micro_batch in 0..firings {
-                for region in &input.regions {
-                    hasher.update(self.region(input.var, region.clone(), micro_batch, inputs).as_bytes());
-                }
-            }
-            numbers.push(digest(&hasher));
-        }
-        self.send_numbers(self.ports.steps[own as usize], &numbers);
+/// The difference between the numbers of all processes for a step, if there is one. `steps`: the steps done before.
+pub(super) fn difference_in_step(
+    plan: &Plan,
+    shared: &[SharedInput],
+    steps: u64,
+    all_numbers: &[Vec<u64>],
+) -> Option<RankDisagreement> {
+    let number = |process: u32, index: usize| all_numbers[process as usize].get(index).copied().unwrap_or_default();
+    let disagreement = |name, values| Some(RankDisagreement { context: format!("step {}", steps + 1), name, values });
+    let all = 0..all_numbers.len() as u32;
+    if plan.graph.objective.is_some() && all.clone().any(|process| number(process, 1) != number(0, 1)) {
+        let value = |process| (process, f32::from_bits(number(process, 1) as u32).to_string());
+        return disagreement("learning_rate".into(), all.map(value).collect());
     }
+    // A process sends only digests of its own inputs, in the order of the list.
+    let mut next = vec![STEP_NUMBERS; all_numbers.len()];
+    for input in shared {
+        let mut values = Vec::new();
+        for process in &input.processes {
+            let index = &mut next[*process as usize];
+            values.push((*process, number(*process, *index)));
+            *index += 1;
+        }
+        if values.iter().any(|value| value.1 != values[0].1) {
+            return disagreement(format!("input {}", plan.graph.producer(input.var).name), in_hex(values));
+        }
+    }
+    None
+}
 
-    /// Compares the numbers of all processes for the step, and returns the largest request. A difference cancels the
-    /// update.
-    pub(super) fn agree_on_step(&mut self) -> Result<u64, SessionError> {
-        let ports = self.ports.clone();
-        let all_numbers = self.receive_numbers(&ports.steps, None)?;
-        if let Some(difference) = self.difference_in_step(&all_numbers) {
-            self.decide(f32::NAN)?;
-            return Err(difference.into());
-        }
-        Ok(all_numbers.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
-    }
-
-    fn difference_in_step(&self, all_numbers: &[Vec<u64>]) -> Option<RankDisagreement> {
-        let graph = &self.plan.graph;
-        let number = |process: u32, index: usize| all_numbers[process as usize].get(index).copied().unwrap_or_default();
-        let context = || format!("step {}", self.steps + 1);
-        let all = 0..self.process_map.processes;
-        if graph.objective.is_some() && all.clone().any(|process| number(process, 1) != number(0, 1)) {
-            let value = |process| (process, f32::from_bits(number(process, 1) as u32).to_string());
-            return Some(RankDisagreement {
-                context: context(),
-                name: "learning_rate".into(),
-                values: all.map(value).collect(),
-            });
-        }
-        // A process sends only digests of its own inputs, in the order of the list.
-        let mut next = vec![STEP_NUMBERS; all_numbers.len()];
-        for input in &self.shared_inputs {
-            let mut values = Vec::new();
-            for process in &input.processes {
-                let index = &mut next[*process as usize];
-                values.push((*process, number(*process, *index)));
-                *index += 1;
-            }
-            if values.iter().any(|value| value.1 != values[0].1) {
-                let name = format!("input {}", graph.producer(input.var).name);
-                return Some(RankDisagreement { context: context(), name, values: in_hex(values) });
-            }
-        }
-        None
-    }
-
-    /// Compares the loads of all processes before anything is changed. If one process cannot load, no process does.
-    pub(super) fn agree_on_load<T>(
-        &mut self,
-        source: &str,
-        summary: impl FnOnce(&T) -> LoadSummary,
-        own: Result<T, SessionError>,
-    ) -> Result<T, SessionError> {
-        if self.process_map.processes == 1 {
-            return own;
-        }
-        let numbers = match &own {
-            Ok(own) => {
-                let LoadSummary { steps, updates, seed, manifest, tensors } = summary(own);
-                let digests = residents(&self.plan).map(|var| tensors.get(&var).copied().unwrap_or_default());
-                [1, steps, updates, seed, manifest].into_iter().chain(digests).collect()
-            }
-            Err(error) => {
-                let mut numbers = vec![0; load_numbers(&self.plan)];
-                numbers[1] = u64::from(error.exit().code());
-                numbers
-            }
-        };
-        let ports = self.ports.clone();
-        self.send_numbers(ports.loads[self.process_map.process as usize], &numbers);
-        let all_numbers = self.receive_numbers_between_steps(&ports.loads)?;
-        let own = own?;
-        if let Some((rank, numbers)) = (0..).zip(&all_numbers).find(|(_, numbers)| numbers.first() != Some(&1)) {
-            let exit = numbers.get(1).copied().unwrap_or_default() as u8;
-            let (place, problem) = (source.into(), "cannot load it".into());
-            return Err(CheckpointError::OnRank { place, rank, exit, problem }.into());
-        }
-        let Some(index) = (0..numbers.len())
-            .find(|index| all_numbers.iter().any(|other| other.get(*index) != all_numbers[0].get(*index)))
-        else {
-            return Ok(own);
-        };
-        let mut tensors = residents(&self.plan).map(|var| format!("tensor {}", self.plan.graph.tensor(var).name));
-        let name = match LOAD_NAMES.get(index) {
-            Some(name) => name.to_string(),
-            None => tensors.nth(index - LOAD_NAMES.len()).unwrap_or_default(),
-        };
-        let values =
-            (0..).zip(all_numbers.iter().map(|numbers| numbers.get(index).copied().unwrap_or_default())).collect();
-        let values = if index < MANIFEST { in_decimal(values) } else { in_hex(values) };
-        Err(RankDisagreement { context: source.into(), name, values }.into())
-    }
+/// The difference between the numbers of all processes for a load, none of which failed.
+pub(super) fn difference_in_load(plan: &Plan, source: &str, all_numbers: &[Vec<u64>]) -> Option<RankDisagreement> {
+    let differs = |index: &usize| all_numbers.iter().any(|other| other.get(*index) != all_numbers[0].get(*index));
+    let index = (0..load_numbers(plan)).find(differs)?;
+    let mut tensors = plan.graph.residents().map(|var| format!("tensor {}", plan.graph.tensor(var).name));
+    let name = match LOAD_NAMES.get(index) {
+        Some(name) => name.to_string(),
+        None => tensors.nth(index - LOAD_NAMES.len()).unwrap_or_default(),
+    };
+    let values = (0..).zip(all_numbers.iter().map(|numbers| numbers.get(index).copied().unwrap_or_default())).collect();
+    let values = if index < MANIFEST { in_decimal(values) } else { in_hex(values) };
+    Some(RankDisagreement { context: source.into(), name, values })
 }
 
 fn in_decimal(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {

@@ -2,11 +2,10 @@
 
 use shardflow_kernels::device::DeviceKind;
 
-use super::process_map::ProcessMap;
-use super::resident_parts;
-use crate::graph::{NodeOp, Var};
+use crate::graph::Var;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
+use crate::process_map::ProcessMap;
 use shardflow_job::machine::{FreeMemory, free_memory};
 
 /// Reserve for memory outside the plan: libraries and connections of a process, and packing buffers of matrix products
@@ -78,7 +77,7 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
 /// that has it, in the order of the placement.
 pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)> {
     let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
-    for (device, _, resident) in resident_parts(plan, var) {
+    for (device, _, resident) in plan.resident_parts(var) {
         let region = &resident.region;
         if !region.is_empty() && !parts.iter().any(|(_, other)| other.region == *region) {
             parts.push((device, resident));
@@ -89,9 +88,8 @@ pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)
 
 /// Bytes of a snapshot of these devices.
 fn snapshot_bytes(plan: &Plan, is_included: impl Fn(usize) -> bool) -> u64 {
-    let residents = plan.graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Parameter { .. } | NodeOp::State));
-    let parts =
-        residents.flat_map(|node| saved_parts(plan, node.outputs[0])).filter(|(device, _)| is_included(*device));
+    let parts = plan.graph.residents().flat_map(|var| saved_parts(plan, var));
+    let parts = parts.filter(|(device, _)| is_included(*device));
     parts.map(|(_, part)| (part.region.element_count() * part.dtype.bytes()) as u64).sum()
 }
 

@@ -2,8 +2,7 @@
 //! a file of any other mesh. A file is written under a temporary name and renamed when it is complete.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
-use std::io::{BufWriter, Write};
+use std::io::Write;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -12,11 +11,13 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
-use super::agreement::{LoadSummary, digest_of};
-use super::{BETWEEN_STEPS, Session, SessionError, resident_parts};
-pub use crate::checkpoint::error::CheckpointError;
+use super::agreement::{LoadSummary, difference_in_load, digest_of, numbers_of_load};
+use super::error::SessionError;
+use super::outcome::Outcome;
+use super::{BETWEEN_STEPS, Session};
+use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::manifest::TensorKind;
-use crate::checkpoint::shard::{Entry, SEED, STEPS, UPDATES, declared_of, header, metadata};
+use crate::checkpoint::shard::{Entry, SEED, STEPS, UPDATES, declared_of, header, metadata, write_whole};
 use crate::cluster::world::WAITING;
 use crate::declare::{Difference, Values};
 use crate::graph::builder::STATE_PREFIX;
@@ -42,7 +43,7 @@ impl Session {
     fn whole(&self, var: Var) -> Result<HostTensor, SessionError> {
         let (graph, own) = (&self.plan.graph, self.process_map.own());
         let mut wanted = Vec::new();
-        for (device, index, resident) in resident_parts(&self.plan, var) {
+        for (device, index, resident) in self.plan.resident_parts(var) {
             let port = self.ports.residents[&(device, index)];
             if own.contains(&device) {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
@@ -185,6 +186,30 @@ impl Session {
         self.agree_on_load(&path.display().to_string(), summary, file)
     }
 
+    /// Compares the loads of all processes before anything is changed. If one process cannot load, no process does.
+    pub(super) fn agree_on_load<T>(
+        &mut self,
+        source: &str,
+        summary: impl FnOnce(&T) -> LoadSummary,
+        own: Result<T, SessionError>,
+    ) -> Result<T, SessionError> {
+        if self.process_map.processes == 1 {
+            return own;
+        }
+        let own_summary = own.as_ref().map(summary).map_err(|error| error.exit().code());
+        let (ports, process) = (self.ports.clone(), self.process_map.process as usize);
+        self.send_numbers(ports.loads[process], &numbers_of_load(&self.plan, own_summary));
+        let all_numbers = self.receive_numbers_between_steps(&ports.loads)?;
+        let own = own?;
+        let outcome = |numbers: &Vec<u64>| Outcome::from_pair(numbers.first_chunk().copied().unwrap_or([u64::MAX; 2]));
+        let outcomes: Vec<Outcome> = all_numbers.iter().map(outcome).collect();
+        Outcome::check_others(&outcomes, source, "cannot load it")?;
+        match difference_in_load(&self.plan, source, &all_numbers) {
+            Some(difference) => Err(difference.into()),
+            None => Ok(own),
+        }
+    }
+
     /// Replaces the session's seed by the file's, and returns a note if they differ.
     pub(super) fn take_seed(&mut self, saved: Option<u64>, source: &str) -> Option<String> {
         let own = self.seed;
@@ -275,7 +300,7 @@ impl Session {
         // Moments keep their bounds if only parameters are written.
         self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
         for (var, whole) in tensors {
-            for (device, _, resident) in resident_parts(&plan, var) {
+            for (device, _, resident) in plan.resident_parts(var) {
                 if self.process_map.own().contains(&device) {
                     self.write_resident(device, resident, &take_box(&whole, &resident.region))?;
                 }
@@ -315,32 +340,4 @@ fn io(path: &Path, source: std::io::Error) -> CheckpointError {
 
 fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
     CheckpointError::Format { path: path.into(), message: error.to_string() }
-}
-
-/// Writes a temporary file beside `path`, syncs it, and renames it.
-///
-/// # Errors
-/// Those of `content`, or [`CheckpointError::Io`].
-pub(crate) fn write_whole<E: From<CheckpointError>>(
-    path: &Path,
-    content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), E>,
-) -> Result<(), E> {
-    let failed = |source| E::from(io(path, source));
-    if path.exists() && !path.is_file() {
-        // A rename onto a folder fails anyway, but a rename onto a device or a pipe would replace it.
-        let kind = std::io::ErrorKind::InvalidInput;
-        return Err(failed(std::io::Error::new(kind, "the path exists and is not a file")));
-    }
-    // A symbolic link stays, and its target is replaced.
-    let target = path.canonicalize().unwrap_or_else(|_| path.into());
-    let mut name = target.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".{}.part", std::process::id()));
-    let part = target.with_file_name(name);
-    let write = || {
-        let mut file = BufWriter::new(fs::File::create(&part).map_err(failed)?);
-        content(&mut file)?;
-        let synced = file.flush().and_then(|()| file.get_ref().sync_all());
-        synced.and_then(|()| fs::rename(&part, &target)).map_err(failed)
-    };
-    write().inspect_err(|_| drop(std::fs::remove_file(&part)))
 }

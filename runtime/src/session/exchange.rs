@@ -7,7 +7,7 @@ use crossbeam_channel::Receiver;
 use shardflow_actors::remote::{HostPiece, PeerMessage};
 use shardflow_kernels::tensor::HostTensor;
 
-use super::process_map::HostPorts;
+use super::ports::HostPorts;
 
 /// Received pieces, including those of this process's own ports.
 #[derive(Debug)]
@@ -65,9 +65,6 @@ impl Inbox {
         pieces.drain(..count.min(pieces.len())).collect()
     }
 }
-
-/// Numbers that a process sends to all others between steps.
-pub(super) type NumberPair = [u64; 2];
 
 /// Encodes numbers as a tensor.
 pub(super) fn tensor_of(numbers: &[u64]) -> HostTensor {

@@ -1,19 +1,25 @@
-//! Converts a plan's actions to the shell's programs: bases become memory, host ports become kernels.
+//! Converts a plan to the form that the shell runs: bases and registers become memory, host ports become kernels.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crossbeam_channel::{Sender, unbounded};
-use shardflow_actors::shell::{ActionProgram, BaseRef};
-use shardflow_actors::spec::ActorId;
+use crossbeam_channel::{Receiver, Sender, never, unbounded};
+use shardflow_actors::remote::{PeerMessage, Peers};
+use shardflow_actors::shell::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterMemory};
+use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
 use shardflow_kernels::clock::Stamped;
+use shardflow_kernels::device::{Device, Priority};
+use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
 use shardflow_kernels::op::{Launch, Op, Program};
 use shardflow_kernels::tensor::HostTensor;
 
 use super::host::{Fetched, HostIn, HostOut};
+use super::ports::HostPorts;
+use crate::cluster::connector::Connections;
 use crate::graph::{Rate, Var};
-use crate::plan::{ActionKey, ActionPlan, BaseKey, Plan};
+use crate::plan::{ActionKey, ActionPlan, BaseKey, Plan, threads_of};
+use crate::process_map::ProcessMap;
 
 /// The external actions of these actors other than feeds, each with its firings per step.
 pub(super) fn external_actions(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
@@ -42,14 +48,66 @@ pub(super) fn fetches(plan: &Plan) -> BTreeMap<(usize, Rate), Vec<Var>> {
     out
 }
 
-/// Creates the shell's programs from a plan.
-pub(super) struct Loader<'a> {
-    pub(super) plan: &'a Plan,
-    /// By device; includes at least those of this process.
-    pub(super) arenas: &'a BTreeMap<usize, Arena>,
-    /// Feed ports of the programs created so far.
+/// A plan in the form that the shell runs, with the session's ends of its ports.
+pub(super) struct Loaded {
+    pub(super) plan: LoadedPlan,
     pub(super) feeds: Vec<FeedPort>,
-    pub(super) sender: Sender<Stamped<Fetched>>,
+    pub(super) fetched: Receiver<Stamped<Fetched>>,
+    pub(super) from_peers: Receiver<PeerMessage>,
+    /// Registers of peers whose bytes are copied here, each with its transport.
+    pub(super) mirrored: BTreeMap<RegisterId, &'static str>,
+}
+
+/// Prepares the kernels of this process's actors, and assigns memory to registers.
+pub(super) fn load(
+    plan: &Plan,
+    process_map: &ProcessMap,
+    devices: &[Device],
+    arenas: &BTreeMap<usize, Arena>,
+    connections: Connections,
+    ports: &HostPorts,
+) -> Result<Loaded, KernelError> {
+    let Connections { engine, mirrors: mut memory, peers, .. } = connections;
+    let (sender, fetched) = unbounded();
+    let mut loader = Loader { plan, arenas, feeds: Vec::new(), sender };
+    let mut hosted = BTreeMap::new();
+    for id in process_map.actors_of(plan, process_map.process) {
+        let actor = &plan.spec.actors[id.0 as usize];
+        let device = &devices[actor.device - process_map.own().start];
+        let threads = threads_of(actor.stream, plan.threads_per_device);
+        let urgent = actor.stream == StreamKind::Communication;
+        let priority = if urgent { Priority::High } else { Priority::Normal };
+        let stream = device.stream_with(&actor.name, threads, engine.clone(), priority)?;
+        let programs = loader.programs(id);
+        programs.iter().try_for_each(|action| stream.prepare(&action.program))?;
+        hosted.insert(id, ActorHost { stream, programs });
+    }
+    let feeds = loader.feeds;
+    let is_piped = |register: &RegisterId| peers.iter().any(|peer| peer.pipes.contains_key(register));
+    let transport = |register: &RegisterId| (*register, if is_piped(register) { "nccl" } else { "socket" });
+    let mirrored = memory.keys().map(transport).collect();
+    for (index, place) in plan.registers.iter().enumerate() {
+        let Some(arena) = arenas.get(&place.device) else { continue };
+        let base = Base { arena: arena.clone(), offset: place.offset };
+        memory.insert(RegisterId(index as u32), RegisterMemory { base, stride: place.stride });
+    }
+    let (host, from_peers) = unbounded();
+    let peers = Peers { peers, host_ports: ports.ports.clone(), host: Some(host) };
+    let loaded = LoadedPlan { spec: Arc::new(plan.spec.clone()), hosted, memory, engine, peers };
+    // A channel without senders counts as closed.
+    let has_fetches = ports.fetches.keys().any(|(device, _)| process_map.own().contains(device));
+    let fetched = if has_fetches { fetched } else { never() };
+    Ok(Loaded { plan: loaded, feeds, fetched, from_peers, mirrored })
+}
+
+/// Creates the shell's programs from a plan.
+struct Loader<'a> {
+    plan: &'a Plan,
+    /// By device; includes at least those of this process.
+    arenas: &'a BTreeMap<usize, Arena>,
+    /// Feed ports of the programs created so far.
+    feeds: Vec<FeedPort>,
+    sender: Sender<Stamped<Fetched>>,
 }
 
 /// Port through which the host sends an action its tensors.
@@ -66,7 +124,7 @@ pub(super) struct FeedPort {
 
 impl Loader<'_> {
     /// Creates an actor's programs, in the order of its actions.
-    pub(super) fn programs(&mut self, actor: ActorId) -> Vec<ActionProgram> {
+    fn programs(&mut self, actor: ActorId) -> Vec<ActionProgram> {
         (0..self.plan.actions[actor.0 as usize].len()).map(|action| self.program(actor, action)).collect()
     }
 

@@ -1,20 +1,22 @@
 //! Metrics of a session: a typed snapshot, and the values of each step for the `metrics` facade.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_job::exit::unix_ns;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
 
-use super::process_map::ProcessMap;
-use super::{SessionOptions, StepReport};
+use super::options::SessionOptions;
+use super::report::StepReport;
+use super::tokens::tokens_per_step;
 use crate::checkpoint::manifest::JobTime;
 use crate::metrics as names;
 use crate::plan::{Plan, flops};
-use shardflow_job::exit::unix_ns;
+use crate::process_map::ProcessMap;
 
 /// Handles of the metrics of steps.
 pub(super) struct StepMetrics {
@@ -60,59 +62,32 @@ impl TrainingTime {
 }
 
 impl StepMetrics {
-    pub(super) fn new(plan: &Plan, process_map: &ProcessMap, step_tokens: u64, options: &SessionOptions) -> Self {
+    pub(super) fn new(plan: &Plan, process_map: &ProcessMap, options: &SessionOptions) -> Self {
         let peak_flops = options.peak_flops;
         let now_ms = unix_ns() / 1_000_000;
         let job_began_ms = options.cluster.job_began_ms.unwrap_or(now_ms);
         let earlier = Duration::from_millis(now_ms.saturating_sub(job_began_ms));
-        if !options.publishes_metrics {
-            return Self { job_began_ms, ..Self::noop() };
-        }
         let step_flops = flops::step_flops(&plan.graph, plan.micro_batches) as f64;
-        gauge!(names::STEP_FLOPS).set(step_flops);
-        let labels = [
-            ("version", env!("CARGO_PKG_VERSION").to_owned()),
-            ("mesh", plan.graph.mesh().to_string()),
-            ("device", format!("{:?}", plan.device).to_lowercase()),
-            ("process", process_map.process.to_string()),
-        ];
-        gauge!(names::BUILD_INFO, &labels).set(1.0);
-        gauge!(names::START).set(unix_ns() as f64 * 1e-9);
-        // So that these counters exist before their first event.
-        counter!(names::STALLS).absolute(0);
-        counter!(names::FIRINGS_LOST).absolute(0);
+        let publishes = options.publishes_metrics;
+        let counter = |name: &'static str| if publishes { counter!(name) } else { Counter::noop() };
+        let gauge = |name: &'static str| if publishes { gauge!(name) } else { Gauge::noop() };
+        if publishes {
+            publish_start(plan, process_map, options, step_flops);
+        }
         Self {
-            steps: counter!(names::STEPS),
-            step: gauge!(names::STEP),
-            non_finite: counter!(names::STEPS_NON_FINITE),
-            tokens: counter!(names::TOKENS),
-            duration: histogram!(names::STEP_DURATION),
-            loss: gauge!(names::LOSS),
-            gradient_norm: gauge!(names::GRADIENT_NORM),
-            learning_rate: gauge!(names::LEARNING_RATE),
-            mfu: peak_flops.map(|_| gauge!(names::MFU)),
-            step_tokens,
+            steps: counter(names::STEPS),
+            step: gauge(names::STEP),
+            non_finite: counter(names::STEPS_NON_FINITE),
+            tokens: counter(names::TOKENS),
+            duration: if publishes { histogram!(names::STEP_DURATION) } else { Histogram::noop() },
+            loss: gauge(names::LOSS),
+            gradient_norm: gauge(names::GRADIENT_NORM),
+            learning_rate: gauge(names::LEARNING_RATE),
+            mfu: peak_flops.map(|_| gauge(names::MFU)),
+            step_tokens: tokens_per_step(plan),
             step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * process_map.devices as f64),
             job_began_ms,
-            training: TrainingTime::new(gauge!(names::TRAINING_RATIO), earlier),
-        }
-    }
-
-    fn noop() -> Self {
-        Self {
-            steps: Counter::noop(),
-            step: Gauge::noop(),
-            non_finite: Counter::noop(),
-            tokens: Counter::noop(),
-            duration: Histogram::noop(),
-            loss: Gauge::noop(),
-            gradient_norm: Gauge::noop(),
-            learning_rate: Gauge::noop(),
-            mfu: None,
-            step_tokens: 0,
-            step_seconds_min: 0.0,
-            job_began_ms: 0,
-            training: TrainingTime::new(Gauge::noop(), Duration::ZERO),
+            training: TrainingTime::new(gauge(names::TRAINING_RATIO), earlier),
         }
     }
 
@@ -156,6 +131,26 @@ impl StepMetrics {
         self.training.productive_ns.store(ms.saturating_mul(1_000_000), Ordering::Relaxed);
         self.training.publish();
     }
+}
+
+/// Publishes the values that do not change.
+fn publish_start(plan: &Plan, process_map: &ProcessMap, options: &SessionOptions, step_flops: f64) {
+    gauge!(names::STEP_FLOPS).set(step_flops);
+    let labels = [
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("mesh", plan.graph.mesh().to_string()),
+        ("device", format!("{:?}", plan.device).to_lowercase()),
+        ("process", process_map.process.to_string()),
+    ];
+    gauge!(names::BUILD_INFO, &labels).set(1.0);
+    gauge!(names::START).set(unix_ns() as f64 * 1e-9);
+    // So that these counters exist before their first event.
+    counter!(names::STALLS).absolute(0);
+    counter!(names::FIRINGS_LOST).absolute(0);
+    // Once per process, even if it starts several sessions.
+    static RESTARTS: Once = Once::new();
+    let restart = |code: &u8| counter!(names::RESTARTS, "cause" => code.to_string()).increment(1);
+    RESTARTS.call_once(|| options.cluster.restart_causes.iter().for_each(restart));
 }
 
 /// Memory and traffic of one device.

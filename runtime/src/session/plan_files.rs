@@ -1,8 +1,8 @@
 //! Support for `shardflow plan`: if an environment variable requests it, a program writes its plan and runs nothing.
 
+use std::io;
 use std::path::PathBuf;
 
-use super::SessionError;
 use crate::plan::Plan;
 
 /// Variable with the path of the file to which the plan is written as text.
@@ -20,8 +20,11 @@ pub fn is_requested() -> bool {
     VARIABLES.iter().any(|variable| std::env::var_os(variable).is_some())
 }
 
-/// Writes the plan to the files that the environment requests, if any, and then returns [`SessionError::PlanWritten`].
-pub(super) fn write_requested(plan: &Plan) -> Result<(), SessionError> {
+/// Writes the plan to the files that the environment requests. Returns true if there are any.
+///
+/// # Errors
+/// The file that cannot be written.
+pub(super) fn write_requested(plan: &Plan) -> Result<bool, (PathBuf, io::Error)> {
     for variable in VARIABLES {
         let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };
         let content = match variable {
@@ -29,7 +32,7 @@ pub(super) fn write_requested(plan: &Plan) -> Result<(), SessionError> {
             PLAN_DOT => plan.to_dot(),
             _ => plan.explain(),
         };
-        std::fs::write(&path, content).map_err(|source| SessionError::PlanFile { path, source })?;
+        std::fs::write(&path, content).map_err(|source| (path, source))?;
     }
-    if is_requested() { Err(SessionError::PlanWritten) } else { Ok(()) }
+    Ok(is_requested())
 }

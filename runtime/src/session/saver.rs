@@ -5,16 +5,33 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutMode};
 
-use super::{Session, SessionError, resident_parts};
+use super::Session;
+use super::error::SessionError;
+use super::outcome::Outcome;
 use crate::checkpoint::error::{CheckpointError, StoreOperation};
-use crate::checkpoint::saver::{SaveSchedule, Saver, SaverOptions};
+use crate::checkpoint::manifest::Cursor;
+use crate::checkpoint::options::{SaveSchedule, SaverOptions};
+use crate::checkpoint::saver::{SaveStart, Saver};
 use crate::checkpoint::store::Store;
 use crate::files::{free_bytes, free_inodes};
 use shardflow_job::text::counted;
 
-/// Outcomes of a process's check; a failed write probe is sent as the exit code of its error.
-const GOOD: u64 = 0;
-const FAILED: u64 = 1;
+impl Saver {
+    /// Takes a snapshot of the session between two steps and starts to write it. In a job of several processes, all
+    /// call this after the same steps.
+    ///
+    /// # Errors
+    /// If the session or the saver's thread has failed. The result of the write is reported later.
+    pub fn save(&mut self, session: &Session, cursor: Cursor) -> Result<SaveStart, SessionError> {
+        if self.must_skip() {
+            return Ok(SaveStart::Skipped);
+        }
+        let mut snapshot = session.snapshot(self.take_spare())?;
+        snapshot.cursor = cursor;
+        let replaces = session.is_known_damaged(snapshot.step);
+        Ok(self.start(snapshot, replaces)?)
+    }
+}
 
 impl Session {
     /// Starts a saver of this session, like [`Saver::new`], for the session's processes and job. All processes call it.
@@ -40,21 +57,20 @@ impl Session {
             }
             Ok(saver)
         });
-        let own = probed.as_ref().err().map_or(GOOD, |error| u64::from(error.exit_code()));
-        let results = self.exchange([own, number])?;
+        let failed = |error: &CheckpointError| Outcome::Failed(error.exit_code());
+        let outcomes = self.exchange_outcomes(probed.as_ref().err().map_or(Outcome::Good(number), failed))?;
         let saver = probed?;
-        if let Some((rank, [exit, _])) = (0..).zip(&results).find(|(_, [result, _])| *result != GOOD) {
-            let (place, problem) = (store.place().into(), "cannot use it".into());
-            return Err(CheckpointError::OnRank { place, rank, exit: *exit as u8, problem }.into());
-        }
-        let [_, number] = results[0];
+        Outcome::check_others(&outcomes, store.place(), "cannot use it")?;
+        // The probe of process 0 is the one that all look for.
+        let number = outcomes[0].value();
         let seen = sees_probe(store, number);
-        let results = self.exchange([if matches!(seen, Ok(true)) { GOOD } else { FAILED }, 0])?;
+        let own = if matches!(seen, Ok(true)) { Outcome::Good(0) } else { Outcome::Absent };
+        let outcomes = self.exchange_outcomes(own)?;
         let deleted = if member.process == 0 { delete_probe(store, number) } else { Ok(()) };
         seen?;
         deleted?;
-        let failing = results.iter().enumerate().filter(|(_, [result, _])| *result != GOOD);
-        let ranks: Vec<String> = failing.map(|(process, _)| format!("rank {process}")).collect();
+        let blind = (0..outcomes.len()).filter(|rank| outcomes[*rank] == Outcome::Absent);
+        let ranks: Vec<String> = blind.map(|rank| format!("rank {rank}")).collect();
         if ranks.is_empty() {
             return Ok(saver);
         }
@@ -64,7 +80,7 @@ impl Session {
     /// Bytes of all tensors of a checkpoint, or of a file of [`Session::save`], for all processes.
     pub fn checkpoint_bytes(&self) -> u64 {
         let bytes = |var| {
-            let (shape, parts) = (self.plan.graph.shape(var), resident_parts(&self.plan, var));
+            let (shape, parts) = (self.plan.graph.shape(var), self.plan.resident_parts(var));
             let element = parts.first().map_or(0, |(_, _, resident)| resident.dtype.bytes());
             (shape.iter().product::<usize>() * element) as u64
         };

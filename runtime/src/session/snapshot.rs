@@ -7,15 +7,19 @@ use std::sync::Arc;
 
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
+use super::Session;
 use super::agreement::{LoadSummary, digest_of};
 use super::budget::{SNAPSHOTS_MAX, saved_parts};
-use super::{Session, SessionError, resident_parts};
+use super::error::SessionError;
+use super::outcome::Outcome;
+use super::start::cannot_start;
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::manifest::{Cursor, TensorKind, TensorMeta};
+use crate::checkpoint::newest::NewestCheckpoint;
 use crate::checkpoint::read::CheckpointReader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
-use crate::checkpoint::store::{NewestCheckpoint, Store};
+use crate::checkpoint::store::Store;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::plan::ResidentTensor;
@@ -35,21 +39,12 @@ pub struct Restored {
 
 /// Result of the first process's lookup in a store.
 struct Lookup {
-    reader: Result<Option<CheckpointReader>, CheckpointError>,
-    damaged: Vec<CheckpointError>,
-    /// The step, or one of the codes below.
-    step: u64,
+    reader: Option<CheckpointReader>,
     /// The newest step with a checkpoint, if some are damaged; else 0.
     newest: u64,
     /// Digest of the checkpoint's cursor.
     cursor: u64,
 }
-
-/// Outcome codes that processes exchange while they search for a checkpoint. All of them are larger than any step.
-const GOOD: u64 = u64::MAX - 3;
-const DAMAGED: u64 = u64::MAX - 2;
-const NONE: u64 = u64::MAX - 1;
-const FAILED: u64 = u64::MAX;
 
 /// A part of a checkpoint with its destination.
 struct Part {
@@ -84,7 +79,7 @@ impl Session {
     pub fn agreement(&self) -> Result<(Arc<dyn SaveAgreement>, ProcessRank), SessionError> {
         let checked = self.budget.check(&self.plan, &self.process_map, &self.node_processes, SNAPSHOTS_MAX);
         checked.map_err(|error| match &self.world {
-            Some(world) => world.cannot_start(error.into()),
+            Some(world) => cannot_start(world, error.into()),
             None => error.into(),
         })?;
         let alone = || {
@@ -176,7 +171,7 @@ impl Session {
         for (var, _) in self.residents() {
             self.check_fits(reader, var)?;
             let hosted = self.hosted();
-            let parts = resident_parts(&self.plan, var).into_iter().filter(|part| hosted.contains(&part.0));
+            let parts = self.plan.resident_parts(var).into_iter().filter(|part| hosted.contains(&part.0));
             // Each region is read once, for all devices that hold it.
             let mut regions: Vec<Region> = Vec::new();
             let mut destinations = Vec::new();
@@ -234,89 +229,73 @@ impl Session {
     pub fn restore_newest(&mut self, store: &Store) -> Result<Restored, SessionError> {
         let (mut before, mut all) = (None, Vec::new());
         loop {
-            let Lookup { reader, damaged, step, newest, cursor } = self.look_up(store, before);
-            all.extend(damaged);
+            let found = self.look_up(store, before, &mut all);
+            let own = match &found {
+                Ok(Lookup { reader: Some(reader), .. }) => Outcome::Good(reader.manifest().step),
+                Ok(_) if all.is_empty() => Outcome::Absent,
+                Ok(_) => Outcome::Damaged,
+                Err(error) => Outcome::Failed(error.exit_code()),
+            };
             // The first process decides which step is loaded and which are damaged.
-            let [chosen, newest] = self.exchange([step, newest])?[0];
-            let [cursor, damaged_count] = self.exchange([cursor, all.len() as u64])?[0];
+            let chosen = self.exchange_outcomes(own)?[0];
+            let Lookup { reader, newest, cursor } = found?;
+            Outcome::check_others(&[chosen], store.place(), "cannot read it")?;
             let step = match chosen {
-                NONE if damaged_count == 0 => {
-                    return Ok(Restored { found: None, damaged: Vec::new(), notes: Vec::new() });
-                }
+                Outcome::Good(step) => step,
+                Outcome::Absent => return Ok(Restored { found: None, damaged: Vec::new(), notes: Vec::new() }),
                 // To start anew would in time delete what may still be of use.
-                NONE => {
-                    let (place, problem) = (store.place().into(), "finds only damaged checkpoints".into());
-                    let error = CheckpointError::OnRank { place, rank: 0, exit: Exit::BadData.code(), problem };
-                    return Err(if self.process_map.process == 0 { all.swap_remove(0) } else { error }.into());
+                _ if self.process_map.process == 0 => return Err(all.swap_remove(0).into()),
+                _ => {
+                    let (exit, problem) = (Exit::BadData.code(), "finds only damaged checkpoints");
+                    return Err(CheckpointError::on_rank(store.place(), 0, exit, problem).into());
                 }
-                FAILED => {
-                    let (place, problem) = (store.place().into(), "cannot read it".into());
-                    let elsewhere = CheckpointError::OnRank { place, rank: 0, exit: newest as u8, problem };
-                    return Err(reader.err().unwrap_or(elsewhere).into());
-                }
-                step => step,
             };
+            let [newest, cursor] = self.exchange([newest, cursor])?[0];
             self.damaged_up_to = self.damaged_up_to.max(newest);
-            let reader = match reader {
-                Ok(None) => store.read_as(step, cursor),
-                Ok(Some(reader)) => Ok(reader),
-                Err(error) => Err(error),
-            };
+            let reader = reader.map_or_else(|| store.read_as(step, cursor), Ok).map_err(SessionError::from);
             self.set_activity("loading weights");
-            let read = reader.map_err(SessionError::from);
-            let read = read.and_then(|reader| self.read_parts(&reader).map(|parts| (parts, reader)));
+            let read = reader.and_then(|reader| self.read_parts(&reader).map(|parts| (parts, reader)));
             let own = match &read {
-                Ok(_) => GOOD,
-                Err(SessionError::Checkpoint(error)) if error.is_damage() => DAMAGED,
-                Err(_) => FAILED,
+                Ok((_, reader)) => Outcome::Good(self.step_metrics.productive_ms(reader.manifest().job)),
+                Err(SessionError::Checkpoint(error)) if error.is_damage() => Outcome::Damaged,
+                Err(error) => Outcome::Failed(error.exit().code()),
             };
-            // With the outcome: the productive time, or the exit code of the error.
-            let detail = match &read {
-                Ok((_, reader)) => self.step_metrics.productive_ms(reader.manifest().job),
-                Err(error) => u64::from(error.exit().code()),
-            };
-            let outcomes = self.exchange([own, detail])?;
-            let (worst, process) =
-                outcomes.iter().enumerate().map(|(p, outcome)| (outcome[0], p)).max().unwrap_or((FAILED, 0));
-            match (read, worst) {
-                (Ok((parts, reader)), GOOD) => {
+            let outcomes = self.exchange_outcomes(own)?;
+            match (read, outcomes.iter().max()) {
+                (Err(SessionError::Checkpoint(error)), Some(Outcome::Damaged)) => all.push(error),
+                (Err(error), _) => return Err(error),
+                (Ok((parts, reader)), Some(Outcome::Good(_))) => {
                     // The first process's productive time counts: launchers of other nodes began the job a little
                     // later.
-                    let notes = self.load_parts(Ok(parts), &reader, outcomes[0][1])?;
+                    let notes = self.load_parts(Ok(parts), &reader, outcomes[0].value())?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }
-                (Err(SessionError::Checkpoint(error)), DAMAGED) => all.push(error),
-                (Ok(_), DAMAGED) => {
-                    let why = format!("rank {process} cannot read its part");
-                    all.push(CheckpointError::Damaged { file: store.manifest_name(step), why });
-                }
-                (Err(error), _) => return Err(error),
                 (Ok(_), _) => {
-                    let (place, problem) = (store.place().into(), format!("cannot load step {step}"));
-                    let (rank, exit) = (process as u32, outcomes[process][1] as u8);
-                    return Err(CheckpointError::OnRank { place, rank, exit, problem }.into());
+                    Outcome::check_others(&outcomes, store.place(), &format!("cannot load step {step}"))?;
+                    let rank = outcomes.iter().position(|outcome| *outcome == Outcome::Damaged).unwrap_or(0);
+                    let why = format!("rank {rank} cannot read its part");
+                    all.push(CheckpointError::Damaged { file: store.manifest_name(step), why });
                 }
             }
             (before, self.damaged_up_to) = (Some(step), self.damaged_up_to.max(step));
         }
     }
 
-    /// Looks for a checkpoint on the first process; the others return an empty result without reading the store.
-    fn look_up(&self, store: &Store, before: Option<u64>) -> Lookup {
-        let nothing = |reader, step| Lookup { reader, damaged: Vec::new(), step, newest: 0, cursor: 0 };
+    /// Looks for a checkpoint on the first process; the others find none without reading the store.
+    fn look_up(
+        &self,
+        store: &Store,
+        before: Option<u64>,
+        all_damaged: &mut Vec<CheckpointError>,
+    ) -> Result<Lookup, CheckpointError> {
         if self.process_map.process != 0 {
-            return nothing(Ok(None), NONE);
+            return Ok(Lookup { reader: None, newest: 0, cursor: 0 });
         }
-        let found = store.newest_before(before).and_then(|NewestCheckpoint { reader, damaged }| {
-            let steps = if damaged.is_empty() { Vec::new() } else { store.steps()? };
-            let manifest = reader.as_ref().map(CheckpointReader::manifest);
-            let (step, cursor) = manifest.map_or((NONE, 0), |manifest| (manifest.step, manifest.cursor_digest()));
-            Ok(Lookup { reader: Ok(reader), damaged, step, newest: steps.last().copied().unwrap_or(0), cursor })
-        });
-        found.unwrap_or_else(|error| {
-            let newest = u64::from(error.exit_code());
-            Lookup { newest, ..nothing(Err(error), FAILED) }
-        })
+        let NewestCheckpoint { reader, damaged } = store.newest_before(before)?;
+        let newest = if damaged.is_empty() { 0 } else { store.steps()?.last().copied().unwrap_or(0) };
+        all_damaged.extend(damaged);
+        let cursor = reader.as_ref().map_or(0, |reader| reader.manifest().cursor_digest());
+        Ok(Lookup { reader, newest, cursor })
     }
 
     fn check_fits(&self, reader: &CheckpointReader, var: Var) -> Result<(), CheckpointError> {

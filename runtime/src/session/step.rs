@@ -8,8 +8,11 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::norm_of_squares;
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
+use super::agreement::{difference_in_step, digest};
+use super::error::SessionError;
 use super::load::FeedPort;
-use super::{Session, SessionError, StepReport, tokens};
+use super::report::StepReport;
+use super::{Session, tokens};
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
 use crate::graph::{Combine, NodeOp, Rate, TensorInfo, Var};
 use crate::init;
@@ -75,6 +78,35 @@ impl Session {
             observer.sample_if_due();
         }
         accepted.map(|()| report)
+    }
+
+    /// Sends this process's request, learning rate and digests of a step to all processes.
+    fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
+        let own = self.process_map.process;
+        let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
+        for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
+            let mut hasher = blake3::Hasher::new();
+            let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
+            for micro_batch in 0..firings {
+                for region in &input.regions {
+                    hasher.update(self.region(input.var, region.clone(), micro_batch, inputs).as_bytes());
+                }
+            }
+            numbers.push(digest(&hasher));
+        }
+        self.send_numbers(self.ports.steps[own as usize], &numbers);
+    }
+
+    /// Compares the numbers of all processes for the step, and returns the largest request. A difference cancels the
+    /// update.
+    fn agree_on_step(&mut self) -> Result<u64, SessionError> {
+        let ports = self.ports.clone();
+        let all_numbers = self.receive_numbers(&ports.steps, None)?;
+        if let Some(difference) = difference_in_step(&self.plan, &self.shared_inputs, self.steps, &all_numbers) {
+            self.decide(f32::NAN)?;
+            return Err(difference.into());
+        }
+        Ok(all_numbers.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
     }
 
     /// Feeds a batch and returns the results of the devices of all processes. Devices then wait before the update.
@@ -177,7 +209,7 @@ impl Session {
     }
 
     /// A region of an input; the region is relative to the start of the micro-batch.
-    pub(super) fn region(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
+    fn region(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
         let info = self.plan.graph.tensor(var);
         if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
             region.start[dim] += micro_batch * info.shape[dim];

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
-use super::SessionError;
+use super::error::SessionError;
 use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::Plan;
 

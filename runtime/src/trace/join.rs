@@ -14,29 +14,15 @@ use super::CLOCK;
 
 /// Why files cannot be joined to one trace.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 #[error("{}", self.with_names(|file| format!("file {file}")))]
 pub enum JoinError {
     /// A file is not a trace of Shardflow.
-    Format {
-        /// Index of the file, from 1.
-        file: usize,
-        /// The parser's error.
-        source: serde_json::Error,
-    },
+    Format { file: usize, source: serde_json::Error },
     /// A file has no clock event.
-    NoClock {
-        /// Index of the file, from 1.
-        file: usize,
-    },
+    NoClock { file: usize },
     /// Two files have the same actor.
-    DuplicateActor {
-        /// Index of the file, from 1.
-        first: usize,
-        /// Index of the file, from 1.
-        second: usize,
-        /// Name of the actor.
-        actor: String,
-    },
+    DuplicateActor { first: usize, second: usize, actor: String },
 }
 
 impl JoinError {

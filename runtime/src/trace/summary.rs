@@ -24,6 +24,7 @@ const EDGES_SHOWN: usize = 8;
 
 /// Why a trace has no summary.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum SummaryError {
     /// The trace has no step after the first one.
     #[error("the trace has no step after the first; trace at least two steps")]

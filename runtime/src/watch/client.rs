@@ -22,33 +22,17 @@ const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 
 /// Why a job cannot be queried.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum ClientError {
     /// No server listens at the address.
     #[error("nothing is served at {address}: {source}; is the job started with --listen {address}?")]
-    Unreachable {
-        /// The address.
-        address: SocketAddr,
-        /// The system's error.
-        source: io::Error,
-    },
+    Unreachable { address: SocketAddr, source: io::Error },
     /// A server is there, but does not respond.
     #[error("{address} does not respond within {} s: {source}; is its process stopped, or its machine overloaded?", TIMEOUT.as_secs())]
-    NoResponse {
-        /// The address.
-        address: SocketAddr,
-        /// The system's error.
-        source: io::Error,
-    },
+    NoResponse { address: SocketAddr, source: io::Error },
     /// The server is another program, or returns an error.
     #[error("{address} returned for {path}: {response}")]
-    BadResponse {
-        /// The address.
-        address: SocketAddr,
-        /// The requested path.
-        path: &'static str,
-        /// First line of the response, or what is wrong with it.
-        response: String,
-    },
+    BadResponse { address: SocketAddr, path: &'static str, response: String },
 }
 
 impl ClientError {

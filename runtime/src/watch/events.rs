@@ -10,9 +10,10 @@ use shardflow_actors::spec::{ActorId, RegisterId, Spec};
 use shardflow_actors::trace::{Cause, FiringRecord};
 
 use super::bubble::Bubble;
-use super::status::number;
+use super::number;
 use super::under_way::RunningStep;
-use crate::session::observer::{Observer, RecentSteps, SessionHealth, StepStats, pass_of};
+use crate::session::observer::{Observer, RecentSteps, SessionHealth, pass_of};
+use crate::session::recent::StepStats;
 
 #[cfg(test)]
 mod tests;
@@ -90,7 +91,6 @@ pub(super) struct Event {
 pub(super) struct Cursor {
     session: u64,
     step: u64,
-    /// By actor: firings read.
     firings_read: HashMap<ActorId, u64>,
     busy: HashMap<ActorId, [u64; 7]>,
     registers: HashMap<RegisterId, Vec<u64>>,

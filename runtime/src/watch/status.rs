@@ -5,10 +5,13 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use shardflow_actors::protocol::Missing;
-use shardflow_actors::spec::ActorId;
+use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_actors::trace::{Cause, RING_FIRINGS};
 
+use super::number;
 use super::under_way::RunningStep;
+use crate::session::metrics::DeviceMetrics;
 use crate::session::observer::{Observer, SessionHealth};
 
 /// Shares of time refer to this window before now.
@@ -104,56 +107,17 @@ impl Status {
         // In this order, so that no time in the states is later than `now_ns`.
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns()?);
         let (plan, process_map) = (observer.plan(), observer.process_map());
-        let window_ns = now_ns.clamp(1, WINDOW_NS);
         let is_under_way = observer.is_under_way();
         let running_step = is_under_way.then(|| RunningStep::new(&plan.spec, &snapshots));
-        let (mut actors, mut waits) = (Vec::new(), BTreeMap::new());
+        let (mut actors, mut waits) = (Vec::new(), Waits::new());
         for actor in process_map.actors_of(plan, process_map.process) {
-            let name = plan.spec.actors[actor.0 as usize].name.clone();
-            let Some(snapshot) = snapshots.iter().find(|snapshot| snapshot.actor == actor) else {
-                let now = format!("{name} does not respond");
-                actors.push(ActorStatus { name, busy: 0.0, now, now_seconds: 0.0 });
-                continue;
-            };
-            let recent = observer.fired(actor, oldest_kept(observer, actor));
-            // A full ring buffer may not cover the whole window.
-            let oldest = recent.firings.first().filter(|_| recent.firings.len() >= RING_FIRINGS);
-            let since_ns = oldest.map_or(0, |fired| fired.idle_ns).max(now_ns - window_ns);
-            let share = |ns: u64| ns as f64 / (now_ns - since_ns).max(1) as f64;
-            let within = |from: u64, to: u64| to.saturating_sub(from.max(since_ns));
-            let in_flight_ns = now_ns - snapshot.in_flight_since_ns.unwrap_or(now_ns);
-            let mut busy_ns = snapshot.in_flight_since_ns.map_or(0, |since| within(since, now_ns));
-            for fired in &recent.firings {
-                busy_ns += within(fired.launched_ns, fired.ended_ns);
-                let reason = match fired.cause {
-                    Cause::Input(register) => ("input", register),
-                    Cause::Credit(register) => ("credit", register),
-                    Cause::Host | Cause::Own => continue,
-                };
-                *waits.entry(reason).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
-            }
-            let now_for_ns = if snapshot.in_flight_since_ns.is_some() { in_flight_ns } else { snapshot.idle_now_ns };
-            // A wait that has not ended counts, too.
-            let idle_step = running_step.iter().filter(|_| snapshot.in_flight_since_ns.is_none());
-            let awaited = idle_step.flat_map(|step| step.missing(snapshot)).next();
-            if let Some((_, missing)) = awaited {
-                let reason = match missing {
-                    Missing::Piece { register, .. } => Some(("input", *register)),
-                    Missing::Credit { register, .. } => Some(("credit", *register)),
-                    Missing::Token | Missing::Turn { .. } => None,
-                };
-                let waited = share(within(now_ns - snapshot.idle_now_ns.min(now_ns), now_ns));
-                reason.into_iter().for_each(|reason| *waits.entry(reason).or_insert(0.0) += waited);
-            }
-            let default = || snapshot.waiting.describe(&plan.spec).lines().next().unwrap_or("is done").to_owned();
-            let now = |(action, missing): (u32, &Missing)| {
-                format!("{} waits for {}", plan.spec.action_name(actor, action), missing.describe(&plan.spec, actor))
-            };
-            actors.push(ActorStatus {
-                name,
-                busy: share(busy_ns).min(1.0),
-                now: awaited.map_or_else(default, now),
-                now_seconds: now_for_ns as f64 * 1e-9,
+            actors.push(match snapshots.iter().find(|snapshot| snapshot.actor == actor) {
+                Some(snapshot) => ActorStatus::of(observer, snapshot, running_step.as_ref(), now_ns, &mut waits),
+                None => {
+                    let name = plan.spec.actors[actor.0 as usize].name.clone();
+                    let now = format!("{name} does not respond");
+                    ActorStatus { name, busy: 0.0, now, now_seconds: 0.0 }
+                }
             });
         }
         let mut waits: Vec<_> = waits.into_iter().filter(|(_, share)| *share >= WAIT_MIN).collect();
@@ -163,7 +127,7 @@ impl Status {
             register: plan.spec.register_name(register),
             share,
         };
-        let device = |d: crate::session::metrics::DeviceMetrics| DeviceStatus {
+        let device = |d: DeviceMetrics| DeviceStatus {
             device: d.device,
             planned_bytes: d.planned_peak_bytes,
             peak_bytes: d.measured_peak_bytes,
@@ -187,6 +151,61 @@ impl Status {
             actors,
             waits: waits.into_iter().take(WAITS_MAX).map(wait).collect(),
         })
+    }
+}
+
+/// By reason and register: share of the time that actors waited for it.
+type Waits = BTreeMap<(&'static str, RegisterId), f64>;
+
+impl ActorStatus {
+    /// Status of an actor at `now_ns`; adds its waits.
+    fn of(
+        observer: &Observer,
+        snapshot: &ActorSnapshot,
+        running_step: Option<&RunningStep<'_>>,
+        now_ns: u64,
+        waits: &mut Waits,
+    ) -> Self {
+        let (spec, actor) = (&observer.plan().spec, snapshot.actor);
+        let recent = observer.fired(actor, oldest_kept(observer, actor));
+        // A full ring buffer may not cover the whole window.
+        let oldest = recent.firings.first().filter(|_| recent.firings.len() >= RING_FIRINGS);
+        let since_ns = oldest.map_or(0, |fired| fired.idle_ns).max(now_ns - now_ns.clamp(1, WINDOW_NS));
+        let share = |ns: u64| ns as f64 / (now_ns - since_ns).max(1) as f64;
+        let within = |from: u64, to: u64| to.saturating_sub(from.max(since_ns));
+        let mut busy_ns = snapshot.in_flight_since_ns.map_or(0, |since| within(since, now_ns));
+        for fired in &recent.firings {
+            busy_ns += within(fired.launched_ns, fired.ended_ns);
+            let reason = match fired.cause {
+                Cause::Input(register) => ("input", register),
+                Cause::Credit(register) => ("credit", register),
+                Cause::Host | Cause::Own => continue,
+            };
+            *waits.entry(reason).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
+        }
+        let now_for_ns = snapshot.in_flight_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns - since);
+        // A wait that has not ended counts, too.
+        let idle_step = running_step.filter(|_| snapshot.in_flight_since_ns.is_none());
+        let awaited = idle_step.and_then(|step| step.missing(snapshot).next());
+        if let Some((_, missing)) = awaited {
+            let reason = match missing {
+                Missing::Piece { register, .. } => Some(("input", *register)),
+                Missing::Credit { register, .. } => Some(("credit", *register)),
+                Missing::Token | Missing::Turn { .. } => None,
+            };
+            let waited = share(within(now_ns - snapshot.idle_now_ns.min(now_ns), now_ns));
+            reason.into_iter().for_each(|reason| *waits.entry(reason).or_insert(0.0) += waited);
+        }
+        let default = || snapshot.waiting.describe(spec).lines().next().unwrap_or("is done").to_owned();
+        let now = |(action, missing): (u32, &Missing)| {
+            format!("{} waits for {}", spec.action_name(actor, action), missing.describe(spec, actor))
+        };
+        Self {
+            name: spec.actors[actor.0 as usize].name.clone(),
+            busy: share(busy_ns).min(1.0),
+            now: awaited.map_or_else(default, now),
+            now_seconds: now_for_ns as f64 * 1e-9,
+        }
     }
 }
 
@@ -229,50 +248,5 @@ impl fmt::Display for Status {
             writeln!(f, "waited {:4.1} % for {} of '{}'", wait.share * 100.0, wait.reason, wait.register)?;
         }
         Ok(())
-    }
-}
-
-/// Encodes Inf and NaN as text, because JSON has no such numbers and they matter most.
-pub(super) mod number {
-    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
-
-    #[derive(Serialize, Deserialize)]
-    #[serde(untagged)]
-    enum Number {
-        Finite(f64),
-        Text(String),
-    }
-
-    pub(in crate::watch) fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
-        let number =
-            |value: f64| if value.is_finite() { Number::Finite(value) } else { Number::Text(value.to_string()) };
-        value.map(number).serialize(serializer)
-    }
-
-    pub(in crate::watch) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-        let number = Option::<Number>::deserialize(deserializer)?;
-        let value = |number| match number {
-            Number::Finite(value) => Ok(value),
-            Number::Text(text) => text.parse().map_err(D::Error::custom),
-        };
-        number.map(value).transpose()
-    }
-
-    #[cfg(test)]
-    mod tests {
-        #[derive(serde::Serialize, serde::Deserialize)]
-        struct Of(#[serde(with = "super")] Option<f64>);
-
-        #[test]
-        fn inf_and_nan_are_encoded_as_text() {
-            let values =
-                [(None, "null"), (Some(2.5), "2.5"), (Some(f64::NAN), "\"NaN\""), (Some(f64::INFINITY), "\"inf\"")];
-            for (value, text) in values {
-                assert_eq!(serde_json::to_string(&Of(value)).expect("JSON"), text);
-                let Of(back) = serde_json::from_str(text).expect("JSON");
-                assert_eq!(back.map(|value| value.to_string()), value.map(|value: f64| value.to_string()));
-            }
-            assert!(serde_json::from_str::<Of>("\"much\"").is_err());
-        }
     }
 }

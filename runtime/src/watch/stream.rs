@@ -14,8 +14,8 @@ use tokio::sync::mpsc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::MissedTickBehavior;
 
-use super::ServerState;
 use super::events::Cursor;
+use super::state::ServerState;
 
 /// Maximum number of concurrent clients.
 pub(super) const CLIENTS_MAX: usize = 16;

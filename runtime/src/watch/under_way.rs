@@ -4,7 +4,6 @@ use shardflow_actors::protocol::Missing;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, Spec};
 
-/// The step that is running.
 pub(super) struct RunningStep<'a> {
     spec: &'a Spec,
     /// Number of steps begun according to firings, including this one.

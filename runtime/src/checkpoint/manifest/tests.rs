@@ -4,45 +4,11 @@ use serde_json::Value;
 
 use super::*;
 use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::fuzz::sample_manifest as good;
 use crate::checkpoint::store::Store;
 
 fn piece(shard: usize, offset: u64, start: [usize; 2], size: [usize; 2]) -> Piece {
     Piece { shard, offset, start: start.to_vec(), size: size.to_vec(), blake3: Checksum::of(b"") }
-}
-
-/// A tensor of 4 x 6 in two pieces, a scalar, and an empty one.
-fn good() -> Manifest {
-    let info = |name: &str, shape: &[usize]| TensorMeta {
-        name: name.into(),
-        kind: TensorKind::Parameter,
-        dtype: DType::F32,
-        shape: shape.to_vec(),
-        saved_shape: shape.to_vec(),
-        layout: "(S0)".into(),
-        axes: "data=2".into(),
-        devices: vec![0, 1],
-    };
-    let shard = |p| Shard { file: format!("e0-0/shard-{p}-of-2.safetensors"), bytes: 200, blake3: Checksum::of(b"") };
-    let wide = vec![piece(0, 8, [0, 0], [3, 6]), piece(1, 8, [3, 0], [1, 6])];
-    let scalar = Piece { shard: 1, offset: 196, start: Vec::new(), size: Vec::new(), blake3: Checksum::of(b"") };
-    Manifest {
-        step: 7,
-        updates: Some(5),
-        epoch: 0,
-        mesh: "data=2".into(),
-        seed: u64::MAX,
-        cursor: Cursor::from([("file".into(), "a \"quoted\" name".into())]),
-        declared: Values::from([("batch".into(), "4".into())]),
-        writer: "0.1.0".into(),
-        plan: None,
-        job: JobTime { began_ms: 1_764_000_000_000, productive_ms: 7 },
-        shards: vec![shard(0), shard(1)],
-        tensors: vec![
-            StoredTensor { info: info("wide", &[4, 6]), pieces: wide },
-            StoredTensor { info: info("scalar", &[]), pieces: vec![scalar] },
-            StoredTensor { info: info("empty", &[0, 6]), pieces: Vec::new() },
-        ],
-    }
 }
 
 #[test]

@@ -14,8 +14,8 @@ use shardflow_kernels::cuda::shared_gpu::SharedGpu;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 
-use super::process_map::{NodeDevices, ProcessMap, groups};
 use crate::plan::Plan;
+use crate::process_map::{NodeDevices, ProcessMap, groups};
 
 /// How long the members of a group may take to join, after all processes are ready to.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
@@ -162,11 +162,6 @@ fn check_queues(rank: usize, streams: usize, pipes: usize, setting: Option<&str>
         format!("no GPU has more than {max}: set SHARDFLOW_TRANSPORT=tcp for all processes")
     };
     Err(KernelError::Unavailable { what, hint })
-}
-
-/// New ids for groups whose members are all in this process.
-pub(crate) fn new_ids(groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
-    groups.iter().map(|_| UniqueId::new()).collect()
 }
 
 #[cfg(test)]

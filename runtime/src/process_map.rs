@@ -1,26 +1,23 @@
-//! Which process hosts which device, and which data of a plan crosses processes: bytes of registers, host data, groups
-//! of collectives. All of it follows from the plan and the number of processes, so every process computes it for all.
+//! Which process hosts which device, and which data of a plan crosses processes: bytes of registers, groups of
+//! collectives. All of it follows from the plan and the number of processes, so every process computes it for all.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
-use shardflow_actors::remote::{ByteRun, HostBroadcast};
+use shardflow_actors::remote::ByteRun;
 use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
-use shardflow_kernels::tensor::{DType, element_count, split_range};
+use shardflow_kernels::tensor::{element_count, split_range};
 
-use super::agreement::{self, SharedInput};
-use crate::graph::Rate;
-use crate::plan::{ActionKey, BaseKey, Plan};
+use crate::plan::{BaseKey, Plan};
 
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessMap {
     /// Rank of this process.
     pub process: u32,
-    /// Number of processes.
     pub processes: u32,
     /// Number of devices of the mesh.
     pub devices: usize,
@@ -188,63 +185,6 @@ fn merge(mut ranges: Vec<Range<usize>>) -> Vec<ByteRun> {
         }
     }
     out.into_iter().map(|range| ByteRun { offset: range.start, bytes: range.len() }).collect()
-}
-
-/// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
-#[derive(Clone, Debug, Default)]
-pub struct HostPorts {
-    /// All ports, by number.
-    pub ports: Vec<HostBroadcast>,
-    /// Port of a device's fetch.
-    pub fetches: BTreeMap<(usize, Rate), u32>,
-    /// Port of a device's resident tensor, by its index.
-    pub residents: BTreeMap<(usize, usize), u32>,
-    /// By process: port of its number pair, see `Session::exchange`.
-    pub pairs: Vec<u32>,
-    /// By process: port of the numbers that it sends in each step, see [`super::agreement`].
-    pub steps: Vec<u32>,
-    /// By process: port of the numbers that it sends at a load, see [`super::agreement`].
-    pub loads: Vec<u32>,
-}
-
-impl HostPorts {
-    /// The ports of a plan.
-    pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
-        let mut out = Self::default();
-        for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
-            for action in actions {
-                if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
-                    let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
-                    out.fetches.insert((actor.device, rate), out.ports.len() as u32);
-                    out.ports.push(HostBroadcast { process: process_map.process_of(actor.device), tensors });
-                }
-            }
-        }
-        for (device, memory) in plan.memory.iter().enumerate() {
-            for (index, resident) in memory.residents.iter().enumerate() {
-                out.residents.insert((device, index), out.ports.len() as u32);
-                let tensors = vec![(resident.region.size.clone(), resident.dtype)];
-                out.ports.push(HostBroadcast { process: process_map.process_of(device), tensors });
-            }
-        }
-        let loads = agreement::load_numbers(plan);
-        for process in 0..process_map.processes {
-            // A number is sent as two integers.
-            let mut port = |numbers: usize| {
-                out.ports.push(HostBroadcast { process, tensors: vec![(vec![2 * numbers], DType::I32)] });
-                out.ports.len() as u32 - 1
-            };
-            out.pairs.push(port(2));
-            out.steps.push(port(agreement::step_numbers(shared, process)));
-            out.loads.push(port(loads));
-        }
-        out
-    }
-
-    /// One number pair of each process, as a list of wanted pieces.
-    pub fn wanted_pairs(&self) -> impl Iterator<Item = (u32, usize)> {
-        self.pairs.iter().map(|port| (*port, 1))
-    }
 }
 
 #[cfg(test)]

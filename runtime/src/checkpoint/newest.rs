@@ -1,0 +1,99 @@
+//! The newest good checkpoint of a store, and the deletion of older ones.
+
+use super::error::CheckpointError;
+use super::read::CheckpointReader;
+use super::store::{CURSOR, MANIFEST, Store};
+
+/// The newest good checkpoint, and the errors of newer, damaged ones.
+#[derive(Debug)]
+pub struct NewestCheckpoint {
+    /// The checkpoint, if there is one.
+    pub reader: Option<CheckpointReader>,
+    /// Errors of newer checkpoints, with the damaged file.
+    pub damaged: Vec<CheckpointError>,
+}
+
+impl Store {
+    /// The newest good checkpoint, of a step before `before` if that is given: one that [`Store::read`] accepts.
+    /// Damaged checkpoints are skipped and reported.
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn newest_before(&self, before: Option<u64>) -> Result<NewestCheckpoint, CheckpointError> {
+        self.newest_accepted(before, |_| Ok(()))
+    }
+
+    /// The newest good checkpoint; see [`Store::newest_before`].
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn newest(&self) -> Result<NewestCheckpoint, CheckpointError> {
+        self.newest_before(None)
+    }
+
+    /// Like [`Store::newest`], but reads and checks every byte: the checkpoint can fail to load only because of later
+    /// damage.
+    ///
+    /// # Errors
+    /// If the store cannot be read.
+    pub fn newest_verified(&self) -> Result<NewestCheckpoint, CheckpointError> {
+        self.newest_accepted(None, CheckpointReader::verify)
+    }
+
+    fn newest_accepted(
+        &self,
+        before: Option<u64>,
+        accept: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
+    ) -> Result<NewestCheckpoint, CheckpointError> {
+        let mut damaged = Vec::new();
+        for step in
+            self.steps_with_folder()?.into_iter().rev().filter(|step| before.is_none_or(|before| *step < before))
+        {
+            match self.read(step).and_then(|reader| accept(&reader).map(|()| reader)) {
+                Ok(reader) => return Ok(NewestCheckpoint { reader: Some(reader), damaged }),
+                Err(CheckpointError::Absent { .. }) => {}
+                Err(error) if error.is_damage() => damaged.push(error),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(NewestCheckpoint { reader: None, damaged })
+    }
+
+    /// Deletes old checkpoints of steps up to `newest`, and files of failed attempts. It keeps the newest `keep` good
+    /// ones (at least one) and those of steps that are multiples of `keep_every`. One process calls it after `newest`
+    /// is committed: others may already save a later step, even one that has a damaged checkpoint.
+    ///
+    /// # Errors
+    /// If a deletion fails; the next call finds the remaining files again.
+    pub fn prune(&self, newest: u64, keep: usize, keep_every: Option<u64>) -> Result<(), CheckpointError> {
+        let (keep, mut kept) = (keep.max(1), 0);
+        for step in self.steps_with_folder()?.into_iter().rev().skip_while(|step| *step > newest) {
+            match self.read(step) {
+                Ok(reader) if kept < keep || keep_every.is_some_and(|every| step.is_multiple_of(every)) => {
+                    kept += 1;
+                    self.delete_other_attempts(&reader)?;
+                }
+                Ok(_) => self.delete(step, "", true)?,
+                // Files of a failed attempt before a good checkpoint are useless.
+                Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step, "", true)?,
+                Err(error) if error.is_damage() && kept >= keep => self.delete(step, "", true)?,
+                Err(CheckpointError::Absent { .. } | CheckpointError::Newer { .. }) => {}
+                Err(error) if error.is_damage() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes files of uncommitted attempts in a committed checkpoint's folder.
+    fn delete_other_attempts(&self, reader: &CheckpointReader) -> Result<(), CheckpointError> {
+        let step = reader.manifest().step;
+        let shards = || reader.manifest().shards.iter().filter_map(|shard| shard.file.split('/').next());
+        for (name, bytes) in self.list(Some(step), false)? {
+            if name != MANIFEST && name != CURSOR && !shards().any(|attempt| attempt == name) {
+                self.delete(step, &name, bytes.is_none())?;
+            }
+        }
+        Ok(())
+    }
+}

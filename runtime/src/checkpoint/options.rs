@@ -1,0 +1,55 @@
+//! Options of saves.
+
+use super::agreement::ProcessRank;
+
+/// Behavior of a save while another one runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenBusy {
+    /// Wait for the running save.
+    Wait,
+    /// Skip this save. Only for single-process jobs, because all processes must skip the same saves.
+    Skip,
+}
+
+/// When a program saves: each time the number of steps is a multiple of `every`, and after the last step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SaveSchedule {
+    /// Steps between two saves.
+    pub every: u64,
+    /// Steps of the whole training.
+    pub steps: u64,
+}
+
+/// Options of a saver.
+#[derive(Clone, Debug)]
+pub struct SaverOptions {
+    /// Rank of this process.
+    pub member: ProcessRank,
+    /// Number of complete checkpoints to keep, 1 or more.
+    pub keep: usize,
+    /// Checkpoints of steps that are multiples of this are never deleted.
+    pub keep_every: Option<u64>,
+    /// The planned saves, if known; the check of free space counts the checkpoints that they will leave.
+    pub schedule: Option<SaveSchedule>,
+    /// Behavior of a save while another one runs.
+    pub busy: WhenBusy,
+    /// Hash of the plan, for the manifest.
+    pub plan: Option<String>,
+    /// The job's unique name, the same for all its incarnations: a later incarnation takes the store's lock
+    /// immediately.
+    pub job: Option<String>,
+}
+
+impl Default for SaverOptions {
+    fn default() -> Self {
+        Self {
+            member: ProcessRank::ALONE,
+            keep: 3,
+            keep_every: None,
+            schedule: None,
+            busy: WhenBusy::Wait,
+            plan: None,
+            job: None,
+        }
+    }
+}

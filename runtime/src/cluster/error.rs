@@ -1,0 +1,65 @@
+//! Why the processes of a job cannot form a world.
+
+use std::io;
+
+use shardflow_job::env::{COLLECTIVES, EnvError};
+use shardflow_job::exit::Exit;
+use shardflow_job::membership::MembershipError;
+use shardflow_job::rendezvous::{RendezvousError, RendezvousRefusal};
+use shardflow_job::transport::TransportError;
+use shardflow_kernels::error::KernelError;
+
+/// Why the processes cannot form a world.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
+pub enum ClusterError {
+    /// The environment contradicts itself.
+    #[error(transparent)]
+    Env(#[from] EnvError),
+    /// MPI is selected and cannot be used.
+    #[error("{COLLECTIVES}=mpi, but {0}")]
+    Mpi(String),
+    /// An invalid combination of processes, devices, addresses or transports.
+    #[error("{0}")]
+    Refused(String),
+    /// The rendezvous failed.
+    #[error(transparent)]
+    Rendezvous(#[from] RendezvousError),
+    /// A connection could not be made.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// A process was lost after the rendezvous, before the session began.
+    #[error(transparent)]
+    Membership(#[from] MembershipError),
+    /// Memory or a collective engine could not be created.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// A system call failed.
+    #[error("cannot {action}: {cause}")]
+    System { action: &'static str, cause: io::Error },
+}
+
+impl ClusterError {
+    /// The exit code of a program that ends with this error.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Env(error) => error.exit(),
+            Self::Mpi(_) | Self::Refused(_) => Exit::Refused,
+            Self::Kernel(KernelError::Mpi { .. }) => Exit::PeerUnavailable,
+            Self::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Conflicts(_))) => Exit::Refused,
+            Self::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report))) => {
+                Exit::from_code(report.exit)
+            }
+            Self::Rendezvous(RendezvousError::Transport(error)) | Self::Transport(error) => transport_exit(error),
+            Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,
+            Self::Rendezvous(_) => Exit::PeerUnavailable,
+            Self::Membership(error) => error.exit(),
+            Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::OutOfMemory,
+            Self::Kernel(_) | Self::System { .. } => Exit::Internal,
+        }
+    }
+}
+
+fn transport_exit(error: &TransportError) -> Exit {
+    if error.is_authentication() { Exit::Protocol } else { Exit::PeerUnavailable }
+}

@@ -1,0 +1,97 @@
+//! Errors of a session, their exit codes, and the rank that caused them.
+
+use std::io;
+use std::path::PathBuf;
+
+use shardflow_actors::error::{ActorError, Failure};
+use shardflow_kernels::error::KernelError;
+
+use super::agreement::RankDisagreement;
+use super::numerics::NonFinite;
+use super::plan_files::PLAN_HTML;
+use crate::checkpoint::error::CheckpointError;
+use crate::cluster::ClusterError;
+use crate::cluster::failure::{exit_of, exit_of_kernel};
+use crate::declare::DeclareError;
+use crate::layout_error::LayoutError;
+use crate::plan::validate::PlanError;
+use shardflow_job::exit::Exit;
+use shardflow_job::rendezvous::{RendezvousError, RendezvousRefusal};
+
+/// Errors of a session.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
+pub enum SessionError {
+    /// An actor, a kernel or a collective failed; this is the first cause.
+    #[error("{0}")]
+    Failed(#[from] Failure),
+    /// The actors cannot be started, or do not accept a message.
+    #[error(transparent)]
+    Actors(#[from] ActorError),
+    /// With the buffers for data of other processes, the plan exceeds its memory budget or the node's memory.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A device is not available, or memory cannot be allocated.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The devices' results do not form the tensors of the program.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// This process cannot join the other processes.
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    /// A checkpoint or a parameter file cannot be read or written, or does not fit the program.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A value cannot be declared.
+    #[error(transparent)]
+    Declared(#[from] DeclareError),
+    /// Ranks have different values where all must have the same; nothing was updated or loaded.
+    #[error(transparent)]
+    Disagreement(#[from] RankDisagreement),
+    /// The plan was written to files, as the variables of `shardflow plan` request; nothing was run.
+    #[error("the plan was written and nothing was run, because {} or a related variable is set", PLAN_HTML)]
+    PlanWritten,
+    /// A file for the plan cannot be written.
+    #[error("cannot write the plan to {path}: {source}")]
+    PlanFile { path: PathBuf, source: io::Error },
+    /// The loss or the gradients of a step are Inf or NaN.
+    #[error("{0}")]
+    NonFinite(Box<NonFinite>),
+    /// A tensor given to [`super::Session::step`] does not match the program's input.
+    #[error("input {name}: expected {expected}, got {got}")]
+    Input { name: String, expected: String, got: String },
+}
+
+impl SessionError {
+    /// Exit code of a program that fails with this error.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Failed(failure) => exit_of(failure),
+            // Memory is allocated when a plan is loaded, so the plan does not fit.
+            Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::Refused,
+            Self::Kernel(cause) => exit_of_kernel(cause),
+            Self::Cluster(error) => error.exit(),
+            Self::Checkpoint(error) => Exit::from_code(error.exit_code()),
+            Self::NonFinite(_) => Exit::Numerics,
+            Self::Plan(_) | Self::Declared(_) | Self::Disagreement(_) => Exit::Refused,
+            Self::PlanWritten => Exit::Done,
+            Self::Input { .. } | Self::PlanFile { .. } => Exit::Usage,
+            Self::Actors(_) | Self::Layout(_) => Exit::Internal,
+        }
+    }
+
+    /// Rank of the process that failed, if it is another one.
+    pub fn first_cause_rank(&self) -> Option<u32> {
+        match self {
+            Self::Failed(Failure::Peer { process, .. } | Failure::Stalled { process: Some(process), .. }) => {
+                Some(*process)
+            }
+            Self::Cluster(ClusterError::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report)))) => {
+                Some(report.rank)
+            }
+            Self::Checkpoint(CheckpointError::OnRank { rank, .. }) => Some(*rank),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Bounds of parameters and moments, and the search for the first Inf or NaN of a step that is not finite.
+
+use shardflow_actors::snapshot::NotFinite;
+use shardflow_kernels::tensor::HostTensor;
+
+use super::Session;
+use super::error::SessionError;
+use super::numerics::{FirstNonFinite, NonFinite, OnNonFinite};
+use super::outcome::NumberPair;
+use super::report::StepReport;
+use super::step::Inputs;
+use crate::graph::builder::STATE_PREFIX;
+use crate::graph::optimizer::Bounds;
+use crate::graph::{Node, NodeOp, Rate, Var};
+use crate::plan::ActionKey;
+
+/// Where a non-finite tensor was computed. Ordered by its fields, the smallest origin is the cause of the others:
+/// within a micro-batch nodes run in the program's order, and tensors of the whole step come after all micro-batches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Origin {
+    once_per_step: bool,
+    micro_batch: u32,
+    node: u32,
+    /// Index among the node's outputs.
+    output: u8,
+    device: u32,
+    elements: u32,
+}
+
+impl Origin {
+    /// Encodes the origin for an exchange between processes. Encoded pairs are ordered as origins are.
+    fn to_pair(self) -> NumberPair {
+        let Self { once_per_step, micro_batch, node, output, device, elements } = self;
+        let computed = u64::from(once_per_step) << 63 | u64::from(micro_batch) << 40 | u64::from(node) << 8;
+        [computed | u64::from(output), u64::from(device) << 32 | u64::from(elements)]
+    }
+
+    fn from_pair([computed, place]: NumberPair) -> Self {
+        Self {
+            once_per_step: computed >> 63 != 0,
+            micro_batch: (computed << 1 >> 41) as u32,
+            node: (computed >> 8) as u32,
+            output: computed as u8,
+            device: (place >> 32) as u32,
+            elements: place as u32,
+        }
+    }
+}
+
+/// Sent by a process that has found no non-finite tensor.
+const NOT_FOUND: NumberPair = [u64::MAX; 2];
+
+impl Session {
+    /// Bounds of parameters and moments after the update of this step; default bounds for a program without an
+    /// objective.
+    pub(super) fn bounds_after(&self, report: &StepReport, learning_rate: f32) -> Bounds {
+        match (self.plan.graph.objective, report.grad_norm) {
+            (Some(objective), Some(norm)) => objective.optimizer.bounds_after(self.bounds, norm, learning_rate),
+            _ => Bounds::default(),
+        }
+    }
+
+    /// Raises the bounds to the largest element written to a device's part of a parameter or a moment.
+    pub(super) fn update_bounds(&mut self, var: Var, part: &HostTensor) {
+        let largest = part.as_f32().unwrap_or_default().iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let bounds = &mut self.bounds;
+        let name = self.plan.graph.tensor(var).name.strip_prefix(STATE_PREFIX);
+        let bound = match name.and_then(|name| name.split_once('/')) {
+            None => &mut bounds.parameter,
+            Some(("m", _)) => &mut bounds.first,
+            Some(_) => &mut bounds.second,
+        };
+        *bound = bound.max(f64::from(largest));
+    }
+
+    /// Sets the bounds to the largest of all processes, after each has written its own parts; all processes call it.
+    pub(super) fn agree_on_bounds(&mut self) -> Result<(), SessionError> {
+        if self.process_map.processes == 1 {
+            return Ok(());
+        }
+        // Non-negative floats are ordered as their bits are.
+        let Bounds { parameter, first, second, .. } = self.bounds;
+        let half = |bound: f64| u64::from((bound as f32).next_up().to_bits());
+        let pairs = self.exchange([parameter.to_bits(), half(first) << 32 | half(second)])?;
+        let largest = |part: fn(&NumberPair) -> u64| pairs.iter().map(part).max().unwrap_or_default();
+        let moment = |bits: u64| f64::from(f32::from_bits(bits as u32));
+        self.bounds.parameter = f64::from_bits(largest(|pair| pair[0]));
+        self.bounds.first = moment(largest(|pair| pair[1] >> 32));
+        self.bounds.second = moment(largest(|pair| pair[1] & u64::from(u32::MAX)));
+        Ok(())
+    }
+
+    /// Runs the step whose update was cancelled again, and finds its first non-finite tensor. All processes call it.
+    pub(super) fn find_first_non_finite(
+        &mut self,
+        inputs: &Inputs<'_>,
+        report: &StepReport,
+    ) -> Result<NonFinite, SessionError> {
+        self.check_finite(true);
+        let run = self.run(inputs).and_then(|_| self.decide(f32::NAN));
+        self.check_finite(false);
+        run?;
+        let found = self.running.as_ref().map(|running| running.take_not_finite()).unwrap_or_default();
+        let computed = found.iter().filter_map(|found| self.origin(found));
+        let own = computed.chain(self.non_finite_parameters()?).min().map_or(NOT_FOUND, Origin::to_pair);
+        let first = self.exchange(own)?.into_iter().min().filter(|pair| *pair != NOT_FOUND);
+        let first = first.and_then(|pair| self.describe(Origin::from_pair(pair)));
+        Ok(NonFinite { first, ..report.overflow(None) })
+    }
+
+    /// Accepts a non-finite step, or returns an error, as [`OnNonFinite`] requires.
+    pub(super) fn accept_non_finite(&mut self, found: &NonFinite) -> Result<(), SessionError> {
+        self.skipped_in_a_row += 1;
+        match self.on_non_finite {
+            OnNonFinite::Skip { in_a_row_max } if self.skipped_in_a_row <= in_a_row_max => Ok(()),
+            _ => Err(SessionError::NonFinite(Box::new(found.clone()))),
+        }
+    }
+
+    fn check_finite(&self, on: bool) {
+        self.running.iter().for_each(|running| running.check_finite(on));
+    }
+
+    fn origin(&self, found: &NotFinite) -> Option<Origin> {
+        let (actor, action) = (found.actor.0 as usize, found.action as usize);
+        let (spec, plan) = (&self.plan.spec.actors[actor], &self.plan.actions[actor][action]);
+        let graph = &self.plan.graph;
+        let node = match (plan.nodes.get(found.launch), plan.key) {
+            // The NaN learning rate that cancelled the update.
+            (_, ActionKey::Decide) => return None,
+            (Some(node), _) => *node,
+            // The host's own tensors, which follow the launches.
+            (None, _) => graph.tensor(*plan.host.as_ref()?.vars.get(found.write)?).producer,
+        };
+        let per_step = u64::from(spec.actions[action].per_step).max(1);
+        let once_per_step =
+            graph.nodes()[node.index()].outputs.first().is_none_or(|v| graph.tensor(*v).rate == Rate::Step);
+        Some(Origin {
+            once_per_step,
+            micro_batch: if once_per_step { 0 } else { (found.firing % per_step) as u32 },
+            node: node.0,
+            output: if plan.nodes.len() > found.launch { found.write as u8 } else { 0 },
+            device: spec.device as u32,
+            elements: u32::try_from(found.elements).unwrap_or(u32::MAX),
+        })
+    }
+
+    /// Parameters of this process's devices with Inf or NaN elements, for instance from a loaded file.
+    fn non_finite_parameters(&self) -> Result<Vec<Origin>, SessionError> {
+        let graph = &self.plan.graph;
+        let mut out = Vec::new();
+        for device in self.process_map.own() {
+            for resident in &self.plan.memory[device].residents {
+                let node = graph.tensor(resident.var).producer;
+                if !matches!(graph.nodes()[node.index()].op, NodeOp::Parameter { .. }) {
+                    continue;
+                }
+                let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
+                let bad = part.as_f32().unwrap_or_default().iter().filter(|value| !value.is_finite()).count();
+                if bad > 0 {
+                    let elements = u32::try_from(bad).unwrap_or(u32::MAX);
+                    let device = device as u32;
+                    out.push(Origin {
+                        once_per_step: false,
+                        micro_batch: 0,
+                        node: node.0,
+                        output: 0,
+                        device,
+                        elements,
+                    });
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    fn describe(&self, origin: Origin) -> Option<FirstNonFinite> {
+        let graph = &self.plan.graph;
+        let node = graph.nodes().get(origin.node as usize)?;
+        let outputs: Vec<&Var> = node.outputs.iter().chain(&node.updates).collect();
+        let var = outputs.get(usize::from(origin.output)).or(outputs.first());
+        Some(FirstNonFinite {
+            tensor: var.map_or(node.name.clone(), |var| graph.tensor(**var).name.clone()),
+            op: op_name(node).into(),
+            phase: node.phase,
+            micro_batch: (!origin.once_per_step).then_some(origin.micro_batch as usize),
+            device: origin.device as usize,
+            elements: u64::from(origin.elements),
+            location: format!("{}:{}", node.location.file(), node.location.line()),
+        })
+    }
+}
+
+fn op_name(node: &Node) -> &str {
+    match &node.op {
+        NodeOp::Kernel(op) => op.name(),
+        NodeOp::Custom(_) => "custom kernel",
+        NodeOp::Accumulate => "sum over micro-batches",
+        NodeOp::Boxing(_) | NodeOp::Relayout => "change of layout",
+        NodeOp::Bucket { .. } => "all-reduce of gradients",
+        NodeOp::NormSums { .. } => "squares of gradients",
+        NodeOp::ClipScale { .. } => "clip scale",
+        NodeOp::Input => "input",
+        NodeOp::Parameter { .. } | NodeOp::Bf16Copy { .. } => "parameter",
+        NodeOp::State => "optimizer state",
+    }
+}

@@ -1,0 +1,71 @@
+//! The ports through which a session's processes exchange host data.
+
+use std::collections::BTreeMap;
+
+use shardflow_actors::remote::HostBroadcast;
+use shardflow_kernels::tensor::DType;
+
+use super::agreement::{self, SharedInput};
+use crate::graph::Rate;
+use crate::plan::{ActionKey, Plan};
+use crate::process_map::ProcessMap;
+
+/// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
+#[derive(Clone, Debug, Default)]
+pub struct HostPorts {
+    /// All ports, by number.
+    pub ports: Vec<HostBroadcast>,
+    /// Port of a device's fetch.
+    pub fetches: BTreeMap<(usize, Rate), u32>,
+    /// Port of a device's resident tensor, by its index.
+    pub residents: BTreeMap<(usize, usize), u32>,
+    /// By process: port of its number pair, see `Session::exchange`.
+    pub pairs: Vec<u32>,
+    /// By process: port of the numbers that it sends in each step, see [`super::agreement`].
+    pub steps: Vec<u32>,
+    /// By process: port of the numbers that it sends at a load, see [`super::agreement`].
+    pub loads: Vec<u32>,
+}
+
+impl HostPorts {
+    /// The ports of a plan.
+    pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
+        let mut out = Self::default();
+        for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+            for action in actions {
+                if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
+                    let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
+                    let port = out.add(process_map.process_of(actor.device), tensors);
+                    out.fetches.insert((actor.device, rate), port);
+                }
+            }
+        }
+        for (device, memory) in plan.memory.iter().enumerate() {
+            for (index, resident) in memory.residents.iter().enumerate() {
+                let tensors = vec![(resident.region.size.clone(), resident.dtype)];
+                let port = out.add(process_map.process_of(device), tensors);
+                out.residents.insert((device, index), port);
+            }
+        }
+        let loads = agreement::load_numbers(plan);
+        for process in 0..process_map.processes {
+            // A number is sent as two integers.
+            let mut port = |numbers: usize| out.add(process, vec![(vec![2 * numbers], DType::I32)]);
+            let ports = [2, agreement::step_numbers(shared, process), loads].map(&mut port);
+            out.pairs.push(ports[0]);
+            out.steps.push(ports[1]);
+            out.loads.push(ports[2]);
+        }
+        out
+    }
+
+    fn add(&mut self, process: u32, tensors: Vec<(Vec<usize>, DType)>) -> u32 {
+        self.ports.push(HostBroadcast { process, tensors });
+        self.ports.len() as u32 - 1
+    }
+
+    /// One number pair of each process, as a list of wanted pieces.
+    pub fn wanted_pairs(&self) -> impl Iterator<Item = (u32, usize)> {
+        self.pairs.iter().map(|port| (*port, 1))
+    }
+}

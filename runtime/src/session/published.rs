@@ -1,0 +1,185 @@
+//! Publishes the state of a running session to the `metrics` facade.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
+use shardflow_actors::shell::Control;
+use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_actors::spec::{ActorId, RegisterId, Spec};
+use shardflow_actors::trace::{Cause, FiringRecord};
+
+use super::metrics::MetricsSource;
+use super::passes::cause_of;
+use crate::cluster::world::World;
+use crate::metrics as names;
+use crate::plan::Plan;
+use crate::process_map::ProcessMap;
+
+/// Shortest time between two samples, which are taken at the end of a step.
+const SAMPLE_EVERY: Duration = Duration::from_secs(1);
+
+/// The parts of a running session that an observer reads. They do not keep its device memory alive.
+pub(super) struct Sources {
+    pub(super) plan: Arc<Plan>,
+    pub(super) process_map: ProcessMap,
+    pub(super) control: Control,
+    pub(super) metrics: MetricsSource,
+    pub(super) world: Weak<World>,
+    /// Registers of peers whose bytes are copied here, each with its transport.
+    pub(super) mirrored: BTreeMap<RegisterId, &'static str>,
+}
+
+impl Sources {
+    /// See [`super::observer::Observer::transport`].
+    pub(super) fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
+        let spec = &self.plan.spec;
+        let device = |actor: ActorId| spec.actors[actor.0 as usize].device;
+        let from = device(spec.registers[register.0 as usize].producer);
+        match () {
+            () if from == device(reader) => "device",
+            () if self.process_map.process_of(from) == self.process_map.process_of(device(reader)) => "process",
+            () => self.mirrored.get(&register).copied().unwrap_or("shared_memory"),
+        }
+    }
+}
+
+/// Metric handles, and values that were published so far.
+#[derive(Default)]
+pub(super) struct PublishedMetrics {
+    sampled: Option<Instant>,
+    firings_read: BTreeMap<ActorId, u64>,
+    firings: HashMap<(ActorId, u32), Histogram>,
+    waits: HashMap<(ActorId, Cause), Histogram>,
+    slots: HashMap<RegisterId, [Gauge; 3]>,
+    /// By name and labels: each counter, and this session's share of its value. Sessions of one program add up.
+    totals: HashMap<String, (Counter, u64)>,
+}
+
+impl PublishedMetrics {
+    /// Raises this session's share of a counter to `total`.
+    fn advance_total(&mut self, name: &'static str, labels: &[(&'static str, &str)], total: u64) {
+        let key = labels.iter().fold(name.to_owned(), |key, (_, value)| key + "\n" + value);
+        let (counter, published) = self.totals.entry(key).or_insert_with(|| {
+            let labels: Vec<(&'static str, String)> = labels.iter().map(|(k, v)| (*k, (*v).to_owned())).collect();
+            (counter!(name, &labels), 0)
+        });
+        counter.increment(total.saturating_sub(*published));
+        *published = total.max(*published);
+    }
+
+    /// True if the last sample is at least [`SAMPLE_EVERY`] old.
+    pub(super) fn is_due(&self) -> bool {
+        self.sampled.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY)
+    }
+
+    /// Publishes the current values of all metrics.
+    pub(super) fn sample(&mut self, sources: &Sources) {
+        self.sampled = Some(Instant::now());
+        let snapshots = sources.control.snapshot();
+        if snapshots.is_empty() {
+            return;
+        }
+        for snapshot in &snapshots {
+            self.sample_firings(sources, snapshot);
+            self.sample_slots(sources, snapshot);
+        }
+        self.sample_edges(sources, &snapshots);
+        for device in sources.metrics.metrics(&sources.plan, 0, &snapshots).devices {
+            let rank = device.device.to_string();
+            let memory = [
+                ("planned", device.planned_peak_bytes),
+                ("allocated", device.allocated_bytes),
+                ("peak", device.measured_peak_bytes),
+            ];
+            for (kind, bytes) in memory {
+                gauge!(names::MEMORY, "device" => rank.clone(), "kind" => kind).set(bytes as f64);
+            }
+            self.advance_total(names::COLLECTIVE_BYTES, &[("device", &rank)], device.collective_bytes);
+        }
+        if let Some(world) = sources.world.upgrade() {
+            for (reason, count) in world.refused() {
+                self.advance_total(names::REFUSED, &[("reason", reason)], count);
+            }
+        }
+    }
+
+    fn sample_firings(&mut self, sources: &Sources, snapshot: &ActorSnapshot) {
+        let actor = snapshot.actor;
+        let next = self.firings_read.entry(actor).or_default();
+        let new_firings = sources.control.fired(actor, *next);
+        *next = new_firings.next;
+        if new_firings.lost > 0 {
+            counter!(names::FIRINGS_LOST).increment(new_firings.lost);
+        }
+        for FiringRecord { action, idle_ns, launched_ns, ended_ns, cause, .. } in new_firings.firings {
+            let spec = &sources.plan.spec.actors[actor.0 as usize];
+            let firing = self.firings.entry((actor, action)).or_insert_with(|| {
+                let action = spec.actions[action as usize].name.clone();
+                histogram!(names::FIRING, "actor" => spec.name.clone(), "action" => action)
+            });
+            firing.record(seconds(ended_ns - launched_ns));
+            let wait =
+                self.waits.entry((actor, cause)).or_insert_with(|| wait_histogram(&sources.plan.spec, actor, cause));
+            wait.record(seconds(launched_ns - idle_ns));
+        }
+    }
+
+    fn sample_slots(&mut self, sources: &Sources, snapshot: &ActorSnapshot) {
+        for used in &snapshot.registers {
+            let gauges = self.slots.entry(used.register).or_insert_with(|| {
+                let register = sources.plan.spec.register_name(used.register);
+                ["free", "writing", "filled"]
+                    .map(|state| gauge!(names::SLOTS, "register" => register.clone(), "state" => state))
+            });
+            let freed = used.released.iter().min().copied().unwrap_or(used.published);
+            let filled = (used.published - freed) as u32;
+            let counts = [used.slots.saturating_sub(used.slots_held), used.slots_held.saturating_sub(filled), filled];
+            gauges.iter().zip(counts).for_each(|(gauge, count)| gauge.set(f64::from(count)));
+        }
+    }
+
+    /// Publishes the bytes of other actors' registers that this process's actors have released.
+    fn sample_edges(&mut self, sources: &Sources, snapshots: &[ActorSnapshot]) {
+        let spec = &sources.plan.spec;
+        let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
+        for snapshot in snapshots {
+            // Two actions of an actor may read a register, whose bytes cross once.
+            let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
+            let reader = &spec.actors[snapshot.actor.0 as usize];
+            for (index, action) in reader.actions.iter().enumerate() {
+                let completed = snapshot.completed(index as u32);
+                for input in &action.inputs {
+                    let register = &spec.registers[input.register.0 as usize];
+                    let producer = &spec.actors[register.producer.0 as usize];
+                    if register.producer == snapshot.actor || register.slot_bytes == 0 {
+                        continue;
+                    }
+                    let transport = sources.transport(input.register, snapshot.actor);
+                    let pieces = completed / u64::from(input.firings_per_piece);
+                    let (_, _, max) = crossed.entry(input.register).or_insert((&producer.name, transport, 0));
+                    *max = pieces.max(*max);
+                }
+            }
+            for (register, (from, transport, pieces)) in crossed {
+                let slot_bytes = spec.registers[register.0 as usize].slot_bytes as u64;
+                *bytes.entry((from, &reader.name, transport)).or_default() += pieces * slot_bytes;
+            }
+        }
+        for ((from, to, transport), bytes) in bytes {
+            self.advance_total(names::EDGE_BYTES, &[("from", from), ("to", to), ("transport", transport)], bytes);
+        }
+    }
+}
+
+fn wait_histogram(spec: &Spec, actor: ActorId, cause: Cause) -> Histogram {
+    let (reason, register) = cause_of(cause);
+    let register = register.map(|register| spec.register_name(register)).unwrap_or_default();
+    let actor = spec.actors[actor.0 as usize].name.clone();
+    histogram!(names::WAIT, "actor" => actor, "reason" => reason, "register" => register)
+}
+
+fn seconds(ns: u64) -> f64 {
+    ns as f64 * 1e-9
+}

@@ -1,0 +1,39 @@
+//! The result of a step.
+
+use std::collections::BTreeMap;
+
+use shardflow_kernels::tensor::HostTensor;
+
+use super::numerics::NonFinite;
+use shardflow_job::requests::Request;
+
+/// What a step computed, and the request that came with it.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// Steps done before this one.
+    pub step: u64,
+    /// The loss, if the program minimizes one.
+    pub loss: Option<f32>,
+    /// Global norm of the gradients before clipping, if there are any.
+    pub grad_norm: Option<f64>,
+    /// Every output by name, for the whole batch; [`crate::graph::Combine`] describes outputs computed once per
+    /// micro-batch.
+    pub outputs: BTreeMap<String, HostTensor>,
+    /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
+    pub request: Request,
+    /// Set if the loss or gradients are Inf or NaN and [`super::SessionOptions::on_non_finite`] accepts that; nothing was
+    /// updated.
+    pub non_finite: Option<NonFinite>,
+}
+
+impl StepReport {
+    /// True if loss and gradient norm are neither Inf nor NaN.
+    pub(super) fn is_finite(&self) -> bool {
+        self.loss.is_none_or(f32::is_finite) && self.grad_norm.is_none_or(f64::is_finite)
+    }
+
+    /// A step of which only the update would not be finite: there is no tensor to search for.
+    pub(super) fn overflow(&self, overflow: Option<&'static str>) -> NonFinite {
+        NonFinite { step: self.step, loss: self.loss, grad_norm: self.grad_norm, overflow, first: None }
+    }
+}

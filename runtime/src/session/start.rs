@@ -1,0 +1,367 @@
+//! Starts a session: joins the other processes, opens devices, allocates memory, makes the connections, creates the
+//! initial weights and starts the actors.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Once, OnceLock, Weak};
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shardflow_actors::shell::{LoadedPlan, prepare};
+use shardflow_actors::spec::RegisterId;
+use shardflow_actors::watchdog::{OnStall, WatchdogOptions};
+use shardflow_job::membership::MembershipError;
+use shardflow_job::transport::TransportError;
+use shardflow_kernels::collective::Group;
+use shardflow_kernels::cpu::instruction_set;
+use shardflow_kernels::cuda::cudnn::Attention;
+use shardflow_kernels::cuda::nccl::UniqueId;
+use shardflow_kernels::device::{Device, DeviceKind};
+use shardflow_kernels::error::KernelError;
+use shardflow_kernels::memory::Arena;
+use shardflow_kernels::tensor::HostTensor;
+
+use super::agreement::{SharedInput, shared_inputs};
+use super::budget::Budget;
+use super::error::SessionError;
+use super::exchange::Inbox;
+use super::load::{Loaded, external_actions, fetches, load};
+use super::metrics::{MetricsSource, StepMetrics};
+use super::observer::Observer;
+use super::options::{SessionOptions, Threads};
+use super::ports::HostPorts;
+use super::published::Sources;
+use super::recent::RecentSteps;
+use super::{BETWEEN_STEPS, Session, plan_files, tokens};
+use crate::cluster::ClusterError;
+use crate::cluster::connector::Connections;
+use crate::cluster::failure::{is_aborted_by_peer, peer_failure};
+use crate::cluster::world::{WAITING, World};
+use crate::declare::{Declarations, MAX_NORM, ON_NON_FINITE, OPTIMIZER, OnResume, SEED};
+use crate::devices::{self, ProcessDevices};
+use crate::graph::NodeOp;
+use crate::graph::optimizer::Bounds;
+use crate::init;
+use crate::metrics as names;
+use crate::passes::THREADS_MAX;
+use crate::plan::Plan;
+use crate::process_map::ProcessMap;
+use shardflow_job::exit::Exit;
+use shardflow_job::machine::{affinity, threads_per_device};
+use shardflow_job::rendezvous::Fact;
+use shardflow_job::rendezvous::facts::{COLLECTIVES, ENCRYPTION, KERNELS, MESH, PLAN, TRANSPORT};
+
+/// The warning for kernels built with this optimization level, which may be fifty times slower.
+fn slow_build_warning(opt_level: &str) -> Option<String> {
+    let advice = "build with --release, or add to Cargo.toml: [profile.dev.package.\"*\"] opt-level = 3";
+    matches!(opt_level, "0" | "1")
+        .then(|| format!("warning: the kernels are built with opt-level {opt_level} and are slow; {advice}"))
+}
+
+/// Devices, memory and connections of a session.
+struct Resources {
+    process_map: ProcessMap,
+    node_processes: Vec<u32>,
+    devices: Vec<Device>,
+    arenas: BTreeMap<usize, Arena>,
+    shared_inputs: Vec<SharedInput>,
+    ports: Arc<HostPorts>,
+    connections: Connections,
+}
+
+impl Session {
+    /// Joins the other processes, if any, allocates each device's arena, creates the initial weights and starts the
+    /// actors. All processes call it with the same plan.
+    ///
+    /// # Errors
+    /// When memory, threads or peers are not available; [`crate::plan::validate::PlanError::NodeMemory`] before anything is allocated.
+    pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
+        if plan_files::write_requested(&plan).map_err(|(path, source)| SessionError::PlanFile { path, source })? {
+            return Err(SessionError::PlanWritten);
+        }
+        options.declared.check()?;
+        if options.cluster.is_first() {
+            static WARNING: Once = Once::new();
+            WARNING.call_once(|| {
+                slow_build_warning(shardflow_kernels::OPT_LEVEL).into_iter().for_each(|text| eprintln!("{text}"))
+            });
+        }
+        let budget = Budget::measure(&plan);
+        let joined = World::join(&plan, &options.cluster, || facts(&plan, options), options.watchdog.wait_max());
+        let world = joined.map_err(failed_join)?.map(Arc::new);
+        Self::start_in_world(plan, options, budget, world.clone()).map_err(|error| match world {
+            Some(world) => cannot_start(&world, error),
+            None => error,
+        })
+    }
+
+    fn start_in_world(
+        mut plan: Plan,
+        options: &SessionOptions,
+        budget: Budget,
+        world: Option<Arc<World>>,
+    ) -> Result<Self, SessionError> {
+        let resources = Resources::acquire(&mut plan, options, &budget, world.as_deref())?;
+        let Resources { process_map, node_processes, devices, arenas, shared_inputs, ports, connections } = resources;
+        let engine = connections.engine.clone();
+        world.iter().for_each(|world| world.doing("preparing kernels"));
+        let loaded = load(&plan, &process_map, &devices, &arenas, connections, &ports)?;
+        let Loaded { plan: loaded, feeds, fetched, from_peers, mirrored } = loaded;
+        let plan = Arc::new(plan);
+        let mut session = Self {
+            vocabularies: tokens::vocabularies(&plan.graph),
+            shared_inputs,
+            declared: declared(&plan, options),
+            ignoring: options.ignoring.clone(),
+            external_actions: external_actions(&plan, &process_map.actors_of(&plan, process_map.process)),
+            fetches: fetches(&plan),
+            step_metrics: StepMetrics::new(&plan, &process_map, options),
+            plan,
+            process_map,
+            node_processes,
+            budget,
+            devices,
+            arenas,
+            engine,
+            running: None,
+            world,
+            job: options.cluster.job(),
+            feeds,
+            fetched,
+            inbox: Mutex::new(Inbox::new(ports.clone(), from_peers)),
+            ports,
+            failed: None,
+            steps: 0,
+            updates: 0,
+            damaged_up_to: 0,
+            seed: options.seed,
+            requests: options.requests.clone(),
+            last_step: Duration::ZERO,
+            wait_max: options.watchdog.wait_max(),
+            on_non_finite: options.on_non_finite,
+            skipped_in_a_row: 0,
+            bounds: Bounds::default(),
+            observer: None,
+        };
+        session.set_activity("making initial weights");
+        session.initialize()?;
+        session.begin(loaded, options, mirrored)?;
+        Ok(session)
+    }
+
+    /// Creates each device's part of each parameter.
+    fn initialize(&mut self) -> Result<(), SessionError> {
+        let plan = self.plan.clone();
+        // Including parameters of other processes.
+        let largest = plan.graph.nodes().iter().map(|node| match node.op {
+            NodeOp::Parameter { init } => init.magnitude_bound(),
+            _ => 0.0,
+        });
+        self.bounds.parameter = largest.fold(0.0, f64::max);
+        for device in self.process_map.own() {
+            for resident in &plan.memory[device].residents {
+                let NodeOp::Parameter { init } = plan.graph.producer(resident.var).op else { continue };
+                let info = plan.graph.tensor(resident.var);
+                let mut data = vec![0.0; resident.region.element_count()];
+                init::fill(init, self.seed, &info.name, &info.shape, &resident.region, &mut data);
+                self.write_resident(device, resident, &HostTensor::f32(&resident.region.size, data))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the actors and their observer. `mirrored`: the transports of peers' registers.
+    fn begin(
+        &mut self,
+        loaded: LoadedPlan,
+        options: &SessionOptions,
+        mirrored: BTreeMap<RegisterId, &'static str>,
+    ) -> Result<(), SessionError> {
+        let observer_slot = Arc::new(OnceLock::new());
+        let mut running = prepare(loaded, with_stall_recording(&options.watchdog, observer_slot.clone()))?;
+        if let Some(world) = &self.world {
+            // Before `begin` waits, so that a failure elsewhere can end that wait.
+            world.watch(&running);
+        }
+        self.set_activity(WAITING);
+        running.begin()?;
+        self.set_activity(BETWEEN_STEPS);
+        let sources = Sources {
+            plan: self.plan.clone(),
+            process_map: self.process_map,
+            control: running.control(),
+            metrics: MetricsSource { devices: self.devices.clone(), engine: self.engine.clone() },
+            world: self.world.as_ref().map_or_else(Weak::new, Arc::downgrade),
+            mirrored,
+        };
+        let tokens = tokens::tokens_per_step(&self.plan);
+        let steps = RecentSteps { tokens, planned: options.steps_planned, ..RecentSteps::default() };
+        let training = options.publishes_metrics.then(|| self.step_metrics.training_time());
+        let observer = Observer::new(sources, steps, training);
+        for (index, code) in options.cluster.restart_causes.iter().enumerate() {
+            observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));
+        }
+        let observer = Arc::new(observer);
+        // This is the only place that sets it.
+        let _ = observer_slot.set(Arc::downgrade(&observer));
+        (self.observer, self.running) = (Some(observer), Some(running));
+        Ok(())
+    }
+}
+
+impl Resources {
+    /// Adapts the plan to this node, opens devices, allocates memory, and connects the processes.
+    fn acquire(
+        plan: &mut Plan,
+        options: &SessionOptions,
+        budget: &Budget,
+        world: Option<&World>,
+    ) -> Result<Self, SessionError> {
+        let set_activity = |activity| world.iter().for_each(|world| world.doing(activity));
+        set_activity("opening devices");
+        if let Some(world) = world {
+            world.count_mirrors(plan)?;
+        }
+        let process_map = world.map_or(ProcessMap::alone(plan.memory.len()), |world| world.process_map());
+        let node_processes = world.map_or(vec![0], |world| world.here());
+        if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
+            plan.set_threads(owned_threads(world, &process_map, &node_processes));
+        }
+        budget.check(plan, &process_map, &node_processes, 0)?;
+        let on_node = process_map.on_node(node_processes.iter().copied(), process_map.process);
+        let takes_pipes = world.is_some_and(|world| world.takes_pipes());
+        let ids = |groups: &[Arc<Group>]| nccl_ids(world, groups);
+        let ProcessDevices { devices, engine, pipes } = devices::open(plan, &process_map, on_node, takes_pipes, &ids)?;
+        set_activity("allocating memory");
+        let shared = world.is_some_and(|world| world.shares_memory(plan.device));
+        let mut arenas = BTreeMap::new();
+        for device in &devices {
+            let bytes = plan.memory[device.rank()].arena_bytes;
+            arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
+        }
+        let shared_inputs = shared_inputs(plan, &process_map);
+        let ports = Arc::new(HostPorts::of(plan, &process_map, &shared_inputs));
+        set_activity(WAITING);
+        let mut connections = match world {
+            Some(world) => world.connect(plan, &devices, &arenas, engine, pipes)?,
+            None => Connections::alone(engine),
+        };
+        arenas.append(&mut connections.mapped);
+        Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })
+    }
+}
+
+fn nccl_ids(world: Option<&World>, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
+    let Some(world) = world else { return groups.iter().map(|_| UniqueId::new()).collect() };
+    world.doing(WAITING);
+    world.nccl_ids(groups)
+}
+
+/// The declared values, with those of the optimizer.
+fn declared(plan: &Plan, options: &SessionOptions) -> Declarations {
+    let declared = options.declared.clone();
+    let Some(adamw) = plan.graph.objective.map(|objective| objective.optimizer) else { return declared };
+    declared.declare(OPTIMIZER, adamw, OnResume::Warn).declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
+}
+
+/// Values that must be equal on all processes, besides the build. The plan is last because it depends on most of the others.
+fn facts(plan: &Plan, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
+    let cluster = &options.cluster.options;
+    let kernels = match plan.device {
+        DeviceKind::Cpu => instruction_set(),
+        DeviceKind::Cuda => format!("CUDA, attention {:?}", Attention::from_env()?),
+    };
+    let mut facts = vec![
+        Fact::new(MESH, plan.graph.mesh()),
+        Fact::new(TRANSPORT, format_args!("{:?}", cluster.transport)),
+        Fact::new(COLLECTIVES, format_args!("{:?}", cluster.collectives)),
+        Fact::new(ENCRYPTION, if cluster.encrypt { "on" } else { "off" }),
+        Fact::new(KERNELS, kernels),
+        Fact::new(SEED, options.seed),
+        Fact::new(ON_NON_FINITE, format_args!("{:?}", options.on_non_finite)),
+    ];
+    facts.extend(options.declared.iter().map(|(name, value)| Fact::new(name, value)));
+    facts.push(Fact::new(PLAN, plan.hash()));
+    Ok(facts)
+}
+
+/// The error of a failed join. The end of another process during the join becomes the same failure as after it.
+fn failed_join(error: ClusterError) -> SessionError {
+    match error {
+        ClusterError::Membership(MembershipError::Ended(cause)) => SessionError::Failed(peer_failure(&cause)),
+        error => error.into(),
+    }
+}
+
+/// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this process
+/// ends: that of another process if it failed first.
+pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
+    let report = || world.fail(format!("it cannot start: {error}"), error.exit());
+    match &error {
+        SessionError::Cluster(ClusterError::Transport(
+            cause @ (TransportError::Unreachable { to: process, .. }
+            | TransportError::Missing { from: Some(process), .. }),
+        )) => world.suspect(*process, cause.to_string()),
+        // The session has reported its failure.
+        SessionError::Failed(_) => {}
+        error if is_interrupted_start(error) => {}
+        _ => report(),
+    }
+    match world.wait_for_cause() {
+        Some(cause) if cause.process != world.process_map().process || is_interrupted_start(&error) => {
+            SessionError::Failed(peer_failure(&cause))
+        }
+        _ => {
+            report();
+            error
+        }
+    }
+}
+
+/// True if the start failed because another process closed a connection or aborted a collective. That process reports its
+/// cause, or heartbeats detect its loss.
+fn is_interrupted_start(error: &SessionError) -> bool {
+    match error {
+        SessionError::Cluster(ClusterError::Transport(broken)) => {
+            matches!(broken, TransportError::Io { .. } | TransportError::Closed)
+        }
+        SessionError::Cluster(ClusterError::Kernel(cause)) | SessionError::Kernel(cause) => is_aborted_by_peer(cause),
+        _ => false,
+    }
+}
+
+/// Threads of each device under [`Threads::Owned`].
+fn owned_threads(world: Option<&World>, process_map: &ProcessMap, node_processes: &[u32]) -> usize {
+    let (quota, own) = (available_parallelism().map_or(1, usize::from), affinity());
+    let cores = |process: &u32| world.map_or(&own[..], |world| world.cores(*process));
+    let shares = node_processes.iter().map(|process| (cores(process), process_map.devices_of(*process).len()));
+    let own_index = node_processes.iter().position(|process| *process == process_map.process);
+    threads_per_device(&shares.collect::<Vec<_>>(), own_index.unwrap_or(0), quota).min(THREADS_MAX)
+}
+
+/// The same options, with a callback that counts stalls and records them as incidents.
+fn with_stall_recording(options: &WatchdogOptions, observer: Arc<OnceLock<Weak<Observer>>>) -> WatchdogOptions {
+    let user_callback = options.on_stall.clone();
+    let on_stall: OnStall = Arc::new(move |report| {
+        ::metrics::counter!(names::STALLS).increment(1);
+        if let Some(observer) = observer.get().and_then(Weak::upgrade) {
+            observer.note("stall", report.lines().next().unwrap_or_default().to_owned());
+        }
+        user_callback.iter().for_each(|callback| callback(report));
+    });
+    WatchdogOptions { on_stall: Some(on_stall), ..options.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slow_builds_are_reported() {
+        assert!(
+            ["0", "1"].iter().all(|level| slow_build_warning(level).is_some_and(|text| text.contains("opt-level = 3")))
+        );
+        assert!(["2", "3", "s", "z"].iter().all(|level| slow_build_warning(level).is_none()));
+        assert_eq!(slow_build_warning(shardflow_kernels::OPT_LEVEL), None, "the project's own builds are optimized");
+    }
+}
