@@ -153,7 +153,7 @@ impl Requests {
     /// # Errors
     /// The handlers cannot be installed, or their thread cannot be started.
     ///
-    /// A second call returns the same requests: [`crate::program::run`] makes the first one.
+    /// A second call returns the same requests: `program::run` makes the first one.
     pub fn on_signals() -> io::Result<Arc<Self>> {
         static INSTALLED: Mutex<Option<Arc<Requests>>> = Mutex::new(None);
         let mut installed = INSTALLED.lock();

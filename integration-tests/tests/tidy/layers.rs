@@ -136,7 +136,7 @@ fn circle(start: &str, edges: &BTreeMap<&str, BTreeSet<String>>) -> Vec<String> 
                 return path;
             }
             if seen.insert(next.clone()) {
-                paths.push([&path[..], &[next.clone()]].concat());
+                paths.push([&path[..], std::slice::from_ref(next)].concat());
             }
         }
     }

@@ -23,7 +23,7 @@ pub enum Attention {
 }
 
 impl Attention {
-    /// Reads [`ATTENTION_ENV`]: `own`, `cudnn` (the default) or `cudnn-any-order`.
+    /// Reads `SHARDFLOW_ATTENTION`: `own`, `cudnn` (the default) or `cudnn-any-order`.
     ///
     /// # Errors
     /// [`KernelError::Unavailable`] for another value.

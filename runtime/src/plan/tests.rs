@@ -214,7 +214,7 @@ fn timing(plan: &Plan, hop_ticks: u64) -> Timing {
         _ => 0,
     };
     let action_ticks = plan.actions.iter().map(|a| a.iter().map(|a| ticks(a.key)).collect()).collect();
-    Timing { action_ticks, hop_ticks, ..Timing::default() }
+    Timing { action_ticks, hop_ticks }
 }
 
 fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> SimulatedRun {

@@ -29,7 +29,7 @@ fn running_listener(options: ListenerOptions) -> Listener {
 }
 
 fn hello(from: u32, purpose: Purpose) -> Hello {
-    Hello { session: WORLD.session, epoch: WORLD.epoch, from, to: 0, sealed: from % 2 == 0, purpose }
+    Hello { session: WORLD.session, epoch: WORLD.epoch, from, to: 0, sealed: from.is_multiple_of(2), purpose }
 }
 
 fn tcp(listener: &Listener) -> TcpStream {
