@@ -32,6 +32,8 @@ pub struct RelayOptions {
     pub seed: u64,
     /// Each direction stalls for this long after this many pieces; so does the first heartbeat of each process.
     pub long_stall: Option<(u64, Duration)>,
+    /// Keeps the relayed bytes for [`Relay::recorded`].
+    pub records: bool,
 }
 
 /// Random numbers.
@@ -92,8 +94,17 @@ struct State {
     open_connections: Vec<Connection>,
     threads: Vec<JoinHandle<()>>,
     counts: RelayCounts,
+    /// The bytes of each direction of each connection.
+    recorded: Vec<Vec<u8>>,
     directions: u64,
     ended: bool,
+}
+
+impl State {
+    fn begin_record(&mut self) -> usize {
+        self.recorded.push(Vec::new());
+        self.recorded.len() - 1
+    }
 }
 
 impl fmt::Debug for Relay {
@@ -156,8 +167,12 @@ impl Shared {
     /// Forwards one direction of a connection until it ends.
     fn forward(&self, mut from: Connection, mut to: Connection) {
         let (mut rng, mut buffer, mut pieces) = (self.next_rng(), vec![0; 1 << PIECE_BITS], 0);
+        let recorded = self.state.lock().begin_record();
         while let Ok(bytes @ 1..) = from.read(&mut buffer) {
             let mut rest = &buffer[..bytes];
+            if self.options.records {
+                self.state.lock().recorded[recorded].extend_from_slice(rest);
+            }
             while !rest.is_empty() {
                 let (piece, more) = rest.split_at(rng.piece_bytes().min(rest.len()));
                 rest = more;
@@ -261,6 +276,13 @@ impl Advertise for Relay {
         let address = front.local_addr()?;
         self.shared.spawn(move |shared| shared.forward_datagrams(&front, bound));
         Ok(address)
+    }
+}
+
+impl Relay {
+    /// The bytes of each direction of each connection, if [`RelayOptions::records`].
+    pub fn recorded(&self) -> Vec<Vec<u8>> {
+        self.shared.state.lock().recorded.clone()
     }
 }
 

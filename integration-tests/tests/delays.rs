@@ -76,7 +76,7 @@ fn cluster(process: u32, processes: u32, socket: &Path, relay: &Arc<Relay>, tran
 fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> RelayCounts {
     let (mesh, processes, transport) = CASES[seed as usize % CASES.len()];
     let long_stall = (seed % LONG_EVERY == LONG_EVERY - 1).then_some((8, LONG));
-    let relay = Arc::new(Relay::new(RelayOptions { seed, long_stall }));
+    let relay = Arc::new(Relay::new(RelayOptions { seed, long_stall, records: false }));
     let folder = Scratch::new(&format!("delays-{seed}"));
     let socket = folder.path().join("meet.sock");
     let losses: Vec<Vec<u32>> = thread::scope(|scope| {
