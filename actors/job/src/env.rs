@@ -97,74 +97,29 @@ pub enum LaunchedBy {
 
 /// An invalid environment. The process exits with code 78.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum EnvError {
-    /// Some variables of a launcher are set and one is missing.
     #[error("{found}={value} is set but {missing} is not: set {missing} to {meaning}, or unset {found}")]
-    HalfSet {
-        /// A variable that is set.
-        found: &'static str,
-        /// Its value.
-        value: String,
-        /// The one that is missing.
-        missing: &'static str,
-        /// What it should hold.
-        meaning: &'static str,
-    },
-    /// A value that cannot be parsed or used.
+    HalfSet { found: &'static str, value: String, missing: &'static str, meaning: &'static str },
     #[error("{variable}={value}: {expected}")]
-    Invalid {
-        /// The variable.
-        variable: &'static str,
-        /// Its value.
-        value: String,
-        /// What it should hold.
-        expected: String,
-    },
-    /// Two variables that contradict each other.
+    Invalid { variable: &'static str, value: String, expected: String },
     #[error("{variable}={value} contradicts {other}={other_value}: {rule}")]
     Contradiction {
-        /// One variable.
         variable: &'static str,
-        /// Its value.
         value: String,
-        /// The other.
         other: &'static str,
-        /// Its value.
         other_value: String,
-        /// What must hold.
         rule: &'static str,
     },
-    /// Several processes and no secret.
     #[error(
         "{launcher} started {processes} processes without a secret: set SHARDFLOW_SECRET for all of them to the same text \
          of at least {SECRET_CHARS_MIN} characters, or SHARDFLOW_SECRET_FILE to a file with it; {instructions}"
     )]
-    NoSecret {
-        /// The launcher's name.
-        launcher: &'static str,
-        /// World size.
-        processes: u32,
-        /// How to set it with this launcher.
-        instructions: &'static str,
-    },
-    /// A secret that is short enough to be guessed.
+    NoSecret { launcher: &'static str, processes: u32, instructions: &'static str },
     #[error("{place} holds {source}")]
-    ShortSecret {
-        /// Variable or file.
-        place: String,
-        /// Its length.
-        source: ShortSecret,
-    },
-    /// One of Shardflow's options has an invalid value.
+    ShortSecret { place: String, source: ShortSecret },
     #[error("{name} is {value:?}, expected {expected}")]
-    Option {
-        /// The variable.
-        name: &'static str,
-        /// Its value.
-        value: String,
-        /// The valid values.
-        expected: &'static str,
-    },
+    Option { name: &'static str, value: String, expected: &'static str },
 }
 
 impl EnvError {

@@ -76,24 +76,16 @@ pub struct LaunchOptions {
 
 /// Why the processes were not started.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum LaunchError {
-    /// Flags that contradict each other, or a program that cannot be run.
     #[error("{0}")]
     Usage(String),
-    /// Several nodes without a secret, or a temporary folder that cannot be used.
     #[error("{0}")]
     Refused(String),
-    /// A variable or the secret is invalid.
     #[error(transparent)]
     Env(#[from] EnvError),
-    /// A file, process or thread could not be created.
     #[error("cannot {action}: {source}")]
-    Io {
-        /// The action that failed.
-        action: String,
-        /// The system's error.
-        source: io::Error,
-    },
+    Io { action: String, source: io::Error },
 }
 
 impl LaunchError {

@@ -4,111 +4,24 @@
 //! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. The later
 //! bytes are encrypted if the dialler asks for it ([`Hello::sealed`]); those of a plain connection are not even authenticated.
 
-use std::fmt;
-
-use serde::{Deserialize, Serialize};
-
-use crate::secret::{RandomError, random};
-
+mod address;
 mod connection;
 pub mod descriptors;
 mod dial;
 mod error;
 mod folder;
 pub mod handshake;
+mod hello;
 pub mod listener;
 mod sealed;
 pub mod wire;
 
-pub use connection::{
-    Address, Connection, DeadlineConnection, SEND_TIMEOUT, Socket, resolve, with_zone_of, without_zone,
-};
-pub use descriptors::{DESCRIPTORS_MAX, receive_descriptors, send_descriptors};
+pub use address::{Address, UNIX_PATH_BYTES_MAX, resolve, with_zone_of, without_zone};
+pub use connection::{Connection, SEND_TIMEOUT, Socket};
+pub use descriptors::{receive_descriptors, send_descriptors};
 pub use dial::connect;
 pub use error::TransportError;
 pub use folder::PrivateFolder;
-pub use handshake::{AcceptPolicy, HandshakeError, PROTOCOL_VERSION, Refusal, SettledWorld};
-pub use listener::{ListenAddress, Listener, ListenerOptions, Refusals, UNIX_PATH_BYTES_MAX};
-
-/// Maximum number of processes of one world.
-pub const PROCESSES_MAX: u32 = 4096;
-
-/// Random id of one incarnation of a world; all zero before the rendezvous.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct SessionId(pub [u8; 16]);
-
-impl SessionId {
-    /// Creates a random id.
-    ///
-    /// # Errors
-    /// The system returns no random numbers.
-    pub fn random() -> Result<Self, RandomError> {
-        Ok(Self(random()?))
-    }
-}
-
-impl fmt::Display for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for SessionId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// The purpose of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Purpose {
-    /// To process 0, before the session exists.
-    Rendezvous,
-    /// Supervision and the end of the session.
-    Control,
-    /// Messages and register data.
-    Registers {
-        /// Index among the connections between the same two processes.
-        index: u16,
-    },
-    /// One edge of a collective.
-    Group {
-        /// Index of the group in the plan.
-        group: u32,
-        /// The group member that dialled.
-        member: u32,
-        /// The group member that it dials.
-        peer: u32,
-    },
-    /// Shared memory descriptors, over a Unix socket.
-    Memory,
-}
-
-impl fmt::Display for Purpose {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Rendezvous => write!(f, "rendezvous"),
-            Self::Control => write!(f, "control"),
-            Self::Registers { index } => write!(f, "registers, connection {index}"),
-            Self::Group { group, member, peer } => write!(f, "group {group}, member {member} to {peer}"),
-            Self::Memory => write!(f, "shared memory"),
-        }
-    }
-}
-
-/// The dialler's description of both processes; the handshake authenticates it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hello {
-    /// The session; zero for [`Purpose::Rendezvous`].
-    pub session: SessionId,
-    /// The incarnation of the world; for [`Purpose::Rendezvous`] how often the dialler has been restarted.
-    pub epoch: u64,
-    /// Process that dials.
-    pub from: u32,
-    /// Process that it dials.
-    pub to: u32,
-    /// Whether the bytes that follow the handshake are encrypted.
-    pub sealed: bool,
-    /// The purpose.
-    pub purpose: Purpose,
-}
+pub use handshake::{HandshakeError, Refusal, SettledWorld};
+pub use hello::{Hello, PROCESSES_MAX, Purpose, SessionId};
+pub use listener::{ListenAddress, Listener, ListenerOptions};

@@ -7,19 +7,15 @@ use super::detector::PeerHealth;
 
 /// An event from the other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names explain variants and fields")]
 pub enum MembershipEvent {
-    /// A message from a peer.
     Message {
-        /// The peer.
         from: u32,
-        /// The application's topic number.
         topic: u16,
-        /// The opaque content.
         bytes: Vec<u8>,
     },
     /// A peer has left in order.
     Left {
-        /// The peer.
         process: u32,
     },
     /// The session has ended; sent once.

@@ -249,52 +249,25 @@ impl fmt::Display for ProcessLabel {
 
 /// Two processes that cannot be in the same world.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum Conflict {
-    /// A fact has different values.
     #[error("{first} and {second} differ in their {name}: {first_value} and {second_value}; {}", advice(.name))]
-    Differs {
-        /// Name of the fact.
-        name: String,
-        /// The first process: rank 0.
-        first: ProcessLabel,
-        /// Its value.
-        first_value: String,
-        /// The second process.
-        second: ProcessLabel,
-        /// Its value.
-        second_value: String,
-    },
-    /// They claim the same rank.
+    Differs { name: String, first: ProcessLabel, first_value: String, second: ProcessLabel, second_value: String },
     #[error("two processes claim one rank: {first} and {second}; give each process its own rank")]
-    Duplicate {
-        /// The one that joined first.
-        first: ProcessLabel,
-        /// The other.
-        second: ProcessLabel,
-    },
+    Duplicate { first: ProcessLabel, second: ProcessLabel },
 }
 
 /// Why the world does not start; the same for all processes that can be reached.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum RendezvousRefusal {
-    /// Some processes are incompatible.
     #[error("the ranks are incompatible: {}", list(.0))]
     Conflicts(Vec<Conflict>),
-    /// Some processes did not join in time.
     #[error(
         "{} did not join in {waited_ms} ms: {} of {processes} joined{}",
         ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
-    Missing {
-        /// Their ranks, at least one.
-        missing: Vec<u32>,
-        /// World size.
-        processes: u32,
-        /// Milliseconds waited.
-        waited_ms: u64,
-        /// Connections that rank 0 refused during the wait.
-        refused: u64,
-    },
+    Missing { missing: Vec<u32>, processes: u32, waited_ms: u64, refused: u64 },
     /// A process ended before it joined, for a cause that no restart fixes.
     #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
     Failed(Report),
@@ -305,19 +278,12 @@ pub enum RendezvousRefusal {
 
 /// The processes that a wait is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum MissingRanks {
     /// At process 0: these ranks have not joined.
-    Ranks {
-        /// Their ranks.
-        missing: Vec<u32>,
-        /// World size.
-        processes: u32,
-    },
+    Ranks { missing: Vec<u32>, processes: u32 },
     /// At other processes: process 0 cannot be reached yet.
-    Coordinator {
-        /// Its address.
-        address: Address,
-    },
+    Coordinator { address: Address },
 }
 
 impl fmt::Display for MissingRanks {
@@ -360,70 +326,34 @@ fn more(count: usize) -> String {
 
 /// Why a process did not join a world.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum RendezvousError {
-    /// A connection could not be made or was lost.
     #[error(transparent)]
     Transport(#[from] TransportError),
-    /// The rendezvous refused the start for all processes.
     #[error("cannot start: {0}")]
     Refused(RendezvousRefusal),
-    /// The world runs without this process.
     #[error(
         "rank {process} joined too late: epoch {epoch} already runs at {coordinator}; \
          stop it, or restart all ranks together"
     )]
-    Late {
-        /// This process.
-        process: u32,
-        /// The epoch that runs.
-        epoch: u64,
-        /// The address of process 0.
-        coordinator: Address,
-    },
-    /// An invalid rank or world size.
+    Late { process: u32, epoch: u64, coordinator: Address },
     #[error("rank {process} of a world of {processes}: expected 1 to 4096 processes, and ranks below their number")]
-    Rank {
-        /// The rank.
-        process: u32,
-        /// World size.
-        processes: u32,
-    },
-    /// A part of a process's [`JoinInfo`] is too long.
+    Rank { process: u32, processes: u32 },
     #[error("{process}: {part} of length {length}, at most {length_max} is allowed")]
-    TooLong {
-        /// The process.
-        process: ProcessLabel,
-        /// The part.
-        part: String,
-        /// Its length.
-        length: usize,
-        /// The largest length.
-        length_max: usize,
-    },
-    /// A part of the process's [`Identity`] cannot be read.
+    TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },
     #[error("cannot read this process's {part}: {cause}")]
     Identity {
-        /// The part.
         part: &'static str,
-        /// The system's error.
         #[source]
         cause: io::Error,
     },
-    /// The coordinator's name cannot be resolved, or there is no route to it.
     #[error("no route to {coordinator}: {cause}")]
     NoRoute {
-        /// The address of process 0.
         coordinator: Address,
-        /// The system's error.
         #[source]
         cause: io::Error,
     },
     /// Process 0 received the join request and then did not answer in time or sent an invalid answer: a bug.
     #[error("rank 0 at {coordinator} {action}")]
-    Unexpected {
-        /// Its address.
-        coordinator: Address,
-        /// What it did.
-        action: String,
-    },
+    Unexpected { coordinator: Address, action: String },
 }

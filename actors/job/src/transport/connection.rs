@@ -1,20 +1,15 @@
-//! A connection over TCP or a Unix socket, encrypted or not, and the addresses of both.
+//! A connection over TCP or a Unix socket, encrypted or not.
 
-use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
-use std::net::{Shutdown, SocketAddr, SocketAddrV6, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::path::PathBuf;
-use std::str::FromStr;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::net::netdevice::name_to_index;
 use rustix::net::sockopt;
-use serde::{Deserialize, Serialize};
 
-use super::TransportError;
+use super::address::Address;
 use super::sealed::Seal;
 
 /// Default timeout of a write to a peer that does not read, see [`Connection::set_send_timeout`].
@@ -25,72 +20,6 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
 /// The system treats zero as "no timeout", so an expired deadline uses this value instead.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
-
-/// Address of a listener, written `HOST:PORT` or `unix:PATH`. [`resolve`] handles the first form.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum Address {
-    /// `HOST:PORT`; an IPv6 host is in brackets. Names are resolved at each connection attempt.
-    Tcp(String),
-    /// Path of a Unix socket.
-    Unix(PathBuf),
-}
-
-impl fmt::Display for Address {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => f.write_str(address),
-            Self::Unix(path) => write!(f, "unix:{}", path.display()),
-        }
-    }
-}
-
-impl FromStr for Address {
-    type Err = TransportError;
-
-    fn from_str(text: &str) -> Result<Self, TransportError> {
-        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
-            return Ok(Self::Unix(path.into()));
-        }
-        let is_port = |(host, port): (&str, &str)| !host.is_empty() && port.parse::<u16>().is_ok();
-        match text.rsplit_once(':').is_some_and(is_port) {
-            true => Ok(Self::Tcp(text.into())),
-            false => Err(TransportError::Address { text: text.into() }),
-        }
-    }
-}
-
-/// Resolves `HOST:PORT`. The zone of an IPv6 address is a number or the name of an interface of this node:
-/// `[fe80::1%eth0]:29400`.
-///
-/// # Errors
-/// System errors, such as an unknown host or interface.
-pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
-    let parts = address.strip_prefix('[').and_then(|rest| rest.split_once("]:"));
-    let zoned = parts.and_then(|(host, port)| host.split_once('%').map(|(ip, zone)| (ip, zone, port)));
-    let Some((ip, zone, port)) = zoned else { return Ok(address.to_socket_addrs()?.collect()) };
-    let (Ok(ip), Ok(port)) = (ip.parse(), port.parse()) else { return Err(io::ErrorKind::InvalidInput.into()) };
-    let id = match zone.parse() {
-        Ok(id) => id,
-        Err(_) => name_to_index(UnixDatagram::unbound()?, zone)
-            .map_err(|cause| io::Error::new(cause.kind(), format!("interface {zone}: {cause}")))?,
-    };
-    Ok(vec![SocketAddrV6::new(ip, port, 0, id).into()])
-}
-
-/// Removes the zone for use on other nodes: a zone is valid only on its own node.
-pub fn without_zone(address: SocketAddr) -> SocketAddr {
-    (address.ip(), address.port()).into()
-}
-
-/// Adds the zone of an own address to a peer's link-local address; returns other addresses unchanged.
-pub fn with_zone_of(peer: SocketAddr, own: SocketAddr) -> SocketAddr {
-    match (peer, own) {
-        (SocketAddr::V6(peer), SocketAddr::V6(own)) if peer.ip().is_unicast_link_local() && peer.scope_id() == 0 => {
-            SocketAddrV6::new(*peer.ip(), peer.port(), 0, own.scope_id()).into()
-        }
-        _ => peer,
-    }
-}
 
 /// A connected socket, blocking unless [`Connection::set_nonblocking`] changes it. Reads have no timeout unless
 /// [`Connection::set_read_timeout`] sets one. If it is encrypted, call [`Write::flush`] after the last write: a non-blocking or
@@ -134,9 +63,6 @@ macro_rules! each {
 
 impl Connection {
     /// Clones the handle, for use in another thread.
-    ///
-    /// # Errors
-    /// System errors.
     pub fn try_clone(&self) -> io::Result<Self> {
         let socket = match &self.socket {
             Socket::Tcp(stream) => Socket::Tcp(stream.try_clone()?),
@@ -169,9 +95,6 @@ impl Connection {
     }
 
     /// Writes as much of `first`, and then of `second`, as is accepted without blocking; in one record if it is encrypted.
-    ///
-    /// # Errors
-    /// System errors.
     pub fn write_both(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         match &self.seal {
             Some(seal) => each!(self, stream => seal.write(stream, first, second)),
@@ -185,17 +108,11 @@ impl Connection {
     }
 
     /// Closes one or both directions for all handles; a blocked read returns 0 bytes.
-    ///
-    /// # Errors
-    /// System errors, for example for an unconnected socket.
     pub fn shutdown(&self, direction: Shutdown) -> io::Result<()> {
         each!(self, stream => stream.shutdown(direction))
     }
 
     /// Sets the read timeout; a read that exceeds it fails with `WouldBlock`. `None` disables the timeout.
-    ///
-    /// # Errors
-    /// System errors.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         each!(self, stream => stream.set_read_timeout(timeout))
     }
@@ -203,9 +120,6 @@ impl Connection {
     /// Sets the write timeout. A write that makes no progress for this time fails with `WouldBlock`. If the peer's
     /// machine does not acknowledge bytes for this time, the TCP connection fails with `TimedOut`, even without a
     /// pending write. This includes a live peer that does not read, so receivers must always keep reading.
-    ///
-    /// # Errors
-    /// System errors.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Socket::Tcp(stream) = &self.socket {
@@ -215,9 +129,6 @@ impl Connection {
     }
 
     /// Enables or disables nonblocking mode. A new connection is blocking.
-    ///
-    /// # Errors
-    /// System errors.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         each!(self, stream => stream.set_nonblocking(nonblocking))
     }
@@ -358,35 +269,5 @@ impl Write for DeadlineConnection<'_> {
         each!(self.connection, stream => stream.set_write_timeout(left))?;
         let mut connection = self.connection;
         connection.flush().map_err(timed_out)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_zone_is_a_number_or_an_interface_name() {
-        let zone = |text: &str| match resolve(text).map(|all| all[0]) {
-            Ok(SocketAddr::V6(address)) => Ok((address.ip().to_string(), address.port(), address.scope_id())),
-            other => Err(format!("{other:?}")),
-        };
-        let loopback = name_to_index(UnixDatagram::unbound().unwrap(), "lo").unwrap();
-        assert_eq!(zone("[fe80::1%lo]:7"), Ok(("fe80::1".into(), 7, loopback)));
-        assert_eq!(zone("[fe80::1%3]:7"), Ok(("fe80::1".into(), 7, 3)));
-        assert_eq!(zone("[::1]:7"), Ok(("::1".into(), 7, 0)));
-        assert!(zone("[fe80::1%no-such]:7").unwrap_err().contains("interface no-such"));
-        assert!(zone("[x%lo]:7").is_err() && zone("[fe80::1%lo]").is_err());
-        assert_eq!(resolve("127.0.0.1:7").unwrap(), ["127.0.0.1:7".parse().unwrap()]);
-    }
-
-    #[test]
-    fn a_zone_is_used_only_on_its_node() {
-        let (own, peer): (SocketAddr, SocketAddr) = ("[fe80::1%5]:1".parse().unwrap(), "[fe80::2]:9".parse().unwrap());
-        assert_eq!(without_zone(own), "[fe80::1]:1".parse().unwrap());
-        assert_eq!(with_zone_of(peer, own), "[fe80::2%5]:9".parse().unwrap());
-        for other in ["[fd00::2]:9", "10.0.0.1:9", "[fe80::2%7]:9"] {
-            assert_eq!(with_zone_of(other.parse().unwrap(), own), other.parse().unwrap());
-        }
     }
 }

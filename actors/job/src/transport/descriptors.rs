@@ -9,7 +9,8 @@ use rustix::net::{
     SendFlags, recvmsg, sendmsg,
 };
 
-use super::{Connection, TransportError};
+use super::connection::Connection;
+use super::error::TransportError;
 
 /// Maximum number of descriptors in one message. The system's limit is 253.
 pub const DESCRIPTORS_MAX: usize = 64;

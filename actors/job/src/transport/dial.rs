@@ -8,9 +8,12 @@ use std::time::{Duration, Instant};
 
 use rustix::net;
 
-use super::handshake::{Dialler, HANDSHAKE_BYTES_MAX, HandshakeError};
+use super::address::{Address, resolve};
+use super::connection::Connection;
+use super::error::TransportError;
+use super::handshake::{Dialler, HANDSHAKE_BYTES_MAX, HandshakeError, with_length};
+use super::hello::Hello;
 use super::sealed::Seal;
-use super::{Address, Connection, Hello, TransportError, resolve};
 use crate::secret::Secret;
 
 /// Back-off between attempts: doubles from the minimum to the maximum.
@@ -160,22 +163,14 @@ fn read_part(connection: &Connection, deadline: Instant) -> io::Result<Vec<u8>> 
     Ok(part)
 }
 
-/// A handshake message with its length prefix.
-pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
-    debug_assert!(part.len() <= HANDSHAKE_BYTES_MAX);
-    let mut bytes = Vec::with_capacity(2 + part.len());
-    bytes.extend_from_slice(&(part.len() as u16).to_le_bytes());
-    bytes.extend_from_slice(part);
-    bytes
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::{Ipv4Addr, TcpListener};
 
     use super::*;
+    use crate::transport::connection::SEND_TIMEOUT;
     use crate::transport::handshake::{Acceptor, head};
-    use crate::transport::{Purpose, SEND_TIMEOUT, SessionId};
+    use crate::transport::hello::{Purpose, SessionId};
 
     fn secret() -> Secret {
         Secret::new("a secret of these tests").unwrap()

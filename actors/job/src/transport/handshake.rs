@@ -22,8 +22,8 @@
 use serde::{Deserialize, Serialize};
 use snow::{Builder, HandshakeState, StatelessTransportState};
 
+use super::hello::{Hello, PROCESSES_MAX, Purpose, SessionId};
 use super::wire::{self, WireError};
-use super::{Hello, PROCESSES_MAX, SessionId};
 use crate::secret::Secret;
 
 /// Version of all messages between processes. Any change to a message increments it.
@@ -41,65 +41,29 @@ const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 
 /// Why an acceptor refuses an authenticated dialler. The dialler receives it encrypted.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum Refusal {
-    /// Another session of the same job.
     #[error("it is in session {acceptor}, this process is in session {dialler}")]
-    Session {
-        /// Session of the acceptor.
-        acceptor: SessionId,
-        /// Session of the dialler.
-        dialler: SessionId,
-    },
-    /// The dialler belongs to an incarnation that has ended.
+    Session { acceptor: SessionId, dialler: SessionId },
     #[error("epoch {dialler} has ended, epoch {acceptor} is running")]
-    OldEpoch {
-        /// Epoch of the acceptor.
-        acceptor: u64,
-        /// Epoch of the dialler.
-        dialler: u64,
-    },
+    OldEpoch { acceptor: u64, dialler: u64 },
     /// The acceptor belongs to an incarnation that has ended; it will exit soon.
     #[error("it is still in epoch {acceptor}, this process is in epoch {dialler}")]
-    NewEpoch {
-        /// Epoch of the acceptor.
-        acceptor: u64,
-        /// Epoch of the dialler.
-        dialler: u64,
-    },
+    NewEpoch { acceptor: u64, dialler: u64 },
     /// The world is complete and running; no process can join it.
     #[error("epoch {epoch} is running: this process is too late, or its rank is already taken")]
-    Late {
-        /// The running epoch.
-        epoch: u64,
-    },
-    /// The acceptor has not finished the rendezvous.
+    Late { epoch: u64 },
     #[error("it has not started yet")]
     NotStarted,
-    /// A process number that the world does not have.
     #[error("there is no process {process} in a world of {processes}")]
-    Process {
-        /// The number.
-        process: u32,
-        /// Processes of the world.
-        processes: u32,
-    },
+    Process { process: u32, processes: u32 },
     /// The dialler expected another process at this address.
     #[error("expected process {expected} at this address, found process {actual}")]
-    WrongProcess {
-        /// The process that the dialler expected.
-        expected: u32,
-        /// The acceptor's process.
-        actual: u32,
-    },
-    /// The acceptor cannot decode the hello, for example because of an unknown purpose.
+    WrongProcess { expected: u32, actual: u32 },
     #[error("it cannot decode the hello: do both processes run the same build?")]
     Unreadable,
-    /// The acceptor has too many unclaimed connections.
     #[error("it has {unclaimed} unclaimed connections, the maximum")]
-    Crowded {
-        /// Number of unclaimed connections.
-        unclaimed: u64,
-    },
+    Crowded { unclaimed: u64 },
 }
 
 impl Refusal {
@@ -111,30 +75,16 @@ impl Refusal {
 
 /// Why a handshake failed.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum HandshakeError {
-    /// The peer uses another protocol.
     #[error("it does not speak Shardflow's protocol: is the address right?")]
     Magic,
-    /// The peer uses another version of the protocol.
     #[error("it speaks protocol version {peer}, this process speaks {own}: all processes must run the same build")]
-    Version {
-        /// Version of this side.
-        own: u16,
-        /// Version of the peer.
-        peer: u16,
-    },
-    /// A message with an invalid length.
+    Version { own: u16, peer: u16 },
     #[error("it sent a {message} with an invalid length of {bytes} bytes")]
-    Length {
-        /// Name of the message.
-        message: &'static str,
-        /// Its length.
-        bytes: usize,
-    },
-    /// The peer returned this side's greeting.
+    Length { message: &'static str, bytes: usize },
     #[error("it returns this process's own greeting: the address leads back to this process")]
     Echo,
-    /// The peer's message cannot be decrypted.
     #[error("it does not hold this job's secret, or its message was modified")]
     Proof,
     /// The acceptor could not decrypt this side's greeting. This answer is not authenticated.
@@ -146,7 +96,6 @@ pub enum HandshakeError {
     /// The cipher could not be set up: the system returns no random numbers.
     #[error("cannot encrypt: {0}")]
     Cipher(snow::Error),
-    /// The acceptor authenticated this process and refuses it.
     #[error("refused: {0}")]
     Refused(Refusal),
 }
@@ -157,6 +106,15 @@ pub fn head() -> [u8; HEAD_BYTES] {
     head[..4].copy_from_slice(&MAGIC);
     head[4..].copy_from_slice(&PROTOCOL_VERSION.to_le_bytes());
     head
+}
+
+/// A handshake message with its length prefix.
+pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
+    debug_assert!(part.len() <= HANDSHAKE_BYTES_MAX);
+    let mut bytes = Vec::with_capacity(2 + part.len());
+    bytes.extend_from_slice(&(part.len() as u16).to_le_bytes());
+    bytes.extend_from_slice(part);
+    bytes
 }
 
 /// Checks magic and version of a greeting and returns the rest. A later version may have a longer greeting, but magic and
@@ -338,7 +296,7 @@ impl AcceptPolicy {
         if hello.to != self.process {
             return Err(Refusal::WrongProcess { expected: hello.to, actual: self.process });
         }
-        let rendezvous = hello.purpose == super::Purpose::Rendezvous;
+        let rendezvous = hello.purpose == Purpose::Rendezvous;
         let (processes, dialler) = (self.world.map_or(PROCESSES_MAX, |w| w.processes), hello.epoch);
         match self.world {
             None if !rendezvous => return Err(Refusal::NotStarted),

@@ -8,128 +8,31 @@
 
 use std::collections::VecDeque;
 use std::fs;
-use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::address::Address;
+use super::connection::Connection;
 use super::dial::connect_unless;
+use super::error::TransportError;
+use super::folder::PrivateFolder;
 use super::handshake::{AcceptPolicy, SettledWorld};
-use super::{Address, Connection, Hello, PrivateFolder, Purpose, TransportError};
+use super::hello::{Hello, Purpose};
 use crate::secret::Secret;
+use socket::{inode, listen_private, listen_tcp, listen_unix};
+use state::{Shared, State, Unclaimed};
 
 mod serve;
+mod socket;
+mod state;
 
-/// Length of the system's accept queue; with a shorter one, a burst of connections delays a valid peer by a second.
-const BACKLOG: i32 = 1024;
-
-/// Maximum length of a Unix socket path in bytes: `sun_path` has 108 including the terminating 0.
-pub const UNIX_PATH_BYTES_MAX: usize = 107;
-
-/// Limits of a listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ListenerOptions {
-    /// Maximum number of unauthenticated connections.
-    pub unauthenticated_max: usize,
-    /// Timeout of a handshake.
-    pub handshake_timeout: Duration,
-    /// Maximum number of authenticated connections that nobody has claimed.
-    pub unclaimed_max: usize,
-}
-
-impl Default for ListenerOptions {
-    fn default() -> Self {
-        Self { unauthenticated_max: 64, handshake_timeout: Duration::from_secs(5), unclaimed_max: 1024 }
-    }
-}
-
-/// Where to listen.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ListenAddress {
-    /// On an address of this node; port 0 selects a free port.
-    Tcp(SocketAddr),
-    /// On a path. A missing folder is created for this user only; a stale socket of a killed process is replaced.
-    Unix(PathBuf),
-    /// On a socket in a new [`PrivateFolder`]. If that fails, [`Listener::private_error`] returns the cause, and only
-    /// the other addresses can be used.
-    PrivateUnix,
-}
-
-/// Number of rejected connections of a listener, by reason. The counters only grow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Refusals {
-    /// Dropped in favour of a newer unauthenticated connection.
-    pub evicted: u64,
-    /// Handshake timed out.
-    pub timed_out: u64,
-    /// The peer closed the connection during the handshake.
-    pub disconnected: u64,
-    /// Not this protocol: wrong magic or message length.
-    pub malformed: u64,
-    /// Another version of the protocol.
-    pub version: u64,
-    /// Cannot be decrypted: another secret, a replay or tampering.
-    pub proof: u64,
-    /// Another session.
-    pub session: u64,
-    /// An older epoch, or a process that is too late for the running one.
-    pub old_epoch: u64,
-    /// A newer epoch than this process's own.
-    pub new_epoch: u64,
-    /// A process number that does not exist, or a connection meant for another process.
-    pub process: u64,
-    /// The hello cannot be decoded.
-    pub unreadable: u64,
-    /// Temporary: not started yet, or too many unclaimed connections.
-    pub retry: u64,
-}
-
-impl Refusals {
-    /// Sum of all counters.
-    pub fn total(&self) -> u64 {
-        let handshakes = self.evicted + self.timed_out + self.disconnected + self.malformed + self.version + self.proof;
-        handshakes + self.session + self.old_epoch + self.new_epoch + self.process + self.unreadable + self.retry
-    }
-}
-
-/// An authenticated connection that nobody has claimed yet.
-#[derive(Debug)]
-struct Unclaimed {
-    from: u32,
-    purpose: Purpose,
-    connection: Connection,
-}
-
-/// The state that the thread and the owner share.
-#[derive(Debug)]
-struct State {
-    policy: AcceptPolicy,
-    unclaimed: VecDeque<Unclaimed>,
-    refusals: Refusals,
-    closed: bool,
-}
-
-#[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
-    arrived: Condvar,
-}
-
-impl Shared {
-    fn close(&self) {
-        let mut state = self.state.lock();
-        state.closed = true;
-        state.unclaimed.clear();
-        self.arrived.notify_all();
-    }
-}
+pub use socket::ListenAddress;
+pub use state::{ListenerOptions, Refusals};
 
 /// Accepts connections from the other processes of the job. Dropping it closes it.
 #[derive(Debug)]
@@ -143,13 +46,6 @@ pub struct Listener {
     /// Sockets to unlink, with their inodes: a successor may have replaced the path by then.
     paths: Vec<(PathBuf, u64)>,
     _folders: Vec<PrivateFolder>,
-}
-
-/// A nonblocking listening socket.
-#[derive(Debug)]
-enum Socket {
-    Tcp(TcpListener),
-    Unix(UnixListener),
 }
 
 impl Listener {
@@ -304,61 +200,6 @@ impl Drop for Listener {
             let _ = fs::remove_file(path);
         }
     }
-}
-
-fn listen_failed(address: Address) -> impl Fn(io::Error) -> TransportError {
-    move |cause| TransportError::Listen { address: address.clone(), cause }
-}
-
-fn listen_tcp(address: SocketAddr) -> Result<(Address, Socket), TransportError> {
-    let failed = listen_failed(Address::Tcp(address.to_string()));
-    let listener = TcpListener::bind(address).map_err(&failed)?;
-    set_backlog(&listener).map_err(&failed)?;
-    listener.set_nonblocking(true).map_err(&failed)?;
-    let address = listener.local_addr().map_err(&failed)?;
-    Ok((Address::Tcp(address.to_string()), Socket::Tcp(listener)))
-}
-
-fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Socket)), String> {
-    // Only the error kind: the library's text names a random path below the folder.
-    let folder = PrivateFolder::new("shardflow-");
-    let folder = folder.map_err(|error| format!("cannot make a folder there: {}", error.kind()))?;
-    let path = folder.path().join(format!("{process}.sock"));
-    if path.to_str().is_none() {
-        return Err("not UTF-8, and processes exchange the socket's path as text".into());
-    }
-    if path.as_os_str().len() > UNIX_PATH_BYTES_MAX {
-        return Err(format!("too long: a Unix socket path below it exceeds {UNIX_PATH_BYTES_MAX} bytes"));
-    }
-    listen_unix(&path).map(|bound| (folder, bound)).map_err(|error| error.to_string())
-}
-
-fn listen_unix(path: &Path) -> Result<(Address, Socket), TransportError> {
-    let failed = listen_failed(Address::Unix(path.into()));
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(&failed)?;
-    }
-    let listener = match UnixListener::bind(path) {
-        // Nobody accepts connections there: the owner was killed.
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
-            fs::remove_file(path).and_then(|()| UnixListener::bind(path))
-        }
-        bound => bound,
-    }
-    .map_err(&failed)?;
-    set_backlog(&listener).map_err(&failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(&failed)?;
-    listener.set_nonblocking(true).map_err(&failed)?;
-    Ok((Address::Unix(path.into()), Socket::Unix(listener)))
-}
-
-fn inode(path: &Path) -> Option<u64> {
-    fs::symlink_metadata(path).ok().map(|metadata| metadata.ino())
-}
-
-/// Sets the backlog; the standard library uses 128, and a second `listen` call changes it.
-fn set_backlog(listener: &impl AsFd) -> io::Result<()> {
-    Ok(rustix::net::listen(listener, BACKLOG)?)
 }
 
 #[cfg(test)]

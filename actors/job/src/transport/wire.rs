@@ -19,32 +19,17 @@ const CONFIG: bincode::config::Configuration<
 
 /// A message could not be read or written.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum WireError {
     /// The read or write failed; [`io::ErrorKind::UnexpectedEof`] if the peer closed the connection.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// The message exceeds the limit.
     #[error("a message of {bytes} bytes, the maximum is {bytes_max}")]
-    TooLong {
-        /// Size of the message.
-        bytes: usize,
-        /// Maximum size.
-        bytes_max: usize,
-    },
-    /// The bytes are not a message of the expected type.
+    TooLong { bytes: usize, bytes_max: usize },
     #[error("malformed message: {message}")]
-    Malformed {
-        /// The decoder's error text.
-        message: String,
-    },
-    /// Bytes remain after the message.
+    Malformed { message: String },
     #[error("{left} trailing bytes after a message of {bytes} bytes")]
-    Trailing {
-        /// Size of the message.
-        bytes: usize,
-        /// Number of trailing bytes.
-        left: usize,
-    },
+    Trailing { bytes: usize, left: usize },
 }
 
 impl WireError {

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::{ListenerOptions, Refusals, Shared, Socket, Unclaimed};
+use super::socket::Socket;
+use super::state::{ListenerOptions, Refusals, Shared, Unclaimed};
 use crate::secret::Secret;
-use crate::transport::dial::with_length;
-use crate::transport::handshake::{Acceptor, HANDSHAKE_BYTES_MAX, HandshakeError, Refusal, head};
+use crate::transport::connection::Connection;
+use crate::transport::handshake::{Acceptor, HANDSHAKE_BYTES_MAX, HandshakeError, Refusal, head, with_length};
+use crate::transport::hello::{Hello, Purpose};
 use crate::transport::sealed::Seal;
-use crate::transport::{Connection, Hello, Purpose};
 
 /// Maximum number of connections accepted from one socket per iteration.
 const ACCEPTS_MAX: usize = 64;
@@ -299,25 +300,5 @@ impl PendingConnection {
     /// error.
     fn send(&self, part: &[u8]) -> io::Result<()> {
         (&self.connection).write_all(&with_length(part))
-    }
-}
-
-impl Socket {
-    fn accept(&self) -> io::Result<Connection> {
-        match self {
-            Self::Tcp(listener) => {
-                let (stream, _) = listener.accept()?;
-                stream.set_nodelay(true)?;
-                Ok(stream.into())
-            }
-            Self::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
-        }
-    }
-
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        match self {
-            Self::Tcp(listener) => listener.as_fd(),
-            Self::Unix(listener) => listener.as_fd(),
-        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
 
 use super::*;
 use crate::transport::handshake::{Dialler, GREETING_BYTES, HANDSHAKE_BYTES_MAX, HandshakeError, Refusal, head};
@@ -187,7 +189,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
 #[test]
 fn an_invalid_message_closes_the_connection_at_once() {
     let listener = running_listener(ListenerOptions::default());
-    let greeting = crate::transport::dial::with_length(&Dialler::new(&secret()).unwrap().1);
+    let greeting = crate::transport::handshake::with_length(&Dialler::new(&secret()).unwrap().1);
     let (mut newer, mut forged) = (greeting.clone(), greeting.clone());
     newer[6] += 1;
     forged[20] ^= 1;
@@ -234,14 +236,4 @@ fn the_limits_of_a_listener_hold() {
     listener.wait(1, Purpose::Control, soon()).unwrap();
     connect(address, &secret(), &hello(3, Purpose::Control), soon()).unwrap();
     drop(connections);
-}
-
-#[test]
-fn addresses_survive_a_round_trip_through_text() {
-    for text in ["localhost:80", "[::1]:0", "10.0.0.1:65535", "unix:/run/a b.sock"] {
-        assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
-    }
-    for text in ["", "localhost", ":80", "host:port", "host:65536", "unix:", "/run/socket"] {
-        assert!(matches!(text.parse::<Address>(), Err(TransportError::Address { .. })), "{text}");
-    }
 }

@@ -1,0 +1,96 @@
+//! The state that a listener's thread and its owner share: unclaimed connections and counters.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use crate::transport::connection::Connection;
+use crate::transport::handshake::AcceptPolicy;
+use crate::transport::hello::Purpose;
+
+/// Limits of a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ListenerOptions {
+    /// Maximum number of unauthenticated connections.
+    pub unauthenticated_max: usize,
+    /// Timeout of a handshake.
+    pub handshake_timeout: Duration,
+    /// Maximum number of authenticated connections that nobody has claimed.
+    pub unclaimed_max: usize,
+}
+
+impl Default for ListenerOptions {
+    fn default() -> Self {
+        Self { unauthenticated_max: 64, handshake_timeout: Duration::from_secs(5), unclaimed_max: 1024 }
+    }
+}
+
+/// Number of rejected connections of a listener, by reason. The counters only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Refusals {
+    /// Dropped in favour of a newer unauthenticated connection.
+    pub evicted: u64,
+    /// Handshake timed out.
+    pub timed_out: u64,
+    /// The peer closed the connection during the handshake.
+    pub disconnected: u64,
+    /// Not this protocol: wrong magic or message length.
+    pub malformed: u64,
+    /// Another version of the protocol.
+    pub version: u64,
+    /// Cannot be decrypted: another secret, a replay or tampering.
+    pub proof: u64,
+    /// Another session.
+    pub session: u64,
+    /// An older epoch, or a process that is too late for the running one.
+    pub old_epoch: u64,
+    /// A newer epoch than this process's own.
+    pub new_epoch: u64,
+    /// A process number that does not exist, or a connection meant for another process.
+    pub process: u64,
+    /// The hello cannot be decoded.
+    pub unreadable: u64,
+    /// Temporary: not started yet, or too many unclaimed connections.
+    pub retry: u64,
+}
+
+impl Refusals {
+    /// Sum of all counters.
+    pub fn total(&self) -> u64 {
+        let handshakes = self.evicted + self.timed_out + self.disconnected + self.malformed + self.version + self.proof;
+        handshakes + self.session + self.old_epoch + self.new_epoch + self.process + self.unreadable + self.retry
+    }
+}
+
+/// An authenticated connection that nobody has claimed yet.
+#[derive(Debug)]
+pub(super) struct Unclaimed {
+    pub(super) from: u32,
+    pub(super) purpose: Purpose,
+    pub(super) connection: Connection,
+}
+
+/// The state that the thread and the owner share.
+#[derive(Debug)]
+pub(super) struct State {
+    pub(super) policy: AcceptPolicy,
+    pub(super) unclaimed: VecDeque<Unclaimed>,
+    pub(super) refusals: Refusals,
+    pub(super) closed: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) state: Mutex<State>,
+    pub(super) arrived: Condvar,
+}
+
+impl Shared {
+    pub(super) fn close(&self) {
+        let mut state = self.state.lock();
+        state.closed = true;
+        state.unclaimed.clear();
+        self.arrived.notify_all();
+    }
+}
