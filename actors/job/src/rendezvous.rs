@@ -19,20 +19,15 @@
 //!   wait, and all that join within `report_within`, are refused with its exit code. The first report wins. If process 0 has
 //!   failed, its launcher or its `exit::report` answers instead.
 
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::machine::address_towards;
-use crate::options::{Advertise, REPORT_WITHIN};
-use crate::secret::Secret;
-use crate::transport::{Address, Listener, ListenerOptions, TransportError, resolve, without_zone};
-use facts::{EXECUTABLE, PROCESSES, VERSION};
+use crate::transport::Listener;
 
+pub use config::{RendezvousConfig, local_address};
 pub(crate) use coordinator::refuse_callers;
 pub(crate) use join::send_failure;
 
+mod config;
 mod coordinator;
 pub mod facts;
 #[cfg(any(test, fuzzing))]
@@ -45,71 +40,6 @@ pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, MissingRanks, ProcessLabel, RendezvousError, RendezvousRefusal, Roster,
     ranks,
 };
-
-/// Configuration of one process's rendezvous.
-#[derive(Clone, Debug)]
-pub struct RendezvousConfig {
-    /// Rank, below `processes`.
-    pub process: u32,
-    /// World size.
-    pub processes: u32,
-    /// How many times the process was restarted; the largest count of all processes is the world's epoch.
-    pub restart: u64,
-    /// The address of process 0; the same text for all.
-    pub coordinator: Address,
-    /// The job's secret.
-    pub secret: Secret,
-    /// The program, host and process.
-    pub identity: Identity,
-    /// Further values that must be equal on all processes. A value comes before those that depend on it.
-    pub facts: Vec<Fact>,
-    /// UDP address that receives heartbeats; [`local_address`] selects the local address to bind.
-    pub heartbeat: SocketAddr,
-    /// True if other nodes have processes of this world.
-    pub spans_nodes: bool,
-    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached: see
-    /// [`local_address`].
-    pub interface: Option<SocketAddr>,
-    /// How others reach this process; without it, at the addresses that it listens on.
-    pub advertise: Option<Arc<dyn Advertise>>,
-    /// How long to wait for all others to join, and then again for them to be ready.
-    pub timeout: Duration,
-    /// Interval between reports of the missing ranks.
-    pub report_every: Duration,
-    /// How long to retry while the world already runs: it may be about to end because this process's predecessor failed.
-    pub late_grace: Duration,
-    /// How long to wait for more processes after a conflict, so that they are refused too.
-    pub conflict_grace: Duration,
-    /// How long to report a failure before the start: rank 0 refuses the others, other ranks report to rank 0.
-    pub report_within: Duration,
-    /// Limits of the listener.
-    pub listener: ListenerOptions,
-}
-
-impl RendezvousConfig {
-    /// Defaults for a world of one process: a timeout of five minutes, a report every three seconds.
-    pub fn new(coordinator: Address, secret: Secret, identity: Identity) -> Self {
-        Self {
-            process: 0,
-            processes: 1,
-            restart: 0,
-            coordinator,
-            secret,
-            identity,
-            facts: Vec::new(),
-            heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
-            spans_nodes: false,
-            interface: None,
-            advertise: None,
-            timeout: Duration::from_secs(300),
-            report_every: Duration::from_secs(3),
-            late_grace: Duration::from_secs(10),
-            conflict_grace: Duration::from_secs(2),
-            report_within: REPORT_WITHIN,
-            listener: ListenerOptions::default(),
-        }
-    }
-}
 
 /// Meets the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
 /// connections of its members. Calls `on_waiting` with the missing ranks every `report_every`.
@@ -130,71 +60,6 @@ pub fn rendezvous(
     } else {
         join::join(config, deadline, &mut on_waiting)
     }
-}
-
-/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached. Loopback for
-/// a Unix socket. Retries until the deadline, because the name may be registered after this process has started.
-///
-/// # Errors
-/// [`RendezvousError::NoRoute`] if the coordinator's name has no address or no route leads to it.
-pub fn local_address(
-    coordinator: &Address,
-    interface: Option<SocketAddr>,
-    spans_nodes: bool,
-    deadline: Instant,
-) -> Result<SocketAddr, RendezvousError> {
-    let loopback = (Ipv4Addr::LOCALHOST, 0).into();
-    let (None, Address::Tcp(name)) = (interface, coordinator) else { return Ok(interface.unwrap_or(loopback)) };
-    let no_route = |cause| RendezvousError::NoRoute { coordinator: coordinator.clone(), cause };
-    loop {
-        match address_towards(name, spans_nodes) {
-            Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
-            found => return found.map_err(no_route),
-        }
-    }
-}
-
-fn join_info(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<JoinInfo, RendezvousError> {
-    let Identity { version, binary, node, sockets, cores, host, pid } = config.identity.clone();
-    let (process, restart, heartbeat) = (config.process, config.restart, without_zone(config.heartbeat));
-    let addresses = addresses.into_iter().map(unzoned).collect();
-    let member = Member { process, node, sockets, cores, host, pid, restart, addresses, heartbeat };
-    let mut facts = vec![
-        Fact::new(VERSION, version),
-        Fact::new(EXECUTABLE, format_args!("blake3 {}", blake3::Hash::from_bytes(binary).to_hex())),
-        Fact::new(PROCESSES, config.processes),
-    ];
-    facts.extend_from_slice(&config.facts);
-    let info = JoinInfo { member, facts };
-    info.check()?;
-    Ok(info)
-}
-
-/// The same address without its IPv6 zone, which is valid on this node only.
-fn unzoned(address: Address) -> Address {
-    let zoned = match &address {
-        Address::Tcp(text) if text.contains('%') => resolve(text).ok(),
-        _ => None,
-    };
-    zoned.and_then(|all| all.first().copied()).map_or(address, |own| Address::Tcp(without_zone(own).to_string()))
-}
-
-/// The addresses at which others reach these listening addresses.
-fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Result<Vec<Address>, RendezvousError> {
-    let Some(advertise) = &config.advertise else { return Ok(bound) };
-    let published = |address: &Address| {
-        let failed = |cause| TransportError::Listen { address: address.clone(), cause };
-        advertise.connections(address).map_err(failed)
-    };
-    Ok(bound.iter().map(published).collect::<Result<_, _>>()?)
-}
-
-/// Pause between retries of a call that returns at once.
-const RETRY: Duration = Duration::from_millis(50);
-
-/// True if another process holds the address.
-fn is_in_use(error: &TransportError) -> bool {
-    matches!(error, TransportError::Listen { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse)
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
 //! Reads each launcher's variables.
 
-use std::fmt::Display;
 use std::ops::Range;
 use std::str::FromStr;
 
+use super::context::{LaunchContext, LaunchedBy, World};
+use super::endpoint::Endpoint;
+use super::error::{EnvError, contradiction, invalid};
+use super::names::{Variables, get};
+use super::secret_source::SecretSource;
 use super::slurm::{first_host, tasks_per_node};
-use super::{Endpoint, EnvError, LaunchContext, LaunchedBy, SecretSource, Variables, World, get};
 
 /// Ports that are derived from a job's name. They lie below Linux's ephemeral ports (from 32768) and Kubernetes's service
 /// ports (from 30000).
@@ -124,18 +127,6 @@ impl<'a> Reader<'a> {
 
 fn parse<T: FromStr>(name: &'static str, text: &str) -> Result<T, EnvError> {
     text.parse().map_err(|_| invalid(name, text, "must be a whole number, not negative"))
-}
-
-pub(super) fn invalid(variable: &'static str, value: &str, expected: &str) -> EnvError {
-    EnvError::Invalid { variable, value: value.into(), expected: expected.into() }
-}
-
-pub(super) fn contradiction(
-    (variable, value): (&'static str, impl Display),
-    (other, other_value): (&'static str, impl Display),
-    rule: &'static str,
-) -> EnvError {
-    EnvError::Contradiction { variable, value: value.to_string(), other, other_value: other_value.to_string(), rule }
 }
 
 /// Ranks and sizes of a process, and the variable that the world size came from.

@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::detect::{contradiction, invalid};
-use super::{EnvError, Variables, get};
+use super::error::{EnvError, contradiction, invalid};
+use super::names::{Variables, get};
 use crate::secret::Secret;
 
 /// Largest size of a secret's file, in bytes.

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::secret::ShortSecret;
 
 const SECRET: &str = "0123456789abcdef";
 

@@ -3,7 +3,6 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::{fs, io};
 
-use crate::env::INTERFACE;
 use crate::transport::{Address, resolve};
 
 /// The addresses to which `HOST:PORT` of the first process resolves on this node.
@@ -67,9 +66,8 @@ pub fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
     Some(match outward_address() {
         Some(outward) => format!(
             "{host} resolves to {ip} on this node (see /etc/hosts), which other nodes cannot reach: rank 0 listens on all \
-             addresses, and this node's processes publish {}; set {} to publish another one",
-            outward.ip(),
-            INTERFACE
+             addresses, and this node's processes publish {}; set SHARDFLOW_INTERFACE to publish another one",
+            outward.ip()
         ),
         None => format!("{host} resolves to {ip} on this node, which has no address that other nodes can reach"),
     })

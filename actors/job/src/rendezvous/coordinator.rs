@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use crate::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
 use crate::transport::{Address, Connection, ListenAddress, Listener, Purpose, SessionId, TransportError};
 
-use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, Request};
-use super::{
-    Conflict, JoinInfo, MissingRanks, ProcessLabel, RendezvousConfig, RendezvousError, RendezvousRefusal, Roster,
+use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
+use super::join::join;
+use super::messages::{
+    Answer, Conflict, JoinInfo, MissingRanks, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError,
+    RendezvousRefusal, Request, Roster,
 };
-use super::{RETRY, advertised, is_in_use, join, join_info};
 use crate::exit::Report;
 use crate::machine::Targets;
 
@@ -171,7 +172,7 @@ fn open_tcp(
 /// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all processes as a conflict.
 fn join_as_duplicate(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
-    match join::join(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
+    match join(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
         Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
         _ => error.into(),
     }

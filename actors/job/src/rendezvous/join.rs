@@ -5,13 +5,12 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
-use crate::transport::{
-    Address, Connection, Hello, ListenAddress, Listener, Purpose, Refusal, SessionId, TransportError, connect,
-};
+use crate::transport::{Address, Connection, ListenAddress, Listener, Refusal, TransportError, connect};
 
-use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, RendezvousRefusal, Request};
-use super::{JoinInfo, MissingRanks, RETRY, RendezvousConfig, RendezvousError, Roster};
-use super::{advertised, join_info, local_address};
+use super::config::{RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
+use super::messages::{
+    Answer, JoinInfo, MissingRanks, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
+};
 use crate::exit::Report;
 
 /// Time after the deadline for process 0's report of the missing ranks to arrive.
@@ -73,13 +72,6 @@ pub(crate) fn send_failure(
             }
         }
     }
-}
-
-/// The hello of a process without a session yet. Everything between nodes is encrypted.
-pub(super) fn hello(config: &RendezvousConfig, from: u32) -> Hello {
-    let sealed = matches!(config.coordinator, Address::Tcp(_));
-    let session = SessionId::default();
-    Hello { session, epoch: config.restart, from, to: 0, sealed, purpose: Purpose::Rendezvous }
 }
 
 fn connect_to_coordinator(

@@ -4,12 +4,20 @@ use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{Scope, ScopedJoinHandle, scope};
 
-use crate::transport::{Connection, Hello, ListenAddress, Purpose, SessionId, SettledWorld, connect, wire};
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
 use tempfile::TempDir;
 
+use super::config::{hello, join_info, unzoned};
 use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, Request};
 use super::*;
 use crate::exit::Report;
+use crate::secret::Secret;
+use crate::transport::{
+    Address, Connection, Hello, ListenAddress, ListenerOptions, Purpose, SessionId, SettledWorld, TransportError,
+    connect, wire,
+};
 
 type Outcome = Result<(Roster, Listener), RendezvousError>;
 
@@ -97,7 +105,7 @@ fn label(process: u32) -> ProcessLabel {
 
 /// A process that sends its join request and nothing else.
 fn send_join(config: &RendezvousConfig) -> Connection {
-    let hello = join::hello(config, config.process);
+    let hello = hello(config, config.process);
     let mut connection = connect(&config.coordinator, &config.secret, &hello, soon()).unwrap();
     let info = join_info(config, vec![]).unwrap();
     wire::write_message(&mut connection, &Request::Join(info), REQUEST_BYTES_MAX).unwrap();

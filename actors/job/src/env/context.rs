@@ -1,0 +1,84 @@
+//! What the environment states about this process: its rank, its world and its launcher.
+
+use super::endpoint::Endpoint;
+use super::secret_source::SecretSource;
+
+/// How this process was started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LaunchContext {
+    /// As a single process: no variable indicates others.
+    Local,
+    /// As one of several.
+    World(World),
+}
+
+/// A process's rank and how to reach the other processes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct World {
+    /// Rank of this process, below `processes`.
+    pub process: u32,
+    /// World size, at least 1.
+    pub processes: u32,
+    /// Rank of this process on its node, below `local_processes`.
+    pub local_process: u32,
+    /// Number of processes on this node.
+    pub local_processes: u32,
+    /// Number of this node, if known.
+    pub node: Option<u32>,
+    /// Address that process 0 listens on.
+    pub endpoint: Endpoint,
+    /// The secret shared by the job's processes.
+    pub secret: SecretSource,
+    /// How many times the job was restarted, according to the launcher.
+    pub restart: u64,
+    /// The launcher that set the variables.
+    pub source: LaunchedBy,
+    /// The job's name, for messages. It may differ between nodes.
+    pub run_id: String,
+}
+
+/// The launcher of the processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LaunchedBy {
+    /// `shardflow launch`.
+    Shardflow,
+    /// `torchrun`, or a launcher that sets the same variables.
+    Torchrun,
+    /// `mpirun` of OpenMPI.
+    OpenMpi,
+    /// `srun`.
+    Slurm,
+    /// `mpiexec` of MPICH, or `mpirun` of Intel MPI.
+    Mpich,
+    /// A Kubernetes indexed Job.
+    Kubernetes,
+}
+
+impl LaunchedBy {
+    /// Name for messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            LaunchedBy::Shardflow => "shardflow launch",
+            LaunchedBy::Torchrun => "torchrun",
+            LaunchedBy::OpenMpi => "OpenMPI",
+            LaunchedBy::Slurm => "Slurm",
+            LaunchedBy::Mpich => "MPICH or Intel MPI",
+            LaunchedBy::Kubernetes => "Kubernetes",
+        }
+    }
+
+    /// How to give all processes the same secret with this launcher.
+    pub(super) fn secret_instructions(self) -> &'static str {
+        match self {
+            LaunchedBy::Shardflow => "`shardflow launch` sets one",
+            LaunchedBy::Torchrun => {
+                "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`, with the output of `shardflow secret`; \
+                 in a PyTorchJob, from a Secret"
+            }
+            LaunchedBy::OpenMpi => "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`",
+            LaunchedBy::Slurm => "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`",
+            LaunchedBy::Mpich => "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`",
+            LaunchedBy::Kubernetes => "from a Secret, made with `kubectl create secret generic NAME --from-literal=..`",
+        }
+    }
+}
