@@ -14,7 +14,8 @@ use signal_hook::consts::{SIGINT, SIGUSR1};
 
 use super::cause::Ended;
 use super::children::{AttemptConfig, Child};
-use super::{Event, Job, LaunchError, print_notice};
+use super::job::{Event, Job, print_notice};
+use super::options::LaunchError;
 use crate::exit::{Exit, Report};
 use crate::output;
 
@@ -28,8 +29,6 @@ const UNJOINED_WAIT: Duration = Duration::from_millis(500);
 const ABSENCE_POLL: Duration = Duration::from_millis(500);
 /// Time until a killed process that does not end is abandoned. Only the kernel can delay its end.
 const KILL_WAIT: Duration = Duration::from_secs(10);
-/// Time to read a process's remaining output. Reading takes longer only if another process holds its pipes.
-pub(super) const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
 pub(super) struct Outcome {
     pub(super) ended: Vec<Ended>,

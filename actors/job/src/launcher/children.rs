@@ -5,18 +5,24 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child as Process, Command, Stdio};
 use std::thread;
+use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, waitid};
 use signal_hook::consts::SIGUSR1;
 
 use super::cause::Ended;
+use super::guard::child_command;
+use super::job::{Event, Job, print_notice};
 use super::logs::{Log, pump};
-use super::{Event, Job, LaunchError, guard};
+use super::options::LaunchError;
 use crate::env::Endpoint;
 use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, joining_file, unix_ns};
 use crate::output::{self, OutputQueue};
 use crate::requests::signal_mask;
+
+/// Time to read a process's remaining output. Reading takes longer only if another process holds its pipes.
+const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
 /// The values that all processes of an attempt share.
 pub(super) struct AttemptConfig {
@@ -64,7 +70,7 @@ impl Child {
             LaunchError::Usage(format!("--log-dir: cannot write a log in {}: {error}", folder.display()))
         })?;
         let error_file = job.folder.path().join(format!("error-{}-{rank}.json", config.attempt));
-        let mut command = guard::child_command(&options.helper, &job.program, &options.args);
+        let mut command = child_command(&options.helper, &job.program, &options.args);
         set_environment(&mut command, job, config, local);
         command.env(ERROR_FILE, &error_file).stdin(Stdio::null());
         let copy = || log.file.try_clone().map_err(LaunchError::io("duplicate a log's descriptor"));
@@ -76,7 +82,7 @@ impl Child {
         let mut process = command.spawn().map_err(LaunchError::io("start a process"))?;
         let pid = Pid::from_child(&process);
         if job.guard.report('+', pid).is_err() {
-            super::print_notice("the guard has ended: if the launcher is killed, children of ranks may survive");
+            print_notice("the guard has ended: if the launcher is killed, children of ranks may survive");
         }
         let pumps = start_pumps(&mut process, &log).map_err(LaunchError::io("start a thread"))?;
         let events = job.events.0.clone();
@@ -128,7 +134,7 @@ impl Child {
             Err(_) => Exit::Internal,
         };
         // Its pipes close when the group ends, unless a child has left the group.
-        let _ = self.pumps.recv_timeout(super::attempt::PUMPS_WAIT);
+        let _ = self.pumps.recv_timeout(PUMPS_WAIT);
         let report = Report::read(&self.error_file);
         let error_line = if exit == Exit::Done { None } else { self.log.errors().into_iter().next() };
         self.ended = Some(Ended { rank: self.rank, exit, time_unix_ns, report, error_line, signaled });

@@ -1,0 +1,179 @@
+//! The state that all attempts of a launcher share, and the events that it waits for.
+
+use std::path::PathBuf;
+use std::{io, thread};
+
+use crossbeam_channel::{Receiver, Sender, select};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
+
+use super::cause::Ended;
+use super::guard::{FOLDER_PREFIX, Guard};
+use super::options::{LaunchError, LaunchOptions, check, find_program, variables};
+use crate::departure::Departure;
+use crate::env::{Endpoint, EnvError, SecretSource};
+use crate::exit::{Report, unix_ns};
+use crate::machine::temporary_folder;
+use crate::options::ClusterOptions;
+use crate::output;
+use crate::requests::not_ignored;
+use crate::secret::Secret;
+use crate::transport::PrivateFolder;
+
+/// Capacity of the event queue. A sender waits while the queue is full.
+const EVENTS_MAX: usize = 64;
+
+/// An event that the launcher waits for.
+pub(super) enum Event {
+    /// The process with this local rank ended and has not been reaped.
+    Ended(usize),
+    Signal(u8),
+}
+
+/// The state that all attempts share.
+pub(super) struct Job<'a> {
+    pub(super) options: &'a LaunchOptions,
+    /// Resolved path.
+    pub(super) program: PathBuf,
+    pub(super) run_id: String,
+    /// Unix time in milliseconds.
+    pub(super) began_ms: u64,
+    pub(super) secret: Secret,
+    /// Private folder; removed when the launcher ends.
+    pub(super) folder: PrivateFolder,
+    pub(super) events: (Sender<Event>, Receiver<Event>),
+    pub(super) guard: Guard,
+    /// The exit codes of the attempts so far.
+    pub(super) causes: Vec<u8>,
+    /// How to reach the other nodes, if there are any.
+    departure: Option<Departure>,
+    /// Reporting threads hold clones of the sender, so the receiver is disconnected when all reports are sent.
+    reports: (Sender<()>, Receiver<()>),
+}
+
+/// Waits until `done` has a value or is disconnected, or a signal other than SIGUSR1 arrives.
+pub(super) fn wait_until_done_or_signal<T>(done: &Receiver<T>, events: &Receiver<Event>) -> Option<T> {
+    loop {
+        select! {
+            recv(done) -> value => return value.ok(),
+            recv(events) -> event => match event {
+                Ok(Event::Signal(signal)) if i32::from(signal) != SIGUSR1 => return None,
+                _ => {}
+            },
+        }
+    }
+}
+
+pub(super) fn print_notice(text: &str) {
+    output::stderr().line(&format!("shardflow: {text}"));
+}
+
+impl<'a> Job<'a> {
+    pub(super) fn prepare(options: &'a LaunchOptions, departure: Option<Departure>) -> Result<Job<'a>, LaunchError> {
+        // Comes first: process 1 of a container ignores signals without a handler.
+        let events = crossbeam_channel::bounded(EVENTS_MAX);
+        watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
+        check(options)?;
+        let program = find_program(options)?;
+        let variables = variables(options);
+        ClusterOptions::read(&variables).map_err(|error| match &error {
+            EnvError::Option { name, .. } if options.variables.iter().any(|(given, _)| given == name) => {
+                let flag = name.trim_start_matches("SHARDFLOW_").replace('_', "-").to_lowercase();
+                LaunchError::Refused(format!("--{flag}: {error}"))
+            }
+            _ => error.into(),
+        })?;
+        let secret = match SecretSource::find(&variables)? {
+            Some(source) => source.read()?,
+            None if options.nodes > 1 => {
+                return Err(LaunchError::Refused(format!(
+                    "{} nodes need a secret: set SHARDFLOW_SECRET to the same text of at least 16 characters on each; \
+                     make one with: export SHARDFLOW_SECRET=$(shardflow secret)",
+                    options.nodes
+                )));
+            }
+            None => random_secret()?,
+        };
+        let run_id = match &options.run_id {
+            Some(name) => name.clone(),
+            // Seconds sort logs by time; random characters distinguish jobs that start in the same second.
+            None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
+        };
+        let folder = temporary_folder(FOLDER_PREFIX).map_err(|error| LaunchError::Refused(error.to_string()))?;
+        let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
+        let began_ms = unix_ns() / 1_000_000;
+        let (causes, reports) = (Vec::new(), crossbeam_channel::bounded(0));
+        Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
+    }
+
+    /// Reports the failure of a process before the rendezvous to the other nodes, on a thread of its own.
+    pub(super) fn report(&self, ended: &Ended) {
+        let report = ended.report();
+        let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
+        let pending = self.reports.0.clone();
+        let send = move || {
+            departure.report(report.rank..report.rank + 1, &report);
+            drop(pending);
+        };
+        // If the thread cannot start, the other nodes wait until their timeout.
+        let _ = thread::Builder::new().name("report".into()).spawn(send);
+    }
+
+    /// Reports to the other nodes that no process of this node joins. Returns true if a process there waits for them.
+    pub(super) fn is_missed(&self, report: Report) -> bool {
+        let Some(departure) = self.departure.clone() else { return false };
+        print_notice("no process of this node has joined the other nodes; reporting it to those that wait");
+        let ranks = report.rank..report.rank + self.options.local_processes;
+        let (sender, missed) = crossbeam_channel::bounded(1);
+        thread::spawn(move || sender.send(departure.report(ranks, &report)));
+        wait_until_done_or_signal(&missed, &self.events.1).unwrap_or(false)
+    }
+
+    /// Waits until all reports are sent, or a signal arrives.
+    pub(super) fn wait_for_reports(&mut self) {
+        let (sender, done) = std::mem::replace(&mut self.reports, crossbeam_channel::bounded(0));
+        // The reporting threads hold the other senders.
+        drop(sender);
+        wait_until_done_or_signal(&done, &self.events.1);
+    }
+
+    pub(super) fn progress_file(&self) -> PathBuf {
+        self.folder.path().join("progress")
+    }
+
+    /// The rendezvous endpoint of an attempt. Each attempt has a Unix socket of its own, because an old one may be left over.
+    pub(super) fn endpoint(&self, attempt: u64) -> Result<Endpoint, LaunchError> {
+        match &self.options.endpoint {
+            Some(endpoint) => Ok(endpoint.clone()),
+            None => {
+                let path = self.folder.path().join(format!("meet-{attempt}"));
+                let refused = |expected, fix| {
+                    let path = path.display();
+                    let message =
+                        format!("cannot use {path} for the rendezvous: expected {expected}; set TMPDIR to {fix}");
+                    LaunchError::Refused(message)
+                };
+                let text = path.to_str().ok_or_else(|| refused("UTF-8", "a path in UTF-8"))?;
+                Endpoint::parse(&format!("unix:{text}")).map_err(|expected| refused(expected, "a shorter path"))
+            }
+        }
+    }
+}
+
+fn random_secret() -> Result<Secret, LaunchError> {
+    Secret::random().map_err(|e| LaunchError::Io { action: "make a secret".into(), source: io::Error::other(e) })
+}
+
+/// Starts the thread that sends an event for each signal. A signal that was ignored at the start, as under `nohup`, stays
+/// ignored, except SIGTERM and SIGUSR1.
+fn watch_signals(events: Sender<Event>) -> io::Result<()> {
+    let watched = not_ignored(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT]);
+    let mut signals = signal_hook::iterator::Signals::new(watched)?;
+    let forward = move || {
+        for signal in signals.forever() {
+            if events.send(Event::Signal(signal as u8)).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(forward).map(drop)
+}
