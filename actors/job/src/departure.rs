@@ -45,9 +45,6 @@ impl Departure {
 /// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the rendezvous,
 /// for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it connects to the
 /// rendezvous endpoint, or as rank 0 refuses those that connect to it. Only the first report of a process is kept.
-///
-/// # Errors
-/// The report cannot be written.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
     let path = env::var_os(ERROR_FILE);
     if path.as_ref().is_some_and(|path| Path::new(path).exists()) {

@@ -54,49 +54,53 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// Every exit that has exactly one code.
-    pub const NAMED: [Exit; 12] = [
-        Exit::Done,
-        Exit::Usage,
-        Exit::BadData,
-        Exit::PeerUnavailable,
-        Exit::Internal,
-        Exit::OutOfMemory,
-        Exit::CannotWrite,
-        Exit::Retry,
-        Exit::Protocol,
-        Exit::Refused,
-        Exit::Hang,
-        Exit::Numerics,
-    ];
+    /// The code, and its meaning if the exit has exactly one code.
+    fn parts(self) -> (u8, Option<&'static str>) {
+        match self {
+            Exit::Done => (0, Some("done")),
+            Exit::Usage => (2, Some("usage")),
+            Exit::BadData => (65, Some("bad data or checkpoint")),
+            Exit::PeerUnavailable => (69, Some("peer unavailable")),
+            Exit::Internal => (70, Some("internal")),
+            Exit::OutOfMemory => (71, Some("out of memory")),
+            Exit::CannotWrite => (73, Some("cannot write a checkpoint")),
+            Exit::Retry => (75, Some("retry")),
+            Exit::Protocol => (76, Some("protocol or authentication")),
+            Exit::Refused => (78, Some("plan or configuration refused")),
+            Exit::Hang => (79, Some("hang")),
+            Exit::Numerics => (80, Some("numerics")),
+            Exit::Signal(signal) => (128 | signal, None),
+            Exit::Other(code) => (code, None),
+        }
+    }
 
     /// The exit code.
     pub fn code(self) -> u8 {
-        match self {
-            Exit::Done => 0,
-            Exit::Usage => 2,
-            Exit::BadData => 65,
-            Exit::PeerUnavailable => 69,
-            Exit::Internal => 70,
-            Exit::OutOfMemory => 71,
-            Exit::CannotWrite => 73,
-            Exit::Retry => 75,
-            Exit::Protocol => 76,
-            Exit::Refused => 78,
-            Exit::Hang => 79,
-            Exit::Numerics => 80,
-            Exit::Signal(signal) => 128 | signal,
-            Exit::Other(code) => code,
-        }
+        self.parts().0
     }
 
     /// The meaning of a code: the inverse of [`Exit::code`].
     pub fn from_code(code: u8) -> Exit {
-        match Exit::NAMED.into_iter().find(|exit| exit.code() == code) {
+        use Exit::*;
+        let named = [
+            Done,
+            Usage,
+            BadData,
+            PeerUnavailable,
+            Internal,
+            OutOfMemory,
+            CannotWrite,
+            Retry,
+            Protocol,
+            Refused,
+            Hang,
+            Numerics,
+        ];
+        match named.into_iter().find(|exit| exit.code() == code) {
             Some(exit) => exit,
             // Linux has signals 1 to 64.
-            None if (129..=192).contains(&code) => Exit::Signal(code - 128),
-            None => Exit::Other(code),
+            None if (129..=192).contains(&code) => Signal(code - 128),
+            None => Other(code),
         }
     }
 
@@ -130,26 +134,14 @@ impl Exit {
 
 impl fmt::Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let meaning = match self {
-            Exit::Done => "done",
-            Exit::Usage => "usage",
-            Exit::BadData => "bad data or checkpoint",
-            Exit::PeerUnavailable => "peer unavailable",
-            Exit::Internal => "internal",
-            Exit::OutOfMemory => "out of memory",
-            Exit::CannotWrite => "cannot write a checkpoint",
-            Exit::Retry => "retry",
-            Exit::Protocol => "protocol or authentication",
-            Exit::Refused => "plan or configuration refused",
-            Exit::Hang => "hang",
-            Exit::Numerics => "numerics",
-            Exit::Signal(signal) => match signal_hook::low_level::signal_name(i32::from(*signal)) {
-                Some(name) => name,
-                None => return write!(f, "signal {signal}"),
+        match (self, self.parts()) {
+            (_, (code, Some(meaning))) => write!(f, "code {code}: {meaning}"),
+            (Exit::Signal(signal), (code, _)) => match signal_hook::low_level::signal_name(i32::from(*signal)) {
+                Some(name) => write!(f, "code {code}: {name}"),
+                None => write!(f, "signal {signal}"),
             },
-            Exit::Other(_) => return write!(f, "code {}", self.code()),
-        };
-        write!(f, "code {}: {meaning}", self.code())
+            (_, (code, None)) => write!(f, "code {code}"),
+        }
     }
 }
 
@@ -180,9 +172,6 @@ pub struct Report {
 
 impl Report {
     /// Writes the report atomically.
-    ///
-    /// # Errors
-    /// The folder cannot be written.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         write_atomically(path, &serde_json::to_vec(self)?)
     }
@@ -237,9 +226,6 @@ pub fn own_rank() -> u32 {
 
 /// Reports to the launcher that `step` is committed, so that it can detect restarts without progress. Does nothing if
 /// [`PROGRESS_FILE`] is not set.
-///
-/// # Errors
-/// The file cannot be written.
 pub fn progress(step: u64) -> io::Result<()> {
     match env::var_os(PROGRESS_FILE) {
         Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),

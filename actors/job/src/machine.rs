@@ -26,9 +26,6 @@ pub struct TemporaryError {
 }
 
 /// Creates a folder below `TMPDIR` that only this user can access; it is removed when the value is dropped.
-///
-/// # Errors
-/// [`TemporaryError`].
 pub fn temporary_folder(prefix: &str) -> Result<PrivateFolder, TemporaryError> {
     // The error of `PrivateFolder` names a random path below `TMPDIR`.
     PrivateFolder::new(prefix).map_err(|error| TemporaryError { folder: env::temp_dir(), cause: error.kind() })

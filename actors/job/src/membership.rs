@@ -126,9 +126,6 @@ impl MembershipConfig {
 }
 
 /// Binds a heartbeat socket to an address of this node; with port 0 the system chooses a port.
-///
-/// # Errors
-/// If the address cannot be bound.
 pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::bind(address)
 }
@@ -148,10 +145,6 @@ pub struct Membership {
 
 impl Membership {
     /// Joins the session; blocks until all peers have joined.
-    ///
-    /// # Errors
-    /// [`MembershipError::Config`], [`MembershipError::Io`], [`MembershipError::Missing`] and
-    /// [`MembershipError::Closed`] with the peers, or [`MembershipError::Ended`] if a peer failed during the start.
     pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
         config.check()?;
         let MembershipConfig { process, processes, session, epoch, key, .. } = config;
@@ -191,9 +184,6 @@ impl Membership {
     }
 
     /// Sends a message to all peers; stops at the first error.
-    ///
-    /// # Errors
-    /// Those of [`Membership::send`].
     pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
         let peers = (0..self.shared.processes).filter(|p| *p != self.shared.own);
         peers.into_iter().try_for_each(|to| self.send(to, topic, bytes.to_vec()))

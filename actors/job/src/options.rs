@@ -27,18 +27,6 @@ pub enum Transport {
     Tcp,
 }
 
-impl Transport {
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "auto" => Some(Self::Auto),
-            "shared-memory" => Some(Self::SharedMemory),
-            "unix" => Some(Self::Unix),
-            "tcp" => Some(Self::Tcp),
-            _ => None,
-        }
-    }
-}
-
 /// The engine that runs collectives between processes. Registers always use the [`Transport`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Collectives {
@@ -48,16 +36,6 @@ pub enum Collectives {
     /// MPI for groups whose members are all in different processes, `Own` for other groups. Sums agree with those of
     /// `Own` within rounding. Needs the feature `mpi` and processes started by `mpirun`.
     Mpi,
-}
-
-impl Collectives {
-    fn parse(text: &str) -> Option<Self> {
-        match text {
-            "own" => Some(Self::Own),
-            "mpi" => Some(Self::Mpi),
-            _ => None,
-        }
-    }
 }
 
 /// Default time to report a failure before the start.
@@ -164,16 +142,20 @@ impl ClusterOptions {
     }
 
     /// Reads the options from these variables.
-    ///
-    /// # Errors
-    /// [`EnvError::Option`].
     pub fn read(variables: &Variables) -> Result<Self, EnvError> {
         let mut options = Self::default();
-        let transport = read(variables, TRANSPORT, "auto, shared-memory, unix or tcp", Transport::parse)?;
+        let transports = [
+            ("auto", Transport::Auto),
+            ("shared-memory", Transport::SharedMemory),
+            ("unix", Transport::Unix),
+            ("tcp", Transport::Tcp),
+        ];
+        let transport = read(variables, TRANSPORT, "auto, shared-memory, unix or tcp", one_of(&transports))?;
         options.transport = transport.unwrap_or_default();
-        options.collectives = read(variables, COLLECTIVES, "own or mpi", Collectives::parse)?.unwrap_or_default();
-        let switch = |text: &str| ["off", "on"].iter().position(|word| *word == text).map(|on| on == 1);
-        options.encrypt = read(variables, ENCRYPT, "on or off", switch)?.unwrap_or(options.encrypt);
+        let engines = [("own", Collectives::Own), ("mpi", Collectives::Mpi)];
+        options.collectives = read(variables, COLLECTIVES, "own or mpi", one_of(&engines))?.unwrap_or_default();
+        let switch = [("on", true), ("off", false)];
+        options.encrypt = read(variables, ENCRYPT, "on or off", one_of(&switch))?.unwrap_or(options.encrypt);
         options.interface = read(variables, INTERFACE, "an IP address, such as 10.0.0.1 or fe80::1%eth0", parse_ip)?;
         let advertise =
             read(variables, ADVERTISE, "a host name or an IP address, without a port", AdvertisedHost::parse)?;
@@ -197,6 +179,11 @@ impl ClusterOptions {
 
 /// Largest value of a variable in milliseconds; a longer time is a mistake.
 const DAY_MS: u64 = 86_400_000;
+
+/// Returns a parser that accepts these words.
+fn one_of<T: Copy>(words: &[(&str, T)]) -> impl Fn(&str) -> Option<T> {
+    |text| words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value)
+}
 
 /// Parses a variable, if it is set and not empty.
 fn read<T>(

@@ -39,7 +39,7 @@ struct Shared {
     changed: Condvar,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<(OutputKind, Vec<u8>)>,
     progress_bytes: usize,
@@ -59,16 +59,7 @@ struct State {
 impl OutputQueue {
     /// Starts the thread that writes to `to`. It ends with the process.
     pub fn new(to: impl Write + Send + 'static) -> Self {
-        let state = State {
-            waiting: VecDeque::new(),
-            progress_bytes: 0,
-            record_bytes: 0,
-            dropped: 0,
-            is_writing: false,
-            ends_line: true,
-            is_closed: false,
-            error: None,
-        };
+        let state = State { ends_line: true, ..State::default() };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let own = shared.clone();
         thread::spawn(move || own.write(to));
@@ -195,9 +186,6 @@ pub fn finish(limit: Option<Duration>) {
 }
 
 /// True if a file is empty or its last line has an end. A killed process may leave an incomplete line.
-///
-/// # Errors
-/// The file cannot be read.
 pub fn ends_line(file: &File) -> io::Result<bool> {
     let mut last = [b'\n'];
     if let Some(before) = file.metadata()?.len().checked_sub(1) {

@@ -37,18 +37,15 @@ mod join;
 mod messages;
 
 pub use messages::{
-    Conflict, Fact, Identity, JoinInfo, Member, MissingRanks, ProcessLabel, RendezvousError, RendezvousRefusal, Roster,
-    ranks,
+    Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
 
 /// Meets the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
-/// connections of its members. Calls `on_waiting` with the missing ranks every `report_every`.
-///
-/// # Errors
-/// See [`RendezvousError`]. Returns at most a few seconds after `timeout`.
+/// connections of its members. Calls `on_waiting` with a line that names the missing ranks every `report_every`.
+/// Returns at most a few seconds after `timeout`.
 pub fn rendezvous(
     config: &RendezvousConfig,
-    mut on_waiting: impl FnMut(&MissingRanks),
+    mut on_waiting: impl FnMut(&str),
 ) -> Result<(Roster, Listener), RendezvousError> {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);

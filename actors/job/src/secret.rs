@@ -31,9 +31,6 @@ pub struct RandomError(String);
 
 impl Secret {
     /// Makes a secret from a text; ignores surrounding white space.
-    ///
-    /// # Errors
-    /// The text is shorter than [`SECRET_CHARS_MIN`].
     pub fn new(text: &str) -> Result<Self, ShortSecret> {
         let text = text.trim();
         match text.chars().count() {
@@ -43,9 +40,6 @@ impl Secret {
     }
 
     /// A new secret: 32 random bytes in hexadecimal.
-    ///
-    /// # Errors
-    /// The system returns no random numbers.
     pub fn random() -> Result<Self, RandomError> {
         let text: String = random::<32>()?.iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { key: blake3::derive_key(CONTEXT, text.as_bytes()), text })
@@ -74,6 +68,12 @@ impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Secret({} characters)", self.text.chars().count())
     }
+}
+
+/// The secret of unit tests.
+#[cfg(test)]
+pub(crate) fn sample() -> Secret {
+    Secret::new("a secret of these tests").unwrap()
 }
 
 /// Random bytes from the system.

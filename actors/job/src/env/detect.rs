@@ -15,9 +15,6 @@ use super::slurm::{first_host, tasks_per_node};
 pub const DERIVED_PORTS: Range<u16> = 20000..30000;
 
 /// Detects how a process with these variables was started.
-///
-/// # Errors
-/// Some variables are missing, contradict each other or are invalid; several processes have no secret.
 pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
     let Some((source, found)) = find_launcher(variables) else { return Ok(LaunchContext::Local) };
     let vars = Reader { variables, found };
@@ -55,7 +52,6 @@ const MPICH: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALN
 const OPENMPI: [&str; 4] =
     ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
 
-/// Variables that identify a launcher.
 fn markers(source: LaunchedBy) -> &'static [&'static str] {
     match source {
         LaunchedBy::Shardflow => &SHARDFLOW,

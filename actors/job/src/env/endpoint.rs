@@ -98,10 +98,9 @@ fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
 
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Endpoint::Tcp { host, port } if host.contains(':') => write!(f, "tcp://[{host}]:{port}"),
-            Endpoint::Tcp { host, port } => write!(f, "tcp://{host}:{port}"),
-            Endpoint::Unix(path) => write!(f, "unix:{}", path.display()),
+        match self.address() {
+            Address::Tcp(address) => write!(f, "tcp://{address}"),
+            unix => unix.fmt(f),
         }
     }
 }

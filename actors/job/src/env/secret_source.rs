@@ -20,9 +20,6 @@ pub enum SecretSource {
 
 impl SecretSource {
     /// Finds the secret in the variables, if any.
-    ///
-    /// # Errors
-    /// Both variables are set, or the text is too short.
     pub fn find(variables: &Variables) -> Result<Option<SecretSource>, EnvError> {
         match (get(variables, "SHARDFLOW_SECRET"), get(variables, "SHARDFLOW_SECRET_FILE")) {
             (None, None) => Ok(None),
@@ -36,9 +33,6 @@ impl SecretSource {
     }
 
     /// Returns the secret; reads it from the file if needed.
-    ///
-    /// # Errors
-    /// The file cannot be read, is too large, or its text is too short.
     pub fn read(&self) -> Result<Secret, EnvError> {
         let path = match self {
             SecretSource::Text(secret) => return Ok(secret.clone()),

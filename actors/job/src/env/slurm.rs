@@ -3,31 +3,15 @@
 /// Largest number of nodes that is accepted.
 const NODES_MAX: usize = 1 << 16;
 
-/// The first host of a list such as `node[01-03,7],other`. Checks the whole list.
-///
-/// # Errors
-/// The syntax error in the list.
+/// The first host of a list such as `node[01-03,7],other`, or the syntax error in the list.
 pub fn first_host(list: &str) -> Result<String, &'static str> {
-    let (mut first, mut start, mut in_brackets) = (None, 0, false);
-    for (i, byte) in list.bytes().chain([b',']).enumerate() {
-        match byte {
-            b'[' if in_brackets => return Err("a nested bracket"),
-            b'[' => in_brackets = true,
-            b']' if !in_brackets => return Err("an unmatched closing bracket"),
-            b']' => in_brackets = false,
-            b',' if !in_brackets => {
-                let host = first_of_item(&list[start..i])?;
-                first.get_or_insert(host);
-                start = i + 1;
-            }
-            _ => {}
-        }
-    }
-    match first {
-        _ if in_brackets => Err("an unclosed bracket"),
-        Some(host) => Ok(host),
-        None => Err("no host"),
-    }
+    let mut in_brackets = false;
+    let ends_item = |c| {
+        in_brackets = c == '[' || in_brackets && c != ']';
+        c == ',' && !in_brackets
+    };
+    let hosts: Vec<String> = list.split(ends_item).map(first_of_item).collect::<Result<_, _>>()?;
+    Ok(hosts.into_iter().next().unwrap_or_default())
 }
 
 /// The first host of an item without outer commas, such as `rack[1-2]node[01-03,7]`.
@@ -35,20 +19,21 @@ fn first_of_item(item: &str) -> Result<String, &'static str> {
     let (mut host, mut rest) = (String::new(), item);
     while let Some((before, after)) = rest.split_once('[') {
         let (ranges, after) = after.split_once(']').ok_or("an unclosed bracket")?;
-        host += before;
-        let mut lows = Vec::new();
-        for range in ranges.split(',') {
-            lows.push(low_of_range(range)?);
+        if ranges.contains('[') {
+            return Err("a nested bracket");
         }
-        host += lows[0];
+        let lows = ranges.split(',').map(low_of_range).collect::<Result<Vec<_>, _>>()?;
+        host.extend([before, lows[0]]);
         rest = after;
     }
     host += rest;
-    if host.is_empty() {
-        return Err("an empty name");
-    }
     let is_part = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
-    if host.bytes().all(is_part) { Ok(host) } else { Err("an invalid character in a name") }
+    match host.bytes().find(|b| !is_part(*b)) {
+        Some(b']') => Err("an unmatched closing bracket"),
+        Some(_) => Err("an invalid character in a name"),
+        None if host.is_empty() => Err("an empty name"),
+        None => Ok(host),
+    }
 }
 
 /// `01` of `01-03` or `01`. Leading zeros are part of the name.

@@ -35,7 +35,6 @@ impl fmt::Display for FirstCause {
     }
 }
 
-/// The kind of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
     /// The reporter itself failed.
@@ -44,7 +43,6 @@ pub(crate) enum Kind {
     Lost,
 }
 
-/// One process's report of a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Report {
     pub(crate) by: u32,
@@ -84,13 +82,11 @@ impl Arbiter {
         self.closed = true;
     }
 
-    /// Creates a report of a failure of this process.
     pub(crate) fn own_failure(&self, cause: String, exit: u8) -> Report {
         let follows = self.reports.values().any(|r| r.kind == Kind::Failed && r.by != self.own);
         Report { by: self.own, about: self.own, kind: Kind::Failed, follows, cause, exit }
     }
 
-    /// Creates a report that this process has lost another one.
     pub(crate) fn own_symptom(&self, about: u32, cause: String, exit: u8) -> Report {
         let follows = self.reports.values().any(|r| r.about != about);
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }

@@ -16,7 +16,6 @@ const HEADER_BYTES_MAX: usize = CAUSE_BYTES_MAX + 256;
 const CONFIG: Configuration<LittleEndian, Fixint, Limit<HEADER_BYTES_MAX>> =
     bincode::config::legacy().with_limit::<HEADER_BYTES_MAX>();
 
-/// One control message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ControlMessage {
     pub(crate) body: Body,
@@ -49,7 +48,7 @@ impl From<Body> for ControlMessage {
 impl ControlMessage {
     pub(crate) fn write(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.payload.len());
-        // Writing to a vector does not fail, and `truncate` keeps texts within the limit.
+        // Writing to a vector does not fail, and `truncated` keeps texts within the limit.
         let _ = bincode::serde::encode_into_std_write(&self.body, &mut bytes, CONFIG);
         bytes.extend_from_slice(&self.payload);
         bytes
@@ -68,11 +67,8 @@ impl ControlMessage {
 }
 
 /// The text within [`CAUSE_BYTES_MAX`].
-pub(crate) fn truncate(mut cause: String) -> String {
-    if cause.len() > CAUSE_BYTES_MAX {
-        let end = (0..=CAUSE_BYTES_MAX).rev().find(|i| cause.is_char_boundary(*i)).unwrap_or(0);
-        cause.truncate(end);
-    }
+pub(crate) fn truncated(mut cause: String) -> String {
+    cause.truncate(cause.floor_char_boundary(CAUSE_BYTES_MAX));
     cause
 }
 
@@ -95,7 +91,7 @@ mod tests {
 
     #[test]
     fn messages_arrive_as_sent() {
-        let cause = truncate("é".repeat(CAUSE_BYTES_MAX));
+        let cause = truncated("é".repeat(CAUSE_BYTES_MAX));
         let longest = ControlMessage::from(Body::Failed { follows: true, cause, exit: 71 });
         let largest = ControlMessage { body: Body::Message { topic: 1 }, payload: vec![1; MESSAGE_BYTES_MAX] };
         for message in all().into_iter().chain([longest, largest]) {

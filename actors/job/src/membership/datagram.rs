@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 
-/// Size of a datagram in bytes.
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
 const MAGIC: [u8; 4] = *b"SFHB";
@@ -15,20 +14,17 @@ const MAC: usize = 16;
 /// Value of `lost` without a lost process.
 const NO_PROCESS: u32 = u32::MAX;
 
-/// The content of a heartbeat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Heartbeat {
     pub(crate) epoch: u64,
     pub(crate) process: u32,
     /// Counts up from 1 within an epoch.
     pub(crate) sequence: u64,
-    /// The process's current step.
     pub(crate) step: u64,
     /// The process that the sender has lost, which is the reason for its end.
     pub(crate) lost: Option<u32>,
 }
 
-/// Why a datagram was rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rejection {
     /// Wrong size, magic or version, or a process that is not in this world.

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// The result of a tick.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
     /// Silent for half the deadline; only logged.
@@ -33,7 +32,6 @@ struct Peer {
     health: PeerHealth,
 }
 
-/// The failure detector of one process.
 #[derive(Debug)]
 pub(crate) struct Detector {
     deadline: Duration,
@@ -48,7 +46,6 @@ impl Detector {
         Self { deadline, peers: peers.into_iter().map(alive).collect(), last_tick: now }
     }
 
-    /// Records a heartbeat.
     pub(crate) fn receive(&mut self, process: u32, now: Duration) {
         if let Some(peer) = self.peers.get_mut(&process) {
             peer.last_heartbeat = peer.last_heartbeat.max(now);

@@ -27,7 +27,6 @@ pub(crate) struct HeartbeatThread {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Starts the heartbeat thread.
 pub(crate) fn start(
     shared: Arc<Shared>,
     codec: Codec,

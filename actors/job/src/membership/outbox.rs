@@ -12,10 +12,8 @@ use super::control_message::{Body, ControlMessage};
 
 /// Messages that wait for one peer.
 pub(crate) const MESSAGES_MAX: u64 = 1024;
-/// Their bytes.
 pub(crate) const BYTES_MAX: u64 = 4 << 20;
 
-/// Messages that wait.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Count {
     pub(crate) messages: u64,
@@ -31,7 +29,6 @@ pub(crate) enum Unsent {
     Full(Count),
 }
 
-/// A control message that waits.
 #[derive(Debug)]
 pub(crate) struct Queued {
     pub(crate) bytes: Vec<u8>,
@@ -39,14 +36,12 @@ pub(crate) struct Queued {
     message_bytes: Option<u64>,
 }
 
-/// The sending side.
 #[derive(Debug)]
 pub(crate) struct Outbox {
     messages: UnboundedSender<Queued>,
     count: Arc<Mutex<Count>>,
 }
 
-/// The writing side.
 #[derive(Debug)]
 pub(crate) struct Waiting {
     messages: UnboundedReceiver<Queued>,

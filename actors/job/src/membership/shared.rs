@@ -8,7 +8,7 @@ use crossbeam_channel::Sender;
 use parking_lot::{Condvar, Mutex};
 
 use super::cause::{Arbiter, FirstCause, Kind, Report};
-use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX, truncate};
+use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX, truncated};
 use super::datagram::{Heartbeat, Rejection};
 use super::detector::{Detector, Event, PeerHealth};
 use super::error::MembershipError;
@@ -19,15 +19,15 @@ use crate::exit::Exit;
 /// Maximum number of peer messages that the application has not read yet.
 pub(crate) const NOTICES_MAX: usize = 4096;
 
-/// State of the control connection to a peer.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 enum ControlState {
+    #[default]
     Joining,
     Open(Outbox),
     Closed,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Peer {
     control: ControlState,
     left: bool,
@@ -67,20 +67,8 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<MembershipEvent>) -> Self {
-        let peer = |process| {
-            let peer = Peer {
-                control: ControlState::Joining,
-                left: false,
-                urgent_sent: 0,
-                urgent_acknowledged: 0,
-                urgent_received: 0,
-                step: 0,
-                last_heartbeat: None,
-            };
-            (process, peer)
-        };
         let state = State {
-            peers: (0..processes).filter(|p| *p != own).map(peer).collect(),
+            peers: (0..processes).filter(|p| *p != own).map(|p| (p, Peer::default())).collect(),
             arbiter: Arbiter::new(own, processes, grace),
             detector: None,
             first: None,
@@ -127,7 +115,6 @@ impl Shared {
         }
     }
 
-    /// Records that the control connection to a peer is ready.
     pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
         if let Some(peer) = self.state.lock().peers.get_mut(&process) {
             peer.control = ControlState::Open(outbox);
@@ -208,7 +195,6 @@ impl Shared {
         (state.first.is_none() || lost.is_some()).then(|| (self.step.load(Ordering::Relaxed), lost))
     }
 
-    /// Processes a received heartbeat.
     pub(crate) fn receive_heartbeat(&self, heartbeat: Heartbeat) {
         let mut state = self.state.lock();
         let (now, by) = (self.now(), heartbeat.process);
@@ -230,7 +216,6 @@ impl Shared {
         }
     }
 
-    /// Counts a rejected datagram.
     pub(crate) fn reject(&self, rejection: Rejection) {
         self.count(|c| {
             let counter = match rejection {
@@ -244,16 +229,11 @@ impl Shared {
             *counter += 1;
         });
         if rejection == Rejection::NewerEpoch {
-            self.fail_fenced();
+            let cause = format!("fenced: it belongs to epoch {}, but a newer epoch has begun", self.epoch);
+            self.fail(cause, Exit::Retry.code());
         }
     }
 
-    fn fail_fenced(&self) {
-        let cause = format!("fenced: it belongs to epoch {}, but a newer epoch has begun", self.epoch);
-        self.fail(cause, Exit::Retry.code());
-    }
-
-    /// Checks heartbeats and the grace window.
     pub(crate) fn tick(&self) {
         let mut state = self.state.lock();
         let now = self.now();
@@ -284,14 +264,13 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Reports a failure of this process.
     pub(crate) fn fail(&self, cause: String, exit: u8) {
         let mut state = self.state.lock();
         self.fail_locked(&mut state, cause, exit);
     }
 
     fn fail_locked(&self, state: &mut State, cause: String, exit: u8) {
-        let cause = truncate(cause);
+        let cause = truncated(cause);
         let report = state.arbiter.own_failure(cause.clone(), exit);
         let body = Body::Failed { follows: report.follows, cause, exit };
         if state.arbiter.report(self.now(), report) {
@@ -300,7 +279,6 @@ impl Shared {
         self.decide(state);
     }
 
-    /// Reports a symptom of a lost peer, such as a broken connection.
     pub(crate) fn suspect(&self, process: u32, cause: String) {
         let mut state = self.state.lock();
         self.report_lost(&mut state, process, cause);
@@ -311,7 +289,7 @@ impl Shared {
         if state.peers.get(&about).is_none_or(|p| p.left) {
             return;
         }
-        let cause = truncate(cause);
+        let cause = truncated(cause);
         let report = state.arbiter.own_symptom(about, cause.clone(), Exit::PeerUnavailable.code());
         let body = Body::Lost { about, follows: report.follows, cause: cause.clone(), exit: report.exit };
         if state.arbiter.report(self.now(), report) {
@@ -338,7 +316,6 @@ impl Shared {
         self.count(|c| c.garbled += 1);
     }
 
-    /// Processes a control message of a peer.
     pub(crate) fn receive(&self, by: u32, message: ControlMessage) {
         let mut state = self.state.lock();
         self.receive_locked(&mut state, by, message);
@@ -347,7 +324,7 @@ impl Shared {
     }
 
     fn receive_locked(&self, state: &mut State, by: u32, message: ControlMessage) {
-        let Some(peer) = state.peers.get_mut(&by) else { return };
+        let (Some(peer), now) = (state.peers.get_mut(&by), self.now()) else { return };
         match message.body {
             Body::Message { topic } => {
                 return self.notify(state, MembershipEvent::Message { from: by, topic, bytes: message.payload });
@@ -367,11 +344,10 @@ impl Shared {
             }
             Body::Failed { follows, cause, exit } => {
                 let report = Report { by, about: by, kind: Kind::Failed, follows, cause, exit };
-                state.arbiter.report(self.now(), report);
+                state.arbiter.report(now, report);
             }
             Body::Lost { about, follows, cause, exit } => {
-                let report = Report { by, about, kind: Kind::Lost, follows, cause, exit };
-                state.arbiter.report(self.now(), report);
+                state.arbiter.report(now, Report { by, about, kind: Kind::Lost, follows, cause, exit });
             }
         }
         let Some(peer) = state.peers.get_mut(&by) else { return };
@@ -453,14 +429,8 @@ impl Shared {
     pub(crate) fn peers(&self) -> Vec<PeerStatus> {
         let (state, now) = (self.state.lock(), self.now());
         let status = |(&process, peer): (&u32, &Peer)| {
-            let health = state.detector.as_ref().and_then(|d| d.health(process, now));
-            PeerStatus {
-                process,
-                left: peer.left,
-                step: peer.step,
-                health: health.map(|h| h.0),
-                silent: health.map(|h| h.1),
-            }
+            let (health, silent) = state.detector.as_ref().and_then(|d| d.health(process, now)).unzip();
+            PeerStatus { process, left: peer.left, step: peer.step, health, silent }
         };
         state.peers.iter().map(status).collect()
     }

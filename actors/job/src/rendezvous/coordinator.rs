@@ -12,8 +12,8 @@ use crate::transport::{Address, Connection, ListenAddress, Listener, Purpose, Se
 use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
 use super::messages::{
-    Answer, Conflict, JoinInfo, MissingRanks, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError,
-    RendezvousRefusal, Request, Roster,
+    Answer, Conflict, JoinInfo, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request,
+    Roster, joined, ranks,
 };
 use crate::exit::Report;
 use crate::machine::Targets;
@@ -23,13 +23,11 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Conflicts that are kept.
 const CONFLICTS_MAX: usize = 64;
 
-/// A process that has joined.
 struct Joined {
     info: JoinInfo,
     connection: Connection,
 }
 
-/// The join requests received so far.
 struct JoinState {
     own: JoinInfo,
     /// By rank, from rank 1.
@@ -44,7 +42,7 @@ struct JoinState {
 pub(super) fn run(
     config: &RendezvousConfig,
     deadline: Instant,
-    on_waiting: &mut dyn FnMut(&MissingRanks),
+    on_waiting: &mut dyn FnMut(&str),
 ) -> Result<(Roster, Listener), RendezvousError> {
     let listener = listen(config, deadline)?;
     let joined = (1..config.processes).map(|_| None).collect();
@@ -81,9 +79,6 @@ pub(super) fn run(
 
 /// RV-4 on behalf of the failed `ranks`, which include process 0: refuses every process that connects within `report_within`.
 /// Returns true if one of them wanted to join.
-///
-/// # Errors
-/// The address cannot be listened on.
 pub(crate) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -190,7 +185,7 @@ impl JoinState {
         config: &RendezvousConfig,
         listener: &Listener,
         deadline: Instant,
-        on_waiting: &mut dyn FnMut(&MissingRanks),
+        on_waiting: &mut dyn FnMut(&str),
     ) -> Result<(), TransportError> {
         let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
         loop {
@@ -207,7 +202,8 @@ impl JoinState {
                 return Ok(());
             }
             if now >= report_at {
-                on_waiting(&MissingRanks::Ranks { missing, processes: config.processes });
+                let (joined, all) = (joined(&missing, config.processes), config.processes);
+                on_waiting(&format!("waiting for {}: {joined} of {all} joined", ranks(&missing)));
                 report_at = now + config.report_every;
             }
             match listener.wait_any(Purpose::Rendezvous, deadline.min(report_at)) {

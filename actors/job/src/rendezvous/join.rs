@@ -9,7 +9,7 @@ use crate::transport::{Address, Connection, ListenAddress, Listener, Refusal, Tr
 
 use super::config::{RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
 use super::messages::{
-    Answer, JoinInfo, MissingRanks, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
+    Answer, JoinInfo, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
 };
 use crate::exit::Report;
 
@@ -21,7 +21,7 @@ const CAUSE_BYTES_MAX: usize = 4 << 10;
 pub(super) fn join(
     config: &RendezvousConfig,
     deadline: Instant,
-    on_waiting: &mut dyn FnMut(&MissingRanks),
+    on_waiting: &mut dyn FnMut(&str),
 ) -> Result<(Roster, Listener), RendezvousError> {
     // TCP for processes on other nodes, and a Unix socket for those on this node.
     let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
@@ -43,9 +43,6 @@ pub(super) fn join(
 
 /// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if process 0
 /// waited for them.
-///
-/// # Errors
-/// The report was not accepted in time, or the processes already run without these ranks.
 pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -77,7 +74,7 @@ pub(crate) fn send_failure(
 fn connect_to_coordinator(
     config: &RendezvousConfig,
     deadline: Instant,
-    on_waiting: &mut dyn FnMut(&MissingRanks),
+    on_waiting: &mut dyn FnMut(&str),
 ) -> Result<Connection, RendezvousError> {
     let hello = hello(config, config.process);
     let late_until = deadline.min(Instant::now() + config.late_grace);
@@ -98,7 +95,7 @@ fn connect_to_coordinator(
             _ => return Err(error.into()),
         }
         if now >= report_at {
-            on_waiting(&MissingRanks::Coordinator { address: config.coordinator.clone() });
+            on_waiting(&format!("waiting for rank 0 at {}", config.coordinator));
             report_at = now + config.report_every;
         }
     }

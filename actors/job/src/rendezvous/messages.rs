@@ -49,9 +49,6 @@ pub struct Identity {
 
 impl Identity {
     /// The identity of the running process. Reads the whole executable.
-    ///
-    /// # Errors
-    /// [`RendezvousError::Identity`].
     pub fn of_this_process() -> Result<Self, RendezvousError> {
         let failed = |part| move |cause| RendezvousError::Identity { part, cause };
         // `/proc/self/exe` is the running file even if another file replaced it at its path.
@@ -73,24 +70,16 @@ impl Identity {
 
 /// One process of a world, as published to the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "`Identity` and `RendezvousConfig` explain the fields")]
 pub struct Member {
-    /// Its rank.
     pub process: u32,
-    /// See [`Identity::node`].
     pub node: String,
-    /// See [`Identity::sockets`].
     pub sockets: [u8; 32],
-    /// See [`Identity::cores`].
     pub cores: Vec<u64>,
-    /// See [`Identity::host`].
     pub host: String,
-    /// See [`Identity::pid`].
     pub pid: u32,
-    /// How many times it was restarted.
     pub restart: u64,
-    /// Addresses of its listener.
     pub addresses: Vec<Address>,
-    /// UDP address that receives heartbeats.
     pub heartbeat: SocketAddr,
 }
 
@@ -119,10 +108,9 @@ impl Member {
 
 /// A value that must be equal on all processes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the names explain the fields")]
 pub struct Fact {
-    /// Its name.
     pub name: String,
-    /// Its value, as text.
     pub value: String,
 }
 
@@ -144,9 +132,6 @@ pub struct JoinInfo {
 
 impl JoinInfo {
     /// Checks the size of every part.
-    ///
-    /// # Errors
-    /// [`RendezvousError::TooLong`].
     pub fn check(&self) -> Result<(), RendezvousError> {
         let member = &self.member;
         let longest = member.addresses.iter().map(|a| a.to_string().len()).max().unwrap_or(0);
@@ -232,12 +217,10 @@ pub(super) struct Ready {
 
 /// A process's rank, host and process id, for messages.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the names explain the fields")]
 pub struct ProcessLabel {
-    /// Its rank.
     pub process: u32,
-    /// Its host.
     pub host: String,
-    /// Its process id.
     pub pid: u32,
 }
 
@@ -276,28 +259,7 @@ pub enum RendezvousRefusal {
     Lost(ProcessLabel),
 }
 
-/// The processes that a wait is for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the comments of the variants name the fields")]
-pub enum MissingRanks {
-    /// At process 0: these ranks have not joined.
-    Ranks { missing: Vec<u32>, processes: u32 },
-    /// At other processes: process 0 cannot be reached yet.
-    Coordinator { address: Address },
-}
-
-impl fmt::Display for MissingRanks {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Ranks { missing, processes } => {
-                write!(f, "waiting for {}: {} of {processes} joined", ranks(missing), joined(missing, *processes))
-            }
-            Self::Coordinator { address } => write!(f, "waiting for rank 0 at {address}"),
-        }
-    }
-}
-
-fn joined(missing: &[u32], processes: u32) -> usize {
+pub(super) fn joined(missing: &[u32], processes: u32) -> usize {
     (processes as usize).saturating_sub(missing.len())
 }
 
@@ -342,17 +304,9 @@ pub enum RendezvousError {
     #[error("{process}: {part} of length {length}, at most {length_max} is allowed")]
     TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },
     #[error("cannot read this process's {part}: {cause}")]
-    Identity {
-        part: &'static str,
-        #[source]
-        cause: io::Error,
-    },
+    Identity { part: &'static str, cause: io::Error },
     #[error("no route to {coordinator}: {cause}")]
-    NoRoute {
-        coordinator: Address,
-        #[source]
-        cause: io::Error,
-    },
+    NoRoute { coordinator: Address, cause: io::Error },
     /// Process 0 received the join request and then did not answer in time or sent an invalid answer: a bug.
     #[error("rank 0 at {coordinator} {action}")]
     Unexpected { coordinator: Address, action: String },

@@ -13,7 +13,7 @@ use super::config::{hello, join_info, unzoned};
 use super::messages::{Answer, REQUEST_BYTES_MAX, Ready, Request};
 use super::*;
 use crate::exit::Report;
-use crate::secret::Secret;
+use crate::secret::{Secret, sample};
 use crate::transport::{
     Address, Connection, Hello, ListenAddress, ListenerOptions, Purpose, SessionId, SettledWorld, TransportError,
     connect, wire,
@@ -39,7 +39,6 @@ fn unix() -> (TempDir, Address) {
 
 /// Process `process` of `processes`, with a host name of its own.
 fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
-    let secret = Secret::new("a secret of these tests").unwrap();
     let host = format!("host{process}");
     let (version, node) = ("1.0.0".into(), "node".into());
     let (sockets, cores, pid) = ([3; 32], vec![1 << process], 100 + process);
@@ -52,7 +51,7 @@ fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
         report_every: Duration::from_millis(20),
         late_grace: Duration::ZERO,
         conflict_grace: Duration::from_millis(100),
-        ..RendezvousConfig::new(address.clone(), secret, identity)
+        ..RendezvousConfig::new(address.clone(), sample(), identity)
     }
 }
 

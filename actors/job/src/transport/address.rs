@@ -31,9 +31,6 @@ impl fmt::Display for Address {
 
 /// Resolves `HOST:PORT`. The zone of an IPv6 address is a number or the name of an interface of this node:
 /// `[fe80::1%eth0]:29400`.
-///
-/// # Errors
-/// System errors, such as an unknown host or interface.
 pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     let parts = address.strip_prefix('[').and_then(|rest| rest.split_once("]:"));
     let zoned = parts.and_then(|(host, port)| host.split_once('%').map(|(ip, zone)| (ip, zone, port)));

@@ -241,6 +241,12 @@ impl DeadlineConnection<'_> {
             left => Ok(Some(left.max(TIMEOUT_MIN))),
         }
     }
+
+    fn send<R>(&self, send: impl FnOnce(&Connection) -> io::Result<R>) -> io::Result<R> {
+        let left = self.time_left()?;
+        each!(self.connection, stream => stream.set_write_timeout(left))?;
+        send(self.connection).map_err(timed_out)
+    }
 }
 
 /// Maps `WouldBlock`, which the system returns on a timeout, to `TimedOut`.
@@ -258,16 +264,10 @@ impl Read for DeadlineConnection<'_> {
 
 impl Write for DeadlineConnection<'_> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let left = self.time_left()?;
-        each!(self.connection, stream => stream.set_write_timeout(left))?;
-        let mut connection = self.connection;
-        connection.write(buffer).map_err(timed_out)
+        self.send(|mut connection| connection.write(buffer))
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        let left = self.time_left()?;
-        each!(self.connection, stream => stream.set_write_timeout(left))?;
-        let mut connection = self.connection;
-        connection.flush().map_err(timed_out)
+        self.send(|mut connection| connection.flush())
     }
 }

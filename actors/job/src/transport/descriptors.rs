@@ -4,6 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
     SendFlags, recvmsg, sendmsg,
@@ -18,9 +19,6 @@ pub const DESCRIPTORS_MAX: usize = 64;
 const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX));
 
 /// Sends 1 to [`DESCRIPTORS_MAX`] descriptors in one message; the receiver gets its own handles.
-///
-/// # Errors
-/// [`TransportError::NotUnix`], [`TransportError::Descriptors`] for a wrong number, [`TransportError::Io`].
 pub fn send_descriptors(connection: &Connection, descriptors: &[BorrowedFd<'_>]) -> Result<(), TransportError> {
     check(connection, descriptors.len())?;
     let mut space = [MaybeUninit::uninit(); SPACE];
@@ -28,33 +26,23 @@ pub fn send_descriptors(connection: &Connection, descriptors: &[BorrowedFd<'_>])
     assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)), "the buffer holds the maximum number");
     // The count is sent as one byte of data: a stream transfers no descriptors without data.
     let count = [descriptors.len() as u8];
-    loop {
-        match sendmsg(connection, &[IoSlice::new(&count)], &mut ancillary, SendFlags::NOSIGNAL) {
-            Ok(_) => return Ok(()),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(TransportError::io("sending descriptors to", &connection.peer(), error)),
-        }
-    }
+    let send = || sendmsg(connection, &[IoSlice::new(&count)], &mut ancillary, SendFlags::NOSIGNAL);
+    let sent = retry_on_intr(send).map(drop);
+    sent.map_err(|error| TransportError::io("sending descriptors to", &connection.peer(), error))
 }
 
 /// Receives the `count` descriptors, 1 to [`DESCRIPTORS_MAX`], of one [`send_descriptors`]. They are closed on exec.
-/// The connection's read timeout applies.
-///
-/// # Errors
-/// [`TransportError::NotUnix`], [`TransportError::Descriptors`] for another number, [`TransportError::Io`]. Received
-/// descriptors are closed on error.
+/// The connection's read timeout applies. Received descriptors are closed on error.
 pub fn receive_descriptors(connection: &Connection, count: usize) -> Result<Vec<OwnedFd>, TransportError> {
     check(connection, count)?;
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut sent_count = [0u8];
     let failed = |error: io::Error| TransportError::io("receiving descriptors from", &connection.peer(), error);
-    let message = loop {
-        match recvmsg(connection, &mut [IoSliceMut::new(&mut sent_count)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-            Err(rustix::io::Errno::INTR) => {}
-            received => break received.map_err(|error| failed(error.into()))?,
-        }
-    };
+    let message = retry_on_intr(|| {
+        recvmsg(connection, &mut [IoSliceMut::new(&mut sent_count)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    });
+    let message = message.map_err(|error| failed(error.into()))?;
     if message.bytes == 0 {
         return Err(failed(io::ErrorKind::UnexpectedEof.into()));
     }

@@ -168,13 +168,10 @@ mod tests {
     use std::net::{Ipv4Addr, TcpListener};
 
     use super::*;
+    use crate::secret::sample as secret;
     use crate::transport::connection::SEND_TIMEOUT;
     use crate::transport::handshake::{Acceptor, head};
     use crate::transport::hello::{Purpose, SessionId};
-
-    fn secret() -> Secret {
-        Secret::new("a secret of these tests").unwrap()
-    }
 
     fn dial(address: SocketAddr, deadline: Instant) -> Result<Connection, TransportError> {
         let hello =

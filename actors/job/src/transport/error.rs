@@ -15,11 +15,7 @@ pub enum TransportError {
     #[error(transparent)]
     Random(#[from] RandomError),
     #[error("cannot listen on {address}: {cause}")]
-    Listen {
-        address: Address,
-        #[source]
-        cause: io::Error,
-    },
+    Listen { address: Address, cause: io::Error },
     #[error(
         "no connection to process {to} at {address} for {purpose}: {attempts} attempts in {waited_ms} ms, the last error: {last}"
     )]
@@ -33,24 +29,11 @@ pub enum TransportError {
         last: Box<TransportError>,
     },
     #[error("{operation} {peer}: {cause}")]
-    Io {
-        operation: &'static str,
-        peer: String,
-        #[source]
-        cause: io::Error,
-    },
+    Io { operation: &'static str, peer: String, cause: io::Error },
     #[error("handshake with {peer}: {cause}")]
-    Handshake {
-        peer: String,
-        #[source]
-        cause: HandshakeError,
-    },
+    Handshake { peer: String, cause: HandshakeError },
     #[error("{peer}: {cause}")]
-    Wire {
-        peer: String,
-        #[source]
-        cause: WireError,
-    },
+    Wire { peer: String, cause: WireError },
     #[error("no connection from {} for {purpose} in {waited_ms} ms{}", process_name(.from), describe_refusals(.refused))]
     Missing { from: Option<u32>, purpose: Purpose, waited_ms: u64, refused: u64 },
     #[error("the listener is closed")]

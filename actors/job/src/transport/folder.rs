@@ -25,9 +25,6 @@ pub struct PrivateFolder {
 impl PrivateFolder {
     /// Creates a folder named `prefix` plus random letters, and removes the folders of dead owners. `prefix` must begin
     /// with `shardflow-`.
-    ///
-    /// # Errors
-    /// If the folder cannot be created.
     pub fn new(prefix: &str) -> io::Result<Self> {
         remove_dead(&std::env::temp_dir());
         let private = Permissions::from_mode(0o700);

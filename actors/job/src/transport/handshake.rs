@@ -182,9 +182,6 @@ pub struct GreetedDialler(StatelessTransportState);
 
 impl Dialler {
     /// Creates a dialler and its greeting.
-    ///
-    /// # Errors
-    /// [`HandshakeError::Cipher`].
     pub fn new(secret: &Secret) -> Result<(Self, Vec<u8>), HandshakeError> {
         let mut noise = noise(secret, true).map_err(HandshakeError::Cipher)?;
         let greeting = greeting(&mut noise)?;
@@ -192,10 +189,6 @@ impl Dialler {
     }
 
     /// Processes the acceptor's greeting and returns the hello to send.
-    ///
-    /// # Errors
-    /// [`HandshakeError::Magic`], [`HandshakeError::Version`], [`HandshakeError::Length`], [`HandshakeError::Echo`],
-    /// [`HandshakeError::Denied`], [`HandshakeError::Proof`].
     pub fn introduce(
         mut self,
         hello: &Hello,
@@ -218,9 +211,6 @@ impl Dialler {
 
 impl GreetedDialler {
     /// Processes the acceptor's verdict. The returned keys continue with nonce 1 in both directions.
-    ///
-    /// # Errors
-    /// [`HandshakeError::Length`], [`HandshakeError::Proof`], [`HandshakeError::Refused`].
     pub fn finish(self, message: &[u8]) -> Result<StatelessTransportState, HandshakeError> {
         let verdict = decrypt(&self.0, "verdict", message)?;
         let verdict: Result<(), Refusal> = wire::decode(&verdict).map_err(HandshakeError::Unreadable)?;
@@ -250,18 +240,12 @@ impl Acceptor {
 
     /// Decrypts the dialler's hello. An authentic hello that cannot be decoded, for example with an unknown purpose, is
     /// [`Refusal::Unreadable`]; send it to the dialler like any other refusal.
-    ///
-    /// # Errors
-    /// [`HandshakeError::Proof`] or [`HandshakeError::Length`].
     pub fn verify(&self, message: &[u8]) -> Result<Result<Hello, Refusal>, HandshakeError> {
         Ok(wire::decode(&decrypt(&self.0, "hello", message)?).map_err(|_| Refusal::Unreadable))
     }
 
     /// Returns the verdict to send, and the keys, which continue with nonce 1 in both directions. Only after
     /// [`Acceptor::verify`].
-    ///
-    /// # Errors
-    /// None in practice: every refusal can be encoded.
     pub fn answer(self, verdict: &Result<(), Refusal>) -> Result<(Vec<u8>, StatelessTransportState), HandshakeError> {
         Ok((encrypt(&self.0, verdict)?, self.0))
     }
@@ -289,9 +273,6 @@ pub struct SettledWorld {
 
 impl AcceptPolicy {
     /// Decides whether to accept an authenticated dialler.
-    ///
-    /// # Errors
-    /// The first reason against it.
     pub fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
         if hello.to != self.process {
             return Err(Refusal::WrongProcess { expected: hello.to, actual: self.process });

@@ -15,9 +15,6 @@ pub struct SessionId(pub [u8; 16]);
 
 impl SessionId {
     /// Creates a random id.
-    ///
-    /// # Errors
-    /// The system returns no random numbers.
     pub fn random() -> Result<Self, RandomError> {
         Ok(Self(random()?))
     }

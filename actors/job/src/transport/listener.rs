@@ -50,9 +50,6 @@ pub struct Listener {
 
 impl Listener {
     /// Listens as `process`. Until [`Listener::begin`] it accepts only [`Purpose::Rendezvous`].
-    ///
-    /// # Errors
-    /// [`TransportError::Listen`].
     pub fn listen(
         process: u32,
         secret: Secret,
@@ -87,8 +84,9 @@ impl Listener {
         let shared = Arc::new(Shared { state: Mutex::new(state), arrived: Condvar::new() });
         let thread_failed = |cause| TransportError::io("starting the accepting thread of", &"this process", cause);
         let (wake, wake_receiver) = UnixStream::pair().map_err(thread_failed)?;
-        let server = serve::Server::new(listeners, wake_receiver, secret, options, Arc::clone(&shared));
-        let thread = std::thread::Builder::new().name("accept".into()).spawn(move || server.run());
+        let own = shared.clone();
+        let serve = move || serve::serve(listeners, wake_receiver, secret, options, own);
+        let thread = std::thread::Builder::new().name("accept".into()).spawn(serve);
         let thread = Some(thread.map_err(thread_failed)?);
         Ok(Self { addresses, private_error, shared, wake: Some(wake), thread, paths, _folders: folders })
     }
@@ -120,9 +118,6 @@ impl Listener {
     }
 
     /// Waits for a connection that any process dialled for `purpose`. Returns the oldest one with its process.
-    ///
-    /// # Errors
-    /// Those of [`Listener::wait`].
     pub fn wait_any(&self, purpose: Purpose, deadline: Instant) -> Result<(u32, Connection), TransportError> {
         self.claim(None, purpose, deadline)
     }
@@ -152,9 +147,6 @@ impl Listener {
     }
 
     /// Same as [`super::connect`], but stops when this listener is closed.
-    ///
-    /// # Errors
-    /// Those of [`super::connect`], and [`TransportError::Closed`].
     pub fn dial(
         &self,
         address: &Address,

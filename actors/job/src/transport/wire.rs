@@ -40,17 +40,11 @@ impl WireError {
 }
 
 /// Encodes a message.
-///
-/// # Errors
-/// [`WireError::Malformed`] for a value that bincode cannot encode, such as a path that is not UTF-8.
 pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
     bincode::serde::encode_to_vec(value, CONFIG).map_err(|e| WireError::Malformed { message: e.to_string() })
 }
 
 /// Decodes a message from exactly these bytes. Allocates at most a small multiple of their number.
-///
-/// # Errors
-/// [`WireError::Malformed`], [`WireError::Trailing`], [`WireError::TooLong`].
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(WireError::TooLong { bytes: bytes.len(), bytes_max: MESSAGE_BYTES_MAX });
@@ -70,9 +64,6 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
 }
 
 /// Writes a length-prefixed message in one call.
-///
-/// # Errors
-/// Those of [`encode`], [`WireError::TooLong`] over `bytes_max`, [`WireError::Io`].
 pub fn write_message<T: Serialize>(to: &mut impl Write, value: &T, bytes_max: usize) -> Result<(), WireError> {
     let body = encode(value)?;
     let bytes_max = bytes_max.min(MESSAGE_BYTES_MAX);
@@ -88,9 +79,6 @@ pub fn write_message<T: Serialize>(to: &mut impl Write, value: &T, bytes_max: us
 }
 
 /// Reads one message of [`write_message`]. Memory use grows with the received bytes, not with the announced length.
-///
-/// # Errors
-/// Those of [`decode`], [`WireError::TooLong`] over `bytes_max`, [`WireError::Io`].
 pub fn read_message<T: DeserializeOwned>(from: &mut impl Read, bytes_max: usize) -> Result<T, WireError> {
     let mut prefix = [0; PREFIX_BYTES];
     from.read_exact(&mut prefix)?;

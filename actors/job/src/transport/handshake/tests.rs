@@ -3,11 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::transport::Purpose;
-
-fn secret() -> Secret {
-    Secret::new("a secret of these tests").unwrap()
-}
+use crate::secret::sample as secret;
 
 fn hello() -> Hello {
     let purpose = Purpose::Group { group: 3, member: 1, peer: 2 };

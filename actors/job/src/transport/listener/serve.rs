@@ -23,8 +23,7 @@ const ACCEPTS_MAX: usize = 64;
 /// Pause of all sockets after a failed accept, for example because no descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// The state of the thread.
-pub(super) struct Server {
+struct Server {
     sockets: Vec<Socket>,
     wake: UnixStream,
     secret: Secret,
@@ -46,11 +45,8 @@ struct PendingConnection {
     acceptor: Option<Acceptor>,
 }
 
-/// The result of advancing a handshake.
 enum Step {
-    /// More bytes are needed.
     Incomplete,
-    /// The connection is accepted.
     Accepted(Hello),
     /// The connection is rejected and counted by this counter.
     Rejected(fn(&mut Refusals) -> &mut u64),
@@ -58,19 +54,19 @@ enum Step {
 
 const PREFIX_BYTES: usize = 2;
 
-impl Server {
-    pub(super) fn new(
-        sockets: Vec<Socket>,
-        wake: UnixStream,
-        secret: Secret,
-        options: ListenerOptions,
-        shared: Arc<Shared>,
-    ) -> Self {
-        Self { sockets, wake, secret, options, shared, pending: VecDeque::new(), paused_until: None }
-    }
+/// Serves a listener until it closes.
+pub(super) fn serve(
+    sockets: Vec<Socket>,
+    wake: UnixStream,
+    secret: Secret,
+    options: ListenerOptions,
+    shared: Arc<Shared>,
+) {
+    Server { sockets, wake, secret, options, shared, pending: VecDeque::new(), paused_until: None }.run();
+}
 
-    /// Runs until the listener closes.
-    pub(super) fn run(mut self) {
+impl Server {
+    fn run(mut self) {
         while let Some((sockets, pending)) = self.poll() {
             self.advance(&pending);
             self.expire();
@@ -133,10 +129,13 @@ impl Server {
     fn accept(&mut self, index: usize) {
         for _ in 0..ACCEPTS_MAX {
             match self.sockets[index].accept() {
-                Ok(connection) => match self.prepare(connection) {
-                    Ok(pending) => self.pending.push_back(pending),
-                    Err(_) => self.count(|r| &mut r.disconnected),
-                },
+                Ok(connection) if connection.set_nonblocking(true).is_ok() => {
+                    let deadline = Instant::now() + self.options.handshake_timeout;
+                    let message = vec![0; PREFIX_BYTES];
+                    let pending = PendingConnection { connection, deadline, message, filled: 0, acceptor: None };
+                    self.pending.push_back(pending);
+                }
+                Ok(_) => self.count(|r| &mut r.disconnected),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
                 Err(error) => {
@@ -153,13 +152,6 @@ impl Server {
                 self.count(|r| &mut r.evicted);
             }
         }
-    }
-
-    fn prepare(&self, connection: Connection) -> io::Result<PendingConnection> {
-        connection.set_nonblocking(true)?;
-        let deadline = Instant::now() + self.options.handshake_timeout;
-        let message = vec![0; PREFIX_BYTES];
-        Ok(PendingConnection { connection, deadline, message, filled: 0, acceptor: None })
     }
 
     /// Advances the handshake with the received bytes; at most two messages.
@@ -221,11 +213,11 @@ impl Server {
     fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
         let state = self.shared.state.lock();
         state.policy.admit(hello)?;
-        match state.unclaimed.len() {
-            unclaimed if unclaimed >= self.options.unclaimed_max => {
-                Err(Refusal::Crowded { unclaimed: unclaimed as u64 })
-            }
-            _ => Ok(()),
+        let unclaimed = state.unclaimed.len();
+        if unclaimed < self.options.unclaimed_max {
+            Ok(())
+        } else {
+            Err(Refusal::Crowded { unclaimed: unclaimed as u64 })
         }
     }
 

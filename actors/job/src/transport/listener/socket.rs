@@ -27,7 +27,6 @@ pub enum ListenAddress {
     PrivateUnix,
 }
 
-/// A nonblocking listening socket.
 #[derive(Debug)]
 pub(super) enum Socket {
     Tcp(TcpListener),
@@ -54,17 +53,14 @@ impl Socket {
     }
 }
 
-fn listen_failed(address: Address) -> impl Fn(io::Error) -> TransportError {
-    move |cause| TransportError::Listen { address: address.clone(), cause }
-}
-
 pub(super) fn listen_tcp(address: SocketAddr) -> Result<(Address, Socket), TransportError> {
-    let failed = listen_failed(Address::Tcp(address.to_string()));
-    let listener = TcpListener::bind(address).map_err(&failed)?;
-    set_backlog(&listener).map_err(&failed)?;
-    listener.set_nonblocking(true).map_err(&failed)?;
-    let address = listener.local_addr().map_err(&failed)?;
-    Ok((Address::Tcp(address.to_string()), Socket::Tcp(listener)))
+    let listen = || {
+        let listener = TcpListener::bind(address)?;
+        set_backlog(&listener)?;
+        listener.set_nonblocking(true)?;
+        Ok((Address::Tcp(listener.local_addr()?.to_string()), Socket::Tcp(listener)))
+    };
+    listen().map_err(|cause| TransportError::Listen { address: Address::Tcp(address.to_string()), cause })
 }
 
 pub(super) fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Socket)), String> {
@@ -82,22 +78,23 @@ pub(super) fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, S
 }
 
 pub(super) fn listen_unix(path: &Path) -> Result<(Address, Socket), TransportError> {
-    let failed = listen_failed(Address::Unix(path.into()));
-    if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(&failed)?;
-    }
-    let listener = match UnixListener::bind(path) {
-        // Nobody accepts connections there: the owner was killed.
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
-            fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+    let listen = || {
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         }
-        bound => bound,
-    }
-    .map_err(&failed)?;
-    set_backlog(&listener).map_err(&failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(&failed)?;
-    listener.set_nonblocking(true).map_err(&failed)?;
-    Ok((Address::Unix(path.into()), Socket::Unix(listener)))
+        let listener = match UnixListener::bind(path) {
+            // Nobody accepts connections there: the owner was killed.
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
+                fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+            }
+            bound => bound,
+        }?;
+        set_backlog(&listener)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        Ok((Address::Unix(path.into()), Socket::Unix(listener)))
+    };
+    listen().map_err(|cause| TransportError::Listen { address: Address::Unix(path.into()), cause })
 }
 
 pub(super) fn inode(path: &Path) -> Option<u64> {

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
 use super::*;
+use crate::secret::sample as secret;
 use crate::transport::handshake::{Dialler, GREETING_BYTES, HANDSHAKE_BYTES_MAX, HandshakeError, Refusal, head};
 use crate::transport::{Hello, SessionId, connect};
 
@@ -13,10 +14,6 @@ const WORLD: SettledWorld = SettledWorld { session: SessionId([9; 16]), epoch: 2
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
-}
-
-fn secret() -> Secret {
-    Secret::new("a secret of these tests").unwrap()
 }
 
 fn loopback() -> ListenAddress {

@@ -6,13 +6,13 @@ use std::os::unix::net::UnixStream;
 use proptest::prelude::*;
 
 use super::*;
-use crate::secret::Secret;
+use crate::secret::sample;
 use crate::transport::handshake::{Acceptor, Dialler};
 use crate::transport::{Hello, Purpose, SessionId};
 
 /// The seals of both ends of a connection.
 fn seals() -> [Seal; 2] {
-    let secret = Secret::new("a secret of these tests").unwrap();
+    let secret = sample();
     let hello =
         Hello { session: SessionId([7; 16]), epoch: 4, from: 1, to: 2, sealed: true, purpose: Purpose::Control };
     let (dialler, greeting) = Dialler::new(&secret).unwrap();
