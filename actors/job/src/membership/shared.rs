@@ -99,22 +99,6 @@ impl Shared {
         self.start.elapsed()
     }
 
-    /// Waits until `done` returns a value; `None` on timeout.
-    fn wait<T>(&self, timeout: Duration, mut done: impl FnMut(&mut State) -> Option<T>) -> Option<T> {
-        let until = Instant::now() + timeout;
-        let mut state = self.state.lock();
-        loop {
-            if let Some(found) = done(&mut state) {
-                return Some(found);
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return None;
-            }
-            self.changed.wait_for(&mut state, left);
-        }
-    }
-
     pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
         if let Some(peer) = self.state.lock().peers.get_mut(&process) {
             peer.control = ControlState::Open(outbox);
@@ -142,45 +126,33 @@ impl Shared {
         at_most: Duration,
         deadline: Duration,
     ) -> Result<(), MembershipError> {
-        let (begin, mut step) = (self.now(), within);
+        let begin = self.now();
+        let mut state = self.state.lock();
         loop {
-            let result = self.wait_for_connections(step, deadline);
-            let Err(MembershipError::Missing { processes, .. }) = &result else { return result };
-            let (state, now) = (self.state.lock(), self.now());
-            let heartbeat = |process: &u32| state.peers.get(process).and_then(|peer| peer.last_heartbeat);
-            let are_alive = processes.iter().all(|process| heartbeat(process).is_some_and(|at| now < at + deadline));
-            if !are_alive || now >= begin + at_most {
-                let (processes, seconds) = (processes.clone(), (now - begin).as_secs_f64());
-                return Err(MembershipError::Missing { processes, seconds });
-            }
-            step = deadline.min((begin + at_most).saturating_sub(now));
-        }
-    }
-
-    fn wait_for_connections(&self, within: Duration, deadline: Duration) -> Result<(), MembershipError> {
-        let peers_in = |state: &State, matches: fn(&ControlState) -> bool| -> Vec<u32> {
-            state.peers.iter().filter(|(_, p)| matches(&p.control)).map(|(p, _)| *p).collect()
-        };
-        let ended = self.wait(within, |state| {
             if let Some(first) = &state.first {
-                return Some(Err(MembershipError::Ended(first.clone())));
+                return Err(MembershipError::Ended(first.clone()));
             }
-            if state.arbiter.is_deciding() {
-                return None;
+            let now = self.now();
+            let missing = || state.peers.iter().filter(|(_, peer)| matches!(peer.control, ControlState::Joining));
+            if !state.arbiter.is_deciding() {
+                let closed = state.peers.iter().find(|(_, peer)| matches!(peer.control, ControlState::Closed));
+                if let Some((&process, _)) = closed {
+                    return Err(MembershipError::Closed { process });
+                }
+                if missing().next().is_none() {
+                    state.detector = Some(Detector::new(state.peers.keys().copied(), deadline, now));
+                    return Ok(());
+                }
             }
-            if let Some(&process) = peers_in(state, |c| matches!(c, ControlState::Closed)).first() {
-                return Some(Err(MembershipError::Closed { process }));
+            let are_alive = missing().all(|(_, peer)| peer.last_heartbeat.is_some_and(|at| now < at + deadline));
+            let waited = now - begin;
+            if waited >= within && (!are_alive || waited >= at_most) {
+                let processes = missing().map(|(process, _)| *process).collect();
+                return Err(MembershipError::Missing { processes, seconds: waited.as_secs_f64() });
             }
-            if !peers_in(state, |c| matches!(c, ControlState::Joining)).is_empty() {
-                return None;
-            }
-            state.detector = Some(Detector::new(state.peers.keys().copied(), deadline, self.now()));
-            Some(Ok(()))
-        });
-        ended.unwrap_or_else(|| {
-            let processes = peers_in(&self.state.lock(), |c| matches!(c, ControlState::Joining));
-            Err(MembershipError::Missing { processes, seconds: within.as_secs_f64() })
-        })
+            let left = if waited < within { within - waited } else { deadline.min(at_most - waited) };
+            self.changed.wait_for(&mut state, left);
+        }
     }
 
     pub(crate) fn set_step(&self, step: u64) {
@@ -423,7 +395,9 @@ impl Shared {
         };
         let done =
             |state: &State| state.peers.iter().all(|(process, peer)| is_delivered(peer) || is_lost(state, *process));
-        self.wait(timeout, |state| done(state).then_some(())).is_some()
+        let mut state = self.state.lock();
+        self.changed.wait_while_for(&mut state, |state| !done(state), timeout);
+        done(&state)
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerStatus> {

@@ -10,7 +10,7 @@ use super::messages::{Fact, Identity, JoinInfo, Member, RendezvousError};
 use crate::machine::address_towards;
 use crate::options::{Advertise, REPORT_WITHIN};
 use crate::secret::Secret;
-use crate::transport::{Address, Hello, ListenerOptions, Purpose, SessionId, TransportError, resolve, without_zone};
+use crate::transport::{Address, Hello, Purpose, SessionId, TransportError, resolve, without_zone};
 
 /// Configuration of one process's rendezvous.
 #[derive(Clone, Debug)]
@@ -48,8 +48,6 @@ pub struct RendezvousConfig {
     pub conflict_grace: Duration,
     /// How long to report a failure before the start: rank 0 refuses the others, other ranks report to rank 0.
     pub report_within: Duration,
-    /// Limits of the listener.
-    pub listener: ListenerOptions,
 }
 
 impl RendezvousConfig {
@@ -72,7 +70,6 @@ impl RendezvousConfig {
             late_grace: Duration::from_secs(10),
             conflict_grace: Duration::from_secs(2),
             report_within: REPORT_WITHIN,
-            listener: ListenerOptions::default(),
         }
     }
 }

@@ -7,7 +7,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
-use crate::transport::{Address, Connection, ListenAddress, Listener, Purpose, SessionId, TransportError};
+use crate::transport::{
+    Address, Connection, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, TransportError,
+};
 
 use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
@@ -119,7 +121,8 @@ fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Listener, Rend
 }
 
 fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Listener, TransportError> {
-    let open = |listen: &[ListenAddress]| Listener::listen(0, config.secret.clone(), listen, config.listener);
+    let open =
+        |listen: &[ListenAddress]| Listener::listen(0, config.secret.clone(), listen, ListenerOptions::default());
     let local = config.interface.unwrap_or((Ipv4Addr::LOCALHOST, 0).into());
     loop {
         let opened = match &config.coordinator {
@@ -274,22 +277,17 @@ impl JoinState {
 
     /// RV-1. The error is the process that was lost.
     fn start(&self, roster: &Roster) -> Result<(), ProcessLabel> {
-        let label = |joined: &Joined| joined.info.member.label();
-        let answer = Answer::Roster(roster.clone());
-        for joined in self.joined.iter().flatten() {
-            send_answer(&joined.connection, &answer).then_some(()).ok_or_else(|| label(joined))?;
-        }
-        let deadline = Instant::now() + REPLY_TIMEOUT;
-        for joined in self.joined.iter().flatten() {
-            match wire::read_message::<Ready>(&mut joined.connection.until(deadline), REQUEST_BYTES_MAX) {
-                Ok(ready) if ready.session == roster.session => {}
-                _ => return Err(label(joined)),
-            }
-        }
-        for joined in self.joined.iter().flatten() {
-            send_answer(&joined.connection, &Answer::Start).then_some(()).ok_or_else(|| label(joined))?;
-        }
-        Ok(())
+        let all = || self.joined.iter().flatten();
+        let send = |answer: Answer| all().find(move |joined| !send_answer(&joined.connection, &answer));
+        let not_ready = || {
+            let deadline = Instant::now() + REPLY_TIMEOUT;
+            all().find(|joined| {
+                let ready = wire::read_message(&mut joined.connection.until(deadline), REQUEST_BYTES_MAX);
+                !ready.is_ok_and(|Ready { session }| session == roster.session)
+            })
+        };
+        let lost = send(Answer::Roster(roster.clone())).or_else(not_ready).or_else(|| send(Answer::Start));
+        lost.map_or(Ok(()), |joined| Err(joined.info.member.label()))
     }
 
     /// RV-2: sends the refusal to all connected processes.

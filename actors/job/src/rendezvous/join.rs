@@ -5,7 +5,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::transport::wire::{self, MESSAGE_BYTES_MAX, WireError};
-use crate::transport::{Address, Connection, ListenAddress, Listener, Refusal, TransportError, connect};
+use crate::transport::{
+    Address, Connection, ListenAddress, Listener, ListenerOptions, Refusal, TransportError, connect,
+};
 
 use super::config::{RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
 use super::messages::{
@@ -26,7 +28,7 @@ pub(super) fn join(
     // TCP for processes on other nodes, and a Unix socket for those on this node.
     let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
     let listen = [ListenAddress::Tcp(address), ListenAddress::PrivateUnix];
-    let listener = Listener::listen(config.process, config.secret.clone(), &listen, config.listener)?;
+    let listener = Listener::listen(config.process, config.secret.clone(), &listen, ListenerOptions::default())?;
     let own = join_info(config, advertised(config, listener.addresses().to_vec())?)?;
     loop {
         let connection = connect_to_coordinator(config, deadline, on_waiting)?;

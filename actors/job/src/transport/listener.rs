@@ -41,7 +41,7 @@ pub struct Listener {
     private_error: Option<String>,
     shared: Arc<Shared>,
     /// Closing it ends the thread.
-    wake: Option<UnixStream>,
+    wake: UnixStream,
     thread: Option<JoinHandle<()>>,
     /// Sockets to unlink, with their inodes: a successor may have replaced the path by then.
     paths: Vec<(PathBuf, u64)>,
@@ -88,7 +88,7 @@ impl Listener {
         let serve = move || serve::serve(listeners, wake_receiver, secret, options, own);
         let thread = std::thread::Builder::new().name("accept".into()).spawn(serve);
         let thread = Some(thread.map_err(thread_failed)?);
-        Ok(Self { addresses, private_error, shared, wake: Some(wake), thread, paths, _folders: folders })
+        Ok(Self { addresses, private_error, shared, wake, thread, paths, _folders: folders })
     }
 
     /// Why it could not listen on [`ListenAddress::PrivateUnix`]: the folder and the cause.
@@ -175,9 +175,7 @@ impl Listener {
     /// open.
     pub fn close(&self) {
         self.shared.close();
-        if let Some(wake) = &self.wake {
-            let _ = wake.shutdown(std::net::Shutdown::Both);
-        }
+        let _ = self.wake.shutdown(std::net::Shutdown::Both);
     }
 }
 
