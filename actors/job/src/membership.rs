@@ -35,6 +35,7 @@ pub use status::{Counters, MembershipEvent, PeerStatus};
 use crate::exit::Exit;
 use crate::transport::Connection;
 use datagram::Codec;
+use heartbeat::Heartbeats;
 use shared::{NOTICES_MAX, Shared};
 
 /// Timeout of an orderly end that waits for acknowledgements from peers.
@@ -154,8 +155,10 @@ impl Membership {
         let codec = Codec::new(&key, session, epoch, processes);
         let addresses = config.addresses.into_values().collect();
         // Heartbeats start before the connections: peers that are ready earlier already monitor this process.
-        let heartbeat = heartbeat::start(shared.clone(), codec, config.heartbeat, addresses, config.interval);
-        let heartbeat = heartbeat.map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
+        let (socket, interval) = (config.heartbeat, config.interval);
+        let heartbeats = Heartbeats { shared: shared.clone(), codec, socket, addresses, interval };
+        let heartbeat =
+            heartbeats.start().map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
         let control = control::start(shared.clone(), config.connections)?;
         // From here on, dropping `membership` ends both threads.
         let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };

@@ -85,19 +85,14 @@ enum Effect {
     Within(Duration),
 }
 
-/// The job's end time, since 1970, and the margin before it.
-#[derive(Clone, Copy, Debug)]
-struct JobEnd {
-    at: Duration,
-    margin: Duration,
-}
-
 #[derive(Debug)]
 struct State {
     pending: Request,
     on_usr1: Request,
     effect: Effect,
-    job_end: Option<JobEnd>,
+    /// The job's end time, since 1970, and how long before it the training ends.
+    job_end: Option<Duration>,
+    margin: Duration,
     /// Duration of a save.
     save: Duration,
 }
@@ -112,7 +107,9 @@ impl Default for Requests {
     /// Without signal handlers: only [`Requests::submit`] makes requests.
     fn default() -> Self {
         let (pending, on_usr1, effect) = (Request::Nothing, Request::Checkpoint, Effect::AtOnce);
-        Self { state: Mutex::new(State { pending, on_usr1, effect, job_end: None, save: Duration::ZERO }) }
+        Self {
+            state: Mutex::new(State { pending, on_usr1, effect, job_end: None, margin: MARGIN, save: Duration::ZERO }),
+        }
     }
 }
 
@@ -162,7 +159,7 @@ impl Requests {
         }
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
-        requests.state.lock().job_end = end.filter(|end| *end > since_1970()).map(|at| JobEnd { at, margin: MARGIN });
+        requests.state.lock().job_end = end.filter(|end| *end > since_1970());
         let mut signals = signal_hook::iterator::Signals::new(not_ignored(&[SIGTERM, SIGUSR1], &[SIGINT, SIGHUP]))?;
         let own = requests.clone();
         let run = move || signals.forever().for_each(|signal| own.signal(signal));
@@ -177,7 +174,7 @@ impl Requests {
 
     /// Sets how long before a Slurm job's end time the training ends, in addition to the time of a step and a save.
     pub fn set_job_end_margin(&self, margin: Duration) {
-        self.state.lock().job_end.iter_mut().for_each(|end| end.margin = margin);
+        self.state.lock().margin = margin;
     }
 
     /// Sets the expected duration of a save, such as that of the last one.
@@ -205,8 +202,8 @@ impl Requests {
     /// The pending request, after taking the job's end time into account. `step` is the duration of a step.
     pub fn before_step(&self, step: Duration, now: Duration) -> Request {
         let mut state = self.state.lock();
-        let left = state.save + step;
-        if state.job_end.is_some_and(|end| now + left + end.margin >= end.at) {
+        let left = state.save + step + state.margin;
+        if state.job_end.is_some_and(|end| now + left >= end) {
             state.pending = state.pending.or_stronger(Request::End(Exit::Retry));
         }
         state.pending
@@ -339,12 +336,12 @@ mod tests {
     fn training_ends_a_step_a_save_and_a_margin_before_the_job_does() {
         let requests = Requests::default();
         let seconds = Duration::from_secs;
-        requests.state.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
+        requests.state.lock().job_end = Some(seconds(1000));
         requests.set_save_time(seconds(20));
         assert_eq!(requests.before_step(seconds(5), seconds(914)), Request::Nothing);
         assert_eq!(requests.before_step(seconds(6), seconds(914)), Request::End(Exit::Retry));
         let other = Requests::default();
-        other.state.lock().job_end = Some(JobEnd { at: seconds(1000), margin: MARGIN });
+        other.state.lock().job_end = Some(seconds(1000));
         other.set_job_end_margin(seconds(1));
         assert_eq!(other.before_step(seconds(0), seconds(998)), Request::Nothing);
         assert_eq!(other.before_step(seconds(0), seconds(999)), Request::End(Exit::Retry));

@@ -57,28 +57,30 @@ pub enum LaunchedBy {
 impl LaunchedBy {
     /// Name for messages.
     pub fn name(self) -> &'static str {
-        match self {
-            LaunchedBy::Shardflow => "shardflow launch",
-            LaunchedBy::Torchrun => "torchrun",
-            LaunchedBy::OpenMpi => "OpenMPI",
-            LaunchedBy::Slurm => "Slurm",
-            LaunchedBy::Mpich => "MPICH or Intel MPI",
-            LaunchedBy::Kubernetes => "Kubernetes",
-        }
+        self.texts().0
     }
 
     /// How to give all processes the same secret with this launcher.
     pub(super) fn secret_instructions(self) -> &'static str {
+        self.texts().1
+    }
+
+    fn texts(self) -> (&'static str, &'static str) {
         match self {
-            LaunchedBy::Shardflow => "`shardflow launch` sets one",
-            LaunchedBy::Torchrun => {
+            LaunchedBy::Shardflow => ("shardflow launch", "`shardflow launch` sets one"),
+            LaunchedBy::Torchrun => (
+                "torchrun",
                 "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`, with the output of `shardflow secret`; \
-                 in a PyTorchJob, from a Secret"
+                 in a PyTorchJob, from a Secret",
+            ),
+            LaunchedBy::OpenMpi => ("OpenMPI", "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`"),
+            LaunchedBy::Slurm => {
+                ("Slurm", "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`")
             }
-            LaunchedBy::OpenMpi => "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`",
-            LaunchedBy::Slurm => "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`",
-            LaunchedBy::Mpich => "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`",
-            LaunchedBy::Kubernetes => "from a Secret, made with `kubectl create secret generic NAME --from-literal=..`",
+            LaunchedBy::Mpich => ("MPICH or Intel MPI", "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`"),
+            LaunchedBy::Kubernetes => {
+                ("Kubernetes", "from a Secret, made with `kubectl create secret generic NAME --from-literal=..`")
+            }
         }
     }
 }

@@ -37,7 +37,8 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
         let (launcher, instructions) = (source.name(), source.secret_instructions());
         return Err(EnvError::NoSecret { launcher, processes: place.processes, instructions });
     };
-    let (restart, run_id) = (restart(source, &vars)?, run_id(source, &vars));
+    let restart = names(source).restart.map_or(Ok(None), |name| vars.optional(name))?.unwrap_or(0);
+    let run_id = run_id(source, &vars);
     let Place { process, processes, local_process, local_processes, node, .. } = place;
     let world =
         World { process, processes, local_process, local_processes, node, endpoint, secret, restart, source, run_id };
@@ -52,15 +53,25 @@ const MPICH: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALN
 const OPENMPI: [&str; 4] =
     ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
 
-fn markers(source: LaunchedBy) -> &'static [&'static str] {
-    match source {
-        LaunchedBy::Shardflow => &SHARDFLOW,
-        LaunchedBy::Torchrun => &TORCHRUN,
-        LaunchedBy::OpenMpi => &OPENMPI[..2],
-        LaunchedBy::Slurm => &["SLURM_STEP_ID"],
-        LaunchedBy::Mpich => &MPICH,
-        LaunchedBy::Kubernetes => &["JOB_COMPLETION_INDEX"],
-    }
+/// The variables that every launcher sets for other purposes than ranks and sizes.
+struct Names {
+    /// One of these identifies the launcher.
+    markers: &'static [&'static str],
+    /// `mpirun` does not restart, and a pod does not receive its restart count.
+    restart: Option<&'static str>,
+    run_id: &'static [&'static str],
+}
+
+fn names(source: LaunchedBy) -> Names {
+    let (markers, restart, run_id): (&[_], _, &[_]) = match source {
+        LaunchedBy::Shardflow => (&SHARDFLOW, Some("SHARDFLOW_RESTART_COUNT"), &["SHARDFLOW_RUN_ID"]),
+        LaunchedBy::Torchrun => (&TORCHRUN, Some("TORCHELASTIC_RESTART_COUNT"), &["TORCHELASTIC_RUN_ID"]),
+        LaunchedBy::OpenMpi => (&OPENMPI[..2], None, &["PMIX_NAMESPACE"]),
+        LaunchedBy::Slurm => (&["SLURM_STEP_ID"], Some("SLURM_RESTART_COUNT"), &["SLURM_JOB_ID", "SLURM_STEP_ID"]),
+        LaunchedBy::Mpich => (&MPICH, None, &["PMI_JOBID"]),
+        LaunchedBy::Kubernetes => (&["JOB_COMPLETION_INDEX"], None, &["SHARDFLOW_RUN_ID"]),
+    };
+    Names { markers, restart, run_id }
 }
 
 /// The innermost launcher, and the first of its markers that is set.
@@ -75,7 +86,7 @@ fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     // Hydra also starts its helpers with `srun`. It is the only one of these launchers that sets the local process count.
     let is_helper = || has("MPI_LOCALNRANKS") && has("PMI_SIZE") && !is("PMI_SIZE", tasks);
     [Shardflow, Torchrun, OpenMpi, Slurm, Mpich, Kubernetes].into_iter().find_map(|source| {
-        let marker = markers(source).iter().find(|name| has(name))?;
+        let marker = names(source).markers.iter().find(|name| has(name))?;
         let is_launcher = match source {
             // An sbatch script is in no step; the shell of an interactive step is one task.
             Slurm => has("SLURM_PROCID") && tasks != "1" && !is_helper(),
@@ -281,25 +292,7 @@ fn derived_port(job: &str) -> u16 {
     start + u16::from_le_bytes([digest[0], digest[1]]) % (end - start)
 }
 
-fn restart(source: LaunchedBy, vars: &Reader) -> Result<u64, EnvError> {
-    let name = match source {
-        LaunchedBy::Shardflow => "SHARDFLOW_RESTART_COUNT",
-        LaunchedBy::Torchrun => "TORCHELASTIC_RESTART_COUNT",
-        LaunchedBy::Slurm => "SLURM_RESTART_COUNT",
-        // `mpirun` does not restart, and a pod does not receive its restart count.
-        LaunchedBy::OpenMpi | LaunchedBy::Mpich | LaunchedBy::Kubernetes => return Ok(0),
-    };
-    Ok(vars.optional(name)?.unwrap_or(0))
-}
-
 fn run_id(source: LaunchedBy, vars: &Reader) -> String {
-    let named = |name: &str| vars.get(name).unwrap_or("none").to_string();
-    match source {
-        LaunchedBy::Shardflow => named("SHARDFLOW_RUN_ID"),
-        LaunchedBy::Torchrun => named("TORCHELASTIC_RUN_ID"),
-        LaunchedBy::OpenMpi => named("PMIX_NAMESPACE"),
-        LaunchedBy::Mpich => named("PMI_JOBID"),
-        LaunchedBy::Slurm => format!("{}.{}", named("SLURM_JOB_ID"), named("SLURM_STEP_ID")),
-        LaunchedBy::Kubernetes => named("SHARDFLOW_RUN_ID"),
-    }
+    let parts: Vec<&str> = names(source).run_id.iter().map(|name| vars.get(name).unwrap_or("none")).collect();
+    parts.join(".")
 }

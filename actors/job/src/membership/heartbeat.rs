@@ -27,21 +27,6 @@ pub(crate) struct HeartbeatThread {
     thread: Option<JoinHandle<()>>,
 }
 
-pub(crate) fn start(
-    shared: Arc<Shared>,
-    codec: Codec,
-    socket: UdpSocket,
-    addresses: Vec<SocketAddr>,
-    interval: Duration,
-) -> io::Result<HeartbeatThread> {
-    socket.set_nonblocking(true)?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let mut sender =
-        Sender { shared, codec, socket, addresses, interval, sequence: 0, loss_reported: false, stop: stop.clone() };
-    let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || sender.run())?;
-    Ok(HeartbeatThread { stop, thread: Some(thread) })
-}
-
 impl Drop for HeartbeatThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
@@ -52,43 +37,48 @@ impl Drop for HeartbeatThread {
     }
 }
 
-struct Sender {
-    shared: Arc<Shared>,
-    codec: Codec,
-    socket: UdpSocket,
-    addresses: Vec<SocketAddr>,
-    interval: Duration,
-    sequence: u64,
-    /// A heartbeat has reported the process that this one has lost.
-    loss_reported: bool,
-    stop: Arc<AtomicBool>,
+/// The sender and receiver of heartbeats.
+pub(crate) struct Heartbeats {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) codec: Codec,
+    pub(crate) socket: UdpSocket,
+    pub(crate) addresses: Vec<SocketAddr>,
+    pub(crate) interval: Duration,
 }
 
-impl Sender {
-    fn run(&mut self) {
-        let mut next = Instant::now();
-        while !self.stop.load(Ordering::Relaxed) {
+impl Heartbeats {
+    pub(crate) fn start(mut self) -> io::Result<HeartbeatThread> {
+        self.socket.set_nonblocking(true)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || self.run(&stopped))?;
+        Ok(HeartbeatThread { stop, thread: Some(thread) })
+    }
+
+    fn run(&mut self, stop: &AtomicBool) {
+        let (mut next, mut sequence, mut loss_reported) = (Instant::now(), 0, false);
+        while !stop.load(Ordering::Relaxed) {
             let now = Instant::now();
             if now >= next {
-                self.send();
+                self.send(&mut sequence);
                 // Not `next + interval`: one heartbeat is enough after a pause of this process.
                 next = now + self.interval;
             }
             self.wait(TICK.min(next.saturating_duration_since(now)));
             self.drain();
             self.shared.tick();
-            if !self.loss_reported && self.shared.heartbeat().is_some_and(|(_, lost)| lost.is_some()) {
+            if !loss_reported && self.shared.heartbeat().is_some_and(|(_, lost)| lost.is_some()) {
                 // Sent at once: this process may end before the next heartbeat.
-                self.loss_reported = true;
-                self.send();
+                loss_reported = true;
+                self.send(&mut sequence);
             }
         }
     }
 
-    fn send(&mut self) {
+    fn send(&self, sequence: &mut u64) {
         let Some((step, lost)) = self.shared.heartbeat() else { return };
-        self.sequence += 1;
-        let datagram = self.codec.write(self.shared.own, self.sequence, step, lost);
+        *sequence += 1;
+        let datagram = self.codec.write(self.shared.own, *sequence, step, lost);
         for address in &self.addresses {
             // A network failure causes missing heartbeats on both sides; the next heartbeat retries.
             if let Err(error) = self.socket.send_to(&datagram, address) {

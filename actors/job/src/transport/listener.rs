@@ -24,6 +24,7 @@ use super::folder::PrivateFolder;
 use super::handshake::{AcceptPolicy, SettledWorld};
 use super::hello::{Hello, Purpose};
 use crate::secret::Secret;
+use serve::Server;
 use socket::{inode, listen_private, listen_tcp, listen_unix};
 use state::{Shared, State, Unclaimed};
 
@@ -56,10 +57,10 @@ impl Listener {
         listen: &[ListenAddress],
         options: ListenerOptions,
     ) -> Result<Self, TransportError> {
-        let (mut addresses, mut listeners, mut paths, mut folders) = (vec![], vec![], vec![], vec![]);
+        let (mut addresses, mut sockets, mut paths, mut folders) = (vec![], vec![], vec![], vec![]);
         let mut private_error = None;
         for listen_address in listen {
-            let (address, listener) = match listen_address {
+            let (address, socket) = match listen_address {
                 ListenAddress::Tcp(address) => listen_tcp(*address)?,
                 ListenAddress::Unix(path) => listen_unix(path)?,
                 ListenAddress::PrivateUnix => match listen_private(process) {
@@ -77,16 +78,16 @@ impl Listener {
                 paths.extend(inode(path).map(|inode| (path.clone(), inode)));
             }
             addresses.push(address);
-            listeners.push(listener);
+            sockets.push(socket);
         }
         let policy = AcceptPolicy { process, world: None };
         let state = State { policy, unclaimed: VecDeque::new(), refusals: Refusals::default(), closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), arrived: Condvar::new() });
         let thread_failed = |cause| TransportError::io("starting the accepting thread of", &"this process", cause);
-        let (wake, wake_receiver) = UnixStream::pair().map_err(thread_failed)?;
-        let own = shared.clone();
-        let serve = move || serve::serve(listeners, wake_receiver, secret, options, own);
-        let thread = std::thread::Builder::new().name("accept".into()).spawn(serve);
+        let (wake, own_wake) = UnixStream::pair().map_err(thread_failed)?;
+        let (own, pending) = (shared.clone(), VecDeque::new());
+        let server = Server { sockets, wake: own_wake, secret, options, shared: own, pending, paused_until: None };
+        let thread = std::thread::Builder::new().name("accept".into()).spawn(move || server.run());
         let thread = Some(thread.map_err(thread_failed)?);
         Ok(Self { addresses, private_error, shared, wake, thread, paths, _folders: folders })
     }

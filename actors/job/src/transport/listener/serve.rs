@@ -23,19 +23,19 @@ const ACCEPTS_MAX: usize = 64;
 /// Pause of all sockets after a failed accept, for example because no descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-struct Server {
-    sockets: Vec<Socket>,
-    wake: UnixStream,
-    secret: Secret,
-    options: ListenerOptions,
-    shared: Arc<Shared>,
+pub(super) struct Server {
+    pub(super) sockets: Vec<Socket>,
+    pub(super) wake: UnixStream,
+    pub(super) secret: Secret,
+    pub(super) options: ListenerOptions,
+    pub(super) shared: Arc<Shared>,
     /// Oldest first.
-    pending: VecDeque<PendingConnection>,
-    paused_until: Option<Instant>,
+    pub(super) pending: VecDeque<PendingConnection>,
+    pub(super) paused_until: Option<Instant>,
 }
 
 /// An unauthenticated connection.
-struct PendingConnection {
+pub(super) struct PendingConnection {
     connection: Connection,
     deadline: Instant,
     /// The incoming message with its length prefix; `filled` bytes have been received.
@@ -54,19 +54,9 @@ enum Step {
 
 const PREFIX_BYTES: usize = 2;
 
-/// Serves a listener until it closes.
-pub(super) fn serve(
-    sockets: Vec<Socket>,
-    wake: UnixStream,
-    secret: Secret,
-    options: ListenerOptions,
-    shared: Arc<Shared>,
-) {
-    Server { sockets, wake, secret, options, shared, pending: VecDeque::new(), paused_until: None }.run();
-}
-
 impl Server {
-    fn run(mut self) {
+    /// Runs until the listener closes.
+    pub(super) fn run(mut self) {
         while let Some((sockets, pending)) = self.poll() {
             self.advance(&pending);
             self.expire();
