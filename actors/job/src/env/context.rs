@@ -55,17 +55,8 @@ pub enum LaunchedBy {
 }
 
 impl LaunchedBy {
-    /// Name for messages.
-    pub fn name(self) -> &'static str {
-        self.texts().0
-    }
-
-    /// How to give all processes the same secret with this launcher.
-    pub(super) fn secret_instructions(self) -> &'static str {
-        self.texts().1
-    }
-
-    fn texts(self) -> (&'static str, &'static str) {
+    /// The name, and how to give all processes the same secret with this launcher.
+    pub(super) fn texts(self) -> (&'static str, &'static str) {
         match self {
             LaunchedBy::Shardflow => ("shardflow launch", "`shardflow launch` sets one"),
             LaunchedBy::Torchrun => (

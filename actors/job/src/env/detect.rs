@@ -34,7 +34,7 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
         return Err(contradiction(("SHARDFLOW_ENDPOINT", endpoint), (place.processes_name, place.processes), rule));
     }
     let Some(secret) = SecretSource::find(variables)? else {
-        let (launcher, instructions) = (source.name(), source.secret_instructions());
+        let (launcher, instructions) = source.texts();
         return Err(EnvError::NoSecret { launcher, processes: place.processes, instructions });
     };
     let restart = names(source).restart.map_or(Ok(None), |name| vars.optional(name))?.unwrap_or(0);

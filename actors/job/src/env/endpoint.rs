@@ -12,14 +12,11 @@ pub const PORT_DEFAULT: u16 = 29400;
 
 /// An address that the first process listens on and all others connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Endpoint {
-    /// `tcp://HOST:PORT`. The host is a name or an address; an IPv6 address has no brackets and may have a zone.
-    Tcp {
-        /// Name or address.
-        host: String,
-        /// Never 0.
-        port: u16,
-    },
+    /// `tcp://HOST:PORT`. The host is a name or an address; an IPv6 address has no brackets and may have a zone. The port is
+    /// never 0.
+    Tcp { host: String, port: u16 },
     /// `unix:PATH`: for processes of one node.
     Unix(PathBuf),
 }

@@ -5,18 +5,12 @@ use std::{fmt, fs};
 
 /// The limit that determines a process's free memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum MemoryBound {
     /// The machine: `MemAvailable` of `/proc/meminfo`.
     Machine,
-    /// The process's memory cgroup, or an ancestor of it.
-    Cgroup {
-        /// Its folder.
-        folder: PathBuf,
-        /// Its limit, bytes.
-        limit_bytes: u64,
-        /// Memory in use, bytes, without page cache that the kernel can reclaim.
-        used_bytes: u64,
-    },
+    /// The process's memory cgroup, or an ancestor of it. `used_bytes` is without page cache that the kernel can reclaim.
+    Cgroup { folder: PathBuf, limit_bytes: u64, used_bytes: u64 },
 }
 
 impl fmt::Display for MemoryBound {

@@ -7,50 +7,39 @@ use super::detector::PeerHealth;
 
 /// An event from the other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names explain variants and fields")]
+#[allow(missing_docs, reason = "the names explain the fields")]
 pub enum MembershipEvent {
-    Message {
-        from: u32,
-        topic: u16,
-        bytes: Vec<u8>,
-    },
+    /// The bytes are opaque.
+    Message { from: u32, topic: u16, bytes: Vec<u8> },
     /// A peer has left in order.
-    Left {
-        process: u32,
-    },
+    Left { process: u32 },
     /// The session has ended; sent once.
     Ended(FirstCause),
 }
 
 /// Counters of rejected datagrams and control messages since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "most names say it")]
 pub struct Counters {
-    /// Datagrams of another format.
     pub bad_format: u64,
-    /// Datagrams with a wrong MAC.
     pub bad_mac: u64,
     /// Duplicate or reordered datagrams.
     pub replays: u64,
     /// Datagrams of another run with the same key.
     pub other_session: u64,
-    /// Datagrams of an older epoch.
     pub old_epoch: u64,
     /// Datagrams of a newer epoch; the first one ends this process.
     pub newer_epoch: u64,
-    /// Invalid control messages.
     pub garbled: u64,
 }
 
 /// Status of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the names explain the fields")]
 pub struct PeerStatus {
-    /// Number of the peer.
     pub process: u32,
-    /// True if it has left in order.
     pub left: bool,
-    /// The step in its last heartbeat.
     pub step: u64,
-    /// Its health; `None` if it has left.
     pub health: Option<PeerHealth>,
     /// Time since its last heartbeat; `None` if it has left.
     pub silent: Option<Duration>,

@@ -16,6 +16,7 @@ pub enum TransportError {
     Random(#[from] RandomError),
     #[error("cannot listen on {address}: {cause}")]
     Listen { address: Address, cause: io::Error },
+    /// `last` is the error of the last attempt that was not cut short.
     #[error(
         "no connection to process {to} at {address} for {purpose}: {attempts} attempts in {waited_ms} ms, the last error: {last}"
     )]
@@ -25,7 +26,6 @@ pub enum TransportError {
         purpose: Purpose,
         attempts: u32,
         waited_ms: u64,
-        /// The error of the last attempt that was not cut short.
         last: Box<TransportError>,
     },
     #[error("{operation} {peer}: {cause}")]

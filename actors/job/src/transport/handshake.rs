@@ -274,29 +274,24 @@ pub struct SettledWorld {
 impl AcceptPolicy {
     /// Decides whether to accept an authenticated dialler.
     pub fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
-        if hello.to != self.process {
-            return Err(Refusal::WrongProcess { expected: hello.to, actual: self.process });
+        let Hello { epoch: dialler, from, to, purpose, .. } = *hello;
+        if to != self.process {
+            return Err(Refusal::WrongProcess { expected: to, actual: self.process });
         }
-        let rendezvous = hello.purpose == Purpose::Rendezvous;
-        let (processes, dialler) = (self.world.map_or(PROCESSES_MAX, |w| w.processes), hello.epoch);
-        match self.world {
-            None if !rendezvous => return Err(Refusal::NotStarted),
-            Some(SettledWorld { epoch: acceptor, .. }) if dialler > acceptor => {
-                return Err(Refusal::NewEpoch { acceptor, dialler });
+        let (is_rendezvous, processes) =
+            (purpose == Purpose::Rendezvous, self.world.map_or(PROCESSES_MAX, |w| w.processes));
+        let refusal = match self.world {
+            None if !is_rendezvous => Refusal::NotStarted,
+            Some(world) if dialler > world.epoch => Refusal::NewEpoch { acceptor: world.epoch, dialler },
+            Some(world) if is_rendezvous => Refusal::Late { epoch: world.epoch },
+            Some(world) if dialler < world.epoch => Refusal::OldEpoch { acceptor: world.epoch, dialler },
+            Some(world) if hello.session != world.session => {
+                Refusal::Session { acceptor: world.session, dialler: hello.session }
             }
-            Some(SettledWorld { epoch, .. }) if rendezvous => return Err(Refusal::Late { epoch }),
-            Some(SettledWorld { epoch: acceptor, .. }) if dialler < acceptor => {
-                return Err(Refusal::OldEpoch { acceptor, dialler });
-            }
-            Some(SettledWorld { session, .. }) if session != hello.session => {
-                return Err(Refusal::Session { acceptor: session, dialler: hello.session });
-            }
-            _ => {}
-        }
-        if hello.from >= processes {
-            return Err(Refusal::Process { process: hello.from, processes });
-        }
-        Ok(())
+            _ if from >= processes => Refusal::Process { process: from, processes },
+            _ => return Ok(()),
+        };
+        Err(refusal)
     }
 }
 

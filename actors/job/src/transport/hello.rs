@@ -34,25 +34,16 @@ impl fmt::Debug for SessionId {
 
 /// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Purpose {
     /// To process 0, before the session exists.
     Rendezvous,
     /// Supervision and the end of the session.
     Control,
-    /// Messages and register data.
-    Registers {
-        /// Index among the connections between the same two processes.
-        index: u16,
-    },
-    /// One edge of a collective.
-    Group {
-        /// Index of the group in the plan.
-        group: u32,
-        /// The group member that dialled.
-        member: u32,
-        /// The group member that it dials.
-        peer: u32,
-    },
+    /// Messages and register data. `index` distinguishes the connections between the same two processes.
+    Registers { index: u16 },
+    /// One edge of a collective: group member `member` has dialled `peer`. `group` is an index in the plan.
+    Group { group: u32, member: u32, peer: u32 },
     /// Shared memory descriptors, over a Unix socket.
     Memory,
 }

@@ -28,28 +28,23 @@ impl Default for ListenerOptions {
 
 /// Number of rejected connections of a listener, by reason. The counters only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs, reason = "most names say it")]
 pub struct Refusals {
     /// Dropped in favour of a newer unauthenticated connection.
     pub evicted: u64,
-    /// Handshake timed out.
     pub timed_out: u64,
-    /// The peer closed the connection during the handshake.
     pub disconnected: u64,
     /// Not this protocol: wrong magic or message length.
     pub malformed: u64,
-    /// Another version of the protocol.
     pub version: u64,
     /// Cannot be decrypted: another secret, a replay or tampering.
     pub proof: u64,
-    /// Another session.
     pub session: u64,
     /// An older epoch, or a process that is too late for the running one.
     pub old_epoch: u64,
-    /// A newer epoch than this process's own.
     pub new_epoch: u64,
     /// A process number that does not exist, or a connection meant for another process.
     pub process: u64,
-    /// The hello cannot be decoded.
     pub unreadable: u64,
     /// Temporary: not started yet, or too many unclaimed connections.
     pub retry: u64,
