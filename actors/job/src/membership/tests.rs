@@ -66,6 +66,12 @@ fn first_cause(membership: &Membership) -> FirstCause {
     }
 }
 
+/// The session ends with this process as the first cause, and `cause` is part of the text.
+fn assert_ends(membership: &Membership, process: u32, exit: u8, cause: &str) {
+    let first = first_cause(membership);
+    assert!((first.process, first.exit) == (process, exit) && first.cause.contains(cause), "{first:?}");
+}
+
 fn next_message(membership: &Membership) -> (u32, u16, Vec<u8>) {
     match membership.notices().recv_timeout(SOON).expect("a message") {
         MembershipEvent::Message { from, topic, bytes } => (from, topic, bytes),
@@ -125,11 +131,7 @@ fn a_failure_is_reported_in_all_processes_with_its_exit_code() {
 fn a_dropped_membership_is_a_failure() {
     let mut members = world(4, 3);
     drop(members.remove(1));
-    for member in &members {
-        let first = first_cause(member);
-        assert_eq!((first.process, first.exit), (1, 70));
-        assert!(first.cause.contains("without leaving"), "{first}");
-    }
+    members.iter().for_each(|member| assert_ends(member, 1, 70, "without leaving"));
 }
 
 #[test]
@@ -163,10 +165,7 @@ fn a_later_failure_report_beats_symptoms_within_the_grace_window() {
     members[0].suspect(3, "connection reset");
     members[1].suspect(3, "connection reset");
     members[2].fail("the loss is NaN at step 9", 80);
-    for member in &members {
-        let first = first_cause(member);
-        assert_eq!((first.process, first.exit), (2, 80), "{first}");
-    }
+    members.iter().for_each(|member| assert_ends(member, 2, 80, "the loss is NaN at step 9"));
 }
 
 #[test]
@@ -188,11 +187,7 @@ fn a_one_way_partition_ends_both_sides() {
     // Heartbeats from process 0 to 1 are lost; those from 1 to 0 arrive.
     let unused = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     configs[0].addresses.insert(1, unused.local_addr().expect("bound"));
-    for member in &start(configs) {
-        let first = first_cause(member);
-        assert_eq!((first.process, first.exit), (0, 69));
-        assert!(first.cause.contains("no heartbeat for 1."), "{first}");
-    }
+    start(configs).iter().for_each(|member| assert_ends(member, 0, 69, "no heartbeat for 1."));
 }
 
 #[test]
@@ -239,10 +234,7 @@ fn a_newer_epoch_fences_the_old_one() {
     let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, 0, None);
     sender.send_to(&newer, target).expect("sent");
-    for member in &members {
-        let first = first_cause(member);
-        assert_eq!((first.process, first.exit), (0, 75));
-    }
+    members.iter().for_each(|member| assert_ends(member, 0, 75, "fenced"));
 }
 
 #[test]
@@ -348,9 +340,7 @@ fn a_partition_ends_both_sides() {
     cut.store(true, Ordering::Relaxed);
     for (own, member) in members.iter().enumerate() {
         // Neither side receives the other's report.
-        let first = first_cause(member);
-        assert_eq!((first.process, first.exit), (1 - own as u32, 69));
-        assert!(first.cause.contains("no heartbeat for 1."), "{first}");
+        assert_ends(member, 1 - own as u32, 69, "no heartbeat for 1.");
     }
 }
 
