@@ -111,10 +111,7 @@ pub fn head() -> [u8; HEAD_BYTES] {
 /// A handshake message with its length prefix.
 pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
     debug_assert!(part.len() <= HANDSHAKE_BYTES_MAX);
-    let mut bytes = Vec::with_capacity(2 + part.len());
-    bytes.extend_from_slice(&(part.len() as u16).to_le_bytes());
-    bytes.extend_from_slice(part);
-    bytes
+    [&(part.len() as u16).to_le_bytes()[..], part].concat()
 }
 
 /// Checks magic and version of a greeting and returns the rest. A later version may have a longer greeting, but magic and
@@ -131,12 +128,9 @@ fn check_head(message: &[u8]) -> Result<&[u8], HandshakeError> {
     Ok(rest)
 }
 
-fn check_length(message: &'static str, body: &[u8], expected: usize) -> Result<(), HandshakeError> {
-    if body.len() == expected {
-        Ok(())
-    } else {
-        Err(HandshakeError::Length { message, bytes: HEAD_BYTES + body.len() })
-    }
+fn check_length(body: &[u8]) -> Result<(), HandshakeError> {
+    let bytes = HEAD_BYTES + body.len();
+    if bytes == GREETING_BYTES { Ok(()) } else { Err(HandshakeError::Length { message: "greeting", bytes }) }
 }
 
 fn noise(secret: &Secret, initiates: bool) -> Result<HandshakeState, snow::Error> {
@@ -201,7 +195,7 @@ impl Dialler {
         if peer_greeting == self.greeting {
             return Err(HandshakeError::Echo);
         }
-        check_length("greeting", body, GREETING_BYTES - HEAD_BYTES)?;
+        check_length(body)?;
         self.noise.read_message(body, &mut []).map_err(|_| HandshakeError::Proof)?;
         let keys = self.noise.into_stateless_transport_mode().map_err(HandshakeError::Cipher)?;
         let hello = encrypt(&keys, hello)?;
@@ -230,7 +224,7 @@ impl Acceptor {
     /// with [`head`], so that the dialler reports it too.
     pub fn new(secret: &Secret, peer_greeting: &[u8]) -> Result<(Self, Vec<u8>), HandshakeError> {
         let body = check_head(peer_greeting)?;
-        check_length("greeting", body, GREETING_BYTES - HEAD_BYTES)?;
+        check_length(body)?;
         let mut noise = noise(secret, false).map_err(HandshakeError::Cipher)?;
         noise.read_message(body, &mut []).map_err(|_| HandshakeError::Proof)?;
         let greeting = greeting(&mut noise)?;

@@ -70,12 +70,8 @@ pub fn write_message<T: Serialize>(to: &mut impl Write, value: &T, bytes_max: us
     if body.len() > bytes_max {
         return Err(WireError::TooLong { bytes: body.len(), bytes_max });
     }
-    let mut message = Vec::with_capacity(PREFIX_BYTES + body.len());
-    message.extend_from_slice(&(body.len() as u32).to_le_bytes());
-    message.extend_from_slice(&body);
-    to.write_all(&message)?;
-    to.flush()?;
-    Ok(())
+    to.write_all(&[&(body.len() as u32).to_le_bytes()[..], &body].concat())?;
+    Ok(to.flush()?)
 }
 
 /// Reads one message of [`write_message`]. Memory use grows with the received bytes, not with the announced length.
