@@ -53,12 +53,13 @@ const MPICH: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALN
 const OPENMPI: [&str; 4] =
     ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
 
-/// The variables that every launcher sets for other purposes than ranks and sizes.
+/// Variables of a launcher, besides its ranks and sizes.
 struct Names {
     /// One of these identifies the launcher.
     markers: &'static [&'static str],
-    /// `mpirun` does not restart, and a pod does not receive its restart count.
+    /// The number of restarts. `mpirun` does not restart, and a pod does not receive its restart count.
     restart: Option<&'static str>,
+    /// The parts of the job's name.
     run_id: &'static [&'static str],
 }
 

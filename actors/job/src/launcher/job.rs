@@ -168,12 +168,6 @@ fn random_secret() -> Result<Secret, LaunchError> {
 fn watch_signals(events: Sender<Event>) -> io::Result<()> {
     let watched = not_ignored(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT]);
     let mut signals = signal_hook::iterator::Signals::new(watched)?;
-    let forward = move || {
-        for signal in signals.forever() {
-            if events.send(Event::Signal(signal as u8)).is_err() {
-                return;
-            }
-        }
-    };
+    let forward = move || signals.forever().try_for_each(|signal| events.send(Event::Signal(signal as u8)));
     thread::Builder::new().name("signals".into()).spawn(forward).map(drop)
 }

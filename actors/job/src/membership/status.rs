@@ -19,7 +19,7 @@ pub enum MembershipEvent {
 
 /// Counters of rejected datagrams and control messages since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "most names say it")]
+#[allow(missing_docs, reason = "the names explain the other fields")]
 pub struct Counters {
     pub bad_format: u64,
     pub bad_mac: u64,

@@ -28,7 +28,7 @@ impl Default for ListenerOptions {
 
 /// Number of rejected connections of a listener, by reason. The counters only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs, reason = "most names say it")]
+#[allow(missing_docs, reason = "the names explain the other fields")]
 pub struct Refusals {
     /// Dropped in favour of a newer unauthenticated connection.
     pub evicted: u64,
