@@ -285,9 +285,8 @@ mod tests {
     #[test]
     fn requests_survive_the_exchange_and_the_stronger_wins() {
         let term = Request::End(Exit::Signal(15));
-        let end = Request::End;
-        let all =
-            [Request::Nothing, Request::Checkpoint, end(Exit::Done), end(Exit::Retry), end(Exit::Signal(2)), term];
+        let [done, retry, int] = [Exit::Done, Exit::Retry, Exit::Signal(2)].map(Request::End);
+        let all = [Request::Nothing, Request::Checkpoint, done, retry, int, term];
         assert!(all.iter().all(|request| Request::from_code(request.code()) == *request));
         assert!(all.windows(2).all(|pair| pair[0].code() < pair[1].code()));
         let requests = Requests::default();

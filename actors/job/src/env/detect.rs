@@ -258,15 +258,15 @@ fn master_endpoint(vars: &Reader) -> Result<Endpoint, EnvError> {
     let host = match vars.need("MASTER_ADDR", "the host of process 0")? {
         // In a PyTorchJob the master's own MASTER_ADDR is localhost; the other pods have its name.
         "localhost" if is_pod(vars) && vars.get("RANK") == Some("0") => "0.0.0.0",
+        // It may hold an IPv6 address with or without brackets.
         host => host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host),
     };
     let port = vars.need("MASTER_PORT", "a free port on the host of process 0")?;
     match port.parse::<u16>() {
         Ok(port) if port > 0 => {
-            // MASTER_ADDR may hold an IPv6 address with or without brackets.
-            let text =
-                if host.contains(':') { format!("tcp://[{host}]:{port}") } else { format!("tcp://{host}:{port}") };
-            Endpoint::parse(&text).map_err(|e| invalid("MASTER_ADDR", host, &format!("must be {e}")))
+            let unchecked = Endpoint::Tcp { host: host.into(), port };
+            let checked = Endpoint::parse(&unchecked.to_string());
+            checked.map_err(|e| invalid("MASTER_ADDR", host, &format!("must be {e}")))
         }
         _ => Err(invalid("MASTER_PORT", port, "must be a port from 1 to 65535")),
     }

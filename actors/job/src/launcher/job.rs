@@ -146,12 +146,9 @@ impl<'a> Job<'a> {
             Some(endpoint) => Ok(endpoint.clone()),
             None => {
                 let path = self.folder.path().join(format!("meet-{attempt}"));
-                let refused = |expected, fix| {
-                    let path = path.display();
-                    let message =
-                        format!("cannot use {path} for the rendezvous: expected {expected}; set TMPDIR to {fix}");
-                    LaunchError::Refused(message)
-                };
+                let place = format!("cannot use {} for the rendezvous", path.display());
+                let refused =
+                    |expected, fix| LaunchError::Refused(format!("{place}: expected {expected}; set TMPDIR to {fix}"));
                 let text = path.to_str().ok_or_else(|| refused("UTF-8", "a path in UTF-8"))?;
                 Endpoint::parse(&format!("unix:{text}")).map_err(|expected| refused(expected, "a shorter path"))
             }

@@ -79,6 +79,14 @@ fn next_message(membership: &Membership) -> (u32, u16, Vec<u8>) {
     }
 }
 
+fn wait_until(is_true: impl Fn() -> bool) {
+    let until = Instant::now() + SOON;
+    while !is_true() {
+        assert!(Instant::now() < until, "timed out");
+        thread::yield_now();
+    }
+}
+
 /// All members leave in order, at the same time.
 fn leave_all(members: Vec<Membership>) {
     thread::scope(|s| {
@@ -212,11 +220,7 @@ fn invalid_datagrams_are_rejected_and_counted() {
         sender.send_to(&datagram, target).expect("sent");
     }
     sender.send_to(b"hello", target).expect("sent");
-    let until = Instant::now() + SOON;
-    while members[0].counters().bad_format == 0 {
-        assert!(Instant::now() < until, "{:?}", members[0].counters());
-        thread::yield_now();
-    }
+    wait_until(|| members[0].counters().bad_format > 0);
     let counters = members[0].counters();
     // The real peer's heartbeats have lower sequence numbers than 1 000 000, so they also count as replays.
     assert!(counters.replays >= 2, "{counters:?}");
@@ -435,11 +439,7 @@ fn heartbeats_carry_the_step() {
     configs.iter_mut().for_each(|c| c.interval = ms(20));
     let members = start(configs);
     members[1].set_step(12);
-    let until = Instant::now() + SOON;
-    while members[0].peers()[0].step != 12 {
-        assert!(Instant::now() < until);
-        thread::yield_now();
-    }
+    wait_until(|| members[0].peers()[0].step == 12);
     let peer = members[0].peers()[0];
     assert_eq!((peer.process, peer.left, peer.health), (1, false, Some(PeerHealth::Alive)));
     leave_all(members);

@@ -76,10 +76,7 @@ fn connections_are_claimed_by_process_and_purpose() {
         for (from, purpose, dialler_end) in dialled.into_iter().rev() {
             let mut connection = listener.wait(from, purpose, soon()).unwrap();
             assert_eq!(connection.is_unix(), matches!(address, Address::Unix(_)));
-            assert_eq!(
-                (connection.is_sealed(), dialler_end.is_sealed()),
-                (from.is_multiple_of(2), from.is_multiple_of(2))
-            );
+            assert_eq!([connection.is_sealed(), dialler_end.is_sealed()], [from.is_multiple_of(2); 2]);
             dialler_end.shutdown(std::net::Shutdown::Both).unwrap();
             let mut text = String::new();
             connection.read_to_string(&mut text).unwrap();
