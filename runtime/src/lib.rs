@@ -4,6 +4,7 @@
 
 pub mod boxing;
 pub mod checkpoint;
+pub mod checkpoint_manager;
 mod clock;
 pub mod cluster;
 pub mod declare;
@@ -13,6 +14,7 @@ pub mod files;
 pub mod flags;
 pub mod graph;
 pub mod init;
+pub mod json_log;
 pub mod layout_error;
 mod lock;
 pub mod metrics;

@@ -7,6 +7,7 @@ use shardflow_kernels::tensor::DType;
 use crate::graph::builder::Layout;
 use crate::graph::{Graph, Var};
 use crate::init::Init;
+use crate::placement::Mesh;
 use shardflow_job::text::counted;
 
 /// How a layer's weight is split over a mesh axis, in the terms of Megatron-LM (Shoeybi et al. 2019,
@@ -119,6 +120,50 @@ pub struct GptConfig {
     pub dropout: f32,
 }
 
+/// A size of a [`gpt`] that does not divide evenly.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{size} {value} is not a multiple of {divisor} {parts}")]
+pub struct UnevenSize {
+    /// The size: `width`, `batch` or `layers`.
+    pub size: &'static str,
+    /// Its value.
+    pub value: usize,
+    /// What it is divided among: `heads`, `micro-batches` or `stage`, the mesh axis.
+    pub divisor: &'static str,
+    /// Their number.
+    pub parts: usize,
+}
+
+impl UnevenSize {
+    /// The smallest value above that divides evenly.
+    pub fn next_value(&self) -> usize {
+        self.value.div_ceil(self.parts).saturating_mul(self.parts)
+    }
+
+    /// The first numbers of parts that divide the value evenly, as a list.
+    pub fn possible_parts(&self) -> String {
+        let divisors = (1..=self.value.min(4096)).filter(|parts| self.value.is_multiple_of(*parts)).take(16);
+        divisors.map(|parts| parts.to_string()).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl GptConfig {
+    /// Checks that the width divides among the heads, the batch among the micro-batches, and the layers among the mesh's
+    /// stages. `compile` also refuses such a model; this check needs no graph. All sizes must be at least 1.
+    ///
+    /// # Errors
+    /// The first size that does not divide.
+    pub fn check(&self, mesh: &Mesh, micro_batches: usize) -> Result<(), UnevenSize> {
+        let all = [
+            ("width", self.width, "heads", self.heads),
+            ("batch", self.batch, "micro-batches", micro_batches),
+            ("layers", self.layers, "stage", mesh.size("stage")),
+        ];
+        let uneven = all.into_iter().find(|(_, value, _, parts)| !value.is_multiple_of(*parts));
+        uneven.map_or(Ok(()), |(size, value, divisor, parts)| Err(UnevenSize { size, value, divisor, parts }))
+    }
+}
+
 /// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `data`, and
 /// heads, hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which stay on the
 /// last stage. The host feeds `ids`, i32 `[batch, context]`.
@@ -128,7 +173,7 @@ pub fn gpt(g: &mut Graph, config: &GptConfig) -> Var {
 }
 
 fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
-    let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
+    let stages = g.mesh().size("stage");
     if !config.layers.is_multiple_of(stages) {
         let message = format!(
             "{} cannot be divided over {stages} stages; choose a number of layers that is a multiple of {stages}",
@@ -179,4 +224,27 @@ fn place_stage(g: &mut Graph, stage: usize) {
 
 fn dropout(g: &mut Graph, x: Var, p: f32, seed: u64) -> Var {
     if p > 0.0 { g.dropout(x, p, seed) } else { x }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uneven_sizes_are_found_with_values_that_fit() {
+        let config = GptConfig { vocabulary: 7, layers: 4, heads: 4, width: 128, context: 8, batch: 12, dropout: 0.0 };
+        let mesh = Mesh::parse("data=5,stage=2").unwrap();
+        assert_eq!(config.check(&mesh, 3), Ok(()), "the data axis may be uneven");
+        let error = |config: GptConfig, micro_batches| {
+            let error = config.check(&mesh, micro_batches).unwrap_err();
+            (error.to_string(), error.next_value(), error.possible_parts())
+        };
+        let uneven = |text: &str, next, parts: &str| (text.into(), next, parts.into());
+        let heads = GptConfig { heads: 3, width: 4, ..config };
+        assert_eq!(error(heads, 1), uneven("width 4 is not a multiple of heads 3", 6, "1, 2, 4"));
+        let batch = uneven("batch 12 is not a multiple of micro-batches 5", 15, "1, 2, 3, 4, 6, 12");
+        assert_eq!(error(config, 5), batch);
+        let layers = GptConfig { layers: 3, ..config };
+        assert_eq!(error(layers, 1), uneven("layers 3 is not a multiple of stage 2", 4, "1, 3"));
+    }
 }

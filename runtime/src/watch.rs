@@ -60,6 +60,14 @@ pub enum WatchError {
         /// The system's error.
         source: io::Error,
     },
+    /// The port of this process would be above 65535.
+    #[error("{first}: the port for process {process} is above 65535")]
+    Port {
+        /// The address of process 0.
+        first: SocketAddr,
+        /// The process.
+        process: u32,
+    },
     /// The program, or one of its libraries, has installed another recorder.
     #[error("the program already has a metrics recorder, so this one cannot be installed")]
     Recorder,
@@ -87,6 +95,16 @@ struct ServerState {
 }
 
 impl Watch {
+    /// Listens like [`Watch::listen`], process n of a job on the port of `first` plus n. Port 0 stays 0.
+    ///
+    /// # Errors
+    /// If that port is above 65535, and those of [`Watch::listen`].
+    pub fn listen_as(process: u32, first: SocketAddr) -> Result<Self, WatchError> {
+        let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
+        let port = u16::try_from(port).map_err(|_| WatchError::Port { first, process })?;
+        Self::listen(SocketAddr::new(first.ip(), port))
+    }
+
     /// Installs the metrics recorder and starts to listen. Call it before sessions start, because earlier values are
     /// lost. Port 0 selects a free port.
     ///

@@ -1,6 +1,5 @@
 //! The smallest complete program: a model that learns to predict the next letter, on two devices.
 
-use shardflow::job::output;
 use shardflow::prelude::*;
 
 const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog. ";
@@ -32,7 +31,7 @@ fn train() -> Result<(), Box<dyn std::error::Error>> {
         let batch = |shift| HostTensor::i32(&[BATCH, LENGTH], (shift..BATCH * LENGTH + shift).map(letter).collect());
         let report = session.step(&[("ids", batch(0)), ("targets", batch(1))], 1e-2)?;
         if let Some(loss) = report.loss.filter(|_| step % 20 == 0) {
-            output::stdout().line(&format!("step {step:>3}  loss {loss:.4}"));
+            program::print(format!("step {step:>3}  loss {loss:.4}"));
         }
     }
     Ok(session.shutdown()?)

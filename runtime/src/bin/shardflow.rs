@@ -236,9 +236,7 @@ fn report_usage(error: &clap::Error) {
     let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let words = words.iter().map(String::as_str).collect::<Vec<_>>();
     let Some(options) = error.use_stderr().then(|| report_options(&words)).flatten() else { return };
-    let text = error.to_string();
-    let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-    launcher::report_usage(&options, first.into());
+    launcher::report_usage(&options, flags::first_line(error));
 }
 
 /// Options for a report to the other nodes, from arguments that cannot be parsed completely.
