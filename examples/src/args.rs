@@ -9,6 +9,7 @@ use shardflow::checkpoint_manager::Resume;
 use shardflow::files::resolved;
 use shardflow::nn::UnevenSize;
 use shardflow::prelude::*;
+use shardflow::program::ProgramError;
 use shardflow::watch::client;
 
 /// Train a small GPT on a text, on a mesh of devices of one or several processes.
@@ -181,49 +182,24 @@ fn mesh(text: &str) -> Result<Mesh, String> {
     if mesh.device_count() > DEVICES_MAX { Err(too_many()) } else { Ok(mesh) }
 }
 
-/// Flags that cannot be used.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("{text}")]
-pub struct ArgsError {
-    /// The flag, and the number or the file given.
-    pub text: String,
-    /// What the user can change.
-    pub hint: String,
-    /// The exit code of the program.
-    pub exit: Exit,
+fn usage(text: String) -> ProgramError {
+    ProgramError::new(Exit::Usage, text, "`gpt --help` lists the flags with their defaults")
 }
 
-impl ArgsError {
-    fn with_hint(text: String, hint: String) -> Self {
-        Self { text, hint, exit: Exit::Usage }
-    }
-
-    fn new(text: String) -> Self {
-        Self::with_hint(text, "`gpt --help` lists the flags with their defaults".into())
-    }
-}
-
-impl From<UnevenSize> for ArgsError {
-    /// Sizes that do not divide in a pipeline have the code of a refused plan; the width has that of a usage error.
-    fn from(error: UnevenSize) -> Self {
-        let UnevenSize { size, value, divisor, parts } = error;
-        let (below, above) = (value / parts * parts, error.next_value());
-        let (flag, given) = match divisor {
-            "stage" => ("stage".into(), format!("--mesh stage={parts}")),
-            divisor => (format!("--{divisor}"), format!("--{divisor} {parts}")),
-        };
-        let text = format!("--{size} {value} is not a multiple of {given}");
-        match divisor {
-            "heads" if below == 0 => {
-                Self::with_hint(text, format!("--{size} {above} gives {parts} heads of {}", above / parts))
-            }
-            "heads" => Self::with_hint(text, format!("try --{size} {below} or --{size} {above}")),
-            _ => {
-                let hint = format!("try --{size} {above}, or {flag} out of {}", error.possible_parts());
-                Self { text, hint, exit: Exit::Refused }
-            }
-        }
-    }
+/// Sizes that do not divide in a pipeline have the code of a refused plan; the width has that of a usage error.
+fn uneven(error: &UnevenSize) -> ProgramError {
+    let &UnevenSize { size, value, divisor, parts } = error;
+    let (below, above) = (value / parts * parts, error.next_value());
+    let (flag, given) = match divisor {
+        "stage" => ("stage".into(), format!("--mesh stage={parts}")),
+        divisor => (format!("--{divisor}"), format!("--{divisor} {parts}")),
+    };
+    let (exit, hint) = match divisor {
+        "heads" if below == 0 => (Exit::Usage, format!("--{size} {above} gives {parts} heads of {}", above / parts)),
+        "heads" => (Exit::Usage, format!("try --{size} {below} or --{size} {above}")),
+        _ => (Exit::Refused, format!("try --{size} {above}, or {flag} out of {}", error.possible_parts())),
+    };
+    ProgramError::new(exit, format!("--{size} {value} is not a multiple of {given}"), hint)
 }
 
 impl GptArgs {
@@ -231,26 +207,26 @@ impl GptArgs {
     ///
     /// # Errors
     /// The first flag that cannot be used, with its number.
-    pub fn check(&self) -> Result<(), ArgsError> {
+    pub fn check(&self) -> Result<(), ProgramError> {
         let at_least_one = [
-            ("--micro-batches", self.micro_batches),
-            ("--threads-per-device", self.threads_per_device.unwrap_or(1)),
-            ("--memory-mib", self.memory_mib.unwrap_or(1)),
-            ("--layers", self.layers),
-            ("--heads", self.heads),
-            ("--width", self.width),
-            ("--context", self.context),
-            ("--batch", self.batch),
-            ("--checkpoint-every", usize::try_from(self.checkpoint_every).unwrap_or(usize::MAX)),
-            ("--checkpoint-keep", self.checkpoint_keep),
-            ("--checkpoint-keep-every", self.checkpoint_keep_every.map_or(1, |n| usize::from(n > 0))),
-            ("--hang-timeout", usize::try_from(self.hang_timeout).unwrap_or(usize::MAX)),
-            ("--trace-mib", usize::try_from(self.trace_mib).unwrap_or(usize::MAX)),
+            ("--micro-batches", self.micro_batches as u64),
+            ("--threads-per-device", self.threads_per_device.map_or(1, |n| n as u64)),
+            ("--memory-mib", self.memory_mib.map_or(1, |n| n as u64)),
+            ("--layers", self.layers as u64),
+            ("--heads", self.heads as u64),
+            ("--width", self.width as u64),
+            ("--context", self.context as u64),
+            ("--batch", self.batch as u64),
+            ("--checkpoint-every", self.checkpoint_every),
+            ("--checkpoint-keep", self.checkpoint_keep as u64),
+            ("--checkpoint-keep-every", self.checkpoint_keep_every.unwrap_or(1)),
+            ("--hang-timeout", self.hang_timeout),
+            ("--trace-mib", self.trace_mib),
         ];
         if let Some((flag, _)) = at_least_one.iter().find(|(_, size)| *size == 0) {
-            return Err(ArgsError::new(format!("{flag} must be at least 1, got 0")));
+            return Err(usage(format!("{flag} must be at least 1, got 0")));
         }
-        let range = |flag, expected, got: f32| Err(ArgsError::new(format!("{flag} must be {expected}, got {got}")));
+        let range = |flag, expected, got: f32| Err(usage(format!("{flag} must be {expected}, got {got}")));
         if !(self.lr.is_finite() && self.lr >= 0.0) {
             return range("--lr", "finite and not negative", self.lr);
         }
@@ -267,7 +243,7 @@ impl GptArgs {
         if self.checkpoint.is_none() {
             let needs = |flag, instead| {
                 let hint = format!("give --checkpoint DIR, or {instead}");
-                Err(ArgsError::with_hint(format!("{flag} needs --checkpoint"), hint))
+                Err(ProgramError::new(Exit::Usage, format!("{flag} needs --checkpoint"), hint))
             };
             if self.on_non_finite == NonFiniteArg::Rollback {
                 return needs("--on-non-finite rollback", "--on-non-finite skip");
@@ -277,16 +253,16 @@ impl GptArgs {
             }
         }
         self.check_files()?;
-        self.model(1).check(&self.mesh, self.micro_batches)?;
+        self.model(1).check(&self.mesh, self.micro_batches).map_err(|error| uneven(&error))?;
         if let Some(threads) = self.threads_per_device.filter(|threads| *threads > THREADS_MAX) {
             let text = format!("--threads-per-device must be at most {THREADS_MAX}, got {threads}");
-            return Err(ArgsError::new(text));
+            return Err(usage(text));
         }
         Ok(())
     }
 
     /// Checks that no output file is also used by another flag. Starting from a file and saving to it is allowed.
-    fn check_files(&self) -> Result<(), ArgsError> {
+    fn check_files(&self) -> Result<(), ProgramError> {
         let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
         let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));
         let trace = ("--trace", &self.trace);
@@ -296,7 +272,7 @@ impl GptArgs {
             let (Some(a), Some(b)) = (a, b) else { continue };
             if resolved(a) == resolved(b) {
                 let text = format!("{first} and {second} are the same file {}", b.display());
-                return Err(ArgsError::with_hint(text, format!("give another file with {second}")));
+                return Err(ProgramError::new(Exit::Usage, text, format!("give another file with {second}")));
             }
         }
         Ok(())
@@ -326,15 +302,17 @@ mod tests {
         flags::parse(std::iter::once(&"gpt").chain(flags))
     }
 
-    fn check(flags: &[&str]) -> Result<(), String> {
-        let args = parse(flags).map_err(|e| e.to_string())?;
-        args.check().map_err(|e| format!("{e} | {}", e.hint))
+    /// Error and hint.
+    fn check(flags: &str) -> String {
+        let args = parse(&flags.split(' ').collect::<Vec<_>>()).unwrap();
+        let error = args.check().unwrap_err();
+        format!("{error} | {}", error.hint)
     }
 
     #[test]
     fn defaults_are_usable() {
         let args = parse(&[]).unwrap();
-        assert_eq!(args.check(), Ok(()));
+        args.check().unwrap();
         assert_eq!((args.layers, args.heads, args.width, args.context, args.batch), (4, 4, 128, 64, 12));
         assert_eq!(args.mesh.to_string(), "data=1,stage=1,tensor=1");
         assert_eq!((args.threads(2, 1), args.threads(0, 1)), (2, 1));
@@ -373,57 +351,39 @@ mod tests {
     #[test]
     fn flags_are_checked_against_each_other() {
         for (flags, expected) in [
-            (&["--width", "130"][..], "--width 130 is not a multiple of --heads 4 | try --width 128 or --width 132"),
-            (&["--width", "3"], "--width 3 is not a multiple of --heads 4 | --width 4 gives 4 heads of 1"),
+            ("--width 130", "--width 130 is not a multiple of --heads 4 | try --width 128 or --width 132"),
+            ("--width 3", "--width 3 is not a multiple of --heads 4 | --width 4 gives 4 heads of 1"),
             (
-                &["--micro-batches", "5"],
+                "--micro-batches 5",
                 "--batch 12 is not a multiple of --micro-batches 5 | try --batch 15, or --micro-batches out of 1, 2, 3, 4, 6, 12",
             ),
             (
-                &["--mesh", "stage=5"],
+                "--mesh stage=5",
                 "--layers 4 is not a multiple of --mesh stage=5 | try --layers 5, or stage out of 1, 2, 4",
             ),
             (
-                &["--threads-per-device", "65"],
+                "--threads-per-device 65",
                 "--threads-per-device must be at most 64, got 65 | `gpt --help` lists the flags with their defaults",
             ),
         ] {
-            assert_eq!(check(flags), Err(expected.into()));
+            assert_eq!(check(flags), expected);
         }
-        for flag in [
-            "layers",
-            "heads",
-            "width",
-            "context",
-            "batch",
-            "micro-batches",
-            "threads-per-device",
-            "memory-mib",
-            "checkpoint-keep-every",
-            "hang-timeout",
-            "trace-mib",
-        ] {
-            let error = check(&[&format!("--{flag}"), "0"]).unwrap_err();
+        let sizes = "layers heads width context batch micro-batches threads-per-device memory-mib checkpoint-keep-every \
+                     hang-timeout trace-mib";
+        for flag in sizes.split(' ') {
+            let error = check(&format!("--{flag} 0"));
             assert!(error.starts_with(&format!("--{flag} must be at least 1, got 0")), "{error}");
         }
-        for (flag, value) in [
-            ("--lr", "NaN"),
-            ("--lr", "inf"),
-            ("--lr", "-1"),
-            ("--lr", "-1e-3"),
-            ("--lr", "-inf"),
-            ("--dropout", "-0.1"),
-            ("--clip", "-1"),
-            ("--peak-tflops", "-2.5"),
-            ("--dropout", "1"),
-            ("--dropout", "NaN"),
-            ("--clip", "0"),
-            ("--clip", "NaN"),
-            ("--peak-tflops", "0"),
-            ("--peak-tflops", "inf"),
+        for (flag, values) in [
+            ("--lr", "NaN inf -1 -1e-3 -inf"),
+            ("--dropout", "-0.1 1 NaN"),
+            ("--clip", "-1 0 NaN"),
+            ("--peak-tflops", "-2.5 0 inf"),
         ] {
-            let error = check(&[flag, value]).unwrap_err();
-            assert!(error.starts_with(&format!("{flag} must be ")), "{error}");
+            for value in values.split(' ') {
+                let error = check(&format!("{flag} {value}"));
+                assert!(error.starts_with(&format!("{flag} must be ")), "{error}");
+            }
         }
     }
 

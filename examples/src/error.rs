@@ -8,9 +8,6 @@ use shardflow::program::ProgramError;
 use shardflow::trace::TraceError;
 use shardflow::watch::WatchError;
 
-use crate::args::ArgsError;
-use crate::data::DataError;
-
 /// State that a training saved before it ended on request.
 #[derive(Debug)]
 pub enum Saved {
@@ -26,12 +23,11 @@ pub enum Saved {
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the texts say it")]
 pub enum GptError {
+    /// Flags or data that cannot be used.
     #[error(transparent)]
-    Args(#[from] ArgsError),
+    Usage(#[from] ProgramError),
     #[error(transparent)]
     Cluster(#[from] ClusterError),
-    #[error(transparent)]
-    Data(#[from] DataError),
     #[error(transparent)]
     OutputFile(#[from] OutputFileError),
     #[error("cannot write log {}: {}", .0.path.display(), .0.cause)]
@@ -87,13 +83,6 @@ impl std::fmt::Display for Saved {
     }
 }
 
-const NODE_MEMORY_HINT: &str =
-    "reduce --batch, --width or --layers, use more nodes, or free memory or raise its limit on this node";
-
-fn is_node_memory(error: &SessionError) -> bool {
-    matches!(error, SessionError::Plan(PlanError::NodeMemory { .. }))
-}
-
 impl From<GptError> for ProgramError {
     fn from(error: GptError) -> Self {
         let (text, hint, exit) = (error.to_string(), error.hint(), error.exit());
@@ -105,13 +94,13 @@ impl GptError {
     fn exit(&self) -> Exit {
         use SessionError::Checkpoint;
         match self {
-            Self::Args(error) => error.exit,
+            Self::Usage(error) => error.exit,
             Self::Cluster(error) => error.exit(),
             Self::Checkpoints(error) => error.exit(),
             Self::Signals(_) => Exit::Internal,
             Self::Device(error) => SessionError::Kernel(error.clone()).exit(),
             Self::Ended { exit, .. } => *exit,
-            Self::Data(_) | Self::OutputFile(_) | Self::Log(_) | Self::Watch(_) | Self::Trace(_) => Exit::Usage,
+            Self::OutputFile(_) | Self::Log(_) | Self::Watch(_) | Self::Trace(_) => Exit::Usage,
             Self::InitFrom(Checkpoint(_)) => Exit::Usage,
             Self::Save(Checkpoint(_)) => Exit::CannotWrite,
             Self::Compile(_) => Exit::Refused,
@@ -132,83 +121,95 @@ impl GptError {
 
     /// What the user can change.
     fn hint(&self) -> String {
-        match self {
-            Self::Args(error) => error.hint.clone(),
-            Self::Data(error) => error.hint().into(),
-            Self::Watch(_) => "give an address of this machine, and ports that are free".into(),
+        let hint = match self {
+            Self::Usage(error) => &error.hint,
+            Self::Watch(_) => "give an address of this machine, and ports that are free",
             Self::OutputFile(OutputFileError { cause, .. })
             | Self::Log(OutputFileError { cause, .. })
-            | Self::Trace(TraceError { source: cause, .. })
-            | Self::Session(SessionError::PlanFile { source: cause, .. }) => files::hint(cause.kind()).into(),
-            Self::Compile(CompileError::Devices { .. }) => {
-                "the number of devices is the product of the sizes in --mesh".into()
-            }
-            Self::Compile(CompileError::Plan(PlanError::Memory { .. }))
-            | Self::Session(SessionError::Plan(PlanError::Memory { .. })) => {
-                "--memory-mib sets the memory of each device".into()
-            }
-            Self::Session(error) if is_node_memory(error) => NODE_MEMORY_HINT.into(),
-            Self::Checkpoints(error) if error.session().is_some_and(is_node_memory) => NODE_MEMORY_HINT.into(),
-            Self::Session(SessionError::Kernel(KernelError::OutOfMemory { .. })) => {
-                "reduce the model or the batch, or raise the limit on memory (`ulimit -v`)".into()
-            }
-            Self::Compile(CompileError::Graph(_) | CompileError::Range { .. }) => {
-                "change the flag that gives this size; see `gpt --help`".into()
-            }
+            | Self::Trace(TraceError { source: cause, .. }) => files::hint(cause.kind()),
+            Self::Compile(error) => compile_hint(error),
+            Self::Cluster(error) => cluster_hint(error),
+            Self::Session(error) => session_hint(error),
             Self::InitFrom(SessionError::Checkpoint(CheckpointError::Unfit { .. })) => {
-                "give the --data, --layers, --heads, --width and --context that the file was saved with".into()
+                "give the --data, --layers, --heads, --width and --context that the file was saved with"
             }
             Self::InitFrom(SessionError::Checkpoint(CheckpointError::Dtype { .. })) => {
-                "convert the file's tensors to F32, F16 or BF16".into()
+                "convert the file's tensors to F32, F16 or BF16"
             }
-            Self::InitFrom(SessionError::Disagreement(_)) => "give all ranks the same file".into(),
-            Self::InitFrom(_) => "give a file that `gpt --save` wrote".into(),
-            Self::Save(SessionError::Checkpoint(error)) => error.io_kind().map_or("", files::hint).into(),
-            Self::Save(_) => String::new(),
-            Self::Checkpoints(error) => manager_hint(error).into(),
-            Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command continues from there".into(),
+            Self::InitFrom(SessionError::Disagreement(_)) => "give all ranks the same file",
+            Self::InitFrom(_) => "give a file that `gpt --save` wrote",
+            Self::Save(SessionError::Checkpoint(error)) => error.io_kind().map_or("", files::hint),
+            Self::Checkpoints(error) => manager_hint(error),
+            Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command continues from there",
             Self::Ended { saved: Saved::Nothing, .. } => {
-                "the same command starts from step 0; with --checkpoint DIR it saves a checkpoint before it ends".into()
+                "the same command starts from step 0; with --checkpoint DIR it saves a checkpoint before it ends"
             }
-            Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => String::new(),
-            Self::Device(_) | Self::Session(SessionError::Kernel(KernelError::Unavailable { .. })) => {
-                "`shardflow doctor` lists the devices and libraries of this machine".into()
-            }
-            Self::Session(SessionError::NonFinite(_)) => {
-                "try a lower --lr, or --clip 1; --on-non-finite selects another policy".into()
-            }
-            Self::Cluster(error) | Self::Session(SessionError::Cluster(error))
-                if error.exit() == Exit::PeerUnavailable =>
-            {
-                "check that all ranks are started with the same program and flags, and can reach rank 0".into()
-            }
-            // The error states the cause.
-            Self::Cluster(_) | Self::Session(SessionError::Cluster(_)) => String::new(),
-            Self::Session(SessionError::Declared(_) | SessionError::Disagreement(_)) => String::new(),
-            Self::Session(SessionError::Failed(failure)) if failure.is_peer_failure() => {
-                "see the log of that rank; with --checkpoint DIR the same command continues from the last checkpoint"
-                    .into()
-            }
-            Self::Session(
-                error @ (SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)),
-            ) if error.exit() != Exit::Internal => String::new(),
-            Self::Compile(CompileError::Plan(_)) | Self::Session(_) => {
-                "this is a bug in Shardflow: please report it with the command and this text".into()
-            }
+            Self::Device(_) => DOCTOR_HINT,
+            Self::Save(_) | Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
+        };
+        hint.into()
+    }
+}
+
+const DOCTOR_HINT: &str = "`shardflow doctor` lists the devices and libraries of this machine";
+const BUG_HINT: &str = "this is a bug in Shardflow: please report it with the command and this text";
+const DEVICE_MEMORY_HINT: &str = "--memory-mib sets the memory of each device";
+
+fn compile_hint(error: &CompileError) -> &'static str {
+    match error {
+        CompileError::Devices { .. } => "the number of devices is the product of the sizes in --mesh",
+        CompileError::Plan(PlanError::Memory { .. }) => DEVICE_MEMORY_HINT,
+        CompileError::Graph(_) | CompileError::Range { .. } => "change the flag that gives this size; see `gpt --help`",
+        CompileError::Plan(_) => BUG_HINT,
+    }
+}
+
+fn cluster_hint(error: &ClusterError) -> &'static str {
+    match error.exit() {
+        Exit::PeerUnavailable => {
+            "check that all ranks are started with the same program and flags, and can reach rank 0"
         }
+        // The error states the cause.
+        _ => "",
+    }
+}
+
+fn session_hint(error: &SessionError) -> &'static str {
+    match error {
+        SessionError::PlanFile { source, .. } => files::hint(source.kind()),
+        SessionError::Plan(PlanError::Memory { .. }) => DEVICE_MEMORY_HINT,
+        SessionError::Plan(PlanError::NodeMemory { .. }) => {
+            "reduce --batch, --width or --layers, use more nodes, or free memory or raise its limit on this node"
+        }
+        SessionError::Kernel(KernelError::OutOfMemory { .. }) => {
+            "reduce the model or the batch, or raise the limit on memory (`ulimit -v`)"
+        }
+        SessionError::Kernel(KernelError::Unavailable { .. }) => DOCTOR_HINT,
+        SessionError::NonFinite(_) => "try a lower --lr, or --clip 1; --on-non-finite selects another policy",
+        SessionError::Cluster(error) => cluster_hint(error),
+        SessionError::Declared(_) | SessionError::Disagreement(_) => "",
+        SessionError::Failed(failure) if failure.is_peer_failure() => {
+            "see the log of that rank; with --checkpoint DIR the same command continues from the last checkpoint"
+        }
+        SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)
+            if error.exit() != Exit::Internal =>
+        {
+            ""
+        }
+        _ => BUG_HINT,
     }
 }
 
 /// What the user can change so that checkpoints can be used.
 fn manager_hint(error: &ManagerError) -> &'static str {
     match error {
-        ManagerError::Store(error) => match &**error {
+        ManagerError::Store(error) | ManagerError::Snapshot(error) => match &**error {
             SessionError::Checkpoint(error) => checkpoint_hint(error),
             SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
+            SessionError::Plan(_) => session_hint(error),
             _ => "",
         },
         ManagerError::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
-        ManagerError::Snapshot(_) => "",
         ManagerError::NoCheckpoint(_) | ManagerError::TooManyRollbacks { .. } => "try a lower --lr, or --clip 1",
         ManagerError::Last { cause, .. } => checkpoint_hint(cause),
     }

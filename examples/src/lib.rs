@@ -1,4 +1,4 @@
-//! Code shared by the example programs. Modules are independent, except `error`, which has the errors of all others.
+//! Code shared by the example programs. The modules are independent of each other.
 
 pub mod args;
 pub mod data;

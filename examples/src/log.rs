@@ -39,13 +39,6 @@ impl From<DeviceMetrics> for DeviceMemoryRecord {
     }
 }
 
-/// The last line of the log.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct LastRecord {
-    /// Totals of the run.
-    pub totals: Totals,
-}
-
 /// Totals of the run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Totals {
@@ -82,44 +75,46 @@ pub struct Progress {
 const CLEAR_LINE: &str = "\r\x1b[K\x1b[?7l";
 const ENABLE_WRAP: &str = "\x1b[?7h";
 
-/// Which steps are shown.
-#[derive(Debug)]
-enum Pace {
-    /// Once per second. The field is the time of the last line.
-    Seconds(Option<Duration>),
-    /// Every N steps, and [`SILENT_MAX`] after the last line. The fields are N and the time of the last line.
-    Steps(u64, Duration),
-}
-
 /// Longest time without a line, so that a reader of a file sees that the run continues.
 const SILENT_MAX: Duration = Duration::from_secs(60);
 
+/// Which steps are shown.
+#[derive(Debug)]
+struct Pace {
+    /// Steps that are multiples of this.
+    steps: Option<u64>,
+    /// The first step after this time without a line.
+    silent_max: Duration,
+    /// Time of the last line.
+    last: Option<Duration>,
+}
+
 impl Pace {
+    /// Every N steps, and [`SILENT_MAX`] after the last line.
+    fn steps(every: u64) -> Self {
+        Self { steps: Some(every), silent_max: SILENT_MAX, last: Some(Duration::ZERO) }
+    }
+
+    /// Once per second.
+    fn seconds() -> Self {
+        Self { steps: None, silent_max: Duration::from_secs(1), last: None }
+    }
+
     fn is_due(&mut self, step: u64, now: Duration) -> bool {
-        match self {
-            Self::Seconds(last) => {
-                let due = last.is_none_or(|last| now.saturating_sub(last) >= Duration::from_secs(1));
-                if due {
-                    *last = Some(now);
-                }
-                due
-            }
-            Self::Steps(every, last) => {
-                let due = step.is_multiple_of(*every) || now.saturating_sub(*last) >= SILENT_MAX;
-                if due {
-                    *last = now;
-                }
-                due
-            }
+        let silent = self.last.is_none_or(|last| now.saturating_sub(last) >= self.silent_max);
+        let due = silent || self.steps.is_some_and(|every| step.is_multiple_of(every));
+        if due {
+            self.last = Some(now);
         }
+        due
     }
 }
 
 impl Progress {
     /// Starts the clock of a run up to step `steps`.
     pub fn new(steps: u64) -> Self {
-        let lines = Pace::Steps((steps / 20).max(1), Duration::ZERO);
-        let live = program::is_screen(&std::io::stdout()).then_some(Pace::Seconds(None));
+        let lines = Pace::steps((steps / 20).max(1));
+        let live = program::is_screen(&std::io::stdout()).then_some(Pace::seconds());
         Self { steps, start: Instant::now(), done: 0, lines, live, is_open: false }
     }
 
@@ -190,13 +185,13 @@ mod tests {
 
     #[test]
     fn progress_is_printed_at_intervals() {
-        let mut seconds = Pace::Seconds(None);
+        let mut seconds = Pace::seconds();
         let due: Vec<bool> = [0, 400, 999, 1000, 1500, 2100]
             .into_iter()
             .map(|ms| seconds.is_due(0, Duration::from_millis(ms)))
             .collect();
         assert_eq!(due, [true, false, false, true, false, true]);
-        let mut steps = Pace::Steps(15, Duration::ZERO);
+        let mut steps = Pace::steps(15);
         assert!(
             steps.is_due(0, Duration::ZERO) && !steps.is_due(14, Duration::ZERO) && steps.is_due(15, Duration::ZERO)
         );
@@ -208,7 +203,7 @@ mod tests {
     #[test]
     fn a_screen_shows_a_live_line_below_the_progress_lines() {
         let texts = |live| {
-            let (lines, start) = (Pace::Steps(2, Duration::ZERO), Instant::now());
+            let (lines, start) = (Pace::steps(2), Instant::now());
             let mut progress = Progress { steps: 5, start, done: 0, lines, live, is_open: false };
             let record = |step| StepRecord { step, ..RECORD };
             let texts = [0, 1, 2, 3, 4].map(|step| {
@@ -225,11 +220,11 @@ mod tests {
         let live = |step| format!("\r\x1b[K\x1b[?7l{}\x1b[?7h", line(step));
         let lines = |step| format!("{}\n", live(step));
         // Each step takes a minute, so each has a line.
-        assert_eq!(texts(Some(Pace::Seconds(None))), [1, 2, 3, 4, 5].map(lines).concat());
+        assert_eq!(texts(Some(Pace::seconds())), [1, 2, 3, 4, 5].map(lines).concat());
         assert_eq!(texts(None), [1, 2, 3, 4, 5].map(|step| format!("{}\n", line(step))).concat());
-        let (pace, start) = (Pace::Steps(3, Duration::ZERO), Instant::now());
+        let (pace, start) = (Pace::steps(3), Instant::now());
         let mut progress =
-            Progress { steps: 9, start, done: 0, lines: pace, live: Some(Pace::Seconds(None)), is_open: false };
+            Progress { steps: 9, start, done: 0, lines: pace, live: Some(Pace::seconds()), is_open: false };
         let ends = [0, 1, 2, 3]
             .map(|step| progress.text(&StepRecord { step, ..RECORD }, Duration::from_secs(step)).ends_with('\n'));
         assert_eq!(ends, [true, false, false, true], "the live line is replaced until a permanent line is due");

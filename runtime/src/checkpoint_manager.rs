@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardflow_job::exit::{self, Exit};
-use shardflow_job::requests::Request;
+use shardflow_job::requests::{Request, Requests};
 
 use crate::checkpoint::{CheckpointError, Cursor, SaveReport, SaveSchedule, SaveStart, Saver, SaverOptions, Store};
 use crate::session::numerics::NonFinite;
@@ -58,6 +58,8 @@ pub struct ManagerOptions {
     pub keep_every: Option<u64>,
     /// Samples of a step.
     pub batch: u64,
+    /// Gets the duration of each save, so that a request to end comes early enough for one.
+    pub requests: Option<Arc<Requests>>,
     /// Receives messages for the user, one line each. Those about the whole job come only on rank 0.
     pub on_note: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -151,6 +153,7 @@ fn store_error(error: impl Into<SessionError>) -> ManagerError {
 ///     keep: 3,
 ///     keep_every: None,
 ///     batch: 4,
+///     requests: None,
 ///     on_note: Arc::new(|line| program::note(line)),
 /// };
 /// let mut checkpoints = CheckpointManager::open(place, options, &mut session)?;
@@ -164,8 +167,6 @@ pub struct CheckpointManager {
     saver: Saver,
     store: Store,
     options: ManagerOptions,
-    /// Whether the session has the state of a checkpoint.
-    is_resumed: bool,
     /// Number of the next batch's first sample.
     next_sample: u64,
     /// Whether this is rank 0, which writes to the store.
@@ -174,8 +175,6 @@ pub struct CheckpointManager {
     rollbacks: (u64, u32),
     /// The step of a save on request.
     requested: Option<u64>,
-    /// Duration of the last save.
-    save_time: Duration,
 }
 
 impl CheckpointManager {
@@ -197,31 +196,15 @@ impl CheckpointManager {
             return Err(ManagerError::Present { place: store.place().into(), step });
         }
         let is_first = session.is_first();
-        let (is_resumed, next_sample, save_time) = (false, 0, Duration::ZERO);
-        let (rollbacks, requested) = ((0, 0), None);
-        let mut own =
-            Self { saver, store, options, is_resumed, next_sample, is_first, rollbacks, requested, save_time };
+        let mut own = Self { saver, store, options, next_sample: 0, is_first, rollbacks: (0, 0), requested: None };
         match (own.restore(session)?, own.options.resume) {
-            (Some((step, cursor)), _) => {
-                own.is_resumed = true;
-                own.next_sample = samples_before(step, &cursor, own.options.batch);
-            }
+            (Some((step, cursor)), _) => own.next_sample = samples_before(step, &cursor, own.options.batch),
             (None, Resume::Required) => {
                 return Err(store_error(CheckpointError::Absent { place: own.store.place().into(), step: None }));
             }
             (None, _) => own.note(format!("no checkpoint in {}: starting from step 0", own.store.place())),
         }
         Ok(own)
-    }
-
-    /// True if the session has the state of a checkpoint.
-    pub fn is_resumed(&self) -> bool {
-        self.is_resumed
-    }
-
-    /// Duration of the last save.
-    pub fn save_time(&self) -> Duration {
-        self.save_time
     }
 
     /// Consumes a batch, and returns the number of its first sample. No sample is returned twice, for any batch size
@@ -300,7 +283,9 @@ impl CheckpointManager {
 
     /// Reports the outcome of a save. A run that has lost the lock cannot save any more, so this is an error.
     fn report_save(&mut self, report: &SaveReport) -> Result<(), ManagerError> {
-        self.save_time = Duration::from_secs_f64(report.seconds);
+        if let Some(requests) = &self.options.requests {
+            requests.set_save_time(Duration::from_secs_f64(report.seconds));
+        }
         match &report.result {
             Ok(_) => {
                 if self.requested == Some(report.step) {

@@ -24,21 +24,9 @@ pub struct JsonLog {
 #[derive(Debug)]
 enum Sink {
     File(File),
-    /// A pipe or a terminal, whose reader may stall.
-    Stream(OutputQueue),
-    /// The process's standard output or error, such as `/dev/stdout`. Opened again, a file would have a second
-    /// position, and each would overwrite the other's lines.
-    Standard(&'static OutputQueue),
-}
-
-impl Sink {
-    fn queue(&self) -> Option<&OutputQueue> {
-        match self {
-            Self::File(_) => None,
-            Self::Stream(output) => Some(output),
-            Self::Standard(output) => Some(output),
-        }
-    }
+    /// A pipe or a terminal, whose reader may stall, or the process's own standard output or error, such as
+    /// `/dev/stdout`. Opened again, a file would have a second position, and each would overwrite the other's lines.
+    Queue(&'static OutputQueue),
 }
 
 /// The queue of the process's standard output or error, if `path` is the same file.
@@ -73,11 +61,12 @@ impl JsonLog {
     fn open(path: &Path, options: &std::fs::OpenOptions) -> Result<Self, OutputFileError> {
         let open = || -> io::Result<Sink> {
             if let Some(output) = standard_stream(path) {
-                return Ok(Sink::Standard(output));
+                return Ok(Sink::Queue(output));
             }
             let mut file = options.open(path)?;
             if !file.metadata()?.is_file() {
-                return Ok(Sink::Stream(OutputQueue::new(file)));
+                // Its thread lives as long as the process, too.
+                return Ok(Sink::Queue(Box::leak(OutputQueue::new(file).into())));
             }
             if file.metadata()?.len() > 0 {
                 repair_last_line(&mut file)?;
@@ -96,10 +85,10 @@ impl JsonLog {
         // One write per line. `File` is unbuffered, so a reader sees an incomplete line only briefly.
         let written = serde_json::to_vec(object).map_err(io::Error::from).and_then(|mut line| {
             line.push(b'\n');
-            if let Sink::File(file) = &mut self.sink {
-                return file.write_all(&line);
-            }
-            let Some(output) = self.sink.queue() else { return Ok(()) };
+            let output = match &mut self.sink {
+                Sink::File(file) => return file.write_all(&line),
+                Sink::Queue(output) => output,
+            };
             // The progress on a terminal may lack its line end.
             output.end_line();
             output.put(OutputKind::Record, &line);
@@ -113,12 +102,14 @@ impl JsonLog {
     /// # Errors
     /// The file cannot be written.
     pub fn finish(self) -> Result<(), OutputFileError> {
-        self.flush(None);
-        self.sink.queue().and_then(OutputQueue::take_error).map_or(Ok(()), |cause| Err(self.error(cause)))
+        self.flush(None).map_or(Ok(()), |cause| Err(self.error(cause)))
     }
 
-    fn flush(&self, limit: Option<Duration>) {
-        self.sink.queue().into_iter().for_each(|output| output.flush(limit));
+    /// Waits for the reader, and returns the error that has closed the stream.
+    fn flush(&self, limit: Option<Duration>) -> Option<io::Error> {
+        let Sink::Queue(output) = self.sink else { return None };
+        output.flush(limit);
+        output.take_error()
     }
 
     fn error(&self, cause: io::Error) -> OutputFileError {
@@ -129,7 +120,7 @@ impl JsonLog {
 /// On an early end, waits up to one second for the reader.
 impl Drop for JsonLog {
     fn drop(&mut self) {
-        self.flush(Some(Duration::from_secs(1)));
+        drop(self.flush(Some(Duration::from_secs(1))));
     }
 }
 

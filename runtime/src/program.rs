@@ -72,6 +72,13 @@ pub struct ProgramError {
     pub first_cause_rank: Option<u32>,
 }
 
+impl ProgramError {
+    /// An error with this exit code and hint.
+    pub fn new(exit: Exit, text: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { text: text.into(), hint: hint.into(), exit, first_cause_rank: None }
+    }
+}
+
 /// Prints and reports an error.
 fn show(error: Box<dyn Error>) -> Exit {
     let exit = exit_of(&*error);
@@ -127,8 +134,6 @@ mod tests {
         assert_eq!(exit(empty.into()), Exit::Refused);
         assert_eq!(exit(SessionError::PlanWritten.into()), Exit::Done);
         assert_eq!(exit("something else".into()), Exit::Internal);
-        let (text, hint) = ("no such file".into(), String::new());
-        let own = ProgramError { text, hint, exit: Exit::BadData, first_cause_rank: None };
-        assert_eq!(exit(own.into()), Exit::BadData);
+        assert_eq!(exit(ProgramError::new(Exit::BadData, "no such file", "").into()), Exit::BadData);
     }
 }

@@ -1,12 +1,13 @@
 //! Trains a small GPT on a text, on any mesh of devices of one or several processes, and generates text with it at the
 //! end.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow::checkpoint_manager::{CheckpointManager, ManagerOptions};
+use shardflow::checkpoint_manager::{CheckpointManager, ManagerOptions, Resume};
 use shardflow::files::{check_appendable, check_room, check_writable};
 use shardflow::flags;
 use shardflow::job::text::counted;
@@ -19,7 +20,7 @@ use shardflow::watch::Watch;
 use shardflow_examples::args::{DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg};
 use shardflow_examples::data::Text;
 use shardflow_examples::error::{GptError, Saved};
-use shardflow_examples::log::{LastRecord, Progress, StepRecord, Totals};
+use shardflow_examples::log::{Progress, StepRecord, Totals};
 use shardflow_examples::sample::Sampler;
 
 /// Limit of the work after the last step, once a signal has requested the end.
@@ -65,13 +66,11 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
         return Ok(());
     }
     let sampler = sampler(args, &model, &cluster)?;
-    if let Some(path) = args.save.as_deref().filter(|_| prints) {
-        check_writable(path)?;
-    }
-    args.log_json.as_deref().filter(|_| prints).map_or(Ok(()), check_appendable)?;
     let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
     if prints {
+        args.save.as_deref().map_or(Ok(()), check_writable)?;
+        args.log_json.as_deref().map_or(Ok(()), check_appendable)?;
         print_header(args, &text, &plan, &cluster);
     }
     let process = cluster.process();
@@ -86,29 +85,18 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
         let room = check_room(path, session.checkpoint_bytes());
         room.map_err(|e| GptError::Save(CheckpointError::Io { path: e.path, source: e.cause }.into()))?;
     }
-    if prints {
-        report_threads(planned_threads, &session);
-    }
+    report_threads(planned_threads, &session);
     if let Some(watch) = &watch {
         watch.show(&session);
     }
-    let options = ManagerOptions {
-        resume,
-        schedule: SaveSchedule { every: args.checkpoint_every, steps: args.steps },
-        keep: args.checkpoint_keep,
-        keep_every: args.checkpoint_keep_every,
-        batch: args.batch as u64,
-        on_note: Arc::new(|line| note(line)),
-    };
-    let checkpoints = args.checkpoint.as_deref().map(|place| CheckpointManager::open(place, options, &mut session));
-    let checkpoints = checkpoints.transpose()?;
+    let checkpoints = open_checkpoints(args, resume, requests, &mut session)?;
     if let Some(path) = &args.init_from {
-        init_from(path, &mut session, checkpoints.as_ref().is_some_and(CheckpointManager::is_resumed), prints)?;
+        init_from(path, &mut session)?;
     }
     let open = if session.steps() > 0 { JsonLog::append } else { JsonLog::create };
     let log = args.log_json.as_deref().filter(|_| prints).map(open).transpose().map_err(GptError::Log)?;
     let trace = trace_path.map(|path| TraceFile::create(&path, args.trace_mib.saturating_mul(1 << 20))).transpose()?;
-    let outputs = Outputs { log, checkpoints, trace, requests: requests.clone(), process };
+    let outputs = Outputs { log, checkpoints, trace, process };
     let deferred = requests.defer();
     train(args, &text, &mut session, outputs, prints)?;
     deferred.within(FINISH_LIMIT);
@@ -133,14 +121,33 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     Ok(())
 }
 
+fn open_checkpoints(
+    args: &GptArgs,
+    resume: Resume,
+    requests: &Arc<Requests>,
+    session: &mut Session,
+) -> Result<Option<CheckpointManager>, GptError> {
+    let Some(place) = &args.checkpoint else { return Ok(None) };
+    let options = ManagerOptions {
+        resume,
+        schedule: SaveSchedule { every: args.checkpoint_every, steps: args.steps },
+        keep: args.checkpoint_keep,
+        keep_every: args.checkpoint_keep_every,
+        batch: args.batch as u64,
+        requests: Some(requests.clone()),
+        on_note: Arc::new(|line| note(line)),
+    };
+    Ok(Some(CheckpointManager::open(place, options, session)?))
+}
+
 /// Loads parameters, unless the session has continued from a checkpoint, which has its own.
-fn init_from(path: &Path, session: &mut Session, is_resumed: bool, prints: bool) -> Result<(), GptError> {
-    let notes = if is_resumed {
+fn init_from(path: &Path, session: &mut Session) -> Result<(), GptError> {
+    let notes = if session.steps() > 0 {
         vec![format!("--init-from {} is not used: the checkpoint has the parameters", path.display())]
     } else {
         session.init_from(path).map_err(GptError::InitFrom)?
     };
-    notes.iter().filter(|_| prints).for_each(note);
+    notes.iter().filter(|_| session.is_first()).for_each(note);
     Ok(())
 }
 
@@ -205,7 +212,7 @@ fn session_options(args: &GptArgs, text: &Text, cluster: Cluster, requests: Arc<
 /// Reports the number of threads if the cores assigned at the rendezvous differ from those that this process expected.
 fn report_threads(planned_threads: usize, session: &Session) {
     let threads = session.plan().threads_per_device;
-    if threads != planned_threads {
+    if threads != planned_threads && session.is_first() {
         note(format!("{} per device: the cores that this process may run on", counted(threads, "thread")));
     }
 }
@@ -297,13 +304,11 @@ struct Outputs {
     log: Option<JsonLog>,
     checkpoints: Option<CheckpointManager>,
     trace: Option<TraceFile>,
-    /// Receives the duration of the last save.
-    requests: Arc<Requests>,
     process: u32,
 }
 
 fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, prints: bool) -> Result<(), GptError> {
-    let Outputs { mut log, mut checkpoints, mut trace, requests, process } = outputs;
+    let Outputs { mut log, mut checkpoints, mut trace, process } = outputs;
     let mut progress = prints.then(|| Progress::new(args.steps));
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
@@ -343,7 +348,6 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, p
         }
         if let Some(checkpoints) = &mut checkpoints {
             checkpoints.after_step(session, &report)?;
-            requests.set_save_time(checkpoints.save_time());
         } else if report.request == Request::Checkpoint && prints {
             note("warning: a checkpoint was requested, but nothing is saved without --checkpoint DIR");
         }
@@ -358,7 +362,7 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, p
         print_totals(&totals);
     }
     let Some(mut log) = log else { return Ok(()) };
-    log.line(&LastRecord { totals }).and_then(|()| log.finish()).map_err(GptError::Log)
+    log.line(&BTreeMap::from([("totals", totals)])).and_then(|()| log.finish()).map_err(GptError::Log)
 }
 
 fn finish_trace(trace: Option<TraceFile>) -> Result<(), TraceError> {

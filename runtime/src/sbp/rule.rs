@@ -153,16 +153,6 @@ impl Rule {
         Ok(self)
     }
 
-    /// Number of inputs.
-    pub fn input_count(&self) -> usize {
-        self.inputs.len()
-    }
-
-    /// Number of outputs.
-    pub fn output_count(&self) -> usize {
-        self.outputs.len()
-    }
-
     /// All factors, in order of first appearance, inputs first.
     pub fn factors(&self) -> Vec<char> {
         let mut factors = Vec::new();
