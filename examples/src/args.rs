@@ -5,7 +5,6 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use shardflow::checkpoint_manager::Resume;
 use shardflow::files::resolved;
 use shardflow::nn::UnevenSize;
 use shardflow::prelude::*;

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use shardflow::checkpoint_manager::{CheckpointManager, ManagerOptions, Resume};
 use shardflow::prelude::*;
 
 const ROWS: usize = 4;

@@ -134,7 +134,6 @@ fn store_error(error: impl Into<SessionError>) -> ManagerError {
 ///
 /// ```
 /// # use std::sync::Arc;
-/// use shardflow::checkpoint_manager::{CheckpointManager, ManagerOptions, Resume};
 /// use shardflow::prelude::*;
 ///
 /// # let mut g = Graph::new(&Mesh::parse("data=2")?);

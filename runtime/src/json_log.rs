@@ -14,6 +14,20 @@ use crate::files::OutputFileError;
 
 /// A file of JSON objects, one per line. Each is flushed, so that a run can be followed and a killed run keeps its
 /// records.
+///
+/// ```
+/// use std::collections::BTreeMap;
+///
+/// use shardflow::prelude::*;
+///
+/// # let folder = tempfile::tempdir()?;
+/// # let path = folder.path().join("log.jsonl");
+/// let mut log = JsonLog::create(&path)?;
+/// log.line(&BTreeMap::from([("step", 0)]))?;
+/// log.finish()?;
+/// assert_eq!(std::fs::read_to_string(&path)?, "{\"step\":0}\n");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct JsonLog {
     path: PathBuf,

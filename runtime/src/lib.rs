@@ -59,11 +59,13 @@ pub mod prelude {
     pub use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region};
 
     pub use crate::checkpoint::{Cursor, SaveSchedule, SaveStart, Saver, SaverOptions, SingleProcess, Store, WhenBusy};
+    pub use crate::checkpoint_manager::{CheckpointManager, ManagerOptions, Resume};
     pub use crate::cluster::{Cluster, ClusterError};
     pub use crate::declare::{Declarations, OnResume, data_identity};
     pub use crate::graph::builder::Layout;
     pub use crate::graph::{AdamW, Combine, CustomOp, Graph, GraphError, Var};
     pub use crate::init::Init;
+    pub use crate::json_log::JsonLog;
     pub use crate::layout_error::LayoutError;
     pub use crate::nn::{self, GptConfig, Parallel};
     pub use crate::passes::mode::Mode;

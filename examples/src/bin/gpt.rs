@@ -7,11 +7,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow::checkpoint_manager::{CheckpointManager, ManagerOptions, Resume};
 use shardflow::files::{check_appendable, check_room, check_writable};
 use shardflow::flags;
 use shardflow::job::text::counted;
-use shardflow::json_log::JsonLog;
 use shardflow::prelude::*;
 use shardflow::program::{ProgramError, note, print};
 use shardflow::session::plan_files;
