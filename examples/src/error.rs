@@ -35,9 +35,9 @@ pub enum GptError {
     #[error(transparent)]
     Compile(#[from] CompileError),
     #[error("--init-from {0}")]
-    InitFrom(SessionError),
+    InitFrom(Box<SessionError>),
     #[error("--save {0}")]
-    Save(SessionError),
+    Save(Box<SessionError>),
     #[error(transparent)]
     Session(#[from] SessionError),
     #[error("{flag}{0}", flag = flag_of(.0))]
@@ -101,17 +101,19 @@ impl GptError {
             Self::Device(error) => SessionError::Kernel(error.clone()).exit(),
             Self::Ended { exit, .. } => *exit,
             Self::OutputFile(_) | Self::Log(_) | Self::Watch(_) | Self::Trace(_) => Exit::Usage,
-            Self::InitFrom(Checkpoint(_)) => Exit::Usage,
-            Self::Save(Checkpoint(_)) => Exit::CannotWrite,
+            Self::InitFrom(error) if matches!(**error, Checkpoint(_)) => Exit::Usage,
+            Self::Save(error) if matches!(**error, Checkpoint(_)) => Exit::CannotWrite,
             Self::Compile(_) => Exit::Refused,
-            Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.exit(),
+            Self::InitFrom(error) | Self::Save(error) => error.exit(),
+            Self::Session(error) => error.exit(),
         }
     }
 
     /// The rank that failed first, if it is known.
     fn first_cause_rank(&self) -> Option<u32> {
         match self {
-            Self::InitFrom(error) | Self::Save(error) | Self::Session(error) => error.first_cause_rank(),
+            Self::InitFrom(error) | Self::Save(error) => error.first_cause_rank(),
+            Self::Session(error) => error.first_cause_rank(),
             Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
             // No other process failed. With code 75, this prevents the launcher from restarting the process.
             Self::Ended { process, .. } => Some(*process),
@@ -130,22 +132,27 @@ impl GptError {
             Self::Compile(error) => compile_hint(error),
             Self::Cluster(error) => cluster_hint(error),
             Self::Session(error) => session_hint(error),
-            Self::InitFrom(SessionError::Checkpoint(CheckpointError::Unfit { .. })) => {
-                "give the --data, --layers, --heads, --width and --context that the file was saved with"
-            }
-            Self::InitFrom(SessionError::Checkpoint(CheckpointError::Dtype { .. })) => {
-                "convert the file's tensors to F32, F16 or BF16"
-            }
-            Self::InitFrom(SessionError::Disagreement(_)) => "give all ranks the same file",
-            Self::InitFrom(_) => "give a file that `gpt --save` wrote",
-            Self::Save(SessionError::Checkpoint(error)) => error.io_kind().map_or("", files::hint),
+            Self::InitFrom(error) => match &**error {
+                SessionError::Checkpoint(CheckpointError::Unfit { .. }) => {
+                    "give the --data, --layers, --heads, --width and --context that the file was saved with"
+                }
+                SessionError::Checkpoint(CheckpointError::Dtype { .. }) => {
+                    "convert the file's tensors to F32, F16 or BF16"
+                }
+                SessionError::Disagreement(_) => "give all ranks the same file",
+                _ => "give a file that `gpt --save` wrote",
+            },
+            Self::Save(error) => match &**error {
+                SessionError::Checkpoint(error) => error.io_kind().map_or("", files::hint),
+                _ => "",
+            },
             Self::Checkpoints(error) => manager_hint(error),
             Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command continues from there",
             Self::Ended { saved: Saved::Nothing, .. } => {
                 "the same command starts from step 0; with --checkpoint DIR it saves a checkpoint before it ends"
             }
             Self::Device(_) => DOCTOR_HINT,
-            Self::Save(_) | Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
+            Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
         };
         hint.into()
     }
@@ -279,7 +286,7 @@ mod tests {
         );
         let file = |kind: ErrorKind| GptError::Log(OutputFileError { path: "log".into(), cause: kind.into() }).hint();
         let save = CheckpointError::Io { path: "model".into(), source: ErrorKind::StorageFull.into() };
-        assert_eq!(GptError::Save(save.into()).exit(), Exit::CannotWrite);
+        assert_eq!(GptError::Save(Box::new(save.into())).exit(), Exit::CannotWrite);
         assert!(file(ErrorKind::StorageFull).contains("free space"));
         assert!(file(ErrorKind::PermissionDenied).contains("immutable"));
     }

@@ -96,7 +96,7 @@ pub enum ManagerError {
     #[error("the last checkpoint is not saved: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
     Last {
         /// The cause.
-        cause: CheckpointError,
+        cause: Box<CheckpointError>,
         /// Step of the newest intact checkpoint.
         newest: Option<u64>,
     },
@@ -277,7 +277,7 @@ impl CheckpointManager {
 
     fn last_error(&self, cause: CheckpointError) -> ManagerError {
         let newest = self.store.newest().ok().and_then(|newest| newest.reader);
-        ManagerError::Last { cause, newest: newest.map(|reader| reader.manifest().step) }
+        ManagerError::Last { cause: cause.into(), newest: newest.map(|reader| reader.manifest().step) }
     }
 
     /// Reports the outcome of a save. A run that has lost the lock cannot save any more, so this is an error.
@@ -353,7 +353,7 @@ mod tests {
     #[test]
     fn an_error_of_the_last_save_names_the_newest_checkpoint() {
         let cause = || CheckpointError::Io { path: "x".into(), source: ErrorKind::StorageFull.into() };
-        let last = |newest| ManagerError::Last { cause: cause(), newest }.to_string();
+        let last = |newest| ManagerError::Last { cause: cause().into(), newest }.to_string();
         assert!(last(Some(4)).ends_with("; the newest is of step 4"), "{}", last(Some(4)));
         assert!(last(None).ends_with("; there is no other"), "{}", last(None));
     }

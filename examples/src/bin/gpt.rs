@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow::files::{check_appendable, check_room, check_writable};
+use shardflow::files::{OutputFileError, check_appendable, check_room, check_writable};
 use shardflow::flags;
 use shardflow::job::text::counted;
 use shardflow::prelude::*;
@@ -81,7 +81,8 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     let mut session = Session::start(plan, &session_options(args, &text, cluster, requests.clone()))?;
     if let Some(path) = args.save.as_deref().filter(|_| prints) {
         let room = check_room(path, session.checkpoint_bytes());
-        room.map_err(|e| GptError::Save(CheckpointError::Io { path: e.path, source: e.cause }.into()))?;
+        let failed = |e: OutputFileError| CheckpointError::Io { path: e.path, source: e.cause };
+        room.map_err(|e| GptError::Save(SessionError::from(failed(e)).into()))?;
     }
     report_threads(planned_threads, &session);
     if let Some(watch) = &watch {
@@ -99,7 +100,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     train(args, &text, &mut session, outputs, prints)?;
     deferred.within(FINISH_LIMIT);
     if let Some(path) = &args.save {
-        session.save(path).map_err(GptError::Save)?;
+        session.save(path).map_err(|e| GptError::Save(e.into()))?;
         if prints {
             print(format!("parameters saved to {}", path.display()));
         }
@@ -143,7 +144,7 @@ fn init_from(path: &Path, session: &mut Session) -> Result<(), GptError> {
     let notes = if session.steps() > 0 {
         vec![format!("--init-from {} is not used: the checkpoint has the parameters", path.display())]
     } else {
-        session.init_from(path).map_err(GptError::InitFrom)?
+        session.init_from(path).map_err(|e| GptError::InitFrom(e.into()))?
     };
     notes.iter().filter(|_| session.is_first()).for_each(note);
     Ok(())
