@@ -2,33 +2,14 @@
 //!
 //! This module checks the flags against each other; `compile` checks whether a plan exists and fits.
 
-use std::fmt::Display;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::ExitCode;
-use std::str::FromStr;
-use std::time::Duration;
 
-use shardflow::exit::Exit;
-use shardflow::job::output;
+use shardflow::files::resolved;
+use shardflow::nn::UnevenSize;
+use shardflow::prelude::*;
+use shardflow::program::ProgramError;
 use shardflow::watch::client;
-
-use crate::files;
-
-/// How long an error waits for stdout to drain.
-const STDOUT_DRAIN: Duration = Duration::from_millis(200);
-
-/// Queues `error:` and `hint:` lines for stderr, see [`output::finish`], and returns the exit code for `main`.
-pub fn fail(code: u8, error: impl Display, hint: &str) -> ExitCode {
-    // On a terminal both streams are one, so earlier output comes first.
-    output::stdout().end_line();
-    output::stdout().flush(Some(STDOUT_DRAIN));
-    output::stderr().line(&format!("error: {error}"));
-    if !hint.is_empty() {
-        output::stderr().line(&format!("hint: {hint}"));
-    }
-    ExitCode::from(code)
-}
 
 /// Train a small GPT on a text, on a mesh of devices of one or several processes.
 #[derive(Clone, Debug, clap::Parser)]
@@ -38,18 +19,18 @@ pub struct GptArgs {
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
     /// Devices along each mesh axis, such as data=2,stage=2,tensor=2; an axis not named has one.
-    #[arg(long, value_name = "AXIS=N,..", default_value = "data=1,stage=1,tensor=1")]
-    pub mesh: MeshArg,
+    #[arg(long, value_name = "AXIS=N,..", default_value = "data=1,stage=1,tensor=1", value_parser = mesh)]
+    pub mesh: Mesh,
     /// Order of forward and backward work in a pipeline.
-    #[arg(long, value_enum, default_value_t = ScheduleArg::OneFOneB)]
-    pub schedule: ScheduleArg,
+    #[arg(long, value_enum, default_value_t = Schedule::OneFOneB)]
+    pub schedule: Schedule,
     /// Kind of devices in the mesh; in one process, several devices of the mesh may share a GPU.
     #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
     pub device: DeviceArg,
     /// Type in which activations and their gradients are stored; weights, their gradients and the update are always
     /// f32.
-    #[arg(long, value_enum, default_value_t = PrecisionArg::F32)]
-    pub precision: PrecisionArg,
+    #[arg(long, value_enum, default_value_t = Precision::F32)]
+    pub precision: Precision,
     /// Micro-batches per step.
     #[arg(long, value_name = "M", default_value_t = 1)]
     pub micro_batches: usize,
@@ -111,8 +92,8 @@ pub struct GptArgs {
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<String>,
     /// Whether training continues from an existing checkpoint.
-    #[arg(long, value_enum, default_value_t = ResumeArg::Auto)]
-    pub resume: ResumeArg,
+    #[arg(long, value_enum, default_value_t = Resume::Auto)]
+    pub resume: Resume,
     /// Steps between two checkpoints.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub checkpoint_every: u64,
@@ -171,29 +152,6 @@ pub enum NonFiniteArg {
     Rollback,
 }
 
-/// When training continues from a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum ResumeArg {
-    /// Continue from the newest checkpoint, or start from step 0 if there is none; a line reports which.
-    Auto,
-    /// Continue from the newest checkpoint, or end with code 65 if there is none.
-    Required,
-    /// Start from step 0, or end with code 2 if there is a checkpoint. A job that the launcher restarts continues from
-    /// its own.
-    Never,
-}
-
-/// Names of pipeline schedules.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum ScheduleArg {
-    /// All forwards, then all backwards: Huang et al. 2018, <https://arxiv.org/abs/1811.06965>.
-    #[value(name = "gpipe")]
-    GPipe,
-    /// One forward, one backward: Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
-    #[value(name = "1f1b")]
-    OneFOneB,
-}
-
 /// Names of kinds of devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceArg {
@@ -203,40 +161,6 @@ pub enum DeviceArg {
     Cuda,
 }
 
-/// Names of precisions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum PrecisionArg {
-    /// 32-bit floats.
-    #[value(name = "f32")]
-    F32,
-    /// 16-bit floats with the range of 32-bit ones; on CPUs slower than f32, and meant as a reference.
-    #[value(name = "bf16")]
-    BF16,
-}
-
-/// Devices along each mesh axis; at least one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MeshArg {
-    /// Data parallel shards of the batch.
-    pub data: usize,
-    /// Pipeline stages.
-    pub stage: usize,
-    /// Tensor parallel shards of each layer.
-    pub tensor: usize,
-}
-
-impl MeshArg {
-    /// Number of devices.
-    pub fn devices(&self) -> usize {
-        self.data * self.stage * self.tensor
-    }
-
-    /// Names and sizes.
-    pub fn axes(&self) -> [(&'static str, usize); 3] {
-        [("data", self.data), ("stage", self.stage), ("tensor", self.tensor)]
-    }
-}
-
 /// Maximum number of devices in a mesh, so that a typo such as `data=1000000000` is reported at once. `compile`
 /// compares the mesh with the devices that exist.
 pub const DEVICES_MAX: usize = 4096;
@@ -244,166 +168,37 @@ pub const DEVICES_MAX: usize = 4096;
 /// Maximum number of threads of a device; its streams refuse more.
 pub const THREADS_MAX: usize = 64;
 
-impl FromStr for MeshArg {
-    type Err = ArgsError;
-
-    fn from_str(text: &str) -> Result<Self, ArgsError> {
-        let syntax = || ArgsError::MeshSyntax { text: text.into() };
-        let mut sizes: [(&str, Option<usize>); 3] = [("data", None), ("stage", None), ("tensor", None)];
-        for part in text.split(',') {
-            let (axis, size) = part.split_once('=').ok_or_else(syntax)?;
-            let (axis, size) = (axis.trim(), size.trim().parse::<usize>().map_err(|_| syntax())?);
-            let entry = sizes
-                .iter_mut()
-                .find(|(name, _)| *name == axis)
-                .ok_or_else(|| ArgsError::UnknownAxis { axis: axis.into() })?;
-            if size == 0 {
-                return Err(ArgsError::Zero { flag: format!("--mesh {axis}") });
-            }
-            if entry.1.replace(size).is_some() {
-                return Err(ArgsError::AxisTwice { axis: axis.into() });
-            }
-        }
-        let [data, stage, tensor] = sizes.map(|(_, size)| size.unwrap_or(1));
-        match data.checked_mul(stage).and_then(|n| n.checked_mul(tensor)) {
-            Some(devices) if devices <= DEVICES_MAX => Ok(Self { data, stage, tensor }),
-            _ => Err(ArgsError::TooManyDevices { text: text.into() }),
-        }
-    }
+/// Parses `--mesh`.
+fn mesh(text: &str) -> Result<Mesh, String> {
+    let too_many = || format!("mesh {text:?} has more than {DEVICES_MAX} devices");
+    let mesh = Mesh::parse_axes(text, &["data", "stage", "tensor"]).map_err(|error| match error {
+        LayoutError::UnknownAxis { axis, .. } => format!("unknown mesh axis {axis:?}: expected data, stage or tensor"),
+        LayoutError::EmptyAxis { axis } => format!("--mesh {axis} must be at least 1, got 0"),
+        LayoutError::DuplicateAxis { axis } => format!("mesh axis {axis} is given twice"),
+        LayoutError::TooManyDevices { .. } => too_many(),
+        _ => format!("mesh {text:?} is not a list of axis=size, such as data=2,stage=2,tensor=2"),
+    })?;
+    if mesh.device_count() > DEVICES_MAX { Err(too_many()) } else { Ok(mesh) }
 }
 
-/// Flags that cannot be used.
-#[derive(Clone, Debug, PartialEq, thiserror::Error)]
-pub enum ArgsError {
-    /// Not a list of `axis=size`.
-    #[error("mesh {text:?} is not a list of axis=size, such as data=2,stage=2,tensor=2")]
-    MeshSyntax {
-        /// The text given.
-        text: String,
-    },
-    /// An axis other than those of `gpt`.
-    #[error("unknown mesh axis {axis:?}: expected data, stage or tensor")]
-    UnknownAxis {
-        /// Its name.
-        axis: String,
-    },
-    /// An axis is given twice.
-    #[error("mesh axis {axis} is given twice")]
-    AxisTwice {
-        /// Its name.
-        axis: String,
-    },
-    /// More than [`DEVICES_MAX`] devices.
-    #[error("mesh {text:?} has more than {DEVICES_MAX} devices")]
-    TooManyDevices {
-        /// The text given.
-        text: String,
-    },
-    /// A size of zero.
-    #[error("{flag} must be at least 1, got 0")]
-    Zero {
-        /// The flag.
-        flag: String,
-    },
-    /// Heads must have equal widths.
-    #[error("--width {width} is not a multiple of --heads {heads}")]
-    WidthHeads {
-        /// Width given.
-        width: usize,
-        /// Heads given.
-        heads: usize,
-    },
-    /// Micro-batches must have equal sizes.
-    #[error("--batch {batch} is not a multiple of --micro-batches {micro_batches}")]
-    BatchMicroBatches {
-        /// Batch given.
-        batch: usize,
-        /// Micro-batches given.
-        micro_batches: usize,
-    },
-    /// Stages must have equal numbers of layers.
-    #[error("--layers {layers} is not a multiple of --mesh stage={stages}")]
-    LayersStages {
-        /// Stages given.
-        stages: usize,
-        /// Layers given.
-        layers: usize,
-    },
-    /// More than [`THREADS_MAX`] threads.
-    #[error("--threads-per-device must be at most {THREADS_MAX}, got {threads}")]
-    TooManyThreads {
-        /// Threads given.
-        threads: usize,
-    },
-    /// Two flags name the same file, and writing one would destroy the other.
-    #[error("{first} and {second} are the same file {path}")]
-    SameFile {
-        /// The first flag.
-        first: &'static str,
-        /// The second flag.
-        second: &'static str,
-        /// The file.
-        path: PathBuf,
-    },
-    /// A flag needs checkpoints, and `--checkpoint` is not given.
-    #[error("{flag} needs --checkpoint")]
-    NeedsCheckpoint {
-        /// The flag.
-        flag: &'static str,
-        /// The flag to use without checkpoints.
-        instead: &'static str,
-    },
-    /// A number outside its range.
-    #[error("{flag} must be {expected}, got {got}")]
-    Range {
-        /// The flag.
-        flag: &'static str,
-        /// The range.
-        expected: &'static str,
-        /// The number.
-        got: f32,
-    },
+fn usage(text: String) -> ProgramError {
+    ProgramError::new(Exit::Usage, text, "`gpt --help` lists the flags with their defaults")
 }
 
-impl ArgsError {
-    /// What the user can change.
-    pub fn hint(&self) -> String {
-        match self {
-            Self::WidthHeads { width, heads } => {
-                let below = width / heads * heads;
-                let (above, head_width) = (below + heads, width / heads + 1);
-                if below == 0 {
-                    format!("--width {above} gives {heads} heads of {head_width}")
-                } else {
-                    format!("try --width {below} or --width {above}")
-                }
-            }
-            Self::BatchMicroBatches { batch, micro_batches } => {
-                let above = batch.div_ceil(*micro_batches).saturating_mul(*micro_batches);
-                format!("try --batch {above}, or --micro-batches out of {}", divisors(*batch))
-            }
-            Self::LayersStages { stages, layers } => {
-                format!("try --layers {}, or stage out of {}", layers.div_ceil(*stages) * stages, divisors(*layers))
-            }
-            Self::NeedsCheckpoint { instead, .. } => format!("give --checkpoint DIR, or {instead}"),
-            Self::SameFile { second, .. } => format!("give another file with {second}"),
-            _ => "`gpt --help` lists the flags with their defaults".into(),
-        }
-    }
-
-    /// Sizes that do not divide in a pipeline have the code of a refused plan; all other errors are usage errors.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::BatchMicroBatches { .. } | Self::LayersStages { .. } => Exit::Refused.code(),
-            _ => Exit::Usage.code(),
-        }
-    }
-}
-
-/// The first divisors of `n`.
-fn divisors(n: usize) -> String {
-    let divisors = (1..=n.min(4096)).filter(|m| n.is_multiple_of(*m)).take(16);
-    divisors.map(|m| m.to_string()).collect::<Vec<_>>().join(", ")
+/// Sizes that do not divide in a pipeline have the code of a refused plan; the width has that of a usage error.
+fn uneven(error: &UnevenSize) -> ProgramError {
+    let &UnevenSize { size, value, divisor, parts } = error;
+    let (below, above) = (value / parts * parts, error.next_value());
+    let (flag, given) = match divisor {
+        "stage" => ("stage".into(), format!("--mesh stage={parts}")),
+        divisor => (format!("--{divisor}"), format!("--{divisor} {parts}")),
+    };
+    let (exit, hint) = match divisor {
+        "heads" if below == 0 => (Exit::Usage, format!("--{size} {above} gives {parts} heads of {}", above / parts)),
+        "heads" => (Exit::Usage, format!("try --{size} {below} or --{size} {above}")),
+        _ => (Exit::Refused, format!("try --{size} {above}, or {flag} out of {}", error.possible_parts())),
+    };
+    ProgramError::new(exit, format!("--{size} {value} is not a multiple of {given}"), hint)
 }
 
 impl GptArgs {
@@ -411,26 +206,26 @@ impl GptArgs {
     ///
     /// # Errors
     /// The first flag that cannot be used, with its number.
-    pub fn check(&self) -> Result<(), ArgsError> {
+    pub fn check(&self) -> Result<(), ProgramError> {
         let at_least_one = [
-            ("--micro-batches", self.micro_batches),
-            ("--threads-per-device", self.threads_per_device.unwrap_or(1)),
-            ("--memory-mib", self.memory_mib.unwrap_or(1)),
-            ("--layers", self.layers),
-            ("--heads", self.heads),
-            ("--width", self.width),
-            ("--context", self.context),
-            ("--batch", self.batch),
-            ("--checkpoint-every", usize::try_from(self.checkpoint_every).unwrap_or(usize::MAX)),
-            ("--checkpoint-keep", self.checkpoint_keep),
-            ("--checkpoint-keep-every", self.checkpoint_keep_every.map_or(1, |n| usize::from(n > 0))),
-            ("--hang-timeout", usize::try_from(self.hang_timeout).unwrap_or(usize::MAX)),
-            ("--trace-mib", usize::try_from(self.trace_mib).unwrap_or(usize::MAX)),
+            ("--micro-batches", self.micro_batches as u64),
+            ("--threads-per-device", self.threads_per_device.map_or(1, |n| n as u64)),
+            ("--memory-mib", self.memory_mib.map_or(1, |n| n as u64)),
+            ("--layers", self.layers as u64),
+            ("--heads", self.heads as u64),
+            ("--width", self.width as u64),
+            ("--context", self.context as u64),
+            ("--batch", self.batch as u64),
+            ("--checkpoint-every", self.checkpoint_every),
+            ("--checkpoint-keep", self.checkpoint_keep as u64),
+            ("--checkpoint-keep-every", self.checkpoint_keep_every.unwrap_or(1)),
+            ("--hang-timeout", self.hang_timeout),
+            ("--trace-mib", self.trace_mib),
         ];
         if let Some((flag, _)) = at_least_one.iter().find(|(_, size)| *size == 0) {
-            return Err(ArgsError::Zero { flag: (*flag).into() });
+            return Err(usage(format!("{flag} must be at least 1, got 0")));
         }
-        let range = |flag, expected, got| Err(ArgsError::Range { flag, expected, got });
+        let range = |flag, expected, got: f32| Err(usage(format!("{flag} must be {expected}, got {got}")));
         if !(self.lr.is_finite() && self.lr >= 0.0) {
             return range("--lr", "finite and not negative", self.lr);
         }
@@ -445,35 +240,28 @@ impl GptArgs {
             return range("--peak-tflops", "finite and more than 0", peak as f32);
         }
         if self.checkpoint.is_none() {
-            let needs = |flag, instead| Err(ArgsError::NeedsCheckpoint { flag, instead });
+            let needs = |flag, instead| {
+                let hint = format!("give --checkpoint DIR, or {instead}");
+                Err(ProgramError::new(Exit::Usage, format!("{flag} needs --checkpoint"), hint))
+            };
             if self.on_non_finite == NonFiniteArg::Rollback {
                 return needs("--on-non-finite rollback", "--on-non-finite skip");
             }
-            if self.resume == ResumeArg::Required {
+            if self.resume == Resume::Required {
                 return needs("--resume required", "--resume auto");
             }
         }
         self.check_files()?;
-        let (width, heads) = (self.width, self.heads);
-        if !width.is_multiple_of(heads) {
-            return Err(ArgsError::WidthHeads { width, heads });
-        }
-        let (batch, micro_batches) = (self.batch, self.micro_batches);
-        if !batch.is_multiple_of(micro_batches) {
-            return Err(ArgsError::BatchMicroBatches { batch, micro_batches });
-        }
-        let (layers, stages) = (self.layers, self.mesh.stage);
-        if !layers.is_multiple_of(stages) {
-            return Err(ArgsError::LayersStages { stages, layers });
-        }
+        self.model(1).check(&self.mesh, self.micro_batches).map_err(|error| uneven(&error))?;
         if let Some(threads) = self.threads_per_device.filter(|threads| *threads > THREADS_MAX) {
-            return Err(ArgsError::TooManyThreads { threads });
+            let text = format!("--threads-per-device must be at most {THREADS_MAX}, got {threads}");
+            return Err(usage(text));
         }
         Ok(())
     }
 
     /// Checks that no output file is also used by another flag. Starting from a file and saving to it is allowed.
-    fn check_files(&self) -> Result<(), ArgsError> {
+    fn check_files(&self) -> Result<(), ProgramError> {
         let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
         let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));
         let trace = ("--trace", &self.trace);
@@ -481,27 +269,24 @@ impl GptArgs {
         let with_trace = [data, log, save, init].map(|other| (other, trace));
         for ((first, a), (second, b)) in pairs.into_iter().chain(with_trace) {
             let (Some(a), Some(b)) = (a, b) else { continue };
-            if files::resolved(a) == files::resolved(b) {
-                return Err(ArgsError::SameFile { first, second, path: b.clone() });
+            if resolved(a) == resolved(b) {
+                let text = format!("{first} and {second} are the same file {}", b.display());
+                return Err(ProgramError::new(Exit::Usage, text, format!("give another file with {second}")));
             }
         }
         Ok(())
     }
 
-    /// The resume mode after this many restarts: a restarted job continues from its own checkpoints.
-    pub fn resume_at(&self, restart: u64) -> ResumeArg {
-        if restart > 0 && self.resume == ResumeArg::Never { ResumeArg::Auto } else { self.resume }
+    /// The model's sizes; the text determines the vocabulary.
+    pub fn model(&self, vocabulary: usize) -> GptConfig {
+        let &Self { layers, heads, width, context, batch, dropout, .. } = self;
+        GptConfig { vocabulary, layers, heads, width, context, batch, dropout }
     }
 
     /// Threads of each device: the flag's value, or an even share of `cores` for the devices on this machine, and at
     /// least one.
     pub fn threads(&self, cores: usize, devices_here: usize) -> usize {
         self.threads_per_device.unwrap_or(cores / devices_here.max(1)).clamp(1, THREADS_MAX)
-    }
-
-    /// Memory of each device in bytes, if the flag is given.
-    pub fn memory_bytes(&self) -> Option<usize> {
-        self.memory_mib.map(|mib| mib.saturating_mul(1 << 20))
     }
 }
 
@@ -516,26 +301,28 @@ mod tests {
         flags::parse(std::iter::once(&"gpt").chain(flags))
     }
 
-    fn check(flags: &[&str]) -> Result<(), String> {
-        let args = parse(flags).map_err(|e| e.to_string())?;
-        args.check().map_err(|e| format!("{e} | {}", e.hint()))
+    /// Error and hint.
+    fn check(flags: &str) -> String {
+        let args = parse(&flags.split(' ').collect::<Vec<_>>()).unwrap();
+        let error = args.check().unwrap_err();
+        format!("{error} | {}", error.hint)
     }
 
     #[test]
     fn defaults_are_usable() {
         let args = parse(&[]).unwrap();
-        assert_eq!(args.check(), Ok(()));
+        args.check().unwrap();
         assert_eq!((args.layers, args.heads, args.width, args.context, args.batch), (4, 4, 128, 64, 12));
-        assert_eq!(args.mesh, MeshArg { data: 1, stage: 1, tensor: 1 });
+        assert_eq!(args.mesh.to_string(), "data=1,stage=1,tensor=1");
         assert_eq!((args.threads(2, 1), args.threads(0, 1)), (2, 1));
-        assert_eq!((args.memory_bytes(), args.device), (None, DeviceArg::Cpu));
+        assert_eq!((args.memory_mib, args.device), (None, DeviceArg::Cpu));
     }
 
     #[test]
     fn meshes_and_schedules_are_parsed() {
         let args = parse(&["--mesh", "tensor=2, data=3", "--schedule", "gpipe"]).unwrap();
-        assert_eq!(args.mesh, MeshArg { data: 3, stage: 1, tensor: 2 });
-        assert_eq!((args.mesh.devices(), args.schedule, args.threads(16, 6)), (6, ScheduleArg::GPipe, 2));
+        assert_eq!((args.mesh.to_string().as_str(), args.mesh.device_count()), ("data=3,stage=1,tensor=2", 6));
+        assert_eq!((args.schedule, args.threads(16, 6)), (Schedule::GPipe, 2));
     }
 
     #[test]
@@ -563,57 +350,39 @@ mod tests {
     #[test]
     fn flags_are_checked_against_each_other() {
         for (flags, expected) in [
-            (&["--width", "130"][..], "--width 130 is not a multiple of --heads 4 | try --width 128 or --width 132"),
-            (&["--width", "3"], "--width 3 is not a multiple of --heads 4 | --width 4 gives 4 heads of 1"),
+            ("--width 130", "--width 130 is not a multiple of --heads 4 | try --width 128 or --width 132"),
+            ("--width 3", "--width 3 is not a multiple of --heads 4 | --width 4 gives 4 heads of 1"),
             (
-                &["--micro-batches", "5"],
+                "--micro-batches 5",
                 "--batch 12 is not a multiple of --micro-batches 5 | try --batch 15, or --micro-batches out of 1, 2, 3, 4, 6, 12",
             ),
             (
-                &["--mesh", "stage=5"],
+                "--mesh stage=5",
                 "--layers 4 is not a multiple of --mesh stage=5 | try --layers 5, or stage out of 1, 2, 4",
             ),
             (
-                &["--threads-per-device", "65"],
+                "--threads-per-device 65",
                 "--threads-per-device must be at most 64, got 65 | `gpt --help` lists the flags with their defaults",
             ),
         ] {
-            assert_eq!(check(flags), Err(expected.into()));
+            assert_eq!(check(flags), expected);
         }
-        for flag in [
-            "layers",
-            "heads",
-            "width",
-            "context",
-            "batch",
-            "micro-batches",
-            "threads-per-device",
-            "memory-mib",
-            "checkpoint-keep-every",
-            "hang-timeout",
-            "trace-mib",
-        ] {
-            let error = check(&[&format!("--{flag}"), "0"]).unwrap_err();
+        let sizes = "layers heads width context batch micro-batches threads-per-device memory-mib checkpoint-keep-every \
+                     hang-timeout trace-mib";
+        for flag in sizes.split(' ') {
+            let error = check(&format!("--{flag} 0"));
             assert!(error.starts_with(&format!("--{flag} must be at least 1, got 0")), "{error}");
         }
-        for (flag, value) in [
-            ("--lr", "NaN"),
-            ("--lr", "inf"),
-            ("--lr", "-1"),
-            ("--lr", "-1e-3"),
-            ("--lr", "-inf"),
-            ("--dropout", "-0.1"),
-            ("--clip", "-1"),
-            ("--peak-tflops", "-2.5"),
-            ("--dropout", "1"),
-            ("--dropout", "NaN"),
-            ("--clip", "0"),
-            ("--clip", "NaN"),
-            ("--peak-tflops", "0"),
-            ("--peak-tflops", "inf"),
+        for (flag, values) in [
+            ("--lr", "NaN inf -1 -1e-3 -inf"),
+            ("--dropout", "-0.1 1 NaN"),
+            ("--clip", "-1 0 NaN"),
+            ("--peak-tflops", "-2.5 0 inf"),
         ] {
-            let error = check(&[flag, value]).unwrap_err();
-            assert!(error.starts_with(&format!("{flag} must be ")), "{error}");
+            for value in values.split(' ') {
+                let error = check(&format!("{flag} {value}"));
+                assert!(error.starts_with(&format!("{flag} must be ")), "{error}");
+            }
         }
     }
 

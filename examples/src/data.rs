@@ -1,66 +1,19 @@
 //! Text as training data: bytes are numbered by rank, and a counter chooses the batches, so that every layout and every
 //! number of micro-batches gets the same samples.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use shardflow::declare::identity_of;
+use shardflow::exit::Exit;
 use shardflow::init::mix;
+use shardflow::program::ProgramError;
 
 /// Sample `k` of a run starts at `mix(DATA_SEED + k) % (train length - context)`.
 const DATA_SEED: u64 = 4242;
 
-/// Why a text cannot be trained on.
-#[derive(Debug, thiserror::Error)]
-pub enum DataError {
-    /// The file cannot be read.
-    #[error("cannot read data file {path}: {cause}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        cause: std::io::Error,
-    },
-    /// The file is empty.
-    #[error("data file {path} is empty")]
-    Empty {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The training part does not hold a single sample.
-    #[error(
-        "{path} is too short: {bytes} bytes, of which the first nine tenths ({train}) are for training, but one sample \
-         of --context {context} takes {}", context.saturating_add(1)
-    )]
-    TooShort {
-        /// The file.
-        path: PathBuf,
-        /// Bytes of the file.
-        bytes: usize,
-        /// Bytes for training.
-        train: usize,
-        /// Tokens of one sample.
-        context: usize,
-    },
-    /// The default text is this repository, whose files are missing.
-    #[error("no source or documentation files under {root}, which is the default text")]
-    NoSources {
-        /// The folder that was searched.
-        root: PathBuf,
-    },
-}
-
-impl DataError {
-    /// What the user can change.
-    pub fn hint(&self) -> &'static str {
-        match self {
-            Self::Read { .. } => "check the path given with --data; without --data, this repository's own text is used",
-            Self::Empty { .. } => "give a text file with --data",
-            Self::TooShort { .. } => "give a longer file with --data, or a smaller --context",
-            Self::NoSources { .. } => {
-                "the checkout that this program was built from is gone: give a text file with --data"
-            }
-        }
-    }
+fn unreadable(path: &Path, cause: &std::io::Error) -> ProgramError {
+    let hint = "check the path given with --data; without --data, this repository's own text is used";
+    ProgramError::new(Exit::Usage, format!("cannot read data file {}: {cause}", path.display()), hint)
 }
 
 /// A text as token ids. A token is a byte; its id is its rank among the bytes that occur.
@@ -79,10 +32,10 @@ impl Text {
     ///
     /// # Errors
     /// A missing, empty or too short file.
-    pub fn load(path: Option<&Path>, context: usize) -> Result<Self, DataError> {
+    pub fn load(path: Option<&Path>, context: usize) -> Result<Self, ProgramError> {
         match path {
             Some(path) => {
-                let bytes = std::fs::read(path).map_err(|cause| DataError::Read { path: path.into(), cause })?;
+                let bytes = std::fs::read(path).map_err(|cause| unreadable(path, &cause))?;
                 Self::from_bytes(path, &bytes, context)
             }
             None => {
@@ -97,14 +50,23 @@ impl Text {
     ///
     /// # Errors
     /// No bytes, or too few for one sample.
-    pub fn from_bytes(path: &Path, bytes: &[u8], context: usize) -> Result<Self, DataError> {
+    pub fn from_bytes(path: &Path, bytes: &[u8], context: usize) -> Result<Self, ProgramError> {
         if bytes.is_empty() {
-            return Err(DataError::Empty { path: path.into() });
+            let text = format!("data file {} is empty", path.display());
+            return Err(ProgramError::new(Exit::Usage, text, "give a text file with --data"));
         }
         // Targets are shifted by one, so a sample needs context + 1 tokens.
         let train = bytes.len() * 9 / 10;
         if train <= context {
-            return Err(DataError::TooShort { path: path.into(), bytes: bytes.len(), train, context });
+            let text = format!(
+                "{} is too short: {} bytes, of which the first nine tenths ({train}) are for training, but one sample \
+                 of --context {context} takes {}",
+                path.display(),
+                bytes.len(),
+                context.saturating_add(1)
+            );
+            let hint = "give a longer file with --data, or a smaller --context";
+            return Err(ProgramError::new(Exit::Usage, text, hint));
         }
         let mut occurs = [false; 256];
         bytes.iter().for_each(|b| occurs[usize::from(*b)] = true);
@@ -169,16 +131,15 @@ impl Text {
 }
 
 /// Concatenates the `*.rs`, `*.md` and `*.toml` files under `root`, sorted by path.
-fn repository_text(root: &Path) -> Result<Vec<u8>, DataError> {
+fn repository_text(root: &Path) -> Result<Vec<u8>, ProgramError> {
     let mut files = Vec::new();
     let mut folders = vec![root.to_path_buf()];
     // Bounded by the number of folders: links are not followed.
     while let Some(folder) = folders.pop() {
-        let entries = std::fs::read_dir(&folder).map_err(|cause| DataError::Read { path: folder.clone(), cause })?;
+        let entries = std::fs::read_dir(&folder).map_err(|cause| unreadable(&folder, &cause))?;
         for entry in entries {
-            let read = |cause| DataError::Read { path: folder.clone(), cause };
-            let entry = entry.map_err(read)?;
-            let kind = entry.file_type().map_err(read)?;
+            let entry = entry.map_err(|cause| unreadable(&folder, &cause))?;
+            let kind = entry.file_type().map_err(|cause| unreadable(&folder, &cause))?;
             let path = entry.path();
             let hidden = entry.file_name().to_string_lossy().starts_with('.');
             if kind.is_dir() && !hidden && entry.file_name() != "target" {
@@ -191,16 +152,22 @@ fn repository_text(root: &Path) -> Result<Vec<u8>, DataError> {
     files.sort();
     let mut text = Vec::new();
     for path in &files {
-        text.extend(std::fs::read(path).map_err(|cause| DataError::Read { path: path.clone(), cause })?);
+        text.extend(std::fs::read(path).map_err(|cause| unreadable(path, &cause))?);
     }
-    if text.is_empty() { Err(DataError::NoSources { root: root.into() }) } else { Ok(text) }
+    if text.is_empty() {
+        let what = "no source or documentation files under";
+        let hint = "the checkout that this program was built from is gone: give a text file with --data";
+        let text = format!("{what} {}, which is the default text", root.display());
+        return Err(ProgramError::new(Exit::Usage, text, hint));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn text(bytes: &[u8], context: usize) -> Result<Text, DataError> {
+    fn text(bytes: &[u8], context: usize) -> Result<Text, ProgramError> {
         Text::from_bytes(Path::new("some.txt"), bytes, context)
     }
 

@@ -1,9 +1,7 @@
-//! Code shared by the example programs. Modules are independent, except `checkpoints`, which uses `args`, `files` and
-//! `log`.
+//! Code shared by the example programs. The modules are independent of each other.
 
 pub mod args;
-pub mod checkpoints;
 pub mod data;
-pub mod files;
+pub mod error;
 pub mod log;
 pub mod sample;

@@ -350,6 +350,17 @@ fn the_other_programs_run() {
 }
 
 #[test]
+fn the_readme_shows_the_function_train_of_first_steps() {
+    let read = |path| std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).expect("a file");
+    let program = read("src/bin/first_steps.rs");
+    let (_, train) = program.split_once("fn train()").expect("a function");
+    let body =
+        train.split("\n}\n").next().unwrap().lines().skip(1).map(|line| line.strip_prefix("    ").unwrap_or(line));
+    let body: Vec<&str> = body.collect();
+    assert!(body.len() > 20 && read("../README.md").contains(&body.join("\n")), "{}", body.join("\n"));
+}
+
+#[test]
 fn small_programs_ignore_that_a_pipe_is_closed() {
     for program in [env!("CARGO_BIN_EXE_first_steps"), env!("CARGO_BIN_EXE_custom_kernel")] {
         let mut command = Command::new(program);

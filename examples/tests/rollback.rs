@@ -1,9 +1,8 @@
 //! A training that rolls back to its newest checkpoint after a bad batch, and continues without that batch.
 
-use clap::Parser;
+use std::sync::Arc;
+
 use shardflow::prelude::*;
-use shardflow_examples::args::GptArgs;
-use shardflow_examples::checkpoints::Checkpoints;
 
 const ROWS: usize = 4;
 const WIDTH: usize = 6;
@@ -22,6 +21,19 @@ fn start() -> Session {
     Session::start(compile(g, &CompileOptions::default()).expect("a plan"), &options).expect("a session")
 }
 
+fn open(place: &str, session: &mut Session) -> CheckpointManager {
+    let options = ManagerOptions {
+        resume: Resume::Auto,
+        schedule: SaveSchedule { every: 3, steps: STEPS },
+        keep: 3,
+        keep_every: None,
+        batch: ROWS as u64,
+        requests: None,
+        on_note: Arc::new(|_| {}),
+    };
+    CheckpointManager::open(place, options, session).expect("a store")
+}
+
 fn step(session: &mut Session, batch: u64) -> StepReport {
     let value = |i: usize| if batch == BAD { f32::NAN } else { ((i as u64 * 7 + batch * 3) % 11) as f32 / 11.0 };
     let x = HostTensor::f32(&[ROWS, 2, WIDTH], (0..ROWS * 2 * WIDTH).map(value).collect());
@@ -33,21 +45,20 @@ fn step(session: &mut Session, batch: u64) -> StepReport {
 fn batches_up_to_the_bad_one_are_skipped() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rollback-{}", std::process::id()));
     let place = folder.to_str().expect("a path");
-    let args = GptArgs::parse_from(["gpt", "--checkpoint-every", "3"]);
     let rows = ROWS as u64;
 
     let mut session = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a store");
+    let mut checkpoints = open(place, &mut session);
     let mut batches = Vec::new();
     while session.steps() < STEPS {
-        let batch = checkpoints.take(rows) / rows;
+        let batch = checkpoints.take_batch() / rows;
         batches.push(batch);
-        if let Some(found) = step(&mut session, batch).non_finite {
-            checkpoints.roll_back(&mut session, &found).expect("a checkpoint");
+        let report = step(&mut session, batch);
+        if let Some(found) = &report.non_finite {
+            checkpoints.roll_back(&mut session, found).expect("a checkpoint");
             continue;
         }
-        let is_last = session.steps() == STEPS;
-        checkpoints.after_step(&session, Request::Nothing, is_last).expect("saved");
+        checkpoints.after_step(&session, &report).expect("saved");
     }
     // The newest checkpoint is of step 6 when bad batch 7 is trained on.
     assert_eq!(batches, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
@@ -58,8 +69,8 @@ fn batches_up_to_the_bad_one_are_skipped() {
     assert_eq!(without_batch.parameters().expect("parameters"), trained);
 
     let mut later = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a store");
-    let next = (later.steps(), checkpoints.take(rows));
+    let mut checkpoints = open(place, &mut later);
+    let next = (later.steps(), checkpoints.take_batch());
     assert_eq!(next, (STEPS, (STEPS + 2) * rows), "the cursor lacks the skipped batches");
     std::fs::remove_dir_all(folder).expect("a folder");
 }
@@ -69,21 +80,21 @@ fn batches_up_to_the_bad_one_are_skipped() {
 fn a_rollback_survives_the_end_of_the_process() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rolled-back-{}", std::process::id()));
     let place = folder.to_str().expect("a path");
-    let args = GptArgs::parse_from(["gpt", "--checkpoint-every", "3"]);
     let mut session = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut session).expect("a store");
+    let mut checkpoints = open(place, &mut session);
     loop {
-        let batch = checkpoints.take(ROWS as u64) / ROWS as u64;
-        if let Some(found) = step(&mut session, batch).non_finite {
-            checkpoints.roll_back(&mut session, &found).expect("a checkpoint");
+        let batch = checkpoints.take_batch() / ROWS as u64;
+        let report = step(&mut session, batch);
+        if let Some(found) = &report.non_finite {
+            checkpoints.roll_back(&mut session, found).expect("a checkpoint");
             break;
         }
-        checkpoints.after_step(&session, Request::Nothing, false).expect("saved");
+        checkpoints.after_step(&session, &report).expect("saved");
     }
     drop(checkpoints);
     let mut later = start();
-    let mut checkpoints = Checkpoints::open(place, &args, false, &mut later).expect("a store");
-    assert_eq!((later.steps(), checkpoints.take(ROWS as u64)), (6, (BAD + 1) * ROWS as u64));
+    let mut checkpoints = open(place, &mut later);
+    assert_eq!((later.steps(), checkpoints.take_batch()), (6, (BAD + 1) * ROWS as u64));
     drop(checkpoints);
     std::fs::remove_dir_all(folder).expect("a folder");
 }

@@ -1,4 +1,7 @@
-//! Local file systems: which of them belong to one machine, free space, listings, and exclusive creation without hard links.
+//! Local file systems: which of them belong to one machine, free space, listings, checks of output paths, and exclusive
+//! creation without hard links.
+
+mod output;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -7,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
+
+pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, resolved};
 
 /// `f_type` of statfs(2) of the file systems of one machine, where all processes see writes at once and `flock` works.
 /// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
@@ -23,7 +28,7 @@ pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
 }
 
 /// Free bytes for this process in the folder; `None` if the file system does not report them.
-pub fn free_bytes(folder: &Path) -> Option<u64> {
+pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(folder).ok()?;
     (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }

@@ -3,9 +3,36 @@
 use std::any::TypeId;
 use std::ffi::OsString;
 use std::fmt::Display;
+use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::{Arg, Command, Parser};
+use shardflow_job::departure;
+use shardflow_job::exit::Exit;
+
+/// Parses the command line of this program, as [`parse`] does. If it asks for help, or has an error, prints that and
+/// returns the exit code for `main`. An error is also reported to the launcher and the other processes.
+///
+/// # Errors
+/// The exit code; 0 after help.
+pub fn parse_own<T: Parser>() -> Result<T, ExitCode> {
+    parse(std::env::args_os()).map_err(|error| {
+        // A closed pipe is not an error.
+        let _ = error.print();
+        let exit = Exit::from_code(u8::try_from(error.exit_code()).unwrap_or(Exit::Usage.code()));
+        if exit != Exit::Done
+            && let Err(e) = departure::report(exit, &first_line(&error), None)
+        {
+            eprintln!("warning: cannot write the report for the launcher: {e}");
+        }
+        exit.into()
+    })
+}
+
+/// The first line of the parser's message, without `error: `.
+pub fn first_line(error: &clap::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().trim_start_matches("error: ").into()
+}
 
 /// Like [`Parser::try_parse_from`], but `--seed -1` does not parse `-1` as a flag.
 ///

@@ -4,6 +4,7 @@
 
 pub mod boxing;
 pub mod checkpoint;
+pub mod checkpoint_manager;
 mod clock;
 pub mod cluster;
 pub mod declare;
@@ -14,6 +15,7 @@ pub mod files;
 pub mod flags;
 pub mod graph;
 pub mod init;
+pub mod json_log;
 pub mod layout_error;
 mod lock;
 pub mod metrics;
@@ -60,12 +62,14 @@ pub mod prelude {
 
     pub use crate::checkpoint::CheckpointError;
     pub use crate::checkpoint::{Cursor, SaveSchedule, SaveStart, Saver, SaverOptions, SingleProcess, Store, WhenBusy};
+    pub use crate::checkpoint_manager::{CheckpointManager, ManagerOptions, Resume};
     pub use crate::cluster::{Cluster, ClusterError};
     pub use crate::declare::{Declarations, OnResume, data_identity};
     pub use crate::devices::gpu_memory_bytes;
     pub use crate::graph::builder::Layout;
     pub use crate::graph::{AdamW, Combine, CustomOp, Graph, GraphError, Var};
     pub use crate::init::Init;
+    pub use crate::json_log::JsonLog;
     pub use crate::layout_error::LayoutError;
     pub use crate::nn::{self, GptConfig, Parallel};
     pub use crate::passes::mode::Mode;

@@ -7,6 +7,7 @@ use shardflow_kernels::tensor::DType;
 use crate::graph::builder::Layout;
 use crate::graph::{Graph, Var};
 use crate::init::Init;
+use crate::placement::Mesh;
 use shardflow_job::text::counted;
 
 /// How a layer's weight is split over a mesh axis, in the terms of Megatron-LM (Shoeybi et al. 2019,
@@ -122,6 +123,50 @@ pub struct GptConfig {
 /// Largest number of layers of a [`gpt`]. The time to compile a program grows with the square of its ops.
 pub const LAYERS_MAX: usize = 1024;
 
+/// A size of a [`gpt`] that does not divide evenly.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{size} {value} is not a multiple of {divisor} {parts}")]
+pub struct UnevenSize {
+    /// The size: `width`, `batch` or `layers`.
+    pub size: &'static str,
+    /// Its value.
+    pub value: usize,
+    /// What it is divided among: `heads`, `micro-batches` or `stage`, the mesh axis.
+    pub divisor: &'static str,
+    /// Their number.
+    pub parts: usize,
+}
+
+impl UnevenSize {
+    /// The smallest value above that divides evenly.
+    pub fn next_value(&self) -> usize {
+        self.value.div_ceil(self.parts).saturating_mul(self.parts)
+    }
+
+    /// The first numbers of parts that divide the value evenly, as a list.
+    pub fn possible_parts(&self) -> String {
+        let divisors = (1..=self.value.min(4096)).filter(|parts| self.value.is_multiple_of(*parts)).take(16);
+        divisors.map(|parts| parts.to_string()).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl GptConfig {
+    /// Checks that the width divides among the heads, the batch among the micro-batches, and the layers among the mesh's
+    /// stages. `compile` also refuses such a model; this check needs no graph. All sizes must be at least 1.
+    ///
+    /// # Errors
+    /// The first size that does not divide.
+    pub fn check(&self, mesh: &Mesh, micro_batches: usize) -> Result<(), UnevenSize> {
+        let all = [
+            ("width", self.width, "heads", self.heads),
+            ("batch", self.batch, "micro-batches", micro_batches),
+            ("layers", self.layers, "stage", mesh.size("stage")),
+        ];
+        let uneven = all.into_iter().find(|(_, value, _, parts)| !value.is_multiple_of(*parts));
+        uneven.map_or(Ok(()), |(size, value, divisor, parts)| Err(UnevenSize { size, value, divisor, parts }))
+    }
+}
+
 /// A GPT without biases. If the mesh has these axes, layers are split evenly over `stage`, the batch over `data`, and
 /// heads, hidden features and the vocabulary over `tensor`. Returns the logits `[b, t, vocabulary]`, which stay on the
 /// last stage. The host feeds `ids`, i32 `[batch, context]`.
@@ -131,7 +176,7 @@ pub fn gpt(g: &mut Graph, config: &GptConfig) -> Var {
 }
 
 fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
-    let stages = g.mesh().axis("stage").map_or(1, |axis| g.mesh().axes()[axis].size);
+    let stages = g.mesh().size("stage");
     if !config.layers.is_multiple_of(stages) {
         let message = format!(
             "{} cannot be divided over {stages} stages; choose a number of layers that is a multiple of {stages}",
@@ -186,4 +231,22 @@ fn place_stage(g: &mut Graph, stage: usize) {
 
 fn dropout(g: &mut Graph, x: Var, p: f32, seed: u64) -> Var {
     if p > 0.0 { g.dropout(x, p, seed) } else { x }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uneven_sizes_are_found_with_values_that_fit() {
+        let config = GptConfig { vocabulary: 7, layers: 4, heads: 4, width: 128, context: 8, batch: 12, dropout: 0.0 };
+        let mesh = Mesh::parse("data=5,stage=2").unwrap();
+        assert_eq!(config.check(&mesh, 3), Ok(()), "the data axis may be uneven");
+        let error = config.check(&mesh, 5).unwrap_err();
+        assert_eq!(error.to_string(), "batch 12 is not a multiple of micro-batches 5");
+        assert_eq!((error.next_value(), error.possible_parts().as_str()), (15, "1, 2, 3, 4, 6, 12"));
+        let size = |config: GptConfig| config.check(&mesh, 1).unwrap_err().size;
+        assert_eq!(size(GptConfig { heads: 3, ..config }), "width");
+        assert_eq!(size(GptConfig { layers: 3, ..config }), "layers");
+    }
 }

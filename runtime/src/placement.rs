@@ -56,6 +56,31 @@ impl Mesh {
         Self::new(&axes)
     }
 
+    /// Parses a mesh of these axes, in this order. An axis that the text does not name has size 1.
+    ///
+    /// ```
+    /// # use shardflow::prelude::Mesh;
+    /// let mesh = Mesh::parse_axes("tensor=2,data=4", &["data", "stage", "tensor"])?;
+    /// assert_eq!(mesh.to_string(), "data=4,stage=1,tensor=2");
+    /// # Ok::<(), shardflow::prelude::LayoutError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the text names another axis, and as [`Mesh::parse`].
+    pub fn parse_axes(text: &str, axes: &[&str]) -> Result<Self, LayoutError> {
+        let given = Self::parse(text)?;
+        if let Some(axis) = given.axes().iter().find(|axis| !axes.contains(&axis.name.as_str())) {
+            let known = axes.iter().map(|axis| (*axis).into()).collect();
+            return Err(LayoutError::UnknownAxis { axis: axis.name.clone(), known });
+        }
+        Self::new(&axes.iter().map(|axis| (*axis, given.size(axis))).collect::<Vec<_>>())
+    }
+
+    /// Size of the axis with this name; 1 if there is none.
+    pub fn size(&self, name: &str) -> usize {
+        self.axis(name).map_or(1, |axis| self.axes()[axis].size)
+    }
+
     /// Number of devices: the product of the axes' sizes.
     pub fn device_count(&self) -> usize {
         self.whole.devices.len()
@@ -267,7 +292,10 @@ mod tests {
         for wrong in ["", "data", "data=x", "=2", "data=2,,tensor=2", "data=-1"] {
             assert!(text(Mesh::parse(wrong)).contains("name=size"), "{wrong}");
         }
+        let unknown = Mesh::parse_axes("expert=2", &["data", "tensor"]);
+        assert_eq!(text(unknown), "no mesh axis expert; the axes are: data, tensor");
         let mesh = Mesh::new(&[("data", 2), ("tensor", 2)]).unwrap();
+        assert_eq!((mesh.size("tensor"), mesh.size("stage")), (2, 1));
         assert_eq!(mesh.axis("stage").unwrap_err().to_string(), "no mesh axis stage; the axes are: data, tensor");
         let out_of_range = "mesh axis data has size 2, so coordinate 2 is out of range";
         assert_eq!(mesh.at("data", 2).unwrap_err().to_string(), out_of_range);

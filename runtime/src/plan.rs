@@ -25,11 +25,13 @@ pub mod validate;
 
 /// The order of the micro-batches in a pipeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Schedule {
-    /// All forwards, then all backwards. Huang et al. 2019, <https://arxiv.org/abs/1811.06965>.
+    /// All forwards, then all backwards: Huang et al. 2018, <https://arxiv.org/abs/1811.06965>.
+    #[cfg_attr(feature = "cli", value(name = "gpipe"))]
     GPipe,
-    /// Alternating forwards and backwards, with the fewest micro-batches in flight that keep every stage busy.
-    /// Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
+    /// One forward, one backward: Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
+    #[cfg_attr(feature = "cli", value(name = "1f1b"))]
     OneFOneB,
 }
 

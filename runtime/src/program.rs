@@ -1,7 +1,11 @@
-//! Runs a program's `main`: prints its error as one line and returns the matching exit code.
+//! Runs a program's `main`: prints its output without blocking the training, its error as one line, and returns the
+//! matching exit code.
 
 use std::error::Error;
+use std::fmt::Display;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use crate::cluster::ClusterError;
 use crate::layout_error::LayoutError;
@@ -11,45 +15,105 @@ use shardflow_job::exit::Exit;
 use shardflow_job::output;
 use shardflow_job::requests::Requests;
 
-/// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..`, reports it to the launcher, and returns its exit code, after all
-/// [`output`] is written.
+/// How long an error waits for stdout to drain.
+const STDOUT_DRAIN: Duration = Duration::from_millis(200);
+
+/// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..`, reports it to
+/// the launcher, and returns its exit code, after all output is written.
 ///
 /// ```no_run
+/// use shardflow::prelude::*;
+///
 /// fn main() -> std::process::ExitCode {
-///     shardflow::program::run(|| {
-///         let mesh = shardflow::prelude::Mesh::parse("data=2")?;
-///         Ok(println!("{mesh}"))
+///     program::run(|| {
+///         let mesh = Mesh::parse("data=2")?;
+///         program::print(mesh);
+///         Ok(())
 ///     })
 /// }
 /// ```
 pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
-    let exit = run_body(body);
-    output::finish(None);
+    finish(with_signal_handlers(body), None)
+}
+
+fn with_signal_handlers(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<dyn Error>> {
+    // Comes first: process 1 of a container ignores signals without a handler.
+    Requests::on_signals()?;
+    body()
+}
+
+/// The end of [`run`], for a program that limits how long it waits for the reader of its output.
+pub fn finish(result: Result<(), Box<dyn Error>>, output_limit: Option<Duration>) -> ExitCode {
+    let exit = result.map_or_else(show, |()| Exit::Done);
+    output::finish(output_limit);
     exit.into()
 }
 
-fn run_body(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Exit {
-    // Comes first: process 1 of a container ignores signals without a handler.
-    let handled = Requests::on_signals().map_err(Into::into);
-    handled.and_then(|_| body()).map_or_else(show, |()| Exit::Done)
+/// Prints a line to stdout. Unlike `println!`, it does not wait for a slow reader, and ignores a closed pipe.
+pub fn print(line: impl Display) {
+    output::stdout().line(&line.to_string());
+}
+
+/// Prints a line to stderr. On a screen it replaces a line of progress that has no end yet.
+pub fn note(line: impl Display) {
+    let clear = if is_screen(&io::stderr()) { "\r\x1b[K" } else { "" };
+    output::stderr().line(&format!("{clear}{line}"));
+}
+
+/// Whether the stream is a terminal that supports escape codes.
+pub fn is_screen(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("TERM").is_some_and(|name| name != "dumb")
+}
+
+/// An error with its exit code and a hint. [`run`] prints the hint as `hint: ..` after the error.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub struct ProgramError {
+    /// What failed, in one line.
+    pub text: String,
+    /// What the user can change; empty for nothing.
+    pub hint: String,
+    /// The exit code.
+    pub exit: Exit,
+    /// Rank of the process that failed first, if it is known.
+    pub first_cause_rank: Option<u32>,
+}
+
+impl ProgramError {
+    /// An error with this exit code and hint.
+    pub fn new(exit: Exit, text: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { text: text.into(), hint: hint.into(), exit, first_cause_rank: None }
+    }
 }
 
 /// Prints and reports an error.
 fn show(error: Box<dyn Error>) -> Exit {
     let exit = exit_of(&*error);
     // `Exit::Done` is not a failure: `shardflow plan` needs only the plan, which is written.
-    if exit != Exit::Done {
-        let rank = error.downcast_ref().and_then(SessionError::first_cause_rank);
-        if let Err(e) = shardflow_job::departure::report(exit, &error.to_string(), rank) {
-            eprintln!("warning: cannot write the report for the launcher: {e}");
-        }
-        eprintln!("error: {error}");
+    if exit == Exit::Done {
+        return exit;
+    }
+    let own = error.downcast_ref::<ProgramError>();
+    let rank = own
+        .map_or_else(|| error.downcast_ref().and_then(SessionError::first_cause_rank), |error| error.first_cause_rank);
+    // The launcher, if there is one, prints the first cause of all processes last.
+    if let Err(e) = shardflow_job::departure::report(exit, &error.to_string(), rank) {
+        note(format!("warning: cannot write the report for the launcher: {e}"));
+    }
+    // On a terminal both streams are one, so earlier output comes first.
+    output::stdout().end_line();
+    output::stdout().flush(Some(STDOUT_DRAIN));
+    output::stderr().line(&format!("error: {error}"));
+    if let Some(hint) = own.map(|error| &error.hint).filter(|hint| !hint.is_empty()) {
+        output::stderr().line(&format!("hint: {hint}"));
     }
     exit
 }
 
 fn exit_of(error: &(dyn Error + 'static)) -> Exit {
-    if let Some(error) = error.downcast_ref::<SessionError>() {
+    if let Some(error) = error.downcast_ref::<ProgramError>() {
+        error.exit
+    } else if let Some(error) = error.downcast_ref::<SessionError>() {
         error.exit()
     } else if let Some(error) = error.downcast_ref::<ClusterError>() {
         error.exit()
@@ -80,7 +144,7 @@ mod tests {
             assert!(Arc::ptr_eq(&Requests::on_signals()?, &Requests::on_signals()?));
             Ok(())
         };
-        assert_eq!(run_body(body), Exit::Done);
+        with_signal_handlers(body).unwrap();
     }
 
     #[test]
@@ -93,5 +157,6 @@ mod tests {
         assert_eq!(exit(empty.into()), Exit::Refused);
         assert_eq!(exit(SessionError::PlanWritten.into()), Exit::Done);
         assert_eq!(exit("something else".into()), Exit::Internal);
+        assert_eq!(exit(ProgramError::new(Exit::BadData, "no such file", "").into()), Exit::BadData);
     }
 }

@@ -171,6 +171,11 @@ impl Session {
         })
     }
 
+    /// True on rank 0, the only process that prints output for all.
+    pub fn is_first(&self) -> bool {
+        self.process_map.process == 0
+    }
+
     /// Steps done, including those before a restored checkpoint.
     pub fn steps(&self) -> u64 {
         self.steps

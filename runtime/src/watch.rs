@@ -58,6 +58,9 @@ pub enum WatchError {
     /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     Listen { address: SocketAddr, source: io::Error },
+    /// The port of this process would be above 65535.
+    #[error("{first}: the port for process {process} is above 65535")]
+    Port { first: SocketAddr, process: u32 },
     /// The program, or one of its libraries, has installed another recorder.
     #[error("the program already has a metrics recorder, so this one cannot be installed")]
     Recorder,
@@ -74,6 +77,16 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// Listens like [`Watch::listen`], process n of a job on the port of `first` plus n. Port 0 stays 0.
+    ///
+    /// # Errors
+    /// If that port is above 65535, and those of [`Watch::listen`].
+    pub fn listen_as(process: u32, first: SocketAddr) -> Result<Self, WatchError> {
+        let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
+        let port = u16::try_from(port).map_err(|_| WatchError::Port { first, process })?;
+        Self::listen(SocketAddr::new(first.ip(), port))
+    }
+
     /// Installs the metrics recorder and starts to listen. Call it before sessions start, because earlier values are
     /// lost. Port 0 selects a free port.
     ///

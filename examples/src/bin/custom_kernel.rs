@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use shardflow::job::output;
 use shardflow::prelude::*;
 
 /// `(x) -> (y)`: `y = max(x, 0)^2`.
@@ -134,7 +133,7 @@ fn main() -> std::process::ExitCode {
 fn compare() -> Result<(), Box<dyn std::error::Error>> {
     let one = train("data=1")?;
     for step in (0..STEPS).filter(|step| step % 10 == 0 || step + 1 == STEPS) {
-        output::stdout().line(&format!("step {step:>2}  loss {:.4}", one[step]));
+        program::print(format!("step {step:>2}  loss {:.4}", one[step]));
     }
     // This detects a rule that allows a split which the kernel cannot do. The test below detects a wrong gradient.
     for mesh in ["data=2", "tensor=2", "data=2,tensor=2"] {
@@ -142,7 +141,7 @@ fn compare() -> Result<(), Box<dyn std::error::Error>> {
         if difference.is_nan() || difference > 1e-3 {
             return Err(format!("losses on {mesh} differ from those of one device by {difference:.1e}").into());
         }
-        output::stdout().line(&format!("mesh {mesh}: the same losses within {difference:.1e}"));
+        program::print(format!("mesh {mesh}: the same losses within {difference:.1e}"));
     }
     Ok(())
 }

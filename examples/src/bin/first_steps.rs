@@ -1,6 +1,5 @@
 //! The smallest complete program: a model that learns to predict the next letter, on two devices.
 
-use shardflow::job::output;
 use shardflow::prelude::*;
 
 const TEXT: &[u8] = b"the quick brown fox jumps over the lazy dog. ";
@@ -23,17 +22,21 @@ fn train() -> Result<(), Box<dyn std::error::Error>> {
     let loss = g.cross_entropy(logits, targets);
     g.minimize(loss, AdamW::default());
 
-    // `compile` adds the backward pass, the all-reduce of gradients and the optimizer, and checks the plan before it
-    // runs.
+    // Adds the backward pass, the all-reduce of gradients and the optimizer, and checks the plan before it runs.
     let plan = compile(g, &CompileOptions::default())?;
+
     let mut session = Session::start(plan, &SessionOptions::default())?;
     for step in 0..=100 {
-        let letter = |i: usize| i32::from(TEXT[(step + i) % TEXT.len()]);
-        let batch = |shift| HostTensor::i32(&[BATCH, LENGTH], (shift..BATCH * LENGTH + shift).map(letter).collect());
-        let report = session.step(&[("ids", batch(0)), ("targets", batch(1))], 1e-2)?;
+        let report = session.step(&[("ids", letters(step)), ("targets", letters(step + 1))], 1e-2)?;
         if let Some(loss) = report.loss.filter(|_| step % 20 == 0) {
-            output::stdout().line(&format!("step {step:>3}  loss {loss:.4}"));
+            program::print(format!("step {step:>3}  loss {loss:.4}"));
         }
     }
     Ok(session.shutdown()?)
+}
+
+/// The letters from `start` on, as a batch.
+fn letters(start: usize) -> HostTensor {
+    let letters = (start..start + BATCH * LENGTH).map(|i| i32::from(TEXT[i % TEXT.len()]));
+    HostTensor::i32(&[BATCH, LENGTH], letters.collect())
 }

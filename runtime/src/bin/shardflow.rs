@@ -2,8 +2,9 @@
 //! the arguments and calls the library.
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::fs::File;
-use std::io::{BufWriter, Read, Write};
+use std::io::{BufWriter, ErrorKind, Read, Write};
 #[cfg(feature = "watch")]
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
@@ -13,9 +14,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use rustix::fs::MemfdFlags;
+use serde::Serialize;
 use shardflow::checkpoint::cli::{self, CheckpointCommand};
 use shardflow::doctor;
 use shardflow::flags;
+use shardflow::program::ProgramError;
 use shardflow::session::plan_files::{PLAN_DOT, PLAN_HTML, PLAN_TEXT};
 use shardflow::trace::join::JoinedTrace;
 use shardflow::trace::summary::TraceSummary;
@@ -211,28 +214,61 @@ fn main() -> ExitCode {
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
     {
-        return fail(Exit::Internal, format!("cannot handle signals: {error}")).into();
+        return fail(failed(Exit::Internal, format!("cannot handle signals: {error}"))).into();
     }
-    let exit = match command {
+    let output = match command {
         Command::Launch(args) => run_launch(*args),
-        Command::Checkpoint(args) => run_checkpoint(&args),
+        Command::Checkpoint(command) => match cli::run(&command) {
+            Ok(text) => Ok((text, Exit::Done)),
+            Err(error) => Err(failed(Exit::from_code(error.exit_code()), error)),
+        },
         Command::Doctor { json } => run_doctor(json),
         #[cfg(feature = "watch")]
         Command::Status { at, json } => run_status(at, json),
         #[cfg(feature = "watch")]
-        Command::ExplainHang { at } => run_explain_hang(at),
+        Command::ExplainHang { at } => match client::explain_hang(at) {
+            Ok(explained) => Ok((explained.to_string(), Exit::Done)),
+            Err(error) => Err(failed(error.exit(), error)),
+        },
         Command::Trace { files, join } => run_trace(&files, join.as_deref()),
         Command::Plan { html, dot, command } => run_plan(html, dot, &command),
-        Command::Secret => print_secret(),
-        Command::Guard { folder } => guard(&folder, std::io::stdin().lock()),
-        Command::Child { parent, command } => become_program(parent, command[0].clone().into(), &command[1..]),
+        Command::Secret => match Secret::random() {
+            Ok(secret) => Ok((secret.text().into(), Exit::Done)),
+            Err(error) => Err(failed(Exit::Internal, error)),
+        },
+        Command::Guard { folder } => Ok((String::new(), guard(&folder, std::io::stdin().lock()))),
+        Command::Child { parent, command } => {
+            Ok((String::new(), become_program(parent, command[0].clone().into(), &command[1..])))
+        }
     };
-    exit.into()
+    output.and_then(print).unwrap_or_else(fail).into()
 }
 
-fn fail(exit: Exit, error: impl std::fmt::Display) -> Exit {
+/// What a command prints, and its exit.
+type Output = Result<(String, Exit), ProgramError>;
+
+fn failed(exit: Exit, error: impl Display) -> ProgramError {
+    ProgramError::new(exit, error.to_string(), "")
+}
+
+fn fail(error: ProgramError) -> Exit {
     eprintln!("error: {error}");
-    exit
+    error.exit
+}
+
+/// A reader that has closed its pipe, such as `head`, wanted no more.
+fn print((text, exit): (String, Exit)) -> Result<Exit, ProgramError> {
+    if text.is_empty() {
+        return Ok(exit);
+    }
+    match writeln!(std::io::stdout(), "{}", text.trim_end()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(failed(Exit::CannotWrite, error)),
+        _ => Ok(exit),
+    }
+}
+
+fn json(value: &impl Serialize) -> Result<String, ProgramError> {
+    serde_json::to_string_pretty(value).map_err(|error| failed(Exit::Internal, error))
 }
 
 /// Reports a usage error of `launch` to the other nodes, if the flags needed to reach them can be parsed.
@@ -240,9 +276,7 @@ fn report_usage(error: &clap::Error) {
     let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     let words = words.iter().map(String::as_str).collect::<Vec<_>>();
     let Some(options) = error.use_stderr().then(|| report_options(&words)).flatten() else { return };
-    let text = error.to_string();
-    let first = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
-    launcher::report_usage(&options, first.into());
+    launcher::report_usage(&options, flags::first_line(error));
 }
 
 /// Options for a report to the other nodes, from arguments that cannot be parsed completely.
@@ -264,11 +298,10 @@ fn report_options(words: &[&str]) -> Option<LaunchOptions> {
     }
 }
 
-fn run_launch(args: LaunchArgs) -> Exit {
-    match launch_options(args) {
-        Ok(options) => launch(&options).unwrap_or_else(|error| fail(error.exit(), error)),
-        Err(usage) => fail(Exit::Usage, usage),
-    }
+fn run_launch(args: LaunchArgs) -> Output {
+    let options = launch_options(args).map_err(|usage| failed(Exit::Usage, usage))?;
+    let exit = launch(&options).map_err(|error| failed(error.exit(), error))?;
+    Ok((String::new(), exit))
 }
 
 fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
@@ -294,121 +327,61 @@ fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
     })
 }
 
-fn run_checkpoint(command: &CheckpointCommand) -> Exit {
-    match cli::run(command) {
-        Ok(text) => print(text.trim_end(), Exit::Done),
-        Err(error) => fail(Exit::from_code(error.exit_code()), error),
-    }
-}
-
-fn run_doctor(json: bool) -> Exit {
+fn run_doctor(as_json: bool) -> Output {
     let findings = doctor::examine();
-    let text = if json { serde_json::to_string_pretty(&findings) } else { Ok(findings.to_string()) };
-    match text {
-        Ok(text) => print(text.trim_end(), findings.exit()),
-        Err(error) => fail(Exit::Internal, error),
-    }
+    let text = if as_json { json(&findings)? } else { findings.to_string() };
+    Ok((text, findings.exit()))
 }
 
-fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Exit {
-    let mut texts = Vec::new();
-    for file in files {
-        match std::fs::read(file) {
-            // A truncated file may end inside a character.
-            Ok(bytes) => texts.push(String::from_utf8_lossy(&bytes).into_owned()),
-            Err(error) => return fail(Exit::Usage, format!("cannot read {}: {error}", file.display())),
-        }
-    }
-    let joined = match JoinedTrace::of(&texts) {
-        Ok(joined) => joined,
-        Err(error) => {
-            return fail(Exit::BadData, error.with_names(|file| files[file - 1].display().to_string()));
-        }
+fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Output {
+    let read = |file: &PathBuf| match std::fs::read(file) {
+        // A truncated file may end inside a character.
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) => Err(failed(Exit::Usage, format!("cannot read {}: {error}", file.display()))),
     };
+    let texts = files.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+    let name = |file: usize| files[file - 1].display().to_string();
+    let joined = JoinedTrace::of(&texts).map_err(|error| failed(Exit::BadData, error.with_names(name)))?;
     if let Some(path) = join {
         let written = File::create(path).and_then(|file| joined.write(&texts, BufWriter::new(file)));
-        if let Err(error) = written {
-            return fail(Exit::Usage, format!("cannot write {}: {error}", path.display()));
-        }
+        written.map_err(|error| failed(Exit::Usage, format!("cannot write {}: {error}", path.display())))?;
     }
-    match TraceSummary::of(joined) {
-        // Names come from the file and may contain control characters.
-        Ok(summary) => {
-            let plain = summary.to_string().replace(|c: char| c.is_control() && c != '\n', "?");
-            print(plain.trim_end(), Exit::Done)
-        }
-        Err(error) => fail(Exit::BadData, error),
-    }
+    let summary = TraceSummary::of(joined).map_err(|error| failed(Exit::BadData, error))?;
+    // Names come from the file and may contain control characters.
+    Ok((summary.to_string().replace(|c: char| c.is_control() && c != '\n', "?"), Exit::Done))
 }
 
 /// Runs the program with variables that make it write its plan instead of starting a session.
-fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Exit {
+fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Output {
     // A file in memory: a full disk cannot truncate the plan, and a signal leaves no file behind.
-    let mut text = match rustix::fs::memfd_create("plan", MemfdFlags::CLOEXEC) {
-        Ok(file) => File::from(file),
-        Err(error) => return fail(Exit::Internal, format!("cannot create a file in memory: {error}")),
-    };
+    let text = rustix::fs::memfd_create("plan", MemfdFlags::CLOEXEC);
+    let mut text =
+        File::from(text.map_err(|e| failed(Exit::Internal, format!("cannot create a file in memory: {e}")))?);
     let mut program = child_command("/proc/self/exe".as_ref(), command[0].as_ref(), &command[1..]);
     program.env(PLAN_TEXT, format!("/proc/{}/fd/{}", std::process::id(), text.as_raw_fd()));
     for (variable, path) in [(PLAN_HTML, &html), (PLAN_DOT, &dot)] {
         // The program may change its working directory.
-        match path.as_deref().map(std::path::absolute).transpose() {
-            Ok(path) => drop(path.map(|path| program.env(variable, path))),
-            Err(error) => return fail(Exit::Usage, error),
-        }
+        let path = path.as_deref().map(std::path::absolute).transpose().map_err(|e| failed(Exit::Usage, e))?;
+        path.map(|path| program.env(variable, path));
     }
-    let output = match program.output() {
-        Ok(output) => output,
-        Err(error) => return fail(Exit::Usage, format!("cannot start {}: {error}", command[0].display())),
-    };
+    let name = command[0].display();
+    let output = program.output().map_err(|e| failed(Exit::Usage, format!("cannot start {name}: {e}")))?;
     let mut plan = String::new();
-    if let Err(error) = text.read_to_string(&mut plan) {
-        return fail(Exit::Internal, format!("cannot read the plan: {error}"));
-    }
+    let read = text.read_to_string(&mut plan);
+    read.map_err(|e| failed(Exit::Internal, format!("cannot read the plan: {e}")))?;
     let written: Vec<String> =
         html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
-    let shown = if written.is_empty() { plan.trim_end().to_owned() } else { written.join("\n") };
     // A program that returns the error of its session from `main` ends with another code than 0.
     if !plan.is_empty() && output.status.code().is_some() {
-        return print(&shown, Exit::Done);
+        return Ok((if written.is_empty() { plan } else { written.join("\n") }, Exit::Done));
     }
     eprint!("{}", String::from_utf8_lossy(&output.stderr));
     let exit = Some(Exit::from_status(output.status)).filter(|exit| *exit != Exit::Done).unwrap_or(Exit::Usage);
-    fail(exit, format!("{} ended without starting a session, so there is no plan", command[0].display()))
+    Err(failed(exit, format!("{name} ended without starting a session, so there is no plan")))
 }
 
 #[cfg(feature = "watch")]
-fn run_status(at: SocketAddr, json: bool) -> Exit {
-    let status = match client::status(at) {
-        Ok(status) => status,
-        Err(error) => return fail(error.exit(), error),
-    };
-    let text = if json { serde_json::to_string_pretty(&status) } else { Ok(status.to_string()) };
-    match text {
-        Ok(text) => print(text.trim_end(), Exit::Done),
-        Err(error) => fail(Exit::Internal, error),
-    }
-}
-
-#[cfg(feature = "watch")]
-fn run_explain_hang(at: SocketAddr) -> Exit {
-    match client::explain_hang(at) {
-        Ok(explained) => print(explained.to_string().trim_end(), Exit::Done),
-        Err(error) => fail(error.exit(), error),
-    }
-}
-
-/// Prints a text, and returns `exit`. A reader that has closed its pipe, such as `head`, wanted no more.
-fn print(text: &str, exit: Exit) -> Exit {
-    match writeln!(std::io::stdout(), "{text}") {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => fail(Exit::CannotWrite, error),
-        _ => exit,
-    }
-}
-
-fn print_secret() -> Exit {
-    match Secret::random() {
-        Ok(secret) => print(secret.text(), Exit::Done),
-        Err(error) => fail(Exit::Internal, error),
-    }
+fn run_status(at: SocketAddr, as_json: bool) -> Output {
+    let status = client::status(at).map_err(|error| failed(error.exit(), error))?;
+    Ok((if as_json { json(&status)? } else { status.to_string() }, Exit::Done))
 }

@@ -17,13 +17,16 @@ use shardflow_kernels::tensor::DType;
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
 
-/// The element type of a step's floating-point tensors.
+/// The element type of activations and their gradients. All other floating-point tensors are f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Precision {
-    /// All tensors in f32.
+    /// 32-bit floats.
     #[default]
+    #[cfg_attr(feature = "cli", value(name = "f32"))]
     F32,
-    /// Activations and their gradients in bf16, all other tensors in f32.
+    /// 16-bit floats with the range of 32-bit ones; on CPUs slower than f32, and meant as a reference.
+    #[cfg_attr(feature = "cli", value(name = "bf16"))]
     BF16,
 }
 

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use rustix::io::Errno;
-use shardflow::files::free_bytes;
+
+use super::free_bytes;
 
 /// A file that cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -23,8 +24,8 @@ pub struct OutputFileError {
 /// change an existing one.
 ///
 /// # Errors
-/// `path` is a folder, ends with a slash or has no file name, its folder is missing or not writable, or the existing file cannot be
-/// replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
+/// `path` is a folder, ends with a slash or has no file name, its folder is missing or not writable, or the existing
+/// file cannot be replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
 pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     let error = |cause| OutputFileError { path: path.into(), cause };
     if path.is_dir() {

@@ -1,0 +1,320 @@
+//! Why `gpt` ends early: texts, exit codes, and hints that name its flags.
+
+use shardflow::checkpoint::error::StoreOperation;
+use shardflow::checkpoint_manager::ManagerError;
+use shardflow::files::{self, OutputFileError};
+use shardflow::prelude::*;
+use shardflow::program::ProgramError;
+use shardflow::trace::TraceError;
+use shardflow::watch::WatchError;
+
+/// State that a training saved before it ended on request.
+#[derive(Debug)]
+pub enum Saved {
+    /// The last step was done, and all files are written.
+    All,
+    /// A checkpoint of the last step, in this store.
+    Checkpoint(String),
+    /// Nothing is saved.
+    Nothing,
+}
+
+/// Why the program ends early.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the texts say it")]
+pub enum GptError {
+    /// Flags or data that cannot be used.
+    #[error(transparent)]
+    Usage(#[from] ProgramError),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    OutputFile(#[from] OutputFileError),
+    #[error("cannot write log {}: {}", .0.path.display(), .0.cause)]
+    Log(OutputFileError),
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    #[error("--init-from {0}")]
+    InitFrom(Box<SessionError>),
+    #[error("--save {0}")]
+    Save(Box<SessionError>),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error("{flag}{0}", flag = flag_of(.0))]
+    Checkpoints(#[from] ManagerError),
+    #[error("--device cuda: {0}")]
+    Device(KernelError),
+    #[error("--listen {0}")]
+    Watch(#[from] WatchError),
+    #[error("--trace: {0}")]
+    Trace(#[from] TraceError),
+    #[error("cannot handle signals: {0}")]
+    Signals(std::io::Error),
+    #[error("ended after step {steps}, requested by {}; {saved}", requester(*.exit))]
+    Ended { exit: Exit, steps: u64, process: u32, saved: Saved },
+}
+
+/// The flag that causes an error of the checkpoints.
+fn flag_of(error: &ManagerError) -> &'static str {
+    match error {
+        ManagerError::Store(_) => "--checkpoint ",
+        ManagerError::Present { .. } => "--resume never, but ",
+        _ => "",
+    }
+}
+
+/// The signal or event that requested the end.
+fn requester(exit: Exit) -> &'static str {
+    match exit {
+        Exit::Signal(1) => "SIGHUP",
+        Exit::Signal(2) => "SIGINT",
+        Exit::Signal(_) => "SIGTERM",
+        _ => "SIGUSR1 or the end of the job's time",
+    }
+}
+
+impl std::fmt::Display for Saved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::All => f.write_str("the training is done"),
+            Self::Checkpoint(place) => write!(f, "this step is saved in {place}"),
+            Self::Nothing => f.write_str("nothing is saved"),
+        }
+    }
+}
+
+impl From<GptError> for ProgramError {
+    fn from(error: GptError) -> Self {
+        let (text, hint, exit) = (error.to_string(), error.hint(), error.exit());
+        Self { text, hint, exit, first_cause_rank: error.first_cause_rank() }
+    }
+}
+
+impl GptError {
+    fn exit(&self) -> Exit {
+        use SessionError::Checkpoint;
+        match self {
+            Self::Usage(error) => error.exit,
+            Self::Cluster(error) => error.exit(),
+            Self::Checkpoints(error) => error.exit(),
+            Self::Signals(_) => Exit::Internal,
+            Self::Device(error) => SessionError::Kernel(error.clone()).exit(),
+            Self::Ended { exit, .. } => *exit,
+            Self::OutputFile(_) | Self::Log(_) | Self::Watch(_) | Self::Trace(_) => Exit::Usage,
+            Self::InitFrom(error) if matches!(**error, Checkpoint(_)) => Exit::Usage,
+            Self::Save(error) if matches!(**error, Checkpoint(_)) => Exit::CannotWrite,
+            Self::Compile(_) => Exit::Refused,
+            Self::InitFrom(error) | Self::Save(error) => error.exit(),
+            Self::Session(error) => error.exit(),
+        }
+    }
+
+    /// The rank that failed first, if it is known.
+    fn first_cause_rank(&self) -> Option<u32> {
+        match self {
+            Self::InitFrom(error) | Self::Save(error) => error.first_cause_rank(),
+            Self::Session(error) => error.first_cause_rank(),
+            Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
+            // No other process failed. With code 75, this prevents the launcher from restarting the process.
+            Self::Ended { process, .. } => Some(*process),
+            _ => None,
+        }
+    }
+
+    /// What the user can change.
+    fn hint(&self) -> String {
+        let hint = match self {
+            Self::Usage(error) => &error.hint,
+            Self::Watch(_) => "give an address of this machine, and ports that are free",
+            Self::OutputFile(OutputFileError { cause, .. })
+            | Self::Log(OutputFileError { cause, .. })
+            | Self::Trace(TraceError { source: cause, .. }) => files::hint(cause.kind()),
+            Self::Compile(error) => compile_hint(error),
+            Self::Cluster(error) => cluster_hint(error),
+            Self::Session(error) => session_hint(error),
+            Self::InitFrom(error) => match &**error {
+                SessionError::Checkpoint(CheckpointError::Unfit { .. }) => {
+                    "give the --data, --layers, --heads, --width and --context that the file was saved with"
+                }
+                SessionError::Checkpoint(CheckpointError::Dtype { .. }) => {
+                    "convert the file's tensors to F32, F16 or BF16"
+                }
+                SessionError::Disagreement(_) => "give all ranks the same file",
+                _ => "give a file that `gpt --save` wrote",
+            },
+            Self::Save(error) => match &**error {
+                SessionError::Checkpoint(error) => error.io_kind().map_or("", files::hint),
+                _ => "",
+            },
+            Self::Checkpoints(error) => manager_hint(error),
+            Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command continues from there",
+            Self::Ended { saved: Saved::Nothing, .. } => {
+                "the same command starts from step 0; with --checkpoint DIR it saves a checkpoint before it ends"
+            }
+            Self::Device(_) => DOCTOR_HINT,
+            Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
+        };
+        hint.into()
+    }
+}
+
+const DOCTOR_HINT: &str = "`shardflow doctor` lists the devices and libraries of this machine";
+const BUG_HINT: &str = "this is a bug in Shardflow: please report it with the command and this text";
+const DEVICE_MEMORY_HINT: &str = "--memory-mib sets the memory of each device";
+
+fn compile_hint(error: &CompileError) -> &'static str {
+    match error {
+        CompileError::Devices { .. } => "the number of devices is the product of the sizes in --mesh",
+        CompileError::Plan(PlanError::Memory { .. }) => DEVICE_MEMORY_HINT,
+        CompileError::Graph(_) | CompileError::Range { .. } => "change the flag that gives this size; see `gpt --help`",
+        CompileError::Plan(_) => BUG_HINT,
+    }
+}
+
+fn cluster_hint(error: &ClusterError) -> &'static str {
+    match error.exit() {
+        Exit::PeerUnavailable => {
+            "check that all ranks are started with the same program and flags, and can reach rank 0"
+        }
+        // The error states the cause.
+        _ => "",
+    }
+}
+
+fn session_hint(error: &SessionError) -> &'static str {
+    match error {
+        SessionError::PlanFile { source, .. } => files::hint(source.kind()),
+        SessionError::Plan(PlanError::Memory { .. }) => DEVICE_MEMORY_HINT,
+        SessionError::Plan(PlanError::NodeMemory { .. }) => {
+            "reduce --batch, --width or --layers, use more nodes, or free memory or raise its limit on this node"
+        }
+        SessionError::Kernel(KernelError::OutOfMemory { .. }) => {
+            "reduce the model or the batch, or raise the limit on memory (`ulimit -v`)"
+        }
+        SessionError::Kernel(KernelError::Unavailable { .. }) => DOCTOR_HINT,
+        SessionError::NonFinite(found) => match found.overflow {
+            Some("a parameter") => "try a lower --lr; --on-non-finite selects another policy",
+            Some(_) => "try --clip 1, or less; --on-non-finite selects another policy",
+            None => "try a lower --lr, or --clip 1; --on-non-finite selects another policy",
+        },
+        SessionError::Cluster(error) => cluster_hint(error),
+        SessionError::Declared(_) | SessionError::Disagreement(_) => "",
+        SessionError::Failed(failure) if failure.is_peer_failure() => {
+            "see the log of that rank; with --checkpoint DIR the same command continues from the last checkpoint"
+        }
+        SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)
+            if error.exit() != Exit::Internal =>
+        {
+            ""
+        }
+        _ => BUG_HINT,
+    }
+}
+
+/// What the user can change so that checkpoints can be used.
+fn manager_hint(error: &ManagerError) -> &'static str {
+    match error {
+        ManagerError::Store(error) | ManagerError::Snapshot(error) => match &**error {
+            SessionError::Checkpoint(error) => checkpoint_hint(error),
+            SessionError::Disagreement(_) => "give all ranks one --checkpoint folder that they share",
+            SessionError::Plan(_) => session_hint(error),
+            _ => "",
+        },
+        ManagerError::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
+        // The moments of AdamW depend on the gradients alone.
+        ManagerError::NoCheckpoint(found) | ManagerError::TooManyRollbacks { found, .. } => match found.overflow {
+            Some("a parameter") => "try a lower --lr",
+            Some(_) => "try --clip 1, or less",
+            None => "try a lower --lr, or --clip 1",
+        },
+        ManagerError::Last { cause, .. } => checkpoint_hint(cause),
+    }
+}
+
+fn checkpoint_hint(error: &CheckpointError) -> &'static str {
+    use std::io::ErrorKind;
+    let is_read = |doing: &StoreOperation| matches!(doing, StoreOperation::Read | StoreOperation::List);
+    match (error, error.io_kind()) {
+        (CheckpointError::Absent { .. }, _) => {
+            "give the folder that has the checkpoint, or --resume auto to start from step 0"
+        }
+        (CheckpointError::Unfit { .. }, _) => {
+            "use the flags and the data of the run that saved the checkpoint, or give another --checkpoint"
+        }
+        (CheckpointError::Damaged { .. }, _) => {
+            "no checkpoint there is intact; restore one from a copy, or give another --checkpoint"
+        }
+        (CheckpointError::Fenced { .. }, _) => {
+            "end the other run, and start this one again: it continues from the newest checkpoint"
+        }
+        (CheckpointError::NoRoom { checkpoints: 1, .. }, _) => "free space, or give another --checkpoint",
+        (CheckpointError::NoRoom { .. }, _) => {
+            "free space, keep fewer checkpoints with --checkpoint-keep and --checkpoint-keep-every, or give another \
+             --checkpoint"
+        }
+        (CheckpointError::NotShared { .. }, _) => "give a --checkpoint that all nodes share",
+        (CheckpointError::Others { .. }, _) => "see the log of that rank",
+        (CheckpointError::Stalled { .. }, _) => "check the file system, or the network to the store",
+        (CheckpointError::Store { doing, .. }, Some(ErrorKind::PermissionDenied)) if is_read(doing) => {
+            "give a --checkpoint that this user may read"
+        }
+        (_, Some(ErrorKind::NotFound | ErrorKind::NotADirectory)) => {
+            "give a folder, or a path where one can be created"
+        }
+        (_, cause) => cause.map_or("", files::hint),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use shardflow::exit::Report;
+    use shardflow::job::rendezvous::{RendezvousError, RendezvousRefusal};
+
+    use super::*;
+
+    fn hint_of(error: impl Into<SessionError>) -> String {
+        GptError::Session(error.into()).hint()
+    }
+
+    /// A failure that another rank reports does not get the hint to start all ranks.
+    #[test]
+    fn hints_fit_the_cause() {
+        let refused = |exit| {
+            let report = Report { rank: 1, exit, cause: "--lr must be finite".into(), ..Report::default() };
+            ClusterError::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report)))
+        };
+        assert_eq!([2, 65, 76, 78].map(|exit| hint_of(refused(exit))), [""; 4]);
+        assert!(hint_of(refused(69)).contains("can reach rank 0"));
+        let kernel = |cause| hint_of(SessionError::Kernel(cause));
+        assert_eq!(
+            kernel(KernelError::Data { op: "embedding".into(), what: "token 7 of 5".into() }),
+            "",
+            "bad data is not a bug"
+        );
+        let file = |kind: ErrorKind| GptError::Log(OutputFileError { path: "log".into(), cause: kind.into() }).hint();
+        let save = CheckpointError::Io { path: "model".into(), source: ErrorKind::StorageFull.into() };
+        assert_eq!(GptError::Save(Box::new(save.into())).exit(), Exit::CannotWrite);
+        assert!(file(ErrorKind::StorageFull).contains("free space"));
+        assert!(file(ErrorKind::PermissionDenied).contains("immutable"));
+    }
+
+    #[test]
+    fn hints_for_checkpoints_fit_the_cause() {
+        let io = |kind: ErrorKind| CheckpointError::Io { path: "x".into(), source: kind.into() };
+        for (error, expected) in [
+            (io(ErrorKind::StorageFull), "free space"),
+            (io(ErrorKind::ReadOnlyFilesystem), "may write"),
+            (io(ErrorKind::PermissionDenied), "may write"),
+            (io(ErrorKind::NotADirectory), "give a folder"),
+            (CheckpointError::NotShared { place: "x".into(), ranks: "rank 1".into() }, "all nodes share"),
+        ] {
+            assert!(checkpoint_hint(&error).contains(expected), "{error}: {}", checkpoint_hint(&error));
+        }
+        let room = |checkpoints| CheckpointError::NoRoom { place: "x".into(), checkpoints, why: String::new() };
+        let room = |checkpoints| checkpoint_hint(&room(checkpoints)).contains("--checkpoint-keep");
+        assert!(room(2) && !room(1));
+        assert_eq!(checkpoint_hint(&io(ErrorKind::Other)), "", "an unknown cause has no hint");
+    }
+}
