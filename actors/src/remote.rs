@@ -209,7 +209,6 @@ impl Remote {
         self.peer_of[actor.0 as usize] == Some(peer)
     }
 
-    /// True if this process hosts the actor.
     pub(crate) fn is_local(&self, actor: ActorId) -> bool {
         self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none)
     }

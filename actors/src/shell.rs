@@ -29,13 +29,6 @@ pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterM
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 
-/// The final state of a session.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SessionSummary {
-    /// The last snapshot of each actor.
-    pub actors: Vec<ActorSnapshot>,
-}
-
 /// A running session. Dropping it stops it.
 #[derive(Debug)]
 pub struct RunningSession {
@@ -287,17 +280,14 @@ impl RunningSession {
         self.watchdog.lock().check(now, &self.session)
     }
 
-    /// Stops the actors after their firings in flight; unused tokens are discarded. Call [`RunningSession::quiesce`]
-    /// first to finish all work.
+    /// Stops the actors after their firings in flight, and returns the last snapshot of each; unused tokens are
+    /// discarded. Call [`RunningSession::quiesce`] first to finish all work.
     ///
     /// # Errors
     /// The first cause, when the session has failed.
-    pub fn shutdown(mut self) -> Result<SessionSummary, Failure> {
+    pub fn shutdown(mut self) -> Result<Vec<ActorSnapshot>, Failure> {
         self.stop();
-        match self.session.first_failure() {
-            Some(failure) => Err(failure),
-            None => Ok(SessionSummary { actors: self.session.snapshot() }),
-        }
+        self.session.first_failure().map_or_else(|| Ok(self.session.snapshot()), Err)
     }
 
     fn stop(&mut self) {

@@ -429,12 +429,10 @@ impl Graph {
         self.vars.get(var.index()).is_some_and(|own| own.graph == var.graph)
     }
 
-    /// The tensor with this index.
     pub(crate) fn var(&self, index: usize) -> Var {
         self.vars[index]
     }
 
-    /// Adds a tensor created at this source line.
     pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: SourceLine) -> Var {
         let dims = info.shape.len().min(DIMS_MAX) as u8;
         let var = Var { index: self.tensors.len() as u32, graph: self.id.0, dims, location };
@@ -456,7 +454,6 @@ impl Graph {
         rebuilt.push(node);
     }
 
-    /// All errors recorded so far.
     pub(crate) fn errors(&self) -> Vec<GraphError> {
         let mut errors = self.errors.clone();
         // An op that uses the tensor also reports it; one error is enough.

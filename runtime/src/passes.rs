@@ -7,7 +7,6 @@ use shardflow_kernels::device::DeviceKind;
 use crate::boxing::CostModel;
 use crate::graph::{Combine, Graph, GraphError, Objective};
 use crate::plan::lower::{LowerOptions, lower};
-use crate::plan::slots::StageCosts;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
 pub use boxing::Boxing;
@@ -46,8 +45,6 @@ pub struct CompileOptions {
     pub bucket_bytes: usize,
     /// Costs of collectives.
     pub cost_model: CostModel,
-    /// Durations from which credits are computed.
-    pub stage_costs: StageCosts,
     /// The treatment of layout changes that the user did not write.
     pub boxing: Boxing,
     /// How activations and their gradients are stored.
@@ -76,7 +73,6 @@ impl Default for CompileOptions {
             memory_bytes: None,
             bucket_bytes: 1 << 20,
             cost_model: CostModel::default(),
-            stage_costs: StageCosts::default(),
             boxing: Boxing::default(),
             precision: Precision::default(),
             device: DeviceKind::default(),
@@ -158,7 +154,6 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         micro_batches: options.micro_batches,
         schedule: options.schedule,
         threads_per_device: options.threads_per_device,
-        costs: options.stage_costs,
         device: options.device,
     };
     let plan = Plan { memory_bytes: options.memory_bytes, ..lower(graph, lower_options) };

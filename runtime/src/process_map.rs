@@ -16,10 +16,8 @@ use crate::plan::{BaseKey, Plan};
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessMap {
-    /// Rank of this process.
     pub process: u32,
     pub processes: u32,
-    /// Number of devices of the mesh.
     pub devices: usize,
 }
 
@@ -43,12 +41,10 @@ impl ProcessMap {
         split_range(self.devices, self.processes as usize, process as usize)
     }
 
-    /// Ranks of the devices of this process.
     pub fn own(&self) -> Range<usize> {
         self.devices_of(self.process)
     }
 
-    /// The process that hosts a device.
     pub fn process_of(&self, device: usize) -> u32 {
         let hosts = |process: &u32| self.devices_of(*process).contains(&device);
         (0..self.processes).find(hosts).unwrap_or_default()
@@ -66,13 +62,11 @@ impl ProcessMap {
         out
     }
 
-    /// The other processes.
     pub fn peers(&self) -> impl Iterator<Item = u32> + use<> {
         let own = self.process;
         (0..self.processes).filter(move |process| *process != own)
     }
 
-    /// Actors that a process hosts.
     pub fn actors_of(&self, plan: &Plan, process: u32) -> Vec<ActorId> {
         let devices = self.devices_of(process);
         let actors = plan.spec.actors.iter().enumerate().filter(|(_, actor)| devices.contains(&actor.device));
@@ -136,7 +130,6 @@ impl ProcessMap {
         groups
     }
 
-    /// Processes that host a group's members.
     pub fn processes_of(&self, group: &Group) -> BTreeSet<u32> {
         group.ranks.iter().map(|rank| self.process_of(*rank)).collect()
     }

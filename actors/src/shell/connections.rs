@@ -33,7 +33,6 @@ struct Link {
     session: Arc<Session>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     process: u32,
-    /// Index of the peer.
     index: usize,
     pipes: BTreeMap<RegisterId, Arc<Pipe>>,
     /// The last send of each slot through a pipe; the slot returns to the producer only after the send has ended.

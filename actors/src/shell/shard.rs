@@ -21,7 +21,6 @@ use crate::trace::{Cause, FiringRecord, Idle};
 /// The ractor behaviour; all state is in [`Shard`].
 pub(crate) struct ShardActor;
 
-/// The state of one actor.
 pub(crate) struct Shard {
     me: ActorId,
     session: Arc<Session>,

@@ -192,8 +192,8 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     let running = started(loaded);
     add_steps(&running, &spec, steps);
     assert!(running.quiesce(TIMEOUT).unwrap(), "{:?}", running.snapshot());
-    let summary = running.shutdown().unwrap();
-    for (actor, snapshot) in spec.actors.iter().zip(&summary.actors) {
+    let snapshots = running.shutdown().unwrap();
+    for (actor, snapshot) in spec.actors.iter().zip(&snapshots) {
         let all: Vec<u64> = actor.actions.iter().map(|a| u64::from(a.per_step * steps)).collect();
         assert_eq!(snapshot.firings, all);
         assert!(snapshot.registers.iter().all(|r| r.slots_peak <= r.slots));
@@ -382,8 +382,7 @@ fn shutdown_with_work_queued_ends_after_the_firing_in_flight() {
         std::thread::yield_now();
     }
     drop(open);
-    let summary = stopping.join().unwrap().unwrap();
-    assert_eq!(summary.actors[0].firings, [1]);
+    assert_eq!(stopping.join().unwrap().unwrap()[0].firings, [1]);
 }
 
 #[test]

@@ -44,7 +44,6 @@ impl StepCounters {
         }
     }
 
-    /// Records the launch of a firing.
     pub(crate) fn launch(&self, actor: ActorId, action: u32) {
         self.in_flight[actor.0 as usize].store(action, Ordering::Relaxed);
         self.launched[actor.0 as usize][action as usize].fetch_add(1, Ordering::AcqRel);
@@ -65,7 +64,6 @@ impl StepCounters {
         completed == whole * per_step && self.has_ended(whole)
     }
 
-    /// Sets the number of steps for which all tokens, and some tokens, have been added.
     pub(crate) fn set_steps(&self, whole: u64, begun: u64) {
         self.whole.store(whole, Ordering::Release);
         self.begun.store(begun, Ordering::Release);
@@ -107,7 +105,6 @@ impl StepCounters {
         readers.filter(|reader| self.hosted.contains(&reader.actor)).map(firings).sum()
     }
 
-    /// True while a firing of any actor is in flight.
     pub(crate) fn any_in_flight(&self) -> bool {
         self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
     }

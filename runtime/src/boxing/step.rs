@@ -197,11 +197,6 @@ fn common_elements(a: &Region, b: &Region) -> usize {
 }
 
 impl BoxingStep {
-    /// Shape of the input shard of the device at this index of `from.placement`.
-    pub fn input_shape(&self, index: usize) -> Vec<usize> {
-        self.from.region(&self.shape, index).size
-    }
-
     /// Shape of the output shard of the device at this index of `to.placement`.
     pub fn output_shape(&self, index: usize) -> Vec<usize> {
         self.to.region(&self.shape, index).size

@@ -54,9 +54,7 @@ fn needs_gradient(graph: &Graph) -> Vec<bool> {
     for node in &graph.nodes {
         let parameter = matches!(node.op, NodeOp::Parameter { .. });
         let any = parameter || node.inputs.iter().any(|i| needed[i.index()]);
-        for output in &node.outputs {
-            needed[output.index()] = any;
-        }
+        node.outputs.iter().for_each(|output| needed[output.index()] = any);
     }
     needed
 }
@@ -163,9 +161,8 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::Embedding { .. } => {
             let shape = graph.shape(inputs[1]).to_vec();
-            let shapes: Vec<Vec<usize>> = vec![graph.shape(inputs[0]).to_vec(), graph.shape(dy).to_vec()];
             let op = Op::EmbeddingGrad { vocab_start: 0 };
-            let rule = ops::rule(&op, &[&shapes[0], &shapes[1]]);
+            let rule = ops::rule(&op, &[graph.shape(inputs[0]), graph.shape(dy)]);
             let args = [inputs[0], dy];
             let grad = graph.node_by_rule(name, NodeOp::Kernel(op), rule, &args, Some(vec![shape]), at)[0];
             vec![(inputs[1], grad)]
@@ -176,18 +173,13 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
             vec![(inputs[0], grads[0]), (inputs[1], grads[1])]
         }
         Op::Gelu => vec![(inputs[0], graph.kernel(name, Op::GeluGrad, &[dy, inputs[0]], at)[0])],
-        Op::Scale { factor } => {
-            vec![(inputs[0], graph.kernel(name, Op::Scale { factor: *factor }, &[dy], at)[0])]
-        }
+        Op::Scale { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy], at)[0])],
         Op::Attention { scale } => {
             let args = [dy, inputs[0], inputs[1], inputs[2], outputs[0], outputs[1]];
             let grads = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
             vec![(inputs[0], grads[0]), (inputs[1], grads[1]), (inputs[2], grads[2])]
         }
-        Op::Dropout { .. } => {
-            let grads = graph.kernel(name, op.clone(), &[dy, inputs[1]], at);
-            vec![(inputs[0], grads[0])]
-        }
+        Op::Dropout { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy, inputs[1]], at)[0])],
         Op::TokenLoss { scale } => {
             // The gradient of the whole cross-entropy goes directly to the logits, past the intermediate sums.
             let stats = graph.producer(inputs[1]).clone();

@@ -45,10 +45,7 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
                 node_of.push(index);
             }
             Ok(None) => {}
-            Err(e) => {
-                let (name, location) = (node.name.clone(), node.location);
-                return graph.error(&name, e.to_string(), location);
-            }
+            Err(e) => return graph.node_error(index, e.to_string()),
         }
     }
     match choose_layouts(&problem, model) {

@@ -127,7 +127,6 @@ impl Plan {
     }
 }
 
-/// The text that `write` writes.
 pub(super) fn text_of(write: impl FnOnce(&mut String) -> fmt::Result) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.

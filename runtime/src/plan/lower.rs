@@ -15,24 +15,17 @@ use crate::graph::{Graph, Rate};
 use crate::plan::assign::{Assignment, DeviceAction, RegisterPlan, assign};
 use crate::plan::emit::{EmitContext, EmittedAction, action_name, emit, fuse_accumulation};
 use crate::plan::memory::{ArenaMap, align, lay_out};
-use crate::plan::slots::{StageCosts, in_flight, slots, stages};
+use crate::plan::slots::{in_flight, slots, stages};
 use crate::plan::{ActionKey, Plan, Schedule};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LowerOptions {
-    /// Micro-batches per step.
     pub micro_batches: usize,
-    /// The schedule of the pipeline.
     pub schedule: Schedule,
-    /// Threads of a compute stream.
     pub threads_per_device: usize,
-    /// Durations from which credits are computed.
-    pub costs: StageCosts,
-    /// The kind of the devices.
     pub device: DeviceKind,
 }
 
-/// The stream on which an action runs.
 pub fn stream_of(key: ActionKey) -> StreamKind {
     match key {
         ActionKey::Forward | ActionKey::Backward | ActionKey::Norm | ActionKey::Update => StreamKind::Compute,
@@ -44,7 +37,7 @@ pub fn stream_of(key: ActionKey) -> StreamKind {
 /// Lowers a graph on which the layout, boxing and bucket passes have run.
 pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
     let assignment = assign(&graph);
-    let flight = in_flight(&graph, options.schedule, options.micro_batches, options.costs);
+    let flight = in_flight(&graph, options.schedule, options.micro_batches);
     let counts = slots(&graph, &assignment, &flight, options.micro_batches);
     let arenas = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
 
@@ -239,7 +232,6 @@ fn firing(sites: &[DeviceAction], specs: &[ActionSpec], options: &LowerOptions, 
     Firing::Ordered(list)
 }
 
-/// The group of a launch that is a collective.
 fn group_of(launch: &Launch) -> Option<u32> {
     match &launch.op {
         Op::Collective(call) => Some(call.group.id),

@@ -106,12 +106,13 @@ fn run_local(
     group: Option<Arc<Group>>,
 ) -> usize {
     let (dtype, shape) = (DType::F32, step.output_shape(index));
-    let input = |index: usize| inputs[index].read_host(0, &step.input_shape(index), dtype).unwrap();
+    let input_shape = |index: usize| step.from.region(&step.shape, index).size;
+    let input = |index: usize| inputs[index].read_host(0, &input_shape(index), dtype).unwrap();
     let mut out = output.read_host(0, &shape, dtype).unwrap();
     let mut pulled = 0;
     match local {
         LocalStep::Call(call) => {
-            let before = step.input_shape(index);
+            let before = input_shape(index);
             let read = View::new("test", &inputs[index], 0, &before, dtype).unwrap();
             let write = View::new("test", output, 0, &shape, dtype).unwrap();
             let call = CollectiveCall { group: group.unwrap(), member: call.member, kind: call.kind.clone() };
