@@ -251,11 +251,6 @@ impl RunningSession {
         &self.failures
     }
 
-    /// The cause of the session's failure, if it has failed.
-    pub fn first_failure(&self) -> Option<Failure> {
-        self.session.first_failure()
-    }
-
     /// Enables or disables Inf/NaN checks on launch outputs, from the next firing on. Slow.
     pub fn check_finite(&self, on: bool) {
         for stream in self.session.streams.values() {
@@ -267,11 +262,6 @@ impl RunningSession {
     /// Returns the Inf/NaN findings since the last call, at most one per firing.
     pub fn take_not_finite(&self) -> Vec<NotFinite> {
         std::mem::take(&mut self.session.records.not_finite.lock())
-    }
-
-    /// Returns the state of each actor.
-    pub fn snapshot(&self) -> Vec<ActorSnapshot> {
-        self.session.snapshot()
     }
 
     /// Runs one watchdog check at time `now` since the start. Returns the report when the session has just stalled. For

@@ -82,15 +82,13 @@ impl Default for CompileOptions {
 
 /// Why compilation failed.
 #[derive(Clone, Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "the messages explain the fields")]
+#[allow(missing_docs, reason = "the messages explain variants and fields")]
 pub enum CompileError {
     /// The program has errors, each with its source line.
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
-    /// The mesh has more devices than are available.
     #[error("mesh {mesh} needs {}, but only {available} are available; choose a smaller mesh", counted(.needed, "device"))]
     Devices { mesh: String, needed: usize, available: usize },
-    /// A count is 0 or too large.
     #[error("{name} is {got}; it must be from 1 to {max}")]
     Range { name: &'static str, got: usize, max: usize },
     /// Validation refused the plan.

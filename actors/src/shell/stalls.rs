@@ -120,7 +120,7 @@ fn wait_until_idle(running: &RunningSession) {
     let start = Instant::now();
     let mut last = (running.session.activity.events(), start);
     while last.1.elapsed() < IDLE_FOR {
-        assert!(start.elapsed() < WITHIN, "{:?}", running.snapshot());
+        assert!(start.elapsed() < WITHIN, "{:?}", running.session.snapshot());
         if running.session.activity.events() != last.0 {
             last = (running.session.activity.events(), Instant::now());
         }

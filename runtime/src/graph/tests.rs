@@ -94,7 +94,7 @@ fn errors_inside_a_layer_name_the_line_that_calls_it() {
     }));
     expect![[r#"
         gpt: 4 layers cannot be divided over 3 stages; choose a number of layers that is a multiple of 3
-          at `|g| _ = nn::gpt(g, &GptConfig { layers: 4, ..GPT }),`"#]]
+          at `.assert_eq(&error("stage=3", |g| _ = nn::gpt(g, &GptConfig { layers: 4, ..GPT })));`"#]]
     .assert_eq(&error("stage=3", |g| _ = nn::gpt(g, &GptConfig { layers: 4, ..GPT })));
 }
 

@@ -23,10 +23,8 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
 
     for index in (0..graph.nodes.len()).rev() {
         let node = graph.nodes[index].clone();
-        if node.phase != Phase::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
-            continue;
-        }
-        if matches!(node.op, NodeOp::Parameter { .. } | NodeOp::Input) {
+        let is_source = matches!(node.op, NodeOp::Parameter { .. } | NodeOp::Input);
+        if is_source || node.phase != Phase::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
             continue;
         }
         let outputs: Vec<Option<Var>> = node.outputs.iter().map(|o| grads.total(graph, *o, node.location)).collect();
@@ -37,13 +35,12 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
             }
         }
     }
-    let mut out = BTreeMap::new();
-    for parameter in graph.parameters() {
+    let parameters = graph.parameters();
+    let total = |parameter: Var| {
         let location = graph.producer(parameter).location;
-        if let Some(grad) = grads.total(graph, parameter, location) {
-            out.insert(parameter, grad);
-        }
-    }
+        Some((parameter, grads.total(graph, parameter, location)?))
+    };
+    let out = parameters.into_iter().filter_map(total).collect();
     graph.phase = saved;
     out
 }

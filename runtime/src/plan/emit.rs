@@ -345,10 +345,7 @@ impl Emitter<'_> {
         let graph = self.context.graph;
         let mut ranks: Vec<usize> = (0..graph.mesh.device_count()).collect();
         ranks.retain(|rank| self.context.assignment.actions.contains_key(&(*rank, ActionKey::Update)));
-        let total = match self.norm_total.take() {
-            Some(total) => total,
-            None => self.norm_total(&ranks),
-        };
+        let total = self.norm_total.take().unwrap_or_else(|| self.norm_total(&ranks));
         let writes = node.outputs.iter().map(|v| self.buffer(*v)).collect();
         self.launch(Op::ClipScale { max_norm }, vec![total.clone()], writes, false);
         self.norm_total = Some(total);

@@ -107,10 +107,7 @@ impl Plan {
 
     fn write_registers(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "\nregisters (slots x bytes)")?;
-        let reader = |r: &RegisterReader| {
-            let actor = &self.spec.actors[r.actor.0 as usize];
-            format!("{} {}", actor.name, actor.actions[r.action as usize].name)
-        };
+        let reader = |r: &RegisterReader| self.spec.action_name(r.actor, r.action);
         for RegisterSpec { name, slots, slot_bytes, readers, .. } in &self.spec.registers {
             let readers: Vec<String> = readers.iter().map(reader).collect();
             writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;

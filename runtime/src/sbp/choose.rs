@@ -74,16 +74,6 @@ pub struct Problem {
     pub nodes: Vec<NodeSpec>,
 }
 
-/// A layout change that a choice requires.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Conversion {
-    pub tensor: usize,
-    pub from: PlacedLayout,
-    /// The layout that readers require.
-    pub to: PlacedLayout,
-    pub cost_seconds: f64,
-}
-
 /// The solution of a [`Problem`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Choice {
@@ -91,8 +81,9 @@ pub struct Choice {
     pub candidates: Vec<usize>,
     /// For each tensor, its layout (the pinned one, if there is one).
     pub layouts: Vec<PlacedLayout>,
-    /// All layout changes between nodes, by tensor, without the reductions of outputs (CH-2).
-    pub conversions: Vec<Conversion>,
+    /// All layout changes between nodes, without the reductions of outputs (CH-2): tensor, its layout, and the layout
+    /// that readers require.
+    pub conversions: Vec<(usize, PlacedLayout, PlacedLayout)>,
     /// The value of the objective.
     pub cost_seconds: f64,
 }
@@ -389,12 +380,10 @@ impl<'a> Chooser<'a> {
         let cost_seconds = self.objective_seconds(&candidates);
         let (mut layouts, mut conversions) = (Vec::new(), Vec::new());
         for tensor in 0..self.shapes.len() {
-            for (from, to) in self.conversions_of(tensor, &candidates) {
-                let cost_seconds = self.boxing(tensor, from, to);
-                let layout = |id| self.costs.layout(id).clone();
-                conversions.push(Conversion { tensor, from: layout(from), to: layout(to), cost_seconds });
-            }
-            layouts.push(self.costs.layout(self.layouts_of(tensor, &candidates).0).clone());
+            let layout = |id| self.costs.layout(id).clone();
+            let pairs = self.conversions_of(tensor, &candidates).into_iter();
+            conversions.extend(pairs.map(|(from, to)| (tensor, layout(from), layout(to))));
+            layouts.push(layout(self.layouts_of(tensor, &candidates).0));
         }
         Choice { candidates, layouts, conversions, cost_seconds }
     }
