@@ -97,7 +97,6 @@ type Reading = ((RegisterId, u32), (u32, u32));
 
 #[derive(Clone, Debug)]
 struct ActionState {
-    /// Number of launched firings.
     fired: u64,
     external: bool,
     tokens: u64,
@@ -429,7 +428,6 @@ impl Protocol {
         self.actions[action as usize].fired
     }
 
-    /// [`Protocol::fired`] of all actions.
     pub(crate) fn all_fired(&self) -> Vec<u64> {
         self.actions.iter().map(|action| action.fired).collect()
     }

@@ -80,14 +80,12 @@ pub struct Peers {
 
 /// A message from another process for the host program.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum PeerMessage {
     /// Tensors.
     Piece(HostPiece),
     /// The process has ended in order and sends nothing more.
-    Ended {
-        /// Number of the process.
-        process: u32,
-    },
+    Ended { process: u32 },
 }
 
 /// Tensors for a port.

@@ -115,7 +115,6 @@ fn block_firing(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender
     gate
 }
 
-/// Waits until the session has made no progress for [`IDLE_FOR`].
 fn wait_until_idle(running: &RunningSession) {
     let start = Instant::now();
     let mut last = (running.session.activity.events(), start);

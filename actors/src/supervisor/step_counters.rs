@@ -12,7 +12,6 @@ const IDLE: u32 = u32::MAX;
 /// Firings by actor and action, and steps.
 pub(crate) struct StepCounters {
     spec: Arc<Spec>,
-    /// The actors of this process.
     hosted: Vec<ActorId>,
     /// By actor: index of the action in flight, or `IDLE`.
     in_flight: Vec<AtomicU32>,
@@ -109,7 +108,6 @@ impl StepCounters {
         self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
     }
 
-    /// Name of an actor's action in flight.
     pub(super) fn in_flight(&self, actor: ActorId) -> Option<String> {
         let action = self.in_flight[actor.0 as usize].load(Ordering::Relaxed);
         self.spec.actor(actor).actions.get(action as usize).map(|action| action.name.clone())
