@@ -6,7 +6,7 @@ use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::CostModel;
 use crate::graph::{Combine, Graph, GraphError, Objective};
-use crate::plan::lower::{LowerOptions, lower};
+use crate::plan::lower::lower;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
 pub use boxing::Boxing;
@@ -148,13 +148,8 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         precision::narrow(&mut graph);
     }
     bucket::gather(&mut graph, options.bucket_bytes);
-    let lower_options = LowerOptions {
-        micro_batches: options.micro_batches,
-        schedule: options.schedule,
-        threads_per_device: options.threads_per_device,
-        device: options.device,
-    };
-    let plan = Plan { memory_bytes: options.memory_bytes, ..lower(graph, lower_options) };
+    let CompileOptions { micro_batches, schedule, threads_per_device, device, memory_bytes, .. } = *options;
+    let plan = Plan { memory_bytes, ..lower(graph, micro_batches, schedule, threads_per_device, device) };
     validate(&plan)?;
     Ok(plan)
 }

@@ -57,11 +57,11 @@ fn check_exact(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let whole = matrix(shape);
     let shards = scatter_random_terms(&whole, &from.sbp, &from.placement, 5).unwrap();
     plan.steps.iter().for_each(BoxingStep::assert_groups_suffice);
-    let run = interpret(&plan, &shards);
-    let gathered = gather(&run.shards, shape, &to.sbp, &to.placement);
+    let (shards, bytes_received) = interpret(&plan, &shards);
+    let gathered = gather(&shards, shape, &to.sbp, &to.placement);
     let gathered = gathered.unwrap_or_else(|e| panic!("{from} -> {to} by {plan}: {e}"));
     assert!(same_bits(&gathered, &whole), "{from} -> {to} by {plan}");
-    assert_eq!(run.bytes_received, plan.bytes_received, "{from} -> {to} by {plan}");
+    assert_eq!(bytes_received, plan.bytes_received, "{from} -> {to} by {plan}");
 }
 
 #[test]
@@ -115,8 +115,8 @@ fn integers_are_moved_but_not_reduced() {
     let (from, to) = (layout(&place, "S0,S0"), layout(&place, "B,S0"));
     let plan_of = |from, to| plan(&[5], DType::I32, from, to, &CostModel::default());
     let shards = crate::sbp::scatter(&ids, &from.sbp, &place).unwrap();
-    let run = interpret(&plan_of(&from, &to).unwrap(), &shards);
-    assert_eq!(gather(&run.shards, &[5], &to.sbp, &place).unwrap(), ids);
+    let (shards, _) = interpret(&plan_of(&from, &to).unwrap(), &shards);
+    assert_eq!(gather(&shards, &[5], &to.sbp, &place).unwrap(), ids);
     let error = plan_of(&from, &layout(&place, "P,B")).unwrap_err().to_string();
     assert!(error.contains("integer tensors cannot be partial"), "{error}");
 }
@@ -129,8 +129,8 @@ fn layout_changes_without_reductions_keep_every_bit() {
     let is_unreduced = |(from, to): &(PlacedLayout, PlacedLayout)| from.sbp.partial().or(to.sbp.partial()).is_none();
     for (from, to) in pairs(&place, &place).into_iter().filter(is_unreduced) {
         let plan = plan(&[3, 2], DType::F32, &from, &to, &CostModel::default()).unwrap();
-        let run = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
-        assert!(same_bits(&gather(&run.shards, &[3, 2], &to.sbp, &place).unwrap(), &whole), "{plan}");
+        let (shards, _) = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
+        assert!(same_bits(&gather(&shards, &[3, 2], &to.sbp, &place).unwrap(), &whole), "{plan}");
     }
 }
 

@@ -58,18 +58,16 @@ fn needs_gradient(graph: &Graph) -> Vec<bool> {
 
 /// The contributions to the gradient of each tensor.
 #[derive(Default)]
-struct Gradients {
-    parts: BTreeMap<Var, Vec<Var>>,
-}
+struct Gradients(BTreeMap<Var, Vec<Var>>);
 
 impl Gradients {
     fn add(&mut self, of: Var, part: Var) {
-        self.parts.entry(of).or_default().push(part);
+        self.0.entry(of).or_default().push(part);
     }
 
     /// The sum of all contributions. Those of one placement are added there, so that only one tensor is transferred.
     fn total(&mut self, graph: &mut Graph, of: Var, location: SourceLine) -> Option<Var> {
-        let parts = self.parts.remove(&of)?;
+        let parts = self.0.remove(&of)?;
         let mut by_placement: Vec<(usize, Var)> = Vec::new();
         for part in parts {
             let placement = graph.placement_of(part);

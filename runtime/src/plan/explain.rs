@@ -58,25 +58,19 @@ impl Plan {
 
     /// Every layout or placement change in order, with the bytes that the busiest device receives.
     fn write_boxing(&self, out: &mut String) -> fmt::Result {
-        writeln!(
-            out,
-            "\nlayout changes (bytes into the busiest device; per micro-batch, in norm and update per step)"
-        )?;
+        let units = "bytes into the busiest device; per micro-batch, in norm and update per step";
+        writeln!(out, "\nlayout changes ({units})")?;
         for node in self.graph.nodes() {
-            let phase = node.phase;
+            let (phase, name) = (node.phase, &node.name);
             let (file, line) = (node.location.file(), node.location.line());
             match &node.op {
-                NodeOp::Boxing(step) => writeln!(out, "  {phase:<8} {}: {step}  ({file}:{line})", node.name)?,
+                NodeOp::Boxing(step) => writeln!(out, "  {phase:<8} {name}: {step}  ({file}:{line})")?,
                 NodeOp::Bucket { axes } => {
                     let placement = &self.graph.placements()[node.placement];
                     let names: Vec<&str> = axes.iter().map(|a| placement.axes()[*a].name.as_str()).collect();
                     let gradients = counted(node.inputs.len(), "gradient");
                     let over = names.join("+");
-                    writeln!(
-                        out,
-                        "  {phase:<8} {}: all-reduce of {gradients} over {over}, while backward runs",
-                        node.name
-                    )?;
+                    writeln!(out, "  {phase:<8} {name}: all-reduce of {gradients} over {over}, while backward runs")?;
                 }
                 _ => {}
             }
