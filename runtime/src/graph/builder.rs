@@ -329,11 +329,8 @@ impl Graph {
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
         let location = Location::caller();
         if self.objective.is_some() {
-            return self.error(
-                "minimize",
-                "the program already minimises a loss; add the losses and minimise their sum",
-                location,
-            );
+            let message = "the program already minimises a loss; add the losses and minimise their sum";
+            return self.error("minimize", message, location);
         }
         if let Some(message) = optimizer.invalid() {
             self.error("minimize", message, location);

@@ -133,10 +133,8 @@ impl Rule {
     pub fn linear(mut self, sets: &[&[usize]]) -> Result<Self, LayoutError> {
         for set in sets {
             if set.is_empty() || set.iter().any(|&i| i >= self.inputs.len()) {
-                return Err(self.error(format!(
-                    "linear inputs {set:?}: expected one or more indices below {}",
-                    self.inputs.len()
-                )));
+                let count = self.inputs.len();
+                return Err(self.error(format!("linear inputs {set:?}: expected one or more indices below {count}")));
             }
             self.linear.push(set.to_vec());
         }
@@ -386,10 +384,8 @@ mod tests {
         let rule = Rule::parse("btc,vc->btv").unwrap();
         let text = |shapes: &[Vec<usize>]| rule.infer_shapes(shapes).unwrap_err().to_string();
         assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), "rule btc,vc->btv: c is 5 in input 1 but 4 in input 0");
-        assert_eq!(
-            text(&[vec![2, 3], vec![7, 5]]),
-            r#"rule btc,vc->btv: input 0 needs 3 dims ("btc"), got shape [2, 3]"#
-        );
+        let error = text(&[vec![2, 3], vec![7, 5]]);
+        assert_eq!(error, r#"rule btc,vc->btv: input 0 needs 3 dims ("btc"), got shape [2, 3]"#);
         assert_eq!(text(&[vec![2, 3, 4]]), "rule btc,vc->btv: expected 2 inputs, got 1");
         let error = Rule::parse("c->c").unwrap().infer_shapes(&[vec![2, 3]]).unwrap_err().to_string();
         assert_eq!(error, r#"rule c->c: input 0 needs 1 dim ("c"), got shape [2, 3]"#);
