@@ -21,21 +21,15 @@ use crate::spec::{ActorId, RegisterId, Spec};
 /// which holds ids and slots.
 #[derive(Debug)]
 pub(crate) enum Cast {
-    /// An event for the protocol.
     Event(ProtocolEvent),
-    /// The firing in flight failed.
     Failed(KernelError),
-    /// Requests the actor's state.
     Snapshot(Sender<Stamped<ActorSnapshot>>),
-    /// Makes the actor panic.
     #[cfg(test)]
     Panic,
 }
 
-/// A mailbox entry.
 pub(crate) type Mail = Stamped<Cast>;
 
-/// The mailboxes of a session.
 #[derive(Debug)]
 pub(crate) struct Bus {
     /// By actor; `None` for actors of other processes.
@@ -76,7 +70,6 @@ impl Bus {
         let _ = self.actors.set(by_id);
     }
 
-    /// The connections to peers.
     pub(crate) fn remote(&self) -> &Remote {
         &self.remote
     }

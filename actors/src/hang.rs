@@ -103,16 +103,12 @@ impl Root {
     }
 }
 
-/// A waiting action.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct WaitingAction {
-    /// The action.
     pub action: RegisterReader,
-    /// The reason.
     pub wait: WaitReason,
 }
 
-/// The reason why an action waits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum WaitReason {
     /// It lacks a piece, a slot, a token or its turn.
@@ -171,7 +167,6 @@ impl fmt::Display for Hang {
 /// The input of [`explain`].
 #[derive(Clone, Copy)]
 pub(crate) struct HangSnapshot<'a> {
-    /// The plan.
     pub spec: &'a Spec,
     /// Snapshots of this process's actors, taken without progress in between.
     pub snapshots: &'a [ActorSnapshot],

@@ -43,7 +43,6 @@ pub struct RegisterMemory {
 }
 
 impl RegisterMemory {
-    /// Start of a slot in the arena.
     pub(crate) fn offset(&self, slot: u32) -> usize {
         self.base.offset + slot as usize * self.stride
     }

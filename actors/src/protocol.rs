@@ -97,7 +97,6 @@ type Reading = ((RegisterId, u32), (u32, u32));
 
 #[derive(Clone, Debug)]
 struct ActionState {
-    /// Number of launched firings.
     fired: u64,
     external: bool,
     tokens: u64,
@@ -303,16 +302,14 @@ impl Protocol {
             let r = readers(register)[reader as usize];
             self.spec.action_name(r.actor, r.action)
         };
-        let expected = ring.released()[reader as usize];
+        let (name, expected, published) =
+            (|| self.spec.register_name(register), ring.released()[reader as usize], ring.published);
         if piece != expected {
-            let register = self.spec.register_name(register);
             let message = format!("released by {}", reader_name());
-            return Err(ProtocolError::WrongPiece { register, message, expected, got: piece });
+            return Err(ProtocolError::WrongPiece { register: name(), message, expected, got: piece });
         }
-        if piece >= ring.published() {
-            let register = self.spec.register_name(register);
-            let published = ring.published();
-            return Err(ProtocolError::Unpublished { register, reader: reader_name(), piece, published });
+        if piece >= published {
+            return Err(ProtocolError::Unpublished { register: name(), reader: reader_name(), piece, published });
         }
         check_slot(&self.spec, register, piece, ring.slot_of(piece), slot)?;
         ring.release(reader as usize);
@@ -336,7 +333,7 @@ impl Protocol {
         if !port.completes(firing) {
             return Ok(());
         }
-        if self.rings[port.ring].published() > port.piece(firing) {
+        if self.rings[port.ring].published > port.piece(firing) {
             return unexpected("already published");
         }
         self.publish(action, output as usize, effects);
@@ -356,7 +353,7 @@ impl Protocol {
             }
             if !output.early {
                 self.publish(action, port, effects);
-            } else if self.rings[output.ring].published() <= output.piece(firing) {
+            } else if self.rings[output.ring].published <= output.piece(firing) {
                 let action = self.spec.action_name(self.me, action);
                 return Err(ProtocolError::MissingSignal { action, output: port as u32 });
             }
@@ -431,7 +428,6 @@ impl Protocol {
         self.actions[action as usize].fired
     }
 
-    /// [`Protocol::fired`] of all actions.
     pub(crate) fn all_fired(&self) -> Vec<u64> {
         self.actions.iter().map(|action| action.fired).collect()
     }
@@ -518,9 +514,9 @@ impl Protocol {
             let readers = self.spec.register(output.register).readers.iter();
             let oldest = ring.released().iter().min();
             let holders = readers.zip(ring.released()).filter(|(_, released)| Some(*released) == oldest);
-            let held = |released| (ring.published() - released) as u32;
+            let held = |released| (ring.published - released) as u32;
             let holders = holders.map(|(&reader, released)| Holder { reader, slots: held(released) }).collect();
-            missing.push(Missing::Credit { register: output.register, slots: ring.slots(), holders });
+            missing.push(Missing::Credit { register: output.register, slots: ring.slots, holders });
         }
         if state.external && state.tokens == 0 {
             missing.push(Missing::Token);
@@ -549,7 +545,7 @@ impl Protocol {
             }
             // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
             let ended = self.completed(index);
-            let writing = |o: &&OutPort| o.begins(ended) && o.piece(ended) > self.rings[o.ring].published();
+            let writing = |o: &&OutPort| o.begins(ended) && o.piece(ended) > self.rings[o.ring].published;
             if let Some(output) = action.outputs.iter().find(writing)
                 && self.in_flight != Some(index)
             {

@@ -80,14 +80,12 @@ pub struct Peers {
 
 /// A message from another process for the host program.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum PeerMessage {
     /// Tensors.
     Piece(HostPiece),
     /// The process has ended in order and sends nothing more.
-    Ended {
-        /// Number of the process.
-        process: u32,
-    },
+    Ended { process: u32 },
 }
 
 /// Tensors for a port.
@@ -125,17 +123,9 @@ pub(crate) struct Remote {
     released: Vec<Box<[AtomicU64]>>,
 }
 
-/// The data of one peer that its threads use.
-#[derive(Debug)]
-pub(crate) struct PeerEnd {
-    pub(crate) peer: PeerSpec,
-    pub(crate) index: usize,
-    pub(crate) outgoing: Receiver<Outgoing>,
-}
-
 impl Remote {
-    /// Creates the outboxes; the threads start later.
-    pub(crate) fn new(spec: &Spec, peers: Peers) -> (Self, Vec<PeerEnd>) {
+    /// Creates the outboxes; the threads start later. Also returns the peers, each with the queue of its outbox.
+    pub(crate) fn new(spec: &Spec, peers: Peers) -> (Self, Vec<(PeerSpec, Receiver<Outgoing>)>) {
         let Peers { peers, host_ports, host } = peers;
         let mut peer_of = vec![None; spec.actors.len()];
         let (mut outboxes, mut ends) = (Vec::new(), Vec::new());
@@ -143,7 +133,7 @@ impl Remote {
             peer.actors.iter().for_each(|actor| peer_of[actor.0 as usize] = Some(index));
             let (sender, outgoing) = unbounded();
             outboxes.push((peer.process, sender));
-            ends.push(PeerEnd { peer, index, outgoing });
+            ends.push((peer, outgoing));
         }
         let ready = Mutex::new(vec![(0, Stamped::default(), false); ends.len()]);
         let sent = spec.registers.iter().map(|_| ReleaseClocks::default()).collect();
@@ -209,7 +199,6 @@ impl Remote {
         self.peer_of[actor.0 as usize] == Some(peer)
     }
 
-    /// True if this process hosts the actor.
     pub(crate) fn is_local(&self, actor: ActorId) -> bool {
         self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none)
     }

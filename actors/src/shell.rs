@@ -29,13 +29,6 @@ pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterM
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 
-/// The final state of a session.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SessionSummary {
-    /// The last snapshot of each actor.
-    pub actors: Vec<ActorSnapshot>,
-}
-
 /// A running session. Dropping it stops it.
 #[derive(Debug)]
 pub struct RunningSession {
@@ -258,11 +251,6 @@ impl RunningSession {
         &self.failures
     }
 
-    /// The cause of the session's failure, if it has failed.
-    pub fn first_failure(&self) -> Option<Failure> {
-        self.session.first_failure()
-    }
-
     /// Enables or disables Inf/NaN checks on launch outputs, from the next firing on. Slow.
     pub fn check_finite(&self, on: bool) {
         for stream in self.session.streams.values() {
@@ -276,28 +264,20 @@ impl RunningSession {
         std::mem::take(&mut self.session.records.not_finite.lock())
     }
 
-    /// Returns the state of each actor.
-    pub fn snapshot(&self) -> Vec<ActorSnapshot> {
-        self.session.snapshot()
-    }
-
     /// Runs one watchdog check at time `now` since the start. Returns the report when the session has just stalled. For
     /// hosts and tests with their own clock; the watchdog's thread does the same.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
         self.watchdog.lock().check(now, &self.session)
     }
 
-    /// Stops the actors after their firings in flight; unused tokens are discarded. Call [`RunningSession::quiesce`]
-    /// first to finish all work.
+    /// Stops the actors after their firings in flight, and returns the last snapshot of each; unused tokens are
+    /// discarded. Call [`RunningSession::quiesce`] first to finish all work.
     ///
     /// # Errors
     /// The first cause, when the session has failed.
-    pub fn shutdown(mut self) -> Result<SessionSummary, Failure> {
+    pub fn shutdown(mut self) -> Result<Vec<ActorSnapshot>, Failure> {
         self.stop();
-        match self.session.first_failure() {
-            Some(failure) => Err(failure),
-            None => Ok(SessionSummary { actors: self.session.snapshot() }),
-        }
+        self.session.first_failure().map_or_else(|| Ok(self.session.snapshot()), Err)
     }
 
     fn stop(&mut self) {

@@ -258,7 +258,7 @@ impl Simulator<'_> {
         let slots_peak = (0..self.spec.registers.len())
             .map(|r| {
                 let producer = &self.protocols[self.spec.registers[r].producer.0 as usize];
-                producer.ring(RegisterId(r as u32)).map_or(0, |ring| ring.peak())
+                producer.ring(RegisterId(r as u32)).map_or(0, |ring| ring.peak)
             })
             .collect();
         // Releases may still be in transit after the last firing.
@@ -391,7 +391,7 @@ impl Simulator<'_> {
             let Some(port) = inputs.iter().position(|i| i.register == id) else { continue };
             let protocol = &self.protocols[reader.actor.0 as usize];
             let (filled, released) = protocol.input_pieces(reader.action, port);
-            let (credited, published) = (ring.released()[index], ring.published());
+            let (credited, published) = (ring.released()[index], ring.published);
             let in_order = credited <= released && released <= filled && filled <= published;
             let at_rest = credited == released && filled == published;
             if !in_order || (settled && !at_rest) {

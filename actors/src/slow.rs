@@ -64,7 +64,6 @@ fn actors(missing: &Missing) -> Vec<ActorId> {
     }
 }
 
-/// The last samples.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     window: VecDeque<Sample>,

@@ -67,10 +67,10 @@ impl ActorSnapshot {
     pub(crate) fn of(protocol: &Protocol) -> Self {
         let uses = protocol.rings().map(|(register, ring)| RegisterUse {
             register,
-            slots: ring.slots(),
+            slots: ring.slots,
             slots_held: ring.held(),
-            slots_peak: ring.peak(),
-            published: ring.published(),
+            slots_peak: ring.peak,
+            published: ring.published,
             released: ring.released().to_vec(),
         });
         let (waiting, firings) = (protocol.waiting(), protocol.all_fired());

@@ -158,21 +158,16 @@ impl Spec {
 
     /// The name of an action in errors and reports, such as `device 3 compute forward`.
     pub fn action_name(&self, actor: ActorId, action: u32) -> String {
-        match self.actors.get(actor.0 as usize) {
-            Some(a) => match a.actions.get(action as usize) {
-                Some(b) => format!("{} {}", a.name, b.name),
-                None => format!("{} action {action}", a.name),
-            },
-            None => format!("actor {} action {action}", actor.0),
-        }
+        let Some(own) = self.actors.get(actor.0 as usize) else {
+            return format!("actor {} action {action}", actor.0);
+        };
+        let name = own.actions.get(action as usize).map_or_else(|| format!("action {action}"), |a| a.name.clone());
+        format!("{} {name}", own.name)
     }
 
     /// Name of a register; `register N` for an unknown id.
     pub fn register_name(&self, register: RegisterId) -> String {
-        match self.registers.get(register.0 as usize) {
-            Some(r) => r.name.clone(),
-            None => format!("register {}", register.0),
-        }
+        self.registers.get(register.0 as usize).map_or_else(|| format!("register {}", register.0), |r| r.name.clone())
     }
 
     /// The action and output port that write a register, if it exists.

@@ -54,7 +54,6 @@ pub(crate) struct Session {
 /// The session's clock, and the events that its actors have processed. Times are nanoseconds since the start.
 pub(crate) struct Activity {
     started: Instant,
-    /// Number of processed events.
     events: AtomicU64,
     /// When an actor last processed an event.
     last_ns: AtomicU64,
@@ -65,7 +64,6 @@ impl Activity {
         self.started.elapsed().as_nanos() as u64
     }
 
-    /// Records a processed event.
     pub(crate) fn add(&self, now_ns: u64) {
         self.last_ns.store(now_ns, Ordering::Relaxed);
         self.events.fetch_add(1, Ordering::Relaxed);
@@ -75,7 +73,6 @@ impl Activity {
         self.events.load(Ordering::Relaxed)
     }
 
-    /// Time since an actor last processed an event.
     pub(crate) fn idle_ns(&self) -> u64 {
         self.now_ns().saturating_sub(self.last_ns.load(Ordering::Relaxed))
     }
@@ -150,12 +147,10 @@ impl Session {
         self.failure.get().map(|(_, failure)| failure)
     }
 
-    /// Records that a peer has left in order.
     pub(crate) fn peer_left(&self, process: u32) {
         self.departures.lock().peers.insert(process);
     }
 
-    /// Records that this process leaves in order.
     pub(crate) fn leave(&self) {
         self.departures.lock().own = true;
     }
@@ -168,7 +163,6 @@ impl Session {
         }
     }
 
-    /// Records the end of a firing.
     pub(crate) fn completed(&self, actor: ActorId, action: u32) {
         if self.steps.complete(actor, action) {
             self.failure.notify();

@@ -12,7 +12,7 @@ use crate::spec::RegisterId;
 pub const RING_FIRINGS: usize = 4096;
 
 /// The last event that an idle actor needed before it could fire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Cause {
     /// A piece of an input.
     Input(RegisterId),
@@ -21,6 +21,7 @@ pub enum Cause {
     /// A token from the host.
     Host,
     /// The end of the actor's own previous firing.
+    #[default]
     Own,
 }
 
@@ -36,7 +37,7 @@ impl Cause {
 }
 
 /// One firing that has ended. Times are nanoseconds since the session's start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FiringRecord {
     /// Index of the action.
     pub action: u32,
@@ -127,15 +128,7 @@ mod tests {
     #[test]
     fn a_ring_keeps_the_newest_firings_and_counts_the_lost_ones() {
         let ring = Ring::default();
-        let fired = |firing| FiringRecord {
-            action: 0,
-            firing,
-            idle_ns: 0,
-            launched_ns: 0,
-            early_ns: 0,
-            ended_ns: 0,
-            cause: Cause::Own,
-        };
+        let fired = |firing| FiringRecord { firing, ..FiringRecord::default() };
         assert_eq!(ring.read(0), NewFirings::default());
         (0..3).for_each(|n| ring.push(fired(n)));
         assert_eq!(ring.read(1), NewFirings { firings: vec![fired(1), fired(2)], next: 3, lost: 0 });

@@ -66,7 +66,6 @@ impl fmt::Debug for WatchdogOptions {
 const STALL_STEPS: u32 = 5;
 const STALL_MIN: Duration = Duration::from_secs(10);
 
-/// A detected stall.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stall {
     idle: Duration,

@@ -123,8 +123,8 @@ fn rejection(running: &RunningSession) -> PeerError {
 /// Waits until the actor of this index has fired this many times.
 fn wait_for(running: &RunningSession, actor: usize, firings: u64) {
     let deadline = Instant::now() + TIMEOUT;
-    while running.snapshot()[actor].firings != [firings] {
-        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+    while running.control().snapshot()[actor].firings != [firings] {
+        assert!(Instant::now() < deadline, "{:?}", running.control().snapshot());
         std::thread::yield_now();
     }
 }

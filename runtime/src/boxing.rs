@@ -65,8 +65,6 @@ impl CostModel {
 /// A sequence of steps that changes a layout.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BoxingPlan {
-    /// Shape of the whole tensor.
-    pub shape: Vec<usize>,
     /// The steps in order; each starts from the previous step's target layout. Empty if nothing changes.
     pub steps: Vec<BoxingStep>,
     /// The sum over the steps.
@@ -116,7 +114,7 @@ pub fn plan(
         }
     }
     let cost_seconds = steps.iter().map(|s| s.cost_seconds).sum();
-    Ok(BoxingPlan { shape: shape.to_vec(), steps, cost_seconds, bytes_received: bytes })
+    Ok(BoxingPlan { steps, cost_seconds, bytes_received: bytes })
 }
 
 /// A layout on the source placement (side 0) or the target placement (side 1).

@@ -169,12 +169,7 @@ mod tests {
     use super::*;
 
     /// GPU ordinals of each process's devices, for `nodes` nodes with the same number of processes.
-    fn ordinals_by_process(
-        devices: usize,
-        processes: u32,
-        nodes: u32,
-        count: usize,
-    ) -> Result<Vec<Vec<usize>>, KernelError> {
+    fn by_process(devices: usize, processes: u32, nodes: u32, count: usize) -> Result<Vec<Vec<usize>>, KernelError> {
         let per_node = processes / nodes;
         let ordinals_of = |process: u32| {
             let process_map = ProcessMap { process, processes, devices };
@@ -186,21 +181,17 @@ mod tests {
 
     #[test]
     fn each_device_of_a_node_gets_its_own_gpu() {
-        assert_eq!(ordinals_by_process(4, 2, 1, 4).unwrap(), [[0, 1], [2, 3]]);
-        assert_eq!(ordinals_by_process(3, 2, 1, 3).unwrap(), [vec![0, 1], vec![2]], "uneven");
-        assert_eq!(
-            ordinals_by_process(7, 4, 2, 4).unwrap(),
-            [vec![0, 1], vec![2, 3], vec![0, 1], vec![2]],
-            "two nodes"
-        );
-        assert!(ordinals_by_process(7, 4, 2, 3).is_err(), "the first node has four devices");
-        assert!(ordinals_by_process(3, 2, 1, 2).is_err() && ordinals_by_process(1, 1, 1, 0).is_err());
+        assert_eq!(by_process(4, 2, 1, 4).unwrap(), [[0, 1], [2, 3]]);
+        assert_eq!(by_process(3, 2, 1, 3).unwrap(), [vec![0, 1], vec![2]], "uneven");
+        assert_eq!(by_process(7, 4, 2, 4).unwrap(), [vec![0, 1], vec![2, 3], vec![0, 1], vec![2]], "two nodes");
+        assert!(by_process(7, 4, 2, 3).is_err(), "the first node has four devices");
+        assert!(by_process(3, 2, 1, 2).is_err() && by_process(1, 1, 1, 0).is_err());
     }
 
     #[test]
     fn devices_of_one_process_share_gpus() {
-        assert_eq!(ordinals_by_process(4, 1, 1, 2).unwrap(), [[0, 1, 0, 1]]);
-        assert_eq!(ordinals_by_process(3, 1, 1, 1).unwrap(), [[0, 0, 0]]);
+        assert_eq!(by_process(4, 1, 1, 2).unwrap(), [[0, 1, 0, 1]]);
+        assert_eq!(by_process(3, 1, 1, 1).unwrap(), [[0, 0, 0]]);
     }
 
     #[test]
@@ -223,7 +214,7 @@ mod tests {
     fn every_gpu_is_assigned_exactly_once() {
         for devices in 1..10 {
             for processes in 1..=devices as u32 {
-                let all: Vec<usize> = ordinals_by_process(devices, processes, 1, devices).unwrap().concat();
+                let all: Vec<usize> = by_process(devices, processes, 1, devices).unwrap().concat();
                 assert_eq!(all, (0..devices).collect::<Vec<_>>(), "{devices} devices in {processes} processes");
             }
         }

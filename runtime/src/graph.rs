@@ -170,22 +170,17 @@ impl Rate {
 
 /// What a node does.
 #[derive(Clone, Debug)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum NodeOp {
     /// Fed by the host.
     Input,
-    /// A trainable tensor; the optimizer updates it in place.
-    Parameter {
-        /// Its initial value.
-        init: Init,
-    },
+    /// A trainable tensor with its initial value; the optimizer updates it in place.
+    Parameter { init: Init },
     /// Memory that only the update uses (moments), initially zero.
     State,
     /// A bf16 copy of a parameter, stored next to it. Every write to the parameter also writes the copy. Inserted by
     /// the precision pass.
-    Bf16Copy {
-        /// The parameter.
-        of: Var,
-    },
+    Bf16Copy { of: Var },
     /// A kernel of the library.
     Kernel(Op),
     /// A user-defined op.
@@ -196,23 +191,15 @@ pub enum NodeOp {
     Accumulate,
     /// One step of a boxing plan; inserted by the boxing pass.
     Boxing(Arc<BoxingStep>),
-    /// In-place all-reduce of several accumulated gradients in one call on the communication stream; inserted by the
-    /// bucket pass.
-    Bucket {
-        /// Axes of the placement to reduce over.
-        axes: Vec<usize>,
-    },
+    /// In-place all-reduce of several accumulated gradients over these axes of the placement, in one call on the
+    /// communication stream; inserted by the bucket pass.
+    Bucket { axes: Vec<usize> },
     /// `[number of parameters, 2]`: the sum of squares of each gradient on this placement, in the columns of
-    /// [`Op::SumSquares`]; zero for all other parameters.
-    NormSums {
-        /// For each input, its parameter's index in the graph.
-        indices: Vec<usize>,
-    },
+    /// [`Op::SumSquares`]; zero for all other parameters. For each input, `indices` has its parameter's index in the
+    /// graph.
+    NormSums { indices: Vec<usize> },
     /// Sums `NormSums` over all devices and computes the clipping factor.
-    ClipScale {
-        /// Maximum global norm.
-        max_norm: f32,
-    },
+    ClipScale { max_norm: f32 },
 }
 
 impl NodeOp {
@@ -429,12 +416,10 @@ impl Graph {
         self.vars.get(var.index()).is_some_and(|own| own.graph == var.graph)
     }
 
-    /// The tensor with this index.
     pub(crate) fn var(&self, index: usize) -> Var {
         self.vars[index]
     }
 
-    /// Adds a tensor created at this source line.
     pub(crate) fn new_tensor(&mut self, info: TensorInfo, location: SourceLine) -> Var {
         let dims = info.shape.len().min(DIMS_MAX) as u8;
         let var = Var { index: self.tensors.len() as u32, graph: self.id.0, dims, location };
@@ -456,7 +441,6 @@ impl Graph {
         rebuilt.push(node);
     }
 
-    /// All errors recorded so far.
     pub(crate) fn errors(&self) -> Vec<GraphError> {
         let mut errors = self.errors.clone();
         // An op that uses the tensor also reports it; one error is enough.

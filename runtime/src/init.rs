@@ -19,7 +19,6 @@ pub enum Init {
 }
 
 impl Init {
-    /// An upper bound of the elements' magnitude.
     pub(crate) fn magnitude_bound(self) -> f64 {
         match self {
             // `standard_normal` computes sqrt(-2 ln u) with u >= 2^-54, which is at most 8.66.

@@ -6,8 +6,7 @@ use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::CostModel;
 use crate::graph::{Combine, Graph, GraphError, Objective};
-use crate::plan::lower::{LowerOptions, lower};
-use crate::plan::slots::StageCosts;
+use crate::plan::lower::lower;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
 pub use boxing::Boxing;
@@ -46,8 +45,6 @@ pub struct CompileOptions {
     pub bucket_bytes: usize,
     /// Costs of collectives.
     pub cost_model: CostModel,
-    /// Durations from which credits are computed.
-    pub stage_costs: StageCosts,
     /// The treatment of layout changes that the user did not write.
     pub boxing: Boxing,
     /// How activations and their gradients are stored.
@@ -76,7 +73,6 @@ impl Default for CompileOptions {
             memory_bytes: None,
             bucket_bytes: 1 << 20,
             cost_model: CostModel::default(),
-            stage_costs: StageCosts::default(),
             boxing: Boxing::default(),
             precision: Precision::default(),
             device: DeviceKind::default(),
@@ -86,15 +82,13 @@ impl Default for CompileOptions {
 
 /// Why compilation failed.
 #[derive(Clone, Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "the messages explain the fields")]
+#[allow(missing_docs, reason = "the messages explain variants and fields")]
 pub enum CompileError {
     /// The program has errors, each with its source line.
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
-    /// The mesh has more devices than are available.
     #[error("mesh {mesh} needs {}, but only {available} are available; choose a smaller mesh", counted(.needed, "device"))]
     Devices { mesh: String, needed: usize, available: usize },
-    /// A count is 0 or too large.
     #[error("{name} is {got}; it must be from 1 to {max}")]
     Range { name: &'static str, got: usize, max: usize },
     /// Validation refused the plan.
@@ -154,14 +148,8 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         precision::narrow(&mut graph);
     }
     bucket::gather(&mut graph, options.bucket_bytes);
-    let lower_options = LowerOptions {
-        micro_batches: options.micro_batches,
-        schedule: options.schedule,
-        threads_per_device: options.threads_per_device,
-        costs: options.stage_costs,
-        device: options.device,
-    };
-    let plan = Plan { memory_bytes: options.memory_bytes, ..lower(graph, lower_options) };
+    let CompileOptions { micro_batches, schedule, threads_per_device, device, memory_bytes, .. } = *options;
+    let plan = Plan { memory_bytes, ..lower(graph, micro_batches, schedule, threads_per_device, device) };
     validate(&plan)?;
     Ok(plan)
 }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use shardflow_actors::spec::{ActionSpec, ActorId, RegisterId, Spec, StreamKind};
+use shardflow_actors::spec::{ActorId, RegisterId, Spec, StreamKind};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Buffer, Launch};
 use shardflow_kernels::tensor::{DType, Region};
@@ -222,11 +222,6 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The action's specification in the actor protocol.
-    pub fn action_spec(&self, actor: ActorId, action: usize) -> &ActionSpec {
-        &self.spec.actors[actor.0 as usize].actions[action]
-    }
-
     /// Sets the threads of compute streams and recomputes the memory of streams outside the arena.
     pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
         self.threads_per_device = threads_per_device;

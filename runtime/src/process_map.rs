@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use shardflow_actors::remote::ByteRun;
-use shardflow_actors::spec::{ActorId, RegisterId};
+use shardflow_actors::spec::{ActorId, RegisterId, RegisterReader};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{element_count, split_range};
@@ -16,10 +16,8 @@ use crate::plan::{BaseKey, Plan};
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessMap {
-    /// Rank of this process.
     pub process: u32,
     pub processes: u32,
-    /// Number of devices of the mesh.
     pub devices: usize,
 }
 
@@ -43,12 +41,10 @@ impl ProcessMap {
         split_range(self.devices, self.processes as usize, process as usize)
     }
 
-    /// Ranks of the devices of this process.
     pub fn own(&self) -> Range<usize> {
         self.devices_of(self.process)
     }
 
-    /// The process that hosts a device.
     pub fn process_of(&self, device: usize) -> u32 {
         let hosts = |process: &u32| self.devices_of(*process).contains(&device);
         (0..self.processes).find(hosts).unwrap_or_default()
@@ -66,13 +62,11 @@ impl ProcessMap {
         out
     }
 
-    /// The other processes.
     pub fn peers(&self) -> impl Iterator<Item = u32> + use<> {
         let own = self.process;
         (0..self.processes).filter(move |process| *process != own)
     }
 
-    /// Actors that a process hosts.
     pub fn actors_of(&self, plan: &Plan, process: u32) -> Vec<ActorId> {
         let devices = self.devices_of(process);
         let actors = plan.spec.actors.iter().enumerate().filter(|(_, actor)| devices.contains(&actor.device));
@@ -82,13 +76,13 @@ impl ProcessMap {
     /// Registers that `from` produces and actions of `to` read, with the byte runs of a slot that they read.
     pub fn crossing(&self, plan: &Plan, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<ByteRun>> {
         let (producers, readers) = (self.devices_of(from), self.devices_of(to));
-        let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
+        let device = |actor: ActorId| plan.spec.actor(actor).device;
         let mut out = BTreeMap::new();
         for (index, register) in plan.spec.registers.iter().enumerate() {
             let remote: Vec<_> = register.readers.iter().filter(|r| readers.contains(&device(r.actor))).collect();
             if producers.contains(&device(register.producer)) && !remote.is_empty() {
                 let id = RegisterId(index as u32);
-                let ranges = remote.into_iter().flat_map(|r| read_ranges(plan, r.actor, r.action as usize, id));
+                let ranges = remote.into_iter().flat_map(|r| read_ranges(plan, *r, id));
                 out.insert(id, merge(ranges.collect()));
             }
         }
@@ -97,9 +91,8 @@ impl ProcessMap {
 
     /// The device of `to` that receives a register's bytes: the device of the first reader there.
     pub fn landing(&self, plan: &Plan, register: RegisterId, to: u32) -> Option<usize> {
-        let device = |actor: ActorId| plan.spec.actors[actor.0 as usize].device;
-        let readers = &plan.spec.registers[register.0 as usize].readers;
-        readers.iter().map(|reader| device(reader.actor)).find(|device| self.process_of(*device) == to)
+        let readers = plan.spec.register(register).readers.iter();
+        readers.map(|reader| plan.spec.actor(reader.actor).device).find(|device| self.process_of(*device) == to)
     }
 
     /// Registers that `from` produces and this process reads: each with the device of its mirror, and the mirror's
@@ -119,8 +112,7 @@ impl ProcessMap {
         for from in 0..self.processes {
             for to in (0..self.processes).filter(|to| *to != from) {
                 for (id, runs) in self.crossing(plan, from, to) {
-                    let producer = plan.spec.registers[id.0 as usize].producer;
-                    let source = plan.spec.actors[producer.0 as usize].device;
+                    let source = plan.spec.actor(plan.spec.register(id).producer).device;
                     let landing = self.landing(plan, id, to).filter(|_| !runs.is_empty());
                     landing.into_iter().for_each(|landing| out.entry((source, landing)).or_default().push(id));
                 }
@@ -136,7 +128,6 @@ impl ProcessMap {
         groups
     }
 
-    /// Processes that host a group's members.
     pub fn processes_of(&self, group: &Group) -> BTreeSet<u32> {
         group.ranks.iter().map(|rank| self.process_of(*rank)).collect()
     }
@@ -153,8 +144,12 @@ pub fn groups(plan: &Plan) -> Vec<Arc<Group>> {
 }
 
 /// Byte ranges of a register's slot that an action reads.
-fn read_ranges(plan: &Plan, actor: ActorId, action: usize, register: RegisterId) -> Vec<Range<usize>> {
-    let (spec, own) = (plan.action_spec(actor, action), &plan.actions[actor.0 as usize][action]);
+fn read_ranges(
+    plan: &Plan,
+    RegisterReader { actor, action }: RegisterReader,
+    register: RegisterId,
+) -> Vec<Range<usize>> {
+    let (spec, own) = (plan.spec.action(actor, action), &plan.actions[actor.0 as usize][action as usize]);
     let is_of_register = |buffer: &&Buffer| match own.bases[buffer.base] {
         BaseKey::Input(port) => spec.inputs[port].register == register,
         _ => false,

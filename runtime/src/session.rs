@@ -252,7 +252,7 @@ impl Session {
         };
         let running = self.running.as_ref().ok_or_else(stopped)?;
         // A closed channel means that the session has failed, so that failure is the result.
-        let ended = || running.first_failure().unwrap_or_else(stopped);
+        let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
         let peers = inbox.peers.clone();
         while !inbox.has_all(wanted) {

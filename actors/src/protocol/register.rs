@@ -14,14 +14,15 @@ use crate::spec::RegisterSpec;
 /// The producer's counters of one register. All count pieces since the start.
 #[derive(Clone, Debug)]
 pub struct SlotRing {
-    slots: u32,
+    pub(crate) slots: u32,
     acquired: u64,
-    published: u64,
-    /// By index in the register's readers.
+    pub(crate) published: u64,
+    /// By index in the register's readers, as far as the producer knows.
     released: Box<[u64]>,
     /// The minimum of `released`.
     freed: u64,
-    peak: u32,
+    /// Maximum number of slots held at once.
+    pub(crate) peak: u32,
     /// Fault injection: credits beyond the slots.
     #[cfg(test)]
     pub(crate) surplus: u32,
@@ -58,21 +59,6 @@ impl SlotRing {
         #[cfg(not(test))]
         let slots = self.slots;
         slots.saturating_sub(self.held())
-    }
-
-    /// Number of slots.
-    pub fn slots(&self) -> u32 {
-        self.slots
-    }
-
-    /// Maximum number of slots held at once.
-    pub fn peak(&self) -> u32 {
-        self.peak
-    }
-
-    /// Number of published pieces.
-    pub fn published(&self) -> u64 {
-        self.published
     }
 
     /// Number of pieces that each reader has released, as far as the producer knows, by index in the register's readers.

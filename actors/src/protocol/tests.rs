@@ -59,7 +59,7 @@ fn released(piece: u64, slot: u32) -> ProtocolEvent {
 fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
     let (mut source, mut sink) = source_and_sink();
     // Free slots, published pieces and released pieces.
-    let state = |p: &Protocol| p.ring(WIRE).map(|ring| (ring.free(), ring.published(), ring.released()[0])).unwrap();
+    let state = |p: &Protocol| p.ring(WIRE).map(|ring| (ring.free(), ring.published, ring.released()[0])).unwrap();
     assert_eq!(state(&source), (2, 0, 0));
     assert_eq!(handle(&mut source, tokens(0, 1)), launch(0, 0));
     assert_eq!(state(&source), (1, 0, 0));
@@ -70,7 +70,7 @@ fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
     let message = Message::Released { register: WIRE, reader: 0, slot: 0, piece: 0 };
     assert_eq!(handle(&mut sink, DONE), [Effect::Send { to: SOURCE, message }]);
     handle(&mut source, ProtocolEvent::Message(message));
-    assert_eq!((state(&source), source.ring(WIRE).unwrap().peak()), ((2, 1, 1), 1));
+    assert_eq!((state(&source), source.ring(WIRE).unwrap().peak), ((2, 1, 1), 1));
 }
 
 #[test]
@@ -134,12 +134,12 @@ fn early_outputs_are_published_once_and_by_a_signal() {
     handle(&mut shard, tokens(0, 2));
     // The first firing does not complete the piece, so its signal has no effect.
     handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
-    assert_eq!(shard.ring(gradient).unwrap().published(), 0);
+    assert_eq!(shard.ring(gradient).unwrap().published, 0);
     assert_eq!(handle(&mut shard, DONE), launch(0, 1));
     assert!(shard.repeats(0, 0, 1));
     assert!(reject(&mut shard.clone(), DONE).contains("without the signal"));
     handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
-    assert_eq!(shard.ring(gradient).unwrap().published(), 1);
+    assert_eq!(shard.ring(gradient).unwrap().published, 1);
     assert!(reject(&mut shard.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("already published"));
     // The actor's own reader has the piece, but one firing is in flight (CR-5).
     assert_eq!(handle(&mut shard, DONE), launch(1, 0));

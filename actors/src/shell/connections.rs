@@ -17,7 +17,7 @@ use crate::error::{Failure, PeerError};
 use crate::frame::{FRAME_BYTES, Frame};
 use crate::loaded::RegisterMemory;
 use crate::protocol::{Message, ProtocolEvent};
-use crate::remote::{ByteRun, HostPiece, Outgoing, PeerEnd, PeerMessage, PeerSpec, Remote};
+use crate::remote::{ByteRun, HostPiece, Outgoing, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
 use shardflow_job::transport::Connection;
@@ -33,7 +33,6 @@ struct Link {
     session: Arc<Session>,
     memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
     process: u32,
-    /// Index of the peer.
     index: usize,
     pipes: BTreeMap<RegisterId, Arc<Pipe>>,
     /// The last send of each slot through a pipe; the slot returns to the producer only after the send has ended.
@@ -49,11 +48,11 @@ impl Link {
 /// Starts two threads per peer. They end after [`Remote::end`], when the connections are shut down.
 pub(crate) fn serve(
     session: &Arc<Session>,
-    ends: Vec<PeerEnd>,
+    ends: Vec<(PeerSpec, Receiver<Outgoing>)>,
     memory: &Arc<BTreeMap<RegisterId, RegisterMemory>>,
 ) -> io::Result<Connections> {
     let mut connections = Connections::default();
-    for PeerEnd { peer, index, outgoing } in ends {
+    for (index, (peer, outgoing)) in ends.into_iter().enumerate() {
         let PeerSpec { process, connection, pushes, mirrors, pipes, .. } = peer;
         let (session, memory, sent) = (session.clone(), memory.clone(), Mutex::default());
         let link = Arc::new(Link { session, memory, process, index, pipes, sent });

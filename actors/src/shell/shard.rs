@@ -21,7 +21,6 @@ use crate::trace::{Cause, FiringRecord, Idle};
 /// The ractor behaviour; all state is in [`Shard`].
 pub(crate) struct ShardActor;
 
-/// The state of one actor.
 pub(crate) struct Shard {
     me: ActorId,
     session: Arc<Session>,
@@ -102,9 +101,8 @@ impl Shard {
                 Effect::Launch { action, firing } => {
                     let (idle_ns, cause) = (self.idle_since_ns, Cause::of(&event));
                     self.idle.add(cause, now_ns - idle_ns);
-                    let launched_ns = now_ns;
-                    self.in_flight =
-                        Some(FiringRecord { action, firing, idle_ns, launched_ns, early_ns: 0, ended_ns: 0, cause });
+                    let record = FiringRecord { action, firing, idle_ns, cause, ..FiringRecord::default() };
+                    self.in_flight = Some(FiringRecord { launched_ns: now_ns, ..record });
                     self.launch(action, firing)?;
                 }
                 Effect::Send { to, message } => {

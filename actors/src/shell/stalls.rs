@@ -115,12 +115,11 @@ fn block_firing(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender
     gate
 }
 
-/// Waits until the session has made no progress for [`IDLE_FOR`].
 fn wait_until_idle(running: &RunningSession) {
     let start = Instant::now();
     let mut last = (running.session.activity.events(), start);
     while last.1.elapsed() < IDLE_FOR {
-        assert!(start.elapsed() < WITHIN, "{:?}", running.snapshot());
+        assert!(start.elapsed() < WITHIN, "{:?}", running.session.snapshot());
         if running.session.activity.events() != last.0 {
             last = (running.session.activity.events(), Instant::now());
         }

@@ -115,8 +115,8 @@ pub(super) fn checked_by_hand() -> WatchdogOptions {
 
 fn wait_for(running: &RunningSession, condition: impl Fn(&[ActorSnapshot]) -> bool) {
     let deadline = Instant::now() + TIMEOUT;
-    while !condition(&running.snapshot()) {
-        assert!(Instant::now() < deadline, "{:?}", running.snapshot());
+    while !condition(&running.session.snapshot()) {
+        assert!(Instant::now() < deadline, "{:?}", running.session.snapshot());
         std::thread::yield_now();
     }
 }
@@ -191,9 +191,9 @@ fn run(spec: Spec, steps: u32) -> Vec<Vec<i32>> {
     let Bench { loaded, histories: arenas } = bench(spec.clone());
     let running = started(loaded);
     add_steps(&running, &spec, steps);
-    assert!(running.quiesce(TIMEOUT).unwrap(), "{:?}", running.snapshot());
-    let summary = running.shutdown().unwrap();
-    for (actor, snapshot) in spec.actors.iter().zip(&summary.actors) {
+    assert!(running.quiesce(TIMEOUT).unwrap(), "{:?}", running.session.snapshot());
+    let snapshots = running.shutdown().unwrap();
+    for (actor, snapshot) in spec.actors.iter().zip(&snapshots) {
         let all: Vec<u64> = actor.actions.iter().map(|a| u64::from(a.per_step * steps)).collect();
         assert_eq!(snapshot.firings, all);
         assert!(snapshot.registers.iter().all(|r| r.slots_peak <= r.slots));
@@ -350,7 +350,7 @@ fn shutdown_aborts_a_collective_that_the_other_member_never_joins() {
     let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
     let running = started(collective([kind.clone(), kind]));
     running.add_tokens(ActorId(0), 0, 5).unwrap();
-    assert!(!running.quiesce(Duration::ZERO).unwrap() || running.snapshot()[0].firings[0] > 0);
+    assert!(!running.quiesce(Duration::ZERO).unwrap() || running.session.snapshot()[0].firings[0] > 0);
     running.shutdown().unwrap();
 }
 
@@ -382,8 +382,7 @@ fn shutdown_with_work_queued_ends_after_the_firing_in_flight() {
         std::thread::yield_now();
     }
     drop(open);
-    let summary = stopping.join().unwrap().unwrap();
-    assert_eq!(summary.actors[0].firings, [1]);
+    assert_eq!(stopping.join().unwrap().unwrap()[0].firings, [1]);
 }
 
 #[test]

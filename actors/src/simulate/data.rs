@@ -100,7 +100,6 @@ impl Data {
         *value = mix(*value, shared);
     }
 
-    /// Writes one output.
     pub(super) fn write(&mut self, spec: &Spec, protocol: &Protocol, fired: SimulatedFiring, port: usize) {
         let flight = &self.flights[fired.actor.0 as usize];
         let value = mix(mix(flight.value, port as u64), flight.before[port]);

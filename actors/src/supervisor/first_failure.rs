@@ -27,7 +27,6 @@ impl FirstFailure {
         (Self { first: Mutex::default(), settled: Condvar::new(), failed, callback: OnceLock::new() }, failures)
     }
 
-    /// The cause, with its time in nanoseconds since the session's start.
     pub(crate) fn get(&self) -> Option<(u64, Failure)> {
         self.first.lock().clone()
     }

@@ -12,7 +12,6 @@ const IDLE: u32 = u32::MAX;
 /// Firings by actor and action, and steps.
 pub(crate) struct StepCounters {
     spec: Arc<Spec>,
-    /// The actors of this process.
     hosted: Vec<ActorId>,
     /// By actor: index of the action in flight, or `IDLE`.
     in_flight: Vec<AtomicU32>,
@@ -44,7 +43,6 @@ impl StepCounters {
         }
     }
 
-    /// Records the launch of a firing.
     pub(crate) fn launch(&self, actor: ActorId, action: u32) {
         self.in_flight[actor.0 as usize].store(action, Ordering::Relaxed);
         self.launched[actor.0 as usize][action as usize].fetch_add(1, Ordering::AcqRel);
@@ -65,7 +63,6 @@ impl StepCounters {
         completed == whole * per_step && self.has_ended(whole)
     }
 
-    /// Sets the number of steps for which all tokens, and some tokens, have been added.
     pub(crate) fn set_steps(&self, whole: u64, begun: u64) {
         self.whole.store(whole, Ordering::Release);
         self.begun.store(begun, Ordering::Release);
@@ -107,12 +104,10 @@ impl StepCounters {
         readers.filter(|reader| self.hosted.contains(&reader.actor)).map(firings).sum()
     }
 
-    /// True while a firing of any actor is in flight.
     pub(crate) fn any_in_flight(&self) -> bool {
         self.in_flight.iter().any(|a| a.load(Ordering::Relaxed) != IDLE)
     }
 
-    /// Name of an actor's action in flight.
     pub(super) fn in_flight(&self, actor: ActorId) -> Option<String> {
         let action = self.in_flight[actor.0 as usize].load(Ordering::Relaxed);
         self.spec.actor(actor).actions.get(action as usize).map(|action| action.name.clone())

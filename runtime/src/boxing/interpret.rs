@@ -10,20 +10,12 @@ use super::BoxingPlan;
 use super::step::{BoxingStep, GroupCall, LocalStep};
 use crate::sbp::region::{combine, copy_box, filled, take_box};
 
-/// The result of a plan: the shards, and the bytes that each device received.
-#[derive(Debug)]
-pub struct Interpreted {
-    /// By index in the target placement.
-    pub shards: Vec<HostTensor>,
-    /// By rank; counted, not predicted.
-    pub bytes_received: BTreeMap<usize, usize>,
-}
-
-/// Runs a plan on shards, by index in the source placement.
+/// Runs a plan on shards, by index in the source placement. Returns the shards, by index in the target placement, and
+/// the counted bytes that each device received, by rank.
 ///
 /// # Panics
 /// When a shard does not have the shape that its layout requires.
-pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> Interpreted {
+pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, BTreeMap<usize, usize>) {
     let mut bytes_received: BTreeMap<usize, usize> = plan.bytes_received.keys().map(|&device| (device, 0)).collect();
     let mut shards = shards.to_vec();
     for step in &plan.steps {
@@ -39,7 +31,7 @@ pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> Interpreted {
             shards.push(out);
         }
     }
-    Interpreted { shards, bytes_received }
+    (shards, bytes_received)
 }
 
 fn run_local(

@@ -71,16 +71,12 @@ pub struct BoxingStep {
 
 /// The work of one device in a step.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum LocalStep {
     /// The shard is unchanged: the output may be the input's buffer.
     Keep,
-    /// Fill the output with `fill`, if given, then copy a box of the input into it, if given.
-    Local {
-        /// The value to fill with.
-        fill: Option<f32>,
-        /// The box of the input shard, and its box in the output shard.
-        copy: Option<(Region, Region)>,
-    },
+    /// Fill the output with `fill`, if given, then copy a box of the input shard to a box of the output shard, if given.
+    Local { fill: Option<f32>, copy: Option<(Region, Region)> },
     /// Call a collective that reads the input shard and writes the output shard.
     Call(GroupCall),
     /// Copy boxes from devices of the source placement, possibly including this one; together they fill the output
@@ -197,11 +193,6 @@ fn common_elements(a: &Region, b: &Region) -> usize {
 }
 
 impl BoxingStep {
-    /// Shape of the input shard of the device at this index of `from.placement`.
-    pub fn input_shape(&self, index: usize) -> Vec<usize> {
-        self.from.region(&self.shape, index).size
-    }
-
     /// Shape of the output shard of the device at this index of `to.placement`.
     pub fn output_shape(&self, index: usize) -> Vec<usize> {
         self.to.region(&self.shape, index).size

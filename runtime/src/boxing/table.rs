@@ -21,7 +21,6 @@ pub struct CostTable {
 }
 
 impl CostTable {
-    /// Builds the table for a tensor of this shape.
     pub fn new(shape: &[usize], dtype: DType, placement: &Placement, model: &CostModel) -> Self {
         let sbp = NdSbp::broadcast(placement.axes().len());
         let end = PlacedLayout { placement: placement.clone(), sbp };
@@ -60,13 +59,11 @@ fn cheapest_from(steps: &[Vec<f64>], source: usize) -> Vec<f64> {
     best
 }
 
-/// All layouts of a tensor of this shape.
 pub(super) fn all_layouts(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
     let partial = [Sbp::Partial(ReduceOp::Sum), Sbp::Partial(ReduceOp::Max)];
     combinations(placement.axes().iter().map(|_| entries(shape).chain(partial).collect()))
 }
 
-/// All layouts without `Partial`.
 fn layouts_without_partial(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
     combinations(placement.axes().iter().map(|_| entries(shape).collect()))
 }

@@ -40,6 +40,12 @@ fn layouts(placement: &Placement) -> Vec<PlacedLayout> {
     texts.iter().map(|t| layout(placement, t)).filter(|l| !l.sbp.mixes_reductions()).collect()
 }
 
+/// All layouts on the source with all layouts on the target.
+fn pairs(source: &Placement, target: &Placement) -> Vec<(PlacedLayout, PlacedLayout)> {
+    let targets = layouts(target);
+    layouts(source).iter().flat_map(|from| targets.iter().map(|to| (from.clone(), to.clone()))).collect()
+}
+
 fn matrix(shape: &[usize]) -> HostTensor {
     let count: usize = shape.iter().product();
     HostTensor::f32(shape, (0..count).map(|i| (i * 7 % 31) as f32 - 11.0).collect())
@@ -51,11 +57,11 @@ fn check_exact(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let whole = matrix(shape);
     let shards = scatter_random_terms(&whole, &from.sbp, &from.placement, 5).unwrap();
     plan.steps.iter().for_each(BoxingStep::assert_groups_suffice);
-    let run = interpret(&plan, &shards);
-    let gathered = gather(&run.shards, shape, &to.sbp, &to.placement);
+    let (shards, bytes_received) = interpret(&plan, &shards);
+    let gathered = gather(&shards, shape, &to.sbp, &to.placement);
     let gathered = gathered.unwrap_or_else(|e| panic!("{from} -> {to} by {plan}: {e}"));
     assert!(same_bits(&gathered, &whole), "{from} -> {to} by {plan}");
-    assert_eq!(run.bytes_received, plan.bytes_received, "{from} -> {to} by {plan}");
+    assert_eq!(bytes_received, plan.bytes_received, "{from} -> {to} by {plan}");
 }
 
 #[test]
@@ -65,9 +71,7 @@ fn every_layout_change_on_one_axis_is_exact() {
         for first in [0, 1, n] {
             let (source, target) = (line(0, n), line(first, m));
             for shape in [[5, 7], [3, 2]] {
-                for from in layouts(&source) {
-                    layouts(&target).iter().for_each(|to| check_exact(&shape, &from, to));
-                }
+                pairs(&source, &target).iter().for_each(|(from, to)| check_exact(&shape, from, to));
             }
         }
     }
@@ -79,9 +83,7 @@ fn every_layout_change_on_two_axes_is_exact() {
     // The same placement, a larger one that overlaps, and a disjoint one.
     for target in [grid(0, 2, 2), grid(2, 2, 3), grid(4, 2, 2)] {
         for shape in [[5, 7], [3, 2]] {
-            for from in layouts(&source) {
-                layouts(&target).iter().for_each(|to| check_exact(&shape, &from, to));
-            }
+            pairs(&source, &target).iter().for_each(|(from, to)| check_exact(&shape, from, to));
         }
     }
 }
@@ -96,9 +98,7 @@ fn layout_changes_with_other_ranks_and_meshes_are_exact() {
         check_exact(&[0, 3], &layout(&cube, from), &layout(&cube, to));
     }
     let thin = grid(3, 1, 3);
-    for (from, to) in layouts(&thin).iter().flat_map(|a| layouts(&thin).into_iter().map(move |b| (a.clone(), b))) {
-        check_exact(&[5, 7], &from, &to);
-    }
+    pairs(&thin, &thin).iter().for_each(|(from, to)| check_exact(&[5, 7], from, to));
     let one = Placement::of(vec![3], &[]).unwrap();
     for text in ["S0,S0,S0", "P,P,P", "B,S0,B"] {
         check_exact(&[7], &layout(&cube, text), &layout(&one, "()"));
@@ -115,8 +115,8 @@ fn integers_are_moved_but_not_reduced() {
     let (from, to) = (layout(&place, "S0,S0"), layout(&place, "B,S0"));
     let plan_of = |from, to| plan(&[5], DType::I32, from, to, &CostModel::default());
     let shards = crate::sbp::scatter(&ids, &from.sbp, &place).unwrap();
-    let run = interpret(&plan_of(&from, &to).unwrap(), &shards);
-    assert_eq!(gather(&run.shards, &[5], &to.sbp, &place).unwrap(), ids);
+    let (shards, _) = interpret(&plan_of(&from, &to).unwrap(), &shards);
+    assert_eq!(gather(&shards, &[5], &to.sbp, &place).unwrap(), ids);
     let error = plan_of(&from, &layout(&place, "P,B")).unwrap_err().to_string();
     assert!(error.contains("integer tensors cannot be partial"), "{error}");
 }
@@ -126,11 +126,11 @@ fn layout_changes_without_reductions_keep_every_bit() {
     let place = grid(0, 2, 2);
     let special = [f32::from_bits(0x7fc0_1234), -0.0, f32::INFINITY, f32::MIN_POSITIVE / 2.0, f32::NEG_INFINITY, 1.0];
     let whole = HostTensor::f32(&[3, 2], special.to_vec());
-    let unreduced: Vec<PlacedLayout> = layouts(&place).into_iter().filter(|l| l.sbp.partial().is_none()).collect();
-    for (from, to) in unreduced.iter().flat_map(|a| unreduced.iter().map(move |b| (a, b))) {
-        let plan = plan(&[3, 2], DType::F32, from, to, &CostModel::default()).unwrap();
-        let run = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
-        assert!(same_bits(&gather(&run.shards, &[3, 2], &to.sbp, &place).unwrap(), &whole), "{plan}");
+    let is_unreduced = |(from, to): &(PlacedLayout, PlacedLayout)| from.sbp.partial().or(to.sbp.partial()).is_none();
+    for (from, to) in pairs(&place, &place).into_iter().filter(is_unreduced) {
+        let plan = plan(&[3, 2], DType::F32, &from, &to, &CostModel::default()).unwrap();
+        let (shards, _) = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
+        assert!(same_bits(&gather(&shards, &[3, 2], &to.sbp, &place).unwrap(), &whole), "{plan}");
     }
 }
 
@@ -181,9 +181,7 @@ const LATENCY_MATTERS: CostModel = CostModel {
 fn no_path_costs_less_than_the_plan() {
     for (shape, model) in [([5, 7], BANDWIDTH_BOUND), ([5, 7], LATENCY_MATTERS), ([6, 4], CostModel::default())] {
         for (source, target) in [(line(0, 3), line(0, 3)), (line(0, 2), line(1, 4))] {
-            for from in layouts(&source) {
-                layouts(&target).iter().for_each(|to| check_least(&shape, &from, to, &model, usize::MAX));
-            }
+            pairs(&source, &target).iter().for_each(|(from, to)| check_least(&shape, from, to, &model, usize::MAX));
         }
     }
 }
@@ -201,8 +199,7 @@ fn the_cost_table_equals_the_planner() {
     let place = grid(0, 2, 3);
     for (shape, dtype) in [([5, 7], DType::F32), ([1, 2], DType::F32), ([5, 7], DType::I32)] {
         let mut table = CostTable::new(&shape, dtype, &place, &BANDWIDTH_BOUND);
-        for (from, to) in layouts(&place).iter().flat_map(|a| layouts(&place).into_iter().map(move |b| (a.clone(), b)))
-        {
+        for (from, to) in pairs(&place, &place) {
             let planned = plan(&shape, dtype, &from, &to, &BANDWIDTH_BOUND).map_or(f64::INFINITY, |p| p.cost_seconds);
             let seconds = table.seconds(&from.sbp, &to.sbp);
             let equal = seconds == planned || (seconds - planned).abs() < 1e-9 * planned;

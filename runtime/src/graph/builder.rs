@@ -329,11 +329,8 @@ impl Graph {
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
         let location = Location::caller();
         if self.objective.is_some() {
-            return self.error(
-                "minimize",
-                "the program already minimises a loss; add the losses and minimise their sum",
-                location,
-            );
+            let message = "the program already minimises a loss; add the losses and minimise their sum";
+            return self.error("minimize", message, location);
         }
         if let Some(message) = optimizer.invalid() {
             self.error("minimize", message, location);
@@ -437,7 +434,6 @@ impl Graph {
         self.errors.push(GraphError { subject: subject.into(), message: message.into(), location });
     }
 
-    /// Records an error of a node.
     pub(crate) fn node_error(&mut self, index: usize, message: impl Into<String>) {
         let (name, location) = (self.nodes[index].name.clone(), self.nodes[index].location);
         self.error(&name, message, location);
@@ -447,7 +443,6 @@ impl Graph {
         vars.iter().any(|v| self.tensor(*v).poisoned)
     }
 
-    /// Checks the arguments of `op`, see [`Graph::check_arg`].
     fn check_args<const N: usize>(&mut self, op: &str, args: [Var; N], location: SourceLine) -> [Var; N] {
         std::array::from_fn(|port| self.check_arg(op, &format!("input {port}"), args[port], location))
     }
@@ -546,8 +541,7 @@ impl Graph {
 
     /// Adds a kernel node; the output shapes follow from its rule.
     pub(crate) fn kernel(&mut self, name: &str, op: Op, inputs: &[Var], location: SourceLine) -> Vec<Var> {
-        let shapes: Vec<Vec<usize>> = inputs.iter().map(|v| self.shape(*v).to_vec()).collect();
-        let shapes: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
+        let shapes: Vec<&[usize]> = inputs.iter().map(|v| self.shape(*v)).collect();
         let rule = ops::rule(&op, &shapes);
         self.node_by_rule(name, NodeOp::Kernel(op), rule, inputs, None, location)
     }

@@ -6,7 +6,8 @@ use std::panic::Location;
 pub type SourceLine = &'static Location<'static>;
 
 /// An error in the user's program.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{subject}: {message}\n  at {}:{}", .location.file(), .location.line())]
 pub struct GraphError {
     /// Name of the op or tensor.
     pub subject: String,
@@ -14,10 +15,4 @@ pub struct GraphError {
     pub message: String,
     /// The user's source line.
     pub location: SourceLine,
-}
-
-impl std::fmt::Display for GraphError {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: {}\n  at {}:{}", self.subject, self.message, self.location.file(), self.location.line())
-    }
 }

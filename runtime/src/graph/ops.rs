@@ -18,78 +18,43 @@ fn leading(n: usize) -> String {
 /// Letters are factors; a factor of the inputs that is missing in the outputs is contracted.
 pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
     let rank = |i: usize| shapes.get(i).map_or(0, |s| s.len());
-    let lead = |n: usize| leading(n.max(1) - 1);
+    let rows = |i: usize| leading(rank(i).saturating_sub(1));
+    // All dims of the first input, and all but the last.
+    let (x, r) = (leading(rank(0)), rows(0));
+    let parse = |text: String| Rule::parse(&text);
     match op {
         Op::Fill { .. } => Rule::new(&[] as &[&str], &[""]),
-        Op::Copy | Op::Scale { .. } => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x}->{x}"))?.linear(&[&[0]])
-        }
+        Op::Copy | Op::Scale { .. } => parse(format!("{x}->{x}"))?.linear(&[&[0]]),
         Op::Add => {
-            let x = leading(rank(0));
             let n = x.len().saturating_sub(rank(1));
-            Rule::parse(&format!("{x},{}->{x}", &x[n..]))?.linear(&[&[0, 1]])
+            parse(format!("{x},{}->{x}", &x[n..]))?.linear(&[&[0, 1]])
         }
-        Op::Einsum(e) => Rule::parse(&format!("{},{}->{}", e.a, e.b, e.out))?.linear(&[&[0], &[1]]),
-        Op::Embedding { .. } => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x},vc->{x}c"))?.linear(&[&[1]])
-        }
-        Op::EmbeddingGrad { .. } => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x},{x}c->vc"))?.linear(&[&[1]])
-        }
-        Op::LayerNorm { .. } => {
-            let x = lead(rank(0));
-            Rule::parse(&format!("{x}c,c->{x}c,{x},{x}"))?.fixed("c")
-        }
-        Op::LayerNormGrad => {
-            let x = lead(rank(0));
-            Rule::parse(&format!("{x}c,{x}c,c,{x},{x}->{x}c,c"))?.fixed("c")?.linear(&[&[0]])
-        }
-        Op::Gelu => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x}->{x}"))
-        }
-        Op::GeluGrad => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x},{x}->{x}"))?.linear(&[&[0]])
-        }
+        Op::Einsum(e) => parse(format!("{},{}->{}", e.a, e.b, e.out))?.linear(&[&[0], &[1]]),
+        Op::Embedding { .. } => parse(format!("{x},vc->{x}c"))?.linear(&[&[1]]),
+        Op::EmbeddingGrad { .. } => parse(format!("{x},{x}c->vc"))?.linear(&[&[1]]),
+        Op::LayerNorm { .. } => parse(format!("{r}c,c->{r}c,{r},{r}"))?.fixed("c"),
+        Op::LayerNormGrad => parse(format!("{r}c,{r}c,c,{r},{r}->{r}c,c"))?.fixed("c")?.linear(&[&[0]]),
+        Op::Gelu => parse(format!("{x}->{x}")),
+        Op::GeluGrad => parse(format!("{x},{x}->{x}"))?.linear(&[&[0]]),
         Op::Attention { .. } => Rule::parse("bthd,bthd,bthd->bthd,bht")?.fixed("td"),
         Op::AttentionGrad { .. } => {
             Rule::parse("bthd,bthd,bthd,bthd,bthd,bht->bthd,bthd,bthd")?.fixed("td")?.linear(&[&[0]])
         }
-        Op::RowMax => {
-            let x = lead(rank(0));
-            Rule::parse(&format!("{x}v->{x}"))?.reduce('v', ReduceOp::Max)
-        }
-        Op::SumExpTarget { .. } => {
-            let x = lead(rank(0));
-            Rule::parse(&format!("{x}v,{x},{x}->{x},{x}"))
-        }
-        Op::TokenLoss { .. } => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x},{x},{x}->"))
-        }
+        Op::RowMax => parse(format!("{r}v->{r}"))?.reduce('v', ReduceOp::Max),
+        Op::SumExpTarget { .. } => parse(format!("{r}v,{r},{r}->{r},{r}")),
+        Op::TokenLoss { .. } => parse(format!("{x},{x},{x}->")),
         Op::CrossEntropyGrad { .. } => {
-            let x = lead(rank(1));
-            Rule::parse(&format!(",{x}v,{x},{x},{x}->{x}v"))?.linear(&[&[0]])
+            let r = rows(1);
+            parse(format!(",{r}v,{r},{r},{r}->{r}v"))?.linear(&[&[0]])
         }
-        Op::Dropout { .. } => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]])
-        }
+        Op::Dropout { .. } => parse(format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]]),
         // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v). It is elementwise in the
         // gradient and the three updated tensors.
-        Op::AdamW { .. } => {
-            let x = leading(rank(0));
-            Rule::parse(&format!("{x},h,->{x},{x},{x}"))?.fixed("h")
-        }
+        Op::AdamW { .. } => parse(format!("{x},h,->{x},{x},{x}"))?.fixed("h"),
         // The output's rank of `SumLeading` does not follow from the inputs, see `sum_leading`.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),
         // Inserted after the layout pass.
-        Op::Cast => Rule::parse("->"),
-        Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
+        Op::Cast | Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
     }
 }
 

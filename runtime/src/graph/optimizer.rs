@@ -97,11 +97,8 @@ pub(crate) const PARAMETER: &str = "a parameter";
 /// Upper bounds of the magnitude of all elements that the optimizer writes, on all devices; equal on all processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Bounds {
-    /// Parameters.
     pub(crate) parameter: f64,
-    /// First moments.
     pub(crate) first: f64,
-    /// Second moments.
     pub(crate) second: f64,
     /// Ratio of a first moment to the square root of its second moment.
     pub(crate) ratio: f64,

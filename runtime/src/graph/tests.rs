@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use expect_test::{Expect, expect};
+use expect_test::expect;
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::CustomKernel;
 use shardflow_kernels::tensor::{DType, Region};
@@ -33,7 +33,7 @@ fn with_source_lines(text: &str) -> String {
     out
 }
 
-fn compile_message(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
+fn error_with(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     build(&mut g);
     match compile(g, options) {
@@ -42,12 +42,8 @@ fn compile_message(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut
     }
 }
 
-fn check_with(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph), expect: Expect) {
-    expect.assert_eq(&compile_message(mesh, options, build));
-}
-
-fn check(mesh: &str, build: impl FnOnce(&mut Graph), expect: Expect) {
-    check_with(mesh, &CompileOptions::default(), build, expect);
+fn error(mesh: &str, build: impl FnOnce(&mut Graph)) -> String {
+    error_with(mesh, &CompileOptions::default(), build)
 }
 
 #[track_caller]
@@ -59,155 +55,126 @@ const GPT: GptConfig = GptConfig { vocabulary: 8, layers: 2, heads: 2, width: 4,
 
 #[test]
 fn mismatched_shapes_are_reported() {
-    check(
-        "data=1",
-        |g| {
-            let (a, b, c) = (floats(g, "a", &[4, 6]), floats(g, "b", &[4]), floats(g, "c", &[5, 7]));
-            let (weight, targets) = (floats(g, "weight", &[5]), floats(g, "targets", &[3]));
-            g.add(a, b);
-            g.einsum("ik,kj->ij", a, c);
-            g.einsum("ik,kj>ij", a, c);
-            g.layer_norm(a, weight, 1e-5);
-            g.cross_entropy(a, targets);
-        },
-        expect![[r#"
-            add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
-              at `g.add(a, b);`
-            einsum: rule ik,kj->ij: k is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5, 7]
-              at `g.einsum("ik,kj->ij", a, c);`
-            einsum: subscripts: expected a,b->out, got ik,kj>ij
-              at `g.einsum("ik,kj>ij", a, c);`
-            layer_norm: rule ac,c->ac,a,a: c is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5]
-              at `g.layer_norm(a, weight, 1e-5);`
-            cross_entropy: targets are F32 [3], but must be I32 [4], the shape of the logits [4, 6] without the last dim
-              at `g.cross_entropy(a, targets);`"#]],
-    );
+    expect![[r#"
+        add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
+          at `g.add(a, b);`
+        einsum: rule ik,kj->ij: k is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5, 7]
+          at `g.einsum("ik,kj->ij", a, c);`
+        einsum: subscripts: expected a,b->out, got ik,kj>ij
+          at `g.einsum("ik,kj>ij", a, c);`
+        layer_norm: rule ac,c->ac,a,a: c is 5 in input 1 but 6 in input 0; the inputs have shapes [4, 6], [5]
+          at `g.layer_norm(a, weight, 1e-5);`
+        cross_entropy: targets are F32 [3], but must be I32 [4], the shape of the logits [4, 6] without the last dim
+          at `g.cross_entropy(a, targets);`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let (a, b, c) = (floats(g, "a", &[4, 6]), floats(g, "b", &[4]), floats(g, "c", &[5, 7]));
+        let (weight, targets) = (floats(g, "weight", &[5]), floats(g, "targets", &[3]));
+        g.add(a, b);
+        g.einsum("ik,kj->ij", a, c);
+        g.einsum("ik,kj>ij", a, c);
+        g.layer_norm(a, weight, 1e-5);
+        g.cross_entropy(a, targets);
+    }));
 }
 
 #[test]
 fn errors_inside_a_layer_name_the_line_that_calls_it() {
-    check(
-        "data=1",
-        |g| {
-            let (x, y) = (floats(g, "x", &[4, 6]), floats(g, "y", &[2, 3, 6]));
-            nn::linear(g, "up", x, 3, Parallel::Replicated);
-            nn::attention(g, "h.0.attn", y, 4, None);
-            nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });
-        },
-        expect![[r#"
-            einsum: rule btc,oc->bto: input 0 needs 3 dims ("btc"), got shape [4, 6]; the inputs have shapes [4, 6], [3, 6]
-              at `nn::linear(g, "up", x, 3, Parallel::Replicated);`
-            h.0.attn: a width of 6 does not divide into 4 heads; choose a multiple of 4
-              at `nn::attention(g, "h.0.attn", y, 4, None);`
-            h.0.attn: a width of 4 does not divide into 3 heads; choose a multiple of 3
-              at `nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });`"#]],
-    );
-    check(
-        "stage=3",
-        |g| _ = nn::gpt(g, &GptConfig { layers: 4, ..GPT }),
-        expect![[r#"
-            gpt: 4 layers cannot be divided over 3 stages; choose a number of layers that is a multiple of 3
-              at `|g| _ = nn::gpt(g, &GptConfig { layers: 4, ..GPT }),`"#]],
-    );
+    expect![[r#"
+        einsum: rule btc,oc->bto: input 0 needs 3 dims ("btc"), got shape [4, 6]; the inputs have shapes [4, 6], [3, 6]
+          at `nn::linear(g, "up", x, 3, Parallel::Replicated);`
+        h.0.attn: a width of 6 does not divide into 4 heads; choose a multiple of 4
+          at `nn::attention(g, "h.0.attn", y, 4, None);`
+        h.0.attn: a width of 4 does not divide into 3 heads; choose a multiple of 3
+          at `nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let (x, y) = (floats(g, "x", &[4, 6]), floats(g, "y", &[2, 3, 6]));
+        nn::linear(g, "up", x, 3, Parallel::Replicated);
+        nn::attention(g, "h.0.attn", y, 4, None);
+        nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });
+    }));
+    expect![[r#"
+        gpt: 4 layers cannot be divided over 3 stages; choose a number of layers that is a multiple of 3
+          at `.assert_eq(&error("stage=3", |g| _ = nn::gpt(g, &GptConfig { layers: 4, ..GPT })));`"#]]
+    .assert_eq(&error("stage=3", |g| _ = nn::gpt(g, &GptConfig { layers: 4, ..GPT })));
 }
 
 #[test]
 fn invalid_layouts_and_placements_are_reported() {
-    check(
-        "data=2",
-        |g| {
-            let x = g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));
-            g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));
-            g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));
-            g.place_at("stage", 1);
-            g.place_at("data", 2);
-            g.place(Mesh::parse("data=4").expect("a mesh").at("data", 3).expect("a device"));
-        },
-        expect![[r#"
-            x: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
-              at `let x = g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));`
-            weight: the layout splits dim 2 over `data`, but the shape [4, 6] has 2 dims
-              at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));`
-            relayout: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
-              at `g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));`
-            placement: no mesh axis stage; the axes are: data
-              at `g.place_at("stage", 1);`
-            placement: mesh axis data has size 2, so coordinate 2 is out of range
-              at `g.place_at("data", 2);`
-            placement: device 3 is not in mesh data=2, which has 2 devices; use a placement of the graph's own mesh
-              at `g.place(Mesh::parse("data=4").expect("a mesh").at("data", 3).expect("a device"));`"#]],
-    );
+    expect![[r#"
+        x: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
+          at `let x = g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));`
+        weight: the layout splits dim 2 over `data`, but the shape [4, 6] has 2 dims
+          at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));`
+        relayout: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
+          at `g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));`
+        placement: no mesh axis stage; the axes are: data
+          at `g.place_at("stage", 1);`
+        placement: mesh axis data has size 2, so coordinate 2 is out of range
+          at `g.place_at("data", 2);`
+        placement: device 3 is not in mesh data=2, which has 2 devices; use a placement of the graph's own mesh
+          at `g.place(Mesh::parse("data=4").expect("a mesh").at("data", 3).expect("a device"));`"#]]
+    .assert_eq(&error("data=2", |g| {
+        let x = g.input("x", &[4, 6], DType::F32, Layout::split("tensor", 0));
+        g.parameter("weight", &[4, 6], Init::Ones, Layout::split("data", 2));
+        g.relayout(x, Layout::split("data", 0).and_split("tensor", 1));
+        g.place_at("stage", 1);
+        g.place_at("data", 2);
+        g.place(Mesh::parse("data=4").expect("a mesh").at("data", 3).expect("a device"));
+    }));
 }
 
 #[test]
 fn invalid_programs_are_reported() {
-    check(
-        "data=1",
-        |g| {
-            let weight = g.parameter("weight", &[4, 6], Init::Ones, Layout::broadcast());
-            g.parameter("weight", &[5], Init::Ones, Layout::broadcast());
-            g.minimize(weight, AdamW::default());
-        },
-        expect![[r#"
-            weight: a parameter with this name already exists; give each parameter a unique name
-              at `g.parameter("weight", &[5], Init::Ones, Layout::broadcast());`
-            minimize: the loss has shape [4, 6]: only a scalar can be minimised
-              at `g.minimize(weight, AdamW::default());`"#]],
-    );
-    check(
-        "data=1",
-        |g| {
-            let weight = g.parameter("weight", &[4, 6], Init::Ones, Layout::broadcast());
-            g.saved_as(weight, &[5, 5]);
-            g.dropout(weight, 1.0, 0);
-        },
-        expect![[r#"
-            saved_as: shape [4, 6] cannot be saved as [5, 5]: the number of elements differs
-              at `g.saved_as(weight, &[5, 5]);`
-            dropout: p is 1: it must be at least 0 and below 1
-              at `g.dropout(weight, 1.0, 0);`
-            dropout: the program has dropout but minimises nothing; compile it with `mode: Some(Mode::Evaluation)` to disable dropout, or with `mode: Some(Mode::Training)` to keep it
-              at `g.dropout(weight, 1.0, 0);`"#]],
-    );
+    expect![[r#"
+        weight: a parameter with this name already exists; give each parameter a unique name
+          at `g.parameter("weight", &[5], Init::Ones, Layout::broadcast());`
+        minimize: the loss has shape [4, 6]: only a scalar can be minimised
+          at `g.minimize(weight, AdamW::default());`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let weight = g.parameter("weight", &[4, 6], Init::Ones, Layout::broadcast());
+        g.parameter("weight", &[5], Init::Ones, Layout::broadcast());
+        g.minimize(weight, AdamW::default());
+    }));
+    expect![[r#"
+        saved_as: shape [4, 6] cannot be saved as [5, 5]: the number of elements differs
+          at `g.saved_as(weight, &[5, 5]);`
+        dropout: p is 1: it must be at least 0 and below 1
+          at `g.dropout(weight, 1.0, 0);`
+        dropout: the program has dropout but minimises nothing; compile it with `mode: Some(Mode::Evaluation)` to disable dropout, or with `mode: Some(Mode::Training)` to keep it
+          at `g.dropout(weight, 1.0, 0);`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let weight = g.parameter("weight", &[4, 6], Init::Ones, Layout::broadcast());
+        g.saved_as(weight, &[5, 5]);
+        g.dropout(weight, 1.0, 0);
+    }));
     let x = |g: &mut Graph| _ = floats(g, "x", &[4, 6]);
-    check_with(
-        "data=1",
-        &CompileOptions { micro_batches: 3, ..CompileOptions::default() },
-        x,
-        expect![[r#"
+    expect![[r#"
         x: a batch of 4 does not divide into 3 micro-batches; choose a batch that is a multiple of 3
-          at `let x = |g: &mut Graph| _ = floats(g, "x", &[4, 6]);`"#]],
-    );
-    check_with(
-        "data=2,tensor=4",
-        &CompileOptions { devices: 4, ..CompileOptions::default() },
-        x,
-        expect!["mesh data=2,tensor=4 needs 8 devices, but only 4 are available; choose a smaller mesh"],
-    );
+          at `let x = |g: &mut Graph| _ = floats(g, "x", &[4, 6]);`"#]]
+    .assert_eq(&error_with("data=1", &CompileOptions { micro_batches: 3, ..CompileOptions::default() }, x));
+    expect!["mesh data=2,tensor=4 needs 8 devices, but only 4 are available; choose a smaller mesh"]
+        .assert_eq(&error_with("data=2,tensor=4", &CompileOptions { devices: 4, ..CompileOptions::default() }, x));
 }
 
 /// `compile` reports all errors at once, and no errors that follow from others.
 #[test]
 fn errors_are_reported_together_and_once() {
-    check(
-        "data=2",
-        |g| {
-            let (a, b) = (floats(g, "a", &[4, 6]), floats(g, "b", &[4]));
-            let wrong = g.add(a, b);
-            let wrong = g.gelu(wrong);
-            g.layer_norm(wrong, b, 1e-5);
-            g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));
-            let loss = g.einsum("ij,ij->i", a, a);
-            g.minimize(loss, AdamW::default());
-        },
-        expect![[r#"
-            add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
-              at `let wrong = g.add(a, b);`
-            weight: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
-              at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));`
-            einsum: subscripts: expected index i in exactly two of the three terms (one that is in all three makes a batch of products, which needs a custom op), got ij,ij->i
-              at `let loss = g.einsum("ij,ij->i", a, a);`"#]],
-    );
+    expect![[r#"
+        add: cannot add [4] to [4, 6]: the second shape must be a suffix of the first
+          at `let wrong = g.add(a, b);`
+        weight: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
+          at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));`
+        einsum: subscripts: expected index i in exactly two of the three terms (one that is in all three makes a batch of products, which needs a custom op), got ij,ij->i
+          at `let loss = g.einsum("ij,ij->i", a, a);`"#]]
+    .assert_eq(&error("data=2", |g| {
+        let (a, b) = (floats(g, "a", &[4, 6]), floats(g, "b", &[4]));
+        let wrong = g.add(a, b);
+        let wrong = g.gelu(wrong);
+        g.layer_norm(wrong, b, 1e-5);
+        g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));
+        let loss = g.einsum("ij,ij->i", a, a);
+        g.minimize(loss, AdamW::default());
+    }));
 }
 
 /// A norm needs its whole weight. Under `Explicit`, the program must state the gather; otherwise it is inserted and
@@ -220,14 +187,10 @@ fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
         let x = g.layer_norm(x, weight, 1e-5);
         g.output("y", x);
     };
-    check_with(
-        "tensor=2",
-        &CompileOptions { boxing: Boxing::Explicit, ..CompileOptions::default() },
-        build,
-        expect![[r#"
+    expect![[r#"
         layer_norm: norm.weight needs a layout change that the program does not contain: all-gather over tensor: (S0) -> (B), 8 bytes; add it with `relayout`, or compile with `Boxing::Automatic`
-          at `let x = g.layer_norm(x, weight, 1e-5);`"#]],
-    );
+          at `let x = g.layer_norm(x, weight, 1e-5);`"#]]
+    .assert_eq(&error_with("tensor=2", &CompileOptions { boxing: Boxing::Explicit, ..CompileOptions::default() }, build));
     let explained = explain("tensor=2", &CompileOptions::default(), build);
     let changes = explained.lines().skip_while(|l| !l.starts_with("layout changes")).take_while(|l| !l.is_empty());
     expect![[r#"
@@ -361,71 +324,59 @@ fn explain_shows_a_data_and_tensor_parallel_plan() {
 #[test]
 fn placements_must_form_a_pipeline() {
     let input = |g: &mut Graph| g.input("x", &[4, 3, 8], DType::F32, Layout::broadcast());
-    check(
-        "stage=2",
-        |g| {
-            let x = input(g);
-            let x = g.gelu(x);
-            g.place_at("stage", 1);
-            let y = g.scale(x, 2.0);
-            g.output("y", y);
-        },
-        expect![[r#"
-            scale: runs on devices [1] and reads gelu.1 from devices [0, 1], and both contain device 1; place it on exactly these devices, or on none of them
-              at `let y = g.scale(x, 2.0);`"#]],
-    );
-    check(
-        "stage=2",
-        |g| {
-            g.place_at("stage", 0);
-            let x = input(g);
-            let x = g.gelu(x);
-            g.place_at("stage", 1);
-            let x = g.gelu(x);
-            g.place_at("stage", 0);
-            let y = g.scale(x, 2.0);
-            g.output("y", y);
-        },
-        expect![[r#"
-            scale: runs on devices [0] and reads gelu.2 from devices [1], which already wait for [0]; place layers in execution order, each stage once
-              at `let y = g.scale(x, 2.0);`"#]],
-    );
-    check(
-        "stage=2",
-        |g| {
-            g.place_at("stage", 1);
-            let table = g.parameter("table", &[16, 8], Init::Ones, Layout::broadcast());
-            g.place_at("stage", 0);
-            let ids = g.input("ids", &[4, 3], DType::I32, Layout::broadcast());
-            let x = g.embedding(ids, table);
-            g.place_at("stage", 1);
-            let logits = g.einsum("btc,vc->btv", x, table);
-            let targets = g.input("targets", &[4, 3], DType::I32, Layout::broadcast());
-            let loss = g.cross_entropy(logits, targets);
-            g.minimize(loss, AdamW::default());
-        },
-        expect![[r#"
-            embedding: runs on devices [0] and uses parameter table of a later stage on devices [1]; place a shared parameter on the first stage that uses it
-              at `let x = g.embedding(ids, table);`"#]],
-    );
+    expect![[r#"
+        scale: runs on devices [1] and reads gelu.1 from devices [0, 1], and both contain device 1; place it on exactly these devices, or on none of them
+          at `let y = g.scale(x, 2.0);`"#]]
+    .assert_eq(&error("stage=2", |g| {
+        let x = input(g);
+        let x = g.gelu(x);
+        g.place_at("stage", 1);
+        let y = g.scale(x, 2.0);
+        g.output("y", y);
+    }));
+    expect![[r#"
+        scale: runs on devices [0] and reads gelu.2 from devices [1], which already wait for [0]; place layers in execution order, each stage once
+          at `let y = g.scale(x, 2.0);`"#]]
+    .assert_eq(&error("stage=2", |g| {
+        g.place_at("stage", 0);
+        let x = input(g);
+        let x = g.gelu(x);
+        g.place_at("stage", 1);
+        let x = g.gelu(x);
+        g.place_at("stage", 0);
+        let y = g.scale(x, 2.0);
+        g.output("y", y);
+    }));
+    expect![[r#"
+        embedding: runs on devices [0] and uses parameter table of a later stage on devices [1]; place a shared parameter on the first stage that uses it
+          at `let x = g.embedding(ids, table);`"#]]
+    .assert_eq(&error("stage=2", |g| {
+        g.place_at("stage", 1);
+        let table = g.parameter("table", &[16, 8], Init::Ones, Layout::broadcast());
+        g.place_at("stage", 0);
+        let ids = g.input("ids", &[4, 3], DType::I32, Layout::broadcast());
+        let x = g.embedding(ids, table);
+        g.place_at("stage", 1);
+        let logits = g.einsum("btc,vc->btv", x, table);
+        let targets = g.input("targets", &[4, 3], DType::I32, Layout::broadcast());
+        let loss = g.cross_entropy(logits, targets);
+        g.minimize(loss, AdamW::default());
+    }));
 }
 
 #[test]
 fn only_parameters_with_unreserved_names_are_saved() {
-    check(
-        "data=1",
-        |g| {
-            let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());
-            let y = g.gelu(w);
-            g.saved_as(y, &[4]);
-            g.output("y", y);
-        },
-        expect![[r#"
-            adamw.m/w: names that start with `adamw.` are reserved for the optimizer's state; choose another
-              at `let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());`
-            saved_as: gelu.1 is not a parameter; only parameters are saved
-              at `g.saved_as(y, &[4]);`"#]],
-    );
+    expect![[r#"
+        adamw.m/w: names that start with `adamw.` are reserved for the optimizer's state; choose another
+          at `let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());`
+        saved_as: gelu.1 is not a parameter; only parameters are saved
+          at `g.saved_as(y, &[4]);`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let w = g.parameter("adamw.m/w", &[2, 2], Init::Ones, Layout::broadcast());
+        let y = g.gelu(w);
+        g.saved_as(y, &[4]);
+        g.output("y", y);
+    }));
 }
 
 fn mesh() -> Mesh {
@@ -586,132 +537,111 @@ fn the_plan_hash_does_not_depend_on_graphs_created_before() {
 
 #[test]
 fn missing_outputs_and_unused_tensors_are_reported() {
-    check(
-        "data=1",
-        |_| {},
-        expect![[r#"
-            program: the program has no output; call `minimize` or `output`
-              at `let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));`"#]],
-    );
-    check(
-        "data=1",
-        |g| {
-            let x = floats(g, "x", &[4, 6]);
-            let unused = floats(g, "unused", &[4, 6]);
-            let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());
-            g.gelu(unused);
-            let sum = g.add(x, weight);
-            g.layer_norm(sum, weight, 1e-5);
-            g.output("x", x);
-        },
-        expect![[r#"
-            unused: no output depends on this input; remove it, or use it
-              at `let unused = floats(g, "unused", &[4, 6]);`
-            weight: no output depends on this parameter; remove it, or use it
-              at `let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());`"#]],
-    );
-    check(
-        "data=1",
-        |g| {
-            let weight = g.parameter("weight", &[], Init::Ones, Layout::broadcast());
-            g.minimize(weight, AdamW::default());
-        },
-        expect![[r#"
-            weight: a parameter cannot be the loss; minimise a scalar that an op computes
-              at `let weight = g.parameter("weight", &[], Init::Ones, Layout::broadcast());`"#]],
-    );
-    check(
-        "data=1",
-        |g| {
-            let logits = floats(g, "logits", &[4, 6]);
-            let targets = g.input("targets", &[4], DType::I32, Layout::broadcast());
-            let frozen = g.parameter("frozen", &[6], Init::Ones, Layout::broadcast());
-            let shown = g.add(logits, frozen);
-            g.output("shown", shown);
-            let loss = g.cross_entropy(logits, targets);
-            g.minimize(loss, AdamW::default());
-        },
-        expect![[r#"
-            minimize: the loss depends on no parameter, so there is nothing to train; make it depend on one, or use `output`
-              at `g.minimize(loss, AdamW::default());`"#]],
-    );
+    expect![[r#"
+        program: the program has no output; call `minimize` or `output`
+          at `let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));`"#]]
+    .assert_eq(&error("data=1", |_| {}));
+    expect![[r#"
+        unused: no output depends on this input; remove it, or use it
+          at `let unused = floats(g, "unused", &[4, 6]);`
+        weight: no output depends on this parameter; remove it, or use it
+          at `let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let x = floats(g, "x", &[4, 6]);
+        let unused = floats(g, "unused", &[4, 6]);
+        let weight = g.parameter("weight", &[6], Init::Ones, Layout::broadcast());
+        g.gelu(unused);
+        let sum = g.add(x, weight);
+        g.layer_norm(sum, weight, 1e-5);
+        g.output("x", x);
+    }));
+    expect![[r#"
+        weight: a parameter cannot be the loss; minimise a scalar that an op computes
+          at `let weight = g.parameter("weight", &[], Init::Ones, Layout::broadcast());`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let weight = g.parameter("weight", &[], Init::Ones, Layout::broadcast());
+        g.minimize(weight, AdamW::default());
+    }));
+    expect![[r#"
+        minimize: the loss depends on no parameter, so there is nothing to train; make it depend on one, or use `output`
+          at `g.minimize(loss, AdamW::default());`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let logits = floats(g, "logits", &[4, 6]);
+        let targets = g.input("targets", &[4], DType::I32, Layout::broadcast());
+        let frozen = g.parameter("frozen", &[6], Init::Ones, Layout::broadcast());
+        let shown = g.add(logits, frozen);
+        g.output("shown", shown);
+        let loss = g.cross_entropy(logits, targets);
+        g.minimize(loss, AdamW::default());
+    }));
 }
 
 #[test]
 fn output_names_are_unique_and_not_reserved() {
-    check(
-        "data=1",
-        |g| {
-            classifier(g);
-            let x = floats(g, "x", &[4, 6]);
-            let y = g.gelu(x);
-            g.output("y", x);
-            g.output("y", y);
-            g.output("grad_squares", y);
-            g.output("loss", x);
-        },
-        expect![[r#"
-            y: another output already has this name; give each output a unique name
-              at `g.output("y", y);`
-            grad_squares: this name is reserved for an output of the session; choose another
-              at `g.output("grad_squares", y);`
-            loss: another output already has this name; give each output a unique name
-              at `g.output("loss", x);`"#]],
-    );
+    expect![[r#"
+        y: another output already has this name; give each output a unique name
+          at `g.output("y", y);`
+        grad_squares: this name is reserved for an output of the session; choose another
+          at `g.output("grad_squares", y);`
+        loss: another output already has this name; give each output a unique name
+          at `g.output("loss", x);`"#]]
+    .assert_eq(&error("data=1", |g| {
+        classifier(g);
+        let x = floats(g, "x", &[4, 6]);
+        let y = g.gelu(x);
+        g.output("y", x);
+        g.output("y", y);
+        g.output("grad_squares", y);
+        g.output("loss", x);
+    }));
 }
 
 #[test]
 fn invalid_shapes_and_numbers_are_reported() {
-    check(
-        "data=1",
-        |g| {
-            let x = floats(g, "x", &[0, 6]);
-            g.step_input("step", &[3, 0], DType::F32);
-            let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());
-            g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());
-            floats(g, "many", &[1; 17]);
-            g.layer_norm(x, weight, f32::NAN);
-            g.scale(x, f32::INFINITY);
-            nn::attention(g, "attn", x, 0, None);
-        },
-        expect![[r#"
-            x: dim 0 of shape [0, 6] is 0; each dim must be at least 1
-              at `let x = floats(g, "x", &[0, 6]);`
-            step: dim 1 of shape [3, 0] is 0; each dim must be at least 1
-              at `g.step_input("step", &[3, 0], DType::F32);`
-            weight: dim 0 of shape [0] is 0; each dim must be at least 1
-              at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
-            weight: the standard deviation is -1: it must be finite and not negative
-              at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
-            __metadata__: this name is reserved for the metadata of checkpoint files; choose another
-              at `g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());`
-            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 17 dims; the maximum is 16
-              at `floats(g, "many", &[1; 17]);`
-            layer_norm: eps is NaN: it must be finite and not negative
-              at `g.layer_norm(x, weight, f32::NAN);`
-            layer_norm: rule ac,c->ac,a,a: c is 0 in input 1 but 6 in input 0; the inputs have shapes [0, 6], [0]
-              at `g.layer_norm(x, weight, f32::NAN);`
-            scale: the factor is inf: it must be finite
-              at `g.scale(x, f32::INFINITY);`
-            attn: a width of 6 does not divide into 0 heads; give at least one head
-              at `nn::attention(g, "attn", x, 0, None);`"#]],
-    );
-    check(
-        "data=1",
-        |g| {
-            let (a, b) = (floats(g, "a", &[1; 9]), floats(g, "b", &[1; 9]));
-            g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);
-            let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));
-            g.add(many, none);
-        },
-        expect![[r#"
-            einsum: the result has more than 16 dims; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]
-              at `g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);`
-            many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 25 dims; the maximum is 16
-              at `let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));`
-            add: rule abefgijlmnopqrsuxyz,->abefgijlmnopqrsuxyz: input 0 needs 19 dims ("abefgijlmnopqrsuxyz"), got shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], []
-              at `g.add(many, none);`"#]],
-    );
+    expect![[r#"
+        x: dim 0 of shape [0, 6] is 0; each dim must be at least 1
+          at `let x = floats(g, "x", &[0, 6]);`
+        step: dim 1 of shape [3, 0] is 0; each dim must be at least 1
+          at `g.step_input("step", &[3, 0], DType::F32);`
+        weight: dim 0 of shape [0] is 0; each dim must be at least 1
+          at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
+        weight: the standard deviation is -1: it must be finite and not negative
+          at `let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());`
+        __metadata__: this name is reserved for the metadata of checkpoint files; choose another
+          at `g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());`
+        many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 17 dims; the maximum is 16
+          at `floats(g, "many", &[1; 17]);`
+        layer_norm: eps is NaN: it must be finite and not negative
+          at `g.layer_norm(x, weight, f32::NAN);`
+        layer_norm: rule ac,c->ac,a,a: c is 0 in input 1 but 6 in input 0; the inputs have shapes [0, 6], [0]
+          at `g.layer_norm(x, weight, f32::NAN);`
+        scale: the factor is inf: it must be finite
+          at `g.scale(x, f32::INFINITY);`
+        attn: a width of 6 does not divide into 0 heads; give at least one head
+          at `nn::attention(g, "attn", x, 0, None);`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let x = floats(g, "x", &[0, 6]);
+        g.step_input("step", &[3, 0], DType::F32);
+        let weight = g.parameter("weight", &[0], Init::Normal { std: -1.0 }, Layout::broadcast());
+        g.parameter("__metadata__", &[2], Init::Ones, Layout::broadcast());
+        floats(g, "many", &[1; 17]);
+        g.layer_norm(x, weight, f32::NAN);
+        g.scale(x, f32::INFINITY);
+        nn::attention(g, "attn", x, 0, None);
+    }));
+    expect![[r#"
+        einsum: the result has more than 16 dims; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]
+          at `g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);`
+        many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 25 dims; the maximum is 16
+          at `let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));`
+        add: rule abefgijlmnopqrsuxyz,->abefgijlmnopqrsuxyz: input 0 needs 19 dims ("abefgijlmnopqrsuxyz"), got shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], []
+          at `g.add(many, none);`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let (a, b) = (floats(g, "a", &[1; 9]), floats(g, "b", &[1; 9]));
+        g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);
+        let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));
+        g.add(many, none);
+    }));
 }
 
 /// So a program that inspects shapes reaches `compile`, which reports the error.
@@ -744,27 +674,20 @@ fn results_of_invalid_ops_have_plausible_shapes() {
 #[test]
 fn a_custom_op_without_a_kernel_for_the_device_or_with_bf16_inputs_is_refused() {
     let on_gpus = CompileOptions { device: DeviceKind::Cuda, ..CompileOptions::default() };
-    check_with(
-        "data=1",
-        &on_gpus,
-        |g| {
-            let x = floats(g, "x", &[2, 3, 6]);
-            let y = g.custom(Arc::new(Double { cpu_only: true, ..Double::default() }), &[x])[0];
-            g.output("y", y);
-        },
-        expect![[r#"
-            double: the op has no kernel for cuda devices (`CustomOp::runs_on`); compile for another device kind
-              at `let y = g.custom(Arc::new(Double { cpu_only: true, ..Double::default() }), &[x])[0];`"#]],
-    );
-    check(
-        "data=1",
-        |g| {
-            let x = g.input("x", &[2, 3, 6], DType::BF16, Layout::broadcast());
-            let y = g.custom(Arc::new(Double::default()), &[x])[0];
-            g.output("y", y);
-        },
-        expect![[r#"
-            double: input 0 is BF16, but custom ops read F32 or I32; feed it as F32
-              at `let y = g.custom(Arc::new(Double::default()), &[x])[0];`"#]],
-    );
+    expect![[r#"
+        double: the op has no kernel for cuda devices (`CustomOp::runs_on`); compile for another device kind
+          at `let y = g.custom(Arc::new(Double { cpu_only: true, ..Double::default() }), &[x])[0];`"#]]
+    .assert_eq(&error_with("data=1", &on_gpus, |g| {
+        let x = floats(g, "x", &[2, 3, 6]);
+        let y = g.custom(Arc::new(Double { cpu_only: true, ..Double::default() }), &[x])[0];
+        g.output("y", y);
+    }));
+    expect![[r#"
+        double: input 0 is BF16, but custom ops read F32 or I32; feed it as F32
+          at `let y = g.custom(Arc::new(Double::default()), &[x])[0];`"#]]
+    .assert_eq(&error("data=1", |g| {
+        let x = g.input("x", &[2, 3, 6], DType::BF16, Layout::broadcast());
+        let y = g.custom(Arc::new(Double::default()), &[x])[0];
+        g.output("y", y);
+    }));
 }

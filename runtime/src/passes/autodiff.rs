@@ -23,10 +23,8 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
 
     for index in (0..graph.nodes.len()).rev() {
         let node = graph.nodes[index].clone();
-        if node.phase != Phase::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
-            continue;
-        }
-        if matches!(node.op, NodeOp::Parameter { .. } | NodeOp::Input) {
+        let is_source = matches!(node.op, NodeOp::Parameter { .. } | NodeOp::Input);
+        if is_source || node.phase != Phase::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
             continue;
         }
         let outputs: Vec<Option<Var>> = node.outputs.iter().map(|o| grads.total(graph, *o, node.location)).collect();
@@ -37,13 +35,12 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
             }
         }
     }
-    let mut out = BTreeMap::new();
-    for parameter in graph.parameters() {
+    let parameters = graph.parameters();
+    let total = |parameter: Var| {
         let location = graph.producer(parameter).location;
-        if let Some(grad) = grads.total(graph, parameter, location) {
-            out.insert(parameter, grad);
-        }
-    }
+        Some((parameter, grads.total(graph, parameter, location)?))
+    };
+    let out = parameters.into_iter().filter_map(total).collect();
     graph.phase = saved;
     out
 }
@@ -54,27 +51,23 @@ fn needs_gradient(graph: &Graph) -> Vec<bool> {
     for node in &graph.nodes {
         let parameter = matches!(node.op, NodeOp::Parameter { .. });
         let any = parameter || node.inputs.iter().any(|i| needed[i.index()]);
-        for output in &node.outputs {
-            needed[output.index()] = any;
-        }
+        node.outputs.iter().for_each(|output| needed[output.index()] = any);
     }
     needed
 }
 
 /// The contributions to the gradient of each tensor.
 #[derive(Default)]
-struct Gradients {
-    parts: BTreeMap<Var, Vec<Var>>,
-}
+struct Gradients(BTreeMap<Var, Vec<Var>>);
 
 impl Gradients {
     fn add(&mut self, of: Var, part: Var) {
-        self.parts.entry(of).or_default().push(part);
+        self.0.entry(of).or_default().push(part);
     }
 
     /// The sum of all contributions. Those of one placement are added there, so that only one tensor is transferred.
     fn total(&mut self, graph: &mut Graph, of: Var, location: SourceLine) -> Option<Var> {
-        let parts = self.parts.remove(&of)?;
+        let parts = self.0.remove(&of)?;
         let mut by_placement: Vec<(usize, Var)> = Vec::new();
         for part in parts {
             let placement = graph.placement_of(part);
@@ -163,9 +156,8 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
         }
         Op::Embedding { .. } => {
             let shape = graph.shape(inputs[1]).to_vec();
-            let shapes: Vec<Vec<usize>> = vec![graph.shape(inputs[0]).to_vec(), graph.shape(dy).to_vec()];
             let op = Op::EmbeddingGrad { vocab_start: 0 };
-            let rule = ops::rule(&op, &[&shapes[0], &shapes[1]]);
+            let rule = ops::rule(&op, &[graph.shape(inputs[0]), graph.shape(dy)]);
             let args = [inputs[0], dy];
             let grad = graph.node_by_rule(name, NodeOp::Kernel(op), rule, &args, Some(vec![shape]), at)[0];
             vec![(inputs[1], grad)]
@@ -176,18 +168,13 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
             vec![(inputs[0], grads[0]), (inputs[1], grads[1])]
         }
         Op::Gelu => vec![(inputs[0], graph.kernel(name, Op::GeluGrad, &[dy, inputs[0]], at)[0])],
-        Op::Scale { factor } => {
-            vec![(inputs[0], graph.kernel(name, Op::Scale { factor: *factor }, &[dy], at)[0])]
-        }
+        Op::Scale { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy], at)[0])],
         Op::Attention { scale } => {
             let args = [dy, inputs[0], inputs[1], inputs[2], outputs[0], outputs[1]];
             let grads = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
             vec![(inputs[0], grads[0]), (inputs[1], grads[1]), (inputs[2], grads[2])]
         }
-        Op::Dropout { .. } => {
-            let grads = graph.kernel(name, op.clone(), &[dy, inputs[1]], at);
-            vec![(inputs[0], grads[0])]
-        }
+        Op::Dropout { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy, inputs[1]], at)[0])],
         Op::TokenLoss { scale } => {
             // The gradient of the whole cross-entropy goes directly to the logits, past the intermediate sums.
             let stats = graph.producer(inputs[1]).clone();

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::element_count;
 
-use crate::boxing::step::{BoxingStep, StepKind};
+use crate::boxing::step::StepKind;
 use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Var};
 use crate::plan::memory::local_shape;
 
@@ -39,33 +39,30 @@ pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     for index in candidates {
         let node = &graph.nodes[index];
         let NodeOp::Boxing(step) = &node.op else { continue };
-        let Some(axes) = all_reduce_axes(step) else { continue };
         let device = graph.placements[node.placement].devices()[0];
         let bytes = element_count(&local_shape(graph, node.inputs[0], device)) * 4;
-        let open = buckets.iter_mut().rfind(|b| b.placement == node.placement && b.axes == axes);
+        let open = buckets.iter_mut().rfind(|b| b.placement == node.placement && b.axes == step.axes);
         match open {
             Some(bucket) if bucket.bytes < bucket_bytes => {
                 bucket.bytes += bytes;
                 bucket.members.push(index);
             }
-            _ => buckets.push(Bucket { placement: node.placement, axes, bytes, members: vec![index] }),
+            _ => {
+                let (placement, axes) = (node.placement, step.axes.clone());
+                buckets.push(Bucket { placement, axes, bytes, members: vec![index] });
+            }
         }
     }
     replace(graph, buckets);
 }
 
-/// The axes of a step that is an all-reduce with `Sum`.
-fn all_reduce_axes(step: &BoxingStep) -> Option<Vec<usize>> {
-    (step.kind == StepKind::AllReduce(ReduceOp::Sum)).then(|| step.axes.clone())
-}
-
 fn can_bucket(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> bool {
-    let NodeOp::Boxing(step) = &node.op else { return false };
-    let input = node.inputs.first();
-    all_reduce_axes(step).is_some()
-        && input.is_some_and(|v| matches!(graph.producer(*v).op, NodeOp::Accumulate) && readers[v] == 1)
-        && input
-            .is_some_and(|v| graph.producer(*v).phase == Phase::Backward && graph.placement_of(*v) == node.placement)
+    let (NodeOp::Boxing(step), Some(input)) = (&node.op, node.inputs.first()) else { return false };
+    let producer = graph.producer(*input);
+    step.kind == StepKind::AllReduce(ReduceOp::Sum)
+        && matches!(producer.op, NodeOp::Accumulate)
+        && readers[input] == 1
+        && (producer.phase, producer.placement) == (Phase::Backward, node.placement)
 }
 
 /// Replaces the first member of each bucket by the bucket's node and removes the others.

@@ -45,10 +45,7 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
                 node_of.push(index);
             }
             Ok(None) => {}
-            Err(e) => {
-                let (name, location) = (node.name.clone(), node.location);
-                return graph.error(&name, e.to_string(), location);
-            }
+            Err(e) => return graph.node_error(index, e.to_string()),
         }
     }
     match choose_layouts(&problem, model) {
@@ -140,11 +137,7 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
     let rule = match &node.op {
         NodeOp::Kernel(Op::AdamW { .. }) => {
             // The gradient must have the parameter's layout.
-            let required = graph
-                .tensor(node.updates[0])
-                .layout
-                .clone()
-                .unwrap_or_else(|| NdSbp::broadcast(placement.axes().len()));
+            let required = graph.tensor(node.updates[0]).layout.clone().expect("the builder resolves the layout");
             let signature = NdSignature { inputs: vec![required], outputs: Vec::new() };
             let candidates = vec![Candidate { signature, compute_seconds: 0.0 }];
             let inputs = indices(&node.inputs[..1]);

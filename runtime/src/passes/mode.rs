@@ -27,10 +27,9 @@ pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
         }
         None if graph.objective.is_some() => {}
         None => {
-            let Some(node) = graph.nodes.iter().find(|node| is_dropout(node)) else { return };
-            let (name, location) = (node.name.clone(), node.location);
+            let Some(index) = graph.nodes.iter().position(is_dropout) else { return };
             let message = "the program has dropout but minimises nothing; compile it with `mode: Some(Mode::Evaluation)` to disable dropout, or with `mode: Some(Mode::Training)` to keep it";
-            graph.error(&name, message.to_string(), location);
+            graph.node_error(index, message);
         }
     }
 }

@@ -49,13 +49,11 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         let sums =
             graph.push("grad_squares", NodeOp::NormSums { indices }, &inputs, &[(shape, DType::F32, Rate::Step)], at)
                 [0];
-        squares.push((placement, sums));
+        squares.push((placement, sums, here));
     }
     graph.phase = Phase::Update;
-    for (placement, sums) in squares {
+    for (placement, sums, here) in squares {
         graph.current_placement = placement;
-        let here: Vec<(Var, Var)> =
-            summed.iter().copied().filter(|(p, _)| graph.placement_of(*p) == placement).collect();
         update_placement(graph, sums, &here, adamw);
         let location = graph.producer(sums).location;
         graph.push_output(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First), location);

@@ -16,7 +16,6 @@ pub type DeviceAction = (usize, ActionKey);
 /// A tensor's part on one device, identified by rank and tensor.
 pub type LocalTensor = (usize, Var);
 
-/// The storage of a local tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
     /// Scratch of the only action that makes and reads it.
@@ -30,7 +29,6 @@ pub enum Storage {
 /// A register before memory and slots are assigned.
 #[derive(Clone, Debug)]
 pub struct RegisterPlan {
-    /// The action that writes it.
     pub producer: DeviceAction,
     /// The actions that read it, sorted.
     pub readers: Vec<DeviceAction>,
@@ -76,7 +74,6 @@ pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
     }
 }
 
-/// Assigns every node and tensor.
 pub fn assign(graph: &Graph) -> Assignment {
     let mut out = Assignment { alias: aliases(graph), ..Assignment::default() };
     let mut producer: BTreeMap<LocalTensor, DeviceAction> = BTreeMap::new();
@@ -125,7 +122,6 @@ pub fn assign(graph: &Graph) -> Assignment {
     out
 }
 
-/// Finds the tensors that share another's memory.
 fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
     let mut alias = BTreeMap::new();
     for node in &graph.nodes {

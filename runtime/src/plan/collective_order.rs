@@ -10,7 +10,6 @@ use crate::plan::{ActionKey, Plan};
 /// Two members of a group that call different collectives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CollectiveMismatch {
-    /// Group id.
     pub group: u32,
     /// A member's rank and its calls.
     pub first: (usize, String),
@@ -57,7 +56,6 @@ pub fn check(plan: &Plan) -> Result<(), CollectiveMismatch> {
     check_action_order(plan)
 }
 
-/// Checks that all members of a group fire the actions that call its collectives in the same order.
 fn check_action_order(plan: &Plan) -> Result<(), CollectiveMismatch> {
     use shardflow_actors::spec::Firing;
     let mut seen: BTreeMap<u32, (usize, String)> = BTreeMap::new();

@@ -18,9 +18,7 @@ use crate::sbp::Sbp;
 
 /// The input of [`emit`] that all actions share.
 pub struct EmitContext<'a> {
-    /// The graph after all passes.
     pub graph: &'a Graph,
-    /// Actions and storage of tensors.
     pub assignment: &'a Assignment,
     /// The memory map, except scratch.
     pub arenas: &'a ArenaMap,
@@ -61,7 +59,6 @@ pub fn fuse_accumulation(graph: &Graph) -> BTreeMap<Var, Var> {
     fused
 }
 
-/// Emits one action.
 pub fn emit(
     context: &EmitContext<'_>,
     site: DeviceAction,
@@ -115,7 +112,6 @@ pub fn emit(
     EmittedAction { plan, inputs, outputs, scratch_bytes, groups }
 }
 
-/// The name of an action in plans and errors.
 pub fn action_name(graph: &Graph, key: ActionKey) -> String {
     match key {
         ActionKey::Feed(rate) => format!("feed ({rate})"),
@@ -158,11 +154,6 @@ struct Emitter<'a> {
 }
 
 impl Emitter<'_> {
-    fn device(&self) -> usize {
-        self.site.0
-    }
-
-    /// The buffer of a tensor's part on this device.
     fn buffer(&mut self, var: Var) -> Buffer {
         self.buffer_on(var, self.site.0)
     }
@@ -265,7 +256,6 @@ impl Emitter<'_> {
         }
     }
 
-    /// Launches a kernel on the parts of a node's tensors.
     fn launch_node(&mut self, node: &Node, op: Op, accumulate: bool) {
         let reads = node.inputs.iter().map(|v| self.buffer(*v)).collect();
         let writes = node.outputs.iter().chain(&node.updates).map(|v| self.buffer(*v)).collect();
@@ -275,7 +265,7 @@ impl Emitter<'_> {
     fn collective(&mut self, ranks: &[usize], kind: CollectiveKind, reads: Vec<Buffer>, writes: Vec<Buffer>) {
         let group = (self.group_ids)(ranks);
         let member =
-            ranks.iter().position(|r| *r == self.device()).expect("a device calls only collectives of its own groups");
+            ranks.iter().position(|r| *r == self.site.0).expect("a device calls only collectives of its own groups");
         self.groups.insert(ranks.to_vec());
         self.launch(Op::Collective(CollectiveCall { group, member, kind }), reads, writes, false);
     }
@@ -283,7 +273,7 @@ impl Emitter<'_> {
     fn emit_boxing(&mut self, node: &Node) {
         let NodeOp::Boxing(step) = &node.op else { return };
         let placement = &self.context.graph.placements[node.placement];
-        let Some(position) = placement.index_of(self.device()) else { return };
+        let Some(position) = placement.index_of(self.site.0) else { return };
         match step.local(position) {
             LocalStep::Keep => {
                 // If other devices change their part, the output has its own buffer on this device too.
@@ -320,10 +310,10 @@ impl Emitter<'_> {
     fn emit_bucket(&mut self, node: &Node, axes: &[usize]) {
         let graph = self.context.graph;
         let placement = &graph.placements[node.placement];
-        let ranks = group_of(placement.groups(axes), self.device());
+        let ranks = group_of(placement.groups(axes), self.site.0);
         let first = self.buffer(node.inputs[0]);
         let Storage::Register(register) =
-            self.context.assignment.storage[&(self.device(), self.context.assignment.resolve_alias(node.inputs[0]))]
+            self.context.assignment.storage[&(self.site.0, self.context.assignment.resolve_alias(node.inputs[0]))]
         else {
             return;
         };
@@ -339,7 +329,7 @@ impl Emitter<'_> {
         let sums = self.buffer(node.outputs[0]);
         self.launch(Op::Fill { value: 0.0 }, vec![], vec![sums.clone()], false);
         let placement = &graph.placements[node.placement];
-        let Some(position) = placement.index_of(self.device()) else { return };
+        let Some(position) = placement.index_of(self.site.0) else { return };
         let coords = placement.coords(position);
         for (grad, index) in node.inputs.iter().zip(indices) {
             let layout = graph.tensor(*grad).layout.as_ref().expect("the layout pass gives every tensor a layout");
@@ -355,10 +345,7 @@ impl Emitter<'_> {
         let graph = self.context.graph;
         let mut ranks: Vec<usize> = (0..graph.mesh.device_count()).collect();
         ranks.retain(|rank| self.context.assignment.actions.contains_key(&(*rank, ActionKey::Update)));
-        let total = match self.norm_total.take() {
-            Some(total) => total,
-            None => self.norm_total(&ranks),
-        };
+        let total = self.norm_total.take().unwrap_or_else(|| self.norm_total(&ranks));
         let writes = node.outputs.iter().map(|v| self.buffer(*v)).collect();
         self.launch(Op::ClipScale { max_norm }, vec![total.clone()], writes, false);
         self.norm_total = Some(total);
@@ -386,7 +373,6 @@ impl Emitter<'_> {
         sums
     }
 
-    /// The host's transfer of these tensors.
     fn host_port(&mut self, vars: Vec<Var>) -> HostPort {
         let buffers: Vec<Buffer> = vars.iter().map(|v| self.buffer(*v)).collect();
         HostPort { vars, buffers }
@@ -424,7 +410,6 @@ impl Emitter<'_> {
     }
 }
 
-/// The group that contains a device.
 pub fn group_of(groups: Vec<Vec<usize>>, device: usize) -> Vec<usize> {
     groups.into_iter().find(|g| g.contains(&device)).unwrap_or_else(|| vec![device])
 }

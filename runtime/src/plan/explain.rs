@@ -58,25 +58,19 @@ impl Plan {
 
     /// Every layout or placement change in order, with the bytes that the busiest device receives.
     fn write_boxing(&self, out: &mut String) -> fmt::Result {
-        writeln!(
-            out,
-            "\nlayout changes (bytes into the busiest device; per micro-batch, in norm and update per step)"
-        )?;
+        let units = "bytes into the busiest device; per micro-batch, in norm and update per step";
+        writeln!(out, "\nlayout changes ({units})")?;
         for node in self.graph.nodes() {
-            let phase = node.phase;
+            let (phase, name) = (node.phase, &node.name);
             let (file, line) = (node.location.file(), node.location.line());
             match &node.op {
-                NodeOp::Boxing(step) => writeln!(out, "  {phase:<8} {}: {step}  ({file}:{line})", node.name)?,
+                NodeOp::Boxing(step) => writeln!(out, "  {phase:<8} {name}: {step}  ({file}:{line})")?,
                 NodeOp::Bucket { axes } => {
                     let placement = &self.graph.placements()[node.placement];
                     let names: Vec<&str> = axes.iter().map(|a| placement.axes()[*a].name.as_str()).collect();
                     let gradients = counted(node.inputs.len(), "gradient");
                     let over = names.join("+");
-                    writeln!(
-                        out,
-                        "  {phase:<8} {}: all-reduce of {gradients} over {over}, while backward runs",
-                        node.name
-                    )?;
+                    writeln!(out, "  {phase:<8} {name}: all-reduce of {gradients} over {over}, while backward runs")?;
                 }
                 _ => {}
             }
@@ -107,10 +101,7 @@ impl Plan {
 
     fn write_registers(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "\nregisters (slots x bytes)")?;
-        let reader = |r: &RegisterReader| {
-            let actor = &self.spec.actors[r.actor.0 as usize];
-            format!("{} {}", actor.name, actor.actions[r.action as usize].name)
-        };
+        let reader = |r: &RegisterReader| self.spec.action_name(r.actor, r.action);
         for RegisterSpec { name, slots, slot_bytes, readers, .. } in &self.spec.registers {
             let readers: Vec<String> = readers.iter().map(reader).collect();
             writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;
@@ -127,7 +118,6 @@ impl Plan {
     }
 }
 
-/// The text that `write` writes.
 pub(super) fn text_of(write: impl FnOnce(&mut String) -> fmt::Result) -> String {
     let mut out = String::new();
     // Writing to a String cannot fail.

@@ -15,24 +15,9 @@ use crate::graph::{Graph, Rate};
 use crate::plan::assign::{Assignment, DeviceAction, RegisterPlan, assign};
 use crate::plan::emit::{EmitContext, EmittedAction, action_name, emit, fuse_accumulation};
 use crate::plan::memory::{ArenaMap, align, lay_out};
-use crate::plan::slots::{StageCosts, in_flight, slots, stages};
+use crate::plan::slots::{in_flight, slots, stages};
 use crate::plan::{ActionKey, Plan, Schedule};
 
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LowerOptions {
-    /// Micro-batches per step.
-    pub micro_batches: usize,
-    /// The schedule of the pipeline.
-    pub schedule: Schedule,
-    /// Threads of a compute stream.
-    pub threads_per_device: usize,
-    /// Durations from which credits are computed.
-    pub costs: StageCosts,
-    /// The kind of the devices.
-    pub device: DeviceKind,
-}
-
-/// The stream on which an action runs.
 pub fn stream_of(key: ActionKey) -> StreamKind {
     match key {
         ActionKey::Forward | ActionKey::Backward | ActionKey::Norm | ActionKey::Update => StreamKind::Compute,
@@ -42,10 +27,16 @@ pub fn stream_of(key: ActionKey) -> StreamKind {
 }
 
 /// Lowers a graph on which the layout, boxing and bucket passes have run.
-pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
+pub fn lower(
+    graph: Graph,
+    micro_batches: usize,
+    schedule: Schedule,
+    threads_per_device: usize,
+    device: DeviceKind,
+) -> Plan {
     let assignment = assign(&graph);
-    let flight = in_flight(&graph, options.schedule, options.micro_batches, options.costs);
-    let counts = slots(&graph, &assignment, &flight, options.micro_batches);
+    let flight = in_flight(&graph, schedule, micro_batches);
+    let counts = slots(&graph, &assignment, &flight, micro_batches);
     let arenas = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
 
     let actors = number_actors(&assignment);
@@ -54,8 +45,7 @@ pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
     let mut emitted: BTreeMap<DeviceAction, EmittedAction> = BTreeMap::new();
     for (site, nodes) in &assignment.actions {
         let stream = stream_of(site.1);
-        let (device, fused) = (options.device, &fused);
-        let context = EmitContext { graph: &graph, assignment: &assignment, arenas: &arenas, fused, device };
+        let context = EmitContext { graph: &graph, assignment: &assignment, arenas: &arenas, fused: &fused, device };
         let action = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
         emitted.insert(*site, action);
     }
@@ -69,7 +59,7 @@ pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
         let mut scratch_bytes = 0;
         for site in sites {
             let action = &emitted[site];
-            specs.push(action_spec(&assignment, *site, action, &options, &mut groups));
+            specs.push(action_spec(&assignment, *site, action, (micro_batches, schedule), &mut groups));
             scratch_bytes = scratch_bytes.max(action.scratch_bytes);
             plans.push(action.plan.clone());
         }
@@ -79,7 +69,7 @@ pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
         memory.scratch.insert(ActorId(index as u32), (start, scratch_bytes));
         let limit =
             stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
-        let firing = firing(sites, &specs, &options, limit as usize);
+        let firing = firing(sites, &specs, micro_batches, limit as usize);
         let name = format!("device {device} {}", stream_name(*stream));
         spec.actors.push(ActorSpec { name, device: *device, stream: *stream, firing, actions: specs });
         actions.push(plans);
@@ -109,14 +99,14 @@ pub fn lower(graph: Graph, options: LowerOptions) -> Plan {
         actions,
         registers: places,
         memory,
-        micro_batches: options.micro_batches,
-        schedule: options.schedule,
-        threads_per_device: options.threads_per_device,
-        device: options.device,
+        micro_batches,
+        schedule,
+        threads_per_device,
+        device,
         memory_bytes: None,
         in_flight: flight,
     };
-    plan.set_threads(options.threads_per_device);
+    plan.set_threads(threads_per_device);
     plan
 }
 
@@ -180,10 +170,10 @@ fn action_spec(
     assignment: &Assignment,
     site: DeviceAction,
     emitted: &EmittedAction,
-    options: &LowerOptions,
+    (micro_batches, schedule): (usize, Schedule),
     groups: &mut Groups,
 ) -> ActionSpec {
-    let per_step = |rate: Rate| rate.per_step(options.micro_batches) as u32;
+    let per_step = |rate: Rate| rate.per_step(micro_batches) as u32;
     let firings = per_step(rate_of(assignment, site));
     let pieces = |register: usize| per_step(assignment.registers[register].rate);
     let inputs = emitted
@@ -195,7 +185,7 @@ fn action_spec(
         firings_per_piece: firings / pieces(*r),
         early: emitted.plan.signals.iter().any(|s| s.1 == port as u32),
     });
-    let forward_first = options.schedule == Schedule::GPipe;
+    let forward_first = schedule == Schedule::GPipe;
     let priority = match site.1 {
         ActionKey::Forward => i32::from(!forward_first),
         ActionKey::Backward => i32::from(forward_first),
@@ -217,19 +207,18 @@ fn action_spec(
 
 /// The order in which an actor fires. If its actions call collectives, all members of a group must fire in the same
 /// order independent of timing, so the schedule is an explicit list; otherwise credits decide.
-fn firing(sites: &[DeviceAction], specs: &[ActionSpec], options: &LowerOptions, in_flight: usize) -> Firing {
+fn firing(sites: &[DeviceAction], specs: &[ActionSpec], micro_batches: usize, in_flight: usize) -> Firing {
     if specs.iter().all(|s| s.groups.is_empty()) {
         return Firing::Credit;
     }
     let index = |key: ActionKey| sites.iter().position(|s| s.1 == key).map(|i| i as u32);
     let mut list = Vec::new();
     let (forward, backward) = (index(ActionKey::Forward), index(ActionKey::Backward));
-    let count = options.micro_batches;
-    let ahead = if backward.is_some() { in_flight.min(count) } else { count };
+    let ahead = if backward.is_some() { in_flight.min(micro_batches) } else { micro_batches };
     list.extend((0..ahead).filter_map(|_| forward));
-    for micro_batch in 0..count {
+    for micro_batch in 0..micro_batches {
         list.extend(backward);
-        if micro_batch + ahead < count {
+        if micro_batch + ahead < micro_batches {
             list.extend(forward);
         }
     }
@@ -239,7 +228,6 @@ fn firing(sites: &[DeviceAction], specs: &[ActionSpec], options: &LowerOptions, 
     Firing::Ordered(list)
 }
 
-/// The group of a launch that is a collective.
 fn group_of(launch: &Launch) -> Option<u32> {
     match &launch.op {
         Op::Collective(call) => Some(call.group.id),

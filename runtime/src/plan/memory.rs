@@ -20,7 +20,6 @@ pub fn local_shape(graph: &Graph, var: Var, device: usize) -> Vec<usize> {
     local_part(graph, var, device).size
 }
 
-/// A tensor's part on one device.
 pub fn local_part(graph: &Graph, var: Var, device: usize) -> shardflow_kernels::tensor::Region {
     let placement = &graph.placements[graph.placement_of(var)];
     let info = graph.tensor(var);
@@ -29,7 +28,6 @@ pub fn local_part(graph: &Graph, var: Var, device: usize) -> shardflow_kernels::
     local_region(&info.shape, layout, placement, index)
 }
 
-/// Bytes of a tensor's part on one device.
 pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {
     element_count(&local_shape(graph, var, device)) * graph.tensor(var).dtype.bytes()
 }
@@ -48,11 +46,8 @@ fn slot_offsets(graph: &Graph, tensors: &[Var], device: usize) -> (BTreeMap<Var,
 /// The size and lifetime of a scratch buffer, in launches of one action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interval {
-    /// Size, bytes.
     pub bytes: usize,
-    /// First launch that uses it.
     pub first: usize,
-    /// Last launch that uses it.
     pub last: usize,
 }
 
@@ -90,7 +85,6 @@ pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
 /// The memory map of all devices, except scratch.
 #[derive(Clone, Debug)]
 pub struct ArenaMap {
-    /// The memory of each register.
     pub registers: Vec<RegisterPlace>,
     /// By register: the offset of each of its tensors in a slot.
     pub slot_offsets: Vec<BTreeMap<Var, usize>>,

@@ -52,12 +52,8 @@ impl Plan {
                 });
                 let step_bytes = pieces.max().unwrap_or(0) * register.slot_bytes as u64;
                 let edge = edges.entry((register.producer.0, reader)).or_default();
-                edge.registers.push(format!(
-                    "{}, {} x {}",
-                    register.name,
-                    register.slots,
-                    bytes_or_signal(register.slot_bytes as u64)
-                ));
+                let bytes = bytes_or_signal(register.slot_bytes as u64);
+                edge.registers.push(format!("{}, {} x {bytes}", register.name, register.slots));
                 edge.step_bytes += step_bytes;
             }
         }
@@ -98,11 +94,8 @@ impl Plan {
         self.write_memory_bars(out)?;
         self.write_changes(out)?;
         self.write_layouts(out)?;
-        writeln!(
-            out,
-            "<h2>Full plan</h2><details><summary>as text</summary><pre>{}</pre></details>",
-            escaped(&self.explain())
-        )
+        let text = escaped(&self.explain());
+        writeln!(out, "<h2>Full plan</h2><details><summary>as text</summary><pre>{text}</pre></details>")
     }
 
     /// Writes a column for each device with a box for each of its actors.
@@ -171,13 +164,9 @@ impl Plan {
             parts.iter().try_for_each(|(_, bytes)| write!(out, "<td>{}", size(*bytes as u64)))?;
             write!(out, "<td class=bar>")?;
             for (name, bytes) in parts {
-                let (percent, class) =
-                    (bytes as f64 * 100.0 / most as f64, name.split(' ').next_back().unwrap_or(name));
-                write!(
-                    out,
-                    "<i class={class} style=\"width:{percent:.2}%\" title=\"{name}: {}\"></i>",
-                    size(bytes as u64)
-                )?;
+                let percent = bytes as f64 * 100.0 / most as f64;
+                let (class, bytes) = (name.split(' ').next_back().unwrap_or(name), size(bytes as u64));
+                write!(out, "<i class={class} style=\"width:{percent:.2}%\" title=\"{name}: {bytes}\"></i>")?;
             }
         }
         writeln!(out, "</table>")

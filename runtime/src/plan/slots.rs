@@ -8,23 +8,11 @@ use crate::graph::{Graph, NodeOp, Phase, Rate};
 use crate::plan::assign::{Assignment, RegisterPlan};
 use crate::plan::{ActionKey, Schedule};
 
-/// Relative durations from which credits are computed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct StageCosts {
-    /// Forward of one micro-batch through one stage.
-    pub forward: u64,
-    /// Backward of one micro-batch through one stage.
-    pub backward: u64,
-    /// From the end of an action to the start of the waiting action on the next stage.
-    pub hop: u64,
-}
-
-impl Default for StageCosts {
-    /// Backward takes twice as long as forward; a hop takes a tenth of a forward.
-    fn default() -> Self {
-        Self { forward: 10, backward: 20, hop: 1 }
-    }
-}
+/// Relative durations from which credits are computed: of one micro-batch through one stage, and from the end of an
+/// action to the start of the waiting action on the next stage.
+const FORWARD: u64 = 10;
+const BACKWARD: u64 = 20;
+const HOP: u64 = 1;
 
 /// The placements with forward work, in the order of the graph, which is the order of the pipeline.
 pub fn stages(graph: &Graph) -> Vec<usize> {
@@ -39,7 +27,7 @@ pub fn stages(graph: &Graph) -> Vec<usize> {
 }
 
 /// Maximum forward micro-batches in flight, by placement.
-pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize, costs: StageCosts) -> Vec<u32> {
+pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize) -> Vec<u32> {
     let stages = stages(graph);
     let mut out = vec![1; graph.placements.len()];
     for (position, placement) in stages.iter().enumerate() {
@@ -47,7 +35,7 @@ pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize, costs:
             Schedule::GPipe => micro_batches as u32,
             Schedule::OneFOneB => {
                 let (stages, position, count) = (stages.len() as u32, position as u32, micro_batches as u32);
-                credits::pipeline(stages, position, count, costs.forward, costs.backward, costs.hop)
+                credits::pipeline(stages, position, count, FORWARD, BACKWARD, HOP)
             }
         };
         out[*placement] = count.clamp(1, micro_batches.max(1) as u32);
@@ -55,7 +43,6 @@ pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize, costs:
     out
 }
 
-/// Number of slots of each register.
 pub fn slots(graph: &Graph, assignment: &Assignment, in_flight: &[u32], micro_batches: usize) -> Vec<u32> {
     let mut placement_of: BTreeMap<usize, usize> = BTreeMap::new();
     for placement in stages(graph) {

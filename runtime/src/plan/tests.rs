@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use expect_test::{Expect, expect};
+use expect_test::expect;
 use shardflow_actors::simulate::{Jitter, SimulatedRun, SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{Firing, RegisterSpec, Spec, StreamKind};
 use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
@@ -11,7 +11,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use super::validate::validate;
-use super::{ActionKey, Plan, Schedule};
+use super::{ActionKey, Plan, RegisterPlace, Schedule};
 use crate::graph::{AdamW, Graph};
 use crate::nn::{self, GptConfig};
 use crate::passes::{CompileError, CompileOptions, compile};
@@ -63,47 +63,29 @@ fn plans_for_many_meshes_are_valid_and_deterministic() {
     }
 }
 
-/// Changes a valid plan with `corrupt` and checks the error.
-fn check_refused(mesh: &str, schedule: Schedule, corrupt: impl FnOnce(&mut Plan), expect: Expect) {
+/// Changes a valid plan with `corrupt` and returns the error.
+fn refused(mesh: &str, schedule: Schedule, corrupt: impl FnOnce(&mut Plan)) -> String {
     let mut plan = gpt(mesh, 4, schedule);
     corrupt(&mut plan);
-    let error = validate(&plan).expect_err("the plan is corrupt");
-    expect.assert_eq(&error.to_string());
+    validate(&plan).expect_err("the plan is corrupt").to_string()
 }
 
-/// The register with the activations that forward keeps for backward.
-fn stash(plan: &Plan) -> usize {
-    let is_stash = |r: &RegisterSpec| r.name.starts_with("device 0 forward/") && r.slots > 1;
-    plan.spec.registers.iter().position(is_stash).expect("forward has a stash")
+/// Changes the register with the activations that forward keeps for backward.
+fn change_stash(change: fn(&mut RegisterSpec, &mut RegisterPlace)) -> impl FnOnce(&mut Plan) {
+    move |plan| {
+        let is_stash = |r: &RegisterSpec| r.name.starts_with("device 0 forward/") && r.slots > 1;
+        let stash = plan.spec.registers.iter().position(is_stash).expect("forward has a stash");
+        change(&mut plan.spec.registers[stash], &mut plan.registers[stash]);
+    }
 }
 
 /// GPipe runs all forwards first, but the stash has only one slot.
 #[test]
 fn a_register_with_too_few_slots_is_refused_with_the_deadlock_cycle() {
-    let lower = |plan: &mut Plan| {
-        let stash = stash(plan);
-        plan.spec.registers[stash].slots = 1;
-    };
-    check_refused(
-        "tensor=2",
-        Schedule::GPipe,
-        lower,
-        expect![
-            "the plan cannot run to completion: deadlock: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward; which closes the cycle"
-        ],
-    );
-    let lower = |plan: &mut Plan| {
-        let stash = stash(plan);
-        plan.spec.registers[stash].slots = 0;
-    };
-    check_refused(
-        "tensor=2",
-        Schedule::GPipe,
-        lower,
-        expect![
-            "the plan cannot run to completion: register 'device 0 forward/dropout.6 (+66)': slots is 0, expected at least 1"
-        ],
-    );
+    let error = refused("tensor=2", Schedule::GPipe, change_stash(|r, _| r.slots = 1));
+    expect!["the plan cannot run to completion: deadlock: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward; which closes the cycle"].assert_eq(&error);
+    let error = refused("tensor=2", Schedule::GPipe, change_stash(|r, _| r.slots = 0));
+    expect!["the plan cannot run to completion: register 'device 0 forward/dropout.6 (+66)': slots is 0, expected at least 1"].assert_eq(&error);
 }
 
 #[test]
@@ -115,14 +97,8 @@ fn a_different_action_order_on_one_device_is_refused_with_the_group() {
         };
         list.swap(3, 4);
     };
-    check_refused(
-        "tensor=2",
-        Schedule::GPipe,
-        reorder,
-        expect![
-            "devices 0 and 1 call different collectives of group 0: forward forward forward forward backward backward backward backward versus forward forward forward backward forward backward backward backward"
-        ],
-    );
+    let error = refused("tensor=2", Schedule::GPipe, reorder);
+    expect!["devices 0 and 1 call different collectives of group 0: forward forward forward forward backward backward backward backward versus forward forward forward backward forward backward backward backward"].assert_eq(&error);
 }
 
 #[test]
@@ -136,14 +112,8 @@ fn a_different_collective_on_one_device_is_refused_with_the_group() {
         let call = call.into_iter().find(|c| c.kind == sum).expect("forward sums activations");
         call.kind = CollectiveKind::AllReduce { op: ReduceOp::Max };
     };
-    check_refused(
-        "tensor=2",
-        Schedule::OneFOneB,
-        change,
-        expect![
-            "devices 0 and 1 call different collectives of group 0: AllReduce { op: Sum } as call 0 of forward versus AllReduce { op: Max } as call 0 of forward"
-        ],
-    );
+    let error = refused("tensor=2", Schedule::OneFOneB, change);
+    expect!["devices 0 and 1 call different collectives of group 0: AllReduce { op: Sum } as call 0 of forward versus AllReduce { op: Max } as call 0 of forward"].assert_eq(&error);
 }
 
 #[test]
@@ -152,55 +122,26 @@ fn a_fetch_of_an_update_output_is_refused() {
         let norms = plan.actions.iter_mut().flatten().filter(|action| action.key == ActionKey::Norm);
         norms.for_each(|norm| norm.key = ActionKey::Update);
     };
-    check_refused(
-        "stage=2",
-        Schedule::OneFOneB,
-        make_update,
-        expect![
-            "the plan cannot run to completion: the host fetches register 'device 0 norm/grad_squares.237', which the update writes, but the update starts only after that fetch"
-        ],
-    );
+    let error = refused("stage=2", Schedule::OneFOneB, make_update);
+    expect!["the plan cannot run to completion: the host fetches register 'device 0 norm/grad_squares.237', which the update writes, but the update starts only after that fetch"].assert_eq(&error);
 }
 
 #[test]
 fn a_register_that_is_too_small_is_refused_with_the_buffer() {
-    let shrink = |plan: &mut Plan| {
-        let stash = stash(plan);
-        plan.registers[stash].stride -= 256;
-    };
-    check_refused(
-        "stage=2",
-        Schedule::OneFOneB,
-        shrink,
-        expect![
-            "device 0 compute forward: launch 27 (gelu): a buffer ends at byte 6912, but its memory has only 6656 bytes"
-        ],
-    );
+    let error = refused("stage=2", Schedule::OneFOneB, change_stash(|_, place| place.stride -= 256));
+    let expected =
+        "device 0 compute forward: launch 27 (gelu): a buffer ends at byte 6912, but its memory has only 6656 bytes";
+    assert_eq!(error, expected);
 }
 
 #[test]
 fn overlapping_parts_of_an_arena_are_refused() {
-    let grow = |plan: &mut Plan| {
-        let stash = stash(plan);
-        plan.spec.registers[stash].slots += 1;
-    };
-    check_refused(
-        "stage=2",
-        Schedule::OneFOneB,
-        grow,
-        expect![
-            "device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, but register 'device 0 parameters/h.0.ln1.weight (+15)' starts at byte 35200"
-        ],
-    );
-    let cut = |plan: &mut Plan| plan.memory[1].arena_bytes -= 64;
-    check_refused(
-        "stage=2",
-        Schedule::OneFOneB,
-        cut,
-        expect![
-            "device 1: scratch of device 1 compute ends at byte 37632, but the memory after the arena starts at byte 37568"
-        ],
-    );
+    let error = refused("stage=2", Schedule::OneFOneB, change_stash(|r, _| r.slots += 1));
+    expect!["device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, but register 'device 0 parameters/h.0.ln1.weight (+15)' starts at byte 35200"].assert_eq(&error);
+    let error = refused("stage=2", Schedule::OneFOneB, |plan| plan.memory[1].arena_bytes -= 64);
+    let expected =
+        "device 1: scratch of device 1 compute ends at byte 37632, but the memory after the arena starts at byte 37568";
+    assert_eq!(error, expected);
 }
 
 const FORWARD: u64 = 10;
@@ -237,11 +178,7 @@ fn both_pipeline_schedules_take_the_minimum_time() {
     }
     // Hop latency delays filling and draining the pipeline and the host's decision, but not each micro-batch.
     let makespan = |schedule| run(&gpt("stage=4", 8, schedule), u32::MAX, 1, None).makespan;
-    expect!["gpipe 345, 1f1b 345"].assert_eq(&format!(
-        "gpipe {}, 1f1b {}",
-        makespan(Schedule::GPipe),
-        makespan(Schedule::OneFOneB)
-    ));
+    assert_eq!(SCHEDULES.map(makespan), [345, 345]);
 }
 
 #[test]

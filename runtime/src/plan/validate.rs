@@ -12,7 +12,7 @@ use crate::plan::{ActionKey, BaseKey, DeviceMemory, Plan};
 
 /// Why a plan is refused.
 #[derive(Clone, Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "the messages explain the fields")]
+#[allow(missing_docs, reason = "the messages explain variants and fields")]
 pub enum PlanError {
     /// It would deadlock, or it violates a rule of the protocol.
     #[error("the plan cannot run to completion: {0}")]
@@ -23,12 +23,10 @@ pub enum PlanError {
         .0.first.0, .0.second.0, .0.group, .0.first.1, .0.second.1
     )]
     CollectiveOrder(CollectiveMismatch),
-    /// A device has less memory than the plan needs.
     #[error(
         "the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices"
     )]
     Memory { budget: usize, table: String },
-    /// A node has less free memory than its processes need.
     #[error(
         "the plan does not fit: this node has {budget} bytes free ({bound}), but the job needs {needed} bytes\n{table}reduce \
          the batch, use more micro-batches or more nodes, or give the job more memory"
@@ -68,7 +66,7 @@ fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
         let specs = &plan.spec.actors[index].actions;
         let fetches = actions.iter().zip(specs).filter(|(action, _)| matches!(action.key, ActionKey::Fetch(_)));
         for register in fetches.flat_map(|(_, spec)| spec.inputs.iter().map(|input| input.register)) {
-            let producer = plan.spec.registers[register.0 as usize].producer;
+            let producer = plan.spec.register(register).producer;
             let writer = plan.spec.writer(register).map(|(action, _)| key((producer, action)));
             if matches!(writer, Some(ActionKey::Decide | ActionKey::Update)) {
                 let name = plan.spec.register_name(register);
@@ -97,11 +95,9 @@ pub fn memory(plan: &Plan) -> Result<(), PlanError> {
 
 /// Checks that fixed tensors, slots and scratch of a device do not overlap and end within its arena.
 fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
+    let after = "the memory after the arena";
     let ends = |m: &DeviceMemory| {
-        vec![
-            (0, m.fixed_bytes, "fixed tensors".to_string()),
-            (m.arena_bytes, usize::MAX, "the memory after the arena".into()),
-        ]
+        vec![(0, m.fixed_bytes, "fixed tensors".to_string()), (m.arena_bytes, usize::MAX, after.into())]
     };
     let mut parts: Vec<Vec<(usize, usize, String)>> = plan.memory.iter().map(ends).collect();
     for (place, register) in plan.registers.iter().zip(&plan.spec.registers) {
@@ -110,7 +106,7 @@ fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
     }
     for (memory, parts) in plan.memory.iter().zip(&mut parts) {
         let scratch = memory.scratch.iter().map(|(actor, (start, bytes))| {
-            (*start, start + bytes, format!("scratch of {}", plan.spec.actors[actor.0 as usize].name))
+            (*start, start + bytes, format!("scratch of {}", plan.spec.actor(*actor).name))
         });
         parts.extend(scratch);
     }
@@ -132,10 +128,7 @@ fn check_bounds(plan: &Plan) -> Result<(), PlanError> {
             let memory = &plan.memory[actor.device];
             let size = |base: usize| match action.bases[base] {
                 BaseKey::Fixed => memory.arena_bytes,
-                BaseKey::Scratch => {
-                    let id = ActorId(index as u32);
-                    memory.scratch.get(&id).map_or(0, |s| s.1)
-                }
+                BaseKey::Scratch => memory.scratch.get(&ActorId(index as u32)).map_or(0, |s| s.1),
                 BaseKey::Input(port) => plan.register_place(spec.inputs[port].register).stride,
                 BaseKey::Output(port) => plan.register_place(spec.outputs[port].register).stride,
             };

@@ -34,14 +34,11 @@ const SWEEPS_MAX: usize = 16;
 /// Relative difference below which costs count as equal: the order of a sum changes its rounding.
 const TIE: f64 = 1e-9;
 
-/// A tensor of a [`Problem`].
 #[derive(Clone, Debug)]
 pub struct TensorSpec {
-    /// The name in errors.
     pub name: String,
     /// Shape of the whole tensor.
     pub shape: Vec<usize>,
-    /// Element type.
     pub dtype: DType,
     /// The required layout, if there is one. A tensor that no node produces must have one.
     pub pinned: Option<PlacedLayout>,
@@ -52,18 +49,14 @@ pub struct TensorSpec {
 /// One possible signature of a node.
 #[derive(Clone, Debug)]
 pub struct Candidate {
-    /// Layouts of the operands.
     pub signature: NdSignature,
     /// Seconds on the busiest device.
     pub compute_seconds: f64,
 }
 
-/// An op of a [`Problem`].
 #[derive(Clone, Debug)]
 pub struct NodeSpec {
-    /// The name in errors.
     pub name: String,
-    /// The placement it runs on.
     pub placement: Placement,
     /// Indices of the tensors it reads.
     pub inputs: Vec<usize>,
@@ -76,23 +69,9 @@ pub struct NodeSpec {
 /// The input of the search: nodes in topological order, and their tensors.
 #[derive(Clone, Debug, Default)]
 pub struct Problem {
-    /// The tensors; nodes refer to them by index.
     pub tensors: Vec<TensorSpec>,
     /// The nodes. Each reads only tensors that are pinned or produced by earlier nodes.
     pub nodes: Vec<NodeSpec>,
-}
-
-/// A layout change that a choice requires.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Conversion {
-    /// Index of the tensor.
-    pub tensor: usize,
-    /// The tensor's layout.
-    pub from: PlacedLayout,
-    /// The layout that readers require.
-    pub to: PlacedLayout,
-    /// The cost of boxing.
-    pub cost_seconds: f64,
 }
 
 /// The solution of a [`Problem`].
@@ -102,8 +81,9 @@ pub struct Choice {
     pub candidates: Vec<usize>,
     /// For each tensor, its layout (the pinned one, if there is one).
     pub layouts: Vec<PlacedLayout>,
-    /// All layout changes between nodes, by tensor, without the reductions of outputs (CH-2).
-    pub conversions: Vec<Conversion>,
+    /// All layout changes between nodes, without the reductions of outputs (CH-2): tensor, its layout, and the layout
+    /// that readers require.
+    pub conversions: Vec<(usize, PlacedLayout, PlacedLayout)>,
     /// The value of the objective.
     pub cost_seconds: f64,
 }
@@ -166,7 +146,6 @@ struct Chooser<'a> {
     producers: Vec<Option<(usize, usize)>>,
     /// For each tensor, the `(node, input)` pairs that read it, in order.
     readers: Vec<Vec<(usize, usize)>>,
-    /// The candidates of each node.
     candidates: Vec<Vec<InternedCandidate>>,
 }
 
@@ -196,7 +175,6 @@ struct Extension {
     candidate: usize,
     /// The cost plus pending costs.
     rank_seconds: f64,
-    /// How many inputs are converted.
     conversions: usize,
 }
 
@@ -402,12 +380,10 @@ impl<'a> Chooser<'a> {
         let cost_seconds = self.objective_seconds(&candidates);
         let (mut layouts, mut conversions) = (Vec::new(), Vec::new());
         for tensor in 0..self.shapes.len() {
-            for (from, to) in self.conversions_of(tensor, &candidates) {
-                let cost_seconds = self.boxing(tensor, from, to);
-                let layout = |id| self.costs.layout(id).clone();
-                conversions.push(Conversion { tensor, from: layout(from), to: layout(to), cost_seconds });
-            }
-            layouts.push(self.costs.layout(self.layouts_of(tensor, &candidates).0).clone());
+            let layout = |id| self.costs.layout(id).clone();
+            let pairs = self.conversions_of(tensor, &candidates).into_iter();
+            conversions.extend(pairs.map(|(from, to)| (tensor, layout(from), layout(to))));
+            layouts.push(layout(self.layouts_of(tensor, &candidates).0));
         }
         Choice { candidates, layouts, conversions, cost_seconds }
     }

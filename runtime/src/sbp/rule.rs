@@ -133,10 +133,8 @@ impl Rule {
     pub fn linear(mut self, sets: &[&[usize]]) -> Result<Self, LayoutError> {
         for set in sets {
             if set.is_empty() || set.iter().any(|&i| i >= self.inputs.len()) {
-                return Err(self.error(format!(
-                    "linear inputs {set:?}: expected one or more indices below {}",
-                    self.inputs.len()
-                )));
+                let count = self.inputs.len();
+                return Err(self.error(format!("linear inputs {set:?}: expected one or more indices below {count}")));
             }
             self.linear.push(set.to_vec());
         }
@@ -294,30 +292,26 @@ pub fn plausible_shapes(text: &str, inputs: &[&[usize]]) -> Vec<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use expect_test::{Expect, expect};
+    use expect_test::expect;
 
     use super::*;
 
-    fn check(rule: &Rule, axes: usize, expected: Expect) {
-        let lines: Vec<String> = rule.signatures(axes).iter().map(NdSignature::to_string).collect();
-        expected.assert_eq(&lines.join("\n"));
+    fn signatures(rule: &Rule) -> String {
+        rule.signatures(1).iter().map(NdSignature::to_string).collect::<Vec<_>>().join("\n")
     }
 
     #[test]
     fn a_product_can_split_each_factor() {
         let rule = Rule::parse("btc,vc->btv").unwrap().linear(&[&[0], &[1]]).unwrap();
-        check(
-            &rule,
-            1,
-            expect![[r#"
-                (S0), (B) -> (S0)
-                (S1), (B) -> (S1)
-                (S2), (S1) -> (P)
-                (B), (S0) -> (S2)
-                (B), (B) -> (B)
-                (P), (B) -> (P)
-                (B), (P) -> (P)"#]],
-        );
+        expect![[r#"
+            (S0), (B) -> (S0)
+            (S1), (B) -> (S1)
+            (S2), (S1) -> (P)
+            (B), (S0) -> (S2)
+            (B), (B) -> (B)
+            (P), (B) -> (P)
+            (B), (P) -> (P)"#]]
+        .assert_eq(&signatures(&rule));
         assert_eq!(rule.signatures(2).len(), 49);
         assert_eq!(rule.signatures(2)[2].to_string(), "(S0, S2), (B, S1) -> (S0, P)");
         assert_eq!(rule.signatures(0)[0].to_string(), "(), () -> ()");
@@ -326,20 +320,17 @@ mod tests {
     #[test]
     fn a_norm_does_not_split_its_channels() {
         let rule = Rule::parse("btc,c->btc,bt,bt").unwrap().fixed("c").unwrap();
-        check(
-            &rule,
-            1,
-            expect![[r#"
-                (S0), (B) -> (S0), (S0), (S0)
-                (S1), (B) -> (S1), (S1), (S1)
-                (B), (B) -> (B), (B), (B)"#]],
-        );
+        expect![[r#"
+            (S0), (B) -> (S0), (S0), (S0)
+            (S1), (B) -> (S1), (S1), (S1)
+            (B), (B) -> (B), (B), (B)"#]]
+        .assert_eq(&signatures(&rule));
     }
 
     #[test]
     fn signatures_have_the_rules_reduction_and_do_not_mix_reductions() {
         let max = Rule::parse("bv->b").unwrap().reduce('v', ReduceOp::Max).unwrap();
-        check(&max, 1, expect!["(S0) -> (S0)\n(S1) -> (Pmax)\n(B) -> (B)"]);
+        assert_eq!(signatures(&max), "(S0) -> (S0)\n(S1) -> (Pmax)\n(B) -> (B)");
         let mixed = Rule::parse("bv->").unwrap().reduce('v', ReduceOp::Max).unwrap();
         let layouts: Vec<String> = mixed.signatures(2).iter().map(|s| s.outputs[0].to_string()).collect();
         assert!(layouts.contains(&"(Pmax, Pmax)".into()) && layouts.contains(&"(P, P)".into()));
@@ -348,16 +339,13 @@ mod tests {
 
     #[test]
     fn a_lookup_contracts_the_vocabulary() {
-        check(
-            &Rule::parse("bt,vc->btc").unwrap(),
-            1,
-            expect![[r#"
-                (S0), (B) -> (S0)
-                (S1), (B) -> (S1)
-                (B), (S0) -> (P)
-                (B), (S1) -> (S2)
-                (B), (B) -> (B)"#]],
-        );
+        expect![[r#"
+            (S0), (B) -> (S0)
+            (S1), (B) -> (S1)
+            (B), (S0) -> (P)
+            (B), (S1) -> (S2)
+            (B), (B) -> (B)"#]]
+        .assert_eq(&signatures(&Rule::parse("bt,vc->btc").unwrap()));
     }
 
     #[test]
@@ -396,10 +384,8 @@ mod tests {
         let rule = Rule::parse("btc,vc->btv").unwrap();
         let text = |shapes: &[Vec<usize>]| rule.infer_shapes(shapes).unwrap_err().to_string();
         assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), "rule btc,vc->btv: c is 5 in input 1 but 4 in input 0");
-        assert_eq!(
-            text(&[vec![2, 3], vec![7, 5]]),
-            r#"rule btc,vc->btv: input 0 needs 3 dims ("btc"), got shape [2, 3]"#
-        );
+        let error = text(&[vec![2, 3], vec![7, 5]]);
+        assert_eq!(error, r#"rule btc,vc->btv: input 0 needs 3 dims ("btc"), got shape [2, 3]"#);
         assert_eq!(text(&[vec![2, 3, 4]]), "rule btc,vc->btv: expected 2 inputs, got 1");
         let error = Rule::parse("c->c").unwrap().infer_shapes(&[vec![2, 3]]).unwrap_err().to_string();
         assert_eq!(error, r#"rule c->c: input 0 needs 1 dim ("c"), got shape [2, 3]"#);

@@ -77,10 +77,9 @@ fn differing_copies_are_refused() {
         data[0] += 1.0;
     }
     let error = gather(&shards, &shape, &layout("S0,B"), &place).unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "shard 3 of a tensor of shape [4, 2] as (S0, B): expected the same bits as shard 2, got different bits"
-    );
+    let expected =
+        "shard 3 of a tensor of shape [4, 2] as (S0, B): expected the same bits as shard 2, got different bits";
+    assert_eq!(error, expected);
     shards[3] = counting(&[1, 2]);
     assert!(gather(&shards, &shape, &layout("S0,B"), &place).unwrap_err().to_string().contains("[1, 2]"));
     assert!(gather(&shards[..3], &shape, &layout("S0,B"), &place).is_err());

@@ -83,7 +83,7 @@ impl Shape {
             actions: actor.actions.iter().map(action).collect(),
         };
         let reader = |id: RegisterId, at: &shardflow_actors::spec::RegisterReader| {
-            let action = plan.action_spec(at.actor, at.action as usize);
+            let action = plan.spec.action(at.actor, at.action);
             let input = action.inputs.iter().find(|input| input.register == id);
             Reader {
                 actor: at.actor.0,

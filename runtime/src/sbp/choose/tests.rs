@@ -59,6 +59,15 @@ impl Builder {
         self.op(name, Rule::parse("btc,btc->btc").unwrap().linear(&[&[0, 1]]).unwrap(), &[a, b], 1)
     }
 
+    /// Two products with new weights of these layouts, and a GELU between them.
+    fn mlp(&mut self, x: usize, width: usize, hidden: usize, [up, down]: [&str; 2]) -> usize {
+        let up = self.tensor("up", &[hidden, width], Some(up));
+        let down = self.tensor("down", &[width, hidden], Some(down));
+        let h = self.product("h", "btc,hc->bth", x, up);
+        let a = self.gelu("a", h);
+        self.product("y", "bth,ch->btc", a, down)
+    }
+
     fn choose(&self) -> Choice {
         choose(&self.problem, &CostModel::default()).unwrap()
     }
@@ -67,14 +76,12 @@ impl Builder {
 fn check(builder: &Builder, expected: Expect) {
     let choice = builder.choose();
     assert_eq!(choice, builder.choose());
-    let mut lines = Vec::new();
-    for (tensor, layout) in builder.problem.tensors.iter().zip(&choice.layouts) {
-        lines.push(format!("{}: {}", tensor.name, layout.sbp));
-    }
-    for c in &choice.conversions {
-        lines.push(format!("{}: {} -> {}", builder.problem.tensors[c.tensor].name, c.from.sbp, c.to.sbp));
-    }
-    expected.assert_eq(&lines.join("; "));
+    let tensors = &builder.problem.tensors;
+    let layouts =
+        tensors.iter().zip(&choice.layouts).map(|(tensor, layout)| format!("{}: {}", tensor.name, layout.sbp));
+    let conversions = choice.conversions.iter();
+    let conversions = conversions.map(|(t, from, to)| format!("{}: {} -> {}", tensors[*t].name, from.sbp, to.sbp));
+    expected.assert_eq(&layouts.chain(conversions).collect::<Vec<_>>().join("; "));
 }
 
 /// Shoeybi et al. 2019, <https://arxiv.org/abs/1909.08053>: the first weight by columns, the second by rows.
@@ -82,11 +89,7 @@ fn check(builder: &Builder, expected: Expect) {
 fn megatron_keeps_the_hidden_split_and_reduces_once() {
     let mut b = Builder::new("tensor=2");
     let x = b.tensor("x", &[4, 64, 256], Some("B"));
-    let up = b.tensor("up", &[1024, 256], Some("S0"));
-    let down = b.tensor("down", &[256, 1024], Some("S1"));
-    let h = b.product("h", "btc,hc->bth", x, up);
-    let a = b.gelu("a", h);
-    let y = b.product("y", "bth,ch->btc", a, down);
+    let y = b.mlp(x, 256, 1024, ["S0", "S1"]);
     b.problem.tensors[y].pinned = b.problem.tensors[x].pinned.clone();
     check(&b, expect!["x: (B); up: (S0); down: (S1); h: (S2); a: (S2); y: (B); y: (P) -> (B)"]);
 }
@@ -109,11 +112,7 @@ fn data_parallelism_keeps_the_batch_split_and_the_gradient_partial() {
 fn data_and_tensor_parallelism_combine() {
     let mut b = Builder::new("data=2,tensor=2");
     let x = b.tensor("x", &[8, 64, 256], Some("S0,B"));
-    let up = b.tensor("up", &[1024, 256], Some("B,S0"));
-    let down = b.tensor("down", &[256, 1024], Some("B,S1"));
-    let h = b.product("h", "btc,hc->bth", x, up);
-    let a = b.gelu("a", h);
-    let y = b.product("y", "bth,ch->btc", a, down);
+    let y = b.mlp(x, 256, 1024, ["B,S0", "B,S1"]);
     b.add("out", x, y);
     check(
         &b,
@@ -203,13 +202,9 @@ fn the_search_finds_the_optimum_of_small_problems() {
             for x_pin in ["B", "S0", "S2", "P"] {
                 let mut b = Builder::new("x=2");
                 let x = b.tensor("x", &[work, 8, size], Some(x_pin));
-                let up = b.tensor("up", &[2 * size, size], Some(up_pin));
-                let down = b.tensor("down", &[size, 2 * size], Some(down_pin));
                 let scale = b.tensor("scale", &[size], Some("B"));
                 let n = b.norm("n", x, scale);
-                let h = b.product("h", "btc,hc->bth", n, up);
-                let a = b.gelu("a", h);
-                let y = b.product("y", "bth,ch->btc", a, down);
+                let y = b.mlp(n, size, 2 * size, [up_pin, down_pin]);
                 b.add("out", x, y);
                 let (found, least) = (b.choose().cost_seconds, exhaustive(&b.problem));
                 assert!(
@@ -259,16 +254,12 @@ fn large_problems_are_solved_in_time() {
         let scale = b.tensor("scale", &[512], Some("B,B"));
         let wide = b.tensor("wide", &[512, 512], Some("B,S0"));
         let narrow = b.tensor("narrow", &[512, 512], Some("B,S1"));
-        let up = b.tensor("up", &[2048, 512], Some("B,S0"));
-        let down = b.tensor("down", &[512, 2048], Some("B,S1"));
         let n = b.norm("n", x, scale);
         let v = b.product("v", "btc,hc->bth", n, wide);
         let o = b.product("o", "bth,ch->btc", v, narrow);
         let r = b.add("r", x, o);
         let m = b.norm("m", r, scale);
-        let h = b.product("h", "btc,hc->bth", m, up);
-        let a = b.gelu("a", h);
-        let y = b.product("y", "bth,ch->btc", a, down);
+        let y = b.mlp(m, 512, 2048, ["B,S0", "B,S1"]);
         x = b.add(&format!("x{layer}"), r, y);
     }
     assert_eq!(b.problem.nodes.len(), 450);
