@@ -7,7 +7,7 @@
 //!   for longer than the members' own copying. So an abort needs to wake only members that wait for a rendezvous.
 #![allow(unsafe_code)]
 
-use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange};
+use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange, foreign_elements};
 use crate::collective::rendezvous::{Arrival, Groups, Post, Posts, Rendezvous};
 use crate::collective::{Collective, CollectiveCall, MemberWait};
 use crate::error::KernelError;
@@ -46,20 +46,22 @@ impl InProcess {
             rendezvous.barrier(xs.len());
             Ok(())
         };
-        let received = exchange(&buffers, &barrier)?;
+        exchange(&buffers, &barrier)?;
         barrier()?;
-        self.0.received.add(&call.group, member, received * size_of::<f32>());
+        self.count(call, y_shape);
         Ok(())
     }
 
     fn copy(&self, sender: &Post<Buffers>, receiver: &Post<Buffers>) {
-        let (elements, member) = (element_count(&receiver.y_shape), receiver.call.member);
+        let elements = element_count(&receiver.y_shape);
         // SAFETY: both are whole views of one size; the first member stays in its call, and only the receiver uses its
         // register.
         unsafe { copy_elements(&sender.memory.x, 0, &receiver.memory.y, 0, elements) };
-        if sender.call.member != member {
-            self.0.received.add(&receiver.call.group, member, elements * size_of::<f32>());
-        }
+        self.count(&receiver.call, &receiver.y_shape);
+    }
+
+    fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
+        self.0.received.add(&call.group, call.member, foreign_elements(call, y_shape) * size_of::<f32>());
     }
 }
 

@@ -17,7 +17,7 @@ use std::time::Instant;
 use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
 use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
-    exchange_copies,
+    exchange_copies, foreign_elements,
 };
 use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
@@ -110,8 +110,8 @@ impl SharedMemory {
         }
     }
 
-    fn count(&self, call: &CollectiveCall, elements: usize) {
-        self.received.add(&call.group, call.member, elements * size_of::<f32>());
+    fn count(&self, call: &CollectiveCall, y: &View<'_>) {
+        self.received.add(&call.group, call.member, foreign_elements(call, y.shape()) * size_of::<f32>());
     }
 }
 
@@ -326,15 +326,14 @@ impl Call<'_> {
             y: &Posted::of(y),
             ys: &ys,
         };
-        let received = if copied {
-            exchange_copies(&buffers)?
+        if copied {
+            exchange_copies(&buffers)?;
         } else {
             let barrier = || self.barrier(&|| None);
-            let received = exchange(&buffers, &barrier)?;
+            exchange(&buffers, &barrier)?;
             barrier()?;
-            received
-        };
-        self.engine.count(self.call, received);
+        }
+        self.engine.count(self.call, y);
         Ok(())
     }
 
@@ -381,9 +380,7 @@ impl Call<'_> {
         let source = self.posted(from, arena, sender.sent.x.load(Ordering::Relaxed), y.element_count())?;
         // SAFETY: both are whole views; the sender stays in its call, and only the receiver uses its register.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, y.element_count()) };
-        if from != member {
-            self.engine.count(self.call, y.element_count());
-        }
+        self.engine.count(self.call, y);
         sender.offer.value.store(0, Ordering::SeqCst);
         sender.offer.wake_waiters();
         Ok(())

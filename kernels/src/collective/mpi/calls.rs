@@ -186,6 +186,7 @@ fn check(call: &'static str, code: c_int) -> Result<(), KernelError> {
 }
 
 /// A communicator. One thread at a time uses it.
+#[derive(Debug)]
 pub(super) struct Comm {
     raw: MPI_Comm,
 }
@@ -194,12 +195,6 @@ pub(super) struct Comm {
 unsafe impl Send for Comm {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Comm {}
-
-impl std::fmt::Debug for Comm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Comm")
-    }
-}
 
 /// The parts of all members in one buffer: sizes and start offsets, in words of 4 bytes.
 #[derive(Debug, Default)]

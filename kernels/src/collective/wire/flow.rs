@@ -183,7 +183,7 @@ impl RunningFlow<'_> {
         match self.flow.ins.get(self.received_progress.piece) {
             Some(In { to: Target::Y(_), .. }) => Ok(true),
             Some(_) => Ok(self.sent.piece >= self.received_progress.piece),
-            None => Ok(!port.in_done(peer)?),
+            None => Ok(!port.link(peer)?.0.in_done()),
         }
     }
 
@@ -200,11 +200,11 @@ impl RunningFlow<'_> {
 
     /// Whether enough bytes are ready to be sent, or the channel holds some.
     fn can_send(&self, port: &mut Port, peer: usize) -> Result<bool, KernelError> {
-        let Some(piece) = self.flow.outs.get(self.sent.piece) else { return Ok(!port.out_done(peer)?) };
+        let Some(piece) = self.flow.outs.get(self.sent.piece) else { return Ok(!port.link(peer)?.0.out_done()) };
         let ready = self.ready(piece);
         let bytes = size_of::<f32>() * ready - self.sent.bytes;
         let enough = bytes > 0 && (ready == piece.words || bytes >= SEND_BYTES_MIN);
-        Ok(enough || port.has_unsent(peer)?)
+        Ok(enough || port.link(peer)?.0.channel.has_unsent())
     }
 
     /// Tries to receive once; returns whether bytes arrived.

@@ -83,19 +83,14 @@ impl Port {
         Self { context, links, status, write_timeout, quiet_since: None }
     }
 
-    pub(super) fn member(&self) -> usize {
-        self.context.member
-    }
-
     pub(super) fn members(&self) -> usize {
         self.context.group.ranks.len()
     }
 
-    fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context), KernelError> {
-        let missing = || self.context.link_error(peer, "no channel exists");
+    pub(super) fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context), KernelError> {
         match self.links.get_mut(peer) {
             Some(Some(link)) => Ok((link, &self.context)),
-            _ => Err(missing()),
+            _ => Err(self.context.link_error(peer, "no channel exists")),
         }
     }
 
@@ -135,21 +130,6 @@ impl Port {
         link.receive(context, into)
     }
 
-    /// Whether the kernel has accepted the whole transfer to `peer`.
-    pub(super) fn out_done(&mut self, peer: usize) -> Result<bool, KernelError> {
-        Ok(self.link(peer)?.0.out_done())
-    }
-
-    /// Whether the channel to `peer` holds bytes that it has accepted.
-    pub(super) fn has_unsent(&mut self, peer: usize) -> Result<bool, KernelError> {
-        Ok(self.link(peer)?.0.channel.has_unsent())
-    }
-
-    /// Whether the whole transfer from `peer` has been read.
-    pub(super) fn in_done(&mut self, peer: usize) -> Result<bool, KernelError> {
-        Ok(self.link(peer)?.0.in_done())
-    }
-
     /// Sends all of the next bytes of a transfer to one peer, and receives all of the next bytes of one, at the same
     /// time.
     pub(super) fn exchange(
@@ -174,7 +154,7 @@ impl Port {
                 let bytes = self.receive(peer, &mut into[received..])?;
                 received += bytes;
                 moved += bytes;
-                let missing = if into.is_empty() { !self.in_done(peer)? } else { received < into.len() };
+                let missing = if into.is_empty() { !self.link(peer)?.0.in_done() } else { received < into.len() };
                 waits_from = missing.then_some(peer);
             }
             if waits_to.is_none() && waits_from.is_none() {

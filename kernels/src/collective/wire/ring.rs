@@ -30,7 +30,7 @@ pub(super) fn all_reduce(
 ) -> Result<(), KernelError> {
     let (all, n) = (words.y.len(), port.members());
     let mut ring = Ring::new(port, op, (0..n).map(|owner| Runs::flat(split_range(all, n, owner))));
-    let own = split_range(all, n, port.member()).start;
+    let own = split_range(all, n, port.context.member).start;
     for round in 0..ring.rounds() {
         ring.reduce(round, own);
         ring.gather(round, true);
@@ -62,7 +62,7 @@ pub(super) fn all_gather(
 ) -> Result<(), KernelError> {
     // A gather combines nothing.
     let mut ring = Ring::new(port, ReduceOp::Sum, parts.iter().map(|part| Runs::new(whole, part)));
-    let own = Runs::new(whole, &parts[port.member()]);
+    let own = Runs::new(whole, &parts[port.context.member]);
     let (x, y) = words.split();
     if let Some(x) = x {
         own.for_each(0..x.len(), |place, at, len| y[place..][..len].copy_from_slice(&x[at..][..len]));
@@ -77,7 +77,7 @@ impl Ring {
     fn new(port: &Port, op: ReduceOp, boxes: impl Iterator<Item = Runs>) -> Self {
         let mut flow = Flow::new(op);
         let boxes = boxes.map(|runs| flow.add_box(runs)).collect();
-        Self { flow, member: port.member(), members: port.members(), boxes }
+        Self { flow, member: port.context.member, members: port.members(), boxes }
     }
 
     /// Number of rounds that the largest part needs.

@@ -20,7 +20,7 @@ struct Tree {
 impl Tree {
     fn new(port: &Port, root: usize) -> Self {
         let members = port.members();
-        Self { root, members, position: (port.member() + members - root) % members }
+        Self { root, members, position: (port.context.member + members - root) % members }
     }
 
     fn member(&self, position: usize) -> usize {
@@ -55,7 +55,7 @@ pub(super) fn all_reduce(
 ) -> Result<(), KernelError> {
     let (len, n) = (words.y.len(), port.members());
     if n == 2 {
-        let (peer, bytes) = (1 - port.member(), size_of_val(words.x()));
+        let (peer, bytes) = (1 - port.context.member, size_of_val(words.x()));
         let (first, second) = blocks[..2 * len].split_at_mut(len);
         let (own, other) = if peer == 1 { (first, second) } else { (second, first) };
         port.begin_out(peer, bytes)?;
@@ -102,7 +102,7 @@ fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
 
 /// Broadcast from member `root`.
 pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<(), KernelError> {
-    if port.member() == root
+    if port.context.member == root
         && let (Some(x), y) = words.split()
     {
         y.copy_from_slice(x);
