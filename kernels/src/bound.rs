@@ -65,11 +65,8 @@ impl<'a> Bound<'a> {
                 || self.writes[..i].iter().any(|other| write.overlaps(other))
                 || self.workspace.as_ref().is_some_and(|workspace| write.overlaps(workspace));
             if has_overlap {
-                return Err(self.refused(
-                    &format!("write {i}"),
-                    "memory that no other buffer overlaps",
-                    "an overlap with another buffer",
-                ));
+                let expected = "memory that no other buffer overlaps";
+                return Err(self.refused(&format!("write {i}"), expected, "an overlap with another buffer"));
             }
         }
         let shapes: Vec<&[usize]> = self.reads.iter().map(View::shape).collect();
@@ -77,11 +74,8 @@ impl<'a> Bound<'a> {
         let given = self.workspace.as_ref().map_or(0, View::bytes);
         let overlaps_read = |workspace: &View<'_>| self.reads.iter().any(|read| read.overlaps(workspace));
         if needed > given || self.workspace.as_ref().is_some_and(overlaps_read) {
-            return Err(self.refused(
-                "workspace",
-                format!("{needed} bytes that no other buffer overlaps"),
-                format!("{given} bytes"),
-            ));
+            let expected = format!("{needed} bytes that no other buffer overlaps");
+            return Err(self.refused("workspace", expected, format!("{given} bytes")));
         }
         Ok(())
     }

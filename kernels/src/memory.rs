@@ -305,20 +305,13 @@ impl<'a> View<'a> {
         let bytes = shape.iter().try_fold(dtype.bytes(), |product, &extent| product.checked_mul(extent));
         let end = bytes.and_then(|bytes| bytes.checked_add(offset));
         if end.is_none_or(|end| end > arena.bytes()) {
-            return Err(KernelError::arguments(
-                user,
-                "buffer is out of bounds",
-                format!("at most {} bytes", arena.bytes()),
-                format!("shape {shape:?} at byte {offset}"),
-            ));
+            let (expected, got) =
+                (format!("at most {} bytes", arena.bytes()), format!("shape {shape:?} at byte {offset}"));
+            return Err(KernelError::arguments(user, "buffer is out of bounds", expected, got));
         }
         if !offset.is_multiple_of(dtype.bytes()) {
-            return Err(KernelError::arguments(
-                user,
-                "buffer is not aligned",
-                format!("a multiple of {} bytes", dtype.bytes()),
-                format!("byte {offset}"),
-            ));
+            let (expected, got) = (format!("a multiple of {} bytes", dtype.bytes()), format!("byte {offset}"));
+            return Err(KernelError::arguments(user, "buffer is not aligned", expected, got));
         }
         Ok(Self { arena, offset, shape, dtype })
     }
@@ -328,14 +321,10 @@ impl<'a> View<'a> {
     /// # Errors
     /// [`KernelError::Arguments`] when the base does not exist, or as for [`View::new`].
     pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self, KernelError> {
-        let base = bases.get(buffer.base).ok_or_else(|| {
-            KernelError::arguments(
-                user,
-                "buffer's base",
-                format!("fewer than {} bases", bases.len()),
-                buffer.base.to_string(),
-            )
-        })?;
+        let Some(base) = bases.get(buffer.base) else {
+            let expected = format!("fewer than {} bases", bases.len());
+            return Err(KernelError::arguments(user, "buffer's base", expected, buffer.base.to_string()));
+        };
         // If the sum overflows, it is out of bounds of any arena.
         let offset = base.offset.saturating_add(buffer.offset);
         Self::new(user, &base.arena, offset, &buffer.shape, buffer.dtype)
@@ -386,10 +375,8 @@ impl<'a> View<'a> {
 
     /// Whether the two are the same bytes with the same dtype (shapes may differ).
     pub fn same_memory(&self, other: &View<'_>) -> bool {
-        self.arena.same(other.arena)
-            && self.offset == other.offset
-            && self.bytes() == other.bytes()
-            && self.dtype == other.dtype
+        let place = |view: &View<'_>| (view.offset, view.bytes(), view.dtype);
+        self.arena.same(other.arena) && place(self) == place(other)
     }
 
     /// The buffers of one member of a collective, as words of 4 bytes for any dtype of that size.

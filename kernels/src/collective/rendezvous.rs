@@ -23,9 +23,8 @@ const SPIN: Duration = Duration::from_micros(20);
 #[derive(Clone, Debug)]
 pub(crate) struct Post<M> {
     pub(crate) call: CollectiveCall,
-    /// Empty if the call reads nothing.
+    /// Empty if the call reads nothing; likewise `y_shape`.
     pub(crate) x_shape: Vec<usize>,
-    /// Empty if the call writes nothing.
     pub(crate) y_shape: Vec<usize>,
     pub(crate) dtype: DType,
     pub(crate) memory: M,

@@ -61,14 +61,12 @@ impl Einsum {
         let refused = |expected: &str| KernelError::arguments("einsum", "subscripts", expected, self.to_string());
         let terms = [&self.a, &self.b, &self.out];
         for letter in terms.iter().flat_map(|term| term.chars()) {
-            match terms.iter().filter(|term| term.contains(letter)).count() {
-                2 => {}
-                3 => {
-                    let reason = "one that is in all three makes a batch of products, which needs a custom op";
-                    return Err(refused(&format!("index {letter} in exactly two of the three terms ({reason})")));
-                }
-                _ => return Err(refused(&format!("index {letter} in exactly two of the three terms"))),
-            }
+            let hint = match terms.iter().filter(|term| term.contains(letter)).count() {
+                2 => continue,
+                3 => " (one that is in all three makes a batch of products, which needs a custom op)",
+                _ => "",
+            };
+            return Err(refused(&format!("index {letter} in exactly two of the three terms{hint}")));
         }
         let mut transposed = [false; 3];
         for (flag, (term, (x, y))) in transposed.iter_mut().zip(terms.into_iter().zip(self.groups())) {
@@ -96,11 +94,10 @@ impl Einsum {
             let size = |group: &String| if group.is_empty() { "1".to_owned() } else { group.clone() };
             format!("[{}, {}]", size(x), size(y))
         };
-        let written = |term: &String, (x, y): &(String, String)| {
-            let reversed = format!("{y}{x}");
-            if *term == reversed { reversed } else { format!("{x}{y}") }
-        };
-        let [a, b, out] = [(&self.a, 0), (&self.b, 1), (&self.out, 2)].map(|(term, i)| written(term, &groups[i]));
+        let [a, b, out] = [(&self.a, 0), (&self.b, 1), (&self.out, 2)].map(|(term, i)| {
+            let (x, y) = &groups[i];
+            if *term == format!("{y}{x}") { term.clone() } else { format!("{x}{y}") }
+        });
         let (left, right) = (dims(&groups[0]), dims(&groups[1]));
         format!("the matrix product of {left} and {right} written {a},{b}->{out}, with dims stored in this order")
     }
@@ -109,12 +106,10 @@ impl Einsum {
     fn extent(&self, letter: char, a: &[usize], b: &[usize]) -> Result<usize, KernelError> {
         let of = |term: &str, shape: &[usize]| term.find(letter).and_then(|i| shape.get(i).copied());
         match (of(&self.a, a), of(&self.b, b)) {
-            (Some(x), Some(y)) if x != y => Err(KernelError::arguments(
-                "einsum",
-                &format!("extent of {letter} in {self}"),
-                x.to_string(),
-                y.to_string(),
-            )),
+            (Some(x), Some(y)) if x != y => {
+                let what = format!("extent of {letter} in {self}");
+                Err(KernelError::arguments("einsum", &what, x.to_string(), y.to_string()))
+            }
             (Some(x), _) | (None, Some(x)) => Ok(x),
             (None, None) => {
                 Err(KernelError::arguments("einsum", "index", "an index of an operand", format!("{letter} in {self}")))
