@@ -14,7 +14,7 @@ use crate::cuda::stream::CudaStream;
 use crate::error::KernelError;
 use crate::memory::{Arena, Tally};
 use crate::op::Launch;
-use crate::stream::Stream;
+use crate::stream::{Stream, StreamBackend};
 
 /// One device of a session's mesh. Clones are the same device.
 #[derive(Clone, Debug)]
@@ -30,10 +30,7 @@ struct Inner {
 
 #[derive(Debug)]
 enum Backend {
-    /// Some cores of this process, with their own memory.
-    Cpu {
-        threads_per_stream: usize,
-    },
+    Cpu { threads_per_stream: usize },
     Cuda(Arc<Gpu>),
 }
 
@@ -160,10 +157,12 @@ impl Device {
     ) -> Result<Stream, KernelError> {
         let Inner { rank, tally, backend, .. } = &*self.0;
         match backend {
-            Backend::Cpu { .. } => CpuStream::start(name, *rank, threads, engine, tally.clone()).map(Stream::cpu),
+            Backend::Cpu { .. } => {
+                CpuStream::start(name, *rank, threads, engine, tally.clone()).map(StreamBackend::Cpu).map(Stream)
+            }
             Backend::Cuda(gpu) => {
                 let is_urgent = priority == Priority::High;
-                CudaStream::start(gpu, *rank, name, is_urgent, engine, tally).map(Stream::cuda)
+                CudaStream::start(gpu, *rank, name, is_urgent, engine, tally).map(StreamBackend::Cuda).map(Stream)
             }
         }
     }

@@ -85,7 +85,6 @@ impl fmt::Debug for Mpi {
     }
 }
 
-/// Converts a number of words or bytes to MPI's integer type.
 fn count(words: usize) -> Result<c_int, KernelError> {
     let out_of_range = |_| {
         let expected = format!("at most {} elements of a tensor over MPI", c_int::MAX);
@@ -288,6 +287,27 @@ impl Call<'_> {
         }
     }
 
+    /// Agrees with the other members, also when the buffers do not fit, and runs the call.
+    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), CallError> {
+        let checked =
+            check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
+        if let Err(error) = &checked {
+            self.text = format!("{} ({error})", self.text);
+        }
+        let agreed = match peer {
+            Some(peer) => self.rendezvous(peer, checked.is_err()),
+            None => self.check_agreement(checked.is_err()),
+        };
+        let mut words = match (checked, agreed) {
+            (_, Err(CallError::InFlight(error))) => return Err(CallError::InFlight(error)),
+            // The other members receive this member's error, which also is its own result.
+            (Err(error), _) => return Err(CallError::Completed(error)),
+            (Ok(_), Err(end)) => return Err(end),
+            (Ok(words), Ok(())) => words,
+        };
+        self.exchange(&mut words, shape_of(reads), shape_of(writes))
+    }
+
     /// Runs a call that all members agree on.
     fn exchange(&mut self, words: &mut Words<'_>, x_shape: &[usize], y_shape: &[usize]) -> Result<(), CallError> {
         let (all, tag) = (words.y.len(), self.tag + TAGS as c_int);
@@ -444,29 +464,6 @@ fn pack(from: &[f32], shape: &[usize], region: &Region, to: &mut [f32]) {
 fn unpack(from: &[f32], to: &mut [f32], shape: &[usize], region: &Region) {
     let runs = Runs::new(shape, region);
     runs.for_each(0..runs.element_count(), |place, at, len| to[place..][..len].copy_from_slice(&from[at..][..len]));
-}
-
-impl Call<'_> {
-    /// Agrees with the other members, also when the buffers do not fit, and runs the call.
-    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), CallError> {
-        let checked =
-            check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
-        if let Err(error) = &checked {
-            self.text = format!("{} ({error})", self.text);
-        }
-        let agreed = match peer {
-            Some(peer) => self.rendezvous(peer, checked.is_err()),
-            None => self.check_agreement(checked.is_err()),
-        };
-        let mut words = match (checked, agreed) {
-            (_, Err(CallError::InFlight(error))) => return Err(CallError::InFlight(error)),
-            // The other members receive this member's error, which also is its own result.
-            (Err(error), _) => return Err(CallError::Completed(error)),
-            (Ok(_), Err(end)) => return Err(end),
-            (Ok(words), Ok(())) => words,
-        };
-        self.exchange(&mut words, shape_of(reads), shape_of(writes))
-    }
 }
 
 impl Collective for Mpi {

@@ -72,7 +72,6 @@ pub fn peers(group: &Group, member: usize) -> Vec<usize> {
 /// The engine of devices in several processes that communicate over sockets. A process has one engine for all its
 /// members.
 pub struct Wire {
-    /// Channels that no call has used yet.
     unused_channels: Mutex<BTreeMap<ChannelKey, Channel>>,
     /// Creates the channels that `unused_channels` does not hold.
     connect: Option<Box<Connect>>,
@@ -91,7 +90,6 @@ struct Groups {
     channels: Vec<Arc<Channel>>,
 }
 
-/// A member of a group, in this process.
 struct Member {
     port: Port,
     scratch: Vec<f32>,
@@ -238,8 +236,8 @@ impl Collective for Wire {
                 // The other members receive this member's error.
                 let expected = "buffers that fit the call".to_owned();
                 let got = format!("{} ({error})", member.port.context.text);
-                let (group, at) = (call.group.id, call.member);
-                member.port.fail(KernelError::CollectiveMismatch { group, member: at, expected, got });
+                let mismatch = member.port.context.mismatch(call.member, expected, got);
+                member.port.fail(mismatch);
                 return Err(error);
             }
         };

@@ -23,8 +23,8 @@ struct Member {
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
 /// Creates those devices of this process, in order, among the given number of devices with ranks from 0; each with an
-/// arena of [`ARENA_BYTES`], on a new engine.
-pub(super) type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError> + 'a;
+/// arena of [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES), on a new engine.
+pub type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError> + 'a;
 
 /// The order in which an engine sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +65,6 @@ impl Role {
 
 /// The properties of an engine that the suite checks.
 pub(super) struct EngineRequirements {
-    /// Members of the largest groups.
     pub(super) members_max: usize,
     pub(super) sums: SummationOrder,
     /// No other process has members. With several processes the suite tests no aborts, since nothing can run after an

@@ -255,7 +255,6 @@ pub(super) fn submit(
     Ok(Notifications(notifications))
 }
 
-/// Waits for the end of a submission.
 pub(super) fn wait(notifications: &Notifications) -> Result<(), KernelError> {
     loop {
         match notifications.recv_timeout(TIMEOUT) {
@@ -267,7 +266,6 @@ pub(super) fn wait(notifications: &Notifications) -> Result<(), KernelError> {
     }
 }
 
-/// A float tensor of one value.
 pub(super) fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
     let values = vec![value; element_count(shape)];
     if dtype == DType::BF16 { HostTensor::bf16(shape, &values) } else { HostTensor::f32(shape, values) }
@@ -293,13 +291,11 @@ impl Numbers {
         HostTensor::f32(shape, (0..element_count(shape)).map(value).collect())
     }
 
-    /// Indices below `below`.
     pub(super) fn indices(&mut self, shape: &[usize], below: usize) -> HostTensor {
         HostTensor::i32(shape, (0..element_count(shape)).map(|_| self.random.below(below as u64) as i32).collect())
     }
 }
 
-/// A tensor of these values, rounded to f32.
 pub(super) fn narrow(shape: &[usize], values: &[f64]) -> HostTensor {
     HostTensor::f32(shape, values.iter().map(|&value| value as f32).collect())
 }

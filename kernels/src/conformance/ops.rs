@@ -86,7 +86,6 @@ impl Suite<'_> {
         self.compare(&format!("{check}, added"), &Trial { repeat: true, ..trial }, &added, tolerance);
     }
 
-    /// The suffix of check names for these dtypes.
     fn suffix(&self) -> &'static str {
         match self.types {
             Types::Floats => "",

@@ -15,7 +15,6 @@ use crate::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op
 use crate::stream::{Notification, Stream};
 use crate::tensor::{DType, HostTensor, Region};
 
-/// A custom kernel under test.
 #[derive(Debug)]
 enum TestKernel {
     /// Waits until the test opens it.
@@ -102,7 +101,6 @@ fn expect_floats(arena: &Arena, offset: usize, expected: &[f32]) -> Outcome {
     if got.as_f32() == Some(expected) { Ok(()) } else { Err(format!("expected {expected:?}, got {got:?}").into()) }
 }
 
-/// Submits a program on one arena.
 fn submit(
     stream: &Stream,
     arena: &Arena,

@@ -67,10 +67,8 @@ impl MpiWorld {
         let (universe, given) = mpi::initialize_with_threading(Threading::Multiple)
             .ok_or_else(|| failed("MPI_Init_thread", "MPI was started before in this process"))?;
         if given != Threading::Multiple {
-            let cause = format!(
-                "this MPI provides {given:?}, but MPI_THREAD_MULTIPLE is needed: build MPI with support for it"
-            );
-            return Err(failed("MPI_Init_thread", &cause));
+            let hint = "but MPI_THREAD_MULTIPLE is needed: build MPI with support for it";
+            return Err(failed("MPI_Init_thread", &format!("this MPI provides {given:?}, {hint}")));
         }
         let world = universe.world();
         let (rank, size) = (world.rank() as u32, world.size() as u32);
@@ -104,14 +102,12 @@ impl MpiWorld {
 
     fn barrier_on(&self, comm: &Comm, within: Duration) -> Result<(), KernelError> {
         let deadline = Instant::now() + within;
-        let barrier = Transfer::Barrier;
         let mut late = || {
             let cause = format!("not all of {} processes arrived within {} ms", self.size, within.as_millis());
             if Instant::now() < deadline { Ok(()) } else { Err(failed("MPI_Ibarrier", &cause)) }
         };
         // SAFETY: a barrier has no buffers.
-        let result = unsafe { comm.run(barrier, &mut late) };
-        result.inspect_err(|_| self.abort())
+        unsafe { comm.run(Transfer::Barrier, &mut late) }.inspect_err(|_| self.abort())
     }
 
     /// A communicator for each of these groups of processes, each group with its tag. All members call this, with the
@@ -203,70 +199,25 @@ pub(super) struct Layout {
     pub(super) starts: Vec<c_int>,
 }
 
-/// An MPI call and its buffers. Members are ranks of the communicator; counts and offsets are in words.
+/// An MPI call and its buffers. Members are ranks of the communicator; counts and offsets are in words. `Records` puts
+/// the records of all members one after the other; in a `ReduceScatter`, member i receives `counts[i]` words of x.
 pub(super) enum Transfer<'a> {
     Barrier,
-    Max {
-        x: &'a [u64; 2],
-        y: &'a mut [u64; 2],
-    },
-    /// The records of all members, one after the other.
-    Records {
-        x: &'a [u8],
-        y: &'a mut [u8],
-    },
-    AllReduce {
-        op: ReduceOp,
-        x: &'a [f32],
-        y: &'a mut [f32],
-    },
-    /// Member i receives `counts[i]` words of x, in order.
-    ReduceScatter {
-        op: ReduceOp,
-        x: &'a [f32],
-        y: &'a mut [f32],
-        counts: Vec<c_int>,
-    },
-    AllGather {
-        x: &'a [f32],
-        y: &'a mut [f32],
-        layout: Layout,
-    },
-    AllToAll {
-        x: &'a [f32],
-        sent: Layout,
-        y: &'a mut [f32],
-        taken: Layout,
-    },
-    Broadcast {
-        y: &'a mut [f32],
-        root: usize,
-    },
-    Send {
-        x: &'a [f32],
-        to: usize,
-        tag: c_int,
-    },
-    Receive {
-        y: &'a mut [f32],
-        from: usize,
-        tag: c_int,
-    },
-    Post {
-        x: Box<[u64; 2]>,
-        to: usize,
-        tag: c_int,
-    },
+    Max { x: &'a [u64; 2], y: &'a mut [u64; 2] },
+    Records { x: &'a [u8], y: &'a mut [u8] },
+    AllReduce { op: ReduceOp, x: &'a [f32], y: &'a mut [f32] },
+    ReduceScatter { op: ReduceOp, x: &'a [f32], y: &'a mut [f32], counts: Vec<c_int> },
+    AllGather { x: &'a [f32], y: &'a mut [f32], layout: Layout },
+    AllToAll { x: &'a [f32], sent: Layout, y: &'a mut [f32], taken: Layout },
+    Broadcast { y: &'a mut [f32], root: usize },
+    Send { x: &'a [f32], to: usize, tag: c_int },
+    Receive { y: &'a mut [f32], from: usize, tag: c_int },
+    Post { x: Box<[u64; 2]>, to: usize, tag: c_int },
 }
 
 fn raw(op: ReduceOp) -> MPI_Op {
     // SAFETY: constants of the library.
-    unsafe {
-        match op {
-            ReduceOp::Sum => ffi::RSMPI_SUM,
-            ReduceOp::Max => ffi::RSMPI_MAX,
-        }
-    }
+    unsafe { if op == ReduceOp::Sum { ffi::RSMPI_SUM } else { ffi::RSMPI_MAX } }
 }
 
 /// Type of words that are only moved, with any bits.
@@ -419,7 +370,6 @@ impl Comm {
     }
 }
 
-/// Waits for a request, calling `check_interrupt` regularly.
 fn wait(
     name: &'static str,
     mut request: MPI_Request,

@@ -76,7 +76,6 @@ pub(super) struct In {
     pub(super) words: usize,
 }
 
-/// The pieces of one exchange.
 #[derive(Debug)]
 pub(super) struct Flow {
     pub(super) op: ReduceOp,
@@ -86,7 +85,6 @@ pub(super) struct Flow {
     pub(super) ins: Vec<In>,
 }
 
-/// Progress of one direction.
 #[derive(Default)]
 struct Progress {
     /// Number of finished pieces.
@@ -159,7 +157,6 @@ impl Flow {
     }
 }
 
-/// A running flow.
 struct RunningFlow<'a> {
     flow: &'a Flow,
     slots: &'a mut [f32],
@@ -167,7 +164,6 @@ struct RunningFlow<'a> {
     received_progress: Progress,
 }
 
-/// Range of words of slot `index`.
 fn slot(index: usize, words: usize) -> Range<usize> {
     index * PIECE_WORDS..index * PIECE_WORDS + words
 }

@@ -37,6 +37,10 @@ impl Context {
         KernelError::Link { group: self.group.id, rank: ranks[self.member], peer: ranks[peer], cause: cause.into() }
     }
 
+    pub(super) fn mismatch(&self, member: usize, expected: String, got: String) -> KernelError {
+        KernelError::CollectiveMismatch { group: self.group.id, member, expected, got }
+    }
+
     /// Whether member `peer` takes part in the call.
     pub(super) fn involves(&self, peer: usize) -> bool {
         self.peer.is_none_or(|other| other == peer)
@@ -53,7 +57,6 @@ enum Incoming {
     Body(u64),
 }
 
-/// The state of one member's end of a channel.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) channel: Arc<Channel>,
@@ -285,12 +288,7 @@ impl Link {
         if got == context.text {
             got += " with different parts, ranks or call order";
         }
-        KernelError::CollectiveMismatch {
-            group: context.group.id,
-            member: self.peer,
-            expected: context.text.clone(),
-            got,
-        }
+        context.mismatch(self.peer, context.text.clone(), got)
     }
 
     fn peer_failure(&self, context: &Context, header: &Header, text: &[u8]) -> KernelError {
@@ -303,7 +301,7 @@ impl Link {
                 let mut parts = text.splitn(2, |byte| *byte == b'\n').map(readable);
                 let (expected, got) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
                 let member = usize::try_from(header.length).unwrap_or(usize::MAX).min(context.group.ranks.len() - 1);
-                KernelError::CollectiveMismatch { group: context.group.id, member, expected, got }
+                context.mismatch(member, expected, got)
             }
             Kind::LinkLost => KernelError::Link {
                 group: context.group.id,

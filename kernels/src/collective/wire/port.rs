@@ -51,7 +51,6 @@ impl GroupStatus {
         }
     }
 
-    /// The members of this process that wait now.
     pub(super) fn waits(&self) -> impl Iterator<Item = MemberWait> {
         let Group { id, ranks } = &*self.group;
         self.waiting.iter().zip(ranks).filter_map(|(waiting, rank)| {
@@ -61,7 +60,6 @@ impl GroupStatus {
     }
 }
 
-/// All links of one member.
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) context: Context,
@@ -94,7 +92,6 @@ impl Port {
         }
     }
 
-    /// Records the end of a call that this member took part in.
     pub(super) fn finish_call(&mut self) {
         for (peer, link) in self.links.iter_mut().enumerate() {
             if let Some(link) = link
@@ -105,14 +102,12 @@ impl Port {
         }
     }
 
-    /// Starts a transfer of `bytes` bytes to `peer`.
     pub(super) fn begin_out(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
         let (link, context) = self.link(peer)?;
         link.begin_out(context, bytes as u64);
         Ok(())
     }
 
-    /// Starts a transfer of `bytes` bytes from `peer`.
     pub(super) fn begin_in(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
         self.link(peer)?.0.begin_in(bytes as u64);
         Ok(())

@@ -21,7 +21,6 @@ struct Ring {
     boxes: Vec<usize>,
 }
 
-/// Ring all-reduce.
 pub(super) fn all_reduce(
     port: &mut Port,
     words: &mut Words<'_>,

@@ -100,7 +100,6 @@ fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
     }
 }
 
-/// Broadcast from member `root`.
 pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<(), KernelError> {
     if port.context.member == root
         && let (Some(x), y) = words.split()
