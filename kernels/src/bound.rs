@@ -2,7 +2,7 @@
 //! does this before it runs a launch. Also runs custom kernels on host memory.
 #![allow(unsafe_code)]
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Base, View};
 use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
 use crate::tensor::DType;
@@ -21,7 +21,7 @@ impl<'a> Bound<'a> {
         launch: &'a Launch,
         bases: &'a [Base],
         workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let name = launch.op.name();
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = launch.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
@@ -33,12 +33,7 @@ impl<'a> Bound<'a> {
     }
 
     /// Checks the number of buffers, write access (MEM-4), overlaps (MEM-2), accumulation and workspace.
-    fn check(
-        &self,
-        op: &Op,
-        accumulate: bool,
-        workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
-    ) -> Result<(), KernelError> {
+    fn check(&self, op: &Op, accumulate: bool, workspace_bytes: impl FnOnce(&[&[usize]]) -> usize) -> Result<()> {
         let counts = (self.reads.len(), self.writes.len());
         if let Some(arity) = op.arity()
             && arity != counts
@@ -99,7 +94,7 @@ pub(crate) unsafe fn run_custom(
     reads: &[View<'_>],
     writes: &[View<'_>],
     accumulate: bool,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     if let Some(i) = reads.iter().position(|read| writes.iter().any(|write| write.overlaps(read))) {
         let (what, got) = (format!("read {i}"), "memory of a write");
         return Err(KernelError::arguments(name, &what, "memory that is not written", got));

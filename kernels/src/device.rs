@@ -11,7 +11,7 @@ use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
 use crate::cuda::step::ErrorRecord;
 use crate::cuda::stream::CudaStream;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Arena, Tally};
 use crate::op::Launch;
 use crate::stream::{Stream, StreamBackend};
@@ -112,7 +112,7 @@ impl Device {
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Cuda`].
-    pub fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+    pub fn arena(&self, bytes: usize) -> Result<Arena> {
         let Inner { rank, tally, backend, .. } = &*self.0;
         match backend {
             Backend::Cpu { .. } => Arena::host(*rank, bytes, tally),
@@ -124,7 +124,7 @@ impl Device {
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Arguments`] for a GPU, whose memory other processes cannot map.
-    pub fn shared_arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+    pub fn shared_arena(&self, bytes: usize) -> Result<Arena> {
         match &self.0.backend {
             Backend::Cpu { .. } => Arena::shared(self.0.rank, bytes, &self.0.tally),
             Backend::Cuda(gpu) => {
@@ -139,7 +139,7 @@ impl Device {
     ///
     /// # Errors
     /// [`KernelError::Closed`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
-    pub fn stream(&self, name: &str, threads: usize) -> Result<Stream, KernelError> {
+    pub fn stream(&self, name: &str, threads: usize) -> Result<Stream> {
         self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }
 
@@ -154,7 +154,7 @@ impl Device {
         threads: usize,
         engine: Arc<dyn Collective>,
         priority: Priority,
-    ) -> Result<Stream, KernelError> {
+    ) -> Result<Stream> {
         let Inner { rank, tally, backend, .. } = &*self.0;
         match backend {
             Backend::Cpu { .. } => {

@@ -30,7 +30,6 @@ impl DType {
     }
 }
 
-/// A Rust type of elements.
 pub(crate) trait HostElement: Copy + 'static {
     const DTYPE: DType;
 }

@@ -6,7 +6,7 @@
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
 use crate::cpu::simd::{dispatch, inlined, map, update};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 use crate::region::{check_inside, for_each_run, subtract};
 use crate::tensor::{DType, Region, element_count, split_range};
@@ -168,7 +168,7 @@ pub(crate) fn describe_views(call: &CollectiveCall, reads: &[View<'_>], writes: 
 }
 
 /// Returns the peer of a point-to-point call. Fails when the call names a member outside the group.
-pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>, KernelError> {
+pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>> {
     let members = call.group.ranks.len();
     let peer = match call.kind {
         CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => Some(peer),
@@ -182,13 +182,13 @@ pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>, Kern
 }
 
 /// Checks that one member's buffers fit its call and lie in host memory.
-pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
     reads.iter().chain(writes).try_for_each(|view| view.check_host(call.name()))?;
     check_call(call, reads, writes)
 }
 
 /// Checks that one member's buffers, in host or device memory, fit its call.
-pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
     let name = call.name();
     let members = call.group.ranks.len();
     let rejected = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));
@@ -251,7 +251,7 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     }
 }
 
-fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<(), KernelError> {
+fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<()> {
     let mut rest = vec![target.clone()];
     for source in sources {
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
@@ -356,10 +356,7 @@ pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(
 }
 
 /// A member's work between the rendezvous and the final barrier. `barrier` waits for all members.
-pub(crate) fn exchange(
-    buffers: &ExchangeBuffers<'_>,
-    barrier: &dyn Fn() -> Result<(), KernelError>,
-) -> Result<(), KernelError> {
+pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Result<()>) -> Result<()> {
     let (member, members) = (buffers.call.member, buffers.xs.len());
     let (x, y) = (&buffers.xs[member], buffers.y);
     let bypass_caches = y.elements >= STREAM_ELEMENTS_MIN;
@@ -420,7 +417,7 @@ pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usiz
 
 /// [`exchange`] where every x is a copy that is not written: a member does not read the others' y, so there is no
 /// barrier.
-pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<(), KernelError> {
+pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<()> {
     let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
     let (members, y) = (buffers.xs.len(), buffers.y);
     for owner in 0..members {

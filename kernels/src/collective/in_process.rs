@@ -10,7 +10,7 @@
 use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange, foreign_elements};
 use crate::collective::rendezvous::{Arrival, Groups, Post, Posts, Rendezvous};
 use crate::collective::{Collective, CollectiveCall, MemberWait};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::View;
 use crate::tensor::element_count;
 
@@ -32,12 +32,7 @@ impl InProcess {
     }
 
     /// The member's work once all members have arrived.
-    fn exchange(
-        &self,
-        rendezvous: &Rendezvous<Buffers>,
-        member: usize,
-        posts: &Posts<Buffers>,
-    ) -> Result<(), KernelError> {
+    fn exchange(&self, rendezvous: &Rendezvous<Buffers>, member: usize, posts: &Posts<Buffers>) -> Result<()> {
         let Post { call, x_shape, y_shape, .. } = &posts[member];
         let (xs, ys): (Vec<_>, Vec<_>) =
             posts.iter().map(|post| (post.memory.x.clone(), post.memory.y.clone())).unzip();
@@ -66,7 +61,7 @@ impl InProcess {
 }
 
 impl Collective for InProcess {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         let rendezvous = self.0.enter(call, reads, writes, true)?;
         let (x, y) = (reads.first().or(writes.first()), writes.first().or(reads.first()));
         let Some((x, y)) = x.zip(y) else { return Ok(()) };

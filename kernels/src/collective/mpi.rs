@@ -25,7 +25,7 @@ use crate::collective::exchange::{check_buffers, check_members, foreign_elements
 use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::wire::{agreement, shape_of};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{View, Words};
 use crate::region::Runs;
 use crate::tensor::Region;
@@ -85,7 +85,7 @@ impl fmt::Debug for Mpi {
     }
 }
 
-fn count(words: usize) -> Result<c_int, KernelError> {
+fn count(words: usize) -> Result<c_int> {
     let out_of_range = |_| {
         let expected = format!("at most {} elements of a tensor over MPI", c_int::MAX);
         KernelError::arguments("collective", "size", expected, words.to_string())
@@ -95,7 +95,7 @@ fn count(words: usize) -> Result<c_int, KernelError> {
 
 impl Layout {
     /// Lays out the parts one after the other; also returns their total size.
-    fn packed(sizes: impl Iterator<Item = usize>) -> Result<(Self, usize), KernelError> {
+    fn packed(sizes: impl Iterator<Item = usize>) -> Result<(Self, usize)> {
         let (mut layout, mut end) = (Self::default(), 0);
         for size in sizes {
             layout.starts.push(count(end)?);
@@ -142,7 +142,7 @@ impl Mpi {
         groups: &[Arc<Group>],
         process_of: &dyn Fn(usize) -> u32,
         within: Duration,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let until = Instant::now() + within;
         world.barrier(within)?;
         let (mut own, mut group_processes) = (Vec::new(), Vec::new());
@@ -211,7 +211,7 @@ impl Call<'_> {
     }
 
     /// Notifies members that wait for this member in a send or receive that it is in a collective.
-    fn answer_waiting_members(&self) -> Result<(), KernelError> {
+    fn answer_waiting_members(&self) -> Result<()> {
         while let Some((from, [_, status])) = self.comm.receive_post(None, self.tag)? {
             if status == WAITING {
                 self.post(from, IN_COLLECTIVE)
@@ -467,7 +467,7 @@ fn unpack(from: &[f32], to: &mut [f32], shape: &[usize], region: &Region) {
 }
 
 impl Collective for Mpi {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         let peer = check_members(call)?;
         let known = self.groups.get(&call.group.id);
         let known = known.filter(|known| known.group.ranks == call.group.ranks && known.member == call.member);

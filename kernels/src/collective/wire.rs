@@ -23,7 +23,7 @@ use std::time::Duration;
 use crate::collective::exchange::{Terms, check_buffers, check_members, foreign_elements};
 use crate::collective::status::ReceivedBytes;
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::hash::Fnv;
 use crate::memory::{View, Words};
 use crate::region::Runs;
@@ -140,7 +140,7 @@ impl Wire {
     }
 
     /// Returns the member's state. The first call creates its links.
-    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<GroupStatus>), KernelError> {
+    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<GroupStatus>)> {
         let (group, member) = (&call.group, call.member);
         let mut groups = self.groups.lock();
         let new_status = || Arc::new(GroupStatus::new(group.clone(), self.aborted.clone()));
@@ -173,7 +173,7 @@ impl Member {
         words: &mut Words<'_>,
         (x_shape, y_shape): (&[usize], &[usize]),
         tree_bytes_max: usize,
-    ) -> Result<(), KernelError> {
+    ) -> Result<()> {
         let Self { port, scratch } = self;
         let (n, all) = (call.group.ranks.len(), words.y.len());
         match &call.kind {
@@ -218,7 +218,7 @@ impl Member {
 }
 
 impl Collective for Wire {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         let peer = check_members(call)?;
         if peer == Some(call.member) {
             let got = format!("member {}", call.member);
@@ -271,7 +271,6 @@ impl Collective for Wire {
     }
 }
 
-/// The shape of the first view; empty without one.
 pub(super) fn shape_of<'a>(views: &[View<'a>]) -> &'a [usize] {
     views.first().map_or(&[], View::shape)
 }

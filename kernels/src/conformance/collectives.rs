@@ -7,7 +7,7 @@ use super::harness::{self, Notifications, Numbers, Report, TIMEOUT, flat, launch
 use crate::clock::Stamped;
 use crate::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 use crate::device::Device;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Arena;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::Stream;
@@ -24,7 +24,7 @@ pub(super) const ARENA_BYTES: usize = 1 << 20;
 
 /// Creates those devices of this process, in order, among the given number of devices with ranks from 0; each with an
 /// arena of [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES), on a new engine.
-pub type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError> + 'a;
+pub type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>> + 'a;
 
 /// The order in which an engine sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,13 +109,13 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineReq
     }
 }
 
-fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>, KernelError> {
+fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>> {
     let member = |(device, arena): (Device, _)| Ok(Member { stream: device.stream("collective", 1)?, arena, device });
     make(n)?.into_iter().map(member).collect()
 }
 
 impl Member {
-    fn submit(&self, launches: Vec<Launch>, signals: Vec<(usize, u32)>) -> Result<Notifications, KernelError> {
+    fn submit(&self, launches: Vec<Launch>, signals: Vec<(usize, u32)>) -> Result<Notifications> {
         submit(&self.stream, launches, signals, &self.arena)
     }
 
@@ -135,12 +135,7 @@ fn buffer(offset: usize, shape: &[usize], dtype: DType) -> Buffer {
 
 /// [`harness::submit`] from a separate thread: engines rely on that no thread submits for two members, which might wait
 /// for each other.
-fn submit(
-    stream: &Stream,
-    launches: Vec<Launch>,
-    signals: Vec<(usize, u32)>,
-    arena: &Arena,
-) -> Result<Notifications, KernelError> {
+fn submit(stream: &Stream, launches: Vec<Launch>, signals: Vec<(usize, u32)>, arena: &Arena) -> Result<Notifications> {
     let program = Stamped::new(Program { name: "collectives".to_owned(), launches, signals });
     let submit = || harness::submit(stream, program.open(), &[arena], false);
     let submitted = thread::scope(|scope| scope.spawn(submit).join());
@@ -236,13 +231,7 @@ impl Suite<'_> {
         }
     }
 
-    fn exchange(
-        &mut self,
-        check: &str,
-        group: &Arc<Group>,
-        kind: &CollectiveKind,
-        roles: &[Role],
-    ) -> Result<(), KernelError> {
+    fn exchange(&mut self, check: &str, group: &Arc<Group>, kind: &CollectiveKind, roles: &[Role]) -> Result<()> {
         let received = |member: &Member| member.device.engine().bytes_received(member.device.rank());
         let before: Vec<u64> = self.members.iter().map(received).collect();
         let mut ends = Vec::new();
@@ -372,7 +361,7 @@ impl Suite<'_> {
         }
     }
 
-    fn chain(&mut self, n: usize) -> Result<(), KernelError> {
+    fn chain(&mut self, n: usize) -> Result<()> {
         let group = self.next_group();
         let call = |member, kind| CollectiveCall { group: group.clone(), member, kind };
         let x = HostTensor::i32(&[2], vec![41, 42]);
@@ -406,7 +395,7 @@ impl Suite<'_> {
 
 /// Two groups over the same devices, on separate streams, with many rounds, submitted in opposite orders if the engine
 /// allows any.
-fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(), KernelError> {
+fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<()> {
     const ROUNDS: usize = 200;
     let [n, elements] = [3, 100];
     let devices = make(n)?;
@@ -471,7 +460,7 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
                 }
                 Ok(ends.iter().map(wait).collect::<Vec<_>>())
             });
-            let is_mismatch = |result: &Result<(), KernelError>| {
+            let is_mismatch = |result: &Result<()>| {
                 matches!(result, Err(KernelError::CollectiveMismatch { .. } | KernelError::Arguments { .. }))
             };
             let all_report = result.as_ref().is_ok_and(|results| results.iter().all(is_mismatch));
@@ -495,7 +484,7 @@ fn aborts(report: &mut Report, make: &Make<'_>) {
     }
 }
 
-fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind) -> Result<(), KernelError> {
+fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind) -> Result<()> {
     let members = members(make, 2)?;
     let group = Arc::new(Group { id: 1, ranks: vec![0, 1] });
     let launch = members[0].launch(&group, &kind, &[2], &[2]);

@@ -9,7 +9,7 @@ use half::bf16;
 
 use crate::clock::Stamped;
 use crate::device::Device;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::hash::SplitMix64;
 use crate::memory::{ALIGNMENT, Arena, Base};
 use crate::op::{Buffer, Launch, Op, Program};
@@ -195,7 +195,7 @@ impl Layout {
     }
 
     /// Creates an arena with this layout and writes its fences.
-    pub(super) fn arena(&mut self, device: &Device) -> Result<Arena, KernelError> {
+    pub(super) fn arena(&mut self, device: &Device) -> Result<Arena> {
         self.fences.push(self.end);
         let arena = device.arena(self.end + FENCE_BYTES)?;
         self.fences.iter().try_for_each(|&fence| arena.write_host(fence, &Self::fence()))?;
@@ -219,12 +219,7 @@ pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>) -> Launch 
 }
 
 /// Submits launches as one program, where base i is arena i, and waits for its end.
-pub(super) fn run_program(
-    stream: &Stream,
-    launches: Vec<Launch>,
-    arenas: &[&Arena],
-    repeat: bool,
-) -> Result<(), KernelError> {
+pub(super) fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat: bool) -> Result<()> {
     let program = Program { name: "conformance".to_owned(), launches, signals: vec![] };
     wait(&submit(stream, program, arenas, repeat)?)
 }
@@ -242,12 +237,7 @@ impl Notifications {
 }
 
 /// Submits a program, where base i is arena i.
-pub(super) fn submit(
-    stream: &Stream,
-    program: Program,
-    arenas: &[&Arena],
-    repeat: bool,
-) -> Result<Notifications, KernelError> {
+pub(super) fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications> {
     let (sender, notifications) = channel();
     let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
     let notify = Box::new(move |notification| drop(sender.send(Stamped::new(notification))));
@@ -255,7 +245,7 @@ pub(super) fn submit(
     Ok(Notifications(notifications))
 }
 
-pub(super) fn wait(notifications: &Notifications) -> Result<(), KernelError> {
+pub(super) fn wait(notifications: &Notifications) -> Result<()> {
     loop {
         match notifications.recv_timeout(TIMEOUT) {
             Ok(Notification::Signal(_) | Notification::NotFinite { .. }) => {}
@@ -300,7 +290,6 @@ pub(super) fn narrow(shape: &[usize], values: &[f64]) -> HostTensor {
     HostTensor::f32(shape, values.iter().map(|&value| value as f32).collect())
 }
 
-/// The elements of a tensor in f64.
 pub(super) fn wide(tensor: &HostTensor) -> Vec<f64> {
     match &tensor.data {
         HostData::F32(values) => values.iter().map(|&value| f64::from(value)).collect(),

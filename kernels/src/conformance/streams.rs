@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::harness::{self, Notifications, Report, TIMEOUT, run_program, wait};
 use crate::clock::Stamped;
 use crate::device::Device;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Arena;
 use crate::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op, Program};
 use crate::stream::{Notification, Stream};
@@ -33,7 +33,7 @@ impl CustomKernel for TestKernel {
         }
     }
 
-    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
+    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<()> {
         let failed = |message: &str| KernelError::Custom { name: self.name().to_owned(), message: message.to_owned() };
         match self {
             TestKernel::Gate(opened) => {
@@ -101,12 +101,7 @@ fn expect_floats(arena: &Arena, offset: usize, expected: &[f32]) -> Outcome {
     if got.as_f32() == Some(expected) { Ok(()) } else { Err(format!("expected {expected:?}, got {got:?}").into()) }
 }
 
-fn submit(
-    stream: &Stream,
-    arena: &Arena,
-    launches: Vec<Launch>,
-    signals: Vec<(usize, u32)>,
-) -> Result<Notifications, KernelError> {
+fn submit(stream: &Stream, arena: &Arena, launches: Vec<Launch>, signals: Vec<(usize, u32)>) -> Result<Notifications> {
     harness::submit(stream, Program { name: "streams".to_owned(), launches, signals }, &[arena], false)
 }
 

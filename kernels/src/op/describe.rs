@@ -17,7 +17,6 @@ struct Properties<'a> {
     bf16_writes: Range<usize>,
 }
 
-/// Every port.
 const ALL: Range<usize> = 0..usize::MAX;
 
 const NONE: Range<usize> = 0..0;

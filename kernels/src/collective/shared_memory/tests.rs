@@ -35,7 +35,7 @@ fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
 
 /// Member 0 of group 1 calls; the result arrives on the channel.
-fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<(), KernelError>> {
+fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<()>> {
     let (sender, results) = channel();
     let engine = engine.clone();
     thread::spawn(move || {

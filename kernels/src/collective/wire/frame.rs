@@ -106,7 +106,6 @@ impl Header {
         Ok(Some((header, text)))
     }
 
-    /// Bytes of a header with this text.
     pub(super) fn bytes(text: &[u8]) -> usize {
         FIXED_BYTES + text.len()
     }

@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::channel::Channel;
 use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 use crate::collective::Group;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Bytes of read-ahead while a header is expected: small transfers arrive together with their header.
 const INBOX_BYTES: usize = 16 << 10;
@@ -145,7 +145,6 @@ impl Link {
         self.outbox.is_empty() && !self.channel.has_unsent()
     }
 
-    /// Whether the incoming transfer has been read completely.
     pub(super) fn in_done(&self) -> bool {
         self.incoming == Incoming::Nothing
     }
@@ -162,7 +161,7 @@ impl Link {
 
     /// Sends the pending header, then as much of `data` as the kernel accepts. Returns the number of bytes of `data`
     /// sent.
-    pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize, KernelError> {
+    pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize> {
         let header = &self.outbox[self.outbox_sent..];
         let sent = if header.is_empty() && data.is_empty() {
             self.channel.flush().map(|done| (0, done))
@@ -192,7 +191,7 @@ impl Link {
     }
 
     /// Reads the available bytes of the transfer into `into` and returns how many. Reads and checks the header first.
-    pub(super) fn receive(&mut self, context: &Context, into: &mut [u8]) -> Result<usize, KernelError> {
+    pub(super) fn receive(&mut self, context: &Context, into: &mut [u8]) -> Result<usize> {
         if let Incoming::Header(expected) = self.incoming {
             self.read_headers(context)?;
             let Some((header, text)) = self.peek(context)? else { return Ok(0) };
@@ -232,7 +231,7 @@ impl Link {
     ///
     /// # Errors
     /// The reason why the peer failed, or [`KernelError::CollectiveMismatch`] when it waits in another call.
-    pub(super) fn read_headers(&mut self, context: &Context) -> Result<(), KernelError> {
+    pub(super) fn read_headers(&mut self, context: &Context) -> Result<()> {
         while self.can_receive_header() {
             if let Some((header, text)) = self.peek(context)? {
                 let bytes = Header::bytes(text);
@@ -268,7 +267,7 @@ impl Link {
     }
 
     /// The next header, once the inbox holds all of it.
-    fn peek(&self, context: &Context) -> Result<Option<(Header, &[u8])>, KernelError> {
+    fn peek(&self, context: &Context) -> Result<Option<(Header, &[u8])>> {
         let found = Header::decode(&self.inbox[self.unread.clone()]);
         let found = found.map_err(|cause| context.link_error(self.peer, cause))?;
         if let Some((header, _)) = &found
@@ -315,7 +314,7 @@ impl Link {
 
     /// Notifies the peer that this member waits in its call, once per call and only between transfers. Repeated calls send
     /// what the channel holds.
-    pub(super) fn announce(&mut self, context: &Context) -> Result<(), KernelError> {
+    pub(super) fn announce(&mut self, context: &Context) -> Result<()> {
         if self.channel.has_unsent() {
             self.send(context, &[])?;
         }

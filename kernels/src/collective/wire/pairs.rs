@@ -4,7 +4,7 @@ use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
 use crate::collective::ReduceOp;
 use crate::collective::exchange::taken;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Words;
 use crate::region::{Runs, for_each_run};
 use crate::tensor::Region;
@@ -19,7 +19,7 @@ pub(super) fn all_to_all(
     slots: &mut [f32],
     sources: &[Region],
     targets: &[Region],
-) -> Result<(), KernelError> {
+) -> Result<()> {
     let (member, n) = (port.context.member, port.members());
     let (source, target) = (&sources[member], &targets[member]);
     let received_boxes = taken(member, sources, target);
@@ -72,7 +72,7 @@ fn push_in(flow: &mut Flow, target: &Region, common: &Region) {
 }
 
 /// Sends x. Returns when the receiver is in its call and the kernel has accepted all bytes.
-pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<(), KernelError> {
+pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<()> {
     let data: &[u8] = bytemuck::cast_slice(words.x());
     port.begin_in(to, 0)?;
     port.begin_out(to, data.len())?;
@@ -85,7 +85,7 @@ pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<(), 
 }
 
 /// Receives y, after notifying the sender that this member is in its call.
-pub(super) fn receive(port: &mut Port, words: &mut Words<'_>, from: usize) -> Result<(), KernelError> {
+pub(super) fn receive(port: &mut Port, words: &mut Words<'_>, from: usize) -> Result<()> {
     let into: &mut [u8] = bytemuck::cast_slice_mut(words.y);
     port.begin_out(from, 0)?;
     port.begin_in(from, into.len())?;

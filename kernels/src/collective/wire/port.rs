@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::link::{Context, Link};
 use crate::collective::{Group, MemberWait};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Longest wait between two checks for an abort.
 const TICK: Duration = Duration::from_millis(50);
@@ -44,7 +44,7 @@ impl GroupStatus {
         Self { aborted, failed: OnceLock::new(), group, waiting }
     }
 
-    pub(super) fn check(&self) -> Result<(), KernelError> {
+    pub(super) fn check(&self) -> Result<()> {
         match self.aborted.get().or_else(|| self.failed.get()) {
             Some(error) => Err(error.clone()),
             None => Ok(()),
@@ -85,7 +85,7 @@ impl Port {
         self.context.group.ranks.len()
     }
 
-    pub(super) fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context), KernelError> {
+    pub(super) fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context)> {
         match self.links.get_mut(peer) {
             Some(Some(link)) => Ok((link, &self.context)),
             _ => Err(self.context.link_error(peer, "no channel exists")),
@@ -102,36 +102,32 @@ impl Port {
         }
     }
 
-    pub(super) fn begin_out(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
+    pub(super) fn begin_out(&mut self, peer: usize, bytes: usize) -> Result<()> {
         let (link, context) = self.link(peer)?;
         link.begin_out(context, bytes as u64);
         Ok(())
     }
 
-    pub(super) fn begin_in(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
+    pub(super) fn begin_in(&mut self, peer: usize, bytes: usize) -> Result<()> {
         self.link(peer)?.0.begin_in(bytes as u64);
         Ok(())
     }
 
     /// Sends the next bytes of a transfer without blocking; returns how many.
-    pub(super) fn send(&mut self, peer: usize, data: &[u8]) -> Result<usize, KernelError> {
+    pub(super) fn send(&mut self, peer: usize, data: &[u8]) -> Result<usize> {
         let (link, context) = self.link(peer)?;
         link.send(context, data)
     }
 
     /// Reads the next bytes of a transfer without blocking; returns how many.
-    pub(super) fn receive(&mut self, peer: usize, into: &mut [u8]) -> Result<usize, KernelError> {
+    pub(super) fn receive(&mut self, peer: usize, into: &mut [u8]) -> Result<usize> {
         let (link, context) = self.link(peer)?;
         link.receive(context, into)
     }
 
     /// Sends all of the next bytes of a transfer to one peer, and receives all of the next bytes of one, at the same
     /// time.
-    pub(super) fn exchange(
-        &mut self,
-        out: Option<(usize, &[u8])>,
-        into: Option<(usize, &mut [u8])>,
-    ) -> Result<(), KernelError> {
+    pub(super) fn exchange(&mut self, out: Option<(usize, &[u8])>, into: Option<(usize, &mut [u8])>) -> Result<()> {
         let (to, data) = out.map_or((None, &[][..]), |(peer, data)| (Some(peer), data));
         let (from, into) = into.map_or((None, &mut [][..]), |(peer, into)| (Some(peer), into));
         let (mut sent, mut received) = (0, 0);
@@ -166,7 +162,7 @@ impl Port {
     /// # Errors
     /// The error of a failed group; [`KernelError::Link`] when the peer has closed or accepts nothing for too long;
     /// [`KernelError::CollectiveMismatch`] when members wait in different calls.
-    pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
+    pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
         self.status.check()?;
         let member = self.context.member;
         self.status.waiting[member].store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
@@ -175,7 +171,7 @@ impl Port {
         waited
     }
 
-    fn wait_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
+    fn wait_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
         let wants = |peer: usize| {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::OUT | PollFlags::RDHUP, to == Some(peer));
@@ -217,7 +213,7 @@ impl Port {
         }
     }
 
-    fn exchange_announcements(&mut self) -> Result<(), KernelError> {
+    fn exchange_announcements(&mut self) -> Result<()> {
         for link in self.links.iter_mut().flatten() {
             link.announce(&self.context)?;
             link.read_headers(&self.context)?;

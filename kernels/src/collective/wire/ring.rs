@@ -7,7 +7,7 @@
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
 use crate::collective::ReduceOp;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Words;
 use crate::region::Runs;
 use crate::tensor::{Region, split_range};
@@ -21,12 +21,7 @@ struct Ring {
     boxes: Vec<usize>,
 }
 
-pub(super) fn all_reduce(
-    port: &mut Port,
-    words: &mut Words<'_>,
-    slots: &mut [f32],
-    op: ReduceOp,
-) -> Result<(), KernelError> {
+pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, slots: &mut [f32], op: ReduceOp) -> Result<()> {
     let (all, n) = (words.y.len(), port.members());
     let mut ring = Ring::new(port, op, (0..n).map(|owner| Runs::flat(split_range(all, n, owner))));
     let own = split_range(all, n, port.context.member).start;
@@ -44,7 +39,7 @@ pub(super) fn reduce_scatter(
     slots: &mut [f32],
     op: ReduceOp,
     (whole, parts): (&[usize], &[Region]),
-) -> Result<(), KernelError> {
+) -> Result<()> {
     let mut ring = Ring::new(port, op, parts.iter().map(|part| Runs::new(whole, part)));
     for round in 0..ring.rounds() {
         ring.reduce(round, 0);
@@ -58,7 +53,7 @@ pub(super) fn all_gather(
     words: &mut Words<'_>,
     slots: &mut [f32],
     (whole, parts): (&[usize], &[Region]),
-) -> Result<(), KernelError> {
+) -> Result<()> {
     // A gather combines nothing.
     let mut ring = Ring::new(port, ReduceOp::Sum, parts.iter().map(|part| Runs::new(whole, part)));
     let own = Runs::new(whole, &parts[port.context.member]);
@@ -129,7 +124,7 @@ impl Ring {
         }
     }
 
-    fn run(&self, port: &mut Port, words: &mut Words<'_>, slots: &mut [f32]) -> Result<(), KernelError> {
+    fn run(&self, port: &mut Port, words: &mut Words<'_>, slots: &mut [f32]) -> Result<()> {
         let (next, previous) = ((self.member + 1) % self.members, (self.member + self.members - 1) % self.members);
         self.flow.run(port, words, slots, Some(next), Some(previous))
     }

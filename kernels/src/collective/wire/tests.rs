@@ -68,7 +68,7 @@ fn bits(tensor: &HostTensor) -> Vec<u32> {
 }
 
 /// Runs the case as one member and returns the bits of its result.
-fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u32>, KernelError> {
+fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u32>> {
     let (x, y_shape) = (&case.xs[member], &case.y_shapes[member]);
     let y_offset = if case.in_place { 0 } else { 4 * x.elements_held() };
     let arena = arena(y_offset + 4 * y_shape.iter().product::<usize>());
@@ -84,7 +84,7 @@ fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u
 fn run_all<'a>(
     engines: impl IntoIterator<Item = &'a dyn Collective>,
     cases_of: impl Fn(usize) -> &'a [Case],
-) -> Vec<Vec<Result<Vec<u32>, KernelError>>> {
+) -> Vec<Vec<Result<Vec<u32>>>> {
     thread::scope(|scope| {
         let run = |(member, engine): (usize, &'a dyn Collective)| {
             let cases = cases_of(member);
@@ -268,7 +268,7 @@ impl MemberUnderTest {
         self.peer.write_all(&bytes).expect("room in the socket");
     }
 
-    fn run(&self) -> Result<(), KernelError> {
+    fn run(&self) -> Result<()> {
         let (memory, shape) = (arena(4 * self.len), [self.len]);
         let view = [View::new("test", &memory, 0, &shape, DType::F32)?];
         match self.call.kind {
@@ -278,7 +278,7 @@ impl MemberUnderTest {
     }
 }
 
-fn link_cause(result: Result<(), KernelError>) -> String {
+fn link_cause(result: Result<()>) -> String {
     match result {
         Err(KernelError::Link { group: 7, rank: 10, peer: 11, cause }) => cause,
         other => panic!("expected a failed link from 10 to 11, got {other:?}"),

@@ -5,7 +5,7 @@ use super::flow::PIECE_WORDS;
 use super::port::Port;
 use crate::collective::ReduceOp;
 use crate::collective::exchange::{combine_into, combine_two};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Words;
 use crate::tensor::split_range;
 
@@ -47,12 +47,7 @@ impl Tree {
 
 /// All-reduce of few bytes. Two members exchange their values; larger groups gather all values at member 0, which
 /// combines them and broadcasts the result. `blocks` has room for every member's values.
-pub(super) fn all_reduce(
-    port: &mut Port,
-    words: &mut Words<'_>,
-    blocks: &mut [f32],
-    op: ReduceOp,
-) -> Result<(), KernelError> {
+pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, blocks: &mut [f32], op: ReduceOp) -> Result<()> {
     let (len, n) = (words.y.len(), port.members());
     if n == 2 {
         let (peer, bytes) = (1 - port.context.member, size_of_val(words.x()));
@@ -100,7 +95,7 @@ fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
     }
 }
 
-pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<(), KernelError> {
+pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<()> {
     if port.context.member == root
         && let (Some(x), y) = words.split()
     {
@@ -111,7 +106,7 @@ pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> 
 
 /// Sends the root's `y` to every member, piece by piece: while one piece arrives from the parent, the previous one goes
 /// to the child with the largest subtree.
-fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<(), KernelError> {
+fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<()> {
     let parent = tree.parent();
     let children: Vec<usize> = tree.children().rev().map(|(child, _)| child).collect();
     if let Some(parent) = parent {
