@@ -2,7 +2,7 @@
 //! does this before it runs a launch. Also runs custom kernels on host memory.
 #![allow(unsafe_code)]
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Base, View};
 use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
 use crate::tensor::DType;
@@ -21,7 +21,7 @@ impl<'a> Bound<'a> {
         launch: &'a Launch,
         bases: &'a [Base],
         workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let name = launch.op.name();
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = launch.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
@@ -33,12 +33,7 @@ impl<'a> Bound<'a> {
     }
 
     /// Checks the number of buffers, write access (MEM-4), overlaps (MEM-2), accumulation and workspace.
-    fn check(
-        &self,
-        op: &Op,
-        accumulate: bool,
-        workspace_bytes: impl FnOnce(&[&[usize]]) -> usize,
-    ) -> Result<(), KernelError> {
+    fn check(&self, op: &Op, accumulate: bool, workspace_bytes: impl FnOnce(&[&[usize]]) -> usize) -> Result<()> {
         let counts = (self.reads.len(), self.writes.len());
         if let Some(arity) = op.arity()
             && arity != counts
@@ -65,11 +60,8 @@ impl<'a> Bound<'a> {
                 || self.writes[..i].iter().any(|other| write.overlaps(other))
                 || self.workspace.as_ref().is_some_and(|workspace| write.overlaps(workspace));
             if has_overlap {
-                return Err(self.refused(
-                    &format!("write {i}"),
-                    "memory that no other buffer overlaps",
-                    "an overlap with another buffer",
-                ));
+                let expected = "memory that no other buffer overlaps";
+                return Err(self.refused(&format!("write {i}"), expected, "an overlap with another buffer"));
             }
         }
         let shapes: Vec<&[usize]> = self.reads.iter().map(View::shape).collect();
@@ -77,11 +69,8 @@ impl<'a> Bound<'a> {
         let given = self.workspace.as_ref().map_or(0, View::bytes);
         let overlaps_read = |workspace: &View<'_>| self.reads.iter().any(|read| read.overlaps(workspace));
         if needed > given || self.workspace.as_ref().is_some_and(overlaps_read) {
-            return Err(self.refused(
-                "workspace",
-                format!("{needed} bytes that no other buffer overlaps"),
-                format!("{given} bytes"),
-            ));
+            let expected = format!("{needed} bytes that no other buffer overlaps");
+            return Err(self.refused("workspace", expected, format!("{given} bytes")));
         }
         Ok(())
     }
@@ -105,7 +94,7 @@ pub(crate) unsafe fn run_custom(
     reads: &[View<'_>],
     writes: &[View<'_>],
     accumulate: bool,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     if let Some(i) = reads.iter().position(|read| writes.iter().any(|write| write.overlaps(read))) {
         let (what, got) = (format!("read {i}"), "memory of a write");
         return Err(KernelError::arguments(name, &what, "memory that is not written", got));

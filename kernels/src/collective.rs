@@ -6,7 +6,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::bound::Bound;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::View;
 
 pub mod board;
@@ -36,7 +36,7 @@ pub trait Collective: Debug + Send + Sync {
     /// # Errors
     /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
     /// buffers do not fit the call, [`KernelError::Aborted`] after [`Collective::abort`].
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         let _ = (reads, writes);
         Err(KernelError::arguments(call.name(), "stream", "a CUDA stream", "a host thread"))
     }
@@ -80,7 +80,7 @@ pub trait Collective: Debug + Send + Sync {
 pub struct DeviceCollective<'a>(pub(crate) &'a dyn Enqueue);
 
 /// Blocks until the stream may take the work after a call.
-pub(crate) type Wait = Box<dyn FnOnce() -> Result<(), KernelError> + Send>;
+pub(crate) type Wait = Box<dyn FnOnce() -> Result<()> + Send>;
 
 /// The state of a call after [`Enqueue::enqueue`].
 pub(crate) enum Enqueued {
@@ -93,10 +93,6 @@ pub(crate) trait Enqueue {
     /// Puts one member's part of a call on its stream, in order. `stream` is the backend's own; its device is current.
     /// Blocks no longer than a few driver calls take. The caller keeps all memory of `bound` alive until the stream has
     /// run the call (STAGE-1 for the workspace).
-    fn enqueue(
-        &self,
-        call: &CollectiveCall,
-        bound: &Bound<'_>,
-        stream: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Enqueued, KernelError>;
+    fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: Arc<dyn Any + Send + Sync>)
+    -> Result<Enqueued>;
 }

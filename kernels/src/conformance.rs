@@ -6,8 +6,6 @@ use std::sync::Arc;
 
 use crate::collective::Group;
 use crate::device::Device;
-use crate::error::KernelError;
-use crate::memory::Arena;
 
 mod collectives;
 mod harness;
@@ -17,7 +15,7 @@ mod reference;
 mod streams;
 
 use collectives::EngineRequirements;
-pub use collectives::SummationOrder;
+pub use collectives::{Make, SummationOrder};
 pub use harness::ConformanceFailure;
 use harness::Report;
 
@@ -52,17 +50,14 @@ pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
 /// Runs the collectives part of the suite, for engines that must know all memory and all groups in advance. `make(n)`
 /// creates n devices with ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know
 /// [`collectives_groups`] of n.
-pub fn run_collectives(make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>) -> Vec<ConformanceFailure> {
-    let requirements = EngineRequirements::of(MEMBERS_MAX, SummationOrder::InOrder);
+pub fn run_collectives(make: &Make<'_>) -> Vec<ConformanceFailure> {
+    let requirements = EngineRequirements::of(4, SummationOrder::InOrder);
     failures(|report| collectives::run(report, make, &requirements))
 }
 
 /// [`run_collectives`] for engines that sum in their own order, do not compare the members' calls, and require that all
 /// members call all groups in one order.
-pub fn run_collectives_unordered(
-    make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
-    members: usize,
-) -> Vec<ConformanceFailure> {
+pub fn run_collectives_unordered(make: &Make<'_>, members: usize) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements {
         compares_calls: false,
         any_order: false,
@@ -74,17 +69,10 @@ pub fn run_collectives_unordered(
 /// Runs the collectives part of the suite in one of several processes. All of them run it at the same time, each for
 /// its own members of groups of up to `members`. Without aborts, after which nothing can run. `make(n)` creates those
 /// of the n devices that this process runs, possibly none, as for [`run_collectives`].
-pub fn run_collectives_apart(
-    make: &dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError>,
-    members: usize,
-    sums: SummationOrder,
-) -> Vec<ConformanceFailure> {
+pub fn run_collectives_apart(make: &Make<'_>, members: usize, sums: SummationOrder) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) };
     failures(|report| collectives::run(report, make, &requirements))
 }
-
-/// Default number of members of the largest groups.
-const MEMBERS_MAX: usize = 4;
 
 /// Bytes of each arena that [`run_collectives`] needs.
 pub const COLLECTIVES_ARENA_BYTES: usize = collectives::ARENA_BYTES;

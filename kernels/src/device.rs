@@ -11,10 +11,10 @@ use crate::cuda::gpu::Gpu;
 use crate::cuda::lower;
 use crate::cuda::step::ErrorRecord;
 use crate::cuda::stream::CudaStream;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Arena, Tally};
 use crate::op::Launch;
-use crate::stream::Stream;
+use crate::stream::{Stream, StreamBackend};
 
 /// One device of a session's mesh. Clones are the same device.
 #[derive(Clone, Debug)]
@@ -30,10 +30,7 @@ struct Inner {
 
 #[derive(Debug)]
 enum Backend {
-    /// Some cores of this process, with their own memory.
-    Cpu {
-        threads_per_stream: usize,
-    },
+    Cpu { threads_per_stream: usize },
     Cuda(Arc<Gpu>),
 }
 
@@ -115,7 +112,7 @@ impl Device {
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Cuda`].
-    pub fn arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+    pub fn arena(&self, bytes: usize) -> Result<Arena> {
         let Inner { rank, tally, backend, .. } = &*self.0;
         match backend {
             Backend::Cpu { .. } => Arena::host(*rank, bytes, tally),
@@ -127,7 +124,7 @@ impl Device {
     ///
     /// # Errors
     /// [`KernelError::OutOfMemory`]; [`KernelError::Arguments`] for a GPU, whose memory other processes cannot map.
-    pub fn shared_arena(&self, bytes: usize) -> Result<Arena, KernelError> {
+    pub fn shared_arena(&self, bytes: usize) -> Result<Arena> {
         match &self.0.backend {
             Backend::Cpu { .. } => Arena::shared(self.0.rank, bytes, &self.0.tally),
             Backend::Cuda(gpu) => {
@@ -142,7 +139,7 @@ impl Device {
     ///
     /// # Errors
     /// [`KernelError::Closed`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
-    pub fn stream(&self, name: &str, threads: usize) -> Result<Stream, KernelError> {
+    pub fn stream(&self, name: &str, threads: usize) -> Result<Stream> {
         self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }
 
@@ -157,13 +154,15 @@ impl Device {
         threads: usize,
         engine: Arc<dyn Collective>,
         priority: Priority,
-    ) -> Result<Stream, KernelError> {
+    ) -> Result<Stream> {
         let Inner { rank, tally, backend, .. } = &*self.0;
         match backend {
-            Backend::Cpu { .. } => CpuStream::start(name, *rank, threads, engine, tally.clone()).map(Stream::cpu),
+            Backend::Cpu { .. } => {
+                CpuStream::start(name, *rank, threads, engine, tally.clone()).map(StreamBackend::Cpu).map(Stream)
+            }
             Backend::Cuda(gpu) => {
                 let is_urgent = priority == Priority::High;
-                CudaStream::start(gpu, *rank, name, is_urgent, engine, tally).map(Stream::cuda)
+                CudaStream::start(gpu, *rank, name, is_urgent, engine, tally).map(StreamBackend::Cuda).map(Stream)
             }
         }
     }

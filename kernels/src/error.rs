@@ -1,5 +1,8 @@
 //! The error of this crate.
 
+/// A result with the error of this crate.
+pub type Result<T, E = KernelError> = std::result::Result<T, E>;
+
 /// An error of the layers below the actors.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum KernelError {

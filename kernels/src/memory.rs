@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering;
 
 use half::bf16;
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::op::Buffer;
 use crate::tensor::{DType, HostData, HostElement, HostTensor, element_count};
 
@@ -43,11 +43,11 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
 
     /// Writes `bytes` bytes from `offset` on, which the caller has checked, in pieces that `fill` provides until it
     /// returns false. Waits for the copies.
-    fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<(), KernelError>;
+    fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()>;
 
     /// Reads `bytes` bytes from `offset` on, which the caller has checked, and passes each piece to `take` until it
     /// returns false.
-    fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<(), KernelError>;
+    fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()>;
 
     /// Records that a submission no longer uses the memory, as the calling thread knows.
     fn mark_released(&self);
@@ -79,14 +79,12 @@ impl Drop for Storage {
 }
 
 impl Arena {
-    /// Allocates host memory, counted in `tally`.
-    pub(crate) fn host(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+    pub(crate) fn host(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self> {
         let memory = HostMemory::allocate(bytes, tally).ok_or(KernelError::OutOfMemory { device, bytes })?;
         Ok(Self(Arc::new(Storage::Host(memory))))
     }
 
-    /// Allocates memory that other processes of the node can map, counted in `tally`.
-    pub(crate) fn shared(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+    pub(crate) fn shared(device: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self> {
         let mapping = Mapping::create(bytes).map_err(|_| KernelError::OutOfMemory { device, bytes })?;
         tally.add(bytes);
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
@@ -111,18 +109,16 @@ impl Arena {
         }
     }
 
-    /// The device memory of this arena, if it is of a backend's type `T`.
     pub(crate) fn device_memory<T: DeviceStorage>(&self) -> Option<&T> {
         let memory: &dyn Any = self.storage_on_device()?;
         memory.downcast_ref()
     }
 
-    /// Records that a submission no longer uses the memory, as the calling thread knows.
     pub(crate) fn mark_released(&self) {
         self.storage_on_device().into_iter().for_each(DeviceStorage::mark_released);
     }
 
-    pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
+    pub(crate) fn check_host(&self, user: &str) -> Result<()> {
         let Some(memory) = self.storage_on_device() else { return Ok(()) };
         let got = format!("memory of {}", memory.place());
         Err(KernelError::arguments(user, "memory", "host memory", got))
@@ -132,7 +128,7 @@ impl Arena {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the system provides no memory.
-    pub fn shared_by_processes(bytes: usize) -> Result<Self, KernelError> {
+    pub fn shared_by_processes(bytes: usize) -> Result<Self> {
         let refused = |cause: std::io::Error| {
             KernelError::arguments("shared memory", "size", format!("{bytes} bytes of memory"), cause.to_string())
         };
@@ -145,7 +141,7 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] when the descriptor is not a memfd of this size, when its size is not sealed, or when
     /// the mapping fails.
-    pub fn map_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self, KernelError> {
+    pub fn map_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self> {
         let mapping = Mapping::of_peer(file, bytes, access)?;
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
     }
@@ -198,7 +194,7 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned, or the memory is read-only;
     /// [`KernelError::Cuda`] when a GPU fails.
-    pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<(), KernelError> {
+    pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<()> {
         if !self.is_writable() {
             let got = "a peer's memory, mapped read-only";
             return Err(KernelError::arguments("write_host", "memory", "writable memory", got));
@@ -224,7 +220,7 @@ impl Arena {
     /// # Errors
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned; [`KernelError::Cuda`] when a GPU
     /// fails.
-    pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor, KernelError> {
+    pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor> {
         let mut tensor = HostTensor { shape: shape.to_vec(), data: HostData::empty(dtype) };
         self.read_host_into(offset, &mut tensor)?;
         Ok(tensor)
@@ -234,7 +230,7 @@ impl Arena {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
-    pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<(), KernelError> {
+    pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<()> {
         let elements = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?.element_count();
         let bytes = tensor.data.resized(elements);
         if let Some(memory) = self.storage_on_device() {
@@ -295,30 +291,17 @@ impl<'a> View<'a> {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when it does not lie inside the arena or is not aligned to its elements.
-    pub fn new(
-        user: &str,
-        arena: &'a Arena,
-        offset: usize,
-        shape: &'a [usize],
-        dtype: DType,
-    ) -> Result<Self, KernelError> {
+    pub fn new(user: &str, arena: &'a Arena, offset: usize, shape: &'a [usize], dtype: DType) -> Result<Self> {
         let bytes = shape.iter().try_fold(dtype.bytes(), |product, &extent| product.checked_mul(extent));
         let end = bytes.and_then(|bytes| bytes.checked_add(offset));
         if end.is_none_or(|end| end > arena.bytes()) {
-            return Err(KernelError::arguments(
-                user,
-                "buffer is out of bounds",
-                format!("at most {} bytes", arena.bytes()),
-                format!("shape {shape:?} at byte {offset}"),
-            ));
+            let (expected, got) =
+                (format!("at most {} bytes", arena.bytes()), format!("shape {shape:?} at byte {offset}"));
+            return Err(KernelError::arguments(user, "buffer is out of bounds", expected, got));
         }
         if !offset.is_multiple_of(dtype.bytes()) {
-            return Err(KernelError::arguments(
-                user,
-                "buffer is not aligned",
-                format!("a multiple of {} bytes", dtype.bytes()),
-                format!("byte {offset}"),
-            ));
+            let (expected, got) = (format!("a multiple of {} bytes", dtype.bytes()), format!("byte {offset}"));
+            return Err(KernelError::arguments(user, "buffer is not aligned", expected, got));
         }
         Ok(Self { arena, offset, shape, dtype })
     }
@@ -327,15 +310,11 @@ impl<'a> View<'a> {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the base does not exist, or as for [`View::new`].
-    pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self, KernelError> {
-        let base = bases.get(buffer.base).ok_or_else(|| {
-            KernelError::arguments(
-                user,
-                "buffer's base",
-                format!("fewer than {} bases", bases.len()),
-                buffer.base.to_string(),
-            )
-        })?;
+    pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self> {
+        let Some(base) = bases.get(buffer.base) else {
+            let expected = format!("fewer than {} bases", bases.len());
+            return Err(KernelError::arguments(user, "buffer's base", expected, buffer.base.to_string()));
+        };
         // If the sum overflows, it is out of bounds of any arena.
         let offset = base.offset.saturating_add(buffer.offset);
         Self::new(user, &base.arena, offset, &buffer.shape, buffer.dtype)
@@ -361,7 +340,7 @@ impl<'a> View<'a> {
         self.offset
     }
 
-    pub(crate) fn check_host(&self, user: &str) -> Result<(), KernelError> {
+    pub(crate) fn check_host(&self, user: &str) -> Result<()> {
         self.arena.check_host(user)
     }
 
@@ -386,17 +365,15 @@ impl<'a> View<'a> {
 
     /// Whether the two are the same bytes with the same dtype (shapes may differ).
     pub fn same_memory(&self, other: &View<'_>) -> bool {
-        self.arena.same(other.arena)
-            && self.offset == other.offset
-            && self.bytes() == other.bytes()
-            && self.dtype == other.dtype
+        let place = |view: &View<'_>| (view.offset, view.bytes(), view.dtype);
+        self.arena.same(other.arena) && place(self) == place(other)
     }
 
     /// The buffers of one member of a collective, as words of 4 bytes for any dtype of that size.
     ///
     /// Sound while the caller guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]; MEM-2
     /// is checked here.
-    pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>, KernelError> {
+    pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>> {
         if reads.len() > 1 || writes.len() > 1 {
             let got = format!("{} read, {} written", reads.len(), writes.len());
             return Err(KernelError::arguments(op, "buffers", "at most one read and one written", got));

@@ -49,7 +49,6 @@ impl StreamMetrics {
         self.all.clone()
     }
 
-    /// The timer of collectives of the same kind.
     pub(crate) fn collective(&mut self, call: &CollectiveCall) -> CollectiveTimer {
         let (name, all) = (call.name(), self.all.clone());
         if let Some((_, kind)) = self.collectives.iter().find(|(known, _)| *known == name) {

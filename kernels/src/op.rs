@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use crate::collective::call::CollectiveCall;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::tensor::{DType, Region};
 
 pub(crate) mod describe;
@@ -180,7 +180,7 @@ pub trait CustomKernel: Debug + Send + Sync {
     ///
     /// # Errors
     /// Any error ends the session and is reported as its cause.
-    fn run_cpu(&self, args: CpuArgs<'_>) -> Result<(), KernelError>;
+    fn run_cpu(&self, args: CpuArgs<'_>) -> Result<()>;
 }
 
 /// Arguments of a custom kernel on the CPU backend.

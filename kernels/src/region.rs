@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::tensor::Region;
 
 /// Calls `run(from, to, len)` for each contiguous run of elements of a box of `size` that is contiguous both in a
@@ -87,7 +87,6 @@ impl Runs {
         self.outer.iter().fold(self.len, |all, (size, _)| all * size)
     }
 
-    /// Index in the tensor at which run `index` starts.
     fn run_start(&self, mut index: usize) -> usize {
         self.outer.iter().fold(self.start, |place, (size, stride)| {
             let here = index % size;
@@ -119,7 +118,7 @@ impl Runs {
     }
 }
 
-pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize]) -> Result<(), KernelError> {
+pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize]) -> Result<()> {
     let inside = region.start.len() == shape.len()
         && region.size.len() == shape.len()
         && (0..shape.len()).all(|d| region.start[d].checked_add(region.size[d]).is_some_and(|end| end <= shape[d]));

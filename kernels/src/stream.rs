@@ -15,27 +15,19 @@ pub use crate::submission::{Notification, Notify, Submission};
 /// A queue of work on one device, executed in order. Dropping it waits for queued work to finish (unless the stream's
 /// own thread drops it), so abort the collective engine first when members may be missing.
 #[derive(Debug)]
-pub struct Stream(Backend);
+pub struct Stream(pub(crate) StreamBackend);
 
 #[derive(Debug)]
-enum Backend {
+pub(crate) enum StreamBackend {
     Cpu(CpuStream),
     Cuda(CudaStream),
 }
 
 impl Stream {
-    pub(crate) fn cpu(stream: CpuStream) -> Self {
-        Self(Backend::Cpu(stream))
-    }
-
-    pub(crate) fn cuda(stream: CudaStream) -> Self {
-        Self(Backend::Cuda(stream))
-    }
-
     fn send(&self, command: Command) -> Result<(), KernelError> {
         match &self.0 {
-            Backend::Cpu(stream) => stream.send(command),
-            Backend::Cuda(stream) => stream.send(command),
+            StreamBackend::Cpu(stream) => stream.send(command),
+            StreamBackend::Cuda(stream) => stream.send(command),
         }
     }
 
@@ -54,8 +46,8 @@ impl Stream {
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; an invalid launch is reported when it is submitted.
     pub fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
         match &self.0 {
-            Backend::Cpu(stream) => stream.prepare(program),
-            Backend::Cuda(stream) => stream.prepare(program),
+            StreamBackend::Cpu(stream) => stream.prepare(program),
+            StreamBackend::Cuda(stream) => stream.prepare(program),
         }
     }
 
@@ -100,16 +92,16 @@ impl Stream {
     /// Number of threads that run each kernel of this stream.
     pub fn threads(&self) -> usize {
         match &self.0 {
-            Backend::Cpu(stream) => stream.threads(),
-            Backend::Cuda(_) => 1,
+            StreamBackend::Cpu(stream) => stream.threads(),
+            StreamBackend::Cuda(_) => 1,
         }
     }
 
     /// Total time that the stream has spent in collectives, waiting for other members or transferring bytes.
     pub fn collective_time(&self) -> Duration {
         match &self.0 {
-            Backend::Cpu(stream) => stream.collective_time(),
-            Backend::Cuda(stream) => stream.collective_time(),
+            StreamBackend::Cpu(stream) => stream.collective_time(),
+            StreamBackend::Cuda(stream) => stream.collective_time(),
         }
     }
 }

@@ -62,26 +62,21 @@ pub(crate) enum Command<R = Submission> {
     CheckFinite(bool),
 }
 
+fn op_name(program: &Program, index: usize) -> &str {
+    program.launches.get(index).map_or("none", |launch| launch.op.name())
+}
+
 pub(crate) fn trace_launch(program: &Program, index: usize) {
-    let (name, launches) = (program.name.as_str(), program.launches.len());
-    let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
+    let (name, op, launches) = (program.name.as_str(), op_name(program, index), program.launches.len());
     tracing::trace!(target: LAUNCH, program = name, op, index, launches);
 }
 
-fn panic_message(panic: &(dyn Any + Send)) -> String {
-    if let Some(text) = panic.downcast_ref::<&str>() {
-        (*text).to_owned()
-    } else if let Some(text) = panic.downcast_ref::<String>() {
-        text.clone()
-    } else {
-        "no message".to_owned()
-    }
-}
-
 pub(crate) fn launch_panic(program: &Program, index: usize, panic: &(dyn Any + Send)) -> KernelError {
-    let op = program.launches.get(index).map_or("none", |launch| launch.op.name());
-    let launch = format!("{index} ({op})");
-    KernelError::Panic { launch, program: program.name.clone(), message: panic_message(panic) }
+    let text = panic.downcast_ref::<&str>().copied();
+    let message =
+        text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned();
+    let launch = format!("{index} ({})", op_name(program, index));
+    KernelError::Panic { launch, program: program.name.clone(), message }
 }
 
 /// Number of invalid Inf and NaN values among the floats that an op has written.

@@ -30,22 +30,17 @@ impl DType {
     }
 }
 
-/// A Rust type of elements.
 pub(crate) trait HostElement: Copy + 'static {
     const DTYPE: DType;
 }
 
-impl HostElement for f32 {
-    const DTYPE: DType = DType::F32;
+macro_rules! host_elements {
+    ($($element:ty => $dtype:ident),*) => {
+        $(impl HostElement for $element { const DTYPE: DType = DType::$dtype; })*
+    };
 }
 
-impl HostElement for i32 {
-    const DTYPE: DType = DType::I32;
-}
-
-impl HostElement for bf16 {
-    const DTYPE: DType = DType::BF16;
-}
+host_elements!(f32 => F32, i32 => I32, bf16 => BF16);
 
 /// Elements in a tensor of this shape (1 for a scalar's empty shape); `usize::MAX` on overflow.
 pub fn element_count(shape: &[usize]) -> usize {
@@ -138,19 +133,14 @@ impl HostData {
 
     /// Resizes to `elements` elements, reusing the memory, and returns their bytes to be overwritten.
     pub(crate) fn resized(&mut self, elements: usize) -> &mut [u8] {
+        fn resize<T: bytemuck::Pod>(values: &mut Vec<T>, elements: usize) -> &mut [u8] {
+            values.resize(elements, T::zeroed());
+            bytemuck::cast_slice_mut(values)
+        }
         match self {
-            HostData::F32(values) => {
-                values.resize(elements, 0.0);
-                bytemuck::cast_slice_mut(values)
-            }
-            HostData::I32(values) => {
-                values.resize(elements, 0);
-                bytemuck::cast_slice_mut(values)
-            }
-            HostData::BF16(values) => {
-                values.resize(elements, bf16::ZERO);
-                bytemuck::cast_slice_mut(values)
-            }
+            HostData::F32(values) => resize(values, elements),
+            HostData::I32(values) => resize(values, elements),
+            HostData::BF16(values) => resize(values, elements),
         }
     }
 }
@@ -236,19 +226,12 @@ impl HostTensor {
 
     /// Number of elements in `data`. A tensor with another number than its shape's is rejected by every function.
     pub fn elements_held(&self) -> usize {
-        match &self.data {
-            HostData::F32(v) => v.len(),
-            HostData::I32(v) => v.len(),
-            HostData::BF16(v) => v.len(),
-        }
+        self.as_bytes().len() / self.dtype().bytes()
     }
 
     /// The elements of an `F32` tensor.
     pub fn as_f32(&self) -> Option<&[f32]> {
-        match &self.data {
-            HostData::F32(v) => Some(v),
-            HostData::I32(_) | HostData::BF16(_) => None,
-        }
+        if let HostData::F32(values) = &self.data { Some(values) } else { None }
     }
 
     /// The elements of a float tensor, converted to f32.
@@ -262,10 +245,7 @@ impl HostTensor {
 
     /// The elements of an `I32` tensor.
     pub fn as_i32(&self) -> Option<&[i32]> {
-        match &self.data {
-            HostData::I32(v) => Some(v),
-            HostData::F32(_) | HostData::BF16(_) => None,
-        }
+        if let HostData::I32(values) = &self.data { Some(values) } else { None }
     }
 }
 

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::thread::futex;
 
 use crate::collective::Group;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Arena;
 
 /// Longest sleep between two checks for an abort.
@@ -142,8 +142,8 @@ impl Counter {
         &self,
         oversubscribed: bool,
         done: &dyn Fn(u32) -> bool,
-        check_interrupt: &dyn Fn(usize) -> Result<(), KernelError>,
-    ) -> Result<(), KernelError> {
+        check_interrupt: &dyn Fn(usize) -> Result<()>,
+    ) -> Result<()> {
         let mut sleeps = 0;
         while !self.spin(oversubscribed, done) {
             check_interrupt(sleeps)?;
@@ -201,7 +201,7 @@ impl GroupArea {
     }
 
     /// Returns the group's error once it is readable; returns `Ok` while it is being written.
-    pub(super) fn check(&self, group: u32) -> Result<(), KernelError> {
+    pub(super) fn check(&self, group: u32) -> Result<()> {
         if self.failed.load(Ordering::Acquire) != SET {
             return Ok(());
         }
@@ -244,12 +244,12 @@ impl Board {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the system provides no memory.
-    pub fn create(groups: &[Arc<Group>]) -> Result<Arena, KernelError> {
+    pub fn create(groups: &[Arc<Group>]) -> Result<Arena> {
         Arena::shared_by_processes(Self::bytes(groups))
     }
 
     /// Opens the board in this memory. All processes pass the same groups in the same order.
-    pub(super) fn new(arena: Arena, groups: &[Arc<Group>]) -> Result<Self, KernelError> {
+    pub(super) fn new(arena: Arena, groups: &[Arc<Group>]) -> Result<Self> {
         let refused = |what: &str, expected: String, got: String| {
             Err(KernelError::arguments("board of collectives", what, expected, got))
         };

@@ -6,10 +6,10 @@
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
 use crate::cpu::simd::{dispatch, inlined, map, update};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 use crate::region::{check_inside, for_each_run, subtract};
-use crate::tensor::{DType, Region, split_range};
+use crate::tensor::{DType, Region, element_count, split_range};
 
 /// Elements of a block that a reduction keeps in the L1 cache.
 const BLOCK: usize = 1024;
@@ -168,7 +168,7 @@ pub(crate) fn describe_views(call: &CollectiveCall, reads: &[View<'_>], writes: 
 }
 
 /// Returns the peer of a point-to-point call. Fails when the call names a member outside the group.
-pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>, KernelError> {
+pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>> {
     let members = call.group.ranks.len();
     let peer = match call.kind {
         CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => Some(peer),
@@ -182,13 +182,13 @@ pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>, Kern
 }
 
 /// Checks that one member's buffers fit its call and lie in host memory.
-pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
     reads.iter().chain(writes).try_for_each(|view| view.check_host(call.name()))?;
     check_call(call, reads, writes)
 }
 
 /// Checks that one member's buffers, in host or device memory, fit its call.
-pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
     let name = call.name();
     let members = call.group.ranks.len();
     let rejected = |what: &str, expected: String, got: String| Err(KernelError::arguments(name, what, expected, got));
@@ -202,11 +202,8 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     }
     let ([x], [y]) = (reads, writes) else { return Ok(()) };
     let shape = |what: &str, view: &View<'_>, expected: &[usize]| {
-        if view.shape() == expected {
-            Ok(())
-        } else {
-            rejected(what, format!("{expected:?}"), format!("{:?}", view.shape()))
-        }
+        let got = view.shape();
+        if got == expected { Ok(()) } else { rejected(what, format!("{expected:?}"), format!("{got:?}")) }
     };
     let in_place = matches!(call.kind, CollectiveKind::AllReduce { .. } | CollectiveKind::Broadcast { .. });
     if x.overlaps(y) && !(in_place && x.same_memory(y)) {
@@ -215,7 +212,8 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     if x.dtype() != y.dtype() {
         return rejected("dtype of y", format!("{:?}", x.dtype()), format!("{:?}", y.dtype()));
     }
-    if reduces(&call.kind) && x.dtype() != DType::F32 {
+    let reduces = matches!(call.kind, CollectiveKind::AllReduce { .. } | CollectiveKind::ReduceScatter { .. });
+    if reduces && x.dtype() != DType::F32 {
         return rejected("dtype", "F32".to_owned(), format!("{:?}", x.dtype()));
     }
     let regions = |what: &str, regions: &[Region], whole: &[usize]| {
@@ -225,11 +223,10 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
         regions.iter().try_for_each(|region| check_inside(name, what, region, whole))
     };
     match &call.kind {
-        CollectiveKind::AllReduce { .. } => shape("shape of y", y, x.shape()),
         CollectiveKind::Broadcast { root } if *root >= members => {
             rejected("root", format!("a member below {members}"), root.to_string())
         }
-        CollectiveKind::Broadcast { .. } => shape("shape of y", y, x.shape()),
+        CollectiveKind::AllReduce { .. } | CollectiveKind::Broadcast { .. } => shape("shape of y", y, x.shape()),
         CollectiveKind::AllGather { parts } => {
             regions("parts", parts, y.shape())?;
             shape("shape of the part", x, &parts[call.member].size)?;
@@ -254,23 +251,14 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     }
 }
 
-fn reduces(kind: &CollectiveKind) -> bool {
-    matches!(kind, CollectiveKind::AllReduce { .. } | CollectiveKind::ReduceScatter { .. })
-}
-
-fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<(), KernelError> {
+fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<()> {
     let mut rest = vec![target.clone()];
     for source in sources {
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
-    rest.retain(|region| !region.is_empty());
-    match rest.first() {
-        None => Ok(()),
-        Some(missing) => {
-            let expected = "a member that holds every element".to_owned();
-            Err(KernelError::arguments(name, "sources", expected, format!("no member holds {missing:?}")))
-        }
-    }
+    let Some(missing) = rest.iter().find(|region| !region.is_empty()) else { return Ok(()) };
+    let got = format!("no member holds {missing:?}");
+    Err(KernelError::arguments(name, "sources", "a member that holds every element", got))
 }
 
 /// Combines `a` and `b`, in this order. The only definition of each [`ReduceOp`].
@@ -333,17 +321,12 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
     }
 }
 
-/// Assembles the member's target from the members' sources. Returns the number of elements received from others.
-fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) -> usize {
-    let member = buffers.call.member;
-    let mut received = 0;
+/// Assembles the member's target from the members' sources.
+fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) {
     let bypass_caches = buffers.y.elements >= STREAM_ELEMENTS_MIN;
-    for (other, boxes) in taken(member, sources, target) {
+    for (other, boxes) in taken(buffers.call.member, sources, target) {
         let source = &sources[other];
         for common in boxes {
-            if other != member {
-                received += common.element_count();
-            }
             let from = (&source.size[..], &common.relative_to(source).start[..]);
             let to = (&target.size[..], &common.relative_to(target).start[..]);
             for_each_run(from, to, &common.size, |from, to, len| {
@@ -353,7 +336,6 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) ->
             });
         }
     }
-    received
 }
 
 /// The boxes that `target` takes from each member, in the order of preference: itself, then 0, 1, ...
@@ -373,29 +355,24 @@ pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(
     all
 }
 
-/// A member's work between the rendezvous and the final barrier. Returns the number of elements received from others.
-/// `barrier` waits for all members.
-pub(crate) fn exchange(
-    buffers: &ExchangeBuffers<'_>,
-    barrier: &dyn Fn() -> Result<(), KernelError>,
-) -> Result<usize, KernelError> {
-    let (call, member, members) = (buffers.call, buffers.call.member, buffers.xs.len());
+/// A member's work between the rendezvous and the final barrier. `barrier` waits for all members.
+pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Result<()>) -> Result<()> {
+    let (member, members) = (buffers.call.member, buffers.xs.len());
     let (x, y) = (&buffers.xs[member], buffers.y);
-    let received = match &call.kind {
+    let bypass_caches = y.elements >= STREAM_ELEMENTS_MIN;
+    match &buffers.call.kind {
         CollectiveKind::AllReduce { op } => {
             let own = split_range(y.elements, members, member);
             // SAFETY: each member writes only its own chunk of its own memory, which others do not read in this phase
             // (they read their chunks of it).
             unsafe { reduce(*op, buffers.xs, member, (own.start, own.len()), y, own.start) };
             barrier()?;
-            let bypass_caches = y.elements >= STREAM_ELEMENTS_MIN;
             for (other, other_y) in buffers.ys.iter().enumerate().filter(|(other, _)| *other != member) {
                 let chunk = split_range(y.elements, members, other);
                 // SAFETY: chunk `other` of its owner was written before the barrier and is only read from then on;
                 // chunk `other` of this member is written only by it and read by no other member.
                 unsafe { copy_part(other_y, chunk.start, y, chunk.start, chunk.len(), bypass_caches) };
             }
-            all_reduce_foreign(y.elements, members, member)
         }
         CollectiveKind::ReduceScatter { op, parts } => {
             let part = &parts[member];
@@ -406,32 +383,41 @@ pub(crate) fn exchange(
                 // it.
                 unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });
-            (members - 1) * part.element_count()
         }
         CollectiveKind::AllGather { parts } => gather(buffers, parts, &Region::whole(buffers.y_shape)),
         CollectiveKind::AllToAll { sources, targets } => gather(buffers, sources, &targets[member]),
+        // In place on the root there is nothing to copy, and other members read its memory.
+        CollectiveKind::Broadcast { root } if member == *root && x.at(0) == y.at(0) => {}
         CollectiveKind::Broadcast { root } => {
-            let bypass_caches = y.elements >= STREAM_ELEMENTS_MIN;
-            // In place on the root there is nothing to copy, and other members read its memory.
-            if member != *root || x.at(0) != y.at(0) {
-                // SAFETY: whole views of one size; the root's x is not written, as its y is elsewhere or unchanged.
-                unsafe { copy_part(&buffers.xs[*root], 0, y, 0, y.elements, bypass_caches) };
-            }
-            if member == *root { 0 } else { y.elements }
+            // SAFETY: whole views of one size; the root's x is not written, as its y is elsewhere or unchanged.
+            unsafe { copy_part(&buffers.xs[*root], 0, y, 0, y.elements, bypass_caches) };
         }
-        CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => 0,
-    };
-    Ok(received)
+        CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => {}
+    }
+    Ok(())
 }
 
-pub(crate) fn all_reduce_foreign(elements: usize, members: usize, member: usize) -> usize {
-    let own = split_range(elements, members, member).len();
-    (members - 1) * own + (elements - own)
+/// Number of elements that a member, whose y has this shape, receives from others.
+pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usize {
+    let (members, member, elements) = (call.group.ranks.len(), call.member, element_count(y_shape));
+    match &call.kind {
+        CollectiveKind::AllReduce { .. } => {
+            let own = split_range(elements, members, member).len();
+            (members - 1) * own + (elements - own)
+        }
+        CollectiveKind::ReduceScatter { .. } => (members - 1) * elements,
+        CollectiveKind::AllGather { parts } => elements - parts[member].element_count(),
+        CollectiveKind::AllToAll { sources, targets } => {
+            elements - sources[member].intersect(&targets[member]).map_or(0, |own| own.element_count())
+        }
+        CollectiveKind::Broadcast { root: from } | CollectiveKind::Receive { from } if *from != member => elements,
+        CollectiveKind::Broadcast { .. } | CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => 0,
+    }
 }
 
 /// [`exchange`] where every x is a copy that is not written: a member does not read the others' y, so there is no
-/// barrier. Returns the same count as [`exchange`].
-pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<usize, KernelError> {
+/// barrier.
+pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<()> {
     let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
     let (members, y) = (buffers.xs.len(), buffers.y);
     for owner in 0..members {
@@ -439,7 +425,7 @@ pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<usize, Ke
         // SAFETY: inside; only this member accesses y, and no x is y's memory.
         unsafe { reduce(*op, buffers.xs, owner, (chunk.start, chunk.len()), y, chunk.start) };
     }
-    Ok(all_reduce_foreign(y.elements, members, buffers.call.member))
+    Ok(())
 }
 
 #[cfg(test)]

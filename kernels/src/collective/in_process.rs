@@ -7,10 +7,10 @@
 //!   for longer than the members' own copying. So an abort needs to wake only members that wait for a rendezvous.
 #![allow(unsafe_code)]
 
-use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange};
+use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange, foreign_elements};
 use crate::collective::rendezvous::{Arrival, Groups, Post, Posts, Rendezvous};
 use crate::collective::{Collective, CollectiveCall, MemberWait};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::View;
 use crate::tensor::element_count;
 
@@ -32,12 +32,7 @@ impl InProcess {
     }
 
     /// The member's work once all members have arrived.
-    fn exchange(
-        &self,
-        rendezvous: &Rendezvous<Buffers>,
-        member: usize,
-        posts: &Posts<Buffers>,
-    ) -> Result<(), KernelError> {
+    fn exchange(&self, rendezvous: &Rendezvous<Buffers>, member: usize, posts: &Posts<Buffers>) -> Result<()> {
         let Post { call, x_shape, y_shape, .. } = &posts[member];
         let (xs, ys): (Vec<_>, Vec<_>) =
             posts.iter().map(|post| (post.memory.x.clone(), post.memory.y.clone())).unzip();
@@ -46,25 +41,27 @@ impl InProcess {
             rendezvous.barrier(xs.len());
             Ok(())
         };
-        let received = exchange(&buffers, &barrier)?;
+        exchange(&buffers, &barrier)?;
         barrier()?;
-        self.0.received.add(&call.group, member, received * size_of::<f32>());
+        self.count(call, y_shape);
         Ok(())
     }
 
     fn copy(&self, sender: &Post<Buffers>, receiver: &Post<Buffers>) {
-        let (elements, member) = (element_count(&receiver.y_shape), receiver.call.member);
+        let elements = element_count(&receiver.y_shape);
         // SAFETY: both are whole views of one size; the first member stays in its call, and only the receiver uses its
         // register.
         unsafe { copy_elements(&sender.memory.x, 0, &receiver.memory.y, 0, elements) };
-        if sender.call.member != member {
-            self.0.received.add(&receiver.call.group, member, elements * size_of::<f32>());
-        }
+        self.count(&receiver.call, &receiver.y_shape);
+    }
+
+    fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
+        self.0.received.add(&call.group, call.member, foreign_elements(call, y_shape) * size_of::<f32>());
     }
 }
 
 impl Collective for InProcess {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         let rendezvous = self.0.enter(call, reads, writes, true)?;
         let (x, y) = (reads.first().or(writes.first()), writes.first().or(reads.first()));
         let Some((x, y)) = x.zip(y) else { return Ok(()) };

@@ -21,11 +21,11 @@ use std::os::raw::c_int;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::collective::exchange::{all_reduce_foreign, check_buffers, check_members, taken};
+use crate::collective::exchange::{check_buffers, check_members, foreign_elements, taken};
 use crate::collective::status::{AbortStatus, ReceivedBytes};
-use crate::collective::wire::agreement;
+use crate::collective::wire::{agreement, shape_of};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{View, Words};
 use crate::region::Runs;
 use crate::tensor::Region;
@@ -85,8 +85,7 @@ impl fmt::Debug for Mpi {
     }
 }
 
-/// Converts a number of words or bytes to MPI's integer type.
-fn count(words: usize) -> Result<c_int, KernelError> {
+fn count(words: usize) -> Result<c_int> {
     let out_of_range = |_| {
         let expected = format!("at most {} elements of a tensor over MPI", c_int::MAX);
         KernelError::arguments("collective", "size", expected, words.to_string())
@@ -96,7 +95,7 @@ fn count(words: usize) -> Result<c_int, KernelError> {
 
 impl Layout {
     /// Lays out the parts one after the other; also returns their total size.
-    fn packed(sizes: impl Iterator<Item = usize>) -> Result<(Self, usize), KernelError> {
+    fn packed(sizes: impl Iterator<Item = usize>) -> Result<(Self, usize)> {
         let (mut layout, mut end) = (Self::default(), 0);
         for size in sizes {
             layout.starts.push(count(end)?);
@@ -143,7 +142,7 @@ impl Mpi {
         groups: &[Arc<Group>],
         process_of: &dyn Fn(usize) -> u32,
         within: Duration,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let until = Instant::now() + within;
         world.barrier(within)?;
         let (mut own, mut group_processes) = (Vec::new(), Vec::new());
@@ -163,8 +162,8 @@ impl Mpi {
             let state = State { comm: Some(comm), memory: Memory::default(), collectives: 0, failed: None };
             (group.id, GroupState { group: group.clone(), member, state: Mutex::new(state) })
         });
-        let known = known.collect();
-        Ok(Self { groups: known, received: ReceivedBytes::default(), abort_status: AbortStatus::default(), world })
+        let groups = known.collect();
+        Ok(Self { groups, received: ReceivedBytes::default(), abort_status: AbortStatus::default(), world })
     }
 
     /// The world that the engine was created with.
@@ -212,7 +211,7 @@ impl Call<'_> {
     }
 
     /// Notifies members that wait for this member in a send or receive that it is in a collective.
-    fn answer_waiting_members(&self) -> Result<(), KernelError> {
+    fn answer_waiting_members(&self) -> Result<()> {
         while let Some((from, [_, status])) = self.comm.receive_post(None, self.tag)? {
             if status == WAITING {
                 self.post(from, IN_COLLECTIVE)
@@ -261,13 +260,8 @@ impl Call<'_> {
         let member = (0..members).min_by_key(|member| agree_count(*member)).unwrap_or(0);
         let majority_member = (0..members).rev().max_by_key(|member| agree_count(*member)).unwrap_or(0);
         let majority_member = if majority_member == member { (member + 1) % members } else { majority_member };
-        let group = self.call.group.id;
-        Ok(CallError::Completed(KernelError::CollectiveMismatch {
-            group,
-            member,
-            expected: text(majority_member),
-            got: text(member),
-        }))
+        let (group, expected, got) = (self.call.group.id, text(majority_member), text(member));
+        Ok(CallError::Completed(KernelError::CollectiveMismatch { group, member, expected, got }))
     }
 
     /// Waits until the peer of a send or receive is in its call, and checks that it agrees.
@@ -293,44 +287,50 @@ impl Call<'_> {
         }
     }
 
-    /// Runs a call that all members agree on. Returns the elements received from others, as defined by
-    /// [`CollectiveKind`].
-    fn exchange(&mut self, words: &mut Words<'_>, x_shape: &[usize], y_shape: &[usize]) -> Result<usize, CallError> {
-        let (member, n, all) = (self.call.member, self.call.group.ranks.len(), words.y.len());
+    /// Agrees with the other members, also when the buffers do not fit, and runs the call.
+    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), CallError> {
+        let checked =
+            check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
+        if let Err(error) = &checked {
+            self.text = format!("{} ({error})", self.text);
+        }
+        let agreed = match peer {
+            Some(peer) => self.rendezvous(peer, checked.is_err()),
+            None => self.check_agreement(checked.is_err()),
+        };
+        let mut words = match (checked, agreed) {
+            (_, Err(CallError::InFlight(error))) => return Err(CallError::InFlight(error)),
+            // The other members receive this member's error, which also is its own result.
+            (Err(error), _) => return Err(CallError::Completed(error)),
+            (Ok(_), Err(end)) => return Err(end),
+            (Ok(words), Ok(())) => words,
+        };
+        self.exchange(&mut words, shape_of(reads), shape_of(writes))
+    }
+
+    /// Runs a call that all members agree on.
+    fn exchange(&mut self, words: &mut Words<'_>, x_shape: &[usize], y_shape: &[usize]) -> Result<(), CallError> {
+        let (all, tag) = (words.y.len(), self.tag + TAGS as c_int);
         count(all.max(words.x().len())).map_err(CallError::Completed)?;
         match &self.call.kind {
-            CollectiveKind::AllReduce { op } => {
-                self.all_reduce(*op, words)?;
-                Ok(all_reduce_foreign(all, n, member))
-            }
-            CollectiveKind::ReduceScatter { op, parts } => {
-                self.reduce_scatter(*op, words, x_shape, parts)?;
-                Ok((n - 1) * all)
-            }
+            CollectiveKind::AllReduce { op } => self.all_reduce(*op, words),
+            CollectiveKind::ReduceScatter { op, parts } => self.reduce_scatter(*op, words, x_shape, parts),
             CollectiveKind::AllGather { parts } => {
                 if parts.iter().map(Region::element_count).sum::<usize>() != all {
                     // Overlapping parts.
-                    return self.all_to_all(words, parts, &vec![Region::whole(y_shape); n]);
+                    return self.all_to_all(words, parts, &vec![Region::whole(y_shape); parts.len()]);
                 }
-                self.all_gather(words, y_shape, parts)?;
-                Ok(all - parts[member].element_count())
+                self.all_gather(words, y_shape, parts)
             }
             CollectiveKind::AllToAll { sources, targets } => self.all_to_all(words, sources, targets),
             CollectiveKind::Broadcast { root } => {
-                if let (true, (Some(x), y)) = (member == *root, words.split()) {
+                if let (true, (Some(x), y)) = (self.call.member == *root, words.split()) {
                     y.copy_from_slice(x);
                 }
-                self.transfer(Transfer::Broadcast { y: words.y, root: *root })?;
-                Ok(if member == *root { 0 } else { all })
+                self.transfer(Transfer::Broadcast { y: words.y, root: *root })
             }
-            CollectiveKind::Send { to } => {
-                let tag = self.tag + TAGS as c_int;
-                self.transfer(Transfer::Send { x: words.x(), to: *to, tag }).map(|()| 0)
-            }
-            CollectiveKind::Receive { from } => {
-                let tag = self.tag + TAGS as c_int;
-                self.transfer(Transfer::Receive { y: words.y, from: *from, tag }).map(|()| all)
-            }
+            CollectiveKind::Send { to } => self.transfer(Transfer::Send { x: words.x(), to: *to, tag }),
+            CollectiveKind::Receive { from } => self.transfer(Transfer::Receive { y: words.y, from: *from, tag }),
         }
     }
 
@@ -407,23 +407,18 @@ impl Call<'_> {
         done
     }
 
-    /// Member i contributes `sources[i]` and receives `targets[i]`. Returns the elements received from others.
-    fn all_to_all(
-        &mut self,
-        words: &mut Words<'_>,
-        sources: &[Region],
-        targets: &[Region],
-    ) -> Result<usize, CallError> {
+    /// Member i contributes `sources[i]` and receives `targets[i]`.
+    fn all_to_all(&mut self, words: &mut Words<'_>, sources: &[Region], targets: &[Region]) -> Result<(), CallError> {
         let (member, n) = (self.call.member, sources.len());
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
         // Boxes of whole tensors that this member sends to each member and receives from each; its own are copied
         // directly.
-        let sent_boxes: Vec<Vec<Region>> =
-            (0..n).map(|to| boxes_of(member, &taken(to, sources, &targets[to]))).collect();
-        let received_boxes = taken(member, sources, target);
-        let got: Vec<Vec<Region>> = (0..n).map(|from| boxes_of(from, &received_boxes)).collect();
+        let own_of = |to: usize| taken(to, sources, &targets[to]).into_iter().find(|(from, _)| *from == member);
+        let sent_boxes: Vec<Vec<Region>> = (0..n).map(|to| own_of(to).map_or(Vec::new(), |(_, boxes)| boxes)).collect();
+        let mut got = vec![Vec::new(); n];
+        taken(member, sources, target).into_iter().for_each(|(from, boxes)| got[from] = boxes);
         let size = |boxes: &Vec<Region>| boxes.iter().map(Region::element_count).sum::<usize>();
         let others = |all: &[Vec<Region>]| {
             let sizes = all.iter().enumerate().map(|(i, boxes)| if i == member { 0 } else { size(boxes) });
@@ -456,12 +451,8 @@ impl Call<'_> {
             }
         }
         self.put_back(scratch, &done);
-        done.map(|()| y_words)
+        done
     }
-}
-
-fn boxes_of(sender: usize, taken: &[(usize, Vec<Region>)]) -> Vec<Region> {
-    taken.iter().filter(|(from, _)| *from == sender).flat_map(|(_, boxes)| boxes.clone()).collect()
 }
 
 fn pack(from: &[f32], shape: &[usize], region: &Region, to: &mut [f32]) {
@@ -475,43 +466,15 @@ fn unpack(from: &[f32], to: &mut [f32], shape: &[usize], region: &Region) {
     runs.for_each(0..runs.element_count(), |place, at, len| to[place..][..len].copy_from_slice(&from[at..][..len]));
 }
 
-impl Call<'_> {
-    /// Agrees with the other members, also when the buffers do not fit, and runs the call.
-    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<usize, CallError> {
-        let checked =
-            check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
-        if let Err(error) = &checked {
-            self.text = format!("{} ({error})", self.text);
-        }
-        let agreed = match peer {
-            Some(peer) => self.rendezvous(peer, checked.is_err()),
-            None => self.check_agreement(checked.is_err()),
-        };
-        let mut words = match (checked, agreed) {
-            (_, Err(CallError::InFlight(error))) => return Err(CallError::InFlight(error)),
-            // The other members receive this member's error, which also is its own result.
-            (Err(error), _) => return Err(CallError::Completed(error)),
-            (Ok(_), Err(end)) => return Err(end),
-            (Ok(words), Ok(())) => words,
-        };
-        let shape = |views: &[View<'_>]| views.first().map_or(Vec::new(), |view| view.shape().to_vec());
-        self.exchange(&mut words, &shape(reads), &shape(writes))
-    }
-}
-
 impl Collective for Mpi {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         let peer = check_members(call)?;
         let known = self.groups.get(&call.group.id);
         let known = known.filter(|known| known.group.ranks == call.group.ranks && known.member == call.member);
         let (Some(known), true) = (known, peer != Some(call.member)) else {
             let got = format!("member {} of group {} of {:?}", call.member, call.group.id, call.group.ranks);
-            return Err(KernelError::arguments(
-                call.name(),
-                "member",
-                "the member of a known group in this process",
-                got,
-            ));
+            let expected = "the member of a known group in this process";
+            return Err(KernelError::arguments(call.name(), "member", expected, got));
         };
         let mut state = known.state.lock();
         self.abort_status.check()?;
@@ -523,8 +486,9 @@ impl Collective for Mpi {
         let tag = (*collectives % TAGS) as c_int;
         let mut running = Call { engine: self, call, comm: joined, memory, digest, text, tag };
         match running.run(peer, reads, writes) {
-            Ok(elements) => {
+            Ok(()) => {
                 *collectives = collectives.wrapping_add(u32::from(peer.is_none()));
+                let elements = foreign_elements(call, shape_of(writes));
                 self.received.add(&call.group, call.member, elements * size_of::<f32>());
                 Ok(())
             }

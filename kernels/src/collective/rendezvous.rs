@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::collective::call::{CollectiveCall, CollectiveKind, Group};
 use crate::collective::exchange::{Terms, check_buffers, check_call, check_members, describe, describe_views};
 use crate::collective::status::{AbortStatus, MemberWait, ReceivedBytes};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::View;
 use crate::tensor::DType;
 
@@ -23,9 +23,8 @@ const SPIN: Duration = Duration::from_micros(20);
 #[derive(Clone, Debug)]
 pub(crate) struct Post<M> {
     pub(crate) call: CollectiveCall,
-    /// Empty if the call reads nothing.
+    /// Empty if the call reads nothing; likewise `y_shape`.
     pub(crate) x_shape: Vec<usize>,
-    /// Empty if the call writes nothing.
     pub(crate) y_shape: Vec<usize>,
     pub(crate) dtype: DType,
     pub(crate) memory: M,
@@ -85,7 +84,7 @@ impl<M: Clone> Groups<M> {
         reads: &[View<'_>],
         writes: &[View<'_>],
         on_host: bool,
-    ) -> Result<Arc<Rendezvous<M>>, KernelError> {
+    ) -> Result<Arc<Rendezvous<M>>> {
         check_members(call)?;
         let new = || Arc::new(Rendezvous::new(&call.group, &self.abort_status));
         let rendezvous = self.by_id.lock().entry(call.group.id).or_insert_with(new).clone();
@@ -250,8 +249,8 @@ impl<M: Clone> Rendezvous<M> {
     pub(crate) fn join(
         &self,
         post: Post<M>,
-        complete: impl FnOnce(Vec<Post<M>>) -> Result<Option<Posts<M>>, KernelError>,
-    ) -> Result<Arrival<M>, KernelError> {
+        complete: impl FnOnce(Vec<Post<M>>) -> Result<Option<Posts<M>>>,
+    ) -> Result<Arrival<M>> {
         let member = post.call.member;
         let mut state = self.state.lock();
         if let Some(error) = self.failure(&state) {
@@ -277,8 +276,8 @@ impl<M: Clone> Rendezvous<M> {
     pub(crate) fn transfer(
         &self,
         post: Post<M>,
-        copy: impl FnOnce(&Post<M>, &Post<M>) -> Result<(), KernelError>,
-    ) -> Result<Arrival<M>, KernelError> {
+        copy: impl FnOnce(&Post<M>, &Post<M>) -> Result<()>,
+    ) -> Result<Arrival<M>> {
         let mut state = self.state.lock();
         if let Some(error) = self.failure(&state) {
             return Err(error);
@@ -319,7 +318,7 @@ impl<M: Clone> Rendezvous<M> {
     }
 
     /// Blocks until the awaited member has arrived, or the call fails.
-    pub(crate) fn wait_for(&self, awaited: Awaited) -> Result<Option<Posts<M>>, KernelError> {
+    pub(crate) fn wait_for(&self, awaited: Awaited) -> Result<Option<Posts<M>>> {
         let is_complete = |state: &State<M>| match awaited {
             Awaited::LastMember { round, .. } => state.rounds != round,
             Awaited::Peer { transfer } => state.transfer(transfer).is_none(),

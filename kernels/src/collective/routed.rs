@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::collective::issue_order::IssueTicket;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, DeviceCollective, MemberWait};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::View;
 
 /// Forwards each group's calls to the engine of that group.
@@ -38,7 +38,7 @@ impl Routed {
 }
 
 impl Collective for Routed {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         self.engine_of(call).run(call, reads, writes)
     }
 

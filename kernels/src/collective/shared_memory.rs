@@ -17,11 +17,11 @@ use std::time::Instant;
 use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
 use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
-    exchange_copies,
+    exchange_copies, foreign_elements,
 };
 use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 
 /// How many [`TICK`]s a member that found a disagreement waits for the other's description of its call.
@@ -74,7 +74,7 @@ impl SharedMemory {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the board does not match the groups, or a member's arena is missing.
-    pub fn new(board: Arena, groups: &[Arc<Group>], arenas: BTreeMap<usize, Arena>) -> Result<Self, KernelError> {
+    pub fn new(board: Arena, groups: &[Arc<Group>], arenas: BTreeMap<usize, Arena>) -> Result<Self> {
         let board = Board::new(board, groups)?;
         let missing = groups.iter().flat_map(|group| &group.ranks).find(|rank| !arenas.contains_key(rank));
         if let Some(rank) = missing {
@@ -101,7 +101,7 @@ impl SharedMemory {
         })
     }
 
-    fn check_aborted(&self) -> Result<(), KernelError> {
+    fn check_aborted(&self) -> Result<()> {
         // The board's cause comes first: it is the first of all processes. A peer that died while writing it leaves
         // none.
         match self.board.aborted() {
@@ -110,8 +110,8 @@ impl SharedMemory {
         }
     }
 
-    fn count(&self, call: &CollectiveCall, elements: usize) {
-        self.received.add(&call.group, call.member, elements * size_of::<f32>());
+    fn count(&self, call: &CollectiveCall, y: &View<'_>) {
+        self.received.add(&call.group, call.member, foreign_elements(call, y.shape()) * size_of::<f32>());
     }
 }
 
@@ -135,7 +135,7 @@ fn digest(terms: &impl Hash) -> u64 {
 }
 
 impl Call<'_> {
-    fn run(&self) -> Result<(), KernelError> {
+    fn run(&self) -> Result<()> {
         self.engine.check_aborted()?;
         self.group_area.check(self.call.group.id)?;
         let number = self.progress.calls.load(Ordering::Relaxed).wrapping_add(1);
@@ -155,7 +155,7 @@ impl Call<'_> {
         }
     }
 
-    fn check(&self) -> Result<(), KernelError> {
+    fn check(&self) -> Result<()> {
         check_buffers(self.call, self.reads, self.writes)?;
         let rank = self.call.group.ranks[self.call.member];
         let inside = |view: &View<'_>| self.engine.arenas.get(&rank).is_some_and(|arena| arena.same(view.arena()));
@@ -236,7 +236,7 @@ impl Call<'_> {
 
     /// The error that ends a wait: an abort, a failed group, or, after the first sleep, a peer whose call can never
     /// match.
-    fn check_interrupt(&self, sleeps: usize, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<(), KernelError> {
+    fn check_interrupt(&self, sleeps: usize, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<()> {
         self.engine.check_aborted()?;
         let failed = self.group_area.check(self.call.group.id);
         if sleeps > 0 || failed.is_err() {
@@ -249,7 +249,7 @@ impl Call<'_> {
         }
     }
 
-    fn barrier(&self, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<(), KernelError> {
+    fn barrier(&self, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<()> {
         let barriers = self.progress.barriers.load(Ordering::Relaxed).wrapping_add(1);
         self.progress.barriers.store(barriers, Ordering::Relaxed);
         let target = barriers.wrapping_mul(self.members() as u32);
@@ -267,7 +267,7 @@ impl Call<'_> {
     }
 
     /// Posts x and y and waits for the other members' posts. Returns the number of the rendezvous.
-    fn rendezvous(&self, terms: u64, x: &View<'_>, y: &View<'_>, copied: bool) -> Result<u32, KernelError> {
+    fn rendezvous(&self, terms: u64, x: &View<'_>, y: &View<'_>, copied: bool) -> Result<u32> {
         let number = self.progress.rendezvous_count.load(Ordering::Relaxed).wrapping_add(1);
         let index = (number % 2) as usize;
         if copied {
@@ -298,7 +298,7 @@ impl Call<'_> {
         Ok(number)
     }
 
-    fn exchange(&self, x: &View<'_>, y: &View<'_>) -> Result<(), KernelError> {
+    fn exchange(&self, x: &View<'_>, y: &View<'_>) -> Result<()> {
         let terms = digest(&Terms::of(self.call, x.shape(), y.shape(), x.dtype()));
         let (bytes_most, elements) = contributions(self.call, x.element_count());
         let copied = bytes_most <= COPY_BYTES_MAX;
@@ -326,20 +326,19 @@ impl Call<'_> {
             y: &Posted::of(y),
             ys: &ys,
         };
-        let received = if copied {
-            exchange_copies(&buffers)?
+        if copied {
+            exchange_copies(&buffers)?;
         } else {
             let barrier = || self.barrier(&|| None);
-            let received = exchange(&buffers, &barrier)?;
+            exchange(&buffers, &barrier)?;
             barrier()?;
-            received
-        };
-        self.engine.count(self.call, received);
+        }
+        self.engine.count(self.call, y);
         Ok(())
     }
 
     /// The memory that a member posted, after a check that it lies in the member's arena (BOARD-1).
-    fn posted(&self, member: usize, arena: &Arena, offset: u64, elements: usize) -> Result<Posted, KernelError> {
+    fn posted(&self, member: usize, arena: &Arena, offset: u64, elements: usize) -> Result<Posted> {
         let checked = usize::try_from(offset).ok().and_then(|offset| Posted::checked(arena, offset, elements));
         checked.ok_or_else(|| {
             let expected = format!("memory inside the {} bytes of member {member}", arena.bytes());
@@ -353,7 +352,7 @@ impl Call<'_> {
         self.posted_next(other).map(|_| other)
     }
 
-    fn send(&self, to: usize, x: &View<'_>) -> Result<(), KernelError> {
+    fn send(&self, to: usize, x: &View<'_>) -> Result<()> {
         let (slot, offer) = (self.slot, &self.slot.offer);
         slot.sent.terms.store(digest(&(x.dtype(), x.shape())), Ordering::Relaxed);
         slot.sent.x.store(x.offset() as u64, Ordering::Relaxed);
@@ -364,7 +363,7 @@ impl Call<'_> {
         offer.wait(self.oversubscribed, &done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
     }
 
-    fn receive(&self, from: usize, y: &View<'_>) -> Result<(), KernelError> {
+    fn receive(&self, from: usize, y: &View<'_>) -> Result<()> {
         let (sender, member) = (self.other(from), self.call.member);
         self.slot.receiving.store(from as u32 + 1, Ordering::SeqCst);
         let done = |value| value == member as u32 + 1;
@@ -381,9 +380,7 @@ impl Call<'_> {
         let source = self.posted(from, arena, sender.sent.x.load(Ordering::Relaxed), y.element_count())?;
         // SAFETY: both are whole views; the sender stays in its call, and only the receiver uses its register.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, y.element_count()) };
-        if from != member {
-            self.engine.count(self.call, y.element_count());
-        }
+        self.engine.count(self.call, y);
         sender.offer.value.store(0, Ordering::SeqCst);
         sender.offer.wake_waiters();
         Ok(())
@@ -391,7 +388,7 @@ impl Call<'_> {
 }
 
 impl Collective for SharedMemory {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         check_members(call)?;
         let known = self.index.get(&call.group.id).map(|&group| (group, &self.groups[group]));
         let Some((group, known)) = known.filter(|(_, known)| known.group.ranks == call.group.ranks) else {

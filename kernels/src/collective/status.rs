@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::collective::call::Group;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Bytes that devices have received from others, by rank.
 #[derive(Debug, Default)]
@@ -35,7 +35,7 @@ impl AbortStatus {
         first
     }
 
-    pub(crate) fn check(&self) -> Result<(), KernelError> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.aborted().map_or(Ok(()), Err)
     }
 

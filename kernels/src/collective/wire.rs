@@ -20,10 +20,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::collective::exchange::{Terms, all_reduce_foreign, check_buffers, check_members};
+use crate::collective::exchange::{Terms, check_buffers, check_members, foreign_elements};
 use crate::collective::status::ReceivedBytes;
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::hash::Fnv;
 use crate::memory::{View, Words};
 use crate::region::Runs;
@@ -72,7 +72,6 @@ pub fn peers(group: &Group, member: usize) -> Vec<usize> {
 /// The engine of devices in several processes that communicate over sockets. A process has one engine for all its
 /// members.
 pub struct Wire {
-    /// Channels that no call has used yet.
     unused_channels: Mutex<BTreeMap<ChannelKey, Channel>>,
     /// Creates the channels that `unused_channels` does not hold.
     connect: Option<Box<Connect>>,
@@ -91,7 +90,6 @@ struct Groups {
     channels: Vec<Arc<Channel>>,
 }
 
-/// A member of a group, in this process.
 struct Member {
     port: Port,
     scratch: Vec<f32>,
@@ -142,7 +140,7 @@ impl Wire {
     }
 
     /// Returns the member's state. The first call creates its links.
-    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<GroupStatus>), KernelError> {
+    fn member(&self, call: &CollectiveCall) -> Result<(Arc<Mutex<Member>>, Arc<GroupStatus>)> {
         let (group, member) = (&call.group, call.member);
         let mut groups = self.groups.lock();
         let new_status = || Arc::new(GroupStatus::new(group.clone(), self.aborted.clone()));
@@ -168,29 +166,29 @@ impl Wire {
 }
 
 impl Member {
-    /// Runs a call whose buffers were checked. Returns the elements received from others, as defined by
-    /// `CollectiveKind`.
+    /// Runs a call whose buffers were checked.
     fn run(
         &mut self,
         call: &CollectiveCall,
         words: &mut Words<'_>,
         (x_shape, y_shape): (&[usize], &[usize]),
         tree_bytes_max: usize,
-    ) -> Result<usize, KernelError> {
+    ) -> Result<()> {
         let Self { port, scratch } = self;
-        let (member, n) = (call.member, call.group.ranks.len());
-        let all = words.y.len();
+        let (n, all) = (call.group.ranks.len(), words.y.len());
         match &call.kind {
             CollectiveKind::AllReduce { op } => {
                 let tree_bytes_max = if n == 2 { tree_bytes_max / 4 } else { tree_bytes_max };
                 if n * size_of_val(words.y) <= tree_bytes_max {
-                    tree::all_reduce(port, words, scratch, *op)?;
+                    tree::all_reduce(port, words, scratch, *op)
                 } else if n > 1 {
-                    ring::all_reduce(port, words, scratch, *op)?;
-                } else if let (Some(x), y) = words.split() {
-                    y.copy_from_slice(x);
+                    ring::all_reduce(port, words, scratch, *op)
+                } else {
+                    if let (Some(x), y) = words.split() {
+                        y.copy_from_slice(x);
+                    }
+                    Ok(())
                 }
-                Ok(all_reduce_foreign(all, n, member))
             }
             CollectiveKind::ReduceScatter { parts, .. } if n == 1 => {
                 let (x, y) = words.split();
@@ -198,34 +196,29 @@ impl Member {
                 if let Some(x) = x {
                     part.for_each(0..all, |place, at, len| y[at..][..len].copy_from_slice(&x[place..][..len]));
                 }
-                Ok(0)
+                Ok(())
             }
             CollectiveKind::ReduceScatter { op, parts } => {
-                ring::reduce_scatter(port, words, scratch, *op, (x_shape, parts))?;
-                Ok((n - 1) * all)
+                ring::reduce_scatter(port, words, scratch, *op, (x_shape, parts))
             }
             CollectiveKind::AllGather { parts } => {
                 let disjoint = parts.iter().map(Region::element_count).sum::<usize>() == all;
                 if disjoint && n > 1 {
-                    ring::all_gather(port, words, scratch, (y_shape, parts))?;
-                    return Ok(all - parts[member].element_count());
+                    return ring::all_gather(port, words, scratch, (y_shape, parts));
                 }
                 let targets = vec![Region::whole(y_shape); n];
                 pairs::all_to_all(port, words, scratch, parts, &targets)
             }
             CollectiveKind::AllToAll { sources, targets } => pairs::all_to_all(port, words, scratch, sources, targets),
-            CollectiveKind::Broadcast { root } => {
-                tree::broadcast(port, words, *root)?;
-                Ok(if member == *root { 0 } else { all })
-            }
-            CollectiveKind::Send { to } => pairs::send(port, words, *to).map(|()| 0),
-            CollectiveKind::Receive { from } => pairs::receive(port, words, *from).map(|()| all),
+            CollectiveKind::Broadcast { root } => tree::broadcast(port, words, *root),
+            CollectiveKind::Send { to } => pairs::send(port, words, *to),
+            CollectiveKind::Receive { from } => pairs::receive(port, words, *from),
         }
     }
 }
 
 impl Collective for Wire {
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), KernelError> {
+    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
         let peer = check_members(call)?;
         if peer == Some(call.member) {
             let got = format!("member {}", call.member);
@@ -243,18 +236,17 @@ impl Collective for Wire {
                 // The other members receive this member's error.
                 let expected = "buffers that fit the call".to_owned();
                 let got = format!("{} ({error})", member.port.context.text);
-                let (group, at) = (call.group.id, call.member);
-                member.port.fail(KernelError::CollectiveMismatch { group, member: at, expected, got });
+                let mismatch = member.port.context.mismatch(call.member, expected, got);
+                member.port.fail(mismatch);
                 return Err(error);
             }
         };
-        let shape = |views: &[View<'_>]| views.first().map_or(Vec::new(), |view| view.shape().to_vec());
-        let shapes = (shape(reads), shape(writes));
+        let (x_shape, y_shape) = (shape_of(reads), shape_of(writes));
         let limit = self.tree_bytes_max.load(Ordering::Relaxed);
-        match member.run(call, &mut words, (&shapes.0, &shapes.1), limit) {
-            Ok(taken) => {
+        match member.run(call, &mut words, (x_shape, y_shape), limit) {
+            Ok(()) => {
                 member.port.finish_call();
-                self.received.add(&call.group, call.member, taken * size_of::<f32>());
+                self.received.add(&call.group, call.member, foreign_elements(call, y_shape) * size_of::<f32>());
                 Ok(())
             }
             Err(error) => Err(member.port.fail(error)),
@@ -279,27 +271,29 @@ impl Collective for Wire {
     }
 }
 
+pub(super) fn shape_of<'a>(views: &[View<'a>]) -> &'a [usize] {
+    views.first().map_or(&[], View::shape)
+}
+
 /// What all members of a call must agree on, as a hash and as text. The buffers need not fit.
-pub(super) fn agreement<'a>(call: &CollectiveCall, reads: &[View<'a>], writes: &[View<'a>]) -> (u64, String) {
-    let shape = |view: Option<&View<'a>>| view.map_or(&[][..], |view| view.shape());
+pub(super) fn agreement(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> (u64, String) {
     let view = reads.iter().chain(writes).next();
-    let dtype = view.map_or(DType::F32, |view| view.dtype());
+    let dtype = view.map_or(DType::F32, View::dtype);
     let mut hash = Fnv::default();
     let transfer = |from: usize, to: usize| ("transfer", from, to, dtype, view.map(|view| view.shape()));
     match &call.kind {
         // Sender and receiver agree on the transfer, which both see.
         CollectiveKind::Send { to } => transfer(call.member, *to).hash(&mut hash),
         CollectiveKind::Receive { from } => transfer(*from, call.member).hash(&mut hash),
-        _ => Terms::of(call, shape(reads.first()), shape(writes.first()), dtype).hash(&mut hash),
+        _ => Terms::of(call, shape_of(reads), shape_of(writes), dtype).hash(&mut hash),
     }
     call.group.ranks.hash(&mut hash);
     let detail = match &call.kind {
         CollectiveKind::AllReduce { op } | CollectiveKind::ReduceScatter { op, .. } => format!(" {op:?}"),
-        CollectiveKind::Broadcast { root } => format!(" from member {root}"),
+        CollectiveKind::Broadcast { root: from } | CollectiveKind::Receive { from } => format!(" from member {from}"),
         CollectiveKind::Send { to } => format!(" to member {to}"),
-        CollectiveKind::Receive { from } => format!(" from member {from}"),
         _ => String::new(),
     };
-    let shown = shape(view);
+    let shown = view.map_or(&[][..], View::shape);
     (hash.finish(), format!("{}{detail} of {dtype:?} {shown:?}", call.name()))
 }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::thread;
 
-use super::harness::{self, Notifications, Numbers, Report, TIMEOUT, flat, run_program, wait};
+use super::harness::{self, Notifications, Numbers, Report, TIMEOUT, flat, launch, run_program, wait};
 use crate::clock::Stamped;
 use crate::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 use crate::device::Device;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Arena;
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::Stream;
@@ -23,8 +23,8 @@ struct Member {
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
 /// Creates those devices of this process, in order, among the given number of devices with ranks from 0; each with an
-/// arena of [`ARENA_BYTES`], on a new engine.
-pub(super) type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>, KernelError> + 'a;
+/// arena of [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES), on a new engine.
+pub type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>> + 'a;
 
 /// The order in which an engine sums.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,12 +54,17 @@ struct Role {
     y_shape: Vec<usize>,
     in_place: bool,
     expected: Vec<f32>,
-    bytes: usize,
+    received_elements: usize,
+}
+
+impl Role {
+    fn new(x: HostTensor, y_shape: &[usize], expected: Vec<f32>, received_elements: usize) -> Self {
+        Self { x, y_shape: y_shape.to_vec(), in_place: false, expected, received_elements }
+    }
 }
 
 /// The properties of an engine that the suite checks.
 pub(super) struct EngineRequirements {
-    /// Members of the largest groups.
     pub(super) members_max: usize,
     pub(super) sums: SummationOrder,
     /// No other process has members. With several processes the suite tests no aborts, since nothing can run after an
@@ -104,47 +109,47 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineReq
     }
 }
 
-fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>, KernelError> {
-    let member =
-        |(device, arena): (Device, Arena)| Ok(Member { stream: device.stream("collective", 1)?, arena, device });
+fn members(make: &Make<'_>, n: usize) -> Result<Vec<Member>> {
+    let member = |(device, arena): (Device, _)| Ok(Member { stream: device.stream("collective", 1)?, arena, device });
     make(n)?.into_iter().map(member).collect()
+}
+
+impl Member {
+    fn submit(&self, launches: Vec<Launch>, signals: Vec<(usize, u32)>) -> Result<Notifications> {
+        submit(&self.stream, launches, signals, &self.arena)
+    }
+
+    /// The launch of a call with x at 0 and y at [`Y`]; a send has no y and a receive no x.
+    fn launch(&self, group: &Arc<Group>, kind: &CollectiveKind, x: &[usize], y: &[usize]) -> Launch {
+        let reads = (!matches!(kind, CollectiveKind::Receive { .. })).then(|| buffer(0, x, DType::F32));
+        let writes = (!matches!(kind, CollectiveKind::Send { .. })).then(|| buffer(Y, y, DType::F32));
+        let call = CollectiveCall { group: group.clone(), member: self.device.rank(), kind: kind.clone() };
+        let (reads, writes) = (reads.into_iter().collect(), writes.into_iter().collect());
+        with_workspace(&self.device, WORKSPACE, launch(Op::Collective(call), reads, writes))
+    }
+}
+
+fn buffer(offset: usize, shape: &[usize], dtype: DType) -> Buffer {
+    Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
 }
 
 /// [`harness::submit`] from a separate thread: engines rely on that no thread submits for two members, which might wait
 /// for each other.
-fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications, KernelError> {
-    let program = Stamped::new(program);
-    let submit = || harness::submit(stream, program.open(), arenas, repeat);
+fn submit(stream: &Stream, launches: Vec<Launch>, signals: Vec<(usize, u32)>, arena: &Arena) -> Result<Notifications> {
+    let program = Stamped::new(Program { name: "collectives".to_owned(), launches, signals });
+    let submit = || harness::submit(stream, program.open(), &[arena], false);
     let submitted = thread::scope(|scope| scope.spawn(submit).join());
     submitted.unwrap_or_else(|_| Err(KernelError::Aborted { cause: "submit panicked".to_owned() }))
 }
 
-fn launch(
-    device: &Device,
-    call: CollectiveCall,
-    x: Option<&HostTensor>,
-    y: Option<(&[usize], usize, DType)>,
-) -> Launch {
-    let buffer = |offset, shape: &[usize], dtype| Buffer { base: 0, offset, shape: shape.to_vec(), dtype };
-    let reads = x.map(|x| buffer(0, &x.shape, x.dtype())).into_iter().collect();
-    let writes = y.map(|(shape, offset, dtype)| buffer(offset, shape, dtype)).into_iter().collect();
-    with_workspace(
-        device,
-        WORKSPACE,
-        Launch { op: Op::Collective(call), reads, writes, accumulate: false, workspace: None },
-    )
-}
-
 fn with_workspace(device: &Device, offset: usize, mut launch: Launch) -> Launch {
     let floats = device.kind().workspace_bytes(&launch).div_ceil(4);
-    let workspace = Buffer { base: 0, offset, shape: vec![floats], dtype: DType::F32 };
-    launch.workspace = (floats > 0).then_some(workspace);
+    launch.workspace = (floats > 0).then(|| buffer(offset, &[floats], DType::F32));
     launch
 }
 
 struct Suite<'a> {
     report: &'a mut Report,
-    /// Number of members of each group.
     n: usize,
     members: &'a [Member],
     numbers: Numbers,
@@ -226,32 +231,24 @@ impl Suite<'_> {
         }
     }
 
-    fn exchange(
-        &mut self,
-        check: &str,
-        group: &Arc<Group>,
-        kind: &CollectiveKind,
-        roles: &[Role],
-    ) -> Result<(), KernelError> {
+    fn exchange(&mut self, check: &str, group: &Arc<Group>, kind: &CollectiveKind, roles: &[Role]) -> Result<()> {
         let received = |member: &Member| member.device.engine().bytes_received(member.device.rank());
         let before: Vec<u64> = self.members.iter().map(received).collect();
         let mut ends = Vec::new();
         for member in self.members {
-            let (i, role) = (member.device.rank(), &roles[member.device.rank()]);
+            let role = &roles[member.device.rank()];
             member.arena.write_host(0, &role.x)?;
             let poison = vec![f32::NAN; element_count(&role.y_shape) + 1];
             member.arena.write_host(Y, &HostTensor::f32(&[poison.len()], poison))?;
-            let y = (&role.y_shape[..], if role.in_place { 0 } else { Y }, role.x.dtype());
-            let call = CollectiveCall { group: group.clone(), member: i, kind: kind.clone() };
-            let launches = vec![launch(&member.device, call, Some(&role.x), Some(y))];
-            let program = Program { name: check.to_owned(), launches, signals: vec![] };
-            ends.push((member, role, submit(&member.stream, program, &[&member.arena], false)?));
+            let mut launch = member.launch(group, kind, &role.x.shape, &role.y_shape);
+            launch.writes[0].offset = if role.in_place { 0 } else { Y };
+            ends.push((member, role, member.submit(vec![launch], vec![])?));
         }
         let tolerance = self.tolerance(kind);
         for (b, (member, role, end)) in ends.into_iter().enumerate() {
             wait(&end)?;
             let offset = if role.in_place { 0 } else { Y };
-            let got = member.arena.read_host(offset, &role.y_shape, role.x.dtype())?;
+            let got = member.arena.read_host(offset, &role.y_shape, DType::F32)?;
             let equal = |(got, expected): (&f32, &f32)| {
                 got.to_bits() == expected.to_bits() || (got - expected).abs() <= tolerance && tolerance > 0.0
             };
@@ -265,12 +262,8 @@ impl Suite<'_> {
             let after = member.arena.read_host(Y + 4 * element_count(&role.y_shape), &[1], DType::F32)?;
             let untouched = after.as_f32().is_some_and(|after| after[0].is_nan());
             self.report.expect(&check, untouched, "wrote past the end of y");
-            let bytes = received(member) - bytes_before;
-            self.report.expect(
-                &check,
-                bytes == role.bytes as u64,
-                format!("counted {bytes} bytes, not {}", role.bytes),
-            );
+            let (bytes, expected) = (received(member) - bytes_before, 4 * role.received_elements as u64);
+            self.report.expect(&check, bytes == expected, format!("counted {bytes} bytes, not {expected}"));
         }
         Ok(())
     }
@@ -291,13 +284,8 @@ impl Suite<'_> {
                 let sum: Vec<f32> = (0..n).flat_map(chunk).collect();
                 let role = |(i, x): (usize, &Vec<f32>)| {
                     let own = split_range(elements, n, i).len();
-                    Role {
-                        x: HostTensor::f32(&[elements], x.clone()),
-                        y_shape: vec![elements],
-                        in_place,
-                        expected: sum.clone(),
-                        bytes: 4 * ((n - 1) * own + elements - own),
-                    }
+                    let (x, received) = (HostTensor::f32(&[elements], x.clone()), (n - 1) * own + elements - own);
+                    Role { in_place, ..Role::new(x, &[elements], sum.clone(), received) }
                 };
                 let roles: Vec<_> = xs.iter().enumerate().map(role).collect();
                 self.check(CollectiveKind::AllReduce { op }, &roles);
@@ -311,43 +299,22 @@ impl Suite<'_> {
         for shape in [vec![5, 7], vec![4, 3, 2], vec![1], vec![0, 3], LARGE.to_vec()] {
             let whole = self.values(element_count(&shape));
             let x = |region: &Region| HostTensor::f32(&region.size, cut(&whole, &shape, region));
-            for sources in splits(&shape, n) {
-                let role = |part: &Region| Role {
-                    x: x(part),
-                    y_shape: shape.clone(),
-                    in_place: false,
-                    expected: whole.clone(),
-                    bytes: 4 * (whole.len() - part.element_count()),
-                };
-                let roles: Vec<_> = sources.iter().map(role).collect();
-                self.check(CollectiveKind::AllGather { parts: sources.clone() }, &roles);
+            for parts in splits(&shape, n) {
+                let role = |part| Role::new(x(part), &shape, whole.clone(), whole.len() - part.element_count());
+                let roles: Vec<_> = parts.iter().map(role).collect();
+                self.check(CollectiveKind::AllGather { parts }, &roles);
+            }
+            // In the last case every member has the whole tensor: nothing is transferred.
+            for sources in splits(&shape, n).into_iter().chain([vec![Region::whole(&shape); n]]) {
                 for targets in splits(&shape, n) {
                     let role = |(source, target): (&Region, &Region)| {
                         let own = source.intersect(target).map_or(0, |common| common.element_count());
-                        Role {
-                            x: x(source),
-                            y_shape: target.size.clone(),
-                            in_place: false,
-                            expected: cut(&whole, &shape, target),
-                            bytes: 4 * (target.element_count() - own),
-                        }
+                        let expected = cut(&whole, &shape, target);
+                        Role::new(x(source), &target.size, expected, target.element_count() - own)
                     };
                     let roles: Vec<_> = sources.iter().zip(&targets).map(role).collect();
                     self.check(CollectiveKind::AllToAll { sources: sources.clone(), targets }, &roles);
                 }
-            }
-            // Every member has the whole tensor: nothing is transferred.
-            let whole_regions = vec![Region::whole(&shape); n];
-            for targets in splits(&shape, n) {
-                let role = |target: &Region| Role {
-                    x: x(&whole_regions[0]),
-                    y_shape: target.size.clone(),
-                    in_place: false,
-                    expected: cut(&whole, &shape, target),
-                    bytes: 0,
-                };
-                let roles: Vec<_> = targets.iter().map(role).collect();
-                self.check(CollectiveKind::AllToAll { sources: whole_regions.clone(), targets }, &roles);
             }
         }
     }
@@ -357,12 +324,10 @@ impl Suite<'_> {
         for shape in [vec![5, 7], vec![4, 3, 2], vec![0, 3], LARGE.to_vec()] {
             for parts in splits(&shape, n) {
                 let xs: Vec<_> = (0..n).map(|_| self.values(element_count(&shape))).collect();
-                let role = |(owner, part): (usize, &Region)| Role {
-                    x: HostTensor::f32(&shape, xs[owner].clone()),
-                    y_shape: part.size.clone(),
-                    in_place: false,
-                    expected: cut(&combine(ReduceOp::Sum, owner, &xs), &shape, part),
-                    bytes: 4 * (n - 1) * part.element_count(),
+                let role = |(owner, part): (usize, &Region)| {
+                    let x = HostTensor::f32(&shape, xs[owner].clone());
+                    let expected = cut(&combine(ReduceOp::Sum, owner, &xs), &shape, part);
+                    Role::new(x, &part.size, expected, (n - 1) * part.element_count())
                 };
                 let roles: Vec<_> = parts.iter().enumerate().map(role).collect();
                 self.check(CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() }, &roles);
@@ -375,12 +340,9 @@ impl Suite<'_> {
         for root in 0..n {
             for in_place in [false, true] {
                 let xs: Vec<_> = (0..n).map(|_| self.values(33)).collect();
-                let role = |(i, x): (usize, &Vec<f32>)| Role {
-                    x: HostTensor::f32(&[3, 11], x.clone()),
-                    y_shape: vec![3, 11],
-                    in_place,
-                    expected: xs[root].clone(),
-                    bytes: if i == root { 0 } else { 4 * 33 },
+                let role = |(i, x): (usize, &Vec<f32>)| {
+                    let (x, received) = (HostTensor::f32(&[3, 11], x.clone()), if i == root { 0 } else { 33 });
+                    Role { in_place, ..Role::new(x, &[3, 11], xs[root].clone(), received) }
                 };
                 let roles: Vec<_> = xs.iter().enumerate().map(role).collect();
                 self.check(CollectiveKind::Broadcast { root }, &roles);
@@ -392,15 +354,14 @@ impl Suite<'_> {
     /// sent.
     fn point_to_point(&mut self) {
         let n = self.n;
-        if n < 2 {
-            return;
-        }
-        if let Err(error) = self.chain(n) {
+        if n >= 2
+            && let Err(error) = self.chain(n)
+        {
             self.report.fail(&format!("send and receive along {n} members"), error);
         }
     }
 
-    fn chain(&mut self, n: usize) -> Result<(), KernelError> {
+    fn chain(&mut self, n: usize) -> Result<()> {
         let group = self.next_group();
         let call = |member, kind| CollectiveCall { group: group.clone(), member, kind };
         let x = HostTensor::i32(&[2], vec![41, 42]);
@@ -410,27 +371,18 @@ impl Suite<'_> {
             if i == 0 {
                 member.arena.write_host(0, &x)?;
             }
-            let buffer = |offset| Buffer { base: 0, offset, shape: vec![1], dtype: DType::I32 };
             let mut launches = Vec::new();
-            for offset in [0, 4] {
-                let mut push = |kind, reads, writes| {
-                    launches.push(Launch {
-                        op: Op::Collective(call(i, kind)),
-                        reads,
-                        writes,
-                        accumulate: false,
-                        workspace: None,
-                    });
-                };
+            for x in [0, 4].map(|offset| vec![buffer(offset, &[1], DType::I32)]) {
+                let mut push =
+                    |kind, reads, writes| launches.push(launch(Op::Collective(call(i, kind)), reads, writes));
                 if i > 0 {
-                    push(CollectiveKind::Receive { from: i - 1 }, vec![], vec![buffer(offset)]);
+                    push(CollectiveKind::Receive { from: i - 1 }, vec![], x.clone());
                 }
                 if i + 1 < n {
-                    push(CollectiveKind::Send { to: i + 1 }, vec![buffer(offset)], vec![]);
+                    push(CollectiveKind::Send { to: i + 1 }, x, vec![]);
                 }
             }
-            let program = Program { name: "chain".to_owned(), launches, signals: vec![] };
-            ends.push(submit(&member.stream, program, &[&member.arena], false)?);
+            ends.push(member.submit(launches, vec![])?);
         }
         ends.iter().try_for_each(wait)?;
         if let Some(last) = self.members.iter().find(|member| member.device.rank() == n - 1) {
@@ -443,7 +395,7 @@ impl Suite<'_> {
 
 /// Two groups over the same devices, on separate streams, with many rounds, submitted in opposite orders if the engine
 /// allows any.
-fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(), KernelError> {
+fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<()> {
     const ROUNDS: usize = 200;
     let [n, elements] = [3, 100];
     let devices = make(n)?;
@@ -454,24 +406,16 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
         for group in if i % 2 == 0 || !any_order { [1, 2] } else { [2, 1] } {
             let (stream, offset) = (device.stream("collective", 1)?, (group as usize - 1) * Y);
             arena.write_host(offset, &HostTensor::f32(&[elements], vec![(i + 1) as f32; elements]))?;
-            let ranks = (0..n).collect();
-            let group = Arc::new(Group { id: group, ranks });
+            let group = Arc::new(Group { id: group, ranks: (0..n).collect() });
             let kind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
-            let x = Buffer { base: 0, offset, shape: vec![elements], dtype: DType::F32 };
-            let reduce = Launch {
-                op: Op::Collective(CollectiveCall { group, member: i, kind }),
-                reads: vec![x.clone()],
-                writes: vec![x.clone()],
-                accumulate: false,
-                workspace: None,
-            };
-            let reduce = with_workspace(device, WORKSPACE + offset, reduce);
+            let x = buffer(offset, &[elements], DType::F32);
+            let op = Op::Collective(CollectiveCall { group, member: i, kind });
+            let reduce = with_workspace(device, WORKSPACE + offset, launch(op, vec![x.clone()], vec![x.clone()]));
             // Each round multiplies the sum by n; the division keeps it constant.
             let op = Op::Scale { factor: 1.0 / n as f32 };
             let scale = Launch { op, writes: vec![x], workspace: None, ..reduce.clone() };
             let launches = (0..ROUNDS).flat_map(|_| [reduce.clone(), scale.clone()]).collect();
-            let program = Program { name: "rounds".to_owned(), launches, signals: vec![] };
-            ends.push((submit(&stream, program, &[arena], false)?, arena, offset));
+            ends.push((submit(&stream, launches, vec![], arena)?, arena, offset));
             streams.push(stream);
         }
     }
@@ -509,21 +453,14 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
                 let group = Arc::new(Group { id: 1, ranks: vec![0, 1, 2] });
                 let mut ends = Vec::new();
                 for member in &members {
-                    let i = member.device.rank();
+                    let is_odd = member.device.rank() == odd_member;
                     let (kind, [x, y]) =
-                        if i == odd_member { (&different_kind, different_shape) } else { (&common_kind, common_shape) };
-                    let call = CollectiveCall { group: group.clone(), member: i, kind: kind.clone() };
-                    let x = HostTensor::f32(&[x], vec![1.0; x]);
-                    let reads = (!matches!(kind, CollectiveKind::Receive { .. })).then_some(&x);
-                    let y = [y];
-                    let writes = (!matches!(kind, CollectiveKind::Send { .. })).then_some((&y[..], Y, DType::F32));
-                    let launches = vec![launch(&member.device, call, reads, writes)];
-                    let program = Program { name: check.clone(), launches, signals: vec![] };
-                    ends.push(submit(&member.stream, program, &[&member.arena], false)?);
+                        if is_odd { (&different_kind, different_shape) } else { (&common_kind, common_shape) };
+                    ends.push(member.submit(vec![member.launch(&group, kind, &[x], &[y])], vec![])?);
                 }
                 Ok(ends.iter().map(wait).collect::<Vec<_>>())
             });
-            let is_mismatch = |result: &Result<(), KernelError>| {
+            let is_mismatch = |result: &Result<()>| {
                 matches!(result, Err(KernelError::CollectiveMismatch { .. } | KernelError::Arguments { .. }))
             };
             let all_report = result.as_ref().is_ok_and(|results| results.iter().all(is_mismatch));
@@ -547,16 +484,11 @@ fn aborts(report: &mut Report, make: &Make<'_>) {
     }
 }
 
-fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind) -> Result<(), KernelError> {
+fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind) -> Result<()> {
     let members = members(make, 2)?;
     let group = Arc::new(Group { id: 1, ranks: vec![0, 1] });
-    let x = HostTensor::f32(&[2], vec![1.0; 2]);
-    let call = CollectiveCall { group, member: 0, kind };
-    let reads = (!matches!(call.kind, CollectiveKind::Receive { .. })).then_some(&x);
-    let writes = (!matches!(call.kind, CollectiveKind::Send { .. })).then_some((&[2][..], Y, DType::F32));
-    let launch = launch(&members[0].device, call, reads, writes);
-    let program = Program { name: check.to_owned(), launches: vec![launch.clone()], signals: vec![(0, 1)] };
-    let waiting = submit(&members[0].stream, program, &[&members[0].arena], false)?;
+    let launch = members[0].launch(&group, &kind, &[2], &[2]);
+    let waiting = members[0].submit(vec![launch.clone()], vec![(0, 1)])?;
     // The signal is sent when the stream has reached the collective.
     let started = waiting.recv_timeout(TIMEOUT).is_ok();
     members[1].device.engine().abort("aborted by the test");

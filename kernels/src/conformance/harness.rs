@@ -9,7 +9,7 @@ use half::bf16;
 
 use crate::clock::Stamped;
 use crate::device::Device;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::hash::SplitMix64;
 use crate::memory::{ALIGNMENT, Arena, Base};
 use crate::op::{Buffer, Launch, Op, Program};
@@ -20,9 +20,9 @@ use crate::tensor::{DType, HostData, HostTensor, Region, element_count};
 pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Space between buffers, filled with canaries.
-pub(super) const FENCE_BYTES: usize = ALIGNMENT;
+const FENCE_BYTES: usize = ALIGNMENT;
 
-pub(super) const CANARY: i32 = 0x5afe_c0de;
+const CANARY: i32 = 0x5afe_c0de;
 
 /// One error of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,16 +61,14 @@ impl Report {
 
     /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`; NaN always fails.
     pub(super) fn close(&mut self, check: &str, got: &HostTensor, expected: &[f64], tolerance: f64) {
-        let rounding = if got.dtype() == DType::BF16 { BF16_ROUNDING } else { 0.0 };
-        let tolerance = tolerance + rounding;
+        let tolerance = tolerance + if got.dtype() == DType::BF16 { BF16_ROUNDING } else { 0.0 };
         let Some(got) = got.to_f32() else { return self.fail(check, "the result is not a float tensor") };
         if got.len() != expected.len() {
             return self.fail(check, format!("{} elements, expected {}", got.len(), expected.len()));
         }
         let differs = |(got, expected): (&f32, &f64)| {
             let (got, expected) = (f64::from(*got), *expected);
-            let close = (got - expected).abs() <= tolerance * (1.0 + expected.abs()) || got == expected;
-            !close
+            !((got - expected).abs() <= tolerance * (1.0 + expected.abs()) || got == expected)
         };
         if let Some(i) = got.iter().zip(expected).position(differs) {
             self.fail(check, format!("element {i} of {}: expected {}, got {}", got.len(), expected[i], got[i]));
@@ -138,8 +136,8 @@ impl<'a> Trial<'a> {
             Initial::Read(read) => reads[*read].clone(),
         };
         let writes: Vec<Buffer> = self.writes.iter().enumerate().map(place_write).collect();
-        let (op, accumulate) = (self.op.clone(), self.accumulate);
-        let mut launch = Launch { op, reads: reads.clone(), writes: writes.clone(), accumulate, workspace: None };
+        let launch = launch(self.op.clone(), reads.clone(), writes.clone());
+        let mut launch = Launch { accumulate: self.accumulate, ..launch };
         let workspace_bytes = device.kind().workspace_bytes(&launch);
         let workspace = (workspace_bytes > 0).then(|| layout.place_workspace(workspace_bytes));
         let arena = layout.arena(device).map_err(|error| error.to_string())?;
@@ -147,19 +145,15 @@ impl<'a> Trial<'a> {
             arena.write_host(buffer.offset, tensor).map_err(|error| error.to_string())?;
         }
         for (buffer, write) in writes.iter().zip(self.writes) {
-            let elements = element_count(&buffer.shape);
             let initial = match write {
-                Initial::Poison(shape) if buffer.dtype == DType::BF16 => {
-                    HostTensor::bf16(shape, &vec![f32::NAN; elements])
-                }
-                Initial::Poison(shape) => HostTensor::f32(shape, vec![f32::NAN; elements]),
+                Initial::Poison(shape) => filled(shape, buffer.dtype, f32::NAN),
                 Initial::Values(values) => values.clone(),
                 Initial::Read(_) => continue,
             };
             arena.write_host(buffer.offset, &initial).map_err(|error| error.to_string())?;
         }
         if let Some(buffer) = &workspace {
-            let poison = HostTensor::f32(&buffer.shape, vec![f32::NAN; element_count(&buffer.shape)]);
+            let poison = filled(&buffer.shape, DType::F32, f32::NAN);
             arena.write_host(buffer.offset, &poison).map_err(|error| error.to_string())?;
         }
         launch.workspace = workspace;
@@ -201,7 +195,7 @@ impl Layout {
     }
 
     /// Creates an arena with this layout and writes its fences.
-    pub(super) fn arena(&mut self, device: &Device) -> Result<Arena, KernelError> {
+    pub(super) fn arena(&mut self, device: &Device) -> Result<Arena> {
         self.fences.push(self.end);
         let arena = device.arena(self.end + FENCE_BYTES)?;
         self.fences.iter().try_for_each(|&fence| arena.write_host(fence, &Self::fence()))?;
@@ -220,16 +214,14 @@ impl Layout {
     }
 }
 
+pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>) -> Launch {
+    Launch { op, reads, writes, accumulate: false, workspace: None }
+}
+
 /// Submits launches as one program, where base i is arena i, and waits for its end.
-pub(super) fn run_program(
-    stream: &Stream,
-    launches: Vec<Launch>,
-    arenas: &[&Arena],
-    repeat: bool,
-) -> Result<(), KernelError> {
-    let notifications =
-        submit(stream, Program { name: "conformance".to_owned(), launches, signals: vec![] }, arenas, repeat)?;
-    wait(&notifications)
+pub(super) fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat: bool) -> Result<()> {
+    let program = Program { name: "conformance".to_owned(), launches, signals: vec![] };
+    wait(&submit(stream, program, arenas, repeat)?)
 }
 
 pub(super) struct Notifications(Receiver<Stamped<Notification>>);
@@ -245,12 +237,7 @@ impl Notifications {
 }
 
 /// Submits a program, where base i is arena i.
-pub(super) fn submit(
-    stream: &Stream,
-    program: Program,
-    arenas: &[&Arena],
-    repeat: bool,
-) -> Result<Notifications, KernelError> {
+pub(super) fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications> {
     let (sender, notifications) = channel();
     let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
     let notify = Box::new(move |notification| drop(sender.send(Stamped::new(notification))));
@@ -258,8 +245,7 @@ pub(super) fn submit(
     Ok(Notifications(notifications))
 }
 
-/// Waits for the end of a submission.
-pub(super) fn wait(notifications: &Notifications) -> Result<(), KernelError> {
+pub(super) fn wait(notifications: &Notifications) -> Result<()> {
     loop {
         match notifications.recv_timeout(TIMEOUT) {
             Ok(Notification::Signal(_) | Notification::NotFinite { .. }) => {}
@@ -270,11 +256,16 @@ pub(super) fn wait(notifications: &Notifications) -> Result<(), KernelError> {
     }
 }
 
+pub(super) fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
+    let values = vec![value; element_count(shape)];
+    if dtype == DType::BF16 { HostTensor::bf16(shape, &values) } else { HostTensor::f32(shape, values) }
+}
+
 /// Pseudo-random values that are the same in every run.
 pub(super) struct Numbers {
-    pub(super) random: SplitMix64,
+    random: SplitMix64,
     /// Whether all values can be represented in BF16.
-    pub(super) halves: bool,
+    halves: bool,
 }
 
 impl Numbers {
@@ -285,19 +276,20 @@ impl Numbers {
     /// Uniform in `-size .. size`.
     pub(super) fn tensor(&mut self, shape: &[usize], size: f32) -> HostTensor {
         let unit = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
-        let values: Vec<f32> = (0..element_count(shape)).map(|_| size * unit(self.random.draw())).collect();
-        let rounded = |value: &f32| if self.halves { bf16::from_f32(*value).to_f32() } else { *value };
-        HostTensor::f32(shape, values.iter().map(rounded).collect())
+        let rounded = |value: f32| if self.halves { bf16::from_f32(value).to_f32() } else { value };
+        let value = |_| rounded(size * unit(self.random.draw()));
+        HostTensor::f32(shape, (0..element_count(shape)).map(value).collect())
     }
 
-    /// Indices below `below`.
     pub(super) fn indices(&mut self, shape: &[usize], below: usize) -> HostTensor {
-        let data = (0..element_count(shape)).map(|_| (self.random.draw() % below as u64) as i32).collect();
-        HostTensor::i32(shape, data)
+        HostTensor::i32(shape, (0..element_count(shape)).map(|_| self.random.below(below as u64) as i32).collect())
     }
 }
 
-/// The elements of a tensor in f64.
+pub(super) fn narrow(shape: &[usize], values: &[f64]) -> HostTensor {
+    HostTensor::f32(shape, values.iter().map(|&value| value as f32).collect())
+}
+
 pub(super) fn wide(tensor: &HostTensor) -> Vec<f64> {
     match &tensor.data {
         HostData::F32(values) => values.iter().map(|&value| f64::from(value)).collect(),

@@ -2,12 +2,12 @@
 
 use std::hash::Hasher;
 
-use super::harness::{Initial, Layout, Numbers, Report, Trial, Types, run_program, wide};
+use super::harness::{Initial, Layout, Numbers, Report, Trial, Types, filled, launch, run_program, wide};
 use super::reference as exact;
 use crate::device::Device;
 use crate::error::KernelError;
 use crate::hash::Fnv;
-use crate::op::{Buffer, Launch, Op};
+use crate::op::{Buffer, Op};
 use crate::tensor::{DType, HostTensor, element_count};
 
 /// Tolerance for values of about 1, some of them rounded to BF16 in between.
@@ -52,9 +52,7 @@ fn rows(report: &mut Report, device: &Device) {
         (0..16).for_each(|row| values[row * 64 + 32 + row] = special_value);
         cases.push(HostTensor::f32(&[16, 64], values));
     }
-    for shape in [[1, 1], [3, 0], [65, 17], [4, 3001], [9, 512]] {
-        cases.push(numbers.tensor(&shape, 40.0));
-    }
+    cases.extend([[1, 1], [3, 0], [65, 17], [4, 3001], [9, 512]].map(|shape| numbers.tensor(&shape, 40.0)));
     for logits in cases {
         for (half, separate) in [(false, false), (false, true), (true, false), (true, true)] {
             rows_of(report, device, &logits, half, separate);
@@ -72,7 +70,6 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
     let mut layout = Layout::default();
     let (x, indices) = (layout.place(&typed.shape, typed.dtype()), layout.place(&targets.shape, DType::I32));
     let [max, sum, chosen] = [(); 3].map(|()| layout.place(&[rows], DType::F32));
-    let launch = |op, reads, writes| Launch { op, reads, writes, accumulate: false, workspace: None };
     let op = Op::SumExpTarget { vocab_start: 4, vocab: width + 9 };
     let launches = [
         launch(Op::RowMax, vec![x.clone()], vec![max.clone()]),
@@ -85,11 +82,10 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         arena.write_host(x.offset, &typed).map_err(text)?;
         arena.write_host(indices.offset, &targets).map_err(text)?;
         // NaN may be correct here.
-        let poison = HostTensor::f32(&[rows], vec![UNWRITTEN; rows]);
-        [&max, &sum, &chosen]
-            .into_iter()
-            .try_for_each(|write| arena.write_host(write.offset, &poison))
-            .map_err(text)?;
+        let unwritten = filled(&[rows], DType::F32, UNWRITTEN);
+        for write in [&max, &sum, &chosen] {
+            arena.write_host(write.offset, &unwritten).map_err(text)?;
+        }
         let mut programs = launches.chunks(if separate { 1 } else { 2 });
         programs.try_for_each(|part| run_program(&stream, part.to_vec(), &[&arena], false)).map_err(text)?;
         layout.check_fences(&arena)?;
@@ -116,20 +112,16 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
 /// Keys at infinite distance have no influence, even if they fill whole tiles; a NaN query gives a NaN result.
 fn attention(report: &mut Report, device: &Device) {
     const SHAPE: [usize; 4] = [1, 80, 1, 8];
-    let filled = |f: &dyn Fn(usize) -> f32| HostTensor::f32(&SHAPE, (0..640).map(|i| f(i / 8)).collect());
+    let by_time = |f: &dyn Fn(usize) -> f32| HostTensor::f32(&SHAPE, (0..640).map(|i| f(i / 8)).collect());
     let v = Numbers::new(1, true).tensor(&SHAPE, 1.0);
-    let q = filled(&|t| if t == 79 { f32::NAN } else { 1.0 });
+    let q = by_time(&|t| if t == 79 { f32::NAN } else { 1.0 });
     // The result of a library for a tile in which no key contributes is undefined; libraries write BF16.
     for (types, far, first) in [(Types::Floats, 66, 0), (Types::Widening, 66, 0), (Types::Halves, 10, 10 * 8)] {
-        let k = filled(&|t| if t < far { f32::NEG_INFINITY } else { t as f32 / 64.0 });
+        let k = by_time(&|t| if t < far { f32::NEG_INFINITY } else { t as f32 / 64.0 });
         let [o, _] = exact::attention(&wide(&q), &wide(&k), &wide(&v), SHAPE, 0.3);
         let reads = [q.clone(), k, v.clone()];
-        let unwritten = vec![UNWRITTEN; 640];
-        let o_before = match types {
-            Types::Halves => HostTensor::bf16(&SHAPE, &unwritten),
-            _ => HostTensor::f32(&SHAPE, unwritten),
-        };
-        let writes = [Initial::Values(o_before), Initial::Poison(vec![1, 1, 80])];
+        let o_type = if types == Types::Halves { DType::BF16 } else { DType::F32 };
+        let writes = [Initial::Values(filled(&SHAPE, o_type, UNWRITTEN)), Initial::Poison(vec![1, 1, 80])];
         let check = format!("attention of special scores, {types:?}");
         match (Trial { types, ..Trial::new(Op::Attention { scale: 0.3 }, &reads, &writes) }).launch(device) {
             Err(error) => report.fail(&check, error),
@@ -146,24 +138,23 @@ fn attention(report: &mut Report, device: &Device) {
 /// The error reports the first invalid index and its position.
 fn indices(report: &mut Report, device: &Device) {
     let mut numbers = Numbers::new(0, false);
-    let (table, logits, max) =
-        (numbers.tensor(&[5, 3], 1.0), numbers.tensor(&[700, 5], 1.0), numbers.tensor(&[700], 1.0));
+    let [table, logits, max] = [&[5, 3][..], &[700, 5], &[700]].map(|shape| numbers.tensor(shape, 1.0));
     for bad in [-1, i32::MIN, 20, i32::MAX] {
         let mut ids = vec![3; 700];
         (ids[601], ids[650]) = (bad, 77);
         let ids = HostTensor::i32(&[700], ids);
         let line = || Initial::Poison(vec![700]);
-        let (embedding, loss) =
-            (Op::Embedding { vocab_start: 2, vocab: 20 }, Op::SumExpTarget { vocab_start: 2, vocab: 20 });
+        let embedding = Op::Embedding { vocab_start: 2, vocab: 20 };
+        let loss = Op::SumExpTarget { vocab_start: 2, vocab: 20 };
         for (op, reads, writes) in [
             (embedding, vec![ids.clone(), table.clone()], vec![Initial::Poison(vec![700, 3])]),
             (loss, vec![logits.clone(), max.clone(), ids], vec![line(), line()]),
         ] {
             let check = format!("{} of index {bad}", op.name());
             let got = Trial::new(op, &reads, &writes).launch(device);
-            let reports_index =
-                |error: &String| error.contains(&format!("index {bad} at position 601 is not in 0..20"));
-            report.expect(&check, got.as_ref().is_err_and(reports_index), format!("{got:?}"));
+            let expected = format!("index {bad} at position 601 is not in 0..20");
+            let is_reported = got.as_ref().is_err_and(|error| error.contains(&expected));
+            report.expect(&check, is_reported, format!("{got:?}"));
         }
     }
 }
@@ -182,7 +173,7 @@ fn masks(report: &mut Report, device: &Device) {
     for (shape, start, local, expected) in parts {
         let mut hash = Fnv::default();
         for (p, rng) in [(0.3, [5, 2_000_000_000]), (0.9, [-3, -1])] {
-            let reads = [HostTensor::f32(local, vec![1.0; element_count(local)]), HostTensor::i32(&[2], rng.to_vec())];
+            let reads = [filled(local, DType::F32, 1.0), HostTensor::i32(&[2], rng.to_vec())];
             let (shape, start, stride) = (shape.to_vec(), start.to_vec(), element_count(&shape[1..]));
             let op = Op::Dropout { p, seed: 0x1234_5678_9abc_def0, shape, start, stride };
             let writes = [Initial::Poison(local.to_vec())];

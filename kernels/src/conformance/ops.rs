@@ -1,12 +1,12 @@
 //! Every op against its f64 reference.
 
-use super::harness::{BF16_ROUNDING, Initial, Numbers, Report, Trial, Types, flat, wide};
-use super::reference as exact;
 use half::bf16;
 
+use super::harness::{BF16_ROUNDING, Initial, Numbers, Report, Trial, Types, filled, flat, narrow, wide};
+use super::reference as exact;
 use crate::device::Device;
-use crate::op::{Einsum, Op, SQUARES_SCALE};
-use crate::tensor::{HostTensor, Region, element_count, split_range};
+use crate::op::{Einsum, GemmDims, Op, SQUARES_SCALE};
+use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
 
 /// Flat sizes: none, one, around a vector's width, and enough for several threads.
 const SIZES: [usize; 8] = [0, 1, 3, 16, 17, 65, 1000, 70_003];
@@ -86,7 +86,6 @@ impl Suite<'_> {
         self.compare(&format!("{check}, added"), &Trial { repeat: true, ..trial }, &added, tolerance);
     }
 
-    /// The suffix of check names for these dtypes.
     fn suffix(&self) -> &'static str {
         match self.types {
             Types::Floats => "",
@@ -240,18 +239,15 @@ impl Suite<'_> {
             let parsed = Einsum::parse(text).and_then(|einsum| {
                 Ok((einsum.gemm_dims(a_shape, b_shape)?, einsum.output_shape(a_shape, b_shape)?, einsum))
             });
-            let (dims, shape, einsum) = match parsed {
+            let (GemmDims { m, n, k, a_transposed, b_transposed, out_transposed }, shape, einsum) = match parsed {
                 Ok(parsed) => parsed,
-                Err(error) => {
-                    self.report.fail(text, error);
-                    continue;
-                }
+                Err(error) => return self.report.fail(text, error),
             };
-            let (m, n, k) = (dims.m, dims.n, dims.k);
-            let a_plain = if dims.a_transposed { exact::transpose(&wide(&a), k, m) } else { wide(&a) };
-            let b_plain = if dims.b_transposed { exact::transpose(&wide(&b), n, k) } else { wide(&b) };
-            let product = exact::matmul(&a_plain, &b_plain, (m, n, k));
-            let product = if dims.out_transposed { exact::transpose(&product, m, n) } else { product };
+            let plain = |x: Vec<f64>, transposed, (rows, columns)| {
+                if transposed { exact::transpose(&x, rows, columns) } else { x }
+            };
+            let (a_plain, b_plain) = (plain(wide(&a), a_transposed, (k, m)), plain(wide(&b), b_transposed, (n, k)));
+            let product = plain(exact::matmul(&a_plain, &b_plain, (m, n, k)), out_transposed, (m, n));
             self.check(text, Op::Einsum(einsum), &[a, b], &[(shape, product)], CLOSE_SUM);
         }
     }
@@ -311,8 +307,7 @@ impl Suite<'_> {
             let tolerance = if width == 1 { 1e-4 } else { CLOSE_SUM };
             self.check("", op, &[x.clone(), weight.clone()], &expected, tolerance);
             let [dx, dweight] = exact::layer_norm_grad(&wide(&dy), &wide(&x), &wide(&weight), eps);
-            let narrow = |values: Vec<f64>| HostTensor::f32(&leading, values.iter().map(|&v| v as f32).collect());
-            let reads = [dy, x.clone(), weight, narrow(mean), narrow(rstd)];
+            let reads = [dy, x.clone(), weight, narrow(&leading, &mean), narrow(&leading, &rstd)];
             let expected = [(x.shape, dx), (vec![width], dweight)];
             self.check("", Op::LayerNormGrad, &reads, &expected, 10.0 * tolerance);
         }
@@ -340,16 +335,13 @@ impl Suite<'_> {
             let [q, k, v, d_o] = [2.0, 2.0, 1.0, 1.0].map(|size| self.numbers.tensor(&shape, size));
             let scale = 0.6;
             let [o, lse] = exact::attention(&wide(&q), &wide(&k), &wide(&v), shape, scale);
-            let [batch, time, heads, _] = shape;
-            let lse_shape = vec![batch, heads, time];
+            let lse_shape = vec![shape[0], shape[2], shape[1]];
             let expected = [(shape.to_vec(), o.clone()), (lse_shape.clone(), lse.clone())];
             let op = Op::Attention { scale: scale as f32 };
             // Tensor cores read probabilities in BF16.
             let tolerance = if self.types == Types::Floats { CLOSE_SUM } else { BF16_ROUNDING };
             self.check("", op, &[q.clone(), k.clone(), v.clone()], &expected, tolerance);
             let grads = exact::attention_grad(&wide(&d_o), [&wide(&q), &wide(&k), &wide(&v)], shape, scale);
-            let narrow =
-                |shape: &[usize], values: &[f64]| HostTensor::f32(shape, values.iter().map(|&v| v as f32).collect());
             let reads = [d_o, q, k, v, narrow(&shape, &o), narrow(&lse_shape, &lse)];
             let expected = grads.map(|grad| (shape.to_vec(), grad));
             // The gradients inherit the rounding error of o.
@@ -443,8 +435,7 @@ impl Suite<'_> {
         }
         // A norm of 1e21, whose square overflows a float.
         let squares = 1e42 * SQUARES_SCALE;
-        let sums =
-            HostTensor::f32(&[2, 2], vec![f32::INFINITY, (0.75 * squares) as f32, 1e38, (0.25 * squares) as f32]);
+        let sums = narrow(&[2, 2], &[f64::INFINITY, 0.75 * squares, 1e38, 0.25 * squares]);
         let expected = [(vec![], vec![0.1]), (vec![], vec![1e21])];
         self.check("of a large norm", Op::ClipScale { max_norm: 1e20 }, &[sums], &expected, CLOSE);
         self.updates_with_a_norm_or_rate_that_is_not_finite();
@@ -456,11 +447,8 @@ impl Suite<'_> {
             let sums = HostTensor::f32(&[2, 2], vec![1.0, 0.0, bad, bad]);
             let outs = [Initial::Poison(vec![]), Initial::Poison(vec![])];
             let got = self.launch("clip_scale", Op::ClipScale { max_norm: 1.0 }, &[sums], &outs).unwrap_or_default();
-            self.report.expect(
-                "clip_scale",
-                got.first().is_some_and(|scale| wide(scale)[0].is_nan()),
-                "the scale is not NaN for a norm that is not finite",
-            );
+            let is_nan = got.first().is_some_and(|scale| wide(scale)[0].is_nan());
+            self.report.expect("clip_scale", is_nan, "the scale is not NaN for a norm that is not finite");
             for (rate, scale) in [(0.1, bad), (bad, 1.0)] {
                 let grad = HostTensor::f32(&[2], vec![bad, 1.0]);
                 let reads = [grad, HostTensor::f32(&[2], vec![rate, 1.0]), HostTensor::f32(&[], vec![scale])];
@@ -489,8 +477,7 @@ impl Suite<'_> {
                 let (m_hat, v_hat) = (m[i] / (1.0 - beta1.powi(step)), v[i] / (1.0 - beta2.powi(step)));
                 p[i] -= rate * m_hat / (v_hat.sqrt() + eps);
             }
-            let hyper = HostTensor::f32(&[2], vec![rate as f32, step as f32]);
-            let reads = [grad, hyper, HostTensor::f32(&[], vec![scale as f32])];
+            let reads = [grad, narrow(&[2], &[rate, f64::from(step)]), narrow(&[], &[scale])];
             let op =
                 Op::AdamW { beta1: beta1 as f32, beta2: beta2 as f32, eps: eps as f32, weight_decay: decay as f32 };
             let check = format!("adamw of {n}, step {step}");
@@ -517,16 +504,13 @@ impl Suite<'_> {
         let got = self.launch(&check, op.clone(), &reads, &writes).unwrap_or_default();
         let in_place = self.launch(&check, op, &reads, &[Initial::Read(0)]).unwrap_or_default();
         self.report.expect(&check, got == in_place, "the result in place differs");
-        match got.into_iter().next() {
-            Some(tensor) => tensor.to_f32().unwrap_or_default(),
-            None => vec![],
-        }
+        got.first().and_then(HostTensor::to_f32).unwrap_or_default()
     }
 
     /// The mask does not depend on dtypes, and F32 can represent every BF16 value.
     fn widening_dropout(&mut self) {
-        let (reads, writes) =
-            ([self.numbers.tensor(&[3, 70], 1.0), HostTensor::i32(&[2], vec![5, 0])], [Initial::Poison(vec![3, 70])]);
+        let reads = [self.numbers.tensor(&[3, 70], 1.0), HostTensor::i32(&[2], vec![5, 0])];
+        let writes = [Initial::Poison(vec![3, 70])];
         let op = Op::Dropout { p: 0.3, seed: 7, shape: vec![3, 70], start: vec![0, 0], stride: 0 };
         let [floats, widening] = [Types::Floats, Types::Widening]
             .map(|types| Trial { types, ..Trial::new(op.clone(), &reads, &writes) }.launch(self.device));
@@ -552,7 +536,7 @@ impl Suite<'_> {
             let (x, y): (Vec<f32>, Vec<f32>) = (0..n).map(|i| cases[i % cases.len()]).unzip();
             let (x, y) = (HostTensor::f32(&[n], x), HostTensor::f32(&[n], y));
             let halves = HostTensor::bf16(&[n], y.as_f32().unwrap_or_default());
-            let poison = [Initial::Values(HostTensor::bf16(&[n], &vec![f32::NAN; n]))];
+            let poison = [Initial::Values(filled(&[n], DType::BF16, f32::NAN))];
             let got = Trial::new(Op::Cast, std::slice::from_ref(&x), &poison).launch(self.device);
             self.report.expect("cast to BF16", got.as_ref().is_ok_and(|got| got[0] == halves), format!("{got:?}"));
             let got = Trial::new(Op::Cast, &[halves], &[Initial::Poison(vec![n])]).launch(self.device);
@@ -574,10 +558,10 @@ impl Suite<'_> {
 
     fn dropouts(&mut self) {
         let (shape, p) = ([6, 70, 33], 0.3f32);
-        let ones = HostTensor::f32(&shape, vec![1.0; element_count(&shape)]);
+        let ones = filled(&shape, DType::F32, 1.0);
         let whole = self.dropout(&ones, (p, 7), [5, 0], (&shape, &[0, 0, 0], 0));
-        let kept_value =
-            if self.types == Types::Halves { bf16::from_f32(1.0 / (1.0 - p)).to_f32() } else { 1.0 / (1.0 - p) };
+        let scale = 1.0 / (1.0 - p);
+        let kept_value = if self.types == Types::Halves { bf16::from_f32(scale).to_f32() } else { scale };
         let kept = whole.iter().filter(|&&y| y == kept_value).count();
         let zeros = whole.iter().filter(|&&y| y == 0.0).count();
         self.report.expect("dropout", kept + zeros == whole.len(), "a value is neither 0 nor x / (1 - p)");
@@ -589,14 +573,9 @@ impl Suite<'_> {
             [([0, 0, 0], [6, 70, 17]), ([2, 0, 0], [3, 70, 33]), ([1, 13, 5], [4, 50, 28]), ([0, 3, 0], [6, 0, 33])];
         for (start, size) in regions {
             let region = Region { start: start.to_vec(), size: size.to_vec() };
-            let part = HostTensor::f32(&size, vec![1.0; element_count(&size)]);
-            let got = self.dropout(&part, (p, 7), [5, 0], (&shape, &start, 0));
-            let expected: Vec<f32> = (0..got.len()).map(|i| whole[flat(i, &region, &shape)]).collect();
-            self.report.expect(
-                &format!("dropout of {region:?}"),
-                got == expected,
-                "differs from that part of the whole",
-            );
+            let got = self.dropout(&filled(&size, DType::F32, 1.0), (p, 7), [5, 0], (&shape, &start, 0));
+            let same = got.iter().enumerate().all(|(i, y)| *y == whole[flat(i, &region, &shape)]);
+            self.report.expect(&format!("dropout of {region:?}"), same, "differs from that part of the whole");
         }
         // Micro-batches along each dim, in two shards along the last one.
         for (dim, count) in [(0, 2), (0, 3), (1, 2), (1, 7), (2, 3)] {
@@ -607,33 +586,27 @@ impl Suite<'_> {
             for (micro_batch, columns) in (0..count).flat_map(|m| [(m, 0..cut), (m, cut..size[2])]) {
                 let (mut start, mut size) = ([0, 0, columns.start], size);
                 size[2] = columns.len();
-                let part = HostTensor::f32(&size, vec![1.0; element_count(&size)]);
+                let part = filled(&size, DType::F32, 1.0);
                 let got = self.dropout(&part, (p, 7), [5, micro_batch as i32], (&shape, &start, stride));
                 start[dim] += micro_batch * shape[dim] / count;
                 let region = Region { start: start.to_vec(), size: size.to_vec() };
-                let expected: Vec<f32> = (0..got.len()).map(|i| whole[flat(i, &region, &shape)]).collect();
-                self.report.expect(
-                    &format!("dropout of micro-batch {micro_batch} of {count} along dim {dim}, {region:?}"),
-                    got == expected && got.len() == element_count(&size),
-                    "differs from that part of the step's tensor",
-                );
+                let same = got.iter().enumerate().all(|(i, y)| *y == whole[flat(i, &region, &shape)])
+                    && got.len() == element_count(&size);
+                let check = format!("dropout of micro-batch {micro_batch} of {count} along dim {dim}, {region:?}");
+                self.report.expect(&check, same, "differs from that part of the step's tensor");
             }
         }
         for (what, seed, step) in [("seed", 8, 5), ("step", 7, 6)] {
             let other = self.dropout(&ones, (p, seed), [step, 0], (&shape, &[0, 0, 0], 0));
             let same = other.iter().zip(&whole).filter(|(a, b)| a == b).count() as f64 / n;
             let expected = q * q + (1.0 - q) * (1.0 - q);
-            self.report.expect(
-                &format!("dropout with a different {what}"),
-                (same - expected).abs() < 0.03,
-                format!("{same} of the mask is the same, expected {expected}"),
-            );
+            let message = format!("{same} of the mask is the same, expected {expected}");
+            self.report.expect(&format!("dropout with a different {what}"), (same - expected).abs() < 0.03, message);
         }
         let x = self.numbers.tensor(&[5], 1.0);
-        let got = self.dropout(&x, (0.0, 1), [1, 0], (&[5], &[0], 0));
-        self.report.expect("dropout with p = 0", Some(&got[..]) == x.as_f32(), "x was changed");
-        let got = self.dropout(&x, (1.0, 1), [1, 0], (&[5], &[0], 0));
-        self.report.expect("dropout with p = 1", got == [0.0; 5], "an element was kept");
+        let [none, all] = [0.0, 1.0].map(|p| self.dropout(&x, (p, 1), [1, 0], (&[5], &[0], 0)));
+        self.report.expect("dropout with p = 0", Some(&none[..]) == x.as_f32(), "x was changed");
+        self.report.expect("dropout with p = 1", all == [0.0; 5], "an element was kept");
     }
 
     /// Launches that every backend must reject.
@@ -642,20 +615,16 @@ impl Suite<'_> {
         let ids = HostTensor::i32(&[2], vec![1, -1]);
         let far = HostTensor::i32(&[2], vec![1, 2]);
         let poison = |shape: &[usize]| Initial::Poison(shape.to_vec());
+        let embedding = Op::Embedding { vocab_start: 0, vocab: 2 };
         let einsum = Einsum { a: "mk".to_owned(), b: "kn".to_owned(), out: "mn".to_owned() };
         let cases: Vec<(&str, Op, Vec<HostTensor>, Vec<Initial>)> = vec![
             ("a missing read", Op::Add, vec![x.clone()], vec![poison(&[2, 3])]),
             ("shapes that differ", Op::Gelu, vec![x.clone()], vec![poison(&[2, 4])]),
             ("integers", Op::Gelu, vec![ids.clone()], vec![poison(&[2])]),
             ("inner extents that differ", Op::Einsum(einsum), vec![x.clone(), x.clone()], vec![poison(&[2, 3])]),
-            ("a negative id", Op::Embedding { vocab_start: 0, vocab: 2 }, vec![ids, x.clone()], vec![poison(&[2, 3])]),
+            ("a negative id", embedding.clone(), vec![ids, x.clone()], vec![poison(&[2, 3])]),
             // It must not be treated as an id of another shard, which would return zeros.
-            (
-                "an id outside the table",
-                Op::Embedding { vocab_start: 0, vocab: 2 },
-                vec![far, x.clone()],
-                vec![poison(&[2, 3])],
-            ),
+            ("an id outside the table", embedding, vec![far, x.clone()], vec![poison(&[2, 3])]),
             ("a reduction in place", Op::RowMax, vec![x.clone()], vec![Initial::Read(0)]),
         ];
         for (what, op, reads, writes) in cases {

@@ -6,66 +6,56 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use parking_lot::Mutex;
 
-use super::harness::{Report, TIMEOUT, run_program, submit, wait};
+use super::harness::{self, Notifications, Report, TIMEOUT, run_program, wait};
 use crate::clock::Stamped;
 use crate::device::Device;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Arena;
 use crate::op::{Buffer, CpuArgs, CpuSlice, CpuSliceMut, CustomKernel, Launch, Op, Program};
 use crate::stream::{Notification, Stream};
 use crate::tensor::{DType, HostTensor, Region};
 
-/// A kernel that waits until the test opens it.
 #[derive(Debug)]
-struct Gate(Mutex<Receiver<Stamped<()>>>);
+enum TestKernel {
+    /// Waits until the test opens it.
+    Gate(Mutex<Receiver<Stamped<()>>>),
+    Panics,
+    /// Adds an integer and a float.
+    Mixed,
+}
 
-impl CustomKernel for Gate {
+impl CustomKernel for TestKernel {
     fn name(&self) -> &str {
-        "gate"
+        match self {
+            TestKernel::Gate(_) => "gate",
+            TestKernel::Panics => "panics",
+            TestKernel::Mixed => "mixed",
+        }
     }
 
-    fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
-        let never_opened = |_| KernelError::Custom { name: "gate".to_owned(), message: "never opened".to_owned() };
-        self.0.lock().recv_timeout(TIMEOUT).map(Stamped::open).map_err(never_opened)
+    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<()> {
+        let failed = |message: &str| KernelError::Custom { name: self.name().to_owned(), message: message.to_owned() };
+        match self {
+            TestKernel::Gate(opened) => {
+                opened.lock().recv_timeout(TIMEOUT).map(Stamped::open).map_err(|_| failed("never opened"))
+            }
+            TestKernel::Panics => panic!("on purpose"),
+            TestKernel::Mixed => {
+                if let ([a, b], [y]) = (&args.reads[..], &mut args.writes[..])
+                    && let (CpuSlice::F32(a), CpuSlice::I32(b), CpuSliceMut::F32(y)) = (&a.data, &b.data, &mut y.data)
+                {
+                    y[0] = a[0] + b[0] as f32;
+                    return Ok(());
+                }
+                Err(failed("unexpected arguments"))
+            }
+        }
     }
 }
 
 fn gate() -> (Sender<Stamped<()>>, Launch) {
     let (open, receiver) = channel();
-    (open, launch(Op::Custom(Arc::new(Gate(Mutex::new(receiver)))), &[], &[]))
-}
-
-#[derive(Debug)]
-struct Panics;
-
-impl CustomKernel for Panics {
-    fn name(&self) -> &str {
-        "panics"
-    }
-
-    fn run_cpu(&self, _: CpuArgs<'_>) -> Result<(), KernelError> {
-        panic!("on purpose")
-    }
-}
-
-/// Adds an integer and a float.
-#[derive(Debug)]
-struct Mixed;
-
-impl CustomKernel for Mixed {
-    fn name(&self) -> &str {
-        "mixed"
-    }
-
-    fn run_cpu(&self, mut args: CpuArgs<'_>) -> Result<(), KernelError> {
-        if let ([a, b], [y]) = (&args.reads[..], &mut args.writes[..])
-            && let (CpuSlice::F32(a), CpuSlice::I32(b), CpuSliceMut::F32(y)) = (&a.data, &b.data, &mut y.data)
-        {
-            y[0] = a[0] + b[0] as f32;
-            return Ok(());
-        }
-        Err(KernelError::Custom { name: "mixed".to_owned(), message: "unexpected arguments".to_owned() })
-    }
+    (open, launch(Op::Custom(Arc::new(TestKernel::Gate(Mutex::new(receiver)))), &[], &[]))
 }
 
 fn floats(base: usize, offset: usize, shape: &[usize]) -> Buffer {
@@ -73,7 +63,7 @@ fn floats(base: usize, offset: usize, shape: &[usize]) -> Buffer {
 }
 
 fn launch(op: Op, reads: &[Buffer], writes: &[Buffer]) -> Launch {
-    Launch { op, reads: reads.to_vec(), writes: writes.to_vec(), accumulate: false, workspace: None }
+    harness::launch(op, reads.to_vec(), writes.to_vec())
 }
 
 fn fill(value: f32, buffer: Buffer) -> Launch {
@@ -111,6 +101,18 @@ fn expect_floats(arena: &Arena, offset: usize, expected: &[f32]) -> Outcome {
     if got.as_f32() == Some(expected) { Ok(()) } else { Err(format!("expected {expected:?}, got {got:?}").into()) }
 }
 
+fn submit(stream: &Stream, arena: &Arena, launches: Vec<Launch>, signals: Vec<(usize, u32)>) -> Result<Notifications> {
+    harness::submit(stream, Program { name: "streams".to_owned(), launches, signals }, &[arena], false)
+}
+
+fn expect_next(notifications: &Notifications, expected: impl IntoIterator<Item = Notification>) -> Outcome {
+    for expected in expected {
+        let got = notifications.recv_timeout(TIMEOUT)?;
+        ensure(got == expected, &format!("expected {expected:?}, got {got:?}"))?;
+    }
+    Ok(())
+}
+
 fn ensure(holds: bool, what: &str) -> Outcome {
     if holds { Ok(()) } else { Err(what.into()) }
 }
@@ -124,8 +126,7 @@ fn order(device: &Device) -> Outcome {
             launch(Op::Add, &[floats(0, 0, &[4]), floats(0, 64, &[4])], &[floats(0, 0, &[4])]),
             fill((i + 1) as f32, floats(0, 64, &[4])),
         ];
-        let program = Program { name: "order".to_owned(), launches, signals: vec![] };
-        ends.push(submit(&stream, program, &[&arena], false)?);
+        ends.push(submit(&stream, &arena, launches, vec![])?);
     }
     stream.synchronize()?;
     for end in &ends {
@@ -139,12 +140,11 @@ fn events(device: &Device) -> Outcome {
     let (first, arena) = make(device, 128)?;
     let (second, _) = make(device, 0)?;
     let (open, wait_for_gate) = gate();
-    let program = |launches| Program { name: "events".to_owned(), launches, signals: vec![] };
-    let producer = submit(&first, program(vec![wait_for_gate, fill(3.0, floats(0, 0, &[2]))]), &[&arena], false)?;
+    let producer = submit(&first, &arena, vec![wait_for_gate, fill(3.0, floats(0, 0, &[2]))], vec![])?;
     let event = first.record();
     second.wait_for(&event)?;
     let copy = launch(Op::Copy, &[floats(0, 0, &[2])], &[floats(0, 64, &[2])]);
-    let consumer = submit(&second, program(vec![copy]), &[&arena], false)?;
+    let consumer = submit(&second, &arena, vec![copy], vec![])?;
     let after = second.record();
     ensure(!event.query() && !after.query(), "an event was set before the work recorded before it finished")?;
     ensure(consumer.try_recv().is_err(), "work after an event did not wait")?;
@@ -161,19 +161,12 @@ fn signals(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let (open, wait_for_gate) = gate();
     let launches = vec![fill(1.0, floats(0, 0, &[1])), wait_for_gate, fill(2.0, floats(0, 0, &[1]))];
-    let program = Program { name: "signals".to_owned(), launches, signals: vec![(0, 7), (1, 8), (1, 9), (3, 10)] };
-    let notifications = submit(&stream, program, &[&arena], false)?;
-    for tag in [7, 8, 9] {
-        let notification = notifications.recv_timeout(TIMEOUT)?;
-        ensure(notification == Notification::Signal(tag), &format!("expected signal {tag}, got {notification:?}"))?;
-    }
+    let notifications = submit(&stream, &arena, launches, vec![(0, 7), (1, 8), (1, 9), (3, 10)])?;
+    expect_next(&notifications, [7, 8, 9].map(Notification::Signal))?;
     // The gate is closed, so nothing writes.
     expect_floats(&arena, 0, &[1.0])?;
     open.send(Stamped::new(()))?;
-    for expected in [Notification::Signal(10), Notification::Done] {
-        let notification = notifications.recv_timeout(TIMEOUT)?;
-        ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
-    }
+    expect_next(&notifications, [Notification::Signal(10), Notification::Done])?;
     ensure(notifications.recv_timeout(TIMEOUT).is_err(), "a notification arrived after the end")?;
     expect_floats(&arena, 0, &[2.0])
 }
@@ -199,12 +192,9 @@ fn finite(device: &Device) -> Outcome {
         (true, mixed, Some((2, 1))),
     ] {
         stream.check_finite(on)?;
-        let notifications = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false)?;
+        let notifications = submit(&stream, &arena, launches, vec![])?;
         let found = |(launch, elements)| Notification::NotFinite { launch, write: 0, elements };
-        for expected in expected.map(found).into_iter().chain([Notification::Done]) {
-            let notification = notifications.recv_timeout(TIMEOUT)?;
-            ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
-        }
+        expect_next(&notifications, expected.map(found).into_iter().chain([Notification::Done]))?;
     }
     Ok(())
 }
@@ -214,22 +204,15 @@ fn failures(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let bad = vec![
         fill(1.0, floats(0, 0, &[1])),
-        launch(Op::Custom(Arc::new(Panics)), &[], &[]),
+        launch(Op::Custom(Arc::new(TestKernel::Panics)), &[], &[]),
         fill(2.0, floats(0, 0, &[1])),
     ];
-    let program = Program { name: "bad".to_owned(), launches: bad, signals: vec![(1, 1), (2, 2)] };
-    let first = submit(&stream, program, &[&arena], false)?;
+    let first = submit(&stream, &arena, bad, vec![(1, 1), (2, 2)])?;
     let copy = vec![launch(Op::Copy, &[floats(0, 0, &[1])], &[floats(0, 4, &[1])])];
-    let second = submit(&stream, Program { launches: copy, ..Program::default() }, &[&arena], false)?;
-    let expected = KernelError::Panic {
-        launch: "1 (panics)".to_owned(),
-        program: "bad".to_owned(),
-        message: "on purpose".to_owned(),
-    };
-    for expected in [Notification::Signal(1), Notification::Failed(expected)] {
-        let notification = first.recv_timeout(TIMEOUT)?;
-        ensure(notification == expected, &format!("expected {expected:?}, got {notification:?}"))?;
-    }
+    let second = submit(&stream, &arena, copy, vec![])?;
+    let [launch, program, message] = ["1 (panics)", "streams", "on purpose"].map(str::to_owned);
+    let panic = KernelError::Panic { launch, program, message };
+    expect_next(&first, [Notification::Signal(1), Notification::Failed(panic)])?;
     ensure(first.recv_timeout(TIMEOUT).is_err(), "a notification arrived after the failure")?;
     wait(&second).map_err(|error| format!("the next program failed too: {error}"))?;
     expect_floats(&arena, 0, &[1.0, 1.0])
@@ -264,7 +247,7 @@ fn custom(device: &Device) -> Outcome {
     arena.write_host(0, &HostTensor::f32(&[1], vec![1.5]))?;
     arena.write_host(4, &HostTensor::i32(&[1], vec![2]))?;
     let integer = Buffer { dtype: DType::I32, ..floats(0, 4, &[1]) };
-    let mixed = launch(Op::Custom(Arc::new(Mixed)), &[floats(0, 0, &[1]), integer], &[floats(0, 8, &[1])]);
+    let mixed = launch(Op::Custom(Arc::new(TestKernel::Mixed)), &[floats(0, 0, &[1]), integer], &[floats(0, 8, &[1])]);
     run_program(&stream, vec![mixed], &[&arena], false)?;
     expect_floats(&arena, 8, &[3.5])
 }
@@ -283,8 +266,7 @@ fn memory(device: &Device) -> Outcome {
     }
     ensure(device.allocation_count() == count, "running a program allocated device memory")?;
     let (open, wait_for_gate) = gate();
-    let launches = vec![wait_for_gate, fill(2.0, floats(0, 0, &[1000]))];
-    let notifications = submit(&stream, Program { launches, ..Program::default() }, &[&arena], false)?;
+    let notifications = submit(&stream, &arena, vec![wait_for_gate, fill(2.0, floats(0, 0, &[1000]))], vec![])?;
     drop(arena);
     ensure(device.bytes_allocated() == bytes_before + bytes, "an arena was freed during a submission")?;
     open.send(Stamped::new(()))?;

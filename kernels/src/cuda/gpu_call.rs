@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::device_memory::device_address;
 use super::raw_stream::RawStream;
-use super::strided_copy::foreign_elements;
 use crate::bound::Bound;
 use crate::collective::CollectiveCall;
+use crate::collective::exchange::foreign_elements;
 use crate::collective::status::ReceivedBytes;
 use crate::error::KernelError;
 use crate::memory::View;

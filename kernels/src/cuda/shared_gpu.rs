@@ -15,9 +15,9 @@ use super::event::Recorded;
 use super::gpu_call::GpuCall;
 use super::lower::collective::{PIECE_BYTES, contiguous_start, regions};
 use super::raw_stream::RawStream;
-use super::strided_copy::{StridedRegion, combine, copy_region_from, foreign_elements};
+use super::strided_copy::{StridedRegion, combine, copy_region_from};
 use crate::bound::Bound;
-use crate::collective::exchange::taken;
+use crate::collective::exchange::{foreign_elements, taken};
 use crate::collective::rendezvous::{Arrival, Groups, Post};
 use crate::collective::{
     AbortStatus, Collective, CollectiveCall, CollectiveKind, DeviceCollective, Enqueue, Enqueued, MemberWait, ReduceOp,

@@ -1,18 +1,16 @@
-//! Copies of tensor regions between addresses on a stream, and parts of collectives that all GPU engines share: which
-//! elements each member receives from others, and how many.
+//! Copies of tensor regions between addresses on a stream, and parts of collectives that all GPU engines share.
 
 use super::context::Context;
 use super::gpu::Gpu;
 use super::lower;
-use super::lower::collective::{MEMBERS_MAX, contiguous_start, regions};
+use super::lower::collective::{MEMBERS_MAX, contiguous_start};
 use super::raw_stream::{Geometry, PARAMETERS_MAX, RawStream, RowCopy};
 use super::step::{Arg, Operand, SHARED_BYTES_DEFAULT, Step};
-use crate::collective::exchange::{all_reduce_foreign, taken};
-use crate::collective::{CollectiveCall, CollectiveKind, ReduceOp};
+use crate::collective::ReduceOp;
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
-use crate::tensor::{DType, Region, element_count};
+use crate::tensor::{DType, Region};
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct StridedRegion<'a> {
@@ -160,22 +158,4 @@ pub(crate) fn combine(
     words[MEMBERS_MAX + 1..].copy_from_slice(&[xs.len() as u64, largest, elements as u64]);
     let blocks = elements.div_ceil(THREADS).min(BLOCKS_MAX) as u32;
     stream.launch(function, &Geometry { grid: [blocks, 1, 1], block: [THREADS as u32, 1, 1], shared_bytes: 0 }, &words)
-}
-
-/// Number of elements that a member receives from others in a call with this result shape.
-pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usize {
-    let (members, member) = (call.group.ranks.len(), call.member);
-    if let Some((sources, targets)) = regions(&call.kind, y_shape) {
-        let boxes = taken(member, sources, &targets[member]);
-        let foreign = boxes.iter().filter(|(other, _)| *other != member);
-        return foreign.flat_map(|(_, boxes)| boxes).map(Region::element_count).sum();
-    }
-    let elements = element_count(y_shape);
-    match &call.kind {
-        CollectiveKind::AllReduce { .. } => all_reduce_foreign(elements, members, member),
-        CollectiveKind::ReduceScatter { parts, .. } => (members - 1) * parts[member].element_count(),
-        CollectiveKind::Broadcast { root } if *root != member => elements,
-        CollectiveKind::Receive { from } if *from != member => elements,
-        _ => 0,
-    }
 }

@@ -35,10 +35,8 @@ impl Arena {
     /// `UnexpectedEof`.
     pub fn read_from(&self, offset: usize, bytes: usize, source: &mut impl Read) -> io::Result<()> {
         if !self.is_writable() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "the arena is mapped read-only from another process",
-            ));
+            let message = "the arena is mapped read-only from another process";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
         self.check_inside(offset, bytes)?;
         if let Some(memory) = self.storage_on_device() {

@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat,
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use super::heap::empty_start;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Seals that fix the size of the file, and the seals themselves.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
@@ -54,7 +54,7 @@ impl Mapping {
 
     /// Maps memory that a peer created with [`Mapping::create`]. Rejects memory of another size, and memory whose size
     /// the peer could still change.
-    pub(super) fn of_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self, KernelError> {
+    pub(super) fn of_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self> {
         let refused =
             |what: &str, expected: String, got: String| KernelError::arguments("map_peer", what, expected, got);
         let failed = |cause: rustix::io::Errno| {

@@ -1,105 +1,85 @@
 //! Properties of ops for the planner: name, number of buffers, accumulating write, scratch memory, supported dtypes.
 
+use std::ops::Range;
+
 use crate::op::Op;
 use crate::tensor::DType;
 
 /// Number of query rows that attention processes as one block.
 pub(crate) const ATTENTION_BLOCK: usize = 64;
 
+/// Properties of an op that do not depend on its attributes.
+struct Properties<'a> {
+    name: &'a str,
+    arity: (usize, usize),
+    sum: Option<usize>,
+    bf16_reads: Range<usize>,
+    bf16_writes: Range<usize>,
+}
+
+const ALL: Range<usize> = 0..usize::MAX;
+
+const NONE: Range<usize> = 0..0;
+
 impl Op {
+    fn properties(&self) -> Properties<'_> {
+        let (name, arity, sum, bf16_reads, bf16_writes) = match self {
+            Op::Fill { .. } => ("fill", (0, 1), None, NONE, ALL),
+            Op::Copy => ("copy", (1, 1), Some(0), ALL, ALL),
+            Op::Cast => ("cast", (1, 1), None, ALL, ALL),
+            Op::CopyRegion { .. } => ("copy_region", (1, 1), Some(0), ALL, ALL),
+            Op::Add => ("add", (2, 1), None, ALL, ALL),
+            Op::SumLeading => ("sum_leading", (1, 1), Some(0), ALL, ALL),
+            Op::Scale { .. } => ("scale", (1, 1), None, ALL, ALL),
+            Op::Einsum(_) => ("einsum", (2, 1), Some(0), ALL, ALL),
+            Op::Embedding { .. } => ("embedding", (2, 1), None, NONE, ALL),
+            Op::EmbeddingGrad { .. } => ("embedding_grad", (2, 1), Some(0), 1..2, NONE),
+            Op::LayerNorm { .. } => ("layer_norm", (2, 3), None, 0..1, 0..1),
+            Op::LayerNormGrad => ("layer_norm_grad", (5, 2), Some(1), 0..2, 0..1),
+            Op::Gelu => ("gelu", (1, 1), None, ALL, ALL),
+            Op::GeluGrad => ("gelu_grad", (2, 1), None, ALL, ALL),
+            Op::Attention { .. } => ("attention", (3, 2), None, ALL, 0..1),
+            Op::AttentionGrad { .. } => ("attention_grad", (6, 3), None, 0..5, ALL),
+            Op::RowMax => ("row_max", (1, 1), None, 0..1, NONE),
+            Op::SumExpTarget { .. } => ("sum_exp_target", (3, 2), None, 0..1, NONE),
+            Op::TokenLoss { .. } => ("token_loss", (3, 1), Some(0), NONE, NONE),
+            Op::CrossEntropyGrad { .. } => ("cross_entropy_grad", (5, 1), None, 1..2, ALL),
+            Op::Dropout { .. } => ("dropout", (2, 1), None, 0..1, ALL),
+            Op::SumSquares { .. } => ("sum_squares", (1, 1), None, NONE, NONE),
+            Op::ClipScale { .. } => ("clip_scale", (1, 2), None, NONE, NONE),
+            Op::AdamW { .. } => ("adamw", (3, 3), None, NONE, NONE),
+            Op::Collective(call) => (call.name(), call.kind.arity(), None, NONE, NONE),
+            Op::Custom(kernel) => (kernel.name(), (0, 0), None, NONE, NONE),
+        };
+        Properties { name, arity, sum, bf16_reads, bf16_writes }
+    }
+
     /// Name for errors, plans and traces.
     pub fn name(&self) -> &str {
-        match self {
-            Op::Fill { .. } => "fill",
-            Op::Copy => "copy",
-            Op::Cast => "cast",
-            Op::CopyRegion { .. } => "copy_region",
-            Op::Add => "add",
-            Op::SumLeading => "sum_leading",
-            Op::Scale { .. } => "scale",
-            Op::Einsum(_) => "einsum",
-            Op::Embedding { .. } => "embedding",
-            Op::EmbeddingGrad { .. } => "embedding_grad",
-            Op::LayerNorm { .. } => "layer_norm",
-            Op::LayerNormGrad => "layer_norm_grad",
-            Op::Gelu => "gelu",
-            Op::GeluGrad => "gelu_grad",
-            Op::Attention { .. } => "attention",
-            Op::AttentionGrad { .. } => "attention_grad",
-            Op::RowMax => "row_max",
-            Op::SumExpTarget { .. } => "sum_exp_target",
-            Op::TokenLoss { .. } => "token_loss",
-            Op::CrossEntropyGrad { .. } => "cross_entropy_grad",
-            Op::Dropout { .. } => "dropout",
-            Op::SumSquares { .. } => "sum_squares",
-            Op::ClipScale { .. } => "clip_scale",
-            Op::AdamW { .. } => "adamw",
-            Op::Collective(call) => call.name(),
-            Op::Custom(kernel) => kernel.name(),
-        }
+        self.properties().name
     }
 
     /// Number of buffers read and written; `None` for custom kernels.
     pub fn arity(&self) -> Option<(usize, usize)> {
-        Some(match self {
-            Op::Fill { .. } => (0, 1),
-            Op::Copy | Op::CopyRegion { .. } | Op::SumLeading | Op::Scale { .. } | Op::Gelu | Op::RowMax => (1, 1),
-            Op::Cast | Op::SumSquares { .. } => (1, 1),
-            Op::Add | Op::Einsum(_) | Op::Embedding { .. } | Op::EmbeddingGrad { .. } | Op::GeluGrad => (2, 1),
-            Op::Dropout { .. } => (2, 1),
-            Op::LayerNorm { .. } => (2, 3),
-            Op::LayerNormGrad => (5, 2),
-            Op::Attention { .. } => (3, 2),
-            Op::AttentionGrad { .. } => (6, 3),
-            Op::SumExpTarget { .. } => (3, 2),
-            Op::TokenLoss { .. } => (3, 1),
-            Op::CrossEntropyGrad { .. } => (5, 1),
-            Op::ClipScale { .. } => (1, 2),
-            Op::AdamW { .. } => (3, 3),
-            Op::Collective(call) => call.kind.arity(),
-            Op::Custom(_) => return None,
-        })
+        (!matches!(self, Op::Custom(_))).then(|| self.properties().arity)
     }
 
     /// Index of the write that a launch may add to instead of overwriting it; `None` if the op cannot accumulate. A
     /// custom kernel handles `accumulate` itself and returns `None` here.
     pub fn can_accumulate(&self) -> Option<usize> {
-        match self {
-            Op::Copy
-            | Op::CopyRegion { .. }
-            | Op::SumLeading
-            | Op::Einsum(_)
-            | Op::EmbeddingGrad { .. }
-            | Op::TokenLoss { .. } => Some(0),
-            Op::LayerNormGrad => Some(1),
-            _ => None,
-        }
+        self.properties().sum
     }
 
     /// Whether read `port` may have dtype [`DType::BF16`]: activations and their gradients. Parameters, statistics and
     /// sums are [`DType::F32`], except for operands of a product. All such reads of a launch have the same dtype.
     pub fn reads_bf16(&self, port: usize) -> bool {
-        match self {
-            Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading | Op::Scale { .. } => true,
-            Op::Einsum(_) | Op::Gelu | Op::GeluGrad | Op::Attention { .. } => true,
-            Op::LayerNorm { .. } | Op::RowMax | Op::SumExpTarget { .. } | Op::Dropout { .. } => port == 0,
-            Op::EmbeddingGrad { .. } | Op::CrossEntropyGrad { .. } => port == 1,
-            Op::LayerNormGrad => port < 2,
-            Op::AttentionGrad { .. } => port < 5,
-            _ => false,
-        }
+        self.properties().bf16_reads.contains(&port)
     }
 
     /// Whether write `port` may have dtype [`DType::BF16`]. It is only used when the reads that may be BF16 are. An
     /// accumulating write is always [`DType::F32`].
     pub fn writes_bf16(&self, port: usize) -> bool {
-        match self {
-            Op::Fill { .. } | Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Add | Op::SumLeading => true,
-            Op::Scale { .. } | Op::Einsum(_) | Op::Gelu | Op::GeluGrad | Op::Embedding { .. } => true,
-            Op::CrossEntropyGrad { .. } | Op::Dropout { .. } | Op::AttentionGrad { .. } => true,
-            Op::LayerNorm { .. } | Op::LayerNormGrad | Op::Attention { .. } => port == 0,
-            _ => false,
-        }
+        self.properties().bf16_writes.contains(&port)
     }
 
     /// Checks a launch that uses BF16; on failure returns the buffer, the expected and the actual dtype. Each port must

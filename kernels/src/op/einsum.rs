@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::op::{Einsum, GemmDims};
 
 impl fmt::Display for Einsum {
@@ -28,7 +28,7 @@ impl Einsum {
     /// [`KernelError::Arguments`] when the text is malformed, or is not one matrix product without moving data: each
     /// letter must be in exactly two of the three terms, and in each term the letters of a group must be adjacent and
     /// in the same order as in the other term.
-    pub fn parse(text: &str) -> Result<Self, KernelError> {
+    pub fn parse(text: &str) -> Result<Self> {
         let refused = |what: &str, expected: &str| KernelError::arguments("einsum", what, expected, text);
         let terms = text.split_once("->").and_then(|(ab, out)| Some((ab.split_once(',')?, out)));
         let ((a, b), out) = terms.ok_or_else(|| refused("subscripts", "a,b->out"))?;
@@ -57,18 +57,16 @@ impl Einsum {
     }
 
     /// Whether each of a, b and out is stored transposed.
-    fn layout(&self) -> Result<[bool; 3], KernelError> {
+    fn layout(&self) -> Result<[bool; 3]> {
         let refused = |expected: &str| KernelError::arguments("einsum", "subscripts", expected, self.to_string());
         let terms = [&self.a, &self.b, &self.out];
         for letter in terms.iter().flat_map(|term| term.chars()) {
-            match terms.iter().filter(|term| term.contains(letter)).count() {
-                2 => {}
-                3 => {
-                    let reason = "one that is in all three makes a batch of products, which needs a custom op";
-                    return Err(refused(&format!("index {letter} in exactly two of the three terms ({reason})")));
-                }
-                _ => return Err(refused(&format!("index {letter} in exactly two of the three terms"))),
-            }
+            let hint = match terms.iter().filter(|term| term.contains(letter)).count() {
+                2 => continue,
+                3 => " (one that is in all three makes a batch of products, which needs a custom op)",
+                _ => "",
+            };
+            return Err(refused(&format!("index {letter} in exactly two of the three terms{hint}")));
         }
         let mut transposed = [false; 3];
         for (flag, (term, (x, y))) in transposed.iter_mut().zip(terms.into_iter().zip(self.groups())) {
@@ -96,25 +94,22 @@ impl Einsum {
             let size = |group: &String| if group.is_empty() { "1".to_owned() } else { group.clone() };
             format!("[{}, {}]", size(x), size(y))
         };
-        let written = |term: &String, (x, y): &(String, String)| {
-            let reversed = format!("{y}{x}");
-            if *term == reversed { reversed } else { format!("{x}{y}") }
-        };
-        let [a, b, out] = [(&self.a, 0), (&self.b, 1), (&self.out, 2)].map(|(term, i)| written(term, &groups[i]));
+        let [a, b, out] = [(&self.a, 0), (&self.b, 1), (&self.out, 2)].map(|(term, i)| {
+            let (x, y) = &groups[i];
+            if *term == format!("{y}{x}") { term.clone() } else { format!("{x}{y}") }
+        });
         let (left, right) = (dims(&groups[0]), dims(&groups[1]));
         format!("the matrix product of {left} and {right} written {a},{b}->{out}, with dims stored in this order")
     }
 
     /// The extent of a letter in its operands, which must agree.
-    fn extent(&self, letter: char, a: &[usize], b: &[usize]) -> Result<usize, KernelError> {
+    fn extent(&self, letter: char, a: &[usize], b: &[usize]) -> Result<usize> {
         let of = |term: &str, shape: &[usize]| term.find(letter).and_then(|i| shape.get(i).copied());
         match (of(&self.a, a), of(&self.b, b)) {
-            (Some(x), Some(y)) if x != y => Err(KernelError::arguments(
-                "einsum",
-                &format!("extent of {letter} in {self}"),
-                x.to_string(),
-                y.to_string(),
-            )),
+            (Some(x), Some(y)) if x != y => {
+                let what = format!("extent of {letter} in {self}");
+                Err(KernelError::arguments("einsum", &what, x.to_string(), y.to_string()))
+            }
             (Some(x), _) | (None, Some(x)) => Ok(x),
             (None, None) => {
                 Err(KernelError::arguments("einsum", "index", "an index of an operand", format!("{letter} in {self}")))
@@ -122,7 +117,7 @@ impl Einsum {
         }
     }
 
-    fn check_ranks(&self, a: &[usize], b: &[usize]) -> Result<(), KernelError> {
+    fn check_ranks(&self, a: &[usize], b: &[usize]) -> Result<()> {
         for (term, shape) in [(&self.a, a), (&self.b, b)] {
             if term.len() != shape.len() {
                 let expected = format!("{} dims for {term} in {self}", term.len());
@@ -136,7 +131,7 @@ impl Einsum {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when ranks or shared extents differ, or the subscripts are not one matrix product.
-    pub fn gemm_dims(&self, a: &[usize], b: &[usize]) -> Result<GemmDims, KernelError> {
+    pub fn gemm_dims(&self, a: &[usize], b: &[usize]) -> Result<GemmDims> {
         self.check_ranks(a, b)?;
         let [a_transposed, b_transposed, out_transposed] = self.layout()?;
         let size = |term: &str, role: Role| {
@@ -156,7 +151,7 @@ impl Einsum {
     ///
     /// # Errors
     /// As for [`Einsum::gemm_dims`].
-    pub fn output_shape(&self, a: &[usize], b: &[usize]) -> Result<Vec<usize>, KernelError> {
+    pub fn output_shape(&self, a: &[usize], b: &[usize]) -> Result<Vec<usize>> {
         self.check_ranks(a, b)?;
         self.out.chars().map(|letter| self.extent(letter, a, b)).collect()
     }

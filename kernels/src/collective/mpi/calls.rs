@@ -19,7 +19,7 @@ use mpi::topology::Communicator;
 use mpi::{Threading, traits::AsRaw};
 
 use crate::collective::ReduceOp;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// How long a waiting call yields to other threads between completion tests, before it sleeps between them.
 const YIELD: Duration = Duration::from_micros(200);
@@ -34,7 +34,7 @@ const TESTS_PER_CHECK: u32 = 8;
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Returns an error to end a wait early. Called regularly while a call waits.
-pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<(), KernelError> + 'a;
+pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<()> + 'a;
 
 /// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized with the
 /// last clone, unless an engine was aborted: a transfer may then be in flight, and MPI would wait for peers that are
@@ -63,14 +63,12 @@ impl MpiWorld {
     ///
     /// # Errors
     /// [`KernelError::Mpi`] when MPI was started before, or does not allow concurrent calls by several threads.
-    pub fn start() -> Result<Arc<Self>, KernelError> {
+    pub fn start() -> Result<Arc<Self>> {
         let (universe, given) = mpi::initialize_with_threading(Threading::Multiple)
             .ok_or_else(|| failed("MPI_Init_thread", "MPI was started before in this process"))?;
         if given != Threading::Multiple {
-            let cause = format!(
-                "this MPI provides {given:?}, but MPI_THREAD_MULTIPLE is needed: build MPI with support for it"
-            );
-            return Err(failed("MPI_Init_thread", &cause));
+            let hint = "but MPI_THREAD_MULTIPLE is needed: build MPI with support for it";
+            return Err(failed("MPI_Init_thread", &format!("this MPI provides {given:?}, {hint}")));
         }
         let world = universe.world();
         let (rank, size) = (world.rank() as u32, world.size() as u32);
@@ -98,30 +96,24 @@ impl MpiWorld {
         self.aborted.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn barrier(&self, within: Duration) -> Result<(), KernelError> {
+    pub(super) fn barrier(&self, within: Duration) -> Result<()> {
         self.barrier_on(&self.comm, within)
     }
 
-    fn barrier_on(&self, comm: &Comm, within: Duration) -> Result<(), KernelError> {
+    fn barrier_on(&self, comm: &Comm, within: Duration) -> Result<()> {
         let deadline = Instant::now() + within;
-        let barrier = Transfer::Barrier;
         let mut late = || {
             let cause = format!("not all of {} processes arrived within {} ms", self.size, within.as_millis());
             if Instant::now() < deadline { Ok(()) } else { Err(failed("MPI_Ibarrier", &cause)) }
         };
         // SAFETY: a barrier has no buffers.
-        let result = unsafe { comm.run(barrier, &mut late) };
-        result.inspect_err(|_| self.abort())
+        unsafe { comm.run(Transfer::Barrier, &mut late) }.inspect_err(|_| self.abort())
     }
 
     /// A communicator for each of these groups of processes, each group with its tag. All members call this, with the
     /// groups in the same order, and wait for each other inside MPI. That happens on a separate thread, so that this
     /// call waits for at most `within`.
-    pub(super) fn comms(
-        self: &Arc<Self>,
-        groups: Vec<(Vec<c_int>, c_int)>,
-        within: Duration,
-    ) -> Result<Vec<Comm>, KernelError> {
+    pub(super) fn comms(self: &Arc<Self>, groups: Vec<(Vec<c_int>, c_int)>, within: Duration) -> Result<Vec<Comm>> {
         let (sender, receiver) = bounded(1);
         let world = self.clone();
         let make = move || {
@@ -139,7 +131,7 @@ impl MpiWorld {
     }
 
     /// A communicator of these processes. All of them call this, in the same order for all groups.
-    fn comm(&self, processes: &[c_int], tag: c_int) -> Result<Comm, KernelError> {
+    fn comm(&self, processes: &[c_int], tag: c_int) -> Result<Comm> {
         let mut comm = Comm { raw: self.comm.raw };
         let mut raw_group = mem::MaybeUninit::uninit();
         let mut group = mem::MaybeUninit::uninit();
@@ -173,7 +165,7 @@ fn failed(call: &'static str, cause: &str) -> KernelError {
     KernelError::Mpi { call, cause: cause.to_owned() }
 }
 
-fn check(call: &'static str, code: c_int) -> Result<(), KernelError> {
+fn check(call: &'static str, code: c_int) -> Result<()> {
     if code == ffi::MPI_SUCCESS as c_int {
         return Ok(());
     }
@@ -186,6 +178,7 @@ fn check(call: &'static str, code: c_int) -> Result<(), KernelError> {
 }
 
 /// A communicator. One thread at a time uses it.
+#[derive(Debug)]
 pub(super) struct Comm {
     raw: MPI_Comm,
 }
@@ -195,12 +188,6 @@ unsafe impl Send for Comm {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Comm {}
 
-impl std::fmt::Debug for Comm {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Comm")
-    }
-}
-
 /// The parts of all members in one buffer: sizes and start offsets, in words of 4 bytes.
 #[derive(Debug, Default)]
 pub(super) struct Layout {
@@ -208,70 +195,25 @@ pub(super) struct Layout {
     pub(super) starts: Vec<c_int>,
 }
 
-/// An MPI call and its buffers. Members are ranks of the communicator; counts and offsets are in words.
+/// An MPI call and its buffers. Members are ranks of the communicator; counts and offsets are in words. `Records` puts
+/// the records of all members one after the other; in a `ReduceScatter`, member i receives `counts[i]` words of x.
 pub(super) enum Transfer<'a> {
     Barrier,
-    Max {
-        x: &'a [u64; 2],
-        y: &'a mut [u64; 2],
-    },
-    /// The records of all members, one after the other.
-    Records {
-        x: &'a [u8],
-        y: &'a mut [u8],
-    },
-    AllReduce {
-        op: ReduceOp,
-        x: &'a [f32],
-        y: &'a mut [f32],
-    },
-    /// Member i receives `counts[i]` words of x, in order.
-    ReduceScatter {
-        op: ReduceOp,
-        x: &'a [f32],
-        y: &'a mut [f32],
-        counts: Vec<c_int>,
-    },
-    AllGather {
-        x: &'a [f32],
-        y: &'a mut [f32],
-        layout: Layout,
-    },
-    AllToAll {
-        x: &'a [f32],
-        sent: Layout,
-        y: &'a mut [f32],
-        taken: Layout,
-    },
-    Broadcast {
-        y: &'a mut [f32],
-        root: usize,
-    },
-    Send {
-        x: &'a [f32],
-        to: usize,
-        tag: c_int,
-    },
-    Receive {
-        y: &'a mut [f32],
-        from: usize,
-        tag: c_int,
-    },
-    Post {
-        x: Box<[u64; 2]>,
-        to: usize,
-        tag: c_int,
-    },
+    Max { x: &'a [u64; 2], y: &'a mut [u64; 2] },
+    Records { x: &'a [u8], y: &'a mut [u8] },
+    AllReduce { op: ReduceOp, x: &'a [f32], y: &'a mut [f32] },
+    ReduceScatter { op: ReduceOp, x: &'a [f32], y: &'a mut [f32], counts: Vec<c_int> },
+    AllGather { x: &'a [f32], y: &'a mut [f32], layout: Layout },
+    AllToAll { x: &'a [f32], sent: Layout, y: &'a mut [f32], taken: Layout },
+    Broadcast { y: &'a mut [f32], root: usize },
+    Send { x: &'a [f32], to: usize, tag: c_int },
+    Receive { y: &'a mut [f32], from: usize, tag: c_int },
+    Post { x: Box<[u64; 2]>, to: usize, tag: c_int },
 }
 
 fn raw(op: ReduceOp) -> MPI_Op {
     // SAFETY: constants of the library.
-    unsafe {
-        match op {
-            ReduceOp::Sum => ffi::RSMPI_SUM,
-            ReduceOp::Max => ffi::RSMPI_MAX,
-        }
-    }
+    unsafe { if op == ReduceOp::Sum { ffi::RSMPI_SUM } else { ffi::RSMPI_MAX } }
 }
 
 /// Type of words that are only moved, with any bits.
@@ -365,7 +307,7 @@ impl Transfer<'_> {
 
 impl Comm {
     /// Makes MPI return error codes instead of aborting the process.
-    fn return_errors(&self) -> Result<(), KernelError> {
+    fn return_errors(&self) -> Result<()> {
         // SAFETY: the communicator exists, and the handler is a constant of the library.
         check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(self.raw, ffi::RSMPI_ERRORS_RETURN) })
     }
@@ -379,7 +321,7 @@ impl Comm {
         &self,
         mut transfer: Transfer<'_>,
         check_interrupt: &mut CheckInterrupt<'_>,
-    ) -> Result<(), KernelError> {
+    ) -> Result<()> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();
         // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest, and is leaked if the wait
@@ -394,11 +336,7 @@ impl Comm {
     }
 
     /// Receives a post of this tag, if one has arrived: its sender and its two words.
-    pub(super) fn receive_post(
-        &self,
-        from: Option<usize>,
-        tag: c_int,
-    ) -> Result<Option<(usize, [u64; 2])>, KernelError> {
+    pub(super) fn receive_post(&self, from: Option<usize>, tag: c_int) -> Result<Option<(usize, [u64; 2])>> {
         let (mut arrived, mut status) = (0, mem::MaybeUninit::<ffi::MPI_Status>::uninit());
         let mut words = [0u64; 2];
         // SAFETY: MPI writes the status before it is read; a post has two words, which fit in `words`, and MPI reports
@@ -424,12 +362,7 @@ impl Comm {
     }
 }
 
-/// Waits for a request, calling `check_interrupt` regularly.
-fn wait(
-    name: &'static str,
-    mut request: MPI_Request,
-    check_interrupt: &mut CheckInterrupt<'_>,
-) -> Result<(), KernelError> {
+fn wait(name: &'static str, mut request: MPI_Request, check_interrupt: &mut CheckInterrupt<'_>) -> Result<()> {
     let began = Instant::now();
     let mut tests = 0u32;
     loop {

@@ -8,6 +8,7 @@ use super::*;
 use crate::collective::ReduceOp;
 use crate::collective::in_process::InProcess;
 use crate::device::Device;
+use crate::hash::SplitMix64;
 use crate::memory::Access;
 use crate::tensor::{DType, HostTensor};
 
@@ -22,6 +23,10 @@ fn mapped(arena: &Arena, access: Access) -> Arena {
     Arena::map_peer(file, arena.bytes(), access).unwrap()
 }
 
+fn engine(groups: &[Arc<Group>], arenas: BTreeMap<usize, Arena>) -> Arc<SharedMemory> {
+    Arc::new(SharedMemory::new(Board::create(groups).unwrap(), groups, arenas).unwrap())
+}
+
 fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
     (0..n).map(|rank| (rank, device.shared_arena(bytes).unwrap())).collect()
@@ -30,7 +35,7 @@ fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
 
 /// Member 0 of group 1 calls; the result arrives on the channel.
-fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<(), KernelError>> {
+fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<()>> {
     let (sender, results) = channel();
     let engine = engine.clone();
     thread::spawn(move || {
@@ -38,11 +43,8 @@ fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Re
         let arena = engine.arenas[&0].clone();
         let shape = [elements];
         let x = View::new("test", &arena, 0, &shape, DType::F32).unwrap();
-        let result = match &kind {
-            CollectiveKind::Receive { .. } => engine.run(&CollectiveCall { group, member: 0, kind }, &[], &[x]),
-            _ => engine.run(&CollectiveCall { group, member: 0, kind }, &[x], &[x]),
-        };
-        let _ = sender.send(result);
+        let reads = if matches!(kind, CollectiveKind::Receive { .. }) { &[][..] } else { &[x] };
+        let _ = sender.send(engine.run(&CollectiveCall { group, member: 0, kind }, reads, &[x]));
     });
     results
 }
@@ -55,8 +57,7 @@ fn memory_that_a_peer_posts_outside_its_arena_is_not_accessed() {
     let bytes = elements * 4;
     for (x, y) in [(4, 0), (0, 4), (u64::MAX, 0), (0, u64::MAX - 3), (1, 0), (u64::MAX / 2, 0), (bytes as u64, 0)] {
         let groups = [group(1, &[0, 1])];
-        let engine = SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, bytes)).unwrap();
-        let engine = Arc::new(engine);
+        let engine = engine(&groups, arenas(2, bytes));
         let terms = CollectiveCall { group: groups[0].clone(), member: 0, kind: SUM };
         let slot = engine.board.member_slot(0, 1);
         let post = &slot.posts[1];
@@ -74,8 +75,7 @@ fn memory_that_a_peer_posts_outside_its_arena_is_not_accessed() {
 fn memory_that_a_peer_sends_from_outside_its_arena_is_not_accessed() {
     for x in [1, 4, 8, u64::MAX] {
         let groups = [group(1, &[0, 1])];
-        let engine = SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, 8)).unwrap();
-        let engine = Arc::new(engine);
+        let engine = engine(&groups, arenas(2, 8));
         let slot = engine.board.member_slot(0, 1);
         slot.sent.terms.store(digest(&(DType::F32, &[2usize][..])), Ordering::Relaxed);
         slot.sent.x.store(x, Ordering::Relaxed);
@@ -93,12 +93,9 @@ fn calls_end_with_garbage_on_the_board() {
         let board = Board::create(&groups).unwrap();
         let engine = SharedMemory::new(mapped(&board, Access::ReadWrite), &groups, arenas(3, 1 << 16)).unwrap();
         let engine = Arc::new(engine);
-        let mut state = seed;
-        let mut word = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            // Small words too: they look like states and member indices.
-            if state >> 62 == 0 { (state >> 40) as i32 } else { (state >> 60 & 3) as i32 }
-        };
+        let mut random = SplitMix64(seed);
+        // Small words too: they look like states and member indices.
+        let mut word = || if random.below(4) == 0 { random.draw() as i32 } else { random.below(4) as i32 };
         let words = board.bytes() / 4;
         board.write_host(0, &HostTensor::i32(&[words], (0..words).map(|_| word()).collect())).unwrap();
         for (kind, elements) in [(SUM, 10), (SUM, 1 << 14), (CollectiveKind::Receive { from: 2 }, 10)] {
@@ -147,7 +144,7 @@ fn inconsistent_boards_groups_and_arenas_are_rejected() {
 #[test]
 fn waits_lists_the_absent_member() {
     let groups = [group(1, &[0, 1])];
-    let engine = Arc::new(SharedMemory::new(Board::create(&groups).unwrap(), &groups, arenas(2, 64)).unwrap());
+    let engine = engine(&groups, arenas(2, 64));
     assert_eq!(engine.waits(), []);
     let result = call(&engine, SUM, 4);
     let until = Instant::now() + DEADLINE;

@@ -13,7 +13,7 @@ use std::ops::Range;
 use super::port::Port;
 use crate::collective::ReduceOp;
 use crate::collective::exchange::{combine_into, combine_onto, combine_two};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Words;
 use crate::region::Runs;
 
@@ -76,7 +76,6 @@ pub(super) struct In {
     pub(super) words: usize,
 }
 
-/// The pieces of one exchange.
 #[derive(Debug)]
 pub(super) struct Flow {
     pub(super) op: ReduceOp,
@@ -86,7 +85,6 @@ pub(super) struct Flow {
     pub(super) ins: Vec<In>,
 }
 
-/// Progress of one direction.
 #[derive(Default)]
 struct Progress {
     /// Number of finished pieces.
@@ -128,7 +126,7 @@ impl Flow {
         slots: &mut [f32],
         to: Option<usize>,
         from: Option<usize>,
-    ) -> Result<(), KernelError> {
+    ) -> Result<()> {
         if let Some(peer) = to {
             port.begin_out(peer, size_of::<f32>() * self.outs.iter().map(|piece| piece.words).sum::<usize>())?;
         }
@@ -159,7 +157,6 @@ impl Flow {
     }
 }
 
-/// A running flow.
 struct RunningFlow<'a> {
     flow: &'a Flow,
     slots: &'a mut [f32],
@@ -167,7 +164,6 @@ struct RunningFlow<'a> {
     received_progress: Progress,
 }
 
-/// Range of words of slot `index`.
 fn slot(index: usize, words: usize) -> Range<usize> {
     index * PIECE_WORDS..index * PIECE_WORDS + words
 }
@@ -179,11 +175,11 @@ impl RunningFlow<'_> {
     }
 
     /// Whether the next received bytes have a free slot (FLOW-2), or a header is still expected.
-    fn can_receive(&self, port: &mut Port, peer: usize) -> Result<bool, KernelError> {
+    fn can_receive(&self, port: &mut Port, peer: usize) -> Result<bool> {
         match self.flow.ins.get(self.received_progress.piece) {
             Some(In { to: Target::Y(_), .. }) => Ok(true),
             Some(_) => Ok(self.sent.piece >= self.received_progress.piece),
-            None => Ok(!port.in_done(peer)?),
+            None => Ok(!port.link(peer)?.0.in_done()),
         }
     }
 
@@ -199,16 +195,16 @@ impl RunningFlow<'_> {
     }
 
     /// Whether enough bytes are ready to be sent, or the channel holds some.
-    fn can_send(&self, port: &mut Port, peer: usize) -> Result<bool, KernelError> {
-        let Some(piece) = self.flow.outs.get(self.sent.piece) else { return Ok(!port.out_done(peer)?) };
+    fn can_send(&self, port: &mut Port, peer: usize) -> Result<bool> {
+        let Some(piece) = self.flow.outs.get(self.sent.piece) else { return Ok(!port.link(peer)?.0.out_done()) };
         let ready = self.ready(piece);
         let bytes = size_of::<f32>() * ready - self.sent.bytes;
         let enough = bytes > 0 && (ready == piece.words || bytes >= SEND_BYTES_MIN);
-        Ok(enough || port.has_unsent(peer)?)
+        Ok(enough || port.link(peer)?.0.channel.has_unsent())
     }
 
     /// Tries to receive once; returns whether bytes arrived.
-    fn receive(&mut self, port: &mut Port, words: &mut Words<'_>, peer: usize) -> Result<bool, KernelError> {
+    fn receive(&mut self, port: &mut Port, words: &mut Words<'_>, peer: usize) -> Result<bool> {
         while self.flow.ins.get(self.received_progress.piece).is_some_and(|piece| piece.words == 0) {
             self.received_progress.piece += 1;
         }
@@ -262,7 +258,7 @@ impl RunningFlow<'_> {
     }
 
     /// Tries to send once; returns whether bytes were sent.
-    fn send(&mut self, port: &mut Port, words: &Words<'_>, peer: usize) -> Result<bool, KernelError> {
+    fn send(&mut self, port: &mut Port, words: &Words<'_>, peer: usize) -> Result<bool> {
         while self.flow.outs.get(self.sent.piece).is_some_and(|piece| piece.words == 0) {
             self.sent.piece += 1;
         }

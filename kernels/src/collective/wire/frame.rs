@@ -6,7 +6,6 @@
 //!         6  kind u8, text's length u8                                     (all little-endian)
 //! ```
 
-/// First bytes of every header.
 const MAGIC: u32 = u32::from_le_bytes(*b"sfwr");
 
 /// Incremented with every change of the wire format.
@@ -18,7 +17,6 @@ const FIXED_BYTES: usize = 40;
 /// The most bytes of text that a header carries.
 pub(super) const TEXT_BYTES_MAX: usize = 200;
 
-/// The most bytes of a header.
 pub(super) const HEADER_BYTES_MAX: usize = FIXED_BYTES + TEXT_BYTES_MAX;
 
 /// What a header announces.
@@ -41,9 +39,7 @@ pub(super) enum Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) kind: Kind,
-    /// Group id.
     pub(super) group: u32,
-    /// The sending member.
     pub(super) sender: u32,
     /// Number of calls that sender and receiver completed together before this one.
     pub(super) sequence: u64,
@@ -110,7 +106,6 @@ impl Header {
         Ok(Some((header, text)))
     }
 
-    /// Bytes of a header with this text.
     pub(super) fn bytes(text: &[u8]) -> usize {
         FIXED_BYTES + text.len()
     }

@@ -14,7 +14,7 @@ use std::time::Instant;
 use super::channel::Channel;
 use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 use crate::collective::Group;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Bytes of read-ahead while a header is expected: small transfers arrive together with their header.
 const INBOX_BYTES: usize = 16 << 10;
@@ -37,6 +37,10 @@ impl Context {
         KernelError::Link { group: self.group.id, rank: ranks[self.member], peer: ranks[peer], cause: cause.into() }
     }
 
+    pub(super) fn mismatch(&self, member: usize, expected: String, got: String) -> KernelError {
+        KernelError::CollectiveMismatch { group: self.group.id, member, expected, got }
+    }
+
     /// Whether member `peer` takes part in the call.
     pub(super) fn involves(&self, peer: usize) -> bool {
         self.peer.is_none_or(|other| other == peer)
@@ -53,7 +57,6 @@ enum Incoming {
     Body(u64),
 }
 
-/// The state of one member's end of a channel.
 #[derive(Debug)]
 pub(super) struct Link {
     pub(super) channel: Arc<Channel>,
@@ -142,7 +145,6 @@ impl Link {
         self.outbox.is_empty() && !self.channel.has_unsent()
     }
 
-    /// Whether the incoming transfer has been read completely.
     pub(super) fn in_done(&self) -> bool {
         self.incoming == Incoming::Nothing
     }
@@ -159,7 +161,7 @@ impl Link {
 
     /// Sends the pending header, then as much of `data` as the kernel accepts. Returns the number of bytes of `data`
     /// sent.
-    pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize, KernelError> {
+    pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize> {
         let header = &self.outbox[self.outbox_sent..];
         let sent = if header.is_empty() && data.is_empty() {
             self.channel.flush().map(|done| (0, done))
@@ -189,7 +191,7 @@ impl Link {
     }
 
     /// Reads the available bytes of the transfer into `into` and returns how many. Reads and checks the header first.
-    pub(super) fn receive(&mut self, context: &Context, into: &mut [u8]) -> Result<usize, KernelError> {
+    pub(super) fn receive(&mut self, context: &Context, into: &mut [u8]) -> Result<usize> {
         if let Incoming::Header(expected) = self.incoming {
             self.read_headers(context)?;
             let Some((header, text)) = self.peek(context)? else { return Ok(0) };
@@ -229,7 +231,7 @@ impl Link {
     ///
     /// # Errors
     /// The reason why the peer failed, or [`KernelError::CollectiveMismatch`] when it waits in another call.
-    pub(super) fn read_headers(&mut self, context: &Context) -> Result<(), KernelError> {
+    pub(super) fn read_headers(&mut self, context: &Context) -> Result<()> {
         while self.can_receive_header() {
             if let Some((header, text)) = self.peek(context)? {
                 let bytes = Header::bytes(text);
@@ -265,7 +267,7 @@ impl Link {
     }
 
     /// The next header, once the inbox holds all of it.
-    fn peek(&self, context: &Context) -> Result<Option<(Header, &[u8])>, KernelError> {
+    fn peek(&self, context: &Context) -> Result<Option<(Header, &[u8])>> {
         let found = Header::decode(&self.inbox[self.unread.clone()]);
         let found = found.map_err(|cause| context.link_error(self.peer, cause))?;
         if let Some((header, _)) = &found
@@ -285,12 +287,7 @@ impl Link {
         if got == context.text {
             got += " with different parts, ranks or call order";
         }
-        KernelError::CollectiveMismatch {
-            group: context.group.id,
-            member: self.peer,
-            expected: context.text.clone(),
-            got,
-        }
+        context.mismatch(self.peer, context.text.clone(), got)
     }
 
     fn peer_failure(&self, context: &Context, header: &Header, text: &[u8]) -> KernelError {
@@ -303,7 +300,7 @@ impl Link {
                 let mut parts = text.splitn(2, |byte| *byte == b'\n').map(readable);
                 let (expected, got) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
                 let member = usize::try_from(header.length).unwrap_or(usize::MAX).min(context.group.ranks.len() - 1);
-                KernelError::CollectiveMismatch { group: context.group.id, member, expected, got }
+                context.mismatch(member, expected, got)
             }
             Kind::LinkLost => KernelError::Link {
                 group: context.group.id,
@@ -317,7 +314,7 @@ impl Link {
 
     /// Notifies the peer that this member waits in its call, once per call and only between transfers. Repeated calls send
     /// what the channel holds.
-    pub(super) fn announce(&mut self, context: &Context) -> Result<(), KernelError> {
+    pub(super) fn announce(&mut self, context: &Context) -> Result<()> {
         if self.channel.has_unsent() {
             self.send(context, &[])?;
         }

@@ -4,7 +4,7 @@ use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
 use crate::collective::ReduceOp;
 use crate::collective::exchange::taken;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Words;
 use crate::region::{Runs, for_each_run};
 use crate::tensor::Region;
@@ -12,16 +12,15 @@ use crate::tensor::Region;
 /// The most bytes that are sent before the receiver is known to be in its call: they fit in the kernel's buffers.
 const EAGER_BYTES_MAX: usize = 64 << 10;
 
-/// Member i contributes `sources[i]` and receives `targets[i]`. Returns the elements that this member received from
-/// others.
+/// Member i contributes `sources[i]` and receives `targets[i]`.
 pub(super) fn all_to_all(
     port: &mut Port,
     words: &mut Words<'_>,
     slots: &mut [f32],
     sources: &[Region],
     targets: &[Region],
-) -> Result<usize, KernelError> {
-    let (member, n) = (port.member(), port.members());
+) -> Result<()> {
+    let (member, n) = (port.context.member, port.members());
     let (source, target) = (&sources[member], &targets[member]);
     let received_boxes = taken(member, sources, target);
     if let (Some((_, boxes)), (Some(x), y)) = (received_boxes.iter().find(|(from, _)| *from == member), words.split()) {
@@ -45,8 +44,7 @@ pub(super) fn all_to_all(
         let (sends, receives) = (!flow.outs.is_empty(), !flow.ins.is_empty());
         flow.run(port, words, slots, Some(to).filter(|_| sends), Some(from).filter(|_| receives))?;
     }
-    let remote = received_boxes.iter().filter(|(from, _)| *from != member);
-    Ok(remote.flat_map(|(_, boxes)| boxes).map(Region::element_count).sum())
+    Ok(())
 }
 
 /// Splits the box `common` into parts of one piece each. `held` is the region that the tensor holds.
@@ -74,7 +72,7 @@ fn push_in(flow: &mut Flow, target: &Region, common: &Region) {
 }
 
 /// Sends x. Returns when the receiver is in its call and the kernel has accepted all bytes.
-pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<(), KernelError> {
+pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<()> {
     let data: &[u8] = bytemuck::cast_slice(words.x());
     port.begin_in(to, 0)?;
     port.begin_out(to, data.len())?;
@@ -87,7 +85,7 @@ pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<(), 
 }
 
 /// Receives y, after notifying the sender that this member is in its call.
-pub(super) fn receive(port: &mut Port, words: &mut Words<'_>, from: usize) -> Result<(), KernelError> {
+pub(super) fn receive(port: &mut Port, words: &mut Words<'_>, from: usize) -> Result<()> {
     let into: &mut [u8] = bytemuck::cast_slice_mut(words.y);
     port.begin_out(from, 0)?;
     port.begin_in(from, into.len())?;

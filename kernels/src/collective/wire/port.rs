@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::link::{Context, Link};
 use crate::collective::{Group, MemberWait};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Longest wait between two checks for an abort.
 const TICK: Duration = Duration::from_millis(50);
@@ -44,14 +44,13 @@ impl GroupStatus {
         Self { aborted, failed: OnceLock::new(), group, waiting }
     }
 
-    pub(super) fn check(&self) -> Result<(), KernelError> {
+    pub(super) fn check(&self) -> Result<()> {
         match self.aborted.get().or_else(|| self.failed.get()) {
             Some(error) => Err(error.clone()),
             None => Ok(()),
         }
     }
 
-    /// The members of this process that wait now.
     pub(super) fn waits(&self) -> impl Iterator<Item = MemberWait> {
         let Group { id, ranks } = &*self.group;
         self.waiting.iter().zip(ranks).filter_map(|(waiting, rank)| {
@@ -61,7 +60,6 @@ impl GroupStatus {
     }
 }
 
-/// All links of one member.
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) context: Context,
@@ -83,23 +81,17 @@ impl Port {
         Self { context, links, status, write_timeout, quiet_since: None }
     }
 
-    pub(super) fn member(&self) -> usize {
-        self.context.member
-    }
-
     pub(super) fn members(&self) -> usize {
         self.context.group.ranks.len()
     }
 
-    fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context), KernelError> {
-        let missing = || self.context.link_error(peer, "no channel exists");
+    pub(super) fn link(&mut self, peer: usize) -> Result<(&mut Link, &Context)> {
         match self.links.get_mut(peer) {
             Some(Some(link)) => Ok((link, &self.context)),
-            _ => Err(missing()),
+            _ => Err(self.context.link_error(peer, "no channel exists")),
         }
     }
 
-    /// Records the end of a call that this member took part in.
     pub(super) fn finish_call(&mut self) {
         for (peer, link) in self.links.iter_mut().enumerate() {
             if let Some(link) = link
@@ -110,53 +102,32 @@ impl Port {
         }
     }
 
-    /// Starts a transfer of `bytes` bytes to `peer`.
-    pub(super) fn begin_out(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
+    pub(super) fn begin_out(&mut self, peer: usize, bytes: usize) -> Result<()> {
         let (link, context) = self.link(peer)?;
         link.begin_out(context, bytes as u64);
         Ok(())
     }
 
-    /// Starts a transfer of `bytes` bytes from `peer`.
-    pub(super) fn begin_in(&mut self, peer: usize, bytes: usize) -> Result<(), KernelError> {
+    pub(super) fn begin_in(&mut self, peer: usize, bytes: usize) -> Result<()> {
         self.link(peer)?.0.begin_in(bytes as u64);
         Ok(())
     }
 
     /// Sends the next bytes of a transfer without blocking; returns how many.
-    pub(super) fn send(&mut self, peer: usize, data: &[u8]) -> Result<usize, KernelError> {
+    pub(super) fn send(&mut self, peer: usize, data: &[u8]) -> Result<usize> {
         let (link, context) = self.link(peer)?;
         link.send(context, data)
     }
 
     /// Reads the next bytes of a transfer without blocking; returns how many.
-    pub(super) fn receive(&mut self, peer: usize, into: &mut [u8]) -> Result<usize, KernelError> {
+    pub(super) fn receive(&mut self, peer: usize, into: &mut [u8]) -> Result<usize> {
         let (link, context) = self.link(peer)?;
         link.receive(context, into)
     }
 
-    /// Whether the kernel has accepted the whole transfer to `peer`.
-    pub(super) fn out_done(&mut self, peer: usize) -> Result<bool, KernelError> {
-        Ok(self.link(peer)?.0.out_done())
-    }
-
-    /// Whether the channel to `peer` holds bytes that it has accepted.
-    pub(super) fn has_unsent(&mut self, peer: usize) -> Result<bool, KernelError> {
-        Ok(self.link(peer)?.0.channel.has_unsent())
-    }
-
-    /// Whether the whole transfer from `peer` has been read.
-    pub(super) fn in_done(&mut self, peer: usize) -> Result<bool, KernelError> {
-        Ok(self.link(peer)?.0.in_done())
-    }
-
     /// Sends all of the next bytes of a transfer to one peer, and receives all of the next bytes of one, at the same
     /// time.
-    pub(super) fn exchange(
-        &mut self,
-        out: Option<(usize, &[u8])>,
-        into: Option<(usize, &mut [u8])>,
-    ) -> Result<(), KernelError> {
+    pub(super) fn exchange(&mut self, out: Option<(usize, &[u8])>, into: Option<(usize, &mut [u8])>) -> Result<()> {
         let (to, data) = out.map_or((None, &[][..]), |(peer, data)| (Some(peer), data));
         let (from, into) = into.map_or((None, &mut [][..]), |(peer, into)| (Some(peer), into));
         let (mut sent, mut received) = (0, 0);
@@ -174,7 +145,7 @@ impl Port {
                 let bytes = self.receive(peer, &mut into[received..])?;
                 received += bytes;
                 moved += bytes;
-                let missing = if into.is_empty() { !self.in_done(peer)? } else { received < into.len() };
+                let missing = if into.is_empty() { !self.link(peer)?.0.in_done() } else { received < into.len() };
                 waits_from = missing.then_some(peer);
             }
             if waits_to.is_none() && waits_from.is_none() {
@@ -191,7 +162,7 @@ impl Port {
     /// # Errors
     /// The error of a failed group; [`KernelError::Link`] when the peer has closed or accepts nothing for too long;
     /// [`KernelError::CollectiveMismatch`] when members wait in different calls.
-    pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
+    pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
         self.status.check()?;
         let member = self.context.member;
         self.status.waiting[member].store(from.or(to).map_or(0, |peer| peer + 1), Ordering::Relaxed);
@@ -200,7 +171,7 @@ impl Port {
         waited
     }
 
-    fn wait_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<(), KernelError> {
+    fn wait_tick(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
         let wants = |peer: usize| {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::OUT | PollFlags::RDHUP, to == Some(peer));
@@ -242,7 +213,7 @@ impl Port {
         }
     }
 
-    fn exchange_announcements(&mut self) -> Result<(), KernelError> {
+    fn exchange_announcements(&mut self) -> Result<()> {
         for link in self.links.iter_mut().flatten() {
             link.announce(&self.context)?;
             link.read_headers(&self.context)?;

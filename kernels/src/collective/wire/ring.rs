@@ -7,7 +7,7 @@
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
 use crate::collective::ReduceOp;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Words;
 use crate::region::Runs;
 use crate::tensor::{Region, split_range};
@@ -21,16 +21,10 @@ struct Ring {
     boxes: Vec<usize>,
 }
 
-/// Ring all-reduce.
-pub(super) fn all_reduce(
-    port: &mut Port,
-    words: &mut Words<'_>,
-    slots: &mut [f32],
-    op: ReduceOp,
-) -> Result<(), KernelError> {
+pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, slots: &mut [f32], op: ReduceOp) -> Result<()> {
     let (all, n) = (words.y.len(), port.members());
     let mut ring = Ring::new(port, op, (0..n).map(|owner| Runs::flat(split_range(all, n, owner))));
-    let own = split_range(all, n, port.member()).start;
+    let own = split_range(all, n, port.context.member).start;
     for round in 0..ring.rounds() {
         ring.reduce(round, own);
         ring.gather(round, true);
@@ -45,7 +39,7 @@ pub(super) fn reduce_scatter(
     slots: &mut [f32],
     op: ReduceOp,
     (whole, parts): (&[usize], &[Region]),
-) -> Result<(), KernelError> {
+) -> Result<()> {
     let mut ring = Ring::new(port, op, parts.iter().map(|part| Runs::new(whole, part)));
     for round in 0..ring.rounds() {
         ring.reduce(round, 0);
@@ -59,10 +53,10 @@ pub(super) fn all_gather(
     words: &mut Words<'_>,
     slots: &mut [f32],
     (whole, parts): (&[usize], &[Region]),
-) -> Result<(), KernelError> {
+) -> Result<()> {
     // A gather combines nothing.
     let mut ring = Ring::new(port, ReduceOp::Sum, parts.iter().map(|part| Runs::new(whole, part)));
-    let own = Runs::new(whole, &parts[port.member()]);
+    let own = Runs::new(whole, &parts[port.context.member]);
     let (x, y) = words.split();
     if let Some(x) = x {
         own.for_each(0..x.len(), |place, at, len| y[place..][..len].copy_from_slice(&x[at..][..len]));
@@ -77,7 +71,7 @@ impl Ring {
     fn new(port: &Port, op: ReduceOp, boxes: impl Iterator<Item = Runs>) -> Self {
         let mut flow = Flow::new(op);
         let boxes = boxes.map(|runs| flow.add_box(runs)).collect();
-        Self { flow, member: port.member(), members: port.members(), boxes }
+        Self { flow, member: port.context.member, members: port.members(), boxes }
     }
 
     /// Number of rounds that the largest part needs.
@@ -130,7 +124,7 @@ impl Ring {
         }
     }
 
-    fn run(&self, port: &mut Port, words: &mut Words<'_>, slots: &mut [f32]) -> Result<(), KernelError> {
+    fn run(&self, port: &mut Port, words: &mut Words<'_>, slots: &mut [f32]) -> Result<()> {
         let (next, previous) = ((self.member + 1) % self.members, (self.member + self.members - 1) % self.members);
         self.flow.run(port, words, slots, Some(next), Some(previous))
     }

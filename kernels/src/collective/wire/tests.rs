@@ -12,6 +12,7 @@ use crate::collective::ReduceOp;
 use crate::collective::in_process::InProcess;
 use crate::collective::routed::Routed;
 use crate::device::Device;
+use crate::hash::SplitMix64;
 use crate::memory::Arena;
 use crate::tensor::{HostTensor, split_range};
 
@@ -19,18 +20,9 @@ const LONG_TIMEOUT: Duration = Duration::from_secs(30);
 const SHORT_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Values of very different magnitudes, so that the order of additions affects the result; the same in every run.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.0 >> 33
-    }
-
-    fn floats(&mut self, len: usize) -> Vec<f32> {
-        let float = |bits: u64| (bits as f32 / 1e9 - 1.0) * [1.0, 1e-4, 1e5, -0.0][bits as usize % 4];
-        (0..len).map(|_| float(self.next())).collect()
-    }
+fn floats(random: &mut SplitMix64, len: usize) -> Vec<f32> {
+    let float = |bits: u64| (bits as f32 / 1e9 - 1.0) * [1.0, 1e-4, 1e5, -0.0][bits as usize % 4];
+    (0..len).map(|_| float(random.draw() >> 33)).collect()
 }
 
 fn group(n: usize) -> Arc<Group> {
@@ -76,7 +68,7 @@ fn bits(tensor: &HostTensor) -> Vec<u32> {
 }
 
 /// Runs the case as one member and returns the bits of its result.
-fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u32>, KernelError> {
+fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u32>> {
     let (x, y_shape) = (&case.xs[member], &case.y_shapes[member]);
     let y_offset = if case.in_place { 0 } else { 4 * x.elements_held() };
     let arena = arena(y_offset + 4 * y_shape.iter().product::<usize>());
@@ -88,21 +80,30 @@ fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u
     Ok(bits(&arena.read_host(y_offset, y_shape, DType::F32)?))
 }
 
-/// Runs all cases on all members concurrently; results by member, then by case.
-fn run_all(engines: &[&dyn Collective], cases: &[Case]) -> Vec<Vec<Result<Vec<u32>, KernelError>>> {
+/// Runs each member's cases on all members concurrently; results by member, then by case.
+fn run_all<'a>(
+    engines: impl IntoIterator<Item = &'a dyn Collective>,
+    cases_of: impl Fn(usize) -> &'a [Case],
+) -> Vec<Vec<Result<Vec<u32>>>> {
     thread::scope(|scope| {
-        let all = engines.iter().copied().enumerate();
-        let run_case = |member, engine| move || cases.iter().map(|case| run_case(engine, member, case)).collect();
-        let threads: Vec<_> = all.map(|(member, engine)| scope.spawn(run_case(member, engine))).collect();
+        let run = |(member, engine): (usize, &'a dyn Collective)| {
+            let cases = cases_of(member);
+            scope.spawn(move || cases.iter().map(|case| run_case(engine, member, case)).collect())
+        };
+        let threads: Vec<_> = engines.into_iter().enumerate().map(run).collect();
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     })
+}
+
+fn as_engines(wires: &[Wire]) -> impl Iterator<Item = &dyn Collective> {
+    wires.iter().map(|wire| wire as &dyn Collective)
 }
 
 /// Checks that the socket engines return the same results as the in-process engine.
 fn check_same(wires: &[Wire], cases: &[Case]) {
     let local = InProcess::new();
-    let expected = run_all(&vec![&local as &dyn Collective; wires.len()], cases);
-    let got = run_all(&wires.iter().map(|wire| wire as &dyn Collective).collect::<Vec<_>>(), cases);
+    let expected = run_all(vec![&local as &dyn Collective; wires.len()], |_| cases);
+    let got = run_all(as_engines(wires), |_| cases);
     for (member, (got, expected)) in got.iter().zip(&expected).enumerate() {
         for ((got, expected), case) in got.iter().zip(expected).zip(cases) {
             let (n, kind, x) = (wires.len(), &case.kind, &case.xs[member].shape);
@@ -114,13 +115,13 @@ fn check_same(wires: &[Wire], cases: &[Case]) {
     }
 }
 
-fn all_reduces(n: usize, lengths: impl Iterator<Item = usize>) -> Vec<Case> {
-    let mut numbers = Numbers(n as u64);
+fn all_reduces(n: usize, lengths: impl IntoIterator<Item = usize>) -> Vec<Case> {
+    let mut random = SplitMix64(n as u64);
     let mut cases = Vec::new();
     for len in lengths {
         for op in [ReduceOp::Sum, ReduceOp::Max] {
             for in_place in [false, true] {
-                let xs = (0..n).map(|_| HostTensor::f32(&[len], numbers.floats(len))).collect();
+                let xs = (0..n).map(|_| HostTensor::f32(&[len], floats(&mut random, len))).collect();
                 let y_shapes = vec![vec![len]; n];
                 cases.push(Case { kind: CollectiveKind::AllReduce { op }, xs, y_shapes, in_place });
             }
@@ -159,10 +160,10 @@ fn split(shape: &[usize], n: usize, dim: usize, uneven: bool) -> Vec<Region> {
 
 /// Every kind, with scattered and uneven parts, larger than a piece.
 fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
-    let mut numbers = Numbers(n as u64);
+    let mut random = SplitMix64(n as u64);
     let len = shape.iter().product();
-    let mut cases = all_reduces(n, std::iter::once(len));
-    let whole = numbers.floats(len);
+    let mut cases = all_reduces(n, [len]);
+    let whole = floats(&mut random, len);
     let cut = |region: &Region| {
         let mut part = Vec::new();
         let runs = Runs::new(shape, region);
@@ -175,7 +176,7 @@ fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
         let parts = split(shape, n, dim, uneven);
         let other = split(shape, n, 1 - dim, uneven);
         let in_place = false;
-        let xs: Vec<_> = (0..n).map(|_| HostTensor::f32(shape, numbers.floats(len))).collect();
+        let xs: Vec<_> = (0..n).map(|_| HostTensor::f32(shape, floats(&mut random, len))).collect();
         let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() };
         cases.push(Case { kind, xs, y_shapes: sizes(&parts), in_place });
         let kind = CollectiveKind::AllGather { parts: parts.clone() };
@@ -201,11 +202,11 @@ fn every_kind_is_correct_over_many_pieces() {
 
 /// Forwards bytes in pieces of 1 to 7, yielding to other threads in between, until its source ends.
 fn split_bytes(mut from: UnixStream, mut to: UnixStream, seed: u64) {
-    let mut numbers = Numbers(seed);
+    let mut random = SplitMix64(seed);
     let mut buffer = [0; 7];
     loop {
-        let wanted = 1 + numbers.next() as usize % buffer.len();
-        (0..numbers.next() % 3).for_each(|_| thread::yield_now());
+        let wanted = 1 + random.below(7) as usize;
+        (0..random.below(3)).for_each(|_| thread::yield_now());
         match from.read(&mut buffer[..wanted]) {
             Ok(bytes) if bytes > 0 && to.write_all(&buffer[..bytes]).is_ok() => {}
             _ => break,
@@ -229,7 +230,7 @@ fn fragmented_reads_do_not_change_results() {
                 [a, d]
             };
             let wires: Vec<_> = mesh(3, &mut pair).into_iter().map(|all| Wire::new(all, LONG_TIMEOUT)).collect();
-            let mut cases = all_reduces(3, [0, 1, 100].into_iter());
+            let mut cases = all_reduces(3, [0, 1, 100]);
             cases.extend(large_cases(3, &[7, 9]));
             wires.iter().for_each(|wire| wire.set_tree_bytes_max([0, TREE_BYTES_MAX][seed as usize % 2]));
             check_same(&wires, &cases);
@@ -254,8 +255,7 @@ impl MemberUnderTest {
 
     /// The header that the peer in the call would send.
     fn header(&self, length: usize) -> Header {
-        let memory = arena(4 * self.len);
-        let shape = [self.len];
+        let (memory, shape) = (arena(4 * self.len), [self.len]);
         let view = View::new("test", &memory, 0, &shape, DType::F32).expect("inside");
         let (digest, _) = agreement(&self.call, &[view], &[]);
         Header { kind: Kind::Data, group: 7, sender: 1, sequence: 0, digest, length: length as u64 }
@@ -268,9 +268,8 @@ impl MemberUnderTest {
         self.peer.write_all(&bytes).expect("room in the socket");
     }
 
-    fn run(&self) -> Result<(), KernelError> {
-        let memory = arena(4 * self.len);
-        let shape = [self.len];
+    fn run(&self) -> Result<()> {
+        let (memory, shape) = (arena(4 * self.len), [self.len]);
         let view = [View::new("test", &memory, 0, &shape, DType::F32)?];
         match self.call.kind {
             CollectiveKind::Send { .. } => self.wire.run(&self.call, &view, &[]),
@@ -279,7 +278,7 @@ impl MemberUnderTest {
     }
 }
 
-fn link_cause(result: Result<(), KernelError>) -> String {
+fn link_cause(result: Result<()>) -> String {
     match result {
         Err(KernelError::Link { group: 7, rank: 10, peer: 11, cause }) => cause,
         other => panic!("expected a failed link from 10 to 11, got {other:?}"),
@@ -319,15 +318,14 @@ fn every_wrong_header_is_rejected() {
         member.peer.write_all(&bad).expect("room in the socket");
         member.peer.write_all(&[0; 300]).expect("room in the socket");
         member.peer.shutdown(Shutdown::Write).expect("an open socket");
-        let result = member.run();
-        let is_expected_error =
-            matches!(result, Err(KernelError::Link { .. } | KernelError::CollectiveMismatch { .. }));
-        assert!(is_expected_error, "byte {at}: {result:?}");
+        let error = member.run().expect_err("a wrong header");
+        let is_expected = matches!(error, KernelError::Link { .. } | KernelError::CollectiveMismatch { .. });
+        assert!(is_expected, "byte {at}: {error:?}");
     }
-    let mut numbers = Numbers(3);
+    let mut random = SplitMix64(3);
     for _ in 0..200 {
         let mut member = MemberUnderTest::new(RECEIVE, 4);
-        let garbage: Vec<u8> = (0..numbers.next() % 100).map(|_| numbers.next() as u8).collect();
+        let garbage: Vec<u8> = (0..random.below(100)).map(|_| random.draw() as u8).collect();
         member.peer.write_all(&garbage).expect("room in the socket");
         member.peer.shutdown(Shutdown::Write).expect("an open socket");
         link_cause(member.run());
@@ -373,45 +371,29 @@ fn an_abort_ends_a_stalled_write() {
 fn all_other_members_report_a_member_that_leaves() {
     let mut wires = engines(4, LONG_TIMEOUT);
     let removed = wires.pop().expect("four");
-    let case = all_reduces(4, std::iter::once(100_000)).swap_remove(0);
+    let cases = all_reduces(4, [100_000]);
     drop(removed);
-    let results = thread::scope(|scope| {
-        let case = &case;
-        let threads: Vec<_> =
-            wires.iter().enumerate().map(|(i, wire)| scope.spawn(move || run_case(wire, i, case))).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
-    });
-    for result in results {
+    for result in run_all(as_engines(&wires), |_| &cases[..1]).iter().flatten() {
         assert!(matches!(result, Err(KernelError::Link { peer: 13, .. })), "{result:?}");
     }
 }
 
 /// Member `odd_member` of 3 makes a different call than the others; all members report the mismatch.
-fn check_all_report_the_mismatch(
-    odd_member: usize,
-    different_case: &Case,
-    common_case: &Case,
-    odd_tree_bytes_max: usize,
-) {
+fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: &[Case], odd_tree_bytes_max: usize) {
     let wires = engines(3, LONG_TIMEOUT);
     wires[odd_member].set_tree_bytes_max(odd_tree_bytes_max);
-    let results = thread::scope(|scope| {
-        let case_of = |member| if member == odd_member { different_case } else { common_case };
-        let all = wires.iter().enumerate();
-        let threads: Vec<_> = all.map(|(i, wire)| scope.spawn(move || run_case(wire, i, case_of(i)))).collect();
-        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>()
-    });
-    for result in results {
+    let cases_of = |member| if member == odd_member { different } else { common };
+    for result in run_all(as_engines(&wires), cases_of).iter().flatten() {
         assert!(matches!(result, Err(KernelError::CollectiveMismatch { .. })), "{result:?}");
     }
 }
 
 #[test]
 fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
-    let cases = all_reduces(3, [10, 11].into_iter());
+    let cases = all_reduces(3, [10, 11]);
     for odd_member in 0..3 {
         // The root of a tree waits for a member of the ring, and so on.
-        check_all_report_the_mismatch(odd_member, &cases[4], &cases[0], 0);
+        check_all_report_the_mismatch(odd_member, &cases[4..5], &cases[..1], 0);
         // Two members wait for each other, and neither has sent anything.
         let broadcast = Case {
             kind: CollectiveKind::Broadcast { root: usize::from(odd_member == 0) },
@@ -419,24 +401,21 @@ fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
             y_shapes: vec![vec![10]; 3],
             in_place: false,
         };
-        check_all_report_the_mismatch(odd_member, &broadcast, &cases[0], TREE_BYTES_MAX);
+        check_all_report_the_mismatch(odd_member, &[broadcast], &cases[..1], TREE_BYTES_MAX);
     }
 }
 
 #[test]
 fn routed_calls_run_on_their_groups_engine() {
-    let wires = engines(2, LONG_TIMEOUT);
-    let wires: Vec<Arc<Wire>> = wires.into_iter().map(Arc::new).collect();
-    let routed: Vec<Routed> = wires
-        .iter()
-        .map(|wire| {
-            let by_group = BTreeMap::from([(7, wire.clone() as Arc<dyn Collective>)]);
-            Routed::new(by_group, Arc::new(InProcess::new()))
-        })
-        .collect();
-    let engines: Vec<&dyn Collective> = routed.iter().map(|engine| engine as &dyn Collective).collect();
-    let cases = all_reduces(2, std::iter::once(6));
-    assert!(run_all(&engines, &cases).iter().flatten().all(Result::is_ok));
+    let wires: Vec<Arc<Wire>> = engines(2, LONG_TIMEOUT).into_iter().map(Arc::new).collect();
+    let routed = wires.iter().map(|wire| {
+        let by_group = BTreeMap::from([(7, wire.clone() as Arc<dyn Collective>)]);
+        Routed::new(by_group, Arc::new(InProcess::new()))
+    });
+    let routed: Vec<Routed> = routed.collect();
+    let cases = all_reduces(2, [6]);
+    let results = run_all(routed.iter().map(|engine| engine as &dyn Collective), |_| &cases);
+    assert!(results.iter().flatten().all(Result::is_ok));
     assert!(routed[0].bytes_received(10) > 0);
     assert_eq!(routed[0].bytes_received(10), wires[0].bytes_received(10));
     routed[0].abort("aborted by the test");
@@ -447,7 +426,7 @@ fn routed_calls_run_on_their_groups_engine() {
 #[test]
 fn waits_lists_the_absent_member() {
     let wires = engines(2, LONG_TIMEOUT);
-    let case = &all_reduces(2, std::iter::once(6))[0];
+    let case = &all_reduces(2, [6])[0];
     thread::scope(|scope| {
         let early = scope.spawn(|| run_case(&wires[0], 0, case));
         let deadline = Instant::now() + LONG_TIMEOUT;

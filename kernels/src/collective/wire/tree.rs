@@ -5,7 +5,7 @@ use super::flow::PIECE_WORDS;
 use super::port::Port;
 use crate::collective::ReduceOp;
 use crate::collective::exchange::{combine_into, combine_two};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Words;
 use crate::tensor::split_range;
 
@@ -20,7 +20,7 @@ struct Tree {
 impl Tree {
     fn new(port: &Port, root: usize) -> Self {
         let members = port.members();
-        Self { root, members, position: (port.member() + members - root) % members }
+        Self { root, members, position: (port.context.member + members - root) % members }
     }
 
     fn member(&self, position: usize) -> usize {
@@ -47,15 +47,10 @@ impl Tree {
 
 /// All-reduce of few bytes. Two members exchange their values; larger groups gather all values at member 0, which
 /// combines them and broadcasts the result. `blocks` has room for every member's values.
-pub(super) fn all_reduce(
-    port: &mut Port,
-    words: &mut Words<'_>,
-    blocks: &mut [f32],
-    op: ReduceOp,
-) -> Result<(), KernelError> {
+pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, blocks: &mut [f32], op: ReduceOp) -> Result<()> {
     let (len, n) = (words.y.len(), port.members());
     if n == 2 {
-        let (peer, bytes) = (1 - port.member(), size_of_val(words.x()));
+        let (peer, bytes) = (1 - port.context.member, size_of_val(words.x()));
         let (first, second) = blocks[..2 * len].split_at_mut(len);
         let (own, other) = if peer == 1 { (first, second) } else { (second, first) };
         port.begin_out(peer, bytes)?;
@@ -100,9 +95,8 @@ fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
     }
 }
 
-/// Broadcast from member `root`.
-pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<(), KernelError> {
-    if port.member() == root
+pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> Result<()> {
+    if port.context.member == root
         && let (Some(x), y) = words.split()
     {
         y.copy_from_slice(x);
@@ -112,7 +106,7 @@ pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> 
 
 /// Sends the root's `y` to every member, piece by piece: while one piece arrives from the parent, the previous one goes
 /// to the child with the largest subtree.
-fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<(), KernelError> {
+fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<()> {
     let parent = tree.parent();
     let children: Vec<usize> = tree.children().rev().map(|(child, _)| child).collect();
     if let Some(parent) = parent {
