@@ -20,7 +20,6 @@ use shardflow_kernels::tensor::HostTensor;
 use crate::cluster::world::{WAITING, World};
 use crate::declare::Declarations;
 use crate::graph::optimizer::Bounds;
-use crate::graph::{Rate, Var};
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::requests::Requests;
@@ -89,8 +88,6 @@ pub struct Session {
     inbox: Mutex<Inbox>,
     /// Why a step failed. After a failure the contents of device memory are invalid and may still change.
     failed: Option<Failure>,
-    /// Tensors of each device's fetches, in order; for all devices.
-    fetches: BTreeMap<(usize, Rate), Vec<Var>>,
     /// Inputs that hold token ids, with the size of the vocabulary.
     vocabularies: BTreeMap<String, usize>,
     /// Inputs that several processes feed; the same list on all processes.
@@ -250,23 +247,22 @@ impl Session {
         let ended = || running.first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
         let peers = inbox.peers.clone();
-        while !inbox.has_all(wanted) {
-            running.host_waits_for(inbox.missing_sender(wanted).filter(|sender| *sender != self.process_map.process));
+        while let Some(sender) = inbox.missing_sender(wanted) {
+            running.host_waits_for((sender != self.process_map.process).then_some(sender));
             if let Some(process) = inbox.ended_sender(wanted) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
             select! {
                 recv(self.fetched) -> message => {
                     let Fetched { device, rate, tensors } = message.map_err(|_| ended())?.open();
-                    let port = self.ports.fetches[&(device, rate)];
+                    let port = self.ports.fetches[&(device, rate)].0;
                     self.send(&mut inbox, HostPiece { port, tensors });
                 },
                 recv(peers) -> message => inbox.receive(message.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
                 recv(timeout) -> _ => {
-                    let process = inbox.missing_sender(wanted).unwrap_or(self.process_map.process);
                     let seconds = limit.unwrap_or_default().as_secs();
-                    return Err(Failure::Peer { process, cause: PeerError::Late { seconds } });
+                    return Err(Failure::Peer { process: sender, cause: PeerError::Late { seconds } });
                 }
             }
         }
@@ -307,7 +303,7 @@ impl Session {
             observer.sample();
         }
         if let Some(world) = &self.world {
-            world.leave();
+            world.membership.leave();
         }
         let ended = running.shutdown();
         finished?;

@@ -50,7 +50,7 @@ pub fn reshard(reader: &CheckpointReader, target: &Store, shards: u32) -> Result
         return Err(CheckpointError::Refused(format!("{shards} shards; the number must be 1 to {SHARDS_MAX}")));
     }
     let source = reader.manifest();
-    let exists = || CheckpointError::Exists { file: target.manifest_name(source.step), step: source.step };
+    let exists = || CheckpointError::Exists { file: target.manifest(source.step).name, step: source.step };
     if target.is_committed(source.step)? {
         return Err(exists());
     }

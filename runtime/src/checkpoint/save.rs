@@ -9,6 +9,7 @@ use object_store::PutMode;
 
 use super::agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome};
 use super::error::CheckpointError;
+use super::io::StoreFile;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor, open_sealed, seal};
 use super::options::SaverOptions;
 use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
@@ -131,7 +132,7 @@ fn write_shard(store: &Store, snapshot: &Snapshot, member: ProcessRank, id: Save
     };
     let text = seal("shardflow-shard", &sidecar).map_err(CheckpointError::Refused)?;
     let file = part_file(id, member.process, member.processes, SIDECAR);
-    store.operations.put(&store.name(id.step, &file), &store.path(id.step, &file), text, PutMode::Overwrite)
+    store.operations.put(&store.file(id.step, &file), text, PutMode::Overwrite)
 }
 
 /// Builds the manifest and creates its file, unless the step has one.
@@ -163,15 +164,13 @@ fn commit(
     let names = manifest.tensors.iter().enumerate();
     let by_name: BTreeMap<String, usize> = names.map(|(index, t)| (t.info.name.clone(), index)).collect();
     for process in 0..options.member.processes {
-        let file = store.name(id.step, &part_file(id, process, options.member.processes, SIDECAR));
-        let sidecar = read_sidecar(store, id, process, options.member.processes)?;
+        let (file, sidecar) = read_sidecar(store, id, process, options.member.processes)?;
         let shard = manifest.shards.len();
         manifest.shards.push(sidecar.shard);
         for piece in sidecar.pieces {
             let SidecarPiece { tensor, offset, start, size, blake3 } = piece;
             let Some(index) = by_name.get(&tensor) else {
-                let why = format!("it has tensor {tensor}, which rank 0 does not have");
-                return Err(CheckpointError::Damaged { file, why });
+                return Err(file.damaged(format!("it has tensor {tensor}, which rank 0 does not have")));
             };
             manifest.tensors[*index].pieces.push(Piece { shard, offset, start, size, blake3 });
         }
@@ -185,14 +184,14 @@ fn commit(
 
 /// The atomic operation that commits a checkpoint (ST-1).
 pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<SaveOutcome, CheckpointError> {
-    let (file, path) = (store.manifest_name(manifest.step), store.manifest_path(manifest.step));
-    let refused = |why| CheckpointError::Refused(format!("{file}: cannot be committed: {why}"));
+    let file = store.manifest(manifest.step);
+    let refused = |why| CheckpointError::Refused(format!("{}: cannot be committed: {why}", file.name));
     let text = manifest.encode().map_err(refused)?;
-    let Err(error) = store.operations.put(&file, &path, text.clone(), PutMode::Create) else {
+    let Err(error) = store.operations.put(&file, text.clone(), PutMode::Create) else {
         return Ok(SaveOutcome::Committed);
     };
     // A cloud store may return this error to its own retry, and a commit whose response was lost is still a commit.
-    match store.operations.get(&file, &path, super::manifest::MANIFEST_BYTES_MAX) {
+    match store.operations.get(&file, super::manifest::MANIFEST_BYTES_MAX) {
         Ok(Some(existing)) if existing == text => Ok(SaveOutcome::Committed),
         Ok(Some(_)) if error.is_there() => Ok(SaveOutcome::AlreadyThere),
         _ => Err(error),
@@ -200,28 +199,29 @@ pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Save
 }
 
 /// Reads a process's sidecar, and checks that its shard exists.
-fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Result<Sidecar, CheckpointError> {
-    let file = part_file(id, process, processes, SIDECAR);
-    let (name, path) = (store.name(id.step, &file), store.path(id.step, &file));
-    let damaged = |why: String| CheckpointError::Damaged { file: name.clone(), why };
+fn read_sidecar(
+    store: &Store,
+    id: SaveId,
+    process: u32,
+    processes: u32,
+) -> Result<(StoreFile, Sidecar), CheckpointError> {
+    let file = store.file(id.step, &part_file(id, process, processes, SIDECAR));
     let operations = &store.operations;
-    let text = operations.wait_visible(|| operations.get(&name, &path, SIDECAR_BYTES_MAX))?;
-    let text =
-        text.ok_or_else(|| damaged(format!("the file is missing, but rank {process} reported it as written")))?;
-    let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(damaged)?;
+    let missing = || file.damaged(format!("the file is missing, but rank {process} reported it as written"));
+    let text = operations.wait_visible(|| operations.get(&file, SIDECAR_BYTES_MAX))?.ok_or_else(missing)?;
+    let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(|why| file.damaged(why))?;
     let expected = (id, process, processes, part_file(id, process, processes, SHARD));
     let found = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
     if (found, sidecar.process, sidecar.processes, sidecar.shard.file.clone()) != expected {
-        return Err(damaged(format!("it belongs to {found:?}, rank {} of {}", sidecar.process, sidecar.processes)));
+        let why = format!("it belongs to {found:?}, rank {} of {}", sidecar.process, sidecar.processes);
+        return Err(file.damaged(why));
     }
-    let shard = store.name(id.step, &sidecar.shard.file);
-    let path = store.path(id.step, &sidecar.shard.file);
-    let bytes = operations.wait_visible(|| operations.size(&shard, &path))?;
+    let shard = store.file(id.step, &sidecar.shard.file);
+    let bytes = operations.wait_visible(|| operations.size(&shard))?;
     if bytes != Some(sidecar.shard.bytes) {
-        let why = format!("{bytes:?} bytes long, expected {}", sidecar.shard.bytes);
-        return Err(CheckpointError::Damaged { file: shard, why });
+        return Err(shard.damaged(format!("{bytes:?} bytes long, expected {}", sidecar.shard.bytes)));
     }
-    Ok(sidecar)
+    Ok((file, sidecar))
 }
 
 /// Checks the rank and the world size of [`SaverOptions`].

@@ -117,7 +117,7 @@ pub(crate) fn write<'a>(
     let header = header(entries, &Values::from([(STEPS.to_owned(), step.to_string())]))?;
     let mut offset = header.len() as u64;
     let bytes = offset + entries.iter().map(Entry::bytes).sum::<u64>();
-    let mut upload = store.operations.upload(store.name(step, file), store.path(step, file), bytes);
+    let mut upload = store.operations.upload(store.file(step, file), bytes);
     upload.push(&header)?;
     let mut written = Vec::with_capacity(entries.len());
     for (index, entry) in entries.iter().enumerate() {

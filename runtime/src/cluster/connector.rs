@@ -131,22 +131,24 @@ impl Connector<'_> {
         let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);
         wire_groups.retain(|group| self.process_map.processes_of(group).contains(&self.process_map.process));
         let (mapped, board) = self.share_memory(board_groups, plan, arenas, &near)?;
-        let mut engines: BTreeMap<u32, Arc<dyn Collective>> = BTreeMap::new();
+        let mut engines = BTreeMap::new();
+        let mut add = |groups: Vec<Arc<Group>>, engine: Arc<dyn Collective>| {
+            engines.extend(groups.into_iter().map(|group| (group.id, engine.clone())));
+        };
         if let Some((board, groups)) = board {
             let all = arenas.iter().chain(&mapped).map(|(device, arena)| (*device, arena.clone())).collect();
-            let engine: Arc<dyn Collective> = Arc::new(SharedMemory::new(board, &groups, all)?);
-            groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+            let engine = SharedMemory::new(board, &groups, all)?;
+            add(groups, Arc::new(engine));
         }
         if !wire_groups.is_empty() {
             let wire = Wire::new(self.channels(&wire_groups)?, transport::SEND_TIMEOUT);
-            let engine: Arc<dyn Collective> = Arc::new(wire);
-            wire_groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+            add(wire_groups, Arc::new(wire));
         }
         let (mirrors, peers) = self.peers(plan, devices)?;
         if !mpi_groups.is_empty() {
             let timeout = self.deadline.saturating_duration_since(Instant::now());
             let engine = self.by_mpi.engine(&self.process_map, &mpi_groups, timeout)?;
-            mpi_groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+            add(mpi_groups, engine);
         }
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };

@@ -95,11 +95,9 @@ impl ClusterAgreement {
     fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<PhaseResult, AgreeError> {
         let key = (save.epoch, save.step, save.attempt, phase, from);
         loop {
-            let mut early = self.early.lock();
-            if let Some(result) = early.remove(&key) {
+            if let Some(result) = self.early.lock().remove(&key) {
                 return Ok(result);
             }
-            drop(early);
             let message = self.messages.recv_deadline(deadline).map_err(|e| {
                 let cause = self.membership.first_cause().map(|first| first.to_string());
                 self.error(from, cause.unwrap_or_else(|| format!("did not report the result of its part: {e}")))
@@ -123,20 +121,19 @@ impl ClusterAgreement {
 impl SaveAgreement for ClusterAgreement {
     fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError> {
         let deadline = Instant::now() + self.timeout;
-        let own = own.map(|()| false).map_err(|why| (self.process, why));
-        if self.process != 0 {
-            let bytes = Self::encode(save, Phase::Written, own);
+        let mut all = own.map(|()| false).map_err(|why| (self.process, why));
+        if self.process == 0 {
+            for peer in 1..self.processes {
+                // Receives every result even after a failure, so that no message of this save is left over.
+                let result = self.wait(save, Phase::Written, peer, deadline)?;
+                all = all.and(result);
+            }
+            self.send_to_all(&Self::encode(save, Phase::AllWritten, all.clone()))?;
+        } else {
+            let bytes = Self::encode(save, Phase::Written, all);
             self.membership.send(0, TOPIC, bytes).map_err(|e| self.error(0, e))?;
-            let all = self.wait(save, Phase::AllWritten, 0, deadline)?;
-            return all.map(drop).map_err(|(process, why)| self.error(process, why));
+            all = self.wait(save, Phase::AllWritten, 0, deadline)?;
         }
-        let mut all = own;
-        for peer in 1..self.processes {
-            // Receives every result even after a failure, so that no message of this save is left over.
-            let result = self.wait(save, Phase::Written, peer, deadline)?;
-            all = all.and(result);
-        }
-        self.send_to_all(&Self::encode(save, Phase::AllWritten, all.clone()))?;
         all.map(drop).map_err(|(process, why)| self.error(process, why))
     }
 

@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::Failure;
 use shardflow_actors::shell::{Control, RunningSession};
 use shardflow_job::env::{LaunchContext, World as Launched};
-use shardflow_job::exit::{self, Exit};
+use shardflow_job::exit;
 use shardflow_job::machine::hidden_name;
 use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent, PeerStatus};
 use shardflow_job::options::{ClusterOptions, Transport};
@@ -44,13 +44,13 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A running session's connection to the other processes.
 pub(crate) struct World {
-    process_map: ProcessMap,
+    pub(crate) process_map: ProcessMap,
     roster: Roster,
     listener: Arc<Listener>,
     secret: Secret,
     options: ClusterOptions,
     by_mpi: ByMpi,
-    membership: Arc<Membership>,
+    pub(crate) membership: Arc<Membership>,
     monitor: Arc<Monitor>,
     agreement: Arc<ClusterAgreement>,
     /// Peers' messages with NCCL ids.
@@ -153,8 +153,7 @@ impl Monitor {
                     }
                     MembershipEvent::Message { topic: ACTIVITY_TOPIC, from, bytes } => {
                         let text = String::from_utf8_lossy(&bytes);
-                        let printable = text.chars().filter(|c| !c.is_control());
-                        let activity = printable.take(ACTIVITY_CHARS_MAX).collect();
+                        let activity = text.chars().filter(|c| !c.is_control()).take(ACTIVITY_CHARS_MAX).collect();
                         monitor.state.lock().activities.insert(from, (activity, Instant::now()));
                     }
                     MembershipEvent::Message { .. } => {}
@@ -236,8 +235,7 @@ impl World {
         // From here on heartbeats detect lost processes.
         options.connect_within = wait_max.max(options.connect_within);
         let (to_agreement, messages) = bounded(QUEUE_MAX);
-        let agreement = ClusterAgreement::new(world.process, processes, membership.clone(), messages, wait_max);
-        let agreement = Arc::new(agreement);
+        let agreement = ClusterAgreement::new(world.process, processes, membership.clone(), messages, wait_max).into();
         let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::new(listener));
         let (to_nccl, ids) = bounded(QUEUE_MAX);
         let (events, own) = (membership.notices().clone(), (world.process, options.clone()));
@@ -252,11 +250,6 @@ impl World {
         self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
         // A lost connection also fails the membership, so the error needs no handling here.
         let _ = self.membership.send_to_all(ACTIVITY_TOPIC, activity.as_bytes());
-    }
-
-    /// The distribution of devices over processes.
-    pub(crate) fn process_map(&self) -> ProcessMap {
-        self.process_map
     }
 
     /// The processes of this node, in order.
@@ -338,16 +331,6 @@ impl World {
         }
     }
 
-    /// Ends the session in all processes because of this one.
-    pub(crate) fn fail(&self, cause: String, exit: Exit) {
-        self.membership.fail(cause, exit.code());
-    }
-
-    /// Reports a process that may be lost.
-    pub(crate) fn suspect(&self, process: u32, cause: String) {
-        self.membership.suspect(process, cause);
-    }
-
     /// The first cause of all processes; `None` if it does not arrive in time.
     pub(crate) fn wait_for_cause(&self) -> Option<FirstCause> {
         self.monitor.wait_for_cause(SETTLE_TIMEOUT)
@@ -383,11 +366,6 @@ impl World {
             PeerState { process, host, pid, is_on_this_node, silent: status.silent }
         };
         self.membership.peers().into_iter().map(peer).collect()
-    }
-
-    /// Reports to the others that this process leaves in order.
-    pub(crate) fn leave(&self) {
-        self.membership.leave();
     }
 }
 

@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use shardflow_actors::hang::Hang;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, RegisterId};
-use shardflow_actors::trace::NewFirings;
+use shardflow_actors::trace::{FiringRecord, NewFirings, RING_FIRINGS};
 
 pub use super::incidents::Incident;
 use super::incidents::Incidents;
@@ -92,6 +92,12 @@ impl Observer {
     /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
     pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
         self.sources.control.fired(actor, from)
+    }
+
+    /// Firings that the actor's ring buffer holds.
+    pub fn kept_firings(&self, actor: ActorId) -> Vec<FiringRecord> {
+        let end = self.fired(actor, u64::MAX).next;
+        self.fired(actor, end.saturating_sub(RING_FIRINGS as u64)).firings
     }
 
     /// State of each actor of this process; empty after the session has ended.

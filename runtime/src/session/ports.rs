@@ -6,7 +6,7 @@ use shardflow_actors::remote::HostBroadcast;
 use shardflow_kernels::tensor::DType;
 
 use super::agreement::{self, SharedInput};
-use crate::graph::Rate;
+use crate::graph::{Rate, Var};
 use crate::plan::{ActionKey, Plan};
 use crate::process_map::ProcessMap;
 
@@ -15,8 +15,8 @@ use crate::process_map::ProcessMap;
 pub struct HostPorts {
     /// All ports, by number.
     pub ports: Vec<HostBroadcast>,
-    /// Port of a device's fetch.
-    pub fetches: BTreeMap<(usize, Rate), u32>,
+    /// By device and rate: the port of a fetch, and its tensors in order.
+    pub fetches: BTreeMap<(usize, Rate), (u32, Vec<Var>)>,
     /// Port of a device's resident tensor, by its index.
     pub residents: BTreeMap<(usize, usize), u32>,
     /// By process: port of its number pair, see `Session::exchange`.
@@ -36,7 +36,7 @@ impl HostPorts {
                 if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
                     let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
                     let port = out.add(process_map.process_of(actor.device), tensors);
-                    out.fetches.insert((actor.device, rate), port);
+                    out.fetches.insert((actor.device, rate), (port, host.vars.clone()));
                 }
             }
         }

@@ -25,7 +25,7 @@ use super::agreement::{SharedInput, shared_inputs};
 use super::budget::Budget;
 use super::error::SessionError;
 use super::exchange::Inbox;
-use super::load::{Loaded, external_actions, fetches, load};
+use super::load::{Loaded, external_actions, load};
 use super::metrics::{MetricsSource, StepMetrics};
 use super::observer::Observer;
 use super::options::{SessionOptions, Threads};
@@ -114,7 +114,6 @@ impl Session {
             declared: declared(&plan, options),
             ignoring: options.ignoring.clone(),
             external_actions: external_actions(&plan, &process_map.actors_of(&plan, process_map.process)),
-            fetches: fetches(&plan),
             step_metrics: StepMetrics::new(&plan, &process_map, options),
             plan,
             process_map,
@@ -222,7 +221,7 @@ impl Resources {
         if let Some(world) = world {
             world.count_mirrors(plan)?;
         }
-        let process_map = world.map_or(ProcessMap::alone(plan.memory.len()), |world| world.process_map());
+        let process_map = world.map_or(ProcessMap::alone(plan.memory.len()), |world| world.process_map);
         let node_processes = world.map_or(vec![0], |world| world.here());
         if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
             plan.set_threads(owned_threads(world, &process_map, &node_processes));
@@ -296,19 +295,19 @@ fn failed_join(error: ClusterError) -> SessionError {
 /// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this process
 /// ends: that of another process if it failed first.
 pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
-    let report = || world.fail(format!("it cannot start: {error}"), error.exit());
+    let report = || world.membership.fail(format!("it cannot start: {error}"), error.exit().code());
     match &error {
         SessionError::Cluster(ClusterError::Transport(
             cause @ (TransportError::Unreachable { to: process, .. }
             | TransportError::Missing { from: Some(process), .. }),
-        )) => world.suspect(*process, cause.to_string()),
+        )) => world.membership.suspect(*process, cause.to_string()),
         // The session has reported its failure.
         SessionError::Failed(_) => {}
         error if is_interrupted_start(error) => {}
         _ => report(),
     }
     match world.wait_for_cause() {
-        Some(cause) if cause.process != world.process_map().process || is_interrupted_start(&error) => {
+        Some(cause) if cause.process != world.process_map.process || is_interrupted_start(&error) => {
             SessionError::Failed(peer_failure(&cause))
         }
         _ => {

@@ -120,12 +120,12 @@ impl Session {
             running.add_tokens(*actor, *action, *firings)?;
         }
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
-        let wanted: Vec<_> =
-            ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
+        let wanted = |((_, rate), (port, _)): (&(usize, Rate), &(u32, _))| (*port, rate.per_step(micro_batches));
+        let wanted: Vec<_> = ports.fetches.iter().map(wanted).collect();
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.inbox.lock();
-        let fetches = ports.fetches.iter().zip(&wanted);
-        Ok(fetches.map(|((key, port), (_, count))| (*key, inbox.take(*port, *count))).collect())
+        let fetches = ports.fetches.keys().zip(wanted);
+        Ok(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect())
     }
 
     /// Starts the update with this learning rate, or cancels it if the rate is NaN, and waits until all devices are
@@ -229,7 +229,7 @@ impl Session {
             let firings = info.rate.per_step(self.plan.micro_batches);
             let shard = |device: &usize, firing: usize| {
                 let key = (*device, info.rate);
-                let port = self.fetches[&key].iter().position(|v| *v == output.tensor);
+                let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
                 results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
             };
             let piece = |firing| {

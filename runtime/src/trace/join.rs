@@ -259,12 +259,8 @@ mod tests {
         let text = format!("[\n{}\n]\n", events.join(",\n"));
         let names = |bytes: &[u8]| -> Vec<String> {
             let text = String::from_utf8_lossy(bytes).into_owned();
-            JoinedTrace::of(&[text])
-                .unwrap_or_else(|e| panic!("{e}: {bytes:?}"))
-                .events
-                .into_iter()
-                .map(|e| e.name)
-                .collect()
+            let joined = JoinedTrace::of(&[text]).unwrap_or_else(|e| panic!("{e}: {bytes:?}"));
+            joined.events.into_iter().map(|e| e.name).collect()
         };
         let ends: Vec<usize> = events.iter().map(|event| text.find(event.as_str()).unwrap() + event.len()).collect();
         for cut in 0..=text.len() {

@@ -24,7 +24,6 @@ const EDGES_SHOWN: usize = 8;
 
 /// Why a trace has no summary.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum SummaryError {
     /// The trace has no step after the first one.
     #[error("the trace has no step after the first; trace at least two steps")]
@@ -65,6 +64,12 @@ pub struct ActorShare {
     pub imbalance: f64,
     /// The rest.
     pub other: f64,
+}
+
+impl ActorShare {
+    fn parts(&self) -> [f64; 7] {
+        [self.busy, self.host, self.credit, self.link, self.bubble, self.imbalance, self.other]
+    }
 }
 
 /// Summary of a trace.
@@ -226,20 +231,16 @@ impl TraceIndex {
         let predicted = self.predicted.as_ref().and_then(|(_, idle)| idle.get(&share.name));
         share.bubble = predicted.map_or(unwritten, |idle| unwritten.min(idle * passes));
         share.imbalance = unwritten - share.bubble;
-        let known = [share.busy, share.host, share.credit, share.link, share.bubble, share.imbalance];
-        share.other = (all_us - known.iter().sum::<f64>()).max(0.0);
-        let ActorShare { busy, host, credit, link, bubble, imbalance, other, .. } = &mut share;
-        for part in [busy, host, credit, link, bubble, imbalance, other] {
-            *part /= all_us;
-        }
-        share
+        share.other = (all_us - share.parts().iter().sum::<f64>()).max(0.0);
+        let [busy, host, credit, link, bubble, imbalance, other] = share.parts().map(|us| us / all_us);
+        ActorShare { name: share.name, busy, host, credit, link, bubble, imbalance, other }
     }
 
     /// Time of each action on the critical path, which leads from a step's last firing back to its first: the
     /// predecessor of a firing is the one that allowed it to begin.
     fn critical_path(&self, pass: u64) -> Vec<(String, f64)> {
         let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].pass == pass);
-        let mut at = of_step.max_by(|a, b| self.slices[*a].end.total_cmp(&self.slices[*b].end));
+        let mut at = self.last_ended(of_step, f64::INFINITY);
         let mut spent: BTreeMap<String, f64> = BTreeMap::new();
         let mut until = f64::INFINITY;
         while let Some(index) = at {
@@ -264,10 +265,8 @@ impl TraceIndex {
         let slice = &self.slices[index];
         match slice.cause.as_str() {
             "input" => self.writer_of(index).map(|(writer, _)| writer),
-            "credit" => {
-                // The reader whose firing ended last before this slice began has released the slot.
-                self.last_ended(self.readers.get(&slice.register)?.iter().copied(), slice.start)
-            }
+            // The reader whose firing ended last before this slice began has released the slot.
+            "credit" => self.last_ended(self.readers.get(&slice.register)?.iter().copied(), slice.start),
             // The host sends inputs after it has received the last result.
             "host" => self.last_ended(0..index, slice.start),
             "own" => {
@@ -281,8 +280,8 @@ impl TraceIndex {
 
     /// The slice that ended last until a time.
     fn last_ended(&self, slices: impl Iterator<Item = usize>, until: f64) -> Option<usize> {
-        let ended = slices.filter(|slice| self.slices[*slice].end <= until);
-        ended.max_by(|a, b| self.slices[*a].end.total_cmp(&self.slices[*b].end))
+        let end = |slice: &usize| self.slices[*slice].end;
+        slices.filter(|slice| end(slice) <= until).max_by(|a, b| end(a).total_cmp(&end(b)))
     }
 }
 
@@ -302,8 +301,7 @@ impl fmt::Display for TraceSummary {
         }
         writeln!(f, "\n{:<28} busy  host  credit  link  bubble  imbalance  other (% of a step)", "actor")?;
         for a in &self.actors {
-            let parts = [a.busy, a.host, a.credit, a.link, a.bubble, a.imbalance, a.other].map(|part| part * 100.0);
-            let [busy, host, credit, link, bubble, imbalance, other] = parts;
+            let [busy, host, credit, link, bubble, imbalance, other] = a.parts().map(|part| part * 100.0);
             write!(f, "{:<28} {busy:4.1}  {host:4.1}  {credit:6.1}  {link:4.1}", a.name)?;
             writeln!(f, "  {bubble:6.1}  {imbalance:9.1}  {other:5.1}")?;
         }

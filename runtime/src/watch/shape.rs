@@ -3,7 +3,7 @@
 use serde::Serialize;
 use shardflow_actors::spec::{RegisterId, StreamKind};
 
-use crate::session::observer::Observer;
+use crate::session::observer::{Observer, PeerState};
 use crate::trace::category;
 
 /// A plan's actors and registers.
@@ -102,9 +102,12 @@ impl Shape {
             let range = process_map.devices_of(process);
             [range.start, range.len()]
         };
-        let peer = |peer: crate::session::observer::PeerState| {
-            let crate::session::observer::PeerState { process, host, pid, is_on_this_node, .. } = peer;
-            Peer { process, devices: devices(process), host, pid, is_on_this_node }
+        let peer = |PeerState { process, host, pid, is_on_this_node, .. }| Peer {
+            process,
+            devices: devices(process),
+            host,
+            pid,
+            is_on_this_node,
         };
         Self {
             session: observer.started().to_string(),

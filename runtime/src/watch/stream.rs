@@ -103,11 +103,8 @@ mod tests {
         let address = listener.local_addr().expect("it is bound");
         listener.set_nonblocking(true).expect("a socket");
         let prometheus = PrometheusBuilder::new().build_recorder().handle();
-        let state = ServerState {
-            session: ShownSession::default(),
-            prometheus,
-            clients: Arc::new(Semaphore::new(CLIENTS_MAX)),
-        };
+        let (session, clients) = (ShownSession::default(), Semaphore::new(CLIENTS_MAX).into());
+        let state = ServerState { session, prometheus, clients };
         let (stop, stopped) = oneshot::channel();
         let server = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
