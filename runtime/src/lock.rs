@@ -28,7 +28,6 @@ use crate::checkpoint::io::Operations;
 use crate::checkpoint::store::Store;
 use crate::files;
 
-/// Interval between renewals.
 const RENEWAL: Duration = Duration::from_secs(10);
 /// Poll interval for the lock of another process.
 const POLL: Duration = Duration::from_secs(1);
@@ -38,10 +37,8 @@ const MISSED_MAX: u32 = 3;
 const ATTEMPTS_MAX: u32 = 100;
 /// Size of a lock file: text padded with spaces, so that one write replaces all of it.
 const FILE_BYTES: usize = 1024;
-/// Timeout for releasing the lock.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Holder {
     host: String,
@@ -49,7 +46,6 @@ struct Holder {
     pid: u32,
     /// Unix time in nanoseconds of the process's first lock. Distinguishes processes of two containers with the same pid.
     process_ns: u64,
-    /// The job's name, if it has one.
     job: Option<String>,
     epoch: u64,
     /// Unix time in nanoseconds.
@@ -85,7 +81,6 @@ impl Holder {
     }
 }
 
-/// Describes the holder in a lock file, for messages.
 fn describe(text: &[u8]) -> String {
     let Ok(holder) = serde_json::from_slice::<Holder>(text) else { return "an unknown process".into() };
     let Holder { host, pid, job, epoch, since_ns, .. } = holder;
@@ -111,9 +106,6 @@ pub(crate) struct Lock {
 
 impl Lock {
     /// Takes the lock for a job and its epoch. If a holder's `flock` is not visible, waits up to 30 s for a renewal.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Held`] with the holder, or an error of the store.
     pub(crate) fn take(store: &Store, job: Option<String>, epoch: u64) -> Result<Arc<Self>, CheckpointError> {
         Self::take_as(store, Holder::of_this_process(job, epoch))
     }
@@ -185,9 +177,6 @@ impl Lock {
     }
 
     /// LK-4: checks that this process still holds the lock.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Fenced`] if another process has taken the lock.
     pub(crate) fn check(&self) -> Result<(), CheckpointError> {
         let newest = numbers(&self.store)?.pop();
         let text = newest.map(|number| read(&self.store, number)).transpose()?.flatten();

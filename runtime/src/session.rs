@@ -136,12 +136,10 @@ impl Session {
         Ok(())
     }
 
-    /// Publishes this process's activity, see [`World::doing`].
     fn set_activity(&self, activity: &str) {
         self.world.iter().for_each(|world| world.doing(activity));
     }
 
-    /// Returns the failure of an earlier step, if there was one.
     fn check_not_failed(&self) -> Result<(), SessionError> {
         self.failed.clone().map_or(Ok(()), |failure| Err(failure.into()))
     }
@@ -315,7 +313,7 @@ impl Session {
         let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
         running.quiesce(QUIESCE_TIMEOUT)?;
         self.send_pair([0; 2]);
-        let wanted: Vec<_> = self.ports.wanted_pairs().collect();
+        let wanted: Vec<_> = self.ports.pairs.iter().map(|port| (*port, 1)).collect();
         // A peer that is late or has left needs nothing from this process.
         let _ = self.receive_within(&wanted, Some(QUIESCE_TIMEOUT));
         Ok(())

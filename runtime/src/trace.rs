@@ -125,7 +125,7 @@ impl TraceFile {
     /// Writes the clock event, and the names of devices, which a viewer shows as processes.
     fn write_header(&mut self, observer: &Observer) -> Result<(), TraceError> {
         let (process_map, pid) = (observer.process_map(), observer.process_map().own().start);
-        let args = json!({ "unix_ns": observer.started() });
+        let args = json!({ "unix_ns": observer.started });
         self.write_event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
         for device in process_map.own() {
             let name = format!("device {device}, rank {}", process_map.process);
@@ -254,7 +254,6 @@ impl Drop for TraceFile {
     }
 }
 
-/// The event that names an actor's track.
 fn track_name(spec: &Spec, actor: ActorId) -> serde_json::Value {
     let own = &spec.actors[actor.0 as usize];
     json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": { "name": own.name } })

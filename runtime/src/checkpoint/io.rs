@@ -55,7 +55,6 @@ impl Drop for Io {
     }
 }
 
-/// A file of a store.
 #[derive(Clone, Debug)]
 pub(crate) struct StoreFile {
     /// Its name in errors.
@@ -164,7 +163,6 @@ impl Operations {
         got.transpose().map_err(too_large)
     }
 
-    /// Reads a byte range of a file.
     pub(crate) fn get_range(&self, file: &StoreFile, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), file.path.clone());
         let get = async move { Ok(backend.get_range(&path, from..from + bytes).await?.to_vec()) };

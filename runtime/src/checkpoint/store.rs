@@ -31,7 +31,6 @@ pub(super) const MANIFEST: &str = "manifest.json";
 const SET_ASIDE: &str = "manifest.json.damaged";
 /// Name of the file with a cursor that replaces the manifest's (ST-4).
 pub(super) const CURSOR: &str = "cursor.json";
-/// Largest size of that file, bytes.
 pub(super) const CURSOR_BYTES_MAX: u64 = 16 << 20;
 
 /// The content of [`CURSOR`].
@@ -49,7 +48,6 @@ pub struct Store {
     prefix: Path,
     /// The place, as the user wrote it.
     place: String,
-    /// The folder, if it is local.
     pub(crate) local: Option<PathBuf>,
 }
 
@@ -62,19 +60,18 @@ impl Store {
     /// [`CheckpointError::Place`] if the place cannot be a store.
     pub fn open(place: &str) -> Result<Self, CheckpointError> {
         let fail = |why: String| CheckpointError::Place { place: place.into(), why };
-        let url = if place.contains("://") { Some(Url::parse(place).map_err(|e| fail(e.to_string()))?) } else { None };
-        let folder = match &url {
-            None => Some(PathBuf::from(place)),
-            Some(url) if url.scheme() == "file" => {
-                Some(url.to_file_path().map_err(|()| fail("the URL must have the form file:///path".into()))?)
-            }
-            Some(_) => None,
+        let open_local = |folder: &std::path::Path| {
+            Self::in_folder(Arc::new(LocalFileSystem::new().with_fsync(true)), folder, place)
         };
-        if let Some(folder) = folder {
-            return Self::in_folder(Arc::new(LocalFileSystem::new().with_fsync(true)), &folder, place);
+        if !place.contains("://") {
+            return open_local(place.as_ref());
+        }
+        let url = Url::parse(place).map_err(|e| fail(e.to_string()))?;
+        if url.scheme() == "file" {
+            let folder = url.to_file_path().map_err(|()| fail("the URL must have the form file:///path".into()))?;
+            return open_local(&folder);
         }
         let hint = "; s3:// needs the cargo feature `aws`, gs:// `gcp`, az:// `azure`";
-        let url = url.ok_or_else(|| fail("no path".into()))?;
         let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         let (backend, prefix) =
             object_store::parse_url_opts(&url, environment).map_err(|e| fail(format!("{e}{hint}")))?;

@@ -36,26 +36,21 @@ use crate::process_map::ProcessMap;
 /// Interval at which a wait for a peer checks whether the session has ended.
 const END_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Everything through which a session's registers and collectives cross processes.
 pub(crate) struct Connections {
-    /// Runs every group's collectives.
     pub(crate) engine: Arc<dyn Collective>,
     /// Arenas of peers' devices that are mapped into this process, by device.
     pub(crate) mapped: BTreeMap<usize, Arena>,
     /// Local copies (mirrors) of the slots of peers' registers.
     pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
-    /// The connections of register messages.
     pub(crate) peers: Vec<PeerSpec>,
 }
 
 impl Connections {
-    /// For a session without peers.
     pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
         Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
     }
 }
 
-/// Makes the [`Connections`] of a session.
 pub(crate) struct Connector<'a> {
     /// Memory of CUDA devices is never shared between processes, and the GPU engine runs their collectives.
     pub(crate) device: DeviceKind,
@@ -75,7 +70,6 @@ impl Connector<'_> {
         &self.roster.members[process as usize]
     }
 
-    /// True if two processes share memory.
     pub(crate) fn shares_memory(&self, a: u32, b: u32) -> bool {
         let is_enabled = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
         is_enabled && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
@@ -111,7 +105,6 @@ impl Connector<'_> {
         Ok(peer.zip(own).map_or(address, |(peer, own)| Address::Tcp(with_zone_of(peer, own).to_string())))
     }
 
-    /// Makes all connections of a session whose devices have these arenas.
     pub(crate) fn connect_all(
         &self,
         plan: &Plan,

@@ -25,7 +25,6 @@ const EARLY_MAX: usize = 1 << 14;
 /// Characters of a failure's reason that are sent.
 const REASON_CHARS_MAX: usize = 1000;
 
-/// A message from a peer.
 pub(super) struct Received {
     pub(super) from: u32,
     pub(super) bytes: Vec<u8>,
@@ -57,7 +56,6 @@ type Key = (u64, u64, u32, Phase, u32);
 /// Result of a phase: `true` if the step was already committed; or the process that failed, and the reason.
 type PhaseResult = Result<bool, (u32, String)>;
 
-/// The agreement of the processes of a session.
 pub(super) struct ClusterAgreement {
     process: u32,
     processes: u32,

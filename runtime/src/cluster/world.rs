@@ -60,11 +60,8 @@ pub(crate) struct World {
 /// Another process of the session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerState {
-    /// Its rank.
     pub process: u32,
-    /// Name of its machine.
     pub host: String,
-    /// Its process id there.
     pub pid: u32,
     /// True if it runs on the same machine as this process.
     pub is_on_this_node: bool,
@@ -95,7 +92,6 @@ struct State {
     cause: Option<FirstCause>,
     /// Peers that have left in order.
     left: Vec<u32>,
-    /// Control of the session, once it runs.
     control: Option<Control>,
     /// Each process's activity and when it began.
     activities: BTreeMap<u32, (String, Instant)>,
@@ -197,7 +193,6 @@ impl Monitor {
         cause.into_iter().for_each(|cause| control.fail(peer_failure(&cause)));
     }
 
-    /// Waits for the first cause; `None` after the timeout.
     fn wait_for_cause(&self, timeout: Duration) -> Option<FirstCause> {
         let mut state = self.state.lock();
         self.cause_known.wait_while_for(&mut state, |state| state.cause.is_none(), timeout);
@@ -258,7 +253,6 @@ impl World {
         (0..self.process_map.processes).filter(|process| node(*process) == node(self.process_map.process)).collect()
     }
 
-    /// The cores that a process may run on.
     pub(crate) fn cores(&self, process: u32) -> &[u64] {
         &self.roster.members[process as usize].cores
     }
@@ -274,10 +268,7 @@ impl World {
         self.process_map.peers().any(|process| self.connector(device).shares_memory(own, process))
     }
 
-    /// Adds the mirrors that the processes of this node will allocate to the plan's memory.
-    ///
-    /// # Errors
-    /// [`PlanError::Memory`] if they exceed the plan's budget.
+    /// Adds the mirrors that the processes of this node will allocate to the plan's memory, and checks its budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
         let connector = self.connector(plan.device);
         for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
@@ -301,7 +292,6 @@ impl World {
         nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
     }
 
-    /// Makes all connections between the processes.
     pub(crate) fn connect(
         &self,
         plan: &Plan,
@@ -356,7 +346,6 @@ impl World {
         ]
     }
 
-    /// The state of the other processes.
     pub(crate) fn peers(&self) -> Vec<PeerState> {
         let member = |process: u32| &self.roster.members[process as usize];
         let own = member(self.process_map.process);
@@ -414,7 +403,6 @@ fn meet(
     Ok((roster, listener, heartbeat))
 }
 
-/// Connects the control plane to every peer and starts heartbeats.
 fn start_membership(
     connector: &Connector<'_>,
     heartbeat: UdpSocket,

@@ -51,7 +51,6 @@ impl Inbox {
         self.missing_senders(wanted).next()
     }
 
-    /// The sender of each wanted piece that is missing.
     fn missing_senders(&self, wanted: &[(u32, usize)]) -> impl Iterator<Item = u32> {
         let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
         wanted.iter().filter(missing).map(|(port, _)| self.ports.ports[*port as usize].process)
@@ -64,7 +63,6 @@ impl Inbox {
     }
 }
 
-/// Encodes numbers as a tensor.
 pub(super) fn tensor_of(numbers: &[u64]) -> HostTensor {
     let halves: Vec<i32> = numbers.iter().flat_map(|number| [*number as u32 as i32, (number >> 32) as i32]).collect();
     HostTensor::i32(&[halves.len()], halves)

@@ -17,7 +17,6 @@ pub struct HostIn {
     pub receiver: Receiver<Vec<HostTensor>>,
 }
 
-/// Result of one firing of a fetch.
 #[derive(Debug)]
 pub struct Fetched {
     pub device: usize,

@@ -88,7 +88,6 @@ pub(super) fn load(
     Ok(Loaded { plan: loaded, feeds, fetched, from_peers, mirrored })
 }
 
-/// Creates the shell's programs from a plan.
 struct Loader<'a> {
     plan: &'a Plan,
     /// By device; includes at least those of this process.

@@ -13,7 +13,6 @@ use crate::process_map::ProcessMap;
 /// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
-    /// All ports, by number.
     pub ports: Vec<HostBroadcast>,
     /// By device and rate: the port of a fetch, and its tensors in order.
     pub fetches: BTreeMap<(usize, Rate), (u32, Vec<Var>)>,
@@ -28,7 +27,6 @@ pub struct HostPorts {
 }
 
 impl HostPorts {
-    /// The ports of a plan.
     pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -62,10 +60,5 @@ impl HostPorts {
     fn add(&mut self, process: u32, tensors: Vec<(Vec<usize>, DType)>) -> u32 {
         self.ports.push(HostBroadcast { process, tensors });
         self.ports.len() as u32 - 1
-    }
-
-    /// One number pair of each process, as a list of wanted pieces.
-    pub fn wanted_pairs(&self) -> impl Iterator<Item = (u32, usize)> {
-        self.pairs.iter().map(|port| (*port, 1))
     }
 }

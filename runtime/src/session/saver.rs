@@ -26,7 +26,7 @@ impl Saver {
         if self.must_skip() {
             return Ok(SaveStart::Skipped);
         }
-        let mut snapshot = session.snapshot(self.take_spare())?;
+        let mut snapshot = session.snapshot(self.spare.take())?;
         snapshot.cursor = cursor;
         let replaces = session.is_known_damaged(snapshot.step);
         Ok(self.start(snapshot, replaces)?)

@@ -58,7 +58,6 @@ fn slow_build_warning(opt_level: &str) -> Option<String> {
         .then(|| format!("warning: the kernels are built with opt-level {opt_level} and are slow; {advice}"))
 }
 
-/// Devices, memory and connections of a session.
 struct Resources {
     process_map: ProcessMap,
     node_processes: Vec<u32>,
@@ -195,7 +194,7 @@ impl Session {
         };
         let tokens = tokens::tokens_per_step(&self.plan);
         let steps = RecentSteps { tokens, planned: options.steps_planned, ..RecentSteps::default() };
-        let training = options.publishes_metrics.then(|| self.step_metrics.training_time());
+        let training = options.publishes_metrics.then(|| self.step_metrics.training.clone());
         let observer = Observer::new(sources, steps, training);
         for (index, code) in options.cluster.restart_causes.iter().enumerate() {
             observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));

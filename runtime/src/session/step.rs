@@ -14,14 +14,13 @@ use super::load::FeedPort;
 use super::report::StepReport;
 use super::{Session, tokens};
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
-use crate::graph::{Combine, NodeOp, Rate, TensorInfo, Var};
+use crate::graph::{Combine, Node, NodeOp, Rate, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
 use crate::sbp::region::{combine, concat, take_box};
 use crate::sbp::{Sbp, gather};
 use shardflow_job::requests::{Request, since_1970};
 
-/// Inputs of a step, by name.
 pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
 
 /// Fetch results of all devices: one list per firing, with one tensor per port.
@@ -140,7 +139,6 @@ impl Session {
         running.quiesce(Duration::MAX).map(drop).map_err(|failure| self.fail(failure))
     }
 
-    /// Sends a feed its tensors for a step.
     fn feed(&self, feed: &FeedPort, tensor: impl Fn(Var, usize) -> HostTensor) -> Result<(), SessionError> {
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
         let firings = feed.rate.per_step(self.plan.micro_batches);
@@ -153,11 +151,9 @@ impl Session {
 
     fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
         let graph = &self.plan.graph;
-        let nodes = graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input));
-        let expected: BTreeMap<&str, Var> = nodes
-            .filter(|n| n.name != RNG_INPUT && n.name != HYPER_INPUT)
-            .map(|n| (n.name.as_str(), n.outputs[0]))
-            .collect();
+        let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
+        let inputs_of_graph = graph.nodes().iter().filter(is_fed);
+        let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
         let wrong =
             |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
         for (index, (name, tensor)) in inputs.iter().enumerate() {
@@ -217,7 +213,6 @@ impl Session {
         take_box(inputs[self.plan.graph.producer(var).name.as_str()], &region)
     }
 
-    /// Assembles outputs from the devices' parts.
     fn report(&self, results: Results) -> Result<StepReport, SessionError> {
         let graph = &self.plan.graph;
         let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();

@@ -136,7 +136,6 @@ fn is_torn_text(text: &str) -> bool {
     text.ends_with(['\0', char::REPLACEMENT_CHARACTER])
 }
 
-/// Checks that no two files have an actor in common.
 fn check_actors_unique(files: &[Vec<Event>]) -> Result<(), JoinError> {
     let mut known = HashMap::new();
     for (index, events) in files.iter().enumerate() {

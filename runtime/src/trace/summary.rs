@@ -91,7 +91,6 @@ pub struct TraceSummary {
     pub path: Vec<(String, f64)>,
 }
 
-/// The slices and arrows of a trace, indexed.
 struct TraceIndex {
     names: BTreeMap<u32, String>,
     /// Slices in the order of their starts.
@@ -260,7 +259,6 @@ impl TraceIndex {
         path
     }
 
-    /// The slice that allowed a slice to begin.
     fn predecessor(&self, index: usize) -> Option<usize> {
         let slice = &self.slices[index];
         match slice.cause.as_str() {
@@ -278,7 +276,6 @@ impl TraceIndex {
         }
     }
 
-    /// The slice that ended last until a time.
     fn last_ended(&self, slices: impl Iterator<Item = usize>, until: f64) -> Option<usize> {
         let end = |slice: &usize| self.slices[*slice].end;
         slices.filter(|slice| end(slice) <= until).max_by(|a, b| end(a).total_cmp(&end(b)))

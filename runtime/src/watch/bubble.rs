@@ -18,7 +18,6 @@ const STEPS_OPEN_MAX: usize = 64;
 /// Predicted durations of firings are means over this number of newest steps.
 const STEPS_TIMED: u64 = 32;
 
-/// StepUse of all compute actors in one step.
 #[derive(Clone, Copy, Debug, Default)]
 struct StepUse {
     firings: u64,
@@ -96,7 +95,7 @@ impl Prediction {
             return None;
         }
         let spec = Arc::new(observer.plan().spec.clone());
-        Self::from(&spec, durations_ns(observer)?, observer.started().to_string())
+        Self::from(&spec, durations_ns(observer)?, observer.started.to_string())
     }
 
     fn from(spec: &Arc<Spec>, durations_ns: Vec<Vec<u64>>, session: String) -> Option<Self> {

@@ -20,7 +20,6 @@ mod tests;
 
 /// Maximum number of firings in one event. If there are more, the event has the newest ones of the newest ended step.
 pub(super) const FIRINGS_MAX: usize = 12_000;
-/// Numbers per firing.
 const FIRING_FIELDS: usize = 7;
 /// Maximum number of waits, and of edges, in one event.
 const BLOCKED_MAX: usize = 200;
@@ -98,15 +97,13 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    /// The event if no session is running.
     pub(super) fn no_session() -> Event {
         Event { health: "none", ..Event::default() }
     }
 
-    /// The changes since the last call.
     pub(super) fn next_event(&mut self, observer: &Observer) -> Event {
-        if self.session != observer.started() {
-            *self = Self { session: observer.started(), ..Self::default() };
+        if self.session != observer.started {
+            *self = Self { session: observer.started, ..Self::default() };
         }
         let health = match observer.health() {
             SessionHealth::Healthy { .. } => "running",
@@ -236,7 +233,6 @@ fn unchanged_ns(snapshot: &ActorSnapshot, now_ns: u64) -> u64 {
     snapshot.in_flight_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns.saturating_sub(since))
 }
 
-/// Adds blocked edges, long waits and incidents.
 fn add_problems(event: &mut Event, observer: &Observer, snapshots: &[ActorSnapshot]) {
     let waits_long = |s: &&ActorSnapshot| s.in_flight_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
     let long: Vec<&ActorSnapshot> = snapshots.iter().filter(waits_long).collect();

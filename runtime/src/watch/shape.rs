@@ -6,7 +6,6 @@ use shardflow_actors::spec::{RegisterId, StreamKind};
 use crate::session::observer::{Observer, PeerState};
 use crate::trace::category;
 
-/// A plan's actors and registers.
 #[derive(Debug, Serialize)]
 pub(super) struct Shape {
     /// [`Observer::started`] as text, because a JavaScript number cannot hold it.
@@ -39,7 +38,6 @@ struct Actor {
     name: String,
     device: usize,
     is_compute: bool,
-    /// True if this process hosts it.
     is_here: bool,
     actions: Vec<Action>,
 }
@@ -110,7 +108,7 @@ impl Shape {
             is_on_this_node,
         };
         Self {
-            session: observer.started().to_string(),
+            session: observer.started.to_string(),
             mesh: plan.graph.mesh().to_string(),
             device: plan.device.to_string(),
             schedule: plan.schedule.to_string(),

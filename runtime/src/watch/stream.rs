@@ -17,13 +17,11 @@ use tokio::time::MissedTickBehavior;
 use super::events::Cursor;
 use super::state::ServerState;
 
-/// Maximum number of concurrent clients.
 pub(super) const CLIENTS_MAX: usize = 16;
 const EVENT_EVERY: Duration = Duration::from_secs(1);
 /// Number of missed events after which a client that does not read is dropped.
 const MISSED_MAX: u32 = 10;
 
-/// Handler of `/events`.
 pub(super) async fn events(State(state): State<ServerState>) -> Response {
     let Ok(permit) = Arc::<Semaphore>::clone(&state.clients).try_acquire_owned() else {
         return (StatusCode::SERVICE_UNAVAILABLE, format!("{CLIENTS_MAX} pages already receive events: close one\n"))

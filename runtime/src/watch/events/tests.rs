@@ -57,7 +57,7 @@ fn a_client_receives_each_change_once() {
     let mut client = Cursor::default();
     let first = client.next_event(&observer);
     assert_eq!((first.health, first.steps, first.steps_planned, first.tokens), ("running", 3, Some(9), 3 * 12));
-    assert_eq!(first.session, observer.started().to_string());
+    assert_eq!(first.session, observer.started.to_string());
     let received: Vec<_> = first.points.iter().map(|point| (point.0, point.1.expect("a loss") as f32)).collect();
     assert_eq!(received, [(1, losses[0]), (2, losses[1]), (3, losses[2])]);
     assert!(first.points.iter().all(|point| point.2.is_some() && point.3 == 0.01 && point.4 > 0.0));
