@@ -12,8 +12,6 @@ use shardflow_actors::remote::HostPiece;
 use shardflow_actors::shell::RunningSession;
 use shardflow_actors::spec::ActorId;
 use shardflow_kernels::clock::Stamped;
-use shardflow_kernels::collective::Collective;
-use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
@@ -70,11 +68,9 @@ pub struct Session {
     process_map: ProcessMap,
     node_processes: Vec<u32>,
     budget: Budget,
-    /// Devices of this process.
-    devices: Vec<Device>,
+    metrics_source: MetricsSource,
     /// By device: arenas of this process, and those of peers whose memory is mapped here.
     arenas: BTreeMap<usize, Arena>,
-    engine: Arc<dyn Collective>,
     running: Option<RunningSession>,
     world: Option<Arc<World>>,
     /// Name of the job, if it has one, and the number of its current incarnation, as known to this process.
@@ -156,10 +152,7 @@ impl Session {
 
     /// The session's progress and memory use. Cheap: it pauses nothing.
     pub fn metrics(&self) -> Metrics {
-        let after_end = || {
-            let (devices, engine) = (self.devices.clone(), self.engine.clone());
-            MetricsSource { devices, engine }.metrics(&self.plan, self.steps, &[])
-        };
+        let after_end = || self.metrics_source.metrics(&self.plan, self.steps, &[]);
         self.observer.as_ref().map_or_else(after_end, |observer| {
             observer.set_steps(self.steps);
             observer.metrics()

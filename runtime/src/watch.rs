@@ -44,7 +44,7 @@ mod under_way;
 
 use bubble::Prediction;
 use client::HangReport;
-use shape::Shape;
+use shape::shape;
 use state::{ServerState, ShownSession};
 use status::Status;
 
@@ -152,7 +152,7 @@ async fn serve(listener: TcpListener, state: ServerState, stopped: oneshot::Rece
     let router = Router::new()
         .route("/", get(page::index))
         .route("/page/{file}", get(page::file))
-        .route("/plan", get(|state| respond(state, |observer| Some(Shape::of(observer)))))
+        .route("/plan", get(|state| respond(state, |observer| Some(shape(observer)))))
         .route("/predicted", get(|state| respond(state, Prediction::of)))
         .route("/events", get(stream::events))
         .route("/metrics", get(prometheus))

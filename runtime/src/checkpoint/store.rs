@@ -225,13 +225,8 @@ impl Store {
     /// # Errors
     /// If the store cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
-        let mut committed = Vec::new();
-        for step in self.steps_with_folder()? {
-            if self.is_committed(step)? {
-                committed.push(step);
-            }
-        }
-        Ok(committed)
+        let committed = |step| self.is_committed(step).map(|committed| committed.then_some(step)).transpose();
+        self.steps_with_folder()?.into_iter().filter_map(committed).collect()
     }
 
     pub(super) fn manifest_text(&self, step: u64) -> Result<Vec<u8>, CheckpointError> {

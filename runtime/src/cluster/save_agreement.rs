@@ -43,15 +43,11 @@ enum Phase {
 /// The content of a message, as JSON.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Payload {
-    epoch: u64,
-    step: u64,
-    attempt: u32,
+    #[serde(flatten)]
+    save: SaveId,
     phase: Phase,
     result: PhaseResult,
 }
-
-/// Epoch, step and attempt of a save, its phase, and the sender.
-type Key = (u64, u64, u32, Phase, u32);
 
 /// Result of a phase: `true` if the step was already committed; or the process that failed, and the reason.
 type PhaseResult = Result<bool, (u32, String)>;
@@ -62,8 +58,8 @@ pub(super) struct ClusterAgreement {
     membership: Arc<Membership>,
     messages: Receiver<Received>,
     timeout: Duration,
-    /// Results that arrived before this process waited for them.
-    early: Mutex<BTreeMap<Key, PhaseResult>>,
+    /// Results that arrived before this process waited for them, by save, phase and sender.
+    early: Mutex<BTreeMap<(SaveId, Phase, u32), PhaseResult>>,
 }
 
 impl ClusterAgreement {
@@ -84,16 +80,15 @@ impl ClusterAgreement {
     fn encode(save: SaveId, phase: Phase, result: PhaseResult) -> Vec<u8> {
         let truncate = |reason: String| reason.chars().take(REASON_CHARS_MAX).collect();
         let result = result.map_err(|(process, reason)| (process, truncate(reason)));
-        let payload = Payload { epoch: save.epoch, step: save.step, attempt: save.attempt, phase, result };
+        let payload = Payload { save, phase, result };
         // Plain data, so encoding does not fail; if it did, the peer would reject the empty message.
         serde_json::to_vec(&payload).unwrap_or_default()
     }
 
     /// Waits for a peer's result of this phase of this save.
     fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<PhaseResult, AgreeError> {
-        let key = (save.epoch, save.step, save.attempt, phase, from);
         loop {
-            if let Some(result) = self.early.lock().remove(&key) {
+            if let Some(result) = self.early.lock().remove(&(save, phase, from)) {
                 return Ok(result);
             }
             let message = self.messages.recv_deadline(deadline).map_err(|e| {
@@ -107,7 +102,7 @@ impl ClusterAgreement {
             if early.len() >= EARLY_MAX {
                 return Err(self.error(sender, format!("more than {EARLY_MAX} unexpected messages are pending")));
             }
-            early.insert((payload.epoch, payload.step, payload.attempt, payload.phase, sender), payload.result);
+            early.insert((payload.save, payload.phase, sender), payload.result);
         }
     }
 

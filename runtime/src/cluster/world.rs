@@ -20,15 +20,14 @@ use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster
 use shardflow_job::secret::Secret;
 use shardflow_job::text::counted;
 use shardflow_job::transport::{Listener, Purpose, with_zone_of};
-use shardflow_kernels::collective::{Collective, Group};
+use shardflow_kernels::collective::Group;
 use shardflow_kernels::cuda::nccl::UniqueId;
-use shardflow_kernels::device::{Device, DeviceKind};
+use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::error::KernelError;
-use shardflow_kernels::memory::Arena;
 
 use super::Cluster;
 use super::by_mpi::ByMpi;
-use super::connector::{self, Connections, Connector};
+use super::connector::{self, Connector};
 use super::error::ClusterError;
 use super::failure::{attribute_to_peer, is_symptom, peer_failure, report_failure};
 use super::nccl_ids;
@@ -257,7 +256,7 @@ impl World {
         &self.roster.members[process as usize].cores
     }
 
-    fn connector(&self, device: DeviceKind) -> Connector<'_> {
+    pub(crate) fn connector(&self, device: DeviceKind) -> Connector<'_> {
         let Self { process_map, roster, listener, secret, options, by_mpi, .. } = self;
         new_connector(device, process_map, roster, listener, secret, options, by_mpi)
     }
@@ -290,17 +289,6 @@ impl World {
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
         let deadline = Instant::now() + self.options.connect_within;
         nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
-    }
-
-    pub(crate) fn connect(
-        &self,
-        plan: &Plan,
-        devices: &[Device],
-        arenas: &BTreeMap<usize, Arena>,
-        in_process: Arc<dyn Collective>,
-        pipes: Pipes,
-    ) -> Result<Connections, ClusterError> {
-        Connector { pipes, ..self.connector(plan.device) }.connect_all(plan, devices, arenas, in_process)
     }
 
     /// From now on a failure in any process ends the session in all processes.

@@ -204,6 +204,7 @@ pub struct Metrics {
 }
 
 /// Sources of metrics other than the actors' states.
+#[derive(Clone)]
 pub(super) struct MetricsSource {
     /// Devices of this process.
     pub(super) devices: Vec<Device>,

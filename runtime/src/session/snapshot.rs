@@ -11,7 +11,7 @@ use super::Session;
 use super::agreement::{LoadSummary, digest_of};
 use super::budget::{SNAPSHOTS_MAX, saved_parts};
 use super::error::SessionError;
-use super::outcome::Outcome;
+use super::outcome::{NumberPair, Outcome};
 use super::start::cannot_start;
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
 use crate::checkpoint::error::CheckpointError;
@@ -35,15 +35,6 @@ pub struct Restored {
     /// Notes on the loaded checkpoint, one line each: different declared values, another seed, skipped optimizer
     /// states.
     pub notes: Vec<String>,
-}
-
-/// Result of the first process's lookup in a store.
-struct Lookup {
-    reader: Option<CheckpointReader>,
-    /// The newest step with a checkpoint, if some are damaged; else 0.
-    newest: u64,
-    /// Digest of the checkpoint's cursor.
-    cursor: u64,
 }
 
 /// The parts of a checkpoint that this process loads, each with its destination; and notes for the user, one line each.
@@ -210,14 +201,14 @@ impl Session {
         loop {
             let found = self.look_up(store, before, &mut all);
             let own = match &found {
-                Ok(Lookup { reader: Some(reader), .. }) => Outcome::Good(reader.manifest().step),
+                Ok((Some(reader), _)) => Outcome::Good(reader.manifest().step),
                 Ok(_) if all.is_empty() => Outcome::Absent,
                 Ok(_) => Outcome::Damaged,
                 Err(error) => Outcome::Failed(error.exit_code()),
             };
             // The first process decides which step is loaded and which are damaged.
             let chosen = self.exchange_outcomes(own)?[0];
-            let Lookup { reader, newest, cursor } = found?;
+            let (reader, numbers) = found?;
             Outcome::check_others(&[chosen], store.place(), "cannot read it")?;
             let step = match chosen {
                 Outcome::Good(step) => step,
@@ -229,7 +220,7 @@ impl Session {
                     return Err(CheckpointError::on_rank(store.place(), 0, exit, problem).into());
                 }
             };
-            let [newest, cursor] = self.exchange([newest, cursor])?[0];
+            let [newest, cursor] = self.exchange(numbers)?[0];
             self.damaged_up_to = self.damaged_up_to.max(newest);
             let reader = reader.map_or_else(|| store.read_as(step, cursor), Ok).map_err(SessionError::from);
             self.set_activity("loading weights");
@@ -260,21 +251,22 @@ impl Session {
         }
     }
 
-    /// Looks for a checkpoint on the first process; the others find none without reading the store.
+    /// Looks for a checkpoint on the first process; the others find none without reading the store. Returns also the
+    /// newest step with a checkpoint, if some are damaged, else 0; and a digest of the checkpoint's cursor.
     fn look_up(
         &self,
         store: &Store,
         before: Option<u64>,
         all_damaged: &mut Vec<CheckpointError>,
-    ) -> Result<Lookup, CheckpointError> {
+    ) -> Result<(Option<CheckpointReader>, NumberPair), CheckpointError> {
         if self.process_map.process != 0 {
-            return Ok(Lookup { reader: None, newest: 0, cursor: 0 });
+            return Ok((None, [0; 2]));
         }
         let NewestCheckpoint { reader, damaged } = store.newest_before(before)?;
         let newest = if damaged.is_empty() { 0 } else { store.steps()?.last().copied().unwrap_or(0) };
         all_damaged.extend(damaged);
         let cursor = reader.as_ref().map_or(0, |reader| reader.manifest().cursor_digest());
-        Ok(Lookup { reader, newest, cursor })
+        Ok((reader, [newest, cursor]))
     }
 
     fn check_fits(&self, reader: &CheckpointReader, var: Var) -> Result<(), CheckpointError> {

@@ -34,7 +34,7 @@ use super::published::Sources;
 use super::recent::RecentSteps;
 use super::{BETWEEN_STEPS, Session, plan_files, tokens};
 use crate::cluster::ClusterError;
-use crate::cluster::connector::Connections;
+use crate::cluster::connector::{Connections, Connector};
 use crate::cluster::failure::{is_aborted_by_peer, peer_failure};
 use crate::cluster::world::{WAITING, World};
 use crate::declare::{Declarations, MAX_NORM, ON_NON_FINITE, OPTIMIZER, OnResume, SEED};
@@ -118,9 +118,8 @@ impl Session {
             process_map,
             node_processes,
             budget,
-            devices,
+            metrics_source: MetricsSource { devices, engine },
             arenas,
-            engine,
             running: None,
             world,
             job: options.cluster.job(),
@@ -188,7 +187,7 @@ impl Session {
             plan: self.plan.clone(),
             process_map: self.process_map,
             control: running.control(),
-            metrics: MetricsSource { devices: self.devices.clone(), engine: self.engine.clone() },
+            metrics: self.metrics_source.clone(),
             world: self.world.as_ref().map_or_else(Weak::new, Arc::downgrade),
             mirrored,
         };
@@ -241,7 +240,10 @@ impl Resources {
         let ports = Arc::new(HostPorts::of(plan, &process_map, &shared_inputs));
         set_activity(WAITING);
         let mut connections = match world {
-            Some(world) => world.connect(plan, &devices, &arenas, engine, pipes)?,
+            Some(world) => {
+                let connector = Connector { pipes, ..world.connector(plan.device) };
+                connector.connect_all(plan, &devices, &arenas, engine)?
+            }
             None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);

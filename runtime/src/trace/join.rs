@@ -57,13 +57,15 @@ pub(super) struct Event {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
 pub(super) struct Args {
-    pub name: Option<String>,
-    pub step: Option<u64>,
-    pub pass: Option<u64>,
-    pub waited_us: Option<f64>,
-    pub cause: Option<String>,
-    pub register: Option<String>,
+    pub name: String,
+    pub step: u64,
+    /// Index of the pass over the plan.
+    pub pass: u64,
+    pub waited_us: f64,
+    pub cause: String,
+    pub register: String,
     pub step_us: Option<f64>,
     pub idle_us: Option<BTreeMap<String, f64>>,
     pub unix_ns: Option<u64>,
@@ -142,7 +144,7 @@ fn check_actors_unique(files: &[Vec<Event>]) -> Result<(), JoinError> {
         for event in events.iter().filter(|event| event.name == "thread_name") {
             let first = *known.entry(event.tid).or_insert(index + 1);
             if first != index + 1 {
-                let actor = event.args.name.clone().unwrap_or_default();
+                let actor = event.args.name.clone();
                 return Err(JoinError::DuplicateActor { first, second: index + 1, actor });
             }
         }
