@@ -47,7 +47,9 @@ impl Store {
         if files.contains_key(CURSOR) {
             self.read_cursor(step, &text, &mut manifest)?;
         }
-        Ok(CheckpointReader::new(self.clone(), manifest))
+        let names = manifest.tensors.iter().enumerate();
+        let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
+        Ok(CheckpointReader { store: self.clone(), manifest, by_name })
     }
 
     fn read_cursor(&self, step: u64, text: &[u8], manifest: &mut Manifest) -> Result<(), CheckpointError> {
@@ -77,12 +79,6 @@ impl Store {
 }
 
 impl CheckpointReader {
-    fn new(store: Store, manifest: Manifest) -> Self {
-        let names = manifest.tensors.iter().enumerate();
-        let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
-        Self { store, manifest, by_name }
-    }
-
     /// The checkpoint's manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest

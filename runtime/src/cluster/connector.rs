@@ -268,7 +268,7 @@ impl Connector<'_> {
                     memory.insert(register, RegisterMemory { base, stride });
                 }
             }
-            let link = self.connect(process, Purpose::Registers { index: 0 })?;
+            let connection = self.connect(process, Purpose::Registers { index: 0 })?;
             let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
             let mut pipes = BTreeMap::new();
             for (ends, registers) in &pairs {
@@ -279,14 +279,8 @@ impl Connector<'_> {
                 let piped = registers.iter().filter(|r| is_peer && crossing.contains(r));
                 piped.for_each(|register| drop(pipes.insert(*register, pipe.clone())));
             }
-            specs.push(PeerSpec {
-                process,
-                actors: self.process_map.actors_of(plan, process),
-                connection: link,
-                pushes,
-                mirrors,
-                pipes,
-            });
+            let actors = self.process_map.actors_of(plan, process);
+            specs.push(PeerSpec { process, actors, connection, pushes, mirrors, pipes });
         }
         Ok((memory, specs))
     }

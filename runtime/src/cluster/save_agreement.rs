@@ -12,6 +12,7 @@ use shardflow_job::membership::Membership;
 
 use crate::checkpoint::agreement::{SaveAgreement, SaveId, SaveOutcome};
 use crate::checkpoint::error::AgreeError;
+use crate::process_map::ProcessMap;
 
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;
@@ -53,8 +54,7 @@ struct Payload {
 type PhaseResult = Result<bool, (u32, String)>;
 
 pub(super) struct ClusterAgreement {
-    process: u32,
-    processes: u32,
+    process_map: ProcessMap,
     membership: Arc<Membership>,
     messages: Receiver<Received>,
     timeout: Duration,
@@ -64,13 +64,12 @@ pub(super) struct ClusterAgreement {
 
 impl ClusterAgreement {
     pub(super) fn new(
-        process: u32,
-        processes: u32,
+        process_map: ProcessMap,
         membership: Arc<Membership>,
         messages: Receiver<Received>,
         wait_max: Duration,
     ) -> Self {
-        Self { process, processes, membership, messages, timeout: wait_max.max(WAIT_MIN), early: Mutex::default() }
+        Self { process_map, membership, messages, timeout: wait_max.max(WAIT_MIN), early: Mutex::default() }
     }
 
     fn error(&self, process: u32, why: impl ToString) -> AgreeError {
@@ -107,16 +106,16 @@ impl ClusterAgreement {
     }
 
     fn send_to_all(&self, bytes: &[u8]) -> Result<(), AgreeError> {
-        self.membership.send_to_all(TOPIC, bytes).map_err(|e| self.error(self.process, e))
+        self.membership.send_to_all(TOPIC, bytes).map_err(|e| self.error(self.process_map.process, e))
     }
 }
 
 impl SaveAgreement for ClusterAgreement {
     fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError> {
         let deadline = Instant::now() + self.timeout;
-        let mut all = own.map(|()| false).map_err(|why| (self.process, why));
-        if self.process == 0 {
-            for peer in 1..self.processes {
+        let mut all = own.map(|()| false).map_err(|why| (self.process_map.process, why));
+        if self.process_map.process == 0 {
+            for peer in self.process_map.peers() {
                 // Receives every result even after a failure, so that no message of this save is left over.
                 let result = self.wait(save, Phase::Written, peer, deadline)?;
                 all = all.and(result);

@@ -191,12 +191,6 @@ impl Monitor {
         left.into_iter().for_each(|process| control.peer_left(process));
         cause.into_iter().for_each(|cause| control.fail(peer_failure(&cause)));
     }
-
-    fn wait_for_cause(&self, timeout: Duration) -> Option<FirstCause> {
-        let mut state = self.state.lock();
-        self.cause_known.wait_while_for(&mut state, |state| state.cause.is_none(), timeout);
-        state.cause.clone()
-    }
 }
 
 impl World {
@@ -229,7 +223,7 @@ impl World {
         // From here on heartbeats detect lost processes.
         options.connect_within = wait_max.max(options.connect_within);
         let (to_agreement, messages) = bounded(QUEUE_MAX);
-        let agreement = ClusterAgreement::new(world.process, processes, membership.clone(), messages, wait_max).into();
+        let agreement = ClusterAgreement::new(process_map, membership.clone(), messages, wait_max).into();
         let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::new(listener));
         let (to_nccl, ids) = bounded(QUEUE_MAX);
         let (events, own) = (membership.notices().clone(), (world.process, options.clone()));
@@ -311,7 +305,9 @@ impl World {
 
     /// The first cause of all processes; `None` if it does not arrive in time.
     pub(crate) fn wait_for_cause(&self) -> Option<FirstCause> {
-        self.monitor.wait_for_cause(SETTLE_TIMEOUT)
+        let mut state = self.monitor.state.lock();
+        self.monitor.cause_known.wait_while_for(&mut state, |state| state.cause.is_none(), SETTLE_TIMEOUT);
+        state.cause.clone()
     }
 
     /// The agreement on checkpoints, and this process's rank in it.

@@ -174,14 +174,10 @@ impl Session {
     /// Returns the file's content, if it is equal on all processes.
     fn load_together(&mut self, path: &Path, file: Result<File, SessionError>) -> Result<File, SessionError> {
         let summary = |file: &File| {
-            let count = |key| number(&file.metadata, key).unwrap_or_default();
-            LoadSummary {
-                steps: count(STEPS),
-                updates: count(UPDATES),
-                seed: count(SEED),
-                manifest: 0,
-                tensors: file.tensors.iter().map(|(var, tensor)| (*var, digest_of(tensor.as_bytes()))).collect(),
-            }
+            let [steps, updates, seed] =
+                [STEPS, UPDATES, SEED].map(|key| number(&file.metadata, key).unwrap_or_default());
+            let tensors = file.tensors.iter().map(|(var, tensor)| (*var, digest_of(tensor.as_bytes()))).collect();
+            LoadSummary { steps, updates, seed, manifest: 0, tensors }
         };
         self.agree_on_load(&path.display().to_string(), summary, file)
     }

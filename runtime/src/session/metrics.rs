@@ -106,10 +106,8 @@ impl StepMetrics {
     }
 
     pub(super) fn job_time(&self) -> JobTime {
-        JobTime {
-            began_ms: self.job_began_ms,
-            productive_ms: self.training.productive_ns.load(Ordering::Relaxed) / 1_000_000,
-        }
+        let productive_ms = self.training.productive_ns.load(Ordering::Relaxed) / 1_000_000;
+        JobTime { began_ms: self.job_began_ms, productive_ms }
     }
 
     /// Productive milliseconds of this job before a checkpoint; 0 for a checkpoint of another job.

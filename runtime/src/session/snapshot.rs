@@ -101,9 +101,8 @@ impl Session {
             tensors.push(self.tensor_info(var, kind));
         }
         let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
-        let job = self.step_metrics.job_time();
+        let (declared, job) = (self.declared.values(), self.step_metrics.job_time());
         let (step, updates, seed) = (self.steps, self.updates, self.seed);
-        let declared = self.declared.values();
         Ok(Snapshot { step, updates, seed, mesh, cursor, declared, job, tensors, pieces })
     }
 

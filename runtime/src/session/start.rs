@@ -17,7 +17,6 @@ use shardflow_kernels::cpu::instruction_set;
 use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::device::{Device, DeviceKind};
-use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
@@ -227,7 +226,11 @@ impl Resources {
         budget.check(plan, &process_map, &node_processes, 0)?;
         let on_node = process_map.on_node(node_processes.iter().copied(), process_map.process);
         let takes_pipes = world.is_some_and(|world| world.takes_pipes());
-        let ids = |groups: &[Arc<Group>]| nccl_ids(world, groups);
+        let ids = |groups: &[Arc<Group>]| {
+            let Some(world) = world else { return groups.iter().map(|_| UniqueId::new()).collect() };
+            world.doing(WAITING);
+            world.nccl_ids(groups)
+        };
         let ProcessDevices { devices, engine, pipes } = devices::open(plan, &process_map, on_node, takes_pipes, &ids)?;
         set_activity("allocating memory");
         let shared = world.is_some_and(|world| world.shares_memory(plan.device));
@@ -249,12 +252,6 @@ impl Resources {
         arenas.append(&mut connections.mapped);
         Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })
     }
-}
-
-fn nccl_ids(world: Option<&World>, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
-    let Some(world) = world else { return groups.iter().map(|_| UniqueId::new()).collect() };
-    world.doing(WAITING);
-    world.nccl_ids(groups)
 }
 
 /// The declared values, with those of the optimizer.

@@ -194,14 +194,12 @@ impl Session {
     /// A device's part of an input for one micro-batch.
     fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
         let graph = &self.plan.graph;
-        match graph.producer(var).name.as_str() {
-            RNG_INPUT => {
-                // The seed offsets the counter, so that masks depend on the seed and not on the mesh.
-                let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
-                HostTensor::i32(&[2], vec![step, micro_batch as i32])
-            }
-            _ => self.region(var, local_part(graph, var, device), micro_batch, inputs),
+        if graph.producer(var).name != RNG_INPUT {
+            return self.region(var, local_part(graph, var, device), micro_batch, inputs);
         }
+        // The seed offsets the counter, so that masks depend on the seed and not on the mesh.
+        let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
+        HostTensor::i32(&[2], vec![step, micro_batch as i32])
     }
 
     /// A region of an input; the region is relative to the start of the micro-batch.
@@ -251,10 +249,7 @@ impl Session {
 
 /// The dim along which micro-batches split an input.
 fn batch_dim(input: &TensorInfo) -> Option<usize> {
-    match input.loop_sbp {
-        Some(Sbp::Split(dim)) => Some(dim),
-        _ => None,
-    }
+    if let Some(Sbp::Split(dim)) = input.loop_sbp { Some(dim) } else { None }
 }
 
 /// Combines the values of a step's micro-batches, in their order; `pieces` is not empty.

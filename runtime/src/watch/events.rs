@@ -12,6 +12,7 @@ use shardflow_actors::trace::{Cause, FiringRecord};
 use super::bubble::Bubble;
 use super::number;
 use super::under_way::RunningStep;
+use crate::session::metrics::DeviceMetrics;
 use crate::session::observer::{Observer, RecentSteps, SessionHealth, pass_of};
 use crate::session::recent::StepStats;
 
@@ -114,6 +115,7 @@ impl Cursor {
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns().unwrap_or_default());
         let (metrics, steps) = (observer.metrics(), observer.recent_steps());
         let idle_ns = snapshots.iter().map(|s| unchanged_ns(s, now_ns)).min().unwrap_or_default();
+        let memory = |d: &DeviceMetrics| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes];
         let mut event = Event {
             session: self.session.to_string(),
             health,
@@ -125,11 +127,7 @@ impl Cursor {
             tokens: steps.done * steps.tokens,
             step_seconds: steps.quantile(0.5),
             tokens_per_second: steps.quantile(0.5).map(|seconds| steps.tokens as f64 / seconds),
-            memory: metrics
-                .devices
-                .iter()
-                .map(|d| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes])
-                .collect(),
+            memory: metrics.devices.iter().map(memory).collect(),
             peers: observer.peers().iter().map(|p| (p.process, p.silent.map(|s| s.as_micros() as u64))).collect(),
             ..Event::default()
         };
