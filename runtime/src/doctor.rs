@@ -50,11 +50,7 @@ pub struct Findings {
 
 /// Examines this machine. Takes well under a second and makes no lasting change.
 pub fn examine() -> Findings {
-    let mut findings = machine::examine();
-    findings.extend(works::examine());
-    findings.extend(gpu::examine());
-    findings.extend(software::examine());
-    Findings { findings }
+    Findings { findings: [machine::examine(), works::examine(), gpu::examine(), software::examine()].concat() }
 }
 
 impl Finding {

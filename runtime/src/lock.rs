@@ -20,7 +20,6 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{RecvTimeoutError, Sender, bounded};
-use object_store::path::Path;
 use object_store::{Error, PutMode};
 use serde::{Deserialize, Serialize};
 
@@ -29,7 +28,6 @@ use crate::checkpoint::io::Operations;
 use crate::checkpoint::store::Store;
 use crate::files;
 
-/// Interval between renewals.
 const RENEWAL: Duration = Duration::from_secs(10);
 /// Poll interval for the lock of another process.
 const POLL: Duration = Duration::from_secs(1);
@@ -39,10 +37,8 @@ const MISSED_MAX: u32 = 3;
 const ATTEMPTS_MAX: u32 = 100;
 /// Size of a lock file: text padded with spaces, so that one write replaces all of it.
 const FILE_BYTES: usize = 1024;
-/// Timeout for releasing the lock.
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The process that holds a lock.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Holder {
     host: String,
@@ -50,7 +46,6 @@ struct Holder {
     pid: u32,
     /// Unix time in nanoseconds of the process's first lock. Distinguishes processes of two containers with the same pid.
     process_ns: u64,
-    /// The job's name, if it has one.
     job: Option<String>,
     epoch: u64,
     /// Unix time in nanoseconds.
@@ -86,7 +81,6 @@ impl Holder {
     }
 }
 
-/// Describes the holder in a lock file, for messages.
 fn describe(text: &[u8]) -> String {
     let Ok(holder) = serde_json::from_slice::<Holder>(text) else { return "an unknown process".into() };
     let Holder { host, pid, job, epoch, since_ns, .. } = holder;
@@ -112,9 +106,6 @@ pub(crate) struct Lock {
 
 impl Lock {
     /// Takes the lock for a job and its epoch. If a holder's `flock` is not visible, waits up to 30 s for a renewal.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Held`] with the holder, or an error of the store.
     pub(crate) fn take(store: &Store, job: Option<String>, epoch: u64) -> Result<Arc<Self>, CheckpointError> {
         Self::take_as(store, Holder::of_this_process(job, epoch))
     }
@@ -171,22 +162,21 @@ impl Lock {
         self.check()?;
         let renewals = self.renewals.fetch_add(1, Ordering::Relaxed) + 1;
         let text = Holder { renewals, ..self.holder.clone() }.encode();
+        let at = self.store.top(&file_name(self.number));
         match self.file.as_ref().map(File::try_clone) {
             // Written in place, because a new file would have no `flock`.
             Some(file) => {
-                self.store.operations.run_local(&name(&self.store, self.number), StoreOperation::Write, move || {
+                let write = move || {
                     let file = file?;
                     file.write_all_at(&text, 0).and_then(|()| file.sync_data())
-                })
+                };
+                self.store.operations.run_local(&at.name, StoreOperation::Write, write)
             }
-            None => put(&self.store, self.number, text, PutMode::Overwrite),
+            None => self.store.operations.put(&at, text, PutMode::Overwrite),
         }
     }
 
     /// LK-4: checks that this process still holds the lock.
-    ///
-    /// # Errors
-    /// [`CheckpointError::Fenced`] if another process has taken the lock.
     pub(crate) fn check(&self) -> Result<(), CheckpointError> {
         let newest = numbers(&self.store)?.pop();
         let text = newest.map(|number| read(&self.store, number)).transpose()?.flatten();
@@ -224,15 +214,6 @@ fn file_name(number: u64) -> String {
     format!("lock-{number}.json")
 }
 
-/// Name of a lock file in errors.
-fn name(store: &Store, number: u64) -> String {
-    format!("{}/{}", store.place(), file_name(number))
-}
-
-fn path(store: &Store, number: u64) -> Path {
-    store.top(&file_name(number))
-}
-
 /// Numbers of all lock files, in ascending order.
 fn numbers(store: &Store) -> Result<Vec<u64>, CheckpointError> {
     let number = |name: String| name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok();
@@ -242,21 +223,18 @@ fn numbers(store: &Store) -> Result<Vec<u64>, CheckpointError> {
 }
 
 fn read(store: &Store, number: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
-    store.operations.get(&name(store, number), &path(store, number), FILE_BYTES as u64 * 8)
-}
-
-fn put(store: &Store, number: u64, text: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
-    store.operations.put(&name(store, number), &path(store, number), text, mode)
+    store.operations.get(&store.top(&file_name(number)), FILE_BYTES as u64 * 8)
 }
 
 fn delete(store: &Store, number: u64) -> Result<(), CheckpointError> {
-    store.operations.delete(&name(store, number), &path(store, number))
+    store.operations.delete(&store.top(&file_name(number)))
 }
 
 /// Creates a lock file; `None` if another process was faster. Returns the open file if it could be locked.
 fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<File>>, CheckpointError> {
+    let (at, text) = (store.top(&file_name(number)), holder.encode());
     let Some(folder) = store.local.clone() else {
-        return match put(store, number, holder.encode(), PutMode::Create) {
+        return match store.operations.put(&at, text, PutMode::Create) {
             Ok(()) => Ok(Some(None)),
             Err(error) if error.is_there() => Ok(None),
             Err(CheckpointError::Store { source, .. })
@@ -268,8 +246,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
             Err(error) => Err(error),
         };
     };
-    let text = holder.encode();
-    store.operations.run_local(&name(store, number), StoreOperation::Write, move || {
+    store.operations.run_local(&at.name, StoreOperation::Write, move || {
         fs::create_dir_all(&folder)?;
         let file = match OpenOptions::new().write(true).create_new(true).open(folder.join(file_name(number))) {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(None),
@@ -299,7 +276,8 @@ fn live_holder(store: &Store, number: u64, own: &Holder) -> Result<Option<Vec<u8
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Ok(())),
             file => Ok(file?.try_lock()),
         };
-        let locked = match store.operations.run_local(&name(store, number), StoreOperation::Read, lock)? {
+        let file = store.top(&file_name(number)).name;
+        let locked = match store.operations.run_local(&file, StoreOperation::Read, lock)? {
             Ok(()) => Some(false),
             Err(TryLockError::WouldBlock) => Some(true),
             Err(TryLockError::Error(_)) => None,

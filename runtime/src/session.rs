@@ -12,15 +12,12 @@ use shardflow_actors::remote::HostPiece;
 use shardflow_actors::shell::RunningSession;
 use shardflow_actors::spec::ActorId;
 use shardflow_kernels::clock::Stamped;
-use shardflow_kernels::collective::Collective;
-use shardflow_kernels::device::Device;
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
 use crate::cluster::world::{WAITING, World};
 use crate::declare::Declarations;
 use crate::graph::optimizer::Bounds;
-use crate::graph::{Rate, Var};
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::requests::Requests;
@@ -71,11 +68,9 @@ pub struct Session {
     process_map: ProcessMap,
     node_processes: Vec<u32>,
     budget: Budget,
-    /// Devices of this process.
-    devices: Vec<Device>,
+    metrics_source: MetricsSource,
     /// By device: arenas of this process, and those of peers whose memory is mapped here.
     arenas: BTreeMap<usize, Arena>,
-    engine: Arc<dyn Collective>,
     running: Option<RunningSession>,
     world: Option<Arc<World>>,
     /// Name of the job, if it has one, and the number of its current incarnation, as known to this process.
@@ -89,8 +84,6 @@ pub struct Session {
     inbox: Mutex<Inbox>,
     /// Why a step failed. After a failure the contents of device memory are invalid and may still change.
     failed: Option<Failure>,
-    /// Tensors of each device's fetches, in order; for all devices.
-    fetches: BTreeMap<(usize, Rate), Vec<Var>>,
     /// Inputs that hold token ids, with the size of the vocabulary.
     vocabularies: BTreeMap<String, usize>,
     /// Inputs that several processes feed; the same list on all processes.
@@ -139,12 +132,10 @@ impl Session {
         Ok(())
     }
 
-    /// Publishes this process's activity, see [`World::doing`].
     fn set_activity(&self, activity: &str) {
         self.world.iter().for_each(|world| world.doing(activity));
     }
 
-    /// Returns the failure of an earlier step, if there was one.
     fn check_not_failed(&self) -> Result<(), SessionError> {
         self.failed.clone().map_or(Ok(()), |failure| Err(failure.into()))
     }
@@ -161,10 +152,7 @@ impl Session {
 
     /// The session's progress and memory use. Cheap: it pauses nothing.
     pub fn metrics(&self) -> Metrics {
-        let after_end = || {
-            let (devices, engine) = (self.devices.clone(), self.engine.clone());
-            MetricsSource { devices, engine }.metrics(&self.plan, self.steps, &[])
-        };
+        let after_end = || self.metrics_source.metrics(&self.plan, self.steps, &[]);
         self.observer.as_ref().map_or_else(after_end, |observer| {
             observer.set_steps(self.steps);
             observer.metrics()
@@ -255,23 +243,22 @@ impl Session {
         let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
         let peers = inbox.peers.clone();
-        while !inbox.has_all(wanted) {
-            running.host_waits_for(inbox.missing_sender(wanted).filter(|sender| *sender != self.process_map.process));
+        while let Some(sender) = inbox.missing_sender(wanted) {
+            running.host_waits_for((sender != self.process_map.process).then_some(sender));
             if let Some(process) = inbox.ended_sender(wanted) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
             select! {
                 recv(self.fetched) -> message => {
                     let Fetched { device, rate, tensors } = message.map_err(|_| ended())?.open();
-                    let port = self.ports.fetches[&(device, rate)];
+                    let port = self.ports.fetches[&(device, rate)].0;
                     self.send(&mut inbox, HostPiece { port, tensors });
                 },
                 recv(peers) -> message => inbox.receive(message.map_err(|_| ended())?),
                 recv(running.failures()) -> failure => return Err(failure.unwrap_or_else(|_| ended())),
                 recv(timeout) -> _ => {
-                    let process = inbox.missing_sender(wanted).unwrap_or(self.process_map.process);
                     let seconds = limit.unwrap_or_default().as_secs();
-                    return Err(Failure::Peer { process, cause: PeerError::Late { seconds } });
+                    return Err(Failure::Peer { process: sender, cause: PeerError::Late { seconds } });
                 }
             }
         }
@@ -312,7 +299,7 @@ impl Session {
             observer.sample();
         }
         if let Some(world) = &self.world {
-            world.leave();
+            world.membership.leave();
         }
         let ended = running.shutdown();
         finished?;
@@ -324,7 +311,7 @@ impl Session {
         let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
         running.quiesce(QUIESCE_TIMEOUT)?;
         self.send_pair([0; 2]);
-        let wanted: Vec<_> = self.ports.wanted_pairs().collect();
+        let wanted: Vec<_> = self.ports.pairs.iter().map(|port| (*port, 1)).collect();
         // A peer that is late or has left needs nothing from this process.
         let _ = self.receive_within(&wanted, Some(QUIESCE_TIMEOUT));
         Ok(())

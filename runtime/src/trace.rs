@@ -101,7 +101,11 @@ impl TraceFile {
         let process = observer.process_map().process;
         for actor in observer.process_map().actors_of(session.plan(), process) {
             if !self.firings_read.contains_key(&actor) {
-                self.write_event(&track_name(&spec, actor))?;
+                let own = &spec.actors[actor.0 as usize];
+                let args = json!({ "name": own.name });
+                let track =
+                    json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": args });
+                self.write_event(&track)?;
             }
             let next = self.firings_read.entry(actor).or_default();
             let new_firings = observer.fired(actor, *next);
@@ -125,7 +129,7 @@ impl TraceFile {
     /// Writes the clock event, and the names of devices, which a viewer shows as processes.
     fn write_header(&mut self, observer: &Observer) -> Result<(), TraceError> {
         let (process_map, pid) = (observer.process_map(), observer.process_map().own().start);
-        let args = json!({ "unix_ns": observer.started() });
+        let args = json!({ "unix_ns": observer.started });
         self.write_event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
         for device in process_map.own() {
             let name = format!("device {device}, rank {}", process_map.process);
@@ -252,12 +256,6 @@ impl Drop for TraceFile {
         // `drop` cannot return an error.
         let _ = self.close();
     }
-}
-
-/// The event that names an actor's track.
-fn track_name(spec: &Spec, actor: ActorId) -> serde_json::Value {
-    let own = &spec.actors[actor.0 as usize];
-    json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": { "name": own.name } })
 }
 
 /// The event for one end of an arrow, which stands for a register's piece and one of its readers.

@@ -44,7 +44,7 @@ mod under_way;
 
 use bubble::Prediction;
 use client::HangReport;
-use shape::Shape;
+use shape::shape;
 use state::{ServerState, ShownSession};
 use status::Status;
 
@@ -165,13 +165,13 @@ async fn serve(listener: TcpListener, state: ServerState, stopped: oneshot::Rece
     let router = Router::new()
         .route("/", get(page::index))
         .route("/page/{file}", get(page::file))
-        .route("/plan", get(shape))
-        .route("/predicted", get(predicted))
+        .route("/plan", get(|state| respond(state, |observer| Some(shape(observer)))))
+        .route("/predicted", get(|state| respond(state, Prediction::of)))
         .route("/events", get(stream::events))
         .route("/metrics", get(prometheus))
         .route("/healthz", get(health))
-        .route("/status", get(status))
-        .route("/hang", get(hang))
+        .route("/status", get(|state| respond(state, Status::of)))
+        .route("/hang", get(|state| respond(state, HangReport::of)))
         .with_state(state);
     let server = async { axum::serve(listener, router).await };
     tokio::select! {
@@ -197,12 +197,9 @@ async fn health(State(state): State<ServerState>) -> impl IntoResponse {
     let idle_ns = observer.as_ref().filter(|observer| observer.is_under_way()).and_then(|observer| observer.idle_ns());
     match observer.map(|observer| observer.health()) {
         Some(SessionHealth::Healthy { steps }) => {
-            match idle_ns.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= IDLE_SECONDS_REPORTED) {
-                Some(seconds) => {
-                    (StatusCode::OK, format!("ok, {}, no progress for {seconds} s\n", counted(steps, "step")))
-                }
-                None => (StatusCode::OK, format!("ok, {}\n", counted(steps, "step"))),
-            }
+            let idle = idle_ns.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= IDLE_SECONDS_REPORTED);
+            let idle = idle.map(|seconds| format!(", no progress for {seconds} s")).unwrap_or_default();
+            (StatusCode::OK, format!("ok, {}{idle}\n", counted(steps, "step")))
         }
         Some(SessionHealth::Failed(cause)) => (StatusCode::SERVICE_UNAVAILABLE, format!("failed: {cause}\n")),
         Some(SessionHealth::Ended) | None => (StatusCode::SERVICE_UNAVAILABLE, "no session is running\n".to_owned()),
@@ -211,26 +208,10 @@ async fn health(State(state): State<ServerState>) -> impl IntoResponse {
 
 /// Runs a query that waits for the states of all actors, and returns the result as JSON.
 async fn respond<T: serde::Serialize + Send + 'static>(
-    state: ServerState,
+    State(state): State<ServerState>,
     query: impl FnOnce(&Observer) -> Option<T> + Send + 'static,
 ) -> Result<Json<T>, StatusCode> {
     let observer = state.observer().ok_or(StatusCode::SERVICE_UNAVAILABLE)?;
     let response = tokio::task::spawn_blocking(move || query(&observer)).await;
     response.ok().flatten().map(Json).ok_or(StatusCode::SERVICE_UNAVAILABLE)
-}
-
-async fn status(State(state): State<ServerState>) -> impl IntoResponse {
-    respond(state, Status::of).await
-}
-
-async fn hang(State(state): State<ServerState>) -> impl IntoResponse {
-    respond(state, HangReport::of).await
-}
-
-async fn shape(State(state): State<ServerState>) -> impl IntoResponse {
-    respond(state, |observer| Some(Shape::of(observer))).await
-}
-
-async fn predicted(State(state): State<ServerState>) -> impl IntoResponse {
-    respond(state, Prediction::of).await
 }

@@ -1,6 +1,8 @@
 //! How processes agree that a checkpoint is complete: each reports its result, process 0 commits, and all receive the
 //! outcome.
 
+use serde::{Deserialize, Serialize};
+
 use super::error::AgreeError;
 
 /// Rank of a process, world size, and incarnation of the job.
@@ -20,7 +22,7 @@ impl ProcessRank {
 }
 
 /// One attempt to save: the same on all processes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SaveId {
     /// Incarnation of the job.
     pub epoch: u64,

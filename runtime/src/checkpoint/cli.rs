@@ -90,23 +90,19 @@ pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
         CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
         CheckpointCommand::Verify { dir, step } => verify(&Store::open(dir)?, *step),
         CheckpointCommand::Reshard { dir, to, shards, step } => {
-            let (reader, mut text) = select(&Store::open(dir)?, *step)?;
-            let target = Store::open(to)?;
-            reshard(&reader, &target, *shards)?;
-            let from = reader.manifest().shards.len();
-            let _ = writeln!(text, "step {}: {from} -> {} in {to}", reader.manifest().step, counted(shards, "shard"));
-            Ok(text)
+            let (reader, text) = select(&Store::open(dir)?, *step)?;
+            reshard(&reader, &Store::open(to)?, *shards)?;
+            let (step, from) = (reader.manifest().step, reader.manifest().shards.len());
+            Ok(format!("{text}step {step}: {from} -> {} in {to}\n", counted(shards, "shard")))
         }
         CheckpointCommand::Export { dir, file, step } => {
-            let (reader, mut text) = select(&Store::open(dir)?, *step)?;
+            let (reader, text) = select(&Store::open(dir)?, *step)?;
             export(&reader, file).map_err(|error| match error {
                 CheckpointError::Io { path, source } => CheckpointCliError::Output { path, source },
                 error => error.into(),
             })?;
-            let tensors = reader.manifest().tensors.len();
-            let _ =
-                writeln!(text, "step {}: {} in {}", reader.manifest().step, counted(tensors, "tensor"), file.display());
-            Ok(text)
+            let (step, tensors) = (reader.manifest().step, reader.manifest().tensors.len());
+            Ok(format!("{text}step {step}: {} in {}\n", counted(tensors, "tensor"), file.display()))
         }
     }
 }
@@ -156,13 +152,9 @@ fn verify(store: &Store, step: Option<u64>) -> Result<String, CheckpointCliError
     for step in &steps {
         let _ = match store.read(*step).and_then(|reader| reader.verify().map(|()| reader)) {
             Ok(reader) => {
-                let bytes = reader.manifest().bytes();
-                writeln!(
-                    text,
-                    "step {step}: ok, {}, {}",
-                    counted(reader.manifest().shards.len(), "shard"),
-                    counted(bytes, "byte")
-                )
+                let manifest = reader.manifest();
+                let (shards, bytes) = (counted(manifest.shards.len(), "shard"), counted(manifest.bytes(), "byte"));
+                writeln!(text, "step {step}: ok, {shards}, {bytes}")
             }
             Err(error) if error.is_damage() => {
                 damaged += 1;

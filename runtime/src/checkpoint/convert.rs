@@ -50,7 +50,7 @@ pub fn reshard(reader: &CheckpointReader, target: &Store, shards: u32) -> Result
         return Err(CheckpointError::Refused(format!("{shards} shards; the number must be 1 to {SHARDS_MAX}")));
     }
     let source = reader.manifest();
-    let exists = || CheckpointError::Exists { file: target.manifest_name(source.step), step: source.step };
+    let exists = || CheckpointError::Exists { file: target.manifest(source.step).name, step: source.step };
     if target.is_committed(source.step)? {
         return Err(exists());
     }
@@ -108,12 +108,11 @@ fn write_part(
         let (tensor, region) = &parts[part];
         Ok(Cow::Owned(reader.tensor(&manifest.tensors[*tensor].info.name, region)?))
     };
-    let written = shard::write(target, manifest.step, &file, &entries, content)?;
-    for ((tensor, region), (offset, blake3)) in parts.into_iter().zip(written.entries) {
-        let Region { start, size } = region;
+    let (shard, written) = shard::write(target, manifest.step, &file, &entries, content)?;
+    for ((tensor, Region { start, size }), (offset, blake3)) in parts.into_iter().zip(written) {
         let piece = Piece { shard: index as usize, offset, start, size, blake3 };
         manifest.tensors[tensor].pieces.push(piece);
     }
-    manifest.shards.push(written.shard);
+    manifest.shards.push(shard);
     Ok(())
 }

@@ -20,12 +20,7 @@ pub enum StoreOperation {
 
 impl fmt::Display for StoreOperation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Read => "read",
-            Self::Write => "write",
-            Self::List => "list",
-            Self::Delete => "delete",
-        })
+        f.write_str(["read", "write", "list", "delete"][*self as usize])
     }
 }
 

@@ -10,7 +10,7 @@ use super::shard::{Sidecar, SidecarPiece};
 const ELEMENTS_MAX: usize = 1 << 12;
 
 /// A manifest with a tensor of 4 x 6 in two pieces, a scalar, and an empty tensor.
-pub(super) fn sample_manifest() -> Manifest {
+pub(crate) fn sample_manifest() -> Manifest {
     let sum = Checksum::of(b"");
     let info = |name: &str, shape: &[usize]| TensorMeta {
         name: name.into(),

@@ -36,13 +36,9 @@ pub(crate) struct Io(Option<Runtime>);
 
 impl Io {
     pub(crate) fn new(place: &str) -> Result<Self, CheckpointError> {
-        let runtime = Builder::new_multi_thread()
-            .worker_threads(1)
-            .max_blocking_threads(BLOCKED_THREADS_MAX)
-            .thread_name("checkpoint-io")
-            .enable_all()
-            .build();
-        let runtime = runtime.map_err(|source| CheckpointError::Io { path: place.into(), source })?;
+        let mut builder = Builder::new_multi_thread();
+        builder.worker_threads(1).max_blocking_threads(BLOCKED_THREADS_MAX).thread_name("checkpoint-io").enable_all();
+        let runtime = builder.build().map_err(|source| CheckpointError::Io { path: place.into(), source })?;
         Ok(Self(Some(runtime)))
     }
 
@@ -57,6 +53,13 @@ impl Drop for Io {
             runtime.shutdown_background();
         }
     }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct StoreFile {
+    /// Its name in errors.
+    pub(crate) name: String,
+    pub(crate) path: Path,
 }
 
 /// A backend with the settings of its operations.
@@ -101,7 +104,7 @@ impl Operations {
                 std::io::ErrorKind::AlreadyExists => {
                     object_store::Error::AlreadyExists { path: String::new(), source: e.into() }
                 }
-                _ => object_store::Error::Generic { store: "checkpoint", source: e.into() },
+                _ => generic(e.into()),
             };
             tokio::task::spawn_blocking(work).await?.map_err(failed)
         })
@@ -119,84 +122,91 @@ impl Operations {
             // The receiver is dropped after the deadline.
             let _ = sender.send(work.await);
         });
-        match receiver.recv_timeout(self.deadline) {
-            Ok(result) => result.map_err(|e| CheckpointError::Store { file: file.into(), doing, source: Box::new(e) }),
+        let result = match receiver.recv_timeout(self.deadline) {
+            Ok(result) => result,
             Err(RecvTimeoutError::Timeout) => {
                 task.abort();
-                Err(CheckpointError::Stalled { file: file.into(), doing, seconds: self.deadline.as_secs_f64() })
+                let seconds = self.deadline.as_secs_f64();
+                return Err(CheckpointError::Stalled { file: file.into(), doing, seconds });
             }
-            Err(RecvTimeoutError::Disconnected) => {
-                let source = object_store::Error::Generic { store: "checkpoint", source: "operation panicked".into() };
-                Err(CheckpointError::Store { file: file.into(), doing, source: Box::new(source) })
-            }
-        }
+            Err(RecvTimeoutError::Disconnected) => Err(generic("operation panicked".into())),
+        };
+        result.map_err(|e| CheckpointError::Store { file: file.into(), doing, source: Box::new(e) })
     }
 
     /// Size of a file; `None` if it does not exist.
-    pub(crate) fn size(&self, file: &str, path: &Path) -> Result<Option<u64>, CheckpointError> {
-        let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, StoreOperation::Read, async move {
+    pub(crate) fn size(&self, file: &StoreFile) -> Result<Option<u64>, CheckpointError> {
+        let (backend, path) = (self.backend.clone(), file.path.clone());
+        self.run(&file.name, StoreOperation::Read, async move {
             Ok(none_if_missing(backend.head(&path).await)?.map(|meta| meta.size))
         })
     }
 
     /// Deletes a file if it exists.
-    pub(crate) fn delete(&self, file: &str, path: &Path) -> Result<(), CheckpointError> {
-        let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(file, StoreOperation::Delete, async move { none_if_missing(backend.delete(&path).await).map(drop) })
+    pub(crate) fn delete(&self, file: &StoreFile) -> Result<(), CheckpointError> {
+        let (backend, path) = (self.backend.clone(), file.path.clone());
+        let delete = async move { none_if_missing(backend.delete(&path).await).map(drop) };
+        self.run(&file.name, StoreOperation::Delete, delete)
     }
 
     /// Reads a file of at most `bytes_max` bytes; `None` if it does not exist.
-    pub(crate) fn get(&self, file: &str, path: &Path, bytes_max: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
-        let (backend, path) = (self.backend.clone(), path.clone());
-        let got = self.run(file, StoreOperation::Read, async move {
+    pub(crate) fn get(&self, file: &StoreFile, bytes_max: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
+        let (backend, path) = (self.backend.clone(), file.path.clone());
+        let got = self.run(&file.name, StoreOperation::Read, async move {
             match none_if_missing(backend.get(&path).await)? {
                 Some(found) if found.meta.size > bytes_max => Ok(Some(Err(found.meta.size))),
                 Some(found) => Ok(Some(Ok(found.bytes().await?.to_vec()))),
                 None => Ok(None),
             }
         })?;
-        let too_large = |size| CheckpointError::Damaged {
-            file: file.into(),
-            why: format!("{size} bytes, at most {bytes_max} are allowed"),
-        };
+        let too_large = |size| file.damaged(format!("{size} bytes, at most {bytes_max} are allowed"));
         got.transpose().map_err(too_large)
     }
 
-    /// Reads a byte range of a file.
-    pub(crate) fn get_range(&self, file: &str, path: &Path, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
-        let (backend, path) = (self.backend.clone(), path.clone());
-        self.run(
-            file,
-            StoreOperation::Read,
-            async move { Ok(backend.get_range(&path, from..from + bytes).await?.to_vec()) },
-        )
+    pub(crate) fn get_range(&self, file: &StoreFile, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
+        let (backend, path) = (self.backend.clone(), file.path.clone());
+        let get = async move { Ok(backend.get_range(&path, from..from + bytes).await?.to_vec()) };
+        self.run(&file.name, StoreOperation::Read, get)
     }
 
     /// Writes a small file in one operation. It replaces an existing file; with [`PutMode::Create`] it fails instead.
-    pub(crate) fn put(&self, file: &str, path: &Path, bytes: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
-        let (backend, at, create) = (self.backend.clone(), path.clone(), mode == PutMode::Create);
+    pub(crate) fn put(&self, file: &StoreFile, bytes: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
+        let (backend, path, create) = (self.backend.clone(), file.path.clone(), mode == PutMode::Create);
         let payload = PutPayload::from(bytes);
         let again = payload.clone();
-        let put = self.run(file, StoreOperation::Write, async move {
-            backend.put_opts(&at, payload, PutOptions::from(mode)).await.map(drop)
-        });
+        let put = async move { backend.put_opts(&path, payload, PutOptions::from(mode)).await.map(drop) };
+        let put = self.run(&file.name, StoreOperation::Write, put);
         match put {
             Err(CheckpointError::Store { source, .. }) if create && self.is_local && files::lacks_links(&source) => {
-                let path = std::path::PathBuf::from(format!("/{path}"));
+                let path = std::path::PathBuf::from(format!("/{}", file.path));
                 let content: Vec<u8> = again.iter().flatten().copied().collect();
-                self.run_local(file, StoreOperation::Write, move || files::create_by_claim(&path, &content))
+                self.run_local(&file.name, StoreOperation::Write, move || files::create_by_claim(&path, &content))
             }
             put => put,
         }
     }
 
+    pub(crate) fn rename(&self, from: &StoreFile, to: &StoreFile) -> Result<(), CheckpointError> {
+        let (backend, source, target) = (self.backend.clone(), from.path.clone(), to.path.clone());
+        self.run(&from.name, StoreOperation::Write, async move { backend.rename(&source, &target).await })
+    }
+
     /// Starts the upload of a file of `total` bytes.
-    pub(crate) fn upload(&self, file: String, path: Path, total: u64) -> Upload<'_> {
+    pub(crate) fn upload(&self, file: StoreFile, total: u64) -> Upload<'_> {
         let part = (self.part_bytes as u64).max(total.div_ceil(PARTS_MAX)).min(total.max(1)) as usize;
         let hasher = blake3::Hasher::new();
-        Upload { operations: self, file, path, total, part, buffer: Vec::new(), multipart: None, hasher }
+        Upload { operations: self, file, total, part, buffer: Vec::new(), multipart: None, hasher }
     }
+}
+
+impl StoreFile {
+    pub(crate) fn damaged(&self, why: String) -> CheckpointError {
+        CheckpointError::Damaged { file: self.name.clone(), why }
+    }
+}
+
+fn generic(source: Box<dyn std::error::Error + Send + Sync>) -> object_store::Error {
+    object_store::Error::Generic { store: "checkpoint", source }
 }
 
 fn none_if_missing<T>(result: object_store::Result<T>) -> object_store::Result<Option<T>> {
@@ -209,8 +219,7 @@ fn none_if_missing<T>(result: object_store::Result<T>) -> object_store::Result<O
 /// An upload of a file in parts of equal size. The file appears when the upload is finished.
 pub(crate) struct Upload<'a> {
     operations: &'a Operations,
-    file: String,
-    path: Path,
+    file: StoreFile,
     total: u64,
     part: usize,
     buffer: Vec<u8>,
@@ -219,7 +228,6 @@ pub(crate) struct Upload<'a> {
 }
 
 impl Upload<'_> {
-    /// Appends bytes.
     pub(crate) fn push(&mut self, mut bytes: &[u8]) -> Result<(), CheckpointError> {
         self.hasher.update(bytes);
         while !bytes.is_empty() {
@@ -240,31 +248,29 @@ impl Upload<'_> {
         let mut multipart = match self.multipart.take() {
             Some(multipart) => multipart,
             None => {
-                let (backend, path) = (self.operations.backend.clone(), self.path.clone());
+                let (backend, path) = (self.operations.backend.clone(), self.file.path.clone());
                 let begin = async move { backend.put_multipart(&path).await };
-                self.operations.run(&self.file, StoreOperation::Write, begin)?
+                self.operations.run(&self.file.name, StoreOperation::Write, begin)?
             }
         };
         let part = multipart.put_part(std::mem::take(&mut self.buffer).into());
         self.multipart = Some(multipart);
-        self.operations.run(&self.file, StoreOperation::Write, part)
+        self.operations.run(&self.file.name, StoreOperation::Write, part)
     }
 
     /// Sends the rest and returns the checksum of the whole file. On success the file is in its place, durably.
     pub(crate) fn finish(mut self) -> Result<Checksum, CheckpointError> {
         let sum = Checksum::from(self.hasher.finalize());
-        debug_assert_eq!(self.hasher.count(), self.total, "{}: the size differs from the total", self.file);
-        if self.multipart.is_none() {
-            let bytes = std::mem::take(&mut self.buffer);
-            self.operations.put(&self.file, &self.path, bytes, PutMode::Overwrite)?;
-            return Ok(sum);
-        }
-        if !self.buffer.is_empty() {
+        debug_assert_eq!(self.hasher.count(), self.total, "{}: the size differs from the total", self.file.name);
+        if self.multipart.is_some() && !self.buffer.is_empty() {
             self.send()?;
         }
-        if let Some(mut multipart) = self.multipart.take() {
-            let complete = async move { multipart.complete().await.map(drop) };
-            self.operations.run(&self.file, StoreOperation::Write, complete)?;
+        match self.multipart.take() {
+            Some(mut multipart) => {
+                let complete = async move { multipart.complete().await.map(drop) };
+                self.operations.run(&self.file.name, StoreOperation::Write, complete)?;
+            }
+            None => self.operations.put(&self.file, std::mem::take(&mut self.buffer), PutMode::Overwrite)?,
         }
         Ok(sum)
     }

@@ -15,7 +15,6 @@ use shardflow_kernels::tensor::{DType, Region};
 
 use crate::declare::{DECLARED_MAX, Values};
 
-/// Name of the format.
 const FORMAT: &str = "shardflow-checkpoint";
 /// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and
 /// [`Manifest::declared`].
@@ -341,7 +340,6 @@ fn check_piece(piece: &Piece, info: &TensorMeta, shards: &[Shard]) -> Result<(),
     Ok(())
 }
 
-/// The envelope of a sealed text.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Sealed<'a> {

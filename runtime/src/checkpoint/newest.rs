@@ -46,9 +46,8 @@ impl Store {
         accept: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
     ) -> Result<NewestCheckpoint, CheckpointError> {
         let mut damaged = Vec::new();
-        for step in
-            self.steps_with_folder()?.into_iter().rev().filter(|step| before.is_none_or(|before| *step < before))
-        {
+        let steps = self.steps_with_folder()?.into_iter().rev();
+        for step in steps.filter(|step| before.is_none_or(|before| *step < before)) {
             match self.read(step).and_then(|reader| accept(&reader).map(|()| reader)) {
                 Ok(reader) => return Ok(NewestCheckpoint { reader: Some(reader), damaged }),
                 Err(CheckpointError::Absent { .. }) => {}

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use object_store::path::Path;
 use shardflow_kernels::tensor::{HostTensor, Region};
 
 use super::error::CheckpointError;
+use super::io::StoreFile;
 use super::manifest::{Checksum, Manifest, Piece, Shard, StoredTensor, newer_version, open_sealed};
 use super::store::{CURSOR, CURSOR_BYTES_MAX, NewCursor, Store};
 use crate::sbp::region::{contains, copy_box, filled};
@@ -25,14 +25,13 @@ impl Store {
     /// # Errors
     /// [`CheckpointError::Absent`], [`CheckpointError::Damaged`] with the file, or [`CheckpointError::Newer`].
     pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
-        let (name, text) = (self.manifest_name(step), self.manifest_text(step)?);
+        let (file, text) = (self.manifest(step), self.manifest_text(step)?);
         let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
-            Some(version) => CheckpointError::Newer { file: name.clone(), version },
-            None => CheckpointError::Damaged { file: name.clone(), why },
+            Some(version) => CheckpointError::Newer { file: file.name.clone(), version },
+            None => file.damaged(why),
         })?;
         if manifest.step != step {
-            let why = format!("it belongs to step {}", manifest.step);
-            return Err(CheckpointError::Damaged { file: name, why });
+            return Err(file.damaged(format!("it belongs to step {}", manifest.step)));
         }
         let is_complete = |files: &BTreeMap<_, _>| manifest.shards.iter().all(|shard| files.contains_key(&shard.file));
         let listed = self.operations.wait_visible(|| Ok(Some(self.list(Some(step), true)?).filter(is_complete)))?;
@@ -43,21 +42,20 @@ impl Store {
                 Some(bytes) => format!("{bytes} bytes long, expected {}", shard.bytes),
                 None => "the file is missing".into(),
             };
-            return Err(CheckpointError::Damaged { file: self.name(step, &shard.file), why });
+            return Err(self.file(step, &shard.file).damaged(why));
         }
         if files.contains_key(CURSOR) {
             self.read_cursor(step, &text, &mut manifest)?;
         }
-        Ok(CheckpointReader::new(self.clone(), manifest))
+        let names = manifest.tensors.iter().enumerate();
+        let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
+        Ok(CheckpointReader { store: self.clone(), manifest, by_name })
     }
 
     fn read_cursor(&self, step: u64, text: &[u8], manifest: &mut Manifest) -> Result<(), CheckpointError> {
-        let file = self.name(step, CURSOR);
-        let Some(sealed) = self.operations.get(&file, &self.path(step, CURSOR), CURSOR_BYTES_MAX)? else {
-            return Ok(());
-        };
-        let new: NewCursor =
-            open_sealed("shardflow-cursor", &sealed).map_err(|why| CheckpointError::Damaged { file, why })?;
+        let file = self.file(step, CURSOR);
+        let Some(sealed) = self.operations.get(&file, CURSOR_BYTES_MAX)? else { return Ok(()) };
+        let new: NewCursor = open_sealed("shardflow-cursor", &sealed).map_err(|why| file.damaged(why))?;
         if new.manifest == Checksum::of(text) {
             manifest.cursor = new.cursor;
         }
@@ -73,7 +71,7 @@ impl Store {
             result => result.map(Some),
         };
         let mismatch = || {
-            let why = format!("{}: its cursor is not the one that rank 0 reads", self.manifest_name(step));
+            let why = format!("{}: its cursor is not the one that rank 0 reads", self.manifest(step).name);
             self.read(step).and(Err(CheckpointError::Refused(why)))
         };
         self.operations.wait_visible(attempt)?.map_or_else(mismatch, Ok)
@@ -81,12 +79,6 @@ impl Store {
 }
 
 impl CheckpointReader {
-    fn new(store: Store, manifest: Manifest) -> Self {
-        let names = manifest.tensors.iter().enumerate();
-        let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
-        Self { store, manifest, by_name }
-    }
-
     /// The checkpoint's manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
@@ -94,7 +86,7 @@ impl CheckpointReader {
 
     /// Name of the checkpoint in errors.
     pub fn name(&self) -> String {
-        self.store.manifest_name(self.manifest.step)
+        self.store.manifest(self.manifest.step).name
     }
 
     /// Finds a tensor by name.
@@ -143,46 +135,34 @@ impl CheckpointReader {
         Ok(out)
     }
 
-    fn shard_path(&self, shard: &Shard) -> (String, Path) {
-        let step = self.manifest.step;
-        (self.store.name(step, &shard.file), self.store.path(step, &shard.file))
-    }
-
     fn piece(&self, tensor: &StoredTensor, piece: &Piece) -> Result<HostTensor, CheckpointError> {
         let shard = &self.manifest.shards[piece.shard];
-        let (file, path) = self.shard_path(shard);
+        let file = self.store.file(self.manifest.step, &shard.file);
         let dtype = tensor.info.dtype;
         let bytes = (piece.region().element_count() * dtype.bytes()) as u64;
-        let got = self.range(shard, &file, &path, piece.offset, bytes)?;
+        let got = self.range(shard, &file, piece.offset, bytes)?;
         if Checksum::of(&got) != piece.blake3 {
-            let why =
-                format!("tensor {}: wrong checksum of {bytes} bytes at offset {}", tensor.info.name, piece.offset);
-            return Err(CheckpointError::Damaged { file, why });
+            let (name, offset) = (&tensor.info.name, piece.offset);
+            return Err(file.damaged(format!("tensor {name}: wrong checksum of {bytes} bytes at offset {offset}")));
         }
         Ok(HostTensor::from_le_bytes(dtype, &piece.size, &got))
     }
 
     /// Reads bytes of a shard. A shard of the wrong size is reported as damage, not as a failure of the store.
-    fn range(&self, shard: &Shard, file: &str, path: &Path, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
+    fn range(&self, shard: &Shard, file: &StoreFile, from: u64, bytes: u64) -> Result<Vec<u8>, CheckpointError> {
         let operations = &self.store.operations;
-        match operations.get_range(file, path, from, bytes) {
-            Ok(got) if got.len() as u64 == bytes => Ok(got),
-            result => {
-                let is_hidden = operations.size(file, path)?.is_none();
-                let why = match operations.wait_visible(|| operations.size(file, path))? {
-                    Some(size) if size == shard.bytes && is_hidden => {
-                        return operations.get_range(file, path, from, bytes);
-                    }
-                    Some(size) if size == shard.bytes => match result {
-                        Err(error) => return Err(error),
-                        Ok(got) => format!("got {} of {bytes} bytes at {from}", got.len()),
-                    },
-                    Some(size) => format!("{size} bytes long, expected {}", shard.bytes),
-                    None => "the file is missing".into(),
-                };
-                Err(CheckpointError::Damaged { file: file.into(), why })
-            }
+        let result = operations.get_range(file, from, bytes);
+        if result.as_ref().is_ok_and(|got| got.len() as u64 == bytes) {
+            return result;
         }
+        let is_hidden = operations.size(file)?.is_none();
+        let why = match operations.wait_visible(|| operations.size(file))? {
+            Some(size) if size == shard.bytes && is_hidden => return operations.get_range(file, from, bytes),
+            Some(size) if size == shard.bytes => format!("got {} of {bytes} bytes at {from}", result?.len()),
+            Some(size) => format!("{size} bytes long, expected {}", shard.bytes),
+            None => "the file is missing".into(),
+        };
+        Err(file.damaged(why))
     }
 
     /// Reads every shard and verifies its checksum.
@@ -191,17 +171,16 @@ impl CheckpointReader {
     /// [`CheckpointError::Damaged`] with the first altered shard.
     pub fn verify(&self) -> Result<(), CheckpointError> {
         for shard in &self.manifest.shards {
-            let (file, path) = self.shard_path(shard);
+            let file = self.store.file(self.manifest.step, &shard.file);
             let (mut hasher, mut at) = (blake3::Hasher::new(), 0);
             while at < shard.bytes {
                 let bytes = (shard.bytes - at).min(self.store.operations.part_bytes as u64);
-                hasher.update(&self.range(shard, &file, &path, at, bytes)?);
+                hasher.update(&self.range(shard, &file, at, bytes)?);
                 at += bytes;
             }
             let got = Checksum::from(hasher.finalize());
             if got != shard.blake3 {
-                let why = format!("checksum: expected {:?}, got {got:?}", shard.blake3);
-                return Err(CheckpointError::Damaged { file, why });
+                return Err(file.damaged(format!("checksum: expected {:?}, got {got:?}", shard.blake3)));
             }
         }
         Ok(())

@@ -9,10 +9,11 @@ use object_store::PutMode;
 
 use super::agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome};
 use super::error::CheckpointError;
+use super::io::StoreFile;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor, open_sealed, seal};
 use super::options::SaverOptions;
 use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
-use super::snapshot::Snapshot;
+use super::snapshot::{Snapshot, SnapshotPiece};
 use super::store::Store;
 use crate::lock::Lock;
 
@@ -65,7 +66,8 @@ pub(crate) fn save(
 ) -> SaveReport {
     let begin = Instant::now();
     let id = SaveId { epoch: options.member.epoch, step: snapshot.step, attempt: attempt.number };
-    let result = save_with_agreement(store, snapshot, options, id, attempt, agree);
+    let save = Save { store, snapshot, options, id, attempt };
+    let result = save.run(agree);
     let is_first = options.member.process == 0;
     let prune =
         || attempt.check_lock().and_then(|()| store.prune(snapshot.step, options.keep, options.keep_every)).err();
@@ -74,154 +76,144 @@ pub(crate) fn save(
     SaveReport { step: snapshot.step, result, bytes: snapshot.bytes(), seconds, prune }
 }
 
-fn save_with_agreement(
-    store: &Store,
-    snapshot: &Snapshot,
-    options: &SaverOptions,
+struct Save<'a> {
+    store: &'a Store,
+    snapshot: &'a Snapshot,
+    options: &'a SaverOptions,
     id: SaveId,
-    attempt: &Attempt,
-    agree: &dyn SaveAgreement,
-) -> Result<SaveOutcome, CheckpointError> {
-    let member = options.member;
-    let others = |source| CheckpointError::Others { step: id.step, source };
-    // A step that is already committed needs no shards; process 0 reports `AlreadyThere` to all.
-    let written = store
-        .is_committed(id.step)
-        .and_then(|exists| if exists && !attempt.replaces { Ok(()) } else { write_shard(store, snapshot, member, id) });
-    let agreed = agree.all_written(id, written.as_ref().copied().map_err(ToString::to_string));
-    written?;
-    agreed.map_err(others)?;
-    if member.process > 0 {
-        return agree.outcome(id, None).map_err(others);
-    }
-    let committed = commit(store, snapshot, options, id, attempt);
-    let agreed = agree.outcome(id, Some(committed.as_ref().copied().map_err(ToString::to_string)));
-    // A committed checkpoint stays committed, even if the others did not receive the outcome.
-    let saved = committed?;
-    agreed.map_err(others)?;
-    Ok(saved)
+    attempt: &'a Attempt,
 }
 
-/// Writes this process's shard, then the sidecar that describes it.
-fn write_shard(store: &Store, snapshot: &Snapshot, member: ProcessRank, id: SaveId) -> Result<(), CheckpointError> {
-    let entry = |piece: &super::snapshot::SnapshotPiece| {
-        let info = &snapshot.tensors[piece.tensor];
-        let name = entry_name(&info.name, &info.shape, &piece.region);
-        Entry { name, dtype: piece.data.dtype(), shape: piece.region.size.clone() }
-    };
-    let entries: Vec<Entry> = snapshot.pieces.iter().map(entry).collect();
-    let file = part_file(id, member.process, member.processes, SHARD);
-    let content = |index: usize| Ok(Cow::Borrowed(&snapshot.pieces[index].data));
-    let written = shard::write(store, id.step, &file, &entries, content)?;
-    let pieces = snapshot.pieces.iter().zip(&written.entries).map(|(piece, (offset, blake3))| SidecarPiece {
-        tensor: snapshot.tensors[piece.tensor].name.clone(),
-        offset: *offset,
-        start: piece.region.start.clone(),
-        size: piece.region.size.clone(),
-        blake3: *blake3,
-    });
-    let sidecar = Sidecar {
-        step: id.step,
-        epoch: id.epoch,
-        attempt: id.attempt,
-        process: member.process,
-        processes: member.processes,
-        shard: written.shard,
-        pieces: pieces.collect(),
-    };
-    let text = seal("shardflow-shard", &sidecar).map_err(CheckpointError::Refused)?;
-    let file = part_file(id, member.process, member.processes, SIDECAR);
-    store.operations.put(&store.name(id.step, &file), &store.path(id.step, &file), text, PutMode::Overwrite)
-}
-
-/// Builds the manifest and creates its file, unless the step has one.
-fn commit(
-    store: &Store,
-    snapshot: &Snapshot,
-    options: &SaverOptions,
-    id: SaveId,
-    attempt: &Attempt,
-) -> Result<SaveOutcome, CheckpointError> {
-    let exists = store.is_committed(id.step)?;
-    if exists && !attempt.replaces {
-        return Ok(SaveOutcome::AlreadyThere);
-    }
-    let mut manifest = Manifest {
-        step: id.step,
-        updates: Some(snapshot.updates),
-        epoch: id.epoch,
-        mesh: snapshot.mesh.clone(),
-        seed: snapshot.seed,
-        cursor: snapshot.cursor.clone(),
-        declared: snapshot.declared.clone(),
-        writer: env!("CARGO_PKG_VERSION").into(),
-        plan: options.plan.clone(),
-        job: snapshot.job,
-        shards: Vec::new(),
-        tensors: snapshot.tensors.iter().map(|info| StoredTensor { info: info.clone(), pieces: Vec::new() }).collect(),
-    };
-    let names = manifest.tensors.iter().enumerate();
-    let by_name: BTreeMap<String, usize> = names.map(|(index, t)| (t.info.name.clone(), index)).collect();
-    for process in 0..options.member.processes {
-        let file = store.name(id.step, &part_file(id, process, options.member.processes, SIDECAR));
-        let sidecar = read_sidecar(store, id, process, options.member.processes)?;
-        let shard = manifest.shards.len();
-        manifest.shards.push(sidecar.shard);
-        for piece in sidecar.pieces {
-            let SidecarPiece { tensor, offset, start, size, blake3 } = piece;
-            let Some(index) = by_name.get(&tensor) else {
-                let why = format!("it has tensor {tensor}, which rank 0 does not have");
-                return Err(CheckpointError::Damaged { file, why });
-            };
-            manifest.tensors[*index].pieces.push(Piece { shard, offset, start, size, blake3 });
+impl Save<'_> {
+    fn run(&self, agree: &dyn SaveAgreement) -> Result<SaveOutcome, CheckpointError> {
+        let id = self.id;
+        let others = |source| CheckpointError::Others { step: id.step, source };
+        // A step that is already committed needs no shards; process 0 reports `AlreadyThere` to all.
+        let exists = self.store.is_committed(id.step);
+        let written =
+            exists.and_then(|exists| if exists && !self.attempt.replaces { Ok(()) } else { self.write_shard() });
+        let agreed = agree.all_written(id, written.as_ref().copied().map_err(ToString::to_string));
+        written?;
+        agreed.map_err(others)?;
+        if self.options.member.process > 0 {
+            return agree.outcome(id, None).map_err(others);
         }
+        let committed = self.commit();
+        let agreed = agree.outcome(id, Some(committed.as_ref().copied().map_err(ToString::to_string)));
+        // A committed checkpoint stays committed, even if the others did not receive the outcome.
+        let saved = committed?;
+        agreed.map_err(others)?;
+        Ok(saved)
     }
-    attempt.check_lock()?;
-    if exists {
-        store.set_aside(id.step)?;
+
+    /// Writes this process's shard, then the sidecar that describes it.
+    fn write_shard(&self) -> Result<(), CheckpointError> {
+        let Self { store, snapshot, id, .. } = *self;
+        let ProcessRank { process, processes, .. } = self.options.member;
+        let entry = |piece: &SnapshotPiece| {
+            let info = &snapshot.tensors[piece.tensor];
+            let name = entry_name(&info.name, &info.shape, &piece.region);
+            Entry { name, dtype: piece.data.dtype(), shape: piece.region.size.clone() }
+        };
+        let entries: Vec<Entry> = snapshot.pieces.iter().map(entry).collect();
+        let file = part_file(id, process, processes, SHARD);
+        let content = |index: usize| Ok(Cow::Borrowed(&snapshot.pieces[index].data));
+        let (shard, written) = shard::write(store, id.step, &file, &entries, content)?;
+        let piece = |(piece, (offset, blake3)): (&SnapshotPiece, _)| {
+            let (tensor, region) = (snapshot.tensors[piece.tensor].name.clone(), piece.region.clone());
+            SidecarPiece { tensor, offset, start: region.start, size: region.size, blake3 }
+        };
+        let pieces = snapshot.pieces.iter().zip(written).map(piece).collect();
+        let SaveId { step, epoch, attempt } = id;
+        let sidecar = Sidecar { step, epoch, attempt, process, processes, shard, pieces };
+        let text = seal("shardflow-shard", &sidecar).map_err(CheckpointError::Refused)?;
+        let file = part_file(id, process, processes, SIDECAR);
+        store.operations.put(&store.file(id.step, &file), text, PutMode::Overwrite)
     }
-    commit_manifest(store, &manifest)
+
+    /// Builds the manifest and creates its file, unless the step has one.
+    fn commit(&self) -> Result<SaveOutcome, CheckpointError> {
+        let Self { store, snapshot, options, id, attempt } = *self;
+        let exists = store.is_committed(id.step)?;
+        if exists && !attempt.replaces {
+            return Ok(SaveOutcome::AlreadyThere);
+        }
+        let mut manifest = Manifest {
+            step: id.step,
+            updates: Some(snapshot.updates),
+            epoch: id.epoch,
+            mesh: snapshot.mesh.clone(),
+            seed: snapshot.seed,
+            cursor: snapshot.cursor.clone(),
+            declared: snapshot.declared.clone(),
+            writer: env!("CARGO_PKG_VERSION").into(),
+            plan: options.plan.clone(),
+            job: snapshot.job,
+            shards: Vec::new(),
+            tensors: snapshot
+                .tensors
+                .iter()
+                .map(|info| StoredTensor { info: info.clone(), pieces: Vec::new() })
+                .collect(),
+        };
+        let names = manifest.tensors.iter().enumerate();
+        let by_name: BTreeMap<String, usize> = names.map(|(index, t)| (t.info.name.clone(), index)).collect();
+        for process in 0..options.member.processes {
+            let (file, sidecar) = self.read_sidecar(process)?;
+            let shard = manifest.shards.len();
+            manifest.shards.push(sidecar.shard);
+            for piece in sidecar.pieces {
+                let SidecarPiece { tensor, offset, start, size, blake3 } = piece;
+                let Some(index) = by_name.get(&tensor) else {
+                    return Err(file.damaged(format!("it has tensor {tensor}, which rank 0 does not have")));
+                };
+                manifest.tensors[*index].pieces.push(Piece { shard, offset, start, size, blake3 });
+            }
+        }
+        attempt.check_lock()?;
+        if exists {
+            store.set_aside(id.step)?;
+        }
+        commit_manifest(store, &manifest)
+    }
+
+    /// Reads a process's sidecar, and checks that its shard exists.
+    fn read_sidecar(&self, process: u32) -> Result<(StoreFile, Sidecar), CheckpointError> {
+        let (store, id, processes) = (self.store, self.id, self.options.member.processes);
+        let file = store.file(id.step, &part_file(id, process, processes, SIDECAR));
+        let operations = &store.operations;
+        let missing = || file.damaged(format!("the file is missing, but rank {process} reported it as written"));
+        let text = operations.wait_visible(|| operations.get(&file, SIDECAR_BYTES_MAX))?.ok_or_else(missing)?;
+        let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(|why| file.damaged(why))?;
+        let expected = (id, process, processes, part_file(id, process, processes, SHARD));
+        let found = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
+        if (found, sidecar.process, sidecar.processes, sidecar.shard.file.clone()) != expected {
+            let why = format!("it belongs to {found:?}, rank {} of {}", sidecar.process, sidecar.processes);
+            return Err(file.damaged(why));
+        }
+        let shard = store.file(id.step, &sidecar.shard.file);
+        let bytes = operations.wait_visible(|| operations.size(&shard))?;
+        if bytes != Some(sidecar.shard.bytes) {
+            return Err(shard.damaged(format!("{bytes:?} bytes long, expected {}", sidecar.shard.bytes)));
+        }
+        Ok((file, sidecar))
+    }
 }
 
 /// The atomic operation that commits a checkpoint (ST-1).
 pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<SaveOutcome, CheckpointError> {
-    let (file, path) = (store.manifest_name(manifest.step), store.manifest_path(manifest.step));
-    let refused = |why| CheckpointError::Refused(format!("{file}: cannot be committed: {why}"));
+    let file = store.manifest(manifest.step);
+    let refused = |why| CheckpointError::Refused(format!("{}: cannot be committed: {why}", file.name));
     let text = manifest.encode().map_err(refused)?;
-    let Err(error) = store.operations.put(&file, &path, text.clone(), PutMode::Create) else {
+    let Err(error) = store.operations.put(&file, text.clone(), PutMode::Create) else {
         return Ok(SaveOutcome::Committed);
     };
     // A cloud store may return this error to its own retry, and a commit whose response was lost is still a commit.
-    match store.operations.get(&file, &path, super::manifest::MANIFEST_BYTES_MAX) {
+    match store.operations.get(&file, super::manifest::MANIFEST_BYTES_MAX) {
         Ok(Some(existing)) if existing == text => Ok(SaveOutcome::Committed),
         Ok(Some(_)) if error.is_there() => Ok(SaveOutcome::AlreadyThere),
         _ => Err(error),
     }
-}
-
-/// Reads a process's sidecar, and checks that its shard exists.
-fn read_sidecar(store: &Store, id: SaveId, process: u32, processes: u32) -> Result<Sidecar, CheckpointError> {
-    let file = part_file(id, process, processes, SIDECAR);
-    let (name, path) = (store.name(id.step, &file), store.path(id.step, &file));
-    let damaged = |why: String| CheckpointError::Damaged { file: name.clone(), why };
-    let operations = &store.operations;
-    let text = operations.wait_visible(|| operations.get(&name, &path, SIDECAR_BYTES_MAX))?;
-    let text =
-        text.ok_or_else(|| damaged(format!("the file is missing, but rank {process} reported it as written")))?;
-    let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(damaged)?;
-    let expected = (id, process, processes, part_file(id, process, processes, SHARD));
-    let found = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
-    if (found, sidecar.process, sidecar.processes, sidecar.shard.file.clone()) != expected {
-        return Err(damaged(format!("it belongs to {found:?}, rank {} of {}", sidecar.process, sidecar.processes)));
-    }
-    let shard = store.name(id.step, &sidecar.shard.file);
-    let path = store.path(id.step, &sidecar.shard.file);
-    let bytes = operations.wait_visible(|| operations.size(&shard, &path))?;
-    if bytes != Some(sidecar.shard.bytes) {
-        let why = format!("{bytes:?} bytes long, expected {}", sidecar.shard.bytes);
-        return Err(CheckpointError::Damaged { file: shard, why });
-    }
-    Ok(sidecar)
 }
 
 /// Checks the rank and the world size of [`SaverOptions`].

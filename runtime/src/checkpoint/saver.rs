@@ -27,20 +27,15 @@ pub enum SaveStart {
     Skipped,
 }
 
-struct Job {
-    attempt: Attempt,
-    snapshot: Snapshot,
-}
-
 /// Saves in the background. At most one save is running, and at most two snapshots are in memory. Dropping the saver
 /// does not wait: a running save may still be committed while the process lives.
 pub struct Saver {
-    jobs: Sender<Job>,
+    jobs: Sender<(Attempt, Snapshot)>,
     reports: Receiver<(SaveReport, Snapshot)>,
     /// True while the report of a save is outstanding.
     is_busy: bool,
-    /// The buffers of the last snapshot.
-    spare: Option<Snapshot>,
+    /// The buffers of the last snapshot, for the next one. While a save runs, its snapshot is the only other one in memory.
+    pub(crate) spare: Option<Snapshot>,
     next_attempt: u32,
     busy: WhenBusy,
     place: String,
@@ -65,10 +60,10 @@ impl Saver {
         }
         let lock = (member.process == 0).then(|| Lock::take(&store, options.job.clone(), member.epoch)).transpose()?;
         let place = store.place().to_string();
-        let (jobs, work) = bounded::<Job>(1);
+        let (jobs, work) = bounded::<(Attempt, Snapshot)>(1);
         let (done, reports) = bounded(1);
         let run = move || {
-            for Job { attempt, snapshot } in work {
+            for (attempt, snapshot) in work {
                 let report = save(&store, &snapshot, &options, &attempt, &*agree);
                 publish_metrics(&report);
                 // Before sending the report, so that dropping the saver after the report releases the lock at once.
@@ -88,11 +83,6 @@ impl Saver {
         self.is_busy && self.reports.is_empty() && self.busy == WhenBusy::Skip
     }
 
-    /// The buffers of the last snapshot, for the next one. While a save runs, its snapshot is the only other one in memory.
-    pub(crate) fn take_spare(&mut self) -> Option<Snapshot> {
-        self.spare.take()
-    }
-
     /// Starts to write a snapshot after the running save. `replaces`: the step's checkpoint, if there is one, was found
     /// damaged.
     pub(crate) fn start(&mut self, snapshot: Snapshot, replaces: bool) -> Result<SaveStart, CheckpointError> {
@@ -102,7 +92,7 @@ impl Saver {
             (before, self.spare) = (Some(Box::new(report)), Some(spare));
         }
         let attempt = Attempt { number: self.next_attempt, replaces, lock: self.lock.clone() };
-        self.jobs.send(Job { attempt, snapshot }).map_err(|_| self.panicked())?;
+        self.jobs.send((attempt, snapshot)).map_err(|_| self.panicked())?;
         self.next_attempt += 1;
         self.is_busy = true;
         Ok(SaveStart::Started { before })

@@ -15,17 +15,17 @@ use super::manifest::{Checksum, Shard};
 use super::store::Store;
 use crate::declare::Values;
 
-/// Key of the number of steps in a file's metadata.
+/// Keys of a file's metadata.
 pub(crate) const STEPS: &str = "shardflow.steps";
-/// Key of the number of updates in a file's metadata.
 pub(crate) const UPDATES: &str = "shardflow.updates";
-/// Largest size of a sidecar, bytes.
+pub(crate) const SEED: &str = "shardflow.seed";
+/// Prefix of the keys of declared values.
+const DECLARED: &str = "shardflow.declared.";
 pub(crate) const SIDECAR_BYTES_MAX: u64 = super::manifest::MANIFEST_BYTES_MAX;
 
 // Elements are written in memory order.
 const _: () = assert!(cfg!(target_endian = "little"), "checkpoints require a little-endian machine");
 
-/// A tensor to be written to a file.
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) name: String,
@@ -48,11 +48,6 @@ pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> Stri
     let ranges: Vec<String> = region.start.iter().zip(&region.size).map(range).collect();
     format!("{tensor}[{}]", ranges.join(","))
 }
-
-/// Key of the seed in a file's metadata.
-pub(crate) const SEED: &str = "shardflow.seed";
-/// Prefix of the keys of declared values.
-const DECLARED: &str = "shardflow.declared.";
 
 /// The metadata of a file of whole tensors.
 pub(crate) fn metadata(steps: u64, updates: u64, seed: u64, declared: &Values) -> Values {
@@ -100,24 +95,19 @@ pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, Ch
     Ok(header)
 }
 
-/// A written shard: the file, and offset and checksum of each entry.
-pub(crate) struct Written {
-    pub(crate) shard: Shard,
-    pub(crate) entries: Vec<(u64, Checksum)>,
-}
-
-/// Writes a shard; `content` returns the elements of each entry in turn, so that only one entry is in memory.
+/// Writes a shard; `content` returns the elements of each entry in turn, so that only one entry is in memory. Returns the
+/// file, and offset and checksum of each entry.
 pub(crate) fn write<'a>(
     store: &Store,
     step: u64,
     file: &str,
     entries: &[Entry],
     mut content: impl FnMut(usize) -> Result<Cow<'a, HostTensor>, CheckpointError>,
-) -> Result<Written, CheckpointError> {
+) -> Result<(Shard, Vec<(u64, Checksum)>), CheckpointError> {
     let header = header(entries, &Values::from([(STEPS.to_owned(), step.to_string())]))?;
     let mut offset = header.len() as u64;
     let bytes = offset + entries.iter().map(Entry::bytes).sum::<u64>();
-    let mut upload = store.operations.upload(store.name(step, file), store.path(step, file), bytes);
+    let mut upload = store.operations.upload(store.file(step, file), bytes);
     upload.push(&header)?;
     let mut written = Vec::with_capacity(entries.len());
     for (index, entry) in entries.iter().enumerate() {
@@ -129,7 +119,7 @@ pub(crate) fn write<'a>(
         offset += entry.bytes();
     }
     let blake3 = upload.finish()?;
-    Ok(Written { shard: Shard { file: file.into(), bytes, blake3 }, entries: written })
+    Ok((Shard { file: file.into(), bytes, blake3 }, written))
 }
 
 /// Description of a process's shard, for process 0.
@@ -145,7 +135,6 @@ pub(crate) struct Sidecar {
     pub(crate) pieces: Vec<SidecarPiece>,
 }
 
-/// A piece of a sidecar's shard.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SidecarPiece {
@@ -157,9 +146,6 @@ pub(crate) struct SidecarPiece {
 }
 
 /// Writes a temporary file beside `path`, syncs it, and renames it.
-///
-/// # Errors
-/// Those of `content`, or [`CheckpointError::Io`].
 pub(crate) fn write_whole<E: From<CheckpointError>>(
     path: &Path,
     content: impl FnOnce(&mut BufWriter<fs::File>) -> Result<(), E>,

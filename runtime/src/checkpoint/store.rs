@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 use futures_util::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::{Path, PathPart};
-use object_store::{ObjectStore, ObjectStoreExt, PutMode};
+use object_store::{ObjectStore, PutMode};
 use serde::{Deserialize, Serialize};
 use url::Url;
 
 use super::error::{CheckpointError, StoreOperation};
-use super::io::{DEADLINE, HIDDEN, Io, Operations, PART_BYTES};
+use super::io::{DEADLINE, HIDDEN, Io, Operations, PART_BYTES, StoreFile};
 use super::manifest::{Checksum, Cursor, MANIFEST_BYTES_MAX, seal};
 use crate::clock::{SystemClock, WaitClock};
 use crate::files;
@@ -31,7 +31,6 @@ pub(super) const MANIFEST: &str = "manifest.json";
 const SET_ASIDE: &str = "manifest.json.damaged";
 /// Name of the file with a cursor that replaces the manifest's (ST-4).
 pub(super) const CURSOR: &str = "cursor.json";
-/// Largest size of that file, bytes.
 pub(super) const CURSOR_BYTES_MAX: u64 = 16 << 20;
 
 /// The content of [`CURSOR`].
@@ -49,7 +48,6 @@ pub struct Store {
     prefix: Path,
     /// The place, as the user wrote it.
     place: String,
-    /// The folder, if it is local.
     pub(crate) local: Option<PathBuf>,
 }
 
@@ -62,19 +60,18 @@ impl Store {
     /// [`CheckpointError::Place`] if the place cannot be a store.
     pub fn open(place: &str) -> Result<Self, CheckpointError> {
         let fail = |why: String| CheckpointError::Place { place: place.into(), why };
-        let url = if place.contains("://") { Some(Url::parse(place).map_err(|e| fail(e.to_string()))?) } else { None };
-        let folder = match &url {
-            None => Some(PathBuf::from(place)),
-            Some(url) if url.scheme() == "file" => {
-                Some(url.to_file_path().map_err(|()| fail("the URL must have the form file:///path".into()))?)
-            }
-            Some(_) => None,
+        let open_local = |folder: &std::path::Path| {
+            Self::in_folder(Arc::new(LocalFileSystem::new().with_fsync(true)), folder, place)
         };
-        if let Some(folder) = folder {
-            return Self::in_folder(Arc::new(LocalFileSystem::new().with_fsync(true)), &folder, place);
+        if !place.contains("://") {
+            return open_local(place.as_ref());
+        }
+        let url = Url::parse(place).map_err(|e| fail(e.to_string()))?;
+        if url.scheme() == "file" {
+            let folder = url.to_file_path().map_err(|()| fail("the URL must have the form file:///path".into()))?;
+            return open_local(&folder);
         }
         let hint = "; s3:// needs the cargo feature `aws`, gs:// `gcp`, az:// `azure`";
-        let url = url.ok_or_else(|| fail("no path".into()))?;
         let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         let (backend, prefix) =
             object_store::parse_url_opts(&url, environment).map_err(|e| fail(format!("{e}{hint}")))?;
@@ -165,41 +162,31 @@ impl Store {
         format!("step-{step:012}")
     }
 
-    /// Path of a file of a step's checkpoint.
-    pub(crate) fn path(&self, step: u64, file: &str) -> Path {
-        let parts = [Self::folder_name(step)];
-        let parts = parts.iter().map(String::as_str).chain(file.split('/').filter(|part| !part.is_empty()));
-        parts.fold(self.prefix.clone(), |path, part| path.join(PathPart::from(part)))
+    /// A file or folder, relative to the store's top folder.
+    pub(crate) fn top(&self, file: &str) -> StoreFile {
+        let parts = file.split('/').filter(|part| !part.is_empty());
+        let path = parts.fold(self.prefix.clone(), |path, part| path.join(PathPart::from(part)));
+        StoreFile { name: format!("{}/{file}", self.place), path }
     }
 
-    /// Path of a file in the store's top folder.
-    pub(crate) fn top(&self, file: &str) -> Path {
-        self.prefix.clone().join(PathPart::from(file))
+    /// A file or folder of a step's checkpoint; with an empty name the step's folder.
+    pub(crate) fn file(&self, step: u64, file: &str) -> StoreFile {
+        self.top(&format!("{}/{file}", Self::folder_name(step)))
     }
 
-    /// Name of a file of a step's checkpoint in errors.
-    pub(crate) fn name(&self, step: u64, file: &str) -> String {
-        format!("{}/{}/{file}", self.place, Self::folder_name(step))
+    pub(crate) fn manifest(&self, step: u64) -> StoreFile {
+        self.file(step, MANIFEST)
     }
 
-    pub(crate) fn manifest_path(&self, step: u64) -> Path {
-        self.path(step, MANIFEST)
-    }
-
-    pub(crate) fn manifest_name(&self, step: u64) -> String {
-        self.name(step, MANIFEST)
-    }
-
-    /// True if the step has a committed checkpoint.
     pub(crate) fn is_committed(&self, step: u64) -> Result<bool, CheckpointError> {
-        Ok(self.operations.size(&self.manifest_name(step), &self.manifest_path(step))?.is_some())
+        Ok(self.operations.size(&self.manifest(step))?.is_some())
     }
 
     /// Lists the folder of a step, or of the store, with the sizes of files; a folder has no size. With `deep`, lists
     /// all files below it instead.
     pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
-        let at = step.map_or_else(|| self.prefix.clone(), |step| self.path(step, ""));
-        let name = step.map_or_else(|| self.place.clone(), |step| self.name(step, ""));
+        let whole = || StoreFile { name: self.place.clone(), path: self.prefix.clone() };
+        let StoreFile { name, path: at } = step.map_or_else(whole, |step| self.file(step, ""));
         if let Some(local) = &self.local {
             let folder = step.map_or_else(|| local.clone(), |step| local.join(Self::folder_name(step)));
             return self.operations.run_local(&name, StoreOperation::List, move || files::list(&folder, deep));
@@ -238,19 +225,13 @@ impl Store {
     /// # Errors
     /// If the store cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
-        let mut committed = Vec::new();
-        for step in self.steps_with_folder()? {
-            if self.is_committed(step)? {
-                committed.push(step);
-            }
-        }
-        Ok(committed)
+        let committed = |step| self.is_committed(step).map(|committed| committed.then_some(step)).transpose();
+        self.steps_with_folder()?.into_iter().filter_map(committed).collect()
     }
 
     pub(super) fn manifest_text(&self, step: u64) -> Result<Vec<u8>, CheckpointError> {
         let absent = || CheckpointError::Absent { place: self.place.clone(), step: Some(step) };
-        let text = self.operations.get(&self.manifest_name(step), &self.manifest_path(step), MANIFEST_BYTES_MAX)?;
-        text.ok_or_else(absent)
+        self.operations.get(&self.manifest(step), MANIFEST_BYTES_MAX)?.ok_or_else(absent)
     }
 
     /// Atomically replaces the cursor of a committed checkpoint, for a training that rolls back to it and skips
@@ -261,7 +242,7 @@ impl Store {
     pub fn set_cursor(&self, step: u64, cursor: Cursor) -> Result<(), CheckpointError> {
         let manifest = Checksum::of(&self.manifest_text(step)?);
         let sealed = seal("shardflow-cursor", &NewCursor { manifest, cursor }).map_err(CheckpointError::Refused)?;
-        self.operations.put(&self.name(step, CURSOR), &self.path(step, CURSOR), sealed, PutMode::Overwrite)
+        self.operations.put(&self.file(step, CURSOR), sealed, PutMode::Overwrite)
     }
 
     /// Renames the manifest of a checkpoint that is damaged, or that training has rolled back past, so that the step
@@ -270,10 +251,7 @@ impl Store {
     /// # Errors
     /// If the rename fails.
     pub fn set_aside(&self, step: u64) -> Result<(), CheckpointError> {
-        let (backend, from, to) =
-            (self.operations.backend.clone(), self.manifest_path(step), self.path(step, SET_ASIDE));
-        let rename = async move { backend.rename(&from, &to).await };
-        self.operations.run(&self.manifest_name(step), StoreOperation::Write, rename)
+        self.operations.rename(&self.manifest(step), &self.file(step, SET_ASIDE))
     }
 
     /// Deletes a file or a folder of a step; with an empty name the whole step, its manifest first.
@@ -281,18 +259,18 @@ impl Store {
         if name.is_empty() {
             self.delete(step, MANIFEST, false)?;
         }
-        let (file, path) = (self.name(step, name), self.path(step, name));
+        let file = self.file(step, name);
         if let Some(local) = &self.local {
             // This also deletes partial files of a killed process, which the object store does not list.
             let local = local.join(Self::folder_name(step)).join(name);
-            return self.operations.run_local(&file, StoreOperation::Delete, move || files::remove(&local));
+            return self.operations.run_local(&file.name, StoreOperation::Delete, move || files::remove(&local));
         }
         if !is_folder {
-            return self.operations.delete(&file, &path);
+            return self.operations.delete(&file);
         }
         let backend = self.operations.backend.clone();
-        self.operations.run(&file, StoreOperation::Delete, async move {
-            let found = backend.list(Some(&path)).map_ok(|meta| meta.location).boxed();
+        self.operations.run(&file.name, StoreOperation::Delete, async move {
+            let found = backend.list(Some(&file.path)).map_ok(|meta| meta.location).boxed();
             backend.delete_stream(found).try_for_each(async |_| Ok(())).await
         })
     }

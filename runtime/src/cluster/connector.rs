@@ -36,26 +36,21 @@ use crate::process_map::ProcessMap;
 /// Interval at which a wait for a peer checks whether the session has ended.
 const END_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
-/// Everything through which a session's registers and collectives cross processes.
 pub(crate) struct Connections {
-    /// Runs every group's collectives.
     pub(crate) engine: Arc<dyn Collective>,
     /// Arenas of peers' devices that are mapped into this process, by device.
     pub(crate) mapped: BTreeMap<usize, Arena>,
     /// Local copies (mirrors) of the slots of peers' registers.
     pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
-    /// The connections of register messages.
     pub(crate) peers: Vec<PeerSpec>,
 }
 
 impl Connections {
-    /// For a session without peers.
     pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
         Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
     }
 }
 
-/// Makes the [`Connections`] of a session.
 pub(crate) struct Connector<'a> {
     /// Memory of CUDA devices is never shared between processes, and the GPU engine runs their collectives.
     pub(crate) device: DeviceKind,
@@ -75,7 +70,6 @@ impl Connector<'_> {
         &self.roster.members[process as usize]
     }
 
-    /// True if two processes share memory.
     pub(crate) fn shares_memory(&self, a: u32, b: u32) -> bool {
         let is_enabled = matches!(self.options.transport, Transport::Auto | Transport::SharedMemory);
         is_enabled && self.device == DeviceKind::Cpu && self.member(a).is_near(self.member(b))
@@ -111,7 +105,6 @@ impl Connector<'_> {
         Ok(peer.zip(own).map_or(address, |(peer, own)| Address::Tcp(with_zone_of(peer, own).to_string())))
     }
 
-    /// Makes all connections of a session whose devices have these arenas.
     pub(crate) fn connect_all(
         &self,
         plan: &Plan,
@@ -131,22 +124,24 @@ impl Connector<'_> {
         let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);
         wire_groups.retain(|group| self.process_map.processes_of(group).contains(&self.process_map.process));
         let (mapped, board) = self.share_memory(board_groups, plan, arenas, &near)?;
-        let mut engines: BTreeMap<u32, Arc<dyn Collective>> = BTreeMap::new();
+        let mut engines = BTreeMap::new();
+        let mut add = |groups: Vec<Arc<Group>>, engine: Arc<dyn Collective>| {
+            engines.extend(groups.into_iter().map(|group| (group.id, engine.clone())));
+        };
         if let Some((board, groups)) = board {
             let all = arenas.iter().chain(&mapped).map(|(device, arena)| (*device, arena.clone())).collect();
-            let engine: Arc<dyn Collective> = Arc::new(SharedMemory::new(board, &groups, all)?);
-            groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+            let engine = SharedMemory::new(board, &groups, all)?;
+            add(groups, Arc::new(engine));
         }
         if !wire_groups.is_empty() {
             let wire = Wire::new(self.channels(&wire_groups)?, transport::SEND_TIMEOUT);
-            let engine: Arc<dyn Collective> = Arc::new(wire);
-            wire_groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+            add(wire_groups, Arc::new(wire));
         }
         let (mirrors, peers) = self.peers(plan, devices)?;
         if !mpi_groups.is_empty() {
             let timeout = self.deadline.saturating_duration_since(Instant::now());
             let engine = self.by_mpi.engine(&self.process_map, &mpi_groups, timeout)?;
-            mpi_groups.iter().for_each(|group| drop(engines.insert(group.id, engine.clone())));
+            add(mpi_groups, engine);
         }
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
@@ -273,7 +268,7 @@ impl Connector<'_> {
                     memory.insert(register, RegisterMemory { base, stride });
                 }
             }
-            let link = self.connect(process, Purpose::Registers { index: 0 })?;
+            let connection = self.connect(process, Purpose::Registers { index: 0 })?;
             let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
             let mut pipes = BTreeMap::new();
             for (ends, registers) in &pairs {
@@ -284,14 +279,8 @@ impl Connector<'_> {
                 let piped = registers.iter().filter(|r| is_peer && crossing.contains(r));
                 piped.for_each(|register| drop(pipes.insert(*register, pipe.clone())));
             }
-            specs.push(PeerSpec {
-                process,
-                actors: self.process_map.actors_of(plan, process),
-                connection: link,
-                pushes,
-                mirrors,
-                pipes,
-            });
+            let actors = self.process_map.actors_of(plan, process);
+            specs.push(PeerSpec { process, actors, connection, pushes, mirrors, pipes });
         }
         Ok((memory, specs))
     }

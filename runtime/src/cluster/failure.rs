@@ -7,7 +7,6 @@ use shardflow_kernels::error::KernelError;
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::Exit;
 
-/// Exit code for the first cause of a session's failure.
 pub(crate) fn exit_of(failure: &Failure) -> Exit {
     match failure {
         Failure::Kernel { cause, .. } => exit_of_kernel(cause),

@@ -12,6 +12,7 @@ use shardflow_job::membership::Membership;
 
 use crate::checkpoint::agreement::{SaveAgreement, SaveId, SaveOutcome};
 use crate::checkpoint::error::AgreeError;
+use crate::process_map::ProcessMap;
 
 /// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;
@@ -25,7 +26,6 @@ const EARLY_MAX: usize = 1 << 14;
 /// Characters of a failure's reason that are sent.
 const REASON_CHARS_MAX: usize = 1000;
 
-/// A message from a peer.
 pub(super) struct Received {
     pub(super) from: u32,
     pub(super) bytes: Vec<u8>,
@@ -44,39 +44,32 @@ enum Phase {
 /// The content of a message, as JSON.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Payload {
-    epoch: u64,
-    step: u64,
-    attempt: u32,
+    #[serde(flatten)]
+    save: SaveId,
     phase: Phase,
     result: PhaseResult,
 }
 
-/// Epoch, step and attempt of a save, its phase, and the sender.
-type Key = (u64, u64, u32, Phase, u32);
-
 /// Result of a phase: `true` if the step was already committed; or the process that failed, and the reason.
 type PhaseResult = Result<bool, (u32, String)>;
 
-/// The agreement of the processes of a session.
 pub(super) struct ClusterAgreement {
-    process: u32,
-    processes: u32,
+    process_map: ProcessMap,
     membership: Arc<Membership>,
     messages: Receiver<Received>,
     timeout: Duration,
-    /// Results that arrived before this process waited for them.
-    early: Mutex<BTreeMap<Key, PhaseResult>>,
+    /// Results that arrived before this process waited for them, by save, phase and sender.
+    early: Mutex<BTreeMap<(SaveId, Phase, u32), PhaseResult>>,
 }
 
 impl ClusterAgreement {
     pub(super) fn new(
-        process: u32,
-        processes: u32,
+        process_map: ProcessMap,
         membership: Arc<Membership>,
         messages: Receiver<Received>,
         wait_max: Duration,
     ) -> Self {
-        Self { process, processes, membership, messages, timeout: wait_max.max(WAIT_MIN), early: Mutex::default() }
+        Self { process_map, membership, messages, timeout: wait_max.max(WAIT_MIN), early: Mutex::default() }
     }
 
     fn error(&self, process: u32, why: impl ToString) -> AgreeError {
@@ -86,20 +79,17 @@ impl ClusterAgreement {
     fn encode(save: SaveId, phase: Phase, result: PhaseResult) -> Vec<u8> {
         let truncate = |reason: String| reason.chars().take(REASON_CHARS_MAX).collect();
         let result = result.map_err(|(process, reason)| (process, truncate(reason)));
-        let payload = Payload { epoch: save.epoch, step: save.step, attempt: save.attempt, phase, result };
+        let payload = Payload { save, phase, result };
         // Plain data, so encoding does not fail; if it did, the peer would reject the empty message.
         serde_json::to_vec(&payload).unwrap_or_default()
     }
 
     /// Waits for a peer's result of this phase of this save.
     fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<PhaseResult, AgreeError> {
-        let key = (save.epoch, save.step, save.attempt, phase, from);
         loop {
-            let mut early = self.early.lock();
-            if let Some(result) = early.remove(&key) {
+            if let Some(result) = self.early.lock().remove(&(save, phase, from)) {
                 return Ok(result);
             }
-            drop(early);
             let message = self.messages.recv_deadline(deadline).map_err(|e| {
                 let cause = self.membership.first_cause().map(|first| first.to_string());
                 self.error(from, cause.unwrap_or_else(|| format!("did not report the result of its part: {e}")))
@@ -111,32 +101,31 @@ impl ClusterAgreement {
             if early.len() >= EARLY_MAX {
                 return Err(self.error(sender, format!("more than {EARLY_MAX} unexpected messages are pending")));
             }
-            early.insert((payload.epoch, payload.step, payload.attempt, payload.phase, sender), payload.result);
+            early.insert((payload.save, payload.phase, sender), payload.result);
         }
     }
 
     fn send_to_all(&self, bytes: &[u8]) -> Result<(), AgreeError> {
-        self.membership.send_to_all(TOPIC, bytes).map_err(|e| self.error(self.process, e))
+        self.membership.send_to_all(TOPIC, bytes).map_err(|e| self.error(self.process_map.process, e))
     }
 }
 
 impl SaveAgreement for ClusterAgreement {
     fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError> {
         let deadline = Instant::now() + self.timeout;
-        let own = own.map(|()| false).map_err(|why| (self.process, why));
-        if self.process != 0 {
-            let bytes = Self::encode(save, Phase::Written, own);
+        let mut all = own.map(|()| false).map_err(|why| (self.process_map.process, why));
+        if self.process_map.process == 0 {
+            for peer in self.process_map.peers() {
+                // Receives every result even after a failure, so that no message of this save is left over.
+                let result = self.wait(save, Phase::Written, peer, deadline)?;
+                all = all.and(result);
+            }
+            self.send_to_all(&Self::encode(save, Phase::AllWritten, all.clone()))?;
+        } else {
+            let bytes = Self::encode(save, Phase::Written, all);
             self.membership.send(0, TOPIC, bytes).map_err(|e| self.error(0, e))?;
-            let all = self.wait(save, Phase::AllWritten, 0, deadline)?;
-            return all.map(drop).map_err(|(process, why)| self.error(process, why));
+            all = self.wait(save, Phase::AllWritten, 0, deadline)?;
         }
-        let mut all = own;
-        for peer in 1..self.processes {
-            // Receives every result even after a failure, so that no message of this save is left over.
-            let result = self.wait(save, Phase::Written, peer, deadline)?;
-            all = all.and(result);
-        }
-        self.send_to_all(&Self::encode(save, Phase::AllWritten, all.clone()))?;
         all.map(drop).map_err(|(process, why)| self.error(process, why))
     }
 

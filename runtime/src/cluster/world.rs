@@ -12,7 +12,7 @@ use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::Failure;
 use shardflow_actors::shell::{Control, RunningSession};
 use shardflow_job::env::{LaunchContext, World as Launched};
-use shardflow_job::exit::{self, Exit};
+use shardflow_job::exit;
 use shardflow_job::machine::hidden_name;
 use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent, PeerStatus};
 use shardflow_job::options::{ClusterOptions, Transport};
@@ -20,15 +20,14 @@ use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster
 use shardflow_job::secret::Secret;
 use shardflow_job::text::counted;
 use shardflow_job::transport::{Listener, Purpose, with_zone_of};
-use shardflow_kernels::collective::{Collective, Group};
+use shardflow_kernels::collective::Group;
 use shardflow_kernels::cuda::nccl::UniqueId;
-use shardflow_kernels::device::{Device, DeviceKind};
+use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::error::KernelError;
-use shardflow_kernels::memory::Arena;
 
 use super::Cluster;
 use super::by_mpi::ByMpi;
-use super::connector::{self, Connections, Connector};
+use super::connector::{self, Connector};
 use super::error::ClusterError;
 use super::failure::{attribute_to_peer, is_symptom, peer_failure, report_failure};
 use super::nccl_ids;
@@ -44,13 +43,13 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// A running session's connection to the other processes.
 pub(crate) struct World {
-    process_map: ProcessMap,
+    pub(crate) process_map: ProcessMap,
     roster: Roster,
     listener: Arc<Listener>,
     secret: Secret,
     options: ClusterOptions,
     by_mpi: ByMpi,
-    membership: Arc<Membership>,
+    pub(crate) membership: Arc<Membership>,
     monitor: Arc<Monitor>,
     agreement: Arc<ClusterAgreement>,
     /// Peers' messages with NCCL ids.
@@ -60,11 +59,8 @@ pub(crate) struct World {
 /// Another process of the session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerState {
-    /// Its rank.
     pub process: u32,
-    /// Name of its machine.
     pub host: String,
-    /// Its process id there.
     pub pid: u32,
     /// True if it runs on the same machine as this process.
     pub is_on_this_node: bool,
@@ -95,7 +91,6 @@ struct State {
     cause: Option<FirstCause>,
     /// Peers that have left in order.
     left: Vec<u32>,
-    /// Control of the session, once it runs.
     control: Option<Control>,
     /// Each process's activity and when it began.
     activities: BTreeMap<u32, (String, Instant)>,
@@ -153,8 +148,7 @@ impl Monitor {
                     }
                     MembershipEvent::Message { topic: ACTIVITY_TOPIC, from, bytes } => {
                         let text = String::from_utf8_lossy(&bytes);
-                        let printable = text.chars().filter(|c| !c.is_control());
-                        let activity = printable.take(ACTIVITY_CHARS_MAX).collect();
+                        let activity = text.chars().filter(|c| !c.is_control()).take(ACTIVITY_CHARS_MAX).collect();
                         monitor.state.lock().activities.insert(from, (activity, Instant::now()));
                     }
                     MembershipEvent::Message { .. } => {}
@@ -197,13 +191,6 @@ impl Monitor {
         left.into_iter().for_each(|process| control.peer_left(process));
         cause.into_iter().for_each(|cause| control.fail(peer_failure(&cause)));
     }
-
-    /// Waits for the first cause; `None` after the timeout.
-    fn wait_for_cause(&self, timeout: Duration) -> Option<FirstCause> {
-        let mut state = self.state.lock();
-        self.cause_known.wait_while_for(&mut state, |state| state.cause.is_none(), timeout);
-        state.cause.clone()
-    }
 }
 
 impl World {
@@ -236,8 +223,7 @@ impl World {
         // From here on heartbeats detect lost processes.
         options.connect_within = wait_max.max(options.connect_within);
         let (to_agreement, messages) = bounded(QUEUE_MAX);
-        let agreement = ClusterAgreement::new(world.process, processes, membership.clone(), messages, wait_max);
-        let agreement = Arc::new(agreement);
+        let agreement = ClusterAgreement::new(process_map, membership.clone(), messages, wait_max).into();
         let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::new(listener));
         let (to_nccl, ids) = bounded(QUEUE_MAX);
         let (events, own) = (membership.notices().clone(), (world.process, options.clone()));
@@ -254,23 +240,17 @@ impl World {
         let _ = self.membership.send_to_all(ACTIVITY_TOPIC, activity.as_bytes());
     }
 
-    /// The distribution of devices over processes.
-    pub(crate) fn process_map(&self) -> ProcessMap {
-        self.process_map
-    }
-
     /// The processes of this node, in order.
     pub(crate) fn here(&self) -> Vec<u32> {
         let node = |process: u32| &self.roster.members[process as usize].node;
         (0..self.process_map.processes).filter(|process| node(*process) == node(self.process_map.process)).collect()
     }
 
-    /// The cores that a process may run on.
     pub(crate) fn cores(&self, process: u32) -> &[u64] {
         &self.roster.members[process as usize].cores
     }
 
-    fn connector(&self, device: DeviceKind) -> Connector<'_> {
+    pub(crate) fn connector(&self, device: DeviceKind) -> Connector<'_> {
         let Self { process_map, roster, listener, secret, options, by_mpi, .. } = self;
         new_connector(device, process_map, roster, listener, secret, options, by_mpi)
     }
@@ -281,10 +261,7 @@ impl World {
         self.process_map.peers().any(|process| self.connector(device).shares_memory(own, process))
     }
 
-    /// Adds the mirrors that the processes of this node will allocate to the plan's memory.
-    ///
-    /// # Errors
-    /// [`PlanError::Memory`] if they exceed the plan's budget.
+    /// Adds the mirrors that the processes of this node will allocate to the plan's memory, and checks its budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
         let connector = self.connector(plan.device);
         for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
@@ -308,18 +285,6 @@ impl World {
         nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
     }
 
-    /// Makes all connections between the processes.
-    pub(crate) fn connect(
-        &self,
-        plan: &Plan,
-        devices: &[Device],
-        arenas: &BTreeMap<usize, Arena>,
-        in_process: Arc<dyn Collective>,
-        pipes: Pipes,
-    ) -> Result<Connections, ClusterError> {
-        Connector { pipes, ..self.connector(plan.device) }.connect_all(plan, devices, arenas, in_process)
-    }
-
     /// From now on a failure in any process ends the session in all processes.
     pub(crate) fn watch(&self, running: &RunningSession) {
         let (membership, process_map) = (self.membership.clone(), self.process_map);
@@ -338,19 +303,11 @@ impl World {
         }
     }
 
-    /// Ends the session in all processes because of this one.
-    pub(crate) fn fail(&self, cause: String, exit: Exit) {
-        self.membership.fail(cause, exit.code());
-    }
-
-    /// Reports a process that may be lost.
-    pub(crate) fn suspect(&self, process: u32, cause: String) {
-        self.membership.suspect(process, cause);
-    }
-
     /// The first cause of all processes; `None` if it does not arrive in time.
     pub(crate) fn wait_for_cause(&self) -> Option<FirstCause> {
-        self.monitor.wait_for_cause(SETTLE_TIMEOUT)
+        let mut state = self.monitor.state.lock();
+        self.monitor.cause_known.wait_while_for(&mut state, |state| state.cause.is_none(), SETTLE_TIMEOUT);
+        state.cause.clone()
     }
 
     /// The agreement on checkpoints, and this process's rank in it.
@@ -373,7 +330,6 @@ impl World {
         ]
     }
 
-    /// The state of the other processes.
     pub(crate) fn peers(&self) -> Vec<PeerState> {
         let member = |process: u32| &self.roster.members[process as usize];
         let own = member(self.process_map.process);
@@ -383,11 +339,6 @@ impl World {
             PeerState { process, host, pid, is_on_this_node, silent: status.silent }
         };
         self.membership.peers().into_iter().map(peer).collect()
-    }
-
-    /// Reports to the others that this process leaves in order.
-    pub(crate) fn leave(&self) {
-        self.membership.leave();
     }
 }
 
@@ -436,7 +387,6 @@ fn meet(
     Ok((roster, listener, heartbeat))
 }
 
-/// Connects the control plane to every peer and starts heartbeats.
 fn start_membership(
     connector: &Connector<'_>,
     heartbeat: UdpSocket,

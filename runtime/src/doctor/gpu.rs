@@ -8,17 +8,11 @@ use super::{Finding, FindingStatus, size};
 
 pub(super) fn examine() -> Vec<Finding> {
     let probe = probe();
-    let mut found = Vec::new();
-    let devices = match &probe.driver {
-        Err(error) => {
-            found.push(unusable("driver", error));
-            Vec::new()
-        }
-        Ok(version) => {
-            found.push(Finding::new("gpu", "driver", FindingStatus::Ok, format!("CUDA {version}")));
-            probe.devices
-        }
+    let (driver, devices) = match &probe.driver {
+        Err(error) => (unusable("driver", error), Vec::new()),
+        Ok(version) => (Finding::new("gpu", "driver", FindingStatus::Ok, format!("CUDA {version}")), probe.devices),
     };
+    let mut found = vec![driver];
     if devices.is_empty() {
         let hint = "CUDA needs a GPU and NVIDIA's driver; CUDA_VISIBLE_DEVICES may hide devices";
         found.push(Finding::new("gpu", "devices", FindingStatus::Absent, "none").hint(hint));

@@ -1,7 +1,6 @@
 //! Cores, memory, limits and kernel, read from `/proc` and `/sys`.
 
 use std::fs;
-use std::path::Path;
 use std::thread::available_parallelism;
 
 use super::{Finding, FindingStatus, size};
@@ -15,9 +14,7 @@ const FILES_MIN: u64 = 4096;
 const KERNEL_MIN: (u32, u32) = (5, 3);
 
 pub(super) fn examine() -> Vec<Finding> {
-    let mut found = vec![cores(), vector_units()];
-    found.extend([memory(), memory_budget(), huge_pages(), shared_memory(), open_files(), kernel()]);
-    found
+    [cores, vector_units, memory, memory_budget, huge_pages, shared_memory, open_files, kernel].map(|f| f()).into()
 }
 
 fn ok(name: &'static str, value: impl Into<String>) -> Finding {
@@ -28,13 +25,13 @@ fn poor(name: &'static str, value: impl Into<String>, hint: &str) -> Finding {
     Finding::new("machine", name, FindingStatus::Poor, value).hint(hint)
 }
 
-fn text(path: impl AsRef<Path>) -> Option<String> {
-    fs::read_to_string(path).ok()
+fn text(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
 }
 
 fn cores() -> Finding {
     let usable = available_parallelism().map_or(1, usize::from);
-    let info = text("/proc/cpuinfo").unwrap_or_default();
+    let info = text("/proc/cpuinfo");
     let all = info.lines().filter(|line| line.starts_with("processor")).count();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
     let model = model.map_or("unknown model", |(_, name)| name);
@@ -64,7 +61,7 @@ fn vector_units() -> Finding {
 }
 
 fn memory() -> Finding {
-    let info = text("/proc/meminfo").unwrap_or_default();
+    let info = text("/proc/meminfo");
     match (meminfo(&info, "MemTotal"), meminfo(&info, "MemAvailable")) {
         (Some(total), Some(available)) => ok("memory", format!("{} available of {}", size(available), size(total))),
         _ => poor("memory", "unknown", "mount /proc"),
@@ -82,9 +79,8 @@ fn memory_budget() -> Finding {
 }
 
 fn huge_pages() -> Finding {
-    let info = text("/proc/meminfo").unwrap_or_default();
-    let reserved = meminfo(&info, "HugePages_Total").unwrap_or(0);
-    let transparent = text("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
+    let reserved = meminfo(&text("/proc/meminfo"), "HugePages_Total").unwrap_or(0);
+    let transparent = text("/sys/kernel/mm/transparent_hugepage/enabled");
     let transparent = transparent.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or("absent", |t| t.0);
     ok("huge pages", format!("{reserved} reserved; transparent: {transparent}"))
 }
@@ -103,7 +99,7 @@ fn shared_memory() -> Finding {
 }
 
 fn open_files() -> Finding {
-    let limits = text("/proc/self/limits").unwrap_or_default();
+    let limits = text("/proc/self/limits");
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).unwrap_or("");
     let mut words = line.split_whitespace();
     let (soft, hard) = (words.next().unwrap_or("unknown"), words.next().unwrap_or("unknown"));
@@ -115,7 +111,7 @@ fn open_files() -> Finding {
 }
 
 fn kernel() -> Finding {
-    let release = text("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let release = text("/proc/sys/kernel/osrelease");
     let release = release.trim();
     match version(release) {
         Some(found) if found >= KERNEL_MIN => ok("kernel", release),

@@ -5,44 +5,26 @@ use std::{env, fs};
 
 use super::{Finding, FindingStatus};
 
-/// A library or program, and how to install it.
-struct Software {
-    group: &'static str,
-    name: &'static str,
-    /// File name prefixes; any of them matches.
-    files: &'static [&'static str],
-    hint: &'static str,
-}
-
-const LIBRARIES: &[Software] =
-    &[Software { group: "cluster", name: "libmpi", files: &["libmpi.so"], hint: "apt install libopenmpi-dev" }];
-
-const PROGRAMS: &[Software] = &[
-    Software { group: "cluster", name: "mpirun", files: &["mpirun"], hint: "apt install openmpi-bin" },
-    Software { group: "cluster", name: "srun", files: &["srun"], hint: "apt install slurm-client" },
-    Software {
-        group: "cluster",
-        name: "kubectl",
-        files: &["kubectl"],
-        hint: "see https://kubernetes.io/docs/tasks/tools",
-    },
+/// Programs, and how to install them.
+const PROGRAMS: [(&str, &str); 3] = [
+    ("mpirun", "apt install openmpi-bin"),
+    ("srun", "apt install slurm-client"),
+    ("kubectl", "see https://kubernetes.io/docs/tasks/tools"),
 ];
 
 pub(super) fn examine() -> Vec<Finding> {
-    let folders = library_folders();
-    let libraries = LIBRARIES.iter().map(|software| finding(software, find_library(software, &folders)));
-    let mut found: Vec<Finding> = libraries.collect();
+    let mut found =
+        vec![finding("libmpi", find_library("libmpi.so", &library_folders()), "apt install libopenmpi-dev")];
     let paths = env::var_os("PATH").unwrap_or_default();
-    let programs: Vec<PathBuf> = env::split_paths(&paths).collect();
-    let find_program = |item: &Software| programs.iter().map(|f| f.join(item.files[0])).find(|path| path.is_file());
-    found.extend(PROGRAMS.iter().map(|software| finding(software, find_program(software))));
+    let find_program = |name: &str| env::split_paths(&paths).map(|f| f.join(name)).find(|path| path.is_file());
+    found.extend(PROGRAMS.map(|(name, hint)| finding(name, find_program(name), hint)));
     found
 }
 
-fn finding(software: &Software, path: Option<PathBuf>) -> Finding {
+fn finding(name: &'static str, path: Option<PathBuf>, hint: &str) -> Finding {
     match path {
-        Some(path) => Finding::new(software.group, software.name, FindingStatus::Ok, path.display().to_string()),
-        None => Finding::new(software.group, software.name, FindingStatus::Absent, "not found").hint(software.hint),
+        Some(path) => Finding::new("cluster", name, FindingStatus::Ok, path.display().to_string()),
+        None => Finding::new("cluster", name, FindingStatus::Absent, "not found").hint(hint),
     }
 }
 
@@ -77,11 +59,8 @@ fn configured_folders(text: &str) -> Vec<PathBuf> {
     text.lines().map(line).filter(|line| line.starts_with('/')).map(PathBuf::from).collect()
 }
 
-fn find_library(software: &Software, folders: &[PathBuf]) -> Option<PathBuf> {
-    let is_match = |name: &String| {
-        let rest = software.files.iter().find_map(|file| name.strip_prefix(file));
-        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
-    };
+fn find_library(file: &str, folders: &[PathBuf]) -> Option<PathBuf> {
+    let is_match = |name: &String| name.strip_prefix(file).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
     folders.iter().find_map(|folder| names(folder).iter().find(|name| is_match(name)).map(|name| folder.join(name)))
 }
 
@@ -93,7 +72,7 @@ mod tests {
     fn libraries_are_found_by_name() {
         let folder = tempfile::tempdir().unwrap();
         let folders = [folder.path().join("none"), folder.path().to_path_buf()];
-        let find = || find_library(&LIBRARIES[0], &folders);
+        let find = || find_library("libmpi.so", &folders);
         fs::write(folder.path().join("libmpicxx.so.40"), "").unwrap();
         fs::write(folder.path().join("libmpi.socket"), "").unwrap();
         assert_eq!(find(), None);

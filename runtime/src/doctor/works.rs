@@ -12,18 +12,14 @@ use shardflow_job::env::{DERIVED_PORTS, PORT_DEFAULT};
 use shardflow_job::machine::temporary_folder;
 
 pub(super) fn examine() -> Vec<Finding> {
-    let trials = [
-        ("loopback", loopback(), "bring up the interface: ip link set lo up"),
-        (
-            "unix sockets",
-            unix_sockets(),
-            "make the temporary folder writable, or set TMPDIR to the short path of a writable folder",
-        ),
-        ("memfd", memfd(), "allow memfd_create in the container's seccomp profile, and mount /proc"),
-    ];
-    let mut found: Vec<Finding> = trials.into_iter().map(|(name, result, hint)| finding(name, result, hint)).collect();
-    found.extend([default_port(), derived_ports()]);
-    found
+    let sockets = "make the temporary folder writable, or set TMPDIR to the short path of a writable folder";
+    vec![
+        finding("loopback", loopback(), "bring up the interface: ip link set lo up"),
+        finding("unix sockets", unix_sockets(), sockets),
+        finding("memfd", memfd(), "allow memfd_create in the container's seccomp profile, and mount /proc"),
+        default_port(),
+        derived_ports(),
+    ]
 }
 
 fn finding(name: &'static str, result: io::Result<()>, hint: &str) -> Finding {

@@ -154,28 +154,12 @@ fn a_lock_whose_file_is_deleted_is_lost() {
 /// Shards that a manifest names, and a manifest that rank 0 has named, may become visible late.
 #[test]
 fn a_read_waits_for_files_that_another_process_has_written() {
-    use crate::checkpoint::manifest::{Cursor, Manifest, Shard};
+    use crate::checkpoint::fuzz::sample_manifest;
+    use crate::checkpoint::manifest::{Checksum, Cursor, Manifest, Shard};
     use crate::checkpoint::save::commit_manifest;
-    let shard = Shard {
-        file: "e0-0/shard-0-of-1.safetensors".into(),
-        bytes: 3,
-        blake3: crate::checkpoint::manifest::Checksum::of(b"abc"),
-    };
+    let shard = Shard { file: "e0-0/shard-0-of-1.safetensors".into(), bytes: 3, blake3: Checksum::of(b"abc") };
     let cursor = Cursor::from([("sample".into(), "7".into())]);
-    let manifest = Manifest {
-        step: 4,
-        epoch: 0,
-        mesh: "data=1".into(),
-        updates: None,
-        seed: 0,
-        declared: Default::default(),
-        cursor,
-        writer: String::new(),
-        plan: None,
-        job: Default::default(),
-        shards: vec![shard],
-        tensors: Vec::new(),
-    };
+    let manifest = Manifest { step: 4, cursor, shards: vec![shard], tensors: Vec::new(), ..sample_manifest() };
     let digest = manifest.cursor_digest();
     for (manifest_after, shard_after, is_there) in [(0, 60, true), (60, 0, true), (0, 100, false), (100, 0, false)] {
         let (clock, store) = in_cloud();
@@ -191,8 +175,7 @@ fn a_read_waits_for_files_that_another_process_has_written() {
                     commit_manifest(&writer, &manifest).unwrap();
                 } else {
                     let file = &manifest.shards[0].file;
-                    let path = writer.path(4, file);
-                    writer.operations.put(file, &path, b"abc".to_vec(), PutMode::Overwrite).unwrap();
+                    writer.operations.put(&writer.file(4, file), b"abc".to_vec(), PutMode::Overwrite).unwrap();
                 }
                 false
             });
@@ -212,8 +195,8 @@ fn a_read_waits_for_files_that_another_process_has_written() {
     // The read also waits for the cursor that rank 0 has read, and does not accept another one.
     let (clock, store) = in_cloud();
     commit_manifest(&store, &manifest).unwrap();
-    let path = store.path(4, &manifest.shards[0].file);
-    store.operations.put("shard", &path, b"abc".to_vec(), PutMode::Overwrite).unwrap();
+    let shard = store.file(4, &manifest.shards[0].file);
+    store.operations.put(&shard, b"abc".to_vec(), PutMode::Overwrite).unwrap();
     let (writer, changed) = (store.clone(), Cursor::from([("sample".into(), "9".into())]));
     let digest = Manifest { cursor: changed.clone(), ..manifest }.cursor_digest();
     assert!(store.read_as(4, digest).unwrap_err().to_string().contains("its cursor is not the one"));

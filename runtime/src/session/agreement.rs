@@ -82,10 +82,8 @@ pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> 
                 let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
                 if name != RNG_INPUT && !region.is_empty() {
                     let (_, regions) = fed.entry(name).or_insert((*var, Feeders::new()));
-                    regions
-                        .entry((region.start, region.size))
-                        .or_default()
-                        .insert(process_map.process_of(actor.device));
+                    let feeders = regions.entry((region.start, region.size)).or_default();
+                    feeders.insert(process_map.process_of(actor.device));
                 }
             }
         }
@@ -157,16 +155,10 @@ pub(super) struct LoadSummary {
 
 /// The numbers that a process sends at a load: of what it has read, or of its error's exit code.
 pub(super) fn numbers_of_load(plan: &Plan, summary: Result<LoadSummary, u8>) -> Vec<u64> {
-    let LoadSummary { steps, updates, seed, manifest, tensors } = match summary {
-        Ok(summary) => summary,
-        Err(exit) => {
-            let mut numbers = Outcome::Failed(exit).to_pair().to_vec();
-            numbers.resize(load_numbers(plan), 0);
-            return numbers;
-        }
-    };
+    let outcome = summary.as_ref().map_or_else(|exit| Outcome::Failed(*exit), |summary| Outcome::Good(summary.steps));
+    let LoadSummary { updates, seed, manifest, tensors, .. } = summary.unwrap_or_default();
     let digests = plan.graph.residents().map(|var| tensors.get(&var).copied().unwrap_or_default());
-    Outcome::Good(steps).to_pair().into_iter().chain([updates, seed, manifest]).chain(digests).collect()
+    outcome.to_pair().into_iter().chain([updates, seed, manifest]).chain(digests).collect()
 }
 
 /// The difference between the numbers of all processes for a step, if there is one. `steps`: the steps done before.

@@ -34,9 +34,6 @@ impl Budget {
 
     /// Checks that this node has memory for these processes, all of which run on it: their devices and mirrors, and
     /// `snapshots` snapshots each.
-    ///
-    /// # Errors
-    /// [`PlanError::NodeMemory`], with each device and process.
     pub(crate) fn check(
         &self,
         plan: &Plan,

@@ -174,14 +174,10 @@ impl Session {
     /// Returns the file's content, if it is equal on all processes.
     fn load_together(&mut self, path: &Path, file: Result<File, SessionError>) -> Result<File, SessionError> {
         let summary = |file: &File| {
-            let count = |key| number(&file.metadata, key).unwrap_or_default();
-            LoadSummary {
-                steps: count(STEPS),
-                updates: count(UPDATES),
-                seed: count(SEED),
-                manifest: 0,
-                tensors: file.tensors.iter().map(|(var, tensor)| (*var, digest_of(tensor.as_bytes()))).collect(),
-            }
+            let [steps, updates, seed] =
+                [STEPS, UPDATES, SEED].map(|key| number(&file.metadata, key).unwrap_or_default());
+            let tensors = file.tensors.iter().map(|(var, tensor)| (*var, digest_of(tensor.as_bytes()))).collect();
+            LoadSummary { steps, updates, seed, manifest: 0, tensors }
         };
         self.agree_on_load(&path.display().to_string(), summary, file)
     }
@@ -220,8 +216,9 @@ impl Session {
     /// Reads a file's tensors for the program, or only its parameters; changes nothing in the session.
     fn read(&self, path: &Path, weights_only: bool) -> Result<File, SessionError> {
         let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
-        let file = SafeTensors::deserialize(&bytes).map_err(|e| not_whole(path, &e))?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| not_whole(path, &e))?;
+        let not_whole = |e: SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let file = SafeTensors::deserialize(&bytes).map_err(not_whole)?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(not_whole)?;
         let metadata = header.metadata().clone().unwrap_or_default();
         let kind = |name: &str| if name.starts_with(STATE_PREFIX) { TensorKind::State } else { TensorKind::Parameter };
         let names = file.names().into_iter().map(|name| (name, kind(name)));
@@ -336,8 +333,4 @@ fn floats(view: &TensorView<'_>) -> Option<Vec<f32>> {
 
 fn io(path: &Path, source: std::io::Error) -> CheckpointError {
     CheckpointError::Io { path: path.into(), source }
-}
-
-fn not_whole(path: &Path, error: &SafeTensorError) -> CheckpointError {
-    CheckpointError::Format { path: path.into(), message: error.to_string() }
 }

@@ -43,20 +43,17 @@ impl Inbox {
 
     /// A process that has ended without sending a wanted piece.
     pub(super) fn ended_sender(&self, wanted: &[(u32, usize)]) -> Option<u32> {
-        let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
-        let sender = |(port, _): &(u32, usize)| self.ports.ports[*port as usize].process;
-        wanted.iter().filter(missing).map(sender).find(|process| self.ended.contains(process))
+        self.missing_senders(wanted).find(|process| self.ended.contains(process))
     }
 
     /// The sender of the first wanted piece that is missing.
     pub(super) fn missing_sender(&self, wanted: &[(u32, usize)]) -> Option<u32> {
-        let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
-        wanted.iter().find(missing).map(|(port, _)| self.ports.ports[*port as usize].process)
+        self.missing_senders(wanted).next()
     }
 
-    /// True if each port holds the wanted number of pieces.
-    pub(super) fn has_all(&self, wanted: &[(u32, usize)]) -> bool {
-        wanted.iter().all(|(port, count)| self.waiting.get(port).map_or(0, VecDeque::len) >= *count)
+    fn missing_senders(&self, wanted: &[(u32, usize)]) -> impl Iterator<Item = u32> {
+        let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
+        wanted.iter().filter(missing).map(|(port, _)| self.ports.ports[*port as usize].process)
     }
 
     /// Removes and returns up to `count` of a port's oldest pieces.
@@ -66,7 +63,6 @@ impl Inbox {
     }
 }
 
-/// Encodes numbers as a tensor.
 pub(super) fn tensor_of(numbers: &[u64]) -> HostTensor {
     let halves: Vec<i32> = numbers.iter().flat_map(|number| [*number as u32 as i32, (number >> 32) as i32]).collect();
     HostTensor::i32(&[halves.len()], halves)

@@ -17,12 +17,9 @@ pub struct HostIn {
     pub receiver: Receiver<Vec<HostTensor>>,
 }
 
-/// Result of one firing of a fetch.
 #[derive(Debug)]
 pub struct Fetched {
-    /// Rank of the device.
     pub device: usize,
-    /// Rate of the fetch.
     pub rate: Rate,
     /// One tensor per buffer.
     pub tensors: Vec<HostTensor>,
@@ -31,11 +28,8 @@ pub struct Fetched {
 /// Kernel that reads tensors and sends them to the session.
 #[derive(Debug)]
 pub struct HostOut {
-    /// Rank of the device.
     pub device: usize,
-    /// Rate of the fetch.
     pub rate: Rate,
-    /// Channel to the session.
     pub sender: Sender<Stamped<Fetched>>,
 }
 

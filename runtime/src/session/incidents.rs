@@ -5,7 +5,6 @@ use parking_lot::Mutex;
 /// Incidents of each kind that are kept. The first ones are kept because they explain later ones.
 const INCIDENTS_MAX: usize = 8;
 
-/// An event that went wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Incident {
     /// Time of its first occurrence, nanoseconds since the session's start.
@@ -16,7 +15,6 @@ pub struct Incident {
     pub text: String,
 }
 
-/// The incidents so far, at most 8 of each kind.
 #[derive(Debug, Default)]
 pub(super) struct Incidents(Mutex<Vec<Incident>>);
 
@@ -31,7 +29,6 @@ impl Incidents {
         }
     }
 
-    /// All of them, in the order of time.
     pub(super) fn sorted(&self) -> Vec<Incident> {
         let mut incidents = self.0.lock().clone();
         incidents.sort_by_key(|incident| incident.at_ns);

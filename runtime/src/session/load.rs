@@ -6,12 +6,12 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, Sender, never, unbounded};
 use shardflow_actors::remote::{PeerMessage, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterMemory};
-use shardflow_actors::spec::{ActorId, RegisterId, StreamKind};
+use shardflow_actors::spec::{ActorId, ActorSpec, RegisterId, StreamKind};
 use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::device::{Device, Priority};
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, Base};
-use shardflow_kernels::op::{Launch, Op, Program};
+use shardflow_kernels::op::{CustomKernel, Launch, Op, Program};
 use shardflow_kernels::tensor::HostTensor;
 
 use super::host::{Fetched, HostIn, HostOut};
@@ -29,19 +29,6 @@ pub(super) fn external_actions(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId,
         for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
             if action.external && !matches!(plan.key, ActionKey::Feed(_) | ActionKey::Decide) {
                 out.push((*actor, index as u32, action.per_step));
-            }
-        }
-    }
-    out
-}
-
-/// Tensors of each device's fetches, in order; for all devices.
-pub(super) fn fetches(plan: &Plan) -> BTreeMap<(usize, Rate), Vec<Var>> {
-    let mut out = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
-        for action in actions {
-            if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
-                out.insert((actor.device, rate), host.vars.clone());
             }
         }
     }
@@ -78,7 +65,8 @@ pub(super) fn load(
         let urgent = actor.stream == StreamKind::Communication;
         let priority = if urgent { Priority::High } else { Priority::Normal };
         let stream = device.stream_with(&actor.name, threads, engine.clone(), priority)?;
-        let programs = loader.programs(id);
+        let actions = 0..plan.actions[id.0 as usize].len();
+        let programs: Vec<_> = actions.map(|action| loader.program(id, action)).collect();
         programs.iter().try_for_each(|action| stream.prepare(&action.program))?;
         hosted.insert(id, ActorHost { stream, programs });
     }
@@ -100,7 +88,6 @@ pub(super) fn load(
     Ok(Loaded { plan: loaded, feeds, fetched, from_peers, mirrored })
 }
 
-/// Creates the shell's programs from a plan.
 struct Loader<'a> {
     plan: &'a Plan,
     /// By device; includes at least those of this process.
@@ -123,20 +110,15 @@ pub(super) struct FeedPort {
 }
 
 impl Loader<'_> {
-    /// Creates an actor's programs, in the order of its actions.
-    fn programs(&mut self, actor: ActorId) -> Vec<ActionProgram> {
-        (0..self.plan.actions[actor.0 as usize].len()).map(|action| self.program(actor, action)).collect()
-    }
-
     fn program(&mut self, actor: ActorId, index: usize) -> ActionProgram {
         let action = &self.plan.actions[actor.0 as usize][index];
-        let device = self.plan.spec.actors[actor.0 as usize].device;
+        let ActorSpec { name, device, .. } = &self.plan.spec.actors[actor.0 as usize];
         let mut launches = action.launches.clone();
-        launches.extend(self.host_launch(actor, index, device, action));
-        let name = format!("{} {}", self.plan.spec.actors[actor.0 as usize].name, action.name);
+        launches.extend(self.host_launch(actor, index, *device, action));
+        let name = format!("{name} {}", action.name);
         let program = Program { name, launches, signals: action.signals.clone() };
-        let fixed = |offset: usize| BaseRef::Fixed(Base { arena: self.arenas[&device].clone(), offset });
-        let scratch = self.plan.memory[device].scratch.get(&actor).map_or(0, |s| s.0);
+        let fixed = |offset: usize| BaseRef::Fixed(Base { arena: self.arenas[device].clone(), offset });
+        let scratch = self.plan.memory[*device].scratch.get(&actor).map_or(0, |s| s.0);
         let bases = action.bases.iter().map(|base| match base {
             BaseKey::Fixed => fixed(0),
             BaseKey::Scratch => fixed(scratch),
@@ -148,27 +130,21 @@ impl Loader<'_> {
 
     fn host_launch(&mut self, actor: ActorId, index: usize, device: usize, action: &ActionPlan) -> Option<Launch> {
         let port = action.host.as_ref()?;
-        let launch = |kernel, reads, writes| Launch {
-            op: Op::Custom(kernel),
-            reads,
-            writes,
-            accumulate: false,
-            workspace: None,
-        };
-        match action.key {
+        let (kernel, reads, writes): (Arc<dyn CustomKernel>, _, _) = match action.key {
             ActionKey::Feed(_) | ActionKey::Decide => {
                 let rate = if let ActionKey::Feed(rate) = action.key { rate } else { Rate::Step };
                 let decides = action.key == ActionKey::Decide;
                 let (sender, receiver) = unbounded();
                 let vars = port.vars.clone();
                 self.feeds.push(FeedPort { actor, action: index as u32, device, rate, decides, vars, sender });
-                Some(launch(Arc::new(HostIn { receiver }), Vec::new(), port.buffers.clone()))
+                (Arc::new(HostIn { receiver }), Vec::new(), port.buffers.clone())
             }
             ActionKey::Fetch(rate) => {
-                let kernel = HostOut { device, rate, sender: self.sender.clone() };
-                Some(launch(Arc::new(kernel), port.buffers.clone(), Vec::new()))
+                let sender = self.sender.clone();
+                (Arc::new(HostOut { device, rate, sender }), port.buffers.clone(), Vec::new())
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        Some(Launch { op: Op::Custom(kernel), reads, writes, accumulate: false, workspace: None })
     }
 }

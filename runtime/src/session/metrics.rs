@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_actors::spec::RegisterSpec;
 use shardflow_job::exit::unix_ns;
 use shardflow_kernels::collective::Collective;
 use shardflow_kernels::device::Device;
@@ -18,7 +19,6 @@ use crate::metrics as names;
 use crate::plan::{Plan, flops};
 use crate::process_map::ProcessMap;
 
-/// Handles of the metrics of steps.
 pub(super) struct StepMetrics {
     steps: Counter,
     step: Gauge,
@@ -34,7 +34,7 @@ pub(super) struct StepMetrics {
     step_seconds_min: f64,
     /// Start of the job's launcher, or without one, of this session. Unix time in milliseconds.
     job_began_ms: u64,
-    training: Arc<TrainingTime>,
+    pub(super) training: Arc<TrainingTime>,
 }
 
 /// Share of the job's time spent in productive steps.
@@ -48,10 +48,6 @@ pub(super) struct TrainingTime {
 }
 
 impl TrainingTime {
-    fn new(ratio: Gauge, earlier: Duration) -> Arc<Self> {
-        Arc::new(Self { ratio, started: Instant::now(), earlier, productive_ns: AtomicU64::new(0) })
-    }
-
     /// Publishes the ratio, which decreases also while no step ends.
     pub(super) fn publish(&self) {
         let productive = self.productive_ns.load(Ordering::Relaxed) as f64 * 1e-9;
@@ -71,6 +67,7 @@ impl StepMetrics {
         let publishes = options.publishes_metrics;
         let counter = |name: &'static str| if publishes { counter!(name) } else { Counter::noop() };
         let gauge = |name: &'static str| if publishes { gauge!(name) } else { Gauge::noop() };
+        let ratio = gauge(names::TRAINING_RATIO);
         if publishes {
             publish_start(plan, process_map, options, step_flops);
         }
@@ -87,7 +84,7 @@ impl StepMetrics {
             step_tokens: tokens_per_step(plan),
             step_seconds_min: step_flops / (peak_flops.unwrap_or(1.0) * process_map.devices as f64),
             job_began_ms,
-            training: TrainingTime::new(gauge(names::TRAINING_RATIO), earlier),
+            training: Arc::new(TrainingTime { ratio, started: Instant::now(), earlier, productive_ns: 0.into() }),
         }
     }
 
@@ -108,17 +105,9 @@ impl StepMetrics {
         self.training.publish();
     }
 
-    /// The training time, shared with the observer.
-    pub(super) fn training_time(&self) -> Arc<TrainingTime> {
-        self.training.clone()
-    }
-
-    /// Job times for a checkpoint taken now.
     pub(super) fn job_time(&self) -> JobTime {
-        JobTime {
-            began_ms: self.job_began_ms,
-            productive_ms: self.training.productive_ns.load(Ordering::Relaxed) / 1_000_000,
-        }
+        let productive_ms = self.training.productive_ns.load(Ordering::Relaxed) / 1_000_000;
+        JobTime { began_ms: self.job_began_ms, productive_ms }
     }
 
     /// Productive milliseconds of this job before a checkpoint; 0 for a checkpoint of another job.
@@ -213,6 +202,7 @@ pub struct Metrics {
 }
 
 /// Sources of metrics other than the actors' states.
+#[derive(Clone)]
 pub(super) struct MetricsSource {
     /// Devices of this process.
     pub(super) devices: Vec<Device>,
@@ -222,17 +212,11 @@ pub(super) struct MetricsSource {
 impl MetricsSource {
     pub(super) fn metrics(&self, plan: &Plan, steps: u64, snapshots: &[ActorSnapshot]) -> Metrics {
         let spec = &plan.spec;
-        let mut registers: Vec<RegisterMetrics> = spec
-            .registers
-            .iter()
-            .map(|r| RegisterMetrics {
-                name: r.name.clone(),
-                slots: r.slots,
-                slots_held: 0,
-                slots_peak: 0,
-                slot_bytes: r.slot_bytes,
-            })
-            .collect();
+        let unused = |RegisterSpec { name, slots, slot_bytes, .. }: &RegisterSpec| {
+            let (name, slots, slot_bytes) = (name.clone(), *slots, *slot_bytes);
+            RegisterMetrics { name, slots, slots_held: 0, slots_peak: 0, slot_bytes }
+        };
+        let mut registers: Vec<RegisterMetrics> = spec.registers.iter().map(unused).collect();
         let mut measured: Vec<usize> = plan.memory.iter().map(|m| m.fixed_bytes + m.stream_bytes).collect();
         let mut actors = Vec::new();
         for snapshot in snapshots {

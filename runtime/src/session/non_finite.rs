@@ -16,7 +16,7 @@ use crate::plan::ActionKey;
 
 /// Where a non-finite tensor was computed. Ordered by its fields, the smallest origin is the cause of the others:
 /// within a micro-batch nodes run in the program's order, and tensors of the whole step come after all micro-batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Origin {
     once_per_step: bool,
     micro_batch: u32,
@@ -96,9 +96,9 @@ impl Session {
         inputs: &Inputs<'_>,
         report: &StepReport,
     ) -> Result<NonFinite, SessionError> {
-        self.check_finite(true);
+        self.running.iter().for_each(|running| running.check_finite(true));
         let run = self.run(inputs).and_then(|_| self.decide(f32::NAN));
-        self.check_finite(false);
+        self.running.iter().for_each(|running| running.check_finite(false));
         run?;
         let found = self.running.as_ref().map(|running| running.take_not_finite()).unwrap_or_default();
         let computed = found.iter().filter_map(|found| self.origin(found));
@@ -115,10 +115,6 @@ impl Session {
             OnNonFinite::Skip { in_a_row_max } if self.skipped_in_a_row <= in_a_row_max => Ok(()),
             _ => Err(SessionError::NonFinite(Box::new(found.clone()))),
         }
-    }
-
-    fn check_finite(&self, on: bool) {
-        self.running.iter().for_each(|running| running.check_finite(on));
     }
 
     fn origin(&self, found: &NotFinite) -> Option<Origin> {
@@ -158,16 +154,8 @@ impl Session {
                 let part = self.arenas[&device].read_host(resident.offset, &resident.region.size, resident.dtype)?;
                 let bad = part.as_f32().unwrap_or_default().iter().filter(|value| !value.is_finite()).count();
                 if bad > 0 {
-                    let elements = u32::try_from(bad).unwrap_or(u32::MAX);
-                    let device = device as u32;
-                    out.push(Origin {
-                        once_per_step: false,
-                        micro_batch: 0,
-                        node: node.0,
-                        output: 0,
-                        device,
-                        elements,
-                    });
+                    let (device, elements) = (device as u32, u32::try_from(bad).unwrap_or(u32::MAX));
+                    out.push(Origin { node: node.0, device, elements, ..Origin::default() });
                 }
             }
         }

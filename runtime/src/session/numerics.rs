@@ -71,15 +71,13 @@ impl fmt::Display for NonFinite {
         self.loss.iter().try_for_each(|loss| write!(f, ", loss {loss}"))?;
         self.grad_norm.iter().try_for_each(|norm| write!(f, ", gradient norm {norm}"))?;
         match (&self.first, self.overflow) {
+            (None, Some(PARAMETER)) => {
+                write!(f, "; its update could make {PARAMETER} overflow f32: lower the learning rate")
+            }
             (None, Some(tensors)) => {
-                let is_parameter = tensors == PARAMETER;
-                let advice =
-                    if is_parameter { "lower the learning rate" } else { "clip the gradients to a smaller norm" };
-                write!(f, "; its update could make {tensors} overflow f32: {advice}")
+                write!(f, "; its update could make {tensors} overflow f32: clip the gradients to a smaller norm")
             }
-            (None, None) => {
-                write!(f, "; the repeated step was finite: suspect this machine's memory or a kernel")
-            }
+            (None, None) => f.write_str("; the repeated step was finite: suspect this machine's memory or a kernel"),
             (Some(first), _) => write!(f, "; first in {first}"),
         }
     }

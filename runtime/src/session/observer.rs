@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use shardflow_actors::hang::Hang;
 use shardflow_actors::snapshot::ActorSnapshot;
 use shardflow_actors::spec::{ActorId, RegisterId};
-use shardflow_actors::trace::NewFirings;
+use shardflow_actors::trace::{FiringRecord, NewFirings, RING_FIRINGS};
 
 pub use super::incidents::Incident;
 use super::incidents::Incidents;
@@ -25,7 +25,6 @@ use crate::plan::Plan;
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::unix_ns;
 
-/// A view of a running session that any thread may use.
 pub struct Observer {
     sources: Sources,
     steps: AtomicU64,
@@ -33,23 +32,19 @@ pub struct Observer {
     passes: Mutex<Passes>,
     incidents: Incidents,
     /// Unix time of the start in nanoseconds, which identifies a session among those that one server shows.
-    started: u64,
+    pub started: u64,
     published: Mutex<PublishedMetrics>,
     /// `Some` if the session publishes to the `metrics` facade.
     training: Option<Arc<TrainingTime>>,
 }
 
-/// State of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionHealth {
     /// It runs a step, or waits for its program.
     Healthy {
-        /// Steps done.
         steps: u64,
     },
-    /// It has failed with this cause.
     Failed(String),
-    /// It has ended.
     Ended,
 }
 
@@ -69,12 +64,10 @@ impl Observer {
         }
     }
 
-    /// The plan that runs.
     pub fn plan(&self) -> &Plan {
         &self.sources.plan
     }
 
-    /// Which process hosts which device.
     pub fn process_map(&self) -> ProcessMap {
         self.sources.process_map
     }
@@ -92,6 +85,12 @@ impl Observer {
     /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
     pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
         self.sources.control.fired(actor, from)
+    }
+
+    /// Firings that the actor's ring buffer holds.
+    pub fn kept_firings(&self, actor: ActorId) -> Vec<FiringRecord> {
+        let end = self.fired(actor, u64::MAX).next;
+        self.fired(actor, end.saturating_sub(RING_FIRINGS as u64)).firings
     }
 
     /// State of each actor of this process; empty after the session has ended.
@@ -124,7 +123,6 @@ impl Observer {
         self.sources.control.idle_ns()
     }
 
-    /// True while a step runs.
     pub fn is_under_way(&self) -> bool {
         self.sources.control.is_under_way()
     }
@@ -134,14 +132,8 @@ impl Observer {
         self.sources.control.hang()
     }
 
-    /// Statistics of the most recent steps.
     pub fn recent_steps(&self) -> RecentSteps {
         self.recent.lock().clone()
-    }
-
-    /// Unix time of the session's start in nanoseconds, which distinguishes it from other sessions.
-    pub fn started(&self) -> u64 {
-        self.started
     }
 
     /// Incidents so far, in the order of time; at most 8 of each kind.
@@ -179,7 +171,6 @@ impl Observer {
         p99.into_iter().for_each(|p99| self.sources.control.set_step_p99(p99));
     }
 
-    /// Current state of the session.
     pub fn health(&self) -> SessionHealth {
         match (self.sources.control.first_failure(), self.sources.control.now_ns()) {
             (Some(failure), _) => SessionHealth::Failed(failure.to_string()),
@@ -192,7 +183,6 @@ impl Observer {
         self.steps.store(steps, Ordering::Relaxed);
     }
 
-    /// Takes a sample at the end of a step, unless the last one is recent.
     pub(super) fn sample_if_due(&self) {
         // The lock ends before `sample` takes it again.
         let is_due = self.published.lock().is_due();
@@ -201,7 +191,6 @@ impl Observer {
         }
     }
 
-    /// Publishes the current values of all metrics.
     pub fn sample(&self) {
         let Some(training) = &self.training else { return };
         let mut published = self.published.lock();

@@ -21,9 +21,6 @@ pub fn is_requested() -> bool {
 }
 
 /// Writes the plan to the files that the environment requests. Returns true if there are any.
-///
-/// # Errors
-/// The file that cannot be written.
 pub(super) fn write_requested(plan: &Plan) -> Result<bool, (PathBuf, io::Error)> {
     for variable in VARIABLES {
         let Some(path) = std::env::var_os(variable).map(PathBuf::from) else { continue };

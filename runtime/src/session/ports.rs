@@ -6,17 +6,16 @@ use shardflow_actors::remote::HostBroadcast;
 use shardflow_kernels::tensor::DType;
 
 use super::agreement::{self, SharedInput};
-use crate::graph::Rate;
+use crate::graph::{Rate, Var};
 use crate::plan::{ActionKey, Plan};
 use crate::process_map::ProcessMap;
 
 /// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
-    /// All ports, by number.
     pub ports: Vec<HostBroadcast>,
-    /// Port of a device's fetch.
-    pub fetches: BTreeMap<(usize, Rate), u32>,
+    /// By device and rate: the port of a fetch, and its tensors in order.
+    pub fetches: BTreeMap<(usize, Rate), (u32, Vec<Var>)>,
     /// Port of a device's resident tensor, by its index.
     pub residents: BTreeMap<(usize, usize), u32>,
     /// By process: port of its number pair, see `Session::exchange`.
@@ -28,7 +27,6 @@ pub struct HostPorts {
 }
 
 impl HostPorts {
-    /// The ports of a plan.
     pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -36,7 +34,7 @@ impl HostPorts {
                 if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
                     let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
                     let port = out.add(process_map.process_of(actor.device), tensors);
-                    out.fetches.insert((actor.device, rate), port);
+                    out.fetches.insert((actor.device, rate), (port, host.vars.clone()));
                 }
             }
         }
@@ -62,10 +60,5 @@ impl HostPorts {
     fn add(&mut self, process: u32, tensors: Vec<(Vec<usize>, DType)>) -> u32 {
         self.ports.push(HostBroadcast { process, tensors });
         self.ports.len() as u32 - 1
-    }
-
-    /// One number pair of each process, as a list of wanted pieces.
-    pub fn wanted_pairs(&self) -> impl Iterator<Item = (u32, usize)> {
-        self.pairs.iter().map(|port| (*port, 1))
     }
 }

@@ -69,12 +69,10 @@ impl PublishedMetrics {
         *published = total.max(*published);
     }
 
-    /// True if the last sample is at least [`SAMPLE_EVERY`] old.
     pub(super) fn is_due(&self) -> bool {
         self.sampled.is_none_or(|at| at.elapsed() >= SAMPLE_EVERY)
     }
 
-    /// Publishes the current values of all metrics.
     pub(super) fn sample(&mut self, sources: &Sources) {
         self.sampled = Some(Instant::now());
         let snapshots = sources.control.snapshot();

@@ -9,7 +9,6 @@ use super::report::StepReport;
 const STEPS_KEPT: usize = 512;
 const STEPS_TIMED: usize = 128;
 
-/// Statistics of the most recent steps.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RecentSteps {
     /// Tokens of each step.
@@ -30,7 +29,6 @@ pub struct StepStats {
     /// Global norm of its gradients, before clipping.
     pub gradient_norm: Option<f64>,
     pub learning_rate: f32,
-    /// Its wall time.
     pub seconds: f64,
 }
 

@@ -27,7 +27,6 @@ pub struct StepReport {
 }
 
 impl StepReport {
-    /// True if loss and gradient norm are neither Inf nor NaN.
     pub(super) fn is_finite(&self) -> bool {
         self.loss.is_none_or(f32::is_finite) && self.grad_norm.is_none_or(f64::is_finite)
     }

@@ -2,13 +2,13 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use object_store::path::Path;
-use object_store::{ObjectStoreExt, PutMode};
+use object_store::PutMode;
 
 use super::Session;
 use super::error::SessionError;
 use super::outcome::Outcome;
-use crate::checkpoint::error::{CheckpointError, StoreOperation};
+use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::io::StoreFile;
 use crate::checkpoint::manifest::Cursor;
 use crate::checkpoint::options::{SaveSchedule, SaverOptions};
 use crate::checkpoint::saver::{SaveStart, Saver};
@@ -26,7 +26,7 @@ impl Saver {
         if self.must_skip() {
             return Ok(SaveStart::Skipped);
         }
-        let mut snapshot = session.snapshot(self.take_spare())?;
+        let mut snapshot = session.snapshot(self.spare.take())?;
         snapshot.cursor = cursor;
         let replaces = session.is_known_damaged(snapshot.step);
         Ok(self.start(snapshot, replaces)?)
@@ -63,10 +63,11 @@ impl Session {
         Outcome::check_others(&outcomes, store.place(), "cannot use it")?;
         // The probe of process 0 is the one that all look for.
         let number = outcomes[0].value();
-        let seen = sees_probe(store, number);
-        let own = if matches!(seen, Ok(true)) { Outcome::Good(0) } else { Outcome::Absent };
+        let probe = probe(store, number);
+        let seen = store.operations.wait_visible(|| store.operations.size(&probe));
+        let own = if matches!(seen, Ok(Some(_))) { Outcome::Good(0) } else { Outcome::Absent };
         let outcomes = self.exchange_outcomes(own)?;
-        let deleted = if member.process == 0 { delete_probe(store, number) } else { Ok(()) };
+        let deleted = if member.process == 0 { store.operations.delete(&probe) } else { Ok(()) };
         seen?;
         deleted?;
         let blind = (0..outcomes.len()).filter(|rank| outcomes[*rank] == Outcome::Absent);
@@ -126,28 +127,15 @@ fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64) -> 
     Ok(())
 }
 
-fn probe(store: &Store, number: u64) -> (String, Path) {
-    let file = format!("probe-{number}");
-    (format!("{}/{file}", store.place()), store.top(&file))
+fn probe(store: &Store, number: u64) -> StoreFile {
+    store.top(&format!("probe-{number}"))
 }
 
 /// Writes a small file with the operations of a commit, and renames it.
 fn write_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
-    let (operations, (name, path), (_, new)) = (&store.operations, probe(store, number), probe(store, number + 1));
-    operations.put(&name, &new, b"a probe".to_vec(), PutMode::Create)?;
-    let backend = operations.backend.clone();
-    operations.run(&name, StoreOperation::Write, async move { backend.rename(&new, &path).await })
-}
-
-/// True if this process sees the probe that process 0 has written.
-fn sees_probe(store: &Store, number: u64) -> Result<bool, CheckpointError> {
-    let (name, path) = probe(store, number);
-    Ok(store.operations.wait_visible(|| store.operations.size(&name, &path))?.is_some())
-}
-
-fn delete_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
-    let (name, path) = probe(store, number);
-    store.operations.delete(&name, &path)
+    let new = StoreFile { name: probe(store, number).name, ..probe(store, number + 1) };
+    store.operations.put(&new, b"a probe".to_vec(), PutMode::Create)?;
+    store.operations.rename(&new, &probe(store, number))
 }
 
 #[cfg(test)]

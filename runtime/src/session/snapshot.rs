@@ -11,7 +11,7 @@ use super::Session;
 use super::agreement::{LoadSummary, digest_of};
 use super::budget::{SNAPSHOTS_MAX, saved_parts};
 use super::error::SessionError;
-use super::outcome::Outcome;
+use super::outcome::{NumberPair, Outcome};
 use super::start::cannot_start;
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
 use crate::checkpoint::error::CheckpointError;
@@ -37,28 +37,8 @@ pub struct Restored {
     pub notes: Vec<String>,
 }
 
-/// Result of the first process's lookup in a store.
-struct Lookup {
-    reader: Option<CheckpointReader>,
-    /// The newest step with a checkpoint, if some are damaged; else 0.
-    newest: u64,
-    /// Digest of the checkpoint's cursor.
-    cursor: u64,
-}
-
-/// A part of a checkpoint with its destination.
-struct Part {
-    device: usize,
-    resident: ResidentTensor,
-    tensor: HostTensor,
-}
-
-/// The parts of a checkpoint that this process loads.
-struct Parts {
-    parts: Vec<Part>,
-    /// Notes for the user, one line each.
-    notes: Vec<String>,
-}
+/// The parts of a checkpoint that this process loads, each with its destination; and notes for the user, one line each.
+type Parts = (Vec<(usize, ResidentTensor, HostTensor)>, Vec<String>);
 
 impl Session {
     /// The tensors of a checkpoint, with their kinds.
@@ -93,18 +73,13 @@ impl Session {
         step <= self.damaged_up_to
     }
 
-    /// Ranks of the devices that this process hosts.
-    fn hosted(&self) -> Range<usize> {
-        self.process_map.own()
-    }
-
     /// Copies the hosted devices' parameters and optimizer state to host memory, reusing the buffers of `spare` if
     /// given. The cursor is empty. Call it between steps.
     ///
     /// # Errors
     /// The failure of an earlier step.
     pub fn snapshot(&self, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
-        self.snapshot_of(self.hosted(), spare)
+        self.snapshot_of(self.process_map.own(), spare)
     }
 
     /// Like [`Session::snapshot`], for these devices only. A part that several devices of the mesh hold belongs to the
@@ -126,9 +101,8 @@ impl Session {
             tensors.push(self.tensor_info(var, kind));
         }
         let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
-        let job = self.step_metrics.job_time();
+        let (declared, job) = (self.declared.values(), self.step_metrics.job_time());
         let (step, updates, seed) = (self.steps, self.updates, self.seed);
-        let declared = self.declared.values();
         Ok(Snapshot { step, updates, seed, mesh, cursor, declared, job, tensors, pieces })
     }
 
@@ -167,30 +141,25 @@ impl Session {
         let (path, manifest) = (PathBuf::from(reader.name()), reader.manifest());
         let infos = manifest.tensors.iter().map(|tensor| (tensor.info.name.as_str(), tensor.info.kind));
         let notes = self.check_saved(&path, &manifest.declared, infos, false)?;
-        let mut found: Vec<Part> = Vec::new();
+        let mut found = Vec::new();
         for (var, _) in self.residents() {
             self.check_fits(reader, var)?;
-            let hosted = self.hosted();
-            let parts = self.plan.resident_parts(var).into_iter().filter(|part| hosted.contains(&part.0));
+            let mut parts = self.plan.resident_parts(var);
+            parts.retain(|(device, ..)| self.process_map.own().contains(device));
             // Each region is read once, for all devices that hold it.
             let mut regions: Vec<Region> = Vec::new();
-            let mut destinations = Vec::new();
-            for (device, _, resident) in parts {
-                let index = regions.iter().position(|r| *r == resident.region).unwrap_or(regions.len());
-                if index == regions.len() {
+            for (_, _, resident) in &parts {
+                if !regions.contains(&resident.region) {
                     regions.push(resident.region.clone());
                 }
-                destinations.push((device, resident, index));
             }
             let tensors = reader.tensors(&self.plan.graph.tensor(var).name, &regions)?;
-            let part = |(device, resident, index): (_, &ResidentTensor, usize)| Part {
-                device,
-                resident: resident.clone(),
-                tensor: tensors[index].clone(),
-            };
-            found.extend(destinations.into_iter().map(part));
+            for (region, tensor) in regions.iter().zip(tensors) {
+                let holders = parts.iter().filter(|(_, _, resident)| resident.region == *region);
+                found.extend(holders.map(|(device, _, resident)| (*device, (*resident).clone(), tensor.clone())));
+            }
         }
-        Ok(Parts { parts: found, notes })
+        Ok((found, notes))
     }
 
     /// Loads the parts that were read, if all processes have read the same checkpoint. Returns notes for the user.
@@ -208,9 +177,9 @@ impl Session {
             manifest: digest_of(&manifest.encode().unwrap_or_default()),
             tensors: BTreeMap::new(),
         };
-        let Parts { parts, mut notes } = self.agree_on_load(&source, summary, read)?;
+        let (parts, mut notes) = self.agree_on_load(&source, summary, read)?;
         self.bounds = Bounds::OF_CHECKPOINT;
-        for Part { device, resident, tensor } in parts {
+        for (device, resident, tensor) in parts {
             self.write_resident(device, &resident, &tensor)?;
         }
         (self.steps, self.updates) = (manifest.step, manifest.updates());
@@ -231,14 +200,14 @@ impl Session {
         loop {
             let found = self.look_up(store, before, &mut all);
             let own = match &found {
-                Ok(Lookup { reader: Some(reader), .. }) => Outcome::Good(reader.manifest().step),
+                Ok((Some(reader), _)) => Outcome::Good(reader.manifest().step),
                 Ok(_) if all.is_empty() => Outcome::Absent,
                 Ok(_) => Outcome::Damaged,
                 Err(error) => Outcome::Failed(error.exit_code()),
             };
             // The first process decides which step is loaded and which are damaged.
             let chosen = self.exchange_outcomes(own)?[0];
-            let Lookup { reader, newest, cursor } = found?;
+            let (reader, numbers) = found?;
             Outcome::check_others(&[chosen], store.place(), "cannot read it")?;
             let step = match chosen {
                 Outcome::Good(step) => step,
@@ -250,7 +219,7 @@ impl Session {
                     return Err(CheckpointError::on_rank(store.place(), 0, exit, problem).into());
                 }
             };
-            let [newest, cursor] = self.exchange([newest, cursor])?[0];
+            let [newest, cursor] = self.exchange(numbers)?[0];
             self.damaged_up_to = self.damaged_up_to.max(newest);
             let reader = reader.map_or_else(|| store.read_as(step, cursor), Ok).map_err(SessionError::from);
             self.set_activity("loading weights");
@@ -274,35 +243,35 @@ impl Session {
                     Outcome::check_others(&outcomes, store.place(), &format!("cannot load step {step}"))?;
                     let rank = outcomes.iter().position(|outcome| *outcome == Outcome::Damaged).unwrap_or(0);
                     let why = format!("rank {rank} cannot read its part");
-                    all.push(CheckpointError::Damaged { file: store.manifest_name(step), why });
+                    all.push(store.manifest(step).damaged(why));
                 }
             }
             (before, self.damaged_up_to) = (Some(step), self.damaged_up_to.max(step));
         }
     }
 
-    /// Looks for a checkpoint on the first process; the others find none without reading the store.
+    /// Looks for a checkpoint on the first process; the others find none without reading the store. Returns also the
+    /// newest step with a checkpoint, if some are damaged, else 0; and a digest of the checkpoint's cursor.
     fn look_up(
         &self,
         store: &Store,
         before: Option<u64>,
         all_damaged: &mut Vec<CheckpointError>,
-    ) -> Result<Lookup, CheckpointError> {
+    ) -> Result<(Option<CheckpointReader>, NumberPair), CheckpointError> {
         if self.process_map.process != 0 {
-            return Ok(Lookup { reader: None, newest: 0, cursor: 0 });
+            return Ok((None, [0; 2]));
         }
         let NewestCheckpoint { reader, damaged } = store.newest_before(before)?;
         let newest = if damaged.is_empty() { 0 } else { store.steps()?.last().copied().unwrap_or(0) };
         all_damaged.extend(damaged);
         let cursor = reader.as_ref().map_or(0, |reader| reader.manifest().cursor_digest());
-        Ok(Lookup { reader, newest, cursor })
+        Ok((reader, [newest, cursor]))
     }
 
     fn check_fits(&self, reader: &CheckpointReader, var: Var) -> Result<(), CheckpointError> {
         let info = self.plan.graph.tensor(var);
         let (path, name) = (reader.name(), info.name.clone());
-        let saved = reader.find(&name);
-        let saved = saved.ok_or_else(|| CheckpointError::missing(&path, &name))?;
+        let saved = reader.find(&name).ok_or_else(|| CheckpointError::missing(&path, &name))?;
         let dtype = saved.info.dtype;
         if saved.info.shape != info.shape {
             let text = |dtype: DType, shape: &[usize]| format!("{dtype:?} {shape:?}");
@@ -319,7 +288,6 @@ impl Session {
 
 /// A tensor to read into. Reuses the buffer of `spare` if it has the right type.
 fn reuse_buffer(spare: Option<SnapshotPiece>, dtype: DType, region: &Region) -> HostTensor {
-    let data = spare.map(|piece| piece.data).filter(|data| data.dtype() == dtype).map(|data| data.data);
-    let data = data.unwrap_or(HostData::empty(dtype));
-    HostTensor { shape: region.size.clone(), data }
+    let spare = spare.filter(|piece| piece.data.dtype() == dtype).map(|piece| piece.data.data);
+    HostTensor { shape: region.size.clone(), data: spare.unwrap_or(HostData::empty(dtype)) }
 }

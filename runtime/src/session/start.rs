@@ -17,7 +17,6 @@ use shardflow_kernels::cpu::instruction_set;
 use shardflow_kernels::cuda::cudnn::Attention;
 use shardflow_kernels::cuda::nccl::UniqueId;
 use shardflow_kernels::device::{Device, DeviceKind};
-use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
@@ -25,7 +24,7 @@ use super::agreement::{SharedInput, shared_inputs};
 use super::budget::Budget;
 use super::error::SessionError;
 use super::exchange::Inbox;
-use super::load::{Loaded, external_actions, fetches, load};
+use super::load::{Loaded, external_actions, load};
 use super::metrics::{MetricsSource, StepMetrics};
 use super::observer::Observer;
 use super::options::{SessionOptions, Threads};
@@ -34,7 +33,7 @@ use super::published::Sources;
 use super::recent::RecentSteps;
 use super::{BETWEEN_STEPS, Session, plan_files, tokens};
 use crate::cluster::ClusterError;
-use crate::cluster::connector::Connections;
+use crate::cluster::connector::{Connections, Connector};
 use crate::cluster::failure::{is_aborted_by_peer, peer_failure};
 use crate::cluster::world::{WAITING, World};
 use crate::declare::{Declarations, MAX_NORM, ON_NON_FINITE, OPTIMIZER, OnResume, SEED};
@@ -58,7 +57,6 @@ fn slow_build_warning(opt_level: &str) -> Option<String> {
         .then(|| format!("warning: the kernels are built with opt-level {opt_level} and are slow; {advice}"))
 }
 
-/// Devices, memory and connections of a session.
 struct Resources {
     process_map: ProcessMap,
     node_processes: Vec<u32>,
@@ -114,15 +112,13 @@ impl Session {
             declared: declared(&plan, options),
             ignoring: options.ignoring.clone(),
             external_actions: external_actions(&plan, &process_map.actors_of(&plan, process_map.process)),
-            fetches: fetches(&plan),
             step_metrics: StepMetrics::new(&plan, &process_map, options),
             plan,
             process_map,
             node_processes,
             budget,
-            devices,
+            metrics_source: MetricsSource { devices, engine },
             arenas,
-            engine,
             running: None,
             world,
             job: options.cluster.job(),
@@ -190,13 +186,13 @@ impl Session {
             plan: self.plan.clone(),
             process_map: self.process_map,
             control: running.control(),
-            metrics: MetricsSource { devices: self.devices.clone(), engine: self.engine.clone() },
+            metrics: self.metrics_source.clone(),
             world: self.world.as_ref().map_or_else(Weak::new, Arc::downgrade),
             mirrored,
         };
         let tokens = tokens::tokens_per_step(&self.plan);
         let steps = RecentSteps { tokens, planned: options.steps_planned, ..RecentSteps::default() };
-        let training = options.publishes_metrics.then(|| self.step_metrics.training_time());
+        let training = options.publishes_metrics.then(|| self.step_metrics.training.clone());
         let observer = Observer::new(sources, steps, training);
         for (index, code) in options.cluster.restart_causes.iter().enumerate() {
             observer.note("restart", format!("attempt {index} of the job ended with {}", Exit::from_code(*code)));
@@ -222,7 +218,7 @@ impl Resources {
         if let Some(world) = world {
             world.count_mirrors(plan)?;
         }
-        let process_map = world.map_or(ProcessMap::alone(plan.memory.len()), |world| world.process_map());
+        let process_map = world.map_or(ProcessMap::alone(plan.memory.len()), |world| world.process_map);
         let node_processes = world.map_or(vec![0], |world| world.here());
         if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
             plan.set_threads(owned_threads(world, &process_map, &node_processes));
@@ -230,7 +226,11 @@ impl Resources {
         budget.check(plan, &process_map, &node_processes, 0)?;
         let on_node = process_map.on_node(node_processes.iter().copied(), process_map.process);
         let takes_pipes = world.is_some_and(|world| world.takes_pipes());
-        let ids = |groups: &[Arc<Group>]| nccl_ids(world, groups);
+        let ids = |groups: &[Arc<Group>]| {
+            let Some(world) = world else { return groups.iter().map(|_| UniqueId::new()).collect() };
+            world.doing(WAITING);
+            world.nccl_ids(groups)
+        };
         let ProcessDevices { devices, engine, pipes } = devices::open(plan, &process_map, on_node, takes_pipes, &ids)?;
         set_activity("allocating memory");
         let shared = world.is_some_and(|world| world.shares_memory(plan.device));
@@ -243,18 +243,15 @@ impl Resources {
         let ports = Arc::new(HostPorts::of(plan, &process_map, &shared_inputs));
         set_activity(WAITING);
         let mut connections = match world {
-            Some(world) => world.connect(plan, &devices, &arenas, engine, pipes)?,
+            Some(world) => {
+                let connector = Connector { pipes, ..world.connector(plan.device) };
+                connector.connect_all(plan, &devices, &arenas, engine)?
+            }
             None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);
         Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })
     }
-}
-
-fn nccl_ids(world: Option<&World>, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
-    let Some(world) = world else { return groups.iter().map(|_| UniqueId::new()).collect() };
-    world.doing(WAITING);
-    world.nccl_ids(groups)
 }
 
 /// The declared values, with those of the optimizer.
@@ -296,19 +293,19 @@ fn failed_join(error: ClusterError) -> SessionError {
 /// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this process
 /// ends: that of another process if it failed first.
 pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
-    let report = || world.fail(format!("it cannot start: {error}"), error.exit());
+    let report = || world.membership.fail(format!("it cannot start: {error}"), error.exit().code());
     match &error {
         SessionError::Cluster(ClusterError::Transport(
             cause @ (TransportError::Unreachable { to: process, .. }
             | TransportError::Missing { from: Some(process), .. }),
-        )) => world.suspect(*process, cause.to_string()),
+        )) => world.membership.suspect(*process, cause.to_string()),
         // The session has reported its failure.
         SessionError::Failed(_) => {}
         error if is_interrupted_start(error) => {}
         _ => report(),
     }
     match world.wait_for_cause() {
-        Some(cause) if cause.process != world.process_map().process || is_interrupted_start(&error) => {
+        Some(cause) if cause.process != world.process_map.process || is_interrupted_start(&error) => {
             SessionError::Failed(peer_failure(&cause))
         }
         _ => {

@@ -14,14 +14,13 @@ use super::load::FeedPort;
 use super::report::StepReport;
 use super::{Session, tokens};
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
-use crate::graph::{Combine, NodeOp, Rate, TensorInfo, Var};
+use crate::graph::{Combine, Node, NodeOp, Rate, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
 use crate::sbp::region::{combine, concat, take_box};
 use crate::sbp::{Sbp, gather};
 use shardflow_job::requests::{Request, since_1970};
 
-/// Inputs of a step, by name.
 pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
 
 /// Fetch results of all devices: one list per firing, with one tensor per port.
@@ -120,12 +119,12 @@ impl Session {
             running.add_tokens(*actor, *action, *firings)?;
         }
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
-        let wanted: Vec<_> =
-            ports.fetches.iter().map(|((_, rate), port)| (*port, rate.per_step(micro_batches))).collect();
+        let wanted = |((_, rate), (port, _)): (&(usize, Rate), &(u32, _))| (*port, rate.per_step(micro_batches));
+        let wanted: Vec<_> = ports.fetches.iter().map(wanted).collect();
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.inbox.lock();
-        let fetches = ports.fetches.iter().zip(&wanted);
-        Ok(fetches.map(|((key, port), (_, count))| (*key, inbox.take(*port, *count))).collect())
+        let fetches = ports.fetches.keys().zip(wanted);
+        Ok(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect())
     }
 
     /// Starts the update with this learning rate, or cancels it if the rate is NaN, and waits until all devices are
@@ -140,7 +139,6 @@ impl Session {
         running.quiesce(Duration::MAX).map(drop).map_err(|failure| self.fail(failure))
     }
 
-    /// Sends a feed its tensors for a step.
     fn feed(&self, feed: &FeedPort, tensor: impl Fn(Var, usize) -> HostTensor) -> Result<(), SessionError> {
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
         let firings = feed.rate.per_step(self.plan.micro_batches);
@@ -153,11 +151,9 @@ impl Session {
 
     fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
         let graph = &self.plan.graph;
-        let nodes = graph.nodes().iter().filter(|n| matches!(n.op, NodeOp::Input));
-        let expected: BTreeMap<&str, Var> = nodes
-            .filter(|n| n.name != RNG_INPUT && n.name != HYPER_INPUT)
-            .map(|n| (n.name.as_str(), n.outputs[0]))
-            .collect();
+        let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
+        let inputs_of_graph = graph.nodes().iter().filter(is_fed);
+        let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
         let wrong =
             |name: &str, expected: String, got: String| SessionError::Input { name: name.into(), expected, got };
         for (index, (name, tensor)) in inputs.iter().enumerate() {
@@ -198,14 +194,12 @@ impl Session {
     /// A device's part of an input for one micro-batch.
     fn part(&self, var: Var, device: usize, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
         let graph = &self.plan.graph;
-        match graph.producer(var).name.as_str() {
-            RNG_INPUT => {
-                // The seed offsets the counter, so that masks depend on the seed and not on the mesh.
-                let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
-                HostTensor::i32(&[2], vec![step, micro_batch as i32])
-            }
-            _ => self.region(var, local_part(graph, var, device), micro_batch, inputs),
+        if graph.producer(var).name != RNG_INPUT {
+            return self.region(var, local_part(graph, var, device), micro_batch, inputs);
         }
+        // The seed offsets the counter, so that masks depend on the seed and not on the mesh.
+        let step = (init::mix(self.seed) as i32).wrapping_add(self.steps as i32);
+        HostTensor::i32(&[2], vec![step, micro_batch as i32])
     }
 
     /// A region of an input; the region is relative to the start of the micro-batch.
@@ -217,7 +211,6 @@ impl Session {
         take_box(inputs[self.plan.graph.producer(var).name.as_str()], &region)
     }
 
-    /// Assembles outputs from the devices' parts.
     fn report(&self, results: Results) -> Result<StepReport, SessionError> {
         let graph = &self.plan.graph;
         let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
@@ -229,7 +222,7 @@ impl Session {
             let firings = info.rate.per_step(self.plan.micro_batches);
             let shard = |device: &usize, firing: usize| {
                 let key = (*device, info.rate);
-                let port = self.fetches[&key].iter().position(|v| *v == output.tensor);
+                let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
                 results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
             };
             let piece = |firing| {
@@ -256,10 +249,7 @@ impl Session {
 
 /// The dim along which micro-batches split an input.
 fn batch_dim(input: &TensorInfo) -> Option<usize> {
-    match input.loop_sbp {
-        Some(Sbp::Split(dim)) => Some(dim),
-        _ => None,
-    }
+    if let Some(Sbp::Split(dim)) = input.loop_sbp { Some(dim) } else { None }
 }
 
 /// Combines the values of a step's micro-batches, in their order; `pieces` is not empty.

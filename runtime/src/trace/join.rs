@@ -57,13 +57,15 @@ pub(super) struct Event {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
 pub(super) struct Args {
-    pub name: Option<String>,
-    pub step: Option<u64>,
-    pub pass: Option<u64>,
-    pub waited_us: Option<f64>,
-    pub cause: Option<String>,
-    pub register: Option<String>,
+    pub name: String,
+    pub step: u64,
+    /// Index of the pass over the plan.
+    pub pass: u64,
+    pub waited_us: f64,
+    pub cause: String,
+    pub register: String,
     pub step_us: Option<f64>,
     pub idle_us: Option<BTreeMap<String, f64>>,
     pub unix_ns: Option<u64>,
@@ -136,14 +138,13 @@ fn is_torn_text(text: &str) -> bool {
     text.ends_with(['\0', char::REPLACEMENT_CHARACTER])
 }
 
-/// Checks that no two files have an actor in common.
 fn check_actors_unique(files: &[Vec<Event>]) -> Result<(), JoinError> {
     let mut known = HashMap::new();
     for (index, events) in files.iter().enumerate() {
         for event in events.iter().filter(|event| event.name == "thread_name") {
             let first = *known.entry(event.tid).or_insert(index + 1);
             if first != index + 1 {
-                let actor = event.args.name.clone().unwrap_or_default();
+                let actor = event.args.name.clone();
                 return Err(JoinError::DuplicateActor { first, second: index + 1, actor });
             }
         }
@@ -259,12 +260,8 @@ mod tests {
         let text = format!("[\n{}\n]\n", events.join(",\n"));
         let names = |bytes: &[u8]| -> Vec<String> {
             let text = String::from_utf8_lossy(bytes).into_owned();
-            JoinedTrace::of(&[text])
-                .unwrap_or_else(|e| panic!("{e}: {bytes:?}"))
-                .events
-                .into_iter()
-                .map(|e| e.name)
-                .collect()
+            let joined = JoinedTrace::of(&[text]).unwrap_or_else(|e| panic!("{e}: {bytes:?}"));
+            joined.events.into_iter().map(|e| e.name).collect()
         };
         let ends: Vec<usize> = events.iter().map(|event| text.find(event.as_str()).unwrap() + event.len()).collect();
         for cut in 0..=text.len() {

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
 use super::PREDICTION;
-use super::join::{Event, JoinedTrace};
+use super::join::{Args, Event, JoinedTrace};
 use shardflow_job::text::counted;
 
 /// Number of actions of the critical path that are shown.
@@ -24,7 +24,6 @@ const EDGES_SHOWN: usize = 8;
 
 /// Why a trace has no summary.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum SummaryError {
     /// The trace has no step after the first one.
     #[error("the trace has no step after the first; trace at least two steps")]
@@ -36,14 +35,9 @@ pub enum SummaryError {
 struct Slice {
     actor: u32,
     action: String,
-    /// Index of the pass over the plan.
-    pass: u64,
-    step: u64,
     start: f64,
     end: f64,
-    waited: f64,
-    cause: String,
-    register: String,
+    args: Args,
 }
 
 /// Use of an actor's time, as shares of the total time of all steps.
@@ -67,6 +61,12 @@ pub struct ActorShare {
     pub other: f64,
 }
 
+impl ActorShare {
+    fn parts(&self) -> [f64; 7] {
+        [self.busy, self.host, self.credit, self.link, self.bubble, self.imbalance, self.other]
+    }
+}
+
 /// Summary of a trace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TraceSummary {
@@ -86,7 +86,6 @@ pub struct TraceSummary {
     pub path: Vec<(String, f64)>,
 }
 
-/// The slices and arrows of a trace, indexed.
 struct TraceIndex {
     names: BTreeMap<u32, String>,
     /// Slices in the order of their starts.
@@ -116,11 +115,12 @@ impl TraceSummary {
         let Some((&last, _)) = trace.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
         let all_us: f64 = spans.iter().map(|(start, end)| end - start).sum();
         let passes = spans.len() as f64;
-        let counted = trace.slices.iter().filter(|slice| slice.pass > 0);
-        let steps_of: BTreeSet<u64> = counted.map(|slice| slice.step).collect();
+        let counted = trace.slices.iter().filter(|slice| slice.args.pass > 0);
+        let steps_of: BTreeSet<u64> = counted.map(|slice| slice.args.step).collect();
         let mut edges: BTreeMap<(&str, &str), f64> = BTreeMap::new();
-        for slice in trace.slices.iter().filter(|slice| slice.pass > 0 && !slice.register.is_empty()) {
-            *edges.entry((&slice.cause, &slice.register)).or_default() += slice.waited / passes * 1e-6;
+        for slice in trace.slices.iter().filter(|slice| slice.args.pass > 0 && !slice.args.register.is_empty()) {
+            *edges.entry((&slice.args.cause, &slice.args.register)).or_default() +=
+                slice.args.waited_us / passes * 1e-6;
         }
         let edge = |((cause, register), s): ((&str, &str), f64)| (cause.to_owned(), register.to_owned(), s);
         let mut edges: Vec<_> = edges.into_iter().map(edge).collect();
@@ -145,18 +145,8 @@ impl TraceIndex {
             let Event { name, ph, tid, ts, dur, id, args } = event;
             match ph.as_str() {
                 "M" if name == PREDICTION => predicted = args.step_us.zip(args.idle_us),
-                "M" if name == "thread_name" => drop(names.insert(tid, args.name.unwrap_or_default())),
-                "X" => slices.push(Slice {
-                    actor: tid,
-                    action: name,
-                    pass: args.pass.unwrap_or(0),
-                    step: args.step.unwrap_or(0),
-                    start: ts,
-                    end: ts + dur,
-                    waited: args.waited_us.unwrap_or(0.0),
-                    cause: args.cause.unwrap_or_default(),
-                    register: args.register.unwrap_or_default(),
-                }),
+                "M" if name == "thread_name" => drop(names.insert(tid, args.name)),
+                "X" => slices.push(Slice { actor: tid, action: name, start: ts, end: ts + dur, args }),
                 "s" => arrows_out.push((id, tid, ts)),
                 "f" => arrows_in.push((id, tid, ts, name)),
                 _ => {}
@@ -167,7 +157,7 @@ impl TraceIndex {
         let mut spans: BTreeMap<u64, (f64, f64)> = BTreeMap::new();
         for (index, slice) in slices.iter().enumerate() {
             of_actor.entry(slice.actor).or_default().push(index);
-            let span = spans.entry(slice.pass).or_insert((slice.start, slice.end));
+            let span = spans.entry(slice.args.pass).or_insert((slice.start, slice.end));
             *span = (span.0.min(slice.start), span.1.max(slice.end));
         }
         let (starts, ends, readers) = Default::default();
@@ -196,7 +186,7 @@ impl TraceIndex {
 
     /// The slice that wrote the piece for which a slice waited last, and the time of the write.
     fn writer_of(&self, index: usize) -> Option<(usize, f64)> {
-        let register = &self.slices[index].register;
+        let register = &self.slices[index].args.register;
         let (_, id) = self.ends.get(&index)?.iter().find(|(name, _)| name == register)?;
         self.starts.get(id).copied()
     }
@@ -207,11 +197,11 @@ impl TraceIndex {
         let mut unwritten = 0.0;
         for &index in self.of_actor.get(&actor).into_iter().flatten() {
             let slice = &self.slices[index];
-            let Some((begin, _)) = self.spans.get(&slice.pass).filter(|_| slice.pass > 0) else { continue };
+            let Some((begin, _)) = self.spans.get(&slice.args.pass).filter(|_| slice.args.pass > 0) else { continue };
             share.busy += slice.end - slice.start;
             // Waits between steps belong to no step.
-            let waited = slice.waited.min((slice.start - begin).max(0.0));
-            match slice.cause.as_str() {
+            let waited = slice.args.waited_us.min((slice.start - begin).max(0.0));
+            match slice.args.cause.as_str() {
                 "host" => share.host += waited,
                 "credit" => share.credit += waited,
                 "input" => {
@@ -226,20 +216,16 @@ impl TraceIndex {
         let predicted = self.predicted.as_ref().and_then(|(_, idle)| idle.get(&share.name));
         share.bubble = predicted.map_or(unwritten, |idle| unwritten.min(idle * passes));
         share.imbalance = unwritten - share.bubble;
-        let known = [share.busy, share.host, share.credit, share.link, share.bubble, share.imbalance];
-        share.other = (all_us - known.iter().sum::<f64>()).max(0.0);
-        let ActorShare { busy, host, credit, link, bubble, imbalance, other, .. } = &mut share;
-        for part in [busy, host, credit, link, bubble, imbalance, other] {
-            *part /= all_us;
-        }
-        share
+        share.other = (all_us - share.parts().iter().sum::<f64>()).max(0.0);
+        let [busy, host, credit, link, bubble, imbalance, other] = share.parts().map(|us| us / all_us);
+        ActorShare { name: share.name, busy, host, credit, link, bubble, imbalance, other }
     }
 
     /// Time of each action on the critical path, which leads from a step's last firing back to its first: the
     /// predecessor of a firing is the one that allowed it to begin.
     fn critical_path(&self, pass: u64) -> Vec<(String, f64)> {
-        let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].pass == pass);
-        let mut at = of_step.max_by(|a, b| self.slices[*a].end.total_cmp(&self.slices[*b].end));
+        let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].args.pass == pass);
+        let mut at = self.last_ended(of_step, f64::INFINITY);
         let mut spent: BTreeMap<String, f64> = BTreeMap::new();
         let mut until = f64::INFINITY;
         while let Some(index) = at {
@@ -250,7 +236,7 @@ impl TraceIndex {
             // Each predecessor begins earlier, so the loop ends.
             let is_earlier = |predecessor: &usize| {
                 let predecessor = &self.slices[*predecessor];
-                predecessor.pass == pass && predecessor.start < slice.start
+                predecessor.args.pass == pass && predecessor.start < slice.start
             };
             at = self.predecessor(index).filter(is_earlier);
         }
@@ -259,15 +245,12 @@ impl TraceIndex {
         path
     }
 
-    /// The slice that allowed a slice to begin.
     fn predecessor(&self, index: usize) -> Option<usize> {
         let slice = &self.slices[index];
-        match slice.cause.as_str() {
+        match slice.args.cause.as_str() {
             "input" => self.writer_of(index).map(|(writer, _)| writer),
-            "credit" => {
-                // The reader whose firing ended last before this slice began has released the slot.
-                self.last_ended(self.readers.get(&slice.register)?.iter().copied(), slice.start)
-            }
+            // The reader whose firing ended last before this slice began has released the slot.
+            "credit" => self.last_ended(self.readers.get(&slice.args.register)?.iter().copied(), slice.start),
             // The host sends inputs after it has received the last result.
             "host" => self.last_ended(0..index, slice.start),
             "own" => {
@@ -279,10 +262,9 @@ impl TraceIndex {
         }
     }
 
-    /// The slice that ended last until a time.
     fn last_ended(&self, slices: impl Iterator<Item = usize>, until: f64) -> Option<usize> {
-        let ended = slices.filter(|slice| self.slices[*slice].end <= until);
-        ended.max_by(|a, b| self.slices[*a].end.total_cmp(&self.slices[*b].end))
+        let end = |slice: &usize| self.slices[*slice].end;
+        slices.filter(|slice| end(slice) <= until).max_by(|a, b| end(a).total_cmp(&end(b)))
     }
 }
 
@@ -302,8 +284,7 @@ impl fmt::Display for TraceSummary {
         }
         writeln!(f, "\n{:<28} busy  host  credit  link  bubble  imbalance  other (% of a step)", "actor")?;
         for a in &self.actors {
-            let parts = [a.busy, a.host, a.credit, a.link, a.bubble, a.imbalance, a.other].map(|part| part * 100.0);
-            let [busy, host, credit, link, bubble, imbalance, other] = parts;
+            let [busy, host, credit, link, bubble, imbalance, other] = a.parts().map(|part| part * 100.0);
             write!(f, "{:<28} {busy:4.1}  {host:4.1}  {credit:6.1}  {link:4.1}", a.name)?;
             writeln!(f, "  {bubble:6.1}  {imbalance:9.1}  {other:5.1}")?;
         }

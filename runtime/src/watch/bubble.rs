@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 use shardflow_actors::simulate::{SimulationOptions, Timing, simulate};
-use shardflow_actors::spec::{ActorId, Spec, StreamKind};
-use shardflow_actors::trace::RING_FIRINGS;
+use shardflow_actors::spec::{ActionSpec, ActorId, ActorSpec, Spec, StreamKind};
 
 use crate::session::observer::Observer;
 
@@ -19,7 +18,6 @@ const STEPS_OPEN_MAX: usize = 64;
 /// Predicted durations of firings are means over this number of newest steps.
 const STEPS_TIMED: u64 = 32;
 
-/// StepUse of all compute actors in one step.
 #[derive(Clone, Copy, Debug, Default)]
 struct StepUse {
     firings: u64,
@@ -97,7 +95,7 @@ impl Prediction {
             return None;
         }
         let spec = Arc::new(observer.plan().spec.clone());
-        Self::from(&spec, durations_ns(observer)?, observer.started().to_string())
+        Self::from(&spec, durations_ns(observer)?, observer.started.to_string())
     }
 
     fn from(spec: &Arc<Spec>, durations_ns: Vec<Vec<u64>>, session: String) -> Option<Self> {
@@ -116,23 +114,19 @@ impl Prediction {
 /// Mean durations, by actor and action.
 fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
     let spec = &observer.plan().spec;
-    let mut all = Vec::with_capacity(spec.actors.len());
-    for (index, actor) in spec.actors.iter().enumerate() {
-        let id = ActorId(index as u32);
-        let end = observer.fired(id, u64::MAX).next;
-        let recent = observer.fired(id, end.saturating_sub(RING_FIRINGS as u64)).firings;
-        let mut own = Vec::with_capacity(actor.actions.len());
-        for (action, spec) in actor.actions.iter().enumerate() {
+    let mean_durations = |(index, actor): (usize, &ActorSpec)| {
+        let recent = observer.kept_firings(ActorId(index as u32));
+        let mean = |(action, spec): (usize, &ActionSpec)| {
             let of_action = || recent.iter().filter(|fired| fired.action == action as u32);
             let newest = of_action().map(|fired| fired.firing).max()?;
             let from = newest.saturating_sub(STEPS_TIMED * u64::from(spec.per_step));
             let timed: Vec<u64> =
                 of_action().filter(|f| f.firing >= from).map(|f| f.ended_ns - f.launched_ns).collect();
-            own.push(timed.iter().sum::<u64>() / timed.len().max(1) as u64);
-        }
-        all.push(own);
-    }
-    Some(all)
+            Some(timed.iter().sum::<u64>() / timed.len().max(1) as u64)
+        };
+        actor.actions.iter().enumerate().map(mean).collect()
+    };
+    spec.actors.iter().enumerate().map(mean_durations).collect()
 }
 
 #[cfg(test)]

@@ -17,7 +17,6 @@ use shardflow_job::exit::Exit;
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// A process with progress in this time is not stuck.
 const PROGRESS_SECONDS: f64 = 1.0;
-/// Largest size of a response, bytes.
 const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 
 /// Why a job cannot be queried.
@@ -243,7 +242,6 @@ mod tests {
         }
     }
 
-    /// Responds to one request.
     fn serve(listener: TcpListener, report: HangReport) {
         thread::spawn(move || {
             let (mut stream, _) = listener.accept().expect("a client");

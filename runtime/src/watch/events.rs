@@ -12,6 +12,7 @@ use shardflow_actors::trace::{Cause, FiringRecord};
 use super::bubble::Bubble;
 use super::number;
 use super::under_way::RunningStep;
+use crate::session::metrics::DeviceMetrics;
 use crate::session::observer::{Observer, RecentSteps, SessionHealth, pass_of};
 use crate::session::recent::StepStats;
 
@@ -20,7 +21,6 @@ mod tests;
 
 /// Maximum number of firings in one event. If there are more, the event has the newest ones of the newest ended step.
 pub(super) const FIRINGS_MAX: usize = 12_000;
-/// Numbers per firing.
 const FIRING_FIELDS: usize = 7;
 /// Maximum number of waits, and of edges, in one event.
 const BLOCKED_MAX: usize = 200;
@@ -98,15 +98,13 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
-    /// The event if no session is running.
     pub(super) fn no_session() -> Event {
         Event { health: "none", ..Event::default() }
     }
 
-    /// The changes since the last call.
     pub(super) fn next_event(&mut self, observer: &Observer) -> Event {
-        if self.session != observer.started() {
-            *self = Self { session: observer.started(), ..Self::default() };
+        if self.session != observer.started {
+            *self = Self { session: observer.started, ..Self::default() };
         }
         let health = match observer.health() {
             SessionHealth::Healthy { .. } => "running",
@@ -117,6 +115,7 @@ impl Cursor {
         let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns().unwrap_or_default());
         let (metrics, steps) = (observer.metrics(), observer.recent_steps());
         let idle_ns = snapshots.iter().map(|s| unchanged_ns(s, now_ns)).min().unwrap_or_default();
+        let memory = |d: &DeviceMetrics| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes];
         let mut event = Event {
             session: self.session.to_string(),
             health,
@@ -128,11 +127,7 @@ impl Cursor {
             tokens: steps.done * steps.tokens,
             step_seconds: steps.quantile(0.5),
             tokens_per_second: steps.quantile(0.5).map(|seconds| steps.tokens as f64 / seconds),
-            memory: metrics
-                .devices
-                .iter()
-                .map(|d| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes])
-                .collect(),
+            memory: metrics.devices.iter().map(memory).collect(),
             peers: observer.peers().iter().map(|p| (p.process, p.silent.map(|s| s.as_micros() as u64))).collect(),
             ..Event::default()
         };
@@ -236,7 +231,6 @@ fn unchanged_ns(snapshot: &ActorSnapshot, now_ns: u64) -> u64 {
     snapshot.in_flight_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns.saturating_sub(since))
 }
 
-/// Adds blocked edges, long waits and incidents.
 fn add_problems(event: &mut Event, observer: &Observer, snapshots: &[ActorSnapshot]) {
     let waits_long = |s: &&ActorSnapshot| s.in_flight_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
     let long: Vec<&ActorSnapshot> = snapshots.iter().filter(waits_long).collect();

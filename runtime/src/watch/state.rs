@@ -11,7 +11,6 @@ use crate::session::observer::Observer;
 /// The observer of the session that the server shows.
 pub(super) type ShownSession = Arc<Mutex<Weak<Observer>>>;
 
-/// The state that the handlers share.
 #[derive(Clone)]
 pub(super) struct ServerState {
     pub(super) session: ShownSession,

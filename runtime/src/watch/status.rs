@@ -6,13 +6,13 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use shardflow_actors::protocol::Missing;
 use shardflow_actors::snapshot::ActorSnapshot;
-use shardflow_actors::spec::{ActorId, RegisterId};
-use shardflow_actors::trace::{Cause, RING_FIRINGS};
+use shardflow_actors::spec::RegisterId;
+use shardflow_actors::trace::RING_FIRINGS;
 
 use super::number;
 use super::under_way::RunningStep;
 use crate::session::metrics::DeviceMetrics;
-use crate::session::observer::{Observer, SessionHealth};
+use crate::session::observer::{Observer, SessionHealth, cause_of};
 
 /// Shares of time refer to this window before now.
 const WINDOW_NS: u64 = 10_000_000_000;
@@ -167,21 +167,17 @@ impl ActorStatus {
         waits: &mut Waits,
     ) -> Self {
         let (spec, actor) = (&observer.plan().spec, snapshot.actor);
-        let recent = observer.fired(actor, oldest_kept(observer, actor));
+        let recent = observer.kept_firings(actor);
         // A full ring buffer may not cover the whole window.
-        let oldest = recent.firings.first().filter(|_| recent.firings.len() >= RING_FIRINGS);
+        let oldest = recent.first().filter(|_| recent.len() >= RING_FIRINGS);
         let since_ns = oldest.map_or(0, |fired| fired.idle_ns).max(now_ns - now_ns.clamp(1, WINDOW_NS));
         let share = |ns: u64| ns as f64 / (now_ns - since_ns).max(1) as f64;
         let within = |from: u64, to: u64| to.saturating_sub(from.max(since_ns));
         let mut busy_ns = snapshot.in_flight_since_ns.map_or(0, |since| within(since, now_ns));
-        for fired in &recent.firings {
+        for fired in &recent {
             busy_ns += within(fired.launched_ns, fired.ended_ns);
-            let reason = match fired.cause {
-                Cause::Input(register) => ("input", register),
-                Cause::Credit(register) => ("credit", register),
-                Cause::Host | Cause::Own => continue,
-            };
-            *waits.entry(reason).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
+            let (reason, Some(register)) = cause_of(fired.cause) else { continue };
+            *waits.entry((reason, register)).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
         }
         let now_for_ns = snapshot.in_flight_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns - since);
         // A wait that has not ended counts, too.
@@ -207,11 +203,6 @@ impl ActorStatus {
             now_seconds: now_for_ns as f64 * 1e-9,
         }
     }
-}
-
-/// Number of the oldest firing that an actor's ring buffer holds.
-fn oldest_kept(observer: &Observer, actor: ActorId) -> u64 {
-    observer.fired(actor, u64::MAX).next.saturating_sub(RING_FIRINGS as u64)
 }
 
 impl fmt::Display for Status {

@@ -17,13 +17,11 @@ use tokio::time::MissedTickBehavior;
 use super::events::Cursor;
 use super::state::ServerState;
 
-/// Maximum number of concurrent clients.
 pub(super) const CLIENTS_MAX: usize = 16;
 const EVENT_EVERY: Duration = Duration::from_secs(1);
 /// Number of missed events after which a client that does not read is dropped.
 const MISSED_MAX: u32 = 10;
 
-/// Handler of `/events`.
 pub(super) async fn events(State(state): State<ServerState>) -> Response {
     let Ok(permit) = Arc::<Semaphore>::clone(&state.clients).try_acquire_owned() else {
         return (StatusCode::SERVICE_UNAVAILABLE, format!("{CLIENTS_MAX} pages already receive events: close one\n"))
@@ -103,11 +101,8 @@ mod tests {
         let address = listener.local_addr().expect("it is bound");
         listener.set_nonblocking(true).expect("a socket");
         let prometheus = PrometheusBuilder::new().build_recorder().handle();
-        let state = ServerState {
-            session: ShownSession::default(),
-            prometheus,
-            clients: Arc::new(Semaphore::new(CLIENTS_MAX)),
-        };
+        let (session, clients) = (ShownSession::default(), Semaphore::new(CLIENTS_MAX).into());
+        let state = ServerState { session, prometheus, clients };
         let (stop, stopped) = oneshot::channel();
         let server = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");

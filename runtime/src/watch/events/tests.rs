@@ -52,20 +52,18 @@ fn inf_and_nan_are_sent_as_text() {
 fn a_client_receives_each_change_once() {
     let mut session = session();
     let observer = Arc::clone(session.observer().expect("it runs"));
-    let per_step: u32 = session.plan().spec.actors.iter().flat_map(|a| &a.actions).map(|a| a.per_step).sum();
+    let spec = &observer.plan().spec;
+    let per_step: u32 = spec.actors.iter().flat_map(|a| &a.actions).map(|a| a.per_step).sum();
     let losses: Vec<f32> = (0..3).map(|_| step(&mut session)).collect();
     let mut client = Cursor::default();
     let first = client.next_event(&observer);
     assert_eq!((first.health, first.steps, first.steps_planned, first.tokens), ("running", 3, Some(9), 3 * 12));
-    assert_eq!(first.session, observer.started().to_string());
+    assert_eq!(first.session, observer.started.to_string());
     let received: Vec<_> = first.points.iter().map(|point| (point.0, point.1.expect("a loss") as f32)).collect();
     assert_eq!(received, [(1, losses[0]), (2, losses[1]), (3, losses[2])]);
     assert!(first.points.iter().all(|point| point.2.is_some() && point.3 == 0.01 && point.4 > 0.0));
     assert_eq!(first.firings.len(), 3 * per_step as usize * FIRING_FIELDS);
-    assert_eq!(
-        (first.registers.len(), first.busy.len()),
-        (session.plan().spec.registers.len(), session.plan().spec.actors.len())
-    );
+    assert_eq!((first.registers.len(), first.busy.len()), (spec.registers.len(), spec.actors.len()));
     assert!(first.bubble.is_some_and(|share| (0.0..1.0).contains(&share)), "{:?}", first.bubble);
     assert!(first.incidents.is_empty() && first.blocked.is_empty() && first.peers.is_empty());
     let second = client.next_event(&observer);
