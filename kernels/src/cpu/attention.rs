@@ -21,16 +21,9 @@ struct Dims {
 }
 
 impl Dims {
-    fn of(args: &Args<'_>, read: usize) -> Result<Self, KernelError> {
-        let shape = args.read_shape(read);
-        let &[batch, time, heads, depth] = shape else {
-            return Err(args.refused(&format!("shape of read {read}"), "[b, t, h, d]", format!("{shape:?}")));
-        };
+    fn of(args: &Args<'_>) -> Result<Self, KernelError> {
+        let [batch, time, heads, depth] = args.launch.attention_dims()?;
         Ok(Self { batch, time, heads, depth })
-    }
-
-    fn lse_shape(self) -> [usize; 3] {
-        [self.batch, self.heads, self.time]
     }
 
     /// The `[t, d]` matrix of one (batch, head) of a tensor that starts at `start`.
@@ -77,10 +70,7 @@ unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
 }
 
 pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
-    let dims = Dims::of(args, 0)?;
-    args.expect_reads(&[1, 2], args.read_shape(0))?;
-    args.expect_writes(&[0], args.read_shape(0))?;
-    args.expect_writes(&[1], &dims.lse_shape())?;
+    let dims = Dims::of(args)?;
     let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| start_of(slice.as_ptr()));
     let o = start_of(args.out(0)?.as_mut_ptr());
     let lse = Pieces::new(args.out(1)?);
@@ -126,17 +116,11 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
 }
 
 pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
-    let dims = Dims::of(args, 0)?;
-    args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
-    args.expect_reads(&[5], &dims.lse_shape())?;
-    args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
-    let mut inputs = [start_of(std::ptr::null()); 5];
-    for (i, input) in inputs.iter_mut().enumerate() {
-        *input = start_of(args.f32(i)?.as_ptr());
-    }
+    let dims = Dims::of(args)?;
+    let inputs = [args.f32(0)?, args.f32(1)?, args.f32(2)?, args.f32(3)?, args.f32(4)?];
+    let inputs = inputs.map(|slice| start_of(slice.as_ptr()));
     let lse = args.f32(5)?;
-    let outputs =
-        [start_of(args.out(0)?.as_mut_ptr()), start_of(args.out(1)?.as_mut_ptr()), start_of(args.out(2)?.as_mut_ptr())];
+    let outputs = [args.out(0)?, args.out(1)?, args.out(2)?].map(|slice| start_of(slice.as_mut_ptr()));
     dims.for_each_item(pool, args.take_scratch(), |item, scratch| {
         let inputs = inputs.map(|tensor| dims.matrix(tensor.get().start, item));
         let outputs = outputs.map(|tensor| dims.matrix(tensor.get().start, item));

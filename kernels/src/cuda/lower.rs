@@ -64,9 +64,9 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
         Op::SumSquares { index } => reduce::sum_squares(&args, *index),
         Op::ClipScale { max_norm } => reduce::clip_scale(&args, *max_norm),
         Op::AdamW { beta1, beta2, eps, weight_decay } => elementwise::adamw(&args, *beta1, *beta2, *eps, *weight_decay),
-        Op::Collective(_) => Err(args.refused("op", "an op that is lowered", "a collective, which the engine runs")),
+        Op::Collective(_) => Err(launch.refused("op", "an op that is lowered", "a collective, which the engine runs")),
         Op::Custom(_) => {
-            Err(args.refused("op", "an op with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
+            Err(launch.refused("op", "an op with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
         }
     }
 }

@@ -98,7 +98,7 @@ fn add_layer_norm(
     Ok(Some(FusedLaunches {
         reads: [&first.reads[..], &[weight]].concat(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: vec![warps(name, rows, arguments)?],
+        steps: warps(name, rows, arguments)?,
     }))
 }
 
@@ -123,7 +123,7 @@ fn bias_gelu(
     Ok(Some(FusedLaunches {
         reads: first.reads.clone(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: vec![threads(name, n.div_ceil(pack), arguments)?],
+        steps: threads(name, n.div_ceil(pack), arguments)?,
     }))
 }
 
