@@ -11,7 +11,7 @@ use cudarc::cublaslt::sys::{self, cublasStatus_t};
 
 use super::context::{Context, Raw};
 use super::status::static_text;
-use super::step::{Element, Matrix, Product};
+use super::step::{Element, Matrix, Place, Product};
 use crate::error::KernelError;
 
 /// Address alignment, in bytes, that the fastest algorithms require.
@@ -33,29 +33,12 @@ pub(crate) struct ProductPlans {
 struct Key {
     dims: [u64; 3],
     transposed: [bool; 2],
-    a: Shape,
-    b: Shape,
-    d: Shape,
+    /// The matrices a, b and d, without their places.
+    matrices: [Matrix; 3],
     batch: i32,
     accumulates: bool,
     /// Of a, b and d, in bytes.
     alignment: [u32; 3],
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Shape {
-    element: Element,
-    rows: u64,
-    columns: u64,
-    leading: i64,
-    batch_stride: i64,
-}
-
-impl From<&Matrix> for Shape {
-    fn from(m: &Matrix) -> Self {
-        let Matrix { element, rows, columns, leading, batch_stride, .. } = *m;
-        Self { element, rows, columns, leading, batch_stride }
-    }
 }
 
 #[derive(Debug)]
@@ -112,7 +95,7 @@ impl ProductPlans {
 
     /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.
     pub(crate) fn prepare(&mut self, product: &Product, addresses: &Addresses, place: &str) -> Result<(), KernelError> {
-        Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(|_| ())
+        Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(drop)
     }
 
     fn plan<'a>(
@@ -173,9 +156,7 @@ impl Key {
         Self {
             dims: [product.m, product.n, product.k],
             transposed: [product.a_transposed, product.b_transposed],
-            a: (&product.a).into(),
-            b: (&product.b).into(),
-            d: (&product.d).into(),
+            matrices: [product.a, product.b, product.d].map(|matrix| Matrix { place: Place::workspace(0), ..matrix }),
             batch: product.batch,
             accumulates: product.beta != 0.0,
             alignment: [addresses.a, addresses.b, addresses.d].map(alignment),
@@ -336,7 +317,6 @@ impl Drop for Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::step::Place;
 
     fn product(m: u64, n: u64, k: u64) -> Product {
         let matrix = |operand: Place, rows, columns| Matrix {

@@ -1,6 +1,5 @@
 //! A submission in flight: what it runs, whom it notifies, and what is checked before the final notification.
 
-use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -21,12 +20,6 @@ pub(crate) struct InFlight {
     /// The engine's, if the program calls collectives: an aborted collective looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
     slot: Mutex<Option<RecordSlot>>,
-}
-
-impl fmt::Debug for InFlight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InFlight").field("program", &self.program.name).finish()
-    }
 }
 
 impl InFlight {

@@ -32,7 +32,6 @@ use crate::event::Event;
 use crate::memory::{Base, DeviceStorage, View};
 use crate::metrics::StreamMetrics;
 use crate::op::{Buffer, Launch, Op, Program};
-use crate::region::check_inside;
 use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 use crate::tensor::Region;
 
@@ -115,7 +114,7 @@ impl Issuer {
     /// (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<(), KernelError> {
         let stream = self.stream.clone();
-        if stream.gpu.test_delays().is_some() {
+        if stream.gpu.test_delays.is_some() {
             stream.gpu.modules.function("spin", 0)?;
         }
         for (index, launch) in program.launches.iter().enumerate() {
@@ -169,10 +168,10 @@ impl Issuer {
             match step {
                 PreparedStep::Product(product) => {
                     let addresses = addresses(product, &address_of, ANY_BASE)?;
-                    self.product_plans()?.prepare(product, &addresses, stream.place())?;
+                    self.product_plans()?.prepare(product, &addresses, &stream.place)?;
                 }
                 PreparedStep::Attention { shape, fallback } => {
-                    self.attention_plans().prepare(shape, stream.place());
+                    self.attention_plans().prepare(shape, &stream.place);
                     self.prepare_steps(fallback, uses_record, (reads, writes))?;
                 }
                 PreparedStep::Kernel { .. } | PreparedStep::Copy { .. } | PreparedStep::Fill { .. } => {}
@@ -188,14 +187,14 @@ impl Issuer {
         // No event: the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
         // The last completion keeps the GPU and its poller alive.
-        for memory in self.staging.memory().into_iter().chain([self.records.memory()]) {
+        for memory in self.staging.arena.iter().chain([&self.records.memory]) {
             self.stream.report(recorded.clone(), release(memory.clone(), Event::default()));
         }
     }
 
     fn attention_plans(&mut self) -> &mut AttentionPlans {
         let stream = &self.stream;
-        let new = || AttentionPlans::new(&stream.gpu, stream.handle, stream.place());
+        let new = || AttentionPlans::new(&stream.gpu, stream.handle, &stream.place);
         self.attention_plans.get_or_insert_with(new)
     }
 
@@ -318,7 +317,7 @@ impl Issuer {
     }
 
     fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
-        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, self.stream.place())?);
+        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, &self.stream.place)?);
         Ok(())
     }
 
@@ -382,8 +381,7 @@ impl Issuer {
         if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
             && self.check_on_this_gpu(bound.name, read).is_err()
         {
-            self.copy_from_peer(read, src, &bound.writes[0], dst, launch.accumulate)?;
-            return Ok(None);
+            return self.copy_from_peer(launch, read, src, &bound.writes[0], dst).map(|()| None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         let kind = run.lowered.launch_kind(run.next_launch, launch, &self.stream.gpu)?;
@@ -407,7 +405,7 @@ impl Issuer {
     /// Checks ISSUE-1.
     fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
         let gpu = &self.stream.gpu;
-        let got = match DeviceMemory::of(view.arena()) {
+        let got = match view.arena().device_memory::<DeviceMemory>() {
             Some(memory) if Arc::ptr_eq(&memory.gpu.context, &gpu.context) => return Ok(()),
             Some(memory) => format!("memory of {}", memory.place()),
             None => "host memory".to_owned(),
@@ -417,29 +415,20 @@ impl Issuer {
 
     fn copy_from_peer(
         &self,
+        launch: &Launch,
         read: &View<'_>,
         src: &Region,
         write: &View<'_>,
         dst: &Region,
-        accumulate: bool,
     ) -> Result<(), KernelError> {
-        let name = "copy_region";
-        let source = DeviceMemory::of(read.arena()).map(|memory| memory.gpu.context.clone());
+        let accumulate = launch.accumulate;
+        let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
-            return Err(KernelError::arguments(name, "read 0", "device memory to copy unchanged", got));
+            return Err(launch.refused("read 0", "device memory to copy unchanged", got));
         };
-        self.check_on_this_gpu(name, write)?;
-        check_inside(name, "src", src, read.shape())?;
-        check_inside(name, "dst", dst, write.shape())?;
-        if src.size != dst.size {
-            return Err(KernelError::arguments(
-                name,
-                "size of dst",
-                format!("{:?}", src.size),
-                format!("{:?}", dst.size),
-            ));
-        }
+        self.check_on_this_gpu(launch.op.name(), write)?;
+        launch.check_buffers(false)?;
         let (from, to) = (device_address(read)?, device_address(write)?);
         let from = StridedRegion { address: from, shape: read.shape(), region: src };
         let to = StridedRegion { address: to, shape: write.shape(), region: dst };
@@ -465,7 +454,7 @@ impl Issuer {
             PreparedStep::Product(product) => {
                 let addresses = addresses(product, &address_of, library_workspace(bound)?)?;
                 let stream = self.stream.clone();
-                let issued = self.product_plans()?.issue(product, &addresses, stream.handle, stream.place());
+                let issued = self.product_plans()?.issue(product, &addresses, stream.handle, &stream.place);
                 issued.map_err(|error| stream.root_cause(error))
             }
             PreparedStep::Attention { shape, fallback } => {

@@ -185,7 +185,7 @@ fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKin
             let steps = lower::lower(launch, accumulate, gpu.context.shared_bytes_max)?.into_iter();
             let steps = steps.map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>()?;
             let uses_record = uses_record(&steps);
-            let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention() != Attention::Own);
+            let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention != Attention::Own);
             let steps = match attention {
                 Some(shape) => vec![PreparedStep::Attention { shape, fallback: steps }],
                 None => steps,

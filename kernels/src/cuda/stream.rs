@@ -241,7 +241,7 @@ impl Drop for CudaStream {
             return;
         }
         if !self.inner.drain() {
-            let place = stream.place().to_owned();
+            let place = stream.place.clone();
             let text =
                 format!("pending work has not ended within {} s after the stream was dropped", DRAIN_WITHIN.as_secs());
             let error = KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "timeout".to_owned(), text };
