@@ -8,7 +8,6 @@ use crate::memory::{Base, View};
 use crate::op::Launch;
 use crate::tensor::{DType, HostElement};
 
-/// The checked buffers of a launch, and access to their slices.
 pub(crate) struct Args<'a> {
     pub(super) launch: &'a Launch,
     pub(super) reads: Vec<View<'a>>,

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;
-use crate::cpu::matmul::{Matrix, SharedMatrix, product};
+use crate::cpu::matmul::{Matrix, product};
 use crate::cpu::pool::{Pieces, Pool};
 use crate::cpu::simd::{dispatch, exp, fold, inlined, max, sum, update};
 use crate::error::KernelError;
@@ -75,7 +75,7 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
     let o = start_of(args.out(0)?.as_mut_ptr());
     let lse = Pieces::new(args.out(1)?);
     dims.for_each_item(pool, args.take_scratch(), |item, scores| {
-        let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.get().start, item));
+        let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.start, item));
         // SAFETY: items are disjoint rows of lse, and one thread processes each.
         let lse = unsafe { lse.range(item * dims.time..(item + 1) * dims.time) };
         for (first, end) in dims.blocks() {
@@ -96,8 +96,8 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
 }
 
 /// The start address of a whole tensor, to be sent to the pool's threads.
-fn start_of(start: *const f32) -> SharedMatrix {
-    SharedMatrix(Matrix { start, row: 1, column: 1 })
+fn start_of(start: *const f32) -> Matrix {
+    Matrix { start, row: 1, column: 1 }
 }
 
 /// Turns a block's scores into probabilities, with zeros for future keys, and stores each row's log-sum-exp.
@@ -122,8 +122,8 @@ pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Re
     let lse = args.f32(5)?;
     let outputs = [args.out(0)?, args.out(1)?, args.out(2)?].map(|slice| start_of(slice.as_mut_ptr()));
     dims.for_each_item(pool, args.take_scratch(), |item, scratch| {
-        let inputs = inputs.map(|tensor| dims.matrix(tensor.get().start, item));
-        let outputs = outputs.map(|tensor| dims.matrix(tensor.get().start, item));
+        let inputs = inputs.map(|tensor| dims.matrix(tensor.start, item));
+        let outputs = outputs.map(|tensor| dims.matrix(tensor.start, item));
         let lse = &lse[item * dims.time..(item + 1) * dims.time];
         for (first, end) in dims.blocks() {
             // The last block comes first: it overwrites all of dk and dv, and the earlier blocks add to their first

@@ -11,8 +11,9 @@ use cudarc::cublaslt::sys::{self, cublasStatus_t};
 
 use super::context::{Context, Raw};
 use super::status::static_text;
-use super::step::{Element, Matrix, Place, Product};
+use super::step::{Matrix, Place, Product};
 use crate::error::KernelError;
+use crate::tensor::DType;
 
 /// Address alignment, in bytes, that the fastest algorithms require.
 const ALIGNMENT_MAX: u32 = 16;
@@ -35,7 +36,6 @@ struct Key {
     transposed: [bool; 2],
     /// The matrices a, b and d, without their places.
     matrices: [Matrix; 3],
-    batch: i32,
     accumulates: bool,
     /// Of a, b and d, in bytes.
     alignment: [u32; 3],
@@ -120,14 +120,14 @@ impl ProductPlans {
         stream: Raw<cudarc::driver::sys::CUstream>,
         place: &str,
     ) -> Result<(), KernelError> {
-        let plan = Self::plan(&mut self.by_key, &self.blas, product, addresses, place)?;
+        let (plan, alpha) = (Self::plan(&mut self.by_key, &self.blas, product, addresses, place)?, 1f32);
         // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
         // matrices; alpha and beta are read before the call returns.
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.blas.handle.0,
                 plan.description.0,
-                (&raw const product.alpha).cast(),
+                (&raw const alpha).cast(),
                 addresses.a as *const c_void,
                 plan.a.0,
                 addresses.b as *const c_void,
@@ -157,17 +157,9 @@ impl Key {
             dims: [product.m, product.n, product.k],
             transposed: [product.a_transposed, product.b_transposed],
             matrices: [product.a, product.b, product.d].map(|matrix| Matrix { place: Place::workspace(0), ..matrix }),
-            batch: product.batch,
             accumulates: product.beta != 0.0,
             alignment: [addresses.a, addresses.b, addresses.d].map(alignment),
         }
-    }
-}
-
-fn data_type(element: Element) -> sys::cudaDataType {
-    match element {
-        Element::F32 => sys::cudaDataType_t::CUDA_R_32F,
-        Element::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
     }
 }
 
@@ -184,25 +176,14 @@ fn set<T>(
     check(status, "cublasLtMatmulDescSetAttribute", place)
 }
 
-fn layout(matrix: &Matrix, batch: i32, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_t>, KernelError> {
-    use sys::cublasLtMatrixLayoutAttribute_t::{
-        CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT as COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET as STRIDE,
-    };
+fn layout(matrix: &Matrix, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_t>, KernelError> {
+    let &Matrix { dtype, rows, columns, leading, .. } = matrix;
+    let is_bf16 = dtype == DType::BF16;
+    let data_type = if is_bf16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F };
     let mut layout = std::ptr::null_mut();
-    let (element, leading) = (data_type(matrix.element), matrix.leading);
     // SAFETY: writes a handle to a local.
-    let status = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, element, matrix.rows, matrix.columns, leading) };
+    let status = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, data_type, rows, columns, leading) };
     check(status, "cublasLtMatrixLayoutCreate", place)?;
-    if batch > 1 {
-        // SAFETY: the layout is live; both values have their attributes' sizes, 4 and 8 bytes.
-        let status = unsafe {
-            let count = sys::cublasLtMatrixLayoutSetAttribute(layout, COUNT, (&raw const batch).cast(), 4);
-            let stride = (&raw const matrix.batch_stride).cast();
-            let stride = sys::cublasLtMatrixLayoutSetAttribute(layout, STRIDE, stride, 8);
-            if count == cublasStatus_t::CUBLAS_STATUS_SUCCESS { stride } else { count }
-        };
-        check(status, "cublasLtMatrixLayoutSetAttribute", place)?;
-    }
     Ok(Raw(layout))
 }
 
@@ -226,9 +207,9 @@ impl Plan {
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
         let mut plan = Self {
             description,
-            a: layout(&product.a, product.batch, place)?,
-            b: layout(&product.b, product.batch, place)?,
-            d: layout(&product.d, product.batch, place)?,
+            a: layout(&product.a, place)?,
+            b: layout(&product.b, place)?,
+            d: layout(&product.d, place)?,
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         plan.algorithm = plan.choose(blas, key, product.workspace_bytes(), place)?;
@@ -319,14 +300,7 @@ mod tests {
     use super::*;
 
     fn product(m: u64, n: u64, k: u64) -> Product {
-        let matrix = |operand: Place, rows, columns| Matrix {
-            place: operand,
-            element: Element::F32,
-            rows,
-            columns,
-            leading: rows as i64,
-            batch_stride: 0,
-        };
+        let matrix = |place, rows, columns| Matrix { place, dtype: DType::F32, rows, columns, leading: rows as i64 };
         Product {
             m,
             n,
@@ -336,8 +310,6 @@ mod tests {
             a: matrix(Place::read(1), m, k),
             b: matrix(Place::read(0), k, n),
             d: matrix(Place::write(0), m, n),
-            batch: 1,
-            alpha: 1.0,
             beta: 0.0,
         }
     }

@@ -14,7 +14,6 @@ use crate::memory::{DeviceStorage, Tally, View};
 
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
-    /// Rank of the device in the session's mesh.
     rank: usize,
     /// Stamped when the memory was zeroed.
     address: Stamped<u64>,

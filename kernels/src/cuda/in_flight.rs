@@ -12,7 +12,6 @@ use crate::memory::Base;
 use crate::op::Program;
 use crate::submission::{Notification, Notify};
 
-/// A submission that has been accepted and has not ended.
 pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,

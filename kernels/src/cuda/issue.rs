@@ -49,7 +49,6 @@ pub(crate) struct Run {
     /// Held until the last collective is on the stream.
     issue_ticket: Option<IssueTicket>,
     abort_statuses: Arc<[AbortStatus]>,
-    /// Whether an issued kernel writes the stream's error record.
     uses_record: bool,
     /// Whether Inf or NaN has been reported; only the first launch with either is.
     non_finite_reported: bool,

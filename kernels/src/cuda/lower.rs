@@ -3,7 +3,7 @@
 //!
 //! The backend makes the checks that depend on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
 
-use crate::cuda::step::{AttentionShape, Step, product_workspace_bytes};
+use crate::cuda::step::{Step, product_workspace_bytes};
 use crate::error::KernelError;
 use crate::memory::ALIGNMENT;
 use crate::op::{Launch, Op};
@@ -25,6 +25,7 @@ mod region;
 mod tests;
 
 use args::Args;
+pub use attention::cudnn_attention;
 
 /// Alignment of cuBLASLt's and cuDNN's workspaces; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
@@ -94,11 +95,6 @@ pub fn workspace_bytes(launch: &Launch) -> usize {
 
 pub(crate) fn library_start(address: u64) -> u64 {
     address.next_multiple_of(LIBRARY_ALIGNMENT as u64)
-}
-
-/// The attention that cuDNN may run in place of the launch's steps; `None` for other launches and shapes.
-pub fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
-    attention::cudnn_attention(launch)
 }
 
 /// The reads that may share the memory of write 0, since elementwise ops work in place. All other overlaps of a write

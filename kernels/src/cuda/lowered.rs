@@ -53,7 +53,6 @@ pub(crate) struct FusedPair {
     pub(crate) reads: Vec<Buffer>,
     pub(crate) writes: Vec<Buffer>,
     pub(crate) steps: Vec<PreparedStep>,
-    /// Whether a kernel writes the stream's error record.
     pub(crate) uses_record: bool,
 }
 

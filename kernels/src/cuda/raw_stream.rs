@@ -55,7 +55,6 @@ impl RowCopy {
 #[derive(Debug)]
 pub(crate) struct RawStream {
     pub(crate) gpu: Arc<Gpu>,
-    /// Rank of the device in the mesh.
     pub(crate) rank: usize,
     pub(crate) handle: Raw<sys::CUstream>,
     /// The stream, as error messages name it.
@@ -140,7 +139,6 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.handle.0) }, "cuMemcpyDtoDAsync")
     }
 
-    /// Whether the stream is on the GPU of this context.
     pub(crate) fn is_on(&self, context: &Context) -> bool {
         std::ptr::eq(&*self.gpu.context, context)
     }

@@ -22,7 +22,6 @@ const SLOTS: usize = 128;
 
 #[derive(Debug)]
 pub(crate) struct ErrorRecords {
-    /// The device record.
     pub(crate) memory: Arena,
     blocks: Vec<Arc<SlotBlock>>,
 }

@@ -51,65 +51,57 @@ impl Launch {
             Op::Fill { .. } | Op::Collective(_) | Op::Custom(_) => Ok(()),
             Op::Copy | Op::Scale { .. } | Op::Gelu => self.expect_same_count(0),
             Op::GeluGrad => self.expect_same_count(0).and_then(|()| self.expect_same_count(1)),
-            Op::Cast => self.expect_writes(&[(0, read(0))]),
+            Op::Cast => self.expect(&[], &[(0, read(0))]),
             Op::CopyRegion { src, dst } => {
                 check_inside("copy_region", "src", src, read(0))?;
                 check_inside("copy_region", "dst", dst, write(0))?;
                 self.expect_equal("size of dst", &src.size, &dst.size)
             }
             Op::Add => {
-                self.expect_writes(&[(0, read(0))])?;
+                self.expect(&[], &[(0, read(0))])?;
                 self.expect_suffix("shape of read 1", read(0), read(1))
             }
             Op::SumLeading => self.expect_suffix("shape of write 0", read(0), write(0)),
-            Op::Einsum(einsum) => self.expect_writes(&[(0, &einsum.output_shape(read(0), read(1))?)]),
+            Op::Einsum(einsum) => self.expect(&[], &[(0, &einsum.output_shape(read(0), read(1))?)]),
             Op::Embedding { .. } => {
                 let [_, width] = self.dims("shape of read 1", read(1), "[v, c]")?;
-                self.expect_writes(&[(0, &[read(0), &[width]].concat())])
+                self.expect(&[], &[(0, &[read(0), &[width]].concat())])
             }
             Op::EmbeddingGrad { .. } => {
                 let [_, width] = self.dims("shape of write 0", write(0), "[v, c]")?;
-                self.expect_reads(&[(1, &[read(0), &[width]].concat())])
+                self.expect(&[(1, &[read(0), &[width]].concat())], &[])
             }
             Op::LayerNorm { .. } => {
                 let (leading, width) = self.rows(0)?;
-                self.expect_reads(&[(1, &[width])])?;
-                self.expect_writes(&[(0, read(0)), (1, leading), (2, leading)])
+                self.expect(&[(1, &[width])], &[(0, read(0)), (1, leading), (2, leading)])
             }
             Op::LayerNormGrad => {
                 let (leading, width) = self.rows(0)?;
-                self.expect_reads(&[(1, read(0)), (2, &[width]), (3, leading), (4, leading)])?;
-                self.expect_writes(&[(0, read(0)), (1, &[width])])
+                let reads = [(1, read(0)), (2, &[width]), (3, leading), (4, leading)];
+                self.expect(&reads, &[(0, read(0)), (1, &[width])])
             }
             Op::Attention { .. } => {
                 let [batch, time, heads, _] = self.attention_dims()?;
-                self.expect_reads(&[1, 2].map(|i| (i, read(0))))?;
-                self.expect_writes(&[(0, read(0)), (1, &[batch, heads, time])])
+                self.expect(&[1, 2].map(|i| (i, read(0))), &[(0, read(0)), (1, &[batch, heads, time])])
             }
             Op::AttentionGrad { .. } => {
                 let [batch, time, heads, _] = self.attention_dims()?;
-                self.expect_reads(&[1, 2, 3, 4].map(|i| (i, read(0))))?;
-                self.expect_reads(&[(5, &[batch, heads, time])])?;
-                self.expect_writes(&[0, 1, 2].map(|i| (i, read(0))))
+                self.expect(&[1, 2, 3, 4].map(|i| (i, read(0))), &[0, 1, 2].map(|i| (i, read(0))))?;
+                self.expect(&[(5, &[batch, heads, time])], &[])
             }
-            Op::RowMax => self.expect_writes(&[(0, self.rows(0)?.0)]),
+            Op::RowMax => self.expect(&[], &[(0, self.rows(0)?.0)]),
             Op::SumExpTarget { .. } => {
                 let (leading, _) = self.rows(0)?;
-                self.expect_reads(&[(1, leading), (2, leading)])?;
-                self.expect_writes(&[(0, leading), (1, leading)])
+                self.expect(&[(1, leading), (2, leading)], &[(0, leading), (1, leading)])
             }
-            Op::TokenLoss { .. } => {
-                self.expect_reads(&[(1, read(0)), (2, read(0))])?;
-                self.expect_writes(&[(0, &[])])
-            }
+            Op::TokenLoss { .. } => self.expect(&[(1, read(0)), (2, read(0))], &[(0, &[])]),
             Op::CrossEntropyGrad { .. } => {
                 let (leading, _) = self.rows(1)?;
-                self.expect_reads(&[(0, &[]), (2, leading), (3, leading), (4, leading)])?;
-                self.expect_writes(&[(0, read(1))])
+                self.expect(&[(0, &[]), (2, leading), (3, leading), (4, leading)], &[(0, read(1))])
             }
             Op::Dropout { p, shape, start, .. } => {
-                self.expect_writes(&[(0, read(0))])?;
-                self.expect_reads(&[(1, &[2])])?;
+                self.expect(&[], &[(0, read(0))])?;
+                self.expect(&[(1, &[2])], &[])?;
                 let part = Region { start: start.clone(), size: read(0).to_vec() };
                 check_inside("dropout", "x in the whole tensor", &part, shape)?;
                 let fits = (0.0..=1.0).contains(p);
@@ -122,14 +114,11 @@ impl Launch {
                 }
             },
             Op::ClipScale { .. } => {
-                self.expect_writes(&[(0, &[]), (1, &[])])?;
+                self.expect(&[], &[(0, &[]), (1, &[])])?;
                 let fits = element_count(read(0)).is_multiple_of(2);
                 if fits { Ok(()) } else { Err(self.refused("shape of read 0", "[n, 2]", format!("{:?}", read(0)))) }
             }
-            Op::AdamW { .. } => {
-                self.expect_reads(&[(1, &[2]), (2, &[])])?;
-                self.expect_writes(&[0, 1, 2].map(|i| (i, read(0))))
-            }
+            Op::AdamW { .. } => self.expect(&[(1, &[2]), (2, &[])], &[0, 1, 2].map(|i| (i, read(0)))),
         }
     }
 
@@ -186,15 +175,14 @@ impl Launch {
         Err(self.refused(what, format!("a suffix of {whole:?}"), format!("{got:?}")))
     }
 
-    fn expect_reads(&self, shapes: &[(usize, &[usize])]) -> Result<(), KernelError> {
-        let mut shapes = shapes.iter();
-        shapes.try_for_each(|(i, shape)| self.expect_equal(&format!("shape of read {i}"), shape, &self.reads[*i].shape))
-    }
-
-    fn expect_writes(&self, shapes: &[(usize, &[usize])]) -> Result<(), KernelError> {
-        let mut shapes = shapes.iter();
-        shapes
-            .try_for_each(|(i, shape)| self.expect_equal(&format!("shape of write {i}"), shape, &self.writes[*i].shape))
+    /// Fails unless these reads and these writes have these shapes.
+    fn expect(&self, reads: &[(usize, &[usize])], writes: &[(usize, &[usize])]) -> Result<(), KernelError> {
+        for (what, shapes, buffers) in [("read", reads, &self.reads), ("write", writes, &self.writes)] {
+            for (i, shape) in shapes {
+                self.expect_equal(&format!("shape of {what} {i}"), shape, &buffers[*i].shape)?;
+            }
+        }
+        Ok(())
     }
 
     /// Fails unless write 0 has as many elements as read `i`.

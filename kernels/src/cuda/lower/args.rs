@@ -1,18 +1,9 @@
 //! A launch whose buffers have been checked: number, shapes and types.
 
-use crate::cuda::step::Element;
 use crate::error::KernelError;
 use crate::op::{Buffer, Launch};
 use crate::tensor::{DType, element_count};
 
-fn element(dtype: DType) -> Element {
-    match dtype {
-        DType::BF16 => Element::Bf16,
-        DType::F32 | DType::I32 => Element::F32,
-    }
-}
-
-/// A launch, and whether it adds to its accumulating write.
 pub(super) struct Args<'a> {
     pub(super) launch: &'a Launch,
     pub(super) accumulate: bool,
@@ -74,13 +65,5 @@ impl<'a> Args<'a> {
             (DType::BF16, _) => widening,
             _ => f32,
         }
-    }
-
-    pub(super) fn read_element(&self, i: usize) -> Element {
-        element(self.read_dtype(i))
-    }
-
-    pub(super) fn write_element(&self, i: usize) -> Element {
-        element(self.write_dtype(i))
     }
 }

@@ -17,7 +17,6 @@ pub struct FusedLaunches {
     pub reads: Vec<Buffer>,
     /// All buffers that the two launches write.
     pub writes: Vec<Buffer>,
-    /// The steps.
     pub steps: Vec<Step>,
 }
 
