@@ -52,32 +52,10 @@ pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), Kerne
     Ok(())
 }
 
-/// Values shared by all elements of one update.
-#[derive(Clone, Copy)]
-struct Update {
-    betas: [f32; 2],
-    eps: f32,
-    scale: f32,
-    keep: f32,
-    step_size: f32,
-    root_correction: f32,
-}
-
-impl Update {
-    #[inline(always)]
-    fn apply(self, grad: f32, param: &mut f32, m: &mut f32, v: &mut f32) {
-        let [beta1, beta2] = self.betas;
-        let g = self.scale * grad;
-        *m = beta1 * *m + (1.0 - beta1) * g;
-        *v = beta2 * *v + (1.0 - beta2) * g * g;
-        *param = *param * self.keep - self.step_size * *m / (v.sqrt() * self.root_correction + self.eps);
-    }
-}
-
 pub(crate) fn adamw(
     args: &mut Args<'_>,
     pool: &Pool,
-    betas: [f32; 2],
+    [beta1, beta2]: [f32; 2],
     eps: f32,
     weight_decay: f32,
 ) -> Result<(), KernelError> {
@@ -88,21 +66,21 @@ pub(crate) fn adamw(
         return Ok(());
     }
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(step);
-    let update = Update {
-        betas,
-        eps,
-        scale,
-        keep: 1.0 - learning_rate * weight_decay,
-        step_size: (f64::from(learning_rate) / correction(betas[0])) as f32,
-        root_correction: (1.0 / correction(betas[1]).sqrt()) as f32,
-    };
+    let keep = 1.0 - learning_rate * weight_decay;
+    let step_size = (f64::from(learning_rate) / correction(beta1)) as f32;
+    let root_correction = (1.0 / correction(beta2).sqrt()) as f32;
     pool.rows(grad.len(), 2 * grad.len(), outs, |range, [params, ms, vs]| {
         let grad = &grad[range];
         inlined!(dispatch(|| {
             let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
             values.for_each(
                 #[inline(always)]
-                |(((&grad, param), m), v)| update.apply(grad, param, m, v),
+                |(((&grad, param), m), v)| {
+                    let g = scale * grad;
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    *param = *param * keep - step_size * *m / (v.sqrt() * root_correction + eps);
+                },
             );
         }));
     });

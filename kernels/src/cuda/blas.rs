@@ -50,15 +50,6 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Addresses {
-    pub(crate) a: u64,
-    pub(crate) b: u64,
-    pub(crate) d: u64,
-    /// Holds [`Product::workspace_bytes`] bytes.
-    pub(crate) workspace: u64,
-}
-
 fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), KernelError> {
     if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
         return Ok(());
@@ -94,7 +85,7 @@ impl ProductPlans {
     }
 
     /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.
-    pub(crate) fn prepare(&mut self, product: &Product, addresses: &Addresses, place: &str) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&mut self, product: &Product, addresses: [u64; 3], place: &str) -> Result<(), KernelError> {
         Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(drop)
     }
 
@@ -102,7 +93,7 @@ impl ProductPlans {
         by_key: &'a mut HashMap<Key, Plan>,
         blas: &Blas,
         product: &Product,
-        addresses: &Addresses,
+        addresses: [u64; 3],
         place: &str,
     ) -> Result<&'a Plan, KernelError> {
         let key = Key::of(product, addresses);
@@ -112,15 +103,16 @@ impl ProductPlans {
         })
     }
 
-    /// Enqueues a product on a stream. Requires the context to be bound.
+    /// Enqueues a product on a stream; `workspace` holds [`Product::workspace_bytes`] bytes. Requires the context to be bound.
     pub(crate) fn issue(
         &mut self,
         product: &Product,
-        addresses: &Addresses,
+        [a, b, d]: [u64; 3],
+        workspace: u64,
         stream: Raw<cudarc::driver::sys::CUstream>,
         place: &str,
     ) -> Result<(), KernelError> {
-        let (plan, alpha) = (Self::plan(&mut self.by_key, &self.blas, product, addresses, place)?, 1f32);
+        let (plan, alpha) = (Self::plan(&mut self.by_key, &self.blas, product, [a, b, d], place)?, 1f32);
         // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
         // matrices; alpha and beta are read before the call returns.
         let status = unsafe {
@@ -128,17 +120,17 @@ impl ProductPlans {
                 self.blas.handle.0,
                 plan.description.0,
                 (&raw const alpha).cast(),
-                addresses.a as *const c_void,
+                a as *const c_void,
                 plan.a.0,
-                addresses.b as *const c_void,
+                b as *const c_void,
                 plan.b.0,
                 (&raw const product.beta).cast(),
-                addresses.d as *const c_void,
+                d as *const c_void,
                 plan.d.0,
-                addresses.d as *mut c_void,
+                d as *mut c_void,
                 plan.d.0,
                 &plan.algorithm,
-                addresses.workspace as *mut c_void,
+                workspace as *mut c_void,
                 product.workspace_bytes(),
                 stream.0.cast(),
             )
@@ -152,13 +144,13 @@ fn alignment(address: u64) -> u32 {
 }
 
 impl Key {
-    fn of(product: &Product, addresses: &Addresses) -> Self {
+    fn of(product: &Product, addresses: [u64; 3]) -> Self {
         Self {
             dims: [product.m, product.n, product.k],
             transposed: [product.a_transposed, product.b_transposed],
             matrices: [product.a, product.b, product.d].map(|matrix| Matrix { place: Place::workspace(0), ..matrix }),
             accumulates: product.beta != 0.0,
-            alignment: [addresses.a, addresses.b, addresses.d].map(alignment),
+            alignment: addresses.map(alignment),
         }
     }
 }
@@ -316,8 +308,7 @@ mod tests {
 
     #[test]
     fn a_plan_is_reused_for_the_same_shape_at_another_address_of_the_same_alignment() {
-        let addresses = |a| Addresses { a, b: 1 << 20, d: 1 << 21, workspace: 0 };
-        let key = |product: &Product, a| Key::of(product, &addresses(a));
+        let key = |product: &Product, a| Key::of(product, [a, 1 << 20, 1 << 21]);
         let base = product(8, 4, 2);
         assert_eq!(key(&base, 4096), key(&base, 8192 + 256));
         assert_ne!(key(&base, 4096), key(&base, 4096 + 4));

@@ -12,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::blas::{Addresses, ProductPlans};
+use super::blas::ProductPlans;
 use super::cudnn::AttentionPlans;
 use super::device_memory::{DeviceMemory, device_address};
 use super::event::Recorded;
@@ -166,8 +166,8 @@ impl Issuer {
         for step in steps {
             match step {
                 PreparedStep::Product(product) => {
-                    let addresses = addresses(product, &address_of, ANY_BASE)?;
-                    self.product_plans()?.prepare(product, &addresses, &stream.place)?;
+                    let addresses = addresses(product, &address_of)?;
+                    self.product_plans()?.prepare(product, addresses, &stream.place)?;
                 }
                 PreparedStep::Attention { shape, fallback } => {
                     self.attention_plans().prepare(shape, &stream.place);
@@ -451,9 +451,10 @@ impl Issuer {
                 self.stream.launch(*function, geometry, &words[..parameters.len()])
             }
             PreparedStep::Product(product) => {
-                let addresses = addresses(product, &address_of, library_workspace(bound)?)?;
+                let (addresses, workspace) = (addresses(product, &address_of)?, library_workspace(bound)?);
                 let stream = self.stream.clone();
-                let issued = self.product_plans()?.issue(product, &addresses, stream.handle, &stream.place);
+                let plans = self.product_plans()?;
+                let issued = plans.issue(product, addresses, workspace, stream.handle, &stream.place);
                 issued.map_err(|error| stream.root_cause(error))
             }
             PreparedStep::Attention { shape, fallback } => {
@@ -499,17 +500,12 @@ impl Issuer {
     }
 }
 
+/// The addresses of a product's matrices a, b and d.
 fn addresses(
     product: &Product,
     address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
-    workspace: u64,
-) -> Result<Addresses, KernelError> {
-    Ok(Addresses {
-        a: address_of(product.a.place)?,
-        b: address_of(product.b.place)?,
-        d: address_of(product.d.place)?,
-        workspace,
-    })
+) -> Result<[u64; 3], KernelError> {
+    Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
 /// Start of the library's part of the workspace, whose size has been checked; 0 if there is none.

@@ -37,7 +37,8 @@ pub(super) type TensorId = usize;
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
     Matmul { a: TensorId, b: TensorId, c: TensorId },
-    /// Applies `mode` to x, b and t, element by element; broadcasts dims of 1. An index is that along `axis`.
+    /// Applies `mode` element by element; broadcasts dims of 1. An index is that along `axis`; a select is
+    /// `if t { x } else { b }`.
     Pointwise {
         mode: PointwiseMode,
         axis: Option<i64>,
