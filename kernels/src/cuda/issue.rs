@@ -18,12 +18,12 @@ use super::device_memory::{DeviceMemory, device_address};
 use super::event::Recorded;
 use super::in_flight::InFlight;
 use super::lower;
-use super::lowered::{FusedPair, LaunchKind, LoweredProgram, Parameter, PreparedStep, address};
+use super::lowered::{FusedPair, LaunchKind, LoweredProgram, PreparedStep, address};
 use super::poller::{release, set_event};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
 use super::staged::HostStaging;
-use super::step::{Operand, Place, Product};
+use super::step::{Arg, Operand, Place, Product};
 use super::strided_copy::{self, StridedRegion, copy_region_from};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
@@ -438,17 +438,18 @@ impl Issuer {
         let address_of = |place: Place| address(bound, place);
         self.stream.issue_test_delay()?;
         match step {
-            PreparedStep::Kernel { function, geometry, parameters } => {
+            PreparedStep::Kernel { function, geometry, args } => {
                 let mut words = [0; PARAMETERS_MAX];
-                for (word, parameter) in words.iter_mut().zip(parameters) {
-                    *word = match *parameter {
-                        Parameter::Address(place) => address_of(place)?,
-                        Parameter::Bits(bits) => bits,
-                        Parameter::LaunchIndex => index as u64,
-                        Parameter::Record => self.records.address(),
+                for (word, arg) in words.iter_mut().zip(args) {
+                    *word = match arg {
+                        Arg::Pointer(place) => address_of(*place)?,
+                        Arg::LaunchIndex => index as u64,
+                        Arg::ErrorRecord => self.records.address(),
+                        // All others have bits.
+                        other => other.bits().unwrap_or(0),
                     };
                 }
-                self.stream.launch(*function, geometry, &words[..parameters.len()])
+                self.stream.launch(*function, geometry, &words[..args.len()])
             }
             PreparedStep::Product(product) => {
                 let (addresses, workspace) = (addresses(product, &address_of)?, library_workspace(bound)?);

@@ -243,6 +243,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn arguments_are_in_the_low_bytes_of_words() {
+        assert_eq!(Arg::I32(-2).bits(), Some(0xffff_fffe));
+        assert_eq!(Arg::I64(-2).bits(), Some(u64::MAX - 1));
+        assert_eq!(Arg::F32(1.0).bits(), Some(0x3f80_0000));
+        assert_eq!(Arg::Null.bits(), Some(0));
+        assert_eq!(Arg::ErrorRecord.bits(), None);
+    }
+
+    #[test]
     fn a_record_of_zeros_holds_no_error() {
         assert_eq!(ErrorRecord::decode([0; 8]), None);
         let record = ErrorRecord::decode([3, -7i32 as u32, 5, 1, 9, 0, 0, 0]);
