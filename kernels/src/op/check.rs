@@ -6,8 +6,8 @@ use crate::region::check_inside;
 use crate::tensor::{DType, Region, element_count};
 
 impl Launch {
-    /// Checks the buffers of a built-in op, whose number has been checked. `accumulate` is true if the launch adds to its
-    /// accumulating write. Collectives and custom kernels check their own.
+    /// Checks the buffers of a built-in op, whose number has been checked. `accumulate` is true if the launch adds to
+    /// its accumulating write. Collectives and custom kernels check their own.
     pub(crate) fn check_buffers(&self, accumulate: bool) -> Result<(), KernelError> {
         self.check_shapes()?;
         match self.op {
