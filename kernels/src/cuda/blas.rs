@@ -103,7 +103,8 @@ impl ProductPlans {
         })
     }
 
-    /// Enqueues a product on a stream; `workspace` holds [`Product::workspace_bytes`] bytes. Requires the context to be bound.
+    /// Enqueues a product on a stream; `workspace` holds [`Product::workspace_bytes`] bytes. Requires the context to be
+    /// bound.
     pub(crate) fn issue(
         &mut self,
         product: &Product,
