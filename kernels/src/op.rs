@@ -10,6 +10,7 @@ use crate::collective::call::CollectiveCall;
 use crate::error::Result;
 use crate::tensor::{DType, Region};
 
+mod check;
 pub(crate) mod describe;
 mod einsum;
 
@@ -23,12 +24,6 @@ pub const SQUARES_SCALE: f64 = f64::from_bits((1023 - 192) << 52);
 pub fn norm_of_squares(sums: impl IntoIterator<Item = [f64; 2]>) -> f64 {
     let [plain, scaled] = sums.into_iter().fold([0.0; 2], |total, sums| [total[0] + sums[0], total[1] + sums[1]]);
     if plain == f64::INFINITY { (scaled / SQUARES_SCALE).sqrt() } else { plain.sqrt() }
-}
-
-/// Checks the shape that [`Op::SumSquares`] writes; returns the expected and the actual shape on failure.
-pub(crate) fn check_squares(shape: &[usize], index: usize) -> Result<(), (String, String)> {
-    let fits = matches!(shape, [parameters, 2] if index < *parameters);
-    if fits { Ok(()) } else { Err((format!("[n, 2] with n > {index}"), format!("{shape:?}"))) }
 }
 
 /// One operation. Each variant's comment lists `reads` and `writes` in their order.

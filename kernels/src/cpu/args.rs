@@ -1,24 +1,21 @@
 //! The buffers of a launch on the CPU: resolves and checks them, and gives kernels access to their slices.
 #![allow(unsafe_code)]
 
-use half::bf16;
-
 use crate::bound::Bound;
 use crate::cpu::simd::Operand;
 use crate::error::KernelError;
 use crate::memory::{Base, View};
 use crate::op::Launch;
-use crate::tensor::{DType, HostElement, element_count};
+use crate::tensor::{DType, HostElement};
 
-/// The checked buffers of a launch, and access to their slices.
 pub(crate) struct Args<'a> {
-    name: &'a str,
-    reads: Vec<View<'a>>,
-    writes: Vec<View<'a>>,
+    pub(super) launch: &'a Launch,
+    pub(super) reads: Vec<View<'a>>,
+    pub(super) writes: Vec<View<'a>>,
     /// Writes already handed out as slices: each is handed out once, which keeps slices exclusive.
     taken: Vec<bool>,
     /// The threads' parts of the stream's scratch memory.
-    scratch: Option<View<'a>>,
+    pub(super) scratch: Option<View<'a>>,
     pub(crate) accumulate: bool,
 }
 
@@ -26,21 +23,10 @@ impl<'a> Args<'a> {
     pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool) -> Result<Self, KernelError> {
         let bound = Bound::resolve(launch, bases, |_| 0)?;
         bound.all().try_for_each(|view| view.check_host(bound.name))?;
-        let Bound { name, reads, writes, .. } = bound;
+        let (Bound { reads, writes, .. }, accumulate) = (bound, launch.accumulate && repeat);
+        launch.check_buffers(accumulate)?;
         let taken = vec![false; writes.len()];
-        Ok(Self { name, taken, reads, writes, scratch: None, accumulate: launch.accumulate && repeat })
-    }
-
-    pub(crate) fn reads(&self) -> &[View<'a>] {
-        &self.reads
-    }
-
-    pub(crate) fn writes(&self) -> &[View<'a>] {
-        &self.writes
-    }
-
-    pub(crate) fn refused(&self, what: &str, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
-        KernelError::arguments(self.name, what, expected, got)
+        Ok(Self { launch, taken, reads, writes, scratch: None, accumulate })
     }
 
     pub(crate) fn read_shape(&self, i: usize) -> &'a [usize] {
@@ -51,10 +37,6 @@ impl<'a> Args<'a> {
         self.writes[i].shape()
     }
 
-    pub(crate) fn read_dtype(&self, i: usize) -> DType {
-        self.reads[i].dtype()
-    }
-
     pub(crate) fn write_dtype(&self, i: usize) -> DType {
         self.writes[i].dtype()
     }
@@ -63,29 +45,13 @@ impl<'a> Args<'a> {
         if view.dtype() == dtype {
             return Ok(());
         }
-        Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", view.dtype())))
-    }
-
-    /// Fails unless these reads have this shape.
-    pub(crate) fn expect_reads(&self, reads: &[usize], shape: &[usize]) -> Result<(), KernelError> {
-        reads.iter().try_for_each(|&i| self.expect(&format!("shape of read {i}"), self.reads[i].shape(), shape))
-    }
-
-    /// Fails unless these writes have this shape.
-    pub(crate) fn expect_writes(&self, writes: &[usize], shape: &[usize]) -> Result<(), KernelError> {
-        writes.iter().try_for_each(|&i| self.expect(&format!("shape of write {i}"), self.writes[i].shape(), shape))
-    }
-
-    fn expect(&self, what: &str, got: &[usize], expected: &[usize]) -> Result<(), KernelError> {
-        if got == expected {
-            return Ok(());
-        }
-        Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
+        let got = format!("{:?}", view.dtype());
+        Err(self.launch.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), got))
     }
 
     /// An error for input values that no valid program produces.
     pub(crate) fn bad_data(&self, what: String) -> KernelError {
-        KernelError::Data { op: self.name.to_owned(), what }
+        KernelError::Data { op: self.launch.op.name().to_owned(), what }
     }
 
     /// Read `i` as indices, after a check that all are below `limit`.
@@ -100,32 +66,11 @@ impl<'a> Args<'a> {
         }
     }
 
-    /// Splits read `i`'s shape into its leading dims and its last dim.
-    pub(crate) fn rows_of(&self, i: usize) -> Result<(&'a [usize], usize), KernelError> {
-        let shape = self.reads[i].shape();
-        let (last, leading) =
-            shape.split_last().ok_or_else(|| self.refused(&format!("shape of read {i}"), "at least one dim", "[]"))?;
-        Ok((leading, *last))
-    }
-
-    /// Fails unless write `w` has as many elements as read `r`.
-    pub(crate) fn expect_same_count(&self, r: usize, w: usize) -> Result<(), KernelError> {
-        if self.reads[r].element_count() == self.writes[w].element_count() {
-            return Ok(());
-        }
-        let (expected, got) = (self.reads[r].shape(), self.writes[w].shape());
-        Err(self.refused(
-            &format!("elements of write {w}"),
-            format!("as many as {expected:?}"),
-            format!("{got:?}, {}", element_count(got)),
-        ))
-    }
-
     /// Read `i`, which must not also be a write.
-    fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T], KernelError> {
+    pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T], KernelError> {
         self.check_dtype("read", i, &self.reads[i], T::DTYPE)?;
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
-            return Err(self.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
+            return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
         }
         // SAFETY: of this type, and no write of this launch overlaps it (just checked); other streams: MEM-3.
         Ok(unsafe { self.reads[i].slice() })
@@ -136,10 +81,6 @@ impl<'a> Args<'a> {
     }
 
     pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32], KernelError> {
-        self.slice(i)
-    }
-
-    pub(crate) fn bf16(&self, i: usize) -> Result<&'a [bf16], KernelError> {
         self.slice(i)
     }
 
@@ -154,7 +95,7 @@ impl<'a> Args<'a> {
     }
 
     /// Write `i`, once.
-    fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T], KernelError> {
+    pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T], KernelError> {
         self.check_dtype("write", i, &self.writes[i], T::DTYPE)?;
         assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
         // SAFETY: of this type, taken once, no other write overlaps (`Bound` has checked that), and no slice is made of
@@ -164,18 +105,6 @@ impl<'a> Args<'a> {
 
     pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32], KernelError> {
         self.take(i)
-    }
-
-    pub(crate) fn out_bf16(&mut self, i: usize) -> Result<&'a mut [bf16], KernelError> {
-        self.take(i)
-    }
-
-    pub(crate) fn out_i32(&mut self, i: usize) -> Result<&'a mut [i32], KernelError> {
-        self.take(i)
-    }
-
-    pub(super) fn set_scratch(&mut self, scratch: Option<View<'a>>) {
-        self.scratch = scratch;
     }
 
     /// The threads' parts of scratch memory, once; empty if the op needs none.

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;
-use crate::cpu::matmul::{Matrix, SharedMatrix, product};
+use crate::cpu::matmul::{Matrix, product};
 use crate::cpu::pool::{Pieces, Pool};
 use crate::cpu::simd::{dispatch, exp, fold, inlined, max, sum, update};
 use crate::error::KernelError;
@@ -21,16 +21,9 @@ struct Dims {
 }
 
 impl Dims {
-    fn of(args: &Args<'_>, read: usize) -> Result<Self, KernelError> {
-        let shape = args.read_shape(read);
-        let &[batch, time, heads, depth] = shape else {
-            return Err(args.refused(&format!("shape of read {read}"), "[b, t, h, d]", format!("{shape:?}")));
-        };
+    fn of(args: &Args<'_>) -> Result<Self, KernelError> {
+        let [batch, time, heads, depth] = args.launch.attention_dims()?;
         Ok(Self { batch, time, heads, depth })
-    }
-
-    fn lse_shape(self) -> [usize; 3] {
-        [self.batch, self.heads, self.time]
     }
 
     /// The `[t, d]` matrix of one (batch, head) of a tensor that starts at `start`.
@@ -77,15 +70,12 @@ unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
 }
 
 pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
-    let dims = Dims::of(args, 0)?;
-    args.expect_reads(&[1, 2], args.read_shape(0))?;
-    args.expect_writes(&[0], args.read_shape(0))?;
-    args.expect_writes(&[1], &dims.lse_shape())?;
+    let dims = Dims::of(args)?;
     let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| start_of(slice.as_ptr()));
     let o = start_of(args.out(0)?.as_mut_ptr());
     let lse = Pieces::new(args.out(1)?);
     dims.for_each_item(pool, args.take_scratch(), |item, scores| {
-        let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.get().start, item));
+        let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.start, item));
         // SAFETY: items are disjoint rows of lse, and one thread processes each.
         let lse = unsafe { lse.range(item * dims.time..(item + 1) * dims.time) };
         for (first, end) in dims.blocks() {
@@ -106,8 +96,8 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
 }
 
 /// The start address of a whole tensor, to be sent to the pool's threads.
-fn start_of(start: *const f32) -> SharedMatrix {
-    SharedMatrix(Matrix { start, row: 1, column: 1 })
+fn start_of(start: *const f32) -> Matrix {
+    Matrix { start, row: 1, column: 1 }
 }
 
 /// Turns a block's scores into probabilities, with zeros for future keys, and stores each row's log-sum-exp.
@@ -126,20 +116,14 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
 }
 
 pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
-    let dims = Dims::of(args, 0)?;
-    args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
-    args.expect_reads(&[5], &dims.lse_shape())?;
-    args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
-    let mut inputs = [start_of(std::ptr::null()); 5];
-    for (i, input) in inputs.iter_mut().enumerate() {
-        *input = start_of(args.f32(i)?.as_ptr());
-    }
+    let dims = Dims::of(args)?;
+    let inputs = [args.f32(0)?, args.f32(1)?, args.f32(2)?, args.f32(3)?, args.f32(4)?];
+    let inputs = inputs.map(|slice| start_of(slice.as_ptr()));
     let lse = args.f32(5)?;
-    let outputs =
-        [start_of(args.out(0)?.as_mut_ptr()), start_of(args.out(1)?.as_mut_ptr()), start_of(args.out(2)?.as_mut_ptr())];
+    let outputs = [args.out(0)?, args.out(1)?, args.out(2)?].map(|slice| start_of(slice.as_mut_ptr()));
     dims.for_each_item(pool, args.take_scratch(), |item, scratch| {
-        let inputs = inputs.map(|tensor| dims.matrix(tensor.get().start, item));
-        let outputs = outputs.map(|tensor| dims.matrix(tensor.get().start, item));
+        let inputs = inputs.map(|tensor| dims.matrix(tensor.start, item));
+        let outputs = outputs.map(|tensor| dims.matrix(tensor.start, item));
         let lse = &lse[item * dims.time..(item + 1) * dims.time];
         for (first, end) in dims.blocks() {
             // The last block comes first: it overwrites all of dk and dv, and the earlier blocks add to their first

@@ -3,16 +3,12 @@
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::error::KernelError;
-use crate::tensor::element_count;
 
 pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vocab: usize) -> Result<(), KernelError> {
-    let (&[held, width], ids_shape) = (args.read_shape(1), args.read_shape(0)) else {
-        return Err(args.refused("shape of read 1", "[v, c]", format!("{:?}", args.read_shape(1))));
-    };
-    args.expect_writes(&[0], &[ids_shape, &[width]].concat())?;
+    let [held, width] = args.launch.dims("shape of read 1", args.read_shape(1), "[v, c]")?;
     let (ids, table, y) = (args.indices(0, vocab)?, args.f32(1)?, args.out(0)?);
     let elements = y.len();
-    pool.rows(element_count(ids_shape), elements, [y], |rows, [y]| {
+    pool.rows(ids.len(), elements, [y], |rows, [y]| {
         for (i, row) in rows.enumerate() {
             let y = &mut y[i * width..(i + 1) * width];
             match (ids[row] as usize).checked_sub(vocab_start).filter(|&id| id < held) {
@@ -26,10 +22,7 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
 
 /// Each thread owns some rows of the table and scans all ids in order, so the order of each row's sum is fixed.
 pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<(), KernelError> {
-    let (&[vocab, width], ids_shape) = (args.write_shape(0), args.read_shape(0)) else {
-        return Err(args.refused("shape of write 0", "[v, c]", format!("{:?}", args.write_shape(0))));
-    };
-    args.expect_reads(&[1], &[ids_shape, &[width]].concat())?;
+    let [vocab, width] = args.launch.dims("shape of write 0", args.write_shape(0), "[v, c]")?;
     let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);
     let dtable = args.out(0)?;
     let weight = dy.len() + if accumulate { 0 } else { dtable.len() };

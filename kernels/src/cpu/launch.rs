@@ -36,7 +36,7 @@ impl Runner {
         let arena = (bytes > 0).then(|| scratch.at_least(bytes)).transpose()?;
         let mut args = Args::resolve(launch, bases, repeat)?;
         let scratch = arena.as_ref().map(|arena| View::new(op.name(), arena, 0, &floats, DType::F32)).transpose()?;
-        args.set_scratch(scratch);
+        args.scratch = scratch;
         match op {
             Op::Fill { value } => elementwise::fill(&mut args, pool, *value),
             Op::Copy => elementwise::copy(&mut args, pool),
@@ -66,13 +66,12 @@ impl Runner {
             Op::SumSquares { index } => optimizer::sum_squares(&mut args, pool, *index),
             Op::ClipScale { max_norm } => optimizer::clip_scale(&mut args, *max_norm),
             Op::AdamW { beta1, beta2, eps, weight_decay } => {
-                let rates = optimizer::AdamW { beta1: *beta1, beta2: *beta2, eps: *eps, weight_decay: *weight_decay };
-                optimizer::adamw(&mut args, pool, rates)
+                optimizer::adamw(&mut args, pool, [*beta1, *beta2], *eps, *weight_decay)
             }
-            Op::Collective(call) => engine.run(call, args.reads(), args.writes()),
+            Op::Collective(call) => engine.run(call, &args.reads, &args.writes),
             // SAFETY: no two writes overlap (`Bound` has checked that); other streams: MEM-3.
             Op::Custom(kernel) => unsafe {
-                run_custom(&**kernel, op.name(), args.reads(), args.writes(), args.accumulate)
+                run_custom(&**kernel, op.name(), &args.reads, &args.writes, args.accumulate)
             },
         }
     }
@@ -87,5 +86,5 @@ pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usiz
         let values = unsafe { write.to_f32() }.unwrap_or_default();
         faults(&launch.op, write.shape(), &values)
     };
-    args.writes().iter().map(count).enumerate().find(|(_, elements)| *elements > 0)
+    args.writes.iter().map(count).enumerate().find(|(_, elements)| *elements > 0)
 }

@@ -4,13 +4,11 @@ use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{dispatch, exp, fold, inlined, map_operand, max};
 use crate::error::KernelError;
-use crate::tensor::element_count;
 
 pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
-    let (leading, width) = args.rows_of(0)?;
-    args.expect_writes(&[0], leading)?;
+    let [count, width] = args.launch.rows_of(0)?;
     let (logits, out) = (args.f32(0)?, args.out(0)?);
-    pool.rows(element_count(leading), logits.len(), [out], |rows, [out]| {
+    pool.rows(count, logits.len(), [out], |rows, [out]| {
         inlined!(dispatch(|| {
             for (out, row) in out.iter_mut().zip(rows.clone()) {
                 *out = max(&logits[row * width..(row + 1) * width]);
@@ -31,12 +29,10 @@ pub(crate) fn sum_exp_target(
     vocab_start: usize,
     vocab: usize,
 ) -> Result<(), KernelError> {
-    let (leading, width) = args.rows_of(0)?;
-    args.expect_reads(&[1, 2], leading)?;
-    args.expect_writes(&[0, 1], leading)?;
+    let [count, width] = args.launch.rows_of(0)?;
     let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, args.indices(2, vocab)?);
     let outs = [args.out(0)?, args.out(1)?];
-    pool.rows(element_count(leading), 4 * logits.len(), outs, |rows, [sums, chosen]| {
+    pool.rows(count, 4 * logits.len(), outs, |rows, [sums, chosen]| {
         inlined!(dispatch(|| {
             for (i, row) in rows.clone().enumerate() {
                 let logits = &logits[row * width..(row + 1) * width];
@@ -50,8 +46,6 @@ pub(crate) fn sum_exp_target(
 }
 
 pub(crate) fn token_loss(args: &mut Args<'_>, scale: f32) -> Result<(), KernelError> {
-    args.expect_reads(&[1, 2], args.read_shape(0))?;
-    args.expect_writes(&[0], &[])?;
     let (maxima, sums, chosen) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let tokens = maxima.iter().zip(sums).zip(chosen);
     let loss: f64 =
@@ -69,15 +63,12 @@ pub(crate) fn cross_entropy_grad(
     vocab_start: usize,
     scale: f32,
 ) -> Result<(), KernelError> {
-    let (leading, width) = args.rows_of(1)?;
-    args.expect_reads(&[0], &[])?;
-    args.expect_reads(&[2, 3, 4], leading)?;
-    args.expect_writes(&[0], args.read_shape(1))?;
+    let [count, width] = args.launch.rows_of(1)?;
     let (logits, factor) = (args.operand(1, 0)?, args.f32(0)?[0] * scale);
     let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, args.i32(4)?);
     let dlogits = args.out(0)?;
     let weight = 4 * dlogits.len();
-    pool.rows(element_count(leading), weight, [dlogits], |rows, [dlogits]| {
+    pool.rows(count, weight, [dlogits], |rows, [dlogits]| {
         inlined!(dispatch(|| {
             for (i, row) in rows.clone().enumerate() {
                 let (max, factor_row) = (maxima[row], factor / sums[row]);

@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;
-use crate::cpu::pool::{Pieces, Pool};
+use crate::cpu::pool::Pool;
 use crate::error::KernelError;
 use crate::op::Einsum;
 use crate::tensor::split_range;
@@ -28,6 +28,11 @@ pub(crate) struct Matrix {
     pub(crate) row: usize,
     pub(crate) column: usize,
 }
+
+// SAFETY: it only holds an address; `product`'s contract governs access to the memory.
+unsafe impl Sync for Matrix {}
+// SAFETY: as for `Sync`.
+unsafe impl Send for Matrix {}
 
 impl Matrix {
     pub(crate) fn transposed(self) -> Self {
@@ -109,20 +114,17 @@ fn stored(start: *const f32, rows: usize, columns: usize, transposed: bool) -> M
 
 pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Result<(), KernelError> {
     let dims = einsum.gemm_dims(args.read_shape(0), args.read_shape(1))?;
-    args.expect_writes(&[0], &einsum.output_shape(args.read_shape(0), args.read_shape(1))?)?;
     let (a, b, out, accumulate) = (args.f32(0)?, args.f32(1)?, args.out(0)?, args.accumulate);
     let (m, n, k) = (dims.m, dims.n, dims.k);
     assert!(a.len() == m * k && b.len() == k * n && out.len() == m * n, "einsum's dims cover its operands");
-    let a = SharedMatrix(stored(a.as_ptr(), m, k, dims.a_transposed));
-    let b = SharedMatrix(stored(b.as_ptr(), k, n, dims.b_transposed));
-    let pieces = Pieces::new(out);
-    let out = SharedMatrix(stored(pieces.start(), m, n, dims.out_transposed));
+    let a = stored(a.as_ptr(), m, k, dims.a_transposed);
+    let b = stored(b.as_ptr(), k, n, dims.b_transposed);
+    let out = stored(out.as_mut_ptr(), m, n, dims.out_transposed);
     let by_rows = m >= n;
     let grains = if by_rows { m } else { n }.div_ceil(GRAIN);
     let worth = (m * n).saturating_mul(k) / FORK_MULTIPLIES;
     let parts = worth.clamp(1, pool.threads()).min(grains);
     pool.run(parts, &|part| {
-        let (a, b, out) = (a.get(), b.get(), out.get());
         let grains = split_range(grains, parts, part);
         let (start, end) = (grains.start * GRAIN, grains.end * GRAIN);
         // SAFETY: all three lie inside their slices (assertion above), which outlive this call; the parts' rows (or
@@ -136,20 +138,6 @@ pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Resul
         }
     });
     Ok(())
-}
-
-#[derive(Clone, Copy)]
-pub(crate) struct SharedMatrix(pub(crate) Matrix);
-
-// SAFETY: it only holds an address; `product`'s contract governs access to the memory.
-unsafe impl Sync for SharedMatrix {}
-// SAFETY: as for `Sync`.
-unsafe impl Send for SharedMatrix {}
-
-impl SharedMatrix {
-    pub(crate) fn get(&self) -> Matrix {
-        self.0
-    }
 }
 
 #[cfg(all(test, target_arch = "x86_64"))]

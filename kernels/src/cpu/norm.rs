@@ -4,16 +4,12 @@ use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{LANES, dispatch, fold, inlined, map, sum, update};
 use crate::error::KernelError;
-use crate::tensor::element_count;
 
 pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(), KernelError> {
-    let (leading, width) = args.rows_of(0)?;
-    args.expect_reads(&[1], &[width])?;
-    args.expect_writes(&[0], args.read_shape(0))?;
-    args.expect_writes(&[1, 2], leading)?;
+    let [count, width] = args.launch.rows_of(0)?;
     let (x, weight) = (args.f32(0)?, args.f32(1)?);
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
-    pool.rows(element_count(leading), 2 * x.len(), outs, |rows, [y, means, rstds]| {
+    pool.rows(count, 2 * x.len(), outs, |rows, [y, means, rstds]| {
         inlined!(dispatch(|| {
             for (i, row) in rows.clone().enumerate() {
                 let x = &x[row * width..(row + 1) * width];
@@ -36,16 +32,11 @@ const COLUMNS: usize = 256;
 /// rows of dy xhat`. Threads divide the rows of `dx`, then the columns of `dweight`, each of which one thread sums over
 /// all rows in order (BITS-1).
 pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
-    let (leading, width) = args.rows_of(0)?;
-    args.expect_reads(&[1], args.read_shape(0))?;
-    args.expect_reads(&[2], &[width])?;
-    args.expect_reads(&[3, 4], leading)?;
-    args.expect_writes(&[0], args.read_shape(0))?;
-    args.expect_writes(&[1], &[width])?;
+    let [count, width] = args.launch.rows_of(0)?;
     let (dy, x, weight) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let (means, rstds) = (args.f32(3)?, args.f32(4)?);
     let (dx, dweight, accumulate) = (args.out(0)?, args.out(1)?, args.accumulate);
-    pool.rows(element_count(leading), 3 * x.len(), [dx], |rows, [dx]| {
+    pool.rows(count, 3 * x.len(), [dx], |rows, [dx]| {
         inlined!(dispatch(|| {
             for (i, row) in rows.clone().enumerate() {
                 let (dy, x) = (&dy[row * width..(row + 1) * width], &x[row * width..(row + 1) * width]);

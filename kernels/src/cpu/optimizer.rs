@@ -4,24 +4,14 @@ use crate::cpu::args::Args;
 use crate::cpu::pool::{FORK_ELEMENTS, Pool};
 use crate::cpu::simd::{LANES, dispatch, inlined};
 use crate::error::KernelError;
-use crate::op::{SQUARES_SCALE, check_squares, norm_of_squares};
+use crate::op::{SQUARES_SCALE, norm_of_squares};
 use crate::tensor::split_range;
 
 /// Maximum number of parts of a sum of squares; one thread sums each part.
 const PARTS_MAX: usize = 64;
 
-#[derive(Clone, Copy)]
-pub(crate) struct AdamW {
-    pub(crate) beta1: f32,
-    pub(crate) beta2: f32,
-    pub(crate) eps: f32,
-    pub(crate) weight_decay: f32,
-}
-
 pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Result<(), KernelError> {
     let x = args.f32(0)?;
-    check_squares(args.write_shape(0), index)
-        .map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
     // One partial sum per part, added in order. The number of parts depends only on the size (BITS-1).
     let mut partial = [0f64; PARTS_MAX];
     let parts = (x.len() / FORK_ELEMENTS).clamp(1, PARTS_MAX);
@@ -53,11 +43,7 @@ fn squares(x: &[f32]) -> f64 {
 }
 
 pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), KernelError> {
-    args.expect_writes(&[0, 1], &[])?;
     let sums = args.f32(0)?;
-    if !sums.len().is_multiple_of(2) {
-        return Err(args.refused("shape of read 0", "[n, 2]", format!("{:?}", args.read_shape(0))));
-    }
     let norm = norm_of_squares(sums.as_chunks().0.iter().map(|pair| pair.map(f64::from)));
     // `f64::min` would return 1 for a NaN norm.
     let scale = if norm.is_finite() { (f64::from(max_norm) / (norm + 1e-6)).min(1.0) } else { f64::NAN };
@@ -66,32 +52,13 @@ pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), Kerne
     Ok(())
 }
 
-/// Values shared by all elements of one update.
-#[derive(Clone, Copy)]
-struct Update {
-    rates: AdamW,
-    scale: f32,
-    keep: f32,
-    step_size: f32,
-    root_correction: f32,
-}
-
-impl Update {
-    #[inline(always)]
-    fn apply(self, grad: f32, param: &mut f32, m: &mut f32, v: &mut f32) {
-        let AdamW { beta1, beta2, eps, .. } = self.rates;
-        let g = self.scale * grad;
-        *m = beta1 * *m + (1.0 - beta1) * g;
-        *v = beta2 * *v + (1.0 - beta2) * g * g;
-        *param = *param * self.keep - self.step_size * *m / (v.sqrt() * self.root_correction + eps);
-    }
-}
-
-pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<(), KernelError> {
-    let shape = args.read_shape(0);
-    args.expect_reads(&[1], &[2])?;
-    args.expect_reads(&[2], &[])?;
-    args.expect_writes(&[0, 1, 2], shape)?;
+pub(crate) fn adamw(
+    args: &mut Args<'_>,
+    pool: &Pool,
+    [beta1, beta2]: [f32; 2],
+    eps: f32,
+    weight_decay: f32,
+) -> Result<(), KernelError> {
     let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
     let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
@@ -99,20 +66,21 @@ pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, rates: AdamW) -> Result<()
         return Ok(());
     }
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(step);
-    let update = Update {
-        rates,
-        scale,
-        keep: 1.0 - learning_rate * rates.weight_decay,
-        step_size: (f64::from(learning_rate) / correction(rates.beta1)) as f32,
-        root_correction: (1.0 / correction(rates.beta2).sqrt()) as f32,
-    };
+    let keep = 1.0 - learning_rate * weight_decay;
+    let step_size = (f64::from(learning_rate) / correction(beta1)) as f32;
+    let root_correction = (1.0 / correction(beta2).sqrt()) as f32;
     pool.rows(grad.len(), 2 * grad.len(), outs, |range, [params, ms, vs]| {
         let grad = &grad[range];
         inlined!(dispatch(|| {
             let values = grad.iter().zip(params.iter_mut()).zip(ms.iter_mut()).zip(vs.iter_mut());
             values.for_each(
                 #[inline(always)]
-                |(((&grad, param), m), v)| update.apply(grad, param, m, v),
+                |(((&grad, param), m), v)| {
+                    let g = scale * grad;
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    *v = beta2 * *v + (1.0 - beta2) * g * g;
+                    *param = *param * keep - step_size * *m / (v.sqrt() * root_correction + eps);
+                },
             );
         }));
     });

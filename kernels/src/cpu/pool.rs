@@ -144,7 +144,7 @@ impl Pool {
         self.run(parts, &|part| {
             let range = split_range(rows, parts, part);
             let part_outs = outs.each_ref().map(|pieces| {
-                let width = pieces.len() / rows;
+                let width = pieces.len / rows;
                 // SAFETY: the parts' ranges of rows are disjoint, and each part runs once.
                 unsafe { pieces.range(range.start * width..range.end * width) }
             });
@@ -248,14 +248,6 @@ unsafe impl<T: Send> Send for Pieces<'_, T> {}
 impl<'a, T> Pieces<'a, T> {
     pub(crate) fn new(slice: &'a mut [T]) -> Self {
         Self { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    pub(crate) fn start(&self) -> *mut T {
-        self.start
     }
 
     /// # Safety

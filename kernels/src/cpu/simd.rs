@@ -46,45 +46,26 @@ pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
 
 /// Calls [`dispatch`] or a loop of this module with its closure inlined, as [`dispatch`] requires.
 macro_rules! inlined {
-    ($call:ident(|| $body:expr)) => {
+    // The arguments before the closure move to the brackets one token at a time.
+    (@ $call:ident [$($before:tt)*] || $body:expr) => {
         $call(
+            $($before)*
             #[inline(always)]
             || $body,
         )
     };
-    ($call:ident($a:expr, |$($x:pat_param),*| $body:expr)) => {
+    (@ $call:ident [$($before:tt)*] |$($x:pat_param),*| $body:expr) => {
         $call(
-            $a,
+            $($before)*
             #[inline(always)]
             |$($x),*| $body,
         )
     };
-    ($call:ident($a:expr, $b:expr, |$($x:pat_param),*| $body:expr)) => {
-        $call(
-            $a,
-            $b,
-            #[inline(always)]
-            |$($x),*| $body,
-        )
+    (@ $call:ident [$($before:tt)*] $next:tt $($rest:tt)*) => {
+        inlined!(@ $call [$($before)* $next] $($rest)*)
     };
-    ($call:ident($a:expr, $b:expr, $c:expr, |$($x:pat_param),*| $body:expr)) => {
-        $call(
-            $a,
-            $b,
-            $c,
-            #[inline(always)]
-            |$($x),*| $body,
-        )
-    };
-    ($call:ident($a:expr, $b:expr, $c:expr, $d:expr, |$($x:pat_param),*| $body:expr)) => {
-        $call(
-            $a,
-            $b,
-            $c,
-            $d,
-            #[inline(always)]
-            |$($x),*| $body,
-        )
+    ($call:ident($($arguments:tt)*)) => {
+        inlined!(@ $call [] $($arguments)*)
     };
 }
 pub(crate) use inlined;

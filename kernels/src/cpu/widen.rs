@@ -22,7 +22,7 @@ pub(crate) fn run(
 ) -> Result<(), KernelError> {
     // Run all checks on the original buffers.
     let args = Args::resolve(launch, bases, false)?;
-    let views = || args.reads().iter().chain(args.writes()).filter(|view| view.dtype() == DType::BF16);
+    let views = || args.reads.iter().chain(&args.writes).filter(|view| view.dtype() == DType::BF16);
     let mut places: Vec<(View<'_>, usize)> = Vec::new();
     let mut bytes = thread_bytes(launch, threads);
     for view in views() {
@@ -33,7 +33,7 @@ pub(crate) fn run(
     }
     let arena = scratch.at_least(bytes)?;
     let at = |view: &View<'_>| places.iter().find(|(other, _)| other.same_memory(view)).map_or(0, |(_, at)| *at);
-    for view in args.reads().iter().filter(|view| view.dtype() == DType::BF16) {
+    for view in args.reads.iter().filter(|view| view.dtype() == DType::BF16) {
         let x = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
         // SAFETY: the dtypes match; only this stream uses the arena; nothing writes the read buffer (MEM-2, MEM-3).
         let (x, halves) = unsafe { (x.slice_mut::<f32>(), view.slice::<bf16>()) };
@@ -49,14 +49,14 @@ pub(crate) fn run(
         buffers.iter().zip(views).map(widen).collect()
     };
     let launch_wide = Launch {
-        reads: widened(&launch.reads, args.reads()),
-        writes: widened(&launch.writes, args.writes()),
+        reads: widened(&launch.reads, &args.reads),
+        writes: widened(&launch.writes, &args.writes),
         ..launch.clone()
     };
     let mut all = bases.to_vec();
     all.push(Base { arena: arena.clone(), offset: 0 });
     run_wide(&launch_wide, &all)?;
-    for view in args.writes().iter().filter(|view| view.dtype() == DType::BF16) {
+    for view in args.writes.iter().filter(|view| view.dtype() == DType::BF16) {
         let y = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
         // SAFETY: the dtypes match; only this stream uses the arena; nothing else uses the written buffer (MEM-2,
         // MEM-3).

@@ -44,11 +44,9 @@ impl Attention {
     }
 }
 
+/// By [`Pass`].
 #[derive(Debug, Default)]
-pub(crate) struct AttentionCounters {
-    forward: PassCounters,
-    backward: PassCounters,
-}
+pub(crate) struct AttentionCounters([PassCounters; 2]);
 
 /// Launches of one pass: all, and those that cuDNN ran.
 #[derive(Debug, Default)]
@@ -58,13 +56,6 @@ struct PassCounters {
 }
 
 impl AttentionCounters {
-    fn of(&self, pass: Pass) -> &PassCounters {
-        match pass {
-            Pass::Forward => &self.forward,
-            Pass::Backward => &self.backward,
-        }
-    }
-
     /// Counts a launch, whichever implementation runs it.
     pub(crate) fn count_launch(&self, op: &Op) {
         let pass = match op {
@@ -72,16 +63,16 @@ impl AttentionCounters {
             Op::AttentionGrad { .. } => Pass::Backward,
             _ => return,
         };
-        self.of(pass).all.fetch_add(1, Ordering::Relaxed);
+        self.0[pass as usize].all.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Counts a launch that cuDNN runs, if it is `issued`.
     pub(super) fn count_cudnn(&self, pass: Pass, issued: bool) {
-        self.of(pass).cudnn.fetch_add(u64::from(issued), Ordering::Relaxed);
+        self.0[pass as usize].cudnn.fetch_add(u64::from(issued), Ordering::Relaxed);
     }
 
     pub(crate) fn by_name(&self) -> [(&'static str, u64); 4] {
-        let [forward, backward] = [&self.forward, &self.backward].map(|counters| {
+        let [forward, backward] = self.0.each_ref().map(|counters| {
             let cudnn = counters.cudnn.load(Ordering::Relaxed);
             (cudnn, counters.all.load(Ordering::Relaxed).saturating_sub(cudnn))
         });

@@ -11,8 +11,9 @@ use cudarc::cublaslt::sys::{self, cublasStatus_t};
 
 use super::context::{Context, Raw};
 use super::status::static_text;
-use super::step::{Element, Matrix, Product};
+use super::step::{Matrix, Place, Product};
 use crate::error::KernelError;
+use crate::tensor::DType;
 
 /// Address alignment, in bytes, that the fastest algorithms require.
 const ALIGNMENT_MAX: u32 = 16;
@@ -33,29 +34,11 @@ pub(crate) struct ProductPlans {
 struct Key {
     dims: [u64; 3],
     transposed: [bool; 2],
-    a: Shape,
-    b: Shape,
-    d: Shape,
-    batch: i32,
+    /// The matrices a, b and d, without their places.
+    matrices: [Matrix; 3],
     accumulates: bool,
     /// Of a, b and d, in bytes.
     alignment: [u32; 3],
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Shape {
-    element: Element,
-    rows: u64,
-    columns: u64,
-    leading: i64,
-    batch_stride: i64,
-}
-
-impl From<&Matrix> for Shape {
-    fn from(m: &Matrix) -> Self {
-        let Matrix { element, rows, columns, leading, batch_stride, .. } = *m;
-        Self { element, rows, columns, leading, batch_stride }
-    }
 }
 
 #[derive(Debug)]
@@ -65,15 +48,6 @@ struct Plan {
     b: Raw<sys::cublasLtMatrixLayout_t>,
     d: Raw<sys::cublasLtMatrixLayout_t>,
     algorithm: sys::cublasLtMatmulAlgo_t,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Addresses {
-    pub(crate) a: u64,
-    pub(crate) b: u64,
-    pub(crate) d: u64,
-    /// Holds [`Product::workspace_bytes`] bytes.
-    pub(crate) workspace: u64,
 }
 
 fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), KernelError> {
@@ -111,15 +85,15 @@ impl ProductPlans {
     }
 
     /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.
-    pub(crate) fn prepare(&mut self, product: &Product, addresses: &Addresses, place: &str) -> Result<(), KernelError> {
-        Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(|_| ())
+    pub(crate) fn prepare(&mut self, product: &Product, addresses: [u64; 3], place: &str) -> Result<(), KernelError> {
+        Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(drop)
     }
 
     fn plan<'a>(
         by_key: &'a mut HashMap<Key, Plan>,
         blas: &Blas,
         product: &Product,
-        addresses: &Addresses,
+        addresses: [u64; 3],
         place: &str,
     ) -> Result<&'a Plan, KernelError> {
         let key = Key::of(product, addresses);
@@ -129,33 +103,35 @@ impl ProductPlans {
         })
     }
 
-    /// Enqueues a product on a stream. Requires the context to be bound.
+    /// Enqueues a product on a stream; `workspace` holds [`Product::workspace_bytes`] bytes. Requires the context to be
+    /// bound.
     pub(crate) fn issue(
         &mut self,
         product: &Product,
-        addresses: &Addresses,
+        [a, b, d]: [u64; 3],
+        workspace: u64,
         stream: Raw<cudarc::driver::sys::CUstream>,
         place: &str,
     ) -> Result<(), KernelError> {
-        let plan = Self::plan(&mut self.by_key, &self.blas, product, addresses, place)?;
+        let (plan, alpha) = (Self::plan(&mut self.by_key, &self.blas, product, [a, b, d], place)?, 1f32);
         // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
         // matrices; alpha and beta are read before the call returns.
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.blas.handle.0,
                 plan.description.0,
-                (&raw const product.alpha).cast(),
-                addresses.a as *const c_void,
+                (&raw const alpha).cast(),
+                a as *const c_void,
                 plan.a.0,
-                addresses.b as *const c_void,
+                b as *const c_void,
                 plan.b.0,
                 (&raw const product.beta).cast(),
-                addresses.d as *const c_void,
+                d as *const c_void,
                 plan.d.0,
-                addresses.d as *mut c_void,
+                d as *mut c_void,
                 plan.d.0,
                 &plan.algorithm,
-                addresses.workspace as *mut c_void,
+                workspace as *mut c_void,
                 product.workspace_bytes(),
                 stream.0.cast(),
             )
@@ -169,24 +145,14 @@ fn alignment(address: u64) -> u32 {
 }
 
 impl Key {
-    fn of(product: &Product, addresses: &Addresses) -> Self {
+    fn of(product: &Product, addresses: [u64; 3]) -> Self {
         Self {
             dims: [product.m, product.n, product.k],
             transposed: [product.a_transposed, product.b_transposed],
-            a: (&product.a).into(),
-            b: (&product.b).into(),
-            d: (&product.d).into(),
-            batch: product.batch,
+            matrices: [product.a, product.b, product.d].map(|matrix| Matrix { place: Place::workspace(0), ..matrix }),
             accumulates: product.beta != 0.0,
-            alignment: [addresses.a, addresses.b, addresses.d].map(alignment),
+            alignment: addresses.map(alignment),
         }
-    }
-}
-
-fn data_type(element: Element) -> sys::cudaDataType {
-    match element {
-        Element::F32 => sys::cudaDataType_t::CUDA_R_32F,
-        Element::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
     }
 }
 
@@ -203,25 +169,14 @@ fn set<T>(
     check(status, "cublasLtMatmulDescSetAttribute", place)
 }
 
-fn layout(matrix: &Matrix, batch: i32, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_t>, KernelError> {
-    use sys::cublasLtMatrixLayoutAttribute_t::{
-        CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT as COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET as STRIDE,
-    };
+fn layout(matrix: &Matrix, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_t>, KernelError> {
+    let &Matrix { dtype, rows, columns, leading, .. } = matrix;
+    let is_bf16 = dtype == DType::BF16;
+    let data_type = if is_bf16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F };
     let mut layout = std::ptr::null_mut();
-    let (element, leading) = (data_type(matrix.element), matrix.leading);
     // SAFETY: writes a handle to a local.
-    let status = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, element, matrix.rows, matrix.columns, leading) };
+    let status = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, data_type, rows, columns, leading) };
     check(status, "cublasLtMatrixLayoutCreate", place)?;
-    if batch > 1 {
-        // SAFETY: the layout is live; both values have their attributes' sizes, 4 and 8 bytes.
-        let status = unsafe {
-            let count = sys::cublasLtMatrixLayoutSetAttribute(layout, COUNT, (&raw const batch).cast(), 4);
-            let stride = (&raw const matrix.batch_stride).cast();
-            let stride = sys::cublasLtMatrixLayoutSetAttribute(layout, STRIDE, stride, 8);
-            if count == cublasStatus_t::CUBLAS_STATUS_SUCCESS { stride } else { count }
-        };
-        check(status, "cublasLtMatrixLayoutSetAttribute", place)?;
-    }
     Ok(Raw(layout))
 }
 
@@ -245,9 +200,9 @@ impl Plan {
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
         let mut plan = Self {
             description,
-            a: layout(&product.a, product.batch, place)?,
-            b: layout(&product.b, product.batch, place)?,
-            d: layout(&product.d, product.batch, place)?,
+            a: layout(&product.a, place)?,
+            b: layout(&product.b, place)?,
+            d: layout(&product.d, place)?,
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         plan.algorithm = plan.choose(blas, key, product.workspace_bytes(), place)?;
@@ -336,17 +291,9 @@ impl Drop for Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::step::Place;
 
     fn product(m: u64, n: u64, k: u64) -> Product {
-        let matrix = |operand: Place, rows, columns| Matrix {
-            place: operand,
-            element: Element::F32,
-            rows,
-            columns,
-            leading: rows as i64,
-            batch_stride: 0,
-        };
+        let matrix = |place, rows, columns| Matrix { place, dtype: DType::F32, rows, columns, leading: rows as i64 };
         Product {
             m,
             n,
@@ -356,16 +303,13 @@ mod tests {
             a: matrix(Place::read(1), m, k),
             b: matrix(Place::read(0), k, n),
             d: matrix(Place::write(0), m, n),
-            batch: 1,
-            alpha: 1.0,
             beta: 0.0,
         }
     }
 
     #[test]
     fn a_plan_is_reused_for_the_same_shape_at_another_address_of_the_same_alignment() {
-        let addresses = |a| Addresses { a, b: 1 << 20, d: 1 << 21, workspace: 0 };
-        let key = |product: &Product, a| Key::of(product, &addresses(a));
+        let key = |product: &Product, a| Key::of(product, [a, 1 << 20, 1 << 21]);
         let base = product(8, 4, 2);
         assert_eq!(key(&base, 4096), key(&base, 8192 + 256));
         assert_ne!(key(&base, 4096), key(&base, 4096 + 4));

@@ -27,10 +27,10 @@ unsafe impl<T> Sync for Raw<T> {}
 
 pub(crate) struct Context {
     pub(crate) ordinal: usize,
-    name: String,
+    pub(crate) name: String,
     device: sys::CUdevice,
     pub(crate) handle: Raw<sys::CUcontext>,
-    capability: (i32, i32),
+    pub(crate) capability: (i32, i32),
     /// Maximum dynamic shared memory of a block (opt-in limit), in bytes.
     pub(crate) shared_bytes_max: usize,
     lost: OnceLock<KernelError>,
@@ -143,14 +143,6 @@ impl Context {
     /// The device, as error messages name it.
     pub(crate) fn place(&self) -> String {
         format!("cuda device {} ({})", self.ordinal, self.name)
-    }
-
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
-    pub(crate) fn capability(&self) -> (i32, i32) {
-        self.capability
     }
 
     /// The error that made the context unusable, if any (CONTEXT-1).

@@ -128,7 +128,7 @@ impl AttentionPlans {
 
     fn plan(&mut self, shape: &AttentionShape, place: &str) -> Result<Option<Plan>, KernelError> {
         let Some(handle) = &self.handle else { return Ok(None) };
-        let pin = match (shape.pass, self.gpu.attention()) {
+        let pin = match (shape.pass, self.gpu.attention) {
             (_, Attention::Own) => return Ok(None),
             (Pass::Forward, _) | (_, Attention::AnyOrder) => None,
             (_, Attention::Ordered) => match ordered_engine(self.gpu.capability(), handle.api.number()) {
@@ -157,7 +157,7 @@ impl AttentionPlans {
         workspace: u64,
         stream: &RawStream,
     ) -> Result<bool, KernelError> {
-        let place = stream.place();
+        let place = &stream.place;
         self.prepare(shape, place);
         let Entry::Occupied(mut entry) = self.by_key.entry(shape.into()) else { return Ok(false) };
         let (Some(plan), Some(handle)) = (entry.get(), &self.handle) else { return Ok(false) };

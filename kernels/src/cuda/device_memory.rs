@@ -10,11 +10,10 @@ use cudarc::driver::sys::{self, CUresult};
 use super::gpu::Gpu;
 use crate::clock::{ReleaseClocks, Stamped};
 use crate::error::KernelError;
-use crate::memory::{Arena, DeviceStorage, Tally, View};
+use crate::memory::{DeviceStorage, Tally, View};
 
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
-    /// Rank of the device in the session's mesh.
     rank: usize,
     /// Stamped when the memory was zeroed.
     address: Stamped<u64>,
@@ -52,11 +51,6 @@ impl DeviceMemory {
         Ok(Self { gpu, rank, address, bytes, tally, releases })
     }
 
-    /// The device memory of an arena; `None` for host memory.
-    pub(crate) fn of(arena: &Arena) -> Option<&Self> {
-        arena.device_memory()
-    }
-
     pub(crate) fn address(&self) -> u64 {
         *self.address.get()
     }
@@ -64,7 +58,7 @@ impl DeviceMemory {
 
 /// Device address of a view's first element.
 pub(crate) fn device_address(view: &View<'_>) -> Result<u64, KernelError> {
-    let memory = DeviceMemory::of(view.arena());
+    let memory = view.arena().device_memory::<DeviceMemory>();
     let memory = memory.ok_or_else(|| KernelError::arguments("copy", "memory", "device memory", "host memory"))?;
     Ok(memory.address() + view.offset() as u64)
 }

@@ -33,21 +33,19 @@ impl EventPool {
         Ok(Self { context, free: Mutex::new(free) })
     }
 
-    fn take(&self, place: &dyn Display) -> Result<Raw<sys::CUevent>, KernelError> {
-        let mut free = self.free.lock();
-        if free.is_empty() {
-            create_batch(&self.context, &mut free, place)?;
-        }
-        Ok(free.pop().expect("the pool was just filled"))
-    }
-
     /// Records an event on a stream. Requires the context to be bound.
     pub(crate) fn record(
         self: &Arc<Self>,
         stream: Raw<sys::CUstream>,
         place: &dyn Display,
     ) -> Result<Arc<Recorded>, KernelError> {
-        let recorded = Recorded { event: self.take(place)?, events: self.clone() };
+        let mut free = self.free.lock();
+        if free.is_empty() {
+            create_batch(&self.context, &mut free, place)?;
+        }
+        let event = free.pop().expect("the pool was just filled");
+        drop(free);
+        let recorded = Recorded { event, events: self.clone() };
         // SAFETY: both handles are live and of this context.
         let result = unsafe { sys::cuEventRecord(recorded.event.0, stream.0) };
         self.context.check(result, "cuEventRecord", place)?;

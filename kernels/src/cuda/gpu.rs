@@ -30,10 +30,10 @@ pub struct Gpu {
     pub(crate) events: Arc<EventPool>,
     pub(crate) progress_words: Arc<ProgressWords>,
     /// Only in tests.
-    test_delays: Option<TestDelays>,
+    pub(crate) test_delays: Option<TestDelays>,
     /// Least and greatest stream priority; the greatest is the lower number.
-    priorities: (i32, i32),
-    attention: Attention,
+    pub(crate) priorities: (i32, i32),
+    pub(crate) attention: Attention,
     pub(crate) attention_counters: AttentionCounters,
     pub(crate) context: Arc<Context>,
 }
@@ -99,12 +99,12 @@ impl Gpu {
 
     /// The driver's name for the device.
     pub fn name(&self) -> &str {
-        self.context.name()
+        &self.context.name
     }
 
     /// Compute capability, major and minor.
     pub fn capability(&self) -> (i32, i32) {
-        self.context.capability()
+        self.context.capability
     }
 
     /// Number of GPUs that the driver reports.
@@ -130,10 +130,6 @@ impl Gpu {
         self.attention_counters.by_name().to_vec()
     }
 
-    pub(crate) fn test_delays(&self) -> Option<&TestDelays> {
-        self.test_delays.as_ref()
-    }
-
     /// Requires the context to be bound.
     pub(crate) fn blas(&self) -> Result<Arc<Blas>, KernelError> {
         let mut blas = self.blas.lock();
@@ -141,14 +137,6 @@ impl Gpu {
             Some(blas) => Ok(blas.clone()),
             None => Ok(blas.insert(Arc::new(Blas::new(&self.context)?)).clone()),
         }
-    }
-
-    pub(crate) fn attention(&self) -> Attention {
-        self.attention
-    }
-
-    pub(crate) fn priorities(&self) -> (i32, i32) {
-        self.priorities
     }
 }
 

@@ -1,6 +1,5 @@
 //! A submission in flight: what it runs, whom it notifies, and what is checked before the final notification.
 
-use std::fmt;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -13,7 +12,6 @@ use crate::memory::Base;
 use crate::op::Program;
 use crate::submission::{Notification, Notify};
 
-/// A submission that has been accepted and has not ended.
 pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
@@ -21,12 +19,6 @@ pub(crate) struct InFlight {
     /// The engine's, if the program calls collectives: an aborted collective looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
     slot: Mutex<Option<RecordSlot>>,
-}
-
-impl fmt::Debug for InFlight {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("InFlight").field("program", &self.program.name).finish()
-    }
 }
 
 impl InFlight {

@@ -12,18 +12,18 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::blas::{Addresses, ProductPlans};
+use super::blas::ProductPlans;
 use super::cudnn::AttentionPlans;
 use super::device_memory::{DeviceMemory, device_address};
 use super::event::Recorded;
 use super::in_flight::InFlight;
 use super::lower;
-use super::lowered::{FusedPair, LaunchKind, LoweredProgram, Parameter, PreparedStep, address};
+use super::lowered::{FusedPair, LaunchKind, LoweredProgram, PreparedStep, address};
 use super::poller::{release, set_event};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
 use super::staged::HostStaging;
-use super::step::{Operand, Place, Product};
+use super::step::{Arg, Operand, Place, Product};
 use super::strided_copy::{self, StridedRegion, copy_region_from};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
@@ -32,7 +32,6 @@ use crate::event::Event;
 use crate::memory::{Base, DeviceStorage, View};
 use crate::metrics::StreamMetrics;
 use crate::op::{Buffer, Launch, Op, Program};
-use crate::region::check_inside;
 use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 use crate::tensor::Region;
 
@@ -50,7 +49,6 @@ pub(crate) struct Run {
     /// Held until the last collective is on the stream.
     issue_ticket: Option<IssueTicket>,
     abort_statuses: Arc<[AbortStatus]>,
-    /// Whether an issued kernel writes the stream's error record.
     uses_record: bool,
     /// Whether Inf or NaN has been reported; only the first launch with either is.
     non_finite_reported: bool,
@@ -115,7 +113,7 @@ impl Issuer {
     /// (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<(), KernelError> {
         let stream = self.stream.clone();
-        if stream.gpu.test_delays().is_some() {
+        if stream.gpu.test_delays.is_some() {
             stream.gpu.modules.function("spin", 0)?;
         }
         for (index, launch) in program.launches.iter().enumerate() {
@@ -168,11 +166,11 @@ impl Issuer {
         for step in steps {
             match step {
                 PreparedStep::Product(product) => {
-                    let addresses = addresses(product, &address_of, ANY_BASE)?;
-                    self.product_plans()?.prepare(product, &addresses, stream.place())?;
+                    let addresses = addresses(product, &address_of)?;
+                    self.product_plans()?.prepare(product, addresses, &stream.place)?;
                 }
                 PreparedStep::Attention { shape, fallback } => {
-                    self.attention_plans().prepare(shape, stream.place());
+                    self.attention_plans().prepare(shape, &stream.place);
                     self.prepare_steps(fallback, uses_record, (reads, writes))?;
                 }
                 PreparedStep::Kernel { .. } | PreparedStep::Copy { .. } | PreparedStep::Fill { .. } => {}
@@ -188,14 +186,14 @@ impl Issuer {
         // No event: the context is lost, and nothing can be freed.
         let Some(recorded) = recorded else { return };
         // The last completion keeps the GPU and its poller alive.
-        for memory in self.staging.memory().into_iter().chain([self.records.memory()]) {
+        for memory in self.staging.arena.iter().chain([&self.records.memory]) {
             self.stream.report(recorded.clone(), release(memory.clone(), Event::default()));
         }
     }
 
     fn attention_plans(&mut self) -> &mut AttentionPlans {
         let stream = &self.stream;
-        let new = || AttentionPlans::new(&stream.gpu, stream.handle, stream.place());
+        let new = || AttentionPlans::new(&stream.gpu, stream.handle, &stream.place);
         self.attention_plans.get_or_insert_with(new)
     }
 
@@ -318,7 +316,7 @@ impl Issuer {
     }
 
     fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
-        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, self.stream.place())?);
+        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, &self.stream.place)?);
         Ok(())
     }
 
@@ -382,8 +380,7 @@ impl Issuer {
         if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
             && self.check_on_this_gpu(bound.name, read).is_err()
         {
-            self.copy_from_peer(read, src, &bound.writes[0], dst, launch.accumulate)?;
-            return Ok(None);
+            return self.copy_from_peer(launch, read, src, &bound.writes[0], dst).map(|()| None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         let kind = run.lowered.launch_kind(run.next_launch, launch, &self.stream.gpu)?;
@@ -407,7 +404,7 @@ impl Issuer {
     /// Checks ISSUE-1.
     fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
         let gpu = &self.stream.gpu;
-        let got = match DeviceMemory::of(view.arena()) {
+        let got = match view.arena().device_memory::<DeviceMemory>() {
             Some(memory) if Arc::ptr_eq(&memory.gpu.context, &gpu.context) => return Ok(()),
             Some(memory) => format!("memory of {}", memory.place()),
             None => "host memory".to_owned(),
@@ -417,29 +414,20 @@ impl Issuer {
 
     fn copy_from_peer(
         &self,
+        launch: &Launch,
         read: &View<'_>,
         src: &Region,
         write: &View<'_>,
         dst: &Region,
-        accumulate: bool,
     ) -> Result<(), KernelError> {
-        let name = "copy_region";
-        let source = DeviceMemory::of(read.arena()).map(|memory| memory.gpu.context.clone());
+        let accumulate = launch.accumulate;
+        let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
-            return Err(KernelError::arguments(name, "read 0", "device memory to copy unchanged", got));
+            return Err(launch.refused("read 0", "device memory to copy unchanged", got));
         };
-        self.check_on_this_gpu(name, write)?;
-        check_inside(name, "src", src, read.shape())?;
-        check_inside(name, "dst", dst, write.shape())?;
-        if src.size != dst.size {
-            return Err(KernelError::arguments(
-                name,
-                "size of dst",
-                format!("{:?}", src.size),
-                format!("{:?}", dst.size),
-            ));
-        }
+        self.check_on_this_gpu(launch.op.name(), write)?;
+        launch.check_buffers(false)?;
         let (from, to) = (device_address(read)?, device_address(write)?);
         let from = StridedRegion { address: from, shape: read.shape(), region: src };
         let to = StridedRegion { address: to, shape: write.shape(), region: dst };
@@ -450,22 +438,24 @@ impl Issuer {
         let address_of = |place: Place| address(bound, place);
         self.stream.issue_test_delay()?;
         match step {
-            PreparedStep::Kernel { function, geometry, parameters } => {
+            PreparedStep::Kernel { function, geometry, args } => {
                 let mut words = [0; PARAMETERS_MAX];
-                for (word, parameter) in words.iter_mut().zip(parameters) {
-                    *word = match *parameter {
-                        Parameter::Address(place) => address_of(place)?,
-                        Parameter::Bits(bits) => bits,
-                        Parameter::LaunchIndex => index as u64,
-                        Parameter::Record => self.records.address(),
+                for (word, arg) in words.iter_mut().zip(args) {
+                    *word = match arg {
+                        Arg::Pointer(place) => address_of(*place)?,
+                        Arg::LaunchIndex => index as u64,
+                        Arg::ErrorRecord => self.records.address(),
+                        // All others have bits.
+                        other => other.bits().unwrap_or(0),
                     };
                 }
-                self.stream.launch(*function, geometry, &words[..parameters.len()])
+                self.stream.launch(*function, geometry, &words[..args.len()])
             }
             PreparedStep::Product(product) => {
-                let addresses = addresses(product, &address_of, library_workspace(bound)?)?;
+                let (addresses, workspace) = (addresses(product, &address_of)?, library_workspace(bound)?);
                 let stream = self.stream.clone();
-                let issued = self.product_plans()?.issue(product, &addresses, stream.handle, stream.place());
+                let plans = self.product_plans()?;
+                let issued = plans.issue(product, addresses, workspace, stream.handle, &stream.place);
                 issued.map_err(|error| stream.root_cause(error))
             }
             PreparedStep::Attention { shape, fallback } => {
@@ -511,17 +501,12 @@ impl Issuer {
     }
 }
 
+/// The addresses of a product's matrices a, b and d.
 fn addresses(
     product: &Product,
     address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
-    workspace: u64,
-) -> Result<Addresses, KernelError> {
-    Ok(Addresses {
-        a: address_of(product.a.place)?,
-        b: address_of(product.b.place)?,
-        d: address_of(product.d.place)?,
-        workspace,
-    })
+) -> Result<[u64; 3], KernelError> {
+    Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
 /// Start of the library's part of the workspace, whose size has been checked; 0 if there is none.

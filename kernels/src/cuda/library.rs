@@ -45,7 +45,6 @@ pub enum Library {
 }
 
 pub(crate) struct Driver {
-    /// Its CUDA version.
     pub(crate) version: i32,
     pub(crate) devices: usize,
 }
@@ -85,6 +84,13 @@ pub(super) use dynamic_library;
 /// Formats `13000` as `13.0`.
 pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
+/// Formats the version of another library, such as `130002` as `13.0.2`; NCCL's before 2.9 was `1000 * major + 100 *
+/// minor + patch`.
+pub(super) fn dotted_patch(version: usize) -> String {
+    let major = if version < 10_000 { 1_000 } else { 10_000 };
+    format!("{}.{}.{}", version / major, version % major / 100, version % 100)
 }
 
 /// Sets [`SETTINGS`] if no other thread can read the environment, as soundness requires.
@@ -194,6 +200,8 @@ mod tests {
     #[test]
     fn versions_are_formatted_with_dots() {
         assert_eq!([13_000, 12_080, 11_020].map(dotted), ["13.0", "12.8", "11.2"]);
+        assert_eq!([130_002, 121_100].map(dotted_patch), ["13.0.2", "12.11.0"]);
+        assert_eq!([22_803, 22_400, 21_805, 2_708].map(dotted_patch), ["2.28.3", "2.24.0", "2.18.5", "2.7.8"]);
     }
 
     #[test]

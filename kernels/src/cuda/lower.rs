@@ -3,7 +3,7 @@
 //!
 //! The backend makes the checks that depend on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
 
-use crate::cuda::step::{AttentionShape, Step, product_workspace_bytes};
+use crate::cuda::step::{Step, product_workspace_bytes};
 use crate::error::KernelError;
 use crate::memory::ALIGNMENT;
 use crate::op::{Launch, Op};
@@ -25,6 +25,7 @@ mod region;
 mod tests;
 
 use args::Args;
+pub use attention::cudnn_attention;
 
 /// Alignment of cuBLASLt's and cuDNN's workspaces; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
@@ -64,9 +65,9 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
         Op::SumSquares { index } => reduce::sum_squares(&args, *index),
         Op::ClipScale { max_norm } => reduce::clip_scale(&args, *max_norm),
         Op::AdamW { beta1, beta2, eps, weight_decay } => elementwise::adamw(&args, *beta1, *beta2, *eps, *weight_decay),
-        Op::Collective(_) => Err(args.refused("op", "an op that is lowered", "a collective, which the engine runs")),
+        Op::Collective(_) => Err(launch.refused("op", "an op that is lowered", "a collective, which the engine runs")),
         Op::Custom(_) => {
-            Err(args.refused("op", "an op with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
+            Err(launch.refused("op", "an op with a CUDA kernel", "a custom kernel, which runs on the CPU only"))
         }
     }
 }
@@ -94,11 +95,6 @@ pub fn workspace_bytes(launch: &Launch) -> usize {
 
 pub(crate) fn library_start(address: u64) -> u64 {
     address.next_multiple_of(LIBRARY_ALIGNMENT as u64)
-}
-
-/// The attention that cuDNN may run in place of the launch's steps; `None` for other launches and shapes.
-pub fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
-    attention::cudnn_attention(launch)
 }
 
 /// The reads that may share the memory of write 0, since elementwise ops work in place. All other overlaps of a write

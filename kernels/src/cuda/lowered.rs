@@ -53,7 +53,6 @@ pub(crate) struct FusedPair {
     pub(crate) reads: Vec<Buffer>,
     pub(crate) writes: Vec<Buffer>,
     pub(crate) steps: Vec<PreparedStep>,
-    /// Whether a kernel writes the stream's error record.
     pub(crate) uses_record: bool,
 }
 
@@ -76,7 +75,7 @@ pub(crate) enum PreparedStep {
     Kernel {
         function: Function,
         geometry: Geometry,
-        parameters: Vec<Parameter>,
+        args: Vec<Arg>,
     },
     Product(Box<Product>),
     /// Attention by cuDNN; `fallback` runs if cuDNN refuses the shape.
@@ -94,15 +93,6 @@ pub(crate) enum PreparedStep {
         word: u32,
         words: usize,
     },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Parameter {
-    Address(Place),
-    Record,
-    LaunchIndex,
-    /// A value; the kernel reads as many low bytes as its parameter has.
-    Bits(u64),
 }
 
 impl ProgramCache {
@@ -185,7 +175,7 @@ fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKin
             let steps = lower::lower(launch, accumulate, gpu.context.shared_bytes_max)?.into_iter();
             let steps = steps.map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>()?;
             let uses_record = uses_record(&steps);
-            let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention() != Attention::Own);
+            let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention != Attention::Own);
             let steps = match attention {
                 Some(shape) => vec![PreparedStep::Attention { shape, fallback: steps }],
                 None => steps,
@@ -197,7 +187,7 @@ fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKin
 
 fn uses_record(steps: &[PreparedStep]) -> bool {
     steps.iter().any(|step| match step {
-        PreparedStep::Kernel { parameters, .. } => parameters.contains(&Parameter::Record),
+        PreparedStep::Kernel { args, .. } => args.contains(&Arg::ErrorRecord),
         _ => false,
     })
 }
@@ -212,22 +202,12 @@ fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
                 let expected = format!("at most {PARAMETERS_MAX}");
                 return Err(KernelError::arguments(kernel.function, "parameters", expected, got));
             }
-            PreparedStep::Kernel { function, geometry, parameters: kernel.args.iter().map(parameter).collect() }
+            PreparedStep::Kernel { function, geometry, args: kernel.args }
         }
         Step::Product(product) => PreparedStep::Product(Box::new(product)),
         Step::Copy { from, to, bytes } => PreparedStep::Copy { from, to, bytes },
         Step::Fill { to, word, words } => PreparedStep::Fill { to, word, words },
     })
-}
-
-fn parameter(arg: &Arg) -> Parameter {
-    match *arg {
-        Arg::Pointer(place) => Parameter::Address(place),
-        Arg::ErrorRecord => Parameter::Record,
-        Arg::LaunchIndex => Parameter::LaunchIndex,
-        // No lowered step has another kind of argument without bits.
-        ref other => Parameter::Bits(other.bits().unwrap_or(0)),
-    }
 }
 
 /// The address of a place in a bound launch whose buffers are all on the device.
@@ -256,18 +236,5 @@ mod tests {
         );
         assert!(!overlap(&one, &buffer(0, 80, 8)) && !overlap(&one, &buffer(0, 62, 1)));
         assert!(!overlap(&one, &buffer(1, 66, 8)) && !overlap(&one, &buffer(0, 66, 0)));
-    }
-
-    #[test]
-    fn parameters_are_in_the_low_bytes_of_words() {
-        let bits = |arg| match parameter(&arg) {
-            Parameter::Bits(bits) => bits,
-            other => panic!("{other:?}"),
-        };
-        assert_eq!(bits(Arg::I32(-2)), 0xffff_fffe);
-        assert_eq!(bits(Arg::I64(-2)), u64::MAX - 1);
-        assert_eq!(bits(Arg::F32(1.0)), 0x3f80_0000);
-        assert_eq!(bits(Arg::Null), 0);
-        assert_eq!(parameter(&Arg::ErrorRecord), Parameter::Record);
     }
 }

@@ -88,7 +88,7 @@ impl Modules {
     }
 
     fn load(&self, module: &Module) -> Result<Raw<sys::CUmodule>, KernelError> {
-        let capability = self.context.capability();
+        let capability = self.context.capability;
         for path in cubins(module.name, capability) {
             if let Ok(image) = fs::read(&path)
                 && let Ok(handle) = self.load_image(&image, &path.display().to_string())
@@ -161,13 +161,10 @@ fn includes() -> Vec<PathBuf> {
 /// An install hint for the headers that none of the folders contains; `None` if all are found.
 fn missing_headers(folders: &[PathBuf]) -> Option<String> {
     let found = |header: &str| folders.iter().any(|folder| folder.join(header).is_file());
-    let lacking: Vec<_> = HEADERS.iter().filter(|(header, _)| !found(header)).collect();
-    let list = |what: fn(&(&'static str, &'static str)) -> &'static str, between: &str| {
-        lacking.iter().map(|one| what(one)).collect::<Vec<_>>().join(between)
-    };
-    let (headers, packages) = (list(|one| one.0, ", "), list(|one| one.1, " "));
-    let hint = format!("{headers} not found: pip install {packages}, or set CUDA_HOME to a toolkit of CUDA 13");
-    (!lacking.is_empty()).then_some(hint)
+    let (headers, packages): (Vec<_>, Vec<_>) = HEADERS.into_iter().filter(|(header, _)| !found(header)).unzip();
+    let (names, packages) = (headers.join(", "), packages.join(" "));
+    let hint = format!("{names} not found: pip install {packages}, or set CUDA_HOME to a toolkit of CUDA 13");
+    (!headers.is_empty()).then_some(hint)
 }
 
 fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {

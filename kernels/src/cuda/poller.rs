@@ -83,12 +83,6 @@ impl fmt::Debug for CompletionQueue {
     }
 }
 
-impl fmt::Debug for Poller {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Poller").field("pending", &self.shared.pending).finish()
-    }
-}
-
 impl Poller {
     pub(crate) fn start(context: &Arc<Context>) -> Result<Self, KernelError> {
         let shared = Arc::new(Shared {

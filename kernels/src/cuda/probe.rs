@@ -4,7 +4,7 @@
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
 use super::cudnn::api::Api as Cudnn;
-use super::library::{Library, dotted, driver};
+use super::library::{Library, dotted, dotted_patch, driver};
 use super::nccl::api::Api as Nccl;
 use super::status::{check_code, static_text, unavailable};
 use crate::error::KernelError;
@@ -66,7 +66,7 @@ fn version(library: Library) -> Result<String, KernelError> {
     library.require()?;
     match library {
         // SAFETY: has no preconditions.
-        Library::CublasLt => Ok(cublas_version(unsafe { cublaslt::sys::cublasLtGetVersion() })),
+        Library::CublasLt => Ok(dotted_patch(unsafe { cublaslt::sys::cublasLtGetVersion() })),
         Library::Nvrtc => {
             let (mut major, mut minor) = (0, 0);
             // SAFETY: writes to locals.
@@ -81,19 +81,9 @@ fn version(library: Library) -> Result<String, KernelError> {
     }
 }
 
-/// Formats `130002` as `13.0.2`.
-fn cublas_version(version: usize) -> String {
-    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn versions_are_formatted_with_dots() {
-        assert_eq!([130_002, 121_100].map(cublas_version), ["13.0.2", "12.11.0"]);
-    }
 
     /// Runs only on machines without a driver, such as CI: `probe` reports everything that is missing and does not
     /// panic.

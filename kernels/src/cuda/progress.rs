@@ -21,18 +21,16 @@ use crate::metrics::CollectiveTimer;
 
 /// Words per GPU; each stream uses two.
 const WORDS: usize = 4096;
+/// Index among a stream's words: the call that it has reached.
+const REACHED: usize = 0;
+/// The call that it has completed.
+const PASSED: usize = 1;
 
 /// The progress words of one GPU. They must outlive all streams that write them.
 #[derive(Debug)]
 pub(crate) struct ProgressWords {
     pinned: Pinned,
     next: AtomicUsize,
-}
-
-#[derive(Debug)]
-struct ProgressWord {
-    words: Arc<ProgressWords>,
-    index: usize,
 }
 
 impl ProgressWords {
@@ -45,22 +43,17 @@ impl ProgressWords {
     /// Allocates the words of a new stream; `None` if all are in use.
     pub(crate) fn allocate(self: &Arc<Self>) -> Option<Arc<CallProgress>> {
         let index = self.next.fetch_add(2, Ordering::Relaxed);
-        let word = |index| ProgressWord { words: self.clone(), index };
-        let new = || CallProgress {
-            reached: word(index),
-            passed: word(index + 1),
-            seen: AtomicU64::new(0),
-            state: Mutex::default(),
-        };
-        (index + 1 < WORDS).then(|| Arc::new(new()))
+        let new = || CallProgress { words: self.clone(), index, seen: AtomicU64::new(0), state: Mutex::default() };
+        (index + PASSED < WORDS).then(|| Arc::new(new()))
     }
 }
 
 /// The progress of one stream through its collective and pipe calls, counted from 1.
 #[derive(Debug)]
 pub(crate) struct CallProgress {
-    reached: ProgressWord,
-    passed: ProgressWord,
+    words: Arc<ProgressWords>,
+    /// Of the first of its two words.
+    index: usize,
     /// Both words at the last update.
     seen: AtomicU64,
     state: Mutex<State>,
@@ -94,14 +87,14 @@ impl CallProgress {
         let number = state.begun.wrapping_add(1);
         state.begun = number;
         state.open.push_back(Open { number, reached: false, timer });
-        (self.reached.address() as u64, number)
+        (self.address(REACHED) as u64, number)
     }
 
     /// Returns the address and value that the stream writes after the last call.
     pub(super) fn end(&self) -> (u64, u32) {
         let mut state = self.state.lock();
         state.ended = state.begun;
-        (self.passed.address() as u64, state.ended)
+        (self.address(PASSED) as u64, state.ended)
     }
 
     pub(super) fn last(&self) -> u32 {
@@ -115,18 +108,18 @@ impl CallProgress {
     }
 
     pub(super) fn has_reached(&self, number: u32) -> bool {
-        has_reached_number(self.reached.read(), number)
+        has_reached_number(self.read(REACHED), number)
     }
 
     pub(super) fn has_passed(&self, number: u32) -> bool {
-        has_reached_number(self.passed.read(), number)
+        has_reached_number(self.read(PASSED), number)
     }
 
     /// Reads the words and reports call times. Called by one thread; the polling interval limits their accuracy.
     pub(super) fn update(&self) {
         // In this order, since a stream has reached every call that it has completed.
-        let passed = self.passed.read();
-        let reached = self.reached.read();
+        let passed = self.read(PASSED);
+        let reached = self.read(REACHED);
         let words = u64::from(reached) << 32 | u64::from(passed);
         if self.seen.swap(words, Ordering::Relaxed) == words {
             return;
@@ -144,16 +137,14 @@ impl CallProgress {
             state.open.pop_front();
         }
     }
-}
 
-impl ProgressWord {
-    fn address(&self) -> *mut u32 {
+    fn address(&self, word: usize) -> *mut u32 {
         // In bounds: see `ProgressWords::allocate`.
-        self.words.pinned.start().cast::<u32>().wrapping_add(self.index)
+        self.words.pinned.start().cast::<u32>().wrapping_add(self.index + word)
     }
 
-    fn read(&self) -> u32 {
+    fn read(&self, word: usize) -> u32 {
         // SAFETY: an aligned word in page-aligned memory that lives as long as `self`; the GPU writes it as a whole.
-        unsafe { AtomicU32::from_ptr(self.address()) }.load(Ordering::Acquire)
+        unsafe { AtomicU32::from_ptr(self.address(word)) }.load(Ordering::Acquire)
     }
 }

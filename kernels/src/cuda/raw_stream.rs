@@ -55,11 +55,10 @@ impl RowCopy {
 #[derive(Debug)]
 pub(crate) struct RawStream {
     pub(crate) gpu: Arc<Gpu>,
-    /// Rank of the device in the mesh.
     pub(crate) rank: usize,
     pub(crate) handle: Raw<sys::CUstream>,
     /// The stream, as error messages name it.
-    place: String,
+    pub(crate) place: String,
     /// `None` if the GPU has no progress words left.
     pub(crate) call_progress: Option<Arc<CallProgress>>,
     completions: Arc<CompletionQueue>,
@@ -77,15 +76,11 @@ impl RawStream {
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, name: &str, urgent: bool) -> Result<Self, KernelError> {
         let place = format!("stream {name} of device {rank} on {}", gpu.place());
         gpu.context.bind()?;
-        let (least, greatest) = gpu.priorities();
+        let (least, greatest) = gpu.priorities;
         let handle = new_stream(&gpu.context, if urgent { greatest } else { least }, &place)?;
         let call_progress = gpu.progress_words.allocate();
         let completions = gpu.poller.register(&place, call_progress.as_ref());
         Ok(Self { gpu: gpu.clone(), rank, handle, place, call_progress, completions })
-    }
-
-    pub(crate) fn place(&self) -> &str {
-        &self.place
     }
 
     fn check(&self, result: sys::CUresult, call: &'static str) -> Result<(), KernelError> {
@@ -107,23 +102,6 @@ impl RawStream {
         for (pointer, parameter) in pointers.iter_mut().zip(parameters) {
             *pointer = (&raw const *parameter).cast_mut().cast();
         }
-        self.launch_with(function, geometry, &mut pointers[..parameters.len()])
-    }
-
-    /// Delays the stream before the next step if a test has requested delays.
-    pub(crate) fn issue_test_delay(&self) -> Result<(), KernelError> {
-        let Some(cycles) = self.gpu.test_delays().and_then(TestDelays::next) else { return Ok(()) };
-        let geometry = Geometry { grid: [1; 3], block: [1; 3], shared_bytes: 0 };
-        self.launch(self.gpu.modules.function("spin", 0)?, &geometry, &[cycles])
-    }
-
-    /// Launches a kernel, given a pointer to each parameter; see [`RawStream::launch`].
-    pub(crate) fn launch_with(
-        &self,
-        function: Function,
-        geometry: &Geometry,
-        pointers: &mut [*mut c_void],
-    ) -> Result<(), KernelError> {
         let ([gx, gy, gz], [bx, by, bz]) = (geometry.grid, geometry.block);
         // SAFETY: the handles are live; the driver copies the kernel's parameters, which the caller guarantees to
         // match.
@@ -145,6 +123,13 @@ impl RawStream {
         self.check(result, "cuLaunchKernel")
     }
 
+    /// Delays the stream before the next step if a test has requested delays.
+    pub(crate) fn issue_test_delay(&self) -> Result<(), KernelError> {
+        let Some(cycles) = self.gpu.test_delays.as_ref().and_then(TestDelays::next) else { return Ok(()) };
+        let geometry = Geometry { grid: [1; 3], block: [1; 3], shared_bytes: 0 };
+        self.launch(self.gpu.modules.function("spin", 0)?, &geometry, &[cycles])
+    }
+
     /// Copies on the device. The caller guarantees that both ranges are valid.
     pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), KernelError> {
         if bytes == 0 || to == from {
@@ -154,7 +139,6 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.handle.0) }, "cuMemcpyDtoDAsync")
     }
 
-    /// Whether the stream is on the GPU of this context.
     pub(crate) fn is_on(&self, context: &Context) -> bool {
         std::ptr::eq(&*self.gpu.context, context)
     }

@@ -22,7 +22,7 @@ const SLOTS: usize = 128;
 
 #[derive(Debug)]
 pub(crate) struct ErrorRecords {
-    device: Arena,
+    pub(crate) memory: Arena,
     blocks: Vec<Arc<SlotBlock>>,
 }
 
@@ -50,16 +50,12 @@ pub(crate) struct RecordSlot {
 impl ErrorRecords {
     /// Allocates the device record, counted in `tally`.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
-        let device = Arena::on_device(DeviceMemory::new(gpu, rank, BYTES, tally)?);
-        Ok(Self { device, blocks: Vec::new() })
-    }
-
-    pub(crate) fn memory(&self) -> &Arena {
-        &self.device
+        let memory = Arena::on_device(DeviceMemory::new(gpu, rank, BYTES, tally)?);
+        Ok(Self { memory, blocks: Vec::new() })
     }
 
     pub(crate) fn address(&self) -> u64 {
-        DeviceMemory::of(&self.device).map_or(0, DeviceMemory::address)
+        self.memory.device_memory().map_or(0, DeviceMemory::address)
     }
 
     /// Allocates slots. Requires the context to be bound.

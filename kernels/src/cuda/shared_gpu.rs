@@ -42,7 +42,6 @@ struct Memory {
 }
 
 impl Memory {
-    /// The context of the GPU that holds the memory.
     fn context(&self) -> &Context {
         &self.stream.gpu.context
     }

@@ -22,7 +22,7 @@ use crate::tensor::element_count;
 pub(crate) struct HostStaging {
     stream: Arc<RawStream>,
     /// Grows to the needs of the largest launch.
-    arena: Option<Arena>,
+    pub(crate) arena: Option<Arena>,
 }
 
 impl HostStaging {
@@ -53,10 +53,6 @@ impl HostStaging {
         Ok(arena)
     }
 
-    pub(crate) fn memory(&self) -> Option<&Arena> {
-        self.arena.as_ref()
-    }
-
     /// Allocates staging memory for a launch's buffers. Requires the context to be bound.
     pub(crate) fn prepare(&mut self, launch: &Launch) -> Result<(), KernelError> {
         let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
@@ -73,13 +69,9 @@ impl HostStaging {
         // A write in place of a read shares its copy.
         let read_in_place = |write: &View<'_>| bound.reads.iter().position(|read| read.same_memory(write));
         let (mut offsets, mut end) = (Vec::new(), 0);
-        let mut place = |view: &View<'_>| {
+        for view in bound.reads.iter().chain(&bound.writes) {
             offsets.push(end);
             end += view.bytes().next_multiple_of(ALIGNMENT);
-        };
-        bound.reads.iter().for_each(&mut place);
-        for write in &bound.writes {
-            place(write);
         }
         for (i, write) in bound.writes.iter().enumerate() {
             if let Some(read) = read_in_place(write) {

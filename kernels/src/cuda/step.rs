@@ -2,6 +2,7 @@
 //! Plain data that `lower` creates and the backend's stream issues in order.
 
 use crate::error::KernelError;
+use crate::tensor::DType;
 
 /// One call on a stream. The steps of a launch run in order on one stream.
 #[derive(Clone, Debug, PartialEq)]
@@ -103,29 +104,21 @@ impl Place {
     }
 }
 
-/// Element type of a matrix or an activation on the device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Element {
-    F32,
-    Bf16,
-}
-
 /// A cuBLASLt matrix, in its own terms: COLUMN-major, `rows` by `columns` as stored (before any transposition).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
     pub place: Place,
-    pub element: Element,
+    /// F32 or BF16.
+    pub dtype: DType,
     /// Extent of the dim whose elements are adjacent.
     pub rows: u64,
     /// Extent of the other dim.
     pub columns: u64,
     /// Elements from one column to the next, at least `rows`.
     pub leading: i64,
-    /// Elements from one matrix of a batch to the next; 0 if `Product::batch` is 1.
-    pub batch_stride: i64,
 }
 
-/// `d = alpha op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
+/// `d = op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
 /// (`CUBLAS_COMPUTE_32F`; TF32 is not allowed), all dims above 0. All fields except the places are part of the plan
 /// cache key.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -141,9 +134,6 @@ pub struct Product {
     pub b: Matrix,
     /// The result, `m` by `n`; also read if `beta` is not 0.
     pub d: Matrix,
-    /// Number of products in the batch (`CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT`).
-    pub batch: i32,
-    pub alpha: f32,
     /// Factor of the old `d`: 1 to add to it, 0 to overwrite it without reading.
     pub beta: f32,
 }
@@ -162,7 +152,7 @@ pub fn product_workspace_bytes(elements: usize) -> usize {
 impl Product {
     /// Bytes of the launch's workspace that the product may use.
     pub fn workspace_bytes(&self) -> usize {
-        product_workspace_bytes(self.m as usize * self.n as usize * self.batch as usize)
+        product_workspace_bytes(self.m as usize * self.n as usize)
     }
 }
 
@@ -251,6 +241,15 @@ impl ErrorRecord {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn arguments_are_in_the_low_bytes_of_words() {
+        assert_eq!(Arg::I32(-2).bits(), Some(0xffff_fffe));
+        assert_eq!(Arg::I64(-2).bits(), Some(u64::MAX - 1));
+        assert_eq!(Arg::F32(1.0).bits(), Some(0x3f80_0000));
+        assert_eq!(Arg::Null.bits(), Some(0));
+        assert_eq!(Arg::ErrorRecord.bits(), None);
+    }
 
     #[test]
     fn a_record_of_zeros_holds_no_error() {

@@ -37,7 +37,6 @@ pub(crate) struct CudaStream {
 
 struct Inner {
     name: String,
-    rank: usize,
     stream: Arc<RawStream>,
     queue: Mutex<Queue>,
     changed: Condvar,
@@ -63,7 +62,7 @@ struct Queue {
 
 impl fmt::Debug for CudaStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CudaStream").field("name", &self.inner.name).field("rank", &self.inner.rank).finish()
+        f.debug_struct("CudaStream").field("name", &self.inner.name).field("rank", &self.inner.stream.rank).finish()
     }
 }
 
@@ -85,7 +84,6 @@ impl CudaStream {
         let issuer = Mutex::new(Issuer::new(&stream, engine.clone(), records, metrics));
         let inner = Inner {
             name: name.to_owned(),
-            rank,
             stream,
             queue: Mutex::default(),
             changed: Condvar::new(),
@@ -100,12 +98,12 @@ impl CudaStream {
     }
 
     pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
-        let Inner { stream, cache, engine, abort_statuses, rank, .. } = &*self.inner;
+        let Inner { stream, cache, engine, abort_statuses, .. } = &*self.inner;
         let command = match command {
             Command::Run(submission) => {
                 stream.gpu.context.check_alive()?;
                 let lowered = cache.lock().get(&submission.program, submission.repeat);
-                let issue_ticket = lowered.last_call.and_then(|_| engine.turn(*rank));
+                let issue_ticket = lowered.last_call.and_then(|_| engine.turn(stream.rank));
                 Command::Run(Run::new(submission, lowered, abort_statuses, issue_ticket))
             }
             Command::Record(event) => Command::Record(event),
@@ -165,7 +163,7 @@ impl Inner {
                 own.serve();
                 Stamped::new(())
             });
-            queue.thread = Some(thread.map_err(|_| KernelError::Closed { device: self.rank })?);
+            queue.thread = Some(thread.map_err(|_| KernelError::Closed { device: self.stream.rank })?);
         }
         self.changed.notify_all();
         Ok(())
@@ -241,13 +239,13 @@ impl Drop for CudaStream {
             return;
         }
         if !self.inner.drain() {
-            let place = stream.place().to_owned();
+            let place = stream.place.clone();
             let text =
                 format!("pending work has not ended within {} s after the stream was dropped", DRAIN_WITHIN.as_secs());
             let error = KernelError::Cuda { place, call: "cuStreamDestroy", code: 0, name: "timeout".to_owned(), text };
             stream.close(&stream.gpu.context.mark_lost(error));
         } else {
-            stream.close(&KernelError::Closed { device: self.inner.rank });
+            stream.close(&KernelError::Closed { device: stream.rank });
             // The stream has ended; `cuStreamSynchronize` makes that known before its memory is freed. A failure is the
             // context's.
             let _ = stream.synchronize();

@@ -10,7 +10,7 @@ use cudarc::cudnn::sys::{
     cudnnBackendDescriptorType_t as Kind, cudnnHandle_t,
 };
 
-use crate::cuda::library::{Library, dynamic_library};
+use crate::cuda::library::{Library, dotted_patch, dynamic_library};
 use crate::cuda::status::{static_text, unavailable};
 use crate::error::KernelError;
 
@@ -43,7 +43,8 @@ impl Api {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Cudnn.missing())?;
         if api.number() < VERSION_MIN {
-            let what = format!("libcudnn is too old: found {}, need {} or newer", api.version(), dotted(VERSION_MIN));
+            let what =
+                format!("libcudnn is too old: found {}, need {} or newer", api.version(), dotted_patch(VERSION_MIN));
             return Err(unavailable(what, Library::Cudnn.hint()));
         }
         Ok(api)
@@ -57,7 +58,7 @@ impl Api {
 
     /// The version as text, such as `9.12.0`.
     pub(crate) fn version(&self) -> String {
-        dotted(self.number())
+        dotted_patch(self.number())
     }
 
     pub(super) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
@@ -74,9 +75,4 @@ impl Api {
         let text = if text.is_empty() { "no reason given".to_owned() } else { text };
         Err(KernelError::Cuda { place: place.to_owned(), call, code, name, text })
     }
-}
-
-/// Formats `91200` as `9.12.0`.
-fn dotted(version: usize) -> String {
-    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }

@@ -53,7 +53,6 @@ impl Descriptor {
         Ok(Self { raw: Raw(raw), kind, api })
     }
 
-    /// Creates a descriptor, sets the attributes and finalizes it.
     pub(super) fn finalized(
         api: &'static Api,
         kind: Kind,

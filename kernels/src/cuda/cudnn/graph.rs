@@ -2,15 +2,14 @@
 //! cuDNN recognizes the patterns and runs each as one fused kernel (forward) or a few (backward). Scores are virtual
 //! tensors, so they are never stored. Dao 2023, <https://arxiv.org/abs/2307.08691>.
 
+use cudarc::cudnn::sys::cudnnDataType_t::{self as DataType, *};
+use cudarc::cudnn::sys::cudnnPointwiseMode_t::{self as PointwiseMode, *};
+use cudarc::cudnn::sys::cudnnReduceTensorOp_t::{self as Reduction, *};
+
 use crate::cuda::step::{AttentionShape, Pass, Place};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum DataType {
-    Bf16,
-    F32,
-    I32,
-    Bool,
-}
+const BF16: DataType = CUDNN_DATA_BFLOAT16;
+const F32: DataType = CUDNN_DATA_FLOAT;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Storage {
@@ -34,36 +33,20 @@ pub(super) struct Tensor {
 
 pub(super) type TensorId = usize;
 
-/// A pointwise operation on x, b and t.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum PointwiseMode {
-    Add,
-    Sub,
-    Mul,
-    Div,
-    Exp,
-    Log,
-    Identity,
-    /// The element's index along this dim.
-    Index(i64),
-    /// `x >= b`.
-    IsNotLess,
-    /// `if t { x } else { b }`.
-    Select,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reduction {
-    Max,
-    Sum,
-}
-
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
     Matmul { a: TensorId, b: TensorId, c: TensorId },
-    /// Applies `mode` element by element; broadcasts dims of 1.
-    Pointwise { mode: PointwiseMode, x: TensorId, b: Option<TensorId>, t: Option<TensorId>, y: TensorId },
+    /// Applies `mode` element by element; broadcasts dims of 1. An index is that along `axis`; a select is
+    /// `if t { x } else { b }`.
+    Pointwise {
+        mode: PointwiseMode,
+        axis: Option<i64>,
+        x: TensorId,
+        b: Option<TensorId>,
+        t: Option<TensorId>,
+        y: TensorId,
+    },
     /// Reduces the last dim.
     Reduce { op: Reduction, x: TensorId, y: TensorId },
     /// `y` is `x` with its last two dims swapped.
@@ -107,19 +90,19 @@ impl Builder {
     /// A tensor stored as `[b, t, h, d]`, with dims batch, head, time, depth.
     fn activation(&mut self, storage: Storage) -> TensorId {
         let [b, h, t, d] = self.extents;
-        self.tensor([b, h, t, d], [t * h * d, d, h * d, 1], DataType::Bf16, storage)
+        self.tensor([b, h, t, d], [t * h * d, d, h * d, 1], BF16, storage)
     }
 
     /// The same tensor, with dims batch, head, depth, time.
     fn transposed(&mut self, place: Place) -> TensorId {
         let [b, h, t, d] = self.extents;
-        self.tensor([b, h, d, t], [t * h * d, d, 1, h * d], DataType::Bf16, Storage::Buffer(place))
+        self.tensor([b, h, d, t], [t * h * d, d, 1, h * d], BF16, Storage::Buffer(place))
     }
 
     /// One value per row of scores, stored as `[b, h, t]`.
     fn rows(&mut self, storage: Storage) -> TensorId {
         let [b, h, t, _] = self.extents;
-        self.tensor([b, h, t, 1], [h * t, t, 1, 1], DataType::F32, storage)
+        self.tensor([b, h, t, 1], [h * t, t, 1, 1], F32, storage)
     }
 
     fn scores(&mut self, data: DataType) -> TensorId {
@@ -128,7 +111,7 @@ impl Builder {
     }
 
     fn scalar(&mut self, value: f32) -> TensorId {
-        self.tensor([1; 4], [1; 4], DataType::F32, Storage::HostScalar(value))
+        self.tensor([1; 4], [1; 4], F32, Storage::HostScalar(value))
     }
 
     fn reserve(&mut self, floats: i64) -> Storage {
@@ -143,41 +126,43 @@ impl Builder {
     }
 
     fn pointwise(&mut self, y: TensorId, mode: PointwiseMode, x: TensorId, b: Option<TensorId>) -> TensorId {
-        self.graph.nodes.push(Node::Pointwise { mode, x, b, t: None, y });
+        self.graph.nodes.push(Node::Pointwise { mode, axis: None, x, b, t: None, y });
         y
     }
 
     fn map(&mut self, mode: PointwiseMode, x: TensorId, b: Option<TensorId>) -> TensorId {
-        let y = self.scores(DataType::F32);
+        let y = self.scores(F32);
         self.pointwise(y, mode, x, b)
     }
 
     /// Scores in bf16 with their last two dims swapped, as the matrix products take them.
     fn transposed_scores(&mut self, x: TensorId) -> TensorId {
         let [b, h, t, _] = self.extents;
-        let y = self.tensor([b, h, t, t], [h * t * t, t * t, 1, t], DataType::Bf16, Storage::Virtual);
+        let y = self.tensor([b, h, t, t], [h * t * t, t * t, 1, t], BF16, Storage::Virtual);
         self.graph.nodes.push(Node::Transpose { x, y });
         y
     }
 
     /// Sets scores of keys after the query to minus infinity.
     fn masked(&mut self, x: TensorId) -> TensorId {
-        let [row, column] = [self.scores(DataType::I32), self.scores(DataType::I32)];
-        self.pointwise(row, PointwiseMode::Index(2), x, None);
-        self.pointwise(column, PointwiseMode::Index(3), x, None);
-        let keep = self.scores(DataType::Bool);
-        self.pointwise(keep, PointwiseMode::IsNotLess, row, Some(column));
+        let [row, column] = [2, 3].map(|axis| {
+            let (mode, y) = (CUDNN_POINTWISE_GEN_INDEX, self.scores(CUDNN_DATA_INT32));
+            self.graph.nodes.push(Node::Pointwise { mode, axis: Some(axis), x, b: None, t: None, y });
+            y
+        });
+        let keep = self.scores(CUDNN_DATA_BOOLEAN);
+        self.pointwise(keep, CUDNN_POINTWISE_CMP_GE, row, Some(column));
         let lowest = self.scalar(f32::NEG_INFINITY);
-        let y = self.scores(DataType::F32);
-        self.graph.nodes.push(Node::Pointwise { mode: PointwiseMode::Select, x, b: Some(lowest), t: Some(keep), y });
+        let (mode, y) = (CUDNN_POINTWISE_BINARY_SELECT, self.scores(F32));
+        self.graph.nodes.push(Node::Pointwise { mode, axis: None, x, b: Some(lowest), t: Some(keep), y });
         y
     }
 
     /// Returns `q k' * scale` and the scale.
     fn scaled(&mut self, q: TensorId, k: TensorId, scale: f32) -> (TensorId, TensorId) {
-        let (scale, products) = (self.scalar(scale), self.scores(DataType::F32));
+        let (scale, products) = (self.scalar(scale), self.scores(F32));
         self.matmul(q, k, products);
-        (self.map(PointwiseMode::Mul, products, Some(scale)), scale)
+        (self.map(CUDNN_POINTWISE_MUL, products, Some(scale)), scale)
     }
 
     /// Reads q, k, v; writes o and lse, the log of each row's sum of exponentials.
@@ -190,14 +175,14 @@ impl Builder {
         let (scores, _) = self.scaled(q, k, scale);
         let scores = self.masked(scores);
         let [max, sum, log] = [0; 3].map(|_| self.rows(Storage::Virtual));
-        self.graph.nodes.push(Node::Reduce { op: Reduction::Max, x: scores, y: max });
-        let shifted = self.map(PointwiseMode::Sub, scores, Some(max));
-        let exp = self.map(PointwiseMode::Exp, shifted, None);
-        self.graph.nodes.push(Node::Reduce { op: Reduction::Sum, x: exp, y: sum });
-        self.pointwise(log, PointwiseMode::Log, sum, None);
-        self.pointwise(lse, PointwiseMode::Add, max, Some(log));
-        let probabilities = self.scores(DataType::Bf16);
-        self.pointwise(probabilities, PointwiseMode::Div, exp, Some(sum));
+        self.graph.nodes.push(Node::Reduce { op: CUDNN_REDUCE_TENSOR_MAX, x: scores, y: max });
+        let shifted = self.map(CUDNN_POINTWISE_SUB, scores, Some(max));
+        let exp = self.map(CUDNN_POINTWISE_EXP, shifted, None);
+        self.graph.nodes.push(Node::Reduce { op: CUDNN_REDUCE_TENSOR_ADD, x: exp, y: sum });
+        self.pointwise(log, CUDNN_POINTWISE_LOG, sum, None);
+        self.pointwise(lse, CUDNN_POINTWISE_ADD, max, Some(log));
+        let probabilities = self.scores(BF16);
+        self.pointwise(probabilities, CUDNN_POINTWISE_DIV, exp, Some(sum));
         self.matmul(probabilities, v, o);
     }
 
@@ -210,26 +195,26 @@ impl Builder {
         let [dq, dk, dv] = [0, 1, 2].map(|i| self.activation(Storage::Buffer(Place::write(i))));
         // The row sums of do * o pass from one kernel to the next in memory. cuDNN's pattern scales them by a dropout
         // factor.
-        let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], DataType::F32, Storage::Virtual);
-        self.pointwise(product, PointwiseMode::Mul, d_o, Some(o));
+        let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], F32, Storage::Virtual);
+        self.pointwise(product, CUDNN_POINTWISE_MUL, d_o, Some(o));
         let sums = self.rows(Storage::Virtual);
-        self.graph.nodes.push(Node::Reduce { op: Reduction::Sum, x: product, y: sums });
+        self.graph.nodes.push(Node::Reduce { op: CUDNN_REDUCE_TENSOR_ADD, x: product, y: sums });
         let storage = self.reserve(b * h * t);
         let (delta, one) = (self.rows(storage), self.scalar(1.0));
-        self.pointwise(delta, PointwiseMode::Mul, sums, Some(one));
+        self.pointwise(delta, CUDNN_POINTWISE_MUL, sums, Some(one));
         // Recompute the probabilities from the scores; then dv.
         let (scores, scale) = self.scaled(q, k, scale);
-        let shifted = self.map(PointwiseMode::Sub, scores, Some(lse));
+        let shifted = self.map(CUDNN_POINTWISE_SUB, scores, Some(lse));
         let shifted = self.masked(shifted);
-        let probabilities = self.map(PointwiseMode::Exp, shifted, None);
+        let probabilities = self.map(CUDNN_POINTWISE_EXP, shifted, None);
         let transposed_scores = self.transposed_scores(probabilities);
         self.matmul(transposed_scores, d_o, dv);
         // Gradient of the scores; then dk.
-        let grads = self.scores(DataType::F32);
+        let grads = self.scores(F32);
         self.matmul(d_o, v, grads);
-        let grads = self.map(PointwiseMode::Sub, grads, Some(delta));
-        let grads = self.map(PointwiseMode::Mul, grads, Some(probabilities));
-        let grads = self.map(PointwiseMode::Mul, grads, Some(scale));
+        let grads = self.map(CUDNN_POINTWISE_SUB, grads, Some(delta));
+        let grads = self.map(CUDNN_POINTWISE_MUL, grads, Some(probabilities));
+        let grads = self.map(CUDNN_POINTWISE_MUL, grads, Some(scale));
         let transposed_scores = self.transposed_scores(grads);
         self.matmul(transposed_scores, q, dk);
         // dq accumulates in f32, from all blocks of keys.
@@ -239,8 +224,8 @@ impl Builder {
         if let Storage::Workspace(start) = storage {
             self.graph.accumulated = Some((start, (b * h * t * d) as usize));
         }
-        let sum = self.tensor([b, h, t, d], [h * t * d, t * d, d, 1], DataType::F32, storage);
+        let sum = self.tensor([b, h, t, d], [h * t * d, t * d, d, 1], F32, storage);
         self.matmul(grads, keys, sum);
-        self.pointwise(dq, PointwiseMode::Identity, sum, None);
+        self.pointwise(dq, CUDNN_POINTWISE_IDENTITY, sum, None);
     }
 }

@@ -4,12 +4,12 @@
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
     cudnnBackendKnobType_t as Knob, cudnnBackendTensorReordering_t, cudnnDataType_t, cudnnHandle_t,
-    cudnnPointwiseMode_t, cudnnReduceTensorOp_t,
+    cudnnPointwiseMode_t as PointwiseMode,
 };
 
 use super::api::Api;
 use super::descriptor::{Descriptor, Values};
-use super::graph::{DataType, Graph, Node, PointwiseMode, Reduction, Storage, Tensor};
+use super::graph::{Graph, Node, Storage, Tensor};
 use crate::cuda::context::Raw;
 use crate::cuda::raw_stream::RawStream;
 use crate::cuda::step::Place;
@@ -156,15 +156,9 @@ impl Builder<'_> {
     /// read it.
     fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor, KernelError> {
         let id = [id(index)];
-        let data = match tensor.data {
-            DataType::Bf16 => cudnnDataType_t::CUDNN_DATA_BFLOAT16,
-            DataType::F32 => cudnnDataType_t::CUDNN_DATA_FLOAT,
-            DataType::I32 => cudnnDataType_t::CUDNN_DATA_INT32,
-            DataType::Bool => cudnnDataType_t::CUDNN_DATA_BOOLEAN,
-        };
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_TENSOR_UNIQUE_ID, Values::Longs(&id)),
-            (Attribute::CUDNN_ATTR_TENSOR_DATA_TYPE, Values::DataType(data)),
+            (Attribute::CUDNN_ATTR_TENSOR_DATA_TYPE, Values::DataType(tensor.data)),
             (Attribute::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, Values::Longs(&[ALIGNMENT as i64])),
             (Attribute::CUDNN_ATTR_TENSOR_DIMENSIONS, Values::Longs(&tensor.dims)),
             (Attribute::CUDNN_ATTR_TENSOR_STRIDES, Values::Longs(&tensor.strides)),
@@ -206,8 +200,8 @@ impl Builder<'_> {
                 let function = Some((CUDNN_ATTR_OPERATION_MATMUL_DESC, function));
                 self.operation(Kind::CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR, function, &tensors)
             }
-            Node::Pointwise { mode, x, b, t, y } => {
-                let function = Some((CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, self.pointwise(mode)?));
+            Node::Pointwise { mode, axis, x, b, t, y } => {
+                let function = Some((CUDNN_ATTR_OPERATION_POINTWISE_PW_DESCRIPTOR, self.pointwise(mode, axis)?));
                 let mut operands = vec![
                     (CUDNN_ATTR_OPERATION_POINTWISE_XDESC, &tensors[x]),
                     (CUDNN_ATTR_OPERATION_POINTWISE_YDESC, &tensors[y]),
@@ -217,12 +211,8 @@ impl Builder<'_> {
                 self.operation(Kind::CUDNN_BACKEND_OPERATION_POINTWISE_DESCRIPTOR, function, &operands)
             }
             Node::Reduce { op, x, y } => {
-                let operator = match op {
-                    Reduction::Max => cudnnReduceTensorOp_t::CUDNN_REDUCE_TENSOR_MAX,
-                    Reduction::Sum => cudnnReduceTensorOp_t::CUDNN_REDUCE_TENSOR_ADD,
-                };
                 let attributes = [
-                    (CUDNN_ATTR_REDUCTION_OPERATOR, Values::Reduction(operator)),
+                    (CUDNN_ATTR_REDUCTION_OPERATOR, Values::Reduction(op)),
                     (CUDNN_ATTR_REDUCTION_COMP_TYPE, Values::DataType(cudnnDataType_t::CUDNN_DATA_FLOAT)),
                 ];
                 let function = self.finalized(Kind::CUDNN_BACKEND_REDUCTION_DESCRIPTOR, &attributes)?;
@@ -243,29 +233,17 @@ impl Builder<'_> {
         }
     }
 
-    fn pointwise(&self, mode: PointwiseMode) -> Result<Descriptor, KernelError> {
-        use cudnnPointwiseMode_t::*;
-        let (code, dim) = match mode {
-            PointwiseMode::Add => (CUDNN_POINTWISE_ADD, None),
-            PointwiseMode::Sub => (CUDNN_POINTWISE_SUB, None),
-            PointwiseMode::Mul => (CUDNN_POINTWISE_MUL, None),
-            PointwiseMode::Div => (CUDNN_POINTWISE_DIV, None),
-            PointwiseMode::Exp => (CUDNN_POINTWISE_EXP, None),
-            PointwiseMode::Log => (CUDNN_POINTWISE_LOG, None),
-            PointwiseMode::Identity => (CUDNN_POINTWISE_IDENTITY, None),
-            PointwiseMode::Index(dim) => (CUDNN_POINTWISE_GEN_INDEX, Some([dim])),
-            PointwiseMode::IsNotLess => (CUDNN_POINTWISE_CMP_GE, None),
-            PointwiseMode::Select => (CUDNN_POINTWISE_BINARY_SELECT, None),
-        };
+    fn pointwise(&self, mode: PointwiseMode, axis: Option<i64>) -> Result<Descriptor, KernelError> {
         let precision = match mode {
-            PointwiseMode::IsNotLess => cudnnDataType_t::CUDNN_DATA_BOOLEAN,
+            PointwiseMode::CUDNN_POINTWISE_CMP_GE => cudnnDataType_t::CUDNN_DATA_BOOLEAN,
             _ => cudnnDataType_t::CUDNN_DATA_FLOAT,
         };
+        let axis = axis.map(|axis| [axis]);
         let mut attributes = vec![
-            (Attribute::CUDNN_ATTR_POINTWISE_MODE, Values::Pointwise(code)),
+            (Attribute::CUDNN_ATTR_POINTWISE_MODE, Values::Pointwise(mode)),
             (Attribute::CUDNN_ATTR_POINTWISE_MATH_PREC, Values::DataType(precision)),
         ];
-        attributes.extend(dim.iter().map(|dim| (Attribute::CUDNN_ATTR_POINTWISE_AXIS, Values::Longs(dim))));
+        attributes.extend(axis.iter().map(|axis| (Attribute::CUDNN_ATTR_POINTWISE_AXIS, Values::Longs(axis))));
         self.finalized(Kind::CUDNN_BACKEND_POINTWISE_DESCRIPTOR, &attributes)
     }
 

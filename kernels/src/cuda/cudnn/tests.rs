@@ -1,9 +1,12 @@
 //! Checks the graphs that cuDNN receives; a test run by hand gives them to NVIDIA's library.
 
-use cudarc::cudnn::sys::{cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind};
+use cudarc::cudnn::sys::{
+    cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnDataType_t,
+    cudnnPointwiseMode_t as PointwiseMode,
+};
 
 use super::descriptor::{Descriptor, Values};
-use super::graph::{DataType, Node, PointwiseMode, Storage};
+use super::graph::{Node, Storage};
 use super::*;
 
 fn attention_shape(pass: Pass, [batch, time, heads, depth]: [usize; 4]) -> AttentionShape {
@@ -38,15 +41,17 @@ fn graphs_write_each_tensor_before_they_read_it() {
         assert!(graph.tensors.iter().zip(&is_written).all(|(t, written)| *written || t.storage != Storage::Virtual));
         let buffers = if pass == Pass::Forward { 5 } else { 9 };
         assert_eq!(tensors(|storage| matches!(storage, Storage::Buffer(_))).count(), buffers);
-        let masks =
-            graph.nodes.iter().filter(|node| matches!(node, Node::Pointwise { mode: PointwiseMode::Select, .. }));
+        let masks = graph
+            .nodes
+            .iter()
+            .filter(|node| matches!(node, Node::Pointwise { mode: PointwiseMode::CUDNN_POINTWISE_BINARY_SELECT, .. }));
         assert_eq!(masks.count(), 1);
         let scores = tensors(|storage| *storage != Storage::Virtual).filter(|tensor| tensor.dims[2..] == [3, 3]);
         assert_eq!(scores.count(), 0, "scores are stored in memory");
         let mut end = 0;
         for tensor in tensors(|storage| matches!(storage, Storage::Workspace(_))) {
             let Storage::Workspace(start) = tensor.storage else { continue };
-            assert!(start >= end && tensor.data == DataType::F32);
+            assert!(start >= end && tensor.data == cudnnDataType_t::CUDNN_DATA_FLOAT);
             end = start + 4 * tensor.dims.iter().product::<i64>() as usize;
         }
         assert!(end <= graph.workspace_bytes);

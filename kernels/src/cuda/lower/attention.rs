@@ -4,7 +4,7 @@
 use super::args::Args;
 use super::kernel::{blocks, long, read, write};
 use super::norm::warps;
-use crate::cuda::step::{Arg, AttentionShape, Element, Pass, Place, Step};
+use crate::cuda::step::{Arg, AttentionShape, Pass, Place, Step};
 use crate::error::KernelError;
 use crate::op::{Launch, Op};
 use crate::tensor::DType;
@@ -30,22 +30,22 @@ macro_rules! names {
 }
 
 /// The tiled kernels for heads of this depth; `None` if only the plain kernels fit.
-fn tiled(element: Element, depth: usize) -> Option<Tiled> {
+fn tiled(dtype: DType, depth: usize) -> Option<Tiled> {
     if depth == 0 {
         return None;
     }
     let i = DEPTHS.iter().position(|&depth_max| depth <= depth_max)?;
     let d = DEPTHS[i];
-    Some(match element {
+    Some(match dtype {
         // Tile sizes of attention_f32.cu: 64 rows of the block's own and 32 other rows, padded by 4.
-        Element::F32 => Tiled {
+        DType::F32 | DType::I32 => Tiled {
             forward: (names!("attention_f32")[i], 4 * ((64 + 2 * 32) * (d + 4) + 64 * 36)),
             keys: (names!("attention_grad_keys_f32")[i], 4 * (2 * (64 + 32) * (d + 4) + 2 * 32 * 68)),
             queries: (names!("attention_grad_queries_f32")[i], 4 * (2 * (64 + 32) * (d + 4) + 64 * 36)),
             threads: 256,
         },
         // Tile sizes of attention_bf16.cu: 64 rows, padded by 8.
-        Element::Bf16 => Tiled {
+        DType::BF16 => Tiled {
             forward: (names!("attention_bf16")[i], 2 * 2 * 64 * (d + 8) + 64 * 72 * (4 + 2) + 64 * 4),
             keys: (names!("attention_grad_keys_bf16")[i], 2 * (4 * 64 * (d + 8) + 4 * 2 * 16 * 24) + 64 * 8),
             queries: (names!("attention_grad_queries_bf16")[i], 2 * (4 * 64 * (d + 8) + 4 * 2 * 16 * 24) + 64 * 8),
@@ -56,90 +56,71 @@ fn tiled(element: Element, depth: usize) -> Option<Tiled> {
 
 /// Extents of `[b, t, h, d]`.
 #[derive(Clone, Copy)]
-struct Dims {
-    batch: usize,
-    time: usize,
-    heads: usize,
-    depth: usize,
-}
+struct Dims([usize; 4]);
 
 impl Dims {
-    fn of(args: &Args<'_>) -> Result<Self, KernelError> {
-        let &[batch, time, heads, depth] = args.read_shape(0) else {
-            return Err(args.refused("shape of read 0", "[b, t, h, d]", format!("{:?}", args.read_shape(0))));
-        };
-        Ok(Self { batch, time, heads, depth })
-    }
-
     fn rows(self) -> usize {
-        self.batch * self.heads * self.time
-    }
-
-    fn tiled_args(self, scale: f32) -> Vec<Arg> {
-        let blocks = self.time.div_ceil(BLOCK_ROWS);
-        // A tiled depth is at most 128; more than 2^31 heads fit in no memory.
-        let [heads, depth] = [self.heads, self.depth].map(|extent| Arg::I32(extent as i32));
-        vec![long(self.time), heads, depth, long(blocks), Arg::F32(scale)]
+        self.0[..3].iter().product()
     }
 
     fn tiled_step(
         self,
         (function, shared_bytes): (&'static str, usize),
         threads: usize,
-        buffers: Vec<Arg>,
+        mut arguments: Vec<Arg>,
         scale: f32,
-    ) -> Result<Step, KernelError> {
-        let grid = self.batch * self.heads * self.time.div_ceil(BLOCK_ROWS);
-        blocks(function, grid, threads, shared_bytes, [buffers, self.tiled_args(scale)].concat())
+    ) -> Result<Vec<Step>, KernelError> {
+        let [batch, time, heads, depth] = self.0;
+        let time_blocks = time.div_ceil(BLOCK_ROWS);
+        // A tiled depth is at most 128; more than 2^31 heads fit in no memory.
+        let [heads_arg, depth] = [heads, depth].map(|extent| Arg::I32(extent as i32));
+        arguments.extend([long(time), heads_arg, depth, long(time_blocks), Arg::F32(scale)]);
+        blocks(function, batch * heads * time_blocks, threads, shared_bytes, arguments)
     }
 
-    fn plain_step(self, function: &'static str, buffers: Vec<Arg>, scale: Option<f32>) -> Result<Step, KernelError> {
-        let mut arguments = buffers;
-        arguments.extend([long(self.rows()), long(self.time), Arg::I32(self.heads as i32), long(self.depth)]);
+    fn plain_step(
+        self,
+        function: &'static str,
+        mut arguments: Vec<Arg>,
+        scale: Option<f32>,
+    ) -> Result<Vec<Step>, KernelError> {
+        let [_, time, heads, depth] = self.0;
+        arguments.extend([long(self.rows()), long(time), Arg::I32(heads as i32), long(depth)]);
         arguments.extend(scale.map(Arg::F32));
         warps(function, self.rows(), arguments)
     }
 }
 
-fn pick(element: Element, f32: &'static str, bf16: &'static str) -> &'static str {
-    match element {
-        Element::F32 => f32,
-        Element::Bf16 => bf16,
-    }
+fn pick(dtype: DType, f32: &'static str, bf16: &'static str) -> &'static str {
+    if dtype == DType::BF16 { bf16 } else { f32 }
 }
 
 /// The arguments for write `i`: its address and, for bf16 kernels, whether it is f32.
-fn result(operands: Element, i: usize, element: Element) -> Vec<Arg> {
-    match operands {
-        Element::F32 => vec![write(i)],
-        Element::Bf16 => vec![write(i), Arg::I32(i32::from(element == Element::F32))],
-    }
+fn result(operands: DType, i: usize, dtype: DType) -> Vec<Arg> {
+    let is_f32 = (operands == DType::BF16).then(|| Arg::I32(i32::from(dtype == DType::F32)));
+    [write(i)].into_iter().chain(is_f32).collect()
 }
 
 /// The forward step for operands of one type; `o` is the result's type. The plain kernel runs if the tiled one needs
 /// more than `shared` bytes.
-fn forward(operands: Element, o: Element, dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>, KernelError> {
-    if dims.rows() == 0 {
-        return Ok(vec![]);
-    }
+fn forward(operands: DType, o: DType, dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>, KernelError> {
     let buffers = [vec![read(0), read(1), read(2)], result(operands, 0, o), vec![write(1)]].concat();
-    let step = match tiled(operands, dims.depth).filter(|tiled| tiled.forward.1 <= shared) {
-        Some(tiled) => dims.tiled_step(tiled.forward, tiled.threads, buffers, scale)?,
-        None => dims.plain_step(pick(operands, "attention_plain_f32", "attention_plain_bf16"), buffers, Some(scale))?,
-    };
-    Ok(vec![step])
+    match tiled(operands, dims.0[3]).filter(|tiled| tiled.forward.1 <= shared) {
+        Some(tiled) => dims.tiled_step(tiled.forward, tiled.threads, buffers, scale),
+        None => dims.plain_step(pick(operands, "attention_plain_f32", "attention_plain_bf16"), buffers, Some(scale)),
+    }
 }
 
 /// The backward steps for operands of one type; `grads` are the types of dq, dk and dv. As in [`forward`], plain
 /// kernels replace tiled ones that do not fit: on f32, heads deeper than 96 need 116 KiB; sm_86 and sm_89 have 99 KiB.
 fn backward(
-    operands: Element,
-    grads: [Element; 3],
+    operands: DType,
+    grads: [DType; 3],
     dims: Dims,
     scale: f32,
     shared: usize,
 ) -> Result<Vec<Step>, KernelError> {
-    if dims.rows() * dims.depth == 0 {
+    if dims.0.contains(&0) {
         return Ok(vec![]);
     }
     // Reads are do, q, k, v, o, lse.
@@ -150,7 +131,7 @@ fn backward(
     let [dq, dk, dv] = [0, 1, 2].map(|i| result(operands, i, grads[i]));
     let keys = [inputs.clone(), dk, dv].concat();
     let queries = [inputs, dq].concat();
-    let tiled = tiled(operands, dims.depth);
+    let tiled = tiled(operands, dims.0[3]);
     let step = |kernel: fn(&Tiled) -> (&'static str, usize), plain, buffers| match &tiled {
         Some(tiled) if kernel(tiled).1 <= shared => dims.tiled_step(kernel(tiled), tiled.threads, buffers, scale),
         _ => dims.plain_step(plain, buffers, Some(scale)),
@@ -159,16 +140,12 @@ fn backward(
     let keys = step(|tiled| tiled.keys, plain, keys)?;
     let plain = pick(operands, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
     let queries = step(|tiled| tiled.queries, plain, queries)?;
-    Ok(vec![rows, keys, queries])
+    Ok([rows, keys, queries].concat())
 }
 
 pub(super) fn attention(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
-    let dims = Dims::of(args)?;
-    args.expect_floats(&[0, 1, 2])?;
-    args.expect_reads(&[1, 2], args.read_shape(0))?;
-    args.expect_writes(&[0], args.read_shape(0))?;
-    args.expect_writes(&[1], &[dims.batch, dims.heads, dims.time])?;
-    forward(args.read_element(0), args.write_element(0), dims, scale, shared_bytes_max)
+    let dims = Dims(args.launch.attention_dims()?);
+    forward(args.read_dtype(0), args.write_dtype(0), dims, scale, shared_bytes_max)
 }
 
 /// Floats for the row sums of do * o.
@@ -180,12 +157,8 @@ pub(super) fn workspace_floats(q: &[usize]) -> usize {
 }
 
 pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
-    let dims = Dims::of(args)?;
-    args.expect_floats(&[0, 1, 2, 3, 4, 5])?;
-    args.expect_reads(&[1, 2, 3, 4], args.read_shape(0))?;
-    args.expect_reads(&[5], &[dims.batch, dims.heads, dims.time])?;
-    args.expect_writes(&[0, 1, 2], args.read_shape(0))?;
-    backward(args.read_element(0), [0, 1, 2].map(|i| args.write_element(i)), dims, scale, shared_bytes_max)
+    let (dims, grads) = (Dims(args.launch.attention_dims()?), [0, 1, 2].map(|i| args.write_dtype(i)));
+    backward(args.read_dtype(0), grads, dims, scale, shared_bytes_max)
 }
 
 /// On all architectures, cuDNN has engines for depths up to this maximum that are multiples of this step.
@@ -195,9 +168,9 @@ const CUDNN_DEPTH_STEP: usize = 8;
 /// For shorter sequences, cuDNN's heuristic for the gradient crashes (9.12 and 9.28, at a length of 1).
 const CUDNN_TIME_MIN: usize = 2;
 
-/// Returns the attention shape if cuDNN may run the launch: all activations and their gradients are bf16. [`attention`]
-/// or [`attention_grad`] has already accepted the buffers.
-pub(super) fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
+/// The attention that cuDNN may run in place of the launch's steps, whose buffers [`lower`](super::lower) has accepted;
+/// `None` for other launches and shapes. All activations and their gradients are bf16.
+pub fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
     let (pass, scale, bf16_reads, bf16_writes) = match launch.op {
         Op::Attention { scale } => (Pass::Forward, scale, 3, 1),
         Op::AttentionGrad { scale } => (Pass::Backward, scale, 5, 3),

@@ -17,7 +17,6 @@ pub struct FusedLaunches {
     pub reads: Vec<Buffer>,
     /// All buffers that the two launches write.
     pub writes: Vec<Buffer>,
-    /// The steps.
     pub steps: Vec<Step>,
 }
 
@@ -98,7 +97,7 @@ fn add_layer_norm(
     Ok(Some(FusedLaunches {
         reads: [&first.reads[..], &[weight]].concat(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: vec![warps(name, rows, arguments)?],
+        steps: warps(name, rows, arguments)?,
     }))
 }
 
@@ -123,7 +122,7 @@ fn bias_gelu(
     Ok(Some(FusedLaunches {
         reads: first.reads.clone(),
         writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: vec![threads(name, n.div_ceil(pack), arguments)?],
+        steps: threads(name, n.div_ceil(pack), arguments)?,
     }))
 }
 

@@ -25,13 +25,17 @@ macro_rules! variants {
 }
 pub(super) use variants;
 
+/// One kernel; none if there are no blocks.
 pub(super) fn blocks(
     function: &'static str,
     blocks: usize,
     threads: usize,
     shared_bytes: usize,
     args: Vec<Arg>,
-) -> Result<Step, KernelError> {
+) -> Result<Vec<Step>, KernelError> {
+    if blocks == 0 {
+        return Ok(vec![]);
+    }
     let narrow = |what: &str, value: usize, limit: usize| match u32::try_from(value) {
         Ok(narrow) if value <= limit => Ok(narrow),
         _ => Err(KernelError::arguments(function, what, format!("at most {limit}"), value.to_string())),
@@ -39,11 +43,11 @@ pub(super) fn blocks(
     let grid = [narrow("blocks", blocks, i32::MAX as usize)?, 1, 1];
     let block = [narrow("threads", threads, 1024)?, 1, 1];
     let shared_bytes = narrow("bytes of shared memory", shared_bytes, 160 * 1024)?;
-    Ok(Step::Kernel(Kernel { function, grid, block, shared_bytes, args }))
+    Ok(vec![Step::Kernel(Kernel { function, grid, block, shared_bytes, args })])
 }
 
 /// A kernel with `threads` threads, in blocks of [`THREADS`].
-pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
+pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
     blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
 }
 

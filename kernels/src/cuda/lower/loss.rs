@@ -30,114 +30,62 @@ pub(super) fn rows(
     width: usize,
     args: Vec<Arg>,
 ) -> Result<Vec<Step>, KernelError> {
-    if rows == 0 {
-        return Ok(vec![]);
-    }
-    Ok(vec![blocks(function, rows, threads_for(width.div_ceil(PACK * ROW_PACKS), ROW_THREADS_MAX), 0, args)?])
+    blocks(function, rows, threads_for(width.div_ceil(PACK * ROW_PACKS), ROW_THREADS_MAX), 0, args)
 }
 
 pub(super) fn embedding(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
-    let (&[held, width], ids) = (args.read_shape(1), args.read_shape(0)) else {
-        return Err(args.refused("shape of read 1", "[v, c]", format!("{:?}", args.read_shape(1))));
-    };
-    args.expect_floats(&[1])?;
-    args.expect_writes(&[0], &[ids, &[width]].concat())?;
-    let count = element_count(ids);
-    if count == 0 {
-        return Ok(vec![]);
-    }
-    let arguments = vec![
-        read(0),
-        read(1),
-        write(0),
-        long(count),
-        long(held),
-        long(width),
-        long(vocab_start),
-        long(vocab),
-        Arg::ErrorRecord,
-        Arg::LaunchIndex,
-    ];
+    let [held, width] = args.launch.dims("shape of read 1", args.read_shape(1), "[v, c]")?;
+    let count = element_count(args.read_shape(0));
+    let mut arguments = vec![read(0), read(1), write(0)];
+    arguments.extend([count, held, width, vocab_start, vocab].map(long));
+    arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
     let name = if args.write_dtype(0) == DType::BF16 { "embedding_f32_bf16" } else { "embedding_f32" };
     // The kernel checks indices even if it writes no element.
-    Ok(vec![threads(name, (count * width.div_ceil(PACK)).max(1), arguments)?])
+    threads(name, count * width.div_ceil(PACK).max(1), arguments)
 }
 
 pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<Step>, KernelError> {
-    let (&[held, width], ids) = (args.write_shape(0), args.read_shape(0)) else {
-        return Err(args.refused("shape of write 0", "[v, c]", format!("{:?}", args.write_shape(0))));
-    };
-    args.expect_floats(&[1])?;
-    args.expect_reads(&[1], &[ids, &[width]].concat())?;
-    let (count, words) = (element_count(ids), held * width);
-    let mut steps = Vec::new();
+    let [held, width] = args.launch.dims("shape of write 0", args.write_shape(0), "[v, c]")?;
+    let (count, words) = (element_count(args.read_shape(0)), held * width);
     if words == 0 {
-        return Ok(steps);
+        return Ok(vec![]);
     }
+    let mut steps = Vec::new();
     if !args.accumulate {
         steps.push(Step::Fill { to: Place::write(0), word: 0, words });
     }
-    if count > 0 {
-        let arguments = vec![read(0), read(1), write(0), long(count), long(held), long(width), long(vocab_start)];
-        steps.push(blocks(
-            pick_by_read(args, 1, ["embedding_grad_f32", "embedding_grad_bf16"]),
-            count,
-            THREADS,
-            0,
-            arguments,
-        )?);
-    }
+    let arguments = vec![read(0), read(1), write(0), long(count), long(held), long(width), long(vocab_start)];
+    let name = pick_by_read(args, 1, ["embedding_grad_f32", "embedding_grad_bf16"]);
+    steps.extend(blocks(name, count, THREADS, 0, arguments)?);
     Ok(steps)
 }
 
 pub(super) fn row_max(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
-    let (leading, count, width) = args.rows_of(0)?;
-    args.expect_floats(&[0])?;
-    args.expect_writes(&[0], leading)?;
+    let [count, width] = args.launch.rows_of(0)?;
     rows(pick_by_read(args, 0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
 }
 
 pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
-    let (leading, count, width) = args.rows_of(0)?;
-    args.expect_floats(&[0, 1])?;
-    args.expect_reads(&[1, 2], leading)?;
-    args.expect_writes(&[0, 1], leading)?;
-    let arguments = vec![
-        read(0),
-        read(1),
-        read(2),
-        write(0),
-        write(1),
-        long(count),
-        long(width),
-        long(vocab_start),
-        long(vocab),
-        Arg::ErrorRecord,
-        Arg::LaunchIndex,
-    ];
+    let [count, width] = args.launch.rows_of(0)?;
+    let mut arguments = vec![read(0), read(1), read(2), write(0), write(1)];
+    arguments.extend([count, width, vocab_start, vocab].map(long));
+    arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
     rows(pick_by_read(args, 0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
 }
 
 pub(super) fn token_loss(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
-    args.expect_floats(&[0, 1, 2])?;
-    args.expect_reads(&[1, 2], args.read_shape(0))?;
-    args.expect_writes(&[0], &[])?;
     let tokens = element_count(args.read_shape(0));
     let accumulate = Arg::I32(i32::from(args.accumulate));
     let arguments = vec![read(0), read(1), read(2), write(0), long(tokens), Arg::F32(scale), accumulate];
-    Ok(vec![blocks("token_loss", 1, threads_for(tokens, TOKEN_THREADS_MAX), 0, arguments)?])
+    blocks("token_loss", 1, threads_for(tokens, TOKEN_THREADS_MAX), 0, arguments)
 }
 
 pub(super) fn cross_entropy_grad(args: &Args<'_>, vocab_start: usize, scale: f32) -> Result<Vec<Step>, KernelError> {
-    let (leading, count, width) = args.rows_of(1)?;
-    args.expect_floats(&[0, 1, 2, 3])?;
-    args.expect_reads(&[0], &[])?;
-    args.expect_reads(&[2, 3, 4], leading)?;
-    args.expect_writes(&[0], args.read_shape(1))?;
+    let [count, width] = args.launch.rows_of(1)?;
     if width == 0 {
         return Ok(vec![]);
     }
-    let inputs = [0, 1, 2, 3, 4].map(read).into_iter();
-    let rest = [write(0), long(width), long(vocab_start), Arg::F32(scale)];
-    rows(args.pick(1, 0, variants!("cross_entropy_grad")), count, width, inputs.chain(rest).collect())
+    let mut arguments = [0, 1, 2, 3, 4].map(read).to_vec();
+    arguments.extend([write(0), long(width), long(vocab_start), Arg::F32(scale)]);
+    rows(args.pick(1, 0, variants!("cross_entropy_grad")), count, width, arguments)
 }

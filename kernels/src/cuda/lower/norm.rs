@@ -2,7 +2,7 @@
 
 use super::args::Args;
 use super::kernel::{blocks, long, read, variants, write};
-use super::reduce::{ColumnSum, ColumnSumKernels, sum_columns};
+use super::reduce::{ColumnSum, sum_columns};
 use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
 use crate::tensor::element_count;
@@ -10,21 +10,14 @@ use crate::tensor::element_count;
 /// Threads per block; each warp processes one row.
 const ROW_THREADS: usize = 128;
 
-pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Result<Step, KernelError> {
+pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
     blocks(function, rows.div_ceil(ROW_THREADS / 32), ROW_THREADS, 0, args)
 }
 
 pub(super) fn layer_norm(args: &Args<'_>, eps: f32) -> Result<Vec<Step>, KernelError> {
-    let (leading, rows, width) = args.rows_of(0)?;
-    args.expect_floats(&[0, 1])?;
-    args.expect_reads(&[1], &[width])?;
-    args.expect_writes(&[0], args.read_shape(0))?;
-    args.expect_writes(&[1, 2], leading)?;
-    if rows == 0 {
-        return Ok(vec![]);
-    }
+    let [rows, width] = args.launch.rows_of(0)?;
     let arguments = vec![read(0), read(1), write(0), write(1), write(2), long(rows), long(width), Arg::F32(eps)];
-    Ok(vec![warps(args.pick(0, 0, variants!("layer_norm")), rows, arguments)?])
+    warps(args.pick(0, 0, variants!("layer_norm")), rows, arguments)
 }
 
 /// Floats for the partial sums of dweight.
@@ -34,26 +27,17 @@ pub(super) fn workspace_floats(dy: &[usize]) -> usize {
 }
 
 pub(super) fn layer_norm_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
-    let (leading, rows, width) = args.rows_of(0)?;
-    args.expect_floats(&[0, 1, 2, 3, 4])?;
-    args.expect_reads(&[1], args.read_shape(0))?;
-    args.expect_reads(&[2], &[width])?;
-    args.expect_reads(&[3, 4], leading)?;
-    args.expect_writes(&[0], args.read_shape(0))?;
-    args.expect_writes(&[1], &[width])?;
-    let mut steps = Vec::new();
+    let [rows, width] = args.launch.rows_of(0)?;
     if width == 0 {
-        return Ok(steps);
+        return Ok(vec![]);
     }
-    if rows > 0 {
-        let inputs = [0, 1, 2, 3, 4].map(read).into_iter();
-        let arguments = inputs.chain([write(0), long(rows), long(width)]).collect();
-        steps.push(warps(args.pick(0, 0, variants!("layer_norm_grad")), rows, arguments)?);
-    }
+    let mut arguments = [0, 1, 2, 3, 4].map(read).to_vec();
+    arguments.extend([write(0), long(rows), long(width)]);
+    let mut steps = warps(args.pick(0, 0, variants!("layer_norm_grad")), rows, arguments)?;
     let inputs = [0, 1, 3, 4].map(read).to_vec();
     let [f32, bf16] = ["layer_norm_grad_weight_f32", "layer_norm_grad_weight_bf16"];
     let weight = args.pick(0, 1, [f32, bf16, bf16]);
-    let kernels = ColumnSumKernels { only: weight, first: weight, second: "sum_leading_f32" };
-    steps.extend(sum_columns(&kernels, inputs, Place::write(1), [rows, width], args.accumulate)?);
+    let kernels = [weight, weight, "sum_leading_f32"];
+    steps.extend(sum_columns(kernels, inputs, Place::write(1), [rows, width], args.accumulate)?);
     Ok(steps)
 }

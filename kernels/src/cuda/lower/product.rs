@@ -2,19 +2,20 @@
 //! the column-major matrix in the same memory.
 
 use super::args::Args;
-use super::elementwise::filled;
-use crate::cuda::step::{Element, Matrix, Place, Product, Step};
+use super::elementwise::fill;
+use crate::cuda::step::{Matrix, Place, Product, Step};
 use crate::error::KernelError;
 use crate::op::{Einsum, GemmDims};
+use crate::tensor::DType;
 
 /// The column-major view of a row-major `[rows, columns]` matrix, or of its transpose if `transposed`.
-fn stored(place: Place, element: Element, rows: usize, columns: usize, transposed: bool) -> Matrix {
+fn stored(place: Place, dtype: DType, rows: usize, columns: usize, transposed: bool) -> Matrix {
     let (slow, fast) = if transposed { (columns, rows) } else { (rows, columns) };
-    Matrix { place, element, rows: fast as u64, columns: slow as u64, leading: fast as i64, batch_stride: 0 }
+    Matrix { place, dtype, rows: fast as u64, columns: slow as u64, leading: fast as i64 }
 }
 
 /// `out[m, n] = A[m, k] B[k, n]`, computed as `out' = B' A'` unless `out` is stored transposed.
-pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: f32) -> Product {
+pub(super) fn product(dims: GemmDims, operands: DType, result: DType, beta: f32) -> Product {
     let GemmDims { m, n, k, a_transposed, b_transposed, out_transposed } = dims;
     let a = stored(Place::read(0), operands, m, k, a_transposed);
     let b = stored(Place::read(1), operands, k, n, b_transposed);
@@ -29,8 +30,6 @@ pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: 
         a,
         b,
         d,
-        batch: 1,
-        alpha: 1.0,
         beta,
     };
     if out_transposed {
@@ -41,19 +40,16 @@ pub(super) fn product(dims: GemmDims, operands: Element, result: Element, beta: 
 }
 
 pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Result<Vec<Step>, KernelError> {
-    let (a, b) = (args.read_shape(0), args.read_shape(1));
-    let dims = einsum.gemm_dims(a, b)?;
-    args.expect_writes(&[0], &einsum.output_shape(a, b)?)?;
-    args.expect_floats(&[0, 1])?;
+    let dims = einsum.gemm_dims(args.read_shape(0), args.read_shape(1))?;
     if dims.m * dims.n == 0 {
         return Ok(vec![]);
     }
     if dims.k == 0 {
         // An empty sum, which cuBLASLt refuses.
-        return if args.accumulate { Ok(vec![]) } else { filled(args, 0.0) };
+        return if args.accumulate { Ok(vec![]) } else { fill(args, 0.0) };
     }
     let beta = if args.accumulate { 1.0 } else { 0.0 };
-    Ok(vec![Step::Product(product(dims, args.read_element(0), args.write_element(0), beta))])
+    Ok(vec![Step::Product(product(dims, args.read_dtype(0), args.write_dtype(0), beta))])
 }
 
 #[cfg(test)]
@@ -80,12 +76,8 @@ mod tests {
         let c = |i: usize, j: usize| (0..k).map(|l| a(i, l) * b(l, j)).sum::<f32>();
         for case in 0..8 {
             let [a_transposed, b_transposed, out_transposed] = [1, 2, 4].map(|bit| case & bit != 0);
-            let product = product(
-                GemmDims { m, n, k, a_transposed, b_transposed, out_transposed },
-                Element::F32,
-                Element::F32,
-                0.0,
-            );
+            let product =
+                product(GemmDims { m, n, k, a_transposed, b_transposed, out_transposed }, DType::F32, DType::F32, 0.0);
             let memory = [store(m, k, a_transposed, &a), store(k, n, b_transposed, &b)];
             let of = |matrix: &Matrix| &memory[usize::from(matrix.place == Place::read(1))][..];
             let mut d = vec![f32::NAN; m * n];

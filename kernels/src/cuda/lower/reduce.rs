@@ -2,9 +2,8 @@
 
 use super::args::Args;
 use super::kernel::{PACK, THREADS, blocks, long, read, variants, write};
-use crate::cuda::step::{Arg, Kernel, Place, Step};
+use crate::cuda::step::{Arg, Place, Step};
 use crate::error::KernelError;
-use crate::op::check_squares;
 use crate::tensor::{DType, element_count};
 
 /// Target number of blocks, enough to fill a device several times.
@@ -48,44 +47,46 @@ impl ColumnSum {
     }
 
     /// One pass: `arguments`, then output, rows, width, rows per part, and whether to add to the output.
-    fn pass(&self, function: &'static str, mut arguments: Vec<Arg>, trailing: [Arg; 5]) -> Result<Step, KernelError> {
-        arguments.extend(trailing);
+    fn pass(
+        &self,
+        function: &'static str,
+        arguments: Vec<Arg>,
+        out: Place,
+        dims: [usize; 2],
+        accumulate: bool,
+    ) -> Result<Vec<Step>, KernelError> {
+        let [rows, width] = dims.map(long);
+        let trailing = [Arg::Pointer(out), rows, width, long(self.rows_per_part), Arg::I32(i32::from(accumulate))];
+        let mut steps = blocks(function, self.columns, THREADS, 0, [&arguments[..], &trailing].concat())?;
         let [x, y] = self.threads.map(|threads| threads as u32);
-        let Step::Kernel(kernel) = blocks(function, self.columns, THREADS, 0, arguments)? else { unreachable!() };
-        // `parts` is at most BLOCKS.
-        Ok(Step::Kernel(Kernel { grid: [kernel.grid[0], self.parts as u32, 1], block: [x, y, 1], ..kernel }))
+        for step in &mut steps {
+            if let Step::Kernel(kernel) = step {
+                // `parts` is at most BLOCKS.
+                (kernel.grid[1], kernel.block) = (self.parts as u32, [x, y, 1]);
+            }
+        }
+        Ok(steps)
     }
 }
 
-/// The kernels of a column sum: for a single pass, and for the first and second of two.
-pub(super) struct ColumnSumKernels {
-    pub(super) only: &'static str,
-    pub(super) first: &'static str,
-    pub(super) second: &'static str,
-}
-
-/// Sums columns into `out`, in one pass or two.
+/// Sums columns into `out`, in one pass or two, with the kernels for a single pass, and for the first and second of
+/// two.
 pub(super) fn sum_columns(
-    kernels: &ColumnSumKernels,
+    [only, first, second]: [&'static str; 3],
     inputs: Vec<Arg>,
     out: Place,
     [rows, width]: [usize; 2],
     accumulate: bool,
 ) -> Result<Vec<Step>, KernelError> {
-    let first = ColumnSum::new(rows, width);
-    let accumulate = Arg::I32(i32::from(accumulate));
-    let trailing = |out, rows, of: &ColumnSum, accumulate| {
-        [Arg::Pointer(out), long(rows), long(width), long(of.rows_per_part), accumulate]
-    };
-    if first.parts == 1 {
-        return Ok(vec![first.pass(kernels.only, inputs, trailing(out, rows, &first, accumulate))?]);
+    let sum = ColumnSum::new(rows, width);
+    if sum.parts == 1 {
+        return sum.pass(only, inputs, out, [rows, width], accumulate);
     }
     let partial = Place::workspace(0);
-    let second = ColumnSum { parts: 1, rows_per_part: first.parts, ..first };
-    Ok(vec![
-        first.pass(kernels.first, inputs, trailing(partial, rows, &first, Arg::I32(0)))?,
-        second.pass(kernels.second, vec![Arg::Pointer(partial)], trailing(out, first.parts, &second, accumulate))?,
-    ])
+    let mut steps = sum.pass(first, inputs, partial, [rows, width], false)?;
+    let rest = ColumnSum { parts: 1, rows_per_part: sum.parts, ..sum };
+    steps.extend(rest.pass(second, vec![Arg::Pointer(partial)], out, [sum.parts, width], accumulate)?);
+    Ok(steps)
 }
 
 /// Upper bound of [`ColumnSum::workspace_floats`] over all widths.
@@ -99,22 +100,16 @@ pub(super) fn sum_workspace_floats(elements: usize) -> usize {
 
 pub(super) fn sum_leading(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     let (x, y) = (args.read_shape(0), args.write_shape(0));
-    if !x.ends_with(y) {
-        return Err(args.refused("shape of write 0", format!("a suffix of {x:?}"), format!("{y:?}")));
-    }
-    args.expect_floats(&[0])?;
     let (rows, width) = (element_count(&x[..x.len() - y.len()]), element_count(y));
     if width == 0 {
         return Ok(vec![]);
     }
     let [f32, _, widening] = variants!("sum_leading");
     // Partial sums are f32.
-    let kernels = ColumnSumKernels {
-        only: args.pick(0, 0, variants!("sum_leading")),
-        first: args.pick(0, 0, [f32, widening, widening]),
-        second: if args.write_dtype(0) == DType::BF16 { "sum_leading_f32_bf16" } else { f32 },
-    };
-    sum_columns(&kernels, vec![read(0)], Place::write(0), [rows, width], args.accumulate)
+    let only = args.pick(0, 0, variants!("sum_leading"));
+    let first = args.pick(0, 0, [f32, widening, widening]);
+    let second = if args.write_dtype(0) == DType::BF16 { "sum_leading_f32_bf16" } else { f32 };
+    sum_columns([only, first, second], vec![read(0)], Place::write(0), [rows, width], args.accumulate)
 }
 
 /// The number of parts of a sum of squares, and elements per part.
@@ -132,9 +127,6 @@ pub(super) fn squares_workspace_floats(n: usize) -> usize {
 }
 
 pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Result<Vec<Step>, KernelError> {
-    args.expect_floats(&[0])?;
-    check_squares(args.write_shape(0), index)
-        .map_err(|(expected, got)| args.refused("shape of write 0", expected, got))?;
     let n = element_count(args.read_shape(0));
     if n == 0 {
         return Ok(vec![]);
@@ -142,26 +134,18 @@ pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Result<Vec<Step>, Ke
     let out = Arg::Pointer(Place { offset_bytes: 2 * index * DType::F32.bytes(), ..Place::write(0) });
     let (parts, per_part) = squares_parts(n);
     if parts == 1 {
-        let arguments = vec![read(0), Arg::Null, out, long(n), long(per_part)];
-        return Ok(vec![blocks("sum_squares_f32", 1, THREADS, 0, arguments)?]);
+        return blocks("sum_squares_f32", 1, THREADS, 0, vec![read(0), Arg::Null, out, long(n), long(per_part)]);
     }
     let partial = Arg::Pointer(Place::workspace(0));
     let arguments = vec![read(0), partial, Arg::Null, long(n), long(per_part)];
-    Ok(vec![
-        blocks("sum_squares_f32", parts, THREADS, 0, arguments)?,
-        blocks("add_partial_sums", 1, THREADS, 0, vec![partial, out, long(parts)])?,
-    ])
+    let mut steps = blocks("sum_squares_f32", parts, THREADS, 0, arguments)?;
+    steps.extend(blocks("add_partial_sums", 1, THREADS, 0, vec![partial, out, long(parts)])?);
+    Ok(steps)
 }
 
 pub(super) fn clip_scale(args: &Args<'_>, max_norm: f32) -> Result<Vec<Step>, KernelError> {
-    args.expect_floats(&[0])?;
-    args.expect_writes(&[0, 1], &[])?;
     let n = element_count(args.read_shape(0));
-    if !n.is_multiple_of(2) {
-        return Err(args.refused("shape of read 0", "[n, 2]", format!("{:?}", args.read_shape(0))));
-    }
-    let arguments = vec![read(0), write(0), write(1), long(n), Arg::F32(max_norm)];
-    Ok(vec![blocks("clip_scale", 1, THREADS, 0, arguments)?])
+    blocks("clip_scale", 1, THREADS, 0, vec![read(0), write(0), write(1), long(n), Arg::F32(max_norm)])
 }
 
 #[cfg(test)]

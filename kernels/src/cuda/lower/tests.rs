@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::cuda::source::MODULES;
-use crate::cuda::step::{Arg, Element, Operand, SHARED_BYTES_DEFAULT};
+use crate::cuda::step::{Arg, Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 
@@ -141,10 +141,9 @@ fn dtype_variants(launch: Launch) -> Vec<Launch> {
 
 fn check(name: &str, launch: &Launch, step: &Step) {
     if let Step::Product(product) = step {
-        let element = |dtype| if dtype == DType::BF16 { Element::Bf16 } else { Element::F32 };
-        let operands = launch.reads.iter().map(|read| element(read.dtype));
-        assert!(operands.eq([product.a.element, product.b.element]), "{name}: {product:?}");
-        assert_eq!(product.d.element, element(launch.writes[0].dtype), "{name}");
+        let operands = launch.reads.iter().map(|read| read.dtype);
+        assert!(operands.eq([product.a.dtype, product.b.dtype]), "{name}: {product:?}");
+        assert_eq!(product.d.dtype, launch.writes[0].dtype, "{name}");
     }
     let Step::Kernel(kernel) = step else { return };
     let parameters = parameters(kernel.function);

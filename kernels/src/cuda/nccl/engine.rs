@@ -182,35 +182,30 @@ type Unpack = (OwnedRegion, OwnedRegion);
 impl MemberCall<'_> {
     /// Enqueues the call; returns the copies to enqueue after it.
     fn issue(&self) -> Result<Vec<Unpack>, KernelError> {
-        let elements = element_count(self.of.y_shape);
-        let nothing = |()| Vec::new();
-        match &self.of.call.kind {
-            CollectiveKind::AllReduce { op } => {
-                self.call_or_copy(NcclCall::AllReduce(*op), self.of.x, self.of.y, elements).map(nothing)
+        let &GpuCall { call, x, y, x_shape, y_shape, .. } = self.of;
+        let [x_elements, y_elements] = [x_shape, y_shape].map(element_count);
+        let (kind, elements) = match &call.kind {
+            CollectiveKind::AllReduce { op } => (NcclCall::AllReduce(*op), y_elements),
+            CollectiveKind::Broadcast { root } => (NcclCall::Broadcast(*root), y_elements),
+            CollectiveKind::AllGather { parts } if are_rows(parts, y_shape) => (NcclCall::AllGather, x_elements),
+            CollectiveKind::ReduceScatter { op, parts } if are_rows(parts, x_shape) => {
+                (NcclCall::ReduceScatter(*op), y_elements)
             }
-            CollectiveKind::Broadcast { root } => {
-                self.call_or_copy(NcclCall::Broadcast(*root), self.of.x, self.of.y, elements).map(nothing)
-            }
-            CollectiveKind::ReduceScatter { op, parts } if are_rows(parts, self.of.x_shape) => {
-                self.call_or_copy(NcclCall::ReduceScatter(*op), self.of.x, self.of.y, elements).map(nothing)
-            }
-            CollectiveKind::ReduceScatter { op, parts } => self.reduce_parts(*op, parts),
-            CollectiveKind::AllGather { parts } if are_rows(parts, self.of.y_shape) => self
-                .call_or_copy(NcclCall::AllGather, self.of.x, self.of.y, element_count(self.of.x_shape))
-                .map(nothing),
+            CollectiveKind::ReduceScatter { op, parts } => return self.reduce_parts(*op, parts),
             CollectiveKind::Send { to } => {
-                let (address, elements, peer) = (self.of.x, element_count(self.of.x_shape), *to);
-                self.transfers(&[Transfer { sends: true, peer, address, elements }]).map(nothing)
+                let sent = Transfer { sends: true, peer: *to, address: x, elements: x_elements };
+                return self.transfers(&[sent]).map(|()| Vec::new());
             }
             CollectiveKind::Receive { from } => {
-                let (address, peer) = (self.of.y, *from);
-                self.transfers(&[Transfer { sends: false, peer, address, elements }]).map(nothing)
+                let received = Transfer { sends: false, peer: *from, address: y, elements: y_elements };
+                return self.transfers(&[received]).map(|()| Vec::new());
             }
-            kind => match regions(kind, self.of.y_shape) {
-                Some((sources, targets)) => self.exchange_regions(sources, &targets),
-                None => Ok(Vec::new()),
-            },
-        }
+            kind => {
+                let Some((sources, targets)) = regions(kind, y_shape) else { return Ok(Vec::new()) };
+                return self.exchange_regions(sources, &targets);
+            }
+        };
+        self.call_or_copy(kind, x, y, elements).map(|()| Vec::new())
     }
 
     /// An NCCL call, or a copy in a group of one. `elements` are those of one member.

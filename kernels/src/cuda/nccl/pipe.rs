@@ -163,7 +163,7 @@ impl Pipe {
     ) -> Result<(), KernelError> {
         self.inner.abort_status.check()?;
         let context = &self.stream.gpu.context;
-        let memory = DeviceMemory::of(arena).filter(|memory| Arc::ptr_eq(&memory.gpu.context, context));
+        let memory = arena.device_memory().filter(|memory: &&DeviceMemory| Arc::ptr_eq(&memory.gpu.context, context));
         let Some(memory) = memory else {
             return Err(KernelError::arguments("pipe", "memory", context.place(), "memory of another device"));
         };
