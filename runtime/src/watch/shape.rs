@@ -20,7 +20,7 @@ pub(super) fn shape(observer: &Observer) -> Value {
         })
     };
     let reader = |id: RegisterId, at: &RegisterReader| {
-        let action = plan.action_spec(at.actor, at.action as usize);
+        let action = plan.spec.action(at.actor, at.action);
         let input = action.inputs.iter().find(|input| input.register == id);
         let pieces_per_step = input.map_or(0, |input| action.per_step / input.firings_per_piece);
         let transport = observer.transport(id, at.actor);
