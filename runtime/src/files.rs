@@ -2,6 +2,7 @@
 //! creation without hard links.
 
 mod output;
+mod space;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -10,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
+
+pub(crate) use space::{free_bytes, free_inodes};
 
 pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, resolved};
 
@@ -25,18 +28,6 @@ pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     let existing = folder.ancestors().find(|path| path.exists());
     let kind = existing.and_then(|path| rustix::fs::statfs(path).ok()).map(|stat| stat.f_type as u64);
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
-}
-
-/// Free bytes for this process in the folder; `None` if the file system does not report them.
-pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(folder).ok()?;
-    (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// Files that can still be created in the folder; `None` if the file system does not limit them.
-pub(crate) fn free_inodes(folder: &Path) -> Option<u64> {
-    let stat = rustix::fs::statvfs(folder).ok()?;
-    (stat.f_files > 0).then_some(stat.f_favail)
 }
 
 /// Names in a folder, with the sizes of files; `None` for folders. With `deep`, all files below it instead. Skips names that

@@ -1,35 +1,105 @@
-//! An actor-based dataflow runtime for training neural networks on many devices.
+//! Shardflow trains neural networks on many devices.
 //!
-//! `graph::builder -> passes -> plan::lower -> actors::spec -> actors::shell -> actors::protocol -> kernels::op`
+//! You write a network once, as one logical program over whole tensors. Layouts say how tensors are divided over a mesh of
+//! devices: split, copied, or partial sums along each axis. [`prelude::compile`] derives the backward pass and the communication,
+//! and checks the plan before anything runs: memory to the byte, and that no device can wait forever. A [`prelude::Session`] runs
+//! the plan: on the cores of one machine, in several processes and on several nodes, or on GPUs.
+//!
+//! # A program
+//!
+//! The input's layout makes this model data-parallel over two devices:
+//!
+//! ```
+//! use shardflow::prelude::*;
+//!
+//! let mut g = Graph::new(&Mesh::parse("data=2")?);
+//! let ids = g.input("ids", &[4, 8], DType::I32, Layout::split("data", 0));
+//! let x = nn::embedding(&mut g, "embedding", ids, 16, 16, Parallel::Replicated);
+//! let loss = g.cross_entropy(x, ids);
+//! g.minimize(loss, AdamW::default());
+//!
+//! let plan = compile(g, &CompileOptions::default())?;
+//! let mut session = Session::start(plan, &SessionOptions::default())?;
+//! let report = session.step(&[("ids", HostTensor::i32(&[4, 8], vec![3; 32]))], 1e-3)?;
+//! assert!((report.loss.unwrap() - 16f32.ln()).abs() < 0.1);
+//! session.shutdown()?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # The life of a session
+//!
+//! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program and are reported together by the next
+//!    step.
+//! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, every byte. Without
+//!    running anything, `shardflow plan` prints it.
+//! 3. **Start.** [`prelude::Session::start`] meets the other processes, if [`cluster::Cluster::from_env`] finds any, compares plan and
+//!    options with theirs, and allocates all memory.
+//! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes call it alike.
+//! 5. **Checkpoints.** [`prelude::Saver`] writes them in the background; any mesh and any number of processes continues from them.
+//! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure anywhere ends every process with one cause; its code is in
+//!    [`exit`].
+//!
+//! # Where to look
+//!
+//! | module | what it is for |
+//! |---|---|
+//! | [`prelude`] | everything that a training program uses |
+//! | [`nn`] | layers, and a whole GPT |
+//! | [`graph`] | ops, and ops of your own |
+//! | [`session`] | reports, metrics and snapshots of a running session |
+//! | [`checkpoint`] | stores, savers, resuming |
+//! | [`cluster`] | how the processes of a job find each other |
+//! | [`watch`], [`trace`] | Prometheus metrics and the live page; timelines |
+//! | [`program`], [`exit`] | a `main` that reports its failure, and the exit codes |
+//! | [`job`] | the crate below: launcher, rendezvous, connections |
+//!
+//! The guide, in `docs/guide`, has a page for each task. `docs/architecture.md` shows the path of a step through the code.
 
-pub mod boxing;
 pub mod checkpoint;
-pub mod checkpoint_manager;
-mod clock;
 pub mod cluster;
-pub mod declare;
-mod devices;
-pub mod doctor;
-pub mod files;
-#[cfg(feature = "cli")]
-pub mod flags;
 pub mod graph;
-pub mod init;
-pub mod json_log;
-pub mod layout_error;
-mod lock;
-pub mod metrics;
 pub mod nn;
-pub mod passes;
-pub mod placement;
-pub mod plan;
-pub(crate) mod process_map;
 pub mod program;
-pub mod sbp;
 pub mod session;
 pub mod trace;
 #[cfg(feature = "watch")]
 pub mod watch;
+
+// The tests, tools and examples of this workspace use these modules. What a program needs of them is in the prelude.
+#[doc(hidden)]
+pub mod boxing;
+#[doc(hidden)]
+pub mod checkpoint_manager;
+#[doc(hidden)]
+pub mod declare;
+#[doc(hidden)]
+pub mod doctor;
+#[doc(hidden)]
+pub mod files;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod flags;
+#[doc(hidden)]
+pub mod init;
+#[doc(hidden)]
+pub mod json_log;
+#[doc(hidden)]
+pub mod layout_error;
+#[doc(hidden)]
+pub mod metrics;
+#[doc(hidden)]
+pub mod passes;
+#[doc(hidden)]
+pub mod placement;
+#[doc(hidden)]
+pub mod plan;
+#[doc(hidden)]
+pub mod sbp;
+
+mod clock;
+mod devices;
+mod lock;
+mod process_map;
 
 pub use shardflow_job as job;
 
@@ -40,20 +110,6 @@ pub mod exit {
 }
 
 /// Everything that a training program or a custom op needs: `use shardflow::prelude::*`.
-///
-/// ```
-/// use shardflow::prelude::*;
-///
-/// let mut g = Graph::new(&Mesh::parse("data=2")?);
-/// let ids = g.input("ids", &[4, 8], DType::I32, Layout::split("data", 0));
-/// let x = nn::embedding(&mut g, "embedding", ids, 16, 16, Parallel::Replicated);
-/// let loss = g.cross_entropy(x, ids);
-/// g.minimize(loss, AdamW::default());
-/// let mut session = Session::start(compile(g, &CompileOptions::default())?, &SessionOptions::default())?;
-/// let report = session.step(&[("ids", HostTensor::i32(&[4, 8], vec![3; 32]))], 1e-3)?;
-/// assert!((report.loss.unwrap() - 16f32.ln()).abs() < 0.1);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
 pub mod prelude {
     pub use shardflow_actors::watchdog::WatchdogOptions;
     pub use shardflow_kernels::error::KernelError;

@@ -379,7 +379,7 @@ fn meet(
         report_within: options.report_within,
         ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
     };
-    let (roster, listener) = rendezvous(&config, |missing| report(&missing.to_string()))?;
+    let (roster, listener) = rendezvous(&config, report)?;
     exit::mark_joined();
     let no_socket = listener.private_error();
     no_socket.iter().for_each(|cause| report(&format!("no Unix socket for processes of this node: {cause}")));

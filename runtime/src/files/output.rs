@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use rustix::io::Errno;
 
-use super::free_bytes;
+use super::space::free_bytes;
 
 /// A file that cannot be written.
 #[derive(Debug, thiserror::Error)]
