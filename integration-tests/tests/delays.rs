@@ -57,13 +57,20 @@ fn train(mesh: &str, cluster: Cluster) -> Vec<u32> {
 }
 
 /// The cluster of process `process`, which other processes reach through the relay.
-fn cluster(process: u32, processes: u32, socket: &Path, relay: &Arc<Relay>, transport: Transport) -> Cluster {
+fn cluster(
+    process: u32,
+    processes: u32,
+    socket: &Path,
+    relay: &Arc<Relay>,
+    (transport, encrypt): (Transport, bool),
+) -> Cluster {
     let bound = Address::Unix(socket.into());
     let front = relay.connections(&bound).expect("a relay");
     let visible = if process == 0 { bound } else { front };
     let Address::Unix(visible) = visible else { panic!("expected a Unix socket, got {visible}") };
     let options = ClusterOptions {
         transport,
+        encrypt,
         advertise: Some(relay.clone()),
         heartbeat_every: HEARTBEAT_EVERY,
         heartbeat_deadline: DEADLINE,
@@ -81,7 +88,7 @@ fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> RelayCounts {
     let socket = folder.path().join("meet.sock");
     let losses: Vec<Vec<u32>> = thread::scope(|scope| {
         let start = |process| {
-            let cluster = cluster(process, processes, &socket, &relay, transport);
+            let cluster = cluster(process, processes, &socket, &relay, (transport, seed % 12 < 6));
             scope.spawn(move || train(mesh, cluster))
         };
         let threads: Vec<_> = (0..processes).map(start).collect();

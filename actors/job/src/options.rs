@@ -120,7 +120,7 @@ impl Default for ClusterOptions {
         Self {
             transport: Transport::Auto,
             collectives: Collectives::Own,
-            encrypt: true,
+            encrypt: false,
             interface: None,
             advertise: None,
             meet_within: Duration::from_secs(300),
@@ -198,15 +198,11 @@ fn read<T>(
 
 impl fmt::Debug for ClusterOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { transport, collectives, encrypt, interface, advertise, meet_within, connect_within, .. } = self;
+        let Self { transport, collectives, encrypt, .. } = self;
         f.debug_struct("ClusterOptions")
             .field("transport", transport)
             .field("collectives", collectives)
             .field("encrypt", encrypt)
-            .field("interface", interface)
-            .field("advertise", advertise)
-            .field("meet_within", meet_within)
-            .field("connect_within", connect_within)
             .field("heartbeat", &(self.heartbeat_every, self.heartbeat_deadline))
             .finish_non_exhaustive()
     }
@@ -228,7 +224,7 @@ mod tests {
     #[test]
     fn heartbeats_and_waits_are_set_by_variables() {
         let given = [
-            (ENCRYPT, "off"),
+            (ENCRYPT, "on"),
             (HEARTBEAT_MS, "50"),
             (HEARTBEAT_DEADLINE_MS, "200"),
             (REPORT_WAIT_MS, "0"),
@@ -237,7 +233,7 @@ mod tests {
         let read = options(&given).unwrap();
         let ms = [read.heartbeat_every, read.heartbeat_deadline, read.report_within].map(|time| time.as_millis());
         assert_eq!((ms, read.interface), ([50, 200, 0], Some("[::1]:0".parse().unwrap())));
-        assert!(!read.encrypt && ClusterOptions::default().encrypt);
+        assert!(read.encrypt && !ClusterOptions::default().encrypt);
         let slow = options(&[(HEARTBEAT_MS, "3000"), (REPORT_WAIT_MS, "")]).unwrap();
         assert_eq!(slow.heartbeat_deadline.as_millis(), 12_000, "at least four intervals");
         assert_eq!(slow.report_within, ClusterOptions::default().report_within);

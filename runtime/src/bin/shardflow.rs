@@ -160,9 +160,9 @@ struct LaunchArgs {
     /// Time without heartbeats after which a process counts as failed; the same on all nodes [default: 4000]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_deadline_ms: Option<u64>,
-    /// Encryption of tensors between nodes; the same on all nodes [default: on]
-    #[arg(long, value_name = "on|off")]
-    encrypt: Option<String>,
+    /// Encrypt tensors between nodes; the same on all nodes. All other messages between nodes are always encrypted
+    #[arg(long)]
+    encrypt: bool,
     /// The program and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
     command: Vec<OsString>,
@@ -174,7 +174,7 @@ impl LaunchArgs {
         let given = [
             (env::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
             (env::INTERFACE, self.interface.clone()),
-            (env::ENCRYPT, self.encrypt.clone()),
+            (env::ENCRYPT, self.encrypt.then(|| "on".to_owned())),
             (env::ADVERTISE, self.advertise.clone()),
             (env::HEARTBEAT_MS, self.heartbeat_ms.map(|ms| ms.to_string())),
             (env::HEARTBEAT_DEADLINE_MS, self.heartbeat_deadline_ms.map(|ms| ms.to_string())),

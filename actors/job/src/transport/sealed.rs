@@ -35,17 +35,19 @@ struct Incoming {
     input: Vec<u8>,
     start: usize,
     end: usize,
-    /// Decrypted bytes; those from `taken` on are not read yet.
+    /// Decrypted bytes; `taken..decrypted` are not read yet.
     plain: Vec<u8>,
     taken: usize,
+    decrypted: usize,
 }
 
 struct Outgoing {
     /// Number of the next record.
     nonce: u64,
-    /// The record that is being sent, from `sent` on.
+    /// The record `..end` that is being sent, from `sent` on.
     record: Vec<u8>,
     sent: usize,
+    end: usize,
 }
 
 impl fmt::Debug for Seal {
@@ -57,8 +59,9 @@ impl fmt::Debug for Seal {
 impl Seal {
     /// Continues after a handshake, which used nonce 0 in both directions.
     pub(super) fn new(keys: StatelessTransportState) -> Self {
-        let incoming = Incoming { nonce: 1, input: Vec::new(), start: 0, end: 0, plain: Vec::new(), taken: 0 };
-        let outgoing = Outgoing { nonce: 1, record: Vec::new(), sent: 0 };
+        let incoming =
+            Incoming { nonce: 1, input: Vec::new(), start: 0, end: 0, plain: Vec::new(), taken: 0, decrypted: 0 };
+        let outgoing = Outgoing { nonce: 1, record: Vec::new(), sent: 0, end: 0 };
         Self { keys, incoming: Mutex::new(incoming), outgoing: Mutex::new(outgoing) }
     }
 
@@ -68,8 +71,8 @@ impl Seal {
         let mut incoming = self.incoming.lock();
         let incoming = &mut *incoming;
         loop {
-            if incoming.taken < incoming.plain.len() || into.is_empty() {
-                let left = &incoming.plain[incoming.taken..];
+            if incoming.taken < incoming.decrypted || into.is_empty() {
+                let left = &incoming.plain[incoming.taken..incoming.decrypted];
                 let bytes = left.len().min(into.len());
                 into[..bytes].copy_from_slice(&left[..bytes]);
                 incoming.taken += bytes;
@@ -91,10 +94,9 @@ impl Seal {
                 decrypt(&mut into[..bytes])?;
                 return Ok(bytes);
             }
-            incoming.plain.resize(bytes, 0);
-            incoming.taken = bytes;
-            decrypt(&mut incoming.plain)?;
-            incoming.taken = 0;
+            incoming.plain.resize(PLAIN_BYTES_MAX, 0);
+            decrypt(&mut incoming.plain[..bytes])?;
+            (incoming.taken, incoming.decrypted) = (0, bytes);
         }
     }
 
@@ -110,9 +112,9 @@ impl Seal {
         if bytes == 0 {
             return Ok(0);
         }
-        let Outgoing { nonce, record, sent } = &mut *outgoing;
-        record.resize(PREFIX_BYTES + bytes + TAG_BYTES, 0);
-        let (prefix, body) = record.split_at_mut(PREFIX_BYTES);
+        let Outgoing { nonce, record, sent, end } = &mut *outgoing;
+        record.resize(PREFIX_BYTES + RECORD_BYTES_MAX, 0);
+        let (prefix, body) = record[..PREFIX_BYTES + bytes + TAG_BYTES].split_at_mut(PREFIX_BYTES);
         prefix.copy_from_slice(&((bytes + TAG_BYTES) as u16).to_le_bytes());
         let joined;
         let plain = match (first, second) {
@@ -124,7 +126,7 @@ impl Seal {
             }
         };
         self.keys.write_message(*nonce, plain, body).map_err(io::Error::other)?;
-        (*nonce, *sent) = (*nonce + 1, 0);
+        (*nonce, *sent, *end) = (*nonce + 1, 0, PREFIX_BYTES + bytes + TAG_BYTES);
         match outgoing.send(&mut socket) {
             // The rest is sent by the next call.
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(bytes),
@@ -140,7 +142,7 @@ impl Seal {
     /// True if a part of the last record is not sent yet.
     pub(super) fn has_unsent(&self) -> bool {
         let outgoing = self.outgoing.lock();
-        outgoing.sent < outgoing.record.len()
+        outgoing.sent < outgoing.end
     }
 }
 
@@ -160,8 +162,11 @@ impl Incoming {
     /// Reads what has arrived behind the bytes that are held.
     fn receive(&mut self, socket: &mut impl Read) -> io::Result<usize> {
         self.input.resize(INPUT_BYTES, 0);
-        self.input.copy_within(self.start..self.end, 0);
-        (self.start, self.end) = (0, self.end - self.start);
+        // Only if a whole record does not fit behind `start`.
+        if self.start == self.end || self.start > INPUT_BYTES / 2 {
+            self.input.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
         let bytes = socket.read(&mut self.input[self.end..])?;
         self.end += bytes;
         Ok(bytes)
@@ -170,8 +175,8 @@ impl Incoming {
 
 impl Outgoing {
     fn send(&mut self, socket: &mut impl Write) -> io::Result<()> {
-        while self.sent < self.record.len() {
-            match socket.write(&self.record[self.sent..]) {
+        while self.sent < self.end {
+            match socket.write(&self.record[self.sent..self.end]) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(bytes) => self.sent += bytes,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, IoSlice, Read};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
@@ -73,12 +73,9 @@ impl Channel {
     pub(super) fn prepare(&self) -> io::Result<()> {
         let socket = self.as_fd();
         rustix::io::ioctl_fionbio(socket, true)?;
-        let is_loopback = match self {
-            Channel::Unix(_) => true,
-            Channel::Tcp(stream) => stream.peer_addr()?.ip().is_loopback(),
-            Channel::Sealed(_) => false,
-        };
-        if is_loopback {
+        // A Unix socket, or TCP over loopback.
+        let peer = rustix::net::getpeername(socket)?.and_then(|peer| SocketAddr::try_from(peer).ok());
+        if peer.is_none_or(|peer| peer.ip().is_loopback()) {
             // Affects only speed, and the system may allow less.
             let _ = sockopt::set_socket_send_buffer_size(socket, NODE_BUFFER_BYTES);
         }
