@@ -250,8 +250,8 @@ impl Session {
         }
     }
 
-    /// Looks for a checkpoint on the first process; the others find none without reading the store. Returns also the
-    /// newest step with a checkpoint, if some are damaged, else 0; and a digest of the checkpoint's cursor.
+    /// Looks for a checkpoint on the first process; the others find none without reading the store. Also returns the
+    /// newest step with a checkpoint if some are damaged, else 0, and a digest of the checkpoint's cursor.
     fn look_up(
         &self,
         store: &Store,
