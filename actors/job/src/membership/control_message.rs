@@ -118,7 +118,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Whatever a peer sends, reading ends, and takes no more memory than the bytes that came.
+        /// For any bytes from a peer, reading terminates and uses no more memory than those bytes.
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
             let _ = ControlMessage::read(&bytes);
