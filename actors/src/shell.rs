@@ -384,7 +384,7 @@ impl Control {
         self.0.upgrade().into_iter().for_each(|session| session.peer_left(process));
     }
 
-    /// Sets a callback for the first cause. It runs before anything stops. Only the first callback of a session is kept.
+    /// Sets a callback for the first cause. It runs before anything stops. A session keeps only its first callback.
     pub fn on_failure(&self, callback: impl Fn(&Failure) + Send + Sync + 'static) {
         if let Some(session) = self.0.upgrade() {
             session.failure.set_callback(Box::new(callback));
