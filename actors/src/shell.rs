@@ -384,7 +384,7 @@ impl Control {
         self.0.upgrade().into_iter().for_each(|session| session.peer_left(process));
     }
 
-    /// Sets a callback for the first cause. It runs before anything stops. Once per session.
+    /// Sets a callback for the first cause. It runs before anything stops. A session keeps only its first callback.
     pub fn on_failure(&self, callback: impl Fn(&Failure) + Send + Sync + 'static) {
         if let Some(session) = self.0.upgrade() {
             session.failure.set_callback(Box::new(callback));
@@ -398,7 +398,7 @@ impl Drop for RunningSession {
     }
 }
 
-/// Returns the number of steps for which every external action has its tokens, and for which at least one has.
+/// Returns how many steps' tokens every external action has, and the maximum that any of them has.
 fn step_counts(spec: &Spec, tokens: &BTreeMap<RegisterReader, u64>) -> (u64, u64) {
     let steps = || tokens.iter().map(|(at, count)| count / u64::from(spec.action(at.actor, at.action).per_step));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))

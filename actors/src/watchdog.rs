@@ -17,7 +17,7 @@ pub type OnStall = Arc<dyn Fn(&str) + Send + Sync>;
 pub struct WatchdogOptions {
     /// Time without progress, with firings outstanding, after which the session counts as stalled. It must be longer
     /// than the longest firing, since kernels in flight show no progress. Once the step time is known
-    /// ([`crate::shell::Control::set_step_p99`]), five steps, but at least 10 s, are enough if that is shorter.
+    /// ([`crate::shell::Control::set_step_p99`]), the limit is five steps, at least 10 s and at most this.
     pub stall_after: Duration,
     /// Interval of checks; `None` starts no thread, and the host calls
     /// [`crate::shell::RunningSession::check_progress`].

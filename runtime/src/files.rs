@@ -20,7 +20,7 @@ pub use output::{OutputFileError, check_appendable, check_room, check_writable, 
 /// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
 const OF_ONE_MACHINE: [u64; 8] =
     [0x794c_7630, 0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e, 0x2fc1_2fc1, 0xf2f5_2010, 0xca45_1a4e];
-/// Largest number of times that a claim is taken from another writer.
+/// Maximum number of times that a claim is taken from another writer.
 const CLAIMS_MAX: u32 = 10;
 
 /// False for network file systems and unknown ones.

@@ -28,16 +28,16 @@
 //!
 //! # The life of a session
 //!
-//! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program and are reported together by the next
-//!    step.
+//! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program; `compile` reports them
+//!    together.
 //! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, every byte. Without
 //!    running anything, `shardflow plan` prints it.
-//! 3. **Start.** [`prelude::Session::start`] meets the other processes, if [`cluster::Cluster::from_env`] finds any, compares plan and
+//! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares plan and
 //!    options with theirs, and allocates all memory.
-//! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes call it alike.
+//! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes must call it.
 //! 5. **Checkpoints.** [`prelude::Saver`] writes them in the background; any mesh and any number of processes continues from them.
-//! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure anywhere ends every process with one cause; its code is in
-//!    [`exit`].
+//! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure anywhere ends every process with one cause;
+//!    [`exit`] lists the codes.
 //!
 //! # Where to look
 //!
@@ -65,7 +65,7 @@ pub mod trace;
 #[cfg(feature = "watch")]
 pub mod watch;
 
-// The tests, tools and examples of this workspace use these modules. What a program needs of them is in the prelude.
+// The tests, tools and examples of this workspace use these modules. The prelude has what programs need.
 #[doc(hidden)]
 pub mod boxing;
 #[doc(hidden)]

@@ -250,7 +250,7 @@ impl TraceFile {
     }
 }
 
-/// Completes the file also if the run ends early.
+/// Completes the file even if the run ends early.
 impl Drop for TraceFile {
     fn drop(&mut self) {
         // `drop` cannot return an error.

@@ -224,8 +224,8 @@ impl Membership {
         self.shared.counters()
     }
 
-    /// Leaves the session in order, after all work of this process. Waits at most a second until peers have received
-    /// all messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
+    /// Leaves the session cleanly, after all work of this process. Waits at most a second until peers have received all
+    /// messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
         self.shared.wait_for_delivery(LEAVE_TIMEOUT)

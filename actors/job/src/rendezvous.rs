@@ -40,7 +40,7 @@ pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
 
-/// Meets the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
+/// Joins the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
 /// connections of its members. Calls `on_waiting` with a line that names the missing ranks every `report_every`.
 /// Returns at most a few seconds after `timeout`.
 pub fn rendezvous(

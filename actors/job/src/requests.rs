@@ -209,9 +209,9 @@ impl Requests {
         state.pending
     }
 
-    /// Applies the request that all processes agreed on. `Checkpoint` clears a pending request for a checkpoint, also one that
-    /// arrived during the step, because the save that follows contains the newest state. A request to end stays pending on every
-    /// process.
+    /// Applies the request that all processes agreed on. `Checkpoint` clears a pending request for a checkpoint, even
+    /// one that arrived during the step, because the save that follows contains the newest state. A request to end
+    /// stays pending on every process.
     pub fn agreed(&self, request: Request) {
         let mut state = self.state.lock();
         match request {

@@ -1,7 +1,7 @@
 //! The part of a collective after the rendezvous: buffer checks, the terms that members must agree on, and reading
 //! other members' memory. Engines call it.
 //!
-//! - EXCHANGE-1: a member writes only its own y, and between two barriers no part of it that another member reads then.
+//! - EXCHANGE-1: a member writes only its own y. Between two barriers, it writes no part that another member reads.
 #![allow(unsafe_code)]
 
 use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};

@@ -124,8 +124,8 @@ impl Pool {
         (elements / FORK_ELEMENTS).clamp(1, self.threads())
     }
 
-    /// Splits `rows` rows, and with them each of `outs` (`rows` rows of any width), over the threads if `weight`
-    /// elements are worth it. Calls `work(rows, outs)` for each part.
+    /// Splits `rows` rows and each of `outs` (`rows` rows of any width) over the threads if `weight` elements are worth
+    /// it. Calls `work(rows, outs)` for each part.
     pub(crate) fn rows<T: Send, const N: usize>(
         &self,
         rows: usize,

@@ -109,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(256)
 // 2^-192, as in op.rs.
 #define SQUARES_SCALE 1.5930919111324523e-58
 
-// The bits of a double, since the workspace is of floats and may begin at any of them.
+// The bits of a double. The workspace is only aligned to a float.
 struct DoubleBits {
     float words[2];
 };

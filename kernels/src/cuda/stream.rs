@@ -188,7 +188,7 @@ impl Inner {
             let command = command.open();
             // User code may have bound another GPU's context meanwhile. An error repeats at the command.
             let _ = self.stream.gpu.context.bind();
-            // A command that may block leaves no rest.
+            // A command that may block runs to its end.
             let _ = self.issuer.lock().execute(command, true);
             queue = self.queue.lock();
         }

@@ -371,7 +371,7 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
     read.map_err(|e| failed(Exit::Internal, format!("cannot read the plan: {e}")))?;
     let written: Vec<String> =
         html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
-    // A program that returns the error of its session from `main` ends with another code than 0.
+    // A program that returns the error of its session from `main` ends with a code other than 0.
     if !plan.is_empty() && output.status.code().is_some() {
         return Ok((if written.is_empty() { plan } else { written.join("\n") }, Exit::Done));
     }

@@ -136,8 +136,8 @@ pub(super) fn classify(placement: &Placement, from: &NdSbp, to: &NdSbp) -> Optio
     Some((kind, axes))
 }
 
-/// Adds to `changed` the later axes that split a dim which a changed axis splits before or after: they divide different
-/// parts then, so elements also move between their coordinates.
+/// Adds to `changed` each later axis that splits a dim that a changed axis splits in `from` or `to`. That axis divides
+/// other parts after the change, so elements also move between its coordinates.
 fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {

@@ -342,8 +342,8 @@ impl World {
     }
 }
 
-/// Binds this process's addresses and meets the other processes. Returns their roster, the listener for their connections, and
-/// the socket for heartbeats.
+/// Binds this process's addresses and joins the other processes. Returns their roster, the listener for their
+/// connections, and the socket for heartbeats.
 fn meet(
     world: &Launched,
     options: &ClusterOptions,

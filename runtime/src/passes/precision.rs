@@ -85,7 +85,7 @@ pub fn narrow(graph: &mut Graph) {
 
 /// The type in which a node reads a floating-point input.
 enum ReadType {
-    /// The type of its output, which is the input's memory or a part of it.
+    /// The type of the node's output, which shares the input's memory.
     SharedMemory,
     /// The type that the node writes. So the terms of an f32 sum, over devices or over uses of a weight, are f32.
     AsWritten,

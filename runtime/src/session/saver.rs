@@ -89,8 +89,8 @@ impl Session {
     }
 }
 
-/// Largest number of checkpoints that the store holds at once: the newest `keep`, one more while it is written, and the
-/// older ones that are never deleted, as far as they are planned.
+/// Maximum number of checkpoints in the store at once: the newest `keep`, one that is being written, and the planned
+/// ones that are never deleted.
 fn checkpoints_max(keep: usize, keep_every: Option<u64>, schedule: Option<SaveSchedule>) -> u64 {
     let newest = (keep.max(1) as u64).saturating_add(1);
     let Some(SaveSchedule { every, steps }) = schedule else { return newest };

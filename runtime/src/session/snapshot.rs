@@ -190,8 +190,8 @@ impl Session {
     }
 
     /// Loads the newest undamaged checkpoint of the store. Damaged ones are skipped and reported, and replaced when
-    /// training reaches their steps again; if there are only damaged ones, that is an error. If several processes run the plan, all call it, and all load the same
-    /// checkpoint: none loads one that another process cannot read.
+    /// training reaches their steps again; if all are damaged, this fails. If several processes run the plan, all must
+    /// call it. They load the newest checkpoint that all of them can read.
     ///
     /// # Errors
     /// When the store cannot be read, or its newest good checkpoint does not fit the program, on any process.
@@ -212,7 +212,7 @@ impl Session {
             let step = match chosen {
                 Outcome::Good(step) => step,
                 Outcome::Absent => return Ok(Restored { found: None, damaged: Vec::new(), notes: Vec::new() }),
-                // To start anew would in time delete what may still be of use.
+                // A fresh start would eventually delete checkpoints that may still be useful.
                 _ if self.process_map.process == 0 => return Err(all.swap_remove(0).into()),
                 _ => {
                     let (exit, problem) = (Exit::BadData.code(), "finds only damaged checkpoints");
@@ -250,8 +250,8 @@ impl Session {
         }
     }
 
-    /// Looks for a checkpoint on the first process; the others find none without reading the store. Returns also the
-    /// newest step with a checkpoint, if some are damaged, else 0; and a digest of the checkpoint's cursor.
+    /// Looks for a checkpoint on the first process; the others find none without reading the store. Also returns the
+    /// newest step with a checkpoint if some are damaged, else 0, and a digest of the checkpoint's cursor.
     fn look_up(
         &self,
         store: &Store,

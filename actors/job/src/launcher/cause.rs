@@ -75,8 +75,8 @@ impl Ended {
     }
 }
 
-/// The process with which the failure began: own failures come before those that blame another process, and among equals the
-/// earliest. `None` if all processes succeeded.
+/// The process with which the failure began: a process's own failure precedes one that blames another process; then the
+/// earliest wins. `None` if all processes succeeded.
 pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
     ended.iter().filter(|e| e.exit != Exit::Done).min_by_key(|e| (e.class(), e.time(), e.rank))
 }

@@ -77,7 +77,7 @@ impl Arbiter {
         Self { own, processes, grace, decide_at: None, reports: BTreeMap::new(), closed: false }
     }
 
-    /// Closes the arbiter after this process has left in order: later reports are ignored.
+    /// Closes the arbiter after this process has left cleanly: later reports are ignored.
     pub(crate) fn close(&mut self) {
         self.closed = true;
     }

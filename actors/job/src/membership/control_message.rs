@@ -4,11 +4,11 @@
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
 
-/// Bytes of an application's message, at most.
+/// Maximum bytes of an application's message.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
-/// Bytes of a cause's text, at most; the rest is cut off.
+/// Maximum bytes of a cause's text; longer texts are truncated.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
-/// Bytes of a control message, at most.
+/// Maximum bytes of a control message.
 pub(crate) const CONTROL_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
 
 const HEADER_BYTES_MAX: usize = CAUSE_BYTES_MAX + 256;
@@ -33,7 +33,7 @@ pub(crate) enum Body {
     Failed { follows: bool, cause: String, exit: u8 },
     /// The sender lost another process.
     Lost { about: u32, follows: bool, cause: String, exit: u8 },
-    /// The sender ends in order.
+    /// The sender leaves cleanly.
     Leaving,
     /// How many urgent control messages the sender has received since the start.
     Received { urgent: u64 },
@@ -118,7 +118,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Whatever a peer sends, reading ends, and takes no more memory than the bytes that came.
+        /// For any bytes from a peer, reading terminates and uses no more memory than those bytes.
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
             let _ = ControlMessage::read(&bytes);

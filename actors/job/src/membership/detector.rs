@@ -52,7 +52,7 @@ impl Detector {
         }
     }
 
-    /// Removes a peer that has left in order.
+    /// Removes a peer that has left cleanly.
     pub(crate) fn forget(&mut self, process: u32) {
         self.peers.remove(&process);
     }

@@ -1,7 +1,7 @@
 //! Control messages that wait to be written to a peer's connection.
 //!
-//! - **OB-1**: waiting messages of the application are at most [`MESSAGES_MAX`], with [`BYTES_MAX`] bytes in all. So a peer that
-//!   does not read costs this memory and its socket's buffers, and no more.
+//! - **OB-1**: at most [`MESSAGES_MAX`] messages of the application wait, with at most [`BYTES_MAX`] bytes in total. So
+//!   a peer that does not read costs no memory beyond this and its socket's buffers.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ pub(crate) struct Count {
 pub(crate) enum Unsent {
     /// The connection has ended.
     Closed,
-    /// As many messages wait as may (OB-1).
+    /// The outbox is full (OB-1).
     Full(Count),
 }
 

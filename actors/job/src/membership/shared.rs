@@ -364,7 +364,7 @@ impl Shared {
         })
     }
 
-    /// Leaves in order: notifies peers. From now on nothing counts as a failure of this process's session.
+    /// Leaves cleanly: notifies peers. From now on nothing counts as a failure of this process's session.
     pub(crate) fn leave(&self) {
         let mut state = self.state.lock();
         if state.first.is_none() && !state.left {
@@ -374,7 +374,7 @@ impl Shared {
         }
     }
 
-    /// True if the session has ended for this process, in order or not.
+    /// True if the session has ended for this process, cleanly or not.
     pub(crate) fn has_ended(&self) -> bool {
         let state = self.state.lock();
         state.left || state.first.is_some()

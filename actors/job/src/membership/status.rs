@@ -11,7 +11,7 @@ use super::detector::PeerHealth;
 pub enum MembershipEvent {
     /// The bytes are opaque.
     Message { from: u32, topic: u16, bytes: Vec<u8> },
-    /// A peer has left in order.
+    /// A peer has left cleanly.
     Left { process: u32 },
     /// The session has ended; sent once.
     Ended(FirstCause),

@@ -87,7 +87,7 @@ fn wait_until(is_true: impl Fn() -> bool) {
     }
 }
 
-/// All members leave in order, at the same time.
+/// All members leave cleanly, at the same time.
 fn leave_all(members: Vec<Membership>) {
     thread::scope(|s| {
         for member in members {

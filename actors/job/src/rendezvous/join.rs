@@ -17,7 +17,7 @@ use crate::exit::Report;
 
 /// Time after the deadline for process 0's report of the missing ranks to arrive.
 const MARGIN: Duration = Duration::from_secs(5);
-/// Longest cause of a failure that is reported, in bytes.
+/// Maximum bytes of a cause in a report.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
 pub(super) fn join(

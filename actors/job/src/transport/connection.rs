@@ -76,10 +76,10 @@ impl Connection {
         self.seal = Some(Arc::new(seal));
     }
 
-    /// The socket of a plain connection; an encrypted one is returned as it is.
+    /// Returns the socket of a plain connection.
     ///
     /// # Errors
-    /// The connection.
+    /// Returns the connection if it is encrypted.
     pub fn into_socket(self) -> Result<Socket, Self> {
         if self.seal.is_some() { Err(self) } else { Ok(self.socket) }
     }

@@ -128,7 +128,7 @@ impl Seal {
         self.keys.write_message(*nonce, plain, body).map_err(io::Error::other)?;
         (*nonce, *sent, *end) = (*nonce + 1, 0, PREFIX_BYTES + bytes + TAG_BYTES);
         match outgoing.send(&mut socket) {
-            // The rest is sent by the next call.
+            // The next call sends the rest.
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => Ok(bytes),
             sent => sent.map(|()| bytes),
         }

@@ -85,7 +85,7 @@ fn memory_that_a_peer_sends_from_outside_its_arena_is_not_accessed() {
     }
 }
 
-/// Whatever the board contains, a call ends, at the latest through an abort.
+/// A call returns for any content of the board, if only after an abort.
 #[test]
 fn calls_end_with_garbage_on_the_board() {
     let groups = [group(1, &[0, 1, 2])];

@@ -21,12 +21,12 @@ pub enum Channel {
     Unix(UnixStream),
     /// Between nodes.
     Tcp(TcpStream),
-    /// A stream that sends other bytes than it is given, such as encrypted ones.
+    /// A stream that transforms the bytes that it sends, for example by encryption.
     Sealed(Box<dyn SealedStream>),
 }
 
-/// A non-blocking stream that may hold bytes: some that it has accepted and not sent, and some that it has received and not
-/// returned. All methods except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
+/// A non-blocking stream with buffers for bytes that it has accepted but not sent, or received but not returned. All
+/// methods except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
 pub trait SealedStream: fmt::Debug + Send + Sync {
     /// The socket, to set its options and to wait for it.
     fn socket(&self) -> BorrowedFd<'_>;

@@ -25,7 +25,7 @@ pub(super) const SLOTS: usize = 3;
 
 const PACK_SLOT: usize = 2;
 
-/// The least number of bytes to send with one system call while more of the piece is to received.
+/// Minimum bytes of one send call while more of the piece is still to be received.
 const SEND_BYTES_MIN: usize = 32 << 10;
 
 /// Some elements of a box; `range` indexes the box's elements.

@@ -223,7 +223,7 @@ impl Port {
 
     /// The most likely cause of `error`: one that this process or another member already knows.
     fn root_cause(&mut self, error: KernelError) -> KernelError {
-        // An error that a peer sent names another rank, or is not a failed link.
+        // An error from a peer names another rank or is not a link failure, so it already is the cause.
         let own_rank = self.context.group.ranks[self.context.member];
         if !matches!(error, KernelError::Link { rank, .. } if rank == own_rank) {
             return error;

@@ -333,8 +333,8 @@ impl Collective for Nccl {
         self.0.abort(cause);
     }
 
-    /// A stream that has reached a call and not left it waits for the members that have not reached it, and for those
-    /// of other processes, whose progress is unknown here.
+    /// A stream inside a call waits for the members that have not reached the call, and for all members of other
+    /// processes, because their progress is unknown here.
     fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for ((id, member), comm) in &self.0.comms {

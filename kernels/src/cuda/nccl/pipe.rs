@@ -1,8 +1,8 @@
 //! One-way byte transfer from a GPU of one process to a GPU of another: a communicator of the two, and a dedicated
 //! stream on each side, so that a transfer waits only for earlier transfers.
 //!
-//! - PIPE-1: both ends make their calls in the same order, in which the sender announces its sends. A thread that waits
-//!   for nothing else calls each receive when its send is announced.
+//! - PIPE-1: both ends make their calls in the order in which the sender announces its sends. A thread that waits for
+//!   nothing else calls each receive when its send is announced.
 //! - PIPE-2: a send is announced after it has been called and before anyone waits for it: NCCL may put it on its stream
 //!   only when the receiver has called too.
 //! - PIPE-3: the data is written before the send is called, and nobody reads the destination: the caller knows both

@@ -39,7 +39,7 @@ fn decided_process(own: u32, reports: &[(u64, Report)]) -> (u64, u32) {
 
 #[test]
 fn the_kind_of_a_report_decides() {
-    // An own failure is decided at once and beats an earlier symptom.
+    // A process's own failure is decided at once and beats an earlier symptom.
     assert_eq!(decided_process(0, &[(0, lost(0, 2, false)), (100, failed(0, false))]), (100, 0));
     // A process's own report beats symptoms if it arrives within the window of the first symptom.
     let reports = [(0, lost(0, 2, false)), (50, lost(1, 2, false)), (450, failed(3, false))];
@@ -49,7 +49,7 @@ fn the_kind_of_a_report_decides() {
     // A secondary failure loses, even if it is this process's own or has the lower process number.
     assert_eq!(decided_process(0, &[(0, failed(5, false)), (100, failed(0, true))]), (500, 5));
     assert_eq!(decided_process(1, &[(0, failed(0, true)), (100, failed(5, false))]), (500, 5));
-    // Of two own failures, the lower process number wins, so that all other processes agree.
+    // Of two processes that report their own failure, the lower number wins, so that the others agree.
     assert_eq!(decided_process(1, &[(0, failed(5, false)), (100, failed(4, false))]), (500, 4));
     // The process with the most accusers wins; with a tie, the one with first-hand accusers.
     let reports = [(0, lost(0, 1, false)), (0, lost(2, 3, false)), (100, lost(4, 3, false))];

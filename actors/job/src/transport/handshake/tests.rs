@@ -98,7 +98,7 @@ fn any_flipped_bit_is_detected() {
     });
     assert_eq!(lengths.len(), 4);
     for (index, bytes) in lengths.into_iter().enumerate() {
-        // All of magic, version and tag; of the rest every byte.
+        // Every bit of magic, version and tag, and one bit of each later byte.
         for bit in (0..bytes * 8).filter(|bit| *bit < 48 || bit % 8 == bit / 8 % 8) {
             let [dialler, acceptor] = run_handshake([&secret(), &secret()], verdict(), |i, mut message| {
                 if i == index {
