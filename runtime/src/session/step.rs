@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use shardflow_actors::error::ActorError;
+use shardflow_actors::shell::RunningSession;
+use shardflow_actors::spec::ActorId;
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::norm_of_squares;
@@ -25,6 +28,14 @@ pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
 
 /// Fetch results of all devices: one list per firing, with one tensor per port.
 type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
+
+/// Adds tokens. A failure of this step is no error here: the wait for the step's results returns it with all details.
+fn add_tokens(running: &RunningSession, actor: ActorId, action: u32, count: u32) -> Result<(), SessionError> {
+    match running.add_tokens(actor, action, count) {
+        Err(ActorError::Ended { .. }) if running.control().first_failure().is_some() => Ok(()),
+        added => Ok(added?),
+    }
+}
 
 impl Session {
     /// Runs one step: feeds the whole batch, runs all micro-batches, and returns the program's outputs. The host sees
@@ -116,7 +127,7 @@ impl Session {
         }
         let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
         for (actor, action, firings) in &self.external_actions {
-            running.add_tokens(*actor, *action, *firings)?;
+            add_tokens(running, *actor, *action, *firings)?;
         }
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
         let wanted = |((_, rate), (port, _)): (&(usize, Rate), &(u32, _))| (*port, rate.per_step(micro_batches));
@@ -146,7 +157,7 @@ impl Session {
             // The receiver is dropped only with the stream; the next line reports that.
             let _ = feed.sender.send(feed.vars.iter().map(|var| tensor(*var, micro_batch)).collect());
         }
-        Ok(running.add_tokens(feed.actor, feed.action, firings as u32)?)
+        add_tokens(running, feed.actor, feed.action, firings as u32)
     }
 
     fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
