@@ -154,7 +154,10 @@ impl GptError {
             Self::Device(_) => DOCTOR_HINT,
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
         };
-        hint.into()
+        match self {
+            Self::Session(SessionError::NonFinite(_)) => format!("{hint}; --on-non-finite selects another policy"),
+            _ => hint.into(),
+        }
     }
 }
 
@@ -192,11 +195,7 @@ fn session_hint(error: &SessionError) -> &'static str {
             "reduce the model or the batch, or raise the limit on memory (`ulimit -v`)"
         }
         SessionError::Kernel(KernelError::Unavailable { .. }) => DOCTOR_HINT,
-        SessionError::NonFinite(found) => match found.overflow {
-            Some("a parameter") => "try a lower --lr; --on-non-finite selects another policy",
-            Some(_) => "try --clip 1, or less; --on-non-finite selects another policy",
-            None => "try a lower --lr, or --clip 1; --on-non-finite selects another policy",
-        },
+        SessionError::NonFinite(found) => non_finite_hint(found),
         SessionError::Cluster(error) => cluster_hint(error),
         SessionError::Declared(_) | SessionError::Disagreement(_) => "",
         SessionError::Failed(failure) if failure.is_peer_failure() => {
@@ -211,6 +210,15 @@ fn session_hint(error: &SessionError) -> &'static str {
     }
 }
 
+/// What the user can change so that a step is finite. The moments of AdamW depend on the gradients alone.
+fn non_finite_hint(found: &NonFinite) -> &'static str {
+    match found.overflow {
+        Some("a parameter") => "try a lower --lr",
+        Some(_) => "try --clip 1, or less",
+        None => "try a lower --lr, or --clip 1",
+    }
+}
+
 /// What the user can change so that checkpoints can be used.
 fn manager_hint(error: &ManagerError) -> &'static str {
     match error {
@@ -221,12 +229,7 @@ fn manager_hint(error: &ManagerError) -> &'static str {
             _ => "",
         },
         ManagerError::Present { .. } => "give another --checkpoint, or --resume auto to continue from it",
-        // The moments of AdamW depend on the gradients alone.
-        ManagerError::NoCheckpoint(found) | ManagerError::TooManyRollbacks { found, .. } => match found.overflow {
-            Some("a parameter") => "try a lower --lr",
-            Some(_) => "try --clip 1, or less",
-            None => "try a lower --lr, or --clip 1",
-        },
+        ManagerError::NoCheckpoint(found) | ManagerError::TooManyRollbacks { found, .. } => non_finite_hint(found),
         ManagerError::Last { cause, .. } => checkpoint_hint(cause),
     }
 }

@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::process::Command;
 
-const CRATES: [&str; 6] = [
+const CRATES: [&str; 7] = [
     "shardflow-kernels",
+    "shardflow-job",
     "shardflow-actors",
     "shardflow",
     "shardflow-examples",
