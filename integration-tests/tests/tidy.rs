@@ -36,16 +36,12 @@ const UNSAFE_FILES: &[&str] = &[
     "integration-tests/software-cuda/src/cublaslt/product.rs",
     "integration-tests/software-cuda/src/cudnn.rs",
     "integration-tests/software-cuda/src/cudnn/evaluate.rs",
-    "integration-tests/software-cuda/src/driver/device.rs",
     "integration-tests/software-cuda/src/driver/memory.rs",
     "integration-tests/software-cuda/src/driver/module.rs",
-    "integration-tests/software-cuda/src/driver/stream.rs",
     "integration-tests/software-cuda/src/exit.rs",
     "integration-tests/software-cuda/src/export.rs",
     "integration-tests/software-cuda/src/kernel.rs",
     "integration-tests/software-cuda/src/memory.rs",
-    "integration-tests/software-cuda/src/nccl.rs",
-    "integration-tests/software-cuda/src/nccl/calls.rs",
     "integration-tests/software-cuda/src/nccl/data.rs",
     "integration-tests/software-cuda/src/nvrtc.rs",
     "integration-tests/software-cuda/src/run.rs",
@@ -427,7 +423,7 @@ fn words(text: &str) -> Vec<(usize, String)> {
     words
 }
 
-/// Rejects [`PHRASES`] in Markdown, and in the comments and literals of Rust files.
+/// Rejects [`PHRASES`] in comments and literals of Rust files, and everywhere in other files.
 fn check_phrases(source: &Source) -> Vec<Finding> {
     let is_rust = source.path.ends_with(".rs");
     let code = if is_rust { code_only(source.text) } else { String::new() };
@@ -509,7 +505,9 @@ fn files(root: &Path, endings: &[&str]) -> Vec<String> {
 #[test]
 fn the_repository_is_tidy() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the repository");
-    let paths = files(root, &[".rs", ".md", "Cargo.toml"]);
+    let endings =
+        [".rs", ".md", ".toml", ".cu", ".cuh", ".h", ".js", ".mjs", ".css", ".html", ".py", ".sh", ".sbatch", ".yaml"];
+    let paths = files(root, &endings);
     let pages: Vec<&str> =
         paths.iter().map(String::as_str).filter(|p| p.starts_with("docs/") && p.ends_with(".md")).collect();
     assert!(
@@ -521,17 +519,23 @@ fn the_repository_is_tidy() {
     let sources: Vec<Source> = paths.iter().zip(&texts).map(|(path, text)| Source { path, text }).collect();
     let mut found = check_type_names(&sources);
     found.extend(layers::check(&sources));
+    for file in UNSAFE_FILES {
+        let source = sources.iter().find(|source| source.path == *file);
+        if source.is_none_or(|source| !code_only(source.text).contains("unsafe")) {
+            let list = Source { path: "integration-tests/tests/tidy.rs", text: "" };
+            found.push(finding(&list, 1, "unsafe", format!("{file} has no `unsafe`: remove it from UNSAFE_FILES")));
+        }
+    }
     for source in &sources {
+        found.extend(check_phrases(source));
         if source.path.ends_with(".rs") {
             found.extend(check_header(source));
             found.extend(check_macros_and_sleeps(source));
             found.extend(check_unsafe(source));
             found.extend(check_imports(source));
             found.extend(check_purity(source));
-            found.extend(check_phrases(source));
         } else if source.path.ends_with(".md") {
             found.extend(check_links(source, |target| root.join(target).exists()));
-            found.extend(check_phrases(source));
         } else {
             found.extend(check_manifest(source));
         }

@@ -1,6 +1,6 @@
-//! Checks the imports between the modules of each crate against the table of layers in `docs/architecture.md`.
+//! Checks the imports between the modules of each crate against the lists of layers in `docs/architecture.md`.
 //!
-//! A row of the table is a crate: its layers, lowest first, separated by `←`. The longest entry that a module's path begins
+//! Each crate has a heading and a numbered list of its layers, lowest first. The longest entry that a module's path begins
 //! with is its own. A module may import its own entry and those of lower layers. No modules import each other in a circle,
 //! even below one entry.
 
@@ -8,24 +8,26 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Finding, Source, code_only, finding, tests_start};
 
-/// The file with the table, and the heading of its section.
+/// The file with the lists, the heading of their section, and the crates that must have one.
 pub(super) const PAGE: &str = "docs/architecture.md";
 const HEADING: &str = "## Layers";
+const LAYERED: &[&str] = &["kernels", "actors/job", "actors", "runtime"];
 
 /// Each entry's layer, by crate.
 type Layers = BTreeMap<String, BTreeMap<String, usize>>;
 
-/// Reads the table.
+/// Reads the lists.
 fn layers(page: &str) -> Layers {
     let section = page.split(HEADING).nth(1).unwrap_or("").split("\n## ").next().unwrap_or("");
-    let rows = section.lines().filter_map(|line| line.trim().strip_prefix('|')?.split_once('|'));
-    let quoted = |cell: &str| -> Vec<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
-    let row = |(name, cells): (&str, &str)| {
-        let entries = cells.split('←').enumerate();
-        let entries = entries.flat_map(|(layer, cell)| quoted(cell).into_iter().map(move |entry| (entry, layer)));
-        Some((quoted(name).pop()?, entries.collect()))
+    let quoted = |text: &str| -> Vec<String> { text.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let list = |text: &str| {
+        let (heading, body) = text.split_once('\n')?;
+        let is_layer = |line: &&str| line.starts_with(|c: char| c.is_ascii_digit());
+        let entries = body.lines().filter(is_layer).enumerate();
+        let entries = entries.flat_map(|(layer, line)| quoted(line).into_iter().map(move |entry| (entry, layer)));
+        Some((quoted(heading).pop()?, entries.collect()))
     };
-    rows.filter_map(row).collect()
+    section.split("\n### ").skip(1).filter_map(list).collect()
 }
 
 /// The crate's folder and the module of a source file; `None` for tests, binaries and the root of a crate.
@@ -67,15 +69,14 @@ fn without_tests(code: &str) -> &str {
     code.match_indices("#[cfg(test)]").find(is_module).map_or(code, |(at, _)| &code[..at])
 }
 
-/// The paths that a module mentions, with their line numbers: those of `use`, and others that begin with `crate` or `super`.
+/// The paths that a module mentions, with their line numbers: those of `use`, and all others.
 fn mentioned(code: &str) -> Vec<(usize, String)> {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
     let mut found = Vec::new();
-    let mut at = 0;
+    let (mut at, mut line) = (0, 1);
     while at < code.len() {
         let rest = &code[at..];
         let word = &rest[..rest.find(|c| !is_name(c)).unwrap_or(rest.len())];
-        let line = 1 + code[..at].matches('\n').count();
         let mut length = word.len().max(rest.chars().next().map_or(1, char::len_utf8));
         match word {
             "use" => {
@@ -84,13 +85,13 @@ fn mentioned(code: &str) -> Vec<(usize, String)> {
                 expand(&rest["use".len()..length], &mut paths);
                 found.extend(paths.into_iter().map(|path| (line, path)));
             }
-            // Not a visibility, such as `pub(super)`.
-            "crate" | "super" if rest[word.len()..].starts_with("::") => {
+            _ if !word.is_empty() && rest[word.len()..].starts_with("::") => {
                 length = rest.find(|c| !is_name(c) && c != ':').unwrap_or(rest.len());
                 found.push((line, rest[..length].trim_end_matches(':').to_owned()));
             }
             _ => {}
         }
+        line += rest[..length].matches('\n').count();
         at += length;
     }
     found
@@ -145,9 +146,12 @@ fn circle(start: &str, edges: &BTreeMap<&str, BTreeSet<String>>) -> Vec<String> 
 
 /// Checks the modules of all crates in the table.
 pub(super) fn check(sources: &[Source]) -> Vec<Finding> {
-    let Some(page) = sources.iter().find(|source| source.path == PAGE) else { return Vec::new() };
+    let page = sources.iter().find(|source| source.path == PAGE).unwrap_or(&Source { path: PAGE, text: "" });
     let crates = layers(page.text);
-    let mut found = Vec::new();
+    let missing = LAYERED.iter().filter(|folder| !crates.contains_key(**folder));
+    let mut found: Vec<Finding> = missing
+        .map(|folder| finding(page, 1, "layers", format!("{folder} has no list of layers under {HEADING:?}")))
+        .collect();
     for (folder, entries) in &crates {
         let own = sources.iter().filter_map(|source| Some((source, module(source, &crates)?)));
         let own: Vec<_> =
@@ -158,7 +162,7 @@ pub(super) fn check(sources: &[Source]) -> Vec<Finding> {
         let mut edges: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
         for (source, module) in &own {
             let Some((own_entry, own_layer)) = entry(module, entries) else {
-                found.push(finding(source, 1, "layers", format!("add {module} to the table of layers in {PAGE}")));
+                found.push(finding(source, 1, "layers", format!("add {module} to the layers in {PAGE}")));
                 continue;
             };
             for (line, path) in mentioned(without_tests(&code_only(source.text))) {
@@ -169,8 +173,7 @@ pub(super) fn check(sources: &[Source]) -> Vec<Finding> {
                     && entry != own_entry
                     && layer >= own_layer
                 {
-                    let todo =
-                        format!("{module} imports {imported}, which is not below it in the table of layers in {PAGE}");
+                    let todo = format!("{module} imports {imported}, which is not below it in the layers in {PAGE}");
                     found.push(finding(source, line, "layers", todo));
                 }
                 edges.entry(module).or_default().insert(imported);

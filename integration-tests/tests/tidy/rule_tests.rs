@@ -124,37 +124,53 @@ fn two_public_types_of_one_name_are_found() {
 
 #[test]
 fn imports_against_the_layers_and_circles_are_found() {
-    let page = "# A\n## Layers\n\n| crate | layers |\n|---|---|\n| `k/j` | `a` `a::low` ← `b` ← `c` |\n\n## B\n| `x` | `y` |\n";
+    let page = "# A\n## Layers\n\nText.\n\n### `actors`\n\n1. `a`, `a::low`\n2. `b`\n3. `c`\n\n## B\n### `x`\n1. `y`\n";
     let check = |files: &[(&str, &str)]| {
         let page = [source(layers::PAGE, page)].into_iter();
         let sources: Vec<Source> = page.chain(files.iter().map(|(path, text)| source(path, text))).collect();
         let findings = layers::check(&sources).into_iter();
-        findings
-            .filter(|f| !f.todo.contains("has no module"))
-            .map(|f| format!("{} {}", f.path, f.line))
-            .collect::<Vec<_>>()
+        findings.filter(|f| f.path != layers::PAGE).map(|f| format!("{} {}", f.path, f.line)).collect::<Vec<_>>()
     };
     let good = [
-        ("k/j/src/lib.rs", "pub use c::C;\n"),
-        ("k/j/src/a.rs", "use std::fmt;\n"),
+        ("actors/src/lib.rs", "pub use c::C;\n"),
+        ("actors/src/a.rs", "use std::fmt;\n"),
+        ("actors/src/a/low.rs", ""),
         (
-            "k/j/src/b.rs",
+            "actors/src/b.rs",
             "use crate::{a::{self, A}, b::child::X};\nuse other::c;\n#[cfg(test)]\nmod tests {\n use crate::c;\n}\n",
         ),
-        ("k/j/src/b/child.rs", "// crate::c\nuse crate::a::A as C;\n"),
-        ("k/j/src/c.rs", "fn f() -> crate::b::B { crate::a::f() }\n"),
+        ("actors/src/b/child.rs", "// crate::c\nuse crate::a::A as C;\n"),
+        ("actors/src/c.rs", "fn f() -> crate::b::B { crate::a::f() }\n"),
     ];
     assert_eq!(check(&good), [""; 0]);
     assert_eq!(
-        check(&[good[1], ("k/j/src/b.rs", "//!\nuse crate::a;\nuse crate::{\n c::C};\n"), good[4]]).len(),
+        check(&[good[1], ("actors/src/b.rs", "//!\nuse crate::a;\nuse crate::{\n c::C};\n"), good[5]]).len(),
         2,
         "order, circle"
     );
-    assert_eq!(check(&[("k/j/src/a.rs", "//!\nfn f() { crate::b::f() }\n"), ("k/j/src/b.rs", "")]), ["k/j/src/a.rs 2"]);
+    assert_eq!(
+        check(&[("actors/src/a.rs", "//!\nfn f() { crate::b::f() }\n"), ("actors/src/b.rs", "")]),
+        ["actors/src/a.rs 2"]
+    );
     // A layer's entries do not import each other, and a longer entry is apart from the shorter one.
-    assert_eq!(check(&[("k/j/src/a.rs", ""), ("k/j/src/a/low.rs", "use super::A;\n")]), ["k/j/src/a/low.rs 1"]);
-    let circle = [("k/j/src/b.rs", "use child::X;\n"), ("k/j/src/b/child.rs", "use super::B;\n")];
-    assert_eq!(check(&circle), ["k/j/src/b.rs 1"]);
-    assert_eq!(check(&[("k/j/src/new.rs", "")]), ["k/j/src/new.rs 1"], "it is in no layer");
-    assert_eq!(check(&[("k/x/src/new.rs", "use crate::y;\n")]), [""; 0], "its crate is not in the table");
+    assert_eq!(
+        check(&[("actors/src/a.rs", ""), ("actors/src/a/low.rs", "use super::A;\n")]),
+        ["actors/src/a/low.rs 1"]
+    );
+    for parent in ["use child::X;\n", "fn f() { child::f() }\n"] {
+        let circle = [("actors/src/b.rs", parent), ("actors/src/b/child.rs", "use super::B;\n")];
+        assert_eq!(check(&circle), ["actors/src/b.rs 1"], "{parent}");
+    }
+    assert_eq!(check(&[("actors/src/new.rs", "")]), ["actors/src/new.rs 1"], "it is in no layer");
+    assert_eq!(check(&[("benches/src/new.rs", "use crate::y;\n")]), [""; 0], "its crate is not in the table");
+    let on_page = |files: &[(&str, &str)], page| {
+        let page = [source(layers::PAGE, page)].into_iter();
+        let sources: Vec<Source> = page.chain(files.iter().map(|(path, text)| source(path, text))).collect();
+        layers::check(&sources).into_iter().filter(|f| f.path == layers::PAGE).map(|f| f.todo).collect::<Vec<_>>()
+    };
+    let missing = |folder| format!("{folder} has no list of layers under \"## Layers\"");
+    let others = ["kernels", "actors/job", "runtime"].map(missing);
+    assert_eq!(on_page(&good, page), others);
+    assert_eq!(on_page(&good[..4], page), [&others[..], &["actors has no module c".to_owned()]].concat());
+    assert_eq!(on_page(&[], "# A").len(), 4);
 }

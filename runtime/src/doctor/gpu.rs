@@ -4,7 +4,7 @@ use shardflow_kernels::cuda::DeviceFacts;
 use shardflow_kernels::cuda::probe;
 use shardflow_kernels::error::KernelError;
 
-use super::{Finding, FindingStatus, size};
+use super::finding::{Finding, FindingStatus, size};
 
 pub(super) fn examine() -> Vec<Finding> {
     let probe = probe();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::thread::available_parallelism;
 
-use super::{Finding, FindingStatus, size};
+use super::finding::{Finding, FindingStatus, size};
 use shardflow_job::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
 
 /// Recommended free shared memory, in bytes: registers between processes of one node may not fit into less.

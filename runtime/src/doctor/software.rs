@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use super::{Finding, FindingStatus};
+use super::finding::{Finding, FindingStatus};
 
 /// Programs, and how to install them.
 const PROGRAMS: [(&str, &str); 3] = [

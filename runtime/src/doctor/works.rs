@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::fs::MemfdFlags;
 
-use super::{Finding, FindingStatus};
+use super::finding::{Finding, FindingStatus};
 use shardflow_job::env::{DERIVED_PORTS, PORT_DEFAULT};
 use shardflow_job::machine::temporary_folder;
 

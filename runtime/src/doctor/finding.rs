@@ -1,0 +1,68 @@
+//! One line of the report, and how it shows sizes.
+
+use serde::Serialize;
+
+/// Status of one finding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FindingStatus {
+    /// Works.
+    Ok,
+    /// Missing; only some programs need it.
+    Absent,
+    /// Smaller or slower than recommended.
+    Poor,
+    /// Does not work; every program with several processes needs it.
+    Broken,
+}
+
+/// One line of the report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// `machine`, `works`, `gpu` or `cluster`.
+    pub group: &'static str,
+    /// Name of the resource.
+    pub name: &'static str,
+    /// Its status.
+    pub status: FindingStatus,
+    /// Numbers, versions or paths.
+    pub value: String,
+    /// How to install or improve it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+}
+
+impl Finding {
+    pub(super) fn new(
+        group: &'static str,
+        name: &'static str,
+        status: FindingStatus,
+        value: impl Into<String>,
+    ) -> Finding {
+        Finding { group, name, status, value: value.into(), hint: None }
+    }
+
+    pub(super) fn hint(self, hint: impl Into<String>) -> Finding {
+        Finding { hint: Some(hint.into()), ..self }
+    }
+}
+
+/// Formats a size, such as `12.3 GiB`.
+pub(super) fn size(bytes: u64) -> String {
+    match bytes {
+        0..0x10_0000 => format!("{} KiB", bytes >> 10),
+        0x10_0000..0x4000_0000 => format!("{} MiB", bytes >> 20),
+        _ => format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        let sizes = [0, 2047, 1 << 20, (1 << 30) - 1, 3 << 29].map(size);
+        assert_eq!(sizes, ["0 KiB", "1 KiB", "1 MiB", "1023 MiB", "1.5 GiB"]);
+    }
+}
