@@ -1,7 +1,4 @@
 //! Devices, in-order streams, memory, kernels and collectives: all code that computes on tensors.
-//! Layers, lowest first: `error, hash, clock, tensor <- region, collective::call <- op <- memory <- event, bound, metrics
-//! <- submission <- collective (the trait) <- cpu::simd <- collective engines <- cpu, cuda <- stream <- device <-
-//! conformance`.
 //!
 //! ```
 //! use std::sync::{Arc, mpsc::channel};

@@ -35,7 +35,8 @@
 //! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares plan and
 //!    options with theirs, and allocates all memory.
 //! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes must call it.
-//! 5. **Checkpoints.** [`prelude::Saver`] writes them in the background; any mesh and any number of processes continues from them.
+//! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes them in the background and continues from them, on any mesh and
+//!    any number of processes.
 //! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure anywhere ends every process with one cause;
 //!    [`exit`] lists the codes.
 //!
@@ -49,7 +50,7 @@
 //! | [`session`] | reports, metrics and snapshots of a running session |
 //! | [`checkpoint`] | stores, savers, resuming |
 //! | [`cluster`] | how the processes of a job find each other |
-//! | [`watch`], [`trace`] | Prometheus metrics and the live page; timelines |
+//! | [`metrics`], [`watch`], [`trace`] | every metric; Prometheus and the live page; timelines |
 //! | [`program`], [`exit`] | a `main` that reports its failure, and the exit codes |
 //! | [`job`] | the crate below: launcher, rendezvous, connections |
 //!
@@ -58,6 +59,7 @@
 pub mod checkpoint;
 pub mod cluster;
 pub mod graph;
+pub mod metrics;
 pub mod nn;
 pub mod program;
 pub mod session;
@@ -85,8 +87,6 @@ pub mod init;
 pub mod json_log;
 #[doc(hidden)]
 pub mod layout_error;
-#[doc(hidden)]
-pub mod metrics;
 #[doc(hidden)]
 pub mod passes;
 #[doc(hidden)]

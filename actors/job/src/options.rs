@@ -91,7 +91,8 @@ pub struct ClusterOptions {
     pub transport: Transport,
     /// The engine of collectives.
     pub collectives: Collectives,
-    /// Whether tensors over TCP are encrypted. All other messages over TCP always are; NCCL's and MPI's never.
+    /// Whether register messages and tensors over TCP are encrypted. Rendezvous and control over TCP always are; heartbeats,
+    /// NCCL and MPI never.
     pub encrypt: bool,
     /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached; loopback if process 0
     /// is on loopback.

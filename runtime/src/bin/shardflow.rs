@@ -145,7 +145,7 @@ struct LaunchArgs {
     /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart has no pause
     #[arg(long, alias = "restart_wait", value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     restart_wait: Duration,
-    /// Time to report a failure before the rendezvous that no restart fixes to the other nodes [default: 10]
+    /// How long to report to the other nodes a failure before the rendezvous that no restart can fix [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
     /// Local address that the processes listen on [default: source address of the route to process 0]
@@ -160,7 +160,7 @@ struct LaunchArgs {
     /// Time without heartbeats after which a process counts as failed; the same on all nodes [default: 4000]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_deadline_ms: Option<u64>,
-    /// Encrypt tensors between nodes; the same on all nodes. All other messages between nodes are always encrypted
+    /// Encrypt tensors and register messages between nodes; the same on all nodes. Rendezvous and control always are
     #[arg(long)]
     encrypt: bool,
     /// The program and its arguments
