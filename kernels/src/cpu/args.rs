@@ -3,7 +3,7 @@
 
 use crate::bound::Bound;
 use crate::cpu::simd::Operand;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Base, View};
 use crate::op::Launch;
 use crate::tensor::{DType, HostElement};
@@ -20,7 +20,7 @@ pub(crate) struct Args<'a> {
 }
 
 impl<'a> Args<'a> {
-    pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool) -> Result<Self, KernelError> {
+    pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool) -> Result<Self> {
         let bound = Bound::resolve(launch, bases, |_| 0)?;
         bound.all().try_for_each(|view| view.check_host(bound.name))?;
         let (Bound { reads, writes, .. }, accumulate) = (bound, launch.accumulate && repeat);
@@ -41,7 +41,7 @@ impl<'a> Args<'a> {
         self.writes[i].dtype()
     }
 
-    fn check_dtype(&self, what: &str, i: usize, view: &View<'_>, dtype: DType) -> Result<(), KernelError> {
+    fn check_dtype(&self, what: &str, i: usize, view: &View<'_>, dtype: DType) -> Result<()> {
         if view.dtype() == dtype {
             return Ok(());
         }
@@ -55,7 +55,7 @@ impl<'a> Args<'a> {
     }
 
     /// Read `i` as indices, after a check that all are below `limit`.
-    pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32], KernelError> {
+    pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32]> {
         let indices = self.i32(i)?;
         let inside = |index: &i32| usize::try_from(*index).is_ok_and(|index| index < limit);
         match indices.iter().position(|index| !inside(index)) {
@@ -67,7 +67,7 @@ impl<'a> Args<'a> {
     }
 
     /// Read `i`, which must not also be a write.
-    pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T], KernelError> {
+    pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T]> {
         self.check_dtype("read", i, &self.reads[i], T::DTYPE)?;
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
             return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
@@ -76,16 +76,16 @@ impl<'a> Args<'a> {
         Ok(unsafe { self.reads[i].slice() })
     }
 
-    pub(crate) fn f32(&self, i: usize) -> Result<&'a [f32], KernelError> {
+    pub(crate) fn f32(&self, i: usize) -> Result<&'a [f32]> {
         self.slice(i)
     }
 
-    pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32], KernelError> {
+    pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32]> {
         self.slice(i)
     }
 
     /// Read `i` of an elementwise op that writes write `w`: separate memory, or the memory that is written.
-    pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>, KernelError> {
+    pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>> {
         let (read, write) = (&self.reads[i], &self.writes[w]);
         self.check_dtype("read", i, read, DType::F32)?;
         if read.same_memory(write) && read.element_count() > 0 {
@@ -95,7 +95,7 @@ impl<'a> Args<'a> {
     }
 
     /// Write `i`, once.
-    pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T], KernelError> {
+    pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T]> {
         self.check_dtype("write", i, &self.writes[i], T::DTYPE)?;
         assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
         // SAFETY: of this type, taken once, no other write overlaps (`Bound` has checked that), and no slice is made of
@@ -103,7 +103,7 @@ impl<'a> Args<'a> {
         Ok(unsafe { self.writes[i].slice_mut() })
     }
 
-    pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32], KernelError> {
+    pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32]> {
         self.take(i)
     }
 

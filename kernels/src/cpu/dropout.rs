@@ -3,7 +3,7 @@
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{Operand, dispatch, inlined};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::hash::mix64;
 use crate::tensor::element_count;
 
@@ -43,7 +43,7 @@ pub(crate) fn dropout(
     shape: &[usize],
     start: &[usize],
     stride: usize,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     let local = args.read_shape(0);
     let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
     let (step, micro_batch) = (rng[0] as u32, rng[1] as u32);

@@ -2,9 +2,9 @@
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::error::KernelError;
+use crate::error::Result;
 
-pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vocab: usize) -> Result<(), KernelError> {
+pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vocab: usize) -> Result<()> {
     let [held, width] = args.launch.dims("shape of read 1", args.read_shape(1), "[v, c]")?;
     let (ids, table, y) = (args.indices(0, vocab)?, args.f32(1)?, args.out(0)?);
     let elements = y.len();
@@ -21,7 +21,7 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
 }
 
 /// Each thread owns some rows of the table and scans all ids in order, so the order of each row's sum is fixed.
-pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<(), KernelError> {
+pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<()> {
     let [vocab, width] = args.launch.dims("shape of write 0", args.write_shape(0), "[v, c]")?;
     let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);
     let dtable = args.out(0)?;

@@ -12,7 +12,7 @@ use crate::cpu::THREADS_MAX;
 use crate::cpu::launch::{Runner, not_finite};
 use crate::cpu::pool::Pool;
 use crate::cpu::scratch::Scratch;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::{Op, Program};
@@ -36,7 +36,7 @@ impl CpuStream {
         threads: usize,
         engine: Arc<dyn Collective>,
         tally: Arc<Tally>,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let threads = threads.max(1);
         if threads > THREADS_MAX {
             let expected = format!("at most {THREADS_MAX}");
@@ -55,12 +55,12 @@ impl CpuStream {
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
 
-    pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
+    pub(crate) fn send(&self, command: Command) -> Result<()> {
         let closed = KernelError::Closed { device: self.device };
         self.queue.as_ref().ok_or_else(|| closed.clone())?.send(command).map_err(|_| closed)
     }
 
-    pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&self, program: &Program) -> Result<()> {
         self.scratch.prepare(program)
     }
 

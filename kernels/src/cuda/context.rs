@@ -13,7 +13,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
 use super::library;
 use super::status::{check_code, unavailable};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// A handle of a CUDA library, usable from any thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +60,7 @@ const STICKY: &[CUresult] = &[
 ];
 
 impl Context {
-    pub(crate) fn open(ordinal: usize) -> Result<Self, KernelError> {
+    pub(crate) fn open(ordinal: usize) -> Result<Self> {
         let count = library::driver()?.devices;
         let place = format!("cuda device {ordinal}");
         if ordinal >= count {
@@ -98,7 +98,7 @@ impl Context {
         Ok(context)
     }
 
-    pub(crate) fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32, KernelError> {
+    pub(crate) fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32> {
         let mut value = 0;
         // SAFETY: writes one integer to a local.
         let result = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) };
@@ -106,7 +106,7 @@ impl Context {
         Ok(value)
     }
 
-    pub(crate) fn bind(&self) -> Result<(), KernelError> {
+    pub(crate) fn bind(&self) -> Result<()> {
         // SAFETY: the context stays retained while `self` lives.
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
@@ -118,7 +118,7 @@ impl Context {
     }
 
     /// Enables access from this GPU to all present and future allocations on `other`, if the machine supports it.
-    pub(crate) fn enable_peer_access(&self, other: &Context) -> Result<(), KernelError> {
+    pub(crate) fn enable_peer_access(&self, other: &Context) -> Result<()> {
         let (mut can_access, place) = (0, format!("{} to {}", self.place(), other.place()));
         // SAFETY: writes one integer to a local.
         let result = unsafe { sys::cuDeviceCanAccessPeer(&mut can_access, self.device, other.device) };
@@ -155,11 +155,11 @@ impl Context {
         self.lost.get_or_init(|| error).clone()
     }
 
-    pub(crate) fn check_alive(&self) -> Result<(), KernelError> {
+    pub(crate) fn check_alive(&self) -> Result<()> {
         self.lost().map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<()> {
         match check_code(result, call, place) {
             Err(error) if STICKY.contains(&result) => Err(self.mark_lost(error)),
             checked => checked,

@@ -9,7 +9,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::gpu::Gpu;
 use crate::clock::{ReleaseClocks, Stamped};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{DeviceStorage, Tally, View};
 
 pub(crate) struct DeviceMemory {
@@ -31,7 +31,7 @@ impl fmt::Debug for DeviceMemory {
 impl DeviceMemory {
     /// Allocates zeroed memory and counts it in `tally`. Nothing else allocates device memory, so the tally is
     /// complete.
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
             let transfer = gpu.transfer.lock();
@@ -57,7 +57,7 @@ impl DeviceMemory {
 }
 
 /// Device address of a view's first element.
-pub(crate) fn device_address(view: &View<'_>) -> Result<u64, KernelError> {
+pub(crate) fn device_address(view: &View<'_>) -> Result<u64> {
     let memory = view.arena().device_memory::<DeviceMemory>();
     let memory = memory.ok_or_else(|| KernelError::arguments("copy", "memory", "device memory", "host memory"))?;
     Ok(memory.address() + view.offset() as u64)
@@ -72,13 +72,13 @@ impl DeviceStorage for DeviceMemory {
         format!("device {} on {}", self.rank, self.gpu.place())
     }
 
-    fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<(), KernelError> {
+    fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()> {
         let mut transfer = self.gpu.transfer.lock();
         self.gpu.context.bind()?;
         transfer.write(self.address() + offset as u64, bytes, fill)
     }
 
-    fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<(), KernelError> {
+    fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
         let mut transfer = self.gpu.transfer.lock();
         self.gpu.context.bind()?;
         transfer.read(self.address() + offset as u64, bytes, take)

@@ -9,7 +9,7 @@ use crate::bound::Bound;
 use crate::collective::CollectiveCall;
 use crate::collective::exchange::foreign_elements;
 use crate::collective::status::ReceivedBytes;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::View;
 use crate::tensor::DType;
 
@@ -33,7 +33,7 @@ impl<'a> GpuCall<'a> {
         call: &'a CollectiveCall,
         bound: &'a Bound<'_>,
         stream: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let other_backend = |_| KernelError::arguments(call.name(), "stream", "a CUDA stream", "another stream");
         let (x, y) = (bound.reads.first(), bound.writes.first());
         let address = |view: Option<&View<'_>>| view.map_or(Ok(0), device_address);

@@ -27,7 +27,7 @@ use super::step::{Arg, Operand, Place, Product};
 use super::strided_copy::{self, StridedRegion, copy_region_from};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::event::Event;
 use crate::memory::{Base, DeviceStorage, View};
 use crate::metrics::StreamMetrics;
@@ -111,7 +111,7 @@ impl Issuer {
 
     /// Creates everything that the program's launches need besides its own memory, so that submissions create nothing
     /// (ISSUE-2).
-    pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<()> {
         let stream = self.stream.clone();
         if stream.gpu.test_delays.is_some() {
             stream.gpu.modules.function("spin", 0)?;
@@ -149,7 +149,7 @@ impl Issuer {
         steps: &[PreparedStep],
         uses_record: bool,
         (reads, writes): (&[Buffer], &[Buffer]),
-    ) -> Result<(), KernelError> {
+    ) -> Result<()> {
         let stream = self.stream.clone();
         if uses_record {
             self.records.prepare(&stream.gpu)?;
@@ -197,7 +197,7 @@ impl Issuer {
         self.attention_plans.get_or_insert_with(new)
     }
 
-    fn product_plans(&mut self) -> Result<&mut ProductPlans, KernelError> {
+    fn product_plans(&mut self) -> Result<&mut ProductPlans> {
         let stream = &self.stream;
         match &mut self.product_plans {
             Some(plans) => Ok(plans),
@@ -242,7 +242,7 @@ impl Issuer {
     }
 
     /// Issues the remaining launches of a program. Returns false if it would block and must not.
-    fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
+    fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool> {
         self.stream.gpu.context.check_alive()?;
         let in_flight = run.in_flight.clone();
         let program = &in_flight.program;
@@ -288,7 +288,7 @@ impl Issuer {
     }
 
     /// Queues the signals due before the next launch with the poller.
-    fn issue_signals(&mut self, run: &mut Run) -> Result<(), KernelError> {
+    fn issue_signals(&mut self, run: &mut Run) -> Result<()> {
         let mut event = None;
         while let Some((_, tag)) =
             run.in_flight.program.signals.get(run.next_signal).filter(|(at, _)| *at <= run.next_launch)
@@ -303,7 +303,7 @@ impl Issuer {
         Ok(())
     }
 
-    fn finish(&mut self, run: Run, result: Result<(), KernelError>) {
+    fn finish(&mut self, run: Run, result: Result<()>) {
         let Run { in_flight, bases, uses_record, .. } = run;
         let fetched = if uses_record { self.fetch_record(&in_flight) } else { Ok(()) };
         match fetched.and_then(|()| self.stream.record()) {
@@ -315,7 +315,7 @@ impl Issuer {
         }
     }
 
-    fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
+    fn fetch_record(&mut self, in_flight: &InFlight) -> Result<()> {
         in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, &self.stream.place)?);
         Ok(())
     }
@@ -330,7 +330,7 @@ impl Issuer {
     }
 
     /// Issues the next launch, or the next two if one kernel runs both; returns how many.
-    fn issue_next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>), KernelError> {
+    fn issue_next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>)> {
         let in_flight = run.in_flight.clone();
         let launches = &in_flight.program.launches;
         // Fusion would hide the first launch's outputs from the Inf/NaN check and delay a signal between the two.
@@ -348,7 +348,7 @@ impl Issuer {
 
     /// Issues two launches as one. Returns false if they must be issued one by one: there is no fused kernel, memory
     /// overlaps, or there is an error, which belongs to one of the launches.
-    fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool, KernelError> {
+    fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool> {
         let lowered = run.lowered.clone();
         if lowered.cannot_fuse(run.next_launch, launches) {
             return Ok(false);
@@ -369,13 +369,13 @@ impl Issuer {
     }
 
     /// Resolves a launch's buffers and checks that they are on this GPU.
-    fn bind<'a>(&self, launch: &'a Launch, bases: &'a [Base]) -> Result<Bound<'a>, KernelError> {
+    fn bind<'a>(&self, launch: &'a Launch, bases: &'a [Base]) -> Result<Bound<'a>> {
         let bound = Bound::resolve(launch, bases, |_| 0)?;
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         Ok(bound)
     }
 
-    fn issue_launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {
+    fn issue_launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>> {
         let bound = Bound::resolve(launch, &run.bases, |_| lower::workspace_bytes(launch))?;
         if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
             && self.check_on_this_gpu(bound.name, read).is_err()
@@ -402,7 +402,7 @@ impl Issuer {
     }
 
     /// Checks ISSUE-1.
-    fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
+    fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<()> {
         let gpu = &self.stream.gpu;
         let got = match view.arena().device_memory::<DeviceMemory>() {
             Some(memory) if Arc::ptr_eq(&memory.gpu.context, &gpu.context) => return Ok(()),
@@ -419,7 +419,7 @@ impl Issuer {
         src: &Region,
         write: &View<'_>,
         dst: &Region,
-    ) -> Result<(), KernelError> {
+    ) -> Result<()> {
         let accumulate = launch.accumulate;
         let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
@@ -434,7 +434,7 @@ impl Issuer {
         copy_region_from(&self.stream, &source, from, to, read.dtype())
     }
 
-    fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
+    fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<()> {
         let address_of = |place: Place| address(bound, place);
         self.stream.issue_test_delay()?;
         match step {
@@ -470,7 +470,7 @@ impl Issuer {
         }
     }
 
-    fn issue_collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
+    fn issue_collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>> {
         let timer = self.metrics.collective(call);
         if let Some(engine) = self.engine.on_device(call) {
             self.stream.issue_test_delay()?;
@@ -491,7 +491,7 @@ impl Issuer {
         Ok(None)
     }
 
-    fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
+    fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<()> {
         let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
         if let Some((write, elements)) = self.staging.find_non_finite(&launch.op, &bound)? {
             run.in_flight.send(Notification::NotFinite { launch: run.next_launch, write, elements });
@@ -502,20 +502,17 @@ impl Issuer {
 }
 
 /// The addresses of a product's matrices a, b and d.
-fn addresses(
-    product: &Product,
-    address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
-) -> Result<[u64; 3], KernelError> {
+fn addresses(product: &Product, address_of: &dyn Fn(Place) -> Result<u64>) -> Result<[u64; 3]> {
     Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
 /// Start of the library's part of the workspace, whose size has been checked; 0 if there is none.
-fn library_workspace(bound: &Bound<'_>) -> Result<u64, KernelError> {
+fn library_workspace(bound: &Bound<'_>) -> Result<u64> {
     bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }
 
 /// Checks the part of MEM-2 that depends on the op: which reads may share memory with the first write.
-fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<(), KernelError> {
+fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<()> {
     for (w, write) in bound.writes.iter().enumerate() {
         for (r, read) in bound.reads.iter().enumerate() {
             if read.overlaps(write) && !(w == 0 && lower::in_place(launch).contains(&r)) {

@@ -8,7 +8,7 @@ use std::{env, fs};
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
 use super::status::{check_code, unavailable};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// The oldest supported driver: it must provide the CUDA version of the libraries and cubins, `1000 * major + 10 *
 /// minor`.
@@ -104,7 +104,7 @@ fn set_environment() {
     }
 }
 
-pub(crate) fn driver() -> Result<Driver, KernelError> {
+pub(crate) fn driver() -> Result<Driver> {
     // SAFETY: loads and unloads the library; only NVIDIA's initializers run.
     if !unsafe { sys::is_culib_present() } {
         return Err(unavailable("no CUDA driver (libcuda.so.1) on this machine", DRIVER_HINT));
@@ -125,7 +125,7 @@ pub(crate) fn driver() -> Result<Driver, KernelError> {
     Ok(Driver { version, devices: usize::try_from(count).unwrap_or(0) })
 }
 
-fn check_version(version: i32) -> Result<(), KernelError> {
+fn check_version(version: i32) -> Result<()> {
     if version >= DRIVER_MIN {
         return Ok(());
     }
@@ -169,7 +169,7 @@ impl Library {
         }
     }
 
-    pub(crate) fn require(self) -> Result<(), KernelError> {
+    pub(crate) fn require(self) -> Result<()> {
         // SAFETY: see `driver`.
         let present = unsafe {
             match self {

@@ -15,7 +15,7 @@ use super::module::Function;
 use super::raw_stream::{Geometry, PARAMETERS_MAX};
 use super::step::{Arg, AttentionShape, Operand, Place, Product, Step};
 use crate::bound::Bound;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::tensor::element_count;
@@ -39,7 +39,7 @@ struct CachedProgram {
 #[derive(Debug)]
 pub(crate) struct LoweredProgram {
     /// By launch; lowered at first use, after the check of its buffers.
-    launches: Vec<OnceLock<Result<LaunchKind, KernelError>>>,
+    launches: Vec<OnceLock<Result<LaunchKind>>>,
     /// By launch: the fused form of this launch and the next, if there is one.
     pairs: Vec<OnceLock<Option<FusedPair>>>,
     repeat: bool,
@@ -116,7 +116,7 @@ impl LoweredProgram {
     }
 
     /// How to run launch `index` of the program, whose buffers have been checked.
-    pub(crate) fn launch_kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&LaunchKind, KernelError> {
+    pub(crate) fn launch_kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&LaunchKind> {
         let repeat = self.repeat && launch.accumulate;
         self.launches[index].get_or_init(|| launch_kind(launch, repeat, gpu)).as_ref().map_err(Clone::clone)
     }
@@ -155,7 +155,7 @@ fn overlap(a: &Buffer, b: &Buffer) -> bool {
 impl FusedPair {
     /// Resolves the pair's buffers. Returns `None` if a write overlaps a buffer on another base, which `overlap` could
     /// not see.
-    pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>, KernelError> {
+    pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>> {
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
         let writes = self.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
@@ -167,7 +167,7 @@ impl FusedPair {
     }
 }
 
-fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKind, KernelError> {
+fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKind> {
     match launch.op {
         Op::Collective(_) => Ok(LaunchKind::Collective),
         Op::Custom(_) => Ok(LaunchKind::Custom),
@@ -192,7 +192,7 @@ fn uses_record(steps: &[PreparedStep]) -> bool {
     })
 }
 
-fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
+fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep> {
     Ok(match step {
         Step::Kernel(kernel) => {
             let function = gpu.modules.function(kernel.function, kernel.shared_bytes)?;
@@ -211,7 +211,7 @@ fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
 }
 
 /// The address of a place in a bound launch whose buffers are all on the device.
-pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelError> {
+pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64> {
     let view = match place.operand {
         Operand::Read(i) => bound.reads.get(i),
         Operand::Write(i) => bound.writes.get(i),

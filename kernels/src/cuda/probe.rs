@@ -7,17 +7,17 @@ use super::cudnn::api::Api as Cudnn;
 use super::library::{Library, dotted, dotted_patch, driver};
 use super::nccl::api::Api as Nccl;
 use super::status::{check_code, static_text, unavailable};
-use crate::error::KernelError;
+use crate::error::Result;
 
 /// What `shardflow doctor` reports about CUDA.
 #[derive(Clone, Debug)]
 pub struct Probe {
     /// CUDA version of the driver, such as `13.0`; or why there is no driver.
-    pub driver: Result<String, KernelError>,
+    pub driver: Result<String>,
     /// Each device, or why the query failed.
-    pub devices: Vec<Result<DeviceFacts, KernelError>>,
+    pub devices: Vec<Result<DeviceFacts>>,
     /// Each library's version, or why it cannot be used.
-    pub libraries: Vec<(Library, Result<String, KernelError>)>,
+    pub libraries: Vec<(Library, Result<String>)>,
 }
 
 /// One GPU.
@@ -43,7 +43,7 @@ pub fn probe() -> Probe {
     }
 }
 
-fn device_facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
+fn device_facts(ordinal: usize) -> Result<DeviceFacts> {
     use sys::CUdevice_attribute::{
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
     };
@@ -62,7 +62,7 @@ fn device_facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
     Ok(DeviceFacts { name, capability, bytes_total })
 }
 
-fn version(library: Library) -> Result<String, KernelError> {
+fn version(library: Library) -> Result<String> {
     library.require()?;
     match library {
         // SAFETY: has no preconditions.

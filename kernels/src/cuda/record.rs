@@ -13,7 +13,7 @@ use super::gpu::Gpu;
 use super::memory::Pinned;
 use super::step::ErrorRecord;
 use crate::clock::{ReleaseClocks, host_access};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::{Arena, Tally};
 
 const BYTES: usize = ErrorRecord::BYTES;
@@ -49,7 +49,7 @@ pub(crate) struct RecordSlot {
 
 impl ErrorRecords {
     /// Allocates the device record, counted in `tally`.
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self> {
         let memory = Arena::on_device(DeviceMemory::new(gpu, rank, BYTES, tally)?);
         Ok(Self { memory, blocks: Vec::new() })
     }
@@ -59,11 +59,11 @@ impl ErrorRecords {
     }
 
     /// Allocates slots. Requires the context to be bound.
-    pub(crate) fn prepare(&mut self, gpu: &Gpu) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&mut self, gpu: &Gpu) -> Result<()> {
         self.take_slot(gpu).map(drop)
     }
 
-    fn take_slot(&mut self, gpu: &Gpu) -> Result<RecordSlot, KernelError> {
+    fn take_slot(&mut self, gpu: &Gpu) -> Result<RecordSlot> {
         let take = |block: &Arc<SlotBlock>| {
             let index = block.free.lock().pop()?;
             block.returned.join();
@@ -80,12 +80,7 @@ impl ErrorRecords {
     }
 
     /// Enqueues a copy and a reset of the record. Requires the context to be bound.
-    pub(crate) fn fetch(
-        &mut self,
-        gpu: &Gpu,
-        stream: Raw<sys::CUstream>,
-        place: &str,
-    ) -> Result<RecordSlot, KernelError> {
+    pub(crate) fn fetch(&mut self, gpu: &Gpu, stream: Raw<sys::CUstream>, place: &str) -> Result<RecordSlot> {
         let slot = self.take_slot(gpu)?;
         let to = slot.block.pinned.start().wrapping_add(slot.index * BYTES);
         // SAFETY: both are live and have a record's size; nobody reads the slot before the event recorded after this

@@ -22,7 +22,7 @@ use crate::collective::rendezvous::{Arrival, Groups, Post};
 use crate::collective::{
     AbortStatus, Collective, CollectiveCall, CollectiveKind, DeviceCollective, Enqueue, Enqueued, MemberWait, ReduceOp,
 };
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::tensor::{DType, Region, element_count, split_range};
 
 /// The engine of devices that share GPUs. All of them share one engine.
@@ -64,7 +64,7 @@ impl SharedGpu {
 }
 
 /// Enqueues a transfer on the receiver's stream; the sender's stream waits for it.
-fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<(), KernelError> {
+fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()> {
     let (bytes, stream) = (element_count(&sender.x_shape) * sender.dtype.bytes(), &receiver.memory.stream);
     let sender = &sender.memory;
     bind(stream)?;
@@ -76,11 +76,11 @@ fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()
 }
 
 /// Binds the context of the stream's GPU, as enqueueing requires.
-fn bind(stream: &RawStream) -> Result<(), KernelError> {
+fn bind(stream: &RawStream) -> Result<()> {
     stream.gpu.context.bind()
 }
 
-fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<(), KernelError> {
+fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<()> {
     for (i, post) in posts.iter().enumerate() {
         bind(&post.memory.stream)?;
         for (_, event) in events.iter().enumerate().filter(|(j, _)| *j != i) {
@@ -90,12 +90,12 @@ fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<(), 
     Ok(())
 }
 
-fn record_all(posts: &[Post<Memory>]) -> Result<Vec<Arc<Recorded>>, KernelError> {
+fn record_all(posts: &[Post<Memory>]) -> Result<Vec<Arc<Recorded>>> {
     posts.iter().map(|post| bind(&post.memory.stream).and_then(|()| post.memory.stream.record())).collect()
 }
 
 /// Enqueues all members' parts on their streams (LOCAL-2).
-fn enqueue_all(posts: &[Post<Memory>]) -> Result<(), KernelError> {
+fn enqueue_all(posts: &[Post<Memory>]) -> Result<()> {
     let Some(first) = posts.first() else { return Ok(()) };
     let ready: Vec<_> = posts.iter().map(|post| post.memory.ready.clone()).collect();
     wait_for_all(posts, &ready)?;
@@ -129,7 +129,7 @@ fn enqueue_all(posts: &[Post<Memory>]) -> Result<(), KernelError> {
 }
 
 /// The second half of an all-reduce: each member copies the reduced chunk of every other member.
-fn exchange_chunks(posts: &[Post<Memory>]) -> Result<(), KernelError> {
+fn exchange_chunks(posts: &[Post<Memory>]) -> Result<()> {
     for (i, post) in posts.iter().enumerate() {
         bind(&post.memory.stream)?;
         for (j, other) in posts.iter().enumerate().filter(|(j, _)| *j != i) {
@@ -149,7 +149,7 @@ fn reduce(
     op: ReduceOp,
     (shape, part): (&[usize], &Region),
     y: u64,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     let (own, elements) = (&posts[owner], part.element_count());
     let bytes = |elements: usize| elements * own.dtype.bytes();
     let in_order = || (1..=posts.len()).map(|m| &posts[(owner + m) % posts.len()]).enumerate();
@@ -183,7 +183,7 @@ fn reduce(
     Ok(())
 }
 
-fn gather(posts: &[Post<Memory>], member: usize, sources: &[Region], target: &Region) -> Result<(), KernelError> {
+fn gather(posts: &[Post<Memory>], member: usize, sources: &[Region], target: &Region) -> Result<()> {
     let own = &posts[member];
     for (other, boxes) in taken(member, sources, target) {
         let source = &sources[other];
@@ -203,7 +203,7 @@ impl Enqueue for SharedGpu {
         call: &CollectiveCall,
         bound: &Bound<'_>,
         stream: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Enqueued, KernelError> {
+    ) -> Result<Enqueued> {
         let rendezvous = self.0.enter(call, &bound.reads, &bound.writes, false)?;
         let GpuCall { x, y, workspace, stream, .. } = GpuCall::new(call, bound, stream)?;
         let ready = stream.record()?;

@@ -7,7 +7,7 @@ use super::lower::collective::{MEMBERS_MAX, contiguous_start};
 use super::raw_stream::{Geometry, PARAMETERS_MAX, RawStream, RowCopy};
 use super::step::{Arg, Operand, SHARED_BYTES_DEFAULT, Step};
 use crate::collective::ReduceOp;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
 use crate::tensor::{DType, Region};
@@ -45,7 +45,7 @@ impl OwnedRegion {
 
 /// Loads all kernels used here: a load behind a collective that waits for another GPU would wait for it too. Requires
 /// the context to be bound.
-pub(crate) fn prepare(gpu: &Gpu) -> Result<(), KernelError> {
+pub(crate) fn prepare(gpu: &Gpu) -> Result<()> {
     ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn copy_region(
     from: StridedRegion<'_>,
     to: StridedRegion<'_>,
     dtype: DType,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     if from.region.is_empty() {
         return Ok(());
     }
@@ -82,7 +82,7 @@ pub(crate) fn copy_region_from(
     from: StridedRegion<'_>,
     to: StridedRegion<'_>,
     dtype: DType,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     if stream.is_on(source) {
         return copy_region(stream, from, to, dtype);
     }
@@ -105,7 +105,7 @@ pub(crate) fn copy_region_from(
 }
 
 /// Issues a step that reads one buffer and writes one.
-fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<(), KernelError> {
+fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<()> {
     let refused = |got: String| KernelError::arguments("collective", "step", "a copy of a region", got);
     let address_of = |place: &super::step::Place| match place.operand {
         Operand::Read(0) => Ok(read + place.offset_bytes as u64),
@@ -131,13 +131,7 @@ fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<(), K
 }
 
 /// `y = ((xs[0] + xs[1]) + ..) + xs[last]`, element by element; the last may be y.
-pub(crate) fn combine(
-    stream: &RawStream,
-    op: ReduceOp,
-    xs: &[u64],
-    y: u64,
-    elements: usize,
-) -> Result<(), KernelError> {
+pub(crate) fn combine(stream: &RawStream, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<()> {
     const THREADS: usize = 256;
     const BLOCKS_MAX: usize = 1024;
     if elements == 0 {

@@ -1,6 +1,6 @@
 //! Checks the shapes and dtypes of a launch's buffers: the same for every backend.
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::op::{Buffer, Launch, Op};
 use crate::region::check_inside;
 use crate::tensor::{DType, Region, element_count};
@@ -8,7 +8,7 @@ use crate::tensor::{DType, Region, element_count};
 impl Launch {
     /// Checks the buffers of a built-in op, whose number has been checked. `accumulate` is true if the launch adds to
     /// its accumulating write. Collectives and custom kernels check their own.
-    pub(crate) fn check_buffers(&self, accumulate: bool) -> Result<(), KernelError> {
+    pub(crate) fn check_buffers(&self, accumulate: bool) -> Result<()> {
         self.check_shapes()?;
         match self.op {
             Op::Collective(_) | Op::Custom(_) => Ok(()),
@@ -29,7 +29,7 @@ impl Launch {
 
     /// Fails unless indices and random numbers are integers and all else is floats. [`Op::bf16_fault`] checks which
     /// floats may be bf16.
-    fn check_dtypes(&self) -> Result<(), KernelError> {
+    fn check_dtypes(&self) -> Result<()> {
         let integers = match self.op {
             Op::Embedding { .. } | Op::EmbeddingGrad { .. } => Some(0),
             Op::Dropout { .. } => Some(1),
@@ -45,7 +45,7 @@ impl Launch {
         writes.try_for_each(|(i, write)| self.expect_dtype("write", i, write, float(write)))
     }
 
-    fn check_shapes(&self) -> Result<(), KernelError> {
+    fn check_shapes(&self) -> Result<()> {
         let (read, write) = (|i: usize| &self.reads[i].shape[..], |i: usize| &self.writes[i].shape[..]);
         match &self.op {
             Op::Fill { .. } | Op::Collective(_) | Op::Custom(_) => Ok(()),
@@ -127,22 +127,17 @@ impl Launch {
     }
 
     /// The extents of a shape of `N` dims.
-    pub(crate) fn dims<const N: usize>(
-        &self,
-        what: &str,
-        shape: &[usize],
-        expected: &str,
-    ) -> Result<[usize; N], KernelError> {
+    pub(crate) fn dims<const N: usize>(&self, what: &str, shape: &[usize], expected: &str) -> Result<[usize; N]> {
         shape.try_into().map_err(|_| self.refused(what, expected, format!("{shape:?}")))
     }
 
     /// The extents `[b, t, h, d]` of attention.
-    pub(crate) fn attention_dims(&self) -> Result<[usize; 4], KernelError> {
+    pub(crate) fn attention_dims(&self) -> Result<[usize; 4]> {
         self.dims("shape of read 0", &self.reads[0].shape, "[b, t, h, d]")
     }
 
     /// Splits read `i`'s shape into its leading dims and its last dim.
-    fn rows(&self, i: usize) -> Result<(&[usize], usize), KernelError> {
+    fn rows(&self, i: usize) -> Result<(&[usize], usize)> {
         let split = self.reads[i].shape.split_last();
         let (width, leading) =
             split.ok_or_else(|| self.refused(&format!("shape of read {i}"), "at least one dim", "[]"))?;
@@ -150,25 +145,25 @@ impl Launch {
     }
 
     /// The number of rows of read `i`, and their width.
-    pub(crate) fn rows_of(&self, i: usize) -> Result<[usize; 2], KernelError> {
+    pub(crate) fn rows_of(&self, i: usize) -> Result<[usize; 2]> {
         self.rows(i).map(|(leading, width)| [element_count(leading), width])
     }
 
-    fn expect_dtype(&self, what: &str, i: usize, buffer: &Buffer, dtype: DType) -> Result<(), KernelError> {
+    fn expect_dtype(&self, what: &str, i: usize, buffer: &Buffer, dtype: DType) -> Result<()> {
         if buffer.dtype == dtype {
             return Ok(());
         }
         Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", buffer.dtype)))
     }
 
-    fn expect_equal(&self, what: &str, expected: &[usize], got: &[usize]) -> Result<(), KernelError> {
+    fn expect_equal(&self, what: &str, expected: &[usize], got: &[usize]) -> Result<()> {
         if got == expected {
             return Ok(());
         }
         Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
     }
 
-    fn expect_suffix(&self, what: &str, whole: &[usize], got: &[usize]) -> Result<(), KernelError> {
+    fn expect_suffix(&self, what: &str, whole: &[usize], got: &[usize]) -> Result<()> {
         if whole.ends_with(got) {
             return Ok(());
         }
@@ -176,7 +171,7 @@ impl Launch {
     }
 
     /// Fails unless these reads and these writes have these shapes.
-    fn expect(&self, reads: &[(usize, &[usize])], writes: &[(usize, &[usize])]) -> Result<(), KernelError> {
+    fn expect(&self, reads: &[(usize, &[usize])], writes: &[(usize, &[usize])]) -> Result<()> {
         for (what, shapes, buffers) in [("read", reads, &self.reads), ("write", writes, &self.writes)] {
             for (i, shape) in shapes {
                 self.expect_equal(&format!("shape of {what} {i}"), shape, &buffers[*i].shape)?;
@@ -186,7 +181,7 @@ impl Launch {
     }
 
     /// Fails unless write 0 has as many elements as read `i`.
-    fn expect_same_count(&self, i: usize) -> Result<(), KernelError> {
+    fn expect_same_count(&self, i: usize) -> Result<()> {
         let (expected, got) = (&self.reads[i].shape, &self.writes[0].shape);
         if element_count(expected) == element_count(got) {
             return Ok(());

@@ -13,7 +13,7 @@ use super::graph::{Graph, Node, Storage, Tensor};
 use crate::cuda::context::Raw;
 use crate::cuda::raw_stream::RawStream;
 use crate::cuda::step::Place;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Alignment, in bytes, that the fused kernels require of addresses.
 pub(super) const ALIGNMENT: u64 = 16;
@@ -53,7 +53,7 @@ impl Plan {
         pin: Option<PinnedEngine>,
         bytes_max: usize,
         place: &str,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let mut builder = Builder { api, place, parts: Vec::new() };
         let is_sum =
             |tensor: &Tensor| graph.accumulated.is_some_and(|(start, _)| tensor.storage == Storage::Workspace(start));
@@ -99,11 +99,11 @@ impl Plan {
         &self,
         api: &'static Api,
         handle: Raw<cudnnHandle_t>,
-        address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
+        address_of: &dyn Fn(Place) -> Result<u64>,
         workspace: u64,
         stream: &RawStream,
         place: &str,
-    ) -> Result<bool, KernelError> {
+    ) -> Result<bool> {
         let (mut ids, mut pointers) = (Vec::new(), Vec::new());
         for (i, tensor) in self.graph.tensors.iter().enumerate() {
             let pointer = match &tensor.storage {
@@ -148,13 +148,13 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn finalized(&self, kind: Kind, attributes: &[(Attribute, Values<'_>)]) -> Result<Descriptor, KernelError> {
+    fn finalized(&self, kind: Kind, attributes: &[(Attribute, Values<'_>)]) -> Result<Descriptor> {
         Descriptor::finalized(self.api, kind, attributes, self.place)
     }
 
     /// An `accumulated` tensor gets the layout that NVIDIA's frontend gives the sums of dq; only cuDNN's own kernels
     /// read it.
-    fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor, KernelError> {
+    fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor> {
         let id = [id(index)];
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_TENSOR_UNIQUE_ID, Values::Longs(&id)),
@@ -176,7 +176,7 @@ impl Builder<'_> {
         kind: Kind,
         function: Option<(Attribute, Descriptor)>,
         tensors: &[(Attribute, &Descriptor)],
-    ) -> Result<Descriptor, KernelError> {
+    ) -> Result<Descriptor> {
         let refs = function.iter().map(|(name, function)| (*name, function)).chain(tensors.iter().copied());
         let refs: Vec<(Attribute, [&Descriptor; 1])> = refs.map(|(name, descriptor)| (name, [descriptor])).collect();
         let attributes: Vec<_> =
@@ -186,7 +186,7 @@ impl Builder<'_> {
         Ok(operation)
     }
 
-    fn node(&mut self, node: &Node, tensors: &[Descriptor]) -> Result<Descriptor, KernelError> {
+    fn node(&mut self, node: &Node, tensors: &[Descriptor]) -> Result<Descriptor> {
         use Attribute::*;
         match *node {
             Node::Matmul { a, b, c } => {
@@ -233,7 +233,7 @@ impl Builder<'_> {
         }
     }
 
-    fn pointwise(&self, mode: PointwiseMode, axis: Option<i64>) -> Result<Descriptor, KernelError> {
+    fn pointwise(&self, mode: PointwiseMode, axis: Option<i64>) -> Result<Descriptor> {
         let precision = match mode {
             PointwiseMode::CUDNN_POINTWISE_CMP_GE => cudnnDataType_t::CUDNN_DATA_BOOLEAN,
             _ => cudnnDataType_t::CUDNN_DATA_FLOAT,
@@ -248,7 +248,7 @@ impl Builder<'_> {
     }
 
     /// The heuristic's configurations, best first.
-    fn configurations(&mut self, graph: &Descriptor, target: Target<'_>) -> Result<Vec<Descriptor>, KernelError> {
+    fn configurations(&mut self, graph: &Descriptor, target: Target<'_>) -> Result<Vec<Descriptor>> {
         let graph = [graph];
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, Values::Descriptors(&graph)),
@@ -263,7 +263,7 @@ impl Builder<'_> {
         Ok(found)
     }
 
-    fn pinned(&mut self, graph: &Descriptor, pin: PinnedEngine, target: Target<'_>) -> Result<Descriptor, KernelError> {
+    fn pinned(&mut self, graph: &Descriptor, pin: PinnedEngine, target: Target<'_>) -> Result<Descriptor> {
         let (graph, index, device) = ([graph], [pin.engine], target.device());
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_ENGINE_OPERATION_GRAPH, Values::Descriptors(&graph)),
@@ -291,7 +291,7 @@ impl Builder<'_> {
     }
 
     /// Creates a plan; returns it with its workspace size in bytes.
-    fn plan(&self, configuration: &Descriptor, target: Target<'_>) -> Result<(Descriptor, usize), KernelError> {
+    fn plan(&self, configuration: &Descriptor, target: Target<'_>) -> Result<(Descriptor, usize)> {
         let (configuration, device) = ([configuration], target.device());
         let mut attributes =
             vec![(Attribute::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, Values::Descriptors(&configuration))];

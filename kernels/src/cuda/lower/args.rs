@@ -1,6 +1,6 @@
 //! A launch whose buffers have been checked: number, shapes and types.
 
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::op::{Buffer, Launch};
 use crate::tensor::{DType, element_count};
 
@@ -11,7 +11,7 @@ pub(super) struct Args<'a> {
 
 impl<'a> Args<'a> {
     /// Checks a launch that needs `needed` bytes of workspace.
-    pub(super) fn new(launch: &'a Launch, accumulate: bool, needed: usize) -> Result<Self, KernelError> {
+    pub(super) fn new(launch: &'a Launch, accumulate: bool, needed: usize) -> Result<Self> {
         let counts = (launch.reads.len(), launch.writes.len());
         if let Some(arity) = launch.op.arity()
             && arity != counts

@@ -5,7 +5,7 @@ use super::args::Args;
 use super::kernel::{blocks, long, read, write};
 use super::norm::warps;
 use crate::cuda::step::{Arg, AttentionShape, Pass, Place, Step};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::op::{Launch, Op};
 use crate::tensor::DType;
 
@@ -69,7 +69,7 @@ impl Dims {
         threads: usize,
         mut arguments: Vec<Arg>,
         scale: f32,
-    ) -> Result<Vec<Step>, KernelError> {
+    ) -> Result<Vec<Step>> {
         let [batch, time, heads, depth] = self.0;
         let time_blocks = time.div_ceil(BLOCK_ROWS);
         // A tiled depth is at most 128; more than 2^31 heads fit in no memory.
@@ -78,12 +78,7 @@ impl Dims {
         blocks(function, batch * heads * time_blocks, threads, shared_bytes, arguments)
     }
 
-    fn plain_step(
-        self,
-        function: &'static str,
-        mut arguments: Vec<Arg>,
-        scale: Option<f32>,
-    ) -> Result<Vec<Step>, KernelError> {
+    fn plain_step(self, function: &'static str, mut arguments: Vec<Arg>, scale: Option<f32>) -> Result<Vec<Step>> {
         let [_, time, heads, depth] = self.0;
         arguments.extend([long(self.rows()), long(time), Arg::I32(heads as i32), long(depth)]);
         arguments.extend(scale.map(Arg::F32));
@@ -103,7 +98,7 @@ fn result(operands: DType, i: usize, dtype: DType) -> Vec<Arg> {
 
 /// The forward step for operands of one type; `o` is the result's type. The plain kernel runs if the tiled one needs
 /// more than `shared` bytes.
-fn forward(operands: DType, o: DType, dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>, KernelError> {
+fn forward(operands: DType, o: DType, dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>> {
     let buffers = [vec![read(0), read(1), read(2)], result(operands, 0, o), vec![write(1)]].concat();
     match tiled(operands, dims.0[3]).filter(|tiled| tiled.forward.1 <= shared) {
         Some(tiled) => dims.tiled_step(tiled.forward, tiled.threads, buffers, scale),
@@ -113,13 +108,7 @@ fn forward(operands: DType, o: DType, dims: Dims, scale: f32, shared: usize) -> 
 
 /// The backward steps for operands of one type; `grads` are the types of dq, dk and dv. As in [`forward`], plain
 /// kernels replace tiled ones that do not fit: on f32, heads deeper than 96 need 116 KiB; sm_86 and sm_89 have 99 KiB.
-fn backward(
-    operands: DType,
-    grads: [DType; 3],
-    dims: Dims,
-    scale: f32,
-    shared: usize,
-) -> Result<Vec<Step>, KernelError> {
+fn backward(operands: DType, grads: [DType; 3], dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>> {
     if dims.0.contains(&0) {
         return Ok(vec![]);
     }
@@ -143,7 +132,7 @@ fn backward(
     Ok([rows, keys, queries].concat())
 }
 
-pub(super) fn attention(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
+pub(super) fn attention(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>> {
     let dims = Dims(args.launch.attention_dims()?);
     forward(args.read_dtype(0), args.write_dtype(0), dims, scale, shared_bytes_max)
 }
@@ -156,7 +145,7 @@ pub(super) fn workspace_floats(q: &[usize]) -> usize {
     }
 }
 
-pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
+pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>> {
     let (dims, grads) = (Dims(args.launch.attention_dims()?), [0, 1, 2].map(|i| args.write_dtype(i)));
     backward(args.read_dtype(0), grads, dims, scale, shared_bytes_max)
 }

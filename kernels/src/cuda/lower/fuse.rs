@@ -6,7 +6,7 @@ use super::loss::rows;
 use super::lower;
 use super::norm::warps;
 use crate::cuda::step::{Arg, SHARED_BYTES_DEFAULT, Step};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, element_count};
 
@@ -36,7 +36,7 @@ pub fn fuse(
     first: &Launch,
     second: &Launch,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
+) -> Result<Option<FusedLaunches>> {
     if !may_fuse(first, second) {
         return Ok(None);
     }
@@ -81,7 +81,7 @@ fn add_layer_norm(
     second: &Launch,
     eps: f32,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
+) -> Result<Option<FusedLaunches>> {
     let weight = second.reads[1].clone();
     // The norm's results may overwrite the summands, which the norm alone no longer needs.
     if conflict(&first.reads, &second.writes, overlap)
@@ -105,7 +105,7 @@ fn bias_gelu(
     first: &Launch,
     second: &Launch,
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
+) -> Result<Option<FusedLaunches>> {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
     // Each element of x is read by the thread that overwrites it.
     let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflict(&first.reads[i..=i], &second.writes, overlap));
@@ -131,7 +131,7 @@ fn max_and_sum(
     second: &Launch,
     [vocab_start, vocab]: [usize; 2],
     overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
+) -> Result<Option<FusedLaunches>> {
     let (logits, max, targets) = (&first.reads[0], &first.writes[0], &second.reads[2]);
     let same = second.reads[0] == *logits && second.reads[1] == *max;
     let inputs = [logits.clone(), targets.clone()];

@@ -1,7 +1,7 @@
 //! Parts of a kernel launch: geometry, arguments, and the names of variants.
 
 use crate::cuda::step::{Arg, Kernel, Place, Step};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::tensor::DType;
 
 pub(super) const THREADS: usize = 256;
@@ -32,7 +32,7 @@ pub(super) fn blocks(
     threads: usize,
     shared_bytes: usize,
     args: Vec<Arg>,
-) -> Result<Vec<Step>, KernelError> {
+) -> Result<Vec<Step>> {
     if blocks == 0 {
         return Ok(vec![]);
     }
@@ -47,7 +47,7 @@ pub(super) fn blocks(
 }
 
 /// A kernel with `threads` threads, in blocks of [`THREADS`].
-pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Vec<Step>> {
     blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
 }
 

@@ -3,7 +3,7 @@
 use super::args::Args;
 use super::kernel::{PACK, long, pack_of, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::tensor::{DType, Region, element_count};
 
 /// Dims that a kernel takes; further outer dims become one launch per index.
@@ -47,10 +47,7 @@ fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
 }
 
 /// Calls `run(offsets in both tensors, dims)` with the innermost four dims, for each index of the outer ones.
-fn for_each_region(
-    dims: &[Dim],
-    mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<(), KernelError>,
-) -> Result<(), KernelError> {
+fn for_each_region(dims: &[Dim], mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<()>) -> Result<()> {
     let (outer, inner) = dims.split_at(dims.len().saturating_sub(DIMS));
     let mut last = [Dim { size: 1, steps: [0, 0] }; DIMS];
     last[DIMS - inner.len()..].copy_from_slice(inner);
@@ -81,7 +78,7 @@ fn step_args(dims: &[Dim; DIMS], tensor: usize, unit: usize) -> impl Iterator<It
     dims[..DIMS - 1].iter().map(move |dim| Arg::U64((dim.steps[tensor] / unit) as u64))
 }
 
-pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result<Vec<Step>, KernelError> {
+pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result<Vec<Step>> {
     let (from, to) = (args.read_shape(0), args.write_shape(0));
     if src.is_empty() {
         return Ok(vec![]);
@@ -134,7 +131,7 @@ pub(super) fn dropout(
     shape: &[usize],
     start: &[usize],
     stride: usize,
-) -> Result<Vec<Step>, KernelError> {
+) -> Result<Vec<Step>> {
     let local = args.read_shape(0);
     if element_count(local) == 0 {
         return Ok(vec![]);

@@ -35,7 +35,7 @@ use crate::cuda::gpu_call::GpuCall;
 use crate::cuda::lower::collective::{are_rows, messages, regions};
 use crate::cuda::poller::ErrorCheck;
 use crate::cuda::strided_copy::{OwnedRegion, StridedRegion, copy_region};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::tensor::{Region, element_count};
 
 /// How long the issuing thread polls whether a call is on the stream before it leaves that to the stream's own thread.
@@ -68,7 +68,7 @@ impl Nccl {
     /// # Errors
     /// [`KernelError::Unavailable`] without NCCL; [`KernelError::Cuda`] if not all members join within the time, and
     /// for NCCL's own errors.
-    pub fn join(memberships: &[GroupMember], within: Duration) -> Result<Self, KernelError> {
+    pub fn join(memberships: &[GroupMember], within: Duration) -> Result<Self> {
         Api::get()?;
         let deadline = Instant::now() + within;
         let mut groups: BTreeMap<u32, Vec<&GroupMember>> = BTreeMap::new();
@@ -117,7 +117,7 @@ impl Inner {
     }
 
     /// Waits until NCCL has put a call on its stream (NCCL-2); `None` after the timeout.
-    pub(super) fn settle(&self, comm: &Comm, within: Option<Duration>) -> Option<Result<(), KernelError>> {
+    pub(super) fn settle(&self, comm: &Comm, within: Option<Duration>) -> Option<Result<()>> {
         let began = Instant::now();
         loop {
             if let Some(error) = self.abort_status.aborted() {
@@ -181,7 +181,7 @@ type Unpack = (OwnedRegion, OwnedRegion);
 
 impl MemberCall<'_> {
     /// Enqueues the call; returns the copies to enqueue after it.
-    fn issue(&self) -> Result<Vec<Unpack>, KernelError> {
+    fn issue(&self) -> Result<Vec<Unpack>> {
         let &GpuCall { call, x, y, x_shape, y_shape, .. } = self.of;
         let [x_elements, y_elements] = [x_shape, y_shape].map(element_count);
         let (kind, elements) = match &call.kind {
@@ -209,7 +209,7 @@ impl MemberCall<'_> {
     }
 
     /// An NCCL call, or a copy in a group of one. `elements` are those of one member.
-    fn call_or_copy(&self, kind: NcclCall, x: u64, y: u64, elements: usize) -> Result<(), KernelError> {
+    fn call_or_copy(&self, kind: NcclCall, x: u64, y: u64, elements: usize) -> Result<()> {
         match self.comm {
             _ if elements == 0 => Ok(()),
             None => self.of.stream.copy(y, x, elements * self.of.dtype.bytes()),
@@ -217,7 +217,7 @@ impl MemberCall<'_> {
         }
     }
 
-    fn transfers(&self, transfers: &[Transfer]) -> Result<(), KernelError> {
+    fn transfers(&self, transfers: &[Transfer]) -> Result<()> {
         match self.comm {
             Some(comm) if transfers.iter().any(|t| t.elements > 0) => {
                 comm.transfer(transfers, Some(self.of.dtype), &self.of.stream)
@@ -228,7 +228,7 @@ impl MemberCall<'_> {
 
     /// Reduce-scatters uneven or non-contiguous parts: copies each to the start of its own slot. NCCL also reduces the
     /// padding after a part, which is ignored.
-    fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>, KernelError> {
+    fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.of.dtype.bytes();
         let staging = self.of.workspace;
@@ -250,7 +250,7 @@ impl MemberCall<'_> {
     }
 
     /// Exchanges regions between all members: one message per pair, packed if it is not contiguous.
-    fn exchange_regions(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>, KernelError> {
+    fn exchange_regions(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>> {
         let (me, dtype) = (self.of.call.member, self.of.dtype);
         let (source, target) = (&sources[me], &targets[me]);
         let in_x = |part: &Region| OwnedRegion { address: self.of.x, shape: source.size.clone(), region: part.clone() };
@@ -294,7 +294,7 @@ impl Enqueue for Nccl {
         call: &CollectiveCall,
         bound: &Bound<'_>,
         stream: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Enqueued, KernelError> {
+    ) -> Result<Enqueued> {
         check_members(call)?;
         self.0.abort_status.check()?;
         // Abort, or the other members would wait forever.
