@@ -41,14 +41,6 @@ impl<'a> Args<'a> {
         self.writes[i].dtype()
     }
 
-    fn check_dtype(&self, what: &str, i: usize, view: &View<'_>, dtype: DType) -> Result<()> {
-        if view.dtype() == dtype {
-            return Ok(());
-        }
-        let got = format!("{:?}", view.dtype());
-        Err(self.launch.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), got))
-    }
-
     /// An error for input values that no valid program produces.
     pub(crate) fn bad_data(&self, what: String) -> KernelError {
         KernelError::Data { op: self.launch.op.name().to_owned(), what }
@@ -68,7 +60,7 @@ impl<'a> Args<'a> {
 
     /// Read `i`, which must not also be a write.
     pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T]> {
-        self.check_dtype("read", i, &self.reads[i], T::DTYPE)?;
+        self.launch.expect_dtype("read", i, self.reads[i].dtype(), T::DTYPE)?;
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
             return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
         }
@@ -87,7 +79,7 @@ impl<'a> Args<'a> {
     /// Read `i` of an elementwise op that writes write `w`: separate memory, or the memory that is written.
     pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>> {
         let (read, write) = (&self.reads[i], &self.writes[w]);
-        self.check_dtype("read", i, read, DType::F32)?;
+        self.launch.expect_dtype("read", i, read.dtype(), DType::F32)?;
         if read.same_memory(write) && read.element_count() > 0 {
             return Ok(Operand::Same);
         }
@@ -96,7 +88,7 @@ impl<'a> Args<'a> {
 
     /// Write `i`, once.
     pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T]> {
-        self.check_dtype("write", i, &self.writes[i], T::DTYPE)?;
+        self.launch.expect_dtype("write", i, self.writes[i].dtype(), T::DTYPE)?;
         assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
         // SAFETY: of this type, taken once, no other write overlaps (`Bound` has checked that), and no slice is made of
         // an overlapping read (`slice`, `operand`); other streams: MEM-3.

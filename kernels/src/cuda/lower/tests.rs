@@ -201,7 +201,7 @@ fn launches_that_do_not_fit_are_refused() {
     assert_eq!(refused(&gelu(&[&[2]], &[]), false), "gelu: buffers: expected 1 read, 1 written, got 1 read, 0 written");
     assert_eq!(
         refused(&gelu(&[&[2]], &[&[3]]), false),
-        "gelu: elements of write 0: expected as many as [2], got [3], 3"
+        "gelu: number of elements of write 0: expected 2, as in read 0 of shape [2], got 3 in [3]"
     );
     assert_eq!(
         refused(&gelu(&[&[2]], &[&[2]]), true),
