@@ -1,5 +1,4 @@
 //! The CPU backend, the default. Code outside this crate uses it only through `device` and `stream`.
-//! Layers: `pool, simd <- args, scratch <- kernels (one file per family of ops), widen <- launch <- stream`.
 
 mod args;
 mod attention;

@@ -1,8 +1,6 @@
 //! The CUDA backend. It builds without a CUDA toolkit: cudarc's bindings load the driver and the libraries at run time.
-//! On a machine without them, [`probe`](probe()) reports what is missing. Layers: `step <- lower`, `source` (no FFI, no
-//! GPU); `status <- library <- context <- event, memory, module, blas, progress, attention, test_delay <- poller <- gpu
-//! <- device_memory, raw_stream <- cudnn, record, staged, in_flight, lowered, strided_copy <- gpu_call <- nccl,
-//! shared_gpu (collective engines); issue <- stream; probe`.
+//! On a machine without them, [`probe`](probe()) reports what is missing. `step`, `lower` and `source` use neither FFI
+//! nor a GPU.
 
 pub(crate) mod attention;
 pub(crate) mod blas;

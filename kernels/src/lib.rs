@@ -1,7 +1,4 @@
 //! Devices, in-order streams, memory, kernels and collectives: all code that computes on tensors.
-//! Layers, lowest first: `error, hash, clock, tensor <- region, collective::call <- op <- memory <- event, bound, metrics
-//! <- submission <- collective (the trait) <- cpu::simd <- collective engines <- cpu, cuda <- stream <- device <-
-//! conformance`.
 //!
 //! ```
 //! use std::sync::{Arc, mpsc::channel};
@@ -34,9 +31,6 @@
 //! ```
 
 mod bound;
-/// The optimisation level that the kernels were built with: `0` to `3`, `s` or `z`.
-pub const OPT_LEVEL: &str = env!("SHARDFLOW_OPT_LEVEL");
-
 pub mod clock;
 pub mod collective;
 pub mod conformance;
@@ -53,3 +47,6 @@ mod region;
 pub mod stream;
 mod submission;
 pub mod tensor;
+
+/// The optimisation level that the kernels were built with: `0` to `3`, `s` or `z`.
+pub const OPT_LEVEL: &str = env!("SHARDFLOW_OPT_LEVEL");

@@ -21,7 +21,8 @@ pub type Notify = Box<dyn FnMut(Notification) + Send>;
 pub enum Notification {
     /// The launches before a signal of the program have finished; holds the signal's tag.
     Signal(u32),
-    /// With [`Stream::check_finite`](crate::stream::Stream::check_finite) enabled: the first write of the submission that contains Inf or NaN.
+    /// With [`Stream::check_finite`](crate::stream::Stream::check_finite) enabled: the first write of the submission
+    /// that contains Inf or NaN.
     NotFinite {
         /// Index of the launch in the program.
         launch: usize,

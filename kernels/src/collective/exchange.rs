@@ -183,7 +183,7 @@ pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>> {
 
 /// Checks that one member's buffers fit its call and lie in host memory.
 pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
-    reads.iter().chain(writes).try_for_each(|view| view.check_host(call.name()))?;
+    reads.iter().chain(writes).try_for_each(|view| view.arena().check_host(call.name()))?;
     check_call(call, reads, writes)
 }
 

@@ -22,7 +22,7 @@ pub(crate) struct Args<'a> {
 impl<'a> Args<'a> {
     pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool) -> Result<Self> {
         let bound = Bound::resolve(launch, bases, |_| 0)?;
-        bound.all().try_for_each(|view| view.check_host(bound.name))?;
+        bound.all().try_for_each(|view| view.arena().check_host(bound.name))?;
         let (Bound { reads, writes, .. }, accumulate) = (bound, launch.accumulate && repeat);
         launch.check_buffers(accumulate)?;
         let taken = vec![false; writes.len()];

@@ -1,7 +1,6 @@
 //! Memory of a GPU.
 #![allow(unsafe_code)]
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -12,6 +11,7 @@ use crate::clock::{ReleaseClocks, Stamped};
 use crate::error::{KernelError, Result};
 use crate::memory::{DeviceStorage, Tally, View};
 
+#[derive(Debug)]
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
     rank: usize,
@@ -20,12 +20,6 @@ pub(crate) struct DeviceMemory {
     bytes: usize,
     tally: Arc<Tally>,
     releases: ReleaseClocks,
-}
-
-impl fmt::Debug for DeviceMemory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeviceMemory").field("rank", &self.rank).field("bytes", &self.bytes).finish()
-    }
 }
 
 impl DeviceMemory {

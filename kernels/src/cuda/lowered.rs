@@ -56,43 +56,23 @@ pub(crate) struct FusedPair {
     pub(crate) uses_record: bool,
 }
 
+/// How a launch runs: by steps, of which a kernel may write the stream's error record (`uses_record`), on the
+/// collective engine, or on the host.
 #[derive(Debug)]
 pub(crate) enum LaunchKind {
-    Steps {
-        steps: Vec<PreparedStep>,
-        /// Whether a kernel writes the stream's error record.
-        uses_record: bool,
-    },
-    /// Runs on the collective engine.
+    Steps { steps: Vec<PreparedStep>, uses_record: bool },
     Collective,
-    /// Runs on the host.
     Custom,
 }
 
-/// A step that lacks only its addresses.
+/// A step that lacks only its addresses. `Attention` runs on cuDNN, or as `fallback` if cuDNN refuses the shape.
 #[derive(Debug)]
 pub(crate) enum PreparedStep {
-    Kernel {
-        function: Function,
-        geometry: Geometry,
-        args: Vec<Arg>,
-    },
+    Kernel { function: Function, geometry: Geometry, args: Vec<Arg> },
     Product(Box<Product>),
-    /// Attention by cuDNN; `fallback` runs if cuDNN refuses the shape.
-    Attention {
-        shape: AttentionShape,
-        fallback: Vec<PreparedStep>,
-    },
-    Copy {
-        from: Place,
-        to: Place,
-        bytes: usize,
-    },
-    Fill {
-        to: Place,
-        word: u32,
-        words: usize,
-    },
+    Attention { shape: AttentionShape, fallback: Vec<PreparedStep> },
+    Copy { from: Place, to: Place, bytes: usize },
+    Fill { to: Place, word: u32, words: usize },
 }
 
 impl ProgramCache {

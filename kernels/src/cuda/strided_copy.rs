@@ -74,8 +74,8 @@ pub(crate) fn copy_region(
         .try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
-/// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch share
-/// one call.
+/// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch
+/// share one call.
 pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,

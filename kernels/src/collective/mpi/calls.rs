@@ -6,6 +6,7 @@
 //!   call.
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::mem;
 use std::os::raw::{c_char, c_int, c_void};
 use std::sync::Arc;
@@ -39,9 +40,8 @@ pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<()> + 'a;
 /// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized with the
 /// last clone, unless an engine was aborted: a transfer may then be in flight, and MPI would wait for peers that are
 /// gone.
-#[derive(Debug)]
 pub struct MpiWorld {
-    universe: Option<UniverseGuard>,
+    universe: Option<Universe>,
     comm: Comm,
     /// Used only for the barrier before MPI is finalized, so that it never matches another barrier.
     end_comm: Comm,
@@ -50,11 +50,9 @@ pub struct MpiWorld {
     aborted: AtomicBool,
 }
 
-struct UniverseGuard(#[allow(dead_code)] Universe);
-
-impl std::fmt::Debug for UniverseGuard {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Universe")
+impl fmt::Debug for MpiWorld {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MpiWorld").field("rank", &self.rank).field("size", &self.size).finish_non_exhaustive()
     }
 }
 
@@ -77,7 +75,7 @@ impl MpiWorld {
         let mut end_comm = Comm { raw: comm.raw };
         // SAFETY: the world communicator exists, and all processes make this call; MPI writes the handle.
         check("MPI_Comm_dup", unsafe { ffi::MPI_Comm_dup(comm.raw, &mut end_comm.raw) })?;
-        let (universe, aborted) = (Some(UniverseGuard(universe)), AtomicBool::new(false));
+        let (universe, aborted) = (Some(universe), AtomicBool::new(false));
         Ok(Arc::new(Self { universe, comm, end_comm, rank, size, aborted }))
     }
 
