@@ -1,12 +1,11 @@
 //! Collectives: the request ([`CollectiveCall`]) and the trait that every engine implements ([`Collective`]).
 //! CPU engines live in `collective/`, GPU engines in `cuda/`.
 
-use std::any::Any;
 use std::fmt::Debug;
-use std::sync::Arc;
 
 use crate::bound::Bound;
 use crate::error::{KernelError, Result};
+use crate::event::BackendObject;
 use crate::memory::View;
 
 pub mod board;
@@ -93,6 +92,5 @@ pub(crate) trait Enqueue {
     /// Puts one member's part of a call on its stream, in order. `stream` is the backend's own; its device is current.
     /// Blocks no longer than a few driver calls take. The caller keeps all memory of `bound` alive until the stream has
     /// run the call (STAGE-1 for the workspace).
-    fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: Arc<dyn Any + Send + Sync>)
-    -> Result<Enqueued>;
+    fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: BackendObject) -> Result<Enqueued>;
 }

@@ -9,7 +9,7 @@ use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 use crate::region::{check_inside, for_each_run, subtract};
-use crate::tensor::{DType, Region, element_count, split_range};
+use crate::tensor::{DType, Region, split_range};
 
 /// Elements of a block that a reduction keeps in the L1 cache.
 const BLOCK: usize = 1024;
@@ -395,24 +395,6 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => {}
     }
     Ok(())
-}
-
-/// Number of elements that a member, whose y has this shape, receives from others.
-pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usize {
-    let (members, member, elements) = (call.group.ranks.len(), call.member, element_count(y_shape));
-    match &call.kind {
-        CollectiveKind::AllReduce { .. } => {
-            let own = split_range(elements, members, member).len();
-            (members - 1) * own + (elements - own)
-        }
-        CollectiveKind::ReduceScatter { .. } => (members - 1) * elements,
-        CollectiveKind::AllGather { parts } => elements - parts[member].element_count(),
-        CollectiveKind::AllToAll { sources, targets } => {
-            elements - sources[member].intersect(&targets[member]).map_or(0, |own| own.element_count())
-        }
-        CollectiveKind::Broadcast { root: from } | CollectiveKind::Receive { from } if *from != member => elements,
-        CollectiveKind::Broadcast { .. } | CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => 0,
-    }
 }
 
 /// [`exchange`] where every x is a copy that is not written: a member does not read the others' y, so there is no

@@ -21,14 +21,14 @@ use std::os::raw::c_int;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::collective::exchange::{check_buffers, check_members, foreign_elements, taken};
+use crate::collective::exchange::{check_buffers, check_members, taken};
 use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::wire::{agreement, shape_of};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
 use crate::error::{KernelError, Result};
 use crate::memory::{View, Words};
 use crate::region::Runs;
-use crate::tensor::Region;
+use crate::tensor::{DType, Region};
 
 mod calls;
 
@@ -488,8 +488,7 @@ impl Collective for Mpi {
         match running.run(peer, reads, writes) {
             Ok(()) => {
                 *collectives = collectives.wrapping_add(u32::from(peer.is_none()));
-                let elements = foreign_elements(call, shape_of(writes));
-                self.received.add(&call.group, call.member, elements * size_of::<f32>());
+                self.received.count(call, shape_of(writes), DType::F32);
                 Ok(())
             }
             Err(CallError::Completed(error)) => Err(failed.insert(error).clone()),

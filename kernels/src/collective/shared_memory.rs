@@ -17,7 +17,7 @@ use std::time::Instant;
 use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
 use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
-    exchange_copies, foreign_elements,
+    exchange_copies,
 };
 use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
@@ -108,10 +108,6 @@ impl SharedMemory {
             Some(cause) => Err(KernelError::Aborted { cause }),
             None => self.abort_status.check(),
         }
-    }
-
-    fn count(&self, call: &CollectiveCall, y: &View<'_>) {
-        self.received.add(&call.group, call.member, foreign_elements(call, y.shape()) * size_of::<f32>());
     }
 }
 
@@ -333,7 +329,7 @@ impl Call<'_> {
             exchange(&buffers, &barrier)?;
             barrier()?;
         }
-        self.engine.count(self.call, y);
+        self.engine.received.count(self.call, y.shape(), y.dtype());
         Ok(())
     }
 
@@ -380,7 +376,7 @@ impl Call<'_> {
         let source = self.posted(from, arena, sender.sent.x.load(Ordering::Relaxed), y.element_count())?;
         // SAFETY: both are whole views; the sender stays in its call, and only the receiver uses its register.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, y.element_count()) };
-        self.engine.count(self.call, y);
+        self.engine.received.count(self.call, y.shape(), y.dtype());
         sender.offer.value.store(0, Ordering::SeqCst);
         sender.offer.wake_waiters();
         Ok(())

@@ -44,8 +44,7 @@ impl Scratch {
     }
 }
 
-/// Whether a launch runs on widened buffers. Casts and copies support bf16 directly; collectives must not compute with
-/// it.
+/// Whether a launch runs on widened buffers: not casts, copies and collectives, which do not compute with bf16.
 pub(crate) fn is_widened(launch: &Launch) -> bool {
     let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
     let supports_bf16 = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));

@@ -428,10 +428,9 @@ impl Issuer {
         };
         self.check_on_this_gpu(launch.op.name(), write)?;
         launch.check_buffers(false)?;
-        let (from, to) = (device_address(read)?, device_address(write)?);
-        let from = StridedRegion { address: from, shape: read.shape(), region: src };
-        let to = StridedRegion { address: to, shape: write.shape(), region: dst };
-        copy_region_from(&self.stream, &source, from, to, read.dtype())
+        let from = StridedRegion::new(device_address(read)?, read.shape(), src.clone());
+        let to = StridedRegion::new(device_address(write)?, write.shape(), dst.clone());
+        copy_region_from(&self.stream, &source, &from, &to, read.dtype())
     }
 
     fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<()> {

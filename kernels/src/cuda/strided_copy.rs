@@ -12,34 +12,26 @@ use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
 use crate::tensor::{DType, Region};
 
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct StridedRegion<'a> {
-    pub(crate) address: u64,
-    pub(crate) shape: &'a [usize],
-    pub(crate) region: &'a Region,
+/// A region of a tensor at an address.
+#[derive(Clone, Debug)]
+pub(crate) struct StridedRegion {
+    address: u64,
+    shape: Vec<usize>,
+    region: Region,
 }
 
-impl StridedRegion<'_> {
+impl StridedRegion {
+    pub(crate) fn new(address: u64, shape: &[usize], region: Region) -> Self {
+        Self { address, shape: shape.to_vec(), region }
+    }
+
+    pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
+        Self::new(address, shape, Region::whole(shape))
+    }
+
     /// Address of the region if it is contiguous.
     fn contiguous(&self, dtype: DType) -> Option<u64> {
-        contiguous_start(self.shape, self.region).map(|start| self.address + (start * dtype.bytes()) as u64)
-    }
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct OwnedRegion {
-    pub(crate) address: u64,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) region: Region,
-}
-
-impl OwnedRegion {
-    pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
-        Self { address, shape: shape.to_vec(), region: Region::whole(shape) }
-    }
-
-    pub(crate) fn as_region(&self) -> StridedRegion<'_> {
-        StridedRegion { address: self.address, shape: &self.shape, region: &self.region }
+        contiguous_start(&self.shape, &self.region).map(|start| self.address + (start * dtype.bytes()) as u64)
     }
 }
 
@@ -49,23 +41,18 @@ pub(crate) fn prepare(gpu: &Gpu) -> Result<()> {
     ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }
 
-pub(crate) fn copy_region(
-    stream: &RawStream,
-    from: StridedRegion<'_>,
-    to: StridedRegion<'_>,
-    dtype: DType,
-) -> Result<()> {
+pub(crate) fn copy_region(stream: &RawStream, from: &StridedRegion, to: &StridedRegion, dtype: DType) -> Result<()> {
     if from.region.is_empty() {
         return Ok(());
     }
     if let (Some(source), Some(target)) = (from.contiguous(dtype), to.contiguous(dtype)) {
         return stream.copy(target, source, from.region.element_count() * dtype.bytes());
     }
-    let buffer = |shape: &[usize]| Buffer { base: 0, offset: 0, shape: shape.to_vec(), dtype };
+    let buffer = |part: &StridedRegion| Buffer { base: 0, offset: 0, shape: part.shape.clone(), dtype };
     let launch = Launch {
         op: Op::CopyRegion { src: from.region.clone(), dst: to.region.clone() },
-        reads: vec![buffer(from.shape)],
-        writes: vec![buffer(to.shape)],
+        reads: vec![buffer(from)],
+        writes: vec![buffer(to)],
         accumulate: false,
         workspace: None,
     };
@@ -79,15 +66,15 @@ pub(crate) fn copy_region(
 pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,
-    from: StridedRegion<'_>,
-    to: StridedRegion<'_>,
+    from: &StridedRegion,
+    to: &StridedRegion,
     dtype: DType,
 ) -> Result<()> {
     if stream.is_on(source) {
         return copy_region(stream, from, to, dtype);
     }
     let (mut rows, mut copied): (Option<RowCopy>, _) = (None, Ok(()));
-    let (read, write) = ((from.shape, &from.region.start[..]), (to.shape, &to.region.start[..]));
+    let (read, write) = ((&from.shape[..], &from.region.start[..]), (&to.shape[..], &to.region.start[..]));
     for_each_run(read, write, &from.region.size, |i, j, elements| {
         let bytes = |elements: usize| elements * dtype.bytes();
         let next = RowCopy::one(from.address + bytes(i) as u64, to.address + bytes(j) as u64, bytes(elements));

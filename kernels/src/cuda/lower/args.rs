@@ -41,13 +41,17 @@ impl<'a> Args<'a> {
         self.launch.writes[i].dtype
     }
 
-    /// Picks the variant of a kernel (see [`variants`](super::kernel::variants)) for the types of read `i` and write
-    /// `w`.
+    /// Picks the variant of a kernel, as [`variants`](super::kernel::variants), for the types of read `i` and write `w`.
     pub(super) fn pick(&self, i: usize, w: usize, [f32, bf16, widening]: [&'static str; 3]) -> &'static str {
         match (self.read_dtype(i), self.write_dtype(w)) {
             (DType::BF16, DType::BF16) => bf16,
             (DType::BF16, _) => widening,
             _ => f32,
         }
+    }
+
+    /// Picks the variant of a kernel for the type of read `i` alone.
+    pub(super) fn pick_by_read(&self, i: usize, [f32, bf16]: [&'static str; 2]) -> &'static str {
+        if self.read_dtype(i) == DType::BF16 { bf16 } else { f32 }
     }
 }

@@ -18,11 +18,6 @@ fn threads_for(work: usize, max: usize) -> usize {
     work.clamp(32, max).next_power_of_two()
 }
 
-/// Picks the variant of a kernel that reads f32 or bf16 activations and writes f32.
-fn pick_by_read(args: &Args<'_>, read: usize, [f32, bf16]: [&'static str; 2]) -> &'static str {
-    args.pick(read, 0, [f32, bf16, bf16])
-}
-
 /// A kernel with one block per row of `width` elements.
 pub(super) fn rows(function: &'static str, rows: usize, width: usize, args: Vec<Arg>) -> Result<Vec<Step>> {
     blocks(function, rows, threads_for(width.div_ceil(PACK * ROW_PACKS), ROW_THREADS_MAX), 0, args)
@@ -50,14 +45,14 @@ pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<
         steps.push(Step::Fill { to: Place::write(0), word: 0, words });
     }
     let arguments = vec![read(0), read(1), write(0), long(count), long(held), long(width), long(vocab_start)];
-    let name = pick_by_read(args, 1, ["embedding_grad_f32", "embedding_grad_bf16"]);
+    let name = args.pick_by_read(1, ["embedding_grad_f32", "embedding_grad_bf16"]);
     steps.extend(blocks(name, count, THREADS, 0, arguments)?);
     Ok(steps)
 }
 
 pub(super) fn row_max(args: &Args<'_>) -> Result<Vec<Step>> {
     let [count, width] = args.launch.rows_of(0)?;
-    rows(pick_by_read(args, 0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
+    rows(args.pick_by_read(0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
 }
 
 pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>> {
@@ -65,7 +60,7 @@ pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) 
     let mut arguments = vec![read(0), read(1), read(2), write(0), write(1)];
     arguments.extend([count, width, vocab_start, vocab].map(long));
     arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
-    rows(pick_by_read(args, 0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
+    rows(args.pick_by_read(0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
 }
 
 pub(super) fn token_loss(args: &Args<'_>, scale: f32) -> Result<Vec<Step>> {

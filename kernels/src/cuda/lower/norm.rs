@@ -35,8 +35,7 @@ pub(super) fn layer_norm_grad(args: &Args<'_>) -> Result<Vec<Step>> {
     arguments.extend([write(0), long(rows), long(width)]);
     let mut steps = warps(args.pick(0, 0, variants!("layer_norm_grad")), rows, arguments)?;
     let inputs = [0, 1, 3, 4].map(read).to_vec();
-    let [f32, bf16] = ["layer_norm_grad_weight_f32", "layer_norm_grad_weight_bf16"];
-    let weight = args.pick(0, 1, [f32, bf16, bf16]);
+    let weight = args.pick_by_read(0, ["layer_norm_grad_weight_f32", "layer_norm_grad_weight_bf16"]);
     let kernels = [weight, weight, "sum_leading_f32"];
     steps.extend(sum_columns(kernels, inputs, Place::write(1), [rows, width], args.accumulate)?);
     Ok(steps)
