@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
+use crate::collective::board::{Board, COPY_BYTES_MAX, Counter, GroupArea, MemberSlot, Post, TICK};
 use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
     exchange_copies,
@@ -245,6 +245,17 @@ impl Call<'_> {
         }
     }
 
+    /// Waits until `done` holds for the counter, unless the call is interrupted.
+    fn wait(
+        &self,
+        counter: &Counter,
+        done: &dyn Fn(u32) -> bool,
+        mismatched_peer: &dyn Fn() -> Option<usize>,
+    ) -> Result<()> {
+        let mismatched_peer = || if done(counter.value.load(Ordering::SeqCst)) { None } else { mismatched_peer() };
+        counter.wait(self.oversubscribed, done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
+    }
+
     fn barrier(&self, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<()> {
         let barriers = self.progress.barriers.load(Ordering::Relaxed).wrapping_add(1);
         self.progress.barriers.store(barriers, Ordering::Relaxed);
@@ -257,9 +268,7 @@ impl Call<'_> {
         }
         // Other members may have reached the next barrier already.
         let done = |arrivals: u32| arrivals.wrapping_sub(target) as i32 >= 0;
-        let mismatched_peer =
-            || if done(arrivals_counter.value.load(Ordering::SeqCst)) { None } else { mismatched_peer() };
-        arrivals_counter.wait(self.oversubscribed, &done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
+        self.wait(arrivals_counter, &done, mismatched_peer)
     }
 
     /// Posts x and y and waits for the other members' posts. Returns the number of the rendezvous.
@@ -354,19 +363,13 @@ impl Call<'_> {
         slot.sent.x.store(x.offset() as u64, Ordering::Relaxed);
         offer.value.store(to as u32 + 1, Ordering::SeqCst);
         offer.wake_waiters();
-        let done = |value| value == 0;
-        let mismatched_peer = || if done(offer.value.load(Ordering::SeqCst)) { None } else { self.in_collective(to) };
-        offer.wait(self.oversubscribed, &done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
+        self.wait(offer, &|value| value == 0, &|| self.in_collective(to))
     }
 
     fn receive(&self, from: usize, y: &View<'_>) -> Result<()> {
         let (sender, member) = (self.other(from), self.call.member);
         self.slot.receiving.store(from as u32 + 1, Ordering::SeqCst);
-        let done = |value| value == member as u32 + 1;
-        let mismatched_peer =
-            || if done(sender.offer.value.load(Ordering::SeqCst)) { None } else { self.in_collective(from) };
-        let offered =
-            sender.offer.wait(self.oversubscribed, &done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer));
+        let offered = self.wait(&sender.offer, &|value| value == member as u32 + 1, &|| self.in_collective(from));
         self.slot.receiving.store(0, Ordering::SeqCst);
         offered?;
         if sender.sent.terms.load(Ordering::Relaxed) != digest(&(y.dtype(), y.shape())) {

@@ -93,7 +93,11 @@ pub(super) fn run(report: &mut Report, make: &Make<'_>, requirements: &EngineReq
         suite.all_reduces();
         suite.moves();
         suite.reduce_scatters();
-        suite.point_to_point();
+        if n >= 2
+            && let Err(error) = suite.chain()
+        {
+            suite.report.fail(&format!("send and receive along {n} members"), error);
+        }
         suite.broadcasts();
     }
     if members_max >= 3
@@ -352,16 +356,8 @@ impl Suite<'_> {
 
     /// Two messages through a chain of members: messages between two members arrive in the order in which they were
     /// sent.
-    fn point_to_point(&mut self) {
+    fn chain(&mut self) -> Result<()> {
         let n = self.n;
-        if n >= 2
-            && let Err(error) = self.chain(n)
-        {
-            self.report.fail(&format!("send and receive along {n} members"), error);
-        }
-    }
-
-    fn chain(&mut self, n: usize) -> Result<()> {
         let group = self.next_group();
         let call = |member, kind| CollectiveCall { group: group.clone(), member, kind };
         let x = HostTensor::i32(&[2], vec![41, 42]);

@@ -182,6 +182,7 @@ fn layout(matrix: &Matrix, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_
 
 impl Plan {
     fn new(blas: &Blas, product: &Product, key: &Key, place: &str) -> Result<Self> {
+        use cudarc::cublas::sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let mut description = std::ptr::null_mut();
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
@@ -189,13 +190,7 @@ impl Plan {
         let status = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
         check(status, "cublasLtMatmulDescCreate", place)?;
         let description = Raw(description);
-        let transposed = |is_transposed| {
-            if is_transposed {
-                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_T
-            } else {
-                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_N
-            }
-        };
+        let transposed = |is_transposed| if is_transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
         let mut plan = Self {
@@ -212,17 +207,15 @@ impl Plan {
     /// Returns the algorithm that the library's heuristic ranks first.
     fn choose(&self, blas: &Blas, key: &Key, workspace: usize, place: &str) -> Result<sys::cublasLtMatmulAlgo_t> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        // Partial sums stay f32 if the result is bf16.
+        use sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as REDUCTION;
         let mut preference = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
         let status = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
         check(status, "cublasLtMatmulPreferenceCreate", place)?;
         let [a, b, d] = key.alignment;
         let attributes = [
-            // Partial sums stay f32 if the result is bf16.
-            (
-                Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
-            ),
+            (Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, REDUCTION as u32),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),

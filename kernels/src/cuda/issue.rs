@@ -305,19 +305,18 @@ impl Issuer {
 
     fn finish(&mut self, run: Run, result: Result<()>) {
         let Run { in_flight, bases, uses_record, .. } = run;
-        let fetched = if uses_record { self.fetch_record(&in_flight) } else { Ok(()) };
-        match fetched.and_then(|()| self.stream.record()) {
+        let fetched = uses_record.then(|| self.records.fetch(&self.stream)).transpose();
+        let recorded = fetched.and_then(|slot| {
+            slot.into_iter().for_each(|slot| in_flight.set_record_slot(slot));
+            self.stream.record()
+        });
+        match recorded {
             Ok(recorded) => self.stream.report(recorded, in_flight.end(bases, result)),
             Err(error) => {
                 drop(bases);
                 in_flight.finish(Err(result.err().unwrap_or(error)));
             }
         }
-    }
-
-    fn fetch_record(&mut self, in_flight: &InFlight) -> Result<()> {
-        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, &self.stream.place)?);
-        Ok(())
     }
 
     /// Whether a launch runs on the host: a custom kernel, or a collective of an engine that cannot enqueue on streams.

@@ -4,13 +4,12 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys;
 use parking_lot::Mutex;
 
-use super::context::Raw;
 use super::device_memory::DeviceMemory;
 use super::gpu::Gpu;
 use super::memory::Pinned;
+use super::raw_stream::RawStream;
 use super::step::ErrorRecord;
 use crate::clock::{ReleaseClocks, host_access};
 use crate::error::Result;
@@ -80,25 +79,23 @@ impl ErrorRecords {
     }
 
     /// Enqueues a copy and a reset of the record. Requires the context to be bound.
-    pub(crate) fn fetch(&mut self, gpu: &Gpu, stream: Raw<sys::CUstream>, place: &str) -> Result<RecordSlot> {
-        let slot = self.take_slot(gpu)?;
-        let to = slot.block.pinned.start().wrapping_add(slot.index * BYTES);
-        // SAFETY: both are live and have a record's size; nobody reads the slot before the event recorded after this
-        // copy is done.
-        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.address(), BYTES, stream.0) };
-        gpu.context.check(result, "cuMemcpyDtoHAsync", &place)?;
-        // SAFETY: the record is live.
-        let result = unsafe { sys::cuMemsetD32Async(self.address(), 0, ErrorRecord::WORDS, stream.0) };
-        gpu.context.check(result, "cuMemsetD32Async", &place)?;
+    pub(crate) fn fetch(&mut self, stream: &RawStream) -> Result<RecordSlot> {
+        let slot = self.take_slot(&stream.gpu)?;
+        stream.copy_out(slot.start(), self.address(), BYTES)?;
+        stream.fill(self.address(), 0, ErrorRecord::WORDS)?;
         Ok(slot)
     }
 }
 
 impl RecordSlot {
+    fn start(&self) -> *mut u8 {
+        self.block.pinned.start().wrapping_add(self.index * BYTES)
+    }
+
     /// Decodes the copied record. The event recorded after the copy must be done.
     pub(crate) fn read(&self) -> Option<ErrorRecord> {
         let mut words = [0; ErrorRecord::WORDS];
-        let start = self.block.pinned.start().wrapping_add(self.index * BYTES);
+        let start = self.start();
         host_access(start, BYTES, false);
         // SAFETY: inside the pinned memory, which is page-aligned; only the copy writes it, and it is done. This does
         // not touch other slots, which may be written meanwhile.

@@ -9,8 +9,12 @@ use crate::tensor::{DType, element_count};
 /// Packs of four per thread of AdamW: PACKS_PER_THREAD in optimizer.cu.
 const ADAMW_PACKS: usize = 4;
 
-/// An elementwise kernel over write 0, in the variant for the types of read 0 and write 0.
-fn map(args: &Args<'_>, names: [&'static str; 3], arguments: Vec<Arg>) -> Result<Vec<Step>> {
+/// An elementwise kernel of all reads to write 0, in the variant for the types of read 0 and write 0. Its parameters
+/// are the buffers, the number of elements, and `more`.
+pub(super) fn map(args: &Args<'_>, names: [&'static str; 3], more: &[Arg]) -> Result<Vec<Step>> {
+    let mut arguments: Vec<Arg> = (0..args.launch.reads.len()).map(read).collect();
+    arguments.extend([write(0), long(args.written(0))]);
+    arguments.extend(more);
     // If the types differ, the pack of the wider one.
     let pack = pack_of(args.read_dtype(0)).min(pack_of(args.write_dtype(0)));
     threads(args.pick(0, 0, names), args.written(0).div_ceil(pack), arguments)
@@ -44,24 +48,10 @@ pub(super) fn cast(args: &Args<'_>) -> Result<Vec<Step>> {
 
 pub(super) fn add(args: &Args<'_>) -> Result<Vec<Step>> {
     let (a, b) = (args.read_shape(0), args.read_shape(1));
-    let mut arguments = vec![read(0), read(1), write(0), long(args.written(0))];
     if a == b {
-        return map(args, variants!("add"), arguments);
+        return map(args, variants!("add"), &[]);
     }
-    arguments.push(long(element_count(b)));
-    map(args, variants!("add_suffix"), arguments)
-}
-
-pub(super) fn scale(args: &Args<'_>, factor: f32) -> Result<Vec<Step>> {
-    map(args, variants!("scale"), vec![read(0), write(0), long(args.written(0)), Arg::F32(factor)])
-}
-
-pub(super) fn gelu(args: &Args<'_>) -> Result<Vec<Step>> {
-    map(args, variants!("gelu"), vec![read(0), write(0), long(args.written(0))])
-}
-
-pub(super) fn gelu_grad(args: &Args<'_>) -> Result<Vec<Step>> {
-    map(args, variants!("gelu_grad"), vec![read(0), read(1), write(0), long(args.written(0))])
+    map(args, variants!("add_suffix"), &[long(element_count(b))])
 }
 
 pub(super) fn adamw(args: &Args<'_>, beta1: f32, beta2: f32, eps: f32, weight_decay: f32) -> Result<Vec<Step>> {

@@ -20,6 +20,9 @@ pub struct FusedLaunches {
     pub steps: Vec<Step>,
 }
 
+/// Whether two buffers share memory without being identical.
+type Overlap<'a> = dyn Fn(&Buffer, &Buffer) -> bool + 'a;
+
 /// Whether there is a fused kernel for these two ops.
 pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     let pair = (&first.op, &second.op);
@@ -27,16 +30,12 @@ pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// Fuses `first` and `second` into one step if possible. `overlap` returns whether two buffers share memory without
-/// being identical. No signal may be due between the two; an [`Arg::LaunchIndex`] is that of `second`.
+/// Fuses `first` and `second` into one step if possible. No signal may be due between the two; an [`Arg::LaunchIndex`]
+/// is that of `second`.
 ///
 /// # Errors
 /// Those of [`lower`] for either launch.
-pub fn fuse(
-    first: &Launch,
-    second: &Launch,
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>> {
+pub fn fuse(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Result<Option<FusedLaunches>> {
     if !may_fuse(first, second) {
         return Ok(None);
     }
@@ -60,7 +59,7 @@ pub fn fuse(
 }
 
 /// True if a write would overwrite a read that precedes it only in separate launches.
-fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &dyn Fn(&Buffer, &Buffer) -> bool) -> bool {
+fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &Overlap<'_>) -> bool {
     let touches = |read: &Buffer, write: &Buffer| overlap(read, write) || same_start(read, write);
     reads.iter().any(|read| writes.iter().any(|write| touches(read, write)))
 }
@@ -76,12 +75,7 @@ fn pick_uniform(first: &Launch, second: &Launch, f32: &'static str, bf16: &'stat
     same.then_some(if dtype == DType::BF16 { bf16 } else { f32 })
 }
 
-fn add_layer_norm(
-    first: &Launch,
-    second: &Launch,
-    eps: f32,
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>> {
+fn add_layer_norm(first: &Launch, second: &Launch, eps: f32, overlap: &Overlap<'_>) -> Result<Option<FusedLaunches>> {
     let weight = second.reads[1].clone();
     // The norm's results may overwrite the summands, which the norm alone no longer needs.
     if conflict(&first.reads, &second.writes, overlap)
@@ -101,11 +95,7 @@ fn add_layer_norm(
     }))
 }
 
-fn bias_gelu(
-    first: &Launch,
-    second: &Launch,
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>> {
+fn bias_gelu(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Result<Option<FusedLaunches>> {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
     // Each element of x is read by the thread that overwrites it.
     let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflict(&first.reads[i..=i], &second.writes, overlap));
@@ -130,7 +120,7 @@ fn max_and_sum(
     first: &Launch,
     second: &Launch,
     [vocab_start, vocab]: [usize; 2],
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
+    overlap: &Overlap<'_>,
 ) -> Result<Option<FusedLaunches>> {
     let (logits, max, targets) = (&first.reads[0], &first.writes[0], &second.reads[2]);
     let same = second.reads[0] == *logits && second.reads[1] == *max;

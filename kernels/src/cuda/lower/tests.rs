@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::cuda::source::MODULES;
-use crate::cuda::step::{Arg, Operand, SHARED_BYTES_DEFAULT};
+use crate::cuda::step::{Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 

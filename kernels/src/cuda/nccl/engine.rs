@@ -192,13 +192,10 @@ impl MemberCall<'_> {
                 (NcclCall::ReduceScatter(*op), y_elements)
             }
             CollectiveKind::ReduceScatter { op, parts } => return self.reduce_parts(*op, parts),
-            CollectiveKind::Send { to } => {
-                let sent = Transfer { sends: true, peer: *to, address: x, elements: x_elements };
-                return self.transfers(&[sent]).map(|()| Vec::new());
-            }
-            CollectiveKind::Receive { from } => {
-                let received = Transfer { sends: false, peer: *from, address: y, elements: y_elements };
-                return self.transfers(&[received]).map(|()| Vec::new());
+            CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => {
+                let sends = matches!(call.kind, CollectiveKind::Send { .. });
+                let (address, elements) = if sends { (x, x_elements) } else { (y, y_elements) };
+                return self.transfers(&[Transfer { sends, peer: *peer, address, elements }]).map(|()| Vec::new());
             }
             kind => {
                 let Some((sources, targets)) = regions(kind, y_shape) else { return Ok(Vec::new()) };

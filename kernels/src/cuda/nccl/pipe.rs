@@ -178,9 +178,7 @@ impl Pipe {
         self.comm.record_call(&self.stream);
         self.comm.transfer(&transfers, None, &self.stream).map_err(|error| self.inner.abort_on_error(error))
     }
-}
 
-impl Pipe {
     /// Waits for pending work; returns whether it ended in time.
     fn drain(&self) -> bool {
         if self.pending.lock().is_some() {
