@@ -292,13 +292,12 @@ impl<'a> View<'a> {
         let bytes = shape.iter().try_fold(dtype.bytes(), |product, &extent| product.checked_mul(extent));
         let end = bytes.and_then(|bytes| bytes.checked_add(offset));
         if end.is_none_or(|end| end > arena.bytes()) {
-            let (expected, got) =
-                (format!("at most {} bytes", arena.bytes()), format!("shape {shape:?} at byte {offset}"));
-            return Err(KernelError::arguments(user, "buffer is out of bounds", expected, got));
+            let expected = format!("a buffer inside the {} bytes of its arena", arena.bytes());
+            return Err(KernelError::arguments(user, "buffer", expected, format!("shape {shape:?} at byte {offset}")));
         }
         if !offset.is_multiple_of(dtype.bytes()) {
-            let (expected, got) = (format!("a multiple of {} bytes", dtype.bytes()), format!("byte {offset}"));
-            return Err(KernelError::arguments(user, "buffer is not aligned", expected, got));
+            let expected = format!("a multiple of {} bytes", dtype.bytes());
+            return Err(KernelError::arguments(user, "offset of a buffer", expected, format!("{offset} bytes")));
         }
         Ok(Self { arena, offset, shape, dtype })
     }
@@ -309,8 +308,8 @@ impl<'a> View<'a> {
     /// [`KernelError::Arguments`] when the base does not exist, or as for [`View::new`].
     pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self> {
         let Some(base) = bases.get(buffer.base) else {
-            let expected = format!("fewer than {} bases", bases.len());
-            return Err(KernelError::arguments(user, "buffer's base", expected, buffer.base.to_string()));
+            let expected = format!("an index below {}", bases.len());
+            return Err(KernelError::arguments(user, "base of a buffer", expected, buffer.base.to_string()));
         };
         // If the sum overflows, it is out of bounds of any arena.
         let offset = base.offset.saturating_add(buffer.offset);
@@ -382,7 +381,7 @@ impl<'a> View<'a> {
         }
         let in_place = x.zip(y).is_some_and(|(x, y)| x.same_memory(y));
         if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
-            return Err(KernelError::arguments(op, "buffers", "no overlap of x and y", "an overlap"));
+            return Err(KernelError::arguments(op, "buffers", "x and y that do not overlap", "an overlap"));
         }
         // SAFETY: in bounds and aligned by MEM-1 (the dtype has 4 bytes, checked above, and all bits are valid floats),
         // exclusive by MEM-3.

@@ -254,7 +254,7 @@ impl Board {
             Err(KernelError::arguments("board of collectives", what, expected, got))
         };
         if arena.bytes() != Self::bytes(groups) || !arena.is_writable() || arena.descriptor().is_none() {
-            let expected = format!("{} bytes, shared, to read and write", Self::bytes(groups));
+            let expected = format!("{} bytes of shared memory, writable true", Self::bytes(groups));
             let got = format!("{} bytes, writable {}", arena.bytes(), arena.is_writable());
             return refused("memory", expected, got);
         }
@@ -270,9 +270,11 @@ impl Board {
         let digest = hasher.finish().max(1);
         let before = board.head().groups.compare_exchange(0, digest, Ordering::AcqRel, Ordering::Acquire);
         match before {
-            Err(other) if other != digest => {
-                refused("groups", format!("those of the other processes ({other:016x})"), format!("{digest:016x}"))
-            }
+            Err(other) if other != digest => refused(
+                "groups",
+                format!("those of the other processes (digest {other:016x})"),
+                format!("digest {digest:016x}"),
+            ),
             _ => Ok(board),
         }
     }

@@ -207,7 +207,7 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     };
     let in_place = matches!(call.kind, CollectiveKind::AllReduce { .. } | CollectiveKind::Broadcast { .. });
     if x.overlaps(y) && !(in_place && x.same_memory(y)) {
-        return rejected("buffers", "no overlap of x and y".to_owned(), "an overlap".to_owned());
+        return rejected("buffers", "x and y that do not overlap".to_owned(), "an overlap".to_owned());
     }
     if x.dtype() != y.dtype() {
         return rejected("dtype of y", format!("{:?}", x.dtype()), format!("{:?}", y.dtype()));
@@ -257,8 +257,8 @@ fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<()> 
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
     let Some(missing) = rest.iter().find(|region| !region.is_empty()) else { return Ok(()) };
-    let got = format!("no member holds {missing:?}");
-    Err(KernelError::arguments(name, "sources", "a member that holds every element", got))
+    let got = format!("no member that holds {missing:?}");
+    Err(KernelError::arguments(name, "sources", "for each element a member that holds it", got))
 }
 
 /// Combines `a` and `b`, in this order. The only definition of each [`ReduceOp`].

@@ -87,7 +87,7 @@ impl fmt::Debug for Mpi {
 
 fn count(words: usize) -> Result<c_int> {
     let out_of_range = |_| {
-        let expected = format!("at most {} elements of a tensor over MPI", c_int::MAX);
+        let expected = format!("at most {} elements, the limit of MPI", c_int::MAX);
         KernelError::arguments("collective", "size", expected, words.to_string())
     };
     c_int::try_from(words).map_err(out_of_range)
@@ -462,7 +462,7 @@ impl Collective for Mpi {
         let known = known.filter(|known| known.group.ranks == call.group.ranks && known.member == call.member);
         let (Some(known), true) = (known, peer != Some(call.member)) else {
             let got = format!("member {} of group {} of {:?}", call.member, call.group.id, call.group.ranks);
-            let expected = "the member of a known group in this process";
+            let expected = "this process's member of a known group";
             return Err(KernelError::arguments(call.name(), "member", expected, got));
         };
         let mut state = known.state.lock();

@@ -83,7 +83,7 @@ impl SharedMemory {
         }
         let index: HashMap<u32, usize> = groups.iter().enumerate().map(|(i, group)| (group.id, i)).collect();
         if index.len() != groups.len() {
-            let got = format!("{} ids of {} groups", index.len(), groups.len());
+            let got = format!("{} different ids for {} groups", index.len(), groups.len());
             return Err(KernelError::arguments("collectives of a node", "groups", "a unique id per group", got));
         }
         let known = |group: &Arc<Group>| GroupProgress {

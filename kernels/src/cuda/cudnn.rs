@@ -134,9 +134,14 @@ impl AttentionPlans {
             (_, Attention::Ordered) => match ordered_engine(self.gpu.capability(), handle.api.number()) {
                 Some(pin) => Some(pin),
                 None => {
-                    let (expected, version) = ("an engine that sums in a fixed order", handle.api.version());
-                    let got = format!("none for {:?} in cuDNN {version}", self.gpu.capability());
-                    return Err(KernelError::arguments("attention_grad", "dq", expected, got));
+                    let ((major, minor), version) = (self.gpu.capability(), handle.api.version());
+                    let got = format!("none for compute capability {major}.{minor} in cuDNN {version}");
+                    return Err(KernelError::arguments(
+                        "attention_grad",
+                        "engine",
+                        "one with a fixed order of sums",
+                        got,
+                    ));
                 }
             },
         };

@@ -423,7 +423,7 @@ impl Issuer {
         let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
-            return Err(launch.refused("read 0", "device memory to copy unchanged", got));
+            return Err(launch.refused("read 0", "GPU memory, copied without conversion or addition", got));
         };
         self.check_on_this_gpu(launch.op.name(), write)?;
         launch.check_buffers(false)?;
@@ -515,7 +515,7 @@ fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<()> {
         for (r, read) in bound.reads.iter().enumerate() {
             if read.overlaps(write) && !(w == 0 && lower::in_place(launch).contains(&r)) {
                 let expected = "memory that is not written";
-                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "an op in place"));
+                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "memory of a write"));
             }
         }
     }

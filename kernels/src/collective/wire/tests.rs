@@ -302,7 +302,7 @@ fn a_peer_that_reads_nothing_fails_the_write_after_the_timeout() {
     let mut member = MemberUnderTest::new(SEND, 2 << 20);
     member.send(member.header(0), &[]);
     let began = Instant::now();
-    assert!(link_cause(member.run()).contains("takes no bytes for 200 ms"));
+    assert!(link_cause(member.run()).contains("the peer has accepted no bytes for 200 ms"));
     assert!(began.elapsed() >= SHORT_TIMEOUT && began.elapsed() < LONG_TIMEOUT);
 }
 

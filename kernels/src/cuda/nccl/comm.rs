@@ -169,7 +169,7 @@ impl Comm {
 
     /// The error for a communicator that has ended or was aborted.
     fn closed(&self) -> KernelError {
-        KernelError::Aborted { cause: format!("{} has ended", self.place) }
+        KernelError::Aborted { cause: format!("the communicator of {} has ended", self.place) }
     }
 
     pub(super) fn timeout_error(&self, call: &'static str, within: Duration) -> KernelError {

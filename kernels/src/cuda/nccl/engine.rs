@@ -290,7 +290,7 @@ impl Enqueue for Nccl {
         let comm = self.0.comms.get(&(call.group.id, call.member)).cloned();
         if comm.is_none() && call.group.ranks.len() > 1 {
             let got = format!("group {}, member {}", call.group.id, call.member);
-            return Err(KernelError::arguments(call.name(), "group", "a joined group", got));
+            return Err(KernelError::arguments(call.name(), "group", "a group that the engine has joined", got));
         }
         let of = GpuCall::new(call, bound, stream)?;
         if let Some(comm) = &comm {

@@ -56,7 +56,7 @@ impl Nccl {
             self.0.comms.get(&(membership.group.id, membership.member)).filter(|_| membership.group.ranks.len() == 2);
         let Some(comm) = comm.cloned() else {
             let got = format!("group {}, member {}", membership.group.id, membership.member);
-            return Err(KernelError::arguments("pipe", "group", "a joined group of two", got));
+            return Err(KernelError::arguments("pipe", "group", "a group of two that the engine has joined", got));
         };
         let (rank, peer) = (membership.group.ranks[membership.member], 1 - membership.member);
         let name = format!("{}{}", ["to ", "from "][membership.member], membership.group.ranks[peer]);
@@ -165,8 +165,9 @@ impl Pipe {
         let mut transfers = Vec::new();
         for (offset, bytes) in ranges {
             if offset.checked_add(bytes).is_none_or(|end| end > arena.bytes()) {
-                let (expected, got) = (format!("at most {} bytes", arena.bytes()), format!("{bytes} at byte {offset}"));
-                return Err(KernelError::arguments("pipe", "range out of bounds", expected, got));
+                let expected = format!("a range inside the {} bytes of the arena", arena.bytes());
+                let got = format!("{bytes} bytes at byte {offset}");
+                return Err(KernelError::arguments("pipe", "range", expected, got));
             }
             let address = memory.address() + offset as u64;
             transfers.push(Transfer { sends, peer: self.peer, address, elements: bytes });
