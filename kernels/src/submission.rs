@@ -2,7 +2,6 @@
 //! share.
 
 use std::any::Any;
-use std::fmt;
 use std::sync::Arc;
 
 use crate::error::KernelError;
@@ -47,12 +46,6 @@ pub struct Submission {
     pub repeat: bool,
     /// Receives signals and the result.
     pub notify: Notify,
-}
-
-impl fmt::Debug for Submission {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Submission").field("program", &self.program.name).field("repeat", &self.repeat).finish()
-    }
 }
 
 /// A command of a stream's queue; `R` is how the backend represents a submission.

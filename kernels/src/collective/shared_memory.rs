@@ -9,12 +9,11 @@
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use crate::collective::board::{Board, COPY_BYTES_MAX, Counter, GroupArea, MemberSlot, Post, TICK};
+use crate::collective::board::{Board, COPY_BYTES_MAX, Counter, GroupArea, MemberSlot, Post, TICK, digest};
 use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
     exchange_copies,
@@ -121,13 +120,6 @@ fn contributions(call: &CollectiveCall, own_elements: usize) -> (usize, impl Fn(
     let elements = move |member: usize| regions.map_or(own_elements, |regions| regions[member].element_count());
     let most = (0..call.group.ranks.len()).map(&elements).max().unwrap_or(0);
     (most * size_of::<f32>(), elements)
-}
-
-fn digest(terms: &impl Hash) -> u64 {
-    // The hasher's keys are fixed, and all processes run the same binary.
-    let mut hasher = DefaultHasher::new();
-    terms.hash(&mut hasher);
-    hasher.finish()
 }
 
 impl Call<'_> {

@@ -29,23 +29,6 @@ impl<'a> Args<'a> {
         Ok(Self { launch, taken, reads, writes, scratch: None, accumulate })
     }
 
-    pub(crate) fn read_shape(&self, i: usize) -> &'a [usize] {
-        self.reads[i].shape()
-    }
-
-    pub(crate) fn write_shape(&self, i: usize) -> &'a [usize] {
-        self.writes[i].shape()
-    }
-
-    pub(crate) fn write_dtype(&self, i: usize) -> DType {
-        self.writes[i].dtype()
-    }
-
-    /// An error for input values that no valid program produces.
-    pub(crate) fn bad_data(&self, what: String) -> KernelError {
-        KernelError::Data { op: self.launch.op.name().to_owned(), what }
-    }
-
     /// Read `i` as indices, after a check that all are below `limit`.
     pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32]> {
         let indices = self.i32(i)?;
@@ -53,7 +36,8 @@ impl<'a> Args<'a> {
         match indices.iter().position(|index| !inside(index)) {
             None => Ok(indices),
             Some(position) => {
-                Err(self.bad_data(format!("index {} at position {position} is not in 0..{limit}", indices[position])))
+                let what = format!("index {} at position {position} is not in 0..{limit}", indices[position]);
+                Err(KernelError::Data { op: self.launch.op.name().to_owned(), what })
             }
         }
     }

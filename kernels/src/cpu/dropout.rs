@@ -44,7 +44,7 @@ pub(crate) fn dropout(
     start: &[usize],
     stride: usize,
 ) -> Result<()> {
-    let local = args.read_shape(0);
+    let local = args.reads[0].shape();
     let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
     let (step, micro_batch) = (rng[0] as u32, rng[1] as u32);
     let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(0x9e37_79b9_7f4a_7c15))));

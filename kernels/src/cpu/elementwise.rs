@@ -41,7 +41,7 @@ pub(crate) fn fill(args: &mut Args<'_>, pool: &Pool, value: f32) -> Result<()> {
 }
 
 pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
-    match args.write_dtype(0) {
+    match args.writes[0].dtype() {
         DType::F32 => {}
         DType::BF16 => return copy_as::<bf16>(args),
         DType::I32 => return copy_as::<i32>(args),
@@ -65,7 +65,7 @@ fn copy_as<T: HostElement>(args: &mut Args<'_>) -> Result<()> {
 }
 
 pub(crate) fn cast(args: &mut Args<'_>) -> Result<()> {
-    if args.write_dtype(0) == DType::BF16 {
+    if args.writes[0].dtype() == DType::BF16 {
         let (x, y) = (args.f32(0)?, args.take(0)?);
         y.iter_mut().zip(x).for_each(|(y, x)| *y = bf16::from_f32(*x));
     } else {
@@ -85,7 +85,7 @@ fn store(y: &mut [f32], x: &[f32], accumulate: bool) {
 
 pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Result<()> {
     let accumulate = args.accumulate;
-    match args.write_dtype(0) {
+    match args.writes[0].dtype() {
         DType::F32 => move_region::<f32>(args, src, dst, |y, x| store(y, x, accumulate)),
         DType::BF16 => move_region::<bf16>(args, src, dst, |y, x| y.copy_from_slice(x)),
         DType::I32 => move_region::<i32>(args, src, dst, |y, x| y.copy_from_slice(x)),
@@ -98,14 +98,14 @@ fn move_region<T: HostElement>(
     dst: &Region,
     store: impl Fn(&mut [T], &[T]),
 ) -> Result<()> {
-    let (from, to) = ((args.read_shape(0), &src.start[..]), (args.write_shape(0), &dst.start[..]));
+    let (from, to) = ((args.reads[0].shape(), &src.start[..]), (args.writes[0].shape(), &dst.start[..]));
     let (x, y) = (args.slice(0)?, args.take(0)?);
     for_each_run(from, to, &src.size, |from, to, len| store(&mut y[to..to + len], &x[from..from + len]));
     Ok(())
 }
 
 pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
-    let (a_shape, b_shape) = (args.read_shape(0), args.read_shape(1));
+    let (a_shape, b_shape) = (args.reads[0].shape(), args.reads[1].shape());
     let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
     if a_shape == b_shape {
         let b = args.operand(1, 0)?;

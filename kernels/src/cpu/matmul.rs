@@ -113,7 +113,7 @@ fn stored(start: *const f32, rows: usize, columns: usize, transposed: bool) -> M
 }
 
 pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Result<()> {
-    let dims = einsum.gemm_dims(args.read_shape(0), args.read_shape(1))?;
+    let dims = einsum.gemm_dims(args.reads[0].shape(), args.reads[1].shape())?;
     let (a, b, out, accumulate) = (args.f32(0)?, args.f32(1)?, args.out(0)?, args.accumulate);
     let (m, n, k) = (dims.m, dims.n, dims.k);
     assert!(a.len() == m * k && b.len() == k * n && out.len() == m * n, "einsum's dims cover its operands");

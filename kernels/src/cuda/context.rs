@@ -5,7 +5,7 @@
 //!   later call returns it.
 #![allow(unsafe_code)]
 
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::CUdevice_attribute::{
@@ -28,6 +28,7 @@ unsafe impl<T> Send for Raw<T> {}
 // SAFETY: see `Send`.
 unsafe impl<T> Sync for Raw<T> {}
 
+#[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) ordinal: usize,
     pub(crate) name: String,
@@ -37,12 +38,6 @@ pub(crate) struct Context {
     /// Maximum dynamic shared memory of a block (opt-in limit), in bytes.
     pub(crate) shared_bytes_max: usize,
     lost: OnceLock<KernelError>,
-}
-
-impl fmt::Debug for Context {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Context").field("ordinal", &self.ordinal).field("name", &self.name).finish()
-    }
 }
 
 const STICKY: &[CUresult] = &[

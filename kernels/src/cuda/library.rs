@@ -52,17 +52,12 @@ pub(crate) struct Driver {
 /// Declares `Api`, the functions of a library that is loaded at run time, tried under these file names.
 macro_rules! dynamic_library {
     ([$($file:literal),*] $($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
+        #[derive(Debug)]
         pub(crate) struct Api {
             // SAFETY: these are only types; each call states why it is sound.
             $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
             /// Keeps the functions loaded.
             _library: libloading::Library,
-        }
-
-        impl std::fmt::Debug for Api {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("Api")
-            }
         }
 
         impl Api {
@@ -180,6 +175,14 @@ impl Library {
             }
         };
         if present { Ok(()) } else { Err(self.missing()) }
+    }
+
+    pub(crate) fn check_version(self, found: usize, needed: usize) -> Result<()> {
+        if found >= needed {
+            return Ok(());
+        }
+        let [found, needed] = [found, needed].map(dotted_patch);
+        Err(unavailable(format!("{self} is too old: found {found}, need {needed} or newer"), self.hint()))
     }
 
     pub(crate) fn missing(self) -> KernelError {

@@ -23,9 +23,31 @@ impl Launch {
         if sum.is_some_and(|sum| sum.dtype == DType::BF16) {
             return Err(self.refused("accumulate", "a sum of type F32, since BF16 loses small terms", "BF16"));
         }
-        let types = |buffers: &[Buffer]| buffers.iter().map(|buffer| buffer.dtype).collect::<Vec<_>>();
-        match self.op.bf16_fault(&types(&self.reads), &types(&self.writes)) {
-            Some((what, expected, got)) => Err(self.refused(&what, expected, got)),
+        if matches!(self.op, Op::Collective(_)) { Ok(()) } else { self.check_bf16() }
+    }
+
+    /// Checks which buffers are BF16. Each port must support it, and:
+    /// - the reads that may be BF16 all have one dtype;
+    /// - if they are F32, so are the writes: only a cast converts. If they are BF16, a write may have either dtype, for
+    ///   sums and for values that a collective engine adds up.
+    fn check_bf16(&self) -> Result<()> {
+        let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
+        let ports = |buffers: &[Buffer], may: fn(&Op, usize) -> bool| {
+            buffers.iter().enumerate().position(|(i, buffer)| is_half(buffer) && !may(&self.op, i))
+        };
+        for (what, unsupported) in
+            [("read", ports(&self.reads, Op::reads_bf16)), ("write", ports(&self.writes, Op::writes_bf16))]
+        {
+            if let Some(i) = unsupported {
+                return Err(self.refused(&format!("dtype of {what} {i}"), "F32 or I32", "BF16"));
+            }
+        }
+        let wide = (0..self.reads.len()).find(|&i| self.reads[i].dtype == DType::F32 && self.op.reads_bf16(i));
+        let Some(wide) = wide else { return Ok(()) };
+        let mixed = self.reads.iter().any(is_half);
+        self.require(!mixed, format_args!("dtype of read {wide}"), "BF16, like the other reads", DType::F32)?;
+        match self.writes.iter().position(is_half).filter(|_| !matches!(self.op, Op::Cast)) {
+            Some(half) => Err(self.refused(&format!("dtype of write {half}"), "F32, like the reads", "BF16")),
             None => Ok(()),
         }
     }

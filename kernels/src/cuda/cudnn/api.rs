@@ -11,7 +11,7 @@ use cudarc::cudnn::sys::{
 };
 
 use crate::cuda::library::{Library, dotted_patch, dynamic_library};
-use crate::cuda::status::{static_text, unavailable};
+use crate::cuda::status::static_text;
 use crate::error::{KernelError, Result};
 
 /// The oldest version that was tried and accepts the graphs: `10000 * major + 100 * minor`.
@@ -42,11 +42,7 @@ impl Api {
     pub(crate) fn get() -> Result<&'static Self> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Cudnn.missing())?;
-        if api.number() < VERSION_MIN {
-            let what =
-                format!("libcudnn is too old: found {}, need {} or newer", api.version(), dotted_patch(VERSION_MIN));
-            return Err(unavailable(what, Library::Cudnn.hint()));
-        }
+        Library::Cudnn.check_version(api.number(), VERSION_MIN)?;
         Ok(api)
     }
 

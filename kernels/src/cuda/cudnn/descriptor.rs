@@ -32,16 +32,11 @@ pub(super) enum Values<'a> {
 }
 
 /// An owned descriptor. Its owner also keeps the descriptors that it refers to.
+#[derive(Debug)]
 pub(super) struct Descriptor {
     raw: Raw<cudnnBackendDescriptor_t>,
     kind: Kind,
     api: &'static Api,
-}
-
-impl std::fmt::Debug for Descriptor {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.kind.fmt(f)
-    }
 }
 
 impl Descriptor {

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
 use crate::cuda::library::{Library, dotted_patch, dynamic_library};
-use crate::cuda::status::{static_text, unavailable};
+use crate::cuda::status::static_text;
 use crate::error::{KernelError, Result};
 
 /// The oldest supported version: `10000 * major + 100 * minor + patch`. Before 2.24, members in one process may read
@@ -81,15 +81,7 @@ impl Api {
     pub(crate) fn get() -> Result<&'static Self> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Nccl.missing())?;
-        let number = api.number()?;
-        if number < VERSION_MIN {
-            let what = format!(
-                "libnccl is too old: found {}, need {} or newer",
-                dotted_patch(number),
-                dotted_patch(VERSION_MIN)
-            );
-            return Err(unavailable(what, Library::Nccl.hint()));
-        }
+        Library::Nccl.check_version(api.number()?, VERSION_MIN)?;
         Ok(api)
     }
 
