@@ -360,22 +360,16 @@ impl Call<'_> {
         })
     }
 
-    fn reduce_scatter(
-        &mut self,
-        op: ReduceOp,
-        words: &mut Words<'_>,
-        x_shape: &[usize],
-        parts: &[Region],
-    ) -> CallResult {
+    fn reduce_scatter(&mut self, op: ReduceOp, words: &mut Words<'_>, shape: &[usize], parts: &[Region]) -> CallResult {
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        if let Some(layout) = Layout::contiguous(x_shape, parts).filter(Layout::is_packed) {
+        if let Some(layout) = Layout::contiguous(shape, parts).filter(Layout::is_packed) {
             return self.transfer(Transfer::ReduceScatter { op, x, y, counts: layout.counts });
         }
         let (layout, total) = Layout::packed(parts.iter().map(Region::element_count)).map_err(CallError::Completed)?;
         self.with_scratch(total, |call, scratch| {
             for (part, start) in parts.iter().zip(&layout.starts) {
-                pack(x, x_shape, part, &mut scratch[*start as usize..]);
+                pack(x, shape, part, &mut scratch[*start as usize..]);
             }
             call.transfer(Transfer::ReduceScatter { op, x: scratch, y, counts: layout.counts })
         })

@@ -242,9 +242,9 @@ impl Call<'_> {
         &self,
         counter: &Counter,
         done: &dyn Fn(u32) -> bool,
-        mismatched_peer: &dyn Fn() -> Option<usize>,
+        mismatched: &dyn Fn() -> Option<usize>,
     ) -> Result<()> {
-        let mismatched_peer = || if done(counter.value.load(Ordering::SeqCst)) { None } else { mismatched_peer() };
+        let mismatched_peer = || if done(counter.value.load(Ordering::SeqCst)) { None } else { mismatched() };
         counter.wait(self.oversubscribed, done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
     }
 

@@ -165,12 +165,7 @@ struct Suite<'a> {
 fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
     let mut all = Vec::new();
     for dim in 0..shape.len() {
-        let part = |i: usize| {
-            let range = split_range(shape[dim], n, i);
-            let mut region = Region::whole(shape);
-            (region.start[dim], region.size[dim]) = (range.start, range.len());
-            region
-        };
+        let part = |i| Region::whole(shape).with_range(dim, split_range(shape[dim], n, i));
         all.push((0..n).map(part).collect());
     }
     // The last member has everything.

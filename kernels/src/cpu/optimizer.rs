@@ -52,13 +52,7 @@ pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn adamw(
-    args: &mut Args<'_>,
-    pool: &Pool,
-    [beta1, beta2]: [f32; 2],
-    eps: f32,
-    weight_decay: f32,
-) -> Result<()> {
+pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, [beta1, beta2]: [f32; 2], eps: f32, decay: f32) -> Result<()> {
     let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
     let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
@@ -66,7 +60,7 @@ pub(crate) fn adamw(
         return Ok(());
     }
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(step);
-    let keep = 1.0 - learning_rate * weight_decay;
+    let keep = 1.0 - learning_rate * decay;
     let step_size = (f64::from(learning_rate) / correction(beta1)) as f32;
     let root_correction = (1.0 / correction(beta2).sqrt()) as f32;
     pool.rows(grad.len(), 2 * grad.len(), outs, |range, [params, ms, vs]| {

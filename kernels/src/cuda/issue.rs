@@ -18,7 +18,7 @@ use super::device_memory::{DeviceMemory, device_address};
 use super::event::Recorded;
 use super::in_flight::InFlight;
 use super::lower;
-use super::lowered::{FusedPair, LaunchKind, LoweredProgram, PreparedStep, address};
+use super::lowered::{FusedPair, LoweredLaunch, LoweredProgram, PreparedStep, address};
 use super::poller::{release, set_event};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
@@ -122,21 +122,20 @@ impl Issuer {
             } else if matches!(launch.op, Op::Collective(_)) {
                 strided_copy::prepare(&stream.gpu)?;
             }
-            let kind = catch_unwind(AssertUnwindSafe(|| {
+            let found = catch_unwind(AssertUnwindSafe(|| {
                 let second = program.launches.get(index + 1);
                 let pair = second.and_then(|second| lowered.fused_pair(index, [launch, second], &stream.gpu));
-                (pair, lowered.launch_kind(index, launch, &stream.gpu))
+                (pair, lowered.launch(index, launch, &stream.gpu))
             }));
-            let Ok((pair, kind)) = kind else { continue };
-            if let Some(FusedPair { reads, writes, steps, uses_record }) = pair {
-                self.prepare_steps(steps, *uses_record, (reads, writes))?;
+            let Ok((pair, alone)) = found else { continue };
+            if let Some(FusedPair { reads, writes, lowered }) = pair {
+                self.prepare_steps(&lowered.steps, lowered.uses_record, [reads, writes])?;
             }
-            match kind {
-                Ok(LaunchKind::Steps { steps, uses_record }) => {
-                    self.prepare_steps(steps, *uses_record, (&launch.reads, &launch.writes))?;
+            match alone {
+                Ok(LoweredLaunch { steps, uses_record }) => {
+                    self.prepare_steps(steps, *uses_record, [&launch.reads, &launch.writes])?;
                 }
-                Ok(LaunchKind::Collective | LaunchKind::Custom) => {}
-                // A launch that cannot be lowered fails when it is issued, after the check of its buffers.
+                // A launch that has no steps, or fails when it is issued, after the check of its buffers.
                 Err(KernelError::Arguments { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -144,12 +143,7 @@ impl Issuer {
         Ok(())
     }
 
-    fn prepare_steps(
-        &mut self,
-        steps: &[PreparedStep],
-        uses_record: bool,
-        (reads, writes): (&[Buffer], &[Buffer]),
-    ) -> Result<()> {
+    fn prepare_steps(&mut self, steps: &[PreparedStep], uses_record: bool, buffers: [&[Buffer]; 2]) -> Result<()> {
         let stream = self.stream.clone();
         if uses_record {
             self.records.prepare(&stream.gpu)?;
@@ -157,8 +151,8 @@ impl Issuer {
         // Only the alignment of an address matters here, and bases have the alignment that the libraries require.
         let address_of = |place: Place| {
             let buffer = match place.operand {
-                Operand::Read(i) => reads.get(i),
-                Operand::Write(i) => writes.get(i),
+                Operand::Read(i) => buffers[0].get(i),
+                Operand::Write(i) => buffers[1].get(i),
                 Operand::Workspace => None,
             };
             Ok(ANY_BASE + (buffer.map_or(0, |buffer| buffer.offset) + place.offset_bytes) as u64)
@@ -171,7 +165,7 @@ impl Issuer {
                 }
                 PreparedStep::Attention { shape, fallback } => {
                     self.attention_plans().prepare(shape, &stream.place);
-                    self.prepare_steps(fallback, uses_record, (reads, writes))?;
+                    self.prepare_steps(fallback, uses_record, buffers)?;
                 }
                 PreparedStep::Kernel { .. } | PreparedStep::Copy { .. } | PreparedStep::Fill { .. } => {}
             }
@@ -362,8 +356,8 @@ impl Issuer {
         let Some(pair) = lowered.fused_pair(run.next_launch, launches, &self.stream.gpu) else { return Ok(false) };
         let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
         trace_launch(&run.in_flight.program, run.next_launch + 1);
-        run.uses_record |= pair.uses_record;
-        pair.steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch + 1))?;
+        run.uses_record |= pair.lowered.uses_record;
+        pair.lowered.steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch + 1))?;
         Ok(true)
     }
 
@@ -379,24 +373,24 @@ impl Issuer {
         if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
             && self.check_on_this_gpu(bound.name, read).is_err()
         {
-            return self.copy_from_peer(launch, read, src, &bound.writes[0], dst).map(|()| None);
+            return self.copy_from_peer(launch, read, &bound.writes[0], [src, dst]).map(|()| None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
-        let kind = run.lowered.launch_kind(run.next_launch, launch, &self.stream.gpu)?;
-        match (kind, &launch.op) {
-            (LaunchKind::Steps { steps, uses_record }, _) => {
-                check_in_place(launch, &bound)?;
-                run.uses_record |= uses_record;
-                self.stream.gpu.attention_counters.count_launch(&launch.op);
-                steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
-                Ok(None)
-            }
-            (_, Op::Collective(call)) => self.issue_collective(call, &bound),
-            (_, Op::Custom(kernel)) => {
+        match &launch.op {
+            Op::Collective(call) => self.issue_collective(call, &bound),
+            Op::Custom(kernel) => {
                 let accumulate = launch.accumulate && run.in_flight.repeat;
                 self.staging.run_custom(&bound, &**kernel, accumulate).map(|()| None)
             }
-            _ => Ok(None),
+            op => {
+                let LoweredLaunch { steps, uses_record } =
+                    run.lowered.launch(run.next_launch, launch, &self.stream.gpu)?;
+                check_in_place(launch, &bound)?;
+                run.uses_record |= uses_record;
+                self.stream.gpu.attention_counters.count_launch(op);
+                steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
+                Ok(None)
+            }
         }
     }
 
@@ -415,9 +409,8 @@ impl Issuer {
         &self,
         launch: &Launch,
         read: &View<'_>,
-        src: &Region,
         write: &View<'_>,
-        dst: &Region,
+        [src, dst]: [&Region; 2],
     ) -> Result<()> {
         let accumulate = launch.accumulate;
         let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());

@@ -151,9 +151,7 @@ fn split(shape: &[usize], n: usize, dim: usize, uneven: bool) -> Vec<Region> {
             (true, 0) => 0..extent - 1,
             (true, _) => extent - 1..extent - usize::from(i + 1 != n),
         };
-        let mut region = Region::whole(shape);
-        (region.start[dim], region.size[dim]) = (range.start, range.len());
-        region
+        Region::whole(shape).with_range(dim, range)
     };
     (0..n).map(part).collect()
 }

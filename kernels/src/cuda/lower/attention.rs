@@ -2,10 +2,9 @@
 //! shapes that cuDNN may run instead.
 
 use super::args::Args;
-use super::kernel::{blocks, long, read, write};
+use super::kernel::{Steps, blocks, long, read, write};
 use super::norm::warps;
-use crate::cuda::step::{Arg, AttentionShape, Pass, Place, Step};
-use crate::error::Result;
+use crate::cuda::step::{Arg, AttentionShape, Pass, Place};
 use crate::op::{Launch, Op};
 use crate::tensor::DType;
 
@@ -69,7 +68,7 @@ impl Dims {
         threads: usize,
         mut arguments: Vec<Arg>,
         scale: f32,
-    ) -> Result<Vec<Step>> {
+    ) -> Steps {
         let [batch, time, heads, depth] = self.0;
         let time_blocks = time.div_ceil(BLOCK_ROWS);
         // A tiled depth is at most 128; more than 2^31 heads fit in no memory.
@@ -78,7 +77,7 @@ impl Dims {
         blocks(function, batch * heads * time_blocks, threads, shared_bytes, arguments)
     }
 
-    fn plain_step(self, function: &'static str, mut arguments: Vec<Arg>, scale: Option<f32>) -> Result<Vec<Step>> {
+    fn plain_step(self, function: &'static str, mut arguments: Vec<Arg>, scale: Option<f32>) -> Steps {
         let [_, time, heads, depth] = self.0;
         arguments.extend([long(self.rows()), long(time), Arg::I32(heads as i32), long(depth)]);
         arguments.extend(scale.map(Arg::F32));
@@ -93,7 +92,7 @@ fn result(args: &Args<'_>, i: usize) -> Vec<Arg> {
 }
 
 /// The forward step. The plain kernel runs if the tiled one needs more than `shared` bytes.
-pub(super) fn attention(args: &Args<'_>, scale: f32, shared: usize) -> Result<Vec<Step>> {
+pub(super) fn attention(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
     let dims = Dims(args.launch.attention_dims()?);
     let buffers = [vec![read(0), read(1), read(2)], result(args, 0), vec![write(1)]].concat();
     match tiled(args.read_dtype(0), dims.0[3]).filter(|tiled| tiled.forward.1 <= shared) {
@@ -107,7 +106,7 @@ pub(super) fn attention(args: &Args<'_>, scale: f32, shared: usize) -> Result<Ve
 
 /// The backward steps. As in [`attention`], plain kernels replace tiled ones that do not fit: on f32, heads deeper than
 /// 96 need 116 KiB; sm_86 and sm_89 have 99 KiB.
-pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared: usize) -> Result<Vec<Step>> {
+pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
     let dims = Dims(args.launch.attention_dims()?);
     if dims.0.contains(&0) {
         return Ok(vec![]);

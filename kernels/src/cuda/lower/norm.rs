@@ -1,20 +1,19 @@
 //! Layer norm and its gradient.
 
 use super::args::Args;
-use super::kernel::{blocks, long, read, variants, write};
+use super::kernel::{Steps, blocks, long, read, variants, write};
 use super::reduce::{ColumnSum, sum_columns};
-use crate::cuda::step::{Arg, Place, Step};
-use crate::error::Result;
+use crate::cuda::step::{Arg, Place};
 use crate::tensor::element_count;
 
 /// Threads per block; each warp processes one row.
 const ROW_THREADS: usize = 128;
 
-pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Result<Vec<Step>> {
+pub(super) fn warps(function: &'static str, rows: usize, args: Vec<Arg>) -> Steps {
     blocks(function, rows.div_ceil(ROW_THREADS / 32), ROW_THREADS, 0, args)
 }
 
-pub(super) fn layer_norm(args: &Args<'_>, eps: f32) -> Result<Vec<Step>> {
+pub(super) fn layer_norm(args: &Args<'_>, eps: f32) -> Steps {
     let [rows, width] = args.launch.rows_of(0)?;
     let arguments = vec![read(0), read(1), write(0), write(1), write(2), long(rows), long(width), Arg::F32(eps)];
     warps(args.pick(0, 0, variants!("layer_norm")), rows, arguments)
@@ -26,7 +25,7 @@ pub(super) fn workspace_floats(dy: &[usize]) -> usize {
     ColumnSum::new(element_count(leading), width).workspace_floats(width)
 }
 
-pub(super) fn layer_norm_grad(args: &Args<'_>) -> Result<Vec<Step>> {
+pub(super) fn layer_norm_grad(args: &Args<'_>) -> Steps {
     let [rows, width] = args.launch.rows_of(0)?;
     if width == 0 {
         return Ok(vec![]);

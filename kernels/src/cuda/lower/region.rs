@@ -1,7 +1,7 @@
 //! Ops on regions of larger tensors. Merges dims where possible; the kernels take up to four.
 
 use super::args::Args;
-use super::kernel::{PACK, long, pack_of, read, threads, variants};
+use super::kernel::{PACK, Steps, long, pack_of, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
 use crate::error::Result;
 use crate::tensor::{DType, Region, element_count};
@@ -78,7 +78,7 @@ fn step_args(dims: &[Dim; DIMS], tensor: usize, unit: usize) -> impl Iterator<It
     dims[..DIMS - 1].iter().map(move |dim| Arg::U64((dim.steps[tensor] / unit) as u64))
 }
 
-pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result<Vec<Step>> {
+pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Steps {
     let (from, to) = (args.read_shape(0), args.write_shape(0));
     if src.is_empty() {
         return Ok(vec![]);
@@ -124,14 +124,7 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result
     Ok(steps)
 }
 
-pub(super) fn dropout(
-    args: &Args<'_>,
-    p: f32,
-    seed: u64,
-    shape: &[usize],
-    start: &[usize],
-    stride: usize,
-) -> Result<Vec<Step>> {
+pub(super) fn dropout(args: &Args<'_>, p: f32, seed: u64, shape: &[usize], start: &[usize], stride: usize) -> Steps {
     let local = args.read_shape(0);
     if element_count(local) == 0 {
         return Ok(vec![]);
