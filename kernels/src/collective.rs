@@ -35,8 +35,7 @@ pub trait Collective: Debug + Send + Sync {
     /// # Errors
     /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
     /// buffers do not fit the call, [`KernelError::Aborted`] after [`Collective::abort`].
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
-        let _ = (reads, writes);
+    fn run(&self, call: &CollectiveCall, _reads: &[View<'_>], _writes: &[View<'_>]) -> Result<()> {
         Err(KernelError::arguments(call.name(), "stream", "a CUDA stream", "a host thread"))
     }
 
@@ -61,15 +60,13 @@ pub trait Collective: Debug + Send + Sync {
 
     /// For engines that need one issue order on all devices: a ticket for a submission to a stream of this device,
     /// taken at submission.
-    fn turn(&self, rank: usize) -> Option<IssueTicket> {
-        let _ = rank;
+    fn turn(&self, _rank: usize) -> Option<IssueTicket> {
         None
     }
 
     /// For GPU engines: how to put this call on a device's stream. For any other engine, the stream copies the buffers
     /// to host memory.
-    fn on_device(&self, call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
-        let _ = call;
+    fn on_device(&self, _call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
         None
     }
 }

@@ -29,7 +29,6 @@ impl StridedRegion {
         Self::new(address, shape, Region::whole(shape))
     }
 
-    /// Address of the region if it is contiguous.
     fn contiguous(&self, dtype: DType) -> Option<u64> {
         contiguous_start(&self.shape, &self.region).map(|start| self.address + (start * dtype.bytes()) as u64)
     }

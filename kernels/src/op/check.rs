@@ -200,7 +200,6 @@ impl Launch {
         self.require(whole.ends_with(got), what, format_args!("a suffix of {whole:?}"), got)
     }
 
-    /// Fails unless these reads and these writes have these shapes.
     fn expect(&self, reads: &[(usize, &[usize])], writes: &[(usize, &[usize])]) -> Result<()> {
         for (what, shapes, buffers) in [("read", reads, &self.reads), ("write", writes, &self.writes)] {
             for (i, shape) in shapes {
@@ -211,7 +210,6 @@ impl Launch {
         Ok(())
     }
 
-    /// Fails unless write 0 has as many elements as read `i`.
     fn expect_same_count(&self, i: usize) -> Result<()> {
         let (read, write) = (&self.reads[i].shape, &self.writes[0].shape);
         let (expected, got) = (element_count(read), element_count(write));

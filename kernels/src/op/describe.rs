@@ -7,6 +7,13 @@ use crate::op::Op;
 /// Number of query rows that attention processes as one block.
 pub(crate) const ATTENTION_BLOCK: usize = 64;
 
+/// What dropout with probability `p` computes for all elements: the random number below which it drops an element, and
+/// the factor of the others. At p = 1 the number exceeds every u32 but the largest, for which the factor is 0.
+pub(crate) fn dropout_threshold(p: f32) -> (u32, f32) {
+    let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
+    (threshold, if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 })
+}
+
 /// Properties of an op that do not depend on its attributes.
 struct Properties<'a> {
     name: &'a str,

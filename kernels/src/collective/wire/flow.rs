@@ -228,7 +228,6 @@ impl RunningFlow<'_> {
         Ok(bytes > 0)
     }
 
-    /// Combines or scatters received words.
     fn process_received(&mut self, words: &mut Words<'_>, piece: &In, new: Range<usize>) {
         let (flow, op) = (self.flow, self.flow.op);
         let slot_words = &mut self.slots[slot(self.received.piece % 2, piece.words)];

@@ -4,6 +4,7 @@ use super::args::Args;
 use super::kernel::{PACK, Steps, long, pack_of, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
 use crate::error::Result;
+use crate::op::describe::dropout_threshold;
 use crate::tensor::{DType, Region, element_count};
 
 /// Dims that a kernel takes; further outer dims become one launch per index.
@@ -129,9 +130,7 @@ pub(super) fn dropout(args: &Args<'_>, p: f32, seed: u64, shape: &[usize], start
     if element_count(local) == 0 {
         return Ok(vec![]);
     }
-    // As on the CPU: at p = 1, the factor is 0 because the threshold, a u32, cannot exceed the largest random number.
-    let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
-    let keep_scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let (threshold, kept) = dropout_threshold(p);
     let first = place(shape, start);
     let mut steps = Vec::new();
     for_each_region(&join_dims(local, [local, shape]), |[local_offset, whole_offset], dims| {
@@ -141,7 +140,7 @@ pub(super) fn dropout(args: &Args<'_>, p: f32, seed: u64, shape: &[usize], start
         arguments.extend(size_args(&dims, 1));
         arguments.extend(step_args(&dims, 1, 1));
         arguments.extend([(first + whole_offset) as u64, stride as u64, seed].map(Arg::U64));
-        arguments.extend([Arg::U32(threshold), Arg::F32(keep_scale)]);
+        arguments.extend([Arg::U32(threshold), Arg::F32(kept)]);
         let [count, ..] = sizes(&dims, 1);
         steps.extend(threads(args.pick(0, 0, variants!("dropout")), count.div_ceil(PACK), arguments)?);
         Ok(())

@@ -167,7 +167,6 @@ impl Comm {
         self.api.check(code, call, &self.place)
     }
 
-    /// The error for a communicator that has ended or was aborted.
     fn closed(&self) -> KernelError {
         KernelError::Aborted { cause: format!("the communicator of {} has ended", self.place) }
     }
