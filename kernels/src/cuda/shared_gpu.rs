@@ -136,18 +136,12 @@ fn exchange_chunks(posts: &[Post<Memory>]) -> Result<()> {
     Ok(())
 }
 
-/// Combines all members' regions `(shape, part)` into `y` for member `owner`. Copies non-contiguous regions to slots of
-/// the owner's workspace first, and regions on other GPUs piece by piece.
-fn reduce(
-    posts: &[Post<Memory>],
-    owner: usize,
-    op: ReduceOp,
-    (shape, part): (&[usize], &Region),
-    y: u64,
-) -> Result<()> {
-    let (own, elements) = (&posts[owner], part.element_count());
+/// Combines all members' regions `(shape, part)` into `y` for member `me`. Copies non-contiguous regions to slots of
+/// its workspace first, and regions on other GPUs piece by piece.
+fn reduce(posts: &[Post<Memory>], me: usize, op: ReduceOp, (shape, part): (&[usize], &Region), y: u64) -> Result<()> {
+    let (own, elements) = (&posts[me], part.element_count());
     let bytes = |elements: usize| elements * own.dtype.bytes();
-    let in_order = || (1..=posts.len()).map(|m| &posts[(owner + m) % posts.len()]).enumerate();
+    let in_order = || (1..=posts.len()).map(|m| &posts[(me + m) % posts.len()]).enumerate();
     let slot = |i: usize, elements: usize| own.memory.workspace + (i * bytes(elements)) as u64;
     let Some(start) = contiguous_start(shape, part) else {
         for (i, post) in in_order() {

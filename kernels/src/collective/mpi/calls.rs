@@ -310,23 +310,19 @@ impl Comm {
         check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(self.raw, ffi::RSMPI_ERRORS_RETURN) })
     }
 
-    /// Runs a transfer; `check_interrupt` is called while it waits.
+    /// Runs a transfer; `interrupt` is called while it waits.
     ///
     /// # Safety
     /// When this fails, everything that the transfer borrows must stay in place until the process exits, unused
     /// (MPI-2).
-    pub(super) unsafe fn run(
-        &self,
-        mut transfer: Transfer<'_>,
-        check_interrupt: &mut CheckInterrupt<'_>,
-    ) -> Result<()> {
+    pub(super) unsafe fn run(&self, mut transfer: Transfer<'_>, interrupt: &mut CheckInterrupt<'_>) -> Result<()> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();
         // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest, and is leaked if the wait
         // fails.
         check(name, unsafe { transfer.start(self.raw, request.as_mut_ptr()) })?;
         // SAFETY: MPI has initialized the request.
-        let done = wait(name, unsafe { request.assume_init() }, check_interrupt);
+        let done = wait(name, unsafe { request.assume_init() }, interrupt);
         if done.is_err() {
             mem::forget(transfer);
         }

@@ -35,8 +35,8 @@ fn mesh(n: usize, pair: &mut dyn FnMut() -> [UnixStream; 2]) -> Vec<BTreeMap<Cha
     for a in 0..n {
         for b in 0..a {
             let [one, other] = pair();
-            all[a].insert((7, a, b), one.into());
-            all[b].insert((7, b, a), other.into());
+            all[a].insert((7, a, b), Channel::Unix(one));
+            all[b].insert((7, b, a), Channel::Unix(other));
         }
     }
     all
@@ -247,7 +247,7 @@ struct MemberUnderTest {
 impl MemberUnderTest {
     fn new(kind: CollectiveKind, len: usize) -> Self {
         let [own, peer] = unix_pair();
-        let wire = Wire::new(BTreeMap::from([((7, 0, 1), own.into())]), SHORT_TIMEOUT);
+        let wire = Wire::new(BTreeMap::from([((7, 0, 1), Channel::Unix(own))]), SHORT_TIMEOUT);
         Self { wire, peer, call: CollectiveCall { group: group(2), member: 0, kind }, len }
     }
 

@@ -26,7 +26,7 @@ pub(super) enum Target<'a> {
     Handle(Raw<cudnnHandle_t>),
     /// A described device, which the machine may lack.
     #[cfg_attr(not(test), expect(dead_code, reason = "for a check without a GPU"))]
-    Described(&'a Descriptor),
+    Described([&'a Descriptor; 1]),
 }
 
 /// An engine with all its knobs, used instead of the heuristic's choice.
@@ -62,9 +62,7 @@ impl Plan {
         let nodes = graph.nodes.iter().map(|node| builder.node(node, &tensors)).collect::<Result<Vec<_>, _>>()?;
         let operations: Vec<&Descriptor> = nodes.iter().collect();
         let mut attributes = vec![(Attribute::CUDNN_ATTR_OPERATIONGRAPH_OPS, Values::Descriptors(&operations))];
-        if let Target::Handle(handle) = target {
-            attributes.push((Attribute::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, Values::Handle(handle)));
-        }
+        attributes.extend(target.attribute(Some(Attribute::CUDNN_ATTR_OPERATIONGRAPH_HANDLE), None));
         let operation_graph = builder.finalized(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR, &attributes)?;
         let configurations = match pin {
             Some(pin) => vec![builder.pinned(&operation_graph, pin, target)?],
@@ -254,8 +252,7 @@ impl Builder<'_> {
             (Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, Values::Descriptors(&graph)),
             (Attribute::CUDNN_ATTR_ENGINEHEUR_MODE, Values::Heuristic(cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A)),
         ];
-        let device = target.device();
-        attributes.extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, Values::Descriptors(d))));
+        attributes.extend(target.attribute(None, Some(Attribute::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP)));
         let heuristic = self.finalized(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, &attributes)?;
         let (name, kind) = (Attribute::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR);
         let found = heuristic.filled(name, kind, CONFIGURATIONS_MAX, self.place)?;
@@ -264,12 +261,12 @@ impl Builder<'_> {
     }
 
     fn pinned(&mut self, graph: &Descriptor, pin: PinnedEngine, target: Target<'_>) -> Result<Descriptor> {
-        let (graph, index, device) = ([graph], [pin.engine], target.device());
+        let (graph, index) = ([graph], [pin.engine]);
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_ENGINE_OPERATION_GRAPH, Values::Descriptors(&graph)),
             (Attribute::CUDNN_ATTR_ENGINE_GLOBAL_INDEX, Values::Longs(&index)),
         ];
-        attributes.extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_ENGINE_DEVICEPROP, Values::Descriptors(d))));
+        attributes.extend(target.attribute(None, Some(Attribute::CUDNN_ATTR_ENGINE_DEVICEPROP)));
         let engine = self.finalized(Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR, &attributes)?;
         let knob = |(kind, value): &(Knob, i64)| {
             let attributes = [
@@ -292,25 +289,23 @@ impl Builder<'_> {
 
     /// Creates a plan; returns it with its workspace size in bytes.
     fn plan(&self, configuration: &Descriptor, target: Target<'_>) -> Result<(Descriptor, usize)> {
-        let (configuration, device) = ([configuration], target.device());
+        use Attribute::{CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP as DEVICE, CUDNN_ATTR_EXECUTION_PLAN_HANDLE as HANDLE};
+        let configuration = [configuration];
         let mut attributes =
             vec![(Attribute::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, Values::Descriptors(&configuration))];
-        if let Target::Handle(handle) = target {
-            attributes.push((Attribute::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, Values::Handle(handle)));
-        }
-        attributes
-            .extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, Values::Descriptors(d))));
+        attributes.extend(target.attribute(Some(HANDLE), Some(DEVICE)));
         let plan = self.finalized(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &attributes)?;
         let bytes = plan.integer(Attribute::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, self.place)?;
         Ok((plan, usize::try_from(bytes).unwrap_or(usize::MAX / 2)))
     }
 }
 
-impl<'a> Target<'a> {
-    fn device(self) -> Option<[&'a Descriptor; 1]> {
+impl Target<'_> {
+    /// The target as an attribute; the names are those for a handle and for a description.
+    fn attribute(&self, handle: Option<Attribute>, device: Option<Attribute>) -> Option<(Attribute, Values<'_>)> {
         match self {
-            Target::Handle(_) => None,
-            Target::Described(device) => Some([device]),
+            Target::Handle(raw) => handle.map(|name| (name, Values::Handle(*raw))),
+            Target::Described(description) => device.map(|name| (name, Values::Descriptors(description))),
         }
     }
 }
