@@ -159,7 +159,7 @@ fn connect(folder: &Path, rank: usize, world: usize, tcp: bool) -> Result<BTreeM
         let mut port = [0; 2];
         stream.read_exact(&mut port)?;
         let tcp = tcp.then(|| TcpStream::connect(("127.0.0.1", u16::from_le_bytes(port)))).transpose()?;
-        channels.insert((0, rank, peer), tcp.map_or_else(|| stream.into(), Channel::from));
+        channels.insert((0, rank, peer), tcp.map_or_else(|| Channel::Unix(stream), Channel::Tcp));
     }
     for _ in rank + 1..world {
         let (mut stream, _) = listener.accept()?;
@@ -168,7 +168,8 @@ fn connect(folder: &Path, rank: usize, world: usize, tcp: bool) -> Result<BTreeM
         let socket = TcpListener::bind("127.0.0.1:0")?;
         stream.write_all(&socket.local_addr()?.port().to_le_bytes())?;
         let tcp = tcp.then(|| socket.accept()).transpose()?;
-        channels.insert((0, rank, peer[0].into()), tcp.map_or_else(|| stream.into(), |(tcp, _)| tcp.into()));
+        channels
+            .insert((0, rank, peer[0].into()), tcp.map_or_else(|| Channel::Unix(stream), |(tcp, _)| Channel::Tcp(tcp)));
     }
     std::fs::remove_file(folder.join(rank.to_string()))?;
     Ok(channels)

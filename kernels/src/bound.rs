@@ -4,7 +4,7 @@
 
 use crate::error::{KernelError, Result};
 use crate::memory::{Base, View};
-use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch, Op};
+use crate::op::{CpuArgs, CpuRead, CpuSlice, CpuSliceMut, CpuWrite, CustomKernel, Launch};
 use crate::tensor::DType;
 
 #[derive(Debug)]
@@ -27,31 +27,14 @@ impl<'a> Bound<'a> {
         let reads = launch.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
         let writes = launch.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
         let workspace = launch.workspace.as_ref().map(resolve).transpose()?;
+        launch.check_op(launch.accumulate)?;
         let bound = Self { name, reads, writes, workspace };
-        bound.check(&launch.op, launch.accumulate, workspace_bytes)?;
+        bound.check(workspace_bytes)?;
         Ok(bound)
     }
 
-    /// Checks the number of buffers, write access (MEM-4), overlaps (MEM-2), accumulation and workspace.
-    fn check(&self, op: &Op, accumulate: bool, workspace_bytes: impl FnOnce(&[&[usize]]) -> usize) -> Result<()> {
-        let counts = (self.reads.len(), self.writes.len());
-        if let Some(arity) = op.arity()
-            && arity != counts
-        {
-            let count = |(reads, writes)| format!("{reads} read, {writes} written");
-            return Err(self.refused("buffers", count(arity), count(counts)));
-        }
-        if accumulate && op.can_accumulate().is_none() && !matches!(op, Op::Custom(_)) {
-            return Err(self.refused("accumulate", "an op that can accumulate", self.name));
-        }
-        let sum = op.can_accumulate().filter(|_| accumulate).and_then(|write| self.writes.get(write));
-        if sum.is_some_and(|sum| sum.dtype() == DType::BF16) {
-            return Err(self.refused("accumulate", "a sum of type F32 (BF16 would lose small terms)", "BF16"));
-        }
-        let types = |views: &[View<'_>]| views.iter().map(View::dtype).collect::<Vec<_>>();
-        if let Some((what, expected, got)) = op.bf16_fault(&types(&self.reads), &types(&self.writes)) {
-            return Err(self.refused(&what, expected, got));
-        }
+    /// Checks write access (MEM-4), overlaps (MEM-2) and workspace.
+    fn check(&self, workspace_bytes: impl FnOnce(&[&[usize]]) -> usize) -> Result<()> {
         if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
             return Err(self.refused("write", "writable memory", "a peer's memory, mapped read-only"));
         }

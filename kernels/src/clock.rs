@@ -36,8 +36,8 @@ impl RaceClock {
     }
 }
 
-/// A value that one thread hands to another, with the clock of the thread that wrapped it. Reading the value orders that
-/// thread's earlier events before the reader's later ones.
+/// A value that one thread hands to another, with the clock of the thread that wrapped it. Reading the value orders
+/// that thread's earlier events before the reader's later ones.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stamped<T> {
     value: T,

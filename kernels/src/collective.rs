@@ -1,12 +1,11 @@
 //! Collectives: the request ([`CollectiveCall`]) and the trait that every engine implements ([`Collective`]).
 //! CPU engines live in `collective/`, GPU engines in `cuda/`.
 
-use std::any::Any;
 use std::fmt::Debug;
-use std::sync::Arc;
 
 use crate::bound::Bound;
 use crate::error::{KernelError, Result};
+use crate::event::BackendObject;
 use crate::memory::View;
 
 pub mod board;
@@ -36,8 +35,7 @@ pub trait Collective: Debug + Send + Sync {
     /// # Errors
     /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
     /// buffers do not fit the call, [`KernelError::Aborted`] after [`Collective::abort`].
-    fn run(&self, call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
-        let _ = (reads, writes);
+    fn run(&self, call: &CollectiveCall, _reads: &[View<'_>], _writes: &[View<'_>]) -> Result<()> {
         Err(KernelError::arguments(call.name(), "stream", "a CUDA stream", "a host thread"))
     }
 
@@ -62,15 +60,13 @@ pub trait Collective: Debug + Send + Sync {
 
     /// For engines that need one issue order on all devices: a ticket for a submission to a stream of this device,
     /// taken at submission.
-    fn turn(&self, rank: usize) -> Option<IssueTicket> {
-        let _ = rank;
+    fn turn(&self, _rank: usize) -> Option<IssueTicket> {
         None
     }
 
     /// For GPU engines: how to put this call on a device's stream. For any other engine, the stream copies the buffers
     /// to host memory.
-    fn on_device(&self, call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
-        let _ = call;
+    fn on_device(&self, _call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
         None
     }
 }
@@ -93,6 +89,5 @@ pub(crate) trait Enqueue {
     /// Puts one member's part of a call on its stream, in order. `stream` is the backend's own; its device is current.
     /// Blocks no longer than a few driver calls take. The caller keeps all memory of `bound` alive until the stream has
     /// run the call (STAGE-1 for the workspace).
-    fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: Arc<dyn Any + Send + Sync>)
-    -> Result<Enqueued>;
+    fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: BackendObject) -> Result<Enqueued>;
 }

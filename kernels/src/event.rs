@@ -7,6 +7,9 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::clock::Stamped;
 
+/// An object of a backend, for the same backend.
+pub(crate) type BackendObject = Arc<dyn Any + Send + Sync>;
+
 /// Set when the stream that recorded it has finished all earlier submissions. Clones are the same event.
 #[derive(Clone, Debug, Default)]
 pub struct Event(Arc<State>);
@@ -17,7 +20,7 @@ struct State {
     lock: Mutex<()>,
     changed: Condvar,
     /// The backend's own event, for streams of the same backend.
-    recorded: OnceLock<Arc<dyn Any + Send + Sync>>,
+    recorded: OnceLock<BackendObject>,
 }
 
 impl Event {
@@ -49,7 +52,7 @@ impl Event {
     }
 
     /// Attaches the backend's event, on which streams of the same backend wait without the host.
-    pub(crate) fn record(&self, recorded: Arc<dyn Any + Send + Sync>) {
+    pub(crate) fn record(&self, recorded: BackendObject) {
         // Once: an event is recorded by one stream.
         let _ = self.0.recorded.set(recorded);
     }

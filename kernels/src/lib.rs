@@ -31,9 +31,6 @@
 //! ```
 
 mod bound;
-/// The optimisation level that the kernels were built with: `0` to `3`, `s` or `z`.
-pub const OPT_LEVEL: &str = env!("SHARDFLOW_OPT_LEVEL");
-
 pub mod clock;
 pub mod collective;
 pub mod conformance;
@@ -50,3 +47,6 @@ mod region;
 pub mod stream;
 mod submission;
 pub mod tensor;
+
+/// The optimisation level that the kernels were built with: `0` to `3`, `s` or `z`.
+pub const OPT_LEVEL: &str = env!("SHARDFLOW_OPT_LEVEL");

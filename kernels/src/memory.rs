@@ -7,13 +7,13 @@
 //! - MEM-3: across streams no range is read while another stream writes it. The register protocol guarantees that (a
 //!   slot is written only while it is free, and read only while it is filled); it cannot be checked here.
 //! - MEM-4: memory that is mapped read-only is never written: [`Arena::write_host`], launches and collectives check it.
-//! - MEM-5: slices are made only of host memory; `View::check_host` rejects GPU memory before a slice is made.
+//! - MEM-5: slices are made only of host memory; `Arena::check_host` rejects GPU memory before a slice is made.
 #![allow(unsafe_code)]
 
 use std::any::Any;
 use std::borrow::Cow;
 use std::fmt::Debug;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -58,22 +58,19 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
+/// `Shared` is a memfd, created by this process or by a peer, that peers can map. Its tally is that of the device that
+/// owns the memory; `None` if there is none, or if a peer counts the memory.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
-    /// A memfd, created by this process or by a peer, that peers can map.
-    Shared {
-        mapping: Mapping,
-        /// Of the device that owns the memory; `None` for a peer's memory, which the peer counts.
-        tally: Option<Arc<Tally>>,
-    },
+    Shared { mapping: Mapping, tally: Option<Arc<Tally>> },
     Device(Box<dyn DeviceStorage>),
 }
 
 impl Drop for Storage {
     fn drop(&mut self) {
         if let Storage::Shared { mapping, tally: Some(tally) } = self {
-            tally.bytes.fetch_sub(mapping.bytes(), Ordering::Relaxed);
+            tally.bytes.fetch_sub(mapping.bytes, Ordering::Relaxed);
         }
     }
 }
@@ -149,7 +146,7 @@ impl Arena {
     /// The descriptor with which a peer can map the arena, passed over a Unix socket; `None` when it is not shared.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
-            Storage::Shared { mapping, .. } => Some(mapping.descriptor()),
+            Storage::Shared { mapping, .. } => Some(mapping.file.as_fd()),
             Storage::Host(_) | Storage::Device(_) => None,
         }
     }
@@ -157,8 +154,8 @@ impl Arena {
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
         match &*self.0 {
-            Storage::Host(memory) => memory.bytes(),
-            Storage::Shared { mapping, .. } => mapping.bytes(),
+            Storage::Host(memory) => memory.bytes,
+            Storage::Shared { mapping, .. } => mapping.bytes,
             Storage::Device(memory) => memory.bytes(),
         }
     }
@@ -172,7 +169,7 @@ impl Arena {
     pub fn is_writable(&self) -> bool {
         match &*self.0 {
             Storage::Host(_) | Storage::Device(_) => true,
-            Storage::Shared { mapping, .. } => mapping.access() == Access::ReadWrite,
+            Storage::Shared { mapping, .. } => mapping.access == Access::ReadWrite,
         }
     }
 
@@ -182,8 +179,8 @@ impl Arena {
     /// For GPU memory: code that makes slices checks first (MEM-5).
     pub(crate) fn host_start(&self) -> *mut u8 {
         match &*self.0 {
-            Storage::Host(memory) => memory.start().as_ptr(),
-            Storage::Shared { mapping, .. } => mapping.start().as_ptr(),
+            Storage::Host(memory) => memory.start.as_ptr(),
+            Storage::Shared { mapping, .. } => mapping.start.as_ptr(),
             Storage::Device(_) => panic!("host slice of GPU memory requested"),
         }
     }
@@ -295,13 +292,12 @@ impl<'a> View<'a> {
         let bytes = shape.iter().try_fold(dtype.bytes(), |product, &extent| product.checked_mul(extent));
         let end = bytes.and_then(|bytes| bytes.checked_add(offset));
         if end.is_none_or(|end| end > arena.bytes()) {
-            let (expected, got) =
-                (format!("at most {} bytes", arena.bytes()), format!("shape {shape:?} at byte {offset}"));
-            return Err(KernelError::arguments(user, "buffer is out of bounds", expected, got));
+            let expected = format!("a buffer inside the {} bytes of its arena", arena.bytes());
+            return Err(KernelError::arguments(user, "buffer", expected, format!("shape {shape:?} at byte {offset}")));
         }
         if !offset.is_multiple_of(dtype.bytes()) {
-            let (expected, got) = (format!("a multiple of {} bytes", dtype.bytes()), format!("byte {offset}"));
-            return Err(KernelError::arguments(user, "buffer is not aligned", expected, got));
+            let expected = format!("a multiple of {} bytes", dtype.bytes());
+            return Err(KernelError::arguments(user, "offset of a buffer", expected, format!("{offset} bytes")));
         }
         Ok(Self { arena, offset, shape, dtype })
     }
@@ -312,8 +308,8 @@ impl<'a> View<'a> {
     /// [`KernelError::Arguments`] when the base does not exist, or as for [`View::new`].
     pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self> {
         let Some(base) = bases.get(buffer.base) else {
-            let expected = format!("fewer than {} bases", bases.len());
-            return Err(KernelError::arguments(user, "buffer's base", expected, buffer.base.to_string()));
+            let expected = format!("an index below {}", bases.len());
+            return Err(KernelError::arguments(user, "base of a buffer", expected, buffer.base.to_string()));
         };
         // If the sum overflows, it is out of bounds of any arena.
         let offset = base.offset.saturating_add(buffer.offset);
@@ -338,10 +334,6 @@ impl<'a> View<'a> {
     /// Bytes from the arena's start.
     pub fn offset(&self) -> usize {
         self.offset
-    }
-
-    pub(crate) fn check_host(&self, user: &str) -> Result<()> {
-        self.arena.check_host(user)
     }
 
     /// Number of elements.
@@ -378,7 +370,7 @@ impl<'a> View<'a> {
             let got = format!("{} read, {} written", reads.len(), writes.len());
             return Err(KernelError::arguments(op, "buffers", "at most one read and one written", got));
         }
-        reads.iter().chain(writes).try_for_each(|view| view.check_host(op))?;
+        reads.iter().chain(writes).try_for_each(|view| view.arena.check_host(op))?;
         let (x, y) = (reads.first(), writes.first());
         if y.is_some_and(|y| !y.arena.is_writable()) {
             return Err(KernelError::arguments(op, "y", "writable memory", "a peer's memory, mapped read-only"));
@@ -389,7 +381,7 @@ impl<'a> View<'a> {
         }
         let in_place = x.zip(y).is_some_and(|(x, y)| x.same_memory(y));
         if !in_place && x.zip(y).is_some_and(|(x, y)| x.overlaps(y)) {
-            return Err(KernelError::arguments(op, "buffers", "no overlap of x and y", "an overlap"));
+            return Err(KernelError::arguments(op, "buffers", "x and y that do not overlap", "an overlap"));
         }
         // SAFETY: in bounds and aligned by MEM-1 (the dtype has 4 bytes, checked above, and all bits are valid floats),
         // exclusive by MEM-3.

@@ -6,6 +6,7 @@
 //! it until the stream continues: waiting for other members, and transferring bytes. For a GPU, as observed by the
 //! host, to about 0.1 ms |
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,7 +21,7 @@ pub const COLLECTIVE_SECONDS: &str = "shardflow_collective_seconds";
 pub(crate) struct StreamMetrics {
     actor: String,
     /// By kind, created at the first call of that kind.
-    collectives: Vec<(&'static str, Histogram)>,
+    collectives: HashMap<&'static str, Histogram>,
     all: CollectiveTime,
 }
 
@@ -42,7 +43,7 @@ pub(crate) struct CollectiveTimer {
 impl StreamMetrics {
     /// The metrics of the actor that the stream is named after.
     pub(crate) fn new(actor: &str) -> Self {
-        Self { actor: actor.to_owned(), collectives: Vec::new(), all: CollectiveTime::default() }
+        Self { actor: actor.to_owned(), collectives: HashMap::new(), all: CollectiveTime::default() }
     }
 
     pub(crate) fn collective_time(&self) -> CollectiveTime {
@@ -50,13 +51,9 @@ impl StreamMetrics {
     }
 
     pub(crate) fn collective(&mut self, call: &CollectiveCall) -> CollectiveTimer {
-        let (name, all) = (call.name(), self.all.clone());
-        if let Some((_, kind)) = self.collectives.iter().find(|(known, _)| *known == name) {
-            return CollectiveTimer { kind: kind.clone(), all };
-        }
-        let kind = histogram!(COLLECTIVE_SECONDS, "actor" => self.actor.clone(), "kind" => name);
-        self.collectives.push((name, kind.clone()));
-        CollectiveTimer { kind, all }
+        let new = || histogram!(COLLECTIVE_SECONDS, "actor" => self.actor.clone(), "kind" => call.name());
+        let kind = self.collectives.entry(call.name()).or_insert_with(new).clone();
+        CollectiveTimer { kind, all: self.all.clone() }
     }
 }
 

@@ -136,16 +136,12 @@ pub(crate) fn subtract(region: &Region, hole: &Region) -> Vec<Region> {
     let mut left = Vec::new();
     let mut rest = region.clone();
     for d in 0..region.start.len() {
-        let before = common.start[d] - rest.start[d];
-        let after = rest.start[d] + rest.size[d] - (common.start[d] + common.size[d]);
-        for (start, size) in [(rest.start[d], before), (common.start[d] + common.size[d], after)] {
-            if size > 0 {
-                let mut slab = rest.clone();
-                (slab.start[d], slab.size[d]) = (start, size);
-                left.push(slab);
-            }
-        }
-        (rest.start[d], rest.size[d]) = (common.start[d], common.size[d]);
+        let (start, end) = (common.start[d], common.start[d] + common.size[d]);
+        let outside = [rest.start[d]..start, end..rest.start[d] + rest.size[d]];
+        left.extend(
+            outside.into_iter().filter(|range| !range.is_empty()).map(|range| rest.clone().with_range(d, range)),
+        );
+        rest = rest.with_range(d, start..end);
     }
     left
 }

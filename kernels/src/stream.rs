@@ -46,7 +46,7 @@ impl Stream {
     /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; an invalid launch is reported when it is submitted.
     pub fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
         match &self.0 {
-            StreamBackend::Cpu(stream) => stream.prepare(program),
+            StreamBackend::Cpu(stream) => stream.scratch.prepare(program),
             StreamBackend::Cuda(stream) => stream.prepare(program),
         }
     }
@@ -92,7 +92,7 @@ impl Stream {
     /// Number of threads that run each kernel of this stream.
     pub fn threads(&self) -> usize {
         match &self.0 {
-            StreamBackend::Cpu(stream) => stream.threads(),
+            StreamBackend::Cpu(stream) => stream.threads,
             StreamBackend::Cuda(_) => 1,
         }
     }
@@ -100,7 +100,7 @@ impl Stream {
     /// Total time that the stream has spent in collectives, waiting for other members or transferring bytes.
     pub fn collective_time(&self) -> Duration {
         match &self.0 {
-            StreamBackend::Cpu(stream) => stream.collective_time(),
+            StreamBackend::Cpu(stream) => stream.collective_time.get(),
             StreamBackend::Cuda(stream) => stream.collective_time(),
         }
     }

@@ -2,7 +2,6 @@
 //! share.
 
 use std::any::Any;
-use std::fmt;
 use std::sync::Arc;
 
 use crate::error::KernelError;
@@ -21,7 +20,8 @@ pub type Notify = Box<dyn FnMut(Notification) + Send>;
 pub enum Notification {
     /// The launches before a signal of the program have finished; holds the signal's tag.
     Signal(u32),
-    /// With [`Stream::check_finite`](crate::stream::Stream::check_finite) enabled: the first write of the submission that contains Inf or NaN.
+    /// With [`Stream::check_finite`](crate::stream::Stream::check_finite) enabled: the first write of the submission
+    /// that contains Inf or NaN.
     NotFinite {
         /// Index of the launch in the program.
         launch: usize,
@@ -46,12 +46,6 @@ pub struct Submission {
     pub repeat: bool,
     /// Receives signals and the result.
     pub notify: Notify,
-}
-
-impl fmt::Debug for Submission {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Submission").field("program", &self.program.name).field("repeat", &self.repeat).finish()
-    }
 }
 
 /// A command of a stream's queue; `R` is how the backend represents a submission.

@@ -70,6 +70,12 @@ impl Region {
         Self { start: vec![0; shape.len()], size: shape.to_vec() }
     }
 
+    /// The same region, except for this range of dim `d`.
+    pub(crate) fn with_range(mut self, d: usize, range: Range<usize>) -> Self {
+        (self.start[d], self.size[d]) = (range.start, range.len());
+        self
+    }
+
     /// Elements inside.
     pub fn element_count(&self) -> usize {
         element_count(&self.size)

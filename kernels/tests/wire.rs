@@ -20,14 +20,14 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 
 fn unix_pair() -> io::Result<[Channel; 2]> {
     let (a, b) = UnixStream::pair()?;
-    Ok([a.into(), b.into()])
+    Ok([Channel::Unix(a), Channel::Unix(b)])
 }
 
 fn tcp_pair() -> io::Result<[Channel; 2]> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let a = TcpStream::connect(listener.local_addr()?)?;
     let (b, _) = listener.accept()?;
-    Ok([a.into(), b.into()])
+    Ok([Channel::Tcp(a), Channel::Tcp(b)])
 }
 
 /// Most bytes that a [`Holding`] stream accepts at a time, and that it reads ahead.

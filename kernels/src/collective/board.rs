@@ -109,6 +109,13 @@ pub(super) struct MemberSlot {
 #[repr(C, align(64))]
 struct Copies([[AtomicU8; COPY_BYTES_MAX]; 2]);
 
+pub(super) fn digest(value: &impl Hash) -> u64 {
+    // The hasher's keys are fixed, and all processes run the same binary.
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
+}
+
 impl Text {
     fn write(&self, text: &str) {
         let len = text.len().min(TEXT_BYTES_MAX);
@@ -254,7 +261,7 @@ impl Board {
             Err(KernelError::arguments("board of collectives", what, expected, got))
         };
         if arena.bytes() != Self::bytes(groups) || !arena.is_writable() || arena.descriptor().is_none() {
-            let expected = format!("{} bytes, shared, to read and write", Self::bytes(groups));
+            let expected = format!("{} bytes of shared memory, writable true", Self::bytes(groups));
             let got = format!("{} bytes, writable {}", arena.bytes(), arena.is_writable());
             return refused("memory", expected, got);
         }
@@ -265,14 +272,14 @@ impl Board {
             end += Self::group_bytes(group);
         }
         let board = Self { arena, starts };
-        let mut hasher = DefaultHasher::new();
-        groups.iter().for_each(|group| group.hash(&mut hasher));
-        let digest = hasher.finish().max(1);
+        let digest = digest(&groups).max(1);
         let before = board.head().groups.compare_exchange(0, digest, Ordering::AcqRel, Ordering::Acquire);
         match before {
-            Err(other) if other != digest => {
-                refused("groups", format!("those of the other processes ({other:016x})"), format!("{digest:016x}"))
-            }
+            Err(other) if other != digest => refused(
+                "groups",
+                format!("those of the other processes (digest {other:016x})"),
+                format!("digest {digest:016x}"),
+            ),
             _ => Ok(board),
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::tensor::Region;
+use crate::tensor::{Region, element_count, split_range};
 
 /// How partial values are combined.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -96,6 +96,24 @@ impl CollectiveCall {
             CollectiveKind::Broadcast { .. } => "broadcast",
             CollectiveKind::Send { .. } => "send",
             CollectiveKind::Receive { .. } => "receive",
+        }
+    }
+
+    /// Number of elements that this member, whose y has this shape, receives from others.
+    pub(crate) fn foreign_elements(&self, y_shape: &[usize]) -> usize {
+        let (members, member, elements) = (self.group.ranks.len(), self.member, element_count(y_shape));
+        match &self.kind {
+            CollectiveKind::AllReduce { .. } => {
+                let own = split_range(elements, members, member).len();
+                (members - 1) * own + (elements - own)
+            }
+            CollectiveKind::ReduceScatter { .. } => (members - 1) * elements,
+            CollectiveKind::AllGather { parts } => elements - parts[member].element_count(),
+            CollectiveKind::AllToAll { sources, targets } => {
+                elements - sources[member].intersect(&targets[member]).map_or(0, |own| own.element_count())
+            }
+            CollectiveKind::Broadcast { root: from } | CollectiveKind::Receive { from } if *from != member => elements,
+            CollectiveKind::Broadcast { .. } | CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => 0,
         }
     }
 }

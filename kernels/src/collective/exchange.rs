@@ -9,7 +9,7 @@ use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 use crate::region::{check_inside, for_each_run, subtract};
-use crate::tensor::{DType, Region, element_count, split_range};
+use crate::tensor::{DType, Region, split_range};
 
 /// Elements of a block that a reduction keeps in the L1 cache.
 const BLOCK: usize = 1024;
@@ -183,7 +183,7 @@ pub(crate) fn check_members(call: &CollectiveCall) -> Result<Option<usize>> {
 
 /// Checks that one member's buffers fit its call and lie in host memory.
 pub(crate) fn check_buffers(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> Result<()> {
-    reads.iter().chain(writes).try_for_each(|view| view.check_host(call.name()))?;
+    reads.iter().chain(writes).try_for_each(|view| view.arena().check_host(call.name()))?;
     check_call(call, reads, writes)
 }
 
@@ -207,7 +207,7 @@ pub(crate) fn check_call(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vi
     };
     let in_place = matches!(call.kind, CollectiveKind::AllReduce { .. } | CollectiveKind::Broadcast { .. });
     if x.overlaps(y) && !(in_place && x.same_memory(y)) {
-        return rejected("buffers", "no overlap of x and y".to_owned(), "an overlap".to_owned());
+        return rejected("buffers", "x and y that do not overlap".to_owned(), "an overlap".to_owned());
     }
     if x.dtype() != y.dtype() {
         return rejected("dtype of y", format!("{:?}", x.dtype()), format!("{:?}", y.dtype()));
@@ -257,8 +257,8 @@ fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<()> 
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
     let Some(missing) = rest.iter().find(|region| !region.is_empty()) else { return Ok(()) };
-    let got = format!("no member holds {missing:?}");
-    Err(KernelError::arguments(name, "sources", "a member that holds every element", got))
+    let got = format!("no member that holds {missing:?}");
+    Err(KernelError::arguments(name, "sources", "for each element a member that holds it", got))
 }
 
 /// Combines `a` and `b`, in this order. The only definition of each [`ReduceOp`].
@@ -395,24 +395,6 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => {}
     }
     Ok(())
-}
-
-/// Number of elements that a member, whose y has this shape, receives from others.
-pub(crate) fn foreign_elements(call: &CollectiveCall, y_shape: &[usize]) -> usize {
-    let (members, member, elements) = (call.group.ranks.len(), call.member, element_count(y_shape));
-    match &call.kind {
-        CollectiveKind::AllReduce { .. } => {
-            let own = split_range(elements, members, member).len();
-            (members - 1) * own + (elements - own)
-        }
-        CollectiveKind::ReduceScatter { .. } => (members - 1) * elements,
-        CollectiveKind::AllGather { parts } => elements - parts[member].element_count(),
-        CollectiveKind::AllToAll { sources, targets } => {
-            elements - sources[member].intersect(&targets[member]).map_or(0, |own| own.element_count())
-        }
-        CollectiveKind::Broadcast { root: from } | CollectiveKind::Receive { from } if *from != member => elements,
-        CollectiveKind::Broadcast { .. } | CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => 0,
-    }
 }
 
 /// [`exchange`] where every x is a copy that is not written: a member does not read the others' y, so there is no

@@ -7,7 +7,7 @@
 //!   for longer than the members' own copying. So an abort needs to wake only members that wait for a rendezvous.
 #![allow(unsafe_code)]
 
-use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange, foreign_elements};
+use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange};
 use crate::collective::rendezvous::{Arrival, Groups, Post, Posts, Rendezvous};
 use crate::collective::{Collective, CollectiveCall, MemberWait};
 use crate::error::Result;
@@ -33,7 +33,7 @@ impl InProcess {
 
     /// The member's work once all members have arrived.
     fn exchange(&self, rendezvous: &Rendezvous<Buffers>, member: usize, posts: &Posts<Buffers>) -> Result<()> {
-        let Post { call, x_shape, y_shape, .. } = &posts[member];
+        let Post { call, x_shape, y_shape, dtype, .. } = &posts[member];
         let (xs, ys): (Vec<_>, Vec<_>) =
             posts.iter().map(|post| (post.memory.x.clone(), post.memory.y.clone())).unzip();
         let buffers = ExchangeBuffers { call, x_shape, y_shape, xs: &xs, y: &ys[member], ys: &ys };
@@ -43,7 +43,7 @@ impl InProcess {
         };
         exchange(&buffers, &barrier)?;
         barrier()?;
-        self.count(call, y_shape);
+        self.0.received.count(call, y_shape, *dtype);
         Ok(())
     }
 
@@ -52,11 +52,7 @@ impl InProcess {
         // SAFETY: both are whole views of one size; the first member stays in its call, and only the receiver uses its
         // register.
         unsafe { copy_elements(&sender.memory.x, 0, &receiver.memory.y, 0, elements) };
-        self.count(&receiver.call, &receiver.y_shape);
-    }
-
-    fn count(&self, call: &CollectiveCall, y_shape: &[usize]) {
-        self.0.received.add(&call.group, call.member, foreign_elements(call, y_shape) * size_of::<f32>());
+        self.0.received.count(&receiver.call, &receiver.y_shape, receiver.dtype);
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use parking_lot::{Condvar, Mutex};
 
 use crate::collective::status::AbortStatus;
-use crate::error::KernelError;
+use crate::error::Result;
 
 /// How often a waiting thread checks whether the engine was aborted.
 const ABORT_CHECK_INTERVAL: Duration = Duration::from_millis(1);
@@ -54,7 +54,7 @@ impl IssueTicket {
     }
 
     /// Waits until all earlier tickets have been dropped.
-    pub(crate) fn wait(&self, abort_statuses: &[AbortStatus]) -> Result<(), KernelError> {
+    pub(crate) fn wait(&self, abort_statuses: &[AbortStatus]) -> Result<()> {
         let mut state = self.order.state.lock();
         while state.open.first() != Some(&self.number) {
             if let Some(error) = abort_statuses.iter().find_map(AbortStatus::aborted) {
@@ -76,6 +76,7 @@ impl Drop for IssueTicket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::KernelError;
 
     #[test]
     fn tickets_may_issue_in_the_order_in_which_they_were_taken() {

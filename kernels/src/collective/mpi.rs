@@ -21,14 +21,14 @@ use std::os::raw::c_int;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::collective::exchange::{check_buffers, check_members, foreign_elements, taken};
+use crate::collective::exchange::{check_buffers, check_members, taken};
 use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::wire::{agreement, shape_of};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait, ReduceOp};
 use crate::error::{KernelError, Result};
 use crate::memory::{View, Words};
 use crate::region::Runs;
-use crate::tensor::Region;
+use crate::tensor::{DType, Region};
 
 mod calls;
 
@@ -87,7 +87,7 @@ impl fmt::Debug for Mpi {
 
 fn count(words: usize) -> Result<c_int> {
     let out_of_range = |_| {
-        let expected = format!("at most {} elements of a tensor over MPI", c_int::MAX);
+        let expected = format!("at most {} elements, the limit of MPI", c_int::MAX);
         KernelError::arguments("collective", "size", expected, words.to_string())
     };
     c_int::try_from(words).map_err(out_of_range)
@@ -200,13 +200,15 @@ enum CallError {
     InFlight(KernelError),
 }
 
+type CallResult = Result<(), CallError>;
+
 impl Call<'_> {
-    fn transfer(&self, transfer: Transfer<'_>) -> Result<(), CallError> {
+    fn transfer(&self, transfer: Transfer<'_>) -> CallResult {
         // SAFETY: after `CallError::InFlight`, `Mpi::run` leaks the call's arenas and memory, and fails the group.
         unsafe { self.comm.run(transfer, &mut || self.engine.abort_status.check()) }.map_err(CallError::InFlight)
     }
 
-    fn post(&self, to: usize, status: u64) -> Result<(), CallError> {
+    fn post(&self, to: usize, status: u64) -> CallResult {
         self.transfer(Transfer::Post { x: Box::new([self.digest, status]), to, tag: self.tag })
     }
 
@@ -222,7 +224,7 @@ impl Call<'_> {
     }
 
     /// Checks whether all members make the same call. A member that is `rejected` disagrees.
-    fn check_agreement(&mut self, rejected: bool) -> Result<(), CallError> {
+    fn check_agreement(&mut self, rejected: bool) -> CallResult {
         let own = if rejected { !self.digest } else { self.digest };
         let mut numbers = mem::take(&mut self.memory.numbers);
         numbers[0] = [own, !own];
@@ -265,7 +267,7 @@ impl Call<'_> {
     }
 
     /// Waits until the peer of a send or receive is in its call, and checks that it agrees.
-    fn rendezvous(&mut self, peer: usize, rejected: bool) -> Result<(), CallError> {
+    fn rendezvous(&mut self, peer: usize, rejected: bool) -> CallResult {
         self.post(peer, if rejected { REJECTED } else { WAITING })?;
         let began = Instant::now();
         let peer_post = loop {
@@ -288,7 +290,7 @@ impl Call<'_> {
     }
 
     /// Agrees with the other members, also when the buffers do not fit, and runs the call.
-    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> Result<(), CallError> {
+    fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> CallResult {
         let checked =
             check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
         if let Err(error) = &checked {
@@ -309,7 +311,7 @@ impl Call<'_> {
     }
 
     /// Runs a call that all members agree on.
-    fn exchange(&mut self, words: &mut Words<'_>, x_shape: &[usize], y_shape: &[usize]) -> Result<(), CallError> {
+    fn exchange(&mut self, words: &mut Words<'_>, x_shape: &[usize], y_shape: &[usize]) -> CallResult {
         let (all, tag) = (words.y.len(), self.tag + TAGS as c_int);
         count(all.max(words.x().len())).map_err(CallError::Completed)?;
         match &self.call.kind {
@@ -334,61 +336,46 @@ impl Call<'_> {
         }
     }
 
-    /// Takes the scratch memory, grown to at least this many words. Return it with [`Call::put_back`] after the
-    /// transfer.
-    fn scratch(&mut self, words: usize) -> Vec<f32> {
+    /// Runs `work`, which makes one transfer, on scratch memory of this many words. Leaks the memory if MPI may still
+    /// use it afterwards.
+    fn with_scratch(&mut self, words: usize, work: impl FnOnce(&Self, &mut [f32]) -> CallResult) -> CallResult {
         let mut scratch = mem::take(&mut self.memory.scratch);
-        if scratch.len() < words {
-            scratch.resize(words, 0.0);
-        }
-        scratch
-    }
-
-    /// Returns the scratch memory after a transfer, or leaks it if MPI may still use it.
-    fn put_back(&mut self, scratch: Vec<f32>, done: &Result<(), CallError>) {
+        scratch.resize(scratch.len().max(words), 0.0);
+        let done = work(self, &mut scratch[..words]);
         if let Err(CallError::InFlight(_)) = done {
             mem::forget(scratch);
         } else {
             self.memory.scratch = scratch;
         }
+        done
     }
 
-    fn all_reduce(&mut self, op: ReduceOp, words: &mut Words<'_>) -> Result<(), CallError> {
+    fn all_reduce(&mut self, op: ReduceOp, words: &mut Words<'_>) -> CallResult {
         if let (Some(x), y) = words.split() {
             return self.transfer(Transfer::AllReduce { op, x, y });
         }
-        let mut scratch = self.scratch(words.y.len());
-        let x = &mut scratch[..words.y.len()];
-        x.copy_from_slice(words.y);
-        let done = self.transfer(Transfer::AllReduce { op, x, y: words.y });
-        self.put_back(scratch, &done);
-        done
+        self.with_scratch(words.y.len(), |call, x| {
+            x.copy_from_slice(words.y);
+            call.transfer(Transfer::AllReduce { op, x, y: words.y })
+        })
     }
 
-    fn reduce_scatter(
-        &mut self,
-        op: ReduceOp,
-        words: &mut Words<'_>,
-        x_shape: &[usize],
-        parts: &[Region],
-    ) -> Result<(), CallError> {
+    fn reduce_scatter(&mut self, op: ReduceOp, words: &mut Words<'_>, shape: &[usize], parts: &[Region]) -> CallResult {
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        if let Some(layout) = Layout::contiguous(x_shape, parts).filter(Layout::is_packed) {
+        if let Some(layout) = Layout::contiguous(shape, parts).filter(Layout::is_packed) {
             return self.transfer(Transfer::ReduceScatter { op, x, y, counts: layout.counts });
         }
         let (layout, total) = Layout::packed(parts.iter().map(Region::element_count)).map_err(CallError::Completed)?;
-        let mut scratch = self.scratch(total);
-        for (part, start) in parts.iter().zip(&layout.starts) {
-            pack(x, x_shape, part, &mut scratch[*start as usize..]);
-        }
-        let x = &scratch[..total];
-        let done = self.transfer(Transfer::ReduceScatter { op, x, y, counts: layout.counts });
-        self.put_back(scratch, &done);
-        done
+        self.with_scratch(total, |call, scratch| {
+            for (part, start) in parts.iter().zip(&layout.starts) {
+                pack(x, shape, part, &mut scratch[*start as usize..]);
+            }
+            call.transfer(Transfer::ReduceScatter { op, x: scratch, y, counts: layout.counts })
+        })
     }
 
-    fn all_gather(&mut self, words: &mut Words<'_>, y_shape: &[usize], parts: &[Region]) -> Result<(), CallError> {
+    fn all_gather(&mut self, words: &mut Words<'_>, y_shape: &[usize], parts: &[Region]) -> CallResult {
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
         if let Some(layout) = Layout::contiguous(y_shape, parts) {
@@ -396,19 +383,17 @@ impl Call<'_> {
         }
         let (layout, total) = Layout::packed(parts.iter().map(Region::element_count)).map_err(CallError::Completed)?;
         let starts = layout.starts.clone();
-        let mut scratch = self.scratch(total);
-        let done = self.transfer(Transfer::AllGather { x, y: &mut scratch[..total], layout });
-        if done.is_ok() {
+        self.with_scratch(total, |call, scratch| {
+            call.transfer(Transfer::AllGather { x, y: scratch, layout })?;
             for (part, start) in parts.iter().zip(starts) {
                 unpack(&scratch[start as usize..], y, y_shape, part);
             }
-        }
-        self.put_back(scratch, &done);
-        done
+            Ok(())
+        })
     }
 
     /// Member i contributes `sources[i]` and receives `targets[i]`.
-    fn all_to_all(&mut self, words: &mut Words<'_>, sources: &[Region], targets: &[Region]) -> Result<(), CallError> {
+    fn all_to_all(&mut self, words: &mut Words<'_>, sources: &[Region], targets: &[Region]) -> CallResult {
         let (member, n) = (self.call.member, sources.len());
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
@@ -425,23 +410,22 @@ impl Call<'_> {
             Layout::packed(sizes).map_err(CallError::Completed)
         };
         let ((sent, x_words), (taken, y_words)) = (others(&sent_boxes)?, others(&got)?);
-        let mut scratch = self.scratch(x_words + y_words);
-        let (packed, received) = scratch.split_at_mut(x_words);
-        for (to, boxes) in sent_boxes.iter().enumerate() {
-            let mut at = sent.start(to);
-            for common in boxes.iter().filter(|_| to != member) {
-                pack(x, &source.size, &common.relative_to(source), &mut packed[at..]);
-                at += common.element_count();
-            }
-        }
         for common in &got[member] {
             let mut own = vec![0.0; common.element_count()];
             pack(x, &source.size, &common.relative_to(source), &mut own);
             unpack(&own, y, &target.size, &common.relative_to(target));
         }
         let starts: Vec<usize> = (0..n).map(|from| taken.start(from)).collect();
-        let done = self.transfer(Transfer::AllToAll { x: packed, sent, y: &mut received[..y_words], taken });
-        if done.is_ok() {
+        self.with_scratch(x_words + y_words, |call, scratch| {
+            let (packed, received) = scratch.split_at_mut(x_words);
+            for (to, boxes) in sent_boxes.iter().enumerate().filter(|(to, _)| *to != member) {
+                let mut at = sent.start(to);
+                for common in boxes {
+                    pack(x, &source.size, &common.relative_to(source), &mut packed[at..]);
+                    at += common.element_count();
+                }
+            }
+            call.transfer(Transfer::AllToAll { x: packed, sent, y: received, taken })?;
             for (from, boxes) in got.iter().enumerate().filter(|(from, _)| *from != member) {
                 let mut at = starts[from];
                 for common in boxes {
@@ -449,9 +433,8 @@ impl Call<'_> {
                     at += common.element_count();
                 }
             }
-        }
-        self.put_back(scratch, &done);
-        done
+            Ok(())
+        })
     }
 }
 
@@ -473,7 +456,7 @@ impl Collective for Mpi {
         let known = known.filter(|known| known.group.ranks == call.group.ranks && known.member == call.member);
         let (Some(known), true) = (known, peer != Some(call.member)) else {
             let got = format!("member {} of group {} of {:?}", call.member, call.group.id, call.group.ranks);
-            let expected = "the member of a known group in this process";
+            let expected = "this process's member of a known group";
             return Err(KernelError::arguments(call.name(), "member", expected, got));
         };
         let mut state = known.state.lock();
@@ -488,8 +471,7 @@ impl Collective for Mpi {
         match running.run(peer, reads, writes) {
             Ok(()) => {
                 *collectives = collectives.wrapping_add(u32::from(peer.is_none()));
-                let elements = foreign_elements(call, shape_of(writes));
-                self.received.add(&call.group, call.member, elements * size_of::<f32>());
+                self.received.count(call, shape_of(writes), DType::F32);
                 Ok(())
             }
             Err(CallError::Completed(error)) => Err(failed.insert(error).clone()),

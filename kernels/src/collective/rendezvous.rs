@@ -76,8 +76,8 @@ impl<M> Default for Groups<M> {
 }
 
 impl<M: Clone> Groups<M> {
-    /// The rendezvous of a call, after a check of its buffers, which lie on the host or on a device. If they do not fit,
-    /// the group fails for all members.
+    /// The rendezvous of a call, after a check of its buffers, which lie on the host or on a device. If they do not
+    /// fit, the group fails for all members.
     pub(crate) fn enter(
         &self,
         call: &CollectiveCall,

@@ -9,15 +9,14 @@
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap};
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use crate::collective::board::{Board, COPY_BYTES_MAX, GroupArea, MemberSlot, Post, TICK};
+use crate::collective::board::{Board, COPY_BYTES_MAX, Counter, GroupArea, MemberSlot, Post, TICK, digest};
 use crate::collective::exchange::{
     ExchangeBuffers, Posted, Terms, check_buffers, check_members, copy_elements, describe_views, exchange,
-    exchange_copies, foreign_elements,
+    exchange_copies,
 };
 use crate::collective::status::{AbortStatus, ReceivedBytes};
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
@@ -83,7 +82,7 @@ impl SharedMemory {
         }
         let index: HashMap<u32, usize> = groups.iter().enumerate().map(|(i, group)| (group.id, i)).collect();
         if index.len() != groups.len() {
-            let got = format!("{} ids of {} groups", index.len(), groups.len());
+            let got = format!("{} different ids for {} groups", index.len(), groups.len());
             return Err(KernelError::arguments("collectives of a node", "groups", "a unique id per group", got));
         }
         let known = |group: &Arc<Group>| GroupProgress {
@@ -109,10 +108,6 @@ impl SharedMemory {
             None => self.abort_status.check(),
         }
     }
-
-    fn count(&self, call: &CollectiveCall, y: &View<'_>) {
-        self.received.add(&call.group, call.member, foreign_elements(call, y.shape()) * size_of::<f32>());
-    }
 }
 
 /// The largest contribution of a member in bytes, and a function that returns each member's elements.
@@ -125,13 +120,6 @@ fn contributions(call: &CollectiveCall, own_elements: usize) -> (usize, impl Fn(
     let elements = move |member: usize| regions.map_or(own_elements, |regions| regions[member].element_count());
     let most = (0..call.group.ranks.len()).map(&elements).max().unwrap_or(0);
     (most * size_of::<f32>(), elements)
-}
-
-fn digest(terms: &impl Hash) -> u64 {
-    // The hasher's keys are fixed, and all processes run the same binary.
-    let mut hasher = DefaultHasher::new();
-    terms.hash(&mut hasher);
-    hasher.finish()
 }
 
 impl Call<'_> {
@@ -249,6 +237,17 @@ impl Call<'_> {
         }
     }
 
+    /// Waits until `done` holds for the counter, unless the call is interrupted.
+    fn wait(
+        &self,
+        counter: &Counter,
+        done: &dyn Fn(u32) -> bool,
+        mismatched: &dyn Fn() -> Option<usize>,
+    ) -> Result<()> {
+        let mismatched_peer = || if done(counter.value.load(Ordering::SeqCst)) { None } else { mismatched() };
+        counter.wait(self.oversubscribed, done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
+    }
+
     fn barrier(&self, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<()> {
         let barriers = self.progress.barriers.load(Ordering::Relaxed).wrapping_add(1);
         self.progress.barriers.store(barriers, Ordering::Relaxed);
@@ -261,9 +260,7 @@ impl Call<'_> {
         }
         // Other members may have reached the next barrier already.
         let done = |arrivals: u32| arrivals.wrapping_sub(target) as i32 >= 0;
-        let mismatched_peer =
-            || if done(arrivals_counter.value.load(Ordering::SeqCst)) { None } else { mismatched_peer() };
-        arrivals_counter.wait(self.oversubscribed, &done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
+        self.wait(arrivals_counter, &done, mismatched_peer)
     }
 
     /// Posts x and y and waits for the other members' posts. Returns the number of the rendezvous.
@@ -333,7 +330,7 @@ impl Call<'_> {
             exchange(&buffers, &barrier)?;
             barrier()?;
         }
-        self.engine.count(self.call, y);
+        self.engine.received.count(self.call, y.shape(), y.dtype());
         Ok(())
     }
 
@@ -358,19 +355,13 @@ impl Call<'_> {
         slot.sent.x.store(x.offset() as u64, Ordering::Relaxed);
         offer.value.store(to as u32 + 1, Ordering::SeqCst);
         offer.wake_waiters();
-        let done = |value| value == 0;
-        let mismatched_peer = || if done(offer.value.load(Ordering::SeqCst)) { None } else { self.in_collective(to) };
-        offer.wait(self.oversubscribed, &done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer))
+        self.wait(offer, &|value| value == 0, &|| self.in_collective(to))
     }
 
     fn receive(&self, from: usize, y: &View<'_>) -> Result<()> {
         let (sender, member) = (self.other(from), self.call.member);
         self.slot.receiving.store(from as u32 + 1, Ordering::SeqCst);
-        let done = |value| value == member as u32 + 1;
-        let mismatched_peer =
-            || if done(sender.offer.value.load(Ordering::SeqCst)) { None } else { self.in_collective(from) };
-        let offered =
-            sender.offer.wait(self.oversubscribed, &done, &|sleeps| self.check_interrupt(sleeps, &mismatched_peer));
+        let offered = self.wait(&sender.offer, &|value| value == member as u32 + 1, &|| self.in_collective(from));
         self.slot.receiving.store(0, Ordering::SeqCst);
         offered?;
         if sender.sent.terms.load(Ordering::Relaxed) != digest(&(y.dtype(), y.shape())) {
@@ -380,7 +371,7 @@ impl Call<'_> {
         let source = self.posted(from, arena, sender.sent.x.load(Ordering::Relaxed), y.element_count())?;
         // SAFETY: both are whole views; the sender stays in its call, and only the receiver uses its register.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, y.element_count()) };
-        self.engine.count(self.call, y);
+        self.engine.received.count(self.call, y.shape(), y.dtype());
         sender.offer.value.store(0, Ordering::SeqCst);
         sender.offer.wake_waiters();
         Ok(())

@@ -5,16 +5,19 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::collective::call::Group;
+use crate::collective::call::CollectiveCall;
 use crate::error::{KernelError, Result};
+use crate::tensor::DType;
 
 /// Bytes that devices have received from others, by rank.
 #[derive(Debug, Default)]
 pub(crate) struct ReceivedBytes(Mutex<HashMap<usize, u64>>);
 
 impl ReceivedBytes {
-    pub(crate) fn add(&self, group: &Group, member: usize, bytes: usize) {
-        *self.0.lock().entry(group.ranks[member]).or_default() += bytes as u64;
+    /// Counts a finished call, whose member has a y of this shape.
+    pub(crate) fn count(&self, call: &CollectiveCall, y_shape: &[usize], dtype: DType) {
+        let bytes = call.foreign_elements(y_shape) * dtype.bytes();
+        *self.0.lock().entry(call.group.ranks[call.member]).or_default() += bytes as u64;
     }
 
     pub(crate) fn of(&self, rank: usize) -> u64 {

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use crate::collective::exchange::{Terms, check_buffers, check_members, foreign_elements};
+use crate::collective::exchange::{Terms, check_buffers, check_members};
 use crate::collective::status::ReceivedBytes;
 use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, MemberWait};
 use crate::error::{KernelError, Result};
@@ -246,7 +246,7 @@ impl Collective for Wire {
         match member.run(call, &mut words, (x_shape, y_shape), limit) {
             Ok(()) => {
                 member.port.finish_call();
-                self.received.add(&call.group, call.member, foreign_elements(call, y_shape) * size_of::<f32>());
+                self.received.count(call, y_shape, DType::F32);
                 Ok(())
             }
             Err(error) => Err(member.port.fail(error)),

@@ -1,5 +1,6 @@
 //! What the checks share: reports, launches between canaries, submissions, and pseudo-random values.
 
+use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
@@ -38,6 +39,8 @@ impl fmt::Display for ConformanceFailure {
         write!(f, "{}: {}", self.check, self.what)
     }
 }
+
+pub(super) type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 /// Half of the relative distance between adjacent BF16 values.
 pub(super) const BF16_ROUNDING: f64 = 1.0 / 256.0;
@@ -117,8 +120,8 @@ impl<'a> Trial<'a> {
     }
 
     /// Places the buffers in a new arena between canaries, launches, and returns the content of the writes.
-    pub(super) fn launch(&self, device: &Device) -> Result<Vec<HostTensor>, String> {
-        let stream = device.stream("conformance", device.threads_per_stream()).map_err(|error| error.to_string())?;
+    pub(super) fn launch(&self, device: &Device) -> Outcome<Vec<HostTensor>> {
+        let stream = device.stream("conformance", device.threads_per_stream())?;
         let mut layout = Layout { end: if self.unaligned { DType::F32.bytes() } else { 0 }, ..Layout::default() };
         let narrow = |(port, read): (usize, &HostTensor)| match read.as_f32() {
             Some(values) if self.types != Types::Floats && self.op.reads_bf16(port) => {
@@ -140,9 +143,9 @@ impl<'a> Trial<'a> {
         let mut launch = Launch { accumulate: self.accumulate, ..launch };
         let workspace_bytes = device.kind().workspace_bytes(&launch);
         let workspace = (workspace_bytes > 0).then(|| layout.place_workspace(workspace_bytes));
-        let arena = layout.arena(device).map_err(|error| error.to_string())?;
+        let arena = layout.arena(device)?;
         for (buffer, tensor) in reads.iter().zip(&values) {
-            arena.write_host(buffer.offset, tensor).map_err(|error| error.to_string())?;
+            arena.write_host(buffer.offset, tensor)?;
         }
         for (buffer, write) in writes.iter().zip(self.writes) {
             let initial = match write {
@@ -150,19 +153,17 @@ impl<'a> Trial<'a> {
                 Initial::Values(values) => values.clone(),
                 Initial::Read(_) => continue,
             };
-            arena.write_host(buffer.offset, &initial).map_err(|error| error.to_string())?;
+            arena.write_host(buffer.offset, &initial)?;
         }
         if let Some(buffer) = &workspace {
             let poison = filled(&buffer.shape, DType::F32, f32::NAN);
-            arena.write_host(buffer.offset, &poison).map_err(|error| error.to_string())?;
+            arena.write_host(buffer.offset, &poison)?;
         }
         launch.workspace = workspace;
-        run_program(&stream, vec![launch], &[&arena], self.repeat).map_err(|error| error.to_string())?;
+        run_program(&stream, vec![launch], &[&arena], self.repeat)?;
         layout.check_fences(&arena)?;
-        writes
-            .iter()
-            .map(|buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype).map_err(|e| e.to_string()))
-            .collect()
+        let read = |buffer: &Buffer| arena.read_host(buffer.offset, &buffer.shape, buffer.dtype);
+        Ok(writes.iter().map(read).collect::<Result<_>>()?)
     }
 }
 
@@ -202,12 +203,12 @@ impl Layout {
         Ok(arena)
     }
 
-    pub(super) fn check_fences(&self, arena: &Arena) -> Result<(), String> {
+    pub(super) fn check_fences(&self, arena: &Arena) -> Outcome {
         for &fence in &self.fences {
             let expected = Self::fence();
-            let got = arena.read_host(fence, &expected.shape, DType::I32).map_err(|error| error.to_string())?;
+            let got = arena.read_host(fence, &expected.shape, DType::I32)?;
             if got != expected {
-                return Err(format!("wrote outside its buffers, into the {FENCE_BYTES} bytes from {fence}"));
+                return Err(format!("wrote outside its buffers, into the {FENCE_BYTES} bytes from {fence}").into());
             }
         }
         Ok(())

@@ -2,10 +2,9 @@
 
 use std::hash::Hasher;
 
-use super::harness::{Initial, Layout, Numbers, Report, Trial, Types, filled, launch, run_program, wide};
+use super::harness::{Initial, Layout, Numbers, Outcome, Report, Trial, Types, filled, launch, run_program, wide};
 use super::reference as exact;
 use crate::device::Device;
-use crate::error::KernelError;
 use crate::hash::Fnv;
 use crate::op::{Buffer, Op};
 use crate::tensor::{DType, HostTensor, element_count};
@@ -75,22 +74,21 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         launch(Op::RowMax, vec![x.clone()], vec![max.clone()]),
         launch(op, vec![x.clone(), max.clone(), indices.clone()], vec![sum.clone(), chosen.clone()]),
     ];
-    let mut got = || {
-        let text = |error: KernelError| error.to_string();
-        let stream = device.stream("conformance", device.threads_per_stream()).map_err(text)?;
-        let arena = layout.arena(device).map_err(text)?;
-        arena.write_host(x.offset, &typed).map_err(text)?;
-        arena.write_host(indices.offset, &targets).map_err(text)?;
+    let mut got = || -> Outcome<[HostTensor; 3]> {
+        let stream = device.stream("conformance", device.threads_per_stream())?;
+        let arena = layout.arena(device)?;
+        arena.write_host(x.offset, &typed)?;
+        arena.write_host(indices.offset, &targets)?;
         // NaN may be correct here.
         let unwritten = filled(&[rows], DType::F32, UNWRITTEN);
         for write in [&max, &sum, &chosen] {
-            arena.write_host(write.offset, &unwritten).map_err(text)?;
+            arena.write_host(write.offset, &unwritten)?;
         }
         let mut programs = launches.chunks(if separate { 1 } else { 2 });
-        programs.try_for_each(|part| run_program(&stream, part.to_vec(), &[&arena], false)).map_err(text)?;
+        programs.try_for_each(|part| run_program(&stream, part.to_vec(), &[&arena], false))?;
         layout.check_fences(&arena)?;
-        let read = |write: &Buffer| arena.read_host(write.offset, &write.shape, write.dtype).map_err(text);
-        Ok::<_, String>([read(&max)?, read(&sum)?, read(&chosen)?])
+        let read = |write: &Buffer| arena.read_host(write.offset, &write.shape, write.dtype);
+        Ok([read(&max)?, read(&sum)?, read(&chosen)?])
     };
     let [maxima, sums, chosen] = match got() {
         Ok(got) => got.map(|tensor| tensor.to_f32().unwrap_or_default()),
@@ -153,7 +151,7 @@ fn indices(report: &mut Report, device: &Device) {
             let check = format!("{} of index {bad}", op.name());
             let got = Trial::new(op, &reads, &writes).launch(device);
             let expected = format!("index {bad} at position 601 is not in 0..20");
-            let is_reported = got.as_ref().is_err_and(|error| error.contains(&expected));
+            let is_reported = got.as_ref().is_err_and(|error| error.to_string().contains(&expected));
             report.expect(&check, is_reported, format!("{got:?}"));
         }
     }

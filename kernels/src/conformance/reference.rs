@@ -32,21 +32,15 @@ pub(super) fn derivative(f: impl Fn(f64) -> f64, x: f64) -> f64 {
 /// The gradient of `loss` at `x` by central differences, to check the analytic gradients below.
 #[cfg(test)]
 fn gradient(loss: impl Fn(&[f64]) -> f64, x: &[f64]) -> Vec<f64> {
-    let mut point = x.to_vec();
-    (0..x.len())
-        .map(|i| {
-            let slope = derivative(
-                |value| {
-                    let mut point = point.clone();
-                    point[i] = value;
-                    loss(&point)
-                },
-                x[i],
-            );
-            point[i] = x[i];
-            slope
-        })
-        .collect()
+    let slope = |i: usize| {
+        let loss_at = |value| {
+            let mut point = x.to_vec();
+            point[i] = value;
+            loss(&point)
+        };
+        derivative(loss_at, x[i])
+    };
+    (0..x.len()).map(slope).collect()
 }
 
 pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {

@@ -1,12 +1,11 @@
 //! Streams, events, signals, failures of single programs, memory.
 
-use std::error::Error;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use parking_lot::Mutex;
 
-use super::harness::{self, Notifications, Report, TIMEOUT, run_program, wait};
+use super::harness::{self, Notifications, Outcome, Report, TIMEOUT, run_program, wait};
 use crate::clock::Stamped;
 use crate::device::Device;
 use crate::error::{KernelError, Result};
@@ -70,8 +69,6 @@ fn fill(value: f32, buffer: Buffer) -> Launch {
     launch(Op::Fill { value }, &[], &[buffer])
 }
 
-type Outcome = Result<(), Box<dyn Error>>;
-
 type Check = fn(&Device) -> Outcome;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
@@ -92,7 +89,7 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     }
 }
 
-fn make(device: &Device, bytes: usize) -> Result<(Stream, Arena), Box<dyn Error>> {
+fn make(device: &Device, bytes: usize) -> Outcome<(Stream, Arena)> {
     Ok((device.stream("conformance", device.threads_per_stream())?, device.arena(bytes)?))
 }
 

@@ -3,7 +3,7 @@
 
 use crate::bound::Bound;
 use crate::cpu::simd::Operand;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Base, View};
 use crate::op::Launch;
 use crate::tensor::{DType, HostElement};
@@ -20,55 +20,31 @@ pub(crate) struct Args<'a> {
 }
 
 impl<'a> Args<'a> {
-    pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool) -> Result<Self, KernelError> {
+    pub(crate) fn resolve(launch: &'a Launch, bases: &'a [Base], repeat: bool) -> Result<Self> {
         let bound = Bound::resolve(launch, bases, |_| 0)?;
-        bound.all().try_for_each(|view| view.check_host(bound.name))?;
+        bound.all().try_for_each(|view| view.arena().check_host(bound.name))?;
         let (Bound { reads, writes, .. }, accumulate) = (bound, launch.accumulate && repeat);
         launch.check_buffers(accumulate)?;
         let taken = vec![false; writes.len()];
         Ok(Self { launch, taken, reads, writes, scratch: None, accumulate })
     }
 
-    pub(crate) fn read_shape(&self, i: usize) -> &'a [usize] {
-        self.reads[i].shape()
-    }
-
-    pub(crate) fn write_shape(&self, i: usize) -> &'a [usize] {
-        self.writes[i].shape()
-    }
-
-    pub(crate) fn write_dtype(&self, i: usize) -> DType {
-        self.writes[i].dtype()
-    }
-
-    fn check_dtype(&self, what: &str, i: usize, view: &View<'_>, dtype: DType) -> Result<(), KernelError> {
-        if view.dtype() == dtype {
-            return Ok(());
-        }
-        let got = format!("{:?}", view.dtype());
-        Err(self.launch.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), got))
-    }
-
-    /// An error for input values that no valid program produces.
-    pub(crate) fn bad_data(&self, what: String) -> KernelError {
-        KernelError::Data { op: self.launch.op.name().to_owned(), what }
-    }
-
     /// Read `i` as indices, after a check that all are below `limit`.
-    pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32], KernelError> {
+    pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32]> {
         let indices = self.i32(i)?;
         let inside = |index: &i32| usize::try_from(*index).is_ok_and(|index| index < limit);
         match indices.iter().position(|index| !inside(index)) {
             None => Ok(indices),
             Some(position) => {
-                Err(self.bad_data(format!("index {} at position {position} is not in 0..{limit}", indices[position])))
+                let what = format!("index {} at position {position} is not in 0..{limit}", indices[position]);
+                Err(KernelError::Data { op: self.launch.op.name().to_owned(), what })
             }
         }
     }
 
     /// Read `i`, which must not also be a write.
-    pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T], KernelError> {
-        self.check_dtype("read", i, &self.reads[i], T::DTYPE)?;
+    pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T]> {
+        self.launch.expect_dtype("read", i, self.reads[i].dtype(), T::DTYPE)?;
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
             return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
         }
@@ -76,18 +52,18 @@ impl<'a> Args<'a> {
         Ok(unsafe { self.reads[i].slice() })
     }
 
-    pub(crate) fn f32(&self, i: usize) -> Result<&'a [f32], KernelError> {
+    pub(crate) fn f32(&self, i: usize) -> Result<&'a [f32]> {
         self.slice(i)
     }
 
-    pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32], KernelError> {
+    pub(crate) fn i32(&self, i: usize) -> Result<&'a [i32]> {
         self.slice(i)
     }
 
     /// Read `i` of an elementwise op that writes write `w`: separate memory, or the memory that is written.
-    pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>, KernelError> {
+    pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>> {
         let (read, write) = (&self.reads[i], &self.writes[w]);
-        self.check_dtype("read", i, read, DType::F32)?;
+        self.launch.expect_dtype("read", i, read.dtype(), DType::F32)?;
         if read.same_memory(write) && read.element_count() > 0 {
             return Ok(Operand::Same);
         }
@@ -95,15 +71,15 @@ impl<'a> Args<'a> {
     }
 
     /// Write `i`, once.
-    pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T], KernelError> {
-        self.check_dtype("write", i, &self.writes[i], T::DTYPE)?;
+    pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T]> {
+        self.launch.expect_dtype("write", i, self.writes[i].dtype(), T::DTYPE)?;
         assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
         // SAFETY: of this type, taken once, no other write overlaps (`Bound` has checked that), and no slice is made of
         // an overlapping read (`slice`, `operand`); other streams: MEM-3.
         Ok(unsafe { self.writes[i].slice_mut() })
     }
 
-    pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32], KernelError> {
+    pub(crate) fn out(&mut self, i: usize) -> Result<&'a mut [f32]> {
         self.take(i)
     }
 

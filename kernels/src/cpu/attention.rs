@@ -7,7 +7,7 @@ use crate::cpu::args::Args;
 use crate::cpu::matmul::{Matrix, product};
 use crate::cpu::pool::{Pieces, Pool};
 use crate::cpu::simd::{dispatch, exp, fold, inlined, max, sum, update};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::op::describe::ATTENTION_BLOCK;
 use crate::tensor::split_range;
 
@@ -21,7 +21,7 @@ struct Dims {
 }
 
 impl Dims {
-    fn of(args: &Args<'_>) -> Result<Self, KernelError> {
+    fn of(args: &Args<'_>) -> Result<Self> {
         let [batch, time, heads, depth] = args.launch.attention_dims()?;
         Ok(Self { batch, time, heads, depth })
     }
@@ -69,7 +69,7 @@ unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
     unsafe { std::slice::from_raw_parts(matrix.at(row, 0).start, len) }
 }
 
-pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
+pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<()> {
     let dims = Dims::of(args)?;
     let [q, k, v] = [args.f32(0)?, args.f32(1)?, args.f32(2)?].map(|slice| start_of(slice.as_ptr()));
     let o = start_of(args.out(0)?.as_mut_ptr());
@@ -115,7 +115,7 @@ fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) 
     }
 }
 
-pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<(), KernelError> {
+pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<()> {
     let dims = Dims::of(args)?;
     let inputs = [args.f32(0)?, args.f32(1)?, args.f32(2)?, args.f32(3)?, args.f32(4)?];
     let inputs = inputs.map(|slice| start_of(slice.as_ptr()));

@@ -3,8 +3,9 @@
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{Operand, dispatch, inlined};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::hash::mix64;
+use crate::op::describe::dropout_threshold;
 use crate::tensor::element_count;
 
 /// `lowbias32`, a 32-bit mixer that vectorizes: <https://github.com/skeeto/hash-prospector>.
@@ -43,14 +44,13 @@ pub(crate) fn dropout(
     shape: &[usize],
     start: &[usize],
     stride: usize,
-) -> Result<(), KernelError> {
-    let local = args.read_shape(0);
+) -> Result<()> {
+    let local = args.reads[0].shape();
     let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
     let (step, micro_batch) = (rng[0] as u32, rng[1] as u32);
     let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(0x9e37_79b9_7f4a_7c15))));
-    // At p = 1 the threshold exceeds every u32 but the largest, for which the factor is 0.
-    let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
-    let mask = Mask { key, threshold, kept: if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 } };
+    let (threshold, kept) = dropout_threshold(p);
+    let mask = Mask { key, threshold, kept };
     let part_start = u64::from(micro_batch) * stride as u64;
     let width = local.last().copied().unwrap_or(1);
     let y = args.out(0)?;

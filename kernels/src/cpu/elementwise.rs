@@ -5,7 +5,7 @@ use half::bf16;
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{LANES, Operand, dispatch, inlined, map_operand, map_operands, normal};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::region::for_each_run;
 use crate::tensor::{DType, HostElement, Region, element_count};
 
@@ -33,15 +33,15 @@ fn parallel_map_two(
     });
 }
 
-pub(crate) fn fill(args: &mut Args<'_>, pool: &Pool, value: f32) -> Result<(), KernelError> {
+pub(crate) fn fill(args: &mut Args<'_>, pool: &Pool, value: f32) -> Result<()> {
     let y = args.out(0)?;
     let elements = y.len();
     pool.ranges(y, LANES, elements, |_, y| y.fill(value));
     Ok(())
 }
 
-pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
-    match args.write_dtype(0) {
+pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
+    match args.writes[0].dtype() {
         DType::F32 => {}
         DType::BF16 => return copy_as::<bf16>(args),
         DType::I32 => return copy_as::<i32>(args),
@@ -58,14 +58,14 @@ pub(crate) fn copy(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> 
     Ok(())
 }
 
-fn copy_as<T: HostElement>(args: &mut Args<'_>) -> Result<(), KernelError> {
+fn copy_as<T: HostElement>(args: &mut Args<'_>) -> Result<()> {
     let x = args.slice(0)?;
     args.take::<T>(0)?.copy_from_slice(x);
     Ok(())
 }
 
-pub(crate) fn cast(args: &mut Args<'_>) -> Result<(), KernelError> {
-    if args.write_dtype(0) == DType::BF16 {
+pub(crate) fn cast(args: &mut Args<'_>) -> Result<()> {
+    if args.writes[0].dtype() == DType::BF16 {
         let (x, y) = (args.f32(0)?, args.take(0)?);
         y.iter_mut().zip(x).for_each(|(y, x)| *y = bf16::from_f32(*x));
     } else {
@@ -83,9 +83,9 @@ fn store(y: &mut [f32], x: &[f32], accumulate: bool) {
     }
 }
 
-pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Result<(), KernelError> {
+pub(crate) fn copy_region(args: &mut Args<'_>, src: &Region, dst: &Region) -> Result<()> {
     let accumulate = args.accumulate;
-    match args.write_dtype(0) {
+    match args.writes[0].dtype() {
         DType::F32 => move_region::<f32>(args, src, dst, |y, x| store(y, x, accumulate)),
         DType::BF16 => move_region::<bf16>(args, src, dst, |y, x| y.copy_from_slice(x)),
         DType::I32 => move_region::<i32>(args, src, dst, |y, x| y.copy_from_slice(x)),
@@ -97,15 +97,15 @@ fn move_region<T: HostElement>(
     src: &Region,
     dst: &Region,
     store: impl Fn(&mut [T], &[T]),
-) -> Result<(), KernelError> {
-    let (from, to) = ((args.read_shape(0), &src.start[..]), (args.write_shape(0), &dst.start[..]));
+) -> Result<()> {
+    let (from, to) = ((args.reads[0].shape(), &src.start[..]), (args.writes[0].shape(), &dst.start[..]));
     let (x, y) = (args.slice(0)?, args.take(0)?);
     for_each_run(from, to, &src.size, |from, to, len| store(&mut y[to..to + len], &x[from..from + len]));
     Ok(())
 }
 
-pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
-    let (a_shape, b_shape) = (args.read_shape(0), args.read_shape(1));
+pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
+    let (a_shape, b_shape) = (args.reads[0].shape(), args.reads[1].shape());
     let (a, width) = (args.operand(0, 0)?, element_count(b_shape));
     if a_shape == b_shape {
         let b = args.operand(1, 0)?;
@@ -124,7 +124,7 @@ pub(crate) fn add(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
     Ok(())
 }
 
-pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(), KernelError> {
+pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<()> {
     let x = args.operand(0, 0)?;
     inlined!(parallel_map(pool, x, args.out(0)?, 1, |x| factor * x));
     Ok(())
@@ -132,7 +132,7 @@ pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<(),
 
 /// Each thread sums some of the columns over all rows, in order, so the result does not depend on the number of
 /// threads.
-pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
     let width = y.len();
     pool.ranges(y, LANES, x.len(), |columns, y| {
@@ -148,13 +148,13 @@ pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<(), Kernel
     Ok(())
 }
 
-pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+pub(crate) fn gelu(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let x = args.operand(0, 0)?;
     inlined!(parallel_map(pool, x, args.out(0)?, 4, |x| x * normal(x).0));
     Ok(())
 }
 
-pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+pub(crate) fn gelu_grad(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let inputs = [args.operand(0, 0)?, args.operand(1, 0)?];
     inlined!(parallel_map_two(pool, inputs, args.out(0)?, 4, |dy, x| {
         let (cdf, pdf) = normal(x);

@@ -2,10 +2,10 @@
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::error::KernelError;
+use crate::error::Result;
 
-pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vocab: usize) -> Result<(), KernelError> {
-    let [held, width] = args.launch.dims("shape of read 1", args.read_shape(1), "[v, c]")?;
+pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vocab: usize) -> Result<()> {
+    let [held, width] = args.launch.dims("shape of read 1", args.reads[1].shape(), "[v, c]")?;
     let (ids, table, y) = (args.indices(0, vocab)?, args.f32(1)?, args.out(0)?);
     let elements = y.len();
     pool.rows(ids.len(), elements, [y], |rows, [y]| {
@@ -21,8 +21,8 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
 }
 
 /// Each thread owns some rows of the table and scans all ids in order, so the order of each row's sum is fixed.
-pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<(), KernelError> {
-    let [vocab, width] = args.launch.dims("shape of write 0", args.write_shape(0), "[v, c]")?;
+pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<()> {
+    let [vocab, width] = args.launch.dims("shape of write 0", args.writes[0].shape(), "[v, c]")?;
     let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);
     let dtable = args.out(0)?;
     let weight = dy.len() + if accumulate { 0 } else { dtable.len() };

@@ -10,7 +10,7 @@ use crate::cpu::pool::Pool;
 use crate::cpu::scratch::{Scratch, is_widened, thread_bytes};
 use crate::cpu::widen;
 use crate::cpu::{attention, dropout, elementwise, embedding, loss, matmul, norm, optimizer};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::{Base, View};
 use crate::op::{Launch, Op};
 use crate::submission::faults;
@@ -24,7 +24,7 @@ pub(crate) struct Runner {
 }
 
 impl Runner {
-    pub(crate) fn run(&self, launch: &Launch, bases: &[Base], repeat: bool) -> Result<(), KernelError> {
+    pub(crate) fn run(&self, launch: &Launch, bases: &[Base], repeat: bool) -> Result<()> {
         let Self { pool, engine, scratch } = self;
         if is_widened(launch) {
             let run = |launch: &Launch, bases: &[Base]| self.run(launch, bases, repeat);

@@ -3,9 +3,9 @@
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{dispatch, exp, fold, inlined, map_operand, max};
-use crate::error::KernelError;
+use crate::error::Result;
 
-pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let [count, width] = args.launch.rows_of(0)?;
     let (logits, out) = (args.f32(0)?, args.out(0)?);
     pool.rows(count, logits.len(), [out], |rows, [out]| {
@@ -23,12 +23,7 @@ fn column(target: i32, vocab_start: usize, width: usize) -> Option<usize> {
     (target as usize).checked_sub(vocab_start).filter(|&column| column < width)
 }
 
-pub(crate) fn sum_exp_target(
-    args: &mut Args<'_>,
-    pool: &Pool,
-    vocab_start: usize,
-    vocab: usize,
-) -> Result<(), KernelError> {
+pub(crate) fn sum_exp_target(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vocab: usize) -> Result<()> {
     let [count, width] = args.launch.rows_of(0)?;
     let (logits, maxima, targets) = (args.f32(0)?, args.f32(1)?, args.indices(2, vocab)?);
     let outs = [args.out(0)?, args.out(1)?];
@@ -45,7 +40,7 @@ pub(crate) fn sum_exp_target(
     Ok(())
 }
 
-pub(crate) fn token_loss(args: &mut Args<'_>, scale: f32) -> Result<(), KernelError> {
+pub(crate) fn token_loss(args: &mut Args<'_>, scale: f32) -> Result<()> {
     let (maxima, sums, chosen) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let tokens = maxima.iter().zip(sums).zip(chosen);
     let loss: f64 =
@@ -57,12 +52,7 @@ pub(crate) fn token_loss(args: &mut Args<'_>, scale: f32) -> Result<(), KernelEr
     Ok(())
 }
 
-pub(crate) fn cross_entropy_grad(
-    args: &mut Args<'_>,
-    pool: &Pool,
-    vocab_start: usize,
-    scale: f32,
-) -> Result<(), KernelError> {
+pub(crate) fn cross_entropy_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, scale: f32) -> Result<()> {
     let [count, width] = args.launch.rows_of(1)?;
     let (logits, factor) = (args.operand(1, 0)?, args.f32(0)?[0] * scale);
     let (maxima, sums, targets) = (args.f32(2)?, args.f32(3)?, args.i32(4)?);

@@ -7,7 +7,7 @@
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::op::Einsum;
 use crate::tensor::split_range;
 
@@ -112,8 +112,8 @@ fn stored(start: *const f32, rows: usize, columns: usize, transposed: bool) -> M
     if transposed { Matrix { start, row: 1, column: rows } } else { Matrix { start, row: columns, column: 1 } }
 }
 
-pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Result<(), KernelError> {
-    let dims = einsum.gemm_dims(args.read_shape(0), args.read_shape(1))?;
+pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Result<()> {
+    let dims = einsum.gemm_dims(args.reads[0].shape(), args.reads[1].shape())?;
     let (a, b, out, accumulate) = (args.f32(0)?, args.f32(1)?, args.out(0)?, args.accumulate);
     let (m, n, k) = (dims.m, dims.n, dims.k);
     assert!(a.len() == m * k && b.len() == k * n && out.len() == m * n, "einsum's dims cover its operands");

@@ -3,9 +3,9 @@
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{LANES, dispatch, fold, inlined, map, sum, update};
-use crate::error::KernelError;
+use crate::error::Result;
 
-pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(), KernelError> {
+pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<()> {
     let [count, width] = args.launch.rows_of(0)?;
     let (x, weight) = (args.f32(0)?, args.f32(1)?);
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
@@ -31,7 +31,7 @@ const COLUMNS: usize = 256;
 /// `dx = rstd (g - mean(g) - xhat mean(g xhat))` with `g = dy weight` and `xhat = (x - mean) rstd`; `dweight = sum over
 /// rows of dy xhat`. Threads divide the rows of `dx`, then the columns of `dweight`, each of which one thread sums over
 /// all rows in order (BITS-1).
-pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<(), KernelError> {
+pub(crate) fn layer_norm_grad(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let [count, width] = args.launch.rows_of(0)?;
     let (dy, x, weight) = (args.f32(0)?, args.f32(1)?, args.f32(2)?);
     let (means, rstds) = (args.f32(3)?, args.f32(4)?);

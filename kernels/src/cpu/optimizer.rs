@@ -3,14 +3,14 @@
 use crate::cpu::args::Args;
 use crate::cpu::pool::{FORK_ELEMENTS, Pool};
 use crate::cpu::simd::{LANES, dispatch, inlined};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::op::{SQUARES_SCALE, norm_of_squares};
 use crate::tensor::split_range;
 
 /// Maximum number of parts of a sum of squares; one thread sums each part.
 const PARTS_MAX: usize = 64;
 
-pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Result<(), KernelError> {
+pub(crate) fn sum_squares(args: &mut Args<'_>, pool: &Pool, index: usize) -> Result<()> {
     let x = args.f32(0)?;
     // One partial sum per part, added in order. The number of parts depends only on the size (BITS-1).
     let mut partial = [0f64; PARTS_MAX];
@@ -42,7 +42,7 @@ fn squares(x: &[f32]) -> f64 {
     sums.iter().sum::<f64>() + tail
 }
 
-pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), KernelError> {
+pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<()> {
     let sums = args.f32(0)?;
     let norm = norm_of_squares(sums.as_chunks().0.iter().map(|pair| pair.map(f64::from)));
     // `f64::min` would return 1 for a NaN norm.
@@ -52,13 +52,7 @@ pub(crate) fn clip_scale(args: &mut Args<'_>, max_norm: f32) -> Result<(), Kerne
     Ok(())
 }
 
-pub(crate) fn adamw(
-    args: &mut Args<'_>,
-    pool: &Pool,
-    [beta1, beta2]: [f32; 2],
-    eps: f32,
-    weight_decay: f32,
-) -> Result<(), KernelError> {
+pub(crate) fn adamw(args: &mut Args<'_>, pool: &Pool, [beta1, beta2]: [f32; 2], eps: f32, decay: f32) -> Result<()> {
     let (grad, hyper, scale) = (args.f32(0)?, args.f32(1)?, args.f32(2)?[0]);
     let (learning_rate, step) = (hyper[0], f64::from(hyper[1]));
     let outs = [args.out(0)?, args.out(1)?, args.out(2)?];
@@ -66,7 +60,7 @@ pub(crate) fn adamw(
         return Ok(());
     }
     let correction = |beta: f32| 1.0 - f64::from(beta).powf(step);
-    let keep = 1.0 - learning_rate * weight_decay;
+    let keep = 1.0 - learning_rate * decay;
     let step_size = (f64::from(learning_rate) / correction(beta1)) as f32;
     let root_correction = (1.0 / correction(beta2).sqrt()) as f32;
     pool.rows(grad.len(), 2 * grad.len(), outs, |range, [params, ms, vs]| {

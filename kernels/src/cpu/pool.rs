@@ -35,6 +35,7 @@ pub(crate) struct Pool {
     one_owner: PhantomData<Cell<()>>,
 }
 
+#[derive(Default)]
 struct Shared {
     generation: AtomicUsize,
     pending: AtomicUsize,
@@ -61,16 +62,8 @@ unsafe impl Send for Shared {}
 impl Pool {
     /// A pool of `threads` threads including the caller's. `name` is the prefix of the helpers' names.
     pub(crate) fn start(name: &str, threads: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
-            generation: AtomicUsize::new(0),
-            pending: AtomicUsize::new(0),
-            closing: AtomicBool::new(false),
-            job: UnsafeCell::new(None),
-            owner: UnsafeCell::new(None),
-            owner_parked: AtomicBool::new(false),
-            helper_parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
-            panic: Mutex::new(None),
-        });
+        let helper_parked = (1..threads).map(|_| AtomicBool::new(false)).collect();
+        let shared = Arc::new(Shared { helper_parked, ..Shared::default() });
         let mut pool = Self { shared, helpers: Vec::new(), one_owner: PhantomData };
         for helper in 0..threads - 1 {
             let shared = pool.shared.clone();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::{ALIGNMENT, Arena, Tally};
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::tensor::{DType, element_count};
@@ -25,13 +25,13 @@ impl Scratch {
         Self { device, threads, tally, arena: Arc::default() }
     }
 
-    pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&self, program: &Program) -> Result<()> {
         let bytes = program.launches.iter().map(|launch| bytes(launch, self.threads)).max().unwrap_or(0);
         if bytes > 0 { self.at_least(bytes).map(drop) } else { Ok(()) }
     }
 
     /// Returns the memory, grown to at least `bytes`. Only the stream's thread uses it, for one launch at a time.
-    pub(crate) fn at_least(&self, bytes: usize) -> Result<Arena, KernelError> {
+    pub(crate) fn at_least(&self, bytes: usize) -> Result<Arena> {
         let mut arena = self.arena.lock();
         match &*arena {
             Some(arena) if arena.bytes() >= bytes => Ok(arena.clone()),
@@ -44,7 +44,7 @@ impl Scratch {
     }
 }
 
-/// Whether a launch runs on widened buffers. Casts and copies support bf16 directly; collectives must not compute with it.
+/// Whether a launch runs on widened buffers: not casts, copies and collectives, which do not compute with bf16.
 pub(crate) fn is_widened(launch: &Launch) -> bool {
     let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
     let supports_bf16 = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -12,10 +12,10 @@ use crate::cpu::THREADS_MAX;
 use crate::cpu::launch::{Runner, not_finite};
 use crate::cpu::pool::Pool;
 use crate::cpu::scratch::Scratch;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
-use crate::op::{Op, Program};
+use crate::op::Op;
 use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 
 #[derive(Debug)]
@@ -24,9 +24,9 @@ pub(crate) struct CpuStream {
     queue: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
     device: usize,
-    threads: usize,
-    collective_time: CollectiveTime,
-    scratch: Scratch,
+    pub(crate) threads: usize,
+    pub(crate) collective_time: CollectiveTime,
+    pub(crate) scratch: Scratch,
 }
 
 impl CpuStream {
@@ -36,7 +36,7 @@ impl CpuStream {
         threads: usize,
         engine: Arc<dyn Collective>,
         tally: Arc<Tally>,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let threads = threads.max(1);
         if threads > THREADS_MAX {
             let expected = format!("at most {THREADS_MAX}");
@@ -55,21 +55,9 @@ impl CpuStream {
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
 
-    pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
+    pub(crate) fn send(&self, command: Command) -> Result<()> {
         let closed = KernelError::Closed { device: self.device };
         self.queue.as_ref().ok_or_else(|| closed.clone())?.send(command).map_err(|_| closed)
-    }
-
-    pub(crate) fn prepare(&self, program: &Program) -> Result<(), KernelError> {
-        self.scratch.prepare(program)
-    }
-
-    pub(crate) fn threads(&self) -> usize {
-        self.threads
-    }
-
-    pub(crate) fn collective_time(&self) -> Duration {
-        self.collective_time.get()
     }
 }
 

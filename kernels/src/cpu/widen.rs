@@ -7,7 +7,7 @@ use half::bf16;
 
 use crate::cpu::args::Args;
 use crate::cpu::scratch::{Scratch, thread_bytes, wide_bytes};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch};
 use crate::tensor::DType;
@@ -18,8 +18,8 @@ pub(crate) fn run(
     bases: &[Base],
     threads: usize,
     scratch: &Scratch,
-    run_wide: impl FnOnce(&Launch, &[Base]) -> Result<(), KernelError>,
-) -> Result<(), KernelError> {
+    run_wide: impl FnOnce(&Launch, &[Base]) -> Result<()>,
+) -> Result<()> {
     // Run all checks on the original buffers.
     let args = Args::resolve(launch, bases, false)?;
     let views = || args.reads.iter().chain(&args.writes).filter(|view| view.dtype() == DType::BF16);

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::step::Pass;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::op::Op;
 
 /// Environment variable that selects the attention implementation.
@@ -27,11 +27,11 @@ impl Attention {
     ///
     /// # Errors
     /// [`KernelError::Unavailable`] for another value.
-    pub fn from_env() -> Result<Self, KernelError> {
+    pub fn from_env() -> Result<Self> {
         Self::parse(std::env::var_os(ATTENTION_ENV).map(|value| value.to_string_lossy().into_owned()).as_deref())
     }
 
-    fn parse(value: Option<&str>) -> Result<Self, KernelError> {
+    fn parse(value: Option<&str>) -> Result<Self> {
         match value {
             None | Some("" | "cudnn") => Ok(Self::Ordered),
             Some("own") => Ok(Self::Own),

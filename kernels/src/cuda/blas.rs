@@ -12,7 +12,7 @@ use cudarc::cublaslt::sys::{self, cublasStatus_t};
 use super::context::{Context, Raw};
 use super::status::static_text;
 use super::step::{Matrix, Place, Product};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::tensor::DType;
 
 /// Address alignment, in bytes, that the fastest algorithms require.
@@ -50,7 +50,7 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), KernelError> {
+fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<()> {
     if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
         return Ok(());
     }
@@ -62,7 +62,7 @@ fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<(), 
 
 impl Blas {
     /// Requires the library to be loaded and the context to be bound.
-    pub(crate) fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
         check(unsafe { sys::cublasLtCreate(&mut handle) }, "cublasLtCreate", &context.place())?;
@@ -85,7 +85,7 @@ impl ProductPlans {
     }
 
     /// Creates the plan of a product for addresses with these alignments. Requires the context to be bound.
-    pub(crate) fn prepare(&mut self, product: &Product, addresses: [u64; 3], place: &str) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&mut self, product: &Product, addresses: [u64; 3], place: &str) -> Result<()> {
         Self::plan(&mut self.by_key, &self.blas, product, addresses, place).map(drop)
     }
 
@@ -95,7 +95,7 @@ impl ProductPlans {
         product: &Product,
         addresses: [u64; 3],
         place: &str,
-    ) -> Result<&'a Plan, KernelError> {
+    ) -> Result<&'a Plan> {
         let key = Key::of(product, addresses);
         Ok(match by_key.entry(key) {
             Entry::Occupied(known) => known.into_mut(),
@@ -112,7 +112,7 @@ impl ProductPlans {
         workspace: u64,
         stream: Raw<cudarc::driver::sys::CUstream>,
         place: &str,
-    ) -> Result<(), KernelError> {
+    ) -> Result<()> {
         let (plan, alpha) = (Self::plan(&mut self.by_key, &self.blas, product, [a, b, d], place)?, 1f32);
         // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
         // matrices; alpha and beta are read before the call returns.
@@ -161,7 +161,7 @@ fn set<T>(
     attribute: sys::cublasLtMatmulDescAttributes_t,
     value: &T,
     place: &str,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     // SAFETY: the descriptor is live; `value` has the attribute's size, which the library checks.
     let status = unsafe {
         sys::cublasLtMatmulDescSetAttribute(description.0, attribute, (&raw const *value).cast(), size_of::<T>())
@@ -169,7 +169,7 @@ fn set<T>(
     check(status, "cublasLtMatmulDescSetAttribute", place)
 }
 
-fn layout(matrix: &Matrix, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_t>, KernelError> {
+fn layout(matrix: &Matrix, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_t>> {
     let &Matrix { dtype, rows, columns, leading, .. } = matrix;
     let is_bf16 = dtype == DType::BF16;
     let data_type = if is_bf16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F };
@@ -181,7 +181,8 @@ fn layout(matrix: &Matrix, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_
 }
 
 impl Plan {
-    fn new(blas: &Blas, product: &Product, key: &Key, place: &str) -> Result<Self, KernelError> {
+    fn new(blas: &Blas, product: &Product, key: &Key, place: &str) -> Result<Self> {
+        use cudarc::cublas::sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let mut description = std::ptr::null_mut();
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
@@ -189,13 +190,7 @@ impl Plan {
         let status = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
         check(status, "cublasLtMatmulDescCreate", place)?;
         let description = Raw(description);
-        let transposed = |is_transposed| {
-            if is_transposed {
-                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_T
-            } else {
-                cudarc::cublas::sys::cublasOperation_t::CUBLAS_OP_N
-            }
-        };
+        let transposed = |is_transposed| if is_transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed(product.a_transposed), place)?;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transposed(product.b_transposed), place)?;
         let mut plan = Self {
@@ -210,25 +205,17 @@ impl Plan {
     }
 
     /// Returns the algorithm that the library's heuristic ranks first.
-    fn choose(
-        &self,
-        blas: &Blas,
-        key: &Key,
-        workspace: usize,
-        place: &str,
-    ) -> Result<sys::cublasLtMatmulAlgo_t, KernelError> {
+    fn choose(&self, blas: &Blas, key: &Key, workspace: usize, place: &str) -> Result<sys::cublasLtMatmulAlgo_t> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
+        // Partial sums stay f32 if the result is bf16.
+        use sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as REDUCTION;
         let mut preference = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
         let status = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
         check(status, "cublasLtMatmulPreferenceCreate", place)?;
         let [a, b, d] = key.alignment;
         let attributes = [
-            // Partial sums stay f32 if the result is bf16.
-            (
-                Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-                sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32,
-            ),
+            (Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, REDUCTION as u32),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b),
             (Preference::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d),

@@ -5,15 +5,18 @@
 //!   later call returns it.
 #![allow(unsafe_code)]
 
-use std::ffi::CStr;
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::sync::OnceLock;
 
+use cudarc::driver::sys::CUdevice_attribute::{
+    CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED,
+};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
 use super::library;
-use super::status::{check_code, unavailable};
-use crate::error::KernelError;
+use super::status::{check_code, static_text, unavailable};
+use crate::error::{KernelError, Result};
 
 /// A handle of a CUDA library, usable from any thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +28,7 @@ unsafe impl<T> Send for Raw<T> {}
 // SAFETY: see `Send`.
 unsafe impl<T> Sync for Raw<T> {}
 
+#[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) ordinal: usize,
     pub(crate) name: String,
@@ -34,12 +38,6 @@ pub(crate) struct Context {
     /// Maximum dynamic shared memory of a block (opt-in limit), in bytes.
     pub(crate) shared_bytes_max: usize,
     lost: OnceLock<KernelError>,
-}
-
-impl fmt::Debug for Context {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Context").field("ordinal", &self.ordinal).field("name", &self.name).finish()
-    }
 }
 
 const STICKY: &[CUresult] = &[
@@ -59,54 +57,53 @@ const STICKY: &[CUresult] = &[
     CUresult::CUDA_ERROR_UNKNOWN,
 ];
 
+fn device_attribute(device: sys::CUdevice, attribute: CUdevice_attribute, place: &str) -> Result<i32> {
+    let mut value = 0;
+    // SAFETY: writes one integer to a local; `library::driver` has called `cuInit`.
+    check_code(unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) }, "cuDeviceGetAttribute", &place)?;
+    Ok(value)
+}
+
+/// The driver's handle of a device, its name and its compute capability. Requires [`library::driver`].
+pub(super) fn describe_device(ordinal: usize, place: &str) -> Result<(sys::CUdevice, String, (i32, i32))> {
+    let (mut device, mut name) = (0, [0; 256]);
+    let ordinal = i32::try_from(ordinal).unwrap_or(i32::MAX);
+    // SAFETY: each call writes to locals of its declared types; the name ends with a 0 within the buffer.
+    let name = unsafe {
+        check_code(sys::cuDeviceGet(&mut device, ordinal), "cuDeviceGet", &place)?;
+        check_code(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device), "cuDeviceGetName", &place)?;
+        static_text(name.as_ptr())
+    };
+    Ok((device, name, (device_attribute(device, MAJOR, place)?, device_attribute(device, MINOR, place)?)))
+}
+
 impl Context {
-    pub(crate) fn open(ordinal: usize) -> Result<Self, KernelError> {
+    pub(crate) fn open(ordinal: usize) -> Result<Self> {
         let count = library::driver()?.devices;
         let place = format!("cuda device {ordinal}");
         if ordinal >= count {
             let what = format!("{place} does not exist; the driver reports {count} devices");
             return Err(unavailable(what, "set CUDA_VISIBLE_DEVICES, or use fewer devices in the mesh"));
         }
-        let (mut device, mut handle, mut name) = (0, std::ptr::null_mut(), [0; 256]);
-        let ordinal_c = i32::try_from(ordinal).unwrap_or(i32::MAX);
-        // SAFETY: all pointers are to locals of the types that the calls write; `library::driver` has called `cuInit`.
-        unsafe {
-            check_code(sys::cuDeviceGet(&mut device, ordinal_c), "cuDeviceGet", &place)?;
-            let named = sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device);
-            check_code(named, "cuDeviceGetName", &place)?;
-            check_code(sys::cuDevicePrimaryCtxRetain(&mut handle, device), "cuDevicePrimaryCtxRetain", &place)?;
-        }
-        // SAFETY: the driver terminated the name with a 0 within the buffer, and the last byte is 0 in any case.
-        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        let mut context = Self {
+        let (device, name, capability) = describe_device(ordinal, &place)?;
+        let shared_bytes_max = device_attribute(device, SHARED, &place)?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: writes a handle to a local.
+        check_code(unsafe { sys::cuDevicePrimaryCtxRetain(&mut handle, device) }, "cuDevicePrimaryCtxRetain", &place)?;
+        let context = Self {
             ordinal,
             name,
             device,
             handle: Raw(handle),
-            capability: (0, 0),
-            shared_bytes_max: 0,
+            capability,
+            shared_bytes_max: usize::try_from(shared_bytes_max).unwrap_or(0),
             lost: OnceLock::new(),
         };
-        use CUdevice_attribute::{
-            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
-            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
-            CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED,
-        };
-        context.capability = (context.attribute(MAJOR)?, context.attribute(MINOR)?);
-        context.shared_bytes_max = usize::try_from(context.attribute(SHARED)?).unwrap_or(0);
         context.bind()?;
         Ok(context)
     }
 
-    pub(crate) fn attribute(&self, attribute: CUdevice_attribute) -> Result<i32, KernelError> {
-        let mut value = 0;
-        // SAFETY: writes one integer to a local.
-        let result = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) };
-        self.check(result, "cuDeviceGetAttribute", &self.place())?;
-        Ok(value)
-    }
-
-    pub(crate) fn bind(&self) -> Result<(), KernelError> {
+    pub(crate) fn bind(&self) -> Result<()> {
         // SAFETY: the context stays retained while `self` lives.
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
@@ -118,7 +115,7 @@ impl Context {
     }
 
     /// Enables access from this GPU to all present and future allocations on `other`, if the machine supports it.
-    pub(crate) fn enable_peer_access(&self, other: &Context) -> Result<(), KernelError> {
+    pub(crate) fn enable_peer_access(&self, other: &Context) -> Result<()> {
         let (mut can_access, place) = (0, format!("{} to {}", self.place(), other.place()));
         // SAFETY: writes one integer to a local.
         let result = unsafe { sys::cuDeviceCanAccessPeer(&mut can_access, self.device, other.device) };
@@ -155,11 +152,11 @@ impl Context {
         self.lost.get_or_init(|| error).clone()
     }
 
-    pub(crate) fn check_alive(&self) -> Result<(), KernelError> {
+    pub(crate) fn check_alive(&self) -> Result<()> {
         self.lost().map_or(Ok(()), |error| Err(error.clone()))
     }
 
-    pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, result: CUresult, call: &'static str, place: &dyn Display) -> Result<()> {
         match check_code(result, call, place) {
             Err(error) if STICKY.contains(&result) => Err(self.mark_lost(error)),
             checked => checked,

@@ -13,7 +13,7 @@ use super::context::{Context, Raw};
 use super::gpu::Gpu;
 use super::raw_stream::RawStream;
 use super::step::{AttentionShape, Pass, Place};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 pub(crate) mod api;
 mod descriptor;
@@ -60,7 +60,7 @@ struct CudnnHandle {
 
 impl CudnnHandle {
     /// Requires the context to be bound.
-    fn new(gpu: &Gpu, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Result<Self, KernelError> {
+    fn new(gpu: &Gpu, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Result<Self> {
         let (api, mut raw) = (Api::get()?, std::ptr::null_mut());
         // SAFETY: writes a handle to a local.
         api.check(unsafe { (api.create)(&mut raw) }, "cudnnCreate", place)?;
@@ -126,7 +126,7 @@ impl AttentionPlans {
         self.by_key.insert(shape.into(), plan.ok().flatten());
     }
 
-    fn plan(&mut self, shape: &AttentionShape, place: &str) -> Result<Option<Plan>, KernelError> {
+    fn plan(&mut self, shape: &AttentionShape, place: &str) -> Result<Option<Plan>> {
         let Some(handle) = &self.handle else { return Ok(None) };
         let pin = match (shape.pass, self.gpu.attention) {
             (_, Attention::Own) => return Ok(None),
@@ -134,9 +134,14 @@ impl AttentionPlans {
             (_, Attention::Ordered) => match ordered_engine(self.gpu.capability(), handle.api.number()) {
                 Some(pin) => Some(pin),
                 None => {
-                    let (expected, version) = ("an engine that sums in a fixed order", handle.api.version());
-                    let got = format!("none for {:?} in cuDNN {version}", self.gpu.capability());
-                    return Err(KernelError::arguments("attention_grad", "dq", expected, got));
+                    let ((major, minor), version) = (self.gpu.capability(), handle.api.version());
+                    let got = format!("none for compute capability {major}.{minor} in cuDNN {version}");
+                    return Err(KernelError::arguments(
+                        "attention_grad",
+                        "engine",
+                        "one with a fixed order of sums",
+                        got,
+                    ));
                 }
             },
         };
@@ -153,10 +158,10 @@ impl AttentionPlans {
     pub(crate) fn issue(
         &mut self,
         shape: &AttentionShape,
-        address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
+        address_of: &dyn Fn(Place) -> Result<u64>,
         workspace: u64,
         stream: &RawStream,
-    ) -> Result<bool, KernelError> {
+    ) -> Result<bool> {
         let place = &stream.place;
         self.prepare(shape, place);
         let Entry::Occupied(mut entry) = self.by_key.entry(shape.into()) else { return Ok(false) };

@@ -1,7 +1,6 @@
 //! Memory of a GPU.
 #![allow(unsafe_code)]
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -9,9 +8,10 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::gpu::Gpu;
 use crate::clock::{ReleaseClocks, Stamped};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{DeviceStorage, Tally, View};
 
+#[derive(Debug)]
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
     rank: usize,
@@ -22,16 +22,10 @@ pub(crate) struct DeviceMemory {
     releases: ReleaseClocks,
 }
 
-impl fmt::Debug for DeviceMemory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeviceMemory").field("rank", &self.rank).field("bytes", &self.bytes).finish()
-    }
-}
-
 impl DeviceMemory {
     /// Allocates zeroed memory and counts it in `tally`. Nothing else allocates device memory, so the tally is
     /// complete.
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {
             let transfer = gpu.transfer.lock();
@@ -57,7 +51,7 @@ impl DeviceMemory {
 }
 
 /// Device address of a view's first element.
-pub(crate) fn device_address(view: &View<'_>) -> Result<u64, KernelError> {
+pub(crate) fn device_address(view: &View<'_>) -> Result<u64> {
     let memory = view.arena().device_memory::<DeviceMemory>();
     let memory = memory.ok_or_else(|| KernelError::arguments("copy", "memory", "device memory", "host memory"))?;
     Ok(memory.address() + view.offset() as u64)
@@ -72,13 +66,13 @@ impl DeviceStorage for DeviceMemory {
         format!("device {} on {}", self.rank, self.gpu.place())
     }
 
-    fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<(), KernelError> {
+    fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()> {
         let mut transfer = self.gpu.transfer.lock();
         self.gpu.context.bind()?;
         transfer.write(self.address() + offset as u64, bytes, fill)
     }
 
-    fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<(), KernelError> {
+    fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
         let mut transfer = self.gpu.transfer.lock();
         self.gpu.context.bind()?;
         transfer.read(self.address() + offset as u64, bytes, take)

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{self, CUresult};
 use parking_lot::Mutex;
 
 use super::context::{Context, Raw};
-use crate::error::KernelError;
+use crate::error::Result;
 
 const BATCH: usize = 64;
 
@@ -27,18 +27,14 @@ pub(crate) struct Recorded {
 
 impl EventPool {
     /// Creates the pool and its first events. Requires the context to be bound.
-    pub(crate) fn new(context: Arc<Context>) -> Result<Self, KernelError> {
+    pub(crate) fn new(context: Arc<Context>) -> Result<Self> {
         let (place, mut free) = (context.place(), Vec::new());
         create_batch(&context, &mut free, &place)?;
         Ok(Self { context, free: Mutex::new(free) })
     }
 
     /// Records an event on a stream. Requires the context to be bound.
-    pub(crate) fn record(
-        self: &Arc<Self>,
-        stream: Raw<sys::CUstream>,
-        place: &dyn Display,
-    ) -> Result<Arc<Recorded>, KernelError> {
+    pub(crate) fn record(self: &Arc<Self>, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<Arc<Recorded>> {
         let mut free = self.free.lock();
         if free.is_empty() {
             create_batch(&self.context, &mut free, place)?;
@@ -53,7 +49,7 @@ impl EventPool {
     }
 }
 
-fn create_batch(context: &Context, free: &mut Vec<Raw<sys::CUevent>>, place: &dyn Display) -> Result<(), KernelError> {
+fn create_batch(context: &Context, free: &mut Vec<Raw<sys::CUevent>>, place: &dyn Display) -> Result<()> {
     for _ in 0..BATCH {
         let mut event = std::ptr::null_mut();
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
@@ -78,7 +74,7 @@ impl Drop for EventPool {
 }
 
 impl Recorded {
-    pub(crate) fn is_done(&self, place: &dyn Display) -> Result<bool, KernelError> {
+    pub(crate) fn is_done(&self, place: &dyn Display) -> Result<bool> {
         // SAFETY: the event is live.
         match unsafe { sys::cuEventQuery(self.event.0) } {
             CUresult::CUDA_ERROR_NOT_READY => Ok(false),
@@ -87,7 +83,7 @@ impl Recorded {
     }
 
     /// Makes a stream, which may be another device's, wait for the event.
-    pub(crate) fn wait_on(&self, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<(), KernelError> {
+    pub(crate) fn wait_on(&self, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<()> {
         // SAFETY: both handles are live. The call captures the event's present state, so the event may be reused once
         // it is done.
         let result = unsafe { sys::cuStreamWaitEvent(stream.0, self.event.0, 0) };

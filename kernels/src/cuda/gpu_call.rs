@@ -1,15 +1,13 @@
 //! One member's part of a collective on a GPU's stream: what every GPU engine needs of a call.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use super::device_memory::device_address;
 use super::raw_stream::RawStream;
 use crate::bound::Bound;
 use crate::collective::CollectiveCall;
-use crate::collective::exchange::foreign_elements;
-use crate::collective::status::ReceivedBytes;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
+use crate::event::BackendObject;
 use crate::memory::View;
 use crate::tensor::DType;
 
@@ -29,11 +27,7 @@ pub(crate) struct GpuCall<'a> {
 }
 
 impl<'a> GpuCall<'a> {
-    pub(crate) fn new(
-        call: &'a CollectiveCall,
-        bound: &'a Bound<'_>,
-        stream: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Self, KernelError> {
+    pub(crate) fn new(call: &'a CollectiveCall, bound: &'a Bound<'_>, stream: BackendObject) -> Result<Self> {
         let other_backend = |_| KernelError::arguments(call.name(), "stream", "a CUDA stream", "another stream");
         let (x, y) = (bound.reads.first(), bound.writes.first());
         let address = |view: Option<&View<'_>>| view.map_or(Ok(0), device_address);
@@ -48,10 +42,5 @@ impl<'a> GpuCall<'a> {
             dtype: x.or(y).map_or(DType::F32, View::dtype),
             stream: stream.downcast().map_err(other_backend)?,
         })
-    }
-
-    pub(crate) fn count(&self, received: &ReceivedBytes) {
-        let elements = foreign_elements(self.call, self.y_shape);
-        received.add(&self.call.group, self.call.member, elements * self.dtype.bytes());
     }
 }

@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use super::poller::Completion;
 use super::record::RecordSlot;
 use crate::collective::AbortStatus;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Base;
 use crate::op::Program;
 use crate::submission::{Notification, Notify};
@@ -40,7 +40,7 @@ impl InFlight {
     }
 
     /// Ends the submission. Its memory is released first, so that the receiver of the notification may rely on that.
-    pub(crate) fn end(self: Arc<Self>, bases: Vec<Base>, result: Result<(), KernelError>) -> Completion {
+    pub(crate) fn end(self: Arc<Self>, bases: Vec<Base>, result: Result<()>) -> Completion {
         Box::new(move |failed| {
             bases.iter().for_each(|base| base.arena.mark_released());
             drop(bases);
@@ -57,7 +57,7 @@ impl InFlight {
     }
 
     /// Sends the final notification, once all work on the stream is done or has failed.
-    pub(crate) fn finish(&self, result: Result<(), KernelError>) {
+    pub(crate) fn finish(&self, result: Result<()>) {
         let record = self.slot.lock().take().and_then(|slot| slot.read());
         let record_error = record.map(|record| {
             let launch = self.program.launches.get(record.launch as usize);

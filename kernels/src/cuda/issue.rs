@@ -18,7 +18,7 @@ use super::device_memory::{DeviceMemory, device_address};
 use super::event::Recorded;
 use super::in_flight::InFlight;
 use super::lower;
-use super::lowered::{FusedPair, LaunchKind, LoweredProgram, PreparedStep, address};
+use super::lowered::{FusedPair, LoweredLaunch, LoweredProgram, PreparedStep, address};
 use super::poller::{release, set_event};
 use super::raw_stream::{PARAMETERS_MAX, RawStream};
 use super::record::ErrorRecords;
@@ -27,7 +27,7 @@ use super::step::{Arg, Operand, Place, Product};
 use super::strided_copy::{self, StridedRegion, copy_region_from};
 use crate::bound::Bound;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::event::Event;
 use crate::memory::{Base, DeviceStorage, View};
 use crate::metrics::StreamMetrics;
@@ -111,7 +111,7 @@ impl Issuer {
 
     /// Creates everything that the program's launches need besides its own memory, so that submissions create nothing
     /// (ISSUE-2).
-    pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<()> {
         let stream = self.stream.clone();
         if stream.gpu.test_delays.is_some() {
             stream.gpu.modules.function("spin", 0)?;
@@ -122,21 +122,20 @@ impl Issuer {
             } else if matches!(launch.op, Op::Collective(_)) {
                 strided_copy::prepare(&stream.gpu)?;
             }
-            let kind = catch_unwind(AssertUnwindSafe(|| {
+            let found = catch_unwind(AssertUnwindSafe(|| {
                 let second = program.launches.get(index + 1);
                 let pair = second.and_then(|second| lowered.fused_pair(index, [launch, second], &stream.gpu));
-                (pair, lowered.launch_kind(index, launch, &stream.gpu))
+                (pair, lowered.launch(index, launch, &stream.gpu))
             }));
-            let Ok((pair, kind)) = kind else { continue };
-            if let Some(FusedPair { reads, writes, steps, uses_record }) = pair {
-                self.prepare_steps(steps, *uses_record, (reads, writes))?;
+            let Ok((pair, alone)) = found else { continue };
+            if let Some(FusedPair { reads, writes, lowered }) = pair {
+                self.prepare_steps(&lowered.steps, lowered.uses_record, [reads, writes])?;
             }
-            match kind {
-                Ok(LaunchKind::Steps { steps, uses_record }) => {
-                    self.prepare_steps(steps, *uses_record, (&launch.reads, &launch.writes))?;
+            match alone {
+                Ok(LoweredLaunch { steps, uses_record }) => {
+                    self.prepare_steps(steps, *uses_record, [&launch.reads, &launch.writes])?;
                 }
-                Ok(LaunchKind::Collective | LaunchKind::Custom) => {}
-                // A launch that cannot be lowered fails when it is issued, after the check of its buffers.
+                // A launch that has no steps, or fails when it is issued, after the check of its buffers.
                 Err(KernelError::Arguments { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -144,12 +143,7 @@ impl Issuer {
         Ok(())
     }
 
-    fn prepare_steps(
-        &mut self,
-        steps: &[PreparedStep],
-        uses_record: bool,
-        (reads, writes): (&[Buffer], &[Buffer]),
-    ) -> Result<(), KernelError> {
+    fn prepare_steps(&mut self, steps: &[PreparedStep], uses_record: bool, buffers: [&[Buffer]; 2]) -> Result<()> {
         let stream = self.stream.clone();
         if uses_record {
             self.records.prepare(&stream.gpu)?;
@@ -157,8 +151,8 @@ impl Issuer {
         // Only the alignment of an address matters here, and bases have the alignment that the libraries require.
         let address_of = |place: Place| {
             let buffer = match place.operand {
-                Operand::Read(i) => reads.get(i),
-                Operand::Write(i) => writes.get(i),
+                Operand::Read(i) => buffers[0].get(i),
+                Operand::Write(i) => buffers[1].get(i),
                 Operand::Workspace => None,
             };
             Ok(ANY_BASE + (buffer.map_or(0, |buffer| buffer.offset) + place.offset_bytes) as u64)
@@ -171,7 +165,7 @@ impl Issuer {
                 }
                 PreparedStep::Attention { shape, fallback } => {
                     self.attention_plans().prepare(shape, &stream.place);
-                    self.prepare_steps(fallback, uses_record, (reads, writes))?;
+                    self.prepare_steps(fallback, uses_record, buffers)?;
                 }
                 PreparedStep::Kernel { .. } | PreparedStep::Copy { .. } | PreparedStep::Fill { .. } => {}
             }
@@ -197,7 +191,7 @@ impl Issuer {
         self.attention_plans.get_or_insert_with(new)
     }
 
-    fn product_plans(&mut self) -> Result<&mut ProductPlans, KernelError> {
+    fn product_plans(&mut self) -> Result<&mut ProductPlans> {
         let stream = &self.stream;
         match &mut self.product_plans {
             Some(plans) => Ok(plans),
@@ -242,7 +236,7 @@ impl Issuer {
     }
 
     /// Issues the remaining launches of a program. Returns false if it would block and must not.
-    fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool, KernelError> {
+    fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool> {
         self.stream.gpu.context.check_alive()?;
         let in_flight = run.in_flight.clone();
         let program = &in_flight.program;
@@ -288,7 +282,7 @@ impl Issuer {
     }
 
     /// Queues the signals due before the next launch with the poller.
-    fn issue_signals(&mut self, run: &mut Run) -> Result<(), KernelError> {
+    fn issue_signals(&mut self, run: &mut Run) -> Result<()> {
         let mut event = None;
         while let Some((_, tag)) =
             run.in_flight.program.signals.get(run.next_signal).filter(|(at, _)| *at <= run.next_launch)
@@ -303,21 +297,20 @@ impl Issuer {
         Ok(())
     }
 
-    fn finish(&mut self, run: Run, result: Result<(), KernelError>) {
+    fn finish(&mut self, run: Run, result: Result<()>) {
         let Run { in_flight, bases, uses_record, .. } = run;
-        let fetched = if uses_record { self.fetch_record(&in_flight) } else { Ok(()) };
-        match fetched.and_then(|()| self.stream.record()) {
+        let fetched = uses_record.then(|| self.records.fetch(&self.stream)).transpose();
+        let recorded = fetched.and_then(|slot| {
+            slot.into_iter().for_each(|slot| in_flight.set_record_slot(slot));
+            self.stream.record()
+        });
+        match recorded {
             Ok(recorded) => self.stream.report(recorded, in_flight.end(bases, result)),
             Err(error) => {
                 drop(bases);
                 in_flight.finish(Err(result.err().unwrap_or(error)));
             }
         }
-    }
-
-    fn fetch_record(&mut self, in_flight: &InFlight) -> Result<(), KernelError> {
-        in_flight.set_record_slot(self.records.fetch(&self.stream.gpu, self.stream.handle, &self.stream.place)?);
-        Ok(())
     }
 
     /// Whether a launch runs on the host: a custom kernel, or a collective of an engine that cannot enqueue on streams.
@@ -330,7 +323,7 @@ impl Issuer {
     }
 
     /// Issues the next launch, or the next two if one kernel runs both; returns how many.
-    fn issue_next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>), KernelError> {
+    fn issue_next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>)> {
         let in_flight = run.in_flight.clone();
         let launches = &in_flight.program.launches;
         // Fusion would hide the first launch's outputs from the Inf/NaN check and delay a signal between the two.
@@ -348,7 +341,7 @@ impl Issuer {
 
     /// Issues two launches as one. Returns false if they must be issued one by one: there is no fused kernel, memory
     /// overlaps, or there is an error, which belongs to one of the launches.
-    fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool, KernelError> {
+    fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool> {
         let lowered = run.lowered.clone();
         if lowered.cannot_fuse(run.next_launch, launches) {
             return Ok(false);
@@ -363,46 +356,46 @@ impl Issuer {
         let Some(pair) = lowered.fused_pair(run.next_launch, launches, &self.stream.gpu) else { return Ok(false) };
         let Some(bound) = pair.bind(launches[1].op.name(), &run.bases)? else { return Ok(false) };
         trace_launch(&run.in_flight.program, run.next_launch + 1);
-        run.uses_record |= pair.uses_record;
-        pair.steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch + 1))?;
+        run.uses_record |= pair.lowered.uses_record;
+        pair.lowered.steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch + 1))?;
         Ok(true)
     }
 
     /// Resolves a launch's buffers and checks that they are on this GPU.
-    fn bind<'a>(&self, launch: &'a Launch, bases: &'a [Base]) -> Result<Bound<'a>, KernelError> {
+    fn bind<'a>(&self, launch: &'a Launch, bases: &'a [Base]) -> Result<Bound<'a>> {
         let bound = Bound::resolve(launch, bases, |_| 0)?;
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
         Ok(bound)
     }
 
-    fn issue_launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>, KernelError> {
+    fn issue_launch(&mut self, launch: &Launch, run: &mut Run) -> Result<Option<Wait>> {
         let bound = Bound::resolve(launch, &run.bases, |_| lower::workspace_bytes(launch))?;
         if let ([read], Op::CopyRegion { src, dst }) = (&bound.reads[..], &launch.op)
             && self.check_on_this_gpu(bound.name, read).is_err()
         {
-            return self.copy_from_peer(launch, read, src, &bound.writes[0], dst).map(|()| None);
+            return self.copy_from_peer(launch, read, &bound.writes[0], [src, dst]).map(|()| None);
         }
         bound.all().try_for_each(|view| self.check_on_this_gpu(bound.name, view))?;
-        let kind = run.lowered.launch_kind(run.next_launch, launch, &self.stream.gpu)?;
-        match (kind, &launch.op) {
-            (LaunchKind::Steps { steps, uses_record }, _) => {
-                check_in_place(launch, &bound)?;
-                run.uses_record |= uses_record;
-                self.stream.gpu.attention_counters.count_launch(&launch.op);
-                steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
-                Ok(None)
-            }
-            (_, Op::Collective(call)) => self.issue_collective(call, &bound),
-            (_, Op::Custom(kernel)) => {
+        match &launch.op {
+            Op::Collective(call) => self.issue_collective(call, &bound),
+            Op::Custom(kernel) => {
                 let accumulate = launch.accumulate && run.in_flight.repeat;
                 self.staging.run_custom(&bound, &**kernel, accumulate).map(|()| None)
             }
-            _ => Ok(None),
+            op => {
+                let LoweredLaunch { steps, uses_record } =
+                    run.lowered.launch(run.next_launch, launch, &self.stream.gpu)?;
+                check_in_place(launch, &bound)?;
+                run.uses_record |= uses_record;
+                self.stream.gpu.attention_counters.count_launch(op);
+                steps.iter().try_for_each(|step| self.issue_step(step, &bound, run.next_launch))?;
+                Ok(None)
+            }
         }
     }
 
     /// Checks ISSUE-1.
-    fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<(), KernelError> {
+    fn check_on_this_gpu(&self, name: &str, view: &View<'_>) -> Result<()> {
         let gpu = &self.stream.gpu;
         let got = match view.arena().device_memory::<DeviceMemory>() {
             Some(memory) if Arc::ptr_eq(&memory.gpu.context, &gpu.context) => return Ok(()),
@@ -416,25 +409,23 @@ impl Issuer {
         &self,
         launch: &Launch,
         read: &View<'_>,
-        src: &Region,
         write: &View<'_>,
-        dst: &Region,
-    ) -> Result<(), KernelError> {
+        [src, dst]: [&Region; 2],
+    ) -> Result<()> {
         let accumulate = launch.accumulate;
         let source = read.arena().device_memory().map(|memory: &DeviceMemory| memory.gpu.context.clone());
         let (Some(source), false) = (source, accumulate || read.dtype() != write.dtype()) else {
             let got = format!("{:?} to {:?}, accumulate {accumulate}", read.dtype(), write.dtype());
-            return Err(launch.refused("read 0", "device memory to copy unchanged", got));
+            return Err(launch.refused("read 0", "GPU memory, copied without conversion or addition", got));
         };
         self.check_on_this_gpu(launch.op.name(), write)?;
         launch.check_buffers(false)?;
-        let (from, to) = (device_address(read)?, device_address(write)?);
-        let from = StridedRegion { address: from, shape: read.shape(), region: src };
-        let to = StridedRegion { address: to, shape: write.shape(), region: dst };
-        copy_region_from(&self.stream, &source, from, to, read.dtype())
+        let from = StridedRegion::new(device_address(read)?, read.shape(), src.clone());
+        let to = StridedRegion::new(device_address(write)?, write.shape(), dst.clone());
+        copy_region_from(&self.stream, &source, &from, &to, read.dtype())
     }
 
-    fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<(), KernelError> {
+    fn issue_step(&mut self, step: &PreparedStep, bound: &Bound<'_>, index: usize) -> Result<()> {
         let address_of = |place: Place| address(bound, place);
         self.stream.issue_test_delay()?;
         match step {
@@ -470,7 +461,7 @@ impl Issuer {
         }
     }
 
-    fn issue_collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>, KernelError> {
+    fn issue_collective(&mut self, call: &CollectiveCall, bound: &Bound<'_>) -> Result<Option<Wait>> {
         let timer = self.metrics.collective(call);
         if let Some(engine) = self.engine.on_device(call) {
             self.stream.issue_test_delay()?;
@@ -491,7 +482,7 @@ impl Issuer {
         Ok(None)
     }
 
-    fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<(), KernelError> {
+    fn report_non_finite(&mut self, launch: &Launch, run: &mut Run) -> Result<()> {
         let bound = Bound::resolve(launch, &run.bases, |_| 0)?;
         if let Some((write, elements)) = self.staging.find_non_finite(&launch.op, &bound)? {
             run.in_flight.send(Notification::NotFinite { launch: run.next_launch, write, elements });
@@ -502,25 +493,22 @@ impl Issuer {
 }
 
 /// The addresses of a product's matrices a, b and d.
-fn addresses(
-    product: &Product,
-    address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
-) -> Result<[u64; 3], KernelError> {
+fn addresses(product: &Product, address_of: &dyn Fn(Place) -> Result<u64>) -> Result<[u64; 3]> {
     Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
 /// Start of the library's part of the workspace, whose size has been checked; 0 if there is none.
-fn library_workspace(bound: &Bound<'_>) -> Result<u64, KernelError> {
+fn library_workspace(bound: &Bound<'_>) -> Result<u64> {
     bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }
 
 /// Checks the part of MEM-2 that depends on the op: which reads may share memory with the first write.
-fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<(), KernelError> {
+fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<()> {
     for (w, write) in bound.writes.iter().enumerate() {
         for (r, read) in bound.reads.iter().enumerate() {
             if read.overlaps(write) && !(w == 0 && lower::in_place(launch).contains(&r)) {
                 let expected = "memory that is not written";
-                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "an op in place"));
+                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "memory of a write"));
             }
         }
     }

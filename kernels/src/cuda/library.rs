@@ -8,7 +8,7 @@ use std::{env, fs};
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
 use super::status::{check_code, unavailable};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// The oldest supported driver: it must provide the CUDA version of the libraries and cubins, `1000 * major + 10 *
 /// minor`.
@@ -52,17 +52,12 @@ pub(crate) struct Driver {
 /// Declares `Api`, the functions of a library that is loaded at run time, tried under these file names.
 macro_rules! dynamic_library {
     ([$($file:literal),*] $($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
+        #[derive(Debug)]
         pub(crate) struct Api {
             // SAFETY: these are only types; each call states why it is sound.
             $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
             /// Keeps the functions loaded.
             _library: libloading::Library,
-        }
-
-        impl std::fmt::Debug for Api {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("Api")
-            }
         }
 
         impl Api {
@@ -104,7 +99,7 @@ fn set_environment() {
     }
 }
 
-pub(crate) fn driver() -> Result<Driver, KernelError> {
+pub(crate) fn driver() -> Result<Driver> {
     // SAFETY: loads and unloads the library; only NVIDIA's initializers run.
     if !unsafe { sys::is_culib_present() } {
         return Err(unavailable("no CUDA driver (libcuda.so.1) on this machine", DRIVER_HINT));
@@ -125,7 +120,7 @@ pub(crate) fn driver() -> Result<Driver, KernelError> {
     Ok(Driver { version, devices: usize::try_from(count).unwrap_or(0) })
 }
 
-fn check_version(version: i32) -> Result<(), KernelError> {
+fn check_version(version: i32) -> Result<()> {
     if version >= DRIVER_MIN {
         return Ok(());
     }
@@ -169,7 +164,7 @@ impl Library {
         }
     }
 
-    pub(crate) fn require(self) -> Result<(), KernelError> {
+    pub(crate) fn require(self) -> Result<()> {
         // SAFETY: see `driver`.
         let present = unsafe {
             match self {
@@ -180,6 +175,14 @@ impl Library {
             }
         };
         if present { Ok(()) } else { Err(self.missing()) }
+    }
+
+    pub(crate) fn check_version(self, found: usize, needed: usize) -> Result<()> {
+        if found >= needed {
+            return Ok(());
+        }
+        let [found, needed] = [found, needed].map(dotted_patch);
+        Err(unavailable(format!("{self} is too old: found {found}, need {needed} or newer"), self.hint()))
     }
 
     pub(crate) fn missing(self) -> KernelError {

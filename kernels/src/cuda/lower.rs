@@ -3,7 +3,7 @@
 //!
 //! The backend makes the checks that depend on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
 
-use crate::cuda::step::{Step, product_workspace_bytes};
+use crate::cuda::step::{Arg, Step, product_workspace_bytes};
 use crate::error::KernelError;
 use crate::memory::ALIGNMENT;
 use crate::op::{Launch, Op};
@@ -26,6 +26,7 @@ mod tests;
 
 use args::Args;
 pub use attention::cudnn_attention;
+use kernel::variants;
 
 /// Alignment of cuBLASLt's and cuDNN's workspaces; buffers are aligned to [`ALIGNMENT`].
 const LIBRARY_ALIGNMENT: usize = 256;
@@ -47,14 +48,14 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
         Op::CopyRegion { src, dst } => region::copy_region(&args, src, dst),
         Op::Add => elementwise::add(&args),
         Op::SumLeading => reduce::sum_leading(&args),
-        Op::Scale { factor } => elementwise::scale(&args, *factor),
+        Op::Scale { factor } => elementwise::map(&args, variants!("scale"), &[Arg::F32(*factor)]),
         Op::Einsum(einsum) => product::einsum(&args, einsum),
         Op::Embedding { vocab_start, vocab } => loss::embedding(&args, *vocab_start, *vocab),
         Op::EmbeddingGrad { vocab_start } => loss::embedding_grad(&args, *vocab_start),
         Op::LayerNorm { eps } => norm::layer_norm(&args, *eps),
         Op::LayerNormGrad => norm::layer_norm_grad(&args),
-        Op::Gelu => elementwise::gelu(&args),
-        Op::GeluGrad => elementwise::gelu_grad(&args),
+        Op::Gelu => elementwise::map(&args, variants!("gelu"), &[]),
+        Op::GeluGrad => elementwise::map(&args, variants!("gelu_grad"), &[]),
         Op::Attention { scale } => attention::attention(&args, *scale, shared_bytes_max),
         Op::AttentionGrad { scale } => attention::attention_grad(&args, *scale, shared_bytes_max),
         Op::RowMax => loss::row_max(&args),

@@ -15,7 +15,7 @@ use super::module::Function;
 use super::raw_stream::{Geometry, PARAMETERS_MAX};
 use super::step::{Arg, AttentionShape, Operand, Place, Product, Step};
 use crate::bound::Bound;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::tensor::element_count;
@@ -39,60 +39,36 @@ struct CachedProgram {
 #[derive(Debug)]
 pub(crate) struct LoweredProgram {
     /// By launch; lowered at first use, after the check of its buffers.
-    launches: Vec<OnceLock<Result<LaunchKind, KernelError>>>,
+    launches: Vec<OnceLock<Result<LoweredLaunch>>>,
     /// By launch: the fused form of this launch and the next, if there is one.
     pairs: Vec<OnceLock<Option<FusedPair>>>,
     repeat: bool,
     pub(crate) last_call: Option<usize>,
 }
 
-/// Two launches fused into one. Each can still run alone.
+/// The steps of a launch. If `uses_record` is set, a kernel may write the stream's error record.
 #[derive(Debug)]
-pub(crate) struct FusedPair {
-    /// The buffers that the steps' places refer to.
-    pub(crate) reads: Vec<Buffer>,
-    pub(crate) writes: Vec<Buffer>,
+pub(crate) struct LoweredLaunch {
     pub(crate) steps: Vec<PreparedStep>,
     pub(crate) uses_record: bool,
 }
 
+/// Two launches fused into one, and the buffers that its steps' places refer to. Each can still run alone.
 #[derive(Debug)]
-pub(crate) enum LaunchKind {
-    Steps {
-        steps: Vec<PreparedStep>,
-        /// Whether a kernel writes the stream's error record.
-        uses_record: bool,
-    },
-    /// Runs on the collective engine.
-    Collective,
-    /// Runs on the host.
-    Custom,
+pub(crate) struct FusedPair {
+    pub(crate) reads: Vec<Buffer>,
+    pub(crate) writes: Vec<Buffer>,
+    pub(crate) lowered: LoweredLaunch,
 }
 
-/// A step that lacks only its addresses.
+/// A step that lacks only its addresses. `Attention` runs on cuDNN, or as `fallback` if cuDNN refuses the shape.
 #[derive(Debug)]
 pub(crate) enum PreparedStep {
-    Kernel {
-        function: Function,
-        geometry: Geometry,
-        args: Vec<Arg>,
-    },
+    Kernel { function: Function, geometry: Geometry, args: Vec<Arg> },
     Product(Box<Product>),
-    /// Attention by cuDNN; `fallback` runs if cuDNN refuses the shape.
-    Attention {
-        shape: AttentionShape,
-        fallback: Vec<PreparedStep>,
-    },
-    Copy {
-        from: Place,
-        to: Place,
-        bytes: usize,
-    },
-    Fill {
-        to: Place,
-        word: u32,
-        words: usize,
-    },
+    Attention { shape: AttentionShape, fallback: Vec<PreparedStep> },
+    Copy { from: Place, to: Place, bytes: usize },
+    Fill { to: Place, word: u32, words: usize },
 }
 
 impl ProgramCache {
@@ -115,10 +91,10 @@ impl LoweredProgram {
         Self { launches, pairs, repeat, last_call }
     }
 
-    /// How to run launch `index` of the program, whose buffers have been checked.
-    pub(crate) fn launch_kind(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&LaunchKind, KernelError> {
-        let repeat = self.repeat && launch.accumulate;
-        self.launches[index].get_or_init(|| launch_kind(launch, repeat, gpu)).as_ref().map_err(Clone::clone)
+    /// The steps of launch `index` of the program, whose buffers have been checked.
+    pub(crate) fn launch(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&LoweredLaunch> {
+        let accumulate = self.repeat && launch.accumulate;
+        self.launches[index].get_or_init(|| lower_launch(launch, accumulate, gpu)).as_ref().map_err(Clone::clone)
     }
 
     /// True if launch `index` and the next certainly have no fused kernel. Does not look at buffers.
@@ -138,9 +114,7 @@ impl LoweredProgram {
 fn fuse_pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<FusedPair> {
     // Errors are reported when the launches run one by one.
     let FusedLaunches { reads, writes, steps } = fuse(first, second, &overlap).ok()??;
-    let steps = steps.into_iter().map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>().ok()?;
-    let uses_record = uses_record(&steps);
-    Some(FusedPair { reads, writes, steps, uses_record })
+    Some(FusedPair { reads, writes, lowered: prepare_steps(steps, gpu).ok()? })
 }
 
 /// Whether two buffers overlap without being identical, as far as that is known before bases are bound: see
@@ -155,7 +129,7 @@ fn overlap(a: &Buffer, b: &Buffer) -> bool {
 impl FusedPair {
     /// Resolves the pair's buffers. Returns `None` if a write overlaps a buffer on another base, which `overlap` could
     /// not see.
-    pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>, KernelError> {
+    pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>> {
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
         let writes = self.writes.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
@@ -167,32 +141,24 @@ impl FusedPair {
     }
 }
 
-fn launch_kind(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LaunchKind, KernelError> {
-    match launch.op {
-        Op::Collective(_) => Ok(LaunchKind::Collective),
-        Op::Custom(_) => Ok(LaunchKind::Custom),
-        _ => {
-            let steps = lower::lower(launch, accumulate, gpu.context.shared_bytes_max)?.into_iter();
-            let steps = steps.map(|step| prepare_step(step, gpu)).collect::<Result<Vec<_>, _>>()?;
-            let uses_record = uses_record(&steps);
-            let attention = lower::cudnn_attention(launch).filter(|_| gpu.attention != Attention::Own);
-            let steps = match attention {
-                Some(shape) => vec![PreparedStep::Attention { shape, fallback: steps }],
-                None => steps,
-            };
-            Ok(LaunchKind::Steps { steps, uses_record })
+fn lower_launch(launch: &Launch, accumulate: bool, gpu: &Gpu) -> Result<LoweredLaunch> {
+    let lowered = prepare_steps(lower::lower(launch, accumulate, gpu.context.shared_bytes_max)?, gpu)?;
+    Ok(match lower::cudnn_attention(launch).filter(|_| gpu.attention != Attention::Own) {
+        Some(shape) => {
+            LoweredLaunch { steps: vec![PreparedStep::Attention { shape, fallback: lowered.steps }], ..lowered }
         }
-    }
-}
-
-fn uses_record(steps: &[PreparedStep]) -> bool {
-    steps.iter().any(|step| match step {
-        PreparedStep::Kernel { args, .. } => args.contains(&Arg::ErrorRecord),
-        _ => false,
+        None => lowered,
     })
 }
 
-fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
+fn prepare_steps(steps: Vec<Step>, gpu: &Gpu) -> Result<LoweredLaunch> {
+    let is_record = |step: &Step| matches!(step, Step::Kernel(kernel) if kernel.args.contains(&Arg::ErrorRecord));
+    let uses_record = steps.iter().any(is_record);
+    let steps = steps.into_iter().map(|step| prepare_step(step, gpu)).collect::<Result<_>>()?;
+    Ok(LoweredLaunch { steps, uses_record })
+}
+
+fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep> {
     Ok(match step {
         Step::Kernel(kernel) => {
             let function = gpu.modules.function(kernel.function, kernel.shared_bytes)?;
@@ -211,7 +177,7 @@ fn prepare_step(step: Step, gpu: &Gpu) -> Result<PreparedStep, KernelError> {
 }
 
 /// The address of a place in a bound launch whose buffers are all on the device.
-pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64, KernelError> {
+pub(crate) fn address(bound: &Bound<'_>, place: Place) -> Result<u64> {
     let view = match place.operand {
         Operand::Read(i) => bound.reads.get(i),
         Operand::Write(i) => bound.writes.get(i),

@@ -11,7 +11,7 @@ use cudarc::driver::sys;
 
 use super::context::{Context, Raw};
 use crate::clock::{Stamped, host_access};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::Arena;
 
 const PIECE_BYTES: usize = 4 << 20;
@@ -28,7 +28,7 @@ pub(crate) struct HostTransfer {
 
 impl HostTransfer {
     /// Requires the context to be bound.
-    pub(crate) fn new(context: &Arc<Context>) -> Result<Self, KernelError> {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Self> {
         let pinned = Pinned::new(context, PIECE_BYTES)?;
         Ok(Self {
             context: context.clone(),
@@ -39,7 +39,7 @@ impl HostTransfer {
     }
 
     /// Zeroes device memory and waits for that. Requires the context to be bound.
-    pub(crate) fn zero(&self, address: u64, bytes: usize) -> Result<(), KernelError> {
+    pub(crate) fn zero(&self, address: u64, bytes: usize) -> Result<()> {
         // SAFETY: the caller guarantees device memory of this context.
         let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.stream.0) };
         self.wait(result, "cuMemsetD8Async")
@@ -47,12 +47,7 @@ impl HostTransfer {
 
     /// Copies `bytes` bytes to device memory at `to`, in pieces that `fill` provides until it returns false. Waits for
     /// the copies. Requires the context to be bound.
-    pub(crate) fn write(
-        &mut self,
-        to: u64,
-        bytes: usize,
-        fill: &mut dyn FnMut(&mut [u8]) -> bool,
-    ) -> Result<(), KernelError> {
+    pub(crate) fn write(&mut self, to: u64, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
@@ -71,12 +66,7 @@ impl HostTransfer {
 
     /// Copies `bytes` bytes from device memory at `from` and passes each piece to `take` until it returns false.
     /// Requires the context to be bound.
-    pub(crate) fn read(
-        &mut self,
-        from: u64,
-        bytes: usize,
-        take: &mut dyn FnMut(&[u8]) -> bool,
-    ) -> Result<(), KernelError> {
+    pub(crate) fn read(&mut self, from: u64, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
@@ -93,7 +83,7 @@ impl HostTransfer {
     }
 
     /// Waits for the call that returned `result`.
-    fn wait(&self, result: sys::CUresult, call: &'static str) -> Result<(), KernelError> {
+    fn wait(&self, result: sys::CUresult, call: &'static str) -> Result<()> {
         self.context.check(result, call, &self.context.place())?;
         // SAFETY: the stream is live.
         let result = unsafe { sys::cuStreamSynchronize(self.stream.0) };
@@ -109,7 +99,7 @@ impl Drop for HostTransfer {
 }
 
 /// Creates a stream that does not synchronize with the default stream. Requires the context to be bound.
-pub(crate) fn new_stream(context: &Context, priority: i32, place: &str) -> Result<Raw<sys::CUstream>, KernelError> {
+pub(crate) fn new_stream(context: &Context, priority: i32, place: &str) -> Result<Raw<sys::CUstream>> {
     let mut stream = std::ptr::null_mut();
     let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
     // SAFETY: writes a handle to a local.
@@ -136,7 +126,7 @@ pub(crate) struct Pinned {
 
 impl Pinned {
     /// Allocates at least one byte. Requires the context to be bound.
-    pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, KernelError> {
+    pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         let mut start = std::ptr::null_mut();
         let bytes = bytes.max(1);
         // SAFETY: writes an address to a local.
@@ -185,7 +175,7 @@ impl Drop for Pinned {
 }
 
 /// Free and total bytes of the device. Requires the context to be bound.
-pub(crate) fn free_and_total(context: &Context) -> Result<(usize, usize), KernelError> {
+pub(crate) fn free_and_total(context: &Context) -> Result<(usize, usize)> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: writes to locals.
     context.check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "cuMemGetInfo", &context.place())?;

@@ -17,7 +17,7 @@ use super::library::Library;
 use super::source::{MODULES, Module};
 use super::status::static_text;
 use super::step::SHARED_BYTES_DEFAULT;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Environment variable: a directory of cubins (`NAME.ARCH.cubin`), searched before `cubins` next to the program.
 pub const CUBINS: &str = "SHARDFLOW_CUBINS";
@@ -47,7 +47,7 @@ impl Modules {
     }
 
     /// Returns the kernel of this name and allows it this much dynamic shared memory. Requires the context to be bound.
-    pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function, KernelError> {
+    pub(crate) fn function(&self, name: &'static str, shared_bytes: u32) -> Result<Function> {
         let mut loaded = self.loaded.lock();
         let place = format!("kernel {name} on {}", self.context.place());
         let mut function = match loaded.functions.get(name) {
@@ -82,12 +82,12 @@ impl Modules {
     }
 
     /// Loads all kernels of a module. Requires the context to be bound.
-    pub(crate) fn prepare(&self, module: &str) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&self, module: &str) -> Result<()> {
         let mut functions = MODULES.iter().filter(|known| known.name == module).flat_map(Module::functions);
         functions.try_for_each(|function| self.function(function, 0).map(drop))
     }
 
-    fn load(&self, module: &Module) -> Result<Raw<sys::CUmodule>, KernelError> {
+    fn load(&self, module: &Module) -> Result<Raw<sys::CUmodule>> {
         let capability = self.context.capability;
         for path in cubins(module.name, capability) {
             if let Ok(image) = fs::read(&path)
@@ -100,7 +100,7 @@ impl Modules {
         self.load_image(&image, module.name)
     }
 
-    fn load_image(&self, image: &[u8], name: &str) -> Result<Raw<sys::CUmodule>, KernelError> {
+    fn load_image(&self, image: &[u8], name: &str) -> Result<Raw<sys::CUmodule>> {
         let mut handle = std::ptr::null_mut();
         // PTX is text and must end with 0.
         let mut image = image.to_vec();
@@ -167,7 +167,7 @@ fn missing_headers(folders: &[PathBuf]) -> Option<String> {
     (!headers.is_empty()).then_some(hint)
 }
 
-fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>, KernelError> {
+fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
     Library::Nvrtc.require()?;
     let text = CString::new(module.text).unwrap_or_default();
     let (file, target) = (format!("{}.cu", module.name), format!("sm_{major}{minor}"));

@@ -20,7 +20,7 @@ use parking_lot::{Condvar, Mutex};
 use super::context::Context;
 use super::event::Recorded;
 use super::progress::CallProgress;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::event::Event;
 use crate::memory::Arena;
 
@@ -84,7 +84,7 @@ impl fmt::Debug for CompletionQueue {
 }
 
 impl Poller {
-    pub(crate) fn start(context: &Arc<Context>) -> Result<Self, KernelError> {
+    pub(crate) fn start(context: &Arc<Context>) -> Result<Self> {
         let shared = Arc::new(Shared {
             context: context.clone(),
             queues: Mutex::default(),

@@ -3,21 +3,22 @@
 
 use cudarc::{cublaslt, driver::sys, nvrtc};
 
+use super::context::describe_device;
 use super::cudnn::api::Api as Cudnn;
 use super::library::{Library, dotted, dotted_patch, driver};
 use super::nccl::api::Api as Nccl;
-use super::status::{check_code, static_text, unavailable};
-use crate::error::KernelError;
+use super::status::{check_code, unavailable};
+use crate::error::Result;
 
 /// What `shardflow doctor` reports about CUDA.
 #[derive(Clone, Debug)]
 pub struct Probe {
     /// CUDA version of the driver, such as `13.0`; or why there is no driver.
-    pub driver: Result<String, KernelError>,
+    pub driver: Result<String>,
     /// Each device, or why the query failed.
-    pub devices: Vec<Result<DeviceFacts, KernelError>>,
+    pub devices: Vec<Result<DeviceFacts>>,
     /// Each library's version, or why it cannot be used.
-    pub libraries: Vec<(Library, Result<String, KernelError>)>,
+    pub libraries: Vec<(Library, Result<String>)>,
 }
 
 /// One GPU.
@@ -43,26 +44,16 @@ pub fn probe() -> Probe {
     }
 }
 
-fn device_facts(ordinal: usize) -> Result<DeviceFacts, KernelError> {
-    use sys::CUdevice_attribute::{
-        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
-    };
+fn device_facts(ordinal: usize) -> Result<DeviceFacts> {
     let place = format!("cuda device {ordinal}");
-    let (mut device, mut bytes_total, mut name) = (0, 0, [0; 256]);
-    let mut capability = (0, 0);
-    // SAFETY: each call writes to locals of its declared types; the name ends with a 0 within the buffer.
-    let name = unsafe {
-        check_code(sys::cuDeviceGet(&mut device, i32::try_from(ordinal).unwrap_or(i32::MAX)), "cuDeviceGet", &place)?;
-        check_code(sys::cuDeviceGetName(name.as_mut_ptr(), name.len() as i32 - 1, device), "cuDeviceGetName", &place)?;
-        check_code(sys::cuDeviceTotalMem_v2(&mut bytes_total, device), "cuDeviceTotalMem", &place)?;
-        check_code(sys::cuDeviceGetAttribute(&mut capability.0, MAJOR, device), "cuDeviceGetAttribute", &place)?;
-        check_code(sys::cuDeviceGetAttribute(&mut capability.1, MINOR, device), "cuDeviceGetAttribute", &place)?;
-        static_text(name.as_ptr())
-    };
+    let (device, name, capability) = describe_device(ordinal, &place)?;
+    let mut bytes_total = 0;
+    // SAFETY: writes to a local.
+    check_code(unsafe { sys::cuDeviceTotalMem_v2(&mut bytes_total, device) }, "cuDeviceTotalMem", &place)?;
     Ok(DeviceFacts { name, capability, bytes_total })
 }
 
-fn version(library: Library) -> Result<String, KernelError> {
+fn version(library: Library) -> Result<String> {
     library.require()?;
     match library {
         // SAFETY: has no preconditions.

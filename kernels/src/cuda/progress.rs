@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use super::context::Context;
 use super::memory::Pinned;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::metrics::CollectiveTimer;
 
 /// Words per GPU; each stream uses two.
@@ -35,7 +35,7 @@ pub(crate) struct ProgressWords {
 
 impl ProgressWords {
     /// Requires the context to be bound.
-    pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>, KernelError> {
+    pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>> {
         let pinned = Pinned::new(context, WORDS * size_of::<u32>())?;
         Ok(Arc::new(Self { pinned, next: AtomicUsize::new(0) }))
     }

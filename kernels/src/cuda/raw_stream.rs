@@ -14,7 +14,7 @@ use super::module::Function;
 use super::poller::{Completion, CompletionQueue};
 use super::progress::CallProgress;
 use super::test_delay::TestDelays;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::metrics::CollectiveTimer;
 
 pub(crate) const PARAMETERS_MAX: usize = 32;
@@ -73,7 +73,7 @@ pub(crate) struct Geometry {
 
 impl RawStream {
     /// Creates a stream; `urgent` gives it the greatest priority.
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, name: &str, urgent: bool) -> Result<Self, KernelError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, name: &str, urgent: bool) -> Result<Self> {
         let place = format!("stream {name} of device {rank} on {}", gpu.place());
         gpu.context.bind()?;
         let (least, greatest) = gpu.priorities;
@@ -83,7 +83,7 @@ impl RawStream {
         Ok(Self { gpu: gpu.clone(), rank, handle, place, call_progress, completions })
     }
 
-    fn check(&self, result: sys::CUresult, call: &'static str) -> Result<(), KernelError> {
+    fn check(&self, result: sys::CUresult, call: &'static str) -> Result<()> {
         self.gpu.context.check(result, call, &self.place)
     }
 
@@ -91,12 +91,7 @@ impl RawStream {
     ///
     /// The caller guarantees that the parameters match the kernel's declaration and that addresses among them refer to
     /// device memory that lives until the launch is done.
-    pub(crate) fn launch(
-        &self,
-        function: Function,
-        geometry: &Geometry,
-        parameters: &[u64],
-    ) -> Result<(), KernelError> {
+    pub(crate) fn launch(&self, function: Function, geometry: &Geometry, parameters: &[u64]) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
         debug_assert!(parameters.len() <= PARAMETERS_MAX);
         for (pointer, parameter) in pointers.iter_mut().zip(parameters) {
@@ -124,14 +119,14 @@ impl RawStream {
     }
 
     /// Delays the stream before the next step if a test has requested delays.
-    pub(crate) fn issue_test_delay(&self) -> Result<(), KernelError> {
+    pub(crate) fn issue_test_delay(&self) -> Result<()> {
         let Some(cycles) = self.gpu.test_delays.as_ref().and_then(TestDelays::next) else { return Ok(()) };
         let geometry = Geometry { grid: [1; 3], block: [1; 3], shared_bytes: 0 };
         self.launch(self.gpu.modules.function("spin", 0)?, &geometry, &[cycles])
     }
 
     /// Copies on the device. The caller guarantees that both ranges are valid.
-    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), KernelError> {
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         if bytes == 0 || to == from {
             return Ok(());
         }
@@ -144,7 +139,7 @@ impl RawStream {
     }
 
     /// Copies from memory of any GPU, directly or through host memory as the driver chooses.
-    pub(crate) fn copy_from(&self, to: u64, source: &Context, from: u64, bytes: usize) -> Result<(), KernelError> {
+    pub(crate) fn copy_from(&self, to: u64, source: &Context, from: u64, bytes: usize) -> Result<()> {
         if self.is_on(source) || bytes == 0 {
             return self.copy(to, from, bytes);
         }
@@ -154,7 +149,7 @@ impl RawStream {
         self.check(result, "cuMemcpyPeerAsync")
     }
 
-    pub(crate) fn copy_rows_from(&self, source: &Context, rows: &RowCopy) -> Result<(), KernelError> {
+    pub(crate) fn copy_rows_from(&self, source: &Context, rows: &RowCopy) -> Result<()> {
         let &RowCopy { from, to, bytes, count, pitch } = rows;
         if count == 1 {
             return self.copy_from(to, source, from, bytes);
@@ -192,7 +187,7 @@ impl RawStream {
     }
 
     /// Copies to pinned host memory, which nobody accesses until the event recorded after the copy is done (PINNED-1).
-    pub(crate) fn copy_out(&self, to: *mut u8, from: u64, bytes: usize) -> Result<(), KernelError> {
+    pub(crate) fn copy_out(&self, to: *mut u8, from: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -201,7 +196,7 @@ impl RawStream {
     }
 
     /// Copies from pinned host memory, which nobody writes until the event recorded after the copy is done (PINNED-1).
-    pub(crate) fn copy_in(&self, to: u64, from: *const u8, bytes: usize) -> Result<(), KernelError> {
+    pub(crate) fn copy_in(&self, to: u64, from: *const u8, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -209,7 +204,7 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.handle.0) }, "cuMemcpyHtoDAsync")
     }
 
-    pub(crate) fn fill(&self, to: u64, word: u32, words: usize) -> Result<(), KernelError> {
+    pub(crate) fn fill(&self, to: u64, word: u32, words: usize) -> Result<()> {
         if words == 0 {
             return Ok(());
         }
@@ -218,17 +213,17 @@ impl RawStream {
     }
 
     /// Marks on the stream that a call begins; `timer` receives its time when it has ended (PROGRESS-1).
-    pub(crate) fn begin_call(&self, timer: Option<CollectiveTimer>) -> Result<(), KernelError> {
+    pub(crate) fn begin_call(&self, timer: Option<CollectiveTimer>) -> Result<()> {
         self.call_progress.as_ref().map_or(Ok(()), |call_progress| self.write_word(call_progress.begin(timer)))
     }
 
     /// Marks on the stream that the last call, which is on it, has ended.
-    pub(crate) fn end_call(&self) -> Result<(), KernelError> {
+    pub(crate) fn end_call(&self) -> Result<()> {
         self.call_progress.as_ref().map_or(Ok(()), |call_progress| self.write_word(call_progress.end()))
     }
 
     /// Makes the stream write a progress word ([`CallProgress`]), which the poller reads.
-    fn write_word(&self, (to, value): (u64, u32)) -> Result<(), KernelError> {
+    fn write_word(&self, (to, value): (u64, u32)) -> Result<()> {
         // The only flag that the call accepts.
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
         // SAFETY: the caller guarantees an aligned word of pinned host memory that lives until the stream ends.
@@ -244,13 +239,13 @@ impl RawStream {
         result.err().filter(|_| self.gpu.context.lost().is_some()).unwrap_or(error)
     }
 
-    pub(crate) fn synchronize(&self) -> Result<(), KernelError> {
+    pub(crate) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.
         self.check(unsafe { sys::cuStreamSynchronize(self.handle.0) }, "cuStreamSynchronize")
     }
 
     /// Records an event after all work that was put on the stream so far.
-    pub(crate) fn record(&self) -> Result<Arc<Recorded>, KernelError> {
+    pub(crate) fn record(&self) -> Result<Arc<Recorded>> {
         self.gpu.events.record(self.handle, &self.place)
     }
 
@@ -260,7 +255,7 @@ impl RawStream {
     }
 
     /// Reports the completion when all work that was put on the stream so far is done.
-    pub(crate) fn report_end(&self, completion: Completion) -> Result<(), KernelError> {
+    pub(crate) fn report_end(&self, completion: Completion) -> Result<()> {
         self.record().map(|after| self.report(after, completion))
     }
 
@@ -273,7 +268,7 @@ impl RawStream {
         self.gpu.poller.unregister(&self.completions, cause);
     }
 
-    pub(crate) fn wait(&self, event: &Recorded) -> Result<(), KernelError> {
+    pub(crate) fn wait(&self, event: &Recorded) -> Result<()> {
         event.wait_on(self.handle, &self.place)
     }
 }

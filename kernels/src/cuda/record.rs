@@ -4,16 +4,15 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys;
 use parking_lot::Mutex;
 
-use super::context::Raw;
 use super::device_memory::DeviceMemory;
 use super::gpu::Gpu;
 use super::memory::Pinned;
+use super::raw_stream::RawStream;
 use super::step::ErrorRecord;
 use crate::clock::{ReleaseClocks, host_access};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::memory::{Arena, Tally};
 
 const BYTES: usize = ErrorRecord::BYTES;
@@ -49,7 +48,7 @@ pub(crate) struct RecordSlot {
 
 impl ErrorRecords {
     /// Allocates the device record, counted in `tally`.
-    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self, KernelError> {
+    pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, tally: &Arc<Tally>) -> Result<Self> {
         let memory = Arena::on_device(DeviceMemory::new(gpu, rank, BYTES, tally)?);
         Ok(Self { memory, blocks: Vec::new() })
     }
@@ -59,11 +58,11 @@ impl ErrorRecords {
     }
 
     /// Allocates slots. Requires the context to be bound.
-    pub(crate) fn prepare(&mut self, gpu: &Gpu) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&mut self, gpu: &Gpu) -> Result<()> {
         self.take_slot(gpu).map(drop)
     }
 
-    fn take_slot(&mut self, gpu: &Gpu) -> Result<RecordSlot, KernelError> {
+    fn take_slot(&mut self, gpu: &Gpu) -> Result<RecordSlot> {
         let take = |block: &Arc<SlotBlock>| {
             let index = block.free.lock().pop()?;
             block.returned.join();
@@ -80,30 +79,23 @@ impl ErrorRecords {
     }
 
     /// Enqueues a copy and a reset of the record. Requires the context to be bound.
-    pub(crate) fn fetch(
-        &mut self,
-        gpu: &Gpu,
-        stream: Raw<sys::CUstream>,
-        place: &str,
-    ) -> Result<RecordSlot, KernelError> {
-        let slot = self.take_slot(gpu)?;
-        let to = slot.block.pinned.start().wrapping_add(slot.index * BYTES);
-        // SAFETY: both are live and have a record's size; nobody reads the slot before the event recorded after this
-        // copy is done.
-        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), self.address(), BYTES, stream.0) };
-        gpu.context.check(result, "cuMemcpyDtoHAsync", &place)?;
-        // SAFETY: the record is live.
-        let result = unsafe { sys::cuMemsetD32Async(self.address(), 0, ErrorRecord::WORDS, stream.0) };
-        gpu.context.check(result, "cuMemsetD32Async", &place)?;
+    pub(crate) fn fetch(&mut self, stream: &RawStream) -> Result<RecordSlot> {
+        let slot = self.take_slot(&stream.gpu)?;
+        stream.copy_out(slot.start(), self.address(), BYTES)?;
+        stream.fill(self.address(), 0, ErrorRecord::WORDS)?;
         Ok(slot)
     }
 }
 
 impl RecordSlot {
+    fn start(&self) -> *mut u8 {
+        self.block.pinned.start().wrapping_add(self.index * BYTES)
+    }
+
     /// Decodes the copied record. The event recorded after the copy must be done.
     pub(crate) fn read(&self) -> Option<ErrorRecord> {
         let mut words = [0; ErrorRecord::WORDS];
-        let start = self.block.pinned.start().wrapping_add(self.index * BYTES);
+        let start = self.start();
         host_access(start, BYTES, false);
         // SAFETY: inside the pinned memory, which is page-aligned; only the copy writes it, and it is done. This does
         // not touch other slots, which may be written meanwhile.

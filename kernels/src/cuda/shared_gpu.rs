@@ -7,7 +7,6 @@
 //! - LOCAL-2: a member's stream accesses another member's memory only after that member's `ready` event, and continues
 //!   only after the `done` events of all members: MEET-1, between streams.
 
-use std::any::Any;
 use std::sync::Arc;
 
 use super::context::Context;
@@ -17,12 +16,13 @@ use super::lower::collective::{PIECE_BYTES, contiguous_start, regions};
 use super::raw_stream::RawStream;
 use super::strided_copy::{StridedRegion, combine, copy_region_from};
 use crate::bound::Bound;
-use crate::collective::exchange::{foreign_elements, taken};
+use crate::collective::exchange::taken;
 use crate::collective::rendezvous::{Arrival, Groups, Post};
 use crate::collective::{
     AbortStatus, Collective, CollectiveCall, CollectiveKind, DeviceCollective, Enqueue, Enqueued, MemberWait, ReduceOp,
 };
-use crate::error::KernelError;
+use crate::error::Result;
+use crate::event::BackendObject;
 use crate::tensor::{DType, Region, element_count, split_range};
 
 /// The engine of devices that share GPUs. All of them share one engine.
@@ -56,15 +56,10 @@ impl SharedGpu {
     pub fn new() -> Self {
         Self::default()
     }
-
-    fn count(&self, post: &Post<Memory>) {
-        let bytes = foreign_elements(&post.call, &post.y_shape) * post.dtype.bytes();
-        self.0.received.add(&post.call.group, post.call.member, bytes);
-    }
 }
 
 /// Enqueues a transfer on the receiver's stream; the sender's stream waits for it.
-fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<(), KernelError> {
+fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()> {
     let (bytes, stream) = (element_count(&sender.x_shape) * sender.dtype.bytes(), &receiver.memory.stream);
     let sender = &sender.memory;
     bind(stream)?;
@@ -76,11 +71,11 @@ fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()
 }
 
 /// Binds the context of the stream's GPU, as enqueueing requires.
-fn bind(stream: &RawStream) -> Result<(), KernelError> {
+fn bind(stream: &RawStream) -> Result<()> {
     stream.gpu.context.bind()
 }
 
-fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<(), KernelError> {
+fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<()> {
     for (i, post) in posts.iter().enumerate() {
         bind(&post.memory.stream)?;
         for (_, event) in events.iter().enumerate().filter(|(j, _)| *j != i) {
@@ -90,12 +85,12 @@ fn wait_for_all(posts: &[Post<Memory>], events: &[Arc<Recorded>]) -> Result<(), 
     Ok(())
 }
 
-fn record_all(posts: &[Post<Memory>]) -> Result<Vec<Arc<Recorded>>, KernelError> {
+fn record_all(posts: &[Post<Memory>]) -> Result<Vec<Arc<Recorded>>> {
     posts.iter().map(|post| bind(&post.memory.stream).and_then(|()| post.memory.stream.record())).collect()
 }
 
 /// Enqueues all members' parts on their streams (LOCAL-2).
-fn enqueue_all(posts: &[Post<Memory>]) -> Result<(), KernelError> {
+fn enqueue_all(posts: &[Post<Memory>]) -> Result<()> {
     let Some(first) = posts.first() else { return Ok(()) };
     let ready: Vec<_> = posts.iter().map(|post| post.memory.ready.clone()).collect();
     wait_for_all(posts, &ready)?;
@@ -129,7 +124,7 @@ fn enqueue_all(posts: &[Post<Memory>]) -> Result<(), KernelError> {
 }
 
 /// The second half of an all-reduce: each member copies the reduced chunk of every other member.
-fn exchange_chunks(posts: &[Post<Memory>]) -> Result<(), KernelError> {
+fn exchange_chunks(posts: &[Post<Memory>]) -> Result<()> {
     for (i, post) in posts.iter().enumerate() {
         bind(&post.memory.stream)?;
         for (j, other) in posts.iter().enumerate().filter(|(j, _)| *j != i) {
@@ -141,25 +136,18 @@ fn exchange_chunks(posts: &[Post<Memory>]) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// Combines all members' regions `(shape, part)` into `y` for member `owner`. Copies non-contiguous regions to slots of
-/// the owner's workspace first, and regions on other GPUs piece by piece.
-fn reduce(
-    posts: &[Post<Memory>],
-    owner: usize,
-    op: ReduceOp,
-    (shape, part): (&[usize], &Region),
-    y: u64,
-) -> Result<(), KernelError> {
-    let (own, elements) = (&posts[owner], part.element_count());
+/// Combines all members' regions `(shape, part)` into `y` for member `me`. Copies non-contiguous regions to slots of
+/// its workspace first, and regions on other GPUs piece by piece.
+fn reduce(posts: &[Post<Memory>], me: usize, op: ReduceOp, (shape, part): (&[usize], &Region), y: u64) -> Result<()> {
+    let (own, elements) = (&posts[me], part.element_count());
     let bytes = |elements: usize| elements * own.dtype.bytes();
-    let in_order = || (1..=posts.len()).map(|m| &posts[(owner + m) % posts.len()]).enumerate();
+    let in_order = || (1..=posts.len()).map(|m| &posts[(me + m) % posts.len()]).enumerate();
     let slot = |i: usize, elements: usize| own.memory.workspace + (i * bytes(elements)) as u64;
     let Some(start) = contiguous_start(shape, part) else {
-        let whole = Region::whole(&part.size);
         for (i, post) in in_order() {
-            let to = StridedRegion { address: slot(i, elements), shape: &part.size, region: &whole };
-            let from = StridedRegion { address: post.memory.x, shape, region: part };
-            copy_region_from(&own.memory.stream, post.memory.context(), from, to, own.dtype)?;
+            let to = StridedRegion::whole(slot(i, elements), &part.size);
+            let from = StridedRegion::new(post.memory.x, shape, part.clone());
+            copy_region_from(&own.memory.stream, post.memory.context(), &from, &to, own.dtype)?;
         }
         let xs: Vec<u64> = in_order().map(|(i, _)| slot(i, elements)).collect();
         return combine(&own.memory.stream, op, &xs, y, elements);
@@ -183,27 +171,21 @@ fn reduce(
     Ok(())
 }
 
-fn gather(posts: &[Post<Memory>], member: usize, sources: &[Region], target: &Region) -> Result<(), KernelError> {
+fn gather(posts: &[Post<Memory>], member: usize, sources: &[Region], target: &Region) -> Result<()> {
     let own = &posts[member];
     for (other, boxes) in taken(member, sources, target) {
         let source = &sources[other];
         for common in &boxes {
-            let (from, to) = (common.relative_to(source), common.relative_to(target));
-            let from = StridedRegion { address: posts[other].memory.x, shape: &source.size, region: &from };
-            let to = StridedRegion { address: own.memory.y, shape: &target.size, region: &to };
-            copy_region_from(&own.memory.stream, posts[other].memory.context(), from, to, own.dtype)?;
+            let from = StridedRegion::new(posts[other].memory.x, &source.size, common.relative_to(source));
+            let to = StridedRegion::new(own.memory.y, &target.size, common.relative_to(target));
+            copy_region_from(&own.memory.stream, posts[other].memory.context(), &from, &to, own.dtype)?;
         }
     }
     Ok(())
 }
 
 impl Enqueue for SharedGpu {
-    fn enqueue(
-        &self,
-        call: &CollectiveCall,
-        bound: &Bound<'_>,
-        stream: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Enqueued, KernelError> {
+    fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: BackendObject) -> Result<Enqueued> {
         let rendezvous = self.0.enter(call, &bound.reads, &bound.writes, false)?;
         let GpuCall { x, y, workspace, stream, .. } = GpuCall::new(call, bound, stream)?;
         let ready = stream.record()?;
@@ -213,13 +195,13 @@ impl Enqueue for SharedGpu {
         let arrival = if post.ends().is_some() {
             rendezvous.transfer(post, |sender, receiver| {
                 enqueue_transfer(sender, receiver).and(bind(&stream))?;
-                self.count(receiver);
+                self.0.received.count(&receiver.call, &receiver.y_shape, receiver.dtype);
                 Ok(())
             })?
         } else {
             rendezvous.join(post, |posts| {
                 enqueue_all(&posts).and(bind(&stream))?;
-                posts.iter().for_each(|post| self.count(post));
+                posts.iter().for_each(|post| self.0.received.count(&post.call, &post.y_shape, post.dtype));
                 Ok(None)
             })?
         };

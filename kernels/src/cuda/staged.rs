@@ -11,7 +11,7 @@ use super::poller::set_event;
 use super::raw_stream::RawStream;
 use crate::bound::{Bound, run_custom};
 use crate::clock::host_access;
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::event::Event;
 use crate::memory::{ALIGNMENT, Arena, View};
 use crate::op::{Buffer, CustomKernel, Launch, Op};
@@ -30,7 +30,7 @@ impl HostStaging {
         Self { stream: stream.clone(), arena: None }
     }
 
-    fn wait(&self) -> Result<(), KernelError> {
+    fn wait(&self) -> Result<()> {
         let event = Event::default();
         self.stream.report_end(set_event(event.clone()))?;
         event.synchronize();
@@ -40,7 +40,7 @@ impl HostStaging {
 
     /// Returns staging memory of at least `bytes` bytes. An earlier copy from it may still be in progress, so the host
     /// accesses it only after a later event (PINNED-1).
-    fn arena(&mut self, bytes: usize) -> Result<Arena, KernelError> {
+    fn arena(&mut self, bytes: usize) -> Result<Arena> {
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());
         }
@@ -54,7 +54,7 @@ impl HostStaging {
     }
 
     /// Allocates staging memory for a launch's buffers. Requires the context to be bound.
-    pub(crate) fn prepare(&mut self, launch: &Launch) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&mut self, launch: &Launch) -> Result<()> {
         let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
         let buffers = launch.reads.iter().chain(&launch.writes);
         self.arena(buffers.map(|buffer| bytes(buffer).next_multiple_of(ALIGNMENT)).sum()).map(drop)
@@ -64,8 +64,8 @@ impl HostStaging {
     pub(crate) fn run(
         &mut self,
         bound: &Bound<'_>,
-        work: impl FnOnce(&[View<'_>], &[View<'_>]) -> Result<(), KernelError>,
-    ) -> Result<(), KernelError> {
+        work: impl FnOnce(&[View<'_>], &[View<'_>]) -> Result<()>,
+    ) -> Result<()> {
         // A write in place of a read shares its copy.
         let read_in_place = |write: &View<'_>| bound.reads.iter().position(|read| read.same_memory(write));
         let (mut offsets, mut end) = (Vec::new(), 0);
@@ -101,12 +101,7 @@ impl HostStaging {
         result
     }
 
-    pub(crate) fn run_custom(
-        &mut self,
-        bound: &Bound<'_>,
-        kernel: &dyn CustomKernel,
-        accumulate: bool,
-    ) -> Result<(), KernelError> {
+    pub(crate) fn run_custom(&mut self, bound: &Bound<'_>, kernel: &dyn CustomKernel, accumulate: bool) -> Result<()> {
         self.run(bound, |reads, writes| {
             // SAFETY: the copies belong to this stream, and no two writes overlap (`bound` has checked that).
             unsafe { run_custom(kernel, bound.name, reads, writes, accumulate) }
@@ -114,11 +109,7 @@ impl HostStaging {
     }
 
     /// Finds the first of a launch's writes that holds Inf or NaN, and the number of such elements.
-    pub(crate) fn find_non_finite(
-        &mut self,
-        op: &Op,
-        bound: &Bound<'_>,
-    ) -> Result<Option<(usize, usize)>, KernelError> {
+    pub(crate) fn find_non_finite(&mut self, op: &Op, bound: &Bound<'_>) -> Result<Option<(usize, usize)>> {
         for (i, write) in bound.writes.iter().enumerate().filter(|(_, write)| write.dtype().is_float()) {
             let arena = self.arena(write.bytes())?;
             self.stream.copy_out(arena.host_start(), device_address(write)?, write.bytes())?;

@@ -6,14 +6,14 @@ use std::fmt::Display;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 pub(crate) fn unavailable(what: impl Into<String>, hint: &str) -> KernelError {
     KernelError::Unavailable { what: what.into(), hint: hint.to_owned() }
 }
 
 /// Converts a status code to an error when there is no context yet.
-pub(crate) fn check_code(result: CUresult, call: &'static str, place: &dyn Display) -> Result<(), KernelError> {
+pub(crate) fn check_code(result: CUresult, call: &'static str, place: &dyn Display) -> Result<()> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());
     }

@@ -4,25 +4,16 @@
 use crate::error::KernelError;
 use crate::tensor::DType;
 
-/// One call on a stream. The steps of a launch run in order on one stream.
+/// One call on a stream. The steps of a launch run in order on one stream. A copy, on the device, has more than 0 bytes
+/// and does nothing if both places have the same address.
 #[derive(Clone, Debug, PartialEq)]
 // A program has a few hundred steps, created once.
 #[allow(clippy::large_enum_variant)]
 pub enum Step {
     Kernel(Kernel),
     Product(Product),
-    /// A copy on the device. A no-op if both places have the same address.
-    Copy {
-        from: Place,
-        to: Place,
-        /// Bytes to copy, more than 0.
-        bytes: usize,
-    },
-    Fill {
-        to: Place,
-        word: u32,
-        words: usize,
-    },
+    Copy { from: Place, to: Place, bytes: usize },
+    Fill { to: Place, word: u32, words: usize },
 }
 
 #[derive(Clone, Debug, PartialEq)]

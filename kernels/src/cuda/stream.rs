@@ -20,7 +20,7 @@ use super::raw_stream::RawStream;
 use super::record::ErrorRecords;
 use crate::clock::Stamped;
 use crate::collective::{AbortStatus, Collective};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::memory::Tally;
 use crate::metrics::{CollectiveTime, StreamMetrics};
 use crate::op::Program;
@@ -75,7 +75,7 @@ impl CudaStream {
         urgent: bool,
         engine: Arc<dyn Collective>,
         tally: &Arc<Tally>,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let stream = Arc::new(RawStream::new(gpu, rank, name, urgent)?);
         let abort_statuses = engine.outcomes().into();
         let metrics = StreamMetrics::new(name);
@@ -97,7 +97,7 @@ impl CudaStream {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    pub(crate) fn send(&self, command: Command) -> Result<(), KernelError> {
+    pub(crate) fn send(&self, command: Command) -> Result<()> {
         let Inner { stream, cache, engine, abort_statuses, .. } = &*self.inner;
         let command = match command {
             Command::Run(submission) => {
@@ -113,7 +113,7 @@ impl CudaStream {
         self.inner.issue(command)
     }
 
-    pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
+    pub(crate) fn prepare(&self, program: &Arc<Program>) -> Result<()> {
         let gpu = &self.inner.stream.gpu;
         gpu.context.check_alive()?;
         gpu.context.bind()?;
@@ -128,7 +128,7 @@ impl CudaStream {
 }
 
 impl Inner {
-    fn issue(self: &Arc<Self>, command: Command<Run>) -> Result<(), KernelError> {
+    fn issue(self: &Arc<Self>, command: Command<Run>) -> Result<()> {
         self.stream.gpu.context.bind()?;
         let mut queue = self.queue.lock();
         if queue.busy {
@@ -155,7 +155,7 @@ impl Inner {
     }
 
     /// Hands the queue over to the stream's own thread, starting it if necessary (STREAM-2).
-    fn hand_over(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue>) -> Result<(), KernelError> {
+    fn hand_over(self: &Arc<Self>, mut queue: MutexGuard<'_, Queue>) -> Result<()> {
         queue.handed_over = true;
         if queue.thread.is_none() {
             let own = self.clone();

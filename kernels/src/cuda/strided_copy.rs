@@ -7,65 +7,51 @@ use super::lower::collective::{MEMBERS_MAX, contiguous_start};
 use super::raw_stream::{Geometry, PARAMETERS_MAX, RawStream, RowCopy};
 use super::step::{Arg, Operand, SHARED_BYTES_DEFAULT, Step};
 use crate::collective::ReduceOp;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
 use crate::tensor::{DType, Region};
 
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct StridedRegion<'a> {
-    pub(crate) address: u64,
-    pub(crate) shape: &'a [usize],
-    pub(crate) region: &'a Region,
-}
-
-impl StridedRegion<'_> {
-    /// Address of the region if it is contiguous.
-    fn contiguous(&self, dtype: DType) -> Option<u64> {
-        contiguous_start(self.shape, self.region).map(|start| self.address + (start * dtype.bytes()) as u64)
-    }
-}
-
+/// A region of a tensor at an address.
 #[derive(Clone, Debug)]
-pub(crate) struct OwnedRegion {
-    pub(crate) address: u64,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) region: Region,
+pub(crate) struct StridedRegion {
+    address: u64,
+    shape: Vec<usize>,
+    region: Region,
 }
 
-impl OwnedRegion {
-    pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
-        Self { address, shape: shape.to_vec(), region: Region::whole(shape) }
+impl StridedRegion {
+    pub(crate) fn new(address: u64, shape: &[usize], region: Region) -> Self {
+        Self { address, shape: shape.to_vec(), region }
     }
 
-    pub(crate) fn as_region(&self) -> StridedRegion<'_> {
-        StridedRegion { address: self.address, shape: &self.shape, region: &self.region }
+    pub(crate) fn whole(address: u64, shape: &[usize]) -> Self {
+        Self::new(address, shape, Region::whole(shape))
+    }
+
+    fn contiguous(&self, dtype: DType) -> Option<u64> {
+        contiguous_start(&self.shape, &self.region).map(|start| self.address + (start * dtype.bytes()) as u64)
     }
 }
 
 /// Loads all kernels used here: a load behind a collective that waits for another GPU would wait for it too. Requires
 /// the context to be bound.
-pub(crate) fn prepare(gpu: &Gpu) -> Result<(), KernelError> {
+pub(crate) fn prepare(gpu: &Gpu) -> Result<()> {
     ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }
 
-pub(crate) fn copy_region(
-    stream: &RawStream,
-    from: StridedRegion<'_>,
-    to: StridedRegion<'_>,
-    dtype: DType,
-) -> Result<(), KernelError> {
+pub(crate) fn copy_region(stream: &RawStream, from: &StridedRegion, to: &StridedRegion, dtype: DType) -> Result<()> {
     if from.region.is_empty() {
         return Ok(());
     }
     if let (Some(source), Some(target)) = (from.contiguous(dtype), to.contiguous(dtype)) {
         return stream.copy(target, source, from.region.element_count() * dtype.bytes());
     }
-    let buffer = |shape: &[usize]| Buffer { base: 0, offset: 0, shape: shape.to_vec(), dtype };
+    let buffer = |part: &StridedRegion| Buffer { base: 0, offset: 0, shape: part.shape.clone(), dtype };
     let launch = Launch {
         op: Op::CopyRegion { src: from.region.clone(), dst: to.region.clone() },
-        reads: vec![buffer(from.shape)],
-        writes: vec![buffer(to.shape)],
+        reads: vec![buffer(from)],
+        writes: vec![buffer(to)],
         accumulate: false,
         workspace: None,
     };
@@ -74,20 +60,20 @@ pub(crate) fn copy_region(
         .try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
-/// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch share
-/// one call.
+/// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch
+/// share one call.
 pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,
-    from: StridedRegion<'_>,
-    to: StridedRegion<'_>,
+    from: &StridedRegion,
+    to: &StridedRegion,
     dtype: DType,
-) -> Result<(), KernelError> {
+) -> Result<()> {
     if stream.is_on(source) {
         return copy_region(stream, from, to, dtype);
     }
     let (mut rows, mut copied): (Option<RowCopy>, _) = (None, Ok(()));
-    let (read, write) = ((from.shape, &from.region.start[..]), (to.shape, &to.region.start[..]));
+    let (read, write) = ((&from.shape[..], &from.region.start[..]), (&to.shape[..], &to.region.start[..]));
     for_each_run(read, write, &from.region.size, |i, j, elements| {
         let bytes = |elements: usize| elements * dtype.bytes();
         let next = RowCopy::one(from.address + bytes(i) as u64, to.address + bytes(j) as u64, bytes(elements));
@@ -105,7 +91,7 @@ pub(crate) fn copy_region_from(
 }
 
 /// Issues a step that reads one buffer and writes one.
-fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<(), KernelError> {
+fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<()> {
     let refused = |got: String| KernelError::arguments("collective", "step", "a copy of a region", got);
     let address_of = |place: &super::step::Place| match place.operand {
         Operand::Read(0) => Ok(read + place.offset_bytes as u64),
@@ -131,13 +117,7 @@ fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<(), K
 }
 
 /// `y = ((xs[0] + xs[1]) + ..) + xs[last]`, element by element; the last may be y.
-pub(crate) fn combine(
-    stream: &RawStream,
-    op: ReduceOp,
-    xs: &[u64],
-    y: u64,
-    elements: usize,
-) -> Result<(), KernelError> {
+pub(crate) fn combine(stream: &RawStream, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<()> {
     const THREADS: usize = 256;
     const BLOCKS_MAX: usize = 1024;
     if elements == 0 {

@@ -3,7 +3,7 @@
 use std::env;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::hash::{GOLDEN_GAMMA, mix64};
 
 /// Environment variable `SEED:CYCLES`: delays about half of a stream's steps by a kernel that spins for fewer than
@@ -20,11 +20,11 @@ pub(crate) struct TestDelays {
 }
 
 impl TestDelays {
-    pub(crate) fn from_environment() -> Result<Option<Self>, KernelError> {
+    pub(crate) fn from_environment() -> Result<Option<Self>> {
         env::var_os(SPIN).map(|text| Self::parse(&text.to_string_lossy())).transpose()
     }
 
-    fn parse(text: &str) -> Result<Self, KernelError> {
+    fn parse(text: &str) -> Result<Self> {
         let parsed = text.split_once(':').and_then(|(seed, cycles)| Some((seed.parse().ok()?, cycles.parse().ok()?)));
         let parsed = parsed.filter(|(_, cycles_max)| (1..=CYCLES_MAX).contains(cycles_max));
         let (seed, cycles_max): (u64, u64) = parsed.ok_or_else(|| {

@@ -34,8 +34,8 @@ pub(super) fn empty_start() -> NonNull<u8> {
 
 #[derive(Debug)]
 pub(super) struct HostMemory {
-    start: NonNull<u8>,
-    bytes: usize,
+    pub(super) start: NonNull<u8>,
+    pub(super) bytes: usize,
     owner: Owner,
 }
 
@@ -45,8 +45,8 @@ enum Owner {
     Backend { _memory: Box<dyn Any + Send + Sync> },
 }
 
-// SAFETY: the memory is exclusively owned, and any thread may free it; MEM-3 governs access to its contents from several
-// threads.
+// SAFETY: the memory is exclusively owned, and any thread may free it; MEM-3 governs access to its contents from
+// several threads.
 unsafe impl Send for HostMemory {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for HostMemory {}
@@ -63,14 +63,6 @@ impl HostMemory {
 
     pub(super) fn of_backend(start: NonNull<u8>, bytes: usize, owner: Box<dyn Any + Send + Sync>) -> Self {
         Self { start, bytes, owner: Owner::Backend { _memory: owner } }
-    }
-
-    pub(super) fn start(&self) -> NonNull<u8> {
-        self.start
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
     }
 }
 

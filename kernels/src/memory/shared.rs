@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::ptr::{NonNull, null_mut};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
@@ -29,10 +29,10 @@ pub enum Access {
 /// A mapped memfd; unmapped and closed when dropped.
 #[derive(Debug)]
 pub(super) struct Mapping {
-    file: OwnedFd,
-    start: NonNull<u8>,
-    bytes: usize,
-    access: Access,
+    pub(super) file: OwnedFd,
+    pub(super) start: NonNull<u8>,
+    pub(super) bytes: usize,
+    pub(super) access: Access,
 }
 
 // SAFETY: the mapping belongs to the process and any thread may unmap it; MEM-3 governs access to its contents from
@@ -83,22 +83,6 @@ impl Mapping {
         let start = unsafe { mmap(null_mut(), bytes, protection, MapFlags::SHARED, &file, 0)? };
         let start = NonNull::new(start.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         Ok(Self { file, start, bytes, access })
-    }
-
-    pub(super) fn start(&self) -> NonNull<u8> {
-        self.start
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
-    pub(super) fn access(&self) -> Access {
-        self.access
-    }
-
-    pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
     }
 }
 

@@ -1,14 +1,60 @@
 //! Checks the shapes and dtypes of a launch's buffers: the same for every backend.
 
-use crate::error::KernelError;
+use std::fmt::{Debug, Display};
+
+use crate::error::{KernelError, Result};
 use crate::op::{Buffer, Launch, Op};
 use crate::region::check_inside;
 use crate::tensor::{DType, Region, element_count};
 
 impl Launch {
-    /// Checks the buffers of a built-in op, whose number has been checked. `accumulate` is true if the launch adds to
-    /// its accumulating write. Collectives and custom kernels check their own.
-    pub(crate) fn check_buffers(&self, accumulate: bool) -> Result<(), KernelError> {
+    /// Checks the number of buffers, accumulation, and which buffers are BF16. `accumulate` is true if the launch is
+    /// marked so.
+    pub(crate) fn check_op(&self, accumulate: bool) -> Result<()> {
+        let count = |(reads, writes)| format!("{reads} read, {writes} written");
+        let counts = (self.reads.len(), self.writes.len());
+        if let Some(arity) = self.op.arity().filter(|arity| *arity != counts) {
+            return Err(self.refused("buffers", count(arity), count(counts)));
+        }
+        if accumulate && self.op.can_accumulate().is_none() && !matches!(self.op, Op::Custom(_)) {
+            return Err(self.refused("accumulate", "an op that can accumulate", self.op.name()));
+        }
+        let sum = self.op.can_accumulate().filter(|_| accumulate).and_then(|write| self.writes.get(write));
+        if sum.is_some_and(|sum| sum.dtype == DType::BF16) {
+            return Err(self.refused("accumulate", "a sum of type F32, since BF16 loses small terms", "BF16"));
+        }
+        if matches!(self.op, Op::Collective(_)) { Ok(()) } else { self.check_bf16() }
+    }
+
+    /// Checks which buffers are BF16. Each port must support it, and:
+    /// - the reads that may be BF16 all have one dtype;
+    /// - if they are F32, so are the writes: only a cast converts. If they are BF16, a write may have either dtype, for
+    ///   sums and for values that a collective engine adds up.
+    fn check_bf16(&self) -> Result<()> {
+        let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
+        let ports = |buffers: &[Buffer], may: fn(&Op, usize) -> bool| {
+            buffers.iter().enumerate().position(|(i, buffer)| is_half(buffer) && !may(&self.op, i))
+        };
+        for (what, unsupported) in
+            [("read", ports(&self.reads, Op::reads_bf16)), ("write", ports(&self.writes, Op::writes_bf16))]
+        {
+            if let Some(i) = unsupported {
+                return Err(self.refused(&format!("dtype of {what} {i}"), "F32 or I32", "BF16"));
+            }
+        }
+        let wide = (0..self.reads.len()).find(|&i| self.reads[i].dtype == DType::F32 && self.op.reads_bf16(i));
+        let Some(wide) = wide else { return Ok(()) };
+        let mixed = self.reads.iter().any(is_half);
+        self.require(!mixed, format_args!("dtype of read {wide}"), "BF16, like the other reads", DType::F32)?;
+        match self.writes.iter().position(is_half).filter(|_| !matches!(self.op, Op::Cast)) {
+            Some(half) => Err(self.refused(&format!("dtype of write {half}"), "F32, like the reads", "BF16")),
+            None => Ok(()),
+        }
+    }
+
+    /// Checks the shapes and dtypes of a built-in op's buffers, whose number has been checked. `accumulate` is true if
+    /// the launch adds to its accumulating write. Collectives and custom kernels check their own.
+    pub(crate) fn check_buffers(&self, accumulate: bool) -> Result<()> {
         self.check_shapes()?;
         match self.op {
             Op::Collective(_) | Op::Custom(_) => Ok(()),
@@ -17,11 +63,8 @@ impl Launch {
                 (from, to) => Err(self.refused("dtypes", "F32 to BF16 or BF16 to F32", format!("{from:?} to {to:?}"))),
             },
             Op::Copy | Op::CopyRegion { .. } => {
-                self.expect_dtype("read", 0, &self.reads[0], self.writes[0].dtype)?;
-                if accumulate && self.writes[0].dtype == DType::I32 {
-                    return Err(self.refused("accumulate", "floats", "integers"));
-                }
-                Ok(())
+                self.expect_dtype("read", 0, self.reads[0].dtype, self.writes[0].dtype)?;
+                self.require(!accumulate || self.writes[0].dtype != DType::I32, "dtype of a sum", "floats", DType::I32)
             }
             _ => self.check_dtypes(),
         }
@@ -29,7 +72,7 @@ impl Launch {
 
     /// Fails unless indices and random numbers are integers and all else is floats. [`Op::bf16_fault`] checks which
     /// floats may be bf16.
-    fn check_dtypes(&self) -> Result<(), KernelError> {
+    fn check_dtypes(&self) -> Result<()> {
         let integers = match self.op {
             Op::Embedding { .. } | Op::EmbeddingGrad { .. } => Some(0),
             Op::Dropout { .. } => Some(1),
@@ -37,15 +80,15 @@ impl Launch {
             Op::CrossEntropyGrad { .. } => Some(4),
             _ => None,
         };
-        let float = |buffer: &Buffer| if buffer.dtype.is_float() { buffer.dtype } else { DType::F32 };
-        for (i, read) in self.reads.iter().enumerate() {
-            self.expect_dtype("read", i, read, if integers == Some(i) { DType::I32 } else { float(read) })?;
+        let float = |dtype: DType| if dtype.is_float() { dtype } else { DType::F32 };
+        for (i, &Buffer { dtype, .. }) in self.reads.iter().enumerate() {
+            self.expect_dtype("read", i, dtype, if integers == Some(i) { DType::I32 } else { float(dtype) })?;
         }
-        let mut writes = self.writes.iter().enumerate();
-        writes.try_for_each(|(i, write)| self.expect_dtype("write", i, write, float(write)))
+        let mut writes = self.writes.iter().map(|write| write.dtype).enumerate();
+        writes.try_for_each(|(i, dtype)| self.expect_dtype("write", i, dtype, float(dtype)))
     }
 
-    fn check_shapes(&self) -> Result<(), KernelError> {
+    fn check_shapes(&self) -> Result<()> {
         let (read, write) = (|i: usize| &self.reads[i].shape[..], |i: usize| &self.writes[i].shape[..]);
         match &self.op {
             Op::Fill { .. } | Op::Collective(_) | Op::Custom(_) => Ok(()),
@@ -55,7 +98,7 @@ impl Launch {
             Op::CopyRegion { src, dst } => {
                 check_inside("copy_region", "src", src, read(0))?;
                 check_inside("copy_region", "dst", dst, write(0))?;
-                self.expect_equal("size of dst", &src.size, &dst.size)
+                self.require(src.size == dst.size, "size of dst", format_args!("{:?}", src.size), &dst.size)
             }
             Op::Add => {
                 self.expect(&[], &[(0, read(0))])?;
@@ -71,15 +114,8 @@ impl Launch {
                 let [_, width] = self.dims("shape of write 0", write(0), "[v, c]")?;
                 self.expect(&[(1, &[read(0), &[width]].concat())], &[])
             }
-            Op::LayerNorm { .. } => {
-                let (leading, width) = self.rows(0)?;
-                self.expect(&[(1, &[width])], &[(0, read(0)), (1, leading), (2, leading)])
-            }
-            Op::LayerNormGrad => {
-                let (leading, width) = self.rows(0)?;
-                let reads = [(1, read(0)), (2, &[width]), (3, leading), (4, leading)];
-                self.expect(&reads, &[(0, read(0)), (1, &[width])])
-            }
+            Op::LayerNorm { .. } | Op::LayerNormGrad | Op::RowMax | Op::SumExpTarget { .. } => self.check_row_shapes(0),
+            Op::CrossEntropyGrad { .. } => self.check_row_shapes(1),
             Op::Attention { .. } => {
                 let [batch, time, heads, _] = self.attention_dims()?;
                 self.expect(&[1, 2].map(|i| (i, read(0))), &[(0, read(0)), (1, &[batch, heads, time])])
@@ -89,36 +125,38 @@ impl Launch {
                 self.expect(&[1, 2, 3, 4].map(|i| (i, read(0))), &[0, 1, 2].map(|i| (i, read(0))))?;
                 self.expect(&[(5, &[batch, heads, time])], &[])
             }
-            Op::RowMax => self.expect(&[], &[(0, self.rows(0)?.0)]),
-            Op::SumExpTarget { .. } => {
-                let (leading, _) = self.rows(0)?;
-                self.expect(&[(1, leading), (2, leading)], &[(0, leading), (1, leading)])
-            }
             Op::TokenLoss { .. } => self.expect(&[(1, read(0)), (2, read(0))], &[(0, &[])]),
-            Op::CrossEntropyGrad { .. } => {
-                let (leading, _) = self.rows(1)?;
-                self.expect(&[(0, &[]), (2, leading), (3, leading), (4, leading)], &[(0, read(1))])
-            }
             Op::Dropout { p, shape, start, .. } => {
-                self.expect(&[], &[(0, read(0))])?;
-                self.expect(&[(1, &[2])], &[])?;
+                self.expect(&[(1, &[2])], &[(0, read(0))])?;
                 let part = Region { start: start.clone(), size: read(0).to_vec() };
                 check_inside("dropout", "x in the whole tensor", &part, shape)?;
-                let fits = (0.0..=1.0).contains(p);
-                if fits { Ok(()) } else { Err(self.refused("p", "0 to 1", p.to_string())) }
+                self.require((0.0..=1.0).contains(p), "p", "0 to 1", p)
             }
-            Op::SumSquares { index } => match write(0) {
-                [n, 2] if index < n => Ok(()),
-                other => {
-                    Err(self.refused("shape of write 0", format!("[n, 2] with n > {index}"), format!("{other:?}")))
-                }
-            },
+            Op::SumSquares { index } => {
+                let fits = matches!(write(0), [n, 2] if index < n);
+                self.require(fits, "shape of write 0", format_args!("[n, 2] with n > {index}"), write(0))
+            }
             Op::ClipScale { .. } => {
                 self.expect(&[], &[(0, &[]), (1, &[])])?;
-                let fits = element_count(read(0)).is_multiple_of(2);
-                if fits { Ok(()) } else { Err(self.refused("shape of read 0", "[n, 2]", format!("{:?}", read(0)))) }
+                self.require(element_count(read(0)).is_multiple_of(2), "shape of read 0", "[n, 2]", read(0))
             }
             Op::AdamW { .. } => self.expect(&[(1, &[2]), (2, &[])], &[0, 1, 2].map(|i| (i, read(0)))),
+        }
+    }
+
+    /// Checks the shapes of an op on the rows of read `i`, which lie along its last dim.
+    fn check_row_shapes(&self, i: usize) -> Result<()> {
+        let (x, (leading, width)) = (&self.reads[i].shape[..], self.rows(i)?);
+        match self.op {
+            Op::LayerNorm { .. } => self.expect(&[(1, &[width])], &[(0, x), (1, leading), (2, leading)]),
+            Op::LayerNormGrad => {
+                self.expect(&[(1, x), (2, &[width]), (3, leading), (4, leading)], &[(0, x), (1, &[width])])
+            }
+            Op::SumExpTarget { .. } => self.expect(&[(1, leading), (2, leading)], &[(0, leading), (1, leading)]),
+            Op::CrossEntropyGrad { .. } => {
+                self.expect(&[(0, &[]), (2, leading), (3, leading), (4, leading)], &[(0, x)])
+            }
+            _ => self.expect(&[], &[(0, leading)]),
         }
     }
 
@@ -126,23 +164,23 @@ impl Launch {
         KernelError::arguments(self.op.name(), what, expected, got)
     }
 
+    /// Fails unless `holds`. The texts are formatted only then: most launches pass many checks.
+    fn require(&self, holds: bool, what: impl Display, expected: impl Display, got: impl Debug) -> Result<()> {
+        if holds { Ok(()) } else { Err(self.refused(&what.to_string(), expected.to_string(), format!("{got:?}"))) }
+    }
+
     /// The extents of a shape of `N` dims.
-    pub(crate) fn dims<const N: usize>(
-        &self,
-        what: &str,
-        shape: &[usize],
-        expected: &str,
-    ) -> Result<[usize; N], KernelError> {
+    pub(crate) fn dims<const N: usize>(&self, what: &str, shape: &[usize], expected: &str) -> Result<[usize; N]> {
         shape.try_into().map_err(|_| self.refused(what, expected, format!("{shape:?}")))
     }
 
     /// The extents `[b, t, h, d]` of attention.
-    pub(crate) fn attention_dims(&self) -> Result<[usize; 4], KernelError> {
+    pub(crate) fn attention_dims(&self) -> Result<[usize; 4]> {
         self.dims("shape of read 0", &self.reads[0].shape, "[b, t, h, d]")
     }
 
     /// Splits read `i`'s shape into its leading dims and its last dim.
-    fn rows(&self, i: usize) -> Result<(&[usize], usize), KernelError> {
+    fn rows(&self, i: usize) -> Result<(&[usize], usize)> {
         let split = self.reads[i].shape.split_last();
         let (width, leading) =
             split.ok_or_else(|| self.refused(&format!("shape of read {i}"), "at least one dim", "[]"))?;
@@ -150,48 +188,37 @@ impl Launch {
     }
 
     /// The number of rows of read `i`, and their width.
-    pub(crate) fn rows_of(&self, i: usize) -> Result<[usize; 2], KernelError> {
+    pub(crate) fn rows_of(&self, i: usize) -> Result<[usize; 2]> {
         self.rows(i).map(|(leading, width)| [element_count(leading), width])
     }
 
-    fn expect_dtype(&self, what: &str, i: usize, buffer: &Buffer, dtype: DType) -> Result<(), KernelError> {
-        if buffer.dtype == dtype {
-            return Ok(());
-        }
-        Err(self.refused(&format!("dtype of {what} {i}"), format!("{dtype:?}"), format!("{:?}", buffer.dtype)))
+    pub(crate) fn expect_dtype(&self, what: &str, i: usize, got: DType, expected: DType) -> Result<()> {
+        self.require(got == expected, format_args!("dtype of {what} {i}"), format_args!("{expected:?}"), got)
     }
 
-    fn expect_equal(&self, what: &str, expected: &[usize], got: &[usize]) -> Result<(), KernelError> {
-        if got == expected {
-            return Ok(());
-        }
-        Err(self.refused(what, format!("{expected:?}"), format!("{got:?}")))
+    fn expect_suffix(&self, what: &str, whole: &[usize], got: &[usize]) -> Result<()> {
+        self.require(whole.ends_with(got), what, format_args!("a suffix of {whole:?}"), got)
     }
 
-    fn expect_suffix(&self, what: &str, whole: &[usize], got: &[usize]) -> Result<(), KernelError> {
-        if whole.ends_with(got) {
-            return Ok(());
-        }
-        Err(self.refused(what, format!("a suffix of {whole:?}"), format!("{got:?}")))
-    }
-
-    /// Fails unless these reads and these writes have these shapes.
-    fn expect(&self, reads: &[(usize, &[usize])], writes: &[(usize, &[usize])]) -> Result<(), KernelError> {
+    fn expect(&self, reads: &[(usize, &[usize])], writes: &[(usize, &[usize])]) -> Result<()> {
         for (what, shapes, buffers) in [("read", reads, &self.reads), ("write", writes, &self.writes)] {
             for (i, shape) in shapes {
-                self.expect_equal(&format!("shape of {what} {i}"), shape, &buffers[*i].shape)?;
+                let got = &buffers[*i].shape;
+                self.require(got == shape, format_args!("shape of {what} {i}"), format_args!("{shape:?}"), got)?;
             }
         }
         Ok(())
     }
 
-    /// Fails unless write 0 has as many elements as read `i`.
-    fn expect_same_count(&self, i: usize) -> Result<(), KernelError> {
-        let (expected, got) = (&self.reads[i].shape, &self.writes[0].shape);
-        if element_count(expected) == element_count(got) {
-            return Ok(());
-        }
-        let got = format!("{got:?}, {}", element_count(got));
-        Err(self.refused("elements of write 0", format!("as many as {expected:?}"), got))
+    fn expect_same_count(&self, i: usize) -> Result<()> {
+        let (read, write) = (&self.reads[i].shape, &self.writes[0].shape);
+        let (expected, got) = (element_count(read), element_count(write));
+        let expected_text = format_args!("{expected}, as in read {i} of shape {read:?}");
+        self.require(
+            expected == got,
+            "number of elements of write 0",
+            expected_text,
+            format_args!("{got} in {write:?}"),
+        )
     }
 }

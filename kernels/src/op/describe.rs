@@ -3,10 +3,16 @@
 use std::ops::Range;
 
 use crate::op::Op;
-use crate::tensor::DType;
 
 /// Number of query rows that attention processes as one block.
 pub(crate) const ATTENTION_BLOCK: usize = 64;
+
+/// What dropout with probability `p` computes for all elements: the random number below which it drops an element, and
+/// the factor of the others. At p = 1 the number exceeds every u32 but the largest, for which the factor is 0.
+pub(crate) fn dropout_threshold(p: f32) -> (u32, f32) {
+    let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
+    (threshold, if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 })
+}
 
 /// Properties of an op that do not depend on its attributes.
 struct Properties<'a> {
@@ -70,44 +76,16 @@ impl Op {
         self.properties().sum
     }
 
-    /// Whether read `port` may have dtype [`DType::BF16`]: activations and their gradients. Parameters, statistics and
-    /// sums are [`DType::F32`], except for operands of a product. All such reads of a launch have the same dtype.
+    /// Whether read `port` may have dtype `BF16`: activations and their gradients. Parameters, statistics and
+    /// sums are `F32`, except for operands of a product. All such reads of a launch have the same dtype.
     pub fn reads_bf16(&self, port: usize) -> bool {
         self.properties().bf16_reads.contains(&port)
     }
 
-    /// Whether write `port` may have dtype [`DType::BF16`]. It is only used when the reads that may be BF16 are. An
-    /// accumulating write is always [`DType::F32`].
+    /// Whether write `port` may have dtype `BF16`. It is only used when the reads that may be BF16 are. An
+    /// accumulating write is always `F32`.
     pub fn writes_bf16(&self, port: usize) -> bool {
         self.properties().bf16_writes.contains(&port)
-    }
-
-    /// Checks a launch that uses BF16; on failure returns the buffer, the expected and the actual dtype. Each port must
-    /// support BF16, and:
-    /// - the reads that may be BF16 all have one dtype;
-    /// - if they are F32, so are the writes: only a cast converts. If they are BF16, a write may have either dtype, for
-    ///   sums and for values that a collective engine adds up.
-    pub(crate) fn bf16_fault(&self, reads: &[DType], writes: &[DType]) -> Option<(String, &'static str, &'static str)> {
-        if matches!(self, Op::Collective(_)) {
-            return None;
-        }
-        let none = ("F32 or I32", "BF16");
-        let refused = |what: &str, i: usize, (expected, got)| Some((format!("dtype of {what} {i}"), expected, got));
-        let unsupported = |types: &[DType], may: &dyn Fn(usize) -> bool| {
-            types.iter().enumerate().position(|(i, dtype)| *dtype == DType::BF16 && !may(i))
-        };
-        if let Some(i) = unsupported(reads, &|i| self.reads_bf16(i)) {
-            return refused("read", i, none);
-        }
-        if let Some(i) = unsupported(writes, &|i| self.writes_bf16(i)) {
-            return refused("write", i, none);
-        }
-        let wide = (0..reads.len()).find(|&i| reads[i] == DType::F32 && self.reads_bf16(i))?;
-        if reads.contains(&DType::BF16) {
-            return refused("read", wide, ("BF16, like the other reads", "F32"));
-        }
-        let half = writes.iter().position(|dtype| *dtype == DType::BF16 && !matches!(self, Op::Cast))?;
-        refused("write", half, ("F32, like the reads", "BF16"))
     }
 
     /// Floats of scratch memory that each CPU thread needs for a launch that reads these shapes. 0 for most ops, and

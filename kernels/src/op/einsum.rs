@@ -63,7 +63,7 @@ impl Einsum {
         for letter in terms.iter().flat_map(|term| term.chars()) {
             let hint = match terms.iter().filter(|term| term.contains(letter)).count() {
                 2 => continue,
-                3 => " (one that is in all three makes a batch of products, which needs a custom op)",
+                3 => " (an index in all three terms is a batch index, which needs a custom op)",
                 _ => "",
             };
             return Err(refused(&format!("index {letter} in exactly two of the three terms{hint}")));
@@ -196,7 +196,10 @@ mod tests {
             Einsum::parse(written).unwrap();
         }
         let error = Einsum::parse("bij,bjk->bik").unwrap_err().to_string();
-        assert!(error.contains("index b in exactly two of the three terms (one that is in all three"), "{error}");
+        assert!(
+            error.contains("index b in exactly two of the three terms (an index in all three terms is a batch"),
+            "{error}"
+        );
     }
 
     #[test]

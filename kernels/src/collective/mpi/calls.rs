@@ -6,6 +6,7 @@
 //!   call.
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::mem;
 use std::os::raw::{c_char, c_int, c_void};
 use std::sync::Arc;
@@ -39,9 +40,8 @@ pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<()> + 'a;
 /// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized with the
 /// last clone, unless an engine was aborted: a transfer may then be in flight, and MPI would wait for peers that are
 /// gone.
-#[derive(Debug)]
 pub struct MpiWorld {
-    universe: Option<UniverseGuard>,
+    universe: Option<Universe>,
     comm: Comm,
     /// Used only for the barrier before MPI is finalized, so that it never matches another barrier.
     end_comm: Comm,
@@ -50,11 +50,9 @@ pub struct MpiWorld {
     aborted: AtomicBool,
 }
 
-struct UniverseGuard(#[allow(dead_code)] Universe);
-
-impl std::fmt::Debug for UniverseGuard {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Universe")
+impl fmt::Debug for MpiWorld {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MpiWorld").field("rank", &self.rank).field("size", &self.size).finish_non_exhaustive()
     }
 }
 
@@ -77,7 +75,7 @@ impl MpiWorld {
         let mut end_comm = Comm { raw: comm.raw };
         // SAFETY: the world communicator exists, and all processes make this call; MPI writes the handle.
         check("MPI_Comm_dup", unsafe { ffi::MPI_Comm_dup(comm.raw, &mut end_comm.raw) })?;
-        let (universe, aborted) = (Some(UniverseGuard(universe)), AtomicBool::new(false));
+        let (universe, aborted) = (Some(universe), AtomicBool::new(false));
         Ok(Arc::new(Self { universe, comm, end_comm, rank, size, aborted }))
     }
 
@@ -312,23 +310,19 @@ impl Comm {
         check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(self.raw, ffi::RSMPI_ERRORS_RETURN) })
     }
 
-    /// Runs a transfer; `check_interrupt` is called while it waits.
+    /// Runs a transfer; `interrupt` is called while it waits.
     ///
     /// # Safety
     /// When this fails, everything that the transfer borrows must stay in place until the process exits, unused
     /// (MPI-2).
-    pub(super) unsafe fn run(
-        &self,
-        mut transfer: Transfer<'_>,
-        check_interrupt: &mut CheckInterrupt<'_>,
-    ) -> Result<()> {
+    pub(super) unsafe fn run(&self, mut transfer: Transfer<'_>, interrupt: &mut CheckInterrupt<'_>) -> Result<()> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();
         // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest, and is leaked if the wait
         // fails.
         check(name, unsafe { transfer.start(self.raw, request.as_mut_ptr()) })?;
         // SAFETY: MPI has initialized the request.
-        let done = wait(name, unsafe { request.assume_init() }, check_interrupt);
+        let done = wait(name, unsafe { request.assume_init() }, interrupt);
         if done.is_err() {
             mem::forget(transfer);
         }

@@ -56,18 +56,6 @@ pub trait SealedStream: fmt::Debug + Send + Sync {
     fn shutdown(&self, direction: Shutdown);
 }
 
-impl From<UnixStream> for Channel {
-    fn from(stream: UnixStream) -> Self {
-        Channel::Unix(stream)
-    }
-}
-
-impl From<TcpStream> for Channel {
-    fn from(stream: TcpStream) -> Self {
-        Channel::Tcp(stream)
-    }
-}
-
 impl Channel {
     /// Sets the socket options: non-blocking, no delayed sends.
     pub(super) fn prepare(&self) -> io::Result<()> {

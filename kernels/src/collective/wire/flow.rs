@@ -133,8 +133,7 @@ impl Flow {
         if let Some(peer) = from {
             port.begin_in(peer, size_of::<f32>() * self.ins.iter().map(|piece| piece.words).sum::<usize>())?;
         }
-        let mut run =
-            RunningFlow { flow: self, slots, sent: Progress::default(), received_progress: Progress::default() };
+        let mut run = RunningFlow { flow: self, slots, sent: Progress::default(), received: Progress::default() };
         loop {
             let mut moved = false;
             let (mut waits_to, mut waits_from) = (None, None);
@@ -161,7 +160,7 @@ struct RunningFlow<'a> {
     flow: &'a Flow,
     slots: &'a mut [f32],
     sent: Progress,
-    received_progress: Progress,
+    received: Progress,
 }
 
 fn slot(index: usize, words: usize) -> Range<usize> {
@@ -170,15 +169,14 @@ fn slot(index: usize, words: usize) -> Range<usize> {
 
 impl RunningFlow<'_> {
     fn is_done(&self, sends: bool, receives: bool) -> bool {
-        (!sends || self.sent.piece == self.flow.outs.len())
-            && (!receives || self.received_progress.piece == self.flow.ins.len())
+        (!sends || self.sent.piece == self.flow.outs.len()) && (!receives || self.received.piece == self.flow.ins.len())
     }
 
     /// Whether the next received bytes have a free slot (FLOW-2), or a header is still expected.
     fn can_receive(&self, port: &mut Port, peer: usize) -> Result<bool> {
-        match self.flow.ins.get(self.received_progress.piece) {
+        match self.flow.ins.get(self.received.piece) {
             Some(In { to: Target::Y(_), .. }) => Ok(true),
-            Some(_) => Ok(self.sent.piece >= self.received_progress.piece),
+            Some(_) => Ok(self.sent.piece >= self.received.piece),
             None => Ok(!port.link(peer)?.0.in_done()),
         }
     }
@@ -186,10 +184,10 @@ impl RunningFlow<'_> {
     /// Number of words of the next out piece that may be sent (FLOW-1).
     fn ready(&self, piece: &Out) -> usize {
         let before = self.sent.piece.wrapping_sub(1);
-        match self.received_progress.piece {
+        match self.received.piece {
             _ if !piece.forwards => piece.words,
             at if at > before => piece.words,
-            at if at == before => self.received_progress.words,
+            at if at == before => self.received.words,
             _ => 0,
         }
     }
@@ -205,44 +203,43 @@ impl RunningFlow<'_> {
 
     /// Tries to receive once; returns whether bytes arrived.
     fn receive(&mut self, port: &mut Port, words: &mut Words<'_>, peer: usize) -> Result<bool> {
-        while self.flow.ins.get(self.received_progress.piece).is_some_and(|piece| piece.words == 0) {
-            self.received_progress.piece += 1;
+        while self.flow.ins.get(self.received.piece).is_some_and(|piece| piece.words == 0) {
+            self.received.piece += 1;
         }
         if !self.can_receive(port, peer)? {
             return Ok(false);
         }
         // An empty transfer consists of its header.
-        let Some(piece) = self.flow.ins.get(self.received_progress.piece) else {
+        let Some(piece) = self.flow.ins.get(self.received.piece) else {
             return Ok(port.receive(peer, &mut [])? > 0);
         };
         let into = match &piece.to {
             Target::Y(range) => &mut words.y[range.clone()],
-            _ => &mut self.slots[slot(self.received_progress.piece % 2, piece.words)],
+            _ => &mut self.slots[slot(self.received.piece % 2, piece.words)],
         };
-        let bytes = port.receive(peer, &mut bytemuck::cast_slice_mut(into)[self.received_progress.bytes..])?;
-        self.received_progress.bytes += bytes;
-        let words_received = self.received_progress.bytes / size_of::<f32>();
-        self.process_received(words, piece, self.received_progress.words..words_received);
-        self.received_progress.words = words_received;
+        let bytes = port.receive(peer, &mut bytemuck::cast_slice_mut(into)[self.received.bytes..])?;
+        self.received.bytes += bytes;
+        let words_received = self.received.bytes / size_of::<f32>();
+        self.process_received(words, piece, self.received.words..words_received);
+        self.received.words = words_received;
         if words_received == piece.words {
-            self.received_progress = Progress { piece: self.received_progress.piece + 1, ..Progress::default() };
+            self.received = Progress { piece: self.received.piece + 1, ..Progress::default() };
         }
         Ok(bytes > 0)
     }
 
-    /// Combines or scatters received words.
-    fn process_received(&mut self, words: &mut Words<'_>, piece: &In, received: Range<usize>) {
+    fn process_received(&mut self, words: &mut Words<'_>, piece: &In, new: Range<usize>) {
         let (flow, op) = (self.flow, self.flow.op);
-        let slot_words = &mut self.slots[slot(self.received_progress.piece % 2, piece.words)];
+        let slot_words = &mut self.slots[slot(self.received.piece % 2, piece.words)];
         match &piece.to {
             Target::Y(_) => {}
             Target::Combine(part) => {
                 let x = words.x();
-                flow.for_each(part, received, |place, at, len| {
+                flow.for_each(part, new, |place, at, len| {
                     combine_into(op, &mut slot_words[at..][..len], &x[place..][..len])
                 });
             }
-            Target::Finish(part, start) => flow.for_each(part, received, |place, at, len| {
+            Target::Finish(part, start) => flow.for_each(part, new, |place, at, len| {
                 let (x, y) = words.split();
                 let (sum, y) = (&slot_words[at..][..len], &mut y[start + at..][..len]);
                 match x {
@@ -251,7 +248,7 @@ impl RunningFlow<'_> {
                     None => combine_onto(op, sum, y),
                 }
             }),
-            Target::Unpack(part) => flow.for_each(part, received, |place, at, len| {
+            Target::Unpack(part) => flow.for_each(part, new, |place, at, len| {
                 words.y[place..][..len].copy_from_slice(&slot_words[at..][..len]);
             }),
         }

@@ -35,6 +35,10 @@ pub(super) enum Kind {
     Stopped = 5,
 }
 
+impl Kind {
+    pub(super) const ALL: [Self; 5] = [Self::Data, Self::Waiting, Self::Mismatch, Self::LinkLost, Self::Stopped];
+}
+
 /// A header without its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
@@ -82,14 +86,8 @@ impl Header {
         if version != VERSION {
             return Err(format!("header version {version}, expected {VERSION}: run the same binary on all ranks"));
         }
-        let kind = match fixed[6] {
-            1 => Kind::Data,
-            2 => Kind::Waiting,
-            3 => Kind::Mismatch,
-            4 => Kind::LinkLost,
-            5 => Kind::Stopped,
-            other => return Err(format!("unknown header kind {other}")),
-        };
+        let kind = Kind::ALL.into_iter().find(|kind| *kind as u8 == fixed[6]);
+        let kind = kind.ok_or_else(|| format!("unknown header kind {}", fixed[6]))?;
         let text_len = usize::from(fixed[7]);
         if text_len > TEXT_BYTES_MAX {
             return Err(format!("header text of {text_len} bytes, at most {TEXT_BYTES_MAX} are allowed"));

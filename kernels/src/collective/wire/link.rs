@@ -312,8 +312,8 @@ impl Link {
         }
     }
 
-    /// Notifies the peer that this member waits in its call, once per call and only between transfers. Repeated calls send
-    /// what the channel holds.
+    /// Notifies the peer that this member waits in its call, once per call and only between transfers. Repeated calls
+    /// send what the channel holds.
     pub(super) fn announce(&mut self, context: &Context) -> Result<()> {
         if self.channel.has_unsent() {
             self.send(context, &[])?;

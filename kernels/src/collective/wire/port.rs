@@ -193,7 +193,8 @@ impl Port {
             }
             let (timeout, (link, context)) = (self.write_timeout, self.link(peer)?);
             if link.stalled.is_some_and(|since| since.elapsed() > timeout) {
-                let cause = format!("takes no bytes for {} ms during {}", timeout.as_millis(), context.text);
+                let cause =
+                    format!("the peer has accepted no bytes for {} ms during {}", timeout.as_millis(), context.text);
                 return Err(context.link_error(peer, cause));
             }
         }

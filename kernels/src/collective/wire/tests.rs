@@ -35,8 +35,8 @@ fn mesh(n: usize, pair: &mut dyn FnMut() -> [UnixStream; 2]) -> Vec<BTreeMap<Cha
     for a in 0..n {
         for b in 0..a {
             let [one, other] = pair();
-            all[a].insert((7, a, b), one.into());
-            all[b].insert((7, b, a), other.into());
+            all[a].insert((7, a, b), Channel::Unix(one));
+            all[b].insert((7, b, a), Channel::Unix(other));
         }
     }
     all
@@ -151,9 +151,7 @@ fn split(shape: &[usize], n: usize, dim: usize, uneven: bool) -> Vec<Region> {
             (true, 0) => 0..extent - 1,
             (true, _) => extent - 1..extent - usize::from(i + 1 != n),
         };
-        let mut region = Region::whole(shape);
-        (region.start[dim], region.size[dim]) = (range.start, range.len());
-        region
+        Region::whole(shape).with_range(dim, range)
     };
     (0..n).map(part).collect()
 }
@@ -249,7 +247,7 @@ struct MemberUnderTest {
 impl MemberUnderTest {
     fn new(kind: CollectiveKind, len: usize) -> Self {
         let [own, peer] = unix_pair();
-        let wire = Wire::new(BTreeMap::from([((7, 0, 1), own.into())]), SHORT_TIMEOUT);
+        let wire = Wire::new(BTreeMap::from([((7, 0, 1), Channel::Unix(own))]), SHORT_TIMEOUT);
         Self { wire, peer, call: CollectiveCall { group: group(2), member: 0, kind }, len }
     }
 
@@ -302,7 +300,7 @@ fn a_peer_that_reads_nothing_fails_the_write_after_the_timeout() {
     let mut member = MemberUnderTest::new(SEND, 2 << 20);
     member.send(member.header(0), &[]);
     let began = Instant::now();
-    assert!(link_cause(member.run()).contains("takes no bytes for 200 ms"));
+    assert!(link_cause(member.run()).contains("the peer has accepted no bytes for 200 ms"));
     assert!(began.elapsed() >= SHORT_TIMEOUT && began.elapsed() < LONG_TIMEOUT);
 }
 

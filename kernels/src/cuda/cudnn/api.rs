@@ -11,8 +11,8 @@ use cudarc::cudnn::sys::{
 };
 
 use crate::cuda::library::{Library, dotted_patch, dynamic_library};
-use crate::cuda::status::{static_text, unavailable};
-use crate::error::KernelError;
+use crate::cuda::status::static_text;
+use crate::error::{KernelError, Result};
 
 /// The oldest version that was tried and accepts the graphs: `10000 * major + 100 * minor`.
 const VERSION_MIN: usize = 91_200;
@@ -39,14 +39,10 @@ dynamic_library! {
 }
 
 impl Api {
-    pub(crate) fn get() -> Result<&'static Self, KernelError> {
+    pub(crate) fn get() -> Result<&'static Self> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Cudnn.missing())?;
-        if api.number() < VERSION_MIN {
-            let what =
-                format!("libcudnn is too old: found {}, need {} or newer", api.version(), dotted_patch(VERSION_MIN));
-            return Err(unavailable(what, Library::Cudnn.hint()));
-        }
+        Library::Cudnn.check_version(api.number(), VERSION_MIN)?;
         Ok(api)
     }
 
@@ -61,7 +57,7 @@ impl Api {
         dotted_patch(self.number())
     }
 
-    pub(super) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
+    pub(super) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<()> {
         if code == 0 {
             return Ok(());
         }

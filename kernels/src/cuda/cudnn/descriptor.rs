@@ -11,7 +11,7 @@ use cudarc::cudnn::sys::{
 
 use super::api::Api;
 use crate::cuda::context::Raw;
-use crate::error::KernelError;
+use crate::error::Result;
 
 #[derive(Clone, Copy)]
 pub(super) enum Values<'a> {
@@ -32,20 +32,15 @@ pub(super) enum Values<'a> {
 }
 
 /// An owned descriptor. Its owner also keeps the descriptors that it refers to.
+#[derive(Debug)]
 pub(super) struct Descriptor {
     raw: Raw<cudnnBackendDescriptor_t>,
     kind: Kind,
     api: &'static Api,
 }
 
-impl std::fmt::Debug for Descriptor {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.kind.fmt(f)
-    }
-}
-
 impl Descriptor {
-    pub(super) fn new(api: &'static Api, kind: Kind, place: &str) -> Result<Self, KernelError> {
+    pub(super) fn new(api: &'static Api, kind: Kind, place: &str) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
         // SAFETY: writes a handle to a local.
         let code = unsafe { (api.descriptor_create)(kind, &mut raw) };
@@ -58,7 +53,7 @@ impl Descriptor {
         kind: Kind,
         attributes: &[(Attribute, Values<'_>)],
         place: &str,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let descriptor = Self::new(api, kind, place)?;
         attributes.iter().try_for_each(|(name, values)| descriptor.set(*name, *values, place))?;
         // SAFETY: the descriptor is live.
@@ -67,7 +62,7 @@ impl Descriptor {
         Ok(descriptor)
     }
 
-    fn set(&self, name: Attribute, values: Values<'_>, place: &str) -> Result<(), KernelError> {
+    fn set(&self, name: Attribute, values: Values<'_>, place: &str) -> Result<()> {
         fn one<T>(value: &T) -> *const c_void {
             std::ptr::from_ref(value).cast()
         }
@@ -95,7 +90,7 @@ impl Descriptor {
     }
 
     /// Reads an integer attribute that cuDNN has set.
-    pub(super) fn integer(&self, name: Attribute, place: &str) -> Result<i64, KernelError> {
+    pub(super) fn integer(&self, name: Attribute, place: &str) -> Result<i64> {
         let (mut value, mut count) = (0i64, 0);
         // SAFETY: writes at most one integer, to a local.
         let code = unsafe {
@@ -107,13 +102,7 @@ impl Descriptor {
     }
 
     /// Returns up to `count_max` descriptors that cuDNN fills in.
-    pub(super) fn filled(
-        &self,
-        name: Attribute,
-        kind: Kind,
-        count_max: usize,
-        place: &str,
-    ) -> Result<Vec<Self>, KernelError> {
+    pub(super) fn filled(&self, name: Attribute, kind: Kind, count_max: usize, place: &str) -> Result<Vec<Self>> {
         let descriptors = (0..count_max).map(|_| Self::new(self.api, kind, place));
         let mut descriptors = descriptors.collect::<Result<Vec<_>, _>>()?;
         let mut raws: Vec<cudnnBackendDescriptor_t> = descriptors.iter().map(|descriptor| descriptor.raw.0).collect();
@@ -132,7 +121,7 @@ impl Descriptor {
     ///
     /// The caller guarantees that device addresses in `pack` refer to memory that holds the plan's tensors and lives
     /// until the stream has passed the call, and that host scalars live until this function returns.
-    pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<(), KernelError> {
+    pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<()> {
         // SAFETY: handle and descriptors are live; the caller guarantees the rest.
         let code = unsafe { (self.api.execute)(handle.0, self.raw.0, pack.raw.0) };
         self.api.check(code, "cudnnBackendExecute", place)

@@ -13,7 +13,7 @@ use super::graph::{Graph, Node, Storage, Tensor};
 use crate::cuda::context::Raw;
 use crate::cuda::raw_stream::RawStream;
 use crate::cuda::step::Place;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 
 /// Alignment, in bytes, that the fused kernels require of addresses.
 pub(super) const ALIGNMENT: u64 = 16;
@@ -26,7 +26,7 @@ pub(super) enum Target<'a> {
     Handle(Raw<cudnnHandle_t>),
     /// A described device, which the machine may lack.
     #[cfg_attr(not(test), expect(dead_code, reason = "for a check without a GPU"))]
-    Described(&'a Descriptor),
+    Described([&'a Descriptor; 1]),
 }
 
 /// An engine with all its knobs, used instead of the heuristic's choice.
@@ -53,7 +53,7 @@ impl Plan {
         pin: Option<PinnedEngine>,
         bytes_max: usize,
         place: &str,
-    ) -> Result<Self, KernelError> {
+    ) -> Result<Self> {
         let mut builder = Builder { api, place, parts: Vec::new() };
         let is_sum =
             |tensor: &Tensor| graph.accumulated.is_some_and(|(start, _)| tensor.storage == Storage::Workspace(start));
@@ -62,9 +62,7 @@ impl Plan {
         let nodes = graph.nodes.iter().map(|node| builder.node(node, &tensors)).collect::<Result<Vec<_>, _>>()?;
         let operations: Vec<&Descriptor> = nodes.iter().collect();
         let mut attributes = vec![(Attribute::CUDNN_ATTR_OPERATIONGRAPH_OPS, Values::Descriptors(&operations))];
-        if let Target::Handle(handle) = target {
-            attributes.push((Attribute::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, Values::Handle(handle)));
-        }
+        attributes.extend(target.attribute(Some(Attribute::CUDNN_ATTR_OPERATIONGRAPH_HANDLE), None));
         let operation_graph = builder.finalized(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR, &attributes)?;
         let configurations = match pin {
             Some(pin) => vec![builder.pinned(&operation_graph, pin, target)?],
@@ -99,11 +97,11 @@ impl Plan {
         &self,
         api: &'static Api,
         handle: Raw<cudnnHandle_t>,
-        address_of: &dyn Fn(Place) -> Result<u64, KernelError>,
+        address_of: &dyn Fn(Place) -> Result<u64>,
         workspace: u64,
         stream: &RawStream,
         place: &str,
-    ) -> Result<bool, KernelError> {
+    ) -> Result<bool> {
         let (mut ids, mut pointers) = (Vec::new(), Vec::new());
         for (i, tensor) in self.graph.tensors.iter().enumerate() {
             let pointer = match &tensor.storage {
@@ -148,13 +146,13 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn finalized(&self, kind: Kind, attributes: &[(Attribute, Values<'_>)]) -> Result<Descriptor, KernelError> {
+    fn finalized(&self, kind: Kind, attributes: &[(Attribute, Values<'_>)]) -> Result<Descriptor> {
         Descriptor::finalized(self.api, kind, attributes, self.place)
     }
 
     /// An `accumulated` tensor gets the layout that NVIDIA's frontend gives the sums of dq; only cuDNN's own kernels
     /// read it.
-    fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor, KernelError> {
+    fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor> {
         let id = [id(index)];
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_TENSOR_UNIQUE_ID, Values::Longs(&id)),
@@ -176,7 +174,7 @@ impl Builder<'_> {
         kind: Kind,
         function: Option<(Attribute, Descriptor)>,
         tensors: &[(Attribute, &Descriptor)],
-    ) -> Result<Descriptor, KernelError> {
+    ) -> Result<Descriptor> {
         let refs = function.iter().map(|(name, function)| (*name, function)).chain(tensors.iter().copied());
         let refs: Vec<(Attribute, [&Descriptor; 1])> = refs.map(|(name, descriptor)| (name, [descriptor])).collect();
         let attributes: Vec<_> =
@@ -186,7 +184,7 @@ impl Builder<'_> {
         Ok(operation)
     }
 
-    fn node(&mut self, node: &Node, tensors: &[Descriptor]) -> Result<Descriptor, KernelError> {
+    fn node(&mut self, node: &Node, tensors: &[Descriptor]) -> Result<Descriptor> {
         use Attribute::*;
         match *node {
             Node::Matmul { a, b, c } => {
@@ -233,7 +231,7 @@ impl Builder<'_> {
         }
     }
 
-    fn pointwise(&self, mode: PointwiseMode, axis: Option<i64>) -> Result<Descriptor, KernelError> {
+    fn pointwise(&self, mode: PointwiseMode, axis: Option<i64>) -> Result<Descriptor> {
         let precision = match mode {
             PointwiseMode::CUDNN_POINTWISE_CMP_GE => cudnnDataType_t::CUDNN_DATA_BOOLEAN,
             _ => cudnnDataType_t::CUDNN_DATA_FLOAT,
@@ -248,14 +246,13 @@ impl Builder<'_> {
     }
 
     /// The heuristic's configurations, best first.
-    fn configurations(&mut self, graph: &Descriptor, target: Target<'_>) -> Result<Vec<Descriptor>, KernelError> {
+    fn configurations(&mut self, graph: &Descriptor, target: Target<'_>) -> Result<Vec<Descriptor>> {
         let graph = [graph];
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, Values::Descriptors(&graph)),
             (Attribute::CUDNN_ATTR_ENGINEHEUR_MODE, Values::Heuristic(cudnnBackendHeurMode_t::CUDNN_HEUR_MODE_A)),
         ];
-        let device = target.device();
-        attributes.extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, Values::Descriptors(d))));
+        attributes.extend(target.attribute(None, Some(Attribute::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP)));
         let heuristic = self.finalized(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR, &attributes)?;
         let (name, kind) = (Attribute::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR);
         let found = heuristic.filled(name, kind, CONFIGURATIONS_MAX, self.place)?;
@@ -263,13 +260,13 @@ impl Builder<'_> {
         Ok(found)
     }
 
-    fn pinned(&mut self, graph: &Descriptor, pin: PinnedEngine, target: Target<'_>) -> Result<Descriptor, KernelError> {
-        let (graph, index, device) = ([graph], [pin.engine], target.device());
+    fn pinned(&mut self, graph: &Descriptor, pin: PinnedEngine, target: Target<'_>) -> Result<Descriptor> {
+        let (graph, index) = ([graph], [pin.engine]);
         let mut attributes = vec![
             (Attribute::CUDNN_ATTR_ENGINE_OPERATION_GRAPH, Values::Descriptors(&graph)),
             (Attribute::CUDNN_ATTR_ENGINE_GLOBAL_INDEX, Values::Longs(&index)),
         ];
-        attributes.extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_ENGINE_DEVICEPROP, Values::Descriptors(d))));
+        attributes.extend(target.attribute(None, Some(Attribute::CUDNN_ATTR_ENGINE_DEVICEPROP)));
         let engine = self.finalized(Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR, &attributes)?;
         let knob = |(kind, value): &(Knob, i64)| {
             let attributes = [
@@ -291,26 +288,24 @@ impl Builder<'_> {
     }
 
     /// Creates a plan; returns it with its workspace size in bytes.
-    fn plan(&self, configuration: &Descriptor, target: Target<'_>) -> Result<(Descriptor, usize), KernelError> {
-        let (configuration, device) = ([configuration], target.device());
+    fn plan(&self, configuration: &Descriptor, target: Target<'_>) -> Result<(Descriptor, usize)> {
+        use Attribute::{CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP as DEVICE, CUDNN_ATTR_EXECUTION_PLAN_HANDLE as HANDLE};
+        let configuration = [configuration];
         let mut attributes =
             vec![(Attribute::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, Values::Descriptors(&configuration))];
-        if let Target::Handle(handle) = target {
-            attributes.push((Attribute::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, Values::Handle(handle)));
-        }
-        attributes
-            .extend(device.iter().map(|d| (Attribute::CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, Values::Descriptors(d))));
+        attributes.extend(target.attribute(Some(HANDLE), Some(DEVICE)));
         let plan = self.finalized(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR, &attributes)?;
         let bytes = plan.integer(Attribute::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, self.place)?;
         Ok((plan, usize::try_from(bytes).unwrap_or(usize::MAX / 2)))
     }
 }
 
-impl<'a> Target<'a> {
-    fn device(self) -> Option<[&'a Descriptor; 1]> {
+impl Target<'_> {
+    /// The target as an attribute; the names are those for a handle and for a description.
+    fn attribute(&self, handle: Option<Attribute>, device: Option<Attribute>) -> Option<(Attribute, Values<'_>)> {
         match self {
-            Target::Handle(_) => None,
-            Target::Described(device) => Some([device]),
+            Target::Handle(raw) => handle.map(|name| (name, Values::Handle(*raw))),
+            Target::Described(description) => device.map(|name| (name, Values::Descriptors(description))),
         }
     }
 }

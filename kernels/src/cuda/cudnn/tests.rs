@@ -111,14 +111,14 @@ fn nvidias_library_creates_plans_for_our_graphs() {
                 let attention = attention_shape(pass, shape);
                 // The workspace limit is that of a launch.
                 let (graph, bytes_max) = (Graph::of(&attention), attention.workspace_bytes());
-                let plan = Plan::new(api, Target::Described(&device), graph, pin, bytes_max, "a plan");
+                let plan = Plan::new(api, Target::Described([&device]), graph, pin, bytes_max, "a plan");
                 plan.unwrap_or_else(|error| panic!("sm_{architecture}, {pass:?} {shape:?}: {error}"));
             }
             let kind = if pin.is_some() { "fixed order" } else { "heuristic" };
             println!("sm_{architecture} {pass:?} {kind}: plans created");
         }
         let unsupported = Graph::of(&attention_shape(Pass::Forward, [1, 64, 1, 12]));
-        let refused = Plan::new(api, Target::Described(&device), unsupported, None, usize::MAX, "heads of 12");
+        let refused = Plan::new(api, Target::Described([&device]), unsupported, None, usize::MAX, "heads of 12");
         assert!(refused.is_err(), "sm_{architecture}: {refused:?}");
     }
 }

@@ -2,10 +2,9 @@
 //! shapes that cuDNN may run instead.
 
 use super::args::Args;
-use super::kernel::{blocks, long, read, write};
+use super::kernel::{Steps, blocks, long, read, write};
 use super::norm::warps;
-use crate::cuda::step::{Arg, AttentionShape, Pass, Place, Step};
-use crate::error::KernelError;
+use crate::cuda::step::{Arg, AttentionShape, Pass, Place};
 use crate::op::{Launch, Op};
 use crate::tensor::DType;
 
@@ -69,7 +68,7 @@ impl Dims {
         threads: usize,
         mut arguments: Vec<Arg>,
         scale: f32,
-    ) -> Result<Vec<Step>, KernelError> {
+    ) -> Steps {
         let [batch, time, heads, depth] = self.0;
         let time_blocks = time.div_ceil(BLOCK_ROWS);
         // A tiled depth is at most 128; more than 2^31 heads fit in no memory.
@@ -78,12 +77,7 @@ impl Dims {
         blocks(function, batch * heads * time_blocks, threads, shared_bytes, arguments)
     }
 
-    fn plain_step(
-        self,
-        function: &'static str,
-        mut arguments: Vec<Arg>,
-        scale: Option<f32>,
-    ) -> Result<Vec<Step>, KernelError> {
+    fn plain_step(self, function: &'static str, mut arguments: Vec<Arg>, scale: Option<f32>) -> Steps {
         let [_, time, heads, depth] = self.0;
         arguments.extend([long(self.rows()), long(time), Arg::I32(heads as i32), long(depth)]);
         arguments.extend(scale.map(Arg::F32));
@@ -91,61 +85,50 @@ impl Dims {
     }
 }
 
-fn pick(dtype: DType, f32: &'static str, bf16: &'static str) -> &'static str {
-    if dtype == DType::BF16 { bf16 } else { f32 }
-}
-
 /// The arguments for write `i`: its address and, for bf16 kernels, whether it is f32.
-fn result(operands: DType, i: usize, dtype: DType) -> Vec<Arg> {
-    let is_f32 = (operands == DType::BF16).then(|| Arg::I32(i32::from(dtype == DType::F32)));
-    [write(i)].into_iter().chain(is_f32).collect()
+fn result(args: &Args<'_>, i: usize) -> Vec<Arg> {
+    let is_f32 = Arg::I32(i32::from(args.write_dtype(i) == DType::F32));
+    if args.read_dtype(0) == DType::BF16 { vec![write(i), is_f32] } else { vec![write(i)] }
 }
 
-/// The forward step for operands of one type; `o` is the result's type. The plain kernel runs if the tiled one needs
-/// more than `shared` bytes.
-fn forward(operands: DType, o: DType, dims: Dims, scale: f32, shared: usize) -> Result<Vec<Step>, KernelError> {
-    let buffers = [vec![read(0), read(1), read(2)], result(operands, 0, o), vec![write(1)]].concat();
-    match tiled(operands, dims.0[3]).filter(|tiled| tiled.forward.1 <= shared) {
+/// The forward step. The plain kernel runs if the tiled one needs more than `shared` bytes.
+pub(super) fn attention(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
+    let dims = Dims(args.launch.attention_dims()?);
+    let buffers = [vec![read(0), read(1), read(2)], result(args, 0), vec![write(1)]].concat();
+    match tiled(args.read_dtype(0), dims.0[3]).filter(|tiled| tiled.forward.1 <= shared) {
         Some(tiled) => dims.tiled_step(tiled.forward, tiled.threads, buffers, scale),
-        None => dims.plain_step(pick(operands, "attention_plain_f32", "attention_plain_bf16"), buffers, Some(scale)),
+        None => {
+            let plain = args.pick_by_read(0, ["attention_plain_f32", "attention_plain_bf16"]);
+            dims.plain_step(plain, buffers, Some(scale))
+        }
     }
 }
 
-/// The backward steps for operands of one type; `grads` are the types of dq, dk and dv. As in [`forward`], plain
-/// kernels replace tiled ones that do not fit: on f32, heads deeper than 96 need 116 KiB; sm_86 and sm_89 have 99 KiB.
-fn backward(
-    operands: DType,
-    grads: [DType; 3],
-    dims: Dims,
-    scale: f32,
-    shared: usize,
-) -> Result<Vec<Step>, KernelError> {
+/// The backward steps. As in [`attention`], plain kernels replace tiled ones that do not fit: on f32, heads deeper than
+/// 96 need 116 KiB; sm_86 and sm_89 have 99 KiB.
+pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
+    let dims = Dims(args.launch.attention_dims()?);
     if dims.0.contains(&0) {
         return Ok(vec![]);
     }
     // Reads are do, q, k, v, o, lse.
     let delta = Arg::Pointer(Place::workspace(0));
-    let name = pick(operands, "attention_delta_f32", "attention_delta_bf16");
+    let name = args.pick_by_read(0, ["attention_delta_f32", "attention_delta_bf16"]);
     let rows = dims.plain_step(name, vec![read(0), read(4), delta], None)?;
     let inputs = vec![read(0), read(1), read(2), read(3), read(5), delta];
-    let [dq, dk, dv] = [0, 1, 2].map(|i| result(operands, i, grads[i]));
+    let [dq, dk, dv] = [0, 1, 2].map(|i| result(args, i));
     let keys = [inputs.clone(), dk, dv].concat();
     let queries = [inputs, dq].concat();
-    let tiled = tiled(operands, dims.0[3]);
+    let tiled = tiled(args.read_dtype(0), dims.0[3]);
     let step = |kernel: fn(&Tiled) -> (&'static str, usize), plain, buffers| match &tiled {
         Some(tiled) if kernel(tiled).1 <= shared => dims.tiled_step(kernel(tiled), tiled.threads, buffers, scale),
-        _ => dims.plain_step(plain, buffers, Some(scale)),
+        _ => dims.plain_step(args.pick_by_read(0, plain), buffers, Some(scale)),
     };
-    let plain = pick(operands, "attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16");
+    let plain = ["attention_grad_keys_plain_f32", "attention_grad_keys_plain_bf16"];
     let keys = step(|tiled| tiled.keys, plain, keys)?;
-    let plain = pick(operands, "attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16");
+    let plain = ["attention_grad_queries_plain_f32", "attention_grad_queries_plain_bf16"];
     let queries = step(|tiled| tiled.queries, plain, queries)?;
     Ok([rows, keys, queries].concat())
-}
-
-pub(super) fn attention(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
-    let dims = Dims(args.launch.attention_dims()?);
-    forward(args.read_dtype(0), args.write_dtype(0), dims, scale, shared_bytes_max)
 }
 
 /// Floats for the row sums of do * o.
@@ -154,11 +137,6 @@ pub(super) fn workspace_floats(q: &[usize]) -> usize {
         &[batch, time, heads, depth] if depth > 0 => batch * time * heads,
         _ => 0,
     }
-}
-
-pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared_bytes_max: usize) -> Result<Vec<Step>, KernelError> {
-    let (dims, grads) = (Dims(args.launch.attention_dims()?), [0, 1, 2].map(|i| args.write_dtype(i)));
-    backward(args.read_dtype(0), grads, dims, scale, shared_bytes_max)
 }
 
 /// On all architectures, cuDNN has engines for depths up to this maximum that are multiples of this step.

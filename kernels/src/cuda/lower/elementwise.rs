@@ -1,22 +1,25 @@
 //! Elementwise ops.
 
 use super::args::Args;
-use super::kernel::{BF16_PACK, PACK, THREADS, blocks, long, pack_of, read, threads, variants, write};
+use super::kernel::{BF16_PACK, PACK, Steps, THREADS, blocks, long, pack_of, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
-use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
 
 /// Packs of four per thread of AdamW: PACKS_PER_THREAD in optimizer.cu.
 const ADAMW_PACKS: usize = 4;
 
-/// An elementwise kernel over write 0, in the variant for the types of read 0 and write 0.
-fn map(args: &Args<'_>, names: [&'static str; 3], arguments: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+/// An elementwise kernel of all reads to write 0, in the variant for the types of read 0 and write 0. Its parameters
+/// are the buffers, the number of elements, and `more`.
+pub(super) fn map(args: &Args<'_>, names: [&'static str; 3], more: &[Arg]) -> Steps {
+    let mut arguments: Vec<Arg> = (0..args.launch.reads.len()).map(read).collect();
+    arguments.extend([write(0), long(args.written(0))]);
+    arguments.extend(more);
     // If the types differ, the pack of the wider one.
     let pack = pack_of(args.read_dtype(0)).min(pack_of(args.write_dtype(0)));
     threads(args.pick(0, 0, names), args.written(0).div_ceil(pack), arguments)
 }
 
-pub(super) fn fill(args: &Args<'_>, value: f32) -> Result<Vec<Step>, KernelError> {
+pub(super) fn fill(args: &Args<'_>, value: f32) -> Steps {
     let words = args.written(0);
     if args.write_dtype(0) == DType::BF16 {
         // Two bf16 make a word, but the buffer may begin in the middle of one.
@@ -26,7 +29,7 @@ pub(super) fn fill(args: &Args<'_>, value: f32) -> Result<Vec<Step>, KernelError
     Ok(if words > 0 { vec![fill] } else { vec![] })
 }
 
-pub(super) fn copy(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn copy(args: &Args<'_>) -> Steps {
     let n = args.written(0);
     if args.accumulate {
         return threads("add_to_f32", n.div_ceil(PACK), vec![read(0), write(0), long(n)]);
@@ -36,41 +39,21 @@ pub(super) fn copy(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
     Ok(if bytes > 0 { vec![copy] } else { vec![] })
 }
 
-pub(super) fn cast(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn cast(args: &Args<'_>) -> Steps {
     let function = if args.write_dtype(0) == DType::BF16 { "cast_f32_bf16" } else { "cast_bf16_f32" };
     let n = args.written(0);
     threads(function, n.div_ceil(PACK), vec![read(0), write(0), long(n)])
 }
 
-pub(super) fn add(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn add(args: &Args<'_>) -> Steps {
     let (a, b) = (args.read_shape(0), args.read_shape(1));
-    let mut arguments = vec![read(0), read(1), write(0), long(args.written(0))];
     if a == b {
-        return map(args, variants!("add"), arguments);
+        return map(args, variants!("add"), &[]);
     }
-    arguments.push(long(element_count(b)));
-    map(args, variants!("add_suffix"), arguments)
+    map(args, variants!("add_suffix"), &[long(element_count(b))])
 }
 
-pub(super) fn scale(args: &Args<'_>, factor: f32) -> Result<Vec<Step>, KernelError> {
-    map(args, variants!("scale"), vec![read(0), write(0), long(args.written(0)), Arg::F32(factor)])
-}
-
-pub(super) fn gelu(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
-    map(args, variants!("gelu"), vec![read(0), write(0), long(args.written(0))])
-}
-
-pub(super) fn gelu_grad(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
-    map(args, variants!("gelu_grad"), vec![read(0), read(1), write(0), long(args.written(0))])
-}
-
-pub(super) fn adamw(
-    args: &Args<'_>,
-    beta1: f32,
-    beta2: f32,
-    eps: f32,
-    weight_decay: f32,
-) -> Result<Vec<Step>, KernelError> {
+pub(super) fn adamw(args: &Args<'_>, beta1: f32, beta2: f32, eps: f32, weight_decay: f32) -> Steps {
     let n = args.written(0);
     // The kernel computes 1 - beta^step as -expm1(step ln beta), which avoids a power on the device.
     let logarithm = |beta: f32| Arg::F64(f64::from(beta).ln());

@@ -6,7 +6,7 @@ use super::loss::rows;
 use super::lower;
 use super::norm::warps;
 use crate::cuda::step::{Arg, SHARED_BYTES_DEFAULT, Step};
-use crate::error::KernelError;
+use crate::error::Result;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, element_count};
 
@@ -20,6 +20,9 @@ pub struct FusedLaunches {
     pub steps: Vec<Step>,
 }
 
+/// Whether two buffers share memory without being identical.
+type Overlap<'a> = dyn Fn(&Buffer, &Buffer) -> bool + 'a;
+
 /// Whether there is a fused kernel for these two ops.
 pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     let pair = (&first.op, &second.op);
@@ -27,40 +30,36 @@ pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// Fuses `first` and `second` into one step if possible. `overlap` returns whether two buffers share memory without
-/// being identical. No signal may be due between the two; an [`Arg::LaunchIndex`] is that of `second`.
+/// Fuses `first` and `second` into one step if possible. No signal may be due between the two; an [`Arg::LaunchIndex`]
+/// is that of `second`.
 ///
 /// # Errors
 /// Those of [`lower`] for either launch.
-pub fn fuse(
-    first: &Launch,
-    second: &Launch,
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
+pub fn fuse(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Result<Option<FusedLaunches>> {
     if !may_fuse(first, second) {
         return Ok(None);
     }
     // Both must be valid on their own.
     lower(first, false, SHARED_BYTES_DEFAULT as usize)?;
     lower(second, false, SHARED_BYTES_DEFAULT as usize)?;
-    if let Op::SumExpTarget { vocab_start, vocab } = second.op {
-        return max_and_sum(first, second, [vocab_start, vocab], overlap);
-    }
-    let (sums, x) = (&first.writes[0], &second.reads[0]);
-    if sums != x || element_count(&sums.shape) == 0 {
-        return Ok(None);
-    }
-    match second.op {
-        Op::LayerNorm { eps } if first.reads[0].shape == first.reads[1].shape => {
-            add_layer_norm(first, second, eps, overlap)
+    let is_sum = first.writes[0] == second.reads[0] && element_count(&first.writes[0].shape) > 0;
+    let fused = match second.op {
+        Op::SumExpTarget { vocab_start, vocab } => max_and_sum(first, second, [vocab_start, vocab], overlap)?,
+        Op::LayerNorm { eps } if is_sum && first.reads[0].shape == first.reads[1].shape => {
+            add_layer_norm(first, second, eps, overlap)?
         }
-        Op::Gelu if first.reads[0].shape != first.reads[1].shape => bias_gelu(first, second, overlap),
-        _ => Ok(None),
-    }
+        Op::Gelu if is_sum && first.reads[0].shape != first.reads[1].shape => bias_gelu(first, second, overlap)?,
+        _ => None,
+    };
+    let writes = [&first.writes[..], &second.writes[..]].concat();
+    Ok(fused.map(|(reads, steps)| FusedLaunches { reads, writes, steps }))
 }
 
+/// The reads of a fused pair and its steps, if it can be fused.
+type Fused = Result<Option<(Vec<Buffer>, Vec<Step>)>>;
+
 /// True if a write would overwrite a read that precedes it only in separate launches.
-fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &dyn Fn(&Buffer, &Buffer) -> bool) -> bool {
+fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &Overlap<'_>) -> bool {
     let touches = |read: &Buffer, write: &Buffer| overlap(read, write) || same_start(read, write);
     reads.iter().any(|read| writes.iter().any(|write| touches(read, write)))
 }
@@ -76,17 +75,10 @@ fn pick_uniform(first: &Launch, second: &Launch, f32: &'static str, bf16: &'stat
     same.then_some(if dtype == DType::BF16 { bf16 } else { f32 })
 }
 
-fn add_layer_norm(
-    first: &Launch,
-    second: &Launch,
-    eps: f32,
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
-    let weight = second.reads[1].clone();
+fn add_layer_norm(first: &Launch, second: &Launch, eps: f32, overlap: &Overlap<'_>) -> Fused {
+    let weight = &second.reads[1..2];
     // The norm's results may overwrite the summands, which the norm alone no longer needs.
-    if conflict(&first.reads, &second.writes, overlap)
-        || conflict(std::slice::from_ref(&weight), &first.writes, overlap)
-    {
+    if conflict(&first.reads, &second.writes, overlap) || conflict(weight, &first.writes, overlap) {
         return Ok(None);
     }
     let Some((&width, leading)) = first.writes[0].shape.split_last() else { return Ok(None) };
@@ -94,18 +86,10 @@ fn add_layer_norm(
     let rows = element_count(leading);
     let mut arguments = vec![read(0), read(1), read(2), write(0), write(1), write(2), write(3)];
     arguments.extend([long(rows), long(width), Arg::F32(eps)]);
-    Ok(Some(FusedLaunches {
-        reads: [&first.reads[..], &[weight]].concat(),
-        writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: warps(name, rows, arguments)?,
-    }))
+    Ok(Some(([&first.reads[..], weight].concat(), warps(name, rows, arguments)?)))
 }
 
-fn bias_gelu(
-    first: &Launch,
-    second: &Launch,
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
+fn bias_gelu(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Fused {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
     // Each element of x is read by the thread that overwrites it.
     let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflict(&first.reads[i..=i], &second.writes, overlap));
@@ -119,33 +103,23 @@ fn bias_gelu(
     // If GELU overwrites the sums, nothing reads them.
     let sums = if in_place { Arg::Null } else { write(0) };
     let arguments = vec![read(0), read(1), sums, write(1), long(n), long(width)];
-    Ok(Some(FusedLaunches {
-        reads: first.reads.clone(),
-        writes: [&first.writes[..], &second.writes[..]].concat(),
-        steps: threads(name, n.div_ceil(pack), arguments)?,
-    }))
+    Ok(Some((first.reads.clone(), threads(name, n.div_ceil(pack), arguments)?)))
 }
 
-fn max_and_sum(
-    first: &Launch,
-    second: &Launch,
-    [vocab_start, vocab]: [usize; 2],
-    overlap: &dyn Fn(&Buffer, &Buffer) -> bool,
-) -> Result<Option<FusedLaunches>, KernelError> {
+fn max_and_sum(first: &Launch, second: &Launch, vocab: [usize; 2], overlap: &Overlap<'_>) -> Fused {
     let (logits, max, targets) = (&first.reads[0], &first.writes[0], &second.reads[2]);
     let same = second.reads[0] == *logits && second.reads[1] == *max;
     let inputs = [logits.clone(), targets.clone()];
-    let writes = [&first.writes[..], &second.writes[..]].concat();
     let Some((&width, leading)) = logits.shape.split_last() else { return Ok(None) };
     let count = element_count(leading);
-    if !same || count == 0 || conflict(&inputs, &writes, overlap) {
+    let conflicts = [first, second].into_iter().any(|launch| conflict(&inputs, &launch.writes, overlap));
+    if !same || count == 0 || conflicts {
         return Ok(None);
     }
     let mut arguments = vec![read(0), read(1), write(0), write(1), write(2)];
-    arguments.extend([count, width, vocab_start, vocab].map(long));
+    arguments.extend([count, width, vocab[0], vocab[1]].map(long));
     arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
     let is_bf16 = logits.dtype == DType::BF16;
     let name = if is_bf16 { "row_max_sum_exp_target_bf16" } else { "row_max_sum_exp_target_f32" };
-    let steps = rows(name, count, width, arguments)?;
-    Ok(Some(FusedLaunches { reads: inputs.to_vec(), writes, steps }))
+    Ok(Some((inputs.to_vec(), rows(name, count, width, arguments)?)))
 }

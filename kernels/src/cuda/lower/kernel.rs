@@ -1,8 +1,11 @@
 //! Parts of a kernel launch: geometry, arguments, and the names of variants.
 
 use crate::cuda::step::{Arg, Kernel, Place, Step};
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::tensor::DType;
+
+/// The steps of a launch, in order.
+pub(super) type Steps = Result<Vec<Step>>;
 
 pub(super) const THREADS: usize = 256;
 
@@ -32,7 +35,7 @@ pub(super) fn blocks(
     threads: usize,
     shared_bytes: usize,
     args: Vec<Arg>,
-) -> Result<Vec<Step>, KernelError> {
+) -> Steps {
     if blocks == 0 {
         return Ok(vec![]);
     }
@@ -47,7 +50,7 @@ pub(super) fn blocks(
 }
 
 /// A kernel with `threads` threads, in blocks of [`THREADS`].
-pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn threads(function: &'static str, threads: usize, args: Vec<Arg>) -> Steps {
     blocks(function, threads.div_ceil(THREADS), THREADS, 0, args)
 }
 

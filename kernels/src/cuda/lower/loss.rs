@@ -1,9 +1,8 @@
 //! Ops that take indices: embeddings, and the pieces of softmax cross entropy.
 
 use super::args::Args;
-use super::kernel::{PACK, THREADS, blocks, long, read, threads, variants, write};
+use super::kernel::{PACK, Steps, THREADS, blocks, long, read, threads, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
-use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
 
 /// Maximum threads of a block that processes a row, and the target number of four-element packs per thread.
@@ -18,22 +17,12 @@ fn threads_for(work: usize, max: usize) -> usize {
     work.clamp(32, max).next_power_of_two()
 }
 
-/// Picks the variant of a kernel that reads f32 or bf16 activations and writes f32.
-fn pick_by_read(args: &Args<'_>, read: usize, [f32, bf16]: [&'static str; 2]) -> &'static str {
-    args.pick(read, 0, [f32, bf16, bf16])
-}
-
 /// A kernel with one block per row of `width` elements.
-pub(super) fn rows(
-    function: &'static str,
-    rows: usize,
-    width: usize,
-    args: Vec<Arg>,
-) -> Result<Vec<Step>, KernelError> {
+pub(super) fn rows(function: &'static str, rows: usize, width: usize, args: Vec<Arg>) -> Steps {
     blocks(function, rows, threads_for(width.div_ceil(PACK * ROW_PACKS), ROW_THREADS_MAX), 0, args)
 }
 
-pub(super) fn embedding(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
+pub(super) fn embedding(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Steps {
     let [held, width] = args.launch.dims("shape of read 1", args.read_shape(1), "[v, c]")?;
     let count = element_count(args.read_shape(0));
     let mut arguments = vec![read(0), read(1), write(0)];
@@ -44,7 +33,7 @@ pub(super) fn embedding(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Re
     threads(name, count * width.div_ceil(PACK).max(1), arguments)
 }
 
-pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<Step>, KernelError> {
+pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Steps {
     let [held, width] = args.launch.dims("shape of write 0", args.write_shape(0), "[v, c]")?;
     let (count, words) = (element_count(args.read_shape(0)), held * width);
     if words == 0 {
@@ -55,32 +44,32 @@ pub(super) fn embedding_grad(args: &Args<'_>, vocab_start: usize) -> Result<Vec<
         steps.push(Step::Fill { to: Place::write(0), word: 0, words });
     }
     let arguments = vec![read(0), read(1), write(0), long(count), long(held), long(width), long(vocab_start)];
-    let name = pick_by_read(args, 1, ["embedding_grad_f32", "embedding_grad_bf16"]);
+    let name = args.pick_by_read(1, ["embedding_grad_f32", "embedding_grad_bf16"]);
     steps.extend(blocks(name, count, THREADS, 0, arguments)?);
     Ok(steps)
 }
 
-pub(super) fn row_max(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn row_max(args: &Args<'_>) -> Steps {
     let [count, width] = args.launch.rows_of(0)?;
-    rows(pick_by_read(args, 0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
+    rows(args.pick_by_read(0, ["row_max_f32", "row_max_bf16"]), count, width, vec![read(0), write(0), long(width)])
 }
 
-pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Result<Vec<Step>, KernelError> {
+pub(super) fn sum_exp_target(args: &Args<'_>, vocab_start: usize, vocab: usize) -> Steps {
     let [count, width] = args.launch.rows_of(0)?;
     let mut arguments = vec![read(0), read(1), read(2), write(0), write(1)];
     arguments.extend([count, width, vocab_start, vocab].map(long));
     arguments.extend([Arg::ErrorRecord, Arg::LaunchIndex]);
-    rows(pick_by_read(args, 0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
+    rows(args.pick_by_read(0, ["sum_exp_target_f32", "sum_exp_target_bf16"]), count, width, arguments)
 }
 
-pub(super) fn token_loss(args: &Args<'_>, scale: f32) -> Result<Vec<Step>, KernelError> {
+pub(super) fn token_loss(args: &Args<'_>, scale: f32) -> Steps {
     let tokens = element_count(args.read_shape(0));
     let accumulate = Arg::I32(i32::from(args.accumulate));
     let arguments = vec![read(0), read(1), read(2), write(0), long(tokens), Arg::F32(scale), accumulate];
     blocks("token_loss", 1, threads_for(tokens, TOKEN_THREADS_MAX), 0, arguments)
 }
 
-pub(super) fn cross_entropy_grad(args: &Args<'_>, vocab_start: usize, scale: f32) -> Result<Vec<Step>, KernelError> {
+pub(super) fn cross_entropy_grad(args: &Args<'_>, vocab_start: usize, scale: f32) -> Steps {
     let [count, width] = args.launch.rows_of(1)?;
     if width == 0 {
         return Ok(vec![]);

@@ -3,8 +3,8 @@
 
 use super::args::Args;
 use super::elementwise::fill;
+use super::kernel::Steps;
 use crate::cuda::step::{Matrix, Place, Product, Step};
-use crate::error::KernelError;
 use crate::op::{Einsum, GemmDims};
 use crate::tensor::DType;
 
@@ -39,7 +39,7 @@ pub(super) fn product(dims: GemmDims, operands: DType, result: DType, beta: f32)
     Product { m: n as u64, n: m as u64, a: b, b: a, a_transposed: b_transposed, b_transposed: a_transposed, ..direct }
 }
 
-pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Result<Vec<Step>, KernelError> {
+pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Steps {
     let dims = einsum.gemm_dims(args.read_shape(0), args.read_shape(1))?;
     if dims.m * dims.n == 0 {
         return Ok(vec![]);

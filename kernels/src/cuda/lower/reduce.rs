@@ -1,9 +1,8 @@
 //! Sums over rows and over all elements. The shape alone determines how a sum is split into parts.
 
 use super::args::Args;
-use super::kernel::{PACK, THREADS, blocks, long, read, variants, write};
+use super::kernel::{PACK, Steps, THREADS, blocks, long, read, variants, write};
 use crate::cuda::step::{Arg, Place, Step};
-use crate::error::KernelError;
 use crate::tensor::{DType, element_count};
 
 /// Target number of blocks, enough to fill a device several times.
@@ -54,7 +53,7 @@ impl ColumnSum {
         out: Place,
         dims: [usize; 2],
         accumulate: bool,
-    ) -> Result<Vec<Step>, KernelError> {
+    ) -> Steps {
         let [rows, width] = dims.map(long);
         let trailing = [Arg::Pointer(out), rows, width, long(self.rows_per_part), Arg::I32(i32::from(accumulate))];
         let mut steps = blocks(function, self.columns, THREADS, 0, [&arguments[..], &trailing].concat())?;
@@ -77,7 +76,7 @@ pub(super) fn sum_columns(
     out: Place,
     [rows, width]: [usize; 2],
     accumulate: bool,
-) -> Result<Vec<Step>, KernelError> {
+) -> Steps {
     let sum = ColumnSum::new(rows, width);
     if sum.parts == 1 {
         return sum.pass(only, inputs, out, [rows, width], accumulate);
@@ -98,7 +97,7 @@ pub(super) fn sum_workspace_floats(elements: usize) -> usize {
     elements.min(BLOCKS * COLUMN_THREADS * PACK)
 }
 
-pub(super) fn sum_leading(args: &Args<'_>) -> Result<Vec<Step>, KernelError> {
+pub(super) fn sum_leading(args: &Args<'_>) -> Steps {
     let (x, y) = (args.read_shape(0), args.write_shape(0));
     let (rows, width) = (element_count(&x[..x.len() - y.len()]), element_count(y));
     if width == 0 {
@@ -126,7 +125,7 @@ pub(super) fn squares_workspace_floats(n: usize) -> usize {
     if parts > 1 { 2 * parts } else { 0 }
 }
 
-pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Result<Vec<Step>, KernelError> {
+pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Steps {
     let n = element_count(args.read_shape(0));
     if n == 0 {
         return Ok(vec![]);
@@ -143,7 +142,7 @@ pub(super) fn sum_squares(args: &Args<'_>, index: usize) -> Result<Vec<Step>, Ke
     Ok(steps)
 }
 
-pub(super) fn clip_scale(args: &Args<'_>, max_norm: f32) -> Result<Vec<Step>, KernelError> {
+pub(super) fn clip_scale(args: &Args<'_>, max_norm: f32) -> Steps {
     let n = element_count(args.read_shape(0));
     blocks("clip_scale", 1, THREADS, 0, vec![read(0), write(0), write(1), long(n), Arg::F32(max_norm)])
 }

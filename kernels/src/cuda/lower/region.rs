@@ -1,9 +1,10 @@
 //! Ops on regions of larger tensors. Merges dims where possible; the kernels take up to four.
 
 use super::args::Args;
-use super::kernel::{PACK, long, pack_of, read, threads, variants};
+use super::kernel::{PACK, Steps, long, pack_of, read, threads, variants};
 use crate::cuda::step::{Arg, Operand, Place, Step};
-use crate::error::KernelError;
+use crate::error::Result;
+use crate::op::describe::dropout_threshold;
 use crate::tensor::{DType, Region, element_count};
 
 /// Dims that a kernel takes; further outer dims become one launch per index.
@@ -47,10 +48,7 @@ fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
 }
 
 /// Calls `run(offsets in both tensors, dims)` with the innermost four dims, for each index of the outer ones.
-fn for_each_region(
-    dims: &[Dim],
-    mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<(), KernelError>,
-) -> Result<(), KernelError> {
+fn for_each_region(dims: &[Dim], mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<()>) -> Result<()> {
     let (outer, inner) = dims.split_at(dims.len().saturating_sub(DIMS));
     let mut last = [Dim { size: 1, steps: [0, 0] }; DIMS];
     last[DIMS - inner.len()..].copy_from_slice(inner);
@@ -81,7 +79,7 @@ fn step_args(dims: &[Dim; DIMS], tensor: usize, unit: usize) -> impl Iterator<It
     dims[..DIMS - 1].iter().map(move |dim| Arg::U64((dim.steps[tensor] / unit) as u64))
 }
 
-pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result<Vec<Step>, KernelError> {
+pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Steps {
     let (from, to) = (args.read_shape(0), args.write_shape(0));
     if src.is_empty() {
         return Ok(vec![]);
@@ -127,21 +125,12 @@ pub(super) fn copy_region(args: &Args<'_>, src: &Region, dst: &Region) -> Result
     Ok(steps)
 }
 
-pub(super) fn dropout(
-    args: &Args<'_>,
-    p: f32,
-    seed: u64,
-    shape: &[usize],
-    start: &[usize],
-    stride: usize,
-) -> Result<Vec<Step>, KernelError> {
+pub(super) fn dropout(args: &Args<'_>, p: f32, seed: u64, shape: &[usize], start: &[usize], stride: usize) -> Steps {
     let local = args.read_shape(0);
     if element_count(local) == 0 {
         return Ok(vec![]);
     }
-    // As on the CPU: at p = 1, the factor is 0 because the threshold, a u32, cannot exceed the largest random number.
-    let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
-    let keep_scale = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+    let (threshold, kept) = dropout_threshold(p);
     let first = place(shape, start);
     let mut steps = Vec::new();
     for_each_region(&join_dims(local, [local, shape]), |[local_offset, whole_offset], dims| {
@@ -151,7 +140,7 @@ pub(super) fn dropout(
         arguments.extend(size_args(&dims, 1));
         arguments.extend(step_args(&dims, 1, 1));
         arguments.extend([(first + whole_offset) as u64, stride as u64, seed].map(Arg::U64));
-        arguments.extend([Arg::U32(threshold), Arg::F32(keep_scale)]);
+        arguments.extend([Arg::U32(threshold), Arg::F32(kept)]);
         let [count, ..] = sizes(&dims, 1);
         steps.extend(threads(args.pick(0, 0, variants!("dropout")), count.div_ceil(PACK), arguments)?);
         Ok(())

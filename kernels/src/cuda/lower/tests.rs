@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::cuda::source::MODULES;
-use crate::cuda::step::{Arg, Operand, SHARED_BYTES_DEFAULT};
+use crate::cuda::step::{Operand, SHARED_BYTES_DEFAULT};
 use crate::op::{Buffer, Einsum};
 use crate::tensor::Region;
 
@@ -196,31 +196,31 @@ fn grids_cover_more_elements_than_32_bits_can_count() {
 
 #[test]
 fn launches_that_do_not_fit_are_refused() {
-    let refused = |launch: &Launch, accumulate| lower(launch, accumulate, SHARED_MAX).expect_err("refused").to_string();
+    let check = |launch: &Launch, accumulate, expected: &str| {
+        assert_eq!(lower(launch, accumulate, SHARED_MAX).expect_err("refused").to_string(), expected);
+    };
     let gelu = |reads: &[&[usize]], writes: &[&[usize]]| launch(Op::Gelu, reads, &[], writes);
-    assert_eq!(refused(&gelu(&[&[2]], &[]), false), "gelu: buffers: expected 1 read, 1 written, got 1 read, 0 written");
-    assert_eq!(
-        refused(&gelu(&[&[2]], &[&[3]]), false),
-        "gelu: elements of write 0: expected as many as [2], got [3], 3"
+    check(&gelu(&[&[2]], &[]), false, "gelu: buffers: expected 1 read, 1 written, got 1 read, 0 written");
+    check(
+        &gelu(&[&[2]], &[&[3]]),
+        false,
+        "gelu: number of elements of write 0: expected 2, as in read 0 of shape [2], got 3 in [3]",
     );
-    assert_eq!(
-        refused(&gelu(&[&[2]], &[&[2]]), true),
-        "gelu: accumulate: expected an op that can accumulate, got gelu"
-    );
+    check(&gelu(&[&[2]], &[&[2]]), true, "gelu: accumulate: expected an op that can accumulate, got gelu");
     let ids = launch(Op::Gelu, &[&[2]], &[0], &[&[2]]);
-    assert_eq!(refused(&ids, false), "gelu: dtype of read 0: expected F32, got I32");
+    check(&ids, false, "gelu: dtype of read 0: expected F32, got I32");
     let mut halves = launch(Op::Gelu, &[&[2]], &[], &[&[2]]);
     halves.writes[0].dtype = DType::BF16;
-    assert_eq!(refused(&halves, false), "gelu: dtype of write 0: expected F32, like the reads, got BF16");
+    check(&halves, false, "gelu: dtype of write 0: expected F32, like the reads, got BF16");
     let mut sum = launch(Op::Add, &[&[2], &[2]], &[], &[&[2]]);
     sum.reads[1].dtype = DType::BF16;
-    assert_eq!(refused(&sum, false), "add: dtype of read 0: expected BF16, like the other reads, got F32");
+    check(&sum, false, "add: dtype of read 0: expected BF16, like the other reads, got F32");
     let mut table = launch(Op::Embedding { vocab_start: 0, vocab: 9 }, &[&[2], &[9, 3]], &[0], &[&[2, 3]]);
     table.reads[1].dtype = DType::BF16;
-    assert_eq!(refused(&table, false), "embedding: dtype of read 1: expected F32 or I32, got BF16");
+    check(&table, false, "embedding: dtype of read 1: expected F32 or I32, got BF16");
     let mut grad = launch(Op::LayerNormGrad, &[&[900, 8], &[900, 8], &[8], &[900], &[900]], &[], &[&[900, 8], &[8]]);
     grad.workspace = None;
-    assert_eq!(refused(&grad, false), "layer_norm_grad: workspace: expected 64 bytes, got 0 bytes");
+    check(&grad, false, "layer_norm_grad: workspace: expected 64 bytes, got 0 bytes");
 }
 
 /// On a device with less shared memory per block, plain kernels replace tiled kernels that do not fit.

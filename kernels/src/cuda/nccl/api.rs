@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 
 use crate::cuda::library::{Library, dotted_patch, dynamic_library};
-use crate::cuda::status::{static_text, unavailable};
-use crate::error::KernelError;
+use crate::cuda::status::static_text;
+use crate::error::{KernelError, Result};
 
 /// The oldest supported version: `10000 * major + 100 * minor + patch`. Before 2.24, members in one process may read
 /// each other's buffers directly, without having access; before 2.18, a non-blocking communicator may read its
@@ -78,22 +78,14 @@ dynamic_library! {
 }
 
 impl Api {
-    pub(crate) fn get() -> Result<&'static Self, KernelError> {
+    pub(crate) fn get() -> Result<&'static Self> {
         static API: OnceLock<Option<Api>> = OnceLock::new();
         let api = API.get_or_init(Self::load).as_ref().ok_or_else(|| Library::Nccl.missing())?;
-        let number = api.number()?;
-        if number < VERSION_MIN {
-            let what = format!(
-                "libnccl is too old: found {}, need {} or newer",
-                dotted_patch(number),
-                dotted_patch(VERSION_MIN)
-            );
-            return Err(unavailable(what, Library::Nccl.hint()));
-        }
+        Library::Nccl.check_version(api.number()?, VERSION_MIN)?;
         Ok(api)
     }
 
-    fn number(&self) -> Result<usize, KernelError> {
+    fn number(&self) -> Result<usize> {
         let mut version = 0;
         // SAFETY: writes to a local.
         self.check(unsafe { (self.version)(&mut version) }, "ncclGetVersion", "nccl")?;
@@ -101,12 +93,12 @@ impl Api {
     }
 
     /// The version as text, such as `2.28.3`.
-    pub(crate) fn version(&self) -> Result<String, KernelError> {
+    pub(crate) fn version(&self) -> Result<String> {
         self.number().map(dotted_patch)
     }
 
     /// Converts a status code to an error; a call in progress is none.
-    pub(crate) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<(), KernelError> {
+    pub(crate) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<()> {
         if code == SUCCESS || code == IN_PROGRESS {
             return Ok(());
         }

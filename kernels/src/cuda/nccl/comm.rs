@@ -16,7 +16,7 @@ use crate::cuda::context::{Context, Raw};
 use crate::cuda::gpu::Gpu;
 use crate::cuda::progress::CallProgress;
 use crate::cuda::raw_stream::RawStream;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::tensor::DType;
 
 /// Poll interval while a communicator is created or finalized.
@@ -31,7 +31,7 @@ impl UniqueId {
     ///
     /// # Errors
     /// [`KernelError::Unavailable`] if NCCL is missing; [`KernelError::Cuda`] if it finds no network interface.
-    pub fn new() -> Result<Self, KernelError> {
+    pub fn new() -> Result<Self> {
         let api = Api::get()?;
         let mut id = ncclUniqueId { internal: [0; 128] };
         // SAFETY: writes an id to a local.
@@ -114,11 +114,7 @@ fn reduction(op: ReduceOp) -> ncclRedOp_t {
 }
 
 /// Creates the communicators of this process's members of one group, in one NCCL group call.
-pub(super) fn join(
-    memberships: &[&GroupMember],
-    deadline: Instant,
-    within: Duration,
-) -> Result<Vec<Comm>, KernelError> {
+pub(super) fn join(memberships: &[&GroupMember], deadline: Instant, within: Duration) -> Result<Vec<Comm>> {
     let api = Api::get()?;
     let mut comms = Vec::new();
     let grouped = grouped(api, "nccl", || {
@@ -157,7 +153,7 @@ pub(super) fn join(
     Ok(comms)
 }
 
-fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelError>) -> Result<(), KernelError> {
+fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<()>) -> Result<()> {
     // SAFETY: has no preconditions.
     api.check(unsafe { (api.group_start)() }, "ncclGroupStart", place)?;
     let called = calls();
@@ -167,13 +163,12 @@ fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<(), KernelErro
 }
 
 impl Comm {
-    fn check(&self, code: u32, call: &'static str) -> Result<(), KernelError> {
+    fn check(&self, code: u32, call: &'static str) -> Result<()> {
         self.api.check(code, call, &self.place)
     }
 
-    /// The error for a communicator that has ended or was aborted.
     fn closed(&self) -> KernelError {
-        KernelError::Aborted { cause: format!("{} has ended", self.place) }
+        KernelError::Aborted { cause: format!("the communicator of {} has ended", self.place) }
     }
 
     pub(super) fn timeout_error(&self, call: &'static str, within: Duration) -> KernelError {
@@ -187,7 +182,7 @@ impl Comm {
     }
 
     /// Whether the host part of the last call is complete.
-    pub(super) fn is_settled(&self) -> Result<bool, KernelError> {
+    pub(super) fn is_settled(&self) -> Result<bool> {
         let locked = self.handle.lock();
         let Some(comm) = *locked else { return Ok(true) };
         let mut state = SUCCESS;
@@ -230,7 +225,7 @@ impl Comm {
         elements: usize,
         dtype: DType,
         stream: &RawStream,
-    ) -> Result<(), KernelError> {
+    ) -> Result<()> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Err(self.closed()) };
         let (api, dtype, handle) = (self.api, data_type(dtype), stream.handle.0.cast::<c_void>());
@@ -256,12 +251,7 @@ impl Comm {
 
     /// Enqueues messages on the stream as one NCCL group, so that only the order of messages within a pair matters.
     /// Elements without a dtype are bytes.
-    pub(super) fn transfer(
-        &self,
-        transfers: &[Transfer],
-        dtype: Option<DType>,
-        stream: &RawStream,
-    ) -> Result<(), KernelError> {
+    pub(super) fn transfer(&self, transfers: &[Transfer], dtype: Option<DType>, stream: &RawStream) -> Result<()> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };
         let dtype = dtype.map_or(ncclDataType_t::ncclUint8, data_type);

@@ -12,7 +12,6 @@
 //! the same bits on all members. NCCL does not compare calls, so members that call different collectives get no error;
 //! the plan is checked before it runs.
 
-use std::any::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -34,8 +33,9 @@ use crate::collective::{
 use crate::cuda::gpu_call::GpuCall;
 use crate::cuda::lower::collective::{are_rows, messages, regions};
 use crate::cuda::poller::ErrorCheck;
-use crate::cuda::strided_copy::{OwnedRegion, StridedRegion, copy_region};
-use crate::error::KernelError;
+use crate::cuda::strided_copy::{StridedRegion, copy_region};
+use crate::error::{KernelError, Result};
+use crate::event::BackendObject;
 use crate::tensor::{Region, element_count};
 
 /// How long the issuing thread polls whether a call is on the stream before it leaves that to the stream's own thread.
@@ -68,7 +68,7 @@ impl Nccl {
     /// # Errors
     /// [`KernelError::Unavailable`] without NCCL; [`KernelError::Cuda`] if not all members join within the time, and
     /// for NCCL's own errors.
-    pub fn join(memberships: &[GroupMember], within: Duration) -> Result<Self, KernelError> {
+    pub fn join(memberships: &[GroupMember], within: Duration) -> Result<Self> {
         Api::get()?;
         let deadline = Instant::now() + within;
         let mut groups: BTreeMap<u32, Vec<&GroupMember>> = BTreeMap::new();
@@ -117,7 +117,7 @@ impl Inner {
     }
 
     /// Waits until NCCL has put a call on its stream (NCCL-2); `None` after the timeout.
-    pub(super) fn settle(&self, comm: &Comm, within: Option<Duration>) -> Option<Result<(), KernelError>> {
+    pub(super) fn settle(&self, comm: &Comm, within: Option<Duration>) -> Option<Result<()>> {
         let began = Instant::now();
         loop {
             if let Some(error) = self.abort_status.aborted() {
@@ -177,11 +177,11 @@ struct MemberCall<'a> {
 }
 
 /// A copy from the first region to the second, due once the call is on the stream (NCCL-2).
-type Unpack = (OwnedRegion, OwnedRegion);
+type Unpack = (StridedRegion, StridedRegion);
 
 impl MemberCall<'_> {
     /// Enqueues the call; returns the copies to enqueue after it.
-    fn issue(&self) -> Result<Vec<Unpack>, KernelError> {
+    fn issue(&self) -> Result<Vec<Unpack>> {
         let &GpuCall { call, x, y, x_shape, y_shape, .. } = self.of;
         let [x_elements, y_elements] = [x_shape, y_shape].map(element_count);
         let (kind, elements) = match &call.kind {
@@ -192,13 +192,10 @@ impl MemberCall<'_> {
                 (NcclCall::ReduceScatter(*op), y_elements)
             }
             CollectiveKind::ReduceScatter { op, parts } => return self.reduce_parts(*op, parts),
-            CollectiveKind::Send { to } => {
-                let sent = Transfer { sends: true, peer: *to, address: x, elements: x_elements };
-                return self.transfers(&[sent]).map(|()| Vec::new());
-            }
-            CollectiveKind::Receive { from } => {
-                let received = Transfer { sends: false, peer: *from, address: y, elements: y_elements };
-                return self.transfers(&[received]).map(|()| Vec::new());
+            CollectiveKind::Send { to: peer } | CollectiveKind::Receive { from: peer } => {
+                let sends = matches!(call.kind, CollectiveKind::Send { .. });
+                let (address, elements) = if sends { (x, x_elements) } else { (y, y_elements) };
+                return self.transfers(&[Transfer { sends, peer: *peer, address, elements }]).map(|()| Vec::new());
             }
             kind => {
                 let Some((sources, targets)) = regions(kind, y_shape) else { return Ok(Vec::new()) };
@@ -209,7 +206,7 @@ impl MemberCall<'_> {
     }
 
     /// An NCCL call, or a copy in a group of one. `elements` are those of one member.
-    fn call_or_copy(&self, kind: NcclCall, x: u64, y: u64, elements: usize) -> Result<(), KernelError> {
+    fn call_or_copy(&self, kind: NcclCall, x: u64, y: u64, elements: usize) -> Result<()> {
         match self.comm {
             _ if elements == 0 => Ok(()),
             None => self.of.stream.copy(y, x, elements * self.of.dtype.bytes()),
@@ -217,7 +214,7 @@ impl MemberCall<'_> {
         }
     }
 
-    fn transfers(&self, transfers: &[Transfer]) -> Result<(), KernelError> {
+    fn transfers(&self, transfers: &[Transfer]) -> Result<()> {
         match self.comm {
             Some(comm) if transfers.iter().any(|t| t.elements > 0) => {
                 comm.transfer(transfers, Some(self.of.dtype), &self.of.stream)
@@ -228,37 +225,33 @@ impl MemberCall<'_> {
 
     /// Reduce-scatters uneven or non-contiguous parts: copies each to the start of its own slot. NCCL also reduces the
     /// padding after a part, which is ignored.
-    fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>, KernelError> {
+    fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.of.dtype.bytes();
         let staging = self.of.workspace;
         for (i, part) in parts.iter().enumerate() {
-            let to = OwnedRegion::whole(staging + (i * slot) as u64, &part.size);
-            copy_region(
-                &self.of.stream,
-                StridedRegion { address: self.of.x, shape: self.of.x_shape, region: part },
-                to.as_region(),
-                self.of.dtype,
-            )?;
+            let from = StridedRegion::new(self.of.x, self.of.x_shape, part.clone());
+            let to = StridedRegion::whole(staging + (i * slot) as u64, &part.size);
+            copy_region(&self.of.stream, &from, &to, self.of.dtype)?;
         }
         if element_count(self.of.y_shape) == longest {
             return self.call_or_copy(NcclCall::ReduceScatter(op), staging, self.of.y, longest).map(|()| Vec::new());
         }
         let out = staging + (parts.len() * slot) as u64;
         self.call_or_copy(NcclCall::ReduceScatter(op), staging, out, longest)?;
-        Ok(vec![(OwnedRegion::whole(out, self.of.y_shape), OwnedRegion::whole(self.of.y, self.of.y_shape))])
+        Ok(vec![(StridedRegion::whole(out, self.of.y_shape), StridedRegion::whole(self.of.y, self.of.y_shape))])
     }
 
     /// Exchanges regions between all members: one message per pair, packed if it is not contiguous.
-    fn exchange_regions(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>, KernelError> {
+    fn exchange_regions(&self, sources: &[Region], targets: &[Region]) -> Result<Vec<Unpack>> {
         let (me, dtype) = (self.of.call.member, self.of.dtype);
         let (source, target) = (&sources[me], &targets[me]);
-        let in_x = |part: &Region| OwnedRegion { address: self.of.x, shape: source.size.clone(), region: part.clone() };
-        let in_y = |part: &Region| OwnedRegion { address: self.of.y, shape: target.size.clone(), region: part.clone() };
+        let in_x = |part: Region| StridedRegion::new(self.of.x, &source.size, part);
+        let in_y = |part: Region| StridedRegion::new(self.of.y, &target.size, part);
         for (_, boxes) in taken(me, sources, target).into_iter().filter(|(from, _)| *from == me) {
             for common in &boxes {
-                let [from, to] = [common.relative_to(source), common.relative_to(target)];
-                copy_region(&self.of.stream, in_x(&from).as_region(), in_y(&to).as_region(), dtype)?;
+                let (from, to) = (in_x(common.relative_to(source)), in_y(common.relative_to(target)));
+                copy_region(&self.of.stream, &from, &to, dtype)?;
             }
         }
         let bytes = |elements: usize| (elements * dtype.bytes()) as u64;
@@ -272,16 +265,16 @@ impl MemberCall<'_> {
             }
             transfers.push(Transfer { sends, peer, address: next, elements });
             let mut place = next;
-            for common in &message.boxes {
-                let piece = OwnedRegion::whole(place, &common.size);
+            next += message.packed_bytes(dtype) as u64;
+            for common in message.boxes {
+                let piece = StridedRegion::whole(place, &common.size);
+                place += bytes(common.element_count());
                 if sends {
-                    copy_region(&self.of.stream, in_x(common).as_region(), piece.as_region(), dtype)?;
+                    copy_region(&self.of.stream, &in_x(common), &piece, dtype)?;
                 } else {
                     unpacks.push((piece, in_y(common)));
                 }
-                place += bytes(common.element_count());
             }
-            next += message.packed_bytes(dtype) as u64;
         }
         self.transfers(&transfers)?;
         Ok(unpacks)
@@ -289,12 +282,7 @@ impl MemberCall<'_> {
 }
 
 impl Enqueue for Nccl {
-    fn enqueue(
-        &self,
-        call: &CollectiveCall,
-        bound: &Bound<'_>,
-        stream: Arc<dyn Any + Send + Sync>,
-    ) -> Result<Enqueued, KernelError> {
+    fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: BackendObject) -> Result<Enqueued> {
         check_members(call)?;
         self.0.abort_status.check()?;
         // Abort, or the other members would wait forever.
@@ -302,7 +290,7 @@ impl Enqueue for Nccl {
         let comm = self.0.comms.get(&(call.group.id, call.member)).cloned();
         if comm.is_none() && call.group.ranks.len() > 1 {
             let got = format!("group {}, member {}", call.group.id, call.member);
-            return Err(KernelError::arguments(call.name(), "group", "a joined group", got));
+            return Err(KernelError::arguments(call.name(), "group", "a group that the engine has joined", got));
         }
         let of = GpuCall::new(call, bound, stream)?;
         if let Some(comm) = &comm {
@@ -311,11 +299,9 @@ impl Enqueue for Nccl {
         // Abort, since the other members would wait forever for a call that NCCL refused.
         let member = MemberCall { of: &of, comm: comm.as_deref() };
         let unpacks = member.issue().map_err(|error| self.0.abort_on_error(error))?;
-        of.count(&self.0.received);
+        self.0.received.count(call, of.y_shape, of.dtype);
         let (stream, dtype) = (of.stream, of.dtype);
-        let enqueue_copies = move || {
-            unpacks.iter().try_for_each(|(from, to)| copy_region(&stream, from.as_region(), to.as_region(), dtype))
-        };
+        let enqueue_copies = move || unpacks.iter().try_for_each(|(from, to)| copy_region(&stream, from, to, dtype));
         let Some(comm) = comm else { return enqueue_copies().map(|()| Enqueued::Issued) };
         match self.0.settle(&comm, Some(ISSUE_SPIN)) {
             Some(settled) => settled.and_then(|()| enqueue_copies()).map(|()| Enqueued::Issued),

@@ -21,7 +21,7 @@ use super::engine::{ISSUE_SPIN, Inner, Nccl};
 use crate::cuda::device_memory::DeviceMemory;
 use crate::cuda::poller::release;
 use crate::cuda::raw_stream::RawStream;
-use crate::error::KernelError;
+use crate::error::{KernelError, Result};
 use crate::event::Event;
 use crate::memory::Arena;
 
@@ -51,12 +51,12 @@ impl Nccl {
     ///
     /// # Errors
     /// [`KernelError::Arguments`] for a membership that was not joined; [`KernelError::Cuda`].
-    pub fn pipe(&self, membership: &GroupMember) -> Result<Pipe, KernelError> {
+    pub fn pipe(&self, membership: &GroupMember) -> Result<Pipe> {
         let comm =
             self.0.comms.get(&(membership.group.id, membership.member)).filter(|_| membership.group.ranks.len() == 2);
         let Some(comm) = comm.cloned() else {
             let got = format!("group {}, member {}", membership.group.id, membership.member);
-            return Err(KernelError::arguments("pipe", "group", "a joined group of two", got));
+            return Err(KernelError::arguments("pipe", "group", "a group of two that the engine has joined", got));
         };
         let (rank, peer) = (membership.group.ranks[membership.member], 1 - membership.member);
         let name = format!("{}{}", ["to ", "from "][membership.member], membership.group.ranks[peer]);
@@ -71,7 +71,7 @@ impl Pipe {
     ///
     /// # Errors
     /// [`KernelError::Cuda`], also if the other end does not connect in time; [`KernelError::Aborted`].
-    pub fn connect(&self, within: Duration) -> Result<(), KernelError> {
+    pub fn connect(&self, within: Duration) -> Result<()> {
         const BYTES: usize = 16;
         let deadline = Instant::now() + within;
         // Freed before the devices' arenas are created, so no plan counts it.
@@ -95,7 +95,7 @@ impl Pipe {
     /// # Errors
     /// [`KernelError::Arguments`] for memory of another GPU or a range outside the arena; [`KernelError::Cuda`];
     /// [`KernelError::Aborted`].
-    pub fn send(&self, arena: &Arena, ranges: impl Iterator<Item = (usize, usize)>) -> Result<(), KernelError> {
+    pub fn send(&self, arena: &Arena, ranges: impl Iterator<Item = (usize, usize)>) -> Result<()> {
         self.call(true, arena, ranges)
     }
 
@@ -103,14 +103,14 @@ impl Pipe {
     ///
     /// # Errors
     /// [`KernelError::Cuda`]; [`KernelError::Aborted`].
-    pub fn settle(&self, arena: &Arena) -> Result<Sent, KernelError> {
+    pub fn settle(&self, arena: &Arena) -> Result<Sent> {
         // Without a timeout, `settle` always returns a result.
         self.inner.settle(&self.comm, None).unwrap_or(Ok(()))?;
         self.record_end(arena)
     }
 
     /// Records the end of the last call, which is on the stream.
-    fn record_end(&self, arena: &Arena) -> Result<Sent, KernelError> {
+    fn record_end(&self, arena: &Arena) -> Result<Sent> {
         self.stream.end_call().map_err(|error| self.inner.abort_on_error(error))?;
         let event = Event::default();
         self.stream.report_end(release(arena.clone(), event.clone()))?;
@@ -122,7 +122,7 @@ impl Pipe {
     ///
     /// # Errors
     /// Those of [`Pipe::send`].
-    pub fn receive(&self, arena: &Arena, ranges: impl Iterator<Item = (usize, usize)>) -> Result<(), KernelError> {
+    pub fn receive(&self, arena: &Arena, ranges: impl Iterator<Item = (usize, usize)>) -> Result<()> {
         self.call(false, arena, ranges)?;
         let received = self.settle(arena)?;
         self.wait(&received)
@@ -132,12 +132,12 @@ impl Pipe {
     ///
     /// # Errors
     /// [`KernelError::Cuda`]; [`KernelError::Aborted`].
-    pub fn wait(&self, sent: &Sent) -> Result<(), KernelError> {
+    pub fn wait(&self, sent: &Sent) -> Result<()> {
         self.has_finished(sent, None).map(drop)
     }
 
     /// Returns true once it has finished with its memory, false if it has not by the deadline.
-    fn has_finished(&self, sent: &Sent, deadline: Option<Instant>) -> Result<bool, KernelError> {
+    fn has_finished(&self, sent: &Sent, deadline: Option<Instant>) -> Result<bool> {
         let began = Instant::now();
         loop {
             // Query first: an aborted call looks complete on its stream, but its bytes have not arrived (NCCL-3).
@@ -155,12 +155,7 @@ impl Pipe {
         }
     }
 
-    fn call(
-        &self,
-        sends: bool,
-        arena: &Arena,
-        ranges: impl Iterator<Item = (usize, usize)>,
-    ) -> Result<(), KernelError> {
+    fn call(&self, sends: bool, arena: &Arena, ranges: impl Iterator<Item = (usize, usize)>) -> Result<()> {
         self.inner.abort_status.check()?;
         let context = &self.stream.gpu.context;
         let memory = arena.device_memory().filter(|memory: &&DeviceMemory| Arc::ptr_eq(&memory.gpu.context, context));
@@ -170,8 +165,9 @@ impl Pipe {
         let mut transfers = Vec::new();
         for (offset, bytes) in ranges {
             if offset.checked_add(bytes).is_none_or(|end| end > arena.bytes()) {
-                let (expected, got) = (format!("at most {} bytes", arena.bytes()), format!("{bytes} at byte {offset}"));
-                return Err(KernelError::arguments("pipe", "range out of bounds", expected, got));
+                let expected = format!("a range inside the {} bytes of the arena", arena.bytes());
+                let got = format!("{bytes} bytes at byte {offset}");
+                return Err(KernelError::arguments("pipe", "range", expected, got));
             }
             let address = memory.address() + offset as u64;
             transfers.push(Transfer { sends, peer: self.peer, address, elements: bytes });
@@ -183,9 +179,7 @@ impl Pipe {
         self.comm.record_call(&self.stream);
         self.comm.transfer(&transfers, None, &self.stream).map_err(|error| self.inner.abort_on_error(error))
     }
-}
 
-impl Pipe {
     /// Waits for pending work; returns whether it ended in time.
     fn drain(&self) -> bool {
         if self.pending.lock().is_some() {
