@@ -94,14 +94,6 @@ pub struct DeclareError {
     pub why: String,
 }
 
-/// A value that must equal the recorded one but differs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Difference {
-    pub(crate) name: String,
-    pub(crate) saved: String,
-    pub(crate) here: String,
-}
-
 impl Declarations {
     /// Adds a value. Limits are checked when the session starts.
     #[must_use]
@@ -165,16 +157,14 @@ impl Declarations {
     }
 
     /// Compares recorded values with these; returns a line for each difference to report. Values that only one side has are not
-    /// compared, because older programs declared fewer.
-    pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, Difference> {
+    /// compared, because older programs declared fewer. A value that must be the same but differs is an error.
+    pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, String> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {
             let Declared { name, value, on_resume, .. } = declared;
             let Some(recorded) = saved.get(name).filter(|recorded| *recorded != value) else { continue };
             match on_resume {
-                OnResume::Same => {
-                    return Err(Difference { name: name.clone(), saved: recorded.clone(), here: value.clone() });
-                }
+                OnResume::Same => return Err(format!("its {name} is {recorded}, and this program's is {value}")),
                 OnResume::Warn => notes.push(format!("{name} was {recorded} and is {value} from here on")),
                 OnResume::Free => {}
             }
@@ -189,9 +179,6 @@ const BLOCK_BYTES: u64 = 1 << 20;
 
 /// Identity of a data file: its length and the BLAKE3 checksum of its bytes. For a file of more than 64 MiB, the checksum of 64
 /// blocks of 1 MiB, spread evenly from the first byte to the last.
-///
-/// # Errors
-/// The file cannot be read.
 pub fn data_identity(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     identity(file.metadata()?.len(), |start, block| file.read_exact_at(block, start))
@@ -239,9 +226,8 @@ mod tests {
             .declare("lr", 0.5, OnResume::Free)
             .declare_model("heads", 4);
         assert_eq!(declared.compare(&declared.values(), false), Ok(Vec::new()));
-        let difference = |name: &str, saved: &str, here: &str| {
-            Err(Difference { name: name.into(), saved: saved.into(), here: here.into() })
-        };
+        let difference =
+            |name: &str, saved: &str, here: &str| Err(format!("its {name} is {saved}, and this program's is {here}"));
         let other = saved(&[("data", "b"), ("batch", "4")]);
         assert_eq!(declared.compare(&other, false), difference("data", "b", "a"));
         assert_eq!(declared.compare(&other, true), Ok(Vec::new()), "data is not compared when only weights are loaded");

@@ -2,7 +2,6 @@
 //! creation without hard links.
 
 mod output;
-mod space;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,9 +11,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
-pub(crate) use space::{free_bytes, free_inodes};
-
 pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, resolved};
+pub(crate) use output::{free_bytes, free_inodes};
 
 /// `f_type` of statfs(2) of the file systems of one machine, where all processes see writes at once and `flock` works.
 /// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.

@@ -121,13 +121,6 @@ impl ProcessMap {
         out
     }
 
-    /// Groups whose members several processes host, in order of id; for all processes.
-    pub fn crossing_groups(&self, plan: &Plan) -> Vec<Arc<Group>> {
-        let mut groups = groups(plan);
-        groups.retain(|group| self.processes_of(group).len() > 1);
-        groups
-    }
-
     pub fn processes_of(&self, group: &Group) -> BTreeSet<u32> {
         group.ranks.iter().map(|rank| self.process_of(*rank)).collect()
     }

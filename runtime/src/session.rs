@@ -243,9 +243,11 @@ impl Session {
         let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
         let peers = inbox.peers.clone();
-        while let Some(sender) = inbox.missing_sender(wanted) {
+        loop {
+            let missing = inbox.missing_senders(wanted);
+            let Some(sender) = missing.first().copied() else { break };
             running.host_waits_for((sender != self.process_map.process).then_some(sender));
-            if let Some(process) = inbox.ended_sender(wanted) {
+            if let Some(process) = missing.into_iter().find(|process| inbox.ended.contains(process)) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
             select! {

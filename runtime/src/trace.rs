@@ -63,9 +63,6 @@ pub struct TraceError {
 
 impl TraceFile {
     /// Creates an empty file for this process, of at most `bytes_max` bytes, or of one step if that is larger.
-    ///
-    /// # Errors
-    /// If the file cannot be created.
     pub fn create(path: &Path, bytes_max: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError { path: path.to_owned(), source };
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);
@@ -88,9 +85,6 @@ impl TraceFile {
 
     /// Adds the firings since the last call. Call it after each step, before the actors' ring buffers are full. Returns
     /// false if another step would exceed the limit; the file is complete then.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
     pub fn add(&mut self, session: &Session) -> Result<bool, TraceError> {
         let Some(observer) = session.observer().filter(|_| !self.has_ended) else { return Ok(!self.has_ended) };
         let before = self.bytes;
@@ -108,7 +102,7 @@ impl TraceFile {
                 self.write_event(&track)?;
             }
             let next = self.firings_read.entry(actor).or_default();
-            let new_firings = observer.fired(actor, *next);
+            let new_firings = observer.control().fired(actor, *next);
             *next = new_firings.next;
             self.lost += new_firings.lost;
             for fired in &new_firings.firings {
@@ -167,9 +161,6 @@ impl TraceFile {
     }
 
     /// Completes the file. Returns the number of firings that were dropped before they were read.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
     pub fn finish(mut self) -> Result<u64, TraceError> {
         self.close()?;
         Ok(self.lost)

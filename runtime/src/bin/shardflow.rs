@@ -218,24 +218,15 @@ fn main() -> ExitCode {
     }
     let output = match command {
         Command::Launch(args) => run_launch(*args),
-        Command::Checkpoint(command) => match cli::run(&command) {
-            Ok(text) => Ok((text, Exit::Done)),
-            Err(error) => Err(failed(Exit::from_code(error.exit_code()), error)),
-        },
+        Command::Checkpoint(command) => cli::run(&command).map(|text| (text, Exit::Done)),
         Command::Doctor { json } => run_doctor(json),
         #[cfg(feature = "watch")]
         Command::Status { at, json } => run_status(at, json),
         #[cfg(feature = "watch")]
-        Command::ExplainHang { at } => match client::explain_hang(at) {
-            Ok(explained) => Ok((explained.to_string(), Exit::Done)),
-            Err(error) => Err(failed(error.exit(), error)),
-        },
+        Command::ExplainHang { at } => done(client::explain_hang(at), Exit::PeerUnavailable),
         Command::Trace { files, join } => run_trace(&files, join.as_deref()),
         Command::Plan { html, dot, command } => run_plan(html, dot, &command),
-        Command::Secret => match Secret::random() {
-            Ok(secret) => Ok((secret.text().into(), Exit::Done)),
-            Err(error) => Err(failed(Exit::Internal, error)),
-        },
+        Command::Secret => done(Secret::random().map(|secret| secret.text().to_owned()), Exit::Internal),
         Command::Guard { folder } => Ok((String::new(), guard(&folder, std::io::stdin().lock()))),
         Command::Child { parent, command } => {
             Ok((String::new(), become_program(parent, command[0].clone().into(), &command[1..])))
@@ -249,6 +240,11 @@ type Output = Result<(String, Exit), ProgramError>;
 
 fn failed(exit: Exit, error: impl Display) -> ProgramError {
     ProgramError::new(exit, error.to_string(), "")
+}
+
+/// The output of a command that prints `result`, or ends with `exit` if that is an error.
+fn done(result: Result<impl Display, impl Display>, exit: Exit) -> Output {
+    result.map(|text| (text.to_string(), Exit::Done)).map_err(|error| failed(exit, error))
 }
 
 fn fail(error: ProgramError) -> Exit {
@@ -382,6 +378,6 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
 
 #[cfg(feature = "watch")]
 fn run_status(at: SocketAddr, as_json: bool) -> Output {
-    let status = client::status(at).map_err(|error| failed(error.exit(), error))?;
+    let status = client::status(at).map_err(|error| failed(Exit::PeerUnavailable, error))?;
     Ok((if as_json { json(&status)? } else { status.to_string() }, Exit::Done))
 }

@@ -260,7 +260,7 @@ impl Upload<'_> {
 
     /// Sends the rest and returns the checksum of the whole file. On success the file is in its place, durably.
     pub(crate) fn finish(mut self) -> Result<Checksum, CheckpointError> {
-        let sum = Checksum::from(self.hasher.finalize());
+        let sum = Checksum(self.hasher.finalize());
         debug_assert_eq!(self.hasher.count(), self.total, "{}: the size differs from the total", self.file.name);
         if self.multipart.is_some() && !self.buffer.is_empty() {
             self.send()?;

@@ -62,24 +62,18 @@ enum Element {
 /// A BLAKE3 checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Checksum([u8; 32]);
+pub struct Checksum(pub(crate) blake3::Hash);
 
 impl Checksum {
     /// The checksum of bytes.
     pub fn of(bytes: &[u8]) -> Self {
-        Self(*blake3::hash(bytes).as_bytes())
-    }
-}
-
-impl From<blake3::Hash> for Checksum {
-    fn from(hash: blake3::Hash) -> Self {
-        Self(*hash.as_bytes())
+        Self(blake3::hash(bytes))
     }
 }
 
 impl From<Checksum> for String {
     fn from(sum: Checksum) -> Self {
-        blake3::Hash::from_bytes(sum.0).to_hex().to_string()
+        sum.0.to_string()
     }
 }
 
@@ -89,14 +83,13 @@ impl TryFrom<String> for Checksum {
     fn try_from(text: String) -> Result<Self, String> {
         let hash = blake3::Hash::from_hex(&text).map_err(|_| format!("{text:?} is not a BLAKE3 checksum"))?;
         // Accept only one spelling, so that every altered byte of a file is detected.
-        let sum = Self::from(hash);
-        if String::from(sum) == text { Ok(sum) } else { Err(format!("{text:?} is not in lower case")) }
+        if hash.to_string() == text { Ok(Self(hash)) } else { Err(format!("{text:?} is not in lower case")) }
     }
 }
 
 impl std::fmt::Debug for Checksum {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&String::from(*self))
+        self.0.fmt(f)
     }
 }
 
@@ -362,7 +355,7 @@ fn checksum(version: u32, body: &RawValue) -> Checksum {
     if version > 2 {
         hasher.update(&version.to_le_bytes());
     }
-    hasher.update(body.get().as_bytes()).finalize().into()
+    Checksum(hasher.update(body.get().as_bytes()).finalize())
 }
 
 /// Encodes `body` as JSON in an envelope with its [`checksum`].

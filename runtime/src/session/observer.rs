@@ -6,10 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shardflow_actors::hang::Hang;
-use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_actors::shell::Control;
 use shardflow_actors::spec::{ActorId, RegisterId};
-use shardflow_actors::trace::{FiringRecord, NewFirings, RING_FIRINGS};
+use shardflow_actors::trace::{FiringRecord, RING_FIRINGS};
 
 pub use super::incidents::Incident;
 use super::incidents::Incidents;
@@ -74,33 +73,19 @@ impl Observer {
 
     /// The session's progress and memory use. Cheap: it pauses nothing.
     pub fn metrics(&self) -> Metrics {
-        self.sources.metrics.metrics(
-            &self.sources.plan,
-            self.steps.load(Ordering::Relaxed),
-            &self.sources.control.snapshot(),
-        )
+        let (steps, snapshots) = (self.steps.load(Ordering::Relaxed), self.control().snapshot());
+        self.sources.metrics.metrics(self.plan(), steps, &snapshots)
     }
 
-    /// Ended firings of an actor of this process, starting with number `from`, in the order of their ends. The newest
-    /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
-    pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
-        self.sources.control.fired(actor, from)
+    /// The running actors: their states, firings and progress.
+    pub fn control(&self) -> &Control {
+        &self.sources.control
     }
 
     /// Firings that the actor's ring buffer holds.
     pub fn kept_firings(&self, actor: ActorId) -> Vec<FiringRecord> {
-        let end = self.fired(actor, u64::MAX).next;
-        self.fired(actor, end.saturating_sub(RING_FIRINGS as u64)).firings
-    }
-
-    /// State of each actor of this process; empty after the session has ended.
-    pub fn snapshot(&self) -> Vec<ActorSnapshot> {
-        self.sources.control.snapshot()
-    }
-
-    /// Nanoseconds since the session's start; `None` after it has ended.
-    pub fn now_ns(&self) -> Option<u64> {
-        self.sources.control.now_ns()
+        let end = self.control().fired(actor, u64::MAX).next;
+        self.control().fired(actor, end.saturating_sub(RING_FIRINGS as u64)).firings
     }
 
     /// Steps done before a pass over the plan ([`pass_of`]).
@@ -116,20 +101,6 @@ impl Observer {
     /// Records the start of a pass, for the step after `steps` steps.
     pub(super) fn begin_pass(&self, steps: u64) {
         self.passes.lock().begin(steps);
-    }
-
-    /// Nanoseconds since the last progress; `None` after the session has ended.
-    pub fn idle_ns(&self) -> Option<u64> {
-        self.sources.control.idle_ns()
-    }
-
-    pub fn is_under_way(&self) -> bool {
-        self.sources.control.is_under_way()
-    }
-
-    /// The chain of waits, if a step runs without progress.
-    pub fn hang(&self) -> Option<Hang> {
-        self.sources.control.hang()
     }
 
     pub fn recent_steps(&self) -> RecentSteps {
@@ -153,7 +124,7 @@ impl Observer {
 
     /// Records an incident with the current time.
     pub fn note(&self, kind: &'static str, text: String) {
-        self.incidents.add(Incident { at_ns: self.now_ns().unwrap_or_default(), kind, text });
+        self.incidents.add(Incident { at_ns: self.control().now_ns().unwrap_or_default(), kind, text });
     }
 
     /// State of the other processes; empty after the session has ended.

@@ -84,9 +84,6 @@ impl Session {
 
     /// Like [`Session::snapshot`], for these devices only. A part that several devices of the mesh hold belongs to the
     /// snapshot of the first of them, in the order of the placement.
-    ///
-    /// # Errors
-    /// The failure of an earlier step.
     pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
         self.check_not_failed()?;
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
@@ -261,7 +258,7 @@ impl Session {
         if self.process_map.process != 0 {
             return Ok((None, [0; 2]));
         }
-        let NewestCheckpoint { reader, damaged } = store.newest_before(before)?;
+        let NewestCheckpoint { reader, damaged } = store.newest_accepted(before, |_| Ok(()))?;
         let newest = if damaged.is_empty() { 0 } else { store.steps()?.last().copied().unwrap_or(0) };
         all_damaged.extend(damaged);
         let cursor = reader.as_ref().map_or(0, |reader| reader.manifest().cursor_digest());

@@ -233,7 +233,7 @@ impl Resources {
         };
         let ProcessDevices { devices, engine, pipes } = devices::open(plan, &process_map, on_node, takes_pipes, &ids)?;
         set_activity("allocating memory");
-        let shared = world.is_some_and(|world| world.shares_memory(plan.device));
+        let shared = world.is_some_and(|world| world.shares_memory());
         let mut arenas = BTreeMap::new();
         for device in &devices {
             let bytes = plan.memory[device.rank()].arena_bytes;
@@ -244,7 +244,7 @@ impl Resources {
         set_activity(WAITING);
         let mut connections = match world {
             Some(world) => {
-                let connector = Connector { pipes, ..world.connector(plan.device) };
+                let connector = Connector { pipes, ..world.connector() };
                 connector.connect_all(plan, &devices, &arenas, engine)?
             }
             None => Connections::alone(engine),

@@ -81,9 +81,6 @@ pub struct JoinedTrace {
 
 impl JoinedTrace {
     /// Joins files, given as texts.
-    ///
-    /// # Errors
-    /// [`JoinError`].
     pub fn of(texts: &[String]) -> Result<Self, JoinError> {
         let parse = |(index, text): (usize, &String)| {
             events_of(text).map_err(|source| JoinError::Format { file: index + 1, source })
@@ -98,9 +95,6 @@ impl JoinedTrace {
     }
 
     /// Writes the joined trace as one file. `texts` are the texts given to [`JoinedTrace::of`].
-    ///
-    /// # Errors
-    /// If it cannot be written.
     pub fn write(&self, texts: &[String], mut out: impl Write) -> io::Result<()> {
         let mut separator = "[\n";
         for (text, shift) in texts.iter().zip(&self.shifts_us) {

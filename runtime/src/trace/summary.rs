@@ -105,9 +105,6 @@ struct TraceIndex {
 
 impl TraceSummary {
     /// Summarizes the trace of all processes of a run, or of some of them.
-    ///
-    /// # Errors
-    /// [`SummaryError`].
     pub fn of(trace: JoinedTrace) -> Result<Self, SummaryError> {
         let trace = TraceIndex::new(trace.events);
         // The first pass is a warm-up.
