@@ -229,7 +229,7 @@ fn check_attempts_of_a_job(watch: &Watch, model: &Model) {
         let session = Session::start(plan, &SessionOptions { cluster, ..SessionOptions::default() });
         session.expect("a session")
     };
-    let job = |session: &Session| session.snapshot(None).expect("a snapshot").job;
+    let job = |session: &Session| session.snapshot(None).expect("a snapshot").manifest.job;
     let ratio = || values(&get(watch.address(), "/metrics").1)[names::TRAINING_RATIO];
 
     let mut first = attempt(now - EARLIER_MS);

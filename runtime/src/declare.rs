@@ -41,22 +41,6 @@ pub(crate) const ON_NON_FINITE: &str = "on_non_finite";
 /// Settings of the optimizer. The plan's hash covers them, so only a resume compares them.
 pub(crate) const OPTIMIZER: &str = "optimizer";
 pub(crate) const MAX_NORM: &str = "maximum gradient norm";
-const RESERVED: [&str; 13] = [
-    SEED,
-    PLAN,
-    MESH,
-    TRANSPORT,
-    COLLECTIVES,
-    ENCRYPTION,
-    KERNELS,
-    ON_NON_FINITE,
-    VERSION,
-    EXECUTABLE,
-    PROCESSES,
-    OPTIMIZER,
-    MAX_NORM,
-];
-
 /// What a resume does if the checkpoint records another value. Between ranks, declared values must always be equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnResume {
@@ -146,7 +130,7 @@ impl Declarations {
                     "all values together have more than {DECLARED_BYTES_MAX} bytes: declare digests"
                 ));
             }
-            if RESERVED.contains(&name) {
+            if is_reserved(name) {
                 return wrong("the session itself compares a value of this name; choose another".into());
             }
             if self.iter().take(index).any(|(other, _)| other == name) {
@@ -171,6 +155,12 @@ impl Declarations {
         }
         Ok(notes)
     }
+}
+
+fn is_reserved(name: &str) -> bool {
+    let of_session = [SEED, ON_NON_FINITE, OPTIMIZER, MAX_NORM].contains(&name);
+    of_session
+        || [PLAN, MESH, TRANSPORT, COLLECTIVES, ENCRYPTION, KERNELS, VERSION, EXECUTABLE, PROCESSES].contains(&name)
 }
 
 /// Number of blocks of a large file that its identity covers.

@@ -28,7 +28,6 @@ pub(crate) mod checkpoint;
 mod error;
 mod exchange;
 pub(crate) mod host;
-mod incidents;
 mod load;
 pub mod metrics;
 mod non_finite;

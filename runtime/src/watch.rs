@@ -196,7 +196,7 @@ async fn health(State(state): State<ServerState>) -> impl IntoResponse {
     let control = observer.as_ref().map(|observer| observer.control()).filter(|control| control.is_under_way());
     let idle_ns = control.and_then(|control| control.idle_ns());
     match observer.map(|observer| observer.health()) {
-        Some(SessionHealth::Healthy { steps }) => {
+        Some(SessionHealth::Healthy(steps)) => {
             let idle = idle_ns.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= IDLE_SECONDS_REPORTED);
             let idle = idle.map(|seconds| format!(", no progress for {seconds} s")).unwrap_or_default();
             (StatusCode::OK, format!("ok, {}{idle}\n", counted(steps, "step")))

@@ -263,8 +263,10 @@ fn print((text, exit): (String, Exit)) -> Result<Exit, ProgramError> {
     }
 }
 
-fn json(value: &impl Serialize) -> Result<String, ProgramError> {
-    serde_json::to_string_pretty(value).map_err(|error| failed(Exit::Internal, error))
+/// A value as JSON or as text.
+fn show(value: &(impl Serialize + Display), as_json: bool) -> Result<String, ProgramError> {
+    let json = as_json.then(|| serde_json::to_string_pretty(value)).transpose();
+    Ok(json.map_err(|error| failed(Exit::Internal, error))?.unwrap_or_else(|| value.to_string()))
 }
 
 /// Reports a usage error of `launch` to the other nodes, if the flags needed to reach them can be parsed.
@@ -325,8 +327,7 @@ fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
 
 fn run_doctor(as_json: bool) -> Output {
     let findings = doctor::examine();
-    let text = if as_json { json(&findings)? } else { findings.to_string() };
-    Ok((text, findings.exit()))
+    Ok((show(&findings, as_json)?, findings.exit()))
 }
 
 fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Output {
@@ -379,5 +380,5 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
 #[cfg(feature = "watch")]
 fn run_status(at: SocketAddr, as_json: bool) -> Output {
     let status = client::status(at).map_err(|error| failed(Exit::PeerUnavailable, error))?;
-    Ok((if as_json { json(&status)? } else { status.to_string() }, Exit::Done))
+    Ok((show(&status, as_json)?, Exit::Done))
 }

@@ -10,8 +10,6 @@ use shardflow_actors::shell::Control;
 use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_actors::trace::{FiringRecord, RING_FIRINGS};
 
-pub use super::incidents::Incident;
-use super::incidents::Incidents;
 use super::metrics::{Metrics, TrainingTime};
 use super::passes::Passes;
 pub(crate) use super::passes::cause_of;
@@ -39,10 +37,8 @@ pub struct Observer {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionHealth {
-    /// It runs a step, or waits for its program.
-    Healthy {
-        steps: u64,
-    },
+    /// It runs a step, or waits for its program; with the number of steps done.
+    Healthy(u64),
     Failed(String),
     Ended,
 }
@@ -146,7 +142,7 @@ impl Observer {
         match (self.sources.control.first_failure(), self.sources.control.now_ns()) {
             (Some(failure), _) => SessionHealth::Failed(failure.to_string()),
             (None, None) => SessionHealth::Ended,
-            (None, Some(_)) => SessionHealth::Healthy { steps: self.steps.load(Ordering::Relaxed) },
+            (None, Some(_)) => SessionHealth::Healthy(self.steps.load(Ordering::Relaxed)),
         }
     }
 
@@ -165,7 +161,7 @@ impl Observer {
     pub fn sample(&self) {
         let Some(training) = &self.training else { return };
         let mut published = self.published.lock();
-        if matches!(self.health(), SessionHealth::Healthy { .. }) {
+        if matches!(self.health(), SessionHealth::Healthy(_)) {
             training.publish();
         }
         published.sample(&self.sources);
@@ -175,5 +171,39 @@ impl Observer {
     /// edge between two other processes it is unknown here, and reported as `shared_memory`.
     pub fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
         self.sources.transport(register, reader)
+    }
+}
+
+/// Incidents of each kind that are kept. The first ones are kept because they explain later ones.
+const INCIDENTS_MAX: usize = 8;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Incident {
+    /// Time of its first occurrence, nanoseconds since the session's start.
+    pub at_ns: u64,
+    /// `restart`, `not finite`, `stall`, `refused` or `failure`.
+    pub kind: &'static str,
+    /// Description, beginning with the cause.
+    pub text: String,
+}
+
+#[derive(Debug, Default)]
+struct Incidents(Mutex<Vec<Incident>>);
+
+impl Incidents {
+    /// Adds an incident unless it is known, or the list has enough of its kind.
+    fn add(&self, incident: Incident) {
+        let mut incidents = self.0.lock();
+        let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
+        let same_kind = incidents.iter().filter(|known| known.kind == incident.kind).count();
+        if !is_known && same_kind < INCIDENTS_MAX {
+            incidents.push(incident);
+        }
+    }
+
+    fn sorted(&self) -> Vec<Incident> {
+        let mut incidents = self.0.lock().clone();
+        incidents.sort_by_key(|incident| incident.at_ns);
+        incidents
     }
 }

@@ -15,7 +15,7 @@ use super::outcome::{NumberPair, Outcome};
 use super::start::cannot_start;
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
 use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::manifest::{Cursor, TensorKind, TensorMeta};
+use crate::checkpoint::manifest::{Cursor, Manifest, StoredTensor, TensorKind, TensorMeta};
 use crate::checkpoint::newest::NewestCheckpoint;
 use crate::checkpoint::read::CheckpointReader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
@@ -95,12 +95,13 @@ impl Session {
                 self.arenas[&device].read_host_into(*offset, &mut data)?;
                 pieces.push(SnapshotPiece { tensor: tensors.len(), region: region.clone(), data });
             }
-            tensors.push(self.tensor_info(var, kind));
+            tensors.push(StoredTensor { info: self.tensor_info(var, kind), pieces: Vec::new() });
         }
-        let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
-        let (declared, job) = (self.declared.values(), self.step_metrics.job_time());
-        let (step, updates, seed) = (self.steps, self.updates, self.seed);
-        Ok(Snapshot { step, updates, seed, mesh, cursor, declared, job, tensors, pieces })
+        let (step, updates, seed) = (self.steps, Some(self.updates), self.seed);
+        let (mesh, declared) = (self.plan.graph.mesh().to_string(), self.declared.values());
+        let job = self.step_metrics.job_time();
+        let manifest = Manifest { step, updates, mesh, seed, declared, job, tensors, ..Manifest::default() };
+        Ok(Snapshot { manifest, pieces })
     }
 
     fn tensor_info(&self, var: Var, kind: TensorKind) -> TensorMeta {

@@ -56,6 +56,12 @@ pub(super) struct Event {
     pub args: Args,
 }
 
+impl Event {
+    pub(super) fn end(&self) -> f64 {
+        self.ts + self.dur
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Args {

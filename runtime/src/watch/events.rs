@@ -107,7 +107,7 @@ impl Cursor {
             *self = Self { session: observer.started, ..Self::default() };
         }
         let health = match observer.health() {
-            SessionHealth::Healthy { .. } => "running",
+            SessionHealth::Healthy(_) => "running",
             SessionHealth::Failed(_) => "failed",
             SessionHealth::Ended => "ended",
         };

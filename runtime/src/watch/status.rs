@@ -100,7 +100,7 @@ impl Status {
     /// Status of a running session; `None` after it has ended.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         let failed = match observer.health() {
-            SessionHealth::Healthy { .. } => None,
+            SessionHealth::Healthy(_) => None,
             SessionHealth::Failed(cause) => Some(cause),
             SessionHealth::Ended => return None,
         };
