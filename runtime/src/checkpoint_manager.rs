@@ -21,7 +21,6 @@ const SKIPPED_BATCHES: &str = "batches_passed_over";
 /// Maximum number of rollbacks to one checkpoint.
 const ROLLBACKS_MAX: u32 = 3;
 
-/// Time limit of the last save.
 const LAST_SAVE_LIMIT: Duration = Duration::from_secs(600);
 
 /// When a training continues from a checkpoint.
@@ -70,19 +69,14 @@ pub enum ManagerError {
     /// The store cannot be used, its newest checkpoint cannot be loaded, or another run has taken its lock.
     #[error(transparent)]
     Store(Box<SessionError>),
-    /// [`Resume::Never`], and there is a checkpoint.
     #[error("{place} has a checkpoint of step {step}")]
     Present { place: String, step: u64 },
-    /// A snapshot could not be taken.
     #[error(transparent)]
     Snapshot(Box<SessionError>),
-    /// A step was not finite, and there is no checkpoint to roll back to.
     #[error("{0}; there is no checkpoint to roll back to")]
     NoCheckpoint(Box<NonFinite>),
-    /// A step was not finite again after the maximum number of rollbacks to one checkpoint.
     #[error("rolled back to step {step} {ROLLBACKS_MAX} times, and again {found}")]
     TooManyRollbacks { step: u64, found: Box<NonFinite> },
-    /// The last checkpoint was not committed.
     #[error("the last checkpoint is not saved: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
     Last { cause: Box<CheckpointError>, newest: Option<u64> },
 }
@@ -157,7 +151,6 @@ pub struct CheckpointManager {
     is_first: bool,
     /// Step of the last rollback, and the number of rollbacks to it in a row.
     rollbacks: (u64, u32),
-    /// The step of a save on request.
     requested: Option<u64>,
 }
 

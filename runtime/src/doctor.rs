@@ -15,7 +15,6 @@ mod works;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FindingStatus {
-    /// Works.
     Ok,
     /// Missing; only some programs need it.
     Absent,
@@ -30,9 +29,7 @@ pub enum FindingStatus {
 pub struct Finding {
     /// `machine`, `works`, `gpu` or `cluster`.
     pub group: &'static str,
-    /// Name of the resource.
     pub name: &'static str,
-    /// Its status.
     pub status: FindingStatus,
     /// Numbers, versions or paths.
     pub value: String,
@@ -50,17 +47,18 @@ pub struct Findings {
 
 /// Examines this machine. Takes well under a second and makes no lasting change.
 pub fn examine() -> Findings {
-    Findings { findings: [machine::examine(), works::examine(), gpu::examine(), software::examine()].concat() }
+    let of = |group, findings: Vec<Finding>| findings.into_iter().map(move |finding| Finding { group, ..finding });
+    let (machine, works) = (of("machine", machine::examine()), of("works", works::examine()));
+    let (gpu, cluster) = (of("gpu", gpu::examine()), of("cluster", software::examine()));
+    Findings { findings: machine.chain(works).chain(gpu).chain(cluster).collect() }
 }
 
-impl Finding {
-    fn new(group: &'static str, name: &'static str, status: FindingStatus, value: impl Into<String>) -> Finding {
-        Finding { group, name, status, value: value.into(), hint: None }
-    }
+fn ok(name: &'static str, value: impl Into<String>) -> Finding {
+    Finding { group: "", name, status: FindingStatus::Ok, value: value.into(), hint: None }
+}
 
-    fn hint(self, hint: impl Into<String>) -> Finding {
-        Finding { hint: Some(hint.into()), ..self }
-    }
+fn not_ok(name: &'static str, status: FindingStatus, value: impl Into<String>, hint: impl Into<String>) -> Finding {
+    Finding { status, hint: Some(hint.into()), ..ok(name, value) }
 }
 
 impl Findings {

@@ -12,9 +12,7 @@ pub enum Init {
         /// Standard deviation; f64, so that 0.02 is rounded to f64 and not to f32.
         std: f64,
     },
-    /// Ones.
     Ones,
-    /// Zeros.
     Zeros,
 }
 

@@ -34,7 +34,6 @@ pub struct JsonLog {
     sink: Sink,
 }
 
-/// Destination of the lines.
 #[derive(Debug)]
 enum Sink {
     File(File),

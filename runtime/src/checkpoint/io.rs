@@ -142,7 +142,6 @@ impl Operations {
         })
     }
 
-    /// Deletes a file if it exists.
     pub(crate) fn delete(&self, file: &StoreFile) -> Result<(), CheckpointError> {
         let (backend, path) = (self.backend.clone(), file.path.clone());
         let delete = async move { none_if_missing(backend.delete(&path).await).map(drop) };
@@ -191,7 +190,6 @@ impl Operations {
         self.run(&from.name, StoreOperation::Write, async move { backend.rename(&source, &target).await })
     }
 
-    /// Starts the upload of a file of `total` bytes.
     pub(crate) fn upload(&self, file: StoreFile, total: u64) -> Upload<'_> {
         let part = (self.part_bytes as u64).max(total.div_ceil(PARTS_MAX)).min(total.max(1)) as usize;
         let hasher = blake3::Hasher::new();

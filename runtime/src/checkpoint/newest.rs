@@ -15,9 +15,6 @@ pub struct NewestCheckpoint {
 
 impl Store {
     /// The newest good checkpoint: one that [`Store::read`] accepts. Damaged checkpoints are skipped and reported.
-    ///
-    /// # Errors
-    /// If the store cannot be read.
     pub fn newest(&self) -> Result<NewestCheckpoint, CheckpointError> {
         self.newest_accepted(None, |_| Ok(()))
     }

@@ -199,7 +199,6 @@ pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Save
     }
 }
 
-/// Checks the rank and the world size of [`SaverOptions`].
 pub(crate) fn check_member(member: ProcessRank) -> Result<(), CheckpointError> {
     let ProcessRank { process, processes, .. } = member;
     if process < processes && processes as usize <= SHARDS_MAX {

@@ -56,7 +56,6 @@ pub(crate) fn metadata(steps: u64, updates: u64, seed: u64, declared: &Values) -
     numbers.chain(declared.iter().map(|(name, value)| (format!("{DECLARED}{name}"), value.clone()))).collect()
 }
 
-/// The declared values among a file's metadata.
 pub(crate) fn declared_of(metadata: &HashMap<String, String>) -> Values {
     let named = |(key, value): (&String, &String)| Some((key.strip_prefix(DECLARED)?.to_owned(), value.clone()));
     metadata.iter().filter_map(named).collect()

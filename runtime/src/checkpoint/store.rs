@@ -219,9 +219,6 @@ impl Store {
     }
 
     /// Steps that have a committed checkpoint, in order. It does not check for damage.
-    ///
-    /// # Errors
-    /// If the store cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
         let committed = |step| self.is_committed(step).map(|committed| committed.then_some(step)).transpose();
         self.steps_with_folder()?.into_iter().filter_map(committed).collect()

@@ -106,7 +106,6 @@ impl State {
     }
 }
 
-/// Largest number of slow ranks in one line.
 const SLOW_LISTED_MAX: usize = 8;
 
 impl Monitor {
@@ -115,8 +114,7 @@ impl Monitor {
         self: &Arc<Self>,
         events: Receiver<MembershipEvent>,
         listener: Weak<Listener>,
-        to_agreement: Sender<Received>,
-        to_nccl: Sender<Received>,
+        queues: [(u16, Sender<Received>); 2],
         (own, options): (u32, ClusterOptions),
     ) -> io::Result<()> {
         let monitor = self.clone();
@@ -134,19 +132,17 @@ impl Monitor {
                     Err(RecvTimeoutError::Disconnected) => return,
                 };
                 match event {
-                    // A full queue drops the message; its receiver then reaches its deadline.
-                    MembershipEvent::Message { topic: save_agreement::TOPIC, from, bytes } => {
-                        drop(to_agreement.try_send(Received { from, bytes }))
-                    }
-                    MembershipEvent::Message { topic: nccl_ids::TOPIC, from, bytes } => {
-                        drop(to_nccl.try_send(Received { from, bytes }))
-                    }
                     MembershipEvent::Message { topic: ACTIVITY_TOPIC, from, bytes } => {
                         let text = String::from_utf8_lossy(&bytes);
                         let activity = text.chars().filter(|c| !c.is_control()).take(ACTIVITY_CHARS_MAX).collect();
                         monitor.state.lock().activities.insert(from, (activity, Instant::now()));
                     }
-                    MembershipEvent::Message { .. } => {}
+                    MembershipEvent::Message { topic, from, bytes } => {
+                        if let Some((_, queue)) = queues.iter().find(|(of, _)| *of == topic) {
+                            // A full queue drops the message; its receiver then reaches its deadline.
+                            drop(queue.try_send(Received { from, bytes }));
+                        }
+                    }
                     MembershipEvent::Left { process } => monitor.record_left(process),
                     MembershipEvent::Ended(cause) => return monitor.record_end(cause, &listener),
                 }
@@ -231,7 +227,8 @@ impl World {
         let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::downgrade(&connector.listener));
         let (to_nccl, ids) = bounded(QUEUE_MAX);
         let (events, own) = (membership.notices().clone(), (world.process, connector.options.clone()));
-        let spawned = monitor.spawn(events, listener, to_agreement, to_nccl, own);
+        let queues = [(save_agreement::TOPIC, to_agreement), (nccl_ids::TOPIC, to_nccl)];
+        let spawned = monitor.spawn(events, listener, queues, own);
         spawned.map_err(system("start a thread"))?;
         Ok(Some(Self { process_map, connector, membership, monitor, agreement, ids }))
     }

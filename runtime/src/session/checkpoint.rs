@@ -190,8 +190,8 @@ impl Session {
             return own;
         }
         let own_summary = own.as_ref().map(summary).map_err(|error| error.exit().code());
-        let (ports, process) = (self.ports.clone(), self.process_map.process as usize);
-        self.send_numbers(ports.loads[process], &numbers_of_load(&self.plan, own_summary));
+        let ports = self.ports.clone();
+        self.send_numbers(&ports.loads, &numbers_of_load(&self.plan, own_summary));
         let all_numbers = self.receive_numbers_between_steps(&ports.loads)?;
         let own = own?;
         let outcome = |numbers: &Vec<u64>| Outcome::from_pair(numbers.first_chunk().copied().unwrap_or([u64::MAX; 2]));

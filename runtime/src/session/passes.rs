@@ -14,7 +14,6 @@ pub(super) struct Passes {
     pub(super) marks: VecDeque<(u64, u64)>,
 }
 
-/// Number of newest marks that are kept.
 const MARKS_MAX: usize = 256;
 
 /// The pass over the plan to which a firing belongs.

@@ -213,8 +213,9 @@ impl Session {
                 // A fresh start would eventually delete checkpoints that may still be useful.
                 _ if self.process_map.process == 0 => return Err(all.swap_remove(0).into()),
                 _ => {
-                    let (exit, problem) = (Exit::BadData.code(), "finds only damaged checkpoints");
-                    return Err(CheckpointError::on_rank(store.place(), 0, exit, problem).into());
+                    let failed = [Outcome::Failed(Exit::BadData.code())];
+                    Outcome::check_others(&failed, store.place(), "finds only damaged checkpoints")?;
+                    continue;
                 }
             };
             let [newest, cursor] = self.exchange(numbers)?[0];

@@ -104,7 +104,7 @@ impl Session {
             }
             numbers.push(digest(&hasher));
         }
-        self.send_numbers(self.ports.steps[own as usize], &numbers);
+        self.send_numbers(&self.ports.steps, &numbers);
     }
 
     /// Compares the numbers of all processes for the step, and returns the largest request. A difference cancels the

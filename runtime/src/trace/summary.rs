@@ -8,9 +8,7 @@ use super::PREDICTION;
 use super::join::{Event, JoinedTrace};
 use shardflow_job::text::counted;
 
-/// Number of actions of the critical path that are shown.
 const PATH_SHOWN: usize = 6;
-/// Number of registers that are shown.
 const EDGES_SHOWN: usize = 8;
 
 /// Why a trace has no summary.

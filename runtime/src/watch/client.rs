@@ -93,9 +93,6 @@ impl fmt::Display for HangReport {
 }
 
 /// Queries the status of the session at an address.
-///
-/// # Errors
-/// If no server responds, or the response is not a status.
 pub fn status(address: SocketAddr) -> Result<Status, ClientError> {
     request(address, "/status")
 }
