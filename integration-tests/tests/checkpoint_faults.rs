@@ -12,7 +12,7 @@ use futures_util::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::{ObjectStore, ObjectStoreExt};
-use shardflow::checkpoint::manifest::{JobTime, TensorKind, TensorMeta};
+use shardflow::checkpoint::manifest::{Manifest, StoredTensor, TensorKind, TensorMeta};
 use shardflow::checkpoint::snapshot::SnapshotPiece;
 use shardflow::checkpoint::{
     CheckpointError, CheckpointReader, ProcessRank, SaveId, SaveOutcome, SaveReport, SaveStart, Saver, SaverOptions,
@@ -46,17 +46,10 @@ fn parts(step: u64) -> Vec<Snapshot> {
         let region = Region { start: vec![rows.start, 0], size: vec![rows.len(), SHAPE[1]] };
         let value = |i: usize| (step as f32) + ((rows.start * SHAPE[1] + i) as f32) / 4096.0;
         let data = HostTensor::f32(&region.size, (0..region.element_count()).map(value).collect());
-        Snapshot {
-            job: JobTime::default(),
-            step,
-            updates: step,
-            seed: 1,
-            mesh: "data=2".into(),
-            cursor: BTreeMap::new(),
-            declared: BTreeMap::new(),
-            tensors: vec![info.clone()],
-            pieces: vec![SnapshotPiece { tensor: 0, region, data }],
-        }
+        let (updates, mesh) = (Some(step), "data=2".into());
+        let tensors = vec![StoredTensor { info: info.clone(), pieces: Vec::new() }];
+        let manifest = Manifest { step, updates, seed: 1, mesh, tensors, ..Manifest::default() };
+        Snapshot { manifest, pieces: vec![SnapshotPiece { tensor: 0, region, data }] }
     };
     (0..2).map(part).collect()
 }

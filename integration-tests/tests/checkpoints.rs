@@ -181,7 +181,7 @@ fn the_commands_list_verify_reshard_and_export() {
         let path = |name: &str| scratch.path().join(name).to_str().expect("a path of UTF-8").to_string();
         let command = |command| run(&command);
         let missing = command(CheckpointCommand::Ls { dir: path("run") }).expect_err("no checkpoint exists");
-        assert_eq!((missing.exit_code(), missing.to_string().contains("no complete checkpoint")), (65, true));
+        assert_eq!((missing.exit.code(), missing.to_string().contains("no complete checkpoint")), (65, true));
         assert!(!scratch.path().join("run").exists(), "`ls` created the folder");
 
         let store = store(&scratch.path().join("run"));
@@ -203,7 +203,7 @@ fn the_commands_list_verify_reshard_and_export() {
             let to = format!("resharded-{shards}");
             let reshard = CheckpointCommand::Reshard { dir: path(&from), to: path(&to), shards, step: None };
             command(reshard.clone()).expect("resharded");
-            assert_eq!(command(reshard).expect_err("is there already").exit_code(), 73);
+            assert_eq!(command(reshard).expect_err("is there already").exit.code(), 73);
             let next = Store::open(&path(&to)).expect("a folder");
             assert_eq!(next.read(2).expect("a committed checkpoint").manifest().shards.len(), shards as usize);
             assert!(command(CheckpointCommand::Verify { dir: path(&to), step: None }).is_ok());
@@ -219,13 +219,13 @@ fn the_commands_list_verify_reshard_and_export() {
 
         let export = |file| CheckpointCommand::Export { dir: path("run"), file, step: None };
         let nowhere = command(export(scratch.path().join("no/such/folder"))).expect_err("no folder");
-        assert_eq!(nowhere.exit_code(), 73);
+        assert_eq!(nowhere.exit.code(), 73);
         let zero = CheckpointCommand::Reshard { dir: path("run"), to: path("zero"), shards: 0, step: None };
-        assert_eq!(command(zero).expect_err("no shards").exit_code(), 2);
+        assert_eq!(command(zero).expect_err("no shards").exit.code(), 2);
         let absent = CheckpointCommand::Verify { dir: path("run"), step: Some(7) };
-        assert_eq!(command(absent).expect_err("no such step").exit_code(), 65);
+        assert_eq!(command(absent).expect_err("no such step").exit.code(), 65);
         assert_eq!(
-            command(CheckpointCommand::Ls { dir: "ftp://host/x".into() }).expect_err("an unknown scheme").exit_code(),
+            command(CheckpointCommand::Ls { dir: "ftp://host/x".into() }).expect_err("an unknown scheme").exit.code(),
             2
         );
 
@@ -237,7 +237,7 @@ fn the_commands_list_verify_reshard_and_export() {
         let error = command(CheckpointCommand::Verify { dir: path("run"), step: None }).expect_err("damaged");
         let text = error.to_string();
         assert!(text.contains("step 1: ok") && text.contains("e0-0/shard-2-of-4.safetensors: damaged"), "{text}");
-        assert_eq!(error.exit_code(), 65);
+        assert_eq!(error.exit.code(), 65);
         assert!(command(CheckpointCommand::Ls { dir: path("run") }).expect("listed").contains("shard-2-of-4"));
         let output = command(export(scratch.path().join("model.safetensors"))).expect("the older checkpoint");
         assert!(output.contains("warning") && output.contains("step 1:"), "{output}");
@@ -290,7 +290,7 @@ fn a_checkpoint_is_committed_only_if_all_processes_write() {
         std::fs::write(scratch.path().join("step-000000000001/e0-0"), "").expect("created");
         for report in save_together(&store, &parts, 0, 1) {
             let error = report.result.expect_err("the folder cannot be created");
-            assert_eq!(error.exit_code(), 73);
+            assert_eq!(error.exit.code(), 73);
             assert!(error.to_string().contains("step-000000000001/e0-0/shard-"), "{error}");
         }
         assert!(store.newest().expect("listed").reader.is_none());
@@ -312,7 +312,7 @@ fn conflicting_saver_options_are_refused() {
     let store = Store::open("memory:///run").expect("a store in memory");
     let alone: Arc<dyn SaveAgreement> = Arc::new(SingleProcess);
     let member = ProcessRank { process: 1, processes: 1, epoch: 0 };
-    let wrong = |options| Saver::new(store.clone(), alone.clone(), options).err().map(|e| e.exit_code());
+    let wrong = |options| Saver::new(store.clone(), alone.clone(), options).err().map(|e| e.exit.code());
     assert_eq!(wrong(SaverOptions { member, ..SaverOptions::default() }), Some(2));
     let member = ProcessRank { process: 1, processes: 2, epoch: 0 };
     assert_eq!(wrong(SaverOptions { member, busy: WhenBusy::Skip, ..SaverOptions::default() }), Some(2));

@@ -229,7 +229,7 @@ fn check_attempts_of_a_job(watch: &Watch, model: &Model) {
         let session = Session::start(plan, &SessionOptions { cluster, ..SessionOptions::default() });
         session.expect("a session")
     };
-    let job = |session: &Session| session.snapshot(None).expect("a snapshot").job;
+    let job = |session: &Session| session.snapshot(None).expect("a snapshot").manifest.job;
     let ratio = || values(&get(watch.address(), "/metrics").1)[names::TRAINING_RATIO];
 
     let mut first = attempt(now - EARLIER_MS);
@@ -279,7 +279,7 @@ fn session_collectives(session: &Session) -> f64 {
 /// Checks that exactly the documented metrics are exported, except for those that need other processes.
 fn assert_complete(text: &str) {
     let documented = include_str!("../../runtime/src/metrics.rs").lines();
-    let documented = documented.filter_map(|line| line.strip_prefix("//! | `shardflow_")?.split('`').next());
+    let documented = documented.filter_map(|line| line.split_once(" = \"shardflow_")?.1.split('"').next());
     let mut documented: BTreeSet<&str> = documented.collect();
     assert!(documented.len() > 15, "{documented:?}");
     documented.insert("collective_seconds");

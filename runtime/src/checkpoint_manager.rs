@@ -21,7 +21,6 @@ const SKIPPED_BATCHES: &str = "batches_passed_over";
 /// Maximum number of rollbacks to one checkpoint.
 const ROLLBACKS_MAX: u32 = 3;
 
-/// Time limit of the last save.
 const LAST_SAVE_LIMIT: Duration = Duration::from_secs(600);
 
 /// When a training continues from a checkpoint.
@@ -70,36 +69,16 @@ pub enum ManagerError {
     /// The store cannot be used, its newest checkpoint cannot be loaded, or another run has taken its lock.
     #[error(transparent)]
     Store(Box<SessionError>),
-    /// [`Resume::Never`], and there is a checkpoint.
     #[error("{place} has a checkpoint of step {step}")]
-    Present {
-        /// The store.
-        place: String,
-        /// Step of the newest checkpoint.
-        step: u64,
-    },
-    /// A snapshot could not be taken.
+    Present { place: String, step: u64 },
     #[error(transparent)]
     Snapshot(Box<SessionError>),
-    /// A step was not finite, and there is no checkpoint to roll back to.
     #[error("{0}; there is no checkpoint to roll back to")]
     NoCheckpoint(Box<NonFinite>),
-    /// A step was not finite again after the maximum number of rollbacks to one checkpoint.
     #[error("rolled back to step {step} {ROLLBACKS_MAX} times, and again {found}")]
-    TooManyRollbacks {
-        /// Step of the checkpoint.
-        step: u64,
-        /// The last step that was not finite.
-        found: Box<NonFinite>,
-    },
-    /// The last checkpoint was not committed.
+    TooManyRollbacks { step: u64, found: Box<NonFinite> },
     #[error("the last checkpoint is not saved: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
-    Last {
-        /// The cause.
-        cause: Box<CheckpointError>,
-        /// Step of the newest intact checkpoint.
-        newest: Option<u64>,
-    },
+    Last { cause: Box<CheckpointError>, newest: Option<u64> },
 }
 
 impl ManagerError {
@@ -172,7 +151,6 @@ pub struct CheckpointManager {
     is_first: bool,
     /// Step of the last rollback, and the number of rollbacks to it in a row.
     rollbacks: (u64, u32),
-    /// The step of a save on request.
     requested: Option<u64>,
 }
 
@@ -235,9 +213,8 @@ impl CheckpointManager {
         if self.is_first
             && let Err(error) = self.store.set_cursor(step, self.cursor())
         {
-            self.note(format!(
-                "warning: a restart before the next checkpoint will train on the bad batch again: {error}"
-            ));
+            let note = "warning: a restart before the next checkpoint will train on the bad batch again";
+            self.note(format!("{note}: {error}"));
         }
         Ok(())
     }
@@ -287,16 +264,12 @@ impl CheckpointManager {
         }
         match &report.result {
             Ok(_) => {
-                if self.requested == Some(report.step) {
-                    self.note(format!(
-                        "checkpoint of step {} saved in {}, on request",
-                        report.step,
-                        self.store.place()
-                    ));
+                let (step, place) = (report.step, self.store.place());
+                if self.requested == Some(step) {
+                    self.note(format!("checkpoint of step {step} saved in {place}, on request"));
                 }
                 // The launcher gives up restarts without progress. Without a launcher this does nothing.
-                if let Err(error) = exit::progress(report.step) {
-                    let step = report.step;
+                if let Err(error) = exit::progress(step) {
                     (self.options.on_note)(&format!("warning: cannot report step {step} to the launcher: {error}"));
                 }
             }

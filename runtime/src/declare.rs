@@ -41,22 +41,6 @@ pub(crate) const ON_NON_FINITE: &str = "on_non_finite";
 /// Settings of the optimizer. The plan's hash covers them, so only a resume compares them.
 pub(crate) const OPTIMIZER: &str = "optimizer";
 pub(crate) const MAX_NORM: &str = "maximum gradient norm";
-const RESERVED: [&str; 13] = [
-    SEED,
-    PLAN,
-    MESH,
-    TRANSPORT,
-    COLLECTIVES,
-    ENCRYPTION,
-    KERNELS,
-    ON_NON_FINITE,
-    VERSION,
-    EXECUTABLE,
-    PROCESSES,
-    OPTIMIZER,
-    MAX_NORM,
-];
-
 /// What a resume does if the checkpoint records another value. Between ranks, declared values must always be equal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnResume {
@@ -92,14 +76,6 @@ pub struct DeclareError {
     pub name: String,
     /// The violated rule, with the numbers.
     pub why: String,
-}
-
-/// A value that must equal the recorded one but differs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Difference {
-    pub(crate) name: String,
-    pub(crate) saved: String,
-    pub(crate) here: String,
 }
 
 impl Declarations {
@@ -154,7 +130,7 @@ impl Declarations {
                     "all values together have more than {DECLARED_BYTES_MAX} bytes: declare digests"
                 ));
             }
-            if RESERVED.contains(&name) {
+            if is_reserved(name) {
                 return wrong("the session itself compares a value of this name; choose another".into());
             }
             if self.iter().take(index).any(|(other, _)| other == name) {
@@ -165,16 +141,14 @@ impl Declarations {
     }
 
     /// Compares recorded values with these; returns a line for each difference to report. Values that only one side has are not
-    /// compared, because older programs declared fewer.
-    pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, Difference> {
+    /// compared, because older programs declared fewer. A value that must be the same but differs is an error.
+    pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, String> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {
             let Declared { name, value, on_resume, .. } = declared;
             let Some(recorded) = saved.get(name).filter(|recorded| *recorded != value) else { continue };
             match on_resume {
-                OnResume::Same => {
-                    return Err(Difference { name: name.clone(), saved: recorded.clone(), here: value.clone() });
-                }
+                OnResume::Same => return Err(format!("its {name} is {recorded}, and this program's is {value}")),
                 OnResume::Warn => notes.push(format!("{name} was {recorded} and is {value} from here on")),
                 OnResume::Free => {}
             }
@@ -183,15 +157,18 @@ impl Declarations {
     }
 }
 
+fn is_reserved(name: &str) -> bool {
+    let of_session = [SEED, ON_NON_FINITE, OPTIMIZER, MAX_NORM].contains(&name);
+    of_session
+        || [PLAN, MESH, TRANSPORT, COLLECTIVES, ENCRYPTION, KERNELS, VERSION, EXECUTABLE, PROCESSES].contains(&name)
+}
+
 /// Number of blocks of a large file that its identity covers.
 const BLOCKS: u64 = 64;
 const BLOCK_BYTES: u64 = 1 << 20;
 
 /// Identity of a data file: its length and the BLAKE3 checksum of its bytes. For a file of more than 64 MiB, the checksum of 64
 /// blocks of 1 MiB, spread evenly from the first byte to the last.
-///
-/// # Errors
-/// The file cannot be read.
 pub fn data_identity(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     identity(file.metadata()?.len(), |start, block| file.read_exact_at(block, start))
@@ -239,9 +216,8 @@ mod tests {
             .declare("lr", 0.5, OnResume::Free)
             .declare_model("heads", 4);
         assert_eq!(declared.compare(&declared.values(), false), Ok(Vec::new()));
-        let difference = |name: &str, saved: &str, here: &str| {
-            Err(Difference { name: name.into(), saved: saved.into(), here: here.into() })
-        };
+        let difference =
+            |name: &str, saved: &str, here: &str| Err(format!("its {name} is {saved}, and this program's is {here}"));
         let other = saved(&[("data", "b"), ("batch", "4")]);
         assert_eq!(declared.compare(&other, false), difference("data", "b", "a"));
         assert_eq!(declared.compare(&other, true), Ok(Vec::new()), "data is not compared when only weights are loaded");

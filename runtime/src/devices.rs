@@ -41,7 +41,6 @@ pub fn gpu_memory_bytes(devices: usize) -> Result<usize, KernelError> {
 /// processes.
 pub(crate) type Pipes = BTreeMap<(usize, usize), Arc<Pipe>>;
 
-/// A process's open devices.
 pub(crate) struct ProcessDevices {
     /// In order of rank.
     pub(crate) devices: Vec<Device>,

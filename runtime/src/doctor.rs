@@ -22,7 +22,10 @@ pub struct Findings {
 
 /// Examines this machine. Takes well under a second and makes no lasting change.
 pub fn examine() -> Findings {
-    Findings { findings: [machine::examine(), works::examine(), gpu::examine(), software::examine()].concat() }
+    let of = |group, findings: Vec<Finding>| findings.into_iter().map(move |finding| Finding { group, ..finding });
+    let (machine, works) = (of("machine", machine::examine()), of("works", works::examine()));
+    let (gpu, cluster) = (of("gpu", gpu::examine()), of("cluster", software::examine()));
+    Findings { findings: machine.chain(works).chain(gpu).chain(cluster).collect() }
 }
 
 impl Findings {

@@ -2,7 +2,6 @@
 //! creation without hard links.
 
 mod output;
-mod space;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,9 +11,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
-pub(crate) use space::{free_bytes, free_inodes};
-
 pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, resolved};
+pub(crate) use output::{free_bytes, free_inodes};
 
 /// `f_type` of statfs(2) of the file systems of one machine, where all processes see writes at once and `flock` works.
 /// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
@@ -45,9 +43,8 @@ pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Opt
             (false, _) => drop(found.insert(name, Some(meta.len()))),
             (true, false) => drop(found.insert(name, None)),
             (true, true) => {
-                found.extend(
-                    list(&entry.path(), true)?.into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)),
-                );
+                let inside = list(&entry.path(), true)?.into_iter();
+                found.extend(inside.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
             }
         }
     }
@@ -119,13 +116,9 @@ pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn folder() -> tempfile::TempDir {
-        tempfile::tempdir().expect("a folder")
-    }
-
     #[test]
     fn a_claimed_file_is_created_once() {
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("manifest.json");
         create_by_claim(&path, b"first").unwrap();
         let again = create_by_claim(&path, b"second").unwrap_err();
@@ -135,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_claim_of_a_dead_writer_is_removed() {
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("manifest.json");
         fs::create_dir(folder.path().join("manifest.json.claim")).unwrap();
         fs::write(folder.path().join("manifest.json.claim/1"), "torn").unwrap();
@@ -146,7 +139,7 @@ mod tests {
 
     #[test]
     fn only_one_of_several_writers_creates_the_file() {
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         for round in 0..50 {
             let path = folder.path().join(format!("{round}.json"));
             let created = std::thread::scope(|scope| {
@@ -167,7 +160,7 @@ mod tests {
     #[test]
     fn names_that_are_not_utf_8_are_skipped() {
         use std::os::unix::ffi::OsStrExt;
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         let odd = std::ffi::OsStr::from_bytes(b"\xff");
         fs::create_dir_all(folder.path().join("a").join(odd)).unwrap();
         fs::write(folder.path().join(odd), "").unwrap();

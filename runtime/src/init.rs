@@ -2,7 +2,7 @@
 //! the whole parameter. Every shard computes its own part, and every layout starts from the same bits.
 
 use shardflow_kernels::hash::{SplitMix64, fnv1a};
-use shardflow_kernels::tensor::{Region, element_count};
+use shardflow_kernels::tensor::Region;
 
 /// How a parameter is initialized.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -12,9 +12,7 @@ pub enum Init {
         /// Standard deviation; f64, so that 0.02 is rounded to f64 and not to f32.
         std: f64,
     },
-    /// Ones.
     Ones,
-    /// Zeros.
     Zeros,
 }
 
@@ -68,29 +66,10 @@ pub fn fill(init: Init, seed: u64, name: &str, shape: &[usize], region: &Region,
         Init::Ones => return out.fill(1.0),
         Init::Zeros => return out.fill(0.0),
     };
-    if region.is_empty() {
-        return;
-    }
     let key = mix(seed ^ fnv1a(name));
-    let row_len = region.size.last().copied().unwrap_or(1);
-    for (row, values) in out.chunks_exact_mut(row_len).enumerate() {
-        let first = row_start(shape, region, row) as u64;
-        for (column, value) in values.iter_mut().enumerate() {
-            *value = (standard_normal(key, first + column as u64) * std) as f32;
-        }
+    for (value, index) in out.iter_mut().zip(region.runs(shape).into_iter().flatten()) {
+        *value = (standard_normal(key, index as u64) * std) as f32;
     }
-}
-
-/// Index in the whole tensor of the first element of the region's row `row`. A row runs along the last dim.
-fn row_start(shape: &[usize], region: &Region, mut row: usize) -> usize {
-    let Some(last) = shape.len().checked_sub(1) else { return 0 };
-    let mut index = region.start[last];
-    for d in (0..last).rev() {
-        let coordinate = region.start[d] + row % region.size[d];
-        row /= region.size[d];
-        index += coordinate * element_count(&shape[d + 1..]);
-    }
-    index
 }
 
 #[cfg(test)]

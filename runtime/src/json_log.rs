@@ -34,7 +34,6 @@ pub struct JsonLog {
     sink: Sink,
 }
 
-/// Destination of the lines.
 #[derive(Debug)]
 enum Sink {
     File(File),
@@ -54,18 +53,12 @@ fn standard_stream(path: &Path) -> Option<&'static OutputQueue> {
 
 impl JsonLog {
     /// Creates the file, and replaces an existing one.
-    ///
-    /// # Errors
-    /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self, OutputFileError> {
         Self::open(path, File::options().write(true).create(true).truncate(true))
     }
 
     /// Opens the file of a run that continues from a checkpoint. It then contains repeated steps twice. An incomplete
     /// last line of the earlier run is removed.
-    ///
-    /// # Errors
-    /// The file cannot be opened.
     pub fn append(path: &Path) -> Result<Self, OutputFileError> {
         // A pipe is opened only for writing. Opened for both, it would always have a reader.
         let is_stream = path.metadata().is_ok_and(|data| !data.is_file());
@@ -92,9 +85,6 @@ impl JsonLog {
     }
 
     /// Writes an object as a line.
-    ///
-    /// # Errors
-    /// The file cannot be written.
     pub fn line(&mut self, object: &impl Serialize) -> Result<(), OutputFileError> {
         // One write per line. `File` is unbuffered, so a reader sees an incomplete line only briefly.
         let written = serde_json::to_vec(object).map_err(io::Error::from).and_then(|mut line| {
@@ -112,9 +102,6 @@ impl JsonLog {
     }
 
     /// Waits until all lines are written.
-    ///
-    /// # Errors
-    /// The file cannot be written.
     pub fn finish(self) -> Result<(), OutputFileError> {
         self.flush(None).map_or(Ok(()), |cause| Err(self.error(cause)))
     }

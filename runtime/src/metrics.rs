@@ -2,35 +2,6 @@
 //! recorder, each value costs a few nanoseconds; [`crate::watch::Watch`] installs a recorder and serves it to
 //! Prometheus.
 //!
-//! | metric | kind | labels | meaning |
-//! |---|---|---|---|
-//! | `shardflow_build_info` | gauge | `version`, `mesh`, `device`, `process` | 1 |
-//! | `shardflow_steps_total` | counter | | steps done |
-//! | `shardflow_step` | gauge | | current step of the training, including steps before a loaded checkpoint |
-//! | `shardflow_start_timestamp_seconds` | gauge | | start of the session, Unix time |
-//! | `shardflow_steps_non_finite_total` | counter | | steps with an Inf or NaN loss or gradient, which updated nothing |
-//! | `shardflow_tokens_total` | counter | | tokens trained on, over all processes |
-//! | `shardflow_step_duration_seconds` | histogram | | wall time of a step |
-//! | `shardflow_loss` | gauge | | loss of the last step |
-//! | `shardflow_gradient_norm` | gauge | | global norm of the last step's gradients, before clipping |
-//! | `shardflow_learning_rate` | gauge | | learning rate of the last step |
-//! | `shardflow_step_flops` | gauge | | operations of a step's matrix products and attention, over all devices ([`crate::plan::flops`]) |
-//! | `shardflow_mfu_ratio` | gauge | | `step_flops` divided by the last step's time and the devices' peak, if the peak is known |
-//! | `shardflow_training_ratio` | gauge | | time in steps whose updates are part of the model, divided by the total time of the job with its restarts (under `shardflow launch`) or of the session. Steps lost by a restart or a rollback do not count |
-//! | `shardflow_actor_firing_seconds` | histogram | `actor`, `action` | time from a firing's launch to its end; the sum is the actor's busy time, including collectives |
-//! | `shardflow_actor_wait_seconds` | histogram | `actor`, `reason`, `register` | idle time of an actor before a firing, by the condition that became true last: `input` or `credit` of a register, `host`, `own` |
-//! | `shardflow_firings_lost_total` | counter | | firings that no sample has read, because an actor fired more than 4096 times between two samples |
-//! | `shardflow_register_slots` | gauge | `register`, `state` | slots that are `free`, being written (`writing`), or `filled` and not released by all readers |
-//! | `shardflow_edge_bytes_total` | counter | `from`, `to`, `transport` | bytes of another actor's register pieces that an actor has released; transport is `device`, `process`, `shared_memory`, `socket` or `nccl` |
-//! | `shardflow_collective_bytes_total` | counter | `device` | bytes that collectives received from other devices |
-//! | `shardflow_memory_bytes` | gauge | `device`, `kind` | `planned` peak, `allocated` now, `peak` in use |
-//! | `shardflow_checkpoints_total` | counter | `outcome` | saves that were `committed`, or `failed` |
-//! | `shardflow_checkpoint_duration_seconds` | histogram | | time of a save, from the complete snapshot to the outcome |
-//! | `shardflow_checkpoint_last_success_timestamp_seconds` | gauge | | time of the last committed save, Unix time |
-//! | `shardflow_restarts_total` | counter | `cause` | restarts of the job before this session, by the exit code that caused them |
-//! | `shardflow_stalls_total` | counter | | stalls: periods without progress that exceeded the limit |
-//! | `shardflow_refused_total` | counter | `reason` | messages refused because they do not belong to this job or attempt |
-//!
 //! [`shardflow_kernels::metrics`] publishes `shardflow_collective_seconds` (`actor`, `kind`): the part of an actor's
 //! busy time that it spends in collectives.
 
@@ -39,8 +10,9 @@ use shardflow_kernels::metrics::COLLECTIVE_SECONDS;
 
 /// Defines the names of metrics, and [`describe`].
 macro_rules! define {
-    ($($describe:ident $name:ident = $text:literal $(, $unit:ident)?, $help:literal;)*) => {
+    ($($(#[$more:meta])* $describe:ident $name:ident = $text:literal $(, $unit:ident)?, $help:literal;)*) => {
         $(#[doc = $help]
+        $(#[$more])*
         pub const $name: &str = $text;)*
 
         /// Describes each metric to the recorder. Call it once, after installing the recorder.
@@ -64,20 +36,33 @@ define! {
     describe_gauge GRADIENT_NORM = "shardflow_gradient_norm", "Global norm of the last step's gradients, before clipping.";
     describe_gauge LEARNING_RATE = "shardflow_learning_rate", "Learning rate of the last step.";
     describe_gauge STEP_FLOPS = "shardflow_step_flops", "Operations of a step's matrix products and attention, over all devices.";
+    /// `step_flops` divided by the last step's time and the devices' peak, if the peak is known.
     describe_gauge MFU = "shardflow_mfu_ratio", "Model FLOPs utilization of the last step.";
+    /// Under `shardflow launch`, of the job with its restarts; else of the session. Lost steps do not count.
     describe_gauge TRAINING_RATIO = "shardflow_training_ratio", "Time in steps that are part of the model, divided by the job's total time.";
+    /// By `actor` and `action`; the sum is the actor's busy time, including collectives.
     describe_histogram FIRING = "shardflow_actor_firing_seconds", Seconds, "Time from a firing's launch to its end.";
+    /// By `actor` and `reason`: `input` or `credit` of a `register`, `host`, `own`.
     describe_histogram WAIT = "shardflow_actor_wait_seconds", Seconds, "Idle time of an actor before a firing, by the condition that became true last.";
+    /// An actor fired more than 4096 times between two samples.
     describe_counter FIRINGS_LOST = "shardflow_firings_lost_total", "Firings that no sample has read.";
+    /// By `register` and `state`: `free`, being written (`writing`), or `filled` and not released by all readers.
     describe_gauge SLOTS = "shardflow_register_slots", "Slots of a register by state.";
+    /// By `from`, `to` and `transport`: `device`, `process`, `shared_memory`, `socket` or `nccl`.
     describe_counter EDGE_BYTES = "shardflow_edge_bytes_total", "Bytes of another actor's register pieces that an actor has released.";
+    /// By `device`.
     describe_counter COLLECTIVE_BYTES = "shardflow_collective_bytes_total", "Bytes that collectives received from other devices.";
+    /// By `device` and `kind`: `planned` peak, `allocated` now, `peak` in use.
     describe_gauge MEMORY = "shardflow_memory_bytes", Bytes, "A device's memory.";
+    /// By `outcome`: `committed` or `failed`.
     describe_counter CHECKPOINTS = "shardflow_checkpoints_total", "Saves by outcome.";
+    /// From the complete snapshot to the outcome.
     describe_histogram CHECKPOINT_DURATION = "shardflow_checkpoint_duration_seconds", Seconds, "Time of a save.";
     describe_gauge CHECKPOINT_LAST_SUCCESS = "shardflow_checkpoint_last_success_timestamp_seconds", Seconds, "Time of the last committed checkpoint, Unix time.";
+    /// By `cause`, the exit code.
     describe_counter RESTARTS = "shardflow_restarts_total", "Restarts of the job before this session, by exit code.";
     describe_counter STALLS = "shardflow_stalls_total", "Periods without progress that exceeded the limit.";
+    /// By `reason`.
     describe_counter REFUSED = "shardflow_refused_total", "Messages refused because they do not belong to this job or attempt.";
 }
 

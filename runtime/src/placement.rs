@@ -91,10 +91,7 @@ impl Mesh {
         &self.whole.axes
     }
 
-    /// Index of the axis with this name.
-    ///
-    /// # Errors
-    /// When there is none; the error lists the axes.
+    /// See [`Placement::axis`].
     pub fn axis(&self, name: &str) -> Result<usize, LayoutError> {
         self.whole.axis(name)
     }
@@ -104,10 +101,7 @@ impl Mesh {
         self.whole.clone()
     }
 
-    /// The devices at this coordinate of this axis; the other axes remain.
-    ///
-    /// # Errors
-    /// When the axis or the coordinate does not exist.
+    /// See [`Placement::at`].
     pub fn at(&self, axis: &str, coordinate: usize) -> Result<Placement, LayoutError> {
         self.whole.at(axis, coordinate)
     }

@@ -31,11 +31,6 @@ pub struct NodeDevices {
 }
 
 impl ProcessMap {
-    /// One process that hosts all devices.
-    pub fn alone(devices: usize) -> Self {
-        Self { process: 0, processes: 1, devices }
-    }
-
     /// Ranks of the devices that a process hosts, in order.
     pub fn devices_of(&self, process: u32) -> Range<usize> {
         split_range(self.devices, self.processes as usize, process as usize)
@@ -119,13 +114,6 @@ impl ProcessMap {
             }
         }
         out
-    }
-
-    /// Groups whose members several processes host, in order of id; for all processes.
-    pub fn crossing_groups(&self, plan: &Plan) -> Vec<Arc<Group>> {
-        let mut groups = groups(plan);
-        groups.retain(|group| self.processes_of(group).len() > 1);
-        groups
     }
 
     pub fn processes_of(&self, group: &Group) -> BTreeSet<u32> {

@@ -28,7 +28,6 @@ pub(crate) mod checkpoint;
 mod error;
 mod exchange;
 pub(crate) mod host;
-mod incidents;
 mod load;
 pub mod metrics;
 mod non_finite;
@@ -174,13 +173,9 @@ impl Session {
         self.updates
     }
 
-    /// Sends this process's number pair to all processes.
-    fn send_pair(&self, pair: NumberPair) {
-        self.send_numbers(self.ports.pairs[self.process_map.process as usize], &pair);
-    }
-
-    /// Sends numbers to all processes through a port of this process.
-    fn send_numbers(&self, port: u32, numbers: &[u64]) {
+    /// Sends numbers to all processes through this process's port among `ports`.
+    fn send_numbers(&self, ports: &[u32], numbers: &[u64]) {
+        let port = ports[self.process_map.process as usize];
         self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![tensor_of(numbers)] });
     }
 
@@ -194,8 +189,8 @@ impl Session {
 
     /// Sends a number pair and waits for one of every process. Returns them in the order of ranks.
     fn exchange(&mut self, pair: NumberPair) -> Result<Vec<NumberPair>, SessionError> {
-        self.send_pair(pair);
         let ports = self.ports.clone();
+        self.send_numbers(&ports.pairs, &pair);
         let pairs = self.receive_numbers_between_steps(&ports.pairs)?.into_iter();
         Ok(pairs.map(|pair| [0, 1].map(|index| pair.get(index).copied().unwrap_or_default())).collect())
     }
@@ -243,9 +238,11 @@ impl Session {
         let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
         let peers = inbox.peers.clone();
-        while let Some(sender) = inbox.missing_sender(wanted) {
+        loop {
+            let missing = inbox.missing_senders(wanted);
+            let Some(sender) = missing.first().copied() else { break };
             running.host_waits_for((sender != self.process_map.process).then_some(sender));
-            if let Some(process) = inbox.ended_sender(wanted) {
+            if let Some(process) = missing.into_iter().find(|process| inbox.ended.contains(process)) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
             select! {
@@ -310,7 +307,7 @@ impl Session {
     fn finish_with_peers(&self) -> Result<(), Failure> {
         let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
         running.quiesce(QUIESCE_TIMEOUT)?;
-        self.send_pair([0; 2]);
+        self.send_numbers(&self.ports.pairs, &[0; 2]);
         let wanted: Vec<_> = self.ports.pairs.iter().map(|port| (*port, 1)).collect();
         // A peer that is late or has left needs nothing from this process.
         let _ = self.receive_within(&wanted, Some(QUIESCE_TIMEOUT));

@@ -47,7 +47,6 @@ pub struct TraceFile {
     bytes_max: u64,
     /// Latest end of a firing.
     last_ns: u64,
-    is_empty: bool,
     has_ended: bool,
 }
 
@@ -63,9 +62,6 @@ pub struct TraceError {
 
 impl TraceFile {
     /// Creates an empty file for this process, of at most `bytes_max` bytes, or of one step if that is larger.
-    ///
-    /// # Errors
-    /// If the file cannot be created.
     pub fn create(path: &Path, bytes_max: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError { path: path.to_owned(), source };
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);
@@ -81,16 +77,12 @@ impl TraceFile {
             step_bytes: 0,
             bytes_max,
             last_ns: 0,
-            is_empty: true,
             has_ended: false,
         })
     }
 
     /// Adds the firings since the last call. Call it after each step, before the actors' ring buffers are full. Returns
     /// false if another step would exceed the limit; the file is complete then.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
     pub fn add(&mut self, session: &Session) -> Result<bool, TraceError> {
         let Some(observer) = session.observer().filter(|_| !self.has_ended) else { return Ok(!self.has_ended) };
         let before = self.bytes;
@@ -101,14 +93,14 @@ impl TraceFile {
         let process = observer.process_map().process;
         for actor in observer.process_map().actors_of(session.plan(), process) {
             if !self.firings_read.contains_key(&actor) {
-                let own = &spec.actors[actor.0 as usize];
-                let args = json!({ "name": own.name });
-                let track =
-                    json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": args });
-                self.write_event(&track)?;
+                let ActorSpec { name, device, .. } = &spec.actors[actor.0 as usize];
+                let args = json!({ "name": name });
+                self.write_event(
+                    &json!({ "name": "thread_name", "ph": "M", "pid": device, "tid": actor.0, "args": args }),
+                )?;
             }
             let next = self.firings_read.entry(actor).or_default();
-            let new_firings = observer.fired(actor, *next);
+            let new_firings = observer.control().fired(actor, *next);
             *next = new_firings.next;
             self.lost += new_firings.lost;
             for fired in &new_firings.firings {
@@ -132,12 +124,10 @@ impl TraceFile {
         let args = json!({ "unix_ns": observer.started });
         self.write_event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
         for device in process_map.own() {
-            let name = format!("device {device}, rank {}", process_map.process);
-            let named = json!({ "name": "process_name", "ph": "M", "pid": device, "args": { "name": name } });
-            self.write_event(&named)?;
-            let sorted =
-                json!({ "name": "process_sort_index", "ph": "M", "pid": device, "args": { "sort_index": device } });
-            self.write_event(&sorted)?;
+            let name = json!({ "name": format!("device {device}, rank {}", process_map.process) });
+            for (event, args) in [("process_name", name), ("process_sort_index", json!({ "sort_index": device }))] {
+                self.write_event(&json!({ "name": event, "ph": "M", "pid": device, "args": args }))?;
+            }
         }
         Ok(())
     }
@@ -167,9 +157,6 @@ impl TraceFile {
     }
 
     /// Completes the file. Returns the number of firings that were dropped before they were read.
-    ///
-    /// # Errors
-    /// If the file cannot be written.
     pub fn finish(mut self) -> Result<u64, TraceError> {
         self.close()?;
         Ok(self.lost)
@@ -185,7 +172,7 @@ impl TraceFile {
     }
 
     fn write_event(&mut self, event: &serde_json::Value) -> Result<(), TraceError> {
-        let separator = if std::mem::take(&mut self.is_empty) { "" } else { ",\n" };
+        let separator = if self.bytes == 0 { "" } else { ",\n" };
         let text = format!("{separator}{event}");
         self.bytes += text.len() as u64;
         self.out.write_all(text.as_bytes()).map_err(|source| TraceError { path: self.path.clone(), source })

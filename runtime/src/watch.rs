@@ -37,7 +37,6 @@ mod events;
 mod number;
 mod page;
 mod shape;
-mod state;
 pub mod status;
 mod stream;
 mod under_way;
@@ -45,8 +44,8 @@ mod under_way;
 use bubble::Prediction;
 use client::HangReport;
 use shape::shape;
-use state::{ServerState, ShownSession};
 use status::Status;
+use stream::{ServerState, ShownSession};
 
 /// Interval at which samples of histograms are moved to their buckets, so that they do not accumulate without scrapes.
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
@@ -194,9 +193,10 @@ async fn prometheus(State(state): State<ServerState>) -> impl IntoResponse {
 async fn health(State(state): State<ServerState>) -> impl IntoResponse {
     let observer = state.observer();
     // Status 200 also without progress: the watchdog ends a session that stalls, so a process supervisor need not.
-    let idle_ns = observer.as_ref().filter(|observer| observer.is_under_way()).and_then(|observer| observer.idle_ns());
+    let control = observer.as_ref().map(|observer| observer.control()).filter(|control| control.is_under_way());
+    let idle_ns = control.and_then(|control| control.idle_ns());
     match observer.map(|observer| observer.health()) {
-        Some(SessionHealth::Healthy { steps }) => {
+        Some(SessionHealth::Healthy(steps)) => {
             let idle = idle_ns.map(|ns| ns / 1_000_000_000).filter(|seconds| *seconds >= IDLE_SECONDS_REPORTED);
             let idle = idle.map(|seconds| format!(", no progress for {seconds} s")).unwrap_or_default();
             (StatusCode::OK, format!("ok, {}{idle}\n", counted(steps, "step")))

@@ -218,24 +218,15 @@ fn main() -> ExitCode {
     }
     let output = match command {
         Command::Launch(args) => run_launch(*args),
-        Command::Checkpoint(command) => match cli::run(&command) {
-            Ok(text) => Ok((text, Exit::Done)),
-            Err(error) => Err(failed(Exit::from_code(error.exit_code()), error)),
-        },
+        Command::Checkpoint(command) => cli::run(&command).map(|text| (text, Exit::Done)),
         Command::Doctor { json } => run_doctor(json),
         #[cfg(feature = "watch")]
         Command::Status { at, json } => run_status(at, json),
         #[cfg(feature = "watch")]
-        Command::ExplainHang { at } => match client::explain_hang(at) {
-            Ok(explained) => Ok((explained.to_string(), Exit::Done)),
-            Err(error) => Err(failed(error.exit(), error)),
-        },
+        Command::ExplainHang { at } => done(client::explain_hang(at), Exit::PeerUnavailable),
         Command::Trace { files, join } => run_trace(&files, join.as_deref()),
         Command::Plan { html, dot, command } => run_plan(html, dot, &command),
-        Command::Secret => match Secret::random() {
-            Ok(secret) => Ok((secret.text().into(), Exit::Done)),
-            Err(error) => Err(failed(Exit::Internal, error)),
-        },
+        Command::Secret => done(Secret::random().map(|secret| secret.text().to_owned()), Exit::Internal),
         Command::Guard { folder } => Ok((String::new(), guard(&folder, std::io::stdin().lock()))),
         Command::Child { parent, command } => {
             Ok((String::new(), become_program(parent, command[0].clone().into(), &command[1..])))
@@ -249,6 +240,11 @@ type Output = Result<(String, Exit), ProgramError>;
 
 fn failed(exit: Exit, error: impl Display) -> ProgramError {
     ProgramError::new(exit, error.to_string(), "")
+}
+
+/// The output of a command that prints `result`, or ends with `exit` if that is an error.
+fn done(result: Result<impl Display, impl Display>, exit: Exit) -> Output {
+    result.map(|text| (text.to_string(), Exit::Done)).map_err(|error| failed(exit, error))
 }
 
 fn fail(error: ProgramError) -> Exit {
@@ -267,27 +263,28 @@ fn print((text, exit): (String, Exit)) -> Result<Exit, ProgramError> {
     }
 }
 
-fn json(value: &impl Serialize) -> Result<String, ProgramError> {
-    serde_json::to_string_pretty(value).map_err(|error| failed(Exit::Internal, error))
+/// A value as JSON or as text.
+fn show(value: &(impl Serialize + Display), as_json: bool) -> Result<String, ProgramError> {
+    let json = as_json.then(|| serde_json::to_string_pretty(value)).transpose();
+    Ok(json.map_err(|error| failed(Exit::Internal, error))?.unwrap_or_else(|| value.to_string()))
 }
 
 /// Reports a usage error of `launch` to the other nodes, if the flags needed to reach them can be parsed.
 fn report_usage(error: &clap::Error) {
     let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
-    let words = words.iter().map(String::as_str).collect::<Vec<_>>();
     let Some(options) = error.use_stderr().then(|| report_options(&words)).flatten() else { return };
     launcher::report_usage(&options, flags::first_line(error));
 }
 
 /// Options for a report to the other nodes, from arguments that cannot be parsed completely.
-fn report_options(words: &[&str]) -> Option<LaunchOptions> {
-    let [_, "launch", flags @ ..] = words else { return None };
+fn report_options(words: &[String]) -> Option<LaunchOptions> {
+    let flags = words.get(2..).filter(|_| words[1] == "launch")?;
     let mut known = vec!["shardflow".to_string(), "launch".into()];
     for name in ["nnodes", "node-rank", "nproc-per-node", "rdzv-endpoint", "report-wait", "interface"] {
         let value = flags.iter().enumerate().find_map(|(index, word)| {
-            let (flag, value) = word.split_once('=').map_or((*word, None), |(flag, value)| (flag, Some(value)));
+            let (flag, value) = word.split_once('=').map_or((word.as_str(), None), |(flag, value)| (flag, Some(value)));
             let matches = flag.strip_prefix("--").is_some_and(|flag| flag.replace('_', "-") == name);
-            matches.then(|| value.or(flags.get(index + 1).copied()))?
+            matches.then(|| value.or(flags.get(index + 1).map(String::as_str)))?
         });
         known.extend(value.map(|value| format!("--{name}={value}")));
     }
@@ -329,8 +326,7 @@ fn launch_options(args: LaunchArgs) -> Result<LaunchOptions, String> {
 
 fn run_doctor(as_json: bool) -> Output {
     let findings = doctor::examine();
-    let text = if as_json { json(&findings)? } else { findings.to_string() };
-    Ok((text, findings.exit()))
+    Ok((show(&findings, as_json)?, findings.exit()))
 }
 
 fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Output {
@@ -382,6 +378,6 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
 
 #[cfg(feature = "watch")]
 fn run_status(at: SocketAddr, as_json: bool) -> Output {
-    let status = client::status(at).map_err(|error| failed(error.exit(), error))?;
-    Ok((if as_json { json(&status)? } else { status.to_string() }, Exit::Done))
+    let status = client::status(at).map_err(|error| failed(Exit::PeerUnavailable, error))?;
+    Ok((show(&status, as_json)?, Exit::Done))
 }

@@ -10,6 +10,8 @@ use super::error::CheckpointError;
 use super::manifest::Manifest;
 use super::read::CheckpointReader;
 use super::store::Store;
+use crate::program::ProgramError;
+use shardflow_job::exit::Exit;
 use shardflow_job::text::counted;
 
 /// Commands on the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path if support for it is
@@ -55,37 +57,17 @@ pub enum CheckpointCommand {
     },
 }
 
-/// Errors of a command.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs, reason = "the messages explain the fields")]
-pub enum CheckpointCliError {
-    /// A checkpoint or a store cannot be used.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// The output file cannot be written.
-    #[error("{path}: {source}")]
-    Output { path: PathBuf, source: std::io::Error },
-    /// `verify` found damage.
-    #[error("{text}{damaged} of {} damaged", counted(.checked, "checkpoint"))]
-    Damaged { text: String, damaged: usize, checked: usize },
-}
-
-impl CheckpointCliError {
-    /// The exit code: 2 usage, 65 no such checkpoint or a damaged one, 73 cannot write.
-    pub fn exit_code(&self) -> u8 {
-        match self {
-            Self::Checkpoint(error) => error.exit_code(),
-            Self::Output { .. } => 73,
-            Self::Damaged { .. } => 65,
-        }
+impl From<CheckpointError> for ProgramError {
+    fn from(error: CheckpointError) -> Self {
+        Self::new(Exit::from_code(error.exit_code()), error.to_string(), "")
     }
 }
 
 /// Runs a command and returns the text to print.
 ///
 /// # Errors
-/// [`CheckpointCliError`], with one or several lines to print and an exit code.
-pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
+/// One or several lines to print, with the exit code.
+pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
     match command {
         CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
         CheckpointCommand::Verify { dir, step } => verify(&Store::open(dir)?, *step),
@@ -98,7 +80,7 @@ pub fn run(command: &CheckpointCommand) -> Result<String, CheckpointCliError> {
         CheckpointCommand::Export { dir, file, step } => {
             let (reader, text) = select(&Store::open(dir)?, *step)?;
             export(&reader, file).map_err(|error| match error {
-                CheckpointError::Io { path, source } => CheckpointCliError::Output { path, source },
+                CheckpointError::Io { .. } => ProgramError::new(Exit::CannotWrite, error.to_string(), ""),
                 error => error.into(),
             })?;
             let (step, tensors) = (reader.manifest().step, reader.manifest().tensors.len());
@@ -128,7 +110,7 @@ fn steps(store: &Store, step: Option<u64>) -> Result<Vec<u64>, CheckpointError> 
     Ok(steps)
 }
 
-fn list(store: &Store) -> Result<String, CheckpointCliError> {
+fn list(store: &Store) -> Result<String, ProgramError> {
     let mut text = format!("{:>12}  {:>6}  {:>6}  {:>14}  {}\n", "step", "epoch", "shards", "bytes", "mesh");
     for step in steps(store, None)? {
         let _ = match store.read(step) {
@@ -146,7 +128,7 @@ fn list(store: &Store) -> Result<String, CheckpointCliError> {
     Ok(text)
 }
 
-fn verify(store: &Store, step: Option<u64>) -> Result<String, CheckpointCliError> {
+fn verify(store: &Store, step: Option<u64>) -> Result<String, ProgramError> {
     let (mut text, mut damaged) = (String::new(), 0);
     let steps = steps(store, step)?;
     for step in &steps {
@@ -163,5 +145,9 @@ fn verify(store: &Store, step: Option<u64>) -> Result<String, CheckpointCliError
             Err(error) => return Err(error.into()),
         };
     }
-    if damaged > 0 { Err(CheckpointCliError::Damaged { text, damaged, checked: steps.len() }) } else { Ok(text) }
+    if damaged == 0 {
+        return Ok(text);
+    }
+    let checked = counted(steps.len(), "checkpoint");
+    Err(ProgramError::new(Exit::BadData, format!("{text}{damaged} of {checked} damaged"), ""))
 }

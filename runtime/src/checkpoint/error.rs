@@ -108,11 +108,6 @@ impl CheckpointError {
         Self::Unfit { path: path.into(), why }
     }
 
-    /// The error of a process that succeeded although another rank failed with this exit code.
-    pub(crate) fn on_rank(place: &str, rank: u32, exit: u8, problem: &str) -> Self {
-        Self::OnRank { place: place.into(), rank, exit, problem: problem.into() }
-    }
-
     /// True if a file could not be created because it already exists.
     pub(crate) fn is_there(&self) -> bool {
         use object_store::Error::{AlreadyExists, Precondition};

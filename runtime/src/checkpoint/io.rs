@@ -142,7 +142,6 @@ impl Operations {
         })
     }
 
-    /// Deletes a file if it exists.
     pub(crate) fn delete(&self, file: &StoreFile) -> Result<(), CheckpointError> {
         let (backend, path) = (self.backend.clone(), file.path.clone());
         let delete = async move { none_if_missing(backend.delete(&path).await).map(drop) };
@@ -191,7 +190,6 @@ impl Operations {
         self.run(&from.name, StoreOperation::Write, async move { backend.rename(&source, &target).await })
     }
 
-    /// Starts the upload of a file of `total` bytes.
     pub(crate) fn upload(&self, file: StoreFile, total: u64) -> Upload<'_> {
         let part = (self.part_bytes as u64).max(total.div_ceil(PARTS_MAX)).min(total.max(1)) as usize;
         let hasher = blake3::Hasher::new();
@@ -260,7 +258,7 @@ impl Upload<'_> {
 
     /// Sends the rest and returns the checksum of the whole file. On success the file is in its place, durably.
     pub(crate) fn finish(mut self) -> Result<Checksum, CheckpointError> {
-        let sum = Checksum::from(self.hasher.finalize());
+        let sum = Checksum(self.hasher.finalize());
         debug_assert_eq!(self.hasher.count(), self.total, "{}: the size differs from the total", self.file.name);
         if self.multipart.is_some() && !self.buffer.is_empty() {
             self.send()?;

@@ -21,20 +21,16 @@ const FORMAT: &str = "shardflow-checkpoint";
 pub(crate) const VERSION: u32 = 3;
 /// Largest size of a manifest, bytes.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
-/// Maximum number of tensors of a checkpoint.
-pub const TENSORS_MAX: usize = 1 << 18;
+const TENSORS_MAX: usize = 1 << 18;
 /// Maximum number of shards of a checkpoint.
 pub const SHARDS_MAX: usize = 1 << 16;
 /// Maximum number of pieces of one tensor, because each is compared with each.
 pub const TENSOR_PIECES_MAX: usize = 1 << 12;
-/// Maximum number of pieces of a checkpoint.
-pub const PIECES_MAX: usize = 1 << 20;
-/// Maximum number of dims of a tensor.
-pub const DIMS_MAX: usize = 32;
+const PIECES_MAX: usize = 1 << 20;
+const DIMS_MAX: usize = 32;
 /// Largest size of a name or of another text, bytes.
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
-/// Maximum number of entries of a cursor.
-pub const CURSOR_ENTRIES_MAX: usize = 1 << 10;
+const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
 /// State of the user's program, other than the number of steps, that it needs to resume. The content is the program's
 /// choice.
@@ -62,24 +58,18 @@ enum Element {
 /// A BLAKE3 checksum.
 #[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Checksum([u8; 32]);
+pub struct Checksum(pub(crate) blake3::Hash);
 
 impl Checksum {
     /// The checksum of bytes.
     pub fn of(bytes: &[u8]) -> Self {
-        Self(*blake3::hash(bytes).as_bytes())
-    }
-}
-
-impl From<blake3::Hash> for Checksum {
-    fn from(hash: blake3::Hash) -> Self {
-        Self(*hash.as_bytes())
+        Self(blake3::hash(bytes))
     }
 }
 
 impl From<Checksum> for String {
     fn from(sum: Checksum) -> Self {
-        blake3::Hash::from_bytes(sum.0).to_hex().to_string()
+        sum.0.to_string()
     }
 }
 
@@ -89,14 +79,13 @@ impl TryFrom<String> for Checksum {
     fn try_from(text: String) -> Result<Self, String> {
         let hash = blake3::Hash::from_hex(&text).map_err(|_| format!("{text:?} is not a BLAKE3 checksum"))?;
         // Accept only one spelling, so that every altered byte of a file is detected.
-        let sum = Self::from(hash);
-        if String::from(sum) == text { Ok(sum) } else { Err(format!("{text:?} is not in lower case")) }
+        if hash.to_string() == text { Ok(Self(hash)) } else { Err(format!("{text:?} is not in lower case")) }
     }
 }
 
 impl std::fmt::Debug for Checksum {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&String::from(*self))
+        self.0.fmt(f)
     }
 }
 
@@ -188,7 +177,7 @@ pub struct JobTime {
 }
 
 /// A whole checkpoint.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Steps done.
@@ -362,7 +351,7 @@ fn checksum(version: u32, body: &RawValue) -> Checksum {
     if version > 2 {
         hasher.update(&version.to_le_bytes());
     }
-    hasher.update(body.get().as_bytes()).finalize().into()
+    Checksum(hasher.update(body.get().as_bytes()).finalize())
 }
 
 /// Encodes `body` as JSON in an envelope with its [`checksum`].

@@ -14,33 +14,19 @@ pub struct NewestCheckpoint {
 }
 
 impl Store {
-    /// The newest good checkpoint, of a step before `before` if that is given: one that [`Store::read`] accepts.
-    /// Damaged checkpoints are skipped and reported.
-    ///
-    /// # Errors
-    /// If the store cannot be read.
-    pub fn newest_before(&self, before: Option<u64>) -> Result<NewestCheckpoint, CheckpointError> {
-        self.newest_accepted(before, |_| Ok(()))
-    }
-
-    /// The newest good checkpoint; see [`Store::newest_before`].
-    ///
-    /// # Errors
-    /// If the store cannot be read.
+    /// The newest good checkpoint: one that [`Store::read`] accepts. Damaged checkpoints are skipped and reported.
     pub fn newest(&self) -> Result<NewestCheckpoint, CheckpointError> {
-        self.newest_before(None)
+        self.newest_accepted(None, |_| Ok(()))
     }
 
     /// Like [`Store::newest`], but reads and checks every byte: the checkpoint can fail to load only because of later
     /// damage.
-    ///
-    /// # Errors
-    /// If the store cannot be read.
     pub fn newest_verified(&self) -> Result<NewestCheckpoint, CheckpointError> {
         self.newest_accepted(None, CheckpointReader::verify)
     }
 
-    fn newest_accepted(
+    /// The newest checkpoint that `accept` accepts, of a step before `before` if that is given.
+    pub(crate) fn newest_accepted(
         &self,
         before: Option<u64>,
         accept: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,

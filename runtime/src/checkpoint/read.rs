@@ -94,10 +94,7 @@ impl CheckpointReader {
         self.by_name.get(name).map(|index| &self.manifest.tensors[*index])
     }
 
-    /// Reads a box of a tensor. It needs memory for the box and for one piece.
-    ///
-    /// # Errors
-    /// The same as [`CheckpointReader::tensors`].
+    /// Like [`CheckpointReader::tensors`], for one box. It needs memory for the box and for one piece.
     pub fn tensor(&self, name: &str, region: &Region) -> Result<HostTensor, CheckpointError> {
         Ok(self.tensors(name, std::slice::from_ref(region))?.swap_remove(0))
     }
@@ -178,7 +175,7 @@ impl CheckpointReader {
                 hasher.update(&self.range(shard, &file, at, bytes)?);
                 at += bytes;
             }
-            let got = Checksum::from(hasher.finalize());
+            let got = Checksum(hasher.finalize());
             if got != shard.blake3 {
                 return Err(file.damaged(format!("checksum: expected {:?}, got {got:?}", shard.blake3)));
             }

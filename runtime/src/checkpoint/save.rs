@@ -10,9 +10,9 @@ use object_store::PutMode;
 use super::agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome};
 use super::error::CheckpointError;
 use super::io::StoreFile;
-use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor, open_sealed, seal};
+use super::manifest::{MANIFEST_BYTES_MAX, Manifest, Piece, SHARDS_MAX, open_sealed, seal};
 use super::options::SaverOptions;
-use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
+use super::shard::{self, Entry, Sidecar, SidecarPiece, entry_name};
 use super::snapshot::{Snapshot, SnapshotPiece};
 use super::store::Store;
 use crate::lock::Lock;
@@ -39,8 +39,6 @@ pub struct SaveReport {
     pub step: u64,
     /// The result. After an error no incomplete checkpoint is ever listed, and training may continue.
     pub result: Result<SaveOutcome, CheckpointError>,
-    /// Bytes of this process's elements.
-    pub bytes: u64,
     /// Time from the complete snapshot to the outcome.
     pub seconds: f64,
     /// Error of the deletion of older checkpoints, if any; the save is valid in spite of it.
@@ -65,15 +63,15 @@ pub(crate) fn save(
     agree: &dyn SaveAgreement,
 ) -> SaveReport {
     let begin = Instant::now();
-    let id = SaveId { epoch: options.member.epoch, step: snapshot.step, attempt: attempt.number };
+    let step = snapshot.manifest.step;
+    let id = SaveId { epoch: options.member.epoch, step, attempt: attempt.number };
     let save = Save { store, snapshot, options, id, attempt };
     let result = save.run(agree);
     let is_first = options.member.process == 0;
-    let prune =
-        || attempt.check_lock().and_then(|()| store.prune(snapshot.step, options.keep, options.keep_every)).err();
+    let prune = || attempt.check_lock().and_then(|()| store.prune(step, options.keep, options.keep_every)).err();
     let prune = if is_first && result.is_ok() { prune() } else { None };
     let seconds = begin.elapsed().as_secs_f64();
-    SaveReport { step: snapshot.step, result, bytes: snapshot.bytes(), seconds, prune }
+    SaveReport { step, result, seconds, prune }
 }
 
 struct Save<'a> {
@@ -111,7 +109,7 @@ impl Save<'_> {
         let Self { store, snapshot, id, .. } = *self;
         let ProcessRank { process, processes, .. } = self.options.member;
         let entry = |piece: &SnapshotPiece| {
-            let info = &snapshot.tensors[piece.tensor];
+            let info = &snapshot.manifest.tensors[piece.tensor].info;
             let name = entry_name(&info.name, &info.shape, &piece.region);
             Entry { name, dtype: piece.data.dtype(), shape: piece.region.size.clone() }
         };
@@ -120,7 +118,8 @@ impl Save<'_> {
         let content = |index: usize| Ok(Cow::Borrowed(&snapshot.pieces[index].data));
         let (shard, written) = shard::write(store, id.step, &file, &entries, content)?;
         let piece = |(piece, (offset, blake3)): (&SnapshotPiece, _)| {
-            let (tensor, region) = (snapshot.tensors[piece.tensor].name.clone(), piece.region.clone());
+            let (info, region) = (&snapshot.manifest.tensors[piece.tensor].info, piece.region.clone());
+            let tensor = info.name.clone();
             SidecarPiece { tensor, offset, start: region.start, size: region.size, blake3 }
         };
         let pieces = snapshot.pieces.iter().zip(written).map(piece).collect();
@@ -138,24 +137,8 @@ impl Save<'_> {
         if exists && !attempt.replaces {
             return Ok(SaveOutcome::AlreadyThere);
         }
-        let mut manifest = Manifest {
-            step: id.step,
-            updates: Some(snapshot.updates),
-            epoch: id.epoch,
-            mesh: snapshot.mesh.clone(),
-            seed: snapshot.seed,
-            cursor: snapshot.cursor.clone(),
-            declared: snapshot.declared.clone(),
-            writer: env!("CARGO_PKG_VERSION").into(),
-            plan: options.plan.clone(),
-            job: snapshot.job,
-            shards: Vec::new(),
-            tensors: snapshot
-                .tensors
-                .iter()
-                .map(|info| StoredTensor { info: info.clone(), pieces: Vec::new() })
-                .collect(),
-        };
+        let (writer, plan) = (env!("CARGO_PKG_VERSION").into(), options.plan.clone());
+        let mut manifest = Manifest { epoch: id.epoch, writer, plan, ..snapshot.manifest.clone() };
         let names = manifest.tensors.iter().enumerate();
         let by_name: BTreeMap<String, usize> = names.map(|(index, t)| (t.info.name.clone(), index)).collect();
         for process in 0..options.member.processes {
@@ -183,7 +166,7 @@ impl Save<'_> {
         let file = store.file(id.step, &part_file(id, process, processes, SIDECAR));
         let operations = &store.operations;
         let missing = || file.damaged(format!("the file is missing, but rank {process} reported it as written"));
-        let text = operations.wait_visible(|| operations.get(&file, SIDECAR_BYTES_MAX))?.ok_or_else(missing)?;
+        let text = operations.wait_visible(|| operations.get(&file, MANIFEST_BYTES_MAX))?.ok_or_else(missing)?;
         let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(|why| file.damaged(why))?;
         let expected = (id, process, processes, part_file(id, process, processes, SHARD));
         let found = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
@@ -209,14 +192,13 @@ pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Save
         return Ok(SaveOutcome::Committed);
     };
     // A cloud store may return this error to its own retry, and a commit whose response was lost is still a commit.
-    match store.operations.get(&file, super::manifest::MANIFEST_BYTES_MAX) {
+    match store.operations.get(&file, MANIFEST_BYTES_MAX) {
         Ok(Some(existing)) if existing == text => Ok(SaveOutcome::Committed),
         Ok(Some(_)) if error.is_there() => Ok(SaveOutcome::AlreadyThere),
         _ => Err(error),
     }
 }
 
-/// Checks the rank and the world size of [`SaverOptions`].
 pub(crate) fn check_member(member: ProcessRank) -> Result<(), CheckpointError> {
     let ProcessRank { process, processes, .. } = member;
     if process < processes && processes as usize <= SHARDS_MAX {

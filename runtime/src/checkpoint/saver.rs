@@ -104,9 +104,7 @@ impl Saver {
 
     /// Returns the report of the last save once, when the save has ended; never waits.
     pub fn poll(&mut self) -> Option<SaveReport> {
-        let (report, spare) = self.reports.try_recv().ok()?;
-        (self.is_busy, self.spare) = (false, Some(spare));
-        Some(report)
+        self.wait(Duration::ZERO).ok().flatten()
     }
 
     /// Waits for the running save and returns its report, or `None` if there is none.

@@ -21,7 +21,6 @@ pub(crate) const UPDATES: &str = "shardflow.updates";
 pub(crate) const SEED: &str = "shardflow.seed";
 /// Prefix of the keys of declared values.
 const DECLARED: &str = "shardflow.declared.";
-pub(crate) const SIDECAR_BYTES_MAX: u64 = super::manifest::MANIFEST_BYTES_MAX;
 
 // Elements are written in memory order.
 const _: () = assert!(cfg!(target_endian = "little"), "checkpoints require a little-endian machine");
@@ -56,7 +55,6 @@ pub(crate) fn metadata(steps: u64, updates: u64, seed: u64, declared: &Values) -
     numbers.chain(declared.iter().map(|(name, value)| (format!("{DECLARED}{name}"), value.clone()))).collect()
 }
 
-/// The declared values among a file's metadata.
 pub(crate) fn declared_of(metadata: &HashMap<String, String>) -> Values {
     let named = |(key, value): (&String, &String)| Some((key.strip_prefix(DECLARED)?.to_owned(), value.clone()));
     metadata.iter().filter_map(named).collect()

@@ -3,28 +3,14 @@
 
 use shardflow_kernels::tensor::{HostTensor, Region};
 
-use super::manifest::{Cursor, JobTime, TensorMeta};
-use crate::declare::Values;
+use super::manifest::Manifest;
 
 /// A process's part of a checkpoint, and the metadata of the whole checkpoint.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    /// Steps done.
-    pub step: u64,
-    /// Updates applied.
-    pub updates: u64,
-    /// The session's seed.
-    pub seed: u64,
-    /// The mesh.
-    pub mesh: String,
-    /// The program's cursor; only that of process 0 is written.
-    pub cursor: Cursor,
-    /// Values that the program declared.
-    pub declared: Values,
-    /// Time statistics of the job.
-    pub job: JobTime,
-    /// Every tensor of the checkpoint, the same for all processes.
-    pub tensors: Vec<TensorMeta>,
+    /// The checkpoint's manifest, without shards and pieces, which the commit adds. The same for all processes, except for
+    /// the cursor: only that of process 0 is written.
+    pub manifest: Manifest,
     /// The pieces that this process writes.
     pub pieces: Vec<SnapshotPiece>,
 }
@@ -32,7 +18,7 @@ pub struct Snapshot {
 /// A box of a tensor.
 #[derive(Clone, Debug)]
 pub struct SnapshotPiece {
-    /// Index in [`Snapshot::tensors`].
+    /// Index in [`Manifest::tensors`].
     pub tensor: usize,
     /// Its region of the tensor.
     pub region: Region,

@@ -89,10 +89,8 @@ impl Store {
         Self::new(backend, prefix, place, None)
     }
 
-    /// A store in a local folder, accessed through the caller's backend, whose root is the file system's root.
-    ///
-    /// # Errors
-    /// The same as [`Store::open`].
+    /// Like [`Store::open`], for a local folder that is accessed through the caller's backend, whose root is the file
+    /// system's root.
     pub fn in_folder(
         backend: Arc<dyn ObjectStore>,
         folder: &std::path::Path,
@@ -221,9 +219,6 @@ impl Store {
     }
 
     /// Steps that have a committed checkpoint, in order. It does not check for damage.
-    ///
-    /// # Errors
-    /// If the store cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
         let committed = |step| self.is_committed(step).map(|committed| committed.then_some(step)).transpose();
         self.steps_with_folder()?.into_iter().filter_map(committed).collect()
@@ -247,9 +242,6 @@ impl Store {
 
     /// Renames the manifest of a checkpoint that is damaged, or that training has rolled back past, so that the step
     /// can be committed again. Its files stay until a newer checkpoint is committed.
-    ///
-    /// # Errors
-    /// If the rename fails.
     pub fn set_aside(&self, step: u64) -> Result<(), CheckpointError> {
         self.operations.rename(&self.manifest(step), &self.file(step, SET_ASIDE))
     }

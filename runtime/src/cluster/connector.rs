@@ -31,7 +31,7 @@ use super::by_mpi::ByMpi;
 use super::error::ClusterError;
 use crate::devices::Pipes;
 use crate::plan::Plan;
-use crate::process_map::ProcessMap;
+use crate::process_map::{ProcessMap, groups};
 
 /// Interval at which a wait for a peer checks whether the session has ended.
 const END_CHECK_INTERVAL: Duration = Duration::from_millis(100);
@@ -45,28 +45,23 @@ pub(crate) struct Connections {
     pub(crate) peers: Vec<PeerSpec>,
 }
 
-impl Connections {
-    pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
-        Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
-    }
-}
-
-pub(crate) struct Connector<'a> {
+#[derive(Clone)]
+pub(crate) struct Connector {
     /// Memory of CUDA devices is never shared between processes, and the GPU engine runs their collectives.
     pub(crate) device: DeviceKind,
     pub(crate) process_map: ProcessMap,
-    pub(crate) roster: &'a Roster,
-    pub(crate) listener: &'a Listener,
-    pub(crate) secret: &'a Secret,
-    pub(crate) options: &'a ClusterOptions,
-    pub(crate) by_mpi: &'a ByMpi,
+    pub(crate) roster: Arc<Roster>,
+    pub(crate) listener: Arc<Listener>,
+    pub(crate) secret: Secret,
+    pub(crate) options: ClusterOptions,
+    pub(crate) by_mpi: ByMpi,
     pub(crate) deadline: Instant,
     /// Pipes between GPUs, by source and target device.
     pub(crate) pipes: Pipes,
 }
 
-impl Connector<'_> {
-    fn member(&self, process: u32) -> &Member {
+impl Connector {
+    pub(super) fn member(&self, process: u32) -> &Member {
         &self.roster.members[process as usize]
     }
 
@@ -88,7 +83,7 @@ impl Connector<'_> {
         let address = self.address(peer)?;
         let sealed = matches!(address, Address::Tcp(_)) && (self.options.encrypt || purpose == Purpose::Control);
         let hello = Hello { session, epoch, from: self.process_map.process, to: peer, sealed, purpose };
-        Ok(self.listener.dial(&address, self.secret, &hello, self.deadline)?)
+        Ok(self.listener.dial(&address, &self.secret, &hello, self.deadline)?)
     }
 
     fn address(&self, peer: u32) -> Result<Address, ClusterError> {
@@ -116,9 +111,11 @@ impl Connector<'_> {
         let near: BTreeSet<u32> =
             (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
         let is_mpi_selected = self.options.collectives == Collectives::Mpi;
-        let uses_mpi = |group: &Arc<Group>| is_mpi_selected && ByMpi::supports(&self.process_map, group);
-        let mut crossing = self.process_map.crossing_groups(plan);
-        crossing.retain(|_| self.device == DeviceKind::Cpu);
+        let hosts = |group: &Arc<Group>| self.process_map.processes_of(group).len();
+        // MPI runs groups whose members are each in a process of its own.
+        let uses_mpi = |group: &Arc<Group>| is_mpi_selected && hosts(group) == group.ranks.len();
+        let mut crossing = groups(plan);
+        crossing.retain(|group| self.device == DeviceKind::Cpu && hosts(group) > 1);
         let (mpi_groups, own_groups): (Vec<_>, Vec<_>) = crossing.into_iter().partition(uses_mpi);
         let is_near = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
         let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);
@@ -176,7 +173,7 @@ pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Res
 /// Mapped memory of peers on this node, by device; and the board of the groups on this node, with the groups.
 type Shared = (BTreeMap<usize, Arena>, Option<(Arena, Vec<Arc<Group>>)>);
 
-impl Connector<'_> {
+impl Connector {
     /// Exchanges arena descriptors with the peers on this node and maps their arenas.
     fn share_memory(
         &self,

@@ -23,7 +23,6 @@ const WAIT_MIN: Duration = Duration::from_secs(600);
 /// Messages of later phases that are kept. Saves run one after the other, so a peer is at most one save ahead.
 const EARLY_MAX: usize = 1 << 14;
 
-/// Characters of a failure's reason that are sent.
 const REASON_CHARS_MAX: usize = 1000;
 
 pub(super) struct Received {
@@ -41,7 +40,6 @@ enum Phase {
     Outcome,
 }
 
-/// The content of a message, as JSON.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Payload {
     #[serde(flatten)]

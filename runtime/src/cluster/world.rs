@@ -22,11 +22,9 @@ use shardflow_job::text::counted;
 use shardflow_job::transport::{Listener, Purpose, with_zone_of};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::cuda::nccl::UniqueId;
-use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::error::KernelError;
 
 use super::Cluster;
-use super::by_mpi::ByMpi;
 use super::connector::{self, Connector};
 use super::error::ClusterError;
 use super::failure::{attribute_to_peer, is_symptom, peer_failure, report_failure};
@@ -44,11 +42,8 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A running session's connection to the other processes.
 pub(crate) struct World {
     pub(crate) process_map: ProcessMap,
-    roster: Roster,
-    listener: Arc<Listener>,
-    secret: Secret,
-    options: ClusterOptions,
-    by_mpi: ByMpi,
+    /// With the deadline of the join.
+    connector: Connector,
     pub(crate) membership: Arc<Membership>,
     monitor: Arc<Monitor>,
     agreement: Arc<ClusterAgreement>,
@@ -111,7 +106,6 @@ impl State {
     }
 }
 
-/// Largest number of slow ranks in one line.
 const SLOW_LISTED_MAX: usize = 8;
 
 impl Monitor {
@@ -120,8 +114,7 @@ impl Monitor {
         self: &Arc<Self>,
         events: Receiver<MembershipEvent>,
         listener: Weak<Listener>,
-        to_agreement: Sender<Received>,
-        to_nccl: Sender<Received>,
+        queues: [(u16, Sender<Received>); 2],
         (own, options): (u32, ClusterOptions),
     ) -> io::Result<()> {
         let monitor = self.clone();
@@ -139,19 +132,17 @@ impl Monitor {
                     Err(RecvTimeoutError::Disconnected) => return,
                 };
                 match event {
-                    // A full queue drops the message; its receiver then reaches its deadline.
-                    MembershipEvent::Message { topic: save_agreement::TOPIC, from, bytes } => {
-                        drop(to_agreement.try_send(Received { from, bytes }))
-                    }
-                    MembershipEvent::Message { topic: nccl_ids::TOPIC, from, bytes } => {
-                        drop(to_nccl.try_send(Received { from, bytes }))
-                    }
                     MembershipEvent::Message { topic: ACTIVITY_TOPIC, from, bytes } => {
                         let text = String::from_utf8_lossy(&bytes);
                         let activity = text.chars().filter(|c| !c.is_control()).take(ACTIVITY_CHARS_MAX).collect();
                         monitor.state.lock().activities.insert(from, (activity, Instant::now()));
                     }
-                    MembershipEvent::Message { .. } => {}
+                    MembershipEvent::Message { topic, from, bytes } => {
+                        if let Some((_, queue)) = queues.iter().find(|(of, _)| *of == topic) {
+                            // A full queue drops the message; its receiver then reaches its deadline.
+                            drop(queue.try_send(Received { from, bytes }));
+                        }
+                    }
                     MembershipEvent::Left { process } => monitor.record_left(process),
                     MembershipEvent::Ended(cause) => return monitor.record_end(cause, &listener),
                 }
@@ -214,22 +205,32 @@ impl World {
             return Ok(None);
         }
         exit::mark_joining();
-        let (mut options, by_mpi) = (cluster.options.clone(), cluster.by_mpi.clone());
-        let secret = world.secret.read()?;
+        let (options, secret) = (cluster.options.clone(), world.secret.read()?);
         let (roster, listener, heartbeat) = meet(world, &options, &secret, facts)?;
         let process_map = ProcessMap { process: world.process, processes, devices };
-        let connector = new_connector(plan.device, &process_map, &roster, &listener, &secret, &options, &by_mpi);
+        let mut connector = Connector {
+            device: plan.device,
+            process_map,
+            roster: roster.into(),
+            listener: listener.into(),
+            secret,
+            by_mpi: cluster.by_mpi.clone(),
+            deadline: Instant::now() + options.connect_within,
+            options,
+            pipes: Pipes::new(),
+        };
         let membership = Arc::new(start_membership(&connector, heartbeat, wait_max)?);
         // From here on heartbeats detect lost processes.
-        options.connect_within = wait_max.max(options.connect_within);
+        connector.options.connect_within = wait_max.max(connector.options.connect_within);
         let (to_agreement, messages) = bounded(QUEUE_MAX);
         let agreement = ClusterAgreement::new(process_map, membership.clone(), messages, wait_max).into();
-        let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::new(listener));
+        let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::downgrade(&connector.listener));
         let (to_nccl, ids) = bounded(QUEUE_MAX);
-        let (events, own) = (membership.notices().clone(), (world.process, options.clone()));
-        let spawned = monitor.spawn(events, Arc::downgrade(&listener), to_agreement, to_nccl, own);
+        let (events, own) = (membership.notices().clone(), (world.process, connector.options.clone()));
+        let queues = [(save_agreement::TOPIC, to_agreement), (nccl_ids::TOPIC, to_nccl)];
+        let spawned = monitor.spawn(events, listener, queues, own);
         spawned.map_err(system("start a thread"))?;
-        Ok(Some(Self { process_map, roster, listener, secret, options, by_mpi, membership, monitor, agreement, ids }))
+        Ok(Some(Self { process_map, connector, membership, monitor, agreement, ids }))
     }
 
     /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the monitor
@@ -242,30 +243,33 @@ impl World {
 
     /// The processes of this node, in order.
     pub(crate) fn here(&self) -> Vec<u32> {
-        let node = |process: u32| &self.roster.members[process as usize].node;
+        let node = |process: u32| &self.member(process).node;
         (0..self.process_map.processes).filter(|process| node(*process) == node(self.process_map.process)).collect()
     }
 
     pub(crate) fn cores(&self, process: u32) -> &[u64] {
-        &self.roster.members[process as usize].cores
+        &self.member(process).cores
     }
 
-    pub(crate) fn connector(&self, device: DeviceKind) -> Connector<'_> {
-        let Self { process_map, roster, listener, secret, options, by_mpi, .. } = self;
-        new_connector(device, process_map, roster, listener, secret, options, by_mpi)
+    fn member(&self, process: u32) -> &Member {
+        self.connector.member(process)
     }
 
-    /// True if the memory of devices of this kind is shared with other processes.
-    pub(crate) fn shares_memory(&self, device: DeviceKind) -> bool {
+    pub(crate) fn connector(&self) -> Connector {
+        let deadline = Instant::now() + self.connector.options.connect_within;
+        Connector { deadline, ..self.connector.clone() }
+    }
+
+    /// True if the devices' memory is shared with other processes.
+    pub(crate) fn shares_memory(&self) -> bool {
         let own = self.process_map.process;
-        self.process_map.peers().any(|process| self.connector(device).shares_memory(own, process))
+        self.process_map.peers().any(|process| self.connector.shares_memory(own, process))
     }
 
     /// Adds the mirrors that the processes of this node will allocate to the plan's memory, and checks its budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
-        let connector = self.connector(plan.device);
         for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
-            let unshared = process_map.peers().filter(|peer| !connector.shares_memory(process_map.process, *peer));
+            let unshared = process_map.peers().filter(|peer| !self.connector.shares_memory(process_map.process, *peer));
             let mirrors: Vec<_> = unshared.flat_map(|peer| process_map.mirrors(plan, peer)).collect();
             for (_, device, bytes) in mirrors {
                 plan.memory[device].mirror_bytes += bytes;
@@ -276,12 +280,12 @@ impl World {
 
     /// True if registers between GPUs use pipes instead of the connections.
     pub(crate) fn takes_pipes(&self) -> bool {
-        matches!(self.options.transport, Transport::Auto | Transport::SharedMemory)
+        matches!(self.connector.options.transport, Transport::Auto | Transport::SharedMemory)
     }
 
     /// Returns each group's `ncclUniqueId`. A collective call.
     pub(crate) fn nccl_ids(&self, groups: &[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError> {
-        let deadline = Instant::now() + self.options.connect_within;
+        let deadline = Instant::now() + self.connector.options.connect_within;
         nccl_ids::exchange(groups, &self.process_map, &self.membership, &self.ids, deadline)
     }
 
@@ -313,7 +317,7 @@ impl World {
     /// The agreement on checkpoints, and this process's rank in it.
     pub(crate) fn agree(&self) -> (Arc<dyn SaveAgreement>, ProcessRank) {
         let ProcessMap { process, processes, .. } = self.process_map;
-        (self.agreement.clone(), ProcessRank { process, processes, epoch: self.roster.epoch })
+        (self.agreement.clone(), ProcessRank { process, processes, epoch: self.connector.roster.epoch })
     }
 
     /// Number of messages refused since the start, by reason.
@@ -331,10 +335,9 @@ impl World {
     }
 
     pub(crate) fn peers(&self) -> Vec<PeerState> {
-        let member = |process: u32| &self.roster.members[process as usize];
-        let own = member(self.process_map.process);
+        let own = self.member(self.process_map.process);
         let peer = |status: PeerStatus| {
-            let Member { process, node, host, pid, .. } = member(status.process);
+            let Member { process, node, host, pid, .. } = self.member(status.process);
             let (process, host, pid, is_on_this_node) = (*process, host.clone(), *pid, *node == own.node);
             PeerState { process, host, pid, is_on_this_node, silent: status.silent }
         };
@@ -388,7 +391,7 @@ fn meet(
 }
 
 fn start_membership(
-    connector: &Connector<'_>,
+    connector: &Connector,
     heartbeat: UdpSocket,
     wait_max: Duration,
 ) -> Result<Membership, ClusterError> {
@@ -409,20 +412,6 @@ fn start_membership(
 
 fn system(action: &'static str) -> impl FnOnce(io::Error) -> ClusterError {
     move |cause| ClusterError::System { action, cause }
-}
-
-fn new_connector<'a>(
-    device: DeviceKind,
-    process_map: &ProcessMap,
-    roster: &'a Roster,
-    listener: &'a Listener,
-    secret: &'a Secret,
-    options: &'a ClusterOptions,
-    by_mpi: &'a ByMpi,
-) -> Connector<'a> {
-    let deadline = Instant::now() + options.connect_within;
-    let pipes = Pipes::new();
-    Connector { device, process_map: *process_map, roster, listener, secret, options, by_mpi, deadline, pipes }
 }
 
 #[cfg(test)]

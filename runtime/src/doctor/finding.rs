@@ -6,7 +6,6 @@ use serde::Serialize;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FindingStatus {
-    /// Works.
     Ok,
     /// Missing; only some programs need it.
     Absent,
@@ -21,9 +20,7 @@ pub enum FindingStatus {
 pub struct Finding {
     /// `machine`, `works`, `gpu` or `cluster`.
     pub group: &'static str,
-    /// Name of the resource.
     pub name: &'static str,
-    /// Its status.
     pub status: FindingStatus,
     /// Numbers, versions or paths.
     pub value: String,
@@ -32,19 +29,18 @@ pub struct Finding {
     pub hint: Option<String>,
 }
 
-impl Finding {
-    pub(super) fn new(
-        group: &'static str,
-        name: &'static str,
-        status: FindingStatus,
-        value: impl Into<String>,
-    ) -> Finding {
-        Finding { group, name, status, value: value.into(), hint: None }
-    }
+/// The group is set by the caller of all checks.
+pub(super) fn ok(name: &'static str, value: impl Into<String>) -> Finding {
+    Finding { group: "", name, status: FindingStatus::Ok, value: value.into(), hint: None }
+}
 
-    pub(super) fn hint(self, hint: impl Into<String>) -> Finding {
-        Finding { hint: Some(hint.into()), ..self }
-    }
+pub(super) fn not_ok(
+    name: &'static str,
+    status: FindingStatus,
+    value: impl Into<String>,
+    hint: impl Into<String>,
+) -> Finding {
+    Finding { status, hint: Some(hint.into()), ..ok(name, value) }
 }
 
 /// Formats a size, such as `12.3 GiB`.

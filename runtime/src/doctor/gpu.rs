@@ -4,23 +4,23 @@ use shardflow_kernels::cuda::DeviceFacts;
 use shardflow_kernels::cuda::probe;
 use shardflow_kernels::error::KernelError;
 
-use super::finding::{Finding, FindingStatus, size};
+use super::finding::{Finding, FindingStatus, not_ok, ok, size};
 
 pub(super) fn examine() -> Vec<Finding> {
     let probe = probe();
     let (driver, devices) = match &probe.driver {
         Err(error) => (unusable("driver", error), Vec::new()),
-        Ok(version) => (Finding::new("gpu", "driver", FindingStatus::Ok, format!("CUDA {version}")), probe.devices),
+        Ok(version) => (ok("driver", format!("CUDA {version}")), probe.devices),
     };
     let mut found = vec![driver];
     if devices.is_empty() {
         let hint = "CUDA needs a GPU and NVIDIA's driver; CUDA_VISIBLE_DEVICES may hide devices";
-        found.push(Finding::new("gpu", "devices", FindingStatus::Absent, "none").hint(hint));
+        found.push(not_ok("devices", FindingStatus::Absent, "none", hint));
     }
     found.extend(devices.iter().enumerate().map(|(ordinal, facts)| device(ordinal, facts)));
     found.extend(probe.libraries.iter().map(|(library, version)| match version {
-        Ok(version) => Finding::new("gpu", library.name(), FindingStatus::Ok, version),
-        Err(error) => unusable(library.name(), error).hint(library.hint()),
+        Ok(version) => ok(library.name(), version),
+        Err(error) => Finding { hint: Some(library.hint().into()), ..unusable(library.name(), error) },
     }));
     found
 }
@@ -31,7 +31,7 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
             let DeviceFacts { name, capability: (major, minor), bytes_total } = facts;
             // Free memory is not reported: only an open context can query it, which uses memory and takes longer than all else.
             let memory = size(*bytes_total as u64);
-            Finding::new("gpu", "device", FindingStatus::Ok, format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
+            ok("device", format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
         }
         Err(error) => unusable("device", error),
     }
@@ -40,10 +40,10 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
 /// A finding with the backend's error; its hint is separate.
 fn unusable(name: &'static str, error: &KernelError) -> Finding {
     match error {
-        KernelError::Unavailable { what, hint } => Finding::new("gpu", name, FindingStatus::Absent, what).hint(hint),
+        KernelError::Unavailable { what, hint } => not_ok(name, FindingStatus::Absent, what, hint),
         other => {
             let hint = "run nvidia-smi: if it fails too, the fault is in the driver or the device";
-            Finding::new("gpu", name, FindingStatus::Poor, other.to_string()).hint(hint)
+            not_ok(name, FindingStatus::Poor, other.to_string(), hint)
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::thread::available_parallelism;
 
-use super::finding::{Finding, FindingStatus, size};
+use super::finding::{Finding, FindingStatus, not_ok, ok, size};
 use shardflow_job::machine::{FreeMemory, affinity, cores_text, free_memory, meminfo};
 
 /// Recommended free shared memory, in bytes: registers between processes of one node may not fit into less.
@@ -17,12 +17,8 @@ pub(super) fn examine() -> Vec<Finding> {
     [cores, vector_units, memory, memory_budget, huge_pages, shared_memory, open_files, kernel].map(|f| f()).into()
 }
 
-fn ok(name: &'static str, value: impl Into<String>) -> Finding {
-    Finding::new("machine", name, FindingStatus::Ok, value)
-}
-
 fn poor(name: &'static str, value: impl Into<String>, hint: &str) -> Finding {
-    Finding::new("machine", name, FindingStatus::Poor, value).hint(hint)
+    not_ok(name, FindingStatus::Poor, value, hint)
 }
 
 fn text(path: &str) -> String {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::{env, fs};
 
-use super::finding::{Finding, FindingStatus};
+use super::finding::{Finding, FindingStatus, not_ok, ok};
 
 /// Programs, and how to install them.
 const PROGRAMS: [(&str, &str); 3] = [
@@ -23,8 +23,8 @@ pub(super) fn examine() -> Vec<Finding> {
 
 fn finding(name: &'static str, path: Option<PathBuf>, hint: &str) -> Finding {
     match path {
-        Some(path) => Finding::new("cluster", name, FindingStatus::Ok, path.display().to_string()),
-        None => Finding::new("cluster", name, FindingStatus::Absent, "not found").hint(hint),
+        Some(path) => ok(name, path.display().to_string()),
+        None => not_ok(name, FindingStatus::Absent, "not found", hint),
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::fs::MemfdFlags;
 
-use super::finding::{Finding, FindingStatus};
+use super::finding::{Finding, FindingStatus, not_ok, ok};
 use shardflow_job::env::{DERIVED_PORTS, PORT_DEFAULT};
 use shardflow_job::machine::temporary_folder;
 
@@ -24,8 +24,8 @@ pub(super) fn examine() -> Vec<Finding> {
 
 fn finding(name: &'static str, result: io::Result<()>, hint: &str) -> Finding {
     match result {
-        Ok(()) => Finding::new("works", name, FindingStatus::Ok, "works"),
-        Err(error) => Finding::new("works", name, FindingStatus::Broken, error.to_string()).hint(hint),
+        Ok(()) => ok(name, "works"),
+        Err(error) => not_ok(name, FindingStatus::Broken, error.to_string(), hint),
     }
 }
 
@@ -56,11 +56,10 @@ fn memfd() -> io::Result<()> {
 }
 
 fn default_port() -> Finding {
-    let finding = |status, value: String| Finding::new("works", "default port", status, value);
+    let hint = "with several nodes, choose another port: --rdzv-endpoint HOST:PORT";
     match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT_DEFAULT)) {
-        Ok(_) => finding(FindingStatus::Ok, format!("{PORT_DEFAULT} is free")),
-        Err(error) => finding(FindingStatus::Poor, format!("{PORT_DEFAULT}: {error}"))
-            .hint("with several nodes, choose another port: --rdzv-endpoint HOST:PORT"),
+        Ok(_) => ok("default port", format!("{PORT_DEFAULT} is free")),
+        Err(error) => not_ok("default port", FindingStatus::Poor, format!("{PORT_DEFAULT}: {error}"), hint),
     }
 }
 
@@ -73,8 +72,8 @@ fn derived_ports() -> Finding {
         (Some(low), Some(high)) if low < DERIVED_PORTS.end && high >= DERIVED_PORTS.start => {
             let value = format!("{value}; the kernel's ephemeral ports are {low} to {high}");
             let hint = "sysctl net.ipv4.ip_local_port_range='32768 60999', or set SHARDFLOW_ENDPOINT";
-            Finding::new("works", "derived ports", FindingStatus::Poor, value).hint(hint)
+            not_ok("derived ports", FindingStatus::Poor, value, hint)
         }
-        _ => Finding::new("works", "derived ports", FindingStatus::Ok, value),
+        _ => ok("derived ports", value),
     }
 }

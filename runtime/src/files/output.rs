@@ -1,4 +1,4 @@
-//! Checks of output paths, before the work whose result is written there.
+//! Checks of output paths and of free space, before the work whose result is written there.
 
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -8,15 +8,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 use rustix::io::Errno;
 
-use super::space::free_bytes;
-
 /// A file that cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {path}: {cause}")]
 pub struct OutputFileError {
-    /// The file.
     pub path: PathBuf,
-    /// The cause.
     pub cause: io::Error,
 }
 
@@ -126,9 +122,6 @@ pub fn hint(cause: io::ErrorKind) -> &'static str {
 }
 
 /// Checks that the file system of `path` has `bytes` bytes of free space.
-///
-/// # Errors
-/// The file system has less free space.
 pub fn check_room(path: &Path, bytes: u64) -> Result<(), OutputFileError> {
     let Some(free) = free_bytes(folder_of(path)) else { return Ok(()) };
     if free >= bytes {
@@ -138,40 +131,51 @@ pub fn check_room(path: &Path, bytes: u64) -> Result<(), OutputFileError> {
     Err(OutputFileError { path: path.into(), cause })
 }
 
+/// Free bytes for this process in the folder; `None` if the file system does not report them.
+pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Files that can still be created in the folder; `None` if the file system does not limit them.
+pub(crate) fn free_inodes(folder: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    (stat.f_files > 0).then_some(stat.f_favail)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_check_changes_no_file() {
-        let folder = std::env::temp_dir().join(format!("shardflow-files-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path();
         let file = folder.join("model");
         check_writable(&file).unwrap();
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(folder).unwrap().count(), 0);
         std::fs::write(&file, "kept").unwrap();
         check_writable(&file).unwrap();
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
         let slash = [folder.join("new/"), folder.join("new/."), file.join("")];
-        for wrong in [folder.clone(), folder.join("no/such/model"), file.join("inside"), "..".into(), "".into()]
+        for wrong in [folder.into(), folder.join("no/such/model"), file.join("inside"), "..".into(), "".into()]
             .into_iter()
             .chain(slash)
         {
             let error = check_writable(&wrong).unwrap_err().to_string();
             assert!(error.starts_with(&format!("cannot write {}: ", wrong.display())), "{error}");
         }
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        assert_eq!(std::fs::read_dir(folder).unwrap().count(), 1);
         // A socket stands in for `/dev/null`, which a test should not put at risk.
         let socket = folder.join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         assert!(check_writable(&socket).unwrap_err().to_string().contains("not a regular file"));
-        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]
     fn a_file_that_a_rename_cannot_replace_is_refused() {
-        let folder = std::env::temp_dir().join(format!("shardflow-immutable-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path();
         let file = folder.join("model");
         std::fs::write(&file, "kept").unwrap();
         let chattr = |flag: &str| std::process::Command::new("chattr").arg(flag).arg(&file).output();
@@ -194,7 +198,6 @@ mod tests {
             Some(path) => drop(check_writable(Path::new(path)).unwrap_err()),
             None => println!("SKIPPED: no file is a mount point here"),
         }
-        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     fn is_mount_point(path: &str) -> bool {
@@ -204,8 +207,8 @@ mod tests {
 
     #[test]
     fn appendable_paths_are_checked() {
-        let folder = std::env::temp_dir().join(format!("shardflow-appendable-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path();
         let file = folder.join("log");
         check_appendable(&file).unwrap();
         assert!(!file.exists(), "a probe is removed");
@@ -214,15 +217,15 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
         check_appendable(Path::new("/dev/null")).unwrap();
         let kind = |path: &Path| check_appendable(path).unwrap_err().cause.kind();
-        assert_eq!(kind(&folder), io::ErrorKind::IsADirectory);
+        assert_eq!(kind(folder), io::ErrorKind::IsADirectory);
         assert_eq!(kind(&folder.join("no/log")), io::ErrorKind::NotFound);
         assert_eq!(kind(&file.join("log")), io::ErrorKind::NotADirectory);
-        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]
     fn paths_of_one_file_are_resolved_to_one_path() {
-        let folder = std::env::temp_dir().join(format!("shardflow-resolved-{}", std::process::id()));
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path();
         std::fs::create_dir_all(folder.join("sub")).unwrap();
         let link = |target: &str, name: &str| std::os::unix::fs::symlink(target, folder.join(name)).unwrap();
         link("../file", "sub/dangling");
@@ -236,7 +239,6 @@ mod tests {
         assert!(resolved(&folder.join("loop")).ends_with("loop"));
         assert_eq!(resolved(Path::new("x")), std::env::current_dir().unwrap().canonicalize().unwrap().join("x"));
         assert_eq!(resolved(Path::new("no/such/x")), Path::new("no/such/x"));
-        std::fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]

@@ -201,16 +201,16 @@ pub(super) fn difference_in_load(plan: &Plan, source: &str, all_numbers: &[Vec<u
         None => tensors.nth(index - LOAD_NAMES.len()).unwrap_or_default(),
     };
     let values = (0..).zip(all_numbers.iter().map(|numbers| numbers.get(index).copied().unwrap_or_default())).collect();
-    let values = if index < MANIFEST { in_decimal(values) } else { in_hex(values) };
+    let values = if index < MANIFEST { as_text(values, |value| value.to_string()) } else { in_hex(values) };
     Some(RankDisagreement { context: source.into(), name, values })
 }
 
-fn in_decimal(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {
-    values.into_iter().map(|(rank, value)| (rank, value.to_string())).collect()
+fn in_hex(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {
+    as_text(values, |value| format!("{value:016x}"))
 }
 
-fn in_hex(values: Vec<(u32, u64)>) -> Vec<(u32, String)> {
-    values.into_iter().map(|(rank, value)| (rank, format!("{value:016x}"))).collect()
+fn as_text(values: Vec<(u32, u64)>, text: impl Fn(u64) -> String) -> Vec<(u32, String)> {
+    values.into_iter().map(|(rank, value)| (rank, text(value))).collect()
 }
 
 #[cfg(test)]

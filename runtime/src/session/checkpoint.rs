@@ -19,7 +19,7 @@ use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::manifest::TensorKind;
 use crate::checkpoint::shard::{Entry, SEED, STEPS, UPDATES, declared_of, header, metadata, write_whole};
 use crate::cluster::world::WAITING;
-use crate::declare::{Difference, Values};
+use crate::declare::Values;
 use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
@@ -127,11 +127,8 @@ impl Session {
         Ok(notes)
     }
 
-    /// Loads only parameters, from any safetensors file that has them; optimizer state starts fresh: moments, steps and
-    /// updates are 0. Returns notes for the user, one line each. If several processes run the plan, all must call it.
-    ///
-    /// # Errors
-    /// The same as [`Session::restore`].
+    /// Like [`Session::restore`], but loads only parameters, from any safetensors file that has them; optimizer state
+    /// starts fresh: moments, steps and updates are 0.
     pub fn init_from(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.set_activity("loading weights");
         let read = self.read(path, true);
@@ -193,8 +190,8 @@ impl Session {
             return own;
         }
         let own_summary = own.as_ref().map(summary).map_err(|error| error.exit().code());
-        let (ports, process) = (self.ports.clone(), self.process_map.process as usize);
-        self.send_numbers(ports.loads[process], &numbers_of_load(&self.plan, own_summary));
+        let ports = self.ports.clone();
+        self.send_numbers(&ports.loads, &numbers_of_load(&self.plan, own_summary));
         let all_numbers = self.receive_numbers_between_steps(&ports.loads)?;
         let own = own?;
         let outcome = |numbers: &Vec<u64>| Outcome::from_pair(numbers.first_chunk().copied().unwrap_or([u64::MAX; 2]));
@@ -248,9 +245,7 @@ impl Session {
         weights_only: bool,
     ) -> Result<Vec<String>, CheckpointError> {
         let unfit = |why| CheckpointError::Unfit { path: path.into(), why };
-        let differs =
-            |Difference { name, saved, here }| unfit(format!("its {name} is {saved}, and this program's is {here}"));
-        let mut notes = self.declared.compare(declared, weights_only).map_err(differs)?;
+        let mut notes = self.declared.compare(declared, weights_only).map_err(unfit)?;
         let graph = &self.plan.graph;
         let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter);
         let wanted: BTreeSet<&str> = wanted.map(|(var, _)| graph.tensor(var).name.as_str()).collect();

@@ -16,7 +16,7 @@ pub(super) struct Inbox {
     pub(super) peers: Receiver<PeerMessage>,
     waiting: BTreeMap<u32, VecDeque<Vec<HostTensor>>>,
     /// Processes that send nothing more.
-    ended: BTreeSet<u32>,
+    pub(super) ended: BTreeSet<u32>,
 }
 
 impl Inbox {
@@ -41,19 +41,10 @@ impl Inbox {
         ports.iter().map(numbers).collect()
     }
 
-    /// A process that has ended without sending a wanted piece.
-    pub(super) fn ended_sender(&self, wanted: &[(u32, usize)]) -> Option<u32> {
-        self.missing_senders(wanted).find(|process| self.ended.contains(process))
-    }
-
-    /// The sender of the first wanted piece that is missing.
-    pub(super) fn missing_sender(&self, wanted: &[(u32, usize)]) -> Option<u32> {
-        self.missing_senders(wanted).next()
-    }
-
-    fn missing_senders(&self, wanted: &[(u32, usize)]) -> impl Iterator<Item = u32> {
+    /// The senders of the wanted pieces that are missing.
+    pub(super) fn missing_senders(&self, wanted: &[(u32, usize)]) -> Vec<u32> {
         let missing = |(port, count): &&(u32, usize)| self.waiting.get(port).map_or(0, VecDeque::len) < *count;
-        wanted.iter().filter(missing).map(|(port, _)| self.ports.ports[*port as usize].process)
+        wanted.iter().filter(missing).map(|(port, _)| self.ports.ports[*port as usize].process).collect()
     }
 
     /// Removes and returns up to `count` of a port's oldest pieces.

@@ -92,7 +92,6 @@ struct Loader<'a> {
     plan: &'a Plan,
     /// By device; includes at least those of this process.
     arenas: &'a BTreeMap<usize, Arena>,
-    /// Feed ports of the programs created so far.
     feeds: Vec<FeedPort>,
     sender: Sender<Stamped<Fetched>>,
 }

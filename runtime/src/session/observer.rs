@@ -6,13 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shardflow_actors::hang::Hang;
-use shardflow_actors::snapshot::ActorSnapshot;
+use shardflow_actors::shell::Control;
 use shardflow_actors::spec::{ActorId, RegisterId};
-use shardflow_actors::trace::{FiringRecord, NewFirings, RING_FIRINGS};
+use shardflow_actors::trace::{FiringRecord, RING_FIRINGS};
 
-pub use super::incidents::Incident;
-use super::incidents::Incidents;
 use super::metrics::{Metrics, TrainingTime};
 use super::passes::Passes;
 pub(crate) use super::passes::cause_of;
@@ -29,8 +26,8 @@ pub struct Observer {
     sources: Sources,
     steps: AtomicU64,
     recent: Mutex<RecentSteps>,
-    passes: Mutex<Passes>,
-    incidents: Incidents,
+    pub(super) passes: Mutex<Passes>,
+    incidents: Mutex<Vec<Incident>>,
     /// Unix time of the start in nanoseconds, which identifies a session among those that one server shows.
     pub started: u64,
     published: Mutex<PublishedMetrics>,
@@ -40,10 +37,8 @@ pub struct Observer {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SessionHealth {
-    /// It runs a step, or waits for its program.
-    Healthy {
-        steps: u64,
-    },
+    /// It runs a step, or waits for its program; with the number of steps done.
+    Healthy(u64),
     Failed(String),
     Ended,
 }
@@ -57,7 +52,7 @@ impl Observer {
             steps: AtomicU64::new(0),
             recent: Mutex::new(steps),
             passes: Mutex::default(),
-            incidents: Incidents::default(),
+            incidents: Mutex::default(),
             started,
             published: Mutex::default(),
             training,
@@ -74,33 +69,19 @@ impl Observer {
 
     /// The session's progress and memory use. Cheap: it pauses nothing.
     pub fn metrics(&self) -> Metrics {
-        self.sources.metrics.metrics(
-            &self.sources.plan,
-            self.steps.load(Ordering::Relaxed),
-            &self.sources.control.snapshot(),
-        )
+        let (steps, snapshots) = (self.steps.load(Ordering::Relaxed), self.control().snapshot());
+        self.sources.metrics.metrics(self.plan(), steps, &snapshots)
     }
 
-    /// Ended firings of an actor of this process, starting with number `from`, in the order of their ends. The newest
-    /// [`shardflow_actors::trace::RING_FIRINGS`] are kept.
-    pub fn fired(&self, actor: ActorId, from: u64) -> NewFirings {
-        self.sources.control.fired(actor, from)
+    /// The running actors: their states, firings and progress.
+    pub fn control(&self) -> &Control {
+        &self.sources.control
     }
 
     /// Firings that the actor's ring buffer holds.
     pub fn kept_firings(&self, actor: ActorId) -> Vec<FiringRecord> {
-        let end = self.fired(actor, u64::MAX).next;
-        self.fired(actor, end.saturating_sub(RING_FIRINGS as u64)).firings
-    }
-
-    /// State of each actor of this process; empty after the session has ended.
-    pub fn snapshot(&self) -> Vec<ActorSnapshot> {
-        self.sources.control.snapshot()
-    }
-
-    /// Nanoseconds since the session's start; `None` after it has ended.
-    pub fn now_ns(&self) -> Option<u64> {
-        self.sources.control.now_ns()
+        let end = self.control().fired(actor, u64::MAX).next;
+        self.control().fired(actor, end.saturating_sub(RING_FIRINGS as u64)).firings
     }
 
     /// Steps done before a pass over the plan ([`pass_of`]).
@@ -111,25 +92,6 @@ impl Observer {
     /// Passes at which the step number jumps, each with the steps done before it.
     pub fn marks(&self) -> Vec<(u64, u64)> {
         self.passes.lock().marks.iter().copied().collect()
-    }
-
-    /// Records the start of a pass, for the step after `steps` steps.
-    pub(super) fn begin_pass(&self, steps: u64) {
-        self.passes.lock().begin(steps);
-    }
-
-    /// Nanoseconds since the last progress; `None` after the session has ended.
-    pub fn idle_ns(&self) -> Option<u64> {
-        self.sources.control.idle_ns()
-    }
-
-    pub fn is_under_way(&self) -> bool {
-        self.sources.control.is_under_way()
-    }
-
-    /// The chain of waits, if a step runs without progress.
-    pub fn hang(&self) -> Option<Hang> {
-        self.sources.control.hang()
     }
 
     pub fn recent_steps(&self) -> RecentSteps {
@@ -146,14 +108,26 @@ impl Observer {
             }
         }
         if let Some((at_ns, failure)) = self.sources.control.failed_at() {
-            self.incidents.add(Incident { at_ns, kind: "failure", text: failure.to_string() });
+            self.add_incident(Incident { at_ns, kind: "failure", text: failure.to_string() });
         }
-        self.incidents.sorted()
+        let mut incidents = self.incidents.lock().clone();
+        incidents.sort_by_key(|incident| incident.at_ns);
+        incidents
+    }
+
+    /// Adds an incident unless it is known, or the list has enough of its kind.
+    fn add_incident(&self, incident: Incident) {
+        let mut incidents = self.incidents.lock();
+        let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
+        let same_kind = incidents.iter().filter(|known| known.kind == incident.kind).count();
+        if !is_known && same_kind < INCIDENTS_MAX {
+            incidents.push(incident);
+        }
     }
 
     /// Records an incident with the current time.
     pub fn note(&self, kind: &'static str, text: String) {
-        self.incidents.add(Incident { at_ns: self.now_ns().unwrap_or_default(), kind, text });
+        self.add_incident(Incident { at_ns: self.control().now_ns().unwrap_or_default(), kind, text });
     }
 
     /// State of the other processes; empty after the session has ended.
@@ -175,7 +149,7 @@ impl Observer {
         match (self.sources.control.first_failure(), self.sources.control.now_ns()) {
             (Some(failure), _) => SessionHealth::Failed(failure.to_string()),
             (None, None) => SessionHealth::Ended,
-            (None, Some(_)) => SessionHealth::Healthy { steps: self.steps.load(Ordering::Relaxed) },
+            (None, Some(_)) => SessionHealth::Healthy(self.steps.load(Ordering::Relaxed)),
         }
     }
 
@@ -194,7 +168,7 @@ impl Observer {
     pub fn sample(&self) {
         let Some(training) = &self.training else { return };
         let mut published = self.published.lock();
-        if matches!(self.health(), SessionHealth::Healthy { .. }) {
+        if matches!(self.health(), SessionHealth::Healthy(_)) {
             training.publish();
         }
         published.sample(&self.sources);
@@ -205,4 +179,17 @@ impl Observer {
     pub fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
         self.sources.transport(register, reader)
     }
+}
+
+/// Incidents of each kind that are kept. The first ones are kept because they explain later ones.
+const INCIDENTS_MAX: usize = 8;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Incident {
+    /// Time of its first occurrence, nanoseconds since the session's start.
+    pub at_ns: u64,
+    /// `restart`, `not finite`, `stall`, `refused` or `failure`.
+    pub kind: &'static str,
+    /// Description, beginning with the cause.
+    pub text: String,
 }

@@ -46,7 +46,8 @@ impl Outcome {
     pub(super) fn check_others(all: &[Self], place: &str, problem: &str) -> Result<(), CheckpointError> {
         for (rank, outcome) in (0..).zip(all) {
             if let Self::Failed(exit) = outcome {
-                return Err(CheckpointError::on_rank(place, rank, *exit, problem));
+                let (place, problem) = (place.into(), problem.into());
+                return Err(CheckpointError::OnRank { place, rank, exit: *exit, problem });
             }
         }
         Ok(())

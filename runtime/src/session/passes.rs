@@ -14,7 +14,6 @@ pub(super) struct Passes {
     pub(super) marks: VecDeque<(u64, u64)>,
 }
 
-/// Number of newest marks that are kept.
 const MARKS_MAX: usize = 256;
 
 /// The pass over the plan to which a firing belongs.
@@ -39,6 +38,7 @@ impl Passes {
         mark.map_or(pass, |(first, steps)| steps + (pass - first))
     }
 
+    /// Records the start of a pass, for the step after `steps` steps.
     pub(super) fn begin(&mut self, steps: u64) {
         if self.step_of(self.begun) != steps || self.marks.is_empty() {
             self.marks.push_back((self.begun, steps));

@@ -27,8 +27,8 @@ impl Saver {
             return Ok(SaveStart::Skipped);
         }
         let mut snapshot = session.snapshot(self.spare.take())?;
-        snapshot.cursor = cursor;
-        let replaces = session.is_known_damaged(snapshot.step);
+        snapshot.manifest.cursor = cursor;
+        let replaces = snapshot.manifest.step <= session.damaged_up_to;
         Ok(self.start(snapshot, replaces)?)
     }
 }

@@ -15,7 +15,7 @@ use super::outcome::{NumberPair, Outcome};
 use super::start::cannot_start;
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
 use crate::checkpoint::error::CheckpointError;
-use crate::checkpoint::manifest::{Cursor, TensorKind, TensorMeta};
+use crate::checkpoint::manifest::{Cursor, Manifest, StoredTensor, TensorKind, TensorMeta};
 use crate::checkpoint::newest::NewestCheckpoint;
 use crate::checkpoint::read::CheckpointReader;
 use crate::checkpoint::snapshot::{Snapshot, SnapshotPiece};
@@ -62,15 +62,8 @@ impl Session {
             Some(world) => cannot_start(world, error.into()),
             None => error.into(),
         })?;
-        let alone = || {
-            (Arc::new(SingleProcess) as Arc<dyn SaveAgreement>, ProcessRank { epoch: self.job.1, ..ProcessRank::ALONE })
-        };
-        Ok(self.world.as_ref().map_or_else(alone, |world| world.agree()))
-    }
-
-    /// True if the restore found the checkpoint of this step damaged, where there is one. A save replaces it.
-    pub(crate) fn is_known_damaged(&self, step: u64) -> bool {
-        step <= self.damaged_up_to
+        let rank = ProcessRank { epoch: self.job.1, ..ProcessRank::ALONE };
+        Ok(self.world.as_ref().map_or((Arc::new(SingleProcess), rank), |world| world.agree()))
     }
 
     /// Copies the hosted devices' parameters and optimizer state to host memory, reusing the buffers of `spare` if
@@ -84,9 +77,6 @@ impl Session {
 
     /// Like [`Session::snapshot`], for these devices only. A part that several devices of the mesh hold belongs to the
     /// snapshot of the first of them, in the order of the placement.
-    ///
-    /// # Errors
-    /// The failure of an earlier step.
     pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
         self.check_not_failed()?;
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
@@ -98,12 +88,13 @@ impl Session {
                 self.arenas[&device].read_host_into(*offset, &mut data)?;
                 pieces.push(SnapshotPiece { tensor: tensors.len(), region: region.clone(), data });
             }
-            tensors.push(self.tensor_info(var, kind));
+            tensors.push(StoredTensor { info: self.tensor_info(var, kind), pieces: Vec::new() });
         }
-        let (mesh, cursor) = (self.plan.graph.mesh().to_string(), Cursor::new());
-        let (declared, job) = (self.declared.values(), self.step_metrics.job_time());
-        let (step, updates, seed) = (self.steps, self.updates, self.seed);
-        Ok(Snapshot { step, updates, seed, mesh, cursor, declared, job, tensors, pieces })
+        let (step, updates, seed) = (self.steps, Some(self.updates), self.seed);
+        let (mesh, declared) = (self.plan.graph.mesh().to_string(), self.declared.values());
+        let job = self.step_metrics.job_time();
+        let manifest = Manifest { step, updates, mesh, seed, declared, job, tensors, ..Manifest::default() };
+        Ok(Snapshot { manifest, pieces })
     }
 
     fn tensor_info(&self, var: Var, kind: TensorKind) -> TensorMeta {
@@ -215,8 +206,9 @@ impl Session {
                 // A fresh start would eventually delete checkpoints that may still be useful.
                 _ if self.process_map.process == 0 => return Err(all.swap_remove(0).into()),
                 _ => {
-                    let (exit, problem) = (Exit::BadData.code(), "finds only damaged checkpoints");
-                    return Err(CheckpointError::on_rank(store.place(), 0, exit, problem).into());
+                    let (place, exit) = (store.place().into(), Exit::BadData.code());
+                    let problem = "finds only damaged checkpoints".into();
+                    return Err(CheckpointError::OnRank { place, rank: 0, exit, problem }.into());
                 }
             };
             let [newest, cursor] = self.exchange(numbers)?[0];
@@ -261,7 +253,7 @@ impl Session {
         if self.process_map.process != 0 {
             return Ok((None, [0; 2]));
         }
-        let NewestCheckpoint { reader, damaged } = store.newest_before(before)?;
+        let NewestCheckpoint { reader, damaged } = store.newest_accepted(before, |_| Ok(()))?;
         let newest = if damaged.is_empty() { 0 } else { store.steps()?.last().copied().unwrap_or(0) };
         all_damaged.extend(damaged);
         let cursor = reader.as_ref().map_or(0, |reader| reader.manifest().cursor_digest());

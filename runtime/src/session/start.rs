@@ -218,7 +218,8 @@ impl Resources {
         if let Some(world) = world {
             world.count_mirrors(plan)?;
         }
-        let process_map = world.map_or(ProcessMap::alone(plan.memory.len()), |world| world.process_map);
+        let alone = ProcessMap { process: 0, processes: 1, devices: plan.memory.len() };
+        let process_map = world.map_or(alone, |world| world.process_map);
         let node_processes = world.map_or(vec![0], |world| world.here());
         if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
             plan.set_threads(owned_threads(world, &process_map, &node_processes));
@@ -233,7 +234,7 @@ impl Resources {
         };
         let ProcessDevices { devices, engine, pipes } = devices::open(plan, &process_map, on_node, takes_pipes, &ids)?;
         set_activity("allocating memory");
-        let shared = world.is_some_and(|world| world.shares_memory(plan.device));
+        let shared = world.is_some_and(|world| world.shares_memory());
         let mut arenas = BTreeMap::new();
         for device in &devices {
             let bytes = plan.memory[device.rank()].arena_bytes;
@@ -244,10 +245,10 @@ impl Resources {
         set_activity(WAITING);
         let mut connections = match world {
             Some(world) => {
-                let connector = Connector { pipes, ..world.connector(plan.device) };
+                let connector = Connector { pipes, ..world.connector() };
                 connector.connect_all(plan, &devices, &arenas, engine)?
             }
-            None => Connections::alone(engine),
+            None => Connections { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() },
         };
         arenas.append(&mut connections.mapped);
         Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })

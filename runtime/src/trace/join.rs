@@ -56,6 +56,12 @@ pub(super) struct Event {
     pub args: Args,
 }
 
+impl Event {
+    pub(super) fn end(&self) -> f64 {
+        self.ts + self.dur
+    }
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Args {
@@ -81,9 +87,6 @@ pub struct JoinedTrace {
 
 impl JoinedTrace {
     /// Joins files, given as texts.
-    ///
-    /// # Errors
-    /// [`JoinError`].
     pub fn of(texts: &[String]) -> Result<Self, JoinError> {
         let parse = |(index, text): (usize, &String)| {
             events_of(text).map_err(|source| JoinError::Format { file: index + 1, source })
@@ -98,9 +101,6 @@ impl JoinedTrace {
     }
 
     /// Writes the joined trace as one file. `texts` are the texts given to [`JoinedTrace::of`].
-    ///
-    /// # Errors
-    /// If it cannot be written.
     pub fn write(&self, texts: &[String], mut out: impl Write) -> io::Result<()> {
         let mut separator = "[\n";
         for (text, shift) in texts.iter().zip(&self.shifts_us) {

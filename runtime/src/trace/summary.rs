@@ -1,63 +1,39 @@
 //! Summary of a trace on one screen: how busy each actor was, what it waited for, the critical path of a step, and the
 //! step time beside the simulator's prediction.
-//!
-//! Idle time of an actor within a step is attributed to
-//!
-//! - **host**: the program had not sent the step's inputs, or its learning rate;
-//! - **credit**: the readers of one of its outputs held all slots;
-//! - **link**: a piece was written but had not arrived, because of messages or scheduling;
-//! - **bubble**: a piece was not yet written, and would not have been in the simulator's run either;
-//! - **imbalance**: a piece was not yet written, because firings took longer than their mean time;
-//! - **other**: the rest, such as handling of the actor's messages.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 
 use super::PREDICTION;
-use super::join::{Args, Event, JoinedTrace};
+use super::join::{Event, JoinedTrace};
 use shardflow_job::text::counted;
 
-/// Number of actions of the critical path that are shown.
 const PATH_SHOWN: usize = 6;
-/// Number of registers that are shown.
 const EDGES_SHOWN: usize = 8;
 
-/// Why a trace has no summary.
+/// A trace has no step after the first one, and so no summary.
 #[derive(Debug, thiserror::Error)]
-pub enum SummaryError {
-    /// The trace has no step after the first one.
-    #[error("the trace has no step after the first; trace at least two steps")]
-    NoStep,
-}
+#[error("the trace has no step after the first; trace at least two steps")]
+pub struct SummaryError;
 
-/// One firing. Times are microseconds.
-#[derive(Clone, Debug)]
-struct Slice {
-    actor: u32,
-    action: String,
-    start: f64,
-    end: f64,
-    args: Args,
-}
-
-/// Use of an actor's time, as shares of the total time of all steps.
+/// Use of an actor's time, as shares of the total time of all steps. Idle time between steps does not count.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActorShare {
     /// Its name.
     pub name: String,
     /// Share with a firing in flight.
     pub busy: f64,
-    /// Share idle because of the host.
+    /// Share idle because the program had not sent the step's inputs, or its learning rate.
     pub host: f64,
-    /// Share idle because of missing slots.
+    /// Share idle because the readers of one of its outputs held all slots.
     pub credit: f64,
-    /// Share idle because of pieces that were written but had not arrived.
+    /// Share idle because a piece was written but had not arrived: messages or scheduling.
     pub link: f64,
-    /// Share idle because of unwritten pieces, as predicted from the plan.
+    /// Share idle because a piece was not yet written, and would not have been in the simulator's run either.
     pub bubble: f64,
-    /// Share idle because of late pieces.
+    /// Share idle because a piece was not yet written, as firings took longer than their mean time.
     pub imbalance: f64,
-    /// The rest.
+    /// The rest, such as handling of the actor's messages.
     pub other: f64,
 }
 
@@ -88,8 +64,8 @@ pub struct TraceSummary {
 
 struct TraceIndex {
     names: BTreeMap<u32, String>,
-    /// Slices in the order of their starts.
-    slices: Vec<Slice>,
+    /// Firings in the order of their starts.
+    slices: Vec<Event>,
     /// By actor: indices of its slices, in the order of time.
     of_actor: BTreeMap<u32, Vec<usize>>,
     /// By pass: time of its first launch and of its last end.
@@ -105,14 +81,11 @@ struct TraceIndex {
 
 impl TraceSummary {
     /// Summarizes the trace of all processes of a run, or of some of them.
-    ///
-    /// # Errors
-    /// [`SummaryError`].
     pub fn of(trace: JoinedTrace) -> Result<Self, SummaryError> {
         let trace = TraceIndex::new(trace.events);
         // The first pass is a warm-up.
         let spans: Vec<&(f64, f64)> = trace.spans.range(1..).map(|(_, span)| span).collect();
-        let Some((&last, _)) = trace.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
+        let Some((&last, _)) = trace.spans.range(1..).next_back() else { return Err(SummaryError) };
         let all_us: f64 = spans.iter().map(|(start, end)| end - start).sum();
         let passes = spans.len() as f64;
         let counted = trace.slices.iter().filter(|slice| slice.args.pass > 0);
@@ -142,23 +115,22 @@ impl TraceIndex {
         let (mut names, mut slices, mut predicted) = (BTreeMap::new(), Vec::new(), None);
         let (mut arrows_out, mut arrows_in) = (Vec::new(), Vec::new());
         for event in events {
-            let Event { name, ph, tid, ts, dur, id, args } = event;
-            match ph.as_str() {
-                "M" if name == PREDICTION => predicted = args.step_us.zip(args.idle_us),
-                "M" if name == "thread_name" => drop(names.insert(tid, args.name)),
-                "X" => slices.push(Slice { actor: tid, action: name, start: ts, end: ts + dur, args }),
-                "s" => arrows_out.push((id, tid, ts)),
-                "f" => arrows_in.push((id, tid, ts, name)),
+            match event.ph.as_str() {
+                "M" if event.name == PREDICTION => predicted = event.args.step_us.zip(event.args.idle_us),
+                "M" if event.name == "thread_name" => drop(names.insert(event.tid, event.args.name)),
+                "X" => slices.push(event),
+                "s" => arrows_out.push((event.id, event.tid, event.ts)),
+                "f" => arrows_in.push((event.id, event.tid, event.ts, event.name)),
                 _ => {}
             }
         }
-        slices.sort_by(|a, b| a.start.total_cmp(&b.start));
+        slices.sort_by(|a, b| a.ts.total_cmp(&b.ts));
         let mut of_actor: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
         let mut spans: BTreeMap<u64, (f64, f64)> = BTreeMap::new();
         for (index, slice) in slices.iter().enumerate() {
-            of_actor.entry(slice.actor).or_default().push(index);
-            let span = spans.entry(slice.args.pass).or_insert((slice.start, slice.end));
-            *span = (span.0.min(slice.start), span.1.max(slice.end));
+            of_actor.entry(slice.tid).or_default().push(index);
+            let span = spans.entry(slice.args.pass).or_insert((slice.ts, slice.end()));
+            *span = (span.0.min(slice.ts), span.1.max(slice.end()));
         }
         let (starts, ends, readers) = Default::default();
         let mut trace = Self { names, slices, of_actor, spans, starts, ends, readers, predicted };
@@ -180,7 +152,7 @@ impl TraceIndex {
     fn slice_at(&self, actor: u32, ts: f64) -> Option<usize> {
         let own = self.of_actor.get(&actor)?;
         // Differences below a nanosecond are rounding errors.
-        let count = own.partition_point(|index| self.slices[*index].start <= ts + 1e-4);
+        let count = own.partition_point(|index| self.slices[*index].ts <= ts + 1e-4);
         count.checked_sub(1).map(|place| own[place])
     }
 
@@ -198,15 +170,15 @@ impl TraceIndex {
         for &index in self.of_actor.get(&actor).into_iter().flatten() {
             let slice = &self.slices[index];
             let Some((begin, _)) = self.spans.get(&slice.args.pass).filter(|_| slice.args.pass > 0) else { continue };
-            share.busy += slice.end - slice.start;
+            share.busy += slice.end() - slice.ts;
             // Waits between steps belong to no step.
-            let waited = slice.args.waited_us.min((slice.start - begin).max(0.0));
+            let waited = slice.args.waited_us.min((slice.ts - begin).max(0.0));
             match slice.args.cause.as_str() {
                 "host" => share.host += waited,
                 "credit" => share.credit += waited,
                 "input" => {
-                    let written = self.writer_of(index).map_or(slice.start, |(_, at)| at);
-                    let link = (slice.start - written).clamp(0.0, waited);
+                    let written = self.writer_of(index).map_or(slice.ts, |(_, at)| at);
+                    let link = (slice.ts - written).clamp(0.0, waited);
                     share.link += link;
                     unwritten += waited - link;
                 }
@@ -230,13 +202,13 @@ impl TraceIndex {
         let mut until = f64::INFINITY;
         while let Some(index) = at {
             let slice = &self.slices[index];
-            let name = format!("{} {}", self.names.get(&slice.actor).map_or("", String::as_str), slice.action);
-            *spent.entry(name).or_default() += (slice.end.min(until) - slice.start).max(0.0) * 1e-6;
-            until = slice.start;
+            let name = format!("{} {}", self.names.get(&slice.tid).map_or("", String::as_str), slice.name);
+            *spent.entry(name).or_default() += (slice.end().min(until) - slice.ts).max(0.0) * 1e-6;
+            until = slice.ts;
             // Each predecessor begins earlier, so the loop ends.
             let is_earlier = |predecessor: &usize| {
                 let predecessor = &self.slices[*predecessor];
-                predecessor.args.pass == pass && predecessor.start < slice.start
+                predecessor.args.pass == pass && predecessor.ts < slice.ts
             };
             at = self.predecessor(index).filter(is_earlier);
         }
@@ -250,11 +222,11 @@ impl TraceIndex {
         match slice.args.cause.as_str() {
             "input" => self.writer_of(index).map(|(writer, _)| writer),
             // The reader whose firing ended last before this slice began has released the slot.
-            "credit" => self.last_ended(self.readers.get(&slice.args.register)?.iter().copied(), slice.start),
+            "credit" => self.last_ended(self.readers.get(&slice.args.register)?.iter().copied(), slice.ts),
             // The host sends inputs after it has received the last result.
-            "host" => self.last_ended(0..index, slice.start),
+            "host" => self.last_ended(0..index, slice.ts),
             "own" => {
-                let own = &self.of_actor[&slice.actor];
+                let own = &self.of_actor[&slice.tid];
                 let place = own.binary_search(&index).ok()?;
                 place.checked_sub(1).map(|before| own[before])
             }
@@ -263,7 +235,7 @@ impl TraceIndex {
     }
 
     fn last_ended(&self, slices: impl Iterator<Item = usize>, until: f64) -> Option<usize> {
-        let end = |slice: &usize| self.slices[*slice].end;
+        let end = |slice: &usize| self.slices[*slice].end();
         slices.filter(|slice| end(slice) <= until).max_by(|a, b| end(a).total_cmp(&end(b)))
     }
 }

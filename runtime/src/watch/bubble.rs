@@ -44,7 +44,6 @@ impl Bubble {
         Self { actors, firings_per_step, open: BTreeMap::new(), complete: BTreeMap::new() }
     }
 
-    /// Adds a firing that has ended.
     pub(super) fn add(&mut self, spec: &Spec, actor: ActorId, (action, firing): (u32, u64), (from, to): (u64, u64)) {
         let actor = &spec.actors[actor.0 as usize];
         let per_step = u64::from(actor.actions[action as usize].per_step);

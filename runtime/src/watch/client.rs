@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 
 use super::status::Status;
 use crate::session::observer::Observer;
-use shardflow_job::exit::Exit;
 
 /// Time-out of each connect, write and read.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -32,13 +31,6 @@ pub enum ClientError {
     /// The server is another program, or returns an error.
     #[error("{address} returned for {path}: {response}")]
     BadResponse { address: SocketAddr, path: &'static str, response: String },
-}
-
-impl ClientError {
-    /// Exit code of a program that fails with this error.
-    pub fn exit(&self) -> Exit {
-        Exit::PeerUnavailable
-    }
 }
 
 /// Why a process makes no progress.
@@ -62,13 +54,13 @@ pub struct HangReport {
 
 impl HangReport {
     pub(super) fn of(observer: &Observer) -> Option<Self> {
-        let idle_seconds = observer.idle_ns()? as f64 * 1e-9;
-        let (spec, process_map, hang) = (&observer.plan().spec, observer.process_map(), observer.hang());
+        let (spec, process_map, control) = (&observer.plan().spec, observer.process_map(), observer.control());
+        let (idle_seconds, hang) = (control.idle_ns()? as f64 * 1e-9, control.hang());
         Some(Self {
             process: process_map.process,
             processes: process_map.processes,
             idle_seconds,
-            is_under_way: observer.is_under_way(),
+            is_under_way: control.is_under_way(),
             cause: hang.as_ref().map(|hang| hang.cause(spec)),
             elsewhere: hang.as_ref().map_or_else(Vec::new, |hang| hang.processes()),
             chain: hang.map_or_else(Vec::new, |hang| hang.steps(spec)),
@@ -101,9 +93,6 @@ impl fmt::Display for HangReport {
 }
 
 /// Queries the status of the session at an address.
-///
-/// # Errors
-/// If no server responds, or the response is not a status.
 pub fn status(address: SocketAddr) -> Result<Status, ClientError> {
     request(address, "/status")
 }
@@ -171,9 +160,6 @@ fn request<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Resu
 pub const ADDRESS: &str = "127.0.0.1:9400";
 
 /// Parses an address with a number or a name: `127.0.0.1:9400`, `localhost:9400`.
-///
-/// # Errors
-/// Why the address is invalid.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     let found: Vec<SocketAddr> =
         text.to_socket_addrs().map_err(|error| format!("{error}; expected ADDRESS:PORT"))?.collect();

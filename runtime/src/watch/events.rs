@@ -107,12 +107,13 @@ impl Cursor {
             *self = Self { session: observer.started, ..Self::default() };
         }
         let health = match observer.health() {
-            SessionHealth::Healthy { .. } => "running",
+            SessionHealth::Healthy(_) => "running",
             SessionHealth::Failed(_) => "failed",
             SessionHealth::Ended => "ended",
         };
         // In this order, so that no time in the states is later than `now_ns`.
-        let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns().unwrap_or_default());
+        let control = observer.control();
+        let (snapshots, now_ns) = (control.snapshot(), control.now_ns().unwrap_or_default());
         let (metrics, steps) = (observer.metrics(), observer.recent_steps());
         let idle_ns = snapshots.iter().map(|s| unchanged_ns(s, now_ns)).min().unwrap_or_default();
         let memory = |d: &DeviceMetrics| [d.device, d.planned_peak_bytes, d.measured_peak_bytes, d.allocated_bytes];
@@ -157,7 +158,7 @@ impl Cursor {
         for snapshot in snapshots {
             let from = self.firings_read.entry(snapshot.actor).or_default();
             let is_first = *from == 0;
-            let new_firings = observer.fired(snapshot.actor, *from);
+            let new_firings = observer.control().fired(snapshot.actor, *from);
             *from = new_firings.next;
             // Firings before the client connected do not count as lost.
             event.firings_left_out += if is_first { 0 } else { new_firings.lost };
@@ -235,7 +236,7 @@ fn add_problems(event: &mut Event, observer: &Observer, snapshots: &[ActorSnapsh
     let waits_long = |s: &&ActorSnapshot| s.in_flight_since_ns.is_none() && s.idle_now_ns >= BLOCKED_NS;
     let long: Vec<&ActorSnapshot> = snapshots.iter().filter(waits_long).collect();
     // Between steps all actors wait, which is normal.
-    if observer.is_under_way() {
+    if observer.control().is_under_way() {
         add_blocked_edges(event, &observer.plan().spec, snapshots, &long);
     }
     let truncate = |mut text: String| {

@@ -100,14 +100,15 @@ impl Status {
     /// Status of a running session; `None` after it has ended.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         let failed = match observer.health() {
-            SessionHealth::Healthy { .. } => None,
+            SessionHealth::Healthy(_) => None,
             SessionHealth::Failed(cause) => Some(cause),
             SessionHealth::Ended => return None,
         };
         // In this order, so that no time in the states is later than `now_ns`.
-        let (snapshots, now_ns) = (observer.snapshot(), observer.now_ns()?);
+        let control = observer.control();
+        let (snapshots, now_ns) = (control.snapshot(), control.now_ns()?);
         let (plan, process_map) = (observer.plan(), observer.process_map());
-        let is_under_way = observer.is_under_way();
+        let is_under_way = control.is_under_way();
         let running_step = is_under_way.then(|| RunningStep::new(&plan.spec, &snapshots));
         let (mut actors, mut waits) = (Vec::new(), Waits::new());
         for actor in process_map.actors_of(plan, process_map.process) {
@@ -145,7 +146,7 @@ impl Status {
             step_seconds: steps.quantile(0.5),
             step_seconds_p99: steps.quantile(0.99),
             tokens_per_second: steps.quantile(0.5).map(|seconds| steps.tokens as f64 / seconds),
-            idle_seconds: observer.idle_ns()? as f64 * 1e-9,
+            idle_seconds: control.idle_ns()? as f64 * 1e-9,
             is_under_way,
             devices: metrics.devices.into_iter().map(device).collect(),
             actors,

@@ -2,7 +2,7 @@
 //! since its last event. Nothing is queued for a client that does not read.
 
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use axum::extract::State;
@@ -10,12 +10,31 @@ use axum::http::StatusCode;
 use axum::response::sse::{Event as Sent, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
-use tokio::sync::mpsc;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use metrics_exporter_prometheus::PrometheusHandle;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::MissedTickBehavior;
 
 use super::events::Cursor;
-use super::state::ServerState;
+use crate::session::observer::Observer;
+
+/// The observer of the session that the server shows.
+pub(super) type ShownSession = Arc<Mutex<Weak<Observer>>>;
+
+/// What the handlers of the server share.
+#[derive(Clone)]
+pub(super) struct ServerState {
+    pub(super) session: ShownSession,
+    pub(super) prometheus: PrometheusHandle,
+    /// Permits for clients that receive events.
+    pub(super) clients: Arc<Semaphore>,
+}
+
+impl ServerState {
+    pub(super) fn observer(&self) -> Option<Arc<Observer>> {
+        self.session.lock().upgrade()
+    }
+}
 
 pub(super) const CLIENTS_MAX: usize = 16;
 const EVENT_EVERY: Duration = Duration::from_secs(1);
@@ -75,7 +94,7 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::*;
-    use crate::watch::{ShownSession, serve};
+    use crate::watch::serve;
 
     const DEADLINE: Duration = Duration::from_secs(30);
 

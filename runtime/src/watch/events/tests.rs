@@ -36,7 +36,7 @@ fn step(session: &mut Session) -> f32 {
     let report = session.step(&[("ids", tokens()), ("targets", tokens())], 0.01).expect("a step");
     // The loss is known before every actor has received the end of its firing.
     let observer = session.observer().expect("it runs");
-    while observer.snapshot().iter().any(|actor| actor.waiting.in_flight.is_some()) {
+    while observer.control().snapshot().iter().any(|actor| actor.waiting.in_flight.is_some()) {
         std::thread::yield_now();
     }
     report.loss.expect("a loss")
