@@ -209,11 +209,6 @@ impl Membership {
         self.shared.first_cause()
     }
 
-    /// Sets the step in this process's heartbeats.
-    pub fn set_step(&self, step: u64) {
-        self.shared.set_step(step);
-    }
-
     /// Returns the status of each peer.
     pub fn peers(&self) -> Vec<PeerStatus> {
         self.shared.peers()

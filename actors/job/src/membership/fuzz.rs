@@ -21,7 +21,7 @@ pub fn samples() -> Vec<Vec<u8>> {
         Body::Received { urgent: 3 },
     ];
     let messages = bodies.map(|body| ControlMessage::from(body).write());
-    messages.into_iter().chain([codec(8).write(2, 5, 77, Some(1)).to_vec()]).collect()
+    messages.into_iter().chain([codec(8).write(2, 5, Some(1)).to_vec()]).collect()
 }
 
 /// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
@@ -37,7 +37,7 @@ pub fn check_datagram(bytes: &[u8]) {
     codec.sign(&mut datagram);
     if let Ok(heartbeat) = codec.read(&datagram) {
         assert!(heartbeat.epoch == EPOCH && heartbeat.process < PROCESSES);
-        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.step, heartbeat.lost);
+        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.lost);
         assert_eq!(written, datagram);
         assert_eq!(codec.read(&datagram), Err(Rejection::Replay));
     }

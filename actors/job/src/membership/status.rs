@@ -39,7 +39,6 @@ pub struct Counters {
 pub struct PeerStatus {
     pub process: u32,
     pub left: bool,
-    pub step: u64,
     pub health: Option<PeerHealth>,
     /// Time since its last heartbeat; `None` if it has left.
     pub silent: Option<Duration>,
