@@ -263,6 +263,7 @@ fn a_launcher_that_cannot_start_its_processes_reports_it() {
     for (words, cause) in [
         (&["--", "./no-such-program"][..], "program ./no-such-program"),
         (&["--log-dir=/proc/none", "true"], "--log-dir: cannot write a log in /proc/none/"),
+        (&["--meet-wait=0", "true"], "invalid value '0' for '--meet-wait <SECONDS>': expected 0.001 to 86400 seconds"),
         (&["--grace", "soon", "true"], "invalid value 'soon' for '--grace <SECONDS>'"),
         (&["--grace=1", "--grace=1", "true"], "the argument '--grace <SECONDS>' cannot be used multiple times"),
     ] {
@@ -279,7 +280,7 @@ fn a_launcher_that_cannot_start_its_processes_reports_it() {
 fn cluster_flags_become_variables_of_the_processes() {
     let job = Job::new();
     let flags = ["--rdzv-id=x", "--interface=127.0.0.1", "--advertise=node-7.site", "--heartbeat-ms=100"];
-    let more = ["--heartbeat-deadline-ms=900", "--report-wait=2.5"];
+    let more = ["--heartbeat-deadline-ms=900", "--meet-wait=0.5", "--report-wait=2.5"];
     assert_eq!(job.sh(&[flags.as_slice(), &more].concat(), "env").end().code, 0);
     let vars = variables(&job.log("x", 0, 0));
     for (name, value) in [
@@ -287,6 +288,7 @@ fn cluster_flags_become_variables_of_the_processes() {
         ("SHARDFLOW_ADVERTISE", "node-7.site"),
         ("SHARDFLOW_HEARTBEAT_MS", "100"),
         ("SHARDFLOW_HEARTBEAT_DEADLINE_MS", "900"),
+        ("SHARDFLOW_MEET_MS", "500"),
         ("SHARDFLOW_REPORT_WAIT_MS", "2500"),
     ] {
         assert_eq!(vars[name], value, "{name}");

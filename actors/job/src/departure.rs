@@ -16,12 +16,8 @@ pub(crate) struct Departure(RendezvousConfig);
 
 impl Departure {
     pub(crate) fn new(endpoint: &Endpoint, secret: Secret, options: &ClusterOptions, processes: u32) -> Self {
-        Self(RendezvousConfig {
-            processes,
-            interface: options.interface,
-            report_within: options.report_within,
-            ..RendezvousConfig::new(endpoint.address(), secret, Identity::default())
-        })
+        let config = RendezvousConfig::new(endpoint.address(), secret, Identity::default(), options);
+        Self(RendezvousConfig { processes, ..config })
     }
 
     /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it connects to

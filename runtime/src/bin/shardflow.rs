@@ -145,6 +145,9 @@ struct LaunchArgs {
     /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart has no pause
     #[arg(long, alias = "restart_wait", value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     restart_wait: Duration,
+    /// Time to wait at the start for the processes of all nodes [default: 300]
+    #[arg(long, alias = "meet_wait", value_name = "SECONDS", value_parser = positive_seconds)]
+    meet_wait: Option<Duration>,
     /// Time to report a failure before the rendezvous that no restart fixes to the other nodes [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
@@ -172,6 +175,7 @@ impl LaunchArgs {
     /// Environment variables of the processes: from flags, and CUDA's settings that are not set.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
+            (env::MEET_MS, self.meet_wait.map(|wait| wait.as_millis().to_string())),
             (env::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
             (env::INTERFACE, self.interface.clone()),
             (env::ENCRYPT, self.encrypt.then(|| "on".to_owned())),
@@ -201,6 +205,10 @@ fn seconds(text: &str) -> Result<Duration, String> {
         return Err("expected 0 to 86400 seconds".into());
     }
     Ok(Duration::from_secs_f64(seconds))
+}
+
+fn positive_seconds(text: &str) -> Result<Duration, String> {
+    seconds(text).ok().filter(|time| time.as_millis() > 0).ok_or("expected 0.001 to 86400 seconds".into())
 }
 
 fn main() -> ExitCode {

@@ -372,12 +372,7 @@ fn meet(
         facts: facts()?,
         heartbeat: published.map_err(system("publish the address for heartbeats"))?,
         spans_nodes,
-        interface: options.interface,
-        advertise: options.advertise.clone(),
-        timeout: options.meet_within,
-        report_every: options.report_every,
-        report_within: options.report_within,
-        ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
+        ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?, options)
     };
     let (roster, listener) = rendezvous(&config, report)?;
     exit::mark_joined();

@@ -94,6 +94,7 @@ fn connect_to_coordinator(
                 return Err(RendezvousError::Late { process, epoch, coordinator });
             }
             (TransportError::Unreachable { .. }, _) if now < deadline => {}
+            (TransportError::Unreachable { .. }, _) => return Err(RendezvousError::NotReached(error)),
             _ => return Err(error.into()),
         }
         if now >= report_at {
@@ -128,7 +129,7 @@ fn request_join(
         Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
             let waited_ms = begin.elapsed().as_millis();
             return Err(unexpected(&format!(
-                "neither started nor refused in {waited_ms} ms: it is frozen, or waits for ranks that start much later"
+                "neither started nor refused in {waited_ms} ms: it is frozen, or started later, or waits longer: its SHARDFLOW_MEET_MS or --meet-wait is larger"
             )));
         }
         Err(error) => return Err(error),

@@ -247,7 +247,7 @@ pub enum RendezvousRefusal {
     #[error("the ranks are incompatible: {}", list(.0))]
     Conflicts(Vec<Conflict>),
     #[error(
-        "{} did not join in {waited_ms} ms: {} of {processes} joined{}",
+        "{} did not join in {waited_ms} ms: {} of {processes} joined{}; {WAIT_LONGER}",
         ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
     Missing { missing: Vec<u32>, processes: u32, waited_ms: u64, refused: u64 },
@@ -286,12 +286,16 @@ fn more(count: usize) -> String {
     if count > LISTED_MAX { format!(" and {} more", count - LISTED_MAX) } else { String::new() }
 }
 
+pub(super) const WAIT_LONGER: &str = "to wait longer, set SHARDFLOW_MEET_MS or pass --meet-wait to `shardflow launch`";
+
 /// Why a process did not join a world.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum RendezvousError {
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error("{0}; {WAIT_LONGER}")]
+    NotReached(TransportError),
     #[error("cannot start: {0}")]
     Refused(RendezvousRefusal),
     #[error(
