@@ -14,7 +14,7 @@ use crate::bus::{Cast, Mail};
 use crate::error::{ActorError, Failure};
 use crate::hang::Hang;
 use crate::loaded::check_loaded;
-use crate::protocol::ProtocolEvent;
+use crate::protocol::{ProtocolError, ProtocolEvent};
 use crate::remote::{HostPiece, Remote};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterReader, Spec};
@@ -52,7 +52,7 @@ pub struct RunningSession {
 /// Those of [`prepare`], and [`ActorError::Ended`] when a peer does not start its actors.
 pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     let mut running = prepare(loaded, options)?;
-    running.begin().map_err(|failure| ActorError::Ended { cause: failure.to_string() })?;
+    running.begin()?;
     Ok(running)
 }
 
@@ -189,25 +189,24 @@ impl RunningSession {
     /// Adds tokens to an external action, so that it can fire `tokens` more times.
     ///
     /// # Errors
-    /// [`ActorError::NotExternal`], or [`ActorError::Ended`] with the first cause.
-    pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), ActorError> {
+    /// The first cause, when the session has failed; [`Failure::Protocol`] if the action accepts no tokens.
+    pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), Failure> {
         if let Some(failure) = self.session.first_failure() {
-            return Err(ActorError::Ended { cause: failure.to_string() });
+            return Err(failure);
         }
         let mut all = self.tokens.lock();
         let Some(count) = all.get_mut(&RegisterReader { actor, action }) else {
-            return Err(ActorError::NotExternal { actor, action });
+            let actor = format!("{actor:?}");
+            let cause = ProtocolError::UnexpectedToken { actor: actor.clone(), action };
+            return Err(Failure::Protocol { actor, device: 0, cause });
         };
         *count += u64::from(tokens);
         let (whole, begun) = step_counts(&self.session.spec, &all);
         self.session.steps.set_steps(whole, begun);
         drop(all);
-        let event = ProtocolEvent::Token { action, count: tokens };
-        if self.session.bus.send(actor, Cast::Event(event)) {
-            return Ok(());
-        }
-        let cause = self.session.first_failure().map_or("its actors have stopped".into(), |f| f.to_string());
-        Err(ActorError::Ended { cause })
+        // An actor that has stopped receives nothing: the session fails, and the wait for results returns the cause.
+        self.session.bus.send(actor, Cast::Event(ProtocolEvent::Token { action, count: tokens }));
+        Ok(())
     }
 
     /// Blocks until all firings of the steps that have all their tokens have ended; false when `timeout` passes first.

@@ -231,7 +231,10 @@ mod tests {
         ];
         let read = options(&given).unwrap();
         let times = [read.heartbeat_every, read.heartbeat_deadline, read.meet_within, read.report_within];
-        assert_eq!((times.map(|time| time.as_millis()), read.interface), ([50, 200, 1, 0], Some("[::1]:0".parse().unwrap())));
+        assert_eq!(
+            (times.map(|time| time.as_millis()), read.interface),
+            ([50, 200, 1, 0], Some("[::1]:0".parse().unwrap()))
+        );
         assert!(read.encrypt && !ClusterOptions::default().encrypt);
         let slow = options(&[(HEARTBEAT_MS, "3000"), (REPORT_WAIT_MS, "")]).unwrap();
         assert_eq!(slow.heartbeat_deadline.as_millis(), 12_000, "at least four intervals");
