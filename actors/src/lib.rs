@@ -1,7 +1,7 @@
 //! Actors that own streams and exchange registers: the protocol, its simulator and the code that runs it.
 //!
-//! Layers: `spec <- builder, check, credits, protocol <- frame, pipeline, trace <- snapshot <- hang <- simulate, slow <-
-//! error <- remote <- bus, loaded <- supervisor <- watchdog <- shell`.
+//! Layers: `spec <- builder, check, credits, protocol <- frame, pipeline, trace <- snapshot <- hang <- simulate, slow
+//! <- error <- remote <- bus, loaded <- supervisor <- watchdog <- shell`.
 
 pub mod builder;
 mod bus;

@@ -1,5 +1,5 @@
-//! The checkpoints of one training: continues from the newest, saves on a schedule in the background, rolls back after a
-//! step that is not finite.
+//! The checkpoints of one training: continues from the newest, saves on a schedule in the background, rolls back after
+//! a step that is not finite.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -85,7 +85,7 @@ pub enum ManagerError {
     #[error("{0}; there is no checkpoint to roll back to")]
     NoCheckpoint(Box<NonFinite>),
     /// A step was not finite again after the maximum number of rollbacks to one checkpoint.
-    #[error("rolled back to step {step} {ROLLBACKS_MAX} times, and again {found}")]
+    #[error("rolled back to step {step} {ROLLBACKS_MAX} times without success: {found}")]
     TooManyRollbacks {
         /// Step of the checkpoint.
         step: u64,

@@ -200,7 +200,7 @@ impl Session {
         Ok(pairs.map(|pair| [0, 1].map(|index| pair.get(index).copied().unwrap_or_default())).collect())
     }
 
-    /// Sends the outcome of this process's part and waits for that of every process. Returns them in the order of ranks.
+    /// Sends the outcome of this process's part and waits for that of every process. Returns them by rank.
     fn exchange_outcomes(&mut self, own: Outcome) -> Result<Vec<Outcome>, SessionError> {
         Ok(self.exchange(own.to_pair())?.into_iter().map(Outcome::from_pair).collect())
     }

@@ -1,5 +1,5 @@
-//! The launcher with real processes: the ranks are `sh` scripts that branch on their variables. Scripts report through a named
-//! pipe that they are ready, and the tests wait for the end of processes instead of sleeping.
+//! The launcher with real processes: the ranks are `sh` scripts that branch on their variables. Scripts report through
+//! a named pipe that they are ready, and the tests wait for the end of processes instead of sleeping.
 
 #[path = "launcher/harness.rs"]
 mod harness;
@@ -584,7 +584,7 @@ fn a_process_that_ends_on_request_is_not_restarted() {
 #[test]
 fn a_stalled_reader_blocks_no_process() {
     let job = Job::new();
-    // More than the pipe and the queue hold. These must arrive: the first record, the error, standard error, and the last line.
+    // More than the pipe and the queue hold. These must arrive: the first record, the error, standard error, the last line.
     let script = "line=$(printf '%0120d' 7); echo '{\"first\":1}'; i=0; while [ $i -lt 6000 ]; do echo step $i $line; i=$((i+1)); done
         i=0; while [ $i -lt 1500 ]; do echo warning $i $line >&2; i=$((i+1)); done
         echo error: of one line; echo last; echo done > $READY";

@@ -19,7 +19,7 @@ pub enum Transport {
     /// Shared memory between processes of one node, TCP between nodes; NCCL between GPUs.
     #[default]
     Auto,
-    /// Shared memory on one node, TCP between nodes; refused if the processes of a node cannot share memory. NCCL between GPUs.
+    /// Shared memory on one node, TCP between nodes; refused if a node's processes cannot share memory. NCCL between GPUs.
     SharedMemory,
     /// Unix sockets on one node, TCP between nodes. Register transfers between GPUs are staged through host memory.
     Unix,
@@ -41,8 +41,8 @@ pub enum Collectives {
 /// Receives log lines: the ranks that a wait is for, or why another transport is used.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy or forwarded
-/// ports. Called once for each address.
+/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy or
+/// forwarded ports. Called once for each address.
 pub trait Advertise: fmt::Debug + Send + Sync {
     /// Returns the address that others connect to in order to reach `bound`.
     ///
@@ -90,8 +90,8 @@ pub struct ClusterOptions {
     pub collectives: Collectives,
     /// Whether tensors over TCP are encrypted. All other messages over TCP always are; NCCL's and MPI's never.
     pub encrypt: bool,
-    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached; loopback if process 0
-    /// is on loopback.
+    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached; loopback if
+    /// process 0 is on loopback.
     pub interface: Option<SocketAddr>,
     /// How others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,

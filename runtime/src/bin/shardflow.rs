@@ -1,5 +1,5 @@
-//! The command `shardflow`: starts programs as several processes, and inspects checkpoints, plans, traces and machines. Parses
-//! the arguments and calls the library.
+//! The command `shardflow`: starts programs as several processes, and inspects checkpoints, plans, traces and machines.
+//! Parses the arguments and calls the library.
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -46,7 +46,8 @@ enum Command {
     /// List, verify, reshard or export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Report this machine's resources, missing software, and how to install it. Exits with 78 if a requirement of every job fails.
+    /// Report this machine's resources, missing software, and how to install it. Exits with 78 if a requirement of
+    /// every job fails.
     Doctor {
         /// Print one JSON object
         #[arg(long)]
@@ -64,7 +65,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<OsString>,
     },
-    /// Summarise a trace written by `--trace`: busy and idle time with reasons, critical path, and the simulator's estimate.
+    /// Summarise a trace written by `--trace`: busy and idle time with reasons, critical path, simulated time.
     Trace {
         /// Trace files: one for each process
         #[arg(required = true, value_name = "FILE")]
@@ -217,8 +218,7 @@ fn main() -> ExitCode {
         report_usage(&error);
         error.exit()
     });
-    // The launcher and its helpers handle signals themselves. The other commands end on a signal, even as process 1 of a
-    // container.
+    // The launcher and its helpers handle signals themselves. Other commands end on one, even as process 1.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
     {

@@ -194,8 +194,8 @@ impl Monitor {
 }
 
 impl World {
-    /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all processes, besides
-    /// the build. Later waits for live processes last up to `wait_max`.
+    /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all
+    /// processes, besides the build. Later waits for live processes last up to `wait_max`.
     pub(crate) fn join(
         plan: &Plan,
         cluster: &Cluster,
@@ -232,8 +232,8 @@ impl World {
         Ok(Some(Self { process_map, roster, listener, secret, options, by_mpi, membership, monitor, agreement, ids }))
     }
 
-    /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the monitor
-    /// then logs their activities at intervals.
+    /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the
+    /// monitor then logs their activities at intervals.
     pub(crate) fn doing(&self, activity: &str) {
         self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
         // A lost connection also fails the membership, so the error needs no handling here.
@@ -296,7 +296,7 @@ impl World {
     /// The cause of the session's end after a failure here: the first cause of all processes, if it arrives in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
         match self.wait_for_cause() {
-            // If this process failed first, its own failure has more detail. The cause explains a failure that is a symptom.
+            // If this process failed first, its own failure has more detail. The cause explains a symptom.
             Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
             // A symptom without another cause is kept.
             _ => attribute_to_peer(failure, &self.process_map),

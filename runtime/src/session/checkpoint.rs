@@ -249,7 +249,7 @@ impl Session {
     ) -> Result<Vec<String>, CheckpointError> {
         let unfit = |why| CheckpointError::Unfit { path: path.into(), why };
         let differs =
-            |Difference { name, saved, here }| unfit(format!("its {name} is {saved}, and this program's is {here}"));
+            |Difference { name, saved, here }| unfit(format!("its {name} is {saved}, but this program's is {here}"));
         let mut notes = self.declared.compare(declared, weights_only).map_err(differs)?;
         let graph = &self.plan.graph;
         let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter);

@@ -18,8 +18,8 @@ use shardflow_job::text::counted;
 /// How a step with an Inf or NaN loss or gradient is handled. In any case it updates nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
-    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes. The session keeps the weights from
-    /// before.
+    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes. The session keeps the
+    /// weights from before.
     #[default]
     Stop,
     /// The step counts as done, and [`super::StepReport::non_finite`] describes it.

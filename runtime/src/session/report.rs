@@ -22,8 +22,8 @@ pub struct StepReport {
     pub outputs: BTreeMap<String, HostTensor>,
     /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
     pub request: Request,
-    /// Set if the loss or gradients are Inf or NaN and [`super::SessionOptions::on_non_finite`] accepts that; nothing was
-    /// updated.
+    /// Set if the loss or gradients are Inf or NaN and [`super::SessionOptions::on_non_finite`] accepts that; nothing
+    /// was updated.
     pub non_finite: Option<NonFinite>,
 }
 

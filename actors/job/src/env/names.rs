@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// Variable that chooses the [`crate::options::Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; the same for all processes.
+/// Variable that chooses the [`crate::options::Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; equal on all.
 pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
 /// Variable that chooses the engine of [`crate::options::Collectives`]: `own` or `mpi`; the same for all processes.
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";

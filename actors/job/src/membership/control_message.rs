@@ -1,5 +1,5 @@
-//! The messages of the control plane, as bytes with limits: `header (bincode) | payload`. The payload is raw, because bincode
-//! copies bytes one by one.
+//! The messages of the control plane, as bytes with limits: `header (bincode) | payload`. The payload is raw, because
+//! bincode copies bytes one by one.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,8 @@ pub(crate) struct ControlMessage {
     pub(crate) payload: Vec<u8>,
 }
 
-/// The kinds of control messages. All but `Joined`, `Message` and `Received` are urgent: the receiver answers with `Received` at once.
+/// The kinds of control messages. All but `Joined`, `Message` and `Received` are urgent: the receiver answers with
+/// `Received` at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
     /// The sender's membership runs; the first message.

@@ -151,8 +151,8 @@ impl Shared {
         }
     }
 
-    /// The content of the next heartbeat: the process that this one has lost. `None` if the session has ended for another
-    /// cause; peers then also detect the missing heartbeats.
+    /// The content of the next heartbeat: the process that this one has lost. `None` if the session has ended for
+    /// another cause; peers then also detect the missing heartbeats.
     pub(crate) fn heartbeat(&self) -> Option<Option<u32>> {
         let state = self.state.lock();
         let lost = state.arbiter.lost_by_own();

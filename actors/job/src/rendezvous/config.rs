@@ -42,7 +42,7 @@ pub struct RendezvousConfig {
     pub timeout: Duration,
     /// Interval between reports of the missing ranks.
     pub report_every: Duration,
-    /// How long to retry while the world already runs: it may be about to end because this process's predecessor failed.
+    /// How long to retry while the world already runs: it may be about to end because of a failure.
     pub late_grace: Duration,
     /// How long to wait for more processes after a conflict, so that they are refused too.
     pub conflict_grace: Duration,
@@ -74,8 +74,8 @@ impl RendezvousConfig {
     }
 }
 
-/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached. Loopback for
-/// a Unix socket. Retries until the deadline, because the name may be registered after this process has started.
+/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached.
+/// Loopback for a Unix socket. Retries until the deadline, because the name may be registered later.
 ///
 /// # Errors
 /// [`RendezvousError::NoRoute`] if the coordinator's name has no address or no route leads to it.

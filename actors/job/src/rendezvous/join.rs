@@ -43,8 +43,8 @@ pub(super) fn join(
     }
 }
 
-/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if process 0
-/// waited for them.
+/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if
+/// process 0 waited for them.
 pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -139,7 +139,7 @@ fn request_join(
     if !in_order || roster.members.len() != config.processes as usize || listed != Some(&own.member) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // Rank 0 may publish the unspecified address; the coordinator's name, by which this process reached it, replaces that.
+    // Rank 0 may publish the unspecified address; the coordinator's name, by which it was reached, replaces that.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
@@ -147,8 +147,8 @@ fn request_join(
         }
     }
     listener.begin(roster.world());
-    // From here on the loss of process 0 fails the start. If it has already closed the connection, its refusal may still be
-    // readable, so a failure to send `Ready` is ignored.
+    // From here on the loss of process 0 fails the start. If it has already closed the connection, its refusal may
+    // still be readable, so a failure to send `Ready` is ignored.
     let ready = Ready { session: roster.session };
     let deadline = Instant::now() + config.timeout;
     let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);

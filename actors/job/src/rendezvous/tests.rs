@@ -369,8 +369,8 @@ fn oversized_facts_and_invalid_ranks_are_refused() {
     let facts =
         |count: usize, bytes: usize| (0..count).map(|i| Fact::new(format!("f{i}"), "x".repeat(bytes))).collect();
     for (facts, expected) in [
-        (facts(1, 1025), "f0 of length 1025, at most 1024"),
-        (facts(97, 1), "list of facts of length 100, at most 96"),
+        (facts(1, 1025), "f0 of length 1025, the maximum is 1024"),
+        (facts(97, 1), "list of facts of length 100, the maximum is 96"),
         (facts(10, 1000), "text of all facts of length "),
     ] {
         let error = rendezvous(&RendezvousConfig { facts, ..config(&address, 0, 1) }, |_| {}).unwrap_err();

@@ -22,8 +22,8 @@ const KEEPALIVE_PROBES: u32 = 3;
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
 /// A connected socket, blocking unless [`Connection::set_nonblocking`] changes it. Reads have no timeout unless
-/// [`Connection::set_read_timeout`] sets one. If it is encrypted, call [`Write::flush`] after the last write: a non-blocking or
-/// timed-out write may leave a part unsent that it has accepted.
+/// [`Connection::set_read_timeout`] sets one. If it is encrypted, call [`Write::flush`] after the last write: a
+/// non-blocking or timed-out write may leave a part unsent that it has accepted.
 #[derive(Debug)]
 pub struct Connection {
     socket: Socket,
@@ -94,7 +94,7 @@ impl Connection {
         self.seal.is_some()
     }
 
-    /// Writes as much of `first`, and then of `second`, as is accepted without blocking; in one record if it is encrypted.
+    /// Writes as much of `first`, and then of `second`, as is accepted without blocking; if encrypted, in one record.
     pub fn write_both(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         match &self.seal {
             Some(seal) => each!(self, stream => seal.write(stream, first, second)),
