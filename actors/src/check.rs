@@ -30,10 +30,7 @@ pub enum SpecError {
     Accumulation { action: String, first: u32, second: u32 },
 }
 
-/// Checks a plan's structure. [`crate::protocol::Protocol`] relies on this.
-///
-/// # Errors
-/// The first inconsistency found.
+/// Checks a plan's structure, up to the first inconsistency. [`crate::protocol::Protocol`] relies on this.
 pub fn check(spec: &Spec) -> Result<(), SpecError> {
     for index in 0..spec.registers.len() {
         check_register(spec, RegisterId(index as u32))?;

@@ -32,14 +32,11 @@ pub use options::{LaunchError, LaunchOptions};
 /// How long a launcher that ends on a signal waits for the reader of its output.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Starts the processes, restarts them if needed, and returns when they have ended. Prints failures to standard error,
-/// the first cause last.
+/// Starts the processes, restarts them if needed, and returns when they have ended, with the exit of the first that
+/// failed. Prints failures to standard error, the first cause last.
 ///
 /// Must be called by a thread that lives as long as the launcher, such as the main thread: the kernel kills the
 /// processes when it ends.
-///
-/// # Errors
-/// The processes cannot be started. The failure of a process is not an error: its exit is returned.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {

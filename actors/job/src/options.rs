@@ -44,16 +44,10 @@ pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 /// Maps the addresses that this process listens on to those that others connect to, for example with a proxy or
 /// forwarded ports. Called once for each address.
 pub trait Advertise: fmt::Debug + Send + Sync {
-    /// Returns the address that others connect to in order to reach `bound`.
-    ///
-    /// # Errors
-    /// There is no such address. The process then does not start.
+    /// Returns the address that others connect to in order to reach `bound`. After an error the process does not start.
     fn connections(&self, bound: &Address) -> io::Result<Address>;
 
     /// Returns the UDP address that others send heartbeats to in order to reach `bound`.
-    ///
-    /// # Errors
-    /// As [`Advertise::connections`].
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 

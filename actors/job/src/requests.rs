@@ -147,9 +147,6 @@ impl Requests {
     /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`] in time for a step, a save and a margin. A
     ///   time in the past is ignored because it belongs to another job.
     ///
-    /// # Errors
-    /// The handlers cannot be installed, or their thread cannot be started.
-    ///
     /// A second call returns the same requests: `program::run` makes the first one.
     pub fn on_signals() -> io::Result<Arc<Self>> {
         static INSTALLED: Mutex<Option<Arc<Requests>>> = Mutex::new(None);

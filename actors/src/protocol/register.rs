@@ -96,9 +96,6 @@ impl SlotRing {
     }
 
     /// Checks CR-1 and CR-2.
-    ///
-    /// # Errors
-    /// The violated invariant with the counters.
     pub fn check(&self, name: &str) -> Result<(), ProtocolError> {
         let violated = |label| ProtocolError::Invariant {
             label,

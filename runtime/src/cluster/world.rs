@@ -14,7 +14,7 @@ use shardflow_actors::shell::{Control, RunningSession};
 use shardflow_job::env::{LaunchContext, World as Launched};
 use shardflow_job::exit;
 use shardflow_job::machine::hidden_name;
-use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent, PeerStatus};
+use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent};
 use shardflow_job::options::{ClusterOptions, Transport};
 use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use shardflow_job::secret::Secret;
@@ -333,12 +333,12 @@ impl World {
     pub(crate) fn peers(&self) -> Vec<PeerState> {
         let member = |process: u32| &self.roster.members[process as usize];
         let own = member(self.process_map.process);
-        let peer = |status: PeerStatus| {
-            let Member { process, node, host, pid, .. } = member(status.process);
+        let peer = |(process, silent)| {
+            let Member { process, node, host, pid, .. } = member(process);
             let (process, host, pid, is_on_this_node) = (*process, host.clone(), *pid, *node == own.node);
-            PeerState { process, host, pid, is_on_this_node, silent: status.silent }
+            PeerState { process, host, pid, is_on_this_node, silent }
         };
-        self.membership.peers().into_iter().map(peer).collect()
+        self.membership.silent_times().into_iter().map(peer).collect()
     }
 }
 

@@ -22,10 +22,7 @@ pub enum Endpoint {
 }
 
 impl Endpoint {
-    /// Parses `tcp://HOST:PORT` or `unix:PATH`.
-    ///
-    /// # Errors
-    /// The expected form.
+    /// Parses `tcp://HOST:PORT` or `unix:PATH`. The error is the expected form.
     pub fn parse(text: &str) -> Result<Endpoint, &'static str> {
         if let Some(path) = text.strip_prefix("unix:") {
             return match path {
@@ -41,9 +38,6 @@ impl Endpoint {
     }
 
     /// Like [`Endpoint::parse`], and also accepts torchrun's `HOST` and `HOST:PORT`.
-    ///
-    /// # Errors
-    /// The expected form.
     pub fn parse_rendezvous(text: &str) -> Result<Endpoint, &'static str> {
         if text.starts_with("tcp://") || text.starts_with("unix:") {
             return Endpoint::parse(text);

@@ -36,10 +36,7 @@ fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets
 }
 
 /// The local address, at port 0, from which `HOST:PORT` is reached. If the host is this node's own name and the job
-/// spans nodes, an address that other nodes may reach.
-///
-/// # Errors
-/// The name has no address (yet), or there is no route to it.
+/// spans nodes, an address that other nodes may reach. Fails if the name has no address (yet), or no route leads to it.
 pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
     if let Some(outward) = outward_address().filter(|_| is_hidden) {

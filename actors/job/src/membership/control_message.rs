@@ -76,18 +76,11 @@ pub(crate) fn truncated(mut cause: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::membership::fuzz::bodies;
 
     fn all() -> Vec<ControlMessage> {
-        let cause = || "out of memory: 3 GiB".to_string();
-        vec![
-            ControlMessage { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() },
-            Body::Message { topic: 7 }.into(),
-            Body::Failed { follows: true, cause: cause(), exit: 71 }.into(),
-            Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }.into(),
-            Body::Leaving.into(),
-            Body::Joined.into(),
-            Body::Received { urgent: 3 }.into(),
-        ]
+        let step = ControlMessage { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() };
+        bodies().map(ControlMessage::from).into_iter().chain([step]).collect()
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::datagram::{Heartbeat, Rejection};
 use super::detector::{Detector, Event, PeerHealth};
 use super::error::MembershipError;
 use super::outbox::{Count, Outbox, Unsent};
-use super::status::{Counters, MembershipEvent, PeerStatus};
+use super::status::{Counters, MembershipEvent};
 use crate::exit::Exit;
 
 /// Maximum number of peer messages that the application has not read yet.
@@ -392,12 +392,9 @@ impl Shared {
         done(&state)
     }
 
-    pub(crate) fn peers(&self) -> Vec<PeerStatus> {
+    pub(crate) fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
         let (state, now) = (self.state.lock(), self.now());
-        let status = |(&process, peer): (&u32, &Peer)| {
-            let (health, silent) = state.detector.as_ref().and_then(|d| d.health(process, now)).unzip();
-            PeerStatus { process, left: peer.left, health, silent }
-        };
-        state.peers.iter().map(status).collect()
+        let silent = |process| Some(state.detector.as_ref()?.health(process, now)?.1);
+        state.peers.keys().map(|process| (*process, silent(*process))).collect()
     }
 }

@@ -76,9 +76,6 @@ impl RendezvousConfig {
 
 /// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached.
 /// Loopback for a Unix socket. Retries until the deadline, because the name may be registered later.
-///
-/// # Errors
-/// [`RendezvousError::NoRoute`] if the coordinator's name has no address or no route leads to it.
 pub fn local_address(
     coordinator: &Address,
     interface: Option<SocketAddr>,

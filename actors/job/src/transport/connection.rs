@@ -64,11 +64,8 @@ macro_rules! each {
 impl Connection {
     /// Clones the handle, for use in another thread.
     pub fn try_clone(&self) -> io::Result<Self> {
-        let socket = match &self.socket {
-            Socket::Tcp(stream) => Socket::Tcp(stream.try_clone()?),
-            Socket::Unix(stream) => Socket::Unix(stream.try_clone()?),
-        };
-        Ok(Self { socket, seal: self.seal.clone() })
+        let plain: Self = each!(self, stream => stream.try_clone()?.into());
+        Ok(Self { seal: self.seal.clone(), ..plain })
     }
 
     /// Encrypts all further bytes in both directions.
@@ -76,10 +73,7 @@ impl Connection {
         self.seal = Some(Arc::new(seal));
     }
 
-    /// Returns the socket of a plain connection.
-    ///
-    /// # Errors
-    /// Returns the connection if it is encrypted.
+    /// Returns the socket of a plain connection; the error is an encrypted connection, unchanged.
     pub fn into_socket(self) -> Result<Socket, Self> {
         if self.seal.is_some() { Err(self) } else { Ok(self.socket) }
     }
