@@ -121,7 +121,7 @@ impl Bus {
         if entries <= *bound {
             return Ok(());
         }
-        let numbers = format!("{entries} entries in the mailbox, credits allow {bound}");
+        let numbers = format!("{entries} entries in the mailbox, but credits allow {bound}");
         Err(ProtocolError::Invariant { label: "CR-3", at: format!("actor {name}"), numbers })
     }
 

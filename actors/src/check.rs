@@ -20,7 +20,7 @@ pub enum SpecError {
         "{action} fires {per_step} times per step, not a multiple of the {firings_per_piece} firings per piece of '{register}'"
     )]
     Remainder { action: String, register: String, per_step: u32, firings_per_piece: u32 },
-    #[error("register '{register}': {written} pieces per step are written, {reader} reads {read}")]
+    #[error("register '{register}': {written} pieces per step are written, but {reader} reads {read}")]
     Rates { register: String, written: u32, reader: String, read: u32 },
     #[error("{action} appears {listed} times in its actor's ordered list but fires {per_step} times per step")]
     Ordered { action: String, listed: u32, per_step: u32 },
@@ -30,10 +30,7 @@ pub enum SpecError {
     Accumulation { action: String, first: u32, second: u32 },
 }
 
-/// Checks a plan's structure. [`crate::protocol::Protocol`] relies on this.
-///
-/// # Errors
-/// The first inconsistency found.
+/// Checks a plan's structure, up to the first inconsistency. [`crate::protocol::Protocol`] relies on this.
 pub fn check(spec: &Spec) -> Result<(), SpecError> {
     for index in 0..spec.registers.len() {
         check_register(spec, RegisterId(index as u32))?;
@@ -224,7 +221,7 @@ mod tests {
             ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),
             ("register 'batch': no action has index 9", |s| s.registers[0].readers[0].action = 9),
             ("host feed: per_step is 0, expected at least 1", |s| s.actors[0].actions[0].per_step = 0),
-            ("register 'batch': 2 pieces per step are written, shard train reads 4", |s| {
+            ("register 'batch': 2 pieces per step are written, but shard train reads 4", |s| {
                 s.actors[0].actions[0].per_step = 2
             }),
             ("shard train fires 4 times per step, not a multiple of the 3 firings per piece of 'gradient'", |s| {

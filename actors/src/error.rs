@@ -5,7 +5,6 @@ use shardflow_kernels::error::KernelError;
 use crate::check::SpecError;
 use crate::frame::FrameError;
 use crate::protocol::ProtocolError;
-use crate::spec::ActorId;
 
 /// The first cause of a session's end. Later failures follow from it.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
@@ -63,7 +62,7 @@ impl From<std::io::Error> for PeerError {
     }
 }
 
-/// Errors of [`crate::shell::start`] and [`crate::shell::RunningSession::add_tokens`].
+/// Errors of [`crate::shell::start`].
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ActorError {
@@ -73,8 +72,6 @@ pub enum ActorError {
     Loaded { at: String, part: &'static str, expected: String, got: String },
     #[error("cannot start the thread of device {device}: {message}")]
     Thread { device: usize, message: String },
-    #[error("action {action} of actor {actor:?} accepts no tokens from the host")]
-    NotExternal { actor: ActorId, action: u32 },
-    #[error("the session has ended: {cause}")]
-    Ended { cause: String },
+    #[error("the session has ended: {0}")]
+    Ended(#[from] Failure),
 }

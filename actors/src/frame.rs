@@ -85,9 +85,6 @@ impl Frame {
 
     /// Decodes a frame. The caller must check that registers, slots and ports exist and that the data has the right
     /// length.
-    ///
-    /// # Errors
-    /// The first invalid field.
     pub fn decode(frame: &[u8; FRAME_BYTES]) -> Result<Self, FrameError> {
         let magic = [frame[0], frame[1]];
         if magic != MAGIC {

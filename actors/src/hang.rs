@@ -214,7 +214,7 @@ pub(crate) fn explain(snapshot: HangSnapshot<'_>, steps: u64) -> Option<Hang> {
     let sentences = hang.steps(spec).into_iter().map(sentence).collect::<Vec<_>>().join("; ");
     also.retain(|root| *root != hang.root);
     hang.text = match hang.root {
-        Root::Cycle => format!("deadlock: {sentences}; which closes the cycle"),
+        Root::Cycle => format!("deadlock: {sentences}, which closes the cycle"),
         Root::Token(_) => format!("starved: {sentences}"),
         root => {
             let others = also.iter().take(NAMED_MAX).map(|root| format!("; also {}", root.describe(spec)));

@@ -202,9 +202,6 @@ impl Protocol {
     }
 
     /// Calls [`Protocol::apply`], then [`Protocol::fire`].
-    ///
-    /// # Errors
-    /// Those of `apply`.
     pub fn handle(&mut self, event: ProtocolEvent, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         self.apply(event, effects)?;
         self.fire(effects);
@@ -525,9 +522,6 @@ impl Protocol {
     }
 
     /// Checks CR-1, CR-2, CR-3 and CR-5 for this actor.
-    ///
-    /// # Errors
-    /// The first violated invariant.
     pub fn check(&self) -> Result<(), ProtocolError> {
         for (register, ring) in self.rings() {
             ring.check(&self.spec.register(register).name)?;

@@ -14,7 +14,7 @@ use crate::bus::{Cast, Mail};
 use crate::error::{ActorError, Failure};
 use crate::hang::Hang;
 use crate::loaded::check_loaded;
-use crate::protocol::ProtocolEvent;
+use crate::protocol::{ProtocolError, ProtocolEvent};
 use crate::remote::{HostPiece, Remote};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterReader, Spec};
@@ -29,7 +29,7 @@ pub use crate::loaded::{ActionProgram, ActorHost, BaseRef, LoadedPlan, RegisterM
 use connections::{Connections, serve};
 use shard::{Shard, ShardActor};
 
-/// A running session. Dropping it stops it.
+/// A running session. Dropping it stops it. After a failure, its methods fail with the first cause.
 #[derive(Debug)]
 pub struct RunningSession {
     session: Arc<Session>,
@@ -47,12 +47,9 @@ pub struct RunningSession {
 }
 
 /// Starts the actors of a loaded plan: calls [`prepare`] and [`RunningSession::begin`].
-///
-/// # Errors
-/// Those of [`prepare`], and [`ActorError::Ended`] when a peer does not start its actors.
 pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     let mut running = prepare(loaded, options)?;
-    running.begin().map_err(|failure| ActorError::Ended { cause: failure.to_string() })?;
+    running.begin()?;
     Ok(running)
 }
 
@@ -175,9 +172,6 @@ fn start_device(
 impl RunningSession {
     /// Waits up to [`WatchdogOptions::wait_max`] until all peers have called this too, then starts the actors. They
     /// fire once the host adds tokens.
-    ///
-    /// # Errors
-    /// The first cause, if the session fails during the wait; a peer that is not ready in time.
     pub fn begin(&mut self) -> Result<(), Failure> {
         self.refresh()?;
         for actor in self.session.streams.keys() {
@@ -186,35 +180,29 @@ impl RunningSession {
         Ok(())
     }
 
-    /// Adds tokens to an external action, so that it can fire `tokens` more times.
-    ///
-    /// # Errors
-    /// [`ActorError::NotExternal`], or [`ActorError::Ended`] with the first cause.
-    pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), ActorError> {
+    /// Adds tokens to an external action, so that it can fire `tokens` more times. Fails with [`Failure::Protocol`] if
+    /// the action is not external.
+    pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), Failure> {
         if let Some(failure) = self.session.first_failure() {
-            return Err(ActorError::Ended { cause: failure.to_string() });
+            return Err(failure);
         }
         let mut all = self.tokens.lock();
         let Some(count) = all.get_mut(&RegisterReader { actor, action }) else {
-            return Err(ActorError::NotExternal { actor, action });
+            let actor = format!("{actor:?}");
+            let cause = ProtocolError::UnexpectedToken { actor: actor.clone(), action };
+            return Err(Failure::Protocol { actor, device: 0, cause });
         };
         *count += u64::from(tokens);
         let (whole, begun) = step_counts(&self.session.spec, &all);
         self.session.steps.set_steps(whole, begun);
         drop(all);
-        let event = ProtocolEvent::Token { action, count: tokens };
-        if self.session.bus.send(actor, Cast::Event(event)) {
-            return Ok(());
-        }
-        let cause = self.session.first_failure().map_or("its actors have stopped".into(), |f| f.to_string());
-        Err(ActorError::Ended { cause })
+        // An actor that has stopped receives nothing: the session fails, and the wait for results returns the cause.
+        self.session.bus.send(actor, Cast::Event(ProtocolEvent::Token { action, count: tokens }));
+        Ok(())
     }
 
     /// Blocks until all firings of the steps that have all their tokens have ended; false when `timeout` passes first.
     /// The host may access the arenas only after this returns true.
-    ///
-    /// # Errors
-    /// The first cause, when the session has failed.
     pub fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
         self.session.quiesce(timeout)
     }
@@ -222,9 +210,6 @@ impl RunningSession {
     /// Sends the bytes of `initial` registers to the peers that read them, and waits until all peers have done the
     /// same. All processes call it after such a register was written outside the plan, with no work in flight. Peers
     /// have [`WatchdogOptions::wait_max`].
-    ///
-    /// # Errors
-    /// The first cause, if the session fails during the wait; a peer that is not ready in time.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;
@@ -272,9 +257,6 @@ impl RunningSession {
 
     /// Stops the actors after their firings in flight, and returns the last snapshot of each; unused tokens are
     /// discarded. Call [`RunningSession::quiesce`] first to finish all work.
-    ///
-    /// # Errors
-    /// The first cause, when the session has failed.
     pub fn shutdown(mut self) -> Result<Vec<ActorSnapshot>, Failure> {
         self.stop();
         self.session.first_failure().map_or_else(|| Ok(self.session.snapshot()), Err)

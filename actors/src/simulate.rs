@@ -145,9 +145,6 @@ struct Simulator<'a> {
 
 /// Runs `options.steps` steps of a plan.
 ///
-/// # Errors
-/// An inconsistent plan, a deadlock, a protocol violation or a violated invariant.
-///
 /// # Panics
 /// If `timing.action_ticks` has no entry for an action.
 pub fn simulate(

@@ -40,8 +40,7 @@ pub struct RegisterUse {
     pub slots_peak: u32,
     /// Number of published pieces since the start, including the initial one.
     pub published: u64,
-    /// Number of pieces that each reader has released, as far as the producer knows, by index in the register's
-    /// readers.
+    /// Number of pieces that each reader has released, as far as the producer knows, by reader index.
     pub released: Vec<u64>,
 }
 

@@ -3,6 +3,7 @@
 use shardflow::checkpoint::error::StoreOperation;
 use shardflow::checkpoint_manager::ManagerError;
 use shardflow::files::{self, OutputFileError};
+use shardflow::graph::optimizer::Overflow;
 use shardflow::prelude::*;
 use shardflow::program::ProgramError;
 use shardflow::trace::TraceError;
@@ -213,7 +214,7 @@ fn session_hint(error: &SessionError) -> &'static str {
 /// What the user can change so that a step is finite. The moments of AdamW depend on the gradients alone.
 fn non_finite_hint(found: &NonFinite) -> &'static str {
     match found.overflow {
-        Some("a parameter") => "try a lower --lr",
+        Some(Overflow::Parameter) => "try a lower --lr",
         Some(_) => "try --clip 1, or less",
         None => "try a lower --lr, or --clip 1",
     }

@@ -1,6 +1,7 @@
 //! Checks gradients whose squares overflow f32, on any kind of device: the norm is finite, clipping works, and an
 //! update that would make a parameter or moment infinite is skipped.
 
+use shardflow::graph::optimizer::Overflow;
 use shardflow::graph::{AdamW, Graph};
 use shardflow::nn::{self, Parallel};
 use shardflow::passes::{CompileOptions, compile};
@@ -96,15 +97,16 @@ fn large_gradients_are_clipped_like_small_ones(device: DeviceKind, mesh: &str) {
 }
 
 fn an_update_that_would_overflow_is_skipped(device: DeviceKind, mesh: &str) {
-    for (factor, learning_rate, overflow_in) in
-        [(LARGE, LEARNING_RATE, "a second moment"), (1.0, f32::MAX, "a parameter")]
-    {
+    for (factor, learning_rate, kind, overflow_in) in [
+        (LARGE, LEARNING_RATE, Overflow::SecondMoment, "a second moment"),
+        (1.0, f32::MAX, Overflow::Parameter, "a parameter"),
+    ] {
         let mut session = start(device, mesh, factor, f32::INFINITY, OnNonFinite::Stop);
         let before = state(&session);
         let Err(SessionError::NonFinite(found)) = step(&mut session, learning_rate) else {
             panic!("{mesh}: {overflow_in}")
         };
-        assert_eq!((found.overflow, &found.first), (Some(overflow_in), &None), "{mesh}");
+        assert_eq!((found.overflow, &found.first), (Some(kind), &None), "{mesh}");
         assert!(found.loss.is_some_and(f32::is_finite) && found.grad_norm.is_some_and(f64::is_finite), "{found:?}");
         let (text, by_rate) = (found.to_string(), overflow_in == "a parameter");
         let advice = if by_rate { "lower the learning rate" } else { "clip the gradients to a smaller norm" };

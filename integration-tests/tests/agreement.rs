@@ -505,7 +505,7 @@ fn files_and_checkpoints_record_what_was_declared() {
         let expected = losses(&mut first);
         for (name, way) in ways {
             for (options, expected) in [
-                (declared("b", 4, 2), "its data is a, and this program's is b"),
+                (declared("b", 4, 2), "its data is a, but this program's is b"),
                 (declared("a", 4, 4), "its heads is 2"),
             ] {
                 let error = way(&mut start(ONE, &options)).expect_err(name);
@@ -524,7 +524,7 @@ fn files_and_checkpoints_record_what_was_declared() {
             );
         }
         let error = start(ONE, &declared("a", 4, 4)).init_from(&file).expect_err("other heads").to_string();
-        assert!(error.contains("its heads is 2, and this program's is 4"), "{error}");
+        assert!(error.contains("its heads is 2, but this program's is 4"), "{error}");
         start(ONE, &declared("b", 2, 2)).init_from(&file).expect("other data");
         // The session itself records the settings of the optimizer.
         assert!(value("shardflow.declared.optimizer").starts_with("AdamW, betas 0.9 and 0.99, eps 1e-8, weight decay"));

@@ -146,7 +146,7 @@ def main():
         print(f"{module + '.' + kernel:44}" + "".join(f"{cell:>22}" for cell in cells))
         for architecture, usage in usages.items():
             if usage["spilled"] > SPILL_BYTES_MAX:
-                spilled = f"spills {usage['spilled']} bytes, at most {SPILL_BYTES_MAX} are allowed"
+                spilled = f"spills {usage['spilled']} bytes, the maximum is {SPILL_BYTES_MAX}"
                 failures.append(f"{kernel} of {module}.cu for {architecture}: {spilled}; use a smaller tile")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

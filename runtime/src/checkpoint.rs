@@ -2,8 +2,8 @@
 //! manifest commits the checkpoint.
 //!
 //! [`Store`] defines the location of files and the invariants; a [`Saver`] leads from a snapshot to a commit; a
-//! [`CheckpointReader`] returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole model, and
-//! [`convert::export`] writes one from a checkpoint.
+//! [`CheckpointReader`] returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole
+//! model, and [`convert::export`] writes one from a checkpoint.
 
 pub(crate) mod agreement;
 #[cfg(feature = "cli")]

@@ -1,5 +1,5 @@
-//! The checkpoints of one training: continues from the newest, saves on a schedule in the background, rolls back after a
-//! step that is not finite.
+//! The checkpoints of one training: continues from the newest, saves on a schedule in the background, rolls back after
+//! a step that is not finite.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -75,7 +75,7 @@ pub enum ManagerError {
     Snapshot(Box<SessionError>),
     #[error("{0}; there is no checkpoint to roll back to")]
     NoCheckpoint(Box<NonFinite>),
-    #[error("rolled back to step {step} {ROLLBACKS_MAX} times, and again {found}")]
+    #[error("rolled back to step {step} {ROLLBACKS_MAX} times without success: {found}")]
     TooManyRollbacks { step: u64, found: Box<NonFinite> },
     #[error("the last checkpoint is not saved: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
     Last { cause: Box<CheckpointError>, newest: Option<u64> },

@@ -51,8 +51,8 @@ impl Cluster {
         Self { launch, by_mpi: ByMpi::default(), options, restart_causes: Vec::new(), job_began_ms: None }
     }
 
-    /// Reads the variables of the launcher, torchrun, Slurm, OpenMPI, MPICH or a Kubernetes indexed job; a single process
-    /// without them. Connects nothing: the processes meet when a session starts.
+    /// Reads the variables of the launcher, torchrun, Slurm, OpenMPI, MPICH or a Kubernetes indexed job; a single
+    /// process without them. Connects nothing: the processes meet when a session starts.
     ///
     /// # Errors
     /// The environment contradicts itself; the error names the variable and the fix.
@@ -94,9 +94,9 @@ impl Cluster {
         self.world().map_or(1, |world| world.local_processes)
     }
 
-    /// How many of the mesh's devices are on this node and share its cores and memory. Called before the rendezvous, so it
-    /// assumes that the ranks of a node are consecutive. If they are not and the devices do not divide evenly, the result may
-    /// be off by one for each process.
+    /// How many of the mesh's devices are on this node and share its cores and memory. Called before the rendezvous, so
+    /// it assumes that the ranks of a node are consecutive. If they are not and the devices do not divide evenly, the
+    /// result may be off by one for each process.
     pub fn devices_here(&self, devices: usize) -> usize {
         let Some(world) = self.world() else { return devices };
         let first = world.process.saturating_sub(world.local_process);

@@ -1,5 +1,5 @@
-//! Values that a program declares. They must be equal on all ranks; checkpoints and saved files record them, and a resume
-//! compares them.
+//! Values that a program declares. They must be equal on all ranks; checkpoints and saved files record them, and a
+//! resume compares them.
 //!
 //! ```
 //! use shardflow::declare::{Declarations, OnResume, data_identity};
@@ -122,7 +122,7 @@ impl Declarations {
             if value.len() > VALUE_BYTES_MAX {
                 let bytes = value.len();
                 return wrong(format!(
-                    "the value has {bytes} bytes, at most {VALUE_BYTES_MAX} are allowed: declare a digest"
+                    "the value has {bytes} bytes, the maximum is {VALUE_BYTES_MAX}: declare a digest"
                 ));
             }
             if total > DECLARED_BYTES_MAX {
@@ -140,8 +140,8 @@ impl Declarations {
         Ok(())
     }
 
-    /// Compares recorded values with these; returns a line for each difference to report. Values that only one side has are not
-    /// compared, because older programs declared fewer. A value that must be the same but differs is an error.
+    /// Compares recorded values with these; returns a line for each difference to report. Values that only one side has
+    /// are not compared, because older programs declared fewer. A value that must be the same but differs is an error.
     pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, String> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {
@@ -167,8 +167,11 @@ fn is_reserved(name: &str) -> bool {
 const BLOCKS: u64 = 64;
 const BLOCK_BYTES: u64 = 1 << 20;
 
-/// Identity of a data file: its length and the BLAKE3 checksum of its bytes. For a file of more than 64 MiB, the checksum of 64
-/// blocks of 1 MiB, spread evenly from the first byte to the last.
+/// Identity of a data file: its length and the BLAKE3 checksum of its bytes. For a file of more than 64 MiB, the
+/// checksum of 64 blocks of 1 MiB, spread evenly from the first byte to the last.
+///
+/// # Errors
+/// The file cannot be read.
 pub fn data_identity(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     identity(file.metadata()?.len(), |start, block| file.read_exact_at(block, start))

@@ -92,7 +92,7 @@ fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTr
 /// all processes of the node. Devices share GPUs only if one process hosts them all.
 fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<Vec<usize>, KernelError> {
     if count == 0 || (node.all > count && process_map.processes > 1) {
-        let what = format!("{} devices of this node need one GPU each, and the node has {count}", node.all);
+        let what = format!("{} devices of this node need one GPU each, but the node has {count}", node.all);
         let hint = "choose a smaller mesh, or use more nodes; only devices of a single-process job share GPUs";
         return Err(KernelError::Unavailable { what, hint: hint.to_owned() });
     }
@@ -153,7 +153,7 @@ fn check_queues(rank: usize, streams: usize, pipes: usize, setting: Option<&str>
     }
     let what = format!(
         "the GPU of device {rank} has too few hardware queues: {streams} streams and {pipes} pipes to other processes \
-         need {needed}, {QUEUES} provides {queues}"
+         need {needed}, but {QUEUES} provides {queues}"
     );
     let hint = if needed <= max {
         format!("set {QUEUES}={max} for all processes before they start, as shardflow launch does")
@@ -202,7 +202,8 @@ mod tests {
         assert_eq!(check(5, 27, Some("32")), Ok(()));
         let error = check(5, 4, None).unwrap_err();
         assert!(
-            error.contains("5 streams and 4 pipes") && error.contains("need 9, CUDA_DEVICE_MAX_CONNECTIONS provides 8")
+            error.contains("5 streams and 4 pipes")
+                && error.contains("need 9, but CUDA_DEVICE_MAX_CONNECTIONS provides 8")
         );
         assert!(error.contains("set CUDA_DEVICE_MAX_CONNECTIONS=32"), "{error}");
         let error = check(5, 28, Some("64")).unwrap_err();

@@ -28,8 +28,8 @@ pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// Names in a folder, with the sizes of files; `None` for folders. With `deep`, all files below it instead. Skips names that
-/// are not UTF-8, and files that are deleted during the listing.
+/// Names in a folder, with the sizes of files; `None` for folders. With `deep`, all files below it instead. Skips names
+/// that are not UTF-8, and files that are deleted during the listing.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {
@@ -72,11 +72,12 @@ pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
     code.is_some_and(|code| [Errno::PERM, Errno::OPNOTSUPP, Errno::NOSYS, Errno::MLINK].contains(&code))
 }
 
-/// Creates a file with its whole content, synced, if it does not exist; needs no hard links. The writer renames a folder with
-/// the content to the claim's name, which fails while that folder has content, and then renames the content from inside the
-/// claim to `path`. Another writer may delete the content of a claim at any time, because its writer may have died; a slow
-/// writer then has no content to rename. So a writer that finds `path` free while its content is in the claim is the only one
-/// that can create it. The claim's folder is never moved: a rename that has already looked it up would still find the content.
+/// Creates a file with its whole content, synced, if it does not exist; needs no hard links. The writer renames a
+/// folder with the content to the claim's name, which fails while that folder has content, and then renames the content
+/// from inside the claim to `path`. Another writer may delete the content of a claim at any time, because its writer
+/// may have died; a slow writer then has no content to rename. So a writer that finds `path` free while its content is
+/// in the claim is the only one that can create it. The claim's folder is never moved: a rename that has already looked
+/// it up would still find the content.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_os_string();

@@ -1,9 +1,9 @@
 //! Shardflow trains neural networks on many devices.
 //!
-//! You write a network once, as one logical program over whole tensors. Layouts say how tensors are divided over a mesh of
-//! devices: split, copied, or partial sums along each axis. [`prelude::compile`] derives the backward pass and the communication,
-//! and checks the plan before anything runs: memory to the byte, and that no device can wait forever. A [`prelude::Session`] runs
-//! the plan: on the cores of one machine, in several processes and on several nodes, or on GPUs.
+//! You write a network once, as one logical program over whole tensors. Layouts say how tensors are divided over a mesh
+//! of devices: split, copied, or partial sums along each axis. [`prelude::compile`] derives the backward pass and the
+//! communication, and checks the plan before anything runs: memory to the byte, and that no device can wait forever. A
+//! [`prelude::Session`] runs the plan: on the cores of one machine, in several processes and nodes, or on GPUs.
 //!
 //! # A program
 //!
@@ -30,8 +30,8 @@
 //!
 //! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program; `compile` reports them
 //!    together.
-//! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, every byte. Without
-//!    running anything, `shardflow plan` prints it.
+//! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, every
+//!    byte. Without running anything, `shardflow plan` prints it.
 //! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares plan and
 //!    options with theirs, and allocates all memory.
 //! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes must call it.
@@ -54,7 +54,7 @@
 //! | [`program`], [`exit`] | a `main` that reports its failure, and the exit codes |
 //! | [`job`] | the crate below: launcher, rendezvous, connections |
 //!
-//! The guide, in `docs/guide`, has a page for each task. `docs/architecture.md` shows the path of a step through the code.
+//! The guide, in `docs/guide`, has a page for each task. `docs/architecture.md` shows the path of a step.
 
 pub mod checkpoint;
 pub mod cluster;

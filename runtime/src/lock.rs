@@ -1,15 +1,15 @@
 //! The lock of a checkpoint store: only one training job writes to it at a time.
 //!
-//! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. On network
-//! file systems and in cloud stores, where other writers may not see `flock`, it renews the file instead.
+//! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. On
+//! network file systems and in cloud stores, where other writers may not see `flock`, it renews the file instead.
 //!
-//! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that fails
-//!   if the file exists, so two processes never hold the lock at once.
-//! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock. Clocks
-//!   of different processes are never compared.
+//! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that
+//!   fails if the file exists, so two processes never hold the lock at once.
+//! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock.
+//!   Clocks of different processes are never compared.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
-//! - LK-4: a commit and a deletion check LK-1 first. A process that loses the lock between the check and the commit may still
-//!   add a complete checkpoint of a step that has none; by ST-1 it replaces no file.
+//! - LK-4: a commit and a deletion check LK-1 first. A process that loses the lock between the check and the commit may
+//!   still add a complete checkpoint of a step that has none; by ST-1 it replaces no file.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
@@ -44,7 +44,7 @@ struct Holder {
     host: String,
     boot: String,
     pid: u32,
-    /// Unix time in nanoseconds of the process's first lock. Distinguishes processes of two containers with the same pid.
+    /// Unix time in nanoseconds of the process's first lock. Distinguishes equal pids of two containers.
     process_ns: u64,
     job: Option<String>,
     epoch: u64,

@@ -151,8 +151,8 @@ impl UnevenSize {
 }
 
 impl GptConfig {
-    /// Checks that the width divides among the heads, the batch among the micro-batches, and the layers among the mesh's
-    /// stages. `compile` also refuses such a model; this check needs no graph. All sizes must be at least 1.
+    /// Checks that the width divides among the heads, the batch among the micro-batches, and the layers among the
+    /// mesh's stages. `compile` also refuses such a model; this check needs no graph. All sizes must be at least 1.
     ///
     /// # Errors
     /// The first size that does not divide.

@@ -18,8 +18,8 @@ use shardflow_job::requests::Requests;
 /// How long an error waits for stdout to drain.
 const STDOUT_DRAIN: Duration = Duration::from_millis(200);
 
-/// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..`, reports it to
-/// the launcher, and returns its exit code, after all output is written.
+/// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..`,
+/// reports it to the launcher, and returns its exit code, after all output is written.
 ///
 /// ```no_run
 /// use shardflow::prelude::*;

@@ -195,7 +195,7 @@ impl Session {
         Ok(pairs.map(|pair| [0, 1].map(|index| pair.get(index).copied().unwrap_or_default())).collect())
     }
 
-    /// Sends the outcome of this process's part and waits for that of every process. Returns them in the order of ranks.
+    /// Sends the outcome of this process's part and waits for that of every process. Returns them by rank.
     fn exchange_outcomes(&mut self, own: Outcome) -> Result<Vec<Outcome>, SessionError> {
         Ok(self.exchange(own.to_pair())?.into_iter().map(Outcome::from_pair).collect())
     }
@@ -229,11 +229,7 @@ impl Session {
     /// Like [`Session::receive`], without failing the session.
     fn receive_within(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
         let timeout = limit.map_or_else(never, after);
-        let stopped = || {
-            let cause = "the session has ended".into();
-            Failure::Stalled { idle_ms: 0, cause, process: None, report: String::new() }
-        };
-        let running = self.running.as_ref().ok_or_else(stopped)?;
+        let running = self.running()?;
         // A closed channel means that the session has failed, so that failure is the result.
         let ended = || running.control().first_failure().unwrap_or_else(stopped);
         let mut inbox = self.inbox.lock();
@@ -271,6 +267,10 @@ impl Session {
         self.agree_on_bounds()?;
         self.set_activity(BETWEEN_STEPS);
         Ok(())
+    }
+
+    fn running(&self) -> Result<&RunningSession, Failure> {
+        self.running.as_ref().ok_or_else(stopped)
     }
 
     /// Records a failure and returns its first cause, once all processes have reported theirs.
@@ -313,6 +313,11 @@ impl Session {
         let _ = self.receive_within(&wanted, Some(QUIESCE_TIMEOUT));
         Ok(())
     }
+}
+
+/// The failure of a session whose actors have stopped without a cause.
+fn stopped() -> Failure {
+    Failure::Stalled { idle_ms: 0, cause: "the session has ended".into(), process: None, report: String::new() }
 }
 
 impl Drop for Session {

@@ -1,5 +1,5 @@
-//! The launcher with real processes: the ranks are `sh` scripts that branch on their variables. Scripts report through a named
-//! pipe that they are ready, and the tests wait for the end of processes instead of sleeping.
+//! The launcher with real processes: the ranks are `sh` scripts that branch on their variables. Scripts report through
+//! a named pipe that they are ready, and the tests wait for the end of processes instead of sleeping.
 
 #[path = "launcher/harness.rs"]
 mod harness;
@@ -263,6 +263,7 @@ fn a_launcher_that_cannot_start_its_processes_reports_it() {
     for (words, cause) in [
         (&["--", "./no-such-program"][..], "program ./no-such-program"),
         (&["--log-dir=/proc/none", "true"], "--log-dir: cannot write a log in /proc/none/"),
+        (&["--meet-wait=0", "true"], "invalid value '0' for '--meet-wait <SECONDS>': expected 0.001 to 86400 seconds"),
         (&["--grace", "soon", "true"], "invalid value 'soon' for '--grace <SECONDS>'"),
         (&["--grace=1", "--grace=1", "true"], "the argument '--grace <SECONDS>' cannot be used multiple times"),
     ] {
@@ -279,7 +280,7 @@ fn a_launcher_that_cannot_start_its_processes_reports_it() {
 fn cluster_flags_become_variables_of_the_processes() {
     let job = Job::new();
     let flags = ["--rdzv-id=x", "--interface=127.0.0.1", "--advertise=node-7.site", "--heartbeat-ms=100"];
-    let more = ["--heartbeat-deadline-ms=900", "--report-wait=2.5"];
+    let more = ["--heartbeat-deadline-ms=900", "--meet-wait=0.5", "--report-wait=2.5"];
     assert_eq!(job.sh(&[flags.as_slice(), &more].concat(), "env").end().code, 0);
     let vars = variables(&job.log("x", 0, 0));
     for (name, value) in [
@@ -287,6 +288,7 @@ fn cluster_flags_become_variables_of_the_processes() {
         ("SHARDFLOW_ADVERTISE", "node-7.site"),
         ("SHARDFLOW_HEARTBEAT_MS", "100"),
         ("SHARDFLOW_HEARTBEAT_DEADLINE_MS", "900"),
+        ("SHARDFLOW_MEET_MS", "500"),
         ("SHARDFLOW_REPORT_WAIT_MS", "2500"),
     ] {
         assert_eq!(vars[name], value, "{name}");
@@ -582,7 +584,7 @@ fn a_process_that_ends_on_request_is_not_restarted() {
 #[test]
 fn a_stalled_reader_blocks_no_process() {
     let job = Job::new();
-    // More than the pipe and the queue hold. These must arrive: the first record, the error, standard error, and the last line.
+    // More than the pipe and the queue hold. These must arrive: the first record, the error, standard error, the last line.
     let script = "line=$(printf '%0120d' 7); echo '{\"first\":1}'; i=0; while [ $i -lt 6000 ]; do echo step $i $line; i=$((i+1)); done
         i=0; while [ $i -lt 1500 ]; do echo warning $i $line >&2; i=$((i+1)); done
         echo error: of one line; echo last; echo done > $READY";

@@ -1,5 +1,5 @@
-//! `shardflow plan` prints the plan that the program writes to the files named by the variables, and the program's own errors
-//! only if there is no plan.
+//! `shardflow plan` prints the plan that the program writes to the files named by the variables, and the program's own
+//! errors only if there is no plan.
 
 use std::process::{Command, Output};
 

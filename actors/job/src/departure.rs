@@ -16,16 +16,12 @@ pub(crate) struct Departure(RendezvousConfig);
 
 impl Departure {
     pub(crate) fn new(endpoint: &Endpoint, secret: Secret, options: &ClusterOptions, processes: u32) -> Self {
-        Self(RendezvousConfig {
-            processes,
-            interface: options.interface,
-            report_within: options.report_within,
-            ..RendezvousConfig::new(endpoint.address(), secret, Identity::default())
-        })
+        let config = RendezvousConfig::new(endpoint.address(), secret, Identity::default(), options);
+        Self(RendezvousConfig { processes, ..config })
     }
 
-    /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it connects to
-    /// rank 0. Returns within [`ClusterOptions::report_within`]: true if a process waited for them.
+    /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it
+    /// connects to rank 0. Returns within [`ClusterOptions::report_within`]: true if a process waited for them.
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) -> bool {
         let reported = match ranks.start {
             0 => refuse_callers(&self.0, ranks, report),
@@ -38,13 +34,14 @@ impl Departure {
     }
 }
 
-/// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is another
-/// one. With [`Exit::Retry`] and its own rank, the process ends on request, for example before its node is reclaimed, and the
-/// launcher does not restart it.
+/// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is
+/// another one. With [`Exit::Retry`] and its own rank, the process ends on request, for example before its node is
+/// reclaimed, and the launcher does not restart it.
 ///
-/// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the rendezvous,
-/// for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it connects to the
-/// rendezvous endpoint, or as rank 0 refuses those that connect to it. Only the first report of a process is kept.
+/// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the
+/// rendezvous, for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it
+/// connects to the rendezvous endpoint, or as rank 0 refuses those that connect to it. Only the first report of a
+/// process is kept.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
     let path = env::var_os(ERROR_FILE);
     if path.as_ref().is_some_and(|path| Path::new(path).exists()) {

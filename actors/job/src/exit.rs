@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 /// Variable with the path of the file to which a failing process writes its [`Report`].
 pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
-/// Variable with the path of the file to which the last committed step is written. Set only for the first process of a node.
+/// Variable with the path of the file for the last committed step. Set only for the first process of a node.
 pub const PROGRESS_FILE: &str = "SHARDFLOW_PROGRESS_FILE";
 
 /// Largest report that is read, in bytes. [`crate::departure::report`] writes no longer one.
@@ -113,8 +113,8 @@ impl Exit {
         }
     }
 
-    /// True if a restart from the last commit may help. SIGHUP, SIGINT, SIGQUIT and SIGTERM are requests to end, not failures;
-    /// any other signal may come from outside (the kernel's out-of-memory killer) or from an intermittent bug.
+    /// True if a restart from the last commit may help. SIGHUP, SIGINT, SIGQUIT and SIGTERM are requests to end, not
+    /// failures; any other signal may come from outside (the out-of-memory killer) or from an intermittent bug.
     pub fn worth_a_retry(self) -> bool {
         match self {
             Exit::PeerUnavailable | Exit::Internal | Exit::OutOfMemory | Exit::Retry | Exit::Hang | Exit::Other(_) => {
@@ -200,8 +200,8 @@ impl Report {
 /// True once this process has joined the others, or has reported why it cannot.
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// Records for the launcher that this process begins to wait for the others. Without the record they may wait in vain for
-/// a process that ends with code 0 before it joins.
+/// Records for the launcher that this process begins to wait for the others. Without the record they may wait in vain
+/// for a process that ends with code 0 before it joins.
 pub fn mark_joining() {
     if let Some(path) = env::var_os(ERROR_FILE) {
         let _ = fs::write(joining_file(Path::new(&path)), "");
@@ -213,8 +213,8 @@ pub(crate) fn joining_file(error_file: &Path) -> PathBuf {
     error_file.with_extension("joining")
 }
 
-/// Records that the rendezvous succeeded, or that this process has reported why it cannot. From now on the session reports
-/// failures to the others. Returns whether it was recorded before.
+/// Records that the rendezvous succeeded, or that this process has reported why it cannot. From now on the session
+/// reports failures to the others. Returns whether it was recorded before.
 pub fn mark_joined() -> bool {
     JOINED.swap(true, Ordering::Relaxed)
 }

@@ -1,9 +1,9 @@
-//! `shardflow launch`: starts a node's processes, forwards signals to them, and restarts them after a failure that a restart
-//! may fix.
+//! `shardflow launch`: starts a node's processes, forwards signals to them, and restarts them after a failure that a
+//! restart may fix.
 //!
-//! Each node has its own launcher. When a process fails, the processes of other nodes detect it and end too, and each launcher
-//! restarts its own. A failure before the rendezvous that a restart would not fix is reported to the other nodes at the
-//! rendezvous endpoint.
+//! Each node has its own launcher. When a process fails, the processes of other nodes detect it and end too, and each
+//! launcher restarts its own. A failure before the rendezvous that a restart would not fix is reported to the other
+//! nodes at the rendezvous endpoint.
 
 use std::thread;
 use std::time::Duration;
@@ -32,14 +32,11 @@ pub use options::{LaunchError, LaunchOptions};
 /// How long a launcher that ends on a signal waits for the reader of its output.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Starts the processes, restarts them if needed, and returns when they have ended. Prints failures to standard error, the
-/// first cause last.
+/// Starts the processes, restarts them if needed, and returns when they have ended, with the exit of the first that
+/// failed. Prints failures to standard error, the first cause last.
 ///
-/// Must be called by a thread that lives as long as the launcher, such as the main thread: the kernel kills the processes when
-/// it ends.
-///
-/// # Errors
-/// The processes cannot be started. The failure of a process is not an error: its exit is returned.
+/// Must be called by a thread that lives as long as the launcher, such as the main thread: the kernel kills the
+/// processes when it ends.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {
@@ -53,7 +50,7 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     launched.inspect_err(|error| report(options, departure, error.exit(), error.to_string()))
 }
 
-/// Reports to the other nodes that this one starts no process because of a usage error, if `options` suffice to reach them.
+/// Reports to the other nodes that this one starts no process because of a usage error, if `options` suffice.
 pub fn report_usage(options: &LaunchOptions, cause: String) {
     report(options, departure(options), Exit::Usage, cause);
 }
@@ -91,7 +88,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
         let decision = if outcome.abandoned || cause.ended_on_request() {
-            // An abandoned process still holds the node's devices and files; a request to end means that the node is reclaimed.
+            // An abandoned process still holds the node's devices and files; on a request to end, the node is reclaimed.
             Decision::WouldNotHelp
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))

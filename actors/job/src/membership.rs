@@ -28,9 +28,8 @@ mod status;
 
 pub use cause::FirstCause;
 pub use control_message::MESSAGE_BYTES_MAX;
-pub use detector::PeerHealth;
 pub use error::MembershipError;
-pub use status::{Counters, MembershipEvent, PeerStatus};
+pub use status::{Counters, MembershipEvent};
 
 use crate::exit::Exit;
 use crate::transport::Connection;
@@ -177,11 +176,7 @@ impl Membership {
     }
 
     /// Sends a peer a message of at most [`MESSAGE_BYTES_MAX`] bytes. Messages to one peer arrive in order. Returns
-    /// without waiting for delivery.
-    ///
-    /// # Errors
-    /// [`MembershipError::TooLarge`], [`MembershipError::NoPeer`], [`MembershipError::Backlog`] if the peer does not
-    /// process its messages, [`MembershipError::Gone`], [`MembershipError::Ended`], [`MembershipError::Left`].
+    /// without waiting for delivery, but fails with [`MembershipError::Backlog`] if the peer does not read.
     pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
         self.shared.send(to, topic, bytes)
     }
@@ -209,14 +204,9 @@ impl Membership {
         self.shared.first_cause()
     }
 
-    /// Sets the step in this process's heartbeats.
-    pub fn set_step(&self, step: u64) {
-        self.shared.set_step(step);
-    }
-
-    /// Returns the status of each peer.
-    pub fn peers(&self) -> Vec<PeerStatus> {
-        self.shared.peers()
+    /// Returns the time since each peer's last heartbeat; `None` if it has left.
+    pub fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
+        self.shared.silent_times()
     }
 
     /// Returns the counters of rejected datagrams and control messages.

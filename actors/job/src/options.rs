@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::env::{
-    ADVERTISE, COLLECTIVES, ENCRYPT, Endpoint, EnvError, HEARTBEAT_DEADLINE_MS, HEARTBEAT_MS, INTERFACE,
+    ADVERTISE, COLLECTIVES, ENCRYPT, Endpoint, EnvError, HEARTBEAT_DEADLINE_MS, HEARTBEAT_MS, INTERFACE, MEET_MS,
     REPORT_WAIT_MS, TRANSPORT, Variables,
 };
 use crate::machine::parse_ip;
@@ -19,7 +19,7 @@ pub enum Transport {
     /// Shared memory between processes of one node, TCP between nodes; NCCL between GPUs.
     #[default]
     Auto,
-    /// Shared memory on one node, TCP between nodes; refused if the processes of a node cannot share memory. NCCL between GPUs.
+    /// Shared memory on one node, TCP between nodes; refused if a node's processes cannot share memory. NCCL between GPUs.
     SharedMemory,
     /// Unix sockets on one node, TCP between nodes. Register transfers between GPUs are staged through host memory.
     Unix,
@@ -38,25 +38,16 @@ pub enum Collectives {
     Mpi,
 }
 
-/// Default time to report a failure before the start.
-pub(crate) const REPORT_WITHIN: Duration = Duration::from_secs(10);
-
 /// Receives log lines: the ranks that a wait is for, or why another transport is used.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy or forwarded
-/// ports. Called once for each address.
+/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy or
+/// forwarded ports. Called once for each address.
 pub trait Advertise: fmt::Debug + Send + Sync {
-    /// Returns the address that others connect to in order to reach `bound`.
-    ///
-    /// # Errors
-    /// There is no such address. The process then does not start.
+    /// Returns the address that others connect to in order to reach `bound`. After an error the process does not start.
     fn connections(&self, bound: &Address) -> io::Result<Address>;
 
     /// Returns the UDP address that others send heartbeats to in order to reach `bound`.
-    ///
-    /// # Errors
-    /// As [`Advertise::connections`].
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 
@@ -94,8 +85,8 @@ pub struct ClusterOptions {
     /// Whether register messages and tensors over TCP are encrypted. Rendezvous and control over TCP always are; heartbeats,
     /// NCCL and MPI never.
     pub encrypt: bool,
-    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached; loopback if process 0
-    /// is on loopback.
+    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached; loopback if
+    /// process 0 is on loopback.
     pub interface: Option<SocketAddr>,
     /// How others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,
@@ -129,7 +120,7 @@ impl Default for ClusterOptions {
             report_every: Duration::from_secs(3),
             heartbeat_every: Duration::from_millis(250),
             heartbeat_deadline: Duration::from_secs(4),
-            report_within: REPORT_WITHIN,
+            report_within: Duration::from_secs(10),
             on_waiting: None,
         }
     }
@@ -163,8 +154,9 @@ impl ClusterOptions {
         options.advertise = advertise.map(|host| Arc::new(host) as Arc<dyn Advertise>);
         let ms = |min: u64| move |text: &str| text.parse().ok().filter(|ms| (min..=DAY_MS).contains(ms));
         let ms_expected = "a whole number of milliseconds, from 1 to 86400000";
-        let interval = read(variables, HEARTBEAT_MS, ms_expected, ms(1))?;
-        options.heartbeat_every = interval.map_or(options.heartbeat_every, Duration::from_millis);
+        let time = |name| Ok(read(variables, name, ms_expected, ms(1))?.map(Duration::from_millis));
+        options.heartbeat_every = time(HEARTBEAT_MS)?.unwrap_or(options.heartbeat_every);
+        options.meet_within = time(MEET_MS)?.unwrap_or(options.meet_within);
         let deadline_min = 4 * options.heartbeat_every.as_millis() as u64;
         let deadline_expected =
             "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
@@ -228,16 +220,22 @@ mod tests {
             (ENCRYPT, "on"),
             (HEARTBEAT_MS, "50"),
             (HEARTBEAT_DEADLINE_MS, "200"),
+            (MEET_MS, "1"),
             (REPORT_WAIT_MS, "0"),
             (INTERFACE, "::1"),
         ];
         let read = options(&given).unwrap();
-        let ms = [read.heartbeat_every, read.heartbeat_deadline, read.report_within].map(|time| time.as_millis());
-        assert_eq!((ms, read.interface), ([50, 200, 0], Some("[::1]:0".parse().unwrap())));
+        let times = [read.heartbeat_every, read.heartbeat_deadline, read.meet_within, read.report_within];
+        assert_eq!(
+            (times.map(|time| time.as_millis()), read.interface),
+            ([50, 200, 1, 0], Some("[::1]:0".parse().unwrap()))
+        );
         assert!(read.encrypt && !ClusterOptions::default().encrypt);
         let slow = options(&[(HEARTBEAT_MS, "3000"), (REPORT_WAIT_MS, "")]).unwrap();
         assert_eq!(slow.heartbeat_deadline.as_millis(), 12_000, "at least four intervals");
         assert_eq!(slow.report_within, ClusterOptions::default().report_within);
+        assert_eq!(slow.meet_within.as_secs(), 300, "the default");
+        assert_eq!(options(&[(MEET_MS, "86400000")]).unwrap().meet_within.as_secs(), 86_400);
     }
 
     #[test]
@@ -248,6 +246,8 @@ mod tests {
             (HEARTBEAT_MS, "86400001"),
             (HEARTBEAT_DEADLINE_MS, "999"),
             (HEARTBEAT_DEADLINE_MS, "-1"),
+            (MEET_MS, "0"),
+            (MEET_MS, "86400001"),
             (REPORT_WAIT_MS, "soon"),
             (INTERFACE, "eth0"),
             (ADVERTISE, "host:5"),

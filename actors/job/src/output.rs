@@ -1,5 +1,5 @@
-//! Queued standard output and error. A thread writes the queue, so that a full pipe or a stopped terminal does not block the
-//! training.
+//! Queued standard output and error. A thread writes the queue, so that a full pipe or a stopped terminal does not
+//! block the training.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -179,7 +179,7 @@ pub fn stderr() -> &'static OutputQueue {
     &STDERR
 }
 
-/// Waits until both queues are written, at most for `limit` each. Called before the process ends; remaining text is lost.
+/// Waits until both queues are written, at most for `limit` each. Called before the process ends; the rest is lost.
 pub fn finish(limit: Option<Duration>) {
     stdout().flush(limit);
     stderr().flush(limit);

@@ -1,5 +1,5 @@
-//! Rendezvous of the processes of a world: process 0 listens, all others send it their [`JoinInfo`], it compares them, and they
-//! start together.
+//! Rendezvous of the processes of a world: process 0 listens, all others send it their [`JoinInfo`], it compares them,
+//! and they start together.
 //!
 //! ```text
 //! process 0                     process p
@@ -13,11 +13,11 @@
 //!
 //! - **RV-1**: no process starts before all are ready, so every member can dial a process that has started.
 //! - **RV-2**: a refusal is sent to all processes and names the two that differ, with both values.
-//! - **RV-3**: a process that joins again while others wait replaces its earlier entry if the old connection is dead, if its
-//!   restart count is higher, or if it is the same process.
-//! - **RV-4**: the failure of a process before it joins is reported to process 0 if a retry cannot help. All processes that
-//!   wait, and all that join within `report_within`, are refused with its exit code. The first report wins. If process 0 has
-//!   failed, its launcher or its `exit::report` answers instead.
+//! - **RV-3**: a process that joins again while others wait replaces its earlier entry if the old connection is dead,
+//!   if its restart count is higher, or if it is the same process.
+//! - **RV-4**: the failure of a process before it joins is reported to process 0 if a retry cannot help. All processes
+//!   that wait, and all that join within `report_within`, are refused with its exit code. The first report wins. If
+//!   process 0 has failed, its launcher or its `exit::report` answers instead.
 
 use std::time::Instant;
 

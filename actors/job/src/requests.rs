@@ -1,5 +1,5 @@
-//! Requests to a training process: save a checkpoint, or end. Their sources are signals, the end time of a Slurm job, and the
-//! program.
+//! Requests to a training process: save a checkpoint, or end. Their sources are signals, the end time of a Slurm job,
+//! and the program.
 //!
 //! ```ignore
 //! use shardflow::prelude::*;
@@ -39,7 +39,7 @@ const MARGIN: Duration = Duration::from_secs(60);
 /// How long a process that ends at once waits for the reader of its output.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// A request, which takes effect after a step. All processes get the same one: the strongest that any of them has received.
+/// A request, which takes effect after a step. All processes get the same one: the strongest that any has received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Request {
     /// Continue.
@@ -120,7 +120,7 @@ pub struct Deferred<'a> {
 }
 
 impl Deferred<'_> {
-    /// From now on a signal ends the process after at most `limit`. For work after the last step, which has no other limit.
+    /// From now on a signal ends the process after at most `limit`. For work after the last step.
     pub fn within(&self, limit: Duration) {
         let mut state = self.requests.state.lock();
         state.effect = Effect::Within(limit);
@@ -139,16 +139,13 @@ impl Drop for Deferred<'_> {
 impl Requests {
     /// Installs signal handlers, and watches the end time of the Slurm job if there is one:
     ///
-    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: at once, or under [`Requests::defer`] by [`Request::End`] after
-    ///   the step. A SIGINT after one of them ends it at once. A signal that was ignored when the process started stays ignored
-    ///   (`nohup`), except SIGTERM.
-    /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. It is ignored outside of
-    ///   [`Requests::defer`], when there is no training to save.
-    /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`] in time for a step, a save and a margin. A time in the
-    ///   past is ignored because it belongs to another job.
-    ///
-    /// # Errors
-    /// The handlers cannot be installed, or their thread cannot be started.
+    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: at once, or under [`Requests::defer`] by
+    ///   [`Request::End`] after the step. A SIGINT after one of them ends it at once. A signal that was ignored when
+    ///   the process started stays ignored (`nohup`), except SIGTERM.
+    /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. It is ignored
+    ///   outside of [`Requests::defer`], when there is no training to save.
+    /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`] in time for a step, a save and a margin. A
+    ///   time in the past is ignored because it belongs to another job.
     ///
     /// A second call returns the same requests: `program::run` makes the first one.
     pub fn on_signals() -> io::Result<Arc<Self>> {

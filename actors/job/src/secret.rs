@@ -18,7 +18,7 @@ pub struct Secret {
 
 /// A secret that is short enough to be guessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a secret of {chars} characters, at least {SECRET_CHARS_MIN} are needed: make one with `shardflow secret`")]
+#[error("a secret of {chars} characters, the minimum is {SECRET_CHARS_MIN}: make one with `shardflow secret`")]
 pub struct ShortSecret {
     /// Its length in characters, without surrounding white space.
     pub chars: usize,

@@ -1,8 +1,8 @@
 //! Connections between the processes of a world: listeners, dialling and the handshake. Both sides authenticate before
 //! they use any received data.
 //!
-//! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. The later
-//! bytes are encrypted if the dialler asks for it ([`Hello::sealed`]); those of a plain connection are not even authenticated.
+//! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. The
+//! later bytes are encrypted if the dialler asks for it ([`Hello::sealed`]); others are not even authenticated.
 
 mod address;
 mod connection;

@@ -61,7 +61,7 @@ impl SlotRing {
         slots.saturating_sub(self.held())
     }
 
-    /// Number of pieces that each reader has released, as far as the producer knows, by index in the register's readers.
+    /// Number of pieces that each reader has released, as far as the producer knows, by reader index.
     pub fn released(&self) -> &[u64] {
         &self.released
     }
@@ -96,9 +96,6 @@ impl SlotRing {
     }
 
     /// Checks CR-1 and CR-2.
-    ///
-    /// # Errors
-    /// The violated invariant with the counters.
     pub fn check(&self, name: &str) -> Result<(), ProtocolError> {
         let violated = |label| ProtocolError::Invariant {
             label,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 use shardflow_kernels::cuda::nccl::{Pipe, Sent};
 use shardflow_kernels::tensor::{HostTensor, element_count};
@@ -310,7 +310,7 @@ impl Reader {
         let held = self.link.remote().oldest_held(&self.link.session.spec, register);
         if !refresh && held.saturating_add(u64::from(spec.slots)) <= piece {
             return unexpected(format!(
-                "bytes of piece {piece} of register '{}' over piece {held}, which is in use",
+                "bytes of piece {piece} of register '{}' that would overwrite piece {held}, still in use",
                 name()
             ));
         }
@@ -358,9 +358,11 @@ impl Reader {
             return unexpected(format!("tensors for port {port}, which belongs to another process"));
         };
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
-        let queued = remote.host.as_ref().map_or(0, Sender::len);
-        if bytes != expected as u64 || queued > HOST_PIECES_MAX {
-            return unexpected(format!("{bytes} bytes for port {port}, expected {expected}, or too many pieces"));
+        if bytes != expected as u64 {
+            return unexpected(format!("{bytes} bytes for port {port}, expected {expected}"));
+        }
+        if remote.host.as_ref().is_some_and(|host| host.len() > HOST_PIECES_MAX) {
+            return unexpected(format!("more than {HOST_PIECES_MAX} pieces that the host has not read"));
         }
         let mut tensors = Vec::new();
         for (shape, dtype) in own.tensors.clone() {

@@ -276,7 +276,7 @@ fn chain(ops: Vec<Op>) -> LoadedPlan {
 
 fn first_failure(running: RunningSession) -> Failure {
     let first = running.failures().recv_timeout(TIMEOUT).expect("the session fails");
-    assert!(running.add_tokens(ActorId(0), 0, 1).is_err(), "a failed session accepts no tokens");
+    assert_eq!(running.add_tokens(ActorId(0), 0, 1), Err(first.clone()), "a failed session accepts no tokens");
     assert_eq!(running.quiesce(TIMEOUT), Err(first.clone()));
     assert_eq!(running.shutdown(), Err(first.clone()));
     first
@@ -485,9 +485,10 @@ fn mismatched_parts_are_rejected() {
 #[test]
 fn only_external_actions_accept_tokens() {
     let running = started(chain(vec![idle(), idle()]));
-    let error = ActorError::NotExternal { actor: ActorId(1), action: 0 };
-    assert_eq!(running.add_tokens(ActorId(1), 0, 1), Err(error));
-    assert!(running.add_tokens(ActorId(9), 9, 1).is_err());
+    for (actor, action) in [(1, 0), (9, 9)] {
+        let error = running.add_tokens(ActorId(actor), action, 1).unwrap_err();
+        assert!(matches!(error, Failure::Protocol { cause: ProtocolError::UnexpectedToken { .. }, .. }), "{error}");
+    }
     running.add_tokens(ActorId(0), 0, 3).unwrap();
     assert!(running.quiesce(TIMEOUT).unwrap());
 }

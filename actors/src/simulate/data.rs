@@ -159,8 +159,7 @@ impl Groups {
         Self { begun, contributions: HashMap::new(), waiting: Vec::new() }
     }
 
-    /// Starts a firing with input hash `read`. Returns the actors that wait for no member now, each with the hash of its
-    /// groups.
+    /// Starts a firing with input hash `read`. Returns the actors that wait for no member now, with their groups' hashes.
     pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
         let mut rounds = Vec::new();
         for &group in &spec.action(actor, action).groups {

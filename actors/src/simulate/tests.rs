@@ -233,7 +233,7 @@ fn too_few_credits_for_a_cycle_are_reported_as_a_deadlock() {
     let stash = spec.registers.iter_mut().find(|r| r.name == "stage0.stash").unwrap();
     stash.slots = 1;
     let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
-    expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward; which closes the cycle"].assert_eq(&error.to_string());
+    expect_test::expect!["deadlock: stage0.compute forward waits for a credit of register 'stage0.stash' (1 of 1 slots held by stage0.compute backward); stage0.compute backward waits for its turn after stage0.compute forward, which closes the cycle"].assert_eq(&error.to_string());
     let SimulationError::Stuck(stuck) = error else { panic!("{error}") };
     assert_eq!((stuck.root, stuck.chain.len()), (Root::Cycle, 2));
 }
@@ -249,7 +249,7 @@ fn collectives_in_opposite_orders_are_reported_as_a_deadlock() {
     }
     spec.actors[3].firing = Firing::Ordered(vec![1, 0]);
     let error = exact(&Arc::new(spec), 1, 0, 1).unwrap_err();
-    expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight; which closes the cycle"].assert_eq(&error.to_string());
+    expect_test::expect!["deadlock: device0.reduce all-reduce0 waits for device1.reduce to join group 0; device1.reduce all-reduce0 waits for device1.reduce all-reduce1, which is in flight; device1.reduce all-reduce1 waits for device0.reduce to join group 1; device0.reduce all-reduce1 waits for device0.reduce all-reduce0, which is in flight, which closes the cycle"].assert_eq(&error.to_string());
 }
 
 #[test]

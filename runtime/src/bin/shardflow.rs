@@ -1,5 +1,5 @@
-//! The command `shardflow`: starts programs as several processes, and inspects checkpoints, plans, traces and machines. Parses
-//! the arguments and calls the library.
+//! The command `shardflow`: starts programs as several processes, and inspects checkpoints, plans, traces and machines.
+//! Parses the arguments and calls the library.
 
 use std::ffi::OsString;
 use std::fmt::Display;
@@ -46,7 +46,8 @@ enum Command {
     /// List, verify, reshard or export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Report this machine's resources, missing software, and how to install it. Exits with 78 if a requirement of every job fails.
+    /// Report this machine's resources, missing software, and how to install it. Exits with 78 if a requirement of
+    /// every job fails.
     Doctor {
         /// Print one JSON object
         #[arg(long)]
@@ -64,7 +65,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<OsString>,
     },
-    /// Summarise a trace written by `--trace`: busy and idle time with reasons, critical path, and the simulator's estimate.
+    /// Summarise a trace written by `--trace`: busy and idle time with reasons, critical path, simulated time.
     Trace {
         /// Trace files: one for each process
         #[arg(required = true, value_name = "FILE")]
@@ -145,6 +146,9 @@ struct LaunchArgs {
     /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart has no pause
     #[arg(long, alias = "restart_wait", value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     restart_wait: Duration,
+    /// Time to wait at the start for the processes of all nodes [default: 300]
+    #[arg(long, alias = "meet_wait", value_name = "SECONDS", value_parser = positive_seconds)]
+    meet_wait: Option<Duration>,
     /// How long to report to the other nodes a failure before the rendezvous that no restart can fix [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
@@ -172,6 +176,7 @@ impl LaunchArgs {
     /// Environment variables of the processes: from flags, and CUDA's settings that are not set.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
+            (env::MEET_MS, self.meet_wait.map(|wait| wait.as_millis().to_string())),
             (env::REPORT_WAIT_MS, self.report_wait.map(|wait| wait.as_millis().to_string())),
             (env::INTERFACE, self.interface.clone()),
             (env::ENCRYPT, self.encrypt.then(|| "on".to_owned())),
@@ -203,14 +208,17 @@ fn seconds(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
+fn positive_seconds(text: &str) -> Result<Duration, String> {
+    seconds(text).ok().filter(|time| time.as_millis() > 0).ok_or("expected 0.001 to 86400 seconds".into())
+}
+
 fn main() -> ExitCode {
     // Clap exits with code 2 on a usage error.
     let Cli { command } = flags::parse(std::env::args_os()).unwrap_or_else(|error| {
         report_usage(&error);
         error.exit()
     });
-    // The launcher and its helpers handle signals themselves. The other commands end on a signal, even as process 1 of a
-    // container.
+    // The launcher and its helpers handle signals themselves. Other commands end on one, even as process 1.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
     {

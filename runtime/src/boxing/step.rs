@@ -75,7 +75,7 @@ pub struct BoxingStep {
 pub enum LocalStep {
     /// The shard is unchanged: the output may be the input's buffer.
     Keep,
-    /// Fill the output with `fill`, if given, then copy a box of the input shard to a box of the output shard, if given.
+    /// Fill the output with `fill`, if given, then copy a box of the input shard to one of the output, if given.
     Local { fill: Option<f32>, copy: Option<(Region, Region)> },
     /// Call a collective that reads the input shard and writes the output shard.
     Call(GroupCall),

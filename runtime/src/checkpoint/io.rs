@@ -158,7 +158,7 @@ impl Operations {
                 None => Ok(None),
             }
         })?;
-        let too_large = |size| file.damaged(format!("{size} bytes, at most {bytes_max} are allowed"));
+        let too_large = |size| file.damaged(format!("{size} bytes, the maximum is {bytes_max}"));
         got.transpose().map_err(too_large)
     }
 

@@ -272,7 +272,7 @@ impl Manifest {
 }
 
 fn limit(kind: &str, got: usize, max: usize) -> Result<(), String> {
-    if got > max { Err(format!("{got} {kind}, at most {max} are allowed")) } else { Ok(()) }
+    if got > max { Err(format!("{got} {kind}, the maximum is {max}")) } else { Ok(()) }
 }
 
 /// MF-3: a shard's path is a folder and a file with plain names.
@@ -365,7 +365,7 @@ fn seal_as<T: Serialize>(version: u32, format: &str, body: &T) -> Result<Vec<u8>
     let sealed = Sealed { format: format.into(), version, blake3, body: &body };
     let text = serde_json::to_vec(&sealed).map_err(|e| e.to_string())?;
     if text.len() as u64 > MANIFEST_BYTES_MAX {
-        return Err(format!("{} bytes of {format}, at most {MANIFEST_BYTES_MAX} are allowed", text.len()));
+        return Err(format!("{} bytes of {format}, the maximum is {MANIFEST_BYTES_MAX}", text.len()));
     }
     Ok(text)
 }
@@ -373,7 +373,7 @@ fn seal_as<T: Serialize>(version: u32, format: &str, body: &T) -> Result<Vec<u8>
 /// Decodes a sealed text, if it is unaltered.
 pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Result<T, String> {
     if text.len() as u64 > MANIFEST_BYTES_MAX {
-        return Err(format!("{} bytes, at most {MANIFEST_BYTES_MAX} are allowed", text.len()));
+        return Err(format!("{} bytes, the maximum is {MANIFEST_BYTES_MAX}", text.len()));
     }
     let sealed: Sealed<'_> = serde_json::from_slice(text).map_err(|e| format!("not a {format} file: {e}"))?;
     if sealed.format != format {

@@ -71,7 +71,7 @@ impl Store {
             result => result.map(Some),
         };
         let mismatch = || {
-            let why = format!("{}: its cursor is not the one that rank 0 reads", self.manifest(step).name);
+            let why = format!("{}: its cursor differs from the one that rank 0 reads", self.manifest(step).name);
             self.read(step).and(Err(CheckpointError::Refused(why)))
         };
         self.operations.wait_visible(attempt)?.map_or_else(mismatch, Ok)

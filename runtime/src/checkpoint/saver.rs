@@ -34,7 +34,7 @@ pub struct Saver {
     reports: Receiver<(SaveReport, Snapshot)>,
     /// True while the report of a save is outstanding.
     is_busy: bool,
-    /// The buffers of the last snapshot, for the next one. While a save runs, its snapshot is the only other one in memory.
+    /// The buffers of the last snapshot, for the next one. While a save runs, only its snapshot is in memory too.
     pub(crate) spare: Option<Snapshot>,
     next_attempt: u32,
     busy: WhenBusy,
@@ -44,7 +44,7 @@ pub struct Saver {
 }
 
 impl Saver {
-    /// Takes the store's lock on process 0, and starts the thread. [`crate::session::Session::saver`] also checks the store.
+    /// Takes the store's lock on process 0, and starts the thread. [`crate::session::Session::saver`] checks the store.
     ///
     /// # Errors
     /// [`CheckpointError::Held`] if another training writes to the store; also if the options contradict each other, or

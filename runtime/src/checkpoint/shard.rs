@@ -93,8 +93,8 @@ pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, Ch
     Ok(header)
 }
 
-/// Writes a shard; `content` returns the elements of each entry in turn, so that only one entry is in memory. Returns the
-/// file, and offset and checksum of each entry.
+/// Writes a shard; `content` returns the elements of each entry in turn, so that only one entry is in memory. Returns
+/// the file, and offset and checksum of each entry.
 pub(crate) fn write<'a>(
     store: &Store,
     step: u64,
@@ -111,7 +111,12 @@ pub(crate) fn write<'a>(
     for (index, entry) in entries.iter().enumerate() {
         let tensor = content(index)?;
         let elements = tensor.as_bytes();
-        assert_eq!(elements.len() as u64, entry.bytes(), "{}: the content has another size than the entry", entry.name);
+        assert_eq!(
+            elements.len() as u64,
+            entry.bytes(),
+            "{}: the size of the content differs from the entry",
+            entry.name
+        );
         upload.push(elements)?;
         written.push((offset, Checksum::of(elements)));
         offset += entry.bytes();

@@ -13,8 +13,8 @@ pub(super) fn not_built() -> ClusterError {
     ClusterError::Mpi("this program was built without MPI: build it with `--features mpi`, or set it to `own`".into())
 }
 
-/// This process's MPI world, shared by all sessions of a [`super::Cluster`] because MPI can start only once. The last session
-/// finalizes it.
+/// This process's MPI world, shared by all sessions of a [`super::Cluster`] because MPI can start only once. The last
+/// session finalizes it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ByMpi {
     #[cfg(feature = "mpi")]
@@ -43,7 +43,7 @@ impl ByMpi {
         if (rank, size) != (process_map.process, process_map.processes) {
             let (process, processes) = (process_map.process, process_map.processes);
             return Err(ClusterError::Mpi(format!(
-                "MPI assigns rank {rank} of {size}, the environment rank {process} of {processes}: start the processes with \
+                "MPI assigns rank {rank} of {size}, but the environment assigns rank {process} of {processes}: start the processes with \
                  `mpirun -n {processes}`, without another launcher"
             )));
         }

@@ -1,5 +1,5 @@
-//! Sets up how a session's registers and collectives cross processes: maps shared memory and dials connections. All processes
-//! do this in the same order.
+//! Sets up how a session's registers and collectives cross processes: maps shared memory and dials connections. All
+//! processes do this in the same order.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind, Read, Write};
@@ -163,7 +163,7 @@ pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Res
     let apart = format!("ranks {} and {} on {}: {reason}", a.process, b.process, a.host);
     if transport != Transport::Auto {
         let message = format!(
-            "{apart}; {TRANSPORT}=shared-memory and unix need a shared one: set it to auto, or share the folder"
+            "{apart}; {TRANSPORT}=shared-memory and {TRANSPORT}=unix need one folder: share it, or set {TRANSPORT}=auto"
         );
         return Err(ClusterError::Refused(message));
     }
@@ -361,7 +361,10 @@ mod tests {
         assert_eq!(check(&containers, 1, Tcp), Ok(None));
         for (transport, own) in [SharedMemory, Unix].into_iter().flat_map(|t| (0..3).map(move |own| (t, own))) {
             let (message, code) = check(&containers, own, transport).unwrap_err();
-            assert!(message.contains("ranks 1 and 2") && message.contains("set it to auto") && code == 78, "{message}");
+            assert!(
+                message.contains("ranks 1 and 2") && message.contains("set SHARDFLOW_TRANSPORT=auto") && code == 78,
+                "{message}"
+            );
         }
         let (message, _) = check(&[("a", 1), ("a", 0)], 0, Unix).unwrap_err();
         assert!(message.contains("rank 1 could not create a Unix socket in its TMPDIR"), "{message}");

@@ -50,7 +50,8 @@ impl ClusterError {
             Self::Rendezvous(RendezvousError::Refused(RendezvousRefusal::Failed(report))) => {
                 Exit::from_code(report.exit)
             }
-            Self::Rendezvous(RendezvousError::Transport(error)) | Self::Transport(error) => transport_exit(error),
+            Self::Rendezvous(RendezvousError::Transport(error) | RendezvousError::NotReached(error))
+            | Self::Transport(error) => transport_exit(error),
             Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,
             Self::Rendezvous(_) => Exit::PeerUnavailable,
             Self::Membership(error) => error.exit(),

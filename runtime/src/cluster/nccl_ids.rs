@@ -1,5 +1,5 @@
-//! Exchange of each group's `ncclUniqueId` over the control plane, from the process of the group's first member to those of
-//! the others.
+//! Exchange of each group's `ncclUniqueId` over the control plane, from the process of the group's first member to
+//! those of the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,12 +20,12 @@ pub(super) const TOPIC: u16 = 2;
 /// Bytes of a group's number and id in a message.
 const ENTRY_BYTES: usize = 4 + 128;
 
-/// Returns the ids of these groups, which are all groups of a plan with several members. A collective call: each process makes
-/// it once.
+/// Returns the ids of these groups, which are all groups of a plan with several members. A collective call: each
+/// process makes it once.
 ///
 /// # Errors
-/// [`KernelError::Unavailable`] without NCCL; [`KernelError::Aborted`] if an id does not arrive before the deadline or the
-/// session ends.
+/// [`KernelError::Unavailable`] without NCCL; [`KernelError::Aborted`] if an id does not arrive before the deadline or
+/// the session ends.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
     process_map: &ProcessMap,
@@ -36,7 +36,7 @@ pub(super) fn exchange(
     let aborted = |cause: String| KernelError::Aborted { cause };
     let creator = |group: &Group| process_map.process_of(group.ranks[0]);
     let mut ids: BTreeMap<u32, UniqueId> = BTreeMap::new();
-    // Every peer gets a message, even an empty one: NCCL has its own timeout, so no process may join before all are here.
+    // Every peer gets a message, even an empty one: NCCL has its own timeout, so none may join before all are here.
     let mut outgoing: BTreeMap<u32, Vec<u8>> = process_map.peers().map(|process| (process, Vec::new())).collect();
     for group in groups.iter().filter(|group| creator(group) == process_map.process) {
         let id = UniqueId::new()?;

@@ -14,7 +14,7 @@ use shardflow_actors::shell::{Control, RunningSession};
 use shardflow_job::env::{LaunchContext, World as Launched};
 use shardflow_job::exit;
 use shardflow_job::machine::hidden_name;
-use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent, PeerStatus};
+use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent};
 use shardflow_job::options::{ClusterOptions, Transport};
 use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use shardflow_job::secret::Secret;
@@ -185,8 +185,8 @@ impl Monitor {
 }
 
 impl World {
-    /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all processes, besides
-    /// the build. Later waits for live processes last up to `wait_max`.
+    /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all
+    /// processes, besides the build. Later waits for live processes last up to `wait_max`.
     pub(crate) fn join(
         plan: &Plan,
         cluster: &Cluster,
@@ -233,8 +233,8 @@ impl World {
         Ok(Some(Self { process_map, connector, membership, monitor, agreement, ids }))
     }
 
-    /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the monitor
-    /// then logs their activities at intervals.
+    /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the
+    /// monitor then logs their activities at intervals.
     pub(crate) fn doing(&self, activity: &str) {
         self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
         // A lost connection also fails the membership, so the error needs no handling here.
@@ -300,7 +300,7 @@ impl World {
     /// The cause of the session's end after a failure here: the first cause of all processes, if it arrives in time.
     pub(crate) fn settle(&self, failure: Failure) -> Failure {
         match self.wait_for_cause() {
-            // If this process failed first, its own failure has more detail. The cause explains a failure that is a symptom.
+            // If this process failed first, its own failure has more detail. The cause explains a symptom.
             Some(cause) if cause.process != self.process_map.process || is_symptom(&failure) => peer_failure(&cause),
             // A symptom without another cause is kept.
             _ => attribute_to_peer(failure, &self.process_map),
@@ -336,12 +336,12 @@ impl World {
 
     pub(crate) fn peers(&self) -> Vec<PeerState> {
         let own = self.member(self.process_map.process);
-        let peer = |status: PeerStatus| {
-            let Member { process, node, host, pid, .. } = self.member(status.process);
+        let peer = |(process, silent)| {
+            let Member { process, node, host, pid, .. } = self.member(process);
             let (process, host, pid, is_on_this_node) = (*process, host.clone(), *pid, *node == own.node);
-            PeerState { process, host, pid, is_on_this_node, silent: status.silent }
+            PeerState { process, host, pid, is_on_this_node, silent }
         };
-        self.membership.peers().into_iter().map(peer).collect()
+        self.membership.silent_times().into_iter().map(peer).collect()
     }
 }
 
@@ -375,12 +375,7 @@ fn meet(
         facts: facts()?,
         heartbeat: published.map_err(system("publish the address for heartbeats"))?,
         spans_nodes,
-        interface: options.interface,
-        advertise: options.advertise.clone(),
-        timeout: options.meet_within,
-        report_every: options.report_every,
-        report_within: options.report_within,
-        ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?)
+        ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?, options)
     };
     let (roster, listener) = rendezvous(&config, report)?;
     exit::mark_joined();

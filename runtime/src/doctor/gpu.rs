@@ -29,7 +29,7 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
     match facts {
         Ok(facts) => {
             let DeviceFacts { name, capability: (major, minor), bytes_total } = facts;
-            // Free memory is not reported: only an open context can query it, which uses memory and takes longer than all else.
+            // Free memory is not reported: only an open context can query it, which takes memory and time.
             let memory = size(*bytes_total as u64);
             ok("device", format!("{ordinal}: {name}, sm_{major}{minor}, {memory}"))
         }

@@ -127,7 +127,7 @@ pub fn check_room(path: &Path, bytes: u64) -> Result<(), OutputFileError> {
     if free >= bytes {
         return Ok(());
     }
-    let cause = io::Error::new(io::ErrorKind::StorageFull, format!("{free} bytes are free, {bytes} are needed"));
+    let cause = io::Error::new(io::ErrorKind::StorageFull, format!("{free} bytes are free, but {bytes} are needed"));
     Err(OutputFileError { path: path.into(), cause })
 }
 

@@ -91,8 +91,16 @@ impl AdamW {
     }
 }
 
-/// The kind of value whose overflow depends on the learning rate; that of moments depends on the gradients alone.
-pub(crate) const PARAMETER: &str = "a parameter";
+/// The kind of value that an update could make infinite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overflow {
+    /// Depends on the gradients and the learning rate.
+    Parameter,
+    /// Depends on the gradients alone.
+    FirstMoment,
+    /// Depends on the gradients alone.
+    SecondMoment,
+}
 
 /// Upper bounds of the magnitude of all elements that the optimizer writes, on all devices; equal on all processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -109,12 +117,13 @@ impl Bounds {
     pub(crate) const OF_CHECKPOINT: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
 
     /// The kind of value that may exceed the largest float, if any.
-    pub(crate) fn overflow(&self) -> Option<&'static str> {
+    pub(crate) fn overflow(&self) -> Option<Overflow> {
         let Self { parameter, first, second, .. } = *self;
-        let parts = [("a second moment", second), ("a first moment", first), (PARAMETER, parameter)];
+        let parts =
+            [(Overflow::SecondMoment, second), (Overflow::FirstMoment, first), (Overflow::Parameter, parameter)];
         let is_float = |bound: f64| bound <= f64::from(f32::MAX);
         // False for NaN.
-        parts.into_iter().find(|(_, bound)| !is_float(*bound)).map(|(name, _)| name)
+        parts.into_iter().find(|(_, bound)| !is_float(*bound)).map(|(kind, _)| kind)
     }
 }
 
@@ -198,8 +207,8 @@ mod tests {
         let overflow =
             |norm, rate| adamw.bounds_after(Bounds { parameter: 1.0, ..Bounds::default() }, norm, rate).overflow();
         assert_eq!(overflow(1e18, 1e-3), None);
-        assert_eq!(overflow(1e21, 1e-3), Some("a second moment"));
-        assert_eq!(overflow(1.0, f32::MAX), Some("a parameter"));
+        assert_eq!(overflow(1e21, 1e-3), Some(Overflow::SecondMoment));
+        assert_eq!(overflow(1.0, f32::MAX), Some(Overflow::Parameter));
         let clipped = AdamW { max_norm: 1.0, ..adamw };
         assert_eq!(clipped.bounds_after(Bounds::default(), 1e30, 1e-3).overflow(), None);
     }

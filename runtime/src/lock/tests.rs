@@ -199,7 +199,7 @@ fn a_read_waits_for_files_that_another_process_has_written() {
     store.operations.put(&shard, b"abc".to_vec(), PutMode::Overwrite).unwrap();
     let (writer, changed) = (store.clone(), Cursor::from([("sample".into(), "9".into())]));
     let digest = Manifest { cursor: changed.clone(), ..manifest }.cursor_digest();
-    assert!(store.read_as(4, digest).unwrap_err().to_string().contains("its cursor is not the one"));
+    assert!(store.read_as(4, digest).unwrap_err().to_string().contains("its cursor differs from the one"));
     clock.on_wait(move |_| writer.set_cursor(4, changed.clone()).unwrap());
     let reader = store.with_hidden(Duration::from_secs(90)).read_as(4, digest).unwrap();
     assert_eq!(reader.manifest().cursor["sample"], "9");

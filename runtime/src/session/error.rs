@@ -25,7 +25,7 @@ pub enum SessionError {
     /// An actor, a kernel or a collective failed; this is the first cause.
     #[error("{0}")]
     Failed(#[from] Failure),
-    /// The actors cannot be started, or do not accept a message.
+    /// The actors cannot be started.
     #[error(transparent)]
     Actors(#[from] ActorError),
     /// With the buffers for data of other processes, the plan exceeds its memory budget or the node's memory.

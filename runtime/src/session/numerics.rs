@@ -12,14 +12,14 @@
 use std::fmt;
 
 use crate::graph::Phase;
-use crate::graph::optimizer::PARAMETER;
+use crate::graph::optimizer::Overflow;
 use shardflow_job::text::counted;
 
 /// How a step with an Inf or NaN loss or gradient is handled. In any case it updates nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
-    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes. The session keeps the weights from
-    /// before.
+    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes. The session keeps the
+    /// weights from before.
     #[default]
     Stop,
     /// The step counts as done, and [`super::StepReport::non_finite`] describes it.
@@ -38,9 +38,8 @@ pub struct NonFinite {
     pub loss: Option<f32>,
     /// Global norm of the gradients.
     pub grad_norm: Option<f64>,
-    /// The tensors that the update could make infinite although loss and gradients are finite; see
-    /// [`crate::graph::optimizer`].
-    pub overflow: Option<&'static str>,
+    /// What the update could make infinite although loss and gradients are finite; see [`crate::graph::optimizer`].
+    pub overflow: Option<Overflow>,
     /// The first non-finite tensor. `None` with an `overflow`, or if the repeated step was finite: then memory or a
     /// kernel is at fault.
     pub first: Option<FirstNonFinite>,
@@ -71,11 +70,13 @@ impl fmt::Display for NonFinite {
         self.loss.iter().try_for_each(|loss| write!(f, ", loss {loss}"))?;
         self.grad_norm.iter().try_for_each(|norm| write!(f, ", gradient norm {norm}"))?;
         match (&self.first, self.overflow) {
-            (None, Some(PARAMETER)) => {
-                write!(f, "; its update could make {PARAMETER} overflow f32: lower the learning rate")
-            }
-            (None, Some(tensors)) => {
-                write!(f, "; its update could make {tensors} overflow f32: clip the gradients to a smaller norm")
+            (None, Some(overflow)) => {
+                let (value, advice) = match overflow {
+                    Overflow::Parameter => ("a parameter", "lower the learning rate"),
+                    Overflow::FirstMoment => ("a first moment", "clip the gradients to a smaller norm"),
+                    Overflow::SecondMoment => ("a second moment", "clip the gradients to a smaller norm"),
+                };
+                write!(f, "; its update could make {value} overflow f32: {advice}")
             }
             (None, None) => f.write_str("; the repeated step was finite: suspect this machine's memory or a kernel"),
             (Some(first), _) => write!(f, "; first in {first}"),

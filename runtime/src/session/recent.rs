@@ -45,8 +45,8 @@ impl RecentSteps {
         sorted.get(index.saturating_sub(1)).copied()
     }
 
-    /// Adds a step; `steps` is the number of steps done, including it. Returns the 99th percentile of the durations if it
-    /// is due: not after each step, because quantiles sort the durations.
+    /// Adds a step; `steps` is the number of steps done, including it. Returns the 99th percentile of the durations if
+    /// it is due: not after each step, because quantiles sort the durations.
     pub(super) fn record(
         &mut self,
         steps: u64,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use shardflow_kernels::tensor::HostTensor;
 
 use super::numerics::NonFinite;
+use crate::graph::optimizer::Overflow;
 use shardflow_job::requests::Request;
 
 /// What a step computed, and the request that came with it.
@@ -21,8 +22,8 @@ pub struct StepReport {
     pub outputs: BTreeMap<String, HostTensor>,
     /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
     pub request: Request,
-    /// Set if the loss or gradients are Inf or NaN and [`super::SessionOptions::on_non_finite`] accepts that; nothing was
-    /// updated.
+    /// Set if the loss or gradients are Inf or NaN and [`super::SessionOptions::on_non_finite`] accepts that; nothing
+    /// was updated.
     pub non_finite: Option<NonFinite>,
 }
 
@@ -32,7 +33,7 @@ impl StepReport {
     }
 
     /// A step of which only the update would not be finite: there is no tensor to search for.
-    pub(super) fn overflow(&self, overflow: Option<&'static str>) -> NonFinite {
+    pub(super) fn overflow(&self, overflow: Option<Overflow>) -> NonFinite {
         NonFinite { step: self.step, loss: self.loss, grad_norm: self.grad_norm, overflow, first: None }
     }
 }

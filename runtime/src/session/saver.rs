@@ -109,8 +109,8 @@ fn common_multiple(a: u64, b: u64) -> u64 {
     a.checked_div(divisor).unwrap_or(0).saturating_mul(b)
 }
 
-/// Checks the free bytes and inodes for `checkpoints` checkpoints minus the existing ones, and at least one. Does nothing if the
-/// file system does not report its free space.
+/// Checks the free bytes and inodes for `checkpoints` checkpoints minus the existing ones, and at least one. Does
+/// nothing if the file system does not report its free space.
 fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64) -> Result<(), CheckpointError> {
     // The lock has created the folder.
     let Some(folder) = store.local.as_deref() else { return Ok(()) };
@@ -120,7 +120,7 @@ fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64) -> 
         let needed = each.saturating_mul(checkpoints);
         if let Some(free) = free.filter(|free| *free < needed) {
             let all = counted(checkpoints, "checkpoint");
-            let why = format!("{free} {unit} are free, {needed} are needed for {all} of {each} {unit}");
+            let why = format!("{free} {unit} are free, but {needed} are needed for {all} of {each} {unit}");
             return Err(CheckpointError::NoRoom { place: store.place().into(), checkpoints, why });
         }
     }

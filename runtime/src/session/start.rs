@@ -72,7 +72,8 @@ impl Session {
     /// actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// When memory, threads or peers are not available; [`crate::plan::validate::PlanError::NodeMemory`] before anything is allocated.
+    /// When memory, threads or peers are not available; [`crate::plan::validate::PlanError::NodeMemory`] before
+    /// anything is allocated.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         if plan_files::write_requested(&plan).map_err(|(path, source)| SessionError::PlanFile { path, source })? {
             return Err(SessionError::PlanWritten);
@@ -262,7 +263,7 @@ fn declared(plan: &Plan, options: &SessionOptions) -> Declarations {
     declared.declare(OPTIMIZER, adamw, OnResume::Warn).declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
 }
 
-/// Values that must be equal on all processes, besides the build. The plan is last because it depends on most of the others.
+/// Values that must be equal on all processes, besides the build. The plan is last because it depends on most others.
 fn facts(plan: &Plan, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let cluster = &options.cluster.options;
     let kernels = match plan.device {
@@ -291,8 +292,8 @@ fn failed_join(error: ClusterError) -> SessionError {
     }
 }
 
-/// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this process
-/// ends: that of another process if it failed first.
+/// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this
+/// process ends: that of another process if it failed first.
 pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
     let report = || world.membership.fail(format!("it cannot start: {error}"), error.exit().code());
     match &error {
@@ -316,8 +317,8 @@ pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
     }
 }
 
-/// True if the start failed because another process closed a connection or aborted a collective. That process reports its
-/// cause, or heartbeats detect its loss.
+/// True if the start failed because another process closed a connection or aborted a collective. That process reports
+/// its cause, or heartbeats detect its loss.
 fn is_interrupted_start(error: &SessionError) -> bool {
     match error {
         SessionError::Cluster(ClusterError::Transport(broken)) => {

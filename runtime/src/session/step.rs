@@ -3,11 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use shardflow_actors::error::ActorError;
-use shardflow_actors::shell::RunningSession;
-use shardflow_actors::spec::ActorId;
+use shardflow_actors::error::Failure;
 use shardflow_kernels::collective::ReduceOp;
-use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::norm_of_squares;
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
@@ -28,14 +25,6 @@ pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
 
 /// Fetch results of all devices: one list per firing, with one tensor per port.
 type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
-
-/// Adds tokens. A failure of this step is no error here: the wait for the step's results returns it with all details.
-fn add_tokens(running: &RunningSession, actor: ActorId, action: u32, count: u32) -> Result<(), SessionError> {
-    match running.add_tokens(actor, action, count) {
-        Err(ActorError::Ended { .. }) if running.control().first_failure().is_some() => Ok(()),
-        added => Ok(added?),
-    }
-}
 
 impl Session {
     /// Runs one step: feeds the whole batch, runs all micro-batches, and returns the program's outputs. The host sees
@@ -122,13 +111,7 @@ impl Session {
     /// Feeds a batch and returns the results of the devices of all processes. Devices then wait before the update.
     pub(super) fn run(&mut self, inputs: &Inputs<'_>) -> Result<Results, SessionError> {
         self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
-        for feed in self.feeds.iter().filter(|feed| !feed.decides) {
-            self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
-        }
-        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
-        for (actor, action, firings) in &self.external_actions {
-            add_tokens(running, *actor, *action, *firings)?;
-        }
+        self.start_step(inputs).map_err(|failure| self.fail(failure))?;
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
         let wanted = |((_, rate), (port, _)): (&(usize, Rate), &(u32, _))| (*port, rate.per_step(micro_batches));
         let wanted: Vec<_> = ports.fetches.iter().map(wanted).collect();
@@ -142,22 +125,32 @@ impl Session {
     /// idle.
     pub(super) fn decide(&mut self, learning_rate: f32) -> Result<(), SessionError> {
         let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.updates + 1) as f32]);
-        for feed in self.feeds.iter().filter(|feed| feed.decides) {
-            self.feed(feed, |_, _| hyper.clone())?;
-        }
-        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
+        let decided =
+            self.feeds.iter().filter(|feed| feed.decides).try_for_each(|feed| self.feed(feed, |_, _| hyper.clone()));
         // The watchdog reports slow devices.
-        running.quiesce(Duration::MAX).map(drop).map_err(|failure| self.fail(failure))
+        let ended = decided.and_then(|()| self.running()?.quiesce(Duration::MAX));
+        ended.map(drop).map_err(|failure| self.fail(failure))
     }
 
-    fn feed(&self, feed: &FeedPort, tensor: impl Fn(Var, usize) -> HostTensor) -> Result<(), SessionError> {
-        let running = self.running.as_ref().ok_or(KernelError::Closed { device: 0 })?;
+    /// Feeds a batch and adds the tokens of all other external actions.
+    fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
+        for feed in self.feeds.iter().filter(|feed| !feed.decides) {
+            self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
+        }
+        let running = self.running()?;
+        self.external_actions
+            .iter()
+            .try_for_each(|(actor, action, firings)| running.add_tokens(*actor, *action, *firings))
+    }
+
+    fn feed(&self, feed: &FeedPort, tensor: impl Fn(Var, usize) -> HostTensor) -> Result<(), Failure> {
+        let running = self.running()?;
         let firings = feed.rate.per_step(self.plan.micro_batches);
         for micro_batch in 0..firings {
             // The receiver is dropped only with the stream; the next line reports that.
             let _ = feed.sender.send(feed.vars.iter().map(|var| tensor(*var, micro_batch)).collect());
         }
-        add_tokens(running, feed.actor, feed.action, firings as u32)
+        running.add_tokens(feed.actor, feed.action, firings as u32)
     }
 
     fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {

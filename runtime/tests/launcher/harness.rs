@@ -1,5 +1,5 @@
-//! Starts the binary in a folder of its own, exchanges lines with its scripts through two named pipes, and waits for processes;
-//! every wait has a timeout.
+//! Starts the binary in a folder of its own, exchanges lines with its scripts through two named pipes, and waits for
+//! processes; every wait has a timeout.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};

@@ -10,8 +10,8 @@ use super::names::{Variables, get};
 use super::secret_source::SecretSource;
 use super::slurm::{first_host, tasks_per_node};
 
-/// Ports that are derived from a job's name. They lie below Linux's ephemeral ports (from 32768) and Kubernetes's service
-/// ports (from 30000).
+/// Ports that are derived from a job's name. They lie below Linux's ephemeral ports (from 32768) and Kubernetes's
+/// service ports (from 30000).
 pub const DERIVED_PORTS: Range<u16> = 20000..30000;
 
 /// Detects how a process with these variables was started.
@@ -77,14 +77,14 @@ fn names(source: LaunchedBy) -> Names {
 
 /// The innermost launcher, and the first of its markers that is set.
 ///
-/// OpenMPI is checked before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes with `srun`, so its processes
-/// have the variables of both, and those of Slurm describe the helper. MPICH is checked after Slurm because
+/// OpenMPI is checked before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes with `srun`, so its
+/// processes have the variables of both, and those of Slurm describe the helper. MPICH is checked after Slurm because
 /// `srun --mpi=pmi2` sets `PMI_*` too.
 fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
     let is = |name: &str, value: &str| get(variables, name) == Some(value);
     let (tasks, has) = (slurm_tasks(variables).1, |name: &str| get(variables, name).is_some());
-    // Hydra also starts its helpers with `srun`. It is the only one of these launchers that sets the local process count.
+    // Hydra also starts its helpers with `srun`. Only Hydra sets the local process count.
     let is_helper = || has("MPI_LOCALNRANKS") && has("PMI_SIZE") && !is("PMI_SIZE", tasks);
     [Shardflow, Torchrun, OpenMpi, Slurm, Mpich, Kubernetes].into_iter().find_map(|source| {
         let marker = names(source).markers.iter().find(|name| has(name))?;

@@ -14,23 +14,20 @@ pub const PORT_DEFAULT: u16 = 29400;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Endpoint {
-    /// `tcp://HOST:PORT`. The host is a name or an address; an IPv6 address has no brackets and may have a zone. The port is
-    /// never 0.
+    /// `tcp://HOST:PORT`. The host is a name or an address; an IPv6 address has no brackets and may have a zone. The
+    /// port is never 0.
     Tcp { host: String, port: u16 },
     /// `unix:PATH`: for processes of one node.
     Unix(PathBuf),
 }
 
 impl Endpoint {
-    /// Parses `tcp://HOST:PORT` or `unix:PATH`.
-    ///
-    /// # Errors
-    /// The expected form.
+    /// Parses `tcp://HOST:PORT` or `unix:PATH`. The error is the expected form.
     pub fn parse(text: &str) -> Result<Endpoint, &'static str> {
         if let Some(path) = text.strip_prefix("unix:") {
             return match path {
                 _ if !path.starts_with('/') => Err("unix: and an absolute path"),
-                _ if path.len() > UNIX_PATH_BYTES_MAX => Err("a path of a Unix socket of at most 107 bytes"),
+                _ if path.len() > UNIX_PATH_BYTES_MAX => Err("a Unix socket path of at most 107 bytes"),
                 _ if path.contains('\0') => Err("a path without NUL"),
                 path => Ok(Endpoint::Unix(path.into())),
             };
@@ -41,9 +38,6 @@ impl Endpoint {
     }
 
     /// Like [`Endpoint::parse`], and also accepts torchrun's `HOST` and `HOST:PORT`.
-    ///
-    /// # Errors
-    /// The expected form.
     pub fn parse_rendezvous(text: &str) -> Result<Endpoint, &'static str> {
         if text.starts_with("tcp://") || text.starts_with("unix:") {
             return Endpoint::parse(text);
@@ -89,7 +83,7 @@ fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
     match port.map(str::parse::<u16>) {
         None => Ok((host.into(), None)),
         Some(Ok(port)) if port > 0 => Ok((host.into(), Some(port))),
-        Some(_) => Err("one port from 1 to 65535, and an IPv6 address in brackets"),
+        Some(_) => Err("one port from 1 to 65535, and brackets around an IPv6 address"),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// Variable that chooses the [`crate::options::Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; the same for all processes.
+/// Variable that chooses the [`crate::options::Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; equal on all.
 pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
 /// Variable that chooses the engine of [`crate::options::Collectives`]: `own` or `mpi`; the same for all processes.
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
@@ -20,6 +20,8 @@ pub const ADVERTISE: &str = "SHARDFLOW_ADVERTISE";
 pub const HEARTBEAT_MS: &str = "SHARDFLOW_HEARTBEAT_MS";
 /// Variable with the milliseconds of silence after which a process counts as failed; the same for all processes.
 pub const HEARTBEAT_DEADLINE_MS: &str = "SHARDFLOW_HEARTBEAT_DEADLINE_MS";
+/// Variable with the milliseconds that a process waits at the start for all others to join.
+pub const MEET_MS: &str = "SHARDFLOW_MEET_MS";
 /// Variable with the milliseconds that a process spends on reporting a failure before the rendezvous to the others.
 pub const REPORT_WAIT_MS: &str = "SHARDFLOW_REPORT_WAIT_MS";
 

@@ -41,7 +41,7 @@ impl SecretSource {
         let error = |reason: String| invalid("SHARDFLOW_SECRET_FILE", &path.display().to_string(), &reason);
         let bytes = std::fs::metadata(path).map_err(|e| error(e.to_string()))?.len();
         if bytes > SECRET_BYTES_MAX {
-            return Err(error(format!("the file has {bytes} bytes, at most {SECRET_BYTES_MAX} are allowed")));
+            return Err(error(format!("the file has {bytes} bytes, the maximum is {SECRET_BYTES_MAX}")));
         }
         parse(&std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?, &path.display().to_string())
     }

@@ -49,10 +49,7 @@ fn low_of_range(range: &str) -> Result<&str, &'static str> {
     Ok(low)
 }
 
-/// Tasks of each node, from a list such as `2(x3),1`.
-///
-/// # Errors
-/// The expected form.
+/// Tasks of each node, from a list such as `2(x3),1`. The error is the expected form.
 pub fn tasks_per_node(list: &str) -> Result<Vec<u32>, &'static str> {
     const FORM: &str = "must be a list such as 2(x3),1";
     let mut tasks = Vec::new();

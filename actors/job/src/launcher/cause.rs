@@ -1,4 +1,4 @@
-//! Determines the first cause among failed processes, and whether to restart: pure functions of how the processes ended.
+//! Determines the first cause among failed processes, and whether to restart. Pure functions.
 
 use std::time::Duration;
 
@@ -127,8 +127,8 @@ impl Restarts {
         Restarts { max, ..Restarts::default() }
     }
 
-    /// Pause before the next attempt: none before the first restart, `first` before the second, doubled for each later one, up
-    /// to [`RESTART_WAIT_MAX`] or to `first` if that is longer.
+    /// Pause before the next attempt: none before the first restart, `first` before the second, doubled for each later
+    /// one, up to [`RESTART_WAIT_MAX`] or to `first` if that is longer.
     pub(super) fn pause(&self, first: Duration) -> Duration {
         match self.made {
             0 | 1 => Duration::ZERO,

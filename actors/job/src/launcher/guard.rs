@@ -41,8 +41,8 @@ impl Guard {
         Ok(Guard { process, pipe })
     }
 
-    /// Reports that `group` exists (`+`) or is empty (`-`), before its leader is reaped, so that the id cannot be reused yet. An
-    /// error means that the guard has ended; then only the kernel's signal remains.
+    /// Reports that `group` exists (`+`) or is empty (`-`), before its leader is reaped, so that the id cannot be
+    /// reused yet. An error means that the guard has ended; then only the kernel's signal remains.
     pub(super) fn report(&mut self, sign: char, group: Pid) -> io::Result<()> {
         match &mut self.pipe {
             // One write below a pipe's atomic 4096 bytes: the guard reads a whole line or none.
@@ -89,17 +89,17 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
 pub fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once, from the
-    // launcher.
+    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once,
+    // from the launcher.
     command.process_group(0);
     command
 }
 
-/// The command `shardflow child`: executes `program`, which the kernel kills when the thread that started this process ends.
-/// Returns only on failure.
+/// The command `shardflow child`: executes `program`, which the kernel kills when the thread that started this process
+/// ends. Returns only on failure.
 pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
-        return fail(Exit::Internal, &format!("cannot set the signal for the launcher's end: {error}"));
+        return fail(Exit::Internal, &format!("cannot set the parent-death signal: {error}"));
     }
     // The launcher may have ended before the signal was set.
     if getppid().map(|pid| pid.as_raw_pid()) != i32::try_from(parent).ok() {

@@ -121,7 +121,7 @@ impl<'a> Job<'a> {
     /// Reports to the other nodes that no process of this node joins. Returns true if a process there waits for them.
     pub(super) fn is_missed(&self, report: Report) -> bool {
         let Some(departure) = self.departure.clone() else { return false };
-        print_notice("no process of this node has joined the other nodes; reporting it to those that wait");
+        print_notice("no process of this node joined the rendezvous; reporting this to the nodes that wait");
         let ranks = report.rank..report.rank + self.options.local_processes;
         let (sender, missed) = crossbeam_channel::bounded(1);
         thread::spawn(move || sender.send(departure.report(ranks, &report)));
@@ -140,7 +140,7 @@ impl<'a> Job<'a> {
         self.folder.path().join("progress")
     }
 
-    /// The rendezvous endpoint of an attempt. Each attempt has a Unix socket of its own, because an old one may be left over.
+    /// The rendezvous endpoint of an attempt. Each attempt has a Unix socket of its own: an old one may be left.
     pub(super) fn endpoint(&self, attempt: u64) -> Result<Endpoint, LaunchError> {
         match &self.options.endpoint {
             Some(endpoint) => Ok(endpoint.clone()),
@@ -160,8 +160,8 @@ fn random_secret() -> Result<Secret, LaunchError> {
     Secret::random().map_err(|e| LaunchError::Io { action: "make a secret".into(), source: io::Error::other(e) })
 }
 
-/// Starts the thread that sends an event for each signal. A signal that was ignored at the start, as under `nohup`, stays
-/// ignored, except SIGTERM and SIGUSR1.
+/// Starts the thread that sends an event for each signal. A signal that was ignored at the start, as under `nohup`,
+/// stays ignored, except SIGTERM and SIGUSR1.
 fn watch_signals(events: Sender<Event>) -> io::Result<()> {
     let watched = not_ignored(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT]);
     let mut signals = signal_hook::iterator::Signals::new(watched)?;

@@ -1,5 +1,5 @@
-//! Log files of the processes. Each process writes its own, except the node's first: the launcher copies its output to the log
-//! and the screen.
+//! Log files of the processes. Each process writes its own, except the node's first: the launcher copies its output to
+//! the log and the screen.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -59,8 +59,8 @@ fn error_lines(tail: &[u8]) -> Vec<String> {
     shown.iter().map(|line| line.chars().take(ERROR_CHARS_MAX).collect()).collect()
 }
 
-/// Copies `from` to the log and to the screen, line by line, until its end. Neither a failing log nor a stalled reader of the
-/// screen blocks the process. The log also has the lines that the screen drops.
+/// Copies `from` to the log and to the screen, line by line, until its end. Neither a failing log nor a stalled reader
+/// of the screen blocks the process. The log also has the lines that the screen drops.
 pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue) {
     let (mut from, mut line, mut is_log_writable) = (BufReader::new(from), Vec::new(), true);
     loop {

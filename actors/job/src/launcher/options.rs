@@ -137,8 +137,7 @@ pub(super) fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchErr
     if program.components().count() == 1 && !name.contains('/') {
         let paths = env::var_os("PATH").unwrap_or_default();
         let found = env::split_paths(&paths).map(|folder| folder.join(&program)).find(runnable);
-        let place =
-            if program.is_file() { " in PATH; for the file in this folder write ./ before it" } else { " in PATH" };
+        let place = if program.is_file() { " in PATH; for the file in this folder, write ./NAME" } else { " in PATH" };
         return found.ok_or_else(|| not_found(place));
     }
     let problem = match fs::metadata(&program) {

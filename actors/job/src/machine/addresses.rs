@@ -9,8 +9,8 @@ use crate::transport::{Address, resolve};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// The name is this node's own and resolves to loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`) but not on other
-    /// nodes; or it is the unspecified address.
+    /// The name is this node's own and resolves to loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`) but not
+    /// on other nodes; or it is the unspecified address.
     pub(crate) is_hidden: bool,
 }
 
@@ -35,11 +35,8 @@ fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets
     Targets { addresses: if is_hidden { addresses } else { external }, is_hidden }
 }
 
-/// The local address, at port 0, from which `HOST:PORT` is reached. If the host is this node's own name and the job spans nodes,
-/// an address that other nodes may reach.
-///
-/// # Errors
-/// The name has no address (yet), or there is no route to it.
+/// The local address, at port 0, from which `HOST:PORT` is reached. If the host is this node's own name and the job
+/// spans nodes, an address that other nodes may reach. Fails if the name has no address (yet), or no route leads to it.
 pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
     if let Some(outward) = outward_address().filter(|_| is_hidden) {

@@ -9,7 +9,7 @@ use std::{fmt, fs};
 pub enum MemoryBound {
     /// The machine: `MemAvailable` of `/proc/meminfo`.
     Machine,
-    /// The process's memory cgroup, or an ancestor of it. `used_bytes` is without page cache that the kernel can reclaim.
+    /// The process's memory cgroup, or an ancestor of it. `used_bytes` excludes reclaimable page cache.
     Cgroup { folder: PathBuf, limit_bytes: u64, used_bytes: u64 },
 }
 
@@ -33,8 +33,8 @@ pub struct FreeMemory {
     pub bound: MemoryBound,
 }
 
-/// The minimum of the machine's available memory and the free memory of each memory cgroup up to the root; `None` if `/proc`
-/// does not report it.
+/// The minimum of the machine's available memory and the free memory of each memory cgroup up to the root; `None` if
+/// `/proc` does not report it.
 pub fn free_memory() -> Option<FreeMemory> {
     free_memory_by(&|path| fs::read_to_string(path).ok())
 }
@@ -59,8 +59,8 @@ pub fn meminfo(text: &str, key: &str) -> Option<u64> {
 const V1: [&str; 3] = ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_"];
 const V2: [&str; 3] = ["memory.max", "memory.current", ""];
 
-/// Free memory of each memory cgroup with a limit, from the process's own up to the root of its hierarchy. `cgroups` and
-/// `mounts` are the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
+/// Free memory of each memory cgroup with a limit, from the process's own up to the root of its hierarchy. `cgroups`
+/// and `mounts` are the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
 fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     let mut out = Vec::new();
     for line in cgroups.lines() {
@@ -87,7 +87,7 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
     out
 }
 
-/// Root within the hierarchy and mount point, if this line of `mountinfo` mounts a hierarchy of that kind with memory limits.
+/// Root within the hierarchy and mount point, if this line of `mountinfo` mounts such a hierarchy with memory limits.
 fn mount_of(line: &str, kind: &str) -> Option<(PathBuf, PathBuf)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut filesystem = filesystem.split(' ');
@@ -185,7 +185,7 @@ mod tests {
         assert_eq!(least(task, "", &files), None, "nothing is mounted");
     }
 
-    /// Docker: `/proc/self/cgroup` has the host's path, and the container's own group is mounted instead of the hierarchy.
+    /// Docker: `/proc/self/cgroup` has the host's path, and the container's own group is mounted.
     #[test]
     fn the_group_of_a_container_is_found_at_the_mount_point() {
         let files = [("/sys/fs/cgroup/memory.max", "3000"), ("/sys/fs/cgroup/memory.current", "1000")];

@@ -1,5 +1,5 @@
-//! The control plane: one thread that exchanges control messages with all peers, over connections that the handshake has
-//! authenticated. Each message follows its length, a little-endian u32. The first one is [`Body::Joined`].
+//! The control plane: one thread that exchanges control messages with all peers, over connections that the handshake
+//! has authenticated. Each message follows its length, a little-endian u32. The first one is [`Body::Joined`].
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};

@@ -1,5 +1,5 @@
-//! The messages of the control plane, as bytes with limits: `header (bincode) | payload`. The payload is raw, because bincode
-//! copies bytes one by one.
+//! The messages of the control plane, as bytes with limits: `header (bincode) | payload`. The payload is raw, because
+//! bincode copies bytes one by one.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
@@ -22,7 +22,8 @@ pub(crate) struct ControlMessage {
     pub(crate) payload: Vec<u8>,
 }
 
-/// The kinds of control messages. All but `Joined`, `Message` and `Received` are urgent: the receiver answers with `Received` at once.
+/// The kinds of control messages. All but `Joined`, `Message` and `Received` are urgent: the receiver answers with
+/// `Received` at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
     /// The sender's membership runs; the first message.
@@ -75,18 +76,11 @@ pub(crate) fn truncated(mut cause: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::membership::fuzz::bodies;
 
     fn all() -> Vec<ControlMessage> {
-        let cause = || "out of memory: 3 GiB".to_string();
-        vec![
-            ControlMessage { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() },
-            Body::Message { topic: 7 }.into(),
-            Body::Failed { follows: true, cause: cause(), exit: 71 }.into(),
-            Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 }.into(),
-            Body::Leaving.into(),
-            Body::Joined.into(),
-            Body::Received { urgent: 3 }.into(),
-        ]
+        let step = ControlMessage { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() };
+        bodies().map(ControlMessage::from).into_iter().chain([step]).collect()
     }
 
     #[test]

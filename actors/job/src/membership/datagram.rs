@@ -1,15 +1,15 @@
 //! The heartbeat datagram: fixed layout, little-endian, with a MAC. Pure.
 //!
-//! `magic [4] | version u16 | zero u16 | session [16] | epoch u64 | process u32 | lost u32 | sequence u64 | step u64 | mac [16]`
+//! `magic [4] | version u16 | zero u16 | session [16] | epoch u64 | process u32 | lost u32 | sequence u64 | mac [16]`
 
 use std::collections::BTreeMap;
 
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
 const MAGIC: [u8; 4] = *b"SFHB";
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 /// Number of bytes that the MAC covers.
-const SIGNED: usize = 56;
+const SIGNED: usize = 48;
 const MAC: usize = 16;
 /// Value of `lost` without a lost process.
 const NO_PROCESS: u32 = u32::MAX;
@@ -20,7 +20,6 @@ pub(crate) struct Heartbeat {
     pub(crate) process: u32,
     /// Counts up from 1 within an epoch.
     pub(crate) sequence: u64,
-    pub(crate) step: u64,
     /// The process that the sender has lost, which is the reason for its end.
     pub(crate) lost: Option<u32>,
 }
@@ -59,7 +58,7 @@ impl Codec {
         Self { key, session, epoch, processes, received: BTreeMap::new() }
     }
 
-    pub(crate) fn write(&self, process: u32, sequence: u64, step: u64, lost: Option<u32>) -> [u8; BYTES] {
+    pub(crate) fn write(&self, process: u32, sequence: u64, lost: Option<u32>) -> [u8; BYTES] {
         let mut out = [0; BYTES];
         out[..4].copy_from_slice(&MAGIC);
         out[4..6].copy_from_slice(&VERSION.to_le_bytes());
@@ -67,8 +66,7 @@ impl Codec {
         out[24..32].copy_from_slice(&self.epoch.to_le_bytes());
         out[32..36].copy_from_slice(&process.to_le_bytes());
         out[36..40].copy_from_slice(&lost.unwrap_or(NO_PROCESS).to_le_bytes());
-        out[40..48].copy_from_slice(&sequence.to_le_bytes());
-        out[48..SIGNED].copy_from_slice(&step.to_le_bytes());
+        out[40..SIGNED].copy_from_slice(&sequence.to_le_bytes());
         self.sign(&mut out);
         out
     }
@@ -98,7 +96,7 @@ impl Codec {
         let number = |at: usize| bytes[at..at + 8].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
         let (process, lost) = (number(32) as u32, (number(32) >> 32) as u32);
         let lost = (lost != NO_PROCESS).then_some(lost);
-        let heartbeat = Heartbeat { epoch: number(24), process, sequence: number(40), step: number(48), lost };
+        let heartbeat = Heartbeat { epoch: number(24), process, sequence: number(40), lost };
         if heartbeat.epoch < self.epoch {
             return Err(Rejection::OldEpoch);
         }
@@ -134,33 +132,33 @@ mod tests {
     #[test]
     fn each_datagram_is_accepted_once() {
         let (sender, mut receiver) = (codec(3), codec(3));
-        let written = sender.write(2, 5, 77, None);
-        assert_eq!(receiver.read(&written), Ok(Heartbeat { epoch: 3, process: 2, sequence: 5, step: 77, lost: None }));
+        let written = sender.write(2, 5, None);
+        assert_eq!(receiver.read(&written), Ok(Heartbeat { epoch: 3, process: 2, sequence: 5, lost: None }));
         assert_eq!(receiver.read(&written), Err(Rejection::Replay));
-        assert_eq!(receiver.read(&sender.write(2, 4, 77, None)), Err(Rejection::Replay));
-        assert!(receiver.read(&sender.write(1, 4, 77, None)).is_ok(), "each process has its own sequence");
-        let with_loss = receiver.read(&sender.write(2, 6, 77, Some(3))).expect("newer");
+        assert_eq!(receiver.read(&sender.write(2, 4, None)), Err(Rejection::Replay));
+        assert!(receiver.read(&sender.write(1, 4, None)).is_ok(), "each process has its own sequence");
+        let with_loss = receiver.read(&sender.write(2, 6, Some(3))).expect("newer");
         assert_eq!(with_loss.lost, Some(3));
     }
 
     #[test]
     fn other_epochs_and_sessions_are_rejected() {
         let mut receiver = codec(3);
-        assert_eq!(receiver.read(&codec(2).write(2, 9, 0, None)), Err(Rejection::OldEpoch));
-        assert_eq!(receiver.read(&codec(4).write(2, 9, 0, None)), Err(Rejection::NewerEpoch));
+        assert_eq!(receiver.read(&codec(2).write(2, 9, None)), Err(Rejection::OldEpoch));
+        assert_eq!(receiver.read(&codec(4).write(2, 9, None)), Err(Rejection::NewerEpoch));
         let other = Codec::new(&KEY, [1; 16], 3, 4);
-        assert_eq!(receiver.read(&other.write(2, 9, 0, None)), Err(Rejection::Session));
-        assert_eq!(receiver.read(&codec(3).write(4, 9, 0, None)), Err(Rejection::Format));
+        assert_eq!(receiver.read(&other.write(2, 9, None)), Err(Rejection::Session));
+        assert_eq!(receiver.read(&codec(3).write(4, 9, None)), Err(Rejection::Format));
         for invalid in [2, 4, u32::MAX - 1] {
-            assert_eq!(receiver.read(&codec(3).write(2, 9, 0, Some(invalid))), Err(Rejection::Format));
+            assert_eq!(receiver.read(&codec(3).write(2, 9, Some(invalid))), Err(Rejection::Format));
         }
         // The rejected datagrams did not use up the sequence number.
-        assert!(receiver.read(&codec(3).write(2, 1, 0, None)).is_ok());
+        assert!(receiver.read(&codec(3).write(2, 1, None)).is_ok());
     }
 
     #[test]
     fn every_changed_bit_and_length_is_rejected() {
-        let good = codec(3).write(2, 5, 77, None);
+        let good = codec(3).write(2, 5, None);
         for bit in 0..BYTES * 8 {
             let mut bad = good;
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -171,7 +169,7 @@ mod tests {
             assert_eq!(codec(3).read(&good[..length]), Err(Rejection::Format));
         }
         assert_eq!(codec(3).read(&[&good[..], &[0]].concat()), Err(Rejection::Format));
-        let forged = Codec::new(&[8; 32], SESSION, 3, 4).write(2, 5, 77, None);
+        let forged = Codec::new(&[8; 32], SESSION, 3, 4).write(2, 5, None);
         assert_eq!(codec(3).read(&forged), Err(Rejection::Mac));
     }
 }

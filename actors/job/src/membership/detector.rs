@@ -15,9 +15,8 @@ pub(crate) enum Event {
     Paused { pause: Duration },
 }
 
-/// The health of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PeerHealth {
+pub(crate) enum PeerHealth {
     /// A heartbeat arrived within half the deadline.
     Alive,
     /// Silent for half the deadline.

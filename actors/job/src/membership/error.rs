@@ -23,7 +23,7 @@ pub enum MembershipError {
     TooLarge { bytes: usize },
     /// A peer does not read its messages.
     #[error(
-        "{messages} messages ({bytes} bytes) wait for process {process}, which reads none; at most {} ({} MiB) may",
+        "{messages} messages ({bytes} bytes) wait for process {process}, which reads none; the maximum is {} ({} MiB)",
         outbox::MESSAGES_MAX,
         outbox::BYTES_MAX >> 20
     )]

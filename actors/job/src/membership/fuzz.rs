@@ -9,19 +9,23 @@ fn codec(key: u8) -> Codec {
     Codec::new(&[key; 32], [9; 16], EPOCH, PROCESSES)
 }
 
-/// Valid control messages, and a heartbeat signed with another key.
-pub fn samples() -> Vec<Vec<u8>> {
+/// One message of each kind.
+pub(super) fn bodies() -> [Body; 6] {
     let cause = || "rank 1: out of memory".to_string();
-    let bodies = [
+    [
         Body::Message { topic: 7 },
         Body::Failed { follows: true, cause: cause(), exit: 71 },
         Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 },
         Body::Leaving,
         Body::Joined,
         Body::Received { urgent: 3 },
-    ];
-    let messages = bodies.map(|body| ControlMessage::from(body).write());
-    messages.into_iter().chain([codec(8).write(2, 5, 77, Some(1)).to_vec()]).collect()
+    ]
+}
+
+/// Valid control messages, and a heartbeat signed with another key.
+pub fn samples() -> Vec<Vec<u8>> {
+    let messages = bodies().map(|body| ControlMessage::from(body).write());
+    messages.into_iter().chain([codec(8).write(2, 5, Some(1)).to_vec()]).collect()
 }
 
 /// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
@@ -37,7 +41,7 @@ pub fn check_datagram(bytes: &[u8]) {
     codec.sign(&mut datagram);
     if let Ok(heartbeat) = codec.read(&datagram) {
         assert!(heartbeat.epoch == EPOCH && heartbeat.process < PROCESSES);
-        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.step, heartbeat.lost);
+        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.lost);
         assert_eq!(written, datagram);
         assert_eq!(codec.read(&datagram), Err(Rejection::Replay));
     }

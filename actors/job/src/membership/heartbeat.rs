@@ -67,7 +67,7 @@ impl Heartbeats {
             self.wait(TICK.min(next.saturating_duration_since(now)));
             self.drain();
             self.shared.tick();
-            if !loss_reported && self.shared.heartbeat().is_some_and(|(_, lost)| lost.is_some()) {
+            if !loss_reported && self.shared.heartbeat().flatten().is_some() {
                 // Sent at once: this process may end before the next heartbeat.
                 loss_reported = true;
                 self.send(&mut sequence);
@@ -76,9 +76,9 @@ impl Heartbeats {
     }
 
     fn send(&self, sequence: &mut u64) {
-        let Some((step, lost)) = self.shared.heartbeat() else { return };
+        let Some(lost) = self.shared.heartbeat() else { return };
         *sequence += 1;
-        let datagram = self.codec.write(self.shared.own, *sequence, step, lost);
+        let datagram = self.codec.write(self.shared.own, *sequence, lost);
         for address in &self.addresses {
             // A network failure causes missing heartbeats on both sides; the next heartbeat retries.
             if let Err(error) = self.socket.send_to(&datagram, address) {

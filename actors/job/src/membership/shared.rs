@@ -1,7 +1,6 @@
 //! State that the threads of one membership share: the peers, their messages, and the first cause.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -13,7 +12,7 @@ use super::datagram::{Heartbeat, Rejection};
 use super::detector::{Detector, Event, PeerHealth};
 use super::error::MembershipError;
 use super::outbox::{Count, Outbox, Unsent};
-use super::status::{Counters, MembershipEvent, PeerStatus};
+use super::status::{Counters, MembershipEvent};
 use crate::exit::Exit;
 
 /// Maximum number of peer messages that the application has not read yet.
@@ -35,7 +34,6 @@ struct Peer {
     urgent_sent: u64,
     urgent_acknowledged: u64,
     urgent_received: u64,
-    step: u64,
     /// When its last heartbeat arrived.
     last_heartbeat: Option<Duration>,
 }
@@ -57,7 +55,6 @@ pub(crate) struct Shared {
     pub(crate) processes: u32,
     pub(crate) epoch: u64,
     start: Instant,
-    step: AtomicU64,
     state: Mutex<State>,
     /// Notified about connections, acknowledgements and the end.
     changed: Condvar,
@@ -79,7 +76,6 @@ impl Shared {
             processes,
             epoch,
             start: Instant::now(),
-            step: AtomicU64::new(0),
             state: Mutex::new(state),
             changed: Condvar::new(),
             notices,
@@ -155,16 +151,12 @@ impl Shared {
         }
     }
 
-    pub(crate) fn set_step(&self, step: u64) {
-        self.step.store(step, Ordering::Relaxed);
-    }
-
-    /// The content of the next heartbeat: the step, and the process that this one has lost. `None` if the session has
-    /// ended for another cause; peers then also detect the missing heartbeats.
-    pub(crate) fn heartbeat(&self) -> Option<(u64, Option<u32>)> {
+    /// The content of the next heartbeat: the process that this one has lost. `None` if the session has ended for
+    /// another cause; peers then also detect the missing heartbeats.
+    pub(crate) fn heartbeat(&self) -> Option<Option<u32>> {
         let state = self.state.lock();
         let lost = state.arbiter.lost_by_own();
-        (state.first.is_none() || lost.is_some()).then(|| (self.step.load(Ordering::Relaxed), lost))
+        (state.first.is_none() || lost.is_some()).then_some(lost)
     }
 
     pub(crate) fn receive_heartbeat(&self, heartbeat: Heartbeat) {
@@ -181,7 +173,7 @@ impl Shared {
             return self.decide(&mut state);
         }
         if let Some(peer) = state.peers.get_mut(&by) {
-            (peer.step, peer.last_heartbeat) = (heartbeat.step, Some(now));
+            peer.last_heartbeat = Some(now);
         }
         if let Some(detector) = &mut state.detector {
             detector.receive(by, now);
@@ -400,12 +392,9 @@ impl Shared {
         done(&state)
     }
 
-    pub(crate) fn peers(&self) -> Vec<PeerStatus> {
+    pub(crate) fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
         let (state, now) = (self.state.lock(), self.now());
-        let status = |(&process, peer): (&u32, &Peer)| {
-            let (health, silent) = state.detector.as_ref().and_then(|d| d.health(process, now)).unzip();
-            PeerStatus { process, left: peer.left, step: peer.step, health, silent }
-        };
-        state.peers.iter().map(status).collect()
+        let silent = |process| Some(state.detector.as_ref()?.health(process, now)?.1);
+        state.peers.keys().map(|process| (*process, silent(*process))).collect()
     }
 }

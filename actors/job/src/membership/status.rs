@@ -1,9 +1,6 @@
-//! What a membership reports: events, counters, and the state of peers.
-
-use std::time::Duration;
+//! What a membership reports: events and counters.
 
 use super::cause::FirstCause;
-use super::detector::PeerHealth;
 
 /// An event from the other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,16 +28,4 @@ pub struct Counters {
     /// Datagrams of a newer epoch; the first one ends this process.
     pub newer_epoch: u64,
     pub garbled: u64,
-}
-
-/// Status of a peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the names explain the fields")]
-pub struct PeerStatus {
-    pub process: u32,
-    pub left: bool,
-    pub step: u64,
-    pub health: Option<PeerHealth>,
-    /// Time since its last heartbeat; `None` if it has left.
-    pub silent: Option<Duration>,
 }

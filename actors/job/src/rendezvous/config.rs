@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::facts::{EXECUTABLE, PROCESSES, VERSION};
 use super::messages::{Fact, Identity, JoinInfo, Member, RendezvousError};
 use crate::machine::address_towards;
-use crate::options::{Advertise, REPORT_WITHIN};
+use crate::options::{Advertise, ClusterOptions};
 use crate::secret::Secret;
 use crate::transport::{Address, Hello, Purpose, SessionId, TransportError, resolve, without_zone};
 
@@ -42,7 +42,7 @@ pub struct RendezvousConfig {
     pub timeout: Duration,
     /// Interval between reports of the missing ranks.
     pub report_every: Duration,
-    /// How long to retry while the world already runs: it may be about to end because this process's predecessor failed.
+    /// How long to retry while the world already runs: it may be about to end because of a failure.
     pub late_grace: Duration,
     /// How long to wait for more processes after a conflict, so that they are refused too.
     pub conflict_grace: Duration,
@@ -51,8 +51,8 @@ pub struct RendezvousConfig {
 }
 
 impl RendezvousConfig {
-    /// Defaults for a world of one process: a timeout of five minutes, a report every three seconds.
-    pub fn new(coordinator: Address, secret: Secret, identity: Identity) -> Self {
+    /// Configuration of a world of one process.
+    pub fn new(coordinator: Address, secret: Secret, identity: Identity, options: &ClusterOptions) -> Self {
         Self {
             process: 0,
             processes: 1,
@@ -63,22 +63,19 @@ impl RendezvousConfig {
             facts: Vec::new(),
             heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
             spans_nodes: false,
-            interface: None,
-            advertise: None,
-            timeout: Duration::from_secs(300),
-            report_every: Duration::from_secs(3),
+            interface: options.interface,
+            advertise: options.advertise.clone(),
+            timeout: options.meet_within,
+            report_every: options.report_every,
             late_grace: Duration::from_secs(10),
             conflict_grace: Duration::from_secs(2),
-            report_within: REPORT_WITHIN,
+            report_within: options.report_within,
         }
     }
 }
 
-/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached. Loopback for
-/// a Unix socket. Retries until the deadline, because the name may be registered after this process has started.
-///
-/// # Errors
-/// [`RendezvousError::NoRoute`] if the coordinator's name has no address or no route leads to it.
+/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached.
+/// Loopback for a Unix socket. Retries until the deadline, because the name may be registered later.
 pub fn local_address(
     coordinator: &Address,
     interface: Option<SocketAddr>,

@@ -79,8 +79,8 @@ pub(super) fn run(
     }
 }
 
-/// RV-4 on behalf of the failed `ranks`, which include process 0: refuses every process that connects within `report_within`.
-/// Returns true if one of them wanted to join.
+/// RV-4 on behalf of the failed `ranks`, which include process 0: refuses every process that connects within
+/// `report_within`. Returns true if one of them wanted to join.
 pub(crate) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -92,8 +92,8 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed. Returns true if one
-/// of them wanted to join.
+/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed. Returns true if
+/// one of them wanted to join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {
@@ -154,7 +154,7 @@ fn open_tcp(
             return open(&any);
         }
         match open(&[ListenAddress::Tcp(address), ListenAddress::PrivateUnix]) {
-            // The name resolves to an address in front of this node, such as a service's: listen on all local addresses.
+            // The name resolves to an address in front of this node, such as a service's: listen on all.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
             {
@@ -167,7 +167,7 @@ fn open_tcp(
     Err(last)
 }
 
-/// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all processes as a conflict.
+/// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all as a conflict.
 fn join_as_duplicate(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
     match join(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
@@ -181,8 +181,8 @@ impl JoinState {
         (1u32..).zip(&self.joined).filter(|(_, entry)| entry.is_none()).map(|(rank, _)| rank).collect()
     }
 
-    /// Accepts join requests until all ranks have joined, a failure is reported, the deadline passes, or `conflict_grace`
-    /// passes after a conflict.
+    /// Accepts join requests until all ranks have joined, a failure is reported, the deadline passes, or
+    /// `conflict_grace` passes after a conflict.
     fn collect(
         &mut self,
         config: &RendezvousConfig,

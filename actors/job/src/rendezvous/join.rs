@@ -43,8 +43,8 @@ pub(super) fn join(
     }
 }
 
-/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if process 0
-/// waited for them.
+/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if
+/// process 0 waited for them.
 pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -94,6 +94,7 @@ fn connect_to_coordinator(
                 return Err(RendezvousError::Late { process, epoch, coordinator });
             }
             (TransportError::Unreachable { .. }, _) if now < deadline => {}
+            (TransportError::Unreachable { .. }, _) => return Err(RendezvousError::NotReached(error)),
             _ => return Err(error.into()),
         }
         if now >= report_at {
@@ -128,7 +129,7 @@ fn request_join(
         Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
             let waited_ms = begin.elapsed().as_millis();
             return Err(unexpected(&format!(
-                "neither started nor refused in {waited_ms} ms: it is frozen, or waits for ranks that start much later"
+                "neither started nor refused in {waited_ms} ms: it is frozen, or started later, or waits longer: its SHARDFLOW_MEET_MS or --meet-wait is larger"
             )));
         }
         Err(error) => return Err(error),
@@ -138,7 +139,7 @@ fn request_join(
     if !in_order || roster.members.len() != config.processes as usize || listed != Some(&own.member) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // Rank 0 may publish the unspecified address; the coordinator's name, by which this process reached it, replaces that.
+    // Rank 0 may publish the unspecified address; the coordinator's name, by which it was reached, replaces that.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
@@ -146,8 +147,8 @@ fn request_join(
         }
     }
     listener.begin(roster.world());
-    // From here on the loss of process 0 fails the start. If it has already closed the connection, its refusal may still be
-    // readable, so a failure to send `Ready` is ignored.
+    // From here on the loss of process 0 fails the start. If it has already closed the connection, its refusal may
+    // still be readable, so a failure to send `Ready` is ignored.
     let ready = Ready { session: roster.session };
     let deadline = Instant::now() + config.timeout;
     let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);

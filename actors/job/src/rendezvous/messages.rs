@@ -36,8 +36,8 @@ pub struct Identity {
     pub binary: [u8; 32],
     /// The kernel's boot id and the host name: the same for all processes of one machine.
     pub node: String,
-    /// Hash of user, device, inode and path of `TMPDIR`. Processes with the same hash can open each other's sockets in that
-    /// folder. Containers of one host have the same `node` but may have separate `/tmp`.
+    /// Hash of user, device, inode and path of `TMPDIR`. Processes with the same hash can open each other's sockets in
+    /// that folder. Containers of one host have the same `node` but may have separate `/tmp`.
     pub sockets: [u8; 32],
     /// Affinity mask: see [`crate::machine::threads_per_device`].
     pub cores: Vec<u64>,
@@ -247,7 +247,7 @@ pub enum RendezvousRefusal {
     #[error("the ranks are incompatible: {}", list(.0))]
     Conflicts(Vec<Conflict>),
     #[error(
-        "{} did not join in {waited_ms} ms: {} of {processes} joined{}",
+        "{} did not join in {waited_ms} ms: {} of {processes} joined{}; {WAIT_LONGER}",
         ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
     Missing { missing: Vec<u32>, processes: u32, waited_ms: u64, refused: u64 },
@@ -286,12 +286,16 @@ fn more(count: usize) -> String {
     if count > LISTED_MAX { format!(" and {} more", count - LISTED_MAX) } else { String::new() }
 }
 
+pub(super) const WAIT_LONGER: &str = "to wait longer, set SHARDFLOW_MEET_MS or pass --meet-wait to `shardflow launch`";
+
 /// Why a process did not join a world.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum RendezvousError {
     #[error(transparent)]
     Transport(#[from] TransportError),
+    #[error("{0}; {WAIT_LONGER}")]
+    NotReached(TransportError),
     #[error("cannot start: {0}")]
     Refused(RendezvousRefusal),
     #[error(
@@ -301,7 +305,7 @@ pub enum RendezvousError {
     Late { process: u32, epoch: u64, coordinator: Address },
     #[error("rank {process} of a world of {processes}: expected 1 to 4096 processes, and ranks below their number")]
     Rank { process: u32, processes: u32 },
-    #[error("{process}: {part} of length {length}, at most {length_max} is allowed")]
+    #[error("{process}: {part} of length {length}, the maximum is {length_max}")]
     TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },
     #[error("cannot read this process's {part}: {cause}")]
     Identity { part: &'static str, cause: io::Error },

@@ -22,8 +22,8 @@ const KEEPALIVE_PROBES: u32 = 3;
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
 /// A connected socket, blocking unless [`Connection::set_nonblocking`] changes it. Reads have no timeout unless
-/// [`Connection::set_read_timeout`] sets one. If it is encrypted, call [`Write::flush`] after the last write: a non-blocking or
-/// timed-out write may leave a part unsent that it has accepted.
+/// [`Connection::set_read_timeout`] sets one. If it is encrypted, call [`Write::flush`] after the last write: a
+/// non-blocking or timed-out write may leave a part unsent that it has accepted.
 #[derive(Debug)]
 pub struct Connection {
     socket: Socket,
@@ -64,11 +64,8 @@ macro_rules! each {
 impl Connection {
     /// Clones the handle, for use in another thread.
     pub fn try_clone(&self) -> io::Result<Self> {
-        let socket = match &self.socket {
-            Socket::Tcp(stream) => Socket::Tcp(stream.try_clone()?),
-            Socket::Unix(stream) => Socket::Unix(stream.try_clone()?),
-        };
-        Ok(Self { socket, seal: self.seal.clone() })
+        let plain: Self = each!(self, stream => stream.try_clone()?.into());
+        Ok(Self { seal: self.seal.clone(), ..plain })
     }
 
     /// Encrypts all further bytes in both directions.
@@ -76,10 +73,7 @@ impl Connection {
         self.seal = Some(Arc::new(seal));
     }
 
-    /// Returns the socket of a plain connection.
-    ///
-    /// # Errors
-    /// Returns the connection if it is encrypted.
+    /// Returns the socket of a plain connection; the error is an encrypted connection, unchanged.
     pub fn into_socket(self) -> Result<Socket, Self> {
         if self.seal.is_some() { Err(self) } else { Ok(self.socket) }
     }
@@ -94,7 +88,7 @@ impl Connection {
         self.seal.is_some()
     }
 
-    /// Writes as much of `first`, and then of `second`, as is accepted without blocking; in one record if it is encrypted.
+    /// Writes as much of `first`, and then of `second`, as is accepted without blocking; if encrypted, in one record.
     pub fn write_both(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         match &self.seal {
             Some(seal) => each!(self, stream => seal.write(stream, first, second)),

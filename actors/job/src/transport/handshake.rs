@@ -1,5 +1,5 @@
-//! The handshake of a connection, as a state machine on bytes without sockets, so that it can be fuzzed. It is Noise with a
-//! pre-shared key (`NNpsk0`, <https://noiseprotocol.org/noise.html>); the key is derived from the job's secret.
+//! The handshake of a connection, as a state machine on bytes without sockets, so that it can be fuzzed. It is Noise
+//! with a pre-shared key (`NNpsk0`, <https://noiseprotocol.org/noise.html>); the key is derived from the job's secret.
 //!
 //! ```text
 //! dialler                                        acceptor
@@ -11,8 +11,8 @@
 //!
 //! - **HS-1**: neither side uses a hello or a verdict before it has decrypted it. Until then it reads only magic,
 //!   version and lengths, which do not depend on the secret.
-//! - **HS-2**: the keys depend on an ephemeral key of each side, so a recorded message is invalid in any other handshake. A
-//!   recorded greeting of a dialler passes the first check, but its hello cannot follow.
+//! - **HS-2**: the keys depend on an ephemeral key of each side, so a recorded message is invalid in any other
+//!   handshake. A recorded greeting of a dialler passes the first check, but its hello cannot follow.
 //! - **HS-3**: each direction has its own key, so a message of one side is never valid as one of the other.
 //! - **HS-4**: the dialler proves first: an acceptor encrypts nothing for a dialler without the secret.
 //! - **HS-5**: the hello names both processes, so a hello for one process is refused by another.
@@ -43,12 +43,12 @@ const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum Refusal {
-    #[error("it is in session {acceptor}, this process is in session {dialler}")]
+    #[error("it is in session {acceptor}, but this process is in session {dialler}")]
     Session { acceptor: SessionId, dialler: SessionId },
-    #[error("epoch {dialler} has ended, epoch {acceptor} is running")]
+    #[error("this process is in epoch {dialler}, but epoch {acceptor} is running")]
     OldEpoch { acceptor: u64, dialler: u64 },
     /// The acceptor belongs to an incarnation that has ended; it will exit soon.
-    #[error("it is still in epoch {acceptor}, this process is in epoch {dialler}")]
+    #[error("it is still in epoch {acceptor}, but this process is in epoch {dialler}")]
     NewEpoch { acceptor: u64, dialler: u64 },
     /// The world is complete and running; no process can join it.
     #[error("epoch {epoch} is running: this process is too late, or its rank is already taken")]
@@ -62,7 +62,7 @@ pub enum Refusal {
     WrongProcess { expected: u32, actual: u32 },
     #[error("it cannot decode the hello: do both processes run the same build?")]
     Unreadable,
-    #[error("it has {unclaimed} unclaimed connections, the maximum")]
+    #[error("it already has {unclaimed} unclaimed connections, which is the maximum")]
     Crowded { unclaimed: u64 },
 }
 
@@ -79,7 +79,7 @@ impl Refusal {
 pub enum HandshakeError {
     #[error("it does not speak Shardflow's protocol: is the address right?")]
     Magic,
-    #[error("it speaks protocol version {peer}, this process speaks {own}: all processes must run the same build")]
+    #[error("it speaks protocol version {peer}, but this process speaks {own}: all processes must run the same build")]
     Version { own: u16, peer: u16 },
     #[error("it sent a {message} with an invalid length of {bytes} bytes")]
     Length { message: &'static str, bytes: usize },
@@ -100,7 +100,7 @@ pub enum HandshakeError {
     Refused(Refusal),
 }
 
-/// Magic and version, which precede both greetings. Alone, it is the answer to a dialler with another version or secret.
+/// Magic and version, which precede both greetings. Alone, it answers a dialler with another version or secret.
 pub fn head() -> [u8; HEAD_BYTES] {
     let mut head = [0; HEAD_BYTES];
     head[..4].copy_from_slice(&MAGIC);
@@ -114,8 +114,8 @@ pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
     [&(part.len() as u16).to_le_bytes()[..], part].concat()
 }
 
-/// Checks magic and version of a greeting and returns the rest. A later version may have a longer greeting, but magic and
-/// version keep their positions.
+/// Checks magic and version of a greeting and returns the rest. A later version may have a longer greeting, but magic
+/// and version keep their positions.
 fn check_head(message: &[u8]) -> Result<&[u8], HandshakeError> {
     let Some((head, rest)) = message.split_first_chunk::<HEAD_BYTES>() else { return Err(HandshakeError::Magic) };
     if head[..4] != MAGIC {
@@ -220,8 +220,8 @@ impl Acceptor {
     /// Processes the dialler's greeting and returns the greeting to send.
     ///
     /// # Errors
-    /// [`HandshakeError::Magic`], [`HandshakeError::Length`]; [`HandshakeError::Version`], [`HandshakeError::Proof`]: answer
-    /// with [`head`], so that the dialler reports it too.
+    /// [`HandshakeError::Magic`], [`HandshakeError::Length`]; [`HandshakeError::Version`], [`HandshakeError::Proof`]:
+    /// answer with [`head`], so that the dialler reports it too.
     pub fn new(secret: &Secret, peer_greeting: &[u8]) -> Result<(Self, Vec<u8>), HandshakeError> {
         let body = check_head(peer_greeting)?;
         check_length(body)?;

@@ -111,9 +111,6 @@ impl Listener {
     }
 
     /// Waits for the connection that process `from` dialled for `purpose`. If it dialled twice, returns the newer one.
-    ///
-    /// # Errors
-    /// [`TransportError::Missing`] at the deadline, [`TransportError::Closed`].
     pub fn wait(&self, from: u32, purpose: Purpose, deadline: Instant) -> Result<Connection, TransportError> {
         self.claim(Some(from), purpose, deadline).map(|(_, connection)| connection)
     }

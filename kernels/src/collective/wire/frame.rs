@@ -90,7 +90,7 @@ impl Header {
         let kind = kind.ok_or_else(|| format!("unknown header kind {}", fixed[6]))?;
         let text_len = usize::from(fixed[7]);
         if text_len > TEXT_BYTES_MAX {
-            return Err(format!("header text of {text_len} bytes, at most {TEXT_BYTES_MAX} are allowed"));
+            return Err(format!("header text of {text_len} bytes, the maximum is {TEXT_BYTES_MAX}"));
         }
         let Some(text) = rest.get(..text_len) else { return Ok(None) };
         let header = Self {

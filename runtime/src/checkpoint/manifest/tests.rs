@@ -56,19 +56,21 @@ fn inconsistent_manifests_are_refused() {
         ("too many elements", |m| m.tensors[2].info.shape = vec![1 << 32, 1 << 30]),
         ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![25]),
         ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![usize::MAX; 3]),
-        ("33 dims, at most 32", |m| m.tensors[1].info.saved_shape = vec![1; 33]),
+        ("33 dims, the maximum is 32", |m| m.tensors[1].info.saved_shape = vec![1; 33]),
         ("two tensors are named wide", |m| m.tensors[1].info.name = "wide".into()),
-        ("5000 bytes of its name, at most 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),
+        ("5000 bytes of its name, the maximum is 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),
         ("5000 bytes of a text", |m| m.mesh = "m".repeat(5000)),
         ("5000 bytes of a text", |m| drop(m.cursor.insert("key".into(), "c".repeat(5000)))),
         ("5000 bytes of a text", |m| drop(m.declared.insert("key".into(), "c".repeat(5000)))),
-        ("65 declared values, at most 64", |m| m.declared = (0..65).map(|i| (i.to_string(), String::new())).collect()),
+        ("65 declared values, the maximum is 64", |m| {
+            m.declared = (0..65).map(|i| (i.to_string(), String::new())).collect()
+        }),
         ("is not a shard name", |m| m.shards[0].file = "../../etc/passwd".into()),
         ("is not a shard name", |m| m.shards[0].file = "/shard".into()),
         ("is not a shard name", |m| m.shards[0].file = "e0/..".into()),
         ("is not a shard name", |m| m.shards[0].file = "shard".into()),
         ("is not a shard name", |m| m.shards[0].file = "e0/a/b".into()),
-        ("4097 pieces, at most 4096", |m| {
+        ("4097 pieces, the maximum is 4096", |m| {
             m.tensors[0].pieces = vec![piece(0, 8, [0, 0], [1, 1]); TENSOR_PIECES_MAX + 1];
         }),
     ];
