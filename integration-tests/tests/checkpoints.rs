@@ -290,7 +290,7 @@ fn a_checkpoint_is_committed_only_if_all_processes_write() {
         std::fs::write(scratch.path().join("step-000000000001/e0-0"), "").expect("created");
         for report in save_together(&store, &parts, 0, 1) {
             let error = report.result.expect_err("the folder cannot be created");
-            assert_eq!(error.exit.code(), 73);
+            assert_eq!(error.exit_code(), 73);
             assert!(error.to_string().contains("step-000000000001/e0-0/shard-"), "{error}");
         }
         assert!(store.newest().expect("listed").reader.is_none());
@@ -312,7 +312,7 @@ fn conflicting_saver_options_are_refused() {
     let store = Store::open("memory:///run").expect("a store in memory");
     let alone: Arc<dyn SaveAgreement> = Arc::new(SingleProcess);
     let member = ProcessRank { process: 1, processes: 1, epoch: 0 };
-    let wrong = |options| Saver::new(store.clone(), alone.clone(), options).err().map(|e| e.exit.code());
+    let wrong = |options| Saver::new(store.clone(), alone.clone(), options).err().map(|e| e.exit_code());
     assert_eq!(wrong(SaverOptions { member, ..SaverOptions::default() }), Some(2));
     let member = ProcessRank { process: 1, processes: 2, epoch: 0 };
     assert_eq!(wrong(SaverOptions { member, busy: WhenBusy::Skip, ..SaverOptions::default() }), Some(2));

@@ -53,6 +53,7 @@ pub fn examine() -> Findings {
     Findings { findings: machine.chain(works).chain(gpu).chain(cluster).collect() }
 }
 
+/// [`examine`] sets the group.
 fn ok(name: &'static str, value: impl Into<String>) -> Finding {
     Finding { group: "", name, status: FindingStatus::Ok, value: value.into(), hint: None }
 }

@@ -43,9 +43,8 @@ pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Opt
             (false, _) => drop(found.insert(name, Some(meta.len()))),
             (true, false) => drop(found.insert(name, None)),
             (true, true) => {
-                found.extend(
-                    list(&entry.path(), true)?.into_iter().map(|(file, bytes)| (format!("{name}/{file}"), bytes)),
-                );
+                let inside = list(&entry.path(), true)?.into_iter();
+                found.extend(inside.map(|(file, bytes)| (format!("{name}/{file}"), bytes)));
             }
         }
     }
@@ -117,13 +116,9 @@ pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    fn folder() -> tempfile::TempDir {
-        tempfile::tempdir().expect("a folder")
-    }
-
     #[test]
     fn a_claimed_file_is_created_once() {
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("manifest.json");
         create_by_claim(&path, b"first").unwrap();
         let again = create_by_claim(&path, b"second").unwrap_err();
@@ -133,7 +128,7 @@ mod tests {
 
     #[test]
     fn the_claim_of_a_dead_writer_is_removed() {
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("manifest.json");
         fs::create_dir(folder.path().join("manifest.json.claim")).unwrap();
         fs::write(folder.path().join("manifest.json.claim/1"), "torn").unwrap();
@@ -144,7 +139,7 @@ mod tests {
 
     #[test]
     fn only_one_of_several_writers_creates_the_file() {
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         for round in 0..50 {
             let path = folder.path().join(format!("{round}.json"));
             let created = std::thread::scope(|scope| {
@@ -165,7 +160,7 @@ mod tests {
     #[test]
     fn names_that_are_not_utf_8_are_skipped() {
         use std::os::unix::ffi::OsStrExt;
-        let folder = folder();
+        let folder = tempfile::tempdir().unwrap();
         let odd = std::ffi::OsStr::from_bytes(b"\xff");
         fs::create_dir_all(folder.path().join("a").join(odd)).unwrap();
         fs::write(folder.path().join(odd), "").unwrap();

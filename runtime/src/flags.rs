@@ -35,9 +35,6 @@ pub fn first_line(error: &clap::Error) -> String {
 }
 
 /// Like [`Parser::try_parse_from`], but `--seed -1` does not parse `-1` as a flag.
-///
-/// # Errors
-/// Errors of clap; [`clap::Error::exit`] prints them.
 pub fn parse<T: Parser>(words: impl IntoIterator<Item: Into<OsString> + Clone>) -> Result<T, clap::Error> {
     let matches = with_negative_numbers(T::command()).try_get_matches_from(words)?;
     T::from_arg_matches(&matches).map_err(|error| error.format(&mut T::command()))

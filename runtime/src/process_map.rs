@@ -31,11 +31,6 @@ pub struct NodeDevices {
 }
 
 impl ProcessMap {
-    /// One process that hosts all devices.
-    pub fn alone(devices: usize) -> Self {
-        Self { process: 0, processes: 1, devices }
-    }
-
     /// Ranks of the devices that a process hosts, in order.
     pub fn devices_of(&self, process: u32) -> Range<usize> {
         split_range(self.devices, self.processes as usize, process as usize)

@@ -47,7 +47,6 @@ pub struct TraceFile {
     bytes_max: u64,
     /// Latest end of a firing.
     last_ns: u64,
-    is_empty: bool,
     has_ended: bool,
 }
 
@@ -78,7 +77,6 @@ impl TraceFile {
             step_bytes: 0,
             bytes_max,
             last_ns: 0,
-            is_empty: true,
             has_ended: false,
         })
     }
@@ -95,11 +93,11 @@ impl TraceFile {
         let process = observer.process_map().process;
         for actor in observer.process_map().actors_of(session.plan(), process) {
             if !self.firings_read.contains_key(&actor) {
-                let own = &spec.actors[actor.0 as usize];
-                let args = json!({ "name": own.name });
-                let track =
-                    json!({ "name": "thread_name", "ph": "M", "pid": own.device, "tid": actor.0, "args": args });
-                self.write_event(&track)?;
+                let ActorSpec { name, device, .. } = &spec.actors[actor.0 as usize];
+                let args = json!({ "name": name });
+                self.write_event(
+                    &json!({ "name": "thread_name", "ph": "M", "pid": device, "tid": actor.0, "args": args }),
+                )?;
             }
             let next = self.firings_read.entry(actor).or_default();
             let new_firings = observer.control().fired(actor, *next);
@@ -126,12 +124,10 @@ impl TraceFile {
         let args = json!({ "unix_ns": observer.started });
         self.write_event(&json!({ "name": CLOCK, "ph": "M", "pid": pid, "args": args }))?;
         for device in process_map.own() {
-            let name = format!("device {device}, rank {}", process_map.process);
-            let named = json!({ "name": "process_name", "ph": "M", "pid": device, "args": { "name": name } });
-            self.write_event(&named)?;
-            let sorted =
-                json!({ "name": "process_sort_index", "ph": "M", "pid": device, "args": { "sort_index": device } });
-            self.write_event(&sorted)?;
+            let name = json!({ "name": format!("device {device}, rank {}", process_map.process) });
+            for (event, args) in [("process_name", name), ("process_sort_index", json!({ "sort_index": device }))] {
+                self.write_event(&json!({ "name": event, "ph": "M", "pid": device, "args": args }))?;
+            }
         }
         Ok(())
     }
@@ -176,7 +172,7 @@ impl TraceFile {
     }
 
     fn write_event(&mut self, event: &serde_json::Value) -> Result<(), TraceError> {
-        let separator = if std::mem::take(&mut self.is_empty) { "" } else { ",\n" };
+        let separator = if self.bytes == 0 { "" } else { ",\n" };
         let text = format!("{separator}{event}");
         self.bytes += text.len() as u64;
         self.out.write_all(text.as_bytes()).map_err(|source| TraceError { path: self.path.clone(), source })

@@ -272,20 +272,19 @@ fn show(value: &(impl Serialize + Display), as_json: bool) -> Result<String, Pro
 /// Reports a usage error of `launch` to the other nodes, if the flags needed to reach them can be parsed.
 fn report_usage(error: &clap::Error) {
     let words: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
-    let words = words.iter().map(String::as_str).collect::<Vec<_>>();
     let Some(options) = error.use_stderr().then(|| report_options(&words)).flatten() else { return };
     launcher::report_usage(&options, flags::first_line(error));
 }
 
 /// Options for a report to the other nodes, from arguments that cannot be parsed completely.
-fn report_options(words: &[&str]) -> Option<LaunchOptions> {
-    let [_, "launch", flags @ ..] = words else { return None };
+fn report_options(words: &[String]) -> Option<LaunchOptions> {
+    let flags = words.get(2..).filter(|_| words[1] == "launch")?;
     let mut known = vec!["shardflow".to_string(), "launch".into()];
     for name in ["nnodes", "node-rank", "nproc-per-node", "rdzv-endpoint", "report-wait", "interface"] {
         let value = flags.iter().enumerate().find_map(|(index, word)| {
-            let (flag, value) = word.split_once('=').map_or((*word, None), |(flag, value)| (flag, Some(value)));
+            let (flag, value) = word.split_once('=').map_or((word.as_str(), None), |(flag, value)| (flag, Some(value)));
             let matches = flag.strip_prefix("--").is_some_and(|flag| flag.replace('_', "-") == name);
-            matches.then(|| value.or(flags.get(index + 1).copied()))?
+            matches.then(|| value.or(flags.get(index + 1).map(String::as_str)))?
         });
         known.extend(value.map(|value| format!("--{name}={value}")));
     }

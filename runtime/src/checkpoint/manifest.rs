@@ -21,20 +21,16 @@ const FORMAT: &str = "shardflow-checkpoint";
 pub(crate) const VERSION: u32 = 3;
 /// Largest size of a manifest, bytes.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
-/// Maximum number of tensors of a checkpoint.
-pub const TENSORS_MAX: usize = 1 << 18;
+const TENSORS_MAX: usize = 1 << 18;
 /// Maximum number of shards of a checkpoint.
 pub const SHARDS_MAX: usize = 1 << 16;
 /// Maximum number of pieces of one tensor, because each is compared with each.
 pub const TENSOR_PIECES_MAX: usize = 1 << 12;
-/// Maximum number of pieces of a checkpoint.
-pub const PIECES_MAX: usize = 1 << 20;
-/// Maximum number of dims of a tensor.
-pub const DIMS_MAX: usize = 32;
+const PIECES_MAX: usize = 1 << 20;
+const DIMS_MAX: usize = 32;
 /// Largest size of a name or of another text, bytes.
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
-/// Maximum number of entries of a cursor.
-pub const CURSOR_ENTRIES_MAX: usize = 1 << 10;
+const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
 /// State of the user's program, other than the number of steps, that it needs to resume. The content is the program's
 /// choice.

@@ -10,9 +10,9 @@ use object_store::PutMode;
 use super::agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome};
 use super::error::CheckpointError;
 use super::io::StoreFile;
-use super::manifest::{Manifest, Piece, SHARDS_MAX, open_sealed, seal};
+use super::manifest::{MANIFEST_BYTES_MAX, Manifest, Piece, SHARDS_MAX, open_sealed, seal};
 use super::options::SaverOptions;
-use super::shard::{self, Entry, SIDECAR_BYTES_MAX, Sidecar, SidecarPiece, entry_name};
+use super::shard::{self, Entry, Sidecar, SidecarPiece, entry_name};
 use super::snapshot::{Snapshot, SnapshotPiece};
 use super::store::Store;
 use crate::lock::Lock;
@@ -166,7 +166,7 @@ impl Save<'_> {
         let file = store.file(id.step, &part_file(id, process, processes, SIDECAR));
         let operations = &store.operations;
         let missing = || file.damaged(format!("the file is missing, but rank {process} reported it as written"));
-        let text = operations.wait_visible(|| operations.get(&file, SIDECAR_BYTES_MAX))?.ok_or_else(missing)?;
+        let text = operations.wait_visible(|| operations.get(&file, MANIFEST_BYTES_MAX))?.ok_or_else(missing)?;
         let sidecar: Sidecar = open_sealed("shardflow-shard", &text).map_err(|why| file.damaged(why))?;
         let expected = (id, process, processes, part_file(id, process, processes, SHARD));
         let found = SaveId { epoch: sidecar.epoch, step: sidecar.step, attempt: sidecar.attempt };
@@ -192,7 +192,7 @@ pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Save
         return Ok(SaveOutcome::Committed);
     };
     // A cloud store may return this error to its own retry, and a commit whose response was lost is still a commit.
-    match store.operations.get(&file, super::manifest::MANIFEST_BYTES_MAX) {
+    match store.operations.get(&file, MANIFEST_BYTES_MAX) {
         Ok(Some(existing)) if existing == text => Ok(SaveOutcome::Committed),
         Ok(Some(_)) if error.is_there() => Ok(SaveOutcome::AlreadyThere),
         _ => Err(error),

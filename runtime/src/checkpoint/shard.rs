@@ -21,7 +21,6 @@ pub(crate) const UPDATES: &str = "shardflow.updates";
 pub(crate) const SEED: &str = "shardflow.seed";
 /// Prefix of the keys of declared values.
 const DECLARED: &str = "shardflow.declared.";
-pub(crate) const SIDECAR_BYTES_MAX: u64 = super::manifest::MANIFEST_BYTES_MAX;
 
 // Elements are written in memory order.
 const _: () = assert!(cfg!(target_endian = "little"), "checkpoints require a little-endian machine");

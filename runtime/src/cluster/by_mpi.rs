@@ -22,11 +22,6 @@ pub(crate) struct ByMpi {
 }
 
 impl ByMpi {
-    /// True for a group that MPI can run: each member is in a process of its own.
-    pub(crate) fn supports(process_map: &ProcessMap, group: &Group) -> bool {
-        process_map.processes_of(group).len() == group.ranks.len()
-    }
-
     /// Makes the engine of these groups. A collective call: all processes make it with the same groups.
     #[cfg(feature = "mpi")]
     pub(crate) fn engine(

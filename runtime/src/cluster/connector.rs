@@ -45,12 +45,6 @@ pub(crate) struct Connections {
     pub(crate) peers: Vec<PeerSpec>,
 }
 
-impl Connections {
-    pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
-        Self { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() }
-    }
-}
-
 #[derive(Clone)]
 pub(crate) struct Connector {
     /// Memory of CUDA devices is never shared between processes, and the GPU engine runs their collectives.
@@ -117,10 +111,11 @@ impl Connector {
         let near: BTreeSet<u32> =
             (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
         let is_mpi_selected = self.options.collectives == Collectives::Mpi;
-        let uses_mpi = |group: &Arc<Group>| is_mpi_selected && ByMpi::supports(&self.process_map, group);
+        let hosts = |group: &Arc<Group>| self.process_map.processes_of(group).len();
+        // MPI runs groups whose members are each in a process of its own.
+        let uses_mpi = |group: &Arc<Group>| is_mpi_selected && hosts(group) == group.ranks.len();
         let mut crossing = groups(plan);
-        let crosses = |group: &Arc<Group>| self.process_map.processes_of(group).len() > 1;
-        crossing.retain(|group| self.device == DeviceKind::Cpu && crosses(group));
+        crossing.retain(|group| self.device == DeviceKind::Cpu && hosts(group) > 1);
         let (mpi_groups, own_groups): (Vec<_>, Vec<_>) = crossing.into_iter().partition(uses_mpi);
         let is_near = |group: &Arc<Group>| self.process_map.processes_of(group).is_subset(&near);
         let (board_groups, mut wire_groups): (Vec<_>, Vec<_>) = own_groups.into_iter().partition(is_near);

@@ -26,8 +26,8 @@ pub struct Observer {
     sources: Sources,
     steps: AtomicU64,
     recent: Mutex<RecentSteps>,
-    passes: Mutex<Passes>,
-    incidents: Incidents,
+    pub(super) passes: Mutex<Passes>,
+    incidents: Mutex<Vec<Incident>>,
     /// Unix time of the start in nanoseconds, which identifies a session among those that one server shows.
     pub started: u64,
     published: Mutex<PublishedMetrics>,
@@ -52,7 +52,7 @@ impl Observer {
             steps: AtomicU64::new(0),
             recent: Mutex::new(steps),
             passes: Mutex::default(),
-            incidents: Incidents::default(),
+            incidents: Mutex::default(),
             started,
             published: Mutex::default(),
             training,
@@ -94,11 +94,6 @@ impl Observer {
         self.passes.lock().marks.iter().copied().collect()
     }
 
-    /// Records the start of a pass, for the step after `steps` steps.
-    pub(super) fn begin_pass(&self, steps: u64) {
-        self.passes.lock().begin(steps);
-    }
-
     pub fn recent_steps(&self) -> RecentSteps {
         self.recent.lock().clone()
     }
@@ -113,14 +108,26 @@ impl Observer {
             }
         }
         if let Some((at_ns, failure)) = self.sources.control.failed_at() {
-            self.incidents.add(Incident { at_ns, kind: "failure", text: failure.to_string() });
+            self.add_incident(Incident { at_ns, kind: "failure", text: failure.to_string() });
         }
-        self.incidents.sorted()
+        let mut incidents = self.incidents.lock().clone();
+        incidents.sort_by_key(|incident| incident.at_ns);
+        incidents
+    }
+
+    /// Adds an incident unless it is known, or the list has enough of its kind.
+    fn add_incident(&self, incident: Incident) {
+        let mut incidents = self.incidents.lock();
+        let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
+        let same_kind = incidents.iter().filter(|known| known.kind == incident.kind).count();
+        if !is_known && same_kind < INCIDENTS_MAX {
+            incidents.push(incident);
+        }
     }
 
     /// Records an incident with the current time.
     pub fn note(&self, kind: &'static str, text: String) {
-        self.incidents.add(Incident { at_ns: self.control().now_ns().unwrap_or_default(), kind, text });
+        self.add_incident(Incident { at_ns: self.control().now_ns().unwrap_or_default(), kind, text });
     }
 
     /// State of the other processes; empty after the session has ended.
@@ -185,25 +192,4 @@ pub struct Incident {
     pub kind: &'static str,
     /// Description, beginning with the cause.
     pub text: String,
-}
-
-#[derive(Debug, Default)]
-struct Incidents(Mutex<Vec<Incident>>);
-
-impl Incidents {
-    /// Adds an incident unless it is known, or the list has enough of its kind.
-    fn add(&self, incident: Incident) {
-        let mut incidents = self.0.lock();
-        let is_known = incidents.iter().any(|known| known.kind == incident.kind && known.text == incident.text);
-        let same_kind = incidents.iter().filter(|known| known.kind == incident.kind).count();
-        if !is_known && same_kind < INCIDENTS_MAX {
-            incidents.push(incident);
-        }
-    }
-
-    fn sorted(&self) -> Vec<Incident> {
-        let mut incidents = self.0.lock().clone();
-        incidents.sort_by_key(|incident| incident.at_ns);
-        incidents
-    }
 }

@@ -38,6 +38,7 @@ impl Passes {
         mark.map_or(pass, |(first, steps)| steps + (pass - first))
     }
 
+    /// Records the start of a pass, for the step after `steps` steps.
     pub(super) fn begin(&mut self, steps: u64) {
         if self.step_of(self.begun) != steps || self.marks.is_empty() {
             self.marks.push_back((self.begun, steps));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use metrics::{Counter, Gauge, Histogram, counter, gauge, histogram};
 use shardflow_actors::shell::Control;
 use shardflow_actors::snapshot::ActorSnapshot;
-use shardflow_actors::spec::{ActorId, RegisterId, Spec};
+use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_actors::trace::{Cause, FiringRecord};
 
 use super::metrics::MetricsSource;
@@ -118,8 +118,11 @@ impl PublishedMetrics {
                 histogram!(names::FIRING, "actor" => spec.name.clone(), "action" => action)
             });
             firing.record(seconds(ended_ns - launched_ns));
-            let wait =
-                self.waits.entry((actor, cause)).or_insert_with(|| wait_histogram(&sources.plan.spec, actor, cause));
+            let wait = self.waits.entry((actor, cause)).or_insert_with(|| {
+                let (reason, register) = cause_of(cause);
+                let register = register.map(|register| sources.plan.spec.register_name(register)).unwrap_or_default();
+                histogram!(names::WAIT, "actor" => spec.name.clone(), "reason" => reason, "register" => register)
+            });
             wait.record(seconds(launched_ns - idle_ns));
         }
     }
@@ -169,13 +172,6 @@ impl PublishedMetrics {
             self.advance_total(names::EDGE_BYTES, &[("from", from), ("to", to), ("transport", transport)], bytes);
         }
     }
-}
-
-fn wait_histogram(spec: &Spec, actor: ActorId, cause: Cause) -> Histogram {
-    let (reason, register) = cause_of(cause);
-    let register = register.map(|register| spec.register_name(register)).unwrap_or_default();
-    let actor = spec.actors[actor.0 as usize].name.clone();
-    histogram!(names::WAIT, "actor" => actor, "reason" => reason, "register" => register)
 }
 
 fn seconds(ns: u64) -> f64 {

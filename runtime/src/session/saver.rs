@@ -28,7 +28,7 @@ impl Saver {
         }
         let mut snapshot = session.snapshot(self.spare.take())?;
         snapshot.manifest.cursor = cursor;
-        let replaces = session.is_known_damaged(snapshot.manifest.step);
+        let replaces = snapshot.manifest.step <= session.damaged_up_to;
         Ok(self.start(snapshot, replaces)?)
     }
 }

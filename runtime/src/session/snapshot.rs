@@ -62,15 +62,8 @@ impl Session {
             Some(world) => cannot_start(world, error.into()),
             None => error.into(),
         })?;
-        let alone = || {
-            (Arc::new(SingleProcess) as Arc<dyn SaveAgreement>, ProcessRank { epoch: self.job.1, ..ProcessRank::ALONE })
-        };
-        Ok(self.world.as_ref().map_or_else(alone, |world| world.agree()))
-    }
-
-    /// True if the restore found the checkpoint of this step damaged, where there is one. A save replaces it.
-    pub(crate) fn is_known_damaged(&self, step: u64) -> bool {
-        step <= self.damaged_up_to
+        let rank = ProcessRank { epoch: self.job.1, ..ProcessRank::ALONE };
+        Ok(self.world.as_ref().map_or((Arc::new(SingleProcess), rank), |world| world.agree()))
     }
 
     /// Copies the hosted devices' parameters and optimizer state to host memory, reusing the buffers of `spare` if
@@ -213,9 +206,9 @@ impl Session {
                 // A fresh start would eventually delete checkpoints that may still be useful.
                 _ if self.process_map.process == 0 => return Err(all.swap_remove(0).into()),
                 _ => {
-                    let failed = [Outcome::Failed(Exit::BadData.code())];
-                    Outcome::check_others(&failed, store.place(), "finds only damaged checkpoints")?;
-                    continue;
+                    let (place, exit) = (store.place().into(), Exit::BadData.code());
+                    let problem = "finds only damaged checkpoints".into();
+                    return Err(CheckpointError::OnRank { place, rank: 0, exit, problem }.into());
                 }
             };
             let [newest, cursor] = self.exchange(numbers)?[0];

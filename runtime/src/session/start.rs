@@ -218,7 +218,8 @@ impl Resources {
         if let Some(world) = world {
             world.count_mirrors(plan)?;
         }
-        let process_map = world.map_or(ProcessMap::alone(plan.memory.len()), |world| world.process_map);
+        let alone = ProcessMap { process: 0, processes: 1, devices: plan.memory.len() };
+        let process_map = world.map_or(alone, |world| world.process_map);
         let node_processes = world.map_or(vec![0], |world| world.here());
         if options.threads == Threads::Owned && plan.device == DeviceKind::Cpu {
             plan.set_threads(owned_threads(world, &process_map, &node_processes));
@@ -247,7 +248,7 @@ impl Resources {
                 let connector = Connector { pipes, ..world.connector() };
                 connector.connect_all(plan, &devices, &arenas, engine)?
             }
-            None => Connections::alone(engine),
+            None => Connections { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() },
         };
         arenas.append(&mut connections.mapped);
         Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })

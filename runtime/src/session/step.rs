@@ -121,7 +121,7 @@ impl Session {
 
     /// Feeds a batch and returns the results of the devices of all processes. Devices then wait before the update.
     pub(super) fn run(&mut self, inputs: &Inputs<'_>) -> Result<Results, SessionError> {
-        self.observer.iter().for_each(|observer| observer.begin_pass(self.steps));
+        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
         for feed in self.feeds.iter().filter(|feed| !feed.decides) {
             self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
         }

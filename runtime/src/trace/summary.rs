@@ -11,13 +11,10 @@ use shardflow_job::text::counted;
 const PATH_SHOWN: usize = 6;
 const EDGES_SHOWN: usize = 8;
 
-/// Why a trace has no summary.
+/// A trace has no step after the first one, and so no summary.
 #[derive(Debug, thiserror::Error)]
-pub enum SummaryError {
-    /// The trace has no step after the first one.
-    #[error("the trace has no step after the first; trace at least two steps")]
-    NoStep,
-}
+#[error("the trace has no step after the first; trace at least two steps")]
+pub struct SummaryError;
 
 /// Use of an actor's time, as shares of the total time of all steps. Idle time between steps does not count.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -88,7 +85,7 @@ impl TraceSummary {
         let trace = TraceIndex::new(trace.events);
         // The first pass is a warm-up.
         let spans: Vec<&(f64, f64)> = trace.spans.range(1..).map(|(_, span)| span).collect();
-        let Some((&last, _)) = trace.spans.range(1..).next_back() else { return Err(SummaryError::NoStep) };
+        let Some((&last, _)) = trace.spans.range(1..).next_back() else { return Err(SummaryError) };
         let all_us: f64 = spans.iter().map(|(start, end)| end - start).sum();
         let passes = spans.len() as f64;
         let counted = trace.slices.iter().filter(|slice| slice.args.pass > 0);

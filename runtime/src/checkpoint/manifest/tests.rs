@@ -81,21 +81,21 @@ fn inconsistent_manifests_are_refused() {
     }
 }
 
+/// Reads a manifest of an older version, which lacks these keys.
+fn old(version: u32, keys: &[&str]) -> Manifest {
+    let mut old = serde_json::to_value(good()).unwrap();
+    keys.iter().for_each(|key| drop(old.as_object_mut().unwrap().remove(*key).unwrap()));
+    Manifest::decode(&seal_as(version, "shardflow-checkpoint", &old).unwrap()).unwrap()
+}
+
 #[test]
 fn version_1_has_no_job_time() {
-    let mut old = serde_json::to_value(good()).unwrap();
-    old.as_object_mut().unwrap().remove("job").unwrap();
-    let read = Manifest::decode(&seal_as(1, "shardflow-checkpoint", &old).unwrap()).unwrap();
-    assert_eq!(read, Manifest { job: JobTime::default(), ..good() });
+    assert_eq!(old(1, &["job"]), Manifest { job: JobTime::default(), ..good() });
 }
 
 #[test]
 fn before_version_3_each_step_is_an_update_and_no_values_are_declared() {
-    let mut old = serde_json::to_value(good()).unwrap();
-    for key in ["updates", "declared"] {
-        old.as_object_mut().unwrap().remove(key).unwrap();
-    }
-    let read = Manifest::decode(&seal_as(2, "shardflow-checkpoint", &old).unwrap()).unwrap();
+    let read = old(2, &["updates", "declared"]);
     assert_eq!((read.updates, read.updates(), good().updates()), (None, 7, 5));
     assert_eq!((read.declared.len(), good().declared.len()), (0, 1));
 }
