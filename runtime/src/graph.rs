@@ -4,7 +4,6 @@
 use std::cmp::Ordering;
 use std::fmt;
 use std::hash::{Hash, Hasher};
-use std::panic::Location;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, LazyLock, OnceLock};
@@ -396,7 +395,7 @@ impl Graph {
         if self.owns(var) {
             return &self.tensors[var.index()];
         }
-        let location = self.origin.unwrap_or(Location::caller());
+        let location = self.here();
         self.foreign_query.get_or_init(|| GraphError {
             subject: "shape".into(),
             message: foreign_tensor_message("the argument", var),
@@ -462,6 +461,11 @@ impl Graph {
 
     pub(crate) fn producer(&self, var: Var) -> &Node {
         &self.nodes[self.tensors[var.index()].producer.index()]
+    }
+
+    /// The layout of a parameter, or of any tensor after the layout pass.
+    pub(crate) fn layout(&self, var: Var) -> &NdSbp {
+        self.tensor(var).layout.as_ref().expect("the layout pass gives every tensor a layout")
     }
 
     pub(crate) fn placement_of(&self, var: Var) -> usize {

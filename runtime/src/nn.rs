@@ -81,7 +81,7 @@ pub fn attention(g: &mut Graph, name: &str, x: Var, heads: usize, axis: Option<&
                 let hint =
                     if heads == 0 { "give at least one head".into() } else { format!("choose a multiple of {heads}") };
                 let message = format!("a width of {width} does not divide into {heads} heads; {hint}");
-                g.error(name, message, Location::caller());
+                g.refuse(name, message);
             }
             return x;
         }
@@ -182,11 +182,11 @@ fn build_gpt(g: &mut Graph, config: &GptConfig) -> Var {
             "{} cannot be divided over {stages} stages; choose a number of layers that is a multiple of {stages}",
             counted(config.layers, "layer")
         );
-        g.error("gpt", message, Location::caller());
+        g.refuse("gpt", message);
     }
     if config.layers > LAYERS_MAX {
         let message = format!("{} layers, but the maximum is {LAYERS_MAX}", config.layers);
-        g.error("gpt", message, Location::caller());
+        g.refuse("gpt", message);
     }
     let tensor = g.mesh().axis("tensor").ok().map(|_| "tensor");
     let (column, row) = tensor.map_or_else(Default::default, |axis| (Parallel::Column(axis), Parallel::Row(axis)));

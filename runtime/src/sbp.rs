@@ -33,6 +33,11 @@ impl Sbp {
         matches!(self, Self::Partial(_))
     }
 
+    /// The dim that is split.
+    pub(crate) fn split_dim(self) -> Option<usize> {
+        if let Self::Split(dim) = self { Some(dim) } else { None }
+    }
+
     fn parse(text: &str) -> Option<Self> {
         match text {
             "B" => Some(Self::Broadcast),
@@ -104,26 +109,29 @@ impl NdSbp {
     /// When the number of entries differs from that of axes, a split dim does not exist, or it
     /// [mixes reductions](Self::mixes_reductions).
     pub fn check(&self, shape: &[usize], placement: &Placement) -> Result<(), LayoutError> {
-        let axes = placement.axes();
-        let mut why = None;
-        if self.0.len() != axes.len() {
-            why = Some(format!("expected one entry for each of {} mesh axes, got {}", axes.len(), self.0.len()));
-        }
-        let missing =
-            |sbp: &Sbp| if let Sbp::Split(dim) = *sbp { Some(dim).filter(|d| *d >= shape.len()) } else { None };
-        if let Some(dim) = self.0.iter().find_map(missing) {
-            why = Some(format!("the tensor has no dim {dim}"));
-        }
-        if self.mixes_reductions() {
-            why = Some("it mixes two different reductions".into());
-        }
-        let fail = |why| LayoutError::Layout {
-            layout: self.to_string(),
-            shape: shape.to_vec(),
-            mesh: placement.axes_text(),
-            why,
+        let axes = placement.axes().len();
+        let why = if self.mixes_reductions() {
+            "it mixes two different reductions".into()
+        } else if let Some(dim) = self.0.iter().filter_map(|sbp| sbp.split_dim()).find(|dim| *dim >= shape.len()) {
+            format!("the tensor has no dim {dim}")
+        } else if self.0.len() != axes {
+            format!("expected one entry for each of {axes} mesh axes, got {}", self.0.len())
+        } else {
+            return Ok(());
         };
-        why.map_or(Ok(()), |why| Err(fail(why)))
+        Err(self.error(shape, placement, why))
+    }
+
+    /// Checks that a tensor of this type can have this layout.
+    fn check_dtype(&self, tensor: &HostTensor, placement: &Placement) -> Result<(), LayoutError> {
+        if tensor.as_i32().is_some() && self.partial().is_some() {
+            return Err(self.error(&tensor.shape, placement, "integer tensors cannot be partial".into()));
+        }
+        Ok(())
+    }
+
+    fn error(&self, shape: &[usize], placement: &Placement, why: String) -> LayoutError {
+        LayoutError::Layout { layout: self.to_string(), shape: shape.to_vec(), mesh: placement.axes_text(), why }
     }
 }
 
@@ -171,42 +179,27 @@ pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, inde
     region
 }
 
-/// Splits a tensor into one shard for each device, by index. Under `Partial(Sum)`, coordinate 0 holds the value and the
-/// others hold zeros; under `Partial(Max)`, every coordinate holds a copy.
+/// Splits a tensor into one shard for each device, by index. For `Partial` float tensors, the terms are small random
+/// integers drawn from `seed`, so that tests detect a reduction that loses or duplicates a term. The last term along the
+/// partial axes completes the value (for `Max`, a random term holds it and the others are smaller). Exact for integer
+/// values below about 2^20.
 ///
 /// # Errors
 /// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.
-pub fn scatter(whole: &HostTensor, layout: &NdSbp, placement: &Placement) -> Result<Vec<HostTensor>, LayoutError> {
-    layout.check(&whole.shape, placement)?;
-    refuse_integer_partial(whole, layout, placement)?;
-    let shard = |index: usize| {
-        let region = local_region(&whole.shape, layout, placement, index);
-        let term = layout.0.iter().zip(placement.coords(index));
-        let is_zero = term.into_iter().any(|(&sbp, c)| sbp == Sbp::Partial(ReduceOp::Sum) && c > 0);
-        if is_zero { filled(&region.size, whole.dtype(), 0.0) } else { take_box(whole, &region) }
-    };
-    Ok((0..placement.device_count()).map(shard).collect())
-}
-
-/// [`scatter`] with random terms for `Partial`, so that tests detect a reduction that loses or duplicates a term. The
-/// terms are small integers drawn from `seed`, and the last term along the partial axes completes the value (for `Max`,
-/// a random term holds it and the others are smaller). Exact for integer values below about 2^20.
-///
-/// # Errors
-/// See [`scatter`].
-pub fn scatter_random_terms(
+pub fn scatter(
     whole: &HostTensor,
     layout: &NdSbp,
     placement: &Placement,
     seed: u64,
 ) -> Result<Vec<HostTensor>, LayoutError> {
     layout.check(&whole.shape, placement)?;
-    refuse_integer_partial(whole, layout, placement)?;
+    layout.check_dtype(whole, placement)?;
+    let (devices, region) = (0..placement.device_count(), |index| local_region(&whole.shape, layout, placement, index));
     let (Some(op), Some(values)) = (layout.partial(), whole.as_f32()) else {
-        return scatter(whole, layout, placement);
+        return Ok(devices.map(|index| take_box(whole, &region(index))).collect());
     };
-    let partial_axes: Vec<usize> = (0..layout.0.len()).filter(|&a| layout.0[a].is_partial()).collect();
     let mut terms_by_device = vec![whole.clone(); placement.device_count()];
+    let partial_axes: Vec<usize> = (0..layout.0.len()).filter(|&a| layout.0[a].is_partial()).collect();
     // A group of devices that differ only along the partial axes holds the terms of an element. Other groups hold other
     // elements, or copies that must be bit-identical, so each group starts from the same seed.
     for group in placement.group_indices(&partial_axes) {
@@ -220,9 +213,7 @@ pub fn scatter_random_terms(
             }
         }
     }
-    let shard =
-        |(index, term): (usize, &HostTensor)| take_box(term, &local_region(&whole.shape, layout, placement, index));
-    Ok(terms_by_device.iter().enumerate().map(shard).collect())
+    Ok(devices.map(|index| take_box(&terms_by_device[index], &region(index))).collect())
 }
 
 fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<f32> {
@@ -276,7 +267,7 @@ pub fn gather(
             return Err(error(index, text(&size, shards[0].dtype()), text(&shard.shape, shard.dtype())));
         }
     }
-    refuse_integer_partial(&shards[0], layout, placement)?;
+    layout.check_dtype(&shards[0], placement)?;
     let axes_with = |f: fn(Sbp) -> bool| (0..layout.0.len()).filter(|&a| f(layout.0[a])).collect::<Vec<_>>();
     for group in placement.group_indices(&axes_with(|sbp| sbp == Sbp::Broadcast)) {
         for &index in &group[1..] {
@@ -303,18 +294,6 @@ pub fn gather(
         copy_box(&sum, &Region::whole(&sum.shape), &mut whole, &target);
     }
     Ok(whole)
-}
-
-fn refuse_integer_partial(tensor: &HostTensor, layout: &NdSbp, placement: &Placement) -> Result<(), LayoutError> {
-    if tensor.as_i32().is_some() && layout.partial().is_some() {
-        return Err(LayoutError::Layout {
-            layout: layout.to_string(),
-            shape: tensor.shape.clone(),
-            mesh: placement.axes_text(),
-            why: "integer tensors cannot be partial".into(),
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, 
     for step in &plan.steps {
         let run = |(index, &device): (usize, &usize)| {
             let mut received = 0;
-            let out = run_local(step, index, device, &shards, &mut received);
+            let out = run_local(step, index, &shards, &mut received);
             (device, out, received * shards[0].dtype().bytes())
         };
         let outputs: Vec<_> = step.to.placement.devices().iter().enumerate().map(run).collect();
@@ -34,13 +34,8 @@ pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, 
     (shards, bytes_received)
 }
 
-fn run_local(
-    step: &BoxingStep,
-    index: usize,
-    device: usize,
-    shards: &[HostTensor],
-    received: &mut usize,
-) -> HostTensor {
+/// Runs the part of the device at `index` of the step's target placement, and counts the elements that it receives.
+pub(super) fn run_local(step: &BoxingStep, index: usize, shards: &[HostTensor], received: &mut usize) -> HostTensor {
     let shape = step.output_shape(index);
     let mut out = filled(&shape, shards[0].dtype(), f32::NAN);
     let by_rank = |rank: usize| &shards[step.from.placement.index_of(rank).unwrap_or_default()];
@@ -62,7 +57,8 @@ fn run_local(
         LocalStep::Pull(pulls) => {
             for pull in pulls {
                 copy_box(by_rank(pull.from_device), &pull.src, &mut out, &pull.dst);
-                *received += if pull.from_device == device { 0 } else { pull.src.element_count() };
+                let own = pull.from_device == step.to.placement.devices()[index];
+                *received += if own { 0 } else { pull.src.element_count() };
             }
             out
         }

@@ -142,9 +142,8 @@ fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {
         changed.iter().any(|&c| {
-            let dims =
-                [from.0[c], to.0[c]].into_iter().filter_map(|s| if let Sbp::Split(d) = s { Some(d) } else { None });
-            c < axis && dims.into_iter().any(|dim| splits(axis, dim))
+            let mut dims = [from.0[c], to.0[c]].into_iter().filter_map(Sbp::split_dim);
+            c < axis && dims.any(|dim| splits(axis, dim))
         })
     };
     (0..from.0.len()).filter(|&a| changed.contains(&a) || nested(a)).collect()

@@ -12,9 +12,7 @@ use super::step::LocalStep;
 use super::table::{CostTable, all_layouts};
 use super::*;
 use crate::sbp::region::same_bits;
-use crate::sbp::{gather, scatter_random_terms};
-
-const ENTRIES: [&str; 5] = ["B", "P", "Pmax", "S0", "S1"];
+use crate::sbp::{gather, scatter};
 
 fn line(first: usize, count: usize) -> Placement {
     Placement::of((first..first + count).collect(), &[("x", count)]).unwrap()
@@ -30,14 +28,10 @@ fn layout(placement: &Placement, text: &str) -> PlacedLayout {
 
 /// All layouts of a matrix on this placement.
 fn layouts(placement: &Placement) -> Vec<PlacedLayout> {
-    let mut texts = vec![String::new()];
-    for _ in placement.axes() {
-        texts = texts
-            .iter()
-            .flat_map(|t| ENTRIES.map(|e| format!("{t}{}{e}", if t.is_empty() { "" } else { "," })))
-            .collect();
-    }
-    texts.iter().map(|t| layout(placement, t)).filter(|l| !l.sbp.mixes_reductions()).collect()
+    let layouts = all_layouts(&[1, 1], placement, &[]);
+    // `B`, `S0`, `S1`, `P` and `Pmax` along each axis, without the mixtures of reductions.
+    assert_eq!(layouts.len(), [1, 5, 23][placement.axes().len()]);
+    layouts.into_iter().map(|sbp| PlacedLayout { placement: placement.clone(), sbp }).collect()
 }
 
 /// All layouts on the source with all layouts on the target.
@@ -55,7 +49,7 @@ fn matrix(shape: &[usize]) -> HostTensor {
 fn check_exact(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let plan = plan(shape, DType::F32, from, to, &CostModel::default()).unwrap();
     let whole = matrix(shape);
-    let shards = scatter_random_terms(&whole, &from.sbp, &from.placement, 5).unwrap();
+    let shards = scatter(&whole, &from.sbp, &from.placement, 5).unwrap();
     plan.steps.iter().for_each(BoxingStep::assert_groups_suffice);
     let (shards, bytes_received) = interpret(&plan, &shards);
     let gathered = gather(&shards, shape, &to.sbp, &to.placement);
@@ -114,7 +108,7 @@ fn integers_are_moved_but_not_reduced() {
     let ids = HostTensor::i32(&[5], vec![1, -2, i32::MAX, i32::MIN, 16_777_217]);
     let (from, to) = (layout(&place, "S0,S0"), layout(&place, "B,S0"));
     let plan_of = |from, to| plan(&[5], DType::I32, from, to, &CostModel::default());
-    let shards = crate::sbp::scatter(&ids, &from.sbp, &place).unwrap();
+    let shards = scatter(&ids, &from.sbp, &place, 1).unwrap();
     let (shards, _) = interpret(&plan_of(&from, &to).unwrap(), &shards);
     assert_eq!(gather(&shards, &[5], &to.sbp, &place).unwrap(), ids);
     let error = plan_of(&from, &layout(&place, "P,B")).unwrap_err().to_string();
@@ -129,7 +123,7 @@ fn layout_changes_without_reductions_keep_every_bit() {
     let is_unreduced = |(from, to): &(PlacedLayout, PlacedLayout)| from.sbp.partial().or(to.sbp.partial()).is_none();
     for (from, to) in pairs(&place, &place).into_iter().filter(is_unreduced) {
         let plan = plan(&[3, 2], DType::F32, &from, &to, &CostModel::default()).unwrap();
-        let (shards, _) = interpret(&plan, &crate::sbp::scatter(&whole, &from.sbp, &place).unwrap());
+        let (shards, _) = interpret(&plan, &scatter(&whole, &from.sbp, &place, 1).unwrap());
         assert!(same_bits(&gather(&shards, &[3, 2], &to.sbp, &place).unwrap(), &whole), "{plan}");
     }
 }
@@ -217,25 +211,18 @@ fn check(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout, expected: Expe
 #[test]
 fn common_layout_changes_use_the_expected_collectives() {
     let (pair, place) = (line(0, 2), grid(0, 2, 2));
-    let on = |text| layout(&place, text);
-    check(&[64, 64], &layout(&pair, "P"), &layout(&pair, "B"), expect!["all-reduce over x: (P) -> (B), 16384 bytes"]);
-    check(
-        &[64, 64],
-        &layout(&pair, "P"),
-        &layout(&pair, "S1"),
-        expect!["reduce-scatter over x: (P) -> (S1), 8192 bytes"],
-    );
-    check(
-        &[64, 64],
-        &layout(&pair, "S0"),
-        &layout(&pair, "S1"),
-        expect!["all-to-all over x: (S0) -> (S1), 4096 bytes"],
-    );
-    check(&[64, 64], &layout(&pair, "B"), &layout(&pair, "P"), expect!["pad over x: (B) -> (P), 0 bytes"]);
-    check(&[64, 64], &on("P,P"), &on("B,B"), expect!["all-reduce over a+b: (P, P) -> (B, B), 24576 bytes"]);
-    check(&[64, 64], &on("S0,S0"), &on("B,S0"), expect!["all-to-all over a+b: (S0, S0) -> (B, S0), 8192 bytes"]);
-    check(&[64, 64], &on("S0,B"), &on("B,S0"), expect!["all-to-all over a+b: (S0, B) -> (B, S0), 8192 bytes"]);
-    check(&[64, 64], &on("B,B"), &on("B,B"), expect![""]);
+    for (placement, from, to, expected) in [
+        (&pair, "P", "B", expect!["all-reduce over x: (P) -> (B), 16384 bytes"]),
+        (&pair, "P", "S1", expect!["reduce-scatter over x: (P) -> (S1), 8192 bytes"]),
+        (&pair, "S0", "S1", expect!["all-to-all over x: (S0) -> (S1), 4096 bytes"]),
+        (&pair, "B", "P", expect!["pad over x: (B) -> (P), 0 bytes"]),
+        (&place, "P,P", "B,B", expect!["all-reduce over a+b: (P, P) -> (B, B), 24576 bytes"]),
+        (&place, "S0,S0", "B,S0", expect!["all-to-all over a+b: (S0, S0) -> (B, S0), 8192 bytes"]),
+        (&place, "S0,B", "B,S0", expect!["all-to-all over a+b: (S0, B) -> (B, S0), 8192 bytes"]),
+        (&place, "B,B", "B,B", expect![""]),
+    ] {
+        check(&[64, 64], &layout(placement, from), &layout(placement, to), expected);
+    }
 }
 
 /// Narayanan et al. 2021, section 4.1, <https://arxiv.org/abs/2104.04473>: a replicated tensor is sent to the next

@@ -20,7 +20,7 @@ use shardflow_job::text::counted;
 /// A layout as the user writes it: the mesh axes over which dims are split; along all other axes the tensor is
 /// broadcast. Example: `Layout::split("data", 0).and_split("tensor", 2)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Layout(Vec<(String, Sbp)>);
+pub struct Layout(Vec<(String, usize)>);
 
 impl Layout {
     /// The same copy on every device.
@@ -35,8 +35,34 @@ impl Layout {
 
     /// Also splits a dim over another mesh axis.
     pub fn and_split(mut self, axis: &str, dim: usize) -> Self {
-        self.0.push((axis.to_string(), Sbp::Split(dim)));
+        self.0.push((axis.to_string(), dim));
         self
+    }
+
+    /// The layout of a tensor of this shape on a placement, or the error message. Along axes of size 1 it is
+    /// `Broadcast`.
+    fn on(&self, placement: &Placement, shape: &[usize]) -> Result<NdSbp, String> {
+        let axes = placement.axes();
+        let mut out = NdSbp::broadcast(axes.len());
+        for (axis, dim) in &self.0 {
+            let Some(position) = axes.iter().position(|a| a.name == *axis) else {
+                let known: Vec<&str> = axes.iter().map(|a| a.name.as_str()).collect();
+                return Err(format!("the layout names mesh axis `{axis}`, but the placement has the axes {known:?}"));
+            };
+            if self.0.iter().filter(|(other, _)| other == axis).count() > 1 {
+                return Err(format!("the layout names mesh axis `{axis}` twice"));
+            }
+            let rank = shape.len();
+            if *dim >= rank {
+                return Err(format!(
+                    "the layout splits dim {dim} over `{axis}`, but the shape {shape:?} has {rank} dims"
+                ));
+            }
+            if axes[position].size > 1 {
+                out.0[position] = Sbp::Split(*dim);
+            }
+        }
+        Ok(out)
     }
 }
 
@@ -81,7 +107,7 @@ impl Graph {
             let message = format!(
                 "device {device} is not in mesh {mesh}, which has {devices}; use a placement of the graph's own mesh"
             );
-            return self.error("placement", message, Location::caller());
+            return self.refuse("placement", message);
         }
         self.current_placement = self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
             self.placements.push(placement);
@@ -94,7 +120,7 @@ impl Graph {
     pub fn place_at(&mut self, axis: &str, index: usize) {
         match self.mesh.at(axis, index) {
             Ok(placement) => self.place(placement),
-            Err(e) => self.error("placement", e.to_string(), Location::caller()),
+            Err(e) => self.refuse("placement", e.to_string()),
         }
     }
 
@@ -102,7 +128,7 @@ impl Graph {
     /// divided into micro-batches.
     #[track_caller]
     pub fn input(&mut self, name: &str, shape: &[usize], dtype: DType, layout: Layout) -> Var {
-        self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)), Location::caller())
+        self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)))
     }
 
     /// [`Graph::input`] for a tensor whose batch is not the first dim, such as `[time, batch, features]`. Inputs may
@@ -116,62 +142,60 @@ impl Graph {
         dtype: DType,
         layout: Layout,
     ) -> Var {
-        let location = Location::caller();
         if batch_dim >= shape.len() {
             let message = format!("the batch is dim {batch_dim}, but the shape {shape:?} has {} dims", shape.len());
-            self.error(name, message, location);
+            self.refuse(name, message);
             return self.poison(shape);
         }
-        self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(batch_dim)), location)
+        self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(batch_dim)))
     }
 
     /// A tensor that the host feeds once per step; it is not divided into micro-batches.
     #[track_caller]
     pub fn step_input(&mut self, name: &str, shape: &[usize], dtype: DType) -> Var {
-        self.add_input(name, shape, dtype, Rate::Step, (Layout::broadcast(), Sbp::Broadcast), Location::caller())
+        self.add_input(name, shape, dtype, Rate::Step, (Layout::broadcast(), Sbp::Broadcast))
     }
 
     /// A trainable tensor. Names are unique; checkpoints use them.
     #[track_caller]
     pub fn parameter(&mut self, name: &str, shape: &[usize], init: Init, layout: Layout) -> Var {
-        let location = Location::caller();
-        self.check_shape(name, shape, location);
+        self.check_shape(name, shape);
         if let Init::Normal { std } = init
             && !(std >= 0.0 && std.is_finite())
         {
             let message = format!("the standard deviation is {std}: it must be finite and not negative");
-            self.error(name, message, location);
+            self.refuse(name, message);
         }
         let duplicate = |n: &Node| matches!(n.op, NodeOp::Parameter { .. }) && n.name == name;
         if self.nodes.iter().any(duplicate) {
-            self.error(name, "a parameter with this name already exists; give each parameter a unique name", location);
+            self.refuse(name, "a parameter with this name already exists; give each parameter a unique name");
         }
         if name.starts_with(STATE_PREFIX) {
             let message = format!(
                 "names that start with `{STATE_PREFIX}` are reserved for the optimizer's state; choose another"
             );
-            self.error(name, message, location);
+            self.refuse(name, message);
         }
         if name == FILE_METADATA {
-            self.error(name, "this name is reserved for the metadata of checkpoint files; choose another", location);
+            self.refuse(name, "this name is reserved for the metadata of checkpoint files; choose another");
         }
-        self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout, location)
+        self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout)
     }
 
     /// Sets the shape of a parameter in checkpoints, with the same number of elements: for example
     /// `[heads * head_dim, width]` for a tensor that the program uses as `[heads, head_dim, width]`.
     #[track_caller]
     pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
-        let [parameter] = self.check_args("saved_as", [parameter], Location::caller());
+        let [parameter] = self.check_args("saved_as", [parameter]);
         let own = self.shape(parameter).to_vec();
         let count = |shape: &[usize]| shape.iter().try_fold(1usize, |count, extent| count.checked_mul(*extent));
         if count(&own) != count(shape) && !self.is_poisoned(&[parameter]) {
             let message = format!("shape {own:?} cannot be saved as {shape:?}: the number of elements differs");
-            self.error("saved_as", message, Location::caller());
+            self.refuse("saved_as", message);
         }
         if !matches!(self.producer(parameter).op, NodeOp::Parameter { .. }) && !self.is_poisoned(&[parameter]) {
             let message = format!("{} is not a parameter; only parameters are saved", self.tensor(parameter).name);
-            self.error("saved_as", message, Location::caller());
+            self.refuse("saved_as", message);
         }
         self.tensors[parameter.index()].saved_shape = Some(shape.to_vec());
     }
@@ -179,37 +203,34 @@ impl Graph {
     /// Looks up the rows `ids [..]` of `table [v, c]`: `[.., c]`.
     #[track_caller]
     pub fn embedding(&mut self, ids: Var, table: Var) -> Var {
-        let location = Location::caller();
-        let [ids, table] = self.check_args("embedding", [ids, table], location);
+        let [ids, table] = self.check_args("embedding", [ids, table]);
         let vocab = self.shape(table).first().copied().unwrap_or(0);
-        self.kernel("embedding", Op::Embedding { vocab_start: 0, vocab }, &[ids, table], location)[0]
+        self.kernel("embedding", Op::Embedding { vocab_start: 0, vocab }, &[ids, table])[0]
     }
 
     /// `a + b`; the shape of `b` must be a suffix of the shape of `a`.
     #[track_caller]
     pub fn add(&mut self, a: Var, b: Var) -> Var {
-        let location = Location::caller();
-        let [a, b] = self.check_args("add", [a, b], location);
+        let [a, b] = self.check_args("add", [a, b]);
         let (shape_a, shape_b) = (self.shape(a).to_vec(), self.shape(b).to_vec());
         if !shape_a.ends_with(&shape_b) && !self.is_poisoned(&[a, b]) {
             let message =
                 format!("cannot add {shape_b:?} to {shape_a:?}: the second shape must be a suffix of the first");
-            self.error("add", message, location);
+            self.refuse("add", message);
             return self.poison(&shape_a);
         }
-        self.kernel("add", Op::Add, &[a, b], location)[0]
+        self.kernel("add", Op::Add, &[a, b])[0]
     }
 
     /// A product over named indices, such as `"btc,hdc->bthd"`; [`Einsum`] states which specs are allowed.
     #[track_caller]
     pub fn einsum(&mut self, spec: &str, a: Var, b: Var) -> Var {
-        let location = Location::caller();
-        let [a, b] = self.check_args("einsum", [a, b], location);
+        let [a, b] = self.check_args("einsum", [a, b]);
         match Einsum::parse(spec) {
-            Ok(e) => self.kernel("einsum", Op::Einsum(e), &[a, b], location)[0],
+            Ok(e) => self.kernel("einsum", Op::Einsum(e), &[a, b])[0],
             Err(e) => {
                 let text = e.to_string();
-                self.error("einsum", text.strip_prefix("einsum: ").unwrap_or(&text).to_string(), location);
+                self.refuse("einsum", text.strip_prefix("einsum: ").unwrap_or(&text).to_string());
                 let shapes = plausible_shapes(spec, &[self.shape(a), self.shape(b)]);
                 self.poison(&shapes[0])
             }
@@ -219,39 +240,33 @@ impl Graph {
     /// Layer norm over the last dim, with a weight and no bias.
     #[track_caller]
     pub fn layer_norm(&mut self, x: Var, weight: Var, eps: f32) -> Var {
-        let location = Location::caller();
         if !(eps >= 0.0 && eps.is_finite()) {
-            self.error("layer_norm", format!("eps is {eps}: it must be finite and not negative"), location);
+            self.refuse("layer_norm", format!("eps is {eps}: it must be finite and not negative"));
         }
-        let args = self.check_args("layer_norm", [x, weight], location);
-        self.kernel("layer_norm", Op::LayerNorm { eps }, &args, location)[0]
+        self.op("layer_norm", Op::LayerNorm { eps }, [x, weight])
     }
 
     /// Exact (erf) GELU.
     #[track_caller]
     pub fn gelu(&mut self, x: Var) -> Var {
-        let args = self.check_args("gelu", [x], Location::caller());
-        self.kernel("gelu", Op::Gelu, &args, Location::caller())[0]
+        self.op("gelu", Op::Gelu, [x])
     }
 
     /// `factor * x`.
     #[track_caller]
     pub fn scale(&mut self, x: Var, factor: f32) -> Var {
-        let location = Location::caller();
         if !factor.is_finite() {
-            self.error("scale", format!("the factor is {factor}: it must be finite"), location);
+            self.refuse("scale", format!("the factor is {factor}: it must be finite"));
         }
-        let args = self.check_args("scale", [x], location);
-        self.kernel("scale", Op::Scale { factor }, &args, location)[0]
+        self.op("scale", Op::Scale { factor }, [x])
     }
 
     /// Causal attention of `[batch, time, head, dim]` tensors, scores scaled by `1/sqrt(dim)`.
     #[track_caller]
     pub fn attention(&mut self, q: Var, k: Var, v: Var) -> Var {
-        let location = Location::caller();
-        let args = self.check_args("attention", [q, k, v], location);
+        let args = self.check_args("attention", [q, k, v]);
         let scale = 1.0 / (*self.shape(args[0]).last().unwrap_or(&1) as f32).sqrt();
-        self.kernel("attention", Op::Attention { scale }, &args, location)[0]
+        self.kernel("attention", Op::Attention { scale }, &args)[0]
     }
 
     /// In training, zeroes elements with probability `p` and scales the others up; in evaluation the identity, see
@@ -260,22 +275,20 @@ impl Graph {
     /// micro-batches. Each dropout of a model needs a different `seed`.
     #[track_caller]
     pub fn dropout(&mut self, x: Var, p: f32, seed: u64) -> Var {
-        let location = Location::caller();
         if !(0.0..1.0).contains(&p) {
-            self.error("dropout", format!("p is {p}: it must be at least 0 and below 1"), location);
+            self.refuse("dropout", format!("p is {p}: it must be at least 0 and below 1"));
         }
-        let [x] = self.check_args("dropout", [x], location);
-        let rng = self.rng(location);
+        let [x] = self.check_args("dropout", [x]);
+        let rng = self.rng();
         let op = Op::Dropout { p, seed, shape: Vec::new(), start: Vec::new(), stride: 0 };
-        self.kernel("dropout", op, &[x, rng], location)[0]
+        self.kernel("dropout", op, &[x, rng])[0]
     }
 
     /// The cross-entropy between `logits [.., v]` and `targets [..]` (i32), averaged over all tokens of a step: `[]`.
     /// The vocabulary dim may be split.
     #[track_caller]
     pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
-        let location = Location::caller();
-        let [logits, targets] = self.check_args("cross_entropy", [logits, targets], location);
+        let [logits, targets] = self.check_args("cross_entropy", [logits, targets]);
         let rows = self.shape(logits).split_last().map_or(&[][..], |(_, rows)| rows);
         let (dtype, shape) = (self.tensor(targets).dtype, self.shape(targets));
         if (dtype, shape) != (DType::I32, rows) && !self.is_poisoned(&[logits, targets]) {
@@ -283,65 +296,59 @@ impl Graph {
             let message = format!(
                 "targets are {dtype:?} {shape:?}, but must be I32 {rows:?}, the shape of the logits {all:?} without the last dim"
             );
-            self.error("cross_entropy", message, location);
+            self.refuse("cross_entropy", message);
             return self.poison(&[]);
         }
         // `compile` refuses an overflow.
         let tokens = self.shape(targets).iter().fold(1usize, |n, extent| n.saturating_mul(*extent));
         let scale = 1.0 / tokens.max(1) as f32;
-        let max = self.kernel("row_max", Op::RowMax, &[logits], location)[0];
+        let max = self.kernel("row_max", Op::RowMax, &[logits])[0];
         let vocab = self.shape(logits).last().copied().unwrap_or(0);
         let op = Op::SumExpTarget { vocab_start: 0, vocab };
-        let stats = self.kernel("sum_exp", op, &[logits, max, targets], location);
-        self.kernel("loss", Op::TokenLoss { scale }, &[max, stats[0], stats[1]], location)[0]
+        let stats = self.kernel("sum_exp", op, &[logits, max, targets]);
+        self.kernel("loss", Op::TokenLoss { scale }, &[max, stats[0], stats[1]])[0]
     }
 
     /// Changes the layout, not the value.
     #[track_caller]
     pub fn relayout(&mut self, x: Var, layout: Layout) -> Var {
-        let location = Location::caller();
-        let [x] = self.check_args("relayout", [x], location);
+        let [x] = self.check_args("relayout", [x]);
         let (shape, dtype, rate) = (self.shape(x).to_vec(), self.tensor(x).dtype, self.tensor(x).rate);
-        let out = self.push("relayout", NodeOp::Relayout, &[x], &[(shape, dtype, rate)], location)[0];
-        self.tensors[out.index()].layout = self.resolve("relayout", &layout, out, location);
+        let out = self.push("relayout", NodeOp::Relayout, &[x], &[(shape, dtype, rate)])[0];
+        self.set_layout("relayout", out, &layout);
         out
     }
 
     /// Adds a user-defined op.
     #[track_caller]
     pub fn custom(&mut self, op: Arc<dyn CustomOp>, inputs: &[Var]) -> Vec<Var> {
-        let (rule, location) = (op.rule(), Location::caller());
-        let name = op.name().to_string();
-        let inputs: Vec<Var> = inputs
-            .iter()
-            .enumerate()
-            .map(|(port, input)| self.check_arg(&name, &format!("input {port}"), *input, location))
-            .collect();
+        let (name, rule, location) = (op.name().to_string(), op.rule(), self.here());
+        let check = |(port, input): (usize, &Var)| self.check_arg(&name, &format!("input {port}"), *input, location);
+        let inputs: Vec<Var> = inputs.iter().enumerate().map(check).collect();
         if let Some(port) = inputs.iter().position(|input| self.tensor(*input).dtype == DType::BF16) {
             let message = format!("input {port} is BF16, but custom ops read F32 or I32; feed it as F32");
-            self.error(&name, message, location);
+            self.refuse(&name, message);
         }
-        self.node_by_rule(&name, NodeOp::Custom(op), rule, &inputs, None, location)
+        self.node_by_rule(&name, NodeOp::Custom(op), rule, &inputs, None)
     }
 
     /// Minimises `loss`, a scalar, by training every parameter that it depends on; there must be at least one.
     #[track_caller]
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
-        let location = Location::caller();
         if self.objective.is_some() {
             let message = "the program already minimises a loss; add the losses and minimise their sum";
-            return self.error("minimize", message, location);
+            return self.refuse("minimize", message);
         }
         if let Some(message) = optimizer.invalid() {
-            self.error("minimize", message, location);
+            self.refuse("minimize", message);
         }
-        let [loss] = self.check_args("minimize", [loss], location);
+        let [loss] = self.check_args("minimize", [loss]);
         if !self.shape(loss).is_empty() && !self.is_poisoned(&[loss]) {
             let message = format!("the loss has shape {:?}: only a scalar can be minimised", self.shape(loss));
-            self.error("minimize", message, location);
+            self.refuse("minimize", message);
         }
-        self.objective = Some(Objective { loss, optimizer, location: self.origin.unwrap_or(location) });
-        self.output_as("loss", loss, None, location);
+        self.objective = Some(Objective { loss, optimizer, location: self.here() });
+        self.output_as("loss", loss, None);
     }
 
     /// Makes a tensor available to the host under this name after each step. The value is that of the whole batch, for
@@ -351,17 +358,18 @@ impl Graph {
     /// `compile` requires [`Graph::output_with`]. Names are unique; `minimize` names the loss `loss`.
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
-        self.output_as(name, tensor, None, Location::caller());
+        self.output_as(name, tensor, None);
     }
 
     /// [`Graph::output`] with an explicit way to combine the values of micro-batches.
     #[track_caller]
     pub fn output_with(&mut self, name: &str, tensor: Var, combine: Combine) {
-        self.output_as(name, tensor, Some(combine), Location::caller());
+        self.output_as(name, tensor, Some(combine));
     }
 
-    fn output_as(&mut self, name: &str, tensor: Var, combine: Option<Combine>, location: SourceLine) {
-        let [tensor] = self.check_args("output", [tensor], location);
+    #[track_caller]
+    fn output_as(&mut self, name: &str, tensor: Var, combine: Option<Combine>) {
+        let [tensor] = self.check_args("output", [tensor]);
         let (shape, dtype) = (self.shape(tensor), self.tensor(tensor).dtype);
         let message = match combine {
             Some(Combine::Concat(dim)) if dim >= shape.len() => {
@@ -373,26 +381,28 @@ impl Graph {
             _ => None,
         };
         if let Some(message) = message.filter(|_| !self.is_poisoned(&[tensor])) {
-            self.error(name, message, location);
+            self.refuse(name, message);
         }
         if self.outputs.iter().any(|other| other.name == name && other.tensor != tensor) {
-            return self.error(name, "another output already has this name; give each output a unique name", location);
+            return self.refuse(name, "another output already has this name; give each output a unique name");
         }
         if name == GRAD_SQUARES_OUTPUT {
-            self.error(name, "this name is reserved for an output of the session; choose another", location);
+            self.refuse(name, "this name is reserved for an output of the session; choose another");
         }
-        self.push_output(name, tensor, combine, location);
+        self.push_output(name, tensor, combine);
     }
 
     // ---- shared by the methods above and the passes ----
 
-    pub(crate) fn push_output(&mut self, name: &str, tensor: Var, combine: Option<Combine>, location: SourceLine) {
-        let location = self.origin.unwrap_or(location);
+    #[track_caller]
+    pub(crate) fn push_output(&mut self, name: &str, tensor: Var, combine: Option<Combine>) {
+        let location = self.here();
         self.outputs.push(Output { name: name.to_string(), tensor, combine, location });
     }
 
     /// Adds an input of the user. Inputs that share a name are one tensor of the host, fed to several placements; so
     /// their properties must be equal.
+    #[track_caller]
     fn add_input(
         &mut self,
         name: &str,
@@ -400,11 +410,10 @@ impl Graph {
         dtype: DType,
         rate: Rate,
         (layout, loop_sbp): (Layout, Sbp),
-        location: SourceLine,
     ) -> Var {
-        self.check_shape(name, shape, location);
+        self.check_shape(name, shape);
         if name == RNG_INPUT || name == HYPER_INPUT {
-            self.error(name, "this name is reserved for an input that the session feeds; choose another", location);
+            self.refuse(name, "this name is reserved for an input that the session feeds; choose another");
         }
         let others = self.nodes.iter().filter(|n| matches!(n.op, NodeOp::Input) && n.name == name);
         let different = others.map(|n| self.tensor(n.outputs[0])).find(|other| {
@@ -422,15 +431,25 @@ impl Graph {
                 batch(other.loop_sbp),
                 batch(Some(loop_sbp))
             );
-            self.error(name, message, location);
+            self.refuse(name, message);
         }
-        let out = self.source(name, NodeOp::Input, shape, dtype, rate, layout, location);
+        let out = self.source(name, NodeOp::Input, shape, dtype, rate, layout);
         self.tensors[out.index()].loop_sbp = Some(loop_sbp);
         out
     }
 
+    /// The source line of what is built: that of the layer under construction, or of the user's call.
+    #[track_caller]
+    pub(super) fn here(&self) -> SourceLine {
+        self.origin.unwrap_or(Location::caller())
+    }
+
+    #[track_caller]
+    pub(crate) fn refuse(&mut self, subject: &str, message: impl Into<String>) {
+        self.error(subject, message, self.here());
+    }
+
     pub(crate) fn error(&mut self, subject: &str, message: impl Into<String>, location: SourceLine) {
-        let location = self.origin.unwrap_or(location);
         self.errors.push(GraphError { subject: subject.into(), message: message.into(), location });
     }
 
@@ -443,7 +462,9 @@ impl Graph {
         vars.iter().any(|v| self.tensor(*v).poisoned)
     }
 
-    fn check_args<const N: usize>(&mut self, op: &str, args: [Var; N], location: SourceLine) -> [Var; N] {
+    #[track_caller]
+    fn check_args<const N: usize>(&mut self, op: &str, args: [Var; N]) -> [Var; N] {
+        let location = self.here();
         std::array::from_fn(|port| self.check_arg(op, &format!("input {port}"), args[port], location))
     }
 
@@ -460,36 +481,36 @@ impl Graph {
     /// Adds a placeholder for the result of an op with an error.
     fn poison(&mut self, shape: &[usize]) -> Var {
         let node = NodeOp::Kernel(Op::Fill { value: f32::NAN });
-        let out = self.push("error", node, &[], &[(shape.to_vec(), DType::F32, Rate::MicroBatch)], Location::caller());
+        let out = self.push("error", node, &[], &[(shape.to_vec(), DType::F32, Rate::MicroBatch)]);
         self.tensors[out[0].index()].poisoned = true;
         out[0]
     }
 
     /// Refuses dims of size 0, and more dims than the rules of ops have letters for.
-    fn check_shape(&mut self, name: &str, shape: &[usize], location: SourceLine) {
+    #[track_caller]
+    fn check_shape(&mut self, name: &str, shape: &[usize]) {
         if let Some(dim) = shape.iter().position(|extent| *extent == 0) {
             let message = format!("dim {dim} of shape {shape:?} is 0; each dim must be at least 1");
-            self.error(name, message, location);
+            self.refuse(name, message);
         }
         if shape.len() > DIMS_MAX {
             let message = format!("the shape {shape:?} has {} dims; the maximum is {DIMS_MAX}", shape.len());
-            self.error(name, message, location);
+            self.refuse(name, message);
         }
     }
 
     /// The input `[step, micro-batch]` of dropout on the current placement; added at its first use.
-    fn rng(&mut self, location: SourceLine) -> Var {
+    #[track_caller]
+    fn rng(&mut self) -> Var {
         let placement = self.current_placement;
-        let existing =
-            self.nodes.iter().find(|n| n.name == RNG_INPUT && n.placement == placement).map(|n| n.outputs[0]);
-        existing.unwrap_or_else(|| {
-            let layout = Layout::broadcast();
-            self.source(RNG_INPUT, NodeOp::Input, &[2], DType::I32, Rate::MicroBatch, layout, location)
-        })
+        match self.nodes.iter().find(|n| n.name == RNG_INPUT && n.placement == placement) {
+            Some(node) => node.outputs[0],
+            None => self.source(RNG_INPUT, NodeOp::Input, &[2], DType::I32, Rate::MicroBatch, Layout::broadcast()),
+        }
     }
 
     /// Adds a node without inputs and resolves its layout.
-    #[allow(clippy::too_many_arguments)]
+    #[track_caller]
     pub(crate) fn source(
         &mut self,
         name: &str,
@@ -498,55 +519,38 @@ impl Graph {
         dtype: DType,
         rate: Rate,
         layout: Layout,
-        location: SourceLine,
     ) -> Var {
-        let out = self.push(name, op, &[], &[(shape.to_vec(), dtype, rate)], location)[0];
+        let out = self.push(name, op, &[], &[(shape.to_vec(), dtype, rate)])[0];
         self.tensors[out.index()].name = name.to_string();
-        self.tensors[out.index()].layout = self.resolve(name, &layout, out, location);
+        self.set_layout(name, out, &layout);
         out
     }
 
-    /// The layout on the tensor's placement. Along axes of size 1 it is `Broadcast`.
-    fn resolve(&mut self, subject: &str, layout: &Layout, var: Var, location: SourceLine) -> Option<NdSbp> {
-        let placement = self.placements[self.placement_of(var)].clone();
-        let rank = self.shape(var).len();
-        let mut out = vec![Sbp::Broadcast; placement.axes().len()];
-        for (axis, sbp) in &layout.0 {
-            let Some(position) = placement.axes().iter().position(|a| a.name == *axis) else {
-                let known: Vec<&str> = placement.axes().iter().map(|a| a.name.as_str()).collect();
-                let message = format!("the layout names mesh axis `{axis}`, but the placement has the axes {known:?}");
-                self.error(subject, message, location);
-                return None;
-            };
-            if layout.0.iter().filter(|(other, _)| other == axis).count() > 1 {
-                self.error(subject, format!("the layout names mesh axis `{axis}` twice"), location);
-                return None;
-            }
-            if let Sbp::Split(dim) = sbp
-                && *dim >= rank
-            {
-                let message = format!(
-                    "the layout splits dim {dim} over `{axis}`, but the shape {:?} has {rank} dims",
-                    self.shape(var)
-                );
-                self.error(subject, message, location);
-                return None;
-            }
-            if placement.axes()[position].size > 1 {
-                out[position] = *sbp;
-            }
+    #[track_caller]
+    fn set_layout(&mut self, subject: &str, var: Var, layout: &Layout) {
+        match layout.on(&self.placements[self.placement_of(var)], self.shape(var)) {
+            Ok(sbp) => self.tensors[var.index()].layout = Some(sbp),
+            Err(message) => self.refuse(subject, message),
         }
-        Some(NdSbp(out))
+    }
+
+    /// Adds an op of the user with one output.
+    #[track_caller]
+    fn op<const N: usize>(&mut self, name: &str, op: Op, args: [Var; N]) -> Var {
+        let args = self.check_args(name, args);
+        self.kernel(name, op, &args)[0]
     }
 
     /// Adds a kernel node; the output shapes follow from its rule.
-    pub(crate) fn kernel(&mut self, name: &str, op: Op, inputs: &[Var], location: SourceLine) -> Vec<Var> {
+    #[track_caller]
+    pub(crate) fn kernel(&mut self, name: &str, op: Op, inputs: &[Var]) -> Vec<Var> {
         let shapes: Vec<&[usize]> = inputs.iter().map(|v| self.shape(*v)).collect();
         let rule = ops::rule(&op, &shapes);
-        self.node_by_rule(name, NodeOp::Kernel(op), rule, inputs, None, location)
+        self.node_by_rule(name, NodeOp::Kernel(op), rule, inputs, None)
     }
 
     /// Adds a node. The output shapes are `shapes` if given, otherwise they follow from the rule.
+    #[track_caller]
     pub(crate) fn node_by_rule(
         &mut self,
         name: &str,
@@ -554,7 +558,6 @@ impl Graph {
         rule: Result<Rule, LayoutError>,
         inputs: &[Var],
         shapes: Option<Vec<Vec<usize>>>,
-        location: SourceLine,
     ) -> Vec<Var> {
         let rate = inputs.iter().map(|v| self.tensor(*v)).filter(|t| t.rate == Rate::MicroBatch).count();
         let rate = if rate > 0 || self.phase.rate() == Rate::MicroBatch { Rate::MicroBatch } else { Rate::Step };
@@ -576,23 +579,18 @@ impl Graph {
             && let Some(message) = self.dtype_mismatch(op, inputs)
             && !self.is_poisoned(inputs)
         {
-            self.error(name, message, location);
+            self.refuse(name, message);
         }
         match inferred {
             Ok(shapes) => {
-                let dtypes: Vec<DType> = inputs.iter().map(|v| self.tensor(*v).dtype).collect();
-                let dtypes = match &op {
-                    NodeOp::Kernel(op) => ops::output_dtypes(op, &dtypes, shapes.len()),
-                    _ => vec![DType::F32; shapes.len()],
-                };
-                let outputs: Vec<_> = shapes.into_iter().zip(dtypes).map(|(s, d)| (s, d, rate)).collect();
-                self.push(name, op, inputs, &outputs, location)
+                let outputs: Vec<_> = shapes.into_iter().map(|shape| (shape, DType::F32, rate)).collect();
+                self.push(name, op, inputs, &outputs)
             }
             Err(e) => {
                 let shapes = plausible_shapes(&text, &given);
                 if !self.is_poisoned(inputs) {
                     let shapes: Vec<String> = given.iter().map(|shape| format!("{shape:?}")).collect();
-                    self.error(name, format!("{e}; the inputs have shapes {}", shapes.join(", ")), location);
+                    self.refuse(name, format!("{e}; the inputs have shapes {}", shapes.join(", ")));
                 }
                 shapes.iter().map(|shape| self.poison(shape)).collect()
             }
@@ -601,22 +599,22 @@ impl Graph {
 
     fn dtype_mismatch(&self, op: &Op, inputs: &[Var]) -> Option<String> {
         inputs.iter().enumerate().find_map(|(port, input)| {
-            let (want, got) = (ops::input_dtype(op, port)?, self.tensor(*input).dtype);
+            let (want, got) = (ops::input_dtype(op, port), self.tensor(*input).dtype);
             let name = &self.tensor(*input).name;
             (want != got).then(|| format!("input {port} ({name}) is {got:?}, but must be {want:?}"))
         })
     }
 
     /// Adds a node at the end, on the current placement and in the current phase.
+    #[track_caller]
     pub(crate) fn push(
         &mut self,
         name: &str,
         op: NodeOp,
         inputs: &[Var],
         outputs: &[(Vec<usize>, DType, Rate)],
-        location: SourceLine,
     ) -> Vec<Var> {
-        let location = self.origin.unwrap_or(location);
+        let location = self.here();
         let producer = NodeId(self.nodes.len() as u32);
         let poisoned = self.is_poisoned(inputs);
         let mut created = Vec::new();

@@ -51,9 +51,9 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
         // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v). It is elementwise in the
         // gradient and the three updated tensors.
         Op::AdamW { .. } => parse(format!("{x},h,->{x},{x},{x}"))?.fixed("h"),
-        // The output's rank of `SumLeading` does not follow from the inputs, see `sum_leading`.
+        // The output's rank of `SumLeading` does not follow from the inputs, see `sum_leading`. The others are inserted
+        // after the layout pass.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),
-        // Inserted after the layout pass.
         Op::Cast | Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
     }
 }
@@ -64,21 +64,12 @@ pub fn sum_leading(from: usize, to: usize) -> Result<Rule, LayoutError> {
     Rule::parse(&format!("{x}->{}", &x[from - to..]))?.linear(&[&[0]])
 }
 
-/// The required element type of an input; `None` if any type is accepted.
-pub fn input_dtype(op: &Op, port: usize) -> Option<DType> {
+/// The required element type of an input. All outputs are `F32`.
+pub fn input_dtype(op: &Op, port: usize) -> DType {
     match (op, port) {
-        (Op::Copy | Op::CopyRegion { .. } | Op::Collective(_) | Op::Custom(_), _) => None,
-        (Op::Embedding { .. } | Op::EmbeddingGrad { .. }, 0) => Some(DType::I32),
-        (Op::SumExpTarget { .. }, 2) | (Op::CrossEntropyGrad { .. }, 4) | (Op::Dropout { .. }, 1) => Some(DType::I32),
-        _ => Some(DType::F32),
-    }
-}
-
-/// Element types of the outputs.
-pub fn output_dtypes(op: &Op, inputs: &[DType], outputs: usize) -> Vec<DType> {
-    match op {
-        Op::Copy => vec![inputs[0]; outputs],
-        _ => vec![DType::F32; outputs],
+        (Op::Embedding { .. } | Op::EmbeddingGrad { .. }, 0) => DType::I32,
+        (Op::SumExpTarget { .. }, 2) | (Op::CrossEntropyGrad { .. }, 4) | (Op::Dropout { .. }, 1) => DType::I32,
+        _ => DType::F32,
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use shardflow_kernels::op::{Einsum, Op};
 
-use crate::graph::{Graph, Node, NodeOp, Phase, SourceLine, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Phase, Var, ops};
 
 /// Returns the gradient of `loss` for each parameter that it depends on.
 ///
@@ -18,7 +18,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
 
     graph.current_placement = graph.placement_of(loss);
     let location = graph.producer(loss).location;
-    let one = graph.kernel("dloss", Op::Fill { value: 1.0 }, &[], location)[0];
+    let one = graph.layer(location, |graph| graph.kernel("dloss", Op::Fill { value: 1.0 }, &[]))[0];
     grads.add(loss, one);
 
     for index in (0..graph.nodes.len()).rev() {
@@ -27,7 +27,8 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
         if is_source || node.phase != Phase::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
             continue;
         }
-        let outputs: Vec<Option<Var>> = node.outputs.iter().map(|o| grads.total(graph, *o, node.location)).collect();
+        let total = |output: &Var| graph.layer(node.location, |graph| grads.total(graph, *output));
+        let outputs: Vec<Option<Var>> = node.outputs.iter().map(total).collect();
         graph.current_placement = node.placement;
         for (input, grad) in node_backward(graph, &node, &outputs) {
             if needed[input.index()] {
@@ -38,7 +39,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
     let parameters = graph.parameters();
     let total = |parameter: Var| {
         let location = graph.producer(parameter).location;
-        Some((parameter, grads.total(graph, parameter, location)?))
+        Some((parameter, graph.layer(location, |graph| grads.total(graph, parameter))?))
     };
     let out = parameters.into_iter().filter_map(total).collect();
     graph.phase = saved;
@@ -66,7 +67,7 @@ impl Gradients {
     }
 
     /// The sum of all contributions. Those of one placement are added there, so that only one tensor is transferred.
-    fn total(&mut self, graph: &mut Graph, of: Var, location: SourceLine) -> Option<Var> {
+    fn total(&mut self, graph: &mut Graph, of: Var) -> Option<Var> {
         let parts = self.0.remove(&of)?;
         let mut by_placement: Vec<(usize, Var)> = Vec::new();
         for part in parts {
@@ -74,7 +75,7 @@ impl Gradients {
             match by_placement.iter_mut().find(|(p, _)| *p == placement) {
                 Some((_, sum)) => {
                     graph.current_placement = placement;
-                    *sum = graph.kernel("grad_sum", Op::Add, &[*sum, part], location)[0];
+                    *sum = graph.kernel("grad_sum", Op::Add, &[*sum, part])[0];
                 }
                 None => by_placement.push((placement, part)),
             }
@@ -83,7 +84,7 @@ impl Gradients {
         let mut total = sums.next()?;
         graph.current_placement = graph.placement_of(of);
         for sum in sums {
-            total = graph.kernel("grad_sum", Op::Add, &[total, sum], location)[0];
+            total = graph.kernel("grad_sum", Op::Add, &[total, sum])[0];
         }
         Some(total)
     }
@@ -110,7 +111,7 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
     match &node.op {
         // A layout change passes the gradient through; the layout pass chooses the gradient's layout by cost.
         NodeOp::Relayout => vec![(inputs[0], dy)],
-        NodeOp::Kernel(op) => kernel_backward(graph, node, op, dy, &name),
+        NodeOp::Kernel(op) => graph.layer(node.location, |graph| kernel_backward(graph, node, op, dy, &name)),
         _ => Vec::new(),
     }
 }
@@ -132,7 +133,7 @@ fn gradient_mismatch(graph: &Graph, inputs: &[Var], parts: &[Option<Var>]) -> Op
 }
 
 fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str) -> Vec<(Var, Var)> {
-    let (inputs, outputs, at) = (&node.inputs, &node.outputs, node.location);
+    let (inputs, outputs) = (&node.inputs, &node.outputs);
     match op {
         Op::Add => {
             let (rank, rank_b) = (graph.shape(inputs[0]).len(), graph.shape(inputs[1]).len());
@@ -142,7 +143,7 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
                 let shape = graph.shape(inputs[1]).to_vec();
                 let rule = ops::sum_leading(rank, rank_b);
                 let op = NodeOp::Kernel(Op::SumLeading);
-                graph.node_by_rule(name, op, rule, &[dy], Some(vec![shape]), at)[0]
+                graph.node_by_rule(name, op, rule, &[dy], Some(vec![shape]))[0]
             };
             vec![(inputs[0], dy), (inputs[1], db)]
         }
@@ -150,8 +151,8 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
             // d/da of a,b->out is out,b->a; likewise for b.
             let for_a = Einsum { a: e.out.clone(), b: e.b.clone(), out: e.a.clone() };
             let for_b = Einsum { a: e.out.clone(), b: e.a.clone(), out: e.b.clone() };
-            let da = graph.kernel(name, Op::Einsum(for_a), &[dy, inputs[1]], at)[0];
-            let db = graph.kernel(name, Op::Einsum(for_b), &[dy, inputs[0]], at)[0];
+            let da = graph.kernel(name, Op::Einsum(for_a), &[dy, inputs[1]])[0];
+            let db = graph.kernel(name, Op::Einsum(for_b), &[dy, inputs[0]])[0];
             vec![(inputs[0], da), (inputs[1], db)]
         }
         Op::Embedding { .. } => {
@@ -159,33 +160,32 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
             let op = Op::EmbeddingGrad { vocab_start: 0 };
             let rule = ops::rule(&op, &[graph.shape(inputs[0]), graph.shape(dy)]);
             let args = [inputs[0], dy];
-            let grad = graph.node_by_rule(name, NodeOp::Kernel(op), rule, &args, Some(vec![shape]), at)[0];
+            let grad = graph.node_by_rule(name, NodeOp::Kernel(op), rule, &args, Some(vec![shape]))[0];
             vec![(inputs[1], grad)]
         }
         Op::LayerNorm { .. } => {
             let args = [dy, inputs[0], inputs[1], outputs[1], outputs[2]];
-            let grads = graph.kernel(name, Op::LayerNormGrad, &args, at);
+            let grads = graph.kernel(name, Op::LayerNormGrad, &args);
             vec![(inputs[0], grads[0]), (inputs[1], grads[1])]
         }
-        Op::Gelu => vec![(inputs[0], graph.kernel(name, Op::GeluGrad, &[dy, inputs[0]], at)[0])],
-        Op::Scale { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy], at)[0])],
+        Op::Gelu => vec![(inputs[0], graph.kernel(name, Op::GeluGrad, &[dy, inputs[0]])[0])],
+        Op::Scale { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy])[0])],
         Op::Attention { scale } => {
             let args = [dy, inputs[0], inputs[1], inputs[2], outputs[0], outputs[1]];
-            let grads = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args, at);
+            let grads = graph.kernel(name, Op::AttentionGrad { scale: *scale }, &args);
             vec![(inputs[0], grads[0]), (inputs[1], grads[1]), (inputs[2], grads[2])]
         }
-        Op::Dropout { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy, inputs[1]], at)[0])],
+        Op::Dropout { .. } => vec![(inputs[0], graph.kernel(name, op.clone(), &[dy, inputs[1]])[0])],
         Op::TokenLoss { scale } => {
             // The gradient of the whole cross-entropy goes directly to the logits, past the intermediate sums.
             let stats = graph.producer(inputs[1]).clone();
             let op = Op::CrossEntropyGrad { vocab_start: 0, scale: *scale };
             let args = [dy, stats.inputs[0], inputs[0], inputs[1], stats.inputs[2]];
-            vec![(stats.inputs[0], graph.kernel(name, op, &args, at)[0])]
+            vec![(stats.inputs[0], graph.kernel(name, op, &args)[0])]
         }
-        Op::Copy => vec![(inputs[0], dy)],
         other => {
             let message = format!("{} has no gradient; write it as a custom op with a `backward`", other.name());
-            graph.error(&node.name, message, at);
+            graph.refuse(&node.name, message);
             Vec::new()
         }
     }

@@ -9,7 +9,7 @@ use shardflow_kernels::op::Op;
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::boxing::{self, CostModel};
 use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
-use crate::sbp::PlacedLayout;
+use crate::sbp::{NdSbp, PlacedLayout};
 
 /// The treatment of forward layout changes that the user did not write.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -37,14 +37,12 @@ pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
         }
         pass.push(node);
     }
-    let rebuilt = std::mem::take(&mut pass.rebuilt);
-    graph.nodes = rebuilt;
+    graph.nodes = pass.rebuilt;
 }
 
 /// The layouts in which a node requires its inputs: `(input, layout)`.
-fn required_layouts(graph: &Graph, node: &Node) -> Vec<(usize, crate::sbp::NdSbp)> {
-    let axes = graph.placements[node.placement].axes().len();
-    let layout = |var: Var| graph.tensor(var).layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes));
+fn required_layouts(graph: &Graph, node: &Node) -> Vec<(usize, NdSbp)> {
+    let layout = |var: Var| graph.layout(var).clone();
     match &node.op {
         NodeOp::Relayout => vec![(0, layout(node.outputs[0]))],
         NodeOp::Kernel(Op::AdamW { .. }) => vec![(0, layout(node.updates[0]))],
@@ -75,10 +73,9 @@ impl BoxingPass<'_> {
     }
 
     fn layout(&self, var: Var) -> PlacedLayout {
-        let info = self.graph.tensor(var);
-        let placement = self.graph.placements[self.rebuilt[info.producer.index()].placement].clone();
-        let axes = placement.axes().len();
-        PlacedLayout { placement, sbp: info.layout.clone().unwrap_or_else(|| crate::sbp::NdSbp::broadcast(axes)) }
+        let producer = self.graph.tensor(var).producer;
+        let placement = self.graph.placements[self.rebuilt[producer.index()].placement].clone();
+        PlacedLayout { placement, sbp: self.graph.layout(var).clone() }
     }
 
     /// The version of `var` in this layout; created for `reader` if it does not exist.

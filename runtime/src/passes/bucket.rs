@@ -3,13 +3,13 @@
 //!
 //! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::element_count;
 
 use crate::boxing::step::StepKind;
-use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Var};
+use crate::graph::{Graph, Node, NodeOp, Phase, Var};
 use crate::plan::memory::local_shape;
 
 /// All-reduces that are combined into one.
@@ -67,30 +67,22 @@ fn can_bucket(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> boo
 
 /// Replaces the first member of each bucket by the bucket's node and removes the others.
 fn replace(graph: &mut Graph, buckets: Vec<Bucket>) {
-    for (number, Bucket { axes, members, .. }) in buckets.into_iter().enumerate() {
+    let mut removed = BTreeSet::new();
+    for (number, Bucket { axes, mut members, .. }) in buckets.into_iter().enumerate() {
         let inputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].inputs[0]).collect();
         let outputs: Vec<Var> = members.iter().map(|i| graph.nodes[*i].outputs[0]).collect();
-        let first = *members.iter().min().expect("a bucket has a member");
-        for member in members {
-            graph.nodes[member].inputs.clear();
-            graph.nodes[member].outputs.clear();
-            graph.nodes[member].op = NodeOp::Relayout;
-        }
-        let node = &mut graph.nodes[first];
+        members.sort_unstable();
+        removed.extend(members.drain(1..));
+        let node = &mut graph.nodes[members[0]];
         node.name = format!("bucket {number}");
         node.op = NodeOp::Bucket { axes };
         (node.inputs, node.outputs) = (inputs, outputs);
     }
-    remove_replaced(graph);
-}
-
-/// Removes the nodes that buckets replaced, and renumbers the others.
-fn remove_replaced(graph: &mut Graph) {
-    let keep = |n: &Node| !(matches!(n.op, NodeOp::Relayout) && n.outputs.is_empty());
-    graph.nodes.retain(keep);
-    for (index, node) in graph.nodes.iter().enumerate() {
-        for output in &node.outputs {
-            graph.tensors[output.index()].producer = NodeId(index as u32);
+    let mut rebuilt = Vec::new();
+    for (index, node) in std::mem::take(&mut graph.nodes).into_iter().enumerate() {
+        if !removed.contains(&index) {
+            graph.push_rebuilt(&mut rebuilt, node);
         }
     }
+    graph.nodes = rebuilt;
 }

@@ -138,7 +138,7 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
     let rule = match &node.op {
         NodeOp::Kernel(Op::AdamW { .. }) => {
             // The gradient must have the parameter's layout.
-            let required = graph.tensor(node.updates[0]).layout.clone().expect("the builder resolves the layout");
+            let required = graph.layout(node.updates[0]).clone();
             let signature = NdSignature { inputs: vec![required], outputs: Vec::new() };
             let candidates = vec![Candidate { signature, compute_seconds: 0.0 }];
             let inputs = indices(&node.inputs[..1]);

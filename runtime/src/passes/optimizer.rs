@@ -8,7 +8,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, Layout, STATE_PREFIX};
-use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, SourceLine, Var};
+use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
@@ -18,8 +18,8 @@ pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
     let saved = (graph.phase, graph.current_placement);
     (graph.phase, graph.current_placement) = (producer.phase, producer.placement);
     let name = format!("{}.sum", producer.name);
-    let out =
-        graph.push(&name, NodeOp::Accumulate, &[var], &[(info.shape, info.dtype, Rate::Step)], producer.location)[0];
+    let sum = [(info.shape, info.dtype, Rate::Step)];
+    let out = graph.layer(producer.location, |graph| graph.push(&name, NodeOp::Accumulate, &[var], &sum))[0];
     (graph.phase, graph.current_placement) = saved;
     out
 }
@@ -45,18 +45,17 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         let at = graph.producer(here[0].0).location;
         let indices = here.iter().map(|(p, _)| index_of[p]).collect();
         let inputs: Vec<Var> = here.iter().map(|(_, g)| *g).collect();
-        let shape = vec![parameters.len(), 2];
-        let sums =
-            graph.push("grad_squares", NodeOp::NormSums { indices }, &inputs, &[(shape, DType::F32, Rate::Step)], at)
-                [0];
+        let (op, output) = (NodeOp::NormSums { indices }, [(vec![parameters.len(), 2], DType::F32, Rate::Step)]);
+        let sums = graph.layer(at, |graph| graph.push("grad_squares", op, &inputs, &output))[0];
         squares.push((placement, sums, here));
     }
     graph.phase = Phase::Update;
     for (placement, sums, here) in squares {
         graph.current_placement = placement;
-        update_placement(graph, sums, &here, adamw);
-        let location = graph.producer(sums).location;
-        graph.push_output(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First), location);
+        graph.layer(graph.producer(sums).location, |graph| {
+            update_placement(graph, sums, &here, adamw);
+            graph.push_output(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First));
+        });
     }
     graph.phase = Phase::Forward;
 }
@@ -68,14 +67,13 @@ pub fn owner_sums(placement: &Placement) -> NdSbp {
 }
 
 fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], adamw: AdamW) {
-    let at: SourceLine = graph.producer(parameters[0].0).location;
-    let hyper = graph.source(HYPER_INPUT, NodeOp::Input, &[2], DType::F32, Rate::Step, Layout::broadcast(), at);
+    let hyper = graph.source(HYPER_INPUT, NodeOp::Input, &[2], DType::F32, Rate::Step, Layout::broadcast());
     let scalar = (Vec::new(), DType::F32, Rate::Step);
     let scale = if adamw.max_norm.is_finite() {
         let op = NodeOp::ClipScale { max_norm: adamw.max_norm };
-        graph.push("clip", op, &[sums], &[scalar.clone(), scalar], at)[0]
+        graph.push("clip", op, &[sums], &[scalar.clone(), scalar])[0]
     } else {
-        graph.push("no_clip", NodeOp::Kernel(Op::Fill { value: 1.0 }), &[], &[scalar], at)[0]
+        graph.push("no_clip", NodeOp::Kernel(Op::Fill { value: 1.0 }), &[], &[scalar])[0]
     };
     for (parameter, grad) in parameters {
         let (name, shape) = (graph.tensor(*parameter).name.clone(), graph.shape(*parameter).to_vec());
@@ -83,14 +81,14 @@ fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], ada
         let mut moments = Vec::new();
         for moment in ["m", "v"] {
             let name = format!("{STATE_PREFIX}{moment}/{name}");
-            let state = graph.push(&name, NodeOp::State, &[], &[(shape.clone(), DType::F32, Rate::Step)], at)[0];
+            let state = graph.push(&name, NodeOp::State, &[], &[(shape.clone(), DType::F32, Rate::Step)])[0];
             graph.tensors[state.index()].name = name;
             graph.tensors[state.index()].layout = layout.clone();
             moments.push(state);
         }
         let weight_decay = if shape.len() >= 2 { adamw.weight_decay } else { 0.0 };
         let op = Op::AdamW { beta1: adamw.betas.0, beta2: adamw.betas.1, eps: adamw.eps, weight_decay };
-        graph.push(&format!("{name}.update"), NodeOp::Kernel(op), &[*grad, hyper, scale], &[], at);
+        graph.push(&format!("{name}.update"), NodeOp::Kernel(op), &[*grad, hyper, scale], &[]);
         let last = graph.nodes.len() - 1;
         graph.nodes[last].updates = vec![*parameter, moments[0], moments[1]];
     }

@@ -332,8 +332,7 @@ impl Emitter<'_> {
         let Some(position) = placement.index_of(self.site.0) else { return };
         let coords = placement.coords(position);
         for (grad, index) in node.inputs.iter().zip(indices) {
-            let layout = graph.tensor(*grad).layout.as_ref().expect("the layout pass gives every tensor a layout");
-            let owner = layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
+            let owner = graph.layout(*grad).0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
             if owner {
                 let read = self.buffer(*grad);
                 self.launch(Op::SumSquares { index: *index }, vec![read], vec![sums.clone()], false);

@@ -49,8 +49,7 @@ impl Plan {
         writeln!(out, "\nparameters")?;
         for var in self.graph.parameters() {
             let info = self.graph.tensor(var);
-            let layout = info.layout.as_ref().map(ToString::to_string).unwrap_or_default();
-            let placement = self.graph.placement_of(var);
+            let (layout, placement) = (self.graph.layout(var), self.graph.placement_of(var));
             writeln!(out, "  {:<24} {:<16} {layout} on placement {placement}", info.name, format!("{:?}", info.shape))?;
         }
         Ok(())

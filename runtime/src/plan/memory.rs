@@ -22,10 +22,8 @@ pub fn local_shape(graph: &Graph, var: Var, device: usize) -> Vec<usize> {
 
 pub fn local_part(graph: &Graph, var: Var, device: usize) -> shardflow_kernels::tensor::Region {
     let placement = &graph.placements[graph.placement_of(var)];
-    let info = graph.tensor(var);
-    let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
     let index = placement.index_of(device).expect("callers pass only devices of the tensor's placement");
-    local_region(&info.shape, layout, placement, index)
+    local_region(graph.shape(var), graph.layout(var), placement, index)
 }
 
 pub fn local_bytes(graph: &Graph, var: Var, device: usize) -> usize {

@@ -187,7 +187,7 @@ impl Plan {
         writeln!(out, "<h2>Parameters</h2><table><tr><th>name<th>shape<th>layout<th>devices")?;
         for var in self.graph.parameters() {
             let info = self.graph.tensor(var);
-            let layout = info.layout.as_ref().map(ToString::to_string).unwrap_or_default();
+            let layout = self.graph.layout(var).to_string();
             let placement = &self.graph.placements()[self.graph.placement_of(var)];
             let (name, devices) = (escaped(&info.name), placement.devices());
             writeln!(out, "<tr><td>{name}<td>{:?}<td>{}<td>{devices:?}", info.shape, escaped(&layout))?;

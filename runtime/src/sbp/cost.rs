@@ -30,6 +30,7 @@ pub fn compute_seconds(
 }
 
 /// A cache of boxing costs. Layouts and shapes are interned as indices.
+#[derive(Default)]
 pub(super) struct CostCache {
     model: CostModel,
     layouts: Vec<PlacedLayout>,
@@ -44,15 +45,7 @@ pub(super) struct CostCache {
 
 impl CostCache {
     pub(super) fn new(model: CostModel) -> Self {
-        Self {
-            model,
-            layouts: Vec::new(),
-            layout_ids: HashMap::new(),
-            reduced: Vec::new(),
-            shapes: Vec::new(),
-            tables: HashMap::new(),
-            seconds: Vec::new(),
-        }
+        Self { model, ..Self::default() }
     }
 
     pub(super) fn layout_id(&mut self, layout: PlacedLayout) -> usize {

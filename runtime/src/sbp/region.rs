@@ -26,18 +26,17 @@ pub fn take_box(tensor: &HostTensor, region: &Region) -> HostTensor {
 /// When the boxes differ in size or are outside their tensors, or the tensors differ in type: a planner bug.
 pub fn copy_box(src: &HostTensor, from: &Region, dst: &mut HostTensor, to: &Region) {
     assert_eq!(from.size, to.size, "the boxes differ in size");
-    let rows = rows(&src.shape, from).zip(rows(&dst.shape, to));
+    fn copy<T: Copy>(src: &[T], dst: &mut [T], rows: impl Iterator<Item = (usize, usize)>, width: usize) {
+        rows.for_each(|(a, b)| dst[b..b + width].copy_from_slice(&src[a..a + width]));
+    }
     let width = from.size.last().copied().unwrap_or(1);
+    // Runs consist of complete rows.
+    let rows = |shape, region: &Region| region.runs(shape).into_iter().flat_map(move |run| run.step_by(width));
+    let rows = rows(&src.shape, from).zip(rows(&dst.shape, to));
     match (&src.data, &mut dst.data) {
-        (HostData::F32(s), HostData::F32(d)) => {
-            rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
-        }
-        (HostData::I32(s), HostData::I32(d)) => {
-            rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
-        }
-        (HostData::BF16(s), HostData::BF16(d)) => {
-            rows.for_each(|(a, b)| d[b..b + width].copy_from_slice(&s[a..a + width]));
-        }
+        (HostData::F32(src), HostData::F32(dst)) => copy(src, dst, rows, width),
+        (HostData::I32(src), HostData::I32(dst)) => copy(src, dst, rows, width),
+        (HostData::BF16(src), HostData::BF16(dst)) => copy(src, dst, rows, width),
         _ => panic!("the tensors differ in type"),
     }
 }
@@ -74,36 +73,10 @@ pub fn combine(sum: &mut HostTensor, term: &HostTensor, op: ReduceOp) {
 
 /// True if two tensors have the same shape, type and bits.
 pub fn same_bits(a: &HostTensor, b: &HostTensor) -> bool {
-    let same = match (&a.data, &b.data) {
-        (HostData::F32(a), HostData::F32(b)) => a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())),
-        (HostData::I32(a), HostData::I32(b)) => a == b,
-        (HostData::BF16(a), HostData::BF16(b)) => a.iter().map(|x| x.to_bits()).eq(b.iter().map(|x| x.to_bits())),
-        _ => false,
-    };
-    same && a.shape == b.shape
+    (&a.shape, a.dtype(), a.as_bytes()) == (&b.shape, b.dtype(), b.as_bytes())
 }
 
 /// True if `inner` is inside `outer`; an empty region is inside any.
 pub fn contains(outer: &Region, inner: &Region) -> bool {
     inner.is_empty() || outer.intersect(inner).as_ref() == Some(inner)
-}
-
-/// Offsets of the rows of a box in a tensor of this shape. A row runs along the last dim.
-fn rows(shape: &[usize], region: &Region) -> impl Iterator<Item = usize> {
-    let outer = region.size.len().saturating_sub(1);
-    let count = if region.is_empty() { 0 } else { element_count(&region.size[..outer]) };
-    let (shape, region) = (shape.to_vec(), region.clone());
-    (0..count).map(move |row| {
-        let (mut rest, mut stride, mut offset) = (row, 1, 0);
-        for d in (0..shape.len()).rev() {
-            let mut within = 0;
-            if d < outer {
-                within = rest % region.size[d];
-                rest /= region.size[d];
-            }
-            offset += (region.start[d] + within) * stride;
-            stride *= shape[d];
-        }
-        offset
-    })
 }

@@ -49,10 +49,8 @@ fn gather_inverts_scatter() {
             if mixed {
                 continue;
             }
-            let shards = scatter(&whole, &layout, &place).unwrap();
+            let shards = scatter(&whole, &layout, &place, 7).unwrap();
             assert_eq!(gather(&shards, &shape, &layout, &place).unwrap(), whole, "{layout}");
-            let shards = scatter_random_terms(&whole, &layout, &place, 7).unwrap();
-            assert_eq!(gather(&shards, &shape, &layout, &place).unwrap(), whole, "{layout} random");
         }
     }
 }
@@ -60,7 +58,7 @@ fn gather_inverts_scatter() {
 #[test]
 fn every_random_term_contributes() {
     let place = Mesh::parse("a=3").unwrap().whole();
-    let shards = scatter_random_terms(&counting(&[16]), &layout("P"), &place, 1).unwrap();
+    let shards = scatter(&counting(&[16]), &layout("P"), &place, 1).unwrap();
     for skipped in 0..3 {
         let mut sum = filled(&[16], shards[0].dtype(), 0.0);
         (0..3).filter(|&i| i != skipped).for_each(|i| region::combine(&mut sum, &shards[i], ReduceOp::Sum));
@@ -72,7 +70,7 @@ fn every_random_term_contributes() {
 fn differing_copies_are_refused() {
     let place = Mesh::parse("a=2,b=2").unwrap().whole();
     let shape = [4, 2];
-    let mut shards = scatter(&counting(&shape), &layout("S0,B"), &place).unwrap();
+    let mut shards = scatter(&counting(&shape), &layout("S0,B"), &place, 1).unwrap();
     if let HostData::F32(data) = &mut shards[3].data {
         data[0] += 1.0;
     }
@@ -93,7 +91,7 @@ fn invalid_layouts_are_refused() {
     assert!(why("B").contains("one entry for each of 2 mesh axes, got 1"));
     assert!(why("P,Pmax").contains("two different reductions"));
     let ids = HostTensor::i32(&[4], vec![1, 2, 3, 4]);
-    assert!(scatter(&ids, &layout("P,B"), &place).unwrap_err().to_string().contains("integer tensors"));
-    let shards = scatter(&ids, &layout("S0,S0"), &place).unwrap();
+    assert!(scatter(&ids, &layout("P,B"), &place, 1).unwrap_err().to_string().contains("integer tensors"));
+    let shards = scatter(&ids, &layout("S0,S0"), &place, 1).unwrap();
     assert_eq!(gather(&shards, &[4], &layout("S0,S0"), &place).unwrap(), ids);
 }

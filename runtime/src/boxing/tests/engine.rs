@@ -1,7 +1,6 @@
-//! Runs boxing plans on the in-process collective engine with one thread per device, and compares bits and bytes with
-//! the interpreter.
+//! Runs the collectives of boxing plans on the in-process engine with one thread per device, and compares bits and bytes
+//! with the interpreter.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
@@ -9,10 +8,12 @@ use std::time::Duration;
 use shardflow_kernels::collective::in_process::InProcess;
 use shardflow_kernels::collective::{Collective, CollectiveCall, Group};
 use shardflow_kernels::device::Device;
-use shardflow_kernels::memory::{Arena, View};
+use shardflow_kernels::memory::View;
 
 use super::*;
-use crate::sbp::region::{copy_box, filled};
+use crate::boxing::interpret::run_local;
+use crate::boxing::step::GroupCall;
+use crate::sbp::region::filled;
 
 /// Aborts the process if the test runs longer than a minute, because a thread that is stuck in a collective cannot be
 /// joined.
@@ -40,119 +41,64 @@ impl Drop for AbortOnPanic<'_> {
     }
 }
 
-struct Runner {
-    engine: Arc<InProcess>,
-    groups: HashMap<Vec<usize>, Arc<Group>>,
-    pulled: BTreeMap<usize, usize>,
+/// Runs a step on one thread per device, and returns the shards. Adds the bytes that each device receives outside
+/// collectives to `pulled`, by rank.
+fn run_step(
+    engine: &Arc<InProcess>,
+    step: &BoxingStep,
+    shards: &[HostTensor],
+    pulled: &mut BTreeMap<usize, usize>,
+) -> Vec<HostTensor> {
+    let devices = step.to.placement.devices();
+    let parts: Vec<(HostTensor, usize)> = std::thread::scope(|scope| {
+        let run = |index: usize| {
+            scope.spawn(move || {
+                let _guard = AbortOnPanic(engine);
+                let mut received = 0;
+                let shard = match step.local(index) {
+                    LocalStep::Call(call) => run_collective(engine, call, &shards[index], &step.output_shape(index)),
+                    _ => run_local(step, index, shards, &mut received),
+                };
+                (shard, received * DType::F32.bytes())
+            })
+        };
+        let members: Vec<_> = (0..devices.len()).map(run).collect();
+        members.into_iter().map(|m| m.join().unwrap()).collect()
+    });
+    let (shards, bytes): (Vec<HostTensor>, Vec<usize>) = parts.into_iter().unzip();
+    devices.iter().zip(bytes).for_each(|(device, bytes)| *pulled.entry(*device).or_default() += bytes);
+    shards
 }
 
-impl Runner {
-    fn arena_of(&self, tensor: &HostTensor) -> Arena {
-        let arena = Device::cpu(0, 1, self.engine.clone()).arena(tensor.shape.iter().product::<usize>() * 4).unwrap();
+fn run_collective(engine: &Arc<InProcess>, call: GroupCall, input: &HostTensor, shape: &[usize]) -> HostTensor {
+    let arena_of = |tensor: &HostTensor| {
+        let arena = Device::cpu(0, 1, engine.clone()).arena(tensor.as_bytes().len()).unwrap();
         arena.write_host(0, tensor).unwrap();
         arena
-    }
-
-    fn group(&mut self, ranks: &[usize]) -> Arc<Group> {
-        let id = self.groups.len() as u32;
-        self.groups.entry(ranks.to_vec()).or_insert_with(|| Arc::new(Group { id, ranks: ranks.to_vec() })).clone()
-    }
-
-    fn step(&mut self, step: &BoxingStep, shards: &[HostTensor]) -> Vec<HostTensor> {
-        let inputs: Vec<Arena> = shards.iter().map(|s| self.arena_of(s)).collect();
-        let devices = step.to.placement.devices();
-        let locals: Vec<LocalStep> = (0..devices.len()).map(|index| step.local(index)).collect();
-        let groups: Vec<Option<Arc<Group>>> = locals
-            .iter()
-            .map(|local| match local {
-                LocalStep::Call(call) => Some(self.group(&call.ranks)),
-                _ => None,
-            })
-            .collect();
-        let empty = |index: usize| filled(&step.output_shape(index), shards[0].dtype(), f32::NAN);
-        let outputs: Vec<Arena> = (0..devices.len()).map(|index| self.arena_of(&empty(index))).collect();
-        let engine = &*self.engine;
-        let pulled: Vec<usize> = std::thread::scope(|scope| {
-            let members: Vec<_> = locals
-                .iter()
-                .enumerate()
-                .map(|(index, local)| {
-                    let (inputs, output, group) = (&inputs, &outputs[index], groups[index].clone());
-                    scope.spawn(move || {
-                        let _guard = AbortOnPanic(engine);
-                        run_local(engine, step, index, local, inputs, output, group)
-                    })
-                })
-                .collect();
-            members.into_iter().map(|m| m.join().unwrap()).collect()
-        });
-        for (device, bytes) in devices.iter().zip(pulled) {
-            *self.pulled.entry(*device).or_default() += bytes;
-        }
-        let read =
-            |(index, arena): (usize, &Arena)| arena.read_host(0, &step.output_shape(index), shards[0].dtype()).unwrap();
-        outputs.iter().enumerate().map(read).collect()
-    }
-}
-
-/// Runs one device's part and returns the bytes that it pulled.
-fn run_local(
-    engine: &InProcess,
-    step: &BoxingStep,
-    index: usize,
-    local: &LocalStep,
-    inputs: &[Arena],
-    output: &Arena,
-    group: Option<Arc<Group>>,
-) -> usize {
-    let (dtype, shape) = (DType::F32, step.output_shape(index));
-    let input_shape = |index: usize| step.from.region(&step.shape, index).size;
-    let input = |index: usize| inputs[index].read_host(0, &input_shape(index), dtype).unwrap();
-    let mut out = output.read_host(0, &shape, dtype).unwrap();
-    let mut pulled = 0;
-    match local {
-        LocalStep::Call(call) => {
-            let before = input_shape(index);
-            let read = View::new("test", &inputs[index], 0, &before, dtype).unwrap();
-            let write = View::new("test", output, 0, &shape, dtype).unwrap();
-            let call = CollectiveCall { group: group.unwrap(), member: call.member, kind: call.kind.clone() };
-            engine.run(&call, &[read], &[write]).unwrap();
-            return 0;
-        }
-        LocalStep::Keep => out = input(index),
-        LocalStep::Local { fill, copy } => {
-            if let Some(value) = fill {
-                out = filled(&shape, dtype, *value);
-            }
-            if let Some((src, dst)) = copy {
-                copy_box(&input(index), src, &mut out, dst);
-            }
-        }
-        LocalStep::Pull(pulls) => {
-            for pull in pulls {
-                let holder = step.from.placement.index_of(pull.from_device).unwrap();
-                copy_box(&input(holder), &pull.src, &mut out, &pull.dst);
-                let own = pull.from_device == step.to.placement.devices()[index];
-                pulled += if own { 0 } else { pull.src.element_count() * dtype.bytes() };
-            }
-        }
-    }
-    output.write_host(0, &out).unwrap();
-    pulled
+    };
+    let (input_arena, output_arena) = (arena_of(input), arena_of(&filled(shape, DType::F32, f32::NAN)));
+    let read = View::new("test", &input_arena, 0, &input.shape, DType::F32).unwrap();
+    let write = View::new("test", &output_arena, 0, shape, DType::F32).unwrap();
+    let GroupCall { ranks, member, kind } = call;
+    // Groups of equal ranks have equal ids.
+    let id = ranks.iter().fold(0, |id, rank| id | 1 << rank);
+    let call = CollectiveCall { group: Arc::new(Group { id, ranks }), member, kind };
+    engine.run(&call, &[read], &[write]).unwrap();
+    output_arena.read_host(0, shape, DType::F32).unwrap()
 }
 
 fn check_engine(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     let plan = plan(shape, DType::F32, from, to, &CostModel::default()).unwrap();
-    let mut shards = scatter_random_terms(&matrix(shape), &from.sbp, &from.placement, 9).unwrap();
+    let mut shards = scatter(&matrix(shape), &from.sbp, &from.placement, 9).unwrap();
     let (expected, _) = interpret(&plan, &shards);
-    let mut runner = Runner { engine: Arc::new(InProcess::new()), groups: HashMap::new(), pulled: BTreeMap::new() };
+    let (engine, mut pulled) = (Arc::new(InProcess::new()), BTreeMap::new());
     for step in &plan.steps {
-        shards = runner.step(step, &shards);
+        shards = run_step(&engine, step, &shards, &mut pulled);
     }
     let same = shards.iter().zip(&expected).all(|(a, b)| same_bits(a, b));
     assert!(same && shards.len() == expected.len(), "{from} -> {to} by {plan}");
     for (&device, &predicted) in &plan.bytes_received {
-        let counted = runner.engine.bytes_received(device) as usize + runner.pulled.get(&device).unwrap_or(&0);
+        let counted = engine.bytes_received(device) as usize + pulled.get(&device).unwrap_or(&0);
         assert_eq!(counted, predicted, "device {device}, {from} -> {to} by {plan}");
     }
 }
