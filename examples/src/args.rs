@@ -265,9 +265,13 @@ impl GptArgs {
         let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
         let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));
         let trace = ("--trace", &self.trace);
+        let folder =
+            self.checkpoint.as_ref().map(|place| PathBuf::from(place.strip_prefix("file://").unwrap_or(place)));
+        let checkpoint = ("--checkpoint", &folder);
         let pairs = [(data, log), (data, save), (init, log), (save, log)];
         let with_trace = [data, log, save, init].map(|other| (other, trace));
-        for ((first, a), (second, b)) in pairs.into_iter().chain(with_trace) {
+        let with_checkpoint = [data, log, save, init, trace].map(|other| (other, checkpoint));
+        for ((first, a), (second, b)) in pairs.into_iter().chain(with_trace).chain(with_checkpoint) {
             let (Some(a), Some(b)) = (a, b) else { continue };
             if resolved(a) == resolved(b) {
                 let text = format!("{first} and {second} are the same file {}", b.display());

@@ -14,8 +14,8 @@ use shardflow::watch::WatchError;
 pub enum Saved {
     /// The last step was done, and all files are written.
     All,
-    /// A checkpoint of the last step, in this store.
-    Checkpoint(String),
+    /// A checkpoint of the last step, in this store, and whether the command may continue from it.
+    Checkpoint(String, Resume),
     /// Nothing is saved.
     Nothing,
 }
@@ -78,7 +78,7 @@ impl std::fmt::Display for Saved {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::All => f.write_str("the training is done"),
-            Self::Checkpoint(place) => write!(f, "this step is saved in {place}"),
+            Self::Checkpoint(place, _) => write!(f, "this step is saved in {place}"),
             Self::Nothing => f.write_str("nothing is saved"),
         }
     }
@@ -101,6 +101,13 @@ impl GptError {
             Self::Signals(_) => Exit::Internal,
             Self::Device(error) => SessionError::Kernel(error.clone()).exit(),
             Self::Ended { exit, .. } => *exit,
+            Self::OutputFile(OutputFileError { cause, .. })
+            | Self::Log(OutputFileError { cause, .. })
+            | Self::Trace(TraceError { source: cause, .. })
+                if files::is_full(cause.kind()) =>
+            {
+                Exit::CannotWrite
+            }
             Self::OutputFile(_) | Self::Log(_) | Self::Watch(_) | Self::Trace(_) => Exit::Usage,
             Self::InitFrom(error) if matches!(**error, Checkpoint(_)) => Exit::Usage,
             Self::Save(error) if matches!(**error, Checkpoint(_)) => Exit::CannotWrite,
@@ -108,6 +115,12 @@ impl GptError {
             Self::InitFrom(error) | Self::Save(error) => error.exit(),
             Self::Session(error) => error.exit(),
         }
+    }
+
+    /// True for a failure that only this process can see.
+    pub fn is_of_this_process(&self) -> bool {
+        use GptError::{Device, Log, OutputFile, Signals, Trace, Usage, Watch};
+        matches!(self, Usage(_) | OutputFile(_) | Log(_) | Device(_) | Watch(_) | Trace(_) | Signals(_))
     }
 
     /// The rank that failed first, if it is known.
@@ -148,7 +161,10 @@ impl GptError {
                 _ => "",
             },
             Self::Checkpoints(error) => manager_hint(error),
-            Self::Ended { saved: Saved::Checkpoint(_), .. } => "the same command continues from there",
+            Self::Ended { saved: Saved::Checkpoint(_, Resume::Never), .. } => {
+                "the same command with --resume auto continues from there"
+            }
+            Self::Ended { saved: Saved::Checkpoint(..), .. } => "the same command continues from there",
             Self::Ended { saved: Saved::Nothing, .. } => {
                 "the same command starts from step 0; with --checkpoint DIR it saves a checkpoint before it ends"
             }
@@ -200,7 +216,7 @@ fn session_hint(error: &SessionError) -> &'static str {
         SessionError::Cluster(error) => cluster_hint(error),
         SessionError::Declared(_) | SessionError::Disagreement(_) => "",
         SessionError::Failed(failure) if failure.is_peer_failure() => {
-            "see the log of that rank; with --checkpoint DIR the same command continues from the last checkpoint"
+            "see the log of that rank; a run with --checkpoint continues from its last checkpoint, if there is one"
         }
         SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)
             if error.exit() != Exit::Internal =>
@@ -249,7 +265,7 @@ fn checkpoint_hint(error: &CheckpointError) -> &'static str {
             "no checkpoint there is intact; restore one from a copy, or give another --checkpoint"
         }
         (CheckpointError::Fenced { .. }, _) => {
-            "end the other run, and start this one again: it continues from the newest checkpoint"
+            "end the other run if there is one, or restore the folder if it was moved; then start this one again"
         }
         (CheckpointError::NoRoom { checkpoints: 1, .. }, _) => "free space, or give another --checkpoint",
         (CheckpointError::NoRoom { .. }, _) => {

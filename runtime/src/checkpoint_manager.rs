@@ -2,6 +2,7 @@
 //! a step that is not finite.
 
 use std::io::ErrorKind;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,6 +58,8 @@ pub struct ManagerOptions {
     pub keep_every: Option<u64>,
     /// Samples of a step.
     pub batch: u64,
+    /// A file with all parameters that the program will write too; the check of free space counts it.
+    pub save: Option<PathBuf>,
     /// Gets the duration of each save, so that a request to end comes early enough for one.
     pub requests: Option<Arc<Requests>>,
     /// Receives messages for the user, one line each. Those about the whole job come only on rank 0.
@@ -131,6 +134,7 @@ fn store_error(error: impl Into<SessionError>) -> ManagerError {
 ///     keep: 3,
 ///     keep_every: None,
 ///     batch: 4,
+///     save: None,
 ///     requests: None,
 ///     on_note: Arc::new(|line| program::note(line)),
 /// };
@@ -164,7 +168,8 @@ impl CheckpointManager {
     pub fn open(place: &str, options: ManagerOptions, session: &mut Session) -> Result<Self, ManagerError> {
         let store = Store::open(place).map_err(store_error)?;
         let (keep, keep_every, schedule) = (options.keep, options.keep_every, Some(options.schedule));
-        let saver_options = SaverOptions { keep, keep_every, schedule, ..SaverOptions::default() };
+        let save = options.save.clone();
+        let saver_options = SaverOptions { keep, keep_every, schedule, save, ..SaverOptions::default() };
         let saver = session.saver(&store, saver_options).map_err(store_error)?;
         // `steps` lists checkpoints of any model, damaged or not.
         if options.resume == Resume::Never
@@ -210,9 +215,7 @@ impl CheckpointManager {
             return Err(ManagerError::TooManyRollbacks { step, found: Box::new(found.clone()) });
         }
         // A process that dies before the next save must not train on the bad batch again.
-        if self.is_first
-            && let Err(error) = self.store.set_cursor(step, self.cursor())
-        {
+        if let Err(error) = self.saver.set_cursor(step, self.cursor()) {
             let note = "warning: a restart before the next checkpoint will train on the bad batch again";
             self.note(format!("{note}: {error}"));
         }

@@ -11,8 +11,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
-pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, resolved};
-pub(crate) use output::{free_bytes, free_inodes};
+pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, is_full, resolved};
+pub(crate) use output::{folder_of, free_bytes, free_inodes};
 
 /// `f_type` of statfs(2) of the file systems of one machine, where all processes see writes at once and `flock` works.
 /// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.

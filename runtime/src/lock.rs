@@ -8,7 +8,7 @@
 //! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock.
 //!   Clocks of different processes are never compared.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
-//! - LK-4: a commit and a deletion check LK-1 first. A process that loses the lock between the check and the commit may
+//! - LK-4: a commit, a deletion and a new cursor check LK-1 first. A process that loses the lock between the check and the commit may
 //!   still add a complete checkpoint of a step that has none; by ST-1 it replaces no file.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -92,7 +92,7 @@ fn describe(text: &[u8]) -> String {
 /// The held lock of a store. Dropping it releases the lock.
 #[derive(Debug)]
 pub(crate) struct Lock {
-    store: Store,
+    pub(crate) store: Store,
     number: u64,
     holder: Holder,
     renewals: AtomicU64,
@@ -216,7 +216,8 @@ fn file_name(number: u64) -> String {
 
 /// Numbers of all lock files, in ascending order.
 fn numbers(store: &Store) -> Result<Vec<u64>, CheckpointError> {
-    let number = |name: String| name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok();
+    let number =
+        |name: String| name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok().filter(|n| *n < u64::MAX);
     let mut numbers: Vec<u64> = store.list(None, false)?.into_keys().filter_map(number).collect();
     numbers.sort_unstable();
     Ok(numbers)
@@ -258,7 +259,9 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(_)) => false,
         };
-        file.write_all_at(&text, 0).and_then(|()| file.sync_data())?;
+        // A full disk leaves no lock behind.
+        let written = file.write_all_at(&text, 0).and_then(|()| file.sync_data());
+        written.inspect_err(|_| drop(fs::remove_file(folder.join(file_name(number)))))?;
         Ok(Some(is_locked.then_some(file)))
     })
 }

@@ -168,6 +168,11 @@ impl Session {
         self.steps
     }
 
+    /// The seed, which a restored checkpoint replaces.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// Updates applied, including restored ones; fewer than [`Session::steps`] if non-finite steps were skipped.
     pub fn updates(&self) -> u64 {
         self.updates
@@ -286,6 +291,17 @@ impl Session {
     /// The first cause, if the session has failed.
     pub fn shutdown(mut self) -> Result<(), SessionError> {
         self.end()
+    }
+
+    /// Ends the session after a failure of this process that the others cannot see, such as a full disk: they end with
+    /// this cause and exit code instead of waiting for this process. Does nothing else if the session has failed.
+    pub fn abort(mut self, exit: Exit, cause: &impl Display) {
+        let (process, cause, exit) = (self.process_map.process, cause.to_string(), exit.code());
+        if let (Some(world), None) = (&self.world, &self.failed) {
+            world.membership.fail(cause.clone(), exit);
+            world.wait_for_cause();
+        }
+        self.failed.get_or_insert(Failure::Peer { process, cause: PeerError::Failed { cause, exit } });
     }
 
     fn end(&mut self) -> Result<(), SessionError> {

@@ -1,5 +1,7 @@
 //! Options of saves.
 
+use std::path::PathBuf;
+
 use super::agreement::ProcessRank;
 
 /// Behavior of a save while another one runs.
@@ -31,6 +33,8 @@ pub struct SaverOptions {
     pub keep_every: Option<u64>,
     /// The planned saves, if known; the check of free space counts the checkpoints that they will leave.
     pub schedule: Option<SaveSchedule>,
+    /// A file with all parameters that the program will write too; the check of free space counts it.
+    pub save: Option<PathBuf>,
     /// Behavior of a save while another one runs.
     pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
@@ -47,6 +51,7 @@ impl Default for SaverOptions {
             keep: 3,
             keep_every: None,
             schedule: None,
+            save: None,
             busy: WhenBusy::Wait,
             plan: None,
             job: None,

@@ -8,6 +8,7 @@ use metrics::{Counter, counter, gauge, histogram};
 
 use super::agreement::SaveAgreement;
 use super::error::{CheckpointError, StoreOperation};
+use super::manifest::Cursor;
 use super::options::{SaverOptions, WhenBusy};
 use super::save::{Attempt, SaveReport, check_member, save};
 use super::snapshot::Snapshot;
@@ -44,6 +45,13 @@ pub struct Saver {
 }
 
 impl Saver {
+    /// [`Store::set_cursor`] by process 0, if it still holds the lock.
+    pub(crate) fn set_cursor(&self, step: u64, cursor: Cursor) -> Result<(), CheckpointError> {
+        let Some(lock) = &self.lock else { return Ok(()) };
+        lock.check()?;
+        lock.store.set_cursor(step, cursor)
+    }
+
     /// Takes the store's lock on process 0, and starts the thread. [`crate::session::Session::saver`] checks the store.
     ///
     /// # Errors

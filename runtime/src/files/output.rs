@@ -60,7 +60,7 @@ pub fn resolved(path: &Path) -> PathBuf {
     path
 }
 
-fn folder_of(path: &Path) -> &Path {
+pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
@@ -106,11 +106,17 @@ pub fn check_appendable(path: &Path) -> Result<(), OutputFileError> {
     }
 }
 
+/// True if there is no room, or not for such a large file.
+pub fn is_full(cause: io::ErrorKind) -> bool {
+    matches!(cause, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
+}
+
 /// What the user can change so that a file can be written; empty for other causes.
 pub fn hint(cause: io::ErrorKind) -> &'static str {
     use io::ErrorKind as Kind;
     match cause {
         Kind::StorageFull | Kind::QuotaExceeded => "free space there, or give another path",
+        Kind::FileTooLarge => "raise the limit on the size of files (`ulimit -f`)",
         Kind::PermissionDenied | Kind::ReadOnlyFilesystem => {
             "give a path that this user may write to; `lsattr` lists files and folders that are immutable"
         }

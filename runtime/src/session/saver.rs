@@ -1,5 +1,7 @@
 //! Creates a saver for a session after checking that the store is writable, large enough, and visible to all processes.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use object_store::PutMode;
@@ -13,7 +15,7 @@ use crate::checkpoint::manifest::Cursor;
 use crate::checkpoint::options::{SaveSchedule, SaverOptions};
 use crate::checkpoint::saver::{SaveStart, Saver};
 use crate::checkpoint::store::Store;
-use crate::files::{free_bytes, free_inodes};
+use crate::files::{folder_of, free_bytes, free_inodes};
 use shardflow_job::text::counted;
 
 impl Saver {
@@ -35,8 +37,9 @@ impl Saver {
 
 impl Session {
     /// Starts a saver of this session, like [`Saver::new`], for the session's processes and job. All processes call it.
-    /// It finds faults that would prevent a later save: process 0 takes the store's lock, checks the free space for the
-    /// checkpoints that the store will hold, and writes, renames and deletes a file, which every process must see.
+    /// It finds faults that would prevent a later save: process 0 takes the store's lock and checks the free space for the
+    /// checkpoints that the store will hold; every process writes, renames and deletes a file, and must see that of
+    /// process 0.
     ///
     /// # Errors
     /// On all processes: [`CheckpointError::Held`], [`CheckpointError::NoRoom`], [`CheckpointError::NotShared`], or the
@@ -44,32 +47,43 @@ impl Session {
     pub fn saver(&mut self, store: &Store, options: SaverOptions) -> Result<Saver, SessionError> {
         let (agree, member) = self.agreement()?;
         let checkpoints = checkpoints_max(options.keep, options.keep_every, options.schedule);
+        let save = options.save.clone();
         let plan = options.plan.or_else(|| Some(self.plan.hash().to_string()));
         let job = options.job.or_else(|| self.job.0.clone());
         let saver = Saver::new(store.clone(), agree, SaverOptions { member, plan, job, ..options });
-        let number = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+        // Differs between the processes of this job.
+        let number = (nanoseconds & !0xffff) | u64::from(member.process & 0xffff);
         let probed = saver.and_then(|saver| {
             if member.process == 0 {
                 // Two folders and a manifest, and for each process a shard and its description.
                 let files = 3 + 2 * u64::from(member.processes);
-                check_free_space(store, self.checkpoint_bytes(), files, checkpoints)?;
-                write_probe(store, number)?;
+                let entries = (1 + u64::from(member.processes)) * self.residents().count() as u64;
+                let tensors = self.checkpoint_bytes();
+                let each = tensors + files * BLOCK_BYTES + entries * ENTRY_BYTES;
+                let saved = save.filter(|path| is_with(store, path)).map_or(0, |_| tensors);
+                check_free_space(store, each, files, checkpoints, saved)?;
             }
+            write_probe(store, number)?;
             Ok(saver)
         });
         let failed = |error: &CheckpointError| Outcome::Failed(error.exit_code());
         let outcomes = self.exchange_outcomes(probed.as_ref().err().map_or(Outcome::Good(number), failed))?;
         let saver = probed?;
-        Outcome::check_others(&outcomes, store.place(), "cannot use it")?;
-        // The probe of process 0 is the one that all look for.
-        let number = outcomes[0].value();
-        let probe = probe(store, number);
-        let seen = store.operations.wait_visible(|| store.operations.size(&probe));
-        let own = if matches!(seen, Ok(Some(_))) { Outcome::Good(0) } else { Outcome::Absent };
+        let probe_of = |outcome: Outcome| probe(store, outcome.value());
+        let delete = || store.operations.delete(&probe(store, number));
+        Outcome::check_others(&outcomes, store.place(), "cannot use it").inspect_err(|_| drop(delete()))?;
+        let seen = store.operations.wait_visible(|| store.operations.size(&probe_of(outcomes[0])));
+        let own = match &seen {
+            Ok(Some(_)) => Outcome::Good(0),
+            Ok(None) => Outcome::Absent,
+            Err(error) => failed(error),
+        };
         let outcomes = self.exchange_outcomes(own)?;
-        let deleted = if member.process == 0 { store.operations.delete(&probe) } else { Ok(()) };
+        let deleted = delete();
         seen?;
         deleted?;
+        Outcome::check_others(&outcomes, store.place(), "cannot read it")?;
         let blind = (0..outcomes.len()).filter(|rank| outcomes[*rank] == Outcome::Absent);
         let ranks: Vec<String> = blind.map(|rank| format!("rank {rank}")).collect();
         if ranks.is_empty() {
@@ -109,18 +123,31 @@ fn common_multiple(a: u64, b: u64) -> u64 {
     a.checked_div(divisor).unwrap_or(0).saturating_mul(b)
 }
 
-/// Checks the free bytes and inodes for `checkpoints` checkpoints minus the existing ones, and at least one. Does
-/// nothing if the file system does not report its free space.
-fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64) -> Result<(), CheckpointError> {
+/// Unit of allocation of common file systems, in bytes.
+const BLOCK_BYTES: u64 = 4096;
+/// Typical bytes of a tensor's entry in a manifest or in the description of a shard.
+const ENTRY_BYTES: u64 = 256;
+
+/// True if a file at `path` takes space from the file system of a local store.
+fn is_with(store: &Store, path: &Path) -> bool {
+    let device = |path: &Path| path.metadata().ok().map(|metadata| metadata.dev());
+    store.local.as_deref().is_some_and(|folder| device(folder) == device(folder_of(path)))
+}
+
+/// Checks the free bytes and inodes for `checkpoints` checkpoints minus the existing ones, and at least one, and for
+/// `more` bytes. Does nothing if the file system does not report its free space.
+fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64, more: u64) -> Result<(), CheckpointError> {
     // The lock has created the folder.
     let Some(folder) = store.local.as_deref() else { return Ok(()) };
     let existing = store.steps()?.len() as u64;
     let checkpoints = checkpoints.saturating_sub(existing).max(1);
-    for (unit, free, each) in [("bytes", free_bytes(folder), bytes), ("inodes", free_inodes(folder), files)] {
-        let needed = each.saturating_mul(checkpoints);
+    let kinds = [("bytes", free_bytes(folder), bytes, more), ("inodes", free_inodes(folder), files, 0)];
+    for (unit, free, each, more) in kinds {
+        let needed = each.saturating_mul(checkpoints).saturating_add(more);
         if let Some(free) = free.filter(|free| *free < needed) {
             let all = counted(checkpoints, "checkpoint");
-            let why = format!("{free} {unit} are free, but {needed} are needed for {all} of {each} {unit}");
+            let also = if more > 0 { format!(", and {more} for the file with all parameters") } else { String::new() };
+            let why = format!("{free} {unit} are free, but {needed} are needed for {all} of {each} {unit}{also}");
             return Err(CheckpointError::NoRoom { place: store.place().into(), checkpoints, why });
         }
     }
@@ -133,9 +160,9 @@ fn probe(store: &Store, number: u64) -> StoreFile {
 
 /// Writes a small file with the operations of a commit, and renames it.
 fn write_probe(store: &Store, number: u64) -> Result<(), CheckpointError> {
-    let new = StoreFile { name: probe(store, number).name, ..probe(store, number + 1) };
+    let new = store.top(&format!("new-probe-{number}"));
     store.operations.put(&new, b"a probe".to_vec(), PutMode::Create)?;
-    store.operations.rename(&new, &probe(store, number))
+    store.operations.rename(&new, &probe(store, number)).inspect_err(|_| drop(store.operations.delete(&new)))
 }
 
 #[cfg(test)]
