@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use shardflow::files::resolved;
 use shardflow::nn::UnevenSize;
+use shardflow::passes::THREADS_MAX;
 use shardflow::prelude::*;
 use shardflow::program::ProgramError;
 use shardflow::watch::client;
@@ -164,9 +165,6 @@ pub enum DeviceArg {
 /// Maximum number of devices in a mesh, so that a typo such as `data=1000000000` is reported at once. `compile`
 /// compares the mesh with the devices that exist.
 pub const DEVICES_MAX: usize = 4096;
-
-/// Maximum number of threads of a device; its streams refuse more.
-pub const THREADS_MAX: usize = 64;
 
 /// Parses `--mesh`.
 fn mesh(text: &str) -> Result<Mesh, String> {

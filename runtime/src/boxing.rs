@@ -209,18 +209,12 @@ impl<'a> SearchSpace<'a> {
     }
 
     fn step(&self, from: usize, to: usize) -> Option<BoxingStep> {
-        let edge = self.edge(from, to, f64::INFINITY)?;
-        let layout =
-            |state: &State| PlacedLayout { placement: self.placements[state.side].clone(), sbp: state.sbp.clone() };
-        Some(BoxingStep {
-            kind: edge.kind,
-            shape: self.shape.to_vec(),
-            from: layout(&self.states[from]),
-            to: layout(&self.states[to]),
-            axes: edge.axes,
-            bytes_received: edge.bytes_received,
-            cost_seconds: edge.cost_seconds,
-        })
+        let Edge { kind, axes, bytes_received, cost_seconds } = self.edge(from, to, f64::INFINITY)?;
+        let [from, to] = [from, to].map(|state| {
+            let State { side, sbp, .. } = &self.states[state];
+            PlacedLayout { placement: self.placements[*side].clone(), sbp: sbp.clone() }
+        });
+        Some(BoxingStep { kind, shape: self.shape.to_vec(), from, to, axes, bytes_received, cost_seconds })
     }
 
     /// The states from source to target, both included.

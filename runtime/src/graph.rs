@@ -441,12 +441,9 @@ impl Graph {
     }
 
     pub(crate) fn errors(&self) -> Vec<GraphError> {
-        let mut errors = self.errors.clone();
         // An op that uses the tensor also reports it; one error is enough.
-        errors.extend(
-            self.foreign_query.get().filter(|e| errors.iter().all(|other| other.location != e.location)).cloned(),
-        );
-        errors
+        let is_new = |error: &&GraphError| self.errors.iter().all(|other| other.location != error.location);
+        self.errors.iter().chain(self.foreign_query.get().filter(is_new)).cloned().collect()
     }
 
     /// The mesh that the graph is built for.

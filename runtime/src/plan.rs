@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use shardflow_actors::spec::{ActorId, RegisterId, Spec, StreamKind};
+use shardflow_kernels::collective::CollectiveCall;
 use shardflow_kernels::device::DeviceKind;
-use shardflow_kernels::op::{Buffer, Launch};
+use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, Region};
 
 use crate::graph::{Graph, NodeId, Phase, Rate, Var};
@@ -118,6 +119,13 @@ pub struct ActionPlan {
     pub bases: Vec<BaseKey>,
     /// The host's transfer, if there is one.
     pub host: Option<HostPort>,
+}
+
+impl ActionPlan {
+    /// The collectives that it calls, in order.
+    pub(crate) fn collectives(&self) -> impl Iterator<Item = &CollectiveCall> {
+        self.launches.iter().filter_map(|launch| if let Op::Collective(call) = &launch.op { Some(call) } else { None })
+    }
 }
 
 /// The memory of a register's slots.

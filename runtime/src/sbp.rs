@@ -86,10 +86,7 @@ impl NdSbp {
 
     /// The reduction of the `Partial` axes, if there are any.
     pub fn partial(&self) -> Option<ReduceOp> {
-        self.0.iter().find_map(|sbp| match sbp {
-            Sbp::Partial(op) => Some(*op),
-            _ => None,
-        })
+        self.0.iter().find_map(|sbp| if let Sbp::Partial(op) = sbp { Some(*op) } else { None })
     }
 
     /// True if axes are `Partial` with different reductions. That is invalid: a sum of maxima is not a maximum of sums.

@@ -77,14 +77,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     if let Some(watch) = &watch {
         note(format!("watch it at http://{}, metrics at /metrics", watch.address()));
     }
-    let planned_threads = plan.threads_per_device;
-    let mut session = Session::start(plan, &session_options(args, &text, cluster, requests.clone()))?;
-    if let Some(path) = args.save.as_deref().filter(|_| prints) {
-        let room = check_room(path, session.checkpoint_bytes());
-        let failed = |e: OutputFileError| CheckpointError::Io { path: e.path, source: e.cause };
-        room.map_err(|e| GptError::Save(SessionError::from(failed(e)).into()))?;
-    }
-    report_threads(planned_threads, &session);
+    let mut session = start(args, plan, &session_options(args, &text, cluster, requests.clone()))?;
     if let Some(watch) = &watch {
         watch.show(&session);
     }
@@ -208,12 +201,21 @@ fn session_options(args: &GptArgs, text: &Text, cluster: Cluster, requests: Arc<
     }
 }
 
-/// Reports the number of threads if the cores assigned at the rendezvous differ from those that this process expected.
-fn report_threads(planned_threads: usize, session: &Session) {
+/// Starts the session. The cores assigned at the rendezvous may differ from those that this process expected, so the
+/// number of threads may change.
+fn start(args: &GptArgs, plan: Plan, options: &SessionOptions) -> Result<Session, GptError> {
+    let planned_threads = plan.threads_per_device;
+    let session = Session::start(plan, options)?;
+    if let Some(path) = args.save.as_deref().filter(|_| session.is_first()) {
+        let room = check_room(path, session.checkpoint_bytes());
+        let failed = |e: OutputFileError| CheckpointError::Io { path: e.path, source: e.cause };
+        room.map_err(|e| GptError::Save(SessionError::from(failed(e)).into()))?;
+    }
     let threads = session.plan().threads_per_device;
     if threads != planned_threads && session.is_first() {
         note(format!("{} per device: the cores that this process may run on", counted(threads, "thread")));
     }
+    Ok(session)
 }
 
 /// The values that must be equal on all ranks. A resume refuses other data or another model, and reports another batch

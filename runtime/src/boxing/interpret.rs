@@ -10,11 +10,14 @@ use super::BoxingPlan;
 use super::step::{BoxingStep, GroupCall, LocalStep};
 use crate::sbp::region::{combine, copy_box, filled, take_box};
 
+/// An element that no device has written. Data has other bits.
+const UNWRITTEN: f32 = f32::from_bits(0x7fff_ffff);
+
 /// Runs a plan on shards, by index in the source placement. Returns the shards, by index in the target placement, and
 /// the counted bytes that each device received, by rank.
 ///
 /// # Panics
-/// When a shard does not have the shape that its layout requires.
+/// When a shard does not have the shape that its layout requires, or a step does not write a whole shard.
 pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, BTreeMap<usize, usize>) {
     let mut bytes_received: BTreeMap<usize, usize> = plan.bytes_received.keys().map(|&device| (device, 0)).collect();
     let mut shards = shards.to_vec();
@@ -22,6 +25,8 @@ pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, 
         let run = |(index, &device): (usize, &usize)| {
             let mut received = 0;
             let out = run_local(step, index, &shards, &mut received);
+            let is_written = |value: &f32| value.to_bits() != UNWRITTEN.to_bits();
+            assert!(out.as_f32().unwrap_or_default().iter().all(is_written), "{step}: no data for a part of {device}");
             (device, out, received * shards[0].dtype().bytes())
         };
         let outputs: Vec<_> = step.to.placement.devices().iter().enumerate().map(run).collect();
@@ -37,7 +42,7 @@ pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, 
 /// Runs the part of the device at `index` of the step's target placement, and counts the elements that it receives.
 pub(super) fn run_local(step: &BoxingStep, index: usize, shards: &[HostTensor], received: &mut usize) -> HostTensor {
     let shape = step.output_shape(index);
-    let mut out = filled(&shape, shards[0].dtype(), f32::NAN);
+    let mut out = filled(&shape, shards[0].dtype(), UNWRITTEN);
     let by_rank = |rank: usize| &shards[step.from.placement.index_of(rank).unwrap_or_default()];
     match step.local(index) {
         LocalStep::Keep => shards[index].clone(),
@@ -69,22 +74,22 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
     let own = call.member;
     match &call.kind {
         CollectiveKind::AllReduce { op } => {
-            let flat = |t: &HostTensor| HostTensor { shape: vec![len(t)], data: t.data.clone() };
+            let flat = |t: &HostTensor| HostTensor { shape: vec![t.elements_held()], data: t.data.clone() };
             let flats: Vec<HostTensor> = inputs.iter().map(|t| flat(t)).collect();
             let refs: Vec<&HostTensor> = flats.iter().collect();
             let mut whole = flat(inputs[0]);
             for owner in 0..inputs.len() {
-                let chunk = split_range(len(&whole), inputs.len(), owner);
+                let chunk = split_range(whole.elements_held(), inputs.len(), owner);
                 let chunk = Region { start: vec![chunk.start], size: vec![chunk.len()] };
                 let sum = reduce(&refs, &chunk, *op);
                 copy_box(&sum, &Region::whole(&sum.shape), &mut whole, &chunk);
-                *received += if owner == own { (inputs.len() - 1) * len(&sum) } else { len(&sum) };
+                *received += if owner == own { (inputs.len() - 1) * sum.elements_held() } else { sum.elements_held() };
             }
             HostTensor { shape: out.shape, data: whole.data }
         }
         CollectiveKind::ReduceScatter { op, parts } => {
             let sum = reduce(inputs, &parts[own], *op);
-            *received += (inputs.len() - 1) * len(&sum);
+            *received += (inputs.len() - 1) * sum.elements_held();
             sum
         }
         CollectiveKind::AllGather { parts } => {
@@ -118,8 +123,4 @@ fn reduce(tensors: &[&HostTensor], region: &Region, op: ReduceOp) -> HostTensor 
     let mut sum = take_box(tensors[0], region);
     tensors[1..].iter().for_each(|t| combine(&mut sum, &take_box(t, region), op));
     sum
-}
-
-fn len(tensor: &HostTensor) -> usize {
-    tensor.shape.iter().product()
 }

@@ -293,32 +293,6 @@ impl BoxingStep {
         }
         all
     }
-
-    /// Asserts that each group holds all elements that its members receive; a failure is a planner bug.
-    #[cfg(test)]
-    pub(super) fn assert_groups_suffice(&self) {
-        if let StepKind::Transfer | StepKind::AllReduce(_) = self.kind {
-            return;
-        }
-        for group in self.from.placement.group_indices(&self.axes) {
-            for &index in &group {
-                let after = self.to.region(&self.shape, index);
-                let mut found = 0;
-                let mut seen: Vec<Region> = Vec::new();
-                for &i in &group {
-                    let region = self.from.region(&self.shape, i);
-                    if !seen.contains(&region) {
-                        found += common_elements(&region, &after);
-                        seen.push(region);
-                    }
-                }
-                let within = self.kind != StepKind::Slice
-                    || crate::sbp::region::contains(&self.from.region(&self.shape, index), &after);
-                let whole = matches!(self.kind, StepKind::Pad(_)) || found == after.element_count();
-                assert!(within && whole, "{self}: the group of device {index} does not hold {after:?}");
-            }
-        }
-    }
 }
 
 impl fmt::Display for BoxingStep {

@@ -24,7 +24,7 @@ impl CostTable {
     pub fn new(shape: &[usize], dtype: DType, placement: &Placement, model: &CostModel) -> Self {
         let sbp = NdSbp::broadcast(placement.axes().len());
         let end = PlacedLayout { placement: placement.clone(), sbp };
-        let layouts = if dtype == DType::I32 { layouts_without_partial } else { all_layouts };
+        let layouts = if dtype == DType::I32 { unreduced_layouts } else { all_layouts };
         let space = SearchSpace::new(shape, dtype, &end, &end, model, layouts);
         let count = space.states.len();
         let step = |from, to| match from == to {
@@ -60,14 +60,11 @@ fn cheapest_from(steps: &[Vec<f64>], source: usize) -> Vec<f64> {
 }
 
 pub(super) fn all_layouts(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
-    let partial = [Sbp::Partial(ReduceOp::Sum), Sbp::Partial(ReduceOp::Max)];
-    combinations(placement.axes().iter().map(|_| entries(shape).chain(partial).collect()))
+    let (splits, partial) = ((0..shape.len()).map(Sbp::Split), [ReduceOp::Sum, ReduceOp::Max].map(Sbp::Partial));
+    let entries: Vec<Sbp> = std::iter::once(Sbp::Broadcast).chain(splits).chain(partial).collect();
+    combinations(placement.axes().iter().map(|_| entries.clone()))
 }
 
-fn layouts_without_partial(shape: &[usize], placement: &Placement, _: &[&NdSbp]) -> Vec<NdSbp> {
-    combinations(placement.axes().iter().map(|_| entries(shape).collect()))
-}
-
-fn entries(shape: &[usize]) -> impl Iterator<Item = Sbp> {
-    std::iter::once(Sbp::Broadcast).chain((0..shape.len()).map(Sbp::Split))
+fn unreduced_layouts(shape: &[usize], placement: &Placement, ends: &[&NdSbp]) -> Vec<NdSbp> {
+    all_layouts(shape, placement, ends).into_iter().filter(|layout| layout.partial().is_none()).collect()
 }

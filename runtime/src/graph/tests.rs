@@ -17,7 +17,7 @@ use crate::passes::mode::Mode;
 use crate::passes::precision::Precision;
 use crate::passes::{Boxing, CompileError, CompileOptions, compile};
 use crate::placement::Mesh;
-use crate::plan::Schedule;
+use crate::plan::{Plan, Schedule};
 use crate::sbp::rule::Rule;
 
 /// Replaces every `tests.rs:LINE` by that source line.
@@ -33,13 +33,14 @@ fn with_source_lines(text: &str) -> String {
     out
 }
 
-fn error_with(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
+fn compiled(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> Result<Plan, CompileError> {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     build(&mut g);
-    match compile(g, options) {
-        Ok(_) => "no error".into(),
-        Err(e) => with_source_lines(&e.to_string()),
-    }
+    compile(g, options)
+}
+
+fn error_with(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
+    with_source_lines(&compiled(mesh, options, build).expect_err("an invalid program").to_string())
 }
 
 fn error(mesh: &str, build: impl FnOnce(&mut Graph)) -> String {
@@ -200,9 +201,7 @@ fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
 }
 
 fn explain(mesh: &str, options: &CompileOptions, build: impl FnOnce(&mut Graph)) -> String {
-    let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
-    build(&mut g);
-    with_source_lines(&compile(g, options).unwrap_or_else(|e| panic!("{e}")).explain())
+    with_source_lines(&compiled(mesh, options, build).unwrap_or_else(|e| panic!("{e}")).explain())
 }
 
 /// A classifier of two layers, column- and row-parallel if the mesh has a tensor axis.
@@ -523,10 +522,8 @@ fn a_clone_accepts_only_tensors_from_before_the_clone() {
 fn the_plan_hash_does_not_depend_on_graphs_created_before() {
     for precision in [Precision::F32, Precision::BF16] {
         let hash = || {
-            let mut g = Graph::new(&Mesh::parse("data=2,tensor=2").expect("a mesh"));
-            classifier(&mut g);
             let options = CompileOptions { micro_batches: 2, precision, ..CompileOptions::default() };
-            compile(g, &options).expect("a program").hash()
+            compiled("data=2,tensor=2", &options, classifier).expect("a program").hash()
         };
         let first = hash();
         let mut other = Graph::new(&mesh());

@@ -121,11 +121,8 @@ impl BoxingPass<'_> {
     }
 
     fn push_step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, phase: Phase, reader: &Node) -> Var {
-        let position = self.graph.placements.iter().position(|p| *p == step.to.placement);
-        let placement = position.unwrap_or_else(|| {
-            self.graph.placements.push(step.to.placement.clone());
-            self.graph.placements.len() - 1
-        });
+        let placement = self.graph.placements.iter().position(|p| *p == step.to.placement);
+        let placement = placement.expect("a step starts and ends on placements of the graph");
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
         // A parameter that is converted in a micro-batch is converted again in the next.

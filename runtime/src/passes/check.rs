@@ -32,16 +32,16 @@ pub fn purpose(graph: &mut Graph) {
         return graph.error("program", message, location);
     }
     for index in 0..graph.outputs.len() {
-        let node = graph.producer(graph.outputs[index].tensor);
-        if graph.objective.is_some() && matches!(node.op, NodeOp::Parameter { .. }) {
-            let producer = graph.tensor(graph.outputs[index].tensor).producer.index();
-            let is_loss = graph.objective.is_some_and(|objective| objective.loss == graph.outputs[index].tensor);
-            let message = if is_loss {
+        let output = graph.outputs[index].tensor;
+        if let Some(objective) = graph.objective
+            && matches!(graph.producer(output).op, NodeOp::Parameter { .. })
+        {
+            let message = if objective.loss == output {
                 "a parameter cannot be the loss; minimise a scalar that an op computes"
             } else {
                 "a trained parameter cannot be an output; read it with `Session::parameters`"
             };
-            graph.node_error(producer, message);
+            graph.node_error(graph.tensor(output).producer.index(), message);
         }
     }
     for (kind, name, location) in unused(graph) {

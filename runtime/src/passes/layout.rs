@@ -215,7 +215,7 @@ impl Splits {
     /// LAY-2: false if a signature splits inputs along the axis and no input can have that split.
     fn split_exists(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
         let inputs = spec.inputs.iter().zip(&signature.inputs);
-        let mut inputs = inputs.filter(|(_, required)| is_split(required, axis)).peekable();
+        let mut inputs = inputs.filter(|(_, required)| required.0[axis].split_dim().is_some()).peekable();
         inputs.peek().is_none()
             || inputs.any(|(t, required)| self.0[*t].get(axis).is_some_and(|e| e.contains(&required.0[axis])))
     }
@@ -230,10 +230,6 @@ impl Splits {
             signature.inputs[input].0[axis] == *entry || !spec.candidates.iter().any(reads_it_split)
         })
     }
-}
-
-fn is_split(layout: &NdSbp, axis: usize) -> bool {
-    matches!(layout.0[axis], Sbp::Split(_))
 }
 
 /// True if all layouts are `Broadcast` along axes of size 1, where all entries are equivalent.

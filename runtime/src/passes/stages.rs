@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::graph::{Graph, NodeOp, SourceLine};
+use crate::graph::{Graph, NodeOp, Var};
 
 /// Records an error for each node that reads from a placement which shares a device with the node's own, or which waits
 /// for the node's own, directly or indirectly.
@@ -11,67 +11,57 @@ pub fn check(graph: &mut Graph) {
     // For each placement, the placements that it reads from.
     let mut reads: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
     let mut errors = Vec::new();
-    for node in &graph.nodes {
-        for input in &node.inputs {
-            let producer = graph.producer(*input);
-            let (from, to) = (producer.placement, node.placement);
-            // Parameters and inputs exist before forward starts.
-            let is_computed = !matches!(producer.op, NodeOp::Parameter { .. } | NodeOp::Input);
-            if from == to || !is_computed || !reads.entry(to).or_default().insert(from) {
-                continue;
-            }
-            let (source, target) = (&graph.placements[from], &graph.placements[to]);
-            let shared = source.devices().iter().find(|d| target.devices().contains(d));
-            let name = &graph.tensor(*input).name;
-            let message = match shared {
-                Some(device) => format!(
-                    "runs on devices {:?} and reads {name} from devices {:?}, and both contain device {device}; place it on exactly these devices, or on none of them",
-                    target.devices(),
-                    source.devices()
-                ),
-                None if reaches(&reads, from, to) => format!(
-                    "runs on devices {0:?} and reads {name} from devices {1:?}, which already wait for {0:?}; place layers in execution order, each stage once",
-                    target.devices(),
-                    source.devices()
-                ),
-                None => continue,
-            };
-            errors.push((node.name.clone(), message, node.location));
+    for (index, input) in inputs(graph) {
+        let producer = graph.producer(input);
+        let (from, to) = (producer.placement, graph.nodes[index].placement);
+        // Parameters and inputs exist before forward starts.
+        let is_computed = !matches!(producer.op, NodeOp::Parameter { .. } | NodeOp::Input);
+        if from == to || !is_computed || !reads.entry(to).or_default().insert(from) {
+            continue;
         }
+        let [source, target] = [from, to].map(|placement| graph.placements[placement].devices());
+        let shared = source.iter().find(|device| target.contains(device));
+        let name = &graph.tensor(input).name;
+        let message = match shared {
+            Some(device) => format!(
+                "runs on devices {target:?} and reads {name} from devices {source:?}, and both contain device {device}; place it on exactly these devices, or on none of them"
+            ),
+            None if reaches(&reads, from, to) => format!(
+                "runs on devices {target:?} and reads {name} from devices {source:?}, which already wait for {target:?}; place layers in execution order, each stage once"
+            ),
+            None => continue,
+        };
+        errors.push((index, message));
     }
     if graph.objective.is_some() {
         errors.extend(shared_parameter_errors(graph, &reads));
     }
-    errors.into_iter().for_each(|(name, message, location)| graph.error(&name, message, location));
+    errors.into_iter().for_each(|(index, message)| graph.node_error(index, message));
+}
+
+/// Each node's index with each of its inputs.
+fn inputs(graph: &Graph) -> impl Iterator<Item = (usize, Var)> {
+    let nodes = graph.nodes.iter().enumerate();
+    nodes.flat_map(|(index, node)| node.inputs.iter().map(move |input| (index, *input)))
 }
 
 /// Backward sends a parameter's gradient to the parameter's devices and runs from the last stage to the first, so no
 /// stage before theirs may use the parameter.
-fn shared_parameter_errors(
-    graph: &Graph,
-    reads: &BTreeMap<usize, BTreeSet<usize>>,
-) -> Vec<(String, String, SourceLine)> {
-    let mut errors = Vec::new();
-    for node in &graph.nodes {
-        for input in &node.inputs {
-            let (owner, user) = (graph.placement_of(*input), node.placement);
-            let is_parameter = matches!(graph.producer(*input).op, NodeOp::Parameter { .. });
-            if !is_parameter || owner == user {
-                continue;
-            }
-            let (source, target) = (&graph.placements[owner], &graph.placements[user]);
-            if reaches(reads, owner, user) {
-                let message = format!(
-                    "runs on devices {:?} and uses parameter {} of a later stage on devices {:?}; place a shared parameter on the first stage that uses it",
-                    target.devices(),
-                    graph.tensor(*input).name,
-                    source.devices()
-                );
-                errors.push((node.name.clone(), message, node.location));
-            }
+fn shared_parameter_errors(graph: &Graph, reads: &BTreeMap<usize, BTreeSet<usize>>) -> Vec<(usize, String)> {
+    let error = |(index, input): (usize, Var)| {
+        let (producer, user) = (graph.producer(input), graph.nodes[index].placement);
+        let is_parameter = matches!(producer.op, NodeOp::Parameter { .. });
+        if !is_parameter || producer.placement == user || !reaches(reads, producer.placement, user) {
+            return None;
         }
-    }
-    errors
+        let [source, target] = [producer.placement, user].map(|placement| graph.placements[placement].devices());
+        let message = format!(
+            "runs on devices {target:?} and uses parameter {} of a later stage on devices {source:?}; place a shared parameter on the first stage that uses it",
+            graph.tensor(input).name
+        );
+        Some((index, message))
+    };
+    inputs(graph).filter_map(error).collect()
 }
 
 /// True if placement `from` reads from placement `to`, directly or indirectly.

@@ -1,9 +1,8 @@
 //! Checks that all members of a group call the same collectives in the same order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use shardflow_kernels::collective::{CollectiveCall, CollectiveKind};
-use shardflow_kernels::op::Op;
 
 use crate::plan::{ActionKey, Plan};
 
@@ -34,11 +33,7 @@ pub fn check(plan: &Plan) -> Result<(), CollectiveMismatch> {
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
             let mut calls: BTreeMap<u32, Vec<String>> = BTreeMap::new();
-            for launch in &action.launches {
-                if let Op::Collective(call) = &launch.op {
-                    calls.entry(call.group.id).or_default().push(signature(call));
-                }
-            }
+            action.collectives().for_each(|call| calls.entry(call.group.id).or_default().push(signature(call)));
             for (group, calls) in calls {
                 let first = seen.entry((group, action.key)).or_insert_with(|| (actor.device, calls.clone()));
                 let longest = first.1.len().max(calls.len());
@@ -60,10 +55,7 @@ fn check_action_order(plan: &Plan) -> Result<(), CollectiveMismatch> {
     use shardflow_actors::spec::Firing;
     let mut seen: BTreeMap<u32, (usize, String)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
-        let groups_of = |index: usize| -> Vec<u32> {
-            let launches = actions[index].launches.iter();
-            launches.filter_map(|l| if let Op::Collective(call) = &l.op { Some(call.group.id) } else { None }).collect()
-        };
+        let groups_of = |index: usize| actions[index].collectives().map(|c| c.group.id).collect::<BTreeSet<u32>>();
         let list: Vec<usize> = match &actor.firing {
             Firing::Ordered(list) => list.iter().map(|i| *i as usize).collect(),
             // Without a list, the order is defined only if a single action calls collectives.
@@ -71,10 +63,7 @@ fn check_action_order(plan: &Plan) -> Result<(), CollectiveMismatch> {
         };
         let mut orders: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
         for index in list {
-            let mut groups = groups_of(index);
-            groups.sort_unstable();
-            groups.dedup();
-            groups.into_iter().for_each(|g| orders.entry(g).or_default().push(&actions[index].name));
+            groups_of(index).into_iter().for_each(|g| orders.entry(g).or_default().push(&actions[index].name));
         }
         for (group, order) in orders {
             let own = (actor.device, order.join(" "));

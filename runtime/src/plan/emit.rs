@@ -9,7 +9,7 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, element_count};
 
-use crate::boxing::step::LocalStep;
+use crate::boxing::step::{BoxingStep, LocalStep};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Var, ops};
 use crate::plan::assign::{Assignment, DeviceAction, Storage};
 use crate::plan::memory::{ArenaMap, Interval, local_part, local_shape, pack};
@@ -248,7 +248,7 @@ impl Emitter<'_> {
                 let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                 self.launch(Op::Copy, vec![read], vec![write], true);
             }
-            NodeOp::Boxing(_) => self.emit_boxing(node),
+            NodeOp::Boxing(step) => self.emit_boxing(node, step),
             NodeOp::Bucket { axes } => self.emit_bucket(node, axes),
             NodeOp::NormSums { indices } => self.emit_norm_sums(node, indices),
             NodeOp::ClipScale { max_norm } => self.emit_clip_scale(node, *max_norm),
@@ -270,8 +270,7 @@ impl Emitter<'_> {
         self.launch(Op::Collective(CollectiveCall { group, member, kind }), reads, writes, false);
     }
 
-    fn emit_boxing(&mut self, node: &Node) {
-        let NodeOp::Boxing(step) = &node.op else { return };
+    fn emit_boxing(&mut self, node: &Node, step: &BoxingStep) {
         let placement = &self.context.graph.placements[node.placement];
         let Some(position) = placement.index_of(self.site.0) else { return };
         match step.local(position) {
@@ -310,7 +309,8 @@ impl Emitter<'_> {
     fn emit_bucket(&mut self, node: &Node, axes: &[usize]) {
         let graph = self.context.graph;
         let placement = &graph.placements[node.placement];
-        let ranks = group_of(placement.groups(axes), self.site.0);
+        let mut groups = placement.groups(axes).into_iter();
+        let ranks = groups.find(|group| group.contains(&self.site.0)).expect("every device is in a group");
         let first = self.buffer(node.inputs[0]);
         let Storage::Register(register) =
             self.context.assignment.storage[&(self.site.0, self.context.assignment.resolve_alias(node.inputs[0]))]
@@ -407,8 +407,4 @@ impl Emitter<'_> {
         signals.sort_unstable();
         signals
     }
-}
-
-pub fn group_of(groups: Vec<Vec<usize>>, device: usize) -> Vec<usize> {
-    groups.into_iter().find(|g| g.contains(&device)).unwrap_or_else(|| vec![device])
 }

@@ -40,26 +40,19 @@ fn scores(q: &[usize]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nn::{self, GptConfig};
-    use crate::passes::{CompileOptions, compile};
-    use crate::placement::Mesh;
+    use crate::nn::GptConfig;
+    use crate::plan::Schedule;
+    use crate::plan::tests::{GPT, gpt};
 
     /// For each token, `6 N` for `N` weights and `12 t` for each feature of attention, on any mesh.
     #[test]
     fn flops_of_a_gpt_equal_the_formula_on_any_mesh() {
-        let (vocabulary, layers, width, context, batch) = (40, 4, 16, 8, 8);
-        let config = GptConfig { vocabulary, layers, heads: 2, width, context, batch, dropout: 0.0 };
+        let GptConfig { vocabulary, layers, width, context, batch, .. } = GPT;
         let weights = layers * 12 * width * width + vocabulary * width;
         let tokens = batch * context;
         let expected = tokens * (6 * weights + layers * 12 * context * width);
         for (mesh, micro_batches) in [("data=1", 1), ("data=1", 4), ("data=2,stage=2,tensor=2", 2)] {
-            let mut g = Graph::new(&Mesh::parse(mesh).unwrap());
-            let logits = nn::gpt(&mut g, &config);
-            let layout = nn::batch_layout(&g);
-            let targets = g.input("targets", &[batch, context], shardflow_kernels::tensor::DType::I32, layout);
-            let loss = g.cross_entropy(logits, targets);
-            g.minimize(loss, crate::graph::AdamW::default());
-            let plan = compile(g, &CompileOptions { micro_batches, ..CompileOptions::default() }).unwrap();
+            let plan = gpt(mesh, micro_batches, Schedule::OneFOneB);
             assert_eq!(step_flops(&plan.graph, micro_batches), expected as u64, "{mesh}, {micro_batches}");
         }
     }

@@ -19,15 +19,14 @@ impl Plan {
     /// Within one binary, equal hashes mean equal plans; the hashed text may differ between compilers. The number of
     /// threads is not hashed, because neither results nor arenas depend on it.
     pub fn hash(&self) -> blake3::Hash {
-        let Self { graph, spec, actions, registers, memory, micro_batches, schedule, .. } = self;
-        let Self { device, in_flight, .. } = self;
+        let Self { spec, actions, registers, micro_batches, schedule, device, in_flight, .. } = self;
         // The memory of mirrors and streams differs between processes.
         let shared = |m: &DeviceMemory| DeviceMemory { mirror_bytes: 0, stream_bytes: 0, ..m.clone() };
-        let memory: Vec<_> = memory.iter().map(shared).collect();
+        let memory: Vec<_> = self.memory.iter().map(shared).collect();
         let mut writer = HashWriter(blake3::Hasher::new());
         let hashed = (spec, actions, registers, memory, (micro_batches, schedule, device, in_flight));
         // Hashing cannot fail; if the `Debug` of a custom kernel fails, the text is shorter on all processes.
-        let _ = write!(writer, "{} {hashed:?}", graph.mesh());
+        let _ = write!(writer, "{} {hashed:?}", self.graph.mesh());
         writer.0.finalize()
     }
 }

@@ -9,14 +9,13 @@ use shardflow_actors::spec::{
 };
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::device::DeviceKind;
-use shardflow_kernels::op::{Launch, Op};
 
-use crate::graph::{Graph, Rate};
+use crate::graph::{Graph, NodeId, Rate};
 use crate::plan::assign::{Assignment, DeviceAction, RegisterPlan, assign};
 use crate::plan::emit::{EmitContext, EmittedAction, action_name, emit, fuse_accumulation};
 use crate::plan::memory::{ArenaMap, align, lay_out};
 use crate::plan::slots::{in_flight, slots, stages};
-use crate::plan::{ActionKey, Plan, Schedule};
+use crate::plan::{ActionKey, Plan, RegisterPlace, Schedule};
 
 pub fn stream_of(key: ActionKey) -> StreamKind {
     match key {
@@ -40,23 +39,20 @@ pub fn lower(
     let arenas = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
 
     let actors = number_actors(&assignment);
-    let fused = fuse_accumulation(&graph);
     let mut groups = Groups::default();
-    let mut emitted: BTreeMap<DeviceAction, EmittedAction> = BTreeMap::new();
-    for (site, nodes) in &assignment.actions {
+    let fused = fuse_accumulation(&graph);
+    let context = EmitContext { graph: &graph, assignment: &assignment, arenas: &arenas, fused: &fused, device };
+    let emit = |(site, nodes): (&DeviceAction, &Vec<NodeId>)| {
         let stream = stream_of(site.1);
-        let context = EmitContext { graph: &graph, assignment: &assignment, arenas: &arenas, fused: &fused, device };
-        let action = emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks));
-        emitted.insert(*site, action);
-    }
+        (*site, emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks)))
+    };
+    let emitted: BTreeMap<DeviceAction, EmittedAction> = assignment.actions.iter().map(emit).collect();
 
     let ArenaMap { registers: places, devices: mut memory, .. } = arenas;
     let mut spec = Spec::default();
     let mut actions = Vec::new();
     for (index, (device, stream, sites)) in actors.iter().enumerate() {
-        let mut specs = Vec::new();
-        let mut plans = Vec::new();
-        let mut scratch_bytes = 0;
+        let (mut specs, mut plans, mut scratch_bytes) = (Vec::new(), Vec::new(), 0);
         for site in sites {
             let action = &emitted[site];
             specs.push(action_spec(&assignment, *site, action, (micro_batches, schedule), &mut groups));
@@ -74,25 +70,10 @@ pub fn lower(
         spec.actors.push(ActorSpec { name, device: *device, stream: *stream, firing, actions: specs });
         actions.push(plans);
     }
-    let reader = |site: &DeviceAction| {
-        let (actor, action) = locate(&actors, *site);
-        RegisterReader { actor, action }
-    };
-    for (index, register) in assignment.registers.iter().enumerate() {
-        spec.registers.push(RegisterSpec {
-            name: register_name(&graph, register),
-            producer: locate(&actors, register.producer).0,
-            slots: counts[index],
-            slot_bytes: places[index].stride,
-            initial: register.initial,
-            readers: register.readers.iter().map(reader).collect(),
-        });
-    }
-    let readers_with = |test: fn(&ActionKey) -> bool| emitted.keys().filter(|site| test(&site.1)).map(reader).collect();
-    spec.decision = Decision {
-        observed: readers_with(|key| matches!(key, ActionKey::Fetch(_))),
-        granted: readers_with(|key| matches!(key, ActionKey::Decide)),
-    };
+    let registers = assignment.registers.iter().zip(counts).zip(&places);
+    let register = |((register, slots), place)| register_spec(&graph, &actors, register, slots, place);
+    spec.registers = registers.map(register).collect();
+    spec.decision = decision(&actors);
     let mut plan = Plan {
         graph,
         spec,
@@ -121,11 +102,11 @@ fn number_actors(assignment: &Assignment) -> Actors {
     actors.into_iter().map(|((device, stream), sites)| (device, stream, sites)).collect()
 }
 
-fn locate(actors: &Actors, site: DeviceAction) -> (ActorId, u32) {
+fn locate(actors: &Actors, site: DeviceAction) -> RegisterReader {
     let stream = stream_of(site.1);
     let actor = actors.iter().position(|a| (a.0, a.1) == (site.0, stream)).expect("every site has an actor");
     let action = actors[actor].2.iter().position(|s| *s == site).expect("every site is an action of its actor");
-    (ActorId(actor as u32), action as u32)
+    RegisterReader { actor: ActorId(actor as u32), action: action as u32 }
 }
 
 fn stream_name(stream: StreamKind) -> &'static str {
@@ -136,15 +117,39 @@ fn stream_name(stream: StreamKind) -> &'static str {
     }
 }
 
+fn decision(actors: &Actors) -> Decision {
+    let sites = || actors.iter().flat_map(|actor| &actor.2);
+    let located = |test: fn(&ActionKey) -> bool| sites().filter(|s| test(&s.1)).map(|s| locate(actors, *s)).collect();
+    Decision {
+        observed: located(|key| matches!(key, ActionKey::Fetch(_))),
+        granted: located(|key| matches!(key, ActionKey::Decide)),
+    }
+}
+
+fn register_spec(
+    graph: &Graph,
+    actors: &Actors,
+    register: &RegisterPlan,
+    slots: u32,
+    place: &RegisterPlace,
+) -> RegisterSpec {
+    RegisterSpec {
+        name: register_name(graph, register),
+        producer: locate(actors, register.producer).actor,
+        slots,
+        slot_bytes: place.stride,
+        initial: register.initial,
+        readers: register.readers.iter().map(|site| locate(actors, *site)).collect(),
+    }
+}
+
 fn register_name(graph: &Graph, register: &RegisterPlan) -> String {
     let (device, key) = register.producer;
     let first = register.tensors.first().map_or("done".to_string(), |v| graph.tensor(*v).name.clone());
     let more = register.tensors.len().saturating_sub(1);
     let rest = if more > 0 { format!(" (+{more})") } else { String::new() };
-    if register.initial {
-        return format!("device {device} parameters/{first}{rest}");
-    }
-    format!("device {device} {}/{first}{rest}", action_name(graph, key))
+    let action = if register.initial { "parameters".into() } else { action_name(graph, key) };
+    format!("device {device} {action}/{first}{rest}")
 }
 
 fn rate_of(assignment: &Assignment, site: DeviceAction) -> Rate {
@@ -192,7 +197,7 @@ fn action_spec(
         _ => 0,
     };
     let firing_groups = emitted.groups.iter().map(|ranks| groups.firing_group(site.1, ranks)).collect();
-    let communicators: BTreeSet<u32> = emitted.plan.launches.iter().filter_map(group_of).collect();
+    let communicators: BTreeSet<u32> = emitted.plan.collectives().map(|call| call.group.id).collect();
     ActionSpec {
         name: emitted.plan.name.clone(),
         priority,
@@ -226,13 +231,6 @@ fn firing(sites: &[DeviceAction], specs: &[ActionSpec], micro_batches: usize, in
     let others = sites.iter().enumerate().filter(|(_, s)| !matches!(s.1, ActionKey::Forward | ActionKey::Backward));
     list.extend(others.flat_map(|(i, _)| std::iter::repeat_n(i as u32, specs[i].per_step as usize)));
     Firing::Ordered(list)
-}
-
-fn group_of(launch: &Launch) -> Option<u32> {
-    match &launch.op {
-        Op::Collective(call) => Some(call.group.id),
-        _ => None,
-    }
 }
 
 /// Ids of communicators (by stream and ranks) and of firing groups (by action and ranks).

@@ -118,7 +118,8 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
         Storage::Register(index) => Some(places[*index].offset + offsets[*index][&var]),
         Storage::Scratch => None,
     };
-    let copies: BTreeMap<Var, Var> = graph.nodes.iter().filter_map(bf16_copy_of).collect();
+    let copy_of = |node: &Node| if let NodeOp::Bf16Copy { of } = node.op { Some((of, node.outputs[0])) } else { None };
+    let copies: BTreeMap<Var, Var> = graph.nodes.iter().filter_map(copy_of).collect();
     for (device, var) in assignment.storage.keys() {
         if !matches!(graph.producer(*var).op, NodeOp::Parameter { .. } | NodeOp::State) {
             continue;
@@ -131,14 +132,6 @@ pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: u
         memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset: own_offset, bf16_offset });
     }
     ArenaMap { registers: places, slot_offsets: offsets, devices: memory, fixed }
-}
-
-/// If the node is a bf16 copy: the parameter and the copy.
-fn bf16_copy_of(node: &Node) -> Option<(Var, Var)> {
-    match node.op {
-        NodeOp::Bf16Copy { of } => Some((of, node.outputs[0])),
-        _ => None,
-    }
 }
 
 #[cfg(test)]

@@ -55,8 +55,12 @@ pub fn slots(graph: &Graph, assignment: &Assignment, in_flight: &[u32], micro_ba
         let device = register.producer.0;
         let waits_for_backward = register.readers.contains(&(device, ActionKey::Backward));
         let producer = register.producer.1;
+        let is_backward = match producer {
+            ActionKey::Pull(id) => graph.nodes[id.index()].phase == Phase::Backward,
+            key => key == ActionKey::Backward,
+        };
         let flight = placement_of.get(&device).map_or(1, |p| in_flight[*p]);
-        let count = match (waits_for_backward && !is_backward(graph, producer), producer) {
+        let count = match (waits_for_backward && !is_backward, producer) {
             // The stash: one slot for each micro-batch in flight.
             (true, ActionKey::Forward) => flight,
             // Transferred for forward and kept until backward: one more, so that the next transfer can overlap.
@@ -67,12 +71,4 @@ pub fn slots(graph: &Graph, assignment: &Assignment, in_flight: &[u32], micro_ba
         count.min(micro_batches.max(1) as u32)
     };
     assignment.registers.iter().map(count).collect()
-}
-
-fn is_backward(graph: &Graph, key: ActionKey) -> bool {
-    match key {
-        ActionKey::Backward => true,
-        ActionKey::Pull(id) => graph.nodes[id.index()].phase == Phase::Backward,
-        _ => false,
-    }
 }

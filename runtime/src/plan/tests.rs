@@ -17,14 +17,16 @@ use crate::nn::{self, GptConfig};
 use crate::passes::{CompileError, CompileOptions, compile};
 use crate::placement::Mesh;
 
+pub(super) const GPT: GptConfig =
+    GptConfig { vocabulary: 7, layers: 4, heads: 4, width: 8, context: 3, batch: 8, dropout: 0.1 };
+
 const SCHEDULES: [Schedule; 2] = [Schedule::GPipe, Schedule::OneFOneB];
 
 fn try_gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Result<Plan, CompileError> {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
-    let config = GptConfig { vocabulary: 7, layers: 4, heads: 4, width: 8, context: 3, batch: 8, dropout: 0.1 };
-    let logits = nn::gpt(&mut g, &config);
+    let logits = nn::gpt(&mut g, &GPT);
     let layout = nn::batch_layout(&g);
-    let targets = g.input("targets", &[config.batch, config.context], DType::I32, layout);
+    let targets = g.input("targets", &[GPT.batch, GPT.context], DType::I32, layout);
     let loss = g.cross_entropy(logits, targets);
     g.minimize(loss, AdamW::default());
     compile(g, &CompileOptions { micro_batches, schedule, ..CompileOptions::default() })

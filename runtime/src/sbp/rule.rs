@@ -34,14 +34,6 @@ pub struct NdSignature {
 }
 
 impl NdSignature {
-    fn of(entries: &[&Signature]) -> Self {
-        let operands = |side: fn(&Signature) -> &[Sbp]| {
-            let count = entries.first().map_or(0, |s| side(s).len());
-            (0..count).map(|i| NdSbp(entries.iter().map(|s| side(s)[i]).collect())).collect()
-        };
-        Self { inputs: operands(|s| &s.inputs), outputs: operands(|s| &s.outputs) }
-    }
-
     fn mixes_reductions(&self) -> bool {
         self.inputs.iter().chain(&self.outputs).any(NdSbp::mixes_reductions)
     }
@@ -193,13 +185,14 @@ impl Rule {
     /// fastest, except those that mix reductions in an operand.
     pub fn signatures(&self, axes: usize) -> Vec<NdSignature> {
         let one_axis = self.signatures_1d();
-        if axes == 0 {
-            let none = |count| vec![NdSbp(Vec::new()); count];
-            return vec![NdSignature { inputs: none(self.inputs.len()), outputs: none(self.outputs.len()) }];
-        }
         let combination = |number: usize| {
             let digit = |axis: usize| number / one_axis.len().pow((axes - 1 - axis) as u32) % one_axis.len();
-            NdSignature::of(&(0..axes).map(|axis| &one_axis[digit(axis)]).collect::<Vec<_>>())
+            let operands = |count: usize, side: fn(&Signature) -> &[Sbp]| {
+                let layout = |i: usize| NdSbp((0..axes).map(|axis| side(&one_axis[digit(axis)])[i]).collect());
+                (0..count).map(layout).collect()
+            };
+            let (inputs, outputs) = (self.inputs.len(), self.outputs.len());
+            NdSignature { inputs: operands(inputs, |s| &s.inputs), outputs: operands(outputs, |s| &s.outputs) }
         };
         let all = (0..one_axis.len().pow(axes as u32)).map(combination);
         all.filter(|signature| !signature.mixes_reductions()).collect()

@@ -106,22 +106,16 @@ fn check_engine(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
 #[test]
 fn layout_changes_on_one_axis_equal_the_interpreter() {
     with_deadline(|| {
-        for (source, target) in [(line(0, 3), line(0, 3)), (line(0, 4), line(2, 3))] {
-            for shape in [[5, 7], [3, 2]] {
-                pairs(&source, &target).iter().for_each(|(from, to)| check_engine(&shape, from, to));
-            }
-        }
+        check_pairs(&line(0, 3), &line(0, 3), check_engine);
+        check_pairs(&line(0, 4), &line(2, 3), check_engine);
     });
 }
 
 #[test]
 fn layout_changes_on_two_axes_equal_the_interpreter() {
     with_deadline(|| {
-        for target in [grid(0, 2, 2), grid(2, 2, 3)] {
-            for shape in [[5, 7], [3, 2]] {
-                pairs(&grid(0, 2, 2), &target).iter().for_each(|(from, to)| check_engine(&shape, from, to));
-            }
-        }
+        check_pairs(&grid(0, 2, 2), &grid(0, 2, 2), check_engine);
+        check_pairs(&grid(0, 2, 2), &grid(2, 2, 3), check_engine);
     });
 }
 
