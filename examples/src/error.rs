@@ -70,6 +70,7 @@ fn requester(exit: Exit) -> &'static str {
         Exit::Signal(1) => "SIGHUP",
         Exit::Signal(2) => "SIGINT",
         Exit::Signal(_) => "SIGTERM",
+        Exit::CannotWrite => "a rank that cannot write its log or trace",
         _ => "SIGUSR1 or the end of the job's time",
     }
 }
@@ -92,7 +93,8 @@ impl From<GptError> for ProgramError {
 }
 
 impl GptError {
-    fn exit(&self) -> Exit {
+    /// The exit code of the program.
+    pub fn exit(&self) -> Exit {
         use SessionError::Checkpoint;
         match self {
             Self::Usage(error) => error.exit,

@@ -29,6 +29,7 @@ fn open(place: &str, session: &mut Session) -> CheckpointManager {
         keep_every: None,
         batch: ROWS as u64,
         requests: None,
+        save: None,
         on_note: Arc::new(|_| {}),
     };
     CheckpointManager::open(place, options, session).expect("a store")

@@ -2,6 +2,7 @@
 //! shutdown.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use crate::declare::Declarations;
 use crate::graph::optimizer::Bounds;
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
+use shardflow_job::exit::Exit;
 use shardflow_job::requests::Requests;
 
 pub(crate) mod agreement;

@@ -26,7 +26,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{env, fs, io, thread};
 
 use parking_lot::Mutex;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGXFSZ};
 
 use crate::departure::report;
 use crate::exit::{Exit, own_rank};
@@ -144,6 +144,7 @@ impl Requests {
     ///   the process started stays ignored (`nohup`), except SIGTERM.
     /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. It is ignored
     ///   outside of [`Requests::defer`], when there is no training to save.
+    /// - SIGXFSZ has no effect, so that the write to a file that is too large fails.
     /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`] in time for a step, a save and a margin. A
     ///   time in the past is ignored because it belongs to another job.
     ///
@@ -157,7 +158,8 @@ impl Requests {
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
         requests.state.lock().job_end = end.filter(|end| *end > since_1970());
-        let mut signals = signal_hook::iterator::Signals::new(not_ignored(&[SIGTERM, SIGUSR1], &[SIGINT, SIGHUP]))?;
+        let mut signals =
+            signal_hook::iterator::Signals::new(not_ignored(&[SIGTERM, SIGUSR1, SIGXFSZ], &[SIGINT, SIGHUP]))?;
         let own = requests.clone();
         let run = move || signals.forever().for_each(|signal| own.signal(signal));
         thread::Builder::new().name("signals".into()).spawn(run)?;
@@ -221,6 +223,7 @@ impl Requests {
     fn signal(&self, signal: i32) {
         let mut state = self.state.lock();
         let request = match signal {
+            SIGXFSZ => return,
             SIGUSR1 => state.on_usr1,
             _ => Request::End(Exit::Signal(signal as u8)),
         };

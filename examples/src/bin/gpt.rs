@@ -85,12 +85,12 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     if let Some(path) = &args.init_from {
         init_from(path, &mut session)?;
     }
-    let open = if session.steps() > 0 { JsonLog::append } else { JsonLog::create };
-    let log = args.log_json.as_deref().filter(|_| prints).map(open).transpose().map_err(GptError::Log)?;
-    let trace = trace_path.map(|path| TraceFile::create(&path, args.trace_mib.saturating_mul(1 << 20))).transpose()?;
-    let outputs = Outputs { log, checkpoints, trace, process };
+    let mut outputs = match Outputs::open(args, trace_path, process, requests, &session) {
+        Ok(outputs) => outputs,
+        Err(error) => return Err(abort(session, error)),
+    };
     let deferred = requests.defer();
-    train(args, &text, &mut session, outputs, prints)?;
+    train(args, &text, &mut session, checkpoints, &mut outputs)?;
     deferred.within(FINISH_LIMIT);
     if let Some(path) = &args.save {
         session.save(path).map_err(|e| GptError::Save(e.into()))?;
@@ -101,13 +101,17 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     // Copies of all parameters, which no budget counts. Every process has to make this call.
     let parameters = (args.sample > 0).then(|| session.parameters()).transpose()?;
     // End the session's threads before the sampler starts its own.
+    let seed = session.seed();
     session.shutdown()?;
     drop(deferred);
+    if let Some(error) = outputs.failed {
+        return Err(error);
+    }
     if let Request::End(exit) = requests.pending() {
         return Err(GptError::Ended { exit, steps: args.steps, process, saved: Saved::All });
     }
     if let Some((sampler, parameters)) = sampler.zip(parameters).filter(|_| prints) {
-        let written = sampler.run(&parameters, &text.prompt(), args.sample, args.seed)?;
+        let written = sampler.run(&parameters, &text.prompt(), args.sample, seed)?;
         print(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
     }
     Ok(())
@@ -126,6 +130,7 @@ fn open_checkpoints(
         keep: args.checkpoint_keep,
         keep_every: args.checkpoint_keep_every,
         batch: args.batch as u64,
+        save: args.save.clone(),
         requests: Some(requests.clone()),
         on_note: Arc::new(|line| note(line)),
     };
@@ -209,13 +214,21 @@ fn start(args: &GptArgs, plan: Plan, options: &SessionOptions) -> Result<Session
     if let Some(path) = args.save.as_deref().filter(|_| session.is_first()) {
         let room = check_room(path, session.checkpoint_bytes());
         let failed = |e: OutputFileError| CheckpointError::Io { path: e.path, source: e.cause };
-        room.map_err(|e| GptError::Save(SessionError::from(failed(e)).into()))?;
+        if let Err(error) = room {
+            return Err(abort(session, GptError::Save(SessionError::from(failed(error)).into())));
+        }
     }
     let threads = session.plan().threads_per_device;
     if threads != planned_threads && session.is_first() {
         note(format!("{} per device: the cores that this process may run on", counted(threads, "thread")));
     }
     Ok(session)
+}
+
+/// Ends the other ranks too, for an error that only this one sees.
+fn abort(session: Session, error: GptError) -> GptError {
+    session.abort(error.exit(), &error);
+    error
 }
 
 /// The values that must be equal on all ranks. A resume refuses other data or another model, and reports another batch
@@ -300,17 +313,70 @@ fn weights(plan: &Plan) -> usize {
     plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum()
 }
 
-/// Files that a training writes.
-struct Outputs {
+/// What a rank writes during the training, besides checkpoints.
+struct Outputs<'a> {
+    progress: Option<Progress>,
     log: Option<JsonLog>,
-    checkpoints: Option<CheckpointManager>,
     trace: Option<TraceFile>,
+    trace_mib: u64,
     process: u32,
+    requests: &'a Requests,
+    /// A write that failed. The training then ends after the next step, on all ranks, with a checkpoint.
+    failed: Option<GptError>,
 }
 
-fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, prints: bool) -> Result<(), GptError> {
-    let Outputs { mut log, mut checkpoints, mut trace, process } = outputs;
-    let mut progress = prints.then(|| Progress::new(args.steps));
+impl<'a> Outputs<'a> {
+    fn open(
+        args: &GptArgs,
+        trace: Option<PathBuf>,
+        process: u32,
+        requests: &'a Requests,
+        session: &Session,
+    ) -> Result<Self, GptError> {
+        let trace_mib = args.trace_mib;
+        let open = if session.steps() > 0 { JsonLog::append } else { JsonLog::create };
+        let log = args.log_json.as_deref().filter(|_| session.is_first()).map(open);
+        let log = log.transpose().map_err(GptError::Log)?;
+        let trace = trace.map(|path| TraceFile::create(&path, trace_mib.saturating_mul(1 << 20))).transpose()?;
+        let progress = session.is_first().then(|| Progress::new(args.steps));
+        Ok(Self { progress, log, trace, trace_mib, process, requests, failed: None })
+    }
+
+    fn step(&mut self, record: &StepRecord, session: &Session) {
+        self.progress.iter_mut().for_each(|progress| progress.step(record));
+        let logged = self.log.as_mut().map_or(Ok(()), |log| log.line(record)).map_err(GptError::Log);
+        if let Err(error) = logged.and_then(|()| Ok(self.trace(record.step, session)?)) {
+            (self.log, self.trace) = (None, None);
+            note(format!("warning: {error}; the training ends after the next step"));
+            self.failed = Some(error);
+            self.requests.submit(Request::End(Exit::CannotWrite));
+        }
+    }
+
+    fn trace(&mut self, step: u64, session: &Session) -> Result<(), TraceError> {
+        let Some(file) = &mut self.trace else { return Ok(()) };
+        if file.add(session)? {
+            return Ok(());
+        }
+        note(format!("the trace ends with step {}: it has reached --trace-mib {}", step + 1, self.trace_mib));
+        finish_trace(self.trace.take())
+    }
+
+    fn finish(&mut self, totals: &Totals) -> Result<(), GptError> {
+        finish_trace(self.trace.take())?;
+        let Some(mut log) = self.log.take() else { return Ok(()) };
+        log.line(&BTreeMap::from([("totals", totals)])).and_then(|()| log.finish()).map_err(GptError::Log)
+    }
+}
+
+fn train(
+    args: &GptArgs,
+    text: &Text,
+    session: &mut Session,
+    mut checkpoints: Option<CheckpointManager>,
+    outputs: &mut Outputs<'_>,
+) -> Result<(), GptError> {
+    let prints = session.is_first();
     let (shape, step_tokens) = ([args.batch, args.context], (args.batch * args.context) as u64);
     let (mut seconds, mut final_loss) = (0.0, None);
     let mut steps = 0;
@@ -325,18 +391,7 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, p
         let loss = report.loss.map_or(f64::NAN, f64::from);
         let tokens_per_second = step_tokens as f64 / step_seconds;
         let record = StepRecord { step, loss, grad_norm: report.grad_norm, step_seconds, tokens_per_second };
-        if let Some(progress) = &mut progress {
-            progress.step(&record);
-        }
-        if let Some(log) = &mut log {
-            log.line(&record).map_err(GptError::Log)?;
-        }
-        if let Some(file) = &mut trace
-            && !file.add(session)?
-        {
-            note(format!("the trace ends with step {}: it has reached --trace-mib {}", step + 1, args.trace_mib));
-            finish_trace(trace.take())?;
-        }
+        outputs.step(&record, session);
         (steps, seconds, final_loss) = (steps + 1, seconds + step_seconds, Some(loss));
         if let Some(found) = &report.non_finite {
             if prints {
@@ -353,17 +408,20 @@ fn train(args: &GptArgs, text: &Text, session: &mut Session, outputs: Outputs, p
             note("warning: a checkpoint was requested, but nothing is saved without --checkpoint DIR");
         }
         if let Request::End(exit) = report.request {
-            let saved = args.checkpoint.clone().map_or(Saved::Nothing, Saved::Checkpoint);
-            return Err(GptError::Ended { exit, steps: session.steps(), process, saved });
+            let checkpoint = |place| Saved::Checkpoint(place, args.resume);
+            let saved = args.checkpoint.clone().map_or(Saved::Nothing, checkpoint);
+            let ended = GptError::Ended { exit, steps: session.steps(), process: outputs.process, saved };
+            return Err(outputs.failed.take().unwrap_or(ended));
         }
     }
-    finish_trace(trace)?;
     let totals = totals(steps, step_tokens, seconds, final_loss, session);
     if prints {
         print_totals(&totals);
     }
-    let Some(mut log) = log else { return Ok(()) };
-    log.line(&BTreeMap::from([("totals", totals)])).and_then(|()| log.finish()).map_err(GptError::Log)
+    if let Err(error) = outputs.finish(&totals) {
+        outputs.failed.get_or_insert(error);
+    }
+    Ok(())
 }
 
 fn finish_trace(trace: Option<TraceFile>) -> Result<(), TraceError> {
