@@ -37,14 +37,18 @@ impl Parallel<'_> {
 /// Standard deviation of initial weights, as in GPT-2.
 pub const INIT_STD: f64 = 0.02;
 
-/// `x [b, t, c] -> [b, t, out]`: `x W^T` with `W [out, c]`, without bias. The weight is `NAME.weight`.
+/// Letters of a linear layer's leading dims.
+const LEADING: &str = "btdefgh";
+
+/// `x [.., c] -> [.., out]`: `x W^T` with `W [out, c]`, without bias, for 1 to 7 leading dims. The weight is `NAME.weight`.
 #[track_caller]
 pub fn linear(g: &mut Graph, name: &str, x: Var, out: usize, parallel: Parallel<'_>) -> Var {
     g.layer(Location::caller(), |g| {
         let width = g.shape(x).last().copied().unwrap_or(0);
         let init = Init::Normal { std: INIT_STD };
         let weight = g.parameter(&format!("{name}.weight"), &[out, width], init, parallel.layout(0, 1));
-        g.einsum("btc,oc->bto", x, weight)
+        let lead = &LEADING[..g.shape(x).len().saturating_sub(1).min(LEADING.len())];
+        g.einsum(&format!("{lead}c,oc->{lead}o"), x, weight)
     })
 }
 
