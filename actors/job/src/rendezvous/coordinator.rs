@@ -11,7 +11,6 @@ use crate::transport::{
     Address, Connection, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, TransportError,
 };
 
-use super::Outcome;
 use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
 use super::messages::{
@@ -42,7 +41,11 @@ struct JoinState {
     rejected: Vec<Connection>,
 }
 
-pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
+pub(super) fn run(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&str),
+) -> Result<(Roster, Listener), RendezvousError> {
     let listener = listen(config, deadline)?;
     let joined = (1..config.processes).map(|_| None).collect();
     // Others reach process 0 by the configured name, which may resolve differently on their nodes.
