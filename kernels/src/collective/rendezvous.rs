@@ -363,11 +363,6 @@ impl<M: Clone> Rendezvous<M> {
         let waiting = state.transfers.iter().filter(|transfer| !transfer.taken);
         let ends = waiting.filter_map(|transfer| transfer.post.ends());
         let pairs = pairs.chain(ends.map(|(from, to, sends)| if sends { (from, to) } else { (to, from) }));
-        let wait = |(member, peer): (usize, usize)| MemberWait {
-            group: group.id,
-            rank: group.ranks[member],
-            peer: group.ranks[peer],
-        };
-        pairs.map(wait).collect()
+        pairs.map(|(member, peer)| MemberWait::new(group, member, peer)).collect()
     }
 }

@@ -403,7 +403,7 @@ impl Collective for SharedMemory {
         for (index, GroupProgress { group, progress }) in self.groups.iter().enumerate() {
             // Writable memory belongs to a device of this process.
             let here = |(_, rank): &(usize, &usize)| self.arenas[*rank].is_writable();
-            for (member, &rank) in group.ranks.iter().enumerate().filter(here) {
+            for (member, _) in group.ranks.iter().enumerate().filter(here) {
                 let next = progress[member].rendezvous_count.load(Ordering::Relaxed).wrapping_add(1);
                 let has_posted = |member: usize| {
                     let post = &self.board.member_slot(index, member).posts[(next % 2) as usize];
@@ -411,7 +411,7 @@ impl Collective for SharedMemory {
                 };
                 if has_posted(member) {
                     let absent = (0..group.ranks.len()).filter(|peer| !has_posted(*peer));
-                    waits.extend(absent.map(|peer| MemberWait { group: group.id, rank, peer: group.ranks[peer] }));
+                    waits.extend(absent.map(|peer| MemberWait::new(group, member, peer)));
                 }
             }
         }

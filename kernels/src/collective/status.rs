@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use crate::collective::call::CollectiveCall;
+use crate::collective::call::{CollectiveCall, Group};
 use crate::error::{KernelError, Result};
 use crate::tensor::DType;
 
@@ -58,4 +58,10 @@ pub struct MemberWait {
     pub rank: usize,
     /// Rank of the device that it waits for.
     pub peer: usize,
+}
+
+impl MemberWait {
+    pub(crate) fn new(group: &Group, member: usize, peer: usize) -> Self {
+        Self { group: group.id, rank: group.ranks[member], peer: group.ranks[peer] }
+    }
 }

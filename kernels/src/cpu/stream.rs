@@ -48,10 +48,9 @@ impl CpuStream {
         let collective_time = metrics.collective_time();
         let scratch = Scratch::new(device, threads, tally);
         let runner = Runner { pool, engine, scratch: scratch.clone() };
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || run_commands(&commands, &runner, metrics))
-            .map_err(|_| KernelError::Closed { device })?;
+        let builder = thread::Builder::new().name(name.to_owned());
+        let thread = builder.spawn(move || run_commands(&commands, &runner, metrics));
+        let thread = thread.map_err(|_| KernelError::Closed { device })?;
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
 

@@ -143,11 +143,8 @@ const HEADERS: [(&str, &str); 2] = [("cuda_bf16.h", "nvidia-cuda-runtime"), ("cr
 
 /// All existing header directories. A toolkit has one; the Python packages may have several.
 fn includes() -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = ["CUDA_HOME", "CUDA_PATH"]
-        .iter()
-        .filter_map(env::var_os)
-        .map(|home| Path::new(&home).join("include"))
-        .collect();
+    let homes = ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(env::var_os);
+    let mut folders: Vec<PathBuf> = homes.map(|home| Path::new(&home).join("include")).collect();
     // Wheels and toolkits keep headers next to the library's directory; the library is loaded by now.
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let library =
@@ -248,11 +245,8 @@ mod tests {
     #[test]
     fn cubins_of_the_exact_architecture_come_first() {
         let names = |capability| {
-            let paths = cubins("norm", capability).into_iter().rev().take_while(|path| path.parent().is_some());
-            let mut names: Vec<_> =
-                paths.filter_map(|path| Some(path.file_name()?.to_string_lossy().into_owned())).collect();
-            names.reverse();
-            names
+            let paths = cubins("norm", capability).into_iter();
+            paths.filter_map(|path| Some(path.file_name()?.to_string_lossy().into_owned())).collect::<Vec<_>>()
         };
         assert_eq!(names((9, 0)), ["norm.sm_90a.cubin", "norm.sm_90.cubin"]);
         let expected = ["norm.sm_82a.cubin", "norm.sm_82.cubin", "norm.sm_81.cubin", "norm.sm_80.cubin"];

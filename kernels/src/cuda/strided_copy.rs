@@ -55,9 +55,8 @@ pub(crate) fn copy_region(stream: &RawStream, from: &StridedRegion, to: &Strided
         accumulate: false,
         workspace: None,
     };
-    lower::lower(&launch, false, SHARED_BYTES_DEFAULT as usize)?
-        .iter()
-        .try_for_each(|step| issue(stream, step, from.address, to.address))
+    let steps = lower::lower(&launch, false, SHARED_BYTES_DEFAULT as usize)?;
+    steps.iter().try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
 /// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch

@@ -70,7 +70,7 @@ impl Launch {
         }
     }
 
-    /// Fails unless indices and random numbers are integers and all else is floats. [`Op::bf16_fault`] checks which
+    /// Fails unless indices and random numbers are integers and all else is floats. [`Launch::check_bf16`] checks which
     /// floats may be bf16.
     fn check_dtypes(&self) -> Result<()> {
         let integers = match self.op {

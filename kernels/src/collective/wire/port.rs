@@ -52,10 +52,9 @@ impl GroupStatus {
     }
 
     pub(super) fn waits(&self) -> impl Iterator<Item = MemberWait> {
-        let Group { id, ranks } = &*self.group;
-        self.waiting.iter().zip(ranks).filter_map(|(waiting, rank)| {
+        self.waiting.iter().enumerate().filter_map(|(member, waiting)| {
             let peer = waiting.load(Ordering::Relaxed).checked_sub(1)?;
-            Some(MemberWait { group: *id, rank: *rank, peer: ranks[peer] })
+            Some(MemberWait::new(&self.group, member, peer))
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnDataType_t,
-    cudnnPointwiseMode_t as PointwiseMode,
+    cudnnPointwiseMode_t::CUDNN_POINTWISE_BINARY_SELECT,
 };
 
 use super::descriptor::{Descriptor, Values};
@@ -41,11 +41,8 @@ fn graphs_write_each_tensor_before_they_read_it() {
         assert!(graph.tensors.iter().zip(&is_written).all(|(t, written)| *written || t.storage != Storage::Virtual));
         let buffers = if pass == Pass::Forward { 5 } else { 9 };
         assert_eq!(tensors(|storage| matches!(storage, Storage::Buffer(_))).count(), buffers);
-        let masks = graph
-            .nodes
-            .iter()
-            .filter(|node| matches!(node, Node::Pointwise { mode: PointwiseMode::CUDNN_POINTWISE_BINARY_SELECT, .. }));
-        assert_eq!(masks.count(), 1);
+        let is_mask = |node: &&Node| matches!(node, Node::Pointwise { mode: CUDNN_POINTWISE_BINARY_SELECT, .. });
+        assert_eq!(graph.nodes.iter().filter(is_mask).count(), 1);
         let scores = tensors(|storage| *storage != Storage::Virtual).filter(|tensor| tensor.dims[2..] == [3, 3]);
         assert_eq!(scores.count(), 0, "scores are stored in memory");
         let mut end = 0;

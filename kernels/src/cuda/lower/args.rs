@@ -41,8 +41,7 @@ impl<'a> Args<'a> {
         self.launch.writes[i].dtype
     }
 
-    /// Picks the variant of a kernel, as [`variants`](super::kernel::variants), for the types of read `i` and write
-    /// `w`.
+    /// Picks the variant of a kernel (see `kernel::variants`) for the types of read `i` and write `w`.
     pub(super) fn pick(&self, i: usize, w: usize, [f32, bf16, widening]: [&'static str; 3]) -> &'static str {
         match (self.read_dtype(i), self.write_dtype(w)) {
             (DType::BF16, DType::BF16) => bf16,

@@ -327,11 +327,7 @@ impl Collective for Nccl {
             let (Some(call), Some(group)) = (comm.pending_call(), self.0.groups.get(id)) else { continue };
             let is_late = |peer: &usize| self.0.comms.get(&(*id, *peer)).is_none_or(|peer| !peer.has_reached(call));
             let late = (0..group.ranks.len()).filter(|peer| peer != member).filter(is_late);
-            waits.extend(late.map(|peer| MemberWait {
-                group: *id,
-                rank: group.ranks[*member],
-                peer: group.ranks[peer],
-            }));
+            waits.extend(late.map(|peer| MemberWait::new(group, *member, peer)));
         }
         waits
     }
