@@ -48,6 +48,9 @@ impl RegisterMemory {
     }
 }
 
+/// Memory by register.
+pub(crate) type Memory = Arc<BTreeMap<RegisterId, RegisterMemory>>;
+
 /// The stream and programs of one actor of this process.
 #[derive(Debug)]
 pub struct ActorHost {

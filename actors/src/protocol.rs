@@ -16,6 +16,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::spec::{ActorId, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, Spec};
 
 mod error;
@@ -28,7 +30,7 @@ pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
 /// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers, `slot` the
 /// slot of piece number `piece`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Message {
     /// From the producer: a piece can be read.

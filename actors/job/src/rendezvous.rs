@@ -40,13 +40,12 @@ pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
 
+type Outcome = Result<(Roster, Listener), RendezvousError>;
+
 /// Joins the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
 /// connections of its members. Calls `on_waiting` with a line that names the missing ranks every `report_every`.
 /// Returns at most a few seconds after `timeout`.
-pub fn rendezvous(
-    config: &RendezvousConfig,
-    mut on_waiting: impl FnMut(&str),
-) -> Result<(Roster, Listener), RendezvousError> {
+pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -> Outcome {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);
     if process >= processes || processes > crate::transport::PROCESSES_MAX {

@@ -11,6 +11,7 @@ use crate::transport::{
     Address, Connection, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, TransportError,
 };
 
+use super::Outcome;
 use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
 use super::messages::{
@@ -41,11 +42,7 @@ struct JoinState {
     rejected: Vec<Connection>,
 }
 
-pub(super) fn run(
-    config: &RendezvousConfig,
-    deadline: Instant,
-    on_waiting: &mut dyn FnMut(&str),
-) -> Result<(Roster, Listener), RendezvousError> {
+pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
     let listener = listen(config, deadline)?;
     let joined = (1..config.processes).map(|_| None).collect();
     // Others reach process 0 by the configured name, which may resolve differently on their nodes.

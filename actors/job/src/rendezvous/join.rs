@@ -9,6 +9,7 @@ use crate::transport::{
     Address, Connection, ListenAddress, Listener, ListenerOptions, Refusal, TransportError, connect,
 };
 
+use super::Outcome;
 use super::config::{RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
 use super::messages::{
     Answer, JoinInfo, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
@@ -20,11 +21,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// Maximum bytes of a cause in a report.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
-pub(super) fn join(
-    config: &RendezvousConfig,
-    deadline: Instant,
-    on_waiting: &mut dyn FnMut(&str),
-) -> Result<(Roster, Listener), RendezvousError> {
+pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
     // TCP for processes on other nodes, and a Unix socket for those on this node.
     let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
     let listen = [ListenAddress::Tcp(address), ListenAddress::PrivateUnix];
