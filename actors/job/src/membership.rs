@@ -8,9 +8,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
+use tokio::sync::oneshot;
 
 mod cause;
 mod control;
@@ -138,9 +140,19 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 pub struct Membership {
     shared: Arc<Shared>,
     notices: Receiver<MembershipEvent>,
-    // Dropped in this order.
-    heartbeat: Option<heartbeat::HeartbeatThread>,
-    control: Option<control::ControlThread>,
+    /// The threads, dropped in this order. Each ends when the first part is dropped.
+    _heartbeat: (Arc<()>, JoinOnDrop),
+    _control: (oneshot::Sender<()>, JoinOnDrop),
+}
+
+#[derive(Debug)]
+struct JoinOnDrop(Option<JoinHandle<()>>);
+
+impl Drop for JoinOnDrop {
+    fn drop(&mut self) {
+        // A panic of the thread is a bug; the panic hook has reported it.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
 }
 
 impl Membership {
@@ -160,7 +172,7 @@ impl Membership {
             heartbeats.start().map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
         let control = control::start(shared.clone(), config.connections)?;
         // From here on, dropping `membership` ends both threads.
-        let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };
+        let membership = Self { shared: shared.clone(), notices, _heartbeat: heartbeat, _control: control };
         if let Err(error) = shared.wait_for_peers(config.join_within, config.join_at_most, config.deadline) {
             // Reports the reason to the peers that have connected.
             shared.fail(error.to_string(), error.exit().code());
@@ -228,8 +240,6 @@ impl Drop for Membership {
             self.shared.fail("it ended without leaving the session: see its log".into(), Exit::Internal.code());
         }
         self.shared.wait_for_delivery(DROP_TIMEOUT);
-        drop(self.heartbeat.take());
-        drop(self.control.take());
     }
 }
 

@@ -1,25 +1,5 @@
 //! Requests to a training process: save a checkpoint, or end. Their sources are signals, the end time of a Slurm job,
-//! and the program.
-//!
-//! ```ignore
-//! use shardflow::prelude::*;
-//!
-//! # fn program(plan: Plan) -> Result<Exit, Box<dyn std::error::Error>> {
-//! let requests = Requests::on_signals()?; // comes first: process 1 of a container ignores signals without a handler
-//! let options = SessionOptions { requests: Some(requests.clone()), ..SessionOptions::default() };
-//! let mut session = Session::start(plan, &options)?;
-//! let deferred = requests.defer(); // before this, SIGTERM ends the process at once
-//! for _ in 0..1000 {
-//!     match session.step(&[], 1e-3)?.request {
-//!         Request::Nothing => {}
-//!         Request::Checkpoint => {} // save; all processes get this request after the same step
-//!         Request::End(exit) => return Ok(exit), // save and end
-//!     }
-//! }
-//! drop(deferred);
-//! # Ok(Exit::Done)
-//! # }
-//! ```
+//! and the program. The guide shows their use, in `docs/guide/signals.md`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

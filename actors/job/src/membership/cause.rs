@@ -18,6 +18,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 /// The first cause of a session's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FirstCause {
@@ -35,7 +37,7 @@ impl fmt::Display for FirstCause {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum Kind {
     /// The reporter itself failed.
     Failed,
@@ -43,7 +45,7 @@ pub(crate) enum Kind {
     Lost,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Report {
     pub(crate) by: u32,
     /// The process that failed; equal to `by` for [`Kind::Failed`].

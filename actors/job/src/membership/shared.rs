@@ -234,13 +234,18 @@ impl Shared {
     }
 
     fn fail_locked(&self, state: &mut State, cause: String, exit: u8) {
-        let cause = truncated(cause);
-        let report = state.arbiter.own_failure(cause.clone(), exit);
-        let body = Body::Failed { follows: report.follows, cause, exit };
-        if state.arbiter.report(self.now(), report) {
-            self.broadcast(state, body);
-        }
+        let report = state.arbiter.own_failure(truncated(cause), exit);
+        self.add_own_report(state, report);
         self.decide(state);
+    }
+
+    /// Sends a report of this process to all peers; false if it changes nothing.
+    fn add_own_report(&self, state: &mut State, report: Report) -> bool {
+        let is_new = state.arbiter.report(self.now(), report.clone());
+        if is_new {
+            self.broadcast(state, Body::Report(report));
+        }
+        is_new
     }
 
     pub(crate) fn suspect(&self, process: u32, cause: String) {
@@ -253,12 +258,9 @@ impl Shared {
         if state.peers.get(&about).is_none_or(|p| p.left) {
             return;
         }
-        let cause = truncated(cause);
-        let report = state.arbiter.own_symptom(about, cause.clone(), Exit::PeerUnavailable.code());
-        let body = Body::Lost { about, follows: report.follows, cause: cause.clone(), exit: report.exit };
-        if state.arbiter.report(self.now(), report) {
-            tracing::warn!(process = about, cause, "peer lost");
-            self.broadcast(state, body);
+        let report = state.arbiter.own_symptom(about, truncated(cause), Exit::PeerUnavailable.code());
+        if self.add_own_report(state, report.clone()) {
+            tracing::warn!(process = about, cause = report.cause, "peer lost");
         }
     }
 
@@ -298,6 +300,7 @@ impl Shared {
                 return;
             }
             Body::Received { .. } | Body::Joined => return self.count(|c| c.garbled += 1),
+            Body::Report(Report { by: reporter, .. }) if reporter != by => return self.count(|c| c.garbled += 1),
             Body::Leaving => {
                 peer.left = true;
                 if let Some(detector) = &mut state.detector {
@@ -306,13 +309,7 @@ impl Shared {
                 // `notify` reserves room for one of each peer.
                 let _ = self.notices.try_send(MembershipEvent::Left { process: by });
             }
-            Body::Failed { follows, cause, exit } => {
-                let report = Report { by, about: by, kind: Kind::Failed, follows, cause, exit };
-                state.arbiter.report(now, report);
-            }
-            Body::Lost { about, follows, cause, exit } => {
-                state.arbiter.report(now, Report { by, about, kind: Kind::Lost, follows, cause, exit });
-            }
+            Body::Report(report) => drop(state.arbiter.report(now, report)),
         }
         let Some(peer) = state.peers.get_mut(&by) else { return };
         peer.urgent_received += 1;

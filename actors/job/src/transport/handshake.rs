@@ -27,7 +27,7 @@ use super::wire::{self, WireError};
 use crate::secret::Secret;
 
 /// Version of all messages between processes. Any change to a message increments it.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 /// Maximum size of a handshake message in bytes.
 pub const HANDSHAKE_BYTES_MAX: usize = 1024;
 /// Size of a greeting in bytes: magic, version, a public key and a tag.
