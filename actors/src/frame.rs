@@ -60,8 +60,7 @@ impl Frame {
         frame
     }
 
-    /// Decodes a frame. The caller must check that registers, slots and ports exist and that the data has the right
-    /// length.
+    /// Decodes a frame. The caller must check that registers, slots and ports exist, and the length of the data.
     pub fn decode(frame: &[u8; FRAME_BYTES]) -> Result<Self, FrameError> {
         let &[first, second, version, ref body @ ..] = frame;
         if [first, second] != MAGIC {

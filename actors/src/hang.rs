@@ -24,8 +24,7 @@ pub struct Hang {
     pub(crate) root: Root,
     /// Further roots of the same rank; each may be the cause.
     pub(crate) also: Vec<Root>,
-    /// The waits from an action with firings left to the root. In a cycle each action waits for the next, the last for
-    /// the first.
+    /// The waits from an action with firings left to the root. In a cycle the last action waits for the first.
     pub(crate) chain: Vec<WaitingAction>,
     text: String,
 }

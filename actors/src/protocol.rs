@@ -1,5 +1,4 @@
-//! The register protocol of one actor: a pure state machine from events to effects. The shell, the simulator and the
-//! tests share this code.
+//! The register protocol of one actor: a pure state machine from events to effects, for shell, simulator and tests.
 //!
 //! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece`
 //! of each output (one later for an `initial` register, whose piece 0 exists from the start). So the state is a few
@@ -11,8 +10,7 @@
 //! - **CR-5**: at most one firing of an actor is in flight.
 //! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <=
 //!   published`; the differences are messages in transit.
-//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight. The simulator checks this on
-//!   data.
+//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight; the simulator checks it.
 
 use std::sync::Arc;
 
@@ -210,8 +208,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Processes an event without launching a firing, so that the caller can apply several events before the next
-    /// choice.
+    /// Processes an event without launching a firing, so that the caller can apply several before the next choice.
     ///
     /// # Errors
     /// An event that no correct peer sends. The state is then unspecified, and the session must end.

@@ -87,8 +87,7 @@ pub enum StreamKind {
 pub enum Firing {
     /// Any action whose inputs and credits are available: the lowest `priority` value first, then the lowest index.
     Credit,
-    /// This list of action indices, repeated in every step; each action waits for the previous one and until it is
-    /// ready.
+    /// This list of action indices, repeated in every step; each action waits until it is ready and its turn comes.
     Ordered(Vec<u32>),
 }
 

@@ -1,5 +1,4 @@
-//! Shared state of a running session. The first failure ends it: the cause is kept, collectives are aborted, all actors
-//! stop.
+//! Shared state of a running session. The first failure ends it: collectives are aborted, all actors stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -251,8 +250,7 @@ impl Session {
     }
 }
 
-/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops, for any
-/// reason.
+/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops.
 pub(crate) struct Supervisor;
 
 impl Actor for Supervisor {

@@ -41,8 +41,7 @@ use shared::{NOTICES_MAX, Shared};
 
 /// Timeout of an orderly end that waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not acknowledge
-/// it.
+/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not.
 const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Configuration of a membership; the rendezvous supplies most of it.
@@ -134,8 +133,7 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// The membership of this process in the session.
 ///
-/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure, which
-/// is reported to peers.
+/// Dropping it takes at most a second, even with frozen peers. Without [`Membership::leave`] peers see a failure.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
@@ -181,8 +179,7 @@ impl Membership {
         Ok(membership)
     }
 
-    /// Receives events, in order per peer. The application must read them: unread messages beyond a limit end the
-    /// session.
+    /// Receives events, in order per peer. The application must read them: too many unread ones end the session.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }

@@ -1,5 +1,4 @@
-//! Rendezvous of the processes of a world: process 0 listens, all others send it their [`JoinInfo`], it compares them,
-//! and they start together.
+//! Rendezvous of the processes of a world: process 0 compares the [`JoinInfo`] of all, then all start.
 //!
 //! ```text
 //! process 0                     process p

@@ -125,8 +125,7 @@ pub(crate) fn fan() -> Spec {
     b.build()
 }
 
-/// Two stages of two tensor-parallel shards whose forward and backward contain collectives; each actor has an ordered
-/// list.
+/// Two stages of two tensor-parallel shards with collectives in forward and backward; each actor has an ordered list.
 pub(crate) fn groups() -> Spec {
     let mut b = Builder::new();
     let mut stages: Vec<Vec<(RegisterReader, RegisterReader)>> = Vec::new();

@@ -156,8 +156,8 @@ impl Attempt<'_, '_> {
         self.settle(local);
     }
 
-    /// Processes that all end with code 0 and do not join may be of any program. They have failed if processes of other
-    /// nodes wait for them.
+    /// Processes that end with code 0 and do not join may be of any program. They have failed if other nodes wait for
+    /// them.
     fn fail_if_missed(&mut self) {
         if self.phase == Phase::Running
             && self.children.iter().all(Child::is_absent)

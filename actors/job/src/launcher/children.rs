@@ -122,8 +122,8 @@ impl Child {
         }
     }
 
-    /// Called after its event: kills the rest of its group and records how it ended. `signaled`: the launcher had sent
-    /// a signal to end.
+    /// Called after its event: kills the rest of its group and records its end. `signaled`: the launcher had signaled
+    /// it.
     pub(super) fn finish(&mut self, job: &mut Job, signaled: bool) {
         // Until the process is reaped, its id and its group's cannot be reused.
         let _ = kill_process_group(self.pid, Signal::KILL);

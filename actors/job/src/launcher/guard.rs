@@ -89,8 +89,7 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
 pub fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once,
-    // from the launcher.
+    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once.
     command.process_group(0);
     command
 }

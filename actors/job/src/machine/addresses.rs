@@ -98,8 +98,8 @@ fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
     Ok(own)
 }
 
-/// The node's addresses except loopback and link-local ones, from the texts of `/proc/net/fib_trie` and
-/// `/proc/net/if_inet6`.
+/// The node's addresses except loopback and link-local ones, from the texts of `fib_trie` and `if_inet6` in
+/// `/proc/net`.
 fn node_addresses(fib_trie: &str, if_inet6: &str) -> Vec<SocketAddr> {
     let mut found: Vec<IpAddr> = Vec::new();
     let mut leaf = None;

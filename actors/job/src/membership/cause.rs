@@ -7,8 +7,7 @@
 //! 1. this process's own failure, unless it already knew of a peer's own failure;
 //! 2. a peer's own failure, with the same condition;
 //! 3. secondary failures: the reporter already knew of another process's failure;
-//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers; first-hand accusers count
-//!    first.
+//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers, first-hand ones first.
 //!
 //! Ties go to the lower process number. After the first report, a grace window allows better reports to arrive. So
 //! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.

@@ -24,8 +24,7 @@ pub(crate) struct ControlMessage {
     pub(crate) payload: Vec<u8>,
 }
 
-/// The kinds of control messages. All but `Joined`, `Message` and `Received` are urgent: the receiver answers with
-/// `Received` at once.
+/// The kinds of control messages. Reports and `Leaving` are urgent: the receiver answers with `Received`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
     /// The sender's membership runs; the first message.

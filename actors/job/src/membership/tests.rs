@@ -1,5 +1,4 @@
-//! Tests several memberships within one process, over socket pairs and loopback. `tests/membership_processes.rs` uses
-//! real processes.
+//! Tests several memberships in one process. `tests/membership_processes.rs` uses real processes.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown};
@@ -270,8 +269,7 @@ fn too_many_unread_messages_end_the_session() {
     assert_eq!((first.process, first.exit), (0, 70));
 }
 
-/// Forwards bytes between two streams. While `cut`, it neither forwards nor closes, like a frozen peer or a network
-/// outage.
+/// Forwards bytes between two streams. While `cut`, it neither forwards nor closes, like a frozen peer.
 fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
     let (a, inner_a) = UnixStream::pair().expect("a pair");
     let (inner_b, b) = UnixStream::pair().expect("a pair");

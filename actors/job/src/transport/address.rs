@@ -29,8 +29,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Resolves `HOST:PORT`. The zone of an IPv6 address is a number or the name of an interface of this node:
-/// `[fe80::1%eth0]:29400`.
+/// Resolves `HOST:PORT`. The zone of an IPv6 address is a number or an interface: `[fe80::1%eth0]:29400`.
 pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     let parts = address.strip_prefix('[').and_then(|rest| rest.split_once("]:"));
     let zoned = parts.and_then(|(host, port)| host.split_once('%').map(|(ip, zone)| (ip, zone, port)));

@@ -127,8 +127,7 @@ fn time_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
-/// Connects, with a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block this process
-/// forever.
+/// Connects. Has a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block it forever.
 fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
     net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(time_until(deadline)))?;

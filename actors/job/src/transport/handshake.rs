@@ -238,8 +238,7 @@ impl Acceptor {
         Ok(wire::decode(&decrypt(&self.0, "hello", message)?).map_err(|_| Refusal::Unreadable))
     }
 
-    /// Returns the verdict to send, and the keys, which continue with nonce 1 in both directions. Only after
-    /// [`Acceptor::verify`].
+    /// Returns the verdict to send, and the keys, which continue with nonce 1. Only after [`Acceptor::verify`].
     pub fn answer(self, verdict: &Result<(), Refusal>) -> Result<(Vec<u8>, StatelessTransportState), HandshakeError> {
         Ok((encrypt(&self.0, verdict)?, self.0))
     }

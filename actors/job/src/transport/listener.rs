@@ -169,8 +169,7 @@ impl Listener {
         self.shared.state.lock().refusals
     }
 
-    /// Stops accepting and ends every [`Listener::wait`] and [`Listener::dial`] in any thread. Claimed connections stay
-    /// open.
+    /// Stops accepting and ends each [`Listener::wait`] and [`Listener::dial`]. Claimed connections stay open.
     pub fn close(&self) {
         self.shared.close();
         let _ = self.wake.shutdown(std::net::Shutdown::Both);

@@ -218,8 +218,8 @@ impl Server {
         }
         let Hello { from, purpose, .. } = hello;
         if purpose != Purpose::Rendezvous {
-            // Replaces the connection of a dialler that retried. At rendezvous, two processes that claim one rank must
-            // both be reported.
+            // Replaces the connection of a dialler that retried. At rendezvous, both processes with one rank are
+            // reported.
             state.unclaimed.retain(|u| (u.from, u.purpose) != (from, purpose));
         }
         state.unclaimed.push_back(Unclaimed { from, purpose, connection });
@@ -278,8 +278,7 @@ impl PendingConnection {
         }
     }
 
-    /// Sends a message without blocking. The send buffer of a new socket holds a whole handshake; a full buffer is an
-    /// error.
+    /// Sends a message without blocking. The send buffer of a new socket holds a whole handshake.
     fn send(&self, part: &[u8]) -> io::Result<()> {
         (&self.connection).write_all(&with_length(part))
     }
