@@ -26,8 +26,7 @@ pub use error::ProtocolError;
 pub use register::SlotRing;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
-/// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers, `slot` the
-/// slot of piece number `piece`.
+/// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Message {
@@ -56,14 +55,21 @@ impl Message {
 pub enum ProtocolEvent {
     /// The session has started; the actor may fire.
     Start,
-    /// A message from another actor.
     Message(Message),
     /// The firing in flight has finished writing an early output.
-    Signal { action: u32, output: u32 },
+    Signal {
+        action: u32,
+        output: u32,
+    },
     /// The firing in flight has ended.
-    Done { action: u32 },
+    Done {
+        action: u32,
+    },
     /// The host allows `count` more firings of an external action.
-    Token { action: u32, count: u32 },
+    Token {
+        action: u32,
+        count: u32,
+    },
 }
 
 /// The output of an actor: an operation that the caller executes.
@@ -416,12 +422,7 @@ impl Protocol {
 
     /// Number of ended firings of an action.
     pub fn completed(&self, action: u32) -> u64 {
-        self.fired(action) - u64::from(self.in_flight == Some(action))
-    }
-
-    /// Number of begun firings of an action.
-    pub fn fired(&self, action: u32) -> u64 {
-        self.actions[action as usize].fired
+        self.actions[action as usize].fired - u64::from(self.in_flight == Some(action))
     }
 
     pub(crate) fn all_fired(&self) -> Vec<u64> {

@@ -81,10 +81,11 @@ pub struct Peers {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum PeerMessage {
-    /// Tensors.
     Piece(HostPiece),
     /// The process has ended in order and sends nothing more.
-    Ended { process: u32 },
+    Ended {
+        process: u32,
+    },
 }
 
 /// Tensors for a port.

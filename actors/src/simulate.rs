@@ -113,7 +113,6 @@ pub enum SimulationError {
     /// CR-6: a message was lost, duplicated or invented.
     #[error("CR-6 register '{register}' at reader {reader}: {numbers}")]
     Conservation { register: String, reader: String, numbers: String },
-    /// CR-7.
     #[error(transparent)]
     Race(#[from] DataRace),
 }

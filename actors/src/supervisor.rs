@@ -162,19 +162,6 @@ impl Session {
         }
     }
 
-    pub(crate) fn completed(&self, actor: ActorId, action: u32) {
-        if self.steps.complete(actor, action) {
-            self.failure.notify();
-        }
-    }
-
-    /// Waits until no firing is left of the steps that have all their tokens; false on timeout.
-    pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
-        let ended = self.failure.wait_until(timeout, || self.steps.whole_steps_have_ended())?;
-        self.steps.clocks.join();
-        Ok(ended)
-    }
-
     /// Snapshots of this process's actors, ordered by id. Actors that do not answer (after a panic) are left out.
     pub(crate) fn snapshot(&self) -> Vec<ActorSnapshot> {
         let (reply, replies) = bounded(self.streams.len());

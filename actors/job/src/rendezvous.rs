@@ -41,9 +41,9 @@ pub use messages::{
 
 type Outcome = Result<(Roster, Listener), RendezvousError>;
 
-/// Joins the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
-/// connections of its members. Calls `on_waiting` with a line that names the missing ranks every `report_every`.
-/// Returns at most a few seconds after `timeout`.
+/// Joins the other processes. Returns the roster, the same for all, and the listener for connections of its members.
+/// Calls `on_waiting` with a line that names the missing ranks every `report_every`. Returns at most a few seconds
+/// after `timeout`.
 pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -> Outcome {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);

@@ -137,10 +137,8 @@ impl Requests {
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
         requests.state.lock().job_end = end.filter(|end| *end > since_1970());
-        let mut signals = signal_hook::iterator::Signals::new(not_ignored(&[SIGTERM, SIGUSR1], &[SIGINT, SIGHUP]))?;
         let own = requests.clone();
-        let run = move || signals.forever().for_each(|signal| own.signal(signal));
-        thread::Builder::new().name("signals".into()).spawn(run)?;
+        on_each_signal(&[SIGTERM, SIGUSR1], &[SIGINT, SIGHUP], move |signal| own.signal(signal))?;
         Ok(installed.insert(requests).clone())
     }
 
@@ -187,8 +185,7 @@ impl Requests {
     }
 
     /// Applies the request that all processes agreed on. `Checkpoint` clears a pending request for a checkpoint, even
-    /// one that arrived during the step, because the save that follows contains the newest state. A request to end
-    /// stays pending on every process.
+    /// one that arrived during the step, because the save that follows contains the newest state. An end stays pending.
     pub fn agreed(&self, request: Request) {
         let mut state = self.state.lock();
         match request {
@@ -242,10 +239,18 @@ pub fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The signals `always`, and those of `others` that were not ignored when the process started, as under `nohup`.
-pub(crate) fn not_ignored<'a>(always: &'a [i32], others: &'a [i32]) -> impl Iterator<Item = i32> + 'a {
+/// Starts a thread that handles the signals `always`, and those of `others` that were not ignored when the process
+/// started, as under `nohup`.
+pub(crate) fn on_each_signal(
+    always: &[i32],
+    others: &[i32],
+    handle: impl FnMut(i32) + Send + 'static,
+) -> io::Result<()> {
     let ignored = signal_mask("self", "SigIgn:");
-    always.iter().chain(others.iter().filter(move |signal| ignored >> (*signal - 1) & 1 == 0)).copied()
+    let others = others.iter().filter(|signal| ignored >> (*signal - 1) & 1 == 0);
+    let mut signals = signal_hook::iterator::Signals::new(always.iter().chain(others))?;
+    let run = move || signals.forever().for_each(handle);
+    thread::Builder::new().name("signals".into()).spawn(run).map(drop)
 }
 
 /// A process's signal set from `/proc/<process>/status`; bit n - 1 is signal n. Empty if it cannot be read.

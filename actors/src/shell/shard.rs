@@ -87,7 +87,9 @@ impl Shard {
                 self.session.records.rings[&self.me].push(FiringRecord { ended_ns: now_ns, ..fired });
             }
             self.idle_since_ns = now_ns;
-            self.session.completed(self.me, action);
+            if self.session.steps.complete(self.me, action) {
+                self.session.failure.notify();
+            }
         }
         self.protocol.fire(&mut effects);
         for effect in effects.drain(..) {

@@ -91,8 +91,8 @@ pub(crate) fn accumulation() -> Spec {
     b.build()
 }
 
-/// Versioned state with bounded staleness: an initial register of two slots. Two firings in a row read each version,
-/// while another actor writes the next version.
+/// Versioned state with bounded staleness: an initial register of two slots. Two firings read each version, while
+/// another actor writes the next.
 fn stale() -> Spec {
     let mut b = Builder::new();
     let (worker, server) = (b.actor("worker", 0, Firing::Credit), b.actor("server", 1, Firing::Credit));

@@ -94,8 +94,7 @@ pub fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Comman
     command
 }
 
-/// The command `shardflow child`: executes `program`, which the kernel kills when the thread that started this process
-/// ends. Returns only on failure.
+/// The command `shardflow child`: executes `program`, which the kernel kills when the starting thread ends.
 pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return fail(Exit::Internal, &format!("cannot set the parent-death signal: {error}"));

@@ -18,8 +18,8 @@ use super::outbox::{Outbox, Waiting};
 use super::shared::Shared;
 use crate::transport::{Connection, Socket};
 
-/// Starts the thread. Connections become ready later: [`Shared::connected`]. When the first returned value is dropped, all
-/// connections close and the thread ends.
+/// Starts the thread. Connections become ready later: [`Shared::connected`]. It ends when the first returned value is
+/// dropped.
 pub(super) fn start(
     shared: Arc<Shared>,
     connections: BTreeMap<u32, Connection>,

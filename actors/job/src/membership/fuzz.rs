@@ -34,8 +34,7 @@ pub fn samples() -> Vec<Vec<u8>> {
 /// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
 /// existing process, has exactly one encoding, and is accepted once.
 ///
-/// # Panics
-/// If a property does not hold.
+/// Panics if a property does not hold.
 pub fn check_datagram(bytes: &[u8]) {
     let mut codec = codec(7);
     let forged = codec.read(bytes);

@@ -89,8 +89,8 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed. Returns true if
-/// one of them wanted to join.
+/// Refuses every process that connects, until all of `missing` were refused or the deadline. True if one wanted to
+/// join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {
@@ -178,8 +178,7 @@ impl JoinState {
         (1u32..).zip(&self.joined).filter(|(_, entry)| entry.is_none()).map(|(rank, _)| rank).collect()
     }
 
-    /// Accepts join requests until all ranks have joined, a failure is reported, the deadline passes, or
-    /// `conflict_grace` passes after a conflict.
+    /// Accepts join requests until all have joined, a failure is reported, or the deadline or `conflict_grace` passes.
     fn collect(
         &mut self,
         config: &RendezvousConfig,

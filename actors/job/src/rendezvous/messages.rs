@@ -254,7 +254,6 @@ pub enum RendezvousRefusal {
     /// A process ended before it joined, for a cause that no restart fixes.
     #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
     Failed(Report),
-    /// A process ended or froze after all had joined.
     #[error("{0} joined and was lost before the start; see its log")]
     Lost(ProcessLabel),
 }

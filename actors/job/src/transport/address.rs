@@ -43,6 +43,15 @@ pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     Ok(vec![SocketAddrV6::new(ip, port, 0, id).into()])
 }
 
+/// Calls `attempt` for each of a name's addresses until one succeeds; otherwise returns the last error.
+pub(crate) fn first_success<T>(
+    addresses: Vec<SocketAddr>,
+    mut attempt: impl FnMut(SocketAddr) -> io::Result<T>,
+) -> io::Result<T> {
+    let none = Err(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
+    addresses.into_iter().fold(none, |found, address| found.or_else(|_| attempt(address)))
+}
+
 /// Removes the zone for use on other nodes: a zone is valid only on its own node.
 pub fn without_zone(address: SocketAddr) -> SocketAddr {
     (address.ip(), address.port()).into()

@@ -1,5 +1,5 @@
-//! The accepting side: one thread polls the sockets and all unauthenticated connections, and keeps the authenticated
-//! ones until their owners claim them.
+//! The accepting side: one thread polls sockets and unauthenticated connections, and keeps the others until they are
+//! claimed.
 //!
 //! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one drops the oldest. Each
 //!   keeps at most one handshake message in memory, for at most `handshake_timeout`.

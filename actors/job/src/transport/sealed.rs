@@ -65,8 +65,7 @@ impl Seal {
         Self { keys, incoming: Mutex::new(incoming), outgoing: Mutex::new(outgoing) }
     }
 
-    /// Reads decrypted bytes. Fails with [`ErrorKind::InvalidData`] if a record was modified, and like the socket if it
-    /// would block or times out; a later call continues.
+    /// Reads decrypted bytes. Fails if a record was modified; after a timeout or `WouldBlock` a later call continues.
     pub(super) fn read(&self, mut socket: impl Read, into: &mut [u8]) -> io::Result<usize> {
         let mut incoming = self.incoming.lock();
         let incoming = &mut *incoming;

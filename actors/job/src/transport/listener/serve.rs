@@ -1,5 +1,4 @@
-//! The thread of a listener: polls sockets and unauthenticated connections and advances each handshake with the
-//! received bytes. It never blocks on one of them.
+//! The thread of a listener: polls sockets and unauthenticated connections and advances handshakes. It never blocks.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -251,8 +250,7 @@ fn counter(refusal: &Refusal) -> fn(&mut Refusals) -> &mut u64 {
 }
 
 impl PendingConnection {
-    /// Returns the next message without its length prefix once it is complete. Never reads past its end: later bytes
-    /// belong to the owner of the connection.
+    /// Returns the next message without its length prefix once it is complete. Never reads past its end.
     fn receive(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             while self.filled < self.message.len() {
