@@ -1,8 +1,7 @@
 //! Delivers messages: maps an actor's id to its mailbox, or to the peer that hosts it.
 //!
 //! ractor's mailboxes are unbounded, so the bus counts the entries of each and compares them with the limit that
-//! follows from credits: one per slot of each input (CR-3), one per slot and reader of each output, and those of a
-//! firing.
+//! follows from credits: one per slot of each input (CR-3), per slot and reader of each output, and for a firing.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};

@@ -179,8 +179,7 @@ impl RunningSession {
         Ok(())
     }
 
-    /// Lets an external action fire `tokens` more times. Fails with [`Failure::Protocol`] if the action is not
-    /// external.
+    /// Lets an external action fire `tokens` more times. Fails with [`Failure::Protocol`] if it is not external.
     pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), Failure> {
         if let Some(failure) = self.session.first_failure() {
             return Err(failure);
@@ -268,8 +267,7 @@ impl RunningSession {
         drop(self.watchdog_stop.take());
         self.session.bus.stop();
         if self.session.steps.any_in_flight() {
-            // Members may have stopped already, so a collective in flight would wait forever. The abort is not a
-            // failure.
+            // Members may have stopped already, so a collective could wait forever. The abort is not a failure.
             self.session.leave();
             self.session.engine.abort("the session was shut down");
         }

@@ -91,8 +91,7 @@ pub(crate) fn accumulation() -> Spec {
     b.build()
 }
 
-/// Versioned state with bounded staleness: an initial register of two slots. Two firings read each version, while
-/// another actor writes the next.
+/// Versioned state with bounded staleness: an initial register of two slots. Two firings read each version.
 fn stale() -> Spec {
     let mut b = Builder::new();
     let (worker, server) = (b.actor("worker", 0, Firing::Credit), b.actor("server", 1, Firing::Credit));

@@ -155,8 +155,7 @@ impl Attempt<'_, '_> {
         self.settle(local);
     }
 
-    /// Processes that end with code 0 and do not join may be of any program. They have failed if other nodes wait for
-    /// them.
+    /// Processes that end with code 0 and do not join may be of any program, but have failed if other nodes wait.
     fn fail_if_missed(&mut self) {
         if self.phase == Phase::Running
             && self.children.iter().all(Child::is_absent)

@@ -75,8 +75,7 @@ impl Ended {
     }
 }
 
-/// The process with which the failure began: own failures precede those that blame another process; then the earliest
-/// wins.
+/// The process with which the failure began: own failures precede those that blame a process; then the earliest.
 pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
     ended.iter().filter(|e| e.exit != Exit::Done).min_by_key(|e| (e.class(), e.time(), e.rank))
 }

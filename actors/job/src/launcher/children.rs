@@ -122,8 +122,7 @@ impl Child {
         }
     }
 
-    /// Called after its event: kills the rest of its group and records its end. `signaled`: the launcher had signaled
-    /// it.
+    /// Called after its event: kills the rest of its group and records its end. `signaled`: by the launcher.
     pub(super) fn finish(&mut self, job: &mut Job, signaled: bool) {
         // Until the process is reaped, its id and its group's cannot be reused.
         let _ = kill_process_group(self.pid, Signal::KILL);

@@ -1,5 +1,4 @@
-//! Log files of the processes. Each process writes its own, but the launcher copies the first one's output to log and
-//! screen.
+//! Log files of the processes. Each process writes its own, but the launcher copies that of the first.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};

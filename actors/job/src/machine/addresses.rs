@@ -9,8 +9,7 @@ use crate::transport::{Address, first_success, resolve};
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// The name is this node's own and resolves to loopback here but not on other nodes; or it is the unspecified
-    /// address.
+    /// The name is this node's own and resolves to loopback here only; or it is the unspecified address.
     pub(crate) is_hidden: bool,
 }
 
@@ -91,8 +90,7 @@ fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
     Ok(own)
 }
 
-/// The node's addresses except loopback and link-local ones, from the texts of `fib_trie` and `if_inet6` in
-/// `/proc/net`.
+/// The node's addresses except loopback and link-local ones, from `fib_trie` and `if_inet6` of `/proc/net`.
 fn node_addresses(fib_trie: &str, if_inet6: &str) -> Vec<SocketAddr> {
     let mut found: Vec<IpAddr> = Vec::new();
     let mut leaf = None;

@@ -18,8 +18,7 @@ use super::outbox::{Outbox, Waiting};
 use super::shared::Shared;
 use crate::transport::{Connection, Socket};
 
-/// Starts the thread. Connections become ready later: [`Shared::connected`]. It ends when the first returned value is
-/// dropped.
+/// Starts the thread. It ends when the first returned value is dropped. Connections become ready later.
 pub(super) fn start(
     shared: Arc<Shared>,
     connections: BTreeMap<u32, Connection>,

@@ -89,8 +89,7 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until all of `missing` were refused or the deadline. True if one wanted to
-/// join.
+/// Refuses every process that connects, until all of `missing` were refused or the deadline. True if one would join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {

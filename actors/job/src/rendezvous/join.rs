@@ -40,8 +40,7 @@ pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mu
     }
 }
 
-/// RV-4: reports to process 0, or whatever answers for it, that `ranks` will not join. True if process 0 waited for
-/// them.
+/// RV-4: reports to process 0, or whatever answers for it, that `ranks` will not join. True if it waited for them.
 pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,

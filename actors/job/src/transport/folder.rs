@@ -23,8 +23,7 @@ pub struct PrivateFolder {
 }
 
 impl PrivateFolder {
-    /// Creates a folder named `prefix`, which begins with `shardflow-`, plus random letters; removes those of dead
-    /// owners.
+    /// Creates a folder named `prefix`, which begins with `shardflow-`, plus letters; removes those of dead owners.
     pub fn new(prefix: &str) -> io::Result<Self> {
         remove_dead(&std::env::temp_dir());
         let private = Permissions::from_mode(0o700);

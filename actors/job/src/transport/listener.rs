@@ -1,5 +1,4 @@
-//! The accepting side: one thread polls sockets and unauthenticated connections, and keeps the others until they are
-//! claimed.
+//! The accepting side: one thread polls sockets and unauthenticated connections, and keeps the others until claimed.
 //!
 //! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one drops the oldest. Each
 //!   keeps at most one handshake message in memory, for at most `handshake_timeout`.

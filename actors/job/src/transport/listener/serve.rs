@@ -217,8 +217,7 @@ impl Server {
         }
         let Hello { from, purpose, .. } = hello;
         if purpose != Purpose::Rendezvous {
-            // Replaces the connection of a dialler that retried. At rendezvous, both processes with one rank are
-            // reported.
+            // Replaces the connection of a dialler that retried. At rendezvous, both are reported.
             state.unclaimed.retain(|u| (u.from, u.purpose) != (from, purpose));
         }
         state.unclaimed.push_back(Unclaimed { from, purpose, connection });
