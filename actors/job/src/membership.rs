@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
@@ -37,7 +36,7 @@ use crate::exit::Exit;
 use crate::transport::Connection;
 use datagram::Codec;
 use heartbeat::Heartbeats;
-use shared::{NOTICES_MAX, Shared};
+use shared::{JoinOnDrop, NOTICES_MAX, Shared};
 
 /// Timeout of an orderly end that waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -141,16 +140,6 @@ pub struct Membership {
     /// The threads, dropped in this order. Each ends when the first part is dropped.
     _heartbeat: (Arc<()>, JoinOnDrop),
     _control: (oneshot::Sender<()>, JoinOnDrop),
-}
-
-#[derive(Debug)]
-struct JoinOnDrop(Option<JoinHandle<()>>);
-
-impl Drop for JoinOnDrop {
-    fn drop(&mut self) {
-        // A panic of the thread is a bug; the panic hook has reported it.
-        let _ = self.0.take().map(JoinHandle::join);
-    }
 }
 
 impl Membership {

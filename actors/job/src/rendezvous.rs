@@ -20,8 +20,6 @@
 
 use std::time::Instant;
 
-use crate::transport::Listener;
-
 pub use config::{RendezvousConfig, local_address};
 pub(crate) use coordinator::refuse_callers;
 pub(crate) use join::send_failure;
@@ -35,11 +33,10 @@ pub mod fuzz;
 mod join;
 mod messages;
 
+use messages::Outcome;
 pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
-
-type Outcome = Result<(Roster, Listener), RendezvousError>;
 
 /// Joins the other processes. Returns the roster, the same for all, and the listener for connections of its members.
 /// Calls `on_waiting` with a line that names the missing ranks every `report_every`. Returns at most a few seconds

@@ -11,11 +11,10 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
-use super::JoinOnDrop;
 use super::control_message::{Body, CONTROL_BYTES_MAX, ControlMessage};
 use super::error::MembershipError;
 use super::outbox::{Outbox, Waiting};
-use super::shared::Shared;
+use super::shared::{JoinOnDrop, Shared};
 use crate::transport::{Connection, Socket};
 
 /// Starts the thread. It ends when the first returned value is dropped. Connections become ready later.

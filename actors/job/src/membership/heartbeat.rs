@@ -11,9 +11,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::JoinOnDrop;
 use super::datagram::{BYTES, Codec};
-use super::shared::Shared;
+use super::shared::{JoinOnDrop, Shared};
 
 /// Maximum interval between checks of the failure detector and of the grace window.
 const TICK: Duration = Duration::from_millis(50);

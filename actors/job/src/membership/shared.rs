@@ -1,6 +1,7 @@
 //! State that the threads of one membership share: the peers, their messages, and the first cause.
 
 use std::collections::BTreeMap;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -17,6 +18,17 @@ use crate::exit::Exit;
 
 /// Maximum number of peer messages that the application has not read yet.
 pub(crate) const NOTICES_MAX: usize = 4096;
+
+/// A thread of the membership.
+#[derive(Debug)]
+pub(super) struct JoinOnDrop(pub(super) Option<JoinHandle<()>>);
+
+impl Drop for JoinOnDrop {
+    fn drop(&mut self) {
+        // A panic of the thread is a bug; the panic hook has reported it.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
+}
 
 #[derive(Debug, Default)]
 enum ControlState {

@@ -11,12 +11,11 @@ use crate::transport::{
     Address, Connection, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, TransportError,
 };
 
-use super::Outcome;
 use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
 use super::messages::{
-    Answer, Conflict, JoinInfo, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request,
-    Roster, joined, ranks,
+    Answer, Conflict, JoinInfo, Outcome, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal,
+    Request, Roster, joined, ranks,
 };
 use crate::exit::Report;
 use crate::machine::Targets;

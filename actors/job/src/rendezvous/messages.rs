@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use crate::transport::{Address, SessionId, SettledWorld, TransportError};
+use crate::transport::{Address, Listener, SessionId, SettledWorld, TransportError};
 use serde::{Deserialize, Serialize};
 
 use super::facts::{VALUE_BYTES_MAX, advice};
@@ -286,6 +286,8 @@ fn more(count: usize) -> String {
 }
 
 pub(super) const WAIT_LONGER: &str = "to wait longer, set SHARDFLOW_MEET_MS or pass --meet-wait to `shardflow launch`";
+
+pub(super) type Outcome = Result<(Roster, Listener), RendezvousError>;
 
 /// Why a process did not join a world.
 #[derive(Debug, thiserror::Error)]
