@@ -1,8 +1,7 @@
 //! Delivers messages: maps an actor's id to its mailbox, or to the peer that hosts it.
 //!
 //! ractor's mailboxes are unbounded, so the bus counts the entries of each and compares them with the limit that
-//! follows from credits: one entry per slot of each input (CR-3), one per slot and reader of each output, and those of
-//! one firing.
+//! follows from credits: one per slot of each input (CR-3), per slot and reader of each output, and for a firing.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,8 +16,7 @@ use crate::remote::Remote;
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActorId, RegisterId, Spec};
 
-/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`],
-/// which holds ids and slots.
+/// One mailbox entry. It stays within the process; other actors send only the event's [`crate::protocol::Message`].
 #[derive(Debug)]
 pub(crate) enum Cast {
     Event(ProtocolEvent),
@@ -110,8 +108,7 @@ impl Bus {
         entries.load(Ordering::Relaxed) > *bound
     }
 
-    /// Counts an entry that an actor has taken out of its mailbox. An error of CR-3 if the mailbox held more entries
-    /// than credits allow.
+    /// Counts an entry taken out of a mailbox. An error of CR-3 if the mailbox held more entries than credits allow.
     pub(crate) fn dequeued(&self, actor: ActorId, name: &str, cast: &Cast) -> Result<(), ProtocolError> {
         if !is_bounded(cast) {
             return Ok(());

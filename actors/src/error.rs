@@ -10,20 +10,16 @@ use crate::protocol::ProtocolError;
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum Failure {
-    /// A launch failed.
     #[error("{actor} on device {device}, action {action}: {cause}")]
     Kernel { actor: String, device: usize, action: String, cause: Box<KernelError> },
-    /// A protocol violation in this process.
     #[error("{actor} on device {device}: {cause}")]
     Protocol { actor: String, device: usize, cause: ProtocolError },
     /// An actor panicked: a bug in this crate.
     #[error("{actor} on device {device} panicked{}: {message}", .action.as_ref().map(|a| format!(" in action {a}")).unwrap_or_default())]
     Panic { actor: String, device: usize, action: Option<String>, message: String },
-    /// A peer failed, or the connection to it.
     #[error("rank {process}: {cause}")]
     Peer { process: u32, cause: PeerError },
-    /// No progress although work is left. `process` contains the cause, if it is another one; `report` lists what each
-    /// actor waits for or has in flight.
+    /// No progress although work is left. `process` contains the cause, if it is another one; `report` lists waits.
     #[error("no progress for {idle_ms} ms: {cause}\n{report}")]
     Stalled { idle_ms: u64, cause: String, process: Option<u32>, report: String },
 }

@@ -1,12 +1,12 @@
 //! Frames of a register connection: messages, and headers of register data.
 //!
-//! [`FRAME_BYTES`] bytes, little-endian. Unused fields are zero, so each frame has exactly one encoding:
-//!
-//! ```text
-//! 0 magic "SF" │ 2 version │ 3 kind │ 4 register │ 8 reader │ 12 slot │ 16 piece │ 24 bytes
-//! ```
+//! Each has [`FRAME_BYTES`] bytes: magic "SF", the version, the frame as bincode with fixed-size little-endian numbers,
+//! and zeros. Each frame has one encoding.
 //!
 //! Frames contain neither session nor epoch: the handshake fixes both for a connection.
+
+use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
+use serde::{Deserialize, Serialize};
 
 use crate::protocol::Message;
 use crate::spec::RegisterId;
@@ -14,18 +14,14 @@ use crate::spec::RegisterId;
 /// Size of a frame in bytes, without the data that follows it.
 pub const FRAME_BYTES: usize = 32;
 /// Any change to the layout increments it.
-pub const FRAME_VERSION: u8 = 1;
+pub const FRAME_VERSION: u8 = 2;
 
 const MAGIC: [u8; 2] = *b"SF";
-const FILLED: u8 = 1;
-const RELEASED: u8 = 2;
-const DATA: u8 = 3;
-const HOST: u8 = 4;
-const READY: u8 = 5;
-const BYE: u8 = 6;
+const HEAD_BYTES: usize = 3;
+const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
 
 /// One message on a register connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Frame {
     /// A message between actors. Before `Filled`, all bytes of the piece have been sent or are in shared memory.
@@ -42,7 +38,7 @@ pub enum Frame {
 }
 
 /// A header that no correct peer sends.
-#[derive(Clone, Copy, Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum FrameError {
     /// Not the start of a frame: the stream is out of sync.
@@ -50,81 +46,37 @@ pub enum FrameError {
     Magic { got: [u8; 2] },
     #[error("frame version {got}, expected {FRAME_VERSION}")]
     Version { got: u8 },
-    #[error("unknown frame kind {kind}")]
-    Kind { kind: u8 },
-    #[error("frame kind {kind}: field '{field}' is {value}, expected 0")]
-    Unused { kind: u8, field: &'static str, value: u64 },
+    #[error("malformed frame: {message}")]
+    Malformed { message: String },
 }
 
 impl Frame {
     /// Encodes the frame.
     pub fn encode(&self) -> [u8; FRAME_BYTES] {
-        let (kind, register, reader, slot, piece, bytes) = match *self {
-            Self::Message(Message::Filled { register, reader, slot, piece }) => {
-                (FILLED, register.0, reader, slot, piece, 0)
-            }
-            Self::Message(Message::Released { register, reader, slot, piece }) => {
-                (RELEASED, register.0, reader, slot, piece, 0)
-            }
-            Self::Data { register, slot, piece, bytes } => (DATA, register.0, 0, slot, piece, bytes),
-            Self::Host { port, bytes } => (HOST, port, 0, 0, 0, bytes),
-            Self::Ready { round } => (READY, 0, 0, 0, round, 0),
-            Self::Bye => (BYE, 0, 0, 0, 0, 0),
-        };
         let mut frame = [0; FRAME_BYTES];
         frame[..2].copy_from_slice(&MAGIC);
         frame[2] = FRAME_VERSION;
-        frame[3] = kind;
-        frame[4..8].copy_from_slice(&register.to_le_bytes());
-        frame[8..12].copy_from_slice(&reader.to_le_bytes());
-        frame[12..16].copy_from_slice(&slot.to_le_bytes());
-        frame[16..24].copy_from_slice(&piece.to_le_bytes());
-        frame[24..].copy_from_slice(&bytes.to_le_bytes());
+        bincode::serde::encode_into_slice(self, &mut frame[HEAD_BYTES..], CONFIG).expect("the longest frame fits");
         frame
     }
 
-    /// Decodes a frame. The caller must check that registers, slots and ports exist and that the data has the right
-    /// length.
-    ///
-    /// # Errors
-    /// The first invalid field.
+    /// Decodes a frame. The caller must check that registers, slots and ports exist, and the length of the data.
     pub fn decode(frame: &[u8; FRAME_BYTES]) -> Result<Self, FrameError> {
-        let magic = [frame[0], frame[1]];
-        if magic != MAGIC {
-            return Err(FrameError::Magic { got: magic });
+        let &[first, second, version, ref body @ ..] = frame;
+        if [first, second] != MAGIC {
+            return Err(FrameError::Magic { got: [first, second] });
         }
-        if frame[2] != FRAME_VERSION {
-            return Err(FrameError::Version { got: frame[2] });
+        if version != FRAME_VERSION {
+            return Err(FrameError::Version { got: version });
         }
-        let (kind, id, reader, slot) = (frame[3], u32_at(frame, 4), u32_at(frame, 8), u32_at(frame, 12));
-        let (piece, bytes, register) = (u64_at(frame, 16), u64_at(frame, 24), RegisterId(id));
-        let decoded = match kind {
-            FILLED => Self::Message(Message::Filled { register, reader, slot, piece }),
-            RELEASED => Self::Message(Message::Released { register, reader, slot, piece }),
-            DATA => Self::Data { register, slot, piece, bytes },
-            HOST => Self::Host { port: id, bytes },
-            READY => Self::Ready { round: piece },
-            BYE => Self::Bye,
-            kind => return Err(FrameError::Kind { kind }),
-        };
-        let used = decoded.encode();
-        let fields = [("register", 4..8), ("reader", 8..12), ("slot", 12..16), ("piece", 16..24), ("bytes", 24..32)];
-        match fields.into_iter().find(|(_, at)| used[at.clone()] != frame[at.clone()]) {
+        let malformed = |message| FrameError::Malformed { message };
+        let (decoded, used) =
+            bincode::serde::decode_from_slice(body, CONFIG).map_err(|error| malformed(error.to_string()))?;
+        match body[used..].iter().find(|byte| **byte != 0) {
             None => Ok(decoded),
-            Some((field, at)) => {
-                let value = if at.len() == 8 { u64_at(frame, at.start) } else { u32_at(frame, at.start).into() };
-                Err(FrameError::Unused { kind, field, value })
-            }
+            Some(byte) => Err(malformed(format!("an unused byte is {byte}, expected 0"))),
         }
     }
-}
-
-fn u32_at(frame: &[u8; FRAME_BYTES], at: usize) -> u32 {
-    u32::from_le_bytes(std::array::from_fn(|i| frame[at + i]))
-}
-
-fn u64_at(frame: &[u8; FRAME_BYTES], at: usize) -> u64 {
-    u64::from_le_bytes(std::array::from_fn(|i| frame[at + i]))
 }
 
 #[cfg(test)]
@@ -159,12 +111,11 @@ mod tests {
         fn decodable_bytes_are_the_encoding_of_their_frame(
             mut frame in prop::array::uniform32(any::<u8>()), kind in 0u8..8, zeroed in 0usize..32,
         ) {
-            frame[..4].copy_from_slice(&[b'S', b'F', FRAME_VERSION, kind]);
-            frame[zeroed.max(4)..].fill(0);
+            frame[..7].copy_from_slice(&[b'S', b'F', FRAME_VERSION, kind, 0, 0, 0]);
+            frame[zeroed.max(7)..].fill(0);
             match Frame::decode(&frame) {
                 Ok(decoded) => prop_assert_eq!(decoded.encode(), frame),
-                Err(FrameError::Kind { kind: got }) => prop_assert!(got == kind && !(1..=6).contains(&kind)),
-                Err(error) => prop_assert!(matches!(error, FrameError::Unused { .. }), "{error}"),
+                Err(error) => prop_assert!(matches!(error, FrameError::Malformed { .. }), "{error}"),
             }
         }
     }
@@ -176,11 +127,11 @@ mod tests {
             change(&mut bytes);
             Frame::decode(&bytes).unwrap_err()
         };
-        let data = Frame::Data { register: RegisterId(3), slot: 1, piece: 9, bytes: 8 };
+        let malformed = |error| matches!(error, FrameError::Malformed { .. });
         assert_eq!(error_after(Frame::Bye, |b| b[0] = b'X'), FrameError::Magic { got: [b'X', b'F'] });
         assert_eq!(error_after(Frame::Bye, |b| b[2] = 9), FrameError::Version { got: 9 });
-        assert_eq!(error_after(Frame::Bye, |b| b[3] = 77), FrameError::Kind { kind: 77 });
-        assert_eq!(error_after(Frame::Bye, |b| b[16] = 5), FrameError::Unused { kind: BYE, field: "piece", value: 5 });
-        assert_eq!(error_after(data, |b| b[8] = 2), FrameError::Unused { kind: DATA, field: "reader", value: 2 });
+        assert!(malformed(error_after(Frame::Bye, |b| b[3] = 77)), "an unknown kind");
+        assert!(malformed(error_after(Frame::Bye, |b| b[16] = 5)), "an unused byte");
+        assert!(malformed(error_after(Frame::Ready { round: 1 }, |b| b[31] = 2)), "the last byte");
     }
 }

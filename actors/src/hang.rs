@@ -1,5 +1,4 @@
-//! Explains hangs: follows waits from an action with firings left to the root cause. Pure: the input is actor
-//! snapshots, live or simulated.
+//! Explains hangs: follows waits from an action with firings left to the root cause. Pure, on snapshots of actors.
 //!
 //! Piece numbers show lost messages: if a reader waits for a piece that its producer has published, the `Filled`
 //! message was lost; if a producer waits for a slot that its reader has released, the `Released` message was lost.
@@ -24,8 +23,7 @@ pub struct Hang {
     pub(crate) root: Root,
     /// Further roots of the same rank; each may be the cause.
     pub(crate) also: Vec<Root>,
-    /// The waits from an action with firings left to the root. In a cycle each action waits for the next, the last for
-    /// the first.
+    /// The waits from an action with firings left to the root. In a cycle the last action waits for the first.
     pub(crate) chain: Vec<WaitingAction>,
     text: String,
 }

@@ -48,6 +48,9 @@ impl RegisterMemory {
     }
 }
 
+/// Memory by register.
+pub(crate) type Memory = Arc<BTreeMap<RegisterId, RegisterMemory>>;
+
 /// The stream and programs of one actor of this process.
 #[derive(Debug)]
 pub struct ActorHost {
@@ -64,8 +67,7 @@ pub struct LoadedPlan {
     pub spec: Arc<Spec>,
     /// The actors of this process: all that no peer hosts.
     pub hosted: BTreeMap<ActorId, ActorHost>,
-    /// Memory of the registers that these actors write or read. A register produced by a peer lies in the peer's mapped
-    /// memory or in a mirror that the peer fills.
+    /// Memory of the registers that these actors write or read. That of a peer's register is mapped or a mirror.
     pub memory: BTreeMap<RegisterId, RegisterMemory>,
     /// The collective engine; aborted when the session fails.
     pub engine: Arc<dyn Collective>,

@@ -17,8 +17,7 @@ pub enum PipelineSchedule {
 pub struct Pipeline {
     /// Micro-batches in a step.
     pub micro_batches: u32,
-    /// Slots of each stage's stash: the maximum number of micro-batches between their forward and backward on that
-    /// stage.
+    /// Slots of each stage's stash: at most this many micro-batches are between their forward and backward on it.
     pub credits: Vec<u32>,
     /// The schedule.
     pub schedule: PipelineSchedule,

@@ -1,5 +1,4 @@
-//! The register protocol of one actor: a pure state machine from events to effects. The shell, the simulator and the
-//! tests share this code.
+//! The register protocol of one actor: a pure state machine from events to effects, for shell, simulator and tests.
 //!
 //! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece`
 //! of each output (one later for an `initial` register, whose piece 0 exists from the start). So the state is a few
@@ -11,10 +10,11 @@
 //! - **CR-5**: at most one firing of an actor is in flight.
 //! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <=
 //!   published`; the differences are messages in transit.
-//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight. The simulator checks this on
-//!   data.
+//! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight; the simulator checks it.
 
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
 
 use crate::spec::{ActorId, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, Spec};
 
@@ -26,9 +26,8 @@ pub use error::ProtocolError;
 pub use register::SlotRing;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
-/// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers, `slot` the
-/// slot of piece number `piece`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the types name the fields")]
 pub enum Message {
     /// From the producer: a piece can be read.
@@ -56,14 +55,21 @@ impl Message {
 pub enum ProtocolEvent {
     /// The session has started; the actor may fire.
     Start,
-    /// A message from another actor.
     Message(Message),
     /// The firing in flight has finished writing an early output.
-    Signal { action: u32, output: u32 },
+    Signal {
+        action: u32,
+        output: u32,
+    },
     /// The firing in flight has ended.
-    Done { action: u32 },
+    Done {
+        action: u32,
+    },
     /// The host allows `count` more firings of an external action.
-    Token { action: u32, count: u32 },
+    Token {
+        action: u32,
+        count: u32,
+    },
 }
 
 /// The output of an actor: an operation that the caller executes.
@@ -208,8 +214,7 @@ impl Protocol {
         Ok(())
     }
 
-    /// Processes an event without launching a firing, so that the caller can apply several events before the next
-    /// choice.
+    /// Processes an event without launching a firing, so that the caller can apply several before the next choice.
     ///
     /// # Errors
     /// An event that no correct peer sends. The state is then unspecified, and the session must end.
@@ -417,12 +422,7 @@ impl Protocol {
 
     /// Number of ended firings of an action.
     pub fn completed(&self, action: u32) -> u64 {
-        self.fired(action) - u64::from(self.in_flight == Some(action))
-    }
-
-    /// Number of begun firings of an action.
-    pub fn fired(&self, action: u32) -> u64 {
-        self.actions[action as usize].fired
+        self.actions[action as usize].fired - u64::from(self.in_flight == Some(action))
     }
 
     pub(crate) fn all_fired(&self) -> Vec<u64> {

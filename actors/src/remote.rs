@@ -8,8 +8,7 @@
 //!
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
 //!   and reader, the number of bytes of a slot, the expected piece and slot.
-//! - **RM-2**: an outbox holds at most the messages that the credits of the peer's actors allow (CR-3), plus the host's
-//!   messages of one step.
+//! - **RM-2**: an outbox holds at most what the credits of the peer's actors allow (CR-3) and the host sends in a step.
 //! - **RM-3**: a mirror's slot is written only after all readers here have released the piece that it holds; a refresh
 //!   writes it only while no reader here is in the middle of a step.
 
@@ -82,10 +81,11 @@ pub struct Peers {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum PeerMessage {
-    /// Tensors.
     Piece(HostPiece),
     /// The process has ended in order and sends nothing more.
-    Ended { process: u32 },
+    Ended {
+        process: u32,
+    },
 }
 
 /// Tensors for a port.
@@ -164,8 +164,7 @@ impl Remote {
         self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::End)));
     }
 
-    /// Records that a peer has sent the initial registers' bytes of this round; false unless it is the peer's next
-    /// round.
+    /// Records that a peer has sent the initial registers' bytes of this round; false unless it is its next round.
     pub(crate) fn set_ready(&self, peer: usize, round: u64) -> bool {
         let mut ready = self.ready.lock();
         let is_next = ready[peer].0.checked_add(1) == Some(round);
@@ -204,8 +203,7 @@ impl Remote {
     }
 
     /// Sends the initial registers' bytes for refresh number `round` and waits until all peers have done the same.
-    /// Fails with the session's first cause, with [`PeerError::Late`], or with [`PeerError::Ended`] if the missing peer
-    /// has ended.
+    /// Fails with the session's first cause, [`PeerError::Late`], or [`PeerError::Ended`].
     pub(crate) fn refresh(
         &self,
         round: u64,

@@ -170,8 +170,7 @@ fn start_device(
 }
 
 impl RunningSession {
-    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have called this too, then starts the actors. They
-    /// fire once the host adds tokens.
+    /// Waits up to [`WatchdogOptions::wait_max`] until all peers have called this too, then starts the actors.
     pub fn begin(&mut self) -> Result<(), Failure> {
         self.refresh()?;
         for actor in self.session.streams.keys() {
@@ -180,8 +179,7 @@ impl RunningSession {
         Ok(())
     }
 
-    /// Adds tokens to an external action, so that it can fire `tokens` more times. Fails with [`Failure::Protocol`] if
-    /// the action is not external.
+    /// Lets an external action fire `tokens` more times. Fails with [`Failure::Protocol`] if it is not external.
     pub fn add_tokens(&self, actor: ActorId, action: u32, tokens: u32) -> Result<(), Failure> {
         if let Some(failure) = self.session.first_failure() {
             return Err(failure);
@@ -204,7 +202,10 @@ impl RunningSession {
     /// Blocks until all firings of the steps that have all their tokens have ended; false when `timeout` passes first.
     /// The host may access the arenas only after this returns true.
     pub fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
-        self.session.quiesce(timeout)
+        let Session { steps, failure, .. } = &*self.session;
+        let ended = failure.wait_until(timeout, || steps.whole_steps_have_ended())?;
+        steps.clocks.join();
+        Ok(ended)
     }
 
     /// Sends the bytes of `initial` registers to the peers that read them, and waits until all peers have done the
@@ -266,8 +267,7 @@ impl RunningSession {
         drop(self.watchdog_stop.take());
         self.session.bus.stop();
         if self.session.steps.any_in_flight() {
-            // Other members may have stopped already, so a collective in flight would wait forever. Errors caused by
-            // the abort are not failures.
+            // Members may have stopped already, so a collective could wait forever. The abort is not a failure.
             self.session.leave();
             self.session.engine.abort("the session was shut down");
         }

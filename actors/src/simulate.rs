@@ -38,8 +38,7 @@ impl Timing {
     }
 
     /// From measured durations by actor and action, without latency. In a collective, early members wait inside their
-    /// firing for the last one. The simulator adds this wait itself, so actions of one group and name get the shortest
-    /// duration.
+    /// firing for the last one. The simulator adds this wait, so actions of one group and name get the shortest.
     pub fn measured(spec: &Spec, mut action_ticks: Vec<Vec<u64>>) -> Self {
         let mut least: HashMap<(u32, &str), u64> = HashMap::new();
         for (at, action) in spec.all_actions() {
@@ -73,8 +72,7 @@ pub struct Jitter {
 pub struct SimulationOptions {
     /// Number of steps; each action fires `per_step` times per step.
     pub steps: u32,
-    /// Random delays and tie-breaking. Without it a run is exact: all messages of a tick arrive before firings are
-    /// chosen.
+    /// Random delays and tie-breaking. Without it a run is exact: a tick's messages arrive before firings are chosen.
     pub jitter: Option<Jitter>,
     /// A fault to inject, for tests of the checks themselves.
     #[cfg(test)]
@@ -115,7 +113,6 @@ pub enum SimulationError {
     /// CR-6: a message was lost, duplicated or invented.
     #[error("CR-6 register '{register}' at reader {reader}: {numbers}")]
     Conservation { register: String, reader: String, numbers: String },
-    /// CR-7.
     #[error(transparent)]
     Race(#[from] DataRace),
 }
@@ -208,8 +205,7 @@ impl Simulator<'_> {
             self.arrive(actor, event)?;
             touched.push(actor);
             self.decide(&mut touched)?;
-            // An exact run processes all arrivals of a tick before it fires, so that priorities decide and not the
-            // queue order.
+            // An exact run processes all arrivals of a tick before it fires, so that priorities decide.
             let more = self.queue.peek().is_some_and(|Reverse((next, ..))| *next == tick);
             if self.rng.is_some() || !more {
                 for actor in touched.drain(..) {

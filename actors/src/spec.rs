@@ -1,11 +1,13 @@
 //! The part of a plan that the protocol uses: registers, credits, actions and firing. Plain data, no device.
 
+use serde::{Deserialize, Serialize};
+
 /// Index of an actor in [`Spec::actors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ActorId(pub u32);
 
 /// Index of a register in [`Spec::registers`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct RegisterId(pub u32);
 
 /// The actors and registers of a whole plan.
@@ -85,8 +87,7 @@ pub enum StreamKind {
 pub enum Firing {
     /// Any action whose inputs and credits are available: the lowest `priority` value first, then the lowest index.
     Credit,
-    /// This list of action indices, repeated in every step; each action waits for the previous one and until it is
-    /// ready.
+    /// This list of action indices, repeated in every step; each action waits until it is ready and its turn comes.
     Ordered(Vec<u32>),
 }
 

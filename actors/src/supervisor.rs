@@ -1,5 +1,4 @@
-//! Shared state of a running session. The first failure ends it: the cause is kept, collectives are aborted, all actors
-//! stop.
+//! Shared state of a running session. The first failure ends it: collectives are aborted, all actors stop.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
@@ -163,19 +162,6 @@ impl Session {
         }
     }
 
-    pub(crate) fn completed(&self, actor: ActorId, action: u32) {
-        if self.steps.complete(actor, action) {
-            self.failure.notify();
-        }
-    }
-
-    /// Waits until no firing is left of the steps that have all their tokens; false on timeout.
-    pub(crate) fn quiesce(&self, timeout: Duration) -> Result<bool, Failure> {
-        let ended = self.failure.wait_until(timeout, || self.steps.whole_steps_have_ended())?;
-        self.steps.clocks.join();
-        Ok(ended)
-    }
-
     /// Snapshots of this process's actors, ordered by id. Actors that do not answer (after a panic) are left out.
     pub(crate) fn snapshot(&self) -> Vec<ActorSnapshot> {
         let (reply, replies) = bounded(self.streams.len());
@@ -251,8 +237,7 @@ impl Session {
     }
 }
 
-/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops, for any
-/// reason.
+/// Supervises the actors of one device. ractor's default supervisor would end with the first child that stops.
 pub(crate) struct Supervisor;
 
 impl Actor for Supervisor {

@@ -28,8 +28,7 @@ pub struct WatchdogOptions {
     /// Receives stall reports, in addition to the log.
     pub on_stall: Option<OnStall>,
     /// Receives a line, in addition to the log, about another process that this one waits for most of the time: in 8 of
-    /// the last 10 checks all streams of this process were idle and waited for that process or the connection to it.
-    /// Repeated every 60 checks.
+    /// the last 10 checks all streams here were idle and waited for it. Repeated every 60 checks.
     pub on_slow: Option<OnStall>,
 }
 

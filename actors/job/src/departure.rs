@@ -35,8 +35,7 @@ impl Departure {
 }
 
 /// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is
-/// another one. With [`Exit::Retry`] and its own rank, the process ends on request, for example before its node is
-/// reclaimed, and the launcher does not restart it.
+/// another one. With [`Exit::Retry`] and its own rank, it ends on request, and the launcher does not restart it.
 ///
 /// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the
 /// rendezvous, for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it

@@ -83,20 +83,10 @@ impl Exit {
     pub fn from_code(code: u8) -> Exit {
         use Exit::*;
         let named = [
-            Done,
-            Usage,
-            BadData,
-            PeerUnavailable,
-            Internal,
-            OutOfMemory,
-            CannotWrite,
-            Retry,
-            Protocol,
-            Refused,
-            Hang,
-            Numerics,
+            [Done, Usage, BadData, PeerUnavailable, Internal, OutOfMemory],
+            [CannotWrite, Retry, Protocol, Refused, Hang, Numerics],
         ];
-        match named.into_iter().find(|exit| exit.code() == code) {
+        match named.into_iter().flatten().find(|exit| exit.code() == code) {
             Some(exit) => exit,
             // Linux has signals 1 to 64.
             None if (129..=192).contains(&code) => Signal(code - 128),
@@ -224,8 +214,7 @@ pub fn own_rank() -> u32 {
     env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
-/// Reports to the launcher that `step` is committed, so that it can detect restarts without progress. Does nothing if
-/// [`PROGRESS_FILE`] is not set.
+/// Reports to the launcher, if [`PROGRESS_FILE`] is set, that `step` is committed.
 pub fn progress(step: u64) -> io::Result<()> {
     match env::var_os(PROGRESS_FILE) {
         Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),

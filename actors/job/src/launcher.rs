@@ -1,9 +1,7 @@
-//! `shardflow launch`: starts a node's processes, forwards signals to them, and restarts them after a failure that a
-//! restart may fix.
+//! `shardflow launch`: starts a node's processes, forwards signals to them, and restarts them if that may help.
 //!
 //! Each node has its own launcher. When a process fails, the processes of other nodes detect it and end too, and each
-//! launcher restarts its own. A failure before the rendezvous that a restart would not fix is reported to the other
-//! nodes at the rendezvous endpoint.
+//! launcher restarts its own. A failure before the rendezvous that a restart would not fix is reported at its endpoint.
 
 use std::thread;
 use std::time::Duration;
@@ -35,8 +33,7 @@ const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Starts the processes, restarts them if needed, and returns when they have ended, with the exit of the first that
 /// failed. Prints failures to standard error, the first cause last.
 ///
-/// Must be called by a thread that lives as long as the launcher, such as the main thread: the kernel kills the
-/// processes when it ends.
+/// Call it from a thread that lives as long as the launcher: the kernel kills the processes when that thread ends.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
+use tokio::sync::oneshot;
 
 mod cause;
 mod control;
@@ -35,12 +36,11 @@ use crate::exit::Exit;
 use crate::transport::Connection;
 use datagram::Codec;
 use heartbeat::Heartbeats;
-use shared::{NOTICES_MAX, Shared};
+use shared::{JoinOnDrop, NOTICES_MAX, Shared};
 
 /// Timeout of an orderly end that waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not acknowledge
-/// it.
+/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not.
 const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Configuration of a membership; the rendezvous supplies most of it.
@@ -132,15 +132,14 @@ pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// The membership of this process in the session.
 ///
-/// Dropping it takes at most a second, even with frozen peers. A drop without [`Membership::leave`] is a failure, which
-/// is reported to peers.
+/// Dropping it takes at most a second, even with frozen peers. Without [`Membership::leave`] peers see a failure.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
     notices: Receiver<MembershipEvent>,
-    // Dropped in this order.
-    heartbeat: Option<heartbeat::HeartbeatThread>,
-    control: Option<control::ControlThread>,
+    /// The threads, dropped in this order. Each ends when the first part is dropped.
+    _heartbeat: (Arc<()>, JoinOnDrop),
+    _control: (oneshot::Sender<()>, JoinOnDrop),
 }
 
 impl Membership {
@@ -160,7 +159,7 @@ impl Membership {
             heartbeats.start().map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
         let control = control::start(shared.clone(), config.connections)?;
         // From here on, dropping `membership` ends both threads.
-        let membership = Self { shared: shared.clone(), notices, heartbeat: Some(heartbeat), control: Some(control) };
+        let membership = Self { shared: shared.clone(), notices, _heartbeat: heartbeat, _control: control };
         if let Err(error) = shared.wait_for_peers(config.join_within, config.join_at_most, config.deadline) {
             // Reports the reason to the peers that have connected.
             shared.fail(error.to_string(), error.exit().code());
@@ -169,8 +168,7 @@ impl Membership {
         Ok(membership)
     }
 
-    /// Receives events, in order per peer. The application must read them: unread messages beyond a limit end the
-    /// session.
+    /// Receives events, in order per peer. The application must read them: too many unread ones end the session.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
@@ -228,8 +226,6 @@ impl Drop for Membership {
             self.shared.fail("it ended without leaving the session: see its log".into(), Exit::Internal.code());
         }
         self.shared.wait_for_delivery(DROP_TIMEOUT);
-        drop(self.heartbeat.take());
-        drop(self.control.take());
     }
 }
 

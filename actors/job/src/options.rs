@@ -41,8 +41,7 @@ pub enum Collectives {
 /// Receives log lines: the ranks that a wait is for, or why another transport is used.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy or
-/// forwarded ports. Called once for each address.
+/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy.
 pub trait Advertise: fmt::Debug + Send + Sync {
     /// Returns the address that others connect to in order to reach `bound`. After an error the process does not start.
     fn connections(&self, bound: &Address) -> io::Result<Address>;
@@ -92,8 +91,7 @@ pub struct ClusterOptions {
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait for all processes to join.
     pub meet_within: Duration,
-    /// How long connecting may take once all processes have joined, before heartbeats start. Later waits are limited by
-    /// the watchdog of the session.
+    /// How long connecting may take once all have joined. Later waits are limited by the watchdog of the session.
     pub connect_within: Duration,
     /// Interval between reports of a wait, with the missing or slow ranks.
     pub report_every: Duration,

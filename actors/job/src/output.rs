@@ -1,5 +1,4 @@
-//! Queued standard output and error. A thread writes the queue, so that a full pipe or a stopped terminal does not
-//! block the training.
+//! Queued standard output and error. A thread writes them, so that a full pipe does not block the training.
 
 use std::collections::VecDeque;
 use std::fs::File;

@@ -1,5 +1,4 @@
-//! Rendezvous of the processes of a world: process 0 listens, all others send it their [`JoinInfo`], it compares them,
-//! and they start together.
+//! Rendezvous of the processes of a world: process 0 compares the [`JoinInfo`] of all, then all start.
 //!
 //! ```text
 //! process 0                     process p
@@ -21,8 +20,6 @@
 
 use std::time::Instant;
 
-use crate::transport::Listener;
-
 pub use config::{RendezvousConfig, local_address};
 pub(crate) use coordinator::refuse_callers;
 pub(crate) use join::send_failure;
@@ -36,17 +33,15 @@ pub mod fuzz;
 mod join;
 mod messages;
 
+use messages::Outcome;
 pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
 
-/// Joins the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
-/// connections of its members. Calls `on_waiting` with a line that names the missing ranks every `report_every`.
-/// Returns at most a few seconds after `timeout`.
-pub fn rendezvous(
-    config: &RendezvousConfig,
-    mut on_waiting: impl FnMut(&str),
-) -> Result<(Roster, Listener), RendezvousError> {
+/// Joins the other processes. Returns the roster, the same for all, and the listener for connections of its members.
+/// Calls `on_waiting` with a line that names the missing ranks every `report_every`. Returns at most a few seconds
+/// after `timeout`.
+pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -> Outcome {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);
     if process >= processes || processes > crate::transport::PROCESSES_MAX {

@@ -1,25 +1,5 @@
 //! Requests to a training process: save a checkpoint, or end. Their sources are signals, the end time of a Slurm job,
-//! and the program.
-//!
-//! ```ignore
-//! use shardflow::prelude::*;
-//!
-//! # fn program(plan: Plan) -> Result<Exit, Box<dyn std::error::Error>> {
-//! let requests = Requests::on_signals()?; // comes first: process 1 of a container ignores signals without a handler
-//! let options = SessionOptions { requests: Some(requests.clone()), ..SessionOptions::default() };
-//! let mut session = Session::start(plan, &options)?;
-//! let deferred = requests.defer(); // before this, SIGTERM ends the process at once
-//! for _ in 0..1000 {
-//!     match session.step(&[], 1e-3)?.request {
-//!         Request::Nothing => {}
-//!         Request::Checkpoint => {} // save; all processes get this request after the same step
-//!         Request::End(exit) => return Ok(exit), // save and end
-//!     }
-//! }
-//! drop(deferred);
-//! # Ok(Exit::Done)
-//! # }
-//! ```
+//! and the program. The guide shows their use, in `docs/guide/signals.md`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -158,11 +138,8 @@ impl Requests {
         let requests = Arc::new(Self::default());
         let end = env::var(JOB_END_TIME).ok().and_then(|text| text.parse().ok()).map(Duration::from_secs);
         requests.state.lock().job_end = end.filter(|end| *end > since_1970());
-        let mut signals =
-            signal_hook::iterator::Signals::new(not_ignored(&[SIGTERM, SIGUSR1, SIGXFSZ], &[SIGINT, SIGHUP]))?;
         let own = requests.clone();
-        let run = move || signals.forever().for_each(|signal| own.signal(signal));
-        thread::Builder::new().name("signals".into()).spawn(run)?;
+        on_each_signal(&[SIGTERM, SIGUSR1, SIGXFSZ], &[SIGINT, SIGHUP], move |signal| own.signal(signal))?;
         Ok(installed.insert(requests).clone())
     }
 
@@ -209,8 +186,7 @@ impl Requests {
     }
 
     /// Applies the request that all processes agreed on. `Checkpoint` clears a pending request for a checkpoint, even
-    /// one that arrived during the step, because the save that follows contains the newest state. A request to end
-    /// stays pending on every process.
+    /// one that arrived during the step, because the save that follows contains the newest state. An end stays pending.
     pub fn agreed(&self, request: Request) {
         let mut state = self.state.lock();
         match request {
@@ -265,10 +241,18 @@ pub fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// The signals `always`, and those of `others` that were not ignored when the process started, as under `nohup`.
-pub(crate) fn not_ignored<'a>(always: &'a [i32], others: &'a [i32]) -> impl Iterator<Item = i32> + 'a {
+/// Starts a thread that handles the signals `always`, and those of `others` that were not ignored when the process
+/// started, as under `nohup`.
+pub(crate) fn on_each_signal(
+    always: &[i32],
+    others: &[i32],
+    handle: impl FnMut(i32) + Send + 'static,
+) -> io::Result<()> {
     let ignored = signal_mask("self", "SigIgn:");
-    always.iter().chain(others.iter().filter(move |signal| ignored >> (*signal - 1) & 1 == 0)).copied()
+    let others = others.iter().filter(|signal| ignored >> (*signal - 1) & 1 == 0);
+    let mut signals = signal_hook::iterator::Signals::new(always.iter().chain(others))?;
+    let run = move || signals.forever().for_each(handle);
+    thread::Builder::new().name("signals".into()).spawn(run).map(drop)
 }
 
 /// A process's signal set from `/proc/<process>/status`; bit n - 1 is signal n. Empty if it cannot be read.

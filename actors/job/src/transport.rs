@@ -1,5 +1,4 @@
-//! Connections between the processes of a world: listeners, dialling and the handshake. Both sides authenticate before
-//! they use any received data.
+//! Connections between the processes of a world: listeners, dialling and the handshake. Both sides authenticate first.
 //!
 //! The handshake proves that both sides hold the job's secret and agree on session, epoch, processes and purpose. The
 //! later bytes are encrypted if the dialler asks for it ([`Hello::sealed`]); others are not even authenticated.
@@ -16,6 +15,7 @@ pub mod listener;
 mod sealed;
 pub mod wire;
 
+pub(crate) use address::first_success;
 pub use address::{Address, UNIX_PATH_BYTES_MAX, resolve, with_zone_of, without_zone};
 pub use connection::{Connection, SEND_TIMEOUT, Socket};
 pub use descriptors::{receive_descriptors, send_descriptors};

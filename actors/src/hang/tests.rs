@@ -19,8 +19,7 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
     }
 }
 
-/// All pieces of the given number of steps, per register and reader in another actor: register, reader index, reader,
-/// piece.
+/// All pieces of some steps that go to another actor: register, reader index, reader, piece.
 pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, RegisterReader, u64)> {
     let mut found = Vec::new();
     for (register, r) in spec.registers.iter().zip(0..) {

@@ -7,10 +7,8 @@ use crate::spec::RegisterId;
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ProtocolError {
-    /// CR-4: pieces arrive in order, each once.
     #[error("CR-4 register '{register}': {message} carries piece {got}, expected {expected}")]
     WrongPiece { register: String, message: String, expected: u64, got: u64 },
-    /// CR-4: piece `n` lies in slot `n mod slots`.
     #[error("CR-4 register '{register}': piece {piece} arrived in slot {got}, expected {expected}")]
     WrongSlot { register: String, piece: u64, expected: u32, got: u32 },
     #[error("CR-3 register '{register}': reader {reader} received piece {piece} while all {slots} slots are unread")]
@@ -29,7 +27,6 @@ pub enum ProtocolError {
     MissingSignal { action: String, output: u32 },
     #[error("actor {actor}: action {action} accepts no tokens from the host")]
     UnexpectedToken { actor: String, action: u32 },
-    /// A labelled invariant does not hold.
     #[error("{label} {at}: {numbers}")]
     Invariant { label: &'static str, at: String, numbers: String },
 }

@@ -1,8 +1,7 @@
 //! The slots of one register, as its producer counts them.
 //!
 //! A slot changes `Free -> Writing -> Filled(readers left) -> Free`. Pieces are numbered, every reader reads them in
-//! order, and piece `n` lies in slot `n mod slots`. So a few counters determine the state of every slot, and no queue
-//! is needed.
+//! order, and piece `n` lies in slot `n mod slots`. So a few counters determine the state of every slot.
 //!
 //! - **CR-1**: `freed <= released[reader] <= published <= acquired <= published + 1`: one piece at a time is written,
 //!   each piece is published once, and each reader releases it once.
@@ -84,8 +83,7 @@ impl SlotRing {
         self.published - 1
     }
 
-    /// Releases a reader's oldest piece; the slot becomes `Free` with the last reader. The caller has checked the
-    /// piece.
+    /// Releases a reader's oldest piece, which the caller has checked; the slot becomes `Free` with the last reader.
     pub(crate) fn release(&mut self, reader: usize) {
         self.released[reader] += 1;
         self.refresh_freed();

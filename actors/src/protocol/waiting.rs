@@ -27,13 +27,22 @@ pub struct ActionWaits {
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Missing {
     /// A piece of an input, from the action that writes it.
-    Piece { register: RegisterId, piece: u64, writer: RegisterReader },
+    Piece {
+        register: RegisterId,
+        piece: u64,
+        writer: RegisterReader,
+    },
     /// A free slot of an output: all are held. The holders have not released the oldest piece.
-    Credit { register: RegisterId, slots: u32, holders: Vec<Holder> },
-    /// A token from the host.
+    Credit {
+        register: RegisterId,
+        slots: u32,
+        holders: Vec<Holder>,
+    },
     Token,
     /// Its turn: the `next` action in the actor's ordered list is another one.
-    Turn { next: u32 },
+    Turn {
+        next: u32,
+    },
 }
 
 /// A reader that holds slots.

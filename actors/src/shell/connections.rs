@@ -15,7 +15,7 @@ use shardflow_kernels::tensor::{HostTensor, element_count};
 use crate::bus::Cast;
 use crate::error::{Failure, PeerError};
 use crate::frame::{FRAME_BYTES, Frame};
-use crate::loaded::RegisterMemory;
+use crate::loaded::Memory;
 use crate::protocol::{Message, ProtocolEvent};
 use crate::remote::{ByteRun, HostPiece, Outgoing, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
@@ -31,7 +31,7 @@ const HOST_PIECES_MAX: usize = 1 << 16;
 /// The data that both threads of a connection use.
 struct Link {
     session: Arc<Session>,
-    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    memory: Memory,
     process: u32,
     index: usize,
     pipes: BTreeMap<RegisterId, Arc<Pipe>>,
@@ -49,7 +49,7 @@ impl Link {
 pub(crate) fn serve(
     session: &Arc<Session>,
     ends: Vec<(PeerSpec, Receiver<Outgoing>)>,
-    memory: &Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    memory: &Memory,
 ) -> io::Result<Connections> {
     let mut connections = Connections::default();
     for (index, (peer, outgoing)) in ends.into_iter().enumerate() {

@@ -1,6 +1,5 @@
 //! One shard as a ractor actor: it feeds events to the protocol and turns the effects into launches and casts.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
@@ -11,7 +10,7 @@ use shardflow_kernels::stream::{Notification, Notify, Submission};
 
 use crate::bus::{Cast, Mail};
 use crate::error::{Failure, PeerError};
-use crate::loaded::{ActionProgram, BaseRef, RegisterMemory};
+use crate::loaded::{ActionProgram, BaseRef, Memory};
 use crate::protocol::{Effect, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::{ActorSnapshot, NotFinite};
 use crate::spec::{ActorId, RegisterId};
@@ -27,7 +26,7 @@ pub(crate) struct Shard {
     protocol: Protocol,
     /// Programs by action index.
     programs: Vec<ActionProgram>,
-    memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
+    memory: Memory,
     busy_ns: Vec<u64>,
     idle: Idle,
     /// When the last firing ended, nanoseconds since the session's start.
@@ -39,12 +38,7 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    pub(crate) fn new(
-        me: ActorId,
-        session: Arc<Session>,
-        programs: Vec<ActionProgram>,
-        memory: Arc<BTreeMap<RegisterId, RegisterMemory>>,
-    ) -> Self {
+    pub(crate) fn new(me: ActorId, session: Arc<Session>, programs: Vec<ActionProgram>, memory: Memory) -> Self {
         let protocol = Protocol::new(&session.spec, me);
         let busy_ns = vec![0; programs.len()];
         Self {
@@ -93,7 +87,9 @@ impl Shard {
                 self.session.records.rings[&self.me].push(FiringRecord { ended_ns: now_ns, ..fired });
             }
             self.idle_since_ns = now_ns;
-            self.session.completed(self.me, action);
+            if self.session.steps.complete(self.me, action) {
+                self.session.failure.notify();
+            }
         }
         self.protocol.fire(&mut effects);
         for effect in effects.drain(..) {

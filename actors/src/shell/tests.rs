@@ -1,5 +1,4 @@
-//! Runs small plans on real CPU streams: every run computes the values of the simulator's order. Also tests each
-//! failure.
+//! Runs small plans on real CPU streams: runs compute the values of the simulator's order. Also tests failures.
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use shardflow_kernels::collective::in_process::InProcess;
@@ -399,8 +398,7 @@ fn the_watchdog_reports_what_each_actor_waits_for() {
     assert_eq!(running.check_progress(Duration::from_secs(1000)), None, "without work there is no stall");
     running.add_tokens(ActorId(0), 0, 9).unwrap();
     begins.recv_timeout(TIMEOUT).unwrap();
-    // The first actor fills its two slots and then waits. From then on there is no progress, and only virtual time
-    // passes.
+    // The first actor fills its two slots and then waits. From then on only virtual time passes.
     wait_for(&running, |all| all[0].waiting.describe(&running.session.spec).contains("credit"));
     let at = |seconds| running.check_progress(Duration::from_secs(seconds));
     assert_eq!((at(2000), at(2009)), (None, None));

@@ -91,8 +91,7 @@ pub(crate) fn accumulation() -> Spec {
     b.build()
 }
 
-/// Versioned state with bounded staleness: an initial register of two slots. Two firings in a row read each version,
-/// while another actor writes the next version.
+/// Versioned state with bounded staleness: an initial register of two slots. Two firings read each version.
 fn stale() -> Spec {
     let mut b = Builder::new();
     let (worker, server) = (b.actor("worker", 0, Firing::Credit), b.actor("server", 1, Firing::Credit));
@@ -125,8 +124,7 @@ pub(crate) fn fan() -> Spec {
     b.build()
 }
 
-/// Two stages of two tensor-parallel shards whose forward and backward contain collectives; each actor has an ordered
-/// list.
+/// Two stages of two tensor-parallel shards with collectives in forward and backward; each actor has an ordered list.
 pub(crate) fn groups() -> Spec {
     let mut b = Builder::new();
     let mut stages: Vec<Vec<(RegisterReader, RegisterReader)>> = Vec::new();

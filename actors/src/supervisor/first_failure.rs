@@ -66,14 +66,14 @@ impl FirstFailure {
     }
 
     /// Makes waits check their condition again.
-    pub(super) fn notify(&self) {
+    pub(crate) fn notify(&self) {
         // The lock ensures that a waiter cannot check before the change and start to wait after the notification.
         drop(self.first.lock());
         self.settled.notify_all();
     }
 
     /// Waits for a condition; false on timeout. Returns the first cause if the session fails first.
-    pub(super) fn wait_until(&self, timeout: Duration, condition: impl Fn() -> bool) -> Result<bool, Failure> {
+    pub(crate) fn wait_until(&self, timeout: Duration, condition: impl Fn() -> bool) -> Result<bool, Failure> {
         let begin = Instant::now();
         let mut first = self.first.lock();
         loop {

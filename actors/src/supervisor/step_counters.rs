@@ -17,11 +17,10 @@ pub(crate) struct StepCounters {
     in_flight: Vec<AtomicU32>,
     /// Launched firings by actor and action.
     launched: Vec<Vec<AtomicU64>>,
-    /// Ended firings by actor and action. A total is not enough: if a peer is one step ahead, an early firing of one
-    /// action would hide a late one of another.
+    /// Ended firings by actor and action. Not a total: an early firing of one would hide a late one of another.
     completed: Vec<Vec<AtomicU64>>,
     /// Race clocks at the time when actions last finished all their firings of a step.
-    pub(super) clocks: ReleaseClocks,
+    pub(crate) clocks: ReleaseClocks,
     /// Number of steps for which all tokens have been added.
     whole: AtomicU64,
     /// Number of steps for which some tokens have been added.
@@ -49,7 +48,7 @@ impl StepCounters {
     }
 
     /// Records the end of a firing. True if it ends the last step that has all its tokens.
-    pub(super) fn complete(&self, actor: ActorId, action: u32) -> bool {
+    pub(crate) fn complete(&self, actor: ActorId, action: u32) -> bool {
         let completed = &self.completed[actor.0 as usize][action as usize];
         self.in_flight[actor.0 as usize].store(IDLE, Ordering::Relaxed);
         let per_step = u64::from(self.spec.action(actor, action).per_step);
@@ -82,7 +81,7 @@ impl StepCounters {
     }
 
     /// True when no firing is left of the steps that have all their tokens.
-    pub(super) fn whole_steps_have_ended(&self) -> bool {
+    pub(crate) fn whole_steps_have_ended(&self) -> bool {
         self.has_ended(self.whole.load(Ordering::Acquire))
     }
 

@@ -111,12 +111,7 @@ pub(crate) fn write<'a>(
     for (index, entry) in entries.iter().enumerate() {
         let tensor = content(index)?;
         let elements = tensor.as_bytes();
-        assert_eq!(
-            elements.len() as u64,
-            entry.bytes(),
-            "{}: the size of the content differs from the entry",
-            entry.name
-        );
+        assert_eq!(elements.len() as u64, entry.bytes(), "{}: content and entry differ in size", entry.name);
         upload.push(elements)?;
         written.push((offset, Checksum::of(elements)));
         offset += entry.bytes();

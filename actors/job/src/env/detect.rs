@@ -10,8 +10,7 @@ use super::names::{Variables, get};
 use super::secret_source::SecretSource;
 use super::slurm::{first_host, tasks_per_node};
 
-/// Ports that are derived from a job's name. They lie below Linux's ephemeral ports (from 32768) and Kubernetes's
-/// service ports (from 30000).
+/// Ports that are derived from a job's name. Below Linux's ephemeral ports (from 32768) and Kubernetes's (from 30000).
 pub const DERIVED_PORTS: Range<u16> = 20000..30000;
 
 /// Detects how a process with these variables was started.

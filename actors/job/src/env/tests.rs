@@ -157,8 +157,7 @@ fn a_single_process_is_local() {
     }
 }
 
-/// Every subset of a launcher's variables gives a local process, the whole world, or an error that names a variable
-/// that is set and one that is missing.
+/// Every subset of a launcher's variables is a local process, the whole world, or an error that names a missing one.
 #[test]
 fn incomplete_variables_are_refused() {
     for (whole, extras) in [

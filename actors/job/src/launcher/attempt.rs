@@ -19,8 +19,7 @@ use super::options::LaunchError;
 use crate::exit::{Exit, Report};
 use crate::output;
 
-/// Time until processes are killed when only those are left that the ended ones blame. A blamed process may be about to
-/// report its failure; usually it is frozen.
+/// Time until processes are killed when only those are left that the ended ones blame: usually they are frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
 /// Longest time from a failure until SIGTERM to processes that wait in vain for the failed one to join. Those that fail
 /// for the same cause report it themselves.
@@ -156,8 +155,7 @@ impl Attempt<'_, '_> {
         self.settle(local);
     }
 
-    /// Processes that all end with code 0 and do not join may be of any program. They have failed if processes of other
-    /// nodes wait for them.
+    /// Processes that end with code 0 and do not join may be of any program, but have failed if other nodes wait.
     fn fail_if_missed(&mut self) {
         if self.phase == Phase::Running
             && self.children.iter().all(Child::is_absent)

@@ -75,8 +75,7 @@ impl Ended {
     }
 }
 
-/// The process with which the failure began: a process's own failure precedes one that blames another process; then the
-/// earliest wins. `None` if all processes succeeded.
+/// The process with which the failure began: own failures precede those that blame a process; then the earliest.
 pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
     ended.iter().filter(|e| e.exit != Exit::Done).min_by_key(|e| (e.class(), e.time(), e.rank))
 }

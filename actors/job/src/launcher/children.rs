@@ -122,8 +122,7 @@ impl Child {
         }
     }
 
-    /// Called after its event: kills the rest of its group and records how it ended. `signaled`: the launcher had sent
-    /// a signal to end.
+    /// Called after its event: kills the rest of its group and records its end. `signaled`: by the launcher.
     pub(super) fn finish(&mut self, job: &mut Job, signaled: bool) {
         // Until the process is reaped, its id and its group's cannot be reused.
         let _ = kill_process_group(self.pid, Signal::KILL);
@@ -163,43 +162,32 @@ fn wait_until_ended(pid: Pid) {
 /// Sets the variables that `cluster::env` reads, torchrun's, and the CUDA driver's.
 fn set_environment(command: &mut Command, job: &Job, config: &AttemptConfig, local: u32) {
     let options = job.options;
-    let rank = (options.node * options.local_processes + local).to_string();
-    let processes = (options.nodes * options.local_processes).to_string();
-    let (local, local_processes) = (local.to_string(), options.local_processes.to_string());
-    let (node, nodes) = (options.node.to_string(), options.nodes.to_string());
-    let (attempt, max) = (config.attempt.to_string(), options.restarts_max.to_string());
+    let rank = options.node * options.local_processes + local;
     let causes = job.causes.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
-    let variables = [
-        ("SHARDFLOW_RANK", &rank),
-        ("SHARDFLOW_WORLD_SIZE", &processes),
-        ("SHARDFLOW_LOCAL_RANK", &local),
-        ("SHARDFLOW_LOCAL_WORLD_SIZE", &local_processes),
-        ("SHARDFLOW_NODE_RANK", &node),
-        ("SHARDFLOW_NNODES", &nodes),
-        ("SHARDFLOW_ENDPOINT", &config.endpoint.to_string()),
-        ("SHARDFLOW_RUN_ID", &job.run_id),
-        ("SHARDFLOW_RESTART_COUNT", &attempt),
-        ("SHARDFLOW_MAX_RESTARTS", &max),
-        ("SHARDFLOW_RESTART_CAUSES", &causes),
-        ("SHARDFLOW_JOB_BEGAN_MS", &job.began_ms.to_string()),
-        ("RANK", &rank),
-        ("WORLD_SIZE", &processes),
-        ("LOCAL_RANK", &local),
-        ("LOCAL_WORLD_SIZE", &local_processes),
-        ("GROUP_RANK", &node),
-        ("GROUP_WORLD_SIZE", &nodes),
-        ("ROLE_NAME", &"default".to_string()),
-        ("ROLE_RANK", &rank),
-        ("ROLE_WORLD_SIZE", &processes),
-        ("MASTER_ADDR", &config.master.0),
-        ("MASTER_PORT", &config.master.1.to_string()),
-        ("TORCHELASTIC_RESTART_COUNT", &attempt),
-        ("TORCHELASTIC_MAX_RESTARTS", &max),
-        ("TORCHELASTIC_RUN_ID", &job.run_id),
+    let (master, port) = &config.master;
+    let variables: [(&[&str], &dyn ToString); 15] = [
+        (&["SHARDFLOW_RANK", "RANK", "ROLE_RANK"], &rank),
+        (&["SHARDFLOW_WORLD_SIZE", "WORLD_SIZE", "ROLE_WORLD_SIZE"], &(options.nodes * options.local_processes)),
+        (&["SHARDFLOW_LOCAL_RANK", "LOCAL_RANK"], &local),
+        (&["SHARDFLOW_LOCAL_WORLD_SIZE", "LOCAL_WORLD_SIZE"], &options.local_processes),
+        (&["SHARDFLOW_NODE_RANK", "GROUP_RANK"], &options.node),
+        (&["SHARDFLOW_NNODES", "GROUP_WORLD_SIZE"], &options.nodes),
+        (&["SHARDFLOW_ENDPOINT"], &config.endpoint),
+        (&["SHARDFLOW_RUN_ID", "TORCHELASTIC_RUN_ID"], &job.run_id),
+        (&["SHARDFLOW_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"], &config.attempt),
+        (&["SHARDFLOW_MAX_RESTARTS", "TORCHELASTIC_MAX_RESTARTS"], &options.restarts_max),
+        (&["SHARDFLOW_RESTART_CAUSES"], &causes),
+        (&["SHARDFLOW_JOB_BEGAN_MS"], &job.began_ms),
+        (&["ROLE_NAME"], &"default"),
+        (&["MASTER_ADDR"], master),
+        (&["MASTER_PORT"], port),
     ];
-    command.envs(variables).envs(options.variables.iter().map(|(name, value)| (name, value)));
+    for (names, value) in variables {
+        command.envs(names.iter().map(|name| (name, value.to_string())));
+    }
+    command.envs(options.variables.iter().map(|(name, value)| (name, value)));
     command.env("SHARDFLOW_SECRET", job.secret.text()).env_remove("SHARDFLOW_SECRET_FILE");
-    if local == "0" {
+    if local == 0 {
         command.env(PROGRESS_FILE, job.progress_file());
     } else {
         command.env_remove(PROGRESS_FILE);

@@ -89,14 +89,12 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
 pub fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once,
-    // from the launcher.
+    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once.
     command.process_group(0);
     command
 }
 
-/// The command `shardflow child`: executes `program`, which the kernel kills when the thread that started this process
-/// ends. Returns only on failure.
+/// The command `shardflow child`: executes `program`, which the kernel kills when the starting thread ends.
 pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return fail(Exit::Internal, &format!("cannot set the parent-death signal: {error}"));

@@ -15,7 +15,7 @@ use crate::exit::{Report, unix_ns};
 use crate::machine::temporary_folder;
 use crate::options::ClusterOptions;
 use crate::output;
-use crate::requests::not_ignored;
+use crate::requests::on_each_signal;
 use crate::secret::Secret;
 use crate::transport::PrivateFolder;
 
@@ -71,7 +71,10 @@ impl<'a> Job<'a> {
     pub(super) fn prepare(options: &'a LaunchOptions, departure: Option<Departure>) -> Result<Job<'a>, LaunchError> {
         // Comes first: process 1 of a container ignores signals without a handler.
         let events = crossbeam_channel::bounded(EVENTS_MAX);
-        watch_signals(events.0.clone()).map_err(LaunchError::io("watch for signals"))?;
+        let sender: Sender<Event> = events.0.clone();
+        let forward = move |signal| drop(sender.send(Event::Signal(signal as u8)));
+        let watched = on_each_signal(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT], forward);
+        watched.map_err(LaunchError::io("watch for signals"))?;
         check(options)?;
         let program = find_program(options)?;
         let variables = variables(options);
@@ -158,13 +161,4 @@ impl<'a> Job<'a> {
 
 fn random_secret() -> Result<Secret, LaunchError> {
     Secret::random().map_err(|e| LaunchError::Io { action: "make a secret".into(), source: io::Error::other(e) })
-}
-
-/// Starts the thread that sends an event for each signal. A signal that was ignored at the start, as under `nohup`,
-/// stays ignored, except SIGTERM and SIGUSR1.
-fn watch_signals(events: Sender<Event>) -> io::Result<()> {
-    let watched = not_ignored(&[SIGTERM, SIGUSR1], &[SIGHUP, SIGINT, SIGQUIT]);
-    let mut signals = signal_hook::iterator::Signals::new(watched)?;
-    let forward = move || signals.forever().try_for_each(|signal| events.send(Event::Signal(signal as u8)));
-    thread::Builder::new().name("signals".into()).spawn(forward).map(drop)
 }

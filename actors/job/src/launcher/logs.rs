@@ -1,5 +1,4 @@
-//! Log files of the processes. Each process writes its own, except the node's first: the launcher copies its output to
-//! the log and the screen.
+//! Log files of the processes. Each process writes its own, but the launcher copies that of the first.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};

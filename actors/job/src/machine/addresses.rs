@@ -3,14 +3,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::{fs, io};
 
-use crate::transport::{Address, resolve};
+use crate::transport::{Address, first_success, resolve};
 
 /// The addresses to which `HOST:PORT` of the first process resolves on this node.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// The name is this node's own and resolves to loopback here (Debian maps it to 127.0.1.1 in `/etc/hosts`) but not
-    /// on other nodes; or it is the unspecified address.
+    /// The name is this node's own and resolves to loopback here only; or it is the unspecified address.
     pub(crate) is_hidden: bool,
 }
 
@@ -42,14 +41,7 @@ pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<Socke
     if let Some(outward) = outward_address().filter(|_| is_hidden) {
         return Ok(outward);
     }
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for target in addresses {
-        match source_address(target) {
-            Ok(local) => return Ok(local),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
+    first_success(addresses, source_address)
 }
 
 /// A log line if the first process's name resolves on this node to an address that other nodes cannot reach.
@@ -98,8 +90,7 @@ fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
     Ok(own)
 }
 
-/// The node's addresses except loopback and link-local ones, from the texts of `/proc/net/fib_trie` and
-/// `/proc/net/if_inet6`.
+/// The node's addresses except loopback and link-local ones, from `fib_trie` and `if_inet6` of `/proc/net`.
 fn node_addresses(fib_trie: &str, if_inet6: &str) -> Vec<SocketAddr> {
     let mut found: Vec<IpAddr> = Vec::new();
     let mut leaf = None;

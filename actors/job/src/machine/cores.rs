@@ -27,8 +27,7 @@ fn cores_of(mask: &[u64]) -> impl Iterator<Item = usize> {
 
 /// Threads for each device of process `own`, at least 1. `node` has the affinity mask and the number of devices of each
 /// process of the node. A core in several masks is divided among the devices of these processes. An empty mask is
-/// unknown and overlaps all others. `quota` is the number of cores whose time a cgroup grants to the processes that
-/// share cores with `own`.
+/// unknown and overlaps all others. `quota` is how many cores a cgroup grants to those that share cores with `own`.
 pub fn threads_per_device(node: &[(&[u64], usize)], own: usize, quota: usize) -> usize {
     let own: Vec<usize> = cores_of(node[own].0).collect();
     let has = |mask: &[u64], core: usize| {

@@ -33,8 +33,7 @@ pub struct FreeMemory {
     pub bound: MemoryBound,
 }
 
-/// The minimum of the machine's available memory and the free memory of each memory cgroup up to the root; `None` if
-/// `/proc` does not report it.
+/// The least free memory of the machine and of each memory cgroup up to the root; `None` if `/proc` does not report it.
 pub fn free_memory() -> Option<FreeMemory> {
     free_memory_by(&|path| fs::read_to_string(path).ok())
 }

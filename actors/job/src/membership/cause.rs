@@ -7,8 +7,7 @@
 //! 1. this process's own failure, unless it already knew of a peer's own failure;
 //! 2. a peer's own failure, with the same condition;
 //! 3. secondary failures: the reporter already knew of another process's failure;
-//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers; first-hand accusers count
-//!    first.
+//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers, first-hand ones first.
 //!
 //! Ties go to the lower process number. After the first report, a grace window allows better reports to arrive. So
 //! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
@@ -17,6 +16,8 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 /// The first cause of a session's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +36,7 @@ impl fmt::Display for FirstCause {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub(crate) enum Kind {
     /// The reporter itself failed.
     Failed,
@@ -43,7 +44,7 @@ pub(crate) enum Kind {
     Lost,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Report {
     pub(crate) by: u32,
     /// The process that failed; equal to `by` for [`Kind::Failed`].

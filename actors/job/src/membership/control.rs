@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use tokio::io::Interest;
 use tokio::net::{TcpStream, UnixStream};
@@ -14,31 +14,14 @@ use tokio::task::JoinSet;
 use super::control_message::{Body, CONTROL_BYTES_MAX, ControlMessage};
 use super::error::MembershipError;
 use super::outbox::{Outbox, Waiting};
-use super::shared::Shared;
+use super::shared::{JoinOnDrop, Shared};
 use crate::transport::{Connection, Socket};
 
-/// The running thread. Dropping it closes all connections and ends the thread.
-#[derive(Debug)]
-pub(crate) struct ControlThread {
-    stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for ControlThread {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread has printed its own message.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Starts the thread. Connections become ready later: [`Shared::connected`].
-pub(crate) fn start(
+/// Starts the thread. It ends when the first returned value is dropped. Connections become ready later.
+pub(super) fn start(
     shared: Arc<Shared>,
     connections: BTreeMap<u32, Connection>,
-) -> Result<ControlThread, MembershipError> {
+) -> Result<(oneshot::Sender<()>, JoinOnDrop), MembershipError> {
     let failed = |operation| move |source| MembershipError::Io { operation, source };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(failed("start the control plane's runtime"))?;
@@ -57,7 +40,7 @@ pub(crate) fn start(
     };
     let thread = thread::Builder::new().name("control".into()).spawn(move || runtime.block_on(run));
     let thread = thread.map_err(failed("start the control plane's thread"))?;
-    Ok(ControlThread { stop: Some(stop), thread: Some(thread) })
+    Ok((stop, JoinOnDrop(Some(thread))))
 }
 
 /// Serves the connection to one peer until either direction ends.
@@ -80,7 +63,7 @@ fn report(process: u32, ended: io::Result<()>) {
 
 async fn send(connection: &AsyncConnection, mut waiting: Waiting) -> io::Result<()> {
     connection.write_message(&ControlMessage::from(Body::Joined).write()).await?;
-    while let Some(message) = waiting.next().await {
+    while let Some(message) = waiting.messages.recv().await {
         connection.write_message(&message.bytes).await?;
         waiting.written(&message);
     }

@@ -4,6 +4,8 @@
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
 
+use super::cause::Report;
+
 /// Maximum bytes of an application's message.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
 /// Maximum bytes of a cause's text; longer texts are truncated.
@@ -22,18 +24,15 @@ pub(crate) struct ControlMessage {
     pub(crate) payload: Vec<u8>,
 }
 
-/// The kinds of control messages. All but `Joined`, `Message` and `Received` are urgent: the receiver answers with
-/// `Received` at once.
+/// The kinds of control messages. Reports and `Leaving` are urgent: the receiver answers with `Received`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
     /// The sender's membership runs; the first message.
     Joined,
     /// The application's; the payload is its bytes.
     Message { topic: u16 },
-    /// The sender failed.
-    Failed { follows: bool, cause: String, exit: u8 },
-    /// The sender lost another process.
-    Lost { about: u32, follows: bool, cause: String, exit: u8 },
+    /// The sender failed or lost another process.
+    Report(Report),
     /// The sender leaves cleanly.
     Leaving,
     /// How many urgent control messages the sender has received since the start.
@@ -76,6 +75,7 @@ pub(crate) fn truncated(mut cause: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::membership::cause::Kind;
     use crate::membership::fuzz::bodies;
 
     fn all() -> Vec<ControlMessage> {
@@ -86,7 +86,8 @@ mod tests {
     #[test]
     fn messages_arrive_as_sent() {
         let cause = truncated("é".repeat(CAUSE_BYTES_MAX));
-        let longest = ControlMessage::from(Body::Failed { follows: true, cause, exit: 71 });
+        let report = Report { by: 1, about: 1, kind: Kind::Failed, follows: true, cause, exit: 71 };
+        let longest = ControlMessage::from(Body::Report(report));
         let largest = ControlMessage { body: Body::Message { topic: 1 }, payload: vec![1; MESSAGE_BYTES_MAX] };
         for message in all().into_iter().chain([longest, largest]) {
             let bytes = message.write();

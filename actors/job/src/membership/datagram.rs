@@ -1,13 +1,17 @@
-//! The heartbeat datagram: fixed layout, little-endian, with a MAC. Pure.
-//!
-//! `magic [4] | version u16 | zero u16 | session [16] | epoch u64 | process u32 | lost u32 | sequence u64 | mac [16]`
+//! The heartbeat datagram: a [`Signed`] with fixed-size little-endian numbers, and its MAC. Pure.
 
 use std::collections::BTreeMap;
 
+use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
+
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
+/// Magic, version, session, epoch, process, lost process, sequence.
+type Signed = ([u8; 4], u32, [u8; 16], u64, u32, u32, u64);
+
+const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
 const MAGIC: [u8; 4] = *b"SFHB";
-const VERSION: u16 = 3;
+const VERSION: u32 = 3;
 /// Number of bytes that the MAC covers.
 const SIGNED: usize = 48;
 const MAC: usize = 16;
@@ -60,13 +64,9 @@ impl Codec {
 
     pub(crate) fn write(&self, process: u32, sequence: u64, lost: Option<u32>) -> [u8; BYTES] {
         let mut out = [0; BYTES];
-        out[..4].copy_from_slice(&MAGIC);
-        out[4..6].copy_from_slice(&VERSION.to_le_bytes());
-        out[8..24].copy_from_slice(&self.session);
-        out[24..32].copy_from_slice(&self.epoch.to_le_bytes());
-        out[32..36].copy_from_slice(&process.to_le_bytes());
-        out[36..40].copy_from_slice(&lost.unwrap_or(NO_PROCESS).to_le_bytes());
-        out[40..SIGNED].copy_from_slice(&sequence.to_le_bytes());
+        let lost = lost.unwrap_or(NO_PROCESS);
+        let signed: Signed = (MAGIC, VERSION, self.session, self.epoch, process, lost, sequence);
+        bincode::serde::encode_into_slice(signed, &mut out[..SIGNED], CONFIG).expect("the size is fixed");
         self.sign(&mut out);
         out
     }
@@ -85,7 +85,12 @@ impl Codec {
 
     /// Checks and decodes a datagram; accepts each sequence number once.
     pub(crate) fn read(&mut self, bytes: &[u8]) -> Result<Heartbeat, Rejection> {
-        if bytes.len() != BYTES || bytes[..4] != MAGIC || bytes[4..8] != [VERSION as u8, (VERSION >> 8) as u8, 0, 0] {
+        let Ok(((magic, version, session, epoch, process, lost, sequence), SIGNED)) =
+            bincode::serde::decode_from_slice::<Signed, _>(bytes, CONFIG)
+        else {
+            return Err(Rejection::Format);
+        };
+        if bytes.len() != BYTES || magic != MAGIC || version != VERSION {
             return Err(Rejection::Format);
         }
         // Compares in constant time, so that the time reveals nothing about a partially correct MAC.
@@ -93,28 +98,21 @@ impl Codec {
         if difference != 0 {
             return Err(Rejection::Mac);
         }
-        let number = |at: usize| bytes[at..at + 8].iter().rev().fold(0u64, |n, b| n << 8 | u64::from(*b));
-        let (process, lost) = (number(32) as u32, (number(32) >> 32) as u32);
         let lost = (lost != NO_PROCESS).then_some(lost);
-        let heartbeat = Heartbeat { epoch: number(24), process, sequence: number(40), lost };
-        if heartbeat.epoch < self.epoch {
-            return Err(Rejection::OldEpoch);
-        }
-        if bytes[8..24] != self.session {
-            return Err(Rejection::Session);
-        }
-        if heartbeat.epoch > self.epoch {
-            return Err(Rejection::NewerEpoch);
-        }
-        if heartbeat.process >= self.processes || lost.is_some_and(|lost| lost >= self.processes || lost == process) {
-            return Err(Rejection::Format);
-        }
-        let highest = self.received.entry(heartbeat.process).or_default();
-        if heartbeat.sequence <= *highest {
-            return Err(Rejection::Replay);
-        }
-        *highest = heartbeat.sequence;
-        Ok(heartbeat)
+        let highest = self.received.get(&process).copied().unwrap_or(0);
+        let rejection = match epoch {
+            older if older < self.epoch => Rejection::OldEpoch,
+            _ if session != self.session => Rejection::Session,
+            newer if newer > self.epoch => Rejection::NewerEpoch,
+            _ if process >= self.processes => Rejection::Format,
+            _ if lost.is_some_and(|lost| lost >= self.processes || lost == process) => Rejection::Format,
+            _ if sequence <= highest => Rejection::Replay,
+            _ => {
+                self.received.insert(process, sequence);
+                return Ok(Heartbeat { epoch, process, sequence, lost });
+            }
+        };
+        Err(rejection)
     }
 }
 

@@ -95,12 +95,9 @@ impl Detector {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::membership::tests::ms;
 
     const DEADLINE: Duration = Duration::from_millis(4000);
-
-    fn ms(ms: u64) -> Duration {
-        Duration::from_millis(ms)
-    }
 
     /// Ticks every 50 ms in `from..=to` with heartbeats of `alive` at each tick; returns the events with their times.
     fn run(detector: &mut Detector, from: u64, to: u64, alive: &[u32]) -> Vec<(u64, Event)> {

@@ -21,7 +21,6 @@ pub enum MembershipError {
     Closed { process: u32 },
     #[error("a message of {bytes} bytes exceeds the control plane's maximum of {MESSAGE_BYTES_MAX} bytes")]
     TooLarge { bytes: usize },
-    /// A peer does not read its messages.
     #[error(
         "{messages} messages ({bytes} bytes) wait for process {process}, which reads none; the maximum is {} ({} MiB)",
         outbox::MESSAGES_MAX,

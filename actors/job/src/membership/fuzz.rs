@@ -1,4 +1,5 @@
 //! Properties of the heartbeat and control message decoders for arbitrary input; for fuzzing and tests.
+use super::cause::{Kind, Report};
 use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX};
 use super::datagram::{BYTES, Codec, Rejection};
 
@@ -11,11 +12,13 @@ fn codec(key: u8) -> Codec {
 
 /// One message of each kind.
 pub(super) fn bodies() -> [Body; 6] {
-    let cause = || "rank 1: out of memory".to_string();
+    let cause = "out of memory".to_string();
+    let failed = Report { by: 1, about: 1, kind: Kind::Failed, follows: true, cause, exit: 71 };
+    let lost = Report { about: 2, kind: Kind::Lost, follows: false, exit: 69, ..failed.clone() };
     [
         Body::Message { topic: 7 },
-        Body::Failed { follows: true, cause: cause(), exit: 71 },
-        Body::Lost { about: 2, follows: false, cause: cause(), exit: 69 },
+        Body::Report(failed),
+        Body::Report(lost),
         Body::Leaving,
         Body::Joined,
         Body::Received { urgent: 3 },
@@ -31,8 +34,7 @@ pub fn samples() -> Vec<Vec<u8>> {
 /// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
 /// existing process, has exactly one encoding, and is accepted once.
 ///
-/// # Panics
-/// If a property does not hold.
+/// Panics if a property does not hold.
 pub fn check_datagram(bytes: &[u8]) {
     let mut codec = codec(7);
     let forged = codec.read(bytes);

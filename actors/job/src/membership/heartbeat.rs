@@ -5,37 +5,19 @@
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Weak};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::datagram::{BYTES, Codec};
-use super::shared::Shared;
+use super::shared::{JoinOnDrop, Shared};
 
 /// Maximum interval between checks of the failure detector and of the grace window.
 const TICK: Duration = Duration::from_millis(50);
 /// Maximum number of datagrams processed between two checks, so that a flood cannot block the detector.
 const DRAIN_MAX: usize = 256;
-
-/// The running thread; dropping it ends the thread within a tick.
-#[derive(Debug)]
-pub(crate) struct HeartbeatThread {
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for HeartbeatThread {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // A panic of the thread is a bug; the panic hook has reported it.
-            let _ = thread.join();
-        }
-    }
-}
 
 /// The sender and receiver of heartbeats.
 pub(crate) struct Heartbeats {
@@ -47,17 +29,18 @@ pub(crate) struct Heartbeats {
 }
 
 impl Heartbeats {
-    pub(crate) fn start(mut self) -> io::Result<HeartbeatThread> {
+    /// Starts the thread. It ends within a tick after the first returned value is dropped.
+    pub(super) fn start(mut self) -> io::Result<(Arc<()>, JoinOnDrop)> {
         self.socket.set_nonblocking(true)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || self.run(&stopped))?;
-        Ok(HeartbeatThread { stop, thread: Some(thread) })
+        let stop = Arc::new(());
+        let running = Arc::downgrade(&stop);
+        let thread = thread::Builder::new().name("heartbeat".into()).spawn(move || self.run(&running))?;
+        Ok((stop, JoinOnDrop(Some(thread))))
     }
 
-    fn run(&mut self, stop: &AtomicBool) {
+    fn run(&mut self, running: &Weak<()>) {
         let (mut next, mut sequence, mut loss_reported) = (Instant::now(), 0, false);
-        while !stop.load(Ordering::Relaxed) {
+        while running.strong_count() > 0 {
             let now = Instant::now();
             if now >= next {
                 self.send(&mut sequence);

@@ -44,7 +44,7 @@ pub(crate) struct Outbox {
 
 #[derive(Debug)]
 pub(crate) struct Waiting {
-    messages: UnboundedReceiver<Queued>,
+    pub(crate) messages: UnboundedReceiver<Queued>,
     count: Arc<Mutex<Count>>,
 }
 
@@ -70,11 +70,6 @@ impl Outbox {
 }
 
 impl Waiting {
-    /// The next message; `None` when the sending side was dropped.
-    pub(crate) async fn next(&mut self) -> Option<Queued> {
-        self.messages.recv().await
-    }
-
     /// This message waits no longer.
     pub(crate) fn written(&self, message: &Queued) {
         if let Some(bytes) = message.message_bytes {

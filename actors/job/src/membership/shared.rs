@@ -1,6 +1,7 @@
 //! State that the threads of one membership share: the peers, their messages, and the first cause.
 
 use std::collections::BTreeMap;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
@@ -17,6 +18,17 @@ use crate::exit::Exit;
 
 /// Maximum number of peer messages that the application has not read yet.
 pub(crate) const NOTICES_MAX: usize = 4096;
+
+/// A thread of the membership.
+#[derive(Debug)]
+pub(super) struct JoinOnDrop(pub(super) Option<JoinHandle<()>>);
+
+impl Drop for JoinOnDrop {
+    fn drop(&mut self) {
+        // A panic of the thread is a bug; the panic hook has reported it.
+        let _ = self.0.take().map(JoinHandle::join);
+    }
+}
 
 #[derive(Debug, Default)]
 enum ControlState {
@@ -234,13 +246,18 @@ impl Shared {
     }
 
     fn fail_locked(&self, state: &mut State, cause: String, exit: u8) {
-        let cause = truncated(cause);
-        let report = state.arbiter.own_failure(cause.clone(), exit);
-        let body = Body::Failed { follows: report.follows, cause, exit };
-        if state.arbiter.report(self.now(), report) {
-            self.broadcast(state, body);
-        }
+        let report = state.arbiter.own_failure(truncated(cause), exit);
+        self.add_own_report(state, report);
         self.decide(state);
+    }
+
+    /// Sends a report of this process to all peers; false if it changes nothing.
+    fn add_own_report(&self, state: &mut State, report: Report) -> bool {
+        let is_new = state.arbiter.report(self.now(), report.clone());
+        if is_new {
+            self.broadcast(state, Body::Report(report));
+        }
+        is_new
     }
 
     pub(crate) fn suspect(&self, process: u32, cause: String) {
@@ -253,12 +270,9 @@ impl Shared {
         if state.peers.get(&about).is_none_or(|p| p.left) {
             return;
         }
-        let cause = truncated(cause);
-        let report = state.arbiter.own_symptom(about, cause.clone(), Exit::PeerUnavailable.code());
-        let body = Body::Lost { about, follows: report.follows, cause: cause.clone(), exit: report.exit };
-        if state.arbiter.report(self.now(), report) {
-            tracing::warn!(process = about, cause, "peer lost");
-            self.broadcast(state, body);
+        let report = state.arbiter.own_symptom(about, truncated(cause), Exit::PeerUnavailable.code());
+        if self.add_own_report(state, report.clone()) {
+            tracing::warn!(process = about, cause = report.cause, "peer lost");
         }
     }
 
@@ -298,6 +312,7 @@ impl Shared {
                 return;
             }
             Body::Received { .. } | Body::Joined => return self.count(|c| c.garbled += 1),
+            Body::Report(Report { by: reporter, .. }) if reporter != by => return self.count(|c| c.garbled += 1),
             Body::Leaving => {
                 peer.left = true;
                 if let Some(detector) = &mut state.detector {
@@ -306,13 +321,7 @@ impl Shared {
                 // `notify` reserves room for one of each peer.
                 let _ = self.notices.try_send(MembershipEvent::Left { process: by });
             }
-            Body::Failed { follows, cause, exit } => {
-                let report = Report { by, about: by, kind: Kind::Failed, follows, cause, exit };
-                state.arbiter.report(now, report);
-            }
-            Body::Lost { about, follows, cause, exit } => {
-                state.arbiter.report(now, Report { by, about, kind: Kind::Lost, follows, cause, exit });
-            }
+            Body::Report(report) => drop(state.arbiter.report(now, report)),
         }
         let Some(peer) = state.peers.get_mut(&by) else { return };
         peer.urgent_received += 1;

@@ -7,9 +7,14 @@ use super::cause::FirstCause;
 #[allow(missing_docs, reason = "the names explain the fields")]
 pub enum MembershipEvent {
     /// The bytes are opaque.
-    Message { from: u32, topic: u16, bytes: Vec<u8> },
-    /// A peer has left cleanly.
-    Left { process: u32 },
+    Message {
+        from: u32,
+        topic: u16,
+        bytes: Vec<u8>,
+    },
+    Left {
+        process: u32,
+    },
     /// The session has ended; sent once.
     Ended(FirstCause),
 }

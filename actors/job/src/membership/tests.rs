@@ -1,5 +1,4 @@
-//! Tests several memberships within one process, over socket pairs and loopback. `tests/membership_processes.rs` uses
-//! real processes.
+//! Tests several memberships in one process. `tests/membership_processes.rs` uses real processes.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown};
@@ -8,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
 
+use super::cause::{Kind, Report};
 use super::control_message::Body;
 use super::*;
 
@@ -17,7 +17,7 @@ const EPOCH: u64 = 3;
 /// Timeout for events that normally happen at once, on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
 
-fn ms(ms: u64) -> Duration {
+pub(super) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
@@ -245,7 +245,9 @@ fn invalid_messages_of_peers_are_counted() {
     let shared = Shared::new(0, 2, EPOCH, ms(0), sender);
     shared.receive(1, Body::Received { urgent: 1 }.into());
     shared.garbled(1, "noise");
-    assert_eq!(shared.counters().garbled, 2);
+    let forged = Report { by: 0, about: 0, kind: Kind::Failed, follows: false, cause: String::new(), exit: 70 };
+    shared.receive(1, Body::Report(forged).into());
+    assert_eq!((shared.counters().garbled, shared.first_cause()), (3, None));
     // Messages of processes that are not peers are ignored.
     shared.receive(0, Body::Leaving.into());
     shared.receive(2, Body::Leaving.into());
@@ -267,8 +269,7 @@ fn too_many_unread_messages_end_the_session() {
     assert_eq!((first.process, first.exit), (0, 70));
 }
 
-/// Forwards bytes between two streams. While `cut`, it neither forwards nor closes, like a frozen peer or a network
-/// outage.
+/// Forwards bytes between two streams. While `cut`, it neither forwards nor closes, like a frozen peer.
 fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
     let (a, inner_a) = UnixStream::pair().expect("a pair");
     let (inner_b, b) = UnixStream::pair().expect("a pair");

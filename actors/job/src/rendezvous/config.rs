@@ -33,8 +33,7 @@ pub struct RendezvousConfig {
     pub heartbeat: SocketAddr,
     /// True if other nodes have processes of this world.
     pub spans_nodes: bool,
-    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached: see
-    /// [`local_address`].
+    /// Local address to listen on, with port 0. Without it, see [`local_address`].
     pub interface: Option<SocketAddr>,
     /// How others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,

@@ -14,8 +14,8 @@ use crate::transport::{
 use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
 use super::messages::{
-    Answer, Conflict, JoinInfo, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request,
-    Roster, joined, ranks,
+    Answer, Conflict, JoinInfo, Outcome, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal,
+    Request, Roster, joined, ranks,
 };
 use crate::exit::Report;
 use crate::machine::Targets;
@@ -41,11 +41,7 @@ struct JoinState {
     rejected: Vec<Connection>,
 }
 
-pub(super) fn run(
-    config: &RendezvousConfig,
-    deadline: Instant,
-    on_waiting: &mut dyn FnMut(&str),
-) -> Result<(Roster, Listener), RendezvousError> {
+pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
     let listener = listen(config, deadline)?;
     let joined = (1..config.processes).map(|_| None).collect();
     // Others reach process 0 by the configured name, which may resolve differently on their nodes.
@@ -92,8 +88,7 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until all of `missing` were refused or the deadline has passed. Returns true if
-/// one of them wanted to join.
+/// Refuses every process that connects, until all of `missing` were refused or the deadline. True if one would join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {
@@ -181,8 +176,7 @@ impl JoinState {
         (1u32..).zip(&self.joined).filter(|(_, entry)| entry.is_none()).map(|(rank, _)| rank).collect()
     }
 
-    /// Accepts join requests until all ranks have joined, a failure is reported, the deadline passes, or
-    /// `conflict_grace` passes after a conflict.
+    /// Accepts join requests until all have joined, a failure is reported, or the deadline or `conflict_grace` passes.
     fn collect(
         &mut self,
         config: &RendezvousConfig,

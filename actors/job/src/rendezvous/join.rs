@@ -11,7 +11,7 @@ use crate::transport::{
 
 use super::config::{RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
 use super::messages::{
-    Answer, JoinInfo, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
+    Answer, JoinInfo, Outcome, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
 };
 use crate::exit::Report;
 
@@ -20,11 +20,7 @@ const MARGIN: Duration = Duration::from_secs(5);
 /// Maximum bytes of a cause in a report.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
-pub(super) fn join(
-    config: &RendezvousConfig,
-    deadline: Instant,
-    on_waiting: &mut dyn FnMut(&str),
-) -> Result<(Roster, Listener), RendezvousError> {
+pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
     // TCP for processes on other nodes, and a Unix socket for those on this node.
     let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
     let listen = [ListenAddress::Tcp(address), ListenAddress::PrivateUnix];
@@ -43,8 +39,7 @@ pub(super) fn join(
     }
 }
 
-/// RV-4: reports to process 0, or to the process that answers for it, that `ranks` will not join. Returns true if
-/// process 0 waited for them.
+/// RV-4: reports to process 0, or whatever answers for it, that `ranks` will not join. True if it waited for them.
 pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use crate::transport::{Address, SessionId, SettledWorld, TransportError};
+use crate::transport::{Address, Listener, SessionId, SettledWorld, TransportError};
 use serde::{Deserialize, Serialize};
 
 use super::facts::{VALUE_BYTES_MAX, advice};
@@ -254,7 +254,6 @@ pub enum RendezvousRefusal {
     /// A process ended before it joined, for a cause that no restart fixes.
     #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
     Failed(Report),
-    /// A process ended or froze after all had joined.
     #[error("{0} joined and was lost before the start; see its log")]
     Lost(ProcessLabel),
 }
@@ -287,6 +286,8 @@ fn more(count: usize) -> String {
 }
 
 pub(super) const WAIT_LONGER: &str = "to wait longer, set SHARDFLOW_MEET_MS or pass --meet-wait to `shardflow launch`";
+
+pub(super) type Outcome = Result<(Roster, Listener), RendezvousError>;
 
 /// Why a process did not join a world.
 #[derive(Debug, thiserror::Error)]

@@ -16,11 +16,9 @@ use crate::exit::Report;
 use crate::options::ClusterOptions;
 use crate::secret::{Secret, sample};
 use crate::transport::{
-    Address, Connection, Hello, ListenAddress, ListenerOptions, Purpose, SessionId, SettledWorld, TransportError,
-    connect, wire,
+    Address, Connection, Hello, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, SettledWorld,
+    TransportError, connect, wire,
 };
-
-type Outcome = Result<(Roster, Listener), RendezvousError>;
 
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
@@ -97,6 +95,10 @@ fn refusal(outcome: Outcome) -> RendezvousRefusal {
         Err(RendezvousError::Refused(refusal)) => refusal,
         other => panic!("{other:?}"),
     }
+}
+
+fn assert_refused<const N: usize>(threads: [ScopedJoinHandle<'_, Outcome>; N], expected: &RendezvousRefusal) {
+    threads.into_iter().for_each(|thread| assert_eq!(refusal(thread.join().unwrap()), *expected));
 }
 
 fn label(process: u32) -> ProcessLabel {
@@ -231,9 +233,7 @@ fn two_processes_with_the_same_rank_are_both_named() {
         other.identity.host = "elsewhere".into();
         let second = ProcessLabel { process: 1, host: "elsewhere".into(), pid: 101 };
         let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: label(1), second }]);
-        for thread in [spawn(s, other), first, rank_0] {
-            assert_eq!(refusal(thread.join().unwrap()), expected);
-        }
+        assert_refused([spawn(s, other), first, rank_0], &expected);
     });
 }
 
@@ -248,9 +248,7 @@ fn two_processes_with_rank_0_are_both_named() {
             other.identity.pid = 7;
             let second = ProcessLabel { pid: 7, ..label(0) };
             let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first: label(0), second }]);
-            for thread in [spawn(s, other), rank_0] {
-                assert_eq!(refusal(thread.join().unwrap()), expected);
-            }
+            assert_refused([spawn(s, other), rank_0], &expected);
         });
     }
 }
@@ -317,9 +315,7 @@ fn all_ranks_receive_the_name_of_a_process_that_dies_at_the_start() {
         let answer = wire::read_message::<Answer>(&mut dying, wire::MESSAGE_BYTES_MAX).unwrap();
         assert!(matches!(answer, Answer::Roster(_)));
         drop(dying);
-        for thread in [rank_0, other] {
-            assert_eq!(refusal(thread.join().unwrap()), RendezvousRefusal::Lost(label(1)));
-        }
+        assert_refused([rank_0, other], &RendezvousRefusal::Lost(label(1)));
     });
 }
 

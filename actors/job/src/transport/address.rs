@@ -29,8 +29,7 @@ impl fmt::Display for Address {
     }
 }
 
-/// Resolves `HOST:PORT`. The zone of an IPv6 address is a number or the name of an interface of this node:
-/// `[fe80::1%eth0]:29400`.
+/// Resolves `HOST:PORT`. The zone of an IPv6 address is a number or an interface: `[fe80::1%eth0]:29400`.
 pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     let parts = address.strip_prefix('[').and_then(|rest| rest.split_once("]:"));
     let zoned = parts.and_then(|(host, port)| host.split_once('%').map(|(ip, zone)| (ip, zone, port)));
@@ -42,6 +41,15 @@ pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
             .map_err(|cause| io::Error::new(cause.kind(), format!("interface {zone}: {cause}")))?,
     };
     Ok(vec![SocketAddrV6::new(ip, port, 0, id).into()])
+}
+
+/// Calls `attempt` for each of a name's addresses until one succeeds; otherwise returns the last error.
+pub(crate) fn first_success<T>(
+    addresses: Vec<SocketAddr>,
+    mut attempt: impl FnMut(SocketAddr) -> io::Result<T>,
+) -> io::Result<T> {
+    let none = Err(io::Error::new(io::ErrorKind::NotFound, "the name has no address"));
+    addresses.into_iter().fold(none, |found, address| found.or_else(|_| attempt(address)))
 }
 
 /// Removes the zone for use on other nodes: a zone is valid only on its own node.

@@ -220,8 +220,7 @@ impl AsFd for Connection {
     }
 }
 
-/// Reads and writes of a connection that fail with `TimedOut` after a deadline, even if bytes keep arriving slowly. It
-/// changes the connection's timeouts.
+/// Reads and writes of a connection that fail with `TimedOut` after a deadline, even if bytes arrive slowly.
 #[derive(Debug)]
 pub struct DeadlineConnection<'a> {
     connection: &'a Connection,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net;
 
-use super::address::{Address, resolve};
+use super::address::{Address, first_success, resolve};
 use super::connection::Connection;
 use super::error::TransportError;
 use super::handshake::{Dialler, HANDSHAKE_BYTES_MAX, HandshakeError, with_length};
@@ -40,8 +40,7 @@ pub fn connect(
     })
 }
 
-/// Same as [`connect`]. `pause` sleeps between two attempts; if it returns true, this fails with
-/// [`TransportError::Closed`].
+/// Same as [`connect`]. `pause` sleeps between attempts; if it returns true, it fails with [`TransportError::Closed`].
 pub(super) fn connect_unless(
     address: &Address,
     secret: &Secret,
@@ -110,16 +109,7 @@ fn attempt(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant)
 fn open(address: &Address, deadline: Instant) -> io::Result<Connection> {
     match address {
         Address::Unix(path) => open_unix(path, deadline).map(Connection::from),
-        Address::Tcp(name) => {
-            let mut last = io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
-            for target in resolve(name)? {
-                match open_tcp(target, deadline) {
-                    Ok(stream) => return Ok(stream.into()),
-                    Err(error) => last = error,
-                }
-            }
-            Err(last)
-        }
+        Address::Tcp(name) => first_success(resolve(name)?, |target| open_tcp(target, deadline)).map(Connection::from),
     }
 }
 
@@ -127,8 +117,7 @@ fn time_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
-/// Connects, with a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block this process
-/// forever.
+/// Connects. Has a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block it forever.
 fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
     net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(time_until(deadline)))?;
@@ -170,13 +159,11 @@ mod tests {
     use super::*;
     use crate::secret::sample as secret;
     use crate::transport::connection::SEND_TIMEOUT;
+    use crate::transport::handshake::tests::hello;
     use crate::transport::handshake::{Acceptor, head};
-    use crate::transport::hello::{Purpose, SessionId};
 
     fn dial(address: SocketAddr, deadline: Instant) -> Result<Connection, TransportError> {
-        let hello =
-            Hello { session: SessionId::default(), epoch: 0, from: 1, to: 0, sealed: true, purpose: Purpose::Control };
-        connect(&Address::Tcp(address.to_string()), &secret(), &hello, deadline)
+        connect(&Address::Tcp(address.to_string()), &secret(), &hello(), deadline)
     }
 
     /// The dialler's error for an acceptor that sends `answer` and then only reads.

@@ -23,8 +23,7 @@ pub struct PrivateFolder {
 }
 
 impl PrivateFolder {
-    /// Creates a folder named `prefix` plus random letters, and removes the folders of dead owners. `prefix` must begin
-    /// with `shardflow-`.
+    /// Creates a folder named `prefix`, which begins with `shardflow-`, plus letters; removes those of dead owners.
     pub fn new(prefix: &str) -> io::Result<Self> {
         remove_dead(&std::env::temp_dir());
         let private = Permissions::from_mode(0o700);
@@ -39,8 +38,7 @@ impl PrivateFolder {
     }
 }
 
-/// Creates the lock. The file gets its final name only while it is locked, so an unlocked file means that its owner is
-/// dead.
+/// Creates the lock. The file gets its final name only while it is locked, so the owner of an unlocked file is dead.
 fn lock(folder: &Path) -> io::Result<File> {
     let (new, named) = (folder.join("lock.new"), folder.join(LOCK));
     let file = File::create(&new)?;

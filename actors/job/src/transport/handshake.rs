@@ -27,7 +27,7 @@ use super::wire::{self, WireError};
 use crate::secret::Secret;
 
 /// Version of all messages between processes. Any change to a message increments it.
-pub const PROTOCOL_VERSION: u16 = 3;
+pub const PROTOCOL_VERSION: u16 = 4;
 /// Maximum size of a handshake message in bytes.
 pub const HANDSHAKE_BYTES_MAX: usize = 1024;
 /// Size of a greeting in bytes: magic, version, a public key and a tag.
@@ -50,14 +50,12 @@ pub enum Refusal {
     /// The acceptor belongs to an incarnation that has ended; it will exit soon.
     #[error("it is still in epoch {acceptor}, but this process is in epoch {dialler}")]
     NewEpoch { acceptor: u64, dialler: u64 },
-    /// The world is complete and running; no process can join it.
     #[error("epoch {epoch} is running: this process is too late, or its rank is already taken")]
     Late { epoch: u64 },
     #[error("it has not started yet")]
     NotStarted,
     #[error("there is no process {process} in a world of {processes}")]
     Process { process: u32, processes: u32 },
-    /// The dialler expected another process at this address.
     #[error("expected process {expected} at this address, found process {actual}")]
     WrongProcess { expected: u32, actual: u32 },
     #[error("it cannot decode the hello: do both processes run the same build?")]
@@ -90,7 +88,6 @@ pub enum HandshakeError {
     /// The acceptor could not decrypt this side's greeting. This answer is not authenticated.
     #[error("it rejects this process's proof of the job's secret: is the same secret set everywhere?")]
     Denied,
-    /// The hello or the verdict cannot be decoded although it is authentic.
     #[error("it holds the secret, but its message cannot be decoded: {0}")]
     Unreadable(WireError),
     /// The cipher could not be set up: the system returns no random numbers.
@@ -238,8 +235,7 @@ impl Acceptor {
         Ok(wire::decode(&decrypt(&self.0, "hello", message)?).map_err(|_| Refusal::Unreadable))
     }
 
-    /// Returns the verdict to send, and the keys, which continue with nonce 1 in both directions. Only after
-    /// [`Acceptor::verify`].
+    /// Returns the verdict to send, and the keys, which continue with nonce 1. Only after [`Acceptor::verify`].
     pub fn answer(self, verdict: &Result<(), Refusal>) -> Result<(Vec<u8>, StatelessTransportState), HandshakeError> {
         Ok((encrypt(&self.0, verdict)?, self.0))
     }
@@ -290,4 +286,4 @@ impl AcceptPolicy {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

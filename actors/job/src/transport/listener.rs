@@ -1,5 +1,4 @@
-//! The accepting side: one thread polls the sockets and all unauthenticated connections, and keeps the authenticated
-//! ones until their owners claim them.
+//! The accepting side: one thread polls sockets and unauthenticated connections, and keeps the others until claimed.
 //!
 //! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one drops the oldest. Each
 //!   keeps at most one handshake message in memory, for at most `handshake_timeout`.
@@ -169,8 +168,7 @@ impl Listener {
         self.shared.state.lock().refusals
     }
 
-    /// Stops accepting and ends every [`Listener::wait`] and [`Listener::dial`] in any thread. Claimed connections stay
-    /// open.
+    /// Stops accepting and ends each [`Listener::wait`] and [`Listener::dial`]. Claimed connections stay open.
     pub fn close(&self) {
         self.shared.close();
         let _ = self.wake.shutdown(std::net::Shutdown::Both);

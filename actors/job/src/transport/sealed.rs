@@ -1,7 +1,6 @@
 //! Encrypted records over a socket: a length (little-endian u16), then one Noise message.
 //!
-//! - **SEAL-1**: record `n` of a direction is encrypted with nonce `n`, so a removed, repeated or reordered record is
-//!   an error.
+//! - **SEAL-1**: record `n` of a direction is encrypted with nonce `n`, so removed, repeated or reordered records fail.
 //! - **SEAL-2**: each direction holds at most one record to send and [`INPUT_BYTES`] of received bytes.
 //! - **SEAL-3**: bytes are accepted from the writer a record at a time. A record that the socket accepts only in part
 //!   is sent to its end before the next one is encrypted.
@@ -66,8 +65,7 @@ impl Seal {
         Self { keys, incoming: Mutex::new(incoming), outgoing: Mutex::new(outgoing) }
     }
 
-    /// Reads decrypted bytes. Fails with [`ErrorKind::InvalidData`] if a record was modified, and like the socket if it
-    /// would block or times out; a later call continues.
+    /// Reads decrypted bytes. Fails if a record was modified; after a timeout or `WouldBlock` a later call continues.
     pub(super) fn read(&self, mut socket: impl Read, into: &mut [u8]) -> io::Result<usize> {
         let mut incoming = self.incoming.lock();
         let incoming = &mut *incoming;
@@ -102,8 +100,7 @@ impl Seal {
     }
 
     /// Encrypts at most one record of `first` and then `second`, and sends as much of it as the socket accepts. Returns
-    /// how many bytes were accepted from the caller. Fails without accepting any while the previous record cannot be
-    /// sent.
+    /// how many bytes were accepted from the caller. Accepts none while the previous record cannot be sent.
     pub(super) fn write(&self, socket: impl Write, first: &[u8], second: &[u8]) -> io::Result<usize> {
         let mut outgoing = self.outgoing.lock();
         let mut socket = socket;

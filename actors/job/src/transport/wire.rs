@@ -1,5 +1,4 @@
-//! Encodes structured messages: the only bincode configuration, and length-prefixed messages. Tensors do not use this
-//! module.
+//! Encodes structured messages, with a length prefix if needed. Tensors do not use this module.
 
 use std::io::{self, Read, Write};
 

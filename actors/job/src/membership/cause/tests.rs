@@ -1,12 +1,9 @@
 //! Tests first causes in virtual time: every order of arrival, and random failures and delays.
 
 use super::*;
+use crate::membership::tests::ms;
 
 const GRACE: Duration = Duration::from_millis(500);
-
-fn ms(ms: u64) -> Duration {
-    Duration::from_millis(ms)
-}
 
 fn failed(by: u32, follows: bool) -> Report {
     Report { by, about: by, kind: Kind::Failed, follows, cause: format!("failure of {by}"), exit: 70 + by as u8 }

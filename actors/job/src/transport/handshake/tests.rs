@@ -5,13 +5,13 @@ use proptest::prelude::*;
 use super::*;
 use crate::secret::sample as secret;
 
-fn hello() -> Hello {
+pub(in crate::transport) fn hello() -> Hello {
     let purpose = Purpose::Group { group: 3, member: 1, peer: 2 };
     Hello { session: SessionId([7; 16]), epoch: 4, from: 1, to: 2, sealed: true, purpose }
 }
 
 /// Runs a handshake; `change` may modify each of the four messages by index. Returns the results of both sides.
-fn run_handshake(
+pub(in crate::transport) fn run_handshake(
     secrets: [&Secret; 2],
     verdict: Result<(), Refusal>,
     mut change: impl FnMut(usize, Vec<u8>) -> Vec<u8>,

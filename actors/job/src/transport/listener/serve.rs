@@ -1,5 +1,4 @@
-//! The thread of a listener: polls sockets and unauthenticated connections and advances each handshake with the
-//! received bytes. It never blocks on one of them.
+//! The thread of a listener: polls sockets and unauthenticated connections and advances handshakes. It never blocks.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -218,8 +217,7 @@ impl Server {
         }
         let Hello { from, purpose, .. } = hello;
         if purpose != Purpose::Rendezvous {
-            // Replaces the connection of a dialler that retried. At rendezvous, two processes that claim one rank must
-            // both be reported.
+            // Replaces the connection of a dialler that retried. At rendezvous, both are reported.
             state.unclaimed.retain(|u| (u.from, u.purpose) != (from, purpose));
         }
         state.unclaimed.push_back(Unclaimed { from, purpose, connection });
@@ -251,8 +249,7 @@ fn counter(refusal: &Refusal) -> fn(&mut Refusals) -> &mut u64 {
 }
 
 impl PendingConnection {
-    /// Returns the next message without its length prefix once it is complete. Never reads past its end: later bytes
-    /// belong to the owner of the connection.
+    /// Returns the next message without its length prefix once it is complete. Never reads past its end.
     fn receive(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             while self.filled < self.message.len() {
@@ -278,8 +275,7 @@ impl PendingConnection {
         }
     }
 
-    /// Sends a message without blocking. The send buffer of a new socket holds a whole handshake; a full buffer is an
-    /// error.
+    /// Sends a message without blocking. The send buffer of a new socket holds a whole handshake.
     fn send(&self, part: &[u8]) -> io::Result<()> {
         (&self.connection).write_all(&with_length(part))
     }

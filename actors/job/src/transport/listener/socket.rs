@@ -22,8 +22,7 @@ pub enum ListenAddress {
     Tcp(SocketAddr),
     /// On a path. A missing folder is created for this user only; a stale socket of a killed process is replaced.
     Unix(PathBuf),
-    /// On a socket in a new [`PrivateFolder`]. If that fails, [`crate::transport::Listener::private_error`] returns the
-    /// cause, and only the other addresses can be used.
+    /// On a socket in a new [`PrivateFolder`]. If that fails, see [`crate::transport::Listener::private_error`].
     PrivateUnix,
 }
 

@@ -7,20 +7,11 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::secret::sample;
-use crate::transport::handshake::{Acceptor, Dialler};
-use crate::transport::{Hello, Purpose, SessionId};
+use crate::transport::handshake::tests::run_handshake;
 
 /// The seals of both ends of a connection.
 fn seals() -> [Seal; 2] {
-    let secret = sample();
-    let hello =
-        Hello { session: SessionId([7; 16]), epoch: 4, from: 1, to: 2, sealed: true, purpose: Purpose::Control };
-    let (dialler, greeting) = Dialler::new(&secret).unwrap();
-    let (acceptor, answer) = Acceptor::new(&secret, &greeting).unwrap();
-    let (greeted, message) = dialler.introduce(&hello, &answer).unwrap();
-    acceptor.verify(&message).unwrap().unwrap();
-    let (verdict, keys) = acceptor.answer(&Ok(())).unwrap();
-    [Seal::new(greeted.finish(&verdict).unwrap()), Seal::new(keys)]
+    run_handshake([&sample(), &sample()], Ok(()), |_, message| message).map(|keys| Seal::new(keys.unwrap()))
 }
 
 /// A socket that accepts and returns a few bytes at a time, and would block in between.
