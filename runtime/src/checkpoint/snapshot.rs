@@ -8,8 +8,8 @@ use super::manifest::Manifest;
 /// A process's part of a checkpoint, and the metadata of the whole checkpoint.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    /// The checkpoint's manifest, without shards and pieces, which the commit adds. The same for all processes, except for
-    /// the cursor: only that of process 0 is written.
+    /// The checkpoint's manifest, without shards and pieces, which the commit adds. The same for all processes, except
+    /// for the cursor: only that of process 0 is written.
     pub manifest: Manifest,
     /// The pieces that this process writes.
     pub pieces: Vec<SnapshotPiece>,
