@@ -1,11 +1,11 @@
 //! Builds a [`Spec`] incrementally and keeps readers and ports consistent.
 
 use crate::spec::{
-    ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, RegisterSpec, Spec,
+    ActionRef, ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, RegisterId, RegisterSpec, Spec,
     StreamKind,
 };
 
-/// A plan under construction. A [`RegisterReader`] (actor and index) identifies an action.
+/// A plan under construction. A [`ActionRef`] (actor and index) identifies an action.
 #[derive(Clone, Debug, Default)]
 pub struct Builder {
     spec: Spec,
@@ -28,14 +28,14 @@ impl Builder {
     ///
     /// # Panics
     /// If the actor does not belong to this builder; all methods below do the same for their ids.
-    pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> RegisterReader {
+    pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> ActionRef {
         let actions = &mut self.spec.actors[actor.0 as usize].actions;
         actions.push(ActionSpec { name: name.into(), per_step, ..ActionSpec::default() });
-        RegisterReader { actor, action: actions.len() as u32 - 1 }
+        ActionRef { actor, action: actions.len() as u32 - 1 }
     }
 
     /// Adds an action that consumes tokens from the host.
-    pub fn external(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> RegisterReader {
+    pub fn external(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> ActionRef {
         let action = self.action(actor, name, per_step);
         self.action_mut(action).external = true;
         action
@@ -46,7 +46,7 @@ impl Builder {
         &mut self,
         name: impl Into<String>,
         slots: u32,
-        writer: RegisterReader,
+        writer: ActionRef,
         firings_per_piece: u32,
     ) -> RegisterId {
         let register = RegisterId(self.spec.registers.len() as u32);
@@ -58,26 +58,20 @@ impl Builder {
     }
 
     /// Adds a reader.
-    pub fn read(&mut self, register: RegisterId, reader: RegisterReader, firings_per_piece: u32) {
+    pub fn read(&mut self, register: RegisterId, reader: ActionRef, firings_per_piece: u32) {
         self.spec.registers[register.0 as usize].readers.push(reader);
         self.action_mut(reader).inputs.push(InputSpec { register, firings_per_piece });
     }
 
     /// Adds a register with one reader and one piece per firing.
-    pub fn edge(
-        &mut self,
-        name: impl Into<String>,
-        slots: u32,
-        writer: RegisterReader,
-        reader: RegisterReader,
-    ) -> RegisterId {
+    pub fn edge(&mut self, name: impl Into<String>, slots: u32, writer: ActionRef, reader: ActionRef) -> RegisterId {
         let register = self.register(name, slots, writer, 1);
         self.read(register, reader, 1);
         register
     }
 
     /// Mutable access to an action.
-    pub fn action_mut(&mut self, action: RegisterReader) -> &mut ActionSpec {
+    pub fn action_mut(&mut self, action: ActionRef) -> &mut ActionSpec {
         &mut self.spec.actors[action.actor.0 as usize].actions[action.action as usize]
     }
 
@@ -95,7 +89,7 @@ impl Builder {
     pub fn early(&mut self, register: RegisterId) {
         if let Some((action, port)) = self.spec.writer(register) {
             let actor = self.spec.registers[register.0 as usize].producer;
-            self.action_mut(RegisterReader { actor, action }).outputs[port as usize].early = true;
+            self.action_mut(ActionRef { actor, action }).outputs[port as usize].early = true;
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::spec::{ActionSpec, ActorId, Firing, InputSpec, RegisterId, RegisterReader, RegisterSpec, Spec};
+use crate::spec::{ActionRef, ActionSpec, ActorId, Firing, InputSpec, RegisterId, RegisterSpec, Spec};
 
 /// An inconsistent plan; [`check`] finds it before anything runs.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -72,7 +72,7 @@ fn check_actor(spec: &Spec, id: ActorId) -> Result<(), SpecError> {
         for input in &action.inputs {
             let register = known(&spec.registers, input.register.0, "register", &name)?;
             check_pieces(&name, &register.name, action.per_step, input.firings_per_piece)?;
-            check_reader(spec, input.register, RegisterReader { actor: id, action: index })?;
+            check_reader(spec, input.register, ActionRef { actor: id, action: index })?;
         }
         for output in &action.outputs {
             let register = known(&spec.registers, output.register.0, "register", &name)?;
@@ -109,7 +109,7 @@ fn known<'a, T>(table: &'a [T], index: u32, kind: &'static str, at: &str) -> Res
 }
 
 /// Checks that a register and its reading action list each other once.
-fn check_reader(spec: &Spec, id: RegisterId, reader: RegisterReader) -> Result<(), SpecError> {
+fn check_reader(spec: &Spec, id: RegisterId, reader: ActionRef) -> Result<(), SpecError> {
     let register = spec.register(id);
     let listed = register.readers.iter().filter(|r| **r == reader).count();
     let ports = spec.action(reader.actor, reader.action).inputs.iter().filter(|i| i.register == id).count();
@@ -161,11 +161,11 @@ fn check_rates(spec: &Spec) -> Result<(), SpecError> {
 
 /// Checks that host tokens bound every action: it is external, or a bounded action writes one of its inputs.
 fn check_bounded(spec: &Spec) -> Result<(), SpecError> {
-    let is_external = |(_, action): &(RegisterReader, &ActionSpec)| action.external;
-    let mut bounded: HashSet<RegisterReader> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();
+    let is_external = |(_, action): &(ActionRef, &ActionSpec)| action.external;
+    let mut bounded: HashSet<ActionRef> = spec.all_actions().filter(is_external).map(|(at, _)| at).collect();
     let writer = |(register, of): (u32, &RegisterSpec)| {
         let (action, _) = spec.writer(RegisterId(register))?;
-        Some(RegisterReader { actor: of.producer, action })
+        Some(ActionRef { actor: of.producer, action })
     };
     let writers: Vec<_> = (0..).zip(&spec.registers).map(writer).collect();
     // Each pass adds at least one more action, or is the last.
@@ -212,10 +212,10 @@ mod tests {
     fn inconsistent_plans_are_rejected() {
         let faults: [(&str, Change); 13] = [
             ("the decision: no actor has index 9", |s| {
-                s.decision.observed.push(RegisterReader { actor: ActorId(9), action: 0 });
+                s.decision.observed.push(ActionRef { actor: ActorId(9), action: 0 });
             }),
             ("the decision, host: no action has index 9", |s| {
-                s.decision.granted.push(RegisterReader { actor: ActorId(0), action: 9 });
+                s.decision.granted.push(ActionRef { actor: ActorId(0), action: 9 });
             }),
             ("register 'batch': slots is 0, expected at least 1", |s| s.registers[0].slots = 0),
             ("register 'batch': no actor has index 9", |s| s.registers[0].producer = ActorId(9)),

@@ -8,7 +8,7 @@ use std::{fmt, iter};
 
 use crate::protocol::{ActorWaits, Missing};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
+use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
 
 /// Maximum number of further roots of the same rank in a text; a stuck device has a few.
 const NAMED_MAX: usize = 4;
@@ -32,13 +32,13 @@ pub struct Hang {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
-    LostPiece { register: RegisterId, piece: u64, reader: RegisterReader },
+    LostPiece { register: RegisterId, piece: u64, reader: ActionRef },
     /// The reader has released a piece, but the register's producer did not receive the message.
-    LostRelease { register: RegisterId, piece: u64, reader: RegisterReader },
+    LostRelease { register: RegisterId, piece: u64, reader: ActionRef },
     /// A firing that has not ended although it waits for nobody: its kernels, stream or device hang.
-    Firing(RegisterReader),
+    Firing(ActionRef),
     /// A firing that has not ended although all members of its collectives have begun; the late member is unknown.
-    Collective(RegisterReader),
+    Collective(ActionRef),
     /// The actor does not respond.
     Unresponsive(ActorId),
     /// Another process, with an actor that it hosts, or an actor here whose host program waits for it.
@@ -46,7 +46,7 @@ pub(crate) enum Root {
     /// Actions that wait for each other.
     Cycle,
     /// A token that the host has not added.
-    Token(RegisterReader),
+    Token(ActionRef),
 }
 
 impl Root {
@@ -73,7 +73,7 @@ impl Root {
     }
 
     fn describe(&self, spec: &Spec) -> String {
-        let name = |at: &RegisterReader| spec.action_name(at.actor, at.action);
+        let name = |at: &ActionRef| spec.action_name(at.actor, at.action);
         match self {
             Self::LostPiece { register, piece, reader } => {
                 let register = spec.register_name(*register);
@@ -103,7 +103,7 @@ impl Root {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct WaitingAction {
-    pub action: RegisterReader,
+    pub action: ActionRef,
     pub wait: WaitReason,
 }
 
@@ -236,7 +236,7 @@ pub(crate) fn describe_pipe_waits(spec: &Spec, waits: &[CollectiveWait]) -> Vec<
 
 /// The target of a wait: an action to visit, or a root cause.
 enum Next {
-    Action(RegisterReader),
+    Action(ActionRef),
     Root(Root),
 }
 
@@ -246,7 +246,7 @@ struct Search<'a> {
     /// Steps that the host has begun since the start.
     steps: u64,
     snapshots: BTreeMap<ActorId, &'a ActorSnapshot>,
-    visited: HashSet<RegisterReader>,
+    visited: HashSet<ActionRef>,
     /// The current path from the start of the search: each action with its remaining waits.
     path: Vec<(WaitingAction, std::vec::IntoIter<(WaitReason, Next)>)>,
 }
@@ -258,21 +258,21 @@ impl<'a> Search<'a> {
     }
 
     /// Actions of this process that have, or may have, firings left.
-    fn unfinished(&self) -> Vec<RegisterReader> {
+    fn unfinished(&self) -> Vec<ActionRef> {
         let all = self.input.spec.all_actions().map(|(at, _)| at);
         let here = all.filter(|at| (self.input.process_of)(at.actor).is_none());
         here.filter(|at| self.is_unfinished(at)).collect()
     }
 
     /// True if the action has firings left, or if its actor's state is unknown (unresponsive, or in another process).
-    fn is_unfinished(&self, at: &RegisterReader) -> bool {
+    fn is_unfinished(&self, at: &ActionRef) -> bool {
         let per_step = self.input.spec.action(at.actor, at.action).per_step;
         let completed = self.snapshots.get(&at.actor).map(|snapshot| snapshot.completed(at.action));
         completed.is_none_or(|completed| completed < u64::from(per_step) * self.steps)
     }
 
     /// The next root that can be reached from an action, with the chain to it.
-    fn next_root(&mut self, at: RegisterReader) -> Option<(Root, Vec<WaitingAction>)> {
+    fn next_root(&mut self, at: ActionRef) -> Option<(Root, Vec<WaitingAction>)> {
         if self.path.is_empty() {
             self.visit(at)?;
         }
@@ -304,7 +304,7 @@ impl<'a> Search<'a> {
         chain
     }
 
-    fn visit(&mut self, at: RegisterReader) -> Option<()> {
+    fn visit(&mut self, at: ActionRef) -> Option<()> {
         self.visited.insert(at).then(|| {
             // A placeholder; the search overwrites it with each wait that it follows.
             let wait = WaitReason::Missing(Missing::Token);
@@ -313,7 +313,7 @@ impl<'a> Search<'a> {
     }
 
     /// All waits of an action, one per target that could end the wait.
-    fn waits(&self, at: RegisterReader) -> Vec<(WaitReason, Next)> {
+    fn waits(&self, at: ActionRef) -> Vec<(WaitReason, Next)> {
         let busy = |action| WaitReason::Busy { action };
         let Some(snapshot) = self.snapshots.get(&at.actor) else {
             return vec![(busy(at.action), Next::Root(Root::Unresponsive(at.actor)))];
@@ -328,13 +328,13 @@ impl<'a> Search<'a> {
             waits.extend(self.targets(at, missing).into_iter().map(|next| (wait(), next)));
         }
         if let Some(action) = *in_flight {
-            waits.push((busy(action), Next::Action(RegisterReader { actor: at.actor, action })));
+            waits.push((busy(action), Next::Action(ActionRef { actor: at.actor, action })));
         }
         waits
     }
 
     /// A firing in flight waits for members of its groups that are in an earlier round, or for its own stream.
-    fn waits_in_flight(&self, at: RegisterReader, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
+    fn waits_in_flight(&self, at: ActionRef, snapshot: &ActorSnapshot) -> Vec<(WaitReason, Next)> {
         let HangSnapshot { spec, collectives, knows_collectives, .. } = self.input;
         let actor = spec.actor(at.actor);
         let action = &actor.actions[at.action as usize];
@@ -358,8 +358,7 @@ impl<'a> Search<'a> {
                 // A member that has begun has its action in flight; a late member may join by any of its actions.
                 let in_flight = self.snapshots.get(&member).and_then(|other| other.waiting.in_flight);
                 let next = actions.iter().filter(|action| is_late || in_flight.is_none_or(|own| own == **action));
-                let next =
-                    next.map(|&action| RegisterReader { actor: member, action }).filter(|at| self.is_unfinished(at));
+                let next = next.map(|&action| ActionRef { actor: member, action }).filter(|at| self.is_unfinished(at));
                 waits.extend(next.map(|next| (WaitReason::Group { group, member }, self.target(next))));
             }
         }
@@ -388,7 +387,7 @@ impl<'a> Search<'a> {
     }
 
     /// The action as a target, or its process if that is another one.
-    fn target(&self, at: RegisterReader) -> Next {
+    fn target(&self, at: ActionRef) -> Next {
         match (self.input.process_of)(at.actor) {
             Some(process) => Next::Root(Root::Process { process, actor: at.actor }),
             None => Next::Action(at),
@@ -396,7 +395,7 @@ impl<'a> Search<'a> {
     }
 
     /// The actions or roots that could end this wait of `at`.
-    fn targets(&self, at: RegisterReader, missing: &Missing) -> Vec<Next> {
+    fn targets(&self, at: ActionRef, missing: &Missing) -> Vec<Next> {
         match missing {
             &Missing::Piece { register, piece, writer } => {
                 let known = self.snapshots.get(&writer.actor).and_then(|s| s.register(register));
@@ -407,7 +406,7 @@ impl<'a> Search<'a> {
             }
             Missing::Credit { register, holders, .. } => {
                 let released = self.snapshots.get(&at.actor).and_then(|s| s.register(*register));
-                let next = |reader: RegisterReader| {
+                let next = |reader: ActionRef| {
                     let readers = &self.input.spec.register(*register).readers;
                     let index = readers.iter().position(|r| *r == reader);
                     let known = index.zip(released).map(|(index, of)| of.released[index]);
@@ -424,12 +423,12 @@ impl<'a> Search<'a> {
                 Some(process) => Root::Process { process, actor: at.actor },
                 None => Root::Token(at),
             })],
-            Missing::Turn { next } => vec![Next::Action(RegisterReader { actor: at.actor, action: *next })],
+            Missing::Turn { next } => vec![Next::Action(ActionRef { actor: at.actor, action: *next })],
         }
     }
 
     /// Number of pieces of a register that a reader has released, as counted by the reader.
-    fn released_by(&self, register: RegisterId, reader: RegisterReader) -> Option<u64> {
+    fn released_by(&self, register: RegisterId, reader: ActionRef) -> Option<u64> {
         let snapshot = self.snapshots.get(&reader.actor)?;
         let action = self.input.spec.actor(reader.actor).actions.get(reader.action as usize)?;
         let input = action.inputs.iter().find(|input| input.register == register)?;

@@ -1,7 +1,7 @@
 //! Plans of plain pipelines for the study of schedules: `p` stages, `m` micro-batches, forward and backward.
 
 use crate::builder::Builder;
-use crate::spec::{Firing, RegisterReader, Spec};
+use crate::spec::{ActionRef, Firing, Spec};
 
 /// Whether forward or backward fires first when both are ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ impl Pipeline {
     pub fn build(&self) -> Spec {
         let (m, p) = (self.micro_batches, self.credits.len());
         let mut b = Builder::new();
-        let mut stages: Vec<(RegisterReader, RegisterReader)> = Vec::new();
+        let mut stages: Vec<(ActionRef, ActionRef)> = Vec::new();
         for (s, &credits) in self.credits.iter().enumerate() {
             let actor = b.actor(format!("stage{s}.compute"), s, self.firing(credits));
             let (forward, backward) = (b.action(actor, "forward", m), b.action(actor, "backward", m));

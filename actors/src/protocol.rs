@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{ActorId, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, Spec};
+use crate::spec::{ActionRef, ActorId, Firing, InputSpec, OutputSpec, RegisterId, Spec};
 
 mod error;
 mod register;
@@ -170,7 +170,7 @@ impl Protocol {
             .map(|(index, action)| {
                 let port = |(p, i): (usize, &InputSpec)| {
                     let register = spec.register(i.register);
-                    let this = RegisterReader { actor: me, action: index as u32 };
+                    let this = ActionRef { actor: me, action: index as u32 };
                     let reader = register.readers.iter().position(|r| *r == this).expect("checked: is listed") as u32;
                     reading.push(((i.register, reader), (index as u32, p as u32)));
                     InPort {
@@ -499,7 +499,7 @@ impl Protocol {
             let piece = firing / input.firings_per_piece;
             if input.filled <= piece {
                 let action = self.spec.writer(input.register).map_or(0, |w| w.0);
-                let writer = RegisterReader { actor: input.producer, action };
+                let writer = ActionRef { actor: input.producer, action };
                 missing.push(Missing::Piece { register: input.register, piece, writer });
             }
         }

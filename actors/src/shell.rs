@@ -17,7 +17,7 @@ use crate::loaded::check_loaded;
 use crate::protocol::{ProtocolError, ProtocolEvent};
 use crate::remote::{HostPiece, Remote};
 use crate::snapshot::{ActorSnapshot, NotFinite};
-use crate::spec::{ActorId, RegisterReader, Spec};
+use crate::spec::{ActionRef, ActorId, Spec};
 use crate::supervisor::{Session, Supervisor};
 use crate::trace::NewFirings;
 use crate::watchdog::{Watchdog, WatchdogOptions};
@@ -35,7 +35,7 @@ pub struct RunningSession {
     session: Arc<Session>,
     failures: Receiver<Failure>,
     /// Tokens added so far, by external action.
-    tokens: Mutex<BTreeMap<RegisterReader, u64>>,
+    tokens: Mutex<BTreeMap<ActionRef, u64>>,
     watchdog: Arc<Mutex<Watchdog>>,
     options: WatchdogOptions,
     /// Dropping it ends the watchdog's thread.
@@ -185,7 +185,7 @@ impl RunningSession {
             return Err(failure);
         }
         let mut all = self.tokens.lock();
-        let Some(count) = all.get_mut(&RegisterReader { actor, action }) else {
+        let Some(count) = all.get_mut(&ActionRef { actor, action }) else {
             let actor = format!("{actor:?}");
             let cause = ProtocolError::UnexpectedToken { actor: actor.clone(), action };
             return Err(Failure::Protocol { actor, device: 0, cause });
@@ -381,7 +381,7 @@ impl Drop for RunningSession {
 }
 
 /// Returns how many steps' tokens every external action has, and the maximum that any of them has.
-fn step_counts(spec: &Spec, tokens: &BTreeMap<RegisterReader, u64>) -> (u64, u64) {
+fn step_counts(spec: &Spec, tokens: &BTreeMap<ActionRef, u64>) -> (u64, u64) {
     let steps = || tokens.iter().map(|(at, count)| count / u64::from(spec.action(at.actor, at.action).per_step));
     (steps().min().unwrap_or(0), steps().max().unwrap_or(0))
 }

@@ -14,7 +14,7 @@ use crate::check::{SpecError, check};
 use crate::hang::{Hang, HangSnapshot, explain};
 use crate::protocol::{Effect, Message, Protocol, ProtocolError, ProtocolEvent};
 use crate::snapshot::ActorSnapshot;
-use crate::spec::{ActorId, Decision, RegisterId, RegisterReader, Spec};
+use crate::spec::{ActionRef, ActorId, Decision, RegisterId, Spec};
 
 mod data;
 
@@ -220,8 +220,8 @@ impl Simulator<'_> {
     fn decide(&mut self, touched: &mut Vec<ActorId>) -> Result<(), SimulationError> {
         let spec = self.spec;
         let Decision { observed, granted } = &spec.decision;
-        let per_step = |at: &RegisterReader| spec.action(at.actor, at.action).per_step;
-        let ended = |this: &Self, at: &RegisterReader| this.protocols[at.actor.0 as usize].completed(at.action);
+        let per_step = |at: &ActionRef| spec.action(at.actor, at.action).per_step;
+        let ended = |this: &Self, at: &ActionRef| this.protocols[at.actor.0 as usize].completed(at.action);
         while self.decided < self.options.steps
             && observed.iter().all(|at| ended(self, at) >= u64::from(self.decided + 1) * u64::from(per_step(at)))
         {
@@ -321,7 +321,7 @@ impl Simulator<'_> {
     /// Starts the kernels of a firing: computes its value and schedules its end.
     fn start_kernels(&mut self, actor: ActorId, action: u32, firing: u64, shared: u64) {
         #[cfg(test)]
-        if self.options.fault == Some(tests::Fault::Hang(RegisterReader { actor, action }, firing)) {
+        if self.options.fault == Some(tests::Fault::Hang(ActionRef { actor, action }, firing)) {
             return;
         }
         self.data.compute(actor, shared);

@@ -102,7 +102,7 @@ mod tests {
     use super::*;
     use crate::protocol::{ActionWaits, ActorWaits, Protocol};
     use crate::simulate::plans;
-    use crate::spec::{RegisterId, RegisterReader};
+    use crate::spec::{ActionRef, RegisterId};
 
     fn waits_for(process: u32) -> Sample {
         Sample::from([(process, "a piece".to_string())])
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn a_process_waits_only_while_none_of_its_streams_works() {
         let spec = Arc::new(plans::data_parallel());
-        let reader = RegisterReader { actor: ActorId(1), action: 0 };
+        let reader = ActionRef { actor: ActorId(1), action: 0 };
         let missing = Missing::Piece { register: RegisterId(0), piece: 3, writer: reader };
         let snapshot = |in_flight, missing: Vec<Missing>| ActorSnapshot {
             waiting: ActorWaits { actor: ActorId(0), in_flight, actions: vec![ActionWaits { action: 0, missing }] },

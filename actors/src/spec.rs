@@ -25,9 +25,9 @@ pub struct Spec {
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct Decision {
     /// Actions that must all have fired for the step before the host decides.
-    pub observed: Vec<RegisterReader>,
+    pub observed: Vec<ActionRef>,
     /// External actions that get the step's tokens after the decision.
-    pub granted: Vec<RegisterReader>,
+    pub granted: Vec<ActionRef>,
 }
 
 /// The channel from one producing actor to its readers.
@@ -44,13 +44,13 @@ pub struct RegisterSpec {
     /// True if slot 0 holds piece 0 before any firing (parameters).
     pub initial: bool,
     /// Every reader gets every piece. A reader is one action of one actor.
-    pub readers: Vec<RegisterReader>,
+    pub readers: Vec<ActionRef>,
 }
 
-/// One reading action of a register.
+/// One action of one actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct RegisterReader {
-    /// The actor that reads.
+pub struct ActionRef {
+    /// The actor.
     pub actor: ActorId,
     /// Index of the action in that actor.
     pub action: u32,
@@ -146,9 +146,9 @@ impl Spec {
     }
 
     /// All actions of all actors.
-    pub fn all_actions(&self) -> impl Iterator<Item = (RegisterReader, &ActionSpec)> {
+    pub fn all_actions(&self) -> impl Iterator<Item = (ActionRef, &ActionSpec)> {
         (0..).zip(&self.actors).flat_map(|(a, actor)| {
-            (0..).zip(&actor.actions).map(move |(action, x)| (RegisterReader { actor: ActorId(a), action }, x))
+            (0..).zip(&actor.actions).map(move |(action, x)| (ActionRef { actor: ActorId(a), action }, x))
         })
     }
 

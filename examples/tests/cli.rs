@@ -482,3 +482,14 @@ fn small_programs_print_readable_errors() {
         assert_eq!(run_with("SHARDFLOW_PLAN_TEXT", &plan), (Some(0), String::new()), "{program}");
     }
 }
+
+/// A program that does not ask for its cluster ignores the launcher.
+#[test]
+fn a_rank_that_trains_alone_prints_a_warning() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_first_steps"));
+    let variables = [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29400")];
+    command.envs(variables).env("SHARDFLOW_SECRET", "a secret of these tests");
+    let output = command.output().expect("a program that was built");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && stderr.starts_with("warning: rank 1 of 2 trains alone: "), "{stderr}");
+}

@@ -10,12 +10,12 @@ use shardflow::checkpoint::{
     AgreeError, ProcessRank, SaveAgreement, SaveId, SaveOutcome, SaveReport, SaverOptions, Snapshot, Store, save_now,
 };
 use shardflow::cluster::{Cluster, ClusterOptions};
-use shardflow::job::env::{Endpoint, LaunchContext, LaunchedBy, SecretSource, World};
+use shardflow::job::env::{Endpoint, LaunchContext, Launched, LaunchedBy, SecretSource};
 use shardflow::job::secret::Secret;
 
 /// The cluster of one process of a node, which meets the others at a Unix socket.
 pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterOptions) -> Cluster {
-    let world = World {
+    let world = Launched {
         process,
         processes,
         local_process: process,

@@ -180,7 +180,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
     let before = |index: usize| -> Vec<HostTensor> {
         let part = |(t, l): (&HostTensor, &NdSbp)| {
             let region = local_region(&t.shape, l, placement, index);
-            shardflow::sbp::region::take_box(t, &region)
+            shardflow::sbp::region::slice_region(t, &region)
         };
         case.before.iter().zip(&signature.outputs).map(part).collect()
     };

@@ -22,7 +22,7 @@ pub(crate) mod status;
 pub mod wire;
 
 pub use call::{CollectiveCall, CollectiveKind, Group, ReduceOp};
-pub use issue_order::IssueTicket;
+pub use issue_order::IssueSlot;
 pub use status::{AbortStatus, MemberWait};
 
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
@@ -54,13 +54,13 @@ pub trait Collective: Debug + Send + Sync {
     fn bytes_received(&self, rank: usize) -> u64;
 
     /// For GPU engines, whose aborted calls look completed: the abort status of each engine.
-    fn outcomes(&self) -> Vec<AbortStatus> {
+    fn abort_statuses(&self) -> Vec<AbortStatus> {
         Vec::new()
     }
 
-    /// For engines that need one issue order on all devices: a ticket for a submission to a stream of this device,
-    /// taken at submission.
-    fn turn(&self, _rank: usize) -> Option<IssueTicket> {
+    /// For engines that need one issue order on all devices: the place in that order of a submission to a stream of this
+    /// device, taken at submission.
+    fn issue_slot(&self, _rank: usize) -> Option<IssueSlot> {
         None
     }
 

@@ -65,11 +65,11 @@ impl CollectiveTime {
 }
 
 impl CollectiveTimer {
-    pub(crate) fn came(&self, at: Instant) {
+    pub(crate) fn begin(&self, at: Instant) {
         self.all.0.lock().started = Some(at);
     }
 
-    pub(crate) fn went(&self, at: Instant) {
+    pub(crate) fn end(&self, at: Instant) {
         let mut spent = self.all.0.lock();
         let took = spent.started.take().map_or(Duration::ZERO, |started| at - started);
         spent.ended += took;

@@ -11,7 +11,9 @@
 //! # }
 //! ```
 
-use shardflow_job::env::{JOB_BEGAN_MS, LaunchContext, RESTART_CAUSES, World as Launched, detect, process_variables};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use shardflow_job::env::{JOB_BEGAN_MS, LaunchContext, Launched, RESTART_CAUSES, detect, process_variables};
 pub use shardflow_job::options::{Advertise, ClusterOptions, Collectives, Transport};
 
 use crate::process_map::ProcessMap;
@@ -40,6 +42,9 @@ pub struct Cluster {
     pub job_began_ms: Option<u64>,
 }
 
+/// True once the program has read what its launcher has set.
+static READ: AtomicBool = AtomicBool::new(false);
+
 impl Cluster {
     /// A single process.
     pub fn local() -> Self {
@@ -57,6 +62,7 @@ impl Cluster {
     /// # Errors
     /// The environment contradicts itself; the error names the variable and the fix.
     pub fn from_env() -> Result<Self, ClusterError> {
+        READ.store(true, Ordering::Relaxed);
         let variables = process_variables();
         let options = ClusterOptions::read(&variables)?;
         if options.collectives == Collectives::Mpi && cfg!(not(feature = "mpi")) {
@@ -68,6 +74,18 @@ impl Cluster {
         let restart_causes = causes.split(',').filter_map(|code| code.parse().ok()).collect();
         let job_began_ms = variables.get(JOB_BEGAN_MS).and_then(|text| text.parse().ok());
         Ok(Self { launch, by_mpi: ByMpi::default(), options, restart_causes, job_began_ms })
+    }
+
+    /// A warning if a launcher has started several processes, and the program uses none of that.
+    pub(crate) fn ignored_launcher(&self) -> Option<String> {
+        if READ.load(Ordering::Relaxed) || self.world().is_some() {
+            return None;
+        }
+        let Ok(LaunchContext::World(world)) = detect(&process_variables()) else { return None };
+        let (rank, processes) = (world.process, world.processes);
+        Some(format!(
+            "warning: rank {rank} of {processes} trains alone: its `SessionOptions::cluster` is not from `Cluster::from_env`"
+        ))
     }
 
     fn world(&self) -> Option<&Launched> {

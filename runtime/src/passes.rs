@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+pub use shardflow_kernels::cpu::THREADS_MAX;
 use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::CostModel;
@@ -58,9 +59,6 @@ pub const CPU_DEVICES_MAX: usize = 64;
 
 /// Maximum number of micro-batches in a step; plan validation simulates each of them.
 pub const MICRO_BATCHES_MAX: usize = 1 << 14;
-
-/// Maximum number of threads of a device.
-pub const THREADS_MAX: usize = 64;
 
 impl Default for CompileOptions {
     fn default() -> Self {

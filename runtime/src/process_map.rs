@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use shardflow_actors::remote::ByteRun;
-use shardflow_actors::spec::{ActorId, RegisterId, RegisterReader};
+use shardflow_actors::spec::{ActionRef, ActorId, RegisterId};
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{element_count, split_range};
@@ -132,11 +132,7 @@ pub fn groups(plan: &Plan) -> Vec<Arc<Group>> {
 }
 
 /// Byte ranges of a register's slot that an action reads.
-fn read_ranges(
-    plan: &Plan,
-    RegisterReader { actor, action }: RegisterReader,
-    register: RegisterId,
-) -> Vec<Range<usize>> {
+fn read_ranges(plan: &Plan, ActionRef { actor, action }: ActionRef, register: RegisterId) -> Vec<Range<usize>> {
     let (spec, own) = (plan.spec.action(actor, action), &plan.actions[actor.0 as usize][action as usize]);
     let is_of_register = |buffer: &&Buffer| match own.bases[buffer.base] {
         BaseKey::Input(port) => spec.inputs[port].register == register,

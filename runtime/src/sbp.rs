@@ -14,7 +14,7 @@ use shardflow_kernels::tensor::{HostData, HostTensor, Region, split_range};
 
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
-use region::{copy_box, filled, take_box};
+use region::{copy_box, filled, slice_region};
 
 /// The layout of a tensor along one mesh axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -193,7 +193,7 @@ pub fn scatter(
     layout.check_dtype(whole, placement)?;
     let (devices, region) = (0..placement.device_count(), |index| local_region(&whole.shape, layout, placement, index));
     let (Some(op), Some(values)) = (layout.partial(), whole.as_f32()) else {
-        return Ok(devices.map(|index| take_box(whole, &region(index))).collect());
+        return Ok(devices.map(|index| slice_region(whole, &region(index))).collect());
     };
     let mut terms_by_device = vec![whole.clone(); placement.device_count()];
     let partial_axes: Vec<usize> = (0..layout.0.len()).filter(|&a| layout.0[a].is_partial()).collect();
@@ -210,7 +210,7 @@ pub fn scatter(
             }
         }
     }
-    Ok(devices.map(|index| take_box(&terms_by_device[index], &region(index))).collect())
+    Ok(devices.map(|index| slice_region(&terms_by_device[index], &region(index))).collect())
 }
 
 fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<f32> {

@@ -14,7 +14,7 @@ mod slurm;
 #[cfg(test)]
 mod tests;
 
-pub use context::{LaunchContext, LaunchedBy, World};
+pub use context::{LaunchContext, Launched, LaunchedBy};
 pub use detect::{DERIVED_PORTS, detect};
 pub use endpoint::{Endpoint, PORT_DEFAULT};
 pub use error::EnvError;

@@ -20,7 +20,7 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
 }
 
 /// All pieces of some steps that go to another actor: register, reader index, reader, piece.
-pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, RegisterReader, u64)> {
+pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef, u64)> {
     let mut found = Vec::new();
     for (register, r) in spec.registers.iter().zip(0..) {
         let id = RegisterId(r);
@@ -107,7 +107,7 @@ fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
         let alone = HangSnapshot::of_one_process(&spec, &snapshots);
         let input = HangSnapshot { collectives: &waits, knows_collectives: true, ..alone };
         let hang = explain(input, 9).expect("none has fired nine times");
-        assert_eq!(hang.root, Root::Firing(RegisterReader { actor: *late, action: action(*late) }), "{hang}");
+        assert_eq!(hang.root, Root::Firing(ActionRef { actor: *late, action: action(*late) }), "{hang}");
     }
 }
 

@@ -1,6 +1,6 @@
 //! The reasons why an actor does not fire, for the watchdog and for deadlock reports.
 
-use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
+use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
 
 /// An actor's firing in flight, and the waits of its actions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub enum Missing {
     Piece {
         register: RegisterId,
         piece: u64,
-        writer: RegisterReader,
+        writer: ActionRef,
     },
     /// A free slot of an output: all are held. The holders have not released the oldest piece.
     Credit {
@@ -49,7 +49,7 @@ pub enum Missing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holder {
     /// The reader.
-    pub reader: RegisterReader,
+    pub reader: ActionRef,
     /// Number of slots that it has not released, as far as the producer knows.
     pub slots: u32,
 }

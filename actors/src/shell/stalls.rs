@@ -13,7 +13,7 @@ use crate::builder::Builder;
 use crate::hang::{Root, tests::pieces};
 use crate::simulate::tests::Fault;
 use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulate};
-use crate::spec::{Firing, RegisterReader, StreamKind};
+use crate::spec::{ActionRef, Firing, StreamKind};
 
 const CASES: u64 = 50;
 /// Stall time on the watchdog's clock before a report, and the timeout for a case to become idle.
@@ -101,7 +101,7 @@ fn unjoined_collective(rng: &mut SplitMix64) -> Case {
 }
 
 /// Blocks the `nth` firing of an action until the returned sender is dropped.
-fn block_firing(loaded: &mut LoadedPlan, at: RegisterReader, nth: u64) -> Sender<()> {
+fn block_firing(loaded: &mut LoadedPlan, at: ActionRef, nth: u64) -> Sender<()> {
     let (gate, opened) = bounded::<()>(0);
     let fired = AtomicU64::new(0);
     let op = act(move || {

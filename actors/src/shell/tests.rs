@@ -14,7 +14,7 @@ use crate::builder::Builder;
 use crate::protocol::Message;
 use crate::remote::Peers;
 use crate::simulate::{plans, tests::exact};
-use crate::spec::{ActorSpec, Firing, InputSpec, RegisterId, RegisterReader};
+use crate::spec::{ActionRef, ActorSpec, Firing, InputSpec, RegisterId};
 use crate::trace::Cause;
 
 /// Much longer than any run here takes; ends a test that hangs.
@@ -98,7 +98,7 @@ fn program(op: Op) -> ActionProgram {
 }
 
 /// Makes an action launch an op before its others.
-pub(super) fn launch_first(loaded: &mut LoadedPlan, at: RegisterReader, op: Op) {
+pub(super) fn launch_first(loaded: &mut LoadedPlan, at: ActionRef, op: Op) {
     let program = &mut programs(loaded, at.actor.0)[at.action as usize].program;
     Arc::make_mut(program).launches.insert(0, launch(op, vec![], vec![], false));
 }
@@ -256,7 +256,7 @@ fn twenty_runs_compute_equal_values() {
 /// A chain of actors `a0 -> a1 -> ...`, one per device, with the given ops.
 fn chain(ops: Vec<Op>) -> LoadedPlan {
     let mut b = Builder::new();
-    let mut last: Option<RegisterReader> = None;
+    let mut last: Option<ActionRef> = None;
     for index in 0..ops.len() {
         let actor = b.actor(format!("a{index}"), index, Firing::Credit);
         let action = b.action(actor, "work", 1);
@@ -503,7 +503,7 @@ fn a_failure_aborts_collectives_and_stays_the_first_cause() {
         let _ = begun.try_send(());
         Ok(())
     });
-    launch_first(&mut loaded, RegisterReader { actor: ActorId(0), action: 0 }, begin);
+    launch_first(&mut loaded, ActionRef { actor: ActorId(0), action: 0 }, begin);
     let running = started(loaded);
     running.add_tokens(ActorId(0), 0, 1).unwrap();
     begins.recv_timeout(TIMEOUT).unwrap();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::builder::Builder;
 use crate::pipeline::{Pipeline, PipelineSchedule};
-use crate::spec::{Firing, RegisterReader, Spec, StreamKind};
+use crate::spec::{ActionRef, Firing, Spec, StreamKind};
 
 /// All plans: name, plan, steps.
 pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
@@ -127,7 +127,7 @@ pub(crate) fn fan() -> Spec {
 /// Two stages of two tensor-parallel shards with collectives in forward and backward; each actor has an ordered list.
 pub(crate) fn groups() -> Spec {
     let mut b = Builder::new();
-    let mut stages: Vec<Vec<(RegisterReader, RegisterReader)>> = Vec::new();
+    let mut stages: Vec<Vec<(ActionRef, ActionRef)>> = Vec::new();
     for stage in 0..2u32 {
         let list = if stage == 0 { vec![0, 0, 1, 0, 1, 1] } else { vec![0, 1, 0, 1, 0, 1] };
         let mut shards = Vec::new();

@@ -18,7 +18,7 @@ pub(crate) enum Fault {
     /// Loses the `Released` messages of one reader to the producer from this piece on.
     LoseReleases(RegisterId, u32, u64),
     /// This firing begins and never ends.
-    Hang(RegisterReader, u64),
+    Hang(ActionRef, u64),
     /// Every producer has one credit too many.
     SurplusCredit,
     /// No action gets more tokens.
@@ -271,7 +271,7 @@ fn the_host_decides_after_the_observed_actions_have_fired() {
     let mut spec = b.build();
     let starts = |spec: &Spec| {
         let run = exact(&Arc::new(spec.clone()), 5, 1, 2).unwrap();
-        let of = |at: RegisterReader| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
+        let of = |at: ActionRef| run.timeline.iter().filter(move |f| (f.actor, f.action) == (at.actor, at.action));
         let (updates, logs): (Vec<_>, Vec<_>) =
             (of(update).map(|f| f.start).collect(), of(log).map(|f| f.end).collect());
         (updates, [logs[1], logs[3]])

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use shardflow_kernels::clock::ReleaseClocks;
 
-use crate::spec::{ActorId, RegisterId, RegisterReader, Spec};
+use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
 
 const IDLE: u32 = u32::MAX;
 
@@ -93,7 +93,7 @@ impl StepCounters {
     /// Ended firings of the register's readers in this process; `None` while one of them is in the middle of a step.
     pub(crate) fn firings_of_readers(&self, register: RegisterId) -> Option<u64> {
         let readers = self.spec.register(register).readers.iter();
-        let firings = |reader: &RegisterReader| {
+        let firings = |reader: &ActionRef| {
             let (actor, action) = (reader.actor.0 as usize, reader.action as usize);
             let done = self.completed[actor][action].load(Ordering::Acquire);
             let per_step = u64::from(self.spec.action(reader.actor, reader.action).per_step);

@@ -1,7 +1,7 @@
 //! One issue order per device: collectives are issued in the order of their submissions, over all streams of the
 //! device.
 //!
-//! - TURN-1: a submission's collectives are put on its stream only after those of all earlier submissions of the
+//! - ORDER-1: a submission's collectives are put on its stream only after those of all earlier submissions of the
 //!   device. If all devices receive their submissions in the same order, which the plan fixes, they issue all
 //!   collectives in that order, however late a submission reaches its stream.
 
@@ -26,34 +26,34 @@ pub(crate) struct IssueOrder {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// Tickets that have not been dropped; the smallest may issue.
+    /// Slots that have not been dropped; the smallest may issue.
     open: BTreeSet<u64>,
 }
 
 /// A submission's position in the issue order; drop it to let the next submission issue.
 #[derive(Debug)]
-pub struct IssueTicket {
+pub struct IssueSlot {
     order: Arc<IssueOrder>,
     number: u64,
 }
 
 impl IssueOrder {
-    pub(crate) fn ticket(self: &Arc<Self>) -> IssueTicket {
+    pub(crate) fn slot(self: &Arc<Self>) -> IssueSlot {
         let mut state = self.state.lock();
         let number = state.next;
         state.next += 1;
         state.open.insert(number);
-        IssueTicket { order: self.clone(), number }
+        IssueSlot { order: self.clone(), number }
     }
 }
 
-impl IssueTicket {
-    /// Whether all earlier tickets have been dropped.
+impl IssueSlot {
+    /// Whether all earlier slots have been dropped.
     pub(crate) fn may_issue(&self) -> bool {
         self.order.state.lock().open.first() == Some(&self.number)
     }
 
-    /// Waits until all earlier tickets have been dropped.
+    /// Waits until all earlier slots have been dropped.
     pub(crate) fn wait(&self, abort_statuses: &[AbortStatus]) -> Result<()> {
         let mut state = self.order.state.lock();
         while state.open.first() != Some(&self.number) {
@@ -66,7 +66,7 @@ impl IssueTicket {
     }
 }
 
-impl Drop for IssueTicket {
+impl Drop for IssueSlot {
     fn drop(&mut self) {
         self.order.state.lock().open.remove(&self.number);
         self.order.changed.notify_all();
@@ -79,15 +79,15 @@ mod tests {
     use crate::error::KernelError;
 
     #[test]
-    fn tickets_may_issue_in_the_order_in_which_they_were_taken() {
+    fn slots_may_issue_in_the_order_in_which_they_were_taken() {
         let order = Arc::new(IssueOrder::default());
-        let [first, second, third] = [(); 3].map(|()| order.ticket());
-        assert_eq!([&first, &second, &third].map(IssueTicket::may_issue), [true, false, false]);
+        let [first, second, third] = [(); 3].map(|()| order.slot());
+        assert_eq!([&first, &second, &third].map(IssueSlot::may_issue), [true, false, false]);
         drop(second);
         assert!(!third.may_issue());
         drop(first);
         assert!(third.may_issue() && third.wait(&[]).is_ok());
-        let (late, abort_status) = (order.ticket(), AbortStatus::default());
+        let (late, abort_status) = (order.slot(), AbortStatus::default());
         abort_status.abort("aborted by the test");
         assert_eq!(late.wait(&[abort_status]), Err(KernelError::Aborted { cause: "aborted by the test".to_owned() }));
     }

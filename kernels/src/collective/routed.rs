@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use crate::collective::issue_order::IssueTicket;
+use crate::collective::issue_order::IssueSlot;
 use crate::collective::{AbortStatus, Collective, CollectiveCall, DeviceCollective, MemberWait};
 use crate::error::Result;
 use crate::memory::View;
@@ -54,12 +54,12 @@ impl Collective for Routed {
         self.engines().into_iter().all(|engine| engine.knows_waits())
     }
 
-    fn outcomes(&self) -> Vec<AbortStatus> {
-        self.engines().into_iter().flat_map(|engine| engine.outcomes()).collect()
+    fn abort_statuses(&self) -> Vec<AbortStatus> {
+        self.engines().into_iter().flat_map(|engine| engine.abort_statuses()).collect()
     }
 
-    fn turn(&self, rank: usize) -> Option<IssueTicket> {
-        self.engines().into_iter().find_map(|engine| engine.turn(rank))
+    fn issue_slot(&self, rank: usize) -> Option<IssueSlot> {
+        self.engines().into_iter().find_map(|engine| engine.issue_slot(rank))
     }
 
     fn on_device(&self, call: &CollectiveCall) -> Option<DeviceCollective<'_>> {

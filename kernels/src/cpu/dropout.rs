@@ -4,7 +4,7 @@ use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
 use crate::cpu::simd::{Operand, dispatch, inlined};
 use crate::error::Result;
-use crate::hash::mix64;
+use crate::hash::{GOLDEN_GAMMA, mix64};
 use crate::op::describe::dropout_threshold;
 use crate::tensor::element_count;
 
@@ -48,7 +48,7 @@ pub(crate) fn dropout(
     let local = args.reads[0].shape();
     let (x, rng) = (args.operand(0, 0)?, args.i32(1)?);
     let (step, micro_batch) = (rng[0] as u32, rng[1] as u32);
-    let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(0x9e37_79b9_7f4a_7c15))));
+    let key = mix64(seed.wrapping_add(mix64(u64::from(step).wrapping_add(GOLDEN_GAMMA))));
     let (threshold, kept) = dropout_threshold(p);
     let mask = Mask { key, threshold, kept };
     let part_start = u64::from(micro_batch) * stride as u64;

@@ -96,9 +96,9 @@ fn run(submission: Submission, mut check_finite: bool, runner: &Runner, metrics:
         let Some(launch) = program.launches.get(done) else { break };
         trace_launch(&program, done);
         let timer = if let Op::Collective(call) = &launch.op { Some(metrics.collective(call)) } else { None };
-        timer.iter().for_each(|timer| timer.came(Instant::now()));
+        timer.iter().for_each(|timer| timer.begin(Instant::now()));
         let result = catch_unwind(AssertUnwindSafe(|| runner.run(launch, &bases, repeat)));
-        timer.iter().for_each(|timer| timer.went(Instant::now()));
+        timer.iter().for_each(|timer| timer.end(Instant::now()));
         let result = result.unwrap_or_else(|panic| Err(launch_panic(&program, done, &*panic)));
         if let Err(error) = result {
             return send(Notification::Failed(error));

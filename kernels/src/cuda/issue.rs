@@ -26,7 +26,7 @@ use super::staged::HostStaging;
 use super::step::{Arg, Operand, Place, Product};
 use super::strided_copy::{self, StridedRegion, copy_region_from};
 use crate::bound::Bound;
-use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueTicket, Wait};
+use crate::collective::{AbortStatus, Collective, CollectiveCall, Enqueued, IssueSlot, Wait};
 use crate::error::{KernelError, Result};
 use crate::event::Event;
 use crate::memory::{Base, DeviceStorage, View};
@@ -47,7 +47,7 @@ pub(crate) struct Run {
     /// Completes the next launch, a collective that the engine has not put on the stream yet.
     pending_collective: Option<Wait>,
     /// Held until the last collective is on the stream.
-    issue_ticket: Option<IssueTicket>,
+    issue_slot: Option<IssueSlot>,
     abort_statuses: Arc<[AbortStatus]>,
     uses_record: bool,
     /// Whether Inf or NaN has been reported; only the first launch with either is.
@@ -59,7 +59,7 @@ impl Run {
         submission: Submission,
         lowered: Arc<LoweredProgram>,
         abort_statuses: &Arc<[AbortStatus]>,
-        issue_ticket: Option<IssueTicket>,
+        issue_slot: Option<IssueSlot>,
     ) -> Self {
         let Submission { program, bases, repeat, notify } = submission;
         let abort_statuses = if lowered.last_call.is_some() { abort_statuses.clone() } else { Arc::default() };
@@ -71,7 +71,7 @@ impl Run {
             next_launch: 0,
             next_signal: 0,
             pending_collective: None,
-            issue_ticket,
+            issue_slot,
             abort_statuses,
             uses_record: false,
             non_finite_reported: false,
@@ -251,11 +251,11 @@ impl Issuer {
                 wait()?;
                 self.stream.end_call()?;
             } else {
-                if let Some(ticket) = run.issue_ticket.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
-                    if !may_block && !ticket.may_issue() {
+                if let Some(slot) = run.issue_slot.as_ref().filter(|_| matches!(launch.op, Op::Collective(_))) {
+                    if !may_block && !slot.may_issue() {
                         return Ok(false);
                     }
-                    ticket.wait(&run.abort_statuses)?;
+                    slot.wait(&run.abort_statuses)?;
                 }
                 trace_launch(program, run.next_launch);
                 if !may_block && (self.check_finite || self.needs_host(launch)) {
@@ -275,7 +275,7 @@ impl Issuer {
                 self.report_non_finite(launch, run)?;
             }
             if run.lowered.last_call == Some(run.next_launch) {
-                run.issue_ticket = None;
+                run.issue_slot = None;
             }
             run.next_launch += 1;
         }
@@ -474,9 +474,9 @@ impl Issuer {
         }
         let engine = self.engine.clone();
         self.staging.run(bound, |reads, writes| {
-            timer.came(Instant::now());
+            timer.begin(Instant::now());
             let result = engine.run(call, reads, writes);
-            timer.went(Instant::now());
+            timer.end(Instant::now());
             result
         })?;
         Ok(None)

@@ -128,12 +128,12 @@ impl CallProgress {
         let mut state = self.state.lock();
         while let Some(open) = state.open.front_mut().filter(|open| has_reached_number(reached, open.number)) {
             if !std::mem::replace(&mut open.reached, true) {
-                open.timer.iter().for_each(|timer| timer.came(now));
+                open.timer.iter().for_each(|timer| timer.begin(now));
             }
             if !has_reached_number(passed, open.number) {
                 return;
             }
-            open.timer.iter().for_each(|timer| timer.went(now));
+            open.timer.iter().for_each(|timer| timer.end(now));
             state.open.pop_front();
         }
     }

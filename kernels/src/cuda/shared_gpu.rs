@@ -226,7 +226,7 @@ impl Collective for SharedGpu {
         false
     }
 
-    fn outcomes(&self) -> Vec<AbortStatus> {
+    fn abort_statuses(&self) -> Vec<AbortStatus> {
         vec![self.0.abort_status.clone()]
     }
 

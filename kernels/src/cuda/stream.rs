@@ -77,7 +77,7 @@ impl CudaStream {
         tally: &Arc<Tally>,
     ) -> Result<Self> {
         let stream = Arc::new(RawStream::new(gpu, rank, name, urgent)?);
-        let abort_statuses = engine.outcomes().into();
+        let abort_statuses = engine.abort_statuses().into();
         let metrics = StreamMetrics::new(name);
         let collective_time = metrics.collective_time();
         let records = ErrorRecords::new(gpu, rank, tally)?;
@@ -103,8 +103,8 @@ impl CudaStream {
             Command::Run(submission) => {
                 stream.gpu.context.check_alive()?;
                 let lowered = cache.lock().get(&submission.program, submission.repeat);
-                let issue_ticket = lowered.last_call.and_then(|_| engine.turn(stream.rank));
-                Command::Run(Run::new(submission, lowered, abort_statuses, issue_ticket))
+                let issue_slot = lowered.last_call.and_then(|_| engine.issue_slot(stream.rank));
+                Command::Run(Run::new(submission, lowered, abort_statuses, issue_slot))
             }
             Command::Record(event) => Command::Record(event),
             Command::Wait(event) => Command::Wait(event),

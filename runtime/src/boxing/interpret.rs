@@ -8,7 +8,7 @@ use shardflow_kernels::tensor::{HostTensor, Region, split_range};
 
 use super::BoxingPlan;
 use super::step::{BoxingStep, GroupCall, LocalStep};
-use crate::sbp::region::{combine, copy_box, filled, take_box};
+use crate::sbp::region::{combine, copy_box, filled, slice_region};
 
 /// An element that no device has written. Data has other bits.
 const UNWRITTEN: f32 = f32::from_bits(0x7fff_ffff);
@@ -120,7 +120,7 @@ fn run_collective(call: &GroupCall, inputs: &[&HostTensor], mut out: HostTensor,
 
 /// Reduces a box of all tensors, in order.
 fn reduce(tensors: &[&HostTensor], region: &Region, op: ReduceOp) -> HostTensor {
-    let mut sum = take_box(tensors[0], region);
-    tensors[1..].iter().for_each(|t| combine(&mut sum, &take_box(t, region), op));
+    let mut sum = slice_region(tensors[0], region);
+    tensors[1..].iter().for_each(|t| combine(&mut sum, &slice_region(t, region), op));
     sum
 }

@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::Failure;
 use shardflow_actors::shell::{Control, RunningSession};
-use shardflow_job::env::{LaunchContext, World as Launched};
+use shardflow_job::env::{LaunchContext, Launched};
 use shardflow_job::exit;
 use shardflow_job::machine::hidden_name;
 use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent};

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write};
 
-use shardflow_actors::spec::{Firing, RegisterReader, RegisterSpec};
+use shardflow_actors::spec::{ActionRef, Firing, RegisterSpec};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::tensor::DType;
 
@@ -100,7 +100,7 @@ impl Plan {
 
     fn write_registers(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "\nregisters (slots x bytes)")?;
-        let reader = |r: &RegisterReader| self.spec.action_name(r.actor, r.action);
+        let reader = |r: &ActionRef| self.spec.action_name(r.actor, r.action);
         for RegisterSpec { name, slots, slot_bytes, readers, .. } in &self.spec.registers {
             let readers: Vec<String> = readers.iter().map(reader).collect();
             writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;

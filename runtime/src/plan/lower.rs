@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
-    ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, RegisterId, RegisterReader, RegisterSpec,
-    Spec, StreamKind,
+    ActionRef, ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, RegisterId, RegisterSpec, Spec,
+    StreamKind,
 };
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::device::DeviceKind;
@@ -102,11 +102,11 @@ fn number_actors(assignment: &Assignment) -> Actors {
     actors.into_iter().map(|((device, stream), sites)| (device, stream, sites)).collect()
 }
 
-fn locate(actors: &Actors, site: DeviceAction) -> RegisterReader {
+fn locate(actors: &Actors, site: DeviceAction) -> ActionRef {
     let stream = stream_of(site.1);
     let actor = actors.iter().position(|a| (a.0, a.1) == (site.0, stream)).expect("every site has an actor");
     let action = actors[actor].2.iter().position(|s| *s == site).expect("every site is an action of its actor");
-    RegisterReader { actor: ActorId(actor as u32), action: action as u32 }
+    ActionRef { actor: ActorId(actor as u32), action: action as u32 }
 }
 
 fn stream_name(stream: StreamKind) -> &'static str {

@@ -14,7 +14,7 @@ pub fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
 }
 
 /// Returns a box of a tensor as a tensor.
-pub fn take_box(tensor: &HostTensor, region: &Region) -> HostTensor {
+pub fn slice_region(tensor: &HostTensor, region: &Region) -> HostTensor {
     let mut out = filled(&region.size, tensor.dtype(), 0.0);
     copy_box(tensor, region, &mut out, &Region::whole(&region.size));
     out

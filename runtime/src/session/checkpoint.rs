@@ -24,7 +24,7 @@ use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{NodeOp, Var};
 use crate::sbp::gather;
-use crate::sbp::region::{filled, take_box};
+use crate::sbp::region::{filled, slice_region};
 
 impl Session {
     /// Every parameter by name, as a whole tensor, in its saved shape. If several processes run the plan, all must call
@@ -294,7 +294,7 @@ impl Session {
         for (var, whole) in tensors {
             for (device, _, resident) in plan.resident_parts(var) {
                 if self.process_map.own().contains(&device) {
-                    self.write_resident(device, resident, &take_box(&whole, &resident.region))?;
+                    self.write_resident(device, resident, &slice_region(&whole, &resident.region))?;
                 }
             }
         }

@@ -79,12 +79,11 @@ impl Session {
             return Err(SessionError::PlanWritten);
         }
         options.declared.check()?;
-        if options.cluster.is_first() {
-            static WARNING: Once = Once::new();
-            WARNING.call_once(|| {
-                slow_build_warning(shardflow_kernels::OPT_LEVEL).into_iter().for_each(|text| eprintln!("{text}"))
-            });
-        }
+        static WARNINGS: Once = Once::new();
+        WARNINGS.call_once(|| {
+            let slow = slow_build_warning(shardflow_kernels::OPT_LEVEL).filter(|_| options.cluster.is_first());
+            slow.into_iter().chain(options.cluster.ignored_launcher()).for_each(|text| eprintln!("{text}"))
+        });
         let budget = Budget::measure(&plan);
         let joined = World::join(&plan, &options.cluster, || facts(&plan, options), options.watchdog.wait_max());
         let world = joined.map_err(failed_join)?.map(Arc::new);

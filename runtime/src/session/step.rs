@@ -17,7 +17,7 @@ use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
 use crate::graph::{Combine, Node, NodeOp, Rate, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
-use crate::sbp::region::{combine, concat, take_box};
+use crate::sbp::region::{combine, concat, slice_region};
 use crate::sbp::{Sbp, gather};
 use shardflow_job::requests::{Request, since_1970};
 
@@ -212,7 +212,7 @@ impl Session {
         if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
             region.start[dim] += micro_batch * info.shape[dim];
         }
-        take_box(inputs[self.plan.graph.producer(var).name.as_str()], &region)
+        slice_region(inputs[self.plan.graph.producer(var).name.as_str()], &region)
     }
 
     fn report(&self, results: Results) -> Result<StepReport, SessionError> {

@@ -1,7 +1,7 @@
 //! The constant part of a running plan, for the live page.
 
 use serde_json::{Value, json};
-use shardflow_actors::spec::{ActionSpec, ActorSpec, RegisterId, RegisterReader, RegisterSpec, StreamKind};
+use shardflow_actors::spec::{ActionRef, ActionSpec, ActorSpec, RegisterId, RegisterSpec, StreamKind};
 
 use crate::session::observer::{Observer, PeerState};
 use crate::trace::category;
@@ -19,7 +19,7 @@ pub(super) fn shape(observer: &Observer) -> Value {
             "actions": actor.actions.iter().map(action).collect::<Value>(),
         })
     };
-    let reader = |id: RegisterId, at: &RegisterReader| {
+    let reader = |id: RegisterId, at: &ActionRef| {
         let action = plan.spec.action(at.actor, at.action);
         let input = action.inputs.iter().find(|input| input.register == id);
         let pieces_per_step = input.map_or(0, |input| action.per_step / input.firings_per_piece);

@@ -9,12 +9,12 @@ pub enum LaunchContext {
     /// As a single process: no variable indicates others.
     Local,
     /// As one of several.
-    World(World),
+    World(Launched),
 }
 
 /// A process's rank and how to reach the other processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct World {
+pub struct Launched {
     /// Rank of this process, below `processes`.
     pub process: u32,
     /// World size, at least 1.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::str::FromStr;
 
-use super::context::{LaunchContext, LaunchedBy, World};
+use super::context::{LaunchContext, Launched, LaunchedBy};
 use super::endpoint::Endpoint;
 use super::error::{EnvError, contradiction, invalid};
 use super::names::{Variables, get};
@@ -39,8 +39,18 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
     let restart = names(source).restart.map_or(Ok(None), |name| vars.optional(name))?.unwrap_or(0);
     let run_id = run_id(source, &vars);
     let Place { process, processes, local_process, local_processes, node, .. } = place;
-    let world =
-        World { process, processes, local_process, local_processes, node, endpoint, secret, restart, source, run_id };
+    let world = Launched {
+        process,
+        processes,
+        local_process,
+        local_processes,
+        node,
+        endpoint,
+        secret,
+        restart,
+        source,
+        run_id,
+    };
     Ok(LaunchContext::World(world))
 }
 

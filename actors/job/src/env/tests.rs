@@ -18,7 +18,7 @@ fn with_secret(text: &str) -> Variables {
     all
 }
 
-fn world(text: &str) -> World {
+fn world(text: &str) -> Launched {
     match detect(&with_secret(text)) {
         Ok(LaunchContext::World(world)) => world,
         other => panic!("{text}: {other:?}"),

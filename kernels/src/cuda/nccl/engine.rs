@@ -3,7 +3,7 @@
 //! them.
 //!
 //! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all
-//!   members, and over all communicators of a device in the order of the submissions (TURN-1).
+//!   members, and over all communicators of a device in the order of the submissions (ORDER-1).
 //! - NCCL-2: nothing is put on a stream after a call until NCCL reports that the call is on the stream.
 //! - NCCL-3: after an abort no call is made any more, and work that looks complete on a stream is not treated as
 //!   complete.
@@ -24,7 +24,7 @@ use super::comm::{self, Comm, GroupMember, NcclCall, Transfer};
 use crate::bound::Bound;
 use crate::clock::Stamped;
 use crate::collective::exchange::{check_call, check_members, taken};
-use crate::collective::issue_order::{IssueOrder, IssueTicket};
+use crate::collective::issue_order::{IssueOrder, IssueSlot};
 use crate::collective::status::ReceivedBytes;
 use crate::collective::{
     AbortStatus, Collective, CollectiveCall, CollectiveKind, DeviceCollective, Enqueue, Enqueued, Group, MemberWait,
@@ -332,12 +332,12 @@ impl Collective for Nccl {
         waits
     }
 
-    fn outcomes(&self) -> Vec<AbortStatus> {
+    fn abort_statuses(&self) -> Vec<AbortStatus> {
         vec![self.0.abort_status.clone()]
     }
 
-    fn turn(&self, rank: usize) -> Option<IssueTicket> {
-        Some(self.0.orders.lock().entry(rank).or_default().ticket())
+    fn issue_slot(&self, rank: usize) -> Option<IssueSlot> {
+        Some(self.0.orders.lock().entry(rank).or_default().slot())
     }
 
     fn on_device(&self, _: &CollectiveCall) -> Option<DeviceCollective<'_>> {

@@ -47,7 +47,7 @@ pub struct Sent(Event);
 
 impl Nccl {
     /// Opens a member's end of a pipe over a group of two. Its calls follow the order of its own stream, not the
-    /// device's issue order (TURN-1). The pipe ends with this engine. See [`Pipe::connect`].
+    /// device's issue order (ORDER-1). The pipe ends with this engine. See [`Pipe::connect`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] for a membership that was not joined; [`KernelError::Cuda`].

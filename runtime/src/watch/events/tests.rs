@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use shardflow_actors::pipeline::{Pipeline, PipelineSchedule};
 use shardflow_actors::protocol::{ActionWaits, ActorWaits, Holder};
-use shardflow_actors::spec::RegisterReader;
+use shardflow_actors::spec::ActionRef;
 use shardflow_actors::trace::Idle;
 use shardflow_kernels::tensor::{DType, HostTensor};
 
@@ -154,7 +154,7 @@ fn an_edge_is_blocked_only_if_the_running_step_needs_it() {
     let spec = pipeline();
     let register = |name: &str| spec.registers.iter().position(|r| r.name.contains(name)).expect("a register") as u32;
     let (activation, stash) = (register("stage0"), register("stash"));
-    let reader = |actor, action| RegisterReader { actor: ActorId(actor), action };
+    let reader = |actor, action| ActionRef { actor: ActorId(actor), action };
     let piece = |piece| Missing::Piece { register: RegisterId(activation), piece, writer: reader(0, 0) };
     let holders = vec![Holder { reader: reader(0, 1), slots: 2 }];
     let credit = Missing::Credit { register: RegisterId(stash), slots: 2, holders };
