@@ -54,7 +54,8 @@ pub enum PeerError {
 
 impl From<std::io::Error> for PeerError {
     fn from(error: std::io::Error) -> Self {
-        Self::Lost { message: error.to_string() }
+        let closed = error.kind() == std::io::ErrorKind::UnexpectedEof;
+        Self::Lost { message: if closed { "the peer closed it".into() } else { error.to_string() } }
     }
 }
 

@@ -101,8 +101,7 @@ fn learning_rates_are_compared_in_each_step() {
             (error, losses.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>())
         });
         for (error, losses) in ranks {
-            let expected_error =
-                "step 2: the ranks differ in learning_rate: rank 0 has 0.5; rank 1 has 0.25; give every rank the same";
+            let expected_error = "step 2: the ranks differ in learning_rate: rank 0 has 0.5; rank 1 has 0.25; give every rank the same value";
             assert_eq!(error, expected_error);
             assert_eq!(losses, expected);
         }

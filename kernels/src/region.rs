@@ -5,9 +5,8 @@ use std::ops::Range;
 use crate::error::{KernelError, Result};
 use crate::tensor::Region;
 
-/// Calls `run(from, to, len)` for each contiguous run of elements of a box of `size` that is contiguous both in a
-/// tensor of shape `from_shape` (at `from_start`) and in one of shape `to_shape` (at `to_start`). All have the same
-/// number of dims.
+/// Calls `run(from, to, len)` for each run of elements of a box of `size` that is contiguous both in a tensor of shape
+/// `from_shape` (at `from_start`) and in one of shape `to_shape` (at `to_start`). All have the same number of dims.
 pub(crate) fn for_each_run(
     (from_shape, from_start): (&[usize], &[usize]),
     (to_shape, to_start): (&[usize], &[usize]),

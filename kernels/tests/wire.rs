@@ -33,8 +33,8 @@ fn tcp_pair() -> io::Result<[Channel; 2]> {
 /// Most bytes that a [`Holding`] stream accepts at a time, and that it reads ahead.
 const HELD_BYTES: usize = 3000;
 
-/// A stream that holds bytes in both directions, as an encrypted one does: it sends nothing of what it has just accepted until
-/// the next call, and reads ahead.
+/// A stream that buffers in both directions, as an encrypted one does: it sends what it has accepted at the next call, and
+/// reads ahead.
 #[derive(Debug)]
 struct Holding {
     socket: UnixStream,

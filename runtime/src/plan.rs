@@ -157,8 +157,8 @@ pub struct ResidentTensor {
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Tensors that no other action reads, or that nothing replaces (moments, f32 values of weights that are read in
-    /// bf16), bytes.
+    /// Bytes of tensors that no other action reads or that nothing replaces: moments, and f32 values of weights that
+    /// are read in bf16.
     pub fixed_bytes: usize,
     /// Register slots, bytes: everything that passes between actions, including weights and gradients.
     pub register_bytes: usize,

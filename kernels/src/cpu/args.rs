@@ -86,8 +86,8 @@ impl<'a> Args<'a> {
     /// The threads' parts of scratch memory, once; empty if the op needs none.
     pub(crate) fn take_scratch(&mut self) -> &'a mut [f32] {
         let Some(view) = self.scratch.take() else { return &mut [] };
-        // SAFETY: f32, taken once, from an arena of this stream. No buffer of a program lies in it, except for widened
-        // tensors, which lie after the threads' parts.
+        // SAFETY: the memory holds f32, is taken once, and belongs to this stream. Of a program's buffers it holds only
+        // widened tensors, which lie after the threads' parts.
         unsafe { view.slice_mut() }
     }
 }

@@ -42,8 +42,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Creates zeroed memory. The system allocates each page at its first write, as for a heap: reserving the pages
-    /// here (`fallocate`) would invoke the out-of-memory killer for too large a size, instead of failing.
+    /// Creates zeroed memory. The system allocates each page at its first write, as for a heap. `fallocate` would reserve
+    /// the pages here, but for too large a size it does not fail: the out-of-memory killer runs.
     pub(super) fn create(bytes: usize) -> io::Result<Self> {
         let file = memfd_create("shardflow", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let length = u64::try_from(bytes).unwrap_or(u64::MAX);

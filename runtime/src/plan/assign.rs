@@ -107,8 +107,8 @@ pub fn assign(graph: &Graph) -> Assignment {
             out.actions.entry(site).or_default();
         }
     }
-    // Other devices read a parameter that nothing updates through a register too, so it gets an update action that
-    // changes nothing.
+    // A parameter that nothing updates also reaches other devices through a register. So it gets an update action,
+    // which changes nothing.
     for (&(device, var), sites) in &readers {
         let never_updated = graph.producer(var).op.is_resident() && !producer.contains_key(&(device, var));
         if never_updated && sites.iter().any(|site| site.0 != device) {

@@ -32,7 +32,7 @@ const MANIFEST: usize = 4;
 
 /// Ranks have different values where all must have the same.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{context}: the ranks differ in {name}: {}; give every rank the same", list(values))]
+#[error("{context}: the ranks differ in {name}: {}; give every rank the same value", list(values))]
 pub struct RankDisagreement {
     /// The step, or the file or checkpoint that was loaded.
     pub context: String,
@@ -226,7 +226,7 @@ mod tests {
         };
         assert_eq!(
             text(&["a", "b", "a"]),
-            "step 2: the ranks differ in input x: ranks 0, 2 have a; rank 1 has b; give every rank the same"
+            "step 2: the ranks differ in input x: ranks 0, 2 have a; rank 1 has b; give every rank the same value"
         );
         assert!(text(&["a", "b", "c", "d", "e", "f", "e"]).contains("rank 3 has d; and 2 more values; give"));
     }

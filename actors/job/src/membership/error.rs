@@ -22,7 +22,7 @@ pub enum MembershipError {
     #[error("a message of {bytes} bytes exceeds the control plane's maximum of {MESSAGE_BYTES_MAX} bytes")]
     TooLarge { bytes: usize },
     #[error(
-        "{messages} messages ({bytes} bytes) wait for process {process}, which reads none; the maximum is {} ({} MiB)",
+        "process {process} reads no messages: {messages} ({bytes} bytes) are queued for it; the maximum is {} ({} MiB)",
         outbox::MESSAGES_MAX,
         outbox::BYTES_MAX >> 20
     )]

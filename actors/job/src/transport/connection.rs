@@ -113,7 +113,7 @@ impl Connection {
 
     /// Sets the write timeout. A write that makes no progress for this time fails with `WouldBlock`. If the peer's
     /// machine does not acknowledge bytes for this time, the TCP connection fails with `TimedOut`, even without a
-    /// pending write. This includes a live peer that does not read, so receivers must always keep reading.
+    /// pending write. A live peer that does not read fails in the same way, so receivers must keep reading.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Socket::Tcp(stream) = &self.socket {

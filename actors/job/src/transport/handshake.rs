@@ -60,7 +60,7 @@ pub enum Refusal {
     WrongProcess { expected: u32, actual: u32 },
     #[error("it cannot decode the hello: do both processes run the same build?")]
     Unreadable,
-    #[error("it already has {unclaimed} unclaimed connections, which is the maximum")]
+    #[error("it already has {unclaimed} connections that are not in use yet, which is its maximum")]
     Crowded { unclaimed: u64 },
 }
 

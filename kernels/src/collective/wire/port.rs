@@ -22,7 +22,7 @@ const TICK: Duration = Duration::from_millis(50);
 const QUIET: Duration = Duration::from_millis(200);
 
 /// How long a member whose link broke waits for the cause from other members, since it is often not the first to know.
-/// Longer than [`QUIET`], after which members that wait elsewhere first read headers.
+/// Longer than [`QUIET`], the time after which members that wait elsewhere begin to read headers.
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
 
 /// State shared by all members of a group in this process: the error of a failed group, set once, and the waiting
