@@ -214,7 +214,7 @@ pub fn own_rank() -> u32 {
     env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
-/// Reports to the launcher, if [`PROGRESS_FILE`] is set, that `step` is committed.
+/// Reports to the launcher, if [`PROGRESS_FILE`] is set, that `step` is committed: it gives up restarts without progress.
 pub fn progress(step: u64) -> io::Result<()> {
     match env::var_os(PROGRESS_FILE) {
         Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),
