@@ -1,6 +1,6 @@
 //! The errors of a session.
 
-use shardflow_kernels::error::KernelError;
+use shardflow_kernels::error::{KernelError, THREADS_HINT};
 
 use crate::check::SpecError;
 use crate::frame::FrameError;
@@ -67,7 +67,7 @@ pub enum ActorError {
     Spec(#[from] SpecError),
     #[error("{at}: {part}: expected {expected}, got {got}")]
     Loaded { at: String, part: &'static str, expected: String, got: String },
-    #[error("cannot start the thread of device {device}: {message}")]
+    #[error("cannot start the thread of device {device}: {message}; {THREADS_HINT}")]
     Thread { device: usize, message: String },
     #[error("the session has ended: {0}")]
     Ended(#[from] Failure),

@@ -50,7 +50,7 @@ const NO_LIMIT: Duration = Duration::from_secs(1 << 30);
 impl WatchdogOptions {
     /// Timeout of a wait for live processes: [`WatchdogOptions::abort_after`]. Dead processes end a wait sooner.
     pub fn wait_max(&self) -> Duration {
-        self.abort_after.unwrap_or(NO_LIMIT)
+        self.abort_after.unwrap_or(NO_LIMIT).min(NO_LIMIT)
     }
 }
 
@@ -90,7 +90,8 @@ impl Watchdog {
 
     /// Time without progress after which a stall is reported.
     fn stall_after(&self, step_p99: Duration) -> Duration {
-        let by_steps = if step_p99.is_zero() { Duration::MAX } else { (STALL_STEPS * step_p99).max(STALL_MIN) };
+        let by_steps =
+            if step_p99.is_zero() { Duration::MAX } else { step_p99.saturating_mul(STALL_STEPS).max(STALL_MIN) };
         by_steps.min(self.options.stall_after)
     }
 
@@ -142,6 +143,16 @@ impl Watchdog {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waits_can_be_added_to_an_instant() {
+        for abort_after in [None, Some(Duration::MAX), Some(Duration::from_secs(i64::MAX as u64))] {
+            let options = WatchdogOptions { abort_after, ..WatchdogOptions::default() };
+            assert!(std::time::Instant::now().checked_add(options.wait_max()).is_some(), "{abort_after:?}");
+        }
+        let watchdog = Watchdog::new(WatchdogOptions { stall_after: Duration::MAX, ..WatchdogOptions::default() });
+        assert_eq!(watchdog.stall_after(Duration::MAX), Duration::MAX);
+    }
 
     #[test]
     fn outstanding_work_without_progress_is_one_stall() {

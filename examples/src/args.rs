@@ -166,6 +166,9 @@ pub enum DeviceArg {
 /// compares the mesh with the devices that exist.
 pub const DEVICES_MAX: usize = 4096;
 
+/// Ten years in seconds: a longer time is a typo, and could overflow the clock.
+const SECONDS_MAX: u64 = 10 * 365 * 24 * 60 * 60;
+
 /// Parses `--mesh`.
 fn mesh(text: &str) -> Result<Mesh, String> {
     let too_many = || format!("mesh {text:?} has more than {DEVICES_MAX} devices");
@@ -222,6 +225,10 @@ impl GptArgs {
         ];
         if let Some((flag, _)) = at_least_one.iter().find(|(_, size)| *size == 0) {
             return Err(usage(format!("{flag} must be at least 1, got 0")));
+        }
+        let times = [("--hang-timeout", self.hang_timeout), ("--job-end-margin", self.job_end_margin)];
+        if let Some((flag, got)) = times.iter().find(|(_, seconds)| *seconds > SECONDS_MAX) {
+            return Err(usage(format!("{flag} must be at most {SECONDS_MAX} seconds, got {got}")));
         }
         let range = |flag, expected, got: f32| Err(usage(format!("{flag} must be {expected}, got {got}")));
         if !(self.lr.is_finite() && self.lr >= 0.0) {
@@ -308,6 +315,17 @@ mod tests {
         let args = parse(&flags.split(' ').collect::<Vec<_>>()).unwrap();
         let error = args.check().unwrap_err();
         format!("{error} | {}", error.hint)
+    }
+
+    #[test]
+    fn times_that_would_overflow_the_clock_are_refused() {
+        for flag in ["--hang-timeout", "--job-end-margin"] {
+            for seconds in ["18446744073709551615", "9223372036854775807", "315360001"] {
+                let expected = format!("{flag} must be at most 315360000 seconds, got {seconds} | ");
+                assert!(check(&format!("{flag} {seconds}")).starts_with(&expected));
+            }
+            parse(&[flag, "315360000"]).unwrap().check().unwrap();
+        }
     }
 
     #[test]

@@ -4,8 +4,11 @@ use shardflow::checkpoint::error::StoreOperation;
 use shardflow::checkpoint_manager::ManagerError;
 use shardflow::files::{self, OutputFileError};
 use shardflow::graph::optimizer::Overflow;
+use shardflow::job::membership::MembershipError;
+use shardflow::job::rendezvous::RendezvousError;
 use shardflow::prelude::*;
 use shardflow::program::ProgramError;
+use shardflow::session::THREADS_HINT;
 use shardflow::trace::TraceError;
 use shardflow::watch::WatchError;
 
@@ -100,6 +103,7 @@ impl GptError {
             Self::Usage(error) => error.exit,
             Self::Cluster(error) => error.exit(),
             Self::Checkpoints(error) => error.exit(),
+            Self::Signals(error) if is_thread_limit(error) => Exit::Refused,
             Self::Signals(_) => Exit::Internal,
             Self::Device(error) => SessionError::Kernel(error.clone()).exit(),
             Self::Ended { exit, .. } => *exit,
@@ -110,6 +114,7 @@ impl GptError {
             {
                 Exit::CannotWrite
             }
+            Self::Watch(WatchError::Listen { source, .. }) if is_thread_limit(source) => Exit::Refused,
             Self::OutputFile(_) | Self::Log(_) | Self::Watch(_) | Self::Trace(_) => Exit::Usage,
             Self::InitFrom(error) if matches!(**error, Checkpoint(_)) => Exit::Usage,
             Self::Save(error) if matches!(**error, Checkpoint(_)) => Exit::CannotWrite,
@@ -141,6 +146,8 @@ impl GptError {
     fn hint(&self) -> String {
         let hint = match self {
             Self::Usage(error) => &error.hint,
+            Self::Signals(error) if is_thread_limit(error) => THREADS_HINT,
+            Self::Watch(WatchError::Listen { source, .. }) if is_thread_limit(source) => THREADS_HINT,
             Self::Watch(_) => "give an address of this machine, and ports that are free",
             Self::OutputFile(OutputFileError { cause, .. })
             | Self::Log(OutputFileError { cause, .. })
@@ -193,7 +200,22 @@ fn compile_hint(error: &CompileError) -> &'static str {
     }
 }
 
+/// True if the system cannot start a thread.
+fn is_thread_limit(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::WouldBlock
+}
+
 fn cluster_hint(error: &ClusterError) -> &'static str {
+    let is_limited = match error {
+        ClusterError::System { cause, .. } => is_thread_limit(cause),
+        ClusterError::Membership(MembershipError::Io { source, .. }) => is_thread_limit(source),
+        ClusterError::Transport(error) => error.is_thread_limit(),
+        ClusterError::Rendezvous(RendezvousError::Transport(error)) => error.is_thread_limit(),
+        _ => false,
+    };
+    if is_limited {
+        return THREADS_HINT;
+    }
     match error.exit() {
         Exit::PeerUnavailable => {
             "check that all ranks are started with the same program and flags, and can reach rank 0"
@@ -207,6 +229,10 @@ fn session_hint(error: &SessionError) -> &'static str {
     match error {
         SessionError::PlanFile { source, .. } => files::hint(source.kind()),
         SessionError::Plan(PlanError::Memory { .. }) => DEVICE_MEMORY_HINT,
+        SessionError::Plan(PlanError::NodeMemory { extra: 1.., .. }) => {
+            "reduce --batch, --width or --layers, give --sample 0 to generate no text, use more nodes, or free memory or \
+             raise its limit on this node"
+        }
         SessionError::Plan(PlanError::NodeMemory { .. }) => {
             "reduce --batch, --width or --layers, use more nodes, or free memory or raise its limit on this node"
         }
@@ -220,7 +246,7 @@ fn session_hint(error: &SessionError) -> &'static str {
         SessionError::Failed(failure) if failure.is_peer_failure() => {
             "see the log of that rank; a run with --checkpoint continues from its last checkpoint, if there is one"
         }
-        SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Checkpoint(_)
+        SessionError::Failed(_) | SessionError::Kernel(_) | SessionError::Actors(_) | SessionError::Checkpoint(_)
             if error.exit() != Exit::Internal =>
         {
             ""
@@ -257,6 +283,8 @@ fn checkpoint_hint(error: &CheckpointError) -> &'static str {
     use std::io::ErrorKind;
     let is_read = |doing: &StoreOperation| matches!(doing, StoreOperation::Read | StoreOperation::List);
     match (error, error.io_kind()) {
+        // The error states the hint.
+        (CheckpointError::Thread(_), _) => "",
         (CheckpointError::Absent { .. }, _) => {
             "give the folder that has the checkpoint, or --resume auto to start from step 0"
         }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use shardflow::init::mix;
 use shardflow::prelude::*;
+use shardflow::session::bytes_alone;
 
 /// Logits are divided by this before a token is drawn. A value below 1 makes likely tokens more likely.
 const TEMPERATURE: f64 = 0.8;
@@ -27,6 +28,11 @@ impl Sampler {
         g.output("logits", logits);
         let options = CompileOptions { mode: Some(Mode::Evaluation), ..options.clone() };
         Ok(Self { plan: compile(g, &options)?, context: config.context })
+    }
+
+    /// Bytes that [`Sampler::run`] needs besides the parameters that it is given.
+    pub fn bytes(&self) -> u64 {
+        bytes_alone(&self.plan).saturating_add(2 * largest_parameter_bytes(&self.plan))
     }
 
     /// Draws `count` tokens that follow `prompt`, which must hold at least one token. The same seed draws the same
@@ -60,6 +66,31 @@ impl Sampler {
         session.shutdown()?;
         Ok(tokens.split_off(prompt.len()))
     }
+}
+
+/// Bytes of each parameter as a whole tensor.
+fn parameter_bytes(plan: &Plan) -> impl Iterator<Item = u64> {
+    plan.graph.parameters().into_iter().map(|v| 4 * plan.graph.shape(v).iter().product::<usize>() as u64)
+}
+
+fn largest_parameter_bytes(plan: &Plan) -> u64 {
+    parameter_bytes(plan).max().unwrap_or(0)
+}
+
+/// Bytes besides the plan of a process while it loads parameters from a file: a tensor of the file and its elements as
+/// f32, then those and a device's part.
+pub fn loading_bytes(plan: &Plan) -> u64 {
+    2 * largest_parameter_bytes(plan)
+}
+
+/// Bytes besides the plan of a process that gathers the parameters for a sampler, and of the process that then runs the
+/// sampler when the session has ended. `own_bytes` is the part of the plan that this releases.
+pub fn sampling_bytes(plan: &Plan, sampler: Option<&Sampler>, own_bytes: u64) -> u64 {
+    // Each device's part, and the whole tensor.
+    let gathering = (plan.memory.len() as u64 + 1) * largest_parameter_bytes(plan);
+    let Some(sampler) = sampler else { return gathering };
+    let parameters: u64 = parameter_bytes(plan).sum();
+    parameters + gathering.max(sampler.bytes().saturating_sub(own_bytes))
 }
 
 /// Number `index` of the stream of `seed`, in `0 .. 1`.
@@ -99,6 +130,19 @@ mod tests {
         assert!((900..1100).contains(&drawn), "{drawn} of 4000");
         assert_eq!(draw(&[f32::NAN, 1.0], 0.5), 1);
         assert!(draw(&[f32::NAN; 2], 0.5) < 2);
+    }
+
+    #[test]
+    fn a_sampler_needs_the_parameters_and_what_the_training_does_not_release() {
+        let config = GptConfig { vocabulary: 5, layers: 1, heads: 1, width: 4, context: 3, batch: 9, dropout: 0.5 };
+        let sampler = Sampler::compile(&config, &CompileOptions::default()).unwrap();
+        let plan = &sampler.plan;
+        let (parameters, largest) = (parameter_bytes(plan).sum::<u64>(), largest_parameter_bytes(plan));
+        assert!(parameters > largest && largest == 4 * 4 * 16, "{parameters} {largest}");
+        assert_eq!(sampling_bytes(plan, None, 0), 2 * largest);
+        assert_eq!(sampling_bytes(plan, Some(&sampler), 0), parameters + sampler.bytes());
+        assert_eq!(sampling_bytes(plan, Some(&sampler), u64::MAX), parameters + 2 * largest);
+        assert!(sampler.bytes() > parameters && loading_bytes(plan) == 2 * largest);
     }
 
     #[test]

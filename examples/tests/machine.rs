@@ -159,6 +159,104 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     assert_eq!(code, Some(78), "{printed}");
 }
 
+/// Two containers of one host, each with a limit that its own rank fits.
+#[test]
+fn each_container_of_a_host_has_its_own_memory_limit() {
+    let folder = Folder::new("machine-limits");
+    let cgroups = [MemoryCgroup::new("limits-0"), MemoryCgroup::new("limits-1")];
+    let [Some(first), Some(second)] = &cgroups else { return };
+    let model = MODEL.replace("--width 16 --context 8", "--width 512 --context 64");
+    let run = |limit: u64, separate: bool| {
+        let port = free_port();
+        let nodes = [0, 1].map(|node| {
+            let cgroup = if separate && node == 1 { second } else { first };
+            cgroup.limit(limit).expect("an empty cgroup");
+            let flags = format!("--nnodes 2 --node-rank {node} --rdzv-endpoint 127.0.0.1:{port} --rdzv-id limits");
+            let command = launch_of(&flags, &gpt_of(&model, "--mesh data=2 --log-json log.json"));
+            start(&folder, &cgroup.with(&command), &[SECRET])
+        });
+        nodes.map(|mut node| (node.end(TIMEOUT), node.text()))
+    };
+    let refused = run(48 << 20, true);
+    assert!(refused.iter().all(|(code, _)| *code == Some(78)), "{refused:?}");
+    let text = refused.iter().map(|(_, text)| text.as_str()).find(|text| text.contains("the job needs "));
+    let needed = number_after(text.unwrap_or_default(), "the job needs ");
+    // A launcher and a process use 20 MB.
+    let enough = needed + (32 << 20);
+    assert!(enough < 2 * needed, "{enough}: the limit must be too small for two ranks");
+    let ended = run(enough, true);
+    assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
+    let refused = run(enough, false);
+    assert!(refused.iter().all(|(code, _)| *code == Some(78)), "{refused:?}");
+    assert!(refused.iter().any(|(_, text)| text.contains(&format!("needs {}", 2 * needed))), "{refused:?}");
+}
+
+#[test]
+fn text_and_initial_parameters_fit_the_limit_or_are_refused() {
+    let folder = Folder::new("machine-extra");
+    let Some(cgroup) = MemoryCgroup::new("extra") else { return };
+    let model = MODEL
+        .replace("--width 16 --context 8", "--width 512 --context 64")
+        .replace("--sample 0 --steps 2", "--steps 1");
+    let run = |limit: u64, flags: &str| {
+        cgroup.limit(limit).expect("an empty cgroup");
+        let mut run = start(&folder, &cgroup.with(&gpt_of(&model, flags)), &[]);
+        (run.end(TIMEOUT), run.text())
+    };
+    let (code, printed) = run(1 << 30, "--sample 0 --save model");
+    assert_eq!(code, Some(0), "{printed}");
+    for flags in ["--sample 5", "--sample 0 --init-from model"] {
+        const SMALL: u64 = 48 << 20;
+        let (code, printed) = run(SMALL, flags);
+        assert_eq!(code, Some(78), "{flags}: {printed}");
+        for part in ["bytes that the program allocates besides the plan", "give --sample 0"] {
+            assert!(printed.contains(part), "{flags}: {printed}");
+        }
+        let needed = number_after(&printed, "the job needs ") + SMALL - number_after(&printed, "this node has ");
+        let (code, printed) = run(needed + (4 << 20), flags);
+        assert_eq!(code, Some(0), "{flags}: {printed}");
+    }
+}
+
+/// Whether `setpriv` can run a command as another user; prints `SKIPPED` otherwise.
+fn can_change_user(test: &str) -> bool {
+    let can = Command::new("setpriv").args(["--reuid=54321", "--clear-groups", "true"]).output();
+    let can = can.is_ok_and(|output| output.status.success());
+    if !can {
+        println!("SKIPPED {test}: cannot change the user");
+    }
+    can
+}
+
+/// A process that may not start enough threads reports the limit, however many start.
+#[test]
+fn a_limit_on_threads_is_reported() {
+    if !can_change_user("machine-threads") {
+        return;
+    }
+    let folder = Folder::new("machine-threads");
+    let open = Command::new("chmod").arg("a+rwx").arg(folder.path()).status().expect("chmod runs");
+    assert!(open.success());
+    let model = MODEL.replace("--threads-per-device 1", "--threads-per-device 2");
+    for limit in 1..24 {
+        let limit_flag = format!("--nproc={limit}");
+        // The system counts the threads of all processes of a user.
+        let id = format!("--reuid={}", 100_000 + std::process::id());
+        let user = ["setpriv", &id, "--clear-groups", "prlimit", &limit_flag].map(str::to_owned);
+        let mut run = start(&folder, &[&user[..], &gpt_of(&model, "--checkpoint ck --resume auto")].concat(), &[]);
+        let (code, printed) = (run.end(TIMEOUT), run.text());
+        if code == Some(0) {
+            return assert!(limit > 4, "{limit}");
+        }
+        assert_eq!(code, Some(78), "{limit}: {printed}");
+        for part in ["Resource temporarily unavailable", "ulimit -u"] {
+            assert!(printed.contains(part), "{limit}: no {part:?} in:\n{printed}");
+        }
+        assert!(!printed.contains("a bug in"), "{limit}: {printed}");
+    }
+    panic!("24 threads are not enough");
+}
+
 #[test]
 fn parameters_without_space_for_the_optimizer_state_are_refused_before_training() {
     if !can_unshare("machine-room") {

@@ -138,7 +138,7 @@ impl Device {
     /// becomes the name of its thread.
     ///
     /// # Errors
-    /// [`KernelError::Closed`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
+    /// [`KernelError::Thread`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
     pub fn stream(&self, name: &str, threads: usize) -> Result<Stream> {
         self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }

@@ -122,6 +122,14 @@ pub enum KernelError {
         /// How to install it.
         hint: String,
     },
+    /// The system cannot start a thread.
+    #[error("cannot start the thread {name}: {cause}; {THREADS_HINT}")]
+    Thread {
+        /// The thread's name.
+        name: String,
+        /// The system's error.
+        cause: String,
+    },
     /// The stream has ended.
     #[error("stream of device {device} is closed")]
     Closed {
@@ -130,7 +138,15 @@ pub enum KernelError {
     },
 }
 
+/// What the user can change if the system cannot start a thread.
+pub const THREADS_HINT: &str = "raise the limit on processes and threads (`ulimit -u`, `pids.max` of the cgroup)";
+
 impl KernelError {
+    /// Creates a [`KernelError::Thread`].
+    pub fn thread(name: &str, cause: &std::io::Error) -> Self {
+        Self::Thread { name: name.into(), cause: cause.to_string() }
+    }
+
     /// Creates a [`KernelError::Arguments`].
     pub fn arguments(op: &str, what: &str, expected: impl Into<String>, got: impl Into<String>) -> Self {
         Self::Arguments { op: op.to_owned(), what: what.to_owned(), expected: expected.into(), got: got.into() }

@@ -51,6 +51,7 @@ mod tokens;
 
 use agreement::SharedInput;
 use budget::Budget;
+pub use budget::bytes_alone;
 pub use error::SessionError;
 use exchange::{Inbox, tensor_of};
 use host::Fetched;
@@ -62,6 +63,7 @@ pub use options::{SessionOptions, Threads};
 use outcome::{NumberPair, Outcome};
 use ports::HostPorts;
 pub use report::StepReport;
+pub use shardflow_kernels::error::THREADS_HINT;
 
 /// A running plan, or this process's part of it. Dropping the session shuts it down.
 pub struct Session {

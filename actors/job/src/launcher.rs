@@ -65,7 +65,10 @@ fn report(options: &LaunchOptions, departure: Option<Departure>, exit: Exit, cau
 /// Waits until all output is written, or a signal arrives.
 fn wait_for_output_reader(events: &Receiver<Event>) {
     let (writing, written) = crossbeam_channel::bounded::<()>(0);
-    thread::spawn(move || (output::finish(None), drop(writing)));
+    let write = move || (output::finish(None), drop(writing));
+    if thread::Builder::new().name("output".into()).spawn(write).is_err() {
+        return output::finish(Some(OUTPUT_TIMEOUT));
+    }
     wait_until_done_or_signal(&written, events);
 }
 

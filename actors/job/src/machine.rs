@@ -13,7 +13,7 @@ mod memory;
 pub(crate) use addresses::{Targets, address_towards};
 pub use addresses::{hidden_name, parse_ip};
 pub use cores::{affinity, cores_text, threads_per_device};
-pub use memory::{FreeMemory, MemoryBound, free_memory, meminfo};
+pub use memory::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryBound, MemoryClaim, free_memory, meminfo, memory_bounds};
 
 /// `TMPDIR`, or `/tmp` if it is not set, cannot be used. Exit code 78.
 #[derive(Debug, thiserror::Error)]

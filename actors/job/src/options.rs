@@ -105,6 +105,19 @@ pub struct ClusterOptions {
     pub on_waiting: Option<OnWaiting>,
 }
 
+/// Longest wait; small enough that an `Instant` does not overflow.
+const WAIT_MAX: Duration = Duration::from_secs(1 << 30);
+
+impl ClusterOptions {
+    /// The same options, with times that can be added to an `Instant`.
+    pub fn with_finite_times(mut self) -> Self {
+        let times = [&mut self.meet_within, &mut self.connect_within, &mut self.report_every];
+        let more = [&mut self.heartbeat_every, &mut self.heartbeat_deadline, &mut self.report_within];
+        times.into_iter().chain(more).for_each(|time| *time = (*time).min(WAIT_MAX));
+        self
+    }
+}
+
 impl Default for ClusterOptions {
     fn default() -> Self {
         Self {
@@ -210,6 +223,16 @@ mod tests {
             assert_eq!(error.exit(), Exit::Refused, "{error}");
             error.to_string()
         })
+    }
+
+    #[test]
+    fn finite_times_can_be_added_to_an_instant() {
+        let (meet_within, report_within) = (Duration::MAX, Duration::from_secs(i64::MAX as u64));
+        let options = ClusterOptions { meet_within, report_within, ..ClusterOptions::default() }.with_finite_times();
+        for time in [options.meet_within, options.report_within] {
+            assert!(std::time::Instant::now().checked_add(time).is_some(), "{time:?}");
+        }
+        assert_eq!(options.connect_within, ClusterOptions::default().connect_within);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Queued standard output and error. A thread writes them, so that a full pipe does not block the training.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
@@ -32,10 +33,19 @@ pub struct OutputQueue {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    /// The stream if the system could not start a thread for it: then each caller writes.
+    direct: Mutex<Option<Stream>>,
+}
+
+type Stream = Box<dyn Write + Send>;
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("state", &self.state).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -58,15 +68,32 @@ struct State {
 impl OutputQueue {
     /// Starts the thread that writes to `to`. It ends with the process.
     pub fn new(to: impl Write + Send + 'static) -> Self {
+        Self::with_thread(to, |run| thread::Builder::new().name("output".into()).spawn(run).map(drop))
+    }
+
+    fn with_thread(
+        to: impl Write + Send + 'static,
+        spawn: impl FnOnce(Box<dyn FnOnce() + Send>) -> io::Result<()>,
+    ) -> Self {
         let state = State { ends_line: true, ..State::default() };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let own = shared.clone();
-        thread::spawn(move || own.write(to));
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new(), direct: Mutex::default() });
+        let stream: Arc<Mutex<Option<Stream>>> = Arc::new(Mutex::new(Some(Box::new(to))));
+        let (own, taken) = (shared.clone(), stream.clone());
+        let run = move || {
+            let to = taken.lock().take();
+            to.into_iter().for_each(|to| own.write(to));
+        };
+        if spawn(Box::new(run)).is_err() {
+            *shared.direct.lock() = stream.lock().take();
+        }
         Self { shared }
     }
 
     /// Queues a text. Waits only for a record, while more than 64 MiB of records are queued.
     pub fn put(&self, kind: OutputKind, text: &[u8]) {
+        if let Some(to) = &mut *self.shared.direct.lock() {
+            return self.shared.state.lock().write_direct(to, text);
+        }
         let mut state = self.shared.state.lock();
         while kind == OutputKind::Record && state.record_bytes > RECORD_BYTES_MAX && !state.is_closed {
             self.shared.changed.wait(&mut state);
@@ -114,6 +141,20 @@ impl OutputQueue {
 }
 
 impl State {
+    fn write_direct(&mut self, to: &mut Stream, text: &[u8]) {
+        let Some(last) = text.last().filter(|_| !self.is_closed) else { return };
+        self.ends_line = *last == b'\n';
+        if let Err(error) = to.write_all(text).and_then(|()| to.flush()) {
+            self.close(error);
+        }
+    }
+
+    fn close(&mut self, error: io::Error) {
+        self.is_closed = true;
+        self.waiting.clear();
+        self.error = Some(error).filter(|error| error.kind() != io::ErrorKind::BrokenPipe);
+    }
+
     fn bytes_of(&mut self, kind: OutputKind) -> &mut usize {
         match kind {
             OutputKind::Progress => &mut self.progress_bytes,
@@ -154,9 +195,7 @@ impl Shared {
             state = self.state.lock();
             state.is_writing = false;
             if let Err(error) = written {
-                state.is_closed = true;
-                state.waiting.clear();
-                state.error = Some(error).filter(|error| error.kind() != io::ErrorKind::BrokenPipe);
+                state.close(error);
             }
             self.changed.notify_all();
             if state.is_closed {
@@ -195,6 +234,7 @@ pub fn ends_line(file: &File) -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::mpsc::{Receiver, Sender, channel};
 
     use super::*;
@@ -220,6 +260,22 @@ mod tests {
     fn stalled() -> (OutputQueue, Sender<()>, Receiver<Vec<u8>>) {
         let ((go, wait), (taken, seen)) = (channel(), channel());
         (OutputQueue::new(Stalled { taken, go: wait }), go, seen)
+    }
+
+    #[test]
+    fn without_a_thread_the_caller_writes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out");
+        let no_thread = |_: Box<dyn FnOnce() + Send>| Err(io::ErrorKind::WouldBlock.into());
+        let output = OutputQueue::with_thread(File::create(&path).unwrap(), no_thread);
+        output.put(OutputKind::Progress, b"10 %");
+        output.end_line();
+        output.line("done");
+        output.flush(None);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "10 %\ndone\n");
+        let output = OutputQueue::with_thread(File::options().write(true).open("/dev/full").unwrap(), no_thread);
+        output.line("lost");
+        assert!(output.take_error().is_some_and(|error| error.kind() == io::ErrorKind::StorageFull));
     }
 
     #[test]

@@ -178,8 +178,8 @@ impl Requests {
     /// The pending request, after taking the job's end time into account. `step` is the duration of a step.
     pub fn before_step(&self, step: Duration, now: Duration) -> Request {
         let mut state = self.state.lock();
-        let left = state.save + step + state.margin;
-        if state.job_end.is_some_and(|end| now + left >= end) {
+        let left = state.save.saturating_add(step).saturating_add(state.margin);
+        if state.job_end.is_some_and(|end| now.saturating_add(left) >= end) {
             state.pending = state.pending.or_stronger(Request::End(Exit::Retry));
         }
         state.pending
@@ -265,6 +265,15 @@ pub fn signal_mask(process: &str, name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_do_not_overflow() {
+        let requests = Requests::default();
+        requests.set_job_end_margin(Duration::MAX);
+        requests.set_save_time(Duration::MAX);
+        requests.state.lock().job_end = Some(Duration::from_secs(800));
+        assert_eq!(requests.before_step(Duration::MAX, Duration::from_secs(1)), Request::End(Exit::Retry));
+    }
 
     #[test]
     fn requests_survive_the_exchange_and_the_stronger_wins() {

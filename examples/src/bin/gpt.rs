@@ -19,7 +19,7 @@ use shardflow_examples::args::{DeviceArg, GptArgs, NonFiniteArg, OnUsr1Arg};
 use shardflow_examples::data::Text;
 use shardflow_examples::error::{GptError, Saved};
 use shardflow_examples::log::{Progress, StepRecord, Totals};
-use shardflow_examples::sample::Sampler;
+use shardflow_examples::sample::{Sampler, loading_bytes, sampling_bytes};
 
 /// Limit of the work after the last step, once a signal has requested the end.
 const FINISH_LIMIT: Duration = Duration::from_secs(20);
@@ -77,7 +77,9 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     if let Some(watch) = &watch {
         note(format!("watch it at http://{}, metrics at /metrics", watch.address()));
     }
-    let mut session = start(args, plan, &session_options(args, &text, cluster, requests.clone()))?;
+    let extra_bytes = extra_bytes(args, &plan, sampler.as_ref(), &cluster);
+    let options = SessionOptions { extra_bytes, ..session_options(args, &text, cluster, requests.clone()) };
+    let mut session = start(args, plan, &options)?;
     if let Some(watch) = &watch {
         watch.show(&session);
     }
@@ -98,8 +100,8 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
             print(format!("parameters saved to {}", path.display()));
         }
     }
-    // Copies of all parameters, which no budget counts. Every process has to make this call.
-    let parameters = (args.sample > 0).then(|| session.parameters()).transpose()?;
+    // Every process has to make this call.
+    let parameters = (args.sample > 0).then(|| session.parameters_on_first()).transpose()?.flatten();
     // End the session's threads before the sampler starts its own.
     let seed = session.seed();
     session.shutdown()?;
@@ -172,6 +174,17 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
         memory_bytes,
         ..CompileOptions::default()
     })
+}
+
+/// Bytes that this process allocates besides the plan: to load parameters before the training, or to generate text
+/// after it.
+fn extra_bytes(args: &GptArgs, plan: &Plan, sampler: Option<&Sampler>, cluster: &Cluster) -> u64 {
+    let loading = if args.init_from.is_some() { loading_bytes(plan) } else { 0 };
+    // The sampler runs on the first process, which has the first devices.
+    let first_devices = plan.memory.len() / cluster.processes().max(1) as usize;
+    let own_bytes = plan.memory.iter().take(first_devices).map(|memory| memory.total_bytes() as u64).sum();
+    let sampling = if args.sample > 0 { sampling_bytes(plan, sampler, own_bytes) } else { 0 };
+    loading.max(sampling)
 }
 
 /// Consecutive steps that may be skipped before the training ends.

@@ -42,7 +42,7 @@ impl CpuStream {
             let expected = format!("at most {THREADS_MAX}");
             return Err(KernelError::arguments("stream", "threads", expected, threads.to_string()));
         }
-        let pool = Pool::start(name, threads).map_err(|_| KernelError::Closed { device })?;
+        let pool = Pool::start(name, threads).map_err(|e| KernelError::thread(name, &e))?;
         let (queue, commands) = unbounded();
         let metrics = StreamMetrics::new(name);
         let collective_time = metrics.collective_time();
@@ -50,7 +50,7 @@ impl CpuStream {
         let runner = Runner { pool, engine, scratch: scratch.clone() };
         let builder = thread::Builder::new().name(name.to_owned());
         let thread = builder.spawn(move || run_commands(&commands, &runner, metrics));
-        let thread = thread.map_err(|_| KernelError::Closed { device })?;
+        let thread = thread.map_err(|e| KernelError::thread(name, &e))?;
         Ok(Self { queue: Some(queue), thread: Some(thread), device, threads, collective_time, scratch })
     }
 

@@ -96,8 +96,8 @@ impl Poller {
         });
         let name = format!("cuda {} poller", context.ordinal);
         let own = shared.clone();
-        let thread = thread::Builder::new().name(name).spawn(move || own.serve());
-        let thread = thread.map_err(|_| KernelError::Closed { device: context.ordinal })?;
+        let thread = thread::Builder::new().name(name.clone()).spawn(move || own.serve());
+        let thread = thread.map_err(|e| KernelError::thread(&name, &e))?;
         Ok(Self { shared, thread: Some(thread) })
     }
 

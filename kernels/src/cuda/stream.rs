@@ -163,7 +163,7 @@ impl Inner {
                 own.serve();
                 Stamped::new(())
             });
-            queue.thread = Some(thread.map_err(|_| KernelError::Closed { device: self.stream.rank })?);
+            queue.thread = Some(thread.map_err(|e| KernelError::thread(&self.name, &e))?);
         }
         self.changed.notify_all();
         Ok(())

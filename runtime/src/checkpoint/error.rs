@@ -1,5 +1,6 @@
 //! Errors of checkpoints and of the stores that hold them.
 
+use shardflow_kernels::error::THREADS_HINT;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -83,6 +84,9 @@ pub enum CheckpointError {
     /// Another rank failed; its own error states the cause.
     #[error("{place}: rank {rank} {problem}; see its log")]
     OnRank { place: String, rank: u32, exit: u8, problem: String },
+    /// The system cannot start a thread.
+    #[error("cannot start a thread for checkpoints: {0}; {THREADS_HINT}")]
+    Thread(std::io::Error),
     /// The request cannot be fulfilled.
     #[error("{0}")]
     Refused(String),
@@ -125,11 +129,12 @@ impl CheckpointError {
         matches!(self, Self::Damaged { .. })
     }
 
-    /// The exit code of a program that ends with this error: 2 usage, 65 bad data, 73 cannot write.
+    /// The exit code of a program that ends with this error: 2 usage, 65 bad data, 73 cannot write, 78 refused.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Place { .. } | Self::Refused(_) => 2,
             Self::OnRank { exit, .. } => *exit,
+            Self::Thread(_) => 78,
             Self::Store { doing, .. } | Self::Stalled { doing, .. } => match doing {
                 StoreOperation::Read | StoreOperation::List => 65,
                 StoreOperation::Write | StoreOperation::Delete => 73,

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
+use std::{io, thread};
 
 use object_store::path::Path;
 use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
@@ -38,7 +39,12 @@ impl Io {
     pub(crate) fn new(place: &str) -> Result<Self, CheckpointError> {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(1).max_blocking_threads(BLOCKED_THREADS_MAX).thread_name("checkpoint-io").enable_all();
-        let runtime = builder.build().map_err(|source| CheckpointError::Io { path: place.into(), source })?;
+        // The builder panics if the system cannot start a thread.
+        let probes = ["checkpoint-io"; 2].map(|name| thread::Builder::new().name(name.into()).spawn(thread::park));
+        let started = probes.into_iter().map(|probe| probe.map(|probe| (probe.thread().unpark(), probe.join())));
+        started.collect::<io::Result<Vec<_>>>().map_err(CheckpointError::Thread)?;
+        let runtime = builder.build();
+        let runtime = runtime.map_err(|source| CheckpointError::Io { path: place.into(), source })?;
         Ok(Self(Some(runtime)))
     }
 

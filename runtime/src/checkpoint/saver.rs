@@ -82,7 +82,7 @@ impl Saver {
             }
         };
         let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
-        thread.map_err(|source| CheckpointError::Io { path: place.clone().into(), source })?;
+        thread.map_err(CheckpointError::Thread)?;
         Ok(Self { jobs, reports, is_busy: false, spare: None, next_attempt: 0, busy, place, lock })
     }
 

@@ -325,6 +325,7 @@ impl SealedStream for SealedConnection {
 
 #[cfg(test)]
 mod tests {
+    use shardflow_job::machine::MemoryClaim;
     use shardflow_job::transport::SessionId;
 
     use super::*;
@@ -336,7 +337,8 @@ mod tests {
             addresses.extend((*folder > 0).then(|| Address::Unix(format!("/tmp/{process}.sock").into())));
             let (node, host, sockets, heartbeat) =
                 (node.to_string(), "h".into(), [*folder; 32], ([10, 0, 0, 1], 9).into());
-            Member { process, node, sockets, cores: vec![], host, pid: 1, restart: 0, addresses, heartbeat }
+            let memory = MemoryClaim::default();
+            Member { process, node, sockets, cores: vec![], memory, host, pid: 1, restart: 0, addresses, heartbeat }
         };
         Roster { session: SessionId::default(), epoch: 0, members: (0..).zip(places).map(member).collect() }
     }

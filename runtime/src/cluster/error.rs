@@ -56,11 +56,17 @@ impl ClusterError {
             Self::Rendezvous(_) => Exit::PeerUnavailable,
             Self::Membership(error) => error.exit(),
             Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::OutOfMemory,
+            Self::Kernel(KernelError::Thread { .. }) => Exit::Refused,
+            // A thread cannot be started.
+            Self::System { cause, .. } if cause.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             Self::Kernel(_) | Self::System { .. } => Exit::Internal,
         }
     }
 }
 
 fn transport_exit(error: &TransportError) -> Exit {
+    if error.is_thread_limit() {
+        return Exit::Refused;
+    }
     if error.is_authentication() { Exit::Protocol } else { Exit::PeerUnavailable }
 }

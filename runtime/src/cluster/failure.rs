@@ -30,7 +30,7 @@ pub(crate) fn exit_of_kernel(cause: &KernelError) -> Exit {
         KernelError::OutOfMemory { .. } => Exit::OutOfMemory,
         KernelError::Link { .. } | KernelError::Mpi { .. } | KernelError::Aborted { .. } => Exit::PeerUnavailable,
         KernelError::Data { .. } => Exit::BadData,
-        KernelError::Unavailable { .. } => Exit::Refused,
+        KernelError::Unavailable { .. } | KernelError::Thread { .. } => Exit::Refused,
         _ => Exit::Internal,
     }
 }

@@ -13,7 +13,7 @@ use shardflow_actors::error::Failure;
 use shardflow_actors::shell::{Control, RunningSession};
 use shardflow_job::env::{LaunchContext, Launched};
 use shardflow_job::exit;
-use shardflow_job::machine::hidden_name;
+use shardflow_job::machine::{MemoryClaim, hidden_name};
 use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent};
 use shardflow_job::options::{ClusterOptions, Transport};
 use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
@@ -186,10 +186,11 @@ impl Monitor {
 
 impl World {
     /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all
-    /// processes, besides the build. Later waits for live processes last up to `wait_max`.
+    /// processes, besides the build; `memory` may differ. Later waits for live processes last up to `wait_max`.
     pub(crate) fn join(
         plan: &Plan,
         cluster: &Cluster,
+        memory: &MemoryClaim,
         facts: impl FnOnce() -> Result<Vec<Fact>, ClusterError>,
         wait_max: Duration,
     ) -> Result<Option<Self>, ClusterError> {
@@ -205,8 +206,8 @@ impl World {
             return Ok(None);
         }
         exit::mark_joining();
-        let (options, secret) = (cluster.options.clone(), world.secret.read()?);
-        let (roster, listener, heartbeat) = meet(world, &options, &secret, facts)?;
+        let (options, secret) = (cluster.options.clone().with_finite_times(), world.secret.read()?);
+        let (roster, listener, heartbeat) = meet(world, &options, &secret, (memory, facts))?;
         let process_map = ProcessMap { process: world.process, processes, devices };
         let mut connector = Connector {
             device: plan.device,
@@ -249,6 +250,11 @@ impl World {
 
     pub(crate) fn cores(&self, process: u32) -> &[u64] {
         &self.member(process).cores
+    }
+
+    /// What each process has published about its memory, by rank.
+    pub(crate) fn memory_claims(&self) -> Vec<MemoryClaim> {
+        (0..self.process_map.processes).map(|process| self.member(process).memory.clone()).collect()
     }
 
     fn member(&self, process: u32) -> &Member {
@@ -351,7 +357,7 @@ fn meet(
     world: &Launched,
     options: &ClusterOptions,
     secret: &Secret,
-    facts: impl FnOnce() -> Result<Vec<Fact>, ClusterError>,
+    (memory, facts): (&MemoryClaim, impl FnOnce() -> Result<Vec<Fact>, ClusterError>),
 ) -> Result<(Roster, Listener, UdpSocket), ClusterError> {
     let coordinator = world.endpoint.address();
     let spans_nodes = world.local_processes < world.processes;
@@ -372,6 +378,7 @@ fn meet(
         process: world.process,
         processes: world.processes,
         restart: world.restart,
+        memory: memory.clone(),
         facts: facts()?,
         heartbeat: published.map_err(system("publish the address for heartbeats"))?,
         spans_nodes,

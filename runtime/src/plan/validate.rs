@@ -31,7 +31,7 @@ pub enum PlanError {
         "the plan does not fit: this node has {budget} bytes free ({bound}), but the job needs {needed} bytes\n{table}reduce \
          the batch, use more micro-batches or more nodes, or give the job more memory"
     )]
-    NodeMemory { budget: u64, bound: String, needed: u64, table: String },
+    NodeMemory { budget: u64, bound: String, needed: u64, extra: u64, table: String },
     /// A buffer is outside its register, scratch or arena: a planner bug.
     #[error("{action}: launch {launch} ({op}): a buffer ends at byte {end}, but its memory has only {size} bytes")]
     Bounds { action: String, launch: usize, op: String, end: usize, size: usize },

@@ -1,4 +1,7 @@
 //! Compares a node's memory with the needs of a job's processes there. Only this module sums the bytes of a rank.
+//!
+//! Processes share the memory of the machine, and the limit of a cgroup that contains them. Processes in different
+//! containers each have their own limit, so each process checks the bounds that apply to itself.
 
 use shardflow_kernels::device::DeviceKind;
 
@@ -6,7 +9,7 @@ use crate::graph::Var;
 use crate::plan::validate::PlanError;
 use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
-use shardflow_job::machine::{FreeMemory, free_memory};
+use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 
 /// Reserve for memory outside the plan: libraries and connections of a process, and packing buffers of matrix products
 /// for each device and each of its threads. Measured: 3 to 31 MiB in total, for `gpt` with widths from 64 to 1024 and
@@ -21,19 +24,34 @@ pub(crate) const SNAPSHOTS_MAX: usize = 2;
 /// The node's memory for a job of CPU devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Budget {
-    /// Free memory before any process of the job allocates for the plan; `None` if unknown or not applicable.
-    free: Option<FreeMemory>,
+    /// Free memory of the cgroups of this process and of the machine (`None`), before any process of the job allocates
+    /// for the plan; the tightest bound first. Empty if unknown or not applicable.
+    bounds: Vec<(Option<CgroupId>, FreeMemory)>,
+    /// By rank.
+    claims: Vec<MemoryClaim>,
 }
 
 impl Budget {
     /// Call it before the rendezvous: afterwards, other processes may have allocated memory. A GPU's memory is not the
     /// host's. The budget of each device (`CompileOptions::memory_bytes`) does not replace this one.
     pub(crate) fn measure(plan: &Plan) -> Self {
-        Self { free: (plan.device == DeviceKind::Cpu).then(free_memory).flatten() }
+        let bounds = if plan.device == DeviceKind::Cpu { memory_bounds() } else { Vec::new() };
+        Self { bounds: bounds.into_iter().map(|free| (free.bound.cgroup(), free)).collect(), claims: Vec::new() }
     }
 
-    /// Checks that this node has memory for these processes, all of which run on it: their devices and mirrors, and
-    /// `snapshots` snapshots each.
+    /// The limits of this process, and what it allocates besides the plan.
+    pub(crate) fn claim(&self, extra_bytes: u64) -> MemoryClaim {
+        let cgroups = self.bounds.iter().filter_map(|(cgroup, _)| *cgroup).take(CGROUPS_MAX).collect();
+        MemoryClaim { cgroups, extra_bytes }
+    }
+
+    /// Adds the claims of all processes, by rank.
+    pub(crate) fn with_claims(self, claims: Vec<MemoryClaim>) -> Self {
+        Self { claims, ..self }
+    }
+
+    /// Checks that there is memory for these processes, all of which run on this node: their devices and mirrors,
+    /// `snapshots` snapshots each, and what they allocate besides the plan.
     pub(crate) fn check(
         &self,
         plan: &Plan,
@@ -41,28 +59,58 @@ impl Budget {
         node_processes: &[u32],
         snapshots: usize,
     ) -> Result<(), PlanError> {
-        let Some(FreeMemory { bytes: budget, bound }) = &self.free else { return Ok(()) };
-        let (mut needed, mut table) = (0u64, String::new());
-        for process in node_processes {
-            let devices = process_map.devices_of(*process);
-            for device in devices.clone() {
-                needed += plan.memory[device].total_bytes() as u64;
-                table += &plan.memory[device].row(device);
+        for (cgroup, FreeMemory { bytes, bound }) in &self.bounds {
+            let shares = |process: &u32| match (cgroup, self.claims.get(*process as usize)) {
+                (Some(cgroup), Some(claim)) => *process == process_map.process || claim.cgroups.contains(cgroup),
+                _ => true,
+            };
+            let (mut needed, mut extra, mut table) = (0u64, 0u64, String::new());
+            for process in node_processes.iter().copied().filter(shares) {
+                let (own_extra, rows) = (self.extra_bytes(process), &mut table);
+                extra = extra.saturating_add(own_extra);
+                let own_needed = process_bytes(plan, process_map, process, snapshots, rows).saturating_add(own_extra);
+                needed = needed.saturating_add(own_needed);
+                if own_extra > 0 {
+                    table +=
+                        &format!("  rank {process}: {own_extra} bytes that the program allocates besides the plan\n");
+                }
             }
-            let reserve = rank_bytes(plan, devices.len());
-            needed += reserve;
-            table += &format!("  rank {process}: {reserve} bytes for threads, libraries and connections\n");
-            if snapshots > 0 {
-                let bytes = snapshots as u64 * snapshot_bytes(plan, |device| devices.contains(&device));
-                needed += bytes;
-                table += &format!("  rank {process}: {bytes} bytes for {snapshots} snapshots of checkpoints\n");
+            if needed > *bytes {
+                let (budget, bound) = (*bytes, bound.to_string());
+                return Err(PlanError::NodeMemory { budget, bound, needed, extra, table });
             }
         }
-        if needed <= *budget {
-            return Ok(());
-        }
-        Err(PlanError::NodeMemory { budget: *budget, bound: bound.to_string(), needed, table })
+        Ok(())
     }
+
+    fn extra_bytes(&self, process: u32) -> u64 {
+        self.claims.get(process as usize).map_or(0, |claim| claim.extra_bytes)
+    }
+}
+
+/// Bytes of a process for the plan, with a row of `table` for each use.
+fn process_bytes(plan: &Plan, process_map: &ProcessMap, process: u32, snapshots: usize, table: &mut String) -> u64 {
+    let devices = process_map.devices_of(process);
+    let mut needed = 0;
+    for device in devices.clone() {
+        needed += plan.memory[device].total_bytes() as u64;
+        *table += &plan.memory[device].row(device);
+    }
+    let reserve = rank_bytes(plan, devices.len());
+    *table += &format!("  rank {process}: {reserve} bytes for threads, libraries and connections\n");
+    needed += reserve;
+    if snapshots > 0 {
+        let bytes = snapshots as u64 * snapshot_bytes(plan, |device| devices.contains(&device));
+        *table += &format!("  rank {process}: {bytes} bytes for {snapshots} snapshots of checkpoints\n");
+        needed += bytes;
+    }
+    needed
+}
+
+/// Bytes that a process needs to run this plan alone.
+pub fn bytes_alone(plan: &Plan) -> u64 {
+    let process_map = ProcessMap { process: 0, processes: 1, devices: plan.memory.len() };
+    process_bytes(plan, &process_map, 0, 0, &mut String::new())
 }
 
 /// The reserve of a process with this many devices.
@@ -107,7 +155,8 @@ mod tests {
 
     /// Checks the budget of a job with `processes` processes, of which `node_processes` run on this node.
     fn check(budget: u64, plan: &Plan, processes: u32, node_processes: &[u32], snapshots: usize) -> Result<(), String> {
-        let budget = Budget { free: Some(FreeMemory { bytes: budget, bound: MemoryBound::Machine }) };
+        let bounds = vec![(None, FreeMemory { bytes: budget, bound: MemoryBound::Machine })];
+        let budget = Budget { bounds, claims: Vec::new() };
         let process_map = ProcessMap { process: node_processes[0], processes, devices: plan.memory.len() };
         budget.check(plan, &process_map, node_processes, snapshots).map_err(|error| error.to_string())
     }
@@ -133,6 +182,38 @@ mod tests {
         assert!(plan.memory[2].row(2).contains("1000 in mirrors"));
     }
 
+    /// The ranks of a container share its limit, and all ranks of a machine share `MemAvailable`.
+    #[test]
+    fn ranks_in_different_cgroups_have_separate_limits() {
+        let plan = plan("data=4");
+        let process_map = ProcessMap { process: 0, processes: 4, devices: 4 };
+        let one = process_bytes(&plan, &process_map, 0, 0, &mut String::new());
+        let (outer, first, second) = ((1, 1), (1, 2), (1, 3));
+        let claim = |cgroups: &[CgroupId], extra_bytes| MemoryClaim { cgroups: cgroups.to_vec(), extra_bytes };
+        let check = |first_bytes, outer_bytes, machine_bytes, extra_bytes| {
+            let cgroup = |bytes| {
+                let folder = "/c".into();
+                FreeMemory { bytes, bound: MemoryBound::Cgroup { folder, limit_bytes: bytes, used_bytes: 0 } }
+            };
+            let machine = FreeMemory { bytes: machine_bytes, bound: MemoryBound::Machine };
+            let bounds = vec![(Some(first), cgroup(first_bytes)), (Some(outer), cgroup(outer_bytes)), (None, machine)];
+            let claims = [claim(&[first, outer], extra_bytes), claim(&[second, outer], 5), claim(&[second], 0)];
+            let budget = Budget { bounds, claims: claims.to_vec() };
+            budget.check(&plan, &process_map, &[0, 1, 2], 0).map_err(|error| error.to_string())
+        };
+        assert_eq!(check(one, 2 * one + 5, 3 * one + 5, 0), Ok(()));
+        let message = check(one - 1, 2 * one + 5, 3 * one + 5, 0).unwrap_err();
+        assert!(message.contains(&format!("needs {one} bytes")) && !message.contains("device 1"), "{message}");
+        let message = check(one, 2 * one + 4, 3 * one + 5, 0).unwrap_err();
+        assert!(message.contains("device 1") && !message.contains("device 2"), "{message}");
+        assert!(message.contains("rank 1: 5 bytes that the program allocates besides the plan"), "{message}");
+        let message = check(one, 2 * one + 5, 3 * one + 4, 0).unwrap_err();
+        assert!(message.contains("MemAvailable") && message.contains("device 2"), "{message}");
+        assert_eq!(check(one + 7, 2 * one + 12, 3 * one + 12, 7), Ok(()));
+        assert!(check(one + 6, 2 * one + 12, 3 * one + 12, 7).is_err());
+        assert!(check(one, u64::MAX - 1, 3 * one, u64::MAX).is_err());
+    }
+
     #[test]
     fn snapshots_count_each_part_once() {
         let plan = plan("data=2");
@@ -155,11 +236,11 @@ mod tests {
     #[test]
     fn all_plans_for_cpus_are_compared_with_the_machine() {
         let mut plan = plan("data=1");
-        assert!(Budget::measure(&plan).free.is_some());
+        assert!(!Budget::measure(&plan).bounds.is_empty());
         plan.memory_bytes = Some(1 << 30);
-        assert!(Budget::measure(&plan).free.is_some(), "a budget of each device does not replace the node's");
+        assert!(!Budget::measure(&plan).bounds.is_empty(), "a budget of each device does not replace the node's");
         let gpu = Plan { device: DeviceKind::Cuda, ..plan };
-        assert!(Budget::measure(&gpu).free.is_none());
+        assert!(Budget::measure(&gpu).bounds.is_empty());
     }
 
     /// Products of bf16 matrices widen them into memory of the streams.

@@ -2,12 +2,14 @@
 //! a file of any other mesh. A file is written under a temporary name and renamed when it is complete.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::Write;
-use std::path::Path;
+use std::fs;
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use safetensors::SafeTensorError;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, Metadata, TensorView};
 use shardflow_actors::remote::HostPiece;
 use shardflow_kernels::tensor::{HostTensor, element_count};
 
@@ -36,6 +38,20 @@ impl Session {
         self.check_not_failed()?;
         let name = |var| self.plan.graph.tensor(var).name.clone();
         self.plan.graph.parameters().into_iter().map(|var| Ok((name(var), self.whole(var)?))).collect()
+    }
+
+    /// Like [`Session::parameters`], but only the first process gets them; the others hold one tensor at a time.
+    ///
+    /// # Errors
+    /// Those of [`Session::parameters`].
+    pub fn parameters_on_first(&self) -> Result<Option<BTreeMap<String, HostTensor>>, SessionError> {
+        self.check_not_failed()?;
+        let mut found = (self.process_map.process == 0).then(BTreeMap::new);
+        for var in self.plan.graph.parameters() {
+            let whole = self.whole(var)?;
+            found.iter_mut().for_each(|all| drop(all.insert(self.plan.graph.tensor(var).name.clone(), whole.clone())));
+        }
+        Ok(found)
     }
 
     /// A parameter or state as a whole tensor, in its saved shape. Processes send each other their parts, so all must
@@ -107,21 +123,21 @@ impl Session {
 
     /// Loads a file of [`Session::save`] under any mesh: the next step is the one after the saved ones, and the file's
     /// seed replaces the session's. Returns notes for the user, one line each. If several processes run the plan, all
-    /// must call it.
+    /// must call it. Each tensor is read twice, to check it and to write it, so that only one is in memory.
     ///
     /// # Errors
     /// [`CheckpointError`], or [`SessionError::Disagreement`] if the files of two ranks differ; nothing was changed
-    /// then.
+    /// then, unless the file is changed during the call.
     pub fn restore(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.set_activity("loading weights");
         let read = self.read(path, false);
-        let File { tensors, metadata, mut notes } = self.load_together(path, read)?;
+        let Load { source, digests, metadata, mut notes } = self.load_together(path, read)?;
         let count = |key| number(&metadata, key);
         let steps = count(STEPS).unwrap_or(0);
         // Older files have no separate count of updates, and no seed.
         let updates = count(UPDATES).unwrap_or(steps);
         notes.extend(self.take_seed(count(SEED), &path.display().to_string()));
-        self.write_all(tensors)?;
+        self.write_all(path, &source, &digests)?;
         (self.steps, self.updates) = (steps, updates);
         self.observer.iter().for_each(|observer| observer.set_steps(self.steps));
         Ok(notes)
@@ -132,8 +148,8 @@ impl Session {
     pub fn init_from(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.set_activity("loading weights");
         let read = self.read(path, true);
-        let File { tensors, mut notes, .. } = self.load_together(path, read)?;
-        self.write_all(tensors)?;
+        let Load { source, digests, mut notes, .. } = self.load_together(path, read)?;
+        self.write_all(path, &source, &digests)?;
         let plan = self.plan.clone();
         for device in self.process_map.own() {
             let residents = plan.memory[device].residents.iter();
@@ -157,26 +173,23 @@ impl Session {
     /// then.
     pub fn set_parameters(&mut self, tensors: &BTreeMap<String, HostTensor>) -> Result<(), SessionError> {
         let path = Path::new("(memory)");
-        let fitting = |var| {
-            let name = &self.plan.graph.tensor(var).name;
-            let missing = || CheckpointError::missing(path, name);
-            Ok((var, self.fitting(path, var, tensors.get(name).ok_or_else(missing)?.clone())?))
-        };
-        let found = self.plan.graph.parameters().into_iter().map(fitting).collect::<Result<_, _>>();
-        let found = found.map(|tensors| File { tensors, ..File::default() });
-        let found = self.load_together(path, found)?;
-        self.write_all(found.tensors)
+        let found = self.check_tensors(path, Source::Memory(tensors), true);
+        let Load { source, digests, .. } = self.load_together(path, found)?;
+        self.write_all(path, &source, &digests)
     }
 
-    /// Returns the file's content, if it is equal on all processes.
-    fn load_together(&mut self, path: &Path, file: Result<File, SessionError>) -> Result<File, SessionError> {
-        let summary = |file: &File| {
+    /// Returns the load, if it is equal on all processes.
+    fn load_together<'a>(
+        &mut self,
+        path: &Path,
+        load: Result<Load<'a>, SessionError>,
+    ) -> Result<Load<'a>, SessionError> {
+        let summary = |load: &Load<'_>| {
             let [steps, updates, seed] =
-                [STEPS, UPDATES, SEED].map(|key| number(&file.metadata, key).unwrap_or_default());
-            let tensors = file.tensors.iter().map(|(var, tensor)| (*var, digest_of(tensor.as_bytes()))).collect();
-            LoadSummary { steps, updates, seed, manifest: 0, tensors }
+                [STEPS, UPDATES, SEED].map(|key| number(&load.metadata, key).unwrap_or_default());
+            LoadSummary { steps, updates, seed, manifest: 0, tensors: load.digests.clone() }
         };
-        self.agree_on_load(&path.display().to_string(), summary, file)
+        self.agree_on_load(&path.display().to_string(), summary, load)
     }
 
     /// Compares the loads of all processes before anything is changed. If one process cannot load, no process does.
@@ -210,30 +223,35 @@ impl Session {
         (own != self.seed).then(|| format!("the seed is {} from {source}, in place of {own}", self.seed))
     }
 
-    /// Reads a file's tensors for the program, or only its parameters; changes nothing in the session.
-    fn read(&self, path: &Path, weights_only: bool) -> Result<File, SessionError> {
-        let bytes = std::fs::read(path).map_err(|e| io(path, e))?;
-        let not_whole = |e: SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
-        let file = SafeTensors::deserialize(&bytes).map_err(not_whole)?;
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(not_whole)?;
-        let metadata = header.metadata().clone().unwrap_or_default();
+    /// Checks a file's tensors for the program, or only its parameters; changes nothing in the session.
+    fn read(&self, path: &Path, weights_only: bool) -> Result<Load<'static>, SessionError> {
+        let file = TensorFile::open(path)?;
+        let metadata = file.header.metadata().clone().unwrap_or_default();
         let kind = |name: &str| if name.starts_with(STATE_PREFIX) { TensorKind::State } else { TensorKind::Parameter };
-        let names = file.names().into_iter().map(|name| (name, kind(name)));
+        let tensors = file.header.tensors();
+        let names = tensors.keys().map(|name| (name.as_str(), kind(name)));
         let notes = self.check_saved(path, &declared_of(&metadata), names, weights_only)?;
-        let mut tensors = Vec::new();
-        for (var, _) in self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter) {
-            let name = &self.plan.graph.tensor(var).name;
-            let missing = |_| CheckpointError::missing(path, name);
-            let view = file.tensor(name).map_err(missing)?;
-            let values = floats(&view).ok_or_else(|| {
-                let (expected, got) = ("F32, F16 or BF16".to_string(), format!("{:?}", view.dtype()));
-                CheckpointError::Dtype { path: path.into(), name: name.clone(), expected, got }
-            })?;
-            tensors.push((var, self.fitting(path, var, HostTensor::f32(view.shape(), values))?));
-        }
         // Weights are equal even if the rest of the files differs.
         let metadata = if weights_only { HashMap::new() } else { metadata };
-        Ok(File { tensors, metadata, notes })
+        Ok(Load { metadata, notes, ..self.check_tensors(path, Source::File(file), weights_only)? })
+    }
+
+    /// Reads each tensor of the program, or only the parameters, and keeps its digest.
+    fn check_tensors<'a>(&self, path: &Path, source: Source<'a>, weights_only: bool) -> Result<Load<'a>, SessionError> {
+        let wanted = self.residents().filter(|(_, kind)| !weights_only || *kind == TensorKind::Parameter);
+        let digest = |(var, _)| Ok((var, digest_of(self.tensor_of(path, &source, var)?.as_bytes())));
+        let digests = wanted.map(digest).collect::<Result<_, SessionError>>()?;
+        Ok(Load { source, digests, metadata: HashMap::new(), notes: Vec::new() })
+    }
+
+    /// A parameter or state, in the program's shape.
+    fn tensor_of(&self, path: &Path, source: &Source<'_>, var: Var) -> Result<HostTensor, SessionError> {
+        let name = &self.plan.graph.tensor(var).name;
+        let found = match source {
+            Source::Memory(tensors) => tensors.get(name).ok_or_else(|| CheckpointError::missing(path, name))?.clone(),
+            Source::File(file) => file.tensor(name)?,
+        };
+        self.fitting(path, var, found)
     }
 
     /// Checks the program against a file: declared values and names of tensors. Returns notes for the user.
@@ -286,13 +304,24 @@ impl Session {
         Ok(tensor)
     }
 
-    fn write_all(&mut self, tensors: Vec<(Var, HostTensor)>) -> Result<(), SessionError> {
+    /// Writes the tensors that were checked.
+    fn write_all(
+        &mut self,
+        path: &Path,
+        source: &Source<'_>,
+        digests: &BTreeMap<Var, u64>,
+    ) -> Result<(), SessionError> {
         self.check_not_failed()?;
         let plan = self.plan.clone();
         // Moments keep their bounds if only parameters are written.
         self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
-        for (var, whole) in tensors {
-            for (device, _, resident) in plan.resident_parts(var) {
+        for (var, digest) in digests {
+            let whole = self.tensor_of(path, source, *var)?;
+            if digest_of(whole.as_bytes()) != *digest {
+                let message = "the file was changed while it was read".into();
+                return Err(CheckpointError::Format { path: path.into(), message }.into());
+            }
+            for (device, _, resident) in plan.resident_parts(*var) {
                 if self.process_map.own().contains(&device) {
                     self.write_resident(device, resident, &slice_region(&whole, &resident.region))?;
                 }
@@ -302,13 +331,82 @@ impl Session {
     }
 }
 
-/// Content of a file that the program needs.
-#[derive(Default)]
-struct File {
-    tensors: Vec<(Var, HostTensor)>,
+/// Where a load takes tensors from, one at a time.
+enum Source<'a> {
+    Memory(&'a BTreeMap<String, HostTensor>),
+    File(TensorFile),
+}
+
+/// Tensors that were checked, to be written once all processes agree.
+struct Load<'a> {
+    source: Source<'a>,
+    digests: BTreeMap<Var, u64>,
     metadata: HashMap<String, String>,
     /// Notes for the user, one line each.
     notes: Vec<String>,
+}
+
+/// Largest header of a safetensors file, as in the crate.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// An open safetensors file.
+struct TensorFile {
+    path: PathBuf,
+    file: fs::File,
+    header: Metadata,
+    /// Offset of the first tensor's data.
+    data: u64,
+}
+
+impl TensorFile {
+    /// Reads and checks the header.
+    fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let failed = |e| io(path, e);
+        let refused = |e: SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let file = fs::File::open(path).map_err(failed)?;
+        // A folder can be opened; reading it fails.
+        let length = file.metadata().map_err(failed)?.len();
+        let mut prefix = [0; 8];
+        match file.read_exact_at(&mut prefix, 0) {
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+                return Err(refused(SafeTensorError::HeaderTooSmall));
+            }
+            read => read.map_err(failed)?,
+        }
+        let header_bytes = u64::from_le_bytes(prefix);
+        if header_bytes > HEADER_BYTES_MAX {
+            return Err(refused(SafeTensorError::HeaderTooLarge));
+        }
+        let data = header_bytes + prefix.len() as u64;
+        if data > length {
+            return Err(refused(SafeTensorError::InvalidHeaderLength));
+        }
+        let mut text = vec![0; header_bytes as usize];
+        file.read_exact_at(&mut text, prefix.len() as u64).map_err(failed)?;
+        let text = str::from_utf8(&text).map_err(|e| refused(SafeTensorError::InvalidHeader(e)))?;
+        let header: Metadata =
+            serde_json::from_str(text).map_err(|e| refused(SafeTensorError::InvalidHeaderDeserialization(e)))?;
+        if data.checked_add(header.data_len() as u64) != Some(length) {
+            return Err(refused(SafeTensorError::MetadataIncompleteBuffer));
+        }
+        Ok(Self { path: path.into(), file, header, data })
+    }
+
+    /// Reads a tensor as f32.
+    fn tensor(&self, name: &str) -> Result<HostTensor, CheckpointError> {
+        let path = &self.path;
+        let info = self.header.info(name).ok_or_else(|| CheckpointError::missing(path, name))?;
+        let (start, end) = info.data_offsets;
+        let mut bytes = vec![0; end - start];
+        self.file.read_exact_at(&mut bytes, self.data + start as u64).map_err(|e| io(path, e))?;
+        let refused = |e: SafeTensorError| CheckpointError::Format { path: path.into(), message: e.to_string() };
+        let view = TensorView::new(info.dtype, info.shape.clone(), &bytes).map_err(refused)?;
+        let values = floats(&view).ok_or_else(|| {
+            let (expected, got) = ("F32, F16 or BF16".to_string(), format!("{:?}", info.dtype));
+            CheckpointError::Dtype { path: path.into(), name: name.into(), expected, got }
+        })?;
+        Ok(HostTensor::f32(&info.shape, values))
+    }
 }
 
 fn number(metadata: &HashMap<String, String>, key: &str) -> Option<u64> {

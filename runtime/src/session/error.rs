@@ -77,6 +77,7 @@ impl SessionError {
             Self::Plan(_) | Self::Declared(_) | Self::Disagreement(_) => Exit::Refused,
             Self::PlanWritten => Exit::Done,
             Self::Input { .. } | Self::PlanFile { .. } => Exit::Usage,
+            Self::Actors(ActorError::Thread { .. }) => Exit::Refused,
             Self::Actors(_) | Self::Layout(_) => Exit::Internal,
         }
     }

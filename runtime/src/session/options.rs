@@ -36,6 +36,9 @@ pub struct SessionOptions {
     pub on_non_finite: OnNonFinite,
     /// Threads of each CPU device; results do not depend on this number.
     pub threads: Threads,
+    /// Bytes that this process will allocate besides the plan and the snapshots of checkpoints, such as for a copy of the
+    /// parameters. They are counted against the free memory of the node.
+    pub extra_bytes: u64,
     /// Peak floating-point operations per second of one device, for [`crate::metrics::MFU`].
     pub peak_flops: Option<f64>,
     /// Total number of steps that the program plans, so that the live page can estimate the end.
@@ -59,6 +62,7 @@ impl Default for SessionOptions {
             requests: None,
             on_non_finite: OnNonFinite::default(),
             threads: Threads::default(),
+            extra_bytes: 0,
             peak_flops: None,
             steps_planned: None,
             publishes_metrics: true,

@@ -127,7 +127,9 @@ impl<'a> Job<'a> {
         print_notice("no process of this node joined the rendezvous; reporting this to the nodes that wait");
         let ranks = report.rank..report.rank + self.options.local_processes;
         let (sender, missed) = crossbeam_channel::bounded(1);
-        thread::spawn(move || sender.send(departure.report(ranks, &report)));
+        let send = move || sender.send(departure.report(ranks, &report));
+        // If the thread cannot start, the channel is closed and the other nodes wait until their timeout.
+        let _ = thread::Builder::new().name("report".into()).spawn(send);
         wait_until_done_or_signal(&missed, &self.events.1).unwrap_or(false)
     }
 

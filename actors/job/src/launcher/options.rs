@@ -55,8 +55,18 @@ pub enum LaunchError {
     Refused(String),
     #[error(transparent)]
     Env(#[from] EnvError),
-    #[error("cannot {action}: {source}")]
+    #[error("cannot {action}: {source}{}", limit_hint(source))]
     Io { action: String, source: io::Error },
+}
+
+/// What the user can change if the system cannot start a process or a thread.
+fn limit_hint(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::WouldBlock => {
+            "; raise the limit on processes and threads (`ulimit -u`, `pids.max` of the cgroup)"
+        }
+        _ => "",
+    }
 }
 
 impl LaunchError {
@@ -66,6 +76,8 @@ impl LaunchError {
             LaunchError::Usage(_) => Exit::Usage,
             LaunchError::Refused(_) => Exit::Refused,
             LaunchError::Env(error) => error.exit(),
+            // A process or a thread cannot be started.
+            LaunchError::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             LaunchError::Io { .. } => Exit::Internal,
         }
     }

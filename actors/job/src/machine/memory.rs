@@ -1,7 +1,10 @@
 //! Free memory within the limits of cgroups.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::{fmt, fs};
+
+use serde::{Deserialize, Serialize};
 
 /// The limit that determines a process's free memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +27,30 @@ impl fmt::Display for MemoryBound {
     }
 }
 
+/// Device and inode of a memory cgroup's folder: the same for all processes of the machine that see this cgroup, under
+/// any path.
+pub type CgroupId = (u64, u64);
+
+impl MemoryBound {
+    /// The cgroup, or `None` for the machine.
+    pub fn cgroup(&self) -> Option<CgroupId> {
+        let Self::Cgroup { folder, .. } = self else { return None };
+        fs::metadata(folder).map(|data| (data.dev(), data.ino())).ok()
+    }
+}
+
+/// Limits and needs of a process that the plan does not have.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryClaim {
+    /// The cgroups with a limit that count the process's memory, at most [`CGROUPS_MAX`].
+    pub cgroups: Vec<CgroupId>,
+    /// Bytes that the process allocates besides the plan.
+    pub extra_bytes: u64,
+}
+
+/// Cgroups of one process that are compared; the tightest are kept.
+pub const CGROUPS_MAX: usize = 16;
+
 /// Memory that this process could allocate now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FreeMemory {
@@ -35,17 +62,28 @@ pub struct FreeMemory {
 
 /// The least free memory of the machine and of each memory cgroup up to the root; `None` if `/proc` does not report it.
 pub fn free_memory() -> Option<FreeMemory> {
-    free_memory_by(&|path| fs::read_to_string(path).ok())
+    memory_bounds().into_iter().next()
 }
 
-/// [`free_memory`] according to the files that `read` returns.
-fn free_memory_by(read: &dyn Fn(&Path) -> Option<String>) -> Option<FreeMemory> {
+/// Free memory under each bound of this process, the tightest first: the machine, and each memory cgroup with a limit
+/// up to the root.
+pub fn memory_bounds() -> Vec<FreeMemory> {
+    memory_bounds_by(&|path| fs::read_to_string(path).ok())
+}
+
+/// [`memory_bounds`] according to the files that `read` returns.
+fn memory_bounds_by(read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     let text = |path: &str| read(Path::new(path)).unwrap_or_default();
     let machine = meminfo(&text("/proc/meminfo"), "MemAvailable");
     let machine = machine.map(|bytes| FreeMemory { bytes, bound: MemoryBound::Machine });
     let cgroups = cgroups(&text("/proc/self/cgroup"), &text("/proc/self/mountinfo"), read);
-    machine.into_iter().chain(cgroups).min_by_key(|free| free.bytes)
+    let mut bounds: Vec<_> = machine.into_iter().chain(cgroups).filter(|free| free.bytes < UNLIMITED_BYTES).collect();
+    bounds.sort_by_key(|free| free.bytes);
+    bounds
 }
+
+/// Version 1 has a limit near 2^63 for a cgroup without one.
+const UNLIMITED_BYTES: u64 = 1 << 60;
 
 /// A value of `/proc/meminfo`, in bytes.
 pub fn meminfo(text: &str, key: &str) -> Option<u64> {
@@ -207,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_tighter_of_machine_and_cgroup_is_free() {
+    fn the_tightest_of_machine_and_cgroup_comes_first() {
         let free = |available_kb: u64| {
             let read = |path: &Path| match path.to_str()? {
                 "/proc/meminfo" => Some(format!("MemAvailable: {available_kb} kB\n")),
@@ -217,13 +255,15 @@ mod tests {
                 "/sys/fs/cgroup/job/memory.current" => Some("2000\n".into()),
                 _ => None,
             };
-            free_memory_by(&read).unwrap()
+            memory_bounds_by(&read)
         };
-        assert_eq!(free(5), FreeMemory { bytes: 5120, bound: MemoryBound::Machine });
         let folder = "/sys/fs/cgroup/job".into();
         let bound = MemoryBound::Cgroup { folder, limit_bytes: 8000, used_bytes: 2000 };
-        assert_eq!(free(6), FreeMemory { bytes: 6000, bound });
-        assert_eq!(free_memory_by(&|_| None), None);
+        let cgroup = FreeMemory { bytes: 6000, bound };
+        let machine = |bytes| FreeMemory { bytes, bound: MemoryBound::Machine };
+        assert_eq!(free(5), [machine(5120), cgroup.clone()]);
+        assert_eq!(free(6), [cgroup, machine(6144)]);
+        assert_eq!(memory_bounds_by(&|_| None), []);
     }
 
     #[test]

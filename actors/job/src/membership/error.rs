@@ -41,6 +41,8 @@ impl MembershipError {
     /// The exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
+            // A thread cannot be started.
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             Self::Config { .. } | Self::Io { .. } => Exit::Internal,
             Self::TooLarge { .. } | Self::NoPeer { .. } | Self::Left => Exit::Internal,
             Self::Missing { .. } | Self::Closed { .. } | Self::Backlog { .. } | Self::Gone { .. } => {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::facts::{EXECUTABLE, PROCESSES, VERSION};
 use super::messages::{Fact, Identity, JoinInfo, Member, RendezvousError};
-use crate::machine::address_towards;
+use crate::machine::{MemoryClaim, address_towards};
 use crate::options::{Advertise, ClusterOptions};
 use crate::secret::Secret;
 use crate::transport::{Address, Hello, Purpose, SessionId, TransportError, resolve, without_zone};
@@ -27,6 +27,8 @@ pub struct RendezvousConfig {
     pub secret: Secret,
     /// The program, host and process.
     pub identity: Identity,
+    /// Memory of this process, for the others of its node.
+    pub memory: MemoryClaim,
     /// Further values that must be equal on all processes. A value comes before those that depend on it.
     pub facts: Vec<Fact>,
     /// UDP address that receives heartbeats; [`local_address`] selects the local address to bind.
@@ -59,6 +61,7 @@ impl RendezvousConfig {
             coordinator,
             secret,
             identity,
+            memory: MemoryClaim::default(),
             facts: Vec::new(),
             heartbeat: (Ipv4Addr::LOCALHOST, 0).into(),
             spans_nodes: false,
@@ -95,8 +98,9 @@ pub fn local_address(
 pub(super) fn join_info(config: &RendezvousConfig, addresses: Vec<Address>) -> Result<JoinInfo, RendezvousError> {
     let Identity { version, binary, node, sockets, cores, host, pid } = config.identity.clone();
     let (process, restart, heartbeat) = (config.process, config.restart, without_zone(config.heartbeat));
+    let memory = config.memory.clone();
     let addresses = addresses.into_iter().map(unzoned).collect();
-    let member = Member { process, node, sockets, cores, host, pid, restart, addresses, heartbeat };
+    let member = Member { process, node, sockets, cores, memory, host, pid, restart, addresses, heartbeat };
     let mut facts = vec![
         Fact::new(VERSION, version),
         Fact::new(EXECUTABLE, format_args!("blake3 {}", blake3::Hash::from_bytes(binary).to_hex())),

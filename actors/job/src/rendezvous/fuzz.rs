@@ -9,13 +9,15 @@ use serde::de::DeserializeOwned;
 
 use super::messages::{Answer, Fact, JoinInfo, Member, REQUEST_BYTES_MAX, Ready, RendezvousRefusal, Request, Roster};
 use crate::exit::Report;
+use crate::machine::MemoryClaim;
 
 /// Encoded messages without their length prefix.
 pub fn samples() -> Vec<Vec<u8>> {
     let heartbeat = SocketAddr::from((Ipv4Addr::LOCALHOST, 20001));
     let addresses = vec![Address::Tcp("127.0.0.1:20000".into()), Address::Unix("/tmp/socket".into())];
     let (node, host, sockets, cores) = ("n".to_string(), "h".to_string(), [4; 32], vec![3]);
-    let member = Member { process: 0, node, sockets, cores, host, pid: 9, restart: 0, addresses, heartbeat };
+    let memory = MemoryClaim { cgroups: vec![(30, 7)], extra_bytes: 1 << 30 };
+    let member = Member { process: 0, node, sockets, cores, memory, host, pid: 9, restart: 0, addresses, heartbeat };
     let session = SessionId([5; 16]);
     let other = Member { process: 1, ..member.clone() };
     let facts = |plan: &str| vec![Fact::new("version", "0.1.0"), Fact::new("mesh", "data=2"), Fact::new("plan", plan)];

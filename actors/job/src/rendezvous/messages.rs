@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::facts::{VALUE_BYTES_MAX, advice};
 use crate::exit::{Exit, Report};
-use crate::machine::affinity;
+use crate::machine::{CGROUPS_MAX, MemoryClaim, affinity};
 
 /// Largest request to process 0.
 pub(super) const REQUEST_BYTES_MAX: usize = 16 << 10;
@@ -76,6 +76,7 @@ pub struct Member {
     pub node: String,
     pub sockets: [u8; 32],
     pub cores: Vec<u64>,
+    pub memory: MemoryClaim,
     pub host: String,
     pub pid: u32,
     pub restart: u64,
@@ -140,6 +141,7 @@ impl JoinInfo {
             ("node", member.node.len(), NAME_BYTES_MAX),
             ("host name", member.host.len(), NAME_BYTES_MAX),
             ("mask of cores", member.cores.len(), CORES_WORDS_MAX),
+            ("list of cgroups", member.memory.cgroups.len(), CGROUPS_MAX),
             ("list of addresses", member.addresses.len(), ADDRESSES_MAX),
             ("address", longest, ADDRESS_BYTES_MAX),
             ("list of facts", self.facts.len(), FACTS_MAX),

@@ -52,7 +52,15 @@ fn describe_refusals(count: &u64) -> String {
     if *count == 0 { String::new() } else { format!("; {count} connections were refused since the start") }
 }
 
+/// Operation of [`TransportError::Io`].
+pub(super) const START_THREAD: &str = "starting the accepting thread of";
+
 impl TransportError {
+    /// True if the system could not start a thread.
+    pub fn is_thread_limit(&self) -> bool {
+        matches!(self, Self::Io { operation: START_THREAD, .. })
+    }
+
     pub(super) fn io(operation: &'static str, peer: &impl ToString, cause: impl Into<io::Error>) -> Self {
         Self::Io { operation, peer: peer.to_string(), cause: cause.into() }
     }

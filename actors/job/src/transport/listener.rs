@@ -18,7 +18,7 @@ use parking_lot::{Condvar, Mutex};
 use super::address::Address;
 use super::connection::Connection;
 use super::dial::connect_unless;
-use super::error::TransportError;
+use super::error::{START_THREAD, TransportError};
 use super::folder::PrivateFolder;
 use super::handshake::{AcceptPolicy, SettledWorld};
 use super::hello::{Hello, Purpose};
@@ -82,7 +82,7 @@ impl Listener {
         let policy = AcceptPolicy { process, world: None };
         let state = State { policy, unclaimed: VecDeque::new(), refusals: Refusals::default(), closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), arrived: Condvar::new() });
-        let thread_failed = |cause| TransportError::io("starting the accepting thread of", &"this process", cause);
+        let thread_failed = |cause| TransportError::io(START_THREAD, &"this process", cause);
         let (wake, own_wake) = UnixStream::pair().map_err(thread_failed)?;
         let (own, pending) = (shared.clone(), VecDeque::new());
         let server = Server { sockets, wake: own_wake, secret, options, shared: own, pending, paused_until: None };
