@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::Failure;
 use shardflow_actors::shell::{Control, RunningSession};
-use shardflow_job::env::{LaunchContext, World as Launched};
+use shardflow_job::env::{INTERFACE, LaunchContext, World as Launched};
 use shardflow_job::exit;
 use shardflow_job::machine::hidden_name;
 use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent};
@@ -365,7 +365,13 @@ fn meet(
         local(deadline)
     };
     let local = local(Instant::now()).or_else(retry)?;
-    let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
+    let heartbeat = membership::bind(local).map_err(|cause| match options.interface {
+        Some(own) if cause.kind() == io::ErrorKind::AddrNotAvailable => ClusterError::Refused(format!(
+            "{INTERFACE} or --interface is {}, which is no address of this node; choose one of this node's, or none",
+            own.ip()
+        )),
+        _ => system("listen for heartbeats")(cause),
+    })?;
     let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
     let published = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
     let config = RendezvousConfig {
@@ -373,7 +379,8 @@ fn meet(
         processes: world.processes,
         restart: world.restart,
         facts: facts()?,
-        heartbeat: published.map_err(system("publish the address for heartbeats"))?,
+        heartbeat: published
+            .map_err(|cause| ClusterError::Refused(format!("cannot publish this process's address: {cause}")))?,
         spans_nodes,
         ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?, options)
     };

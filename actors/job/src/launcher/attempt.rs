@@ -141,7 +141,7 @@ impl Attempt<'_, '_> {
     fn settle(&mut self, local: usize) {
         // The output of the first process is already on the screen.
         if let Some(ended) = self.children[local].ended.as_ref().filter(|_| local > 0) {
-            print_notice(&format!("rank {}: {}", ended.rank, ended.describe()));
+            print_notice(&ended.describe_with_rank());
         }
         self.phase = Phase::Settling { until: Instant::now() + self.failure_wait() };
     }
@@ -239,10 +239,20 @@ impl Outcome {
         }
     }
 
+    /// True if the processes had joined, so that their session has reported how it ended.
+    pub(super) fn has_joined(&self) -> bool {
+        self.ended.iter().filter_map(|ended| ended.report.as_ref()).any(|report| report.joined)
+    }
+
+    /// True if the processes were refused because a node has ended its job.
+    pub(super) fn lacks_node(&self) -> bool {
+        self.ended.iter().filter_map(|ended| ended.report.as_ref()).any(|report| report.departed)
+    }
+
     /// Describes how a process ended, with its log's path.
     pub(super) fn describe(&self, ended: &Ended) -> String {
         let log = self.logs.iter().find(|(rank, ..)| *rank == ended.rank);
         let log = log.map_or(String::new(), |(.., path)| format!("; its log: {path}"));
-        format!("rank {}: {}{log}", ended.rank, ended.describe())
+        ended.describe_with_rank() + &log
     }
 }

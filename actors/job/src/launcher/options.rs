@@ -1,6 +1,7 @@
 //! Options of `shardflow launch`, and what follows from them before a process is started.
 
 use std::ffi::OsString;
+use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,7 +9,7 @@ use std::{env, fs, io};
 
 use crate::departure::Departure;
 use crate::env::{Endpoint, EnvError, SecretSource, Variables, process_variables};
-use crate::exit::Exit;
+use crate::exit::{Exit, Report, unix_ns};
 use crate::options::ClusterOptions;
 use crate::transport::PROCESSES_MAX;
 
@@ -82,6 +83,16 @@ pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     let secret = SecretSource::find(&variables).ok()??.read().ok()?;
     let cluster_options = ClusterOptions::read(&variables).unwrap_or_default();
     Some(Departure::new(endpoint, secret, &cluster_options, processes(options)?))
+}
+
+/// The ranks of this node, and the report that it has ended its job.
+pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> (Range<u32>, Report) {
+    let LaunchOptions { node, local_processes, .. } = options;
+    let rank = node.saturating_mul(*local_processes);
+    let (time_unix_ns, cause) = (unix_ns(), format!("node {node} ended: {cause}"));
+    let (exit, first_cause_rank) = (exit.of_waiting().code(), Some(rank));
+    let report = Report { rank, exit, time_unix_ns, cause, first_cause_rank, joined: false, departed: true };
+    (rank..rank.saturating_add(*local_processes), report)
 }
 
 /// The number of processes on all nodes, if a job may have that many.

@@ -23,6 +23,10 @@ use crate::machine::Targets;
 
 /// Timeout of each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for an address that is in use. An earlier rank 0 that is about to end may hold it.
+const IN_USE_WAIT: Duration = Duration::from_secs(2);
+/// Time for the holder of the address to authenticate as a process of this job.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 /// Conflicts that are kept.
 const CONFLICTS_MAX: usize = 64;
 
@@ -43,7 +47,7 @@ struct JoinState {
 }
 
 pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
-    let listener = listen(config, deadline)?;
+    let listener = listen(config, deadline, on_waiting)?;
     let joined = (1..config.processes).map(|_| None).collect();
     // Others reach process 0 by the configured name, which may resolve differently on their nodes.
     let others = listener.addresses().iter().skip(1).cloned();
@@ -84,7 +88,7 @@ pub(crate) fn refuse_callers(
     report: &Report,
 ) -> Result<bool, RendezvousError> {
     let deadline = Instant::now() + config.report_within;
-    let listener = bind(config, deadline)?;
+    let listener = bind(config, deadline.min(Instant::now() + IN_USE_WAIT))?;
     let missing = (0..config.processes).filter(|rank| !ranks.contains(rank)).collect();
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
@@ -110,10 +114,28 @@ fn read_request(connection: &Connection) -> Result<Request, WireError> {
 }
 
 /// Listens on the coordinator's address, and on a second address that only the roster publishes.
-fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Listener, RendezvousError> {
-    match bind(config, deadline.min(Instant::now() + config.late_grace)) {
-        Err(error) if is_in_use(&error) => Err(join_as_duplicate(config, error)),
-        bound => Ok(bound?),
+fn listen(
+    config: &RendezvousConfig,
+    deadline: Instant,
+    on_waiting: &mut dyn FnMut(&str),
+) -> Result<Listener, RendezvousError> {
+    let (begin, coordinator) = (Instant::now(), &config.coordinator);
+    let mut wait = Duration::ZERO;
+    loop {
+        match bind(config, deadline.min(begin + wait)) {
+            Err(error) if is_in_use(&error) => {}
+            bound => return Ok(bound?),
+        }
+        if wait.is_zero() && !config.late_grace.is_zero() {
+            wait = IN_USE_WAIT.min(config.late_grace);
+            on_waiting(&format!("{coordinator} is in use; trying again for {wait:?}"));
+            continue;
+        }
+        match join_as_duplicate(config) {
+            // It may be about to end.
+            error if is_earlier_world(&error) && wait < config.late_grace => wait = config.late_grace,
+            error => return Err(error),
+        }
     }
 }
 
@@ -165,11 +187,19 @@ fn open_tcp(
 }
 
 /// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all as a conflict.
-fn join_as_duplicate(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
+fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
-    match join(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
-        Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
-        _ => error.into(),
+    match join(&brief, Instant::now() + PROBE_TIMEOUT, &mut |_| {}) {
+        Err(error) if matches!(error, RendezvousError::Refused(_)) || is_earlier_world(&error) => error,
+        _ => RendezvousError::InUse { coordinator: config.coordinator.clone() },
+    }
+}
+
+/// True for the answer of an authenticated process whose world has started.
+fn is_earlier_world(error: &RendezvousError) -> bool {
+    match error {
+        RendezvousError::Transport(error) | RendezvousError::NotReached(error) => error.refusal().is_some(),
+        error => matches!(error, RendezvousError::Late { .. }),
     }
 }
 

@@ -47,12 +47,19 @@ pub(crate) fn send_failure(
     ranks: Range<u32>,
     report: &Report,
 ) -> Result<bool, RendezvousError> {
-    let (deadline, from) = (Instant::now() + config.report_within, ranks.start);
+    let (deadline, from, departed) = (Instant::now() + config.report_within, ranks.start, report.departed);
     let cause = report.cause[..report.cause.floor_char_boundary(CAUSE_BYTES_MAX)].to_string();
     let request = Request::Failed { ranks, report: Report { cause, ..report.clone() } };
     let hello = hello(config, from);
     loop {
-        let connection = connect(&config.coordinator, &config.secret, &hello, deadline)?;
+        let connection = match connect(&config.coordinator, &config.secret, &hello, deadline) {
+            // The last attempt still runs; after its failure, process 0 waits for this node.
+            Err(error) if departed && is_late(&error) && Instant::now() < deadline => {
+                std::thread::sleep(RETRY);
+                continue;
+            }
+            connected => connected?,
+        };
         let until = || connection.until(deadline);
         let written = wire::write_message(&mut until(), &request, REQUEST_BYTES_MAX);
         let answer = written.and_then(|()| wire::read_message::<Answer>(&mut until(), MESSAGE_BYTES_MAX));
@@ -155,6 +162,10 @@ fn request_join(
         Ok(Answer::Roster(_)) => Err(unexpected("sent a second roster")),
         Err(_) => Err(RendezvousError::Refused(RendezvousRefusal::Lost(roster.members[0].label()))),
     }
+}
+
+fn is_late(error: &TransportError) -> bool {
+    matches!(error.refusal(), Some(Refusal::Late { .. }))
 }
 
 fn is_hangup(error: &TransportError) -> bool {
