@@ -526,7 +526,7 @@ fn a_port_of_another_program_is_refused_soon() {
     let mut run = start(&folder, 2, &flags, &[], "--mesh data=2 --steps 2");
     assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
     let text = run.text();
-    assert!(text.contains(&format!("{endpoint} is in use; trying again for 2s")), "{text}");
+    assert!(text.contains(&format!("{endpoint} is in use; trying again for 1.5s")), "{text}");
     assert!(text.contains("choose another port") && !text.contains("restart 1"), "{text}");
     assert!(begin.elapsed() < Duration::from_secs(12), "{:?}", begin.elapsed());
 }

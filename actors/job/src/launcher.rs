@@ -59,8 +59,8 @@ fn report(options: &LaunchOptions, departure: Option<Departure>, exit: Exit, cau
     if let Some(departure) = departure {
         print_notice(&format!("reporting to the other nodes: {cause}"));
         output::stderr().flush(Some(Duration::from_millis(200)));
-        let (ranks, report) = departed(options, exit, &exit.after(&cause));
-        departure.report(ranks, &report);
+        let report = departed(options, exit, &exit.after(&cause));
+        departure.report(report.rank..report.rank.saturating_add(options.local_processes), &report);
     }
 }
 
@@ -80,9 +80,10 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         outcome.show_errors();
         if let Some(signal) = outcome.signal {
             let (exit, failed) = exit_after_signal(&outcome.ended, signal);
-            if exit != Exit::Done && !outcome.has_joined() {
-                let cause = failed.map_or_else(|| exit.after("it was interrupted"), Ended::describe_with_rank);
-                job.report_end(exit, &cause);
+            // Processes that had joined have told the others.
+            if exit != Exit::Done && !outcome.reports().any(|report| report.joined) {
+                let cause = failed.map_or_else(|| exit.after("it was interrupted"), Ended::describe);
+                job.report(departed(options, exit, &cause));
             }
             if let Some(failed) = failed {
                 output::stderr().line(&format!("error: {}", outcome.describe(failed)));
@@ -91,9 +92,8 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
             return Ok((exit, outcome.signal));
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
-        let decision = if outcome.abandoned || cause.ended_on_request() || outcome.lacks_node() {
-            // An abandoned process still holds the node's devices and files; on a request to end, the node is reclaimed;
-            // a node that has ended its job does not join again.
+        let decision = if outcome.abandoned || cause.ended_on_request() || outcome.reports().any(|r| r.departed) {
+            // A process still holds devices and files; or this node is reclaimed; or another one has ended its job.
             Decision::WouldNotHelp
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))
@@ -123,7 +123,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         }
         if outcome.abandoned || decision != Decision::WouldNotHelp {
             // The other nodes may restart, and would wait for this one.
-            job.report_end(cause.exit, &cause.describe_with_rank());
+            job.report(departed(options, cause.exit, &cause.describe()));
         }
         output::stderr().line(&format!("error: {}", outcome.describe(cause)));
         job.wait_for_reports();

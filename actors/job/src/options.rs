@@ -73,15 +73,12 @@ impl Advertise for AdvertisedHost {
     }
 
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr> {
-        let failed = |cause: &dyn fmt::Display| {
-            io::Error::new(io::ErrorKind::NotFound, format!("{ADVERTISE} or --advertise is {}: {cause}", self.0))
-        };
         let give_up = Instant::now() + RESOLVE_WITHIN;
         loop {
             match (self.0.as_str(), bound.port()).to_socket_addrs() {
+                Ok(mut found) => return found.next().ok_or(io::ErrorKind::NotFound.into()),
                 Err(_) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(250)),
-                Err(error) => return Err(failed(&error)),
-                Ok(mut found) => return found.next().ok_or_else(|| failed(&"it has no address")),
+                Err(e) => return Err(io::Error::other(format!("{ADVERTISE} or --advertise is {}: {e}", self.0))),
             }
         }
     }

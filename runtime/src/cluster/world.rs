@@ -366,10 +366,9 @@ fn meet(
     };
     let local = local(Instant::now()).or_else(retry)?;
     let heartbeat = membership::bind(local).map_err(|cause| match options.interface {
-        Some(own) if cause.kind() == io::ErrorKind::AddrNotAvailable => ClusterError::Refused(format!(
-            "{INTERFACE} or --interface is {}, which is no address of this node; choose one of this node's, or none",
-            own.ip()
-        )),
+        Some(own) if cause.kind() == io::ErrorKind::AddrNotAvailable => {
+            ClusterError::Refused(format!("{INTERFACE} or --interface is {}: no address of this node", own.ip()))
+        }
         _ => system("listen for heartbeats")(cause),
     })?;
     let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
@@ -379,8 +378,7 @@ fn meet(
         processes: world.processes,
         restart: world.restart,
         facts: facts()?,
-        heartbeat: published
-            .map_err(|cause| ClusterError::Refused(format!("cannot publish this process's address: {cause}")))?,
+        heartbeat: published.map_err(|e| ClusterError::Refused(format!("cannot publish an address: {e}")))?,
         spans_nodes,
         ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?, options)
     };

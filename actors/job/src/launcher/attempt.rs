@@ -125,7 +125,7 @@ impl Attempt<'_, '_> {
         // A process whose start failed after the spawn is not in `children`.
         let Some(child) = self.children.get_mut(local) else { return };
         child.finish(self.job, signaled);
-        child.ended.iter().filter(|ended| !ended.signaled).for_each(|ended| self.job.report(ended));
+        child.ended.iter().filter(|ended| !ended.signaled).for_each(|ended| self.job.report(ended.report()));
         let failed = child.ended.as_ref().is_some_and(|ended| ended.exit != Exit::Done);
         if failed && self.phase == Phase::Running {
             self.settle(local);
@@ -141,7 +141,7 @@ impl Attempt<'_, '_> {
     fn settle(&mut self, local: usize) {
         // The output of the first process is already on the screen.
         if let Some(ended) = self.children[local].ended.as_ref().filter(|_| local > 0) {
-            print_notice(&ended.describe_with_rank());
+            print_notice(&ended.describe());
         }
         self.phase = Phase::Settling { until: Instant::now() + self.failure_wait() };
     }
@@ -152,7 +152,7 @@ impl Attempt<'_, '_> {
         let Some(local) = absent.filter(|_| self.living().any(Child::is_joining)) else { return };
         let Some(ended) = &mut self.children[local].ended else { return };
         *ended = ended.missed();
-        self.job.report(ended);
+        self.job.report(ended.report());
         self.settle(local);
     }
 
@@ -239,20 +239,14 @@ impl Outcome {
         }
     }
 
-    /// True if the processes had joined, so that their session has reported how it ended.
-    pub(super) fn has_joined(&self) -> bool {
-        self.ended.iter().filter_map(|ended| ended.report.as_ref()).any(|report| report.joined)
-    }
-
-    /// True if the processes were refused because a node has ended its job.
-    pub(super) fn lacks_node(&self) -> bool {
-        self.ended.iter().filter_map(|ended| ended.report.as_ref()).any(|report| report.departed)
+    pub(super) fn reports(&self) -> impl Iterator<Item = &Report> {
+        self.ended.iter().filter_map(|ended| ended.report.as_ref())
     }
 
     /// Describes how a process ended, with its log's path.
     pub(super) fn describe(&self, ended: &Ended) -> String {
         let log = self.logs.iter().find(|(rank, ..)| *rank == ended.rank);
         let log = log.map_or(String::new(), |(.., path)| format!("; its log: {path}"));
-        ended.describe_with_rank() + &log
+        ended.describe() + &log
     }
 }

@@ -1,18 +1,16 @@
 //! The state that all attempts of a launcher share, and the events that it waits for.
 
-use std::ops::Range;
 use std::path::PathBuf;
 use std::{io, thread};
 
 use crossbeam_channel::{Receiver, Sender, select};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
-use super::cause::Ended;
 use super::guard::{FOLDER_PREFIX, Guard};
-use super::options::{LaunchError, LaunchOptions, check, departed, find_program, variables};
+use super::options::{LaunchError, LaunchOptions, check, find_program, variables};
 use crate::departure::Departure;
 use crate::env::{Endpoint, EnvError, SecretSource};
-use crate::exit::{Exit, Report, unix_ns};
+use crate::exit::{Report, unix_ns};
 use crate::machine::temporary_folder;
 use crate::options::ClusterOptions;
 use crate::output;
@@ -106,26 +104,17 @@ impl<'a> Job<'a> {
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
     }
 
-    /// Reports the failure of a process before the rendezvous to the other nodes, on a thread of its own.
-    pub(super) fn report(&self, ended: &Ended) {
-        let report = ended.report();
-        self.send(report.rank..report.rank + 1, report);
-    }
-
-    /// Reports to the other nodes that this one has ended its job.
-    pub(super) fn report_end(&self, exit: Exit, cause: &str) {
-        if self.departure.is_some() {
+    /// Reports to the other nodes the failure of a process before the rendezvous, or the end of this node, on a thread of
+    /// its own.
+    pub(super) fn report(&self, report: Report) {
+        let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
+        let count = if report.departed { self.options.local_processes } else { 1 };
+        if report.departed {
             print_notice("reporting the end of this node to the others; a signal ends the wait");
         }
-        let (ranks, report) = departed(self.options, exit, cause);
-        self.send(ranks, report);
-    }
-
-    fn send(&self, ranks: Range<u32>, report: Report) {
-        let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
         let pending = self.reports.0.clone();
         let send = move || {
-            departure.report(ranks, &report);
+            departure.report(report.rank..report.rank + count, &report);
             drop(pending);
         };
         // If the thread cannot start, the other nodes wait until their timeout.

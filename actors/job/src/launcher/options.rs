@@ -1,7 +1,6 @@
 //! Options of `shardflow launch`, and what follows from them before a process is started.
 
 use std::ffi::OsString;
-use std::ops::Range;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -85,14 +84,13 @@ pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     Some(Departure::new(endpoint, secret, &cluster_options, processes(options)?))
 }
 
-/// The ranks of this node, and the report that it has ended its job.
-pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> (Range<u32>, Report) {
+/// The report that this node has ended its job.
+pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> Report {
     let LaunchOptions { node, local_processes, .. } = options;
     let rank = node.saturating_mul(*local_processes);
     let (time_unix_ns, cause) = (unix_ns(), format!("node {node} ended: {cause}"));
     let (exit, first_cause_rank) = (exit.of_waiting().code(), Some(rank));
-    let report = Report { rank, exit, time_unix_ns, cause, first_cause_rank, joined: false, departed: true };
-    (rank..rank.saturating_add(*local_processes), report)
+    Report { rank, exit, time_unix_ns, cause, first_cause_rank, joined: false, departed: true }
 }
 
 /// The number of processes on all nodes, if a job may have that many.

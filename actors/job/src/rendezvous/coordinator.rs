@@ -23,10 +23,9 @@ use crate::machine::Targets;
 
 /// Timeout of each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for an address that is in use. An earlier rank 0 that is about to end may hold it.
-const IN_USE_WAIT: Duration = Duration::from_secs(2);
-/// Time for the holder of the address to authenticate as a process of this job.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long to wait for an address that is in use, for example by a process that is about to end; and then for its
+/// holder to authenticate as a process of this job.
+const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 /// Conflicts that are kept.
 const CONFLICTS_MAX: usize = 64;
 
@@ -114,27 +113,24 @@ fn read_request(connection: &Connection) -> Result<Request, WireError> {
 }
 
 /// Listens on the coordinator's address, and on a second address that only the roster publishes.
-fn listen(
-    config: &RendezvousConfig,
-    deadline: Instant,
-    on_waiting: &mut dyn FnMut(&str),
-) -> Result<Listener, RendezvousError> {
-    let (begin, coordinator) = (Instant::now(), &config.coordinator);
-    let mut wait = Duration::ZERO;
+fn listen(config: &RendezvousConfig, until: Instant, note: &mut dyn FnMut(&str)) -> Result<Listener, RendezvousError> {
+    let (begin, mut wait, mut failed) = (Instant::now(), Duration::ZERO, None);
     loop {
-        match bind(config, deadline.min(begin + wait)) {
-            Err(error) if is_in_use(&error) => {}
-            bound => return Ok(bound?),
+        match (bind(config, until.min(begin + wait)), failed.take()) {
+            (Err(error), None) if is_in_use(&error) => {}
+            (Err(error), Some(failed)) if is_in_use(&error) => return Err(failed),
+            (bound, _) => return Ok(bound?),
         }
         if wait.is_zero() && !config.late_grace.is_zero() {
             wait = IN_USE_WAIT.min(config.late_grace);
-            on_waiting(&format!("{coordinator} is in use; trying again for {wait:?}"));
+            note(&format!("{} is in use; trying again for {wait:?}", config.coordinator));
             continue;
         }
         match join_as_duplicate(config) {
-            // It may be about to end.
-            error if is_earlier_world(&error) && wait < config.late_grace => wait = config.late_grace,
-            error => return Err(error),
+            refused @ RendezvousError::Refused(_) => return Err(refused),
+            in_use @ RendezvousError::InUse { .. } => failed = Some(in_use),
+            // An earlier world, which may be about to end.
+            error => (failed, wait) = (Some(error), config.late_grace),
         }
     }
 }
@@ -189,17 +185,10 @@ fn open_tcp(
 /// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all as a conflict.
 fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
-    match join(&brief, Instant::now() + PROBE_TIMEOUT, &mut |_| {}) {
-        Err(error) if matches!(error, RendezvousError::Refused(_)) || is_earlier_world(&error) => error,
+    match join(&brief, Instant::now() + IN_USE_WAIT, &mut |_| {}) {
+        Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
+        Err(RendezvousError::Transport(e) | RendezvousError::NotReached(e)) if e.refusal().is_some() => e.into(),
         _ => RendezvousError::InUse { coordinator: config.coordinator.clone() },
-    }
-}
-
-/// True for the answer of an authenticated process whose world has started.
-fn is_earlier_world(error: &RendezvousError) -> bool {
-    match error {
-        RendezvousError::Transport(error) | RendezvousError::NotReached(error) => error.refusal().is_some(),
-        error => matches!(error, RendezvousError::Late { .. }),
     }
 }
 

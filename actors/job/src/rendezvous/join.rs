@@ -47,14 +47,14 @@ pub(crate) fn send_failure(
     ranks: Range<u32>,
     report: &Report,
 ) -> Result<bool, RendezvousError> {
-    let (deadline, from, departed) = (Instant::now() + config.report_within, ranks.start, report.departed);
+    let (deadline, from) = (Instant::now() + config.report_within, ranks.start);
     let cause = report.cause[..report.cause.floor_char_boundary(CAUSE_BYTES_MAX)].to_string();
     let request = Request::Failed { ranks, report: Report { cause, ..report.clone() } };
     let hello = hello(config, from);
     loop {
         let connection = match connect(&config.coordinator, &config.secret, &hello, deadline) {
             // The last attempt still runs; after its failure, process 0 waits for this node.
-            Err(error) if departed && is_late(&error) && Instant::now() < deadline => {
+            Err(error) if report.departed && error.refusal().is_some() && Instant::now() < deadline => {
                 std::thread::sleep(RETRY);
                 continue;
             }
@@ -162,10 +162,6 @@ fn request_join(
         Ok(Answer::Roster(_)) => Err(unexpected("sent a second roster")),
         Err(_) => Err(RendezvousError::Refused(RendezvousRefusal::Lost(roster.members[0].label()))),
     }
-}
-
-fn is_late(error: &TransportError) -> bool {
-    matches!(error.refusal(), Some(Refusal::Late { .. }))
 }
 
 fn is_hangup(error: &TransportError) -> bool {

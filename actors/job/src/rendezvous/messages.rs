@@ -314,10 +314,7 @@ pub enum RendezvousError {
     TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },
     #[error("cannot read this process's {part}: {cause}")]
     Identity { part: &'static str, cause: io::Error },
-    #[error(
-        "cannot listen on {coordinator}: another program uses it, or a job with another secret; choose another port in \
-         --rdzv-endpoint, SHARDFLOW_ENDPOINT or MASTER_PORT, or end that program"
-    )]
+    #[error("cannot listen on {coordinator}: another program or another job uses it; choose another port")]
     InUse { coordinator: Address },
     #[error("no route to {coordinator}: {cause}")]
     NoRoute { coordinator: Address, cause: io::Error },
