@@ -80,7 +80,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         outcome.show_errors();
         if let Some(signal) = outcome.signal {
             let (exit, failed) = exit_after_signal(&outcome.ended, signal);
-            // Processes that had joined have told the others.
+            // Processes that had joined have reported their end themselves.
             if exit != Exit::Done && !outcome.reports().any(|report| report.joined) {
                 let cause = failed.map_or_else(|| exit.after("it was interrupted"), Ended::describe);
                 job.report(departed(options, exit, &cause));

@@ -534,8 +534,7 @@ fn the_end_of_a_node_reaches_a_rank_0_that_restarts() {
         let running = run_all(&address, 2, |_| {}).into_iter().map(Result::unwrap).collect::<Vec<_>>();
         scope(|s| {
             let reporting = s.spawn(|| send_failure(&config(&address, 1, 2), 1..2, &departure(1)));
-            // The running world refuses the report meanwhile.
-            std::thread::sleep(Duration::from_millis(200));
+            wait_for_refusal(&running);
             drop(running);
             let restarted =
                 RendezvousConfig { restart: 1, late_grace: Duration::from_secs(10), ..config(&address, 0, 2) };
@@ -556,6 +555,16 @@ fn rank_0_refuses_an_address_of_another_program() {
     assert!(lines[0].ends_with("is in use; trying again for 100ms"), "{lines:?}");
 }
 
+/// Waits until rank 0 of a running world refuses one more process.
+fn wait_for_refusal(running: &[(Roster, Listener)]) {
+    let refused = || running[0].1.refused().total();
+    let (before, end) = (refused(), Instant::now() + Duration::from_secs(20));
+    while refused() == before {
+        assert!(Instant::now() < end, "no process was refused");
+        std::thread::yield_now();
+    }
+}
+
 /// The launchers of two attempts may overlap.
 #[test]
 fn rank_0_waits_until_an_earlier_world_has_ended() {
@@ -563,13 +572,12 @@ fn rank_0_waits_until_an_earlier_world_has_ended() {
     for restart in [0, 1] {
         let running = run_all(&address, 2, |_| {}).into_iter().map(Result::unwrap).collect::<Vec<_>>();
         let next = |late_grace| RendezvousConfig { restart, late_grace, ..config(&address, 0, 2) };
-        let error = rendezvous(&next(Duration::from_millis(200)), |_| {}).unwrap_err();
+        let error = rendezvous(&next(Duration::ZERO), |_| {}).unwrap_err();
         assert!(!matches!(error, RendezvousError::InUse { .. } | RendezvousError::Refused(_)), "{error}");
         scope(|s| {
             let config_0 = next(Duration::from_secs(20));
             let rank_0 = s.spawn(move || rendezvous(&config_0, |_| {}));
-            // Longer than the wait for the holder of the address to answer.
-            std::thread::sleep(Duration::from_millis(3500));
+            wait_for_refusal(&running);
             drop(running);
             let rank_1 = spawn(s, RendezvousConfig { restart, ..config(&address, 1, 2) });
             for thread in [rank_0, rank_1] {
