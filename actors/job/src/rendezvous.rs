@@ -22,7 +22,7 @@
 use std::time::Instant;
 
 use crate::exit::mark_departed;
-use crate::transport::Listener;
+use config::Outcome;
 
 pub use config::{RendezvousConfig, local_address};
 pub(crate) use coordinator::refuse_callers;
@@ -40,8 +40,6 @@ mod messages;
 pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
-
-type Outcome = Result<(Roster, Listener), RendezvousError>;
 
 /// Joins the other processes. Returns the roster, which is the same for all, and this process's listener, which accepts
 /// connections of its members. Calls `on_waiting` with a line that names the missing ranks every `report_every`.

@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::facts::{EXECUTABLE, PROCESSES, VERSION};
-use super::messages::{Fact, Identity, JoinInfo, Member, RendezvousError};
+use super::messages::{Fact, Identity, JoinInfo, Member, RendezvousError, Roster};
 use crate::machine::address_towards;
 use crate::options::{Advertise, ClusterOptions};
 use crate::secret::Secret;
-use crate::transport::{Address, Hello, Purpose, SessionId, TransportError, resolve, without_zone};
+use crate::transport::{Address, Hello, Listener, Purpose, SessionId, TransportError, resolve, without_zone};
+
+/// The roster and this process's listener.
+pub(super) type Outcome = Result<(Roster, Listener), RendezvousError>;
 
 /// Configuration of one process's rendezvous.
 #[derive(Clone, Debug)]

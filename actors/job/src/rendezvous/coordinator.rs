@@ -11,8 +11,7 @@ use crate::transport::{
     Address, Connection, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, TransportError,
 };
 
-use super::Outcome;
-use super::config::{RETRY, RendezvousConfig, advertised, is_in_use, join_info};
+use super::config::{Outcome, RETRY, RendezvousConfig, advertised, is_in_use, join_info};
 use super::join::join;
 use super::messages::{
     Answer, Conflict, JoinInfo, ProcessLabel, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request,

@@ -9,8 +9,7 @@ use crate::transport::{
     Address, Connection, ListenAddress, Listener, ListenerOptions, Refusal, TransportError, connect,
 };
 
-use super::Outcome;
-use super::config::{RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
+use super::config::{Outcome, RETRY, RendezvousConfig, advertised, hello, join_info, local_address};
 use super::messages::{
     Answer, JoinInfo, REQUEST_BYTES_MAX, Ready, RendezvousError, RendezvousRefusal, Request, Roster,
 };

@@ -16,8 +16,8 @@ use crate::exit::Report;
 use crate::options::ClusterOptions;
 use crate::secret::{Secret, sample};
 use crate::transport::{
-    Address, Connection, Hello, ListenAddress, ListenerOptions, Purpose, SessionId, SettledWorld, TransportError,
-    connect, wire,
+    Address, Connection, Hello, ListenAddress, Listener, ListenerOptions, Purpose, SessionId, SettledWorld,
+    TransportError, connect, wire,
 };
 
 fn soon() -> Instant {
