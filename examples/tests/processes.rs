@@ -402,3 +402,143 @@ fn a_program_without_a_launcher_reports_its_failure_to_the_others() {
         assert!(begin.elapsed() < REPORTED_WITHIN, "{:?}", begin.elapsed());
     }
 }
+
+/// A variable is read before the rendezvous, and only one rank sees that it is wrong.
+#[test]
+fn a_wrong_variable_on_one_rank_ends_all_ranks() {
+    for (wrong, name, value) in [
+        (1u32, "SHARDFLOW_TRANSPORT", "x"),
+        (0, "SHARDFLOW_TRANSPORT", "x"),
+        (1, "SHARDFLOW_ENCRYPT", "yes"),
+        (1, "SHARDFLOW_HEARTBEAT_MS", "0"),
+        (1, "SHARDFLOW_COLLECTIVES", "foo"),
+        (1, "SHARDFLOW_REPORT_WAIT_MS", "soon"),
+        (1, "SHARDFLOW_INTERFACE", "9.9.9.9"),
+        (0, "SHARDFLOW_INTERFACE", "9.9.9.9"),
+        (1, "SHARDFLOW_ADVERTISE", "no-such-host.invalid"),
+    ] {
+        let folder = Folder::new(&format!("processes-variable-{wrong}-{name}"));
+        let (begin, port) = (Instant::now(), free_port().to_string());
+        let ranks = [0u32, 1].map(|rank| {
+            let number = rank.to_string();
+            let mut environment = vec![SECRET, ("RANK", number.as_str()), ("WORLD_SIZE", "2")];
+            environment.extend([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port.as_str())]);
+            environment.extend((rank == wrong).then_some((name, value)));
+            start(&folder, 0, "", &environment, "--mesh data=2 --steps 2")
+        });
+        for mut running in ranks {
+            assert_eq!(running.end(TIMEOUT), Some(78), "{name}={value}: {}", running.text());
+            assert!(running.text().contains(name), "{name}={value}: {}", running.text());
+        }
+        assert!(begin.elapsed() < REPORTED_WITHIN, "{name}={value}: {:?}", begin.elapsed());
+    }
+}
+
+/// Starts one of two nodes with one process of this program.
+fn start_node(folder: &Folder, node: u32, port: u16, flags: &str, program: &[&str]) -> Running {
+    let mut command = Command::new(launcher());
+    command.arg("launch").args(["--nnodes=2", &format!("--node-rank={node}")]);
+    command.arg(format!("--rdzv-endpoint=127.0.0.1:{port}")).args(flags.split_whitespace());
+    folder.start(command.arg("--").args(program).envs([SECRET]))
+}
+
+/// The program of a node, with these flags.
+fn gpt(flags: &str) -> Vec<&str> {
+    [GPT].into_iter().chain(MODEL.split_whitespace()).chain(flags.split_whitespace()).collect()
+}
+
+#[test]
+fn an_address_that_a_node_does_not_have_ends_all_nodes() {
+    for (wrong, flag, variable) in [
+        (1, "--interface=9.9.9.9", "SHARDFLOW_INTERFACE or --interface is 9.9.9.9"),
+        (0, "--interface=9.9.9.9", "SHARDFLOW_INTERFACE or --interface is 9.9.9.9"),
+        (1, "--advertise=no-such-host.invalid", "SHARDFLOW_ADVERTISE or --advertise is no-such-host.invalid"),
+    ] {
+        let folder = Folder::new(&format!("processes-address-{wrong}"));
+        let (begin, port) = (Instant::now(), free_port());
+        let nodes = [0, 1].map(|node| {
+            let flags = format!("--max-restarts=3 {}", if node == wrong { flag } else { "" });
+            start_node(&folder, node, port, &flags, &gpt("--mesh data=2 --steps 2"))
+        });
+        for mut running in nodes {
+            assert_eq!(running.end(TIMEOUT), Some(78), "{flag}: {}", running.text());
+            let text = running.text();
+            assert!(text.contains(variable) && !text.contains("restart 1"), "{flag}: {text}");
+            let last = text.lines().rfind(|line| line.starts_with("error: rank")).unwrap_or_default();
+            assert_eq!(last.matches("(code 78").count(), 1, "{last}");
+        }
+        assert!(begin.elapsed() < REPORTED_WITHIN, "{flag}: {:?}", begin.elapsed());
+    }
+}
+
+/// The launcher of node 1 gives up before its rank has joined, with a code that may be worth a restart.
+#[test]
+fn a_node_that_ends_before_it_joins_ends_the_other() {
+    let folder = Folder::new("processes-ended");
+    for (script, cause) in [
+        ("exit 1", "node 1 ended: rank 1: ended (code 1)"),
+        ("kill -9 $$", "node 1 ended: rank 1: killed by a signal (code 137: SIGKILL)"),
+        ("exec sleep 600", "node 1 ended: it was interrupted (code 130: SIGINT)"),
+    ] {
+        let (begin, port) = (Instant::now(), free_port());
+        let mut other = start_node(&folder, 0, port, "--max-restarts=3", &gpt("--mesh data=2 --steps 2"));
+        other.until("waiting for rank 1: 1 of 2 joined", TIMEOUT);
+        let mut ended = start_node(&folder, 1, port, "", &["sh", "-c", &format!("echo begun; {script}")]);
+        ended.until("begun", TIMEOUT);
+        if script.contains("sleep") {
+            signal(ended.child.id(), "INT");
+        }
+        assert_eq!(other.end(TIMEOUT), Some(69), "{}", other.text());
+        assert!(other.text().contains(cause) && !other.text().contains("restart 1"), "{}", other.text());
+        ended.end(TIMEOUT);
+        assert!(begin.elapsed() < REPORTED_WITHIN, "{script}: {:?}", begin.elapsed());
+    }
+}
+
+/// Node 0 restarts, and must not wait for node 1, which has no restarts left.
+#[test]
+fn a_node_without_restarts_ends_the_one_that_restarts() {
+    let folder = Folder::new("processes-used-up");
+    let (begin, port) = (Instant::now(), free_port());
+    let program = gpt("--mesh data=2 --steps 1000000 --log-json log");
+    let mut other = start_node(&folder, 0, port, "--max-restarts=9", &program);
+    let mut ended = start_node(&folder, 1, port, "", &program);
+    while losses(&folder, "log").len() < 5 {
+        assert!(begin.elapsed() < TIMEOUT, "{}", other.text());
+        thread::yield_now();
+    }
+    let pid = folder.pid_of("RANK=1").unwrap_or_else(|| panic!("no rank 1: {}", ended.text()));
+    signal(pid, "KILL");
+    assert_eq!(ended.end(TIMEOUT), Some(137), "{}", ended.text());
+    assert_eq!(other.end(TIMEOUT), Some(69), "{}", other.text());
+    let expected = "node 1 ended: rank 1: killed by a signal (code 137: SIGKILL)";
+    assert!(other.text().contains(expected) && other.text().contains("restart 1"), "{}", other.text());
+    assert!(begin.elapsed() < REPORTED_WITHIN, "{:?}", begin.elapsed());
+}
+
+#[test]
+fn a_port_of_another_program_is_refused_soon() {
+    let folder = Folder::new("processes-port");
+    let other = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let endpoint = other.local_addr().expect("an address");
+    let begin = Instant::now();
+    let flags = format!("--max-restarts=3 --rdzv-endpoint={endpoint}");
+    let mut run = start(&folder, 2, &flags, &[], "--mesh data=2 --steps 2");
+    assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
+    let text = run.text();
+    assert!(text.contains(&format!("{endpoint} is in use; trying again for 1.5s")), "{text}");
+    assert!(text.contains("choose another port") && !text.contains("restart 1"), "{text}");
+    assert!(begin.elapsed() < Duration::from_secs(12), "{:?}", begin.elapsed());
+}
+
+#[test]
+fn two_nodes_with_number_0_end_soon() {
+    let folder = Folder::new("processes-two-zeros");
+    let (begin, port) = (Instant::now(), free_port());
+    let mut nodes = [0, 0].map(|node| start_node(&folder, node, port, "", &gpt("--mesh data=2 --steps 2")));
+    for running in &mut nodes {
+        assert_eq!(running.end(TIMEOUT), Some(78), "{}", running.text());
+        assert!(running.text().contains("two processes claim one rank"), "{}", running.text());
+    }
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+}

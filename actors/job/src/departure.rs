@@ -5,7 +5,7 @@ use std::path::Path;
 use std::{env, io};
 
 use crate::env::{Endpoint, LaunchContext, detect, process_variables};
-use crate::exit::{CAUSE_BYTES_MAX, ERROR_FILE, Exit, Report, mark_joined, own_rank, unix_ns};
+use crate::exit::{CAUSE_BYTES_MAX, ERROR_FILE, Exit, Report, is_departed, mark_joined, own_rank, unix_ns};
 use crate::options::ClusterOptions;
 use crate::rendezvous::{Identity, RendezvousConfig, refuse_callers, send_failure};
 use crate::secret::Secret;
@@ -17,7 +17,8 @@ pub(crate) struct Departure(RendezvousConfig);
 impl Departure {
     pub(crate) fn new(endpoint: &Endpoint, secret: Secret, options: &ClusterOptions, processes: u32) -> Self {
         let config = RendezvousConfig::new(endpoint.address(), secret, Identity::default(), options);
-        Self(RendezvousConfig { processes, ..config })
+        // The failure may be an interface that this node does not have.
+        Self(RendezvousConfig { processes, interface: None, ..config })
     }
 
     /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it
@@ -48,8 +49,8 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
     }
     let rank = own_rank();
     let cause = cause[..cause.floor_char_boundary(CAUSE_BYTES_MAX)].into();
-    let (time_unix_ns, joined) = (unix_ns(), mark_joined());
-    let report = Report { rank, time_unix_ns, exit: exit.code(), cause, first_cause_rank, joined };
+    let (time_unix_ns, joined, departed) = (unix_ns(), mark_joined(), is_departed());
+    let report = Report { rank, time_unix_ns, exit: exit.code(), cause, first_cause_rank, joined, departed };
     match path {
         Some(path) => report.write(Path::new(&path)),
         None => {
@@ -64,10 +65,10 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
 /// Reports the failure of this process, if it is one of several.
 fn report_to_others(report: &Report) {
     let variables = process_variables();
-    let (Ok(options), Ok(LaunchContext::World(world))) = (ClusterOptions::read(&variables), detect(&variables)) else {
-        return;
-    };
+    let Ok(LaunchContext::World(world)) = detect(&variables) else { return };
     let Ok(secret) = world.secret.read() else { return };
+    // The failure may be an invalid option.
+    let options = ClusterOptions::read(&variables).unwrap_or_default();
     let rank = world.process;
     let departure = Departure::new(&world.endpoint, secret, &options, world.processes);
     departure.report(rank..rank + 1, &Report { rank, ..report.clone() });

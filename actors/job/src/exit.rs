@@ -120,6 +120,19 @@ impl Exit {
     pub fn is_caused_by_peer(self) -> bool {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
+
+    /// The exit of processes that wait for a node that ended with this one: the same, if it has a meaning here and no
+    /// restart can help.
+    pub(crate) fn of_waiting(self) -> Exit {
+        let is_final = self.parts().1.is_some() && !self.worth_a_retry();
+        if is_final { self } else { Exit::PeerUnavailable }
+    }
+
+    /// The cause followed by this exit, unless the cause already ends with it.
+    pub(crate) fn after(self, cause: &str) -> String {
+        let (cause, code) = (cause.trim(), format!("({self})"));
+        if cause.ends_with(&code) { cause.into() } else { format!("{cause} {code}") }
+    }
 }
 
 impl fmt::Display for Exit {
@@ -158,6 +171,9 @@ pub struct Report {
     /// The process had joined the others, to which the session reports the failure.
     #[serde(default)]
     pub joined: bool,
+    /// The node of the first cause has ended its job. Other nodes must not restart: they would wait for it in vain.
+    #[serde(default)]
+    pub departed: bool,
 }
 
 impl Report {
@@ -183,7 +199,8 @@ impl Report {
     /// True if the other processes must be refused too: they would wait for the reporter, and a restart would not help.
     pub fn concerns_all(&self) -> bool {
         let exit = Exit::from_code(self.exit);
-        !self.joined && self.is_own_failure() && exit != Exit::Done && !exit.worth_a_retry()
+        let is_final = self.departed || !exit.worth_a_retry();
+        !self.joined && self.is_own_failure() && exit != Exit::Done && is_final
     }
 }
 
@@ -207,6 +224,18 @@ pub(crate) fn joining_file(error_file: &Path) -> PathBuf {
 /// reports failures to the others. Returns whether it was recorded before.
 pub fn mark_joined() -> bool {
     JOINED.swap(true, Ordering::Relaxed)
+}
+
+/// True once a node that this process waits for has ended its job.
+static DEPARTED: AtomicBool = AtomicBool::new(false);
+
+/// Records for the launcher that a node has ended its job, so that it does not restart this process.
+pub(crate) fn mark_departed() {
+    DEPARTED.store(true, Ordering::Relaxed);
+}
+
+pub(crate) fn is_departed() -> bool {
+    DEPARTED.load(Ordering::Relaxed)
 }
 
 /// The rank that the launcher assigned to this process.
@@ -263,6 +292,14 @@ mod tests {
     }
 
     #[test]
+    fn a_waiting_process_ends_with_a_final_code_of_its_own_meaning() {
+        let codes = [1, 2, 65, 69, 70, 75, 78, 80, 130, 137].map(|code| Exit::from_code(code).of_waiting().code());
+        assert_eq!(codes, [69, 2, 65, 69, 69, 69, 78, 80, 69, 69]);
+        assert_eq!(Exit::Usage.after("no file\n"), "no file (code 2: usage)");
+        assert_eq!(Exit::Usage.after("no file (code 2: usage)"), "no file (code 2: usage)");
+    }
+
+    #[test]
     fn a_report_is_read_whole_or_not_at_all() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("report.json");
@@ -274,6 +311,7 @@ mod tests {
             cause: "a \"b\"\n".into(),
             first_cause_rank: Some(1),
             joined: false,
+            departed: false,
         };
         report.write(&path).unwrap();
         assert_eq!(Report::read(&path), Some(report.clone()));
@@ -284,6 +322,8 @@ mod tests {
         let code = |exit| Report { exit, first_cause_rank: None, ..report.clone() };
         assert_eq!([0, 2, 70, 78].map(|exit| code(exit).concerns_all()), [false, true, false, true]);
         assert!(!Report { joined: true, ..code(2) }.concerns_all(), "its session reports it");
+        let departed = |exit| Report { departed: true, first_cause_rank: Some(3), ..code(exit) };
+        assert_eq!([0, 1, 69, 137].map(|exit| departed(exit).concerns_all()), [false, true, true, true]);
         assert!(!Report { first_cause_rank: Some(1), ..code(2) }.concerns_all(), "rank 1 reports it");
         fs::write(&path, "{\"rank\":").unwrap();
         assert_eq!(Report::read(&path), None);

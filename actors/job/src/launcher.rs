@@ -9,12 +9,12 @@ use std::time::Duration;
 use crossbeam_channel::Receiver;
 
 use crate::departure::Departure;
-use crate::exit::{Exit, Report, read_progress, unix_ns};
+use crate::exit::{Exit, read_progress};
 use crate::output;
 use crate::text::counted;
-use cause::{Decision, Restarts, exit_after_signal, first_cause};
+use cause::{Decision, Ended, Restarts, exit_after_signal, first_cause};
 use job::{Event, Job, print_notice, wait_until_done_or_signal};
-use options::departure;
+use options::{departed, departure};
 
 mod attempt;
 mod cause;
@@ -53,12 +53,11 @@ pub fn report_usage(options: &LaunchOptions, cause: String) {
 }
 
 fn report(options: &LaunchOptions, departure: Option<Departure>, exit: Exit, cause: String) {
-    let rank = options.node.saturating_mul(options.local_processes);
-    let report = Report { rank, exit: exit.code(), time_unix_ns: unix_ns(), cause, ..Report::default() };
-    if let Some(departure) = departure.filter(|_| report.concerns_all()) {
-        print_notice(&format!("reporting to the other nodes: {}", report.cause));
+    if let Some(departure) = departure {
+        print_notice(&format!("reporting to the other nodes: {cause}"));
         output::stderr().flush(Some(Duration::from_millis(200)));
-        departure.report(rank..rank.saturating_add(options.local_processes), &report);
+        let report = departed(options, exit, &exit.after(&cause));
+        departure.report(report.rank..report.rank.saturating_add(options.local_processes), &report);
     }
 }
 
@@ -81,14 +80,20 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         outcome.show_errors();
         if let Some(signal) = outcome.signal {
             let (exit, failed) = exit_after_signal(&outcome.ended, signal);
+            // Processes that had joined have reported their end themselves.
+            if exit != Exit::Done && !outcome.reports().any(|report| report.joined) {
+                let cause = failed.map_or_else(|| exit.after("it was interrupted"), Ended::describe);
+                job.report(departed(options, exit, &cause));
+            }
             if let Some(failed) = failed {
                 output::stderr().line(&format!("error: {}", outcome.describe(failed)));
             }
+            job.wait_for_reports();
             return Ok((exit, outcome.signal));
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
-        let decision = if outcome.abandoned || cause.ended_on_request() {
-            // An abandoned process still holds the node's devices and files; on a request to end, the node is reclaimed.
+        let decision = if outcome.abandoned || cause.ended_on_request() || outcome.reports().any(|r| r.departed) {
+            // A process still holds devices and files; or this node is reclaimed; or another one has ended its job.
             Decision::WouldNotHelp
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))
@@ -115,6 +120,10 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
                 restarts.committed.map_or("at all".into(), |step| format!("above {step}")),
             )),
             Decision::WouldNotHelp | Decision::Exhausted => {}
+        }
+        if outcome.abandoned || decision != Decision::WouldNotHelp {
+            // The other nodes may restart, and would wait for this one.
+            job.report(departed(options, cause.exit, &cause.describe()));
         }
         output::stderr().line(&format!("error: {}", outcome.describe(cause)));
         job.wait_for_reports();

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::env::{
     ADVERTISE, COLLECTIVES, ENCRYPT, Endpoint, EnvError, HEARTBEAT_DEADLINE_MS, HEARTBEAT_MS, INTERFACE, MEET_MS,
@@ -50,6 +50,9 @@ pub trait Advertise: fmt::Debug + Send + Sync {
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 
+/// How long to wait for an advertised name that may be registered soon.
+const RESOLVE_WITHIN: Duration = Duration::from_secs(5);
+
 /// A host name or address that is published instead of the one that a process listens on; the port does not change.
 #[derive(Clone, Debug)]
 struct AdvertisedHost(String);
@@ -69,8 +72,14 @@ impl Advertise for AdvertisedHost {
     }
 
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr> {
-        let unresolved = || io::Error::new(io::ErrorKind::NotFound, format!("{} has no address", self.0));
-        (self.0.as_str(), bound.port()).to_socket_addrs()?.next().ok_or_else(unresolved)
+        let give_up = Instant::now() + RESOLVE_WITHIN;
+        loop {
+            match (self.0.as_str(), bound.port()).to_socket_addrs() {
+                Ok(mut found) => return found.next().ok_or(io::ErrorKind::NotFound.into()),
+                Err(_) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(250)),
+                Err(e) => return Err(io::Error::other(format!("{ADVERTISE} or --advertise is {}: {e}", self.0))),
+            }
+        }
     }
 }
 

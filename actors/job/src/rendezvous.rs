@@ -14,11 +14,13 @@
 //! - **RV-2**: a refusal is sent to all processes and names the two that differ, with both values.
 //! - **RV-3**: a process that joins again while others wait replaces its earlier entry if the old connection is dead,
 //!   if its restart count is higher, or if it is the same process.
-//! - **RV-4**: the failure of a process before it joins is reported to process 0 if a retry cannot help. All processes
-//!   that wait, and all that join within `report_within`, are refused with its exit code. The first report wins. If
+//! - **RV-4**: the failure of a process before it joins is reported to process 0 if a retry cannot help, and so is the
+//!   end of a node's launcher, whatever the cause. All processes that wait, and all that join within `report_within`, are refused with its exit code. The first report wins. If
 //!   process 0 has failed, its launcher or its `exit::report` answers instead.
 
 use std::time::Instant;
+
+use crate::exit::mark_departed;
 
 pub use config::{RendezvousConfig, local_address};
 pub(crate) use coordinator::refuse_callers;
@@ -47,11 +49,15 @@ pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -
     if process >= processes || processes > crate::transport::PROCESSES_MAX {
         return Err(RendezvousError::Rank { process, processes });
     }
-    if process == 0 {
+    let outcome = if process == 0 {
         coordinator::run(config, deadline, &mut on_waiting)
     } else {
         join::join(config, deadline, &mut on_waiting)
+    };
+    if matches!(&outcome, Err(RendezvousError::Refused(RendezvousRefusal::Failed(report))) if report.departed) {
+        mark_departed();
     }
+    outcome
 }
 
 #[cfg(test)]

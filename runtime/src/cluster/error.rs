@@ -53,6 +53,7 @@ impl ClusterError {
             Self::Rendezvous(RendezvousError::Transport(error) | RendezvousError::NotReached(error))
             | Self::Transport(error) => transport_exit(error),
             Self::Rendezvous(RendezvousError::TooLong { .. } | RendezvousError::Rank { .. }) => Exit::Refused,
+            Self::Rendezvous(RendezvousError::InUse { .. }) => Exit::Refused,
             Self::Rendezvous(_) => Exit::PeerUnavailable,
             Self::Membership(error) => error.exit(),
             Self::Kernel(KernelError::OutOfMemory { .. }) => Exit::OutOfMemory,

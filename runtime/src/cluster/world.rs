@@ -11,7 +11,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use parking_lot::{Condvar, Mutex};
 use shardflow_actors::error::Failure;
 use shardflow_actors::shell::{Control, RunningSession};
-use shardflow_job::env::{LaunchContext, Launched};
+use shardflow_job::env::{INTERFACE, LaunchContext, Launched};
 use shardflow_job::exit;
 use shardflow_job::machine::{MemoryClaim, hidden_name};
 use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent};
@@ -371,7 +371,12 @@ fn meet(
         local(deadline)
     };
     let local = local(Instant::now()).or_else(retry)?;
-    let heartbeat = membership::bind(local).map_err(system("listen for heartbeats"))?;
+    let heartbeat = membership::bind(local).map_err(|cause| match options.interface {
+        Some(own) if cause.kind() == io::ErrorKind::AddrNotAvailable => {
+            ClusterError::Refused(format!("{INTERFACE} or --interface is {}: no address of this node", own.ip()))
+        }
+        _ => system("listen for heartbeats")(cause),
+    })?;
     let bound = heartbeat.local_addr().map_err(system("listen for heartbeats"))?;
     let published = options.advertise.as_ref().map_or(Ok(bound), |advertise| advertise.heartbeats(bound));
     let config = RendezvousConfig {
@@ -380,7 +385,7 @@ fn meet(
         restart: world.restart,
         memory: memory.clone(),
         facts: facts()?,
-        heartbeat: published.map_err(system("publish the address for heartbeats"))?,
+        heartbeat: published.map_err(|e| ClusterError::Refused(format!("cannot publish an address: {e}")))?,
         spans_nodes,
         ..RendezvousConfig::new(coordinator, secret.clone(), Identity::of_this_process()?, options)
     };

@@ -124,7 +124,7 @@ impl Attempt<'_, '_> {
         // A process whose start failed after the spawn is not in `children`.
         let Some(child) = self.children.get_mut(local) else { return };
         child.finish(self.job, signaled);
-        child.ended.iter().filter(|ended| !ended.signaled).for_each(|ended| self.job.report(ended));
+        child.ended.iter().filter(|ended| !ended.signaled).for_each(|ended| self.job.report(ended.report()));
         let failed = child.ended.as_ref().is_some_and(|ended| ended.exit != Exit::Done);
         if failed && self.phase == Phase::Running {
             self.settle(local);
@@ -140,7 +140,7 @@ impl Attempt<'_, '_> {
     fn settle(&mut self, local: usize) {
         // The output of the first process is already on the screen.
         if let Some(ended) = self.children[local].ended.as_ref().filter(|_| local > 0) {
-            print_notice(&format!("rank {}: {}", ended.rank, ended.describe()));
+            print_notice(&ended.describe());
         }
         self.phase = Phase::Settling { until: Instant::now() + self.failure_wait() };
     }
@@ -151,7 +151,7 @@ impl Attempt<'_, '_> {
         let Some(local) = absent.filter(|_| self.living().any(Child::is_joining)) else { return };
         let Some(ended) = &mut self.children[local].ended else { return };
         *ended = ended.missed();
-        self.job.report(ended);
+        self.job.report(ended.report());
         self.settle(local);
     }
 
@@ -237,10 +237,14 @@ impl Outcome {
         }
     }
 
+    pub(super) fn reports(&self) -> impl Iterator<Item = &Report> {
+        self.ended.iter().filter_map(|ended| ended.report.as_ref())
+    }
+
     /// Describes how a process ended, with its log's path.
     pub(super) fn describe(&self, ended: &Ended) -> String {
         let log = self.logs.iter().find(|(rank, ..)| *rank == ended.rank);
         let log = log.map_or(String::new(), |(.., path)| format!("; its log: {path}"));
-        format!("rank {}: {}{log}", ended.rank, ended.describe())
+        ended.describe() + &log
     }
 }

@@ -64,14 +64,15 @@ impl Ended {
         self.report.clone().map_or_else(derived, |report| Report { exit, ..report })
     }
 
-    /// Describes how it ended, without its rank.
+    /// Describes how it ended.
     pub(super) fn describe(&self) -> String {
         let reported = self.report.as_ref().map(|report| report.cause.as_str());
-        match (reported.or(self.error_line.as_deref()), self.exit) {
-            (Some(cause), exit) => format!("{} ({exit})", cause.trim().trim_start_matches("error: ")),
+        let how = match (reported.or(self.error_line.as_deref()), self.exit) {
+            (Some(cause), exit) => exit.after(cause.trim().trim_start_matches("error: ")),
             (None, Exit::Signal(_)) => format!("killed by a signal ({})", self.exit),
             (None, exit) => format!("ended ({exit}) and printed no error"),
-        }
+        };
+        format!("rank {}: {how}", self.rank)
     }
 }
 
@@ -166,7 +167,8 @@ mod tests {
 
     fn reported(ended: Ended, first_cause_rank: Option<u32>, time_unix_ns: u64) -> Ended {
         let (rank, exit) = (ended.rank, ended.exit.code());
-        let report = Some(Report { rank, time_unix_ns, exit, cause: "it".into(), first_cause_rank, joined: false });
+        let report =
+            Some(Report { rank, time_unix_ns, exit, cause: "it".into(), first_cause_rank, ..Report::default() });
         Ended { report, ..ended }
     }
 
@@ -189,11 +191,13 @@ mod tests {
 
     #[test]
     fn the_description_prefers_the_report_to_the_log_to_the_exit_code() {
-        assert_eq!(ended(0, 137, 0).describe(), "killed by a signal (code 137: SIGKILL)");
-        assert_eq!(ended(0, 1, 0).describe(), "ended (code 1) and printed no error");
+        assert_eq!(ended(0, 137, 0).describe(), "rank 0: killed by a signal (code 137: SIGKILL)");
+        assert_eq!(ended(0, 1, 0).describe(), "rank 0: ended (code 1) and printed no error");
         let line = Ended { error_line: Some("error: no file".into()), ..ended(0, 2, 0) };
-        assert_eq!(line.describe(), "no file (code 2: usage)");
-        assert_eq!(reported(line, None, 0).describe(), "it (code 2: usage)");
+        assert_eq!(line.describe(), "rank 0: no file (code 2: usage)");
+        assert_eq!(reported(line, None, 0).describe(), "rank 0: it (code 2: usage)");
+        let refused = Ended { error_line: Some("error: rank 1 ended (code 2: usage)".into()), ..ended(0, 2, 0) };
+        assert_eq!(refused.describe(), "rank 0: rank 1 ended (code 2: usage)", "the code is named once");
     }
 
     #[test]

@@ -6,7 +6,6 @@ use std::{io, thread};
 use crossbeam_channel::{Receiver, Sender, select};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1};
 
-use super::cause::Ended;
 use super::guard::{FOLDER_PREFIX, Guard};
 use super::options::{LaunchError, LaunchOptions, check, find_program, variables};
 use crate::departure::Departure;
@@ -108,13 +107,17 @@ impl<'a> Job<'a> {
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
     }
 
-    /// Reports the failure of a process before the rendezvous to the other nodes, on a thread of its own.
-    pub(super) fn report(&self, ended: &Ended) {
-        let report = ended.report();
+    /// Reports to the other nodes the failure of a process before the rendezvous, or the end of this node, on a thread of
+    /// its own.
+    pub(super) fn report(&self, report: Report) {
         let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
+        let count = if report.departed { self.options.local_processes } else { 1 };
+        if report.departed {
+            print_notice("reporting the end of this node to the others; a signal ends the wait");
+        }
         let pending = self.reports.0.clone();
         let send = move || {
-            departure.report(report.rank..report.rank + 1, &report);
+            departure.report(report.rank..report.rank + count, &report);
             drop(pending);
         };
         // If the thread cannot start, the other nodes wait until their timeout.

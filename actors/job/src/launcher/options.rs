@@ -8,7 +8,7 @@ use std::{env, fs, io};
 
 use crate::departure::Departure;
 use crate::env::{Endpoint, EnvError, SecretSource, Variables, process_variables};
-use crate::exit::Exit;
+use crate::exit::{Exit, Report, unix_ns};
 use crate::options::ClusterOptions;
 use crate::transport::PROCESSES_MAX;
 
@@ -94,6 +94,15 @@ pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     let secret = SecretSource::find(&variables).ok()??.read().ok()?;
     let cluster_options = ClusterOptions::read(&variables).unwrap_or_default();
     Some(Departure::new(endpoint, secret, &cluster_options, processes(options)?))
+}
+
+/// The report that this node has ended its job.
+pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> Report {
+    let LaunchOptions { node, local_processes, .. } = options;
+    let rank = node.saturating_mul(*local_processes);
+    let (time_unix_ns, cause) = (unix_ns(), format!("node {node} ended: {cause}"));
+    let (exit, first_cause_rank) = (exit.of_waiting().code(), Some(rank));
+    Report { rank, exit, time_unix_ns, cause, first_cause_rank, joined: false, departed: true }
 }
 
 /// The number of processes on all nodes, if a job may have that many.

@@ -22,6 +22,9 @@ use crate::machine::Targets;
 
 /// Timeout of each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long to wait for an address that is in use, for example by a process that is about to end; and then for its
+/// holder to authenticate as a process of this job.
+const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 /// Conflicts that are kept.
 const CONFLICTS_MAX: usize = 64;
 
@@ -42,7 +45,7 @@ struct JoinState {
 }
 
 pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
-    let listener = listen(config, deadline)?;
+    let listener = listen(config, deadline, on_waiting)?;
     let joined = (1..config.processes).map(|_| None).collect();
     // Others reach process 0 by the configured name, which may resolve differently on their nodes.
     let others = listener.addresses().iter().skip(1).cloned();
@@ -83,7 +86,7 @@ pub(crate) fn refuse_callers(
     report: &Report,
 ) -> Result<bool, RendezvousError> {
     let deadline = Instant::now() + config.report_within;
-    let listener = bind(config, deadline)?;
+    let listener = bind(config, deadline.min(Instant::now() + IN_USE_WAIT))?;
     let missing = (0..config.processes).filter(|rank| !ranks.contains(rank)).collect();
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
@@ -108,10 +111,25 @@ fn read_request(connection: &Connection) -> Result<Request, WireError> {
 }
 
 /// Listens on the coordinator's address, and on a second address that only the roster publishes.
-fn listen(config: &RendezvousConfig, deadline: Instant) -> Result<Listener, RendezvousError> {
-    match bind(config, deadline.min(Instant::now() + config.late_grace)) {
-        Err(error) if is_in_use(&error) => Err(join_as_duplicate(config, error)),
-        bound => Ok(bound?),
+fn listen(config: &RendezvousConfig, until: Instant, note: &mut dyn FnMut(&str)) -> Result<Listener, RendezvousError> {
+    let (begin, mut wait, mut failed) = (Instant::now(), Duration::ZERO, None);
+    loop {
+        match (bind(config, until.min(begin + wait)), failed.take()) {
+            (Err(error), None) if is_in_use(&error) => {}
+            (Err(error), Some(failed)) if is_in_use(&error) => return Err(failed),
+            (bound, _) => return Ok(bound?),
+        }
+        if wait.is_zero() && !config.late_grace.is_zero() {
+            wait = IN_USE_WAIT.min(config.late_grace);
+            note(&format!("{} is in use; trying again for {wait:?}", config.coordinator));
+            continue;
+        }
+        match join_as_duplicate(config) {
+            refused @ RendezvousError::Refused(_) => return Err(refused),
+            in_use @ RendezvousError::InUse { .. } => failed = Some(in_use),
+            // An earlier world, which may be about to end.
+            error => (failed, wait) = (Some(error), config.late_grace),
+        }
     }
 }
 
@@ -163,11 +181,12 @@ fn open_tcp(
 }
 
 /// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all as a conflict.
-fn join_as_duplicate(config: &RendezvousConfig, error: TransportError) -> RendezvousError {
+fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
-    match join(&brief, Instant::now() + REPLY_TIMEOUT, &mut |_| {}) {
+    match join(&brief, Instant::now() + IN_USE_WAIT, &mut |_| {}) {
         Err(refused @ (RendezvousError::Refused(_) | RendezvousError::Late { .. })) => refused,
-        _ => error.into(),
+        Err(RendezvousError::Transport(e) | RendezvousError::NotReached(e)) if e.refusal().is_some() => e.into(),
+        _ => RendezvousError::InUse { coordinator: config.coordinator.clone() },
     }
 }
 

@@ -50,7 +50,14 @@ pub(crate) fn send_failure(
     let request = Request::Failed { ranks, report: Report { cause, ..report.clone() } };
     let hello = hello(config, from);
     loop {
-        let connection = connect(&config.coordinator, &config.secret, &hello, deadline)?;
+        let connection = match connect(&config.coordinator, &config.secret, &hello, deadline) {
+            // The last attempt still runs; after its failure, process 0 waits for this node.
+            Err(error) if report.departed && error.refusal().is_some() && Instant::now() < deadline => {
+                std::thread::sleep(RETRY);
+                continue;
+            }
+            connected => connected?,
+        };
         let until = || connection.until(deadline);
         let written = wire::write_message(&mut until(), &request, REQUEST_BYTES_MAX);
         let answer = written.and_then(|()| wire::read_message::<Answer>(&mut until(), MESSAGE_BYTES_MAX));

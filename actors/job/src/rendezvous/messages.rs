@@ -253,11 +253,16 @@ pub enum RendezvousRefusal {
         ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
     Missing { missing: Vec<u32>, processes: u32, waited_ms: u64, refused: u64 },
-    /// A process ended before it joined, for a cause that no restart fixes.
-    #[error("rank {} ended before it joined: {} ({})", .0.rank, .0.cause.trim(), Exit::from_code(.0.exit))]
+    /// A process ended before it joined, for a cause that no restart fixes; or a node ended, which the cause names.
+    #[error("{}", failed(.0))]
     Failed(Report),
     #[error("{0} joined and was lost before the start; see its log")]
     Lost(ProcessLabel),
+}
+
+fn failed(Report { rank, cause, exit, departed, .. }: &Report) -> String {
+    let ended = || format!("rank {rank} ended before it joined: {}", Exit::from_code(*exit).after(cause));
+    if *departed { cause.clone() } else { ended() }
 }
 
 pub(super) fn joined(missing: &[u32], processes: u32) -> usize {
@@ -312,6 +317,8 @@ pub enum RendezvousError {
     TooLong { process: ProcessLabel, part: String, length: usize, length_max: usize },
     #[error("cannot read this process's {part}: {cause}")]
     Identity { part: &'static str, cause: io::Error },
+    #[error("cannot listen on {coordinator}: another program or another job uses it; choose another port")]
+    InUse { coordinator: Address },
     #[error("no route to {coordinator}: {cause}")]
     NoRoute { coordinator: Address, cause: io::Error },
     /// Process 0 received the join request and then did not answer in time or sent an invalid answer: a bug.

@@ -506,3 +506,83 @@ fn reports_without_a_final_failure_are_ignored() {
         }
     });
 }
+
+#[test]
+fn the_end_of_a_node_ends_all_whatever_its_code() {
+    let (_folder, address) = unix();
+    scope(|s| {
+        let (rank_0, lines) = spawn_rank_0(s, config(&address, 0, 4));
+        let joined = spawn(s, config(&address, 1, 4));
+        wait_for_line(&lines, "waiting for ranks 2, 3: 2 of 4 joined");
+        send_failure(&config(&address, 2, 4), 2..4, &departure(2)).unwrap();
+        for thread in [joined, rank_0] {
+            assert_eq!(failed_refusal(thread.join().unwrap()), (69, "node 1 ended: killed (code 137)".to_string()));
+        }
+    });
+}
+
+/// The report that the node of this rank has ended its job.
+fn departure(rank: u32) -> Report {
+    let cause = "node 1 ended: killed (code 137)".into();
+    Report { cause, first_cause_rank: Some(rank), departed: true, ..failure(rank, 69) }
+}
+
+#[test]
+fn the_end_of_a_node_reaches_a_rank_0_that_restarts() {
+    let (_folder, unix) = unix();
+    for address in [unix, tcp()] {
+        let running = run_all(&address, 2, |_| {}).into_iter().map(Result::unwrap).collect::<Vec<_>>();
+        scope(|s| {
+            let reporting = s.spawn(|| send_failure(&config(&address, 1, 2), 1..2, &departure(1)));
+            wait_for_refusal(&running);
+            drop(running);
+            let restarted =
+                RendezvousConfig { restart: 1, late_grace: Duration::from_secs(10), ..config(&address, 0, 2) };
+            assert_eq!(failed_refusal(rendezvous(&restarted, |_| {})).0, 69);
+            reporting.join().unwrap().unwrap();
+        });
+    }
+}
+
+#[test]
+fn rank_0_refuses_an_address_of_another_program() {
+    let other = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let address = Address::Tcp(other.local_addr().unwrap().to_string());
+    let mut lines = Vec::new();
+    let rank_0 = RendezvousConfig { late_grace: Duration::from_millis(100), ..config(&address, 0, 2) };
+    let error = rendezvous(&rank_0, |line| lines.push(line.to_owned())).unwrap_err();
+    assert!(matches!(error, RendezvousError::InUse { .. }), "{error}");
+    assert!(lines[0].ends_with("is in use; trying again for 100ms"), "{lines:?}");
+}
+
+/// Waits until rank 0 of a running world refuses one more process.
+fn wait_for_refusal(running: &[(Roster, Listener)]) {
+    let refused = || running[0].1.refused().total();
+    let (before, end) = (refused(), Instant::now() + Duration::from_secs(20));
+    while refused() == before {
+        assert!(Instant::now() < end, "no process was refused");
+        std::thread::yield_now();
+    }
+}
+
+/// The launchers of two attempts may overlap.
+#[test]
+fn rank_0_waits_until_an_earlier_world_has_ended() {
+    let address = tcp();
+    for restart in [0, 1] {
+        let running = run_all(&address, 2, |_| {}).into_iter().map(Result::unwrap).collect::<Vec<_>>();
+        let next = |late_grace| RendezvousConfig { restart, late_grace, ..config(&address, 0, 2) };
+        let error = rendezvous(&next(Duration::ZERO), |_| {}).unwrap_err();
+        assert!(!matches!(error, RendezvousError::InUse { .. } | RendezvousError::Refused(_)), "{error}");
+        scope(|s| {
+            let config_0 = next(Duration::from_secs(20));
+            let rank_0 = s.spawn(move || rendezvous(&config_0, |_| {}));
+            wait_for_refusal(&running);
+            drop(running);
+            let rank_1 = spawn(s, RendezvousConfig { restart, ..config(&address, 1, 2) });
+            for thread in [rank_0, rank_1] {
+                thread.join().unwrap().unwrap();
+            }
+        });
+    }
+}

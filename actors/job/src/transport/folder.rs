@@ -7,6 +7,7 @@ use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -47,14 +48,21 @@ fn lock(folder: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// Age at which an empty folder has no owner: an owner creates the lock at once.
+const EMPTY_AGE: Duration = Duration::from_secs(600);
+
 /// Removes this user's folders whose owners are dead. Skips folders that cannot be read or removed.
 fn remove_dead(temporary: &Path) {
     let own = rustix::process::geteuid().as_raw();
     for entry in fs::read_dir(temporary).into_iter().flatten().flatten() {
         let is_named = entry.file_name().to_string_lossy().starts_with(PREFIX);
         // Metadata of the entry itself: symbolic links are not followed.
-        if !is_named || !entry.metadata().is_ok_and(|data| data.is_dir() && data.uid() == own) {
+        let Some(data) = entry.metadata().ok().filter(|data| is_named && data.is_dir() && data.uid() == own) else {
             continue;
+        };
+        if data.modified().is_ok_and(|at| at.elapsed().is_ok_and(|age| age > EMPTY_AGE)) {
+            // Its owner was killed before it created the lock. Fails if the folder is not empty.
+            let _ = fs::remove_dir(entry.path());
         }
         let is_dead = File::open(entry.path().join(LOCK)).is_ok_and(|file| file.try_lock().is_ok());
         if is_dead && let Err(error) = fs::remove_dir_all(entry.path()) {
@@ -87,6 +95,24 @@ mod tests {
         drop(held);
         remove_dead(temporary.path());
         assert!(!living.exists());
+    }
+
+    #[test]
+    fn an_old_empty_folder_without_a_lock_is_removed() {
+        let temporary = tempfile::tempdir().unwrap();
+        let make = |name: &str, seconds: u64| {
+            let path = temporary.path().join(name);
+            fs::create_dir(&path).unwrap();
+            (path, std::time::SystemTime::now() - Duration::from_secs(seconds))
+        };
+        let folders =
+            [make("shardflow-old", 700), make("shardflow-new", 60), make("shardflow-full", 700), make("other", 700)];
+        fs::write(folders[2].0.join("file"), "").unwrap();
+        for (path, modified) in &folders {
+            File::open(path).unwrap().set_modified(*modified).unwrap();
+        }
+        remove_dead(temporary.path());
+        assert_eq!(folders.map(|(path, _)| path.exists()), [false, true, true, true]);
     }
 
     #[test]
