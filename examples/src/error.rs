@@ -231,6 +231,10 @@ fn session_hint(error: &SessionError) -> &'static str {
 
 /// What the user can change so that a step is finite. The moments of AdamW depend on the gradients alone.
 fn non_finite_hint(found: &NonFinite) -> &'static str {
+    // No step leaves a parameter that is not finite.
+    if found.first.as_ref().is_some_and(|first| first.op == "parameter") {
+        return "the file or checkpoint that the parameters were loaded from has Inf or NaN: give another one";
+    }
     match found.overflow {
         Some(Overflow::Parameter) => "try a lower --lr",
         Some(_) => "try --clip 1, or less",
