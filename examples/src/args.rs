@@ -256,7 +256,6 @@ impl GptArgs {
                 return needs("--resume required", "--resume auto");
             }
         }
-        self.check_files()?;
         self.model(1).check(&self.mesh, self.micro_batches).map_err(|error| uneven(&error))?;
         if let Some(threads) = self.threads_per_device.filter(|threads| *threads > THREADS_MAX) {
             let text = format!("--threads-per-device must be at most {THREADS_MAX}, got {threads}");
@@ -265,8 +264,18 @@ impl GptArgs {
         Ok(())
     }
 
-    /// Checks that no output file is also used by another flag. Starting from a file and saving to it is allowed.
-    fn check_files(&self) -> Result<(), ProgramError> {
+    /// The trace of a process of several, each of which writes a separate file.
+    pub fn trace_of(&self, process: u32, processes: u32) -> Option<PathBuf> {
+        let numbered = |path: &PathBuf| PathBuf::from(format!("{}.{process}", path.display()));
+        if processes > 1 { self.trace.as_ref().map(numbered) } else { self.trace.clone() }
+    }
+
+    /// Checks that no output file of one of the processes is also used by another flag. Starting from a file and saving
+    /// to it is allowed.
+    ///
+    /// # Errors
+    /// The first two flags that name the same file.
+    pub fn check_files(&self, processes: u32) -> Result<(), ProgramError> {
         let (data, log) = (("--data", &self.data), ("--log-json", &self.log_json));
         let (save, init) = (("--save", &self.save), ("--init-from", &self.init_from));
         let trace = ("--trace", &self.trace);
@@ -274,9 +283,11 @@ impl GptArgs {
             self.checkpoint.as_ref().map(|place| PathBuf::from(place.strip_prefix("file://").unwrap_or(place)));
         let checkpoint = ("--checkpoint", &folder);
         let pairs = [(data, log), (data, save), (init, log), (save, log)];
-        let with_trace = [data, log, save, init].map(|other| (other, trace));
-        let with_checkpoint = [data, log, save, init, trace].map(|other| (other, checkpoint));
-        for ((first, a), (second, b)) in pairs.into_iter().chain(with_trace).chain(with_checkpoint) {
+        let traces: Vec<_> = (0..processes).map(|process| self.trace_of(process, processes)).collect();
+        let traces = traces.iter().map(|numbered| ("--trace", numbered)).chain([trace]);
+        let with_trace = traces.flat_map(|trace| [data, log, save, init, checkpoint].map(|other| (other, trace)));
+        let with_checkpoint = [data, log, save, init].map(|other| (other, checkpoint));
+        for ((first, a), (second, b)) in pairs.into_iter().chain(with_checkpoint).chain(with_trace) {
             let (Some(a), Some(b)) = (a, b) else { continue };
             if resolved(a) == resolved(b) {
                 let text = format!("{first} and {second} are the same file {}", b.display());
@@ -422,10 +433,10 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::ValueValidation, "{flag}: {error}");
             let range = format!("invalid value '-1' for '--{flag} <");
             let text = error.to_string();
-            assert!(text.contains(&range) && text.contains("expected a whole number from 0 to "), "{text}");
+            assert!(text.contains(&range) && text.contains("expected a whole number of at most "), "{text}");
         }
         let text = parse(&["--seed", "18446744073709551616"]).unwrap_err().to_string();
-        assert!(text.contains("expected a whole number from 0 to 18446744073709551615"), "{text}");
+        assert!(text.contains("expected a whole number of at most 18446744073709551615, without a sign"), "{text}");
         assert_eq!(parse(&["--lr", "--steps", "3"]).unwrap_err().exit_code(), i32::from(Exit::Usage.code()));
         assert_eq!(parse(&["-5"]).unwrap_err().kind(), ErrorKind::UnknownArgument);
     }

@@ -6,6 +6,7 @@ use std::path::Path;
 use shardflow::declare::identity_of;
 use shardflow::exit::Exit;
 use shardflow::init::mix;
+use shardflow::job::text::counted;
 use shardflow::program::ProgramError;
 
 /// Sample `k` of a run starts at `mix(DATA_SEED + k) % (train length - context)`.
@@ -39,9 +40,8 @@ impl Text {
                 Self::from_bytes(path, &bytes, context)
             }
             None => {
-                let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-                let root = root.canonicalize().unwrap_or(root);
-                Self::from_bytes(&root, &repository_text(&root)?, context)
+                let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("/"));
+                Self::from_bytes(root, &repository_text(root)?, context)
             }
         }
     }
@@ -59,10 +59,10 @@ impl Text {
         let train = bytes.len() * 9 / 10;
         if train <= context {
             let text = format!(
-                "{} is too short: {} bytes, of which the first nine tenths ({train}) are for training, but one sample \
+                "{} is too short: {}, of which the first nine tenths ({train}) are for training, but one sample \
                  of --context {context} takes {}",
                 path.display(),
-                bytes.len(),
+                counted(bytes.len(), "byte"),
                 context.saturating_add(1)
             );
             let hint = "give a longer file with --data, or a smaller --context";
@@ -132,6 +132,9 @@ impl Text {
 
 /// Concatenates the `*.rs`, `*.md` and `*.toml` files under `root`, sorted by path.
 fn repository_text(root: &Path) -> Result<Vec<u8>, ProgramError> {
+    let unreadable = |path: &Path, cause: &std::io::Error| {
+        no_default(format!("cannot read {}, a part of the default text: {cause}", path.display()))
+    };
     let mut files = Vec::new();
     let mut folders = vec![root.to_path_buf()];
     // Bounded by the number of folders: links are not followed.
@@ -156,11 +159,14 @@ fn repository_text(root: &Path) -> Result<Vec<u8>, ProgramError> {
     }
     if text.is_empty() {
         let what = "no source or documentation files under";
-        let hint = "the checkout that this program was built from is gone: give a text file with --data";
-        let text = format!("{what} {}, which is the default text", root.display());
-        return Err(ProgramError::new(Exit::Usage, text, hint));
+        return Err(no_default(format!("{what} {}, which is the default text", root.display())));
     }
     Ok(text)
+}
+
+fn no_default(text: String) -> ProgramError {
+    let hint = "the checkout that this program was built from is gone or incomplete: give a text file with --data";
+    ProgramError::new(Exit::Usage, text, hint)
 }
 
 #[cfg(test)]
@@ -212,8 +218,23 @@ mod tests {
         let error = Text::load(Some(Path::new("no/such/file.txt")), 4).unwrap_err();
         assert!(error.to_string().starts_with("cannot read data file no/such/file.txt: "), "{error}");
         assert_eq!(text(b"", 4).unwrap_err().to_string(), "data file some.txt is empty");
-        let error = repository_text(Path::new("no/such/folder")).unwrap_err();
-        assert!(error.to_string().contains("no/such/folder"), "{error}");
+    }
+
+    #[test]
+    fn a_checkout_that_is_gone_is_not_a_wrong_flag() {
+        let no_text = std::env::temp_dir().join(format!("shardflow-no-text-{}", std::process::id()));
+        std::fs::create_dir(&no_text).unwrap();
+        for (folder, expected) in [
+            (Path::new("no/such/folder"), "cannot read no/such/folder, a part of the default text: No such file"),
+            (&no_text, "no source or documentation files under "),
+        ] {
+            let error = repository_text(folder).unwrap_err();
+            assert!(error.to_string().starts_with(expected), "{error}");
+            let hint =
+                "the checkout that this program was built from is gone or incomplete: give a text file with --data";
+            assert_eq!((error.exit, error.hint.as_str()), (Exit::Usage, hint));
+        }
+        std::fs::remove_dir(no_text).unwrap();
     }
 
     #[test]

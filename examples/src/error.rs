@@ -181,7 +181,10 @@ impl GptError {
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
         };
         match self {
-            Self::Session(SessionError::NonFinite(_)) => format!("{hint}; --on-non-finite selects another policy"),
+            // No policy helps when the loaded parameters are at fault.
+            Self::Session(SessionError::NonFinite(found)) if !is_loaded(found) => {
+                format!("{hint}; --on-non-finite selects another policy")
+            }
             _ => hint.into(),
         }
     }
@@ -257,11 +260,19 @@ fn session_hint(error: &SessionError) -> &'static str {
 
 /// What the user can change so that a step is finite. The moments of AdamW depend on the gradients alone.
 fn non_finite_hint(found: &NonFinite) -> &'static str {
+    if is_loaded(found) {
+        return "the file or checkpoint that the parameters were loaded from has Inf or NaN: give another one";
+    }
     match found.overflow {
         Some(Overflow::Parameter) => "try a lower --lr",
         Some(_) => "try --clip 1, or less",
         None => "try a lower --lr, or --clip 1",
     }
+}
+
+/// True if a loaded parameter is not finite. No step leaves one.
+fn is_loaded(found: &NonFinite) -> bool {
+    found.first.as_ref().is_some_and(|first| first.op == "parameter")
 }
 
 /// What the user can change so that checkpoints can be used.

@@ -149,11 +149,11 @@ fn a_checkpoint_of_another_training_is_refused_and_not_changed() {
     assert_eq!(code, Some(0), "{text}");
     let before = files(&folder, "ck");
     for (flags, expected) in [
-        ("--layers 4", "its layers is 2, but this program's is 4"),
-        ("--layers 1", "its layers is 2, but this program's is 1"),
-        ("--heads 4", "its heads is 2, but this program's is 4"),
-        ("--width 32", "its width is 16, but this program's is 32"),
-        ("--context 16", "its context is 8, but this program's is 16"),
+        ("--layers 4", "its layers is 2, and this program's is 4"),
+        ("--layers 1", "its layers is 2, and this program's is 1"),
+        ("--heads 4", "its heads is 2, and this program's is 4"),
+        ("--width 32", "its width is 16, and this program's is 32"),
+        ("--context 16", "its context is 8, and this program's is 16"),
         ("--data other", "its data is 1800 bytes, blake3 "),
         ("--data renumbered", "its data is 1800 bytes, blake3 "),
     ] {
@@ -164,8 +164,8 @@ fn a_checkpoint_of_another_training_is_refused_and_not_changed() {
     }
     // A load of weights alone does not compare the data.
     for (flags, code, expected) in [
-        ("--heads 4", 2, "its heads is 2, but this program's is 4"),
-        ("--layers 1", 2, "its layers is 2, but this program's is 1"),
+        ("--heads 4", 2, "its heads is 2, and this program's is 4"),
+        ("--layers 1", 2, "its layers is 2, and this program's is 1"),
         ("--data renumbered", 2, "its vocabulary is 29 bytes, blake3 "),
         ("--data other", 0, "model: parameters are loaded; optimizer state is fresh"),
     ] {

@@ -224,8 +224,8 @@ fn the_log_contains_every_step_and_the_totals() {
 #[test]
 fn a_stream_that_loses_records_ends_the_run() {
     let run = Folder::new("full").gpt("--log-json /dev/full");
-    assert_eq!(run.code, 2, "{}", run.stderr);
-    assert!(run.stderr.starts_with("error: cannot write log /dev/full: No space left on device"), "{}", run.stderr);
+    assert_eq!(run.code, 73, "{}", run.stderr);
+    assert!(run.stderr.contains("error: cannot write log /dev/full: No space left on device"), "{}", run.stderr);
 }
 
 /// A file opened a second time would have a position of its own, and its lines would be overwritten.
@@ -256,17 +256,30 @@ fn a_run_can_start_from_saved_parameters() {
     assert!((again[0] - second[0]).abs() < 1e-4, "{} {}", again[0], second[0]);
 
     std::fs::rename(folder.0.path().join("model"), folder.0.path().join("good")).unwrap();
-    let bytes = std::fs::read(folder.0.path().join("good")).unwrap();
+    let mut bytes = std::fs::read(folder.0.path().join("good")).unwrap();
     std::fs::write(folder.0.path().join("cut"), &bytes[..bytes.len() / 2]).unwrap();
     check_errors(
         &folder,
         2,
         &[
-            ("--init-from good --width 32", "its width is 16, but this program's is 32", "--width"),
-            ("--init-from good --layers 3", "its layers is 2, but this program's is 3", "--layers"),
+            ("--init-from good --width 32", "its width is 16, and this program's is 32", "--width"),
+            ("--init-from good --layers 3", "its layers is 2, and this program's is 3", "--layers"),
             ("--init-from cut", "cut: not a complete safetensors file", "gpt --save"),
         ],
     );
+    // A length of 8 bytes and a header come before the tensors.
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[header..].chunks_exact_mut(4).for_each(|element| element.copy_from_slice(&f32::NAN.to_le_bytes()));
+    std::fs::write(folder.0.path().join("nan"), &bytes).unwrap();
+    let run = folder.gpt("--init-from nan");
+    assert_eq!(run.code, 80, "{}", run.stderr);
+    assert!(
+        run.stderr.contains("error: step 1 is not finite") && run.stderr.contains(" (parameter), "),
+        "{}",
+        run.stderr
+    );
+    let hint = "hint: the file or checkpoint that the parameters were loaded from has Inf or NaN: give another one\n";
+    assert!(run.stderr.ends_with(hint), "{}", run.stderr);
 }
 
 #[test]

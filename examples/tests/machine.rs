@@ -361,6 +361,16 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
     let mut run = start(&folder, &doctor, &[("TMPDIR", &missing)]);
     assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
     assert!(run.text().contains(&format!("TMPDIR={missing}: ")), "{}", run.text());
+    let odd = "TMPDIR=$PWD/$(printf 'x\\377') && export TMPDIR";
+    for (command, tmpdir, expected) in [
+        (doctor.to_vec(), &long, "expected a Unix socket path of at most 107 bytes"),
+        (after(odd, &doctor), &missing, "not UTF-8, and processes exchange the socket's path as text"),
+    ] {
+        let mut run = start(&folder, &command, &[("TMPDIR", tmpdir)]);
+        assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
+        let line = run.text().lines().find(|line| line.contains("unix sockets")).map(str::to_owned).unwrap_or_default();
+        assert!(line.contains("BROKEN") && line.contains(expected), "{}", run.text());
+    }
     let plan = [launcher().display().to_string(), "plan".to_owned(), "--".to_owned()];
     let mut run = start(&folder, &[&plan[..], &gpt("")].concat(), &[("TMPDIR", &missing)]);
     assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());

@@ -183,7 +183,7 @@ gone() {
 check_sbatch() {
     local job steps=600
     timeout 60 $gpt --steps $steps --mesh data=2,stage=2 --micro-batches 4 --log-json one-batch >/dev/null
-    job=$(sbatch --parsable "$root/docs/deploy/job.sbatch" $model --steps $steps --log-json batch)
+    job=$(PATH="$PATH:$programs" sbatch --parsable "$root/docs/deploy/job.sbatch" $model --steps $steps --log-json batch)
     within 30 logged batch 50
     # Slurm sends this signal two minutes before the end of the job's time.
     scancel --signal=TERM "$job"
@@ -203,7 +203,7 @@ check_launcher() {
     local job victim
     { echo '#!/bin/bash'; awk '/^## / { ours = /With the launcher/ } /^```/ { code = !code; next } code && ours' \
         "$root/docs/slurm.md"; } >launcher.sh
-    sed -i "s|target/release/gpt .*'|target/release/gpt $model $mesh --steps 400 --checkpoint ck --checkpoint-every 20 \
+    sed -i "s|-- gpt .*'|-- gpt $model $mesh --steps 400 --checkpoint ck --checkpoint-every 20 \
         --log-json launched'|" launcher.sh
     grep -q 'log-json launched' launcher.sh || { cat launcher.sh >&2; fail "docs/slurm.md has no such command"; }
     timeout 60 $gpt $mesh --steps 400 --log-json one-launched >/dev/null
@@ -245,8 +245,6 @@ inside() {
 checks() {
     start_slurm
     cd "$folder/submit"
-    mkdir -p target/release
-    ln -s "$programs/gpt" target/release/gpt
     for _ in $(seq 40); do echo "the quick brown fox jumps over the lazy dog."; done >text
     model="--layers 4 --heads 4 --width 32 --context 16 --batch 8 --sample 0 --threads-per-device 1 --data text"
     gpt="$programs/gpt $model"

@@ -3,8 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
+use object_store::ObjectStore;
+use object_store::memory::InMemory;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use shardflow::checkpoint::{CheckpointError, Cursor, Saver, SaverOptions, Store};
@@ -17,6 +21,7 @@ use shardflow::placement::Mesh;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::prelude::{DType, Declarations, Layout, OnResume};
 use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow_integration_tests::faulty::{FaultyStore, StoreFault};
 use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
 use shardflow_kernels::tensor::{HostData, HostTensor};
@@ -293,6 +298,50 @@ fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
     });
 }
 
+/// A rank that fails outside of a step, such as with a full disk, ends the others with its cause and exit code.
+#[test]
+fn an_abort_of_one_rank_ends_the_others_with_its_cause() {
+    within(SECONDS, || {
+        let ranks = run_ranks("abort", 2, |rank, cluster| {
+            let mut session = start("data=2", &options_with(cluster));
+            model().step(&mut session);
+            if rank == 1 {
+                session.abort(Exit::CannotWrite, &"disk full");
+                return None;
+            }
+            let begin = Instant::now();
+            let error = session.step(&model().batch(1), LEARNING_RATE).map(drop).expect_err("rank 1 is gone");
+            Some((error.to_string(), error.exit(), error.first_cause_rank(), begin.elapsed()))
+        });
+        let (text, exit, rank, time) = ranks[0].clone().expect("an error");
+        assert!(text.contains("rank 1: disk full"), "{text}");
+        assert_eq!((exit, rank), (Exit::CannotWrite, Some(1)), "{text}");
+        assert!(time < Duration::from_secs(10), "{time:?}");
+    });
+}
+
+/// Both ranks see one store, but one of them cannot write to it.
+#[test]
+fn each_rank_must_be_able_to_write_checkpoints() {
+    within(SECONDS, || {
+        for reader in [0, 1] {
+            let backend: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+            let errors = run_ranks(&format!("probe-{reader}"), 2, |rank, cluster| {
+                let mut session = start("data=2", &options_with(cluster));
+                let first = if rank == reader { 0 } else { usize::MAX };
+                let full = FaultyStore::new(backend.clone(), StoreFault::Full, first, None);
+                let store = Store::with(Arc::new(full), "run").expect("a store");
+                let error = session.saver(&store, SaverOptions::default()).map(drop).expect_err("refused");
+                assert_eq!(error.exit(), Exit::CannotWrite, "{error}");
+                error.to_string()
+            });
+            let (own, other) = (&errors[reader as usize], &errors[1 - reader as usize]);
+            assert!(own.contains("No space left on device"), "{own}");
+            assert!(other.contains(&format!("rank {reader} cannot use it; see its log")), "{other}");
+        }
+    });
+}
+
 #[test]
 fn declared_values_are_compared_before_a_session_starts() {
     within(SECONDS, || {
@@ -504,7 +553,7 @@ fn files_and_checkpoints_record_what_was_declared() {
         let expected = losses(&mut first);
         for (name, way) in ways {
             for (options, expected) in [
-                (declared("b", 4, 2), "its data is a, but this program's is b"),
+                (declared("b", 4, 2), "its data is a, and this program's is b"),
                 (declared("a", 4, 4), "its heads is 2"),
             ] {
                 let error = way(&mut start(ONE, &options)).expect_err(name);
@@ -523,7 +572,7 @@ fn files_and_checkpoints_record_what_was_declared() {
             );
         }
         let error = start(ONE, &declared("a", 4, 4)).init_from(&file).expect_err("other heads").to_string();
-        assert!(error.contains("its heads is 2, but this program's is 4"), "{error}");
+        assert!(error.contains("its heads is 2, and this program's is 4"), "{error}");
         start(ONE, &declared("b", 2, 2)).init_from(&file).expect("other data");
         // The session itself records the settings of the optimizer.
         assert!(value("shardflow.declared.optimizer").starts_with("AdamW, betas 0.9 and 0.99, eps 1e-8, weight decay"));

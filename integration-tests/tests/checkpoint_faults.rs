@@ -242,6 +242,41 @@ fn a_full_disk_fails_only_the_save() {
     });
 }
 
+/// A training commits newer checkpoints and deletes the older ones at each operation of a read: the read gives the old
+/// checkpoint or a newer one, and never reports damage.
+#[test]
+fn a_checkpoint_that_is_deleted_during_a_read_is_not_damaged() {
+    within(60, || {
+        let (mut deleted, mut newer) = (0, 0);
+        for at in 0.. {
+            let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
+            let writer = small_parts(Store::with(memory.clone(), "run").expect("a store"));
+            assert!(save_in_order(&writer, 2, 0).iter().all(|report| report.result.is_ok()));
+            let training = writer.clone();
+            let replace = move || {
+                assert!(save_in_order(&training, 4, 0).iter().all(|report| report.result.is_ok()));
+                training.prune(4, 1, None).expect("pruned");
+                assert_eq!(training.steps().expect("listed"), [4]);
+            };
+            let reading = FaultyStore::meanwhile(memory, at, Box::new(replace));
+            let store = small_parts(Store::with(Arc::new(reading.clone()), "run").expect("a store"));
+            let newest = store.newest().expect("listed");
+            assert!(newest.damaged.is_empty(), "operation {at}: {:?}", newest.damaged);
+            let reader = newest.reader.unwrap_or_else(|| panic!("operation {at}: no checkpoint"));
+            newer += usize::from(reader.manifest().step == 4);
+            match reader.verify() {
+                Ok(()) => {}
+                Err(CheckpointError::Deleted { step: 2, .. }) => deleted += 1,
+                Err(error) => panic!("operation {at}: {error}"),
+            }
+            if reading.operations() <= at {
+                break;
+            }
+        }
+        assert!(deleted > 0 && newer > 1, "{deleted} {newer}");
+    });
+}
+
 /// A store that hangs from some operation on: each save ends by its deadline and names the file, and the previous
 /// checkpoint still loads.
 #[test]

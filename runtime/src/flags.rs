@@ -67,7 +67,7 @@ fn accept_negative(arg: Arg) -> Arg {
 }
 
 fn parse_whole<T: FromStr + Display>(text: &str, max: T) -> Result<T, String> {
-    text.parse().map_err(|_| format!("expected a whole number from 0 to {max}"))
+    text.parse().map_err(|_| format!("expected a whole number of at most {max}, without a sign"))
 }
 
 fn parse_number<T: FromStr>(text: &str) -> Result<T, String> {
@@ -105,9 +105,12 @@ mod tests {
         let Subcommand::Run { count, rate, fast, words } = parse("--rate -1e-3 --fast --count 7 x -2").unwrap().command;
         assert_eq!((count, rate, fast, words), (7, -1e-3, true, vec!["x".to_owned(), "-2".to_owned()]));
         for (flags, expected) in [
-            ("--count -1", "invalid value '-1' for '--count <COUNT>': expected a whole number from 0 to 4294967295"),
-            ("--count 4294967296", "expected a whole number from 0 to 4294967295"),
-            ("--count 1.5", "expected a whole number from 0 to 4294967295"),
+            (
+                "--count -1",
+                "invalid value '-1' for '--count <COUNT>': expected a whole number of at most 4294967295, without a sign",
+            ),
+            ("--count 4294967296", "expected a whole number of at most 4294967295, without a sign"),
+            ("--count 1.5", "expected a whole number of at most 4294967295, without a sign"),
             ("--rate -x", "invalid value '-x' for '--rate <RATE>': expected a number, such as 0.5 or 1e-3"),
         ] {
             let error = parse(flags).unwrap_err();

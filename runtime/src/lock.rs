@@ -35,6 +35,8 @@ const POLL: Duration = Duration::from_secs(1);
 const MISSED_MAX: u32 = 3;
 /// Largest number of attempts; another process may win each of them.
 const ATTEMPTS_MAX: u32 = 100;
+/// A lock has a lower number; anything else of such a name is ignored.
+const NUMBER_END: u64 = u64::MAX;
 /// Size of a lock file: text padded with spaces, so that one write replaces all of it.
 const FILE_BYTES: usize = 1024;
 const RELEASE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -114,11 +116,17 @@ impl Lock {
         let folders = store.local.iter().flat_map(|folder| folder.ancestors());
         let created: Vec<PathBuf> = folders.take_while(|folder| !folder.exists()).map(PathBuf::from).collect();
         for _ in 0..ATTEMPTS_MAX {
-            let newest = numbers(store)?.pop();
+            let taken = entries(store)?;
+            let newest = taken.iter().rev().find(|(_, is_file)| *is_file).map(|(number, _)| *number);
             if let Some(other) = newest.map(|number| live_holder(store, number, &holder)).transpose()?.flatten() {
                 return Err(CheckpointError::Held { place: store.place().into(), holder: describe(&other) });
             }
-            let number = newest.map_or(1, |newest| newest.saturating_add(1));
+            let number = taken.last().map_or(1, |(last, _)| last + 1);
+            if number == NUMBER_END {
+                let (place, last) = (store.place(), file_name(number - 1));
+                let text = format!("{place}/{last}: the number is too large for a lock; delete it if no run uses it");
+                return Err(CheckpointError::Refused(text));
+            }
             let Some(file) = create(store, number, &holder)? else { continue };
             let numbers = numbers(store)?;
             // Reads the file back: in a store that returns other bytes, the lock cannot be checked.
@@ -214,13 +222,20 @@ fn file_name(number: u64) -> String {
     format!("lock-{number}.json")
 }
 
+/// Numbers of everything that has the name of a lock, in ascending order, and whether it is a file.
+fn entries(store: &Store) -> Result<Vec<(u64, bool)>, CheckpointError> {
+    let entry = |(name, bytes): (String, Option<u64>)| {
+        let number = name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok()?;
+        (number < NUMBER_END && name == file_name(number)).then_some((number, bytes.is_some()))
+    };
+    let mut entries: Vec<(u64, bool)> = store.list(None, false)?.into_iter().filter_map(entry).collect();
+    entries.sort_unstable();
+    Ok(entries)
+}
+
 /// Numbers of all lock files, in ascending order.
 fn numbers(store: &Store) -> Result<Vec<u64>, CheckpointError> {
-    let number =
-        |name: String| name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok().filter(|n| *n < u64::MAX);
-    let mut numbers: Vec<u64> = store.list(None, false)?.into_keys().filter_map(number).collect();
-    numbers.sort_unstable();
-    Ok(numbers)
+    Ok(entries(store)?.into_iter().filter_map(|(number, is_file)| is_file.then_some(number)).collect())
 }
 
 fn read(store: &Store, number: u64) -> Result<Option<Vec<u8>>, CheckpointError> {

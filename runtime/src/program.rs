@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use crate::cluster::ClusterError;
+use crate::files;
 use crate::layout_error::LayoutError;
 use crate::passes::CompileError;
 use crate::session::SessionError;
@@ -42,9 +43,15 @@ fn with_signal_handlers(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Re
     body()
 }
 
-/// The end of [`run`], for a program that limits how long it waits for the reader of its output.
+/// The end of [`run`], for a program that limits how long it waits for the reader of its output. Output that cannot be
+/// written is an error, unless the reader has closed the pipe.
 pub fn finish(result: Result<(), Box<dyn Error>>, output_limit: Option<Duration>) -> ExitCode {
-    let exit = result.map_or_else(show, |()| Exit::Done);
+    let mut exit = result.map_or_else(show, |()| Exit::Done);
+    output::stdout().flush(output_limit);
+    if let Some(error) = output::stdout().take_error().filter(|_| exit == Exit::Done) {
+        let (text, hint) = (format!("cannot write standard output: {error}"), files::hint(error.kind()));
+        exit = show(ProgramError::new(Exit::CannotWrite, text, hint).into());
+    }
     output::finish(output_limit);
     exit.into()
 }

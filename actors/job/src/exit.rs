@@ -33,7 +33,7 @@ pub enum Exit {
     PeerUnavailable,
     /// 70: a bug, or a failure without a code of its own.
     Internal,
-    /// 71: memory could not be allocated.
+    /// 71: memory could not be allocated during the training. At its start, this is [`Exit::Refused`].
     OutOfMemory,
     /// 73: a checkpoint or a parameter file cannot be written.
     CannotWrite,

@@ -50,6 +50,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
         requests.set_on_usr1(Request::End(Exit::Retry));
     }
     let mut cluster = Cluster::from_env()?;
+    args.check_files(cluster.processes())?;
     cluster.options.on_waiting = Some(Arc::new(|missing| note(missing)));
     let text = Text::load(args.data.as_deref(), args.context)?;
     let model = args.model(text.vocab());
@@ -64,7 +65,7 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
         return Ok(());
     }
     let sampler = sampler(args, &model, &cluster)?;
-    let trace_path = args.trace.as_deref().map(|path| trace_path(path, &cluster));
+    let trace_path = args.trace_of(cluster.process(), cluster.processes());
     trace_path.as_deref().map_or(Ok(()), check_writable)?;
     if prints {
         args.save.as_deref().map_or(Ok(()), check_writable)?;
@@ -114,7 +115,8 @@ fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     }
     if let Some((sampler, parameters)) = sampler.zip(parameters).filter(|_| prints) {
         let written = sampler.run(&parameters, &text.prompt(), args.sample, seed)?;
-        print(format!("\n{} characters written by the model:\n{}", args.sample, text.decode(&written)));
+        let characters = counted(args.sample, "character");
+        print(format!("\n{characters} written by the model:\n{}", text.decode(&written)));
     }
     Ok(())
 }
@@ -275,12 +277,6 @@ fn declared(args: &GptArgs, text: &Text) -> Declarations {
         .declare("checkpoint", is_given(args.checkpoint.is_some()), Free)
         .declare("checkpoint-every", args.checkpoint_every, Free)
         .declare("resume", name(&args.resume), Free)
-}
-
-/// Each process writes a separate file.
-fn trace_path(path: &Path, cluster: &Cluster) -> PathBuf {
-    let numbered = || PathBuf::from(format!("{}.{}", path.display(), cluster.process()));
-    if cluster.processes() > 1 { numbered() } else { path.to_owned() }
 }
 
 fn cores() -> usize {

@@ -357,6 +357,10 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Output {
 
 /// Runs the program with variables that make it write its plan instead of starting a session.
 fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Output {
+    if let Some(flag) = command[0].to_str().filter(|name| name.starts_with('-')) {
+        let text = format!("unexpected argument '{flag}'; see `shardflow plan --help`");
+        return Err(failed(Exit::Usage, text));
+    }
     // A file in memory: a full disk cannot truncate the plan, and a signal leaves no file behind.
     let text = rustix::fs::memfd_create("plan", MemfdFlags::CLOEXEC);
     let mut text =

@@ -63,6 +63,9 @@ impl From<CheckpointError> for ProgramError {
     }
 }
 
+/// Attempts to read the newest checkpoint while a training replaces it.
+const ATTEMPTS_MAX: u32 = 5;
+
 /// Runs a command and returns the text to print.
 ///
 /// # Errors
@@ -72,14 +75,14 @@ pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
         CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
         CheckpointCommand::Verify { dir, step } => verify(&Store::open(dir)?, *step),
         CheckpointCommand::Reshard { dir, to, shards, step } => {
-            let (reader, text) = select(&Store::open(dir)?, *step)?;
-            reshard(&reader, &Store::open(to)?, *shards)?;
+            let (reader, text) =
+                with_selected(&Store::open(dir)?, *step, |reader| reshard(reader, &Store::open(to)?, *shards))?;
             let (step, from) = (reader.manifest().step, reader.manifest().shards.len());
             Ok(format!("{text}step {step}: {from} -> {} in {to}\n", counted(shards, "shard")))
         }
         CheckpointCommand::Export { dir, file, step } => {
-            let (reader, text) = select(&Store::open(dir)?, *step)?;
-            export(&reader, file).map_err(|error| match error {
+            let exported = with_selected(&Store::open(dir)?, *step, |reader| export(reader, file));
+            let (reader, text) = exported.map_err(|error| match error {
                 CheckpointError::Io { .. } => ProgramError::new(Exit::CannotWrite, error.to_string(), ""),
                 error => error.into(),
             })?;
@@ -99,6 +102,24 @@ fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String)
     let warnings = newest.damaged.iter().fold(String::new(), |text, error| format!("{text}warning: {error}\n"));
     let absent = || CheckpointError::Absent { place: store.place().into(), step: None };
     Ok((newest.reader.ok_or_else(absent)?, warnings))
+}
+
+/// Selects a checkpoint and does `work` with it. If the newest one is deleted meanwhile, which a training does after it
+/// has committed newer ones, the next attempt takes the one that is then the newest.
+fn with_selected(
+    store: &Store,
+    step: Option<u64>,
+    work: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
+) -> Result<(CheckpointReader, String), CheckpointError> {
+    for _ in 1..ATTEMPTS_MAX {
+        let (reader, text) = select(store, step)?;
+        match work(&reader) {
+            Err(CheckpointError::Deleted { .. }) if step.is_none() => {}
+            done => return done.map(|()| (reader, text)),
+        }
+    }
+    let (reader, text) = select(store, step)?;
+    work(&reader).map(|()| (reader, text))
 }
 
 /// The steps to process: at least one.
@@ -122,15 +143,17 @@ fn list(store: &Store) -> Result<String, ProgramError> {
             Err(error @ (CheckpointError::Damaged { .. } | CheckpointError::Newer { .. })) => {
                 writeln!(text, "{step:>12}  {error}")
             }
+            // Listed, and deleted since.
+            Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) => continue,
             Err(error) => return Err(error.into()),
         };
     }
     Ok(text)
 }
 
-fn verify(store: &Store, step: Option<u64>) -> Result<String, ProgramError> {
+fn verify(store: &Store, only: Option<u64>) -> Result<String, ProgramError> {
     let (mut text, mut damaged) = (String::new(), 0);
-    let steps = steps(store, step)?;
+    let steps = steps(store, only)?;
     for step in &steps {
         let _ = match store.read(*step).and_then(|reader| reader.verify().map(|()| reader)) {
             Ok(reader) => {
@@ -141,6 +164,9 @@ fn verify(store: &Store, step: Option<u64>) -> Result<String, ProgramError> {
             Err(error) if error.is_damage() => {
                 damaged += 1;
                 writeln!(text, "step {step}: {error}")
+            }
+            Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) if only.is_none() => {
+                writeln!(text, "step {step}: deleted meanwhile")
             }
             Err(error) => return Err(error.into()),
         };

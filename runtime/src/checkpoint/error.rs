@@ -61,6 +61,9 @@ pub enum CheckpointError {
     /// There is no committed checkpoint.
     #[error("{place}: no complete checkpoint{}", step.map(|s| format!(" of step {s}")).unwrap_or_default())]
     Absent { place: String, step: Option<u64> },
+    /// The checkpoint was deleted after it was opened, usually because newer ones have replaced it.
+    #[error("{place}: the checkpoint of step {step} was deleted while it was read")]
+    Deleted { place: String, step: u64 },
     /// The step already has a checkpoint.
     #[error("{file}: step {step} already has a committed checkpoint; committed checkpoints are never overwritten")]
     Exists { file: String, step: u64 },
@@ -124,7 +127,7 @@ impl CheckpointError {
     }
 
     /// True if the checkpoint itself is damaged, so that an older one may help; false for a store that does not
-    /// respond, or a checkpoint that does not fit the program.
+    /// respond, a checkpoint that does not fit the program, or one that was deleted.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Damaged { .. })
     }

@@ -31,17 +31,24 @@ impl Store {
         before: Option<u64>,
         accept: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
     ) -> Result<NewestCheckpoint, CheckpointError> {
-        let mut damaged = Vec::new();
-        let steps = self.steps_with_folder()?.into_iter().rev();
-        for step in steps.filter(|step| before.is_none_or(|before| *step < before)) {
-            match self.read(step).and_then(|reader| accept(&reader).map(|()| reader)) {
-                Ok(reader) => return Ok(NewestCheckpoint { reader: Some(reader), damaged }),
-                Err(CheckpointError::Absent { .. }) => {}
-                Err(error) if error.is_damage() => damaged.push(error),
-                Err(error) => return Err(error),
+        let mut steps = self.steps_with_folder()?;
+        loop {
+            let (mut damaged, mut is_any_gone) = (Vec::new(), false);
+            for step in steps.iter().rev().filter(|step| before.is_none_or(|before| **step < before)) {
+                match self.read(*step).and_then(|reader| accept(&reader).map(|()| reader)) {
+                    Ok(reader) => return Ok(NewestCheckpoint { reader: Some(reader), damaged }),
+                    Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) => is_any_gone = true,
+                    Err(error) if error.is_damage() => damaged.push(error),
+                    Err(error) => return Err(error),
+                }
             }
+            // A training that deletes a checkpoint has committed a newer one before. It is slower than this loop.
+            let listed = self.steps_with_folder()?;
+            if !is_any_gone || listed.last() <= steps.last() {
+                return Ok(NewestCheckpoint { reader: None, damaged });
+            }
+            steps = listed;
         }
-        Ok(NewestCheckpoint { reader: None, damaged })
     }
 
     /// Deletes old checkpoints of steps up to `newest`, and files of failed attempts. It keeps the newest `keep` good
@@ -60,9 +67,13 @@ impl Store {
                 }
                 Ok(_) => self.delete(step, "", true)?,
                 // Files of a failed attempt before a good checkpoint are useless.
-                Err(CheckpointError::Absent { .. }) if kept > 0 => self.delete(step, "", true)?,
+                Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) if kept > 0 => {
+                    self.delete(step, "", true)?
+                }
                 Err(error) if error.is_damage() && kept >= keep => self.delete(step, "", true)?,
-                Err(CheckpointError::Absent { .. } | CheckpointError::Newer { .. }) => {}
+                Err(
+                    CheckpointError::Absent { .. } | CheckpointError::Deleted { .. } | CheckpointError::Newer { .. },
+                ) => {}
                 Err(error) if error.is_damage() => {}
                 Err(error) => return Err(error),
             }

@@ -23,7 +23,8 @@ impl Store {
     /// size. Their contents are checked when they are read.
     ///
     /// # Errors
-    /// [`CheckpointError::Absent`], [`CheckpointError::Damaged`] with the file, or [`CheckpointError::Newer`].
+    /// [`CheckpointError::Absent`], [`CheckpointError::Damaged`] with the file, [`CheckpointError::Deleted`] by another
+    /// process, or [`CheckpointError::Newer`].
     pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
         let (file, text) = (self.manifest(step), self.manifest_text(step)?);
         let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
@@ -42,7 +43,7 @@ impl Store {
                 Some(bytes) => format!("{bytes} bytes long, expected {}", shard.bytes),
                 None => "the file is missing".into(),
             };
-            return Err(self.file(step, &shard.file).damaged(why));
+            return Err(self.damaged_or_deleted(step, self.file(step, &shard.file).damaged(why)));
         }
         if files.contains_key(CURSOR) {
             self.read_cursor(step, &text, &mut manifest)?;
@@ -50,6 +51,15 @@ impl Store {
         let names = manifest.tensors.iter().enumerate();
         let by_name = names.map(|(index, tensor)| (tensor.info.name.clone(), index)).collect();
         Ok(CheckpointReader { store: self.clone(), manifest, by_name })
+    }
+
+    /// The error for a damaged file of a step. Deletion begins with the manifest (ST-3), so without one the step was
+    /// deleted.
+    fn damaged_or_deleted(&self, step: u64, damaged: CheckpointError) -> CheckpointError {
+        match self.is_committed(step) {
+            Ok(false) => CheckpointError::Deleted { place: self.place().into(), step },
+            _ => damaged,
+        }
     }
 
     fn read_cursor(&self, step: u64, text: &[u8], manifest: &mut Manifest) -> Result<(), CheckpointError> {
@@ -159,7 +169,7 @@ impl CheckpointReader {
             Some(size) => format!("{size} bytes long, expected {}", shard.bytes),
             None => "the file is missing".into(),
         };
-        Err(file.damaged(why))
+        Err(self.store.damaged_or_deleted(self.manifest.step, file.damaged(why)))
     }
 
     /// Reads every shard and verifies its checksum.

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use rustix::fs::MemfdFlags;
 
 use super::finding::{Finding, FindingStatus, not_ok, ok};
-use shardflow_job::env::{DERIVED_PORTS, PORT_DEFAULT};
+use shardflow_job::env::{DERIVED_PORTS, Endpoint, PORT_DEFAULT};
 use shardflow_job::machine::temporary_folder;
 
 pub(super) fn examine() -> Vec<Finding> {
@@ -44,6 +44,9 @@ fn loopback() -> io::Result<()> {
 fn unix_sockets() -> io::Result<()> {
     let folder = temporary_folder("shardflow-doctor-").map_err(|error| io::Error::other(error.to_string()))?;
     let path = folder.path().join("meet-0");
+    let unusable = |what: &str| io::Error::other(format!("{}: {what}", path.display()));
+    let text = path.to_str().ok_or_else(|| unusable("not UTF-8, and processes exchange the socket's path as text"))?;
+    Endpoint::parse(&format!("unix:{text}")).map_err(|expected| unusable(&format!("expected {expected}")))?;
     let listener = UnixListener::bind(&path)?;
     let from = UnixStream::connect(&path)?;
     exchange(from, listener.accept()?.0)

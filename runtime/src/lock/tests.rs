@@ -143,6 +143,28 @@ fn only_one_of_several_processes_takes_a_dead_holders_lock() {
     }
 }
 
+/// They may come from a copy, or from a user.
+#[test]
+fn folders_and_odd_names_are_no_locks() {
+    let (folder, store) = on_disk();
+    for name in ["lock-1.json", "lock-3.json"] {
+        fs::create_dir(folder.path().join(name)).unwrap();
+    }
+    for name in ["lock-18446744073709551615.json", "lock-007.json", "lock-.json", "lock-x.json"] {
+        fs::write(folder.path().join(name), "odd").unwrap();
+    }
+    let lock = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
+    assert!(folder.path().join("lock-4.json").is_file());
+    fs::create_dir(folder.path().join("lock-9.json")).unwrap();
+    lock.check().unwrap();
+    drop(lock);
+    assert!(!folder.path().join("lock-4.json").exists());
+    // No file with a higher number can be created.
+    fs::write(folder.path().join("lock-18446744073709551614.json"), "odd").unwrap();
+    let error = Lock::take_as(&store, holder(1, "a", 0)).unwrap_err().to_string();
+    assert!(error.contains("lock-18446744073709551614.json: the number is too large for a lock; delete it"), "{error}");
+}
+
 #[test]
 fn a_lock_whose_file_is_deleted_is_lost() {
     let (folder, store) = on_disk();

@@ -218,6 +218,7 @@ impl Session {
             let read = reader.and_then(|reader| self.read_parts(&reader).map(|parts| (parts, reader)));
             let own = match &read {
                 Ok((_, reader)) => Outcome::Good(self.step_metrics.productive_ms(reader.manifest().job)),
+                Err(SessionError::Checkpoint(CheckpointError::Deleted { .. })) => Outcome::Damaged,
                 Err(SessionError::Checkpoint(error)) if error.is_damage() => Outcome::Damaged,
                 Err(error) => Outcome::Failed(error.exit().code()),
             };
@@ -238,7 +239,11 @@ impl Session {
                     all.push(store.manifest(step).damaged(why));
                 }
             }
-            (before, self.damaged_up_to) = (Some(step), self.damaged_up_to.max(step));
+            let is_deleted =
+                self.process_map.process == 0 && store.is_committed(step).is_ok_and(|committed| !committed);
+            // Then a newer one may have replaced it.
+            before = if is_deleted { before } else { Some(step) };
+            self.damaged_up_to = self.damaged_up_to.max(step);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::status::Status;
 use crate::session::observer::Observer;
+use shardflow_job::transport::resolve;
 
 /// Time-out of each connect, write and read.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -159,10 +160,13 @@ fn request<T: DeserializeOwned>(address: SocketAddr, path: &'static str) -> Resu
 /// Default address of a server.
 pub const ADDRESS: &str = "127.0.0.1:9400";
 
-/// Parses an address with a number or a name: `127.0.0.1:9400`, `localhost:9400`.
+/// Parses an address with a number or a name: `127.0.0.1:9400`, `localhost:9400`, `[fe80::1%eth0]:9400`.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
-    let found: Vec<SocketAddr> =
-        text.to_socket_addrs().map_err(|error| format!("{error}; expected ADDRESS:PORT"))?.collect();
+    let found = resolve(text).map_err(|error| {
+        let is_bare = text.parse::<Ipv6Addr>().is_ok() || (!text.starts_with('[') && text.matches(':').count() > 1);
+        let brackets = if is_bare { ", with brackets around an IPv6 address" } else { "" };
+        format!("{error}; expected ADDRESS:PORT{brackets}")
+    })?;
     let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
     first.copied().ok_or_else(|| "the name has no address".to_owned())
 }
@@ -200,6 +204,19 @@ mod tests {
         for wrong in ["9400", "127.0.0.1", "127.0.0.1:99999", ""] {
             assert!(address(wrong).is_err_and(|error| error.ends_with("expected ADDRESS:PORT")), "{wrong}");
         }
+        for wrong in ["::1", "fe80::1", "::1:99999"] {
+            let expected = "expected ADDRESS:PORT, with brackets around an IPv6 address";
+            assert!(address(wrong).is_err_and(|error| error.ends_with(expected)), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn addresses_have_zones() {
+        assert_eq!(address("[::1]:9400"), Ok("[::1]:9400".parse().expect("an address")));
+        assert_eq!(address("[fe80::1%3]:9400"), Ok("[fe80::1%3]:9400".parse().expect("an address")));
+        let Ok(SocketAddr::V6(named)) = address("[fe80::1%lo]:9400") else { panic!("the loopback interface exists") };
+        assert!(named.scope_id() > 0);
+        assert!(address("[fe80::1%no-such]:9400").is_err_and(|error| error.contains("interface no-such")));
     }
 
     #[test]

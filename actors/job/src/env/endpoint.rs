@@ -77,6 +77,9 @@ fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
         }
         (host, port)
     };
+    if host.is_empty() && address.matches(':').count() > 1 {
+        return Err("brackets around an IPv6 address");
+    }
     if host.is_empty() {
         return Err("a host");
     }
@@ -132,6 +135,9 @@ mod tests {
             "a/b",
         ] {
             assert!(Endpoint::parse(bad).is_err() && Endpoint::parse_rendezvous(bad).is_err(), "{bad}");
+        }
+        for bad in ["::1", "::1:29400", "fe80::1"] {
+            assert!(Endpoint::parse_rendezvous(bad).unwrap_err().contains("brackets around an IPv6 address"), "{bad}");
         }
         assert!(Endpoint::parse(&format!("unix:/{}", "a".repeat(106))).is_ok());
         assert!(Endpoint::parse(&format!("unix:/{}", "a".repeat(107))).is_err());

@@ -4,6 +4,7 @@ use std::io::{self, Read};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child as Process, Command, Stdio};
+use std::sync::{Arc, Once};
 use std::thread;
 use std::time::Duration;
 
@@ -143,10 +144,15 @@ impl Child {
 /// Starts threads that copy the process's piped output to its log and the screen.
 fn start_pumps(process: &mut Process, log: &Log) -> io::Result<Receiver<()>> {
     let (running, pumps) = crossbeam_channel::bounded(0);
+    let reported = Arc::new(Once::new());
     let start = |name: &str, from: Option<Box<dyn Read + Send>>, screen: &'static OutputQueue| -> io::Result<()> {
         let Some(from) = from else { return Ok(()) };
         let (file, running) = (log.file.try_clone()?, running.clone());
-        let copy = move || (pump(from, file, screen), drop(running));
+        let (path, reported) = (log.path.clone(), reported.clone());
+        let failed = move |error| {
+            reported.call_once(|| print_notice(&format!("cannot write the log {}: {error}", path.display())));
+        };
+        let copy = move || (pump(from, file, screen, failed), drop(running));
         thread::Builder::new().name(name.into()).spawn(copy).map(drop)
     };
     start("stdout", process.stdout.take().map(|from| Box::new(from) as _), output::stdout())?;

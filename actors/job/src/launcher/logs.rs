@@ -59,16 +59,22 @@ fn error_lines(tail: &[u8]) -> Vec<String> {
 }
 
 /// Copies `from` to the log and to the screen, line by line, until its end. Neither a failing log nor a stalled reader
-/// of the screen blocks the process. The log also has the lines that the screen drops.
-pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue) {
-    let (mut from, mut line, mut is_log_writable) = (BufReader::new(from), Vec::new(), true);
+/// of the screen blocks the process. The log also has the lines that the screen drops. `failed` gets the error of the
+/// log, once.
+pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue, failed: impl FnOnce(io::Error)) {
+    let (mut from, mut line, mut failed) = (BufReader::new(from), Vec::new(), Some(failed));
     loop {
         line.clear();
         match from.by_ref().take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
-        is_log_writable = is_log_writable && log.write_all(&line).is_ok();
+        if let Some(report) = failed.take() {
+            match log.write_all(&line) {
+                Ok(()) => failed = Some(report),
+                Err(error) => report(error),
+            }
+        }
         // Standard error, JSON and errors are never dropped.
         let is_record = std::ptr::eq(screen, output::stderr()) || line.starts_with(b"{") || line.starts_with(b"error:");
         screen.put(if is_record { OutputKind::Record } else { OutputKind::Progress }, &line);
@@ -78,6 +84,17 @@ pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_disk_is_reported_once_and_all_lines_reach_the_screen() {
+        let (file, mut seen) = (File::options().write(true).open("/dev/full").unwrap(), Vec::new());
+        let screen = tempfile::NamedTempFile::new().unwrap();
+        let queue = OutputQueue::new(screen.reopen().unwrap());
+        pump(&b"one\ntwo\n"[..], file, &queue, |error| seen.push(error.kind()));
+        queue.flush(None);
+        assert_eq!(seen, [io::ErrorKind::StorageFull]);
+        assert_eq!(fs::read_to_string(screen.path()).unwrap(), "one\ntwo\n");
+    }
 
     #[test]
     fn errors_returns_the_last_error_lines_of_this_attempt() {
