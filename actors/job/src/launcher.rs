@@ -85,7 +85,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
         let decision = if outcome.abandoned || cause.ended_on_request() {
-            // An abandoned process still holds the node's devices and files; on a request to end, the node is reclaimed.
+            // An abandoned process still holds the node's devices. After a request to end, the node is reclaimed.
             Decision::WouldNotHelp
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))

@@ -22,7 +22,6 @@ use crate::machine::Targets;
 
 /// Timeout of each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Conflicts that are kept.
 const CONFLICTS_MAX: usize = 64;
 
 struct Joined {
@@ -88,7 +87,7 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until all of `missing` were refused or the deadline. True if one would join.
+/// Refuses every process that connects until `missing` is empty or the deadline passes. True if one would join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {

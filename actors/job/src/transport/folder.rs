@@ -10,7 +10,6 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
-/// Prefix of all folder names.
 const PREFIX: &str = "shardflow-";
 const LOCK: &str = "lock";
 
