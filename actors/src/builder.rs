@@ -5,7 +5,7 @@ use crate::spec::{
     StreamKind,
 };
 
-/// A plan under construction. A [`ActionRef`] (actor and index) identifies an action.
+/// A plan under construction. An [`ActionRef`] (actor and index) identifies an action.
 #[derive(Clone, Debug, Default)]
 pub struct Builder {
     spec: Spec,
@@ -27,7 +27,7 @@ impl Builder {
     /// Adds an action of priority 0.
     ///
     /// # Panics
-    /// If the actor does not belong to this builder; all methods below do the same for their ids.
+    /// If the actor does not belong to this builder. The methods below do the same for their ids.
     pub fn action(&mut self, actor: ActorId, name: impl Into<String>, per_step: u32) -> ActionRef {
         let actions = &mut self.spec.actors[actor.0 as usize].actions;
         actions.push(ActionSpec { name: name.into(), per_step, ..ActionSpec::default() });

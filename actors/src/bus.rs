@@ -1,7 +1,7 @@
 //! Delivers messages: maps an actor's id to its mailbox, or to the peer that hosts it.
 //!
-//! ractor's mailboxes are unbounded, so the bus counts the entries of each and compares them with the limit that
-//! follows from credits: one per slot of each input (CR-3), per slot and reader of each output, and for a firing.
+//! ractor's mailboxes are unbounded, so the bus counts and checks the entries of each. Credits limit them: one entry
+//! per slot of each input (CR-3), one per slot and reader of each output, and those of a firing.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -33,9 +33,7 @@ pub(crate) struct Bus {
     /// By actor; `None` for actors of other processes.
     actors: OnceLock<Vec<Option<ActorRef<Mail>>>>,
     remote: Remote,
-    /// By actor.
     mailboxes: Vec<Mailbox>,
-    /// The fault that a test injects into messages.
     #[cfg(test)]
     fault: OnceLock<crate::simulate::tests::Fault>,
 }
@@ -47,7 +45,6 @@ struct Mailbox {
 }
 
 impl Bus {
-    /// Creates the bus before the actors exist.
     pub(crate) fn new(spec: &Spec, remote: Remote) -> Self {
         let mailboxes = (0..spec.actors.len() as u32)
             .map(|a| Mailbox { entries: Default::default(), bound: mailbox_bound(spec, ActorId(a)) });
@@ -90,7 +87,6 @@ impl Bus {
         actor.cast(Mail::new(cast)).is_ok()
     }
 
-    /// Injects a fault into all messages from now on; called once.
     #[cfg(test)]
     pub(crate) fn inject(&self, fault: crate::simulate::tests::Fault) {
         self.fault.set(fault).expect("called once");
@@ -140,7 +136,6 @@ fn is_bounded(cast: &Cast) -> bool {
     }
 }
 
-/// Maximum number of entries that credits allow in an actor's mailbox.
 pub(crate) fn mailbox_bound(spec: &Spec, actor: ActorId) -> u32 {
     let own = spec.actor(actor);
     let register = |id: RegisterId| spec.register(id);

@@ -47,7 +47,6 @@ pub enum PeerError {
     Late { seconds: u64 },
     #[error("it has ended the session before this process: do all processes run the same number of steps?")]
     Ended,
-    /// It failed and reported the cause and its exit code.
     #[error("{cause}")]
     Failed { cause: String, exit: u8 },
 }

@@ -106,7 +106,6 @@ mod tests {
             prop_assert_eq!(Frame::decode(&frame.encode()), Ok(frame));
         }
 
-        /// Each frame has exactly one encoding: a decoded frame encodes to the same bytes.
         #[test]
         fn decodable_bytes_are_the_encoding_of_their_frame(
             mut frame in prop::array::uniform32(any::<u8>()), kind in 0u8..8, zeroed in 0usize..32,

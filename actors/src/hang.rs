@@ -19,7 +19,6 @@ pub(crate) type CollectiveWait = (u32, usize, usize);
 /// The explanation of a hang.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hang {
-    /// The root cause of all waits.
     pub(crate) root: Root,
     /// Further roots of the same rank; each may be the cause.
     pub(crate) also: Vec<Root>,
@@ -32,18 +31,27 @@ pub struct Hang {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Root {
     /// The producer has published a piece, but this reader did not receive the message.
-    LostPiece { register: RegisterId, piece: u64, reader: ActionRef },
+    LostPiece {
+        register: RegisterId,
+        piece: u64,
+        reader: ActionRef,
+    },
     /// The reader has released a piece, but the register's producer did not receive the message.
-    LostRelease { register: RegisterId, piece: u64, reader: ActionRef },
+    LostRelease {
+        register: RegisterId,
+        piece: u64,
+        reader: ActionRef,
+    },
     /// A firing that has not ended although it waits for nobody: its kernels, stream or device hang.
     Firing(ActionRef),
     /// A firing that has not ended although all members of its collectives have begun; the late member is unknown.
     Collective(ActionRef),
-    /// The actor does not respond.
     Unresponsive(ActorId),
-    /// Another process, with an actor that it hosts, or an actor here whose host program waits for it.
-    Process { process: u32, actor: ActorId },
-    /// Actions that wait for each other.
+    /// Another process: with an actor that it hosts, or with an actor here whose host program waits for it.
+    Process {
+        process: u32,
+        actor: ActorId,
+    },
     Cycle,
     /// A token that the host has not added.
     Token(ActionRef),
@@ -58,7 +66,7 @@ impl Root {
             Self::Collective(_) => 2,
             Self::Unresponsive(_) => 3,
             Self::Process { .. } => 4,
-            // In an acyclic plan, an apparent cycle is only one of several actions by which a member may join.
+            // In an acyclic plan an apparent cycle is not real: a member may join by any of several actions.
             Self::Cycle if is_acyclic => 7,
             Self::Cycle => 5,
             Self::Token(_) => 6,
@@ -257,7 +265,6 @@ impl<'a> Search<'a> {
         Self { input, steps, snapshots, visited: HashSet::new(), path: Vec::new() }
     }
 
-    /// Actions of this process that have, or may have, firings left.
     fn unfinished(&self) -> Vec<ActionRef> {
         let all = self.input.spec.all_actions().map(|(at, _)| at);
         let here = all.filter(|at| (self.input.process_of)(at.actor).is_none());

@@ -48,7 +48,6 @@ impl RegisterMemory {
     }
 }
 
-/// Memory by register.
 pub(crate) type Memory = Arc<BTreeMap<RegisterId, RegisterMemory>>;
 
 /// The stream and programs of one actor of this process.

@@ -553,7 +553,6 @@ impl Protocol {
         Ok(())
     }
 
-    /// Fault injection for tests: adds one credit too many to every ring.
     #[cfg(test)]
     pub(crate) fn add_surplus_credit(&mut self) {
         self.rings.iter_mut().for_each(|r| r.surplus = 1);

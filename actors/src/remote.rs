@@ -117,7 +117,7 @@ pub(crate) struct Remote {
     /// By peer: the last received `Ready` round, its stamp, and whether the peer has ended in order.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
     changed: Condvar,
-    /// By register: race clocks of the sends about it. Later messages from peers about it happen after those.
+    /// By register: race clocks of the sends about it; they precede later messages from peers about it.
     pub(crate) sent: Vec<ReleaseClocks>,
     /// By register and reader: number of pieces that readers here have released to a remote producer.
     released: Vec<Box<[AtomicU64]>>,
@@ -153,7 +153,6 @@ impl Remote {
         true
     }
 
-    /// Sends tensors of this process to all others.
     pub(crate) fn send_host_piece(&self, piece: HostPiece) {
         let piece = Arc::new(piece);
         self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::Host(piece.clone()))));
@@ -175,7 +174,6 @@ impl Remote {
         is_next
     }
 
-    /// Records that the peer sends nothing more.
     pub(crate) fn set_ended(&self, peer: usize) {
         self.ready.lock()[peer].2 = true;
         self.changed.notify_all();
@@ -193,7 +191,6 @@ impl Remote {
         self.peer_of.get(actor.0 as usize).copied().flatten().map(|peer| self.outboxes[peer].0)
     }
 
-    /// True if the peer of this index hosts the actor.
     pub(crate) fn is_at(&self, peer: usize, actor: ActorId) -> bool {
         self.peer_of[actor.0 as usize] == Some(peer)
     }

@@ -38,11 +38,9 @@ pub struct RunningSession {
     tokens: Mutex<BTreeMap<ActionRef, u64>>,
     watchdog: Arc<Mutex<Watchdog>>,
     options: WatchdogOptions,
-    /// Dropping it ends the watchdog's thread.
     watchdog_stop: Option<Sender<()>>,
     threads: Vec<JoinHandle<()>>,
     connections: Connections,
-    /// Number of refreshes so far.
     rounds: u64,
 }
 

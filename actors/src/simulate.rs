@@ -129,7 +129,6 @@ struct Simulator<'a> {
     /// Tick of the last delivery between two actors; later messages must not overtake it.
     last_delivery: HashMap<(ActorId, ActorId), u64>,
     protocols: Vec<Protocol>,
-    /// The firing in flight, by actor.
     flights: Vec<Option<SimulatedFiring>>,
     groups: Groups,
     data: Data,
@@ -234,7 +233,6 @@ impl Simulator<'_> {
         Ok(())
     }
 
-    /// Explains why actions have firings left although nothing is in transit any more.
     fn explain_hang(&self) -> Option<Hang> {
         let snapshots: Vec<_> = self.protocols.iter().map(ActorSnapshot::of).collect();
         let snapshot = HangSnapshot { is_acyclic: false, ..HangSnapshot::of_one_process(self.spec, &snapshots) };

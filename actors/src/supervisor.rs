@@ -79,11 +79,9 @@ impl Activity {
 
 /// What actors and streams record for observers.
 pub(crate) struct Records {
-    /// Recent firings of this process's actors.
     pub(crate) rings: BTreeMap<ActorId, Ring>,
     /// Inf/NaN findings that the host has not fetched.
     pub(crate) not_finite: Mutex<Vec<NotFinite>>,
-    /// Final snapshots of stopped actors.
     pub(crate) finals: Mutex<Vec<ActorSnapshot>>,
 }
 
@@ -214,13 +212,11 @@ impl Session {
         self.engine.waits().into_iter().map(|w| (w.group, w.rank, w.peer)).collect()
     }
 
-    /// The other processes that this one waits for now, with the reasons; empty while any stream works.
     pub(crate) fn waits(&self) -> Sample {
         let process_of = |actor| self.bus.remote().process_of(actor);
         slow::sample(&self.spec, &self.snapshot(), &self.collective_waits(), process_of)
     }
 
-    /// True when other processes host some of the actors.
     pub(crate) fn has_peers(&self) -> bool {
         self.streams.len() < self.spec.actors.len()
     }

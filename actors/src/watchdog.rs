@@ -88,7 +88,6 @@ impl Watchdog {
         Self { options, progress: 0, since: Duration::ZERO, reported: false, tally: Tally::default() }
     }
 
-    /// Time without progress after which a stall is reported.
     fn stall_after(&self, step_p99: Duration) -> Duration {
         let by_steps =
             if step_p99.is_zero() { Duration::MAX } else { step_p99.saturating_mul(STALL_STEPS).max(STALL_MIN) };

@@ -67,8 +67,6 @@ impl<'a> Bound<'a> {
     }
 }
 
-/// Runs a custom kernel on host memory.
-///
 /// # Safety
 /// No two writes overlap, and nothing else accesses the buffers meanwhile.
 pub(crate) unsafe fn run_custom(

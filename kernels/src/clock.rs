@@ -12,9 +12,8 @@ use std::{
 #[cfg(debug_assertions)]
 use parking_lot::Mutex;
 
-/// A snapshot of the calling thread's vector clock: everything that happened before this point. A message between
-/// threads carries the sender's clock, and the receiver joins it, which orders the sender's earlier events before its
-/// own.
+/// A snapshot of the calling thread's vector clock. A message between threads carries the sender's clock. The receiver
+/// joins it, which orders the sender's earlier events before the receiver's later ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RaceClock(#[cfg(debug_assertions)] u64);
 
@@ -26,8 +25,7 @@ impl RaceClock {
         Self()
     }
 
-    /// Merges the snapshot into the calling thread's clock: the events it contains happened before all later events
-    /// here.
+    /// Merges the snapshot into the calling thread's clock: its events happened before all later events here.
     fn join(self) {
         #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {

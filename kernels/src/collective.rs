@@ -58,14 +58,12 @@ pub trait Collective: Debug + Send + Sync {
         Vec::new()
     }
 
-    /// For engines that need one issue order on all devices: the place in that order of a submission to a stream of this
-    /// device, taken at submission.
+    /// For engines with one issue order on all devices: the place of a submission to this device, taken at submission.
     fn issue_slot(&self, _rank: usize) -> Option<IssueSlot> {
         None
     }
 
-    /// For GPU engines: how to put this call on a device's stream. For any other engine, the stream copies the buffers
-    /// to host memory.
+    /// For GPU engines: how to put this call on a device's stream. Other engines work on copies in host memory.
     fn on_device(&self, _call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
         None
     }
@@ -78,7 +76,6 @@ pub struct DeviceCollective<'a>(pub(crate) &'a dyn Enqueue);
 /// Blocks until the stream may take the work after a call.
 pub(crate) type Wait = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// The state of a call after [`Enqueue::enqueue`].
 pub(crate) enum Enqueued {
     Issued,
     /// The call is on the stream once this function returns. It may block, so the stream's own thread calls it.

@@ -67,8 +67,8 @@ pub fn run_collectives_unordered(make: &Make<'_>, members: usize) -> Vec<Conform
 }
 
 /// Runs the collectives part of the suite in one of several processes. All of them run it at the same time, each for
-/// its own members of groups of up to `members`. Without aborts, after which nothing can run. `make(n)` creates those
-/// of the n devices that this process runs, possibly none, as for [`run_collectives`].
+/// its own members of groups of up to `members`. Tests no aborts, since nothing can run after one. As for
+/// [`run_collectives`], `make(n)` creates devices: those of the n that this process runs, possibly none.
 pub fn run_collectives_apart(make: &Make<'_>, members: usize, sums: SummationOrder) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) };
     failures(|report| collectives::run(report, make, &requirements))

@@ -54,8 +54,7 @@ impl std::fmt::Display for DeviceKind {
 }
 
 impl DeviceKind {
-    /// Bytes of workspace that a launch needs in the plan's arena, from the shapes of its buffers: the same on every
-    /// machine.
+    /// Bytes of workspace in the plan's arena for a launch with buffers of these shapes: the same on every machine.
     pub fn workspace_bytes(self, launch: &Launch) -> usize {
         match self {
             DeviceKind::Cpu => 0,

@@ -7,7 +7,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::clock::Stamped;
 
-/// An object of a backend, for the same backend.
+/// A backend's own object, which only that backend interprets.
 pub(crate) type BackendObject = Arc<dyn Any + Send + Sync>;
 
 /// Set when the stream that recorded it has finished all earlier submissions. Clones are the same event.

@@ -29,8 +29,7 @@ pub fn mix64(bits: u64) -> u64 {
     bits ^ (bits >> 31)
 }
 
-/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>. Unlike the standard library's hasher, its results never
-/// change.
+/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>. Unlike the standard library's hasher, it never changes.
 #[derive(Debug)]
 pub struct Fnv(u64);
 

@@ -41,12 +41,11 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
     /// Device and GPU, as error messages name them.
     fn place(&self) -> String;
 
-    /// Writes `bytes` bytes from `offset` on, which the caller has checked, in pieces that `fill` provides until it
-    /// returns false. Waits for the copies.
+    /// Writes `bytes` bytes from `offset` on (checked by the caller), in pieces that `fill` provides until it returns
+    /// false. Waits for the copies.
     fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()>;
 
-    /// Reads `bytes` bytes from `offset` on, which the caller has checked, and passes each piece to `take` until it
-    /// returns false.
+    /// Reads `bytes` bytes from `offset` on (checked by the caller); passes pieces to `take` until it returns false.
     fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()>;
 
     /// Records that a submission no longer uses the memory, as the calling thread knows.
@@ -173,10 +172,7 @@ impl Arena {
         }
     }
 
-    /// Address of the first byte.
-    ///
-    /// # Panics
-    /// For GPU memory: code that makes slices checks first (MEM-5).
+    /// Address of the first byte. Panics for GPU memory: code that makes slices checks first (MEM-5).
     pub(crate) fn host_start(&self) -> *mut u8 {
         match &*self.0 {
             Storage::Host(memory) => memory.start.as_ptr(),
@@ -215,8 +211,7 @@ impl Arena {
     /// Copies a tensor at `offset` (bytes) to the host. The caller guarantees that nothing writes the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned; [`KernelError::Cuda`] when a GPU
-    /// fails.
+    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned; [`KernelError::Cuda`] from a GPU.
     pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor> {
         let mut tensor = HostTensor { shape: shape.to_vec(), data: HostData::empty(dtype) };
         self.read_host_into(offset, &mut tensor)?;
@@ -361,10 +356,8 @@ impl<'a> View<'a> {
         self.arena.same(other.arena) && place(self) == place(other)
     }
 
-    /// The buffers of one member of a collective, as words of 4 bytes for any dtype of that size.
-    ///
-    /// Sound while the caller guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]; MEM-2
-    /// is checked here.
+    /// The buffers of one member of a collective, as words of 4 bytes for any dtype of that size. Sound while the
+    /// caller guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]; MEM-2 is checked here.
     pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>> {
         if reads.len() > 1 || writes.len() > 1 {
             let got = format!("{} read, {} written", reads.len(), writes.len());

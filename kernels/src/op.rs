@@ -57,8 +57,7 @@ pub enum Op {
     },
     /// Product of two tensors over named index groups, see [`Einsum`]. `(a, b) -> (y)`. Accumulates.
     Einsum(Einsum),
-    /// `(ids [..], table [v, c]) -> (y [.., c])`: row `ids - vocab_start` of the table, or zeros if this shard does not
-    /// hold the row.
+    /// `(ids [..], table [v, c]) -> (y [.., c])`: row `ids - vocab_start` of the table; zeros if another shard has it.
     Embedding {
         /// First row of the whole table that this shard holds.
         vocab_start: usize,
@@ -133,8 +132,7 @@ pub enum Op {
         stride: usize,
     },
     /// `(x) -> (out [n, 2])`: adds the sum of the squares of x to `out[index, 0]`, and the sum times [`SQUARES_SCALE`]
-    /// to `out[index, 1]`, each in f32 from a fixed-order f64 sum. Other elements are unchanged. Zero `out` with `Fill`
-    /// first.
+    /// to `out[index, 1]`, each in f32 from a fixed-order f64 sum. Needs `out` zeroed by `Fill`; changes nothing else.
     SumSquares {
         /// The row of `out`.
         index: usize,
@@ -270,8 +268,7 @@ pub struct Launch {
     pub op: Op,
     /// Buffers that it reads.
     pub reads: Vec<Buffer>,
-    /// Buffers that it writes. A write may be the same buffer as a read only if the op is documented as in place or is
-    /// elementwise.
+    /// Buffers that it writes. A write may be the same buffer as a read only if the op is in place or elementwise.
     pub writes: Vec<Buffer>,
     /// Whether a submission with `repeat` set adds to the op's accumulating write instead of overwriting it.
     pub accumulate: bool,

@@ -94,8 +94,7 @@ impl Runs {
         })
     }
 
-    /// Calls `run(index in the tensor, elements after range.start, len)` for each contiguous piece of a range of the
-    /// box.
+    /// Calls `run(index in the tensor, elements after range.start, len)` for each contiguous piece of a range.
     pub(crate) fn for_each(&self, range: Range<usize>, mut run: impl FnMut(usize, usize, usize)) {
         let mut next = range.start;
         while next < range.end {

@@ -69,8 +69,7 @@ impl Stream {
         if event.query() { Ok(()) } else { self.send(Command::Wait(event.clone())) }
     }
 
-    /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. Slow: for finding the origin
-    /// of an Inf or NaN.
+    /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. Slow; for debugging.
     ///
     /// # Errors
     /// [`KernelError::Closed`] when the stream has ended.

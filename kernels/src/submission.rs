@@ -1,5 +1,4 @@
-//! What a stream runs and how it reports: submissions, their notifications, and the parts of a report that all backends
-//! share.
+//! What a stream runs and how it reports: submissions, notifications, and what all backends share of a report.
 
 use std::any::Any;
 use std::sync::Arc;

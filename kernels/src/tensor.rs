@@ -262,10 +262,9 @@ mod tests {
 
     use super::*;
 
-    /// A call that panics, and returns the `line!()` of the call; and the expected text.
+    /// A call that panics and returns its own `line!()`; and the expected text.
     type Call = (fn() -> u32, &'static str);
 
-    /// A wrong length is the caller's error, so the panic reports the caller's line.
     #[test]
     fn a_wrong_length_panics_at_the_callers_line() {
         static AT: Mutex<Option<(u32, String)>> = Mutex::new(None);

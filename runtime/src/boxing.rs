@@ -124,7 +124,6 @@ struct State {
     regions: Vec<Region>,
 }
 
-/// The states and edges of the search.
 struct SearchSpace<'a> {
     shape: &'a [usize],
     dtype: DType,

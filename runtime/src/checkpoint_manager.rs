@@ -50,7 +50,7 @@ impl Resume {
 pub struct ManagerOptions {
     /// Whether to continue from an existing checkpoint.
     pub resume: Resume,
-    /// When to save. A requested save and the last one come in addition.
+    /// When to save, apart from requested saves and the last one.
     pub schedule: SaveSchedule,
     /// Number of newest checkpoints to keep, 1 or more.
     pub keep: usize,
@@ -58,7 +58,7 @@ pub struct ManagerOptions {
     pub keep_every: Option<u64>,
     /// Samples of a step.
     pub batch: u64,
-    /// A file with all parameters that the program will write too; the check of free space counts it.
+    /// A file with all parameters that the program will also write; the check of free space counts it.
     pub save: Option<PathBuf>,
     /// Gets the duration of each save, so that a request to end comes early enough for one.
     pub requests: Option<Arc<Requests>>,
@@ -159,8 +159,7 @@ pub struct CheckpointManager {
 }
 
 impl CheckpointManager {
-    /// Opens the store, checks that checkpoints can be written there, and loads the newest intact one into the session,
-    /// if there is one.
+    /// Opens the store, checks that it is writable, and loads the newest intact checkpoint, if any, into the session.
     ///
     /// # Errors
     /// A store that cannot be used or that another run writes to, a checkpoint of another model or data, or a
@@ -260,7 +259,7 @@ impl CheckpointManager {
         ManagerError::Last { cause: cause.into(), newest: newest.map(|reader| reader.manifest().step) }
     }
 
-    /// Reports the outcome of a save. A run that has lost the lock cannot save any more, so this is an error.
+    /// Reports the outcome of a save. A lost lock is an error, because the run cannot save any more.
     fn report_save(&mut self, report: &SaveReport) -> Result<(), ManagerError> {
         if let Some(requests) = &self.options.requests {
             requests.set_save_time(Duration::from_secs_f64(report.seconds));
@@ -271,7 +270,7 @@ impl CheckpointManager {
                 if self.requested == Some(step) {
                     self.note(format!("checkpoint of step {step} saved in {place}, on request"));
                 }
-                // The launcher gives up restarts without progress. Without a launcher this does nothing.
+                // The launcher stops restarting a job without progress. Without a launcher this does nothing.
                 if let Err(error) = exit::progress(step) {
                     (self.options.on_note)(&format!("warning: cannot report step {step} to the launcher: {error}"));
                 }
@@ -307,7 +306,6 @@ impl CheckpointManager {
     }
 }
 
-/// Samples that were consumed before a checkpoint of `step`.
 fn samples_before(step: u64, cursor: &Cursor, batch: u64) -> u64 {
     let number = |key: &str| cursor.get(key).and_then(|count| count.parse::<u64>().ok());
     let from_batches = || step.saturating_add(number(SKIPPED_BATCHES).unwrap_or(0)).wrapping_mul(batch);

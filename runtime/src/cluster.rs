@@ -56,8 +56,8 @@ impl Cluster {
         Self { launch, by_mpi: ByMpi::default(), options, restart_causes: Vec::new(), job_began_ms: None }
     }
 
-    /// Reads the variables of the launcher, torchrun, Slurm, OpenMPI, MPICH or a Kubernetes indexed job; a single
-    /// process without them. Connects nothing: the processes meet when a session starts.
+    /// Reads the variables of the launcher, torchrun, Slurm, OpenMPI, MPICH or a Kubernetes indexed job; without them,
+    /// this is a single process. Connects nothing: the processes meet when a session starts.
     ///
     /// # Errors
     /// The environment contradicts itself; the error names the variable and the fix.
@@ -76,7 +76,7 @@ impl Cluster {
         Ok(Self { launch, by_mpi: ByMpi::default(), options, restart_causes, job_began_ms })
     }
 
-    /// A warning if a launcher has started several processes, and the program uses none of that.
+    /// A warning if a launcher has started several processes, but the program has not read the launcher's variables.
     pub(crate) fn ignored_launcher(&self) -> Option<String> {
         if READ.load(Ordering::Relaxed) || self.world().is_some() {
             return None;

@@ -102,7 +102,6 @@ impl Declarations {
         self.0.iter().map(|declared| (declared.name.as_str(), declared.value.as_str()))
     }
 
-    /// The values as a checkpoint records them.
     pub(crate) fn values(&self) -> Values {
         self.iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
     }

@@ -24,7 +24,6 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 const QUEUES_DEFAULT: usize = 8;
 const QUEUES_MAX: usize = 32;
 
-/// Returns each group's `ncclUniqueId`.
 pub(crate) type IdSource<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
 
 /// Currently free GPU memory for each of `devices` devices on this node, bytes.
@@ -37,8 +36,7 @@ pub fn gpu_memory_bytes(devices: usize) -> Result<usize, KernelError> {
     Ok(free / devices.div_ceil(count).max(1))
 }
 
-/// By sending and receiving device: this process's end of the pipe that carries registers between GPUs of two
-/// processes.
+/// By sending and receiving device: this process's end of a pipe between GPUs of two processes.
 pub(crate) type Pipes = BTreeMap<(usize, usize), Arc<Pipe>>;
 
 pub(crate) struct ProcessDevices {
@@ -46,7 +44,6 @@ pub(crate) struct ProcessDevices {
     pub(crate) devices: Vec<Device>,
     /// Runs collectives between them; with GPUs also collectives with other processes' devices.
     pub(crate) engine: Arc<dyn Collective>,
-    /// Pipes to and from other processes, if registers use them.
     pub(crate) pipes: Pipes,
 }
 

@@ -72,12 +72,12 @@ pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
     code.is_some_and(|code| [Errno::PERM, Errno::OPNOTSUPP, Errno::NOSYS, Errno::MLINK].contains(&code))
 }
 
-/// Creates a file with its whole content, synced, if it does not exist; needs no hard links. The writer renames a
-/// folder with the content to the claim's name, which fails while that folder has content, and then renames the content
-/// from inside the claim to `path`. Another writer may delete the content of a claim at any time, because its writer
-/// may have died; a slow writer then has no content to rename. So a writer that finds `path` free while its content is
-/// in the claim is the only one that can create it. The claim's folder is never moved: a rename that has already looked
-/// it up would still find the content.
+/// Creates a file with its whole content, synced, if it does not exist; needs no hard links. The writer puts the
+/// content into a folder and renames that folder to the claim's name. This rename fails while the claim has content.
+/// Then it renames the content from the claim to `path`. Another writer may delete a claim's content at any time,
+/// because the claim's writer may have died; a slow writer then has nothing to rename. So a writer that finds `path`
+/// free while its content is in the claim is the only one that can create the file. The claim's folder is never moved:
+/// a rename that has already looked it up would still find the content.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_os_string();

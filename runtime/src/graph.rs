@@ -174,15 +174,17 @@ pub enum NodeOp {
     /// Fed by the host.
     Input,
     /// A trainable tensor with its initial value; the optimizer updates it in place.
-    Parameter { init: Init },
+    Parameter {
+        init: Init,
+    },
     /// Memory that only the update uses (moments), initially zero.
     State,
     /// A bf16 copy of a parameter, stored next to it. Every write to the parameter also writes the copy. Inserted by
     /// the precision pass.
-    Bf16Copy { of: Var },
-    /// A kernel of the library.
+    Bf16Copy {
+        of: Var,
+    },
     Kernel(Op),
-    /// A user-defined op.
     Custom(Arc<dyn CustomOp>),
     /// A layout change that the user requested.
     Relayout,
@@ -192,13 +194,18 @@ pub enum NodeOp {
     Boxing(Arc<BoxingStep>),
     /// In-place all-reduce of several accumulated gradients over these axes of the placement, in one call on the
     /// communication stream; inserted by the bucket pass.
-    Bucket { axes: Vec<usize> },
-    /// `[number of parameters, 2]`: the sum of squares of each gradient on this placement, in the columns of
-    /// [`Op::SumSquares`]; zero for all other parameters. For each input, `indices` has its parameter's index in the
-    /// graph.
-    NormSums { indices: Vec<usize> },
+    Bucket {
+        axes: Vec<usize>,
+    },
+    /// `[number of parameters, 2]`: each gradient's sum of squares on this placement, in the columns of
+    /// [`Op::SumSquares`]; zero for other parameters. `indices` has the graph index of each input's parameter.
+    NormSums {
+        indices: Vec<usize>,
+    },
     /// Sums `NormSums` over all devices and computes the clipping factor.
-    ClipScale { max_norm: f32 },
+    ClipScale {
+        max_norm: f32,
+    },
 }
 
 impl NodeOp {
@@ -213,8 +220,7 @@ impl NodeOp {
 pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// The name in plans and errors.
     fn name(&self) -> &str;
-    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] works on copies in host
-    /// memory.
+    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] gets copies in host memory.
     fn runs_on(&self, _device: DeviceKind) -> bool {
         true
     }
@@ -243,7 +249,7 @@ pub struct TensorInfo {
     pub producer: NodeId,
     /// How often it gets a new value.
     pub rate: Rate,
-    /// The layout: before the layout pass the user's, if given; after it the chosen one.
+    /// The user's layout, if given; after the layout pass, the chosen one.
     pub layout: Option<NdSbp>,
     /// The layout of a forward tensor along the micro-batches of a step: split, equal in each, or terms to combine;
     /// `None` where no rule determines it. The user gives it for inputs, the micro-batch pass derives the others.
@@ -349,12 +355,10 @@ impl From<Sbp> for Combine {
     }
 }
 
-/// The loss to minimise and the optimizer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Objective {
     pub(crate) loss: Var,
     pub(crate) optimizer: AdamW,
-    /// The user's source line.
     pub(crate) location: SourceLine,
 }
 
@@ -368,7 +372,6 @@ pub struct Graph {
     pub(crate) placements: Vec<Placement>,
     pub(crate) nodes: Vec<Node>,
     pub(crate) tensors: Vec<TensorInfo>,
-    /// The handle of each tensor.
     vars: Vec<Var>,
     pub(crate) outputs: Vec<Output>,
     errors: Vec<GraphError>,
@@ -482,7 +485,6 @@ impl Graph {
     }
 }
 
-/// The error message for a tensor of another graph; `role` is its role in the call.
 fn foreign_tensor_message(role: &str, var: Var) -> String {
     let (file, line) = (var.location.file(), var.location.line());
     format!("{role} is a tensor of another graph, created at {file}:{line}; use tensors of one graph only")

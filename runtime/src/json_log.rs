@@ -12,8 +12,7 @@ use shardflow_job::output::{self, OutputKind, OutputQueue, ends_line};
 
 use crate::files::OutputFileError;
 
-/// A file of JSON objects, one per line. Each is flushed, so that a run can be followed and a killed run keeps its
-/// records.
+/// A file of JSON objects, one per line. Each line is flushed: a run can be followed, and a killed run keeps its lines.
 ///
 /// ```
 /// use std::collections::BTreeMap;
@@ -38,7 +37,7 @@ pub struct JsonLog {
 enum Sink {
     File(File),
     /// A pipe or a terminal, whose reader may stall, or the process's own standard output or error, such as
-    /// `/dev/stdout`. Opened again, a file would have a second position, and each would overwrite the other's lines.
+    /// `/dev/stdout`. A second open of that file would have its own position, so lines would overwrite each other.
     Queue(&'static OutputQueue),
 }
 
@@ -57,10 +56,10 @@ impl JsonLog {
         Self::open(path, File::options().write(true).create(true).truncate(true))
     }
 
-    /// Opens the file of a run that continues from a checkpoint. It then contains repeated steps twice. An incomplete
-    /// last line of the earlier run is removed.
+    /// Opens the file of a run that continues from a checkpoint; repeated steps then appear twice. Removes an
+    /// incomplete last line of the earlier run.
     pub fn append(path: &Path) -> Result<Self, OutputFileError> {
-        // A pipe is opened only for writing. Opened for both, it would always have a reader.
+        // A pipe is opened for writing only: if it were also open for reading, it would always have a reader.
         let is_stream = path.metadata().is_ok_and(|data| !data.is_file());
         Self::open(path, File::options().read(!is_stream).append(true).create(true))
     }
@@ -72,7 +71,7 @@ impl JsonLog {
             }
             let mut file = options.open(path)?;
             if !file.metadata()?.is_file() {
-                // Its thread lives as long as the process, too.
+                // Leaked, because its thread lives as long as the process.
                 return Ok(Sink::Queue(Box::leak(OutputQueue::new(file).into())));
             }
             if file.metadata()?.len() > 0 {
@@ -93,7 +92,7 @@ impl JsonLog {
                 Sink::File(file) => return file.write_all(&line),
                 Sink::Queue(output) => output,
             };
-            // The progress on a terminal may lack its line end.
+            // A progress line on a terminal may lack its line end.
             output.end_line();
             output.put(OutputKind::Record, &line);
             output.take_error().map_or(Ok(()), Err)

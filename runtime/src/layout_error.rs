@@ -18,7 +18,6 @@ pub enum LayoutError {
     UnknownAxis { axis: String, known: Vec<String> },
     #[error("mesh axis {axis} has size {size}, so coordinate {coordinate} is out of range")]
     Coordinate { axis: String, size: usize, coordinate: usize },
-    /// The number of devices is not the product of the axis sizes, or a device occurs twice.
     #[error("a placement with axes {axes} needs {expected} distinct devices, got {devices:?}")]
     Devices { axes: String, expected: usize, devices: Vec<usize> },
     #[error("layout {text:?}: cannot parse {part:?}: write S<dim>, B, P or Pmax for each mesh axis, such as (S0, B)")]

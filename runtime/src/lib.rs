@@ -35,8 +35,8 @@
 //! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares plan and
 //!    options with theirs, and allocates all memory.
 //! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes must call it.
-//! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes them in the background and continues from them, on any mesh and
-//!    any number of processes.
+//! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes them in the background and continues from them, on any
+//!    mesh and any number of processes.
 //! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure anywhere ends every process with one cause;
 //!    [`exit`] lists the codes.
 //!

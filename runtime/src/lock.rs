@@ -8,8 +8,8 @@
 //! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock.
 //!   Clocks of different processes are never compared.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
-//! - LK-4: a commit, a deletion and a new cursor check LK-1 first. A process that loses the lock between the check and the commit may
-//!   still add a complete checkpoint of a step that has none; by ST-1 it replaces no file.
+//! - LK-4: a commit, a deletion and a new cursor check LK-1 first. A process that loses the lock between the check and
+//!   the commit may still add a complete checkpoint of a step that has none; by ST-1 it replaces no file.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;

@@ -40,7 +40,7 @@ pub const INIT_STD: f64 = 0.02;
 /// Letters of a linear layer's leading dims.
 const LEADING: &str = "btdefgh";
 
-/// `x [.., c] -> [.., out]`: `x W^T` with `W [out, c]`, without bias, for 1 to 7 leading dims. The weight is `NAME.weight`.
+/// `x [.., c] -> [.., out]`: `x W^T` with `W [out, c]`, no bias, for 1 to 7 leading dims. The weight is `NAME.weight`.
 #[track_caller]
 pub fn linear(g: &mut Graph, name: &str, x: Var, out: usize, parallel: Parallel<'_>) -> Var {
     g.layer(Location::caller(), |g| {

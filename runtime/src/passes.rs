@@ -82,14 +82,12 @@ impl Default for CompileOptions {
 #[derive(Clone, Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain variants and fields")]
 pub enum CompileError {
-    /// The program has errors, each with its source line.
     #[error("{}", list(.0))]
     Graph(Vec<GraphError>),
     #[error("mesh {mesh} needs {}, but only {available} are available; choose a smaller mesh", counted(.needed, "device"))]
     Devices { mesh: String, needed: usize, available: usize },
     #[error("{name} is {got}; it must be from 1 to {max}")]
     Range { name: &'static str, got: usize, max: usize },
-    /// Validation refused the plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
 }

@@ -122,7 +122,6 @@ pub struct ActionPlan {
 }
 
 impl ActionPlan {
-    /// The collectives that it calls, in order.
     pub(crate) fn collectives(&self) -> impl Iterator<Item = &CollectiveCall> {
         self.launches.iter().filter_map(|launch| if let Op::Collective(call) = &launch.op { Some(call) } else { None })
     }
@@ -182,7 +181,7 @@ impl DeviceMemory {
         self.arena_bytes + self.stream_bytes + self.mirror_bytes
     }
 
-    /// The parts of the total for display, name and bytes; the last two only if they are not 0.
+    /// Name and bytes of each part of the total, for display. Each of the last two is omitted if it is 0.
     pub fn parts(&self) -> Vec<(&'static str, usize)> {
         let scratch = self.scratch.values().map(|s| s.1).sum();
         let mut parts = vec![("fixed", self.fixed_bytes), ("in registers", self.register_bytes), ("scratch", scratch)];
@@ -191,7 +190,6 @@ impl DeviceMemory {
         parts
     }
 
-    /// A line of a memory table.
     pub(crate) fn row(&self, device: usize) -> String {
         format!("  device {device}: {} bytes = {}\n", self.total_bytes(), self.sum())
     }
@@ -242,8 +240,7 @@ impl Plan {
         }
     }
 
-    /// A resident tensor's part on each device of its placement, in the placement's order, with its index among the
-    /// device's residents.
+    /// A resident tensor's part on each device, in the placement's order, with its index among the device's residents.
     pub(crate) fn resident_parts(&self, var: Var) -> Vec<(usize, usize, &ResidentTensor)> {
         let placement = &self.graph.placements[self.graph.placement_of(var)];
         let part = |device: &usize| {

@@ -45,8 +45,7 @@ impl ProcessMap {
         (0..self.processes).find(hosts).unwrap_or_default()
     }
 
-    /// Counts the devices of one node's processes, given their ranks in order: those of processes before `process`, and
-    /// all.
+    /// Counts the devices of a node's processes, given in order of rank: those before `process`, and all.
     pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> NodeDevices {
         let mut out = NodeDevices::default();
         for other in processes {
@@ -90,8 +89,7 @@ impl ProcessMap {
         readers.map(|reader| plan.spec.actor(reader.actor).device).find(|device| self.process_of(*device) == to)
     }
 
-    /// Registers that `from` produces and this process reads: each with the device of its mirror, and the mirror's
-    /// bytes.
+    /// Registers that `from` produces and this process reads, each with its mirror's device and bytes.
     pub fn mirrors(&self, plan: &Plan, from: u32) -> Vec<(RegisterId, usize, usize)> {
         let mirror = |register: RegisterId| {
             let spec = &plan.spec.registers[register.0 as usize];

@@ -107,7 +107,7 @@ fn show(error: Box<dyn Error>) -> Exit {
     if let Err(e) = shardflow_job::departure::report(exit, &error.to_string(), rank) {
         note(format!("warning: cannot write the report for the launcher: {e}"));
     }
-    // On a terminal both streams are one, so earlier output comes first.
+    // On a terminal, both streams share the screen, so earlier output comes first.
     output::stdout().end_line();
     output::stdout().flush(Some(STDOUT_DRAIN));
     output::stderr().line(&format!("error: {error}"));

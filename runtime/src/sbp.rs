@@ -33,7 +33,6 @@ impl Sbp {
         matches!(self, Self::Partial(_))
     }
 
-    /// The dim that is split.
     pub(crate) fn split_dim(self) -> Option<usize> {
         if let Self::Split(dim) = self { Some(dim) } else { None }
     }
@@ -177,9 +176,9 @@ pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, inde
 }
 
 /// Splits a tensor into one shard for each device, by index. For `Partial` float tensors, the terms are small random
-/// integers drawn from `seed`, so that tests detect a reduction that loses or duplicates a term. The last term along the
-/// partial axes completes the value (for `Max`, a random term holds it and the others are smaller). Exact for integer
-/// values below about 2^20.
+/// integers drawn from `seed`, so that tests detect a reduction that loses or duplicates a term. The last term along
+/// the partial axes completes the value (for `Max`, a random term holds it and the others are smaller). Exact for
+/// integer values below about 2^20.
 ///
 /// # Errors
 /// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.

@@ -1,5 +1,4 @@
-//! A session runs a plan: it owns devices, arenas and actors, and provides steps, results, parameters, metrics and
-//! shutdown.
+//! A session runs a plan: it owns devices, arenas and actors, and provides steps, parameters, metrics and shutdown.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -96,7 +95,7 @@ pub struct Session {
     steps: u64,
     /// Updates applied, as used by the optimizer's bias correction. A skipped step applies none.
     updates: u64,
-    /// Checkpoints of steps after the restored one, up to this step, were found damaged.
+    /// Checkpoints after the restored one were found damaged up to this step.
     damaged_up_to: u64,
     seed: u64,
     requests: Option<Arc<Requests>>,
@@ -209,8 +208,7 @@ impl Session {
         Ok(self.exchange(own.to_pair())?.into_iter().map(Outcome::from_pair).collect())
     }
 
-    /// Like [`Session::receive_numbers`], between steps: slow processes are logged, and may take as long as the
-    /// watchdog allows.
+    /// Like [`Session::receive_numbers`], between steps: logs slow processes, and waits as long as the watchdog allows.
     fn receive_numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
         self.set_activity(WAITING);
         let numbers = self.receive_numbers(ports, Some(self.wait_max));
@@ -225,8 +223,7 @@ impl Session {
         Ok(self.inbox.lock().take_numbers(ports))
     }
 
-    /// Waits for these pieces, and forwards results of this process's fetches. A piece missing after `limit` fails the
-    /// session.
+    /// Waits for these pieces and forwards this process's fetches. A piece missing after `limit` fails the session.
     fn receive(&self, wanted: &[(u32, usize)], limit: Option<Duration>) -> Result<(), Failure> {
         let received = self.receive_within(wanted, limit);
         if let (Err(failure @ Failure::Peer { .. }), Some(running)) = (&received, &self.running) {
@@ -298,7 +295,7 @@ impl Session {
     }
 
     /// Ends the session after a failure of this process that the others cannot see, such as a full disk: they end with
-    /// this cause and exit code instead of waiting for this process. Does nothing else if the session has failed.
+    /// this cause and exit code instead of waiting for this process. A session that has already failed keeps its cause.
     pub fn abort(mut self, exit: Exit, cause: &impl Display) {
         let (process, cause, exit) = (self.process_map.process, cause.to_string(), exit.code());
         if let (Some(world), None) = (&self.world, &self.failed) {

@@ -54,13 +54,10 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum WatchError {
-    /// The address cannot be listened on.
     #[error("cannot listen on {address}: {source}")]
     Listen { address: SocketAddr, source: io::Error },
-    /// The port of this process would be above 65535.
     #[error("{first}: the port for process {process} is above 65535")]
     Port { first: SocketAddr, process: u32 },
-    /// The program, or one of its libraries, has installed another recorder.
     #[error("the program already has a metrics recorder, so this one cannot be installed")]
     Recorder,
 }

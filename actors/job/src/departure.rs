@@ -21,8 +21,8 @@ impl Departure {
         Self(RendezvousConfig { processes, interface: None, ..config })
     }
 
-    /// Reports that `ranks` will not join: for rank 0 it refuses the processes that connect, for other ranks it
-    /// connects to rank 0. Returns within [`ClusterOptions::report_within`]: true if a process waited for them.
+    /// Reports that `ranks` will not join. If they begin with rank 0, it refuses the processes that connect; otherwise
+    /// it connects to rank 0. Returns within [`ClusterOptions::report_within`]: true if a process waited for them.
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) -> bool {
         let reported = match ranks.start {
             0 => refuse_callers(&self.0, ranks, report),
@@ -36,7 +36,7 @@ impl Departure {
 }
 
 /// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is
-/// another one. With [`Exit::Retry`] and its own rank, it ends on request, and the launcher does not restart it.
+/// another one. [`Exit::Retry`] with its own rank means an end on request: the launcher does not restart it.
 ///
 /// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the
 /// rendezvous, for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it
@@ -62,7 +62,6 @@ pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Res
     }
 }
 
-/// Reports the failure of this process, if it is one of several.
 fn report_to_others(report: &Report) {
     let variables = process_variables();
     let Ok(LaunchContext::World(world)) = detect(&variables) else { return };

@@ -1,8 +1,8 @@
 //! Detects this process's rank and world from the variables that `shardflow launch`, torchrun, OpenMPI, Slurm, MPICH or
 //! Kubernetes set. A function of the variables, and of the names of this node's interfaces.
 //!
-//! Launchers are checked from the innermost to the outermost: one that was started by another sets its variables last,
-//! and those of the outer one are still there. An empty variable counts as unset.
+//! Launchers are checked from the innermost to the outermost: an inner launcher adds its variables to those of the
+//! outer one. An empty variable counts as unset.
 
 mod context;
 mod detect;

@@ -15,9 +15,8 @@ pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
 /// Variable with the path of the file for the last committed step. Set only for the first process of a node.
 pub const PROGRESS_FILE: &str = "SHARDFLOW_PROGRESS_FILE";
 
-/// Largest report that is read, in bytes. [`crate::departure::report`] writes no longer one.
+/// Largest report that is read, in bytes. [`crate::departure::report`] writes none that is longer.
 const REPORT_BYTES_MAX: u64 = 64 << 10;
-/// Longest cause that [`crate::departure::report`] writes, in bytes.
 pub(crate) const CAUSE_BYTES_MAX: usize = 16 << 10;
 
 /// Why a process ended. Codes that `sysexits.h` defines have its meaning.
@@ -168,7 +167,7 @@ pub struct Report {
     /// The rank that failed first; if absent, the exit code decides whether the failure is the reporter's own.
     #[serde(default)]
     pub first_cause_rank: Option<u32>,
-    /// The process had joined the others, to which the session reports the failure.
+    /// True if the process had joined the others; then the session reports the failure to them.
     #[serde(default)]
     pub joined: bool,
     /// The node of the first cause has ended its job. Other nodes must not restart: they would wait for it in vain.
@@ -196,7 +195,7 @@ impl Report {
         }
     }
 
-    /// True if the other processes must be refused too: they would wait for the reporter, and a restart would not help.
+    /// True if the other processes must be refused, because they would wait for the reporter and no restart would help.
     pub fn concerns_all(&self) -> bool {
         let exit = Exit::from_code(self.exit);
         let is_final = self.departed || !exit.worth_a_retry();
@@ -243,7 +242,7 @@ pub fn own_rank() -> u32 {
     env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
-/// Reports to the launcher, if [`PROGRESS_FILE`] is set, that `step` is committed: it gives up restarts without progress.
+/// Reports a committed step, if [`PROGRESS_FILE`] is set: the launcher gives up restarts without progress.
 pub fn progress(step: u64) -> io::Result<()> {
     match env::var_os(PROGRESS_FILE) {
         Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),

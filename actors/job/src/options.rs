@@ -19,7 +19,7 @@ pub enum Transport {
     /// Shared memory between processes of one node, TCP between nodes; NCCL between GPUs.
     #[default]
     Auto,
-    /// Shared memory on one node, TCP between nodes; refused if a node's processes cannot share memory. NCCL between GPUs.
+    /// Like `Auto`, but refused if a node's processes cannot share memory.
     SharedMemory,
     /// Unix sockets on one node, TCP between nodes. Register transfers between GPUs are staged through host memory.
     Unix,
@@ -90,17 +90,16 @@ pub struct ClusterOptions {
     pub transport: Transport,
     /// The engine of collectives.
     pub collectives: Collectives,
-    /// Whether register messages and tensors over TCP are encrypted. Rendezvous and control over TCP always are; heartbeats,
-    /// NCCL and MPI never.
+    /// Whether register messages and tensors over TCP are encrypted. Rendezvous and control over TCP always are.
+    /// Heartbeats, NCCL and MPI never are.
     pub encrypt: bool,
-    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached; loopback if
-    /// process 0 is on loopback.
+    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached.
     pub interface: Option<SocketAddr>,
     /// How others reach this process; without it, at the addresses that it listens on.
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait for all processes to join.
     pub meet_within: Duration,
-    /// How long connecting may take once all have joined. Later waits are limited by the watchdog of the session.
+    /// How long connecting may take once all have joined. The session's watchdog limits later waits.
     pub connect_within: Duration,
     /// Interval between reports of a wait, with the missing or slow ranks.
     pub report_every: Duration,

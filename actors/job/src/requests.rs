@@ -73,7 +73,6 @@ struct State {
     /// The job's end time, since 1970, and how long before it the training ends.
     job_end: Option<Duration>,
     margin: Duration,
-    /// Duration of a save.
     save: Duration,
 }
 
@@ -241,8 +240,7 @@ pub fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Starts a thread that handles the signals `always`, and those of `others` that were not ignored when the process
-/// started, as under `nohup`.
+/// Starts a thread for the signals `always`, and those of `others` that were not ignored at the start (`nohup`).
 pub(crate) fn on_each_signal(
     always: &[i32],
     others: &[i32],

@@ -70,13 +70,11 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// The secret of unit tests.
 #[cfg(test)]
 pub(crate) fn sample() -> Secret {
     Secret::new("a secret of these tests").unwrap()
 }
 
-/// Random bytes from the system.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], RandomError> {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).map_err(|error| RandomError(error.to_string()))?;

@@ -8,7 +8,6 @@ use crate::simulate::tests::Fault;
 use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulate};
 use crate::spec::ActorSpec;
 
-/// Runs a plan with a fault and returns the hang, if the fault causes one.
 fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
     let options = SimulationOptions { fault: Some(fault), ..SimulationOptions::steps(steps) };
     match simulate(spec, &Timing::uniform(spec, 2, 1), &options) {
@@ -101,7 +100,6 @@ fn the_member_that_is_not_in_the_collective_is_the_root_cause() {
         let waits: Vec<CollectiveWait> =
             members.iter().filter(in_it).map(|m| (communicator, device(*m), device(*late))).collect();
         assert!(!waits.is_empty());
-        // Leaves out members of other groups.
         let mut snapshots = snapshots.clone();
         snapshots.retain(|s| s.actor == *late || members.iter().filter(in_it).any(|m| *m == s.actor));
         let alone = HangSnapshot::of_one_process(&spec, &snapshots);

@@ -58,7 +58,6 @@ fn released(piece: u64, slot: u32) -> ProtocolEvent {
 #[test]
 fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
     let (mut source, mut sink) = source_and_sink();
-    // Free slots, published pieces and released pieces.
     let state = |p: &Protocol| p.ring(WIRE).map(|ring| (ring.free(), ring.published, ring.released()[0])).unwrap();
     assert_eq!(state(&source), (2, 0, 0));
     assert_eq!(handle(&mut source, tokens(0, 1)), launch(0, 0));

@@ -71,12 +71,9 @@ pub(crate) fn serve(
 
 /// Timeout of a refresh that waits for readers to finish; shorter than the peer's write timeout.
 const READERS_TIMEOUT: Duration = Duration::from_secs(2);
-/// Timeout for writing queued messages at the end.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Polling interval of these waits.
 const POLL_EVERY: Duration = Duration::from_millis(1);
 
-/// The threads and connections of all peers.
 #[derive(Debug, Default)]
 pub(crate) struct Connections {
     open: Vec<Connection>,
@@ -200,7 +197,6 @@ impl Writer {
     }
 }
 
-/// A message that the plan does not allow.
 fn unexpected<T>(message: String) -> Result<T, PeerError> {
     Err(PeerError::Unexpected { message })
 }

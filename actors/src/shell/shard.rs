@@ -24,7 +24,6 @@ pub(crate) struct Shard {
     me: ActorId,
     session: Arc<Session>,
     protocol: Protocol,
-    /// Programs by action index.
     programs: Vec<ActionProgram>,
     memory: Memory,
     busy_ns: Vec<u64>,

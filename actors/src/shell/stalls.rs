@@ -18,10 +18,8 @@ use crate::spec::{ActionRef, Firing, StreamKind};
 const CASES: u64 = 50;
 /// Stall time on the watchdog's clock before a report, and the timeout for a case to become idle.
 const WITHIN: Duration = Duration::from_secs(10);
-/// A session without progress for this long counts as idle.
 const IDLE_FOR: Duration = Duration::from_millis(100);
 
-/// A random number below `end`.
 fn draw(rng: &mut SplitMix64, end: usize) -> usize {
     rng.below(end as u64) as usize
 }
@@ -35,7 +33,6 @@ struct Case {
     gate: Option<Sender<()>>,
 }
 
-/// Loses the message of one publication or of one release.
 fn lost_message(rng: &mut SplitMix64) -> Case {
     let all = plans::all();
     loop {

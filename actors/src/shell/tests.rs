@@ -24,7 +24,6 @@ fn mix(a: i32, b: i32) -> i32 {
     (a.rotate_left(7) ^ b).wrapping_mul(0x5bd1_e995).rotate_left(11).wrapping_add(b)
 }
 
-/// The value that a firing computes from the values that it reads.
 fn value(seed: i32, reads: &[i32]) -> i32 {
     reads.iter().fold(seed, |a, &b| mix(a, b))
 }
@@ -54,7 +53,6 @@ impl CustomKernel for Mix {
     }
 }
 
-/// A kernel that runs a test's closure.
 struct Act<F>(F);
 
 impl<F> std::fmt::Debug for Act<F> {
@@ -77,7 +75,6 @@ pub(super) fn act(f: impl Fn() -> Result<(), KernelError> + Send + Sync + 'stati
     Op::Custom(Arc::new(Act(f)))
 }
 
-/// A kernel that does nothing.
 fn idle() -> Op {
     act(|| Ok(()))
 }
@@ -90,14 +87,12 @@ pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>, accumulate
     Launch { op, reads, writes, accumulate, workspace: None }
 }
 
-/// The program of one op, without memory.
 fn program(op: Op) -> ActionProgram {
     let launches = vec![launch(op, vec![], vec![], false)];
     let program = Program { name: "work".into(), launches, signals: vec![] };
     ActionProgram { program: Arc::new(program), bases: vec![] }
 }
 
-/// Makes an action launch an op before its others.
 pub(super) fn launch_first(loaded: &mut LoadedPlan, at: ActionRef, op: Op) {
     let program = &mut programs(loaded, at.actor.0)[at.action as usize].program;
     Arc::make_mut(program).launches.insert(0, launch(op, vec![], vec![], false));
@@ -107,7 +102,6 @@ fn started(loaded: LoadedPlan) -> RunningSession {
     start(loaded, WatchdogOptions::default()).unwrap()
 }
 
-/// Options for a test that runs the watchdog's checks itself.
 pub(super) fn checked_by_hand() -> WatchdogOptions {
     WatchdogOptions { stall_after: Duration::from_secs(10), check_every: None, ..WatchdogOptions::default() }
 }
@@ -308,14 +302,12 @@ pub(super) fn programs(loaded: &mut LoadedPlan, actor: u32) -> &mut Vec<ActionPr
     &mut loaded.hosted.get_mut(&ActorId(actor)).unwrap().programs
 }
 
-/// The launch of a member's collective on one number at a base.
 pub(super) fn collective_launch(group: &Arc<Group>, member: usize, kind: CollectiveKind, base: usize) -> Launch {
     let buffer = Buffer { base, offset: 0, shape: vec![1], dtype: DType::F32 };
     let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
     launch(op, vec![buffer.clone()], vec![buffer], false)
 }
 
-/// Two actors that run one collective together.
 fn collective(kinds: [CollectiveKind; 2]) -> LoadedPlan {
     let mut b = Builder::new();
     for device in 0..2 {
@@ -519,7 +511,6 @@ fn a_failure_aborts_collectives_and_stays_the_first_cause() {
     assert_eq!(running.shutdown(), Err(expected));
 }
 
-/// An actor's firings and their causes can be read while it runs, and a later read continues from the previous one.
 #[test]
 fn firings_are_traced_with_their_causes() {
     let running = started(chain(vec![idle(), idle()]));

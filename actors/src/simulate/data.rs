@@ -43,7 +43,6 @@ pub struct DataRace {
 pub(super) struct Data {
     /// By register and slot.
     slots: Vec<Vec<u64>>,
-    /// By actor.
     flights: Vec<Flight>,
     /// Hash of the values of all firings, by actor and action.
     history: Vec<Vec<u64>>,
@@ -159,7 +158,7 @@ impl Groups {
         Self { begun, contributions: HashMap::new(), waiting: Vec::new() }
     }
 
-    /// Starts a firing with input hash `read`. Returns the actors that wait for no member now, with their groups' hashes.
+    /// Starts a firing with input hash `read`. Returns actors that now wait for no member, with their groups' hashes.
     pub(super) fn join(&mut self, spec: &Spec, actor: ActorId, action: u32, read: u64) -> Vec<(ActorId, u64)> {
         let mut rounds = Vec::new();
         for &group in &spec.action(actor, action).groups {

@@ -17,9 +17,7 @@ pub(crate) enum Fault {
     LosePieces(RegisterId, u32, u64),
     /// Loses the `Released` messages of one reader to the producer from this piece on.
     LoseReleases(RegisterId, u32, u64),
-    /// This firing begins and never ends.
     Hang(ActionRef, u64),
-    /// Every producer has one credit too many.
     SurplusCredit,
     /// No action gets more tokens.
     TokensMax(u32),
@@ -36,7 +34,6 @@ pub(super) fn with_fault(mut protocol: Protocol, fault: Option<Fault>) -> Protoc
     protocol
 }
 
-/// Simulates some steps in which each action takes `ticks` and each message `hop_ticks`.
 pub(crate) fn exact(spec: &Arc<Spec>, ticks: u64, hop_ticks: u64, steps: u32) -> Result<SimulatedRun, SimulationError> {
     simulate(spec, &Timing::uniform(spec, ticks, hop_ticks), &SimulationOptions::steps(steps))
 }
@@ -70,7 +67,6 @@ fn pipeline(micro_batches: u32, credits: Vec<u32>, schedule: PipelineSchedule, o
     Arc::new(Pipeline { micro_batches, credits, schedule, ordered }.build())
 }
 
-/// A timing with the same durations on every stage.
 fn timing(stages: usize, forward_ticks: u64, backward_ticks: u64, hop_ticks: u64) -> Timing {
     Timing { action_ticks: vec![vec![forward_ticks, backward_ticks]; stages], hop_ticks }
 }
@@ -136,7 +132,6 @@ fn fewer_credits_never_shorten_the_makespan() {
 proptest::proptest! {
     #![proptest_config(proptest::test_runner::Config { failure_persistence: None, ..Default::default() })]
 
-    /// The computed credits are as fast as unlimited ones.
     #[test]
     fn computed_credits_are_enough(p in 1u32..9, m in 1u32..40, f in 1u64..9, b in 1u64..12, c in 0u64..20) {
         let times = timing(p as usize, f, b, c);
@@ -148,7 +143,6 @@ proptest::proptest! {
     }
 }
 
-/// Options with random durations and delays.
 fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
     // Both long and short delays, so that messages overtake firings and firings overtake messages.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];

@@ -8,7 +8,6 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::error::Failure;
 
-/// Keeps the first cause; later ones follow from it.
 pub(crate) struct FirstFailure {
     /// With its time in nanoseconds since the session's start.
     first: Mutex<Option<(u64, Failure)>>,

@@ -9,7 +9,6 @@ use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
 
 const IDLE: u32 = u32::MAX;
 
-/// Firings by actor and action, and steps.
 pub(crate) struct StepCounters {
     spec: Arc<Spec>,
     hosted: Vec<ActorId>,
@@ -67,7 +66,6 @@ impl StepCounters {
         self.begun.store(begun, Ordering::Release);
     }
 
-    /// Number of steps for which some tokens have been added.
     pub(super) fn begun(&self) -> u64 {
         self.begun.load(Ordering::Acquire)
     }
@@ -80,7 +78,6 @@ impl StepCounters {
         })
     }
 
-    /// True when no firing is left of the steps that have all their tokens.
     pub(crate) fn whole_steps_have_ended(&self) -> bool {
         self.has_ended(self.whole.load(Ordering::Acquire))
     }

@@ -143,8 +143,7 @@ impl Counter {
         let _ = futex::wake(&self.value, futex::Flags::empty(), i32::MAX as u32);
     }
 
-    /// Waits until `done` holds for the value. Calls `check_interrupt` before each sleep, with the number of sleeps so
-    /// far.
+    /// Waits until `done` holds. Before each sleep it calls `check_interrupt` with the number of sleeps so far.
     pub(super) fn wait(
         &self,
         oversubscribed: bool,

@@ -1,5 +1,4 @@
-//! The part of a collective after the rendezvous: buffer checks, the terms that members must agree on, and reading
-//! other members' memory. Engines call it.
+//! The part of a collective after the rendezvous: checks buffers and terms, and reads other members' memory.
 //!
 //! - EXCHANGE-1: a member writes only its own y. Between two barriers, it writes no part that another member reads.
 #![allow(unsafe_code)]
@@ -21,8 +20,7 @@ const STREAM_ELEMENTS_MIN: usize = 1 << 21;
 /// Runs shorter than this are copied through the caches.
 const STREAM_RUN_MIN: usize = 256;
 
-/// A view without its lifetime and shape; it keeps the memory alive. Lies inside its arena and is aligned, as views are
-/// (MEM-1).
+/// A view without lifetime and shape that keeps its memory alive. In bounds and aligned, like all views (MEM-1).
 #[derive(Clone, Debug)]
 pub(crate) struct Posted {
     arena: Arena,
@@ -96,7 +94,7 @@ pub(crate) unsafe fn copy_elements(source: &Posted, from: usize, target: &Posted
     unsafe { std::ptr::copy(source.at(from), target.at(to), len) };
 }
 
-/// [`copy_elements`], bypassing the caches for bypass_caches results.
+/// [`copy_elements`], bypassing the caches if `bypass_caches` is set.
 ///
 /// # Safety
 /// As for [`copy_elements`]; the ranges do not overlap.
@@ -291,8 +289,8 @@ pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
     }));
 }
 
-/// Writes to `y`, from `to` on, `len` elements of all members' x from `start` on, combined in the order of
-/// [`crate::collective::Group`]: the member after the owner first, the owner last.
+/// Combines `len` elements of all members' x from `start` on, in the order of [`crate::collective::Group`] (the member
+/// after the owner first, the owner last), and writes the result to `y` from `to` on.
 ///
 /// # Safety
 /// All ranges are inside. Only the caller accesses the range of y, and no x is written except where it is y's memory.
@@ -321,7 +319,6 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
     }
 }
 
-/// Assembles the member's target from the members' sources.
 fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) {
     let bypass_caches = buffers.y.elements >= STREAM_ELEMENTS_MIN;
     for (other, boxes) in taken(buffers.call.member, sources, target) {
@@ -363,8 +360,8 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
     match &buffers.call.kind {
         CollectiveKind::AllReduce { op } => {
             let own = split_range(y.elements, members, member);
-            // SAFETY: each member writes only its own chunk of its own memory, which others do not read in this phase
-            // (they read their chunks of it).
+            // SAFETY: each member writes only its own chunk of its own memory. In this phase the others read only their
+            // own chunks of that memory.
             unsafe { reduce(*op, buffers.xs, member, (own.start, own.len()), y, own.start) };
             barrier()?;
             for (other, other_y) in buffers.ys.iter().enumerate().filter(|(other, _)| *other != member) {
@@ -379,8 +376,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
             let zeros = vec![0; part.size.len()];
             let (from, to) = ((buffers.x_shape, &part.start[..]), (&part.size[..], &zeros[..]));
             for_each_run(from, to, &part.size, |from, to, len| {
-                // SAFETY: inside, since the part was checked; y overlaps no x (checked), and only this member writes
-                // it.
+                // SAFETY: inside (the part was checked); y overlaps no x (checked); only this member writes it.
                 unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });
         }
@@ -397,8 +393,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
     Ok(())
 }
 
-/// [`exchange`] where every x is a copy that is not written: a member does not read the others' y, so there is no
-/// barrier.
+/// [`exchange`] on copies of each x that nobody writes. No member reads another's y, so there is no barrier.
 pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<()> {
     let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
     let (members, y) = (buffers.xs.len(), buffers.y);

@@ -1,5 +1,4 @@
-//! Collectives between the devices of one process. Members rendezvous, then read each other's memory directly, without
-//! staging buffers.
+//! Collectives between the devices of one process. Members rendezvous, then read each other's memory directly.
 //!
 //! - MEET-1: all members of a group are in the same call before any member accesses another's memory, and none leaves
 //!   before the last has finished. In between, the register protocol keeps others from writing the posted memory.
@@ -31,7 +30,6 @@ impl InProcess {
         Self::default()
     }
 
-    /// The member's work once all members have arrived.
     fn exchange(&self, rendezvous: &Rendezvous<Buffers>, member: usize, posts: &Posts<Buffers>) -> Result<()> {
         let Post { call, x_shape, y_shape, dtype, .. } = &posts[member];
         let (xs, ys): (Vec<_>, Vec<_>) =
@@ -49,8 +47,7 @@ impl InProcess {
 
     fn copy(&self, sender: &Post<Buffers>, receiver: &Post<Buffers>) {
         let elements = element_count(&receiver.y_shape);
-        // SAFETY: both are whole views of one size; the first member stays in its call, and only the receiver uses its
-        // register.
+        // SAFETY: whole views of one size; the first member stays in its call; only the receiver uses its register.
         unsafe { copy_elements(&sender.memory.x, 0, &receiver.memory.y, 0, elements) };
         self.0.received.count(&receiver.call, &receiver.y_shape, receiver.dtype);
     }

@@ -1,5 +1,4 @@
-//! One issue order per device: collectives are issued in the order of their submissions, over all streams of the
-//! device.
+//! One issue order per device: collectives are issued in the order of their submissions, over all its streams.
 //!
 //! - ORDER-1: a submission's collectives are put on its stream only after those of all earlier submissions of the
 //!   device. If all devices receive their submissions in the same order, which the plan fixes, they issue all

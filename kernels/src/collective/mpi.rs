@@ -3,15 +3,13 @@
 //! - MPI-3: before a collective all members agree on it, with one small all-reduce of a digest, so that calls passed to
 //!   MPI always match. A member that waits in a send or receive for a member in a collective is notified, and joins
 //!   that agreement with a differing digest.
-//! - MPI-4: every wait of a call ends with an abort. The group then stays failed, and buffers of unfinished transfers
-//!   stay allocated (MPI-2). Creating communicators has a timeout; starting MPI blocks inside MPI, under the
-//!   supervision of `mpirun`.
+//! - MPI-4: an abort ends every wait of a call. The group then stays failed, and buffers of unfinished transfers stay
+//!   allocated (MPI-2). Creating communicators has a timeout; starting MPI blocks under the supervision of `mpirun`.
 //!
 //! MPI chooses the order of sums, so they agree with other engines within rounding. MPI recommends, but does not
 //! guarantee, that all members get the same bits of an all-reduce; OpenMPI's algorithms do so.
 //!
-//! Memory: from its largest call on, a group holds a buffer for what that call must rearrange (non-contiguous parts, an
-//! in-place all-reduce).
+//! Memory: from its largest call on, a group holds a buffer for non-contiguous parts and in-place all-reduces.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -36,7 +34,7 @@ pub use calls::MpiWorld;
 use calls::{Comm, Layout, Transfer, pause};
 use parking_lot::Mutex;
 
-/// Posts use the tags below it, data the tags from it on; MPI supports at least 32768 tags.
+/// Posts use the tags below this value, data uses the others; MPI supports at least 32768 tags.
 const TAGS: u32 = 1 << 14;
 
 /// The second word of a post, beside the digest: the member waits for the peer in a send or receive, is in a
@@ -289,7 +287,7 @@ impl Call<'_> {
         }
     }
 
-    /// Agrees with the other members, also when the buffers do not fit, and runs the call.
+    /// Agrees with the other members, even when the buffers do not fit, then runs the call.
     fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> CallResult {
         let checked =
             check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
@@ -302,7 +300,7 @@ impl Call<'_> {
         };
         let mut words = match (checked, agreed) {
             (_, Err(CallError::InFlight(error))) => return Err(CallError::InFlight(error)),
-            // The other members receive this member's error, which also is its own result.
+            // The other members receive this error too; it is also this member's own result.
             (Err(error), _) => return Err(CallError::Completed(error)),
             (Ok(_), Err(end)) => return Err(end),
             (Ok(words), Ok(())) => words,
@@ -336,8 +334,7 @@ impl Call<'_> {
         }
     }
 
-    /// Runs `work`, which makes one transfer, on scratch memory of this many words. Leaks the memory if MPI may still
-    /// use it afterwards.
+    /// Runs `work`, which makes one transfer, on `words` words of scratch. Leaks them if MPI may still use them.
     fn with_scratch(&mut self, words: usize, work: impl FnOnce(&Self, &mut [f32]) -> CallResult) -> CallResult {
         let mut scratch = mem::take(&mut self.memory.scratch);
         scratch.resize(scratch.len().max(words), 0.0);
@@ -398,8 +395,7 @@ impl Call<'_> {
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        // Boxes of whole tensors that this member sends to each member and receives from each; its own are copied
-        // directly.
+        // Boxes of whole tensors that this member sends to and receives from each; its own are copied directly.
         let own_of = |to: usize| taken(to, sources, &targets[to]).into_iter().find(|(from, _)| *from == member);
         let sent_boxes: Vec<Vec<Region>> = (0..n).map(|to| own_of(to).map_or(Vec::new(), |(_, boxes)| boxes)).collect();
         let mut got = vec![Vec::new(); n];

@@ -76,8 +76,8 @@ impl<M> Default for Groups<M> {
 }
 
 impl<M: Clone> Groups<M> {
-    /// The rendezvous of a call, after a check of its buffers, which lie on the host or on a device. If they do not
-    /// fit, the group fails for all members.
+    /// Checks a call's buffers, which lie on the host or on a device, and returns the call's rendezvous. If the buffers
+    /// do not fit, the group fails for all members.
     pub(crate) fn enter(
         &self,
         call: &CollectiveCall,
@@ -244,8 +244,7 @@ impl<M: Clone> Rendezvous<M> {
         state
     }
 
-    /// Arrives at a collective. The last member runs `complete` on all posts, while the others wait; its result is what
-    /// all members get.
+    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait; all get its result.
     pub(crate) fn join(
         &self,
         post: Post<M>,
@@ -271,8 +270,7 @@ impl<M: Clone> Rendezvous<M> {
         Ok(Arrival::Complete(state.current.clone()))
     }
 
-    /// Arrives at a point-to-point transfer. The second member runs `copy` on the posts of sender and receiver, while
-    /// the first waits.
+    /// Arrives at a transfer. The second member runs `copy` on the posts of sender and receiver while the first waits.
     pub(crate) fn transfer(
         &self,
         post: Post<M>,

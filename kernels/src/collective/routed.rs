@@ -1,5 +1,4 @@
-//! An engine that forwards each group's calls to another engine: groups may span one process, one node, or several
-//! nodes.
+//! Forwards each group's calls to another engine: groups may span one process, one node, or several nodes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,7 +8,7 @@ use crate::collective::{AbortStatus, Collective, CollectiveCall, DeviceCollectiv
 use crate::error::Result;
 use crate::memory::View;
 
-/// Forwards each group's calls to the engine of that group.
+/// An engine that forwards each group's calls to the engine of that group.
 #[derive(Debug)]
 pub struct Routed {
     by_group: BTreeMap<u32, Arc<dyn Collective>>,

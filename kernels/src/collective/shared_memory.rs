@@ -101,8 +101,7 @@ impl SharedMemory {
     }
 
     fn check_aborted(&self) -> Result<()> {
-        // The board's cause comes first: it is the first of all processes. A peer that died while writing it leaves
-        // none.
+        // Prefer the board's cause, the first of all processes. A peer that died while writing it leaves none.
         match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
             None => self.abort_status.check(),
@@ -186,8 +185,7 @@ impl Call<'_> {
         }
     }
 
-    /// Fails the group after this member and `other` have disagreed, and returns its error. The error names the one of
-    /// the two that fewer members agree with.
+    /// Fails the group after this member and `other` disagreed. The error names the one that fewer members agree with.
     fn fail_disagreement(&self, other: usize) -> KernelError {
         let (member, own_call) = (self.call.member, self.describe());
         self.slot.publish_call(&own_call);
@@ -222,8 +220,7 @@ impl Call<'_> {
         })
     }
 
-    /// The error that ends a wait: an abort, a failed group, or, after the first sleep, a peer whose call can never
-    /// match.
+    /// The error that ends a wait: an abort, a failed group or, after the first sleep, a peer that can never match.
     fn check_interrupt(&self, sleeps: usize, mismatched_peer: &dyn Fn() -> Option<usize>) -> Result<()> {
         self.engine.check_aborted()?;
         let failed = self.group_area.check(self.call.group.id);
@@ -270,8 +267,7 @@ impl Call<'_> {
         if copied {
             let offset = self.engine.board.copy_offset(self.group, self.call.member, number);
             if let Some(copy) = Posted::checked(self.engine.board.arena(), offset, x.element_count()) {
-                // SAFETY: both are whole views, and the index of the copy belongs to this member until it posts
-                // (BOARD-3).
+                // SAFETY: both are whole views; this member owns the copy's index until it posts (BOARD-3).
                 unsafe { copy_elements(&Posted::of(x), 0, &copy, 0, x.element_count()) };
             }
         }

@@ -2,9 +2,8 @@
 //!
 //! - WIRE-1: a member reads and writes only its own buffers. It receives everything else over channels and checks it: a
 //!   peer can send wrong values, but cannot make this process allocate or read more than the call specifies.
-//! - WIRE-2: the members of a call agree on it: each transfer's header carries a hash of the call and the number of
-//!   calls that its two ends have completed together. A member that disagrees or waits in another call is detected (see
-//!   `port`).
+//! - WIRE-2: the members of a call agree on it. Each transfer's header carries a hash of the call and the number of
+//!   calls that its two ends have completed together. This reveals a member that disagrees or waits elsewhere.
 //! - WIRE-3: every wait ends: by an abort, a failure of the group, the end of a connection, or, while this member has
 //!   bytes to send, the write timeout. A failed group stays failed.
 //!
@@ -52,16 +51,14 @@ use port::{GroupStatus, Port};
 pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
 
 /// An all-reduce uses the tree when the values of all members together have at most this many bytes (a quarter of it
-/// for two members, where the tree does all additions on one thread), else the ring. Measured with 2 and 4 processes on
-/// 2 cores, over Unix sockets and TCP: both take the same time at 64 to 128 KiB per member for two, at 256 KiB per
-/// member for four.
+/// for two members, where one thread of the tree does all additions), else the ring. Measured with 2 and 4 processes on
+/// 2 cores, over Unix sockets and TCP: both take the same time at 64 to 128 KiB per member for two, 256 KiB for four.
 pub const TREE_BYTES_MAX: usize = 512 << 10;
 
 /// `(group id, member, peer)`: the member's end of its connection to the peer.
 pub type ChannelKey = (u32, usize, usize);
 
-/// Creates the channel from a member of a group (the first index) to another (the second). Called once per pair; must
-/// not block.
+/// Creates the channel from a member of a group (first index) to another (second), once per pair. Must not block.
 pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
 
 /// The members that `member` needs a channel to: all others, since any two may exchange tensors. Symmetric.
@@ -69,8 +66,7 @@ pub fn peers(group: &Group, member: usize) -> Vec<usize> {
     (0..group.ranks.len()).filter(|&peer| peer != member).collect()
 }
 
-/// The engine of devices in several processes that communicate over sockets. A process has one engine for all its
-/// members.
+/// The engine of devices in several processes that communicate over sockets. One per process, for all its members.
 pub struct Wire {
     unused_channels: Mutex<BTreeMap<ChannelKey, Channel>>,
     /// Creates the channels that `unused_channels` does not hold.
@@ -102,8 +98,7 @@ impl fmt::Debug for Wire {
 }
 
 impl Wire {
-    /// An engine over established and authenticated connections: one to each of [`peers`], for each member of each
-    /// group that lives in this process.
+    /// An engine over authenticated connections: for each local member of a group, one to each of its [`peers`].
     ///
     /// A write that makes no progress for `write_timeout` fails the group. Members may enter a call late, which stalls
     /// those that send to them, so the timeout must exceed the largest delay between members of a step.
@@ -282,7 +277,7 @@ pub(super) fn agreement(call: &CollectiveCall, reads: &[View<'_>], writes: &[Vie
     let mut hash = Fnv::default();
     let transfer = |from: usize, to: usize| ("transfer", from, to, dtype, view.map(|view| view.shape()));
     match &call.kind {
-        // Sender and receiver agree on the transfer, which both see.
+        // Sender and receiver see and agree on the same transfer.
         CollectiveKind::Send { to } => transfer(call.member, *to).hash(&mut hash),
         CollectiveKind::Receive { from } => transfer(*from, call.member).hash(&mut hash),
         _ => Terms::of(call, shape_of(reads), shape_of(writes), dtype).hash(&mut hash),

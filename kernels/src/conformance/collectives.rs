@@ -22,8 +22,8 @@ struct Member {
 
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
-/// Creates those devices of this process, in order, among the given number of devices with ranks from 0; each with an
-/// arena of [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES), on a new engine.
+/// Given n, creates this process's devices among those of ranks `0..n`, in order. Each has an arena of
+/// [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES) and a new engine.
 pub type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>> + 'a;
 
 /// The order in which an engine sums.
@@ -35,8 +35,7 @@ pub enum SummationOrder {
     InAnyOrder,
 }
 
-/// Number of groups, with ids from 1, that one set of devices calls in turn. NCCL needs a large part of a second for
-/// each.
+/// Number of groups (ids from 1) that one set of devices calls in turn. NCCL needs a large part of a second for each.
 pub(super) const GROUPS: u32 = 4;
 
 /// A shape for which no engine uses its path for small tensors.
@@ -67,8 +66,7 @@ impl Role {
 pub(super) struct EngineRequirements {
     pub(super) members_max: usize,
     pub(super) sums: SummationOrder,
-    /// No other process has members. With several processes the suite tests no aborts, since nothing can run after an
-    /// abort.
+    /// No other process has members. Otherwise the suite tests no aborts, since nothing can run after one.
     pub(super) single_process: bool,
     /// The engine reports members that make different calls.
     pub(super) compares_calls: bool,
@@ -137,8 +135,7 @@ fn buffer(offset: usize, shape: &[usize], dtype: DType) -> Buffer {
     Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
 }
 
-/// [`harness::submit`] from a separate thread: engines rely on that no thread submits for two members, which might wait
-/// for each other.
+/// [`harness::submit`] on a separate thread: one thread must not submit for two members that may wait for each other.
 fn submit(stream: &Stream, launches: Vec<Launch>, signals: Vec<(usize, u32)>, arena: &Arena) -> Result<Notifications> {
     let program = Stamped::new(Program { name: "collectives".to_owned(), launches, signals });
     let submit = || harness::submit(stream, program.open(), &[arena], false);
@@ -179,8 +176,7 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// The part of `owner`, in f32 and in the order that every engine must keep: the member after the owner first, the
-/// owner last.
+/// The part of `owner` in f32, in the order that every engine must keep: the next member first, the owner last.
 fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
     let n = members.len();
     let mut sum = members[(owner + 1) % n].clone();
@@ -200,8 +196,7 @@ impl Suite<'_> {
         self.numbers.tensor(&[elements], 1.0).as_f32().unwrap_or_default().to_vec()
     }
 
-    /// Maximum error of a sum: each of two orders rounds n - 1 times, by half an EPSILON of at most n, since no value
-    /// is larger than 1.
+    /// Maximum error of a sum: two orders each round n - 1 times, by half an EPSILON of at most n (values are <= 1).
     fn tolerance(&self, kind: &CollectiveKind) -> f32 {
         match kind {
             CollectiveKind::AllReduce { op: ReduceOp::Sum }
@@ -219,7 +214,7 @@ impl Suite<'_> {
         Arc::new(Group { id: self.group, ranks: (0..self.n).collect() })
     }
 
-    /// Runs one collective on all members twice, and compares bits and bytes.
+    /// Runs one collective on all members twice, and compares bits and byte counts.
     fn check(&mut self, kind: CollectiveKind, roles: &[Role]) {
         let group = self.next_group();
         let check = format!("{kind:?} of {} members", self.n);
@@ -349,8 +344,7 @@ impl Suite<'_> {
         }
     }
 
-    /// Two messages through a chain of members: messages between two members arrive in the order in which they were
-    /// sent.
+    /// Two messages through a chain of members arrive in the order in which they were sent.
     fn chain(&mut self) -> Result<()> {
         let n = self.n;
         let group = self.next_group();
@@ -384,8 +378,7 @@ impl Suite<'_> {
     }
 }
 
-/// Two groups over the same devices, on separate streams, with many rounds, submitted in opposite orders if the engine
-/// allows any.
+/// Many rounds of two groups over the same devices, on separate streams, in opposite orders if the engine allows it.
 fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<()> {
     const ROUNDS: usize = 200;
     let [n, elements] = [3, 100];

@@ -45,7 +45,6 @@ pub(super) type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 /// Half of the relative distance between adjacent BF16 values.
 pub(super) const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
-/// The failures so far.
 #[derive(Default)]
 pub(super) struct Report {
     pub(super) failures: Vec<ConformanceFailure>,
@@ -101,7 +100,6 @@ pub(super) enum Types {
     Widening,
 }
 
-/// One launch under test.
 #[derive(Clone)]
 pub(super) struct Trial<'a> {
     pub(super) op: Op,
@@ -299,7 +297,7 @@ pub(super) fn wide(tensor: &HostTensor) -> Vec<f64> {
     }
 }
 
-/// Flat index in a tensor of `shape` of the element `index` (relative to the region) of `region`.
+/// Flat index in a tensor of `shape` of the element of `region` whose index within the region is `index`.
 pub(super) fn flat(mut index: usize, region: &Region, shape: &[usize]) -> usize {
     let (mut place, mut stride) = (0, 1);
     for d in (0..shape.len()).rev() {

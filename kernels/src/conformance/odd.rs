@@ -45,7 +45,7 @@ fn rows(report: &mut Report, device: &Device) {
         [3.0, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, NAN],
     ];
     let mut cases = vec![HostTensor::f32(&[special.len(), 7], special.concat())];
-    // Whole vectors, with the special value in each position of them.
+    // Whole vectors, with the special value at each of their positions.
     for special_value in [NAN, INFINITY, -INFINITY] {
         let mut values = numbers.tensor(&[16, 64], 4.0).as_f32().unwrap_or_default().to_vec();
         (0..16).for_each(|row| values[row * 64 + 32 + row] = special_value);
@@ -157,8 +157,7 @@ fn indices(report: &mut Report, device: &Device) {
     }
 }
 
-/// Dropout keeps the same elements on all backends and in all versions: a training can continue elsewhere with the same
-/// bits.
+/// Dropout keeps the same elements on all backends and versions, so that training continues with the same bits.
 fn masks(report: &mut Report, device: &Device) {
     type Part<'a> = (&'a [usize], &'a [usize], &'a [usize], u64);
     let parts: [Part<'_>; 5] = [

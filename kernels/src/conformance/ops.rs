@@ -66,8 +66,7 @@ struct Suite<'a> {
 type Expected = (Vec<usize>, Vec<f64>);
 
 impl Suite<'_> {
-    /// Launches on poisoned writes and, if the op can accumulate, on values, with `repeat` (adds) and without
-    /// (overwrites).
+    /// Launches on poisoned writes and, if the op can accumulate, on values, with and without `repeat`.
     fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
         let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
         let check = format!("{} {what} {shapes:?}{}", op.name(), self.suffix());
@@ -609,7 +608,6 @@ impl Suite<'_> {
         self.report.expect("dropout with p = 1", all == [0.0; 5], "an element was kept");
     }
 
-    /// Launches that every backend must reject.
     fn rejections(&mut self) {
         let x = self.numbers.tensor(&[2, 3], 1.0);
         let ids = HostTensor::i32(&[2], vec![1, -1]);

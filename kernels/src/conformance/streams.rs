@@ -168,8 +168,7 @@ fn signals(device: &Device) -> Outcome {
     expect_floats(&arena, 0, &[2.0])
 }
 
-/// With Inf/NaN checks enabled, a stream reports the first write of a submission that contains Inf or NaN, and no
-/// others.
+/// With Inf/NaN checks enabled, a stream reports only the first write of a submission that contains Inf or NaN.
 fn finite(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let (x, y) = (|| floats(0, 0, &[2]), || floats(0, 8, &[2]));

@@ -126,8 +126,7 @@ pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Re
         let outputs = outputs.map(|tensor| dims.matrix(tensor.start, item));
         let lse = &lse[item * dims.time..(item + 1) * dims.time];
         for (first, end) in dims.blocks() {
-            // The last block comes first: it overwrites all of dk and dv, and the earlier blocks add to their first
-            // rows.
+            // The last block comes first: it overwrites all of dk and dv. The earlier blocks add to the first rows.
             let accumulate = end < dims.time;
             grad_block(dims, scale, (first, end), accumulate, inputs, outputs, lse, scratch);
         }

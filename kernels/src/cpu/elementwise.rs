@@ -130,8 +130,7 @@ pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<()>
     Ok(())
 }
 
-/// Each thread sums some of the columns over all rows, in order, so the result does not depend on the number of
-/// threads.
+/// Each thread sums some of the columns over all rows in order, so the number of threads does not matter (BITS-1).
 pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
     let width = y.len();

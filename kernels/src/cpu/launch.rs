@@ -16,7 +16,6 @@ use crate::op::{Launch, Op};
 use crate::submission::faults;
 use crate::tensor::DType;
 
-/// Runs a stream's launches, on its thread.
 pub(crate) struct Runner {
     pub(crate) pool: Pool,
     pub(crate) engine: Arc<dyn Collective>,
@@ -81,8 +80,7 @@ impl Runner {
 pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usize)> {
     let args = Args::resolve(launch, bases, false).ok()?;
     let count = |write: &View<'_>| {
-        // SAFETY: the launch that wrote them has ended, and this stream has not started the next one; other streams:
-        // MEM-3.
+        // SAFETY: the launch that wrote them has ended, and this stream has started no other; other streams: MEM-3.
         let values = unsafe { write.to_f32() }.unwrap_or_default();
         faults(&launch.op, write.shape(), &values)
     };

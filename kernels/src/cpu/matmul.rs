@@ -17,8 +17,7 @@ const FORK_MULTIPLIES: usize = 128 * 1024;
 /// Slices are multiples of this many rows or columns, so that micro-kernels process full tiles.
 const GRAIN: usize = 16;
 
-/// Maximum number of elements of the summed index per call. `gemm` splits longer sums by the size of the caches, into
-/// blocks of at least this length.
+/// Maximum elements of the summed index per call. `gemm` splits longer sums by cache size into blocks of at least this.
 const BLOCK_MAX: usize = 512;
 
 /// A matrix in memory by its strides, in elements.

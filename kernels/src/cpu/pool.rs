@@ -20,8 +20,7 @@ use parking_lot::Mutex;
 
 use crate::tensor::split_range;
 
-/// How long a thread spins for work before it parks: longer than the gap between launches of one program, and about the
-/// cost of parking and waking.
+/// How long a thread spins for work before it parks: longer than gaps between launches, about the cost of parking.
 const SPIN: Duration = Duration::from_micros(40);
 
 /// Least number of elements (of a kernel with a few operations per element) that is worth a fork.

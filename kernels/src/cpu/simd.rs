@@ -1,14 +1,12 @@
 //! Vector loops: plain Rust, compiled for AVX-512, AVX2 and the baseline by `pulp`, which chooses one at run time.
 //! Loops run over single elements, which compilers vectorize best; an element's value does not depend on its index.
 
-/// Number of independent partial sums of a sum, so that it can be vectorized: element i is added to partial sum i mod
-/// 16.
+/// Number of independent partial sums, so that a sum can be vectorized: element i is added to partial sum i mod 16.
 pub(crate) const LANES: usize = 16;
 
 /// Elements that a fold computes before it sums them: they fit in L1.
 const BLOCK: usize = 256;
 
-/// An operand of an elementwise kernel.
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a> {
     /// The memory that is written (in place).
@@ -26,9 +24,8 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Runs `work` compiled for the best instruction set of this machine. `work`, and the closures in it, must be
-/// `#[inline(always)]`: code that is not inlined is compiled for the baseline, where a fused multiply-add is a function
-/// call.
+/// Runs `work` compiled for the best instruction set of this machine. `work` and its closures must be
+/// `#[inline(always)]`: other code is compiled for the baseline, where a fused multiply-add is a function call.
 #[inline(always)]
 pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     struct Inlined<F>(F);

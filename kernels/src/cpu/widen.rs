@@ -1,6 +1,5 @@
 //! Launches on bf16: reads are widened to f32 in the stream's scratch memory, the kernel runs there, and its writes are
-//! rounded back. So sums are in f32, as on devices that widen in registers. This is the reference for them, and no
-//! faster than f32.
+//! rounded back. This is the reference for devices that widen in registers and also sum in f32.
 #![allow(unsafe_code)]
 
 use half::bf16;
@@ -58,8 +57,7 @@ pub(crate) fn run(
     run_wide(&launch_wide, &all)?;
     for view in args.writes.iter().filter(|view| view.dtype() == DType::BF16) {
         let y = View::new(launch.op.name(), &arena, at(view), view.shape(), DType::F32)?;
-        // SAFETY: the dtypes match; only this stream uses the arena; nothing else uses the written buffer (MEM-2,
-        // MEM-3).
+        // SAFETY: dtypes match; only this stream uses the arena; nothing else uses the written buffer (MEM-2, MEM-3).
         let (y, halves) = unsafe { (y.slice::<f32>(), view.slice_mut::<bf16>()) };
         halves.iter_mut().zip(y).for_each(|(half, y)| *half = bf16::from_f32(*y));
     }

@@ -103,8 +103,7 @@ impl ProductPlans {
         })
     }
 
-    /// Enqueues a product on a stream; `workspace` holds [`Product::workspace_bytes`] bytes. Requires the context to be
-    /// bound.
+    /// Enqueues a product with [`Product::workspace_bytes`] bytes of `workspace`. Requires the context to be bound.
     pub(crate) fn issue(
         &mut self,
         product: &Product,
@@ -224,8 +223,7 @@ impl Plan {
         // SAFETY: all-zero bytes are a valid result; the call below overwrites it.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
-        // SAFETY: the handles are live; values have their attributes' sizes (8 bytes, then 4 each); at most one result
-        // is written.
+        // SAFETY: live handles; values have their attributes' sizes (8 bytes, then 4 each); writes at most one result.
         let status = unsafe {
             let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let set = |attribute, value: *const c_void, size| {

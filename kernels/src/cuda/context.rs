@@ -1,8 +1,6 @@
-//! The primary context of a GPU: opened once, bound by each thread that uses it. All driver status codes become errors
-//! here.
+//! The primary context of a GPU: opened once, bound by each thread that uses it. Turns driver status codes into errors.
 //!
-//! - CONTEXT-1: an error that makes the context unusable is stored as `lost`. It fails all pending work, and every
-//!   later call returns it.
+//! - CONTEXT-1: an error that makes the context unusable is stored as `lost`. It fails pending work and later calls.
 #![allow(unsafe_code)]
 
 use std::fmt::Display;
@@ -137,7 +135,6 @@ impl Context {
         }
     }
 
-    /// The device, as error messages name it.
     pub(crate) fn place(&self) -> String {
         format!("cuda device {} ({})", self.ordinal, self.name)
     }

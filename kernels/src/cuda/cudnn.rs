@@ -151,9 +151,7 @@ impl AttentionPlans {
     }
 
     /// Enqueues attention on the stream; returns false if Shardflow's kernels must run it. Requires the context to be
-    /// bound.
-    ///
-    /// `address_of` returns the addresses of the launch's buffers, which `Bound` has checked; `workspace` holds
+    /// bound. `address_of` returns the addresses of the launch's buffers, which `Bound` has checked; `workspace` holds
     /// [`AttentionShape::workspace_bytes`] bytes.
     pub(crate) fn issue(
         &mut self,

@@ -23,8 +23,7 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Allocates zeroed memory and counts it in `tally`. Nothing else allocates device memory, so the tally is
-    /// complete.
+    /// Allocates zeroed memory, counted in `tally`. Nothing else allocates device memory, so the tally is complete.
     pub(crate) fn new(gpu: &Arc<Gpu>, rank: usize, bytes: usize, tally: &Arc<Tally>) -> Result<Self> {
         let (mut address, place) = (0, gpu.place());
         if bytes > 0 {

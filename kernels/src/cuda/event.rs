@@ -84,8 +84,7 @@ impl Recorded {
 
     /// Makes a stream, which may be another device's, wait for the event.
     pub(crate) fn wait_on(&self, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<()> {
-        // SAFETY: both handles are live. The call captures the event's present state, so the event may be reused once
-        // it is done.
+        // SAFETY: live handles. The call captures the event's present state, so a finished event may be reused.
         let result = unsafe { sys::cuStreamWaitEvent(stream.0, self.event.0, 0) };
         self.events.context.check(result, "cuStreamWaitEvent", place)
     }

@@ -1,5 +1,4 @@
-//! A GPU that this process has opened: context, modules, cuBLASLt, host transfers and poller. Several devices of a mesh
-//! may share one.
+//! A GPU that this process has opened: context, modules, cuBLASLt, transfers, poller. Several devices may share one.
 
 use std::fmt;
 use std::sync::Arc;

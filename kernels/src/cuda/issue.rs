@@ -2,9 +2,8 @@
 //! completions as events that the poller reports. The caller specifies whether it may block; if not, the issuer returns
 //! the part that would block.
 //!
-//! - ISSUE-1: memory that a step uses lies on the stream's own GPU, in bounds: `bound` has checked the launch's
-//!   buffers, and this module checks that each is on the GPU. A submission keeps its arenas until its final
-//!   notification.
+//! - ISSUE-1: memory that a step uses lies on the stream's own GPU, in bounds. `bound` has checked the launch's
+//!   buffers; this module checks that each is on the GPU. A submission keeps its arenas until its final notification.
 //! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may do these only when the
 //!   GPU's queues are empty, and a collective in one of them may be waiting for the calling thread.
 
@@ -109,8 +108,7 @@ impl Issuer {
         }
     }
 
-    /// Creates everything that the program's launches need besides its own memory, so that submissions create nothing
-    /// (ISSUE-2).
+    /// Creates all that the program's launches need except its memory, so that submissions create nothing (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<()> {
         let stream = self.stream.clone();
         if stream.gpu.test_delays.is_some() {

@@ -20,7 +20,7 @@ const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debi
 /// Environment variables that the driver reads when it starts, used where they are unset. The launcher sets them for
 /// its processes; a program that starts the driver while single-threaded sets them itself.
 pub const SETTINGS: [(&str, &str); 3] = [
-    // Libraries load all their kernels at once, none of them behind a collective that waits for another GPU.
+    // Libraries load all kernels at once, so that no load blocks behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
     // Kernel data. The CUDA 13 guide states that it follows the variable above; earlier guides leave that open.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),

@@ -1,5 +1,4 @@
-//! Lowers a launch to steps on a CUDA device: kernels with their geometry, or a matrix product. Pure: nothing here
-//! accesses a device.
+//! Lowers a launch to steps on a CUDA device: kernels with their geometry, or a matrix product. Accesses no device.
 //!
 //! The backend makes the checks that depend on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
 

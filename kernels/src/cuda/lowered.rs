@@ -117,8 +117,7 @@ fn fuse_pair([first, second]: [&Launch; 2], gpu: &Gpu) -> Option<FusedPair> {
     Some(FusedPair { reads, writes, lowered: prepare_steps(steps, gpu).ok()? })
 }
 
-/// Whether two buffers overlap without being identical, as far as that is known before bases are bound: see
-/// [`FusedPair::bind`].
+/// Whether two buffers on one base overlap without being identical. [`FusedPair::bind`] checks different bases.
 fn overlap(a: &Buffer, b: &Buffer) -> bool {
     let bytes = |buffer: &Buffer| element_count(&buffer.shape) * buffer.dtype.bytes();
     let (a_bytes, b_bytes) = (bytes(a), bytes(b));
@@ -127,8 +126,7 @@ fn overlap(a: &Buffer, b: &Buffer) -> bool {
 }
 
 impl FusedPair {
-    /// Resolves the pair's buffers. Returns `None` if a write overlaps a buffer on another base, which `overlap` could
-    /// not see.
+    /// Resolves the pair's buffers; `None` if a write overlaps a buffer on another base, which `overlap` cannot see.
     pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>> {
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;

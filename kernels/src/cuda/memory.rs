@@ -55,8 +55,7 @@ impl HostTransfer {
                 break;
             }
             let from = self.pinned.start.0.cast();
-            // SAFETY: the caller guarantees device memory of this context; the pinned buffer holds the piece until the
-            // wait (PINNED-1).
+            // SAFETY: the caller guarantees device memory of this context; the piece stays until the wait (PINNED-1).
             let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to + at as u64, from, piece, self.stream.0) };
             self.wait(result, "cuMemcpyHtoDAsync")?;
         }

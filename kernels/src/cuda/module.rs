@@ -191,8 +191,7 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
     if result != SUCCESS {
         return failed(result, "nvrtcCreateProgram");
     }
-    // SAFETY: the program is live and destroyed once; options end with 0; each buffer has the size that the library
-    // reports.
+    // SAFETY: the program is live, destroyed once; options end with 0; buffers have the sizes that the library reports.
     unsafe {
         let compile_status = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
         let (mut size, mut image) = (0, Vec::new());
@@ -223,7 +222,7 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// The Python packages of CUDA 13 split the headers over two: with one alone, nothing compiles.
+    /// The Python packages of CUDA 13 split the headers between two packages; nothing compiles with only one of them.
     #[test]
     fn the_hint_names_missing_headers_and_their_packages() {
         let root = env::temp_dir().join(format!("shardflow-headers-{}", std::process::id()));

@@ -3,7 +3,7 @@
 //! - POLL-1: the completions of a stream are reported in stream order, each only when its work is done.
 //! - POLL-2: the thread parks while nothing is pending and no stream is about to enter or leave a collective. Otherwise
 //!   it spins briefly and then sleeps at most [`SLEEP_MAX`] at a time, which bounds the delay of a report.
-//! - POLL-4: the progress of streams through collectives (PROGRESS-1) is read as often.
+//! - POLL-4: at the same intervals the thread reads the progress of streams through collectives (PROGRESS-1).
 //! - POLL-3: if the context is lost (CONTEXT-1), everything pending fails with its error, in order.
 
 use std::collections::VecDeque;
@@ -32,7 +32,7 @@ const SLEEP_MAX: Duration = Duration::from_micros(50);
 /// How often engines check for errors while something is pending.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// What to do when an event is done, or with the error of a lost context, which comes instead (POLL-3). Must not block.
+/// Called when an event is done, or instead with the error of a lost context (POLL-3). Must not block.
 pub(crate) type Completion = Box<dyn FnOnce(Option<&KernelError>) + Send>;
 
 pub(crate) fn set_event(event: Event) -> Completion {
@@ -55,7 +55,6 @@ pub(crate) trait ErrorCheck: Send + Sync {
 }
 
 pub(crate) struct CompletionQueue {
-    /// The stream, as error messages name it.
     place: String,
     progress: Option<Arc<CallProgress>>,
     pending: Mutex<VecDeque<(Arc<Recorded>, Completion)>>,

@@ -76,8 +76,7 @@ fn version(library: Library) -> Result<String> {
 mod tests {
     use super::*;
 
-    /// Runs only on machines without a driver, such as CI: `probe` reports everything that is missing and does not
-    /// panic.
+    /// Runs only without a driver, as in CI: `probe` reports everything that is missing and does not panic.
     #[test]
     fn the_probe_reports_what_a_machine_without_cuda_lacks() {
         let probe = probe();

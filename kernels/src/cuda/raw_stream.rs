@@ -87,10 +87,9 @@ impl RawStream {
         self.gpu.context.check(result, call, &self.place)
     }
 
-    /// Launches a kernel. Each parameter is 8 bytes, of which the kernel reads as many as its type has.
-    ///
-    /// The caller guarantees that the parameters match the kernel's declaration and that addresses among them refer to
-    /// device memory that lives until the launch is done.
+    /// Launches a kernel. Each parameter is 8 bytes, of which the kernel reads as many as its type has. The caller
+    /// guarantees that the parameters match the kernel's declaration and that addresses among them refer to device
+    /// memory that lives until the launch is done.
     pub(crate) fn launch(&self, function: Function, geometry: &Geometry, parameters: &[u64]) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
         debug_assert!(parameters.len() <= PARAMETERS_MAX);
@@ -98,8 +97,7 @@ impl RawStream {
             *pointer = (&raw const *parameter).cast_mut().cast();
         }
         let ([gx, gy, gz], [bx, by, bz]) = (geometry.grid, geometry.block);
-        // SAFETY: the handles are live; the driver copies the kernel's parameters, which the caller guarantees to
-        // match.
+        // SAFETY: live handles; the driver copies the kernel's parameters, which the caller guarantees to match.
         let result = unsafe {
             sys::cuLaunchKernel(
                 function.handle.0,

@@ -1,5 +1,4 @@
-//! The error record of a stream ([`ErrorRecord`]) and the pinned memory that receives a copy of it after each
-//! submission that may write it.
+//! The error record of a stream ([`ErrorRecord`]) and the pinned memory that it is copied to after submissions.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;

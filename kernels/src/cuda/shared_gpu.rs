@@ -2,8 +2,8 @@
 //! host; the last to arrive enqueues all members' parts on their streams, ordered by events. No host thread waits for a
 //! GPU. Data on another GPU is copied over before a kernel reads it.
 //!
-//! - LOCAL-1: a member that is not the last waits on its stream's own thread for the last to arrive. So only the last
-//!   member puts work on its stream meanwhile.
+//! - LOCAL-1: members wait on their streams' own threads for the last to arrive, so only the last puts work on their
+//!   streams meanwhile.
 //! - LOCAL-2: a member's stream accesses another member's memory only after that member's `ready` event, and continues
 //!   only after the `done` events of all members: MEET-1, between streams.
 
@@ -191,7 +191,7 @@ impl Enqueue for SharedGpu {
         let ready = stream.record()?;
         let memory = Memory { x, y, workspace, stream: stream.clone(), ready };
         let post = Post::new(call, &bound.reads, &bound.writes, memory);
-        // Each bind is the caller's own context again, in every case.
+        // Enqueueing binds other contexts; each `bind` restores the caller's, even after an error.
         let arrival = if post.ends().is_some() {
             rendezvous.transfer(post, |sender, receiver| {
                 enqueue_transfer(sender, receiver).and(bind(&stream))?;

@@ -1,6 +1,5 @@
 //! Host work in the order of a CUDA stream: copies buffers to pinned memory, works on them there, and copies them back.
-//! For custom kernels, for engines without GPU support, and for Inf/NaN checks. Blocks, so only a stream's own thread
-//! calls it.
+//! For custom kernels, engines without GPU support, and Inf/NaN checks. Blocks: only a stream's own thread calls it.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;

@@ -36,8 +36,7 @@ pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 pub enum Arg {
     Pointer(Place),
     Null,
-    /// The address of the stream's [`ErrorRecord`]. Each stream has its own, since only launches of one stream are
-    /// ordered.
+    /// The address of the stream's [`ErrorRecord`], one per stream, since only launches of one stream are ordered.
     ErrorRecord,
     /// The launch's index in its program, as an `unsigned int`, for the [`ErrorRecord`]; the issuer fills it in.
     LaunchIndex,
@@ -50,8 +49,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// The value as 8 bytes, of which a kernel reads as many as its parameter has; `None` if the issuer provides the
-    /// value.
+    /// The value as 8 bytes, of which a kernel reads as many as its parameter has; `None` if the issuer provides it.
     pub fn bits(&self) -> Option<u64> {
         Some(match *self {
             Arg::Pointer(_) | Arg::ErrorRecord | Arg::LaunchIndex => return None,
@@ -109,9 +107,8 @@ pub struct Matrix {
     pub leading: i64,
 }
 
-/// `d = op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32
-/// (`CUBLAS_COMPUTE_32F`; TF32 is not allowed), all dims above 0. All fields except the places are part of the plan
-/// cache key.
+/// `d = op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32 (`CUBLAS_COMPUTE_32F`;
+/// TF32 is not allowed), all dims above 0. All fields but the places are in the plan cache key.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     pub m: u64,
@@ -174,9 +171,8 @@ impl AttentionShape {
         tensors.into_iter().map(bytes).sum::<usize>() + self.library_bytes()
     }
 
-    /// The part of the workspace for cuDNN's engines. NVIDIA's engines need a few KiB; those of the gradient on sm_80
-    /// and sm_120 also need room for dq in f32 (9.28.1, `kernels/cuda/check_cudnn.py`). Engines that need more are not
-    /// used.
+    /// The part of the workspace for cuDNN's engines; those that need more are not used. NVIDIA's engines need a few
+    /// KiB; those of the gradient on sm_80 and sm_120 also hold dq in f32 (9.28.1, `kernels/cuda/check_cudnn.py`).
     pub(crate) fn library_bytes(&self) -> usize {
         const ENGINE_BYTES: usize = 1 << 16;
         match self.pass {

@@ -246,8 +246,7 @@ impl Drop for CudaStream {
             stream.close(&stream.gpu.context.mark_lost(error));
         } else {
             stream.close(&KernelError::Closed { device: stream.rank });
-            // The stream has ended; `cuStreamSynchronize` makes that known before its memory is freed. A failure is the
-            // context's.
+            // The stream has ended; this records that before its memory is freed. The context keeps any error.
             let _ = stream.synchronize();
         }
         if let Some(thread) = thread {

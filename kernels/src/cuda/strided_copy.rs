@@ -12,7 +12,6 @@ use crate::op::{Buffer, Launch, Op};
 use crate::region::for_each_run;
 use crate::tensor::{DType, Region};
 
-/// A region of a tensor at an address.
 #[derive(Clone, Debug)]
 pub(crate) struct StridedRegion {
     address: u64,
@@ -34,8 +33,8 @@ impl StridedRegion {
     }
 }
 
-/// Loads all kernels used here: a load behind a collective that waits for another GPU would wait for it too. Requires
-/// the context to be bound.
+/// Loads all kernels used here: a later load could block behind a collective that waits for another GPU. Requires the
+/// context to be bound.
 pub(crate) fn prepare(gpu: &Gpu) -> Result<()> {
     ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }
@@ -59,8 +58,7 @@ pub(crate) fn copy_region(stream: &RawStream, from: &StridedRegion, to: &Strided
     steps.iter().try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
-/// Copies a region from any GPU. Between GPUs, runs of adjacent elements become rows; rows of equal size and pitch
-/// share one call.
+/// Copies a region from any GPU. Between GPUs, adjacent elements form rows; rows of one size and pitch share a call.
 pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,

@@ -45,8 +45,7 @@ enum Owner {
     Backend { _memory: Box<dyn Any + Send + Sync> },
 }
 
-// SAFETY: the memory is exclusively owned, and any thread may free it; MEM-3 governs access to its contents from
-// several threads.
+// SAFETY: the memory is exclusively owned, and any thread may free it; MEM-3 governs concurrent access.
 unsafe impl Send for HostMemory {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for HostMemory {}

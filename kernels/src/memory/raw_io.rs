@@ -1,5 +1,4 @@
-//! Transfers bytes of an arena to and from a socket or a file without an intermediate copy (for GPU memory through a
-//! pinned buffer).
+//! Transfers bytes of an arena to and from a socket or file without an extra copy (GPU memory: via a pinned buffer).
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -48,8 +47,7 @@ impl Arena {
             return filled;
         }
         let start = self.host_start().wrapping_add(offset);
-        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, used by nothing else by the
-        // contract.
+        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, used by nothing else (contract).
         source.read_exact(unsafe { std::slice::from_raw_parts_mut(start, bytes) })
     }
 

@@ -35,8 +35,7 @@ pub(super) struct Mapping {
     pub(super) access: Access,
 }
 
-// SAFETY: the mapping belongs to the process and any thread may unmap it; MEM-3 governs access to its contents from
-// several threads or processes.
+// SAFETY: the mapping belongs to the process, and any thread may unmap it; MEM-3 governs concurrent access.
 unsafe impl Send for Mapping {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Mapping {}

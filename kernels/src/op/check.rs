@@ -8,8 +8,7 @@ use crate::region::check_inside;
 use crate::tensor::{DType, Region, element_count};
 
 impl Launch {
-    /// Checks the number of buffers, accumulation, and which buffers are BF16. `accumulate` is true if the launch is
-    /// marked so.
+    /// Checks the number of buffers, which of them are BF16, and whether the op supports a launch's `accumulate`.
     pub(crate) fn check_op(&self, accumulate: bool) -> Result<()> {
         let count = |(reads, writes)| format!("{reads} read, {writes} written");
         let counts = (self.reads.len(), self.writes.len());
@@ -169,7 +168,6 @@ impl Launch {
         if holds { Ok(()) } else { Err(self.refused(&what.to_string(), expected.to_string(), format!("{got:?}"))) }
     }
 
-    /// The extents of a shape of `N` dims.
     pub(crate) fn dims<const N: usize>(&self, what: &str, shape: &[usize], expected: &str) -> Result<[usize; N]> {
         shape.try_into().map_err(|_| self.refused(what, expected, format!("{shape:?}")))
     }

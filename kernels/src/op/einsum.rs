@@ -178,7 +178,6 @@ mod tests {
         check("m,n->mn", &[4], &[3], &[4, 3], (4, 3, 1), [false, false, false]);
     }
 
-    /// The error names the matrix product, and valid subscripts for it.
     #[test]
     fn the_error_suggests_subscripts_that_move_no_data() {
         for (text, left, right, written) in [

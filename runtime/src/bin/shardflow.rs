@@ -173,7 +173,7 @@ struct LaunchArgs {
 }
 
 impl LaunchArgs {
-    /// Environment variables of the processes: from flags, and CUDA's settings that are not set.
+    /// Environment variables for the processes: those of the flags, and defaults for CUDA's settings that are not set.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
             (env::MEET_MS, self.meet_wait.map(|wait| wait.as_millis().to_string())),
@@ -243,14 +243,12 @@ fn main() -> ExitCode {
     output.and_then(print).unwrap_or_else(fail).into()
 }
 
-/// What a command prints, and its exit.
 type Output = Result<(String, Exit), ProgramError>;
 
 fn failed(exit: Exit, error: impl Display) -> ProgramError {
     ProgramError::new(exit, error.to_string(), "")
 }
 
-/// The output of a command that prints `result`, or ends with `exit` if that is an error.
 fn done(result: Result<impl Display, impl Display>, exit: Exit) -> Output {
     result.map(|text| (text.to_string(), Exit::Done)).map_err(|error| failed(exit, error))
 }
@@ -260,7 +258,7 @@ fn fail(error: ProgramError) -> Exit {
     error.exit
 }
 
-/// A reader that has closed its pipe, such as `head`, wanted no more.
+/// A closed pipe is not an error: its reader, such as `head`, wants no more output.
 fn print((text, exit): (String, Exit)) -> Result<Exit, ProgramError> {
     if text.is_empty() {
         return Ok(exit);
@@ -271,7 +269,6 @@ fn print((text, exit): (String, Exit)) -> Result<Exit, ProgramError> {
     }
 }
 
-/// A value as JSON or as text.
 fn show(value: &(impl Serialize + Display), as_json: bool) -> Result<String, ProgramError> {
     let json = as_json.then(|| serde_json::to_string_pretty(value)).transpose();
     Ok(json.map_err(|error| failed(Exit::Internal, error))?.unwrap_or_else(|| value.to_string()))

@@ -79,8 +79,7 @@ pub enum LocalStep {
     Local { fill: Option<f32>, copy: Option<(Region, Region)> },
     /// Call a collective that reads the input shard and writes the output shard.
     Call(GroupCall),
-    /// Copy boxes from devices of the source placement, possibly including this one; together they fill the output
-    /// shard.
+    /// Copy boxes from devices of the source placement, maybe this one; together they fill the output shard.
     Pull(Vec<Pull>),
 }
 

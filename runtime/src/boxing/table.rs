@@ -1,5 +1,4 @@
-//! Boxing costs between all layouts of one tensor on one placement: the costs of [`super::plan`] for many pairs at
-//! once.
+//! Costs of [`super::plan`] between all layouts of one tensor on one placement, computed together.
 
 use std::collections::HashMap;
 

@@ -34,13 +34,11 @@ fn layouts(placement: &Placement) -> Vec<PlacedLayout> {
     layouts.into_iter().map(|sbp| PlacedLayout { placement: placement.clone(), sbp }).collect()
 }
 
-/// All layouts on the source with all layouts on the target.
 fn pairs(source: &Placement, target: &Placement) -> Vec<(PlacedLayout, PlacedLayout)> {
     let targets = layouts(target);
     layouts(source).iter().flat_map(|from| targets.iter().map(|to| (from.clone(), to.clone()))).collect()
 }
 
-/// Checks each layout change of two matrices from one placement to another.
 fn check_pairs(source: &Placement, target: &Placement, check: fn(&[usize], &PlacedLayout, &PlacedLayout)) {
     for shape in [[5, 7], [3, 2]] {
         pairs(source, target).iter().for_each(|(from, to)| check(&shape, from, to));

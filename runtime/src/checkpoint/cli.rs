@@ -92,8 +92,7 @@ pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
     }
 }
 
-/// Selects the checkpoint of this step, or the newest complete one, with a warning line for each damaged one that was
-/// skipped.
+/// Opens this step's checkpoint, or the newest complete one. Also returns a warning line for each damaged one.
 fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String), CheckpointError> {
     if let Some(step) = step {
         return Ok((store.read(step)?, String::new()));

@@ -1,5 +1,4 @@
-//! Converts checkpoints to one safetensors file, or to another number of shards. Only one tensor or piece at a time is
-//! in memory.
+//! Converts checkpoints to a safetensors file or another number of shards, one tensor or piece at a time.
 
 use std::borrow::Cow;
 use std::io::Write;

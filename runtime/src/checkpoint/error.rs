@@ -29,54 +29,40 @@ impl fmt::Display for StoreOperation {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum CheckpointError {
-    /// A local file cannot be read or written.
     #[error("{path}: {source}")]
     Io { path: PathBuf, source: std::io::Error },
-    /// It is not a safetensors file.
     #[error("{path}: not a complete safetensors file: {message}")]
     Format { path: PathBuf, message: String },
     /// The file does not fit the program: a tensor is missing, extra or of another shape, or a declared value differs.
     #[error("{path}: {why}")]
     Unfit { path: PathBuf, why: String },
-    /// A tensor of an unsupported type.
     #[error("{path}: tensor {name} is {got}, expected {expected}; convert the file")]
     Dtype { path: PathBuf, name: String, expected: String, got: String },
-    /// The place cannot hold checkpoints.
     #[error("{place}: not a place for checkpoints: {why}")]
     Place { place: String, why: String },
-    /// The store failed.
     #[error("{file}: cannot {doing}: {source}")]
     Store { file: String, doing: StoreOperation, source: Box<object_store::Error> },
-    /// The store did not respond in time.
     #[error("{file}: cannot {doing}: no response from the store within {seconds} s; a disk or server may have stalled")]
     Stalled { file: String, doing: StoreOperation, seconds: f64 },
     /// A file of a committed checkpoint is missing, truncated, altered or invalid.
     #[error("{file}: damaged: {why}")]
     Damaged { file: String, why: String },
-    /// A newer program wrote the checkpoint.
     #[error(
         "{file}: version {version} of the format; this program reads versions 1 to {VERSION}: use the build that wrote it"
     )]
     Newer { file: String, version: u32 },
-    /// There is no committed checkpoint.
     #[error("{place}: no complete checkpoint{}", step.map(|s| format!(" of step {s}")).unwrap_or_default())]
     Absent { place: String, step: Option<u64> },
-    /// The checkpoint was deleted after it was opened, usually because newer ones have replaced it.
     #[error("{place}: the checkpoint of step {step} was deleted while it was read")]
     Deleted { place: String, step: u64 },
-    /// The step already has a checkpoint.
     #[error("{file}: step {step} already has a committed checkpoint; committed checkpoints are never overwritten")]
     Exists { file: String, step: u64 },
-    /// Another training writes to the store.
     #[error("{place}: another run writes its checkpoints here: {holder}; end that run, or use another place")]
     Held { place: String, holder: String },
-    /// Another training has taken the store from this one.
     #[error("{place}: this run has lost the lock and writes no more checkpoints: the lock is held by {holder}")]
     Fenced { place: String, holder: String },
-    /// There is too little free space for the checkpoints to keep.
     #[error("{place}: {why}")]
     NoRoom { place: String, checkpoints: u64, why: String },
-    /// Not all processes see the same folder.
     #[error(
         "{place}: {ranks} cannot see a file that rank 0 has written there; all nodes must share the folder, so use a network file system"
     )]
@@ -84,13 +70,10 @@ pub enum CheckpointError {
     /// Another process, or the agreement between processes, failed; nothing was committed.
     #[error("checkpoint of step {step} not committed: {source}")]
     Others { step: u64, source: AgreeError },
-    /// Another rank failed; its own error states the cause.
     #[error("{place}: rank {rank} {problem}; see its log")]
     OnRank { place: String, rank: u32, exit: u8, problem: String },
-    /// The system cannot start a thread.
     #[error("cannot start a thread for checkpoints: {0}; {THREADS_HINT}")]
     Thread(std::io::Error),
-    /// The request cannot be fulfilled.
     #[error("{0}")]
     Refused(String),
 }

@@ -68,7 +68,6 @@ pub(crate) struct StoreFile {
     pub(crate) path: Path,
 }
 
-/// A backend with the settings of its operations.
 #[derive(Clone, Debug)]
 pub(crate) struct Operations {
     pub(crate) backend: Arc<dyn ObjectStore>,

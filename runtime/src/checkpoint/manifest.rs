@@ -16,8 +16,7 @@ use shardflow_kernels::tensor::{DType, Region};
 use crate::declare::{DECLARED_MAX, Values};
 
 const FORMAT: &str = "shardflow-checkpoint";
-/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and
-/// [`Manifest::declared`].
+/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and [`Manifest::declared`].
 pub(crate) const VERSION: u32 = 3;
 /// Largest size of a manifest, bytes.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
@@ -189,8 +188,7 @@ pub struct Manifest {
     pub epoch: u64,
     /// The mesh that wrote it; any other mesh can load it.
     pub mesh: String,
-    /// Seed. Initial weights and dropout masks depend only on the seed and `step`, which are the state of all
-    /// generators.
+    /// Seed. Initial weights and dropout masks are functions of the seed and `step`; no generator has other state.
     pub seed: u64,
     /// The program's cursor.
     pub cursor: Cursor,

@@ -33,14 +33,13 @@ pub struct SaverOptions {
     pub keep_every: Option<u64>,
     /// The planned saves, if known; the check of free space counts the checkpoints that they will leave.
     pub schedule: Option<SaveSchedule>,
-    /// A file with all parameters that the program will write too; the check of free space counts it.
+    /// A file with all parameters that the program will also write; the check of free space counts it.
     pub save: Option<PathBuf>,
     /// Behavior of a save while another one runs.
     pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
-    /// The job's unique name, the same for all its incarnations: a later incarnation takes the store's lock
-    /// immediately.
+    /// The job's unique name, the same for all incarnations; a later one takes the store's lock immediately.
     pub job: Option<String>,
 }
 

@@ -45,11 +45,9 @@ pub struct SaveReport {
     pub prune: Option<CheckpointError>,
 }
 
-/// File extensions of a process's shard and of its sidecar.
 pub(crate) const SHARD: &str = "safetensors";
 const SIDECAR: &str = "json";
 
-/// Name of a process's shard or sidecar in the checkpoint's folder.
 pub(crate) fn part_file(save: SaveId, process: u32, processes: u32, extension: &str) -> String {
     format!("e{}-{}/shard-{process}-of-{processes}.{extension}", save.epoch, save.attempt)
 }

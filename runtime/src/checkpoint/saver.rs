@@ -35,7 +35,7 @@ pub struct Saver {
     reports: Receiver<(SaveReport, Snapshot)>,
     /// True while the report of a save is outstanding.
     is_busy: bool,
-    /// The buffers of the last snapshot, for the next one. While a save runs, only its snapshot is in memory too.
+    /// The last snapshot's buffers, which the next one reuses.
     pub(crate) spare: Option<Snapshot>,
     next_attempt: u32,
     busy: WhenBusy,
@@ -86,13 +86,11 @@ impl Saver {
         Ok(Self { jobs, reports, is_busy: false, spare: None, next_attempt: 0, busy, place, lock })
     }
 
-    /// True if the next save is to be skipped, because another one is running and the option is [`WhenBusy::Skip`].
     pub(crate) fn must_skip(&self) -> bool {
         self.is_busy && self.reports.is_empty() && self.busy == WhenBusy::Skip
     }
 
-    /// Starts to write a snapshot after the running save. `replaces`: the step's checkpoint, if there is one, was found
-    /// damaged.
+    /// Starts to write a snapshot after the running save. `replaces`: the step's checkpoint, if any, was found damaged.
     pub(crate) fn start(&mut self, snapshot: Snapshot, replaces: bool) -> Result<SaveStart, CheckpointError> {
         let mut before = None;
         if self.is_busy {

@@ -15,7 +15,6 @@ use super::manifest::{Checksum, Shard};
 use super::store::Store;
 use crate::declare::Values;
 
-/// Keys of a file's metadata.
 pub(crate) const STEPS: &str = "shardflow.steps";
 pub(crate) const UPDATES: &str = "shardflow.updates";
 pub(crate) const SEED: &str = "shardflow.seed";
@@ -48,7 +47,6 @@ pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> Stri
     format!("{tensor}[{}]", ranges.join(","))
 }
 
-/// The metadata of a file of whole tensors.
 pub(crate) fn metadata(steps: u64, updates: u64, seed: u64, declared: &Values) -> Values {
     let numbers = [(STEPS, steps), (UPDATES, updates), (SEED, seed)];
     let numbers = numbers.into_iter().map(|(key, number)| (key.to_owned(), number.to_string()));
@@ -60,8 +58,7 @@ pub(crate) fn declared_of(metadata: &HashMap<String, String>) -> Values {
     metadata.iter().filter_map(named).collect()
 }
 
-/// The JSON header of a safetensors file. The crate's own type keeps metadata in a hash map, whose order differs
-/// between runs.
+/// A safetensors file's JSON header. The crate's own type has a hash map of metadata, whose order differs between runs.
 #[derive(Serialize)]
 struct Header<'a> {
     #[serde(rename = "__metadata__")]
@@ -120,7 +117,6 @@ pub(crate) fn write<'a>(
     Ok((Shard { file: file.into(), bytes, blake3 }, written))
 }
 
-/// Description of a process's shard, for process 0.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Sidecar {

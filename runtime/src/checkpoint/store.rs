@@ -33,7 +33,6 @@ const SET_ASIDE: &str = "manifest.json.damaged";
 pub(super) const CURSOR: &str = "cursor.json";
 pub(super) const CURSOR_BYTES_MAX: u64 = 16 << 20;
 
-/// The content of [`CURSOR`].
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NewCursor {
@@ -46,7 +45,6 @@ pub(super) struct NewCursor {
 pub struct Store {
     pub(crate) operations: Operations,
     prefix: Path,
-    /// The place, as the user wrote it.
     place: String,
     pub(crate) local: Option<PathBuf>,
 }
@@ -89,8 +87,7 @@ impl Store {
         Self::new(backend, prefix, place, None)
     }
 
-    /// Like [`Store::open`], for a local folder that is accessed through the caller's backend, whose root is the file
-    /// system's root.
+    /// Like [`Store::open`], for a local folder behind the caller's backend, whose root is the file system's root.
     pub fn in_folder(
         backend: Arc<dyn ObjectStore>,
         folder: &std::path::Path,
@@ -143,8 +140,7 @@ impl Store {
         self
     }
 
-    /// Sets the bytes of one upload request, which is the memory that a write needs beside the snapshot; the default is
-    /// 16 MiB.
+    /// Sets the bytes of an upload request: the memory that a write needs beside the snapshot. The default is 16 MiB.
     #[must_use]
     pub fn with_part_bytes(mut self, bytes: usize) -> Self {
         self.operations.part_bytes = bytes.max(1);
@@ -229,8 +225,8 @@ impl Store {
         self.operations.get(&self.manifest(step), MANIFEST_BYTES_MAX)?.ok_or_else(absent)
     }
 
-    /// Atomically replaces the cursor of a committed checkpoint, for a training that rolls back to it and skips
-    /// samples, which a later run must skip, too. One process calls it.
+    /// Atomically replaces the cursor of a committed checkpoint. A training that rolls back calls it, in one process,
+    /// so that later runs skip the same samples.
     ///
     /// # Errors
     /// [`CheckpointError::Absent`], or if the write fails.

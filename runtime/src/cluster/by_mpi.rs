@@ -8,7 +8,6 @@ use shardflow_kernels::collective::{Collective, Group};
 use super::error::ClusterError;
 use crate::process_map::ProcessMap;
 
-/// The error of a program that was built without MPI.
 pub(super) fn not_built() -> ClusterError {
     ClusterError::Mpi("this program was built without MPI: build it with `--features mpi`, or set it to `own`".into())
 }

@@ -56,7 +56,6 @@ pub(crate) struct Connector {
     pub(crate) options: ClusterOptions,
     pub(crate) by_mpi: ByMpi,
     pub(crate) deadline: Instant,
-    /// Pipes between GPUs, by source and target device.
     pub(crate) pipes: Pipes,
 }
 
@@ -112,7 +111,7 @@ impl Connector {
             (0..self.process_map.processes).filter(|p| *p == own || self.shares_memory(own, *p)).collect();
         let is_mpi_selected = self.options.collectives == Collectives::Mpi;
         let hosts = |group: &Arc<Group>| self.process_map.processes_of(group).len();
-        // MPI runs groups whose members are each in a process of its own.
+        // MPI runs the groups whose members are all in different processes.
         let uses_mpi = |group: &Arc<Group>| is_mpi_selected && hosts(group) == group.ranks.len();
         let mut crossing = groups(plan);
         crossing.retain(|group| self.device == DeviceKind::Cpu && hosts(group) > 1);
@@ -148,9 +147,6 @@ impl Connector {
 
 /// Refuses a transport that needs Unix sockets if processes of one node cannot open each other's, as in containers with
 /// separate `/tmp`. If TCP may be used instead, returns the line that the first such process logs.
-///
-/// # Errors
-/// [`ClusterError::Refused`], the same for all processes.
 pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Result<Option<String>, ClusterError> {
     let pairs =
         roster.members.iter().enumerate().flat_map(|(i, a)| roster.members[i + 1..].iter().map(move |b| (a, b)));

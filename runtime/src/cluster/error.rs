@@ -13,28 +13,22 @@ use shardflow_kernels::error::KernelError;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum ClusterError {
-    /// The environment contradicts itself.
     #[error(transparent)]
     Env(#[from] EnvError),
-    /// MPI is selected and cannot be used.
     #[error("{COLLECTIVES}=mpi, but {0}")]
     Mpi(String),
     /// An invalid combination of processes, devices, addresses or transports.
     #[error("{0}")]
     Refused(String),
-    /// The rendezvous failed.
     #[error(transparent)]
     Rendezvous(#[from] RendezvousError),
-    /// A connection could not be made.
     #[error(transparent)]
     Transport(#[from] TransportError),
     /// A process was lost after the rendezvous, before the session began.
     #[error(transparent)]
     Membership(#[from] MembershipError),
-    /// Memory or a collective engine could not be created.
     #[error(transparent)]
     Kernel(#[from] KernelError),
-    /// A system call failed.
     #[error("cannot {action}: {cause}")]
     System { action: &'static str, cause: io::Error },
 }

@@ -35,7 +35,6 @@ pub(crate) fn exit_of_kernel(cause: &KernelError) -> Exit {
     }
 }
 
-/// The failure of a session that ends because of another process.
 pub(crate) fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
 }

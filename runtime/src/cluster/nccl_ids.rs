@@ -1,5 +1,4 @@
-//! Exchange of each group's `ncclUniqueId` over the control plane, from the process of the group's first member to
-//! those of the others.
+//! Exchanges each group's `ncclUniqueId` over the control plane: its first member's process sends it to the others.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,7 +13,6 @@ use shardflow_kernels::error::KernelError;
 use super::save_agreement::Received;
 use crate::process_map::ProcessMap;
 
-/// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 2;
 
 /// Bytes of a group's number and id in a message.
@@ -22,10 +20,6 @@ const ENTRY_BYTES: usize = 4 + 128;
 
 /// Returns the ids of these groups, which are all groups of a plan with several members. A collective call: each
 /// process makes it once.
-///
-/// # Errors
-/// [`KernelError::Unavailable`] without NCCL; [`KernelError::Aborted`] if an id does not arrive before the deadline or
-/// the session ends.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
     process_map: &ProcessMap,

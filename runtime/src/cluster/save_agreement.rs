@@ -14,7 +14,6 @@ use crate::checkpoint::agreement::{SaveAgreement, SaveId, SaveOutcome};
 use crate::checkpoint::error::AgreeError;
 use crate::process_map::ProcessMap;
 
-/// Topic of these messages on the control plane.
 pub(super) const TOPIC: u16 = 1;
 
 /// Smallest timeout of a wait for another process to write its part; the watchdog may allow more.
@@ -82,7 +81,6 @@ impl ClusterAgreement {
         serde_json::to_vec(&payload).unwrap_or_default()
     }
 
-    /// Waits for a peer's result of this phase of this save.
     fn wait(&self, save: SaveId, phase: Phase, from: u32, deadline: Instant) -> Result<PhaseResult, AgreeError> {
         loop {
             if let Some(result) = self.early.lock().remove(&(save, phase, from)) {

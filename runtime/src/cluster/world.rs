@@ -87,7 +87,6 @@ struct State {
     /// Peers that have left in order.
     left: Vec<u32>,
     control: Option<Control>,
-    /// Each process's activity and when it began.
     activities: BTreeMap<u32, (String, Instant)>,
 }
 

@@ -5,7 +5,6 @@ use std::{env, fs};
 
 use super::finding::{Finding, FindingStatus, not_ok, ok};
 
-/// Programs, and how to install them.
 const PROGRAMS: [(&str, &str); 3] = [
     ("mpirun", "apt install openmpi-bin"),
     ("srun", "apt install slurm-client"),

@@ -27,7 +27,7 @@ pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     if path.is_dir() {
         return Err(error(io::ErrorKind::IsADirectory.into()));
     }
-    // `Path::file_name` ignores a slash at the end, which the system does not.
+    // Unlike the system, `Path::file_name` ignores a slash at the end.
     if path.file_name().is_some_and(|name| !path.as_os_str().as_bytes().ends_with(name.as_bytes())) {
         return Err(error(io::Error::new(io::ErrorKind::IsADirectory, "it ends with a slash, like a folder")));
     }
@@ -106,7 +106,7 @@ pub fn check_appendable(path: &Path) -> Result<(), OutputFileError> {
     }
 }
 
-/// True if there is no room, or not for such a large file.
+/// True if the disk is full, or the file would be too large.
 pub fn is_full(cause: io::ErrorKind) -> bool {
     matches!(cause, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
 }

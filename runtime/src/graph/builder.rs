@@ -39,8 +39,7 @@ impl Layout {
         self
     }
 
-    /// The layout of a tensor of this shape on a placement, or the error message. Along axes of size 1 it is
-    /// `Broadcast`.
+    /// The layout of a tensor of this shape on a placement, or the error message. `Broadcast` along axes of size 1.
     fn on(&self, placement: &Placement, shape: &[usize]) -> Result<NdSbp, String> {
         let axes = placement.axes();
         let mut out = NdSbp::broadcast(axes.len());
@@ -400,8 +399,7 @@ impl Graph {
         self.outputs.push(Output { name: name.to_string(), tensor, combine, location });
     }
 
-    /// Adds an input of the user. Inputs that share a name are one tensor of the host, fed to several placements; so
-    /// their properties must be equal.
+    /// Adds an input. Inputs with one name are one host tensor on several placements, so their properties must match.
     #[track_caller]
     fn add_input(
         &mut self,
@@ -438,7 +436,7 @@ impl Graph {
         out
     }
 
-    /// The source line of what is built: that of the layer under construction, or of the user's call.
+    /// The source line of the layer under construction, or else of the user's call.
     #[track_caller]
     pub(super) fn here(&self) -> SourceLine {
         self.origin.unwrap_or(Location::caller())
@@ -486,7 +484,7 @@ impl Graph {
         out[0]
     }
 
-    /// Refuses dims of size 0, and more dims than the rules of ops have letters for.
+    /// Refuses dims of size 0, and more than `DIMS_MAX` dims.
     #[track_caller]
     fn check_shape(&mut self, name: &str, shape: &[usize]) {
         if let Some(dim) = shape.iter().position(|extent| *extent == 0) {

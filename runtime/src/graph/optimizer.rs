@@ -57,7 +57,6 @@ impl std::fmt::Display for AdamW {
 }
 
 impl AdamW {
-    /// The error message for invalid settings.
     pub(crate) fn invalid(&self) -> Option<String> {
         let Self { betas: (beta1, beta2), eps, weight_decay, max_norm } = *self;
         // Each condition is false for NaN.

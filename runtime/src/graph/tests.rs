@@ -157,7 +157,6 @@ fn invalid_programs_are_reported() {
         .assert_eq(&error_with("data=2,tensor=4", &CompileOptions { devices: 4, ..CompileOptions::default() }, x));
 }
 
-/// `compile` reports all errors at once, and no errors that follow from others.
 #[test]
 fn errors_are_reported_together_and_once() {
     expect![[r#"
@@ -178,8 +177,7 @@ fn errors_are_reported_together_and_once() {
     }));
 }
 
-/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; otherwise it is inserted and
-/// listed.
+/// A norm needs its whole weight: `Explicit` requires that the program states the gather.
 #[test]
 fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let build = |g: &mut Graph| {
@@ -432,8 +430,7 @@ fn every_method_refuses_a_tensor_of_another_graph() {
         ("shape", |p, other| _ = nn::attention(&mut p.g, "a", other, 4, None)),
     ];
     for (index, (subject, call)) in calls.iter().enumerate() {
-        // The graph has fewer or more tensors than the other one: the index is out of range, or refers to another
-        // tensor.
+        // The index of the other graph's tensor is out of range here, or that of another tensor.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
             let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
@@ -641,7 +638,7 @@ fn invalid_shapes_and_numbers_are_reported() {
     }));
 }
 
-/// So a program that inspects shapes reaches `compile`, which reports the error.
+/// Plausible shapes let a program that inspects them reach `compile`, which reports the error.
 #[test]
 fn results_of_invalid_ops_have_plausible_shapes() {
     let mut g = Graph::new(&mesh());

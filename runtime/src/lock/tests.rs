@@ -94,7 +94,7 @@ fn a_higher_epoch_takes_the_lock_at_once_and_fences_the_old_holder() {
         assert!(error.contains("held by process 2 on host host-2, job a, epoch 2"), "{error}");
         drop(old);
         new.check().unwrap();
-        // A late process of an old epoch does not.
+        // A late process of an old epoch does not supersede the holder.
         let late = Lock::take_as(&local, holder(3, "a", 1)).unwrap_err();
         assert!(matches!(late, CheckpointError::Held { .. }), "{late}");
         if store.local.is_none() {

@@ -116,7 +116,6 @@ fn node_backward(graph: &mut Graph, node: &Node, grads: &[Option<Var>]) -> Vec<(
     }
 }
 
-/// The error message if a custom op's gradients do not match its inputs.
 fn gradient_mismatch(graph: &Graph, inputs: &[Var], parts: &[Option<Var>]) -> Option<String> {
     if parts.len() != inputs.len() {
         return Some(format!(

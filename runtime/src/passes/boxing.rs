@@ -61,7 +61,6 @@ struct BoxingPass<'a> {
     model: &'a CostModel,
     mode: Boxing,
     graph: &'a mut Graph,
-    /// The rebuilt list of nodes.
     rebuilt: Vec<Node>,
     /// The versions of each original tensor; the first is the original.
     versions: BTreeMap<Var, Vec<Var>>,

@@ -23,8 +23,7 @@ pub fn sizes(graph: &mut Graph) {
     }
 }
 
-/// Refuses programs without an output, trained parameters as outputs, and parameters and inputs that no output depends
-/// on.
+/// Refuses programs without outputs, trained parameters as outputs, and parameters and inputs that no output needs.
 pub fn purpose(graph: &mut Graph) {
     if graph.outputs.is_empty() {
         let location = graph.nodes.last().map_or(graph.location, |node| node.location);
@@ -50,7 +49,6 @@ pub fn purpose(graph: &mut Graph) {
     }
 }
 
-/// Parameters and inputs that no output depends on.
 fn unused(graph: &Graph) -> Vec<(&'static str, String, SourceLine)> {
     let mut used = vec![false; graph.nodes.len()];
     for output in &graph.outputs {

@@ -193,8 +193,7 @@ impl Splits {
         let stays_split = |c: &Candidate| (0..axes).all(|axis| self.stays_split(spec, &c.signature, axis));
         let allowed = |c: &&Candidate| keeps_given_layouts(c) && comes_from_a_split(c) && stays_split(c);
         let kept: Vec<Candidate> = spec.candidates.iter().filter(allowed).cloned().collect();
-        // If the op cannot read its parameter in the given layout, all candidates remain; `explain` lists the layout
-        // change.
+        // If the op cannot read a parameter in its given layout, all candidates stay; `explain` lists the change.
         if !kept.is_empty() {
             spec.candidates = kept;
         }

@@ -177,7 +177,6 @@ fn cause(graph: &Graph, var: Var) -> String {
     format!("{name} at {}:{} has no rule for this{hint}: {inputs}", location.file(), location.line())
 }
 
-/// The tensors' loop SBPs, as text.
 fn describe(graph: &Graph, vars: &[Var]) -> String {
     let text = |var: &Var| {
         let info = graph.tensor(*var);

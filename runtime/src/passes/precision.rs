@@ -185,8 +185,7 @@ impl TypeClasses {
     }
 }
 
-/// Inserts a cast where a node reads another type than its input has, one for all nodes of a phase. A parameter that is
-/// read on its own placement gets a bf16 copy instead; the update refreshes it, so no micro-batch has to cast.
+/// Inserts a cast or a parameter's bf16 copy where a node reads another type than its input has; one per phase.
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
     let mut rebuilt: Vec<Node> = Vec::new();
@@ -244,7 +243,6 @@ fn insert_casts(graph: &mut Graph) {
     graph.nodes = rebuilt;
 }
 
-/// The node of a parameter's bf16 copy.
 fn bf16_copy(graph: &mut Graph, of: Var, parameter: Node) -> Node {
     let info = graph.tensor(of).clone();
     let name = format!("{}.bf16", info.name);
@@ -259,7 +257,6 @@ fn with_bf16_sizes(step: &BoxingStep) -> BoxingStep {
     BoxingStep { bytes_received: step.bytes_received.iter().map(in_bf16).collect(), ..step.clone() }
 }
 
-/// A cast of `input` to bf16 for `reader`.
 fn cast(graph: &mut Graph, input: Var, (placement, phase): (usize, Phase), reader: &Node) -> Node {
     let info = graph.tensor(input).clone();
     let name = format!("{}.cast", info.name);

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::graph::{Graph, NodeOp, Var};
 
-/// Records an error for each node that reads from a placement which shares a device with the node's own, or which waits
-/// for the node's own, directly or indirectly.
+/// Records an error for each node that reads from another placement which shares a device with the node's placement or
+/// waits for it, directly or indirectly.
 pub fn check(graph: &mut Graph) {
     // For each placement, the placements that it reads from.
     let mut reads: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();

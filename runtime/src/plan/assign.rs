@@ -181,8 +181,7 @@ fn group_registers(
     readers: &BTreeMap<LocalTensor, BTreeSet<DeviceAction>>,
 ) {
     let mut register_of: BTreeMap<(DeviceAction, Vec<DeviceAction>, Rate, bool), usize> = BTreeMap::new();
-    // In the order of the tensors, so that a bucket's gradients are stored in the order in which backward computes
-    // them.
+    // In the order of the tensors: a bucket's gradients are stored in the order in which backward computes them.
     for index in 0..graph.tensors.len() {
         let var = graph.var(index);
         if out.resolve_alias(var) != var {

@@ -16,8 +16,7 @@ pub struct CollectiveMismatch {
     pub second: (usize, String),
 }
 
-/// The part of a call that must be equal on all members: it includes the list of all regions, but not the member's own
-/// index.
+/// The part of a call that must be equal on all members: it includes all regions, but not the member's own index.
 fn signature(call: &CollectiveCall) -> String {
     match &call.kind {
         CollectiveKind::Send { to } => format!("send to {to}"),

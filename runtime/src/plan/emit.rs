@@ -138,9 +138,7 @@ struct Emitter<'a> {
     inputs: &'a [usize],
     outputs: &'a [usize],
     launches: Vec<Launch>,
-    /// The node of each launch.
     nodes: Vec<NodeId>,
-    /// The node that is being emitted.
     current: NodeId,
     /// Lifetimes of scratch buffers. Until [`Emitter::place_scratch`], a scratch buffer's offset is its index here.
     scratch: Vec<Interval>,
@@ -174,8 +172,7 @@ impl Emitter<'_> {
         Buffer { base, offset, shape, dtype }
     }
 
-    /// Index of the base for a register's slot. If the action both reads and writes the register, that of the output
-    /// port.
+    /// Index of the base for a register's slot: the output port, if the action both reads and writes the register.
     fn port_base(&self, register: usize) -> usize {
         let port_of = |ports: &[usize]| ports.iter().position(|r| *r == register);
         let output = port_of(self.outputs).map(|port| self.inputs.len() + port);

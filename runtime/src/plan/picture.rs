@@ -26,8 +26,7 @@ struct Edge {
 }
 
 impl Plan {
-    /// The plan in DOT, for `dot -Tsvg`. Actors are boxes within their device; arrows are registers with their bytes
-    /// per step.
+    /// The plan in DOT, for `dot -Tsvg`: boxes are actors within a device, arrows are registers with bytes per step.
     pub fn to_dot(&self) -> String {
         text_of(|out| self.write_dot(out))
     }

@@ -14,10 +14,8 @@ use crate::plan::{ActionKey, BaseKey, DeviceMemory, Plan};
 #[derive(Clone, Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain variants and fields")]
 pub enum PlanError {
-    /// It would deadlock, or it violates a rule of the protocol.
     #[error("the plan cannot run to completion: {0}")]
     Liveness(String),
-    /// Members of a group would deadlock in different collectives.
     #[error(
         "devices {} and {} call different collectives of group {}: {} versus {}",
         .0.first.0, .0.second.0, .0.group, .0.first.1, .0.second.1

@@ -89,8 +89,7 @@ pub struct Choice {
 }
 
 impl NodeSpec {
-    /// A node whose candidates are a rule's signatures on this placement. `whole_seconds` is the time of the unsharded
-    /// op.
+    /// A node whose candidates are a rule's signatures on this placement. `whole_seconds`: time of the unsharded op.
     ///
     /// # Errors
     /// When an input is not in `tensors`, or the inputs' shapes do not fit the rule.
@@ -171,7 +170,6 @@ struct Assignment {
 /// An assignment extended by one node.
 struct Extension {
     assignment: Assignment,
-    /// Index of the node's candidate.
     candidate: usize,
     /// The cost plus pending costs.
     rank_seconds: f64,

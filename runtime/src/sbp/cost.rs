@@ -65,7 +65,6 @@ impl CostCache {
         &self.layouts[id]
     }
 
-    /// The layout after a reduction, see [`NdSbp::reduced`].
     pub(super) fn reduced(&self, id: usize) -> usize {
         self.reduced[id]
     }

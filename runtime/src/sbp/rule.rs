@@ -154,8 +154,7 @@ impl Rule {
         factors
     }
 
-    /// Signatures along one mesh axis in a fixed order: split factors by first appearance, all `Broadcast`, linear
-    /// ones.
+    /// Signatures along one mesh axis in a fixed order: splits by first appearance, all `Broadcast`, linear ones.
     pub fn signatures_1d(&self) -> Vec<Signature> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
         let mut all: Vec<Signature> = may_split.map(|factor| self.split(factor)).collect();
@@ -171,8 +170,7 @@ impl Rule {
         all
     }
 
-    /// Layouts of the outputs along one axis for these layouts of the inputs, without a layout change; `None` if no
-    /// signature has these inputs.
+    /// Output layouts along one axis for these input layouts; `None` if no signature has these inputs.
     pub fn output_layouts(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
         // Checked first, because a factor that only outputs have can also be split.
         if inputs.iter().all(|sbp| *sbp == Sbp::Broadcast) {

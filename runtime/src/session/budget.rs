@@ -18,7 +18,7 @@ const RANK_BYTES: u64 = 16 << 20;
 const DEVICE_BYTES: u64 = 8 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
 
-/// Snapshots of checkpoints that a process holds at most: the one being written, and the next.
+/// Maximum number of snapshots in a process: the one being written, and the next.
 pub(crate) const SNAPSHOTS_MAX: usize = 2;
 
 /// The node's memory for a job of CPU devices.
@@ -32,8 +32,8 @@ pub(crate) struct Budget {
 }
 
 impl Budget {
-    /// Call it before the rendezvous: afterwards, other processes may have allocated memory. A GPU's memory is not the
-    /// host's. The budget of each device (`CompileOptions::memory_bytes`) does not replace this one.
+    /// Call it before the rendezvous: afterwards, other processes may have allocated memory. No budget for GPUs, whose
+    /// memory is not the host's. Does not replace the devices' budget (`CompileOptions::memory_bytes`).
     pub(crate) fn measure(plan: &Plan) -> Self {
         let bounds = if plan.device == DeviceKind::Cpu { memory_bounds() } else { Vec::new() };
         Self { bounds: bounds.into_iter().map(|free| (free.bound.cgroup(), free)).collect(), claims: Vec::new() }
@@ -131,7 +131,6 @@ pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)
     parts
 }
 
-/// Bytes of a snapshot of these devices.
 fn snapshot_bytes(plan: &Plan, is_included: impl Fn(usize) -> bool) -> u64 {
     let parts = plan.graph.residents().flat_map(|var| saved_parts(plan, var));
     let parts = parts.filter(|(device, _)| is_included(*device));

@@ -29,8 +29,7 @@ use crate::sbp::gather;
 use crate::sbp::region::{filled, slice_region};
 
 impl Session {
-    /// Every parameter by name, as a whole tensor, in its saved shape. If several processes run the plan, all must call
-    /// it.
+    /// Every parameter by name, as a whole tensor in its saved shape. All processes of the plan must call it.
     ///
     /// # Errors
     /// The failure of an earlier step; or if copies on different devices differ, which only a kernel's bug can cause.
@@ -54,8 +53,7 @@ impl Session {
         Ok(found)
     }
 
-    /// A parameter or state as a whole tensor, in its saved shape. Processes send each other their parts, so all must
-    /// call it.
+    /// A parameter or state as a whole tensor in its saved shape. All processes call it, to exchange their parts.
     fn whole(&self, var: Var) -> Result<HostTensor, SessionError> {
         let (graph, own) = (&self.plan.graph, self.process_map.own());
         let mut wanted = Vec::new();

@@ -25,7 +25,6 @@ pub enum SessionError {
     /// An actor, a kernel or a collective failed; this is the first cause.
     #[error("{0}")]
     Failed(#[from] Failure),
-    /// The actors cannot be started.
     #[error(transparent)]
     Actors(#[from] ActorError),
     /// With the buffers for data of other processes, the plan exceeds its memory budget or the node's memory.
@@ -37,28 +36,23 @@ pub enum SessionError {
     /// The devices' results do not form the tensors of the program.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// This process cannot join the other processes.
     #[error(transparent)]
     Cluster(#[from] ClusterError),
     /// A checkpoint or a parameter file cannot be read or written, or does not fit the program.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
-    /// A value cannot be declared.
     #[error(transparent)]
     Declared(#[from] DeclareError),
     /// Ranks have different values where all must have the same; nothing was updated or loaded.
     #[error(transparent)]
     Disagreement(#[from] RankDisagreement),
-    /// The plan was written to files, as the variables of `shardflow plan` request; nothing was run.
     #[error("the plan was written and nothing was run, because {} or a related variable is set", PLAN_HTML)]
     PlanWritten,
-    /// A file for the plan cannot be written.
     #[error("cannot write the plan to {path}: {source}")]
     PlanFile { path: PathBuf, source: io::Error },
     /// The loss or the gradients of a step are Inf or NaN.
     #[error("{0}")]
     NonFinite(Box<NonFinite>),
-    /// A tensor given to [`super::Session::step`] does not match the program's input.
     #[error("input {name}: expected {expected}, got {got}")]
     Input { name: String, expected: String, got: String },
 }

@@ -48,7 +48,7 @@ pub(super) struct TrainingTime {
 }
 
 impl TrainingTime {
-    /// Publishes the ratio, which decreases also while no step ends.
+    /// Publishes the ratio, which also decreases while no step ends.
     pub(super) fn publish(&self) {
         let productive = self.productive_ns.load(Ordering::Relaxed) as f64 * 1e-9;
         let all = self.earlier + self.started.elapsed();
@@ -133,7 +133,7 @@ fn publish_start(plan: &Plan, process_map: &ProcessMap, options: &SessionOptions
     ];
     gauge!(names::BUILD_INFO, &labels).set(1.0);
     gauge!(names::START).set(unix_ns() as f64 * 1e-9);
-    // So that these counters exist before their first event.
+    // Makes these counters exist before their first event.
     counter!(names::STALLS).absolute(0);
     counter!(names::FIRINGS_LOST).absolute(0);
     // Once per process, even if it starts several sessions.
@@ -204,7 +204,6 @@ pub struct Metrics {
 /// Sources of metrics other than the actors' states.
 #[derive(Clone)]
 pub(super) struct MetricsSource {
-    /// Devices of this process.
     pub(super) devices: Vec<Device>,
     pub(super) engine: Arc<dyn Collective>,
 }

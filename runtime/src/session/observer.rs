@@ -44,7 +44,7 @@ pub enum SessionHealth {
 }
 
 impl Observer {
-    /// `steps` has no steps yet; `training` is `Some` if the session publishes to the `metrics` facade.
+    /// `steps` is still empty.
     pub(super) fn new(sources: Sources, steps: RecentSteps, training: Option<Arc<TrainingTime>>) -> Self {
         let started = unix_ns().saturating_sub(sources.control.now_ns().unwrap_or_default());
         Self {
@@ -101,7 +101,7 @@ impl Observer {
     /// Incidents so far, in the order of time; at most 8 of each kind.
     pub fn incidents(&self) -> Vec<Incident> {
         for (reason, count) in self.sources.world.upgrade().map(|world| world.refused()).into_iter().flatten() {
-            // Without the count, which changes; the metric has it.
+            // The text omits the count, which changes; the metric has it.
             if count > 0 {
                 let text = format!("messages that do not belong to this job or this attempt: {reason}");
                 self.note("refused", text);

@@ -15,8 +15,7 @@ pub enum Threads {
     /// [`crate::passes::CompileOptions::threads_per_device`].
     #[default]
     Planned,
-    /// This process's equal share of the cores that it may use, divided among its devices. Computed after the
-    /// rendezvous.
+    /// This process's equal share of its usable cores, divided among its devices. Computed after the rendezvous.
     Owned,
 }
 
@@ -47,8 +46,7 @@ pub struct SessionOptions {
     pub publishes_metrics: bool,
     /// Values that must be equal on all ranks. Checkpoints record them, and a resume compares them.
     pub declared: Declarations,
-    /// Parameters that a file or checkpoint may have although the program lacks them; any other such parameter is an
-    /// error.
+    /// Parameters that a file or checkpoint may have but the program lacks; any other extra parameter is an error.
     pub ignoring: Vec<String>,
 }
 

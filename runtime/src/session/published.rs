@@ -32,7 +32,6 @@ pub(super) struct Sources {
 }
 
 impl Sources {
-    /// See [`super::observer::Observer::transport`].
     pub(super) fn transport(&self, register: RegisterId, reader: ActorId) -> &'static str {
         let spec = &self.plan.spec;
         let device = |actor: ActorId| spec.actors[actor.0 as usize].device;
@@ -146,7 +145,7 @@ impl PublishedMetrics {
         let spec = &sources.plan.spec;
         let mut bytes: BTreeMap<(&str, &str, &'static str), u64> = BTreeMap::new();
         for snapshot in snapshots {
-            // Two actions of an actor may read a register, whose bytes cross once.
+            // A register crosses once, even if two actions of the actor read it.
             let mut crossed: BTreeMap<RegisterId, (&str, &'static str, u64)> = BTreeMap::new();
             let reader = &spec.actors[snapshot.actor.0 as usize];
             for (index, action) in reader.actions.iter().enumerate() {

@@ -37,8 +37,8 @@ impl Saver {
 
 impl Session {
     /// Starts a saver of this session, like [`Saver::new`], for the session's processes and job. All processes call it.
-    /// It finds faults that would prevent a later save: process 0 takes the store's lock and checks the free space for the
-    /// checkpoints that the store will hold; every process writes, renames and deletes a file, and must see that of
+    /// It finds faults that would prevent a later save: process 0 takes the store's lock and checks the free space for
+    /// the checkpoints that the store will hold; every process writes, renames and deletes a file, and must see that of
     /// process 0.
     ///
     /// # Errors

@@ -32,8 +32,7 @@ pub struct Restored {
     pub found: Option<(u64, Cursor)>,
     /// Errors of newer checkpoints, which are damaged and were skipped.
     pub damaged: Vec<CheckpointError>,
-    /// Notes on the loaded checkpoint, one line each: different declared values, another seed, skipped optimizer
-    /// states.
+    /// Notes on the loaded checkpoint, one line each: different declared values or seed, skipped optimizer states.
     pub notes: Vec<String>,
 }
 
@@ -55,7 +54,7 @@ impl Session {
     /// before it trains.
     ///
     /// # Errors
-    /// [`crate::plan::validate::PlanError::NodeMemory`]; the other processes end with it, too.
+    /// [`crate::plan::validate::PlanError::NodeMemory`], on all processes.
     pub fn agreement(&self) -> Result<(Arc<dyn SaveAgreement>, ProcessRank), SessionError> {
         let checked = self.budget.check(&self.plan, &self.process_map, &self.node_processes, SNAPSHOTS_MAX);
         checked.map_err(|error| match &self.world {

@@ -33,10 +33,9 @@ impl Session {
     /// objective ignores `learning_rate`.
     ///
     /// # Errors
-    /// When an input is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary (then
-    /// nothing ran); [`SessionError::NonFinite`] if the options require it, or [`SessionError::Disagreement`] on all
-    /// ranks if their learning rates differ, or the elements that several of them feed (then nothing was updated); or
-    /// when the session failed.
+    /// An input that is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary: nothing
+    /// ran. [`SessionError::NonFinite`], if the options require it, or [`SessionError::Disagreement`] on all ranks, if
+    /// learning rates or shared elements differ: nothing was updated. Also the failure of the session.
     pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
         let begin = Instant::now();
         self.check_inputs(inputs)?;
@@ -68,7 +67,7 @@ impl Session {
             }
         }
         self.steps += u64::from(accepted.is_ok());
-        // Record also a step that ends the training.
+        // A step that ends the training is also recorded.
         let took = begin.elapsed();
         self.last_step = took;
         self.step_metrics.record(self.steps, &report, learning_rate, took);
@@ -96,8 +95,7 @@ impl Session {
         self.send_numbers(&self.ports.steps, &numbers);
     }
 
-    /// Compares the numbers of all processes for the step, and returns the largest request. A difference cancels the
-    /// update.
+    /// Compares all processes' numbers for the step and returns the largest request; a difference cancels the update.
     fn agree_on_step(&mut self) -> Result<u64, SessionError> {
         let ports = self.ports.clone();
         let all_numbers = self.receive_numbers(&ports.steps, None)?;
@@ -121,8 +119,7 @@ impl Session {
         Ok(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect())
     }
 
-    /// Starts the update with this learning rate, or cancels it if the rate is NaN, and waits until all devices are
-    /// idle.
+    /// Starts the update with this learning rate (NaN cancels it), and waits until all devices are idle.
     pub(super) fn decide(&mut self, learning_rate: f32) -> Result<(), SessionError> {
         let hyper = HostTensor::f32(&[2], vec![learning_rate, (self.updates + 1) as f32]);
         let decided =

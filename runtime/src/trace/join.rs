@@ -18,11 +18,18 @@ use super::CLOCK;
 #[error("{}", self.with_names(|file| format!("file {file}")))]
 pub enum JoinError {
     /// A file is not a trace of Shardflow.
-    Format { file: usize, source: serde_json::Error },
-    /// A file has no clock event.
-    NoClock { file: usize },
-    /// Two files have the same actor.
-    DuplicateActor { first: usize, second: usize, actor: String },
+    Format {
+        file: usize,
+        source: serde_json::Error,
+    },
+    NoClock {
+        file: usize,
+    },
+    DuplicateActor {
+        first: usize,
+        second: usize,
+        actor: String,
+    },
 }
 
 impl JoinError {
@@ -117,8 +124,7 @@ impl JoinedTrace {
     }
 }
 
-/// Parses the events of a file. Of a file truncated at any byte, for instance by a killed process, returns the complete
-/// ones.
+/// Parses a file's events. If the file is truncated, for instance by a killed process, returns the complete ones.
 fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
     serde_json::from_str(text).or_else(|error| {
         let (whole, torn) = text.rsplit_once(",\n").unwrap_or(("[", text.trim_start_matches(['[', '\n'])));

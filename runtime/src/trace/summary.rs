@@ -31,7 +31,7 @@ pub struct ActorShare {
     pub link: f64,
     /// Share idle because a piece was not yet written, and would not have been in the simulator's run either.
     pub bubble: f64,
-    /// Share idle because a piece was not yet written, as firings took longer than their mean time.
+    /// Share idle because firings took longer than their mean time, so that a piece was not yet written.
     pub imbalance: f64,
     /// The rest, such as handling of the actor's messages.
     pub other: f64,

@@ -87,8 +87,7 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// `None` until each action has fired. Also `None` if the process hosts only a part of the plan, because it lacks
-    /// the other durations.
+    /// `None` until each action has fired, or if other processes host a part of the plan, whose durations are missing.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         if observer.process_map().processes > 1 {
             return None;

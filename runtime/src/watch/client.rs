@@ -23,10 +23,8 @@ const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum ClientError {
-    /// No server listens at the address.
     #[error("nothing is served at {address}: {source}; is the job started with --listen {address}?")]
     Unreachable { address: SocketAddr, source: io::Error },
-    /// A server is there, but does not respond.
     #[error("{address} does not respond within {} s: {source}; is its process stopped, or its machine overloaded?", TIMEOUT.as_secs())]
     NoResponse { address: SocketAddr, source: io::Error },
     /// The server is another program, or returns an error.
@@ -233,7 +231,6 @@ mod tests {
         assert!(error.contains("nothing is served") && error.contains("--listen"), "{error}");
     }
 
-    /// Listeners on `count` consecutive ports.
     fn consecutive_listeners(count: u16) -> Vec<TcpListener> {
         loop {
             let first = TcpListener::bind("127.0.0.1:0").expect("a port");

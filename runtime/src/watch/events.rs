@@ -1,5 +1,4 @@
-//! Changes of a session since the last event to a client of the live page: one value of bounded size that is sent as
-//! JSON.
+//! Changes of a session since a live page's last event: one value of bounded size, sent as JSON.
 
 use std::collections::HashMap;
 
@@ -42,7 +41,7 @@ pub(super) struct Point(
 /// An event for one client. Times are relative to the session's start.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Event {
-    /// As in `/plan`; empty if no session is running, and then all other fields are empty, too.
+    /// As in `/plan`. If no session is running, it and all other fields are empty.
     pub session: String,
     /// `running`, `failed`, `ended` or `none`.
     pub health: &'static str,
@@ -73,7 +72,6 @@ pub(super) struct Event {
     pub registers: Vec<Vec<u64>>,
     /// Per device: the device, bytes planned, peak bytes in use, bytes allocated.
     pub memory: Vec<[usize; 4]>,
-    /// The measured bubble.
     pub bubble: Option<f64>,
     /// Per edge that holds up an actor: the register, the reader's actor, 0 if it waits for a piece or 1 if the
     /// producer waits for a slot, and the time (us).

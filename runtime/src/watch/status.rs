@@ -181,7 +181,7 @@ impl ActorStatus {
             *waits.entry((reason, register)).or_insert(0.0) += share(within(fired.idle_ns, fired.launched_ns));
         }
         let now_for_ns = snapshot.in_flight_since_ns.map_or(snapshot.idle_now_ns, |since| now_ns - since);
-        // A wait that has not ended counts, too.
+        // A wait that has not ended also counts.
         let idle_step = running_step.filter(|_| snapshot.in_flight_since_ns.is_none());
         let awaited = idle_step.and_then(|step| step.missing(snapshot).next());
         if let Some((_, missing)) = awaited {

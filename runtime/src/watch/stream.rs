@@ -21,7 +21,6 @@ use crate::session::observer::Observer;
 /// The observer of the session that the server shows.
 pub(super) type ShownSession = Arc<Mutex<Weak<Observer>>>;
 
-/// What the handlers of the server share.
 #[derive(Clone)]
 pub(super) struct ServerState {
     pub(super) session: ShownSession,

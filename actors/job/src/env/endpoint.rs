@@ -14,8 +14,7 @@ pub const PORT_DEFAULT: u16 = 29400;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Endpoint {
-    /// `tcp://HOST:PORT`. The host is a name or an address; IPv6 has no brackets, but may have a zone. Port 0 is
-    /// refused.
+    /// `tcp://HOST:PORT`. An IPv6 host has no brackets, but may have a zone. Port 0 is refused.
     Tcp { host: String, port: u16 },
     /// `unix:PATH`: for processes of one node.
     Unix(PathBuf),

@@ -6,7 +6,6 @@ use super::error::{EnvError, contradiction, invalid};
 use super::names::{Variables, get};
 use crate::secret::Secret;
 
-/// Largest size of a secret's file, in bytes.
 const SECRET_BYTES_MAX: u64 = 4096;
 
 /// Where the secret is stored.
@@ -47,7 +46,7 @@ impl SecretSource {
     }
 }
 
-/// Makes the secret that `place`, a variable or a file, holds.
+/// Makes a secret from the text of `place`, a variable or a file.
 fn parse(text: &str, place: &str) -> Result<Secret, EnvError> {
     Secret::new(text).map_err(|source| EnvError::ShortSecret { place: place.into(), source })
 }

@@ -1,6 +1,5 @@
 //! Parsers of two of Slurm's formats: host lists and tasks per node.
 
-/// Largest number of nodes that is accepted.
 const NODES_MAX: usize = 1 << 16;
 
 /// The first host of a list such as `node[01-03,7],other`, or the syntax error in the list.

@@ -7,7 +7,6 @@ use crate::secret::ShortSecret;
 
 const SECRET: &str = "0123456789abcdef";
 
-/// Variables from `NAME=VALUE`, separated by spaces.
 fn vars(text: &str) -> Variables {
     text.split_whitespace().map(|pair| pair.split_once('=').unwrap()).map(|(n, v)| (n.into(), v.into())).collect()
 }

@@ -19,7 +19,7 @@ use super::options::LaunchError;
 use crate::exit::{Exit, Report};
 use crate::output;
 
-/// Time until processes are killed when only those are left that the ended ones blame: usually they are frozen.
+/// Time until SIGKILL when the ended processes blame all that are left, which are usually frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
 /// Longest time from a failure until SIGTERM to processes that wait in vain for the failed one to join. Those that fail
 /// for the same cause report it themselves.
@@ -31,7 +31,6 @@ const KILL_WAIT: Duration = Duration::from_secs(10);
 
 pub(super) struct Outcome {
     pub(super) ended: Vec<Ended>,
-    /// The signal that ended the launcher.
     pub(super) signal: Option<u8>,
     pub(super) abandoned: bool,
     /// By local rank: rank, error lines, and the log's path.
@@ -155,7 +154,7 @@ impl Attempt<'_, '_> {
         self.settle(local);
     }
 
-    /// Processes that end with code 0 and do not join may be of any program, but have failed if other nodes wait.
+    /// A process that ends with code 0 and does not join may be of any program, but has failed if other nodes wait.
     fn fail_if_missed(&mut self) {
         if self.phase == Phase::Running
             && self.children.iter().all(Child::is_absent)
@@ -241,7 +240,6 @@ impl Outcome {
         self.ended.iter().filter_map(|ended| ended.report.as_ref())
     }
 
-    /// Describes how a process ended, with its log's path.
     pub(super) fn describe(&self, ended: &Ended) -> String {
         let log = self.logs.iter().find(|(rank, ..)| *rank == ended.rank);
         let log = log.map_or(String::new(), |(.., path)| format!("; its log: {path}"));

@@ -10,7 +10,6 @@ pub(super) struct Ended {
     pub(super) exit: Exit,
     /// When the launcher detected the end: Unix time in nanoseconds.
     pub(super) time_unix_ns: u64,
-    /// The process's own report.
     pub(super) report: Option<Report>,
     /// The first of its log's last lines that begin with `error:`.
     pub(super) error_line: Option<String>,
@@ -110,7 +109,6 @@ pub(super) enum Decision {
 /// Restarts in a row without a higher committed step, after which the launcher gives up.
 pub(super) const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 2;
 
-/// The longest pause between two attempts, unless the first is longer.
 const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Default)]
@@ -127,8 +125,7 @@ impl Restarts {
         Restarts { max, ..Restarts::default() }
     }
 
-    /// Pause before the next attempt: none before the first restart, `first` before the second, doubled for each later
-    /// one, up to [`RESTART_WAIT_MAX`] or to `first` if that is longer.
+    /// Pause before the next attempt: none, then `first`, then doubled up to the larger of it and [`RESTART_WAIT_MAX`].
     pub(super) fn pause(&self, first: Duration) -> Duration {
         match self.made {
             0 | 1 => Duration::ZERO,

@@ -165,7 +165,7 @@ fn wait_until_ended(pid: Pid) {
     while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {}
 }
 
-/// Sets the variables that `cluster::env` reads, torchrun's, and the CUDA driver's.
+/// Sets Shardflow's variables, torchrun's, and the CUDA driver's.
 fn set_environment(command: &mut Command, job: &Job, config: &AttemptConfig, local: u32) {
     let options = job.options;
     let rank = options.node * options.local_processes + local;

@@ -1,10 +1,9 @@
 //! Prevents children from outliving the launcher, with two hidden commands of the binary.
 //!
-//! A launcher that is killed by SIGKILL cannot end its processes. So before a child executes the program, it sets its
-//! parent-death signal ([`become_program`]). That does not apply to the child's own children. For them, a guard process
-//! reads all process groups from a pipe of the launcher. It kills the remaining groups when the pipe closes
-//! ([`guard`]). The first mechanism needs no other process; the second reaches every process that has not left its
-//! group by `setsid`.
+//! A launcher that is killed by SIGKILL cannot end its processes. So each child sets its parent-death signal before it
+//! executes the program ([`become_program`]). The child's own children do not inherit that, so a guard process reads
+//! all process groups from a pipe of the launcher and kills the remaining ones when the pipe closes ([`guard`]). The
+//! signal needs no other process; the guard reaches every process that has not left its group by `setsid`.
 
 use std::collections::HashSet;
 use std::ffi::OsString;

@@ -21,14 +21,12 @@ use crate::transport::PrivateFolder;
 /// Capacity of the event queue. A sender waits while the queue is full.
 const EVENTS_MAX: usize = 64;
 
-/// An event that the launcher waits for.
 pub(super) enum Event {
     /// The process with this local rank ended and has not been reaped.
     Ended(usize),
     Signal(u8),
 }
 
-/// The state that all attempts share.
 pub(super) struct Job<'a> {
     pub(super) options: &'a LaunchOptions,
     /// Resolved path.
@@ -43,7 +41,6 @@ pub(super) struct Job<'a> {
     pub(super) guard: Guard,
     /// The exit codes of the attempts so far.
     pub(super) causes: Vec<u8>,
-    /// How to reach the other nodes, if there are any.
     departure: Option<Departure>,
     /// Reporting threads hold clones of the sender, so the receiver is disconnected when all reports are sent.
     reports: (Sender<()>, Receiver<()>),

@@ -14,7 +14,6 @@ pub(crate) struct Targets {
 }
 
 impl Targets {
-    /// Resolves the name.
     pub(crate) fn of(name: &str, spans_nodes: bool) -> io::Result<Self> {
         Ok(targets(name, resolve(name)?, spans_nodes))
     }

@@ -10,7 +10,6 @@ use super::cause::Report;
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
 /// Maximum bytes of a cause's text; longer texts are truncated.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
-/// Maximum bytes of a control message.
 pub(crate) const CONTROL_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
 
 const HEADER_BYTES_MAX: usize = CAUSE_BYTES_MAX + 256;
@@ -30,13 +29,16 @@ pub(crate) enum Body {
     /// The sender's membership runs; the first message.
     Joined,
     /// The application's; the payload is its bytes.
-    Message { topic: u16 },
+    Message {
+        topic: u16,
+    },
     /// The sender failed or lost another process.
     Report(Report),
-    /// The sender leaves cleanly.
     Leaving,
     /// How many urgent control messages the sender has received since the start.
-    Received { urgent: u64 },
+    Received {
+        urgent: u64,
+    },
 }
 
 impl From<Body> for ControlMessage {
@@ -66,7 +68,6 @@ impl ControlMessage {
     }
 }
 
-/// The text within [`CAUSE_BYTES_MAX`].
 pub(crate) fn truncated(mut cause: String) -> String {
     cause.truncate(cause.floor_char_boundary(CAUSE_BYTES_MAX));
     cause

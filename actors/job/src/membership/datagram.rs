@@ -44,7 +44,6 @@ pub(crate) enum Rejection {
     Replay,
 }
 
-/// Encodes and decodes the datagrams of one session.
 #[derive(Debug)]
 pub(crate) struct Codec {
     key: [u8; 32],
@@ -56,7 +55,6 @@ pub(crate) struct Codec {
 }
 
 impl Codec {
-    /// `key` is the job's key; a separate key is derived from it.
     pub(crate) fn new(key: &[u8; 32], session: [u8; 16], epoch: u64, processes: u32) -> Self {
         let key = blake3::derive_key("shardflow heartbeat v1", key);
         Self { key, session, epoch, processes, received: BTreeMap::new() }
@@ -71,7 +69,6 @@ impl Codec {
         out
     }
 
-    /// Writes the MAC of the preceding bytes.
     pub(crate) fn sign(&self, datagram: &mut [u8; BYTES]) {
         let mac = self.mac(&datagram[..SIGNED]);
         datagram[SIGNED..].copy_from_slice(&mac);

@@ -19,9 +19,7 @@ pub(crate) enum Event {
 pub(crate) enum PeerHealth {
     /// A heartbeat arrived within half the deadline.
     Alive,
-    /// Silent for half the deadline.
     Suspect,
-    /// Silent for the whole deadline.
     Lost,
 }
 
@@ -51,7 +49,6 @@ impl Detector {
         }
     }
 
-    /// Removes a peer that has left cleanly.
     pub(crate) fn forget(&mut self, process: u32) {
         self.peers.remove(&process);
     }

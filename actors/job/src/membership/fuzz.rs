@@ -10,7 +10,6 @@ fn codec(key: u8) -> Codec {
     Codec::new(&[key; 32], [9; 16], EPOCH, PROCESSES)
 }
 
-/// One message of each kind.
 pub(super) fn bodies() -> [Body; 6] {
     let cause = "out of memory".to_string();
     let failed = Report { by: 1, about: 1, kind: Kind::Failed, follows: true, cause, exit: 71 };

@@ -19,7 +19,6 @@ const TICK: Duration = Duration::from_millis(50);
 /// Maximum number of datagrams processed between two checks, so that a flood cannot block the detector.
 const DRAIN_MAX: usize = 256;
 
-/// The sender and receiver of heartbeats.
 pub(crate) struct Heartbeats {
     pub(crate) shared: Arc<Shared>,
     pub(crate) codec: Codec,

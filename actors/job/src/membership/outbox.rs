@@ -20,7 +20,6 @@ pub(crate) struct Count {
     pub(crate) bytes: u64,
 }
 
-/// Why a control message is not sent.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Unsent {
     /// The connection has ended.
@@ -70,7 +69,7 @@ impl Outbox {
 }
 
 impl Waiting {
-    /// This message waits no longer.
+    /// Records that a message no longer waits.
     pub(crate) fn written(&self, message: &Queued) {
         if let Some(bytes) = message.message_bytes {
             let mut count = self.count.lock();

@@ -19,7 +19,6 @@ use crate::exit::Exit;
 /// Maximum number of peer messages that the application has not read yet.
 pub(crate) const NOTICES_MAX: usize = 4096;
 
-/// A thread of the membership.
 #[derive(Debug)]
 pub(super) struct JoinOnDrop(pub(super) Option<JoinHandle<()>>);
 
@@ -46,7 +45,6 @@ struct Peer {
     urgent_sent: u64,
     urgent_acknowledged: u64,
     urgent_received: u64,
-    /// When its last heartbeat arrived.
     last_heartbeat: Option<Duration>,
 }
 
@@ -60,7 +58,6 @@ struct State {
     left: bool,
 }
 
-/// The shared state of one membership; usable from any thread.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) own: u32,
@@ -276,7 +273,6 @@ impl Shared {
         }
     }
 
-    /// Sends an urgent control message to all connected peers.
     fn broadcast(&self, state: &mut State, body: Body) {
         let message = body.into();
         for peer in state.peers.values_mut() {

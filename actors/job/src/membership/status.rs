@@ -6,7 +6,6 @@ use super::cause::FirstCause;
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names explain the fields")]
 pub enum MembershipEvent {
-    /// The bytes are opaque.
     Message {
         from: u32,
         topic: u16,

@@ -28,7 +28,6 @@ fn session(test: u8) -> [u8; 16] {
     session
 }
 
-/// Configurations of processes that are connected to each other.
 fn configs(test: u8, processes: u32) -> Vec<MembershipConfig> {
     let loopback: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
     let config = |p| MembershipConfig::new(p, processes, session(test), EPOCH, KEY, bind(loopback).expect("loopback"));
@@ -66,7 +65,6 @@ fn first_cause(membership: &Membership) -> FirstCause {
     }
 }
 
-/// The session ends with this process as the first cause, and `cause` is part of the text.
 fn assert_ends(membership: &Membership, process: u32, exit: u8, cause: &str) {
     let first = first_cause(membership);
     assert!((first.process, first.exit) == (process, exit) && first.cause.contains(cause), "{first:?}");

@@ -134,7 +134,6 @@ pub(super) fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Resu
 /// Pause between retries of a call that returns at once.
 pub(super) const RETRY: Duration = Duration::from_millis(50);
 
-/// True if another process holds the address.
 pub(super) fn is_in_use(error: &TransportError) -> bool {
     matches!(error, TransportError::Listen { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse)
 }

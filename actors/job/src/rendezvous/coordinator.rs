@@ -25,7 +25,6 @@ const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long to wait for an address that is in use, for example by a process that is about to end; and then for its
 /// holder to authenticate as a process of this job.
 const IN_USE_WAIT: Duration = Duration::from_millis(1500);
-/// Conflicts that are kept.
 const CONFLICTS_MAX: usize = 64;
 
 struct Joined {
@@ -91,7 +90,7 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects, until all of `missing` were refused or the deadline. True if one would join.
+/// Refuses every process that connects until `missing` is empty or the deadline passes. True if one would join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {

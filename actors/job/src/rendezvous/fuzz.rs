@@ -41,7 +41,7 @@ pub fn samples() -> Vec<Vec<u8>> {
 /// Checks that a decoded message survives encoding and decoding, and can be displayed.
 ///
 /// # Panics
-/// One of these properties does not hold.
+/// If one of these properties does not hold.
 pub fn check(bytes: &[u8]) {
     if let Some(info) = check_round_trip::<JoinInfo>(bytes)
         && info.check().is_ok()

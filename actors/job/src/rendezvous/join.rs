@@ -17,7 +17,6 @@ use crate::exit::Report;
 
 /// Time after the deadline for process 0's report of the missing ranks to arrive.
 const MARGIN: Duration = Duration::from_secs(5);
-/// Maximum bytes of a cause in a report.
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
 pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
@@ -141,7 +140,7 @@ fn request_join(
     if !in_order || roster.members.len() != config.processes as usize || listed != Some(&own.member) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // Rank 0 may publish the unspecified address; the coordinator's name, by which it was reached, replaces that.
+    // Rank 0 may publish the unspecified address. The coordinator's name, by which it was reached, replaces it.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {

@@ -14,7 +14,6 @@ use super::facts::{VALUE_BYTES_MAX, advice};
 use crate::exit::{Exit, Report};
 use crate::machine::{CGROUPS_MAX, MemoryClaim, affinity};
 
-/// Largest request to process 0.
 pub(super) const REQUEST_BYTES_MAX: usize = 16 << 10;
 const NAME_BYTES_MAX: usize = 256;
 const FACTS_MAX: usize = 96;
@@ -24,7 +23,7 @@ const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
 /// 64-bit words for 1024 cores, the size of the kernel's affinity mask.
 const CORES_WORDS_MAX: usize = 16;
-/// Ranks or conflicts that a message lists; it counts the rest.
+/// Maximum number of ranks or conflicts that a message lists; it only counts the rest.
 const LISTED_MAX: usize = 16;
 
 /// The program that a process runs, and its host and process id.
@@ -194,20 +193,20 @@ impl Roster {
 /// The first message to process 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Request {
-    /// A process joins.
     Join(JoinInfo),
     /// These ranks will not join, and a restart would not help.
-    Failed { ranks: Range<u32>, report: Report },
+    Failed {
+        ranks: Range<u32>,
+        report: Report,
+    },
 }
 
-/// An answer of process 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Answer {
     /// All have joined. The receiver accepts connections of the members and sends [`Ready`].
     Roster(Roster),
     /// All are ready.
     Start,
-    /// The world does not start.
     Refused(RendezvousRefusal),
 }
 

@@ -68,7 +68,6 @@ fn spawn_rank_0<'s>(
     (rank_0, receiver)
 }
 
-/// Waits until process 0 reports the expected line.
 fn wait_for_line(lines: &Receiver<String>, expected: &str) {
     let mut last = String::new();
     while last != expected {
@@ -105,7 +104,6 @@ fn label(process: u32) -> ProcessLabel {
     ProcessLabel { process, host: format!("host{process}"), pid: 100 + process }
 }
 
-/// A process that sends its join request and nothing else.
 fn send_join(config: &RendezvousConfig) -> Connection {
     let hello = hello(config, config.process);
     let mut connection = connect(&config.coordinator, &config.secret, &hello, soon()).unwrap();
@@ -334,7 +332,6 @@ fn a_process_finds_a_restarted_rank_0() {
     });
 }
 
-/// `Ready` must carry the session of the roster.
 #[test]
 fn a_ready_for_another_session_fails_the_start() {
     let (_folder, address) = unix();
@@ -421,7 +418,6 @@ fn published_addresses_have_no_zone() {
     assert_eq!(published("node1:5"), "node1:5");
 }
 
-/// The report of a rank that ended with code `exit`.
 fn failure(rank: u32, exit: u8) -> Report {
     Report { rank, exit, time_unix_ns: 1, cause: "--width is no multiple of --heads".into(), ..Report::default() }
 }

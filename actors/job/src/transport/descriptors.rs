@@ -15,7 +15,6 @@ use super::error::TransportError;
 
 /// Maximum number of descriptors in one message. The system's limit is 253.
 pub const DESCRIPTORS_MAX: usize = 64;
-/// Size of the ancillary buffer for this maximum.
 const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX));
 
 /// Sends 1 to [`DESCRIPTORS_MAX`] descriptors in one message; the receiver gets its own handles.

@@ -40,7 +40,7 @@ pub fn connect(
     })
 }
 
-/// Same as [`connect`]. `pause` sleeps between attempts; if it returns true, it fails with [`TransportError::Closed`].
+/// Like [`connect`]. `pause` sleeps between attempts; if it returns true, this fails with [`TransportError::Closed`].
 pub(super) fn connect_unless(
     address: &Address,
     secret: &Secret,
@@ -71,7 +71,6 @@ pub(super) fn connect_unless(
     }
 }
 
-/// True if another attempt may succeed.
 fn is_temporary(error: &TransportError) -> bool {
     match error {
         // Not started yet, or disconnected: a listener with too many unauthenticated connections drops the oldest one.
@@ -105,7 +104,6 @@ fn attempt(address: &Address, secret: &Secret, hello: &Hello, deadline: Instant)
     Ok(connection)
 }
 
-/// Opens an unauthenticated connection.
 fn open(address: &Address, deadline: Instant) -> io::Result<Connection> {
     match address {
         Address::Unix(path) => open_unix(path, deadline).map(Connection::from),
@@ -117,7 +115,7 @@ fn time_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
-/// Connects. Has a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block it forever.
+/// Has a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block it forever.
 fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
     net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(time_until(deadline)))?;

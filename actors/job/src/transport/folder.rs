@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-/// Prefix of all folder names.
 const PREFIX: &str = "shardflow-";
 const LOCK: &str = "lock";
 

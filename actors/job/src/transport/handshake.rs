@@ -105,7 +105,6 @@ pub fn head() -> [u8; HEAD_BYTES] {
     head
 }
 
-/// A handshake message with its length prefix.
 pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
     debug_assert!(part.len() <= HANDSHAKE_BYTES_MAX);
     [&(part.len() as u16).to_le_bytes()[..], part].concat()

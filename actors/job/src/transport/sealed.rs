@@ -29,7 +29,6 @@ pub(super) struct Seal {
 }
 
 struct Incoming {
-    /// Number of the next record.
     nonce: u64,
     /// Received bytes; `start..end` are not decrypted yet.
     input: Vec<u8>,
@@ -42,7 +41,6 @@ struct Incoming {
 }
 
 struct Outgoing {
-    /// Number of the next record.
     nonce: u64,
     /// The record `..end` that is being sent, from `sent` on.
     record: Vec<u8>,
@@ -138,7 +136,6 @@ impl Seal {
         self.outgoing.lock().send(&mut socket)
     }
 
-    /// True if a part of the last record is not sent yet.
     pub(super) fn has_unsent(&self) -> bool {
         let outgoing = self.outgoing.lock();
         outgoing.sent < outgoing.end

@@ -1,9 +1,7 @@
 //! The MPI calls of the engine: all foreign-function calls.
 //!
-//! - MPI-1: MPI is initialized for concurrent calls by several threads, and is not finalized while a communicator
-//!   exists.
-//! - MPI-2: buffers of an unfinished call stay allocated and in place until the process exits: MPI cannot cancel such a
-//!   call.
+//! - MPI-1: MPI is initialized for concurrent calls by several threads. It is not finalized while communicators exist.
+//! - MPI-2: buffers of an unfinished call stay in place until the process exits, since MPI cannot cancel such a call.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -22,10 +20,10 @@ use mpi::{Threading, traits::AsRaw};
 use crate::collective::ReduceOp;
 use crate::error::{KernelError, Result};
 
-/// How long a waiting call yields to other threads between completion tests, before it sleeps between them.
+/// How long a waiting call yields between completion tests before it sleeps between them.
 const YIELD: Duration = Duration::from_micros(200);
 
-/// Length of each sleep after that.
+/// Length of each of those sleeps.
 const NAP: Duration = Duration::from_micros(20);
 
 /// Number of completion tests between two checks for an interrupt.
@@ -38,8 +36,7 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<()> + 'a;
 
 /// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized with the
-/// last clone, unless an engine was aborted: a transfer may then be in flight, and MPI would wait for peers that are
-/// gone.
+/// last clone. After an abort it is not finalized: MPI would wait for the transfers of peers that are gone.
 pub struct MpiWorld {
     universe: Option<Universe>,
     comm: Comm,
@@ -89,7 +86,7 @@ impl MpiWorld {
         self.size
     }
 
-    /// Prevents that MPI is finalized.
+    /// Prevents MPI from being finalized.
     pub(super) fn abort(&self) {
         self.aborted.store(true, Ordering::Relaxed);
     }
@@ -108,9 +105,8 @@ impl MpiWorld {
         unsafe { comm.run(Transfer::Barrier, &mut late) }.inspect_err(|_| self.abort())
     }
 
-    /// A communicator for each of these groups of processes, each group with its tag. All members call this, with the
-    /// groups in the same order, and wait for each other inside MPI. That happens on a separate thread, so that this
-    /// call waits for at most `within`.
+    /// Creates one communicator per group of processes, each group with its tag. All members call this with the groups
+    /// in the same order. A separate thread waits for them inside MPI; this call waits at most `within`.
     pub(super) fn comms(self: &Arc<Self>, groups: Vec<(Vec<c_int>, c_int)>, within: Duration) -> Result<Vec<Comm>> {
         let (sender, receiver) = bounded(1);
         let world = self.clone();
@@ -313,13 +309,11 @@ impl Comm {
     /// Runs a transfer; `interrupt` is called while it waits.
     ///
     /// # Safety
-    /// When this fails, everything that the transfer borrows must stay in place until the process exits, unused
-    /// (MPI-2).
+    /// If this fails, all that the transfer borrows must stay in place, unused, until the process exits (MPI-2).
     pub(super) unsafe fn run(&self, mut transfer: Transfer<'_>, interrupt: &mut CheckInterrupt<'_>) -> Result<()> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();
-        // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest, and is leaked if the wait
-        // fails.
+        // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest and is leaked on failure.
         check(name, unsafe { transfer.start(self.raw, request.as_mut_ptr()) })?;
         // SAFETY: MPI has initialized the request.
         let done = wait(name, unsafe { request.assume_init() }, interrupt);
@@ -333,8 +327,7 @@ impl Comm {
     pub(super) fn receive_post(&self, from: Option<usize>, tag: c_int) -> Result<Option<(usize, [u64; 2])>> {
         let (mut arrived, mut status) = (0, mem::MaybeUninit::<ffi::MPI_Status>::uninit());
         let mut words = [0u64; 2];
-        // SAFETY: MPI writes the status before it is read; a post has two words, which fit in `words`, and MPI reports
-        // a longer message as an error.
+        // SAFETY: MPI writes the status before it is read; a post's two words fit; a longer message is an error.
         unsafe {
             let source = from.map_or(ffi::RSMPI_ANY_SOURCE, |from| from as c_int);
             check("MPI_Iprobe", ffi::MPI_Iprobe(source, tag, self.raw, &mut arrived, status.as_mut_ptr()))?;

@@ -49,7 +49,6 @@ fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Re
     results
 }
 
-/// The engine rejects a peer that agrees with the call but posts memory outside its arena.
 #[test]
 fn memory_that_a_peer_posts_outside_its_arena_is_not_accessed() {
     // Too large to be copied, so that members read each other's arenas.
@@ -85,7 +84,7 @@ fn memory_that_a_peer_sends_from_outside_its_arena_is_not_accessed() {
     }
 }
 
-/// A call returns for any content of the board, if only after an abort.
+/// Whatever the board contains, a call returns, at the latest after an abort.
 #[test]
 fn calls_end_with_garbage_on_the_board() {
     let groups = [group(1, &[0, 1, 2])];

@@ -94,7 +94,6 @@ impl Channel {
         }
     }
 
-    /// True if [`Channel::flush`] has bytes to send.
     pub(super) fn has_unsent(&self) -> bool {
         matches!(self, Channel::Sealed(stream) if stream.has_unsent())
     }
@@ -110,7 +109,6 @@ impl Channel {
 
     /// Shuts down one or both directions and wakes threads that wait for them. Does nothing on a closed connection.
     pub(super) fn shutdown(&self, direction: Shutdown) {
-        // It may be closed already.
         match self {
             Channel::Unix(stream) => drop(stream.shutdown(direction)),
             Channel::Tcp(stream) => drop(stream.shutdown(direction)),

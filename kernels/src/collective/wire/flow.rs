@@ -1,12 +1,12 @@
 //! A pipeline of pieces: pieces are sent to one peer while others arrive from another, are combined with the member's
 //! own values, and are forwarded. Rings and pairwise exchanges are lists of pieces.
 //!
-//! - FLOW-1: pieces are sent in order and received in order. When out piece t forwards in piece t-1, only the words
-//!   received so far are sent.
-//! - FLOW-2: data in transit alternates between two slots. In piece t may use its slot once out pieces `0..t` have been
-//!   sent, which includes the slot's previous content (in piece t-2, out piece t-1). Two slots suffice for a ring to
-//!   make progress: the member that has sent least can send, since its next member has sent no less and so has a free
-//!   slot.
+//! - FLOW-1: pieces are sent in order and received in order. Outgoing piece t may forward incoming piece t-1; then only
+//!   the words received so far are sent.
+//! - FLOW-2: data in transit alternates between two slots. Incoming piece t may use its slot once outgoing pieces
+//!   `0..t` are sent; these include the slot's previous content (incoming piece t-2 leaves as outgoing piece t-1). Two
+//!   slots keep a ring moving: the member that has sent least can send, since its next member has sent no less and so
+//!   has a free slot.
 
 use std::ops::Range;
 
@@ -79,7 +79,6 @@ pub(super) struct In {
 #[derive(Debug)]
 pub(super) struct Flow {
     pub(super) op: ReduceOp,
-    /// The boxes that the pieces are parts of.
     pub(super) boxes: Vec<Runs>,
     pub(super) outs: Vec<Out>,
     pub(super) ins: Vec<In>,
@@ -117,8 +116,7 @@ impl Flow {
         self.boxes[part.runs].for_each(range, |place, at, len| run(place, words.start + at, len));
     }
 
-    /// Sends all out pieces to member `to` and receives all in pieces from member `from`. `slots` has [`SLOTS`] times
-    /// [`PIECE_WORDS`] words.
+    /// Sends all out pieces to `to` and receives all in pieces from `from`. `slots` has `SLOTS * PIECE_WORDS` words.
     pub(super) fn run(
         &self,
         port: &mut Port,

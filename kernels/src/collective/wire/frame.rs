@@ -14,7 +14,6 @@ const VERSION: u16 = 1;
 /// Bytes of a header without its text.
 const FIXED_BYTES: usize = 40;
 
-/// The most bytes of text that a header carries.
 pub(super) const TEXT_BYTES_MAX: usize = 200;
 
 pub(super) const HEADER_BYTES_MAX: usize = FIXED_BYTES + TEXT_BYTES_MAX;
@@ -28,8 +27,7 @@ pub(super) enum Kind {
     Waiting = 2,
     /// The sender has failed: member `length` makes a different call. The text is `expected`, newline, `got`.
     Mismatch = 3,
-    /// The sender has failed: the link of the device of rank `digest` to that of rank `length` failed; the text is the
-    /// cause.
+    /// The sender has failed: the link from rank `digest` to rank `length` failed. The text is the cause.
     LinkLost = 4,
     /// The sender has failed for the reason in the text.
     Stopped = 5,
@@ -68,9 +66,6 @@ impl Header {
     }
 
     /// Decodes the header at the start of `bytes`, and its text; `None` when more bytes are needed.
-    ///
-    /// # Errors
-    /// A description of the invalid header.
     pub(super) fn decode(bytes: &[u8]) -> Result<Option<(Self, &[u8])>, String> {
         let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED_BYTES>() else {
             // Reject garbage at its first bytes, without waiting for a whole header.

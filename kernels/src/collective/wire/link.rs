@@ -2,8 +2,7 @@
 //!
 //! - LINK-1: a transfer is one header and the `length` bytes it announces. Both ends know the length in advance, and a
 //!   header with another length is rejected, so the peer never decides how much is read or allocated.
-//! - LINK-2: between transfers either end may send a header that announces no bytes (`Waiting`, or the reason of a
-//!   failure).
+//! - LINK-2: between transfers either end may send a header that announces no bytes (`Waiting`, or a failure's reason).
 //! - LINK-3: a link holds bounded memory: [`INBOX_BYTES`] of read-ahead, and at most two unsent headers.
 
 use std::io;
@@ -41,7 +40,6 @@ impl Context {
         KernelError::CollectiveMismatch { group: self.group.id, member, expected, got }
     }
 
-    /// Whether member `peer` takes part in the call.
     pub(super) fn involves(&self, peer: usize) -> bool {
         self.peer.is_none_or(|other| other == peer)
     }
@@ -121,7 +119,6 @@ impl Link {
         }
     }
 
-    /// Starts to send a transfer; [`Link::send`] sends its bytes.
     pub(super) fn begin_out(&mut self, context: &Context, bytes: u64) {
         debug_assert!(self.out_left == 0);
         self.push_header(context, self.header(context, Kind::Data, bytes), &context.text);
@@ -129,7 +126,6 @@ impl Link {
         self.stalled = None;
     }
 
-    /// Starts to receive a transfer; [`Link::receive`] reads its bytes.
     pub(super) fn begin_in(&mut self, bytes: u64) {
         debug_assert!(self.in_done());
         self.incoming = Incoming::Header(bytes);
@@ -159,8 +155,7 @@ impl Link {
         self.can_receive_header() && self.unread.is_empty()
     }
 
-    /// Sends the pending header, then as much of `data` as the kernel accepts. Returns the number of bytes of `data`
-    /// sent.
+    /// Sends the pending header, then as much of `data` as the kernel accepts; returns how many bytes of `data`.
     pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize> {
         let header = &self.outbox[self.outbox_sent..];
         let sent = if header.is_empty() && data.is_empty() {
@@ -227,10 +222,7 @@ impl Link {
         context.link_error(self.peer, format!("closed by the peer during {}", context.text))
     }
 
-    /// Reads headers that arrived between transfers, up to the header of a transfer.
-    ///
-    /// # Errors
-    /// The reason why the peer failed, or [`KernelError::CollectiveMismatch`] when it waits in another call.
+    /// Reads headers that arrived between transfers, up to the header of a transfer. Fails with the error they report.
     pub(super) fn read_headers(&mut self, context: &Context) -> Result<()> {
         while self.can_receive_header() {
             if let Some((header, text)) = self.peek(context)? {
@@ -346,7 +338,7 @@ impl Link {
             };
             self.push_header(context, header, &text);
             let (header, sent) = (&self.outbox[self.outbox_sent..], self.outbox_sent);
-            // A failure to send the reason has no receiver.
+            // If sending the reason fails, there is nobody to report that to.
             self.outbox_sent = sent + self.channel.send(header, &[]).unwrap_or(0);
             let _ = self.channel.flush();
         }

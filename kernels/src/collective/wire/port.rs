@@ -1,6 +1,6 @@
 //! All links of one member: transfers over two links at once, waits, and failure detection.
 //!
-//! How members that disagree detect it, although no call communicates with all of them: a member that has waited for
+//! Members that disagree detect it even though no call communicates with all of them: a member that has waited for
 //! [`QUIET`] sends its call to all other members of that call, and reads the headers that they sent. When two members
 //! wait in different calls, the one that entered its call first receives the other's header.
 
@@ -25,8 +25,7 @@ const QUIET: Duration = Duration::from_millis(200);
 /// Longer than [`QUIET`], the time after which members that wait elsewhere begin to read headers.
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
 
-/// State shared by all members of a group in this process: the error of a failed group, set once, and the waiting
-/// members.
+/// State that all members of a group in this process share.
 #[derive(Debug)]
 pub(super) struct GroupStatus {
     /// The abort of the engine, shared by all its groups.
@@ -124,8 +123,7 @@ impl Port {
         link.receive(context, into)
     }
 
-    /// Sends all of the next bytes of a transfer to one peer, and receives all of the next bytes of one, at the same
-    /// time.
+    /// Sends all of `out` to a peer and fills `into` from a peer, concurrently: the next bytes of two transfers.
     pub(super) fn exchange(&mut self, out: Option<(usize, &[u8])>, into: Option<(usize, &mut [u8])>) -> Result<()> {
         let (to, data) = out.map_or((None, &[][..]), |(peer, data)| (Some(peer), data));
         let (from, into) = into.map_or((None, &mut [][..]), |(peer, into)| (Some(peer), into));
@@ -157,10 +155,6 @@ impl Port {
     }
 
     /// Waits until `to` accepts bytes, or bytes have arrived from `from`.
-    ///
-    /// # Errors
-    /// The error of a failed group; [`KernelError::Link`] when the peer has closed or accepts nothing for too long;
-    /// [`KernelError::CollectiveMismatch`] when members wait in different calls.
     pub(super) fn wait(&mut self, to: Option<usize>, from: Option<usize>) -> Result<()> {
         self.status.check()?;
         let member = self.context.member;
@@ -205,7 +199,7 @@ impl Port {
         if since.elapsed() >= QUIET { self.exchange_announcements() } else { Ok(()) }
     }
 
-    /// The error after a peer closed its side with bytes left to send to it.
+    /// The error when a peer closed its side although bytes were left to send to it.
     fn hung_up(&mut self, peer: usize) -> KernelError {
         match self.link(peer).and_then(|(link, context)| link.read_headers(context)) {
             Err(peer_error) => peer_error,

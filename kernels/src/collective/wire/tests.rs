@@ -364,7 +364,6 @@ fn an_abort_ends_a_stalled_write() {
     });
 }
 
-/// Every remaining member reports the member that left, even if it was not a neighbour.
 #[test]
 fn all_other_members_report_a_member_that_leaves() {
     let mut wires = engines(4, LONG_TIMEOUT);

@@ -1,5 +1,5 @@
-//! Trees, for small tensors and broadcasts. The neighbours of member r are the members that differ from it in one of
-//! its trailing zero bits, or in its lowest one bit (members counted from the root).
+//! Trees, for small tensors and broadcasts. Members are counted from the root. The neighbours of member r differ from
+//! it in one of its trailing zero bits, or in its lowest one bit.
 
 use super::flow::PIECE_WORDS;
 use super::port::Port;

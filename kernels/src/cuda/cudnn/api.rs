@@ -62,8 +62,7 @@ impl Api {
             return Ok(());
         }
         let mut text = [0; TEXT_BYTES];
-        // SAFETY: `error_string` returns a static string; `last_error` writes at most `TEXT_BYTES - 1` bytes, so the
-        // last stays 0.
+        // SAFETY: `error_string` returns a static string; `last_error` leaves the last of `TEXT_BYTES` bytes 0.
         let (name, text) = unsafe {
             (self.last_error)(text.as_mut_ptr(), TEXT_BYTES - 1);
             (static_text((self.error_string)(code)), CStr::from_ptr(text.as_ptr()).to_string_lossy().trim().to_owned())

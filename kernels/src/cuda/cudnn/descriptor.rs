@@ -117,10 +117,9 @@ impl Descriptor {
         Ok(descriptors)
     }
 
-    /// Runs a plan on the handle's stream.
-    ///
-    /// The caller guarantees that device addresses in `pack` refer to memory that holds the plan's tensors and lives
-    /// until the stream has passed the call, and that host scalars live until this function returns.
+    /// Runs a plan on the handle's stream. The caller guarantees that device addresses in `pack` refer to memory that
+    /// holds the plan's tensors and lives until the stream has passed the call, and that host scalars live until this
+    /// function returns.
     pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<()> {
         // SAFETY: handle and descriptors are live; the caller guarantees the rest.
         let code = unsafe { (self.api.execute)(handle.0, self.raw.0, pack.raw.0) };

@@ -37,7 +37,7 @@ pub(super) type TensorId = usize;
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
     Matmul { a: TensorId, b: TensorId, c: TensorId },
-    /// Applies `mode` element by element; broadcasts dims of 1. An index is that along `axis`; a select is
+    /// Applies `mode` element by element; broadcasts dims of 1. An index counts along `axis`; a select is
     /// `if t { x } else { b }`.
     Pointwise {
         mode: PointwiseMode,
@@ -193,8 +193,7 @@ impl Builder {
         let [k, v] = [2, 3].map(|i| self.transposed(Place::read(i)));
         let lse = self.rows(Storage::Buffer(Place::read(5)));
         let [dq, dk, dv] = [0, 1, 2].map(|i| self.activation(Storage::Buffer(Place::write(i))));
-        // The row sums of do * o pass from one kernel to the next in memory. cuDNN's pattern scales them by a dropout
-        // factor.
+        // The row sums of do * o pass between kernels in memory. cuDNN's pattern scales them by a dropout factor.
         let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], F32, Storage::Virtual);
         self.pointwise(product, CUDNN_POINTWISE_MUL, d_o, Some(o));
         let sums = self.rows(Storage::Virtual);

@@ -1,5 +1,4 @@
-//! Turns a graph into a cuDNN execution plan: descriptors, an engine configuration, and the addresses bound at each
-//! execution.
+//! Turns a graph into a cuDNN execution plan: descriptors, an engine configuration, and addresses for each execution.
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnBackendHeurMode_t,
@@ -89,10 +88,8 @@ impl Plan {
     }
 
     /// Enqueues the plan on the handle's stream. Returns false, without effect, if an address is not aligned to
-    /// [`ALIGNMENT`].
-    ///
-    /// `address_of` returns the addresses of the launch's buffers: device memory that holds them and lives until the
-    /// stream has passed the call. The same holds for `workspace`, whose size is the `bytes_max` of [`Plan::new`].
+    /// [`ALIGNMENT`]. `address_of` returns the addresses of the launch's buffers in device memory, which lives until
+    /// the stream has passed the call. So does `workspace`, whose size is the `bytes_max` of [`Plan::new`].
     pub(super) fn execute(
         &self,
         api: &'static Api,
@@ -150,8 +147,7 @@ impl Builder<'_> {
         Descriptor::finalized(self.api, kind, attributes, self.place)
     }
 
-    /// An `accumulated` tensor gets the layout that NVIDIA's frontend gives the sums of dq; only cuDNN's own kernels
-    /// read it.
+    /// An `accumulated` tensor has the layout of NVIDIA's frontend for sums of dq; only cuDNN's kernels read it.
     fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor> {
         let id = [id(index)];
         let mut attributes = vec![
@@ -301,7 +297,7 @@ impl Builder<'_> {
 }
 
 impl Target<'_> {
-    /// The target as an attribute; the names are those for a handle and for a description.
+    /// The target as an attribute, whose name is `handle` or `device` by the kind of target.
     fn attribute(&self, handle: Option<Attribute>, device: Option<Attribute>) -> Option<(Attribute, Values<'_>)> {
         match self {
             Target::Handle(raw) => handle.map(|name| (name, Values::Handle(*raw))),

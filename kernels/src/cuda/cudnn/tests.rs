@@ -20,8 +20,7 @@ fn only_some_architectures_have_an_engine_with_a_fixed_order() {
     assert_eq!(engine((9, 0), 92_400), None);
 }
 
-/// Every virtual tensor is written once, before it is read; every buffer is in the graph once; workspace tensors do not
-/// overlap.
+/// Every virtual tensor is written once, before any read; every buffer occurs once; workspace tensors do not overlap.
 #[test]
 fn graphs_write_each_tensor_before_they_read_it() {
     for pass in [Pass::Forward, Pass::Backward] {

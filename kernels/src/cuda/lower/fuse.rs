@@ -1,6 +1,5 @@
 //! Fuses two adjacent launches into one kernel to save a trip through memory: residual sum and layer norm, bias and
-//! GELU, row maximum and sum of exponentials. The graph stays unchanged: the backend looks for adjacent launches in a
-//! program.
+//! GELU, row maximum and sum of exponentials. The backend finds the pairs in a program; the graph stays unchanged.
 use super::kernel::{long, pack_of, read, threads, write};
 use super::loss::rows;
 use super::lower;
@@ -30,8 +29,8 @@ pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// Fuses `first` and `second` into one step if possible. No signal may be due between the two; an [`Arg::LaunchIndex`]
-/// is that of `second`.
+/// Fuses `first` and `second` into one step if possible. No signal may be due between the two. [`Arg::LaunchIndex`] is
+/// that of `second`.
 ///
 /// # Errors
 /// Those of [`lower`] for either launch.

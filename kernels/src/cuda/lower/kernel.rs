@@ -4,7 +4,6 @@ use crate::cuda::step::{Arg, Kernel, Place, Step};
 use crate::error::{KernelError, Result};
 use crate::tensor::DType;
 
-/// The steps of a launch, in order.
 pub(super) type Steps = Result<Vec<Step>>;
 
 pub(super) const THREADS: usize = 256;

@@ -68,8 +68,7 @@ impl ColumnSum {
     }
 }
 
-/// Sums columns into `out`, in one pass or two, with the kernels for a single pass, and for the first and second of
-/// two.
+/// Sums columns into `out`: in one pass with the kernel `only`, or in two with `first` and `second`.
 pub(super) fn sum_columns(
     [only, first, second]: [&'static str; 3],
     inputs: Vec<Arg>,

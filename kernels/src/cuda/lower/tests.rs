@@ -1,5 +1,4 @@
-//! Checks all lowered launches: the kernels exist, get the arguments that they declare, and have grids that the driver
-//! accepts.
+//! Checks all lowered launches: kernels exist and get the arguments that they declare; the driver accepts the grids.
 
 use super::*;
 use crate::cuda::source::MODULES;
@@ -223,7 +222,6 @@ fn launches_that_do_not_fit_are_refused() {
     check(&grad, false, "layer_norm_grad: workspace: expected 64 bytes, got 0 bytes");
 }
 
-/// On a device with less shared memory per block, plain kernels replace tiled kernels that do not fit.
 #[test]
 fn plain_kernels_run_deep_heads_if_tiles_do_not_fit() {
     let names = |depth: usize, shared: usize| -> Vec<&'static str> {

@@ -1,12 +1,10 @@
 //! Collectives between GPUs by NCCL: non-blocking communicators, created within a deadline from a unique id that the
-//! caller distributes; calls enqueued on streams; errors detected by the pollers. One failed communicator aborts all of
-//! them.
+//! caller distributes. Calls are enqueued on streams; pollers detect errors. One failed communicator aborts all.
 //!
 //! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all
 //!   members, and over all communicators of a device in the order of the submissions (ORDER-1).
 //! - NCCL-2: nothing is put on a stream after a call until NCCL reports that the call is on the stream.
-//! - NCCL-3: after an abort no call is made any more, and work that looks complete on a stream is not treated as
-//!   complete.
+//! - NCCL-3: after an abort no call is made, and work that looks complete on a stream is not treated as complete.
 //!
 //! NCCL's summation order differs from that of [`crate::collective::Group`]: results are correct up to rounding, with
 //! the same bits on all members. NCCL does not compare calls, so members that call different collectives get no error;
@@ -320,7 +318,7 @@ impl Collective for Nccl {
     }
 
     /// A stream inside a call waits for the members that have not reached the call, and for all members of other
-    /// processes, because their progress is unknown here.
+    /// processes, whose progress is unknown here.
     fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for ((id, member), comm) in &self.0.comms {

@@ -4,12 +4,9 @@
 //! - PIPE-1: both ends make their calls in the order in which the sender announces its sends. A thread that waits for
 //!   nothing else calls each receive when its send is announced.
 //! - PIPE-2: a send is announced after it has been called and before anyone waits for it: NCCL may put it on its stream
-//!   only when the receiver has called too.
-//! - PIPE-3: the data is written before the send is called, and nobody reads the destination: the caller knows both
-//!   from the register protocol, so neither stream waits for another. The memory stays allocated until the stream has
-//!   finished with it.
-//! - PIPE-4: the stream writes its progress around each call, as around collectives, so that a hanging pipe can be
-//!   named.
+//! - PIPE-3: the data is written before the send is called, and nobody reads the destination. The register protocol
+//!   guarantees both, so neither stream waits for another. The memory stays allocated until the stream has used it.
+//! - PIPE-4: the stream writes its progress around each call, as around collectives, to identify a hanging pipe.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -136,7 +133,7 @@ impl Pipe {
         self.has_finished(sent, None).map(drop)
     }
 
-    /// Returns true once it has finished with its memory, false if it has not by the deadline.
+    /// Waits until it has finished with its memory; returns false if it has not by the deadline.
     fn has_finished(&self, sent: &Sent, deadline: Option<Instant>) -> Result<bool> {
         let began = Instant::now();
         loop {

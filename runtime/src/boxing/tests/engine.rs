@@ -1,5 +1,4 @@
-//! Runs the collectives of boxing plans on the in-process engine with one thread per device, and compares bits and bytes
-//! with the interpreter.
+//! Runs boxing plans on the in-process engine, one thread per device, and compares bits and bytes with the interpreter.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -15,8 +14,7 @@ use crate::boxing::interpret::run_local;
 use crate::boxing::step::GroupCall;
 use crate::sbp::region::filled;
 
-/// Aborts the process if the test runs longer than a minute, because a thread that is stuck in a collective cannot be
-/// joined.
+/// Aborts the process after a minute, because a thread that is stuck in a collective cannot be joined.
 fn with_deadline(test: impl FnOnce()) {
     let (finished, wait) = channel::<()>();
     let watchdog = std::thread::spawn(move || {

@@ -18,7 +18,6 @@ fn an_encoded_manifest_decodes_to_the_same_manifest() {
     assert_eq!(serde_json::from_slice::<Value>(&text).unwrap()["body"]["step"], 7, "it is JSON");
 }
 
-/// Flips every bit, and truncates at every length.
 #[test]
 fn every_altered_manifest_is_refused() {
     let text = good().encode().unwrap();
@@ -32,7 +31,6 @@ fn every_altered_manifest_is_refused() {
     }
 }
 
-/// Manifests with a valid checksum that violate an invariant.
 #[test]
 fn inconsistent_manifests_are_refused() {
     type Edit = fn(&mut Manifest);

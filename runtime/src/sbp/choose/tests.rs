@@ -7,10 +7,8 @@ use expect_test::{Expect, expect};
 use super::*;
 use crate::placement::Mesh;
 
-/// Seconds for each floating-point operation.
 const SECONDS_PER_FLOP: f64 = 1e-11;
 
-/// Builds problems concisely.
 struct Builder {
     placement: Placement,
     problem: Problem,

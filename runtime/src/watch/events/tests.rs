@@ -1,5 +1,4 @@
-//! Events for a client of the page: each change is sent once, events have a bounded size, and blocked edges are
-//! reported.
+//! Events for the page: each change is sent once, events have a bounded size, and blocked edges are reported.
 
 use std::sync::Arc;
 

@@ -111,7 +111,6 @@ fn reports_after_an_orderly_end_are_ignored() {
     assert_eq!(arbiter.tick(ms(9000)), None);
 }
 
-/// All orders of `items`.
 fn permutations<T: Clone>(items: &[T]) -> Vec<Vec<T>> {
     if items.is_empty() {
         return vec![vec![]];

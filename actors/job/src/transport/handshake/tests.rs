@@ -173,7 +173,6 @@ fn the_policy_accepts_only_members_of_this_epoch() {
 }
 
 proptest! {
-    /// Arbitrary bytes are never accepted and never cause a panic.
     #[test]
     fn arbitrary_bytes_are_rejected(mut bytes in prop::collection::vec(any::<u8>(), 0..200), magic in any::<bool>()) {
         if magic && bytes.len() >= HEAD_BYTES {

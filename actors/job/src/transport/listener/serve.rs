@@ -54,7 +54,6 @@ enum Step {
 const PREFIX_BYTES: usize = 2;
 
 impl Server {
-    /// Runs until the listener closes.
     pub(super) fn run(mut self) {
         while let Some((sockets, pending)) = self.poll() {
             self.advance(&pending);

@@ -66,7 +66,6 @@ pub(super) struct Unclaimed {
     pub(super) connection: Connection,
 }
 
-/// The state that the thread and the owner share.
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) policy: AcceptPolicy,

@@ -20,7 +20,6 @@ fn loopback() -> ListenAddress {
     ListenAddress::Tcp((Ipv4Addr::LOCALHOST, 0).into())
 }
 
-/// The listener of process 0 in a running world.
 fn running_listener(options: ListenerOptions) -> Listener {
     let listener = Listener::listen(0, secret(), &[loopback(), ListenAddress::PrivateUnix], options).unwrap();
     listener.begin(WORLD);
@@ -43,7 +42,6 @@ fn short_deadline() -> Instant {
     Instant::now() + Duration::from_millis(500)
 }
 
-/// Waits until the counters match; panics on timeout.
 fn wait_for_counters(listener: &Listener, expected: impl Fn(&Refusals) -> bool) -> Refusals {
     let deadline = soon();
     loop {

@@ -9,7 +9,6 @@ use super::*;
 use crate::secret::sample;
 use crate::transport::handshake::tests::run_handshake;
 
-/// The seals of both ends of a connection.
 fn seals() -> [Seal; 2] {
     run_handshake([&sample(), &sample()], Ok(()), |_, message| message).map(|keys| Seal::new(keys.unwrap()))
 }
