@@ -177,8 +177,7 @@ pub enum NodeOp {
     Parameter { init: Init },
     /// Memory that only the update uses (moments), initially zero.
     State,
-    /// A bf16 copy of a parameter, stored next to it. Every write to the parameter also writes the copy. Inserted by
-    /// the precision pass.
+    /// A bf16 copy of a parameter; every write to the parameter also writes it. Inserted by the precision pass.
     Bf16Copy { of: Var },
     /// A kernel of the library.
     Kernel(Op),
@@ -190,20 +189,17 @@ pub enum NodeOp {
     Accumulate,
     /// One step of a boxing plan; inserted by the boxing pass.
     Boxing(Arc<BoxingStep>),
-    /// In-place all-reduce of several accumulated gradients over these axes of the placement, in one call on the
-    /// communication stream; inserted by the bucket pass.
+    /// In-place all-reduce of accumulated gradients over these axes, in one call; inserted by the bucket pass.
     Bucket { axes: Vec<usize> },
     /// `[number of parameters, 2]`: the sum of squares of each gradient on this placement, in the columns of
-    /// [`Op::SumSquares`]; zero for all other parameters. For each input, `indices` has its parameter's index in the
-    /// graph.
+    /// [`Op::SumSquares`], else zero. `indices`: for each input, its parameter's index in the graph.
     NormSums { indices: Vec<usize> },
     /// Sums `NormSums` over all devices and computes the clipping factor.
     ClipScale { max_norm: f32 },
 }
 
 impl NodeOp {
-    /// True for tensors that exist before the first action and stay allocated: parameters, their bf16 copies and
-    /// states.
+    /// True for tensors that stay allocated from the start: parameters, their bf16 copies and states.
     pub fn is_resident(&self) -> bool {
         matches!(self, Self::Parameter { .. } | Self::State | Self::Bf16Copy { .. })
     }
@@ -213,8 +209,7 @@ impl NodeOp {
 pub trait CustomOp: std::fmt::Debug + Send + Sync {
     /// The name in plans and errors.
     fn name(&self) -> &str;
-    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] works on copies in host
-    /// memory.
+    /// True if its kernel runs on this kind of device. On GPUs, [`CustomKernel::run_cpu`] works on host copies.
     fn runs_on(&self, _device: DeviceKind) -> bool {
         true
     }
@@ -225,8 +220,7 @@ pub trait CustomOp: std::fmt::Debug + Send + Sync {
     fn rule(&self) -> Result<Rule, LayoutError>;
     /// The kernel for one shard; `inputs` and `outputs` are its regions of one micro-batch's whole tensors.
     fn kernel(&self, inputs: &[Region], outputs: &[Region]) -> Arc<dyn CustomKernel>;
-    /// Adds the backward nodes to `graph` and returns the gradient of each input (`None` where there is none).
-    /// `grads` has one entry for each output.
+    /// Adds the backward nodes to `graph` and returns the gradient of each input, if any; `grads` has one per output.
     fn backward(&self, graph: &mut Graph, inputs: &[Var], outputs: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>>;
 }
 
@@ -404,8 +398,7 @@ impl Graph {
         &PLACEHOLDERS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor. For another graph's tensor it is a placeholder with the same number of dims, and
-    /// `compile` reports an error.
+    /// Shape of a whole tensor; for another graph's, a placeholder with as many dims, and `compile` reports an error.
     #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
         &self.tensor(var).shape

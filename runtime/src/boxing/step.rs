@@ -79,8 +79,7 @@ pub enum LocalStep {
     Local { fill: Option<f32>, copy: Option<(Region, Region)> },
     /// Call a collective that reads the input shard and writes the output shard.
     Call(GroupCall),
-    /// Copy boxes from devices of the source placement, possibly including this one; together they fill the output
-    /// shard.
+    /// Copy boxes from devices of the source placement, possibly including this one, that fill the output shard.
     Pull(Vec<Pull>),
 }
 
@@ -177,8 +176,7 @@ pub(super) fn bytes_received(
     bytes
 }
 
-/// [`bytes_received`] for a transfer: the elements that a device does not already hold. `own_index` is each target
-/// device's index in the source placement, if it is in both.
+/// [`bytes_received`] for a transfer, given each target device's index in the source placement, if it is in both.
 pub(super) fn bytes_pulled(dtype: DType, own_index: &[Option<usize>], from: &[Region], to: &[Region]) -> Vec<usize> {
     let bytes = |(region, own_index): (&Region, &Option<usize>)| {
         let held = own_index.map_or(0, |index| common_elements(&from[index], region));
@@ -257,9 +255,8 @@ impl BoxingStep {
         GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
     }
 
-    /// The boxes that each target device pulls, by index. If several devices hold a box, the source is the target
-    /// itself, else the device at the target's coordinates, else the device from which the fewest elements are pulled
-    /// so far.
+    /// The boxes that each target device pulls, by index. Of several holders of a box, the source is the target itself,
+    /// else the device at its coordinates, else the device from which the fewest elements are pulled so far.
     fn pulls(&self) -> Vec<Vec<Pull>> {
         let (source, target) = (&self.from.placement, &self.to.placement);
         let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));

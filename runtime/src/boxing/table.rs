@@ -1,5 +1,4 @@
-//! Boxing costs between all layouts of one tensor on one placement: the costs of [`super::plan`] for many pairs at
-//! once.
+//! Boxing costs between all layouts of a tensor on one placement: those of [`super::plan`], for many pairs at once.
 
 use std::collections::HashMap;
 

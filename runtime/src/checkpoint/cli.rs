@@ -89,8 +89,7 @@ pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
     }
 }
 
-/// Selects the checkpoint of this step, or the newest complete one, with a warning line for each damaged one that was
-/// skipped.
+/// Selects this step's checkpoint, or the newest complete one, with a warning line for each damaged one it skips.
 fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String), CheckpointError> {
     if let Some(step) = step {
         return Ok((store.read(step)?, String::new()));

@@ -16,8 +16,7 @@ use shardflow_kernels::tensor::{DType, Region};
 use crate::declare::{DECLARED_MAX, Values};
 
 const FORMAT: &str = "shardflow-checkpoint";
-/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and
-/// [`Manifest::declared`].
+/// Version of the format: 2 added [`JobTime`], 3 added [`Manifest::updates`] and [`Manifest::declared`].
 pub(crate) const VERSION: u32 = 3;
 /// Largest size of a manifest, bytes.
 pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
@@ -32,8 +31,7 @@ const DIMS_MAX: usize = 32;
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
 const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
-/// State of the user's program, other than the number of steps, that it needs to resume. The content is the program's
-/// choice.
+/// State that the user's program needs to resume, other than the number of steps. Its content is the program's choice.
 pub type Cursor = BTreeMap<String, String>;
 
 /// Role of a tensor in the training.
@@ -189,8 +187,7 @@ pub struct Manifest {
     pub epoch: u64,
     /// The mesh that wrote it; any other mesh can load it.
     pub mesh: String,
-    /// Seed. Initial weights and dropout masks depend only on the seed and `step`, which are the state of all
-    /// generators.
+    /// Seed. Initial weights and dropout masks depend only on it and `step`: they are the state of all generators.
     pub seed: u64,
     /// The program's cursor.
     pub cursor: Cursor,

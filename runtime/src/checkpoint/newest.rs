@@ -19,8 +19,7 @@ impl Store {
         self.newest_accepted(None, |_| Ok(()))
     }
 
-    /// Like [`Store::newest`], but reads and checks every byte: the checkpoint can fail to load only because of later
-    /// damage.
+    /// Like [`Store::newest`], but checks every byte: the checkpoint can fail to load only because of later damage.
     pub fn newest_verified(&self) -> Result<NewestCheckpoint, CheckpointError> {
         self.newest_accepted(None, CheckpointReader::verify)
     }

@@ -39,8 +39,7 @@ pub struct SaverOptions {
     pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
-    /// The job's unique name, the same for all its incarnations: a later incarnation takes the store's lock
-    /// immediately.
+    /// The job's unique name, with which a later incarnation of the job takes the store's lock immediately.
     pub job: Option<String>,
 }
 

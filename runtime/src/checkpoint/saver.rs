@@ -55,8 +55,7 @@ impl Saver {
     /// Takes the store's lock on process 0, and starts the thread. [`crate::session::Session::saver`] checks the store.
     ///
     /// # Errors
-    /// [`CheckpointError::Held`] if another training writes to the store; also if the options contradict each other, or
-    /// no thread can be started.
+    /// [`CheckpointError::Held`]; also if the options contradict each other, or no thread can be started.
     pub fn new(store: Store, agree: Arc<dyn SaveAgreement>, options: SaverOptions) -> Result<Self, CheckpointError> {
         let SaverOptions { member, busy, .. } = options;
         check_member(member)?;
@@ -91,8 +90,7 @@ impl Saver {
         self.is_busy && self.reports.is_empty() && self.busy == WhenBusy::Skip
     }
 
-    /// Starts to write a snapshot after the running save. `replaces`: the step's checkpoint, if there is one, was found
-    /// damaged.
+    /// Starts to write a snapshot after the running save. `replaces`: a checkpoint of its step was found damaged.
     pub(crate) fn start(&mut self, snapshot: Snapshot, replaces: bool) -> Result<SaveStart, CheckpointError> {
         let mut before = None;
         if self.is_busy {
@@ -137,8 +135,7 @@ impl Saver {
     }
 }
 
-/// Saves a snapshot on the caller's thread and waits for the outcome. It takes no lock, so nothing else may write to
-/// the store.
+/// Saves a snapshot on the caller's thread. It takes no lock, so nothing else may write to the store.
 ///
 /// # Errors
 /// If the options contradict each other. The report has the result of the write.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
 use super::error::CheckpointError;
-use super::manifest::{Checksum, Shard};
+use super::manifest::{Checksum, Shard, TensorMeta};
 use super::store::Store;
 use crate::declare::Values;
 
@@ -33,19 +33,20 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// A piece of a tensor. Its name is the tensor's, followed by its box unless it is the whole tensor.
+    pub(crate) fn of_piece(info: &TensorMeta, region: &Region) -> Self {
+        let (mut name, dtype, shape) = (info.name.clone(), info.dtype, region.size.clone());
+        if shape != info.shape {
+            let range = |(start, size): (&usize, &usize)| format!("{start}:{}", start + size);
+            let ranges: Vec<String> = region.start.iter().zip(&region.size).map(range).collect();
+            name = format!("{name}[{}]", ranges.join(","));
+        }
+        Self { name, dtype, shape }
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         (element_count(&self.shape) * self.dtype.bytes()) as u64
     }
-}
-
-/// Name of a piece in a shard: its tensor's name, followed by its box unless it is the whole tensor.
-pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> String {
-    if region.size == shape {
-        return tensor.into();
-    }
-    let range = |(start, size): (&usize, &usize)| format!("{start}:{}", start + size);
-    let ranges: Vec<String> = region.start.iter().zip(&region.size).map(range).collect();
-    format!("{tensor}[{}]", ranges.join(","))
 }
 
 /// The metadata of a file of whole tensors.
@@ -60,8 +61,7 @@ pub(crate) fn declared_of(metadata: &HashMap<String, String>) -> Values {
     metadata.iter().filter_map(named).collect()
 }
 
-/// The JSON header of a safetensors file. The crate's own type keeps metadata in a hash map, whose order differs
-/// between runs.
+/// The JSON header of a safetensors file. The crate's own type stores metadata in a hash map, so its order varies.
 #[derive(Serialize)]
 struct Header<'a> {
     #[serde(rename = "__metadata__")]

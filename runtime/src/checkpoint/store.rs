@@ -89,8 +89,7 @@ impl Store {
         Self::new(backend, prefix, place, None)
     }
 
-    /// Like [`Store::open`], for a local folder that is accessed through the caller's backend, whose root is the file
-    /// system's root.
+    /// Like [`Store::open`], for a local folder accessed through the caller's backend, whose root is the file system's.
     pub fn in_folder(
         backend: Arc<dyn ObjectStore>,
         folder: &std::path::Path,
@@ -143,8 +142,7 @@ impl Store {
         self
     }
 
-    /// Sets the bytes of one upload request, which is the memory that a write needs beside the snapshot; the default is
-    /// 16 MiB.
+    /// Sets the bytes of one upload request, the memory that a write needs beside the snapshot; the default is 16 MiB.
     #[must_use]
     pub fn with_part_bytes(mut self, bytes: usize) -> Self {
         self.operations.part_bytes = bytes.max(1);
@@ -180,8 +178,7 @@ impl Store {
         Ok(self.operations.size(&self.manifest(step))?.is_some())
     }
 
-    /// Lists the folder of a step, or of the store, with the sizes of files; a folder has no size. With `deep`, lists
-    /// all files below it instead.
+    /// Lists the folder of a step or of the store, or with `deep` all files below it. Only files have a size.
     pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
         let whole = || StoreFile { name: self.place.clone(), path: self.prefix.clone() };
         let StoreFile { name, path: at } = step.map_or_else(whole, |step| self.file(step, ""));

@@ -23,8 +23,7 @@ pub fn sizes(graph: &mut Graph) {
     }
 }
 
-/// Refuses programs without an output, trained parameters as outputs, and parameters and inputs that no output depends
-/// on.
+/// Refuses programs without an output, trained parameters as outputs, and unused parameters and inputs.
 pub fn purpose(graph: &mut Graph) {
     if graph.outputs.is_empty() {
         let location = graph.nodes.last().map_or(graph.location, |node| node.location);

@@ -4,8 +4,7 @@
 //! The user's layouts restrict the choice:
 //! - LAY-1: parameters and inputs are read in their given layout;
 //! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only if one of its inputs can have
-//!   that split, because a parameter, an input or a `relayout` has it, or if the kernel makes the parts from whole
-//!   inputs;
+//!   that split, because a parameter, an input or a `relayout` has it, or if it makes the parts from whole inputs;
 //! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts.
 //!
 //! Cost decides among the remaining candidates. Without these rules, cost would gather weights or introduce sequence
@@ -193,8 +192,7 @@ impl Splits {
         let stays_split = |c: &Candidate| (0..axes).all(|axis| self.stays_split(spec, &c.signature, axis));
         let allowed = |c: &&Candidate| keeps_given_layouts(c) && comes_from_a_split(c) && stays_split(c);
         let kept: Vec<Candidate> = spec.candidates.iter().filter(allowed).cloned().collect();
-        // If the op cannot read its parameter in the given layout, all candidates remain; `explain` lists the layout
-        // change.
+        // If the op cannot read its parameter as given, all candidates remain; `explain` lists the change.
         if !kept.is_empty() {
             spec.candidates = kept;
         }
@@ -220,8 +218,7 @@ impl Splits {
             || inputs.any(|(t, required)| self.0[*t].get(axis).is_some_and(|e| e.contains(&required.0[axis])))
     }
 
-    /// LAY-3: false if an input can only be split, the signature requires another layout, and another signature reads
-    /// it split.
+    /// LAY-3: false if another signature reads an input split that can only be split, and this one does not.
     fn stays_split(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
         (0..spec.inputs.len()).all(|input| {
             let only = self.0[spec.inputs[input]].get(axis).filter(|e| e.len() == 1).and_then(|e| e.first());

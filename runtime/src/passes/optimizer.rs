@@ -1,5 +1,4 @@
-//! Adds the end of a step: sums the gradients over the micro-batches, computes their global norm, and updates with
-//! AdamW.
+//! Adds the end of a step: the sums of gradients over the micro-batches, their global norm, and AdamW's update.
 
 use std::collections::BTreeMap;
 

@@ -1,12 +1,10 @@
-//! Checks that the placements form a pipeline. All forward work of a device is one action, so a device cannot wait for
-//! a result that depends on its own forward work.
+//! Checks that the placements form a pipeline: a device's forward work is one action, which cannot wait for itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::graph::{Graph, NodeOp, Var};
 
-/// Records an error for each node that reads from a placement which shares a device with the node's own, or which waits
-/// for the node's own, directly or indirectly.
+/// Records an error for each node that reads from an overlapping placement, or from one that waits for the node's own.
 pub fn check(graph: &mut Graph) {
     // For each placement, the placements that it reads from.
     let mut reads: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();

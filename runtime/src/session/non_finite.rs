@@ -51,8 +51,7 @@ impl Origin {
 const NOT_FOUND: NumberPair = [u64::MAX; 2];
 
 impl Session {
-    /// Bounds of parameters and moments after the update of this step; default bounds for a program without an
-    /// objective.
+    /// Bounds of parameters and moments after this step's update; default bounds without an objective.
     pub(super) fn bounds_after(&self, report: &StepReport, learning_rate: f32) -> Bounds {
         match (self.plan.graph.objective, report.grad_norm) {
             (Some(objective), Some(norm)) => objective.optimizer.bounds_after(self.bounds, norm, learning_rate),

@@ -1,6 +1,5 @@
-//! The pipeline bubble, measured and predicted: the share of a step in which compute actors are idle,
-//! 1 - busy / (actors x elapsed). A step lasts from the first launch of a compute actor to the last end. The same code
-//! computes both values.
+//! The pipeline bubble, measured and predicted by the same code: the share of a step in which compute actors are idle,
+//! 1 - busy / (actors x elapsed). A step lasts from the first launch of a compute actor to the last end.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -87,8 +86,7 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// `None` until each action has fired. Also `None` if the process hosts only a part of the plan, because it lacks
-    /// the other durations.
+    /// `None` until each action has fired, and in a process that hosts a part of the plan: it lacks other durations.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         if observer.process_map().processes > 1 {
             return None;
@@ -129,14 +127,14 @@ fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use shardflow_actors::pipeline::{Pipeline, PipelineSchedule};
 
     use super::*;
 
     const MS: u64 = 1_000_000;
 
-    fn pipeline(stages: u32, micro_batches: u32, schedule: PipelineSchedule) -> Spec {
+    pub(in crate::watch) fn pipeline(stages: u32, micro_batches: u32, schedule: PipelineSchedule) -> Spec {
         let credits = match schedule {
             PipelineSchedule::Gpipe => vec![micro_batches; stages as usize],
             PipelineSchedule::OneForwardOneBackward => (1..=stages).rev().collect(),

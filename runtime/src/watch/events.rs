@@ -1,5 +1,4 @@
-//! Changes of a session since the last event to a client of the live page: one value of bounded size that is sent as
-//! JSON.
+//! Changes of a session since the last event to a client of the live page: a value of bounded size, sent as JSON.
 
 use std::collections::HashMap;
 

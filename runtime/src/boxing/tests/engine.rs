@@ -1,5 +1,4 @@
-//! Runs the collectives of boxing plans on the in-process engine with one thread per device, and compares bits and bytes
-//! with the interpreter.
+//! Runs the collectives of boxing plans with one thread per device, and compares bits and bytes with the interpreter.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -15,8 +14,7 @@ use crate::boxing::interpret::run_local;
 use crate::boxing::step::GroupCall;
 use crate::sbp::region::filled;
 
-/// Aborts the process if the test runs longer than a minute, because a thread that is stuck in a collective cannot be
-/// joined.
+/// Aborts the process after a minute, because a thread that is stuck in a collective cannot be joined.
 fn with_deadline(test: impl FnOnce()) {
     let (finished, wait) = channel::<()>();
     let watchdog = std::thread::spawn(move || {
@@ -104,19 +102,13 @@ fn check_engine(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
 }
 
 #[test]
-fn layout_changes_on_one_axis_equal_the_interpreter() {
-    with_deadline(|| {
-        check_pairs(&line(0, 3), &line(0, 3), check_engine);
-        check_pairs(&line(0, 4), &line(2, 3), check_engine);
-    });
-}
-
-#[test]
-fn layout_changes_on_two_axes_equal_the_interpreter() {
-    with_deadline(|| {
-        check_pairs(&grid(0, 2, 2), &grid(0, 2, 2), check_engine);
-        check_pairs(&grid(0, 2, 2), &grid(2, 2, 3), check_engine);
-    });
+fn layout_changes_on_one_and_two_axes_equal_the_interpreter() {
+    for (source, target) in [(line(0, 3), line(0, 3)), (line(0, 4), line(2, 3))] {
+        with_deadline(|| check_pairs(&source, &target, check_engine));
+    }
+    for target in [grid(0, 2, 2), grid(2, 2, 3)] {
+        with_deadline(|| check_pairs(&grid(0, 2, 2), &target, check_engine));
+    }
 }
 
 #[test]
