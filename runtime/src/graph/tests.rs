@@ -81,14 +81,14 @@ fn mismatched_shapes_are_reported() {
 #[test]
 fn errors_inside_a_layer_name_the_line_that_calls_it() {
     expect![[r#"
-        einsum: rule btc,oc->bto: input 0 needs 3 dims ("btc"), got shape [4, 6]; the inputs have shapes [4, 6], [3, 6]
+        einsum: rule btdefghc,oc->btdefgho: input 0 needs 8 dims ("btdefghc"), got shape [1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1], [3, 1]
           at `nn::linear(g, "up", x, 3, Parallel::Replicated);`
         h.0.attn: a width of 6 does not divide into 4 heads; choose a multiple of 4
           at `nn::attention(g, "h.0.attn", y, 4, None);`
         h.0.attn: a width of 4 does not divide into 3 heads; choose a multiple of 3
           at `nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });`"#]]
     .assert_eq(&error("data=1", |g| {
-        let (x, y) = (floats(g, "x", &[4, 6]), floats(g, "y", &[2, 3, 6]));
+        let (x, y) = (floats(g, "x", &[1; 9]), floats(g, "y", &[2, 3, 6]));
         nn::linear(g, "up", x, 3, Parallel::Replicated);
         nn::attention(g, "h.0.attn", y, 4, None);
         nn::gpt(g, &GptConfig { heads: 3, layers: 1, ..GPT });
@@ -172,7 +172,7 @@ fn errors_are_reported_together_and_once() {
           at `let wrong = g.add(a, b);`
         weight: the layout names mesh axis `tensor`, but the placement has the axes ["data"]
           at `g.parameter("weight", &[4, 6], Init::Ones, Layout::split("tensor", 0));`
-        einsum: subscripts: expected index i in exactly two of the three terms (one that is in all three makes a batch of products, which needs a custom op), got ij,ij->i
+        einsum: subscripts: expected index i in exactly two of the three terms (an index in all three terms is a batch index, which needs a custom op), got ij,ij->i
           at `let loss = g.einsum("ij,ij->i", a, a);`"#]]
     .assert_eq(&error("data=2", |g| {
         let (a, b) = (floats(g, "a", &[4, 6]), floats(g, "b", &[4]));
@@ -633,7 +633,7 @@ fn invalid_shapes_and_numbers_are_reported() {
 fn results_of_invalid_ops_have_plausible_shapes() {
     let mut g = Graph::new(&mesh());
     let (a, b) = (floats(&mut g, "a", &[4, 6]), floats(&mut g, "b", &[5, 7]));
-    let x = floats(&mut g, "x", &[2, 3, 6]);
+    let (x, deep) = (floats(&mut g, "x", &[2, 3, 6]), floats(&mut g, "deep", &[1; 9]));
     let custom = |rule| Arc::new(Double { rule, ..Double::default() });
     let created = [
         (g.einsum("ik,kj->ij", a, b), vec![4, 7]),
@@ -645,7 +645,7 @@ fn results_of_invalid_ops_have_plausible_shapes() {
         (g.cross_entropy(a, b), vec![]),
         (g.embedding(a, x), vec![4, 6, 3]),
         (g.add(a, b), vec![4, 6]),
-        (nn::linear(&mut g, "l", a, 9, Parallel::Replicated), vec![4, 6, 9]),
+        (nn::linear(&mut g, "l", deep, 9, Parallel::Replicated), vec![1, 1, 1, 1, 1, 1, 1, 9]),
         (nn::attention(&mut g, "a", x, 4, None), vec![2, 3, 6]),
         (g.custom(custom("abc,a->ab,c"), &[x])[1], vec![6]),
         (g.custom(custom("abc->ab1,cb"), &[x])[1], vec![6, 3]),
