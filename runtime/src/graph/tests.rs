@@ -608,10 +608,10 @@ fn invalid_shapes_and_numbers_are_reported() {
           at `nn::attention(g, "attn", x, 0, None);`
         einsum: the result has more than 16 dims; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]
           at `g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);`
-        many: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 25 dims; the maximum is 16
-          at `let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));`
+        more: the shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1] has 25 dims; the maximum is 16
+          at `let (more, none) = (floats(g, "more", &[1; 25]), floats(g, "none", &[]));`
         add: rule abefgijlmnopqrsuxyz,->abefgijlmnopqrsuxyz: input 0 needs 19 dims ("abefgijlmnopqrsuxyz"), got shape [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1], []
-          at `g.add(many, none);`"#]]
+          at `g.add(more, none);`"#]]
     .assert_eq(&error("data=1", |g| {
         let x = floats(g, "x", &[0, 6]);
         g.step_input("step", &[3, 0], DType::F32);
@@ -623,8 +623,8 @@ fn invalid_shapes_and_numbers_are_reported() {
         nn::attention(g, "attn", x, 0, None);
         let (a, b) = (floats(g, "a", &[1; 9]), floats(g, "b", &[1; 9]));
         g.einsum("abcdefghi,jklmnopqr->abcdefghijklmnopqr", a, b);
-        let (many, none) = (floats(g, "many", &[1; 25]), floats(g, "none", &[]));
-        g.add(many, none);
+        let (more, none) = (floats(g, "more", &[1; 25]), floats(g, "none", &[]));
+        g.add(more, none);
     }));
 }
 
