@@ -90,7 +90,7 @@ impl Saver {
         self.is_busy && self.reports.is_empty() && self.busy == WhenBusy::Skip
     }
 
-    /// Starts to write a snapshot after the running save. `replaces`: a checkpoint of its step was found damaged.
+    /// Starts to write a snapshot after the running save. `replaces`: its step's checkpoint, if any, was found damaged.
     pub(crate) fn start(&mut self, snapshot: Snapshot, replaces: bool) -> Result<SaveStart, CheckpointError> {
         let mut before = None;
         if self.is_busy {

@@ -218,7 +218,8 @@ impl Splits {
             || inputs.any(|(t, required)| self.0[*t].get(axis).is_some_and(|e| e.contains(&required.0[axis])))
     }
 
-    /// LAY-3: false if another signature reads an input split that can only be split, and this one does not.
+    /// LAY-3: false if an input can only be split, the signature requires another layout, and another signature reads
+    /// it split.
     fn stays_split(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
         (0..spec.inputs.len()).all(|input| {
             let only = self.0[spec.inputs[input]].get(axis).filter(|e| e.len() == 1).and_then(|e| e.first());

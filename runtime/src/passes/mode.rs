@@ -16,7 +16,7 @@ pub enum Mode {
     Evaluation,
 }
 
-/// Applies the mode. With `None`, a program that minimises a loss trains; dropout in any other is an error.
+/// Applies the mode. With `None`, a program that minimises a loss trains; dropout in any other program is an error.
 pub fn apply(graph: &mut Graph, mode: Option<Mode>) {
     match mode {
         Some(Mode::Training) => {}

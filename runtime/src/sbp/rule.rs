@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn output_shapes_follow_from_input_shapes() {
+    fn output_shapes_follow_from_input_shapes_and_mismatches_are_refused_with_the_numbers() {
         let rule = Rule::parse("btc,vc->btv").unwrap();
         assert_eq!(rule.infer_shapes(&[vec![2, 3, 4], vec![7, 4]]).unwrap(), [[2, 3, 7]]);
         let scalar = Rule::parse("bt,->").unwrap();
@@ -353,11 +353,6 @@ mod tests {
         let source = Rule::new(&[], &["ab"]).unwrap().size('a', 3).unwrap();
         assert!(source.infer_shapes(&[] as &[&[usize]]).unwrap_err().to_string().contains("factor b is in no input"));
         assert_eq!(source.size('b', 2).unwrap().infer_shapes(&[] as &[&[usize]]).unwrap(), [[3, 2]]);
-    }
-
-    #[test]
-    fn mismatched_shapes_are_refused_with_the_numbers() {
-        let rule = Rule::parse("btc,vc->btv").unwrap();
         let text = |shapes: &[Vec<usize>]| rule.infer_shapes(shapes).unwrap_err().to_string();
         assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), "rule btc,vc->btv: c is 5 in input 1 but 4 in input 0");
         let error = text(&[vec![2, 3], vec![7, 5]]);

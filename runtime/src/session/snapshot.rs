@@ -42,10 +42,9 @@ type Parts = (Vec<(usize, ResidentTensor, HostTensor)>, Vec<String>);
 impl Session {
     /// The tensors of a checkpoint, with their kinds.
     pub(super) fn residents(&self) -> impl Iterator<Item = (Var, TensorKind)> {
-        self.plan.graph.nodes().iter().filter_map(|node| match node.op {
-            NodeOp::Parameter { .. } => Some((node.outputs[0], TensorKind::Parameter)),
-            NodeOp::State => Some((node.outputs[0], TensorKind::State)),
-            _ => None,
+        self.plan.graph.residents().map(|var| match self.plan.graph.producer(var).op {
+            NodeOp::State => (var, TensorKind::State),
+            _ => (var, TensorKind::Parameter),
         })
     }
 
