@@ -111,10 +111,8 @@ impl NodeSpec {
     }
 }
 
-/// Chooses a signature for each node. A pure function of its arguments.
-///
-/// # Errors
-/// [`LayoutError::Choice`] when the problem is malformed, or a node's inputs cannot take the layouts of any candidate.
+/// Chooses a signature for each node; a pure function of its arguments. Fails with [`LayoutError::Choice`] if the
+/// problem is malformed, or a node's inputs cannot take the layouts of any candidate.
 pub fn choose(problem: &Problem, model: &CostModel) -> Result<Choice, LayoutError> {
     let mut chooser = Chooser::new(problem, *model)?;
     let mut candidates = chooser.beam()?;

@@ -127,14 +127,14 @@ fn durations_ns(observer: &Observer) -> Option<Vec<Vec<u64>>> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use shardflow_actors::pipeline::{Pipeline, PipelineSchedule};
 
     use super::*;
 
     const MS: u64 = 1_000_000;
 
-    pub(in crate::watch) fn pipeline(stages: u32, micro_batches: u32, schedule: PipelineSchedule) -> Spec {
+    fn pipeline(stages: u32, micro_batches: u32, schedule: PipelineSchedule) -> Spec {
         let credits = match schedule {
             PipelineSchedule::Gpipe => vec![micro_batches; stages as usize],
             PipelineSchedule::OneForwardOneBackward => (1..=stages).rev().collect(),

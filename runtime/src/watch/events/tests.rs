@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use shardflow_actors::pipeline::PipelineSchedule::OneForwardOneBackward;
+use shardflow_actors::pipeline::{Pipeline, PipelineSchedule};
 use shardflow_actors::protocol::{ActionWaits, ActorWaits, Holder};
 use shardflow_actors::spec::ActionRef;
 use shardflow_actors::trace::Idle;
@@ -14,7 +14,6 @@ use crate::nn::{self, Parallel};
 use crate::passes::{CompileOptions, compile};
 use crate::placement::Mesh;
 use crate::session::{Session, SessionOptions};
-use crate::watch::bubble::tests::pipeline;
 
 /// A minimal model on two devices.
 fn session() -> Session {
@@ -99,6 +98,11 @@ fn incidents_are_sent_in_order_and_truncated() {
     assert!(event.incidents.is_sorted_by_key(|incident| incident.0));
 }
 
+fn pipeline() -> Spec {
+    let schedule = PipelineSchedule::OneForwardOneBackward;
+    Pipeline { micro_batches: 4, credits: vec![2, 1], schedule, ordered: false }.build()
+}
+
 fn fired(firing: u64, ended_ns: u64) -> FiringRecord {
     let (idle_ns, launched_ns, early_ns) = (0, 0, ended_ns);
     FiringRecord { action: 0, firing, idle_ns, launched_ns, early_ns, ended_ns, cause: Cause::Host }
@@ -106,7 +110,7 @@ fn fired(firing: u64, ended_ns: u64) -> FiringRecord {
 
 #[test]
 fn too_many_firings_are_limited_to_one_ended_step() {
-    let spec = pipeline(2, 4, OneForwardOneBackward);
+    let spec = pipeline();
     let few: Vec<_> = (0..FIRINGS_MAX as u64).map(|firing| (ActorId(0), fired(firing, firing))).collect();
     let mut kept = few.clone();
     limit_firings(&spec, &mut kept);
@@ -120,7 +124,7 @@ fn too_many_firings_are_limited_to_one_ended_step() {
         [last - 1, last - 2, last - 3, last - 4]
     );
     // A larger step loses its oldest firings.
-    let mut long = pipeline(2, 4, OneForwardOneBackward);
+    let mut long = pipeline();
     long.actors[0].actions[0].per_step = 20_000;
     kept = (0..20_000).map(|firing| (ActorId(0), fired(firing, firing))).collect();
     limit_firings(&long, &mut kept);
@@ -146,7 +150,7 @@ fn waits(actor: u32, firings: [u64; 2], idle_now_ns: u64, missing: Vec<(u32, Mis
 
 #[test]
 fn an_edge_is_blocked_only_if_the_running_step_needs_it() {
-    let spec = pipeline(2, 4, OneForwardOneBackward);
+    let spec = pipeline();
     let register = |name: &str| spec.registers.iter().position(|r| r.name.contains(name)).expect("a register") as u32;
     let (activation, stash) = (register("stage0"), register("stash"));
     let reader = |actor, action| ActionRef { actor: ActorId(actor), action };
