@@ -209,8 +209,7 @@ pub enum NodeOp {
 }
 
 impl NodeOp {
-    /// True for tensors that exist before the first action and stay allocated: parameters, their bf16 copies and
-    /// states.
+    /// True for tensors that stay allocated from the start: parameters, their bf16 copies and states.
     pub fn is_resident(&self) -> bool {
         matches!(self, Self::Parameter { .. } | Self::State | Self::Bf16Copy { .. })
     }
@@ -231,8 +230,7 @@ pub trait CustomOp: std::fmt::Debug + Send + Sync {
     fn rule(&self) -> Result<Rule, LayoutError>;
     /// The kernel for one shard; `inputs` and `outputs` are its regions of one micro-batch's whole tensors.
     fn kernel(&self, inputs: &[Region], outputs: &[Region]) -> Arc<dyn CustomKernel>;
-    /// Adds the backward nodes to `graph` and returns the gradient of each input (`None` where there is none).
-    /// `grads` has one entry for each output.
+    /// Adds the backward nodes to `graph` and returns the gradient of each input, if any; `grads` has one per output.
     fn backward(&self, graph: &mut Graph, inputs: &[Var], outputs: &[Var], grads: &[Option<Var>]) -> Vec<Option<Var>>;
 }
 
@@ -407,8 +405,7 @@ impl Graph {
         &PLACEHOLDERS[usize::from(var.dims).min(DIMS_MAX)]
     }
 
-    /// Shape of a whole tensor. For another graph's tensor it is a placeholder with the same number of dims, and
-    /// `compile` reports an error.
+    /// Shape of a whole tensor; for another graph's, a placeholder with as many dims, and `compile` reports an error.
     #[track_caller]
     pub fn shape(&self, var: Var) -> &[usize] {
         &self.tensor(var).shape

@@ -13,7 +13,6 @@ use shardflow_kernels::tensor::{DType, Region};
 use crate::graph::{Graph, NodeId, Phase, Rate, Var};
 
 pub(crate) mod assign;
-pub(crate) mod collective_order;
 pub(crate) mod emit;
 pub(crate) mod explain;
 pub mod flops;

@@ -122,8 +122,7 @@ impl ProcessMap {
 /// All groups of a plan, in order of id.
 pub fn groups(plan: &Plan) -> Vec<Arc<Group>> {
     let mut out = BTreeMap::new();
-    for launch in plan.actions.iter().flatten().flat_map(|action| &action.launches) {
-        let Op::Collective(call) = &launch.op else { continue };
+    for call in plan.actions.iter().flatten().flat_map(|action| action.collectives()) {
         out.entry(call.group.id).or_insert_with(|| call.group.clone());
     }
     out.into_values().collect()

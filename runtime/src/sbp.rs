@@ -237,8 +237,7 @@ fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<
 /// devices; of `Broadcast` copies, takes the one at coordinate 0.
 ///
 /// # Errors
-/// When the layout does not fit, a shard has another shape or type than the layout requires, or `Broadcast` copies are
-/// not bit-identical.
+/// When the layout or a shard's shape or type does not fit, or `Broadcast` copies are not bit-identical.
 pub fn gather(
     shards: &[HostTensor],
     shape: &[usize],
@@ -265,8 +264,10 @@ pub fn gather(
     }
     layout.check_dtype(&shards[0], placement)?;
     let axes_with = |f: fn(Sbp) -> bool| (0..layout.0.len()).filter(|&a| f(layout.0[a])).collect::<Vec<_>>();
+    let mut is_first_copy = vec![true; shards.len()];
     for group in placement.group_indices(&axes_with(|sbp| sbp == Sbp::Broadcast)) {
         for &index in &group[1..] {
+            is_first_copy[index] = false;
             if !region::same_bits(&shards[index], &shards[group[0]]) {
                 let first = format!("the same bits as shard {}", group[0]);
                 return Err(error(index, first, "different bits".into()));
@@ -274,14 +275,8 @@ pub fn gather(
         }
     }
     let mut whole = filled(shape, shards[0].dtype(), 0.0);
-    let is_first_copy = |index: usize| {
-        let mut entries = layout.0.iter().zip(placement.coords(index));
-        entries.all(|(&sbp, coordinate)| sbp != Sbp::Broadcast || coordinate == 0)
-    };
-    for group in placement.group_indices(&axes_with(Sbp::is_partial)) {
-        if !is_first_copy(group[0]) {
-            continue;
-        }
+    let terms = placement.group_indices(&axes_with(Sbp::is_partial)).into_iter();
+    for group in terms.filter(|group| is_first_copy[group[0]]) {
         let mut sum = shards[group[0]].clone();
         for &index in &group[1..] {
             region::combine(&mut sum, &shards[index], layout.partial().unwrap_or(ReduceOp::Sum));

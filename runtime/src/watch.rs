@@ -83,8 +83,7 @@ impl Watch {
         Self::listen(SocketAddr::new(first.ip(), port))
     }
 
-    /// Installs the metrics recorder and starts to listen. Call it before sessions start, because earlier values are
-    /// lost. Port 0 selects a free port.
+    /// Installs the metrics recorder and listens; port 0 selects a free port. Call it first: earlier values are lost.
     ///
     /// # Errors
     /// If the address cannot be listened on, or there is another recorder.
@@ -145,8 +144,7 @@ fn install() -> Result<PrometheusHandle, WatchError> {
     Ok(handle)
 }
 
-/// Starts the upkeep thread, which runs until the program ends: the recorder cannot be removed, and its histograms keep
-/// every value until upkeep or a scrape.
+/// Starts the upkeep thread, which runs until the program ends: histograms keep every value until upkeep or a scrape.
 fn start_upkeep(prometheus: PrometheusHandle) -> io::Result<()> {
     let upkeep = move || loop {
         thread::park_timeout(UPKEEP_EVERY);

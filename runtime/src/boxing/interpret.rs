@@ -13,8 +13,7 @@ use crate::sbp::region::{combine, copy_box, filled, slice_region};
 /// An element that no device has written. Data has other bits.
 const UNWRITTEN: f32 = f32::from_bits(0x7fff_ffff);
 
-/// Runs a plan on shards, by index in the source placement. Returns the shards, by index in the target placement, and
-/// the counted bytes that each device received, by rank.
+/// Runs a plan on shards, by index in its placements. Also returns the bytes that each device received, by rank.
 ///
 /// # Panics
 /// When a shard does not have the shape that its layout requires, or a step does not write a whole shard.

@@ -176,8 +176,7 @@ pub(super) fn bytes_received(
     bytes
 }
 
-/// [`bytes_received`] for a transfer: the elements that a device does not already hold. `own_index` is each target
-/// device's index in the source placement, if it is in both.
+/// [`bytes_received`] for a transfer, given each target device's index in the source placement, if it is in both.
 pub(super) fn bytes_pulled(dtype: DType, own_index: &[Option<usize>], from: &[Region], to: &[Region]) -> Vec<usize> {
     let bytes = |(region, own_index): (&Region, &Option<usize>)| {
         let held = own_index.map_or(0, |index| common_elements(&from[index], region));
@@ -256,9 +255,8 @@ impl BoxingStep {
         GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
     }
 
-    /// The boxes that each target device pulls, by index. If several devices hold a box, the source is the target
-    /// itself, else the device at the target's coordinates, else the device from which the fewest elements are pulled
-    /// so far.
+    /// The boxes that each target device pulls, by index. Of several holders of a box, the source is the target itself,
+    /// else the device at its coordinates, else the device from which the fewest elements are pulled so far.
     fn pulls(&self) -> Vec<Vec<Pull>> {
         let (source, target) = (&self.from.placement, &self.to.placement);
         let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));

@@ -123,8 +123,7 @@ fn layout_changes_without_reductions_keep_every_bit() {
     }
 }
 
-/// The least cost over all simple paths with at most `steps` steps, by depth-first search. A path is abandoned once it
-/// costs more than the best one.
+/// The least cost over all simple paths of at most `steps` steps, by depth-first search with pruning by the best cost.
 fn exhaustive(space: &SearchSpace<'_>, path: &mut Vec<usize>, steps: usize, cost: f64, best: &mut f64) {
     let last = path[path.len() - 1];
     if last == space.target {
@@ -220,8 +219,7 @@ fn common_layout_changes_use_the_expected_collectives() {
     }
 }
 
-/// Narayanan et al. 2021, section 4.1, <https://arxiv.org/abs/2104.04473>: a replicated tensor is sent to the next
-/// stage once.
+/// Narayanan et al. 2021, section 4.1, <https://arxiv.org/abs/2104.04473>: a replicated tensor is sent only once.
 #[test]
 fn a_replicated_tensor_crosses_placements_once() {
     let (from, to) = (layout(&line(0, 4), "B"), layout(&line(4, 4), "B"));

@@ -1,5 +1,4 @@
-//! How processes agree that a checkpoint is complete: each reports its result, process 0 commits, and all receive the
-//! outcome.
+//! How processes agree on a checkpoint: each reports its result, process 0 commits, and all receive the outcome.
 
 use serde::{Deserialize, Serialize};
 

@@ -11,12 +11,11 @@ use super::error::CheckpointError;
 use super::manifest::{Manifest, Piece, SHARDS_MAX, StoredTensor};
 use super::read::CheckpointReader;
 use super::save::{SHARD, commit_manifest, part_file};
-use super::shard::{self, Entry, entry_name, header, metadata, write_whole};
+use super::shard::{self, Entry, header, metadata, write_whole};
 use super::store::Store;
 use crate::lock::Lock;
 
-/// Writes a checkpoint as one safetensors file of whole tensors, with the same bytes as `Session::save`. The file
-/// appears when it is complete, or not at all.
+/// Writes a checkpoint as one safetensors file with the bytes of `Session::save`: when it is complete, or not at all.
 ///
 /// # Errors
 /// [`CheckpointError`] of the checkpoint, or [`CheckpointError::Io`] of the file.
@@ -95,11 +94,7 @@ fn write_part(
             parts.push((tensor, region));
         }
     }
-    let entry = |(tensor, region): &(usize, Region)| {
-        let info = &manifest.tensors[*tensor].info;
-        let name = entry_name(&info.name, &info.shape, region);
-        Entry { name, dtype: info.dtype, shape: region.size.clone() }
-    };
+    let entry = |(tensor, region): &(usize, Region)| Entry::of_piece(&manifest.tensors[*tensor].info, region);
     let entries: Vec<Entry> = parts.iter().map(entry).collect();
     let save = SaveId { epoch: manifest.epoch, step: manifest.step, attempt: 0 };
     let file = part_file(save, index, shards, SHARD);

@@ -1,5 +1,4 @@
-//! Operations on an object store, each with a deadline, for synchronous callers: a store that does not respond results
-//! in an error, never in an infinite wait.
+//! Operations on an object store for synchronous callers: each has a deadline, so no store can make them wait forever.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,15 +15,13 @@ use super::manifest::Checksum;
 use crate::clock::WaitClock;
 use crate::files;
 
-/// Default limit for one operation. The last operation of a large local file takes longest, because it waits for the
-/// disk to write all of it.
+/// Default limit for one operation. The last one of a large local file waits until all of it is on disk.
 pub const DEADLINE: Duration = Duration::from_secs(120);
 /// Default bytes of one upload request, which is the memory that a write needs. Cloud stores require 5 MiB or more.
 pub const PART_BYTES: usize = 16 << 20;
 /// Maximum number of parts of one upload, a little below the limit of cloud stores.
 const PARTS_MAX: u64 = 9_000;
-/// How long a file of another node may stay invisible on a network file system: NFS caches folders for 60 s
-/// (`acdirmax`).
+/// How long a file of another node may stay invisible: NFS caches folders for 60 s (`acdirmax`).
 pub(crate) const HIDDEN: Duration = Duration::from_secs(90);
 /// Poll interval for a file that is not yet visible.
 const POLL: Duration = Duration::from_secs(1);

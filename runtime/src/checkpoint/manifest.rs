@@ -31,8 +31,7 @@ const DIMS_MAX: usize = 32;
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
 const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
-/// State of the user's program, other than the number of steps, that it needs to resume. The content is the program's
-/// choice.
+/// State that the user's program needs to resume, other than the number of steps. Its content is the program's choice.
 pub type Cursor = BTreeMap<String, String>;
 
 /// Role of a tensor in the training.

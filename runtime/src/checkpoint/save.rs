@@ -6,13 +6,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use object_store::PutMode;
+use shardflow_kernels::tensor::Region;
 
 use super::agreement::{ProcessRank, SaveAgreement, SaveId, SaveOutcome};
 use super::error::CheckpointError;
 use super::io::StoreFile;
 use super::manifest::{MANIFEST_BYTES_MAX, Manifest, Piece, SHARDS_MAX, open_sealed, seal};
 use super::options::SaverOptions;
-use super::shard::{self, Entry, Sidecar, SidecarPiece, entry_name};
+use super::shard::{self, Entry, Sidecar, SidecarPiece};
 use super::snapshot::{Snapshot, SnapshotPiece};
 use super::store::Store;
 use crate::lock::Lock;
@@ -106,19 +107,14 @@ impl Save<'_> {
     fn write_shard(&self) -> Result<(), CheckpointError> {
         let Self { store, snapshot, id, .. } = *self;
         let ProcessRank { process, processes, .. } = self.options.member;
-        let entry = |piece: &SnapshotPiece| {
-            let info = &snapshot.manifest.tensors[piece.tensor].info;
-            let name = entry_name(&info.name, &info.shape, &piece.region);
-            Entry { name, dtype: piece.data.dtype(), shape: piece.region.size.clone() }
-        };
-        let entries: Vec<Entry> = snapshot.pieces.iter().map(entry).collect();
+        let info = |piece: &SnapshotPiece| &snapshot.manifest.tensors[piece.tensor].info;
+        let entries: Vec<Entry> = snapshot.pieces.iter().map(|p| Entry::of_piece(info(p), &p.region)).collect();
         let file = part_file(id, process, processes, SHARD);
         let content = |index: usize| Ok(Cow::Borrowed(&snapshot.pieces[index].data));
         let (shard, written) = shard::write(store, id.step, &file, &entries, content)?;
         let piece = |(piece, (offset, blake3)): (&SnapshotPiece, _)| {
-            let (info, region) = (&snapshot.manifest.tensors[piece.tensor].info, piece.region.clone());
-            let tensor = info.name.clone();
-            SidecarPiece { tensor, offset, start: region.start, size: region.size, blake3 }
+            let (tensor, Region { start, size }) = (info(piece).name.clone(), piece.region.clone());
+            SidecarPiece { tensor, offset, start, size, blake3 }
         };
         let pieces = snapshot.pieces.iter().zip(written).map(piece).collect();
         let SaveId { step, epoch, attempt } = id;

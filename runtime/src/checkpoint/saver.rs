@@ -55,8 +55,7 @@ impl Saver {
     /// Takes the store's lock on process 0, and starts the thread. [`crate::session::Session::saver`] checks the store.
     ///
     /// # Errors
-    /// [`CheckpointError::Held`] if another training writes to the store; also if the options contradict each other, or
-    /// no thread can be started.
+    /// [`CheckpointError::Held`]; also if the options contradict each other, or no thread can be started.
     pub fn new(store: Store, agree: Arc<dyn SaveAgreement>, options: SaverOptions) -> Result<Self, CheckpointError> {
         let SaverOptions { member, busy, .. } = options;
         check_member(member)?;
@@ -135,8 +134,7 @@ impl Saver {
     }
 }
 
-/// Saves a snapshot on the caller's thread and waits for the outcome. It takes no lock, so nothing else may write to
-/// the store.
+/// Saves a snapshot on the caller's thread. It takes no lock, so nothing else may write to the store.
 ///
 /// # Errors
 /// If the options contradict each other. The report has the result of the write.

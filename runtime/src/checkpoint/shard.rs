@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
 use super::error::CheckpointError;
-use super::manifest::{Checksum, Shard};
+use super::manifest::{Checksum, Shard, TensorMeta};
 use super::store::Store;
 use crate::declare::Values;
 
@@ -32,6 +32,17 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// A piece of a tensor. Its name is the tensor's, followed by its box unless it is the whole tensor.
+    pub(crate) fn of_piece(info: &TensorMeta, region: &Region) -> Self {
+        let (mut name, dtype, shape) = (info.name.clone(), info.dtype, region.size.clone());
+        if shape != info.shape {
+            let range = |(start, size): (&usize, &usize)| format!("{start}:{}", start + size);
+            let ranges: Vec<String> = region.start.iter().zip(&region.size).map(range).collect();
+            name = format!("{name}[{}]", ranges.join(","));
+        }
+        Self { name, dtype, shape }
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         (element_count(&self.shape) * self.dtype.bytes()) as u64
     }

@@ -1,5 +1,4 @@
-//! A snapshot: a copy in host memory of the state of a process's devices between two steps, which can be written while
-//! training continues.
+//! A snapshot: a copy in host memory of a process's state between two steps, written while training continues.
 
 use shardflow_kernels::tensor::{HostTensor, Region};
 

@@ -176,8 +176,7 @@ impl Store {
         Ok(self.operations.size(&self.manifest(step))?.is_some())
     }
 
-    /// Lists the folder of a step, or of the store, with the sizes of files; a folder has no size. With `deep`, lists
-    /// all files below it instead.
+    /// Lists the folder of a step or of the store, or with `deep` all files below it. Only files have a size.
     pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
         let whole = || StoreFile { name: self.place.clone(), path: self.prefix.clone() };
         let StoreFile { name, path: at } = step.map_or_else(whole, |step| self.file(step, ""));

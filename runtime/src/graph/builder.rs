@@ -123,15 +123,13 @@ impl Graph {
         }
     }
 
-    /// A tensor that the host feeds. Its first dim is the batch: `Session::step` takes the whole batch, which is
-    /// divided into micro-batches.
+    /// A tensor that the host feeds. Its first dim is the whole batch of a step, which is divided into micro-batches.
     #[track_caller]
     pub fn input(&mut self, name: &str, shape: &[usize], dtype: DType, layout: Layout) -> Var {
         self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)))
     }
 
-    /// [`Graph::input`] for a tensor whose batch is not the first dim, such as `[time, batch, features]`. Inputs may
-    /// have batches of different sizes along different dims.
+    /// [`Graph::input`] with another batch dim, as in `[time, batch, features]`. Batches of inputs may differ in size.
     #[track_caller]
     pub fn input_with_batch_dim(
         &mut self,
@@ -162,8 +160,7 @@ impl Graph {
         if let Init::Normal { std } = init
             && !(std >= 0.0 && std.is_finite())
         {
-            let message = format!("the standard deviation is {std}: it must be finite and not negative");
-            self.refuse(name, message);
+            self.refuse(name, format!("the standard deviation is {std}: it must be finite and not negative"));
         }
         let duplicate = |n: &Node| matches!(n.op, NodeOp::Parameter { .. }) && n.name == name;
         if self.nodes.iter().any(duplicate) {
@@ -325,18 +322,17 @@ impl Graph {
         let check = |(port, input): (usize, &Var)| self.check_arg(&name, &format!("input {port}"), *input, location);
         let inputs: Vec<Var> = inputs.iter().enumerate().map(check).collect();
         if let Some(port) = inputs.iter().position(|input| self.tensor(*input).dtype == DType::BF16) {
-            let message = format!("input {port} is BF16, but custom ops read F32 or I32; feed it as F32");
-            self.refuse(&name, message);
+            self.refuse(&name, format!("input {port} is BF16, but custom ops read F32 or I32; feed it as F32"));
         }
-        self.node_by_rule(&name, NodeOp::Custom(op), rule, &inputs, None)
+        self.node_by_rule(&name, NodeOp::Custom(op), rule, &inputs)
     }
 
     /// Minimises `loss`, a scalar, by training every parameter that it depends on; there must be at least one.
     #[track_caller]
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
         if self.objective.is_some() {
-            let message = "the program already minimises a loss; add the losses and minimise their sum";
-            return self.refuse("minimize", message);
+            return self
+                .refuse("minimize", "the program already minimises a loss; add the losses and minimise their sum");
         }
         if let Some(message) = optimizer.invalid() {
             self.refuse("minimize", message);
@@ -466,8 +462,7 @@ impl Graph {
         std::array::from_fn(|port| self.check_arg(op, &format!("input {port}"), args[port], location))
     }
 
-    /// Returns the argument. A tensor of another graph is an error, and a poisoned tensor with the same number of dims
-    /// replaces it.
+    /// Returns the argument, or for another graph's tensor, which is an error, a poisoned one with as many dims.
     pub(crate) fn check_arg(&mut self, op: &str, role: &str, arg: Var, location: SourceLine) -> Var {
         if self.owns(arg) {
             return arg;
@@ -488,12 +483,10 @@ impl Graph {
     #[track_caller]
     fn check_shape(&mut self, name: &str, shape: &[usize]) {
         if let Some(dim) = shape.iter().position(|extent| *extent == 0) {
-            let message = format!("dim {dim} of shape {shape:?} is 0; each dim must be at least 1");
-            self.refuse(name, message);
+            self.refuse(name, format!("dim {dim} of shape {shape:?} is 0; each dim must be at least 1"));
         }
         if shape.len() > DIMS_MAX {
-            let message = format!("the shape {shape:?} has {} dims; the maximum is {DIMS_MAX}", shape.len());
-            self.refuse(name, message);
+            self.refuse(name, format!("the shape {shape:?} has {} dims; the maximum is {DIMS_MAX}", shape.len()));
         }
     }
 
@@ -539,15 +532,15 @@ impl Graph {
         self.kernel(name, op, &args)[0]
     }
 
-    /// Adds a kernel node; the output shapes follow from its rule.
+    /// Adds a kernel node.
     #[track_caller]
     pub(crate) fn kernel(&mut self, name: &str, op: Op, inputs: &[Var]) -> Vec<Var> {
         let shapes: Vec<&[usize]> = inputs.iter().map(|v| self.shape(*v)).collect();
         let rule = ops::rule(&op, &shapes);
-        self.node_by_rule(name, NodeOp::Kernel(op), rule, inputs, None)
+        self.node_by_rule(name, NodeOp::Kernel(op), rule, inputs)
     }
 
-    /// Adds a node. The output shapes are `shapes` if given, otherwise they follow from the rule.
+    /// Adds a node; the output shapes follow from the rule.
     #[track_caller]
     pub(crate) fn node_by_rule(
         &mut self,
@@ -555,7 +548,6 @@ impl Graph {
         op: NodeOp,
         rule: Result<Rule, LayoutError>,
         inputs: &[Var],
-        shapes: Option<Vec<Vec<usize>>>,
     ) -> Vec<Var> {
         let rate = inputs.iter().map(|v| self.tensor(*v)).filter(|t| t.rate == Rate::MicroBatch).count();
         let rate = if rate > 0 || self.phase.rate() == Rate::MicroBatch { Rate::MicroBatch } else { Rate::Step };
@@ -566,7 +558,7 @@ impl Graph {
         };
         let given: Vec<Vec<usize>> = inputs.iter().map(|v| self.shape(*v).to_vec()).collect();
         let given: Vec<&[usize]> = given.iter().map(Vec::as_slice).collect();
-        let inferred = rule.and_then(|rule| shapes.map_or_else(|| rule.infer_shapes(&given), Ok));
+        let inferred = rule.and_then(|rule| rule.infer_shapes(&given));
         let inferred = match inferred {
             Ok(shapes) if shapes.iter().any(|shape| shape.len() > DIMS_MAX) => {
                 Err(format!("the result has more than {DIMS_MAX} dims"))

@@ -51,8 +51,7 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
         // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v). It is elementwise in the
         // gradient and the three updated tensors.
         Op::AdamW { .. } => parse(format!("{x},h,->{x},{x},{x}"))?.fixed("h"),
-        // The output's rank of `SumLeading` does not follow from the inputs, see `sum_leading`. The others are inserted
-        // after the layout pass.
+        // `SumLeading` needs the output's rank, see `sum_leading`. The others are inserted after the layout pass.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),
         Op::Cast | Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
     }

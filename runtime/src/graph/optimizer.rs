@@ -5,8 +5,7 @@
 //! Finite gradients can still make a parameter or a moment infinite, because AdamW squares them. The host decides on
 //! the update, and it knows the gradients' norm `g` and the learning rate, but no single element. So it keeps upper
 //! bounds of the magnitude of all parameters `p` and of both moments (`Bounds`) across steps, and skips the update when
-//! a bound exceeds the largest float. This is sound, because no element exceeds its bound, and cheap: a dozen
-//! operations on the host per step.
+//! a bound exceeds the largest float. This is sound, because no element exceeds its bound, and cheap on the host.
 //!
 //! An element's gradient, after clipping, is at most `G = min(g, max_norm)`. From `m' = b1 m + (1 - b1) x`,
 //! `v' = b2 v + (1 - b2) x^2` with `|x| <= G`:

@@ -139,10 +139,8 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
             let db = if rank == rank_b {
                 dy
             } else {
-                let shape = graph.shape(inputs[1]).to_vec();
                 let rule = ops::sum_leading(rank, rank_b);
-                let op = NodeOp::Kernel(Op::SumLeading);
-                graph.node_by_rule(name, op, rule, &[dy], Some(vec![shape]))[0]
+                graph.node_by_rule(name, NodeOp::Kernel(Op::SumLeading), rule, &[dy])[0]
             };
             vec![(inputs[0], dy), (inputs[1], db)]
         }
@@ -155,11 +153,9 @@ fn kernel_backward(graph: &mut Graph, node: &Node, op: &Op, dy: Var, name: &str)
             vec![(inputs[0], da), (inputs[1], db)]
         }
         Op::Embedding { .. } => {
-            let shape = graph.shape(inputs[1]).to_vec();
-            let op = Op::EmbeddingGrad { vocab_start: 0 };
-            let rule = ops::rule(&op, &[graph.shape(inputs[0]), graph.shape(dy)]);
-            let args = [inputs[0], dy];
-            let grad = graph.node_by_rule(name, NodeOp::Kernel(op), rule, &args, Some(vec![shape]))[0];
+            let (op, vocab) = (Op::EmbeddingGrad { vocab_start: 0 }, graph.shape(inputs[1])[0]);
+            let rule = ops::rule(&op, &[graph.shape(inputs[0]), graph.shape(dy)]).and_then(|r| r.size('v', vocab));
+            let grad = graph.node_by_rule(name, NodeOp::Kernel(op), rule, &[inputs[0], dy])[0];
             vec![(inputs[1], grad)]
         }
         Op::LayerNorm { .. } => {

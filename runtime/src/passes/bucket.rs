@@ -1,5 +1,4 @@
-//! Combines all-reduces of gradients into buckets: one call on the communication stream for several gradients, which
-//! starts while backward computes the remaining ones.
+//! Combines all-reduces of gradients into buckets: single calls on the communication stream, while backward continues.
 //!
 //! Li et al. 2020, <https://arxiv.org/abs/2006.15704>, section 3.2.
 

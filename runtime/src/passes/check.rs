@@ -27,8 +27,7 @@ pub fn sizes(graph: &mut Graph) {
 pub fn purpose(graph: &mut Graph) {
     if graph.outputs.is_empty() {
         let location = graph.nodes.last().map_or(graph.location, |node| node.location);
-        let message = "the program has no output; call `minimize` or `output`";
-        return graph.error("program", message, location);
+        return graph.error("program", "the program has no output; call `minimize` or `output`", location);
     }
     for index in 0..graph.outputs.len() {
         let output = graph.outputs[index].tensor;
@@ -44,8 +43,7 @@ pub fn purpose(graph: &mut Graph) {
         }
     }
     for (kind, name, location) in unused(graph) {
-        let message = format!("no output depends on this {kind}; remove it, or use it");
-        graph.error(&name, message, location);
+        graph.error(&name, format!("no output depends on this {kind}; remove it, or use it"), location);
     }
 }
 

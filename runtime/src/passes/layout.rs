@@ -4,8 +4,7 @@
 //! The user's layouts restrict the choice:
 //! - LAY-1: parameters and inputs are read in their given layout;
 //! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only if one of its inputs can have
-//!   that split, because a parameter, an input or a `relayout` has it, or if the kernel makes the parts from whole
-//!   inputs;
+//!   that split, because a parameter, an input or a `relayout` has it, or if it makes the parts from whole inputs;
 //! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts.
 //!
 //! Cost decides among the remaining candidates. Without these rules, cost would gather weights or introduce sequence

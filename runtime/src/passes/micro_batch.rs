@@ -30,10 +30,7 @@ pub fn divide(graph: &mut Graph, count: usize) {
             }
             _ => continue,
         };
-        let parts = parts.and_then(|parts| {
-            set_dropout_position(graph, index, &parts, count)?;
-            Ok(parts)
-        });
+        let parts = parts.and_then(|parts| set_dropout_position(graph, index, &parts, count).map(|()| parts));
         let poisoned = node.inputs.iter().any(|v| graph.tensor(*v).poisoned);
         match parts {
             Ok(parts) => {

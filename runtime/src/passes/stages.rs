@@ -1,5 +1,4 @@
-//! Checks that the placements form a pipeline. All forward work of a device is one action, so a device cannot wait for
-//! a result that depends on its own forward work.
+//! Checks that the placements form a pipeline: a device's forward work is one action, which cannot wait for itself.
 
 use std::collections::{BTreeMap, BTreeSet};
 

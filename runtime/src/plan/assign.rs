@@ -1,7 +1,6 @@
 //! Assigns each node to an action of a device, and each tensor's local part to storage: an action's scratch if no other
 //! action reads it, a register if others do, a fixed address if nothing replaces it. Tensors of one action with the
-//! same readers share a register, so the stash, activations for another stage, gradients and parameters are all handled
-//! alike.
+//! same readers share a register: the stash, activations for another stage, gradients and parameters are alike.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -107,8 +106,7 @@ pub fn assign(graph: &Graph) -> Assignment {
             out.actions.entry(site).or_default();
         }
     }
-    // A parameter that nothing updates also reaches other devices through a register. So it gets an update action,
-    // which changes nothing.
+    // A parameter that nothing updates also reaches other devices through a register: it gets an empty update.
     for (&(device, var), sites) in &readers {
         let never_updated = graph.producer(var).op.is_resident() && !producer.contains_key(&(device, var));
         if never_updated && sites.iter().any(|site| site.0 != device) {

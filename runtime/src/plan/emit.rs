@@ -1,5 +1,4 @@
-//! Emits the launches of one action on one device: each node's kernel with the shard's attributes, and buffers in
-//! register ports, fixed memory or scratch.
+//! Emits the launches of one action on one device, with buffers in register ports, fixed memory or scratch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -308,19 +307,15 @@ impl Emitter<'_> {
         let placement = &graph.placements[node.placement];
         let mut groups = placement.groups(axes).into_iter();
         let ranks = groups.find(|group| group.contains(&self.site.0)).expect("every device is in a group");
-        let first = self.buffer(node.inputs[0]);
-        let Storage::Register(register) =
-            self.context.assignment.storage[&(self.site.0, self.context.assignment.resolve_alias(node.inputs[0]))]
-        else {
-            return;
-        };
-        let bytes = self.context.arenas.registers[register].stride;
-        let slot = Buffer { base: first.base, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
+        let assignment = self.context.assignment;
+        let first = (self.site.0, assignment.resolve_alias(node.inputs[0]));
+        let Storage::Register(register) = assignment.storage[&first] else { return };
+        let (base, bytes) = (self.port_base(register), self.context.arenas.registers[register].stride);
+        let slot = Buffer { base, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
         self.collective(&ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![slot.clone()], vec![slot]);
     }
 
-    /// Sums the squares of the gradient parts of which this device holds the first copy, so that the sum over all
-    /// devices is the squared norm.
+    /// Sums the squares of the gradient parts of which this device holds the first copy, so each part counts once.
     fn emit_norm_sums(&mut self, node: &Node, indices: &[usize]) {
         let graph = self.context.graph;
         let sums = self.buffer(node.outputs[0]);
@@ -347,8 +342,7 @@ impl Emitter<'_> {
         self.norm_total = Some(total);
     }
 
-    /// The sums over all devices and placements. A device in several placements adds its own parts first, so that every
-    /// device calls one all-reduce.
+    /// The sums over all devices. A device in several placements adds its parts first, so each calls one all-reduce.
     fn norm_total(&mut self, ranks: &[usize]) -> Buffer {
         let graph = self.context.graph;
         let is_local = |n: &&Node| {

@@ -25,15 +25,6 @@ impl Plan {
         let precision =
             if bf16_tensors > 0 { format!("; {} in bf16", counted(bf16_tensors, "tensor")) } else { String::new() };
         writeln!(out, "mesh {mesh}: {devices}{kind}; {schedule}, {batches} a step{precision}")?;
-        self.write_placements(out)?;
-        self.write_parameters(out)?;
-        self.write_boxing(out)?;
-        self.write_actors(out)?;
-        self.write_registers(out)?;
-        self.write_memory(out)
-    }
-
-    fn write_placements(&self, out: &mut String) -> fmt::Result {
         for (index, placement) in self.graph.placements().iter().enumerate() {
             if self.graph.nodes().iter().any(|n| n.placement == index) {
                 let flight = counted(self.in_flight.get(index).copied().unwrap_or(1), "micro-batch");
@@ -42,15 +33,23 @@ impl Plan {
                 writeln!(out, "placement {index}: devices {:?}{shape}, {flight} in flight", placement.devices())?;
             }
         }
-        Ok(())
-    }
-
-    fn write_parameters(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "\nparameters")?;
         for var in self.graph.parameters() {
             let info = self.graph.tensor(var);
             let (layout, placement) = (self.graph.layout(var), self.graph.placement_of(var));
             writeln!(out, "  {:<24} {:<16} {layout} on placement {placement}", info.name, format!("{:?}", info.shape))?;
+        }
+        self.write_boxing(out)?;
+        self.write_actors(out)?;
+        writeln!(out, "\nregisters (slots x bytes)")?;
+        let reader = |r: &ActionRef| self.spec.action_name(r.actor, r.action);
+        for RegisterSpec { name, slots, slot_bytes, readers, .. } in &self.spec.registers {
+            let readers: Vec<String> = readers.iter().map(reader).collect();
+            writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;
+        }
+        writeln!(out, "\nmemory (bytes)")?;
+        for (device, memory) in self.memory.iter().enumerate() {
+            writeln!(out, "  device {device}: {} = {}", memory.total_bytes(), memory.sum())?;
         }
         Ok(())
     }
@@ -94,24 +93,6 @@ impl Plan {
                 let times = action.per_step;
                 writeln!(out, "    {}: {times} a step, {launches}, reads {inputs}, writes {outputs}", action.name)?;
             }
-        }
-        Ok(())
-    }
-
-    fn write_registers(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "\nregisters (slots x bytes)")?;
-        let reader = |r: &ActionRef| self.spec.action_name(r.actor, r.action);
-        for RegisterSpec { name, slots, slot_bytes, readers, .. } in &self.spec.registers {
-            let readers: Vec<String> = readers.iter().map(reader).collect();
-            writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;
-        }
-        Ok(())
-    }
-
-    fn write_memory(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "\nmemory (bytes)")?;
-        for (device, memory) in self.memory.iter().enumerate() {
-            writeln!(out, "  device {device}: {} = {}", memory.total_bytes(), memory.sum())?;
         }
         Ok(())
     }

@@ -165,8 +165,7 @@ fn rate_of(assignment: &Assignment, site: DeviceAction) -> Rate {
 }
 
 /// True for actions that depend on nothing within the step: feeds, and actions that read only parameters (a transfer of
-/// tied weights, or a device with an empty part of the batch). The host must allow these to fire, or they would run
-/// ahead into the next step.
+/// tied weights, or a device with an empty part of the batch). Without the host's permission, they would run ahead.
 fn starts_a_step(assignment: &Assignment, site: DeviceAction, inputs: &[usize]) -> bool {
     matches!(site.1, ActionKey::Feed(_) | ActionKey::Decide) || inputs.iter().all(|r| assignment.registers[*r].initial)
 }

@@ -91,8 +91,22 @@ impl Plan {
         writeln!(out, "<h2>Actors and registers</h2>")?;
         self.write_svg(out)?;
         self.write_memory_bars(out)?;
-        self.write_changes(out)?;
-        self.write_layouts(out)?;
+        writeln!(out, "<h2>Layout changes</h2><table><tr><th>phase<th>tensor<th>change<th>line")?;
+        for node in self.graph.nodes() {
+            let NodeOp::Boxing(step) = &node.op else { continue };
+            let (phase, name, change) = (node.phase, escaped(&node.name), escaped(&step.to_string()));
+            let (file, line) = (escaped(node.location.file()), node.location.line());
+            writeln!(out, "<tr><td>{phase}<td>{name}<td>{change}<td>{file}:{line}")?;
+        }
+        writeln!(out, "</table>\n<h2>Parameters</h2><table><tr><th>name<th>shape<th>layout<th>devices")?;
+        for var in self.graph.parameters() {
+            let info = self.graph.tensor(var);
+            let layout = escaped(&self.graph.layout(var).to_string());
+            let placement = &self.graph.placements()[self.graph.placement_of(var)];
+            let (name, devices) = (escaped(&info.name), placement.devices());
+            writeln!(out, "<tr><td>{name}<td>{:?}<td>{layout}<td>{devices:?}", info.shape)?;
+        }
+        writeln!(out, "</table>")?;
         let text = escaped(&self.explain());
         writeln!(out, "<h2>Full plan</h2><details><summary>as text</summary><pre>{text}</pre></details>")
     }
@@ -167,29 +181,6 @@ impl Plan {
                 let (class, bytes) = (name.split(' ').next_back().unwrap_or(name), size(bytes as u64));
                 write!(out, "<i class={class} style=\"width:{percent:.2}%\" title=\"{name}: {bytes}\"></i>")?;
             }
-        }
-        writeln!(out, "</table>")
-    }
-
-    fn write_changes(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "<h2>Layout changes</h2><table><tr><th>phase<th>tensor<th>change<th>line")?;
-        for node in self.graph.nodes() {
-            let NodeOp::Boxing(step) = &node.op else { continue };
-            let (phase, name, change) = (node.phase, escaped(&node.name), escaped(&step.to_string()));
-            let (file, line) = (escaped(node.location.file()), node.location.line());
-            writeln!(out, "<tr><td>{phase}<td>{name}<td>{change}<td>{file}:{line}")?;
-        }
-        writeln!(out, "</table>")
-    }
-
-    fn write_layouts(&self, out: &mut String) -> fmt::Result {
-        writeln!(out, "<h2>Parameters</h2><table><tr><th>name<th>shape<th>layout<th>devices")?;
-        for var in self.graph.parameters() {
-            let info = self.graph.tensor(var);
-            let layout = self.graph.layout(var).to_string();
-            let placement = &self.graph.placements()[self.graph.placement_of(var)];
-            let (name, devices) = (escaped(&info.name), placement.devices());
-            writeln!(out, "<tr><td>{name}<td>{:?}<td>{}<td>{devices:?}", info.shape, escaped(&layout))?;
         }
         writeln!(out, "</table>")
     }

@@ -28,17 +28,16 @@ pub fn stages(graph: &Graph) -> Vec<usize> {
 
 /// Maximum forward micro-batches in flight, by placement.
 pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize) -> Vec<u32> {
-    let stages = stages(graph);
+    let (stages, count) = (stages(graph), micro_batches as u32);
     let mut out = vec![1; graph.placements.len()];
     for (position, placement) in stages.iter().enumerate() {
-        let count = match schedule {
-            Schedule::GPipe => micro_batches as u32,
+        let credits = match schedule {
+            Schedule::GPipe => count,
             Schedule::OneFOneB => {
-                let (stages, position, count) = (stages.len() as u32, position as u32, micro_batches as u32);
-                credits::pipeline(stages, position, count, FORWARD, BACKWARD, HOP)
+                credits::pipeline(stages.len() as u32, position as u32, count, FORWARD, BACKWARD, HOP)
             }
         };
-        out[*placement] = count.clamp(1, micro_batches.max(1) as u32);
+        out[*placement] = credits.clamp(1, count.max(1));
     }
     out
 }

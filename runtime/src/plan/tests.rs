@@ -1,5 +1,4 @@
-//! Plans for many meshes are valid; plans with one defect are refused with an error that names it; and simulated
-//! schedules take the expected time.
+//! Plans for many meshes are valid, errors name the defect of a plan, and simulated schedules take the expected time.
 
 use std::sync::Arc;
 

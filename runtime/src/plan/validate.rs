@@ -1,13 +1,14 @@
 //! Refuses plans that would deadlock, call different collectives, overlap in memory or exceed the memory.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shardflow_actors::simulate::{SimulationError, SimulationOptions, Timing, simulate};
-use shardflow_actors::spec::ActorId;
+use shardflow_actors::spec::{ActorId, Firing};
+use shardflow_kernels::collective::{CollectiveCall, CollectiveKind};
 use shardflow_kernels::op::Launch;
 use shardflow_kernels::tensor::element_count;
 
-use crate::plan::collective_order::{self, CollectiveMismatch};
 use crate::plan::{ActionKey, BaseKey, DeviceMemory, Plan};
 
 /// Why a plan is refused.
@@ -17,10 +18,10 @@ pub enum PlanError {
     #[error("the plan cannot run to completion: {0}")]
     Liveness(String),
     #[error(
-        "devices {} and {} call different collectives of group {}: {} versus {}",
-        .0.first.0, .0.second.0, .0.group, .0.first.1, .0.second.1
+        "devices {} and {} call different collectives of group {group}: {} versus {}",
+        first.0, second.0, first.1, second.1
     )]
-    CollectiveOrder(CollectiveMismatch),
+    CollectiveOrder { group: u32, first: (usize, String), second: (usize, String) },
     #[error(
         "the plan does not fit: a device has {budget} bytes\n{table}reduce the batch, use more micro-batches or more devices"
     )]
@@ -46,7 +47,8 @@ const STEPS: u32 = 2;
 /// # Errors
 /// The first failed check.
 pub fn validate(plan: &Plan) -> Result<(), PlanError> {
-    collective_order::check(plan).map_err(PlanError::CollectiveOrder)?;
+    check_collectives(plan)?;
+    check_collective_order(plan)?;
     check_bounds(plan)?;
     check_disjoint(plan)?;
     check_decisions(plan)?;
@@ -54,6 +56,64 @@ pub fn validate(plan: &Plan) -> Result<(), PlanError> {
     let spec = Arc::new(plan.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
     simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(STEPS)).map_err(liveness)?;
+    Ok(())
+}
+
+/// The part of a call that is equal on all members: all regions, but not the member's own index.
+fn signature(call: &CollectiveCall) -> String {
+    match &call.kind {
+        CollectiveKind::Send { to } => format!("send to {to}"),
+        CollectiveKind::Receive { from } => format!("receive from {from}"),
+        kind => format!("{kind:?}"),
+    }
+}
+
+/// Checks, for each group and action, that all members make the same calls in launch order.
+fn check_collectives(plan: &Plan) -> Result<(), PlanError> {
+    let mut seen: BTreeMap<(u32, ActionKey), (usize, Vec<String>)> = BTreeMap::new();
+    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+        for action in actions {
+            let mut calls: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+            action.collectives().for_each(|call| calls.entry(call.group.id).or_default().push(signature(call)));
+            for (group, calls) in calls {
+                let first = seen.entry((group, action.key)).or_insert_with(|| (actor.device, calls.clone()));
+                let longest = first.1.len().max(calls.len());
+                if let Some(at) = (0..longest).find(|i| first.1.get(*i) != calls.get(*i)) {
+                    let call = |calls: &[String]| {
+                        let call = calls.get(at).map_or("nothing", String::as_str);
+                        format!("{call} as call {at} of {}", action.name)
+                    };
+                    let (first, second) = ((first.0, call(&first.1)), (actor.device, call(&calls)));
+                    return Err(PlanError::CollectiveOrder { group, first, second });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Checks that all members fire the actions that call a group's collectives in the same order.
+fn check_collective_order(plan: &Plan) -> Result<(), PlanError> {
+    let mut seen: BTreeMap<u32, (usize, String)> = BTreeMap::new();
+    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+        let list: Vec<usize> = match &actor.firing {
+            Firing::Ordered(list) => list.iter().map(|i| *i as usize).collect(),
+            // Without a list, the order is defined only if a single action calls collectives.
+            Firing::Credit => (0..actions.len()).collect(),
+        };
+        let mut orders: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
+        for action in list.into_iter().map(|index| &actions[index]) {
+            let groups: BTreeSet<u32> = action.collectives().map(|call| call.group.id).collect();
+            groups.into_iter().for_each(|group| orders.entry(group).or_default().push(&action.name));
+        }
+        for (group, order) in orders {
+            let own = (actor.device, order.join(" "));
+            let first = seen.entry(group).or_insert_with(|| own.clone());
+            if first.1 != own.1 {
+                return Err(PlanError::CollectiveOrder { group, first: first.clone(), second: own });
+            }
+        }
+    }
     Ok(())
 }
 

@@ -1,5 +1,4 @@
-//! The layout search: chooses one signature for each op, such that the total cost of boxing and compute is small.
-//! It works on an abstract [`Problem`], independent of the graph.
+//! The layout search: chooses a signature for each op of an abstract [`Problem`], such that the total cost is small.
 //!
 //! The **objective** is the sum of
 //! - CH-1: for each tensor, one boxing to each distinct layout that its readers require;
@@ -81,8 +80,7 @@ pub struct Choice {
     pub candidates: Vec<usize>,
     /// For each tensor, its layout (the pinned one, if there is one).
     pub layouts: Vec<PlacedLayout>,
-    /// All layout changes between nodes, without the reductions of outputs (CH-2): tensor, its layout, and the layout
-    /// that readers require.
+    /// Layout changes between nodes, without the reductions of CH-2: tensor, its layout, the required layout.
     pub conversions: Vec<(usize, PlacedLayout, PlacedLayout)>,
     /// The value of the objective.
     pub cost_seconds: f64,
@@ -115,11 +113,8 @@ impl NodeSpec {
     }
 }
 
-/// Chooses a signature for each node. A pure function of its arguments.
-///
-/// # Errors
-/// [`LayoutError::Choice`] when the problem is malformed (see [`Problem`]), or no candidate of a node is reachable from
-/// the layouts of its inputs.
+/// Chooses a signature for each node; a pure function of its arguments. Fails with [`LayoutError::Choice`] if the
+/// problem is malformed, or a node's inputs cannot take the layouts of any candidate.
 pub fn choose(problem: &Problem, model: &CostModel) -> Result<Choice, LayoutError> {
     let mut chooser = Chooser::new(problem, *model)?;
     let mut candidates = chooser.beam()?;
@@ -245,8 +240,7 @@ impl<'a> Chooser<'a> {
             });
             let (mut next, mut seen) = (Vec::new(), HashSet::new());
             for Extension { mut assignment, candidate, .. } in extensions {
-                // The state that later nodes depend on. Equal states have equal pending costs, so the first has the
-                // least cost.
+                // The state that later nodes depend on; equal states have equal pending costs, so the first is best.
                 let state = |t: &LiveTensor| (t.tensor, t.layout, t.converted_to.clone());
                 if next.len() < width && seen.insert(assignment.live.iter().map(state).collect::<Vec<_>>()) {
                     choices.push((assignment.last, candidate));

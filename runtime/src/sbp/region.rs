@@ -1,5 +1,4 @@
-//! Extracts, copies and combines boxes of tensors in host memory, for layouts and the reference interpreter of boxing.
-//! Devices have their own kernels.
+//! Extracts, copies and combines boxes of tensors in host memory, for layouts and the interpreter of boxing.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::{DType, HostData, HostTensor, Region, element_count};

@@ -5,8 +5,7 @@
 //! 1. One factor is split: operands with it are `Split` along its dim, inputs without it are `Broadcast`, and outputs
 //!    without it (it is contracted) are `Partial`.
 //! 2. All devices do the same work: all operands are `Broadcast`.
-//! 3. A linear op maps terms to terms: some inputs are `Partial(Sum)`, the others `Broadcast`, all outputs
-//!    `Partial(Sum)`.
+//! 3. A linear op maps terms to terms: some inputs and all outputs are `Partial(Sum)`, the other inputs `Broadcast`.
 
 use std::fmt;
 
@@ -15,23 +14,17 @@ use shardflow_kernels::collective::ReduceOp;
 use super::{NdSbp, Sbp};
 use crate::layout_error::LayoutError;
 
-/// The layouts of an op's operands along one mesh axis.
+/// The layouts of an op's operands, along one mesh axis (`Sbp`) or on a placement (`NdSbp`).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Signature {
+pub struct Signature<Layout> {
     /// One for each input.
-    pub inputs: Vec<Sbp>,
+    pub inputs: Vec<Layout>,
     /// One for each output.
-    pub outputs: Vec<Sbp>,
+    pub outputs: Vec<Layout>,
 }
 
 /// The layouts of an op's operands on a placement.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct NdSignature {
-    /// One for each input.
-    pub inputs: Vec<NdSbp>,
-    /// One for each output.
-    pub outputs: Vec<NdSbp>,
-}
+pub type NdSignature = Signature<NdSbp>;
 
 impl NdSignature {
     fn mixes_reductions(&self) -> bool {
@@ -157,7 +150,7 @@ impl Rule {
     /// Signatures along one mesh axis in a fixed order: splits by first appearance, all `Broadcast`, linear ones.
     pub fn signatures_1d(&self) -> Vec<Signature> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
-        let mut all: Vec<Signature> = may_split.map(|factor| self.split(factor)).collect();
+        let mut all: Vec<Signature<Sbp>> = may_split.map(|factor| self.split(factor)).collect();
         all.push(Signature {
             inputs: vec![Sbp::Broadcast; self.inputs.len()],
             outputs: vec![Sbp::Broadcast; self.outputs.len()],
@@ -185,7 +178,7 @@ impl Rule {
         let one_axis = self.signatures_1d();
         let combination = |number: usize| {
             let digit = |axis: usize| number / one_axis.len().pow((axes - 1 - axis) as u32) % one_axis.len();
-            let operands = |count: usize, side: fn(&Signature) -> &[Sbp]| {
+            let operands = |count: usize, side: fn(&Signature<Sbp>) -> &[Sbp]| {
                 let layout = |i: usize| NdSbp((0..axes).map(|axis| side(&one_axis[digit(axis)])[i]).collect());
                 (0..count).map(layout).collect()
             };
@@ -233,7 +226,7 @@ impl Rule {
         })
     }
 
-    fn split(&self, factor: char) -> Signature {
+    fn split(&self, factor: char) -> Signature<Sbp> {
         let dim = |operand: &Vec<char>| operand.iter().position(|&f| f == factor);
         let reduction = self.reduce.iter().find(|r| r.0 == factor);
         let contracted = Sbp::Partial(reduction.map_or(ReduceOp::Sum, |r| r.1));
@@ -292,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_product_can_split_each_factor() {
+    fn signatures_split_and_contract_factors_but_not_fixed_ones() {
         let rule = Rule::parse("btc,vc->btv").unwrap().linear(&[&[0], &[1]]).unwrap();
         expect![[r#"
             (S0), (B) -> (S0)
@@ -306,16 +299,19 @@ mod tests {
         assert_eq!(rule.signatures(2).len(), 49);
         assert_eq!(rule.signatures(2)[2].to_string(), "(S0, S2), (B, S1) -> (S0, P)");
         assert_eq!(rule.signatures(0)[0].to_string(), "(), () -> ()");
-    }
-
-    #[test]
-    fn a_norm_does_not_split_its_channels() {
         let rule = Rule::parse("btc,c->btc,bt,bt").unwrap().fixed("c").unwrap();
         expect![[r#"
             (S0), (B) -> (S0), (S0), (S0)
             (S1), (B) -> (S1), (S1), (S1)
             (B), (B) -> (B), (B), (B)"#]]
         .assert_eq(&signatures(&rule));
+        expect![[r#"
+            (S0), (B) -> (S0)
+            (S1), (B) -> (S1)
+            (B), (S0) -> (P)
+            (B), (S1) -> (S2)
+            (B), (B) -> (B)"#]]
+        .assert_eq(&signatures(&Rule::parse("bt,vc->btc").unwrap()));
     }
 
     #[test]
@@ -326,17 +322,6 @@ mod tests {
         let layouts: Vec<String> = mixed.signatures(2).iter().map(|s| s.outputs[0].to_string()).collect();
         assert!(layouts.contains(&"(Pmax, Pmax)".into()) && layouts.contains(&"(P, P)".into()));
         assert!(!layouts.contains(&"(P, Pmax)".into()) && !layouts.contains(&"(Pmax, P)".into()));
-    }
-
-    #[test]
-    fn a_lookup_contracts_the_vocabulary() {
-        expect![[r#"
-            (S0), (B) -> (S0)
-            (S1), (B) -> (S1)
-            (B), (S0) -> (P)
-            (B), (S1) -> (S2)
-            (B), (B) -> (B)"#]]
-        .assert_eq(&signatures(&Rule::parse("bt,vc->btc").unwrap()));
     }
 
     #[test]
@@ -360,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn output_shapes_follow_from_input_shapes() {
+    fn output_shapes_follow_from_input_shapes_and_mismatches_are_refused_with_the_numbers() {
         let rule = Rule::parse("btc,vc->btv").unwrap();
         assert_eq!(rule.infer_shapes(&[vec![2, 3, 4], vec![7, 4]]).unwrap(), [[2, 3, 7]]);
         let scalar = Rule::parse("bt,->").unwrap();
@@ -368,11 +353,6 @@ mod tests {
         let source = Rule::new(&[], &["ab"]).unwrap().size('a', 3).unwrap();
         assert!(source.infer_shapes(&[] as &[&[usize]]).unwrap_err().to_string().contains("factor b is in no input"));
         assert_eq!(source.size('b', 2).unwrap().infer_shapes(&[] as &[&[usize]]).unwrap(), [[3, 2]]);
-    }
-
-    #[test]
-    fn mismatched_shapes_are_refused_with_the_numbers() {
-        let rule = Rule::parse("btc,vc->btv").unwrap();
         let text = |shapes: &[Vec<usize>]| rule.infer_shapes(shapes).unwrap_err().to_string();
         assert_eq!(text(&[vec![2, 3, 4], vec![7, 5]]), "rule btc,vc->btv: c is 5 in input 1 but 4 in input 0");
         let error = text(&[vec![2, 3], vec![7, 5]]);

@@ -1,9 +1,7 @@
 //! Checks values that must be equal on all ranks: in each step the learning rate and the elements that several ranks
-//! feed, at each load the tensors. Every rank compares all values, so a difference ends the call on every rank with the
-//! same error.
+//! feed, at each load the tensors. Every rank compares all values, so a difference is the same error everywhere.
 //!
-//! A step's numbers share a message with requests to stop. The only cost is a digest of the elements that several ranks
-//! feed.
+//! A step's numbers share a message with requests to stop; the only cost is a digest of the shared elements.
 
 use std::collections::{BTreeMap, BTreeSet};
 

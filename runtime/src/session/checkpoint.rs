@@ -70,8 +70,8 @@ impl Session {
         self.set_activity(BETWEEN_STEPS);
         let mut inbox = self.inbox.lock();
         let parts: Vec<_> = wanted.into_iter().flat_map(|(port, count)| inbox.take(port, count)).flatten().collect();
-        let layout = graph.tensor(var).layout.as_ref().expect("residents have a layout");
-        let mut whole = gather(&parts, graph.shape(var), layout, &graph.placements[graph.placement_of(var)])?;
+        let placement = &graph.placements[graph.placement_of(var)];
+        let mut whole = gather(&parts, graph.shape(var), graph.layout(var), placement)?;
         whole.shape = self.saved_shape(var);
         Ok(whole)
     }

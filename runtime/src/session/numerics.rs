@@ -1,13 +1,11 @@
 //! Steps with an Inf or NaN loss or gradient. The host sees loss and gradient norm before anything is updated (the
 //! action `decide` of a plan), so such a step changes no weight. The step then runs again with Inf/NaN checks on all
-//! launch outputs, which identifies the first such tensor: weights, batch and masks are the same, so the bits are the
-//! same.
+//! launch outputs to find the first such tensor: weights, batch and masks are the same, and so are the bits.
 //!
 //! To roll back further than to the weights before the step, accept the step, load an older checkpoint with
 //! [`super::Session::restore_newest`], and continue with other data: the same batch would fail in the same way.
 //!
-//! A step whose update could make a parameter or a moment infinite also counts as not finite: see
-//! [`crate::graph::optimizer`].
+//! A step whose update could overflow also counts as not finite: see [`crate::graph::optimizer`].
 
 use std::fmt;
 
@@ -18,8 +16,7 @@ use shardflow_job::text::counted;
 /// How a step with an Inf or NaN loss or gradient is handled. In any case it updates nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnNonFinite {
-    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes. The session keeps the
-    /// weights from before.
+    /// [`super::Session::step`] fails with [`super::SessionError::NonFinite`] on all processes; the weights stay.
     #[default]
     Stop,
     /// The step counts as done, and [`super::StepReport::non_finite`] describes it.
@@ -40,8 +37,7 @@ pub struct NonFinite {
     pub grad_norm: Option<f64>,
     /// What the update could make infinite although loss and gradients are finite; see [`crate::graph::optimizer`].
     pub overflow: Option<Overflow>,
-    /// The first non-finite tensor. `None` with an `overflow`, or if the repeated step was finite: then memory or a
-    /// kernel is at fault.
+    /// The first one; `None` with an `overflow`, or if the repeated step was finite: memory or a kernel is at fault.
     pub first: Option<FirstNonFinite>,
 }
 

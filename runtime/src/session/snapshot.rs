@@ -42,16 +42,14 @@ type Parts = (Vec<(usize, ResidentTensor, HostTensor)>, Vec<String>);
 impl Session {
     /// The tensors of a checkpoint, with their kinds.
     pub(super) fn residents(&self) -> impl Iterator<Item = (Var, TensorKind)> {
-        self.plan.graph.nodes().iter().filter_map(|node| match node.op {
-            NodeOp::Parameter { .. } => Some((node.outputs[0], TensorKind::Parameter)),
-            NodeOp::State => Some((node.outputs[0], TensorKind::State)),
-            _ => None,
+        self.plan.graph.residents().map(|var| match self.plan.graph.producer(var).op {
+            NodeOp::State => (var, TensorKind::State),
+            _ => (var, TensorKind::Parameter),
         })
     }
 
-    /// Arguments for a [`crate::checkpoint::Saver`] of this session: the agreement of its processes, and this process's
-    /// rank. Checks the node's memory for the snapshots that a saver holds, so that a job without room for them fails
-    /// before it trains.
+    /// The agreement and this process's rank for a [`crate::checkpoint::Saver`]. Checks the node's memory for the
+    /// snapshots that a saver holds, so that a job without room for them fails before it trains.
     ///
     /// # Errors
     /// [`crate::plan::validate::PlanError::NodeMemory`], on all processes.
@@ -74,8 +72,7 @@ impl Session {
         self.snapshot_of(self.process_map.own(), spare)
     }
 
-    /// Like [`Session::snapshot`], for these devices only. A part that several devices of the mesh hold belongs to the
-    /// snapshot of the first of them, in the order of the placement.
+    /// [`Session::snapshot`] of these devices. The first device of a placement that holds a part provides it.
     pub fn snapshot_of(&self, devices: Range<usize>, spare: Option<Snapshot>) -> Result<Snapshot, SessionError> {
         self.check_not_failed()?;
         let mut spare = spare.map(|s| s.pieces).unwrap_or_default().into_iter();
@@ -106,19 +103,17 @@ impl Session {
             dtype: info.dtype,
             shape: info.shape.clone(),
             saved_shape: self.saved_shape(var),
-            layout: info.layout.as_ref().map(ToString::to_string).unwrap_or_default(),
+            layout: graph.layout(var).to_string(),
             axes: placement.axes_text(),
             devices: placement.devices().to_vec(),
         }
     }
 
-    /// Loads a checkpoint of any mesh; each hosted device reads only its part. All processes call it. The next step is
-    /// the one after the checkpoint's, and the checkpoint's seed replaces the session's, so that dropout masks continue
-    /// unchanged. Returns notes for the user, one line each.
+    /// Loads a checkpoint of any mesh; each hosted device reads only its part. All processes call it. Step and seed
+    /// become the checkpoint's, so that dropout masks continue unchanged. Returns notes for the user, one line each.
     ///
     /// # Errors
-    /// [`CheckpointError`], with the file, or [`SessionError::Disagreement`] if two ranks have different checkpoints;
-    /// in both cases nothing was changed.
+    /// [`CheckpointError`], or [`SessionError::Disagreement`] if two ranks differ; nothing was changed then.
     pub fn restore_checkpoint(&mut self, reader: &CheckpointReader) -> Result<Vec<String>, SessionError> {
         let parts = self.read_parts(reader);
         let productive_ms = self.step_metrics.productive_ms(reader.manifest().job);
@@ -226,8 +221,7 @@ impl Session {
                 (Err(SessionError::Checkpoint(error)), Some(Outcome::Damaged)) => all.push(error),
                 (Err(error), _) => return Err(error),
                 (Ok((parts, reader)), Some(Outcome::Good(_))) => {
-                    // The first process's productive time counts: launchers of other nodes began the job a little
-                    // later.
+                    // The first process's productive time counts: launchers of other nodes began later.
                     let notes = self.load_parts(Ok(parts), &reader, outcomes[0].value())?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }

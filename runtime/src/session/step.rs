@@ -219,7 +219,6 @@ impl Session {
         for output in &graph.outputs {
             let info = graph.tensor(output.tensor);
             let placement = &graph.placements[graph.placement_of(output.tensor)];
-            let layout = info.layout.as_ref().expect("the layout pass gives every tensor a layout");
             let firings = info.rate.per_step(self.plan.micro_batches);
             let shard = |device: &usize, firing: usize| {
                 let key = (*device, info.rate);
@@ -228,7 +227,7 @@ impl Session {
             };
             let piece = |firing| {
                 let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
-                gather(&shards, &info.shape, layout, placement)
+                gather(&shards, &info.shape, graph.layout(output.tensor), placement)
             };
             let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
             let whole = combine_micro_batches(pieces, output.combine.unwrap_or(Combine::First));

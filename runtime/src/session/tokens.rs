@@ -1,5 +1,4 @@
-//! Checks that token ids of a step are within the vocabulary: a shard of a split table cannot distinguish an id of
-//! another shard from an invalid id.
+//! Checks that token ids are in the vocabulary: shards of a split table cannot distinguish invalid ids from others'.
 
 use std::collections::BTreeMap;
 

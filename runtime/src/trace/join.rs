@@ -270,6 +270,7 @@ mod tests {
             joined.events.into_iter().map(|e| e.name).collect()
         };
         let ends: Vec<usize> = events.iter().map(|event| text.find(event.as_str()).unwrap() + event.len()).collect();
+        // The first cuts leave a file without events.
         for cut in 0..=text.len() {
             let complete = ends.iter().filter(|end| **end <= cut).count();
             assert_eq!(names(&text.as_bytes()[..cut]).len(), complete, "cut after {cut} bytes");
@@ -278,11 +279,5 @@ mod tests {
             let found = if cut == 0 { 0 } else { names(&zeros).len() };
             assert!(found == complete || found + 1 == complete, "{found} of {complete}, zeros after {cut} bytes");
         }
-    }
-
-    #[test]
-    fn a_file_without_events_is_accepted() {
-        assert_eq!(JoinedTrace::of(&["[".into()]).unwrap().events.len(), 0);
-        assert_eq!(JoinedTrace::of(&["[\n".into()]).unwrap().events.len(), 0);
     }
 }

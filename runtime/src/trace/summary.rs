@@ -1,5 +1,4 @@
-//! Summary of a trace on one screen: how busy each actor was, what it waited for, the critical path of a step, and the
-//! step time beside the simulator's prediction.
+//! Summary of a trace: how busy actors were, what they waited for, critical path, and step time beside the prediction.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;

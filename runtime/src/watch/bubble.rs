@@ -1,6 +1,5 @@
-//! The pipeline bubble, measured and predicted: the share of a step in which compute actors are idle,
-//! 1 - busy / (actors x elapsed). A step lasts from the first launch of a compute actor to the last end. The same code
-//! computes both values.
+//! The pipeline bubble, measured and predicted by the same code: the share of a step in which compute actors are idle,
+//! 1 - busy / (actors x elapsed). A step lasts from the first launch of a compute actor to the last end.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

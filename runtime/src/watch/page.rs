@@ -1,5 +1,4 @@
-//! The files of the live page, which are embedded in the program. The page can load nothing from elsewhere, and runs
-//! only scripts of these files.
+//! The files of the live page, embedded in the program. The page loads and runs nothing else.
 
 use axum::extract::Path;
 use axum::http::{HeaderName, StatusCode, header};
@@ -9,8 +8,7 @@ const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// Permits the `style` property of elements, which uPlot and the page's code use for layout, but no inline styles or
-/// scripts in the HTML.
+/// Permits the `style` property of elements, which uPlot and the page use, but no inline styles or scripts in the HTML.
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 const INDEX: &str = include_str!("page/index.html");

@@ -89,12 +89,8 @@ fn old(version: u32, keys: &[&str]) -> Manifest {
 }
 
 #[test]
-fn version_1_has_no_job_time() {
+fn older_versions_have_no_job_time_no_declared_values_and_an_update_in_each_step() {
     assert_eq!(old(1, &["job"]), Manifest { job: JobTime::default(), ..good() });
-}
-
-#[test]
-fn before_version_3_each_step_is_an_update_and_no_values_are_declared() {
     let read = old(2, &["updates", "declared"]);
     assert_eq!((read.updates, read.updates(), good().updates()), (None, 7, 5));
     assert_eq!((read.declared.len(), good().declared.len()), (0, 1));
