@@ -39,10 +39,8 @@ impl Region {
     /// The contiguous runs of elements, in order, of the region in a row-major tensor of this shape, which contains it.
     pub fn runs(&self, shape: &[usize]) -> Vec<Range<usize>> {
         let mut runs = Vec::new();
-        let zeros = vec![0; shape.len()];
-        for_each_run((shape, &self.start), (&self.size, &zeros), &self.size, |from, _, len| {
-            runs.push(from..from + len)
-        });
+        let all = 0..self.element_count();
+        Runs::new(shape, self).for_each(all, |from, _, len| runs.push(from..from + len));
         runs
     }
 }
@@ -136,9 +134,8 @@ pub(crate) fn subtract(region: &Region, hole: &Region) -> Vec<Region> {
     for d in 0..region.start.len() {
         let (start, end) = (common.start[d], common.start[d] + common.size[d]);
         let outside = [rest.start[d]..start, end..rest.start[d] + rest.size[d]];
-        left.extend(
-            outside.into_iter().filter(|range| !range.is_empty()).map(|range| rest.clone().with_range(d, range)),
-        );
+        let outside = outside.into_iter().filter(|range| !range.is_empty());
+        left.extend(outside.map(|range| rest.clone().with_range(d, range)));
         rest = rest.with_range(d, start..end);
     }
     left

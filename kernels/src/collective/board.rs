@@ -274,11 +274,10 @@ impl Board {
         let digest = digest(&groups).max(1);
         let before = board.head().groups.compare_exchange(0, digest, Ordering::AcqRel, Ordering::Acquire);
         match before {
-            Err(other) if other != digest => refused(
-                "groups",
-                format!("those of the other processes (digest {other:016x})"),
-                format!("digest {digest:016x}"),
-            ),
+            Err(other) if other != digest => {
+                let expected = format!("those of the other processes (digest {other:016x})");
+                refused("groups", expected, format!("digest {digest:016x}"))
+            }
             _ => Ok(board),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::error::KernelError;
 use crate::tensor::{Region, element_count, split_range};
 
 /// How partial values are combined.
@@ -24,6 +25,13 @@ pub struct Group {
     pub id: u32,
     /// Ranks of the member devices in the session's mesh.
     pub ranks: Vec<usize>,
+}
+
+impl Group {
+    /// The error of a member that makes another call than the others.
+    pub(crate) fn mismatch(&self, member: usize, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
+        KernelError::CollectiveMismatch { group: self.id, member, expected: expected.into(), got: got.into() }
+    }
 }
 
 /// One collective, as one member sees it.

@@ -7,7 +7,7 @@ use crate::collective::call::{CollectiveCall, CollectiveKind, ReduceOp};
 use crate::cpu::simd::{dispatch, inlined, map, update};
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
-use crate::region::{check_inside, for_each_run, subtract};
+use crate::region::{Runs, check_inside, for_each_run, subtract};
 use crate::tensor::{DType, Region, split_range};
 
 /// Elements of a block that a reduction keeps in the L1 cache.
@@ -373,9 +373,7 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
         }
         CollectiveKind::ReduceScatter { op, parts } => {
             let part = &parts[member];
-            let zeros = vec![0; part.size.len()];
-            let (from, to) = ((buffers.x_shape, &part.start[..]), (&part.size[..], &zeros[..]));
-            for_each_run(from, to, &part.size, |from, to, len| {
+            Runs::new(buffers.x_shape, part).for_each(0..part.element_count(), |from, to, len| {
                 // SAFETY: inside (the part was checked); y overlaps no x (checked); only this member writes it.
                 unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });

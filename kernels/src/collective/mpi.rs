@@ -260,8 +260,7 @@ impl Call<'_> {
         let member = (0..members).min_by_key(|member| agree_count(*member)).unwrap_or(0);
         let majority_member = (0..members).rev().max_by_key(|member| agree_count(*member)).unwrap_or(0);
         let majority_member = if majority_member == member { (member + 1) % members } else { majority_member };
-        let (group, expected, got) = (self.call.group.id, text(majority_member), text(member));
-        Ok(CallError::Completed(KernelError::CollectiveMismatch { group, member, expected, got }))
+        Ok(CallError::Completed(self.call.group.mismatch(member, text(majority_member), text(member))))
     }
 
     /// Waits until the peer of a send or receive is in its call, and checks that it agrees.
@@ -278,12 +277,10 @@ impl Call<'_> {
         match peer_post {
             [digest, WAITING] if digest == self.digest => Ok(()),
             [_, IN_COLLECTIVE] => self.check_agreement(true),
-            [_, status] => Err(CallError::Completed(KernelError::CollectiveMismatch {
-                group: self.call.group.id,
-                member: peer,
-                expected: self.text.clone(),
-                got: if status == REJECTED { "buffers that do not fit" } else { "another transfer" }.to_owned(),
-            })),
+            [_, status] => {
+                let got = if status == REJECTED { "buffers that do not fit" } else { "another transfer" };
+                Err(CallError::Completed(self.call.group.mismatch(peer, &*self.text, got)))
+            }
         }
     }
 

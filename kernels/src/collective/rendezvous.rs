@@ -49,7 +49,7 @@ impl<M> Post<M> {
     }
 
     fn mismatch(&self, expected: String, got: String) -> KernelError {
-        KernelError::CollectiveMismatch { group: self.call.group.id, member: self.call.member, expected, got }
+        self.call.group.mismatch(self.call.member, expected, got)
     }
 
     /// Sender, receiver, and whether this is the sender's post; `None` for a collective of all members.
@@ -95,8 +95,7 @@ impl<M: Clone> Groups<M> {
             return Err(earlier);
         }
         let got = format!("{} ({error})", describe_views(call, reads, writes));
-        let (group, member, expected) = (call.group.id, call.member, "buffers that fit the call".to_owned());
-        rendezvous.fail(&mut state, KernelError::CollectiveMismatch { group, member, expected, got });
+        rendezvous.fail(&mut state, call.group.mismatch(call.member, "buffers that fit the call", got));
         Err(error)
     }
 

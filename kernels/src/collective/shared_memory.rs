@@ -212,12 +212,8 @@ impl Call<'_> {
     /// The error of a group that has failed, or is being failed.
     fn group_error(&self) -> KernelError {
         let known = self.group_area.check(self.call.group.id).and_then(|()| self.engine.check_aborted());
-        known.err().unwrap_or_else(|| KernelError::CollectiveMismatch {
-            group: self.call.group.id,
-            member: self.call.member,
-            expected: "a different call".to_owned(),
-            got: self.describe(),
-        })
+        let unknown = || self.call.group.mismatch(self.call.member, "a different call", self.describe());
+        known.err().unwrap_or_else(unknown)
     }
 
     /// The error that ends a wait: an abort, a failed group or, after the first sleep, a peer that can never match.

@@ -25,7 +25,6 @@ use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Membe
 use crate::error::{KernelError, Result};
 use crate::hash::Fnv;
 use crate::memory::{View, Words};
-use crate::region::Runs;
 use crate::tensor::{DType, Region};
 
 mod channel;
@@ -179,19 +178,11 @@ impl Member {
                 } else if n > 1 {
                     ring::all_reduce(port, words, scratch, *op)
                 } else {
-                    if let (Some(x), y) = words.split() {
-                        y.copy_from_slice(x);
-                    }
-                    Ok(())
+                    tree::broadcast(port, words, 0)
                 }
             }
             CollectiveKind::ReduceScatter { parts, .. } if n == 1 => {
-                let (x, y) = words.split();
-                let part = Runs::new(x_shape, &parts[0]);
-                if let Some(x) = x {
-                    part.for_each(0..all, |place, at, len| y[at..][..len].copy_from_slice(&x[place..][..len]));
-                }
-                Ok(())
+                pairs::all_to_all(port, words, scratch, &[Region::whole(x_shape)], parts)
             }
             CollectiveKind::ReduceScatter { op, parts } => {
                 ring::reduce_scatter(port, words, scratch, *op, (x_shape, parts))
@@ -229,10 +220,8 @@ impl Collective for Wire {
             Ok(words) => words,
             Err(error) => {
                 // The other members receive this member's error.
-                let expected = "buffers that fit the call".to_owned();
                 let got = format!("{} ({error})", member.port.context.text);
-                let mismatch = member.port.context.mismatch(call.member, expected, got);
-                member.port.fail(mismatch);
+                member.port.fail(call.group.mismatch(call.member, "buffers that fit the call", got));
                 return Err(error);
             }
         };

@@ -214,12 +214,13 @@ impl Suite<'_> {
         Arc::new(Group { id: self.group, ranks: (0..self.n).collect() })
     }
 
-    /// Runs one collective on all members twice, and compares bits and byte counts.
-    fn check(&mut self, kind: CollectiveKind, roles: &[Role]) {
+    /// Runs one collective on all members twice, and compares bits and bytes.
+    fn check(&mut self, kind: CollectiveKind, roles: impl Iterator<Item = Role>) {
+        let roles: Vec<Role> = roles.collect();
         let group = self.next_group();
         let check = format!("{kind:?} of {} members", self.n);
         for _ in 0..2 {
-            if let Err(error) = self.exchange(&check, &group, &kind, roles) {
+            if let Err(error) = self.exchange(&check, &group, &kind, &roles) {
                 self.report.fail(&check, error);
             }
         }
@@ -263,15 +264,9 @@ impl Suite<'_> {
     }
 
     fn all_reduces(&mut self) {
+        use ReduceOp::{Max, Sum};
         let n = self.n;
-        for (elements, op) in [
-            (0, ReduceOp::Sum),
-            (1, ReduceOp::Sum),
-            (3, ReduceOp::Max),
-            (17, ReduceOp::Sum),
-            (5003, ReduceOp::Sum),
-            (5003, ReduceOp::Max),
-        ] {
+        for (elements, op) in [(0, Sum), (1, Sum), (3, Max), (17, Sum), (5003, Sum), (5003, Max)] {
             for in_place in [false, true] {
                 let xs: Vec<_> = (0..n).map(|_| self.values(elements)).collect();
                 let chunk = |owner| combine(op, owner, &xs)[split_range(elements, n, owner)].to_vec();
@@ -281,8 +276,7 @@ impl Suite<'_> {
                     let (x, received) = (HostTensor::f32(&[elements], x.clone()), (n - 1) * own + elements - own);
                     Role { in_place, ..Role::new(x, &[elements], sum.clone(), received) }
                 };
-                let roles: Vec<_> = xs.iter().enumerate().map(role).collect();
-                self.check(CollectiveKind::AllReduce { op }, &roles);
+                self.check(CollectiveKind::AllReduce { op }, xs.iter().enumerate().map(role));
             }
         }
     }
@@ -295,8 +289,7 @@ impl Suite<'_> {
             let x = |region: &Region| HostTensor::f32(&region.size, cut(&whole, &shape, region));
             for parts in splits(&shape, n) {
                 let role = |part| Role::new(x(part), &shape, whole.clone(), whole.len() - part.element_count());
-                let roles: Vec<_> = parts.iter().map(role).collect();
-                self.check(CollectiveKind::AllGather { parts }, &roles);
+                self.check(CollectiveKind::AllGather { parts: parts.clone() }, parts.iter().map(role));
             }
             // In the last case every member has the whole tensor: nothing is transferred.
             for sources in splits(&shape, n).into_iter().chain([vec![Region::whole(&shape); n]]) {
@@ -306,8 +299,8 @@ impl Suite<'_> {
                         let expected = cut(&whole, &shape, target);
                         Role::new(x(source), &target.size, expected, target.element_count() - own)
                     };
-                    let roles: Vec<_> = sources.iter().zip(&targets).map(role).collect();
-                    self.check(CollectiveKind::AllToAll { sources: sources.clone(), targets }, &roles);
+                    let kind = CollectiveKind::AllToAll { sources: sources.clone(), targets: targets.clone() };
+                    self.check(kind, sources.iter().zip(&targets).map(role));
                 }
             }
         }
@@ -323,8 +316,8 @@ impl Suite<'_> {
                     let expected = cut(&combine(ReduceOp::Sum, owner, &xs), &shape, part);
                     Role::new(x, &part.size, expected, (n - 1) * part.element_count())
                 };
-                let roles: Vec<_> = parts.iter().enumerate().map(role).collect();
-                self.check(CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() }, &roles);
+                let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() };
+                self.check(kind, parts.iter().enumerate().map(role));
             }
         }
     }
@@ -338,8 +331,7 @@ impl Suite<'_> {
                     let (x, received) = (HostTensor::f32(&[3, 11], x.clone()), if i == root { 0 } else { 33 });
                     Role { in_place, ..Role::new(x, &[3, 11], xs[root].clone(), received) }
                 };
-                let roles: Vec<_> = xs.iter().enumerate().map(role).collect();
-                self.check(CollectiveKind::Broadcast { root }, &roles);
+                self.check(CollectiveKind::Broadcast { root }, xs.iter().enumerate().map(role));
             }
         }
     }

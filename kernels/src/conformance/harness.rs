@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::Duration;
 
 use half::bf16;
@@ -228,10 +228,6 @@ pub(super) struct Notifications(Receiver<Stamped<Notification>>);
 impl Notifications {
     pub(super) fn recv_timeout(&self, timeout: Duration) -> Result<Notification, RecvTimeoutError> {
         self.0.recv_timeout(timeout).map(Stamped::open)
-    }
-
-    pub(super) fn try_recv(&self) -> Result<Notification, TryRecvError> {
-        self.0.try_recv().map(Stamped::open)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -127,7 +128,7 @@ fn order(device: &Device) -> Outcome {
     }
     stream.synchronize()?;
     for end in &ends {
-        ensure(end.try_recv() == Ok(Notification::Done), "synchronize returned before the end")?;
+        ensure(end.recv_timeout(Duration::ZERO) == Ok(Notification::Done), "synchronize returned before the end")?;
     }
     expect_floats(&arena, 0, &[1225.0; 4])
 }
@@ -144,7 +145,7 @@ fn events(device: &Device) -> Outcome {
     let consumer = submit(&second, &arena, vec![copy], vec![])?;
     let after = second.record();
     ensure(!event.query() && !after.query(), "an event was set before the work recorded before it finished")?;
-    ensure(consumer.try_recv().is_err(), "work after an event did not wait")?;
+    ensure(consumer.recv_timeout(Duration::ZERO).is_err(), "work after an event did not wait")?;
     open.send(Stamped::new(()))?;
     wait(&producer)?;
     wait(&consumer)?;
@@ -217,6 +218,7 @@ fn failures(device: &Device) -> Outcome {
 /// Buffers that do not fit their bases cause an error, never a crash.
 fn invalid_buffers(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
+    let clip = Op::ClipScale { max_norm: 1.0 };
     let cases = [
         ("beyond the end", fill(0.0, floats(0, 4, &[16]))),
         ("an overflow", fill(0.0, floats(0, usize::MAX - 3, &[1]))),
@@ -224,10 +226,7 @@ fn invalid_buffers(device: &Device) -> Outcome {
         ("an unknown base", fill(0.0, floats(1, 0, &[1]))),
         ("a misaligned offset", fill(0.0, floats(0, 2, &[1]))),
         ("an overlap", launch(Op::Copy, &[floats(0, 0, &[4])], &[floats(0, 4, &[4])])),
-        (
-            "two writes that overlap",
-            launch(Op::ClipScale { max_norm: 1.0 }, &[floats(0, 8, &[1])], &[floats(0, 0, &[]), floats(0, 0, &[])]),
-        ),
+        ("two writes that overlap", launch(clip, &[floats(0, 8, &[1])], &[floats(0, 0, &[]), floats(0, 0, &[])])),
     ];
     for (what, launch) in cases {
         let result = run_program(&stream, vec![launch], &[&arena], false);

@@ -205,6 +205,7 @@ impl Plan {
 
     /// Returns the algorithm that the library's heuristic ranks first.
     fn choose(&self, blas: &Blas, key: &Key, workspace: usize, place: &str) -> Result<sys::cublasLtMatmulAlgo_t> {
+        use sys::cublasLtMatmulAlgoGetHeuristic as get_heuristic;
         use sys::cublasLtMatmulPreferenceAttributes_t as Preference;
         // Partial sums stay f32 if the result is bf16.
         use sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as REDUCTION;
@@ -237,18 +238,7 @@ impl Plan {
             if status == cublasStatus_t::CUBLAS_STATUS_SUCCESS {
                 let (handle, description) = (blas.handle.0, self.description.0);
                 let (a, b, d) = (self.a.0, self.b.0, self.d.0);
-                status = sys::cublasLtMatmulAlgoGetHeuristic(
-                    handle,
-                    description,
-                    a,
-                    b,
-                    d,
-                    d,
-                    preference,
-                    1,
-                    &mut found,
-                    &mut count,
-                );
+                status = get_heuristic(handle, description, a, b, d, d, preference, 1, &mut found, &mut count);
             }
             let _ = sys::cublasLtMatmulPreferenceDestroy(preference);
             status

@@ -136,12 +136,8 @@ impl AttentionPlans {
                 None => {
                     let ((major, minor), version) = (self.gpu.capability(), handle.api.version());
                     let got = format!("none for compute capability {major}.{minor} in cuDNN {version}");
-                    return Err(KernelError::arguments(
-                        "attention_grad",
-                        "engine",
-                        "one with a fixed order of sums",
-                        got,
-                    ));
+                    let expected = "one with a fixed order of sums";
+                    return Err(KernelError::arguments("attention_grad", "engine", expected, got));
                 }
             },
         };

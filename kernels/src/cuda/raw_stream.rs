@@ -96,23 +96,12 @@ impl RawStream {
         for (pointer, parameter) in pointers.iter_mut().zip(parameters) {
             *pointer = (&raw const *parameter).cast_mut().cast();
         }
-        let ([gx, gy, gz], [bx, by, bz]) = (geometry.grid, geometry.block);
-        // SAFETY: live handles; the driver copies the kernel's parameters, which the caller guarantees to match.
-        let result = unsafe {
-            sys::cuLaunchKernel(
-                function.handle.0,
-                gx,
-                gy,
-                gz,
-                bx,
-                by,
-                bz,
-                geometry.shared_bytes,
-                self.handle.0,
-                pointers.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
+        let Geometry { grid: [gx, gy, gz], block: [bx, by, bz], shared_bytes } = *geometry;
+        let (kernel, stream) = (function.handle.0, self.handle.0);
+        let (parameters, none) = (pointers.as_mut_ptr(), std::ptr::null_mut());
+        // SAFETY: the handles are live; the driver copies the parameters, which match the kernel (the contract).
+        let result =
+            unsafe { sys::cuLaunchKernel(kernel, gx, gy, gz, bx, by, bz, shared_bytes, stream, parameters, none) };
         self.check(result, "cuLaunchKernel")
     }
 

@@ -244,9 +244,7 @@ mod tests {
         let record = ErrorRecord::decode([3, -7i32 as u32, 5, 1, 9, 0, 0, 0]);
         let expected = ErrorRecord { launch: 2, index: -7, position: (1 << 32) + 5, limit: 9 };
         assert_eq!(record, Some(expected));
-        assert_eq!(
-            expected.error("embedding").to_string(),
-            "embedding: index -7 at position 4294967301 is not in 0..9"
-        );
+        let text = expected.error("embedding").to_string();
+        assert_eq!(text, "embedding: index -7 at position 4294967301 is not in 0..9");
     }
 }

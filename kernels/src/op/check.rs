@@ -212,11 +212,7 @@ impl Launch {
         let (read, write) = (&self.reads[i].shape, &self.writes[0].shape);
         let (expected, got) = (element_count(read), element_count(write));
         let expected_text = format_args!("{expected}, as in read {i} of shape {read:?}");
-        self.require(
-            expected == got,
-            "number of elements of write 0",
-            expected_text,
-            format_args!("{got} in {write:?}"),
-        )
+        let got_text = format_args!("{got} in {write:?}");
+        self.require(expected == got, "number of elements of write 0", expected_text, got_text)
     }
 }

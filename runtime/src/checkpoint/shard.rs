@@ -48,16 +48,6 @@ impl Entry {
     }
 }
 
-/// Name of a piece in a shard: its tensor's name, followed by its box unless it is the whole tensor.
-pub(crate) fn entry_name(tensor: &str, shape: &[usize], region: &Region) -> String {
-    if region.size == shape {
-        return tensor.into();
-    }
-    let range = |(start, size): (&usize, &usize)| format!("{start}:{}", start + size);
-    let ranges: Vec<String> = region.start.iter().zip(&region.size).map(range).collect();
-    format!("{tensor}[{}]", ranges.join(","))
-}
-
 pub(crate) fn metadata(steps: u64, updates: u64, seed: u64, declared: &Values) -> Values {
     let numbers = [(STEPS, steps), (UPDATES, updates), (SEED, seed)];
     let numbers = numbers.into_iter().map(|(key, number)| (key.to_owned(), number.to_string()));

@@ -81,6 +81,8 @@ fn mismatched_shapes_are_reported() {
 #[test]
 fn errors_inside_a_layer_name_the_line_that_calls_it() {
     expect![[r#"
+        einsum: rule btdefghc,oc->btdefgho: input 0 needs 8 dims ("btdefghc"), got shape [1, 1, 1, 1, 1, 1, 1, 1, 1]; the inputs have shapes [1, 1, 1, 1, 1, 1, 1, 1, 1], [3, 1]
+          at `nn::linear(g, "up", x, 3, Parallel::Replicated);`
         h.0.attn: a width of 6 does not divide into 4 heads; choose a multiple of 4
           at `nn::attention(g, "h.0.attn", y, 4, None);`
         h.0.attn: a width of 4 does not divide into 3 heads; choose a multiple of 3
@@ -162,6 +164,7 @@ fn invalid_programs_are_reported() {
         .assert_eq(&error_with("data=2,tensor=4", &CompileOptions { devices: 4, ..CompileOptions::default() }, x));
 }
 
+/// `compile` reports all errors at once, and no errors that follow from others.
 #[test]
 fn errors_are_reported_together_and_once() {
     expect![[r#"
@@ -182,7 +185,7 @@ fn errors_are_reported_together_and_once() {
     }));
 }
 
-/// A norm needs its whole weight: `Explicit` requires that the program states the gather.
+/// A norm needs its whole weight: under `Explicit` the program must state the gather, otherwise it is listed.
 #[test]
 fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let build = |g: &mut Graph| {
@@ -420,7 +423,7 @@ fn every_method_refuses_a_tensor_of_another_graph() {
         ("shape", |p, other| _ = nn::attention(&mut p.g, "a", other, 4, None)),
     ];
     for (index, (subject, call)) in calls.iter().enumerate() {
-        // The index of the other graph's tensor is out of range here, or that of another tensor.
+        // With fewer or more tensors than the other graph, the index is out of range or that of another tensor.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
             let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
@@ -625,7 +628,7 @@ fn invalid_shapes_and_numbers_are_reported() {
     }));
 }
 
-/// Plausible shapes let a program that inspects them reach `compile`, which reports the error.
+/// So a program that inspects shapes reaches `compile`, which reports the error.
 #[test]
 fn results_of_invalid_ops_have_plausible_shapes() {
     let mut g = Graph::new(&mesh());
@@ -642,7 +645,7 @@ fn results_of_invalid_ops_have_plausible_shapes() {
         (g.cross_entropy(a, b), vec![]),
         (g.embedding(a, x), vec![4, 6, 3]),
         (g.add(a, b), vec![4, 6]),
-        (nn::linear(&mut g, "l", a, 9, Parallel::Replicated), vec![4, 9]),
+        (nn::linear(&mut g, "l", deep, 9, Parallel::Replicated), vec![1, 1, 1, 1, 1, 1, 1, 9]),
         (nn::attention(&mut g, "a", x, 4, None), vec![2, 3, 6]),
         (g.custom(custom("abc,a->ab,c"), &[x])[1], vec![6]),
         (g.custom(custom("abc->ab1,cb"), &[x])[1], vec![6, 3]),

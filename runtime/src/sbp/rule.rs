@@ -147,8 +147,8 @@ impl Rule {
         factors
     }
 
-    /// Signatures along one mesh axis in a fixed order: splits by first appearance, all `Broadcast`, linear ones.
-    pub fn signatures_1d(&self) -> Vec<Signature> {
+    /// Signatures along one mesh axis, in this order: split factors by first appearance, all `Broadcast`, linear ones.
+    pub fn signatures_1d(&self) -> Vec<Signature<Sbp>> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
         let mut all: Vec<Signature<Sbp>> = may_split.map(|factor| self.split(factor)).collect();
         all.push(Signature {

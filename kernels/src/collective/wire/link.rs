@@ -36,10 +36,6 @@ impl Context {
         KernelError::Link { group: self.group.id, rank: ranks[self.member], peer: ranks[peer], cause: cause.into() }
     }
 
-    pub(super) fn mismatch(&self, member: usize, expected: String, got: String) -> KernelError {
-        KernelError::CollectiveMismatch { group: self.group.id, member, expected, got }
-    }
-
     pub(super) fn involves(&self, peer: usize) -> bool {
         self.peer.is_none_or(|other| other == peer)
     }
@@ -279,7 +275,7 @@ impl Link {
         if got == context.text {
             got += " with different parts, ranks or call order";
         }
-        context.mismatch(self.peer, context.text.clone(), got)
+        context.group.mismatch(self.peer, &*context.text, got)
     }
 
     fn peer_failure(&self, context: &Context, header: &Header, text: &[u8]) -> KernelError {
@@ -292,7 +288,7 @@ impl Link {
                 let mut parts = text.splitn(2, |byte| *byte == b'\n').map(readable);
                 let (expected, got) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
                 let member = usize::try_from(header.length).unwrap_or(usize::MAX).min(context.group.ranks.len() - 1);
-                context.mismatch(member, expected, got)
+                context.group.mismatch(member, expected, got)
             }
             Kind::LinkLost => KernelError::Link {
                 group: context.group.id,

@@ -14,6 +14,7 @@ use crate::collective::routed::Routed;
 use crate::device::Device;
 use crate::hash::SplitMix64;
 use crate::memory::Arena;
+use crate::region::Runs;
 use crate::tensor::{HostTensor, split_range};
 
 const LONG_TIMEOUT: Duration = Duration::from_secs(30);
@@ -170,24 +171,21 @@ fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
     };
     let sizes = |parts: &[Region]| parts.iter().map(|part| part.size.clone()).collect::<Vec<_>>();
     let whole_of_each = || (0..n).map(|_| HostTensor::f32(shape, whole.clone())).collect::<Vec<_>>();
+    let mut add = |kind, xs, y_shapes| cases.push(Case { kind, xs, y_shapes, in_place: false });
     for (dim, uneven) in [(0, false), (1, false), (0, true), (1, true)] {
         let parts = split(shape, n, dim, uneven);
         let other = split(shape, n, 1 - dim, uneven);
-        let in_place = false;
-        let xs: Vec<_> = (0..n).map(|_| HostTensor::f32(shape, floats(&mut random, len))).collect();
+        let xs = (0..n).map(|_| HostTensor::f32(shape, floats(&mut random, len))).collect();
         let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.clone() };
-        cases.push(Case { kind, xs, y_shapes: sizes(&parts), in_place });
-        let kind = CollectiveKind::AllGather { parts: parts.clone() };
+        add(kind, xs, sizes(&parts));
         let xs: Vec<_> = parts.iter().map(cut).collect();
-        cases.push(Case { kind, xs: xs.clone(), y_shapes: vec![shape.to_vec(); n], in_place });
-        let kind = CollectiveKind::AllToAll { sources: parts, targets: other.clone() };
-        cases.push(Case { kind, xs, y_shapes: sizes(&other), in_place });
-        let kind = CollectiveKind::Broadcast { root: n - 1 };
-        cases.push(Case { kind, xs: whole_of_each(), y_shapes: vec![shape.to_vec(); n], in_place });
+        add(CollectiveKind::AllGather { parts: parts.clone() }, xs.clone(), vec![shape.to_vec(); n]);
+        add(CollectiveKind::AllToAll { sources: parts, targets: other.clone() }, xs, sizes(&other));
+        add(CollectiveKind::Broadcast { root: n - 1 }, whole_of_each(), vec![shape.to_vec(); n]);
     }
     // Overlapping parts: every member has the whole tensor.
-    let kind = CollectiveKind::AllGather { parts: vec![Region::whole(shape); n] };
-    cases.push(Case { kind, xs: whole_of_each(), y_shapes: vec![shape.to_vec(); n], in_place: false });
+    let parts = vec![Region::whole(shape); n];
+    add(CollectiveKind::AllGather { parts }, whole_of_each(), vec![shape.to_vec(); n]);
     cases
 }
 

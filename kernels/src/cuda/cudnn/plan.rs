@@ -77,8 +77,8 @@ impl Plan {
                 }
                 Ok((_, bytes)) => {
                     let (expected, got) = (format!("at most {bytes_max} bytes"), graph.workspace_bytes + bytes);
-                    failure =
-                        Some(KernelError::arguments("attention", "cuDNN's workspace", expected, format!("{got}")));
+                    let error = KernelError::arguments("attention", "cuDNN's workspace", expected, got.to_string());
+                    failure = Some(error);
                 }
                 Err(error) => failure = Some(error),
             }
@@ -114,13 +114,11 @@ impl Plan {
             ids.push(id(i));
             pointers.push(pointer);
         }
+        let library_workspace = [workspace + self.graph.workspace_bytes as u64];
         let attributes = [
             (Attribute::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, Values::Longs(&ids)),
             (Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, Values::Pointers(&pointers)),
-            (
-                Attribute::CUDNN_ATTR_VARIANT_PACK_WORKSPACE,
-                Values::Pointers(&[workspace + self.graph.workspace_bytes as u64]),
-            ),
+            (Attribute::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, Values::Pointers(&library_workspace)),
         ];
         let pack = Descriptor::finalized(api, Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR, &attributes, place)?;
         if let Some((start, floats)) = self.graph.accumulated {

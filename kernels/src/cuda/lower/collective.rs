@@ -8,7 +8,7 @@ use crate::collective::exchange::taken;
 use crate::collective::{CollectiveCall, CollectiveKind};
 use crate::memory::ALIGNMENT;
 use crate::op::Launch;
-use crate::region::for_each_run;
+use crate::region::Runs;
 use crate::tensor::{DType, Region, element_count, split_range};
 
 /// Maximum number of members whose values one kernel combines.
@@ -19,12 +19,8 @@ pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
 /// Element offset of a region in a tensor of this shape, if the region is contiguous.
 pub(crate) fn contiguous_start(shape: &[usize], region: &Region) -> Option<usize> {
-    let zeros = vec![0; shape.len()];
-    let (mut runs, mut start) = (0, 0);
-    for_each_run((shape, &region.start), (&region.size, &zeros), &region.size, |from, _, _| {
-        (runs, start) = (runs + 1, from);
-    });
-    (runs <= 1).then_some(start)
+    let whole = 0..region.element_count();
+    Runs::new(shape, region).contiguous(&whole).map(|range| range.start)
 }
 
 /// Whether the parts have one size and lie one after another in the whole, as NCCL requires.

@@ -200,11 +200,8 @@ fn launches_that_do_not_fit_are_refused() {
     };
     let gelu = |reads: &[&[usize]], writes: &[&[usize]]| launch(Op::Gelu, reads, &[], writes);
     check(&gelu(&[&[2]], &[]), false, "gelu: buffers: expected 1 read, 1 written, got 1 read, 0 written");
-    check(
-        &gelu(&[&[2]], &[&[3]]),
-        false,
-        "gelu: number of elements of write 0: expected 2, as in read 0 of shape [2], got 3 in [3]",
-    );
+    let expected = "gelu: number of elements of write 0: expected 2, as in read 0 of shape [2], got 3 in [3]";
+    check(&gelu(&[&[2]], &[&[3]]), false, expected);
     check(&gelu(&[&[2]], &[&[2]]), true, "gelu: accumulate: expected an op that can accumulate, got gelu");
     let ids = launch(Op::Gelu, &[&[2]], &[0], &[&[2]]);
     check(&ids, false, "gelu: dtype of read 0: expected F32, got I32");
