@@ -297,6 +297,11 @@ impl Session {
     /// Ends the session after a failure of this process that the others cannot see, such as a full disk: they end with
     /// this cause and exit code instead of waiting for this process. A session that has already failed keeps its cause.
     pub fn abort(mut self, exit: Exit, cause: &impl Display) {
+        self.fail_alone(exit, cause);
+    }
+
+    /// Reports a failure that only this process has seen. The session then has failed, on all processes.
+    fn fail_alone(&mut self, exit: Exit, cause: &impl Display) {
         let (process, cause, exit) = (self.process_map.process, cause.to_string(), exit.code());
         if let (Some(world), None) = (&self.world, &self.failed) {
             world.membership.fail(cause.clone(), exit);

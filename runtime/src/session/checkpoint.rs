@@ -302,7 +302,7 @@ impl Session {
         Ok(tensor)
     }
 
-    /// Writes the tensors that were checked.
+    /// Writes the tensors that were checked. An error leaves a mixture of tensors, so it ends the session.
     fn write_all(
         &mut self,
         path: &Path,
@@ -310,6 +310,16 @@ impl Session {
         digests: &BTreeMap<Var, u64>,
     ) -> Result<(), SessionError> {
         self.check_not_failed()?;
+        self.write_each(path, source, digests).inspect_err(|error| self.fail_alone(error.exit(), error))?;
+        self.refresh()
+    }
+
+    fn write_each(
+        &mut self,
+        path: &Path,
+        source: &Source<'_>,
+        digests: &BTreeMap<Var, u64>,
+    ) -> Result<(), SessionError> {
         let plan = self.plan.clone();
         // Moments keep their bounds if only parameters are written.
         self.bounds = Bounds { parameter: 0.0, ratio: f64::INFINITY, ..self.bounds };
@@ -325,7 +335,7 @@ impl Session {
                 }
             }
         }
-        self.refresh()
+        Ok(())
     }
 }
 
