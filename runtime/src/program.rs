@@ -27,9 +27,15 @@ const STDOUT_DRAIN: Duration = Duration::from_millis(200);
 ///
 /// fn main() -> std::process::ExitCode {
 ///     program::run(|| {
-///         let mesh = Mesh::parse("data=2")?;
-///         program::print(mesh);
-///         Ok(())
+///         let plan = compile(Graph::new(&Mesh::parse("data=2")?), &CompileOptions::default())?;
+///         let requests = Requests::on_signals()?;
+///         let options = SessionOptions { requests: Some(requests.clone()), ..SessionOptions::default() };
+///         let mut session = Session::start(plan, &options)?;
+///         let _deferred = requests.defer(); // before this, SIGTERM ends the process at once
+///         while session.step(&[], 1e-3)?.request == Request::Nothing {
+///             program::print(session.steps());
+///         }
+///         Ok(session.shutdown()?)
 ///     })
 /// }
 /// ```
