@@ -57,7 +57,6 @@ impl Bus {
         }
     }
 
-    /// Sets the actors of this process; called once.
     pub(crate) fn connect(&self, actors: Vec<(ActorId, ActorRef<Mail>)>) {
         let mut by_id = vec![None; self.mailboxes.len()];
         actors.into_iter().for_each(|(id, actor)| by_id[id.0 as usize] = Some(actor));

@@ -1,9 +1,7 @@
 //! Frames of a register connection: messages, and headers of register data.
 //!
 //! Each has [`FRAME_BYTES`] bytes: magic "SF", the version, the frame as bincode with fixed-size little-endian numbers,
-//! and zeros. Each frame has one encoding.
-//!
-//! Frames contain neither session nor epoch: the handshake fixes both for a connection.
+//! and zeros. Each frame has one encoding, without session and epoch: the handshake fixes both for a connection.
 
 use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,4 @@
 //! Explains hangs: follows waits from an action with firings left to the root cause. Pure, on snapshots of actors.
-//!
-//! Piece numbers show lost messages: if a reader waits for a piece that its producer has published, the `Filled`
-//! message was lost; if a producer waits for a slot that its reader has released, the `Released` message was lost.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::{fmt, iter};

@@ -42,9 +42,8 @@ impl Pipeline {
         }
         for s in 0..p.saturating_sub(1) {
             let (here, next) = (stages[s], stages[s + 1]);
-            // As many slots as the earlier stage's stash never cost time. A micro-batch that holds a slot of either
-            // register also holds a stash slot, or its release is in transit. The release arrives before the
-            // micro-batch that takes the stash slot can reach the register.
+            // As many slots as the earlier stage's stash cost no time: a micro-batch in either register also holds a
+            // stash slot, or its release arrives before the micro-batch that takes the stash slot reaches the register.
             let slots = self.credits[s];
             b.edge(format!("stage{s}.activation"), slots, here.0, next.0);
             b.edge(format!("stage{}.gradient", s + 1), slots, next.1, here.1);

@@ -1,8 +1,7 @@
 //! The register protocol of one actor: a pure state machine from events to effects, for shell, simulator and tests.
 //!
-//! Firing `n` of an action reads piece `n / firings_per_piece` of each input and writes piece `n / firings_per_piece`
-//! of each output (one later for an `initial` register, whose piece 0 exists from the start). So the state is a few
-//! counters, and events do not allocate.
+//! Firing `n` reads and writes piece `n / firings_per_piece` of each input and output (one later to write an `initial`
+//! register, whose piece 0 exists from the start). So the state is a few counters; events do not allocate.
 //!
 //! - **CR-1**, **CR-2**: see `protocol/register.rs`.
 //! - **CR-3**: a reader never has more unread pieces than the register has slots; this bounds every queue of messages.

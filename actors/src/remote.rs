@@ -1,10 +1,9 @@
 //! Registers between processes. Messages to an actor on a peer go to the peer's outbox. One thread writes the outbox to
 //! the connection; another reads the peer's messages and casts them to the actors here.
 //!
-//! A slot's bytes are sent at most once to a process, before the `Filled` message, into the same slot of a mirror. The
-//! register's credits also bound the mirror: the producer cannot write the slot again before all readers have released
-//! it. Processes that share memory exchange only ids. Between GPUs the bytes may use a separate pipe; then the
-//! connection only announces them.
+//! A slot's bytes are sent at most once per process, before the `Filled` message, to the same slot of a mirror. Credits
+//! also bound the mirror: the producer cannot rewrite a slot before all readers have released it. Processes that share
+//! memory exchange only ids. Between GPUs a pipe may carry the bytes, which the connection only announces.
 //!
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
 //!   and reader, the number of bytes of a slot, the expected piece and slot.
@@ -200,7 +199,6 @@ impl Remote {
     }
 
     /// Sends the initial registers' bytes for refresh number `round` and waits until all peers have done the same.
-    /// Fails with the session's first cause, [`PeerError::Late`], or [`PeerError::Ended`].
     pub(crate) fn refresh(
         &self,
         round: u64,

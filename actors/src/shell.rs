@@ -54,8 +54,7 @@ pub fn start(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSess
 /// Creates the actors of a loaded plan and the threads of its connections. [`RunningSession::begin`] starts the actors.
 ///
 /// # Errors
-/// [`ActorError::Spec`] or [`ActorError::Loaded`] when the parts do not match, [`ActorError::Thread`] when a thread
-/// cannot be started.
+/// [`ActorError::Spec`], [`ActorError::Loaded`] if parts do not match; [`ActorError::Thread`] if a thread cannot start.
 pub fn prepare(loaded: LoadedPlan, options: WatchdogOptions) -> Result<RunningSession, ActorError> {
     check_loaded(&loaded)?;
     let LoadedPlan { spec, hosted, memory, engine, peers } = loaded;
@@ -206,9 +205,8 @@ impl RunningSession {
         Ok(ended)
     }
 
-    /// Sends the bytes of `initial` registers to the peers that read them, and waits until all peers have done the
-    /// same. All processes call it after such a register was written outside the plan, with no work in flight. Peers
-    /// have [`WatchdogOptions::wait_max`].
+    /// Sends the bytes of `initial` registers to the peers that read them; waits up to [`WatchdogOptions::wait_max`]
+    /// for theirs. All processes call it, with no work in flight, after such a register was written outside the plan.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;
@@ -248,8 +246,7 @@ impl RunningSession {
         std::mem::take(&mut self.session.records.not_finite.lock())
     }
 
-    /// Runs one watchdog check at time `now` since the start. Returns the report when the session has just stalled. For
-    /// hosts and tests with their own clock; the watchdog's thread does the same.
+    /// Runs a watchdog check at `now` since the start, for hosts with their own clock. Returns a new stall's report.
     pub fn check_progress(&self, now: Duration) -> Option<String> {
         self.watchdog.lock().check(now, &self.session)
     }

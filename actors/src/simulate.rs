@@ -1,5 +1,4 @@
-//! Runs a plan's protocols in virtual time. Reports makespan, timeline and peaks, detects data races, and explains
-//! deadlocks. Delays and interleavings are random from a seed.
+//! Runs a plan's protocols in virtual time. Reports makespan, timeline and peaks, data races and causes of deadlocks.
 //!
 //! Data is symbolic: a slot holds a hash, and a firing mixes the hashes that it reads. The protocol is deterministic:
 //! all runs of one plan must end with equal digests, whatever the delays.

@@ -9,8 +9,8 @@ use crate::spec::{ActorId, Spec};
 
 /// Number of recent samples that count.
 const WINDOW: usize = 10;
-/// Minimum number of samples that wait for a process before it is reported. A pipeline's bubbles make a process wait
-/// too, but in fewer samples, unless it has many stages and few micro-batches.
+/// Minimum number of samples that wait for a process before it is reported. A pipeline's bubbles cause fewer, unless it
+/// has many stages and few micro-batches.
 const WAITS_MIN: usize = 8;
 /// Number of samples between reports of a process that stays slow.
 const REPEAT_AFTER: u64 = 60;
@@ -18,8 +18,7 @@ const REPEAT_AFTER: u64 = 60;
 /// What this process waits for, by the number of the process that it waits for.
 pub(crate) type Sample = BTreeMap<u32, String>;
 
-/// Returns the other processes that this one waits for now; empty while any of its streams works. `process_of` returns
-/// the process that hosts an actor, if it is another one.
+/// Returns the other processes that this one waits for now; empty while any of its streams works.
 pub(crate) fn sample(
     spec: &Spec,
     snapshots: &[ActorSnapshot],

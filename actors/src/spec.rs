@@ -106,9 +106,8 @@ pub struct ActionSpec {
     pub outputs: Vec<OutputSpec>,
     /// True if each firing also consumes one token from the host.
     pub external: bool,
-    /// Ids of the groups whose collectives run inside this action: its n-th firing ends only after the n-th firing of
-    /// every other member of the group has started. If several actions of one actor belong to a group (such as forward
-    /// and backward), n counts the firings of all of them in the actor's order.
+    /// Ids of groups whose collectives run in this action: its n-th firing ends only after every other member's n-th has
+    /// begun. If several actions of an actor belong to a group, n counts the firings of all of them in the actor's order.
     pub groups: Vec<u32>,
     /// Ids of the communicators that those collectives use. Engines report waits by these ids.
     pub communicators: Vec<u32>,

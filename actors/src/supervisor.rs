@@ -33,7 +33,6 @@ const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Maximum number of repeated snapshots when an actor made progress during the previous one.
 const SNAPSHOT_TRIES: u32 = 3;
 
-/// State that all parts of a running session share.
 pub(crate) struct Session {
     pub(crate) spec: Arc<Spec>,
     pub(crate) bus: Bus,

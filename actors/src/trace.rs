@@ -1,5 +1,4 @@
-//! Records each actor's firings: launch time, end time and the last event that the firing waited for. Each actor keeps
-//! its newest firings in a ring buffer; readers continue from their previous position.
+//! Records each actor's newest firings in a ring buffer: launch, end, and the last event that each one waited for.
 
 use std::collections::{BTreeMap, VecDeque};
 

@@ -19,11 +19,9 @@ pub struct WatchdogOptions {
     /// than the longest firing, since kernels in flight show no progress. Once the step time is known
     /// ([`crate::shell::Control::set_step_p99`]), the limit is five steps, at least 10 s and at most this.
     pub stall_after: Duration,
-    /// Interval of checks; `None` starts no thread, and the host calls
-    /// [`crate::shell::RunningSession::check_progress`].
+    /// Interval of checks; `None` for no thread: the host calls [`crate::shell::RunningSession::check_progress`].
     pub check_every: Option<Duration>,
-    /// Time without progress after which the session fails with [`Failure::Stalled`]; `None` disables this. Like
-    /// [`WatchdogOptions::stall_after`], it must be longer than any firing.
+    /// Time without progress until [`Failure::Stalled`]; must be longer than any firing. `None` for no limit.
     pub abort_after: Option<Duration>,
     /// Receives stall reports, in addition to the log.
     pub on_stall: Option<OnStall>,

@@ -1,5 +1,4 @@
-//! Resolves the buffers of one launch in the submission's memory and checks them (MEM-1, MEM-2, MEM-4). Every backend
-//! does this before it runs a launch. Also runs custom kernels on host memory.
+//! Resolves and checks a launch's buffers (MEM-1, MEM-2, MEM-4), for every backend; runs custom kernels on host memory.
 #![allow(unsafe_code)]
 
 use crate::error::{KernelError, Result};

@@ -1,6 +1,5 @@
-//! Vector clocks for the race checker of the software CUDA device. A vector clock records, for each thread and stream,
-//! the last event known to have happened; an access is free of races only if it happened before or after every
-//! conflicting access. Without debug assertions, as in release builds, the clocks are empty and cost nothing.
+//! Vector clocks for the software CUDA device's race checker: for each thread and stream, the last event known to have
+//! happened. All conflicting accesses must be ordered. Without debug assertions, clocks are empty and cost nothing.
 #![cfg_attr(debug_assertions, allow(unsafe_code))]
 
 #[cfg(debug_assertions)]
@@ -12,8 +11,7 @@ use std::{
 #[cfg(debug_assertions)]
 use parking_lot::Mutex;
 
-/// A snapshot of the calling thread's vector clock. A message between threads carries the sender's clock. The receiver
-/// joins it, which orders the sender's earlier events before the receiver's later ones.
+/// A snapshot of a thread's vector clock. A message between threads carries the sender's, and the receiver joins it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RaceClock(#[cfg(debug_assertions)] u64);
 
@@ -34,8 +32,7 @@ impl RaceClock {
     }
 }
 
-/// A value that one thread hands to another, with the clock of the thread that wrapped it. Reading the value orders
-/// that thread's earlier events before the reader's later ones.
+/// A value for another thread. Reading it orders the wrapping thread's earlier events before the reader's later ones.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stamped<T> {
     value: T,

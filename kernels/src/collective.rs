@@ -28,9 +28,8 @@ pub use status::{AbortStatus, MemberWait};
 /// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
 /// and blocks in it. All members issue the calls of a group in the same order.
 pub trait Collective: Debug + Send + Sync {
-    /// Runs one collective as one member, with the buffers that [`CollectiveKind`] names. Returns once the member's
-    /// result is written and no other member reads its buffers any more. Engines whose calls run on a device's streams
-    /// ([`Collective::on_device`]) keep the default, which fails.
+    /// Runs one member's part of a call, with the buffers that [`CollectiveKind`] names, until its result is written
+    /// and no other member reads its buffers. Engines with [`Collective::on_device`] keep the default, which fails.
     ///
     /// # Errors
     /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
@@ -83,8 +82,7 @@ pub(crate) enum Enqueued {
 }
 
 pub(crate) trait Enqueue {
-    /// Puts one member's part of a call on its stream, in order. `stream` is the backend's own; its device is current.
-    /// Blocks no longer than a few driver calls take. The caller keeps all memory of `bound` alive until the stream has
-    /// run the call (STAGE-1 for the workspace).
+    /// Puts one member's part of a call on the backend's `stream`, whose device is current. Blocks for a few driver
+    /// calls at most. The caller keeps `bound`'s memory alive until the call has run (STAGE-1 for the workspace).
     fn enqueue(&self, call: &CollectiveCall, bound: &Bound<'_>, stream: BackendObject) -> Result<Enqueued>;
 }

@@ -1,6 +1,5 @@
-//! The conformance suite that every backend must pass. A test passes [`run`] a function that creates devices, and
-//! asserts that it returns no failures. Each op is compared with a plain f64 reference on irregular sizes, in memory
-//! filled with NaN and surrounded by canaries.
+//! The conformance suite that every backend must pass: [`run`] returns no failures. It compares each op with a plain
+//! f64 reference on irregular sizes, in memory filled with NaN and surrounded by canaries.
 
 use std::sync::Arc;
 
@@ -47,9 +46,8 @@ pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
     failures(|report| ops::run_attentions(report, device))
 }
 
-/// Runs the collectives part of the suite, for engines that must know all memory and all groups in advance. `make(n)`
-/// creates n devices with ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know
-/// [`collectives_groups`] of n.
+/// Runs the collectives part, for engines that must know memory and groups in advance. `make(n)` creates devices of
+/// ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know [`collectives_groups`].
 pub fn run_collectives(make: &Make<'_>) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements::of(4, SummationOrder::InOrder);
     failures(|report| collectives::run(report, make, &requirements))

@@ -19,9 +19,8 @@ pub(crate) mod widen;
 /// Maximum number of threads of one stream.
 pub const THREADS_MAX: usize = 64;
 
-/// Describes the arithmetic that determines the bits of CPU kernels: the processor's architecture, and whether products
-/// use fused multiply-adds. Machines with the same description and the same C library (for logarithms and powers)
-/// produce the same bits, whatever their cores, caches and vector width: AVX2 produces the bits of AVX-512.
+/// Describes what determines the bits of CPU kernels: the architecture, and whether products use fused multiply-adds.
+/// With equal descriptions and C libraries (for logarithms, powers), cores, caches and vector width change no bits.
 pub fn instruction_set() -> String {
     let arch = std::env::consts::ARCH;
     #[cfg(target_arch = "x86_64")]

@@ -1,6 +1,5 @@
-//! The CUDA backend. It builds without a CUDA toolkit: cudarc's bindings load the driver and the libraries at run time.
-//! On a machine without them, [`probe`](probe()) reports what is missing. `step`, `lower` and `source` use neither FFI
-//! nor a GPU.
+//! The CUDA backend. It builds without a CUDA toolkit: cudarc loads the driver and libraries at run time, and
+//! [`probe`](probe()) reports missing ones. `step`, `lower` and `source` use neither FFI nor a GPU.
 
 pub(crate) mod attention;
 pub(crate) mod blas;

@@ -62,8 +62,7 @@ impl DeviceKind {
         }
     }
 
-    /// Bytes of scratch memory that a stream of `threads` threads allocates to run a launch. A stream allocates the
-    /// maximum over its prepared launches.
+    /// Bytes of scratch that a launch needs on a stream of `threads` threads, which allocates its launches' maximum.
     pub fn scratch_bytes(self, launch: &Launch, threads: usize) -> usize {
         match self {
             DeviceKind::Cpu => scratch::bytes(launch, threads),
@@ -95,14 +94,12 @@ impl Device {
         Self(Arc::new(Inner { rank, engine, tally: Arc::default(), backend }))
     }
 
-    /// A CPU device. `threads_per_stream` is the number of threads of a compute stream (at least 1). `engine` runs the
-    /// collectives of its streams.
+    /// A CPU device with `threads_per_stream` (1 or more) threads per compute stream. `engine` runs its collectives.
     pub fn cpu(rank: usize, threads_per_stream: usize, engine: Arc<dyn Collective>) -> Self {
         Self::new(rank, engine, Backend::Cpu { threads_per_stream: threads_per_stream.max(1) })
     }
 
-    /// A device on a GPU, which other devices may share. `engine` runs the collectives of its streams: a GPU engine, or
-    /// any other, which then works on copies in host memory.
+    /// A device on a GPU, which others may share. An `engine` that is not for GPUs works on copies in host memory.
     pub fn cuda(rank: usize, gpu: Arc<Gpu>, engine: Arc<dyn Collective>) -> Self {
         Self::new(rank, engine, Backend::Cuda(gpu))
     }
@@ -133,8 +130,7 @@ impl Device {
         }
     }
 
-    /// Starts a stream with `threads` threads for each kernel (at least 1, at most [`crate::cpu::THREADS_MAX`]). `name`
-    /// becomes the name of its thread.
+    /// Starts a stream with 1 to [`crate::cpu::THREADS_MAX`] threads for each kernel. `name` is its thread's name.
     ///
     /// # Errors
     /// [`KernelError::Thread`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
@@ -142,8 +138,7 @@ impl Device {
         self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }
 
-    /// [`Device::stream`] with a priority and another engine: one that needs the device's memory to exist first. GPU
-    /// streams ignore `threads`.
+    /// [`Device::stream`] with a priority and an engine that needs the device's memory first. GPUs ignore `threads`.
     ///
     /// # Errors
     /// As [`Device::stream`].

@@ -41,8 +41,7 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
     /// Device and GPU, as error messages name them.
     fn place(&self) -> String;
 
-    /// Writes `bytes` bytes from `offset` on (checked by the caller), in pieces that `fill` provides until it returns
-    /// false. Waits for the copies.
+    /// Writes `bytes` bytes at `offset` (checked) in pieces from `fill` until it returns false. Waits for the copies.
     fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()>;
 
     /// Reads `bytes` bytes from `offset` on (checked by the caller); passes pieces to `take` until it returns false.
@@ -57,8 +56,7 @@ pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// `Shared` is a memfd, created by this process or by a peer, that peers can map. Its tally is that of the device that
-/// owns the memory; `None` if there is none, or if a peer counts the memory.
+/// `Shared` is a memfd of this process or a peer, which peers can map; it has a tally if a device here owns it.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -135,8 +133,7 @@ impl Arena {
     /// Maps memory from a peer's [`Arena::descriptor`], which must have this size.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the descriptor is not a memfd of this size, when its size is not sealed, or when
-    /// the mapping fails.
+    /// [`KernelError::Arguments`] when it is not a memfd of this size, its size is not sealed, or the mapping fails.
     pub fn map_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self> {
         let mapping = Mapping::of_peer(file, bytes, access)?;
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
@@ -185,8 +182,7 @@ impl Arena {
     /// in flight, that nothing else uses the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned, or the memory is read-only;
-    /// [`KernelError::Cuda`] when a GPU fails.
+    /// [`KernelError::Arguments`] when the range is out of bounds, unaligned or read-only; [`KernelError::Cuda`].
     pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<()> {
         if !self.is_writable() {
             let got = "a peer's memory, mapped read-only";

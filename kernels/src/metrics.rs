@@ -1,10 +1,7 @@
 //! Metrics of this crate on the `metrics` facade, which cost a few nanoseconds until a program installs a recorder.
 //!
-//! | metric | kind | labels | meaning |
-//! |---|---|---|---|
-//! | `shardflow_collective_seconds` | histogram | `actor`, `kind` | time in a collective, from when the stream starts
-//! it until the stream continues: waiting for other members, and transferring bytes. For a GPU, as observed by the
-//! host, to about 0.1 ms |
+//! `shardflow_collective_seconds` (histogram; `actor`, `kind`): time in a collective, from when the stream starts it
+//! until the stream continues, so with the wait for other members. For a GPU, as the host observes it, to about 0.1 ms.
 
 use std::collections::HashMap;
 use std::sync::Arc;

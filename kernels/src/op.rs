@@ -38,8 +38,7 @@ pub enum Op {
     Copy,
     /// `(x) -> (y)`, same shape: converts between float types, rounded to nearest, ties to even.
     Cast,
-    /// Copies the box `src` (of the read tensor) to the box `dst` (of the written tensor); elements outside are
-    /// unchanged. `(x) -> (y)`, any dtype. Accumulates (f32).
+    /// `(x) -> (y)`: copies box `src` of x to box `dst` of y; the rest of y is unchanged. Any dtype. Accumulates (f32).
     CopyRegion {
         /// Box of the read tensor.
         src: Region,
@@ -81,9 +80,8 @@ pub enum Op {
     Gelu,
     /// `(dy, x) -> (dx)`.
     GeluGrad,
-    /// Causal attention, scores never stored. `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`, where `lse`
-    /// is the log of the sum of exponentials of each row of scaled scores.
-    /// Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
+    /// Causal attention, scores never stored: `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`. `lse` is the
+    /// log-sum-exp of each row of scaled scores. Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
     Attention {
         /// Factor of the scores, usually `1/sqrt(d)`.
         scale: f32,
@@ -143,10 +141,8 @@ pub enum Op {
         /// Largest norm that is not scaled down; infinity disables clipping and leaves `scale` 1.
         max_norm: f32,
     },
-    /// AdamW with decoupled weight decay, <https://arxiv.org/abs/1711.05101>. All buffers but `hyper` and `scale` have
-    /// one shape.
-    /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`, with the writes updated
-    /// in place.
+    /// AdamW, <https://arxiv.org/abs/1711.05101>. All buffers but `hyper` and `scale` have one shape. In place.
+    /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`.
     /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
     /// Changes nothing if `scale` or the learning rate is not finite.
     AdamW {

@@ -40,8 +40,7 @@ pub struct CostModel {
 }
 
 impl Default for CostModel {
-    /// For devices that share the memory of one machine: 5 us and 10 GB/s within a placement, 10 us and 5 GB/s between
-    /// placements. Only the ratios affect the choice; set other values where they differ.
+    /// For one machine: 5 us and 10 GB/s within a placement, 10 us and 5 GB/s between. Only ratios affect the choice.
     fn default() -> Self {
         Self {
             within: LinkCost { alpha_seconds: 5e-6, seconds_per_byte: 1e-10 },

@@ -1,5 +1,4 @@
-//! Checkpoints of a training on any number of processes: each process writes a shard, and the atomic creation of a
-//! manifest commits the checkpoint.
+//! Checkpoints of a training: each process writes a shard, and the atomic creation of a manifest commits them.
 //!
 //! [`Store`] defines the location of files and the invariants; a [`Saver`] leads from a snapshot to a commit; a
 //! [`CheckpointReader`] returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole

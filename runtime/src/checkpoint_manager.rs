@@ -1,5 +1,4 @@
-//! The checkpoints of one training: continues from the newest, saves on a schedule in the background, rolls back after
-//! a step that is not finite.
+//! One training's checkpoints: resumes, saves on a schedule in the background, and rolls back after a non-finite step.
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -33,8 +32,7 @@ pub enum Resume {
     Auto,
     /// Continue from the newest checkpoint, or end with code 65 if there is none.
     Required,
-    /// Start from step 0, or end with code 2 if there is a checkpoint. A job that the launcher restarts continues from
-    /// its own.
+    /// Start from step 0; end with code 2 if there is a checkpoint. A restarted job continues from its own.
     Never,
 }
 
@@ -188,8 +186,7 @@ impl CheckpointManager {
         Ok(own)
     }
 
-    /// Consumes a batch, and returns the number of its first sample. No sample is returned twice, for any batch size
-    /// before a resume.
+    /// Takes a batch and returns its first sample's number. No sample repeats, even if a resume changes the batch size.
     pub fn take_batch(&mut self) -> u64 {
         let first = self.next_sample;
         self.next_sample = first.wrapping_add(self.options.batch);
@@ -221,8 +218,7 @@ impl CheckpointManager {
         Ok(())
     }
 
-    /// Starts a save if one is due or requested, and reports saves that have ended. After the last step, and
-    /// when the step's request is to end, waits for the save.
+    /// Starts a due or requested save and reports ended ones. Waits for it after the last step or a request to end.
     ///
     /// # Errors
     /// When no snapshot can be taken, or the last save failed. An earlier save that fails is only reported.

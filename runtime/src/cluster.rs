@@ -1,5 +1,4 @@
-//! The processes that run a plan together: detects the process's rank from its environment and holds the options of the
-//! rendezvous.
+//! A process's rank in its job, detected from the environment, and the options of the rendezvous.
 //!
 //! ```no_run
 //! use shardflow::prelude::*;

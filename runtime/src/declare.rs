@@ -1,5 +1,4 @@
-//! Values that a program declares. They must be equal on all ranks; checkpoints and saved files record them, and a
-//! resume compares them.
+//! Values that a program declares: equal on all ranks, recorded in checkpoints and saved files, compared on resume.
 //!
 //! ```
 //! use shardflow::declare::{Declarations, OnResume, data_identity};

@@ -1,5 +1,4 @@
-//! Local file systems: which of them belong to one machine, free space, listings, checks of output paths, and exclusive
-//! creation without hard links.
+//! Local files: listings, output paths, free space, kinds of file systems, and exclusive creation without hard links.
 
 mod output;
 
@@ -28,8 +27,7 @@ pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// Names in a folder, with the sizes of files; `None` for folders. With `deep`, all files below it instead. Skips names
-/// that are not UTF-8, and files that are deleted during the listing.
+/// A folder's files with sizes, and folders (`None`); if `deep`, all files below. Skips non-UTF-8 and vanished names.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {
@@ -72,12 +70,11 @@ pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
     code.is_some_and(|code| [Errno::PERM, Errno::OPNOTSUPP, Errno::NOSYS, Errno::MLINK].contains(&code))
 }
 
-/// Creates a file with its whole content, synced, if it does not exist; needs no hard links. The writer puts the
-/// content into a folder and renames that folder to the claim's name. This rename fails while the claim has content.
-/// Then it renames the content from the claim to `path`. Another writer may delete a claim's content at any time,
-/// because the claim's writer may have died; a slow writer then has nothing to rename. So a writer that finds `path`
-/// free while its content is in the claim is the only one that can create the file. The claim's folder is never moved:
-/// a rename that has already looked it up would still find the content.
+/// Creates a synced file with its whole content if it does not exist, without hard links. The writer puts the content
+/// into a folder and renames that to the claim's name, which fails while the claim has content. Then it renames the
+/// content from the claim to `path`. Because a claim's writer may have died, others may delete its content at any time;
+/// a slow writer then has nothing to rename. So only a writer that finds `path` free while its content is in the claim
+/// can create the file. The claim's folder is never moved: a rename in progress would still find the content.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_os_string();

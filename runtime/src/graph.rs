@@ -179,8 +179,7 @@ pub enum NodeOp {
     },
     /// Memory that only the update uses (moments), initially zero.
     State,
-    /// A bf16 copy of a parameter, stored next to it. Every write to the parameter also writes the copy. Inserted by
-    /// the precision pass.
+    /// A parameter's bf16 copy, next to it; each write to the parameter writes both. Inserted by the precision pass.
     Bf16Copy {
         of: Var,
     },
@@ -192,8 +191,7 @@ pub enum NodeOp {
     Accumulate,
     /// One step of a boxing plan; inserted by the boxing pass.
     Boxing(Arc<BoxingStep>),
-    /// In-place all-reduce of several accumulated gradients over these axes of the placement, in one call on the
-    /// communication stream; inserted by the bucket pass.
+    /// One in-place all-reduce of accumulated gradients over these axes of the placement; inserted by the bucket pass.
     Bucket {
         axes: Vec<usize>,
     },

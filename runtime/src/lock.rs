@@ -6,7 +6,6 @@
 //! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that
 //!   fails if the file exists, so two processes never hold the lock at once.
 //! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock.
-//!   Clocks of different processes are never compared.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
 //! - LK-4: a commit, a deletion and a new cursor check LK-1 first. A process that loses the lock between the check and
 //!   the commit may still add a complete checkpoint of a step that has none; by ST-1 it replaces no file.

@@ -1,9 +1,7 @@
-//! Metrics that this crate publishes through the `metrics` facade: names, labels and meaning are public API. Without a
-//! recorder, each value costs a few nanoseconds; [`crate::watch::Watch`] installs a recorder and serves it to
-//! Prometheus.
+//! Metrics that this crate publishes through the `metrics` facade; names, labels and meaning are public API. Each value
+//! costs nanoseconds without a recorder; [`crate::watch::Watch`] installs one and serves it to Prometheus.
 //!
-//! [`shardflow_kernels::metrics`] publishes `shardflow_collective_seconds` (`actor`, `kind`): the part of an actor's
-//! busy time that it spends in collectives.
+//! [`shardflow_kernels::metrics`] publishes `shardflow_collective_seconds`: an actor's busy time in collectives.
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use shardflow_kernels::metrics::COLLECTIVE_SECONDS;

@@ -16,8 +16,7 @@ pub struct Axis {
     pub size: usize,
 }
 
-/// All devices of a session: ranks `0..device_count`, laid out row-major over named axes (the last axis varies
-/// fastest).
+/// All devices of a session: ranks `0..device_count`, row-major over named axes (the last varies fastest).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mesh {
     whole: Placement,
@@ -114,7 +113,6 @@ impl fmt::Display for Mesh {
 }
 
 /// An ordered set of devices, arranged over named axes. A placement without axes is one device.
-///
 /// A device's **index** is its position here; its **rank** is its number in the session's [`Mesh`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Placement {
@@ -126,8 +124,7 @@ impl Placement {
     /// Builds a placement of these devices (ranks, row-major) over these axes.
     ///
     /// # Errors
-    /// When an axis has size 0, a name is empty or occurs twice, or the devices are not distinct or do not match the
-    /// axes.
+    /// When an axis has size 0, a name is empty or occurs twice, or devices occur twice or do not match the axes.
     pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
         let axes: Vec<Axis> = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
         let placement = Self { axes, devices };

@@ -155,8 +155,7 @@ pub struct ResidentTensor {
 /// One device's memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Bytes of tensors that no other action reads or that nothing replaces: moments, and f32 values of weights that
-    /// are read in bf16.
+    /// Bytes of tensors that no other action reads or nothing replaces: moments, f32 values of weights read in bf16.
     pub fixed_bytes: usize,
     /// Register slots, bytes: everything that passes between actions, including weights and gradients.
     pub register_bytes: usize,
@@ -174,8 +173,7 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// The planned peak of allocated device memory, bytes. It excludes the memory of the driver and of libraries
-    /// (contexts, code, communicators).
+    /// The planned peak of allocated device memory, bytes, without that of driver and libraries (such as contexts).
     pub fn total_bytes(&self) -> usize {
         self.arena_bytes + self.stream_bytes + self.mirror_bytes
     }

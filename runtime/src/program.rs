@@ -1,5 +1,4 @@
-//! Runs a program's `main`: prints its output without blocking the training, its error as one line, and returns the
-//! matching exit code.
+//! Runs a program's `main`: prints output without blocking the training, errors as one line; returns the exit code.
 
 use std::error::Error;
 use std::fmt::Display;

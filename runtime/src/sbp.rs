@@ -102,8 +102,7 @@ impl NdSbp {
     /// Checks that a tensor of this shape can have this layout on `placement`.
     ///
     /// # Errors
-    /// When the number of entries differs from that of axes, a split dim does not exist, or it
-    /// [mixes reductions](Self::mixes_reductions).
+    /// When it does not have one entry for each axis, a split dim does not exist, or it mixes reductions.
     pub fn check(&self, shape: &[usize], placement: &Placement) -> Result<(), LayoutError> {
         let axes = placement.axes().len();
         let why = if self.mixes_reductions() {
@@ -175,10 +174,9 @@ pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, inde
     region
 }
 
-/// Splits a tensor into one shard for each device, by index. For `Partial` float tensors, the terms are small random
-/// integers drawn from `seed`, so that tests detect a reduction that loses or duplicates a term. The last term along
-/// the partial axes completes the value (for `Max`, a random term holds it and the others are smaller). Exact for
-/// integer values below about 2^20.
+/// Splits a tensor into one shard for each device, by index. The terms of `Partial` floats are small random integers
+/// from `seed`, so that tests detect a lost or duplicated term; the last one completes the value (for `Max`, a random
+/// one holds it, the others are smaller). Exact for integer values below about 2^20.
 ///
 /// # Errors
 /// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.

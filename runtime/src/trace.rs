@@ -1,8 +1,7 @@
 //! Writes the firings of a session's actors to a file for <https://ui.perfetto.dev> or `chrome://tracing`: one track
 //! per actor, and an arrow from the write of each piece to its read.
 //!
-//! The format is the JSON Trace Event Format
-//! (<https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>).
+//! JSON Trace Event Format: <https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -132,8 +131,7 @@ impl TraceFile {
         Ok(())
     }
 
-    /// Writes the simulator's prediction: the duration of a step if each firing takes its mean time and only the plan
-    /// limits it. Writes nothing unless this process hosts all actors.
+    /// If this process hosts all actors, writes the simulator's step time, in which each firing takes its mean time.
     fn write_prediction(&mut self) -> Result<(), TraceError> {
         let Some(spec) = self.spec.clone().filter(|spec| spec.actors.len() == self.firings_read.len()) else {
             return Ok(());

@@ -21,8 +21,7 @@ impl Departure {
         Self(RendezvousConfig { processes, interface: None, ..config })
     }
 
-    /// Reports that `ranks` will not join. If they begin with rank 0, it refuses the processes that connect; otherwise
-    /// it connects to rank 0. Returns within [`ClusterOptions::report_within`]: true if a process waited for them.
+    /// Reports within [`ClusterOptions::report_within`] that `ranks` will not join. True if a process waited for them.
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) -> bool {
         let reported = match ranks.start {
             0 => refuse_callers(&self.0, ranks, report),
@@ -38,10 +37,9 @@ impl Departure {
 /// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is
 /// another one. [`Exit::Retry`] with its own rank means an end on request: the launcher does not restart it.
 ///
-/// Under `shardflow launch` the report goes to the launcher. Without it, a process of several that ends before the
-/// rendezvous, for a cause that is not worth a retry, reports to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: it
-/// connects to the rendezvous endpoint, or as rank 0 refuses those that connect to it. Only the first report of a
-/// process is kept.
+/// Under `shardflow launch` the report goes to the launcher. Otherwise, if the processes have not met and no retry
+/// would help, it goes to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: rank 0 refuses those that connect, other
+/// ranks connect to the rendezvous endpoint. Only the first report of a process is kept.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
     let path = env::var_os(ERROR_FILE);
     if path.as_ref().is_some_and(|path| Path::new(path).exists()) {

@@ -1,8 +1,6 @@
-//! Detects this process's rank and world from the variables that `shardflow launch`, torchrun, OpenMPI, Slurm, MPICH or
-//! Kubernetes set. A function of the variables, and of the names of this node's interfaces.
+//! Detects this process's rank and world from its launcher's variables and the names of this node's interfaces.
 //!
-//! Launchers are checked from the innermost to the outermost: an inner launcher adds its variables to those of the
-//! outer one. An empty variable counts as unset.
+//! Inner launchers are checked first: they add their variables to those of outer ones. An empty variable is unset.
 
 mod context;
 mod detect;

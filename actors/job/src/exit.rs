@@ -120,8 +120,7 @@ impl Exit {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
 
-    /// The exit of processes that wait for a node that ended with this one: the same, if it has a meaning here and no
-    /// restart can help.
+    /// The exit of those that wait for a node with this exit: the same, if it has a meaning and no restart can help.
     pub(crate) fn of_waiting(self) -> Exit {
         let is_final = self.parts().1.is_some() && !self.worth_a_retry();
         if is_final { self } else { Exit::PeerUnavailable }
@@ -203,11 +202,9 @@ impl Report {
     }
 }
 
-/// True once this process has joined the others, or has reported why it cannot.
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// Records for the launcher that this process begins to wait for the others. Without the record they may wait in vain
-/// for a process that ends with code 0 before it joins.
+/// Tells the launcher that this process waits for the others: one that ends with code 0 before it joins has failed.
 pub fn mark_joining() {
     if let Some(path) = env::var_os(ERROR_FILE) {
         let _ = fs::write(joining_file(Path::new(&path)), "");
@@ -225,7 +222,6 @@ pub fn mark_joined() -> bool {
     JOINED.swap(true, Ordering::Relaxed)
 }
 
-/// True once a node that this process waits for has ended its job.
 static DEPARTED: AtomicBool = AtomicBool::new(false);
 
 /// Records for the launcher that a node has ended its job, so that it does not restart this process.

@@ -1,7 +1,7 @@
 //! `shardflow launch`: starts a node's processes, forwards signals to them, and restarts them if that may help.
 //!
 //! Each node has its own launcher. When a process fails, the processes of other nodes detect it and end too, and each
-//! launcher restarts its own. A failure before the rendezvous that a restart would not fix is reported at its endpoint.
+//! launcher restarts its own. A failure before the rendezvous that no restart fixes is reported at its endpoint.
 
 use std::thread;
 use std::time::Duration;

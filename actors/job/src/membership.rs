@@ -75,8 +75,7 @@ pub struct MembershipConfig {
 }
 
 impl MembershipConfig {
-    /// Creates a configuration with the default times: a heartbeat every 250 ms, a deadline of 4 s, a grace time of 500
-    /// ms, 30 s to join. Addresses and connections are empty.
+    /// Without addresses and connections; a heartbeat every 250 ms, a deadline of 4 s, 500 ms of grace, 30 s to join.
     pub fn new(
         process: u32,
         processes: u32,
@@ -185,8 +184,7 @@ impl Membership {
         peers.into_iter().try_for_each(|to| self.send(to, topic, bytes.to_vec()))
     }
 
-    /// Reports a failure of this process and ends the session. Report errors that a lost peer caused with
-    /// [`Membership::suspect`] instead; otherwise this process becomes the first cause.
+    /// Ends the session: this process has failed. For errors that a lost peer caused, use [`Membership::suspect`].
     pub fn fail(&self, cause: impl Into<String>, exit: u8) {
         self.shared.fail(cause.into(), exit);
     }

@@ -14,9 +14,9 @@
 //! - **RV-2**: a refusal is sent to all processes and names the two that differ, with both values.
 //! - **RV-3**: a process that joins again while others wait replaces its earlier entry if the old connection is dead,
 //!   if its restart count is higher, or if it is the same process.
-//! - **RV-4**: the failure of a process before it joins is reported to process 0 if a retry cannot help, and so is the
-//!   end of a node's launcher, whatever the cause. All processes that wait, and all that join within `report_within`, are refused with its exit code. The first report wins. If
-//!   process 0 has failed, its launcher or its `exit::report` answers instead.
+//! - **RV-4**: process 0 gets a report if a process fails before it joins and no retry can help, or if a node's
+//!   launcher ends for any cause. All processes that wait, or join within `report_within`, are refused with the
+//!   reported exit code. The first report wins. If process 0 has failed, its launcher or `departure::report` answers.
 
 use std::time::Instant;
 
@@ -40,9 +40,8 @@ pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
 
-/// Joins the other processes. Returns the roster, the same for all, and the listener for connections of its members.
-/// Calls `on_waiting` with a line that names the missing ranks every `report_every`. Returns at most a few seconds
-/// after `timeout`.
+/// Joins the other processes. Returns, at most a few seconds after `timeout`, the roster, the same for all, and the
+/// listener for its members. Calls `on_waiting` every `report_every` with a line that names the missing ranks.
 pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -> Outcome {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);

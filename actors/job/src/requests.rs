@@ -1,5 +1,4 @@
-//! Requests to a training process: save a checkpoint, or end. Their sources are signals, the end time of a Slurm job,
-//! and the program. The guide shows their use, in `docs/guide/signals.md`.
+//! Requests to save a checkpoint or to end, from signals, Slurm's job end time or the program: `docs/guide/signals.md`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

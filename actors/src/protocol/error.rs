@@ -2,8 +2,7 @@
 
 use crate::spec::RegisterId;
 
-/// An event that no correct peer sends: caused by a bug, a corrupted message, or peers with different plans.
-/// [`crate::protocol`] defines the labels.
+/// An event that no correct peer sends: a bug, a corrupted message or another plan. Labels: [`crate::protocol`].
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the texts describe variants and fields")]
 pub enum ProtocolError {

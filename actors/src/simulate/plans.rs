@@ -25,8 +25,7 @@ pub(crate) fn all() -> Vec<(&'static str, Arc<Spec>, u32)> {
     plans.into_iter().map(|(name, spec, steps)| (name, Arc::new(spec), steps)).collect()
 }
 
-/// Two replicas. The backward publishes two gradient buckets early; a collective actor of each device reduces them
-/// while the backward continues. Then both replicas update their parameters in place.
+/// Two replicas. The backwards publish two gradient buckets early, to overlap the reduction; updates are in place.
 pub(crate) fn data_parallel() -> Spec {
     let mut b = Builder::new();
     for d in 0..2 {

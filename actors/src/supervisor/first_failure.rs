@@ -64,7 +64,6 @@ impl FirstFailure {
         self.settled.notify_all();
     }
 
-    /// Makes waits check their condition again.
     pub(crate) fn notify(&self) {
         // The lock ensures that a waiter cannot check before the change and start to wait after the notification.
         drop(self.first.lock());

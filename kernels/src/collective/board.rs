@@ -245,8 +245,7 @@ impl Board {
         size_of::<GroupArea>() + group.ranks.len() * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
-    /// Creates memory for a board. One process of the node creates it and passes it to the others, which map it with
-    /// [`Arena::map_peer`]. Each epoch needs its own board.
+    /// Creates memory for one epoch's board, in one process of the node; the others map it with [`Arena::map_peer`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the system provides no memory.

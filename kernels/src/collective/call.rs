@@ -45,8 +45,7 @@ pub struct CollectiveCall {
     pub kind: CollectiveKind,
 }
 
-/// The operation of a collective. Regions lie in the whole tensor that the group shares, one per member, in order.
-/// They may be empty or uneven, and split any dim.
+/// A collective's operation. Regions of the shared tensor, by member, may be empty or uneven, and split any dim.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
     /// `(x) -> (y)`, same shape on all members; may be in place. Every member gets the same bits.

@@ -94,8 +94,6 @@ pub(crate) unsafe fn copy_elements(source: &Posted, from: usize, target: &Posted
     unsafe { std::ptr::copy(source.at(from), target.at(to), len) };
 }
 
-/// [`copy_elements`], bypassing the caches if `bypass_caches` is set.
-///
 /// # Safety
 /// As for [`copy_elements`]; the ranges do not overlap.
 unsafe fn copy_part(source: &Posted, from: usize, target: &Posted, to: usize, len: usize, bypass_caches: bool) {
@@ -108,8 +106,7 @@ unsafe fn copy_part(source: &Posted, from: usize, target: &Posted, to: usize, le
     unsafe { stream(source.at(from), target.at(to), len) };
 }
 
-/// Copies with non-temporal stores. Ordinary stores of a result larger than the caches would evict data still to be
-/// read, and read each cache line before overwriting it.
+/// Copies with non-temporal stores: ordinary ones would evict data still to be read, and read each line they overwrite.
 ///
 /// # Safety
 /// Both ranges are valid and aligned and do not overlap, and only the caller accesses the target.
@@ -335,8 +332,7 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) {
     }
 }
 
-/// The boxes that `target` takes from each member, in the order of preference: itself, then 0, 1, ...
-/// Elements taken from one member are not taken from a later one.
+/// The boxes that `target` takes from each member, by preference: itself, then 0, 1, ... No element is taken twice.
 pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
     let mut rest = vec![target.clone()];
     let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));

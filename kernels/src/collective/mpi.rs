@@ -37,8 +37,7 @@ use parking_lot::Mutex;
 /// Posts use the tags below this value, data uses the others; MPI supports at least 32768 tags.
 const TAGS: u32 = 1 << 14;
 
-/// The second word of a post, beside the digest: the member waits for the peer in a send or receive, is in a
-/// collective, or has buffers that do not fit.
+/// Second word of a post: the member waits in a send or receive, is in a collective, or has buffers that do not fit.
 const WAITING: u64 = 0;
 const IN_COLLECTIVE: u64 = 1;
 const REJECTED: u64 = 2;

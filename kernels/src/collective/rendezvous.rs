@@ -76,8 +76,7 @@ impl<M> Default for Groups<M> {
 }
 
 impl<M: Clone> Groups<M> {
-    /// Checks a call's buffers, which lie on the host or on a device, and returns the call's rendezvous. If the buffers
-    /// do not fit, the group fails for all members.
+    /// Checks a call's host or device buffers and returns its rendezvous. If they do not fit, the group fails.
     pub(crate) fn enter(
         &self,
         call: &CollectiveCall,

@@ -66,10 +66,9 @@ struct Call<'a> {
 }
 
 impl SharedMemory {
-    /// Creates the engine of this process. `board` is one memfd in all processes ([`Board::create`]), mapped for
-    /// reading and writing. `groups` are the same, in the same order, in all processes. `arenas` holds the memory of
-    /// every member device, by rank: the device's own arena if this process runs it, else a read-only mapping of the
-    /// peer's. Calls take x and y from there.
+    /// Creates the engine of this process. `board` is one memfd ([`Board::create`]), mapped read-write. Board and
+    /// `groups`, in order, are the same in all processes. `arenas` holds the memory of every member device by rank,
+    /// from which calls take x and y: the device's own arena if this process runs it, else a peer's, mapped read-only.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the board does not match the groups, or a member's arena is missing.

@@ -62,7 +62,6 @@ impl Role {
     }
 }
 
-/// The properties of an engine that the suite checks.
 pub(super) struct EngineRequirements {
     pub(super) members_max: usize,
     pub(super) sums: SummationOrder,

@@ -29,8 +29,7 @@ fn is_same(got: f32, expected: f64, tolerance: f64) -> bool {
     close || got == expected || got.is_nan() && expected.is_nan()
 }
 
-/// The row maximum, which ignores NaN, and the sum of exponentials, which propagates it; as consecutive launches of one
-/// program, which a device may fuse, and as separate programs.
+/// Row maximum (ignores NaN) and sum of exponentials (propagates NaN), in one program (which may fuse) and in two.
 fn rows(report: &mut Report, device: &Device) {
     const NAN: f32 = f32::NAN;
     const INFINITY: f32 = f32::INFINITY;

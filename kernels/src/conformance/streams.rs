@@ -247,8 +247,7 @@ fn custom(device: &Device) -> Outcome {
     expect_floats(&arena, 8, &[3.5])
 }
 
-/// Arenas are counted, zeroed, and kept alive by submissions. A stream allocates the bytes documented for the device's
-/// kind; nothing else is ever allocated.
+/// Arenas are counted, zeroed and kept alive by submissions. A stream allocates only what its device kind documents.
 fn memory(device: &Device) -> Outcome {
     let bytes_before = device.bytes_allocated();
     let (stream, arena) = make(device, 1 << 20)?;

@@ -1,8 +1,7 @@
 //! Matrix products by the crate `gemm-f32`, on one thread per slice of the result.
 //!
-//! An element's bits depend only on the length `k` of the summed index (BITS-1): a chain of fused multiply-adds over
-//! each block of `k`, with the blocks' sums added in order. They depend neither on the slice that contains the element,
-//! nor on caches, nor on the vector width.
+//! An element's bits depend only on the length `k` of the summed index (BITS-1), not on slice, caches or vector width:
+//! a chain of fused multiply-adds over each block of `k`, with the blocks' sums added in order.
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;

@@ -76,8 +76,7 @@ impl Pool {
         self.helpers.len() + 1
     }
 
-    /// Calls `work(part)` for each part in `0..parts`, one on each thread; `parts` is at most `threads()`. A panic in
-    /// any part is propagated after all parts have ended.
+    /// Runs `work(part)` for up to `threads()` parts, one on each thread; propagates a panic once all have ended.
     pub(crate) fn run(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
         assert!(parts <= self.threads(), "more parts than threads");
         if parts <= 1 {
@@ -116,8 +115,7 @@ impl Pool {
         (elements / FORK_ELEMENTS).clamp(1, self.threads())
     }
 
-    /// Splits `rows` rows and each of `outs` (`rows` rows of any width) over the threads if `weight` elements are worth
-    /// it. Calls `work(rows, outs)` for each part.
+    /// Splits `rows` rows of `outs` (any widths) over threads if `weight` elements are worth it: `work(rows, outs)`.
     pub(crate) fn rows<T: Send, const N: usize>(
         &self,
         rows: usize,
@@ -144,8 +142,7 @@ impl Pool {
         });
     }
 
-    /// Splits a flat slice over the threads at multiples of `grain`, if `weight` elements are worth it. Calls
-    /// `work(range, out)` for each part.
+    /// Splits a slice over threads at multiples of `grain` if `weight` elements are worth it: `work(range, out)`.
     pub(crate) fn ranges<T: Send>(
         &self,
         out: &mut [T],

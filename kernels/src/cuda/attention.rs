@@ -9,8 +9,7 @@ use crate::op::Op;
 /// Environment variable that selects the attention implementation.
 pub const ATTENTION_ENV: &str = "SHARDFLOW_ATTENTION";
 
-/// Which attention implementation the streams of a GPU use. All processes of a job must use the same one, or their
-/// results differ by rounding.
+/// The attention of a GPU's streams. All processes of a job must use the same one, or results differ by rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attention {
     /// Shardflow's kernels.
@@ -66,7 +65,6 @@ impl AttentionCounters {
         self.0[pass as usize].all.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Counts a launch that cuDNN runs, if it is `issued`.
     pub(super) fn count_cudnn(&self, pass: Pass, issued: bool) {
         self.0[pass as usize].cudnn.fetch_add(u64::from(issued), Ordering::Relaxed);
     }

@@ -1,5 +1,4 @@
-//! Matrix products on cuBLASLt. Each stream caches one plan (descriptors and algorithm) per shape and alignment; the
-//! workspace belongs to the launch.
+//! Matrix products on cuBLASLt in the launch's workspace. Each stream caches one plan per shape and alignment.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;

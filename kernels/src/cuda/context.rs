@@ -106,8 +106,7 @@ impl Context {
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
 
-    /// Binds the context for a `Drop` implementation. Returns false if the context is lost: the driver then has nothing
-    /// to free, and calls to an unresponsive device may never return.
+    /// Binds the context in a `Drop`; false if it is lost: nothing is left to free, and driver calls may never return.
     pub(crate) fn bind_to_drop(&self) -> bool {
         self.lost().is_none() && self.bind().is_ok()
     }
@@ -139,7 +138,6 @@ impl Context {
         format!("cuda device {} ({})", self.ordinal, self.name)
     }
 
-    /// The error that made the context unusable, if any (CONTEXT-1).
     pub(crate) fn lost(&self) -> Option<&KernelError> {
         self.lost.get()
     }

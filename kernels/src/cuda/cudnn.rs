@@ -146,9 +146,8 @@ impl AttentionPlans {
         Plan::new(handle.api, target, graph, pin, shape.workspace_bytes(), place).map(Some)
     }
 
-    /// Enqueues attention on the stream; returns false if Shardflow's kernels must run it. Requires the context to be
-    /// bound. `address_of` returns the addresses of the launch's buffers, which `Bound` has checked; `workspace` holds
-    /// [`AttentionShape::workspace_bytes`] bytes.
+    /// Enqueues attention; false if Shardflow's kernels must run it. Requires a bound context. `address_of` returns the
+    /// buffers' addresses, checked by `Bound`; `workspace` holds [`AttentionShape::workspace_bytes`] bytes.
     pub(crate) fn issue(
         &mut self,
         shape: &AttentionShape,

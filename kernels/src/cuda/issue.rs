@@ -337,8 +337,7 @@ impl Issuer {
         Ok((1, self.issue_launch(&launches[run.next_launch], run)?))
     }
 
-    /// Issues two launches as one. Returns false if they must be issued one by one: there is no fused kernel, memory
-    /// overlaps, or there is an error, which belongs to one of the launches.
+    /// Issues two launches as one. False if they must run one by one: no fused kernel, overlap, or an error of either.
     fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool> {
         let lowered = run.lowered.clone();
         if lowered.cannot_fuse(run.next_launch, launches) {

@@ -1,5 +1,4 @@
-//! Finds the CUDA libraries on this machine and reports how to install missing ones. Each is checked before its first
-//! use, since cudarc panics on a call into a missing library.
+//! Finds the CUDA libraries, or says how to install them. Checked before use: cudarc panics if one is missing.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -10,8 +9,7 @@ use cudarc::{cublaslt, driver::sys, nvrtc};
 use super::status::{check_code, unavailable};
 use crate::error::{KernelError, Result};
 
-/// The oldest supported driver: it must provide the CUDA version of the libraries and cubins, `1000 * major + 10 *
-/// minor`.
+/// The oldest driver, by the CUDA version that libraries and cubins need: `1000 * major + 10 * minor`.
 const DRIVER_MIN: i32 = 13_000;
 
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
@@ -81,8 +79,7 @@ pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-/// Formats the version of another library, such as `130002` as `13.0.2`; NCCL's before 2.9 was `1000 * major + 100 *
-/// minor + patch`.
+/// Formats another library's version (`130002`: `13.0.2`). NCCL's before 2.9 was `1000 * major + 100 * minor + patch`.
 pub(super) fn dotted_patch(version: usize) -> String {
     let major = if version < 10_000 { 1_000 } else { 10_000 };
     format!("{}.{}.{}", version / major, version % major / 100, version % 100)

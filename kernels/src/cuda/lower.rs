@@ -72,9 +72,8 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
     }
 }
 
-/// Workspace in bytes that a launch needs on a CUDA device, given the buffers that it reads and writes. It fits the
-/// op's own kernels, the library that may replace them, and any collective engine. 0 for most ops, and for shapes that
-/// the op will refuse. There is no other scratch memory on a GPU.
+/// Workspace in bytes that a launch needs on a CUDA device, whichever kernels, library or collective engine run it; 0
+/// for most ops, and for shapes that the op refuses. There is no other scratch memory on a GPU.
 pub fn workspace_bytes(launch: &Launch) -> usize {
     let read = |i: usize| launch.reads.get(i).map_or(&[][..], |buffer| &buffer.shape[..]);
     let own = match &launch.op {

@@ -45,8 +45,7 @@ impl HostTransfer {
         self.wait(result, "cuMemsetD8Async")
     }
 
-    /// Copies `bytes` bytes to device memory at `to`, in pieces that `fill` provides until it returns false. Waits for
-    /// the copies. Requires the context to be bound.
+    /// Copies `bytes` bytes to device memory in pieces from `fill`, until it returns false. Requires a bound context.
     pub(crate) fn write(&mut self, to: u64, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
@@ -63,8 +62,7 @@ impl HostTransfer {
         Ok(())
     }
 
-    /// Copies `bytes` bytes from device memory at `from` and passes each piece to `take` until it returns false.
-    /// Requires the context to be bound.
+    /// Passes `bytes` bytes of device memory to `take` in pieces, until it returns false. Requires a bound context.
     pub(crate) fn read(&mut self, from: u64, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {

@@ -128,7 +128,6 @@ impl Poller {
         }
     }
 
-    /// Adds an engine to check for errors while something is pending.
     pub(crate) fn add_error_check(&self, check: Weak<dyn ErrorCheck>) {
         self.shared.error_checks.lock().push(check);
     }

@@ -87,9 +87,8 @@ impl RawStream {
         self.gpu.context.check(result, call, &self.place)
     }
 
-    /// Launches a kernel. Each parameter is 8 bytes, of which the kernel reads as many as its type has. The caller
-    /// guarantees that the parameters match the kernel's declaration and that addresses among them refer to device
-    /// memory that lives until the launch is done.
+    /// Launches a kernel with parameters of 8 bytes, of which it reads as many as each type has. The caller guarantees
+    /// that they match its declaration and that addresses are of device memory that lives until the launch is done.
     pub(crate) fn launch(&self, function: Function, geometry: &Geometry, parameters: &[u64]) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
         debug_assert!(parameters.len() <= PARAMETERS_MAX);

@@ -37,8 +37,7 @@ impl HostStaging {
         self.stream.gpu.context.check_alive()
     }
 
-    /// Returns staging memory of at least `bytes` bytes. An earlier copy from it may still be in progress, so the host
-    /// accesses it only after a later event (PINNED-1).
+    /// At least `bytes` bytes, which the host accesses only after a later event: a copy may be in progress (PINNED-1).
     fn arena(&mut self, bytes: usize) -> Result<Arena> {
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());

@@ -4,8 +4,7 @@
 use crate::error::KernelError;
 use crate::tensor::DType;
 
-/// One call on a stream. The steps of a launch run in order on one stream. A copy, on the device, has more than 0 bytes
-/// and does nothing if both places have the same address.
+/// A step of a launch; steps run in order. A copy has more than 0 bytes; between equal addresses it does nothing.
 #[derive(Clone, Debug, PartialEq)]
 // A program has a few hundred steps, created once.
 #[allow(clippy::large_enum_variant)]
@@ -204,8 +203,7 @@ pub struct ErrorRecord {
 }
 
 impl ErrorRecord {
-    /// 32-bit words of a record on the device: launch + 1 (0: no error), index, position (low, high), limit (low,
-    /// high), and two unused words.
+    /// 32-bit words on the device: launch + 1 (0: no error), index, position (low, high), limit (low, high), 2 unused.
     pub const WORDS: usize = 8;
     pub const BYTES: usize = Self::WORDS * size_of::<u32>();
 

@@ -33,8 +33,7 @@ impl StridedRegion {
     }
 }
 
-/// Loads all kernels used here: a later load could block behind a collective that waits for another GPU. Requires the
-/// context to be bound.
+/// Loads all kernels used here: a later load could block behind a waiting collective. Requires a bound context.
 pub(crate) fn prepare(gpu: &Gpu) -> Result<()> {
     ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }

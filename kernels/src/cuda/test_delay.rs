@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{KernelError, Result};
 use crate::hash::{GOLDEN_GAMMA, mix64};
 
-/// Environment variable `SEED:CYCLES`: delays about half of a stream's steps by a kernel that spins for fewer than
-/// CYCLES cycles of the GPU's clock. Only for tests; unset means no delays.
+/// Environment variable `SEED:CYCLES`, for tests: about half of all steps follow a spin of under CYCLES GPU cycles.
 pub const SPIN: &str = "SHARDFLOW_CUDA_SPIN";
 
 /// Maximum of CYCLES, about a second: a stream without progress for long counts as lost.

@@ -6,8 +6,7 @@ use std::io::{self, Read, Write};
 use super::Arena;
 
 impl Arena {
-    /// Writes `bytes` bytes from `offset` on to `sink`. The caller guarantees, by the register protocol or by having no
-    /// work in flight, that nothing writes the range meanwhile.
+    /// Writes `bytes` bytes at `offset` to `sink`. The caller guarantees that nothing writes the range meanwhile.
     ///
     /// # Errors
     /// `InvalidInput` when the range is out of bounds; any error of `sink`.
@@ -26,12 +25,10 @@ impl Arena {
         sink.write_all(unsafe { std::slice::from_raw_parts(start, bytes) })
     }
 
-    /// Reads `bytes` bytes from `source` into the arena, from `offset` on. The caller guarantees, by the register
-    /// protocol or by having no work in flight, that nothing else uses the range meanwhile.
+    /// Reads `bytes` bytes from `source` to `offset`. The caller guarantees that nothing else uses the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` when the range is out of bounds or the arena is read-only; any error of `source`, or
-    /// `UnexpectedEof`.
+    /// `InvalidInput` when out of bounds or read-only; `UnexpectedEof`; any error of `source`.
     pub fn read_from(&self, offset: usize, bytes: usize, source: &mut impl Read) -> io::Result<()> {
         if !self.is_writable() {
             let message = "the arena is mapped read-only from another process";

@@ -41,7 +41,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Creates zeroed memory. The system allocates each page at its first write, as for a heap. `fallocate` would reserve
+    /// Creates zeroed memory. The system allocates a page at its first write, as for a heap. `fallocate` would reserve
     /// the pages here, but for too large a size it does not fail: the out-of-memory killer runs.
     pub(super) fn create(bytes: usize) -> io::Result<Self> {
         let file = memfd_create("shardflow", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
@@ -51,8 +51,7 @@ impl Mapping {
         Ok(Self::map(file, bytes, Access::ReadWrite)?)
     }
 
-    /// Maps memory that a peer created with [`Mapping::create`]. Rejects memory of another size, and memory whose size
-    /// the peer could still change.
+    /// Maps memory of a peer's [`Mapping::create`]; rejects another size, or one that the peer could still change.
     pub(super) fn of_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self> {
         let refused =
             |what: &str, expected: String, got: String| KernelError::arguments("map_peer", what, expected, got);

@@ -25,10 +25,8 @@ impl Launch {
         if matches!(self.op, Op::Collective(_)) { Ok(()) } else { self.check_bf16() }
     }
 
-    /// Checks which buffers are BF16. Each port must support it, and:
-    /// - the reads that may be BF16 all have one dtype;
-    /// - if they are F32, so are the writes: only a cast converts. If they are BF16, a write may have either dtype, for
-    ///   sums and for values that a collective engine adds up.
+    /// Checks which buffers are BF16: ports must support it, and all reads that may be BF16 have one dtype. If that is
+    /// F32, so are the writes, since only a cast converts; else writes may be either, for sums (also by collectives).
     fn check_bf16(&self) -> Result<()> {
         let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
         let ports = |buffers: &[Buffer], may: fn(&Op, usize) -> bool| {
@@ -51,8 +49,7 @@ impl Launch {
         }
     }
 
-    /// Checks the shapes and dtypes of a built-in op's buffers, whose number has been checked. `accumulate` is true if
-    /// the launch adds to its accumulating write. Collectives and custom kernels check their own.
+    /// Checks shapes and dtypes of buffers, whose number is checked. Collectives and custom kernels check theirs.
     pub(crate) fn check_buffers(&self, accumulate: bool) -> Result<()> {
         self.check_shapes()?;
         match self.op {
@@ -69,8 +66,7 @@ impl Launch {
         }
     }
 
-    /// Fails unless indices and random numbers are integers and all else is floats. [`Launch::check_bf16`] checks which
-    /// floats may be bf16.
+    /// Fails unless indices and random numbers are integers, all else floats (`check_bf16` checks which may be bf16).
     fn check_dtypes(&self) -> Result<()> {
         let integers = match self.op {
             Op::Embedding { .. } | Op::EmbeddingGrad { .. } => Some(0),

@@ -70,8 +70,7 @@ impl Op {
         (!matches!(self, Op::Custom(_))).then(|| self.properties().arity)
     }
 
-    /// Index of the write that a launch may add to instead of overwriting it; `None` if the op cannot accumulate. A
-    /// custom kernel handles `accumulate` itself and returns `None` here.
+    /// Index of the write that can accumulate, if any; `None` for custom kernels, which handle `accumulate` themselves.
     pub fn can_accumulate(&self) -> Option<usize> {
         self.properties().sum
     }
@@ -82,14 +81,12 @@ impl Op {
         self.properties().bf16_reads.contains(&port)
     }
 
-    /// Whether write `port` may have dtype `BF16`. It is only used when the reads that may be BF16 are. An
-    /// accumulating write is always `F32`.
+    /// Whether write `port` may be `BF16`, if all reads that may be BF16 are. An accumulating write is always `F32`.
     pub fn writes_bf16(&self, port: usize) -> bool {
         self.properties().bf16_writes.contains(&port)
     }
 
-    /// Floats of scratch memory that each CPU thread needs for a launch that reads these shapes. 0 for most ops, and
-    /// for shapes that the op rejects anyway.
+    /// Floats of scratch memory that each CPU thread needs for reads of these shapes; 0 for shapes that the op rejects.
     pub(crate) fn thread_floats(&self, reads: &[&[usize]]) -> usize {
         match (self, reads) {
             // A block of scores.

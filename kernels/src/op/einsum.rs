@@ -25,9 +25,8 @@ impl Einsum {
     /// Parses subscripts such as `"btc,hdc->bthd"`: one ASCII letter per dim.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the text is malformed, or is not one matrix product without moving data: each
-    /// letter must be in exactly two of the three terms, and in each term the letters of a group must be adjacent and
-    /// in the same order as in the other term.
+    /// [`KernelError::Arguments`] when malformed, or not one matrix product without moving data: each letter must be in
+    /// exactly two of the three terms, and a group's letters must be adjacent and in the same order in both terms.
     pub fn parse(text: &str) -> Result<Self> {
         let refused = |what: &str, expected: &str| KernelError::arguments("einsum", what, expected, text);
         let terms = text.split_once("->").and_then(|(ab, out)| Some((ab.split_once(',')?, out)));

@@ -1,5 +1,4 @@
-//! The command `shardflow`: starts programs as several processes, and inspects checkpoints, plans, traces and machines.
-//! Parses the arguments and calls the library.
+//! The command `shardflow`: parses the arguments and calls the library.
 
 use std::ffi::OsString;
 use std::fmt::Display;

@@ -148,8 +148,7 @@ fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     (0..from.0.len()).filter(|&a| changed.contains(&a) || nested(a)).collect()
 }
 
-/// Bytes that each device (by index in `to.placement`) receives, from its regions before and after the step.
-/// The formulas are those of `shardflow_kernels::collective`.
+/// Bytes that each device of `to.placement` receives, by its regions; formulas as in `shardflow_kernels::collective`.
 pub(super) fn bytes_received(
     kind: StepKind,
     dtype: DType,

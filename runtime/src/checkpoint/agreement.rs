@@ -40,9 +40,8 @@ pub enum SaveOutcome {
     AlreadyThere,
 }
 
-/// The agreement of the processes of a job. The saver's thread calls it, in the order of saves: for each save
-/// [`SaveAgreement::all_written`], then [`SaveAgreement::outcome`], but no `outcome` after an error. Each call may wait
-/// for the other processes, and must return within a deadline that the implementation sets.
+/// The agreement of a job's processes. For each save in order, the saver's thread calls [`SaveAgreement::all_written`]
+/// and, without an error, [`SaveAgreement::outcome`]. Each call may wait for others, but must return in a limited time.
 pub trait SaveAgreement: Send + Sync {
     /// Reports whether this process has written its shard. Returns when all processes have reported.
     ///

@@ -103,8 +103,7 @@ fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String)
     Ok((newest.reader.ok_or_else(absent)?, warnings))
 }
 
-/// Selects a checkpoint and does `work` with it. If the newest one is deleted meanwhile, which a training does after it
-/// has committed newer ones, the next attempt takes the one that is then the newest.
+/// Does `work` with a checkpoint. If a training deletes the newest one meanwhile, tries again with the new newest.
 fn with_selected(
     store: &Store,
     step: Option<u64>,
@@ -142,7 +141,7 @@ fn list(store: &Store) -> Result<String, ProgramError> {
             Err(error @ (CheckpointError::Damaged { .. } | CheckpointError::Newer { .. })) => {
                 writeln!(text, "{step:>12}  {error}")
             }
-            // Listed, and deleted since.
+            // It was deleted after the listing.
             Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) => continue,
             Err(error) => return Err(error.into()),
         };

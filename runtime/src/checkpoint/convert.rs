@@ -15,7 +15,7 @@ use super::shard::{self, Entry, header, metadata, write_whole};
 use super::store::Store;
 use crate::lock::Lock;
 
-/// Writes a checkpoint as one safetensors file with the bytes of `Session::save`: when it is complete, or not at all.
+/// Writes a checkpoint as one safetensors file, equal to that of `Session::save`. No incomplete file ever appears.
 ///
 /// # Errors
 /// [`CheckpointError`] of the checkpoint, or [`CheckpointError::Io`] of the file.

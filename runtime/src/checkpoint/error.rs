@@ -109,8 +109,7 @@ impl CheckpointError {
         crate::files::system_error(self).map(std::io::Error::kind)
     }
 
-    /// True if the checkpoint itself is damaged, so that an older one may help; false for a store that does not
-    /// respond, a checkpoint that does not fit the program, or one that was deleted.
+    /// True if the checkpoint is damaged, so that an older one may help; false if it is unfit, deleted or unreachable.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Damaged { .. })
     }

@@ -136,7 +136,6 @@ impl Operations {
         result.map_err(|e| CheckpointError::Store { file: file.into(), doing, source: Box::new(e) })
     }
 
-    /// Size of a file; `None` if it does not exist.
     pub(crate) fn size(&self, file: &StoreFile) -> Result<Option<u64>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), file.path.clone());
         self.run(&file.name, StoreOperation::Read, async move {
@@ -150,7 +149,6 @@ impl Operations {
         self.run(&file.name, StoreOperation::Delete, delete)
     }
 
-    /// Reads a file of at most `bytes_max` bytes; `None` if it does not exist.
     pub(crate) fn get(&self, file: &StoreFile, bytes_max: u64) -> Result<Option<Vec<u8>>, CheckpointError> {
         let (backend, path) = (self.backend.clone(), file.path.clone());
         let got = self.run(&file.name, StoreOperation::Read, async move {

@@ -1,7 +1,6 @@
-//! The manifest: the content of a checkpoint. Defines its text form, sealed by a checksum, and the checks that make an
-//! untrusted manifest safe to use.
+//! The manifest, which describes a checkpoint: its text form, sealed by a checksum, and its checks.
 //!
-//! A manifest is untrusted input. Its invariants, all checked by [`Manifest::decode`]:
+//! A manifest is untrusted input. [`Manifest::decode`] checks its invariants:
 //! - MF-1: it is unaltered (checksum), has a known version, and is within the limits below.
 //! - MF-2: every region lies inside its tensor, and a tensor's pieces cover each element exactly once.
 //! - MF-3: every piece lies inside its shard, and every shard inside the checkpoint's folder.

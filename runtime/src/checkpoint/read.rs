@@ -19,12 +19,10 @@ pub struct CheckpointReader {
 }
 
 impl Store {
-    /// Opens a committed checkpoint. Reads and checks its manifest, and checks that all shards exist with their full
-    /// size. Their contents are checked when they are read.
+    /// Opens a committed checkpoint: checks its manifest and the sizes of all shards. Reading checks their contents.
     ///
     /// # Errors
-    /// [`CheckpointError::Absent`], [`CheckpointError::Damaged`] with the file, [`CheckpointError::Deleted`] by another
-    /// process, or [`CheckpointError::Newer`].
+    /// [`CheckpointError`]: `Absent`, `Damaged` with the file, `Deleted` by another process, or `Newer`.
     pub fn read(&self, step: u64) -> Result<CheckpointReader, CheckpointError> {
         let (file, text) = (self.manifest(step), self.manifest_text(step)?);
         let mut manifest = Manifest::decode(&text).map_err(|why| match newer_version(&text) {
@@ -53,8 +51,7 @@ impl Store {
         Ok(CheckpointReader { store: self.clone(), manifest, by_name })
     }
 
-    /// The error for a damaged file of a step. Deletion begins with the manifest (ST-3), so without one the step was
-    /// deleted.
+    /// `damaged`, or `Deleted` if the step has no manifest, because deletion begins with it (ST-3).
     fn damaged_or_deleted(&self, step: u64, damaged: CheckpointError) -> CheckpointError {
         match self.is_committed(step) {
             Ok(false) => CheckpointError::Deleted { place: self.place().into(), step },
@@ -72,8 +69,7 @@ impl Store {
         Ok(())
     }
 
-    /// Like [`Store::read`], after another process has read the step and found a cursor with this
-    /// [`Manifest::cursor_digest`].
+    /// [`Store::read`] after another process, which found a cursor with this [`Manifest::cursor_digest`].
     pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
         let attempt = || match self.read(step) {
             Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
@@ -112,8 +108,7 @@ impl CheckpointReader {
     /// Reads boxes of a tensor, in the program's shape; each piece is read at most once.
     ///
     /// # Errors
-    /// [`CheckpointError::Unfit`] if there is no such tensor or box; [`CheckpointError::Damaged`], with the shard, if
-    /// the bytes were altered.
+    /// [`CheckpointError::Unfit`] for an unknown tensor or box; [`CheckpointError::Damaged`] with the altered shard.
     pub fn tensors(&self, name: &str, regions: &[Region]) -> Result<Vec<HostTensor>, CheckpointError> {
         let tensor = self.find(name).ok_or_else(|| CheckpointError::missing(self.name(), name))?;
         let (whole, dtype) = (Region::whole(&tensor.info.shape), tensor.info.dtype);

@@ -91,8 +91,7 @@ pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, Ch
     Ok(header)
 }
 
-/// Writes a shard; `content` returns the elements of each entry in turn, so that only one entry is in memory. Returns
-/// the file, and offset and checksum of each entry.
+/// Writes a shard with one entry of `content` in memory at a time. Returns the file, and offset and checksum by entry.
 pub(crate) fn write<'a>(
     store: &Store,
     step: u64,

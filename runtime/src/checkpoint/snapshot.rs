@@ -7,8 +7,7 @@ use super::manifest::Manifest;
 /// A process's part of a checkpoint, and the metadata of the whole checkpoint.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    /// The checkpoint's manifest, without shards and pieces, which the commit adds. The same for all processes, except
-    /// for the cursor: only that of process 0 is written.
+    /// The manifest; the commit adds shards and pieces. Equal on all processes, but only process 0 provides the cursor.
     pub manifest: Manifest,
     /// The pieces that this process writes.
     pub pieces: Vec<SnapshotPiece>,

@@ -2,8 +2,7 @@
 //!
 //! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` does. One atomic operation, which
 //!   fails if the file exists, creates it after all its shards are written and synced.
-//! - ST-2: each attempt to save writes to its own folder, `step-<S>/e<epoch>-<attempt>/`, so that no late writer
-//!   modifies a file of another attempt.
+//! - ST-2: each save attempt has its own folder, `step-<S>/e<epoch>-<attempt>/`, so a late writer alters no other one.
 //! - ST-3: deletion begins with the manifest, and the newest good checkpoint is never deleted.
 //! - ST-4: a checkpoint's cursor is that of its manifest, or of a `cursor.json` that contains this manifest's checksum.
 
@@ -202,7 +201,6 @@ impl Store {
         })
     }
 
-    /// Steps that have a folder, in order.
     pub(super) fn steps_with_folder(&self) -> Result<Vec<u64>, CheckpointError> {
         let step = |(name, bytes): (String, Option<u64>)| {
             let step = name.strip_prefix("step-")?.parse().ok()?;

@@ -12,8 +12,7 @@ pub(super) fn not_built() -> ClusterError {
     ClusterError::Mpi("this program was built without MPI: build it with `--features mpi`, or set it to `own`".into())
 }
 
-/// This process's MPI world, shared by all sessions of a [`super::Cluster`] because MPI can start only once. The last
-/// session finalizes it.
+/// This process's MPI world. Sessions of a [`super::Cluster`] share it, as MPI can start only once; the last ends it.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ByMpi {
     #[cfg(feature = "mpi")]

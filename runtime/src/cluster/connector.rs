@@ -1,5 +1,4 @@
-//! Sets up how a session's registers and collectives cross processes: maps shared memory and dials connections. All
-//! processes do this in the same order.
+//! Maps shared memory and dials connections for registers and collectives, in the same order on all processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind, Read, Write};

@@ -39,8 +39,7 @@ pub(crate) fn peer_failure(cause: &FirstCause) -> Failure {
     Failure::Peer { process: cause.process, cause: PeerError::Failed { cause: cause.cause.clone(), exit: cause.exit } }
 }
 
-/// True for a collective that a peer aborted; the peer has reported its cause, or is about to end. MPI does not name
-/// the failed process; heartbeats do.
+/// True if a peer aborted the collective: it has reported why, or heartbeats detect its end. MPI names no peer.
 pub(crate) fn is_aborted_by_peer(cause: &KernelError) -> bool {
     matches!(cause, KernelError::Aborted { .. } | KernelError::Mpi { .. })
 }

@@ -18,8 +18,7 @@ pub(super) const TOPIC: u16 = 2;
 /// Bytes of a group's number and id in a message.
 const ENTRY_BYTES: usize = 4 + 128;
 
-/// Returns the ids of these groups, which are all groups of a plan with several members. A collective call: each
-/// process makes it once.
+/// The ids of these groups: all of a plan with several members. A collective call that each process makes once.
 pub(super) fn exchange(
     groups: &[Arc<Group>],
     process_map: &ProcessMap,

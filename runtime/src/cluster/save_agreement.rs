@@ -1,5 +1,4 @@
-//! Agreement of a session's processes on their checkpoints. They exchange messages over the control plane from the
-//! saver's thread while training steps continue.
+//! Agreement of a session's processes on checkpoints, over the control plane, from the saver's thread during training.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -233,8 +233,7 @@ impl World {
         Ok(Some(Self { process_map, connector, membership, monitor, agreement, ids }))
     }
 
-    /// Publishes this process's activity to those that wait for it. [`WAITING`] means that it waits for others; the
-    /// monitor then logs their activities at intervals.
+    /// Publishes this process's activity to the others. While it is [`WAITING`], the monitor logs theirs at intervals.
     pub(crate) fn doing(&self, activity: &str) {
         self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
         // A lost connection also fails the membership, so the error needs no handling here.
@@ -350,8 +349,7 @@ impl World {
     }
 }
 
-/// Binds this process's addresses and joins the other processes. Returns their roster, the listener for their
-/// connections, and the socket for heartbeats.
+/// Binds this process's addresses and joins the others. Returns roster, listener, and the socket for heartbeats.
 fn meet(
     world: &Launched,
     options: &ClusterOptions,

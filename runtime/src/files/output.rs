@@ -16,8 +16,7 @@ pub struct OutputFileError {
     pub cause: io::Error,
 }
 
-/// Checks that a file can be created at `path`, or can replace the existing one. Leaves no new file, and does not
-/// change an existing one.
+/// Checks that a file can be created or replaced at `path`, without leaving or changing one.
 ///
 /// # Errors
 /// `path` is a folder, ends with a slash or has no file name, its folder is missing or not writable, or the existing
@@ -89,8 +88,7 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Checks that lines can be appended to a file at `path`, and does not change an existing one. A pipe or a terminal is
-/// not opened: that would wait for its reader.
+/// Checks that lines can be appended to `path`, changing no file. Opens no pipe or terminal: that waits for a reader.
 ///
 /// # Errors
 /// Those of [`check_writable`], and a full file system.

@@ -87,8 +87,7 @@ impl Graph {
         }
     }
 
-    /// Builds a layer of several nodes. Errors inside it are reported at `location`, the source line that calls the
-    /// layer; for nested layers, that of the outermost one.
+    /// Builds a layer of several nodes. Its errors are reported at `location`, the line that calls the outermost layer.
     pub fn layer<T>(&mut self, location: SourceLine, build: impl FnOnce(&mut Self) -> T) -> T {
         let outer = self.origin;
         self.origin = Some(outer.unwrap_or(location));
@@ -266,9 +265,8 @@ impl Graph {
     }
 
     /// In training, zeroes elements with probability `p` and scales the others up; in evaluation the identity, see
-    /// [`Mode`](crate::passes::mode::Mode). The mask is a function of the session's seed, the step, `seed` and the
-    /// element's index in the step's whole tensor; it does not depend on the layout, the batch dim or the number of
-    /// micro-batches. Each dropout of a model needs a different `seed`.
+    /// [`Mode`](crate::passes::mode::Mode). The mask depends on the session's seed, step, `seed` and the element's
+    /// index in the step's whole tensor, not on layout, batch dim or micro-batches. Each dropout needs another `seed`.
     #[track_caller]
     pub fn dropout(&mut self, x: Var, p: f32, seed: u64) -> Var {
         if !(0.0..1.0).contains(&p) {
@@ -280,8 +278,7 @@ impl Graph {
         self.kernel("dropout", op, &[x, rng])[0]
     }
 
-    /// The cross-entropy between `logits [.., v]` and `targets [..]` (i32), averaged over all tokens of a step: `[]`.
-    /// The vocabulary dim may be split.
+    /// Cross-entropy `[]` of `logits [.., v]` (v may be split) and i32 `targets [..]`, averaged over a step's tokens.
     #[track_caller]
     pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
         let [logits, targets] = self.check_args("cross_entropy", [logits, targets]);
@@ -346,11 +343,10 @@ impl Graph {
         self.output_as("loss", loss, None);
     }
 
-    /// Makes a tensor available to the host under this name after each step. The value is that of the whole batch, for
-    /// any number of micro-batches. The ops' rules determine how the values of micro-batches are combined: parts of the
-    /// batch are concatenated, sums and means over the batch are added, and a value that does not depend on the batch
-    /// is taken once. Where the rules do not determine it, as for a nonlinear function of a sum over the batch,
-    /// `compile` requires [`Graph::output_with`]. Names are unique; `minimize` names the loss `loss`.
+    /// Gives the host a tensor's value after each step, under a unique name; `minimize` names the loss `loss`. The
+    /// value is that of the whole batch, for any number of micro-batches: the ops' rules concatenate parts of the
+    /// batch, add sums and means over it, and take a value that does not depend on it once. Where they do not determine
+    /// it, as for a nonlinear function of a sum over the batch, `compile` requires [`Graph::output_with`].
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
         self.output_as(name, tensor, None);
@@ -532,7 +528,6 @@ impl Graph {
         self.kernel(name, op, &args)[0]
     }
 
-    /// Adds a kernel node.
     #[track_caller]
     pub(crate) fn kernel(&mut self, name: &str, op: Op, inputs: &[Var]) -> Vec<Var> {
         let shapes: Vec<&[usize]> = inputs.iter().map(|v| self.shape(*v)).collect();

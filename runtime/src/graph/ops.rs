@@ -13,9 +13,7 @@ fn leading(n: usize) -> String {
     "abefgijlmnopqrsuxyz".chars().take(n).collect()
 }
 
-/// The factor rule of a kernel op whose inputs have these shapes.
-///
-/// Letters are factors; a factor of the inputs that is missing in the outputs is contracted.
+/// The factor rule of a kernel op with inputs of these shapes. A factor (letter) that no output has is contracted.
 pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
     let rank = |i: usize| shapes.get(i).map_or(0, |s| s.len());
     let rows = |i: usize| leading(rank(i).saturating_sub(1));
@@ -48,8 +46,7 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
             parse(format!(",{r}v,{r},{r},{r}->{r}v"))?.linear(&[&[0]])
         }
         Op::Dropout { .. } => parse(format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]]),
-        // AdamW reads (gradient, hyper-parameters, scale) and updates (parameter, m, v). It is elementwise in the
-        // gradient and the three updated tensors.
+        // Reads gradient, hyper-parameters and scale; updates parameter, m and v. Elementwise in all but `h` and scale.
         Op::AdamW { .. } => parse(format!("{x},h,->{x},{x},{x}"))?.fixed("h"),
         // `SumLeading` needs the output's rank, see `sum_leading`. The others are inserted after the layout pass.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),

@@ -21,10 +21,9 @@ struct Bucket {
     members: Vec<usize>,
 }
 
-/// Replaces the all-reduces of accumulated gradients by buckets of about `bucket_bytes` on each device.
-///
-/// An all-reduce qualifies if it is the only reader of an accumulated gradient. A bucket combines all-reduces of one
-/// placement over the same axes, in the order in which backward computes the gradients.
+/// Replaces the all-reduces of accumulated gradients by buckets of about `bucket_bytes` on each device. An all-reduce
+/// qualifies if it is the gradient's only reader. A bucket combines all-reduces of one placement over the same axes, in
+/// the order of their gradients in backward.
 pub fn gather(graph: &mut Graph, bucket_bytes: usize) {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for input in graph.nodes.iter().flat_map(|n| &n.inputs) {

@@ -1,6 +1,5 @@
-//! Divides the batch into micro-batches: inputs shrink to one micro-batch, and every forward tensor gets its shape in
-//! one micro-batch and its layout along the micro-batches, the loop SBP. The loop SBP determines the index of an
-//! element in the step's whole tensor, which dropout needs, and how an output's values are combined.
+//! Divides the batch into micro-batches. Each forward tensor gets the shape of one, and its layout along all, the loop
+//! SBP, which determines an element's index in the step's whole tensor (for dropout) and how outputs are combined.
 
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;

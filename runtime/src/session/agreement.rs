@@ -1,7 +1,6 @@
-//! Checks values that must be equal on all ranks: in each step the learning rate and the elements that several ranks
-//! feed, at each load the tensors. Every rank compares all values, so a difference is the same error everywhere.
-//!
-//! A step's numbers share a message with requests to stop; the only cost is a digest of the shared elements.
+//! Checks values that must be equal on all ranks: per step the learning rate and elements that several ranks feed, per
+//! load the tensors. Each rank compares all values, so all report the same error. A step's numbers share a message with
+//! requests to stop; the only cost is a digest of the shared elements.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,7 +1,6 @@
 //! Compares a node's memory with the needs of a job's processes there. Only this module sums the bytes of a rank.
 //!
-//! Processes share the memory of the machine, and the limit of a cgroup that contains them. Processes in different
-//! containers each have their own limit, so each process checks the bounds that apply to itself.
+//! Processes share the machine's memory. Limits of cgroups differ by container, so each process checks its own bounds.
 
 use shardflow_kernels::device::DeviceKind;
 
@@ -11,9 +10,8 @@ use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 
-/// Reserve for memory outside the plan: libraries and connections of a process, and packing buffers of matrix products
-/// for each device and each of its threads. Measured: 3 to 31 MiB in total, for `gpt` with widths from 64 to 1024 and
-/// up to 8 threads.
+/// Reserve outside the plan: a process's libraries and connections, and matrix packing buffers per device and thread.
+/// Measured: 3 to 31 MiB in total, for `gpt` with widths from 64 to 1024 and up to 8 threads.
 const RANK_BYTES: u64 = 16 << 20;
 const DEVICE_BYTES: u64 = 8 << 20;
 const THREAD_BYTES: u64 = 2 << 20;
@@ -118,8 +116,7 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
     RANK_BYTES + devices as u64 * (DEVICE_BYTES + plan.threads_per_device as u64 * THREAD_BYTES)
 }
 
-/// The parts of a parameter or a state that a checkpoint holds, each with the device that provides it: the first device
-/// that has it, in the order of the placement.
+/// The parts of a parameter or state in a checkpoint, each with the first device of the placement that has it.
 pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)> {
     let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
     for (device, _, resident) in plan.resident_parts(var) {

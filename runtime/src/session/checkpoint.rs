@@ -1,5 +1,4 @@
-//! Saves and loads parameters and optimizer state in one safetensors file. It holds whole tensors, so any mesh can load
-//! a file of any other mesh. A file is written under a temporary name and renamed when it is complete.
+//! Saves and loads parameters and optimizer state as whole tensors in one safetensors file, which any mesh can load.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -81,13 +80,11 @@ impl Session {
         info.saved_shape.clone().unwrap_or_else(|| info.shape.clone())
     }
 
-    /// Writes parameters, optimizer state, the numbers of steps and updates, the seed and declared values to one
-    /// safetensors file. The file appears when it is complete, or not at all. Only one whole tensor at a time is in
-    /// memory. If several processes run the plan, all must call it, and the first one writes.
+    /// Writes parameters, optimizer state, steps, updates, seed and declared values to one safetensors file. It appears
+    /// only when complete. One whole tensor at a time is in memory. All processes must call it; the first one writes.
     ///
     /// # Errors
-    /// [`CheckpointError::Io`], or the failure of an earlier step: tensors of an incomplete step do not replace a good
-    /// file.
+    /// [`CheckpointError::Io`], or the failure of an earlier step, whose tensors must not replace a good file.
     pub fn save(&self, path: &Path) -> Result<(), SessionError> {
         self.check_not_failed()?;
         let graph = &self.plan.graph;
@@ -119,9 +116,8 @@ impl Session {
         })
     }
 
-    /// Loads a file of [`Session::save`] under any mesh: the next step is the one after the saved ones, and the file's
-    /// seed replaces the session's. Returns notes for the user, one line each. If several processes run the plan, all
-    /// must call it. Each tensor is read twice, to check it and to write it, so that only one is in memory.
+    /// Loads a file of [`Session::save`] under any mesh, with its steps, updates and seed. Returns notes for the user,
+    /// one line each. All processes must call it. Reads each tensor twice, so that only one at a time is in memory.
     ///
     /// # Errors
     /// [`CheckpointError`], or [`SessionError::Disagreement`] if the files of two ranks differ; nothing was changed
@@ -141,8 +137,7 @@ impl Session {
         Ok(notes)
     }
 
-    /// Like [`Session::restore`], but loads only parameters, from any safetensors file that has them; optimizer state
-    /// starts fresh: moments, steps and updates are 0.
+    /// [`Session::restore`] of parameters only, from any safetensors file with them. Moments, steps, updates become 0.
     pub fn init_from(&mut self, path: &Path) -> Result<Vec<String>, SessionError> {
         self.set_activity("loading weights");
         let read = self.read(path, true);
@@ -162,13 +157,11 @@ impl Session {
         Ok(notes)
     }
 
-    /// Sets parameters from whole tensors in memory, as [`Session::parameters`] returns them. It ignores other names,
-    /// and leaves optimizer state and steps unchanged. If several processes run the plan, all must call it with the
-    /// same tensors.
+    /// Sets parameters from whole tensors, as [`Session::parameters`] returns them. Ignores other names. Optimizer
+    /// state and steps stay unchanged. All processes of the plan must call it with the same tensors.
     ///
     /// # Errors
-    /// [`CheckpointError::Unfit`] for a tensor of another shape, or [`SessionError::Disagreement`]; nothing was changed
-    /// then.
+    /// [`CheckpointError::Unfit`] for another shape, or [`SessionError::Disagreement`]; nothing was changed then.
     pub fn set_parameters(&mut self, tensors: &BTreeMap<String, HostTensor>) -> Result<(), SessionError> {
         let path = Path::new("(memory)");
         let found = self.check_tensors(path, Source::Memory(tensors), true);

@@ -149,8 +149,7 @@ pub struct DeviceMetrics {
     pub device: usize,
     /// Peak bytes according to the plan.
     pub planned_peak_bytes: usize,
-    /// Peak bytes in use so far: fixed tensors, memory of streams, the scratch of streams that have run, and for each
-    /// register the largest number of slots held at one time.
+    /// Peak bytes so far: fixed tensors, streams' memory, scratch of streams that have run, and registers' peak slots.
     pub measured_peak_bytes: usize,
     /// Allocated bytes.
     pub allocated_bytes: usize,

@@ -1,11 +1,10 @@
-//! Steps with an Inf or NaN loss or gradient. The host sees loss and gradient norm before anything is updated (the
-//! action `decide` of a plan), so such a step changes no weight. The step then runs again with Inf/NaN checks on all
-//! launch outputs to find the first such tensor: weights, batch and masks are the same, and so are the bits.
+//! Steps with an Inf or NaN loss or gradient, or whose update could overflow (see [`crate::graph::optimizer`]).
+//! The host checks this before any update (a plan's action `decide`), so they change no weight. After Inf or NaN the
+//! step runs again with checks on all launch outputs to find the first such tensor: weights, batch and masks are the
+//! same, and so are the bits.
 //!
 //! To roll back further than to the weights before the step, accept the step, load an older checkpoint with
 //! [`super::Session::restore_newest`], and continue with other data: the same batch would fail in the same way.
-//!
-//! A step whose update could overflow also counts as not finite: see [`crate::graph::optimizer`].
 
 use std::fmt;
 

@@ -1,5 +1,4 @@
-//! Observes a running session from any thread: snapshots of its state, and samples for the `metrics` facade. An
-//! observer does not keep the session's device memory alive.
+//! Observes a running session from any thread: snapshots of its state, and samples for the `metrics` facade.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -28,8 +28,7 @@ pub struct SessionOptions {
     pub watchdog: WatchdogOptions,
     /// The processes that run the plan together.
     pub cluster: Cluster,
-    /// Requests to this process, such as signals. All processes receive them in [`crate::session::StepReport::request`]
-    /// of the same step.
+    /// Requests to this process, such as signals. All processes get them in one step's [`super::StepReport::request`].
     pub requests: Option<Arc<Requests>>,
     /// How a step with an Inf or NaN loss or gradient is handled.
     pub on_non_finite: OnNonFinite,

@@ -17,13 +17,11 @@ pub struct StepReport {
     pub loss: Option<f32>,
     /// Global norm of the gradients before clipping, if there are any.
     pub grad_norm: Option<f64>,
-    /// Every output by name, for the whole batch; [`crate::graph::Combine`] describes outputs computed once per
-    /// micro-batch.
+    /// Each output of the whole batch by name; [`crate::graph::Combine`] describes those computed per micro-batch.
     pub outputs: BTreeMap<String, HostTensor>,
     /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
     pub request: Request,
-    /// Set if the loss or gradients are Inf or NaN and [`super::SessionOptions::on_non_finite`] accepts that; nothing
-    /// was updated.
+    /// Set after a non-finite step that [`super::SessionOptions::on_non_finite`] accepts; nothing was updated.
     pub non_finite: Option<NonFinite>,
 }
 

@@ -19,8 +19,7 @@ use crate::files::{folder_of, free_bytes, free_inodes};
 use shardflow_job::text::counted;
 
 impl Saver {
-    /// Takes a snapshot of the session between two steps and starts to write it. In a job of several processes, all
-    /// call this after the same steps.
+    /// Takes a snapshot between two steps and starts to write it. All processes of a job call it after the same steps.
     ///
     /// # Errors
     /// If the session or the saver's thread has failed. The result of the write is reported later.
@@ -36,14 +35,12 @@ impl Saver {
 }
 
 impl Session {
-    /// Starts a saver of this session, like [`Saver::new`], for the session's processes and job. All processes call it.
-    /// It finds faults that would prevent a later save: process 0 takes the store's lock and checks the free space for
-    /// the checkpoints that the store will hold; every process writes, renames and deletes a file, and must see that of
-    /// process 0.
+    /// Starts a saver, like [`Saver::new`], for this session's processes and job. All processes call it. It finds
+    /// faults that prevent later saves: process 0 takes the store's lock and checks free space for all checkpoints;
+    /// every process writes, renames and deletes a file, and must see that of process 0.
     ///
     /// # Errors
-    /// On all processes: [`CheckpointError::Held`], [`CheckpointError::NoRoom`], [`CheckpointError::NotShared`], or the
-    /// store's error.
+    /// On all processes, [`CheckpointError`]: `Held`, `NoRoom`, `NotShared`, or the store's error.
     pub fn saver(&mut self, store: &Store, options: SaverOptions) -> Result<Saver, SessionError> {
         let (agree, member) = self.agreement()?;
         let checkpoints = checkpoints_max(options.keep, options.keep_every, options.schedule);
@@ -134,8 +131,7 @@ fn is_with(store: &Store, path: &Path) -> bool {
     store.local.as_deref().is_some_and(|folder| device(folder) == device(folder_of(path)))
 }
 
-/// Checks the free bytes and inodes for `checkpoints` checkpoints minus the existing ones, and at least one, and for
-/// `more` bytes. Does nothing if the file system does not report its free space.
+/// Checks free bytes and inodes, if known, for `more` bytes and for `checkpoints` less the existing ones, at least one.
 fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64, more: u64) -> Result<(), CheckpointError> {
     // The lock has created the folder.
     let Some(folder) = store.local.as_deref() else { return Ok(()) };

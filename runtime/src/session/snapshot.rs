@@ -174,9 +174,8 @@ impl Session {
         Ok(notes)
     }
 
-    /// Loads the newest undamaged checkpoint of the store. Damaged ones are skipped and reported, and replaced when
-    /// training reaches their steps again; if all are damaged, this fails. If several processes run the plan, all must
-    /// call it. They load the newest checkpoint that all of them can read.
+    /// Loads the newest checkpoint of the store that all processes can read; all must call it. Damaged ones are
+    /// skipped, reported, and replaced when training reaches their steps again; if all are damaged, this fails.
     ///
     /// # Errors
     /// When the store cannot be read, or its newest good checkpoint does not fit the program, on any process.
@@ -234,7 +233,7 @@ impl Session {
             }
             let is_deleted =
                 self.process_map.process == 0 && store.is_committed(step).is_ok_and(|committed| !committed);
-            // Then a newer one may have replaced it.
+            // If it was deleted, a newer one may have replaced it.
             before = if is_deleted { before } else { Some(step) };
             self.damaged_up_to = self.damaged_up_to.max(step);
         }

@@ -1,5 +1,4 @@
-//! Starts a session: joins the other processes, opens devices, allocates memory, makes the connections, creates the
-//! initial weights and starts the actors.
+//! Starts a session: joins processes, opens devices, allocates memory, connects, creates weights, starts the actors.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Once, OnceLock, Weak};
@@ -68,12 +67,10 @@ struct Resources {
 }
 
 impl Session {
-    /// Joins the other processes, if any, allocates each device's arena, creates the initial weights and starts the
-    /// actors. All processes call it with the same plan.
+    /// Joins the others, allocates arenas, creates weights and starts actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// When memory, threads or peers are not available; [`crate::plan::validate::PlanError::NodeMemory`] before
-    /// anything is allocated.
+    /// If memory, threads or peers are unavailable; [`crate::plan::validate::PlanError::NodeMemory`] before allocation.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         if plan_files::write_requested(&plan).map_err(|(path, source)| SessionError::PlanFile { path, source })? {
             return Err(SessionError::PlanWritten);
@@ -293,8 +290,7 @@ fn failed_join(error: ClusterError) -> SessionError {
     }
 }
 
-/// Reports to the others that the session cannot start here because of `error`. Returns the cause with which this
-/// process ends: that of another process if it failed first.
+/// Reports to the others that the start failed here. Returns the error to end with: a peer's cause if that came first.
 pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
     let report = || world.membership.fail(format!("it cannot start: {error}"), error.exit().code());
     match &error {
@@ -318,8 +314,7 @@ pub(super) fn cannot_start(world: &World, error: SessionError) -> SessionError {
     }
 }
 
-/// True if the start failed because another process closed a connection or aborted a collective. That process reports
-/// its cause, or heartbeats detect its loss.
+/// True if another process interrupted the start; it reports its cause, or heartbeats detect its loss.
 fn is_interrupted_start(error: &SessionError) -> bool {
     match error {
         SessionError::Cluster(ClusterError::Transport(broken)) => {

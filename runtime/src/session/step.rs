@@ -27,10 +27,9 @@ pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
 type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
 
 impl Session {
-    /// Runs one step: feeds the whole batch, runs all micro-batches, and returns the program's outputs. The host sees
-    /// loss and gradient norm before anything is updated. If either is Inf or NaN, or the update could overflow,
-    /// nothing is updated: see [`super::numerics`]. When it returns, all devices are idle. A program without an
-    /// objective ignores `learning_rate`.
+    /// Runs one step on the whole batch and returns the program's outputs; all devices are then idle. Nothing is
+    /// updated if loss or gradient norm is Inf or NaN, or the update could overflow: see [`super::numerics`]. A program
+    /// without an objective ignores `learning_rate`.
     ///
     /// # Errors
     /// An input that is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary: nothing

@@ -192,8 +192,7 @@ impl TraceIndex {
         ActorShare { name: share.name, busy, host, credit, link, bubble, imbalance, other }
     }
 
-    /// Time of each action on the critical path, which leads from a step's last firing back to its first: the
-    /// predecessor of a firing is the one that allowed it to begin.
+    /// Seconds of each action on the critical path, from a step's last firing back through those that let each begin.
     fn critical_path(&self, pass: u64) -> Vec<(String, f64)> {
         let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].args.pass == pass);
         let mut at = self.last_ended(of_step, f64::INFINITY);

@@ -1,5 +1,4 @@
-//! Server-sent events for the clients of the live page: each receives at most one event per second with the changes
-//! since its last event. Nothing is queued for a client that does not read.
+//! The live page's event stream: at most one event per second with the changes since the last; nothing is queued.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Weak};

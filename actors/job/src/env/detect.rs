@@ -84,11 +84,9 @@ fn names(source: LaunchedBy) -> Names {
     Names { markers, restart, run_id }
 }
 
-/// The innermost launcher, and the first of its markers that is set.
-///
-/// OpenMPI is checked before Slurm: in a Slurm job `mpirun` starts its helpers on other nodes with `srun`, so its
-/// processes have the variables of both, and those of Slurm describe the helper. MPICH is checked after Slurm because
-/// `srun --mpi=pmi2` sets `PMI_*` too.
+/// The innermost launcher, and the first of its markers that is set. OpenMPI precedes Slurm because `mpirun` starts its
+/// helpers on other nodes with `srun`, so its processes also have Slurm's variables, which describe the helper. MPICH
+/// follows Slurm because `srun --mpi=pmi2` sets `PMI_*` too.
 fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
     let is = |name: &str, value: &str| get(variables, name) == Some(value);

@@ -21,8 +21,7 @@ use crate::output;
 
 /// Time until SIGKILL when the ended processes blame all that are left, which are usually frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
-/// Longest time from a failure until SIGTERM to processes that wait in vain for the failed one to join. Those that fail
-/// for the same cause report it themselves.
+/// Failure wait if others wait in vain for the failed process; those that fail for the same cause report it first.
 const UNJOINED_WAIT: Duration = Duration::from_millis(500);
 /// Interval between checks for processes that others wait for in vain.
 const ABSENCE_POLL: Duration = Duration::from_millis(500);
@@ -109,7 +108,6 @@ impl Attempt<'_, '_> {
         self.living().all(|child| is_blamed(child.rank))
     }
 
-    /// Time from the first failure until SIGTERM to the other processes.
     fn failure_wait(&self) -> Duration {
         let options = self.job.options;
         let mut reports = self.children.iter().filter_map(|child| child.ended.as_ref()?.report.as_ref());

@@ -44,7 +44,7 @@ impl Ended {
         }
     }
 
-    /// True if it ended on request and must not be restarted here: see [`crate::exit::report`].
+    /// True if it ended on request and must not be restarted here: see [`crate::departure::report`].
     pub(super) fn ended_on_request(&self) -> bool {
         self.exit == Exit::Retry
             && self.report.as_ref().is_some_and(|report| report.first_cause_rank == Some(self.rank))
@@ -63,7 +63,6 @@ impl Ended {
         self.report.clone().map_or_else(derived, |report| Report { exit, ..report })
     }
 
-    /// Describes how it ended.
     pub(super) fn describe(&self) -> String {
         let reported = self.report.as_ref().map(|report| report.cause.as_str());
         let how = match (reported.or(self.error_line.as_deref()), self.exit) {

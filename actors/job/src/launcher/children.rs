@@ -25,7 +25,6 @@ use crate::requests::signal_mask;
 /// Time to read a process's remaining output. Reading takes longer only if another process holds its pipes.
 const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
-/// The values that all processes of an attempt share.
 pub(super) struct AttemptConfig {
     pub(super) attempt: u64,
     endpoint: Endpoint,

@@ -104,8 +104,7 @@ impl<'a> Job<'a> {
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
     }
 
-    /// Reports to the other nodes the failure of a process before the rendezvous, or the end of this node, on a thread of
-    /// its own.
+    /// Reports a process's failure before the rendezvous, or this node's end, to the other nodes on a new thread.
     pub(super) fn report(&self, report: Report) {
         let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
         let count = if report.departed { self.options.local_processes } else { 1 };
@@ -133,10 +132,8 @@ impl<'a> Job<'a> {
         wait_until_done_or_signal(&missed, &self.events.1).unwrap_or(false)
     }
 
-    /// Waits until all reports are sent, or a signal arrives.
     pub(super) fn wait_for_reports(&mut self) {
         let (sender, done) = std::mem::replace(&mut self.reports, crossbeam_channel::bounded(0));
-        // The reporting threads hold the other senders.
         drop(sender);
         wait_until_done_or_signal(&done, &self.events.1);
     }

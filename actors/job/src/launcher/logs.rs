@@ -58,9 +58,8 @@ fn error_lines(tail: &[u8]) -> Vec<String> {
     shown.iter().map(|line| line.chars().take(ERROR_CHARS_MAX).collect()).collect()
 }
 
-/// Copies `from` to the log and to the screen, line by line, until its end. Neither a failing log nor a stalled reader
-/// of the screen blocks the process. The log also has the lines that the screen drops. `failed` gets the error of the
-/// log, once.
+/// Copies `from` line by line to the log, which gets every line, and to the screen, which drops lines if its reader
+/// stalls. A failing log does not block the process either; `failed` gets its first error.
 pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue, failed: impl FnOnce(io::Error)) {
     let (mut from, mut line, mut failed) = (BufReader::new(from), Vec::new(), Some(failed));
     loop {

@@ -27,8 +27,7 @@ impl fmt::Display for MemoryBound {
     }
 }
 
-/// Device and inode of a memory cgroup's folder: the same for all processes of the machine that see this cgroup, under
-/// any path.
+/// Device and inode of a memory cgroup's folder: the same in all processes of the machine, under whatever path.
 pub type CgroupId = (u64, u64);
 
 impl MemoryBound {
@@ -65,8 +64,7 @@ pub fn free_memory() -> Option<FreeMemory> {
     memory_bounds().into_iter().next()
 }
 
-/// Free memory under each bound of this process, the tightest first: the machine, and each memory cgroup with a limit
-/// up to the root.
+/// Free memory under each bound of this process, tightest first: the machine, and its cgroups with a memory limit.
 pub fn memory_bounds() -> Vec<FreeMemory> {
     memory_bounds_by(&|path| fs::read_to_string(path).ok())
 }

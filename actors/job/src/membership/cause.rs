@@ -119,7 +119,6 @@ impl Arbiter {
         true
     }
 
-    /// True while a grace window is open.
     pub(crate) fn is_deciding(&self) -> bool {
         self.decide_at.is_some() && !self.closed
     }

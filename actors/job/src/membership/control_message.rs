@@ -1,5 +1,4 @@
-//! The messages of the control plane, as bytes with limits: `header (bincode) | payload`. The payload is raw, because
-//! bincode copies bytes one by one.
+//! Control messages as bytes with limits: `header (bincode) | payload` (raw: bincode copies bytes one by one).
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};

@@ -30,10 +30,8 @@ pub fn samples() -> Vec<Vec<u8>> {
     messages.into_iter().chain([codec(8).write(2, 5, Some(1)).to_vec()]).collect()
 }
 
-/// Checks that a datagram without the key is never accepted, and that an accepted one is of this epoch and from an
-/// existing process, has exactly one encoding, and is accepted once.
-///
-/// Panics if a property does not hold.
+/// Panics unless datagrams without the key are rejected, and accepted ones are of this epoch, come from an existing
+/// process, have exactly one encoding, and are accepted once.
 pub fn check_datagram(bytes: &[u8]) {
     let mut codec = codec(7);
     let forged = codec.read(bytes);

@@ -172,8 +172,7 @@ impl Shared {
         let mut state = self.state.lock();
         let (now, by) = (self.now(), heartbeat.process);
         if let Some(about) = heartbeat.lost {
-            // Does not count as a sign of life: the sender is about to end. The control message with the cause may not
-            // arrive: TCP needs both directions, and the direction back to the sender may be broken.
+            // No sign of life: the sender is ending. Its control message may not arrive: TCP also needs the way back.
             let (cause, exit) = (String::new(), Exit::PeerUnavailable.code());
             let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
             if state.peers.get(&by).is_some_and(|peer| !peer.left) && state.arbiter.report(now, report) {

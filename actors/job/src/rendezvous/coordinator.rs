@@ -22,8 +22,7 @@ use crate::machine::Targets;
 
 /// Timeout of each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for an address that is in use, for example by a process that is about to end; and then for its
-/// holder to authenticate as a process of this job.
+/// How long to wait for an address in use, and then for its holder to authenticate as a process of this job.
 const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 const CONFLICTS_MAX: usize = 64;
 
@@ -77,8 +76,7 @@ pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut
     }
 }
 
-/// RV-4 on behalf of the failed `ranks`, which include process 0: refuses every process that connects within
-/// `report_within`. Returns true if one of them wanted to join.
+/// RV-4 for `ranks`, which include 0: refuses all that connect within `report_within`. True if one wanted to join.
 pub(crate) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -312,7 +310,6 @@ impl JoinState {
     }
 }
 
-/// Returns false if the answer could not be sent.
 fn send_answer(connection: &Connection, answer: &Answer) -> bool {
     let mut writer = connection.until(Instant::now() + REPLY_TIMEOUT);
     wire::write_message(&mut writer, answer, MESSAGE_BYTES_MAX).is_ok()

@@ -148,8 +148,7 @@ fn request_join(
         }
     }
     listener.begin(roster.world());
-    // From here on the loss of process 0 fails the start. If it has already closed the connection, its refusal may
-    // still be readable, so a failure to send `Ready` is ignored.
+    // From here on the loss of process 0 fails the start. Its refusal may be readable even if `Ready` cannot be sent.
     let ready = Ready { session: roster.session };
     let deadline = Instant::now() + config.timeout;
     let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);

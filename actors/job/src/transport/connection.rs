@@ -21,9 +21,8 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// The system treats zero as "no timeout", so an expired deadline uses this value instead.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
-/// A connected socket, blocking unless [`Connection::set_nonblocking`] changes it. Reads have no timeout unless
-/// [`Connection::set_read_timeout`] sets one. If it is encrypted, call [`Write::flush`] after the last write: a
-/// non-blocking or timed-out write may leave a part unsent that it has accepted.
+/// A connected socket, by default blocking and without a read timeout. If it is encrypted, call [`Write::flush`] after
+/// the last write: a non-blocking or timed-out write may leave accepted bytes unsent.
 #[derive(Debug)]
 pub struct Connection {
     socket: Socket,
@@ -111,9 +110,8 @@ impl Connection {
         each!(self, stream => stream.set_read_timeout(timeout))
     }
 
-    /// Sets the write timeout. A write that makes no progress for this time fails with `WouldBlock`. If the peer's
-    /// machine does not acknowledge bytes for this time, the TCP connection fails with `TimedOut`, even without a
-    /// pending write. A live peer that does not read fails in the same way, so receivers must keep reading.
+    /// A write without progress for this time fails with `WouldBlock`. TCP fails with `TimedOut`, even without a
+    /// pending write, if the peer's machine acknowledges nothing for this time or the peer reads nothing: keep reading.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Socket::Tcp(stream) = &self.socket {

@@ -26,8 +26,7 @@ const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// started or closes the connection, it retries until `deadline`. It makes at least one attempt.
 ///
 /// # Errors
-/// [`TransportError::Handshake`] at once if authentication fails on either side;
-/// [`TransportError::Unreachable`] at the deadline.
+/// [`TransportError::Handshake`] at once if authentication fails; [`TransportError::Unreachable`] at the deadline.
 pub fn connect(
     address: &Address,
     secret: &Secret,

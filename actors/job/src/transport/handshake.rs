@@ -110,8 +110,7 @@ pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
     [&(part.len() as u16).to_le_bytes()[..], part].concat()
 }
 
-/// Checks magic and version of a greeting and returns the rest. A later version may have a longer greeting, but magic
-/// and version keep their positions.
+/// Checks a greeting's magic and version, which keep their positions in later, longer versions; returns the rest.
 fn check_head(message: &[u8]) -> Result<&[u8], HandshakeError> {
     let Some((head, rest)) = message.split_first_chunk::<HEAD_BYTES>() else { return Err(HandshakeError::Magic) };
     if head[..4] != MAGIC {

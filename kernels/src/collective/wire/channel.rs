@@ -13,8 +13,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 /// of the throughput. Between nodes the kernel sizes buffers itself, to match the network.
 const NODE_BUFFER_BYTES: usize = 512 << 10;
 
-/// A connection to another member of a group. The caller establishes and authenticates it, and leaves no bytes in
-/// flight. Members of one process are also connected, by a socket pair.
+/// An authenticated connection to another member, without bytes in flight. Members of one process use a socket pair.
 #[derive(Debug)]
 pub enum Channel {
     /// Within a node.

@@ -104,8 +104,7 @@ pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> 
     broadcast_from_root(port, &Tree::new(port, root), words.y)
 }
 
-/// Sends the root's `y` to every member, piece by piece: while one piece arrives from the parent, the previous one goes
-/// to the child with the largest subtree.
+/// Sends the root's `y` to all in pieces: while one arrives, the previous goes to the child with the largest subtree.
 fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<()> {
     let parent = tree.parent();
     let children: Vec<usize> = tree.children().rev().map(|(child, _)| child).collect();

@@ -1,5 +1,4 @@
-//! cuDNN's functions, loaded at run time. Types come from cudarc; status codes stay plain numbers, since a newer
-//! library may have codes that no list contains.
+//! cuDNN's functions, loaded at run time. Status codes stay plain numbers: a newer library may have unknown ones.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_void};

@@ -89,7 +89,6 @@ impl Descriptor {
         self.api.check(code, "cudnnBackendSetAttribute", &format!("{}, {name:?}", describe(place, self.kind)))
     }
 
-    /// Reads an integer attribute that cuDNN has set.
     pub(super) fn integer(&self, name: Attribute, place: &str) -> Result<i64> {
         let (mut value, mut count) = (0i64, 0);
         // SAFETY: writes at most one integer, to a local.
@@ -117,9 +116,8 @@ impl Descriptor {
         Ok(descriptors)
     }
 
-    /// Runs a plan on the handle's stream. The caller guarantees that device addresses in `pack` refer to memory that
-    /// holds the plan's tensors and lives until the stream has passed the call, and that host scalars live until this
-    /// function returns.
+    /// Runs a plan on the handle's stream. The caller guarantees that device addresses in `pack` are of memory that
+    /// holds the tensors and lives until the stream has passed the call, and that host scalars live until this returns.
     pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<()> {
         // SAFETY: handle and descriptors are live; the caller guarantees the rest.
         let code = unsafe { (self.api.execute)(handle.0, self.raw.0, pack.raw.0) };

@@ -37,8 +37,7 @@ pub(super) type TensorId = usize;
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
     Matmul { a: TensorId, b: TensorId, c: TensorId },
-    /// Applies `mode` element by element; broadcasts dims of 1. An index counts along `axis`; a select is
-    /// `if t { x } else { b }`.
+    /// Elementwise `mode`; broadcasts dims of 1. An index counts along `axis`; a select is `if t { x } else { b }`.
     Pointwise {
         mode: PointwiseMode,
         axis: Option<i64>,

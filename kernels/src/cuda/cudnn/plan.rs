@@ -87,9 +87,8 @@ impl Plan {
         Err(failure.unwrap_or_else(no_engine))
     }
 
-    /// Enqueues the plan on the handle's stream. Returns false, without effect, if an address is not aligned to
-    /// [`ALIGNMENT`]. `address_of` returns the addresses of the launch's buffers in device memory, which lives until
-    /// the stream has passed the call. So does `workspace`, whose size is the `bytes_max` of [`Plan::new`].
+    /// Enqueues the plan; returns false, without effect, if an address is not aligned to [`ALIGNMENT`]. The buffers of
+    /// `address_of` and `workspace`, of `bytes_max` bytes ([`Plan::new`]), live until the stream has passed the call.
     pub(super) fn execute(
         &self,
         api: &'static Api,

@@ -77,8 +77,7 @@ fn device_description(architecture: usize) -> String {
     )
 }
 
-/// NVIDIA's library, given descriptions of GPUs that the machine lacks, finds engines for the graphs, compiles their
-/// kernels and creates plans. A stub answers every driver call; nothing runs.
+/// For described GPUs that the machine lacks: compiles the engines' kernels. A stub answers every driver call.
 #[test]
 #[ignore = "needs NVIDIA's cuDNN: run kernels/cuda/check_cudnn.py"]
 fn nvidias_library_creates_plans_for_our_graphs() {

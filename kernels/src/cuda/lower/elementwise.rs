@@ -8,8 +8,7 @@ use crate::tensor::{DType, element_count};
 /// Packs of four per thread of AdamW: PACKS_PER_THREAD in optimizer.cu.
 const ADAMW_PACKS: usize = 4;
 
-/// An elementwise kernel of all reads to write 0, in the variant for the types of read 0 and write 0. Its parameters
-/// are the buffers, the number of elements, and `more`.
+/// An elementwise kernel for the types of read 0 and write 0. Parameters: all reads, write 0, its length, and `more`.
 pub(super) fn map(args: &Args<'_>, names: [&'static str; 3], more: &[Arg]) -> Steps {
     let mut arguments: Vec<Arg> = (0..args.launch.reads.len()).map(read).collect();
     arguments.extend([write(0), long(args.written(0))]);

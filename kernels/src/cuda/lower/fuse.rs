@@ -29,8 +29,7 @@ pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// Fuses `first` and `second` into one step if possible. No signal may be due between the two. [`Arg::LaunchIndex`] is
-/// that of `second`.
+/// Fuses two launches into one step if possible; [`Arg::LaunchIndex`] is the second's. No signal may be due in between.
 ///
 /// # Errors
 /// Those of [`lower`] for either launch.

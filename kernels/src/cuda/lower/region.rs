@@ -26,8 +26,7 @@ fn place(shape: &[usize], index: &[usize]) -> usize {
     steps(shape).iter().zip(index).map(|(step, index)| step * index).sum()
 }
 
-/// The dims of a region of `size` in two tensors, merged where contiguous in both. There is at least one dim, and the
-/// elements of the last are adjacent.
+/// Dims of a region in two tensors, merged where contiguous in both: at least one; the last has adjacent elements.
 fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     let [a, b] = shapes.map(steps);
     let mut dims: Vec<Dim> = Vec::new();

@@ -208,8 +208,7 @@ impl Comm {
         self.call_log.lock().open.iter().find(is_pending).map(|open| open.call)
     }
 
-    /// Whether the member's stream is known to have reached the call. Without progress words (PROGRESS-1), it counts as
-    /// reached once the call is made.
+    /// Whether the member's stream has reached the call; without progress words (PROGRESS-1), once the call is made.
     pub(super) fn has_reached(&self, call: u64) -> bool {
         let call_log = self.call_log.lock();
         let is_ahead = |open: &Open| open.call == call && !open.stream.has_reached(open.number);
@@ -249,8 +248,7 @@ impl Comm {
         self.check(code, name)
     }
 
-    /// Enqueues messages on the stream as one NCCL group, so that only the order of messages within a pair matters.
-    /// Elements without a dtype are bytes.
+    /// Enqueues messages as one NCCL group, so that only each pair's order matters. Elements without a dtype are bytes.
     pub(super) fn transfer(&self, transfers: &[Transfer], dtype: Option<DType>, stream: &RawStream) -> Result<()> {
         let locked = self.handle.lock();
         let Some(comm) = locked.map(|comm| comm.0) else { return Ok(()) };

@@ -221,8 +221,7 @@ impl MemberCall<'_> {
         }
     }
 
-    /// Reduce-scatters uneven or non-contiguous parts: copies each to the start of its own slot. NCCL also reduces the
-    /// padding after a part, which is ignored.
+    /// Reduce-scatters uneven or non-contiguous parts, each copied to its own slot. The reduced padding is ignored.
     fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.of.dtype.bytes();
@@ -317,8 +316,7 @@ impl Collective for Nccl {
         self.0.abort(cause);
     }
 
-    /// A stream inside a call waits for the members that have not reached the call, and for all members of other
-    /// processes, whose progress is unknown here.
+    /// A stream inside a call waits for members that have not reached it, or run elsewhere with unknown progress.
     fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for ((id, member), comm) in &self.0.comms {

@@ -3,7 +3,7 @@
 //!
 //! - PIPE-1: both ends make their calls in the order in which the sender announces its sends. A thread that waits for
 //!   nothing else calls each receive when its send is announced.
-//! - PIPE-2: a send is announced after it has been called and before anyone waits for it: NCCL may put it on its stream
+//! - PIPE-2: a send is announced once called, before anyone waits for it: NCCL may need the other end's call first.
 //! - PIPE-3: the data is written before the send is called, and nobody reads the destination. The register protocol
 //!   guarantees both, so neither stream waits for another. The memory stays allocated until the stream has used it.
 //! - PIPE-4: the stream writes its progress around each call, as around collectives, to identify a hanging pipe.

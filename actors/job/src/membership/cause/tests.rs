@@ -173,8 +173,7 @@ impl World {
 }
 
 proptest::proptest! {
-    /// One process fails, with or without a report of its own. Its peers detect this at different times, and each stops
-    /// some time after its decision, which others detect as a loss. All decide on the process that failed first.
+    /// One process fails, reported or not. Peers detect it at different times and later stop, which looks like a loss.
     #[test]
     fn survivors_agree_on_the_process_that_failed_first(
         processes in 2u32..7,

@@ -94,7 +94,6 @@ impl Server {
         (!first).then(|| (sockets.to_vec(), pending.to_vec()))
     }
 
-    /// Advances the handshakes of pending connections that have sent bytes.
     fn advance(&mut self, ready: &[bool]) {
         for (mut pending, ready) in std::mem::take(&mut self.pending).into_iter().zip(ready) {
             let step = if *ready { self.step(&mut pending) } else { Step::Incomplete };
