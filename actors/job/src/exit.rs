@@ -204,7 +204,7 @@ impl Report {
 
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// Tells the launcher that this process waits for the others: one that ends with code 0 before it joins has failed.
+/// Records for the launcher that this process waits for the others: one that ends with code 0 before it joins has failed.
 pub fn mark_joining() {
     if let Some(path) = env::var_os(ERROR_FILE) {
         let _ = fs::write(joining_file(Path::new(&path)), "");
