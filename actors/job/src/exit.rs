@@ -82,10 +82,20 @@ impl Exit {
     pub fn from_code(code: u8) -> Exit {
         use Exit::*;
         let named = [
-            [Done, Usage, BadData, PeerUnavailable, Internal, OutOfMemory],
-            [CannotWrite, Retry, Protocol, Refused, Hang, Numerics],
+            Done,
+            Usage,
+            BadData,
+            PeerUnavailable,
+            Internal,
+            OutOfMemory,
+            CannotWrite,
+            Retry,
+            Protocol,
+            Refused,
+            Hang,
+            Numerics,
         ];
-        match named.into_iter().flatten().find(|exit| exit.code() == code) {
+        match named.into_iter().find(|exit| exit.code() == code) {
             Some(exit) => exit,
             // Linux has signals 1 to 64.
             None if (129..=192).contains(&code) => Signal(code - 128),
