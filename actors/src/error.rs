@@ -45,7 +45,7 @@ pub enum PeerError {
     Protocol(ProtocolError),
     #[error("not ready after {seconds} s")]
     Late { seconds: u64 },
-    #[error("it has ended the session before this process: do all processes run the same number of steps?")]
+    #[error("it ended the session before this process did: do all processes run the same number of steps?")]
     Ended,
     #[error("{cause}")]
     Failed { cause: String, exit: u8 },

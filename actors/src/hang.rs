@@ -186,7 +186,7 @@ pub(crate) struct HangSnapshot<'a> {
 }
 
 impl<'a> HangSnapshot<'a> {
-    /// A process that hosts all actors of an acyclic plan, without reports of engines.
+    /// The snapshot of a process that hosts all actors of an acyclic plan and has no reports from collective engines.
     pub(crate) fn of_one_process(spec: &'a Spec, snapshots: &'a [ActorSnapshot]) -> Self {
         let (collectives, process_of) = (&[], &|_| None);
         let (knows_collectives, is_acyclic, host_waits_for) = (false, true, None);

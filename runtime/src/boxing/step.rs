@@ -135,8 +135,8 @@ pub(super) fn classify(placement: &Placement, from: &NdSbp, to: &NdSbp) -> Optio
     Some((kind, axes))
 }
 
-/// Adds to `changed` each later axis that splits a dim that a changed axis splits in `from` or `to`. That axis divides
-/// other parts after the change, so elements also move between its coordinates.
+/// Adds to `changed` each later axis that splits the same dim as a changed axis, in `from` or in `to`. After the change
+/// the later axis divides different parts of that dim, so elements also move between its coordinates.
 fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     let splits = |axis: usize, dim: usize| from.0[axis] == Sbp::Split(dim) || to.0[axis] == Sbp::Split(dim);
     let nested = |axis: usize| {

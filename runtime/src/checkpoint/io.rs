@@ -79,7 +79,7 @@ pub(crate) struct Operations {
 }
 
 impl Operations {
-    /// Polls for a file of another process until it appears, or the time in which it may stay invisible has passed.
+    /// Polls for another process's file until it appears, or until the time limit for it to become visible has passed.
     pub(crate) fn wait_visible<T>(
         &self,
         read: impl Fn() -> Result<Option<T>, CheckpointError>,

@@ -22,8 +22,9 @@ pub enum EnvError {
         rule: &'static str,
     },
     #[error(
-        "{launcher} started {processes} processes without a secret: set SHARDFLOW_SECRET for all of them to the same text \
-         of at least {SECRET_CHARS_MIN} characters, or SHARDFLOW_SECRET_FILE to a file with it; {instructions}"
+        "{launcher} started {processes} processes without a secret: in every process, set SHARDFLOW_SECRET to the same \
+         text of at least {SECRET_CHARS_MIN} characters, or SHARDFLOW_SECRET_FILE to the path of a file with that text; \
+         {instructions}"
     )]
     NoSecret { launcher: &'static str, processes: u32, instructions: &'static str },
     #[error("{place} holds {source}")]

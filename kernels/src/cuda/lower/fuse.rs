@@ -56,7 +56,7 @@ pub fn fuse(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Result<Op
 /// The reads of a fused pair and its steps, if it can be fused.
 type Fused = Result<Option<(Vec<Buffer>, Vec<Step>)>>;
 
-/// True if a write would overwrite a read that precedes it only in separate launches.
+/// True if a fused launch could overwrite data before it is read. Separate launches would read it first.
 fn conflict(reads: &[Buffer], writes: &[Buffer], overlap: &Overlap<'_>) -> bool {
     let touches = |read: &Buffer, write: &Buffer| overlap(read, write) || same_start(read, write);
     reads.iter().any(|read| writes.iter().any(|write| touches(read, write)))

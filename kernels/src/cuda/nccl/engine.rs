@@ -316,7 +316,8 @@ impl Collective for Nccl {
         self.0.abort(cause);
     }
 
-    /// A stream inside a call waits for members that have not reached it, or run elsewhere with unknown progress.
+    /// A stream inside a call waits for the members that have not reached the call. The progress of members in other
+    /// processes is unknown, so it may wait for them too.
     fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for ((id, member), comm) in &self.0.comms {
