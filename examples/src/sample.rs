@@ -32,7 +32,7 @@ impl Sampler {
 
     /// Bytes that [`Sampler::run`] needs besides the parameters that it is given.
     pub fn bytes(&self) -> u64 {
-        bytes_alone(&self.plan).saturating_add(2 * largest_parameter_bytes(&self.plan))
+        bytes_alone(&self.plan).saturating_add(loading_bytes(&self.plan))
     }
 
     /// Draws `count` tokens that follow `prompt`, which must hold at least one token. The same seed draws the same

@@ -73,11 +73,12 @@ impl Advertise for AdvertisedHost {
 
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr> {
         let give_up = Instant::now() + RESOLVE_WITHIN;
+        let invalid = |why| io::Error::other(format!("{ADVERTISE} or --advertise is {}: {why}", self.0));
         loop {
             match (self.0.as_str(), bound.port()).to_socket_addrs() {
-                Ok(mut found) => return found.next().ok_or(io::ErrorKind::NotFound.into()),
+                Ok(mut found) => return found.next().ok_or_else(|| invalid("it has no address".to_owned())),
                 Err(_) if Instant::now() < give_up => std::thread::sleep(Duration::from_millis(250)),
-                Err(e) => return Err(io::Error::other(format!("{ADVERTISE} or --advertise is {}: {e}", self.0))),
+                Err(error) => return Err(invalid(error.to_string())),
             }
         }
     }

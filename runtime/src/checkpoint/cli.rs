@@ -109,15 +109,15 @@ fn with_selected(
     step: Option<u64>,
     work: impl Fn(&CheckpointReader) -> Result<(), CheckpointError>,
 ) -> Result<(CheckpointReader, String), CheckpointError> {
-    for _ in 1..ATTEMPTS_MAX {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
         let (reader, text) = select(store, step)?;
         match work(&reader) {
-            Err(CheckpointError::Deleted { .. }) if step.is_none() => {}
+            Err(CheckpointError::Deleted { .. }) if step.is_none() && attempts < ATTEMPTS_MAX => {}
             done => return done.map(|()| (reader, text)),
         }
     }
-    let (reader, text) = select(store, step)?;
-    work(&reader).map(|()| (reader, text))
 }
 
 /// The steps to process: at least one.

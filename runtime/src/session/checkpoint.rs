@@ -47,7 +47,9 @@ impl Session {
         let mut found = (self.process_map.process == 0).then(BTreeMap::new);
         for var in self.plan.graph.parameters() {
             let whole = self.whole(var)?;
-            found.iter_mut().for_each(|all| drop(all.insert(self.plan.graph.tensor(var).name.clone(), whole.clone())));
+            if let Some(all) = &mut found {
+                all.insert(self.plan.graph.tensor(var).name.clone(), whole);
+            }
         }
         Ok(found)
     }
