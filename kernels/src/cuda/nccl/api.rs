@@ -17,6 +17,10 @@ use crate::error::{KernelError, Result};
 const VERSION_MIN: usize = 22_400;
 
 pub(crate) const SUCCESS: u32 = 0;
+/// A CUDA call of NCCL failed; the device's streams report which error.
+pub(super) const UNHANDLED_CUDA_ERROR: u32 = 1;
+/// Another member failed or its process ended.
+pub(super) const REMOTE_ERROR: u32 = 6;
 /// `ncclInProgress`: a non-blocking call has not completed.
 pub(crate) const IN_PROGRESS: u32 = 7;
 

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::api::Api;
+use super::api::{Api, REMOTE_ERROR, UNHANDLED_CUDA_ERROR};
 use super::comm::{self, Comm, GroupMember, NcclCall, Transfer};
 use crate::bound::Bound;
 use crate::clock::Stamped;
@@ -40,6 +40,8 @@ use crate::tensor::{Region, element_count};
 pub(super) const ISSUE_SPIN: Duration = Duration::from_micros(50);
 /// Poll interval of the stream's own thread.
 const ISSUE_STEP: Duration = Duration::from_micros(20);
+/// How long the cause of an error that NCCL only passes on may take to be reported.
+const CAUSE_WITHIN: Duration = Duration::from_millis(500);
 /// How long members wait for each other at shutdown.
 const FINALIZE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -105,8 +107,13 @@ impl Inner {
         }
     }
 
-    /// A communicator failed: aborts all of them, since other members would wait forever.
+    /// A communicator failed: aborts all of them, since other members would wait forever. If NCCL only passes on the
+    /// error of a device or of another process, whoever has the cause gets time to report it first.
     pub(super) fn abort_on_error(&self, error: KernelError) -> KernelError {
+        let began = Instant::now();
+        while is_passed_on(&error) && self.abort_status.aborted().is_none() && began.elapsed() < CAUSE_WITHIN {
+            thread::sleep(ISSUE_STEP);
+        }
         if let Some(aborted) = self.abort_status.aborted() {
             return aborted;
         }
@@ -134,6 +141,11 @@ impl Inner {
             }
         }
     }
+}
+
+fn is_passed_on(error: &KernelError) -> bool {
+    let codes = [UNHANDLED_CUDA_ERROR, REMOTE_ERROR];
+    matches!(error, KernelError::Cuda { call, code, .. } if call.starts_with("nccl") && codes.contains(code))
 }
 
 impl ErrorCheck for Inner {
