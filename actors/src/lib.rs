@@ -7,6 +7,7 @@ pub mod credits;
 pub mod error;
 pub mod frame;
 pub mod hang;
+pub mod label;
 mod loaded;
 pub mod pipeline;
 pub mod protocol;

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::label::Label;
+
 /// Index of an actor in [`Spec::actors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ActorId(pub u32);
@@ -96,6 +98,8 @@ pub enum Firing {
 pub struct ActionSpec {
     /// Shown in errors, e.g. `forward`.
     pub name: String,
+    /// What it does.
+    pub label: Label,
     /// Lower values fire first under [`Firing::Credit`].
     pub priority: i32,
     /// Firings in one step.

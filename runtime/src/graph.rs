@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, LazyLock, OnceLock};
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{CustomKernel, Op};
@@ -105,40 +106,6 @@ impl NodeId {
     }
 }
 
-/// When a node runs within a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Phase {
-    /// Once per micro-batch.
-    Forward,
-    /// Once per micro-batch, after its forward.
-    Backward,
-    /// Once per step, after all micro-batches: gradients take their parameters' layouts, and their norm is computed.
-    Norm,
-    /// Once per step, after the host has received the norm and decided.
-    Update,
-}
-
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Forward => "forward",
-            Self::Backward => "backward",
-            Self::Norm => "norm",
-            Self::Update => "update",
-        })
-    }
-}
-
-impl Phase {
-    /// How often its nodes run.
-    pub fn rate(self) -> Rate {
-        match self {
-            Self::Forward | Self::Backward => Rate::MicroBatch,
-            Self::Norm | Self::Update => Rate::Step,
-        }
-    }
-}
-
 /// How often a tensor gets a new value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Rate {
@@ -200,10 +167,14 @@ pub enum NodeOp {
     NormSums {
         indices: Vec<usize>,
     },
-    /// Sums `NormSums` over all devices and computes the clipping factor.
+    /// Sums `NormSums` over all devices of its placement. Each device first adds the inputs that it holds, in order.
+    NormTotal,
+    /// Computes the clipping factor from `NormTotal`.
     ClipScale {
         max_norm: f32,
     },
+    /// The host fetches the inputs; inserted when the graph is lowered.
+    Fetch,
 }
 
 impl NodeOp {
@@ -290,8 +261,10 @@ pub struct Node {
     pub updates: Vec<Var>,
     /// Index into [`Graph::placements`].
     pub placement: usize,
-    /// The phase in which it runs.
-    pub phase: Phase,
+    /// What it does in a step, a label.
+    pub role: Role,
+    /// How often it runs. An accumulated sum gets a new value once per step, but its node runs in each micro-batch.
+    pub rate: Rate,
     /// The user's source line.
     pub location: SourceLine,
     /// The signature chosen by the layout pass.
@@ -376,8 +349,9 @@ pub struct Graph {
     pub(crate) objective: Option<Objective>,
     /// Index of the placement of the nodes added next.
     pub(crate) current_placement: usize,
-    /// Phase of the nodes added next; passes change it.
-    pub(crate) phase: Phase,
+    /// Role and rate of the nodes added next; passes change them.
+    pub(crate) role: Role,
+    pub(crate) rate: Rate,
     /// Source line of the layer under construction.
     pub(crate) origin: Option<SourceLine>,
 }

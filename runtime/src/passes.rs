@@ -24,7 +24,6 @@ pub(crate) mod micro_batch;
 pub mod mode;
 pub(crate) mod optimizer;
 pub mod precision;
-pub(crate) mod stages;
 
 /// How a graph is compiled.
 #[derive(Clone, Debug)]
@@ -119,7 +118,6 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     check::sizes(&mut graph);
     check_errors(&graph)?;
     check::purpose(&mut graph);
-    stages::check(&mut graph);
     check_errors(&graph)?;
     let grads = match graph.objective {
         Some(objective) => autodiff::backward(&mut graph, objective.loss),

@@ -150,6 +150,11 @@ impl Placement {
         Ok(placement)
     }
 
+    /// Different devices along a single axis.
+    pub(crate) fn of_all(devices: Vec<usize>) -> Self {
+        Self { axes: vec![Axis { name: "all".into(), size: devices.len() }], devices }
+    }
+
     /// The axes, outermost first.
     pub fn axes(&self) -> &[Axis] {
         &self.axes

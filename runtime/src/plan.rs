@@ -2,7 +2,7 @@
 //! device's memory map. A session loads it.
 
 use std::collections::BTreeMap;
-use std::fmt;
+
 
 use shardflow_actors::spec::{ActorId, RegisterId, Spec, StreamKind};
 use shardflow_kernels::collective::CollectiveCall;
@@ -10,9 +10,12 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, Region};
 
-use crate::graph::{Graph, NodeId, Phase, Rate, Var};
+use crate::graph::{Graph, NodeId, Var};
+use crate::plan::segments::{SegmentId, Segments};
+pub use schedule::Schedule;
 
 pub(crate) mod assign;
+pub mod classes;
 pub(crate) mod emit;
 pub(crate) mod explain;
 pub mod flops;
@@ -20,64 +23,10 @@ mod hash;
 pub(crate) mod lower;
 pub(crate) mod memory;
 pub(crate) mod picture;
+pub mod schedule;
+pub mod segments;
 pub(crate) mod slots;
 pub mod validate;
-
-/// The order of the micro-batches in a pipeline.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
-pub enum Schedule {
-    /// All forwards, then all backwards: Huang et al. 2018, <https://arxiv.org/abs/1811.06965>.
-    #[cfg_attr(feature = "cli", value(name = "gpipe"))]
-    GPipe,
-    /// One forward, one backward: Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>.
-    #[cfg_attr(feature = "cli", value(name = "1f1b"))]
-    OneFOneB,
-}
-
-impl fmt::Display for Schedule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::GPipe => "gpipe",
-            Self::OneFOneB => "1f1b",
-        })
-    }
-}
-
-/// Identifies an action of a device before actors are numbered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum ActionKey {
-    /// The host feeds input tensors.
-    Feed(Rate),
-    /// A transfer from another placement; the id is that of the boxing node.
-    Pull(NodeId),
-    /// The forward nodes.
-    Forward,
-    /// The backward nodes.
-    Backward,
-    /// The all-reduce of a bucket of gradients; the id is that of the bucket node.
-    Bucket(NodeId),
-    /// The sums of squares of the gradients.
-    Norm,
-    /// The host, after it has received loss and norm, sends the learning rate of the update.
-    Decide,
-    /// The optimizer.
-    Update,
-    /// The host fetches outputs.
-    Fetch(Rate),
-}
-
-impl ActionKey {
-    /// The compute actor's action that runs the nodes of this phase.
-    pub fn of_phase(phase: Phase) -> Self {
-        match phase {
-            Phase::Forward => Self::Forward,
-            Phase::Backward => Self::Backward,
-            Phase::Norm => Self::Norm,
-            Phase::Update => Self::Update,
-        }
-    }
-}
 
 /// The memory that a buffer's offset is relative to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -92,9 +41,22 @@ pub enum BaseKey {
     Output(usize),
 }
 
-/// The host transfer of a `Feed`, `Decide` or `Fetch` action; the session supplies the kernel.
+/// What the host does in an action.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HostTransfer {
+    /// It feeds inputs.
+    Feed,
+    /// After it has seen a step's results, it feeds what the update needs, such as the learning rate.
+    Decide,
+    /// It fetches outputs.
+    Fetch,
+}
+
+/// The host's transfer of an action; the session supplies the kernel.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HostPort {
+    /// What the host does.
+    pub transfer: HostTransfer,
     /// The tensors, in the order of `buffers`.
     pub vars: Vec<Var>,
     /// Their memory.
@@ -104,8 +66,8 @@ pub struct HostPort {
 /// The plan of one action.
 #[derive(Clone, Debug)]
 pub struct ActionPlan {
-    /// Its key.
-    pub key: ActionKey,
+    /// The segment that it runs.
+    pub segment: SegmentId,
     /// The name in plans and errors.
     pub name: String,
     /// The kernel launches, in order.
@@ -212,6 +174,8 @@ pub struct Plan {
     pub memory: Vec<DeviceMemory>,
     /// Micro-batches per step.
     pub micro_batches: usize,
+    /// The units of work.
+    pub segments: Segments,
     /// The schedule.
     pub schedule: Schedule,
     /// Threads of a compute stream. Each process chooses its own; not part of the plan's hash.

@@ -249,8 +249,8 @@ impl Session {
             }
             select! {
                 recv(self.fetched) -> message => {
-                    let Fetched { device, rate, tensors } = message.map_err(|_| ended())?.open();
-                    let port = self.ports.fetches[&(device, rate)].0;
+                    let Fetched { device, segment, tensors } = message.map_err(|_| ended())?.open();
+                    let port = self.ports.fetches[&(device, segment)].0;
                     self.send(&mut inbox, HostPiece { port, tensors });
                 },
                 recv(peers) -> message => inbox.receive(message.map_err(|_| ended())?),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde_json::json;
+use shardflow_actors::label::Role;
 use shardflow_actors::simulate::{SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{ActorId, ActorSpec, Spec};
 use shardflow_actors::trace::FiringRecord;
@@ -197,7 +198,7 @@ impl TraceFile {
         let (cause, register) = cause_of(fired.cause);
         let register = register.map(|register| spec.register_name(register)).unwrap_or_default();
         self.write_event(&json!({
-            "name": action.name, "cat": category(&action.name), "ph": "X", "pid": pid, "tid": tid,
+            "name": action.name, "cat": category(action.label.role), "ph": "X", "pid": pid, "tid": tid,
             "ts": micros(fired.launched_ns), "dur": micros(fired.ended_ns - fired.launched_ns),
             "args": {
                 "step": steps + 1, "pass": pass, "firing": fired.firing,
@@ -257,14 +258,8 @@ fn arrow(
 }
 
 /// Category of an action, which selects its color.
-pub fn category(action: &str) -> &'static str {
-    match action.split(' ').next().unwrap_or_default() {
-        "forward" => "forward",
-        "backward" => "backward",
-        "norm" | "update" => "update",
-        "feed" | "fetch" | "decide" => "host",
-        _ => "communication",
-    }
+pub fn category(role: Role) -> &'static str {
+    if role == Role::Norm { Role::Update.name() } else { role.name() }
 }
 
 fn micros(ns: u64) -> f64 {

@@ -3,12 +3,13 @@
 use std::panic::Location;
 use std::sync::{Arc, OnceLock};
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::op::{Einsum, Op};
 use shardflow_kernels::tensor::DType;
 
 use super::{
-    AdamW, Combine, CustomOp, DIMS_MAX, Graph, GraphError, GraphId, Node, NodeId, NodeOp, Objective, Output, Phase,
-    Rate, SourceLine, TensorInfo, Var, foreign_tensor_message, ops,
+    AdamW, Combine, CustomOp, DIMS_MAX, Graph, GraphError, GraphId, Node, NodeId, NodeOp, Objective, Output, Rate,
+    SourceLine, TensorInfo, Var, foreign_tensor_message, ops,
 };
 use crate::init::Init;
 use crate::layout_error::LayoutError;
@@ -82,7 +83,8 @@ impl Graph {
             foreign_query: OnceLock::new(),
             objective: None,
             current_placement: 0,
-            phase: Phase::Forward,
+            role: Role::Forward,
+            rate: Rate::MicroBatch,
             origin: None,
         }
     }
@@ -107,10 +109,15 @@ impl Graph {
             );
             return self.refuse("placement", message);
         }
-        self.current_placement = self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
+        self.current_placement = self.placement_index(placement);
+    }
+
+    /// The index of a placement, which is added if it is new.
+    pub(crate) fn placement_index(&mut self, placement: Placement) -> usize {
+        self.placements.iter().position(|p| *p == placement).unwrap_or_else(|| {
             self.placements.push(placement);
             self.placements.len() - 1
-        });
+        })
     }
 
     /// Places the nodes that follow on the devices at coordinate `index` of the mesh axis `axis`.
@@ -545,7 +552,7 @@ impl Graph {
         inputs: &[Var],
     ) -> Vec<Var> {
         let rate = inputs.iter().map(|v| self.tensor(*v)).filter(|t| t.rate == Rate::MicroBatch).count();
-        let rate = if rate > 0 || self.phase.rate() == Rate::MicroBatch { Rate::MicroBatch } else { Rate::Step };
+        let rate = if rate > 0 || self.rate == Rate::MicroBatch { Rate::MicroBatch } else { Rate::Step };
         let text = match &rule {
             Ok(rule) => rule.to_string(),
             Err(LayoutError::Rule { text, .. }) => text.clone(),
@@ -590,7 +597,7 @@ impl Graph {
         })
     }
 
-    /// Adds a node at the end, on the current placement and in the current phase.
+    /// Adds a node at the end, on the current placement with the current role.
     #[track_caller]
     pub(crate) fn push(
         &mut self,
@@ -624,7 +631,8 @@ impl Graph {
             outputs: created.clone(),
             updates: Vec::new(),
             placement: self.current_placement,
-            phase: self.phase,
+            role: self.role,
+            rate: self.rate,
             location,
             signature: None,
         });

@@ -3,18 +3,17 @@
 
 use std::collections::BTreeMap;
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::op::{Einsum, Op};
 
-use crate::graph::{Graph, Node, NodeOp, Phase, Var, ops};
+use crate::graph::{Graph, Node, NodeOp, Var, ops};
 
-/// Returns the gradient of `loss` for each parameter that it depends on.
-///
-/// The gradients are those of one micro-batch, not yet accumulated.
-pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
+/// Returns the contributions to the gradient of `loss` for each parameter that it depends on: one for each use of the
+/// parameter, in reverse program order, of one micro-batch and not yet accumulated.
+pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Vec<Var>> {
     let needed = needs_gradient(graph);
     let mut grads = Gradients::default();
-    let saved = graph.phase;
-    graph.phase = Phase::Backward;
+    graph.role = Role::Backward;
 
     graph.current_placement = graph.placement_of(loss);
     let location = graph.producer(loss).location;
@@ -24,7 +23,7 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
     for index in (0..graph.nodes.len()).rev() {
         let node = graph.nodes[index].clone();
         let is_source = matches!(node.op, NodeOp::Parameter { .. } | NodeOp::Input);
-        if is_source || node.phase != Phase::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
+        if is_source || node.role != Role::Forward || !node.outputs.iter().any(|o| needed[o.index()]) {
             continue;
         }
         let total = |output: &Var| graph.layer(node.location, |graph| grads.total(graph, *output));
@@ -36,14 +35,10 @@ pub fn backward(graph: &mut Graph, loss: Var) -> BTreeMap<Var, Var> {
             }
         }
     }
-    let parameters = graph.parameters();
-    let total = |parameter: Var| {
-        let location = graph.producer(parameter).location;
-        Some((parameter, graph.layer(location, |graph| grads.total(graph, parameter))?))
-    };
-    let out = parameters.into_iter().filter_map(total).collect();
-    graph.phase = saved;
-    out
+    graph.role = Role::Forward;
+    // What is left belongs to tensors without a backward: parameters and inputs.
+    grads.0.retain(|var, _| matches!(graph.producer(*var).op, NodeOp::Parameter { .. }));
+    grads.0
 }
 
 /// For each tensor: true if it depends on a parameter.

@@ -4,11 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::op::Op;
 
 use crate::boxing::step::{BoxingStep, StepKind};
 use crate::boxing::{self, CostModel};
-use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
+use crate::graph::{Graph, Node, NodeOp, Rate, TensorInfo, Var};
 use crate::sbp::{NdSbp, PlacedLayout};
 
 /// The treatment of forward layout changes that the user did not write.
@@ -93,7 +94,7 @@ impl BoxingPass<'_> {
             }
         }
         let Some((mut current, plan)) = best else { return Ok(var) };
-        if self.mode == Boxing::Explicit && reader.phase == Phase::Forward && !matches!(reader.op, NodeOp::Relayout) {
+        if self.mode == Boxing::Explicit && reader.role == Role::Forward && !matches!(reader.op, NodeOp::Relayout) {
             let needs_relayout = |s: &&BoxingStep| {
                 !matches!(
                     s.kind,
@@ -108,28 +109,28 @@ impl BoxingPass<'_> {
             }
         }
         let transfer = plan.steps.iter().position(|s| s.kind == StepKind::Transfer);
-        let source_phase = self.rebuilt[self.graph.tensor(current).producer.index()].phase;
+        let source = &self.rebuilt[self.graph.tensor(current).producer.index()];
+        let source_role = (source.role, source.rate);
         for (position, step) in plan.steps.into_iter().enumerate() {
-            // Changes before the transfer run in the phase of the tensor's producer.
+            // Changes before the transfer have the role of the tensor's producer.
             let before = transfer.is_some_and(|t| position < t) && info.rate == Rate::MicroBatch;
-            let phase = if before { source_phase } else { reader.phase };
-            current = self.push_step(current, &info, step, phase, reader);
+            let role = if before { source_role } else { (reader.role, reader.rate) };
+            current = self.push_step(current, &info, step, role, reader);
             self.versions.entry(var).or_default().push(current);
         }
         Ok(current)
     }
 
-    fn push_step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, phase: Phase, reader: &Node) -> Var {
+    fn push_step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, (role, rate): (Role, Rate), reader: &Node) -> Var {
         let placement = self.graph.placements.iter().position(|p| *p == step.to.placement);
         let placement = placement.expect("a step starts and ends on placements of the graph");
         let layout = Some(step.to.sbp.clone());
         let name = info.name.clone();
         // A parameter that is converted in a micro-batch is converted again in the next.
-        let rate = phase.rate();
         let info = TensorInfo { layout, rate, saved_shape: None, ..info.clone() };
         let out = self.graph.new_tensor(info, reader.location);
         let node = Node::between(name, NodeOp::Boxing(Arc::new(step)), (input, out), placement, reader);
-        self.push(Node { phase, ..node });
+        self.push(Node { role, rate, ..node });
         out
     }
 }

@@ -4,11 +4,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::tensor::element_count;
 
 use crate::boxing::step::StepKind;
-use crate::graph::{Graph, Node, NodeOp, Phase, Var};
+use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::memory::local_shape;
 
 /// All-reduces that are combined into one.
@@ -60,7 +61,7 @@ fn can_bucket(graph: &Graph, node: &Node, readers: &BTreeMap<Var, usize>) -> boo
     step.kind == StepKind::AllReduce(ReduceOp::Sum)
         && matches!(producer.op, NodeOp::Accumulate)
         && readers[input] == 1
-        && (producer.phase, producer.placement) == (Phase::Backward, node.placement)
+        && (producer.role, producer.placement) == (Role::Backward, node.placement)
 }
 
 /// Replaces the first member of each bucket by the bucket's node and removes the others.

@@ -69,7 +69,7 @@ fn unused(graph: &Graph) -> Vec<(&'static str, String, SourceLine)> {
 }
 
 /// Refuses a loss that depends on no parameter, and so has no entry in `grads`.
-pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Var>) {
+pub fn trained(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>) {
     if let Some(objective) = graph.objective
         && grads.is_empty()
     {

@@ -38,7 +38,7 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
     for (index, node) in graph.nodes.iter().enumerate() {
         match spec(graph, node, &problem.tensors) {
             Ok(Some(mut spec)) => {
-                if node.phase.rate() == Rate::MicroBatch {
+                if node.rate == Rate::MicroBatch {
                     splits.restrict(graph, node, &mut spec);
                 }
                 problem.nodes.push(spec);
@@ -78,7 +78,7 @@ fn error_location(graph: &Graph, error: &LayoutError) -> SourceLine {
 fn set_update_layouts(graph: &mut Graph) {
     for index in 0..graph.nodes.len() {
         let node = graph.nodes[index].clone();
-        if node.phase.rate() == Rate::MicroBatch {
+        if node.rate == Rate::MicroBatch || matches!(node.op, NodeOp::Kernel(Op::Add)) {
             continue;
         }
         let axes = graph.placements[node.placement].axes().len();
@@ -144,7 +144,8 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
             let (name, placement) = (node.name.clone(), placement.clone());
             return Ok(Some(NodeSpec { name, placement, inputs, outputs: Vec::new(), candidates }));
         }
-        NodeOp::Kernel(_) if node.phase.rate() == Rate::Step => return Ok(None),
+        // Only sums of the uses of a shared parameter have a choice.
+        NodeOp::Kernel(op) if node.rate == Rate::Step && !matches!(op, Op::Add) => return Ok(None),
         NodeOp::Kernel(Op::SumLeading) => ops::sum_leading(shapes[0].len(), graph.shape(node.outputs[0]).len())?,
         NodeOp::Kernel(op @ Op::EmbeddingGrad { .. }) => {
             ops::rule(op, &shapes)?.size('v', graph.shape(node.outputs[0])[0])?

@@ -2,37 +2,38 @@
 
 use std::collections::BTreeMap;
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, Layout, STATE_PREFIX};
-use crate::graph::{AdamW, Combine, Graph, NodeOp, Phase, Rate, Var};
+use crate::graph::{AdamW, Combine, Graph, NodeOp, Rate, Var};
 use crate::placement::{Axis, Placement};
 use crate::sbp::{NdSbp, Sbp};
 
-/// Sums `var` over the micro-batches of a step, in the phase and on the placement of its producer.
+/// Sums `var` over the micro-batches of a step, on the placement of its producer.
 pub fn accumulate(graph: &mut Graph, var: Var) -> Var {
     let (producer, info) = (graph.producer(var).clone(), graph.tensor(var).clone());
-    let saved = (graph.phase, graph.current_placement);
-    (graph.phase, graph.current_placement) = (producer.phase, producer.placement);
+    let saved = (graph.role, graph.current_placement);
+    (graph.role, graph.current_placement) = (producer.role, producer.placement);
     let name = format!("{}.sum", producer.name);
     let sum = [(info.shape, info.dtype, Rate::Step)];
     let out = graph.layer(producer.location, |graph| graph.push(&name, NodeOp::Accumulate, &[var], &sum))[0];
-    (graph.phase, graph.current_placement) = saved;
+    (graph.role, graph.current_placement) = saved;
     out
 }
 
 /// Adds the update of each parameter that has a gradient.
-pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
+pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Vec<Var>>, adamw: AdamW) {
     let parameters = graph.parameters();
     let index_of: BTreeMap<Var, usize> = parameters.iter().enumerate().map(|(i, p)| (*p, i)).collect();
-    // In the order of the gradients, which is the order in which backward computes them.
-    let mut summed: Vec<(Var, Var)> = grads.iter().map(|(p, g)| (*p, *g)).collect();
-    summed.sort_by_key(|(_, g)| *g);
-    let summed: Vec<(Var, Var)> = summed.into_iter().map(|(p, g)| (p, accumulate(graph, g))).collect();
-
-    graph.phase = Phase::Norm;
+    // In the order in which backward computes them.
+    let mut uses: Vec<(Var, Var)> = grads.iter().flat_map(|(p, uses)| uses.iter().map(|use_| (*p, *use_))).collect();
+    uses.sort_by_key(|(_, use_)| *use_);
+    let sums: Vec<(Var, Var)> = uses.into_iter().map(|(p, use_)| (p, accumulate(graph, use_))).collect();
+    (graph.role, graph.rate) = (Role::Norm, Rate::Step);
+    let summed = add_uses(graph, sums);
     let mut squares = Vec::new();
     for placement in 0..graph.placements.len() {
         let here: Vec<(Var, Var)> =
@@ -48,15 +49,51 @@ pub fn add_update(graph: &mut Graph, grads: &BTreeMap<Var, Var>, adamw: AdamW) {
         let sums = graph.layer(at, |graph| graph.push("grad_squares", op, &inputs, &output))[0];
         squares.push((placement, sums, here));
     }
-    graph.phase = Phase::Update;
+    let all: Vec<Var> = squares.iter().map(|(_, sums, _)| *sums).collect();
+    let total = adamw.max_norm.is_finite().then(|| norm_total(graph, &all, parameters.len()));
+    graph.role = Role::Update;
     for (placement, sums, here) in squares {
         graph.current_placement = placement;
         graph.layer(graph.producer(sums).location, |graph| {
-            update_placement(graph, sums, &here, adamw);
+            update_placement(graph, total, &here, adamw);
             graph.push_output(GRAD_SQUARES_OUTPUT, sums, Some(Combine::First));
         });
     }
-    graph.phase = Phase::Forward;
+    (graph.role, graph.rate) = (Role::Forward, Rate::MicroBatch);
+}
+
+/// Adds the sums of a parameter's uses, in their order, on the parameter's placement: only once per step does the
+/// gradient of a shared parameter cross placements.
+fn add_uses(graph: &mut Graph, sums: Vec<(Var, Var)>) -> Vec<(Var, Var)> {
+    let mut totals: Vec<(Var, Var)> = Vec::new();
+    for (parameter, sum) in sums {
+        let Some(total) = totals.iter_mut().find(|(other, _)| *other == parameter) else {
+            totals.push((parameter, sum));
+            continue;
+        };
+        graph.current_placement = graph.placement_of(parameter);
+        let location = graph.producer(parameter).location;
+        total.1 = graph.layer(location, |graph| graph.kernel("grad_sum", Op::Add, &[total.1, sum])[0]);
+    }
+    totals
+}
+
+/// Adds `NormTotal` on all devices that have sums of squares.
+fn norm_total(graph: &mut Graph, sums: &[Var], parameters: usize) -> Var {
+    let placements: Vec<usize> = sums.iter().map(|sums| graph.placement_of(*sums)).collect();
+    let mut devices: Vec<usize> = placements.iter().flat_map(|p| graph.placements[*p].devices()).copied().collect();
+    devices.sort_unstable();
+    devices.dedup();
+    if let ([sums], [_]) = (sums, &devices[..]) {
+        return *sums;
+    }
+    graph.current_placement = match placements[..] {
+        [only] => only,
+        _ if devices.len() == graph.mesh.device_count() => graph.placement_index(graph.mesh.whole()),
+        _ => graph.placement_index(Placement::of_all(devices)),
+    };
+    let output = [(vec![parameters, 2], DType::F32, Rate::Step)];
+    graph.layer(graph.producer(sums[0]).location, |graph| graph.push("norm_total", NodeOp::NormTotal, sums, &output))[0]
 }
 
 /// The layout of `NormSums`: each device contributes the gradient parts of which it holds the first copy.
@@ -65,14 +102,16 @@ pub fn owner_sums(placement: &Placement) -> NdSbp {
     NdSbp(placement.axes().iter().map(partial).collect())
 }
 
-fn update_placement(graph: &mut Graph, sums: Var, parameters: &[(Var, Var)], adamw: AdamW) {
+/// `total`: the norm's, if gradients are clipped.
+fn update_placement(graph: &mut Graph, total: Option<Var>, parameters: &[(Var, Var)], adamw: AdamW) {
     let hyper = graph.source(HYPER_INPUT, NodeOp::Input, &[2], DType::F32, Rate::Step, Layout::broadcast());
     let scalar = (Vec::new(), DType::F32, Rate::Step);
-    let scale = if adamw.max_norm.is_finite() {
-        let op = NodeOp::ClipScale { max_norm: adamw.max_norm };
-        graph.push("clip", op, &[sums], &[scalar.clone(), scalar])[0]
-    } else {
-        graph.push("no_clip", NodeOp::Kernel(Op::Fill { value: 1.0 }), &[], &[scalar])[0]
+    let scale = match total {
+        Some(total) => {
+            let op = NodeOp::ClipScale { max_norm: adamw.max_norm };
+            graph.push("clip", op, &[total], &[scalar.clone(), scalar])[0]
+        }
+        None => graph.push("no_clip", NodeOp::Kernel(Op::Fill { value: 1.0 }), &[], &[scalar])[0],
     };
     for (parameter, grad) in parameters {
         let (name, shape) = (graph.tensor(*parameter).name.clone(), graph.shape(*parameter).to_vec());

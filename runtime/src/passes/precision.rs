@@ -11,11 +11,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use shardflow_actors::label::Role;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use crate::boxing::step::{BoxingStep, StepKind};
-use crate::graph::{Graph, Node, NodeOp, Phase, Rate, TensorInfo, Var};
+use crate::graph::{Graph, Node, NodeOp, Rate, TensorInfo, Var};
 
 /// The element type of activations and their gradients. All other floating-point tensors are f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -151,7 +152,7 @@ fn is_transfer(node: &Node) -> bool {
 /// True for nodes that may compute on bf16: those of each micro-batch, except ops on scalars such as losses.
 fn may_compute_in_bf16(graph: &Graph, node: &Node) -> bool {
     let is_scalar = node.outputs.iter().all(|output| graph.shape(*output).is_empty());
-    node.phase.rate() == Rate::MicroBatch && !is_scalar
+    node.rate == Rate::MicroBatch && !is_scalar
 }
 
 fn may_write_bf16(graph: &Graph, sources: &[bool], node: &Node, port: usize) -> bool {
@@ -185,12 +186,12 @@ impl TypeClasses {
     }
 }
 
-/// Inserts a cast or a parameter's bf16 copy where a node reads another type than its input has; one per phase.
+/// Inserts a cast or a parameter's bf16 copy where a node reads another type than its input has; one per role.
 fn insert_casts(graph: &mut Graph) {
     let nodes = std::mem::take(&mut graph.nodes);
     let mut rebuilt: Vec<Node> = Vec::new();
-    // By the phase in which the cast runs; `None` for a parameter's copy, which exists in all phases.
-    let mut casts: BTreeMap<(Var, Option<Phase>), Var> = BTreeMap::new();
+    // By the role of the cast; `None` for a parameter's copy, which nodes of all roles read.
+    let mut casts: BTreeMap<(Var, Option<Role>), Var> = BTreeMap::new();
     for mut node in nodes {
         for port in 0..node.inputs.len() {
             let input = node.inputs[port];
@@ -205,17 +206,16 @@ fn insert_casts(graph: &mut Graph) {
             }
             let producer = &rebuilt[graph.tensor(input).producer.index()];
             let has_copy = matches!(producer.op, NodeOp::Parameter { .. }) && producer.placement == node.placement;
-            // Before a transfer, the cast runs on the placement and in the phase of the producer.
+            // Before a transfer, the cast runs on the placement and with the role of the producer.
             let at = if is_transfer(&node) { producer } else { &node };
-            let key = (input, (!has_copy).then_some(at.phase));
+            let key = (input, (!has_copy).then_some(at.role));
             node.inputs[port] = match casts.get(&key) {
                 Some(cast) => *cast,
                 None => {
-                    let (placement, phase) = (at.placement, at.phase);
                     let cast = if has_copy {
                         bf16_copy(graph, input, producer.clone())
                     } else {
-                        cast(graph, input, (placement, phase), &node)
+                        cast(graph, input, &at.clone(), &node)
                     };
                     let out = cast.outputs[0];
                     casts.insert(key, out);
@@ -257,11 +257,13 @@ fn with_bf16_sizes(step: &BoxingStep) -> BoxingStep {
     BoxingStep { bytes_received: step.bytes_received.iter().map(in_bf16).collect(), ..step.clone() }
 }
 
-fn cast(graph: &mut Graph, input: Var, (placement, phase): (usize, Phase), reader: &Node) -> Node {
+/// A cast for `reader`, with the placement, role and rate of `at`.
+fn cast(graph: &mut Graph, input: Var, at: &Node, reader: &Node) -> Node {
     let info = graph.tensor(input).clone();
     let name = format!("{}.cast", info.name);
-    let (dtype, rate) = (DType::BF16, phase.rate());
+    let (dtype, rate) = (DType::BF16, at.rate);
     let info = TensorInfo { name: name.clone(), dtype, rate, saved_shape: None, ..info };
     let out = graph.new_tensor(info, reader.location);
-    Node { phase, ..Node::between(name, NodeOp::Kernel(Op::Cast), (input, out), placement, reader) }
+    let node = Node::between(name, NodeOp::Kernel(Op::Cast), (input, out), at.placement, reader);
+    Node { role: at.role, rate: at.rate, ..node }
 }

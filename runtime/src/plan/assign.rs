@@ -1,51 +1,62 @@
-//! Assigns each node to an action of a device, and each tensor's local part to storage: an action's scratch if no other
-//! action reads it, a register if others do, a fixed address if nothing replaces it. Tensors of one action with the
-//! same readers share a register: the stash, activations for another stage, gradients and parameters are alike.
+//! Assigns each tensor's part storage on the devices of a class: an action's scratch if no other action reads it, a
+//! register if others do, a fixed address if nothing replaces it. Tensors of one segment with the same readers share a
+//! register: the stash, activations for another stage, gradients and parameters are alike.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::boxing::step::{LocalStep, StepKind};
-use crate::graph::{Graph, Node, NodeId, NodeOp, Phase, Rate, Var};
-use crate::placement::Placement;
-use crate::plan::ActionKey;
-
-/// An action on one device: its rank and key.
-pub type DeviceAction = (usize, ActionKey);
-
-/// A tensor's part on one device, identified by rank and tensor.
-pub type LocalTensor = (usize, Var);
+use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
+use crate::plan::classes::{ClassId, Classes};
+use crate::plan::segments::{SegmentId, Segments, producers};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
     /// Scratch of the only action that makes and reads it.
     Scratch,
-    /// A register, by index into [`Assignment::registers`].
+    /// A register, by index into [`ClassStorage::registers`].
     Register(usize),
     /// A fixed address for the whole session.
     Fixed,
 }
 
-/// A register before memory and slots are assigned.
+/// A register of each device of a class, before memory and slots are assigned.
 #[derive(Clone, Debug)]
 pub struct RegisterPlan {
-    pub producer: DeviceAction,
-    /// The actions that read it, sorted.
-    pub readers: Vec<DeviceAction>,
+    pub producer: SegmentId,
+    /// The segments that read it on its own device, sorted.
+    pub readers: Vec<SegmentId>,
+    /// The transfers by which other devices read it, sorted.
+    pub transfers: Vec<SegmentId>,
     /// How many pieces a step has.
     pub rate: Rate,
     /// True if it holds piece 0 from the start (parameters).
     pub initial: bool,
-    /// The local tensors in a slot, in order; empty for a register that only signals.
+    /// The tensors in a slot, in order; empty for a register that only signals.
     pub tensors: Vec<Var>,
 }
 
-/// The assignment of all nodes and tensors.
+/// What the devices of a class run, and where they store tensors.
+#[derive(Clone, Debug, Default)]
+pub struct ClassStorage {
+    /// The segments that run on it, in order.
+    pub segments: Vec<SegmentId>,
+    pub storage: BTreeMap<Var, Storage>,
+    pub registers: Vec<RegisterPlan>,
+    /// By segment: the registers that it reads on its own device, and those that it writes.
+    pub ports: BTreeMap<SegmentId, Ports>,
+}
+
+/// Registers of a segment on its own device, in order.
+#[derive(Clone, Debug, Default)]
+pub struct Ports {
+    pub reads: Vec<usize>,
+    pub writes: Vec<usize>,
+}
+
+/// The assignment of all tensors.
 #[derive(Clone, Debug, Default)]
 pub struct Assignment {
-    /// Nodes of each action, in graph order.
-    pub actions: BTreeMap<DeviceAction, Vec<NodeId>>,
-    pub storage: BTreeMap<LocalTensor, Storage>,
-    pub registers: Vec<RegisterPlan>,
+    pub classes: Vec<ClassStorage>,
     /// Tensors that share another's memory: relayouts that move no data, and reduced buckets.
     pub alias: BTreeMap<Var, Var>,
 }
@@ -61,73 +72,33 @@ impl Assignment {
     }
 }
 
-/// The action that runs a node on the devices of its placement; `None` for resident tensors, which do not run.
-pub fn action_of(graph: &Graph, id: NodeId, node: &Node) -> Option<ActionKey> {
-    match &node.op {
-        op if op.is_resident() => None,
-        NodeOp::Input if node.phase == Phase::Update => Some(ActionKey::Decide),
-        NodeOp::Input => Some(ActionKey::Feed(graph.tensor(node.outputs[0]).rate)),
-        NodeOp::Boxing(step) if step.kind == StepKind::Transfer => Some(ActionKey::Pull(id)),
-        NodeOp::Bucket { .. } => Some(ActionKey::Bucket(id)),
-        _ => Some(ActionKey::of_phase(node.phase)),
-    }
+/// The readers of a tensor's part, on its own device and by transfers to others.
+#[derive(Default)]
+struct Readers {
+    own: BTreeSet<SegmentId>,
+    transfers: BTreeSet<SegmentId>,
 }
 
-pub fn assign(graph: &Graph) -> Assignment {
-    let mut out = Assignment { alias: aliases(graph), ..Assignment::default() };
-    let mut producer: BTreeMap<LocalTensor, DeviceAction> = BTreeMap::new();
-    let mut readers: BTreeMap<LocalTensor, BTreeSet<DeviceAction>> = BTreeMap::new();
-    for (index, node) in graph.nodes.iter().enumerate() {
-        let id = NodeId(index as u32);
-        let placement = &graph.placements[node.placement];
-        let Some(key) = action_of(graph, id, node) else { continue };
-        for (position, &device) in placement.devices().iter().enumerate() {
-            let site = (device, key);
-            // A device with an empty shard needs no action and no memory.
-            let sources = source_devices(node, placement, position);
-            if sources.is_empty() {
-                continue;
-            }
-            out.actions.entry(site).or_default().push(id);
-            let written = node.outputs.iter().filter(|o| out.resolve_alias(**o) == **o).chain(&node.updates);
-            producer.extend(written.map(|var| ((device, *var), site)));
-            for input in &node.inputs {
-                for from in &sources {
-                    readers.entry((*from, out.resolve_alias(*input))).or_default().insert(site);
-                }
-            }
-        }
+pub fn assign(graph: &Graph, segments: &Segments, classes: &Classes) -> Assignment {
+    let alias = aliases(graph, classes);
+    let mut out = Assignment { alias, classes: Vec::new() };
+    let producers = producers(graph, segments);
+    for class in classes.ids() {
+        let storage = ClassBuilder::new(graph, segments, classes, &out, class).build(&producers);
+        out.classes.push(storage);
     }
-    for output in &graph.outputs {
-        let (var, rate) = (out.resolve_alias(output.tensor), graph.tensor(output.tensor).rate);
-        for &device in graph.placements[graph.placement_of(output.tensor)].devices() {
-            let site = (device, ActionKey::Fetch(rate));
-            readers.entry((device, var)).or_default().insert(site);
-            out.actions.entry(site).or_default();
-        }
-    }
-    // A parameter that nothing updates also reaches other devices through a register: it gets an empty update.
-    for (&(device, var), sites) in &readers {
-        let never_updated = graph.producer(var).op.is_resident() && !producer.contains_key(&(device, var));
-        if never_updated && sites.iter().any(|site| site.0 != device) {
-            let site = (device, ActionKey::Update);
-            producer.insert((device, var), site);
-            out.actions.entry(site).or_default();
-        }
-    }
-    out.registers = bucket_signals(graph, &out.actions);
-    group_registers(graph, &mut out, &producer, &readers);
     out
 }
 
-fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
+fn aliases(graph: &Graph, classes: &Classes) -> BTreeMap<Var, Var> {
+    let position = |node: &Node, class: ClassId| graph.placements[node.placement].index_of(classes.representative(class));
     let mut alias = BTreeMap::new();
     for node in &graph.nodes {
         let same_memory = match &node.op {
             NodeOp::Relayout | NodeOp::Bucket { .. } => true,
-            NodeOp::Boxing(step) if step.kind != StepKind::Transfer => {
-                let devices = graph.placements[node.placement].device_count();
-                (0..devices).all(|device| step.local(device) == LocalStep::Keep)
+            NodeOp::Boxing(step) if matches!(step.kind, StepKind::Slice | StepKind::Pad(_)) => {
+                let mut positions = classes.ids().filter_map(|class| position(node, class));
+                positions.all(|position| step.local(position) == LocalStep::Keep)
             }
             _ => false,
         };
@@ -138,76 +109,148 @@ fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
     alias
 }
 
-/// A bucket is reduced in place, so its readers read the register that backward wrote. A register without bytes, from
-/// each bucket to each action that reads its result, signals that the reduction is complete.
-fn bucket_signals(graph: &Graph, actions: &BTreeMap<DeviceAction, Vec<NodeId>>) -> Vec<RegisterPlan> {
-    let mut waits: BTreeSet<(DeviceAction, DeviceAction)> = BTreeSet::new();
-    for (site, nodes) in actions {
-        for input in nodes.iter().flat_map(|id| &graph.nodes[id.index()].inputs) {
-            if let NodeOp::Bucket { .. } = graph.producer(*input).op {
-                let bucket = ActionKey::Bucket(graph.tensor(*input).producer);
-                waits.insert(((site.0, bucket), *site));
+struct ClassBuilder<'a> {
+    graph: &'a Graph,
+    segments: &'a Segments,
+    classes: &'a Classes,
+    assignment: &'a Assignment,
+    /// The class's representative.
+    device: usize,
+    /// By placement: true if the class is in it.
+    is_on: Vec<bool>,
+    readers: BTreeMap<Var, Readers>,
+    out: ClassStorage,
+}
+
+impl<'a> ClassBuilder<'a> {
+    fn new(
+        graph: &'a Graph,
+        segments: &'a Segments,
+        classes: &'a Classes,
+        assignment: &'a Assignment,
+        class: ClassId,
+    ) -> Self {
+        let device = classes.representative(class);
+        let is_on = graph.placements.iter().map(|placement| placement.index_of(device).is_some()).collect();
+        let (readers, out) = (BTreeMap::new(), ClassStorage::default());
+        Self { graph, segments, classes, assignment, device, is_on, readers, out }
+    }
+
+    fn build(mut self, producers: &BTreeMap<Var, SegmentId>) -> ClassStorage {
+        for id in self.segments.ids() {
+            let segment = self.segments.get(id);
+            let mut runs = self.is_on[segment.placement] && segment.nodes.is_empty();
+            for node_id in &segment.nodes {
+                runs |= self.add_reader(id, *node_id);
+            }
+            if runs {
+                self.out.segments.push(id);
             }
         }
-    }
-    let signal = |(producer, reader)| RegisterPlan {
-        producer,
-        readers: vec![reader],
-        rate: Rate::Step,
-        initial: false,
-        tensors: Vec::new(),
-    };
-    waits.into_iter().map(signal).collect()
-}
-
-/// The devices whose parts of a node's input the device at `position` of the placement reads.
-fn source_devices(node: &Node, placement: &Placement, position: usize) -> Vec<usize> {
-    if let NodeOp::Boxing(step) = &node.op
-        && let LocalStep::Pull(pulls) = step.local(position)
-    {
-        let devices: BTreeSet<usize> = pulls.iter().map(|p| p.from_device).collect();
-        return devices.into_iter().collect();
-    }
-    vec![placement.devices()[position]]
-}
-
-/// Assigns storage to each local tensor; those with the same producer, readers and rate share a register.
-fn group_registers(
-    graph: &Graph,
-    out: &mut Assignment,
-    producer: &BTreeMap<LocalTensor, DeviceAction>,
-    readers: &BTreeMap<LocalTensor, BTreeSet<DeviceAction>>,
-) {
-    let mut register_of: BTreeMap<(DeviceAction, Vec<DeviceAction>, Rate, bool), usize> = BTreeMap::new();
-    // In the order of the tensors: a bucket's gradients are stored in the order in which backward computes them.
-    for index in 0..graph.tensors.len() {
-        let var = graph.var(index);
-        if out.resolve_alias(var) != var {
-            continue;
+        self.add_bucket_signals();
+        self.group_registers(producers);
+        let mut ports: BTreeMap<SegmentId, Ports> = BTreeMap::new();
+        for (index, register) in self.out.registers.iter().enumerate() {
+            ports.entry(register.producer).or_default().writes.push(index);
+            for reader in &register.readers {
+                ports.entry(*reader).or_default().reads.push(index);
+            }
         }
-        for &device in graph.placements[graph.placement_of(var)].devices() {
-            let local = (device, var);
-            let resident = graph.producer(var).op.is_resident();
-            let Some(site) = producer.get(&local).copied() else {
-                out.storage.insert(local, Storage::Fixed);
+        self.out.ports = ports;
+        self.out
+    }
+
+    /// Records what a node reads of the class's device. True if the device runs it: a device with an empty part in a
+    /// transfer needs no action.
+    fn add_reader(&mut self, segment: SegmentId, id: NodeId) -> bool {
+        let (node, is_on) = (&self.graph.nodes[id.index()], self.is_on[self.graph.nodes[id.index()].placement]);
+        let device = self.device;
+        if is_transfer(node) {
+            let sources = self.classes.sources(id, device);
+            let others = self.classes.readers(id, device).iter().any(|reader| *reader != device);
+            let readers = self.readers.entry(self.assignment.resolve_alias(node.inputs[0])).or_default();
+            if sources.contains(&device) {
+                readers.own.insert(segment);
+            }
+            if others {
+                readers.transfers.insert(segment);
+            }
+            return !sources.is_empty();
+        }
+        if is_on {
+            for input in node.inputs.iter().filter(|input| self.is_on[self.graph.placement_of(**input)]) {
+                self.readers.entry(self.assignment.resolve_alias(*input)).or_default().own.insert(segment);
+            }
+        }
+        is_on
+    }
+
+    /// A bucket is reduced in place, so its readers read the register that backward wrote. A register without bytes,
+    /// from each bucket to each segment that reads its result, signals that the reduction is complete.
+    fn add_bucket_signals(&mut self) {
+        let mut waits: BTreeSet<(SegmentId, SegmentId)> = BTreeSet::new();
+        for id in &self.out.segments {
+            for input in self.segments.get(*id).nodes.iter().flat_map(|node| &self.graph.nodes[node.index()].inputs) {
+                let producer = self.graph.tensor(*input).producer;
+                if let (NodeOp::Bucket { .. }, Some(bucket)) =
+                    (&self.graph.producer(*input).op, self.segments.of_node[producer.index()])
+                    && self.is_on[self.segments.get(bucket).placement]
+                {
+                    waits.insert((bucket, *id));
+                }
+            }
+        }
+        let signal = |(producer, reader)| RegisterPlan {
+            producer,
+            readers: vec![reader],
+            transfers: Vec::new(),
+            rate: Rate::Step,
+            initial: false,
+            tensors: Vec::new(),
+        };
+        self.out.registers = waits.into_iter().map(signal).collect();
+    }
+
+    /// Assigns storage to each tensor; those with the same producer, readers and rate share a register.
+    fn group_registers(&mut self, producers: &BTreeMap<Var, SegmentId>) {
+        type Key = (SegmentId, Vec<SegmentId>, Vec<SegmentId>, Rate, bool);
+        let mut register_of: BTreeMap<Key, usize> = BTreeMap::new();
+        // In the order of the tensors: a bucket's gradients are stored in the order in which backward computes them.
+        for index in 0..self.graph.tensors.len() {
+            let var = self.graph.var(index);
+            if !self.is_on[self.graph.placement_of(var)] || self.assignment.resolve_alias(var) != var {
+                continue;
+            }
+            let readers = self.readers.remove(&var).unwrap_or_default();
+            let resident = self.graph.producer(var).op.is_resident();
+            let producer = producers.get(&var).copied().filter(|segment| self.runs(*segment));
+            let Some(producer) = producer else {
+                self.out.storage.insert(var, Storage::Fixed);
                 continue;
             };
-            let others = readers.get(&local).into_iter().flatten().filter(|r| **r != site);
-            let others: Vec<DeviceAction> = others.copied().collect();
-            if others.is_empty() {
-                out.storage.insert(local, if resident { Storage::Fixed } else { Storage::Scratch });
+            let own: Vec<SegmentId> = readers.own.into_iter().filter(|reader| *reader != producer).collect();
+            let transfers: Vec<SegmentId> = readers.transfers.into_iter().collect();
+            if own.is_empty() && transfers.is_empty() {
+                self.out.storage.insert(var, if resident { Storage::Fixed } else { Storage::Scratch });
                 continue;
             }
-            let rate = graph.tensor(var).rate;
-            let key = (site, others.clone(), rate, resident);
-            let register = *register_of.entry(key).or_insert_with(|| {
-                let plan =
-                    RegisterPlan { producer: site, readers: others, rate, initial: resident, tensors: Vec::new() };
-                out.registers.push(plan);
-                out.registers.len() - 1
+            let rate = self.graph.tensor(var).rate;
+            let registers = &mut self.out.registers;
+            let register = *register_of.entry((producer, own, transfers, rate, resident)).or_insert_with_key(|key| {
+                let (producer, readers, transfers, rate, initial) = key.clone();
+                registers.push(RegisterPlan { producer, readers, transfers, rate, initial, tensors: Vec::new() });
+                registers.len() - 1
             });
-            out.registers[register].tensors.push(var);
-            out.storage.insert(local, Storage::Register(register));
+            registers[register].tensors.push(var);
+            self.out.storage.insert(var, Storage::Register(register));
         }
     }
+
+    fn runs(&self, segment: SegmentId) -> bool {
+        self.out.segments.binary_search(&segment).is_ok()
+    }
+}
+
+pub fn is_transfer(node: &Node) -> bool {
+    matches!(&node.op, NodeOp::Boxing(step) if step.kind == StepKind::Transfer)
 }

@@ -10,27 +10,39 @@ use shardflow_kernels::tensor::{DType, element_count};
 
 use crate::boxing::step::{BoxingStep, LocalStep};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Var, ops};
-use crate::plan::assign::{Assignment, DeviceAction, Storage};
+use crate::plan::assign::{Assignment, ClassStorage, Storage};
+use crate::plan::classes::Classes;
 use crate::plan::memory::{ArenaMap, Interval, local_part, local_shape, pack};
-use crate::plan::{ActionKey, ActionPlan, BaseKey, HostPort};
+use crate::plan::segments::{Segment, SegmentId, Segments};
+use crate::plan::{ActionPlan, BaseKey, HostPort};
 use crate::sbp::Sbp;
 
 /// The input of [`emit`] that all actions share.
 pub struct EmitContext<'a> {
     pub graph: &'a Graph,
+    pub segments: &'a Segments,
+    pub classes: &'a Classes,
     pub assignment: &'a Assignment,
-    /// The memory map, except scratch.
-    pub arenas: &'a ArenaMap,
+    /// By class: the memory map, except scratch.
+    pub arenas: &'a [ArenaMap],
     /// Accumulations fused into the producing kernel: value to sum.
     pub fused: &'a BTreeMap<Var, Var>,
-    pub device: DeviceKind,
+    pub kind: DeviceKind,
+}
+
+/// A register of a device: its rank, and the index among its class's registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeviceRegister {
+    pub device: usize,
+    pub register: usize,
 }
 
 /// An action's launches, registers, scratch and groups.
+#[derive(Clone, Debug)]
 pub struct EmittedAction {
     pub plan: ActionPlan,
     /// Registers read, in port order.
-    pub inputs: Vec<usize>,
+    pub inputs: Vec<DeviceRegister>,
     /// Registers written, in port order.
     pub outputs: Vec<usize>,
     pub scratch_bytes: usize,
@@ -39,17 +51,18 @@ pub struct EmittedAction {
 }
 
 /// Finds accumulations whose value comes from a kernel that can add to its output and has no other reader.
-pub fn fuse_accumulation(graph: &Graph) -> BTreeMap<Var, Var> {
+pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Var> {
     let mut readers: BTreeMap<Var, usize> = BTreeMap::new();
     for var in graph.nodes.iter().flat_map(|n| &n.inputs).chain(graph.outputs.iter().map(|o| &o.tensor)) {
         *readers.entry(*var).or_default() += 1;
     }
     let mut fused = BTreeMap::new();
-    for node in graph.nodes.iter().filter(|n| matches!(n.op, NodeOp::Accumulate)) {
+    let accumulations = graph.nodes.iter().enumerate().filter(|(_, n)| matches!(n.op, NodeOp::Accumulate));
+    for (index, node) in accumulations {
         let (value, producer) = (node.inputs[0], graph.producer(node.inputs[0]));
         let NodeOp::Kernel(op) = &producer.op else { continue };
         let can_add = op.can_accumulate().is_some_and(|w| producer.outputs.get(w) == Some(&value));
-        let same_action = (producer.phase, producer.placement) == (node.phase, node.placement);
+        let same_action = segments.of_node[graph.tensor(value).producer.index()] == segments.of_node[index];
         let already_fused = producer.outputs.iter().any(|o| fused.contains_key(o));
         if can_add && same_action && readers[&value] == 1 && !already_fused {
             fused.insert(value, node.outputs[0]);
@@ -58,73 +71,71 @@ pub fn fuse_accumulation(graph: &Graph) -> BTreeMap<Var, Var> {
     fused
 }
 
+/// Emits a segment's action on one device.
 pub fn emit(
     context: &EmitContext<'_>,
-    site: DeviceAction,
-    nodes: &[NodeId],
+    (device, segment): (usize, SegmentId),
     group_ids: &mut dyn FnMut(&[usize]) -> Arc<Group>,
 ) -> EmittedAction {
-    let registers = &context.assignment.registers;
-    let inputs: Vec<usize> = (0..registers.len()).filter(|r| registers[*r].readers.contains(&site)).collect();
-    let outputs: Vec<usize> = (0..registers.len()).filter(|r| registers[*r].producer == site).collect();
+    let storage = context.storage(device);
+    let ports = storage.ports.get(&segment).cloned().unwrap_or_default();
+    let mut inputs: Vec<DeviceRegister> =
+        ports.reads.into_iter().map(|register| DeviceRegister { device, register }).collect();
+    inputs.extend(context.remote_inputs(device, segment));
+    let outputs = ports.writes;
     let mut bases = vec![BaseKey::Fixed, BaseKey::Scratch];
     bases.extend((0..inputs.len()).map(BaseKey::Input));
     bases.extend((0..outputs.len()).map(BaseKey::Output));
     let mut emitter = Emitter {
         context,
-        site,
+        device,
+        segment,
         inputs: &inputs,
         outputs: &outputs,
         launches: Vec::new(),
         nodes: Vec::new(),
+        host: None,
         current: NodeId(0),
         scratch: Vec::new(),
         scratch_of: BTreeMap::new(),
         written: BTreeMap::new(),
         groups: BTreeSet::new(),
-        norm_total: None,
         group_ids,
     };
-    let mut host = None;
-    match site.1 {
-        ActionKey::Feed(_) | ActionKey::Decide => {
-            let vars: Vec<Var> = nodes.iter().map(|n| context.graph.nodes[n.index()].outputs[0]).collect();
-            host = Some(emitter.host_port(vars));
-        }
-        ActionKey::Fetch(rate) => {
-            let graph = context.graph;
-            let is_local = |var: &Var| graph.placements[graph.placement_of(*var)].index_of(site.0).is_some();
-            let fetched =
-                graph.outputs.iter().map(|o| o.tensor).filter(|v| graph.tensor(*v).rate == rate && is_local(v));
-            host = Some(emitter.host_port(fetched.collect()));
-        }
-        _ => nodes.iter().for_each(|id| {
-            emitter.current = *id;
-            emitter.emit_node(&context.graph.nodes[id.index()]);
-        }),
+    let Segment { nodes, name, .. } = context.segments.get(segment);
+    for id in nodes {
+        emitter.current = *id;
+        emitter.emit_node(&context.graph.nodes[id.index()]);
     }
-    let scratch_bytes = emitter.place_scratch(host.as_mut());
+    let scratch_bytes = emitter.place_scratch();
     let signals = emitter.signals();
-    let (launches, nodes, groups) = (emitter.launches, emitter.nodes, emitter.groups);
-    let name = action_name(context.graph, site.1);
-    let plan = ActionPlan { key: site.1, name, launches, nodes, signals, bases, host };
+    let Emitter { launches, nodes, groups, host, .. } = emitter;
+    let plan = ActionPlan { segment, name: name.clone(), launches, nodes, signals, bases, host };
     EmittedAction { plan, inputs, outputs, scratch_bytes, groups }
 }
 
-pub fn action_name(graph: &Graph, key: ActionKey) -> String {
-    match key {
-        ActionKey::Feed(rate) => format!("feed ({rate})"),
-        ActionKey::Fetch(rate) => format!("fetch ({rate})"),
-        ActionKey::Forward => "forward".into(),
-        ActionKey::Backward => "backward".into(),
-        ActionKey::Norm => "norm".into(),
-        ActionKey::Decide => "decide".into(),
-        ActionKey::Update => "update".into(),
-        ActionKey::Pull(id) => {
-            let node = &graph.nodes[id.index()];
-            format!("pull {}", graph.tensor(node.inputs[0]).name)
+impl EmitContext<'_> {
+    fn storage(&self, device: usize) -> &ClassStorage {
+        &self.assignment.classes[self.classes.of[device].index()]
+    }
+
+    fn arena(&self, device: usize) -> &ArenaMap {
+        &self.arenas[self.classes.of[device].index()]
+    }
+
+    /// Registers of other devices that a transfer reads.
+    fn remote_inputs(&self, device: usize, segment: SegmentId) -> Vec<DeviceRegister> {
+        let mut inputs = Vec::new();
+        for id in &self.segments.get(segment).nodes {
+            let node = &self.graph.nodes[id.index()];
+            for source in self.classes.sources(*id, device).iter().filter(|source| **source != device) {
+                let var = self.assignment.resolve_alias(node.inputs[0]);
+                if let Some(Storage::Register(register)) = self.storage(*source).storage.get(&var) {
+                    inputs.push(DeviceRegister { device: *source, register: *register });
+                }
+            }
         }
-        ActionKey::Bucket(id) => format!("all-reduce {}", graph.nodes[id.index()].name),
+        inputs
     }
 }
 
@@ -133,11 +144,13 @@ const SCRATCH: usize = 1;
 
 struct Emitter<'a> {
     context: &'a EmitContext<'a>,
-    site: DeviceAction,
-    inputs: &'a [usize],
+    device: usize,
+    segment: SegmentId,
+    inputs: &'a [DeviceRegister],
     outputs: &'a [usize],
     launches: Vec<Launch>,
     nodes: Vec<NodeId>,
+    host: Option<HostPort>,
     current: NodeId,
     /// Lifetimes of scratch buffers. Until [`Emitter::place_scratch`], a scratch buffer's offset is its index here.
     scratch: Vec<Interval>,
@@ -145,14 +158,12 @@ struct Emitter<'a> {
     /// By output port: the number of launches after which it is complete.
     written: BTreeMap<usize, usize>,
     groups: BTreeSet<Vec<usize>>,
-    /// The buffer of the squared gradient norms summed over all devices, once it is computed.
-    norm_total: Option<Buffer>,
     group_ids: &'a mut dyn FnMut(&[usize]) -> Arc<Group>,
 }
 
 impl Emitter<'_> {
     fn buffer(&mut self, var: Var) -> Buffer {
-        self.buffer_on(var, self.site.0)
+        self.buffer_on(var, self.device)
     }
 
     /// The buffer of a tensor's part on `device`; only pulls use another device's.
@@ -162,20 +173,24 @@ impl Emitter<'_> {
         let var = context.fused.get(&var).copied().unwrap_or(var);
         let shape = local_shape(context.graph, var, device);
         let dtype = context.graph.tensor(var).dtype;
-        let storage = context.assignment.storage.get(&(device, var)).copied().unwrap_or(Storage::Scratch);
+        let storage = context.storage(device).storage.get(&var).copied().unwrap_or(Storage::Scratch);
+        let arena = context.arena(device);
         let (base, offset) = match storage {
-            Storage::Fixed => (0, context.arenas.fixed[&(device, var)]),
-            Storage::Register(register) => (self.port_base(register), context.arenas.slot_offsets[register][&var]),
+            Storage::Fixed => (0, arena.fixed[&var]),
+            Storage::Register(register) => {
+                (self.port_base(DeviceRegister { device, register }), arena.slot_offsets[register][&var])
+            }
             Storage::Scratch => (SCRATCH, self.scratch_index(var, element_count(&shape) * dtype.bytes())),
         };
         Buffer { base, offset, shape, dtype }
     }
 
     /// Index of the base for a register's slot: the output port, if the action both reads and writes the register.
-    fn port_base(&self, register: usize) -> usize {
-        let port_of = |ports: &[usize]| ports.iter().position(|r| *r == register);
-        let output = port_of(self.outputs).map(|port| self.inputs.len() + port);
-        2 + output.or(port_of(self.inputs)).expect("an action has a port for every register that it uses")
+    fn port_base(&self, at: DeviceRegister) -> usize {
+        let output = self.outputs.iter().position(|r| at.device == self.device && *r == at.register);
+        let input = || self.inputs.iter().position(|r| *r == at);
+        let port = output.map(|port| self.inputs.len() + port).or_else(input);
+        2 + port.expect("an action has a port for every register that it uses")
     }
 
     fn scratch_index(&mut self, var: Var, bytes: usize) -> usize {
@@ -205,7 +220,7 @@ impl Emitter<'_> {
             return;
         }
         let mut launch = Launch { op, reads, writes, accumulate, workspace: None };
-        let bytes = self.context.device.workspace_bytes(&launch);
+        let bytes = self.context.kind.workspace_bytes(&launch);
         launch.workspace = (bytes > 0).then(|| self.scratch_buffer(&[bytes.div_ceil(4)]));
         let Launch { reads, writes, workspace, .. } = &launch;
         let index = self.launches.len();
@@ -224,7 +239,7 @@ impl Emitter<'_> {
     }
 
     fn emit_node(&mut self, node: &Node) {
-        let (graph, device) = (self.context.graph, self.site.0);
+        let (graph, device) = (self.context.graph, self.device);
         let parts = || {
             [&node.inputs, &node.outputs]
                 .map(|vars| vars.iter().map(|var| local_part(graph, *var, device)).collect::<Vec<_>>())
@@ -247,8 +262,13 @@ impl Emitter<'_> {
             NodeOp::Boxing(step) => self.emit_boxing(node, step),
             NodeOp::Bucket { axes } => self.emit_bucket(node, axes),
             NodeOp::NormSums { indices } => self.emit_norm_sums(node, indices),
-            NodeOp::ClipScale { max_norm } => self.emit_clip_scale(node, *max_norm),
-            NodeOp::Relayout | NodeOp::Input | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
+            NodeOp::NormTotal => self.emit_norm_total(node),
+            NodeOp::ClipScale { max_norm } => {
+                self.launch_node(node, Op::ClipScale { max_norm: *max_norm }, false);
+            }
+            NodeOp::Input => self.add_host_tensors(&node.outputs),
+            NodeOp::Fetch => self.add_host_tensors(&node.inputs),
+            NodeOp::Relayout | NodeOp::Parameter { .. } | NodeOp::State | NodeOp::Bf16Copy { .. } => {}
         }
     }
 
@@ -261,14 +281,14 @@ impl Emitter<'_> {
     fn collective(&mut self, ranks: &[usize], kind: CollectiveKind, reads: Vec<Buffer>, writes: Vec<Buffer>) {
         let group = (self.group_ids)(ranks);
         let member =
-            ranks.iter().position(|r| *r == self.site.0).expect("a device calls only collectives of its own groups");
+            ranks.iter().position(|r| *r == self.device).expect("a device calls only collectives of its own groups");
         self.groups.insert(ranks.to_vec());
         self.launch(Op::Collective(CollectiveCall { group, member, kind }), reads, writes, false);
     }
 
     fn emit_boxing(&mut self, node: &Node, step: &BoxingStep) {
         let placement = &self.context.graph.placements[node.placement];
-        let Some(position) = placement.index_of(self.site.0) else { return };
+        let Some(position) = placement.index_of(self.device) else { return };
         match step.local(position) {
             LocalStep::Keep => {
                 // If other devices change their part, the output has its own buffer on this device too.
@@ -306,11 +326,11 @@ impl Emitter<'_> {
         let graph = self.context.graph;
         let placement = &graph.placements[node.placement];
         let mut groups = placement.groups(axes).into_iter();
-        let ranks = groups.find(|group| group.contains(&self.site.0)).expect("every device is in a group");
-        let assignment = self.context.assignment;
-        let first = (self.site.0, assignment.resolve_alias(node.inputs[0]));
-        let Storage::Register(register) = assignment.storage[&first] else { return };
-        let (base, bytes) = (self.port_base(register), self.context.arenas.registers[register].stride);
+        let ranks = groups.find(|group| group.contains(&self.device)).expect("every device is in a group");
+        let first = self.context.assignment.resolve_alias(node.inputs[0]);
+        let Some(Storage::Register(register)) = self.context.storage(self.device).storage.get(&first).copied() else { return };
+        let base = self.port_base(DeviceRegister { device: self.device, register });
+        let bytes = self.context.arena(self.device).registers[register].stride;
         let slot = Buffer { base, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
         self.collective(&ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![slot.clone()], vec![slot]);
     }
@@ -321,7 +341,7 @@ impl Emitter<'_> {
         let sums = self.buffer(node.outputs[0]);
         self.launch(Op::Fill { value: 0.0 }, vec![], vec![sums.clone()], false);
         let placement = &graph.placements[node.placement];
-        let Some(position) = placement.index_of(self.site.0) else { return };
+        let Some(position) = placement.index_of(self.device) else { return };
         let coords = placement.coords(position);
         for (grad, index) in node.inputs.iter().zip(indices) {
             let owner = graph.layout(*grad).0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
@@ -332,50 +352,44 @@ impl Emitter<'_> {
         }
     }
 
-    fn emit_clip_scale(&mut self, node: &Node, max_norm: f32) {
+    /// Adds the inputs that this device holds, in order, then sums over the devices of the placement.
+    fn emit_norm_total(&mut self, node: &Node) {
         let graph = self.context.graph;
-        let mut ranks: Vec<usize> = (0..graph.mesh.device_count()).collect();
-        ranks.retain(|rank| self.context.assignment.actions.contains_key(&(*rank, ActionKey::Update)));
-        let total = self.norm_total.take().unwrap_or_else(|| self.norm_total(&ranks));
-        let writes = node.outputs.iter().map(|v| self.buffer(*v)).collect();
-        self.launch(Op::ClipScale { max_norm }, vec![total.clone()], writes, false);
-        self.norm_total = Some(total);
-    }
-
-    /// The sums over all devices. A device in several placements adds its parts first, so each calls one all-reduce.
-    fn norm_total(&mut self, ranks: &[usize]) -> Buffer {
-        let graph = self.context.graph;
-        let is_local = |n: &&Node| {
-            matches!(n.op, NodeOp::NormSums { .. }) && graph.placements[n.placement].index_of(self.site.0).is_some()
-        };
-        let parts: Vec<Var> = graph.nodes.iter().filter(is_local).map(|n| n.outputs[0]).collect();
-        let mut sums = self.buffer(parts[0]);
-        for part in &parts[1..] {
-            let (part, total) = (self.buffer(*part), self.scratch_buffer(&sums.shape));
-            self.launch(Op::Add, vec![sums, part], vec![total.clone()], false);
-            sums = total;
+        let device = self.device;
+        let is_local = |var: &&Var| graph.placements[graph.placement_of(**var)].index_of(device).is_some();
+        let parts: Vec<Buffer> = node.inputs.iter().filter(is_local).map(|var| self.buffer(*var)).collect();
+        let total = self.buffer(node.outputs[0]);
+        let ranks = graph.placements[node.placement].devices();
+        let mut parts = parts.into_iter();
+        let Some(mut sum) = parts.next() else { return };
+        for part in parts {
+            let added = self.scratch_buffer(&sum.shape);
+            self.launch(Op::Add, vec![sum, part], vec![added.clone()], false);
+            sum = added;
         }
         if ranks.len() > 1 {
-            let total = self.scratch_buffer(&sums.shape);
-            self.collective(ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![sums], vec![total.clone()]);
-            sums = total;
+            self.collective(ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![sum], vec![total]);
+        } else {
+            self.launch(Op::Copy, vec![sum], vec![total], false);
         }
-        sums
     }
 
-    fn host_port(&mut self, vars: Vec<Var>) -> HostPort {
+    fn add_host_tensors(&mut self, vars: &[Var]) {
         let buffers: Vec<Buffer> = vars.iter().map(|v| self.buffer(*v)).collect();
-        HostPort { vars, buffers }
+        let Some(transfer) = self.context.segments.get(self.segment).host else { return };
+        let port = self.host.get_or_insert_with(|| HostPort { transfer, vars: Vec::new(), buffers: Vec::new() });
+        port.vars.extend(vars);
+        port.buffers.extend(buffers);
     }
 
     /// Assigns offsets to scratch buffers, including the host's, which hold inputs that nothing on the device reads.
-    fn place_scratch(&mut self, host: Option<&mut HostPort>) -> usize {
+    fn place_scratch(&mut self) -> usize {
         let (offsets, bytes) = pack(&self.scratch);
         let launch_buffers = self.launches.iter_mut().flat_map(|launch| {
             let Launch { reads, writes, workspace, .. } = launch;
             reads.iter_mut().chain(writes).chain(workspace)
         });
-        let host_buffers = host.into_iter().flat_map(|host| &mut host.buffers);
+        let host_buffers = self.host.iter_mut().flat_map(|host| &mut host.buffers);
         for buffer in launch_buffers.chain(host_buffers).filter(|buffer| buffer.base == SCRATCH) {
             buffer.offset = offsets[buffer.offset];
         }
@@ -384,17 +398,16 @@ impl Emitter<'_> {
 
     /// Signals to publish early: output ports that other streams wait for and that are complete before the last launch.
     fn signals(&self) -> Vec<(usize, u32)> {
-        let registers = &self.context.assignment.registers;
+        let Self { context, written, launches, .. } = self;
+        let stream = context.segments.get(self.segment).stream;
+        let registers = &context.storage(self.device).registers;
         let has_waiting_stream = |port: usize| {
-            let on_other_stream =
-                |s: &DeviceAction| matches!(s.1, ActionKey::Bucket(_) | ActionKey::Pull(_) | ActionKey::Fetch(_));
-            registers[self.outputs[port]].readers.iter().any(on_other_stream)
+            let register = &registers[self.outputs[port]];
+            let is_other = |reader: &SegmentId| context.segments.get(*reader).stream != stream;
+            !register.transfers.is_empty() || register.readers.iter().any(is_other)
         };
-        let compute = matches!(self.site.1, ActionKey::Forward | ActionKey::Backward);
-        let early =
-            |entry: &(&usize, &usize)| compute && *entry.1 < self.launches.len() && has_waiting_stream(*entry.0);
-        let mut signals: Vec<(usize, u32)> =
-            self.written.iter().filter(early).map(|(port, after)| (*after, *port as u32)).collect();
+        let early = |(port, after): &(&usize, &usize)| **after < launches.len() && has_waiting_stream(**port);
+        let mut signals: Vec<(usize, u32)> = written.iter().filter(early).map(|(port, after)| (*after, *port as u32)).collect();
         signals.sort_unstable();
         signals
     }

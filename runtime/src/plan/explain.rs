@@ -59,16 +59,16 @@ impl Plan {
         let units = "bytes into the busiest device; per micro-batch, in norm and update per step";
         writeln!(out, "\nlayout changes ({units})")?;
         for node in self.graph.nodes() {
-            let (phase, name) = (node.phase, &node.name);
+            let (role, name) = (node.role, &node.name);
             let (file, line) = (node.location.file(), node.location.line());
             match &node.op {
-                NodeOp::Boxing(step) => writeln!(out, "  {phase:<8} {name}: {step}  ({file}:{line})")?,
+                NodeOp::Boxing(step) => writeln!(out, "  {role:<8} {name}: {step}  ({file}:{line})")?,
                 NodeOp::Bucket { axes } => {
                     let placement = &self.graph.placements()[node.placement];
                     let names: Vec<&str> = axes.iter().map(|a| placement.axes()[*a].name.as_str()).collect();
                     let gradients = counted(node.inputs.len(), "gradient");
                     let over = names.join("+");
-                    writeln!(out, "  {phase:<8} {name}: all-reduce of {gradients} over {over}, while backward runs")?;
+                    writeln!(out, "  {role:<8} {name}: all-reduce of {gradients} over {over}, while backward runs")?;
                 }
                 _ => {}
             }

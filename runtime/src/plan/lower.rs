@@ -1,8 +1,9 @@
-//! Lowers a graph after all passes to a plan: actors, registers, launches and memory.
+//! Lowers a graph after all passes to a plan: segments, classes of devices, lists, registers, launches and memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use shardflow_actors::label::Role;
 use shardflow_actors::spec::{
     ActionRef, ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, RegisterId, RegisterSpec, Spec,
     StreamKind,
@@ -10,103 +11,306 @@ use shardflow_actors::spec::{
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::device::DeviceKind;
 
-use crate::graph::{Graph, NodeId, Rate};
-use crate::plan::assign::{Assignment, DeviceAction, RegisterPlan, assign};
-use crate::plan::emit::{EmitContext, EmittedAction, action_name, emit, fuse_accumulation};
-use crate::plan::memory::{ArenaMap, align, lay_out};
-use crate::plan::slots::{in_flight, slots, stages};
-use crate::plan::{ActionKey, Plan, RegisterPlace, Schedule};
-
-pub fn stream_of(key: ActionKey) -> StreamKind {
-    match key {
-        ActionKey::Forward | ActionKey::Backward | ActionKey::Norm | ActionKey::Update => StreamKind::Compute,
-        ActionKey::Bucket(_) => StreamKind::Communication,
-        ActionKey::Feed(_) | ActionKey::Pull(_) | ActionKey::Decide | ActionKey::Fetch(_) => StreamKind::Copy,
-    }
-}
+use crate::graph::{Graph, Node, NodeOp, Rate, Var};
+use crate::plan::assign::{RegisterPlan, assign};
+use crate::plan::classes::classify;
+use crate::plan::emit::{DeviceRegister, EmitContext, EmittedAction, emit, fuse_accumulation};
+use crate::plan::memory::{ArenaMap, align, lay_out, residents};
+use crate::plan::schedule::work::work_graph;
+use crate::plan::schedule::{Schedule, StepPlan, WorkGraph};
+use crate::plan::segments::{SegmentId, Segments, divide};
+use crate::plan::slots::{Slots, Times};
+use crate::plan::{ActionPlan, DeviceMemory, HostTransfer, Plan, RegisterPlace};
 
 /// Lowers a graph on which the layout, boxing and bucket passes have run.
 pub fn lower(
-    graph: Graph,
+    mut graph: Graph,
     micro_batches: usize,
     schedule: Schedule,
     threads_per_device: usize,
     device: DeviceKind,
 ) -> Plan {
-    let assignment = assign(&graph);
-    let flight = in_flight(&graph, schedule, micro_batches);
-    let counts = slots(&graph, &assignment, &flight, micro_batches);
-    let arenas = lay_out(&graph, &assignment, &counts, graph.mesh.device_count());
-
-    let actors = number_actors(&assignment);
-    let mut groups = Groups::default();
-    let fused = fuse_accumulation(&graph);
-    let context = EmitContext { graph: &graph, assignment: &assignment, arenas: &arenas, fused: &fused, device };
-    let emit = |(site, nodes): (&DeviceAction, &Vec<NodeId>)| {
-        let stream = stream_of(site.1);
-        (*site, emit(&context, *site, nodes, &mut |ranks| groups.communicator(stream, ranks)))
+    add_fetches(&mut graph);
+    let program = if graph.objective.is_some() { "train" } else { "evaluate" };
+    let segments = divide(&graph, &program.into());
+    let classes = classify(&graph);
+    let assignment = assign(&graph, &segments, &classes);
+    let (work, site_of) = work_graph(&graph, &segments, micro_batches);
+    let step = schedule.plan(&work);
+    let times = Times::of(&segments, &work, &step);
+    let slots: Vec<Vec<Slots>> = assignment.classes.iter().map(|storage| times.slots(storage)).collect();
+    let arenas = classes.ids().map(|class| {
+        let storage = &assignment.classes[class.index()];
+        lay_out(&graph, storage, &slots[class.index()], classes.representative(class))
+    });
+    let arenas: Vec<ArenaMap> = arenas.collect();
+    let fused = fuse_accumulation(&graph, &segments);
+    let in_flight = in_flight(&graph, &segments, &work, &step);
+    let context = EmitContext {
+        graph: &graph,
+        segments: &segments,
+        classes: &classes,
+        assignment: &assignment,
+        arenas: &arenas,
+        fused: &fused,
+        kind: device,
     };
-    let emitted: BTreeMap<DeviceAction, EmittedAction> = assignment.actions.iter().map(emit).collect();
-
-    let ArenaMap { registers: places, devices: mut memory, .. } = arenas;
-    let mut spec = Spec::default();
-    let mut actions = Vec::new();
-    for (index, (device, stream, sites)) in actors.iter().enumerate() {
-        let (mut specs, mut plans, mut scratch_bytes) = (Vec::new(), Vec::new(), 0);
-        for site in sites {
-            let action = &emitted[site];
-            specs.push(action_spec(&assignment, *site, action, (micro_batches, schedule), &mut groups));
-            scratch_bytes = scratch_bytes.max(action.scratch_bytes);
-            plans.push(action.plan.clone());
-        }
-        let memory = &mut memory[*device];
-        let start = memory.arena_bytes;
-        memory.arena_bytes += align(scratch_bytes);
-        memory.scratch.insert(ActorId(index as u32), (start, scratch_bytes));
-        let limit =
-            stages(&graph).iter().find(|p| graph.placements[**p].index_of(*device).is_some()).map_or(1, |p| flight[*p]);
-        let firing = firing(sites, &specs, micro_batches, limit as usize);
-        let name = format!("device {device} {}", stream_name(*stream));
-        spec.actors.push(ActorSpec { name, device: *device, stream: *stream, firing, actions: specs });
-        actions.push(plans);
-    }
-    let registers = assignment.registers.iter().zip(counts).zip(&places);
-    let register = |((register, slots), place)| register_spec(&graph, &actors, register, slots, place);
-    spec.registers = registers.map(register).collect();
-    spec.decision = decision(&actors);
+    let instance =
+        Lowering { context: &context, slots: &slots, work: &work, site_of: &site_of, step: &step, micro_batches };
+    let Instance { spec, actions, registers, memory } = instance.all();
     let mut plan = Plan {
-        graph,
         spec,
         actions,
-        registers: places,
+        registers,
         memory,
+        segments,
         micro_batches,
         schedule,
         threads_per_device,
         device,
         memory_bytes: None,
-        in_flight: flight,
+        in_flight,
+        graph,
     };
     plan.set_threads(threads_per_device);
     plan
 }
 
-type Actors = Vec<(usize, StreamKind, Vec<DeviceAction>)>;
-
-/// One actor for each stream that a device uses, in order of device and stream.
-fn number_actors(assignment: &Assignment) -> Actors {
-    let mut actors: BTreeMap<(usize, StreamKind), Vec<DeviceAction>> = BTreeMap::new();
-    for site in assignment.actions.keys() {
-        actors.entry((site.0, stream_of(site.1))).or_default().push(*site);
+/// Adds a node for the outputs of each placement and rate, which the host fetches.
+fn add_fetches(graph: &mut Graph) {
+    let mut fetched: BTreeMap<(Rate, usize), Vec<Var>> = BTreeMap::new();
+    for output in &graph.outputs {
+        let (rate, placement) = (graph.tensor(output.tensor).rate, graph.placement_of(output.tensor));
+        fetched.entry((rate, placement)).or_default().push(output.tensor);
     }
-    actors.into_iter().map(|((device, stream), sites)| (device, stream, sites)).collect()
+    let location = graph.location;
+    for ((rate, placement), inputs) in fetched {
+        let (name, op, role) = ("fetch".to_owned(), NodeOp::Fetch, Role::Host);
+        let (outputs, updates, signature) = (Vec::new(), Vec::new(), None);
+        graph.nodes.push(Node { name, op, inputs, outputs, updates, placement, role, rate, location, signature });
+    }
 }
 
-fn locate(actors: &Actors, site: DeviceAction) -> ActionRef {
-    let stream = stream_of(site.1);
-    let actor = actors.iter().position(|a| (a.0, a.1) == (site.0, stream)).expect("every site has an actor");
-    let action = actors[actor].2.iter().position(|s| *s == site).expect("every site is an action of its actor");
-    ActionRef { actor: ActorId(actor as u32), action: action as u32 }
+/// By placement: maximum number of micro-batches between forward and backward.
+fn in_flight(graph: &Graph, segments: &Segments, work: &WorkGraph, step: &StepPlan) -> Vec<u32> {
+    let mut out = vec![1; graph.placements.len()];
+    for (work, in_flight) in work.work.iter().zip(&step.in_flight) {
+        let own = &mut out[segments.get(work.segment).placement];
+        *own = (*in_flight).max(*own);
+    }
+    out
+}
+
+/// The actors, registers, programs and memory of devices.
+#[derive(Default)]
+struct Instance {
+    spec: Spec,
+    actions: Vec<Vec<ActionPlan>>,
+    registers: Vec<RegisterPlace>,
+    memory: Vec<DeviceMemory>,
+}
+
+struct Lowering<'a> {
+    context: &'a EmitContext<'a>,
+    /// By class and register.
+    slots: &'a [Vec<Slots>],
+    work: &'a WorkGraph,
+    site_of: &'a [Option<usize>],
+    step: &'a StepPlan,
+    micro_batches: usize,
+}
+
+/// The first actor and the first register of each device; actors follow in the order of their streams.
+struct Numbers {
+    actors: Vec<u32>,
+    registers: Vec<u32>,
+    /// By class: the segments of each stream.
+    streams: Vec<BTreeMap<StreamKind, Vec<SegmentId>>>,
+}
+
+impl Lowering<'_> {
+    fn all(&self) -> Instance {
+        let numbers = self.number();
+        let mut groups = Groups::default();
+        let mut out = Instance::default();
+        for device in 0..self.context.classes.of.len() {
+            self.add_device(device, &numbers, &mut groups, &mut out);
+        }
+        out.spec.decision = self.decision(&out.actions);
+        out
+    }
+
+    fn number(&self) -> Numbers {
+        let EmitContext { segments, classes, assignment, .. } = self.context;
+        let streams: Vec<BTreeMap<StreamKind, Vec<SegmentId>>> = (assignment.classes.iter())
+            .map(|storage| {
+                let mut streams: BTreeMap<StreamKind, Vec<SegmentId>> = BTreeMap::new();
+                for id in &storage.segments {
+                    streams.entry(segments.get(*id).stream).or_default().push(*id);
+                }
+                streams
+            })
+            .collect();
+        let (mut actors, mut registers, mut next) = (Vec::new(), Vec::new(), (0, 0));
+        for class in &classes.of {
+            actors.push(next.0);
+            registers.push(next.1);
+            next.0 += streams[class.index()].len() as u32;
+            next.1 += assignment.classes[class.index()].registers.len() as u32;
+        }
+        Numbers { actors, registers, streams }
+    }
+
+    fn add_device(&self, device: usize, numbers: &Numbers, groups: &mut Groups, out: &mut Instance) {
+        let EmitContext { graph, classes, assignment, arenas, .. } = self.context;
+        let class = classes.of[device].index();
+        let (storage, arena) = (&assignment.classes[class], &arenas[class]);
+        let mut memory = arena.memory.clone();
+        memory.residents = residents(graph, storage, arena, device);
+        for (stream, ids) in &numbers.streams[class] {
+            let emitted: Vec<EmittedAction> = (ids.iter())
+                .map(|id| emit(self.context, (device, *id), &mut |ranks| groups.communicator(*stream, ranks)))
+                .collect();
+            let specs = ids.iter().zip(&emitted).map(|(id, action)| self.action_spec(device, *id, action, numbers, groups));
+            let specs: Vec<ActionSpec> = specs.collect();
+            let scratch_bytes = emitted.iter().map(|action| action.scratch_bytes).max().unwrap_or(0);
+            let start = memory.arena_bytes;
+            memory.arena_bytes += align(scratch_bytes);
+            memory.scratch.insert(ActorId(out.spec.actors.len() as u32), (start, scratch_bytes));
+            let firing = self.firing(device, *stream, ids, &specs);
+            let name = format!("device {device} {}", stream_name(*stream));
+            out.spec.actors.push(ActorSpec { name, device, stream: *stream, firing, actions: specs });
+            out.actions.push(emitted.into_iter().map(|action| action.plan).collect());
+        }
+        for (index, register) in storage.registers.iter().enumerate() {
+            let place = RegisterPlace { device, ..arena.registers[index] };
+            let slots = self.slots[class][index].count;
+            out.spec.registers.push(self.register_spec(device, register, (slots, &place), numbers));
+            out.registers.push(place);
+        }
+        out.memory.push(memory);
+    }
+
+    /// The action that runs a segment on a device.
+    fn locate(&self, numbers: &Numbers, device: usize, id: SegmentId) -> ActionRef {
+        let stream = self.context.segments.get(id).stream;
+        let streams = &numbers.streams[self.context.classes.of[device].index()];
+        let before = streams.range(..stream).count() as u32;
+        let action = streams.get(&stream).and_then(|ids| ids.binary_search(&id).ok());
+        let action = action.expect("a register's readers and producer run on its devices") as u32;
+        ActionRef { actor: ActorId(numbers.actors[device] + before), action }
+    }
+
+    fn register_spec(
+        &self,
+        device: usize,
+        register: &RegisterPlan,
+        (slots, place): (u32, &RegisterPlace),
+        numbers: &Numbers,
+    ) -> RegisterSpec {
+        let EmitContext { segments, classes, .. } = self.context;
+        let mut readers: Vec<ActionRef> =
+            register.readers.iter().map(|id| self.locate(numbers, device, *id)).collect();
+        for id in &register.transfers {
+            let pulling = segments.get(*id).nodes.iter().flat_map(|node| classes.readers(*node, device));
+            readers.extend(pulling.filter(|other| **other != device).map(|other| self.locate(numbers, *other, *id)));
+        }
+        readers.sort_unstable();
+        RegisterSpec {
+            name: self.register_name(device, register),
+            producer: self.locate(numbers, device, register.producer).actor,
+            slots,
+            slot_bytes: place.stride,
+            initial: register.initial,
+            readers,
+        }
+    }
+
+    fn register_name(&self, device: usize, register: &RegisterPlan) -> String {
+        let graph = self.context.graph;
+        let first = register.tensors.first().map_or("done", |v| &graph.tensor(*v).name);
+        let more = register.tensors.len().saturating_sub(1);
+        let rest = if more > 0 { format!(" (+{more})") } else { String::new() };
+        let producer =
+            if register.initial { "parameters" } else { &self.context.segments.get(register.producer).name };
+        format!("device {device} {producer}/{first}{rest}")
+    }
+
+    fn action_spec(
+        &self,
+        device: usize,
+        id: SegmentId,
+        emitted: &EmittedAction,
+        numbers: &Numbers,
+        groups: &mut Groups,
+    ) -> ActionSpec {
+        let EmitContext { segments, classes, assignment, .. } = self.context;
+        let segment = segments.get(id);
+        let register = |at: &DeviceRegister| &assignment.classes[classes.of[at.device].index()].registers[at.register];
+        let per_step = |rate: Rate| rate.per_step(self.micro_batches) as u32;
+        let firings = per_step(segment.rate);
+        let number = |at: &DeviceRegister| RegisterId(numbers.registers[at.device] + at.register as u32);
+        let inputs = emitted.inputs.iter().map(|at| InputSpec {
+            register: number(at),
+            firings_per_piece: firings / per_step(register(at).rate),
+        });
+        let outputs = emitted.outputs.iter().enumerate().map(|(port, index)| {
+            let at = DeviceRegister { device, register: *index };
+            OutputSpec {
+                register: number(&at),
+                firings_per_piece: firings / per_step(register(&at).rate),
+                early: emitted.plan.signals.iter().any(|signal| signal.1 == port as u32),
+            }
+        });
+        // Actions that depend on nothing within the step (a transfer of parameters, or a device with an empty part of
+        // the batch) would run ahead of the step without the host's permission.
+        let starts = segment.host.is_some_and(|host| host != HostTransfer::Fetch);
+        let external = starts || emitted.inputs.iter().all(|at| register(at).initial);
+        let communicators: BTreeSet<u32> = emitted.plan.collectives().map(|call| call.group.id).collect();
+        let priority = self.work.work.iter().position(|work| work.segment == id);
+        ActionSpec {
+            name: segment.name.clone(),
+            label: segment.label.clone(),
+            priority: priority.map_or(0, |work| self.step.priorities[work]),
+            per_step: firings,
+            inputs: inputs.collect(),
+            outputs: outputs.collect(),
+            external,
+            groups: emitted.groups.iter().map(|ranks| groups.firing_group(id, ranks)).collect(),
+            communicators: communicators.into_iter().collect(),
+        }
+    }
+
+    /// How an actor fires. If its actions call collectives, all members of a group must fire in the same order whatever
+    /// the timing, so it follows the schedule's list; otherwise credits decide.
+    fn firing(&self, device: usize, stream: StreamKind, ids: &[SegmentId], specs: &[ActionSpec]) -> Firing {
+        if specs.iter().all(|spec| spec.groups.is_empty()) {
+            return Firing::Credit;
+        }
+        let action = |id: SegmentId| ids.binary_search(&id).ok().map(|action| action as u32);
+        let list = match self.site_of[device].filter(|_| stream == StreamKind::Compute) {
+            Some(site) => {
+                let entries = self.step.lists[site].iter();
+                entries.filter_map(|entry| action(self.work.work[entry.work].segment)).collect()
+            }
+            // In the order of the program, on all devices.
+            None => (0..).zip(specs).flat_map(|(action, spec)| (0..spec.per_step).map(move |_| action)).collect(),
+        };
+        Firing::Ordered(list)
+    }
+
+    fn decision(&self, actions: &[Vec<ActionPlan>]) -> Decision {
+        let located = |transfer: HostTransfer| {
+            let all = (0..).zip(actions).flat_map(|(actor, actions)| {
+                (0..).zip(actions).map(move |(action, plan)| (ActionRef { actor: ActorId(actor), action }, plan))
+            });
+            all.filter(move |(_, plan)| plan.host.as_ref().is_some_and(|host| host.transfer == transfer)).map(|(at, _)| at)
+        };
+        Decision {
+            observed: located(HostTransfer::Fetch).collect(),
+            granted: located(HostTransfer::Decide).collect(),
+        }
+    }
 }
 
 fn stream_name(stream: StreamKind) -> &'static str {
@@ -117,126 +321,11 @@ fn stream_name(stream: StreamKind) -> &'static str {
     }
 }
 
-fn decision(actors: &Actors) -> Decision {
-    let sites = || actors.iter().flat_map(|actor| &actor.2);
-    let located = |test: fn(&ActionKey) -> bool| sites().filter(|s| test(&s.1)).map(|s| locate(actors, *s)).collect();
-    Decision {
-        observed: located(|key| matches!(key, ActionKey::Fetch(_))),
-        granted: located(|key| matches!(key, ActionKey::Decide)),
-    }
-}
-
-fn register_spec(
-    graph: &Graph,
-    actors: &Actors,
-    register: &RegisterPlan,
-    slots: u32,
-    place: &RegisterPlace,
-) -> RegisterSpec {
-    RegisterSpec {
-        name: register_name(graph, register),
-        producer: locate(actors, register.producer).actor,
-        slots,
-        slot_bytes: place.stride,
-        initial: register.initial,
-        readers: register.readers.iter().map(|site| locate(actors, *site)).collect(),
-    }
-}
-
-fn register_name(graph: &Graph, register: &RegisterPlan) -> String {
-    let (device, key) = register.producer;
-    let first = register.tensors.first().map_or("done".to_string(), |v| graph.tensor(*v).name.clone());
-    let more = register.tensors.len().saturating_sub(1);
-    let rest = if more > 0 { format!(" (+{more})") } else { String::new() };
-    let action = if register.initial { "parameters".into() } else { action_name(graph, key) };
-    format!("device {device} {action}/{first}{rest}")
-}
-
-fn rate_of(assignment: &Assignment, site: DeviceAction) -> Rate {
-    match site.1 {
-        ActionKey::Feed(rate) | ActionKey::Fetch(rate) => rate,
-        ActionKey::Forward | ActionKey::Backward => Rate::MicroBatch,
-        ActionKey::Norm | ActionKey::Decide | ActionKey::Update | ActionKey::Bucket(_) => Rate::Step,
-        ActionKey::Pull(_) => {
-            let output = assignment.registers.iter().find(|r| r.producer == site);
-            output.map_or(Rate::MicroBatch, |r| r.rate)
-        }
-    }
-}
-
-/// True for actions that depend on nothing within the step: feeds, and actions that read only parameters (a transfer of
-/// tied weights, or a device with an empty part of the batch). Without the host's permission, they would run ahead.
-fn starts_a_step(assignment: &Assignment, site: DeviceAction, inputs: &[usize]) -> bool {
-    matches!(site.1, ActionKey::Feed(_) | ActionKey::Decide) || inputs.iter().all(|r| assignment.registers[*r].initial)
-}
-
-fn action_spec(
-    assignment: &Assignment,
-    site: DeviceAction,
-    emitted: &EmittedAction,
-    (micro_batches, schedule): (usize, Schedule),
-    groups: &mut Groups,
-) -> ActionSpec {
-    let per_step = |rate: Rate| rate.per_step(micro_batches) as u32;
-    let firings = per_step(rate_of(assignment, site));
-    let pieces = |register: usize| per_step(assignment.registers[register].rate);
-    let inputs = emitted
-        .inputs
-        .iter()
-        .map(|r| InputSpec { register: RegisterId(*r as u32), firings_per_piece: firings / pieces(*r) });
-    let outputs = emitted.outputs.iter().enumerate().map(|(port, r)| OutputSpec {
-        register: RegisterId(*r as u32),
-        firings_per_piece: firings / pieces(*r),
-        early: emitted.plan.signals.iter().any(|s| s.1 == port as u32),
-    });
-    let forward_first = schedule == Schedule::GPipe;
-    let priority = match site.1 {
-        ActionKey::Forward => i32::from(!forward_first),
-        ActionKey::Backward => i32::from(forward_first),
-        _ => 0,
-    };
-    let firing_groups = emitted.groups.iter().map(|ranks| groups.firing_group(site.1, ranks)).collect();
-    let communicators: BTreeSet<u32> = emitted.plan.collectives().map(|call| call.group.id).collect();
-    ActionSpec {
-        name: emitted.plan.name.clone(),
-        priority,
-        per_step: firings,
-        inputs: inputs.collect(),
-        outputs: outputs.collect(),
-        external: starts_a_step(assignment, site, &emitted.inputs),
-        groups: firing_groups,
-        communicators: communicators.into_iter().collect(),
-    }
-}
-
-/// The order in which an actor fires. If its actions call collectives, all members of a group must fire in the same
-/// order independent of timing, so the schedule is an explicit list; otherwise credits decide.
-fn firing(sites: &[DeviceAction], specs: &[ActionSpec], micro_batches: usize, in_flight: usize) -> Firing {
-    if specs.iter().all(|s| s.groups.is_empty()) {
-        return Firing::Credit;
-    }
-    let index = |key: ActionKey| sites.iter().position(|s| s.1 == key).map(|i| i as u32);
-    let mut list = Vec::new();
-    let (forward, backward) = (index(ActionKey::Forward), index(ActionKey::Backward));
-    let ahead = if backward.is_some() { in_flight.min(micro_batches) } else { micro_batches };
-    list.extend((0..ahead).filter_map(|_| forward));
-    for micro_batch in 0..micro_batches {
-        list.extend(backward);
-        if micro_batch + ahead < micro_batches {
-            list.extend(forward);
-        }
-    }
-    // Buckets, then norm and update; no action of the copy stream calls collectives.
-    let others = sites.iter().enumerate().filter(|(_, s)| !matches!(s.1, ActionKey::Forward | ActionKey::Backward));
-    list.extend(others.flat_map(|(i, _)| std::iter::repeat_n(i as u32, specs[i].per_step as usize)));
-    Firing::Ordered(list)
-}
-
-/// Ids of communicators (by stream and ranks) and of firing groups (by action and ranks).
+/// Ids of communicators (by stream and ranks) and of firing groups (by segment and ranks).
 #[derive(Default)]
 struct Groups {
     communicators: BTreeMap<(StreamKind, Vec<usize>), Arc<Group>>,
-    firing_groups: BTreeMap<(ActionKey, Vec<usize>), u32>,
+    firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
 }
 
 impl Groups {
@@ -246,8 +335,8 @@ impl Groups {
         self.communicators.entry((stream, ranks.to_vec())).or_insert_with(make).clone()
     }
 
-    fn firing_group(&mut self, key: ActionKey, ranks: &[usize]) -> u32 {
+    fn firing_group(&mut self, segment: SegmentId, ranks: &[usize]) -> u32 {
         let id = self.firing_groups.len() as u32;
-        *self.firing_groups.entry((key, ranks.to_vec())).or_insert(id)
+        *self.firing_groups.entry((segment, ranks.to_vec())).or_insert(id)
     }
 }

@@ -6,7 +6,8 @@ use shardflow_kernels::memory::ALIGNMENT;
 use shardflow_kernels::tensor::element_count;
 
 use crate::graph::{Graph, Node, NodeOp, Var};
-use crate::plan::assign::{Assignment, Storage};
+use crate::plan::assign::{ClassStorage, Storage};
+use crate::plan::slots::Slots;
 use crate::plan::{DeviceMemory, RegisterPlace, ResidentTensor};
 use crate::sbp::local_region;
 
@@ -80,58 +81,56 @@ pub fn pack(intervals: &[Interval]) -> (Vec<usize>, usize) {
     (offsets, total)
 }
 
-/// The memory map of all devices, except scratch.
-#[derive(Clone, Debug)]
+/// The memory map of a class's devices, except scratch.
+#[derive(Clone, Debug, Default)]
 pub struct ArenaMap {
+    /// By register of the class.
     pub registers: Vec<RegisterPlace>,
     /// By register: the offset of each of its tensors in a slot.
     pub slot_offsets: Vec<BTreeMap<Var, usize>>,
-    pub devices: Vec<DeviceMemory>,
-    /// Offset of each fixed tensor's part, by device.
-    pub fixed: BTreeMap<(usize, Var), usize>,
+    /// Offset of each fixed tensor's part.
+    pub fixed: BTreeMap<Var, usize>,
+    /// Without residents, which [`residents`] lists for a device.
+    pub memory: DeviceMemory,
 }
 
-/// Lays out every device's arena except scratch, which follows: fixed tensors, then registers.
-pub fn lay_out(graph: &Graph, assignment: &Assignment, slots: &[u32], devices: usize) -> ArenaMap {
-    let mut memory = vec![DeviceMemory::default(); devices];
-    let mut fixed = BTreeMap::new();
-    for ((device, var), storage) in &assignment.storage {
-        if *storage == Storage::Fixed {
-            let total = &mut memory[*device].arena_bytes;
-            fixed.insert((*device, *var), *total);
-            *total = align(*total + local_bytes(graph, *var, *device));
-            memory[*device].fixed_bytes = *total;
-        }
+/// Lays out the arena of a class's devices except scratch, which follows: fixed tensors, then registers.
+pub fn lay_out(graph: &Graph, storage: &ClassStorage, slots: &[Slots], device: usize) -> ArenaMap {
+    let mut map = ArenaMap::default();
+    let memory = &mut map.memory;
+    for (var, _) in storage.storage.iter().filter(|(_, storage)| **storage == Storage::Fixed) {
+        map.fixed.insert(*var, memory.arena_bytes);
+        memory.arena_bytes = align(memory.arena_bytes + local_bytes(graph, *var, device));
+        memory.fixed_bytes = memory.arena_bytes;
     }
-    let (mut places, mut offsets) = (Vec::new(), Vec::new());
-    for (register, slots) in assignment.registers.iter().zip(slots) {
-        let device = register.producer.0;
+    for (register, slots) in storage.registers.iter().zip(slots) {
         let (within_slot, stride) = slot_offsets(graph, &register.tensors, device);
-        offsets.push(within_slot);
-        let memory = &mut memory[device];
-        places.push(RegisterPlace { device, offset: memory.arena_bytes, stride });
-        memory.arena_bytes += stride * *slots as usize;
-        memory.register_bytes += stride * *slots as usize;
+        map.slot_offsets.push(within_slot);
+        map.registers.push(RegisterPlace { device, offset: memory.arena_bytes, stride });
+        memory.arena_bytes += stride * slots.count as usize;
+        memory.register_bytes += stride * slots.count as usize;
     }
-    let offset = |device: usize, var: Var| match assignment.storage.get(&(device, var))? {
-        Storage::Fixed => fixed.get(&(device, var)).copied(),
-        Storage::Register(index) => Some(places[*index].offset + offsets[*index][&var]),
+    map
+}
+
+/// The parameters and states of a device of the class, with the offsets of the class.
+pub fn residents(graph: &Graph, storage: &ClassStorage, map: &ArenaMap, device: usize) -> Vec<ResidentTensor> {
+    let offset = |var: &Var| match storage.storage.get(var)? {
+        Storage::Fixed => map.fixed.get(var).copied(),
+        Storage::Register(index) => Some(map.registers[*index].offset + map.slot_offsets[*index][var]),
         Storage::Scratch => None,
     };
     let copy_of = |node: &Node| if let NodeOp::Bf16Copy { of } = node.op { Some((of, node.outputs[0])) } else { None };
     let copies: BTreeMap<Var, Var> = graph.nodes.iter().filter_map(copy_of).collect();
-    for (device, var) in assignment.storage.keys() {
-        if !matches!(graph.producer(*var).op, NodeOp::Parameter { .. } | NodeOp::State) {
-            continue;
-        }
-        let Some(own_offset) = offset(*device, *var) else { continue };
+    let resident = |var: &Var| {
+        let is_resident = matches!(graph.producer(*var).op, NodeOp::Parameter { .. } | NodeOp::State);
+        let own_offset = offset(var).filter(|_| is_resident)?;
         let bf16_offset =
-            copies.get(var).map(|copy| offset(*device, *copy).expect("a bf16 copy is on its parameter's devices"));
-        let region = local_part(graph, *var, *device);
-        let dtype = graph.tensor(*var).dtype;
-        memory[*device].residents.push(ResidentTensor { var: *var, region, dtype, offset: own_offset, bf16_offset });
-    }
-    ArenaMap { registers: places, slot_offsets: offsets, devices: memory, fixed }
+            copies.get(var).map(|copy| offset(copy).expect("a bf16 copy is on its parameter's devices"));
+        let (region, dtype) = (local_part(graph, *var, device), graph.tensor(*var).dtype);
+        Some(ResidentTensor { var: *var, region, dtype, offset: own_offset, bf16_offset })
+    };
+    storage.storage.keys().filter_map(resident).collect()
 }
 
 #[cfg(test)]

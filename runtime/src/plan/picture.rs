@@ -91,12 +91,12 @@ impl Plan {
         writeln!(out, "<h2>Actors and registers</h2>")?;
         self.write_svg(out)?;
         self.write_memory_bars(out)?;
-        writeln!(out, "<h2>Layout changes</h2><table><tr><th>phase<th>tensor<th>change<th>line")?;
+        writeln!(out, "<h2>Layout changes</h2><table><tr><th>role<th>tensor<th>change<th>line")?;
         for node in self.graph.nodes() {
             let NodeOp::Boxing(step) = &node.op else { continue };
-            let (phase, name, change) = (node.phase, escaped(&node.name), escaped(&step.to_string()));
+            let (role, name, change) = (node.role, escaped(&node.name), escaped(&step.to_string()));
             let (file, line) = (escaped(node.location.file()), node.location.line());
-            writeln!(out, "<tr><td>{phase}<td>{name}<td>{change}<td>{file}:{line}")?;
+            writeln!(out, "<tr><td>{role}<td>{name}<td>{change}<td>{file}:{line}")?;
         }
         writeln!(out, "</table>\n<h2>Parameters</h2><table><tr><th>name<th>shape<th>layout<th>devices")?;
         for var in self.graph.parameters() {

@@ -1,73 +1,103 @@
-//! Computes the number of slots of each register: the fewest credits that keep the pipeline busy.
+//! Counts the slots of each register: the most pieces that are alive at once when the step's lists run with unlimited
+//! slots. That run stays possible with so many slots, so the plan is live at any timing.
 
 use std::collections::BTreeMap;
 
-use shardflow_actors::credits;
+use shardflow_actors::spec::StreamKind;
 
-use crate::graph::{Graph, NodeOp, Phase, Rate};
-use crate::plan::assign::{Assignment, RegisterPlan};
-use crate::plan::{ActionKey, Schedule};
+use crate::graph::Rate;
+use crate::plan::assign::{ClassStorage, RegisterPlan};
+use crate::plan::schedule::{StepPlan, WorkGraph};
+use crate::plan::segments::{SegmentId, Segments};
 
-/// Relative durations from which credits are computed: of one micro-batch through one stage, and from the end of an
-/// action to the start of the waiting action on the next stage.
-const FORWARD: u64 = 10;
-const BACKWARD: u64 = 20;
-const HOP: u64 = 1;
+/// The slots of a register.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Slots {
+    pub count: u32,
+}
 
-/// The placements with forward work, in the order of the graph, which is the order of the pipeline.
-pub fn stages(graph: &Graph) -> Vec<usize> {
-    let mut stages = Vec::new();
-    for node in &graph.nodes {
-        let has_work = matches!(node.op, NodeOp::Kernel(_) | NodeOp::Custom(_)) && node.phase == Phase::Forward;
-        if has_work && !stages.contains(&node.placement) {
-            stages.push(node.placement);
+/// When each firing of each segment runs in a step with unlimited slots: start and end in ticks, by segment.
+pub struct Times<'a> {
+    segments: &'a Segments,
+    hop_ticks: u64,
+    by_segment: BTreeMap<SegmentId, Vec<(u64, u64)>>,
+}
+
+impl<'a> Times<'a> {
+    /// Compute segments run as listed. A segment of another stream runs as soon as its inputs are there, but at most one
+    /// iteration ahead of the work that reads it.
+    pub fn of(segments: &'a Segments, work: &WorkGraph, step: &StepPlan) -> Self {
+        let listed = work.work.iter().zip(&step.times).map(|(work, times)| (work.segment, times.clone()));
+        let mut times = Self { segments, hop_ticks: work.hop_ticks, by_segment: listed.collect() };
+        let mut readers: Vec<Vec<SegmentId>> = vec![Vec::new(); segments.list.len()];
+        for id in segments.ids() {
+            segments.reads[id.index()].iter().for_each(|source| readers[source.index()].push(id));
         }
+        for id in segments.ids().filter(|id| segments.get(*id).stream != StreamKind::Compute) {
+            times.place(id, &readers, work.micro_batches);
+        }
+        times
     }
-    stages
-}
 
-/// Maximum forward micro-batches in flight, by placement.
-pub fn in_flight(graph: &Graph, schedule: Schedule, micro_batches: usize) -> Vec<u32> {
-    let (stages, count) = (stages(graph), micro_batches as u32);
-    let mut out = vec![1; graph.placements.len()];
-    for (position, placement) in stages.iter().enumerate() {
-        let credits = match schedule {
-            Schedule::GPipe => count,
-            Schedule::OneFOneB => {
-                credits::pipeline(stages.len() as u32, position as u32, count, FORWARD, BACKWARD, HOP)
-            }
+    fn place(&mut self, id: SegmentId, readers: &[Vec<SegmentId>], micro_batches: u32) {
+        if self.by_segment.contains_key(&id) {
+            return;
+        }
+        let segment = self.segments.get(id);
+        let firings = segment.rate.per_step(micro_batches as usize);
+        // So that a chain of transfers ends; its times are those of the last pass.
+        self.by_segment.insert(id, vec![(0, 0); firings]);
+        for source in &self.segments.reads[id.index()] {
+            self.place(*source, readers, micro_batches);
+        }
+        let sources: Vec<SegmentId> = self.segments.reads[id.index()].iter().copied().collect();
+        let begin = |reader: &SegmentId| {
+            let times = self.by_segment.get(reader).filter(|_| self.segments.get(*reader).stream == StreamKind::Compute)?;
+            (times.len() == firings).then_some(times)
         };
-        out[*placement] = credits.clamp(1, count.max(1));
+        let first_reader = readers[id.index()].iter().filter_map(begin).min_by_key(|times| times.first().copied());
+        let mut times = Vec::with_capacity(firings);
+        for iteration in 0..firings {
+            let ready = sources.iter().map(|source| self.end(*source, iteration, firings)).max().unwrap_or(0);
+            let previous = iteration.checked_sub(1).and_then(|previous| Some(first_reader?[previous].0)).unwrap_or(0);
+            let start = ready.max(previous);
+            times.push((start, start + self.hop_ticks));
+        }
+        self.by_segment.insert(id, times);
     }
-    out
-}
 
-pub fn slots(graph: &Graph, assignment: &Assignment, in_flight: &[u32], micro_batches: usize) -> Vec<u32> {
-    let mut placement_of: BTreeMap<usize, usize> = BTreeMap::new();
-    for placement in stages(graph) {
-        placement_of.extend(graph.placements[placement].devices().iter().map(|d| (*d, placement)));
+    /// When the piece that firing `iteration` of `firings` reads is complete.
+    fn end(&self, source: SegmentId, iteration: usize, firings: usize) -> u64 {
+        let times = &self.by_segment[&source];
+        let last = if firings == 1 { times.len().saturating_sub(1) } else { iteration.min(times.len().saturating_sub(1)) };
+        times.get(last).map_or(0, |time| time.1)
     }
-    let count = |register: &RegisterPlan| {
+
+    /// The slots of each register of a class.
+    pub fn slots(&self, storage: &ClassStorage) -> Vec<Slots> {
+        storage.registers.iter().map(|register| Slots { count: self.count(register) }).collect()
+    }
+
+    fn count(&self, register: &RegisterPlan) -> u32 {
         if register.initial || register.rate == Rate::Step {
             return 1;
         }
-        let device = register.producer.0;
-        let waits_for_backward = register.readers.contains(&(device, ActionKey::Backward));
-        let producer = register.producer.1;
-        let is_backward = match producer {
-            ActionKey::Pull(id) => graph.nodes[id.index()].phase == Phase::Backward,
-            key => key == ActionKey::Backward,
+        let producer = self.segments.get(register.producer);
+        let written = &self.by_segment[&register.producer];
+        // The message that releases a slot takes a hop if it comes from another actor.
+        let released = |reader: &SegmentId, piece: usize, is_own: bool| {
+            let hop = if is_own && self.segments.get(*reader).stream == producer.stream { 0 } else { self.hop_ticks };
+            self.by_segment[reader].get(piece).map_or(0, |time| time.1 + hop)
         };
-        let flight = placement_of.get(&device).map_or(1, |p| in_flight[*p]);
-        let count = match (waits_for_backward && !is_backward, producer) {
-            // The stash: one slot for each micro-batch in flight.
-            (true, ActionKey::Forward) => flight,
-            // Transferred for forward and kept until backward: one more, so that the next transfer can overlap.
-            (true, _) => flight + 1,
-            // Double buffering: one slot is filled while the other is read.
-            (false, _) => 2,
-        };
-        count.min(micro_batches.max(1) as u32)
-    };
-    assignment.registers.iter().map(count).collect()
+        let lifetimes: Vec<(u64, u64)> = (written.iter().enumerate())
+            .map(|(piece, (start, end))| {
+                let own = register.readers.iter().map(|reader| released(reader, piece, true));
+                let others = register.transfers.iter().map(|reader| released(reader, piece, false));
+                (*start, own.chain(others).max().unwrap_or(*end))
+            })
+            .collect();
+        // Piece `n + count` takes the slot of piece `n`.
+        let fits = |count: &usize| lifetimes.iter().zip(&lifetimes[*count..]).all(|(piece, next)| piece.1 <= next.0);
+        (1..lifetimes.len()).find(fits).unwrap_or(lifetimes.len()).max(1) as u32
+    }
 }

@@ -9,7 +9,8 @@ use shardflow_kernels::collective::{CollectiveCall, CollectiveKind};
 use shardflow_kernels::op::Launch;
 use shardflow_kernels::tensor::element_count;
 
-use crate::plan::{ActionKey, BaseKey, DeviceMemory, Plan};
+use crate::plan::segments::SegmentId;
+use crate::plan::{BaseKey, DeviceMemory, HostTransfer, Plan};
 
 /// Why a plan is refused.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -70,13 +71,13 @@ fn signature(call: &CollectiveCall) -> String {
 
 /// Checks, for each group and action, that all members make the same calls in launch order.
 fn check_collectives(plan: &Plan) -> Result<(), PlanError> {
-    let mut seen: BTreeMap<(u32, ActionKey), (usize, Vec<String>)> = BTreeMap::new();
+    let mut seen: BTreeMap<(u32, SegmentId), (usize, Vec<String>)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
             let mut calls: BTreeMap<u32, Vec<String>> = BTreeMap::new();
             action.collectives().for_each(|call| calls.entry(call.group.id).or_default().push(signature(call)));
             for (group, calls) in calls {
-                let first = seen.entry((group, action.key)).or_insert_with(|| (actor.device, calls.clone()));
+                let first = seen.entry((group, action.segment)).or_insert_with(|| (actor.device, calls.clone()));
                 let longest = first.1.len().max(calls.len());
                 if let Some(at) = (0..longest).find(|i| first.1.get(*i) != calls.get(*i)) {
                     let call = |calls: &[String]| {
@@ -119,20 +120,18 @@ fn check_collective_order(plan: &Plan) -> Result<(), PlanError> {
 
 /// The host decides on a step's update after it has fetched all outputs, so no output may come from the update.
 fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
-    let key = |(actor, action): (ActorId, u32)| plan.actions[actor.0 as usize][action as usize].key;
-    for (index, actions) in plan.actions.iter().enumerate() {
-        let specs = &plan.spec.actors[index].actions;
-        let fetches = actions.iter().zip(specs).filter(|(action, _)| matches!(action.key, ActionKey::Fetch(_)));
-        for register in fetches.flat_map(|(_, spec)| spec.inputs.iter().map(|input| input.register)) {
-            let producer = plan.spec.register(register).producer;
-            let writer = plan.spec.writer(register).map(|(action, _)| key((producer, action)));
-            if matches!(writer, Some(ActionKey::Decide | ActionKey::Update)) {
-                let name = plan.spec.register_name(register);
-                let why = format!(
-                    "the host fetches register '{name}', which the update writes, but the update starts only after that fetch"
-                );
-                return Err(PlanError::Liveness(why));
-            }
+    let segments = &plan.segments;
+    let follows_decision = |id: &SegmentId| {
+        let reads = segments.reads[id.index()].iter();
+        let is_decision = |id: &SegmentId| segments.get(*id).host == Some(HostTransfer::Decide);
+        is_decision(id) || reads.into_iter().any(is_decision)
+    };
+    let fetches = segments.ids().filter(|id| segments.get(*id).host == Some(HostTransfer::Fetch));
+    for id in fetches {
+        if let Some(source) = segments.reads[id.index()].iter().find(|source| follows_decision(source)) {
+            let [fetch, source] = [id, *source].map(|id| &segments.get(id).name);
+            let why = format!("{fetch} waits for {source}, but the host starts {source} only after it has seen the results");
+            return Err(PlanError::Liveness(why));
         }
     }
     Ok(())

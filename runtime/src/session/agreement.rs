@@ -10,7 +10,7 @@ use super::outcome::Outcome;
 use crate::graph::Var;
 use crate::graph::builder::RNG_INPUT;
 use crate::plan::memory::local_part;
-use crate::plan::{ActionKey, Plan};
+use crate::plan::{HostTransfer, Plan};
 use crate::process_map::ProcessMap;
 use crate::sbp::region::contains;
 use shardflow_job::rendezvous::ranks;
@@ -74,7 +74,7 @@ pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> 
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for action in actions {
-            let (ActionKey::Feed(_), Some(host)) = (action.key, &action.host) else { continue };
+            let Some(host) = action.host.as_ref().filter(|host| host.transfer == HostTransfer::Feed) else { continue };
             for var in &host.vars {
                 let (name, region) = (&plan.graph.producer(*var).name, local_part(&plan.graph, *var, actor.device));
                 if name != RNG_INPUT && !region.is_empty() {

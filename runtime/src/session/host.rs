@@ -8,7 +8,7 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::op::{CpuArgs, CpuSlice, CpuSliceMut, CustomKernel};
 use shardflow_kernels::tensor::{HostData, HostTensor};
 
-use crate::graph::Rate;
+use crate::plan::segments::SegmentId;
 
 /// Kernel that writes the next tensors sent by the session.
 #[derive(Debug)]
@@ -20,7 +20,7 @@ pub struct HostIn {
 #[derive(Debug)]
 pub struct Fetched {
     pub device: usize,
-    pub rate: Rate,
+    pub segment: SegmentId,
     /// One tensor per buffer.
     pub tensors: Vec<HostTensor>,
 }
@@ -29,7 +29,7 @@ pub struct Fetched {
 #[derive(Debug)]
 pub struct HostOut {
     pub device: usize,
-    pub rate: Rate,
+    pub segment: SegmentId,
     pub sender: Sender<Stamped<Fetched>>,
 }
 
@@ -66,7 +66,7 @@ impl CustomKernel for HostOut {
             CpuSlice::I32(values) => HostData::I32(values.to_vec()),
         };
         let tensors = args.reads.iter().map(|r| HostTensor { shape: r.shape.to_vec(), data: copy(&r.data) }).collect();
-        let message = Stamped::new(Fetched { device: self.device, rate: self.rate, tensors });
+        let message = Stamped::new(Fetched { device: self.device, segment: self.segment, tensors });
         // A session that has ended needs no results.
         let _ = self.sender.send(message);
         Ok(())

@@ -18,7 +18,7 @@ use super::host::{Fetched, HostIn, HostOut};
 use super::ports::HostPorts;
 use crate::cluster::connector::Connections;
 use crate::graph::{Rate, Var};
-use crate::plan::{ActionKey, ActionPlan, BaseKey, Plan, threads_of};
+use crate::plan::{ActionPlan, BaseKey, HostTransfer, Plan, threads_of};
 use crate::process_map::ProcessMap;
 
 /// The external actions of these actors other than feeds, each with its firings per step.
@@ -27,7 +27,7 @@ pub(super) fn external_actions(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId,
     for actor in actors {
         let (spec, plans) = (&plan.spec.actors[actor.0 as usize], &plan.actions[actor.0 as usize]);
         for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
-            if action.external && !matches!(plan.key, ActionKey::Feed(_) | ActionKey::Decide) {
+            if action.external && plan.host.is_none() {
                 out.push((*actor, index as u32, action.per_step));
             }
         }
@@ -129,20 +129,19 @@ impl Loader<'_> {
 
     fn host_launch(&mut self, actor: ActorId, index: usize, device: usize, action: &ActionPlan) -> Option<Launch> {
         let port = action.host.as_ref()?;
-        let (kernel, reads, writes): (Arc<dyn CustomKernel>, _, _) = match action.key {
-            ActionKey::Feed(_) | ActionKey::Decide => {
-                let rate = if let ActionKey::Feed(rate) = action.key { rate } else { Rate::Step };
-                let decides = action.key == ActionKey::Decide;
+        let rate = self.plan.segments.get(action.segment).rate;
+        let (kernel, reads, writes): (Arc<dyn CustomKernel>, _, _) = match port.transfer {
+            HostTransfer::Feed | HostTransfer::Decide => {
+                let decides = port.transfer == HostTransfer::Decide;
                 let (sender, receiver) = unbounded();
                 let vars = port.vars.clone();
                 self.feeds.push(FeedPort { actor, action: index as u32, device, rate, decides, vars, sender });
                 (Arc::new(HostIn { receiver }), Vec::new(), port.buffers.clone())
             }
-            ActionKey::Fetch(rate) => {
+            HostTransfer::Fetch => {
                 let sender = self.sender.clone();
-                (Arc::new(HostOut { device, rate, sender }), port.buffers.clone(), Vec::new())
+                (Arc::new(HostOut { device, segment: action.segment, sender }), port.buffers.clone(), Vec::new())
             }
-            _ => return None,
         };
         Some(Launch { op: Op::Custom(kernel), reads, writes, accumulate: false, workspace: None })
     }

@@ -12,7 +12,7 @@ use super::step::Inputs;
 use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
-use crate::plan::ActionKey;
+use crate::plan::{HostPort, HostTransfer};
 
 /// Where a non-finite tensor was computed. Ordered by its fields, the smallest origin is the cause of the others:
 /// within a micro-batch nodes run in the program's order, and tensors of the whole step come after all micro-batches.
@@ -120,12 +120,12 @@ impl Session {
         let (actor, action) = (found.actor.0 as usize, found.action as usize);
         let (spec, plan) = (&self.plan.spec.actors[actor], &self.plan.actions[actor][action]);
         let graph = &self.plan.graph;
-        let node = match (plan.nodes.get(found.launch), plan.key) {
+        let node = match (plan.nodes.get(found.launch), &plan.host) {
             // The NaN learning rate that cancelled the update.
-            (_, ActionKey::Decide) => return None,
+            (_, Some(HostPort { transfer: HostTransfer::Decide, .. })) => return None,
             (Some(node), _) => *node,
             // The host's own tensors, which follow the launches.
-            (None, _) => graph.tensor(*plan.host.as_ref()?.vars.get(found.write)?).producer,
+            (None, host) => graph.tensor(*host.as_ref()?.vars.get(found.write)?).producer,
         };
         let per_step = u64::from(spec.actions[action].per_step).max(1);
         let once_per_step =
@@ -169,7 +169,7 @@ impl Session {
         Some(FirstNonFinite {
             tensor: var.map_or(node.name.clone(), |var| graph.tensor(**var).name.clone()),
             op: op_name(node).into(),
-            phase: node.phase,
+            role: node.role,
             micro_batch: (!origin.once_per_step).then_some(origin.micro_batch as usize),
             device: origin.device as usize,
             elements: u64::from(origin.elements),
@@ -186,7 +186,9 @@ fn op_name(node: &Node) -> &str {
         NodeOp::Boxing(_) | NodeOp::Relayout => "change of layout",
         NodeOp::Bucket { .. } => "all-reduce of gradients",
         NodeOp::NormSums { .. } => "squares of gradients",
+        NodeOp::NormTotal => "gradient norm",
         NodeOp::ClipScale { .. } => "clip scale",
+        NodeOp::Fetch => "fetch",
         NodeOp::Input => "input",
         NodeOp::Parameter { .. } | NodeOp::Bf16Copy { .. } => "parameter",
         NodeOp::State => "optimizer state",

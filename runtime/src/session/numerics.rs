@@ -8,7 +8,8 @@
 
 use std::fmt;
 
-use crate::graph::Phase;
+use shardflow_actors::label::Role;
+
 use crate::graph::optimizer::Overflow;
 use shardflow_job::text::counted;
 
@@ -47,8 +48,8 @@ pub struct FirstNonFinite {
     pub tensor: String,
     /// The operation that computes it, for instance `einsum`, `parameter` or `input`.
     pub op: String,
-    /// The phase of the step.
-    pub phase: Phase,
+    /// What the operation does in the step.
+    pub role: Role,
     /// The micro-batch; `None` for parameters and for tensors computed once per step.
     pub micro_batch: Option<usize>,
     /// The device.
@@ -83,9 +84,9 @@ impl fmt::Display for FirstNonFinite {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { tensor, op, device, elements, location, .. } = self;
         write!(f, "{tensor} ({op}), ")?;
-        match (op.as_str(), self.micro_batch, self.phase) {
+        match (op.as_str(), self.micro_batch, self.role) {
             ("parameter", ..) => {}
-            (_, Some(micro_batch), Phase::Backward) => write!(f, "backward of micro-batch {micro_batch}, ")?,
+            (_, Some(micro_batch), Role::Backward) => write!(f, "backward of micro-batch {micro_batch}, ")?,
             (_, Some(micro_batch), _) => write!(f, "forward of micro-batch {micro_batch}, ")?,
             (_, None, _) => write!(f, "at the end of the step, ")?,
         }

@@ -6,16 +6,17 @@ use shardflow_actors::remote::HostBroadcast;
 use shardflow_kernels::tensor::DType;
 
 use super::agreement::{self, SharedInput};
-use crate::graph::{Rate, Var};
-use crate::plan::{ActionKey, Plan};
+use crate::graph::Var;
+use crate::plan::segments::SegmentId;
+use crate::plan::{HostTransfer, Plan};
 use crate::process_map::ProcessMap;
 
 /// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
     pub ports: Vec<HostBroadcast>,
-    /// By device and rate: the port of a fetch, and its tensors in order.
-    pub fetches: BTreeMap<(usize, Rate), (u32, Vec<Var>)>,
+    /// By device and segment: the port of a fetch, and its tensors in order.
+    pub fetches: BTreeMap<(usize, SegmentId), (u32, Vec<Var>)>,
     /// Port of a device's resident tensor, by its index.
     pub residents: BTreeMap<(usize, usize), u32>,
     /// By process: port of its number pair, see `Session::exchange`.
@@ -31,10 +32,11 @@ impl HostPorts {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
             for action in actions {
-                if let (ActionKey::Fetch(rate), Some(host)) = (action.key, &action.host) {
+                let fetch = action.host.as_ref().filter(|host| host.transfer == HostTransfer::Fetch);
+                if let Some(host) = fetch {
                     let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
                     let port = out.add(process_map.process_of(actor.device), tensors);
-                    out.fetches.insert((actor.device, rate), (port, host.vars.clone()));
+                    out.fetches.insert((actor.device, action.segment), (port, host.vars.clone()));
                 }
             }
         }

@@ -14,9 +14,10 @@ use super::load::FeedPort;
 use super::report::StepReport;
 use super::{Session, tokens};
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
-use crate::graph::{Combine, Node, NodeOp, Rate, TensorInfo, Var};
+use crate::graph::{Combine, Node, NodeOp, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
+use crate::plan::segments::SegmentId;
 use crate::sbp::region::{combine, concat, slice_region};
 use crate::sbp::{Sbp, gather};
 use shardflow_job::requests::{Request, since_1970};
@@ -24,7 +25,7 @@ use shardflow_job::requests::{Request, since_1970};
 pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
 
 /// Fetch results of all devices: one list per firing, with one tensor per port.
-type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
+type Results = BTreeMap<(usize, SegmentId), Vec<Vec<HostTensor>>>;
 
 impl Session {
     /// Runs one step on the whole batch and returns the program's outputs; all devices are then idle. Nothing is
@@ -110,7 +111,8 @@ impl Session {
         self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
         self.start_step(inputs).map_err(|failure| self.fail(failure))?;
         let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
-        let wanted = |((_, rate), (port, _)): (&(usize, Rate), &(u32, _))| (*port, rate.per_step(micro_batches));
+        let firings = |segment: SegmentId| self.plan.segments.get(segment).rate.per_step(micro_batches);
+        let wanted = |((_, segment), (port, _)): (&(usize, SegmentId), &(u32, _))| (*port, firings(*segment));
         let wanted: Vec<_> = ports.fetches.iter().map(wanted).collect();
         self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
         let mut inbox = self.inbox.lock();
@@ -219,8 +221,9 @@ impl Session {
             let info = graph.tensor(output.tensor);
             let placement = &graph.placements[graph.placement_of(output.tensor)];
             let firings = info.rate.per_step(self.plan.micro_batches);
+            let fetch = self.plan.segments.fetch_of(graph, output.tensor);
             let shard = |device: &usize, firing: usize| {
-                let key = (*device, info.rate);
+                let key = (*device, fetch);
                 let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
                 results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
             };

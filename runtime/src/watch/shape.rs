@@ -9,7 +9,7 @@ use crate::trace::category;
 /// A plan's actors and registers in the plan's order, including those of other processes.
 pub(super) fn shape(observer: &Observer) -> Value {
     let (plan, process_map) = (observer.plan(), observer.process_map());
-    let action = |action: &ActionSpec| json!({ "name": action.name, "category": category(&action.name), "per_step": action.per_step });
+    let action = |action: &ActionSpec| json!({ "name": action.name, "category": category(action.label.role), "per_step": action.per_step });
     let actor = |actor: &ActorSpec| {
         json!({
             "name": actor.name,

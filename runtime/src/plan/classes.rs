@@ -1,0 +1,235 @@
+//! Groups devices into classes. The devices of a class hold parts of the same sizes and do the same work on them, so
+//! programs, registers and memory are computed once for each class, for its first device.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use shardflow_kernels::collective::CollectiveKind;
+use shardflow_kernels::tensor::Region;
+
+use crate::boxing::step::{BoxingStep, LocalStep, StepKind};
+use crate::graph::{Graph, Node, NodeId, NodeOp};
+use crate::placement::Placement;
+use crate::sbp::{NdSbp, Sbp, local_region};
+
+/// Index of a class in [`Classes::devices`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClassId(pub u32);
+
+impl ClassId {
+    pub(crate) fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// The classes of a mesh's devices, and the devices that transfers connect.
+#[derive(Clone, Debug, Default)]
+pub struct Classes {
+    /// By device.
+    pub of: Vec<ClassId>,
+    /// By class: its devices, in order of rank. The first represents the class.
+    pub devices: Vec<Vec<usize>>,
+    /// By transfer.
+    pub transfers: BTreeMap<NodeId, Pairs>,
+}
+
+/// The devices that a transfer connects.
+#[derive(Clone, Debug, Default)]
+pub struct Pairs {
+    /// By reading device: the devices that it reads from, in order.
+    pub sources: BTreeMap<usize, Vec<usize>>,
+    /// By device that is read: its readers, in order.
+    pub readers: BTreeMap<usize, Vec<usize>>,
+}
+
+impl Classes {
+    /// The device that represents a class.
+    pub fn representative(&self, class: ClassId) -> usize {
+        self.devices[class.index()][0]
+    }
+
+    /// All ids, in order.
+    pub fn ids(&self) -> impl Iterator<Item = ClassId> + use<> {
+        (0..self.devices.len() as u32).map(ClassId)
+    }
+
+    /// The devices that `device` reads in a transfer; none if it takes no part.
+    pub fn sources(&self, transfer: NodeId, device: usize) -> &[usize] {
+        self.transfers.get(&transfer).and_then(|pairs| pairs.sources.get(&device)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The devices that read `device` in a transfer.
+    pub fn readers(&self, transfer: NodeId, device: usize) -> &[usize] {
+        self.transfers.get(&transfer).and_then(|pairs| pairs.readers.get(&device)).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// What distinguishes devices: their work, as numbers.
+type Traits = Vec<usize>;
+
+/// Groups the devices of a graph after all passes.
+pub fn classify(graph: &Graph) -> Classes {
+    let count = graph.mesh.device_count();
+    let mut traits: Vec<Traits> = vec![Traits::new(); count];
+    for (index, placement) in graph.placements.iter().enumerate() {
+        let work = Work::of(graph, index);
+        for (position, device) in placement.devices().iter().enumerate() {
+            traits[*device].push(index);
+            work.append_traits(placement, position, &mut traits[*device]);
+        }
+    }
+    let mut classes = group(traits);
+    classes.transfers = transfers(graph);
+    refine(&mut classes);
+    classes
+}
+
+/// The distinct work of a placement's devices. Repeated layers add nothing.
+#[derive(Default)]
+struct Work<'a> {
+    tensors: BTreeSet<(&'a [usize], &'a NdSbp)>,
+    steps: Vec<&'a BoxingStep>,
+    /// Layouts of gradients whose squares are summed: only the first copy counts.
+    counted: BTreeSet<&'a NdSbp>,
+}
+
+impl<'a> Work<'a> {
+    fn of(graph: &'a Graph, placement: usize) -> Self {
+        let mut work = Self::default();
+        for node in graph.nodes.iter().filter(|node| node.placement == placement) {
+            let tensors = node.outputs.iter().map(|var| (graph.shape(*var), graph.layout(*var)));
+            work.tensors.extend(tensors);
+            match &node.op {
+                NodeOp::Boxing(step) if work.steps.iter().all(|other| !is_alike(other, step)) => work.steps.push(step),
+                NodeOp::NormSums { .. } => work.counted.extend(node.inputs.iter().map(|var| graph.layout(*var))),
+                _ => {}
+            }
+        }
+        work
+    }
+
+    fn append_traits(&self, placement: &Placement, position: usize, traits: &mut Traits) {
+        let mut append_size = |region: &Region| traits.extend(&region.size);
+        for (shape, layout) in &self.tensors {
+            append_size(&local_region(shape, layout, placement, position));
+        }
+        for step in &self.steps {
+            append_step(step, position, traits);
+        }
+        let coords = placement.coords(position);
+        let is_counted = |layout: &&NdSbp| layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
+        traits.extend(self.counted.iter().map(|layout| usize::from(is_counted(layout))));
+    }
+}
+
+fn is_alike(a: &BoxingStep, b: &BoxingStep) -> bool {
+    (a.kind, &a.shape, &a.from, &a.to) == (b.kind, &b.shape, &b.from, &b.to)
+}
+
+fn append_step(step: &BoxingStep, position: usize, traits: &mut Traits) {
+    match step.local(position) {
+        LocalStep::Keep => traits.push(0),
+        LocalStep::Local { fill, copy } => {
+            traits.extend([1, usize::from(fill.is_some())]);
+            traits.extend(copy.iter().flat_map(|(src, _)| &src.size));
+        }
+        LocalStep::Call(call) => {
+            traits.extend([2, call.ranks.len()]);
+            traits.extend(parts(&call.kind).flat_map(|region| &region.size));
+        }
+        LocalStep::Pull(pulls) => {
+            traits.extend([3, pulls.len()]);
+            traits.extend(pulls.iter().flat_map(|pull| &pull.src.size));
+        }
+    }
+}
+
+/// The regions of a collective's members.
+fn parts(kind: &CollectiveKind) -> impl Iterator<Item = &Region> {
+    let (first, second): (&[Region], &[Region]) = match kind {
+        CollectiveKind::AllGather { parts } | CollectiveKind::ReduceScatter { parts, .. } => (parts, &[]),
+        CollectiveKind::AllToAll { sources, targets } => (sources, targets),
+        _ => (&[], &[]),
+    };
+    first.iter().chain(second)
+}
+
+/// Devices with equal traits form a class; classes are ordered by their first devices.
+fn group(traits: Vec<Traits>) -> Classes {
+    let mut classes = Classes::default();
+    let mut known: HashMap<Traits, ClassId> = HashMap::new();
+    for (device, traits) in traits.into_iter().enumerate() {
+        let class = *known.entry(traits).or_insert_with(|| {
+            classes.devices.push(Vec::new());
+            ClassId(classes.devices.len() as u32 - 1)
+        });
+        classes.devices[class.index()].push(device);
+        classes.of.push(class);
+    }
+    classes
+}
+
+/// Splits classes until their devices exchange data with devices of the same classes.
+fn refine(classes: &mut Classes) {
+    loop {
+        let traits = (0..classes.of.len()).map(|device| peer_traits(classes, device)).collect();
+        let Classes { of, devices, .. } = group(traits);
+        let is_stable = devices.len() == classes.devices.len();
+        (classes.of, classes.devices) = (of, devices);
+        if is_stable {
+            return;
+        }
+    }
+}
+
+fn peer_traits(classes: &Classes, device: usize) -> Traits {
+    let mut traits = vec![classes.of[device].index()];
+    for pairs in classes.transfers.values() {
+        let class = |other: &usize| if *other == device { usize::MAX } else { classes.of[*other].index() };
+        if let Some(sources) = pairs.sources.get(&device) {
+            traits.extend(sources.iter().map(class));
+        }
+        // How many devices read it changes nothing, only whether one of each class does.
+        if let Some(readers) = pairs.readers.get(&device) {
+            let readers: BTreeSet<usize> = readers.iter().map(class).collect();
+            traits.extend(readers);
+        }
+        traits.push(usize::MAX - 1);
+    }
+    traits
+}
+
+fn transfers(graph: &Graph) -> BTreeMap<NodeId, Pairs> {
+    let mut known: Vec<(&BoxingStep, Pairs)> = Vec::new();
+    let mut transfers = BTreeMap::new();
+    for (index, node) in graph.nodes.iter().enumerate() {
+        let Node { op: NodeOp::Boxing(step), .. } = node else { continue };
+        if step.kind != StepKind::Transfer {
+            continue;
+        }
+        let pairs = match known.iter().find(|(other, _)| is_alike(other, step)) {
+            Some((_, pairs)) => pairs.clone(),
+            None => {
+                let pairs = pairs(step);
+                known.push((step, pairs.clone()));
+                pairs
+            }
+        };
+        transfers.insert(NodeId(index as u32), pairs);
+    }
+    transfers
+}
+
+fn pairs(step: &BoxingStep) -> Pairs {
+    let mut pairs = Pairs::default();
+    for (position, &device) in step.to.placement.devices().iter().enumerate() {
+        let LocalStep::Pull(pulls) = step.local(position) else { continue };
+        let sources: BTreeSet<usize> = pulls.iter().map(|pull| pull.from_device).collect();
+        for source in &sources {
+            pairs.readers.entry(*source).or_default().push(device);
+        }
+        if !sources.is_empty() {
+            pairs.sources.insert(device, sources.into_iter().collect());
+        }
+    }
+    pairs
+}

@@ -1,0 +1,131 @@
+//! Plays a step in virtual time: whenever the sites of ready work are free, the work with the first priority runs. So
+//! the lists cannot deadlock, and all sites run the work that they share in one order.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, BinaryHeap};
+
+use super::{Entry, Rules, StepPlan, WorkGraph};
+
+pub(super) fn play(graph: &WorkGraph, rules: &Rules) -> StepPlan {
+    let mut player = Player::new(graph, rules);
+    (0..graph.work.len()).for_each(|work| player.enable(work));
+    loop {
+        player.start_ready();
+        let Some(Reverse(next)) = player.events.pop() else { break };
+        player.now = next;
+    }
+    let Player { lists, times, in_flight, .. } = player;
+    StepPlan { lists, times, in_flight, priorities: rules.priorities.clone() }
+}
+
+struct Player<'a> {
+    graph: &'a WorkGraph,
+    rules: &'a Rules,
+    /// By work: the work that waits for it.
+    readers: Vec<Vec<usize>>,
+    now: u64,
+    /// Times at which sites become free or work becomes ready.
+    events: BinaryHeap<Reverse<u64>>,
+    /// By site.
+    free_at: Vec<u64>,
+    /// Work whose next firing waits for nothing that has not begun, by priority; with the time when it is ready.
+    enabled: BTreeSet<(i32, Reverse<usize>)>,
+    ready_at: Vec<u64>,
+    lists: Vec<Vec<Entry>>,
+    times: Vec<Vec<(u64, u64)>>,
+    in_flight: Vec<u32>,
+}
+
+impl<'a> Player<'a> {
+    fn new(graph: &'a WorkGraph, rules: &'a Rules) -> Self {
+        let count = graph.work.len();
+        let mut readers: Vec<Vec<usize>> = vec![Vec::new(); count];
+        for (index, work) in graph.work.iter().enumerate() {
+            work.needs.iter().for_each(|(need, _)| readers[*need].push(index));
+        }
+        Self {
+            graph,
+            rules,
+            readers,
+            now: 0,
+            events: BinaryHeap::new(),
+            free_at: vec![0; graph.sites],
+            enabled: BTreeSet::new(),
+            ready_at: vec![0; count],
+            lists: vec![Vec::new(); graph.sites],
+            times: vec![Vec::new(); count],
+            in_flight: vec![0; count],
+        }
+    }
+
+    /// Enables the next firing of this work if all that it waits for has begun.
+    fn enable(&mut self, index: usize) {
+        let work = &self.graph.work[index];
+        let iteration = self.times[index].len();
+        if iteration == work.firings as usize {
+            return;
+        }
+        let mut ready_at = 0;
+        for (need, hop) in &work.needs {
+            let times = &self.times[*need];
+            // Work of the whole step waits for all micro-batches, and is waited for by all.
+            let last = match (work.firings, self.graph.work[*need].firings) {
+                (1, all) => all as usize - 1,
+                (_, 1) => 0,
+                _ => iteration,
+            };
+            let Some((_, end)) = times.get(last) else { return };
+            ready_at = ready_at.max(end + if *hop { self.graph.hop_ticks } else { 0 });
+        }
+        self.ready_at[index] = ready_at;
+        self.enabled.insert((self.rules.priorities[index], Reverse(index)));
+        if ready_at > self.now {
+            self.events.push(Reverse(ready_at));
+        }
+    }
+
+    /// Starts all work that can start now. Ready work keeps its sites free of work with a later priority.
+    fn start_ready(&mut self) {
+        let mut reserved: BTreeSet<usize> = BTreeSet::new();
+        let candidates: Vec<usize> = self.enabled.iter().map(|(_, Reverse(index))| *index).collect();
+        for index in candidates {
+            if self.ready_at[index] > self.now || self.open(index) >= self.rules.in_flight_max[index] {
+                continue;
+            }
+            let sites = &self.graph.work[index].sites;
+            if sites.iter().all(|site| self.free_at[*site] <= self.now && !reserved.contains(site)) {
+                self.start(index);
+            }
+            reserved.extend(sites);
+        }
+    }
+
+    fn start(&mut self, index: usize) {
+        let work = &self.graph.work[index];
+        let iteration = self.times[index].len() as u32;
+        let end = self.now + work.ticks;
+        self.times[index].push((self.now, end));
+        self.in_flight[index] = self.in_flight[index].max(self.open(index));
+        for site in &work.sites {
+            self.free_at[*site] = end;
+            self.lists[*site].push(Entry { work: index, iteration });
+        }
+        self.events.push(Reverse(end));
+        self.enabled.remove(&(self.rules.priorities[index], Reverse(index)));
+        self.enable(index);
+        for reader in self.readers[index].clone() {
+            let key = (self.rules.priorities[reader], Reverse(reader));
+            if !self.enabled.contains(&key) {
+                self.enable(reader);
+            }
+        }
+    }
+
+    /// Number of micro-batches that this work has begun and that are not closed.
+    fn open(&self, index: usize) -> u32 {
+        let ended = |closing: &usize| self.times[*closing].partition_point(|(_, end)| *end <= self.now) as u32;
+        let begun = self.times[index].len() as u32;
+        let closing = &self.graph.work[index].closed_by;
+        closing.iter().map(ended).min().map_or(0, |closed| begun - closed.min(begun))
+    }
+}

@@ -1,0 +1,47 @@
+//! One forward, one backward: Narayanan et al. 2019, <https://arxiv.org/abs/1806.03377>. A backward runs as soon as it
+//! can. A forward may run ahead of its backward by the number of micro-batches that keeps all later stages busy.
+
+use shardflow_actors::credits;
+use shardflow_actors::label::Role;
+
+use super::{Rules, WorkGraph};
+
+pub(super) fn rules(graph: &WorkGraph) -> Rules {
+    let priorities = graph.work.iter().map(|work| match work.role {
+        Role::Backward => 0,
+        Role::Forward => 1,
+        _ => 2,
+    });
+    let ticks = |role: Role| graph.work.iter().filter(|work| work.role == role).map(|work| work.ticks).max();
+    let (forward, backward) = (ticks(Role::Forward).unwrap_or(1), ticks(Role::Backward).unwrap_or(0));
+    let credits = |hops: u32| credits::pipeline(hops + 1, 0, graph.micro_batches, forward, backward, graph.hop_ticks);
+    let in_flight_max = hops_to_end(graph).into_iter().map(credits);
+    Rules { priorities: priorities.collect(), in_flight_max: in_flight_max.collect() }
+}
+
+/// By work: the largest number of hops from it to the end of the forward work.
+fn hops_to_end(graph: &WorkGraph) -> Vec<u32> {
+    let mut readers: Vec<Vec<(usize, u32)>> = vec![Vec::new(); graph.work.len()];
+    for (index, work) in graph.work.iter().enumerate().filter(|(_, work)| work.role == Role::Forward) {
+        for (need, hop) in &work.needs {
+            readers[*need].push((index, u32::from(*hop)));
+        }
+    }
+    let mut hops = vec![None; graph.work.len()];
+    for index in 0..graph.work.len() {
+        // Depth first, with an explicit stack: a program may be longer than the thread's own stack.
+        let mut open = vec![index];
+        while let Some(&at) = open.last() {
+            let next = readers[at].iter().find(|(reader, _)| hops[*reader].is_none());
+            match next {
+                Some((reader, _)) => open.push(*reader),
+                None => {
+                    let longest = readers[at].iter().map(|(reader, hop)| hops[*reader].unwrap_or(0) + hop).max();
+                    hops[at] = Some(longest.unwrap_or(0));
+                    open.pop();
+                }
+            }
+        }
+    }
+    hops.into_iter().flatten().collect()
+}
