@@ -1,4 +1,4 @@
-//! Passes the optimisation level on to the crate: unoptimised kernels are too slow to train with.
+//! Passes the optimisation level to the crate, because unoptimised kernels are too slow for training.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");

@@ -19,7 +19,7 @@ pub struct GptArgs {
     /// Text to train on; the default is this repository's own sources and docs.
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
-    /// Devices along each mesh axis, such as data=2,stage=2,tensor=2; an axis not named has one.
+    /// Devices along each mesh axis, such as data=2,stage=2,tensor=2. An axis that is not listed has one device.
     #[arg(long, value_name = "AXIS=N,..", default_value = "data=1,stage=1,tensor=1", value_parser = mesh)]
     pub mesh: Mesh,
     /// Order of forward and backward work in a pipeline.
@@ -28,7 +28,7 @@ pub struct GptArgs {
     /// Kind of devices in the mesh; in one process, several devices of the mesh may share a GPU.
     #[arg(long, value_enum, default_value_t = DeviceArg::Cpu)]
     pub device: DeviceArg,
-    /// Type in which activations and their gradients are stored; weights, their gradients and the update are always
+    /// Storage type of activations and their gradients. Weights, their gradients and the optimizer update always use
     /// f32.
     #[arg(long, value_enum, default_value_t = Precision::F32)]
     pub precision: Precision,
@@ -38,8 +38,8 @@ pub struct GptArgs {
     /// CPU threads of each device; by default the cores of this process are divided evenly.
     #[arg(long, value_name = "N")]
     pub threads_per_device: Option<usize>,
-    /// Memory of each device in MiB that the plan must fit in; by default the free memory of each GPU. CPU devices must
-    /// also fit in the free memory of their node.
+    /// Memory limit of each device in MiB. By default, a GPU's limit is its free memory. CPU devices must also fit
+    /// together in the free memory of their node.
     #[arg(long, value_name = "MIB")]
     pub memory_mib: Option<usize>,
     /// Transformer layers.
@@ -69,8 +69,8 @@ pub struct GptArgs {
     /// Probability of dropping an activation.
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     pub dropout: f32,
-    /// Seed of the initial weights, of dropout and of the text generated at the end; the seed of a checkpoint replaces
-    /// it.
+    /// Seed of the initial weights, of dropout and of the generated text. A resumed training uses the seed of its
+    /// checkpoint instead.
     #[arg(long, value_name = "N", default_value_t = 1337)]
     pub seed: u64,
     /// Characters to generate with the trained model at the end; 0 for none.
@@ -85,11 +85,11 @@ pub struct GptArgs {
     /// Write the trained parameters to this file.
     #[arg(long, value_name = "FILE.safetensors")]
     pub save: Option<PathBuf>,
-    /// Start from the parameters in this file, with fresh optimizer state; not used when training continues from a
-    /// checkpoint.
+    /// Start from the parameters in this file with fresh optimizer state. This flag has no effect when training
+    /// continues from a checkpoint.
     #[arg(long, value_name = "FILE.safetensors")]
     pub init_from: Option<PathBuf>,
-    /// Save checkpoints here, and continue from the newest one, see --resume.
+    /// Save checkpoints here. --resume sets whether training continues from the newest one.
     #[arg(long, value_name = "DIR")]
     pub checkpoint: Option<String>,
     /// Whether training continues from an existing checkpoint.
@@ -101,34 +101,34 @@ pub struct GptArgs {
     /// Number of newest checkpoints that are kept.
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub checkpoint_keep: usize,
-    /// In addition to the newest, keep checkpoints of steps that are multiples of N permanently.
+    /// Keep every checkpoint whose step is a multiple of N permanently, in addition to the newest ones.
     #[arg(long, value_name = "N")]
     pub checkpoint_keep_every: Option<u64>,
     /// Policy for a step whose loss or gradients are not finite; such a step never changes a weight.
     #[arg(long, value_enum, default_value_t = NonFiniteArg::Stop)]
     pub on_non_finite: NonFiniteArg,
-    /// Abort with code 79 and the cause after this long without progress; a warning comes first, after 10 s or the time
-    /// of five steps.
+    /// Abort with exit code 79 and the cause after this long without progress. A warning comes first, after the time of
+    /// five steps but at least 10 s.
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub hang_timeout: u64,
-    /// Serve Prometheus metrics, the live page and the session's health here, without a value at 127.0.0.1:9400;
-    /// process n of several listens on this port plus n.
+    /// Serve Prometheus metrics, the live page and the session's health at this address; --listen alone means
+    /// 127.0.0.1:9400. With several processes, process n listens on this port plus n.
     #[arg(long, value_name = "ADDRESS:PORT", num_args = 0..=1, default_missing_value = client::ADDRESS, value_parser = client::address)]
     pub listen: Option<SocketAddr>,
-    /// Peak of one device, in 10^12 floating-point operations per second; enables the metric of its utilisation (MFU).
+    /// Peak speed of one device in 10^12 floating-point operations per second; enables the utilisation metric (MFU).
     #[arg(long, value_name = "N")]
     pub peak_tflops: Option<f64>,
-    /// Write a trace of all actors to this file, for ui.perfetto.dev; process n of several writes FILE.n.
+    /// Write a trace of all actors to this file, for ui.perfetto.dev. With several processes, process n writes FILE.n.
     #[arg(long, value_name = "FILE.json")]
     pub trace: Option<PathBuf>,
     /// Size in MiB at which the trace ends; the training continues.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub trace_mib: u64,
-    /// Action of all processes after the step on SIGUSR1, a notice of preemption.
+    /// Action of all processes on SIGUSR1, a notice of preemption. They take it after the current step.
     #[arg(long, value_enum, default_value_t = OnUsr1Arg::Checkpoint)]
     pub on_usr1: OnUsr1Arg,
-    /// Under Slurm, save a checkpoint and end with code 75 before the job's end time, earlier by this margin plus the
-    /// time of a step and a save.
+    /// Under Slurm, save a checkpoint and end with code 75 before the job's end time. The lead time is this margin plus
+    /// the time of one step and one save.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub job_end_margin: u64,
 }
@@ -153,7 +153,7 @@ pub enum NonFiniteArg {
     Rollback,
 }
 
-/// Names of kinds of devices.
+/// Device kinds that `--device` accepts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum DeviceArg {
     /// Threads of this machine.
@@ -186,7 +186,7 @@ fn usage(text: String) -> ProgramError {
     ProgramError::new(Exit::Usage, text, "`gpt --help` lists the flags with their defaults")
 }
 
-/// Sizes that do not divide in a pipeline have the code of a refused plan; the width has that of a usage error.
+/// Returns a usage error if the heads do not divide the width. Any other size gets the exit code of a refused plan.
 fn uneven(error: &UnevenSize) -> ProgramError {
     let &UnevenSize { size, value, divisor, parts } = error;
     let (below, above) = (value / parts * parts, error.next_value());
@@ -206,7 +206,7 @@ impl GptArgs {
     /// Checks the flags against each other.
     ///
     /// # Errors
-    /// The first flag that cannot be used, with its number.
+    /// Returns the first flag that cannot be used, with its value.
     pub fn check(&self) -> Result<(), ProgramError> {
         let at_least_one = [
             ("--micro-batches", self.micro_batches as u64),
@@ -264,14 +264,14 @@ impl GptArgs {
         Ok(())
     }
 
-    /// The trace of a process of several, each of which writes a separate file.
+    /// Returns the path of this process's trace. With several processes, each one writes a separate file.
     pub fn trace_of(&self, process: u32, processes: u32) -> Option<PathBuf> {
         let numbered = |path: &PathBuf| PathBuf::from(format!("{}.{process}", path.display()));
         if processes > 1 { self.trace.as_ref().map(numbered) } else { self.trace.clone() }
     }
 
-    /// Checks that no output file of one of the processes is also used by another flag. Starting from a file and saving
-    /// to it is allowed.
+    /// Checks that no other flag names an output file of any process. The same file is allowed for `--init-from` and
+    /// `--save`.
     ///
     /// # Errors
     /// The first two flags that name the same file.
@@ -303,8 +303,8 @@ impl GptArgs {
         GptConfig { vocabulary, layers, heads, width, context, batch, dropout }
     }
 
-    /// Threads of each device: the flag's value, or an even share of `cores` for the devices on this machine, and at
-    /// least one.
+    /// Returns the number of threads of each device: the flag's value, or an even share of `cores` among the devices on
+    /// this machine. The result is at least one.
     pub fn threads(&self, cores: usize, devices_here: usize) -> usize {
         self.threads_per_device.unwrap_or(cores / devices_here.max(1)).clamp(1, THREADS_MAX)
     }
@@ -321,7 +321,7 @@ mod tests {
         flags::parse(std::iter::once(&"gpt").chain(flags))
     }
 
-    /// Error and hint.
+    /// Returns the error and the hint for these flags.
     fn check(flags: &str) -> String {
         let args = parse(&flags.split(' ').collect::<Vec<_>>()).unwrap();
         let error = args.check().unwrap_err();

@@ -1,5 +1,5 @@
-//! Text as training data: bytes are numbered by rank, and a counter chooses the batches, so that every layout and every
-//! number of micro-batches gets the same samples.
+//! Text as training data, with one token per byte. A counter selects the samples, so they are the same for every layout
+//! and every number of micro-batches.
 
 use std::path::Path;
 
@@ -17,19 +17,19 @@ fn unreadable(path: &Path, cause: &std::io::Error) -> ProgramError {
     ProgramError::new(Exit::Usage, format!("cannot read data file {}: {cause}", path.display()), hint)
 }
 
-/// A text as token ids. A token is a byte; its id is its rank among the bytes that occur.
+/// A text as token ids. Each byte is a token; its id is the byte's index in the sorted list of distinct bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Text {
     /// Byte of each token id.
     vocabulary: Vec<u8>,
     /// First nine tenths of the text.
     train: Vec<i32>,
-    /// Identity of the text.
+    /// Length and checksum of the text.
     identity: String,
 }
 
 impl Text {
-    /// Reads a file, or the default text when `path` is `None`; it must hold a sample of `context` tokens.
+    /// Reads a file, or the default text when `path` is `None`. The text must hold a sample of `context` tokens.
     ///
     /// # Errors
     /// A missing, empty or too short file.
@@ -46,7 +46,7 @@ impl Text {
         }
     }
 
-    /// Makes a text from bytes; `path` is their source, for errors.
+    /// Makes a text from `bytes`. Error messages name `path` as the source.
     ///
     /// # Errors
     /// No bytes, or too few for one sample.
@@ -97,10 +97,10 @@ impl Text {
         self.train.len()
     }
 
-    /// `count` samples from number `first` on: token ids and targets, each `[count, context]`, row-major.
+    /// Returns `count` samples from sample `first` on: token ids and targets, each `[count, context]`, row-major.
     ///
     /// # Panics
-    /// When `context` is not shorter than the training part, which [`Text::load`] has checked.
+    /// If `context` is not shorter than the training part; [`Text::load`] checks this.
     pub fn samples(&self, first: u64, count: usize, context: usize) -> (Vec<i32>, Vec<i32>) {
         let starts = (self.train.len() - context) as u64;
         let (mut ids, mut targets) = (Vec::with_capacity(count * context), Vec::with_capacity(count * context));
@@ -112,7 +112,7 @@ impl Text {
         (ids, targets)
     }
 
-    /// The tokens that generated text starts from: a newline, or the first token of a text without newlines.
+    /// Returns the prompt for generated text: a newline, or the first token of a text without newlines.
     pub fn prompt(&self) -> Vec<i32> {
         self.encode(b"\n").unwrap_or_else(|| self.train[..1].to_vec())
     }
@@ -189,7 +189,7 @@ mod tests {
         assert_eq!(t.decode(&[-1, 5, 99]), "\u{FFFD}h\u{FFFD}");
     }
 
-    /// `mix(4242 + k) % 86` for k = 6, 7, 8, computed in numpy.
+    /// The expected starts are `mix(4242 + k) % 86` for k = 6, 7, 8, computed with numpy.
     #[test]
     fn samples_follow_the_counter() {
         let bytes: Vec<u8> = (0..100).collect();
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn the_shortest_text_has_one_sample() {
-        // Nine tenths of 6 bytes are 5: a sample of 4 and its targets.
+        // The training part is nine tenths of 6 bytes, rounded down to 5: one sample of 4 tokens and its targets.
         assert_eq!(text(b"abcdef", 4).unwrap().samples(7, 1, 4), (vec![0, 1, 2, 3], vec![1, 2, 3, 4]));
         let error = text(b"abcdef", 5).unwrap_err().to_string();
         assert_eq!(

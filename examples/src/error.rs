@@ -1,4 +1,4 @@
-//! Why `gpt` ends early: texts, exit codes, and hints that name its flags.
+//! The errors of `gpt`: texts, exit codes, and hints that name its flags.
 
 use shardflow::checkpoint::error::StoreOperation;
 use shardflow::checkpoint_manager::ManagerError;
@@ -15,15 +15,15 @@ use shardflow::watch::WatchError;
 /// State that a training saved before it ended on request.
 #[derive(Debug)]
 pub enum Saved {
-    /// The last step was done, and all files are written.
+    /// The last step is done, and all files are written.
     All,
-    /// A checkpoint of the last step, in this store, and whether the command may continue from it.
+    /// A checkpoint of the last step is saved in this store. The second field is the command's resume policy.
     Checkpoint(String, Resume),
     /// Nothing is saved.
     Nothing,
 }
 
-/// Why the program ends early.
+/// The reason why the program ends early.
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the texts say it")]
 pub enum GptError {
@@ -58,7 +58,7 @@ pub enum GptError {
     Ended { exit: Exit, steps: u64, process: u32, saved: Saved },
 }
 
-/// The flag that causes an error of the checkpoints.
+/// Returns the flag that causes a checkpoint error, for the beginning of the error text.
 fn flag_of(error: &ManagerError) -> &'static str {
     match error {
         ManagerError::Store(_) => "--checkpoint ",
@@ -67,7 +67,7 @@ fn flag_of(error: &ManagerError) -> &'static str {
     }
 }
 
-/// The signal or event that requested the end.
+/// Returns the signal or event that requested the end.
 fn requester(exit: Exit) -> &'static str {
     match exit {
         Exit::Signal(1) => "SIGHUP",
@@ -136,13 +136,13 @@ impl GptError {
             Self::InitFrom(error) | Self::Save(error) => error.first_cause_rank(),
             Self::Session(error) => error.first_cause_rank(),
             Self::Checkpoints(error) => error.session().and_then(SessionError::first_cause_rank),
-            // No other process failed. With code 75, this prevents the launcher from restarting the process.
+            // This process is the first cause. With this rank and code 75, the launcher does not restart it.
             Self::Ended { process, .. } => Some(*process),
             _ => None,
         }
     }
 
-    /// What the user can change.
+    /// Suggests what the user can change.
     fn hint(&self) -> String {
         let hint = match self {
             Self::Usage(error) => &error.hint,
@@ -181,7 +181,7 @@ impl GptError {
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
         };
         match self {
-            // No policy helps when the loaded parameters are at fault.
+            // Another policy does not help if the loaded parameters have Inf or NaN.
             Self::Session(SessionError::NonFinite(found)) if !is_loaded(found) => {
                 format!("{hint}; --on-non-finite selects another policy")
             }
@@ -223,7 +223,7 @@ fn cluster_hint(error: &ClusterError) -> &'static str {
         Exit::PeerUnavailable => {
             "check that all ranks are started with the same program and flags, and can reach rank 0"
         }
-        // The error states the cause.
+        // The error text already states the cause.
         _ => "",
     }
 }
@@ -258,7 +258,7 @@ fn session_hint(error: &SessionError) -> &'static str {
     }
 }
 
-/// What the user can change so that a step is finite. The moments of AdamW depend on the gradients alone.
+/// Suggests how to keep steps finite. Clipping helps if a moment overflows: moments depend only on gradients.
 fn non_finite_hint(found: &NonFinite) -> &'static str {
     if is_loaded(found) {
         return "the file or checkpoint that the parameters were loaded from has Inf or NaN: give another one";
@@ -270,12 +270,12 @@ fn non_finite_hint(found: &NonFinite) -> &'static str {
     }
 }
 
-/// True if a loaded parameter is not finite. No step leaves one.
+/// True if a loaded parameter is not finite. A step never stores a parameter that is not finite.
 fn is_loaded(found: &NonFinite) -> bool {
     found.first.as_ref().is_some_and(|first| first.op == "parameter")
 }
 
-/// What the user can change so that checkpoints can be used.
+/// Suggests how to fix an error of the checkpoint manager.
 fn manager_hint(error: &ManagerError) -> &'static str {
     match error {
         ManagerError::Store(error) | ManagerError::Snapshot(error) => match &**error {
@@ -294,7 +294,7 @@ fn checkpoint_hint(error: &CheckpointError) -> &'static str {
     use std::io::ErrorKind;
     let is_read = |doing: &StoreOperation| matches!(doing, StoreOperation::Read | StoreOperation::List);
     match (error, error.io_kind()) {
-        // The error states the hint.
+        // The error text already contains a hint.
         (CheckpointError::Thread(_), _) => "",
         (CheckpointError::Absent { .. }, _) => {
             "give the folder that has the checkpoint, or --resume auto to start from step 0"
@@ -339,7 +339,7 @@ mod tests {
         GptError::Session(error.into()).hint()
     }
 
-    /// A failure that another rank reports does not get the hint to start all ranks.
+    /// If another rank reports the failure, the hint does not advise to start all ranks.
     #[test]
     fn hints_fit_the_cause() {
         let refused = |exit| {

@@ -11,7 +11,7 @@ use shardflow::prelude::*;
 pub struct StepRecord {
     /// Number of the step, from 0.
     pub step: u64,
-    /// Mean over the step's tokens, before the update.
+    /// Mean loss over the step's tokens, before the update.
     pub loss: f64,
     /// Norm of the whole gradient before clipping; `null` if it is not computed.
     pub grad_norm: Option<f64>,
@@ -26,7 +26,7 @@ pub struct StepRecord {
 pub struct DeviceMemoryRecord {
     /// Rank in the mesh.
     pub device: usize,
-    /// Peak memory by the plan.
+    /// Peak memory that the plan predicts.
     pub planned_peak_bytes: usize,
     /// Peak memory during the run.
     pub measured_peak_bytes: usize,
@@ -56,8 +56,8 @@ pub struct Totals {
     pub devices: Vec<DeviceMemoryRecord>,
 }
 
-/// Progress on stdout: a line every few steps and each minute, and always for the first and the last step. On a
-/// terminal, a live line below them is updated at most once per second.
+/// Progress on stdout: a line for the first and the last step, every few steps, and after a minute without a line. On a
+/// terminal, a live line below the other lines is updated at most once per second.
 #[derive(Debug)]
 pub struct Progress {
     steps: u64,
@@ -71,31 +71,31 @@ pub struct Progress {
     is_open: bool,
 }
 
-/// Returns to the start of the line, clears it, and disables line wrap, so that a long line is cut off.
+/// Returns to the start of the line, clears it, and disables line wrap. The terminal then cuts off a long line.
 const CLEAR_LINE: &str = "\r\x1b[K\x1b[?7l";
 const ENABLE_WRAP: &str = "\x1b[?7h";
 
 /// Longest time without a line, so that a reader of a file sees that the run continues.
 const SILENT_MAX: Duration = Duration::from_secs(60);
 
-/// Which steps are shown.
+/// Selects the steps to show. A step is due if either rule holds.
 #[derive(Debug)]
 struct Pace {
-    /// Steps that are multiples of this.
+    /// Rule 1: the step's number is a multiple of this.
     steps: Option<u64>,
-    /// The first step after this time without a line.
+    /// Rule 2: this much time has passed without a line.
     silent_max: Duration,
     /// Time of the last line.
     last: Option<Duration>,
 }
 
 impl Pace {
-    /// Every N steps, and [`SILENT_MAX`] after the last line.
+    /// Steps are due every `every` steps, and [`SILENT_MAX`] after the last line.
     fn steps(every: u64) -> Self {
         Self { steps: Some(every), silent_max: SILENT_MAX, last: Some(Duration::ZERO) }
     }
 
-    /// Once per second.
+    /// Steps are due once per second.
     fn seconds() -> Self {
         Self { steps: None, silent_max: Duration::from_secs(1), last: None }
     }
@@ -219,7 +219,7 @@ mod tests {
         };
         let live = |step| format!("\r\x1b[K\x1b[?7l{}\x1b[?7h", line(step));
         let lines = |step| format!("{}\n", live(step));
-        // Each step takes a minute, so each has a line.
+        // Each step takes a minute, so each step is printed on its own line.
         assert_eq!(texts(Some(Pace::seconds())), [1, 2, 3, 4, 5].map(lines).concat());
         assert_eq!(texts(None), [1, 2, 3, 4, 5].map(|step| format!("{}\n", line(step))).concat());
         let (pace, start) = (Pace::steps(3), Instant::now());

@@ -10,7 +10,7 @@ use shardflow::session::bytes_alone;
 /// Logits are divided by this before a token is drawn. A value below 1 makes likely tokens more likely.
 const TEMPERATURE: f64 = 0.8;
 
-/// Draws tokens of one model, forward only, on one device.
+/// Generates tokens with the forward pass of one model, on one device.
 pub struct Sampler {
     plan: Plan,
     context: usize,
@@ -30,7 +30,7 @@ impl Sampler {
         Ok(Self { plan: compile(g, &options)?, context: config.context })
     }
 
-    /// Bytes that [`Sampler::run`] needs besides the parameters that it is given.
+    /// Returns the bytes that [`Sampler::run`] needs in addition to its argument `parameters`.
     pub fn bytes(&self) -> u64 {
         bytes_alone(&self.plan).saturating_add(loading_bytes(&self.plan))
     }
@@ -47,7 +47,7 @@ impl Sampler {
         count: usize,
         seed: u64,
     ) -> Result<Vec<i32>, SessionError> {
-        // Its metrics must not count as those of the training.
+        // The sampler's metrics must not be added to those of the training.
         let options = SessionOptions { publishes_metrics: false, ..SessionOptions::default() };
         let mut session = Session::start(self.plan, &options)?;
         session.set_parameters(parameters)?;
@@ -68,7 +68,7 @@ impl Sampler {
     }
 }
 
-/// Bytes of each parameter as a whole tensor.
+/// Returns the bytes of each parameter as a whole tensor.
 fn parameter_bytes(plan: &Plan) -> impl Iterator<Item = u64> {
     plan.graph.parameters().into_iter().map(|v| 4 * plan.graph.shape(v).iter().product::<usize>() as u64)
 }
@@ -77,29 +77,29 @@ fn largest_parameter_bytes(plan: &Plan) -> u64 {
     parameter_bytes(plan).max().unwrap_or(0)
 }
 
-/// Bytes besides the plan of a process while it loads parameters from a file: a tensor of the file and its elements as
-/// f32, then those and a device's part.
+/// Returns the bytes that a process needs besides its plan to load parameters from a file. It holds a tensor of the
+/// file together with the same elements as f32, and later the f32 elements together with one device's part.
 pub fn loading_bytes(plan: &Plan) -> u64 {
     2 * largest_parameter_bytes(plan)
 }
 
-/// Bytes besides the plan of a process that gathers the parameters for a sampler, and of the process that then runs the
-/// sampler when the session has ended. `own_bytes` is the part of the plan that this releases.
+/// Returns the bytes that a process needs besides its plan to gather the parameters for a sampler and then to run it.
+/// The sampler runs after the session has ended, which releases `own_bytes` of the plan.
 pub fn sampling_bytes(plan: &Plan, sampler: Option<&Sampler>, own_bytes: u64) -> u64 {
-    // Each device's part, and the whole tensor.
+    // All devices' parts of a tensor, and the whole tensor.
     let gathering = (plan.memory.len() as u64 + 1) * largest_parameter_bytes(plan);
     let Some(sampler) = sampler else { return gathering };
     let parameters: u64 = parameter_bytes(plan).sum();
     parameters + gathering.max(sampler.bytes().saturating_sub(own_bytes))
 }
 
-/// Number `index` of the stream of `seed`, in `0 .. 1`.
+/// Returns random number `index` of the sequence that `seed` determines, in `0 .. 1`.
 fn uniform(seed: u64, index: u64) -> f64 {
     (mix(mix(seed).wrapping_add(index)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// The token at which the running sum of the softmax of `logits / TEMPERATURE` exceeds `u` (in `0 .. 1`). NaN logits,
-/// as from a diverged model, have probability 0.
+/// Returns the token at which the running sum of the softmax of `logits / TEMPERATURE` exceeds `u` (in `0 .. 1`). A
+/// diverged model can have NaN logits; they get probability 0.
 fn draw(logits: &[f32], u: f64) -> usize {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |logit: &f32| {

@@ -1,4 +1,4 @@
-//! Values that `gpt` compares between its ranks, and with a checkpoint on resume.
+//! Tests the values that `gpt` compares between its ranks and, on resume, with a checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -15,12 +15,12 @@ mod programs;
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --sample 0 --threads-per-device 1";
 
-/// Runs `gpt` with these flags, after those of the model. Returns code and output.
+/// Runs `gpt` with these flags and the defaults. Returns the exit code and the output.
 fn gpt(folder: &Folder, flags: &str) -> (Option<i32>, String) {
     run(folder, Command::new(GPT).args(with_defaults(flags)))
 }
 
-/// The flags, and the default flags of the model and the data that they do not set.
+/// Adds the default flags of the model and the data that `flags` does not set.
 fn with_defaults(flags: &str) -> Vec<String> {
     let own: Vec<&str> = flags.split_whitespace().collect();
     let defaults: Vec<&str> = MODEL.split_whitespace().chain("--batch 4 --data text".split_whitespace()).collect();
@@ -33,10 +33,10 @@ fn run(folder: &Folder, command: &mut Command) -> (Option<i32>, String) {
     (run.end(TIMEOUT), run.text())
 }
 
-/// Runs `gpt` as two processes. The second has an additional flag or variable.
+/// Runs `gpt` as two processes. The second process has an additional flag or variable.
 fn run_two(folder: &Folder, flags: &str, second: &str, variable: &str) -> (Option<i32>, String) {
     let line = |flags: &str| format!("exec {GPT} {}", with_defaults(flags).join(" "));
-    // The additional flag replaces the common one.
+    // The additional flag replaces the same flag in `flags`.
     let own = second.split_whitespace().next().unwrap_or("-");
     let kept: Vec<&str> = flags.split_whitespace().collect();
     let kept: Vec<&str> = kept.chunks(2).filter(|pair| pair[0] != own).flatten().copied().collect();
@@ -46,7 +46,7 @@ fn run_two(folder: &Folder, flags: &str, second: &str, variable: &str) -> (Optio
     run(folder, command.args(["launch", "--nproc-per-node=2", "--", "sh", "-c", &script]))
 }
 
-/// Every file of a folder with its bytes.
+/// Returns the contents of all files below a folder, by path.
 fn files(folder: &Folder, name: &str) -> BTreeMap<PathBuf, Vec<u8>> {
     let (mut out, mut folders) = (BTreeMap::new(), vec![folder.path().join(name)]);
     while let Some(next) = folders.pop() {
@@ -62,20 +62,20 @@ fn files(folder: &Folder, name: &str) -> BTreeMap<PathBuf, Vec<u8>> {
     out
 }
 
-/// The manifest of a step's checkpoint.
+/// Returns the manifest of a step's checkpoint.
 fn manifest(folder: &Folder, name: &str, step: u64) -> Value {
     let path = folder.path().join(name).join(format!("step-{step:012}/manifest.json"));
     let text = std::fs::read(path).expect("a checkpoint");
     serde_json::from_slice::<Value>(&text).expect("JSON")["body"].clone()
 }
 
-/// Writes `other`, the text with its first two letters swapped, which has the same length and the same bytes; and
-/// `renumbered`, whose vocabulary differs.
+/// Writes two texts. `other` has its first two letters swapped, so the length and the vocabulary stay the same.
+/// `renumbered` has another vocabulary.
 fn write_texts(folder: &Folder) {
     let mut text = std::fs::read(folder.path().join("text")).expect("a text");
     text.swap(0, 1);
     std::fs::write(folder.path().join("other"), &text).expect("a text");
-    // Replacing a byte by another one changes the token ids of other bytes.
+    // Replacing each `z` by `Z` also changes the token ids of other bytes.
     text.swap(0, 1);
     text.iter_mut().filter(|byte| **byte == b'z').for_each(|byte| *byte = b'Z');
     std::fs::write(folder.path().join("renumbered"), text).expect("a text");
@@ -109,7 +109,7 @@ fn ranks_with_other_values_end_together_and_name_the_value() {
     }
 }
 
-/// Includes a mesh in which the ranks have no weight in common.
+/// On the mesh `stage=2`, the ranks have no weight in common.
 #[test]
 fn ranks_that_start_from_other_files_end_together_and_name_the_tensor() {
     let folder = Folder::new("agreement-init");
@@ -162,7 +162,7 @@ fn a_checkpoint_of_another_training_is_refused_and_not_changed() {
         assert!(text.contains(expected) && text.contains("hint: use the flags and the data"), "{flags}: {text}");
         assert!(files(&folder, "ck") == before, "{flags}: files have changed");
     }
-    // A load of weights alone does not compare the data.
+    // `--init-from` loads only weights, so it does not compare the data.
     for (flags, code, expected) in [
         ("--heads 4", 2, "its heads is 2, and this program's is 4"),
         ("--layers 1", 2, "its layers is 2, and this program's is 1"),
@@ -215,7 +215,7 @@ fn resume_can_be_required_or_forbidden() {
     let (code, text) = gpt(&folder, "--steps 2 --resume required --checkpoint mistyped");
     assert_eq!(code, Some(65), "{text}");
     assert!(text.contains("mistyped: no complete checkpoint") && !text.contains("loss"), "{text}");
-    // Nothing is left of a place that a refused run has tried; a folder of the user stays.
+    // A refused run removes the folders that it has created for checkpoints. A folder of the user stays.
     std::fs::create_dir(folder.path().join("own")).expect("a folder");
     for (place, rest) in [("new/a/b", "new"), ("own/a", "own/a")] {
         let (code, text) = gpt(&folder, &format!("--steps 2 --init-from no-such --checkpoint {place}"));

@@ -63,8 +63,8 @@ impl Folder {
         Self(programs::Folder::new(&format!("cli-{name}")))
     }
 
-    /// Runs `gpt` here with the tiny model and the text. `flags` override the default flags. No path here contains a
-    /// space.
+    /// Runs `gpt` in this folder with the tiny model and the text. `flags` override the default flags. No path contains
+    /// a space.
     fn gpt(&self, flags: &str) -> Run {
         let own: Vec<&str> = flags.split_whitespace().collect();
         let defaults: Vec<&str> = TINY.split_whitespace().chain(["--data", "text"]).collect();
@@ -82,7 +82,7 @@ impl Folder {
         text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
-    /// The losses of a run, which must succeed. A float's JSON is exact, so equal numbers are equal bits.
+    /// Returns the losses of a run, which must succeed. JSON keeps floats exact, so equal numbers have equal bits.
     fn losses(&self, flags: &str) -> Vec<f64> {
         self.log(flags).iter().filter_map(|line| line["loss"].as_f64()).collect()
     }
@@ -95,8 +95,8 @@ impl Folder {
     }
 }
 
-/// Each run must end with this code before it trains. Its `error: ` line must contain the first text, and the following
-/// help the second. It must leave no file, although its flags request a log and parameters.
+/// Each case has flags, a part of the `error: ` line, and a part of the lines below it. Each run must end with `code`
+/// before it trains. It must not leave a file, although its flags request a log and parameters.
 fn check_errors(folder: &Folder, code: i32, cases: &[(&str, &str, &str)]) {
     let before = folder.files();
     for (flags, error, help) in cases {
@@ -174,7 +174,7 @@ fn impossible_plans_are_refused() {
             ("--mesh data=65", "needs 65 devices, but only 64 are available", "mesh"),
             ("--layers 99999999999", "99999999999 layers, but the maximum is 1024", "--help"),
             ("--memory-mib 1 --width 64", "does not fit: a device has 1048576 bytes", "device 0: "),
-            // At least 13 TB.
+            // This model needs at least 13 TB.
             ("--width 262144 --memory-mib 4096", "does not fit", "--memory-mib"),
         ],
     );
@@ -228,7 +228,7 @@ fn a_stream_that_loses_records_ends_the_run() {
     assert!(run.stderr.contains("error: cannot write log /dev/full: No space left on device"), "{}", run.stderr);
 }
 
-/// A file opened a second time would have a position of its own, and its lines would be overwritten.
+/// If `gpt` opened the file again, the log would have a separate file position, and lines would be overwritten.
 #[test]
 fn the_log_can_go_to_the_file_of_standard_output() {
     let folder = Folder::new("stdout");
@@ -267,7 +267,7 @@ fn a_run_can_start_from_saved_parameters() {
             ("--init-from cut", "cut: not a complete safetensors file", "gpt --save"),
         ],
     );
-    // A length of 8 bytes and a header come before the tensors.
+    // The file begins with 8 bytes for the header's length, and the header. The tensors follow.
     let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[header..].chunks_exact_mut(4).for_each(|element| element.copy_from_slice(&f32::NAN.to_le_bytes()));
     std::fs::write(folder.0.path().join("nan"), &bytes).unwrap();
@@ -423,7 +423,7 @@ fn a_training_serves_its_page_writes_a_trace_and_shows_its_plan() {
     let events: Vec<Value> = serde_json::from_str(&trace).unwrap();
     let forwards = events.iter().filter(|event| event["ph"] == "X" && event["name"] == "forward").count();
     assert_eq!(forwards, 2 * 4, "two devices, four steps");
-    // `plan` works with the command line of a running job, on a machine without its GPUs and with its port in use.
+    // `plan` accepts the command line of a running job, even without the job's GPUs and while its port is in use.
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let mut program = vec!["--", GPT, "--data", "text"];
@@ -461,7 +461,7 @@ fn a_terminal_gets_a_live_line_and_a_pipe_gets_plain_lines() {
     assert!(!piped.stdout.contains(['\r', '\x1b']), "{:?}", piped.stdout);
     let lines: Vec<&str> =
         piped.stdout.lines().filter(|line| line.starts_with("step ") && line.contains("loss")).collect();
-    // Every second step from the first, and the last step.
+    // Every second step is printed, beginning with the first, and so is the last step.
     assert_eq!((lines.len(), last(&piped.stdout)), (26, 1), "{}", piped.stdout);
     // `script` runs the program in a terminal.
     let on_terminal = |kind: &str| {
@@ -478,8 +478,8 @@ fn a_terminal_gets_a_live_line_and_a_pipe_gets_plain_lines() {
     assert!(!dumb.stdout.contains('\x1b') && dumb.stdout.contains("step  3/50"), "{:?}", dumb.stdout);
 }
 
-/// In programs that users copy, an error is one readable line with its exit code. The end for `shardflow plan` is not
-/// an error.
+/// Users copy these programs, so an error must be one readable line with its exit code. A program that ends early for
+/// `shardflow plan` has not failed.
 #[test]
 fn small_programs_print_readable_errors() {
     let folder = Folder::new("small-programs");
@@ -496,7 +496,7 @@ fn small_programs_print_readable_errors() {
     }
 }
 
-/// A program that does not ask for its cluster ignores the launcher.
+/// A program that does not read its cluster from the environment trains alone, even if a launcher has started it.
 #[test]
 fn a_rank_that_trains_alone_prints_a_warning() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_first_steps"));

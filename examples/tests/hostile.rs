@@ -28,8 +28,8 @@ const MODEL: &str = "--layers 4 --heads 4 --width 64 --context 32 --batch 8 --sa
                      --micro-batches 2 --mesh data=2,stage=2 --steps 2000";
 /// Connections that are held open during an attack.
 const STRANGERS: usize = 500;
-/// Pause between two rounds of the attacking thread. It limits the attack to some hundred rounds per second, because
-/// any program on the machine could slow the training by using up the processors.
+/// Pause between two rounds of the attacking thread. It limits the attack to some hundred rounds per second. A faster
+/// attack would slow the training merely by using up the processors.
 const PAUSE: Duration = Duration::from_millis(2);
 /// Steps of a window, with or without attack.
 const WINDOW: usize = 25;
@@ -38,7 +38,7 @@ const PAIRS: usize = 4;
 const RATIO_MAX: f64 = 1.2;
 const GROWTH_KB_MAX: usize = 16 << 10;
 
-/// A folder that contains a text, and the programs that run there. They are ended and removed on drop.
+/// A folder with a text, and the launcher that runs there. Dropping it ends the processes and removes the folder.
 struct Run {
     folder: Folder,
     launcher: Option<Child>,
@@ -46,7 +46,7 @@ struct Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // The processes end with the launcher.
+        // Ending the launcher also ends its processes.
         if let Some(child) = &mut self.launcher {
             let _ = child.kill();
             let _ = child.wait();
@@ -59,7 +59,7 @@ impl Run {
         Self { folder: Folder::new("hostile"), launcher: None }
     }
 
-    /// Starts `gpt`, or several processes of it if there are flags for the launcher.
+    /// Starts `gpt` in one process, or under the launcher if `launch` has flags.
     fn start(&self, launch: &[&str], log: &str) -> Child {
         let mut command = Command::new(if launch.is_empty() { GPT.into() } else { launcher() });
         if !launch.is_empty() {
@@ -75,7 +75,7 @@ impl Run {
         fs::read_to_string(self.folder.path().join("errors")).unwrap_or_default()
     }
 
-    /// Loss, as bits, and seconds of each step in the log so far.
+    /// Returns the loss bits and the seconds of each step in the log so far.
     fn steps(&self, log: &str) -> Vec<(u64, f64)> {
         let step = |r: Value| Some((r["loss"].as_f64()?.to_bits(), r["step_seconds"].as_f64()?));
         self.folder.records(log).into_iter().filter_map(step).collect()
@@ -94,20 +94,20 @@ impl Run {
     }
 }
 
-/// Waits for a fixed time, for lack of an event to wait for.
+/// Waits for a fixed time, because there is no event to wait for.
 fn pause(time: Duration) {
     let (_sender, receiver) = channel::<()>();
     let _ = receiver.recv_timeout(time);
 }
 
-/// Resident memory, in kB.
+/// Returns the resident memory in kB.
 fn resident_kb(pid: u32) -> usize {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("Linux reports VmRSS");
     line.trim().trim_end_matches(" kB").parse().expect("a number")
 }
 
-/// Ports of this node that the process listens on, for `tcp` or `udp`.
+/// Returns the ports of this node that the process listens on. `protocol` is `tcp` or `udp`.
 fn ports(pid: u32, protocol: &str) -> BTreeSet<u16> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").flatten();
     let links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok()?.to_str().map(String::from));
@@ -128,7 +128,7 @@ fn at(port: u16) -> SocketAddr {
     (Ipv4Addr::LOCALHOST, port).into()
 }
 
-/// A message of a handshake, prefixed with its length.
+/// Returns a message of a handshake, prefixed with its length.
 fn framed(message: &[u8]) -> Vec<u8> {
     [&(message.len() as u16).to_le_bytes()[..], message].concat()
 }
@@ -146,7 +146,7 @@ fn hello() -> Hello {
     Hello { session: SessionId([7; 16]), epoch: 0, from: 1, to: 0, sealed: true, purpose }
 }
 
-/// Runs a whole handshake of a peer with the secret. Returns the bytes it sent, and the result.
+/// Runs a whole handshake as a peer that knows the secret. Returns the bytes that the peer sent, and the result.
 fn handshake(port: u16, secret: &Secret) -> std::io::Result<(Vec<u8>, Result<(), HandshakeError>)> {
     let mut stream = TcpStream::connect(at(port))?;
     stream.set_read_timeout(Some(Duration::from_secs(20)))?;
@@ -159,20 +159,20 @@ fn handshake(port: u16, secret: &Secret) -> std::io::Result<(Vec<u8>, Result<(),
     Ok(([framed(&greeting), framed(&message)].concat(), greeted.finish(&verdict).map(drop)))
 }
 
-/// Checks the reply to each kind of stranger without a flood: every refusal has its type. Returns a handshake to
+/// Checks before the flood that each kind of stranger gets its own type of refusal. Returns a recorded handshake for a
 /// replay.
 fn check_refusals(port: u16, secret: &Secret) -> Vec<u8> {
     let wrong = Secret::new("a secret of another job").unwrap();
     let address = Address::Tcp(at(port).to_string());
     let denied = connect(&address, &wrong, &hello(), Instant::now() + Duration::from_secs(10)).unwrap_err();
     assert!(matches!(denied, TransportError::Handshake { cause: HandshakeError::Denied, .. }), "{denied}");
-    // A peer with the secret but of another session receives the reason.
+    // A peer of another session that knows the secret receives the reason of the refusal.
     let (recorded, verdict) = handshake(port, secret).expect("an answer");
     let refusal = verdict.unwrap_err();
     let session =
         |r: &Refusal| matches!(r, Refusal::Session { .. } | Refusal::WrongProcess { .. } | Refusal::Process { .. });
     assert!(matches!(&refusal, HandshakeError::Refused(r) if session(r)), "{refusal}");
-    // A replay of the same bytes meets another ephemeral key, so the hello is invalid.
+    // Each connection has a new ephemeral key, so the hello in the replayed bytes is invalid.
     let mut stream = TcpStream::connect(at(port)).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     stream.write_all(&recorded).unwrap();
@@ -181,8 +181,8 @@ fn check_refusals(port: u16, secret: &Secret) -> Vec<u8> {
     recorded
 }
 
-/// The bytes that a stranger sends before it falls silent, by number: none, half a message, garbage, too long, a
-/// replay.
+/// Returns the bytes that stranger `number` sends before it falls silent: nothing, a part of a message, garbage, a
+/// message that is too long, or a replay.
 fn opening(number: usize, recorded: &[u8]) -> Vec<u8> {
     let garbage = |bytes: usize| (0..bytes).map(|i| (i * number % 251) as u8).collect::<Vec<_>>();
     // The greeting of the recorded handshake.
@@ -224,11 +224,11 @@ impl Attack {
                 continue;
             }
             let tcp = self.tcp[number % self.tcp.len()];
-            // Opens all connections at once, then one per round in place of an older one.
+            // The first round opens all connections. Each later round replaces an older connection by a new one.
             let opened = STRANGERS.saturating_sub(strangers.len()).max(1);
             for stranger in number..number + opened {
                 let Ok(mut stream) = TcpStream::connect(at(tcp)) else { continue };
-                // The listener may have closed it already.
+                // Ignore errors, because the listener may have closed the connection already.
                 let _ = stream.write_all(&opening(stranger, &self.recorded));
                 self.connections.fetch_add(1, Ordering::Relaxed);
                 if strangers.len() < STRANGERS {
@@ -245,7 +245,7 @@ impl Attack {
             for datagram in 0..4 {
                 let bytes: Vec<u8> = match datagram {
                     0 => Vec::new(),
-                    // Starts like a heartbeat and has its length, but no valid MAC.
+                    // This datagram begins like a heartbeat and has the right length, but its MAC is invalid.
                     1 => [&b"SFHB\x01\0\0\0"[..], &[number as u8; 60]].concat(),
                     2 => vec![number as u8; 68],
                     _ => vec![0; 60_000],
@@ -262,13 +262,13 @@ fn median(mut seconds: Vec<f64>) -> f64 {
     seconds[seconds.len() / 2]
 }
 
-/// Ratio of the median step time under attack to that without, measured in alternating windows.
+/// Returns the median step time under attack divided by the median without. The windows alternate.
 fn ratio(run: &Run, attack: &Attack, deadline: Instant) -> f64 {
     let (mut calm, mut attacked) = (Vec::new(), Vec::new());
     for window in 0..2 * PAIRS {
         let enabled = window % 2 == 1;
         attack.enabled.store(enabled, Ordering::Relaxed);
-        // The running step belongs to neither window.
+        // The step that runs now belongs to neither window.
         let begin = run.steps("many").len() + 1;
         let steps = run.until("many", begin + WINDOW, deadline);
         let seconds = steps[begin..begin + WINDOW].iter().map(|step| step.1);
@@ -305,7 +305,7 @@ fn unauthenticated_peers_slow_a_training_little_and_change_no_loss() {
         let (_running, end) = channel::<()>();
         let attack = &attack;
         scope.spawn(move || attack.run(&end));
-        // Other programs also use this machine, so the cost of the attack is the minimum of several measurements.
+        // Other programs also use this machine, so take the minimum of several measurements as the cost of the attack.
         let mut best = f64::INFINITY;
         for _ in 0..3 {
             best = best.min(ratio(&run, attack, deadline));

@@ -1,6 +1,6 @@
-//! `gpt` on machines with restrictions: memory limits of a cgroup, containers that each have their own `/tmp`, an
-//! unusable `TMPDIR`, names and addresses that differ between nodes, other launchers. Tests that need root print
-//! `SKIPPED` without it.
+//! Tests `gpt` on machines with restrictions: memory limits of a cgroup, containers that each have their own `/tmp`, an
+//! unusable `TMPDIR`, names and addresses that differ between nodes, and other launchers. Tests that need root print
+//! `SKIPPED` when they run as another user.
 
 use std::fs;
 use std::net::{TcpListener, UdpSocket};
@@ -25,18 +25,18 @@ fn free_port() -> u16 {
     listener.local_addr().expect("bound").port()
 }
 
-/// `gpt`, with a model and flags.
+/// Returns the command line of `gpt` with this model and these flags.
 fn gpt_of(model: &str, flags: &str) -> Vec<String> {
     let words = model.split_whitespace().chain(flags.split_whitespace());
     [GPT].into_iter().chain(words).map(str::to_owned).collect()
 }
 
-/// `gpt`, with the model of these tests.
+/// Returns the command line of `gpt` with the model of these tests.
 fn gpt(flags: &str) -> Vec<String> {
     gpt_of(MODEL, flags)
 }
 
-/// The launcher with these flags and `gpt` with those.
+/// Returns the command line of the launcher with `flags`, for `gpt` with `gpt_flags`.
 fn launch(flags: &str, gpt_flags: &str) -> Vec<String> {
     launch_of(flags, &gpt(gpt_flags))
 }
@@ -62,7 +62,7 @@ fn start(folder: &Folder, command: &[String], environment: &[(&str, &str)]) -> R
     folder.start(Command::new(&command[0]).args(&command[1..]).env_remove("TMPDIR").envs(environment.iter().copied()))
 }
 
-/// Whether mount namespaces are permitted; prints `SKIPPED` otherwise.
+/// Returns whether mount namespaces are permitted; prints `SKIPPED` otherwise.
 fn can_unshare(test: &str) -> bool {
     let output = Command::new("unshare").args(["--mount", "mount", "-t", "tmpfs", "none", "/tmp"]).output();
     let cause = match output {
@@ -97,7 +97,7 @@ impl MemoryCgroup {
         fs::write(file, bytes.to_string())
     }
 
-    /// A command that joins the cgroup first.
+    /// Adds a shell line that joins the cgroup before the command runs.
     fn with(&self, command: &[String]) -> Vec<String> {
         after(&format!("echo $$ > {}/cgroup.procs", self.0.display()), command)
     }
@@ -113,7 +113,7 @@ impl Drop for MemoryCgroup {
     }
 }
 
-/// The number that follows `words` in a text.
+/// Returns the number that follows `words` in a text.
 fn number_after(text: &str, words: &str) -> u64 {
     let rest = text.split_once(words).unwrap_or_else(|| panic!("no {words:?} in:\n{text}")).1;
     rest.split(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).expect("a number")
@@ -140,26 +140,26 @@ fn a_plan_above_the_limit_of_a_cgroup_is_refused() {
     }
     let needed = number_after(&printed, "the job needs ");
     let used = SMALL - number_after(&printed, "this node has ");
-    // The reported requirement is enough for the whole run, with the parameter file.
+    // The requirement in the error message is enough for the whole run, even with the parameter file.
     let enough = needed + used + (8 << 20);
     for flags in ["", "--save model"] {
         let (code, printed) = run(enough, &gpt(flags));
         assert_eq!(code, Some(0), "{flags}: {printed}");
     }
-    // Snapshots are refused before the first step.
+    // Snapshots need more memory, so the run is refused before the first step.
     let (code, printed) = run(enough, &gpt("--checkpoint ck"));
     assert_eq!(code, Some(78), "{printed}");
     assert!(printed.contains("bytes for 2 snapshots") && !printed.contains("loss"), "{printed}");
-    // Two ranks share the limit; each of them alone would fit.
+    // Two ranks share the limit. Each rank alone would fit.
     let (code, printed) = run(enough, &launch_of("--nproc-per-node 2", &gpt("--mesh data=2")));
     assert_eq!(code, Some(78), "{printed}");
     assert!(printed.contains("\n  device 0: ") && printed.contains("\n  device 1: "), "{printed}");
-    // A budget of each device does not replace the node's, which would end with the kernel's SIGKILL.
+    // `--memory-mib` must not replace the node's limit, because the kernel kills a process that exceeds it.
     let (code, printed) = run(SMALL, &gpt("--memory-mib 4096"));
     assert_eq!(code, Some(78), "{printed}");
 }
 
-/// Two containers of one host, each with a limit that its own rank fits.
+/// Two containers of one host each have a memory limit that is enough for one rank only.
 #[test]
 fn each_container_of_a_host_has_its_own_memory_limit() {
     let folder = Folder::new("machine-limits");
@@ -218,7 +218,7 @@ fn text_and_initial_parameters_fit_the_limit_or_are_refused() {
     }
 }
 
-/// Whether `setpriv` can run a command as another user; prints `SKIPPED` otherwise.
+/// Returns whether `setpriv` can run a command as another user; prints `SKIPPED` otherwise.
 fn can_change_user(test: &str) -> bool {
     let can = Command::new("setpriv").args(["--reuid=54321", "--clear-groups", "true"]).output();
     let can = can.is_ok_and(|output| output.status.success());
@@ -228,7 +228,7 @@ fn can_change_user(test: &str) -> bool {
     can
 }
 
-/// A process that may not start enough threads reports the limit, however many start.
+/// For every limit on threads that is too low, the process must report the limit.
 #[test]
 fn a_limit_on_threads_is_reported() {
     if !can_change_user("machine-threads") {
@@ -240,7 +240,7 @@ fn a_limit_on_threads_is_reported() {
     let model = MODEL.replace("--threads-per-device 1", "--threads-per-device 2");
     for limit in 1..24 {
         let limit_flag = format!("--nproc={limit}");
-        // The system counts the threads of all processes of a user.
+        // The limit counts the threads of all processes of a user, so the test uses a separate user id.
         let id = format!("--reuid={}", 100_000 + std::process::id());
         let user = ["setpriv", &id, "--clear-groups", "prlimit", &limit_flag].map(str::to_owned);
         let mut run = start(&folder, &[&user[..], &gpt_of(&model, "--checkpoint ck --resume auto")].concat(), &[]);
@@ -274,7 +274,7 @@ fn parameters_without_space_for_the_optimizer_state_are_refused_before_training(
         assert_eq!(run.text().contains(refusal), expected == Some(73), "{}", run.text());
         assert_eq!(run.text().contains("loss"), expected == Some(0), "{}", run.text());
     }
-    // The root, the lock and its folder are three of the inodes.
+    // The root folder, the lock and the lock's folder use three of the six inodes.
     let mount = "mount -t tmpfs -o size=8m,nr_inodes=6 none small";
     let mut run = start(&folder, &unshared(mount, &gpt("--checkpoint small/ck")), &[]);
     assert_eq!(run.end(TIMEOUT), Some(73), "{}", run.text());
@@ -336,7 +336,7 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
     assert!(printed.contains("could not create a Unix socket in its TMPDIR"), "{printed}");
     let (code, printed) = run("", &[("TMPDIR", &long)]);
     assert!(code == Some(78) && printed.contains("set TMPDIR to a shorter path"), "{code:?} {printed}");
-    // Not UTF-8.
+    // A `TMPDIR` that is not UTF-8.
     for (flags, transport, code, message) in [
         (endpoint(), "auto", 0, "\u{fffd}: not UTF-8, and processes exchange the socket's path as text"),
         (endpoint(), "unix", 78, "could not create a Unix socket in its TMPDIR"),
@@ -356,7 +356,7 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
             "{code:?} {printed}"
         );
     }
-    // `doctor` needs it too, and `plan` does not.
+    // `doctor` also needs a usable `TMPDIR`; `plan` does not.
     let doctor = [launcher().display().to_string(), "doctor".to_owned()];
     let mut run = start(&folder, &doctor, &[("TMPDIR", &missing)]);
     assert_eq!(run.end(TIMEOUT), Some(78), "{}", run.text());
@@ -374,7 +374,7 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
     let plan = [launcher().display().to_string(), "plan".to_owned(), "--".to_owned()];
     let mut run = start(&folder, &[&plan[..], &gpt("")].concat(), &[("TMPDIR", &missing)]);
     assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());
-    // Processes that another launcher started.
+    // Processes that another launcher started do not need a usable `TMPDIR`.
     let port = free_port().to_string();
     let ended = run_by_variables(&folder, &[("TMPDIR", &missing)], |rank| {
         let rank = rank.to_string();
@@ -385,7 +385,7 @@ fn an_unusable_tmpdir_is_reported_or_not_needed() {
     assert!(ended.iter().all(|(code, _)| *code == Some(0)), "{ended:?}");
 }
 
-/// Runs two processes of `gpt` without Shardflow's launcher. Returns their codes and output.
+/// Runs two processes of `gpt` without Shardflow's launcher. Returns their exit codes and outputs.
 fn run_by_variables(
     folder: &Folder,
     environment: &[(&str, &str)],
@@ -416,7 +416,7 @@ fn processes_of_other_launchers_form_one_job() {
     let port = free_port().to_string();
     let pod = |rank: u32| {
         let rank = rank.to_string();
-        // The master's pod has `localhost`.
+        // Only on the master's pod, `MASTER_ADDR` is `localhost`.
         let host = if rank == "0" { "localhost" } else { "127.0.0.1" };
         pairs(&[("RANK", &rank), ("WORLD_SIZE", "2"), ("MASTER_ADDR", host), ("MASTER_PORT", &port)])
     };
@@ -428,14 +428,14 @@ fn processes_of_other_launchers_form_one_job() {
     }
 }
 
-/// An address of this machine that is not loopback.
+/// Returns an address of this machine that is not loopback.
 fn external_address() -> Option<String> {
     let socket =
         UdpSocket::bind(("0.0.0.0", 0)).and_then(|s| s.connect(("192.0.2.1", 9)).and_then(|()| s.local_addr()));
     socket.ok().map(|own| own.ip().to_string()).filter(|ip| !ip.starts_with("127."))
 }
 
-/// Debian's `/etc/hosts` maps the host's own name to 127.0.1.1; other nodes have the real address.
+/// Debian's `/etc/hosts` maps the host's own name to 127.0.1.1. Other nodes resolve the name to the real address.
 #[test]
 fn a_host_name_that_is_loopback_on_its_own_node_is_reachable() {
     let Some(external) = external_address() else { return println!("SKIPPED hosts: this machine has no network") };
@@ -480,7 +480,7 @@ fn link_local_addresses_work_with_zones() {
     }
 }
 
-/// A missing name may appear later, so the process waits and reports the cause. A missing interface is a mistake.
+/// A host name without an address may get one later, so the process retries. A missing interface is an error.
 #[test]
 fn an_endpoint_without_an_address_is_reported() {
     let folder = Folder::new("machine-no-address");

@@ -1,5 +1,5 @@
-//! `gpt` under `mpirun` with collectives by MPI: the losses of one process, within rounding; ranks that are killed or
-//! frozen; refused configurations. Built only with the feature `mpi`.
+//! Tests `gpt` under `mpirun` with MPI collectives: the losses of one process within rounding, killed or frozen ranks,
+//! and refused configurations. Built only with the feature `mpi`.
 
 use std::process::Command;
 use std::thread;
@@ -12,23 +12,23 @@ mod programs;
 
 /// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(100);
-/// Time from the loss of a rank to the end of all: our heartbeats need 4 s, `mpirun` less.
+/// Time limit from the loss of a rank to the end of all ranks. Shardflow's heartbeats need 4 s, `mpirun` less.
 const NOTICED_WITHIN: Duration = Duration::from_secs(15);
 const MODEL: &str = "--layers 4 --heads 4 --width 32 --context 16 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --clip 1 --dropout 0.1";
 
-/// Maximum relative difference of losses. MPI adds in another order than our engines, so a sum of n values may differ
-/// by about n * 6e-8 of its largest value; 20 steps of training increase that. Measured: 2e-7 at most.
+/// Maximum relative difference of losses. MPI adds in another order than Shardflow, so a sum of n values may differ by
+/// about n * 6e-8 of its largest value. Training for 20 steps increases the difference; measured: at most 2e-7.
 const TOLERANCE: f64 = 1e-5;
 
-/// Starts a command line in this folder, with collectives by `engine`.
+/// Runs a command line in this folder, with the collectives of `engine`.
 fn start(folder: &Folder, words: &str, engine: &str) -> Running {
     let mut words = words.split_whitespace();
     let mut command = Command::new(words.next().expect("a program"));
     command.args(words).env("SHARDFLOW_COLLECTIVES", engine).env("SHARDFLOW_SECRET", "a secret of these tests alone");
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
     let mut run = folder.start(&mut command);
-    // `mpirun` cannot pass on SIGKILL.
+    // `mpirun` cannot forward SIGKILL to its processes.
     run.last_signal = "TERM";
     run
 }
@@ -63,7 +63,7 @@ fn losses_are_those_of_one_process_within_rounding() {
         assert_eq!(code, Some(0), "{text}");
         let expected = losses(&folder, &one);
         assert_eq!(expected.len(), 20);
-        // With two processes, groups of four use our own engines, and groups of two may use MPI.
+        // With two processes, groups of four devices use Shardflow's own engine; groups of two may use MPI.
         for processes in [2, 4] {
             let (code, text) = end(mpirun(&folder, processes, &format!("{flags} --log-json {many}")), TIMEOUT);
             assert_eq!(code, Some(0), "{mesh} by {processes}:\n{text}");
@@ -100,7 +100,7 @@ fn a_killed_or_frozen_rank_ends_all_in_time_with_an_error_code() {
 #[test]
 fn mpi_collectives_without_mpirun_are_refused() {
     let folder = Folder::new("mpi-refused");
-    // Our launcher starts the processes, so MPI sees each as a world of one.
+    // Shardflow's launcher starts the processes, so MPI sees each process as a world of one rank.
     let flags = "--mesh data=2 --steps 2";
     let launch = format!("{} launch --nproc-per-node 2 -- {GPT} {MODEL} {flags}", launcher().display());
     let (code, text) = end(start(&folder, &launch, "mpi"), TIMEOUT);

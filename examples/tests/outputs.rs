@@ -1,5 +1,5 @@
-//! Files that `gpt` writes: an output that cannot be written ends all ranks with code 73 and a checkpoint, no two flags
-//! use one file, and nothing unfinished stays.
+//! Tests the files that `gpt` writes: a failed write ends all ranks with code 73 and a checkpoint, two flags cannot use
+//! one file, and no unfinished file stays.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ mod programs;
 const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --threads-per-device 1 --data text";
 
-/// Runs `gpt` with these flags, after those of the model. Returns code and output.
+/// Runs `gpt` with the flags of the model, then these flags. Returns the exit code and the output.
 fn gpt(folder: &Folder, flags: &str) -> (Option<i32>, String) {
     run(folder, Command::new(GPT).args(MODEL.split_whitespace()).args(flags.split_whitespace()))
 }
@@ -25,8 +25,8 @@ fn launch(folder: &Folder, flags: &str) -> (Option<i32>, String) {
     run(folder, command.args(["--mesh", "data=2"]).args(flags.split_whitespace()))
 }
 
-/// Runs a shell script in which `$GPT` is the command with the flags of the model, and `$WIDE` that of one with 1.6 MB
-/// of weights; with the moments of AdamW they need 4.8 MB.
+/// Runs a shell script. `$GPT` is `gpt` with the flags of the model. `$WIDE` is the same with a wider model, which has
+/// 1.6 MB of weights, or 4.8 MB with the moments of AdamW.
 fn script(folder: &Folder, script: &str) -> (Option<i32>, String) {
     let gpt = format!("{GPT} {MODEL}");
     let wide = gpt.replace("--width 16", "--width 128");
@@ -53,7 +53,7 @@ fn names(folder: &Path) -> Vec<String> {
     names.filter(|name| name != "shardflow-logs").collect()
 }
 
-/// All ranks end with the code, and the step is saved. With several ranks, only rank 0 writes the log.
+/// All ranks end with code 73, and the last step is saved. With several ranks, only rank 0 writes the log.
 #[test]
 fn a_log_that_cannot_be_written_ends_all_ranks_with_a_checkpoint() {
     let folder = Folder::new("outputs-log");
@@ -91,7 +91,7 @@ fn a_checkpoint_folder_is_no_other_output_or_input() {
     assert_eq!(names(folder.path()), ["text"]);
 }
 
-/// The text of a continued training is that of the training that was not interrupted.
+/// A continued training generates the same text as a training without an interruption.
 #[test]
 fn the_seed_of_a_checkpoint_holds_for_the_generated_text() {
     let folder = Folder::new("outputs-seed");
@@ -105,7 +105,7 @@ fn the_seed_of_a_checkpoint_holds_for_the_generated_text() {
     assert_eq!(first, written("--steps 2 --sample 40 --seed 6 --checkpoint ck"));
 }
 
-/// The same command is refused with `--resume never`.
+/// The hint must name `--resume auto`, because the same command with `--resume never` would be refused.
 #[test]
 fn the_hint_after_a_signal_fits_the_resume_policy() {
     let folder = Folder::new("outputs-never");
@@ -121,7 +121,7 @@ fn the_hint_after_a_signal_fits_the_resume_policy() {
     assert!(text.contains("hint: the same command with --resume auto continues from there"), "{text}");
 }
 
-/// The kernel sends SIGXFSZ, which would end the process without a message.
+/// At the limit, the kernel sends SIGXFSZ. Without a handler, it would end the process without a message.
 #[test]
 fn a_limit_on_the_size_of_files_is_an_error_and_leaves_nothing_unfinished() {
     let folder = Folder::new("outputs-limit");
@@ -133,13 +133,13 @@ fn a_limit_on_the_size_of_files_is_an_error_and_leaves_nothing_unfinished() {
     assert!(code == Some(73) && text.contains("the last checkpoint is not saved"), "{code:?} {text}");
     let rest = names(&folder.path().join("ck"));
     assert!(!rest.iter().any(|name| name.starts_with("lock-")), "{rest:?} {text}");
-    // Not even the lock can be written.
+    // With a limit of 0, the process cannot even write the lock file.
     let (code, text) = script(&folder, "ulimit -f 0; exec $WIDE --steps 1 --sample 0 --checkpoint new");
     assert!(code == Some(73) && text.contains("new/lock-1.json"), "{code:?} {text}");
     assert_eq!(names(&folder.path().join("new")), [""; 0], "{text}");
 }
 
-/// Each file alone has enough space.
+/// There is enough space for either file alone, but not for both files.
 #[test]
 fn the_space_of_a_checkpoint_and_of_saved_parameters_is_counted_together() {
     let folder = Folder::new("outputs-room");
@@ -164,7 +164,7 @@ fn the_space_of_a_checkpoint_and_of_saved_parameters_is_counted_together() {
     }
 }
 
-/// Output that is lost is a failure; a reader that closes its pipe has what it wants.
+/// Lost output is a failure. A reader that closes its pipe early is not a failure.
 #[test]
 fn output_that_cannot_be_written_is_a_failure() {
     let folder = Folder::new("outputs-stdout");
@@ -181,7 +181,7 @@ fn output_that_cannot_be_written_is_a_failure() {
     assert_eq!(command.status().expect("gpt").code(), Some(0));
 }
 
-/// Rank n of several writes the file `FILE.n`, which no other flag may name.
+/// With several ranks, rank n writes the trace `FILE.n`. No other flag may name this file.
 #[test]
 fn traces_of_ranks_are_no_other_output() {
     let folder = Folder::new("outputs-traces");

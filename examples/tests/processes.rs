@@ -1,5 +1,5 @@
-//! `gpt` as several processes under `shardflow launch`: the same bits as in one process, with every transport;
-//! processes that are killed, frozen or requested to end.
+//! Tests `gpt` as several processes under `shardflow launch`: with every transport, the losses have the same bits as in
+//! one process. Some processes are killed, frozen or requested to end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
@@ -18,7 +18,7 @@ const TIMEOUT: Duration = Duration::from_secs(150);
 const MODEL: &str = "--layers 4 --heads 4 --width 32 --context 16 --batch 8 --sample 0 --threads-per-device 1 --data text \
                      --micro-batches 2";
 
-/// Starts `gpt` as this number of processes; 0 means without the launcher.
+/// Starts `gpt` under the launcher with this number of processes, or without the launcher if it is 0.
 fn start(folder: &Folder, processes: u32, launch: &str, environment: &[(&str, &str)], flags: &str) -> Running {
     let mut command = Command::new(if processes == 0 { GPT.into() } else { launcher() });
     if processes > 0 {
@@ -33,7 +33,7 @@ fn start(folder: &Folder, processes: u32, launch: &str, environment: &[(&str, &s
     folder.start(&mut command)
 }
 
-/// Losses of a log by step, as bits. A repeated step must have the same loss.
+/// Returns the loss bits of a log by step. A repeated step must have the same loss.
 fn losses(folder: &Folder, log: &str) -> BTreeMap<u64, u64> {
     let mut losses = BTreeMap::new();
     for record in folder.records(log) {
@@ -70,8 +70,8 @@ fn the_bits_are_the_same_in_one_process_and_in_many() {
     }
 }
 
-/// Nodes may have different numbers of cores: each process chooses its threads, and they change neither the plan nor a
-/// bit.
+/// Nodes may have different numbers of cores, so each process chooses its own number of threads. This number changes
+/// neither the plan nor a bit of the losses.
 #[test]
 fn processes_with_different_numbers_of_threads_form_one_job() {
     let folder = Folder::new("processes-threads");
@@ -110,7 +110,7 @@ fn traces_of_all_processes_can_be_joined() {
         code == Some(65) && twice.contains("trace.json.0 and trace.json.0 both have 'device 0 "),
         "{code:?} {twice}"
     );
-    // Each device is a process with a name. A piece that crosses processes is written before it is read.
+    // The trace shows each device as a named process. A piece that crosses processes is written before it is read.
     let text = std::fs::read_to_string(folder.path().join("all.json")).expect("a file");
     let events: Vec<serde_json::Value> = serde_json::from_str(&text).expect("JSON");
     let of = |key: &'static str, value: &'static str| events.iter().filter(move |event| event[key] == value);
@@ -130,11 +130,11 @@ fn traces_of_all_processes_can_be_joined() {
         assert!(*at <= read + 1e-3, "read before it was written: {event}");
         crossing[usize::from(to)] += usize::from(*from != to);
     }
-    // Two micro-batches go forward and backward in six steps.
+    // In each of six steps, two micro-batches cross the processes forward and backward.
     assert!(crossing[0] >= 12 && crossing[1] >= 12, "{crossing:?}");
 }
 
-/// In each run, another rank is killed or frozen at another moment.
+/// Each run kills or freezes one rank at a given step.
 #[test]
 fn a_killed_or_frozen_worker_is_named_and_the_job_resumes() {
     let folder = Folder::new("processes-worker");
@@ -162,15 +162,15 @@ fn a_killed_or_frozen_worker_is_named_and_the_job_resumes() {
     }
 }
 
-/// A process that fails before the rendezvous ends all processes at once: those that wait for it handle SIGTERM.
+/// A process that fails before the rendezvous ends all processes at once, because the waiting processes handle SIGTERM.
 #[test]
 fn a_process_that_waits_for_others_ends_on_sigterm() {
     let folder = Folder::new("processes-asked");
     let begin = Instant::now();
-    // There is no port for rank 1.
+    // Rank 1 would listen on port 65536, which does not exist.
     let mut run = start(&folder, 2, "", &[], "--mesh data=2 --steps 1 --listen 127.0.0.1:65535");
     assert_eq!(run.end(TIMEOUT), Some(2), "{}", run.text());
-    // The launcher would kill it after 30 s.
+    // After 30 s, the launcher would kill a process that ignores SIGTERM.
     assert!(begin.elapsed() < Duration::from_secs(20), "after {:?}: {}", begin.elapsed(), run.text());
 }
 
@@ -189,7 +189,7 @@ fn a_process_that_ends_with_code_0_before_it_joins_ends_all() {
     assert!(begin.elapsed() < REPORTED_WITHIN, "{:?}", begin.elapsed());
 }
 
-/// The message names the process that could not read it.
+/// The message names the process that could not read the checkpoint.
 #[test]
 fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
     let folder = Folder::new("processes-damaged");
@@ -200,7 +200,7 @@ fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
         run.text()
     };
     run(6, "first");
-    // The shards of rank 1, by step.
+    // Returns the shards of rank 1, by step.
     let shards = || {
         let mut found = Vec::new();
         let mut folders = vec![folder.path().join("ck")];
@@ -223,7 +223,7 @@ fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
         std::fs::write(shard, bytes).expect("a shard");
     };
     assert_eq!(shards().len(), 2, "of steps 3 and 6: {:?}", shards());
-    // First rank 1's part of the newest checkpoint is damaged, then that of all checkpoints.
+    // First damage rank 1's shard of the newest checkpoint, and later its shards of all checkpoints.
     let bad = shards().pop().expect("two");
     damage(&bad);
     let text = run(9, "second");
@@ -237,7 +237,7 @@ fn a_checkpoint_that_one_process_cannot_read_is_skipped_by_all() {
     let verified = String::from_utf8_lossy(&verify.expect("a program that exists").stdout).into_owned();
     assert!(verified.contains("step 6: ok") && !verified.contains("damaged"), "{verified}");
     shards().iter().filter(|shard| **shard != bad).for_each(damage);
-    // A training that starts from step 0 would in time delete what may be repaired.
+    // The run must not start from step 0, because it would in time delete damaged checkpoints that may be repairable.
     let all = shards();
     let mut run = start(&folder, 2, "", &[], &format!("{flags} --steps 6 --log-json third"));
     assert_eq!(run.end(TIMEOUT), Some(65), "{}", run.text());
@@ -276,7 +276,7 @@ fn two_runs_cannot_share_a_checkpoint_folder() {
         thread::yield_now();
     }
     let holder = format!("another run writes its checkpoints here: process {} on host", first.child.id());
-    // Several processes report the rank that failed, not those that wait for it.
+    // With several processes, the error names the rank that failed, not the ranks that wait for it.
     for (processes, mesh) in [(0, ""), (4, "--mesh data=4")] {
         let mut second = start(&folder, processes, "", &[], &format!("{flags} --steps 5 {mesh}"));
         assert_eq!(second.end(TIMEOUT), Some(73), "{}", second.text());
@@ -296,7 +296,7 @@ fn sigterm_saves_a_checkpoint_and_ends_with_143() {
     let folder = Folder::new("processes-term");
     let flags = "--mesh data=2,stage=2 --steps 100000 --checkpoint ck --checkpoint-every 1000000";
     let mut run = start(&folder, 2, "", &[], &format!("{flags} --log-json log"));
-    // With this number of steps, progress lines come late; the log does not.
+    // With this number of steps, progress lines come late, so wait for lines in the log.
     let deadline = Instant::now() + TIMEOUT;
     while losses(&folder, "log").len() < 20 {
         assert!(Instant::now() < deadline && run.child.try_wait().expect("a child").is_none(), "{}", run.text());
@@ -307,12 +307,12 @@ fn sigterm_saves_a_checkpoint_and_ends_with_143() {
     assert_eq!(std::fs::read_dir(folder.path().join("ck")).expect("a checkpoint").count(), 1);
 }
 
-/// Between the rendezvous and the first step, a failure also ends all processes at once, with its cause. The test uses
-/// no launcher, because it would end the others itself.
+/// A failure between the rendezvous and the first step also ends all processes at once, and every process reports its
+/// cause. The test uses no launcher, because a launcher would end the other processes itself.
 #[test]
 fn a_process_that_cannot_start_ends_the_others_with_its_cause() {
     let folder = Folder::new("processes-start");
-    // Parameters, gradients and moments take some gigabytes, and rank 1 may map only a part of that.
+    // Parameters, gradients and moments need some gigabytes, which is more than rank 1 may map.
     let flags =
         "--mesh data=2 --steps 1 --width 2048 --layers 4 --heads 4 --context 16 --batch 8 --sample 0 --data text";
     let port =
@@ -340,16 +340,16 @@ fn a_process_that_cannot_start_ends_the_others_with_its_cause() {
     assert!(begin.elapsed() < Duration::from_secs(30), "after {:?}: {texts:#?}", begin.elapsed());
 }
 
-/// A port of loopback that is free now.
+/// Returns a loopback port that is free now.
 fn free_port() -> u16 {
     TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr()).expect("a port").port()
 }
 
 const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "a secret of these tests");
-/// Time limit for the report of a failure before the start to all processes. Without a report they wait for 300 s.
+/// Time limit for all processes to report a failure before the start. Without a report, they would wait for 300 s.
 const REPORTED_WITHIN: Duration = Duration::from_secs(60);
 
-/// Runs two nodes, of which `wrong` has the wrong flag. Both must end with `code`.
+/// Runs two nodes. Node `wrong` gets the wrong flag, and both nodes must end with `code`.
 fn check_wrong_flag(wrong: usize, flag: &str, code: i32) {
     let folder = Folder::new(&format!("processes-report-{wrong}-{code}"));
     let port = free_port();
@@ -373,7 +373,7 @@ fn a_wrong_flag_on_one_node_ends_all_nodes() {
         check_wrong_flag(wrong, "--no-such-flag", 2);
         check_wrong_flag(wrong, "--mesh data=2 --clip 0", 2);
         check_wrong_flag(wrong, "--mesh data=2 --memory-mib 1", 78);
-        // Ends with code 0.
+        // With this flag, `gpt` itself ends with code 0. The launchers must still end with code 78.
         check_wrong_flag(wrong, "--help", 78);
     }
 }
@@ -403,7 +403,7 @@ fn a_program_without_a_launcher_reports_its_failure_to_the_others() {
     }
 }
 
-/// A variable is read before the rendezvous, and only one rank sees that it is wrong.
+/// Each rank reads its variables before the rendezvous, so only one rank sees the wrong value.
 #[test]
 fn a_wrong_variable_on_one_rank_ends_all_ranks() {
     for (wrong, name, value) in [
@@ -442,7 +442,7 @@ fn start_node(folder: &Folder, node: u32, port: u16, flags: &str, program: &[&st
     folder.start(command.arg("--").args(program).envs([SECRET]))
 }
 
-/// The program of a node, with these flags.
+/// Returns the command line of `gpt` with these flags.
 fn gpt(flags: &str) -> Vec<&str> {
     [GPT].into_iter().chain(MODEL.split_whitespace()).chain(flags.split_whitespace()).collect()
 }
@@ -471,7 +471,7 @@ fn an_address_that_a_node_does_not_have_ends_all_nodes() {
     }
 }
 
-/// The launcher of node 1 gives up before its rank has joined, with a code that may be worth a restart.
+/// Node 1 ends before its rank joins. Node 0 must then end without a restart, for any exit code of node 1.
 #[test]
 fn a_node_that_ends_before_it_joins_ends_the_other() {
     let folder = Folder::new("processes-ended");
@@ -495,7 +495,7 @@ fn a_node_that_ends_before_it_joins_ends_the_other() {
     }
 }
 
-/// Node 0 restarts, and must not wait for node 1, which has no restarts left.
+/// Node 0 restarts. It must not wait for node 1, which has no restarts left.
 #[test]
 fn a_node_without_restarts_ends_the_one_that_restarts() {
     let folder = Folder::new("processes-used-up");

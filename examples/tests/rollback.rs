@@ -61,7 +61,7 @@ fn batches_up_to_the_bad_one_are_skipped() {
         }
         checkpoints.after_step(&session, &report).expect("saved");
     }
-    // The newest checkpoint is of step 6 when bad batch 7 is trained on.
+    // The step with the bad batch 7 returns to the checkpoint of step 6, and training continues with batch 8.
     assert_eq!(batches, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
     let trained = session.parameters().expect("parameters");
 

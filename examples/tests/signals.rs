@@ -1,4 +1,4 @@
-//! `gpt` with requests to save or to end, by signals and by the end of a Slurm job; and `gpt` whose output is not read.
+//! Tests requests to `gpt` to save or to end, by signals or by the end of a Slurm job, and output that no one reads.
 
 use std::io::{PipeReader, Read, Write, pipe};
 use std::net::TcpListener;
@@ -17,7 +17,7 @@ const MODEL: &str = "--layers 2 --heads 2 --width 16 --context 8 --batch 4 --thr
 /// A training that needs a signal to end within the timeout.
 const ENDLESS: &str = "--sample 0 --steps 10000000 --log-json log";
 
-/// Resets ignored signals for `env`: a shell ignores some of them for background commands, and tests inherit that.
+/// Flag of `env` that resets ignored signals. A shell ignores some for background commands, and tests inherit that.
 const SIGNALS: &str = "--default-signal=HUP,INT,QUIT,TERM";
 
 fn gpt(flags: &str) -> Command {
@@ -54,12 +54,12 @@ fn wait_until(event: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Number of steps in the log. Counts lines without parsing them, because the log may be long.
+/// Returns the number of steps in the log. Counts lines without parsing them, because the log may be long.
 fn steps(folder: &Folder) -> usize {
     std::fs::read(folder.path().join("log")).unwrap_or_default().iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// Waits until this many steps are in the log.
+/// Waits until this number of steps is in the log.
 fn train(folder: &Folder, run: &mut Running, count: usize) {
     wait_until("steps", || {
         assert!(run.child.try_wait().expect("a child").is_none(), "{} {:?}", run.text(), run.end(TIMEOUT));
@@ -67,7 +67,7 @@ fn train(folder: &Folder, run: &mut Running, count: usize) {
     });
 }
 
-/// Steps of the checkpoints in `ck`.
+/// Returns the steps of the checkpoints in `ck`.
 fn checkpoints(folder: &Folder) -> Vec<u64> {
     let entries = std::fs::read_dir(folder.path().join("ck")).into_iter().flatten().flatten();
     let is_complete = |entry: &std::fs::DirEntry| entry.path().join("manifest.json").exists();
@@ -138,7 +138,7 @@ fn a_second_interrupt_ends_a_step_that_hangs() {
     train(&folder, &mut runs[0], 3);
     signal(runs[1].child.id(), "STOP");
     let begin = Instant::now();
-    // Signals that arrive while one is being handled count as one, so the test sends several.
+    // Several signals that arrive while one is handled count as one, so the test sends more than one.
     wait_until("an end", || {
         let _ = Command::new("kill").args(["-INT", &runs[0].child.id().to_string()]).stderr(Stdio::null()).status();
         runs[0].child.try_wait().expect("a child").is_some()
@@ -187,7 +187,7 @@ fn sigusr1_saves_a_checkpoint_and_the_training_continues() {
     run.until("on request", TIMEOUT);
     let first = checkpoints(&folder);
     assert!(!first.is_empty(), "{}", run.text());
-    // A signal to any one rank is enough. If the rank is still in the step just saved, no new checkpoint is needed.
+    // A signal to any one rank is enough. A signal during the step that was just saved needs no new checkpoint.
     for rank in ["RANK=1", "RANK=0"] {
         let before = steps(&folder);
         train(&folder, &mut run, before + 2);
@@ -197,12 +197,12 @@ fn sigusr1_saves_a_checkpoint_and_the_training_continues() {
     assert!(checkpoints(&folder).len() > first.len(), "{}", run.text());
     let before = steps(&folder);
     train(&folder, &mut run, before + 20);
-    // The launcher's signal may reach the ranks in two steps; each other one is answered once.
+    // The launcher's signal reaches the ranks in one or two steps. Each of the other two signals saves at most once.
     let saved = checkpoints(&folder);
     assert!(saved.len() <= 4, "one request, one checkpoint: {saved:?}");
     signal(run.child.id(), "TERM");
     assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
-    // Without --checkpoint the signal does no harm.
+    // Without --checkpoint, the training continues after the signal.
     std::fs::remove_file(folder.path().join("log")).expect("a log");
     let mut run = folder.start(&mut gpt(ENDLESS));
     train(&folder, &mut run, 3);
@@ -230,7 +230,7 @@ fn with_on_usr1_end_sigusr1_ends_the_training_and_the_launcher_does_not_restart_
     }
 }
 
-/// Outside the training there is nothing to save, but the node is still taken away.
+/// The signal announces the loss of the node, so the program ends although there is no training state to save.
 #[test]
 fn with_on_usr1_end_sigusr1_ends_a_program_that_does_not_train() {
     let folder = Folder::new("signals-usr1-sample");
@@ -250,7 +250,7 @@ fn a_training_ends_before_its_slurm_job_does() {
     let mut run = folder.start(launch("--max-restarts 3", &flags).env("SLURM_JOB_END_TIME", end(now + 10_000)));
     assert_eq!(run.end(TIMEOUT), Some(75), "{}", run.text());
     assert!(!run.text().contains("restart 1 of") && checkpoints(&folder).len() == 1, "{}", run.text());
-    // A time in the past, one that is far away, and an invalid one end nothing.
+    // An end time that is in the past, far in the future or invalid does not end the training.
     for time in [end(now - 10), end(now + 1_000_000), "soon".into()] {
         let mut run = folder.start(gpt("--steps 3 --sample 0").env("SLURM_JOB_END_TIME", time));
         assert_eq!(run.end(TIMEOUT), Some(0), "{}", run.text());
@@ -299,7 +299,7 @@ fn all_records_to_a_pipe_arrive_and_do_not_block_the_training() {
     let mut command = gpt("--steps 1500 --sample 0 --log-json /dev/stdout --checkpoint ck --checkpoint-every 1500");
     command.current_dir(folder.path()).stdin(Stdio::null()).stdout(writer);
     let mut child = command.spawn().expect("a program");
-    // Close this process's end of the pipe, so that the pipe ends with the program.
+    // Close this process's end of the pipe. The pipe then ends with the program.
     drop(command);
     wait_until("the last step", || checkpoints(&folder) == [1500]);
     let mut text = String::new();
@@ -354,7 +354,7 @@ fn a_trace_ends_at_its_limit() {
     assert_eq!(output.expect("it runs").status.code(), Some(0));
 }
 
-/// Otherwise the shell's prompt would follow the live line.
+/// Without a line end, the shell's prompt would follow the live line.
 #[test]
 fn an_interrupt_ends_the_live_line_of_a_terminal() {
     let folder = Folder::new("signals-screen");

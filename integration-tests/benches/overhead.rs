@@ -1,4 +1,4 @@
-//! Measures the share of a training step spent outside kernels: alternates a step through the session with the same
+//! Measures the share of a training step that is spent outside kernels. Steps of a session alternate with the same
 //! launches run directly on one stream. `cargo bench -p shardflow-integration-tests --bench overhead [-- THREADS]`.
 
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use shardflow_kernels::stream::{Notification, Stream, Submission};
 
 const ROUNDS: usize = 60;
 
-/// Returns the compute actor's programs with their bases; every register has one slot.
+/// Returns the programs of the compute actor with their base addresses. Every register has one slot.
 fn bound_programs(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     let mut out = Vec::new();
     for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {

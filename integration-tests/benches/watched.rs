@@ -1,6 +1,6 @@
-//! Measures what observation costs a training step of the default model: alternates steps of a plain session with steps
-//! of one that records all metrics, is scraped and writes a trace. `cargo bench -p shardflow-integration-tests --bench
-//! watched [-- THREADS]`.
+//! Measures the cost of observation for a training step of the default model. Steps of a plain session alternate with
+//! steps of a session that records all metrics, is scraped and writes a trace. `cargo bench -p
+//! shardflow-integration-tests --bench watched [-- THREADS]`.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -13,7 +13,7 @@ use shardflow_integration_tests::default_model::{plan, step};
 use shardflow_integration_tests::measure::{median, timed};
 use shardflow_integration_tests::training::Scratch;
 
-/// Windows with one scrape each. Prometheus scrapes every 15 s; here it is about once a second.
+/// Number of windows, each with one scrape. This is about one scrape per second; Prometheus scrapes every 15 s.
 const WINDOWS: usize = 30;
 const STEPS: usize = 40;
 const WARM: usize = 4;
@@ -39,8 +39,8 @@ fn main() {
     let scratch = Scratch::new("watched");
     let (mut plain_seconds, mut ratios, mut writing) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..WINDOWS {
-        // The placement of a session's memory affects its speed, so each window starts two new sessions, in alternating
-        // order.
+        // The placement of a session's memory affects its speed. Each window therefore starts two new sessions, in
+        // alternating order.
         let start = |publishes_metrics| {
             let options = SessionOptions { publishes_metrics, ..SessionOptions::default() };
             Session::start(plan(threads), &options).expect("a session")

@@ -12,7 +12,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 pub const CONFIG: GptConfig =
     GptConfig { vocabulary: 65, layers: 4, heads: 4, width: 128, context: 64, batch: 12, dropout: 0.0 };
 
-/// Compiles its training on one device.
+/// Compiles the model's training program for one device.
 pub fn plan(threads_per_device: usize) -> Plan {
     let mesh = Mesh::parse("data=1").expect("a mesh");
     let mut graph = Graph::new(&mesh);

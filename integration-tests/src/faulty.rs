@@ -1,5 +1,5 @@
 //! An object store that fails at its k-th operation: it kills the process, reports a full disk, never answers, or
-//! freezes the process. Or one that lacks hard links or conditional puts.
+//! freezes the process. It can instead lack hard links or conditional puts.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -21,13 +21,13 @@ type Work = Box<dyn FnOnce() + Send>;
 /// How the store fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StoreFault {
-    /// The process freezes, and continues after the given work is done.
+    /// The process freezes, and continues once the given work is done.
     Freeze,
     /// The process is killed and leaves a half-written file.
     Kill,
-    /// All writes fail from then on.
+    /// From then on, all writes fail.
     Full,
-    /// All operations hang from then on.
+    /// From then on, all operations hang.
     Stall,
     /// Exclusive creation fails, because the file system has no hard links.
     NoLinks,
@@ -38,10 +38,10 @@ pub enum StoreFault {
 /// Counts operations and triggers the fault.
 struct Trigger {
     done: AtomicUsize,
-    /// The operation that fails, from 0.
+    /// The operation that fails, counted from 0.
     at: AtomicUsize,
     fault: StoreFault,
-    /// Root of the files, for a half-written one.
+    /// Folder of the files, in which a half-written file is left.
     root: Option<PathBuf>,
     /// Runs while the process is frozen.
     meanwhile: Mutex<Option<Work>>,
@@ -54,7 +54,7 @@ impl fmt::Debug for Trigger {
 }
 
 impl Trigger {
-    /// Called before each operation; `part` is the path and content that it writes.
+    /// Runs before each operation. `part` is the path and content that the operation writes.
     async fn before_operation(&self, part: Option<(&Path, &PutPayload)>) -> Result<()> {
         let (index, at) = (self.done.fetch_add(1, SeqCst), self.at.load(SeqCst));
         match self.fault {
@@ -92,21 +92,21 @@ pub struct FaultyStore {
 }
 
 impl FaultyStore {
-    /// Fails at operation `at`, from 0. `root` is the folder of `inner`, if it stores files.
+    /// Creates a store that fails at operation `at`, counted from 0. `root` is the folder of `inner`, if it has one.
     pub fn new(inner: Arc<dyn ObjectStore>, fault: StoreFault, at: usize, root: Option<PathBuf>) -> Self {
         let trigger =
             Trigger { done: AtomicUsize::new(0), at: AtomicUsize::new(at), fault, root, meanwhile: Mutex::default() };
         Self { inner, trigger: Arc::new(trigger) }
     }
 
-    /// Runs `work` before operation `at`, as if the process were frozen during it.
+    /// Creates a store that runs `work` before operation `at`, as if the process were frozen meanwhile.
     pub fn meanwhile(inner: Arc<dyn ObjectStore>, at: usize, work: Work) -> Self {
         let faulty = Self::new(inner, StoreFault::Freeze, at, None);
         *faulty.trigger.meanwhile.lock() = Some(work);
         faulty
     }
 
-    /// Number of operations so far.
+    /// Returns the number of operations so far.
     pub fn operations(&self) -> usize {
         self.trigger.done.load(SeqCst)
     }
@@ -164,7 +164,7 @@ impl ObjectStore for FaultyStore {
         locations.then(each).boxed()
     }
 
-    /// Sorted by name, so that the k-th operation is the same everywhere.
+    /// Lists in the order of names, so that the k-th operation is the same on every machine.
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let (inner, trigger) = (self.inner.list(prefix), self.trigger.clone());
         let sorted = async move {

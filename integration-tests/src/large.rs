@@ -14,10 +14,10 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::training::{LEARNING_RATE, Scratch, bits, options, relative};
 
-/// 2^80, about 1.2e24: it scales gradients of about 0.01 without rounding, to squares far beyond the range of f32.
+/// 2^80, about 1.2e24. It scales gradients of about 0.01 exactly; their squares are then far beyond f32's range.
 const LARGE: f32 = 1_208_925_819_614_629_174_706_176.0;
 
-/// Below the norm of the unscaled gradients.
+/// A limit below the norm of the unscaled gradients.
 const MAX_NORM: f32 = 1e-3;
 
 const BATCH: usize = 8;
@@ -25,7 +25,7 @@ const LENGTH: usize = 3;
 const TOKENS: usize = 5;
 const WIDTH: usize = 6;
 
-/// Two layers, on two stages if the mesh has stages, and a loss scaled by `factor`.
+/// Starts a model of two layers, on two stages if the mesh has stages. `factor` scales its loss.
 fn start(device: DeviceKind, mesh: &str, factor: f32, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -54,7 +54,7 @@ fn step(session: &mut Session, learning_rate: f32) -> Result<StepReport, Session
     session.step(&[("ids", tokens(1)), ("targets", tokens(2))], learning_rate)
 }
 
-/// Parameters and moments as the bytes of a file.
+/// Returns parameters and moments as the bytes of a file.
 fn state(session: &Session) -> Vec<u8> {
     let folder = Scratch::new(&format!("large-{:?}", std::thread::current().id()));
     let path = folder.path().join("state");
@@ -113,7 +113,7 @@ fn an_update_that_would_overflow_is_skipped(device: DeviceKind, mesh: &str) {
         assert!(text.ends_with(&format!("could make {overflow_in} overflow f32: {advice}")), "{mesh}: {text}");
         assert!(state(&session) == before, "{mesh}: a skipped update changed the state, overflow in {overflow_in}");
     }
-    // Large, but the updated values are finite, so the step succeeds.
+    // The gradients are large, but the updated values are finite, so the step succeeds.
     let mut session = start(device, mesh, 1e18, f32::INFINITY, OnNonFinite::Skip { in_a_row_max: 1 });
     let before = session.parameters().expect("parameters");
     assert_eq!(step(&mut session, LEARNING_RATE).expect("a good step").non_finite, None);

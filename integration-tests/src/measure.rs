@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-/// Runs `work`; returns its seconds.
+/// Runs `work`, and returns the seconds that it took.
 pub fn timed(work: impl FnOnce()) -> f64 {
     let begin = Instant::now();
     work();

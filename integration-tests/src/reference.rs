@@ -1,7 +1,7 @@
-//! A plain GPT in float64 on one thread, the reference for every layout. It shares no code with the kernels; only the
-//! generator of the initial weights comes from `shardflow::init`.
+//! A plain GPT in float64 on one thread, which is the reference for every layout. It shares no code with the kernels,
+//! except that `shardflow::init` generates the initial weights.
 //!
-//! No biases, exact GELU, layer norm eps 1e-5, causal attention, untied head; AdamW with decay on matrices only.
+//! The model: no biases, exact GELU, layer norm eps 1e-5, causal attention, untied head; AdamW decays matrices only.
 
 use std::collections::BTreeMap;
 use std::f64::consts::PI;
@@ -14,13 +14,13 @@ use shardflow_kernels::tensor::Region;
 pub struct ReferenceConfig {
     /// Transformer layers.
     pub layers: usize,
-    /// Attention heads; divides `width`.
+    /// Attention heads. Their number divides `width`.
     pub heads: usize,
     /// Width of the residual stream.
     pub width: usize,
-    /// Tokens of a sample.
+    /// Tokens per sample.
     pub context: usize,
-    /// Samples of a step.
+    /// Samples per step.
     pub batch: usize,
     /// Seed of the initial weights.
     pub seed: u64,
@@ -28,12 +28,12 @@ pub struct ReferenceConfig {
     pub init_std: f64,
     /// Learning rate.
     pub lr: f64,
-    /// Largest gradient norm that is not scaled down.
+    /// Gradients with a larger norm are scaled down to this norm.
     pub max_norm: f64,
 }
 
 impl ReferenceConfig {
-    /// The default training of a model of this size.
+    /// Returns the default training for a model of this size.
     pub fn new(layers: usize, heads: usize, width: usize, context: usize, batch: usize) -> Self {
         Self { layers, heads, width, context, batch, seed: 1337, init_std: 0.02, lr: 1e-3, max_norm: f64::INFINITY }
     }
@@ -42,7 +42,7 @@ impl ReferenceConfig {
 /// Values by parameter name, such as `h.0.attn.q.weight`, each row-major.
 pub type Tensors = BTreeMap<String, Vec<f64>>;
 
-/// Returns names and shapes of a model's parameters.
+/// Returns the names and shapes of a model's parameters.
 pub fn parameter_shapes(config: &ReferenceConfig, vocab: usize) -> BTreeMap<String, Vec<usize>> {
     let (width, mut shapes) = (config.width, BTreeMap::new());
     let mut add = |name: String, shape: &[usize]| shapes.insert(name, shape.to_vec());
@@ -62,7 +62,7 @@ pub fn parameter_shapes(config: &ReferenceConfig, vocab: usize) -> BTreeMap<Stri
     shapes
 }
 
-/// Returns the initial parameters: the f32 values that every program starts from.
+/// Returns the initial parameters: the f32 values from which every program starts.
 pub fn initial_parameters(config: &ReferenceConfig, vocab: usize) -> Tensors {
     let make = |(name, shape): (String, Vec<usize>)| {
         let init = if shape.len() == 1 { Init::Ones } else { Init::Normal { std: config.init_std } };
@@ -73,8 +73,8 @@ pub fn initial_parameters(config: &ReferenceConfig, vocab: usize) -> Tensors {
     parameter_shapes(config, vocab).into_iter().map(make).collect()
 }
 
-/// Converts a text to ids, numbering its distinct bytes in ascending order. Returns the number of distinct bytes, and
-/// the ids of the first nine tenths.
+/// Converts a text to ids, which number its distinct bytes in ascending order. Returns the number of distinct bytes,
+/// and the ids of the first nine tenths of the text.
 pub fn tokens(text: &[u8]) -> (usize, Vec<usize>) {
     let mut alphabet = text.to_vec();
     alphabet.sort_unstable();
@@ -83,7 +83,7 @@ pub fn tokens(text: &[u8]) -> (usize, Vec<usize>) {
     (alphabet.len(), text[..text.len() * 9 / 10].iter().map(id).collect())
 }
 
-/// Returns ids and targets of a step, each `[batch, context]`.
+/// Returns the ids and targets of a step, each `[batch, context]`.
 pub fn batch(config: &ReferenceConfig, train: &[usize], step: usize) -> (Vec<usize>, Vec<usize>) {
     let (mut ids, mut targets) = (Vec::new(), Vec::new());
     for sample in step * config.batch..(step + 1) * config.batch {
@@ -94,7 +94,7 @@ pub fn batch(config: &ReferenceConfig, train: &[usize], step: usize) -> (Vec<usi
     (ids, targets)
 }
 
-/// Returns loss and gradients by name of the initial model on the first batch.
+/// Returns the loss and the gradients by name, of the initial model on the first batch.
 pub fn first_step(config: &ReferenceConfig, text: &[u8]) -> (f64, Tensors) {
     let (vocab, train) = tokens(text);
     let (ids, targets) = batch(config, &train, 0);
@@ -115,7 +115,7 @@ pub fn train(config: &ReferenceConfig, text: &[u8], steps: usize) -> Vec<f64> {
         let norm = gradients.values().flatten().map(|g| g * g).sum::<f64>().sqrt();
         let scale = (config.max_norm / (norm + 1e-6)).min(1.0);
         for (name, values) in &mut parameters {
-            // Vectors are the layer norms' weights, which do not decay.
+            // The only vectors are the weights of layer norms, which do not decay.
             let decay = if name.contains("ln") { 0.0 } else { 0.1 };
             let (m, v) = moments.get_mut(name).expect("every parameter has moments");
             adam_w(values, &gradients[name], m, v, scale, config.lr, decay, step as i32 + 1);
@@ -124,7 +124,7 @@ pub fn train(config: &ReferenceConfig, text: &[u8], steps: usize) -> Vec<f64> {
     losses
 }
 
-/// <https://arxiv.org/abs/1711.05101> with betas 0.9 and 0.99, eps 1e-8.
+/// The update of AdamW, <https://arxiv.org/abs/1711.05101>, with betas 0.9 and 0.99 and eps 1e-8.
 #[allow(clippy::too_many_arguments)]
 fn adam_w(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, lr: f64, decay: f64, t: i32) {
     let (beta1, beta2) = (0.9, 0.99);
@@ -138,7 +138,7 @@ fn adam_w(p: &mut [f64], g: &[f64], m: &mut [f64], v: &mut [f64], scale: f64, lr
     }
 }
 
-/// Forward values that a layer's backward needs.
+/// The values of the forward pass that a layer's backward pass needs.
 struct Saved {
     norm1: Norm,
     q: Vec<f64>,
@@ -150,7 +150,7 @@ struct Saved {
     gelu: Vec<f64>,
 }
 
-/// Returns the mean loss of `ids` against `targets` (each `[samples, context]`), and its gradient by every parameter.
+/// Returns the mean loss of `ids` against `targets` (each `[samples, context]`), and its gradient for each parameter.
 pub fn loss_and_gradients(config: &ReferenceConfig, p: &Tensors, ids: &[usize], targets: &[usize]) -> (f64, Tensors) {
     let width = config.width;
     let mut x = vec![0.0; ids.len() * width];
@@ -198,7 +198,7 @@ fn layer_forward(config: &ReferenceConfig, p: &Tensors, layer: usize, x: &mut [f
     Saved { norm1, q, k, v, attention, norm2, fc, gelu }
 }
 
-/// Replaces the gradient by the layer's output in `dx` with the gradient by its input.
+/// In `dx`, replaces the gradient with respect to the layer's output by the gradient with respect to its input.
 fn layer_backward(config: &ReferenceConfig, p: &Tensors, layer: usize, saved: &Saved, dx: &mut [f64], g: &mut Tensors) {
     let (width, name) = (config.width, |part: &str| format!("h.{layer}.{part}.weight"));
     let mut dfc = linear_backward(dx, &saved.gelu, &name("mlp.proj"), p, g, 4 * width);
@@ -225,10 +225,10 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// `y = x w^T`: x `[rows, inputs]`, w `[outputs, inputs]`.
+/// Computes `y = x w^T`, where x is `[rows, inputs]` and w is `[outputs, inputs]`.
 fn linear(x: &[f64], w: &[f64], inputs: usize) -> Vec<f64> {
     let outputs = w.len() / inputs;
-    // Transposed first, so that the inner loop runs along rows, which is fast enough for a test.
+    // Transpose w first. The inner loop then runs along rows, which is fast enough for a test.
     let mut transposed = vec![0.0; w.len()];
     for (i, value) in w.iter().enumerate() {
         transposed[i % inputs * outputs + i / inputs] = *value;
@@ -242,7 +242,7 @@ fn linear(x: &[f64], w: &[f64], inputs: usize) -> Vec<f64> {
     y
 }
 
-/// `dx = dy w`, and `dw += dy^T x`.
+/// Returns `dx = dy w`, and adds `dy^T x` to `dw`.
 fn linear_backward(dy: &[f64], x: &[f64], name: &str, p: &Tensors, g: &mut Tensors, inputs: usize) -> Vec<f64> {
     let (w, dw) = (&p[name], g.get_mut(name).expect("every parameter has a gradient"));
     let outputs = w.len() / inputs;
@@ -257,7 +257,7 @@ fn linear_backward(dy: &[f64], x: &[f64], name: &str, p: &Tensors, g: &mut Tenso
     dx
 }
 
-/// Layer norm without bias over rows of the weight's length, <https://arxiv.org/abs/1607.06450>.
+/// Layer norm without bias, <https://arxiv.org/abs/1607.06450>. Each row is as long as the weight.
 struct Norm {
     y: Vec<f64>,
     normalized: Vec<f64>,
@@ -297,7 +297,7 @@ impl Norm {
     }
 }
 
-/// Causal attention with explicit scores.
+/// Causal attention that stores all its probabilities.
 struct Attention {
     out: Vec<f64>,
     /// `[sample, head, query, key]`, zero above the diagonal.
@@ -305,7 +305,7 @@ struct Attention {
 }
 
 impl Attention {
-    /// Calls `f(query row, key row, first column, index of the probability)` for every pair that attends.
+    /// Calls `f(query row, key row, first column, index of the probability)` for every pair of positions that attends.
     fn pairs(config: &ReferenceConfig, rows: usize, mut f: impl FnMut(usize, usize, usize, usize)) {
         let (t, heads) = (config.context, config.heads);
         for sample in 0..rows / t {
@@ -343,7 +343,7 @@ impl Attention {
         Self { out, probabilities: p }
     }
 
-    /// Gradients by q, k and v.
+    /// Returns the gradients with respect to q, k and v.
     fn backward(&self, config: &ReferenceConfig, dout: &[f64], q: &[f64], k: &[f64], v: &[f64]) -> [Vec<f64>; 3] {
         let (width, size) = (config.width, config.width / config.heads);
         let (rows, p) = (q.len() / width, &self.probabilities);
@@ -371,7 +371,7 @@ impl Attention {
     }
 }
 
-/// Mean over the rows of `-log softmax(logits)[target]`, and its gradient.
+/// Returns the mean over the rows of `-log softmax(logits)[target]`, and its gradient.
 fn cross_entropy(logits: &[f64], targets: &[usize]) -> (f64, Vec<f64>) {
     let (vocab, n) = (logits.len() / targets.len(), targets.len() as f64);
     let (mut loss, mut dlogits) = (0.0, Vec::with_capacity(logits.len()));
@@ -384,8 +384,8 @@ fn cross_entropy(logits: &[f64], targets: &[usize]) -> (f64, Vec<f64>) {
     (loss, dlogits)
 }
 
-/// `(1 + erf(z / sqrt 2)) / 2`, by the series `erf(x) = 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!`, whose terms
-/// all have the sign of x, so nothing cancels. (Abramowitz and Stegun 7.1.6)
+/// Computes `(1 + erf(z / sqrt 2)) / 2` by the series `erf(x) = 2/sqrt(pi) exp(-x^2) sum 2^n x^(2n+1) / (2n+1)!!`
+/// (Abramowitz and Stegun 7.1.6). All its terms have the sign of x, so nothing cancels.
 fn normal_cdf(z: f64) -> f64 {
     let x = z / 2f64.sqrt();
     if x.abs() > 6.0 {

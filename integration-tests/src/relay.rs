@@ -1,5 +1,5 @@
-//! A proxy in front of every listener of a job's processes. It splits streams into random pieces, delays each direction
-//! of each connection independently, and loses no bytes; it drops some heartbeats.
+//! A proxy in front of every listener of a job's processes. It splits streams into random pieces and delays each
+//! direction of each connection independently. It loses no bytes of a stream, but drops some heartbeats.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -19,7 +19,7 @@ use crate::training::Scratch;
 
 /// log2 of the largest piece: 64 KiB.
 const PIECE_BITS: u64 = 16;
-/// How often a thread that waits for a datagram checks whether the relay has ended.
+/// How often a thread that waits for a datagram checks whether the relay has been dropped.
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
 /// One heartbeat in this number is dropped.
@@ -28,15 +28,15 @@ const DROPPED_ONE_IN: u64 = 8;
 /// Delays of a relay.
 #[derive(Clone, Copy, Debug)]
 pub struct RelayOptions {
-    /// Determines everything except the timing of threads.
+    /// Seed of all random choices. Only the timing of threads does not depend on it.
     pub seed: u64,
-    /// Each direction stalls for this long after this many pieces; so does the first heartbeat of each process.
+    /// Each direction stalls for this time after this number of pieces. Each process's first heartbeat stalls, too.
     pub long_stall: Option<(u64, Duration)>,
-    /// Keeps the relayed bytes for [`Relay::recorded`].
+    /// Whether the relayed bytes are kept for [`Relay::recorded`].
     pub records: bool,
 }
 
-/// Random numbers.
+/// A generator of random numbers.
 struct Rng(SplitMix64);
 
 impl Rng {
@@ -44,13 +44,13 @@ impl Rng {
         self.0.draw()
     }
 
-    /// Bytes of the next piece, from 1 to 64 KiB: each power of two is equally frequent.
+    /// Returns the number of bytes of the next piece, from 1 to 64 KiB. Each power of two is equally frequent.
     fn piece_bytes(&mut self) -> usize {
         let top = 1 << (self.next() % (PIECE_BITS + 1));
         (top - self.next() % (top / 2 + 1)).max(1) as usize
     }
 
-    /// Delay of a piece: zero for most, up to 200 us for 7 in 64, up to 4 ms for 1 in 64.
+    /// Returns the delay of a piece. Most pieces have none; 7 in 64 have up to 200 us, and 1 in 64 has up to 4 ms.
     fn delay(&mut self) -> Duration {
         match self.next() % 64 {
             0 => Duration::from_micros(self.next() % 4000),
@@ -63,15 +63,15 @@ impl Rng {
 /// Counts of the relayed traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RelayCounts {
-    /// Connections.
+    /// Number of connections.
     pub connections: u64,
-    /// Pieces that streams were split into.
+    /// Number of pieces into which streams were split.
     pub pieces: u64,
-    /// Their bytes.
+    /// Number of bytes in all pieces.
     pub bytes: u64,
-    /// Long stalls.
+    /// Number of long stalls.
     pub stalls: u64,
-    /// Long stalls of heartbeats, included in `stalls`.
+    /// Number of long stalls of heartbeats, which `stalls` includes.
     pub heartbeat_stalls: u64,
 }
 
@@ -89,12 +89,12 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Front address by the address behind it.
+    /// The address in front of each listener, by the listener's address.
     fronts: BTreeMap<Address, Address>,
     open_connections: Vec<Connection>,
     threads: Vec<JoinHandle<()>>,
     counts: RelayCounts,
-    /// The bytes of each direction of each connection.
+    /// The relayed bytes, one vector for each direction of each connection.
     recorded: Vec<Vec<u8>>,
     directions: u64,
     ended: bool,
@@ -114,20 +114,20 @@ impl fmt::Debug for Relay {
 }
 
 impl Shared {
-    /// Waits for this long or until the relay ends.
+    /// Waits for this long, or until the relay ends.
     fn wait(&self, time: Duration) {
         if !time.is_zero() {
             self.ended.wait_while_for(&mut self.state.lock(), |state| !state.ended, time);
         }
     }
 
-    /// Counts a long stall and waits for it.
+    /// Counts a long stall and waits for its end.
     fn stall(&self, time: Duration) {
         self.state.lock().counts.stalls += 1;
         self.wait(time);
     }
 
-    /// Random numbers for the next direction.
+    /// Returns a generator of random numbers for the next direction.
     fn next_rng(&self) -> Rng {
         let mut state = self.state.lock();
         state.directions += 1;
@@ -141,13 +141,13 @@ impl Shared {
         self.state.lock().threads.push(thread);
     }
 
-    /// Forwards the connections that a front accepts.
+    /// Forwards the connections that one front address accepts.
     fn serve(self: &Arc<Self>, accept: impl Fn() -> io::Result<Connection>, bound: &Address) {
         while let Ok(outside) = accept() {
             if self.state.lock().ended {
                 return;
             }
-            // Without a listener behind the front, the caller's connection closes.
+            // If no listener is behind the front address, the caller's connection closes.
             let _ = connect(bound).and_then(|inside| self.join(inside, outside));
         }
     }
@@ -182,7 +182,7 @@ impl Shared {
                     self.stall(time);
                 }
                 if to.write_all(piece).is_err() {
-                    // The receiver has closed; bytes in the other direction are still delivered.
+                    // The receiver has closed this direction. Bytes in the other direction are still delivered.
                     return;
                 }
                 let counts = &mut self.state.lock().counts;
@@ -205,7 +205,7 @@ impl Shared {
                 self.stall(time);
             }
             if rng.next() % DROPPED_ONE_IN != 0 {
-                // The process may have ended.
+                // Ignore errors, because the process may have ended.
                 let _ = front.send_to(&buffer[..bytes], bound);
             }
         }
@@ -229,14 +229,14 @@ fn without_delay(connection: Connection) -> io::Result<Connection> {
 }
 
 impl Relay {
-    /// A relay without fronts.
+    /// Creates a relay without front addresses.
     pub fn new(options: RelayOptions) -> Self {
         let folder = Scratch::new(&format!("relay-{}", options.seed));
         let shared = Shared { options, state: Mutex::default(), ended: Condvar::new() };
         Self { shared: Arc::new(shared), folder }
     }
 
-    /// Counts so far.
+    /// Returns the counts so far.
     pub fn counts(&self) -> RelayCounts {
         self.shared.state.lock().counts
     }
@@ -280,7 +280,7 @@ impl Advertise for Relay {
 }
 
 impl Relay {
-    /// The bytes of each direction of each connection, if [`RelayOptions::records`].
+    /// Returns the bytes of each direction of each connection, if [`RelayOptions::records`] is set.
     pub fn recorded(&self) -> Vec<Vec<u8>> {
         self.shared.state.lock().recorded.clone()
     }
@@ -294,11 +294,11 @@ impl Drop for Relay {
         state.open_connections.drain(..).for_each(|connection| drop(connection.shutdown(Shutdown::Both)));
         let fronts = std::mem::take(&mut state.fronts);
         drop(state);
-        // A connection wakes the thread that accepts on the front.
+        // A connection to the front address wakes the thread that accepts there.
         fronts.values().for_each(|front| drop(connect(front)));
         let threads = std::mem::take(&mut self.shared.state.lock().threads);
         for thread in threads {
-            // The panic hook has reported a panic of the thread.
+            // Ignore a panic of the thread, because the panic hook has reported it.
             let _ = thread.join();
         }
     }

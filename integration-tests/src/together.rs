@@ -1,5 +1,5 @@
-//! Several processes of a job that are threads of a test, or child processes: how they meet, and their agreement on a
-//! checkpoint.
+//! Helpers for jobs whose processes are threads of a test, or child processes: their rendezvous, and their agreement on
+//! a checkpoint.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use shardflow::cluster::{Cluster, ClusterOptions};
 use shardflow::job::env::{Endpoint, LaunchContext, Launched, LaunchedBy, SecretSource};
 use shardflow::job::secret::Secret;
 
-/// The cluster of one process of a node, which meets the others at a Unix socket.
+/// Returns the cluster of one process of a node. The processes meet at a Unix socket.
 pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterOptions) -> Cluster {
     let world = Launched {
         process,
@@ -30,7 +30,7 @@ pub fn cluster_at(socket: &Path, process: u32, processes: u32, options: ClusterO
     Cluster::new(LaunchContext::World(world), options)
 }
 
-/// How long a process waits for the others.
+/// Time limit for waiting for the other processes.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Default)]
@@ -39,7 +39,7 @@ struct SaveState {
     decided: Option<Result<SaveOutcome, String>>,
 }
 
-/// The [`SaveAgreement`] of processes that share memory.
+/// A [`SaveAgreement`] of processes that share memory.
 pub struct SharedMemoryAgreement {
     processes: usize,
     saves: Mutex<BTreeMap<SaveId, SaveState>>,
@@ -47,7 +47,7 @@ pub struct SharedMemoryAgreement {
 }
 
 impl SharedMemoryAgreement {
-    /// Of this many processes.
+    /// Creates the agreement of this number of processes.
     pub fn new(processes: usize) -> Self {
         Self { processes, saves: Mutex::default(), changed: Condvar::new() }
     }
@@ -90,7 +90,7 @@ impl SaveAgreement for SharedMemoryAgreement {
     }
 }
 
-/// Saves one part of a checkpoint per process, each on a thread; returns the reports by rank.
+/// Saves a checkpoint of which each process writes one part, on its own thread. Returns the reports by rank.
 pub fn save_together(store: &Store, parts: &[Snapshot], epoch: u64, keep: usize) -> Vec<SaveReport> {
     let agreement = SharedMemoryAgreement::new(parts.len());
     let processes = parts.len() as u32;

@@ -1,5 +1,5 @@
-//! A small GPT trained through the public API on an embedded text, on any mesh. Every layout, and [`crate::reference`],
-//! uses the same samples and initial weights.
+//! Trains a small GPT through the public API on an embedded text, on any mesh. Every layout uses the same samples and
+//! initial weights, and so does [`crate::reference`].
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::reference;
 
-/// Shakespeare's sonnets 18 and 29: 46 distinct bytes, not a multiple of 3 or 4.
+/// Shakespeare's sonnets 18 and 29. They have 46 distinct bytes, which is not a multiple of 3 or 4.
 pub const TEXT: &str = "\
 Shall I compare thee to a summer's day?
 Thou art more lovely and more temperate:
@@ -60,17 +60,17 @@ pub const LEARNING_RATE: f32 = 1e-3;
 pub struct Model {
     /// Transformer layers.
     pub layers: usize,
-    /// Attention heads; they divide `width`.
+    /// Attention heads. Their number divides `width`.
     pub heads: usize,
-    /// Features of a token.
+    /// Features per token.
     pub width: usize,
-    /// Tokens of a sample.
+    /// Tokens per sample.
     pub context: usize,
-    /// Samples of a step.
+    /// Samples per step.
     pub batch: usize,
-    /// Probability of dropout.
+    /// Dropout probability.
     pub dropout: f32,
-    /// Largest gradient norm; infinite for no clipping.
+    /// Gradients with a larger norm are clipped; infinite for no clipping.
     pub max_norm: f32,
 }
 
@@ -81,7 +81,7 @@ impl Default for Model {
 }
 
 impl Model {
-    /// The same model and training for the float64 reference, which has no dropout.
+    /// Returns the same model and training for the float64 reference. The reference has no dropout.
     pub fn reference(&self) -> reference::ReferenceConfig {
         assert_eq!(self.dropout, 0.0, "the reference has no dropout");
         reference::ReferenceConfig { lr: f64::from(LEARNING_RATE), max_norm: f64::from(self.max_norm), ..self.sizes() }
@@ -91,7 +91,7 @@ impl Model {
         reference::ReferenceConfig::new(self.layers, self.heads, self.width, self.context, self.batch)
     }
 
-    /// The training program.
+    /// Returns the training program.
     pub fn graph(&self, mesh: &str) -> Graph {
         let mut g = Graph::new(&Mesh::parse(mesh).unwrap_or_else(|e| panic!("{e}")));
         let config = GptConfig {
@@ -111,7 +111,7 @@ impl Model {
         g
     }
 
-    /// The compiled program.
+    /// Returns the compiled training program.
     pub fn plan(&self, mesh: &str, options: &CompileOptions) -> Plan {
         compile(self.graph(mesh), options).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
     }
@@ -127,7 +127,7 @@ impl Model {
         Session::start(plan, session).unwrap_or_else(|e| panic!("mesh {mesh}: {e}"))
     }
 
-    /// The inputs of a step by name.
+    /// Returns the inputs of a step, with their names.
     pub fn batch(&self, step: u64) -> [(&'static str, HostTensor); 2] {
         let (_, train) = reference::tokens(TEXT.as_bytes());
         let (ids, targets) = reference::batch(&self.sizes(), &train, step as usize);
@@ -171,14 +171,14 @@ impl Model {
 pub struct TrainingResult {
     /// Loss of each step, before its update.
     pub losses: Vec<f32>,
-    /// Global norm of the gradients of each step.
+    /// Norm of all gradients together, for each step.
     pub norms: Vec<f64>,
-    /// Whole tensors, after the last step.
+    /// Whole parameter tensors after the last step.
     pub parameters: BTreeMap<String, HostTensor>,
 }
 
 impl TrainingResult {
-    /// The bits of all values, to compare two trainings exactly.
+    /// Returns the bits of all values, which compare two trainings exactly.
     pub fn bits(&self) -> (Vec<u32>, Vec<u64>, BTreeMap<&str, Vec<u32>>) {
         let losses = self.losses.iter().map(|l| l.to_bits()).collect();
         let norms = self.norms.iter().map(|n| n.to_bits()).collect();
@@ -186,28 +186,28 @@ impl TrainingResult {
     }
 }
 
-/// Bits of float tensors by name.
+/// Returns the bits of float tensors by name.
 pub fn bits(tensors: &BTreeMap<String, HostTensor>) -> BTreeMap<&str, Vec<u32>> {
     let bits = |t: &HostTensor| t.as_f32().expect("floats").iter().map(|v| v.to_bits()).collect();
     tensors.iter().map(|(name, t)| (name.as_str(), bits(t))).collect()
 }
 
-/// Vocabulary size of [`TEXT`].
+/// Returns the vocabulary size of [`TEXT`].
 pub fn vocabulary() -> usize {
     reference::tokens(TEXT.as_bytes()).0
 }
 
-/// Compile options with these micro-batches and this schedule.
+/// Returns compile options with these micro-batches and this schedule.
 pub fn options(micro_batches: usize, schedule: Schedule) -> CompileOptions {
     CompileOptions { micro_batches, schedule, ..CompileOptions::default() }
 }
 
-/// `|a - b|` relative to the larger magnitude.
+/// Returns `|a - b|` relative to the larger magnitude of the two.
 pub fn relative(a: f64, b: f64) -> f64 {
     (a - b).abs() / a.abs().max(b.abs()).max(f64::MIN_POSITIVE)
 }
 
-/// Runs `work` on a new thread and panics if it takes longer than this, so that a hang fails the test.
+/// Runs `work` on a new thread. Panics if it takes longer than this, so a test that hangs fails.
 pub fn within<T: Send + 'static>(seconds: u64, work: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = channel();
     let thread = std::thread::spawn(move || {
@@ -223,7 +223,7 @@ pub fn within<T: Send + 'static>(seconds: u64, work: impl FnOnce() -> T + Send +
     }
 }
 
-/// A folder that is removed with its contents when this is dropped.
+/// A folder that is removed with its contents when this value is dropped.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
@@ -236,7 +236,7 @@ impl Scratch {
         Self(path)
     }
 
-    /// Its path.
+    /// Returns the folder's path.
     pub fn path(&self) -> &Path {
         &self.0
     }

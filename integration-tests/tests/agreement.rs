@@ -1,4 +1,4 @@
-//! When ranks get different values, the call fails on all of them, names the value and changes nothing; a resume
+//! When ranks pass different values, the call fails on all of them, names the value and changes nothing. A resume also
 //! compares the declared values. The processes are threads of this test, each with its own session.
 
 use std::collections::BTreeMap;
@@ -41,7 +41,7 @@ fn local_session(mesh: &str) -> Session {
     start(mesh, &SessionOptions::default())
 }
 
-/// Runs `work` on each rank; returns the results by rank.
+/// Runs `work` on each rank, and returns the results by rank.
 fn run_ranks<T: Send>(name: &str, processes: u32, work: impl Fn(u32, Cluster) -> T + Sync) -> Vec<T> {
     let folder = Scratch::new(&format!("agreement-{name}"));
     let socket = folder.path().join("meet.sock");
@@ -60,7 +60,7 @@ fn options_with(cluster: Cluster) -> SessionOptions {
     SessionOptions { cluster, ..SessionOptions::default() }
 }
 
-/// Replaces these elements by another token of the vocabulary.
+/// Replaces these elements by other tokens of the vocabulary.
 fn changed(tensor: &HostTensor, elements: impl Iterator<Item = usize>) -> HostTensor {
     let mut tensor = tensor.clone();
     let HostData::I32(tokens) = &mut tensor.data else { panic!("tokens are integers") };
@@ -68,13 +68,13 @@ fn changed(tensor: &HostTensor, elements: impl Iterator<Item = usize>) -> HostTe
     tensor
 }
 
-/// Bits of the losses on one process.
+/// Returns the bits of the losses on one process.
 fn losses(mesh: &str, steps: usize) -> Vec<u32> {
     let mut session = local_session(mesh);
     (0..steps).map(|_| model().step(&mut session).loss.expect("a loss").to_bits()).collect()
 }
 
-/// Returns the text of a result that must be a disagreement.
+/// Returns the text of an error, which must be a disagreement.
 fn disagreement_text<T>(result: Result<T, SessionError>) -> String {
     match result {
         Err(error @ SessionError::Disagreement(_)) => {
@@ -86,12 +86,12 @@ fn disagreement_text<T>(result: Result<T, SessionError>) -> String {
     }
 }
 
-/// Loads a file; returns the notes.
+/// A function that loads a file and returns the notes.
 type LoadFile = fn(&mut Session, &Path) -> Result<Vec<String>, SessionError>;
-/// Loads a saved state; returns the notes.
+/// A function that loads a saved state and returns the notes.
 type Load<'a> = &'a dyn Fn(&mut Session) -> Result<Vec<String>, SessionError>;
 
-/// The failed step changes nothing: with equal learning rates, training continues with the bits of an undisturbed run.
+/// The failed step changes nothing: the next steps use equal learning rates and have the bits of an undisturbed run.
 #[test]
 fn learning_rates_are_compared_in_each_step() {
     within(SECONDS, || {
@@ -113,11 +113,11 @@ fn learning_rates_are_compared_in_each_step() {
     });
 }
 
-/// Elements that a rank does not feed may differ; elements that several ranks feed are compared in every micro-batch.
+/// Elements that a rank does not feed may differ. Elements that several ranks feed are compared in every micro-batch.
 #[test]
 fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     within(SECONDS, || {
-        // Three processes own devices 0 and 1, 2, and 3; the last two processes feed the second half of the samples.
+        // The processes own devices 0 and 1, device 2, and device 3. The last two feed the second half of the samples.
         for (mesh, processes, changing, expected) in [
             ("tensor=2", 2, 1, Some("rank 0 has")),
             ("stage=2", 2, 1, None),
@@ -131,7 +131,7 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
             let ranks = run_ranks(&name, processes, |rank, cluster| {
                 let mut session = start(mesh, &options_with(cluster));
                 let [(ids, tokens), (targets, other)] = model().batch(0);
-                // Sample 3 is in the second half of the last micro-batch of two samples.
+                // A micro-batch has two samples. Sample 3 is in the second half of the last micro-batch.
                 let of_sample = |sample: usize| sample * model().context..(sample + 1) * model().context;
                 // Samples that only the other rank feeds on the axis `data`.
                 let peer_samples = if rank == 0 { [1, 3] } else { [0, 2] };
@@ -150,7 +150,7 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
                     Some(_) => Err(disagreement_text(first)),
                     None => Ok(first.unwrap_or_else(|e| panic!("{mesh}: {e}")).loss.expect("a loss").to_bits()),
                 };
-                // The session continues.
+                // The session can continue after the failed step.
                 let next = model().step(&mut session).loss.expect("a loss").to_bits();
                 session.shutdown().expect("a clean shutdown");
                 (first, next)
@@ -173,8 +173,8 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     });
 }
 
-/// Two stages read one input, the first one split over `data`: each rank's elements are compared with the other ranks'.
-/// If the second stage splits another dim, the common elements of each row and column block are compared.
+/// Two stages read one input, and the first stage splits it over `data`. Each rank's elements are compared with those
+/// of other ranks. If the second stage splits another dim, only elements common to row and column blocks are compared.
 #[test]
 fn an_input_of_several_placements_is_one_tensor() {
     within(SECONDS, || {
@@ -225,7 +225,7 @@ fn an_input_of_several_placements_is_one_tensor() {
     });
 }
 
-/// If one rank has a different file or none, no rank loads anything and all can continue.
+/// If one rank has a different file or no file, no rank loads anything, and all ranks can continue.
 #[test]
 fn loaded_files_are_compared_before_anything_changes() {
     within(SECONDS, || {
@@ -269,8 +269,8 @@ fn loaded_files_are_compared_before_anything_changes() {
     });
 }
 
-/// Each rank sees a folder of its own, with another training's checkpoint of the same step: of another seed, or of the
-/// same seed and another learning rate.
+/// Each rank sees its own folder, with a checkpoint of the same step from another training. The trainings differ in the
+/// seed or in the learning rate.
 #[test]
 fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
     within(SECONDS, || {
@@ -298,7 +298,7 @@ fn checkpoints_of_folders_that_ranks_do_not_share_are_compared() {
     });
 }
 
-/// A rank that fails outside of a step, such as with a full disk, ends the others with its cause and exit code.
+/// If a rank fails outside of a step, for example on a full disk, the other ranks end with its cause and exit code.
 #[test]
 fn an_abort_of_one_rank_ends_the_others_with_its_cause() {
     within(SECONDS, || {
@@ -320,7 +320,7 @@ fn an_abort_of_one_rank_ends_the_others_with_its_cause() {
     });
 }
 
-/// Both ranks see one store, but one of them cannot write to it.
+/// Both ranks see one store, but one of the ranks cannot write to it.
 #[test]
 fn each_rank_must_be_able_to_write_checkpoints() {
     within(SECONDS, || {
@@ -377,7 +377,7 @@ fn checkpoint(session: &Session, folder: &Path) {
     report.result.expect("committed");
 }
 
-/// A session of the model without these of its layers, and with these options.
+/// Starts a session of the model with only this number of layers, and with these options.
 fn with_layers(layers: usize, options: &SessionOptions) -> Session {
     Model { layers, ..model() }.session_with(ONE, &self::options(MICRO_BATCHES, OneFOneB), options)
 }
@@ -419,7 +419,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
         for (name, way) in &all_ways {
             let mut small = with_layers(1, &options);
             let notes = way(&mut small, &file).unwrap_or_else(|e| panic!("{name}: {e}"));
-            // Of weights alone, no state is needed.
+            // `init_from` loads only weights, so it skips all optimizer states.
             let expected =
                 if *name == "init_from" { format!("{} optimizer states", 2 * all.len()) } else { states.clone() };
             assert!(loaded(&small) && notes[0].contains(&expected), "{name}: {notes:?}");
@@ -430,7 +430,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
     });
 }
 
-/// A program that only computes needs no optimizer states.
+/// A program that only computes does not need the optimizer states of a file.
 #[test]
 fn a_program_that_only_computes_leaves_optimizer_states_out() {
     within(SECONDS, || {
@@ -456,8 +456,8 @@ fn a_program_that_only_computes_leaves_optimizer_states_out() {
     });
 }
 
-/// After a load of weights, the next steps are those of a session that began with them: moments, steps and updates are
-/// gone.
+/// After weights are loaded, the next steps are those of a session that began with these weights: the load discards
+/// moments, steps and updates.
 #[test]
 fn optimizer_state_is_fresh_after_a_load_of_weights() {
     within(SECONDS, || {
@@ -505,7 +505,7 @@ fn tensors_of_16_bits_are_converted_and_other_types_named() {
             assert_eq!(bits(&loaded)[name.as_str()], expected, "{name}");
             assert_eq!(tensor.shape, parameters[name].shape);
         }
-        // 1.5 and -2^-24, the smallest number of this type.
+        // The f16 values 1.5 and -2^-24, the negative number of smallest magnitude.
         for (half, expected) in [(0x3E00u16, 1.5), (0x8001, -(2f32.powi(-24)))] {
             let loaded = write(Dtype::F16, &|_| half.to_le_bytes().to_vec()).expect("f16");
             assert!(loaded.values().all(|t| t.as_f32().expect("floats").iter().all(|v| *v == expected)), "{expected}");
@@ -516,7 +516,7 @@ fn tensors_of_16_bits_are_converted_and_other_types_named() {
     });
 }
 
-/// Files and checkpoints record what was declared and the seed; both are compared, or taken, on resume.
+/// Files and checkpoints record the declared values and the seed. A resume compares the values and takes the seed.
 #[test]
 fn files_and_checkpoints_record_what_was_declared() {
     within(SECONDS, || {
@@ -583,7 +583,7 @@ fn files_and_checkpoints_record_what_was_declared() {
     });
 }
 
-/// Manifests of versions 1 and 2 declared nothing, and are loaded.
+/// Manifests of versions 1 and 2 have no declared values, and can still be loaded.
 #[test]
 fn older_checkpoints_are_loaded() {
     within(SECONDS, || {
@@ -612,7 +612,7 @@ fn older_checkpoints_are_loaded() {
             for _ in 0..2 {
                 assert_eq!(model().step(&mut resumed).loss, model().step(&mut first).loss);
             }
-            // A model without some of its layers is refused all the same.
+            // A program with fewer layers is still refused.
             let error = with_layers(1, &SessionOptions::default()).restore_newest(&store(scratch.path()));
             assert!(error.expect_err("a layer too many").to_string().contains("the program lacks "));
         }

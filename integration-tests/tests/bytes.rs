@@ -10,14 +10,14 @@ use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::{element_count, split_range};
 
-/// Bytes received by each device in a step, from the graph's layout changes and the bucket sizes, without those of
-/// clipping.
+/// Returns the bytes that each device receives in a step, except those for clipping. They follow from the graph's
+/// layout changes and the bucket sizes.
 fn predicted(plan: &Plan) -> Vec<u64> {
     let mut bytes = vec![0; plan.memory.len()];
     for node in plan.graph.nodes() {
         let NodeOp::Boxing(step) = &node.op else { continue };
         if step.kind == StepKind::Transfer {
-            // The reader's stream copies these; they are not collectives.
+            // These are copies on the reader's stream, not collectives.
             continue;
         }
         let rate = node.phase.rate();
@@ -33,7 +33,7 @@ fn predicted(plan: &Plan) -> Vec<u64> {
     bytes
 }
 
-/// All-reduces of whole gradient slots: each of n members receives `(n - 1) * own chunk + (all - own chunk)`.
+/// Bytes of all-reduces of whole gradient slots. Each of n members receives `(n - 1) * own chunk + (all - own chunk)`.
 fn buckets(plan: &Plan) -> BTreeMap<usize, u64> {
     let mut bytes = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -77,8 +77,8 @@ fn a_device_and_a_pipeline_of_single_devices_run_no_collective() {
     assert_eq!(check("stage=2", 2), [0, 0]);
 }
 
-/// Gradients are reduced once per step for any number of micro-batches. With two devices, each receives half of them
-/// twice.
+/// Gradients are reduced once per step for any number of micro-batches. With two devices, each device receives half of
+/// the gradients twice.
 #[test]
 fn data_parallelism_reduces_gradients_once_per_step() {
     let bytes = check("data=2", 1);

@@ -1,4 +1,4 @@
-//! A checkpoint holds the whole training state for any mesh; a file that does not fit is refused and changes nothing.
+//! A checkpoint holds the whole training state for any mesh. A file that does not fit is refused and changes nothing.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -68,7 +68,7 @@ fn a_resumed_training_matches_an_uninterrupted_one_bit_for_bit() {
                 }
                 losses.extend(model().step(&mut whole).loss.map(f32::to_bits));
             }
-            // A step before the restore changes all state, so that the restore must replace it.
+            // Train a step before the restore. It changes all state, so the restore must replace all state.
             let mut resumed = session(mesh);
             model().step(&mut resumed);
             resumed.restore(&path).expect("the same model");
@@ -80,7 +80,7 @@ fn a_resumed_training_matches_an_uninterrupted_one_bit_for_bit() {
     });
 }
 
-/// Restores a file that does not fit; returns the error text.
+/// Restores a file that does not fit, and returns the error text.
 fn refused(session: &mut Session, folder: &Path, path: &Path) -> String {
     let before = saved(session, &folder.join("before"));
     let error = session.restore(path).expect_err("the file does not fit").to_string();
@@ -101,7 +101,7 @@ fn a_file_that_does_not_fit_is_refused_and_changes_nothing() {
         model().step(&mut here);
         let refused = |name: &str, here: &mut Session| refused(here, folder, &folder.join(name));
 
-        // Only the last matrix has another shape, so that every tensor before it fits.
+        // Only the last matrix has another shape, so every tensor before it fits.
         edited(&good, &folder.join("wide"), |name, shape| {
             if name == "wte.weight" { Some(vec![shape[1], shape[0]]) } else { Some(shape.to_vec()) }
         });
@@ -136,7 +136,7 @@ fn a_file_that_does_not_fit_is_refused_and_changes_nothing() {
     });
 }
 
-/// Writes the tensors of `file` with the shapes that `edit` returns, and without those for which it returns `None`.
+/// Writes the tensors of `file` with the shapes that `edit` returns. Omits a tensor for which `edit` returns `None`.
 fn edited(file: &[u8], path: &Path, edit: impl Fn(&str, &[usize]) -> Option<Vec<usize>>) {
     let (_, metadata) = SafeTensors::read_metadata(file).expect("a safetensors file");
     let metadata: Option<HashMap<String, String>> = metadata.metadata().clone();

@@ -1,5 +1,5 @@
 //! Checkpoints under faults: a process killed at each operation of a save, altered and truncated files, a full disk, a
-//! stalled store. The newest complete checkpoint always loads, a torn one never does, and training continues.
+//! stalled store. The newest complete checkpoint always loads, a torn checkpoint never loads, and training continues.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt;
@@ -29,7 +29,7 @@ use shardflow_kernels::tensor::{HostTensor, Region, split_range};
 /// Shape of the tensor in the tests that need no session.
 const SHAPE: [usize; 2] = [40, 16];
 
-/// The parts that two processes write at a step, with values unique to this step.
+/// Returns the parts that two processes write at a step. The values are unique to this step.
 fn parts(step: u64) -> Vec<Snapshot> {
     let info = TensorMeta {
         name: "weight".into(),
@@ -62,7 +62,7 @@ fn check_contents(reader: &CheckpointReader) {
     assert!(whole.as_f32().expect("floats").iter().enumerate().all(|(i, v)| *v == expected(i)), "step {step}");
 }
 
-/// Sets a part size so small that each shard needs several parts.
+/// Sets the part size so low that each shard needs several parts.
 fn small_parts(store: Store) -> Store {
     store.with_part_bytes(512)
 }
@@ -85,7 +85,7 @@ fn save_in_order(store: &Store, step: u64, epoch: u64) -> Vec<SaveReport> {
 
 const CHILD: &str = "SHARDFLOW_TEST_CHECKPOINT_KILL";
 
-/// The child process of the next test; does nothing when run directly.
+/// The child process of the next test. It does nothing when it is run directly.
 #[test]
 fn child_that_saves_until_it_is_killed() {
     let Ok(arguments) = std::env::var(CHILD) else { return };
@@ -98,7 +98,7 @@ fn child_that_saves_until_it_is_killed() {
     assert!(reports.iter().all(|r| r.result.is_ok() && r.prune.is_none()));
 }
 
-/// Runs the child above; returns whether it was killed before it finished.
+/// Runs the child above, and returns whether it was killed before it finished.
 fn run_child_killed_at(folder: &Path, at: usize) -> bool {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     child.args(["--exact", "child_that_saves_until_it_is_killed"]);
@@ -117,8 +117,8 @@ fn open(folder: &Path) -> Store {
     small_parts(Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder"))
 }
 
-/// kill -9 before each operation of a save by two processes, with half-written files: every listed checkpoint is
-/// complete, the commit is atomic, and the next incarnation saves and cleans up.
+/// `kill -9` before each operation of a save by two processes, with half-written files. Every listed checkpoint is
+/// complete, the commit is atomic, and the next start of the job saves and cleans up.
 #[test]
 fn a_save_killed_at_any_operation_is_complete_or_absent() {
     within(120, || {
@@ -141,7 +141,7 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
                 whole.unwrap_or_else(|e| panic!("operation {at}: step {step} is listed but incomplete: {e}"));
             }
             seen[usize::from(reader.manifest().step == 4)] += 1;
-            // The next incarnation may reach the same step again, and continues.
+            // The next start of the job may reach the same step again. It then continues.
             for (step, epoch) in [(4, 2), (6, 2)] {
                 for report in save_in_order(&open(&folder), step, epoch) {
                     assert!(report.result.is_ok() && report.prune.is_none(), "operation {at}: {report:?}");
@@ -155,13 +155,13 @@ fn a_save_killed_at_any_operation_is_complete_or_absent() {
             }
             at += 1;
         }
-        // Covers shards in parts, sidecars, the manifest and deletions.
+        // The operations include shards in parts, sidecars, the manifest and deletions.
         assert!(at > 30 && seen[0] > 15 && seen[1] > 10, "{at} operations, {seen:?}");
     });
 }
 
-/// A job freezes before each operation of a save while its successor commits the same step, then resumes. The first
-/// commit stays complete, and only its job reports the commit.
+/// A job freezes before each operation of a save. Its successor commits the same step, and then the job continues. The
+/// first commit stays complete, and only the job that made it reports a commit.
 #[test]
 fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
     within(60, || {
@@ -186,7 +186,7 @@ fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
             let winner = if saved[0] == SaveOutcome::Committed { 2 } else { 1 };
             assert_eq!(reader.manifest().epoch, winner, "operation {at}: {saved:?}, {frozen:?}");
             for report in frozen {
-                // Files that the successor deleted as leftovers are reported as missing.
+                // The frozen job reports files as missing if its successor has deleted them as leftovers.
                 let is_winner = matches!(report.result, Ok(SaveOutcome::Committed));
                 assert_eq!(is_winner, winner == 1, "operation {at}: {:?}", report.result);
             }
@@ -194,13 +194,13 @@ fn a_job_that_resumes_after_a_freeze_commits_nothing_twice() {
     });
 }
 
-/// Number of files below a folder.
+/// Returns the number of files below a folder.
 fn files(folder: &Path) -> usize {
     let entries = std::fs::read_dir(folder).expect("a folder").map(|e| e.expect("an entry").path());
     entries.map(|path| if path.is_dir() { files(&path) } else { 1 }).sum()
 }
 
-/// The disk fills up at each operation of a save: the error names the file, no checkpoint is listed, and saves work
+/// The disk fills up at each operation of a save. The error names the file, no checkpoint is listed, and saves work
 /// again once there is space.
 #[test]
 fn a_full_disk_fails_only_the_save() {
@@ -242,8 +242,8 @@ fn a_full_disk_fails_only_the_save() {
     });
 }
 
-/// A training commits newer checkpoints and deletes the older ones at each operation of a read: the read gives the old
-/// checkpoint or a newer one, and never reports damage.
+/// At each operation of a read, a training commits newer checkpoints and deletes the older ones. The read returns the
+/// old checkpoint or a newer one, and never reports damage.
 #[test]
 fn a_checkpoint_that_is_deleted_during_a_read_is_not_damaged() {
     within(60, || {
@@ -277,7 +277,7 @@ fn a_checkpoint_that_is_deleted_during_a_read_is_not_damaged() {
     });
 }
 
-/// A store that hangs from some operation on: each save ends by its deadline and names the file, and the previous
+/// The store hangs from some operation on. Each save ends by its deadline and names the file, and the previous
 /// checkpoint still loads.
 #[test]
 fn a_stalled_store_ends_the_save_by_its_deadline() {
@@ -288,7 +288,7 @@ fn a_stalled_store_ends_the_save_by_its_deadline() {
         };
         let operations = count(FaultyStore::new(Arc::new(InMemory::new()), StoreFault::Stall, usize::MAX, None));
         assert!(operations > 20, "{operations}");
-        // All run at once, because they only wait.
+        // All cases run at the same time, because they only wait.
         let stall_at = |at| {
             let memory: Arc<dyn ObjectStore> = Arc::new(InMemory::new());
             let healthy = Store::with(memory.clone(), "run").expect("a store");
@@ -327,7 +327,7 @@ fn session(mesh: &str) -> Session {
     model().session(mesh, &options(1, OneFOneB))
 }
 
-/// The store fills up or stalls while a training runs: no step waits for it, and the losses do not change.
+/// The store fills up or stalls while a training runs. No step waits for the store, and the losses do not change.
 #[test]
 fn training_continues_while_saves_fail() {
     within(60, || {
@@ -376,7 +376,7 @@ fn training_continues_while_saves_fail() {
     });
 }
 
-/// All files of a store.
+/// Returns all files of a store.
 fn all_files(memory: &InMemory) -> BTreeMap<object_store::path::Path, Vec<u8>> {
     let list = async {
         let metas: Vec<_> = memory.list(None).try_collect().await.expect("listed");
@@ -395,14 +395,14 @@ fn blocking<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(work)
 }
 
-/// Bits of parameters and optimizer state.
+/// Returns the bits of parameters and optimizer state.
 fn state(session: &Session) -> Vec<Vec<u32>> {
     let pieces = session.snapshot(None).expect("a running session").pieces;
     pieces.iter().map(|p| p.data.as_f32().expect("floats").iter().map(|v| v.to_bits()).collect()).collect()
 }
 
-/// One bit flipped, or the file truncated, at 200 places each: the loaded state is correct, and skipped checkpoints are
-/// named.
+/// In 200 cases one bit is flipped, and in 200 cases the file is truncated. The loaded state is always correct, and
+/// skipped checkpoints are named.
 #[test]
 fn altered_and_cut_files_are_found_and_named() {
     within(120, || {
@@ -462,7 +462,7 @@ fn altered_and_cut_files_are_found_and_named() {
             blocking(memory.put(path, files[path].clone().into())).expect("written");
         }
         assert!(skipped > 150, "{skipped} of 400 were skipped");
-        // Only damaged checkpoints are an error: a training that starts anew would in time delete them.
+        // An error is reported if all checkpoints are damaged: a training that starts anew would in time delete them.
         for path in files.keys().filter(|path| path.as_ref().ends_with("safetensors")) {
             blocking(memory.delete(path)).expect("deleted");
         }

@@ -1,5 +1,5 @@
 //! Checkpoint stores in unsuitable locations: shared with another run, without hard links, read-only, full, or with
-//! delayed visibility; and which checkpoints are kept and replaced.
+//! delayed visibility. Also tests which checkpoints are kept and replaced.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -33,7 +33,7 @@ fn saver(session: &mut Session, store: &Store) -> Result<Saver, SessionError> {
     session.saver(store, SaverOptions { keep: 2, ..SaverOptions::default() })
 }
 
-/// Trains a step, saves, and waits for the outcome.
+/// Trains a step, saves, and returns the outcome of the save.
 fn step_and_save(session: &mut Session, saver: &mut Saver) -> Result<SaveOutcome, CheckpointError> {
     Model::default().step(session);
     saver.save(session, Cursor::new()).expect("a running session");
@@ -67,7 +67,7 @@ fn a_symbolic_link_to_a_missing_folder_is_reported() {
     }
 }
 
-/// Names in a folder.
+/// Returns the names in a folder.
 fn names(folder: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").file_name());
     let mut names: Vec<String> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
@@ -104,7 +104,7 @@ fn a_store_without_conditional_puts_is_refused_and_named() {
     assert!(error.to_string().contains("lacks conditional puts"), "{error}");
 }
 
-/// Without hard links a step is still committed once, even after a writer died between its claim and the commit.
+/// Without hard links, a step is still committed only once, even if a writer died between its claim and the commit.
 #[test]
 fn a_file_system_without_hard_links_is_enough() {
     within(60, || {
@@ -127,7 +127,7 @@ fn a_file_system_without_hard_links_is_enough() {
             ["e0-1", "manifest.json"],
             "everything else is deleted"
         );
-        // Two jobs at once, each with its own tensors.
+        // Two jobs save at once, each with its own tensors.
         Model::default().step(&mut here);
         let mut other = parts(&here);
         for piece in other.iter_mut().flat_map(|part| &mut part.pieces) {
@@ -150,7 +150,7 @@ fn a_file_system_without_hard_links_is_enough() {
     });
 }
 
-/// Process 0 sees the files of process 1 a minute later, as with two nodes of a network file system.
+/// Process 0 sees the files of process 1 a minute later, as can happen with two nodes of a network file system.
 #[test]
 fn a_file_with_delayed_visibility_is_not_damage() {
     within(60, || {
@@ -161,7 +161,7 @@ fn a_file_with_delayed_visibility_is_not_damage() {
             let store = open(&here).with_hidden(Duration::from_secs(hidden)).with_clock(clock.clone());
             let mut session = session();
             Model::default().step(&mut session);
-            // The other process's files are in another folder until then.
+            // Until then, the files of process 1 are in another folder.
             let files = "step-000000000001/e0-0";
             let (from, to) = (there.join(files), here.join(files));
             clock.on_wait(move |now: Duration| {
@@ -221,7 +221,7 @@ fn some_checkpoints_are_kept_for_good() {
     });
 }
 
-/// A replaced cursor applies to the checkpoint from then on, and not to another checkpoint of the same step.
+/// A replaced cursor applies to its checkpoint immediately. It does not apply to another checkpoint of the same step.
 #[test]
 fn a_replaced_cursor_takes_effect_immediately() {
     within(60, || {
@@ -235,7 +235,7 @@ fn a_replaced_cursor_takes_effect_immediately() {
         assert_eq!(session().restore_newest(&store).expect("loads").found, Some((1, cursor.clone())));
         step_and_save(&mut here, &mut saver).expect("saved");
         assert_eq!(store.read(1).expect("a kept checkpoint").manifest().cursor, cursor, "pruning keeps the cursor");
-        // A torn cursor is damage; a cursor of another manifest is ignored.
+        // A torn cursor is damage. A cursor that belongs to another manifest is ignored.
         let file = scratch.path().join("step-000000000001/cursor.json");
         let text = std::fs::read(&file).expect("an existing file");
         std::fs::write(&file, &text[..text.len() / 2]).expect("written");
@@ -246,8 +246,8 @@ fn a_replaced_cursor_takes_effect_immediately() {
     });
 }
 
-/// A damaged checkpoint is replaced when training reaches its step again, whether the manifest shows the damage or only
-/// a full verification.
+/// A damaged checkpoint is replaced when training reaches its step again. The damage may be visible in the manifest, or
+/// only to a full verification.
 #[test]
 fn a_damaged_checkpoint_is_replaced_when_its_step_is_repeated() {
     within(60, || {
@@ -309,10 +309,10 @@ fn a_store_without_space_is_refused_before_training() {
         assert!(matches!(error, CheckpointError::NoRoom { .. }) && error.exit_code() == 73, "{error}");
         assert!(error.to_string().contains("bytes are free"), "{error}");
         assert!(names(scratch.path()).is_empty(), "files remain: {:?}", names(scratch.path()));
-        // Only the space for the planned saves is required.
+        // The store needs space only for the planned saves.
         let schedule = |steps| Some(SaveSchedule { every: 1, steps });
         here.saver(&open(scratch.path()), SaverOptions { schedule: schedule(2), ..options }).expect("space for two");
-        // Checkpoints that are kept permanently need space.
+        // Checkpoints that are kept permanently also need space.
         let options = SaverOptions { keep: 1, schedule: schedule(u64::MAX), ..SaverOptions::default() };
         here.saver(&open(scratch.path()), options.clone()).expect("space for two");
         let error =
@@ -322,7 +322,7 @@ fn a_store_without_space_is_refused_before_training() {
     });
 }
 
-/// Sets or clears the immutable attribute of a file; returns false if that is not permitted.
+/// Sets or clears the immutable attribute of a file. Returns false if that is not permitted.
 fn set_immutable(path: &Path, sign: &str) -> bool {
     Command::new("chattr").arg(format!("{sign}i")).arg(path).output().is_ok_and(|output| output.status.success())
 }
@@ -331,7 +331,7 @@ fn set_immutable(path: &Path, sign: &str) -> bool {
 fn a_store_that_is_not_writable_is_refused_before_training() {
     within(60, || {
         let mut here = session();
-        // procfs does not allow new folders.
+        // New folders are not permitted in procfs.
         let error = checkpoint_error(saver(&mut here, &open(Path::new("/proc/self/checkpoints"))));
         assert_eq!(error.exit_code(), 73, "{error}");
         assert!(error.to_string().contains("/proc/self/checkpoints"), "{error}");

@@ -1,5 +1,5 @@
-//! Sharded checkpoints: any mesh and any number of processes loads any other's checkpoint, bit for bit, and a resumed
-//! training matches an uninterrupted one.
+//! Sharded checkpoints: a checkpoint of any mesh and any number of processes loads bit for bit on any other, and a
+//! resumed training matches an uninterrupted one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -35,14 +35,14 @@ fn store(folder: &Path) -> Store {
     Store::open(folder.to_str().expect("a path of UTF-8")).expect("a folder")
 }
 
-/// The parts of a session's state that each process would hold.
+/// Returns the parts of a session's state that each of this number of processes would hold.
 fn parts(session: &Session, processes: usize) -> Vec<Snapshot> {
     let devices = session.plan().graph.mesh().device_count();
     let part = |p| session.snapshot_of(split_range(devices, processes, p), None).expect("a running session");
     (0..processes).map(part).collect()
 }
 
-/// The whole state as one safetensors file, for comparison.
+/// Returns the whole state as one safetensors file, for comparisons.
 fn saved(session: &Session, folder: &Path) -> Vec<u8> {
     let path = folder.join("whole.safetensors");
     session.save(&path).expect("saved");
@@ -62,7 +62,7 @@ fn save_all(store: &Store, session: &Session, processes: usize) {
     }
 }
 
-/// Covers 4 -> 2 -> 8 processes, split and broadcast layouts, two and four stages: tensors stay bit-identical.
+/// Tensors stay bit-identical from 4 to 2 to 8 processes, in split and broadcast layouts, on two and four stages.
 #[test]
 fn every_mesh_loads_the_checkpoint_of_every_other_mesh() {
     within(60, || {
@@ -109,7 +109,7 @@ fn cursor(step: u64) -> Cursor {
     Cursor::from([("sample".into(), (12 * step).to_string()), ("file".into(), "sonnets.txt".into())])
 }
 
-/// The saver writes while steps continue; the losses after a resume are bit-identical.
+/// The saver writes while steps continue. After a resume, the losses are bit-identical.
 #[test]
 fn a_resumed_training_has_the_losses_of_an_uninterrupted_one() {
     within(60, || {
@@ -135,7 +135,7 @@ fn a_resumed_training_has_the_losses_of_an_uninterrupted_one() {
             let last = saver.wait(Duration::from_secs(20)).expect("in time").expect("a save in progress");
             assert_eq!((last.step, last.result.expect("saved")), (4, SaveOutcome::Committed));
             assert!(saver.wait(Duration::ZERO).expect("no save in progress").is_none());
-            // Another seed and a step of training, so that the restore must replace all state.
+            // Use another seed and train a step, so that the restore must replace all state.
             let seed = SessionOptions { seed: 7, ..SessionOptions::default() };
             let plan = model().plan(resumed_mesh, &options);
             let mut resumed = Session::start(plan, &seed).expect("started");
@@ -173,7 +173,7 @@ fn a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing() {
     });
 }
 
-/// Resharding keeps the tensors; the commands print the documented output and return the documented exit codes.
+/// Resharding keeps the tensors. The commands print the documented output and return the documented exit codes.
 #[test]
 fn the_commands_list_verify_reshard_and_export() {
     within(60, || {
@@ -229,8 +229,7 @@ fn the_commands_list_verify_reshard_and_export() {
             2
         );
 
-        // Damage in the newest checkpoint: `verify` names it, `ls` shows it if the length is wrong, and `export` skips
-        // it.
+        // Damage the newest checkpoint. `verify` names it, `ls` shows it if the length is wrong, and `export` skips it.
         let shard = scratch.path().join("run/step-000000000002/e0-0/shard-2-of-4.safetensors");
         let bytes = std::fs::read(&shard).expect("a shard");
         std::fs::write(&shard, &bytes[..bytes.len() - 1]).expect("written");
@@ -244,7 +243,7 @@ fn the_commands_list_verify_reshard_and_export() {
     });
 }
 
-/// A step is committed once: neither a second save nor a process of an older epoch commits it again.
+/// A step is committed once: neither a second save nor a process of an older epoch can commit it again.
 #[test]
 fn a_committed_step_is_never_committed_again() {
     within(60, || {
@@ -254,7 +253,7 @@ fn a_committed_step_is_never_committed_again() {
         model().step(&mut here);
         save_all(&store, &here, 2);
         let before = exported(&store, 1, scratch.path());
-        // Other tensors under the same step.
+        // Save other tensors for the same step.
         let mut other = parts(&here, 2);
         other[0].pieces[0].data = filled(&other[0].pieces[0].region.size, 3.0);
         for epoch in [0, 1] {
@@ -263,7 +262,7 @@ fn a_committed_step_is_never_committed_again() {
             }
         }
         assert!(exported(&store, 1, scratch.path()) == before);
-        // Unless it was set aside, as damaged checkpoints are.
+        // After the checkpoint was set aside, as damaged checkpoints are, the step can be committed again.
         store.set_aside(1).expect("renamed");
         assert!(store.steps().expect("listed").is_empty());
         assert!(save_together(&store, &other, 2, 1).iter().all(|r| matches!(r.result, Ok(SaveOutcome::Committed))));
@@ -276,7 +275,7 @@ fn filled(shape: &[usize], value: f32) -> HostTensor {
     HostTensor::f32(shape, vec![value; shape.iter().product()])
 }
 
-/// Every process reports the one that cannot write, and nothing is committed.
+/// Every process reports the process that cannot write, and nothing is committed.
 #[test]
 fn a_checkpoint_is_committed_only_if_all_processes_write() {
     within(60, || {
@@ -285,7 +284,7 @@ fn a_checkpoint_is_committed_only_if_all_processes_write() {
         let mut here = session("stage=2");
         model().step(&mut here);
         let parts = parts(&here, 2);
-        // A file blocks the path of the attempt's folder.
+        // A file blocks the path of the folder of this save.
         std::fs::create_dir_all(scratch.path().join("step-000000000001")).expect("created");
         std::fs::write(scratch.path().join("step-000000000001/e0-0"), "").expect("created");
         for report in save_together(&store, &parts, 0, 1) {
@@ -295,7 +294,7 @@ fn a_checkpoint_is_committed_only_if_all_processes_write() {
         }
         assert!(store.newest().expect("listed").reader.is_none());
         assert!(save_together(&store, &parts, 1, 1).iter().all(|r| matches!(r.result, Ok(SaveOutcome::Committed))));
-        // A shard that was reported but not written is detected.
+        // A shard that a process has reported but not written is detected.
         model().step(&mut here);
         let part = here.snapshot(None).expect("a running session");
         let member = ProcessRank { process: 0, processes: 2, epoch: 1 };

@@ -1,5 +1,5 @@
-//! A job whose connections all go through a relay that splits, delays and stalls: its losses are bit-identical to those
-//! of one process. The processes are threads of this test, each with its own session.
+//! All connections of a job go through a relay that splits, delays and stalls them. The losses are bit-identical to
+//! those of one process. The processes are threads of this test, each with its own session.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,12 +17,12 @@ use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
 const SEEDS: u64 = 200;
 const STEPS: usize = 3;
-/// Seeds that run concurrently; they mostly wait.
+/// Number of seeds that run at the same time. They mostly wait.
 const AT_ONCE: u64 = 3;
-/// One seed in this number has a long stall in each direction of each connection.
+/// One seed in this number has long stalls, in each direction of each connection.
 const LONG_EVERY: u64 = 20;
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(50);
-/// Longer than ten heartbeat periods, and below the deadline.
+/// Duration of a long stall: longer than ten heartbeat periods, and below the deadline.
 const LONG: Duration = Duration::from_millis(600);
 const DEADLINE: Duration = Duration::from_secs(4);
 
@@ -44,7 +44,7 @@ fn bits(losses: &[f32]) -> Vec<u32> {
     losses.iter().map(|loss| loss.to_bits()).collect()
 }
 
-/// Trains as one process; returns the bits of its losses.
+/// Trains as one process, and returns the bits of its losses.
 fn train(mesh: &str, cluster: Cluster) -> Vec<u32> {
     let model = model();
     let rank = cluster.process();
@@ -56,7 +56,7 @@ fn train(mesh: &str, cluster: Cluster) -> Vec<u32> {
     bits(&losses)
 }
 
-/// The cluster of process `process`, which other processes reach through the relay.
+/// Returns the cluster of process `process`. The other processes reach it through the relay.
 fn cluster(
     process: u32,
     processes: u32,
@@ -79,7 +79,7 @@ fn cluster(
     cluster_at(&visible, process, processes, options)
 }
 
-/// Trains through a relay with this seed; all processes must get these losses.
+/// Trains through a relay with this seed. All processes must get the expected losses.
 fn check(seed: u64, expected: &[(&str, Vec<u32>)]) -> RelayCounts {
     let (mesh, processes, transport) = CASES[seed as usize % CASES.len()];
     let long_stall = (seed % LONG_EVERY == LONG_EVERY - 1).then_some((8, LONG));

@@ -21,14 +21,14 @@ fn twenty_runs_give_the_same_bits() {
     check(1, 20);
 }
 
-/// Threads of one device share a kernel's work; reductions keep their order.
+/// The threads of one device share the work of a kernel. Reductions keep their order.
 #[test]
 fn twenty_runs_with_two_threads_per_device_give_the_same_bits() {
     check(2, 20);
 }
 
-/// Compares losses, norms and weights of a training large enough for several threads. The norm covers the whole model,
-/// so one changed gradient bit changes all later values.
+/// Compares losses, norms and weights of a training that is large enough for several threads. The norm is over the
+/// whole model, so one changed gradient bit changes all later values.
 #[test]
 fn bits_do_not_depend_on_threads_or_stages() {
     within(400, || {

@@ -1,4 +1,4 @@
-//! What an observer of the network sees of a job: with encryption no tensor, and never a control message.
+//! What an observer of the network can read: no tensor if encryption is on, and never a control message.
 
 use std::sync::Arc;
 use std::thread;
@@ -10,7 +10,7 @@ use shardflow_integration_tests::relay::{Relay, RelayOptions};
 use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{Model, Scratch, options, within};
 
-/// The weights of a layer norm before the first step: a pattern that occurs in no ciphertext.
+/// The weights of a layer norm before the first step. No ciphertext contains this pattern.
 const ONES: [[u8; 4]; 8] = [1f32.to_le_bytes(); 8];
 /// An activity that every process reports to the others over the control plane.
 const ACTIVITY: &[u8] = b"running the program";

@@ -1,5 +1,5 @@
-//! Evaluation: dropout is the identity at no cost, and nothing is trained. A program with an unknown mode is refused
-//! with the line of its dropout.
+//! Evaluation: dropout is the identity and costs nothing, and nothing is trained. A program whose mode is unknown is
+//! refused with the line of its dropout.
 
 use shardflow::prelude::*;
 use shardflow_integration_tests::training::{Model, ONE, bits, within};
@@ -11,12 +11,12 @@ fn options(micro_batches: usize, mode: Option<Mode>) -> CompileOptions {
 
 const EVALUATION: Option<Mode> = Some(Mode::Evaluation);
 
-/// A program in which `x [4, 6, 8]` passes three dropouts, the last one just before an output.
+/// Returns a program in which `x [4, 6, 8]` passes three dropouts. The last dropout is just before an output.
 fn forward(mesh: &str, p: Option<f32>) -> Graph {
     forward_to(mesh, p).0
 }
 
-/// The same program, with the output tensor of the last dropout.
+/// Returns the same program together with the output tensor of its last dropout.
 fn forward_to(mesh: &str, p: Option<f32>) -> (Graph, Var) {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -75,7 +75,7 @@ fn dropout_is_the_identity_and_costs_nothing() {
     });
 }
 
-/// Dropout may be the only op between an input or a parameter and an output.
+/// Dropout may be the only op between an input or a parameter, and an output.
 #[test]
 fn a_tensor_with_only_dropout_is_returned_unchanged() {
     within(60, || {
@@ -106,12 +106,12 @@ fn a_program_without_a_mode_is_refused() {
     for want in ["dropout: ", "minimises nothing", "Mode::Evaluation", &format!("evaluation.rs:{line}")] {
         assert!(text.contains(want), "{want:?} is not in: {text}");
     }
-    // A program without dropout needs no mode, nor does one that minimises a loss.
+    // A program without dropout needs no mode. A program that minimises a loss needs none either.
     compile(forward(ONE, None), &options(1, None)).expect("a plan");
     assert!(has_dropout(&Model { dropout: 0.1, ..Model::default() }.plan(ONE, &options(1, None))));
 }
 
-/// A training program compiled for evaluation: it has the loss of the model without dropout, and its weights do not
+/// A training program is compiled for evaluation. It has the loss of the model without dropout, and its weights do not
 /// change.
 #[test]
 fn evaluation_of_a_training_program_trains_nothing() {
@@ -132,8 +132,8 @@ fn evaluation_of_a_training_program_trains_nothing() {
     });
 }
 
-/// A copy of a program, and a copy with an additional output, evaluate correctly even if their tensors have other
-/// numbers.
+/// A copy of a program evaluates correctly, and so does a copy with an additional output, even if the tensors of the
+/// copy have other numbers.
 #[test]
 fn copies_of_a_program_can_be_evaluated() {
     within(60, || {

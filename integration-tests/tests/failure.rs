@@ -1,4 +1,4 @@
-//! A kernel that fails or panics on one device ends the step with the first cause on every mesh, without a hang.
+//! When a kernel fails or panics on one device, the step ends with the first cause on every mesh, and nothing hangs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,11 +24,11 @@ enum FailureKind {
     Panic,
 }
 
-/// Copies its input until the nth firing of one shard fails.
+/// An op that copies its input, until one firing of one shard fails.
 #[derive(Debug)]
 struct Fragile {
     kind: FailureKind,
-    /// Counted from 0 over the whole session.
+    /// The firing that fails, counted from 0 over the whole session.
     firing: usize,
     /// First row of the shard that fails.
     row: usize,
@@ -87,7 +87,7 @@ impl CustomKernel for FragileKernel {
 const BATCH: usize = 8;
 const MICRO_BATCHES: usize = 4;
 
-/// Two linear layers, on two stages if the mesh has stages, with the fragile op between them.
+/// Starts two linear layers with the fragile op between them, on two stages if the mesh has stages.
 fn start(mesh: &str, schedule: Schedule, op: Fragile) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -122,7 +122,7 @@ fn failure(error: SessionError) -> Failure {
     }
 }
 
-/// `devices` hold row 0 of a micro-batch on the last stage; one of them fails first.
+/// `devices` hold row 0 of a micro-batch on the last stage. One of these devices fails first.
 fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], kind: FailureKind) {
     within(60, move || {
         let op = Fragile { kind, firing: MICRO_BATCHES + 2, row: 0 };
@@ -139,12 +139,12 @@ fn check(mesh: &'static str, schedule: Schedule, devices: &'static [usize], kind
         };
         assert!(text.ends_with("at firing 6"), "mesh {mesh}: {first}");
         assert_eq!(session.steps(), 1, "a failed step counted");
-        // Later calls report the same cause immediately.
+        // Later calls report the same cause and do not wait.
         match step(&mut session) {
             Err(SessionError::Failed(again)) => assert_eq!(again, first),
             other => panic!("mesh {mesh}: {other:?}"),
         }
-        // The parameters may hold half a step: they cannot be read, and no file is replaced.
+        // The parameters may be from half a step. They cannot be read, and no file is replaced.
         assert_eq!(failure(session.parameters().expect_err("the session has failed")), first, "mesh {mesh}");
         let path = std::env::temp_dir().join(format!("shardflow-failed-{}-{mesh}", std::process::id()));
         assert_eq!(failure(session.save(&path).expect_err("the session has failed")), first, "mesh {mesh}");
@@ -159,7 +159,7 @@ const CASES: [(&str, &[usize]); 5] = [
     ("data=2", &[0]),
     ("stage=2", &[1]),
     ("data=2,stage=2", &[1]),
-    // Both shards of the tensor axis run the op on the same rows.
+    // Both shards of the axis `tensor` run the op on the same rows.
     ("data=2,stage=2,tensor=2", &[2, 3]),
 ];
 
@@ -194,7 +194,7 @@ fn a_session_can_be_dropped_without_a_step() {
     within(60, || drop(start("data=2,stage=2", OneFOneB, Fragile { kind: FailureKind::Error, firing: 0, row: 0 })));
 }
 
-/// A shard of the table cannot detect it, so the session checks tokens before anything runs.
+/// A shard of the table cannot detect a bad token, so the session checks all tokens before anything runs.
 #[test]
 fn a_token_outside_the_vocabulary_is_named() {
     for mesh in [ONE, "data=2,stage=2,tensor=2"] {
@@ -221,7 +221,7 @@ fn a_token_outside_the_vocabulary_is_named() {
     }
 }
 
-/// Nothing runs for inputs that do not match the program, and the session continues.
+/// If inputs do not match the program, nothing runs, and the session can continue.
 #[test]
 fn wrong_inputs_are_refused_before_anything_runs() {
     within(60, || {

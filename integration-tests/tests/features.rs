@@ -13,7 +13,7 @@ const CRATES: [&str; 7] = [
     "shardflow-software-cuda",
 ];
 
-/// Returns each package that a selection builds, with its features.
+/// Returns each package that `cargo` builds for a selection, with the package's features.
 fn packages(selection: &[&str]) -> BTreeSet<String> {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["tree", "--offline", "--locked", "--prefix", "none", "--format", "{p} {f}"]).args(selection);

@@ -1,7 +1,7 @@
-//! Training on software GPUs: on any mesh the losses match CPU devices within a tolerance, with one GPU per device,
-//! with all devices on one GPU and with more devices than GPUs, and without findings in the driver calls; a device that
-//! dies or hangs ends the session with its cause. Each case runs in a child, so that the dynamic linker loads the
-//! software device instead of NVIDIA's libraries.
+//! Training on software GPUs. On any mesh, the losses match CPU devices within a tolerance and the driver calls have no
+//! findings. A case may have one GPU per device, all devices on one GPU, or more devices than GPUs. If a device dies or
+//! hangs, the session ends with its cause. Each case runs in a child process, whose dynamic linker loads the software
+//! device instead of NVIDIA's libraries.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,17 +17,17 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{ChildRun, POLICIES, SimReport, case, command, run_child};
 
 const STEPS: usize = 3;
-/// Relative difference of losses from the CPU backend's, from another order of sums and other roundings of exp and erf.
+/// Relative difference of losses from the CPU backend, due to another order of sums and other roundings of exp and erf.
 const F32_MAX: f64 = 1e-4;
-/// The same in bf16, whose rounding error is 2^-9.
+/// The same difference in bf16, which has a rounding error of 2^-9.
 const BF16_MAX: f64 = 2e-3;
 
-/// Seeds of each policy in the long run.
+/// Number of seeds for each policy in the long run.
 const SEEDS: u64 = 50;
 
-/// Stall limit for a hung device.
+/// Time without progress after which a session with a hung device ends.
 const STALL: Duration = Duration::from_secs(2);
-/// How long after a device's death, or after [`STALL`], a session may end; the software device is slow.
+/// A session may end this long after a device's death or after [`STALL`]. The software device is slow.
 const LATE_MAX: Duration = Duration::from_secs(8);
 
 fn model() -> Model {
@@ -89,7 +89,7 @@ fn child() {
     }
 }
 
-/// Returns the losses of a training on this number of GPUs.
+/// Returns the losses of a training on this number of software GPUs.
 fn train(case: &str, gpus: usize, policy: &str, seed: u64) -> Vec<f64> {
     let ChildRun { stdout, report } = run_child(case, gpus, policy, seed, None);
     assert!(report.findings.is_empty(), "{case} on {gpus} GPUs, {policy}, seed {seed}: {:#?}", report.findings);
@@ -97,7 +97,7 @@ fn train(case: &str, gpus: usize, policy: &str, seed: u64) -> Vec<f64> {
     line.split(", ").map(|loss| loss.parse().expect("a number")).collect()
 }
 
-/// Trains in `f32` or `bf16` on a mesh, and compares the losses with the CPU's.
+/// Trains in `f32` or `bf16` on a mesh, and compares the losses with those of CPU devices.
 fn check(name: &str, mesh: &str, gpus: usize, policies: &[(&str, u64)]) {
     let max = if name == "bf16" { BF16_MAX } else { F32_MAX };
     let cpu = model().train(mesh, &settings(DeviceKind::Cpu, precision(name)), STEPS);
@@ -142,7 +142,7 @@ fn devices_that_share_a_gpu() {
     check("f32", "tensor=2", 1, &[("lazy", 7)]);
 }
 
-/// Copies between GPUs do not go through host memory, and NCCL can access peer memory.
+/// Copies between GPUs must not go through host memory, and NCCL must be able to access peer memory.
 #[test]
 fn gpus_of_a_session_enable_peer_access() {
     for (mesh, gpus, pairs) in [("data=2,stage=2", 4, 12), ("stage=2,tensor=2", 2, 2), ("data=1", 2, 0)] {
@@ -153,8 +153,8 @@ fn gpus_of_a_session_enable_peer_access() {
     }
 }
 
-/// The device's peak memory equals the plan exactly, with cuDNN attention, cuBLASLt products, NCCL collectives and
-/// collectives between devices that share GPUs.
+/// The device's peak memory equals the plan exactly. This includes cuDNN attention, cuBLASLt products, NCCL collectives
+/// and collectives between devices that share a GPU.
 #[test]
 fn device_memory_matches_the_plan_exactly() {
     for (mesh, gpus) in [("data=2", 2), ("stage=2", 2), ("tensor=2", 2), ("data=2,tensor=2", 2), ("tensor=2", 1)] {
@@ -179,7 +179,7 @@ fn in_bf16() {
     check("bf16", "tensor=2", 2, &[("random", 3)]);
 }
 
-/// Returns the losses that `gpt` logs. Its threads have no race clocks, so the software device treats them as one.
+/// Returns the losses that `gpt` logs. Its threads pass no clock tokens, so the software device treats them as one.
 fn run_gpt(device: &str, mesh: &str, gpus: usize) -> Vec<f64> {
     let folder = tempfile::tempdir().expect("a folder");
     // Cargo puts the programs of all packages into one folder.
@@ -235,7 +235,7 @@ fn fifty_seeds_of_each_policy() {
     }
 }
 
-/// Counts the driver and library calls, by class and name, of this number of steps and layers.
+/// Returns the driver and library calls, by class and name, of a training with this number of steps and layers.
 fn calls(name: &str, steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeMap<String, u64> {
     let SimReport { findings, calls, classes, .. } =
         run_child(&format!("count {name} {steps} {layers} {mesh}"), gpus, "in-order", 1, None).report;
@@ -243,7 +243,7 @@ fn calls(name: &str, steps: u64, layers: u64, mesh: &str, gpus: usize) -> BTreeM
     calls.into_iter().chain(classes).collect()
 }
 
-/// Checks the calls per step and per layer. docs/performance.md has the figures.
+/// Checks the calls per step and per layer. docs/performance.md shows these numbers.
 #[test]
 fn a_step_neither_allocates_nor_synchronizes() {
     const MORE: u64 = 4;
@@ -257,8 +257,8 @@ fn a_step_neither_allocates_nor_synchronizes() {
         for name in ["allocations", "frees", "synchronisations", "cuEventCreate", "cuEventDestroy_v2"] {
             assert_eq!(shallow(name), 0.0, "{precision} {mesh}: {name} in each step");
         }
-        // Two words per collective; without NCCL, each of four devices has one for its gradients and one for their
-        // norm.
+        // Each collective writes two words. Without NCCL, each of the four devices has one collective for its gradients
+        // and one for their norm.
         let collectives = if mesh == "data=2,stage=2" { 8.0 } else { shallow("ncclAllReduce") };
         assert_eq!(shallow("cuStreamWriteValue32_v2"), 2.0 * collectives, "{precision} {mesh}");
         assert!(gpus == 1 || collectives > 0.0, "{precision} {mesh}");
@@ -268,15 +268,15 @@ fn a_step_neither_allocates_nor_synchronizes() {
         let deep = each_step(precision, 8, mesh, gpus);
         let layer = |name: &str| (deep(name) - shallow(name)) / 4.0;
         let names = ["cuLaunchKernel", "cublasLtMatmul", "cuEventRecord", "cuCtxSetCurrent"];
-        // Only actions and transfers between devices need events.
+        // Events are needed only between actions and for transfers between devices.
         assert_eq!(names.map(layer), [56.0, 36.0, 0.0, 0.0], "two micro-batches and the update");
         assert_eq!(names.map(&shallow), [257.0, 150.0, 14.0, 18.0]);
         assert_eq!(shallow("cuStreamWaitEvent"), 0.0);
     }
 }
 
-/// A session creates all resources of its steps at the start. A later creation could wait for a collective on the GPU
-/// that waits for the creating process.
+/// A session creates all resources of its steps when it starts. A later creation could wait for a collective on the GPU
+/// while that collective waits for the creating process.
 #[test]
 fn the_first_step_creates_no_resources() {
     const CREATING_CALLS: [&str; 9] = [
@@ -306,7 +306,7 @@ fn the_first_step_creates_no_resources() {
     }
 }
 
-/// Runs a session that fails because of the fault; returns the duration of the failed step, the exit code and the
+/// Runs a session that fails because of the fault. Returns the duration of the failed step, the exit code and the
 /// error.
 fn failure(mesh: &str, gpus: usize, fault: &str) -> (Duration, u8, String) {
     let ChildRun { stdout, .. } = run_child(&format!("fail {mesh}"), gpus, "random", 1, Some(fault));
@@ -361,7 +361,7 @@ fn devices_that_share_several_gpus() {
     check("f32", "data=3", 2, &[("lazy", 10)]);
 }
 
-/// In bf16, cuDNN computes attention forward and backward.
+/// In bf16, cuDNN computes attention in the forward and backward pass.
 #[test]
 fn attention_in_bf16_runs_on_cudnn() {
     let executions = |case: &str| {

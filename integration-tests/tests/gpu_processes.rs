@@ -1,7 +1,7 @@
-//! Training on software GPUs in several processes of one node: on any mesh the losses match CPU devices within a
-//! tolerance, without findings in any process's driver calls. Every process sees all GPUs of the node, as on real
-//! hardware, and uses its share. Each process is this test program with its own software device; transfers between GPUs
-//! of two processes use the software NCCL's sockets or the program's own.
+//! Training on software GPUs in several processes of one node. On any mesh, the losses match CPU devices within a
+//! tolerance, and no process's driver calls have findings. Every process sees all GPUs of the node, as on real
+//! hardware, and uses its share. Each process is this test program with its own software device. Transfers between GPUs
+//! of two processes use the sockets of the software NCCL or Shardflow's own connections.
 
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
@@ -18,7 +18,7 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_software_cuda::{CASE, SimReport, case, command};
 
 const STEPS: usize = 3;
-/// Relative difference of losses from the CPU backend's, from another order of sums and other roundings of exp and erf.
+/// Relative difference of losses from the CPU backend, due to another order of sums and other roundings of exp and erf.
 const LOSS_MAX: f64 = 1e-4;
 /// Much longer than two processes need to start, compile kernels, fail and report.
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
@@ -52,8 +52,8 @@ fn child() {
     session.shutdown().expect("an end");
 }
 
-/// A training in several processes on one node; `by` is `pipes` or `connections`, the transport of registers between
-/// them.
+/// A training in several processes on one node. `by` is the transport of registers between the processes: `pipes` or
+/// `connections`.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     mesh: &'static str,
@@ -63,7 +63,7 @@ struct Case {
     steps: u32,
 }
 
-/// Runs the case, with the fault in the last process; returns the output and report of each process.
+/// Runs the case with the fault in the last process. Returns the output and the report of each process.
 fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output, Option<SimReport>)> {
     let Case { mesh, processes, gpus, by, steps } = case;
     let scratch = Scratch::new(&format!("gpu-processes-{seed}"));
@@ -75,13 +75,13 @@ fn run(case: Case, policy: &str, seed: u64, fault: Option<&str>) -> Vec<(Output,
         let child = child.as_mut().expect("the software device");
         child.args(["--ignored", "--exact", "child", "--nocapture"]);
         child.env(CASE, format!("{mesh} {process} {processes} {by} {steps} {}", socket.display()));
-        // The launcher sets these, too.
+        // Set these variables as the launcher does.
         child.envs(SETTINGS);
         child.envs(fault.filter(|_| process + 1 == processes).map(|fault| ("SOFTWARE_CUDA_FAULT", fault)));
         child.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a child")
     };
     let children: Vec<Child> = (0..processes).map(start).collect();
-    // All outputs are collected before any is checked, because the process that failed first reports the cause.
+    // Collect all outputs before checking any of them, because the process that failed first reports the cause.
     let outputs: Vec<_> = children.into_iter().map(|child| child.wait_with_output().expect("a child")).collect();
     (0..).zip(outputs).map(|(process, output)| (output, SimReport::read(&folder(process)).ok())).collect()
 }
@@ -90,8 +90,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Checks that a process's planned memory, which includes mirrors of remote registers, equals the allocated bytes and
-/// the GPUs' peak.
+/// Checks that a process's planned memory equals the allocated bytes and the GPUs' peak. The plan includes mirrors of
+/// remote registers.
 fn check_memory(at: &str, stdout: &str, peak_bytes: &[u64]) {
     let line = stdout.lines().find_map(|line| line.strip_prefix("= ")).expect("memory");
     let devices: Vec<(usize, u64, u64)> =
@@ -102,7 +102,7 @@ fn check_memory(at: &str, stdout: &str, peak_bytes: &[u64]) {
     }
 }
 
-/// Returns each process's losses and its number of `ncclSend` calls.
+/// Returns, for each process, the losses and the number of `ncclSend` calls.
 fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
     let ended = run(case, policy, seed, None);
     let stderr: String = ended.iter().map(|(output, _)| text(&output.stderr)).collect();
@@ -121,7 +121,7 @@ fn train(case: Case, policy: &str, seed: u64) -> Vec<(Vec<f64>, u64)> {
     (0..).zip(&ended).map(losses).collect()
 }
 
-/// Compares the losses with the CPU's; returns them and each process's number of `ncclSend` calls.
+/// Compares the losses with those of CPU devices. Returns the losses and each process's number of `ncclSend` calls.
 fn check(
     mesh: &'static str,
     processes: u32,
@@ -160,7 +160,7 @@ fn a_pipeline_over_two_processes() {
     }
 }
 
-/// NCCL connects on first use, so a session connects each pipe before the first step, with one send from each side.
+/// NCCL connects ranks on first use, so a session connects each pipe before the first step, by a send from each side.
 #[test]
 fn pipes_are_connected_when_the_session_starts() {
     for (by, expected) in [("pipes", [1, 1]), ("connections", [0, 0])] {
@@ -182,7 +182,7 @@ fn devices_that_do_not_divide_evenly() {
     check("data=3", 2, 3, "pipes", "random", 60);
 }
 
-/// Returns the error text of process 0 when process 1 meets a fault.
+/// Returns the error text of process 0 after process 1 meets the fault.
 fn survivor_error(mesh: &'static str, by: &'static str, seed: u64, fault: &str) -> String {
     let started = Instant::now();
     let ended = run(Case { mesh, processes: 2, gpus: 2, by, steps: STEPS as u32 }, "random", seed, Some(fault));
@@ -190,7 +190,7 @@ fn survivor_error(mesh: &'static str, by: &'static str, seed: u64, fault: &str) 
     assert!(started.elapsed() < ENDS_WITHIN, "{mesh} by {by}, {fault}: {stderr}");
     assert!(ended.iter().all(|(output, _)| !output.status.success()), "{mesh} by {by}, {fault}: {stderr}");
     let report = ended[0].1.as_ref().expect("a report");
-    // The failure of the other process aborts running work, which the software device records.
+    // The failure of the other process aborts running work. The software device records this as a finding.
     let found: Vec<_> = report.findings.iter().filter(|finding| finding.kind != "aborted").collect();
     assert!(found.is_empty(), "{mesh} by {by}, {fault}: {found:#?}");
     stderr

@@ -1,5 +1,5 @@
-//! Tests `gpu/check.sh` without a GPU, on a software GPU, with a stage that hangs, and interrupted. It always writes a
-//! report that states what happened. Needs Python; the comparisons with PyTorch do not run.
+//! Tests `gpu/check.sh` without a GPU, on a software GPU, with a stage that hangs, and with an interruption. The script
+//! always writes a report of the results. It needs Python; these tests skip the comparisons with PyTorch.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -12,7 +12,7 @@ use serde_json::Value;
 use shardflow_integration_tests::training::Scratch;
 use shardflow_software_cuda::SimReport;
 
-/// A folder with `gpu_check`, and a fake conformance suite that hangs except in one case.
+/// Creates a folder with `gpu_check` and a fake conformance suite. The suite hangs in all cases except one.
 fn binaries(scratch: &Scratch) -> PathBuf {
     let folder = scratch.path().join("binaries");
     fs::create_dir(&folder).expect("an empty folder");
@@ -23,7 +23,7 @@ fn binaries(scratch: &Scratch) -> PathBuf {
     folder
 }
 
-/// Whether Python is installed, which the script needs; prints SKIPPED if not.
+/// Returns whether Python, which the script needs, is installed. Prints SKIPPED if not.
 fn has_python() -> bool {
     let found = Command::new("python3").args(["-c", ""]).status().is_ok_and(|status| status.success());
     if !found {
@@ -36,12 +36,12 @@ fn script() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("gpu/check.sh")
 }
 
-/// The script on this number of software GPUs.
+/// Returns a command that runs the script on this number of software GPUs.
 fn on_software(scratch: &Scratch, gpus: usize) -> Command {
     shardflow_software_cuda::command(script(), scratch.path(), gpus, "random", 1).expect("the software device")
 }
 
-/// Adds the arguments for these stages, with tiny sizes.
+/// Adds arguments that select these stages and tiny sizes.
 fn add_tiny_arguments(command: &mut Command, scratch: &Scratch, only: &str) {
     command.arg("--tiny").arg("--binaries").arg(binaries(scratch)).args(["--only", only]);
 }
@@ -50,7 +50,7 @@ fn report(out: &Path) -> Value {
     serde_json::from_slice(&fs::read(out.join("report.json")).expect("a report")).expect("JSON")
 }
 
-/// Name and state of each stage in the report.
+/// Returns the name and the state of each stage in the report.
 fn states(out: &Path) -> Vec<(String, String)> {
     let report = report(out);
     let stages = report["stages"].as_array().expect("stages");
@@ -74,7 +74,7 @@ fn without_a_gpu_every_other_stage_is_skipped() {
     let scratch = Scratch::new("gpu-script-none");
     let out = scratch.path().join("out");
     let mut script = Command::new(script());
-    // Hides a GPU if there is one.
+    // Hide the machine's GPUs.
     script.env("CUDA_VISIBLE_DEVICES", "").arg("--binaries").arg(binaries(&scratch)).arg(&out);
     assert_eq!(script.status().expect("a shell").code(), Some(1));
     let states = states(&out);
@@ -82,7 +82,7 @@ fn without_a_gpu_every_other_stage_is_skipped() {
     assert!(states.len() > 20 && states[1..].iter().all(|(_, state)| state == "skipped"), "{states:?}");
 }
 
-/// Attention counts of a stage: forward then backward, cuDNN before our own kernels.
+/// Returns a stage's counts of attention: forward, then backward; in each pass cuDNN, then our own kernels.
 fn attentions(report: &Value, stage: &str) -> [u64; 4] {
     let stage = report["stages"].as_array().expect("stages").iter().find(|s| s["name"] == stage).expect("the stage");
     ["forward_cudnn", "forward_own", "backward_cudnn", "backward_own"]
@@ -112,13 +112,13 @@ fn shardflow_stages_run_on_a_software_device() {
     ];
     add_tiny_arguments(&mut script, &scratch, &stages.join(" "));
     let status = script.arg(&out).status().expect("a shell");
-    // There are no PyTorch results to compare with.
+    // These comparisons have no PyTorch results.
     let beside = ["gpt2-losses-f32", "gpt2-losses-bf16", "gpt2-speed"];
     let expected = stages.map(|name| (name, "ok")).into_iter().chain(beside.map(|name| (name, "skipped")));
     assert_states(&states(&out), &expected.collect::<Vec<_>>());
     assert!(status.success(), "{status}");
     let report = report(&out);
-    // Ten steps of two layers; cuDNN has no attention in f32.
+    // There are ten steps of two layers. cuDNN has no attention in f32.
     assert_eq!(attentions(&report, "gpt2-f32-ours"), [0, 20, 0, 20]);
     let both = |stage| {
         let [cudnn, own, more_cudnn, more_own] = attentions(&report, stage);
@@ -130,11 +130,11 @@ fn shardflow_stages_run_on_a_software_device() {
         let [_, _, backward, own] = attentions(&report, stage);
         assert!(backward > 0 && own == 0, "{stage}: {report:#}");
     }
-    // The report of the last process on the device, a training.
+    // The last process on the device, a training, has written this report.
     assert_eq!(SimReport::read(scratch.path()).expect("a report").findings, []);
 }
 
-/// On one GPU the NCCL stages are skipped; on two, trainings over NCCL are compared with one GPU's.
+/// On one GPU, the NCCL stages are skipped. On two GPUs, trainings over NCCL are compared with trainings on one GPU.
 #[test]
 fn nccl_needs_two_gpus() {
     if !has_python() {
@@ -158,8 +158,8 @@ fn nccl_needs_two_gpus() {
     }
 }
 
-/// Runs `report.py` on a folder of stages, each with its status and last line; returns the states and whether it
-/// succeeded.
+/// Runs `report.py` on a folder of stages, each with its status and its last line. Returns the states of the stages,
+/// and whether `report.py` succeeded.
 fn run_report(name: &str, info: &str, stages: &[(&str, &str, &str)]) -> (Vec<(String, String)>, bool) {
     let scratch = Scratch::new(name);
     let write = |name: &str, text: &str| fs::write(scratch.path().join(name), text).expect("a file");
@@ -184,7 +184,7 @@ fn an_unreadable_status_fails_only_its_stage() {
     assert!(!passed);
 }
 
-/// A speed without torch.compile's is not measured, except that tiny sizes skip the comparison.
+/// A speed is a valid result only together with torch.compile's speed. With tiny sizes, this comparison is skipped.
 #[test]
 fn a_speed_without_a_comparison_does_not_pass() {
     if !has_python() {
@@ -201,7 +201,7 @@ fn a_speed_without_a_comparison_does_not_pass() {
     }
 }
 
-/// Losses in bf16 are compared with the first complete PyTorch round.
+/// Losses in bf16 are compared with those of the first complete PyTorch round.
 #[test]
 fn losses_are_compared_with_the_first_complete_round() {
     if !has_python() {
@@ -222,7 +222,7 @@ fn losses_are_compared_with_the_first_complete_round() {
     }
 }
 
-/// A failed stage reports the program's error, the last panic or Python's exception.
+/// A failed stage reports the program's error, the last panic or Python's exception as its cause.
 #[test]
 fn a_failure_is_reported_with_its_cause() {
     if !has_python() {
@@ -253,7 +253,7 @@ fn a_failure_is_reported_with_its_cause() {
     }
 }
 
-/// A stage that ran out of time is not a failure of the code, but a required stage that did not run has not passed.
+/// A stage without time left is not a failure of the code. A required stage that did not run has not passed, however.
 #[test]
 fn a_stage_without_time_is_not_run() {
     if !has_python() {
@@ -266,7 +266,7 @@ fn a_stage_without_time_is_not_run() {
         ("compare", "ended 124 60 60 60", "timed-out", false),
         ("sanitizer-memcheck", "ended 124 60 60 60", "timed-out", false),
         ("sanitizer-memcheck", "ended 9 1 3 60", "failed", false),
-        // `timeout` kills a stage at its limit; another process may kill it earlier.
+        // The command `timeout` kills a stage at its time limit. Another process may kill it earlier.
         ("compare", "ended 137 65 60 60", "timed-out", false),
         ("compare", "ended 137 2 60 60", "failed", false),
         ("launches-any-order", "not-run nothing is left of 9 s", "not-run", true),
@@ -317,7 +317,7 @@ fn an_interrupted_run_reports_the_finished_stages() {
     add_tiny_arguments(&mut script, &scratch, "versions conformance-alone conformance-staged");
     let mut child = script.arg(&out).stdout(Stdio::piped()).spawn().expect("a shell");
     let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines().map_while(Result::ok);
-    // It prints the name of a stage before it starts it.
+    // The script prints the name of a stage before it starts the stage.
     assert!(lines.any(|line| line == "== conformance-alone"), "the stage never begins");
     kill_process(Pid::from_child(&child), Signal::TERM).expect("a child");
     lines.for_each(drop);

@@ -1,4 +1,4 @@
-//! `explain-hang` queries a stuck step from outside while it waits.
+//! `explain-hang` queries a training from outside while one of its steps is stuck.
 
 use std::sync::Arc;
 use std::thread;
@@ -24,7 +24,7 @@ const BATCH: usize = 8;
 /// Much longer than any wait here.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Blocks the kernels of one shard while it is closed.
+/// A gate that blocks the kernels of one shard while it is closed.
 #[derive(Debug, Default)]
 struct Gate {
     closed: Mutex<bool>,
@@ -38,7 +38,7 @@ impl Gate {
     }
 }
 
-/// Copies its input. The shard whose rows and columns start here passes the gate, forward or backward.
+/// An op that copies its input. The shard that starts at this row and column passes the gate, forward or backward.
 #[derive(Clone, Debug)]
 struct Gated {
     gate: Arc<Gate>,
@@ -88,7 +88,7 @@ impl CustomKernel for GatedKernel {
     }
 }
 
-/// Two linear layers with the gate between them, on two stages if the mesh has stages, split if it has a tensor axis.
+/// Starts two linear layers with the gate between them. An axis `stage` gives them two stages; `tensor` splits them.
 fn start(mesh: &str, op: Gated) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -124,13 +124,13 @@ fn a_hang_report_names_the_cause_and_the_wait_chain() {
         let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
         let explain = || client::explain_hang(watch.address()).expect("a session").reports.pop().expect("a report");
         assert!(client::explain_hang(watch.address()).expect_err("no session").to_string().contains("503"));
-        // The mesh, the first row (of a micro-batch) and column of the gated shard, and the blocked action.
+        // The mesh, the gated shard's first row (in a micro-batch) and first column, and the blocked action.
         for (mesh, row, column, culprit) in [
             ("data=1", 0, 0, "device 0 compute forward"),
             ("data=2", 2, 0, "device 1 compute forward"),
             ("stage=2", 0, 0, "device 1 compute backward"),
             ("data=2,stage=2", 2, 0, "device 3 compute forward"),
-            // Its peer waits for it inside a collective that both have started.
+            // The other device waits for this one inside a collective that both have started.
             ("tensor=2", 0, 2, "device 1 compute forward"),
             ("tensor=2", 0, 2, "device 1 compute backward"),
             ("tensor=2", 0, 0, "device 0 compute backward"),
@@ -146,7 +146,7 @@ fn a_hang_report_names_the_cause_and_the_wait_chain() {
                 let stepping = scope.spawn(|| step(&mut session));
                 let (until, wanted) =
                     (Instant::now() + PATIENCE, format!("{culprit} has not ended, and waits for nobody"));
-                // Polls until everything else waits.
+                // Poll until all other actions wait.
                 let report = loop {
                     let report = explain();
                     if report.cause.as_deref() == Some(&wanted) && report.idle_seconds > 0.2 {

@@ -1,5 +1,5 @@
-//! Every op in every layout that its rule derives equals the unsharded op: 1-D on 2, 3 and 4 devices, 2-D on 2x2 and
-//! 2x3, with uneven dims, and with empty shards if a dim is shorter than an axis.
+//! In every layout that its rule permits, every op equals the op on whole tensors: 1-D on 2, 3 and 4 devices, 2-D on
+//! 2x2 and 2x3, with uneven dims, and with empty shards if a dim is shorter than an axis.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
-/// Values in about -1..1 that differ for each `key`.
+/// Returns values in about -1..1. They differ for each `key`.
 fn values(shape: &[usize], key: u64) -> HostTensor {
     let count = shape.iter().product::<usize>() as u64;
     let unit = |i: u64| (mix(key * 1_000_003 + i) >> 40) as f32 / (1 << 23) as f32 - 1.0;
@@ -40,7 +40,7 @@ impl Runner {
         Self { device, stream }
     }
 
-    /// Runs an op; `before` is the initial content of its outputs, for ops that update in place.
+    /// Runs an op. `before` is the initial content of the outputs of an op that updates them in place.
     fn run(&self, op: &Op, reads: &[HostTensor], before: Vec<HostTensor>) -> Vec<HostTensor> {
         let (mut end, mut buffers) = (0, Vec::new());
         for tensor in reads.iter().chain(&before) {
@@ -97,7 +97,7 @@ fn einsum(spec: &str, a: &[usize], b: &[usize]) -> Case {
     case(Op::Einsum(Einsum::parse(spec).expect("a product")), vec![values(a, 1), values(b, 2)])
 }
 
-/// Every op that a graph can contain, on uneven shapes. `b` may be shorter than an axis.
+/// Returns every op that a graph can contain, on uneven shapes. `b` may be shorter than an axis.
 fn cases(runner: &Runner) -> Vec<Case> {
     let (b, t, c, h, d, v) = (3, 5, 7, 3, 4, 11);
     let (btc, bt, bthd, btv) = ([b, t, c], [b, t], [b, t, h, d], [b, t, v]);
@@ -122,7 +122,7 @@ fn cases(runner: &Runner) -> Vec<Case> {
             vec![values(&btc, 1), HostTensor::i32(&[2], vec![7, 12])],
         ),
     ];
-    // The gradients of a broadcast sum and of the embedding have dims that only the output has.
+    // In the gradients of a broadcast sum and of the embedding, some dims exist only in the output.
     let mut sum = case(Op::Copy, vec![values(&btc, 1)]);
     (sum.op, sum.rule, sum.before) = (Op::SumLeading, ops::sum_leading(3, 2).expect("a rule"), vec![poisoned(&[t, c])]);
     all.push(sum);
@@ -163,7 +163,7 @@ fn cases(runner: &Runner) -> Vec<Case> {
     all
 }
 
-/// Runs one signature and compares the result. Returns false for partial integers, which cannot exist.
+/// Runs one signature and compares the result. Returns false for partial integers, because they cannot exist.
 fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSignature, placement: &Placement) -> bool {
     let integer_partial = |(t, l): (&HostTensor, &NdSbp)| t.dtype() == DType::I32 && l.partial().is_some();
     if case.inputs.iter().zip(&signature.inputs).any(integer_partial) {
@@ -176,7 +176,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
         .enumerate()
         .map(|(i, (t, l))| scatter(t, l, placement, i as u64).expect("a layout that fits"))
         .collect();
-    // Tensors updated in place have the output's layout; a partial output starts as NaN.
+    // Tensors that are updated in place have the output's layout. If the output is partial, they start as NaN.
     let before = |index: usize| -> Vec<HostTensor> {
         let part = |(t, l): (&HostTensor, &NdSbp)| {
             let region = local_region(&t.shape, l, placement, index);
@@ -197,7 +197,7 @@ fn check(runner: &Runner, case: &Case, whole: &[HostTensor], signature: &NdSigna
             all.push(made);
         }
     }
-    // The random terms of partial inputs are integers much larger than the values, which costs precision.
+    // The random terms of partial inputs are integers much larger than the values, so the sum has less precision.
     let has_terms = signature.inputs.iter().any(|l| l.partial().is_some());
     let tolerance = if has_terms { 5e-4 } else { 1e-5 };
     for ((expected, layout), parts) in whole.iter().zip(&signature.outputs).zip(&outputs) {
@@ -233,6 +233,6 @@ fn every_op_in_every_derivable_layout_equals_the_unsharded_op() {
             }
         }
     }
-    // The number of derivable layouts falls only if a rule loses some.
+    // The number of derivable layouts falls only if a rule permits fewer layouts.
     assert!(checked > 1500 && split > 1000, "{checked} layouts checked, {split} with a split");
 }

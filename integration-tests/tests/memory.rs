@@ -1,5 +1,5 @@
-//! Memory is static and planned: nothing is allocated on a device after the start, the measured peak is at most the
-//! planned one and close to it, and a plan that does not fit is refused before anything runs.
+//! Memory is static and planned. After the start, nothing is allocated on a device. The measured peak is at most the
+//! planned peak and close to it. A plan that does not fit is refused before anything runs.
 
 use shardflow::passes::precision::Precision;
 use shardflow::passes::{CompileError, CompileOptions, THREADS_MAX, compile};
@@ -55,7 +55,7 @@ fn the_measured_peak_is_within_a_tenth_of_the_planned_one() {
     });
 }
 
-/// The plan includes the streams' memory per thread and for widening bf16; nothing else in it depends on threads.
+/// The plan includes the streams' memory for each thread and for widening bf16. Nothing else in it depends on threads.
 #[test]
 fn all_allocated_memory_is_planned_for_any_number_of_threads() {
     within(120, || {
@@ -64,7 +64,7 @@ fn all_allocated_memory_is_planned_for_any_number_of_threads() {
             let plans = [1, 3].map(|threads| model().plan("data=2,stage=2", &options(threads)));
             assert_eq!(plans[0].hash(), plans[1].hash(), "{precision:?}");
             let bytes = plans.each_ref().map(|plan| plan.memory[0].total_bytes());
-            // In bf16 the largest scratch is that of a widened launch, for any number of threads.
+            // In bf16, a widened launch needs the most scratch memory, for any number of threads.
             assert!(bytes[0] < bytes[1] || precision == Precision::BF16, "{precision:?}: {bytes:?}");
             for threads in [1, 3] {
                 let mut session = model().session("data=2,stage=2", &options(threads));
@@ -77,7 +77,7 @@ fn all_allocated_memory_is_planned_for_any_number_of_threads() {
     });
 }
 
-/// A session that uses all cores of its process plans their memory, and computes the same bits.
+/// If a session uses all cores of its process, it plans memory for them and computes the same bits.
 #[test]
 fn a_session_can_use_all_cores_of_its_process() {
     within(60, || {
@@ -103,7 +103,7 @@ fn one_f_one_b_needs_less_memory_than_gpipe() {
         plan.memory.iter().map(|m| m.total_bytes()).collect::<Vec<_>>()
     };
     let (gpipe, one) = (bytes(GPipe), bytes(OneFOneB));
-    // The first stage has 7 of 8 micro-batches in flight (with a hop's latency), the last 1.
+    // The first stage has 7 of 8 micro-batches in flight (with the latency of a transfer), and the last stage has 1.
     assert!(one.iter().zip(&gpipe).all(|(a, b)| a < b), "{one:?} against {gpipe:?}");
     assert!(one[3] * 3 < gpipe[3] * 2, "{one:?} against {gpipe:?}");
 }

@@ -1,5 +1,5 @@
-//! The results of a step do not depend on its number of micro-batches: outputs of every kind, and dropout masks.
-//! Programs for which this is impossible are refused with the user's line.
+//! The results of a step do not depend on the number of micro-batches. This includes outputs of every kind and dropout
+//! masks. A program for which this is impossible is refused with the user's line.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -66,7 +66,7 @@ impl CustomKernel for Largest {
     }
 }
 
-/// A classifier with an output of each kind. The batch dim of `later` is 1.
+/// Returns a classifier with an output of each kind. The batch dim of `later` is 1.
 fn every_kind(mesh: &str) -> Graph {
     let mut g = graph(mesh);
     let split = |dim| if mesh.starts_with("data") { Layout::split("data", dim) } else { Layout::broadcast() };
@@ -192,7 +192,7 @@ fn outputs_are_combined_as_requested() {
     });
 }
 
-/// A program, and parts of its error when the batch is divided.
+/// A program, and the parts that its error must contain when the batch is divided.
 type Refused = (fn(&mut Graph), &'static [&'static str]);
 
 fn floats(g: &mut Graph, name: &str, shape: &[usize]) -> Var {
@@ -299,7 +299,7 @@ const REFUSED: &[Refused] = &[
     ),
 ];
 
-/// Each program compiles undivided, and with a divided batch is refused with one error that names a line of this file.
+/// Each program compiles undivided. With a divided batch, it is refused with one error that names a line of this file.
 #[test]
 fn programs_that_depend_on_the_number_of_micro_batches_are_refused() {
     for (build, wants) in REFUSED {
@@ -317,7 +317,7 @@ fn programs_that_depend_on_the_number_of_micro_batches_are_refused() {
     }
 }
 
-/// A program, and a part of its error.
+/// A program, and a part that its error must contain.
 type Wrong = (fn(&mut Graph), &'static str);
 
 #[test]
@@ -369,7 +369,7 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
     }
 }
 
-/// The masks that dropout applies to ones: tensors with the batch in each dim, and one with another batch size.
+/// Returns the masks that dropout applies to ones. The tensors have the batch in each dim; one has another batch size.
 fn masks(mesh: &str, micro_batches: usize, seed: u64, steps: usize) -> BTreeMap<String, HostTensor> {
     let mut g = graph(mesh);
     let has = |axis: &str| mesh.contains(axis);
@@ -426,8 +426,8 @@ fn masks_depend_only_on_the_position_in_the_whole_tensor() {
     });
 }
 
-/// The gradient of a dropped element is 0: without weight decay, an update changes exactly the kept elements of a
-/// parameter.
+/// The gradient of a dropped element is 0. Without weight decay, an update therefore changes exactly the elements of a
+/// parameter that are kept.
 #[test]
 fn dropped_parameters_are_not_updated() {
     within(60, || {
@@ -455,7 +455,7 @@ fn dropped_parameters_are_not_updated() {
     });
 }
 
-/// Dropout masks the gradient like the value for any batch dim, so trained parameters agree.
+/// For any batch dim, dropout masks the gradient in the same way as the value, so trained parameters agree.
 #[test]
 fn gradients_are_masked_like_values() {
     within(120, || {

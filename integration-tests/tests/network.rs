@@ -1,6 +1,6 @@
-//! Runs `gpt` on two nodes, each a network namespace with its own host name: partitions, a flap, dropped TCP, a slow
-//! link, a slow process. The tests need root, `ip`, `nft` and `tc`, so they are ignored by default; `.ci/run network`
-//! runs them.
+//! Runs `gpt` on two nodes, each a network namespace with its own host name. Covers partitions, a short interruption,
+//! dropped TCP packets, a slow link and a slow process. The tests need root, `ip`, `nft` and `tc`, so they are ignored
+//! by default; `.ci/run network` runs them.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,16 +16,16 @@ use shardflow_integration_tests::training::Scratch;
 
 /// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(240);
-/// A partition is noticed within this.
+/// Time limit for noticing a partition.
 const NOTICED_WITHIN: Duration = Duration::from_secs(10);
-/// A blocked write fails within 10 s; then its process reports it, and all processes end within two more.
+/// A blocked write fails within 10 s. Then its process reports the failure, and all processes end within 2 s more.
 const WRITE_FAILS_WITHIN: Duration = Duration::from_secs(14);
-/// Allowed growth of resident memory with a slow peer: mapped pages and library caches, not queued data.
+/// Permitted growth of resident memory with a slow peer: mapped pages and caches of libraries, but no queued data.
 const GROWTH_KIB_MAX: u64 = 8 << 10;
-/// Start of the message about a slow process or link.
+/// Beginning of the message about a slow process or link.
 const SLOW: &str = "waiting for rank";
 const NODES: [&str; 2] = ["a", "b"];
-/// Part of each node's message when it has lost the other.
+/// Part of each node's message after it has lost the other node.
 const EACH_OTHER: [&str; 2] = ["rank 1", "rank 0"];
 const SECRET: &str = "a secret of these tests only";
 
@@ -39,7 +39,7 @@ fn run(command: &str) -> Result<(), String> {
     }
 }
 
-/// Two namespaces with a link between them; dropping it removes them and kills their processes.
+/// Two namespaces with a link between them. Dropping this value removes the namespaces and kills their processes.
 struct Net {
     name: String,
 }
@@ -57,7 +57,7 @@ impl Drop for Net {
 }
 
 impl Net {
-    /// Returns `None`, and prints SKIPPED, if that is not permitted.
+    /// Returns `None` and prints SKIPPED if network namespaces are not permitted.
     fn new(test: &str) -> Option<Self> {
         let net = Self { name: format!("sf{}{test}", std::process::id()) };
         match net.make() {
@@ -88,7 +88,7 @@ impl Net {
         format!("{}{node}", self.name)
     }
 
-    /// Node `a` drops packets to the other node (`output`) or from it (`input`); `filter` selects packets.
+    /// Makes node `a` drop packets to the other node (`output`) or from it (`input`). `filter` selects the packets.
     fn cut(&self, direction: &str, filter: &str) {
         let nft = format!("ip netns exec {} nft add", self.node("a"));
         let hook = format!("{{ type filter hook {direction} priority 0 ; }}");
@@ -115,7 +115,7 @@ impl Net {
     }
 }
 
-/// A launcher on one node, and its output lines with their times.
+/// A launcher on one node, and its lines of output with their times.
 struct Running {
     child: Child,
     lines: Receiver<(Instant, String)>,
@@ -129,7 +129,7 @@ impl Drop for Running {
     }
 }
 
-/// Cargo puts the programs of all packages into one folder.
+/// Returns the path of a program. Cargo puts the programs of all packages into one folder.
 fn program(name: &str) -> PathBuf {
     let program = Path::new(env!("CARGO_BIN_EXE_dies")).with_file_name(name);
     assert!(program.is_file(), "{} does not exist: build the workspace, not only this package", program.display());
@@ -166,7 +166,7 @@ impl Running {
         self.seen.iter().map(|(_, line)| line.as_str()).collect::<Vec<_>>().join("\n")
     }
 
-    /// Reads until a line contains this; returns the time of the line.
+    /// Reads lines until one contains this text, and returns the time of that line.
     fn until(&mut self, text: &str, within: Duration) -> Instant {
         let deadline = Instant::now() + within;
         loop {
@@ -175,7 +175,7 @@ impl Running {
             };
             self.seen.push(line);
             let (at, line) = self.seen.last().expect("pushed");
-            // The message about a slow rank comes before the one about a lost rank.
+            // Messages about a slow rank come before those about a lost rank, so only match lines of the same kind.
             if line.contains(text) && line.contains(SLOW) == text.contains(SLOW) {
                 return *at;
             }
@@ -202,7 +202,7 @@ impl Running {
     }
 }
 
-/// Bits of the losses by step; a repeated step must have the same loss.
+/// Returns the bits of the losses by step. A repeated step must have the same loss.
 fn losses(log: &Path) -> BTreeMap<u64, u64> {
     let mut losses = BTreeMap::new();
     for line in fs::read_to_string(log).unwrap_or_default().lines() {
@@ -215,7 +215,7 @@ fn losses(log: &Path) -> BTreeMap<u64, u64> {
     losses
 }
 
-/// The manifest of each committed step.
+/// Returns the manifest of each committed step.
 fn commits(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let steps = fs::read_dir(folder.join("ck")).into_iter().flatten().flatten();
     let manifest = |step: fs::DirEntry| {
@@ -231,7 +231,7 @@ struct Job {
     nodes: [Running; 2],
     steps: u64,
     flags: String,
-    /// Manifests of the committed steps seen so far.
+    /// Manifests of the committed steps that were seen so far.
     committed: BTreeMap<String, Vec<u8>>,
 }
 
@@ -253,7 +253,7 @@ impl Job {
         losses(&self.folder.path().join("log")).len() as u64
     }
 
-    /// Waits until this number of steps is done and one checkpoint exists.
+    /// Waits until the job has done this number of steps and has a checkpoint.
     fn until_step(&mut self, step: u64) {
         let deadline = Instant::now() + TIMEOUT;
         while self.steps_done() < step || commits(self.folder.path()).is_empty() {
@@ -271,7 +271,7 @@ impl Job {
         }
     }
 
-    /// Waits until each node prints its message; returns the seconds of the later one.
+    /// Waits until each node prints its message. Returns the seconds until the later message.
     fn wait_for_messages(&mut self, since: Instant, within: Duration, messages: [&str; 2]) -> f64 {
         let at = [0, 1].map(|node| {
             let left = (since + within).saturating_duration_since(Instant::now());
@@ -281,7 +281,7 @@ impl Job {
         at[0].max(at[1]).as_secs_f64()
     }
 
-    /// Waits for the end and checks that all steps have the losses of one process and are committed once and complete.
+    /// Waits for the end. Checks that all steps have the losses of one process and are committed once and complete.
     fn finish(mut self) -> String {
         for node in &mut self.nodes {
             assert_eq!(node.wait(), Some(0), "{}", node.text());
@@ -300,7 +300,7 @@ impl Job {
     }
 }
 
-/// Waits while it reads the output.
+/// Waits for this long, and reads the output of both nodes meanwhile.
 fn wait_and_read(job: &mut Job, time: Duration) {
     job.nodes[0].listen(time / 2);
     job.check_commits();
@@ -308,8 +308,8 @@ fn wait_and_read(job: &mut Job, time: Duration) {
     job.check_commits();
 }
 
-/// Separates the nodes for 30 s: each reports the lost rank in time, and both continue afterwards. Returns their
-/// output.
+/// Separates the nodes for 30 s. Each node must report the lost rank in time, and both nodes must continue afterwards.
+/// Returns their output.
 fn partition(name: &str, cut_by: impl Fn(&Net), messages: [&str; 2]) -> Option<String> {
     let mut job = Job::start(name, 600, "data=2")?;
     let cut = Instant::now();
@@ -334,8 +334,8 @@ fn a_partition_is_noticed_and_nothing_is_committed_twice() {
 #[test]
 #[ignore = "needs root: run by .ci/run network"]
 fn a_one_way_partition_is_noticed_by_both() {
-    // The node whose packets are lost learns it from the other, by a letter or, if that does not arrive, by a
-    // heartbeat.
+    // Node `a` cannot send, so it learns of the partition from the other node: by a letter or, if the letter is lost,
+    // by a heartbeat.
     partition("oneway", |net| net.cut("output", ""), ["(seen by process 1)", "rank 0: no heartbeat"]);
 }
 
@@ -362,10 +362,10 @@ fn a_flap_of_three_seconds_restarts_nothing() {
 fn a_half_open_socket_fails_its_write_in_time() {
     let Some(mut job) = Job::start("half", 600, "data=2") else { return };
     let cut = Instant::now();
-    // Heartbeats still arrive.
+    // Heartbeats still arrive, because they use UDP.
     job.net.cut("output", "meta l4proto tcp");
     job.net.cut("input", "meta l4proto tcp");
-    // The process whose write fails first reports it, also by heartbeats; which of the two it is varies.
+    // The process whose write fails first reports the failure, also by heartbeats. Either process may be the first.
     let noticed = job.wait_for_messages(cut, WRITE_FAILS_WITHIN, ["error: rank", "error: rank"]);
     job.net.heal();
     let output = job.finish();
@@ -373,7 +373,7 @@ fn a_half_open_socket_fails_its_write_in_time() {
     println!("half-open connections: reported by both sides after {noticed:.1} s");
 }
 
-/// Resident memory of each `gpt` of the job in KiB.
+/// Returns the resident memory of each `gpt` process of the job in KiB.
 fn resident_kib(job: &Job) -> Vec<u64> {
     let here = job.folder.path().canonicalize().expect("the folder");
     let processes = fs::read_dir("/proc").expect("Linux").flatten().map(|entry| entry.path());
@@ -388,8 +388,8 @@ fn resident_kib(job: &Job) -> Vec<u64> {
     ours.filter_map(resident).collect()
 }
 
-/// Checks that a slow job reports the slow rank and does not use more memory. Returns the seconds and the growth in
-/// KiB.
+/// Checks that the job reports the slow rank and does not use more memory. Returns the seconds until the report and the
+/// growth in KiB.
 fn check_slow_rank(job: &mut Job, node: usize, rank: u32) -> (f64, u64) {
     let (before, begin) = (resident_kib(job), Instant::now());
     assert_eq!(before.len(), 2);
@@ -434,7 +434,7 @@ impl SlowCgroup {
 
 impl Drop for SlowCgroup {
     fn drop(&mut self) {
-        // The folder can be removed once its processes have ended; the caller ends them first.
+        // The folder can be removed only after its processes have ended. The caller ends them first.
         let deadline = Instant::now() + Duration::from_secs(5);
         while fs::remove_dir(&self.0).is_err() && self.0.is_dir() && Instant::now() < deadline {
             thread::yield_now();

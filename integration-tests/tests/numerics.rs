@@ -1,5 +1,5 @@
-//! A step with Inf or NaN changes no weight on any mesh, and names the first non-finite tensor: an input, an op in
-//! forward or backward, or a parameter.
+//! A step with Inf or NaN changes no weight on any mesh. The report names the first non-finite tensor: an input, an op
+//! in the forward or backward pass, or a parameter.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ const LENGTH: usize = 3;
 const TOKENS: usize = 5;
 const WIDTH: usize = 6;
 
-/// `(x, fault) -> (y)`: x, but NaN where `fault` is above 1/2; the gradient is NaN where `fault` is below -1/2.
+/// `(x, fault) -> (y)`: copies x, with NaN where `fault > 1/2`. The gradient has NaN where `fault < -1/2`.
 #[derive(Debug)]
 struct NanOp {
     backward: bool,
@@ -60,7 +60,7 @@ impl CustomKernel for NanOp {
     }
 }
 
-/// Two linear layers, on two stages if the mesh has stages, with the op between them.
+/// Starts two linear layers with the op between them, on two stages if the mesh has stages.
 fn start(mesh: &str, max_norm: f32, on_non_finite: OnNonFinite) -> Session {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let staged = g.mesh().axis("stage").is_ok();
@@ -99,7 +99,7 @@ fn first(error: Result<StepReport, SessionError>) -> FirstNonFinite {
     found.first.unwrap_or_else(|| panic!("no first tensor"))
 }
 
-/// The device that computes a row of the batch on the last stage.
+/// Returns the device that computes a row of the batch on the last stage.
 fn device_of(mesh: &str, row: usize) -> usize {
     let data = row % 2;
     match mesh {
@@ -113,7 +113,7 @@ fn device_of(mesh: &str, row: usize) -> usize {
 
 const MESHES: [&str; 4] = ["data=1", "data=2", "stage=2", "data=2,stage=2"];
 
-/// The parameters after this number of finite steps.
+/// Returns the parameters after this number of finite steps.
 fn undisturbed(mesh: &str, max_norm: f32, steps: usize) -> BTreeMap<String, HostTensor> {
     let mut session = start(mesh, max_norm, OnNonFinite::Stop);
     (0..steps).for_each(|_| drop(step(&mut session, 0, 0.0).expect("a finite step")));
@@ -197,13 +197,13 @@ fn a_nan_learning_rate_is_refused() {
     step(&mut session, 0, 0.0).expect("a finite step after the refusal");
 }
 
-/// The parameters after one more finite step.
+/// Returns the parameters after one more finite step.
 fn after_a_finite_step(mut session: Session) -> BTreeMap<String, HostTensor> {
     step(&mut session, 0, 0.0).expect("a finite step");
     session.parameters().expect("parameters")
 }
 
-/// Skipped steps do not advance the bias correction: the first update has its full size on any mesh.
+/// Skipped steps do not advance the bias correction, so the first update has its full size on any mesh.
 #[test]
 fn skipped_steps_do_not_count_as_updates() {
     within(120, || {
@@ -217,7 +217,7 @@ fn skipped_steps_do_not_count_as_updates() {
     });
 }
 
-/// AdamW's first update moves a weight by the learning rate for any gradient.
+/// AdamW's first update moves each weight by the learning rate, for any gradient.
 #[test]
 fn the_first_update_after_skipped_steps_equals_the_learning_rate() {
     let mut g = Graph::new(&Mesh::parse("data=1").expect("a mesh"));
@@ -244,8 +244,8 @@ fn the_first_update_after_skipped_steps_equals_the_learning_rate() {
 /// A name, and a function that loads a saved state into a session.
 type Loader<'a> = (&'a str, &'a dyn Fn(&mut Session));
 
-/// Every way to resume restores the number of updates: a file, a checkpoint, its export, its resharding, an earlier
-/// step.
+/// Every way to resume restores the number of updates: a file, a checkpoint, an exported or resharded checkpoint, and a
+/// return to an earlier step.
 #[test]
 fn the_number_of_updates_is_saved() {
     within(120, || {
@@ -281,7 +281,7 @@ fn the_number_of_updates_is_saved() {
             load(&mut fresh);
             assert_eq!((fresh.steps(), fresh.updates()), (10, 1), "{name}");
             assert!(bits(&after_a_finite_step(fresh)) == bits(&expected), "{name}: the next update differs");
-            // From a later step back to the saved one.
+            // Return from a later step to the saved step.
             let mut later = start();
             (0..4).for_each(|_| drop(step(&mut later, 0, 0.0).expect("a finite step")));
             load(&mut later);

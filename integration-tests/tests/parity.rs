@@ -1,5 +1,5 @@
-//! Every mesh, schedule and number of micro-batches trains the same model: pipelines bit-identically, others within a
-//! tolerance; and all match the float64 reference.
+//! Every mesh, schedule and number of micro-batches trains the same model. Pipelines match bit for bit, and other
+//! layouts match within a tolerance. All of them match the float64 reference.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use shardflow_integration_tests::training::{
 };
 
 const STEPS: usize = 20;
-/// Relative difference of losses between layouts, at the first step and later.
+/// Relative difference of losses between layouts, at the first step and at later steps.
 const FIRST_MAX: f64 = 1e-5;
 const LATER_MAX: f64 = 1e-3;
 const SECONDS_MAX: u64 = 300;
@@ -73,7 +73,7 @@ fn meshes_agree_with_one_device() {
     }
 }
 
-/// 4 heads and a vocabulary of 46 on 3 devices.
+/// The 4 heads and the 46 tokens of the vocabulary are split over 3 devices.
 #[test]
 fn heads_and_vocabulary_need_not_divide_evenly_over_tensor() {
     assert_ne!(vocabulary() % 3, 0);
@@ -85,7 +85,7 @@ fn a_batch_need_not_divide_evenly_over_data() {
     check_meshes(Model { batch: 10, ..Model::default() }, &["data=3", "data=3,tensor=2"], 2);
 }
 
-/// A micro-batch of one sample on three devices.
+/// A micro-batch of one sample is split over three devices.
 #[test]
 fn devices_may_have_no_samples() {
     check_meshes(Model { batch: 2, ..Model::default() }, &["data=3", "data=3,stage=2", "data=3,stage=4"], 2);
@@ -103,7 +103,7 @@ fn micro_batches_agree_with_one_batch() {
     });
 }
 
-/// The mask depends only on the element's position in the whole batch.
+/// A dropout mask depends only on the element's position in the whole batch.
 #[test]
 fn dropout_is_the_same_for_every_mesh_and_number_of_micro_batches() {
     within(SECONDS_MAX, || {
@@ -145,7 +145,7 @@ fn clipping_is_the_same_on_every_mesh() {
     });
 }
 
-/// f32 losses differ from float64 only by rounding: 1e-5 at first and 1e-3 after 20 steps of AdamW.
+/// f32 losses differ from float64 losses only by rounding: by 1e-5 at first, and by 1e-3 after 20 steps of AdamW.
 #[test]
 fn training_matches_the_float64_reference() {
     within(SECONDS_MAX, || {
@@ -164,7 +164,7 @@ fn training_matches_the_float64_reference() {
     });
 }
 
-/// Compares every parameter's gradient, which after one step is ten times AdamW's first moment (beta 0.9).
+/// Compares the gradient of every parameter. After one step, it is ten times AdamW's first moment (beta 0.9).
 #[test]
 fn gradients_match_the_float64_reference() {
     within(SECONDS_MAX, || {
@@ -189,7 +189,7 @@ fn gradients_match_the_float64_reference() {
     });
 }
 
-/// Gradients of the first step by parameter, and their norm as the step reports it.
+/// Returns the gradients of the first step by parameter, and the norm that the step reports.
 fn first_gradients(model: &Model, mesh: &str, options: &CompileOptions) -> (BTreeMap<String, Vec<f64>>, f64) {
     let mut session = model.session(mesh, options);
     let report = model.step(&mut session);

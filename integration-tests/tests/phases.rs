@@ -1,6 +1,6 @@
-//! Four processes under `shardflow launch`. One of them, or the launcher, is killed or frozen in the middle of forward,
-//! backward, a collective or the update. They resume from the last commit with the losses of an undisturbed run. The
-//! program is `dies` of this crate.
+//! Four processes run under `shardflow launch`. One process, or the launcher, is killed or frozen in the middle of
+//! forward, backward, a collective or the update. The job resumes from the last commit and has the losses of an
+//! undisturbed run. The program is `dies` of this crate.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
@@ -19,12 +19,12 @@ const PROCESSES: u32 = 4;
 const PHASES: [&str; 4] = ["forward", "backward", "collective", "update"];
 /// Much longer than any of these runs.
 const TIMEOUT: Duration = Duration::from_secs(90);
-/// Required times.
+/// Required time limits in seconds.
 const NEXT_STEP_WITHIN: f64 = 10.0;
 const FREEZE_NOTICED_WITHIN: f64 = 5.0;
 const NO_CHILD_AFTER: Duration = Duration::from_secs(5);
 
-/// A running launcher, and its output lines with their times.
+/// A running launcher, and its lines of output with their times.
 struct Running {
     child: Child,
     lines: Receiver<(u64, String)>,
@@ -62,7 +62,7 @@ impl Running {
         Self { child, lines }
     }
 
-    /// Reads to the end; returns the exit code and the lines with their times.
+    /// Reads to the end. Returns the exit code, and the lines with their times.
     fn wait(mut self) -> (Option<i32>, Vec<(u64, String)>) {
         let (deadline, mut lines) = (Instant::now() + TIMEOUT, Vec::new());
         while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
@@ -80,9 +80,9 @@ struct Log {
     losses: BTreeMap<u64, u32>,
     /// Steps and their times, in the order of the log.
     done: Vec<(u64, u64)>,
-    /// The step that each start resumed from, with the number of log entries before it.
+    /// For each start, the step from which it resumed and the number of log entries before it.
     from: Vec<(u64, usize)>,
-    /// Last step known to be committed before the last start.
+    /// The last step that was known to be committed before the last start.
     committed: u64,
 }
 
@@ -108,7 +108,7 @@ fn read_log(folder: &Path) -> Log {
     log
 }
 
-/// The losses of an undisturbed run.
+/// Returns the losses of an undisturbed run.
 fn undisturbed() -> &'static BTreeMap<u64, u32> {
     static LOSSES: OnceLock<BTreeMap<u64, u32>> = OnceLock::new();
     LOSSES.get_or_init(|| {
@@ -123,20 +123,20 @@ fn seconds(from_ns: u64, to_ns: u64) -> f64 {
     to_ns.saturating_sub(from_ns) as f64 * 1e-9
 }
 
-/// Reads the time of death and the text of the file `died`.
+/// Returns the time of death and the text, from the file `died`.
 fn read_death(folder: &Path) -> Option<(u64, String)> {
     let text = std::fs::read_to_string(folder.join("died")).ok()?;
     Some((text.split(' ').next()?.parse().ok()?, text))
 }
 
-/// Whether any process has this working folder.
+/// Returns whether any process has this working folder.
 fn has_process_in(folder: &Path) -> bool {
     let here = folder.canonicalize().expect("the folder");
     let all = std::fs::read_dir("/proc").expect("Linux").flatten();
     all.into_iter().any(|entry| std::fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd == here))
 }
 
-/// Waits for the launcher's death in the phase; its processes must end soon after.
+/// Waits for the launcher's death in the phase. Its processes must end soon afterwards.
 fn launcher_dies(folder: &Path, launcher: Running) -> f64 {
     let (code, lines) = launcher.wait();
     assert_eq!(code, None, "the launcher was killed: {lines:?}");
@@ -149,11 +149,11 @@ fn launcher_dies(folder: &Path, launcher: Running) -> f64 {
     seconds(died, unix_ns())
 }
 
-/// Times of one case in seconds.
+/// Times of one case, in seconds.
 #[derive(Debug, Default)]
 struct CaseTimes {
     next_step: f64,
-    /// Until a frozen process was reported, or until the last child of a killed launcher ended.
+    /// Seconds until a frozen process was reported, or until the last child of a killed launcher ended.
     noticed: Option<f64>,
 }
 
@@ -183,7 +183,7 @@ fn check(target: &str, rank: u32, step: u64, phase: &str) -> CaseTimes {
     let committed = log.committed;
     assert!(from >= committed && from > 0 && from <= step, "{case}: resumed from {from}, committed was {committed}");
     assert_eq!(log.done[before].0, from, "{case}: the first step after the start");
-    // Another process may finish the step while this one is in its update.
+    // Another process may finish the step while this process is in its update.
     let done_max = if phase == "update" { step } else { step - 1 };
     assert!(
         log.done[..before].iter().all(|(done, _)| *done <= done_max),
@@ -202,7 +202,7 @@ fn check(target: &str, rank: u32, step: u64, phase: &str) -> CaseTimes {
     times
 }
 
-/// Formats the longest times.
+/// Formats the longest time of each kind.
 fn worst(all: &[CaseTimes]) -> String {
     let max = |times: &mut dyn Iterator<Item = f64>| times.fold(0.0, f64::max);
     let next = max(&mut all.iter().map(|times| times.next_step));
@@ -219,7 +219,7 @@ fn a_death_in_any_phase_is_survived() {
     check("LAUNCHER", 1, 14, "backward");
 }
 
-/// Runs each phase five times with changing ranks; takes some minutes.
+/// Runs each phase five times with changing ranks. This takes some minutes.
 fn soak(target: &str, rank: impl Fn(u32) -> u32) {
     let mut all = Vec::new();
     for phase in PHASES {

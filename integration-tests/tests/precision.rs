@@ -1,5 +1,5 @@
-//! Training with activations and gradients in bf16: close to f32 on every mesh, with less memory and the same bits in
-//! every run; weights, their gradients and moments are in f32.
+//! Training with activations and gradients in bf16. Losses are close to f32 on every mesh, with less memory and the
+//! same bits in every run. Weights, their gradients and their moments are in f32.
 
 use shardflow::graph::{NodeOp, Phase};
 use shardflow::passes::precision::Precision;
@@ -13,7 +13,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 const STEPS: usize = 20;
 const SECONDS_MAX: u64 = 300;
-/// Relative difference of losses: each activation is rounded by 2^-9, and most errors cancel.
+/// Relative difference of losses. Each activation has a rounding error of 2^-9, and most of these errors cancel.
 const LOSS_MAX: f64 = 4e-3;
 
 fn bf16_options(micro_batches: usize) -> CompileOptions {
@@ -61,12 +61,12 @@ fn pipelines_and_repetitions_give_the_same_bits() {
     });
 }
 
-/// Bytes of all registers of a plan: stashed activations, transfers between stages, weights that other actions read.
+/// Returns the bytes of all registers: stashed activations, transfers between stages, weights read by other actions.
 fn register_bytes(plan: &Plan) -> u64 {
     plan.spec.registers.iter().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
 }
 
-/// Bytes of all devices without scratch memory.
+/// Returns the bytes of all devices, without scratch memory.
 fn bytes_without_scratch(plan: &Plan) -> usize {
     plan.memory.iter().map(|memory| memory.fixed_bytes + memory.register_bytes).sum()
 }
@@ -129,7 +129,7 @@ fn no_micro_batch_casts_a_weight() {
     }
 }
 
-/// Loading weights also updates the bf16 copies that products read.
+/// Loading weights also updates the bf16 copies that matrix products read.
 #[test]
 fn loaded_weights_are_used_by_the_next_step() {
     within(SECONDS_MAX, || {
@@ -156,7 +156,7 @@ fn loaded_weights_are_used_by_the_next_step() {
     });
 }
 
-/// Sums over devices are in f32, so no collective operand is in bf16. Transfers between stages are in bf16.
+/// Sums over devices are in f32, so no collective has a bf16 operand. Transfers between stages are in bf16.
 #[test]
 fn collectives_move_f32_and_stages_bf16() {
     let plan =
@@ -176,8 +176,8 @@ fn collectives_move_f32_and_stages_bf16() {
     assert!(collectives > 0 && transfers > 0, "{collectives} collectives, {transfers} transfers");
 }
 
-/// Data that exists before a step is not cast before its transfer: the float input of the whole mesh, and a later
-/// stage's weight that the first stage reads.
+/// Data that exists before a step is transferred in f32 and cast by its reader. Examples are the float input of the
+/// whole mesh, and a weight of a later stage that the first stage reads.
 #[test]
 fn transferred_inputs_and_weights_are_cast_by_their_reader() {
     let mut g = Graph::new(&Mesh::parse("stage=2").expect("a mesh"));
@@ -199,7 +199,7 @@ fn transferred_inputs_and_weights_are_cast_by_their_reader() {
     assert!(losses[19] < losses[0] - 0.1, "{losses:?}");
 }
 
-/// The terms of an f32 sum are in f32, both for a weight that is used twice and for a reduction over devices.
+/// The terms of an f32 sum are in f32, for a weight that is used twice and for a reduction over devices.
 #[test]
 fn terms_of_sums_are_not_rounded() {
     let mut g = Graph::new(&Mesh::parse("data=2").expect("a mesh"));

@@ -1,5 +1,5 @@
 //! Programs that are not a simple chain of layers: tensors that skip stages, a parameter used twice, devices without
-//! data, outputs without inputs; and invalid programs, which `compile` and `step` report with the user's line.
+//! data, and outputs without inputs. Also invalid programs, which `compile` and `step` report with the user's line.
 
 use std::collections::BTreeMap;
 
@@ -19,7 +19,7 @@ fn tokens(seed: usize) -> HostTensor {
     HostTensor::i32(&[BATCH, LENGTH], (0..BATCH * LENGTH).map(token).collect())
 }
 
-/// Places the following ops on the stage of this quarter of the model.
+/// Places the next ops on the stage that holds this quarter of the model.
 fn place(g: &mut Graph, quarter: usize) {
     let stages = g.mesh().axis("stage").map(|axis| g.mesh().axes()[axis].size);
     if let Ok(stages) = stages {
@@ -42,7 +42,7 @@ fn layer(g: &mut Graph, name: &str, x: Var) -> Var {
     g.add(x, h)
 }
 
-/// One table serves as the embedding on the first stage and the head on the last.
+/// One table is the embedding on the first stage and the head on the last stage.
 fn tied(g: &mut Graph) -> Var {
     place(g, 0);
     let ids = input(g, "ids");
@@ -58,7 +58,7 @@ fn tied(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// The last two stages also read outputs of the first two; only the first stage is fed ids and targets.
+/// The last two stages also read outputs of the first two stages. Only the first stage is fed ids and targets.
 fn skipping(g: &mut Graph) -> Var {
     place(g, 0);
     let (ids, targets) = (input(g, "ids"), input(g, "targets"));
@@ -79,7 +79,7 @@ fn skipping(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// Two parameters are on all devices, the others on one stage each, so a device's update has two placements.
+/// Two parameters are on all devices, and each other parameter is on one stage. A device's update has two placements.
 fn two_placements(g: &mut Graph) -> Var {
     let table = g.parameter("table", &[TOKENS, WIDTH], WEIGHTS, Layout::broadcast());
     let last = g.parameter("last", &[LENGTH, WIDTH], WEIGHTS, Layout::broadcast());
@@ -96,7 +96,7 @@ fn two_placements(g: &mut Graph) -> Var {
     g.cross_entropy(logits, targets)
 }
 
-/// All gradients are clipped by one norm. The moments are compared, because AdamW's updates hide a gradient's scale.
+/// One norm clips all gradients. The test compares moments, because AdamW's updates hide the scale of a gradient.
 #[test]
 fn clipping_uses_the_norm_over_all_placements() {
     within(60, || {
@@ -120,7 +120,7 @@ fn clipping_uses_the_norm_over_all_placements() {
         assert!(largest > 1e-5);
         for mesh in ["stage=2", "stage=4"] {
             let got = moments(mesh);
-            // Tight enough to detect a norm that lacks a placement.
+            // The limit is low enough to detect a norm that lacks a placement.
             let difference = got.iter().zip(&want).fold(0.0f32, |most, (a, b)| most.max((a - b).abs())) / largest;
             assert!(difference < 1e-5, "{mesh}: the moments differ by {difference} of the largest");
         }
@@ -178,7 +178,7 @@ fn a_table_can_be_used_on_the_first_and_the_last_stage() {
 
 #[test]
 fn tensors_and_inputs_can_skip_stages() {
-    // Gradient terms of one stage are added there, so three terms are summed in another order.
+    // Gradient terms of one stage are first added on that stage, so three terms are summed in another order.
     check_program(skipping, false);
 }
 
@@ -186,7 +186,7 @@ fn graph(mesh: &str) -> Graph {
     Graph::new(&Mesh::parse(mesh).expect("a mesh"))
 }
 
-/// Runs three steps; returns the report of the last.
+/// Runs three steps, and returns the report of the last step.
 fn run(g: Graph, inputs: &[(&str, HostTensor)]) -> StepReport {
     let options = CompileOptions { micro_batches: 2, ..CompileOptions::default() };
     let plan = compile(g, &options).unwrap_or_else(|e| panic!("{e}"));
@@ -196,7 +196,7 @@ fn run(g: Graph, inputs: &[(&str, HostTensor)]) -> StepReport {
     reports.next().expect("three steps")
 }
 
-/// Ops that depend on no input also run once per step, and not ahead of it.
+/// Ops that depend on no input also run once per step. They do not run ahead of the step.
 #[test]
 fn outputs_need_no_input() {
     within(60, || {
@@ -213,12 +213,12 @@ fn outputs_need_no_input() {
         let report = run(g, &[("x", HostTensor::f32(&[4, 2], vec![1.0; 8]))]);
         assert_eq!(report.outputs["y"], HostTensor::f32(&[4, 2], vec![2.0; 8]));
         assert_eq!(report.outputs["w"], HostTensor::f32(&[2, 2], vec![1.0; 4]));
-        // Computed in both micro-batches, with the same result.
+        // Both micro-batches compute this output with the same result.
         assert_eq!(report.outputs["z"], HostTensor::f32(&[2, 2], vec![3.0; 4]));
     });
 }
 
-/// A later stage reads a table without updates directly from its own stage, also after a load.
+/// If a table is never updated, a later stage reads it directly from the table's own stage, also after a load.
 #[test]
 fn other_stages_can_read_weights_without_updates() {
     within(60, || {
@@ -232,7 +232,7 @@ fn other_stages_can_read_weights_without_updates() {
             };
             at(&mut g, 0);
             let x = g.input("x", &[4, 8], DType::F32, Layout::broadcast());
-            // Occupies the start of the memory, so that `w` has an offset.
+            // This parameter occupies the start of the memory, so `w` has an offset.
             let first = g.parameter("first", &[8, 8], WEIGHTS, Layout::broadcast());
             let w = g.parameter("w", &[8, 8], WEIGHTS, Layout::broadcast());
             let hidden = g.einsum("bi,oi->bo", x, first);
@@ -303,10 +303,10 @@ fn with_gradients(g: &mut Graph, fault: &'static str) {
     g.minimize(loss, AdamW::default());
 }
 
-/// An invalid program, and a part of its error.
+/// An invalid program, and a part that its error must contain.
 type Wrong = (fn(&mut Graph), &'static str);
 
-/// Each has one error.
+/// Each program has exactly one error.
 const WRONG: &[Wrong] = &[
     (|g| _ = g.input("x", &[4], DType::F32, Layout::broadcast()), "the program has no output"),
     (|_| {}, "the program has no output"),
@@ -455,7 +455,7 @@ fn counts_out_of_range_are_refused() {
     }
 }
 
-/// A step's tensors are checked before anything runs.
+/// A step checks its tensors before anything runs.
 #[test]
 fn a_step_accepts_each_tensor_once_and_complete() {
     within(60, || {

@@ -1,5 +1,5 @@
-//! A session waits for a slow process and reports it; the wait has a limit, and ends at once if the process ends. The
-//! processes are threads of this test, each with its own session; a channel blocks the slow one.
+//! A session waits for a slow process and reports it. The wait has a limit, and ends immediately if the process ends.
+//! The processes are threads of this test, each with its own session; a channel blocks the slow process.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ fn model() -> Model {
     Model { layers: 2, heads: 2, width: 16, context: 8, batch: 4, dropout: 0.0, max_norm: 1.0 }
 }
 
-/// The cluster of process `process` of two; sends messages about waits to `lines`.
+/// Returns the cluster of one of the two processes. Messages about waits go to `lines`.
 fn cluster(process: u32, socket: &Path, lines: Sender<String>) -> Cluster {
     let options = ClusterOptions {
         transport: Transport::Unix,
@@ -35,14 +35,14 @@ fn cluster(process: u32, socket: &Path, lines: Sender<String>) -> Cluster {
 
 /// What rank 1 does while rank 0 waits for it.
 enum Rank1 {
-    /// It is blocked until the channel receives or closes.
+    /// Rank 1 is blocked until the channel receives or closes.
     Until(Receiver<()>),
-    /// It ends without an error.
+    /// Rank 1 ends without an error.
     Ends,
 }
 
-/// Rank 0 sets the weights, and rank 1 does so late or never. Returns rank 0's result and its duration; rank 0's
-/// messages go to `lines`.
+/// Rank 0 sets the weights. Rank 1 sets them late or never. Returns rank 0's result and how long its call took. Rank
+/// 0's messages go to `lines`.
 fn set_weights(
     name: &str,
     wait_max: Duration,
@@ -68,7 +68,7 @@ fn set_weights(
             if let Rank1::Until(released) = slow {
                 // A closed channel also ends the wait.
                 let _ = released.recv_timeout(PATIENCE);
-                // Rank 0 checks the outcome.
+                // Ignore the outcome here, because rank 0 checks it.
                 let _ = session.set_parameters(&weights);
             }
         });
@@ -103,7 +103,7 @@ fn a_session_waits_for_a_slow_rank_and_reports_it() {
 #[test]
 fn the_wait_for_a_slow_rank_has_a_limit() {
     within(120, || {
-        // Long enough for both to start on a busy machine.
+        // The limit is long enough for both ranks to start on a busy machine.
         let limit = Duration::from_secs(5);
         let (release, released) = channel();
         let (set, duration) = set_weights("limit", limit, Rank1::Until(released), Some(release), channel().0);

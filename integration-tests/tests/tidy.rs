@@ -1,7 +1,7 @@
-//! Checks the repository's layout and style: import arrows, layers of modules, purity of the protocol, file headers and lengths, `unsafe`,
-//! sleeps in tests, links of the docs, phrases, and names of public types.
+//! Checks the repository's layout and style: import arrows, layers of modules, purity of the protocol, file headers and
+//! lengths, `unsafe`, sleeps in tests, links of the docs, phrases, and names of public types.
 //!
-//! Rules are pure functions of file texts; `tidy/rule_tests.rs` tests each on a small bad input.
+//! The rules are pure functions of file texts. `tidy/rule_tests.rs` tests each rule on a small bad input.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -12,7 +12,7 @@ mod layers;
 #[path = "tidy/rule_tests.rs"]
 mod rule_tests;
 
-/// Each crate's folder, its name in code, and the crates that it may import.
+/// For each crate: its folder, its name in code, and the crates that it may import.
 const CRATES: &[(&str, &str, &[&str])] = &[
     ("kernels", "shardflow_kernels", &[]),
     ("actors/job", "shardflow_job", &[]),
@@ -22,7 +22,7 @@ const CRATES: &[(&str, &str, &[&str])] = &[
     ("integration-tests", "shardflow_integration_tests", &["shardflow_kernels", "shardflow_actors", "shardflow"]),
 ];
 
-/// Modules of `actors` with side effects. Every other module is pure: it can be simulated, fuzzed and replayed.
+/// Modules of `actors` with side effects. All other modules are pure: they can be simulated, fuzzed and replayed.
 const ACTORS_IMPURE: &[&str] = &["lib", "error", "shell", "bus", "supervisor", "watchdog", "loaded", "remote"];
 /// Paths that pure modules of `actors` may not use.
 const IMPURE_PATHS: &[&str] =
@@ -93,7 +93,7 @@ const UNSAFE_FILES: &[&str] = &[
     "kernels/src/memory/heap.rs",
 ];
 
-/// Phrases to replace by plain terms. Each has a `~`, which the rule removes, so that this list passes the rule.
+/// Phrases that plain terms must replace. Each contains a `~`, which the rule removes, so this list passes the rule.
 const PHRASES: &[&str] = &[
     "te~ll",
     "te~lls",
@@ -111,7 +111,7 @@ const TYPE_KEYWORDS: &[&str] = &["struct", "enum", "trait", "type", "union"];
 const LINES_MAX: usize = 700;
 const SAFETY_LINES_MAX: usize = 6;
 
-/// A file: its path from the repository's root, with `/` separators, and its text.
+/// A file: its path from the repository's root, with `/` as separator, and its text.
 struct Source<'a> {
     path: &'a str,
     text: &'a str,
@@ -121,7 +121,7 @@ struct Source<'a> {
 #[derive(Debug, PartialEq)]
 struct Finding {
     path: String,
-    /// From 1.
+    /// Number of the line, counted from 1.
     line: usize,
     rule: &'static str,
     todo: String,
@@ -137,7 +137,7 @@ fn finding(source: &Source, line: usize, rule: &'static str, todo: impl Into<Str
     Finding { path: source.path.into(), line, rule, todo: todo.into() }
 }
 
-/// Replaces each character of comments and literals by a space, and keeps line ends.
+/// Replaces each character of comments and literals by a space. Line ends stay.
 fn code_only(text: &str) -> String {
     let chars: Vec<char> = text.chars().collect();
     let mut out = String::with_capacity(text.len());
@@ -158,7 +158,7 @@ fn code_only(text: &str) -> String {
         } else if at(i) == '"' {
             literal_end(&chars, i)
         } else if at(i) == '\'' && (at(i + 1) == '\\' || at(i + 2) == '\'') {
-            // Not a lifetime.
+            // This is a character literal, not a lifetime.
             literal_end(&chars, i)
         } else {
             out.push(at(i));
@@ -190,7 +190,7 @@ fn block_comment_end(chars: &[char], start: usize) -> usize {
     chars.len()
 }
 
-/// The index after the quote that closes the one at `start`.
+/// Returns the index after the quote that closes the literal whose opening quote is at `start`.
 fn literal_end(chars: &[char], start: usize) -> usize {
     let mut i = start + 1;
     while i < chars.len() && chars[i] != chars[start] {
@@ -199,7 +199,7 @@ fn literal_end(chars: &[char], start: usize) -> usize {
     (i + 1).min(chars.len())
 }
 
-/// Names (identifiers and keywords) of a line of code, each with the rest of the line.
+/// Returns the names (identifiers and keywords) in a line of code, each with the rest of the line.
 fn names(line: &str) -> impl Iterator<Item = (&str, &str)> {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
     line.char_indices().filter_map(move |(start, c)| {
@@ -209,7 +209,7 @@ fn names(line: &str) -> impl Iterator<Item = (&str, &str)> {
     })
 }
 
-/// Index of the line where a file's tests begin; `usize::MAX` without tests, 0 for a file of tests only.
+/// Returns the index of the line where a file's tests begin: `usize::MAX` without tests, 0 if all is tests.
 fn tests_start(source: &Source) -> usize {
     if source.path.contains("/tests/") || source.path.ends_with("/tests.rs") {
         return 0;
@@ -260,7 +260,7 @@ fn check_unsafe(source: &Source) -> Vec<Finding> {
     for (i, line) in code.iter().enumerate() {
         for (_, rest) in names(line).filter(|(name, _)| *name == "unsafe") {
             let next = if rest.trim().is_empty() { code.get(i + 1).copied().unwrap_or("") } else { rest }.trim_start();
-            // A function pointer's type is not an unsafe operation; an attribute such as `unsafe(no_mangle)` is.
+            // A function pointer's type is not an unsafe operation. An attribute such as `unsafe(no_mangle)` is one.
             if next.strip_prefix("fn").is_some_and(|after| after.trim_start().starts_with('(')) {
                 continue;
             }
@@ -281,7 +281,7 @@ fn check_unsafe(source: &Source) -> Vec<Finding> {
 }
 
 fn check_imports(source: &Source) -> Vec<Finding> {
-    // The longest folder that holds the file.
+    // Take the longest folder that holds the file.
     let holds = |folder: &str| source.path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
     let Some((folder, own, allowed)) = CRATES.iter().filter(|c| holds(c.0)).max_by_key(|c| c.0.len()) else {
         return Vec::new();
@@ -328,12 +328,12 @@ fn check_purity(source: &Source) -> Vec<Finding> {
         return Vec::new();
     }
     let mut found = Vec::new();
-    // Hashes and random numbers are pure, wherever they are.
+    // Hashes and random numbers are pure, so every module may use them.
     let code = code_only(source.text).replace("shardflow_kernels::hash", "");
     for (i, line) in code.lines().enumerate().take(tests_start(source)) {
         let mentions = |path: &&&str| {
             names(line).any(|(name, rest)| match path.split_once("::") {
-                // `std::time`, and `std::{.., time::..}` too.
+                // This includes `std::time`, and also `std::{.., time::..}`.
                 Some((first, second)) => {
                     let part = rest.strip_prefix("::").unwrap_or("");
                     name == first
@@ -351,7 +351,7 @@ fn check_purity(source: &Source) -> Vec<Finding> {
     found
 }
 
-/// Targets of the links in a Markdown text with their line numbers; skips code.
+/// Returns the targets of the links in a Markdown text, with their line numbers. Skips code.
 fn links(text: &str) -> Vec<(usize, String)> {
     let (mut found, mut in_code) = (Vec::new(), false);
     for (i, line) in text.lines().enumerate() {
@@ -361,7 +361,7 @@ fn links(text: &str) -> Vec<(usize, String)> {
         if in_code {
             continue;
         }
-        // Parts at odd indices are inline code.
+        // The parts at odd indices are inline code.
         let prose: String =
             line.split('`').enumerate().map(|(n, part)| if n % 2 == 0 { part } else { "code" }).collect();
         for after in prose.split("](").skip(1) {
@@ -373,7 +373,7 @@ fn links(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// The target of `link` in the file `from`, as a path from the repository's root.
+/// Returns the target of `link` in the file `from`, as a path from the repository's root.
 fn resolve(from: &str, link: &str) -> String {
     let mut parts: Vec<&str> = from.split('/').collect();
     parts.pop();
@@ -404,8 +404,8 @@ fn check_summary(summary: &Source, pages: &[&str]) -> Vec<Finding> {
     missing.map(|page| finding(summary, 1, "summary", format!("{page} is not in the book: link it here"))).collect()
 }
 
-/// The words of a text in lower case with their line numbers. Separators other than whitespace and comment markers are
-/// empty words.
+/// Returns the words of a text in lower case, with their line numbers. A separator other than whitespace or a comment
+/// marker becomes an empty word.
 fn words(text: &str) -> Vec<(usize, String)> {
     let mut words: Vec<(usize, String)> = Vec::new();
     for (i, line) in text.lines().enumerate() {
@@ -443,7 +443,7 @@ fn check_phrases(source: &Source) -> Vec<Finding> {
     found
 }
 
-/// Public types of a Rust file outside of its tests, with their line numbers. A test module ends the file.
+/// Returns the public types of a Rust file with their line numbers, except those in its tests. Tests end the file.
 fn public_types(source: &Source) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     if tests_start(source) == 0 {
@@ -463,7 +463,7 @@ fn public_types(source: &Source) -> Vec<(usize, String)> {
     found
 }
 
-/// Rejects a second public type of the same name in the workspace.
+/// Rejects a public type whose name another public type of the workspace already has.
 fn check_type_names(sources: &[Source]) -> Vec<Finding> {
     let (mut found, mut first) = (Vec::new(), HashMap::new());
     for source in sources.iter().filter(|source| source.path.ends_with(".rs")) {
@@ -480,7 +480,7 @@ fn check_type_names(sources: &[Source]) -> Vec<Finding> {
     found
 }
 
-/// Sorted paths from the root of all files with one of these endings, without hidden folders and `target`.
+/// Returns the sorted paths of all files with one of these endings. Skips hidden folders and `target`.
 fn files(root: &Path, endings: &[&str]) -> Vec<String> {
     let (mut found, mut folders) = (Vec::new(), vec![root.to_path_buf()]);
     while let Some(folder) = folders.pop() {

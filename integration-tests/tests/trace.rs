@@ -1,4 +1,4 @@
-//! Traces show every firing, and every piece from its write to its reads.
+//! Traces show every firing. They also show every piece from its write to its reads.
 
 use std::collections::BTreeMap;
 
@@ -55,7 +55,7 @@ fn a_trace_shows_every_firing_and_every_piece() {
     check_truncated_trace(&text);
 }
 
-/// A killed process leaves a truncated file, which still shows the earlier events.
+/// A killed process leaves a truncated file. The file still shows the earlier events.
 fn check_truncated_trace(text: &str) {
     let count = |text: &str| {
         let joined = [text.to_owned()];
@@ -68,7 +68,7 @@ fn check_truncated_trace(text: &str) {
         let left = count(&text[..cut]);
         assert!(left <= all && left + 10 >= all, "{left} of {all} events are left of {cut} bytes");
     }
-    // Damage in the middle is not a truncation.
+    // Damage in the middle of a file is not a truncation, so it is an error.
     let torn = text.replacen(",\n", ",\n{", 1);
     assert!(matches!(JoinedTrace::of(&[torn]), Err(JoinError::Format { file: 1, .. })));
 }
@@ -86,8 +86,8 @@ fn check_summary(text: &str, metrics: &Metrics) {
     }
     let computes = summary.actors.iter().filter(|actor| actor.name.ends_with("compute"));
     assert!(computes.clone().all(|actor| actor.busy > 0.05), "{summary}");
-    // The simulator models no waits for cores, messages or the host; a step of mean firings is no longer than the mean
-    // step, unless the firings run in another order.
+    // The simulator does not model waits for cores, messages or the host. A simulated step of mean firings is therefore
+    // at most as long as the mean step, unless the firings run in another order.
     let predicted = summary.predicted_seconds.expect("a trace of all actors");
     assert!(predicted > summary.step_seconds * 0.1 && predicted < summary.step_seconds * 1.5, "{summary}");
     assert!(

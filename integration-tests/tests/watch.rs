@@ -1,4 +1,4 @@
-//! A running session exports every documented metric with the session's own numbers, in Prometheus' text format.
+//! A running session exports every documented metric in Prometheus' text format, with the session's own numbers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -18,7 +18,7 @@ use shardflow_integration_tests::training::{LEARNING_RATE, Model, Scratch, optio
 
 const STEPS: u64 = 5;
 const PEAK: f64 = 1e12;
-/// From the first stage to the second.
+/// Labels of the edge from the first stage to the second stage.
 const EDGE: &str = "from=\"device 0 compute\",to=\"device 1 copy\",transport=\"process\"";
 
 fn get(address: SocketAddr, path: &str) -> (u16, String) {
@@ -32,7 +32,7 @@ fn get(address: SocketAddr, path: &str) -> (u16, String) {
     (status, body.to_owned())
 }
 
-/// By name and labels.
+/// Values of metrics by name and labels.
 type Values = BTreeMap<String, f64>;
 
 /// Parses Prometheus' text.
@@ -45,13 +45,13 @@ fn values(text: &str) -> Values {
     lines.map(value).collect()
 }
 
-/// Sums all series of a name whose labels contain `labels`.
+/// Returns the sum of all series of a name whose labels contain `labels`.
 fn sum(values: &Values, name: &str, labels: &str) -> f64 {
     let of = |series: &&String| series.split('{').next() == Some(name) && series.contains(labels);
     values.iter().filter(|(series, _)| of(series)).map(|(_, value)| value).sum()
 }
 
-/// A single test, because a process can install only one recorder.
+/// There is only one test here, because a process can install only one recorder.
 #[test]
 fn metrics_match_the_session() {
     let watch = Watch::listen("127.0.0.1:0".parse().expect("an address")).expect("a server");
@@ -83,7 +83,7 @@ fn metrics_match_the_session() {
     check_job(&got);
     check_actors(&got, &metrics);
     check_devices(&got, &metrics);
-    // Activations of two micro-batches for the next stage.
+    // The edge carries the activations of two micro-batches per step.
     let rows = model.batch / 2 / 2 * model.context * model.width * 4;
     let edge = sum(&got, names::EDGE_BYTES, EDGE);
     let collectives = session_collectives(&session);
@@ -98,7 +98,7 @@ fn metrics_match_the_session() {
     check_attempts_of_a_job(&watch, &model);
 }
 
-/// The values of the last step, and of all.
+/// Checks the values of the last step and the totals of all steps.
 fn check_steps(got: &Values, last: &StepReport, flops: f64, model: &Model) {
     let value = |name: &str| got[name];
     assert_eq!((value(names::STEPS), value(names::STEPS_NON_FINITE)), (STEPS as f64, 0.0));
@@ -116,7 +116,7 @@ fn check_steps(got: &Values, last: &StepReport, flops: f64, model: &Model) {
     assert!(ratio > 0.0 && ratio <= 1.0, "{ratio}");
 }
 
-/// The values of the job and its checkpoint.
+/// Checks the values of the job and of its checkpoint.
 fn check_job(got: &Values) {
     let value = |name: &str| got[name];
     assert_eq!(sum(got, names::BUILD_INFO, "mesh=\"data=2,stage=2\""), 1.0);
@@ -149,7 +149,7 @@ fn check_actors(got: &Values, metrics: &Metrics) {
         assert_eq!(slots.iter().sum::<f64>(), f64::from(register.slots), "{}", register.name);
         assert_eq!(slots[1] + slots[2], f64::from(register.slots_held), "{}", register.name);
     }
-    // The time in collectives is part of an actor's busy time.
+    // An actor's busy time includes its time in collectives.
     let mut collect = BTreeSet::new();
     for actor in &metrics.actors {
         let labels = format!("actor=\"{}\"", actor.name);
@@ -192,7 +192,7 @@ fn check_status(address: SocketAddr, last: &StepReport, metrics: &Metrics) {
     assert!(!status.waits.is_empty() && status.to_string().lines().count() > 8, "{status}");
 }
 
-/// The counters of a second session add to the first's, and the step that ends it is recorded.
+/// A second session adds its counters to those of the first. The step that ends the second session is recorded.
 fn check_diverging_session(watch: &Watch, model: &Model, edge: f64, collectives: f64) {
     let mut session = model.session("data=2,stage=2", &options(2, OneFOneB));
     watch.show(&session);
@@ -201,7 +201,7 @@ fn check_diverging_session(watch: &Watch, model: &Model, edge: f64, collectives:
     let got = values(&get(watch.address(), "/metrics").1);
     assert_eq!((got[names::STEPS], got[names::STEPS_NON_FINITE]), (STEPS as f64 + 2.0, 1.0));
     assert_eq!(got[names::STEP], 1.0, "the last step changed nothing");
-    // The last step ran again to find the first non-finite tensor.
+    // The last step ran a second time to find the first non-finite tensor.
     let edge_now = sum(&got, names::EDGE_BYTES, EDGE);
     assert_eq!(edge_now, edge + edge / STEPS as f64 * 3.0);
     assert_eq!(sum(&got, names::COLLECTIVE_BYTES, ""), collectives + session_collectives(&session));
@@ -216,7 +216,7 @@ fn check_diverging_session(watch: &Watch, model: &Model, edge: f64, collectives:
     session.shutdown().expect("a clean shutdown");
 }
 
-/// The training ratio covers the whole job: time up to the restored checkpoint counts, lost time does not.
+/// The training ratio covers the whole job. Time up to the restored checkpoint is training time, and lost time is not.
 fn check_attempts_of_a_job(watch: &Watch, model: &Model) {
     const EARLIER_MS: u64 = 1_000_000;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock after 1970").as_millis() as u64;

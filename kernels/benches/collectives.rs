@@ -1,11 +1,11 @@
-//! Throughput of collectives between processes of one node. Starts as many processes of itself as the world size, and
-//! prints one line of JSON per (collective, world, bytes).
+//! Throughput of collectives between processes of one node. The benchmark starts itself once per rank, and prints one
+//! line of JSON per (collective, world, bytes).
 //!
 //! `cargo bench -p shardflow-kernels --bench collectives -- [--engine on-node|unix|tcp] [--worlds 2,4] [--sizes 1024,4096]
 //! [--ops all_reduce,send]`
 //!
-//! `bytes`: size of a rank's float input (output, for `all_gather`). `us`: median. `busbw_GBps`: as in nccl-tests,
-//! `algbw_GBps` times 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), (n-1)/n for the others.
+//! `bytes`: size of a rank's float input (for `all_gather`, of its output). `us`: median. `busbw_GBps`: as in
+//! nccl-tests, `algbw_GBps` times 2(n-1)/n for `all_reduce`, 1 for `send` (half a ping-pong), (n-1)/n for the others.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -28,7 +28,7 @@ use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
 
 const OPS: [&str; 5] = ["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"];
 
-/// Configures a child process, with its rank and its peers' memory: `RANK PARENT BOARD,ARENA,ARENA..`.
+/// Variable that configures a child: `RANK PARENT BOARD,ARENA,ARENA..`, its rank and the descriptors of the memory.
 const CHILD_ENV: &str = "SHARDFLOW_BENCH_PLACE";
 
 type Error = Box<dyn std::error::Error>;
@@ -40,7 +40,6 @@ struct Options {
     ops: Vec<String>,
 }
 
-/// One process of a world.
 struct Rank {
     rank: usize,
     group: Arc<Group>,
@@ -77,7 +76,7 @@ fn group(world: usize) -> Arc<Group> {
     Arc::new(Group { id: 0, ranks: (0..world).collect() })
 }
 
-/// Starts a world and waits until it ends.
+/// Starts the processes of a world and waits until they have ended.
 fn launch(options: &Options, world: usize) -> Result<(), Error> {
     let size = options.sizes.iter().copied().max().unwrap_or(0);
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
@@ -100,12 +99,12 @@ fn launch(options: &Options, world: usize) -> Result<(), Error> {
             return Err(format!("a process of the world of size {world} ended with {status}").into());
         }
     }
-    // Only the socket engines create a folder.
+    // Only the socket engines create this folder.
     let _ = std::fs::remove_dir(std::env::temp_dir().join(format!("shardflow-bench-{}-{world}", std::process::id())));
     Ok(())
 }
 
-/// Creates the rank's engine: the only place in this file that depends on the engine.
+/// Creates the rank's engine. Nothing else in this file depends on the kind of engine.
 fn join(options: &Options, config: &str) -> Result<Rank, Error> {
     let [rank, parent, files] = config.split(' ').collect::<Vec<_>>()[..] else {
         return Err("invalid child configuration".into());
@@ -141,7 +140,7 @@ fn join(options: &Options, config: &str) -> Result<Rank, Error> {
     Ok(Rank { rank, group, engine, engine_name: options.engine.clone(), arena, y: size })
 }
 
-/// Connects every two ranks by Unix sockets in `folder`; with `tcp`, they then agree on a TCP connection over these.
+/// Connects every two ranks by Unix sockets in `folder`. With `tcp`, these only serve to set up TCP connections.
 fn connect(folder: &Path, rank: usize, world: usize, tcp: bool) -> Result<BTreeMap<ChannelKey, Channel>, Error> {
     std::fs::create_dir_all(folder)?;
     let listener = UnixListener::bind(folder.join(rank.to_string()))?;
@@ -186,7 +185,7 @@ impl Rank {
         self.engine.run(&call, x.as_slice(), y.as_slice()).expect("all members agree");
     }
 
-    /// One call of a collective of `k` elements.
+    /// One call of the collective `op` with `k` elements.
     fn op(&self, op: &str, k: usize, parts: &[Region]) {
         let (own, y) = (parts[self.rank].size[0], self.y);
         match op {
@@ -196,7 +195,7 @@ impl Rank {
                 let kind = CollectiveKind::ReduceScatter { op: ReduceOp::Sum, parts: parts.to_vec() };
                 self.run(kind, Some((0, k)), Some((y, own)));
             }
-            // Rank r holds row r of a matrix with rows of k elements, and receives column block r of it.
+            // Rank r holds row r of a matrix with rows of k elements, and receives column block r of the matrix.
             "all_to_all" => {
                 let n = parts.len();
                 let row = |i| Region { start: vec![i, 0], size: vec![1, k] };

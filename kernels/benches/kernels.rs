@@ -1,6 +1,6 @@
 //! Throughput of the kernels that dominate a transformer's step, for two model sizes, on 1 and 2 threads. `cargo bench
-//! -p shardflow-kernels` prints GFLOP/s of products and attention, ns per element of the other kernels, and an estimate
-//! of a whole step (forward, backward, AdamW). Pass a number of threads to measure only that number.
+//! -p shardflow-kernels` prints GFLOP/s for products and attention, ns per element for other kernels, and an estimate
+//! for a whole step (forward, backward, AdamW). Pass a number of threads to measure only with that number.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -13,7 +13,7 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, element_count};
 
-/// Number of consecutive launches of one kernel per measurement; the fastest of several measurements counts.
+/// Number of consecutive launches of a kernel in one measurement. The fastest of several measurements counts.
 const LAUNCHES: usize = 10;
 
 struct Model {
@@ -31,7 +31,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// Milliseconds per launch, on buffers of small values. Integers are zero.
+    /// Milliseconds per launch. Float buffers contain small values; integers are zero.
     fn measure(&self, op: Op, reads: &[(&[usize], DType)], writes: &[&[usize]]) -> f64 {
         let mut end = 0;
         let mut place = |shape: &[usize], dtype: DType| {
@@ -71,7 +71,7 @@ impl Bench {
         ms
     }
 
-    /// A linear layer with its two gradients.
+    /// Measures a linear layer and its two gradients.
     fn linear(&self, what: &str, rows: usize, inputs: usize, outputs: usize) -> f64 {
         self.product(&format!("{what} forward"), "rc,oc->ro", &[rows, inputs], &[outputs, inputs])
             + self.product(&format!("{what} dx"), "ro,oc->rc", &[rows, outputs], &[outputs, inputs])
@@ -86,7 +86,7 @@ impl Bench {
         ms
     }
 
-    /// Milliseconds of a step, estimated from its kernels.
+    /// Milliseconds of a whole step, estimated from the times of its kernels.
     fn step(&self, model: &Model) -> f64 {
         let &Model { layers, width: c, heads, context, batch, vocab } = model;
         let (rows, depth) = (batch * context, c / heads);
@@ -109,7 +109,7 @@ impl Bench {
         ] {
             let typed: Vec<_> = reads.into_iter().map(|shape| (shape, DType::F32)).collect();
             let ms = self.measure(op, &typed, &writes);
-            // Only the causal half.
+            // Counts only the causal half of the scores.
             let flops = products * (batch * heads * context * context * depth) as f64;
             println!("  {what:28} {ms:8.3} ms {:8.1} GFLOP/s", flops / ms / 1e6);
             layer += ms;

@@ -1,4 +1,4 @@
-//! Resolves and checks a launch's buffers (MEM-1, MEM-2, MEM-4), for every backend; runs custom kernels on host memory.
+//! Resolves and checks a launch's buffers (MEM-1, MEM-2, MEM-4) for every backend, and runs custom kernels on the host.
 #![allow(unsafe_code)]
 
 use crate::error::{KernelError, Result};
@@ -15,7 +15,7 @@ pub(crate) struct Bound<'a> {
 }
 
 impl<'a> Bound<'a> {
-    /// Resolves the buffers. `workspace_bytes` returns the workspace that the backend needs.
+    /// Resolves the buffers. `workspace_bytes` returns the size of the workspace that the backend needs.
     pub(crate) fn resolve(
         launch: &'a Launch,
         bases: &'a [Base],
@@ -32,7 +32,7 @@ impl<'a> Bound<'a> {
         Ok(bound)
     }
 
-    /// Checks write access (MEM-4), overlaps (MEM-2) and workspace.
+    /// Checks write access (MEM-4), overlaps (MEM-2) and the workspace.
     fn check(&self, workspace_bytes: impl FnOnce(&[&[usize]]) -> usize) -> Result<()> {
         if self.writes.iter().chain(&self.workspace).any(|write| !write.arena().is_writable()) {
             return Err(self.refused("write", "writable memory", "a peer's memory, mapped read-only"));
@@ -67,7 +67,7 @@ impl<'a> Bound<'a> {
 }
 
 /// # Safety
-/// No two writes overlap, and nothing else accesses the buffers meanwhile.
+/// No two writes overlap, and nothing else accesses the buffers during the call.
 pub(crate) unsafe fn run_custom(
     kernel: &dyn CustomKernel,
     name: &str,
@@ -82,7 +82,7 @@ pub(crate) unsafe fn run_custom(
     let half = |what, i| KernelError::arguments(name, &format!("dtype of {what} {i}"), "F32 or I32", "BF16");
     let mut args = CpuArgs { reads: Vec::new(), writes: Vec::new(), accumulate };
     for (i, view) in reads.iter().enumerate() {
-        // SAFETY: the dtype matches; no write overlaps it (just checked).
+        // SAFETY: the dtype matches; no write overlaps this read (just checked).
         let data = unsafe {
             match view.dtype() {
                 DType::F32 => CpuSlice::F32(view.slice()),
@@ -93,7 +93,7 @@ pub(crate) unsafe fn run_custom(
         args.reads.push(CpuRead { shape: view.shape(), data });
     }
     for (i, view) in writes.iter().enumerate() {
-        // SAFETY: the dtype matches; no read (just checked) and no other write (the contract) overlaps it.
+        // SAFETY: the dtype matches; no read (just checked) and no other write (the contract) overlaps this write.
         let data = unsafe {
             match view.dtype() {
                 DType::F32 => CpuSliceMut::F32(view.slice_mut()),

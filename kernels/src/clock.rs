@@ -1,5 +1,5 @@
-//! Vector clocks for the software CUDA device's race checker: for each thread and stream, the last event known to have
-//! happened. All conflicting accesses must be ordered. Without debug assertions, clocks are empty and cost nothing.
+//! Vector clocks for the race checker of the software CUDA device: for each thread and stream, the last event known to
+//! have happened. Conflicting accesses must be ordered. Without debug assertions, clocks are empty and cost nothing.
 #![cfg_attr(debug_assertions, allow(unsafe_code))]
 
 #[cfg(debug_assertions)]
@@ -11,7 +11,7 @@ use std::{
 #[cfg(debug_assertions)]
 use parking_lot::Mutex;
 
-/// A snapshot of a thread's vector clock. A message between threads carries the sender's, and the receiver joins it.
+/// A snapshot of a thread's vector clock. A message between threads carries one, and the receiver joins it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct RaceClock(#[cfg(debug_assertions)] u64);
 
@@ -23,7 +23,7 @@ impl RaceClock {
         Self()
     }
 
-    /// Merges the snapshot into the calling thread's clock: its events happened before all later events here.
+    /// Merges the snapshot into the calling thread's clock. Its events then happened before all later events here.
     fn join(self) {
         #[cfg(debug_assertions)]
         if let (token @ 1.., Some(functions)) = (self.0, software::functions()) {
@@ -32,7 +32,7 @@ impl RaceClock {
     }
 }
 
-/// A value for another thread. Reading it orders the wrapping thread's earlier events before the reader's later ones.
+/// A value for another thread. Events before the wrapping happened before the events after a read of the value.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stamped<T> {
     value: T,
@@ -40,12 +40,12 @@ pub struct Stamped<T> {
 }
 
 impl<T> Stamped<T> {
-    /// Wraps a value, with the calling thread's clock.
+    /// Wraps a value together with the calling thread's clock.
     pub fn new(value: T) -> Self {
         Self { value, clock: RaceClock::capture() }
     }
 
-    /// The value.
+    /// Returns the value.
     pub fn get(&self) -> &T {
         self.clock.join();
         &self.value
@@ -58,7 +58,7 @@ impl<T> Stamped<T> {
     }
 }
 
-/// Reports a host access of the calling thread to pinned memory, which the software device cannot observe.
+/// Reports that the calling thread accesses pinned memory, which the software device cannot observe.
 pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     #[cfg(debug_assertions)]
     if let Some(functions) = software::functions() {
@@ -68,12 +68,12 @@ pub(crate) fn host_access(start: *const u8, bytes: usize, writes: bool) {
     let _ = (start, bytes, writes);
 }
 
-/// Clocks of several threads that released an object, for the thread that uses or frees it after all of them.
+/// The clocks of all threads that released an object, for the thread that then uses or frees the object.
 #[derive(Debug, Default)]
 pub struct ReleaseClocks(#[cfg(debug_assertions)] Mutex<HashMap<ThreadId, RaceClock>>);
 
 impl ReleaseClocks {
-    /// Records the calling thread's clock at its release.
+    /// Records the calling thread's clock when that thread releases the object.
     pub fn add(&self) {
         #[cfg(debug_assertions)]
         if let clock @ RaceClock(1..) = RaceClock::capture() {
@@ -98,16 +98,16 @@ mod software {
         pub(super) access: extern "C" fn(u64, u64, u32),
     }
 
-    /// The functions of the software device; `None` with any other driver, or without one.
+    /// The functions of the software device. `None` without a driver, or with a different one.
     pub(super) fn functions() -> Option<&'static Functions> {
         static FUNCTIONS: OnceLock<Option<Functions>> = OnceLock::new();
         FUNCTIONS.get_or_init(find).as_ref()
     }
 
     fn find() -> Option<Functions> {
-        // SAFETY: loading the driver only runs its initializers, and it stays loaded: `culib` never unloads it.
+        // SAFETY: loading the driver only runs its initializers, and the driver stays loaded: `culib` never unloads it.
         let library = unsafe { cudarc::driver::sys::is_culib_present().then(|| cudarc::driver::sys::culib()) }?;
-        // SAFETY: only the software device exports these names, with these types.
+        // SAFETY: only the software device exports these names, and it exports them with these types.
         unsafe {
             let capture = library.get(b"software_cuda_clock_capture").ok().map(|symbol| *symbol)?;
             let join = library.get(b"software_cuda_clock_join").ok().map(|symbol| *symbol)?;

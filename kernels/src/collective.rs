@@ -25,11 +25,11 @@ pub use call::{CollectiveCall, CollectiveKind, Group, ReduceOp};
 pub use issue_order::IssueSlot;
 pub use status::{AbortStatus, MemberWait};
 
-/// An engine that runs collectives: within a process, by NCCL, by MPI. Each member's stream calls [`Collective::run`]
-/// and blocks in it. All members issue the calls of a group in the same order.
+/// An engine that runs collectives, for example within a process, by NCCL or by MPI. Each member's stream calls
+/// [`Collective::run`] and blocks in it. All members issue the calls of a group in the same order.
 pub trait Collective: Debug + Send + Sync {
-    /// Runs one member's part of a call, with the buffers that [`CollectiveKind`] names, until its result is written
-    /// and no other member reads its buffers. Engines with [`Collective::on_device`] keep the default, which fails.
+    /// Runs one member's part of a call on the buffers that [`CollectiveKind`] names. Returns once the result is
+    /// written and no other member reads the buffers. Engines with [`Collective::on_device`] keep this failing default.
     ///
     /// # Errors
     /// [`KernelError::CollectiveMismatch`] on all members when they disagree, [`KernelError::Arguments`] when the
@@ -44,7 +44,7 @@ pub trait Collective: Debug + Send + Sync {
     /// The members of this process that wait now, and the members that they wait for.
     fn waits(&self) -> Vec<MemberWait>;
 
-    /// Whether [`Collective::waits`] is complete: a member in a call that it does not list waits for nobody.
+    /// Whether [`Collective::waits`] lists all waits. If true, an unlisted member in a call waits for nobody.
     fn knows_waits(&self) -> bool {
         true
     }
@@ -52,17 +52,17 @@ pub trait Collective: Debug + Send + Sync {
     /// Bytes that the device of this rank has received from other members since the engine was created.
     fn bytes_received(&self, rank: usize) -> u64;
 
-    /// For GPU engines, whose aborted calls look completed: the abort status of each engine.
+    /// The abort status of each GPU engine. Other engines return none. Aborted calls of GPU engines look completed.
     fn abort_statuses(&self) -> Vec<AbortStatus> {
         Vec::new()
     }
 
-    /// For engines with one issue order on all devices: the place of a submission to this device, taken at submission.
+    /// Takes a submission's position in this device's issue order, if the engine has one. Called at submission.
     fn issue_slot(&self, _rank: usize) -> Option<IssueSlot> {
         None
     }
 
-    /// For GPU engines: how to put this call on a device's stream. Other engines work on copies in host memory.
+    /// GPU engines return the object that puts this call on a device's stream. Other engines run on host memory.
     fn on_device(&self, _call: &CollectiveCall) -> Option<DeviceCollective<'_>> {
         None
     }
@@ -72,12 +72,12 @@ pub trait Collective: Debug + Send + Sync {
 #[derive(Clone, Copy)]
 pub struct DeviceCollective<'a>(pub(crate) &'a dyn Enqueue);
 
-/// Blocks until the stream may take the work after a call.
+/// A function that blocks until later work may go on the stream.
 pub(crate) type Wait = Box<dyn FnOnce() -> Result<()> + Send>;
 
 pub(crate) enum Enqueued {
     Issued,
-    /// The call is on the stream once this function returns. It may block, so the stream's own thread calls it.
+    /// The call is on the stream once this function returns. The function may block, so the stream's thread calls it.
     Pending(Wait),
 }
 

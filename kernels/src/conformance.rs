@@ -1,5 +1,5 @@
-//! The conformance suite that every backend must pass: [`run`] returns no failures. It compares each op with a plain
-//! f64 reference on irregular sizes, in memory filled with NaN and surrounded by canaries.
+//! The conformance suite that every backend must pass: [`run`] returns no failures. The suite compares each op with a
+//! simple f64 reference on irregular sizes, in memory that is filled with NaN and surrounded by canaries.
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ fn failures(check: impl FnOnce(&mut Report)) -> Vec<ConformanceFailure> {
     report.failures
 }
 
-/// Runs the part of the suite for ops and streams, on one device.
+/// Runs the part of the suite that tests ops and streams on one device.
 pub fn run_alone(device: &Device) -> Vec<ConformanceFailure> {
     failures(|report| {
         ops::run(report, device);
@@ -41,20 +41,20 @@ pub fn run_alone(device: &Device) -> Vec<ConformanceFailure> {
     })
 }
 
-/// Runs the attention part of the suite on one device, which may use one of several attention libraries.
+/// Runs the attention part of the suite on one device, which may use any attention library.
 pub fn run_attentions(device: &Device) -> Vec<ConformanceFailure> {
     failures(|report| ops::run_attentions(report, device))
 }
 
-/// Runs the collectives part, for engines that must know memory and groups in advance. `make(n)` creates devices of
+/// Runs the collectives part, for engines that must know memory and groups in advance. `make(n)` creates devices with
 /// ranks `0..n`, each with an arena of [`COLLECTIVES_ARENA_BYTES`], on new engines that know [`collectives_groups`].
 pub fn run_collectives(make: &Make<'_>) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements::of(4, SummationOrder::InOrder);
     failures(|report| collectives::run(report, make, &requirements))
 }
 
-/// [`run_collectives`] for engines that sum in their own order, do not compare the members' calls, and require that all
-/// members call all groups in one order.
+/// Like [`run_collectives`], for engines that sum in any order, do not compare the members' calls, and require that all
+/// members call the groups in the same order.
 pub fn run_collectives_unordered(make: &Make<'_>, members: usize) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements {
         compares_calls: false,
@@ -64,15 +64,15 @@ pub fn run_collectives_unordered(make: &Make<'_>, members: usize) -> Vec<Conform
     failures(|report| collectives::run(report, make, &requirements))
 }
 
-/// Runs the collectives part of the suite in one of several processes. All of them run it at the same time, each for
-/// its own members of groups of up to `members`. Tests no aborts, since nothing can run after one. As for
-/// [`run_collectives`], `make(n)` creates devices: those of the n that this process runs, possibly none.
+/// Runs the collectives part of the suite in one of several processes. All processes run it at the same time, each for
+/// its own members of groups of up to `members`. Does not test aborts, since nothing can run after an abort. `make(n)`
+/// creates devices as for [`run_collectives`], but only those of the n that belong to this process, possibly none.
 pub fn run_collectives_apart(make: &Make<'_>, members: usize, sums: SummationOrder) -> Vec<ConformanceFailure> {
     let requirements = EngineRequirements { single_process: false, ..EngineRequirements::of(members, sums) };
     failures(|report| collectives::run(report, make, &requirements))
 }
 
-/// Bytes of each arena that [`run_collectives`] needs.
+/// Size in bytes of each arena that [`run_collectives`] needs.
 pub const COLLECTIVES_ARENA_BYTES: usize = collectives::ARENA_BYTES;
 
 /// The groups that [`run_collectives`] calls on n devices.

@@ -20,7 +20,8 @@ pub(crate) mod widen;
 pub const THREADS_MAX: usize = 64;
 
 /// Describes what determines the bits of CPU kernels: the architecture, and whether products use fused multiply-adds.
-/// With equal descriptions and C libraries (for logarithms, powers), cores, caches and vector width change no bits.
+/// Machines with equal descriptions and C libraries (for logarithms, powers) compute the same bits: cores, caches and
+/// vector width do not matter.
 pub fn instruction_set() -> String {
     let arch = std::env::consts::ARCH;
     #[cfg(target_arch = "x86_64")]

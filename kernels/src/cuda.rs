@@ -1,5 +1,5 @@
 //! The CUDA backend. It builds without a CUDA toolkit: cudarc loads the driver and libraries at run time, and
-//! [`probe`](probe()) reports missing ones. `step`, `lower` and `source` use neither FFI nor a GPU.
+//! [`probe`](probe()) reports those that are missing. `step`, `lower` and `source` use neither FFI nor a GPU.
 
 pub(crate) mod attention;
 pub(crate) mod blas;

@@ -16,7 +16,7 @@ use crate::memory::{Arena, Tally};
 use crate::op::Launch;
 use crate::stream::{Stream, StreamBackend};
 
-/// One device of a session's mesh. Clones are the same device.
+/// One device of a session's mesh. All clones are the same device.
 #[derive(Clone, Debug)]
 pub struct Device(Arc<Inner>);
 
@@ -54,7 +54,7 @@ impl std::fmt::Display for DeviceKind {
 }
 
 impl DeviceKind {
-    /// Bytes of workspace in the plan's arena for a launch with buffers of these shapes: the same on every machine.
+    /// Size in bytes of the workspace in the plan's arena for a launch with these shapes; the same on every machine.
     pub fn workspace_bytes(self, launch: &Launch) -> usize {
         match self {
             DeviceKind::Cpu => 0,
@@ -62,7 +62,7 @@ impl DeviceKind {
         }
     }
 
-    /// Bytes of scratch that a launch needs on a stream of `threads` threads, which allocates its launches' maximum.
+    /// Scratch size in bytes of a launch on a stream of `threads` threads. A stream allocates its launches' maximum.
     pub fn scratch_bytes(self, launch: &Launch, threads: usize) -> usize {
         match self {
             DeviceKind::Cpu => scratch::bytes(launch, threads),
@@ -70,7 +70,7 @@ impl DeviceKind {
         }
     }
 
-    /// Bytes of device memory that each stream allocates, independent of its launches.
+    /// Size in bytes of the device memory that each stream allocates, independent of its launches.
     pub fn stream_bytes(self) -> usize {
         match self {
             DeviceKind::Cpu => 0,
@@ -82,10 +82,10 @@ impl DeviceKind {
 /// Scheduling priority of a stream on its device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Priority {
-    /// Layers and copies.
+    /// For layers and copies.
     #[default]
     Normal,
-    /// Work that other devices wait for: collectives that overlap with compute. CPU streams ignore priorities.
+    /// For work that other devices wait for: collectives that overlap with compute. CPU streams ignore priorities.
     High,
 }
 
@@ -94,12 +94,12 @@ impl Device {
         Self(Arc::new(Inner { rank, engine, tally: Arc::default(), backend }))
     }
 
-    /// A CPU device with `threads_per_stream` (1 or more) threads per compute stream. `engine` runs its collectives.
+    /// Creates a CPU device with `threads_per_stream` threads (1 or more) per compute stream, and a collective engine.
     pub fn cpu(rank: usize, threads_per_stream: usize, engine: Arc<dyn Collective>) -> Self {
         Self::new(rank, engine, Backend::Cpu { threads_per_stream: threads_per_stream.max(1) })
     }
 
-    /// A device on a GPU, which others may share. An `engine` that is not for GPUs works on copies in host memory.
+    /// Creates a device on a GPU, which others may share. An `engine` not made for GPUs uses copies in host memory.
     pub fn cuda(rank: usize, gpu: Arc<Gpu>, engine: Arc<dyn Collective>) -> Self {
         Self::new(rank, engine, Backend::Cuda(gpu))
     }
@@ -130,7 +130,7 @@ impl Device {
         }
     }
 
-    /// Starts a stream with 1 to [`crate::cpu::THREADS_MAX`] threads for each kernel. `name` is its thread's name.
+    /// Starts a stream with 1 to [`crate::cpu::THREADS_MAX`] threads for each kernel. `name` is the name of its thread.
     ///
     /// # Errors
     /// [`KernelError::Thread`] when the system cannot start a thread; [`KernelError::Arguments`] for too many threads.
@@ -138,7 +138,7 @@ impl Device {
         self.stream_with(name, threads, self.0.engine.clone(), Priority::Normal)
     }
 
-    /// [`Device::stream`] with a priority and an engine that needs the device's memory first. GPUs ignore `threads`.
+    /// Like [`Device::stream`], with a priority, and an engine that can be created after arenas. GPUs ignore `threads`.
     ///
     /// # Errors
     /// As [`Device::stream`].
@@ -187,7 +187,7 @@ impl Device {
         &self.0.engine
     }
 
-    /// Counters of the backend, by name. For a GPU they cover the whole GPU, which other devices may share.
+    /// Counters of the backend, by name. A GPU's counters cover the whole GPU, which other devices may share.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
         match &self.0.backend {
             Backend::Cpu { .. } => Vec::new(),
@@ -195,12 +195,12 @@ impl Device {
         }
     }
 
-    /// Bytes of the live arenas.
+    /// Total size in bytes of the live arenas.
     pub fn bytes_allocated(&self) -> usize {
         self.0.tally.bytes.load(Ordering::Relaxed)
     }
 
-    /// Peak number of bytes of live arenas.
+    /// Peak of the total size in bytes of the live arenas.
     pub fn bytes_peak(&self) -> usize {
         self.0.tally.bytes_peak.load(Ordering::Relaxed)
     }

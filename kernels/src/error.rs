@@ -1,4 +1,4 @@
-//! The error of this crate.
+//! The error type of this crate.
 
 /// A result with the error of this crate.
 pub type Result<T, E = KernelError> = std::result::Result<T, E>;
@@ -6,7 +6,7 @@ pub type Result<T, E = KernelError> = std::result::Result<T, E>;
 /// An error of the layers below the actors.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum KernelError {
-    /// An op received buffers that it cannot process: a bug of the planner or of a custom kernel.
+    /// An op received buffers that it cannot process. This is a bug of the planner or of a custom kernel.
     #[error("{op}: {what}: expected {expected}, got {got}")]
     Arguments {
         /// The op's name.
@@ -15,7 +15,7 @@ pub enum KernelError {
         what: String,
         /// What the op requires.
         expected: String,
-        /// What it received.
+        /// What the op received.
         got: String,
     },
     /// Values that no valid program produces, such as a token id outside the vocabulary.
@@ -29,19 +29,19 @@ pub enum KernelError {
     /// A kernel panicked.
     #[error("kernel {launch} of program {program} panicked: {message}")]
     Panic {
-        /// Position of the launch, and its op.
+        /// Index of the launch, and its op.
         launch: String,
         /// Name of the program.
         program: String,
         /// The panic's message.
         message: String,
     },
-    /// The members of a collective make different calls.
+    /// The members of a collective made different calls.
     #[error("collective mismatch in group {group}: member {member} calls {got}, others call {expected}")]
     CollectiveMismatch {
         /// Group id.
         group: u32,
-        /// Member that disagrees.
+        /// The member that disagrees.
         member: usize,
         /// The call of the other members.
         expected: String,
@@ -63,15 +63,15 @@ pub enum KernelError {
     /// An MPI call failed.
     #[error("{call}: {cause}")]
     Mpi {
-        /// MPI's name of the call.
+        /// The call's name in MPI.
         call: &'static str,
-        /// MPI's error text.
+        /// The error text of MPI.
         cause: String,
     },
-    /// The session was aborted during a wait.
+    /// The session was aborted while an operation waited.
     #[error("aborted: {cause}")]
     Aborted {
-        /// The first cause.
+        /// The first cause of the abort.
         cause: String,
     },
     /// A memory allocation failed.
@@ -95,11 +95,11 @@ pub enum KernelError {
     Cuda {
         /// The device and, if known, the stream, program and launch.
         place: String,
-        /// The library's name of the call.
+        /// The library's name for the call.
         call: &'static str,
-        /// The library's code.
+        /// The library's error code.
         code: u32,
-        /// The code's name.
+        /// The name of the error code.
         name: String,
         /// The library's error text.
         text: String,
@@ -114,12 +114,12 @@ pub enum KernelError {
         /// The compiler's log.
         log: String,
     },
-    /// A required driver, device or library is missing on this machine, or too old.
+    /// A required driver, device or library is missing on this machine, or is too old.
     #[error("{what}: {hint}")]
     Unavailable {
         /// What is missing.
         what: String,
-        /// How to install it.
+        /// How to install what is missing.
         hint: String,
     },
     /// The system cannot start a thread.
@@ -127,7 +127,7 @@ pub enum KernelError {
     Thread {
         /// The thread's name.
         name: String,
-        /// The system's error.
+        /// The error that the system returned.
         cause: String,
     },
     /// The stream has ended.

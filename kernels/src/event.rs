@@ -1,4 +1,4 @@
-//! One-shot events: set once by the stream that recorded them; other streams or the host wait for them.
+//! One-shot events. The stream that recorded an event sets it once; other streams or the host wait for it.
 
 use std::any::Any;
 use std::sync::{Arc, OnceLock};
@@ -7,10 +7,10 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::clock::Stamped;
 
-/// A backend's own object, which only that backend interprets.
+/// An object of a backend. Only that backend interprets it.
 pub(crate) type BackendObject = Arc<dyn Any + Send + Sync>;
 
-/// Set when the stream that recorded it has finished all earlier submissions. Clones are the same event.
+/// An event that is set once its stream has finished all earlier submissions. All clones are the same event.
 #[derive(Clone, Debug, Default)]
 pub struct Event(Arc<State>);
 
@@ -19,19 +19,19 @@ struct State {
     set: OnceLock<Stamped<()>>,
     lock: Mutex<()>,
     changed: Condvar,
-    /// The backend's own event, for streams of the same backend.
+    /// The backend's own event, on which streams of the same backend wait.
     recorded: OnceLock<BackendObject>,
 }
 
 impl Event {
-    /// Whether the event is set; it is never cleared.
+    /// True if the event is set. An event is never cleared.
     pub fn query(&self) -> bool {
         self.0.set.get().map(Stamped::get).is_some()
     }
 
-    /// Blocks until the event is set. That always happens: a stream ends only after all of its queued work.
+    /// Blocks until the event is set. Every event is set in the end, since a stream ends only after its queued work.
     pub fn synchronize(&self) {
-        // A short spin first, since parking a thread and waking it costs tens of microseconds.
+        // Spins briefly first, since parking and waking a thread costs tens of microseconds.
         for _ in 0..200 {
             if self.query() {
                 return;
@@ -46,18 +46,18 @@ impl Event {
 
     pub(crate) fn set(&self) {
         self.0.set.get_or_init(|| Stamped::new(()));
-        // Locked so that no waiter can check before the store and start to wait after the notification.
+        // Locks, so that no waiter can check before the store and start to wait only after the notification.
         drop(self.0.lock.lock());
         self.0.changed.notify_all();
     }
 
-    /// Attaches the backend's event, on which streams of the same backend wait without the host.
+    /// Attaches the backend's event. Streams of the same backend wait for it without the host.
     pub(crate) fn record(&self, recorded: BackendObject) {
-        // Once: an event is recorded by one stream.
+        // This succeeds, because only one stream records an event.
         let _ = self.0.recorded.set(recorded);
     }
 
-    /// The backend's event, if a stream of that backend has recorded one.
+    /// The backend's event, if a stream of that backend has recorded this event.
     pub(crate) fn recorded<T: Any>(&self) -> Option<&T> {
         self.0.recorded.get()?.downcast_ref()
     }

@@ -1,35 +1,35 @@
-//! Hashes and random numbers with the same results in every process and on every machine.
+//! Hashes and random numbers that are the same in every process and on every machine.
 
 use std::hash::Hasher;
 
 /// The increment of SplitMix64's counter.
 pub const GOLDEN_GAMMA: u64 = 0x9E37_79B9_7F4A_7C15;
 
-/// The SplitMix64 generator (Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>), from a seed.
+/// The SplitMix64 generator (Steele, Lea and Flood 2014, <https://doi.org/10.1145/2660193.2660195>), with a seed.
 #[derive(Clone, Debug)]
 pub struct SplitMix64(pub u64);
 
 impl SplitMix64 {
-    /// The next 64 random bits.
+    /// Returns the next 64 random bits.
     pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(GOLDEN_GAMMA);
         mix64(self.0)
     }
 
-    /// A random number below `bound`, which is not 0. Its bias is that of a remainder: negligible for small bounds.
+    /// Returns a random number below `bound`, which must not be 0. Its bias (of a remainder) is small for small bounds.
     pub fn below(&mut self, bound: u64) -> u64 {
         self.draw() % bound
     }
 }
 
-/// SplitMix64's finalizer: maps 64 bits to 64 mixed bits, one to one.
+/// SplitMix64's finalizer: maps each 64-bit value to a different, mixed 64-bit value.
 pub fn mix64(bits: u64) -> u64 {
     let bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     bits ^ (bits >> 31)
 }
 
-/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>. Unlike the standard library's hasher, it never changes.
+/// FNV-1a, <http://www.isthe.com/chongo/tech/comp/fnv/>. Unlike the standard library's hasher, this hash never changes.
 #[derive(Debug)]
 pub struct Fnv(u64);
 

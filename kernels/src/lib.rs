@@ -48,5 +48,5 @@ pub mod stream;
 mod submission;
 pub mod tensor;
 
-/// The optimisation level that the kernels were built with: `0` to `3`, `s` or `z`.
+/// The optimisation level with which the kernels were built: `0` to `3`, `s` or `z`.
 pub const OPT_LEVEL: &str = env!("SHARDFLOW_OPT_LEVEL");

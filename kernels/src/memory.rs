@@ -1,13 +1,13 @@
 //! Device memory: arenas, and the typed views that kernels and collectives receive.
 //!
-//! This file, `heap` and `raw_io` turn memory into slices. This is sound because:
+//! This file, `heap` and `raw_io` make slices of memory. These invariants make that sound:
 //! - MEM-1: a view lies inside its arena and is aligned for its element type; [`View::resolve`] checks both.
-//! - MEM-2: within a launch no write overlaps another buffer, unless the op may work in place and the buffers are
-//!   identical. `cpu::stream` checks that before a kernel runs, and the kernel then gets one slice for both buffers.
-//! - MEM-3: across streams no range is read while another stream writes it. The register protocol guarantees that (a
-//!   slot is written only while it is free, and read only while it is filled); it cannot be checked here.
-//! - MEM-4: memory that is mapped read-only is never written: [`Arena::write_host`], launches and collectives check it.
-//! - MEM-5: slices are made only of host memory; `Arena::check_host` rejects GPU memory before a slice is made.
+//! - MEM-2: within a launch, no write overlaps another buffer, except an identical buffer if the op may work in place.
+//!   `cpu::stream` checks this before a kernel runs. The kernel then gets one slice for both buffers.
+//! - MEM-3: across streams, no stream writes a range while another stream reads it. The register protocol guarantees
+//!   this: a slot is written only while it is free, and read only while it is filled. This module cannot check it.
+//! - MEM-4: read-only mappings are never written: [`Arena::write_host`], launches and collectives check this.
+//! - MEM-5: slices are made only of host memory: `Arena::check_host` rejects GPU memory first.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -34,29 +34,29 @@ pub(crate) use heap::Tally;
 pub use shared::Access;
 use shared::Mapping;
 
-/// Memory that only its device can address. A backend allocates it, and frees it when it is dropped.
+/// Memory that only its device can address. The backend allocates it. Dropping this value frees the memory.
 pub(crate) trait DeviceStorage: Any + Debug + Send + Sync {
     fn bytes(&self) -> usize;
 
-    /// Device and GPU, as error messages name them.
+    /// The device and the GPU, as error messages name them.
     fn place(&self) -> String;
 
-    /// Writes `bytes` bytes at `offset` (checked) in pieces from `fill` until it returns false. Waits for the copies.
+    /// Writes `bytes` bytes at `offset` (checked) in pieces from `fill`, until it returns false. Waits for the copies.
     fn write(&self, offset: usize, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()>;
 
-    /// Reads `bytes` bytes from `offset` on (checked by the caller); passes pieces to `take` until it returns false.
+    /// Reads `bytes` bytes at `offset` (checked by the caller). Passes pieces to `take` until it returns false.
     fn read(&self, offset: usize, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()>;
 
-    /// Records that a submission no longer uses the memory, as the calling thread knows.
+    /// Records that, to the calling thread's knowledge, a submission no longer uses the memory.
     fn mark_released(&self);
 }
 
-/// A fixed block of one device's memory, zeroed when created, freed when the last clone is dropped. It may be shared
-/// with other processes of the node, or belong to another process.
+/// A fixed block of one device's memory. It is zeroed when created, and freed when the last clone is dropped. Other
+/// processes of the node may share it, or it may belong to one of them.
 #[derive(Clone, Debug)]
 pub struct Arena(Arc<Storage>);
 
-/// `Shared` is a memfd of this process or a peer, which peers can map; it has a tally if a device here owns it.
+/// `Shared` is a memfd of this process or a peer; peers can map it. It has a tally if a device of this process owns it.
 #[derive(Debug)]
 enum Storage {
     Host(HostMemory),
@@ -84,7 +84,7 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: Some(tally.clone()) })))
     }
 
-    /// Host memory that a backend has allocated and frees when it drops `owner`.
+    /// Host memory that a backend allocated. Dropping `owner` frees it.
     ///
     /// # Safety
     /// The memory is initialized, aligned to [`ALIGNMENT`], and lives as long as `owner`.
@@ -118,10 +118,10 @@ impl Arena {
         Err(KernelError::arguments(user, "memory", "host memory", got))
     }
 
-    /// Allocates memory that other processes of the node can map and that belongs to no device.
+    /// Allocates memory that belongs to no device and that other processes of the node can map.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the system provides no memory.
+    /// [`KernelError::Arguments`] if the system provides no memory.
     pub fn shared_by_processes(bytes: usize) -> Result<Self> {
         let refused = |cause: std::io::Error| {
             KernelError::arguments("shared memory", "size", format!("{bytes} bytes of memory"), cause.to_string())
@@ -130,16 +130,16 @@ impl Arena {
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
     }
 
-    /// Maps memory from a peer's [`Arena::descriptor`], which must have this size.
+    /// Maps the memory of a peer's [`Arena::descriptor`]. The memory must have this size.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when it is not a memfd of this size, its size is not sealed, or the mapping fails.
+    /// [`KernelError::Arguments`] if `file` is not a memfd of this size, its size is not sealed, or the mapping fails.
     pub fn map_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self> {
         let mapping = Mapping::of_peer(file, bytes, access)?;
         Ok(Self(Arc::new(Storage::Shared { mapping, tally: None })))
     }
 
-    /// The descriptor with which a peer can map the arena, passed over a Unix socket; `None` when it is not shared.
+    /// The descriptor with which a peer maps the arena. Send it over a Unix socket. `None` if the arena is not shared.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match &*self.0 {
             Storage::Shared { mapping, .. } => Some(mapping.file.as_fd()),
@@ -156,12 +156,12 @@ impl Arena {
         }
     }
 
-    /// Whether both are clones of one arena. Two mappings of one memfd are two arenas.
+    /// True if both are clones of one arena. Two mappings of one memfd are two arenas.
     pub fn same(&self, other: &Arena) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Whether the memory may be written (MEM-4).
+    /// True if the memory may be written (MEM-4).
     pub fn is_writable(&self) -> bool {
         match &*self.0 {
             Storage::Host(_) | Storage::Device(_) => true,
@@ -169,7 +169,7 @@ impl Arena {
         }
     }
 
-    /// Address of the first byte. Panics for GPU memory: code that makes slices checks first (MEM-5).
+    /// Address of the first byte. Panics for GPU memory: callers that make slices check first (MEM-5).
     pub(crate) fn host_start(&self) -> *mut u8 {
         match &*self.0 {
             Storage::Host(memory) => memory.start.as_ptr(),
@@ -178,11 +178,11 @@ impl Arena {
         }
     }
 
-    /// Copies a host tensor to `offset` (bytes). The caller guarantees, by the register protocol or by having no work
-    /// in flight, that nothing else uses the range meanwhile.
+    /// Copies a host tensor to `offset` (in bytes). The caller guarantees that nothing else uses the range meanwhile:
+    /// by the register protocol, or because no work is in flight.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds, unaligned or read-only; [`KernelError::Cuda`].
+    /// [`KernelError::Arguments`] if the range is out of bounds, unaligned or read-only; [`KernelError::Cuda`].
     pub fn write_host(&self, offset: usize, tensor: &HostTensor) -> Result<()> {
         if !self.is_writable() {
             let got = "a peer's memory, mapped read-only";
@@ -207,17 +207,17 @@ impl Arena {
     /// Copies a tensor at `offset` (bytes) to the host. The caller guarantees that nothing writes the range meanwhile.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned; [`KernelError::Cuda`] from a GPU.
+    /// [`KernelError::Arguments`] if the range is out of bounds or not aligned; [`KernelError::Cuda`] from a GPU.
     pub fn read_host(&self, offset: usize, shape: &[usize], dtype: DType) -> Result<HostTensor> {
         let mut tensor = HostTensor { shape: shape.to_vec(), data: HostData::empty(dtype) };
         self.read_host_into(offset, &mut tensor)?;
         Ok(tensor)
     }
 
-    /// [`Arena::read_host`] into a tensor of the expected shape and dtype; reuses the memory of its elements.
+    /// Like [`Arena::read_host`], into a tensor of the expected shape and dtype, whose memory is reused.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the range is out of bounds or not aligned.
+    /// [`KernelError::Arguments`] if the range is out of bounds or not aligned.
     pub fn read_host_into(&self, offset: usize, tensor: &mut HostTensor) -> Result<()> {
         let elements = View::new("read_host", self, offset, &tensor.shape, tensor.dtype())?.element_count();
         let bytes = tensor.data.resized(elements);
@@ -235,16 +235,16 @@ impl Arena {
     }
 }
 
-/// The address in an arena that the offsets of a program's buffers are relative to.
+/// An address in an arena. The offsets of a program's buffers are relative to it.
 #[derive(Clone, Debug)]
 pub struct Base {
     /// The memory.
     pub arena: Arena,
-    /// Bytes from the arena's start.
+    /// Offset in bytes from the arena's start.
     pub offset: usize,
 }
 
-/// A tensor in device memory: a [`Buffer`] with its base resolved. Inside its arena's bounds, and aligned (MEM-1).
+/// A tensor in device memory: a [`Buffer`] with a resolved base. It lies inside its arena and is aligned (MEM-1).
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a> {
     arena: &'a Arena,
@@ -253,12 +253,12 @@ pub struct View<'a> {
     dtype: DType,
 }
 
-/// The buffers of a member of a collective, as words of 4 bytes. Only the words of an `F32` tensor are valid floats.
+/// The buffers of one member of a collective, as words of 4 bytes. Only words of an `F32` tensor are valid floats.
 #[derive(Debug)]
 pub(crate) struct Words<'a> {
-    /// `None` when the call is in place: x is y.
+    /// `None` if the call is in place: x is y.
     x: Option<&'a [f32]>,
-    /// Empty when the call writes nothing.
+    /// Empty if the call writes nothing.
     pub(crate) y: &'a mut [f32],
 }
 
@@ -268,17 +268,17 @@ impl Words<'_> {
         self.x.unwrap_or(self.y)
     }
 
-    /// The read buffer, unless the call is in place, and the written buffer.
+    /// The read buffer (`None` if the call is in place), and the written buffer.
     pub(crate) fn split(&mut self) -> (Option<&[f32]>, &mut [f32]) {
         (self.x, self.y)
     }
 }
 
 impl<'a> View<'a> {
-    /// The tensor of this shape at `offset` bytes in `arena`. `user` names the caller in the error.
+    /// The tensor of shape `shape` at `offset` bytes in `arena`. `user` names the caller in errors.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when it does not lie inside the arena or is not aligned to its elements.
+    /// [`KernelError::Arguments`] if the tensor does not lie inside the arena or is not aligned to its elements.
     pub fn new(user: &str, arena: &'a Arena, offset: usize, shape: &'a [usize], dtype: DType) -> Result<Self> {
         let bytes = shape.iter().try_fold(dtype.bytes(), |product, &extent| product.checked_mul(extent));
         let end = bytes.and_then(|bytes| bytes.checked_add(offset));
@@ -293,16 +293,16 @@ impl<'a> View<'a> {
         Ok(Self { arena, offset, shape, dtype })
     }
 
-    /// The view of `buffer` in a submission with these bases.
+    /// The view of `buffer` in a submission with these `bases`. `user` names the caller in errors.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when the base does not exist, or as for [`View::new`].
+    /// [`KernelError::Arguments`] if the base does not exist, or as for [`View::new`].
     pub fn resolve(user: &str, buffer: &'a Buffer, bases: &'a [Base]) -> Result<Self> {
         let Some(base) = bases.get(buffer.base) else {
             let expected = format!("an index below {}", bases.len());
             return Err(KernelError::arguments(user, "base of a buffer", expected, buffer.base.to_string()));
         };
-        // If the sum overflows, it is out of bounds of any arena.
+        // An overflowing sum is out of bounds of every arena.
         let offset = base.offset.saturating_add(buffer.offset);
         Self::new(user, &base.arena, offset, &buffer.shape, buffer.dtype)
     }
@@ -317,12 +317,12 @@ impl<'a> View<'a> {
         self.dtype
     }
 
-    /// The memory that holds it.
+    /// The arena that contains the tensor.
     pub fn arena(&self) -> &'a Arena {
         self.arena
     }
 
-    /// Bytes from the arena's start.
+    /// Offset in bytes from the arena's start.
     pub fn offset(&self) -> usize {
         self.offset
     }
@@ -337,7 +337,7 @@ impl<'a> View<'a> {
         self.element_count() * self.dtype.bytes()
     }
 
-    /// Whether the two share a byte.
+    /// True if the two views share a byte.
     pub fn overlaps(&self, other: &View<'_>) -> bool {
         self.arena.same(other.arena)
             && self.bytes() > 0
@@ -346,14 +346,14 @@ impl<'a> View<'a> {
             && other.offset < self.offset + self.bytes()
     }
 
-    /// Whether the two are the same bytes with the same dtype (shapes may differ).
+    /// True if the two views have the same bytes and dtype. Their shapes may differ.
     pub fn same_memory(&self, other: &View<'_>) -> bool {
         let place = |view: &View<'_>| (view.offset, view.bytes(), view.dtype);
         self.arena.same(other.arena) && place(self) == place(other)
     }
 
-    /// The buffers of one member of a collective, as words of 4 bytes for any dtype of that size. Sound while the
-    /// caller guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]; MEM-2 is checked here.
+    /// The buffers of one member of a collective, as words of 4 bytes, for any dtype of that size. Sound if the caller
+    /// guarantees MEM-3 for `'a`, as for [`Arena::read_host`] and [`Arena::write_host`]. This function checks MEM-2.
     pub(crate) fn words(op: &str, reads: &[View<'a>], writes: &[View<'a>]) -> Result<Words<'a>> {
         if reads.len() > 1 || writes.len() > 1 {
             let got = format!("{} read, {} written", reads.len(), writes.len());
@@ -389,30 +389,30 @@ impl<'a> View<'a> {
     /// The elements.
     ///
     /// # Safety
-    /// The dtype is that of `T`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
+    /// The dtype matches `T`, and nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn slice<T: HostElement>(&self) -> &'a [T] {
         debug_assert_eq!(self.dtype, T::DTYPE);
         // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, not written by the contract.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements, to be written.
+    /// The elements, for writing.
     ///
     /// # Safety
-    /// The dtype is that of `T`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
+    /// The dtype matches `T`, and nothing else reads or writes the elements during `'a` (MEM-2, MEM-3).
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn slice_mut<T: HostElement>(&self) -> &'a mut [T] {
         debug_assert_eq!(self.dtype, T::DTYPE);
-        // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, exclusive by the contract.
+        // SAFETY: in bounds and aligned by MEM-1, initialized since arenas start zeroed, and exclusive by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.element_count()) }
     }
 
-    /// The elements of a float tensor, converted to f32; `None` for integers.
+    /// The elements of a float tensor as f32. `None` for integers.
     ///
     /// # Safety
     /// Nothing writes the elements during `'a` (MEM-2, MEM-3).
     pub(crate) unsafe fn to_f32(self) -> Option<Cow<'a, [f32]>> {
-        // SAFETY: of the matching dtype; the rest is the contract.
+        // SAFETY: the dtype matches; the rest is the contract.
         unsafe {
             match self.dtype {
                 DType::F32 => Some(self.slice().into()),

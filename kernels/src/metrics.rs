@@ -1,7 +1,7 @@
-//! Metrics of this crate on the `metrics` facade, which cost a few nanoseconds until a program installs a recorder.
+//! Metrics of this crate on the `metrics` facade. They cost a few nanoseconds until a program installs a recorder.
 //!
-//! `shardflow_collective_seconds` (histogram; `actor`, `kind`): time in a collective, from when the stream starts it
-//! until the stream continues, so with the wait for other members. For a GPU, as the host observes it, to about 0.1 ms.
+//! `shardflow_collective_seconds` (histogram; `actor`, `kind`): time from the start of a collective until its stream
+//! continues. This includes the wait for other members. A GPU's times are as the host observes them, to about 0.1 ms.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ pub const COLLECTIVE_SECONDS: &str = "shardflow_collective_seconds";
 
 pub(crate) struct StreamMetrics {
     actor: String,
-    /// By kind, created at the first call of that kind.
+    /// Histograms by kind. Each is created at the first call of its kind.
     collectives: HashMap<&'static str, Histogram>,
     all: CollectiveTime,
 }
@@ -38,7 +38,7 @@ pub(crate) struct CollectiveTimer {
 }
 
 impl StreamMetrics {
-    /// The metrics of the actor that the stream is named after.
+    /// The metrics of the actor whose name the stream has.
     pub(crate) fn new(actor: &str) -> Self {
         Self { actor: actor.to_owned(), collectives: HashMap::new(), all: CollectiveTime::default() }
     }

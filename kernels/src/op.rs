@@ -1,7 +1,7 @@
-//! The operations that a stream can launch, and the program that lists launches.
-//! A backend dispatches on [`Op`] once per launch. Attributes are those of the local shard.
+//! The operations that a stream can launch, and programs, which are lists of launches. A backend dispatches on [`Op`]
+//! once per launch. Attributes describe the local shard.
 //!
-//! Shapes are row-major; `[..]` before the last dims stands for any number of leading dims.
+//! Shapes are row-major. `[..]` before the last dims stands for any number of leading dims.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -15,12 +15,12 @@ pub(crate) mod describe;
 mod einsum;
 
 /// Scale of the second column of [`Op::SumSquares`]: `2^-192`. A float's square is below `2^256`, so a scaled sum of
-/// `2^63` squares stays below `2^127`, in a float's range. When the first column overflows, past `2^128`, the second is
-/// above `2^-64` and keeps full precision.
+/// `2^63` squares is below `2^127`, which a float can represent. If the first column overflows (at `2^128`), the second
+/// column is above `2^-64` and keeps full precision.
 pub const SQUARES_SCALE: f64 = f64::from_bits((1023 - 192) << 52);
 
-/// Norm from the sums of [`Op::SumSquares`]: the root of the first column's sum, or, if that overflows a float, of the
-/// second column's. NaN or Inf if and only if an element of a tensor is NaN or Inf.
+/// The norm from the sums of [`Op::SumSquares`]: the root of the first column's sum or, if that sum overflows a float,
+/// of the second column's. The norm is NaN or Inf if and only if an element of a tensor is NaN or Inf.
 pub fn norm_of_squares(sums: impl IntoIterator<Item = [f64; 2]>) -> f64 {
     let [plain, scaled] = sums.into_iter().fold([0.0; 2], |total, sums| [total[0] + sums[0], total[1] + sums[1]]);
     if plain == f64::INFINITY { (scaled / SQUARES_SCALE).sqrt() } else { plain.sqrt() }
@@ -31,41 +31,41 @@ pub fn norm_of_squares(sums: impl IntoIterator<Item = [f64; 2]>) -> f64 {
 pub enum Op {
     /// Writes `value` to all elements. `() -> (out)`
     Fill {
-        /// The value.
+        /// The written value.
         value: f32,
     },
-    /// `(x) -> (y)`, same number of elements, any dtype; shapes may differ (a reshape). Accumulates (f32).
+    /// `(x) -> (y)`: any dtype, the same number of elements; shapes may differ (a reshape). Accumulates (f32).
     Copy,
-    /// `(x) -> (y)`, same shape: converts between float types, rounded to nearest, ties to even.
+    /// `(x) -> (y)`, same shape: converts between float types. Rounds to nearest, ties to even.
     Cast,
-    /// `(x) -> (y)`: copies box `src` of x to box `dst` of y; the rest of y is unchanged. Any dtype. Accumulates (f32).
+    /// `(x) -> (y)`: copies box `src` of x to box `dst` of y. Keeps the rest of y. Any dtype. Accumulates (f32).
     CopyRegion {
         /// Box of the read tensor.
         src: Region,
-        /// Box of the written tensor; same size as `src`.
+        /// Box of the written tensor. It has the same size as `src`.
         dst: Region,
     },
-    /// `(a, b) -> (y)`: `y = a + b`, where b's shape is a suffix of a's (b is broadcast over the leading dims).
+    /// `(a, b) -> (y)`: `y = a + b`. The shape of b is a suffix of a's shape: b is broadcast over the leading dims.
     Add,
-    /// `(x) -> (y)`: sums over the leading dims of x; y's shape is a suffix of x's. Accumulates.
+    /// `(x) -> (y)`: sums over the leading dims of x. The shape of y is a suffix of x's shape. Accumulates.
     SumLeading,
     /// `(x) -> (y)`: `y = factor * x`.
     Scale {
         /// The factor.
         factor: f32,
     },
-    /// Product of two tensors over named index groups, see [`Einsum`]. `(a, b) -> (y)`. Accumulates.
+    /// `(a, b) -> (y)`: a product of two tensors over named index groups. See [`Einsum`]. Accumulates.
     Einsum(Einsum),
-    /// `(ids [..], table [v, c]) -> (y [.., c])`: row `ids - vocab_start` of the table; zeros if another shard has it.
+    /// `(ids [..], table [v, c]) -> (y [.., c])`: table row `ids - vocab_start`, or zeros if another shard has the row.
     Embedding {
-        /// First row of the whole table that this shard holds.
+        /// Index in the whole table of this shard's first row.
         vocab_start: usize,
-        /// Rows of the whole table; an id outside of it is an error on every shard.
+        /// Number of rows of the whole table. An id outside of the whole table is an error on every shard.
         vocab: usize,
     },
-    /// `(ids [..], dy [.., c]) -> (dtable [v, c])`. Accumulates (rows are added in the order of the ids).
+    /// `(ids [..], dy [.., c]) -> (dtable [v, c])`. Accumulates: rows are added in the order of the ids.
     EmbeddingGrad {
-        /// First row of the whole table that this shard holds.
+        /// Index in the whole table of this shard's first row.
         vocab_start: usize,
     },
     /// `(x [.., c], weight [c]) -> (y [.., c], mean [..], rstd [..])`, without bias.
@@ -80,68 +80,68 @@ pub enum Op {
     Gelu,
     /// `(dy, x) -> (dx)`.
     GeluGrad,
-    /// Causal attention, scores never stored: `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`. `lse` is the
-    /// log-sum-exp of each row of scaled scores. Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
+    /// Causal attention, which never stores the scores: `(q, k, v [b, t, h, d]) -> (o [b, t, h, d], lse [b, h, t])`.
+    /// `lse` is the log-sum-exp of each row of scaled scores. Dao et al. 2022, <https://arxiv.org/abs/2205.14135>.
     Attention {
-        /// Factor of the scores, usually `1/sqrt(d)`.
+        /// Factor for the scores, usually `1/sqrt(d)`.
         scale: f32,
     },
     /// `(do, q, k, v, o, lse) -> (dq, dk, dv)`.
     AttentionGrad {
-        /// Factor of the scores.
+        /// Factor for the scores.
         scale: f32,
     },
-    /// `(logits [.., v]) -> (max [..])`; `-inf` when v is 0.
+    /// `(logits [.., v]) -> (max [..])`: the maximum of each row; `-inf` if v is 0.
     RowMax,
-    /// `(logits [.., v], max [..], targets i32 [..]) -> (sum_exp [..], target [..])`: the sum over this shard's columns
-    /// of `exp(logit - max)`, and the target's logit, or 0 if this shard does not hold the target's column.
+    /// `(logits [.., v], max [..], targets i32 [..]) -> (sum_exp [..], target [..])`: the sum of `exp(logit - max)`
+    /// over this shard's columns, and the logit of the target's column, or 0 if another shard holds that column.
     SumExpTarget {
-        /// First column of the whole vocabulary that this shard holds.
+        /// Index in the whole vocabulary of this shard's first column.
         vocab_start: usize,
-        /// Columns of the whole vocabulary; a target outside of it is an error on every shard.
+        /// Number of columns of the whole vocabulary. A target outside of it is an error on every shard.
         vocab: usize,
     },
     /// `(max [..], sum_exp [..], target [..]) -> (loss [])`: `scale * sum(max + ln(sum_exp) - target)`. Accumulates.
     TokenLoss {
-        /// `1 / number of tokens` for a mean.
+        /// For a mean: `1 / number of tokens`.
         scale: f32,
     },
     /// `(dloss [], logits [.., v], max, sum_exp, targets) -> (dlogits)`:
     /// `dloss * scale * (exp(logit - max) / sum_exp - [column == target])`.
     CrossEntropyGrad {
-        /// First column of the whole vocabulary that this shard holds.
+        /// Index in the whole vocabulary of this shard's first column.
         vocab_start: usize,
-        /// `1 / number of tokens` for a mean.
+        /// For a mean: `1 / number of tokens`.
         scale: f32,
     },
-    /// `(x, rng i32 [2]) -> (y)`: `y = x / (1 - p)` for kept elements, else 0. The mask of an element is a function of
-    /// `seed`, of the step and of the element's index in the step's whole tensor, so it is the same for every layout
-    /// and number of micro-batches. `rng = [step, micro-batch]`. It is its own gradient, applied to dy.
+    /// `(x, rng i32 [2]) -> (y)`: `y = x / (1 - p)` for kept elements, otherwise 0. `rng = [step, micro-batch]`. An
+    /// element's mask is a function of `seed`, the step and the element's index in the step's whole tensor, so it is
+    /// the same for every layout and number of micro-batches. The gradient is the same op, applied to dy.
     Dropout {
         /// Probability of zeroing an element.
         p: f32,
-        /// Differs for each dropout in a model.
+        /// Seed, which differs for each dropout in a model.
         seed: u64,
-        /// Shape of the whole (logical) tensor of a step, over all micro-batches.
+        /// Shape of the whole (logical) tensor of a step, which includes all micro-batches.
         shape: Vec<usize>,
-        /// Start of this shard's part of micro-batch 0 in that tensor.
+        /// Start, in the whole tensor, of this shard's part of micro-batch 0.
         start: Vec<usize>,
-        /// Elements from the start of a micro-batch to the start of the next, row-major in `shape`.
+        /// Number of elements from one micro-batch's start to the next one's, row-major in `shape`.
         stride: usize,
     },
-    /// `(x) -> (out [n, 2])`: adds the sum of the squares of x to `out[index, 0]`, and the sum times [`SQUARES_SCALE`]
-    /// to `out[index, 1]`, each in f32 from a fixed-order f64 sum. Needs `out` zeroed by `Fill`; changes nothing else.
+    /// `(x) -> (out [n, 2])`: adds the sum of x's squares to `out[index, 0]`, and the sum times [`SQUARES_SCALE`] to
+    /// `out[index, 1]`. Sums in f64, in a fixed order; adds in f32. Needs `out` zeroed by `Fill`; changes nothing else.
     SumSquares {
         /// The row of `out`.
         index: usize,
     },
-    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is [`norm_of_squares`] (in order, f64), `scale = min(1, max_norm
-    /// / (norm + 1e-6))`; `scale` is NaN if the norm is not finite.
+    /// `(sums [n, 2]) -> (scale [], norm [])`: `norm` is [`norm_of_squares`] (in order, f64). `scale = min(1, max_norm
+    /// / (norm + 1e-6))`, or NaN if the norm is not finite.
     ClipScale {
-        /// Largest norm that is not scaled down; infinity disables clipping and leaves `scale` 1.
+        /// Largest norm that is not scaled down. With infinity, there is no clipping, and `scale` is 1.
         max_norm: f32,
     },
-    /// AdamW, <https://arxiv.org/abs/1711.05101>. All buffers but `hyper` and `scale` have one shape. In place.
+    /// AdamW, <https://arxiv.org/abs/1711.05101>. All buffers except `hyper` and `scale` have the same shape. In place.
     /// `(grad, hyper [2] = [learning rate, update counted from 1], scale []) -> (param, m, v)`.
     /// `g = scale * grad; p *= 1 - lr * decay; m, v as usual; p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)`.
     /// Changes nothing if `scale` or the learning rate is not finite.
@@ -155,7 +155,7 @@ pub enum Op {
         /// Decoupled weight decay.
         weight_decay: f32,
     },
-    /// A collective over a group of devices; blocks the stream until all members have joined.
+    /// A collective over a group of devices. It blocks the stream until all members have joined.
     Collective(CollectiveCall),
     /// A kernel defined outside this crate.
     Custom(Arc<dyn CustomKernel>),
@@ -163,12 +163,12 @@ pub enum Op {
 
 /// A kernel defined outside this crate. It runs on the stream's thread.
 pub trait CustomKernel: Debug + Send + Sync {
-    /// Name for plans and errors.
+    /// The kernel's name for plans and errors.
     fn name(&self) -> &str;
-    /// Runs on the CPU backend. The slices are the launch's buffers, in order, with their shapes.
+    /// Runs on the CPU backend. `args` has the launch's buffers, in order, with their shapes.
     ///
     /// # Errors
-    /// Any error ends the session and is reported as its cause.
+    /// Any error ends the session, which reports the error as its cause.
     fn run_cpu(&self, args: CpuArgs<'_>) -> Result<()>;
 }
 
@@ -178,7 +178,7 @@ pub struct CpuArgs<'a> {
     pub reads: Vec<CpuRead<'a>>,
     /// Buffers that the launch writes.
     pub writes: Vec<CpuWrite<'a>>,
-    /// Whether to add the results to the existing values instead of overwriting them.
+    /// True if the kernel must add its results to the existing values instead of overwriting them.
     pub accumulate: bool,
 }
 
@@ -214,16 +214,16 @@ pub enum CpuSliceMut<'a> {
     I32(&'a mut [i32]),
 }
 
-/// A product such as `"btc,hdc->bthd"`: each letter is an index. Letters in both operands but not in the result are
-/// summed. Restricted to what one matrix product can compute without moving data: no index is in all three terms, and
-/// the indices of each operand form two runs (rows and columns of a matrix, or its transpose).
+/// A product such as `"btc,hdc->bthd"`. Each letter is an index. Letters in both operands but not in the result are
+/// summed. Only products that one matrix product computes without moving data are valid: no index is in all three
+/// terms, and the indices of each operand form two runs (the rows and columns of a matrix, or of its transpose).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Einsum {
-    /// Letters of the first operand's dims.
+    /// The letters of the first operand's dims.
     pub a: String,
-    /// Letters of the second operand's dims.
+    /// The letters of the second operand's dims.
     pub b: String,
-    /// Letters of the result's dims.
+    /// The letters of the result's dims.
     pub out: String,
 }
 
@@ -236,22 +236,22 @@ pub struct GemmDims {
     pub n: usize,
     /// Length of the summed index.
     pub k: usize,
-    /// The first operand is stored as `[k, m]`.
+    /// True if the first operand is stored as `[k, m]`.
     pub a_transposed: bool,
-    /// The second operand is stored as `[n, k]`.
+    /// True if the second operand is stored as `[n, k]`.
     pub b_transposed: bool,
-    /// The result is stored as `[n, m]`.
+    /// True if the result is stored as `[n, m]`.
     pub out_transposed: bool,
 }
 
-/// Location of a launch's buffer: an offset from one of the bases of the submission.
+/// The location of a launch's buffer: an offset from one of the submission's bases.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Index into the submission's bases.
     pub base: usize,
-    /// Bytes from the base.
+    /// Offset in bytes from the base.
     pub offset: usize,
-    /// Extent of each dim (of this device's part).
+    /// Extent of each dim of this device's part.
     pub shape: Vec<usize>,
     /// Element type.
     pub dtype: DType,
@@ -262,23 +262,23 @@ pub struct Buffer {
 pub struct Launch {
     /// The operation.
     pub op: Op,
-    /// Buffers that it reads.
+    /// Buffers that the launch reads.
     pub reads: Vec<Buffer>,
-    /// Buffers that it writes. A write may be the same buffer as a read only if the op is in place or elementwise.
+    /// Buffers that the launch writes. If the op is in place or elementwise, a write may be the same buffer as a read.
     pub writes: Vec<Buffer>,
-    /// Whether a submission with `repeat` set adds to the op's accumulating write instead of overwriting it.
+    /// If true, submissions with `repeat` add to the op's accumulating write instead of overwriting it.
     pub accumulate: bool,
-    /// Scratch memory, if [`crate::device::DeviceKind::workspace_bytes`] requires some.
+    /// Scratch memory, if [`crate::device::DeviceKind::workspace_bytes`] requires it.
     pub workspace: Option<Buffer>,
 }
 
-/// The launches of one action, in order, on one stream.
+/// The launches of one action, which run in order on one stream.
 #[derive(Clone, Debug, Default)]
 pub struct Program {
     /// Name for errors and traces.
     pub name: String,
     /// Launches in stream order.
     pub launches: Vec<Launch>,
-    /// `(n, tag)`: notify the submitter with `tag` once the first n launches have finished. Sorted by n.
+    /// `(n, tag)`: the submitter is notified with `tag` once the first n launches have finished. Sorted by n.
     pub signals: Vec<(usize, u32)>,
 }

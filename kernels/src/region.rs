@@ -5,8 +5,8 @@ use std::ops::Range;
 use crate::error::{KernelError, Result};
 use crate::tensor::Region;
 
-/// Calls `run(from, to, len)` for each run of elements of a box of `size` that is contiguous both in a tensor of shape
-/// `from_shape` (at `from_start`) and in one of shape `to_shape` (at `to_start`). All have the same number of dims.
+/// Calls `run(from, to, len)` for each run of elements of a box of `size`. A run is contiguous both in a tensor of
+/// shape `from_shape` (at `from_start`) and in one of `to_shape` (at `to_start`). All have the same number of dims.
 pub(crate) fn for_each_run(
     (from_shape, from_start): (&[usize], &[usize]),
     (to_shape, to_start): (&[usize], &[usize]),
@@ -16,7 +16,7 @@ pub(crate) fn for_each_run(
     if size.contains(&0) {
         return;
     }
-    // The dims from `inner` on form one run: all of them but the first are complete in both tensors.
+    // The dims from `inner` on form one run: all of these except the first are complete in both tensors.
     let mut inner = size.len().saturating_sub(1);
     while inner > 0 && size[inner] == from_shape[inner] && size[inner] == to_shape[inner] {
         inner -= 1;
@@ -36,7 +36,7 @@ pub(crate) fn for_each_run(
 }
 
 impl Region {
-    /// The contiguous runs of elements, in order, of the region in a row-major tensor of this shape, which contains it.
+    /// The region's contiguous runs of elements, in order, in a row-major tensor of `shape`, which contains the region.
     pub fn runs(&self, shape: &[usize]) -> Vec<Range<usize>> {
         let mut runs = Vec::new();
         let all = 0..self.element_count();
@@ -45,20 +45,20 @@ impl Region {
     }
 }
 
-/// A box of a row-major tensor as runs of equal length, for direct access to a part of it. The box's elements are
-/// numbered in row-major order.
+/// A box of a row-major tensor as runs of equal length, for direct access to parts of the box. The elements of the box
+/// are numbered in row-major order.
 #[derive(Clone, Debug)]
 pub(crate) struct Runs {
     /// Index of the first element in the tensor.
     start: usize,
-    /// Elements of a run; 0 for an empty box.
+    /// Number of elements of a run; 0 for an empty box.
     len: usize,
-    /// Extent and stride (in elements) of the dims that runs do not cover; innermost first.
+    /// Extent and stride (in elements) of each dim that is not part of the runs, innermost first.
     outer: Vec<(usize, usize)>,
 }
 
 impl Runs {
-    /// The box `region`, which lies inside a tensor of `shape`.
+    /// Converts the box `region`, which must lie inside a tensor of shape `shape`.
     pub(crate) fn new(shape: &[usize], region: &Region) -> Self {
         let mut inner = shape.len().saturating_sub(1);
         while inner > 0 && region.size[inner] == shape[inner] {
@@ -92,7 +92,7 @@ impl Runs {
         })
     }
 
-    /// Calls `run(index in the tensor, elements after range.start, len)` for each contiguous piece of a range.
+    /// Calls `run(index in the tensor, elements after range.start, len)` for each contiguous piece of the range.
     pub(crate) fn for_each(&self, range: Range<usize>, mut run: impl FnMut(usize, usize, usize)) {
         let mut next = range.start;
         while next < range.end {
@@ -103,7 +103,7 @@ impl Runs {
         }
     }
 
-    /// The indices in the tensor of a range of the box, if they are contiguous.
+    /// The indices in the tensor of a range of the box. `None` if these are not contiguous.
     pub(crate) fn contiguous(&self, range: &Range<usize>) -> Option<Range<usize>> {
         if range.is_empty() {
             return Some(0..0);
@@ -124,7 +124,7 @@ pub(crate) fn check_inside(op: &str, what: &str, region: &Region, shape: &[usize
     Err(KernelError::arguments(op, what, format!("a box inside {shape:?}"), format!("{region:?}")))
 }
 
-/// The part of `region` outside of `hole`, as disjoint boxes.
+/// Returns the part of `region` outside of `hole` as disjoint boxes.
 pub(crate) fn subtract(region: &Region, hole: &Region) -> Vec<Region> {
     let Some(common) = region.intersect(hole) else {
         return if region.is_empty() { Vec::new() } else { vec![region.clone()] };

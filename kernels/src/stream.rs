@@ -1,4 +1,4 @@
-//! In-order streams of launches. A backend takes commands; everything else is the same for all.
+//! In-order streams of launches. A backend executes commands; all other code is the same for every backend.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +12,8 @@ use crate::submission::Command;
 
 pub use crate::submission::{Notification, Notify, Submission};
 
-/// A queue of work on one device, executed in order. Dropping it waits for queued work to finish (unless the stream's
-/// own thread drops it), so abort the collective engine first when members may be missing.
+/// A queue of work on one device, executed in order. Dropping it waits until the queued work has finished, except on
+/// the stream's own thread. So abort the collective engine first if members may be missing.
 #[derive(Debug)]
 pub struct Stream(pub(crate) StreamBackend);
 
@@ -34,16 +34,16 @@ impl Stream {
     /// Queues a program and returns immediately.
     ///
     /// # Errors
-    /// [`KernelError::Closed`] when the stream has ended. Errors of the program are passed to `notify`.
+    /// [`KernelError::Closed`] if the stream has ended. Errors of the program are passed to `notify`.
     pub fn submit(&self, submission: Submission) -> Result<(), KernelError> {
         self.send(Command::Run(submission))
     }
 
-    /// Prepares everything that the stream needs to run this program, so that its submissions allocate nothing: loads
-    /// or compiles kernels and allocates scratch memory. Call it when a plan is loaded. Optional.
+    /// Prepares all that the stream needs to run this program, so that submitting it allocates nothing: loads or
+    /// compiles kernels, and allocates scratch memory. Optional. Call it when a plan is loaded.
     ///
     /// # Errors
-    /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; an invalid launch is reported when it is submitted.
+    /// [`KernelError::OutOfMemory`], [`KernelError::Cuda`]; an invalid launch is reported only when it is submitted.
     pub fn prepare(&self, program: &Arc<Program>) -> Result<(), KernelError> {
         match &self.0 {
             StreamBackend::Cpu(stream) => stream.scratch.prepare(program),
@@ -51,36 +51,36 @@ impl Stream {
         }
     }
 
-    /// An event that is set when all work submitted so far has finished.
+    /// Returns an event that is set when all work submitted so far has finished.
     pub fn record(&self) -> Event {
         let event = Event::default();
         if self.send(Command::Record(event.clone())).is_err() {
-            // An ended or failed stream runs nothing more, so the event is due.
+            // A stream that has ended or failed runs nothing more, so the event is set now.
             event.set();
         }
         event
     }
 
-    /// Delays later submissions until `event` is set, which may belong to another stream. Does not block.
+    /// Delays later submissions until `event`, possibly of another stream, is set. Does not block.
     ///
     /// # Errors
-    /// [`KernelError::Closed`] when the stream has ended.
+    /// [`KernelError::Closed`] if the stream has ended.
     pub fn wait_for(&self, event: &Event) -> Result<(), KernelError> {
         if event.query() { Ok(()) } else { self.send(Command::Wait(event.clone())) }
     }
 
-    /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. Slow; for debugging.
+    /// Enables or disables Inf/NaN checks on launch outputs, from the next submission on. For debugging: they are slow.
     ///
     /// # Errors
-    /// [`KernelError::Closed`] when the stream has ended.
+    /// [`KernelError::Closed`] if the stream has ended.
     pub fn check_finite(&self, on: bool) -> Result<(), KernelError> {
         self.send(Command::CheckFinite(on))
     }
 
-    /// Blocks until all work submitted so far has finished. Must not be called from a [`Notify`].
+    /// Blocks until all work submitted so far has finished. Do not call this from a [`Notify`].
     ///
     /// # Errors
-    /// [`KernelError::Closed`] when the stream has ended.
+    /// [`KernelError::Closed`] if the stream has ended.
     pub fn synchronize(&self) -> Result<(), KernelError> {
         let event = Event::default();
         self.send(Command::Record(event.clone()))?;
@@ -96,7 +96,7 @@ impl Stream {
         }
     }
 
-    /// Total time that the stream has spent in collectives, waiting for other members or transferring bytes.
+    /// Total time that the stream has spent in collectives: waiting for other members or transferring bytes.
     pub fn collective_time(&self) -> Duration {
         match &self.0 {
             StreamBackend::Cpu(stream) => stream.collective_time.get(),

@@ -1,4 +1,4 @@
-//! What a stream runs and how it reports: submissions, notifications, and what all backends share of a report.
+//! Submissions to a stream, their notifications, and code for notifications that all backends share.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -8,19 +8,19 @@ use crate::event::Event;
 use crate::memory::Base;
 use crate::op::{Op, Program};
 
-/// Target of the TRACE events that are logged on the stream's thread before each launch.
+/// Target of the TRACE event that the stream's thread logs before each launch.
 const LAUNCH: &str = "shardflow::launch";
 
-/// Receives the notifications of a submission, on a thread of the backend; the call must not block.
+/// Receives the notifications of a submission on a thread of the backend. The call must not block.
 pub type Notify = Box<dyn FnMut(Notification) + Send>;
 
 /// An event in the execution of a submission.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Notification {
-    /// The launches before a signal of the program have finished; holds the signal's tag.
+    /// The launches before a signal of the program have finished. Contains the signal's tag.
     Signal(u32),
-    /// With [`Stream::check_finite`](crate::stream::Stream::check_finite) enabled: the first write of the submission
-    /// that contains Inf or NaN.
+    /// Sent if [`Stream::check_finite`](crate::stream::Stream::check_finite) is enabled: the first write of the
+    /// submission with Inf or NaN.
     NotFinite {
         /// Index of the launch in the program.
         launch: usize,
@@ -29,25 +29,25 @@ pub enum Notification {
         /// Number of elements that are Inf or NaN.
         elements: usize,
     },
-    /// All launches have finished. Exactly one of `Done` and `Failed` is sent, and it is the last notification.
+    /// All launches have finished. The last notification is always `Done` or `Failed`, and only one of these is sent.
     Done,
-    /// A launch failed; the launches after it were skipped. The stream continues with the next submission.
+    /// A launch failed, and the later launches were skipped. The stream continues with the next submission.
     Failed(KernelError),
 }
 
-/// A program to run and its memory. The arenas stay alive until it has run.
+/// A program to run, and its memory. The arenas stay alive until the program has ended.
 pub struct Submission {
     /// The launches to run.
     pub program: Arc<Program>,
-    /// The addresses that the program's buffers are relative to.
+    /// The addresses to which the offsets of the program's buffers are relative.
     pub bases: Vec<Base>,
-    /// Whether launches marked `accumulate` add to the existing values instead of overwriting them.
+    /// True if launches marked `accumulate` add to the existing values instead of overwriting them.
     pub repeat: bool,
     /// Receives signals and the result.
     pub notify: Notify,
 }
 
-/// A command of a stream's queue; `R` is how the backend represents a submission.
+/// A command in a stream's queue. `R` is the backend's form of a submission.
 pub(crate) enum Command<R = Submission> {
     Run(R),
     Record(Event),
@@ -72,16 +72,16 @@ pub(crate) fn launch_panic(program: &Program, index: usize, panic: &(dyn Any + S
     KernelError::Panic { launch, program: program.name.clone(), message }
 }
 
-/// Number of invalid Inf and NaN values among the floats that an op has written.
+/// Number of Inf and NaN values, among the floats that an op has written, that indicate an error.
 pub(crate) fn faults(op: &Op, shape: &[usize], values: &[f32]) -> usize {
     let is_fault = |value: &f32| match op {
-        // The maximum of an empty row.
+        // The maximum of an empty row is -Inf.
         Op::RowMax => !value.is_finite() && *value != f32::NEG_INFINITY,
         _ => !value.is_finite(),
     };
     let count = |values: &[f32]| values.iter().filter(|value| is_fault(value)).count();
     match op {
-        // The op does not write elements outside of the box.
+        // The op writes only the elements inside the box.
         Op::CopyRegion { dst, .. } => dst.runs(shape).into_iter().map(|run| count(&values[run])).sum(),
         _ => count(values),
     }

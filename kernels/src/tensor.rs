@@ -1,22 +1,22 @@
-//! Properties of a tensor apart from its location: dtype, shape, region of a larger tensor; and tensors on the host.
+//! Tensors without their location: dtype, shape, and region of a larger tensor. Also tensors in host memory.
 
 use std::ops::Range;
 
 use half::bf16;
 
-/// Element type. Every kernel computes in f32, whatever the storage type of its operands; `I32` holds indices.
+/// Element type. Every kernel computes in f32, whatever the storage type of its operands. `I32` holds indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
     /// 32-bit IEEE float.
     F32,
     /// 32-bit signed integer, for token ids and other indices.
     I32,
-    /// The upper half of an `F32`: its range, 8 bits of precision. Rounded to nearest, ties to even.
+    /// The upper half of an `F32`: the same range, with 8 bits of precision. Rounded to nearest, ties to even.
     BF16,
 }
 
 impl DType {
-    /// Bytes of one element.
+    /// Size of one element in bytes.
     pub const fn bytes(self) -> usize {
         match self {
             Self::F32 | Self::I32 => 4,
@@ -24,7 +24,7 @@ impl DType {
         }
     }
 
-    /// Whether the type is a float type.
+    /// True if the type is a float type.
     pub const fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::BF16)
     }
@@ -42,51 +42,51 @@ macro_rules! host_elements {
 
 host_elements!(f32 => F32, i32 => I32, bf16 => BF16);
 
-/// Elements in a tensor of this shape (1 for a scalar's empty shape); `usize::MAX` on overflow.
+/// Number of elements in a tensor of this shape: 1 for a scalar's empty shape, `usize::MAX` on overflow.
 pub fn element_count(shape: &[usize]) -> usize {
     shape.iter().fold(1, |count: usize, extent| count.saturating_mul(*extent))
 }
 
-/// The part of `0..len` that part `index` of `parts` holds: the first `len mod parts` parts have one element more, so a
-/// part may be empty. All splits in Shardflow, of tensors and of collectives' chunks, use this function.
+/// The range that part `index` of `parts` holds of `0..len`. The first `len mod parts` parts have one element more, so
+/// a part may be empty. All splits in Shardflow, of tensors and of collectives' chunks, use this function.
 pub fn split_range(len: usize, parts: usize, index: usize) -> Range<usize> {
     let (base, extra) = (len / parts, len % parts);
     let start = index * base + index.min(extra);
     start..start + base + usize::from(index < extra)
 }
 
-/// An axis-aligned box of a larger tensor: `start[d] .. start[d] + size[d]` in each dim.
+/// An axis-aligned box of a larger tensor: `start[d] .. start[d] + size[d]` in each dim d.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Region {
     /// First index in each dim.
     pub start: Vec<usize>,
-    /// Extent in each dim; a zero makes the region empty.
+    /// Extent in each dim. If one is zero, the region is empty.
     pub size: Vec<usize>,
 }
 
 impl Region {
-    /// The whole of a tensor of this shape.
+    /// The region that covers a whole tensor of this shape.
     pub fn whole(shape: &[usize]) -> Self {
         Self { start: vec![0; shape.len()], size: shape.to_vec() }
     }
 
-    /// The same region, except for this range of dim `d`.
+    /// Returns the same region with `range` as its range in dim `d`.
     pub(crate) fn with_range(mut self, d: usize, range: Range<usize>) -> Self {
         (self.start[d], self.size[d]) = (range.start, range.len());
         self
     }
 
-    /// Elements inside.
+    /// Number of elements in the region.
     pub fn element_count(&self) -> usize {
         element_count(&self.size)
     }
 
-    /// Whether the region contains no element.
+    /// True if the region contains no element.
     pub fn is_empty(&self) -> bool {
         self.size.contains(&0)
     }
 
-    /// The common part of two regions of one tensor; `None` when they share no element.
+    /// The common part of two regions of a tensor. `None` if they share no element.
     pub fn intersect(&self, other: &Region) -> Option<Region> {
         let mut out = Region { start: Vec::new(), size: Vec::new() };
         for d in 0..self.start.len() {
@@ -101,14 +101,14 @@ impl Region {
         Some(out)
     }
 
-    /// This region relative to the start of `outer`, which must contain it.
+    /// Returns this region relative to the start of `outer`, which must contain this region.
     pub fn relative_to(&self, outer: &Region) -> Region {
         let start = self.start.iter().zip(&outer.start).map(|(a, b)| a - b).collect();
         Region { start, size: self.size.clone() }
     }
 }
 
-/// Elements of a [`HostTensor`].
+/// The elements of a [`HostTensor`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum HostData {
     /// 32-bit floats.
@@ -120,7 +120,7 @@ pub enum HostData {
 }
 
 impl HostData {
-    /// An empty vector of this type.
+    /// Returns an empty vector of this type.
     pub fn empty(dtype: DType) -> Self {
         match dtype {
             DType::F32 => Self::F32(Vec::new()),
@@ -137,7 +137,7 @@ impl HostData {
         }
     }
 
-    /// Resizes to `elements` elements, reusing the memory, and returns their bytes to be overwritten.
+    /// Resizes to `elements` elements and reuses the memory. Returns the bytes, which the caller must overwrite.
     pub(crate) fn resized(&mut self, elements: usize) -> &mut [u8] {
         fn resize<T: bytemuck::Pod>(values: &mut Vec<T>, elements: usize) -> &mut [u8] {
             values.resize(elements, T::zeroed());
@@ -151,7 +151,7 @@ impl HostData {
     }
 }
 
-/// Panics, at the line of the public function's caller, when the shape does not have `got / each` elements.
+/// Panics if `got / each` is not the number of elements of the shape. Reports the line of the public function's caller.
 #[track_caller]
 fn check_count(shape: &[usize], each: usize, got: usize, unit: &str) {
     match shape.iter().try_fold(each, |count, extent| count.checked_mul(*extent)) {
@@ -170,40 +170,40 @@ pub struct HostTensor {
 }
 
 impl HostTensor {
-    /// A float tensor.
+    /// Creates a float tensor.
     ///
     /// # Panics
-    /// When `data` does not hold `element_count(shape)` elements.
+    /// If `data` does not have `element_count(shape)` elements.
     #[track_caller]
     pub fn f32(shape: &[usize], data: Vec<f32>) -> Self {
         check_count(shape, 1, data.len(), "elements");
         Self { shape: shape.to_vec(), data: HostData::F32(data) }
     }
 
-    /// An integer tensor.
+    /// Creates an integer tensor.
     ///
     /// # Panics
-    /// When `data` does not hold `element_count(shape)` elements.
+    /// If `data` does not have `element_count(shape)` elements.
     #[track_caller]
     pub fn i32(shape: &[usize], data: Vec<i32>) -> Self {
         check_count(shape, 1, data.len(), "elements");
         Self { shape: shape.to_vec(), data: HostData::I32(data) }
     }
 
-    /// A bf16 tensor; values are rounded to nearest.
+    /// Creates a bf16 tensor. The values are rounded to nearest.
     ///
     /// # Panics
-    /// When `data` does not hold `element_count(shape)` elements.
+    /// If `data` does not have `element_count(shape)` elements.
     #[track_caller]
     pub fn bf16(shape: &[usize], data: &[f32]) -> Self {
         check_count(shape, 1, data.len(), "elements");
         Self { shape: shape.to_vec(), data: HostData::BF16(data.iter().copied().map(bf16::from_f32).collect()) }
     }
 
-    /// A tensor from the little-endian bytes of its elements, which need not be aligned.
+    /// Creates a tensor from the little-endian bytes of its elements. The bytes need not be aligned.
     ///
     /// # Panics
-    /// When the length is not that of `element_count(shape)` elements.
+    /// If the length is not that of `element_count(shape)` elements.
     #[track_caller]
     pub fn from_le_bytes(dtype: DType, shape: &[usize], bytes: &[u8]) -> Self {
         check_count(shape, dtype.bytes(), bytes.len(), "bytes");
@@ -230,7 +230,7 @@ impl HostTensor {
         }
     }
 
-    /// Number of elements in `data`. A tensor with another number than its shape's is rejected by every function.
+    /// Number of elements in `data`. Every function rejects a tensor whose shape has another number of elements.
     pub fn elements_held(&self) -> usize {
         self.as_bytes().len() / self.dtype().bytes()
     }
@@ -240,7 +240,7 @@ impl HostTensor {
         if let HostData::F32(values) = &self.data { Some(values) } else { None }
     }
 
-    /// The elements of a float tensor, converted to f32.
+    /// The elements of a float tensor as f32.
     pub fn to_f32(&self) -> Option<Vec<f32>> {
         match &self.data {
             HostData::F32(v) => Some(v.clone()),
@@ -262,7 +262,7 @@ mod tests {
 
     use super::*;
 
-    /// A call that panics and returns its own `line!()`; and the expected text.
+    /// A call that panics on a line with `line!()`, and the expected text.
     type Call = (fn() -> u32, &'static str);
 
     #[test]

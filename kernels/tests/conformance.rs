@@ -1,5 +1,5 @@
-//! The CPU backend passes the conformance suite of backends, with one thread and with several. The shared-memory engine
-//! passes that of collectives, with separate mappings per device, as if each were a process.
+//! The CPU backend passes the conformance suite with one thread and with several threads. The shared-memory engine
+//! passes the collectives suite, with separate mappings per device, as if each device were a process.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -45,11 +45,11 @@ fn mapped(arena: &Arena, access: Access) -> Result<Arena, KernelError> {
     Arena::map_peer(file, arena.bytes(), access)
 }
 
-/// Devices of `n` processes, or of half as many.
+/// Creates the devices of `n` processes, or of fewer processes with `devices_per_process` devices each.
 fn on_node(n: usize, devices_per_process: usize) -> Result<Vec<(Device, Arena)>, KernelError> {
     let groups = conformance::collectives_groups(n);
     let board = Board::create(&groups)?;
-    // Allocates the memory before the engines exist.
+    // Allocates the memory before the engines are created.
     let allocator = Device::cpu(0, 1, Arc::new(InProcess::new()));
     let arenas = (0..n).map(|_| allocator.shared_arena(conformance::COLLECTIVES_ARENA_BYTES));
     let arenas = arenas.collect::<Result<Vec<_>, _>>()?;

@@ -1,6 +1,6 @@
-//! The CUDA backend on software devices: the conformance suite of every backend, with engines for one GPU and for many.
+//! The CUDA backend on software devices passes the conformance suite, with engines for one GPU and for several GPUs.
 //! Each test starts this program again, so that the dynamic linker loads the software device instead of NVIDIA's
-//! libraries. Errors that the device finds fail the test.
+//! libraries. An error that the software device finds fails the test.
 
 use std::fmt;
 use std::sync::Arc;
@@ -31,9 +31,9 @@ mod pull;
 #[path = "cuda/waiting.rs"]
 mod waiting;
 
-/// Timeout for members of a group to join.
+/// Timeout until all members of a group have joined.
 const WITHIN: Duration = Duration::from_secs(30);
-/// Duration of the slow abort.
+/// How long the slow abort takes.
 const ABORT: Duration = Duration::from_secs(3);
 
 fn assert_no_failures(failures: &[ConformanceFailure]) {
@@ -53,7 +53,7 @@ fn arenas(devices: impl Iterator<Item = Device>) -> Result<Vec<(Device, Arena)>,
     devices.map(with_arena).collect()
 }
 
-/// Runs the suite with several mesh devices on each GPU.
+/// Runs the suite with several mesh devices per GPU.
 fn shared(engine: &dyn Fn() -> Arc<dyn Collective>) {
     let gpus = gpus();
     let make = |n| {
@@ -63,7 +63,7 @@ fn shared(engine: &dyn Fn() -> Arc<dyn Collective>) {
     assert_no_failures(&conformance::run_collectives(&make));
 }
 
-/// Runs the suite with one GPU per device.
+/// Runs the suite with one mesh device per GPU.
 fn nccl() {
     let gpus = gpus();
     assert!(gpus.len() > 1, "groups of one GPU do not exercise NCCL");
@@ -85,7 +85,7 @@ fn floats(offset: usize, shape: &[usize]) -> Buffer {
     Buffer { base: 0, offset, shape: shape.to_vec(), dtype: DType::F32 }
 }
 
-/// The launches of one layer: norm, product, GELU, residual; with a signal in between.
+/// The launches of one layer: norm, product, GELU and residual. A signal is in between.
 fn layer() -> (Arc<Program>, usize) {
     const ROWS: [usize; 2] = [4, 32];
     let place = |i: usize| 4 * element_count(&ROWS) * i;
@@ -143,7 +143,7 @@ fn steps(count: usize) {
 const PLACE: usize = 22_528;
 
 /// Pairs of launches that one kernel can run: residual and norm, bias and GELU, maximum and sum of a row. Returns the
-/// program and the buffers it writes; if `apart`, signals separate all launches.
+/// program and the buffers that it writes. If `apart`, signals separate all launches.
 fn fusible(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buffer>) {
     let rows = [5, width];
     let place = |i: usize, shape: &[usize], dtype| Buffer { dtype, ..floats(PLACE * i, shape) };
@@ -168,13 +168,13 @@ fn fusible(dtype: DType, apart: bool, width: usize) -> (Arc<Program>, Vec<Buffer
     (Arc::new(Program { name: "fusible".to_owned(), launches, signals }), written)
 }
 
-/// Runs fusible launches apart, then by `mode`: fused, apart again, or with Inf/NaN checks. Results are equal except
-/// for the summation order within a row.
+/// Runs fusible launches apart, then by `mode`: fused, apart again, or with Inf/NaN checks. The results must be equal,
+/// except for the summation order within a row.
 fn fused_and_apart(mode: &str) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
     let wave = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
-    // Whole vectors, no vectors, and more than a warp keeps of a row.
+    // Row widths: whole vectors; not whole vectors; more than a warp keeps of a row.
     let cases = [72, 17, 1100].into_iter().flat_map(|width| [(DType::F32, width), (DType::BF16, width)]);
     for (dtype, width) in cases {
         let (rows, n) = ([5, width], 5 * width);
@@ -205,13 +205,13 @@ fn fused_and_apart(mode: &str) {
         for (i, (got, expected)) in read().iter().zip(&expected).enumerate() {
             let close = |(got, expected): (&f32, &f32)| (got - expected).abs() <= 1e-6 * expected.abs();
             let is_close = got.as_f32().zip(expected.as_f32()).is_some_and(|(a, b)| a.iter().zip(b).all(close));
-            // Write 7 is the sum of exponentials.
+            // Write 7 is the sum of exponentials, whose summation order may differ.
             assert!(got == expected || i == 7 && is_close, "{dtype:?}, write {i}: got {got:?}, expected {expected:?}");
         }
     }
 }
 
-/// Checks attention and its gradient by cuDNN or by Shardflow's kernels.
+/// Checks attention and its gradient, computed by cuDNN or by Shardflow's kernels.
 fn run_attentions(kind: &str) {
     if kind == "absent" {
         for folder in std::env::split_paths(&std::env::var_os("LD_LIBRARY_PATH").expect("the software device's folder"))
@@ -267,7 +267,7 @@ fn attention_steps(count: usize) {
     assert_eq!(device.allocation_count(), allocations, "a prepared stream allocates");
 }
 
-/// Errors in a fused pair are reported for the launch that they belong to.
+/// Tests that an error in a fused pair is reported for the launch that caused it.
 fn errors_in_pairs() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (stream, arena) = (device.stream("compute", 1).expect("a stream"), device.arena(14 * PLACE).expect("memory"));
@@ -284,7 +284,7 @@ fn errors_in_pairs() {
         arena.write_host(PLACE * 4, &HostTensor::i32(&[5], vec![0; 5])).expect("inside");
         let infinite = HostTensor::f32(&[1], vec![f32::INFINITY]);
         let infinite = if dtype == DType::BF16 { HostTensor::bf16(&[1], &[f32::INFINITY]) } else { infinite };
-        // The bias, which the third launch adds to each of five rows.
+        // This buffer is the bias, which the third launch adds to each of five rows.
         arena.write_host(PLACE * 3, &infinite).expect("inside");
         stream.check_finite(true).expect("a live stream");
         let notifications = submit(&stream, &program, &arena).expect("a live stream");
@@ -313,7 +313,7 @@ impl<F: Fn() + Send + Sync> CustomKernel for Call<F> {
     }
 }
 
-/// Fusible launches after a call of user code.
+/// A program with a call of user code, followed by fusible launches.
 fn after_call(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
     let (program, _) = fusible(DType::F32, false, 72);
     let (reads, writes) = (vec![], vec![]);
@@ -322,7 +322,7 @@ fn after_call(call: impl Fn() + Send + Sync + 'static) -> Arc<Program> {
     Arc::new(Program { name: "after a call".to_owned(), launches, signals: vec![(2, 1)] })
 }
 
-/// User code that uses another GPU leaves that GPU's context bound on the stream's own thread.
+/// User code that uses another GPU. It leaves that GPU's context bound on the stream's own thread.
 fn another_context() {
     let gpus = gpus();
     let device = Device::cuda(0, gpus[0].clone(), Arc::new(SharedGpu::new()));
@@ -334,7 +334,7 @@ fn another_context() {
     }
 }
 
-/// A stream is dropped in the middle of a program by a thread that cannot wait for it: its own, or the poller's.
+/// Drops a stream in the middle of a program, on a thread that cannot wait for the stream: its own or the poller's.
 fn dropped(by_kernel: bool) {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let arena = device.arena(14 * PLACE).expect("memory");
@@ -362,7 +362,7 @@ fn dropped(by_kernel: bool) {
     }
 }
 
-/// Dropping the stream of a hung device returns, and pending submissions fail.
+/// Tests that dropping the stream of a hung device returns, and that pending submissions fail.
 fn hung() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
@@ -387,7 +387,7 @@ fn hung() {
     assert!(error.to_string().contains("has not ended within"), "{error}");
 }
 
-/// A lost device fails pending and all later work with the driver's error.
+/// Tests that a lost device fails pending and all later work with the driver's error.
 fn lost() {
     let device = Device::cuda(0, Gpu::open(0).expect("a device"), Arc::new(SharedGpu::new()));
     let (program, bytes) = layer();
@@ -414,7 +414,7 @@ fn lost() {
     }
 }
 
-/// Completions are reported while a slow NCCL abort is in progress.
+/// Tests that completions are reported while a slow NCCL abort is in progress.
 fn slow_abort() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
     let (group, id) = (Arc::new(Group { id: 7, ranks: vec![0, 1] }), UniqueId::new().expect("an id"));
@@ -425,7 +425,7 @@ fn slow_abort() {
     let (program, bytes) = layer();
     let (other, arena) = (devices[0].stream("other", 1).expect("a stream"), devices[0].arena(bytes).expect("memory"));
     other.prepare(&program).expect("kernels");
-    // The members disagree on the number of elements.
+    // The members disagree about the number of elements.
     let reduce = |member: usize, device: &Device| {
         let (x, kind) = (floats(0, &[2 + member]), CollectiveKind::AllReduce { op: ReduceOp::Sum });
         let op = Op::Collective(CollectiveCall { group: group.clone(), member, kind });
@@ -446,7 +446,7 @@ fn slow_abort() {
             });
         }
     });
-    // The poller checks for errors while something is pending.
+    // The poller checks for errors while work is pending.
     let began = Instant::now();
     while began.elapsed() < ABORT {
         let submitted = Instant::now();
@@ -492,7 +492,7 @@ fn child() {
     }
 }
 
-/// Runs a case on software devices; kinds of findings that are not `expected` fail it.
+/// Runs a case on software devices. Fails if the device finds errors of a kind that is not in `expected`.
 fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>, expected: &[&str]) -> SimReport {
     let mut report = run_child(case, devices, policy, seed, fault).report;
     report.findings.retain(|finding| !expected.contains(&finding.kind.as_str()));
@@ -500,7 +500,7 @@ fn run(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>,
     report
 }
 
-/// Parts of the suite: case, number of devices, expected findings.
+/// Parts of the suite: case, number of devices, kinds of expected findings.
 const SUITE: [(&str, usize, &[&str]); 5] = [
     ("alone", 1, &[]),
     ("local", 1, &[]),
@@ -515,7 +515,7 @@ fn run_part(part: usize, policy: &str, seed: u64) -> SimReport {
     run(case, devices, policy, seed, None, expected)
 }
 
-/// Kernels that run two launches at once.
+/// Kernels that run two launches in one.
 const FUSED_KERNELS: [&str; 6] = [
     "bias_gelu_f32",
     "bias_gelu_bf16",
@@ -525,10 +525,10 @@ const FUSED_KERNELS: [&str; 6] = [
     "add_layer_norm_bf16",
 ];
 
-/// The kernel of collectives.
+/// The kernel that combines the members' values in collectives.
 const COMBINE: &str = "combine_members_f32";
 
-/// Every kernel runs here, except those that other tests cover.
+/// This test runs every kernel, except those that other tests run.
 #[test]
 fn all_ops_and_stream_calls_conform() {
     let report = run_part(0, "random", 1);
@@ -558,11 +558,11 @@ fn devices_that_share_two_gpus_run_collectives() {
     run_part(4, "random", 5);
 }
 
-/// Rows of equal pitch take one driver call.
+/// Rows of equal pitch are copied by one driver call.
 #[test]
 fn rows_of_equal_pitch_are_copied_from_another_gpu_in_one_call() {
     let calls = run("pull", 2, "random", 6, None, &[]).calls;
-    // The columns, each of three planes, and the contiguous region.
+    // In order: the columns, each of the three planes, and the contiguous region.
     let count = |name: &str| calls.get(name).copied().unwrap_or(0);
     assert_eq!((count("cuMemcpy3DPeerAsync"), count("cuMemcpyPeerAsync")), (1 + 3, 1));
 }
@@ -574,7 +574,7 @@ fn pipes_connect_and_report_who_waits() {
     }
 }
 
-/// Under every policy except the one that runs nothing until the host waits.
+/// Runs under every policy except the one that runs nothing until the host waits.
 #[test]
 fn the_time_in_a_collective_is_known_before_it_ends() {
     for (policy, seed) in [("in-order", 9), ("random", 10), ("adversarial", 11)] {
@@ -590,7 +590,7 @@ fn completions_are_reported_during_a_slow_abort() {
     assert!(!report.findings.iter().any(|finding| unexpected(&finding.kind)), "{:#?}", report.findings);
 }
 
-/// sm_86, sm_89 and sm_120: f32 heads of depth 128 use plain kernels in the backward pass.
+/// sm_86, sm_89 and sm_120: the backward pass for f32 heads of depth 128 uses plain kernels.
 #[test]
 fn attention_runs_with_less_shared_memory_per_block() {
     let report = run_child_in("attention own", 1, "random", 10, &[("SOFTWARE_CUDA_SHARED", "101376")]).report;
@@ -611,7 +611,7 @@ fn fifty_seeds_of_each_policy() {
 #[test]
 fn a_lost_device_fails_all_work_with_the_first_error() {
     for seed in 1..4 {
-        // Memory that cannot be freed on a lost device is not a leak of this crate.
+        // On a lost device, memory cannot be freed. That is not a leak of this crate.
         run("lost", 1, "random", seed, Some("kill:0:20"), &["leak"]);
     }
 }
@@ -640,13 +640,13 @@ fn a_stream_works_after_user_code_binds_another_context() {
 #[test]
 fn a_dropped_stream_keeps_its_memory_until_its_work_ends() {
     for (policy, _) in POLICIES {
-        // The child may exit before the last thread has freed everything.
+        // The child may exit before its last thread has freed everything.
         run("dropped by a kernel", 1, policy, 1, None, &["leak"]);
         run("dropped by a notice", 1, policy, 1, None, &["leak"]);
     }
 }
 
-/// Counts driver calls per step: more steps must not add other calls.
+/// Counts driver calls per step. More steps must not add other calls.
 #[test]
 fn a_step_neither_allocates_nor_waits() {
     let calls = |steps: u64| run(&format!("steps {steps}"), 1, "in-order", 1, None, &[]).calls;
@@ -656,7 +656,7 @@ fn a_step_neither_allocates_nor_waits() {
         long_run.keys().map(|name| (name.as_str(), each(name))).filter(|(_, calls)| *calls != 0.0).collect();
     let known = ["cuCtxSetCurrent", "cuEventQuery", "cuEventRecord", "cuLaunchKernel", "cublasLtMatmul"];
     assert!(exact.iter().all(|(name, _)| known.contains(name)), "{exact:?}");
-    // Norm, GELU and residual; the product; the signal and the end.
+    // In order: norm, GELU and residual; the product; the signal and the end.
     let per_step = ["cuCtxSetCurrent", "cuLaunchKernel", "cublasLtMatmul", "cuEventRecord"].map(each);
     assert_eq!(per_step, [1.0, 3.0, 1.0, 2.0], "{exact:?}");
 }
@@ -664,7 +664,7 @@ fn a_step_neither_allocates_nor_waits() {
 #[test]
 fn fusing_launches_changes_only_the_number_of_kernels() {
     let reports = ["apart", "together", "checked"].map(|mode| run(&format!("pairs {mode}"), 1, "random", 5, None, &[]));
-    // Twice six launches, for three widths and two dtypes; fusion saves three of the second six.
+    // Six launches, twice, for three widths and two dtypes. Fusion saves three launches of the second six.
     assert_eq!(reports.each_ref().map(|report| report.calls["cuLaunchKernel"]), [72, 54, 72]);
     assert!(FUSED_KERNELS.iter().all(|name| reports[1].kernels.contains_key(*name)), "{:?}", reports[1].kernels);
     run("wrong pairs", 1, "random", 6, None, &[]);
@@ -680,7 +680,7 @@ fn attention_by_cudnn_and_by_shardflow_agree_up_to_rounding() {
     let [own, absent, ordered, any_order] =
         ["own", "absent", "ordered", "any order"].map(|kind| executions(&format!("attention {kind}"), 7));
     assert_eq!((own, absent), (0, 0));
-    // Seven shapes with a depth divisible by 8, in bf16: forward for each, backward for the four with aligned buffers.
+    // Seven bf16 shapes have a depth divisible by 8: forward for all seven, backward for the four with aligned buffers.
     assert_eq!((ordered, any_order), (11, 11));
 }
 
@@ -692,6 +692,6 @@ fn attention_steps_create_no_new_plans() {
         (calls["cudnnBackendCreateDescriptor"], calls["cudnnCreate"])
     };
     let ((short_run, _), (long_run, handles)) = (descriptors(5), descriptors(25));
-    // Each execution creates one descriptor, which binds addresses.
+    // Each execution creates one descriptor, which binds its addresses.
     assert_eq!((long_run - short_run, handles), (2 * 20, 1));
 }

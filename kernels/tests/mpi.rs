@@ -1,6 +1,6 @@
-//! Collectives by MPI between real processes: this test binary starts itself under `mpirun`. Runs the conformance
-//! suite, and tests that all members get the same bits, aborts, and late or lost processes. Built only with the feature
-//! `mpi`.
+//! Collectives by MPI between real processes: this test binary starts itself under `mpirun`. It runs the conformance
+//! suite. It also tests that all members get the same bits, aborts, and late or lost processes. Built only with the
+//! feature `mpi`.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -18,13 +18,13 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Arena, View};
 use shardflow_kernels::tensor::{DType, HostTensor, Region};
 
-/// Selects the scenario of a child.
+/// Variable that selects the scenario of a child.
 const SCENARIO: &str = "SHARDFLOW_TEST_SCENARIO";
 
-/// Far longer than any of these runs.
+/// Much longer than any of these runs takes.
 const DEADLINE: Duration = Duration::from_secs(120);
 
-/// How long processes wait until all have arrived.
+/// How long processes wait until all processes have arrived.
 const ARRIVAL_TIMEOUT: Duration = Duration::from_secs(30);
 
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
@@ -37,7 +37,7 @@ fn engine(world: &Arc<MpiWorld>, groups: &[Arc<Group>]) -> Result<Arc<Mpi>, Kern
     Ok(Arc::new(Mpi::new(world.clone(), groups, &|rank| rank as u32, ARRIVAL_TIMEOUT)?))
 }
 
-/// The conformance suite, with one device per process.
+/// Runs the conformance suite with one device per process.
 fn suite(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let (rank, size) = (world.rank() as usize, world.size() as usize);
     let make = |n: usize| {
@@ -72,13 +72,13 @@ fn engine_rank(engine: &Mpi) -> usize {
 fn memory(engine: &Arc<Mpi>, len: usize, n: usize) -> Result<Arena, KernelError> {
     let arena = Device::cpu(0, 1, engine.clone()).arena(4 * len * (2 + n))?;
     let rank = engine_rank(engine) as f32;
-    // Of very different magnitudes, so that the order of additions affects the result.
+    // The values have very different magnitudes, so the order of additions affects the result.
     let value = |i: usize| (1.0 + rank + i as f32 * 0.37).sin() * [1.0, 1e-4, 1e5][i % 3];
     arena.write_host(0, &HostTensor::f32(&[len], (0..len).map(value).collect()))?;
     Ok(arena)
 }
 
-/// All members have the same bits of a sum, which data parallelism relies on.
+/// Tests that all members get the same bits for a sum. Data parallelism relies on this.
 fn same_bits(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let engine = engine(world, &[group(1, n)])?;
@@ -97,7 +97,7 @@ fn same_bits(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok("passed".to_owned())
 }
 
-/// Process 0 waits for others that never join, until it is aborted.
+/// Process 0 waits for processes that never join, until it is aborted.
 fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let kinds = [SUM, CollectiveKind::Send { to: 1 }, CollectiveKind::Receive { from: 1 }];
@@ -110,7 +110,7 @@ fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
         let (sender, ended) = channel();
         let (engine_clone, call) = (engine.clone(), kind.clone());
         thread::spawn(move || drop(sender.send([(); 2].map(|()| run(&engine_clone, &arena, call.clone(), 1, n, 10)))));
-        // The call ends, whether it waits already or has not started.
+        // The abort ends the call, no matter whether the call already waits or has not started.
         let early = ended.recv_timeout(Duration::from_millis(100));
         engine.abort("aborted by the test");
         engine.abort("a later cause");
@@ -123,7 +123,7 @@ fn aborts(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok("passed".to_owned())
 }
 
-/// Process 1 is killed while all processes run collectives.
+/// Process 1 is killed while all processes call collectives.
 fn lost(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let n = world.size() as usize;
     let engine = engine(world, &[group(1, n)])?;
@@ -137,7 +137,7 @@ fn lost(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok("no process was lost".to_owned())
 }
 
-/// Process 0 exits while the others wait for it in another call.
+/// Process 0 exits while the other processes wait for it in another call.
 fn early_end(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     if world.rank() > 0 {
         engine(world, &[group(1, world.size() as usize)])?;
@@ -145,7 +145,7 @@ fn early_end(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok("passed".to_owned())
 }
 
-/// Process 1 joins the barrier, but creates no communicator.
+/// Process 1 joins the barrier, but does not create a communicator.
 fn missing_communicator(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     if world.rank() > 0 {
         return engine(world, &[]).map(|_| "passed".to_owned());
@@ -156,13 +156,13 @@ fn missing_communicator(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok(if is_late { "passed".to_owned() } else { format!("{result:?}") })
 }
 
-/// Errors that are detected before any collective runs.
+/// Tests errors that are detected before a collective runs.
 fn rejections(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     let again = MpiWorld::start().map(drop).map_err(|error| error.to_string());
     let same =
         Mpi::new(world.clone(), &[group(1, 2)], &|_| 0, ARRIVAL_TIMEOUT).map(drop).map_err(|error| error.to_string());
     let late = match world.rank() {
-        // Does nothing: the test is that the others wait.
+        // Process 1 does nothing: the test is that the others wait.
         1 => Err("not all of 2 processes arrived".to_owned()),
         _ => Mpi::new(world.clone(), &[group(1, 2)], &|rank| rank as u32, Duration::from_millis(200))
             .map(drop)
@@ -175,7 +175,7 @@ fn rejections(world: &Arc<MpiWorld>) -> Result<String, KernelError> {
     Ok(if all { "passed".to_owned() } else { format!("{again:?} {same:?} {late:?}") })
 }
 
-/// The body of a child process; does nothing in the parent.
+/// The body of a child process. Does nothing in the parent.
 #[test]
 fn child() {
     let Ok(scenario) = std::env::var(SCENARIO) else { return };
@@ -191,12 +191,12 @@ fn child() {
     };
     println!("\n> {} {}", world.rank(), result.unwrap_or_else(|error| error.to_string()));
     if world.rank() > 0 && ["aborts", "missing communicator", "rejections"].contains(&scenario.as_str()) {
-        // Waits until `mpirun` ends this process, because process 0 exited without finalizing MPI.
+        // Waits until `mpirun` ends this process. It does, because process 0 exited without finalizing MPI.
         thread::park_timeout(DEADLINE);
     }
 }
 
-/// Runs a scenario in this number of processes; returns the exit code, and the lines with the prefix `> `, sorted.
+/// Runs a scenario in `processes` processes. Returns the exit code, and the sorted lines with the prefix `> `.
 fn run_scenario(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) {
     let mut mpirun = Command::new("mpirun")
         .args(["--quiet", "--oversubscribe", "-n", &processes.to_string(), "-x", SCENARIO])
@@ -217,7 +217,7 @@ fn run_scenario(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) 
         sender.send(text)
     });
     let Ok(text) = ended.recv_timeout(DEADLINE) else {
-        // Not SIGKILL, which mpirun could not forward.
+        // Not SIGKILL, because mpirun could not forward it to the processes.
         let _ = kill_process(Pid::from_child(&mpirun), Signal::TERM);
         let _ = mpirun.wait();
         panic!("{scenario} in {processes} processes does not end");
@@ -229,7 +229,7 @@ fn run_scenario(scenario: &str, processes: usize) -> (Option<i32>, Vec<String>) 
 
 fn check_passes(scenario: &str, processes: usize) {
     let expected: Vec<String> = (0..processes).map(|rank| format!("{rank} passed")).collect();
-    // The code is 0 only if MPI was finalized.
+    // The exit code is 0 only if MPI was finalized.
     assert_eq!(run_scenario(scenario, processes), (Some(0), expected), "{scenario} of {processes}");
 }
 
@@ -262,7 +262,7 @@ fn a_killed_process_ends_all_processes_soon_with_a_nonzero_code() {
 fn a_process_that_exits_early_does_not_wait_forever() {
     let began = Instant::now();
     let (code, _) = run_scenario("early end", 3);
-    // Within the time that it waits for the others, plus the start.
+    // The limit is the time for which it waits for the others, plus the start.
     assert!(code.is_some_and(|code| code != 0) && began.elapsed() < Duration::from_secs(20), "{code:?}");
 }
 

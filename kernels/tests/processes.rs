@@ -1,5 +1,5 @@
-//! Collectives between real processes: this test binary starts itself again. Results have the bits of the in-process
-//! engine, all members report a disagreement, and after an abort no member waits for one that is killed or frozen.
+//! Collectives between real processes: this test binary starts itself again. Results have the same bits as those of the
+//! in-process engine. All members report a disagreement. After an abort, no member waits for a killed or frozen one.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
@@ -20,10 +20,10 @@ use shardflow_kernels::error::KernelError;
 use shardflow_kernels::memory::{Access, Arena, View};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, split_range};
 
-/// Configures a child: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`, where the last part lists descriptors of the parent.
+/// Configures a child: `SCENARIO RANK PARENT BOARD,ARENA,ARENA..`. The last part lists the parent's file descriptors.
 const CHILD_ENV: &str = "SHARDFLOW_TEST_PLACE";
 
-/// Longest wait for an action of a child.
+/// Maximum wait for an action of a child.
 const DEADLINE: Duration = Duration::from_secs(20);
 
 const ARENA_BYTES: usize = 8 << 20;
@@ -35,7 +35,7 @@ fn group(n: usize) -> Arc<Group> {
     Arc::new(Group { id: 7, ranks: (0..n).collect() })
 }
 
-/// One collective of every member: kind, and the shapes of this member's x and y.
+/// One member's part of a collective: the kind, and the shapes of this member's x and y.
 type Step = (CollectiveKind, Vec<usize>, Vec<usize>);
 
 fn rows(shape: [usize; 2], n: usize, dim: usize) -> Vec<Region> {
@@ -48,7 +48,7 @@ fn rows(shape: [usize; 2], n: usize, dim: usize) -> Vec<Region> {
     (0..n).map(part).collect()
 }
 
-/// Small and large, even and uneven shapes.
+/// The collectives that a member calls, with small and large, even and uneven shapes.
 fn script(n: usize, member: usize) -> Vec<Step> {
     let mut steps = Vec::new();
     for shape in [[3, 5], [7, 33], [101, 203], [64, 1024]] {
@@ -67,8 +67,8 @@ fn script(n: usize, member: usize) -> Vec<Step> {
     steps
 }
 
-/// Runs the script; returns the number of arena bytes used. Each step has an x, a y and a copy of y. x and y are
-/// overwritten as soon as the call returns, which must not affect any member.
+/// Runs the script and returns the number of arena bytes used. Each step has an x, a y and a copy of y. As soon as a
+/// call returns, its x and y are overwritten, which must not affect any member.
 fn run_script(engine: &dyn Collective, arena: &Arena, n: usize, member: usize) -> Result<usize, KernelError> {
     let mut end = 0;
     for (kind, x_shape, y_shape) in script(n, member) {
@@ -109,8 +109,8 @@ fn join(rank: usize, parent: &str, files: &str) -> (SharedMemory, Arena, usize) 
     (SharedMemory::new(board, &groups, arenas).unwrap(), arena, groups[0].ranks.len())
 }
 
-/// The body of a child process; does nothing in the parent. A line on standard input, or its end, aborts the child: no
-/// child outlives the parent.
+/// The body of a child process; does nothing in the parent. A line on standard input, or its end, aborts the child, so
+/// no child outlives the parent.
 #[test]
 fn child() {
     let Ok(config) = std::env::var(CHILD_ENV) else { return };
@@ -137,7 +137,7 @@ fn child() {
     println!("\n> {}", result.map_or_else(|error| error.to_string(), |()| "done".to_owned()));
 }
 
-/// A child process, and the lines with the prefix `> ` that it prints.
+/// A child process, and the lines with the prefix `> ` that it has printed.
 struct Process {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -161,7 +161,7 @@ impl Drop for Process {
     }
 }
 
-/// Memory of `n` ranks, filled with values of both signs and different magnitudes.
+/// Memory of `n` ranks. Its values have both signs and different magnitudes.
 fn memory(n: usize) -> Vec<Arena> {
     let device = Device::cpu(0, 1, Arc::new(InProcess::new()));
     let fill = |rank| {
@@ -226,7 +226,7 @@ fn processes_get_the_bits_of_the_in_process_engine() {
         for rank in 0..n {
             let end = ends[rank] / 4;
             assert!(end * 4 < ARENA_BYTES);
-            // As integers: compares bits, including those of NaN.
+            // Reads integers in order to compare bits, including those of NaN.
             let bits = |arena: &Arena| arena.read_host(0, &[end], DType::I32).unwrap();
             let (got, expected) = (bits(&arenas[rank]), bits(&expected[rank]));
             let (got, expected) = (got.as_i32().unwrap(), expected.as_i32().unwrap());
@@ -247,7 +247,7 @@ fn all_processes_report_a_disagreement() {
     }
 }
 
-/// One member is killed or frozen during the calls; one other aborts, which ends all of them.
+/// During the calls, one member is killed or frozen. Another member aborts, which ends all calls.
 #[test]
 fn an_abort_ends_all_waits_for_a_lost_member() {
     for (n, signal) in [(2, Signal::KILL), (4, Signal::KILL), (4, Signal::STOP)] {

@@ -1,5 +1,5 @@
-//! The bits that a CPU kernel writes do not depend on its number of threads (BITS-1): every op, on shapes that no
-//! number of threads divides, from a single element to many times the size that is worth a fork.
+//! The bits that a CPU kernel writes do not depend on its number of threads (BITS-1). Tests every op on shapes that no
+//! number of threads divides, from a single element to many times the size for which a fork pays off.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -12,14 +12,13 @@ use shardflow_kernels::op::{Buffer, Einsum, Launch, Op, Program};
 use shardflow_kernels::stream::{Notification, Stream, Submission};
 use shardflow_kernels::tensor::{DType, HostTensor, Region, element_count};
 
-/// A launch, and the content of its buffers before it.
+/// A launch, and what its buffers contain before it.
 struct Case {
     op: Op,
     reads: Vec<HostTensor>,
     writes: Vec<HostTensor>,
 }
 
-/// Pseudo-random values and shapes.
 struct Random(SplitMix64);
 
 impl Random {
@@ -45,7 +44,7 @@ impl Random {
         Case { op, reads, writes }
     }
 
-    /// A product whose operands and result are each stored plain or transposed.
+    /// A product. Each of its operands and its result is stored plain or transposed.
     fn product(&mut self, [m, n, k]: [usize; 3]) -> Case {
         let pick =
             |one: [char; 2], other: bool| -> String { if other { [one[1], one[0]] } else { one }.iter().collect() };
@@ -129,12 +128,11 @@ impl Random {
     }
 }
 
-/// Positive values.
 fn positive(x: &HostTensor) -> HostTensor {
     HostTensor::f32(&x.shape, x.as_f32().expect("floats").iter().map(|x| x * x + 1e-3).collect())
 }
 
-/// The bits that the case writes: first overwriting, then, if the op can accumulate, adding to the previous values.
+/// The bits that the case writes: first overwriting, then, if the op can accumulate, adding to the values before.
 fn bits(stream: &Stream, device: &Device, case: &Case) -> Vec<Vec<u32>> {
     let mut end = 0;
     let tensors: Vec<&HostTensor> = case.reads.iter().chain(&case.writes).collect();
@@ -202,14 +200,14 @@ fn attention() {
     }
 }
 
-/// Shapes for which matrix libraries switch algorithms: vectors, small results, short and long sums.
+/// Tests shapes for which matrix libraries switch algorithms: vectors, small results, short and long sums.
 #[test]
 fn products() {
     let mut random = Random(SplitMix64(3));
     let sizes = [1, 2, 3, 5, 15, 16, 17, 31, 33, 64, 65, 129, 200];
     let depths = [1, 2, 3, 16, 63, 257, 512, 513, 1030, 2000];
     let small = (0..250).map(|_| [random.one_of(&sizes), random.one_of(&sizes), random.one_of(&depths)]);
-    // Slices of these are vectors or small, and their sums are split.
+    // Slices of these products are vectors or small, and their sums are split.
     let chosen = [[17, 1, 40_000], [1, 17, 40_000], [33, 16, 2000], [16, 33, 2000], [769, 129, 130], [70_001, 1, 3]];
     let shapes: Vec<[usize; 3]> = small.chain(chosen).collect();
     for shape in shapes {

@@ -1,4 +1,4 @@
-//! The socket engine passes the conformance suite, over socket pairs and over TCP, with trees and with rings.
+//! The socket engine passes the conformance suite over socket pairs and over TCP, with trees and with rings.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -30,10 +30,10 @@ fn tcp_pair() -> io::Result<[Channel; 2]> {
     Ok([Channel::Tcp(a), Channel::Tcp(b)])
 }
 
-/// Most bytes that a [`Holding`] stream accepts at a time, and that it reads ahead.
+/// Maximum number of bytes that a [`Holding`] stream accepts at a time, and that it reads ahead.
 const HELD_BYTES: usize = 3000;
 
-/// A stream that buffers in both directions, as an encrypted one does: it sends what it has accepted at the next call, and
+/// A stream that buffers in both directions, as an encrypted stream does. It sends accepted bytes at the next call, and
 /// reads ahead.
 #[derive(Debug)]
 struct Holding {
@@ -95,10 +95,10 @@ impl SealedStream for Holding {
     }
 }
 
-/// Channel ends that the other member has not requested yet.
+/// Ends of channels that the other member has not requested yet.
 type Ends = Arc<Mutex<HashMap<ChannelKey, Channel>>>;
 
-/// The first member that requests a channel gets one end of a new pair; the other member gets the other end.
+/// The first member that requests a channel gets one end of a new pair. The other member later gets the other end.
 fn connector(pair: fn() -> io::Result<[Channel; 2]>, ends: Ends) -> Box<Connect> {
     Box::new(move |group: &Group, member, peer| {
         let mut ends = ends.lock();
@@ -111,8 +111,8 @@ fn connector(pair: fn() -> io::Result<[Channel; 2]>, ends: Ends) -> Box<Connect>
     })
 }
 
-/// The engine of one process in a session that aborts all processes together. The socket engine aborts only its own
-/// process; notifying the others is the session's task.
+/// The engine of one process. Its session aborts all processes together: the socket engine aborts only its own process,
+/// and the session must notify the others.
 #[derive(Debug)]
 struct Process {
     own: Arc<Wire>,
@@ -138,7 +138,7 @@ impl Collective for Process {
     }
 }
 
-/// Runs the suite with this number of devices per engine, as in a process with that many devices.
+/// Runs the suite with `devices_per_process` devices per engine.
 fn check(pair: fn() -> io::Result<[Channel; 2]>, devices_per_process: usize, tree_bytes_max: Option<usize>) {
     let make = |n: usize| {
         let (ends, session) = (Ends::default(), Arc::default());

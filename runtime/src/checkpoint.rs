@@ -1,8 +1,8 @@
-//! Checkpoints of a training: each process writes a shard, and the atomic creation of a manifest commits them.
+//! Checkpoints of a training run: each process writes a shard. The atomic creation of a manifest commits all shards.
 //!
-//! [`Store`] defines the location of files and the invariants; a [`Saver`] leads from a snapshot to a commit; a
-//! [`CheckpointReader`] returns any box of a tensor to any mesh. `Session::save` writes a safetensors file of a whole
-//! model, and [`convert::export`] writes one from a checkpoint.
+//! [`Store`] defines the invariants and the location of files. A [`Saver`] writes a snapshot and commits it. A
+//! [`CheckpointReader`] reads any box of a tensor, for any mesh. `Session::save` writes a safetensors file of a whole
+//! model, and [`convert::export`] converts a checkpoint to such a file.
 
 pub(crate) mod agreement;
 #[cfg(feature = "cli")]

@@ -1,4 +1,4 @@
-//! One training's checkpoints: resumes, saves on a schedule in the background, and rolls back after a non-finite step.
+//! Checkpoints of one training run: resume, scheduled saves in the background, and rollback after a non-finite step.
 
 use std::io::ErrorKind;
 use std::path::PathBuf;
@@ -12,10 +12,10 @@ use crate::checkpoint::{CheckpointError, Cursor, SaveReport, SaveSchedule, SaveS
 use crate::session::numerics::NonFinite;
 use crate::session::{Session, SessionError, StepReport};
 
-/// Key of the cursor: samples consumed before the checkpoint, skipped batches included.
+/// Key in the cursor: number of samples consumed before the checkpoint, including skipped batches.
 const SAMPLES: &str = "samples";
 
-/// Key in older checkpoints in place of [`SAMPLES`]: skipped batches, in addition to one batch for each step.
+/// Key in older checkpoints instead of [`SAMPLES`]: number of skipped batches. The batches of steps are not included.
 const SKIPPED_BATCHES: &str = "batches_passed_over";
 
 /// Maximum number of rollbacks to one checkpoint.
@@ -23,21 +23,21 @@ const ROLLBACKS_MAX: u32 = 3;
 
 const LAST_SAVE_LIMIT: Duration = Duration::from_secs(600);
 
-/// When a training continues from a checkpoint.
+/// When a training run continues from a checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Resume {
-    /// Continue from the newest checkpoint, or start from step 0 if there is none; a line reports which.
+    /// Continue from the newest checkpoint, or start from step 0 if there is none. A message reports which.
     #[default]
     Auto,
     /// Continue from the newest checkpoint, or end with code 65 if there is none.
     Required,
-    /// Start from step 0; end with code 2 if there is a checkpoint. A restarted job continues from its own.
+    /// Start from step 0; end with code 2 if there is a checkpoint. A restarted job continues from its own checkpoints.
     Never,
 }
 
 impl Resume {
-    /// The policy after this number of restarts: a restarted job continues from its own checkpoints.
+    /// The policy after `restart` restarts. A restarted job continues from its own checkpoints.
     pub fn at_restart(self, restart: u64) -> Self {
         if restart > 0 && self == Self::Never { Self::Auto } else { self }
     }
@@ -48,19 +48,19 @@ impl Resume {
 pub struct ManagerOptions {
     /// Whether to continue from an existing checkpoint.
     pub resume: Resume,
-    /// When to save, apart from requested saves and the last one.
+    /// When to save, besides requested saves and the save after the last step.
     pub schedule: SaveSchedule,
     /// Number of newest checkpoints to keep, 1 or more.
     pub keep: usize,
-    /// Checkpoints of steps that are multiples of this are never deleted.
+    /// A checkpoint whose step is a multiple of this number is never deleted.
     pub keep_every: Option<u64>,
-    /// Samples of a step.
+    /// Number of samples per step.
     pub batch: u64,
-    /// A file with all parameters that the program will also write; the check of free space counts it.
+    /// Path of the parameter file that the program will also write, if any. The check of free space includes this file.
     pub save: Option<PathBuf>,
-    /// Gets the duration of each save, so that a request to end comes early enough for one.
+    /// Receives the duration of each save. Requests to end then come early enough for one more save.
     pub requests: Option<Arc<Requests>>,
-    /// Receives messages for the user, one line each. Those about the whole job come only on rank 0.
+    /// Receives messages for the user, one line each. Only rank 0 receives messages about the whole job.
     pub on_note: Arc<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -97,7 +97,7 @@ impl ManagerError {
         }
     }
 
-    /// The session's error, if this is one.
+    /// The session's error, if that is the cause.
     pub fn session(&self) -> Option<&SessionError> {
         match self {
             Self::Store(error) | Self::Snapshot(error) => Some(error),
@@ -110,7 +110,7 @@ fn store_error(error: impl Into<SessionError>) -> ManagerError {
     ManagerError::Store(Box::new(error.into()))
 }
 
-/// The checkpoints of one training. All processes make the same calls.
+/// The checkpoints of one training run. All processes make the same calls.
 ///
 /// ```
 /// # use std::sync::Arc;
@@ -147,11 +147,11 @@ pub struct CheckpointManager {
     saver: Saver,
     store: Store,
     options: ManagerOptions,
-    /// Number of the next batch's first sample.
+    /// Index of the next batch's first sample.
     next_sample: u64,
     /// Whether this is rank 0, which writes to the store.
     is_first: bool,
-    /// Step of the last rollback, and the number of rollbacks to it in a row.
+    /// Step of the last rollback, and the number of consecutive rollbacks to that step.
     rollbacks: (u64, u32),
     requested: Option<u64>,
 }
@@ -160,15 +160,15 @@ impl CheckpointManager {
     /// Opens the store, checks that it is writable, and loads the newest intact checkpoint, if any, into the session.
     ///
     /// # Errors
-    /// A store that cannot be used or that another run writes to, a checkpoint of another model or data, or a
-    /// checkpoint that [`ManagerOptions::resume`] forbids or requires.
+    /// If the store cannot be used, another run writes to it, the checkpoint has another model or other data, or
+    /// [`ManagerOptions::resume`] forbids an existing checkpoint or requires a missing one.
     pub fn open(place: &str, options: ManagerOptions, session: &mut Session) -> Result<Self, ManagerError> {
         let store = Store::open(place).map_err(store_error)?;
         let (keep, keep_every, schedule) = (options.keep, options.keep_every, Some(options.schedule));
         let save = options.save.clone();
         let saver_options = SaverOptions { keep, keep_every, schedule, save, ..SaverOptions::default() };
         let saver = session.saver(&store, saver_options).map_err(store_error)?;
-        // `steps` lists checkpoints of any model, damaged or not.
+        // `steps` also lists damaged checkpoints and those of other models.
         if options.resume == Resume::Never
             && let Some(step) = store.steps().map_err(store_error)?.pop()
         {
@@ -186,18 +186,18 @@ impl CheckpointManager {
         Ok(own)
     }
 
-    /// Takes a batch and returns its first sample's number. No sample repeats, even if a resume changes the batch size.
+    /// Takes a batch and returns its first sample's index. No sample repeats, even if a resume changes the batch size.
     pub fn take_batch(&mut self) -> u64 {
         let first = self.next_sample;
         self.next_sample = first.wrapping_add(self.options.batch);
         first
     }
 
-    /// Returns to the newest checkpoint after a step that was not finite. Training continues with the samples after the
-    /// bad batch: neither that batch nor those since the checkpoint are trained on again. All processes must call it.
+    /// Returns to the newest checkpoint after a non-finite step. Training continues with the samples after the bad
+    /// batch: it repeats neither the bad batch nor the batches since the checkpoint. All processes must call this.
     ///
     /// # Errors
-    /// When there is no checkpoint, or after too many rollbacks to it.
+    /// When there is no checkpoint, or after too many rollbacks to the same checkpoint.
     pub fn roll_back(&mut self, session: &mut Session, found: &NonFinite) -> Result<(), ManagerError> {
         if let Some(report) = self.saver.wait(LAST_SAVE_LIMIT).ok().flatten() {
             self.report_save(&report)?;
@@ -218,10 +218,11 @@ impl CheckpointManager {
         Ok(())
     }
 
-    /// Starts a due or requested save and reports ended ones. Waits for it after the last step or a request to end.
+    /// Starts a scheduled or requested save, and reports saves that have ended. After the last step or a request to
+    /// end, waits for the save.
     ///
     /// # Errors
-    /// When no snapshot can be taken, or the last save failed. An earlier save that fails is only reported.
+    /// When no snapshot can be taken, the lock is lost, or the last save failed. Other failed saves are only reported.
     pub fn after_step(&mut self, session: &Session, report: &StepReport) -> Result<(), ManagerError> {
         let (request, SaveSchedule { every, steps }) = (report.request, self.options.schedule);
         let is_last = session.steps() >= steps || matches!(request, Request::End(_));
@@ -266,7 +267,7 @@ impl CheckpointManager {
                 if self.requested == Some(step) {
                     self.note(format!("checkpoint of step {step} saved in {place}, on request"));
                 }
-                // The launcher stops restarting a job without progress. Without a launcher this does nothing.
+                // The launcher restarts a job only if it makes progress. Without a launcher, this call does nothing.
                 if let Err(error) = exit::progress(step) {
                     (self.options.on_note)(&format!("warning: cannot report step {step} to the launcher: {error}"));
                 }
@@ -294,7 +295,7 @@ impl CheckpointManager {
         Ok(restored.found)
     }
 
-    /// A message about the whole job.
+    /// Sends a message about the whole job, only on rank 0.
     fn note(&self, line: String) {
         if self.is_first {
             (self.options.on_note)(&line);

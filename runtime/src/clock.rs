@@ -1,11 +1,11 @@
-//! The clock of long waits, which tests replace.
+//! The clock for long waits. Tests replace it.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// A clock that also waits.
+/// A clock that can also wait.
 pub trait WaitClock: Send + Sync + fmt::Debug {
     /// Time since a fixed moment.
     fn now(&self) -> Duration;
@@ -13,7 +13,7 @@ pub trait WaitClock: Send + Sync + fmt::Debug {
     fn wait(&self, time: Duration);
 }
 
-/// The system's clock, counted from the value's creation.
+/// The system's clock. Time counts from the contained `Instant`.
 #[derive(Debug)]
 pub(crate) struct SystemClock(pub(crate) Instant);
 
@@ -27,7 +27,7 @@ impl WaitClock for SystemClock {
     }
 }
 
-/// Called with the clock's time during each wait.
+/// A function that each wait calls with the clock's new time.
 type OnWait = Box<dyn FnMut(Duration) + Send>;
 
 /// A clock for tests, which advances only when someone waits.
@@ -38,7 +38,7 @@ pub struct SimulatedClock {
 }
 
 impl SimulatedClock {
-    /// Runs `work` with the new time after each wait, in place of earlier work.
+    /// Sets the function that each wait calls with the new time. Replaces an earlier function.
     pub fn on_wait(&self, work: impl FnMut(Duration) + Send + 'static) {
         *self.on_wait.lock() = Some(Box::new(work));
     }

@@ -21,7 +21,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Largest length of a value, in bytes; declare a digest of a longer one.
+/// Largest length of a value, in bytes. For a longer value, declare a digest.
 pub use shardflow_job::rendezvous::facts::VALUE_BYTES_MAX;
 use shardflow_job::rendezvous::facts::{
     COLLECTIVES, ENCRYPTION, EXECUTABLE, KERNELS, MESH, PLAN, PROCESSES, TRANSPORT, VERSION,
@@ -37,17 +37,17 @@ pub const DECLARED_BYTES_MAX: usize = 6 << 10;
 /// Names of the values that the session itself compares.
 pub(crate) const SEED: &str = "seed";
 pub(crate) const ON_NON_FINITE: &str = "on_non_finite";
-/// Settings of the optimizer. The plan's hash covers them, so only a resume compares them.
+/// Settings of the optimizer. Ranks compare them through the plan's hash, so only a resume compares this value.
 pub(crate) const OPTIMIZER: &str = "optimizer";
 pub(crate) const MAX_NORM: &str = "maximum gradient norm";
-/// What a resume does if the checkpoint records another value. Between ranks, declared values must always be equal.
+/// Action of a resume if the checkpoint records another value. Declared values must always be equal on all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnResume {
     /// Refuses the checkpoint.
     Same,
     /// Loads the checkpoint and reports both values.
     Warn,
-    /// Loads the checkpoint.
+    /// Loads the checkpoint without a report.
     Free,
 }
 
@@ -59,7 +59,7 @@ struct Declared {
     name: String,
     value: String,
     on_resume: OnResume,
-    /// Also compared when only weights are loaded.
+    /// True if the value is also compared when only weights are loaded.
     is_of_model: bool,
 }
 
@@ -71,7 +71,7 @@ pub struct Declarations(Vec<Declared>);
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot declare {name:?}: {why}")]
 pub struct DeclareError {
-    /// Its name.
+    /// Name of the value.
     pub name: String,
     /// The violated rule, with the numbers.
     pub why: String,
@@ -84,8 +84,8 @@ impl Declarations {
         self.with(name.into(), value.to_string(), on_resume, false)
     }
 
-    /// Adds a value that defines the meaning of the weights, such as the number of heads. It must be the same on resume
-    /// ([`OnResume::Same`]), and is also compared when only weights are loaded.
+    /// Adds a value that defines the meaning of the weights, such as the number of heads. It must be equal on resume
+    /// ([`OnResume::Same`]), and also when only weights are loaded.
     #[must_use]
     pub fn declare_model(self, name: impl Into<String>, value: impl ToString) -> Self {
         self.with(name.into(), value.to_string(), OnResume::Same, true)
@@ -138,8 +138,8 @@ impl Declarations {
         Ok(())
     }
 
-    /// Compares recorded values with these; returns a line for each difference to report. Values that only one side has
-    /// are not compared, because older programs declared fewer. A value that must be the same but differs is an error.
+    /// Compares a checkpoint's values with the declared values. Returns a line per difference to report, or an error if
+    /// a value differs that must be equal. Ignores values that only one side has: older programs declared fewer.
     pub(crate) fn compare(&self, saved: &Values, weights_only: bool) -> Result<Vec<String>, String> {
         let mut notes = Vec::new();
         for declared in self.0.iter().filter(|declared| declared.is_of_model || !weights_only) {
@@ -161,15 +161,15 @@ fn is_reserved(name: &str) -> bool {
         || [PLAN, MESH, TRANSPORT, COLLECTIVES, ENCRYPTION, KERNELS, VERSION, EXECUTABLE, PROCESSES].contains(&name)
 }
 
-/// Number of blocks of a large file that its identity covers.
+/// Number of blocks that the identity of a large file covers.
 const BLOCKS: u64 = 64;
 const BLOCK_BYTES: u64 = 1 << 20;
 
-/// Identity of a data file: its length and the BLAKE3 checksum of its bytes. For a file of more than 64 MiB, the
-/// checksum of 64 blocks of 1 MiB, spread evenly from the first byte to the last.
+/// Identity of a data file: its length and the BLAKE3 checksum of its bytes. If the file has more than 64 MiB, the
+/// checksum covers 64 blocks of 1 MiB, spread evenly from the first byte to the last.
 ///
 /// # Errors
-/// The file cannot be read.
+/// If the file cannot be read.
 pub fn data_identity(path: &Path) -> io::Result<String> {
     let file = File::open(path)?;
     identity(file.metadata()?.len(), |start, block| file.read_exact_at(block, start))
@@ -189,7 +189,7 @@ fn identity(bytes: u64, read: impl Fn(u64, &mut [u8]) -> io::Result<()>) -> io::
     let mut block = vec![0; bytes.min(BLOCK_BYTES) as usize];
     for index in 0..bytes.div_ceil(BLOCK_BYTES).min(BLOCKS) {
         let start = if bytes > BLOCKS * BLOCK_BYTES {
-            // No file's length overflows 128 bits.
+            // The product may exceed 64 bits, but never 128.
             (u128::from(bytes - BLOCK_BYTES) * u128::from(index) / u128::from(BLOCKS - 1)) as u64
         } else {
             index * BLOCK_BYTES
@@ -248,7 +248,7 @@ mod tests {
         assert!(why(many(7, &"v".repeat(1024))).contains("more than 6144 bytes"));
     }
 
-    /// A short file is read whole; of a long file, 64 blocks that include the first and the last byte.
+    /// The identity covers a short file completely, and 64 blocks of a long file, including its first and last byte.
     #[test]
     fn an_identity_covers_a_short_file_and_the_blocks_of_a_long_one() {
         let short = tempfile::NamedTempFile::new().unwrap();
@@ -260,7 +260,7 @@ mod tests {
         let two = vec![7; (2 * BLOCK_BYTES + 1) as usize];
         assert_eq!(identity_of(&two), format!("{} bytes, blake3 {}", two.len(), blake3::hash(&two).to_hex()));
 
-        // A sparse file: only changed blocks use disk space.
+        // Use a sparse file, in which only changed blocks use disk space.
         let long = tempfile::tempfile().unwrap();
         let bytes = 1 << 40;
         long.set_len(bytes).unwrap();

@@ -1,4 +1,4 @@
-//! Opens the devices of this process, of the plan's kind, and the engine of collectives between them.
+//! Opens this process's devices, of the plan's kind, and the engine that runs collectives between them.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -17,16 +17,16 @@ use shardflow_kernels::error::KernelError;
 use crate::plan::Plan;
 use crate::process_map::{NodeDevices, ProcessMap, groups};
 
-/// How long the members of a group may take to join, after all processes are ready to.
+/// Time limit for the members of a group to join, after all processes are ready.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Hardware queues of a GPU by default, and the maximum that the driver provides.
+/// Number of hardware queues of a GPU: the default, and the maximum that the driver provides.
 const QUEUES_DEFAULT: usize = 8;
 const QUEUES_MAX: usize = 32;
 
 pub(crate) type IdSource<'a> = &'a dyn Fn(&[Arc<Group>]) -> Result<Vec<UniqueId>, KernelError>;
 
-/// Currently free GPU memory for each of `devices` devices on this node, bytes.
+/// GPU memory that is currently free for each of `devices` devices on this node, bytes.
 ///
 /// # Errors
 /// [`KernelError::Unavailable`] if there is no GPU, or a library that it needs is missing.
@@ -36,13 +36,13 @@ pub fn gpu_memory_bytes(devices: usize) -> Result<usize, KernelError> {
     Ok(free / devices.div_ceil(count).max(1))
 }
 
-/// By sending and receiving device: this process's end of a pipe between GPUs of two processes.
+/// This process's ends of the pipes between GPUs of two processes, by sending and receiving device.
 pub(crate) type Pipes = BTreeMap<(usize, usize), Arc<Pipe>>;
 
 pub(crate) struct ProcessDevices {
     /// In order of rank.
     pub(crate) devices: Vec<Device>,
-    /// Runs collectives between them; with GPUs also collectives with other processes' devices.
+    /// Runs collectives between these devices; with GPUs, also with devices of other processes.
     pub(crate) engine: Arc<dyn Collective>,
     pub(crate) pipes: Pipes,
 }
@@ -70,7 +70,7 @@ pub(crate) fn open(
     }
 }
 
-/// Opens the GPU of each device, and enables access to each other's memory.
+/// Opens the GPU of each device, and lets the GPUs access each other's memory.
 fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTreeMap<usize, Arc<Gpu>>, KernelError> {
     let mut opened: BTreeMap<usize, Arc<Gpu>> = BTreeMap::new();
     let mut out = BTreeMap::new();
@@ -85,8 +85,8 @@ fn gpus(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<BTr
     Ok(out)
 }
 
-/// The ordinal, out of `count` GPUs, for each of this process's devices. GPUs are assigned in the order of ranks over
-/// all processes of the node. Devices share GPUs only if one process hosts them all.
+/// GPU ordinals, below `count`, of this process's devices. GPUs are assigned to all devices of the node in the order
+/// of ranks. Devices share GPUs only if one process hosts all devices.
 fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result<Vec<usize>, KernelError> {
     if count == 0 || (node.all > count && process_map.processes > 1) {
         let what = format!("{} devices of this node need one GPU each, but the node has {count}", node.all);
@@ -96,8 +96,8 @@ fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result
     Ok((0..process_map.own().len()).map(|index| (node.before + index) % count).collect())
 }
 
-/// Creates the engine: NCCL if each device has its own GPU, because NCCL does not accept two members on one GPU. If
-/// devices share GPUs, this process hosts them all.
+/// Creates the engine: NCCL if each device has its own GPU, else `SharedGpu`, because NCCL does not accept two members
+/// on one GPU. If devices share GPUs, this process hosts all devices.
 fn gpu_engine(
     plan: &Plan,
     process_map: &ProcessMap,
@@ -120,7 +120,7 @@ fn gpu_engine(
         let streams = plan.spec.actors.iter().filter(|actor| actor.device == *rank).count() + 1;
         check_queues(*rank, streams, pipes, queues.as_deref())?;
     }
-    // After the plan's own groups, in the same order in all processes.
+    // Groups of pipes follow the plan's groups, in the same order in all processes.
     let pair = |(id, (from, to)): (u32, &(usize, usize))| Arc::new(Group { id, ranks: vec![*from, *to] });
     groups.extend((first..).zip(pairs.keys()).map(pair));
     let mut members = Vec::new();
@@ -135,13 +135,13 @@ fn gpu_engine(
     for member in members.iter().filter(|member| member.group.id >= first) {
         pipes.insert((member.group.ranks[0], member.group.ranks[1]), Arc::new(engine.pipe(member)?));
     }
-    // In the order of the devices, which is the same in all processes.
+    // Connect in the order of the devices, which is the same in all processes.
     pipes.values().try_for_each(|pipe| pipe.connect(JOIN_TIMEOUT))?;
     Ok((Arc::new(engine), pipes))
 }
 
-/// Checks that no stream shares a hardware queue with a pipe: a pipe's call may wait for a process that itself waits
-/// for one of this GPU's streams. `setting` is the value of the driver's variable for queues.
+/// Checks that no stream shares a hardware queue with a pipe. Otherwise a pipe's call could wait for a process that
+/// waits for a stream of this GPU: a deadlock. `setting` is the value of the driver's variable [`QUEUES`].
 fn check_queues(rank: usize, streams: usize, pipes: usize, setting: Option<&str>) -> Result<(), KernelError> {
     let (needed, max) = (streams + pipes, QUEUES_MAX);
     let queues = setting.and_then(|text| text.trim().parse().ok()).unwrap_or(QUEUES_DEFAULT).min(max);

@@ -29,7 +29,7 @@ pub fn examine() -> Findings {
 }
 
 impl Findings {
-    /// [`Exit::Refused`] if a finding is broken.
+    /// [`Exit::Refused`] if a finding has the status `Broken`.
     pub fn exit(&self) -> Exit {
         if self.findings.iter().any(|f| f.status == FindingStatus::Broken) { Exit::Refused } else { Exit::Done }
     }
@@ -73,7 +73,7 @@ mod tests {
             assert!(
                 text.contains(finding["name"].as_str().unwrap()) && text.contains(finding["value"].as_str().unwrap())
             );
-            // A finding that is not ok has a hint.
+            // Every finding except `ok` has a hint.
             assert!(finding["status"] == "ok" || finding["hint"].is_string(), "{finding}");
         }
     }

@@ -13,21 +13,21 @@ use rustix::io::Errno;
 pub use output::{OutputFileError, check_appendable, check_room, check_writable, hint, is_full, resolved};
 pub(crate) use output::{folder_of, free_bytes, free_inodes};
 
-/// `f_type` of statfs(2) of the file systems of one machine, where all processes see writes at once and `flock` works.
-/// Overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
+/// `f_type` (statfs(2)) of file systems of one machine: all its processes see writes at once, and `flock` works. The
+/// order is overlay, tmpfs, ext2 to 4, XFS, btrfs, ZFS, F2FS, bcachefs.
 const OF_ONE_MACHINE: [u64; 8] =
     [0x794c_7630, 0x0102_1994, 0xef53, 0x5846_5342, 0x9123_683e, 0x2fc1_2fc1, 0xf2f5_2010, 0xca45_1a4e];
-/// Maximum number of times that a claim is taken from another writer.
+/// Maximum number of attempts to take a claim from other writers.
 const CLAIMS_MAX: u32 = 10;
 
-/// False for network file systems and unknown ones.
+/// True for a file system of one machine; false for network and unknown file systems.
 pub(crate) fn is_of_one_machine(folder: &Path) -> bool {
     let existing = folder.ancestors().find(|path| path.exists());
     let kind = existing.and_then(|path| rustix::fs::statfs(path).ok()).map(|stat| stat.f_type as u64);
     kind.is_some_and(|kind| OF_ONE_MACHINE.contains(&(kind & 0xffff_ffff)))
 }
 
-/// A folder's files with sizes, and folders (`None`); if `deep`, all files below. Skips non-UTF-8 and vanished names.
+/// Lists files with sizes, and folders with `None`; if `deep`, all files below. Skips non-UTF-8 and vanished names.
 pub(crate) fn list(folder: &Path, deep: bool) -> io::Result<BTreeMap<String, Option<u64>>> {
     let mut found = BTreeMap::new();
     let entries = match fs::read_dir(folder) {
@@ -71,10 +71,11 @@ pub(crate) fn lacks_links(error: &(dyn std::error::Error + 'static)) -> bool {
 }
 
 /// Creates a synced file with its whole content if it does not exist, without hard links. The writer puts the content
-/// into a folder and renames that to the claim's name, which fails while the claim has content. Then it renames the
-/// content from the claim to `path`. Because a claim's writer may have died, others may delete its content at any time;
-/// a slow writer then has nothing to rename. So only a writer that finds `path` free while its content is in the claim
-/// can create the file. The claim's folder is never moved: a rename in progress would still find the content.
+/// into a folder and renames this folder to the claim's name. Then it renames the content from the claim to `path`.
+/// A folder cannot be renamed to the claim's name while the claim has content. Other writers may delete that content at
+/// any time, because its writer may have died; a slow writer then has nothing to rename. So a writer creates the file
+/// only if it finds `path` free while its content is in the claim. No writer moves the claim's folder, because a rename
+/// in progress would still find the content.
 pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let with_suffix = |suffix: &str| {
         let mut name = path.as_os_str().to_os_string();
@@ -98,7 +99,7 @@ pub(crate) fn create_by_claim(path: &Path, bytes: &[u8]) -> io::Result<()> {
                 return moved.and_then(|()| File::open(path.parent().unwrap_or(path))?.sync_all());
             }
             Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {
-                // Errors mean that the other writer has just finished.
+                // Ignore errors: they mean that the other writer has just finished.
                 for entry in fs::read_dir(&claim).into_iter().flatten().flatten() {
                     let _ = fs::remove_file(entry.path());
                 }

@@ -10,8 +10,8 @@ use clap::{Arg, Command, Parser};
 use shardflow_job::departure;
 use shardflow_job::exit::Exit;
 
-/// Parses the command line of this program, as [`parse`] does. If it asks for help, or has an error, prints that and
-/// returns the exit code for `main`. An error is also reported to the launcher and the other processes.
+/// Parses the command line of this program, as [`parse`] does. On an error or a request for help, prints the text and
+/// returns the exit code for `main`. Also reports an error to the launcher and the other processes.
 ///
 /// # Errors
 /// The exit code; 0 after help.

@@ -19,7 +19,7 @@ pub enum Init {
 impl Init {
     pub(crate) fn magnitude_bound(self) -> f64 {
         match self {
-            // `standard_normal` computes sqrt(-2 ln u) with u >= 2^-54, which is at most 8.66.
+            // `standard_normal` is largest for u = 2^-54: sqrt(-2 ln u) is then below 8.66.
             Init::Normal { std } => 8.7 * std.abs(),
             Init::Ones => 1.0,
             Init::Zeros => 0.0,
@@ -43,7 +43,7 @@ fn standard_normal(key: u64, index: u64) -> f64 {
     (-2.0 * u1.ln()).sqrt() * (2.0 * std::f64::consts::PI * u2).cos()
 }
 
-/// Writes the part `region` of the parameter `name`, row-major, to `out`. `shape` is that of the whole parameter.
+/// Writes the part `region` of the parameter `name`, row-major, to `out`. The whole parameter has the shape `shape`.
 /// Elements are numbered row-major, so `[heads, head_dim, width]` and `[heads * head_dim, width]` get the same values.
 ///
 /// # Panics

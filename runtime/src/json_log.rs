@@ -1,4 +1,4 @@
-//! A log of JSON lines, such as one for each step of a training.
+//! A log of JSON lines, such as one for each step of a training run.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -36,12 +36,12 @@ pub struct JsonLog {
 #[derive(Debug)]
 enum Sink {
     File(File),
-    /// A pipe or a terminal, whose reader may stall, or the process's own standard output or error, such as
-    /// `/dev/stdout`. A second open of that file would have its own position, so lines would overwrite each other.
+    /// A pipe or a terminal, whose reader may stall; or this process's standard output or error, such as `/dev/stdout`.
+    /// Opening a standard stream again would give a second file position, and lines would overwrite each other.
     Queue(&'static OutputQueue),
 }
 
-/// The queue of the process's standard output or error, if `path` is the same file.
+/// The queue of this process's standard output or error, if `path` is the same file.
 fn standard_stream(path: &Path) -> Option<&'static OutputQueue> {
     let data = path.metadata().ok()?;
     let is_same = |stream: &dyn AsFd| {
@@ -51,12 +51,12 @@ fn standard_stream(path: &Path) -> Option<&'static OutputQueue> {
 }
 
 impl JsonLog {
-    /// Creates the file, and replaces an existing one.
+    /// Creates the file, or replaces an existing one.
     pub fn create(path: &Path) -> Result<Self, OutputFileError> {
         Self::open(path, File::options().write(true).create(true).truncate(true))
     }
 
-    /// Opens the file of a run that continues from a checkpoint; repeated steps then appear twice. Removes an
+    /// Opens the log of a run that continues from a checkpoint. Steps that the run repeats appear twice. Removes an
     /// incomplete last line of the earlier run.
     pub fn append(path: &Path) -> Result<Self, OutputFileError> {
         // A pipe is opened for writing only: if it were also open for reading, it would always have a reader.
@@ -71,7 +71,7 @@ impl JsonLog {
             }
             let mut file = options.open(path)?;
             if !file.metadata()?.is_file() {
-                // Leaked, because its thread lives as long as the process.
+                // The queue is leaked, because its thread lives as long as the process.
                 return Ok(Sink::Queue(Box::leak(OutputQueue::new(file).into())));
             }
             if file.metadata()?.len() > 0 {
@@ -85,7 +85,7 @@ impl JsonLog {
 
     /// Writes an object as a line.
     pub fn line(&mut self, object: &impl Serialize) -> Result<(), OutputFileError> {
-        // One write per line. `File` is unbuffered, so a reader sees an incomplete line only briefly.
+        // Write each line in one call. `File` is unbuffered, so a reader sees an incomplete line only briefly.
         let written = serde_json::to_vec(object).map_err(io::Error::from).and_then(|mut line| {
             line.push(b'\n');
             let output = match &mut self.sink {
@@ -117,7 +117,7 @@ impl JsonLog {
     }
 }
 
-/// On an early end, waits up to one second for the reader.
+/// Without [`JsonLog::finish`], waits up to one second for the reader.
 impl Drop for JsonLog {
     fn drop(&mut self) {
         drop(self.flush(Some(Duration::from_secs(1))));
@@ -159,7 +159,7 @@ mod tests {
         assert!(error.starts_with("cannot write no/such/folder/log.jsonl: "), "{error}");
     }
 
-    /// A killed run leaves any part of its last line. The lines that a later run appends are valid in each case.
+    /// A killed run may leave any part of its last line. In each case, the lines that a later run appends are valid.
     #[test]
     fn a_log_can_be_continued_after_any_truncation() {
         let path = std::env::temp_dir().join(format!("shardflow-torn-{}.jsonl", std::process::id()));

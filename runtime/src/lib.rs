@@ -2,8 +2,8 @@
 //!
 //! You write a network once, as one logical program over whole tensors. Layouts say how tensors are divided over a mesh
 //! of devices: split, copied, or partial sums along each axis. [`prelude::compile`] derives the backward pass and the
-//! communication, and checks the plan before anything runs: memory to the byte, and that no device can wait forever. A
-//! [`prelude::Session`] runs the plan: on the cores of one machine, in several processes and nodes, or on GPUs.
+//! communication. Before anything runs, it computes the memory to the byte and checks that no device can wait forever.
+//! A [`prelude::Session`] runs the plan: on the cores of one machine, in several processes and nodes, or on GPUs.
 //!
 //! # A program
 //!
@@ -28,17 +28,17 @@
 //!
 //! # The life of a session
 //!
-//! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program; `compile` reports them
-//!    together.
+//! 1. **Graph.** Ops add nodes to a [`prelude::Graph`]. Errors carry the line of your program; `compile` reports all
+//!    errors together.
 //! 2. **Plan.** [`prelude::compile`] returns a [`prelude::Plan`]: the actions of each device, every transfer, every
-//!    byte. Without running anything, `shardflow plan` prints it.
-//! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares plan and
-//!    options with theirs, and allocates all memory.
+//!    byte. `shardflow plan` prints it without running anything.
+//! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares the plan
+//!    and the options of all processes, and allocates all memory.
 //! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes must call it.
 //! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes them in the background and continues from them, on any
 //!    mesh and any number of processes.
-//! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure anywhere ends every process with one cause;
-//!    [`exit`] lists the codes.
+//! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure in any process ends all processes with the
+//!    same cause. [`exit`] lists the exit codes.
 //!
 //! # Where to look
 //!

@@ -1,14 +1,14 @@
 //! The lock of a checkpoint store: only one training job writes to it at a time.
 //!
 //! The lock is a file `lock-<n>.json` that names the holder. A holder is alive while it holds `flock` on its file. On
-//! network file systems and in cloud stores, where other writers may not see `flock`, it renews the file instead.
+//! network file systems and in cloud stores, other writers may not see `flock`, so the holder also renews the file.
 //!
 //! - LK-1: the process that created the file of the highest n holds the lock. Each file is created by an operation that
 //!   fails if the file exists, so two processes never hold the lock at once.
-//! - LK-2: a holder is dead if its `flock` is free, or after three missed renewals by the waiting process's own clock.
+//! - LK-2: a holder is dead if its `flock` is free, or if it misses three renewals by the clock of the waiting process.
 //! - LK-3: a higher epoch of the same job, or a later saver of the same process, takes the lock at once.
-//! - LK-4: a commit, a deletion and a new cursor check LK-1 first. A process that loses the lock between the check and
-//!   the commit may still add a complete checkpoint of a step that has none; by ST-1 it replaces no file.
+//! - LK-4: a process checks LK-1 before a commit, a deletion or a change of the cursor. If it loses the lock between
+//!   the check and a commit, it may still commit a checkpoint of a step that has none; by ST-1 it replaces no file.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::ErrorKind;
@@ -30,11 +30,11 @@ use crate::files;
 const RENEWAL: Duration = Duration::from_secs(10);
 /// Poll interval for the lock of another process.
 const POLL: Duration = Duration::from_secs(1);
-/// A live holder misses fewer consecutive renewals than this.
+/// A holder that misses this number of consecutive renewals counts as dead.
 const MISSED_MAX: u32 = 3;
-/// Largest number of attempts; another process may win each of them.
+/// Maximum number of attempts to take the lock. Another process may win each attempt.
 const ATTEMPTS_MAX: u32 = 100;
-/// A lock has a lower number; anything else of such a name is ignored.
+/// The number of a lock is lower than this. Entries with this number are ignored.
 const NUMBER_END: u64 = u64::MAX;
 /// Size of a lock file: text padded with spaces, so that one write replaces all of it.
 const FILE_BYTES: usize = 1024;
@@ -49,7 +49,7 @@ struct Holder {
     process_ns: u64,
     job: Option<String>,
     epoch: u64,
-    /// Unix time in nanoseconds.
+    /// Unix time in nanoseconds at which this process created the lock.
     since_ns: u64,
     renewals: u64,
 }
@@ -97,9 +97,9 @@ pub(crate) struct Lock {
     number: u64,
     holder: Holder,
     renewals: AtomicU64,
-    /// The local folders that did not exist before, innermost first.
+    /// Local folders that did not exist before this lock, innermost first.
     created: Vec<PathBuf>,
-    /// The open file with its `flock`; `None` without `flock`.
+    /// The open lock file with its `flock`; `None` without `flock`.
     file: Option<File>,
     /// Dropping the sender ends the renewing thread.
     _renewing: Option<Sender<()>>,
@@ -128,7 +128,7 @@ impl Lock {
             }
             let Some(file) = create(store, number, &holder)? else { continue };
             let numbers = numbers(store)?;
-            // Reads the file back: in a store that returns other bytes, the lock cannot be checked.
+            // Read the file back: if the store returns other bytes, the lock cannot be checked.
             let is_own = read(store, number)?.as_deref() == Some(&holder.encode()[..]);
             if is_own && numbers.last() == Some(&number) {
                 numbers.iter().filter(|older| **older < number).try_for_each(|older| delete(store, *older))?;
@@ -171,7 +171,7 @@ impl Lock {
         let text = Holder { renewals, ..self.holder.clone() }.encode();
         let at = self.store.top(&file_name(self.number));
         match self.file.as_ref().map(File::try_clone) {
-            // Written in place, because a new file would have no `flock`.
+            // Write in place, because a new file would have no `flock`.
             Some(file) => {
                 let write = move || {
                     let file = file?;
@@ -202,7 +202,7 @@ impl Drop for Lock {
         if let Err(error) = self.check().and_then(|()| delete(&self.store, self.number)) {
             tracing::debug!("could not release the lock of the checkpoints: {error}");
         }
-        // A refused run leaves no folder. Folders that are not empty stay.
+        // Delete the created folders that are empty, so that a refused run leaves no folder.
         let created = std::mem::take(&mut self.created);
         let remove = move || {
             let _ = created.iter().try_for_each(fs::remove_dir);
@@ -221,7 +221,7 @@ fn file_name(number: u64) -> String {
     format!("lock-{number}.json")
 }
 
-/// Numbers of everything that has the name of a lock, in ascending order, and whether it is a file.
+/// The number of each entry that is named like a lock, in ascending order, and whether the entry is a file.
 fn entries(store: &Store) -> Result<Vec<(u64, bool)>, CheckpointError> {
     let entry = |(name, bytes): (String, Option<u64>)| {
         let number = name.strip_prefix("lock-")?.strip_suffix(".json")?.parse().ok()?;
@@ -245,7 +245,7 @@ fn delete(store: &Store, number: u64) -> Result<(), CheckpointError> {
     store.operations.delete(&store.top(&file_name(number)))
 }
 
-/// Creates a lock file; `None` if another process was faster. Returns the open file if it could be locked.
+/// Creates a lock file. Returns `None` if another process was faster, else the open file if it could be locked.
 fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<File>>, CheckpointError> {
     let (at, text) = (store.top(&file_name(number)), holder.encode());
     let Some(folder) = store.local.clone() else {
@@ -269,11 +269,11 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
         };
         let is_locked = match file.try_lock() {
             Ok(()) => true,
-            // Another process opened the file before it was locked and considers its holder dead.
+            // Another process locked the new file first, and considers this process dead.
             Err(TryLockError::WouldBlock) => return Ok(None),
             Err(TryLockError::Error(_)) => false,
         };
-        // A full disk leaves no lock behind.
+        // If the disk is full, leave no lock behind.
         let written = file.write_all_at(&text, 0).and_then(|()| file.sync_data());
         written.inspect_err(|_| drop(fs::remove_file(folder.join(file_name(number)))))?;
         Ok(Some(is_locked.then_some(file)))

@@ -1,5 +1,5 @@
-//! Metrics that this crate publishes through the `metrics` facade; names, labels and meaning are public API. Each value
-//! costs nanoseconds without a recorder; [`crate::watch::Watch`] installs one and serves it to Prometheus.
+//! Metrics that this crate publishes through the `metrics` facade. Names, labels and meanings are public API. Without a
+//! recorder, a value costs nanoseconds. [`crate::watch::Watch`] installs a recorder and serves it to Prometheus.
 //!
 //! [`shardflow_kernels::metrics`] publishes `shardflow_collective_seconds`: an actor's busy time in collectives.
 
@@ -36,15 +36,15 @@ define! {
     describe_gauge STEP_FLOPS = "shardflow_step_flops", "Operations of a step's matrix products and attention, over all devices.";
     /// `step_flops` divided by the last step's time and the devices' peak, if the peak is known.
     describe_gauge MFU = "shardflow_mfu_ratio", "Model FLOPs utilization of the last step.";
-    /// Under `shardflow launch`, of the job with its restarts; else of the session. Lost steps do not count.
+    /// Covers the job with its restarts under `shardflow launch`, otherwise only the session. Lost steps do not count.
     describe_gauge TRAINING_RATIO = "shardflow_training_ratio", "Time in steps that are part of the model, divided by the job's total time.";
     /// By `actor` and `action`; the sum is the actor's busy time, including collectives.
     describe_histogram FIRING = "shardflow_actor_firing_seconds", Seconds, "Time from a firing's launch to its end.";
-    /// By `actor` and `reason`: `input` or `credit` of a `register`, `host`, `own`.
+    /// By `actor` and `reason`: `input`, `credit`, `host` or `own`. With `input` and `credit`, also by `register`.
     describe_histogram WAIT = "shardflow_actor_wait_seconds", Seconds, "Idle time of an actor before a firing, by the condition that became true last.";
-    /// An actor fired more than 4096 times between two samples.
+    /// Increases if an actor fires more than 4096 times between two samples.
     describe_counter FIRINGS_LOST = "shardflow_firings_lost_total", "Firings that no sample has read.";
-    /// By `register` and `state`: `free`, being written (`writing`), or `filled` and not released by all readers.
+    /// By `register` and `state`: `free`, `writing` (being written), or `filled` (not yet released by all readers).
     describe_gauge SLOTS = "shardflow_register_slots", "Slots of a register by state.";
     /// By `from`, `to` and `transport`: `device`, `process`, `shared_memory`, `socket` or `nccl`.
     describe_counter EDGE_BYTES = "shardflow_edge_bytes_total", "Bytes of another actor's register pieces that an actor has released.";
@@ -54,7 +54,7 @@ define! {
     describe_gauge MEMORY = "shardflow_memory_bytes", Bytes, "A device's memory.";
     /// By `outcome`: `committed` or `failed`.
     describe_counter CHECKPOINTS = "shardflow_checkpoints_total", "Saves by outcome.";
-    /// From the complete snapshot to the outcome.
+    /// Measured from the complete snapshot to the outcome.
     describe_histogram CHECKPOINT_DURATION = "shardflow_checkpoint_duration_seconds", Seconds, "Time of a save.";
     describe_gauge CHECKPOINT_LAST_SUCCESS = "shardflow_checkpoint_last_success_timestamp_seconds", Seconds, "Time of the last committed checkpoint, Unix time.";
     /// By `cause`, the exit code.

@@ -19,7 +19,7 @@ pub enum Parallel<'a> {
     Replicated,
     /// Output features are split over this mesh axis, and so is the output.
     Column(&'a str),
-    /// Input features are split over this mesh axis. The output is a partial sum, all-reduced where it is needed whole.
+    /// Input features are split over this mesh axis. The output is a partial sum, which is all-reduced if needed.
     Row(&'a str),
 }
 
@@ -112,7 +112,7 @@ pub struct GptConfig {
     pub vocabulary: usize,
     /// Transformer layers.
     pub layers: usize,
-    /// Attention heads; `width` must be a multiple of it.
+    /// Number of attention heads; `width` must be a multiple of this number.
     pub heads: usize,
     /// Features per token.
     pub width: usize,
@@ -133,21 +133,21 @@ pub const LAYERS_MAX: usize = 1024;
 pub struct UnevenSize {
     /// The size: `width`, `batch` or `layers`.
     pub size: &'static str,
-    /// Its value.
+    /// Value of the size.
     pub value: usize,
-    /// What it is divided among: `heads`, `micro-batches` or `stage`, the mesh axis.
+    /// What the value is divided among: `heads`, `micro-batches` or `stage`, the mesh axis.
     pub divisor: &'static str,
-    /// Their number.
+    /// Number of parts.
     pub parts: usize,
 }
 
 impl UnevenSize {
-    /// The smallest value above that divides evenly.
+    /// The smallest larger value that divides evenly.
     pub fn next_value(&self) -> usize {
         self.value.div_ceil(self.parts).saturating_mul(self.parts)
     }
 
-    /// The first numbers of parts that divide the value evenly, as a list.
+    /// Up to 16 numbers of parts that divide the value evenly, smallest first, as text.
     pub fn possible_parts(&self) -> String {
         let divisors = (1..=self.value.min(4096)).filter(|parts| self.value.is_multiple_of(*parts)).take(16);
         divisors.map(|parts| parts.to_string()).collect::<Vec<_>>().join(", ")

@@ -10,7 +10,7 @@ pub const MESH_DEVICES_MAX: usize = 1 << 20;
 /// One axis of a mesh.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Axis {
-    /// Such as `data`, `tensor` or `stage`; unique in its mesh.
+    /// Name, such as `data`, `tensor` or `stage`; unique in its mesh.
     pub name: String,
     /// Number of coordinates, 1 or more.
     pub size: usize,
@@ -43,7 +43,7 @@ impl Mesh {
     /// Parses `name=size,name=size`, such as `data=2,stage=2,tensor=2`.
     ///
     /// # Errors
-    /// When the syntax is wrong, and as [`Mesh::new`].
+    /// When the syntax is wrong; also the errors of [`Mesh::new`].
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let mut axes = Vec::new();
         for part in text.split(',') {
@@ -65,7 +65,7 @@ impl Mesh {
     /// ```
     ///
     /// # Errors
-    /// When the text names another axis, and as [`Mesh::parse`].
+    /// When the text names another axis; also the errors of [`Mesh::parse`].
     pub fn parse_axes(text: &str, axes: &[&str]) -> Result<Self, LayoutError> {
         let given = Self::parse(text)?;
         if let Some(axis) = given.axes().iter().find(|axis| !axes.contains(&axis.name.as_str())) {
@@ -181,7 +181,7 @@ impl Placement {
         })
     }
 
-    /// The devices at this coordinate of this axis; the other axes remain.
+    /// The devices at this coordinate of this axis. The result has the other axes.
     ///
     /// # Errors
     /// When the axis or the coordinate does not exist.
@@ -211,11 +211,11 @@ impl Placement {
         self.devices.iter().position(|&d| d == device)
     }
 
-    /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are ordered by
-    /// their first members, members row-major. Without axes, each device is a group.
+    /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are in the order
+    /// of their first members, and members are in row-major order. Without axes, each device is its own group.
     pub fn group_indices(&self, axes: &[usize]) -> Vec<Vec<usize>> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
-        // By the first member of each group: the group's position.
+        // Position of each group, by the index of its first member.
         let mut position_of = vec![usize::MAX; self.devices.len()];
         for index in 0..self.devices.len() {
             let (mut rest, mut stride, mut first) = (index, 1, index);

@@ -1,5 +1,5 @@
 //! Which process hosts which device, and which data of a plan crosses processes: bytes of registers, groups of
-//! collectives. All of it follows from the plan and the number of processes, so every process computes it for all.
+//! collectives. The plan and the number of processes determine this, so every process can compute it for all processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -24,7 +24,7 @@ pub struct ProcessMap {
 /// Position of a process's devices among those of its node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NodeDevices {
-    /// Number of devices of the processes before it.
+    /// Number of devices of the node's processes with lower ranks.
     pub before: usize,
     /// Number of devices of all processes of the node.
     pub all: usize,
@@ -45,7 +45,7 @@ impl ProcessMap {
         (0..self.processes).find(hosts).unwrap_or_default()
     }
 
-    /// Counts the devices of a node's processes, given in order of rank: those before `process`, and all.
+    /// Counts the devices of a node's processes: those with ranks below `process`, and all of them.
     pub fn on_node(&self, processes: impl Iterator<Item = u32>, process: u32) -> NodeDevices {
         let mut out = NodeDevices::default();
         for other in processes {
@@ -67,7 +67,7 @@ impl ProcessMap {
         actors.map(|(index, _)| ActorId(index as u32)).collect()
     }
 
-    /// Registers that `from` produces and actions of `to` read, with the byte runs of a slot that they read.
+    /// Registers that process `from` produces and process `to` reads, with the byte runs of a slot that `to` reads.
     pub fn crossing(&self, plan: &Plan, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<ByteRun>> {
         let (producers, readers) = (self.devices_of(from), self.devices_of(to));
         let device = |actor: ActorId| plan.spec.actor(actor).device;
@@ -83,13 +83,13 @@ impl ProcessMap {
         out
     }
 
-    /// The device of `to` that receives a register's bytes: the device of the first reader there.
+    /// The device of process `to` that receives a register's bytes: the device of the register's first reader there.
     pub fn landing(&self, plan: &Plan, register: RegisterId, to: u32) -> Option<usize> {
         let readers = plan.spec.register(register).readers.iter();
         readers.map(|reader| plan.spec.actor(reader.actor).device).find(|device| self.process_of(*device) == to)
     }
 
-    /// Registers that `from` produces and this process reads, each with its mirror's device and bytes.
+    /// Registers that `from` produces and this process reads, with the device and the bytes of the local mirror (copy).
     pub fn mirrors(&self, plan: &Plan, from: u32) -> Vec<(RegisterId, usize, usize)> {
         let mirror = |register: RegisterId| {
             let spec = &plan.spec.registers[register.0 as usize];
@@ -99,7 +99,7 @@ impl ProcessMap {
         self.crossing(plan, from, self.process).into_keys().filter_map(mirror).collect()
     }
 
-    /// Registers whose bytes cross processes, by the producing and the receiving device; for all processes.
+    /// Registers of all processes whose bytes cross processes, by the producing and the receiving device.
     pub fn crossing_pairs(&self, plan: &Plan) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
         for from in 0..self.processes {
@@ -139,7 +139,7 @@ fn read_ranges(plan: &Plan, ActionRef { actor, action }: ActionRef, register: Re
     launches.flat_map(|l| l.reads.iter().filter(is_of_register).flat_map(|b| buffer_ranges(l, b))).collect()
 }
 
-/// Byte ranges, relative to the base, that a launch reads of a buffer.
+/// Byte ranges of a buffer that a launch reads, relative to the base from which `buffer.offset` counts.
 fn buffer_ranges(launch: &Launch, buffer: &Buffer) -> Vec<Range<usize>> {
     let elements = match &launch.op {
         Op::CopyRegion { src, .. } => src.runs(&buffer.shape),

@@ -1,4 +1,4 @@
-//! Runs a program's `main`: prints output without blocking the training, errors as one line; returns the exit code.
+//! Runs a program's `main`: prints output without blocking training, prints errors as one line, returns the exit code.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -18,8 +18,8 @@ use shardflow_job::requests::Requests;
 /// How long an error waits for stdout to drain.
 const STDOUT_DRAIN: Duration = Duration::from_millis(200);
 
-/// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..`,
-/// reports it to the launcher, and returns its exit code, after all output is written.
+/// Runs the body of `main`, with the signal handlers of [`Requests::on_signals`]. Prints an error as `error: ..` and
+/// reports it to the launcher. Returns the exit code after all output is written.
 ///
 /// ```no_run
 /// use shardflow::prelude::*;
@@ -43,13 +43,13 @@ pub fn run(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> ExitCode {
 }
 
 fn with_signal_handlers(body: impl FnOnce() -> Result<(), Box<dyn Error>>) -> Result<(), Box<dyn Error>> {
-    // Comes first: process 1 of a container ignores signals without a handler.
+    // Install the handlers first: process 1 of a container ignores signals without a handler.
     Requests::on_signals()?;
     body()
 }
 
-/// The end of [`run`], for a program that limits how long it waits for the reader of its output. Output that cannot be
-/// written is an error, unless the reader has closed the pipe.
+/// The last part of [`run`], for a program that limits how long it waits for the reader of its output. A write error is
+/// an error of the program, except after the reader has closed the pipe.
 pub fn finish(result: Result<(), Box<dyn Error>>, output_limit: Option<Duration>) -> ExitCode {
     let mut exit = result.map_or_else(show, |()| Exit::Done);
     output::stdout().flush(output_limit);
@@ -66,7 +66,7 @@ pub fn print(line: impl Display) {
     output::stdout().line(&line.to_string());
 }
 
-/// Prints a line to stderr. On a screen it replaces a line of progress that has no end yet.
+/// Prints a line to stderr. On a terminal, it replaces an unfinished line of progress.
 pub fn note(line: impl Display) {
     let clear = if is_screen(&io::stderr()) { "\r\x1b[K" } else { "" };
     output::stderr().line(&format!("{clear}{line}"));
@@ -83,7 +83,7 @@ pub fn is_screen(stream: &impl IsTerminal) -> bool {
 pub struct ProgramError {
     /// What failed, in one line.
     pub text: String,
-    /// What the user can change; empty for nothing.
+    /// What the user can change; empty if nothing.
     pub hint: String,
     /// The exit code.
     pub exit: Exit,
@@ -98,10 +98,9 @@ impl ProgramError {
     }
 }
 
-/// Prints and reports an error.
 fn show(error: Box<dyn Error>) -> Exit {
     let exit = exit_of(&*error);
-    // `Exit::Done` is not a failure: `shardflow plan` needs only the plan, which is written.
+    // `Exit::Done` is not a failure: `shardflow plan` needs only the plan, which is already written.
     if exit == Exit::Done {
         return exit;
     }
@@ -112,7 +111,7 @@ fn show(error: Box<dyn Error>) -> Exit {
     if let Err(e) = shardflow_job::departure::report(exit, &error.to_string(), rank) {
         note(format!("warning: cannot write the report for the launcher: {e}"));
     }
-    // On a terminal, both streams share the screen, so earlier output comes first.
+    // On a terminal, both streams share the screen, so print earlier output first.
     output::stdout().end_line();
     output::stdout().flush(Some(STDOUT_DRAIN));
     output::stderr().line(&format!("error: {error}"));

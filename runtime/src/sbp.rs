@@ -58,7 +58,7 @@ impl fmt::Display for Sbp {
     }
 }
 
-/// One [`Sbp`] for each axis of a placement. If two axes split one dim, the later axis splits the parts of the earlier.
+/// One [`Sbp`] for each axis of a placement. If two axes split one dim, the later axis splits the parts of the first.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NdSbp(pub Vec<Sbp>);
 
@@ -102,7 +102,7 @@ impl NdSbp {
     /// Checks that a tensor of this shape can have this layout on `placement`.
     ///
     /// # Errors
-    /// When it does not have one entry for each axis, a split dim does not exist, or it mixes reductions.
+    /// When the layout does not have one entry for each axis, splits a dim that does not exist, or mixes reductions.
     pub fn check(&self, shape: &[usize], placement: &Placement) -> Result<(), LayoutError> {
         let axes = placement.axes().len();
         let why = if self.mixes_reductions() {
@@ -174,9 +174,9 @@ pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, inde
     region
 }
 
-/// Splits a tensor into one shard for each device, by index. The terms of `Partial` floats are small random integers
-/// from `seed`, so that tests detect a lost or duplicated term; the last one completes the value (for `Max`, a random
-/// one holds it, the others are smaller). Exact for integer values below about 2^20.
+/// Splits a tensor into one shard for each device, by index. The terms of `Partial` floats are random, from `seed`, so
+/// that tests detect a lost or duplicated term. For `Sum`, they are small integers and a last term that completes the
+/// value; for `Max`, a random term is the value and the others are smaller. Exact for integers below about 2^20.
 ///
 /// # Errors
 /// When the layout does not fit the shape and placement, or is `Partial` for an integer tensor.
@@ -232,7 +232,7 @@ fn random_terms(value: f32, op: ReduceOp, count: usize, state: &mut u64) -> Vec<
 }
 
 /// Assembles a tensor of this shape from its shards (by index). Combines `Partial` terms in row-major order of the
-/// devices; of `Broadcast` copies, takes the one at coordinate 0.
+/// devices. Takes the `Broadcast` copy at coordinate 0.
 ///
 /// # Errors
 /// When the layout or a shard's shape or type does not fit, or `Broadcast` copies are not bit-identical.

@@ -61,7 +61,7 @@ pub struct TraceError {
 }
 
 impl TraceFile {
-    /// Creates an empty file for this process, of at most `bytes_max` bytes, or of one step if that is larger.
+    /// Creates an empty file for this process. Its limit is `bytes_max` bytes, or one step if a step is larger.
     pub fn create(path: &Path, bytes_max: u64) -> Result<Self, TraceError> {
         let failed = |source| TraceError { path: path.to_owned(), source };
         let mut out = BufWriter::new(File::create(path).map_err(failed)?);
@@ -82,7 +82,7 @@ impl TraceFile {
     }
 
     /// Adds the firings since the last call. Call it after each step, before the actors' ring buffers are full. Returns
-    /// false if another step would exceed the limit; the file is complete then.
+    /// false if another step would exceed the limit; then the file is complete.
     pub fn add(&mut self, session: &Session) -> Result<bool, TraceError> {
         let Some(observer) = session.observer().filter(|_| !self.has_ended) else { return Ok(!self.has_ended) };
         let before = self.bytes;
@@ -132,7 +132,7 @@ impl TraceFile {
         Ok(())
     }
 
-    /// If this process hosts all actors, writes the simulator's step time, in which each firing takes its mean time.
+    /// If this process hosts all actors, writes the step time that the simulator computes from mean firing times.
     fn write_prediction(&mut self) -> Result<(), TraceError> {
         let Some(spec) = self.spec.clone().filter(|spec| spec.actors.len() == self.firings_read.len()) else {
             return Ok(());
@@ -188,7 +188,7 @@ impl TraceFile {
         let own = &spec.actors[actor.0 as usize];
         let action = &own.actions[fired.action as usize];
         let spent = self.spent.entry((actor, fired.action)).or_default();
-        // The first step is a warm-up: it counts only until the second one.
+        // The first step is a warm-up: discard its counts when the second step begins.
         if fired.firing == u64::from(action.per_step) {
             *spent = (0, 0);
         }
@@ -226,7 +226,7 @@ impl TraceFile {
             }
             let piece = fired.firing / u64::from(output.firings_per_piece) + u64::from(register.initial);
             for (index, _) in register.readers.iter().enumerate().filter(|(_, reader)| reader.actor != actor) {
-                // The time must be inside the slice, otherwise the arrow binds to the next one.
+                // The time must be inside the slice, otherwise the arrow binds to the next slice.
                 let ready_ns = if output.early { fired.early_ns } else { fired.ended_ns.saturating_sub(1) };
                 let at = (pid, tid, micros(ready_ns.max(fired.launched_ns)));
                 self.write_event(&arrow("s", register, (output.register.0, piece, index), at))?;

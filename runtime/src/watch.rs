@@ -1,6 +1,6 @@
 //! An HTTP server that shows a running session: a live page under `/`, `/metrics` for Prometheus, `/healthz`, and
 //! `/status` and `/hang` as JSON. The page uses `/plan`, `/predicted` and `/events`, whose format is internal and may
-//! change. The server only reads. It has no access control: listen on a loopback address unless the network is trusted.
+//! change. The server changes nothing. It has no access control: in an untrusted network, use a loopback address.
 //!
 //! ```no_run
 //! # use shardflow::prelude::*;
@@ -73,20 +73,20 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Listens like [`Watch::listen`], process n of a job on the port of `first` plus n. Port 0 stays 0.
+    /// Like [`Watch::listen`], but process n of a job listens on the port of `first` plus n. Port 0 stays 0.
     ///
     /// # Errors
-    /// If that port is above 65535, and those of [`Watch::listen`].
+    /// If that port is above 65535; also the errors of [`Watch::listen`].
     pub fn listen_as(process: u32, first: SocketAddr) -> Result<Self, WatchError> {
         let port = u32::from(first.port()) + if first.port() == 0 { 0 } else { process };
         let port = u16::try_from(port).map_err(|_| WatchError::Port { first, process })?;
         Self::listen(SocketAddr::new(first.ip(), port))
     }
 
-    /// Installs the metrics recorder and listens; port 0 selects a free port. Call it first: earlier values are lost.
+    /// Installs the metrics recorder and listens; port 0 selects a free port. Call this first: earlier values are lost.
     ///
     /// # Errors
-    /// If the address cannot be listened on, or there is another recorder.
+    /// If the server cannot listen on the address, or there is another recorder.
     pub fn listen(address: SocketAddr) -> Result<Self, WatchError> {
         let failed = |source| WatchError::Listen { address, source };
         let listener = TcpListener::bind(address).map_err(failed)?;
@@ -124,7 +124,7 @@ impl Drop for Watch {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // It stops immediately, even during requests, and returns no value.
+            // The thread stops immediately, even during requests, and returns no value.
             let _ = thread.join();
         }
     }
@@ -179,7 +179,7 @@ const IDLE_SECONDS_REPORTED: u64 = 10;
 
 async fn prometheus(State(state): State<ServerState>) -> impl IntoResponse {
     if let Some(observer) = state.observer() {
-        // On another thread, because it waits for the states of all actors.
+        // Sample on another thread, because sampling waits for the states of all actors.
         let _ = tokio::task::spawn_blocking(move || observer.sample()).await;
     }
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], state.prometheus.render())
@@ -187,7 +187,7 @@ async fn prometheus(State(state): State<ServerState>) -> impl IntoResponse {
 
 async fn health(State(state): State<ServerState>) -> impl IntoResponse {
     let observer = state.observer();
-    // Status 200 also without progress: the watchdog ends a session that stalls, so a process supervisor need not.
+    // Return status 200 even without progress: the watchdog ends a stalled session, so a supervisor does not have to.
     let control = observer.as_ref().map(|observer| observer.control()).filter(|control| control.is_under_way());
     let idle_ns = control.and_then(|control| control.idle_ns());
     match observer.map(|observer| observer.health()) {

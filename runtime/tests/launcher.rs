@@ -1,5 +1,5 @@
-//! The launcher with real processes: the ranks are `sh` scripts that branch on their variables. Scripts report through
-//! a named pipe that they are ready, and the tests wait for the end of processes instead of sleeping.
+//! The launcher with real processes: the ranks are `sh` scripts that branch on their variables. Scripts report
+//! readiness through a named pipe, and the tests wait for the end of processes instead of sleeping.
 
 #[path = "launcher/harness.rs"]
 mod harness;
@@ -189,7 +189,7 @@ fn free_port() -> u16 {
 
 const SECRET: (&str, &str) = ("SHARDFLOW_SECRET", "0123456789abcdef");
 
-/// Limit for the reports of both nodes, far below the wait of a node without a report.
+/// Limit for the reports of both nodes, far below the time that a node waits if the other does not report.
 const REPORT_LIMIT: std::time::Duration = std::time::Duration::from_secs(20);
 
 #[test]
@@ -210,7 +210,7 @@ fn nodes_that_fail_before_the_rendezvous_do_not_wait_for_each_other() {
     assert!(begin.elapsed() < REPORT_LIMIT, "the nodes waited {:?}", begin.elapsed());
 }
 
-/// They run another program, or print a help text.
+/// Such nodes run another program, or print a help text.
 #[test]
 fn nodes_that_end_with_code_0_and_do_not_join_have_not_failed() {
     let (job, port) = (Job::new(), free_port());
@@ -242,7 +242,7 @@ fn a_report_without_a_receiver_ends_by_its_timeout_or_by_a_signal() {
         waiting.signal(Signal::TERM);
         assert_eq!(waiting.end().code, 65);
     }
-    // The launcher does not report a failure that the session or another process reports.
+    // The launcher does not report a failure that the session or another process has already reported.
     let script =
         r#"echo "{\"rank\":1,\"time_unix_ns\":1,\"exit\":80,\"cause\":\"x\",$MORE}" > $SHARDFLOW_ERROR_FILE; exit 80"#;
     for more in ["\"joined\":true", "\"first_cause_rank\":0"] {
@@ -332,7 +332,7 @@ fn the_next_launcher_removes_the_folder_of_a_killed_one() {
 fn sigterm_is_forwarded_and_the_launcher_ends_with_143() {
     let job = Job::new();
     for (script, code) in [
-        // Ranks that save and end as documented, die by the signal, cannot write the checkpoint, or are done.
+        // Ranks may save and end as documented, die by the signal, fail to write the checkpoint, or be done.
         ("trap 'echo saved; exit 143' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 143),
         ("echo ready > $READY; exec sleep 600", 143),
         ("trap 'exit 73' TERM; echo ready > $READY; while :; do read line < $WAIT; done", 73),
@@ -446,7 +446,7 @@ fn a_frozen_process_that_the_others_blame_is_killed_soon() {
 #[test]
 fn no_process_outlives_a_killed_launcher() {
     let job = Job::new();
-    // Rank 0 ends on SIGTERM, rank 1 ignores it, and both have a child that ignores it.
+    // Rank 0 ends on SIGTERM, and rank 1 ignores it. Both have a child that ignores SIGTERM.
     let script = "[ $RANK = 1 ] && trap '' TERM HUP INT; sh -c 'trap \"\" TERM HUP INT; echo $$ > $READY
         while :; do sleep 600; done' & echo $$ > $READY; env > env-$RANK; echo $SHARDFLOW_ENDPOINT > $READY; wait";
     let running = job.sh(&["--nproc-per-node=2"], script);
@@ -586,7 +586,7 @@ fn a_process_that_ends_on_request_is_not_restarted() {
 #[test]
 fn a_stalled_reader_blocks_no_process() {
     let job = Job::new();
-    // More than the pipe and the queue hold. These must arrive: the first record, the error, standard error, the last line.
+    // The pipe and the queue cannot hold all output. The first record, the error, stderr and the last line must arrive.
     let script = "line=$(printf '%0120d' 7); echo '{\"first\":1}'; i=0; while [ $i -lt 6000 ]; do echo step $i $line; i=$((i+1)); done
         i=0; while [ $i -lt 1500 ]; do echo warning $i $line >&2; i=$((i+1)); done
         echo error: of one line; echo last; echo done > $READY";

@@ -1,4 +1,4 @@
-//! Reports a failure before the rendezvous to the processes that would wait for this one.
+//! Reports a failure before the rendezvous to the other processes, so that they do not wait for the failed process.
 
 use std::ops::Range;
 use std::path::Path;
@@ -17,11 +17,11 @@ pub(crate) struct Departure(RendezvousConfig);
 impl Departure {
     pub(crate) fn new(endpoint: &Endpoint, secret: Secret, options: &ClusterOptions, processes: u32) -> Self {
         let config = RendezvousConfig::new(endpoint.address(), secret, Identity::default(), options);
-        // The failure may be an interface that this node does not have.
+        // Ignores `config.interface`: the failure may be that this node does not have that interface.
         Self(RendezvousConfig { processes, interface: None, ..config })
     }
 
-    /// Reports within [`ClusterOptions::report_within`] that `ranks` will not join. True if a process waited for them.
+    /// Reports that `ranks` will not join, for at most `report_within`. True if a process waited for these ranks.
     pub(crate) fn report(&self, ranks: Range<u32>, report: &Report) -> bool {
         let reported = match ranks.start {
             0 => refuse_callers(&self.0, ranks, report),
@@ -34,12 +34,12 @@ impl Departure {
     }
 }
 
-/// Reports why this process is about to end with `exit`. `first_cause_rank` is the rank that failed first, if it is
-/// another one. [`Exit::Retry`] with its own rank means an end on request: the launcher does not restart it.
+/// Reports why this process is about to end with `exit`. `first_cause_rank` is another rank that failed first, if any.
+/// [`Exit::Retry`] with this process's own rank is an end on request: the launcher does not restart the process.
 ///
-/// Under `shardflow launch` the report goes to the launcher. Otherwise, if the processes have not met and no retry
-/// would help, it goes to the others for at most `SHARDFLOW_REPORT_WAIT_MS`: rank 0 refuses those that connect, other
-/// ranks connect to the rendezvous endpoint. Only the first report of a process is kept.
+/// Under `shardflow launch` the launcher receives the report. Otherwise, if this process has not joined yet and no
+/// retry would help, the other processes receive it, for at most `SHARDFLOW_REPORT_WAIT_MS`: rank 0 refuses each
+/// process that connects; any other rank connects to the rendezvous endpoint. Only a process's first report is kept.
 pub fn report(exit: Exit, cause: &str, first_cause_rank: Option<u32>) -> io::Result<()> {
     let path = env::var_os(ERROR_FILE);
     if path.as_ref().is_some_and(|path| Path::new(path).exists()) {
@@ -64,7 +64,7 @@ fn report_to_others(report: &Report) {
     let variables = process_variables();
     let Ok(LaunchContext::World(world)) = detect(&variables) else { return };
     let Ok(secret) = world.secret.read() else { return };
-    // The failure may be an invalid option.
+    // The failure may be an invalid option; the defaults then apply.
     let options = ClusterOptions::read(&variables).unwrap_or_default();
     let rank = world.process;
     let departure = Departure::new(&world.endpoint, secret, &options, world.processes);

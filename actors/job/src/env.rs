@@ -1,6 +1,6 @@
-//! Detects this process's rank and world from its launcher's variables and the names of this node's interfaces.
+//! Detects this process's rank and world from the launcher's environment variables.
 //!
-//! Inner launchers are checked first: they add their variables to those of outer ones. An empty variable is unset.
+//! Variables of inner launchers are checked first, because outer launchers' variables remain set. Empty means unset.
 
 mod context;
 mod detect;

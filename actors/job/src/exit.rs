@@ -1,4 +1,4 @@
-//! Exit codes, which of them are worth a restart, and the reports of a process's failure and progress.
+//! Exit codes, which of them justify a restart, and the reports of a process's failure and progress.
 
 use std::fmt;
 use std::os::unix::process::ExitStatusExt;
@@ -12,48 +12,48 @@ use serde::{Deserialize, Serialize};
 
 /// Variable with the path of the file to which a failing process writes its [`Report`].
 pub const ERROR_FILE: &str = "SHARDFLOW_ERROR_FILE";
-/// Variable with the path of the file for the last committed step. Set only for the first process of a node.
+/// Variable with the path of the file that records the last committed step. Set only for a node's first process.
 pub const PROGRESS_FILE: &str = "SHARDFLOW_PROGRESS_FILE";
 
-/// Largest report that is read, in bytes. [`crate::departure::report`] writes none that is longer.
+/// Maximum size in bytes of a report that is read. [`crate::departure::report`] never writes a longer one.
 const REPORT_BYTES_MAX: u64 = 64 << 10;
 pub(crate) const CAUSE_BYTES_MAX: usize = 16 << 10;
 
-/// Why a process ended. Codes that `sysexits.h` defines have its meaning.
+/// Why a process ended. A code that `sysexits.h` also defines has the meaning given there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Exit {
     /// 0: done.
     Done,
     /// 2: an invalid flag or file.
     Usage,
-    /// 65: damaged data or checkpoint, or one of another model.
+    /// 65: the data or the checkpoint is damaged, or the checkpoint belongs to another model.
     BadData,
     /// 69: another process has ended or does not respond.
     PeerUnavailable,
-    /// 70: a bug, or a failure without a code of its own.
+    /// 70: a bug, or a failure that has no other code.
     Internal,
-    /// 71: memory could not be allocated during the training. At its start, this is [`Exit::Refused`].
+    /// 71: a memory allocation failed during the training. If it fails at the start, the exit is [`Exit::Refused`].
     OutOfMemory,
     /// 73: a checkpoint or a parameter file cannot be written.
     CannotWrite,
-    /// 75: the program has not failed; restart it.
+    /// 75: the program ended without a failure and may be restarted.
     Retry,
     /// 76: a peer uses another protocol or secret.
     Protocol,
     /// 78: the plan or the configuration was refused.
     Refused,
-    /// 79: no progress for too long.
+    /// 79: no progress within the time limit.
     Hang,
     /// 80: a loss or gradient is Inf or NaN.
     Numerics,
-    /// 128 + n: ended by signal n, or with the code of signal n.
+    /// 128 + n: signal n ended the process, or the process ended with signal n's code.
     Signal(u8),
-    /// Any other code, of a program that does not follow these.
+    /// Any other code, from a program that uses other codes.
     Other(u8),
 }
 
 impl Exit {
-    /// The code, and its meaning if the exit has exactly one code.
+    /// The code, and its meaning unless the code is that of `Signal` or `Other`.
     fn parts(self) -> (u8, Option<&'static str>) {
         match self {
             Exit::Done => (0, Some("done")),
@@ -78,7 +78,7 @@ impl Exit {
         self.parts().0
     }
 
-    /// The meaning of a code: the inverse of [`Exit::code`].
+    /// Returns the exit with this code: the inverse of [`Exit::code`].
     pub fn from_code(code: u8) -> Exit {
         use Exit::*;
         let named = [
@@ -113,7 +113,7 @@ impl Exit {
     }
 
     /// True if a restart from the last commit may help. SIGHUP, SIGINT, SIGQUIT and SIGTERM are requests to end, not
-    /// failures; any other signal may come from outside (the out-of-memory killer) or from an intermittent bug.
+    /// failures. Any other signal may come from outside (the out-of-memory killer) or from an intermittent bug.
     pub fn worth_a_retry(self) -> bool {
         match self {
             Exit::PeerUnavailable | Exit::Internal | Exit::OutOfMemory | Exit::Retry | Exit::Hang | Exit::Other(_) => {
@@ -130,13 +130,13 @@ impl Exit {
         matches!(self, Exit::PeerUnavailable | Exit::Retry)
     }
 
-    /// The exit of those that wait for a node with this exit: the same, if it has a meaning and no restart can help.
+    /// Exit of a process that waits for a node with this exit: 69 for signals or if a restart may help, else the same.
     pub(crate) fn of_waiting(self) -> Exit {
         let is_final = self.parts().1.is_some() && !self.worth_a_retry();
         if is_final { self } else { Exit::PeerUnavailable }
     }
 
-    /// The cause followed by this exit, unless the cause already ends with it.
+    /// Appends this exit to the cause, unless the cause already ends with it.
     pub(crate) fn after(self, cause: &str) -> String {
         let (cause, code) = (cause.trim(), format!("({self})"));
         if cause.ends_with(&code) { cause.into() } else { format!("{cause} {code}") }
@@ -162,24 +162,24 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// A process's report of its failure: one JSON object.
+/// A process's report of its own failure: one JSON object.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
     /// Rank of the reporting process.
     pub rank: u32,
     /// Unix time of the failure, in nanoseconds.
     pub time_unix_ns: u64,
-    /// The code with which it will end.
+    /// The code with which the process will end.
     pub exit: u8,
-    /// The failure, in one line or a few.
+    /// The failure, in one or a few lines.
     pub cause: String,
-    /// The rank that failed first; if absent, the exit code decides whether the failure is the reporter's own.
+    /// The rank that failed first. If absent, the exit code decides whether the failure began in the reporting process.
     #[serde(default)]
     pub first_cause_rank: Option<u32>,
-    /// True if the process had joined the others; then the session reports the failure to them.
+    /// True if the process had joined the others: then the session also reports the failure to them.
     #[serde(default)]
     pub joined: bool,
-    /// The node of the first cause has ended its job. Other nodes must not restart: they would wait for it in vain.
+    /// True if the first cause's node has ended its job. Other nodes must not restart: they would wait for it in vain.
     #[serde(default)]
     pub departed: bool,
 }
@@ -190,7 +190,7 @@ impl Report {
         write_atomically(path, &serde_json::to_vec(self)?)
     }
 
-    /// Reads a report. `None` if it is missing or unreadable: it only adds detail to the exit code.
+    /// Reads a report. `None` if the file is missing or unreadable: a report only adds detail to the exit code.
     pub fn read(path: &Path) -> Option<Report> {
         let bytes = fs::metadata(path).ok()?.len();
         (bytes <= REPORT_BYTES_MAX).then(|| serde_json::from_slice(&fs::read(path).ok()?).ok())?
@@ -204,7 +204,7 @@ impl Report {
         }
     }
 
-    /// True if the other processes must be refused, because they would wait for the reporter and no restart would help.
+    /// True if the other processes must be refused: they would wait for the reporter, and no restart would help.
     pub fn concerns_all(&self) -> bool {
         let exit = Exit::from_code(self.exit);
         let is_final = self.departed || !exit.worth_a_retry();
@@ -214,27 +214,27 @@ impl Report {
 
 static JOINED: AtomicBool = AtomicBool::new(false);
 
-/// Records for the launcher that this process waits for the others: one that ends with code 0 before it joins has failed.
+/// Records for the launcher that this process waits for the others. If it exits with 0 without joining, it has failed.
 pub fn mark_joining() {
     if let Some(path) = env::var_os(ERROR_FILE) {
         let _ = fs::write(joining_file(Path::new(&path)), "");
     }
 }
 
-/// The file that exists once the process of this [`ERROR_FILE`] has begun to wait for the others.
+/// The file that marks that the process with this [`ERROR_FILE`] has begun to wait for the others.
 pub(crate) fn joining_file(error_file: &Path) -> PathBuf {
     error_file.with_extension("joining")
 }
 
 /// Records that the rendezvous succeeded, or that this process has reported why it cannot. From now on the session
-/// reports failures to the others. Returns whether it was recorded before.
+/// reports failures to the other processes. Returns true if this was already recorded.
 pub fn mark_joined() -> bool {
     JOINED.swap(true, Ordering::Relaxed)
 }
 
 static DEPARTED: AtomicBool = AtomicBool::new(false);
 
-/// Records for the launcher that a node has ended its job, so that it does not restart this process.
+/// Records that a node has ended its job. The launcher then does not restart this process.
 pub(crate) fn mark_departed() {
     DEPARTED.store(true, Ordering::Relaxed);
 }
@@ -248,7 +248,7 @@ pub fn own_rank() -> u32 {
     env::var("SHARDFLOW_RANK").ok().and_then(|rank| rank.parse().ok()).unwrap_or(0)
 }
 
-/// Reports a committed step, if [`PROGRESS_FILE`] is set: the launcher gives up restarts without progress.
+/// Reports a committed step, if [`PROGRESS_FILE`] is set. The launcher stops restarting a job without new steps.
 pub fn progress(step: u64) -> io::Result<()> {
     match env::var_os(PROGRESS_FILE) {
         Some(path) => write_atomically(Path::new(&path), step.to_string().as_bytes()),
@@ -256,7 +256,7 @@ pub fn progress(step: u64) -> io::Result<()> {
     }
 }
 
-/// The step in a progress file; `None` if no step was committed yet.
+/// The step in a progress file; `None` if there is no committed step yet.
 pub fn read_progress(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }

@@ -1,7 +1,8 @@
-//! `shardflow launch`: starts a node's processes, forwards signals to them, and restarts them if that may help.
+//! `shardflow launch`: starts a node's processes, forwards signals to them, and restarts them if a restart may help.
 //!
-//! Each node has its own launcher. When a process fails, the processes of other nodes detect it and end too, and each
-//! launcher restarts its own. A failure before the rendezvous that no restart fixes is reported at its endpoint.
+//! Each node has its own launcher. If a process fails, the processes on other nodes detect the failure and end, and
+//! each launcher restarts its processes. If a process fails before the rendezvous and no restart can help, the launcher
+//! reports this at the rendezvous endpoint.
 
 use std::thread;
 use std::time::Duration;
@@ -27,13 +28,13 @@ mod options;
 pub use guard::{become_program, child_command, guard};
 pub use options::{LaunchError, LaunchOptions};
 
-/// How long a launcher that ends on a signal waits for the reader of its output.
+/// How long a launcher that a signal ends waits until its output is read.
 const OUTPUT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Starts the processes, restarts them if needed, and returns when they have ended, with the exit of the first that
-/// failed. Prints failures to standard error, the first cause last.
+/// Starts the processes, restarts them if needed, and returns when they have ended. Returns the exit of the process
+/// that failed first. Prints failures to standard error, the first cause last.
 ///
-/// Call it from a thread that lives as long as the launcher: the kernel kills the processes when that thread ends.
+/// Call this from a thread that lives as long as the launcher: the kernel kills the processes when that thread ends.
 pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     let departure = departure(options);
     let launched = Job::prepare(options, departure.clone()).and_then(|mut job| {
@@ -47,7 +48,7 @@ pub fn launch(options: &LaunchOptions) -> Result<Exit, LaunchError> {
     launched.inspect_err(|error| report(options, departure, error.exit(), error.to_string()))
 }
 
-/// Reports to the other nodes that this one starts no process because of a usage error, if `options` suffice.
+/// Reports to the other nodes, if `options` suffice for it, that a usage error keeps this node from starting processes.
 pub fn report_usage(options: &LaunchOptions, cause: String) {
     report(options, departure(options), Exit::Usage, cause);
 }
@@ -80,7 +81,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         outcome.show_errors();
         if let Some(signal) = outcome.signal {
             let (exit, failed) = exit_after_signal(&outcome.ended, signal);
-            // Processes that had joined have reported their end themselves.
+            // A process that had joined has already reported its end to the others.
             if exit != Exit::Done && !outcome.reports().any(|report| report.joined) {
                 let cause = failed.map_or_else(|| exit.after("it was interrupted"), Ended::describe);
                 job.report(departed(options, exit, &cause));
@@ -93,7 +94,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
         }
         let Some(cause) = first_cause(&outcome.ended) else { return Ok((Exit::Done, None)) };
         let decision = if outcome.abandoned || cause.ended_on_request() || outcome.reports().any(|r| r.departed) {
-            // A process still holds devices and files; or this node is reclaimed; or another one has ended its job.
+            // A process still holds devices and files, or this node is reclaimed, or another node has ended its job.
             Decision::WouldNotHelp
         } else {
             restarts.next(cause.exit, read_progress(&job.progress_file()))
@@ -122,7 +123,7 @@ fn supervise(job: &mut Job) -> Result<(Exit, Option<u8>), LaunchError> {
             Decision::WouldNotHelp | Decision::Exhausted => {}
         }
         if outcome.abandoned || decision != Decision::WouldNotHelp {
-            // The other nodes may restart, and would wait for this one.
+            // The other nodes may restart; without this report they would wait for this node.
             job.report(departed(options, cause.exit, &cause.describe()));
         }
         output::stderr().line(&format!("error: {}", outcome.describe(cause)));

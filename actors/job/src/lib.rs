@@ -1,6 +1,6 @@
-//! The processes of a job: how they are started, how they find, authenticate and watch each other, and how they end.
+//! The processes of a job: starting them, rendezvous, authentication, failure detection, and ending them.
 //!
-//! Nothing here knows of registers, actors or tensors.
+//! This crate is independent of registers, actors and tensors.
 
 pub mod departure;
 pub mod env;

@@ -15,19 +15,19 @@ pub use addresses::{hidden_name, parse_ip};
 pub use cores::{affinity, cores_text, threads_per_device};
 pub use memory::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryBound, MemoryClaim, free_memory, meminfo, memory_bounds};
 
-/// `TMPDIR`, or `/tmp` if it is not set, cannot be used. Exit code 78.
+/// The folder `TMPDIR`, or `/tmp` if that variable is not set, cannot be used. Exit code 78.
 #[derive(Debug, thiserror::Error)]
 #[error("TMPDIR={}: cannot make a folder there: {cause}; set TMPDIR to an existing folder that is writable", .folder.display())]
 pub struct TemporaryError {
     /// The folder for temporary files.
     pub folder: PathBuf,
-    /// The system's error.
+    /// The error that the system returned.
     pub cause: ErrorKind,
 }
 
-/// Creates a folder below `TMPDIR` that only this user can access; it is removed when the value is dropped.
+/// Creates a folder below `TMPDIR` that only this user can access. Dropping the value removes the folder.
 pub fn temporary_folder(prefix: &str) -> Result<PrivateFolder, TemporaryError> {
-    // The error of `PrivateFolder` names a random path below `TMPDIR`.
+    // The error of `PrivateFolder` names a random path below `TMPDIR`, so the folder is reported instead.
     PrivateFolder::new(prefix).map_err(|error| TemporaryError { folder: env::temp_dir(), cause: error.kind() })
 }
 

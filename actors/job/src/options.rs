@@ -1,4 +1,4 @@
-//! Options of the rendezvous, the connections and the heartbeats, and the variables that set them.
+//! Options of the rendezvous, the connections and the heartbeats, and the variables for these options.
 
 use std::fmt;
 use std::io;
@@ -16,44 +16,44 @@ use crate::transport::Address;
 /// The transport that carries tensors between processes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Transport {
-    /// Shared memory between processes of one node, TCP between nodes; NCCL between GPUs.
+    /// Shared memory between processes of one node, TCP between nodes, and NCCL between GPUs.
     #[default]
     Auto,
-    /// Like `Auto`, but refused if a node's processes cannot share memory.
+    /// Like `Auto`, but fails if the processes of a node cannot share memory.
     SharedMemory,
     /// Unix sockets on one node, TCP between nodes. Register transfers between GPUs are staged through host memory.
     Unix,
-    /// TCP, also within one node. Between GPUs, the same as `Unix`.
+    /// TCP, also within a node. Between GPUs, the same as `Unix`.
     Tcp,
 }
 
 /// The engine that runs collectives between processes. Registers always use the [`Transport`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Collectives {
-    /// Shardflow's own engines over the [`Transport`]. Results have the same bits on any number of processes.
+    /// Shardflow's own engines over the [`Transport`]. The bits of results do not depend on the number of processes.
     #[default]
     Own,
-    /// MPI for groups whose members are all in different processes, `Own` for other groups. Sums agree with those of
-    /// `Own` within rounding. Needs the feature `mpi` and processes started by `mpirun`.
+    /// MPI for groups with each member in a different process, and `Own` for other groups. Sums equal those of `Own` up
+    /// to rounding. Needs the feature `mpi` and processes that `mpirun` starts.
     Mpi,
 }
 
-/// Receives log lines: the ranks that a wait is for, or why another transport is used.
+/// Receives log lines, such as the ranks that this process waits for, or why a transport was replaced.
 pub type OnWaiting = Arc<dyn Fn(&str) + Send + Sync>;
 
-/// Maps the addresses that this process listens on to those that others connect to, for example with a proxy.
+/// Maps the addresses on which this process listens to those that other processes use, for example behind a proxy.
 pub trait Advertise: fmt::Debug + Send + Sync {
-    /// Returns the address that others connect to in order to reach `bound`. After an error the process does not start.
+    /// Returns the address at which others can connect to `bound`. If this fails, the process does not start.
     fn connections(&self, bound: &Address) -> io::Result<Address>;
 
-    /// Returns the UDP address that others send heartbeats to in order to reach `bound`.
+    /// Returns the UDP address to which others can send heartbeats for `bound`.
     fn heartbeats(&self, bound: SocketAddr) -> io::Result<SocketAddr>;
 }
 
-/// How long to wait for an advertised name that may be registered soon.
+/// How long to wait until an advertised name resolves. The name may not be registered yet.
 const RESOLVE_WITHIN: Duration = Duration::from_secs(5);
 
-/// A host name or address that is published instead of the one that a process listens on; the port does not change.
+/// A host name or address to publish instead of the one on which a process listens. The port does not change.
 #[derive(Clone, Debug)]
 struct AdvertisedHost(String);
 
@@ -84,41 +84,41 @@ impl Advertise for AdvertisedHost {
     }
 }
 
-/// Options of the rendezvous, the connections and the heartbeats; the same for all processes.
+/// Options of the rendezvous, the connections and the heartbeats. All processes must use the same options.
 #[derive(Clone)]
 pub struct ClusterOptions {
     /// The transport of tensors.
     pub transport: Transport,
     /// The engine of collectives.
     pub collectives: Collectives,
-    /// Whether register messages and tensors over TCP are encrypted. Rendezvous and control over TCP always are.
-    /// Heartbeats, NCCL and MPI never are.
+    /// Whether register messages and tensors over TCP are encrypted. Rendezvous and control messages over TCP always
+    /// are. Heartbeats, NCCL and MPI are never encrypted.
     pub encrypt: bool,
-    /// Local address to listen on, with port 0. Without it, the address from which process 0 is reached.
+    /// Local address to listen on, with port 0. By default, the address from which this node reaches process 0.
     pub interface: Option<SocketAddr>,
-    /// How others reach this process; without it, at the addresses that it listens on.
+    /// How others reach this process. By default, at the addresses on which it listens.
     pub advertise: Option<Arc<dyn Advertise>>,
     /// How long to wait for all processes to join.
     pub meet_within: Duration,
-    /// How long connecting may take once all have joined. The session's watchdog limits later waits.
+    /// How long connecting may take after all processes have joined. Later, the session's watchdog limits waits.
     pub connect_within: Duration,
-    /// Interval between reports of a wait, with the missing or slow ranks.
+    /// Interval at which a wait is reported, with the missing or slow ranks.
     pub report_every: Duration,
     /// Time between heartbeats.
     pub heartbeat_every: Duration,
-    /// Silence after which a process counts as failed; at least four times `heartbeat_every`.
+    /// Silence after which a process counts as failed. At least four times `heartbeat_every`.
     pub heartbeat_deadline: Duration,
-    /// How long to report a failure before the rendezvous to the other processes, see [`crate::departure::report`].
+    /// How long to report a failure before the rendezvous to the other processes. See [`crate::departure::report`].
     pub report_within: Duration,
-    /// Receives the log lines of a wait, in addition to the log.
+    /// Receives the lines about a wait, which are also logged.
     pub on_waiting: Option<OnWaiting>,
 }
 
-/// Longest wait; small enough that an `Instant` does not overflow.
+/// Maximum of a wait. It is small enough that adding it to an `Instant` does not overflow.
 const WAIT_MAX: Duration = Duration::from_secs(1 << 30);
 
 impl ClusterOptions {
-    /// The same options, with times that can be added to an `Instant`.
+    /// Returns the options with all times limited, so that they can be added to an `Instant`.
     pub fn with_finite_times(mut self) -> Self {
         let times = [&mut self.meet_within, &mut self.connect_within, &mut self.report_every];
         let more = [&mut self.heartbeat_every, &mut self.heartbeat_deadline, &mut self.report_within];
@@ -181,7 +181,7 @@ impl ClusterOptions {
         let deadline_expected =
             "milliseconds, at least four times SHARDFLOW_HEARTBEAT_MS (250 if not set), at most 86400000";
         let given = read(variables, HEARTBEAT_DEADLINE_MS, deadline_expected, ms(deadline_min))?;
-        // If only the interval is set, the default deadline may be too short for it.
+        // If only the interval is set, the default deadline may be below its minimum of four intervals.
         let deadline = options.heartbeat_deadline.max(4 * options.heartbeat_every);
         options.heartbeat_deadline = given.map_or(deadline, Duration::from_millis);
         let within = read(variables, REPORT_WAIT_MS, "a whole number of milliseconds, from 0 to 86400000", ms(0))?;
@@ -190,15 +190,14 @@ impl ClusterOptions {
     }
 }
 
-/// Largest value of a variable in milliseconds; a longer time is a mistake.
+/// Maximum of a variable in milliseconds. A longer time is presumably a mistake.
 const DAY_MS: u64 = 86_400_000;
 
-/// Returns a parser that accepts these words.
 fn one_of<T: Copy>(words: &[(&str, T)]) -> impl Fn(&str) -> Option<T> {
     |text| words.iter().find(|(word, _)| *word == text).map(|(_, value)| *value)
 }
 
-/// Parses a variable, if it is set and not empty.
+/// Parses a variable. Returns `None` if it is not set or empty.
 fn read<T>(
     variables: &Variables,
     name: &'static str,

@@ -1,4 +1,4 @@
-//! Queued standard output and error. A thread writes them, so that a full pipe does not block the training.
+//! Queues standard output and error. Threads write the queues, so that a full pipe does not block the training.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -13,21 +13,21 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::text::counted;
 
-/// Largest size of queued progress. Beyond it the oldest texts are dropped.
+/// Maximum size of queued progress. Above it, the oldest texts are dropped.
 const PROGRESS_BYTES_MAX: usize = 256 << 10;
-/// Largest size of queued records. Beyond it, adding one waits.
+/// Maximum size of queued records. Above it, a caller that adds a record waits.
 const RECORD_BYTES_MAX: usize = 64 << 20;
 
 /// Whether a text may be dropped while the reader stalls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputKind {
-    /// The oldest texts are dropped when the queue is full; a line states how many.
+    /// When the queue is full, the oldest texts are dropped. A line reports how many texts were dropped.
     Progress,
-    /// Never dropped: errors, warnings, results, JSON records.
+    /// Never dropped: errors, warnings, results and JSON records.
     Record,
 }
 
-/// A queue of text that a thread writes to a stream.
+/// A queue of text, and a thread that writes it to a stream.
 #[derive(Debug)]
 pub struct OutputQueue {
     shared: Arc<Shared>,
@@ -36,7 +36,7 @@ pub struct OutputQueue {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
-    /// The stream if the system could not start a thread for it: then each caller writes.
+    /// The stream, if the system could not start a thread: then the callers write to it themselves.
     direct: Mutex<Option<Stream>>,
 }
 
@@ -53,20 +53,20 @@ struct State {
     waiting: VecDeque<(OutputKind, Vec<u8>)>,
     progress_bytes: usize,
     record_bytes: usize,
-    /// Progress texts dropped since the last notice.
+    /// Number of progress texts dropped since this was last reported.
     dropped: u64,
-    /// The thread is writing a piece that is no longer in `waiting`.
+    /// True while the thread writes a text, which is no longer in `waiting`.
     is_writing: bool,
-    /// The text queued last ends its line.
+    /// True if the last queued text ends its line.
     ends_line: bool,
-    /// The stream is closed, such as a pipe without a reader; further text is discarded.
+    /// True if the stream is closed, such as a pipe without a reader. Further text is discarded.
     is_closed: bool,
-    /// Why, unless the reader has closed the pipe.
+    /// Why the stream is closed. `None` if the reader has closed the pipe.
     error: Option<io::Error>,
 }
 
 impl OutputQueue {
-    /// Starts the thread that writes to `to`. It ends with the process.
+    /// Starts the thread that writes to `to`. The thread runs until the process ends.
     pub fn new(to: impl Write + Send + 'static) -> Self {
         Self::with_thread(to, |run| thread::Builder::new().name("output".into()).spawn(run).map(drop))
     }
@@ -89,7 +89,7 @@ impl OutputQueue {
         Self { shared }
     }
 
-    /// Queues a text. Waits only for a record, while more than 64 MiB of records are queued.
+    /// Queues a text. Blocks only for a record, while more than 64 MiB of records are queued.
     pub fn put(&self, kind: OutputKind, text: &[u8]) {
         if let Some(to) = &mut *self.shared.direct.lock() {
             return self.shared.state.lock().write_direct(to, text);
@@ -108,25 +108,25 @@ impl OutputQueue {
         self.shared.changed.notify_all();
     }
 
-    /// Queues a record with a line end.
+    /// Queues a record, followed by a line end.
     pub fn line(&self, text: &str) {
         self.put(OutputKind::Record, format!("{text}\n").as_bytes());
     }
 
-    /// Ends the current line, if it has no line end.
+    /// Ends the current line if its line end is missing.
     pub fn end_line(&self) {
         if !self.shared.state.lock().ends_line {
-            // Unlike a record it never waits.
+            // Uses progress, because queuing progress never blocks.
             self.put(OutputKind::Progress, b"\n");
         }
     }
 
-    /// The error that has closed the stream, once. A pipe that its reader has closed is not an error.
+    /// Returns once the error that closed the stream. It is not an error if the reader has closed the pipe.
     pub fn take_error(&self) -> Option<io::Error> {
         self.shared.state.lock().error.take()
     }
 
-    /// Waits until the queue is written, at most for `limit`.
+    /// Waits until the queue is written, for at most `limit`.
     pub fn flush(&self, limit: Option<Duration>) {
         let deadline = limit.map(|limit| Instant::now() + limit);
         let mut state = self.shared.state.lock();
@@ -205,25 +205,25 @@ impl Shared {
     }
 }
 
-/// The process's standard output, one for the whole process like [`io::stdout`].
+/// The process's standard output. There is one queue per process, like [`io::stdout`].
 pub fn stdout() -> &'static OutputQueue {
     static STDOUT: LazyLock<OutputQueue> = LazyLock::new(|| OutputQueue::new(io::stdout()));
     &STDOUT
 }
 
-/// The process's standard error.
+/// The process's standard error. There is one queue per process.
 pub fn stderr() -> &'static OutputQueue {
     static STDERR: LazyLock<OutputQueue> = LazyLock::new(|| OutputQueue::new(io::stderr()));
     &STDERR
 }
 
-/// Waits until both queues are written, at most for `limit` each. Called before the process ends; the rest is lost.
+/// Waits until both queues are written, for at most `limit` each. Call this before the process ends: the rest is lost.
 pub fn finish(limit: Option<Duration>) {
     stdout().flush(limit);
     stderr().flush(limit);
 }
 
-/// True if a file is empty or its last line has an end. A killed process may leave an incomplete line.
+/// True if the file is empty or ends with a line end. A killed process may leave an incomplete line.
 pub fn ends_line(file: &File) -> io::Result<bool> {
     let mut last = [b'\n'];
     if let Some(before) = file.metadata()?.len().checked_sub(1) {
@@ -282,7 +282,7 @@ mod tests {
     fn a_stalled_reader_loses_progress_but_no_record() {
         let (output, go, seen) = stalled();
         let line = |n: usize| format!("{n:>1023}\n");
-        // Far more progress than fits, with a record after each line. Without a reader, no call waits.
+        // Queues far more progress than fits, and a record after each line. No call blocks, although nobody reads.
         let count = 4 * (PROGRESS_BYTES_MAX >> 10);
         for n in 0..count {
             output.put(OutputKind::Progress, line(n).as_bytes());

@@ -1,4 +1,4 @@
-//! Rendezvous of the processes of a world: process 0 compares the [`JoinInfo`] of all, then all start.
+//! Rendezvous of a world's processes: process 0 compares the [`JoinInfo`] of all processes, then all start.
 //!
 //! ```text
 //! process 0                     process p
@@ -10,13 +10,13 @@
 //!    ── Start ──►
 //! ```
 //!
-//! - **RV-1**: no process starts before all are ready, so every member can dial a process that has started.
-//! - **RV-2**: a refusal is sent to all processes and names the two that differ, with both values.
-//! - **RV-3**: a process that joins again while others wait replaces its earlier entry if the old connection is dead,
-//!   if its restart count is higher, or if it is the same process.
-//! - **RV-4**: process 0 gets a report if a process fails before it joins and no retry can help, or if a node's
-//!   launcher ends for any cause. All processes that wait, or join within `report_within`, are refused with the
-//!   reported exit code. The first report wins. If process 0 has failed, its launcher or `departure::report` answers.
+//! - **RV-1**: no process starts before all are ready. So a member that has started can dial every other member.
+//! - **RV-2**: a refusal is sent to all processes. It names the two processes that differ, and both values.
+//! - **RV-3**: if a process joins again while others wait, the new connection replaces the old one if the old one is
+//!   dead, if the new restart count is higher, or if it is the same process.
+//! - **RV-4**: process 0 receives a report if a process fails before it joins and no retry can help, or if a node's
+//!   launcher ends for any cause. Every process that waits, or joins within `report_within`, is then refused with the
+//!   reported exit code. The first report wins. If process 0 fails, its launcher or `departure::report` refuses.
 
 use std::time::Instant;
 
@@ -40,8 +40,8 @@ pub use messages::{
     Conflict, Fact, Identity, JoinInfo, Member, ProcessLabel, RendezvousError, RendezvousRefusal, Roster, ranks,
 };
 
-/// Joins the other processes. Returns, at most a few seconds after `timeout`, the roster, the same for all, and the
-/// listener for its members. Calls `on_waiting` every `report_every` with a line that names the missing ranks.
+/// Joins the other processes, at most a few seconds longer than `timeout`. Returns the roster, the same for all, and
+/// this process's listener. Calls `on_waiting` every `report_every` with a line that names the missing ranks.
 pub fn rendezvous(config: &RendezvousConfig, mut on_waiting: impl FnMut(&str)) -> Outcome {
     let deadline = Instant::now() + config.timeout;
     let (process, processes) = (config.process, config.processes);

@@ -1,4 +1,4 @@
-//! Requests to save a checkpoint or to end, from signals, Slurm's job end time or the program: `docs/guide/signals.md`.
+//! Requests to save a checkpoint or to end, by signals, Slurm's job end time or the program: `docs/guide/signals.md`.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,12 +13,12 @@ use crate::output;
 
 /// Slurm's variable with the job's end time, in Unix seconds.
 const JOB_END_TIME: &str = "SLURM_JOB_END_TIME";
-/// How long before the job's end time the training ends, in addition to the time of a step and a save.
+/// The training ends this long before the job's end time, plus the time for a step and a save.
 const MARGIN: Duration = Duration::from_secs(60);
-/// How long a process that ends at once waits for the reader of its output.
+/// How long a process that ends at once waits until its output is read.
 const OUTPUT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// A request, which takes effect after a step. All processes get the same one: the strongest that any has received.
+/// A request takes effect after a step. All processes apply the same request: the strongest one that any has received.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Request {
     /// Continue.
@@ -31,7 +31,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// The number that processes exchange; a stronger request has a larger number.
+    /// The number for this request in messages between processes. A stronger request has a larger number.
     pub fn code(self) -> u64 {
         match self {
             Request::Nothing => 0,
@@ -54,13 +54,13 @@ impl Request {
     }
 }
 
-/// When a signal that ends the process takes effect.
+/// When a signal that ends the process takes effect: at once, or later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
     AtOnce,
     /// The program ends after the step.
     Deferred,
-    /// The same, but at most this long after the signal.
+    /// The program ends after the step, but at most this long after the signal.
     Within(Duration),
 }
 
@@ -69,20 +69,20 @@ struct State {
     pending: Request,
     on_usr1: Request,
     effect: Effect,
-    /// The job's end time, since 1970, and how long before it the training ends.
+    /// The job's end time since 1970. The training ends `margin` before it, plus the time for a step and a save.
     job_end: Option<Duration>,
     margin: Duration,
     save: Duration,
 }
 
-/// Requests to this process. The option `requests` of a session makes a session agree on them with all others.
+/// Requests to this process. With the option `requests`, all processes of a session agree on a request.
 #[derive(Debug)]
 pub struct Requests {
     state: Mutex<State>,
 }
 
 impl Default for Requests {
-    /// Without signal handlers: only [`Requests::submit`] makes requests.
+    /// Installs no signal handlers: only [`Requests::submit`] makes requests.
     fn default() -> Self {
         let (pending, on_usr1, effect) = (Request::Nothing, Request::Checkpoint, Effect::AtOnce);
         Self {
@@ -91,14 +91,14 @@ impl Default for Requests {
     }
 }
 
-/// Guard: while it exists, a signal ends the process after the step; otherwise a signal ends it at once.
+/// A guard. While it exists, a signal ends the process after the step; without it, at once.
 #[derive(Debug)]
 pub struct Deferred<'a> {
     requests: &'a Requests,
 }
 
 impl Deferred<'_> {
-    /// From now on a signal ends the process after at most `limit`. For work after the last step.
+    /// For work after the last step: from now on, a signal ends the process after at most `limit`.
     pub fn within(&self, limit: Duration) {
         let mut state = self.requests.state.lock();
         state.effect = Effect::Within(limit);
@@ -115,18 +115,18 @@ impl Drop for Deferred<'_> {
 }
 
 impl Requests {
-    /// Installs signal handlers, and watches the end time of the Slurm job if there is one:
+    /// Installs signal handlers, and watches the Slurm job's end time if there is one:
     ///
-    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: at once, or under [`Requests::defer`] by
-    ///   [`Request::End`] after the step. A SIGINT after one of them ends it at once. A signal that was ignored when
-    ///   the process started stays ignored (`nohup`), except SIGTERM.
-    /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. It is ignored
-    ///   outside of [`Requests::defer`], when there is no training to save.
-    /// - SIGXFSZ has no effect, so that the write to a file that is too large fails.
-    /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`] in time for a step, a save and a margin. A
-    ///   time in the past is ignored because it belongs to another job.
+    /// - SIGTERM, SIGINT and SIGHUP end the process with 128 + n: immediately, or under [`Requests::defer`] after the
+    ///   step with [`Request::End`]. A SIGINT after any of these signals ends the process immediately. Signals that
+    ///   were ignored when the process started (`nohup`) stay ignored, except SIGTERM.
+    /// - SIGUSR1 requests [`Request::Checkpoint`], or the request set by [`Requests::set_on_usr1`]. Outside of
+    ///   [`Requests::defer`] it is ignored, because there is no training to save.
+    /// - SIGXFSZ has no effect, so a write fails if the file becomes too large.
+    /// - `SLURM_JOB_END_TIME` requests [`Request::End`] with [`Exit::Retry`], early enough for a step, a save and a
+    ///   margin. A time in the past is ignored, because it belongs to another job.
     ///
-    /// A second call returns the same requests: `program::run` makes the first one.
+    /// `program::run` calls this first. Later calls return the same requests.
     pub fn on_signals() -> io::Result<Arc<Self>> {
         static INSTALLED: Mutex<Option<Arc<Requests>>> = Mutex::new(None);
         let mut installed = INSTALLED.lock();
@@ -146,34 +146,34 @@ impl Requests {
         self.state.lock().on_usr1 = request;
     }
 
-    /// Sets how long before a Slurm job's end time the training ends, in addition to the time of a step and a save.
+    /// Sets the margin: the training ends this long before a Slurm job's end time, plus the time for a step and a save.
     pub fn set_job_end_margin(&self, margin: Duration) {
         self.state.lock().margin = margin;
     }
 
-    /// Sets the expected duration of a save, such as that of the last one.
+    /// Sets the expected duration of a save, for example that of the last save.
     pub fn set_save_time(&self, time: Duration) {
         self.state.lock().save = time;
     }
 
-    /// Defers requests until the guard is dropped; the program handles them between steps.
+    /// Defers requests until the guard is dropped. The program handles them between steps.
     pub fn defer(&self) -> Deferred<'_> {
         self.state.lock().effect = Effect::Deferred;
         Deferred { requests: self }
     }
 
-    /// Makes a request, which takes effect after the running step or the next one.
+    /// Makes a request. It takes effect after the current step, or after the next one.
     pub fn submit(&self, request: Request) {
         let mut state = self.state.lock();
         state.pending = state.pending.or_stronger(request);
     }
 
-    /// The pending request to this process.
+    /// The pending request of this process.
     pub fn pending(&self) -> Request {
         self.state.lock().pending
     }
 
-    /// The pending request, after taking the job's end time into account. `step` is the duration of a step.
+    /// The pending request, or the one that the job's end time requires now. `step` is the duration of a step.
     pub fn before_step(&self, step: Duration, now: Duration) -> Request {
         let mut state = self.state.lock();
         let left = state.save.saturating_add(step).saturating_add(state.margin);
@@ -183,8 +183,8 @@ impl Requests {
         state.pending
     }
 
-    /// Applies the request that all processes agreed on. `Checkpoint` clears a pending request for a checkpoint, even
-    /// one that arrived during the step, because the save that follows contains the newest state. An end stays pending.
+    /// Applies the request that all processes agreed on. `Checkpoint` clears a pending checkpoint request, even one
+    /// that arrived during the step: the save that follows contains the newest state. A pending end stays pending.
     pub fn agreed(&self, request: Request) {
         let mut state = self.state.lock();
         match request {
@@ -218,17 +218,17 @@ fn end_after(limit: Duration, exit: Exit) {
         thread::sleep(limit);
         end_now(exit)
     };
-    // If the thread cannot start, the program still ends after its work.
+    // If the thread cannot start, the program still ends when its work is done.
     drop(thread::Builder::new().name("deadline".into()).spawn(late));
 }
 
-/// Ends the process without running exit handlers, which may wait for threads that do not end.
+/// Ends the process without its exit handlers, which may wait for threads that do not end.
 fn end_now(exit: Exit) -> ! {
     if exit == Exit::Retry {
-        // The launcher must not restart it.
+        // The report makes the launcher not restart this process.
         let _ = report(exit, "ended on request, outside of the training", Some(own_rank()));
     }
-    // A live progress line has no line end; without one a shell's prompt would follow it.
+    // A live progress line has no line end. Without one, the shell's prompt would follow on the same line.
     output::stdout().end_line();
     output::finish(Some(OUTPUT_TIMEOUT));
     signal_hook::low_level::exit(i32::from(exit.code()))
@@ -239,7 +239,7 @@ pub fn since_1970() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// Starts a thread for the signals `always`, and those of `others` that were not ignored at the start (`nohup`).
+/// Starts a thread for the signals in `always`, and those in `others` that were not ignored at the start (`nohup`).
 pub(crate) fn on_each_signal(
     always: &[i32],
     others: &[i32],
@@ -252,7 +252,7 @@ pub(crate) fn on_each_signal(
     thread::Builder::new().name("signals".into()).spawn(run).map(drop)
 }
 
-/// A process's signal set from `/proc/<process>/status`; bit n - 1 is signal n. Empty if it cannot be read.
+/// Reads a signal set from `/proc/<process>/status`. Bit n - 1 is signal n. Empty if the file cannot be read.
 pub fn signal_mask(process: &str, name: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix(name));
@@ -283,7 +283,7 @@ mod tests {
         requests.submit(term);
         requests.submit(Request::Checkpoint);
         assert_eq!(requests.pending(), term);
-        // A number that no process sends is decoded as an end.
+        // Decodes a number that no process sends as an end.
         assert_eq!(Request::from_code(u64::MAX), Request::End(Exit::Other(255)));
     }
 

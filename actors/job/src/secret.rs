@@ -1,36 +1,36 @@
-//! The job's secret, and the keys and MACs derived from it.
+//! The secret of a job, and the keys and MACs derived from it.
 
 use std::fmt;
 
-/// Minimum length of a secret: 16 random hexadecimal digits are 64 bits, too many for an online search.
+/// Minimum length of a secret: 16 random hexadecimal digits have 64 bits, too many for an online search.
 pub const SECRET_CHARS_MIN: usize = 16;
-/// Must never change: all processes derive the key with it.
+/// Must never change: all processes use it to derive the key.
 const CONTEXT: &str = "shardflow 2026-01-01 secret of a job";
 
-/// The text that all processes of a job share, and its key. `Debug` prints neither, and comparison takes constant time.
+/// The secret text of a job and the key derived from it. `Debug` prints neither. Comparison takes constant time.
 ///
-/// A recorded handshake allows an offline search, so the text must be random, not a word: see [`Secret::random`].
+/// A recorded handshake allows an offline search. So the text must be random, not a word. See [`Secret::random`].
 #[derive(Clone)]
 pub struct Secret {
     text: String,
     key: [u8; 32],
 }
 
-/// A secret that is short enough to be guessed.
+/// The secret is so short that it could be guessed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a secret of {chars} characters, the minimum is {SECRET_CHARS_MIN}: make one with `shardflow secret`")]
 pub struct ShortSecret {
-    /// Its length in characters, without surrounding white space.
+    /// The secret's length in characters, without surrounding white space.
     pub chars: usize,
 }
 
-/// The system returns no random numbers.
+/// The system provides no random numbers.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("cannot get random numbers from the system: {0}")]
 pub struct RandomError(String);
 
 impl Secret {
-    /// Makes a secret from a text; ignores surrounding white space.
+    /// Makes a secret from a text. Ignores surrounding white space.
     pub fn new(text: &str) -> Result<Self, ShortSecret> {
         let text = text.trim();
         match text.chars().count() {
@@ -39,18 +39,18 @@ impl Secret {
         }
     }
 
-    /// A new secret: 32 random bytes in hexadecimal.
+    /// Creates a secret from 32 random bytes, in hexadecimal.
     pub fn random() -> Result<Self, RandomError> {
         let text: String = random::<32>()?.iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Self { key: blake3::derive_key(CONTEXT, text.as_bytes()), text })
     }
 
-    /// The text.
+    /// The secret text.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// A key for one purpose; keys of different purposes are independent.
+    /// Derives a key for one purpose. Keys for different purposes are independent.
     pub fn key(&self, purpose: &str) -> [u8; 32] {
         *blake3::keyed_hash(&self.key, purpose.as_bytes()).as_bytes()
     }

@@ -1,5 +1,5 @@
-//! Connections without the secret cannot exhaust a listener's memory or delay a valid peer. This is a separate test
-//! binary, so that no other test changes its memory use.
+//! Connections without the secret cannot exhaust a listener's memory or delay a valid peer. This test is a separate
+//! binary, so that other tests do not change its memory use.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -23,7 +23,7 @@ fn resident_kb() -> usize {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// The bytes that a connection sends before it stops, by its number. `greeting` was recorded from a valid peer.
+/// The bytes that connection `number` sends before it stops. `greeting` was recorded from a valid peer.
 fn partial_handshake(greeting: &[u8], number: usize) -> Vec<u8> {
     let whole = [&(greeting.len() as u16).to_le_bytes()[..], greeting].concat();
     match number % 6 {
@@ -31,13 +31,13 @@ fn partial_handshake(greeting: &[u8], number: usize) -> Vec<u8> {
         1 => whole[..1].to_vec(),
         2 => whole[..20].to_vec(),
         3 => whole,
-        // Announces a message of the maximum size and sends all but one byte.
+        // Announces a message of the maximum size and sends all of it except one byte.
         4 => [&whole[..], &1024u16.to_le_bytes(), &[7; 1023]].concat(),
         _ => [&whole[..], &[90, 0], &[1; 40]].concat(),
     }
 }
 
-/// Connects a valid peer and returns the time that it took.
+/// Connects a valid peer and returns how long that took.
 fn connect_valid_peer(listener: &Listener, secret: &Secret, from: u32) -> Duration {
     let begin = Instant::now();
     let deadline = begin + Duration::from_secs(30);
@@ -67,14 +67,14 @@ fn unauthenticated_connections_cost_little_memory_and_do_not_delay_valid_peers()
     let mut connections = Vec::new();
     for number in 0..CONNECTIONS {
         let mut stream = TcpStream::connect(&address).unwrap();
-        // The listener may have dropped it already in favour of a newer one.
+        // The listener may have already dropped this connection in favour of a newer one.
         let _ = stream.write_all(&partial_handshake(&greeting, number));
         connections.push(stream);
     }
     let took = connect_valid_peer(&listener, &secret, 2);
     assert!(took < Duration::from_secs(5), "{took:?} with {CONNECTIONS} silent connections");
 
-    // More connections open as fast as possible while valid peers connect.
+    // Opens more connections as fast as possible while valid peers connect.
     let (stop, opened) = (AtomicBool::new(false), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         scope.spawn(|| {

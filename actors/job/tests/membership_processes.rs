@@ -1,5 +1,5 @@
 //! Tests memberships in real processes that are stopped and killed. Each process runs this test binary; an environment
-//! variable makes it a member.
+//! variable makes the process a member.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -17,7 +17,7 @@ const SOON: Duration = Duration::from_secs(30);
 /// Prefix of a member's output lines.
 const MARK: &str = "@";
 
-/// The child: reads `process processes` from the environment and commands from stdin, and writes its output to stdout.
+/// The child process: reads `process processes` from the environment and commands from stdin. Prints to stdout.
 #[test]
 fn member() {
     let Ok(role) = std::env::var(MEMBER) else { return };
@@ -29,7 +29,7 @@ fn member() {
     let (sender, received) = unbounded();
     thread::spawn(move || {
         commands.for_each(|command| sender.send(command).expect("the member runs"));
-        // The parent has ended.
+        // The parent process has ended.
         std::process::exit(1);
     });
     loop {
@@ -87,7 +87,7 @@ fn join(process: u32, processes: u32, commands: &mut impl Iterator<Item = String
     Membership::start(config).expect("all join")
 }
 
-/// Number of listening TCP sockets of this process.
+/// Number of TCP sockets on which this process listens.
 fn listening_sockets() -> usize {
     let own: Vec<String> = std::fs::read_dir("/proc/self/fd")
         .expect("Linux")
@@ -102,7 +102,7 @@ fn listening_sockets() -> usize {
     tables.iter().map(|t| t.lines().filter(listens).count()).sum()
 }
 
-/// Sends a peer 100 000 messages of 1 KiB; prints how many were accepted, and the memory growth in KiB.
+/// Sends a peer 100 000 messages of 1 KiB. Prints the number of accepted messages and the memory growth in KiB.
 fn flood(membership: &Membership, to: u32) {
     let before = resident_kib();
     let mut sent = 0;
@@ -122,7 +122,7 @@ fn resident_kib() -> u64 {
     line.split_whitespace().nth(1).expect("a number").parse().expect("a number")
 }
 
-/// The parent's view of the members. Dropping it kills them.
+/// The member processes, seen from the parent. Dropping the value kills them.
 struct World {
     children: Vec<Child>,
     lines: Vec<Receiver<String>>,
@@ -131,7 +131,7 @@ struct World {
 impl Drop for World {
     fn drop(&mut self) {
         for child in &mut self.children {
-            // An error means that the child has ended.
+            // An error means that the child has already ended.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -153,7 +153,7 @@ impl World {
             let (sender, receiver) = unbounded();
             thread::spawn(move || {
                 for line in output.lines().map_while(Result::ok) {
-                    // Text of the test harness may precede it.
+                    // The test harness may print text before the mark.
                     if let Some((_, text)) = line.split_once(MARK) {
                         let _ = sender.send(text.to_string());
                     }
@@ -178,7 +178,7 @@ impl World {
         writeln!(input, "{command}").expect("the member runs");
     }
 
-    /// The next output line of a member.
+    /// Returns the next output line of a member.
     fn next_line(&self, process: u32, within: Duration) -> String {
         self.lines[process as usize].recv_timeout(within).unwrap_or_else(|e| panic!("process {process}: {e}"))
     }
@@ -190,14 +190,14 @@ impl World {
 
     fn exit_code(&mut self, process: u32) -> Option<i32> {
         let child = &mut self.children[process as usize];
-        // Kept open: `wait` would close it, and the child would exit.
+        // Keeps stdin open: `wait` would close it, and the child would then exit.
         let input = child.stdin.take();
         let code = child.wait().expect("a child").code();
         drop(input);
         code
     }
 
-    /// Checks that all `processes` report `cause` as the first cause within this time, and then exit.
+    /// Checks that all `processes` report `cause` as the first cause `within` this time after `start`, and then exit.
     fn assert_first_cause(&mut self, processes: &[u32], cause: u32, start: Instant, within: Duration) {
         for &process in processes {
             let line = self.next_line(process, SOON);
@@ -232,10 +232,10 @@ fn a_stopped_process_is_the_first_cause_within_five_seconds_and_costs_no_memory(
     let flooded = world.next_line(0, SOON);
     println!("{flooded}");
     let numbers: Vec<u64> = flooded.split(' ').skip(1).map(|n| n.parse().expect("a number")).collect();
-    // The outbox takes 1024; the sockets' buffers, which are not this process's memory, take some more.
+    // The outbox takes 1024 messages. Some more fit in socket buffers, which are not memory of this process.
     assert!(numbers[0] < 100_000 && numbers[1] < 32 << 10, "messages sent, and KiB: {flooded}");
     world.assert_first_cause(&[0, 2], 1, start, Duration::from_secs(5));
-    // After it resumes, it reports itself as the first cause, not the others, which have ended in the meantime.
+    // After process 1 resumes, it reports itself as the first cause, although the other processes have ended meanwhile.
     world.signal(1, Signal::CONT);
     let resumed = Instant::now();
     world.assert_first_cause(&[1], 1, resumed, Duration::from_secs(5));
@@ -247,7 +247,7 @@ fn a_stop_of_three_seconds_is_not_a_failure() {
     world.signal(1, Signal::STOP);
     assert!(world.lines[0].recv_timeout(Duration::from_secs(3)).is_err());
     world.signal(1, Signal::CONT);
-    // All processes are still running and leave in order; process 1 in particular reports no loss.
+    // All processes still run, and leave in order. In particular, process 1 reports no loss.
     for process in 0..3 {
         assert!(world.lines[process].recv_timeout(Duration::from_millis(500)).is_err());
     }

@@ -1,5 +1,5 @@
 //! A custom op outside Shardflow's crates: squared ReLU (So et al. 2021, <https://arxiv.org/abs/2109.08668>) with its
-//! gradient. Its rule defines how it may be split, so it runs under every layout.
+//! gradient. The op's rule defines how the op may be split, so it runs under every layout.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ impl CustomOp for SquaredRelu {
         "squared_relu"
     }
 
-    /// The three indices are the same on both sides. The op is elementwise, so any of them may be split over any mesh
+    /// Input and output have the same three indices. The op is elementwise, so any index may be split over any mesh
     /// axis.
     fn rule(&self) -> Result<Rule, LayoutError> {
         Rule::parse("btc->btc")
@@ -53,7 +53,7 @@ impl CustomOp for SquaredReluGrad {
     }
 
     fn rule(&self) -> Result<Rule, LayoutError> {
-        // The op is linear in dy (input 0), so a gradient that is a partial sum need not be reduced before it.
+        // The op is linear in dy (input 0), so dy may be a partial sum: no reduction is needed before this op.
         Rule::parse("btc,btc->btc")?.linear(&[&[0]])
     }
 
@@ -135,7 +135,7 @@ fn compare() -> Result<(), Box<dyn std::error::Error>> {
     for step in (0..STEPS).filter(|step| step % 10 == 0 || step + 1 == STEPS) {
         program::print(format!("step {step:>2}  loss {:.4}", one[step]));
     }
-    // This detects a rule that allows a split which the kernel cannot do. The test below detects a wrong gradient.
+    // A rule that allows a split the kernel cannot do changes these losses. The test below detects a wrong gradient.
     for mesh in ["data=2", "tensor=2", "data=2,tensor=2"] {
         let difference = train(mesh)?.iter().zip(&one).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         if difference.is_nan() || difference > 1e-3 {

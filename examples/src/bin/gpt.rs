@@ -21,13 +21,13 @@ use shardflow_examples::error::{GptError, Saved};
 use shardflow_examples::log::{Progress, StepRecord, Totals};
 use shardflow_examples::sample::{Sampler, loading_bytes, sampling_bytes};
 
-/// Limit of the work after the last step, once a signal has requested the end.
+/// Time limit for the work after the last step, once a signal has requested the end.
 const FINISH_LIMIT: Duration = Duration::from_secs(20);
 /// How long a process that ends on request waits for the reader of its output.
 const OUTPUT_LIMIT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    // Handlers come first: without them, process 1 of a container ignores signals.
+    // Install the handlers first: without them, process 1 of a container ignores signals.
     let requests = Requests::on_signals();
     let args: GptArgs = match flags::parse_own() {
         Ok(args) => args,
@@ -41,8 +41,8 @@ fn main() -> ExitCode {
     program::finish(result.map_err(|error| ProgramError::from(error).into()), limit)
 }
 
-/// Reports every detectable error before the first step, and creates files only after the checks. Each process runs all
-/// of this; only the first one prints.
+/// Reports every detectable error before the first step, and creates files only after the checks. Every process runs
+/// this function; only the first process prints.
 fn run(args: &GptArgs, requests: &Arc<Requests>) -> Result<(), GptError> {
     args.check()?;
     requests.set_job_end_margin(Duration::from_secs(args.job_end_margin));
@@ -141,7 +141,7 @@ fn open_checkpoints(
     Ok(Some(CheckpointManager::open(place, options, session)?))
 }
 
-/// Loads parameters, unless the session has continued from a checkpoint, which has its own.
+/// Loads the parameters in `path`, except when the session has continued from a checkpoint with its own parameters.
 fn init_from(path: &Path, session: &mut Session) -> Result<(), GptError> {
     let notes = if session.steps() > 0 {
         vec![format!("--init-from {} is not used: the checkpoint has the parameters", path.display())]
@@ -160,10 +160,10 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     };
     let memory_bytes = match (args.memory_mib, device) {
         (Some(mib), _) => Some(mib.saturating_mul(1 << 20)),
-        // A plan can be shown on any machine. A session also compares a plan for CPUs with the node's free memory.
+        // `shardflow plan` works on any machine. For CPUs, the session compares the plan with the node's free memory.
         (None, _) if plan_files::is_requested() => None,
         (None, DeviceKind::Cpu) => None,
-        // A plan can be shown without a GPU.
+        // `--explain` also works without a GPU.
         (None, DeviceKind::Cuda) if args.explain => gpu_memory_bytes(here).ok(),
         (None, DeviceKind::Cuda) => Some(gpu_memory_bytes(here).map_err(GptError::Device)?),
     };
@@ -178,8 +178,8 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
     })
 }
 
-/// Bytes that this process allocates besides the plan: to load parameters before the training, or to generate text
-/// after it.
+/// Returns the bytes that this process allocates besides the plan, either to load parameters before the training or to
+/// generate text after it.
 fn extra_bytes(args: &GptArgs, plan: &Plan, sampler: Option<&Sampler>, cluster: &Cluster) -> u64 {
     let loading = if args.init_from.is_some() { loading_bytes(plan) } else { 0 };
     // The sampler runs on the first process, which has the first devices.
@@ -240,7 +240,7 @@ fn start(args: &GptArgs, plan: Plan, options: &SessionOptions) -> Result<Session
     Ok(session)
 }
 
-/// Ends the other ranks too, for an error that only this one sees.
+/// Ends all ranks because of an error that only this rank sees.
 fn abort(session: Session, error: GptError) -> GptError {
     session.abort(error.exit(), &error);
     error
@@ -265,7 +265,7 @@ fn declared(args: &GptArgs, text: &Text) -> Declarations {
         .declare("dropout", args.dropout, Warn)
         .declare("precision", name(&args.precision), Warn)
         .declare("lr", args.lr, Free)
-        // A resume compares the maximum norm itself.
+        // `Free`, because a resume already compares the maximum norm.
         .declare("clip", args.clip.map_or("none".into(), |clip| clip.to_string()), Free)
         .declare("steps", args.steps, Free)
         .declare("micro-batches", args.micro_batches, Free)
@@ -317,12 +317,12 @@ fn print_header(args: &GptArgs, text: &Text, plan: &Plan, cluster: &Cluster) {
     print(format!("step      {samples} of {tokens}, in {batches}"));
 }
 
-/// Elements of all parameters.
+/// Returns the number of elements of all parameters.
 fn weights(plan: &Plan) -> usize {
     plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum()
 }
 
-/// What a rank writes during the training, besides checkpoints.
+/// Output files and progress of one rank during the training, without checkpoints.
 struct Outputs<'a> {
     progress: Option<Progress>,
     log: Option<JsonLog>,
@@ -330,7 +330,7 @@ struct Outputs<'a> {
     trace_mib: u64,
     process: u32,
     requests: &'a Requests,
-    /// A write that failed. The training then ends after the next step, on all ranks, with a checkpoint.
+    /// A failed write. After it, all ranks finish the current step, save a checkpoint and end.
     failed: Option<GptError>,
 }
 

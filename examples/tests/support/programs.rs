@@ -12,7 +12,7 @@ use serde_json::Value;
 
 pub const GPT: &str = env!("CARGO_BIN_EXE_gpt");
 
-/// The launcher: Cargo puts the programs of all packages into one folder.
+/// Returns the path of the launcher. Cargo puts the programs of all packages into one folder.
 pub fn launcher() -> PathBuf {
     let launcher = Path::new(GPT).with_file_name("shardflow");
     assert!(launcher.is_file(), "{} does not exist: build the whole workspace", launcher.display());
@@ -40,13 +40,13 @@ impl Folder {
         &self.0
     }
 
-    /// The complete lines of a log so far.
+    /// Returns the complete lines of a log so far.
     pub fn records(&self, log: &str) -> Vec<Value> {
         let text = std::fs::read_to_string(self.0.join(log)).unwrap_or_default();
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// Process ids of the `gpt` processes in this folder.
+    /// Returns the process ids of the `gpt` processes in this folder.
     pub fn workers(&self) -> Vec<u32> {
         let folder = self.0.canonicalize().expect("the folder exists");
         let is_worker = |pid: &u32| {
@@ -57,7 +57,7 @@ impl Folder {
         entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).filter(is_worker).collect()
     }
 
-    /// Process id of the `gpt` process with this variable in its environment, such as `RANK=1`.
+    /// Returns the process id of the `gpt` process with this variable in its environment, such as `RANK=1`.
     pub fn pid_of(&self, variable: &str) -> Option<u32> {
         let has_variable = |pid: &u32| {
             let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
@@ -66,7 +66,7 @@ impl Folder {
         self.workers().into_iter().find(has_variable)
     }
 
-    /// Starts a command here.
+    /// Starts a command in this folder.
     pub fn start(&self, command: &mut Command) -> Running {
         command.current_dir(&self.0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Running::new(command.spawn().expect("a program that exists"))
@@ -103,7 +103,7 @@ impl Running {
         Self { child, last_signal: "KILL", lines, seen: Vec::new() }
     }
 
-    /// The output that was read so far.
+    /// Returns the output that was read so far.
     pub fn text(&self) -> String {
         self.seen.join("\n")
     }

@@ -1,1 +1,1 @@
-//! Empty on purpose: `Cargo.toml` unifies the features of dependencies.
+//! Intentionally empty: this crate's `Cargo.toml` unifies the features of dependencies.

@@ -1,4 +1,4 @@
-//! Decodes frame headers of the register connection from arbitrary bytes: a decoded frame encodes to the same bytes.
+//! Decodes arbitrary bytes as frame headers of the register connection. A decoded frame must encode to the same bytes.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -6,7 +6,7 @@ use shardflow_actors::frame::{FRAME_BYTES, Frame};
 
 fuzz_target!(|input: [u8; FRAME_BYTES]| {
     let mut bytes = input;
-    // One input in 256 keeps a random magic and version.
+    // Keep a random magic and version in one input of 256.
     if bytes[0] != 0 {
         bytes[..3].copy_from_slice(&Frame::Bye.encode()[..3]);
     }

@@ -1,5 +1,5 @@
-//! Runs the handshake with a peer that has no secret and sends arbitrary bytes: neither side accepts it. Also decodes
-//! the authenticated messages as if they had been decrypted.
+//! Runs the handshake with a peer that sends arbitrary bytes and does not know the secret. Neither side may accept it.
+//! Also decodes arbitrary bytes as authenticated messages, as if they had been decrypted.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -16,7 +16,7 @@ fuzz_target!(|input: (&[u8], &[u8])| {
     assert!(Acceptor::new(&secret, input_greeting).is_err());
     let (dialler, greeting) = Dialler::new(&secret).expect("random numbers");
     assert_eq!(greeting.len(), GREETING_BYTES);
-    // With a valid greeting of the peer, to reach the later messages.
+    // Send a valid greeting, so that the fuzzer's bytes reach the later messages.
     let (acceptor, answer) = Acceptor::new(&secret, &greeting).expect("valid");
     assert!(acceptor.verify(rest).is_err());
     let (greeted, _) = dialler.introduce(&HELLO, &answer).expect("valid");

@@ -1,4 +1,4 @@
-//! Decodes checkpoint manifests and sidecars from an arbitrary body with a valid checksum.
+//! Adds a valid checksum to an arbitrary body, and decodes the result as a checkpoint manifest and as a sidecar.
 #![no_main]
 
 use libfuzzer_sys::{fuzz_mutator, fuzz_target};

@@ -1,7 +1,7 @@
 //! Vector clocks, which define the happens-before order.
 //!
-//! An agent is a stream or a host thread. Its own entry counts its actions; another agent's entry is the last action of
-//! that agent known to have ended before.
+//! An agent is a stream or a host thread. In an agent's clock, its own entry counts its actions. The entry for another
+//! agent is the last action of that agent that is known to have ended.
 
 /// A vector clock; missing entries are 0.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,7 +22,7 @@ impl Clock {
         self.0[agent]
     }
 
-    /// Takes the maximum with another clock.
+    /// Raises each entry to the maximum of both clocks.
     pub fn join(&mut self, other: &Clock) {
         if self.0.len() < other.0.len() {
             self.0.resize(other.0.len(), 0);
@@ -32,7 +32,7 @@ impl Clock {
         }
     }
 
-    /// Entries, padded with zeros to `agents`.
+    /// Returns the entries, padded with zeros to `agents`.
     pub fn padded(&self, agents: usize) -> Vec<u32> {
         let mut entries = self.0.clone();
         entries.resize(entries.len().max(agents), 0);

@@ -3,18 +3,18 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How the executor picks among ready streams.
+/// How the executor selects the next stream among those that are ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SchedulePolicy {
-    /// In submission order, as a naive fake does.
+    /// In submission order, as a simple fake would.
     InOrder,
     /// In submission order, but only once the host waits or polls.
     Lazy,
-    /// A random stream by the seed, at once.
+    /// A random stream, determined by the seed, as soon as it is ready.
     Random,
-    /// The stream whose head was submitted last, and only once the host waits or polls: consumers before producers.
+    /// Like `Lazy`, but selects the stream whose first operation was submitted last, so consumers run before producers.
     Adversarial,
-    /// A fixed order of streams by the seed: some starve as long as others have work.
+    /// A fixed order of streams, determined by the seed. A later stream starves while an earlier one has work.
     Starve,
 }
 
@@ -39,23 +39,23 @@ impl SchedulePolicy {
     }
 }
 
-/// A fault of a device at its n-th launch.
+/// A fault of a device at one of its launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DeviceFault {
-    /// What happens.
+    /// The kind of fault.
     pub kind: DeviceFaultKind,
     /// The device's number.
     pub device: usize,
-    /// Launch of that device, counted from 1.
+    /// The launch of that device, counted from 1.
     pub launch: u64,
 }
 
 /// Kinds of [`DeviceFault`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DeviceFaultKind {
-    /// Each call returns the same error from that launch on.
+    /// From that launch on, each call returns the same error.
     Kill,
-    /// That launch never ends.
+    /// The launch never ends.
     Hang,
     /// The process aborts at that launch.
     Die,
@@ -93,7 +93,7 @@ pub(crate) struct SoftwareConfig {
     pub abort: Duration,
     /// `SOFTWARE_CUDA_DEADLOCK_MS`: allowed time without progress while work is queued, 10 s by default.
     pub deadlock: Duration,
-    /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a device that hangs, 60 s by default.
+    /// `SOFTWARE_CUDA_HANG_MS`: how long a host call waits for a hung device, 60 s by default.
     pub hang: Duration,
     /// `SOFTWARE_CUDA_NCCL`: the version that NCCL reports, 23003 (2.30.3) by default.
     pub nccl_version: std::ffi::c_int,
@@ -101,11 +101,11 @@ pub(crate) struct SoftwareConfig {
     pub cache: PathBuf,
     /// `SOFTWARE_CUDA_REPORT`: file of the report written at exit.
     pub report: Option<PathBuf>,
-    /// `SOFTWARE_CUDA_HOST=global`: treats all host threads as one, for programs whose threads pass no clock tokens.
+    /// `SOFTWARE_CUDA_HOST=global`: treats all host threads as one, for programs that pass no clock tokens.
     pub one_host: bool,
-    /// `SOFTWARE_CUDA_FAULT`.
+    /// `SOFTWARE_CUDA_FAULT`: the fault to inject.
     pub fault: Option<DeviceFault>,
-    /// `SOFTWARE_CUDA_NODE`: for NCCL, a device number means the same device in all processes of a node.
+    /// `SOFTWARE_CUDA_NODE`: the node's name. In NCCL, a device number means one device for all processes of a node.
     pub node: String,
     /// `SOFTWARE_CUDA_TRACE=1`: prints each operation when it is executed.
     pub trace: bool,
@@ -119,7 +119,7 @@ fn number(name: &str, default: u64) -> u64 {
 }
 
 impl SoftwareConfig {
-    /// Reads the environment; panics on an invalid value, because a test would check nothing.
+    /// Reads the environment. Panics on an invalid value, because a test that ignores it could check nothing.
     pub fn from_environment() -> SoftwareConfig {
         let text = |name: &str| std::env::var(name).ok();
         let policy = text("SOFTWARE_CUDA_POLICY").map(|name| {

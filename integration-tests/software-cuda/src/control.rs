@@ -1,7 +1,7 @@
 //! The control interface for tests: findings, counters, schedules, faults, clock tokens, regions.
 //!
-//! Clock tokens: a message between host threads carries the sender's `software_cuda_clock_capture()`, and the receiver
-//! calls `software_cuda_clock_join` with it; otherwise the sender's actions are not ordered before the receiver's.
+//! Clock tokens order the actions of two host threads. The sender adds a token from `software_cuda_clock_capture()` to
+//! its message, and the receiver calls `software_cuda_clock_join`. Otherwise their actions are unordered.
 #![allow(unsafe_code)]
 
 use std::ffi::c_char;
@@ -18,17 +18,17 @@ use crate::world::{lock, machine, mix};
 
 const DRAIN_MAX: Duration = Duration::from_secs(30);
 
-/// Exports functions under their own names. Callers keep the contracts in their comments.
+/// Exports functions under their own names. Callers must keep the contracts in the functions' comments.
 macro_rules! control {
     ($($(#[$meta:meta])* fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? $body:block)*) => { $(
         $(#[$meta])*
         ///
         /// # Safety
         ///
-        /// Texts end with NUL.
+        /// Every text must end with NUL.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $ty),*) $(-> $ret)? {
-            // SAFETY: texts end with NUL, as the comments require.
+            // SAFETY: texts end with NUL, as the contract above requires.
             #[allow(unused_unsafe)]
             unsafe { $body }
         }
@@ -36,12 +36,12 @@ macro_rules! control {
 }
 
 control! {
-    /// Captures the calling host thread's clock as a token to send with a message. Never 0.
+    /// Returns the calling host thread's clock as a token to send with a message. A token is never 0.
     fn software_cuda_clock_capture() -> u64 {
         host::capture(machine())
     }
 
-    /// Joins the token of a received message into the calling host thread's clock; several threads may join one.
+    /// Joins a received token into the calling host thread's clock. Several threads may join the same token.
     fn software_cuda_clock_join(token: u64) {
         host::join(machine(), token);
     }
@@ -51,13 +51,13 @@ control! {
         host::forget(machine(), token);
     }
 
-    /// Records that the calling host thread reads (0) or writes (1) pinned memory; checked like any other access.
+    /// Records that the calling host thread reads (0) or writes (1) pinned memory. The access has all checks.
     fn software_cuda_host_access(address: u64, bytes: u64, is_write: u32) {
         host::touch(machine(), address as usize, bytes as usize, is_write != 0);
     }
 
-    /// Names a part of an allocation, such as a slot of an arena: operations may access it only through a pointer into
-    /// it. Returns 1, or 0 if it overlaps another part or exceeds its allocation.
+    /// Names a part of an allocation, such as a slot of an arena. Operations may then access the part only through a
+    /// pointer into it. Returns 1, or 0 if it overlaps another named part or exceeds its allocation.
     fn software_cuda_name_region(address: u64, bytes: u64) -> u32 {
         let machine = machine();
         let _shadow = lock(&machine.shadow);
@@ -69,32 +69,32 @@ control! {
         drain(machine(), DRAIN_MAX);
     }
 
-    /// Number of distinct findings, after all submitted work.
+    /// Waits for all submitted work, then returns the number of distinct findings.
     fn software_cuda_finding_count() -> u64 {
         drain(machine(), DRAIN_MAX);
         lock(&machine().findings).list().len() as u64
     }
 
-    /// All findings and counters as JSON, as in the report at exit; the text is never freed.
+    /// Returns all findings and counters as JSON, as in the report at exit. The text is never freed.
     fn software_cuda_report() -> *const c_char {
         drain(machine(), DRAIN_MAX);
         static_text(&serde_json::to_string(&report(machine())).expect("reports hold texts and numbers"))
     }
 
-    /// Forgets all findings.
+    /// Deletes all findings.
     fn software_cuda_forget_findings() {
         drain(machine(), DRAIN_MAX);
         lock(&machine().findings).clear();
     }
 
-    /// Number of allocations, streams, events and communicators that exist now.
+    /// Returns the number of allocations, streams, events and communicators that exist now.
     fn software_cuda_leak_count() -> u64 {
         drain(machine(), DRAIN_MAX);
         leaks(machine()).len() as u64
     }
 
-    /// Number of calls of an exported function, or of a class of them (`allocations`, `frees`, `synchronisations`,
-    /// `event-tracking`, `launches`, `queries`). `name` ends with NUL.
+    /// Returns the number of calls of an exported function, or of all functions of a class (`allocations`, `frees`,
+    /// `synchronisations`, `event-tracking`, `launches`, `queries`). `name` ends with NUL.
     fn software_cuda_call_count(name: *const c_char) -> u64 {
         count(&text(name))
     }
@@ -108,7 +108,7 @@ control! {
         1
     }
 
-    /// Injects a fault at a device's `launch`-th launch from now: 0 kills it, 1 hangs it.
+    /// Injects a fault at a device's `launch`-th launch from now on. Kind 0 kills the device, and kind 1 hangs it.
     fn software_cuda_inject(kind: u32, device: u32, launch: u64) {
         let mut state = machine().state();
         let device = device as usize;

@@ -1,7 +1,7 @@
-//! cuBLASLt's functions.
+//! The functions of cuBLASLt.
 //!
-//! "Not supported" means that cuBLASLt refuses the request too, or that it is not emulated; the message names the
-//! request.
+//! A request is "not supported" if cuBLASLt refuses it too, or if this library does not emulate it. The message names
+//! the request.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod product;
@@ -23,9 +23,9 @@ use crate::nvrtc::static_text;
 use crate::world::{OpKind, lock, machine};
 
 const VERSION: usize = 130_000;
-/// Workspace of the only algorithm, if the limit allows it: enough to detect a workspace shared between streams.
+/// Workspace of the only algorithm, if the limit permits it. Its size is enough to detect sharing between streams.
 const WORKSPACE_BYTES: usize = 4096;
-/// Marks algorithms of this library.
+/// Marks the algorithms that this library returns.
 const ALGORITHM: u64 = 0x736f_6674_6375_6461;
 
 #[derive(Clone)]
@@ -66,7 +66,7 @@ unsafe fn number(buffer: *const c_void, bytes: usize) -> Result<u64, cublasStatu
         return Err(cublasStatus_t::CUBLAS_STATUS_INVALID_VALUE);
     }
     let mut wide = [0; 8];
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     wide[..bytes].copy_from_slice(unsafe { std::slice::from_raw_parts(buffer.cast(), bytes) });
     Ok(u64::from_le_bytes(wide))
 }
@@ -84,7 +84,7 @@ fn refuse<T>(request: &str) -> Result<T, cublasStatus_t> {
     Err(cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)
 }
 
-/// Builds a product without its addresses and factors, if its parts are consistent.
+/// Builds a product whose addresses and factors are still missing. Fails if the parts are inconsistent.
 fn build_product(
     objects: &Objects,
     description: cublasLtMatmulDesc_t,
@@ -206,7 +206,7 @@ exports! { cublaslt;
             CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_BATCH_STRIDE => d.auxiliary_stride = value as usize,
             CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE => d.auxiliary_dtype = Some(dtype(value)?),
             CUBLASLT_MATMUL_DESC_SM_COUNT_TARGET => {}
-            // Host factors in f32 are the default.
+            // f32 factors in host memory are the default.
             CUBLASLT_MATMUL_DESC_POINTER_MODE if value == 0 => {}
             other => return refuse(&format!("{other:?} as {value}")),
         }

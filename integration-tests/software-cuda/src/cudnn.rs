@@ -1,7 +1,7 @@
-//! cuDNN's graph API: descriptors, whose attributes are checked when set and when finalised; an engine for each
-//! supported graph; its execution on a stream.
+//! cuDNN's graph API. A descriptor's attributes are checked when they are set and when the descriptor is finalised.
+//! Each supported graph has an engine, which executes it on a stream.
 //!
-//! Requests that NVIDIA's library refuses are refused; those that a correct program never makes are findings, too.
+//! Refuses the requests that NVIDIA's library refuses. Requests that a correct program never makes are also findings.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod evaluate;
@@ -27,15 +27,15 @@ use crate::world::{OpKind, current_device, lock, machine};
 const VERSION: usize = 92_801;
 /// Workspace of every plan: enough to detect a workspace shared between streams.
 const WORKSPACE_BYTES: usize = 256;
-/// Engine numbers: the heuristic's engine, and the one that adds in a fixed order.
+/// Engine numbers: the engine that the heuristic returns, and the engine that adds in a fixed order.
 const ENGINES: [i64; 2] = [2, 6];
 
-/// A descriptor with its attributes' values, all widened to i64.
+/// A descriptor with the values of its attributes, all widened to i64.
 pub(crate) struct Descriptor {
     kind: DescriptorKind,
     values: BTreeMap<Attribute, Vec<i64>>,
     is_sealed: bool,
-    /// The graph of a finalised operation graph, and of descriptors derived from it.
+    /// Set in a finalised operation graph and in the descriptors that are derived from it.
     graph: Option<Arc<Graph>>,
 }
 
@@ -51,7 +51,7 @@ impl Descriptor {
 
 #[derive(Default)]
 struct Objects {
-    /// Stream by handle.
+    /// Streams by handle.
     handles: HashMap<u64, u64>,
     descriptors: HashMap<u64, Descriptor>,
 }
@@ -61,13 +61,13 @@ fn objects() -> &'static Mutex<Objects> {
     OBJECTS.get_or_init(Mutex::default)
 }
 
-/// Records a finding for a request that a correct program never makes, and refuses it.
+/// Refuses a request that a correct program never makes, and records it as a finding.
 fn misuse<T>(status: CudnnStatus, message: &str) -> Result<T, CudnnStatus> {
     machine().report_finding("misuse", message, || format!("cuDNN: {message}"));
     Err(status)
 }
 
-/// Refuses a request that NVIDIA's library does not support either, or that is not emulated.
+/// Refuses a request that NVIDIA's library does not support either, or that this library does not emulate.
 fn refuse<T>(request: &str) -> Result<T, CudnnStatus> {
     eprintln!("software-cuda: cuDNN: not supported: {request}");
     Err(CudnnStatus::CUDNN_STATUS_NOT_SUPPORTED)
@@ -171,7 +171,7 @@ impl Objects {
         Ok(())
     }
 
-    /// Fills in the heuristic's engine configurations; returns their number.
+    /// Fills in the heuristic's engine configurations, and returns their number.
     fn results(&mut self, heuristic: u64, to: &[u64]) -> Result<usize, CudnnStatus> {
         let graph = self.sealed(heuristic as i64, "a heuristic's results")?.graph.clone();
         let Some(graph) = graph.filter(|graph| graph.has_engine()) else { return Ok(0) };
@@ -196,7 +196,7 @@ unsafe fn values(kind: Type, count: i64, start: *const c_void) -> Result<Vec<i64
     }
     let count = count as usize;
     use Type::*;
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     Ok(unsafe {
         match kind {
             CUDNN_TYPE_INT64 | CUDNN_TYPE_HANDLE | CUDNN_TYPE_BACKEND_DESCRIPTOR | CUDNN_TYPE_VOID_PTR => {
@@ -318,7 +318,7 @@ exports! { cudnn;
         let ids = pack.longs(Attribute::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS);
         let pointers = pack.longs(Attribute::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS);
         let given: HashMap<i64, usize> = ids.iter().copied().zip(pointers.iter().map(|&p| p as usize)).collect();
-        // SAFETY: the caller passes pointers to host scalars for tensors by value.
+        // SAFETY: for tensors by value, the caller passes pointers to host scalars.
         let execution = unsafe { GraphExecution::new(graph, &given, (workspace, WORKSPACE_BYTES)) };
         let execution = execution.or_else(|message| misuse(CudnnStatus::CUDNN_STATUS_BAD_PARAM, &message))?;
         drop(objects);

@@ -1,4 +1,4 @@
-//! The driver's functions.
+//! The functions of the CUDA driver.
 
 pub mod device;
 pub mod memory;

@@ -24,11 +24,11 @@ pub fn report_at_exit() {
             eprintln!("software-cuda: cannot write {}: {error}", path.display());
         }
     }
-    // SAFETY: the handler is in this library, which is never unloaded, because its executor thread runs in it.
+    // SAFETY: the handler is in this library. The library is never unloaded, because its executor thread runs in it.
     unsafe { libc::atexit(at_exit) };
 }
 
-/// The report so far.
+/// Returns the report so far.
 pub fn report(machine: &SoftwareMachine) -> SimReport {
     let executed = machine.state().executed;
     let findings = lock(&machine.findings).list().to_vec();
@@ -36,7 +36,7 @@ pub fn report(machine: &SoftwareMachine) -> SimReport {
     SimReport { findings, peak_bytes, executed, ..SimReport::default() }.with_calls()
 }
 
-/// Records leaked objects as findings.
+/// Records leaked objects as findings, and returns their number.
 pub fn find_leaks(machine: &SoftwareMachine) -> usize {
     let leaks = leaks(machine);
     for leak in &leaks {
@@ -45,7 +45,7 @@ pub fn find_leaks(machine: &SoftwareMachine) -> usize {
     leaks.len()
 }
 
-/// Objects that were created and not destroyed; none after an injected fault.
+/// Returns the objects that were created and not destroyed, or none after an injected fault.
 pub fn leaks(machine: &SoftwareMachine) -> Vec<String> {
     let mut leaks = Vec::new();
     let state = machine.state();

@@ -1,8 +1,8 @@
-//! Exports functions, each with the type in cudarc.
+//! Exports functions whose types match those in cudarc.
 
 /// A library's status type.
 pub(crate) trait LibraryStatus: Copy {
-    /// Success.
+    /// The status of a success.
     const OK: Self;
 }
 
@@ -27,13 +27,13 @@ pub fn status<S: LibraryStatus>(result: Result<(), S>) -> S {
     result.err().unwrap_or(S::OK)
 }
 
-/// Exports functions of one of cudarc's libraries. Their bodies return a `Result`; calls are counted; a signature that
-/// differs from cudarc's `sys` does not compile.
+/// Exports functions of one of cudarc's libraries. The bodies return a `Result`, and the calls are counted. A function
+/// whose signature differs from cudarc's `sys` does not compile.
 macro_rules! exports {
     ($lib:ident; $(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block)*) => { $(
         /// # Safety
         ///
-        /// The contract of the same function in NVIDIA's library.
+        /// The caller must keep the contract of the same function in NVIDIA's library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $ty),*) -> $ret {
             static CALLS: crate::findings::Counter = crate::findings::Counter::new(stringify!($name));
@@ -42,7 +42,7 @@ macro_rules! exports {
             let run = move || -> Result<(), $ret> { #[allow(unused_unsafe)] unsafe { $body } };
             crate::export::status(run())
         }
-        // SAFETY: nothing is called; the types are compared.
+        // SAFETY: this line compares types and calls nothing.
         const _: unsafe fn($($ty),*) -> $ret = cudarc::$lib::sys::$name;
     )* };
 }
@@ -52,14 +52,14 @@ macro_rules! plain_exports {
     ($lib:ident; $(fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty $body:block)*) => { $(
         /// # Safety
         ///
-        /// The contract of the same function in NVIDIA's library.
+        /// The caller must keep the contract of the same function in NVIDIA's library.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $ty),*) -> $ret {
             static CALLS: crate::findings::Counter = crate::findings::Counter::new(stringify!($name));
             CALLS.hit();
             $body
         }
-        // SAFETY: nothing is called; the types are compared.
+        // SAFETY: this line compares types and calls nothing.
         const _: unsafe fn($($ty),*) -> $ret = cudarc::$lib::sys::$name;
     )* };
 }

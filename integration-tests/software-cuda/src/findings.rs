@@ -6,10 +6,10 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// An error that a check found; repetitions are counted.
+/// An error that a check found. Repetitions only increase `count`.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize, PartialEq, Eq)]
 pub struct SimFinding {
-    /// Its class, such as `race` or `bounds`; the crate documentation lists them.
+    /// The class, such as `race` or `bounds`. The crate documentation lists all classes.
     pub kind: String,
     /// What happened, and where.
     pub message: String,
@@ -25,7 +25,7 @@ pub(crate) struct Findings {
 }
 
 impl Findings {
-    /// Adds a finding; findings with equal `kind` and `key` are counted once.
+    /// Adds a finding, or increases the count of a finding with equal `kind` and `key`.
     pub fn add(&mut self, kind: &str, key: &str, message: impl FnOnce() -> String) {
         let at = *self.seen.entry(format!("{kind} {key}")).or_insert(self.list.len());
         match self.list.get_mut(at) {
@@ -59,7 +59,7 @@ pub(crate) struct Counter {
 static COUNTERS: Mutex<Vec<&'static Counter>> = Mutex::new(Vec::new());
 
 impl Counter {
-    /// A counter for this function.
+    /// Creates a counter for this function.
     pub const fn new(name: &'static str) -> Counter {
         Counter { name, calls: AtomicU64::new(0), listed: AtomicBool::new(false) }
     }
@@ -73,7 +73,7 @@ impl Counter {
     }
 }
 
-/// Number of calls by function.
+/// Returns the number of calls of each function.
 pub fn calls() -> BTreeMap<String, u64> {
     let counters = COUNTERS.lock().unwrap_or_else(|e| e.into_inner());
     counters.iter().map(|c| (c.name.to_string(), c.calls.load(Ordering::Relaxed))).collect()
@@ -90,7 +90,7 @@ pub fn count_launch(kernel: &str) {
     }
 }
 
-/// Classes of calls that tests check.
+/// Classes of functions whose calls tests check.
 pub const CLASSES: &[(&str, &[&str])] = &[
     ("allocations", &["cuMemAlloc_v2", "cuMemAllocAsync", "cuMemHostAlloc"]),
     ("frees", &["cuMemFree_v2", "cuMemFreeAsync", "cuMemFreeHost"]),
@@ -113,7 +113,7 @@ pub const CLASSES: &[(&str, &[&str])] = &[
     ("queries", &["cuEventQuery", "cuStreamQuery"]),
 ];
 
-/// Number of calls of one function, or of one of [`CLASSES`].
+/// Returns the number of calls of one function, or of all functions in one of [`CLASSES`].
 pub fn count(name: &str) -> u64 {
     let calls = calls();
     match CLASSES.iter().find(|c| c.0 == name) {
@@ -133,14 +133,14 @@ pub struct SimReport {
     pub classes: BTreeMap<String, u64>,
     /// Launches by kernel.
     pub kernels: BTreeMap<String, u64>,
-    /// Peak of allocated bytes by device, then pinned memory.
+    /// Peak of allocated bytes for each device; the last entry is pinned memory.
     pub peak_bytes: Vec<u64>,
     /// Number of executed operations.
     pub executed: u64,
 }
 
 impl SimReport {
-    /// Fills in the counters.
+    /// Fills in the counters of calls and launches.
     pub fn with_calls(mut self) -> SimReport {
         self.calls = calls();
         self.kernels = LAUNCHES.lock().unwrap_or_else(|e| e.into_inner()).clone();
@@ -148,7 +148,7 @@ impl SimReport {
         self
     }
 
-    /// Writes it as JSON, atomically.
+    /// Writes the report as JSON, atomically.
     pub fn write(&self, path: &Path) -> std::io::Result<()> {
         let partial = path.with_extension(format!("partial-{}", std::process::id()));
         let mut file = std::fs::File::create(&partial)?;

@@ -6,7 +6,7 @@ use crate::run::{Running, accessor};
 use crate::shadow::{Access, Accessor, OperationName};
 use crate::world::{SoftwareMachine, lock};
 
-/// Accesses memory as the calling host thread, immediately.
+/// Accesses memory immediately, as an action of the calling host thread.
 pub fn access_as_host<T>(machine: &SoftwareMachine, name: &str, act: impl FnOnce(&mut Accessor) -> T) -> T {
     let mut state = machine.state();
     let agents = state.agents + 1;
@@ -26,7 +26,7 @@ pub fn touch(machine: &SoftwareMachine, address: usize, bytes: usize, is_write: 
     access_as_host(machine, name, |accessor| accessor.touch(address, bytes, access));
 }
 
-/// Captures the calling thread's clock as a token for a message; never 0.
+/// Returns the calling thread's clock as a token for a message. A token is never 0.
 pub fn capture(machine: &SoftwareMachine) -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let token = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -36,7 +36,7 @@ pub fn capture(machine: &SoftwareMachine) -> u64 {
     token
 }
 
-/// Joins the token of a received message; several threads may join it.
+/// Joins a received token into the calling thread's clock. Several threads may join the same token.
 pub fn join(machine: &SoftwareMachine, token: u64) {
     let mut state = machine.state();
     if let Some(clock) = state.tokens.get(&token).cloned() {

@@ -1,4 +1,4 @@
-//! Loads and runs kernels of compiled libraries.
+//! Loads compiled libraries and runs their kernels.
 //!
 //! The layout of [`Kernel`] matches `shim/launch.h`.
 #![allow(unsafe_code)]
@@ -17,17 +17,17 @@ pub const ARGUMENTS_MAX: usize = 64;
 pub const THREADS_MAX: u32 = 1024;
 /// Maximum dynamic shared memory of a block; the shim's array has the same size.
 pub const SHARED_BYTES_MAX: usize = 227 << 10;
-/// Not a power of two, because stacks at power-of-two distances would share a few cache lines.
+/// Bytes of a fiber's stack. A power of two would place all stacks in the same few cache lines.
 const STACK_BYTES: usize = (64 << 10) + 33 * 64;
 const SCRATCH_BYTES: usize = 32 * 4096;
-/// Checked bytes of static and dynamic shared memory of one library, and the bytes of a cell for each word.
+/// Checked bytes of one library's static and dynamic shared memory, and bytes of the cell for each word.
 const SHARED_CHECKED_BYTES: usize = 2 << 20;
 const SHARED_CELL_BYTES: usize = 32;
 
-/// An argument that points to a table of pointers: the kernel may access more than its arguments show.
+/// Marks an argument that points to a table of pointers. The kernel may then access more than its arguments show.
 const ARGUMENT_IS_TABLE: u8 = 2;
 
-/// A compiled library's description of a kernel.
+/// The description of a kernel in its compiled library.
 #[repr(C)]
 pub(crate) struct Kernel {
     invoke: *const c_void,
@@ -36,7 +36,7 @@ pub(crate) struct Kernel {
     kinds: [u8; ARGUMENTS_MAX],
     static_shared_bytes: u32,
     threads_max: u32,
-    // SAFETY: only a type; `launch` states why the call is sound.
+    // SAFETY: this line is only a type. `launch` states why the call is sound.
     run: unsafe extern "C" fn(*const Kernel, *const *const u8, *const u32, usize, *mut Checker) -> i32,
 }
 
@@ -46,7 +46,7 @@ unsafe impl Sync for Kernel {}
 unsafe impl Send for Kernel {}
 
 impl Kernel {
-    /// Maximum number of threads of a block by the kernel's launch bounds.
+    /// The maximum number of threads of a block that the kernel's launch bounds permit.
     pub fn threads_max(&self) -> u32 {
         self.threads_max
     }
@@ -57,16 +57,16 @@ impl Kernel {
     }
 }
 
-/// A loaded library.
+/// A compiled library that is loaded.
 #[derive(Clone)]
 pub(crate) struct Library {
     handle: usize,
 }
 
-/// Loads a compiled library; it stays loaded, because queued launches may use it.
+/// Loads a compiled library. The library stays loaded, because queued launches may use it.
 pub fn load(path: &Path) -> Result<Library, String> {
     let path = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| e.to_string())?;
-    // SAFETY: the library is one that `nvrtc` compiled; its constructors only fill in descriptions of kernels.
+    // SAFETY: `nvrtc` has compiled the library. Its constructors only fill in descriptions of kernels.
     let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if handle.is_null() {
         // SAFETY: after a failure `dlerror` returns a text that ends with NUL.
@@ -77,9 +77,9 @@ pub fn load(path: &Path) -> Result<Library, String> {
 
 /// A kernel with its name and driver attributes.
 pub(crate) struct Function {
-    /// Its name.
+    /// The kernel's name.
     pub name: Arc<str>,
-    /// Its description.
+    /// The kernel's description in its library.
     pub kernel: &'static Kernel,
     /// Dynamic shared memory that launches may request.
     pub shared_bytes_max: usize,
@@ -89,12 +89,12 @@ impl Library {
     /// Returns the kernel with this name.
     pub fn kernel(&self, name: &str) -> Option<&'static Kernel> {
         let symbol = CString::new(format!("software_cuda_kernel_{name}")).ok()?;
-        // SAFETY: the handle is of a loaded library; the symbol, if it exists, is a `Kernel` of that library.
+        // SAFETY: the handle is of a loaded library. If the symbol exists, it is a `Kernel` of that library.
         unsafe { (libc::dlsym(self.handle as *mut c_void, symbol.as_ptr()) as *const Kernel).as_ref() }
     }
 }
 
-/// The functions by handle.
+/// Returns the functions of all modules, by handle.
 pub fn functions() -> &'static Mutex<HashMap<u64, Function>> {
     static FUNCTIONS: OnceLock<Mutex<HashMap<u64, Function>>> = OnceLock::new();
     FUNCTIONS.get_or_init(Mutex::default)
@@ -126,7 +126,7 @@ fn kernel_buffers() -> &'static KernelBuffers {
     })
 }
 
-/// Addresses in the arguments, or `None` if one points to a table of pointers.
+/// Returns the addresses in the arguments, or `None` if an argument points to a table of pointers.
 fn addresses(launch: &Launch) -> Option<Vec<usize>> {
     if launch.kernel.kinds[..launch.arguments.len()].contains(&ARGUMENT_IS_TABLE) {
         return None;
@@ -151,7 +151,7 @@ pub fn launch(accessor: &mut Accessor, launch: &Launch, seed: u64) {
     checker.seed = crate::world::mix(seed);
     checker.generation = *generation;
     let arguments: Vec<*const u8> = launch.arguments.iter().map(|a| a.as_ptr()).collect();
-    // SAFETY: the arguments match the description in number and size; the checker and its accessor stay in place.
+    // SAFETY: number and sizes of the arguments match the description. The checker and its accessor do not move.
     unsafe {
         (launch.kernel.run)(launch.kernel, arguments.as_ptr(), launch.dims.as_ptr(), launch.shared_bytes, &mut checker);
     }
@@ -162,24 +162,24 @@ pub fn launch(accessor: &mut Accessor, launch: &Launch, seed: u64) {
 ///
 /// # Safety
 ///
-/// `pointers` points to one pointer per argument of the kernel, each to an argument of its type.
+/// `pointers` must point to one pointer per argument of the kernel, each of which points to an argument of its type.
 pub unsafe fn copy_arguments(kernel: &Kernel, pointers: *mut *mut c_void) -> Vec<Vec<u8>> {
     let sizes = kernel.argument_bytes().iter().enumerate();
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     sizes
         .map(|(i, size)| unsafe { std::slice::from_raw_parts((*pointers.add(i)).cast(), *size as usize).to_vec() })
         .collect()
 }
 
-/// Copies a C string; empty for null.
+/// Copies a C string. The copy of a null pointer is empty.
 ///
 /// # Safety
 ///
-/// `text` is null or ends with NUL.
+/// `text` must be null or end with NUL.
 pub unsafe fn text(text: *const c_char) -> String {
     if text.is_null() {
         return String::new();
     }
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

@@ -1,36 +1,36 @@
 //! A CUDA driver, NVRTC, NCCL, cuBLASLt and cuDNN's graph API in software, for tests on machines without a GPU.
 //!
-//! The library replaces NVIDIA's five libraries: see [`install`] and [`command`]. It records errors as findings, by
-//! kind:
+//! The library replaces NVIDIA's five libraries; see [`install`] and [`command`]. It records errors as findings of
+//! these kinds:
 //!
 //! | kind | meaning |
 //! |---|---|
-//! | `race` | two accesses, one a write, that streams, events, host threads and collectives do not order |
-//! | `race-in-launch` | the same between threads of one launch, in global memory |
-//! | `shared-race` | the same in shared memory: a `__syncthreads` or `__syncwarp` is missing |
-//! | `bounds` | an access outside of allocations, regions, the region of its pointer, or dynamic shared memory |
-//! | `use-after-free` | of device or pinned memory, or a free while an operation may still use it |
-//! | `bad-free` | freed twice, or never allocated |
-//! | `uninitialised` | read before anything was written |
-//! | `peer` | an access to another device's memory without peer access, or to its pool |
+//! | `race` | two accesses to the same bytes, one a write; no stream, event, host thread or collective orders them |
+//! | `race-in-launch` | a race between threads of one launch, in global memory |
+//! | `shared-race` | a race in shared memory: a `__syncthreads` or `__syncwarp` is missing |
+//! | `bounds` | an access outside of allocations, named regions, the region of its pointer, or dynamic shared memory |
+//! | `use-after-free` | a use of freed device or pinned memory, or a free while an operation may still use the memory |
+//! | `bad-free` | a second free, or a free of memory that was never allocated |
+//! | `uninitialised` | a read of bytes that nothing has written |
+//! | `peer` | an access to another device's memory without peer access, or to another device's pool |
 //! | `staged` | a copy between devices that goes through host memory, because peer access is missing |
-//! | `barrier`, `warp` | threads that wait for others that never arrive |
+//! | `barrier`, `warp` | threads wait for other threads that never arrive |
 //! | `alignment`, `trap` | a misaligned access; a kernel that traps |
-//! | `collective-mismatch`, `collective-order`, `ungrouped`, `aborted` | NCCL's rules |
-//! | `deadlock` | nothing can continue; the message has the chain of waits |
-//! | `misuse` | waits inside host functions, waits for events never recorded; errors in cuDNN descriptors |
-//! | `leak` | an object that exists at exit |
+//! | `collective-mismatch`, `collective-order`, `ungrouped`, `aborted` | a violation of NCCL's rules |
+//! | `deadlock` | no operation can continue; the message contains the chain of waits |
+//! | `misuse` | a wait inside a host function, a wait for an event never recorded, an error in a cuDNN descriptor |
+//! | `leak` | an object that still exists at exit |
 //!
-//! g++ compiles a kernel's text at run time with the headers in `shim/`; its threads are fibers. One thread executes
-//! all operations, one at a time, in an order set by a policy and a seed; the checks do not depend on the order.
+//! g++ compiles a kernel's text at run time with the headers in `shim/`; the kernel's threads are fibers. One thread
+//! executes all operations, one at a time, in an order set by a policy and a seed. No check depends on this order.
 //!
-//! Ranks of one communicator may be in several processes, each with its own software machine. They connect to a socket
-//! of the process that created the communicator's id.
+//! The ranks of one communicator may be in several processes, each with its own software machine. They connect to a
+//! socket of the process that created the communicator's id.
 //!
 //! # Use in tests
 //!
-//! The dynamic linker reads its path when a process starts, so the test starts a child on the device and reads its
-//! report:
+//! The dynamic linker reads its search path only when a process starts. A test therefore starts a child process on the
+//! device and reads the child's report:
 //!
 //! ```no_run
 //! let folder = std::env::temp_dir().join("a-test");
@@ -44,33 +44,31 @@
 //! | environment | meaning | default |
 //! |---|---|---|
 //! | `SOFTWARE_CUDA_DEVICES` | devices | 1 |
-//! | `SOFTWARE_CUDA_POLICY` | `in-order`, `lazy`, `random`, `adversarial`, `starve`: see [`SchedulePolicy`] | `random` |
+//! | `SOFTWARE_CUDA_POLICY` | `in-order`, `lazy`, `random`, `adversarial`, `starve` ([`SchedulePolicy`]) | `random` |
 //! | `SOFTWARE_CUDA_SEED` | seed of the schedule and of the order of blocks and threads | 1 |
 //! | `SOFTWARE_CUDA_MEMORY` | bytes of each device | 8 GiB |
 //! | `SOFTWARE_CUDA_SHARED` | bytes of shared memory that a block may request | 227 KiB |
 //! | `SOFTWARE_CUDA_ABORT_MS` | how long `ncclCommAbort` takes | 0 |
-//! | `SOFTWARE_CUDA_REPORT` | file of the [`SimReport`], written at exit | none |
-//! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH`, `hang:DEVICE:LAUNCH`, or `die:DEVICE:LAUNCH`, which aborts the
-//! process | none |
-//! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a launch that hangs | 60000 |
-//! | `SOFTWARE_CUDA_DEADLOCK_MS` | allowed time without progress while work is queued; cycles of waits are found at
-//! once | 10000 |
+//! | `SOFTWARE_CUDA_REPORT` | file for the [`SimReport`] that is written at exit | none |
+//! | `SOFTWARE_CUDA_FAULT` | `kill:DEVICE:LAUNCH`, `hang:..`, or `die:..`, which aborts the process | none |
+//! | `SOFTWARE_CUDA_HANG_MS` | how long a call waits for a hung launch | 60000 |
+//! | `SOFTWARE_CUDA_DEADLOCK_MS` | how long queued work may wait without progress; cycles are found at once | 10000 |
 //! | `SOFTWARE_CUDA_NCCL` | the version that NCCL reports | 23003, which is 2.30.3 |
 //! | `SOFTWARE_CUDA_CACHE` | folder of compiled kernels | the temporary folder |
-//! | `SOFTWARE_CUDA_HOST` | `global`: treats all host threads as one, if messages carry no clocks | none |
-//! | `SOFTWARE_CUDA_NODE` | node of this process: NCCL refuses two ranks on one device of a node | empty |
+//! | `SOFTWARE_CUDA_HOST` | `global`: treats all host threads as one, for programs that pass no clock tokens | none |
+//! | `SOFTWARE_CUDA_NODE` | name of this process's node; NCCL refuses two ranks on one device of a node | empty |
 //! | `SOFTWARE_CUDA_TRACE` | `1`: prints each operation when it is executed | none |
 //!
-//! Symbols that begin with `software_cuda_` (in `control.rs`) return findings, counters and leaks at any time, change
-//! the schedule, inject faults, pass clocks between host threads, name the slots of an arena, and record the host's own
-//! accesses to pinned memory, which are not visible otherwise.
+//! Symbols that begin with `software_cuda_` (in `control.rs`) return findings, counters and leaks at any time. They
+//! also change the schedule, inject faults, pass clocks between host threads, name the slots of an arena, and record
+//! the host's own accesses to pinned memory, which the library cannot see otherwise.
 //!
 //! # Limits
 //!
-//! It does not model speed, occupancy, the weak memory model or the numerics of the real libraries. A kernel that spins
-//! until another kernel writes never ends. Static shared arrays have no separate bounds. If two threads each use two
-//! bytes of a four-byte word, only the last access is attributed to a thread. PTX, inline assembly, tensor cores other
-//! than `wmma` in bf16, textures, graphs, cooperative groups and clusters are not supported.
+//! The library does not model speed, occupancy, the weak memory model or the numerics of the real libraries. A kernel
+//! that spins until another kernel writes never ends. Static shared arrays have no separate bounds. If two threads each
+//! use two bytes of a four-byte word, only the last access is attributed to a thread. PTX, inline assembly, tensor
+//! cores other than `wmma` in bf16, textures, graphs, cooperative groups and clusters are not supported.
 
 mod clock;
 mod config;

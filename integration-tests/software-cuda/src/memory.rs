@@ -1,20 +1,20 @@
-//! Device memory and pinned host memory: one window of addresses, its allocations, and the regions that programs name
-//! inside them.
+//! Device memory and pinned host memory: one window of addresses, the allocations in it, and the regions inside
+//! allocations that programs name.
 //!
-//! Addresses are never reused, so a late access finds the freed allocation and not a newer one. Each allocation starts
-//! on its own page, with a gap after it.
+//! Addresses are never reused, so a late access finds the freed allocation, not a newer one. Each allocation starts on
+//! its own page, and a gap follows it.
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// Bytes of addresses of each place.
+/// Number of addresses reserved for each place.
 const PLACE_BYTES: usize = 64 << 30;
 const PAGE_BYTES: usize = 4096;
 /// The gap after an allocation is as long as the allocation, up to this limit.
 const GAP_BYTES_MAX: usize = 1 << 20;
-/// Bytes of a new allocation that are filled with ones; later pages stay untouched until their first use.
+/// Fills this many bytes of a new allocation with ones. Later pages stay untouched until their first use.
 const FILLED_BYTES_MAX: usize = 1 << 20;
-/// Bytes that one word of the shadow describes.
+/// Number of bytes that one word of the shadow memory describes.
 pub const WORD_BYTES: usize = 4;
 
 /// The location of memory.
@@ -22,7 +22,7 @@ pub const WORD_BYTES: usize = 4;
 pub(crate) enum Place {
     /// On a device.
     Device(usize),
-    /// Pinned on the host; every device can access it.
+    /// Pinned on the host. Every device can access it.
     Host,
 }
 
@@ -35,14 +35,14 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// Reserved addresses; the OS commits pages on first access.
+/// A range of reserved addresses. The OS commits a page on its first access.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Window {
     /// First address.
     pub base: usize,
-    /// Length.
+    /// Length in bytes.
     pub bytes: usize,
-    /// Base of the shadow, which has a cell of `cell_bytes` for each word.
+    /// Base of the shadow memory, which has a cell of `cell_bytes` for each word.
     pub shadow: usize,
     cell_bytes: usize,
 }
@@ -69,7 +69,7 @@ impl Window {
         address.wrapping_sub(self.base) < self.bytes
     }
 
-    /// Releases the pages of an allocation and of its shadow: both read as zeros from now on.
+    /// Releases the pages of an allocation and of its shadow memory. Both then read as zeros.
     pub fn drop_pages(&self, base: usize, bytes: usize) {
         let shadow = self.shadow + (base - self.base) / WORD_BYTES * self.cell_bytes;
         let shadow_bytes = bytes / WORD_BYTES * self.cell_bytes;
@@ -80,12 +80,12 @@ impl Window {
     }
 }
 
-/// A part of an allocation that a program named.
+/// A named part of an allocation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Region {
     /// Length in bytes.
     pub bytes: usize,
-    /// Unique among regions and allocations.
+    /// A number that no other region or allocation has.
     pub id: u32,
 }
 
@@ -96,33 +96,33 @@ pub(crate) struct Allocation {
     pub base: usize,
     /// Requested bytes.
     pub bytes: usize,
-    /// Its location.
+    /// The location of the memory.
     pub place: Place,
-    /// Unique among regions and allocations; not 0.
+    /// A number that no other region or allocation has; not 0.
     pub id: u32,
-    /// The operation that freed it.
+    /// The operation that freed the allocation.
     pub freed: Option<String>,
-    /// The operation that allocated it, once executed; `None` for an immediate allocation.
+    /// The operation that allocated the memory on a stream, once it has executed. `None` for an immediate allocation.
     pub born: Option<u32>,
-    /// Allocated on a stream, and not executed there yet.
+    /// Whether the memory was allocated on a stream and that operation has not executed yet.
     pub unborn: bool,
-    /// Named parts by offset.
+    /// Named regions by offset.
     pub regions: BTreeMap<usize, Region>,
-    /// The last operation of each agent that accessed it.
+    /// For each agent, its last operation that accessed the allocation.
     pub users: HashMap<usize, u32>,
-    /// Queued copies that use it, and those of them that write it.
+    /// Number of queued copies that use the allocation, and number of those that write it.
     pub pending: (u32, u32),
-    /// Number of copies that have written it.
+    /// Number of finished copies that have written the allocation.
     pub copies_in: u64,
 }
 
 impl Allocation {
-    /// Whether it is from a device's pool, which other devices cannot access.
+    /// Whether the memory is from a device's pool, which other devices cannot access.
     pub fn is_pooled(&self) -> bool {
         self.unborn || self.born.is_some()
     }
 
-    /// The region that contains an offset, named or the allocation itself, and the offset of its end.
+    /// Returns the id and the end of the named region at an offset. Outside of these, the id is the allocation's.
     pub fn region(&self, offset: usize) -> (u32, usize) {
         match self.regions.range(..=offset).next_back() {
             Some((start, region)) if offset < start + region.bytes => (region.id, start + region.bytes),
@@ -131,20 +131,20 @@ impl Allocation {
     }
 }
 
-/// The allocation and region of an address.
+/// The allocation and region that contain an address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Owner {
     /// The allocation's base.
     pub base: usize,
     /// The allocation's length.
     pub bytes: usize,
-    /// Named region or allocation.
+    /// Id of the named region, or else of the allocation.
     pub region: u32,
-    /// The end of the region, or the start of the next named region inside it.
+    /// The end of the named region. Without one, the start of the next named region or the end of the allocation.
     pub region_end: usize,
-    /// Its location.
+    /// The location of the memory.
     pub place: Place,
-    /// Whether it was freed.
+    /// Whether the allocation was freed.
     pub is_freed: bool,
 }
 
@@ -157,12 +157,12 @@ pub(crate) struct Registry {
     next_id: u32,
     live_bytes: Vec<usize>,
     peak_bytes: Vec<usize>,
-    /// Pairs of devices; the first may access memory of the second.
+    /// Pairs of devices. The first device may access memory of the second one.
     pub peers: HashSet<(usize, usize)>,
 }
 
 impl Registry {
-    /// A registry for this number of devices and the host.
+    /// Creates a registry for this number of devices and the host.
     pub fn new(devices: usize, cell_bytes: usize) -> Registry {
         let places = devices + 1;
         let window = Window::new(places, cell_bytes);
@@ -185,7 +185,7 @@ impl Registry {
         }
     }
 
-    /// Allocates memory that starts filled with ones (NaN in every type); `None` if addresses or `limit` are exhausted.
+    /// Allocates memory filled with ones (NaN in every type). `None` if no addresses are left or `limit` is exceeded.
     pub fn allocate(&mut self, place: Place, bytes: usize, limit: usize, unborn: bool) -> Option<usize> {
         let index = self.index(place);
         let pages = bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
@@ -198,7 +198,7 @@ impl Registry {
         self.next[index] = end;
         self.live_bytes[index] += bytes;
         self.peak_bytes[index] = self.peak_bytes[index].max(self.live_bytes[index]);
-        // SAFETY: the range is in the window, and its address is not known outside yet.
+        // SAFETY: the range is in the window, and no other code knows its address yet.
         unsafe { std::ptr::write_bytes(base as *mut u8, 0xff, bytes.min(FILLED_BYTES_MAX)) };
         let id = self.new_id();
         let allocation = Allocation {
@@ -223,23 +223,23 @@ impl Registry {
         self.next_id - 1
     }
 
-    /// The allocation, freed or not, that starts at or below the address; the address may be in its gap.
+    /// Returns the last allocation, freed or not, that starts at or below the address. Its gap may hold the address.
     pub fn nearest(&self, address: usize) -> Option<&Allocation> {
         self.allocations.range(..=address).next_back().map(|a| a.1).filter(|_| self.window.contains(address))
     }
 
-    /// The allocation, freed or not, that contains the address.
+    /// Returns the allocation, freed or not, that contains the address.
     pub fn find(&self, address: usize) -> Option<&Allocation> {
         self.nearest(address).filter(|a| address < a.base + a.bytes.max(1))
     }
 
-    /// The allocation, freed or not, that contains the address.
+    /// Returns the allocation, freed or not, that contains the address.
     pub fn find_mut(&mut self, address: usize) -> Option<&mut Allocation> {
         let found = self.allocations.range_mut(..=address).next_back().map(|a| a.1);
         found.filter(|a| address < a.base + a.bytes.max(1))
     }
 
-    /// The owner of an address.
+    /// Returns the owner of an address.
     pub fn owner(&self, address: usize) -> Option<Owner> {
         let a = self.find(address)?;
         let (region, end) = a.region(address - a.base);
@@ -257,7 +257,7 @@ impl Registry {
         self.window.drop_pages(base, bytes.max(1).next_multiple_of(PAGE_BYTES));
     }
 
-    /// Names a part of an allocation. Returns false if it would overlap another part or exceed the allocation.
+    /// Names a part of an allocation. Returns false if the part overlaps another named part or exceeds the allocation.
     pub fn name_region(&mut self, address: usize, bytes: usize) -> bool {
         let id = self.new_id();
         let window = self.window;
@@ -270,7 +270,7 @@ impl Registry {
         }
         allocation.regions.insert(offset, Region { bytes, id });
         if !allocation.users.is_empty() {
-            // Cells cache their region, so those of this part are reset.
+            // Reset the cells of this part, because cells cache their region.
             let cells = (window.shadow + (address - window.base) / WORD_BYTES * window.cell_bytes) as *mut u8;
             // SAFETY: the cells are the shadow of a live allocation; the caller holds the shadow's lock.
             unsafe { std::ptr::write_bytes(cells, 0, bytes.div_ceil(WORD_BYTES) * window.cell_bytes) };
@@ -278,17 +278,17 @@ impl Registry {
         true
     }
 
-    /// Bytes in use at a place.
+    /// Returns the bytes in use at a place.
     pub fn live_bytes(&self, place: Place) -> usize {
         self.live_bytes[self.index(place)]
     }
 
-    /// Peak of bytes in use by device, then the host.
+    /// Returns the peak of bytes in use for each device. The last entry is the host.
     pub fn peak_bytes(&self) -> &[usize] {
         &self.peak_bytes
     }
 
-    /// The allocations that were not freed.
+    /// Returns the allocations that were not freed.
     pub fn leaks(&self) -> impl Iterator<Item = &Allocation> {
         self.allocations.values().filter(|a| a.freed.is_none())
     }

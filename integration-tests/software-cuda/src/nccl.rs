@@ -1,6 +1,6 @@
-//! NCCL's functions for communicators; collectives and messages are in `calls`.
+//! NCCL's functions for communicators. Collectives and messages are in `calls`.
 //!
-//! A unique id names a socket of the process that created it, to which the ranks of all processes connect: see `hub`.
+//! A unique id names a socket of the process that created the id. The ranks of all processes connect to it; see `hub`.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod abroad;
@@ -33,7 +33,7 @@ fn comm(state: &State, handle: ncclComm_t) -> Result<&Comm, ncclResult_t> {
     Ok(comm)
 }
 
-/// The status of a communicator: success, in progress while ranks are missing or a call runs, or an error.
+/// Returns the status of a communicator: success, an error, or in progress while ranks are missing or a call runs.
 fn status_of(state: &State, comm: &Comm) -> ncclResult_t {
     let clique = &state.comms.cliques[&comm.clique];
     match comm.error.or(clique.error) {
@@ -77,7 +77,7 @@ fn join(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Resu
     Ok(handle)
 }
 
-/// Adds a rank, and waits for the others if the communicator blocks and no group is open.
+/// Adds a rank. Also waits for the other ranks if the communicator is blocking and no group is open.
 fn join_and_wait(id: &ncclUniqueId, ranks: c_int, rank: c_int, is_blocking: bool) -> Result<u64, ncclResult_t> {
     let handle = join(id, ranks, rank, is_blocking)?;
     if is_blocking && !calls::in_group() {
@@ -137,7 +137,7 @@ exports! { nccl;
         rank: c_int,
         config: *mut ncclConfig_t,
     ) -> ncclResult_t {
-        // Only this field is read, because callers of older versions pass a shorter structure.
+        // Read only this field, because callers of older versions pass a shorter structure.
         let is_blocking = config.is_null() || (&raw const (*config).blocking).read() != 0;
         *out = join_and_wait(&id, ranks, rank, is_blocking)? as ncclComm_t;
         if is_blocking { Ok(()) } else { Err(ncclResult_t::ncclInProgress) }
@@ -179,7 +179,7 @@ exports! { nccl;
     }
 
     fn ncclCommAbort(aborted: ncclComm_t) -> ncclResult_t {
-        // NVIDIA's implementation waits for its proxy threads and for running work.
+        // NVIDIA's implementation takes time here: it waits for its proxy threads and for running work.
         std::thread::sleep(machine().config.abort);
         let mut state = machine().state();
         let (rank, device) = comm(&state, aborted).map(|c| (c.rank, c.device))?;

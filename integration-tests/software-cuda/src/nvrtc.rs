@@ -1,4 +1,4 @@
-//! NVRTC's functions.
+//! The functions of NVRTC.
 #![allow(unsafe_code, non_snake_case)]
 
 pub mod compile;
@@ -42,9 +42,9 @@ fn image_of(program: nvrtcProgram) -> Result<String, nvrtcResult> {
 
 /// # Safety
 ///
-/// `to` has room for the text and NUL.
+/// `to` must have room for the text and a NUL.
 unsafe fn write_c_string(text: &str, to: *mut c_char) {
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     unsafe {
         std::ptr::copy_nonoverlapping(text.as_ptr().cast(), to, text.len());
         *to.add(text.len()) = 0;
@@ -86,7 +86,7 @@ exports! { nvrtc;
 
     fn nvrtcCompileProgram(program: nvrtcProgram, count: c_int, options: *const *const c_char) -> nvrtcResult {
         let options: Vec<String> = (0..count.max(0) as usize).map(|i| text(*options.add(i))).collect();
-        // Removed from the map meanwhile, so that other programs need not wait for the compiler.
+        // Remove the program from the map while it compiles, so that other programs need not wait.
         let handle = program as u64;
         let mut unit = lock(units()).remove(&handle).ok_or(nvrtcResult::NVRTC_ERROR_INVALID_PROGRAM)?;
         machine().compiling.fetch_add(1, Ordering::Relaxed);
@@ -145,7 +145,7 @@ plain_exports! { nvrtc;
     }
 }
 
-/// Returns the text as a C string that is never freed; equal texts share one.
+/// Returns the text as a C string that is never freed. Equal texts share one C string.
 pub fn static_text(text: &str) -> *const c_char {
     static TEXTS: Mutex<Vec<&'static std::ffi::CStr>> = Mutex::new(Vec::new());
     let mut texts = lock(&TEXTS);

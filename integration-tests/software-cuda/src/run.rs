@@ -15,28 +15,28 @@ use crate::nccl::engine;
 use crate::shadow::{Access, Accessor, OperationName, Shadow};
 use crate::world::{OpKind, QueuedOp, Rows, SoftwareMachine, SourceState, State, lock, set_in_callback};
 
-/// A running operation, with its agent and clock.
+/// A running operation, with the agent that executes it and the operation's clock.
 pub(crate) struct Running {
-    /// Its agent.
+    /// Agent of the operation's stream.
     pub agent: usize,
-    /// Its device.
+    /// Device of the operation's stream.
     pub device: usize,
     /// The operation's number among all operations.
     pub operation: u32,
-    /// Its clock, padded to the number of agents.
+    /// The operation's clock, padded to the number of agents.
     pub clock: Vec<u32>,
-    /// Its clock.
+    /// The operation's clock without padding.
     pub knows: Clock,
 }
 
-/// Starts an operation of a stream: joins the clocks before it, and numbers it.
+/// Starts an operation of a stream: gives it a number, and joins the clocks of all work that precedes it.
 pub fn start(machine: &SoftwareMachine, state: &mut State, handle: u64, host: &Clock, action: Arc<str>) -> Running {
     let null = state.devices[state.streams[&handle].device].null_stream;
     let own = &state.streams[&handle];
     let mut clock = own.clock.clone();
     clock.join(host);
     if !own.is_non_blocking {
-        // Blocking streams and the NULL stream are ordered; the earlier work has ended, and the later has not started.
+        // The NULL stream and blocking streams are ordered. Earlier work has ended, and later work has not started.
         let ordered = state
             .streams
             .iter()
@@ -57,7 +57,7 @@ pub fn start(machine: &SoftwareMachine, state: &mut State, handle: u64, host: &C
     Running { agent, device, operation, clock: clock.padded(state.agents), knows: clock }
 }
 
-/// Executes the first operation of a stream, or its next part. Releases the lock meanwhile.
+/// Executes the first operation of a stream, or its next part. Releases the lock during the execution.
 pub fn run<'a>(machine: &'a SoftwareMachine, mut state: MutexGuard<'a, State>, handle: u64) -> MutexGuard<'a, State> {
     let stream = state.streams.get_mut(&handle).expect("the caller picked it");
     let is_nccl = matches!(stream.queue[0].kind, OpKind::Nccl(_));
@@ -88,7 +88,7 @@ pub fn run<'a>(machine: &'a SoftwareMachine, mut state: MutexGuard<'a, State>, h
     let op = stream.queue.pop_front().expect("the caller picked it");
     stream.is_busy = true;
     if let OpKind::Record(signal) = &op.kind {
-        // No other operation sets it.
+        // Only this operation sets the signal.
         let _ = signal.done.set((running.knows.clone(), Instant::now()));
     }
     drop(state);
@@ -105,7 +105,7 @@ fn perform(machine: &SoftwareMachine, op: &QueuedOp, running: &Running, seed: u6
         machine.state().host(machine.config.one_host).clock.join(&running.knows);
         set_in_callback(true);
         if let Some(function) = function {
-            // SAFETY: the program passed the function to be called with this argument.
+            // SAFETY: the program has passed the function to be called with this argument.
             unsafe { function(*data as *mut std::ffi::c_void) };
         }
         set_in_callback(false);
@@ -120,7 +120,7 @@ fn perform(machine: &SoftwareMachine, op: &QueuedOp, running: &Running, seed: u6
     }
     let mut accessor = accessor(&mut shadow, &machine.registry, &machine.findings, running);
     if matches!(op.kind, OpKind::Copy { .. }) {
-        // Copies may access every device without peer access.
+        // A copy may access every device, even without peer access.
         accessor.allow_all_devices();
     }
     match &op.kind {
@@ -136,7 +136,7 @@ fn perform(machine: &SoftwareMachine, op: &QueuedOp, running: &Running, seed: u6
     }
 }
 
-/// The accessor of a running operation.
+/// Returns an accessor for a running operation.
 pub fn accessor<'a>(
     shadow: &'a mut Shadow,
     registry: &'a std::sync::Mutex<Registry>,
@@ -147,13 +147,13 @@ pub fn accessor<'a>(
     Accessor::new(shadow, registry, findings, running.operation, running.agent, device, &running.clock)
 }
 
-/// A digest of bytes, to detect changes.
+/// Returns a digest of the bytes, which detects changes.
 ///
 /// # Safety
 ///
-/// The bytes are readable.
+/// The bytes must be readable.
 pub unsafe fn digest(address: usize, bytes: usize) -> u64 {
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     let bytes = unsafe { std::slice::from_raw_parts(address as *const u8, bytes) };
     let hash = blake3::hash(bytes);
     u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("eight of 32 bytes"))
@@ -188,7 +188,7 @@ fn copy(
         }
         if is_fine {
             let source = staged.map_or(from, |bytes| bytes.as_ptr() as usize + row * rows.width);
-            // SAFETY: both ends were checked, or are pageable memory that the caller keeps until the copy has ended.
+            // SAFETY: device and pinned memory was checked. The caller keeps pageable memory until the copy has ended.
             unsafe { std::ptr::copy(source as *const u8, to as *mut u8, rows.width) };
         }
     }
@@ -208,7 +208,7 @@ fn fill(accessor: &mut Accessor, to: usize, pattern: u32, width: usize, count: u
     }
     let pattern = &pattern.to_le_bytes()[..width];
     let is_flat = pattern.iter().all(|b| *b == pattern[0]);
-    // SAFETY: the range was checked, and only operations, which run one at a time, access it.
+    // SAFETY: the range was checked. Only operations access it, and they run one at a time.
     let bytes = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, width * count) };
     if is_flat {
         return bytes.fill(pattern[0]);
@@ -216,7 +216,7 @@ fn fill(accessor: &mut Accessor, to: usize, pattern: u32, width: usize, count: u
     bytes.chunks_exact_mut(width).for_each(|chunk| chunk.copy_from_slice(pattern));
 }
 
-/// Frees an allocation; all operations that accessed it must have ended.
+/// Frees an allocation. All operations that accessed it must have ended.
 pub fn free(accessor: &mut Accessor, machine: &SoftwareMachine, base: usize, by: &str) {
     let registry = lock(&machine.registry);
     let Some((users, is_freed)) =

@@ -1,7 +1,7 @@
 //! Schedules streams and detects deadlocks.
 //!
 //! One thread executes all operations. An operation is ready when it is first in its stream, the NULL stream's order
-//! allows it, its event was recorded, and (once started) its partners in a collective have started too.
+//! permits it, and its event was recorded. A collective that has started is ready when its partners have started, too.
 
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -12,13 +12,13 @@ use crate::nccl::{abroad, engine};
 use crate::run::run;
 use crate::world::{DriverError, OpKind, SoftwareMachine, State, Stream, in_callback, lock};
 
-/// How long work waits under the late policies if the host neither waits nor polls nor submits more.
+/// How long the late policies hold work back if the host neither waits nor polls nor submits more.
 const LATE_AFTER: Duration = Duration::from_millis(1);
-/// Number of unsuccessful polls of the host after which work runs under the late policies.
+/// Number of unsuccessful polls of the host after which the late policies run work.
 const LATE_POLLS: u64 = 3;
 const IDLE_WAIT: Duration = Duration::from_millis(20);
 
-/// The streams that the NULL stream's rules order with `handle`: their earlier submissions must end first.
+/// Returns the streams that the NULL stream's rules order with `handle`. Their earlier submissions must end first.
 fn ordered_by_null_stream<'a>(state: &'a State, handle: u64) -> impl Iterator<Item = (u64, &'a Stream)> + 'a {
     let own = &state.streams[&handle];
     let null = state.devices[own.device].null_stream;
@@ -40,11 +40,11 @@ fn ordered_by_null_stream<'a>(state: &'a State, handle: u64) -> impl Iterator<It
 pub(crate) enum Blocker {
     /// Another stream must execute an operation first.
     Stream(u64, String),
-    /// No queued operation will unblock it.
+    /// No queued operation will make this one ready.
     Missing(String),
 }
 
-/// The blockers of a stream's first operation; empty if it is ready, `None` if the queue is empty.
+/// Returns the blockers of a stream's first operation: none if it is ready, and `None` if the queue is empty.
 pub fn blockers(state: &State, handle: u64) -> Option<Vec<Blocker>> {
     let stream = &state.streams[&handle];
     let op = stream.queue.front()?;
@@ -119,7 +119,7 @@ pub fn execute(machine: &'static SoftwareMachine) {
     }
 }
 
-/// Detects streams that wait for each other, or, after a time without progress, waits that nothing will end.
+/// Detects streams that wait for each other. After a time without progress, also detects waits that nothing will end.
 fn detect_deadlock(machine: &SoftwareMachine, state: &mut State) {
     let is_compiling = machine.compiling.load(Ordering::Relaxed) > 0;
     let is_deferred = state.comms.comms.values().any(|c| !c.deferred.is_empty());
@@ -174,7 +174,7 @@ fn reaches(stuck: &[(u64, Vec<Blocker>)], from: u64, to: u64) -> bool {
     false
 }
 
-/// Waits until `is_done`; `device` is the device that executes the work. Returns an error if nothing can continue.
+/// Waits until `is_done`. `device` is the device that executes the work. Returns an error if nothing can continue.
 pub fn host_wait<'a>(
     machine: &'a SoftwareMachine,
     mut state: MutexGuard<'a, State>,
@@ -213,7 +213,7 @@ pub fn synchronise_device(machine: &SoftwareMachine, device: usize) -> Result<()
     let streams: Vec<u64> = machine.state().streams.iter().filter(|(_, s)| is_open(s)).map(|(h, _)| *h).collect();
     for stream in streams {
         match synchronise(machine, stream) {
-            // It was destroyed meanwhile; the wait below covers it.
+            // The stream was destroyed in the meantime. The wait below includes its work.
             Err(DriverError::CUDA_ERROR_INVALID_HANDLE) => {}
             other => other?,
         }
@@ -238,7 +238,7 @@ pub fn synchronise(machine: &SoftwareMachine, stream: u64) -> Result<(), DriverE
     Ok(())
 }
 
-/// Waits until no operation can execute: all are done, or the remaining ones are blocked forever.
+/// Waits until no operation can execute, because all have finished or the remaining operations are blocked forever.
 pub fn drain(machine: &SoftwareMachine, limit: Duration) {
     let start = Instant::now();
     let mut state = lock(&machine.state);

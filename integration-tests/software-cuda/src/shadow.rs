@@ -1,13 +1,13 @@
-//! The shadow memory: the last writer and readers of each word, and the checks on them.
+//! The shadow memory: the last writer and the readers of each word, and the checks on them.
 //!
-//! Compiled kernels run the same checks (`shim/access.h`), and call [`slow`] for the complex cases; copies, products
-//! and collectives are checked here directly. The layouts are shared with the shim: change both.
+//! Compiled kernels run the same checks (`shim/access.h`), and call [`slow`] for the complex cases. Copies, products
+//! and collectives are checked directly in this file. The shim has the same layouts: change both.
 //!
-//! - SH-1: two accesses of a byte, one of them a write, are ordered by streams, events, host threads or collectives;
-//!   otherwise they are a race for any order of execution.
-//! - SH-2: within one launch, two threads that access a byte, one of them writing, are in one block with a barrier
-//!   between.
-//! - SH-3: a read byte was written before; an accessed byte is allocated, and accessed through a pointer to its region.
+//! - SH-1: if two operations access a byte and one of them writes, a stream, event, host thread or collective orders
+//!   them. Otherwise they are a race, even if this run executes them in a harmless order.
+//! - SH-2: if two threads of one launch access a byte and one of them writes, they are in one block with a barrier
+//!   between the accesses.
+//! - SH-3: a byte is written before it is read. An access is to allocated memory, by a pointer to the same region.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -17,17 +17,17 @@ use std::sync::{Arc, Mutex};
 use crate::findings::Findings;
 use crate::memory::{Owner, Place, Registry, WORD_BYTES};
 
-/// The shadow of one word.
+/// The shadow of one word of memory.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Cell {
     writer: u32,
     /// An operation, or a set of operations if the highest bit is set.
     reader: u32,
-    /// Four bits each: allocated, initialised, written by `writer`, read by `reader`; then one bit: written atomically.
+    /// Four bits each: allocated, initialised, written by `writer`, read by `reader`. Then one bit: written atomically.
     bits: u32,
     region: u32,
-    /// The writing thread of a launch; 0 for none.
+    /// The thread of a launch that wrote the word; 0 if there is none.
     writer_thread: u64,
     reader_thread: u64,
 }
@@ -39,13 +39,13 @@ const WRITTEN: u32 = 8;
 const READ: u32 = 12;
 const ATOMIC: u32 = 1 << 16;
 const SET: u32 = 1 << 31;
-/// Words whose region is checked at once.
+/// Number of words whose region is checked together.
 const REGION_CHECK_WORDS: usize = 256;
-/// The block number of a word that several blocks read.
+/// The block number in a word that several blocks have read.
 const MANY_BLOCKS: u64 = 0xfffff;
 const MANY_WARPS: u64 = 2047;
 
-/// An executed operation: its agent, and its number there.
+/// An executed operation: its agent, and its number among the agent's operations.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Entry {
@@ -64,7 +64,7 @@ pub(crate) enum Access {
     Atomic,
 }
 
-/// The context of a kernel's checks, with the layout in `shim/access.h`.
+/// The context of a kernel's checks. `shim/access.h` has the same layout.
 #[repr(C)]
 pub(crate) struct Checker {
     base: usize,
@@ -73,13 +73,13 @@ pub(crate) struct Checker {
     entries: *const Entry,
     clock: *const u32,
     operation: u32,
-    /// The last change of a word's set of readers by [`slow`].
+    /// The last change that [`slow`] made to a word's set of readers.
     readers_from: u32,
     readers_to: u32,
     /// Whether the block has executed a fence.
     pub fenced: u32,
     regions: [u32; 16],
-    // SAFETY: only types, of the two functions at the end of this file, which state their contracts.
+    // SAFETY: these are only types, of the two functions at the end of this file. The functions state their contracts.
     slow: unsafe extern "C" fn(*mut Checker, usize, usize, u32, u64) -> u32,
     report: unsafe extern "C" fn(*mut Checker, *const c_char, *const c_char),
     user: *mut Accessor<'static>,
@@ -87,13 +87,13 @@ pub(crate) struct Checker {
     pub stacks: usize,
     /// Bytes of each stack.
     pub stack_bytes: usize,
-    /// 4 KiB per warp for products of fragments.
+    /// Scratch memory for products of fragments, 4 KiB per warp.
     pub scratch: usize,
-    /// Cells of shared memory.
+    /// Cells for the words of shared memory.
     pub shared_cells: usize,
     /// Seed of the order of threads and blocks.
     pub seed: u64,
-    /// Number of the block, counted over all launches; cells of shared memory of earlier blocks are invalid.
+    /// Number of the block, counted over all launches. Cells of shared memory that earlier blocks wrote are invalid.
     pub generation: u64,
 }
 
@@ -106,7 +106,7 @@ pub(crate) struct Accessor<'a> {
     agent: usize,
     device: Option<usize>,
     clock: &'a [u32],
-    /// Regions that the operation may access; `None` for all.
+    /// Regions that the operation may access; `None` for all regions.
     allowed: Option<Vec<u32>>,
     name: String,
 }
@@ -114,9 +114,9 @@ pub(crate) struct Accessor<'a> {
 /// The name of an operation in messages.
 #[derive(Clone, Debug)]
 pub(crate) struct OperationName {
-    /// What it does, such as a kernel's name, or a copy and its bytes.
+    /// What the operation does, such as a kernel's name, or a copy and its number of bytes.
     pub action: Arc<str>,
-    /// Its stream or host thread.
+    /// The operation's stream or host thread.
     pub agent: Arc<str>,
 }
 
@@ -136,7 +136,7 @@ fn lane_of(thread: u64) -> u64 {
     thread >> 32 & 0x7ff
 }
 
-/// SH-2 for a word last accessed by `before` and now by `now` in one launch. Same as in the shim.
+/// Whether two threads of one launch, `before` and then `now`, violate SH-2 at a word. The shim has the same function.
 fn conflict(before: u64, now: u64, fenced: bool) -> bool {
     if before == 0 || now == 0 {
         return false;
@@ -152,7 +152,7 @@ fn conflict(before: u64, now: u64, fenced: bool) -> bool {
     a == MANY_WARPS || warp != b >> 5 || before & 0xffff == now & 0xffff
 }
 
-/// The thread to store for a word that `before` and `now` have read.
+/// Returns the thread to store for a word that `before` and `now` have both read.
 fn merged(before: u64, now: u64) -> u64 {
     const LANE: u64 = 0x7ff << 32;
     if before == 0 || now == 0 || before == now {
@@ -174,7 +174,7 @@ fn merged(before: u64, now: u64) -> u64 {
 
 impl Default for Shadow {
     fn default() -> Self {
-        // Operation 0 is before everything.
+        // Operation 0 is before all other operations.
         let first = Entry { agent: 0, number: 0 };
         Shadow {
             entries: vec![first],
@@ -186,7 +186,7 @@ impl Default for Shadow {
 }
 
 impl Shadow {
-    /// Adds an operation, the agent's `number`-th.
+    /// Adds an operation that has the number `number` among its agent's operations.
     pub fn operation(&mut self, agent: usize, number: u32, name: OperationName) -> u32 {
         self.entries.push(Entry { agent: agent as u32, number });
         self.names.push(name);
@@ -194,13 +194,13 @@ impl Shadow {
         (self.entries.len() - 1) as u32
     }
 
-    /// An operation's name.
+    /// Returns an operation's name.
     pub fn name(&self, operation: u32) -> String {
         let OperationName { action, agent } = &self.names[operation as usize];
         format!("{action} ({agent}, operation {} there)", self.entries[operation as usize].number)
     }
 
-    /// Whether an operation is before a clock.
+    /// Whether an operation happens before a clock.
     pub fn is_before(&self, operation: u32, clock: &[u32]) -> bool {
         let entry = self.entries[operation as usize];
         clock.get(entry.agent as usize).copied().unwrap_or(0) >= entry.number
@@ -214,7 +214,7 @@ impl Shadow {
         }
     }
 
-    /// Adds `operation` to the readers of a word, and removes those before its clock.
+    /// Adds `operation` to the readers of a word, and removes the readers that happen before `clock`.
     fn with_reader(&mut self, reader: u32, operation: u32, clock: &[u32]) -> u32 {
         let mut set = self.readers(reader);
         set.retain(|r| *r != operation && !self.is_before(*r, clock));
@@ -233,7 +233,7 @@ impl Shadow {
 }
 
 impl<'a> Accessor<'a> {
-    /// An accessor for `operation` of `agent` with this clock.
+    /// Creates an accessor for `operation` of `agent` at this clock.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
         shadow: &'a mut Shadow,
@@ -266,7 +266,7 @@ impl<'a> Accessor<'a> {
         findings.add(kind, &format!("{function} {message}"), || format!("{}: {message}", self.name));
     }
 
-    /// A checker for compiled kernels, valid as long as the accessor does not move.
+    /// Returns a checker for compiled kernels. It is valid as long as the accessor does not move.
     pub fn checker(&mut self) -> Checker {
         let window = self.registry.lock().unwrap_or_else(|e| e.into_inner()).window;
         Checker {
@@ -292,7 +292,7 @@ impl<'a> Accessor<'a> {
         }
     }
 
-    /// Checks and records an access; returns false if it must not be executed.
+    /// Checks and records an access. Returns false if the access must not be executed.
     pub fn touch(&mut self, address: usize, bytes: usize, access: Access) -> bool {
         let mut checker = self.checker();
         self.touch_as(&mut checker, address, bytes, access, 0)
@@ -309,8 +309,8 @@ impl<'a> Accessor<'a> {
                 self.report("bounds", &message);
                 return false;
             }
-            // SAFETY: the address is in the window, so its cell is in the shadow, which only the holder of its lock
-            // accesses; `self` borrows the data that this lock guards.
+            // SAFETY: the address is in the window, so its cell is in the shadow. Only the holder of the shadow's lock
+            // accesses the cell, and `self` borrows the data behind that lock.
             let cell = unsafe { &mut *checker.shadow.add((at - checker.base) / WORD_BYTES) };
             if mask == ALL && thread == 0 && self.touch_whole(checker, cell, access) {
                 at = stop;
@@ -328,7 +328,7 @@ impl<'a> Accessor<'a> {
         true
     }
 
-    /// The simple case of an ordered access to a whole word outside of a launch; returns false in all other cases.
+    /// Handles an ordered access to a whole word outside of a launch. Returns false in all other cases.
     fn touch_whole(&self, checker: &Checker, cell: &mut Cell, access: Access) -> bool {
         let is_known = checker.regions[(cell.region & 15) as usize] == cell.region && cell.bits & ALL == ALL;
         let me = self.operation;
@@ -356,7 +356,7 @@ impl<'a> Accessor<'a> {
         }
     }
 
-    /// SH-3: checks the first access to a word, or to its region by this operation.
+    /// SH-3: checks the first access to a word, or this operation's first access to the word's region.
     fn check_region(
         &mut self,
         checker: &mut Checker,
@@ -415,7 +415,7 @@ impl<'a> Accessor<'a> {
         }
         cell.bits |= mask;
         if owner.place == Place::Host {
-            // The host's own writes are not visible, so the memory counts as initialised.
+            // The host's own writes are not visible here, so pinned memory counts as initialised.
             cell.bits |= mask << INIT;
         }
         checker.regions[(owner.region & 15) as usize] = owner.region;
@@ -423,7 +423,7 @@ impl<'a> Accessor<'a> {
         true
     }
 
-    /// SH-1, SH-2 and the rest of SH-3 for bytes of one word.
+    /// Checks SH-1, SH-2 and the rest of SH-3 for bytes of one word.
     fn check_word(
         &mut self,
         checker: &mut Checker,
@@ -505,8 +505,8 @@ impl<'a> Accessor<'a> {
         });
     }
 
-    /// SH-1 for the free of an allocation: all operations that accessed it must be before. Returns the first that is
-    /// not.
+    /// Checks SH-1 for the free of an allocation: it must be after all operations that accessed the allocation. Returns
+    /// the first operation that violates this.
     pub fn unordered_user(&self, users: &HashMap<usize, u32>) -> Option<String> {
         let mut late: Vec<u32> = users.values().copied().filter(|u| !self.shadow.is_before(*u, self.clock)).collect();
         late.sort_unstable();
@@ -514,13 +514,13 @@ impl<'a> Accessor<'a> {
     }
 }
 
-/// Marks the whole words that follow a checked word at `at` as words of the same region, which need no separate check.
+/// Marks the whole words after the checked word at `at` as words of its region, so they need no check of their own.
 fn claim_next_words(cell: &mut Cell, owner: &Owner, at: usize) {
     let words = (owner.region_end - at) / WORD_BYTES;
     let bits = if owner.place == Place::Host { ALL | ALL << INIT } else { ALL };
     let first = std::ptr::from_mut(cell);
     for i in 1..words.min(REGION_CHECK_WORDS) {
-        // SAFETY: these cells follow in the shadow and are of the same allocation.
+        // SAFETY: these cells follow in the shadow and belong to the same allocation.
         let next = unsafe { &mut *first.add(i) };
         if next.region == owner.region {
             break;
@@ -529,25 +529,25 @@ fn claim_next_words(cell: &mut Cell, owner: &Owner, at: usize) {
     }
 }
 
-/// Called by kernels when the quick check cannot decide. Returns 1 if the access must not be executed.
+/// Kernels call this function when their quick check cannot decide. Returns 1 if the access must not be executed.
 ///
 /// # Safety
 ///
-/// `checker` comes from [`Accessor::checker`], and its accessor has not moved.
+/// `checker` must come from [`Accessor::checker`], and its accessor must not have moved.
 unsafe extern "C" fn slow(checker: *mut Checker, address: usize, bytes: usize, access: u32, thread: u64) -> u32 {
     let access = [Access::Read, Access::Write, Access::Atomic][access as usize];
-    // SAFETY: by the contract above; the calling kernel holds no reference to either.
+    // SAFETY: the caller keeps the contract above, and the calling kernel holds no reference to either object.
     let (checker, accessor) = unsafe { (&mut *checker, &mut *(*checker).user) };
     u32::from(!accessor.touch_as(checker, address, bytes, access, thread))
 }
 
-/// Called by kernels to record their own findings.
+/// Kernels call this function to record their own findings.
 ///
 /// # Safety
 ///
-/// The contract of [`slow`]; the texts end with NUL.
+/// The contract of [`slow`] applies, and both texts must end with NUL.
 unsafe extern "C" fn report_text(checker: *mut Checker, kind: *const c_char, message: *const c_char) {
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     let (accessor, kind, message) = unsafe { (&mut *(*checker).user, CStr::from_ptr(kind), CStr::from_ptr(message)) };
     accessor.report(&kind.to_string_lossy(), &message.to_string_lossy());
 }

@@ -1,7 +1,7 @@
 //! Functions for tests to run a program on the software device.
 //!
-//! The dynamic linker reads its path when a process starts, so tests start a child: themselves with another argument,
-//! or a program. [`command`] sets it up, and [`SimReport::read`](crate::SimReport::read) reads the findings.
+//! The dynamic linker reads its search path when a process starts, so a test starts a child: itself with another
+//! argument, or a program. [`command`] creates it; [`SimReport::read`](crate::SimReport::read) reads its findings.
 
 use std::ffi::OsStr;
 use std::io;
@@ -27,7 +27,7 @@ const NAMES: &[&str] = &[
     "libcudnn.so.9",
 ];
 
-/// The path of the built library: beside the running test or program, or from `SOFTWARE_CUDA_LIBRARY`.
+/// Returns the path of the built library: beside the running test or program, or from `SOFTWARE_CUDA_LIBRARY`.
 pub fn library() -> io::Result<PathBuf> {
     if let Some(path) = std::env::var_os("SOFTWARE_CUDA_LIBRARY") {
         return Ok(path.into());
@@ -35,7 +35,7 @@ pub fn library() -> io::Result<PathBuf> {
     let program = std::env::current_exe()?;
     let folders = program.ancestors().skip(1).take(3).flat_map(|f| [f.to_path_buf(), f.join("deps")]);
     let found: Vec<PathBuf> = folders.map(|f| f.join(LIBRARY)).filter(|p| p.exists()).collect();
-    // Cargo leaves older builds in other folders.
+    // Cargo leaves older builds in other folders, so take the newest.
     let newest = found.into_iter().max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok());
     newest.ok_or_else(|| {
         let message = format!("no {LIBRARY} near {}: run cargo build -p shardflow-software-cuda", program.display());
@@ -43,7 +43,7 @@ pub fn library() -> io::Result<PathBuf> {
     })
 }
 
-/// Creates `folder` with links by which the library replaces NVIDIA's libraries.
+/// Creates `folder` with links through which this library replaces NVIDIA's libraries.
 pub fn install(folder: &Path) -> io::Result<()> {
     let library = library()?.canonicalize()?;
     std::fs::create_dir_all(folder)?;
@@ -57,8 +57,8 @@ pub fn install(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// A command that runs `program` on this number of software devices, with the libraries in `folder` and the report at
-/// `folder/report.json`.
+/// Returns a command that runs `program` on this number of software devices, with the libraries in `folder` and the
+/// report in `folder/report.json`.
 pub fn command(
     program: impl AsRef<OsStr>,
     folder: &Path,
@@ -77,13 +77,13 @@ pub fn command(
     Ok(command)
 }
 
-/// Environment variable with the case that a test's child runs.
+/// Environment variable that names the case for a test's child process.
 pub const CASE: &str = "SHARDFLOW_TEST_CASE";
 
-/// Time limit of a test's child.
+/// Time limit of a test's child process.
 const CHILD_WITHIN: Duration = Duration::from_secs(600);
 
-/// The case of a test's child. Exits the child after a time limit, because its test waits for it.
+/// Returns the case of a test's child process. After a time limit, exits this process, because the test waits for it.
 ///
 /// # Panics
 /// If the environment names no case.
@@ -98,20 +98,20 @@ pub fn case() -> String {
     case
 }
 
-/// The result of a test's child.
+/// Result of a test's child process.
 #[derive(Debug)]
 pub struct ChildRun {
-    /// Its standard output.
+    /// Standard output of the child.
     pub stdout: String,
     /// The device's report.
     pub report: SimReport,
 }
 
-/// Runs this test program's ignored test `child` on this number of software devices, with [`CASE`] set to `case` and an
-/// optional injected fault.
+/// Runs this test program's ignored test `child` on this number of software devices. [`CASE`] is set to `case`, and
+/// `fault` optionally names a fault to inject.
 ///
 /// # Panics
-/// If the child fails, with the end of its standard error, or if it leaves no report.
+/// If the child fails, with the end of the child's standard error; or if the child leaves no report.
 pub fn run_child(case: &str, devices: usize, policy: &str, seed: u64, fault: Option<&str>) -> ChildRun {
     let environment: Vec<_> = fault.map(|fault| ("SOFTWARE_CUDA_FAULT", fault)).into_iter().collect();
     run_child_in(case, devices, policy, seed, &environment)
@@ -135,13 +135,13 @@ pub fn run_child_in(case: &str, devices: usize, policy: &str, seed: u64, environ
     ChildRun { stdout: String::from_utf8_lossy(&output.stdout).into_owned(), report }
 }
 
-/// The path of the report of [`command`].
+/// Returns the path of the report of [`command`].
 pub fn report_path(folder: &Path) -> PathBuf {
     folder.join("report.json")
 }
 
 impl SimReport {
-    /// Reads the report of [`command`]'s program.
+    /// Reads the report of a program that [`command`] started.
     pub fn read(folder: &Path) -> io::Result<SimReport> {
         Ok(serde_json::from_slice(&std::fs::read(report_path(folder))?)?)
     }

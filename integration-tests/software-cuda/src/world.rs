@@ -1,6 +1,6 @@
 //! The state of the software machine: devices, streams, events, host threads, and the queues of operations.
 //!
-//! Three locks, taken in this order: `state`, `shadow` (held while an operation runs), then `registry` or `findings`.
+//! The locks are taken in this order: `state`, `shadow` (held while an operation runs), `registry` or `findings`.
 
 use std::cell::Cell as ThreadCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -45,12 +45,12 @@ pub(crate) struct Rows {
     pub pitch: (usize, usize),
 }
 
-/// The state of a copy's pinned source at its submission.
+/// The state of a copy's pinned source when the copy was submitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SourceState {
-    /// Digest of its bytes.
+    /// Digest of the source's bytes.
     pub digest: u64,
-    /// Number of copies that had written its allocation.
+    /// Number of copies that had written the source's allocation.
     pub copies_in: u64,
 }
 
@@ -58,14 +58,14 @@ pub(crate) struct SourceState {
 pub(crate) enum OpKind {
     /// Launches a kernel.
     Launch(Box<Launch>),
-    /// Copies rows; an address outside of the window is pageable host memory.
+    /// Copies rows. An address outside of the window is pageable host memory.
     Copy {
         from: usize,
         to: usize,
         rows: Rows,
-        /// Pageable bytes, read at submission.
+        /// The bytes of a pageable source, read at submission.
         staged: Option<Vec<u8>>,
-        /// State of a pinned source at submission.
+        /// The state of a pinned source at submission.
         source_state: Option<SourceState>,
     },
     /// Fills memory with a pattern of 1, 2 or 4 bytes.
@@ -80,60 +80,60 @@ pub(crate) enum OpKind {
     Wait(Arc<Signal>),
     /// Calls a host function.
     Host { function: CUhostFn, data: usize },
-    /// Collectives and messages of one group on one communicator.
+    /// Executes collectives and messages of one group on one communicator.
     Nccl(Box<Group>),
-    /// A matrix product.
+    /// Computes a matrix product.
     Product(Box<Product>),
-    /// A cuDNN graph.
+    /// Executes a cuDNN graph.
     Graph(Box<GraphExecution>),
 }
 
-/// One recording of an event.
+/// One record of an event on a stream.
 pub(crate) struct Signal {
     /// The stream that records it.
     pub stream: u64,
-    /// The stream's clock and the time; empty until the recording is executed.
+    /// The stream's clock and the time. Empty until the record is executed.
     pub done: OnceLock<(Clock, Instant)>,
 }
 
 /// An operation in a stream's queue.
 pub(crate) struct QueuedOp {
-    /// Its kind.
+    /// Kind of the operation.
     pub kind: OpKind,
     /// The clock of the submitting host thread.
     pub host: Clock,
-    /// Its name in messages.
+    /// Name of the operation in messages.
     pub name: Arc<str>,
-    /// Its position among all submissions.
+    /// Position of the operation among all submissions.
     pub sequence: u64,
 }
 
 /// A stream.
 pub(crate) struct Stream {
-    /// Its device.
+    /// Device of the stream.
     pub device: usize,
-    /// Whether it does not synchronise with the NULL stream.
+    /// Whether the stream does not synchronise with the NULL stream.
     pub is_non_blocking: bool,
-    /// Its requested priority.
+    /// Requested priority of the stream.
     pub priority: i32,
-    /// Its agent in clocks.
+    /// The stream's agent in clocks.
     pub agent: usize,
-    /// Its name in messages.
+    /// Name of the stream in messages.
     pub name: Arc<str>,
-    /// Operations that are not executed yet.
+    /// Operations that have not started.
     pub queue: VecDeque<QueuedOp>,
-    /// The clock of its last operation.
+    /// Clock of the stream's last operation.
     pub clock: Clock,
-    /// One of its operations is executing.
+    /// Whether one of the stream's operations is executing.
     pub is_busy: bool,
-    /// One of its operations never ends.
+    /// Whether one of the stream's operations never ends.
     pub is_hung: bool,
-    /// Destroyed; queued operations still run.
+    /// Whether the stream was destroyed. Its queued operations still run.
     pub is_destroyed: bool,
 }
 
 impl Stream {
-    /// Whether it has no work.
+    /// Whether the stream has no work.
     pub fn is_idle(&self) -> bool {
         self.queue.is_empty() && !self.is_busy && !self.is_hung
     }
@@ -141,44 +141,44 @@ impl Stream {
 
 /// An event.
 pub(crate) struct Event {
-    /// Its device.
+    /// Device of the event.
     pub device: usize,
-    /// Its last recording.
+    /// The last record of the event.
     pub last: Option<Arc<Signal>>,
-    /// Whether it records times.
+    /// Whether the event records times.
     pub has_time: bool,
 }
 
 /// One device.
 #[derive(Default)]
 pub(crate) struct Device {
-    /// A sticky error.
+    /// The error that each later call on this device returns.
     pub error: Option<DriverError>,
-    /// Whether it hangs.
+    /// Whether the device hangs.
     pub is_hung: bool,
     /// Number of executed launches.
     pub launches: u64,
     /// Reference count of the primary context.
     pub retained: u64,
-    /// Its NULL stream.
+    /// Handle of the device's NULL stream.
     pub null_stream: u64,
-    /// The joined clocks of its destroyed streams.
+    /// The joined clocks of the device's destroyed streams.
     pub ended: Clock,
 }
 
 /// A host thread.
 pub(crate) struct Host {
-    /// Its agent in clocks.
+    /// The thread's agent in clocks.
     pub agent: usize,
-    /// Its clock.
+    /// The thread's clock.
     pub clock: Clock,
 }
 
-/// The state that one lock guards.
+/// The state that the lock `state` guards.
 pub(crate) struct State {
     /// The scheduling policy, which tests may change.
     pub policy: SchedulePolicy,
-    /// State of the schedule's random numbers.
+    /// State of the generator of random numbers for the schedule.
     pub random: u64,
     /// Orders streams under [`SchedulePolicy::Starve`].
     pub seed: u64,
@@ -195,25 +195,25 @@ pub(crate) struct State {
     /// Communicators.
     pub comms: Comms,
     hosts: HashMap<u64, Host>,
-    /// Number of streams and host threads so far.
+    /// Number of streams and host threads that were ever created.
     pub agents: usize,
     next_handle: u64,
     next_sequence: u64,
     /// Number of executed operations.
     pub executed: u64,
-    /// When something was last submitted or executed.
+    /// Time of the last submission or execution.
     pub last_progress: Instant,
-    /// When another process that shares communicators last reported progress.
+    /// When another process that shares a communicator last reported progress.
     pub peers_progressed: Instant,
     /// Number of waiting host threads.
     pub waiting_hosts: usize,
-    /// When something was last submitted.
+    /// Time of the last submission.
     pub last_submission: Instant,
-    /// Queries that returned "not ready" since then.
+    /// Number of queries that returned "not ready" since the last submission.
     pub polls: u64,
-    /// Under the late policies: the host has waited, polled or been idle since its last submission.
+    /// For the late policies: whether the host has waited, polled or been idle since its last submission.
     pub is_released: bool,
-    /// A deadlock was reported.
+    /// Whether a deadlock was reported.
     pub is_stuck: bool,
     /// Captured clocks by token.
     pub tokens: HashMap<u64, Clock>,
@@ -229,32 +229,32 @@ pub(crate) struct SoftwareMachine {
     pub submitted: Condvar,
     /// Notified on progress.
     pub progressed: Condvar,
-    /// Shadow of memory.
+    /// Shadow memory.
     pub shadow: Mutex<Shadow>,
     /// Allocations.
     pub registry: Mutex<Registry>,
     /// Findings.
     pub findings: Mutex<Findings>,
-    /// Number of running compilations, during which a lack of progress is not a deadlock.
+    /// Number of running compilations. While there are any, a lack of progress is not a deadlock.
     pub compiling: AtomicU64,
 }
 
 thread_local!(static CONTEXT: ThreadCell<Option<usize>> = const { ThreadCell::new(None) });
 thread_local!(static IN_CALLBACK: ThreadCell<bool> = const { ThreadCell::new(false) });
 
-/// The calling thread's number.
+/// Returns the calling thread's number.
 pub fn thread_number() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     thread_local!(static NUMBER: u64 = NEXT.fetch_add(1, Ordering::Relaxed));
     NUMBER.with(|n| *n)
 }
 
-/// The current device of the calling thread.
+/// Returns the current device of the calling thread.
 pub fn current_device() -> Option<usize> {
     CONTEXT.get()
 }
 
-/// Sets the current device.
+/// Sets the current device of the calling thread.
 pub fn set_current_device(device: Option<usize>) {
     CONTEXT.set(device);
 }
@@ -269,12 +269,12 @@ pub fn set_in_callback(value: bool) {
     IN_CALLBACK.set(value);
 }
 
-/// Takes a lock even if it is poisoned; the panic has been reported.
+/// Takes a lock even if it is poisoned, because the panic was already reported.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// The machine of this process; the first call starts its executor.
+/// Returns the machine of this process. The first call starts the executor.
 pub fn machine() -> &'static SoftwareMachine {
     static WORLD: OnceLock<SoftwareMachine> = OnceLock::new();
     static START: Once = Once::new();
@@ -347,7 +347,7 @@ pub fn mix(seed: u64) -> u64 {
 }
 
 impl State {
-    /// A new handle; handles look like pointers and are never reused.
+    /// Returns a new handle. Handles look like pointers and are never reused.
     pub fn handle(&mut self) -> u64 {
         self.next_handle += 16;
         self.next_handle
@@ -379,14 +379,14 @@ impl State {
         handle
     }
 
-    /// Removes a destroyed stream once it is idle.
+    /// Removes a stream that is destroyed and idle.
     pub fn remove_if_finished(&mut self, handle: u64) {
         let Some(stream) = self.streams.get(&handle).filter(|s| s.is_destroyed && s.is_idle()) else { return };
         self.devices[stream.device].ended.join(&stream.clock);
         self.streams.remove(&handle);
     }
 
-    /// The calling host thread.
+    /// Returns the state of the calling host thread.
     pub fn host(&mut self, one_host: bool) -> &mut Host {
         let thread = if one_host { 0 } else { thread_number() };
         if !self.hosts.contains_key(&thread) {
@@ -398,7 +398,7 @@ impl State {
         self.hosts.get_mut(&thread).expect("inserted above")
     }
 
-    /// The calling thread's clock; its later actions are after it.
+    /// Returns the calling thread's clock. The thread's later actions happen after this clock.
     pub fn host_clock(&mut self, one_host: bool) -> Clock {
         let host = self.host(one_host);
         let clock = host.clock.clone();
@@ -406,7 +406,7 @@ impl State {
         clock
     }
 
-    /// The next random number.
+    /// Returns the next random number.
     pub fn random(&mut self) -> u64 {
         self.random ^= self.random << 13;
         self.random ^= self.random >> 7;
@@ -414,7 +414,7 @@ impl State {
         self.random
     }
 
-    /// The current device, unless it has an error.
+    /// Returns the current device, or the device's error.
     pub fn device(&self) -> Result<usize, DriverError> {
         let device = current_device().ok_or(DriverError::CUDA_ERROR_INVALID_CONTEXT)?;
         match self.devices[device].error {
@@ -426,7 +426,7 @@ impl State {
     /// Resolves a stream handle for the calling thread.
     pub fn stream(&self, handle: u64) -> Result<u64, DriverError> {
         let handle = match handle {
-            // The NULL stream under its two names, and the per-thread default stream, which is treated as the same.
+            // The NULL stream has two names. The per-thread default stream is treated as the same stream.
             0..=2 => self.devices[self.device()?].null_stream,
             other => other,
         };
@@ -438,13 +438,13 @@ impl State {
         }
     }
 
-    /// Appends an operation to a stream's queue; `stream` comes from [`State::stream`].
+    /// Appends an operation to a stream's queue. `stream` must come from [`State::stream`].
     pub fn submit(&mut self, machine: &SoftwareMachine, stream: u64, kind: OpKind, name: impl Into<Arc<str>>) {
         let host = self.host_clock(machine.config.one_host);
         self.submit_as(machine, stream, kind, name, host);
     }
 
-    /// Like [`State::submit`], for a call that a host thread made at the clock `host`.
+    /// Like [`State::submit`], for a call that a host thread made when its clock was `host`.
     pub fn submit_as(
         &mut self,
         machine: &SoftwareMachine,
@@ -455,7 +455,7 @@ impl State {
     ) {
         self.next_sequence += 1;
         let op = QueuedOp { kind, host, name: name.into(), sequence: self.next_sequence };
-        // The stream of a deferred call may have been destroyed.
+        // If the call was deferred, its stream may have been destroyed.
         let Some(queue) = self.streams.get_mut(&stream).map(|s| &mut s.queue) else { return };
         queue.push_back(op);
         self.last_progress = Instant::now();
@@ -472,12 +472,12 @@ impl State {
         signal
     }
 
-    /// The name of a stream in messages.
+    /// Returns the name of a stream in messages.
     pub fn stream_name(&self, handle: u64) -> String {
         self.streams.get(&handle).map_or_else(|| format!("stream {handle:#x}"), |s| s.name.to_string())
     }
 
-    /// Counts a launch of a device, and triggers its fault, if any.
+    /// Counts a launch of a device, and triggers the device's fault if it is due.
     pub fn trigger_fault(&mut self, device: usize) -> Option<DeviceFaultKind> {
         self.devices[device].launches += 1;
         let fault = self.fault.filter(|f| f.device == device && f.launch == self.devices[device].launches)?;
@@ -490,7 +490,7 @@ impl State {
         Some(fault.kind)
     }
 
-    /// Kills a device: its queued operations never run, and each call returns the error.
+    /// Kills a device: its queued operations never run, and each later call returns `error`.
     pub fn kill(&mut self, device: usize, error: DriverError) {
         self.devices[device].error = Some(error);
         for stream in self.streams.values_mut().filter(|s| s.device == device) {

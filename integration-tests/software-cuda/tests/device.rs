@@ -1,6 +1,6 @@
-//! Tests of the software device alone: kernels, schedules, planted mistakes.
+//! Tests of the software device alone: kernels, schedules, and mistakes that the tests plant.
 //!
-//! Each test starts this program again, so that the dynamic linker loads the device instead of NVIDIA's libraries.
+//! Each test starts this program again. The child's dynamic linker loads the device instead of NVIDIA's libraries.
 #![allow(unsafe_code)]
 
 #[path = "gpu/api.rs"]
@@ -30,7 +30,7 @@ mod schedules;
 
 use api::{cuda, nccl};
 
-/// The cases that children run.
+/// The cases that child processes run.
 const CASES: &[(&str, fn())] = &[
     ("kernels", kernels::check_kernels),
     ("compiler", kernels::check_compiler),

@@ -1,10 +1,10 @@
-//! A training that kills or freezes itself at a point given by the environment: in the middle of forward, backward, a
-//! collective or the update of a step.
+//! A training in which one process is killed or frozen. The environment sets the moment: in the middle of forward,
+//! backward, a collective or the update of a step.
 //!
-//! `DIES="TARGET RANK STEP PHASE"`: TARGET is `KILL` or `STOP` for the process itself, or `LAUNCHER` to kill its
-//! parent. This happens once; the file `died` then holds the Unix time in nanoseconds and the launch. The file `log`
-//! records progress and continues over restarts. Streams emit an event before each launch, on their own thread, so the
-//! process dies between two launches of one action, or while a collective waits for members that this program delays.
+//! `DIES="TARGET RANK STEP PHASE"`: TARGET is `KILL` or `STOP` for the process of RANK, or `LAUNCHER` to kill its
+//! parent. This happens once. The file `died` then holds the Unix time in nanoseconds and the launch; the file `log`
+//! records progress over all restarts. Each stream emits an event on its own thread before a launch. The process
+//! therefore dies between two launches of an action, or inside a collective whose other members this program delays.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -25,10 +25,10 @@ use tracing::{Event, Metadata};
 
 const STEPS: u64 = 24;
 const SAVE_EVERY: u64 = 4;
-/// Time for the dying process's stream to enter the collective and wait there after its launch event. The other members
-/// enter only after the death, so the exact time does not matter.
+/// After the launch event, the dying process's stream has this long to enter the collective and wait there. The other
+/// members enter only after the death, so the exact time does not matter.
 const DIES_AFTER: Duration = Duration::from_millis(100);
-/// How long the other members wait for the death, and their polling interval.
+/// Time limit for the other members to see the death, and their polling interval.
 const DEATH_WITHIN: Duration = Duration::from_secs(10);
 const POLL_EVERY: Duration = Duration::from_millis(20);
 
@@ -40,11 +40,11 @@ enum Target {
     Launcher,
 }
 
-/// When to die, and how.
+/// The process that dies, how, and when.
 #[derive(Clone, Debug)]
 struct DeathPlan {
     target: Target,
-    /// Whether this process dies.
+    /// Whether this is the process that dies or whose launcher dies.
     is_own: bool,
     step: u64,
     phase: String,
@@ -71,7 +71,7 @@ impl DeathPlan {
         };
         let (step, pid) = (self.step, process.as_raw_nonzero());
         let text = format!("{} {step} {} {} by {pid}\n", exit::unix_ns(), launch.program, launch.op);
-        // Atomically.
+        // Create the file atomically.
         fs::write("dies", text).and_then(|()| fs::rename("dies", "died")).expect("the folder can be written to");
         kill_process(process, signal).expect("permission to signal the process");
     }
@@ -106,12 +106,12 @@ impl Visit for Launch {
     }
 }
 
-/// Subscribes to launch events.
+/// A subscriber to launch events.
 struct Watch {
     plan: DeathPlan,
     /// The current step.
     step: Arc<AtomicU64>,
-    /// A collective of the fatal step has begun.
+    /// Whether a collective of the fatal step has begun.
     begun: AtomicBool,
 }
 
@@ -123,7 +123,7 @@ impl Watch {
         if self.plan.phase == "collective" {
             return self.in_collective(launch);
         }
-        // In the middle of the action: earlier launches are done, later ones are not.
+        // This is the middle of the action: earlier launches have finished, and later launches have not.
         let middle = launch.program.ends_with(&format!(" {}", self.plan.phase)) && launch.index == launch.launches / 2;
         if self.plan.is_own && middle {
             self.plan.execute(launch);
@@ -137,7 +137,7 @@ impl Watch {
         if !self.plan.is_own {
             return wait_for_death();
         }
-        // The stream continues into the collective and waits there.
+        // The stream continues into the collective, where it waits for the other members.
         let (plan, launch) = (self.plan.clone(), launch.clone());
         thread::spawn(move || {
             thread::sleep(DIES_AFTER);
@@ -146,7 +146,7 @@ impl Watch {
     }
 }
 
-/// Delays a surviving member until the other has died in the collective.
+/// Delays a surviving member until the other process has died in the collective.
 fn wait_for_death() {
     let deadline = Instant::now() + DEATH_WITHIN;
     while !victim_is_dead() {
@@ -155,7 +155,7 @@ fn wait_for_death() {
     }
 }
 
-/// Whether the process in the file `died` has ended or is stopped.
+/// Whether the process named in the file `died` has ended or is stopped.
 fn victim_is_dead() -> bool {
     let Ok(text) = fs::read_to_string("died") else { return false };
     let pid = text.trim_end().rsplit(' ').next().unwrap_or_default();

@@ -1,7 +1,7 @@
-//! A training to observe: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes this many
-//! milliseconds per micro-batch, forward and backward, independent of the machine's load, because its kernels wait for
-//! a timer. The line `close` on standard input blocks the last stage's forward until the line `open`; the end of input
-//! ends it.
+//! A training to observe: `watched ADDRESS MESH gpipe|1f1b MICRO_BATCHES MILLISECONDS`. Every stage takes MILLISECONDS
+//! per micro-batch, forward and backward. This time does not depend on the machine's load, because the kernels wait for
+//! a timer. The line `close` on standard input blocks the last stage's forward until the line `open`. The end of the
+//! input ends the training.
 
 use std::io::BufRead;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ const CONTEXT: usize = 3;
 const VOCABULARY: usize = 5;
 const WIDTH: usize = 4;
 
-/// Blocks kernels while it is closed.
+/// A gate that blocks kernels while it is closed.
 #[derive(Debug, Default)]
 struct Gate {
     closed: Mutex<bool>,
@@ -46,7 +46,7 @@ impl Gate {
     }
 }
 
-/// Copies its input after a delay, and after passing the gate if there is one.
+/// An op that copies its input after a delay. If it has a gate, it also passes the gate.
 #[derive(Clone, Debug)]
 struct Paced {
     delay: Duration,

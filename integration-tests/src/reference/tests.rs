@@ -13,8 +13,8 @@ fn assert_close(got: f64, expected: f64, tolerance: f64, quantity: &str) {
     assert!((got - expected).abs() <= tolerance, "{quantity}: got {got}, expected {expected}");
 }
 
-/// The expected numbers come from a float64 numpy forward; gradients there are fourth-order central differences, and
-/// the later losses follow AdamW on those.
+/// The expected numbers come from a float64 forward pass in numpy. Its gradients are fourth-order central differences,
+/// and its later losses follow AdamW with these gradients.
 #[test]
 fn values_match_numpy() {
     let (loss, gradients) = first_step(&tiny(), TEXT);
@@ -41,7 +41,7 @@ fn values_match_numpy() {
     }
 }
 
-/// Checks every element of every gradient; the numpy values cover only a few.
+/// Checks every element of every gradient, because the numpy values cover only a few elements.
 #[test]
 fn gradients_match_finite_differences() {
     let config = tiny();
@@ -63,7 +63,7 @@ fn gradients_match_finite_differences() {
             };
             let (near, far) = (loss_at(h) - loss_at(-h), loss_at(2.0 * h) - loss_at(-2.0 * h));
             let expected = (8.0 * near - far) / (12.0 * h);
-            // Layer norms of width 4 have a high curvature, and the error of the differences grows with the gradient.
+            // Layer norms of width 4 have a high curvature, so the error of the differences grows with the gradient.
             assert_close(gradients[&name][i], expected, 1e-8 * (1.0 + expected.abs()), &format!("{name}[{i}]"));
         }
     }
@@ -78,7 +78,7 @@ fn training_reduces_the_loss() {
     assert_close(losses[0], 3f64.ln(), 0.05, "loss of the untrained model on three tokens");
 }
 
-/// AdamW's first steps depend on the gradient's scale only through eps, so tight clipping makes the loss fall less.
+/// AdamW's first steps depend on the gradient's scale only through eps, so tight clipping slows the loss's fall.
 #[test]
 fn clipping_scales_the_gradient() {
     let (config, text) = (ReferenceConfig::new(1, 2, 8, 8, 4), b"abcabcabcabc".repeat(20));
@@ -103,7 +103,7 @@ fn normal_cdf_matches_tables() {
     }
 }
 
-/// The loss of the PyTorch and numpy programs for this model, if the text is present.
+/// Compares with the loss that the PyTorch and numpy programs have for this model, if the text is present.
 #[test]
 fn first_loss_on_tinyshakespeare() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data/tinyshakespeare/input.txt");

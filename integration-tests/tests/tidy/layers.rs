@@ -1,22 +1,22 @@
 //! Checks the imports between the modules of each crate against the lists of layers in `docs/architecture.md`.
 //!
-//! Each crate has a heading and a numbered list of its layers, lowest first. The longest entry that a module's path begins
-//! with is its own. A module may import its own entry and those of lower layers. No modules import each other in a circle,
-//! even below one entry.
+//! On that page, each crate has a heading and a numbered list of its layers, lowest first. A module belongs to the
+//! longest entry that its path begins with. The module may import modules of the same entry and of lower layers.
+//! Modules must not import each other in a circle, even below one entry.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Finding, Source, code_only, finding, tests_start};
 
-/// The file with the lists, the heading of their section, and the crates that must have one.
+/// The file with the lists, the heading of their section, and the crates that must have a list.
 pub(super) const PAGE: &str = "docs/architecture.md";
 const HEADING: &str = "## Layers";
 const LAYERED: &[&str] = &["kernels", "actors/job", "actors", "runtime"];
 
-/// Each entry's layer, by crate.
+/// For each crate, the layer of each entry.
 type Layers = BTreeMap<String, BTreeMap<String, usize>>;
 
-/// Reads the lists.
+/// Reads the lists of layers.
 fn layers(page: &str) -> Layers {
     let section = page.split(HEADING).nth(1).unwrap_or("").split("\n## ").next().unwrap_or("");
     let quoted = |text: &str| -> Vec<String> { text.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
@@ -30,14 +30,14 @@ fn layers(page: &str) -> Layers {
     section.split("\n### ").skip(1).filter_map(list).collect()
 }
 
-/// The crate's folder and the module of a source file; `None` for tests, binaries and the root of a crate.
+/// Returns the crate's folder and the module of a source file, or `None` for tests, binaries and the root of a crate.
 fn module<'a>(source: &Source<'a>, crates: &Layers) -> Option<(&'a str, String)> {
     let (folder, file) = source.path.split_once("/src/")?;
     let is_part = crates.contains_key(folder) && file != "lib.rs" && !file.starts_with("bin/");
     (is_part && tests_start(source) > 0).then(|| (folder, file.trim_end_matches(".rs").replace('/', "::")))
 }
 
-/// The paths of a tree of imports: `a::{b, c::d}` is `a::b` and `a::c::d`.
+/// Adds the paths of a tree of imports: `a::{b, c::d}` has the paths `a::b` and `a::c::d`.
 fn expand(tree: &str, paths: &mut Vec<String>) {
     let Some((prefix, rest)) = tree.split_once('{') else {
         return paths.push(tree.split(" as ").next().unwrap_or("").split_whitespace().collect());
@@ -59,7 +59,7 @@ fn expand(tree: &str, paths: &mut Vec<String>) {
     }
 }
 
-/// The part of a file before its test module.
+/// Returns the part of a file before its test module.
 fn without_tests(code: &str) -> &str {
     let is_module = |(at, _): &(usize, &str)| {
         let rest = code[*at..]["#[cfg(test)]".len()..].trim_start();
@@ -69,7 +69,7 @@ fn without_tests(code: &str) -> &str {
     code.match_indices("#[cfg(test)]").find(is_module).map_or(code, |(at, _)| &code[..at])
 }
 
-/// The paths that a module mentions, with their line numbers: those of `use`, and all others.
+/// Returns all paths that a module mentions, in `use` and elsewhere, with their line numbers.
 fn mentioned(code: &str) -> Vec<(usize, String)> {
     let is_name = |c: char| c.is_alphanumeric() || c == '_';
     let mut found = Vec::new();
@@ -97,7 +97,7 @@ fn mentioned(code: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// The module of the crate that a path leads to, if any.
+/// Returns the module of this crate to which a path leads, if any.
 fn resolve(path: &str, own: &str, modules: &BTreeSet<&str>) -> Option<String> {
     let mut parts: Vec<&str> = own.split("::").collect();
     let mut rest = path.split("::").peekable();
@@ -112,7 +112,7 @@ fn resolve(path: &str, own: &str, modules: &BTreeSet<&str>) -> Option<String> {
             }
         }
         &"self" => drop(rest.next()),
-        // A child of the module; anything else is another crate.
+        // A child of the module may come first. Any other first part is another crate.
         first if !modules.contains(format!("{own}::{first}").as_str()) => return None,
         _ => {}
     }
@@ -121,13 +121,13 @@ fn resolve(path: &str, own: &str, modules: &BTreeSet<&str>) -> Option<String> {
     lengths.map(|length| parts[..length].join("::")).find(|module| modules.contains(module.as_str()))
 }
 
-/// The entry of a module, and its layer.
+/// Returns the entry of a module, and the entry's layer.
 fn entry<'a>(module: &str, entries: &'a BTreeMap<String, usize>) -> Option<(&'a str, usize)> {
     let is_below = |entry: &&String| module == entry.as_str() || module.starts_with(&format!("{entry}::"));
     entries.keys().filter(is_below).max_by_key(|entry| entry.len()).map(|entry| (entry.as_str(), entries[entry]))
 }
 
-/// Modules of a circle of imports that begins and ends at `start`; empty without one.
+/// Returns the modules of a circle of imports that begins and ends at `start`, or none if there is no circle.
 fn circle(start: &str, edges: &BTreeMap<&str, BTreeSet<String>>) -> Vec<String> {
     let mut paths = vec![vec![start.to_owned()]];
     let mut seen = BTreeSet::new();
@@ -181,7 +181,7 @@ pub(super) fn check(sources: &[Source]) -> Vec<Finding> {
         }
         for (source, module) in &own {
             let circle = circle(module, &edges);
-            // One finding for each circle: at its first module.
+            // Report each circle once: at the first of its modules.
             if !circle.is_empty() && circle.iter().all(|other| other >= module) {
                 let todo = format!("these modules import each other in a circle: {}", circle.join(" -> "));
                 found.push(finding(source, 1, "layers", todo));

@@ -1,11 +1,11 @@
-//! The board: memory that all processes of a node map. Members of collectives publish their calls and buffer offsets on
-//! it, and synchronize through its counters.
+//! The board: memory mapped by all processes of a node. Members of collectives publish their calls and buffer offsets
+//! on it, and synchronize through its counters.
 //!
-//! - BOARD-1: other processes write the board, so its content may be wrong. The board holds only atomics and bytes, and
-//!   code that reads an offset from it checks the offset against the arena that it refers to.
-//! - BOARD-2: every wait ends within `TICK` of an abort, in whatever state the other processes are.
-//! - BOARD-3: a member has at most one call in flight. Its posts alternate between two places, so that one may still be
-//!   read while the next is written: no member starts rendezvous k+2 before all have left rendezvous k.
+//! - BOARD-1: other processes write the board, so its content may be wrong. The board holds only atomics and bytes.
+//!   Code that reads an offset from the board checks that the offset is inside its arena.
+//! - BOARD-2: every wait ends within `TICK` of an abort, whatever the other processes do.
+//! - BOARD-3: a member has at most one call in flight. Its posts alternate between two places, so others may still read
+//!   one post while it writes the next. No member starts rendezvous k+2 before all have left rendezvous k.
 #![allow(unsafe_code)]
 
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -22,13 +22,13 @@ use crate::memory::Arena;
 /// Longest sleep between two checks for an abort.
 pub(super) const TICK: Duration = Duration::from_millis(20);
 
-/// How long a member busy-waits for the others when each member can have a core.
+/// How long a waiting member spins. It does not spin when the members outnumber the cores.
 const SPIN: Duration = Duration::from_micros(5);
 
-/// How long a member waits, yielding its core between checks, before it sleeps.
+/// How long a waiting member spins and then yields its core before it sleeps.
 const YIELD: Duration = Duration::from_micros(50);
 
-/// An x of at most this many bytes is copied to the board, so that its owner need not wait until others have read it.
+/// Largest x, in bytes, that is copied to the board. The owner of a copied x need not wait until others have read it.
 pub(super) const COPY_BYTES_MAX: usize = 8 << 10;
 
 /// Longest text on the board, in bytes; longer texts are truncated.
@@ -64,13 +64,13 @@ pub(super) struct Head {
 #[repr(C, align(64))]
 pub(super) struct Counter {
     pub(super) value: AtomicU32,
-    /// Waiters that sleep or are about to. A killed waiter stays counted, which only costs a needless system call.
+    /// Number of waiters that sleep or will soon. A killed waiter stays counted, which only adds system calls.
     sleepers: AtomicU32,
 }
 
 #[repr(C, align(64))]
 pub(super) struct GroupArea {
-    /// Arrivals of all members at all barriers; wraps.
+    /// Number of arrivals of members at barriers, over all members and barriers; wraps.
     pub(super) arrivals: Counter,
     failed: AtomicU32,
     mismatched_member: AtomicU32,
@@ -139,7 +139,7 @@ impl Counter {
     }
 
     fn wake(&self) {
-        // Cannot fail for a valid address.
+        // This cannot fail for a valid address.
         let _ = futex::wake(&self.value, futex::Flags::empty(), i32::MAX as u32);
     }
 
@@ -180,14 +180,14 @@ impl Counter {
         }
     }
 
-    /// Sleeps until the value changes, another thread wakes it, or [`TICK`] has passed.
+    /// Sleeps until the value changes, a wake-up arrives, or [`TICK`] has passed.
     fn sleep(&self, done: &dyn Fn(u32) -> bool) {
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        // Loaded after the sleeper was counted, so a thread that changes the value later sees the sleeper and wakes it.
+        // Load after counting this sleeper: a thread that changes the value later sees the count and wakes the sleeper.
         let seen = self.value.load(Ordering::SeqCst);
         if !done(seen) {
             let tick = futex::Timespec { tv_sec: 0, tv_nsec: i64::from(TICK.subsec_nanos()) };
-            // Returns early on a signal or a changed value; the caller checks again in any case.
+            // The wait may end early, on a signal or a changed value. The caller checks again in any case.
             let _ = futex::wait(&self.value, futex::Flags::empty(), seen, Some(&tick));
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
@@ -206,7 +206,7 @@ impl GroupArea {
         self.arrivals.wake();
     }
 
-    /// Returns the group's error once it is readable; returns `Ok` while it is being written.
+    /// Returns the group's error once it is completely written, and `Ok` before that.
     pub(super) fn check(&self, group: u32) -> Result<()> {
         if self.failed.load(Ordering::Acquire) != SET {
             return Ok(());
@@ -245,7 +245,7 @@ impl Board {
         size_of::<GroupArea>() + group.ranks.len() * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
-    /// Creates memory for one epoch's board, in one process of the node; the others map it with [`Arena::map_peer`].
+    /// Creates the memory of one epoch's board. One process of the node does this; the others use [`Arena::map_peer`].
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the system provides no memory.
@@ -289,23 +289,23 @@ impl Board {
     /// `T` is one of this file's types, which hold only atomics.
     unsafe fn at<T>(&self, offset: usize) -> &T {
         assert!(offset + size_of::<T>() <= self.arena.bytes() && offset.is_multiple_of(align_of::<T>()));
-        // SAFETY: inside the mapping (just checked), which lives as long as the arena and is page-aligned. Every bit
-        // pattern is a valid atomic, and atomics may be shared with other processes.
+        // SAFETY: `T` is aligned and inside the page-aligned mapping (just checked), which lives as long as the arena.
+        // Every bit pattern is a valid atomic, and processes may share atomics.
         unsafe { &*self.arena.host_start().add(offset).cast::<T>() }
     }
 
     pub(super) fn head(&self) -> &Head {
-        // SAFETY: one of this file's types.
+        // SAFETY: `Head` is one of this file's types.
         unsafe { self.at(0) }
     }
 
     pub(super) fn group_area(&self, group: usize) -> &GroupArea {
-        // SAFETY: one of this file's types.
+        // SAFETY: `GroupArea` is one of this file's types.
         unsafe { self.at(self.starts[group]) }
     }
 
     pub(super) fn member_slot(&self, group: usize, member: usize) -> &MemberSlot {
-        // SAFETY: one of this file's types.
+        // SAFETY: `MemberSlot` is one of this file's types.
         unsafe { self.at(self.slot_offset(group, member)) }
     }
 
@@ -313,12 +313,12 @@ impl Board {
         self.starts[group] + size_of::<GroupArea>() + member * (size_of::<MemberSlot>() + size_of::<Copies>())
     }
 
-    /// Offset on the board of the copy of x that a member posts for a rendezvous.
+    /// Offset, on the board, of a member's copy of x for a rendezvous.
     pub(super) fn copy_offset(&self, group: usize, member: usize, rendezvous: u32) -> usize {
         self.slot_offset(group, member) + size_of::<MemberSlot>() + (rendezvous % 2) as usize * COPY_BYTES_MAX
     }
 
-    /// Aborts all processes and wakes the `members` of each group. The first cause is kept.
+    /// Aborts all processes and wakes all members. `members` yields each group's size. The first cause is kept.
     pub(super) fn abort(&self, cause: &str, members: impl Iterator<Item = usize>) {
         let head = self.head();
         if head.aborted.compare_exchange(UNSET, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok() {

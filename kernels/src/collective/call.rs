@@ -18,7 +18,7 @@ pub enum ReduceOp {
 ///
 /// The order fixes the bits of every reduction, in every engine: the data that member `c` owns (chunk `c` of an
 /// all-reduce, part `c` of a reduce-scatter) is combined as `((x[c+1] + x[c+2]) + ...) + x[c]`, with member indices
-/// modulo the group size. A ring passes the values in this order, the owner's value last.
+/// modulo the group size. A ring passes the values in this order and combines the owner's value last.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
     /// Unique in a plan.
@@ -28,7 +28,7 @@ pub struct Group {
 }
 
 impl Group {
-    /// The error of a member that makes another call than the others.
+    /// The error when a member makes a different call from the others.
     pub(crate) fn mismatch(&self, member: usize, expected: impl Into<String>, got: impl Into<String>) -> KernelError {
         KernelError::CollectiveMismatch { group: self.id, member, expected: expected.into(), got: got.into() }
     }
@@ -45,10 +45,11 @@ pub struct CollectiveCall {
     pub kind: CollectiveKind,
 }
 
-/// A collective's operation. Regions of the shared tensor, by member, may be empty or uneven, and split any dim.
+/// A collective's operation. A list of regions holds one region of the shared tensor per member. Regions may be empty,
+/// may differ in size, and may split any dim.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum CollectiveKind {
-    /// `(x) -> (y)`, same shape on all members; may be in place. Every member gets the same bits.
+    /// `(x) -> (y)`: x and y have the same shape on all members and may share memory. Every member gets the same bits.
     /// Member `c` combines chunk `c` of the flat tensor ([`crate::tensor::split_range`]) in the order of [`Group`], so
     /// each of n members receives `(n-1) * own chunk + (all - own chunk)` elements.
     AllReduce {
@@ -68,7 +69,7 @@ pub enum CollectiveKind {
         parts: Vec<Region>,
     },
     /// `(part) -> (other part)`: each member contributes its region of `sources` and receives its region of `targets`.
-    /// An element comes from the member's own source if that holds it, else from the first member that does.
+    /// A member takes each element from its own source if possible, else from the first source that has the element.
     AllToAll {
         /// The region that each member contributes.
         sources: Vec<Region>,
@@ -80,7 +81,7 @@ pub enum CollectiveKind {
         /// The member that sends.
         root: usize,
     },
-    /// `(x) -> ()`, point to point. Returns once the receiver has x, or is in its call and x may be overwritten.
+    /// `(x) -> ()`, point to point. Returns once the receiver has joined the call and x may be overwritten.
     Send {
         /// The receiving member.
         to: usize,
@@ -106,7 +107,7 @@ impl CollectiveCall {
         }
     }
 
-    /// Number of elements that this member, whose y has this shape, receives from others.
+    /// Number of elements that this member receives from others. `y_shape` is the shape of its y.
     pub(crate) fn foreign_elements(&self, y_shape: &[usize]) -> usize {
         let (members, member, elements) = (self.group.ranks.len(), self.member, element_count(y_shape));
         match &self.kind {
@@ -126,7 +127,7 @@ impl CollectiveCall {
 }
 
 impl CollectiveKind {
-    /// Number of buffers read and written.
+    /// Number of buffers read, and number of buffers written.
     pub(crate) fn arity(&self) -> (usize, usize) {
         match self {
             CollectiveKind::Send { .. } => (1, 0),

@@ -10,17 +10,17 @@ use crate::memory::{Arena, View};
 use crate::region::{Runs, check_inside, for_each_run, subtract};
 use crate::tensor::{DType, Region, split_range};
 
-/// Elements of a block that a reduction keeps in the L1 cache.
+/// Number of elements per block. A reduction keeps one block in the L1 cache.
 const BLOCK: usize = 1024;
 
 /// A result of at least this many elements bypasses the caches, which are too small for it. Measured with 2 and 4
-/// processes: from 8 MiB on, bypassing takes 0.3 to 0.9 of the time; at 4 MiB it depends on the number of processes.
+/// processes: from 8 MiB on, bypassing takes 0.3 to 0.9 times as long; at 4 MiB the ratio varies with the processes.
 const STREAM_ELEMENTS_MIN: usize = 1 << 21;
 
 /// Runs shorter than this are copied through the caches.
 const STREAM_RUN_MIN: usize = 256;
 
-/// A view without lifetime and shape that keeps its memory alive. In bounds and aligned, like all views (MEM-1).
+/// A view without lifetime and shape. It keeps its memory alive, and is in bounds and aligned like all views (MEM-1).
 #[derive(Clone, Debug)]
 pub(crate) struct Posted {
     arena: Arena,
@@ -46,7 +46,7 @@ pub(crate) struct ExchangeBuffers<'a> {
     pub(crate) y_shape: &'a [usize],
     pub(crate) xs: &'a [Posted],
     pub(crate) y: &'a Posted,
-    /// The y of each member, for an all-reduce; other collectives do not read each other's y.
+    /// Each member's y. Only an all-reduce reads the y of other members.
     pub(crate) ys: &'a [Posted],
 }
 
@@ -55,7 +55,7 @@ impl Posted {
         Self { arena: view.arena().clone(), offset: view.offset(), elements: view.element_count() }
     }
 
-    /// Memory that another process posted: `None` when it does not lie inside `arena` or is not aligned.
+    /// Memory that another process posted. `None` when the memory is not inside `arena` or is not aligned.
     pub(crate) fn checked(arena: &Arena, offset: usize, elements: usize) -> Option<Self> {
         let end = elements.checked_mul(size_of::<f32>())?.checked_add(offset)?;
         let inside = end <= arena.bytes() && offset.is_multiple_of(align_of::<f32>());
@@ -71,7 +71,7 @@ impl Posted {
     /// The range is inside the view, holds floats, and is not written during `'a`.
     pub(crate) unsafe fn floats<'a>(&self, start: usize, len: usize) -> &'a [f32] {
         debug_assert!(start + len <= self.elements);
-        // SAFETY: inside a view, which is in bounds and aligned (MEM-1); the rest is the contract.
+        // SAFETY: the range is inside a view, which is in bounds and aligned (MEM-1). The caller ensures the rest.
         unsafe { std::slice::from_raw_parts(self.at(start).cast(), len) }
     }
 
@@ -80,7 +80,7 @@ impl Posted {
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn floats_mut<'a>(&self, start: usize, len: usize) -> &'a mut [f32] {
         debug_assert!(start + len <= self.elements);
-        // SAFETY: inside a view, which is in bounds and aligned (MEM-1); the rest is the contract.
+        // SAFETY: the range is inside a view, which is in bounds and aligned (MEM-1). The caller ensures the rest.
         unsafe { std::slice::from_raw_parts_mut(self.at(start).cast(), len) }
     }
 }
@@ -89,24 +89,24 @@ impl Posted {
 /// Both ranges are inside their views, only the caller accesses the target, and the source is not written.
 pub(crate) unsafe fn copy_elements(source: &Posted, from: usize, target: &Posted, to: usize, len: usize) {
     debug_assert!(from + len <= source.elements && to + len <= target.elements);
-    // SAFETY: both are in bounds and aligned (every dtype has 4 bytes). `copy` instead of `copy_nonoverlapping`, since
-    // an in-place call may copy a range onto itself.
+    // SAFETY: both ranges are in bounds and aligned (every dtype has 4 bytes). An in-place call may copy a range onto
+    // itself, so this is `copy` and not `copy_nonoverlapping`.
     unsafe { std::ptr::copy(source.at(from), target.at(to), len) };
 }
 
 /// # Safety
-/// As for [`copy_elements`]; the ranges do not overlap.
+/// As for [`copy_elements`]. In addition, the ranges do not overlap.
 unsafe fn copy_part(source: &Posted, from: usize, target: &Posted, to: usize, len: usize, bypass_caches: bool) {
     debug_assert!(from + len <= source.elements && to + len <= target.elements);
     if !bypass_caches || len < STREAM_RUN_MIN {
         // SAFETY: by the contract.
         return unsafe { copy_elements(source, from, target, to, len) };
     }
-    // SAFETY: both are in bounds, aligned and do not overlap.
+    // SAFETY: both ranges are in bounds and aligned, and they do not overlap.
     unsafe { stream(source.at(from), target.at(to), len) };
 }
 
-/// Copies with non-temporal stores: ordinary ones would evict data still to be read, and read each line they overwrite.
+/// Copies with non-temporal stores. Ordinary stores evict data needed later, and read lines before overwriting them.
 ///
 /// # Safety
 /// Both ranges are valid and aligned and do not overlap, and only the caller accesses the target.
@@ -126,7 +126,7 @@ unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
             (0..4).for_each(|i| _mm_stream_si128(to.add(i), values[i]));
         }
         std::ptr::copy_nonoverlapping(source.add(len - tail), target.add(len - tail), tail);
-        // Non-temporal stores are not ordered with others: the store that publishes them must come after this fence.
+        // Non-temporal stores are not ordered with other stores. This fence precedes the store that publishes the data.
         _mm_sfence();
     }
 }
@@ -135,7 +135,7 @@ unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
 /// Both ranges are valid and aligned and do not overlap, and only the caller accesses the target.
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn stream(source: *const u32, target: *mut u32, len: usize) {
-    // SAFETY: the contract.
+    // SAFETY: by the contract.
     unsafe { std::ptr::copy_nonoverlapping(source, target, len) };
 }
 
@@ -157,7 +157,7 @@ pub(crate) fn describe(call: &CollectiveCall, buffer: Option<(DType, &[usize])>)
     format!("{:?} of {buffer} among ranks {:?}", call.kind, call.group.ranks)
 }
 
-/// [`describe`] for a call whose buffers may not fit: uses its first read, or else its first write.
+/// [`describe`] for buffers that were not checked: uses the call's first read, or else its first write.
 pub(crate) fn describe_views(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> String {
     describe(call, reads.iter().chain(writes).next().map(|view| (view.dtype(), view.shape())))
 }
@@ -286,22 +286,22 @@ pub(crate) fn combine_onto(op: ReduceOp, a: &[f32], y: &mut [f32]) {
     }));
 }
 
-/// Combines `len` elements of all members' x from `start` on, in the order of [`crate::collective::Group`] (the member
-/// after the owner first, the owner last), and writes the result to `y` from `to` on.
+/// Combines elements `start..start + len` of all members' x and writes the result to `y` at `to`. The order is that of
+/// [`crate::collective::Group`]: the member after the owner first, the owner last.
 ///
 /// # Safety
-/// All ranges are inside. Only the caller accesses the range of y, and no x is written except where it is y's memory.
+/// All ranges are inside. Only the caller accesses the range of y. No x is written, except where x and y share memory.
 unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize, usize), y: &Posted, to: usize) {
     let n = xs.len();
     if n == 1 {
-        // SAFETY: inside and exclusive by the contract.
+        // SAFETY: both ranges are inside, and y's is exclusive, by the contract.
         return unsafe { copy_elements(&xs[0], start, y, to, len) };
     }
     let mut sum = [0f32; BLOCK];
     let in_place = xs[owner].at(start) == y.at(to);
     for block in (0..len).step_by(BLOCK) {
         let block_len = BLOCK.min(len - block);
-        // SAFETY: inside by the contract; y is written only after this block was read from all members.
+        // SAFETY: the range is inside by the contract. This block of y is written after it was read from all members.
         let x = |i: usize| unsafe { xs[(owner + i) % n].floats(start + block, block_len) };
         let sum = &mut sum[..block_len];
         let mut before = x(1);
@@ -310,7 +310,7 @@ unsafe fn reduce(op: ReduceOp, xs: &[Posted], owner: usize, (start, len): (usize
             (3..n).for_each(|i| combine_into(op, sum, x(i)));
             before = sum;
         }
-        // SAFETY: inside and exclusive by the contract. If it is the owner's x, no other slice of that x exists.
+        // SAFETY: the range is inside and exclusive by the contract. If y is the owner's x, it has no other slice.
         let y = unsafe { y.floats_mut(to + block, block_len) };
         if in_place { combine_onto(op, before, y) } else { combine_two(op, before, x(n), y) }
     }
@@ -324,15 +324,15 @@ fn gather(buffers: &ExchangeBuffers<'_>, sources: &[Region], target: &Region) {
             let from = (&source.size[..], &common.relative_to(source).start[..]);
             let to = (&target.size[..], &common.relative_to(target).start[..]);
             for_each_run(from, to, &common.size, |from, to, len| {
-                // SAFETY: inside, since shapes were checked against regions. Only this member writes its target, and no
-                // member writes sources until all have left.
+                // SAFETY: both ranges are inside, since shapes were checked against regions. Only this member writes
+                // its y, and no member writes its x until all have left the call.
                 unsafe { copy_part(&buffers.xs[other], from, buffers.y, to, len, bypass_caches) };
             });
         }
     }
 }
 
-/// The boxes that `target` takes from each member, by preference: itself, then 0, 1, ... No element is taken twice.
+/// Splits `target` into boxes by the member to copy from: `member` if possible, else the first. No box is taken twice.
 pub(crate) fn taken(member: usize, sources: &[Region], target: &Region) -> Vec<(usize, Vec<Region>)> {
     let mut rest = vec![target.clone()];
     let own_first = std::iter::once(member).chain((0..sources.len()).filter(|&other| other != member));
@@ -356,30 +356,30 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
     match &buffers.call.kind {
         CollectiveKind::AllReduce { op } => {
             let own = split_range(y.elements, members, member);
-            // SAFETY: each member writes only its own chunk of its own memory. In this phase the others read only their
-            // own chunks of that memory.
+            // SAFETY: each member writes only its own chunk of its own memory. Until the barrier, other members read
+            // only their own chunks of that memory.
             unsafe { reduce(*op, buffers.xs, member, (own.start, own.len()), y, own.start) };
             barrier()?;
             for (other, other_y) in buffers.ys.iter().enumerate().filter(|(other, _)| *other != member) {
                 let chunk = split_range(y.elements, members, other);
-                // SAFETY: chunk `other` of its owner was written before the barrier and is only read from then on;
-                // chunk `other` of this member is written only by it and read by no other member.
+                // SAFETY: member `other` wrote its own chunk before the barrier, and all members only read it from then
+                // on. Only this member accesses chunk `other` of its own y.
                 unsafe { copy_part(other_y, chunk.start, y, chunk.start, chunk.len(), bypass_caches) };
             }
         }
         CollectiveKind::ReduceScatter { op, parts } => {
             let part = &parts[member];
             Runs::new(buffers.x_shape, part).for_each(0..part.element_count(), |from, to, len| {
-                // SAFETY: inside (the part was checked); y overlaps no x (checked); only this member writes it.
+                // SAFETY: both ranges are inside and y overlaps no x (both checked). Only this member writes y.
                 unsafe { reduce(*op, buffers.xs, member, (from, len), y, to) };
             });
         }
         CollectiveKind::AllGather { parts } => gather(buffers, parts, &Region::whole(buffers.y_shape)),
         CollectiveKind::AllToAll { sources, targets } => gather(buffers, sources, &targets[member]),
-        // In place on the root there is nothing to copy, and other members read its memory.
+        // The root's x is also its y: there is nothing to copy, and other members read that memory.
         CollectiveKind::Broadcast { root } if member == *root && x.at(0) == y.at(0) => {}
         CollectiveKind::Broadcast { root } => {
-            // SAFETY: whole views of one size; the root's x is not written, as its y is elsewhere or unchanged.
+            // SAFETY: both are whole views of one size. Nobody writes the root's x: its y is other memory or unchanged.
             unsafe { copy_part(&buffers.xs[*root], 0, y, 0, y.elements, bypass_caches) };
         }
         CollectiveKind::Send { .. } | CollectiveKind::Receive { .. } => {}
@@ -387,13 +387,13 @@ pub(crate) fn exchange(buffers: &ExchangeBuffers<'_>, barrier: &dyn Fn() -> Resu
     Ok(())
 }
 
-/// [`exchange`] on copies of each x that nobody writes. No member reads another's y, so there is no barrier.
+/// [`exchange`] on copies of each x, which nobody writes. No member reads another member's y, so no barrier is needed.
 pub(crate) fn exchange_copies(buffers: &ExchangeBuffers<'_>) -> Result<()> {
     let CollectiveKind::AllReduce { op } = &buffers.call.kind else { return exchange(buffers, &|| Ok(())) };
     let (members, y) = (buffers.xs.len(), buffers.y);
     for owner in 0..members {
         let chunk = split_range(y.elements, members, owner);
-        // SAFETY: inside; only this member accesses y, and no x is y's memory.
+        // SAFETY: both ranges are inside. Only this member accesses y, and no x shares memory with y.
         unsafe { reduce(*op, buffers.xs, owner, (chunk.start, chunk.len()), y, chunk.start) };
     }
     Ok(())

@@ -1,9 +1,9 @@
-//! Collectives between the devices of one process. Members rendezvous, then read each other's memory directly.
+//! Collectives between the devices of one process. Members meet, then read each other's memory directly.
 //!
-//! - MEET-1: all members of a group are in the same call before any member accesses another's memory, and none leaves
-//!   before the last has finished. In between, the register protocol keeps others from writing the posted memory.
-//! - MEET-2: arguments are checked at the rendezvous, so nothing between the rendezvous and the return can fail or wait
-//!   for longer than the members' own copying. So an abort needs to wake only members that wait for a rendezvous.
+//! - MEET-1: all members of a group are in the same call before any member accesses another member's memory. No member
+//!   leaves before the last has finished. In between, the register protocol prevents writes to the posted memory.
+//! - MEET-2: arguments are checked at the rendezvous. After it, a call cannot fail, and waits only while members copy.
+//!   So an abort needs to wake only members that wait for a rendezvous.
 #![allow(unsafe_code)]
 
 use crate::collective::exchange::{ExchangeBuffers, Posted, copy_elements, exchange};
@@ -13,11 +13,11 @@ use crate::error::Result;
 use crate::memory::View;
 use crate::tensor::element_count;
 
-/// The engine of devices in one process, which share it.
+/// The engine that all devices of one process share.
 #[derive(Debug, Default)]
 pub struct InProcess(Groups<Buffers>);
 
-/// A member's buffers; the same one twice if the call has only one.
+/// A member's buffers. If the call has only one buffer, both fields refer to it.
 #[derive(Clone, Debug)]
 struct Buffers {
     x: Posted,
@@ -25,7 +25,7 @@ struct Buffers {
 }
 
 impl InProcess {
-    /// Creates an engine without groups; each group is added by its first call.
+    /// Creates an engine without groups. The first call of a group adds the group.
     pub fn new() -> Self {
         Self::default()
     }
@@ -47,7 +47,7 @@ impl InProcess {
 
     fn copy(&self, sender: &Post<Buffers>, receiver: &Post<Buffers>) {
         let elements = element_count(&receiver.y_shape);
-        // SAFETY: whole views of one size; the first member stays in its call; only the receiver uses its register.
+        // SAFETY: both are whole views of one size. The first member stays in its call. Only the receiver accesses y.
         unsafe { copy_elements(&sender.memory.x, 0, &receiver.memory.y, 0, elements) };
         self.0.received.count(&receiver.call, &receiver.y_shape, receiver.dtype);
     }

@@ -1,8 +1,8 @@
-//! One issue order per device: collectives are issued in the order of their submissions, over all its streams.
+//! One issue order per device: a device issues collectives in the order of their submissions, across all its streams.
 //!
-//! - ORDER-1: a submission's collectives are put on its stream only after those of all earlier submissions of the
-//!   device. If all devices receive their submissions in the same order, which the plan fixes, they issue all
-//!   collectives in that order, however late a submission reaches its stream.
+//! - ORDER-1: the collectives of a submission go on its stream only after those of all earlier submissions to the
+//!   device. The plan fixes one order of submissions for all devices. If all devices receive them in that order, all
+//!   devices issue all collectives in that order, even if a submission reaches its stream late.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub(crate) struct IssueOrder {
 #[derive(Debug, Default)]
 struct State {
     next: u64,
-    /// Slots that have not been dropped; the smallest may issue.
+    /// Slots that have not been dropped. The smallest slot may issue.
     open: BTreeSet<u64>,
 }
 

@@ -1,15 +1,15 @@
 //! Collectives by MPI, for groups whose members are in different processes.
 //!
-//! - MPI-3: before a collective all members agree on it, with one small all-reduce of a digest, so that calls passed to
-//!   MPI always match. A member that waits in a send or receive for a member in a collective is notified, and joins
-//!   that agreement with a differing digest.
+//! - MPI-3: before a collective, its members agree on it with one small all-reduce of a digest, so calls passed to MPI
+//!   always match. A member in a collective notifies each member whose send or receive waits for it. The notified
+//!   member then joins the agreement with a different digest.
 //! - MPI-4: an abort ends every wait of a call. The group then stays failed, and buffers of unfinished transfers stay
-//!   allocated (MPI-2). Creating communicators has a timeout; starting MPI blocks under the supervision of `mpirun`.
+//!   allocated (MPI-2). Creating communicators has a timeout. `mpirun` supervises the start of MPI.
 //!
-//! MPI chooses the order of sums, so they agree with other engines within rounding. MPI recommends, but does not
-//! guarantee, that all members get the same bits of an all-reduce; OpenMPI's algorithms do so.
+//! MPI chooses the order of additions, so sums differ from those of other engines by rounding. MPI recommends, but does
+//! not guarantee, that all members get the same bits from an all-reduce. With OpenMPI they do.
 //!
-//! Memory: from its largest call on, a group holds a buffer for non-contiguous parts and in-place all-reduces.
+//! Memory: a group keeps a buffer for non-contiguous parts and in-place all-reduces, sized for its largest call so far.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -34,7 +34,7 @@ pub use calls::MpiWorld;
 use calls::{Comm, Layout, Transfer, pause};
 use parking_lot::Mutex;
 
-/// Posts use the tags below this value, data uses the others; MPI supports at least 32768 tags.
+/// Posts use the tags `0..TAGS`, data uses `TAGS..2 * TAGS`. MPI supports at least 32768 tags.
 const TAGS: u32 = 1 << 14;
 
 /// Second word of a post: the member waits in a send or receive, is in a collective, or has buffers that do not fit.
@@ -42,10 +42,10 @@ const WAITING: u64 = 0;
 const IN_COLLECTIVE: u64 = 1;
 const REJECTED: u64 = 2;
 
-/// Bytes of a member's description of its call after a disagreement: its digest and a text.
+/// Bytes of the record that each member sends after a disagreement: the digest of its call, and a text.
 const RECORD_BYTES: usize = 256;
 
-/// The engine of groups with one member in each of several processes. A process has one engine for all its groups.
+/// The engine of groups whose members are all in different processes. A process has one engine for all its groups.
 pub struct Mpi {
     groups: BTreeMap<u32, GroupState>,
     received: ReceivedBytes,
@@ -54,7 +54,7 @@ pub struct Mpi {
     world: Arc<MpiWorld>,
 }
 
-/// A group, and the member of it that this process runs.
+/// A group, and this process's member of it.
 struct GroupState {
     group: Arc<Group>,
     member: usize,
@@ -69,7 +69,7 @@ struct State {
     failed: Option<KernelError>,
 }
 
-/// Memory of calls beside their buffers. Leaked when a call ends with an unfinished transfer.
+/// Memory that calls need in addition to their buffers. Leaked when a call ends with an unfinished transfer.
 #[derive(Default)]
 struct Memory {
     scratch: Vec<f32>,
@@ -173,7 +173,7 @@ impl Drop for Mpi {
     fn drop(&mut self) {
         for known in mem::take(&mut self.groups).into_values() {
             let state = known.state.into_inner();
-            // A communicator with an unfinished transfer is in use, and that of a failed group may be.
+            // Do not free the communicator of a failed group: an unfinished transfer may still use it.
             state.comm.into_iter().filter(|_| state.failed.is_none()).for_each(Comm::free);
         }
     }
@@ -209,7 +209,7 @@ impl Call<'_> {
         self.transfer(Transfer::Post { x: Box::new([self.digest, status]), to, tag: self.tag })
     }
 
-    /// Notifies members that wait for this member in a send or receive that it is in a collective.
+    /// Answers every member whose send or receive waits for this member: this member is in a collective.
     fn answer_waiting_members(&self) -> Result<()> {
         while let Some((from, [_, status])) = self.comm.receive_post(None, self.tag)? {
             if status == WAITING {
@@ -262,7 +262,7 @@ impl Call<'_> {
         Ok(CallError::Completed(self.call.group.mismatch(member, text(majority_member), text(member))))
     }
 
-    /// Waits until the peer of a send or receive is in its call, and checks that it agrees.
+    /// Waits until the peer of a send or receive is in its call, and checks that the two calls match.
     fn rendezvous(&mut self, peer: usize, rejected: bool) -> CallResult {
         self.post(peer, if rejected { REJECTED } else { WAITING })?;
         let began = Instant::now();
@@ -283,7 +283,7 @@ impl Call<'_> {
         }
     }
 
-    /// Agrees with the other members, even when the buffers do not fit, then runs the call.
+    /// Runs the agreement with the other members, even if the buffers do not fit. If all agree, runs the call.
     fn run(&mut self, peer: Option<usize>, reads: &[View<'_>], writes: &[View<'_>]) -> CallResult {
         let checked =
             check_buffers(self.call, reads, writes).and_then(|()| View::words(self.call.name(), reads, writes));
@@ -296,7 +296,7 @@ impl Call<'_> {
         };
         let mut words = match (checked, agreed) {
             (_, Err(CallError::InFlight(error))) => return Err(CallError::InFlight(error)),
-            // The other members receive this error too; it is also this member's own result.
+            // The agreement reports this error to the other members. This member returns it.
             (Err(error), _) => return Err(CallError::Completed(error)),
             (Ok(_), Err(end)) => return Err(end),
             (Ok(words), Ok(())) => words,
@@ -313,7 +313,7 @@ impl Call<'_> {
             CollectiveKind::ReduceScatter { op, parts } => self.reduce_scatter(*op, words, x_shape, parts),
             CollectiveKind::AllGather { parts } => {
                 if parts.iter().map(Region::element_count).sum::<usize>() != all {
-                    // Overlapping parts.
+                    // The parts overlap.
                     return self.all_to_all(words, parts, &vec![Region::whole(y_shape); parts.len()]);
                 }
                 self.all_gather(words, y_shape, parts)
@@ -330,7 +330,7 @@ impl Call<'_> {
         }
     }
 
-    /// Runs `work`, which makes one transfer, on `words` words of scratch. Leaks them if MPI may still use them.
+    /// Runs `work`, which makes one transfer, on `words` words of scratch. Leaks the scratch if MPI may still use it.
     fn with_scratch(&mut self, words: usize, work: impl FnOnce(&Self, &mut [f32]) -> CallResult) -> CallResult {
         let mut scratch = mem::take(&mut self.memory.scratch);
         scratch.resize(scratch.len().max(words), 0.0);
@@ -391,7 +391,7 @@ impl Call<'_> {
         let (source, target) = (&sources[member], &targets[member]);
         let (x, y) = words.split();
         let x = x.unwrap_or_default();
-        // Boxes of whole tensors that this member sends to and receives from each; its own are copied directly.
+        // Boxes, in the whole tensor, that go to and come from each member. This member's own are copied directly.
         let own_of = |to: usize| taken(to, sources, &targets[to]).into_iter().find(|(from, _)| *from == member);
         let sent_boxes: Vec<Vec<Region>> = (0..n).map(|to| own_of(to).map_or(Vec::new(), |(_, boxes)| boxes)).collect();
         let mut got = vec![Vec::new(); n];

@@ -16,14 +16,14 @@ use crate::error::{KernelError, Result};
 use crate::memory::View;
 use crate::tensor::DType;
 
-/// How long a member spins for the others before it parks.
+/// How long a waiting member spins before it parks.
 const SPIN: Duration = Duration::from_micros(20);
 
-/// What a member posts when it arrives. `M` is how the engine reaches the member's buffers.
+/// What a member posts when it arrives. `M` is the engine's type for access to the member's buffers.
 #[derive(Clone, Debug)]
 pub(crate) struct Post<M> {
     pub(crate) call: CollectiveCall,
-    /// Empty if the call reads nothing; likewise `y_shape`.
+    /// Empty if the call reads nothing. Likewise, `y_shape` is empty if the call writes nothing.
     pub(crate) x_shape: Vec<usize>,
     pub(crate) y_shape: Vec<usize>,
     pub(crate) dtype: DType,
@@ -76,7 +76,7 @@ impl<M> Default for Groups<M> {
 }
 
 impl<M: Clone> Groups<M> {
-    /// Checks a call's host or device buffers and returns its rendezvous. If they do not fit, the group fails.
+    /// Checks a call's host or device buffers and returns its rendezvous. If the buffers do not fit, the group fails.
     pub(crate) fn enter(
         &self,
         call: &CollectiveCall,
@@ -102,13 +102,13 @@ impl<M: Clone> Groups<M> {
         self.abort_status.abort(cause);
         let groups: Vec<_> = self.by_id.lock().values().cloned().collect();
         for rendezvous in groups {
-            // Locked so that no member can check for an abort before it and start to wait after the notification.
+            // The lock prevents a missed notification: no member is between its check for an abort and its wait.
             drop(rendezvous.state.lock());
             rendezvous.changed.notify_all();
         }
     }
 
-    /// Members that have posted wait for those that have not; each side of a transfer waits for the other.
+    /// Members that have posted wait for members that have not. Each side of a transfer waits for the other side.
     pub(crate) fn waits(&self) -> Vec<MemberWait> {
         let groups: Vec<_> = self.by_id.lock().values().cloned().collect();
         groups.iter().flat_map(|rendezvous| rendezvous.waits()).collect()
@@ -129,7 +129,7 @@ pub(crate) struct Rendezvous<M> {
 struct State<M> {
     /// Posts of the waiting members, by member.
     posts: Vec<Option<Post<M>>>,
-    /// What the last member of the current round left for the others.
+    /// The posts that the last member of the current round left for the other members.
     current: Option<Posts<M>>,
     /// Number of collectives that all members have joined.
     rounds: u64,
@@ -151,9 +151,9 @@ struct Transfer<M> {
 }
 
 pub(crate) enum Arrival<M> {
-    /// All members have arrived. Holds what the last member left for the others.
+    /// All members have arrived. Holds the posts that the last member left for the others.
     Complete(Option<Posts<M>>),
-    /// The member waits for this; see [`Rendezvous::wait_for`].
+    /// The member must pass this to [`Rendezvous::wait_for`].
     Waits(Awaited),
 }
 
@@ -223,8 +223,8 @@ impl<M: Clone> Rendezvous<M> {
         self.changed.notify_all();
     }
 
-    /// Waits until `done` holds for the state. Code that makes it hold calls [`Rendezvous::advance`] with the lock
-    /// held, or notifies after having held it.
+    /// Waits until `done` holds for the state. Code that makes `done` true calls [`Rendezvous::advance`] with the lock
+    /// held, or notifies after it has held the lock.
     fn wait(&self, done: impl Fn(&State<M>) -> bool) -> MutexGuard<'_, State<M>> {
         let mut state = self.state.lock();
         while !done(&state) {
@@ -242,7 +242,7 @@ impl<M: Clone> Rendezvous<M> {
         state
     }
 
-    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait; all get its result.
+    /// Arrives at a collective. The last member runs `complete` on all posts while the others wait. All get the result.
     pub(crate) fn join(
         &self,
         post: Post<M>,
@@ -336,7 +336,7 @@ impl<M: Clone> Rendezvous<M> {
         }
     }
 
-    /// Waits for all members, which are all in the call.
+    /// Waits until all members, which are all in the call, reach this barrier.
     pub(crate) fn barrier(&self, members: usize) {
         let mut state = self.state.lock();
         state.at_barrier += 1;

@@ -16,7 +16,7 @@ pub struct Routed {
 }
 
 impl Routed {
-    /// `engines` by group id; other groups use `default`. One engine may serve many groups.
+    /// `engines` maps group ids to engines; other groups use `default`. One engine may serve many groups.
     pub fn new(engines: BTreeMap<u32, Arc<dyn Collective>>, default: Arc<dyn Collective>) -> Self {
         Self { by_group: engines, default }
     }

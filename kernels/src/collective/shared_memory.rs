@@ -1,11 +1,11 @@
-//! Collectives between devices of several processes of one node. Members rendezvous on a board in shared memory, then
-//! read each other's arenas directly.
+//! Collectives between devices of several processes of one node. Members meet on a board in shared memory, then read
+//! each other's arenas directly.
 //!
 //! MEET-1 holds as in `in_process`, MEET-3 as in `rendezvous`. Instead of MEET-2:
-//! - NODE-1: a peer may die or freeze at any time, so every wait ends once this process, or any other, aborts. Partial
-//!   results of an aborted call are invalid.
-//! - NODE-2: a small x is copied to the board, and the member leaves as soon as all members have arrived: no other
-//!   member reads its memory, and the copy stays until all members have left (BOARD-3).
+//! - NODE-1: a peer may die or freeze at any time, so every wait ends once any process aborts. Partial results of an
+//!   aborted call are invalid.
+//! - NODE-2: a member copies a small x to the board and leaves as soon as all members have arrived. No other member
+//!   reads the original x, and the copy stays until all members have left (BOARD-3).
 #![allow(unsafe_code)]
 
 use std::collections::{BTreeMap, HashMap};
@@ -23,7 +23,7 @@ use crate::collective::{Collective, CollectiveCall, CollectiveKind, Group, Membe
 use crate::error::{KernelError, Result};
 use crate::memory::{Arena, View};
 
-/// How many [`TICK`]s a member that found a disagreement waits for the other's description of its call.
+/// After a disagreement, a member waits this many [`TICK`]s at most for the other member's description of its call.
 const DESCRIPTION_TICKS_MAX: u32 = 50;
 
 /// The engine of groups whose members run in several processes of one node. Each process has one engine.
@@ -66,9 +66,9 @@ struct Call<'a> {
 }
 
 impl SharedMemory {
-    /// Creates the engine of this process. `board` is one memfd ([`Board::create`]), mapped read-write. Board and
-    /// `groups`, in order, are the same in all processes. `arenas` holds the memory of every member device by rank,
-    /// from which calls take x and y: the device's own arena if this process runs it, else a peer's, mapped read-only.
+    /// Creates the engine of this process. `board` is one memfd ([`Board::create`]), mapped read-write. All processes
+    /// pass the same board and the same `groups` in the same order. `arenas` maps the rank of every member device to
+    /// the memory of its x and y: its own arena if this process runs it, else a read-only mapping.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] when the board does not match the groups, or a member's arena is missing.
@@ -100,7 +100,7 @@ impl SharedMemory {
     }
 
     fn check_aborted(&self) -> Result<()> {
-        // Prefer the board's cause, the first of all processes. A peer that died while writing it leaves none.
+        // Prefer the board's cause, the first of all processes. A process that died while writing it leaves none.
         match self.board.aborted() {
             Some(cause) => Err(KernelError::Aborted { cause }),
             None => self.abort_status.check(),
@@ -108,7 +108,7 @@ impl SharedMemory {
     }
 }
 
-/// The largest contribution of a member in bytes, and a function that returns each member's elements.
+/// The largest contribution of a member in bytes, and a function that returns each member's number of elements.
 fn contributions(call: &CollectiveCall, own_elements: usize) -> (usize, impl Fn(usize) -> usize) {
     let regions = match &call.kind {
         CollectiveKind::AllGather { parts } => Some(parts),
@@ -170,7 +170,7 @@ impl Call<'_> {
         (0..self.members()).for_each(|member| self.other(member).offer.wake_waiters());
     }
 
-    /// Waits for another member's description of its call, for an error text. A live member publishes it within a tick.
+    /// Waits for another member's description of its call, to report it. A live member publishes it within a tick.
     fn wait_for_description(&self, member: usize) -> String {
         let until = Instant::now() + TICK * DESCRIPTION_TICKS_MAX;
         loop {
@@ -184,7 +184,7 @@ impl Call<'_> {
         }
     }
 
-    /// Fails the group after this member and `other` disagreed. The error names the one that fewer members agree with.
+    /// Fails the group after this member and `other` disagreed. The error names the one whose call is less common.
     fn fail_disagreement(&self, other: usize) -> KernelError {
         let (member, own_call) = (self.call.member, self.describe());
         self.slot.publish_call(&own_call);
@@ -245,7 +245,7 @@ impl Call<'_> {
         self.progress.barriers.store(barriers, Ordering::Relaxed);
         let target = barriers.wrapping_mul(self.members() as u32);
         let arrivals_counter = &self.group_area.arrivals;
-        // Publishes this member's earlier writes to every member that reads the counter.
+        // The increment publishes this member's earlier writes to every member that reads the counter.
         if arrivals_counter.value.fetch_add(1, Ordering::SeqCst).wrapping_add(1) == target {
             arrivals_counter.wake_waiters();
             return Ok(());
@@ -262,7 +262,7 @@ impl Call<'_> {
         if copied {
             let offset = self.engine.board.copy_offset(self.group, self.call.member, number);
             if let Some(copy) = Posted::checked(self.engine.board.arena(), offset, x.element_count()) {
-                // SAFETY: both are whole views; this member owns the copy's index until it posts (BOARD-3).
+                // SAFETY: both have the size of x. Only this member accesses the copy until it posts (BOARD-3).
                 unsafe { copy_elements(&Posted::of(x), 0, &copy, 0, x.element_count()) };
             }
         }
@@ -335,7 +335,7 @@ impl Call<'_> {
         })
     }
 
-    /// Returns `other` when it waits for this member in a collective, so that a point-to-point call cannot match.
+    /// Returns `other` if it waits for this member in a collective: a point-to-point call with it can then never match.
     fn in_collective(&self, other: usize) -> Option<usize> {
         self.posted_next(other).map(|_| other)
     }
@@ -360,7 +360,7 @@ impl Call<'_> {
         }
         let arena = &self.engine.arenas[&self.call.group.ranks[from]];
         let source = self.posted(from, arena, sender.sent.x.load(Ordering::Relaxed), y.element_count())?;
-        // SAFETY: both are whole views; the sender stays in its call, and only the receiver uses its register.
+        // SAFETY: both are whole views. The sender stays in its call, and only the receiver accesses y.
         unsafe { copy_elements(&source, 0, &Posted::of(y), 0, y.element_count()) };
         self.engine.received.count(self.call, y.shape(), y.dtype());
         sender.offer.value.store(0, Ordering::SeqCst);
@@ -388,7 +388,7 @@ impl Collective for SharedMemory {
         self.board.abort(cause, self.groups.iter().map(|known| known.group.ranks.len()));
     }
 
-    /// A member that has posted for its next rendezvous waits for those that have not.
+    /// A member that has posted for its next rendezvous waits for the members that have not.
     fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for (index, GroupProgress { group, progress }) in self.groups.iter().enumerate() {

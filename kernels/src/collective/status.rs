@@ -14,7 +14,7 @@ use crate::tensor::DType;
 pub(crate) struct ReceivedBytes(Mutex<HashMap<usize, u64>>);
 
 impl ReceivedBytes {
-    /// Counts a finished call, whose member has a y of this shape.
+    /// Counts the bytes that a finished call received. `y_shape` is the shape of the member's y.
     pub(crate) fn count(&self, call: &CollectiveCall, y_shape: &[usize], dtype: DType) {
         let bytes = call.foreign_elements(y_shape) * dtype.bytes();
         *self.0.lock().entry(call.group.ranks[call.member]).or_default() += bytes as u64;
@@ -25,7 +25,7 @@ impl ReceivedBytes {
     }
 }
 
-/// Whether an engine was aborted, and why. Clones share the status of one engine and do not keep it alive.
+/// Whether an engine was aborted, and why. Clones share the status of one engine and do not keep the engine alive.
 #[derive(Clone, Debug, Default)]
 pub struct AbortStatus(Arc<Mutex<Option<String>>>);
 

@@ -1,14 +1,14 @@
 //! Collectives between processes over sockets, by ring and by tree.
 //!
-//! - WIRE-1: a member reads and writes only its own buffers. It receives everything else over channels and checks it: a
+//! - WIRE-1: a member reads and writes only its own buffers. It receives all other data over channels and checks it. A
 //!   peer can send wrong values, but cannot make this process allocate or read more than the call specifies.
-//! - WIRE-2: the members of a call agree on it. Each transfer's header carries a hash of the call and the number of
-//!   calls that its two ends have completed together. This reveals a member that disagrees or waits elsewhere.
-//! - WIRE-3: every wait ends: by an abort, a failure of the group, the end of a connection, or, while this member has
-//!   bytes to send, the write timeout. A failed group stays failed.
+//! - WIRE-2: all members of a call must agree on it. Each transfer's header carries a hash of the call, and how many
+//!   calls its two ends have completed together. This reveals a member that is in a different call.
+//! - WIRE-3: every wait ends on an abort, a failure of the group or the end of a connection. While this member has
+//!   bytes to send, a wait also ends on the write timeout. A failed group stays failed.
 //!
 //! Memory: from its first call on, a member of a group holds [`SCRATCH_BYTES`] and about 17 KiB per other member.
-//! Within a node the kernel holds at most 1 MiB per direction of a connection.
+//! Within a node the kernel buffers at most 1 MiB per direction of a connection.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -49,26 +49,27 @@ use port::{GroupStatus, Port};
 /// Bytes of a member's buffer for data in transit.
 pub const SCRATCH_BYTES: usize = flow::SLOTS * flow::PIECE_WORDS * size_of::<f32>();
 
-/// An all-reduce uses the tree when the values of all members together have at most this many bytes (a quarter of it
-/// for two members, where one thread of the tree does all additions), else the ring. Measured with 2 and 4 processes on
-/// 2 cores, over Unix sockets and TCP: both take the same time at 64 to 128 KiB per member for two, 256 KiB for four.
+/// An all-reduce uses the tree when the values of all members together have at most this many bytes (for two members, a
+/// quarter of it), else the ring. With two members, one thread of the tree does all additions. Measured with 2 and 4
+/// processes on 2 cores, over Unix sockets and TCP: tree and ring take the same time at 64 to 128 KiB per member for
+/// two members, and at 256 KiB for four.
 pub const TREE_BYTES_MAX: usize = 512 << 10;
 
 /// `(group id, member, peer)`: the member's end of its connection to the peer.
 pub type ChannelKey = (u32, usize, usize);
 
-/// Creates the channel from a member of a group (first index) to another (second), once per pair. Must not block.
+/// Creates the channel from a member of a group (first index) to another (second). Called once per pair; never blocks.
 pub type Connect = dyn Fn(&Group, usize, usize) -> io::Result<Channel> + Send + Sync;
 
-/// The members that `member` needs a channel to: all others, since any two may exchange tensors. Symmetric.
+/// The members that `member` needs a channel to: all others, since any two members may exchange tensors.
 pub fn peers(group: &Group, member: usize) -> Vec<usize> {
     (0..group.ranks.len()).filter(|&peer| peer != member).collect()
 }
 
-/// The engine of devices in several processes that communicate over sockets. One per process, for all its members.
+/// The engine of devices whose processes communicate over sockets. A process has one engine for all its members.
 pub struct Wire {
     unused_channels: Mutex<BTreeMap<ChannelKey, Channel>>,
-    /// Creates the channels that `unused_channels` does not hold.
+    /// Creates each channel that `unused_channels` does not hold.
     connect: Option<Box<Connect>>,
     groups: Mutex<Groups>,
     received: ReceivedBytes,
@@ -97,10 +98,10 @@ impl fmt::Debug for Wire {
 }
 
 impl Wire {
-    /// An engine over authenticated connections: for each local member of a group, one to each of its [`peers`].
+    /// Creates an engine over authenticated connections from each local member of a group to each of its [`peers`].
     ///
-    /// A write that makes no progress for `write_timeout` fails the group. Members may enter a call late, which stalls
-    /// those that send to them, so the timeout must exceed the largest delay between members of a step.
+    /// A write that makes no progress for `write_timeout` fails the group. A write stalls while the receiver is late,
+    /// so the timeout must exceed the largest delay between members of a step.
     pub fn new(channels: BTreeMap<ChannelKey, Channel>, write_timeout: Duration) -> Self {
         Self {
             unused_channels: Mutex::new(channels),
@@ -113,13 +114,13 @@ impl Wire {
         }
     }
 
-    /// An engine that creates the connections of a group's member at its first call.
+    /// Creates an engine without connections. A member of a group creates its connections at its first call.
     pub fn with_connector(connect: Box<Connect>, write_timeout: Duration) -> Self {
         Self { connect: Some(connect), ..Self::new(BTreeMap::new(), write_timeout) }
     }
 
     /// Sets the size at which all-reduces switch from tree to ring, in the unit of [`TREE_BYTES_MAX`], up to
-    /// [`SCRATCH_BYTES`]. For measurements and tests; must be the same on all members.
+    /// [`SCRATCH_BYTES`]. For measurements and tests. All members must use the same value.
     pub fn set_tree_bytes_max(&self, bytes: usize) {
         self.tree_bytes_max.store(bytes.min(SCRATCH_BYTES), Ordering::Relaxed);
     }
@@ -241,7 +242,7 @@ impl Collective for Wire {
         if self.aborted.set(KernelError::Aborted { cause: cause.to_owned() }).is_err() {
             return;
         }
-        // `member` holds this lock while it creates links, and checks for an abort before each later call.
+        // `member` holds this lock while it creates links. Every later call checks for an abort first.
         self.groups.lock().channels.iter().for_each(|channel| channel.shutdown(Shutdown::Both));
         self.unused_channels.lock().values().for_each(|channel| channel.shutdown(Shutdown::Both));
     }
@@ -259,14 +260,14 @@ pub(super) fn shape_of<'a>(views: &[View<'a>]) -> &'a [usize] {
     views.first().map_or(&[], View::shape)
 }
 
-/// What all members of a call must agree on, as a hash and as text. The buffers need not fit.
+/// Returns what all members of a call must agree on, as a hash and as text. Accepts buffers that do not fit the call.
 pub(super) fn agreement(call: &CollectiveCall, reads: &[View<'_>], writes: &[View<'_>]) -> (u64, String) {
     let view = reads.iter().chain(writes).next();
     let dtype = view.map_or(DType::F32, View::dtype);
     let mut hash = Fnv::default();
     let transfer = |from: usize, to: usize| ("transfer", from, to, dtype, view.map(|view| view.shape()));
     match &call.kind {
-        // Sender and receiver see and agree on the same transfer.
+        // Sender and receiver hash the same transfer.
         CollectiveKind::Send { to } => transfer(call.member, *to).hash(&mut hash),
         CollectiveKind::Receive { from } => transfer(*from, call.member).hash(&mut hash),
         _ => Terms::of(call, shape_of(reads), shape_of(writes), dtype).hash(&mut hash),

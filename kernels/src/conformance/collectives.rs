@@ -1,4 +1,4 @@
-//! Collectives of one to four devices: bit-exact results, byte counts, disagreements, aborts.
+//! Tests collectives of one to four devices: bit-exact results, byte counts, disagreements, aborts.
 
 use std::sync::Arc;
 use std::thread;
@@ -13,7 +13,7 @@ use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::Stream;
 use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
 
-/// One device with a stream, and an arena that holds x at 0, y and a workspace.
+/// One device with a stream and an arena. The arena contains x at offset 0, y and a workspace.
 struct Member {
     device: Device,
     stream: Stream,
@@ -22,26 +22,26 @@ struct Member {
 
 pub(super) const ARENA_BYTES: usize = 1 << 20;
 
-/// Given n, creates this process's devices among those of ranks `0..n`, in order. Each has an arena of
-/// [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES) and a new engine.
+/// Creates, of n devices with ranks `0..n`, those of this process, in order. Each device has a new engine and an arena
+/// of [`COLLECTIVES_ARENA_BYTES`](super::COLLECTIVES_ARENA_BYTES).
 pub type Make<'a> = dyn Fn(usize) -> Result<Vec<(Device, Arena)>> + 'a;
 
-/// The order in which an engine sums.
+/// The order in which an engine sums the members' values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SummationOrder {
-    /// The order of [`Group`], bit-exact.
+    /// The order that [`Group`] defines: bit-exact.
     InOrder,
-    /// Any order; sums are correct within rounding.
+    /// Any order: sums are correct up to rounding.
     InAnyOrder,
 }
 
-/// Number of groups (ids from 1) that one set of devices calls in turn. NCCL needs a large part of a second for each.
+/// Number of groups (ids from 1) that one set of devices calls in turn. Each group costs NCCL much of a second.
 pub(super) const GROUPS: u32 = 4;
 
-/// A shape for which no engine uses its path for small tensors.
+/// A shape that is too large for any engine's path for small tensors.
 const LARGE: [usize; 2] = [101, 203];
 
-/// Offset of y, after x.
+/// Offset of y, which follows x.
 const Y: usize = 1 << 17;
 
 /// Offset of the workspace, if the device needs one.
@@ -65,11 +65,11 @@ impl Role {
 pub(super) struct EngineRequirements {
     pub(super) members_max: usize,
     pub(super) sums: SummationOrder,
-    /// No other process has members. Otherwise the suite tests no aborts, since nothing can run after one.
+    /// True if no other process has members. Otherwise aborts are not tested, since nothing can run after an abort.
     pub(super) single_process: bool,
-    /// The engine reports members that make different calls.
+    /// True if the engine reports members that make different calls.
     pub(super) compares_calls: bool,
-    /// Each member may call the groups in a different order, on separate streams.
+    /// True if the members may call the groups in different orders, on separate streams.
     pub(super) any_order: bool,
 }
 
@@ -120,7 +120,7 @@ impl Member {
         submit(&self.stream, launches, signals, &self.arena)
     }
 
-    /// The launch of a call with x at 0 and y at [`Y`]; a send has no y and a receive no x.
+    /// The launch of a call with x at 0 and y at [`Y`]. A send has no y, and a receive has no x.
     fn launch(&self, group: &Arc<Group>, kind: &CollectiveKind, x: &[usize], y: &[usize]) -> Launch {
         let reads = (!matches!(kind, CollectiveKind::Receive { .. })).then(|| buffer(0, x, DType::F32));
         let writes = (!matches!(kind, CollectiveKind::Send { .. })).then(|| buffer(Y, y, DType::F32));
@@ -134,7 +134,7 @@ fn buffer(offset: usize, shape: &[usize], dtype: DType) -> Buffer {
     Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
 }
 
-/// [`harness::submit`] on a separate thread: one thread must not submit for two members that may wait for each other.
+/// Like [`harness::submit`], on a new thread: one thread must not submit for two members that may wait for each other.
 fn submit(stream: &Stream, launches: Vec<Launch>, signals: Vec<(usize, u32)>, arena: &Arena) -> Result<Notifications> {
     let program = Stamped::new(Program { name: "collectives".to_owned(), launches, signals });
     let submit = || harness::submit(stream, program.open(), &[arena], false);
@@ -157,14 +157,14 @@ struct Suite<'a> {
     sums: SummationOrder,
 }
 
-/// Even, uneven and empty splits of a dim.
+/// Returns even, uneven and empty splits of a dim.
 fn splits(shape: &[usize], n: usize) -> Vec<Vec<Region>> {
     let mut all = Vec::new();
     for dim in 0..shape.len() {
         let part = |i| Region::whole(shape).with_range(dim, split_range(shape[dim], n, i));
         all.push((0..n).map(part).collect());
     }
-    // The last member has everything.
+    // In this split, the last member has everything.
     let mut parts = vec![Region { start: vec![0; shape.len()], size: vec![0; shape.len()] }; n];
     parts[n - 1] = Region::whole(shape);
     all.push(parts);
@@ -175,7 +175,7 @@ fn cut(whole: &[f32], shape: &[usize], region: &Region) -> Vec<f32> {
     (0..region.element_count()).map(|index| whole[flat(index, region, shape)]).collect()
 }
 
-/// The part of `owner` in f32, in the order that every engine must keep: the next member first, the owner last.
+/// The part of `owner` in f32, summed in the order that every engine must keep: the next member first, the owner last.
 fn combine(op: ReduceOp, owner: usize, members: &[Vec<f32>]) -> Vec<f32> {
     let n = members.len();
     let mut sum = members[(owner + 1) % n].clone();
@@ -195,7 +195,7 @@ impl Suite<'_> {
         self.numbers.tensor(&[elements], 1.0).as_f32().unwrap_or_default().to_vec()
     }
 
-    /// Maximum error of a sum: two orders each round n - 1 times, by half an EPSILON of at most n (values are <= 1).
+    /// Maximum error of a sum. Two orders each round n - 1 times, by at most half an EPSILON of n (values are <= 1).
     fn tolerance(&self, kind: &CollectiveKind) -> f32 {
         match kind {
             CollectiveKind::AllReduce { op: ReduceOp::Sum }
@@ -213,7 +213,7 @@ impl Suite<'_> {
         Arc::new(Group { id: self.group, ranks: (0..self.n).collect() })
     }
 
-    /// Runs one collective on all members twice, and compares bits and bytes.
+    /// Runs one collective twice on all members, and compares bits and byte counts.
     fn check(&mut self, kind: CollectiveKind, roles: impl Iterator<Item = Role>) {
         let roles: Vec<Role> = roles.collect();
         let group = self.next_group();
@@ -280,7 +280,7 @@ impl Suite<'_> {
         }
     }
 
-    /// All-gather and all-to-all between every pair of splits.
+    /// Tests all-gather and all-to-all for every pair of splits.
     fn moves(&mut self) {
         let n = self.n;
         for shape in [vec![5, 7], vec![4, 3, 2], vec![1], vec![0, 3], LARGE.to_vec()] {
@@ -335,7 +335,7 @@ impl Suite<'_> {
         }
     }
 
-    /// Two messages through a chain of members arrive in the order in which they were sent.
+    /// Checks that two messages through a chain of members arrive in the order in which they were sent.
     fn chain(&mut self) -> Result<()> {
         let n = self.n;
         let group = self.next_group();
@@ -369,7 +369,7 @@ impl Suite<'_> {
     }
 }
 
-/// Many rounds of two groups over the same devices, on separate streams, in opposite orders if the engine allows it.
+/// Runs many rounds of two groups over the same devices, on separate streams, in opposite orders if the engine permits.
 fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<()> {
     const ROUNDS: usize = 200;
     let [n, elements] = [3, 100];
@@ -386,7 +386,7 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
             let x = buffer(offset, &[elements], DType::F32);
             let op = Op::Collective(CollectiveCall { group, member: i, kind });
             let reduce = with_workspace(device, WORKSPACE + offset, launch(op, vec![x.clone()], vec![x.clone()]));
-            // Each round multiplies the sum by n; the division keeps it constant.
+            // Each round multiplies the values by n. The division keeps them constant.
             let op = Op::Scale { factor: 1.0 / n as f32 };
             let scale = Launch { op, writes: vec![x], workspace: None, ..reduce.clone() };
             let launches = (0..ROUNDS).flat_map(|_| [reduce.clone(), scale.clone()]).collect();
@@ -402,7 +402,7 @@ fn concurrent(report: &mut Report, make: &Make<'_>, any_order: bool) -> Result<(
     Ok(())
 }
 
-/// When members make different calls, all of them receive an error.
+/// Checks that all members receive an error if members make different calls.
 fn disagreements(report: &mut Report, make: &Make<'_>) {
     let sum = || CollectiveKind::AllReduce { op: ReduceOp::Sum };
     let max = || CollectiveKind::AllReduce { op: ReduceOp::Max };
@@ -412,12 +412,12 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
         ("a different shape", 0, sum(), [5, 5]),
         ("a different kind", 0, gather(), [2, 6]),
         ("buffers that do not fit", 0, sum(), [6, 5]),
-        // A transfer with member 0.
+        // A send instead, to member 0.
         ("a send", 1, CollectiveKind::Send { to: 0 }, [6, 0]),
         ("a receive", 1, CollectiveKind::Receive { from: 0 }, [0, 6]),
     ];
     for (what, first, different_kind, different_shape) in cases {
-        // Whichever member arrives first, all must receive the error.
+        // All members must receive the error, no matter which member arrives first.
         for odd_member in first..3 {
             let check = format!("member {odd_member} of 3 calls {what}");
             let result = members(make, 3).and_then(|members| {
@@ -439,7 +439,7 @@ fn disagreements(report: &mut Report, make: &Make<'_>) {
     }
 }
 
-/// An abort wakes all waiting calls, and rejects later calls.
+/// Checks that an abort wakes all waiting calls and rejects later calls.
 fn aborts(report: &mut Report, make: &Make<'_>) {
     let kinds = [
         CollectiveKind::AllReduce { op: ReduceOp::Sum },
@@ -459,7 +459,7 @@ fn abort(report: &mut Report, check: &str, make: &Make<'_>, kind: CollectiveKind
     let group = Arc::new(Group { id: 1, ranks: vec![0, 1] });
     let launch = members[0].launch(&group, &kind, &[2], &[2]);
     let waiting = members[0].submit(vec![launch.clone()], vec![(0, 1)])?;
-    // The signal is sent when the stream has reached the collective.
+    // This signal is sent when the stream reaches the collective.
     let started = waiting.recv_timeout(TIMEOUT).is_ok();
     members[1].device.engine().abort("aborted by the test");
     members[1].device.engine().abort("a later cause");

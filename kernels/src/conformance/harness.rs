@@ -1,4 +1,4 @@
-//! What the checks share: reports, launches between canaries, submissions, and pseudo-random values.
+//! Code that the checks share: reports, launches between canaries, submissions, and pseudo-random values.
 
 use std::error::Error;
 use std::fmt;
@@ -17,18 +17,18 @@ use crate::op::{Buffer, Launch, Op, Program};
 use crate::stream::{Notification, Stream, Submission};
 use crate::tensor::{DType, HostData, HostTensor, Region, element_count};
 
-/// Longest wait for any result of a device.
+/// Maximum wait for any result of a device.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Space between buffers, filled with canaries.
+/// Size of the gaps between buffers. Gaps are filled with canaries.
 const FENCE_BYTES: usize = ALIGNMENT;
 
 const CANARY: i32 = 0x5afe_c0de;
 
-/// One error of a backend.
+/// One failure of a backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConformanceFailure {
-    /// The check, with its sizes.
+    /// Name of the check, including its sizes.
     pub check: String,
     /// The expected and the actual result.
     pub what: String,
@@ -61,7 +61,7 @@ impl Report {
         }
     }
 
-    /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`; NaN always fails.
+    /// Compares with a reference: `|got - expected| <= tolerance * (1 + |expected|)`. NaN always fails.
     pub(super) fn close(&mut self, check: &str, got: &HostTensor, expected: &[f64], tolerance: f64) {
         let tolerance = tolerance + if got.dtype() == DType::BF16 { BF16_ROUNDING } else { 0.0 };
         let Some(got) = got.to_f32() else { return self.fail(check, "the result is not a float tensor") };
@@ -78,25 +78,25 @@ impl Report {
     }
 }
 
-/// The content of a launch's write before it.
+/// What a written buffer contains before the launch.
 #[derive(Clone)]
 pub(super) enum Initial {
     /// NaN.
     Poison(Vec<usize>),
-    /// These values, which are updated in place or added to.
+    /// These values, which the op updates in place or adds to.
     Values(HostTensor),
-    /// The memory of this read: the op works in place.
+    /// The same memory as this read: the op works in place.
     Read(usize),
 }
 
-/// The float dtypes of a launch's buffers, where its op supports BF16.
+/// The float dtypes of a launch's buffers, where the op supports BF16.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Types {
     /// All buffers are F32.
     Floats,
-    /// Reads and poisoned writes are BF16.
+    /// Reads, and writes that start as NaN, are BF16.
     Halves,
-    /// Reads are BF16, writes F32.
+    /// Reads are BF16, and writes are F32.
     Widening,
 }
 
@@ -108,7 +108,7 @@ pub(super) struct Trial<'a> {
     pub(super) accumulate: bool,
     pub(super) repeat: bool,
     pub(super) types: Types,
-    /// The first buffer starts at an address that is not a multiple of 16 bytes, unlike vectors otherwise.
+    /// True if the first buffer starts at an address that is not a multiple of 16 bytes, the alignment of vectors.
     pub(super) unaligned: bool,
 }
 
@@ -117,7 +117,7 @@ impl<'a> Trial<'a> {
         Self { op, reads, writes, accumulate: false, repeat: false, types: Types::Floats, unaligned: false }
     }
 
-    /// Places the buffers in a new arena between canaries, launches, and returns the content of the writes.
+    /// Places the buffers between canaries in a new arena, runs the launch, and returns the content of the writes.
     pub(super) fn launch(&self, device: &Device) -> Outcome<Vec<HostTensor>> {
         let stream = device.stream("conformance", device.threads_per_stream())?;
         let mut layout = Layout { end: if self.unaligned { DType::F32.bytes() } else { 0 }, ..Layout::default() };
@@ -165,7 +165,7 @@ impl<'a> Trial<'a> {
     }
 }
 
-/// Buffers one after another, with fences between them.
+/// Consecutive buffers, with fences between them.
 #[derive(Default)]
 pub(super) struct Layout {
     pub(super) fences: Vec<usize>,
@@ -176,12 +176,12 @@ impl Layout {
     pub(super) fn place(&mut self, shape: &[usize], dtype: DType) -> Buffer {
         self.fences.push(self.end);
         let offset = self.end + FENCE_BYTES;
-        // The next fence consists of words; the padding before it is not checked.
+        // The next fence consists of whole words. The padding before it is not checked.
         self.end = (offset + element_count(shape) * dtype.bytes()).next_multiple_of(DType::I32.bytes());
         Buffer { base: 0, offset, shape: shape.to_vec(), dtype }
     }
 
-    /// Places a workspace with the alignment of a plan's workspace, which libraries require, after a fence.
+    /// Places a workspace after a fence, with the alignment of a plan's workspace, because libraries require that.
     pub(super) fn place_workspace(&mut self, bytes: usize) -> Buffer {
         self.fences.push(self.end);
         self.end = (self.end + FENCE_BYTES).next_multiple_of(ALIGNMENT);
@@ -217,7 +217,7 @@ pub(super) fn launch(op: Op, reads: Vec<Buffer>, writes: Vec<Buffer>) -> Launch 
     Launch { op, reads, writes, accumulate: false, workspace: None }
 }
 
-/// Submits launches as one program, where base i is arena i, and waits for its end.
+/// Submits launches as one program, with arena i as base i, and waits until the program has ended.
 pub(super) fn run_program(stream: &Stream, launches: Vec<Launch>, arenas: &[&Arena], repeat: bool) -> Result<()> {
     let program = Program { name: "conformance".to_owned(), launches, signals: vec![] };
     wait(&submit(stream, program, arenas, repeat)?)
@@ -231,7 +231,7 @@ impl Notifications {
     }
 }
 
-/// Submits a program, where base i is arena i.
+/// Submits a program, with arena i as base i.
 pub(super) fn submit(stream: &Stream, program: Program, arenas: &[&Arena], repeat: bool) -> Result<Notifications> {
     let (sender, notifications) = channel();
     let bases = arenas.iter().map(|&arena| Base { arena: arena.clone(), offset: 0 }).collect();
@@ -256,10 +256,10 @@ pub(super) fn filled(shape: &[usize], dtype: DType, value: f32) -> HostTensor {
     if dtype == DType::BF16 { HostTensor::bf16(shape, &values) } else { HostTensor::f32(shape, values) }
 }
 
-/// Pseudo-random values that are the same in every run.
+/// Generates pseudo-random values that are the same in every run.
 pub(super) struct Numbers {
     random: SplitMix64,
-    /// Whether all values can be represented in BF16.
+    /// True if BF16 can represent all generated values.
     halves: bool,
 }
 
@@ -268,7 +268,7 @@ impl Numbers {
         Self { random: SplitMix64(seed), halves }
     }
 
-    /// Uniform in `-size .. size`.
+    /// A tensor of values that are uniform in `-size .. size`.
     pub(super) fn tensor(&mut self, shape: &[usize], size: f32) -> HostTensor {
         let unit = |bits: u64| (bits >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
         let rounded = |value: f32| if self.halves { bf16::from_f32(value).to_f32() } else { value };
@@ -293,7 +293,7 @@ pub(super) fn wide(tensor: &HostTensor) -> Vec<f64> {
     }
 }
 
-/// Flat index in a tensor of `shape` of the element of `region` whose index within the region is `index`.
+/// Converts an element's index within `region` to its flat index in a tensor of `shape`.
 pub(super) fn flat(mut index: usize, region: &Region, shape: &[usize]) -> usize {
     let (mut place, mut stride) = (0, 1);
     for d in (0..shape.len()).rev() {

@@ -1,4 +1,4 @@
-//! Inf and NaN inputs, invalid indices, and the elements that dropout keeps: the same on all backends.
+//! Tests Inf and NaN inputs, invalid indices and dropout's choice of elements. Results are the same on all backends.
 
 use std::hash::Hasher;
 
@@ -9,10 +9,10 @@ use crate::hash::Fnv;
 use crate::op::{Buffer, Op};
 use crate::tensor::{DType, HostTensor, element_count};
 
-/// Tolerance for values of about 1, some of them rounded to BF16 in between.
+/// Tolerance for values of about 1, some of which were rounded to BF16 on the way.
 const CLOSE: f64 = 2e-2;
 
-/// A value that no result has.
+/// A value that never occurs in a result.
 const UNWRITTEN: f32 = -7.0;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
@@ -22,14 +22,14 @@ pub(super) fn run(report: &mut Report, device: &Device) {
     masks(report, device);
 }
 
-/// Whether both are close, equal, or NaN.
+/// True if both values are close, equal, or NaN.
 fn is_same(got: f32, expected: f64, tolerance: f64) -> bool {
     let got = f64::from(got);
     let close = expected.is_finite() && (got - expected).abs() <= tolerance * (1.0 + expected.abs());
     close || got == expected || got.is_nan() && expected.is_nan()
 }
 
-/// Row maximum (ignores NaN) and sum of exponentials (propagates NaN), in one program (which may fuse) and in two.
+/// Tests row maximum (ignores NaN) and sum of exponentials (propagates NaN), in one program (may fuse) and in two.
 fn rows(report: &mut Report, device: &Device) {
     const NAN: f32 = f32::NAN;
     const INFINITY: f32 = f32::INFINITY;
@@ -44,7 +44,7 @@ fn rows(report: &mut Report, device: &Device) {
         [3.0, -INFINITY, -INFINITY, -INFINITY, -INFINITY, -INFINITY, NAN],
     ];
     let mut cases = vec![HostTensor::f32(&[special.len(), 7], special.concat())];
-    // Whole vectors, with the special value at each of their positions.
+    // Rows of whole vectors, with the special value at each position of a vector.
     for special_value in [NAN, INFINITY, -INFINITY] {
         let mut values = numbers.tensor(&[16, 64], 4.0).as_f32().unwrap_or_default().to_vec();
         (0..16).for_each(|row| values[row * 64 + 32 + row] = special_value);
@@ -78,7 +78,7 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
         let arena = layout.arena(device)?;
         arena.write_host(x.offset, &typed)?;
         arena.write_host(indices.offset, &targets)?;
-        // NaN may be correct here.
+        // Not NaN, because NaN may be a correct result here.
         let unwritten = filled(&[rows], DType::F32, UNWRITTEN);
         for write in [&max, &sum, &chosen] {
             arena.write_host(write.offset, &unwritten)?;
@@ -106,13 +106,13 @@ fn rows_of(report: &mut Report, device: &Device, logits: &HostTensor, half: bool
     }
 }
 
-/// Keys at infinite distance have no influence, even if they fill whole tiles; a NaN query gives a NaN result.
+/// Tests that keys at infinite distance have no influence, even whole tiles of them. A NaN query must give NaN.
 fn attention(report: &mut Report, device: &Device) {
     const SHAPE: [usize; 4] = [1, 80, 1, 8];
     let by_time = |f: &dyn Fn(usize) -> f32| HostTensor::f32(&SHAPE, (0..640).map(|i| f(i / 8)).collect());
     let v = Numbers::new(1, true).tensor(&SHAPE, 1.0);
     let q = by_time(&|t| if t == 79 { f32::NAN } else { 1.0 });
-    // The result of a library for a tile in which no key contributes is undefined; libraries write BF16.
+    // A library's result for a tile without a contributing key is undefined. Libraries write BF16.
     for (types, far, first) in [(Types::Floats, 66, 0), (Types::Widening, 66, 0), (Types::Halves, 10, 10 * 8)] {
         let k = by_time(&|t| if t < far { f32::NEG_INFINITY } else { t as f32 / 64.0 });
         let [o, _] = exact::attention(&wide(&q), &wide(&k), &wide(&v), SHAPE, 0.3);
@@ -132,7 +132,7 @@ fn attention(report: &mut Report, device: &Device) {
     }
 }
 
-/// The error reports the first invalid index and its position.
+/// Tests that the error reports the first invalid index and its position.
 fn indices(report: &mut Report, device: &Device) {
     let mut numbers = Numbers::new(0, false);
     let [table, logits, max] = [&[5, 3][..], &[700, 5], &[700]].map(|shape| numbers.tensor(shape, 1.0));
@@ -156,7 +156,7 @@ fn indices(report: &mut Report, device: &Device) {
     }
 }
 
-/// Dropout keeps the same elements on all backends and versions, so that training continues with the same bits.
+/// Tests that dropout keeps the same elements on all backends and versions, so that training resumes bit-exactly.
 fn masks(report: &mut Report, device: &Device) {
     type Part<'a> = (&'a [usize], &'a [usize], &'a [usize], u64);
     let parts: [Part<'_>; 5] = [

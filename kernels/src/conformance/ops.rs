@@ -1,4 +1,4 @@
-//! Every op against its f64 reference.
+//! Tests every op against its f64 reference.
 
 use half::bf16;
 
@@ -8,16 +8,16 @@ use crate::device::Device;
 use crate::op::{Einsum, GemmDims, Op, SQUARES_SCALE};
 use crate::tensor::{DType, HostTensor, Region, element_count, split_range};
 
-/// Flat sizes: none, one, around a vector's width, and enough for several threads.
+/// Flat sizes: none, one, around the width of a vector, and enough for several threads.
 const SIZES: [usize; 8] = [0, 1, 3, 16, 17, 65, 1000, 70_003];
 
-/// Tolerance of f32 kernels for values of about 1.
+/// Tolerance of f32 kernels for results of about 1.
 const CLOSE: f64 = 2e-6;
 
 /// Tolerance for long sums.
 const CLOSE_SUM: f64 = 2e-5;
 
-/// Number of elements below which launches are also tested on unaligned buffers.
+/// Launches with fewer elements than this are also tested on unaligned buffers.
 const UNALIGNED_ELEMENTS_MAX: usize = 5000;
 
 pub(super) fn run(report: &mut Report, device: &Device) {
@@ -32,7 +32,7 @@ pub(super) fn run(report: &mut Report, device: &Device) {
         suite.cross_entropies();
         if types == Types::Widening {
             suite.widening_dropout();
-            // The other ops do not convert, or were tested with all dtypes that they support.
+            // The other ops do not convert, or are already tested with all dtypes that they support.
             continue;
         }
         suite.embeddings();
@@ -58,15 +58,15 @@ struct Suite<'a> {
     report: &'a mut Report,
     device: &'a Device,
     numbers: Numbers,
-    /// Dtypes of activations and their gradients.
+    /// Dtypes of activations and gradients.
     types: Types,
 }
 
-/// A write's shape and its expected elements.
+/// The shape of a write, and its expected elements.
 type Expected = (Vec<usize>, Vec<f64>);
 
 impl Suite<'_> {
-    /// Launches on poisoned writes and, if the op can accumulate, on values, with and without `repeat`.
+    /// Tests on writes that start as NaN and, if the op can accumulate, on values, with and without `repeat`.
     fn check(&mut self, what: &str, op: Op, reads: &[HostTensor], expected: &[Expected], tolerance: f64) {
         let shapes: Vec<_> = reads.iter().map(|read| &read.shape).collect();
         let check = format!("{} {what} {shapes:?}{}", op.name(), self.suffix());
@@ -76,7 +76,7 @@ impl Suite<'_> {
         let before = self.numbers.tensor(&expected[sum].0, 1.0);
         let mut writes = poison;
         writes[sum] = Initial::Values(before.clone());
-        // A copy does not convert, and a sum has dtype F32.
+        // A copy does not convert, and an accumulated sum is F32.
         let types = if matches!(op, Op::Copy) { Types::Floats } else { self.types };
         let trial = Trial { accumulate: true, types, ..Trial::new(op, reads, &writes) };
         self.compare(&format!("{check}, first of a sum"), &trial, expected, tolerance);
@@ -97,7 +97,7 @@ impl Suite<'_> {
         Trial { types: self.types, ..Trial::new(op, reads, writes) }
     }
 
-    /// Also on unaligned buffers, if that takes little time.
+    /// Compares the result. Also tests on unaligned buffers if that takes little time.
     fn compare(&mut self, check: &str, trial: &Trial<'_>, expected: &[Expected], tolerance: f64) {
         let elements: usize = trial.reads.iter().map(|read| element_count(&read.shape)).sum();
         for unaligned in [false, true].into_iter().filter(|unaligned| !unaligned || elements < UNALIGNED_ELEMENTS_MAX) {
@@ -113,11 +113,11 @@ impl Suite<'_> {
         }
     }
 
-    /// `check` for one result of read 0's shape; and again for each read whose memory the result may overwrite.
+    /// Runs `check` for one result of read 0's shape, and again for each read whose memory the result may overwrite.
     fn check_in_place(&mut self, op: Op, reads: &[HostTensor], in_place: &[usize], expected: Vec<f64>, tolerance: f64) {
         let expected = [(reads[in_place[0]].shape.clone(), expected)];
         self.check("", op.clone(), reads, &expected, tolerance);
-        // Only a write of the read's dtype may overwrite its memory.
+        // A write may overwrite a read's memory only if both have the same dtype.
         let in_place = if self.types == Types::Widening { &[] } else { in_place };
         for &read in in_place {
             let check = format!("{} in place of read {read}, {:?}", op.name(), reads[read].shape);
@@ -132,7 +132,7 @@ impl Suite<'_> {
 
     fn elementwise(&mut self) {
         for n in SIZES {
-            // Large enough to reach both tails of GELU.
+            // The range of x includes both tails of GELU.
             let x = self.numbers.tensor(&[n], 8.0);
             let dy = self.numbers.tensor(&[n], 2.0);
             let (x_wide, dy_wide) = (wide(&x), wide(&dy));
@@ -173,7 +173,7 @@ impl Suite<'_> {
             (vec![5, 7], vec![1, 2], vec![3, 4], vec![6, 4], vec![2, 0]),
             (vec![5, 7], vec![1, 0], vec![3, 7], vec![4, 7], vec![1, 0]),
             (vec![2, 3, 4], vec![0, 1, 3], vec![2, 2, 1], vec![2, 2, 2], vec![0, 0, 1]),
-            // Whole vectors only.
+            // A case in which all runs are whole vectors.
             (vec![3, 16, 24], vec![1, 8, 8], vec![2, 8, 16], vec![2, 16, 32], vec![0, 8, 16]),
             (vec![2, 3, 2, 3, 5], vec![0, 1, 1, 0, 2], vec![2, 2, 1, 2, 3], vec![2, 2, 2, 3, 4], vec![0, 0, 1, 1, 1]),
             (vec![3], vec![1], vec![0], vec![2], vec![2]),
@@ -191,7 +191,7 @@ impl Suite<'_> {
                     expected[to] = kept + wide(&x)[from];
                 }
                 let check = format!("copy_region {src:?} {dst:?} accumulate {accumulate} repeat {repeat}");
-                // A sum has dtype F32, and so have its terms.
+                // A sum and its terms have dtype F32.
                 let before = match y.as_f32() {
                     Some(values) if self.types == Types::Halves && !accumulate => HostTensor::bf16(&y.shape, values),
                     _ => y.clone(),
@@ -278,7 +278,7 @@ impl Suite<'_> {
             let op = Op::EmbeddingGrad { vocab_start: start };
             self.check("", op, &[ids, dy], &[(vec![vocab, width], dtable)], CLOSE_SUM);
         }
-        // Ids of three rows, far apart among ids of another shard.
+        // The ids of three rows are far apart, among many ids of another shard.
         const TOKENS: usize = 9000;
         let mut ids = vec![90; TOKENS];
         let places = [(0, 1), (255, 1), (256, 1), (2047, 0), (2048, 2), (2600, 1), (4095, 1), (8191, 0), (8999, 2)];
@@ -302,7 +302,7 @@ impl Suite<'_> {
             let leading = vec![1, rows];
             let expected = [(x.shape.clone(), y), (leading.clone(), mean.clone()), (leading.clone(), rstd.clone())];
             let op = Op::LayerNorm { eps: eps as f32 };
-            // A row of one element has zero variance: its rstd is 316, which amplifies rounding errors.
+            // A row of one element has zero variance, so its rstd is 316. This amplifies rounding errors.
             let tolerance = if width == 1 { 1e-4 } else { CLOSE_SUM };
             self.check("", op, &[x.clone(), weight.clone()], &expected, tolerance);
             let [dx, dweight] = exact::layer_norm_grad(&wide(&dy), &wide(&x), &wide(&weight), eps);
@@ -337,19 +337,19 @@ impl Suite<'_> {
             let lse_shape = vec![shape[0], shape[2], shape[1]];
             let expected = [(shape.to_vec(), o.clone()), (lse_shape.clone(), lse.clone())];
             let op = Op::Attention { scale: scale as f32 };
-            // Tensor cores read probabilities in BF16.
+            // Tensor cores read the probabilities as BF16.
             let tolerance = if self.types == Types::Floats { CLOSE_SUM } else { BF16_ROUNDING };
             self.check("", op, &[q.clone(), k.clone(), v.clone()], &expected, tolerance);
             let grads = exact::attention_grad(&wide(&d_o), [&wide(&q), &wide(&k), &wide(&v)], shape, scale);
             let reads = [d_o, q, k, v, narrow(&shape, &o), narrow(&lse_shape, &lse)];
             let expected = grads.map(|grad| (shape.to_vec(), grad));
-            // The gradients inherit the rounding error of o.
+            // The gradients inherit o's rounding error.
             let tolerance = if self.types == Types::Floats { CLOSE_SUM } else { 0.02 };
             self.check("", Op::AttentionGrad { scale: scale as f32 }, &reads, &expected, tolerance);
         }
     }
 
-    /// Whole vocabularies, and vocabularies split over two shards whose results are combined here.
+    /// Tests whole vocabularies, and vocabularies split over two shards. The shards' results are combined here.
     fn cross_entropies(&mut self) {
         for (tokens, vocab) in [(0, 3), (1, 1), (3, 17), (17, 5), (65, 65), (600, 130), (1100, 3)] {
             let logits = self.numbers.tensor(&[tokens, vocab], 5.0);
@@ -413,7 +413,7 @@ impl Suite<'_> {
 
     fn optimizers(&mut self) {
         for n in SIZES {
-            // The squares of the last two overflow and underflow a float.
+            // With the last two scales, a float's range is too small for the squares: they overflow or underflow.
             for scale in [1.0, 1e30, 1e-30] {
                 let x = self.numbers.tensor(&[n], scale);
                 let squares: f64 = wide(&x).iter().map(|x| x * x).sum();
@@ -432,7 +432,7 @@ impl Suite<'_> {
             let expected = [(vec![], vec![scale]), (vec![], vec![5.0])];
             self.check("", Op::ClipScale { max_norm }, std::slice::from_ref(&sums), &expected, CLOSE);
         }
-        // A norm of 1e21, whose square overflows a float.
+        // The norm is 1e21. Its square overflows a float.
         let squares = 1e42 * SQUARES_SCALE;
         let sums = narrow(&[2, 2], &[f64::INFINITY, 0.75 * squares, 1e38, 0.25 * squares]);
         let expected = [(vec![], vec![0.1]), (vec![], vec![1e21])];
@@ -440,7 +440,7 @@ impl Suite<'_> {
         self.updates_with_a_norm_or_rate_that_is_not_finite();
     }
 
-    /// If the norm or the learning rate is not finite, the update changes nothing.
+    /// Checks that an update changes nothing if the norm or the learning rate is not finite.
     fn updates_with_a_norm_or_rate_that_is_not_finite(&mut self) {
         for bad in [f32::NAN, f32::INFINITY] {
             let sums = HostTensor::f32(&[2, 2], vec![1.0, 0.0, bad, bad]);
@@ -506,7 +506,7 @@ impl Suite<'_> {
         got.first().and_then(HostTensor::to_f32).unwrap_or_default()
     }
 
-    /// The mask does not depend on dtypes, and F32 can represent every BF16 value.
+    /// Tests that widening changes no bits: the mask does not depend on dtypes, and F32 can represent every BF16 value.
     fn widening_dropout(&mut self) {
         let reads = [self.numbers.tensor(&[3, 70], 1.0), HostTensor::i32(&[2], vec![5, 0])];
         let writes = [Initial::Poison(vec![3, 70])];
@@ -517,7 +517,7 @@ impl Suite<'_> {
         self.report.expect("dropout of BF16 to F32", same, format!("{widening:?}, of F32 {floats:?}"));
     }
 
-    /// Casts to BF16 and back, with values that round up, down and to even; and launches that must be rejected.
+    /// Tests casts to BF16 and back, with values that round up, down and to even, and launches that must be rejected.
     fn casts(&mut self) {
         let one_ulp = 2f32.powi(-7);
         let cases = [
@@ -564,7 +564,7 @@ impl Suite<'_> {
         let kept = whole.iter().filter(|&&y| y == kept_value).count();
         let zeros = whole.iter().filter(|&&y| y == 0.0).count();
         self.report.expect("dropout", kept + zeros == whole.len(), "a value is neither 0 nor x / (1 - p)");
-        // Five standard deviations of a binomial count.
+        // The tolerance is five standard deviations of a binomial count.
         let (n, q) = (whole.len() as f64, f64::from(1.0 - p));
         let far = (kept as f64 - n * q).abs() > 5.0 * (n * q * (1.0 - q)).sqrt();
         self.report.expect("dropout", !far, format!("kept {kept} of {n} at p = {p}"));
@@ -576,7 +576,7 @@ impl Suite<'_> {
             let same = got.iter().enumerate().all(|(i, y)| *y == whole[flat(i, &region, &shape)]);
             self.report.expect(&format!("dropout of {region:?}"), same, "differs from that part of the whole");
         }
-        // Micro-batches along each dim, in two shards along the last one.
+        // Splits the tensor into micro-batches along each dim, and into two shards along the last dim.
         for (dim, count) in [(0, 2), (0, 3), (1, 2), (1, 7), (2, 3)] {
             let mut size = shape;
             size[dim] /= count;
@@ -621,7 +621,7 @@ impl Suite<'_> {
             ("integers", Op::Gelu, vec![ids.clone()], vec![poison(&[2])]),
             ("inner extents that differ", Op::Einsum(einsum), vec![x.clone(), x.clone()], vec![poison(&[2, 3])]),
             ("a negative id", embedding.clone(), vec![ids, x.clone()], vec![poison(&[2, 3])]),
-            // It must not be treated as an id of another shard, which would return zeros.
+            // This id must not be mistaken for an id of another shard, for which the result would be zeros.
             ("an id outside the table", embedding, vec![far, x.clone()], vec![poison(&[2, 3])]),
             ("a reduction in place", Op::RowMax, vec![x.clone()], vec![Initial::Read(0)]),
         ];

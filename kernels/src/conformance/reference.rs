@@ -1,6 +1,6 @@
-//! Plain f64 versions of the ops, as defined in the papers.
+//! Simple f64 versions of the ops, as the papers define them.
 
-/// `erf`, by its series for small and by a continued fraction for large arguments; error about 1e-15.
+/// `erf`: a series for small arguments, a continued fraction for large ones. The error is about 1e-15.
 pub(super) fn erf(x: f64) -> f64 {
     if x < 0.0 {
         return -erf(-x);
@@ -22,14 +22,14 @@ pub(super) fn gelu(x: f64) -> f64 {
     0.5 * x * (1.0 + erf(x / std::f64::consts::SQRT_2))
 }
 
-/// Central difference of a scalar function.
+/// The derivative of a scalar function by central differences.
 pub(super) fn derivative(f: impl Fn(f64) -> f64, x: f64) -> f64 {
     let h = 1e-4;
-    // Fourth order, so that f64 rounding and the step error are both far below f32 precision.
+    // Fourth order: both the rounding error in f64 and the step's error are far below f32 precision.
     (8.0 * (f(x + h) - f(x - h)) - (f(x + 2.0 * h) - f(x - 2.0 * h))) / (12.0 * h)
 }
 
-/// The gradient of `loss` at `x` by central differences, to check the analytic gradients below.
+/// The gradient of `loss` at `x` by central differences. Checks the analytic gradients below.
 #[cfg(test)]
 fn gradient(loss: impl Fn(&[f64]) -> f64, x: &[f64]) -> Vec<f64> {
     let slope = |i: usize| {
@@ -47,18 +47,18 @@ pub(super) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// `[m, n] = [m, k] [k, n]`.
+/// `[m, k] [k, n] -> [m, n]`.
 pub(super) fn matmul(a: &[f64], b: &[f64], (m, n, k): (usize, usize, usize)) -> Vec<f64> {
     let at = |i: usize, j: usize| (0..k).map(|l| a[i * k + l] * b[l * n + j]).sum();
     (0..m * n).map(|place| at(place / n, place % n)).collect()
 }
 
-/// `[rows, columns]` to `[columns, rows]`.
+/// Transposes `[rows, columns]` to `[columns, rows]`.
 pub(super) fn transpose(x: &[f64], rows: usize, columns: usize) -> Vec<f64> {
     (0..x.len()).map(|place| x[place % rows * columns + place / rows]).collect()
 }
 
-/// `(y, mean, rstd)`.
+/// Returns `(y, mean, rstd)`.
 pub(super) fn layer_norm(x: &[f64], weight: &[f64], eps: f64) -> [Vec<f64>; 3] {
     let width = weight.len();
     let [mut y, mut means, mut rstds] = [vec![], vec![], vec![]];
@@ -73,7 +73,7 @@ pub(super) fn layer_norm(x: &[f64], weight: &[f64], eps: f64) -> [Vec<f64>; 3] {
     [y, means, rstds]
 }
 
-/// `(dx, dweight)`; checked against [`gradient`] in this file's tests.
+/// Returns `(dx, dweight)`. This file's tests check it against [`gradient`].
 pub(super) fn layer_norm_grad(dy: &[f64], x: &[f64], weight: &[f64], eps: f64) -> [Vec<f64>; 2] {
     let width = weight.len();
     let (mut dx, mut dweight) = (vec![], vec![0.0; width]);
@@ -90,7 +90,7 @@ pub(super) fn layer_norm_grad(dy: &[f64], x: &[f64], weight: &[f64], eps: f64) -
     [dx, dweight]
 }
 
-/// `[b, t, h, d]`.
+/// Extents `[b, t, h, d]`.
 pub(super) type AttentionShape = [usize; 4];
 
 fn place([_, time, heads, depth]: AttentionShape, b: usize, t: usize, h: usize) -> usize {
@@ -112,7 +112,7 @@ fn query_rows([batch, time, heads, _]: AttentionShape) -> impl Iterator<Item = [
     rows.flat_map(move |(b, h)| (0..time).map(move |t| [b, t, h]))
 }
 
-/// `(o, lse)`.
+/// Returns `(o, lse)`.
 pub(super) fn attention(q: &[f64], k: &[f64], v: &[f64], shape: AttentionShape, scale: f64) -> [Vec<f64>; 2] {
     let (mut o, mut lse) = (vec![0.0; q.len()], vec![]);
     for [b, t, h] in query_rows(shape) {
@@ -127,7 +127,7 @@ pub(super) fn attention(q: &[f64], k: &[f64], v: &[f64], shape: AttentionShape, 
     [o, lse]
 }
 
-/// `(dq, dk, dv)`; checked against [`gradient`] in this file's tests.
+/// Returns `(dq, dk, dv)`. This file's tests check it against [`gradient`].
 pub(super) fn attention_grad(d_o: &[f64], [q, k, v]: [&[f64]; 3], shape: AttentionShape, scale: f64) -> [Vec<f64>; 3] {
     let depth = shape[3];
     let [mut dq, mut dk, mut dv] = [q, k, v].map(|x| vec![0.0; x.len()]);
@@ -149,7 +149,7 @@ pub(super) fn attention_grad(d_o: &[f64], [q, k, v]: [&[f64]; 3], shape: Attenti
     [dq, dk, dv]
 }
 
-/// `scale * sum of -log softmax(logits)[target]`.
+/// Returns `scale * sum of -log softmax(logits)[target]`.
 pub(super) fn cross_entropy(logits: &[f64], targets: &[usize], scale: f64) -> f64 {
     let vocab = logits.len() / targets.len().max(1);
     let token = |(row, target): (&[f64], &usize)| {

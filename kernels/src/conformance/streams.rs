@@ -1,4 +1,4 @@
-//! Streams, events, signals, failures of single programs, memory.
+//! Tests streams, events, signals, memory, and failures that end only one program.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -17,10 +17,10 @@ use crate::tensor::{DType, HostTensor, Region};
 
 #[derive(Debug)]
 enum TestKernel {
-    /// Waits until the test opens it.
+    /// A kernel that waits until the test opens the gate.
     Gate(Mutex<Receiver<Stamped<()>>>),
     Panics,
-    /// Adds an integer and a float.
+    /// A kernel that adds an integer and a float.
     Mixed,
 }
 
@@ -115,7 +115,7 @@ fn ensure(holds: bool, what: &str) -> Outcome {
     if holds { Ok(()) } else { Err(what.into()) }
 }
 
-/// Submissions run in order, and so do launches; `synchronize` waits for all of them.
+/// Tests that submissions and their launches run in order, and that `synchronize` waits for all of them.
 fn order(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 128)?;
     let mut ends = Vec::new();
@@ -133,7 +133,7 @@ fn order(device: &Device) -> Outcome {
     expect_floats(&arena, 0, &[1225.0; 4])
 }
 
-/// Work after a wait for another stream's event starts only once the event is set.
+/// Tests that work after a wait for another stream's event starts only once the event is set.
 fn events(device: &Device) -> Outcome {
     let (first, arena) = make(device, 128)?;
     let (second, _) = make(device, 0)?;
@@ -154,14 +154,14 @@ fn events(device: &Device) -> Outcome {
     expect_floats(&arena, 64, &[3.0, 3.0])
 }
 
-/// A signal is sent after the launches before it have finished, and before those after it.
+/// Tests that a signal is sent after the launches before it have finished, and before later launches finish.
 fn signals(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let (open, wait_for_gate) = gate();
     let launches = vec![fill(1.0, floats(0, 0, &[1])), wait_for_gate, fill(2.0, floats(0, 0, &[1]))];
     let notifications = submit(&stream, &arena, launches, vec![(0, 7), (1, 8), (1, 9), (3, 10)])?;
     expect_next(&notifications, [7, 8, 9].map(Notification::Signal))?;
-    // The gate is closed, so nothing writes.
+    // Nothing has been written, because the gate is closed.
     expect_floats(&arena, 0, &[1.0])?;
     open.send(Stamped::new(()))?;
     expect_next(&notifications, [Notification::Signal(10), Notification::Done])?;
@@ -169,7 +169,7 @@ fn signals(device: &Device) -> Outcome {
     expect_floats(&arena, 0, &[2.0])
 }
 
-/// With Inf/NaN checks enabled, a stream reports only the first write of a submission that contains Inf or NaN.
+/// Tests that, with Inf/NaN checks enabled, a stream reports only the first write of a submission with Inf or NaN.
 fn finite(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let (x, y) = (|| floats(0, 0, &[2]), || floats(0, 8, &[2]));
@@ -177,7 +177,7 @@ fn finite(device: &Device) -> Outcome {
     let region = Op::CopyRegion { src: one.clone(), dst: one };
     let bad = |value| vec![fill(1.0, y()), fill(value, x()), launch(Op::Copy, &[x()], &[floats(0, 16, &[2])])];
     let mixed = vec![
-        // Elements outside the box keep earlier values; the maximum of an empty row is -Inf, which is not an error.
+        // Elements outside the box keep earlier values. The maximum of an empty row is -Inf, which is not an error.
         launch(region, &[y()], &[x()]),
         launch(Op::RowMax, &[floats(0, 24, &[2, 0])], &[floats(0, 24, &[2])]),
         launch(Op::Copy, &[x()], &[floats(0, 16, &[2])]),
@@ -196,7 +196,7 @@ fn finite(device: &Device) -> Outcome {
     Ok(())
 }
 
-/// A kernel that panics ends only its program.
+/// Tests that a kernel that panics ends only its own program.
 fn failures(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let bad = vec![
@@ -215,7 +215,7 @@ fn failures(device: &Device) -> Outcome {
     expect_floats(&arena, 0, &[1.0, 1.0])
 }
 
-/// Buffers that do not fit their bases cause an error, never a crash.
+/// Tests that buffers outside of their bases cause an error, and never a crash.
 fn invalid_buffers(device: &Device) -> Outcome {
     let (stream, arena) = make(device, 64)?;
     let clip = Op::ClipScale { max_norm: 1.0 };
@@ -247,7 +247,7 @@ fn custom(device: &Device) -> Outcome {
     expect_floats(&arena, 8, &[3.5])
 }
 
-/// Arenas are counted, zeroed and kept alive by submissions. A stream allocates only what its device kind documents.
+/// Tests that arenas are counted, zeroed and kept alive by submissions. A stream allocates only what is documented.
 fn memory(device: &Device) -> Outcome {
     let bytes_before = device.bytes_allocated();
     let (stream, arena) = make(device, 1 << 20)?;

@@ -1,4 +1,4 @@
-//! The buffers of a launch on the CPU: resolves and checks them, and gives kernels access to their slices.
+//! The buffers of a launch on the CPU: resolves and checks them, and gives kernels access to their elements.
 #![allow(unsafe_code)]
 
 use crate::bound::Bound;
@@ -12,9 +12,9 @@ pub(crate) struct Args<'a> {
     pub(super) launch: &'a Launch,
     pub(super) reads: Vec<View<'a>>,
     pub(super) writes: Vec<View<'a>>,
-    /// Writes already handed out as slices: each is handed out once, which keeps slices exclusive.
+    /// Which writes have been handed out as slices. Each write is handed out once, so its slice is exclusive.
     taken: Vec<bool>,
-    /// The threads' parts of the stream's scratch memory.
+    /// The parts of the stream's scratch memory for its threads.
     pub(super) scratch: Option<View<'a>>,
     pub(crate) accumulate: bool,
 }
@@ -29,7 +29,7 @@ impl<'a> Args<'a> {
         Ok(Self { launch, taken, reads, writes, scratch: None, accumulate })
     }
 
-    /// Read `i` as indices, after a check that all are below `limit`.
+    /// Read `i` as indices, which must all be below `limit`.
     pub(crate) fn indices(&self, i: usize, limit: usize) -> Result<&'a [i32]> {
         let indices = self.i32(i)?;
         let inside = |index: &i32| usize::try_from(*index).is_ok_and(|index| index < limit);
@@ -48,7 +48,7 @@ impl<'a> Args<'a> {
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
             return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
         }
-        // SAFETY: of this type, and no write of this launch overlaps it (just checked); other streams: MEM-3.
+        // SAFETY: the type matches, and no write of this launch overlaps (just checked); other streams: MEM-3.
         Ok(unsafe { self.reads[i].slice() })
     }
 
@@ -60,7 +60,7 @@ impl<'a> Args<'a> {
         self.slice(i)
     }
 
-    /// Read `i` of an elementwise op that writes write `w`: separate memory, or the memory that is written.
+    /// Read `i` of an elementwise op that writes write `w`: either separate memory, or the memory of the write itself.
     pub(crate) fn operand(&self, i: usize, w: usize) -> Result<Operand<'a>> {
         let (read, write) = (&self.reads[i], &self.writes[w]);
         self.launch.expect_dtype("read", i, read.dtype(), DType::F32)?;
@@ -70,12 +70,12 @@ impl<'a> Args<'a> {
         self.f32(i).map(Operand::Other)
     }
 
-    /// Write `i`, once.
+    /// Write `i`. It can be taken only once.
     pub(crate) fn take<T: HostElement>(&mut self, i: usize) -> Result<&'a mut [T]> {
         self.launch.expect_dtype("write", i, self.writes[i].dtype(), T::DTYPE)?;
         assert!(!std::mem::replace(&mut self.taken[i], true), "write {i} taken twice");
-        // SAFETY: of this type, taken once, no other write overlaps (`Bound` has checked that), and no slice is made of
-        // an overlapping read (`slice`, `operand`); other streams: MEM-3.
+        // SAFETY: the type matches, the write is taken once, no other write overlaps (`Bound` has checked that), and
+        // `slice` and `operand` make no slice of an overlapping read; other streams: MEM-3.
         Ok(unsafe { self.writes[i].slice_mut() })
     }
 
@@ -83,11 +83,11 @@ impl<'a> Args<'a> {
         self.take(i)
     }
 
-    /// The threads' parts of scratch memory, once; empty if the op needs none.
+    /// The threads' parts of the scratch memory, which can be taken only once. Empty if the op needs none.
     pub(crate) fn take_scratch(&mut self) -> &'a mut [f32] {
         let Some(view) = self.scratch.take() else { return &mut [] };
-        // SAFETY: the memory holds f32, is taken once, and belongs to this stream. Of a program's buffers it holds only
-        // widened tensors, which lie after the threads' parts.
+        // SAFETY: the memory holds f32, is taken once, and belongs to this stream. The only buffers of the program in
+        // it are widened tensors, which lie after the threads' parts.
         unsafe { view.slice_mut() }
     }
 }

@@ -1,6 +1,6 @@
-//! Causal attention and its gradient. One thread processes each (batch, head), in blocks of query rows, whose scores
-//! are stored in the thread's part of the stream's scratch memory. Only keys up to a block's last row are read.
-//! Dao et al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax: whole rows of a block fit in L2.
+//! Causal attention and its gradient. One thread processes each (batch, head), in blocks of query rows. A block's
+//! scores are in the thread's part of the stream's scratch memory. A block reads only keys up to its last row. Dao et
+//! al. 2022, <https://arxiv.org/abs/2205.14135>, without the online softmax, because whole rows of a block fit in L2.
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;
@@ -26,20 +26,20 @@ impl Dims {
         Ok(Self { batch, time, heads, depth })
     }
 
-    /// The `[t, d]` matrix of one (batch, head) of a tensor that starts at `start`.
+    /// The `[t, d]` matrix of one (batch, head). `start` is the start of the whole tensor.
     fn matrix(self, start: *const f32, item: usize) -> Matrix {
         let (batch, head) = (item / self.heads, item % self.heads);
         let row = self.heads * self.depth;
         Matrix { start: start.wrapping_add(batch * self.time * row + head * self.depth), row, column: 1 }
     }
 
-    /// Query blocks as `(first row, end)`, in reverse order.
+    /// Query blocks as `(first row, end)`. The last block comes first.
     fn blocks(self) -> impl Iterator<Item = (usize, usize)> {
         let time = self.time;
         (0..time).step_by(ATTENTION_BLOCK).rev().map(move |first| (first, (first + ATTENTION_BLOCK).min(time)))
     }
 
-    /// Calls `work(item, scratch)` for each (batch, head); each thread gets a fixed part of them.
+    /// Calls `work(item, scratch)` for each (batch, head). Each thread gets a fixed range of items.
     fn for_each_item(self, pool: &Pool, scratch: &mut [f32], work: impl Fn(usize, &mut [f32]) + Sync) {
         let items = self.batch * self.heads;
         let share = scratch.len() / pool.threads();
@@ -47,7 +47,7 @@ impl Dims {
         let scores = items * self.time * self.time;
         let parts = pool.parts_for(scores * self.depth.max(1) / 8).min(items);
         pool.run(parts, &|part| {
-            // SAFETY: the parts of the scratch memory are disjoint, and each part runs once.
+            // SAFETY: the parts of the scratch memory are disjoint, and each part runs only once.
             let scratch = unsafe { scratch.range(part * share..(part + 1) * share) };
             for item in split_range(items, parts, part) {
                 work(item, scratch);
@@ -63,9 +63,9 @@ fn plain(slice: &mut [f32], columns: usize) -> Matrix {
 /// Row `row` of a matrix whose columns are adjacent.
 ///
 /// # Safety
-/// The row's `len` elements are in live memory and nothing writes them during `'a`.
+/// The row's `len` elements are in live memory, and nothing writes them during `'a`.
 unsafe fn row<'a>(matrix: Matrix, row: usize, len: usize) -> &'a [f32] {
-    // SAFETY: by the contract.
+    // SAFETY: the contract.
     unsafe { std::slice::from_raw_parts(matrix.at(row, 0).start, len) }
 }
 
@@ -76,7 +76,7 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
     let lse = Pieces::new(args.out(1)?);
     dims.for_each_item(pool, args.take_scratch(), |item, scores| {
         let [q, k, v, o] = [q, k, v, o].map(|tensor| dims.matrix(tensor.start, item));
-        // SAFETY: items are disjoint rows of lse, and one thread processes each.
+        // SAFETY: items are disjoint rows of lse, and only one thread processes each item.
         let lse = unsafe { lse.range(item * dims.time..(item + 1) * dims.time) };
         for (first, end) in dims.blocks() {
             let (rows, depth) = (end - first, dims.depth);
@@ -95,12 +95,12 @@ pub(crate) fn attention(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Result<
     Ok(())
 }
 
-/// The start address of a whole tensor, to be sent to the pool's threads.
+/// The start address of a whole tensor, in a form that can be sent to the pool's threads.
 fn start_of(start: *const f32) -> Matrix {
     Matrix { start, row: 1, column: 1 }
 }
 
-/// Turns a block's scores into probabilities, with zeros for future keys, and stores each row's log-sum-exp.
+/// Turns a block's scores into probabilities, with zeros for future keys. Stores each row's log-sum-exp.
 #[inline(always)]
 fn softmax_block(scores: &mut [f32], lse: &mut [f32], first: usize, end: usize) {
     for (i, (row, lse)) in scores.chunks_exact_mut(end).zip(lse).enumerate() {
@@ -126,7 +126,7 @@ pub(crate) fn attention_grad(args: &mut Args<'_>, pool: &Pool, scale: f32) -> Re
         let outputs = outputs.map(|tensor| dims.matrix(tensor.start, item));
         let lse = &lse[item * dims.time..(item + 1) * dims.time];
         for (first, end) in dims.blocks() {
-            // The last block comes first: it overwrites all of dk and dv. The earlier blocks add to the first rows.
+            // The last block is processed first and overwrites all of dk and dv. The earlier blocks add to them.
             let accumulate = end < dims.time;
             grad_block(dims, scale, (first, end), accumulate, inputs, outputs, lse, scratch);
         }
@@ -162,7 +162,7 @@ fn grad_block(
             let (past, future) = p[i * end..(i + 1) * end].split_at_mut(first + i + 1);
             let (ds_past, ds_future) = ds[i * end..(i + 1) * end].split_at_mut(first + i + 1);
             let lse = lse[first + i];
-            // SAFETY: as above; both are only read.
+            // SAFETY: as above; both rows are only read.
             let delta = unsafe { inlined!(fold([row(d_o, i, depth), row(o, i, depth)], |[d_o, o]| d_o * o)) };
             inlined!(update(past, [], |score, []| exp(score - lse)));
             inlined!(update(ds_past, [past], |dp, [p]| p * (dp - delta)));

@@ -1,4 +1,4 @@
-//! Dropout whose mask is a function of the element's index in the whole tensor.
+//! Dropout. The mask is a function of the element's index in the whole tensor.
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
@@ -8,7 +8,7 @@ use crate::hash::{GOLDEN_GAMMA, mix64};
 use crate::op::describe::dropout_threshold;
 use crate::tensor::element_count;
 
-/// `lowbias32`, a 32-bit mixer that vectorizes: <https://github.com/skeeto/hash-prospector>.
+/// `lowbias32`, a 32-bit mixing function that vectorizes: <https://github.com/skeeto/hash-prospector>.
 #[inline(always)]
 fn mix32(mut x: u32) -> u32 {
     x = (x ^ (x >> 16)).wrapping_mul(0x7feb_352d);
@@ -25,7 +25,7 @@ struct Mask {
 }
 
 impl Mask {
-    /// Keeps or drops element `place + index` of the step's tensor, which is `x`.
+    /// Keeps or drops element `place + index` of the step's whole tensor. `x` is the element's value.
     #[inline(always)]
     fn apply(self, place: u64, index: u32, x: f32) -> f32 {
         let (low, carry) = (place as u32).overflowing_add(index);
@@ -77,7 +77,7 @@ pub(crate) fn dropout(
     Ok(())
 }
 
-/// Index in the whole tensor of the first element of a row (along the last dim) of the local tensor.
+/// Index in the whole tensor at which row `row` (along the last dim) of the local tensor starts.
 fn row_start(mut row: usize, local: &[usize], shape: &[usize], start: &[usize]) -> usize {
     let rank = local.len();
     if rank == 0 {

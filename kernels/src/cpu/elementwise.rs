@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::region::for_each_run;
 use crate::tensor::{DType, HostElement, Region, element_count};
 
-/// `y[i] = f(x[i])` on the pool's threads; an element costs `weight` times an addition.
+/// `y[i] = f(x[i])` on the pool's threads. `weight` is the cost of one element in additions.
 fn parallel_map(pool: &Pool, x: Operand<'_>, y: &mut [f32], weight: usize, f: impl Fn(f32) -> f32 + Sync) {
     let elements = y.len();
     pool.ranges(y, LANES, elements * weight, |range, y| {
@@ -130,7 +130,7 @@ pub(crate) fn scale(args: &mut Args<'_>, pool: &Pool, factor: f32) -> Result<()>
     Ok(())
 }
 
-/// Each thread sums some of the columns over all rows in order, so the number of threads does not matter (BITS-1).
+/// Each thread sums some columns over all rows, in row order, so bits do not depend on the number of threads (BITS-1).
 pub(crate) fn sum_leading(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     let (x, y, accumulate) = (args.f32(0)?, args.out(0)?, args.accumulate);
     let width = y.len();

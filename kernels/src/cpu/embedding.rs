@@ -20,7 +20,7 @@ pub(crate) fn embedding(args: &mut Args<'_>, pool: &Pool, vocab_start: usize, vo
     Ok(())
 }
 
-/// Each thread owns some rows of the table and scans all ids in order, so the order of each row's sum is fixed.
+/// Each thread owns some rows of the table, and scans all ids in order. So the order of each row's sum is fixed.
 pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usize) -> Result<()> {
     let [vocab, width] = args.launch.dims("shape of write 0", args.writes[0].shape(), "[v, c]")?;
     let (ids, dy, accumulate) = (args.i32(0)?, args.f32(1)?, args.accumulate);
@@ -31,7 +31,7 @@ pub(crate) fn embedding_grad(args: &mut Args<'_>, pool: &Pool, vocab_start: usiz
             dtable.fill(0.0);
         }
         for (i, &id) in ids.iter().enumerate() {
-            // The forward kernel has rejected ids outside of the table.
+            // The forward kernel has already rejected ids outside of the whole table.
             let Some(id) = (id as usize).checked_sub(vocab_start).filter(|id| rows.contains(id)) else { continue };
             let row = id - rows.start;
             let sums = &mut dtable[row * width..(row + 1) * width];

@@ -1,4 +1,4 @@
-//! Runs one launch on the CPU: calls the kernel of its op.
+//! Runs one launch on the CPU by calling the op's kernel.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -76,11 +76,11 @@ impl Runner {
     }
 }
 
-/// The first write of a finished launch that contains Inf or NaN, and the number of such elements.
+/// Returns the first write of a finished launch with Inf or NaN, and the number of such elements.
 pub(crate) fn not_finite(launch: &Launch, bases: &[Base]) -> Option<(usize, usize)> {
     let args = Args::resolve(launch, bases, false).ok()?;
     let count = |write: &View<'_>| {
-        // SAFETY: the launch that wrote them has ended, and this stream has started no other; other streams: MEM-3.
+        // SAFETY: the launch that wrote them has ended, and this stream runs no other launch; other streams: MEM-3.
         let values = unsafe { write.to_f32() }.unwrap_or_default();
         faults(&launch.op, write.shape(), &values)
     };

@@ -1,4 +1,4 @@
-//! Softmax cross entropy in parts, so that a vocabulary can be split over devices.
+//! Softmax cross entropy in several ops, so that a vocabulary can be split over devices.
 
 use crate::cpu::args::Args;
 use crate::cpu::pool::Pool;
@@ -18,7 +18,7 @@ pub(crate) fn row_max(args: &mut Args<'_>, pool: &Pool) -> Result<()> {
     Ok(())
 }
 
-/// The target's column in this shard, if the shard holds it.
+/// The target's column in this shard. `None` if another shard holds it.
 fn column(target: i32, vocab_start: usize, width: usize) -> Option<usize> {
     (target as usize).checked_sub(vocab_start).filter(|&column| column < width)
 }

@@ -1,7 +1,7 @@
-//! Matrix products by the crate `gemm-f32`, on one thread per slice of the result.
+//! Matrix products by the crate `gemm-f32`. Each thread computes a slice of the result.
 //!
-//! An element's bits depend only on the length `k` of the summed index (BITS-1), not on slice, caches or vector width:
-//! a chain of fused multiply-adds over each block of `k`, with the blocks' sums added in order.
+//! The bits of an element depend only on the length `k` of the summed index (BITS-1), not on slices, caches or vector
+//! width: each block of `k` is a chain of fused multiply-adds, and the sums of the blocks are added in order.
 #![allow(unsafe_code)]
 
 use crate::cpu::args::Args;
@@ -10,16 +10,16 @@ use crate::error::Result;
 use crate::op::Einsum;
 use crate::tensor::split_range;
 
-/// Multiply-adds that are worth a thread: about 2 us of work.
+/// Number of multiply-adds for which another thread pays off: about 2 us of work.
 const FORK_MULTIPLIES: usize = 128 * 1024;
 
-/// Slices are multiples of this many rows or columns, so that micro-kernels process full tiles.
+/// Slices are multiples of this many rows or columns, so that micro-kernels process whole tiles.
 const GRAIN: usize = 16;
 
-/// Maximum elements of the summed index per call. `gemm` splits longer sums by cache size into blocks of at least this.
+/// Maximum length of the summed index per call. `gemm` splits longer sums by cache size into blocks at least this long.
 const BLOCK_MAX: usize = 512;
 
-/// A matrix in memory by its strides, in elements.
+/// A matrix in memory. Strides are in elements.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix {
     pub(crate) start: *const f32,
@@ -27,7 +27,7 @@ pub(crate) struct Matrix {
     pub(crate) column: usize,
 }
 
-// SAFETY: it only holds an address; `product`'s contract governs access to the memory.
+// SAFETY: a matrix only holds an address; `product`'s contract governs access to the memory.
 unsafe impl Sync for Matrix {}
 // SAFETY: as for `Sync`.
 unsafe impl Send for Matrix {}
@@ -45,8 +45,8 @@ impl Matrix {
 /// `out = factor * a b`, or `out += factor * a b`; `out` is `[m, n]`, `a` is `[m, k]`.
 ///
 /// # Safety
-/// All elements of the three matrices are in live memory; `out` overlaps neither `a` nor `b`, is writable, and is
-/// accessed by nothing else; nothing writes `a` and `b`.
+/// All elements of the three matrices are in live memory. `out` is writable, overlaps neither `a` nor `b`, and is
+/// accessed by nothing else. Nothing writes `a` and `b`.
 pub(crate) unsafe fn product(
     (m, n, k): (usize, usize, usize),
     out: Matrix,
@@ -62,7 +62,7 @@ pub(crate) unsafe fn product(
     if k == 0 {
         if !accumulate {
             for place in (0..m).flat_map(|i| (0..n).map(move |j| i * out.row + j * out.column)) {
-                // SAFETY: an element of `out`.
+                // SAFETY: the address is that of an element of `out`.
                 unsafe { *destination.add(place) = 0.0 };
             }
         }
@@ -75,10 +75,10 @@ pub(crate) unsafe fn product(
     let block = k.div_ceil(k.div_ceil(BLOCK_MAX));
     for start in (0..k).step_by(block) {
         let (a, b) = (a.at(0, start), b.at(start, 0));
-        // Conjugation has no effect on real numbers. It keeps `gemm` from its code paths for small results and for
-        // vectors, which it would choose by the shape of this slice and which sum in other orders.
+        // Conjugation does not change real numbers. It makes `gemm` avoid its code paths for small results and for
+        // vectors: `gemm` would choose these by the shape of this slice, and they sum in other orders.
         let conjugate_out = true;
-        // SAFETY: the contract is that of `gemm`: valid matrices, an exclusive destination.
+        // SAFETY: the contract includes that of `gemm`: valid matrices, an exclusive destination.
         unsafe {
             gemm_f32::gemm::f32::get_gemm_fn()(
                 m,
@@ -105,7 +105,7 @@ pub(crate) unsafe fn product(
     }
 }
 
-/// A whole matrix, stored row-major or transposed.
+/// The matrix of a whole tensor, stored row-major or transposed.
 fn stored(start: *const f32, rows: usize, columns: usize, transposed: bool) -> Matrix {
     if transposed { Matrix { start, row: 1, column: rows } } else { Matrix { start, row: columns, column: 1 } }
 }
@@ -125,8 +125,8 @@ pub(crate) fn einsum(args: &mut Args<'_>, pool: &Pool, einsum: &Einsum) -> Resul
     pool.run(parts, &|part| {
         let grains = split_range(grains, parts, part);
         let (start, end) = (grains.start * GRAIN, grains.end * GRAIN);
-        // SAFETY: all three lie inside their slices (assertion above), which outlive this call; the parts' rows (or
-        // columns) of `out` are disjoint, and `Args` gave exclusive access to `out`.
+        // SAFETY: all three matrices lie inside their slices (assertion above), which outlive this call; the parts'
+        // rows (or columns) of `out` are disjoint, and `Args` gave exclusive access to `out`.
         unsafe {
             if by_rows {
                 product((end.min(m) - start, n, k), out.at(start, 0), accumulate, 1.0, a.at(start, 0), b);
@@ -145,13 +145,13 @@ mod tests {
     use gemm_common::simd::{MixedSimd, V3, V4};
     use gemm_f32::microkernel::{avx512f, fma};
 
-    /// The call that `product` makes, with the kernels of one vector width.
+    /// The same call as in `product`, with the kernels of one vector width.
     macro_rules! blocked {
         ($simd:ty, $kernels:ident, $lanes:literal, $packs:literal, $horizontal:literal, $shape:expr, $a:expr, $b:expr, $out:expr) => {{
             use $kernels::f32::{H_UKR, UKR};
             let ((m, n, k), simd) =
                 ($shape, <$simd as MixedSimd<f32, f32, f32, f32>>::try_new().expect("instruction set is available"));
-            // SAFETY: matrices of these shapes, column-major, `a` row-major; the machine supports the instructions.
+            // SAFETY: the shapes match, column-major, `a` row-major; the machine supports the instructions.
             unsafe {
                 gemm_basic_generic::<$simd, f32, $lanes, { $lanes * $packs }, 6, $packs, $horizontal, $horizontal>(
                     simd,
@@ -183,7 +183,7 @@ mod tests {
         }};
     }
 
-    /// The code path of `product` returns the same bits with AVX2 and AVX-512, for whole and partial tiles.
+    /// Tests that `product`'s code path returns the same bits with AVX2 and AVX-512, for whole and partial tiles.
     #[test]
     fn the_vector_width_does_not_change_bits() {
         if !std::arch::is_x86_feature_detected!("avx512f") || !std::arch::is_x86_feature_detected!("fma") {

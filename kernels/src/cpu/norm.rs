@@ -25,7 +25,7 @@ pub(crate) fn layer_norm(args: &mut Args<'_>, pool: &Pool, eps: f32) -> Result<(
     Ok(())
 }
 
-/// Number of columns of `dweight` that are summed together, on the stack.
+/// Number of columns of `dweight` that are summed together in an array on the stack.
 const COLUMNS: usize = 256;
 
 /// `dx = rstd (g - mean(g) - xhat mean(g xhat))`, `g = dy weight`, `xhat = (x - mean) rstd`; `dweight = sum over rows

@@ -1,9 +1,9 @@
-//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers. Each gets a fixed part of the work.
+//! The fork-join pool of one stream: the stream's thread and `threads - 1` helpers. Each runs a fixed part of the work.
 //!
-//! - BITS-1: a result does not depend on the number of threads. Threads divide the output; sums that span several
-//!   threads' parts are split by the shape of the whole op.
+//! - BITS-1: a result does not depend on the number of threads. Threads divide the output. A sum that spans several
+//!   threads' parts is split by the shape of the whole op.
 //! - POOL-1: a job is published before `generation` grows, and is not accessed again until `pending` is 0.
-//! - POOL-2: `Pool::run` returns only when `pending` is 0, so no helper uses a job after its borrow ends.
+//! - POOL-2: `Pool::run` returns only when `pending` is 0, so no helper uses a job after the job's borrow ends.
 #![allow(unsafe_code)]
 
 use std::any::Any;
@@ -20,13 +20,13 @@ use parking_lot::Mutex;
 
 use crate::tensor::split_range;
 
-/// How long a thread spins for work before it parks: longer than gaps between launches, about the cost of parking.
+/// How long a thread spins for work before it parks: longer than gaps between launches, and about the cost of parking.
 const SPIN: Duration = Duration::from_micros(40);
 
-/// Least number of elements (of a kernel with a few operations per element) that is worth a fork.
+/// Minimum number of elements (of a kernel with a few operations per element) for which a fork pays off.
 pub(crate) const FORK_ELEMENTS: usize = 16 * 1024;
 
-/// Helper threads that wait for jobs; dropping the pool ends them.
+/// Helper threads that wait for jobs. Dropping the pool ends the threads.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     helpers: Vec<JoinHandle<()>>,
@@ -52,14 +52,14 @@ struct Job {
     parts: usize,
 }
 
-// SAFETY: the owner writes `job` and `owner` only while `pending` is 0, and helpers read them only between the release
-// of a new generation and their own decrement of `pending` (POOL-1); `Fn + Sync` may be called from any thread.
+// SAFETY: the owner writes `job` and `owner` only while `pending` is 0. Helpers read them only between the release of a
+// new generation and their own decrement of `pending` (POOL-1). Any thread may call `Fn + Sync`.
 unsafe impl Sync for Shared {}
 // SAFETY: as for `Sync`; no field is tied to a thread.
 unsafe impl Send for Shared {}
 
 impl Pool {
-    /// A pool of `threads` threads including the caller's. `name` is the prefix of the helpers' names.
+    /// Starts a pool of `threads` threads, including the caller's. `name` is the prefix of the helpers' names.
     pub(crate) fn start(name: &str, threads: usize) -> std::io::Result<Self> {
         let helper_parked = (1..threads).map(|_| AtomicBool::new(false)).collect();
         let shared = Arc::new(Shared { helper_parked, ..Shared::default() });
@@ -76,7 +76,7 @@ impl Pool {
         self.helpers.len() + 1
     }
 
-    /// Runs `work(part)` for up to `threads()` parts, one on each thread; propagates a panic once all have ended.
+    /// Runs `work(part)` for up to `threads()` parts, one on each thread. Propagates a panic after all have ended.
     pub(crate) fn run(&self, parts: usize, work: &(dyn Fn(usize) + Sync)) {
         assert!(parts <= self.threads(), "more parts than threads");
         if parts <= 1 {
@@ -85,11 +85,11 @@ impl Pool {
         }
         let shared = &*self.shared;
         assert_eq!(shared.pending.load(Ordering::Acquire), 0, "a job may not start another");
-        // SAFETY: only the lifetime is changed; POOL-2 keeps every use inside this call.
+        // SAFETY: only the lifetime is changed; by POOL-2, every use happens inside this call.
         let work_erased = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(work)
         };
-        // SAFETY: `pending` is 0, so no helper reads these cells (POOL-1); `&self` stays on the owner's thread, as
+        // SAFETY: `pending` is 0, so no helper reads these cells (POOL-1); `&self` stays on the owner's thread, since
         // `Pool` is not `Sync`.
         unsafe {
             *shared.job.get() = Some(Job { work: work_erased, parts });
@@ -110,12 +110,12 @@ impl Pool {
         }
     }
 
-    /// Number of threads that `elements` elements of light work are worth.
+    /// Number of threads that pays off for `elements` elements of light work.
     pub(crate) fn parts_for(&self, elements: usize) -> usize {
         (elements / FORK_ELEMENTS).clamp(1, self.threads())
     }
 
-    /// Splits `rows` rows of `outs` (any widths) over threads if `weight` elements are worth it: `work(rows, outs)`.
+    /// Calls `work(rows, outs)` on parts of the rows of `outs` (any widths). `weight` elements decide the thread count.
     pub(crate) fn rows<T: Send, const N: usize>(
         &self,
         rows: usize,
@@ -135,14 +135,14 @@ impl Pool {
             let range = split_range(rows, parts, part);
             let part_outs = outs.each_ref().map(|pieces| {
                 let width = pieces.len / rows;
-                // SAFETY: the parts' ranges of rows are disjoint, and each part runs once.
+                // SAFETY: the parts' ranges of rows are disjoint, and each part runs only once.
                 unsafe { pieces.range(range.start * width..range.end * width) }
             });
             work(range, part_outs);
         });
     }
 
-    /// Splits a slice over threads at multiples of `grain` if `weight` elements are worth it: `work(range, out)`.
+    /// Calls `work(range, out)` on parts of a slice (multiples of `grain`). `weight` elements decide the thread count.
     pub(crate) fn ranges<T: Send>(
         &self,
         out: &mut [T],
@@ -156,7 +156,7 @@ impl Pool {
         self.run(parts, &|part| {
             let grains = split_range(grains, parts, part);
             let range = grains.start * grain..(grains.end * grain).min(len);
-            // SAFETY: the parts' ranges are disjoint, and each part runs once.
+            // SAFETY: the parts' ranges are disjoint, and each part runs only once.
             work(range.clone(), unsafe { pieces.range(range) });
         });
     }
@@ -181,12 +181,12 @@ fn run_helper(shared: &Shared, helper: usize) {
         if shared.closing.load(Ordering::SeqCst) {
             return;
         }
-        // SAFETY: the job of this generation was published before it (POOL-1).
+        // SAFETY: the job was published before this generation (POOL-1).
         let (job, owner) = unsafe { (*shared.job.get(), (*shared.owner.get()).clone()) };
         if let Some(job) = job
             && helper + 1 < job.parts
         {
-            // SAFETY: the owner waits for `pending`, so the closure outlives this call (POOL-2).
+            // SAFETY: the owner waits until `pending` is 0, so the closure outlives this call (POOL-2).
             let work = unsafe { &*job.work };
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| work(helper + 1))) {
                 shared.panic.lock().get_or_insert(panic);
@@ -201,7 +201,7 @@ fn run_helper(shared: &Shared, helper: usize) {
     }
 }
 
-/// Spins, then parks, until `ready`. The thread that makes it ready reads `parked` afterwards, and unparks this thread.
+/// Spins until `ready`, then parks. The thread that makes `ready` true then reads `parked`, and unparks this thread.
 fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
     let mut began = None;
     loop {
@@ -215,7 +215,7 @@ fn wait_until(ready: impl Fn() -> bool, parked: &AtomicBool) {
             continue;
         }
         parked.store(true, Ordering::SeqCst);
-        // Checked again after the store: the other thread reads `parked` after it makes the condition true.
+        // Checks `ready` again after the store, because the other thread reads `parked` after it makes `ready` true.
         while parked.load(Ordering::SeqCst) && !ready() {
             thread::park();
         }
@@ -229,7 +229,7 @@ pub(crate) struct Pieces<'a, T> {
     borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: only ranges are handed out, which `Pieces::range` requires to be disjoint.
+// SAFETY: a shared `Pieces` only hands out ranges, which `Pieces::range` requires to be disjoint.
 unsafe impl<T: Send> Sync for Pieces<'_, T> {}
 // SAFETY: as for `Sync`.
 unsafe impl<T: Send> Send for Pieces<'_, T> {}
@@ -240,11 +240,11 @@ impl<'a, T> Pieces<'a, T> {
     }
 
     /// # Safety
-    /// Ranges that are in use at the same time do not overlap.
+    /// Ranges that are used at the same time do not overlap.
     #[allow(clippy::mut_from_ref)]
     pub(crate) unsafe fn range(&self, range: Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "piece out of bounds");
-        // SAFETY: in bounds by the assertion, exclusive by the contract, alive by the borrow.
+        // SAFETY: in bounds by the assertion, exclusive by the contract, and alive by the borrow.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }

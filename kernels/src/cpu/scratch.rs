@@ -1,5 +1,5 @@
-//! The scratch memory of a CPU stream, reused by each launch: first a part for each thread, then the tensors that a
-//! launch widens from bf16. It is not part of the plan's arena, because its size depends on the number of threads.
+//! The scratch memory of a CPU stream. Every launch reuses it: first one part per thread, then the tensors that the
+//! launch widens from bf16. It is not in the plan's arena, because its size depends on the number of threads.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use crate::memory::{ALIGNMENT, Arena, Tally};
 use crate::op::{Buffer, Launch, Op, Program};
 use crate::tensor::{DType, element_count};
 
-/// As large as needed by the largest launch that a stream has prepared or run. Clones share the memory.
+/// Scratch memory for the largest launch that a stream has prepared or run. Clones share the memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Scratch {
     device: usize,
@@ -30,13 +30,13 @@ impl Scratch {
         if bytes > 0 { self.at_least(bytes).map(drop) } else { Ok(()) }
     }
 
-    /// Returns the memory, grown to at least `bytes`. Only the stream's thread uses it, for one launch at a time.
+    /// Returns the memory, enlarged to `bytes` if needed. Only the stream's thread uses it, for one launch at a time.
     pub(crate) fn at_least(&self, bytes: usize) -> Result<Arena> {
         let mut arena = self.arena.lock();
         match &*arena {
             Some(arena) if arena.bytes() >= bytes => Ok(arena.clone()),
             _ => {
-                // Free the smaller arena first, so that both never exist at once.
+                // Frees the smaller arena first, so that the two never exist at the same time.
                 *arena = None;
                 Ok(arena.insert(Arena::host(self.device, bytes, &self.tally)?).clone())
             }
@@ -44,31 +44,31 @@ impl Scratch {
     }
 }
 
-/// Whether a launch runs on widened buffers: not casts, copies and collectives, which do not compute with bf16.
+/// True if a launch runs on widened buffers. Casts, copies and collectives do not: they do not compute with bf16.
 pub(crate) fn is_widened(launch: &Launch) -> bool {
     let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
     let supports_bf16 = matches!(launch.op, Op::Cast | Op::Copy | Op::CopyRegion { .. } | Op::Collective(_));
     !supports_bf16 && launch.reads.iter().chain(&launch.writes).any(is_half)
 }
 
-/// Bytes of all threads' parts for a launch on a stream of `threads` threads; widened tensors follow them.
+/// Total size in bytes of the threads' parts for a launch on `threads` threads. Widened tensors follow these parts.
 pub(crate) fn thread_bytes(launch: &Launch, threads: usize) -> usize {
     let shapes: Vec<&[usize]> = launch.reads.iter().map(|read| &read.shape[..]).collect();
     (launch.op.thread_floats(&shapes) * threads * size_of::<f32>()).next_multiple_of(ALIGNMENT)
 }
 
-/// Bytes that a launch needs on a stream of `threads` threads.
+/// Scratch size in bytes for a launch on a stream of `threads` threads.
 pub(crate) fn bytes(launch: &Launch, threads: usize) -> usize {
     let wide = |launch: &Launch| {
         let halves = launch.reads.iter().chain(&launch.writes).filter(|buffer| buffer.dtype == DType::BF16);
-        // An in-place op lists one buffer twice.
+        // An in-place op lists the same buffer twice.
         let places: BTreeSet<_> = halves.map(|b| (b.base, b.offset, element_count(&b.shape))).collect();
         places.into_iter().map(|(_, _, elements)| wide_bytes(elements)).sum()
     };
     thread_bytes(launch, threads) + if is_widened(launch) { wide(launch) } else { 0 }
 }
 
-/// Bytes of a bf16 tensor that is widened to f32.
+/// Size in bytes of a bf16 tensor after widening to f32.
 pub(crate) fn wide_bytes(elements: usize) -> usize {
     (elements * size_of::<f32>()).next_multiple_of(ALIGNMENT)
 }

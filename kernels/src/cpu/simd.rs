@@ -1,21 +1,21 @@
-//! Vector loops: plain Rust, compiled for AVX-512, AVX2 and the baseline by `pulp`, which chooses one at run time.
-//! Loops run over single elements, which compilers vectorize best; an element's value does not depend on its index.
+//! Vector loops in plain Rust. `pulp` compiles them for AVX-512, AVX2 and the baseline, and selects one at run time.
+//! Loops run over single elements, which compilers vectorize best. An element's value does not depend on its index.
 
-/// Number of independent partial sums, so that a sum can be vectorized: element i is added to partial sum i mod 16.
+/// Number of independent partial sums, so that sums vectorize: element i is added to partial sum i mod 16.
 pub(crate) const LANES: usize = 16;
 
-/// Elements that a fold computes before it sums them: they fit in L1.
+/// Number of elements that a fold computes before it sums them. They fit in L1.
 const BLOCK: usize = 256;
 
 #[derive(Clone, Copy)]
 pub(crate) enum Operand<'a> {
-    /// The memory that is written (in place).
+    /// The memory that is also written (in place).
     Same,
     Other(&'a [f32]),
 }
 
 impl<'a> Operand<'a> {
-    /// The part for this range of the output.
+    /// The part of this operand for a range of the output.
     pub(crate) fn range(self, range: std::ops::Range<usize>) -> Operand<'a> {
         match self {
             Operand::Same => Operand::Same,
@@ -24,12 +24,12 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Runs `work` compiled for the best instruction set of this machine. `work` and its closures must be
-/// `#[inline(always)]`: other code is compiled for the baseline, where a fused multiply-add is a function call.
+/// Runs `work`, compiled for the best instruction set of this machine. `work` and its closures must be
+/// `#[inline(always)]`: otherwise they are compiled for the baseline, where a fused multiply-add is a function call.
 #[inline(always)]
 pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     struct Inlined<F>(F);
-    // Called as `FnMut`: as `FnOnce`, a closure is called through a shim that is not always inlined.
+    // Calls the closure as `FnMut`: the shim that calls a closure as `FnOnce` is not always inlined.
     impl<R, F: FnMut() -> R> pulp::NullaryFnOnce for Inlined<F> {
         type Output = R;
 
@@ -41,9 +41,9 @@ pub(crate) fn dispatch<R>(work: impl FnMut() -> R) -> R {
     pulp::Arch::new().dispatch(Inlined(work))
 }
 
-/// Calls [`dispatch`] or a loop of this module with its closure inlined, as [`dispatch`] requires.
+/// Calls [`dispatch`] or a loop of this module. Its closure is inlined, as [`dispatch`] requires.
 macro_rules! inlined {
-    // The arguments before the closure move to the brackets one token at a time.
+    // This rule moves the arguments before the closure into the brackets, one token at a time.
     (@ $call:ident [$($before:tt)*] || $body:expr) => {
         $call(
             $($before)*
@@ -102,7 +102,7 @@ pub(crate) fn update<const N: usize>(y: &mut [f32], inputs: [&[f32]; N], f: impl
     }
 }
 
-/// [`map`] of one input, which may be `y` itself. Call inside [`dispatch`].
+/// Like [`map`], with one input, which may be `y` itself. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32) {
     match x {
@@ -111,7 +111,7 @@ pub(crate) fn map_operand(x: Operand<'_>, y: &mut [f32], f: impl Fn(f32) -> f32)
     }
 }
 
-/// [`map`] of two inputs, which may be `y` itself. Call inside [`dispatch`].
+/// Like [`map`], with two inputs. Each may be `y` itself. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn map_operands(a: Operand<'_>, b: Operand<'_>, y: &mut [f32], f: impl Fn(f32, f32) -> f32) {
     match (a, b) {
@@ -147,7 +147,7 @@ fn add_partial_sums(mut sums: [f32; LANES]) -> f32 {
     sums[0]
 }
 
-/// Sum of all elements, in an order that depends only on their number. Call inside [`dispatch`].
+/// Sum of all elements, in an order that depends only on the number of elements. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn sum(x: &[f32]) -> f32 {
     let mut sums = [0.0; LANES];
@@ -179,7 +179,7 @@ pub(crate) fn fold<const N: usize>(inputs: [&[f32]; N], f: impl Fn([f32; N]) -> 
     add_partial_sums(sums)
 }
 
-/// The largest element; `-inf` for an empty slice. Call inside [`dispatch`].
+/// Maximum of all elements; `-inf` for an empty slice. Call inside [`dispatch`].
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
@@ -197,7 +197,7 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 /// Range reduction by powers of two (Cody and Waite 1980) and a polynomial for `e^r`, `|r| <= ln 2 / 2`.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // Adding 1.5 * 2^23 rounds to an integer in the low bits; `as i32` saturates and does not vectorize.
+    // Adding 1.5 * 2^23 rounds to an integer in the low bits. `as i32` would saturate and not vectorize.
     const MAGIC: f32 = 12_582_912.0;
     let clamped = x.clamp(-87.4, 89.0);
     let rounded = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
@@ -211,7 +211,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     p = p.mul_add(r, 1.666_666_5e-1);
     p = p.mul_add(r, 0.5);
     p = p.mul_add(r * r, r) + 1.0;
-    // Two steps, so that results above 2^127 do not overflow in the scale.
+    // Scales in two steps, so that the scale does not overflow for results above 2^127.
     let bits = (rounded.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
     let half = bits >> 1;
     let scale = |e: i32| f32::from_bits(((e + 127) << 23) as u32);
@@ -219,9 +219,9 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { value }
 }
 
-/// The normal distribution's `(cumulative, density)` at x, for GELU: `Phi(x) = (1 + erf(x / sqrt 2)) / 2`.
-/// `Phi(-z) = e^{-z^2/2} t P(t)` with `t = 1 / (1 + 0.27 z)`; P interpolates at the 9 Chebyshev nodes for z up to 13.5,
-/// relative error 3e-8 before rounding. Relative error below 1e-6 for |x| < 5, absolute error below 2e-7 everywhere.
+/// The normal distribution's `(cumulative, density)` at x, for GELU: `Phi(x) = (1 + erf(x / sqrt 2)) / 2`. `Phi(-z) =
+/// e^{-z^2/2} t P(t)` with `t = 1 / (1 + 0.27 z)`. P interpolates at the 9 Chebyshev nodes for z up to 13.5, with a
+/// relative error of 3e-8 before rounding. Relative error below 1e-6 for |x| < 5, absolute error below 2e-7 everywhere.
 #[inline(always)]
 pub(crate) fn normal(x: f32) -> (f32, f32) {
     const P: [f32; 9] = [
@@ -281,7 +281,7 @@ mod tests {
             let ((cumulative, density), exact) = (normal(x), exact(f64::from(x)));
             assert!((f64::from(cumulative) - exact.0).abs() < 2e-7, "Phi({x}) = {cumulative}, not {}", exact.0);
             assert!((f64::from(density) / exact.1 - 1.0).abs() < 2e-6, "phi({x}) = {density}, not {}", exact.1);
-            // Cancellation makes the series inaccurate in the lower tail, so relative error is checked only above it.
+            // In the lower tail, cancellation makes the series inaccurate, so the relative error is not checked there.
             if x > -3.0 {
                 assert!((f64::from(cumulative) / exact.0 - 1.0).abs() < 2e-6, "Phi({x}) = {cumulative}");
             }
@@ -303,7 +303,7 @@ mod tests {
         }
     }
 
-    /// Loops are compiled for several instruction sets; all fuse, order and approximate operations in the same way.
+    /// Tests that the loops, compiled for several instruction sets, all fuse, order and approximate in the same way.
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn the_vector_width_does_not_change_bits() {

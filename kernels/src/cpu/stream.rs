@@ -20,7 +20,7 @@ use crate::submission::{Command, Notification, Submission, launch_panic, trace_l
 
 #[derive(Debug)]
 pub(crate) struct CpuStream {
-    // The queue is unbounded; the register protocol's credits bound the number of submissions.
+    // The queue has no limit of its own: the register protocol's credits limit the number of submissions.
     queue: Option<Sender<Command>>,
     thread: Option<JoinHandle<()>>,
     device: usize,
@@ -66,7 +66,7 @@ impl Drop for CpuStream {
         if let Some(thread) = self.thread.take()
             && thread.thread().id() != thread::current().id()
         {
-            // The thread catches every panic, so the result contains no information.
+            // The thread catches every panic, so this result is always `Ok`.
             let _ = thread.join();
         }
     }
@@ -84,7 +84,7 @@ fn run_commands(commands: &Receiver<Command>, runner: &Runner, mut metrics: Stre
     }
 }
 
-/// Runs one program. A panic of the submitter's `notify` is ignored, since there is no other receiver for it.
+/// Runs one program. Ignores a panic of the submitter's `notify`, since nobody else could receive it.
 fn run(submission: Submission, mut check_finite: bool, runner: &Runner, metrics: &mut StreamMetrics) {
     let Submission { program, bases, repeat, mut notify } = submission;
     let mut send = |notification| drop(catch_unwind(AssertUnwindSafe(|| notify(notification))));
@@ -105,7 +105,7 @@ fn run(submission: Submission, mut check_finite: bool, runner: &Runner, metrics:
         }
         if check_finite && let Some((write, elements)) = not_finite(launch, &bases) {
             send(Notification::NotFinite { launch: done, write, elements });
-            // Later Inf and NaN values are consequences of this one.
+            // Later Inf and NaN values are presumably consequences of this write.
             check_finite = false;
         }
     }

@@ -1,5 +1,5 @@
 //! Launches on bf16: reads are widened to f32 in the stream's scratch memory, the kernel runs there, and its writes are
-//! rounded back. This is the reference for devices that widen in registers and also sum in f32.
+//! rounded back to bf16. This is the reference for devices that widen in registers and also sum in f32.
 #![allow(unsafe_code)]
 
 use half::bf16;
@@ -11,7 +11,7 @@ use crate::memory::{Base, View};
 use crate::op::{Buffer, Launch};
 use crate::tensor::DType;
 
-/// Runs a launch in f32: `run_wide` runs it on widened buffers.
+/// Runs a launch in f32. `run_wide` runs the launch on the widened buffers.
 pub(crate) fn run(
     launch: &Launch,
     bases: &[Base],
@@ -19,7 +19,7 @@ pub(crate) fn run(
     scratch: &Scratch,
     run_wide: impl FnOnce(&Launch, &[Base]) -> Result<()>,
 ) -> Result<()> {
-    // Run all checks on the original buffers.
+    // Runs all checks on the original buffers.
     let args = Args::resolve(launch, bases, false)?;
     let views = || args.reads.iter().chain(&args.writes).filter(|view| view.dtype() == DType::BF16);
     let mut places: Vec<(View<'_>, usize)> = Vec::new();

@@ -1,4 +1,4 @@
-//! Which implementation runs attention on a GPU, and how often each has.
+//! Selects the implementation of attention on a GPU, and counts the launches that each implementation runs.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,7 +9,7 @@ use crate::op::Op;
 /// Environment variable that selects the attention implementation.
 pub const ATTENTION_ENV: &str = "SHARDFLOW_ATTENTION";
 
-/// The attention of a GPU's streams. All processes of a job must use the same one, or results differ by rounding.
+/// The attention implementation of a GPU. All processes of a job must use the same one, or results differ by rounding.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Attention {
     /// Shardflow's kernels.
@@ -17,7 +17,7 @@ pub enum Attention {
     /// cuDNN if it has an engine with bit-identical results in every run, else Shardflow's kernels.
     #[default]
     Ordered,
-    /// cuDNN, even if its backward engine sums parts of dq in arbitrary order, so that bits differ from run to run.
+    /// cuDNN, even if its backward engine sums parts of dq in arbitrary order. Bits then differ from run to run.
     AnyOrder,
 }
 
@@ -43,11 +43,11 @@ impl Attention {
     }
 }
 
-/// By [`Pass`].
+/// Launch counters, indexed by [`Pass`].
 #[derive(Debug, Default)]
 pub(crate) struct AttentionCounters([PassCounters; 2]);
 
-/// Launches of one pass: all, and those that cuDNN ran.
+/// Launches of one pass: all of them, and those that cuDNN ran.
 #[derive(Debug, Default)]
 struct PassCounters {
     all: AtomicU64,

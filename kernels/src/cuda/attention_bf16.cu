@@ -1,11 +1,11 @@
 // Causal attention and its gradient in bf16 on tensor cores: wmma 16x16x16 with f32 sums. The design follows
-// attention_f32.cu: scores are not stored, and the gradient is two kernels in which each sum has one owner and a fixed
+// attention_f32.cu: scores are not stored, and the gradient is two kernels, where each sum has one owner and a fixed
 // order.
 //
-// A block is four warps, each with 16 of its 64 rows. The position of an element in a fragment is unspecified, so each
-// warp determines it once by loading a matrix of numbered elements. Masks, exponentials and row factors then need no
-// detour through shared memory; only values that cross rows (the softmax sums) and new operands (probabilities) do. D
-// is the head's depth rounded up to a compiled depth; the extra dims are zeros in shared memory.
+// A block is four warps. Each warp has 16 of the block's 64 rows. CUDA does not specify the position of an element in a
+// fragment, so each warp determines it once by loading a matrix of numbered elements. Masks, exponentials and row
+// factors then work on fragments. Only the softmax sums and the probabilities go through shared memory. D is the head's
+// depth rounded up to a compiled depth. The extra dims are zeros in shared memory.
 
 #include <mma.h>
 
@@ -22,7 +22,7 @@ using nvcuda::wmma::row_major;
 
 #define ROWS 64
 #define THREADS 128
-// Padding of a tile row beyond D: eight rows then lie in different banks and stay 16-byte aligned.
+// Padding after the D elements of a tile row: eight rows lie in different banks and stay 16-byte aligned.
 #define PAD 8
 // Row pitch of the 16 columns of probabilities in the backward pass, in elements.
 #define P_PITCH 24
@@ -50,8 +50,8 @@ struct IsSame<A, A> {
     static constexpr bool value = true;
 };
 
-// load_matrix_sync from shared memory. On a GPU, issues its instruction directly, with the address space that NVRTC
-// loses for bf16: otherwise each operand takes four generic loads instead of one `ldmatrix`.
+// load_matrix_sync from shared memory. On a GPU, issues the instruction for shared memory directly. NVRTC loses the
+// address space for bf16: an operand would take four generic loads instead of one `ldmatrix`.
 template <class F>
 INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
 #if defined(__CUDA_ARCH__) && !defined(SOFTWARE_CUDA)
@@ -74,7 +74,7 @@ INLINE void load_shared(F& to, const bf16* from, u32 pitch) {
 #endif
 }
 
-// Row and column of each of a lane's eight elements of a sum, four bits each.
+// Row and column of each of a lane's eight elements in a fragment of sums, in four bits each.
 struct FragmentMap {
     u32 rows, columns;
 
@@ -109,7 +109,7 @@ struct HeadRows {
     }
 };
 
-// Loads rows begin.. of one (batch, head); zeros after the last row and after `depth`. `whole`: 16 bytes at a time.
+// Loads rows from `begin` on of one (batch, head), and zeros beyond `time` and `depth`. `whole`: in 16-byte loads.
 template <int D>
 INLINE void load_tile(bf16* tile, const bf16* x, HeadRows item, i64 begin, i64 time, int depth, bool whole) {
     constexpr int PACKS = D / 8;
@@ -180,7 +180,7 @@ INLINE void add_product(Sums (&sums)[D / 16], const Left& p, const bf16* tile) {
     }
 }
 
-// Writes a warp's 16 rows from row `begin` on, as f32 if `wide`, which is so only for data sent between devices.
+// Writes a warp's 16 rows from row `begin` on, as f32 if `wide`. Only data sent between devices is wide.
 template <int D, class F>
 INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], HeadRows item, i64 begin, i64 time, int depth,
                        FragmentMap map, F factor) {
@@ -197,19 +197,19 @@ INLINE void write_rows(void* out, int wide, const Sums (&sums)[D / 16], HeadRows
     }
 }
 
-// Running softmax of a warp's 16 rows of 64 scores: two lanes share a row, each with alternate groups of four columns.
+// Running softmax of a warp's 16 rows of 64 scores. Two lanes share a row and take alternate groups of four columns.
 struct Softmax {
     // `best` is a base-2 exponent; `total` is relative to 2^best.
     float best, total;
 
-    // Converts scores to probabilities over 2^best; `past` is the number of columns that are not in the future. Returns
-    // the factor for the earlier sums.
+    // Converts scores to probabilities, relative to 2^best. `past` is the number of columns that are not in the future.
+    // Returns the factor for the earlier sums.
     INLINE float add(const float* scores, bf16* p, float factor, i64 past) {
         const int half = threadIdx.x % 2;
         float values[8][4], most = best;
 #pragma unroll
         for (int k = 0; k < 8; k++) {
-            // Scores entirely in the future were not computed.
+            // The scores of a group that is entirely in the future were not computed.
             if (8 * k + 4 * half < past) load<4>(values[k], scores + 8 * k + 4 * half);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -219,7 +219,7 @@ struct Softmax {
             }
         }
         most = larger(most, __shfl_xor_sync(ALL_LANES, most, 1));
-        // All scores so far are -Inf; avoid -Inf - -Inf.
+        // If all scores so far are -Inf, this avoids -Inf - -Inf.
         const float base = most == MINUS_INFINITY ? 0.0f : most;
         const float correction = exp2f(best - base);
         float sum = 0.0f;
@@ -271,7 +271,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
         load_tile<D>(k_tile, k, item, key, time, depth, whole);
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
-        // 16 columns each, without those after the warp's last query.
+        // Tiles of 16 columns each, up to the one with the warp's last query.
         const int tiles = first_row - key < 48 ? (int)(first_row - key) / 16 + 1 : 4;
         for (int t = 0; t < tiles; t++) {
             Sums dots;
@@ -313,7 +313,7 @@ INLINE void attention(const bf16* q, const bf16* k, const bf16* v, void* o, int 
     write_rows<D>(o, o_wide, sums, item, first_row, time, depth, map, [=](int row) { return factors[row]; });
 }
 
-// Loads the backward kernels' values per query row: base-2 lse, and delta.
+// Loads two values per query row for the backward kernels: base-2 lse, and delta.
 INLINE void load_statistics(float2* statistics, const float* lse, const float* delta, i64 first, i64 begin, i64 time) {
     for (int i = threadIdx.x; i < ROWS; i += THREADS) {
         const i64 row = begin + i;
@@ -322,8 +322,8 @@ INLINE void load_statistics(float2* statistics, const float* lse, const float* d
     }
 }
 
-// dk = scale ds' q and dv = p' do for a block of keys. Tiles are transposed: a warp has 16 keys, and queries are
-// columns.
+// dk = scale ds' q and dv = p' do for a block of keys. Tiles are transposed: the rows are a warp's 16 keys, and the
+// columns are queries.
 template <int D>
 INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, const bf16* v, const float* lse,
                                 const float* delta, void* dk, int dk_wide, void* dv, int dv_wide, i64 time, int heads,
@@ -361,7 +361,7 @@ INLINE void attention_grad_keys(const bf16* d_o, const bf16* q, const bf16* k, c
         load_statistics(statistics, lse, delta, number * time, query, time);
         __syncthreads();
         for (int t = 0; t < 4; t++) {
-            // All these queries precede all these keys.
+            // Skip: all these queries precede all these keys.
             if (query + t * 16 + 15 < first_row) continue;
             Sums scores, dp;
             k_rows.dots(scores, q_tile + t * 16 * PITCH);
@@ -423,7 +423,7 @@ INLINE void attention_grad_queries(const bf16* d_o, const bf16* q, const bf16* k
         load_tile<D>(v_tile, v, item, key, time, depth, whole);
         __syncthreads();
         for (int t = 0; t < 4; t++) {
-            // All these keys follow all these queries.
+            // Stop: all these keys follow all these queries.
             if (key + t * 16 > first_row + 15) break;
             Sums scores, dp;
             q_rows.dots(scores, k_tile + t * 16 * PITCH);

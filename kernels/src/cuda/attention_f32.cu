@@ -1,12 +1,12 @@
-// Causal attention and its gradient in f32: tiles in shared memory, sums in registers; scores are not stored. Dao et
-// al. 2022, https://arxiv.org/abs/2205.14135. The gradient recomputes the probabilities from lse in two kernels, one by
-// blocks of keys (dk, dv) and one by blocks of queries (dq), so that each sum has one owner and a fixed order.
+// Causal attention and its gradient in f32. Tiles are in shared memory, sums in registers; scores are not stored. Dao
+// et al. 2022, https://arxiv.org/abs/2205.14135. The gradient recomputes the probabilities from lse in two kernels: by
+// blocks of keys (dk, dv) and by blocks of queries (dq). So each sum has one owner and a fixed order.
 //
-// A block is 256 threads, viewed as 16 by 16: thread (x, y) has rows y * R + i and columns x + 16 j of a tile. D is the
-// head's depth rounded up to a compiled depth; the extra dims are zeros in shared memory.
-// A block's index is item * blocks + block, where an item is a (batch, head); blocks with the most work come first.
+// A block is 256 threads, viewed as 16 by 16. Thread (x, y) has rows y * R + i and columns x + 16 j of a tile. D is the
+// head's depth rounded up to a compiled depth. The extra dims are zeros in shared memory. An item is a (batch, head); a
+// block's index is item * blocks + block. The blocks with the most work come first.
 
-// Padding of a tile row beyond D: 16 rows then lie in different banks.
+// Padding after the D elements of a tile row, so that 16 rows lie in different banks.
 #define PAD 4
 
 // Offset and stride of the rows of one (batch, head) in a tensor [b, t, h, d].
@@ -20,8 +20,8 @@ struct HeadRows {
     }
 };
 
-// Loads rows begin.. of one (batch, head); zeros after the last row and after `depth`. `whole`: four adjacent elements
-// at a time.
+// Loads rows from `begin` on of one (batch, head), and zeros after the last row and after `depth`. `whole`: loads four
+// adjacent elements at a time.
 template <int D, int ROWS>
 INLINE void load_tile(float* tile, const float* x, HeadRows item, i64 begin, i64 time, int depth, bool whole) {
     constexpr int PACKS = D / 4;
@@ -40,8 +40,8 @@ INLINE void load_tile(float* tile, const float* x, HeadRows item, i64 begin, i64
     }
 }
 
-// sums[i][j] += dot of row i of a and row j of b, over K dims; a begins at the thread's first row, b at its first
-// column's.
+// sums[i][j] += dot product of row i of a and row j of b, over K dims. a begins at the thread's first row, b at the row
+// of the thread's first column.
 template <int K, int R, int C>
 INLINE void add_dots(float (&sums)[R][C], const float* a, int a_pitch, const float* b, int b_pitch) {
 #pragma unroll 4
@@ -82,7 +82,7 @@ INLINE void add_product(float (&sums)[R][C], const float* a, int a_pitch, const 
     }
 }
 
-// sums[i][j] += sum over k of a[k][i] b[k][16 j]; four rows.
+// sums[i][j] += sum over k of a[k][i] b[k][16 j], for four rows i.
 template <int K, int C>
 INLINE void add_transposed_product(float (&sums)[4][C], const float* a, int a_pitch, const float* b, int b_pitch) {
 #pragma unroll 4
@@ -98,7 +98,7 @@ INLINE void add_transposed_product(float (&sums)[4][C], const float* a, int a_pi
     }
 }
 
-// Writes a thread's part of a tile of rows begin + y * 4 + i.
+// Writes a thread's part of a tile, at rows begin + y * 4 + i.
 template <int C>
 INLINE void write_rows(float* out, const float (&values)[4][C], HeadRows item, i64 begin, i64 time, int depth,
                        const float (&factors)[4]) {
@@ -115,7 +115,7 @@ INLINE void write_rows(float* out, const float (&values)[4][C], HeadRows item, i
     }
 }
 
-// Threads that share a row.
+// Number of threads that share a row.
 constexpr int ROW_LANES = 16;
 
 template <int D>
@@ -153,7 +153,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
                 best = larger(best, scores[i][j]);
             }
             best = warp_max<ROW_LANES>(best);
-            // All scores so far are -Inf; avoid -Inf - -Inf.
+            // If all scores so far are -Inf, this avoids -Inf - -Inf.
             const float base = best == MINUS_INFINITY ? 0.0f : best;
             const float correction = expf(maxima[i] - base);
             maxima[i] = best;
@@ -168,7 +168,7 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
 #pragma unroll
             for (int j = 0; j < C; j++) sums[i][j] *= correction;
         }
-        // The same half warp writes and reads a row of p_tile.
+        // One half warp both writes and reads a row of p_tile, so a warp barrier suffices.
         __syncwarp();
         add_product<KEYS>(sums, p_tile + y * 4 * P_PITCH, P_PITCH, v_tile + x, PITCH);
     }
@@ -182,8 +182,8 @@ INLINE void attention(const float* q, const float* k, const float* v, float* o, 
     write_rows(o, sums, item, begin, time, depth, factors);
 }
 
-// dk = scale ds' q and dv = p' do for a block of keys, over its own and all later blocks of queries, with p = e^(scale
-// s - lse) and ds = p (do v' - delta), where delta are the row sums of do * o.
+// dk = scale ds' q and dv = p' do for a block of keys, summed over its own and all later blocks of queries, with p =
+// e^(scale s - lse) and ds = p (do v' - delta). delta are the row sums of do * o.
 template <int D>
 INLINE void attention_grad_keys(const float* d_o, const float* q, const float* k, const float* v, const float* lse,
                                 const float* delta, float* dk, float* dv, i64 time, int heads, int depth, i64 blocks,

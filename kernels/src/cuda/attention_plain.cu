@@ -1,4 +1,4 @@
-// Causal attention for heads of any depth, one warp per row, and the row sums with which every backward pass begins.
+// Causal attention for heads of any depth, one warp per row, and the row sums that every backward pass needs first.
 // Slow but correct; the tiled kernels cover the depths of common models. Outputs are f32 if `.._wide`, else bf16.
 
 // Offset of row `row` of item `item`, a (batch, head), in a tensor [b, t, h, d].
@@ -13,10 +13,10 @@ INLINE float warp_dot(const T* a, const T* b, i64 depth) {
     return warp_sum(sum);
 }
 
-// Columns that a lane sums at once, 32 apart; deeper heads take several passes over the rows.
+// Number of columns, 32 apart, that a lane sums at once. Deeper heads take several passes over the rows.
 #define LANE_COLUMNS 8
 
-// sums += factor * row, in the columns from `begin` on.
+// sums += factor * row, for the columns from `begin` on.
 template <class T>
 INLINE void add_columns(float (&sums)[LANE_COLUMNS], float factor, const T* row, i64 begin, i64 depth) {
 #pragma unroll
@@ -108,7 +108,7 @@ template <class T>
 INLINE void attention_delta(const T* d_o, const T* o, float* delta, i64 rows, i64 time, int heads, i64 depth) {
     const i64 warp = global_thread() / 32;
     if (warp >= rows) return;
-    // In the order of the tensors' rows, [b, t, h], so that adjacent warps read adjacent rows.
+    // Warps follow the order of the tensors' rows, [b, t, h], so adjacent warps read adjacent rows.
     const i64 head = warp % heads, row = warp / heads % time, batch = warp / heads / time;
     const float sum = warp_dot(d_o + warp * depth, o + warp * depth, depth);
     if (threadIdx.x % 32 == 0) delta[(batch * heads + head) * time + row] = sum;

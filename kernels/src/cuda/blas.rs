@@ -33,10 +33,10 @@ pub(crate) struct ProductPlans {
 struct Key {
     dims: [u64; 3],
     transposed: [bool; 2],
-    /// The matrices a, b and d, without their places.
+    /// The matrices a, b and d, with their places cleared.
     matrices: [Matrix; 3],
     accumulates: bool,
-    /// Of a, b and d, in bytes.
+    /// Alignments of a, b and d, in bytes.
     alignment: [u32; 3],
 }
 
@@ -60,10 +60,10 @@ fn check(status: cublasStatus_t, call: &'static str, place: &str) -> Result<()> 
 }
 
 impl Blas {
-    /// Requires the library to be loaded and the context to be bound.
+    /// Creates a handle. Requires the library to be loaded and the context to be bound.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
-        // SAFETY: writes a handle to a local.
+        // SAFETY: the call writes a handle to a local.
         check(unsafe { sys::cublasLtCreate(&mut handle) }, "cublasLtCreate", &context.place())?;
         Ok(Self { handle: Raw(handle), context: context.clone() })
     }
@@ -72,7 +72,7 @@ impl Blas {
 impl Drop for Blas {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
-            // SAFETY: created in `new`, destroyed once.
+            // SAFETY: the handle was created in `new` and is destroyed once.
             let _ = unsafe { sys::cublasLtDestroy(self.handle.0) };
         }
     }
@@ -112,8 +112,8 @@ impl ProductPlans {
         place: &str,
     ) -> Result<()> {
         let (plan, alpha) = (Self::plan(&mut self.by_key, &self.blas, product, [a, b, d], place)?, 1f32);
-        // SAFETY: the plan's handles are live; `Bound` has checked that the addresses are device memory that holds the
-        // matrices; alpha and beta are read before the call returns.
+        // SAFETY: the plan's handles are live. `Bound` has checked that the addresses are device memory that holds the
+        // matrices. The call reads alpha and beta before it returns.
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.blas.handle.0,
@@ -160,7 +160,7 @@ fn set<T>(
     value: &T,
     place: &str,
 ) -> Result<()> {
-    // SAFETY: the descriptor is live; `value` has the attribute's size, which the library checks.
+    // SAFETY: the descriptor is live. `value` has the attribute's size, which the library checks.
     let status = unsafe {
         sys::cublasLtMatmulDescSetAttribute(description.0, attribute, (&raw const *value).cast(), size_of::<T>())
     };
@@ -172,7 +172,7 @@ fn layout(matrix: &Matrix, place: &str) -> Result<Raw<sys::cublasLtMatrixLayout_
     let is_bf16 = dtype == DType::BF16;
     let data_type = if is_bf16 { sys::cudaDataType_t::CUDA_R_16BF } else { sys::cudaDataType_t::CUDA_R_32F };
     let mut layout = std::ptr::null_mut();
-    // SAFETY: writes a handle to a local.
+    // SAFETY: the call writes a handle to a local.
     let status = unsafe { sys::cublasLtMatrixLayoutCreate(&mut layout, data_type, rows, columns, leading) };
     check(status, "cublasLtMatrixLayoutCreate", place)?;
     Ok(Raw(layout))
@@ -184,7 +184,7 @@ impl Plan {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         let mut description = std::ptr::null_mut();
         let (compute, scale) = (sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F);
-        // SAFETY: writes a handle to a local.
+        // SAFETY: the call writes a handle to a local.
         let status = unsafe { sys::cublasLtMatmulDescCreate(&mut description, compute, scale) };
         check(status, "cublasLtMatmulDescCreate", place)?;
         let description = Raw(description);
@@ -209,7 +209,7 @@ impl Plan {
         // Partial sums stay f32 if the result is bf16.
         use sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as REDUCTION;
         let mut preference = std::ptr::null_mut();
-        // SAFETY: writes a handle to a local.
+        // SAFETY: the call writes a handle to a local.
         let status = unsafe { sys::cublasLtMatmulPreferenceCreate(&mut preference) };
         check(status, "cublasLtMatmulPreferenceCreate", place)?;
         let [a, b, d] = key.alignment;
@@ -223,7 +223,7 @@ impl Plan {
         // SAFETY: all-zero bytes are a valid result; the call below overwrites it.
         let mut found: sys::cublasLtMatmulHeuristicResult_t = unsafe { std::mem::zeroed() };
         let mut count = 0;
-        // SAFETY: live handles; values have their attributes' sizes (8 bytes, then 4 each); writes at most one result.
+        // SAFETY: handles are live. Values have their attributes' sizes (8 bytes, then 4). Writes at most one result.
         let status = unsafe {
             let bytes = Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             let set = |attribute, value: *const c_void, size| {
@@ -252,7 +252,7 @@ impl Plan {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        // SAFETY: created in `new`, destroyed once; calls in progress have their own copies.
+        // SAFETY: the handles were created in `new` and are destroyed once. Calls in progress have their own copies.
         unsafe {
             for layout in [self.a, self.b, self.d] {
                 let _ = sys::cublasLtMatrixLayoutDestroy(layout.0);

@@ -10,7 +10,7 @@ extern "C" __global__ void combine_members_f32(
         float sum = x0[i];
         for (int m = 1; m < members; m++) {
             const float next = all[m][i];
-            // Like Rust's `max`: a NaN loses against a number.
+            // Like Rust's `max`: a number wins over a NaN.
             sum = largest ? fmaxf(sum, next) : sum + next;
         }
         y[i] = sum;

@@ -1,8 +1,8 @@
-// Prepended to the text of each `.cu` file: element types, 16-byte accesses, reductions in a fixed order, and the
+// Prepended to the text of each `.cu` file: element types, 16-byte accesses, reductions in a fixed order, and the error
 // record of an index out of range.
 //
-// Rules for all kernels: sums are f32 or f64, whatever the element type; nothing depends on the order in which blocks
-// run, so there are no floating-point atomics; counts are 64-bit; a buffer may begin at any element.
+// Rules for all kernels: sums are f32 or f64, whatever the element type. Results do not depend on the order in which
+// blocks run, so there are no floating-point atomics. Counts are 64-bit. A buffer may begin at any element.
 
 #include <cuda_bf16.h>
 
@@ -46,7 +46,7 @@ struct Width {
 
 INLINE bool aligned(const void* pointer) { return (reinterpret_cast<size_t>(pointer) & 15) == 0; }
 
-// A float after rounding to this type.
+// Returns x after rounding to type T.
 template <class T>
 INLINE float stored(float x) {
     T there;
@@ -69,7 +69,7 @@ struct CommonWidth {
     static constexpr int value = Width<T>::value < Width<U>::value ? Width<T>::value : Width<U>::value;
 };
 
-// Loads W adjacent elements, in accesses of 16 or 8 bytes if the size allows; the address must be aligned to that.
+// Loads W adjacent elements, in accesses of 16 or 8 bytes if the size allows. The address is aligned to the access.
 template <int W, class T>
 INLINE void load(float (&values)[W], const T* from) {
     T raw[W];
@@ -109,7 +109,7 @@ INLINE void store(T* to, const float (&values)[W]) {
     }
 }
 
-// The larger value; ignores a NaN in b, as on the CPU, where the row's sum of exponentials then becomes NaN.
+// The larger value. Ignores a NaN in b, like the CPU kernel; the row's sum of exponentials then becomes NaN.
 INLINE float larger(float a, float b) { return b > a ? b : a; }
 
 // Sum over each group of LANES adjacent threads of a warp, returned to each of them.
@@ -129,7 +129,7 @@ INLINE float warp_max(float value) {
     return value;
 }
 
-// Sum over the block, returned to each thread; the block is a whole number of warps in x.
+// Sum over the block, returned to each thread. The block is a whole number of warps in x.
 template <class V>
 __device__ V block_sum(V value) {
     __shared__ V parts[32];
@@ -185,7 +185,7 @@ __device__ inline void check_indices(const int* indices, i64 count, i64 limit, u
     record[0] = launch + 1;
 }
 
-// A region of up to four dims, the last with adjacent elements: maps its index to an offset in a larger tensor.
+// Maps an index in a region of up to four dims to an offset in the larger tensor. The last dim is contiguous.
 struct Box {
     // Extents of dims 1 to 3.
     u64 size1, size2, size3;
@@ -202,7 +202,7 @@ struct Box {
         return (u64)(index / (I)size1) * step0 + second * step1 + third * step2 + inner;
     }
 
-    // 64-bit division is slow.
+    // Uses 32-bit division where possible: 64-bit division is slow.
     INLINE u64 place(u64 index) const {
         const bool wide = ((index | size1 | size2 | size3) >> 32) != 0;
         return wide ? place_by<u64>(index) : place_by<u32>((u32)index);

@@ -1,4 +1,4 @@
-//! The primary context of a GPU: opened once, bound by each thread that uses it. Turns driver status codes into errors.
+//! The primary context of a GPU: opened once, bound by each thread that uses it. Converts status codes to errors.
 //!
 //! - CONTEXT-1: an error that makes the context unusable is stored as `lost`. It fails pending work and later calls.
 #![allow(unsafe_code)]
@@ -20,8 +20,8 @@ use crate::error::{KernelError, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Raw<T>(pub(crate) T);
 
-// SAFETY: handles of the driver, cuBLASLt and NCCL may be used from any thread; the owner of a handle that only one
-// thread at a time may use keeps it behind a mutex.
+// SAFETY: handles of the driver, cuBLASLt and NCCL may be used from any thread. If only one thread at a time may use a
+// handle, its owner keeps it behind a mutex.
 unsafe impl<T> Send for Raw<T> {}
 // SAFETY: see `Send`.
 unsafe impl<T> Sync for Raw<T> {}
@@ -57,7 +57,7 @@ const STICKY: &[CUresult] = &[
 
 fn device_attribute(device: sys::CUdevice, attribute: CUdevice_attribute, place: &str) -> Result<i32> {
     let mut value = 0;
-    // SAFETY: writes one integer to a local; `library::driver` has called `cuInit`.
+    // SAFETY: the call writes one integer to a local. `library::driver` has called `cuInit`.
     check_code(unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) }, "cuDeviceGetAttribute", &place)?;
     Ok(value)
 }
@@ -86,7 +86,7 @@ impl Context {
         let (device, name, capability) = describe_device(ordinal, &place)?;
         let shared_bytes_max = device_attribute(device, SHARED, &place)?;
         let mut handle = std::ptr::null_mut();
-        // SAFETY: writes a handle to a local.
+        // SAFETY: the call writes a handle to a local.
         check_code(unsafe { sys::cuDevicePrimaryCtxRetain(&mut handle, device) }, "cuDevicePrimaryCtxRetain", &place)?;
         let context = Self {
             ordinal,
@@ -106,7 +106,7 @@ impl Context {
         self.check(unsafe { sys::cuCtxSetCurrent(self.handle.0) }, "cuCtxSetCurrent", &self.place())
     }
 
-    /// Binds the context in a `Drop`; false if it is lost: nothing is left to free, and driver calls may never return.
+    /// Binds the context in a `Drop`. False if it is lost: nothing is left to free, and driver calls may never return.
     pub(crate) fn bind_to_drop(&self) -> bool {
         self.lost().is_none() && self.bind().is_ok()
     }
@@ -114,7 +114,7 @@ impl Context {
     /// Enables access from this GPU to all present and future allocations on `other`, if the machine supports it.
     pub(crate) fn enable_peer_access(&self, other: &Context) -> Result<()> {
         let (mut can_access, place) = (0, format!("{} to {}", self.place(), other.place()));
-        // SAFETY: writes one integer to a local.
+        // SAFETY: the call writes one integer to a local.
         let result = unsafe { sys::cuDeviceCanAccessPeer(&mut can_access, self.device, other.device) };
         self.check(result, "cuDeviceCanAccessPeer", &place)?;
         if can_access == 0 {
@@ -142,7 +142,7 @@ impl Context {
         self.lost.get()
     }
 
-    /// Marks the context as lost (CONTEXT-1); keeps and returns the first error.
+    /// Marks the context as lost (CONTEXT-1). Keeps and returns the first error.
     pub(crate) fn mark_lost(&self, error: KernelError) -> KernelError {
         self.lost.get_or_init(|| error).clone()
     }
@@ -164,7 +164,7 @@ impl Drop for Context {
         if self.lost().is_some() {
             return;
         }
-        // SAFETY: retained once in `open`. An error here has no remedy.
+        // SAFETY: the context was retained once in `open`. An error here has no remedy.
         let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
     }
 }

@@ -1,6 +1,6 @@
-//! cuDNN's fused attention, if cuDNN is installed. Each stream has one handle and caches plans by shape; the workspace
-//! belongs to the launch. The kernels of `attention_*.cu` do what cuDNN refuses. Both give the same results up to
-//! rounding and use the same `lse`, so forward and backward may use different implementations.
+//! cuDNN's fused attention, if cuDNN is installed. Each stream has one handle and caches plans by shape. The workspace
+//! belongs to the launch. The kernels of `attention_*.cu` run the shapes that cuDNN refuses. Both implementations give
+//! the same results up to rounding and the same `lse`, so forward and backward may use different ones.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
@@ -62,7 +62,7 @@ impl CudnnHandle {
     /// Requires the context to be bound.
     fn new(gpu: &Gpu, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Result<Self> {
         let (api, mut raw) = (Api::get()?, std::ptr::null_mut());
-        // SAFETY: writes a handle to a local.
+        // SAFETY: the call writes a handle to a local.
         api.check(unsafe { (api.create)(&mut raw) }, "cudnnCreate", place)?;
         let handle = Self { raw: Raw(raw), api, context: gpu.context.clone() };
         // SAFETY: both handles are live and of one device.
@@ -74,14 +74,14 @@ impl CudnnHandle {
 impl Drop for CudnnHandle {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
-            // SAFETY: created in `new`, destroyed once.
+            // SAFETY: the handle was created in `new` and is destroyed once.
             let _ = unsafe { (self.api.destroy)(self.raw.0) };
         }
     }
 }
 
-/// The backward engine that sums dq in a fixed order without a score matrix in memory, with the knobs that select this.
-/// Knobs and minimum version are those of NVIDIA's cudnn-frontend 1.32.
+/// The backward engine and knobs that sum dq in a fixed order without a score matrix in memory. The knobs and the
+/// minimum version are those of NVIDIA's cudnn-frontend 1.32.
 fn ordered_engine(capability: (i32, i32), version: usize) -> Option<PinnedEngine> {
     const HOPPER: &[(Knob, i64)] = &[
         (Knob::CUDNN_KNOB_TYPE_TILE_M, 2),
@@ -105,7 +105,7 @@ impl Drop for AttentionPlans {
 }
 
 impl AttentionPlans {
-    /// Creates the cache of one stream; logs why cuDNN is not used. Requires the context to be bound.
+    /// Creates the cache of one stream. Logs the reason if cuDNN is not used. Requires the context to be bound.
     pub(crate) fn new(gpu: &Arc<Gpu>, stream: Raw<cudarc::driver::sys::CUstream>, place: &str) -> Self {
         let handle = CudnnHandle::new(gpu, stream, place);
         if let Err(error) = &handle {
@@ -114,7 +114,7 @@ impl AttentionPlans {
         Self { by_key: HashMap::new(), handle: handle.ok(), gpu: gpu.clone() }
     }
 
-    /// Creates and caches the plan, or caches that there is none.
+    /// Creates and caches the plan. Caches `None` if there is no plan.
     pub(crate) fn prepare(&mut self, shape: &AttentionShape, place: &str) {
         if self.by_key.contains_key(&shape.into()) {
             return;
@@ -146,8 +146,8 @@ impl AttentionPlans {
         Plan::new(handle.api, target, graph, pin, shape.workspace_bytes(), place).map(Some)
     }
 
-    /// Enqueues attention; false if Shardflow's kernels must run it. Requires a bound context. `address_of` returns the
-    /// buffers' addresses, checked by `Bound`; `workspace` holds [`AttentionShape::workspace_bytes`] bytes.
+    /// Enqueues attention. Returns false if Shardflow's kernels must run it. Requires a bound context. `address_of`
+    /// returns buffer addresses that `Bound` checked. `workspace` holds [`AttentionShape::workspace_bytes`] bytes.
     pub(crate) fn issue(
         &mut self,
         shape: &AttentionShape,

@@ -15,7 +15,7 @@ use crate::memory::{DeviceStorage, Tally, View};
 pub(crate) struct DeviceMemory {
     pub(crate) gpu: Arc<Gpu>,
     rank: usize,
-    /// Stamped when the memory was zeroed.
+    /// Stamped after the memory was zeroed, so that reading it orders later accesses after that.
     address: Stamped<u64>,
     bytes: usize,
     tally: Arc<Tally>,
@@ -29,8 +29,8 @@ impl DeviceMemory {
         if bytes > 0 {
             let transfer = gpu.transfer.lock();
             gpu.context.bind()?;
-            // Not from a memory pool: other GPUs cannot access pool memory, whatever peer access the contexts have.
-            // SAFETY: writes an address to a local.
+            // Do not use a memory pool: other GPUs cannot access pool memory, whatever peer access the contexts have.
+            // SAFETY: the call writes an address to a local.
             let result = unsafe { sys::cuMemAlloc_v2(&mut address, bytes) };
             if result == CUresult::CUDA_ERROR_OUT_OF_MEMORY || result == CUresult::CUDA_ERROR_INVALID_VALUE {
                 return Err(KernelError::OutOfMemory { device: rank, bytes });
@@ -87,8 +87,8 @@ impl Drop for DeviceMemory {
         self.tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
         self.releases.join();
         if self.bytes > 0 && self.gpu.context.bind_to_drop() {
-            // SAFETY: allocated in `new`, freed once. No work uses it: submissions keep their arenas until they end.
-            // The context has kept any lasting error.
+            // SAFETY: the memory was allocated in `new` and is freed once. No work uses it: submissions keep their
+            // arenas until they end. The context records a lasting error.
             let result = unsafe { sys::cuMemFree_v2(*self.address.get()) };
             let _ = self.gpu.context.check(result, "cuMemFree", &self.gpu.place());
         }

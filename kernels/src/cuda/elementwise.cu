@@ -1,5 +1,5 @@
-// Elementwise ops; a thread processes 16 bytes of the wider type. A result may overwrite an operand of its type. Kernel
-// names contain the type read, and the type written if that differs.
+// Elementwise ops. A thread processes 16 bytes of the wider type. A result may overwrite an operand of the same type.
+// Kernel names contain the type that is read, and the type that is written if it differs.
 
 // y[i] = f(x[i])
 template <class T, class U, class F>
@@ -39,7 +39,7 @@ INLINE float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
 INLINE float gelu(float x) { return x * normal_cdf(x); }
 INLINE float gelu_slope(float x) { return fmaf(x, 0.39894228f * expf(-0.5f * x * x), normal_cdf(x)); }
 
-// y[row, j] = f(s) with s = a[row, j] + b[j] rounded to its type; stores s in `sums` unless that is null.
+// y[row, j] = f(s), where s is a[row, j] + b[j] rounded to type U. Stores s in `sums` if that is not null.
 template <class T, class U, class F>
 INLINE void map_suffix(const T* a, const T* b, U* sums, U* y, i64 n, i64 width, F f) {
     constexpr int W = CommonWidth<T, U>::value;
@@ -104,7 +104,6 @@ extern "C" __global__ void __launch_bounds__(256)
     map_suffix(x, bias, sums, y, n, width, [](float x) { return gelu(x); });
 }
 
-// y += x
 extern "C" __global__ void __launch_bounds__(256) add_to_f32(const float* x, float* y, i64 n) {
     map2(y, x, y, n, [](float y, float x) { return y + x; });
 }

@@ -35,12 +35,12 @@ extern "C" __global__ void __launch_bounds__(256)
     embedding(ids, table, y, count, held, width, vocab_start, vocab, record, launch);
 }
 
-// Adds to each row of the table the rows of dy with its id, in order. A block stands for one position of ids and
-// processes its row only if no earlier position has the same id. So each row has one writer and a fixed order.
+// Adds each row of dy to the table's row of the same id, in order. A block stands for one position of ids. It processes
+// its id only if no earlier position has the same id. So each row has one writer and a fixed order.
 template <class T>
 INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count, i64 held, i64 width,
                            i64 vocab_start) {
-    // Positions that a thread scans before the block processes them.
+    // Number of positions that a thread scans at once for a match.
     constexpr int PLACES = 8;
     __shared__ int counts[8];
     __shared__ int matches[256];
@@ -59,7 +59,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
                 const i64 place = begin + 256 * p + threadIdx.x;
                 any |= place < count && ids[place] == id;
             }
-            // Most scans find no match.
+            // Skip positions after a scan without a match, which is the usual case.
             if (!__syncthreads_or(any)) {
                 begin += 256 * (PLACES - 1);
                 continue;
@@ -78,7 +78,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
         if (total > 0) {
             if (same) matches[before + __popc(votes & ((1u << lane) - 1))] = threadIdx.x;
             __syncthreads();
-            // Uniform over the block.
+            // All threads of the block take the same branch.
             if (begin + matches[0] < own) return;
             for (i64 column = threadIdx.x; column < width; column += 256) {
                 float sum = sums[column];
@@ -86,7 +86,7 @@ INLINE void embedding_grad(const int* ids, const T* dy, float* dtable, i64 count
                 sums[column] = sum;
             }
         }
-        // Counts and matches may be overwritten after this.
+        // After this, threads may overwrite counts and matches.
         __syncthreads();
     }
 }

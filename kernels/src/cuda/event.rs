@@ -53,7 +53,7 @@ fn create_batch(context: &Context, free: &mut Vec<Raw<sys::CUevent>>, place: &dy
     for _ in 0..BATCH {
         let mut event = std::ptr::null_mut();
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-        // SAFETY: writes a handle to a local; the caller has bound the context.
+        // SAFETY: the call writes a handle to a local. The caller has bound the context.
         let result = unsafe { sys::cuEventCreate(&mut event, flags) };
         context.check(result, "cuEventCreate", place)?;
         free.push(Raw(event));
@@ -67,7 +67,7 @@ impl Drop for EventPool {
             return;
         }
         for event in self.free.get_mut().drain(..) {
-            // SAFETY: created here, destroyed once; the driver keeps recorded events until they complete.
+            // SAFETY: the pool owns the event and destroys it once. The driver keeps recorded events until completion.
             let _ = unsafe { sys::cuEventDestroy_v2(event.0) };
         }
     }
@@ -84,7 +84,7 @@ impl Recorded {
 
     /// Makes a stream, which may be another device's, wait for the event.
     pub(crate) fn wait_on(&self, stream: Raw<sys::CUstream>, place: &dyn Display) -> Result<()> {
-        // SAFETY: live handles. The call captures the event's present state, so a finished event may be reused.
+        // SAFETY: the handles are live. The call captures the event's present state, so a finished event may be reused.
         let result = unsafe { sys::cuStreamWaitEvent(stream.0, self.event.0, 0) };
         self.events.context.check(result, "cuStreamWaitEvent", place)
     }

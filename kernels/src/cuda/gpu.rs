@@ -1,4 +1,4 @@
-//! A GPU that this process has opened: context, modules, cuBLASLt, transfers, poller. Several devices may share one.
+//! An open GPU of this process: context, modules, cuBLASLt, transfers, poller. Several devices may share a GPU.
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::error::KernelError;
 
 /// An open GPU. Its resources are freed when the last user drops it.
 pub struct Gpu {
-    // In drop order.
+    // The fields are in drop order.
     pub(crate) poller: Poller,
     pub(crate) modules: Modules,
     /// Created on first use.
@@ -28,7 +28,7 @@ pub struct Gpu {
     pub(crate) transfer: Mutex<HostTransfer>,
     pub(crate) events: Arc<EventPool>,
     pub(crate) progress_words: Arc<ProgressWords>,
-    /// Only in tests.
+    /// `Some` only in tests.
     pub(crate) test_delays: Option<TestDelays>,
     /// Least and greatest stream priority; the greatest is the lower number.
     pub(crate) priorities: (i32, i32),
@@ -142,7 +142,7 @@ impl Gpu {
 #[allow(unsafe_code)]
 fn priorities(context: &Context) -> Result<(i32, i32), KernelError> {
     let (mut least, mut greatest) = (0, 0);
-    // SAFETY: writes to locals.
+    // SAFETY: the call writes to locals.
     let result = unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) };
     context.check(result, "cuCtxGetStreamPriorityRange", &context.place())?;
     Ok((least, greatest))

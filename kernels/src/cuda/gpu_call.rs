@@ -1,4 +1,4 @@
-//! One member's part of a collective on a GPU's stream: what every GPU engine needs of a call.
+//! One member's part of a collective on a GPU's stream: the data of a call that every GPU engine needs.
 
 use std::sync::Arc;
 
@@ -14,12 +14,12 @@ use crate::tensor::DType;
 #[derive(Clone, Debug)]
 pub(crate) struct GpuCall<'a> {
     pub(crate) call: &'a CollectiveCall,
-    /// Device addresses; 0 if absent.
+    /// Device addresses of x and y; 0 if absent.
     pub(crate) x: u64,
     pub(crate) y: u64,
     /// Address of the launch's workspace (STAGE-1); 0 if absent.
     pub(crate) workspace: u64,
-    /// Empty if absent.
+    /// Shapes of x and y; empty if absent.
     pub(crate) x_shape: &'a [usize],
     pub(crate) y_shape: &'a [usize],
     pub(crate) dtype: DType,

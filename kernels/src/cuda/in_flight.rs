@@ -1,4 +1,4 @@
-//! A submission in flight: what it runs, whom it notifies, and what is checked before the final notification.
+//! A submission in flight: its program, its notifications, and the checks before the final notification.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ pub(crate) struct InFlight {
     pub(crate) program: Arc<Program>,
     pub(crate) repeat: bool,
     notify: Mutex<Notify>,
-    /// The engine's, if the program calls collectives: an aborted collective looks complete on the stream.
+    /// The engine's statuses if the program calls collectives: an aborted collective looks complete on the stream.
     abort_statuses: Arc<[AbortStatus]>,
     slot: Mutex<Option<RecordSlot>>,
 }
@@ -39,7 +39,7 @@ impl InFlight {
         })
     }
 
-    /// Ends the submission. Its memory is released first, so that the receiver of the notification may rely on that.
+    /// Ends the submission. Releases its memory first: the receiver of the notification may rely on the release.
     pub(crate) fn end(self: Arc<Self>, bases: Vec<Base>, result: Result<()>) -> Completion {
         Box::new(move |failed| {
             bases.iter().for_each(|base| base.arena.mark_released());

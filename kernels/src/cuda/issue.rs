@@ -1,11 +1,11 @@
 //! Issues submissions on a CUDA stream: launches as their lowered steps, collectives through the engine, signals and
-//! completions as events that the poller reports. The caller specifies whether it may block; if not, the issuer returns
-//! the part that would block.
+//! completions as events that the poller reports. The caller specifies whether issuing may block. If it may not, the
+//! issuer returns the part that would block.
 //!
 //! - ISSUE-1: memory that a step uses lies on the stream's own GPU, in bounds. `bound` has checked the launch's
 //!   buffers; this module checks that each is on the GPU. A submission keeps its arenas until its final notification.
-//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may do these only when the
-//!   GPU's queues are empty, and a collective in one of them may be waiting for the calling thread.
+//! - ISSUE-2: issuing a prepared program loads, compiles and allocates nothing. The driver may delay such work until
+//!   the GPU's queues are empty, and a collective in one of the queues may wait for the calling thread.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ use crate::op::{Buffer, Launch, Op, Program};
 use crate::submission::{Command, Notification, Submission, launch_panic, trace_launch};
 use crate::tensor::Region;
 
-/// Stand-in for a base address that is not known yet, as aligned as arenas are.
+/// Placeholder for an unknown base address. It has the alignment of arenas.
 const ANY_BASE: u64 = 1 << 20;
 
 pub(crate) struct Run {
@@ -49,7 +49,7 @@ pub(crate) struct Run {
     issue_slot: Option<IssueSlot>,
     abort_statuses: Arc<[AbortStatus]>,
     uses_record: bool,
-    /// Whether Inf or NaN has been reported; only the first launch with either is.
+    /// Whether Inf or NaN has been reported. Only the first launch that has either is reported.
     non_finite_reported: bool,
 }
 
@@ -108,7 +108,7 @@ impl Issuer {
         }
     }
 
-    /// Creates all that the program's launches need except its memory, so that submissions create nothing (ISSUE-2).
+    /// Creates everything that the program's launches need, except memory. Submissions then create nothing (ISSUE-2).
     pub(crate) fn prepare(&mut self, program: &Program, lowered: &LoweredProgram) -> Result<()> {
         let stream = self.stream.clone();
         if stream.gpu.test_delays.is_some() {
@@ -133,7 +133,7 @@ impl Issuer {
                 Ok(LoweredLaunch { steps, uses_record }) => {
                     self.prepare_steps(steps, *uses_record, [&launch.reads, &launch.writes])?;
                 }
-                // A launch that has no steps, or fails when it is issued, after the check of its buffers.
+                // The launch has no steps, or it fails when it is issued, after the check of its buffers.
                 Err(KernelError::Arguments { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -175,7 +175,7 @@ impl Issuer {
     pub(crate) fn release_memory(&self) {
         let context = &self.stream.gpu.context;
         let recorded = if context.bind_to_drop() { self.stream.record().ok() } else { None };
-        // No event: the context is lost, and nothing can be freed.
+        // Without an event, the context is lost and nothing can be freed.
         let Some(recorded) = recorded else { return };
         // The last completion keeps the GPU and its poller alive.
         for memory in self.staging.arena.iter().chain([&self.records.memory]) {
@@ -197,7 +197,7 @@ impl Issuer {
         }
     }
 
-    /// Runs a command. If it would block and must not, returns the rest of it.
+    /// Runs a command. If the command would block and `may_block` is false, returns the rest of the command.
     pub(crate) fn execute(&mut self, command: Command<Run>, may_block: bool) -> Option<Command<Run>> {
         match command {
             Command::CheckFinite(on) => self.check_finite = on,
@@ -207,7 +207,7 @@ impl Issuer {
                     return None;
                 }
                 match event.recorded::<Recorded>() {
-                    // A failure marks the context as lost; the next submission returns it.
+                    // A failure marks the context as lost. The next submission returns the failure.
                     Some(recorded) => drop(self.stream.wait(recorded)),
                     None if may_block => event.synchronize(),
                     None => return Some(Command::Wait(event)),
@@ -228,12 +228,12 @@ impl Issuer {
                 event.record(recorded.clone());
                 self.stream.report(recorded, set_event(event));
             }
-            // A failed stream runs nothing more, so the event is due.
+            // A failed stream runs nothing more, so set the event now.
             Err(_) => event.set(),
         }
     }
 
-    /// Issues the remaining launches of a program. Returns false if it would block and must not.
+    /// Issues the remaining launches of a program. Returns false if this would block and `may_block` is false.
     fn advance(&mut self, run: &mut Run, may_block: bool) -> Result<bool> {
         self.stream.gpu.context.check_alive()?;
         let in_flight = run.in_flight.clone();
@@ -279,7 +279,7 @@ impl Issuer {
         }
     }
 
-    /// Queues the signals due before the next launch with the poller.
+    /// Passes signals that are due before the next launch to the poller.
     fn issue_signals(&mut self, run: &mut Run) -> Result<()> {
         let mut event = None;
         while let Some((_, tag)) =
@@ -320,7 +320,7 @@ impl Issuer {
         }
     }
 
-    /// Issues the next launch, or the next two if one kernel runs both; returns how many.
+    /// Issues the next launch, or the next two if one kernel runs both. Returns the number of issued launches.
     fn issue_next(&mut self, run: &mut Run) -> Result<(usize, Option<Wait>)> {
         let in_flight = run.in_flight.clone();
         let launches = &in_flight.program.launches;
@@ -337,7 +337,7 @@ impl Issuer {
         Ok((1, self.issue_launch(&launches[run.next_launch], run)?))
     }
 
-    /// Issues two launches as one. False if they must run one by one: no fused kernel, overlap, or an error of either.
+    /// Issues two launches as one. Returns false if they must run separately: no fused kernel, an overlap or an error.
     fn issue_pair(&mut self, launches: [&Launch; 2], run: &mut Run) -> Result<bool> {
         let lowered = run.lowered.clone();
         if lowered.cannot_fuse(run.next_launch, launches) {
@@ -433,7 +433,7 @@ impl Issuer {
                         Arg::Pointer(place) => address_of(*place)?,
                         Arg::LaunchIndex => index as u64,
                         Arg::ErrorRecord => self.records.address(),
-                        // All others have bits.
+                        // All other arguments have fixed bits.
                         other => other.bits().unwrap_or(0),
                     };
                 }
@@ -489,12 +489,11 @@ impl Issuer {
     }
 }
 
-/// The addresses of a product's matrices a, b and d.
 fn addresses(product: &Product, address_of: &dyn Fn(Place) -> Result<u64>) -> Result<[u64; 3]> {
     Ok([address_of(product.a.place)?, address_of(product.b.place)?, address_of(product.d.place)?])
 }
 
-/// Start of the library's part of the workspace, whose size has been checked; 0 if there is none.
+/// Start of the library's part of the workspace, whose size has been checked; 0 without a workspace.
 fn library_workspace(bound: &Bound<'_>) -> Result<u64> {
     bound.workspace.as_ref().map_or(Ok(0), |view| device_address(view).map(lower::library_start))
 }

@@ -1,4 +1,4 @@
-//! Finds the CUDA libraries, or says how to install them. Checked before use: cudarc panics if one is missing.
+//! Finds the CUDA libraries, or reports how to install them. Check before use: cudarc panics if a library is missing.
 #![allow(unsafe_code)]
 
 use std::fmt::{self, Display};
@@ -9,20 +9,20 @@ use cudarc::{cublaslt, driver::sys, nvrtc};
 use super::status::{check_code, unavailable};
 use crate::error::{KernelError, Result};
 
-/// The oldest driver, by the CUDA version that libraries and cubins need: `1000 * major + 10 * minor`.
+/// The oldest supported driver, as the CUDA version that libraries and cubins need: `1000 * major + 10 * minor`.
 const DRIVER_MIN: i32 = 13_000;
 
 const DRIVER_HINT: &str = "install NVIDIA's driver of version 580 or newer (Debian: apt install nvidia-driver), or run the \
      container with --gpus all; without a GPU choose the device cpu";
 
-/// Environment variables that the driver reads when it starts, used where they are unset. The launcher sets them for
-/// its processes; a program that starts the driver while single-threaded sets them itself.
+/// Environment variables that the driver reads when it starts, with the values for variables that are unset. The
+/// launcher sets them for its processes. A program that starts the driver while single-threaded sets them itself.
 pub const SETTINGS: [(&str, &str); 3] = [
     // Libraries load all kernels at once, so that no load blocks behind a collective that waits for another GPU.
     ("CUDA_MODULE_LOADING", "EAGER"),
-    // Kernel data. The CUDA 13 guide states that it follows the variable above; earlier guides leave that open.
+    // The same for kernel data. The CUDA 13 guide states that it follows the variable above; earlier guides do not.
     ("CUDA_MODULE_DATA_LOADING", "EAGER"),
-    // The maximum: streams that share a queue wait for each other.
+    // The maximum, because streams that share a queue wait for each other.
     (QUEUES, "32"),
 ];
 
@@ -47,12 +47,12 @@ pub(crate) struct Driver {
     pub(crate) devices: usize,
 }
 
-/// Declares `Api`, the functions of a library that is loaded at run time, tried under these file names.
+/// Declares `Api`: the functions of a library that is loaded at run time. Tries these file names in order.
 macro_rules! dynamic_library {
     ([$($file:literal),*] $($field:ident: $symbol:literal = fn($($arg:ty),*) -> $out:ty;)*) => {
         #[derive(Debug)]
         pub(crate) struct Api {
-            // SAFETY: these are only types; each call states why it is sound.
+            // SAFETY: these are only types. Each call states why it is sound.
             $(pub(super) $field: unsafe extern "C" fn($($arg),*) -> $out,)*
             /// Keeps the functions loaded.
             _library: libloading::Library,
@@ -60,7 +60,7 @@ macro_rules! dynamic_library {
 
         impl Api {
             fn load() -> Option<Self> {
-                // SAFETY: only NVIDIA's initializers run; the signatures are those of its header.
+                // SAFETY: only NVIDIA's initializers run. The signatures are those of NVIDIA's header.
                 unsafe {
                     let library = [$($file),*].iter().find_map(|name| libloading::Library::new(*name).ok())?;
                     Some(Self {
@@ -79,13 +79,13 @@ pub(super) fn dotted(version: i32) -> String {
     format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
-/// Formats another library's version (`130002`: `13.0.2`). NCCL's before 2.9 was `1000 * major + 100 * minor + patch`.
+/// Formats a library's version: `130002` as `13.0.2`. NCCL before 2.9 used `1000 * major + 100 * minor + patch`.
 pub(super) fn dotted_patch(version: usize) -> String {
     let major = if version < 10_000 { 1_000 } else { 10_000 };
     format!("{}.{}.{}", version / major, version % major / 100, version % 100)
 }
 
-/// Sets [`SETTINGS`] if no other thread can read the environment, as soundness requires.
+/// Sets [`SETTINGS`] if this is the only thread. Otherwise another thread could read the environment meanwhile.
 fn set_environment() {
     if !fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1) {
         return;
@@ -97,22 +97,22 @@ fn set_environment() {
 }
 
 pub(crate) fn driver() -> Result<Driver> {
-    // SAFETY: loads and unloads the library; only NVIDIA's initializers run.
+    // SAFETY: the call loads and unloads the library. Only NVIDIA's initializers run.
     if !unsafe { sys::is_culib_present() } {
         return Err(unavailable("no CUDA driver (libcuda.so.1) on this machine", DRIVER_HINT));
     }
     set_environment();
     let (mut version, mut count) = (0, 0);
-    // SAFETY: writes to a local; every driver has this call, and it needs no initialization.
+    // SAFETY: the call writes to a local. Every driver has this function, which needs no initialization.
     check_code(unsafe { sys::cuDriverGetVersion(&mut version) }, "cuDriverGetVersion", &"cuda")?;
     check_version(version)?;
-    // SAFETY: has no preconditions.
+    // SAFETY: the call has no preconditions.
     let result = unsafe { sys::cuInit(0) };
     if result == sys::CUresult::CUDA_ERROR_NO_DEVICE {
         return Ok(Driver { version, devices: 0 });
     }
     check_code(result, "cuInit", &"cuda")?;
-    // SAFETY: writes to a local.
+    // SAFETY: the call writes to a local.
     check_code(unsafe { sys::cuDeviceGetCount(&mut count) }, "cuDeviceGetCount", &"cuda")?;
     Ok(Driver { version, devices: usize::try_from(count).unwrap_or(0) })
 }
@@ -139,7 +139,7 @@ impl Library {
         }
     }
 
-    /// How to install it.
+    /// How to install the library.
     pub fn hint(self) -> &'static str {
         match self {
             Library::CublasLt => {
@@ -162,12 +162,12 @@ impl Library {
     }
 
     pub(crate) fn require(self) -> Result<()> {
-        // SAFETY: see `driver`.
+        // SAFETY: as in `driver`.
         let present = unsafe {
             match self {
                 Library::CublasLt => cublaslt::sys::is_culib_present(),
                 Library::Nvrtc => nvrtc::sys::is_culib_present(),
-                // Loaded and checked by the `Api::get` of `nccl` and `cudnn`.
+                // `Api::get` of `nccl` and of `cudnn` loads and checks these libraries.
                 Library::Nccl | Library::Cudnn => true,
             }
         };

@@ -14,7 +14,7 @@ struct AlignedSpan {
     }
 };
 
-// Passes arrays of adjacent values, this thread's share of a row, to `into`.
+// Passes this thread's share of a row to `into`, as arrays of adjacent values.
 template <class T, class Into>
 INLINE void read_row(const T* row, i64 width, Into& into) {
     constexpr int W = Width<T>::value;
@@ -135,8 +135,8 @@ struct RunningExpSum {
     }
 };
 
-// row_max and sum_exp_target in one pass over the logits, for a vocabulary that is not split: each thread's sum is
-// relative to the largest logit that it has seen. Inf and NaN give the same results as two passes.
+// row_max and sum_exp_target in one pass over the logits, for a vocabulary that is not split. Each thread's sum is
+// relative to the largest logit that the thread has seen. Inf and NaN give the same results as two passes.
 template <class T>
 INLINE void row_max_sum_exp_target(const T* logits, const int* targets, float* maxima, float* sums, float* chosen,
                                    i64 rows, i64 width, i64 vocab_start, i64 vocab, u32* record, u32 launch) {
@@ -148,7 +148,7 @@ INLINE void row_max_sum_exp_target(const T* logits, const int* targets, float* m
     const float sum = block_sum(own.best == MINUS_INFINITY ? own.sum : own.sum * expf(own.best - most));
     if (threadIdx.x > 0) return;
     maxima[row] = most;
-    // All logits are -Inf: the result is NaN.
+    // If all logits are -Inf, the result is NaN.
     sums[row] = width > 0 && most == MINUS_INFINITY ? most - most : sum;
     const i64 column = (i64)targets[row] - vocab_start;
     chosen[row] = column >= 0 && column < width ? widen(logits[row * width + column]) : 0.0f;
@@ -166,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(512)
     row_max_sum_exp_target(logits, targets, maxima, sums, chosen, rows, width, vocab_start, vocab, record, launch);
 }
 
-// One block: scale * sum(max + ln(sum) - target), in f64.
+// One block computes scale * sum(max + ln(sum) - target), in f64.
 extern "C" __global__ void __launch_bounds__(1024)
     token_loss(const float* maxima, const float* sums, const float* chosen, float* loss, i64 tokens, float scale,
                int accumulate) {

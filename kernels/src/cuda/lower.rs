@@ -1,6 +1,6 @@
 //! Lowers a launch to steps on a CUDA device: kernels with their geometry, or a matrix product. Accesses no device.
 //!
-//! The backend makes the checks that depend on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
+//! The backend checks what depends on memory: writes overlap nothing (MEM-2) except as [`in_place`] allows.
 
 use crate::cuda::step::{Arg, Step, product_workspace_bytes};
 use crate::error::KernelError;
@@ -31,8 +31,8 @@ use kernel::variants;
 const LIBRARY_ALIGNMENT: usize = 256;
 
 /// Returns the steps of a launch; none if there is nothing to write. `accumulate` is true if the launch is marked so
-/// and its submission has `repeat` set; the op then adds to its accumulating write. No kernel uses more than
-/// `shared_bytes_max` bytes of dynamic shared memory, the device's limit, at least
+/// and its submission has `repeat` set. The op then adds to its accumulating write. No kernel uses more dynamic shared
+/// memory than `shared_bytes_max`, the device's limit, which is at least
 /// [`SHARED_BYTES_DEFAULT`](crate::cuda::step::SHARED_BYTES_DEFAULT).
 ///
 /// # Errors
@@ -72,8 +72,8 @@ pub fn lower(launch: &Launch, accumulate: bool, shared_bytes_max: usize) -> Resu
     }
 }
 
-/// Workspace in bytes that a launch needs on a CUDA device, whichever kernels, library or collective engine run it; 0
-/// for most ops, and for shapes that the op refuses. There is no other scratch memory on a GPU.
+/// Workspace in bytes that a launch needs on a CUDA device, for any of the kernels, libraries or engines that may run
+/// it. 0 for most ops, and for shapes that the op refuses. A GPU has no other scratch memory.
 pub fn workspace_bytes(launch: &Launch) -> usize {
     let read = |i: usize| launch.reads.get(i).map_or(&[][..], |buffer| &buffer.shape[..]);
     let own = match &launch.op {

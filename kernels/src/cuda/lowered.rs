@@ -25,7 +25,7 @@ const PROGRAMS_MAX: usize = 1024;
 
 #[derive(Debug, Default)]
 pub(crate) struct ProgramCache {
-    /// By address of the program, which the entry keeps alive so that the address stays unique.
+    /// By address of the program. Each entry keeps its program alive, so the address stays unique.
     programs: HashMap<usize, CachedProgram>,
 }
 
@@ -38,7 +38,7 @@ struct CachedProgram {
 /// A program lowered for submissions with `repeat`, or for those without.
 #[derive(Debug)]
 pub(crate) struct LoweredProgram {
-    /// By launch; lowered at first use, after the check of its buffers.
+    /// By launch. Each launch is lowered at first use, after the check of its buffers.
     launches: Vec<OnceLock<Result<LoweredLaunch>>>,
     /// By launch: the fused form of this launch and the next, if there is one.
     pairs: Vec<OnceLock<Option<FusedPair>>>,
@@ -53,7 +53,7 @@ pub(crate) struct LoweredLaunch {
     pub(crate) uses_record: bool,
 }
 
-/// Two launches fused into one, and the buffers that its steps' places refer to. Each can still run alone.
+/// Two launches fused into one, and the buffers that its steps' places refer to. Each launch can still run alone.
 #[derive(Debug)]
 pub(crate) struct FusedPair {
     pub(crate) reads: Vec<Buffer>,
@@ -91,13 +91,13 @@ impl LoweredProgram {
         Self { launches, pairs, repeat, last_call }
     }
 
-    /// The steps of launch `index` of the program, whose buffers have been checked.
+    /// The steps of launch `index` of the program. The launch's buffers have been checked.
     pub(crate) fn launch(&self, index: usize, launch: &Launch, gpu: &Gpu) -> Result<&LoweredLaunch> {
         let accumulate = self.repeat && launch.accumulate;
         self.launches[index].get_or_init(|| lower_launch(launch, accumulate, gpu)).as_ref().map_err(Clone::clone)
     }
 
-    /// True if launch `index` and the next certainly have no fused kernel. Does not look at buffers.
+    /// True if there is certainly no fused kernel for launch `index` and the next. Does not look at buffers.
     pub(crate) fn cannot_fuse(&self, index: usize, [first, second]: [&Launch; 2]) -> bool {
         match self.pairs[index].get() {
             Some(pair) => pair.is_none(),
@@ -105,7 +105,7 @@ impl LoweredProgram {
         }
     }
 
-    /// The fused form of launch `index` and the next, whose buffers have been checked.
+    /// The fused form of launch `index` and the next. The buffers of both have been checked.
     pub(crate) fn fused_pair(&self, index: usize, launches: [&Launch; 2], gpu: &Gpu) -> Option<&FusedPair> {
         self.pairs[index].get_or_init(|| fuse_pair(launches, gpu)).as_ref()
     }
@@ -126,7 +126,7 @@ fn overlap(a: &Buffer, b: &Buffer) -> bool {
 }
 
 impl FusedPair {
-    /// Resolves the pair's buffers; `None` if a write overlaps a buffer on another base, which `overlap` cannot see.
+    /// Resolves the pair's buffers. `None` if a write overlaps a buffer on another base: `overlap` ignores those.
     pub(crate) fn bind<'a>(&'a self, name: &'a str, bases: &'a [Base]) -> Result<Option<Bound<'a>>> {
         let resolve = |buffer| View::resolve(name, buffer, bases);
         let reads = self.reads.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;

@@ -1,7 +1,7 @@
 //! Pinned host memory, and synchronous copies between host and device through a pinned buffer on a dedicated stream.
 //!
 //! - PINNED-1: nobody accesses the part of a pinned buffer that a copy in progress uses. [`HostTransfer`] waits for
-//!   each piece before the next; streams wait for the event recorded after a copy before they reuse a buffer.
+//!   each piece before the next. Streams wait for the event recorded after a copy before they reuse a buffer.
 #![allow(unsafe_code)]
 
 use std::ptr::NonNull;
@@ -22,7 +22,7 @@ pub(crate) struct HostTransfer {
     context: Arc<Context>,
     stream: Raw<sys::CUstream>,
     pinned: Pinned,
-    /// Renewed by each user when it is done.
+    /// Each user of the buffer renews this when it is done.
     released: Stamped<()>,
 }
 
@@ -38,14 +38,14 @@ impl HostTransfer {
         })
     }
 
-    /// Zeroes device memory and waits for that. Requires the context to be bound.
+    /// Zeroes device memory and waits for completion. Requires the context to be bound.
     pub(crate) fn zero(&self, address: u64, bytes: usize) -> Result<()> {
-        // SAFETY: the caller guarantees device memory of this context.
+        // SAFETY: the caller guarantees that the range is device memory of this context.
         let result = unsafe { sys::cuMemsetD8Async(address, 0, bytes, self.stream.0) };
         self.wait(result, "cuMemsetD8Async")
     }
 
-    /// Copies `bytes` bytes to device memory in pieces from `fill`, until it returns false. Requires a bound context.
+    /// Copies `bytes` bytes to device memory in pieces from `fill` until it returns false. Requires a bound context.
     pub(crate) fn write(&mut self, to: u64, bytes: usize, fill: &mut dyn FnMut(&mut [u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
@@ -54,7 +54,7 @@ impl HostTransfer {
                 break;
             }
             let from = self.pinned.start.0.cast();
-            // SAFETY: the caller guarantees device memory of this context; the piece stays until the wait (PINNED-1).
+            // SAFETY: the caller guarantees device memory of this context. The piece stays until the wait (PINNED-1).
             let result = unsafe { sys::cuMemcpyHtoDAsync_v2(to + at as u64, from, piece, self.stream.0) };
             self.wait(result, "cuMemcpyHtoDAsync")?;
         }
@@ -62,13 +62,13 @@ impl HostTransfer {
         Ok(())
     }
 
-    /// Passes `bytes` bytes of device memory to `take` in pieces, until it returns false. Requires a bound context.
+    /// Passes `bytes` bytes of device memory in pieces to `take` until it returns false. Requires a bound context.
     pub(crate) fn read(&mut self, from: u64, bytes: usize, take: &mut dyn FnMut(&[u8]) -> bool) -> Result<()> {
         self.released.get();
         for at in (0..bytes).step_by(PIECE_BYTES) {
             let piece = PIECE_BYTES.min(bytes - at);
             let to = self.pinned.start.0.cast();
-            // SAFETY: see `write`.
+            // SAFETY: as in `write`.
             let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to, from + at as u64, piece, self.stream.0) };
             self.wait(result, "cuMemcpyDtoHAsync")?;
             if !take(self.pinned.first(piece)) {
@@ -99,7 +99,7 @@ impl Drop for HostTransfer {
 pub(crate) fn new_stream(context: &Context, priority: i32, place: &str) -> Result<Raw<sys::CUstream>> {
     let mut stream = std::ptr::null_mut();
     let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-    // SAFETY: writes a handle to a local.
+    // SAFETY: the call writes a handle to a local.
     let result = unsafe { sys::cuStreamCreateWithPriority(&mut stream, flags, priority) };
     context.check(result, "cuStreamCreateWithPriority", &place)?;
     Ok(Raw(stream))
@@ -126,18 +126,18 @@ impl Pinned {
     pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self> {
         let mut start = std::ptr::null_mut();
         let bytes = bytes.max(1);
-        // SAFETY: writes an address to a local.
+        // SAFETY: the call writes an address to a local.
         let result = unsafe { sys::cuMemHostAlloc(&mut start, bytes, sys::CU_MEMHOSTALLOC_PORTABLE) };
         context.check(result, "cuMemHostAlloc", &context.place())?;
         let start = start.cast::<u8>();
-        // SAFETY: just allocated with this size.
+        // SAFETY: the memory was just allocated with this size.
         unsafe { start.write_bytes(0, bytes) };
         Ok(Self { context: context.clone(), start: Raw(start), bytes })
     }
 
     pub(crate) fn into_arena(self) -> Arena {
         let (start, bytes) = (NonNull::new(self.start.0).unwrap_or(NonNull::dangling()), self.bytes);
-        // SAFETY: initialized in `new`, page-aligned, and freed when `self` is dropped.
+        // SAFETY: the memory is initialized in `new`, page-aligned, and freed when `self` is dropped.
         unsafe { Arena::of_backend(start, bytes, Box::new(self)) }
     }
 
@@ -157,7 +157,7 @@ impl Pinned {
     pub(crate) fn first_mut(&mut self, bytes: usize) -> &mut [u8] {
         let bytes = bytes.min(self.bytes);
         host_access(self.start.0, bytes, true);
-        // SAFETY: see `first`.
+        // SAFETY: as in `first`.
         unsafe { std::slice::from_raw_parts_mut(self.start.0, bytes) }
     }
 }
@@ -165,7 +165,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
-            // SAFETY: allocated in `new`, freed once.
+            // SAFETY: the memory was allocated in `new` and is freed once.
             let _ = unsafe { sys::cuMemFreeHost(self.start.0.cast()) };
         }
     }
@@ -174,7 +174,7 @@ impl Drop for Pinned {
 /// Free and total bytes of the device. Requires the context to be bound.
 pub(crate) fn free_and_total(context: &Context) -> Result<(usize, usize)> {
     let (mut free, mut total) = (0, 0);
-    // SAFETY: writes to locals.
+    // SAFETY: the call writes to locals.
     context.check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "cuMemGetInfo", &context.place())?;
     Ok((free, total))
 }

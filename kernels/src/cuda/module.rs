@@ -64,7 +64,7 @@ impl Modules {
                 loaded.modules.insert(module.name, handle);
                 let mut function = std::ptr::null_mut();
                 let c_name = CString::new(name).unwrap_or_default();
-                // SAFETY: the module is live and the name ends with 0; writes to a local.
+                // SAFETY: the module is live and the name ends with 0. The call writes to a local.
                 let result = unsafe { sys::cuModuleGetFunction(&mut function, handle.0, c_name.as_ptr()) };
                 self.context.check(result, "cuModuleGetFunction", &place)?;
                 Function { handle: Raw(function), shared_bytes: SHARED_BYTES_DEFAULT }
@@ -105,7 +105,7 @@ impl Modules {
         // PTX is text and must end with 0.
         let mut image = image.to_vec();
         image.push(0);
-        // SAFETY: the image is a cubin, which contains its own size, or PTX, which ends with 0; writes to a local.
+        // SAFETY: the image is a cubin, which contains its size, or PTX, which ends with 0. The call writes to a local.
         let result: CUresult = unsafe { sys::cuModuleLoadData(&mut handle, image.as_ptr().cast()) };
         self.context.check(result, "cuModuleLoadData", &format!("module {name} on {}", self.context.place()))?;
         Ok(Raw(handle))
@@ -116,14 +116,14 @@ impl Drop for Modules {
     fn drop(&mut self) {
         if self.context.bind_to_drop() {
             for module in self.loaded.get_mut().modules.values() {
-                // SAFETY: loaded here, unloaded once; all streams have ended.
+                // SAFETY: the module was loaded here and is unloaded once. All streams have ended.
                 let _ = unsafe { sys::cuModuleUnload(module.0) };
             }
         }
     }
 }
 
-/// Candidate paths of a module's cubin, best first. Architectures with the suffix `a` run only on that exact GPU.
+/// Candidate paths of a module's cubin, best first. A cubin with the suffix `a` runs only on its exact architecture.
 fn cubins(module: &str, (major, minor): (i32, i32)) -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = env::var_os(CUBINS).map(PathBuf::from).into_iter().collect();
     let program_folder = env::current_exe().ok().and_then(|path| Some(path.parent()?.join("cubins")));
@@ -155,7 +155,7 @@ fn includes() -> Vec<PathBuf> {
     folders
 }
 
-/// An install hint for the headers that none of the folders contains; `None` if all are found.
+/// An install hint for headers that are in none of the folders; `None` if all are found.
 fn missing_headers(folders: &[PathBuf]) -> Option<String> {
     let found = |header: &str| folders.iter().any(|folder| folder.join(header).is_file());
     let (headers, packages): (Vec<_>, Vec<_>) = HEADERS.into_iter().filter(|(header, _)| !found(header)).unzip();
@@ -178,7 +178,7 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
     let options: Vec<CString> = options.into_iter().filter_map(|option| CString::new(option).ok()).collect();
     let options: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
     let failed = |result: nvrtc::nvrtcResult, call: &'static str| {
-        // SAFETY: returns a static string.
+        // SAFETY: the call returns a static string.
         let text = unsafe { static_text(nvrtc::nvrtcGetErrorString(result)) };
         let place = format!("{file} for {target}");
         Err(KernelError::Cuda { place, call, code: result as u32, name: format!("{result:?}"), text })
@@ -186,12 +186,12 @@ fn compile(module: &Module, (major, minor): (i32, i32)) -> Result<Vec<u8>> {
     const SUCCESS: nvrtc::nvrtcResult = nvrtc::nvrtcResult::NVRTC_SUCCESS;
     let mut program = std::ptr::null_mut();
     let (none, no_names) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: the strings end with 0 and outlive the call; there are no headers; writes to a local.
+    // SAFETY: the strings end with 0 and outlive the call. There are no headers. The call writes to a local.
     let result = unsafe { nvrtc::nvrtcCreateProgram(&mut program, text.as_ptr(), name.as_ptr(), 0, none, no_names) };
     if result != SUCCESS {
         return failed(result, "nvrtcCreateProgram");
     }
-    // SAFETY: the program is live, destroyed once; options end with 0; buffers have the sizes that the library reports.
+    // SAFETY: the program is live and destroyed once. Options end with 0. Buffers have the sizes that NVRTC reports.
     unsafe {
         let compile_status = nvrtc::nvrtcCompileProgram(program, options.len() as i32, options.as_ptr());
         let (mut size, mut image) = (0, Vec::new());

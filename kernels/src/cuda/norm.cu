@@ -1,4 +1,4 @@
-// Layer norm and its gradient: one warp per row, which keeps the first packs of the row in registers. Weights and
+// Layer norm and its gradient. One warp processes a row, and keeps the row's first packs in registers. Weights and
 // statistics are f32 for every type of x. The gradient of the weight is in reduce.cu.
 
 // Packs of W elements that a lane keeps: 1024 elements per warp for packs of 16 bytes.
@@ -121,7 +121,6 @@ extern "C" __global__ void __launch_bounds__(128)
     layer_norm(x, weight, y, means, rstds, rows, width, eps);
 }
 
-// The residual sum and its norm in one kernel.
 extern "C" __global__ void __launch_bounds__(128)
     add_layer_norm_f32(const float* a, const float* b, const float* weight, float* sums, float* y, float* means,
                        float* rstds, i64 rows, i64 width, float eps) {

@@ -1,10 +1,10 @@
-//! One thread per GPU that queries, per stream and in order, which work is done, and reports it.
+//! One thread per GPU. It queries, in stream order, whether the work of each stream is done, and reports the result.
 //!
 //! - POLL-1: the completions of a stream are reported in stream order, each only when its work is done.
 //! - POLL-2: the thread parks while nothing is pending and no stream is about to enter or leave a collective. Otherwise
 //!   it spins briefly and then sleeps at most [`SLEEP_MAX`] at a time, which bounds the delay of a report.
 //! - POLL-4: at the same intervals the thread reads the progress of streams through collectives (PROGRESS-1).
-//! - POLL-3: if the context is lost (CONTEXT-1), everything pending fails with its error, in order.
+//! - POLL-3: if the context is lost (CONTEXT-1), all pending completions fail with the context's error, in order.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -32,7 +32,7 @@ const SLEEP_MAX: Duration = Duration::from_micros(50);
 /// How often engines check for errors while something is pending.
 const CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
-/// Called when an event is done, or instead with the error of a lost context (POLL-3). Must not block.
+/// Called when an event is done, or with the error of a lost context (POLL-3). Must not block.
 pub(crate) type Completion = Box<dyn FnOnce(Option<&KernelError>) + Send>;
 
 pub(crate) fn set_event(event: Event) -> Completion {
@@ -48,7 +48,7 @@ pub(crate) fn release(arena: Arena, event: Event) -> Completion {
     })
 }
 
-/// An engine that detects its own errors; called periodically while something is pending.
+/// An engine that detects its own errors. It is called periodically while something is pending.
 pub(crate) trait ErrorCheck: Send + Sync {
     /// Must not block: the calling thread reports all completions of the GPU.
     fn check_errors(self: Arc<Self>);
@@ -64,7 +64,7 @@ struct Shared {
     context: Arc<Context>,
     queues: Mutex<Vec<Arc<CompletionQueue>>>,
     error_checks: Mutex<Vec<Weak<dyn ErrorCheck>>>,
-    /// Pending completions of all queues.
+    /// Number of pending completions in all queues.
     pending: AtomicUsize,
     stop: AtomicBool,
     parked: Mutex<bool>,
@@ -158,7 +158,7 @@ impl Drop for Poller {
 
 impl Shared {
     fn serve(&self) {
-        // With the default timer slack, the kernel extends such short sleeps by about 50 us.
+        // With the default timer slack, the kernel extends short sleeps by about 50 us.
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1_000));
         // A failure repeats at the first query and is reported there.
         let _ = self.context.bind();
@@ -170,7 +170,7 @@ impl Shared {
             }
             let queues = self.queues.lock().clone();
             let advanced = queues.iter().filter(|queue| self.advance(queue)).count();
-            // After the completions, so that the progress of completed work is always seen.
+            // Update progress after the completions, so that the progress of completed work is always seen.
             queues.iter().filter_map(|queue| queue.progress.as_ref()).for_each(|progress| progress.update());
             if advanced > 0 {
                 (last_progress, sleep) = (Instant::now(), SLEEP_MIN);
@@ -218,7 +218,7 @@ impl Shared {
         error_checks.into_iter().for_each(ErrorCheck::check_errors);
     }
 
-    /// Reports all finished completions of a queue; returns whether there were any.
+    /// Reports all finished completions of a queue. Returns whether there were any.
     fn advance(&self, queue: &CompletionQueue) -> bool {
         let mut has_progressed = false;
         loop {

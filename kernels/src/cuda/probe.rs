@@ -1,4 +1,4 @@
-//! What this machine has of CUDA, for `shardflow doctor`.
+//! Probes the CUDA installation of this machine, for `shardflow doctor`.
 #![allow(unsafe_code)]
 
 use cudarc::{cublaslt, driver::sys, nvrtc};
@@ -48,7 +48,7 @@ fn device_facts(ordinal: usize) -> Result<DeviceFacts> {
     let place = format!("cuda device {ordinal}");
     let (device, name, capability) = describe_device(ordinal, &place)?;
     let mut bytes_total = 0;
-    // SAFETY: writes to a local.
+    // SAFETY: the call writes to a local.
     check_code(unsafe { sys::cuDeviceTotalMem_v2(&mut bytes_total, device) }, "cuDeviceTotalMem", &place)?;
     Ok(DeviceFacts { name, capability, bytes_total })
 }
@@ -56,11 +56,11 @@ fn device_facts(ordinal: usize) -> Result<DeviceFacts> {
 fn version(library: Library) -> Result<String> {
     library.require()?;
     match library {
-        // SAFETY: has no preconditions.
+        // SAFETY: the call has no preconditions.
         Library::CublasLt => Ok(dotted_patch(unsafe { cublaslt::sys::cublasLtGetVersion() })),
         Library::Nvrtc => {
             let (mut major, mut minor) = (0, 0);
-            // SAFETY: writes to locals.
+            // SAFETY: the call writes to locals.
             let result = unsafe { nvrtc::sys::nvrtcVersion(&mut major, &mut minor) };
             if result == nvrtc::sys::nvrtcResult::NVRTC_SUCCESS {
                 return Ok(format!("{major}.{minor}"));
@@ -76,7 +76,7 @@ fn version(library: Library) -> Result<String> {
 mod tests {
     use super::*;
 
-    /// Runs only without a driver, as in CI: `probe` reports everything that is missing and does not panic.
+    /// Runs only without a driver, as in CI. `probe` must report everything that is missing, and must not panic.
     #[test]
     fn the_probe_reports_what_a_machine_without_cuda_lacks() {
         let probe = probe();

@@ -1,10 +1,10 @@
 //! Progress of streams as the GPU reports it: a stream writes a number to a word of pinned memory, in stream order, and
 //! the host reads the word at any time.
 //!
-//! - PROGRESS-1: a stream writes a call's number when it reaches the call, and again after the call. One call at a time
-//!   is put on a stream, so both words only increase (and wrap around).
+//! - PROGRESS-1: a stream writes a call's number when it reaches the call, and again after the call. Calls are put on a
+//!   stream one at a time, so both words only increase (and wrap around).
 //!
-//! PINNED-1 does not apply: the GPU writes words while the host reads them, each access as a whole.
+//! PINNED-1 does not apply: the GPU writes words while the host reads them. Every access is to a whole word.
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
@@ -21,9 +21,9 @@ use crate::metrics::CollectiveTimer;
 
 /// Words per GPU; each stream uses two.
 const WORDS: usize = 4096;
-/// Index among a stream's words: the call that it has reached.
+/// Index of the word with the last call that the stream has reached.
 const REACHED: usize = 0;
-/// The call that it has completed.
+/// Index of the word with the last call that the stream has completed.
 const PASSED: usize = 1;
 
 /// The progress words of one GPU. They must outlive all streams that write them.
@@ -52,7 +52,7 @@ impl ProgressWords {
 #[derive(Debug)]
 pub(crate) struct CallProgress {
     words: Arc<ProgressWords>,
-    /// Of the first of its two words.
+    /// Index of the stream's first word.
     index: usize,
     /// Both words at the last update.
     seen: AtomicU64,
@@ -81,7 +81,7 @@ fn has_reached_number(word: u32, number: u32) -> bool {
 }
 
 impl CallProgress {
-    /// Counts a call that is put on the stream next; returns the address and value that the stream writes before it.
+    /// Counts the call that goes on the stream next. Returns the address and value that the stream writes before it.
     pub(super) fn begin(&self, timer: Option<CollectiveTimer>) -> (u64, u32) {
         let mut state = self.state.lock();
         let number = state.begun.wrapping_add(1);
@@ -115,9 +115,9 @@ impl CallProgress {
         has_reached_number(self.read(PASSED), number)
     }
 
-    /// Reads the words and reports call times. Called by one thread; the polling interval limits their accuracy.
+    /// Reads the words and reports call times. Called by one thread. The polling interval limits the times' accuracy.
     pub(super) fn update(&self) {
-        // In this order, since a stream has reached every call that it has completed.
+        // Read PASSED first: a stream has reached every call that it has completed.
         let passed = self.read(PASSED);
         let reached = self.read(REACHED);
         let words = u64::from(reached) << 32 | u64::from(passed);
@@ -144,7 +144,7 @@ impl CallProgress {
     }
 
     fn read(&self, word: usize) -> u32 {
-        // SAFETY: an aligned word in page-aligned memory that lives as long as `self`; the GPU writes it as a whole.
+        // SAFETY: the word is aligned, and its memory lives as long as `self`. The GPU writes it as a whole.
         unsafe { AtomicU32::from_ptr(self.address(word)) }.load(Ordering::Acquire)
     }
 }

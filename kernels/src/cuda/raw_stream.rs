@@ -38,7 +38,7 @@ impl RowCopy {
         Self { from, to, bytes, count: 1, pitch: (0, 0) }
     }
 
-    /// Appends the next row, which lies after the others on both sides; returns false if its pitch or size differs.
+    /// Appends a row that lies after the other rows on both sides. Returns false if its pitch or size differs.
     pub(crate) fn append(&mut self, next: &RowCopy) -> bool {
         let first = (next.from - self.from, next.to - self.to);
         let pitch = if self.count == 1 { first } else { self.pitch };
@@ -87,8 +87,8 @@ impl RawStream {
         self.gpu.context.check(result, call, &self.place)
     }
 
-    /// Launches a kernel with parameters of 8 bytes, of which it reads as many as each type has. The caller guarantees
-    /// that they match its declaration and that addresses are of device memory that lives until the launch is done.
+    /// Launches a kernel. Each parameter has 8 bytes, and the kernel reads the size of the parameter's type. The caller
+    /// guarantees that the types match, and that addressed device memory lives until the launch is done.
     pub(crate) fn launch(&self, function: Function, geometry: &Geometry, parameters: &[u64]) -> Result<()> {
         let mut pointers = [std::ptr::null_mut::<c_void>(); PARAMETERS_MAX];
         debug_assert!(parameters.len() <= PARAMETERS_MAX);
@@ -98,7 +98,7 @@ impl RawStream {
         let Geometry { grid: [gx, gy, gz], block: [bx, by, bz], shared_bytes } = *geometry;
         let (kernel, stream) = (function.handle.0, self.handle.0);
         let (parameters, none) = (pointers.as_mut_ptr(), std::ptr::null_mut());
-        // SAFETY: the handles are live; the driver copies the parameters, which match the kernel (the contract).
+        // SAFETY: the handles are live. The driver copies the parameters, which match the kernel by the contract.
         let result =
             unsafe { sys::cuLaunchKernel(kernel, gx, gy, gz, bx, by, bz, shared_bytes, stream, parameters, none) };
         self.check(result, "cuLaunchKernel")
@@ -116,7 +116,7 @@ impl RawStream {
         if bytes == 0 || to == from {
             return Ok(());
         }
-        // SAFETY: the caller guarantees device memory that lives until the copy is done.
+        // SAFETY: the caller guarantees that both ranges are device memory that lives until the copy is done.
         self.check(unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.handle.0) }, "cuMemcpyDtoDAsync")
     }
 
@@ -130,7 +130,7 @@ impl RawStream {
             return self.copy(to, from, bytes);
         }
         let own = self.gpu.context.handle.0;
-        // SAFETY: the caller guarantees device memory of these contexts that lives until the copy is done.
+        // SAFETY: the caller guarantees device memory of these two contexts that lives until the copy is done.
         let result = unsafe { sys::cuMemcpyPeerAsync(to, own, from, source.handle.0, bytes, self.handle.0) };
         self.check(result, "cuMemcpyPeerAsync")
     }
@@ -167,12 +167,12 @@ impl RawStream {
             Height: count,
             Depth: 1,
         };
-        // SAFETY: the caller guarantees device memory of these contexts that lives until the copy is done; the driver
-        // has read the description when the call returns.
+        // SAFETY: the caller guarantees device memory of these two contexts that lives until the copy is done. The
+        // driver has read the description when the call returns.
         self.check(unsafe { sys::cuMemcpy3DPeerAsync(&description, self.handle.0) }, "cuMemcpy3DPeerAsync")
     }
 
-    /// Copies to pinned host memory, which nobody accesses until the event recorded after the copy is done (PINNED-1).
+    /// Copies to pinned host memory. Nobody accesses that memory until an event after the copy is done (PINNED-1).
     pub(crate) fn copy_out(&self, to: *mut u8, from: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -181,7 +181,7 @@ impl RawStream {
         self.check(unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.handle.0) }, "cuMemcpyDtoHAsync")
     }
 
-    /// Copies from pinned host memory, which nobody writes until the event recorded after the copy is done (PINNED-1).
+    /// Copies from pinned host memory. Nobody writes that memory until an event after the copy is done (PINNED-1).
     pub(crate) fn copy_in(&self, to: u64, from: *const u8, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
@@ -194,16 +194,16 @@ impl RawStream {
         if words == 0 {
             return Ok(());
         }
-        // SAFETY: the caller guarantees device memory that lives until the fill is done.
+        // SAFETY: the caller guarantees that the range is device memory that lives until the fill is done.
         self.check(unsafe { sys::cuMemsetD32Async(to, word, words, self.handle.0) }, "cuMemsetD32Async")
     }
 
-    /// Marks on the stream that a call begins; `timer` receives its time when it has ended (PROGRESS-1).
+    /// Marks on the stream that a call begins. `timer` receives the call's time after the call has ended (PROGRESS-1).
     pub(crate) fn begin_call(&self, timer: Option<CollectiveTimer>) -> Result<()> {
         self.call_progress.as_ref().map_or(Ok(()), |call_progress| self.write_word(call_progress.begin(timer)))
     }
 
-    /// Marks on the stream that the last call, which is on it, has ended.
+    /// Marks on the stream that the last call has ended. The call is already on the stream.
     pub(crate) fn end_call(&self) -> Result<()> {
         self.call_progress.as_ref().map_or(Ok(()), |call_progress| self.write_word(call_progress.end()))
     }
@@ -212,7 +212,7 @@ impl RawStream {
     fn write_word(&self, (to, value): (u64, u32)) -> Result<()> {
         // The only flag that the call accepts.
         let flags = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
-        // SAFETY: the caller guarantees an aligned word of pinned host memory that lives until the stream ends.
+        // SAFETY: `to` is an aligned word of pinned host memory that lives until the stream ends, by the contract.
         let result = unsafe { sys::cuStreamWriteValue32_v2(self.handle.0, to, value, flags) };
         self.gpu.poller.wake();
         self.check(result, "cuStreamWriteValue32")
@@ -249,7 +249,7 @@ impl RawStream {
         self.gpu.poller.is_idle(&self.completions)
     }
 
-    /// Ends reports: pending completions fail with `cause`.
+    /// Stops reports. Pending completions fail with `cause`.
     pub(crate) fn close(&self, cause: &KernelError) {
         self.gpu.poller.unregister(&self.completions, cause);
     }

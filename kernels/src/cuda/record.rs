@@ -1,4 +1,4 @@
-//! The error record of a stream ([`ErrorRecord`]) and the pinned memory that it is copied to after submissions.
+//! The error record of a stream ([`ErrorRecord`]), and the pinned memory for its copies after submissions.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub(crate) struct ErrorRecords {
 struct SlotBlock {
     pinned: Pinned,
     free: Mutex<Vec<usize>>,
-    /// Captured when slots were returned.
+    /// Clocks, captured when slots were returned.
     returned: ReleaseClocks,
 }
 
@@ -38,7 +38,7 @@ impl Drop for SlotBlock {
     }
 }
 
-/// Pinned memory for one record; returned when dropped.
+/// Pinned memory for one record. Dropping the slot returns it to its block.
 #[derive(Debug)]
 pub(crate) struct RecordSlot {
     block: Arc<SlotBlock>,
@@ -96,8 +96,8 @@ impl RecordSlot {
         let mut words = [0; ErrorRecord::WORDS];
         let start = self.start();
         host_access(start, BYTES, false);
-        // SAFETY: inside the pinned memory, which is page-aligned; only the copy writes it, and it is done. This does
-        // not touch other slots, which may be written meanwhile.
+        // SAFETY: the slot is inside the page-aligned pinned memory. Only the copy writes the slot, and the copy is
+        // done. Other slots may be written meanwhile, but are not accessed here.
         unsafe { std::ptr::copy_nonoverlapping(start.cast::<u32>(), words.as_mut_ptr(), words.len()) };
         ErrorRecord::decode(words)
     }

@@ -1,9 +1,9 @@
-// Sums over rows and over all elements, in two passes if one block would take too long: the first leaves one partial
-// sum per part in the workspace. The shape alone determines the number of parts, so results have the same bits on every
-// device.
+// Sums over rows and over all elements. If one block would take too long, there are two passes, and the first leaves
+// one partial sum per part in the workspace. The shape alone determines the number of parts, so results have the same
+// bits on every device.
 
-// A block sums W * blockDim.x columns of the rows of part blockIdx.y; its threads in y, a power of two, alternate over
-// the rows. `value(row, column, values)` adds W adjacent values; those after `width` are ignored.
+// A block sums W * blockDim.x columns of the rows of part blockIdx.y. Its threads in y, a power of two, alternate over
+// the rows. `value(row, column, values)` adds W adjacent values; values after `width` are ignored.
 template <class V, class U>
 INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part, bool accumulate) {
     constexpr int W = 4;
@@ -33,7 +33,7 @@ INLINE void column_sums(V value, U* out, i64 rows, i64 width, i64 rows_per_part,
     }
 }
 
-// Loads four adjacent elements of a row of `width`; zeros after its end.
+// Loads four adjacent elements of a row of `width`, and zeros after the end of the row.
 template <class T>
 INLINE void load_four(float (&values)[4], const T* x, i64 row, i64 column, i64 width, bool whole) {
     const T* from = x + row * width + column;
@@ -114,14 +114,14 @@ struct DoubleBits {
     float words[2];
 };
 
-// Adds a sum of squares to its row: unscaled, and scaled by 2^-192, which does not overflow.
+// Adds a sum of squares to out[0]. Adds the sum scaled by 2^-192, which prevents overflow, to out[1].
 INLINE void add_squares(float* out, double sum) {
     out[0] += (float)sum;
     out[1] += (float)(sum * SQUARES_SCALE);
 }
 
-// The sum of squares of each of gridDim.x parts of `per_part` elements, in f64: stored in `partial`, or added to `out`
-// if there is one part and `partial` is null.
+// Sums the squares of gridDim.x parts of `per_part` elements each, in f64. Stores one sum per part in `partial`. If
+// `partial` is null, there is one part, whose sum is added to `out`.
 extern "C" __global__ void __launch_bounds__(256)
     sum_squares_f32(const float* x, float* partial, float* out, i64 n, i64 per_part) {
     constexpr int W = Width<float>::value;
@@ -149,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// Adds the sum of the partial sums to `out`. One block.
+// One block adds the sum of the partial sums to `out`.
 extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* partial, float* out, i64 parts) {
     double sum = 0.0;
     for (i64 i = threadIdx.x; i < parts; i += blockDim.x) {
@@ -162,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(256) add_partial_sums(const float* 
     if (threadIdx.x == 0) add_squares(out, sum);
 }
 
-// norm = sqrt(sum of the first column of `sums`, or of the second if that overflows a float), added in order by one
-// thread; scale = min(1, max_norm / (norm + 1e-6)), NaN if the norm is Inf or NaN. `n` counts both columns. One block.
+// norm = sqrt(sum of the first column of `sums`, or of the second if the first overflows a float). One thread adds in
+// order. scale = min(1, max_norm / (norm + 1e-6)), NaN if the norm is Inf or NaN. `n` counts both columns. One block.
 extern "C" __global__ void __launch_bounds__(256)
     clip_scale(const float* sums, float* scale, float* norm, i64 n, float max_norm) {
     __shared__ float chunk[256];
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const double root = sqrt(plain == (double)-MINUS_INFINITY ? scaled / SQUARES_SCALE : plain);
     const double factor = (double)max_norm / (root + 1e-6);
     const bool finite = root < (double)-MINUS_INFINITY;
-    // Comparisons with a NaN max_norm are false: nothing is clipped, as on the CPU.
+    // With a NaN max_norm, the comparison is false and nothing is clipped, as on the CPU.
     *scale = !finite ? __int_as_float(0x7fffffff) : (float)(factor < 1.0 ? factor : 1.0);
     *norm = (float)root;
 }

@@ -1,11 +1,10 @@
-//! Collectives between devices of one process that share GPUs, which NCCL does not support. Members rendezvous on the
-//! host; the last to arrive enqueues all members' parts on their streams, ordered by events. No host thread waits for a
-//! GPU. Data on another GPU is copied over before a kernel reads it.
+//! Collectives between devices of one process that share GPUs. NCCL does not support shared GPUs. Members meet on the
+//! host. The last member to arrive enqueues all members' parts on the members' streams, ordered by events. No host
+//! thread waits for a GPU. Data on another GPU is copied over before a kernel reads it.
 //!
-//! - LOCAL-1: members wait on their streams' own threads for the last to arrive, so only the last puts work on their
-//!   streams meanwhile.
+//! - LOCAL-1: each member waits on its stream's own thread for the last member, so only the last puts work on streams.
 //! - LOCAL-2: a member's stream accesses another member's memory only after that member's `ready` event, and continues
-//!   only after the `done` events of all members: MEET-1, between streams.
+//!   only after the `done` events of all members. This is MEET-1 between streams.
 
 use std::sync::Arc;
 
@@ -25,13 +24,13 @@ use crate::error::Result;
 use crate::event::BackendObject;
 use crate::tensor::{DType, Region, element_count, split_range};
 
-/// The engine of devices that share GPUs. All of them share one engine.
+/// The engine of devices that share GPUs. All these devices share one engine.
 #[derive(Debug, Default)]
 pub struct SharedGpu(Groups<Memory>);
 
 #[derive(Clone, Debug)]
 struct Memory {
-    /// Device addresses; 0 if absent.
+    /// Device addresses of x and y; 0 if absent.
     x: u64,
     y: u64,
     /// Address of the launch's workspace (STAGE-1).
@@ -52,13 +51,13 @@ impl Memory {
 }
 
 impl SharedGpu {
-    /// Creates an engine without groups; calls create them.
+    /// Creates an engine without groups. The first call of a group adds the group.
     pub fn new() -> Self {
         Self::default()
     }
 }
 
-/// Enqueues a transfer on the receiver's stream; the sender's stream waits for it.
+/// Enqueues a transfer on the receiver's stream. The sender's stream waits for the transfer.
 fn enqueue_transfer(sender: &Post<Memory>, receiver: &Post<Memory>) -> Result<()> {
     let (bytes, stream) = (element_count(&sender.x_shape) * sender.dtype.bytes(), &receiver.memory.stream);
     let sender = &sender.memory;
@@ -191,7 +190,7 @@ impl Enqueue for SharedGpu {
         let ready = stream.record()?;
         let memory = Memory { x, y, workspace, stream: stream.clone(), ready };
         let post = Post::new(call, &bound.reads, &bound.writes, memory);
-        // Enqueueing binds other contexts; each `bind` restores the caller's, even after an error.
+        // Enqueueing binds other contexts. Each `bind` restores the caller's context, even after an error.
         let arrival = if post.ends().is_some() {
             rendezvous.transfer(post, |sender, receiver| {
                 enqueue_transfer(sender, receiver).and(bind(&stream))?;
@@ -217,7 +216,7 @@ impl Collective for SharedGpu {
         self.0.abort(cause);
     }
 
-    /// A member whose stream waits on the GPU for another stream is unknown to the host.
+    /// The host does not know which streams wait on the GPU for other streams.
     fn waits(&self) -> Vec<MemberWait> {
         Vec::new()
     }

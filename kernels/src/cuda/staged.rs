@@ -1,5 +1,5 @@
 //! Host work in the order of a CUDA stream: copies buffers to pinned memory, works on them there, and copies them back.
-//! For custom kernels, engines without GPU support, and Inf/NaN checks. Blocks: only a stream's own thread calls it.
+//! Used for custom kernels, engines without GPU support, and Inf/NaN checks. Blocks the stream's own thread.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -37,13 +37,13 @@ impl HostStaging {
         self.stream.gpu.context.check_alive()
     }
 
-    /// At least `bytes` bytes, which the host accesses only after a later event: a copy may be in progress (PINNED-1).
+    /// At least `bytes` bytes. A copy may use them, so the host accesses them only after a later event (PINNED-1).
     fn arena(&mut self, bytes: usize) -> Result<Arena> {
         if let Some(arena) = self.arena.as_ref().filter(|arena| arena.bytes() >= bytes) {
             return Ok(arena.clone());
         }
         if self.arena.is_some() {
-            // Wait, since this frees the old memory.
+            // Wait, since replacing the arena frees the old memory.
             self.wait()?;
         }
         let arena = Pinned::new(&self.stream.gpu.context, bytes.next_power_of_two())?.into_arena();
@@ -64,7 +64,7 @@ impl HostStaging {
         bound: &Bound<'_>,
         work: impl FnOnce(&[View<'_>], &[View<'_>]) -> Result<()>,
     ) -> Result<()> {
-        // A write in place of a read shares its copy.
+        // A write in place of a read shares the copy of the read.
         let read_in_place = |write: &View<'_>| bound.reads.iter().position(|read| read.same_memory(write));
         let (mut offsets, mut end) = (Vec::new(), 0);
         for view in bound.reads.iter().chain(&bound.writes) {
@@ -101,19 +101,19 @@ impl HostStaging {
 
     pub(crate) fn run_custom(&mut self, bound: &Bound<'_>, kernel: &dyn CustomKernel, accumulate: bool) -> Result<()> {
         self.run(bound, |reads, writes| {
-            // SAFETY: the copies belong to this stream, and no two writes overlap (`bound` has checked that).
+            // SAFETY: the copies belong to this stream, and `bound` has checked that no two writes overlap.
             unsafe { run_custom(kernel, bound.name, reads, writes, accumulate) }
         })
     }
 
-    /// Finds the first of a launch's writes that holds Inf or NaN, and the number of such elements.
+    /// Finds the first of a launch's writes that holds Inf or NaN. Returns its index and the number of such elements.
     pub(crate) fn find_non_finite(&mut self, op: &Op, bound: &Bound<'_>) -> Result<Option<(usize, usize)>> {
         for (i, write) in bound.writes.iter().enumerate().filter(|(_, write)| write.dtype().is_float()) {
             let arena = self.arena(write.bytes())?;
             self.stream.copy_out(arena.host_start(), device_address(write)?, write.bytes())?;
             self.wait()?;
             let copy = View::new(bound.name, &arena, 0, write.shape(), write.dtype())?;
-            // SAFETY: the copy is exclusively ours and complete.
+            // SAFETY: only this stream uses the copy, which is complete.
             let values = unsafe { copy.to_f32() }.unwrap_or_default();
             let elements = faults(op, write.shape(), &values);
             if elements > 0 {

@@ -18,7 +18,7 @@ pub(crate) fn check_code(result: CUresult, call: &'static str, place: &dyn Displ
         return Ok(());
     }
     let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
-    // SAFETY: both write a pointer to a local; the strings are static, or null for an unknown code.
+    // SAFETY: both calls write a pointer to a local. The strings are static, or null for an unknown code.
     let (name, text) = unsafe {
         let _ = sys::cuGetErrorName(result, &mut name);
         let _ = sys::cuGetErrorString(result, &mut text);
@@ -33,6 +33,6 @@ pub(crate) unsafe fn static_text(text: *const c_char) -> String {
     if text.is_null() {
         return "unknown".to_owned();
     }
-    // SAFETY: guaranteed by the caller.
+    // SAFETY: the caller guarantees it.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }

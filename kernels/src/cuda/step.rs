@@ -22,7 +22,7 @@ pub struct Kernel {
     /// Blocks in x, y, z, all greater than 0.
     pub grid: [u32; 3],
     pub block: [u32; 3],
-    /// Dynamic shared memory in bytes. The function's attribute must allow more than [`SHARED_BYTES_DEFAULT`].
+    /// Dynamic shared memory in bytes. To exceed [`SHARED_BYTES_DEFAULT`], the issuer sets the function's attribute.
     pub shared_bytes: u32,
     /// In the order of the function's parameters.
     pub args: Vec<Arg>,
@@ -35,7 +35,7 @@ pub const SHARED_BYTES_DEFAULT: u32 = 48 * 1024;
 pub enum Arg {
     Pointer(Place),
     Null,
-    /// The address of the stream's [`ErrorRecord`], one per stream, since only launches of one stream are ordered.
+    /// The address of the stream's [`ErrorRecord`]. Each stream has one, since only launches of one stream are ordered.
     ErrorRecord,
     /// The launch's index in its program, as an `unsigned int`, for the [`ErrorRecord`]; the issuer fills it in.
     LaunchIndex,
@@ -48,7 +48,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// The value as 8 bytes, of which a kernel reads as many as its parameter has; `None` if the issuer provides it.
+    /// The value as 8 bytes; a kernel reads the size of its parameter. `None` if the issuer provides the value.
     pub fn bits(&self) -> Option<u64> {
         Some(match *self {
             Arg::Pointer(_) | Arg::ErrorRecord | Arg::LaunchIndex => return None,
@@ -92,7 +92,7 @@ impl Place {
     }
 }
 
-/// A cuBLASLt matrix, in its own terms: COLUMN-major, `rows` by `columns` as stored (before any transposition).
+/// A matrix as cuBLASLt describes it: COLUMN-major, `rows` by `columns` as stored (before any transposition).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Matrix {
     pub place: Place,
@@ -106,8 +106,8 @@ pub struct Matrix {
     pub leading: i64,
 }
 
-/// `d = op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`, computed and accumulated in f32 (`CUBLAS_COMPUTE_32F`;
-/// TF32 is not allowed), all dims above 0. All fields but the places are in the plan cache key.
+/// `d = op(a) op(b) + beta d` by `cublasLtMatmul` with `C = D`. Computes and accumulates in f32 (`CUBLAS_COMPUTE_32F`;
+/// TF32 is not allowed). All dims are above 0. The plan cache key has all fields but the places.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Product {
     pub m: u64,
@@ -116,7 +116,7 @@ pub struct Product {
     /// `op(a)` is the transpose of `a` as stored (`CUBLAS_OP_T`).
     pub a_transposed: bool,
     pub b_transposed: bool,
-    /// First operand of cuBLASLt, not necessarily that of the einsum.
+    /// First operand of cuBLASLt, which may be the second operand of the einsum.
     pub a: Matrix,
     pub b: Matrix,
     /// The result, `m` by `n`; also read if `beta` is not 0.
@@ -125,7 +125,7 @@ pub struct Product {
     pub beta: f32,
 }
 
-/// Number of partial results that fit a product's workspace: cuBLASLt splits a product with few elements over `k`.
+/// Number of partial results that fit in a product's workspace. cuBLASLt splits a product with few elements over `k`.
 const PRODUCT_PARTS: usize = 16;
 /// NVIDIA's recommendation for Hopper; older architectures need less.
 const PRODUCT_WORKSPACE_BYTES_MAX: usize = 32 << 20;
@@ -170,8 +170,8 @@ impl AttentionShape {
         tensors.into_iter().map(bytes).sum::<usize>() + self.library_bytes()
     }
 
-    /// The part of the workspace for cuDNN's engines; those that need more are not used. NVIDIA's engines need a few
-    /// KiB; those of the gradient on sm_80 and sm_120 also hold dq in f32 (9.28.1, `kernels/cuda/check_cudnn.py`).
+    /// Bytes of the workspace for cuDNN's engines. Engines that need more are not used. Engines need a few KiB, and
+    /// those of the gradient on sm_80 and sm_120 also hold dq in f32 (9.28.1, `kernels/cuda/check_cudnn.py`).
     pub(crate) fn library_bytes(&self) -> usize {
         const ENGINE_BYTES: usize = 1 << 16;
         match self.pass {
@@ -189,9 +189,9 @@ pub enum Pass {
 }
 
 /// A kernel's report of an index out of range, stored in device memory: [`ErrorRecord::WORDS`] 32-bit words per stream,
-/// zeroed before first use and after each read that found an error. Kernels write it only if it holds no error, so it
-/// describes the stream's first one. The backend copies it to pinned memory after each submission and decodes it before
-/// it reports the end. A kernel treats a bad index like one that belongs to another shard.
+/// zeroed before first use and after each read that found an error. Kernels do not overwrite an error, so the record
+/// holds the stream's first error. After each submission, the backend copies the record to pinned memory and decodes it
+/// before it reports the end. A kernel treats a bad index like one that belongs to another shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ErrorRecord {
     pub launch: u32,

@@ -1,8 +1,8 @@
-//! A CUDA stream: the submitting thread issues, until a submission has to wait on the host. Then the stream's own
-//! thread takes over, and later submissions queue behind it.
+//! A CUDA stream. The submitting thread issues work until a submission has to wait on the host. Then the stream's own
+//! thread takes over, and later submissions queue behind that one.
 //!
 //! - STREAM-1: one thread at a time issues (`busy`), in the order of the queue.
-//! - STREAM-2: the stream's own thread is started when something first has to wait on the host.
+//! - STREAM-2: the stream's own thread is started when a submission first has to wait on the host.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -144,7 +144,7 @@ impl Inner {
                 queue.busy = false;
                 Ok(())
             }
-            // Commands that other threads queued meanwhile run in order after the rest of this one.
+            // Commands that other threads queued meanwhile run in order after the rest of this command.
             rest => {
                 if let Some(rest) = rest {
                     queue.commands.push_front(Stamped::new(rest));
@@ -186,7 +186,7 @@ impl Inner {
             };
             drop(queue);
             let command = command.open();
-            // User code may have bound another GPU's context meanwhile. An error repeats at the command.
+            // User code may have bound another GPU's context meanwhile. If this fails, the command fails the same way.
             let _ = self.stream.gpu.context.bind();
             // A command that may block runs to its end.
             let _ = self.issuer.lock().execute(command, true);
@@ -246,7 +246,7 @@ impl Drop for CudaStream {
             stream.close(&stream.gpu.context.mark_lost(error));
         } else {
             stream.close(&KernelError::Closed { device: stream.rank });
-            // The stream has ended; this records that before its memory is freed. The context keeps any error.
+            // The stream's work has ended. This records the end before memory is freed. The context keeps any error.
             let _ = stream.synchronize();
         }
         if let Some(thread) = thread {

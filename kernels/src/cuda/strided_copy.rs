@@ -33,7 +33,7 @@ impl StridedRegion {
     }
 }
 
-/// Loads all kernels used here: a later load could block behind a waiting collective. Requires a bound context.
+/// Loads all kernels used here, since a later load could block behind a waiting collective. Requires a bound context.
 pub(crate) fn prepare(gpu: &Gpu) -> Result<()> {
     ["collective", "region"].iter().try_for_each(|module| gpu.modules.prepare(module))
 }
@@ -57,7 +57,7 @@ pub(crate) fn copy_region(stream: &RawStream, from: &StridedRegion, to: &Strided
     steps.iter().try_for_each(|step| issue(stream, step, from.address, to.address))
 }
 
-/// Copies a region from any GPU. Between GPUs, adjacent elements form rows; rows of one size and pitch share a call.
+/// Copies a region from any GPU. Between GPUs, adjacent elements form rows. One call copies rows of one size and pitch.
 pub(crate) fn copy_region_from(
     stream: &RawStream,
     source: &Context,
@@ -112,7 +112,7 @@ fn issue(stream: &RawStream, step: &Step, read: u64, write: u64) -> Result<()> {
     }
 }
 
-/// `y = ((xs[0] + xs[1]) + ..) + xs[last]`, element by element; the last may be y.
+/// `y = ((xs[0] + xs[1]) + ..) + xs[last]`, element by element. `xs[last]` may be `y`.
 pub(crate) fn combine(stream: &RawStream, op: ReduceOp, xs: &[u64], y: u64, elements: usize) -> Result<()> {
     const THREADS: usize = 256;
     const BLOCKS_MAX: usize = 1024;

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::{KernelError, Result};
 use crate::hash::{GOLDEN_GAMMA, mix64};
 
-/// Environment variable `SEED:CYCLES`, for tests: about half of all steps follow a spin of under CYCLES GPU cycles.
+/// Environment variable `SEED:CYCLES` for tests. A spin of fewer than CYCLES GPU cycles delays about half of all steps.
 pub const SPIN: &str = "SHARDFLOW_CUDA_SPIN";
 
-/// Maximum of CYCLES, about a second: a stream without progress for long counts as lost.
+/// Maximum of CYCLES, about a second: a stream that makes no progress for too long counts as lost.
 const CYCLES_MAX: u64 = 1 << 30;
 
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! Host memory of one process: a zeroed heap allocation, or memory that a backend provides.
+//! Host memory of one process: a zeroed heap allocation, or memory from a backend.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -8,10 +8,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Every arena starts at a multiple of this many bytes.
+/// The start of every arena is a multiple of this many bytes.
 pub const ALIGNMENT: usize = 64;
 
-/// Allocation counters of a device, updated by its arenas.
+/// Allocation counters of a device. The device's arenas update them.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) bytes: AtomicUsize,
@@ -27,7 +27,7 @@ impl Tally {
     }
 }
 
-/// Start of memory of zero bytes: never dereferenced, and aligned so that empty slices are well formed.
+/// Start address of empty memory. It is never dereferenced, and is aligned so that empty slices are valid.
 pub(super) fn empty_start() -> NonNull<u8> {
     NonNull::without_provenance(NonZeroUsize::new(ALIGNMENT).expect("64 is not zero"))
 }
@@ -45,13 +45,13 @@ enum Owner {
     Backend { _memory: Box<dyn Any + Send + Sync> },
 }
 
-// SAFETY: the memory is exclusively owned, and any thread may free it; MEM-3 governs concurrent access.
+// SAFETY: the memory has one owner, and any thread may free it; MEM-3 governs concurrent access.
 unsafe impl Send for HostMemory {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
-    /// Allocates zeroed memory; `None` if the system has none.
+    /// Allocates zeroed memory. `None` if the system has no memory.
     pub(super) fn allocate(bytes: usize, tally: &Arc<Tally>) -> Option<Self> {
         let layout = Layout::from_size_align(bytes, ALIGNMENT).ok()?;
         // SAFETY: the layout's size is not zero.
@@ -69,7 +69,7 @@ impl Drop for HostMemory {
     fn drop(&mut self) {
         let Owner::Heap(tally) = &self.owner else { return };
         if let (Ok(layout), true) = (Layout::from_size_align(self.bytes, ALIGNMENT), self.bytes > 0) {
-            // SAFETY: allocated in `allocate` with the same layout, freed once.
+            // SAFETY: `allocate` allocated the memory with the same layout; it is freed only once.
             unsafe { dealloc(self.start.as_ptr(), layout) };
         }
         tally.bytes.fetch_sub(self.bytes, Ordering::Relaxed);

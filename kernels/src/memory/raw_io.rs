@@ -1,4 +1,4 @@
-//! Transfers bytes of an arena to and from a socket or file without an extra copy (GPU memory: via a pinned buffer).
+//! Transfers bytes between an arena and a socket or file without an extra copy (GPU memory: through a pinned buffer).
 #![allow(unsafe_code)]
 
 use std::io::{self, Read, Write};
@@ -9,7 +9,7 @@ impl Arena {
     /// Writes `bytes` bytes at `offset` to `sink`. The caller guarantees that nothing writes the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` when the range is out of bounds; any error of `sink`.
+    /// `InvalidInput` if the range is out of bounds; any error of `sink`.
     pub fn write_to(&self, offset: usize, bytes: usize, sink: &mut impl Write) -> io::Result<()> {
         self.check_inside(offset, bytes)?;
         if let Some(memory) = self.storage_on_device() {
@@ -28,7 +28,7 @@ impl Arena {
     /// Reads `bytes` bytes from `source` to `offset`. The caller guarantees that nothing else uses the range meanwhile.
     ///
     /// # Errors
-    /// `InvalidInput` when out of bounds or read-only; `UnexpectedEof`; any error of `source`.
+    /// `InvalidInput` if the range is out of bounds or read-only; `UnexpectedEof`; any error of `source`.
     pub fn read_from(&self, offset: usize, bytes: usize, source: &mut impl Read) -> io::Result<()> {
         if !self.is_writable() {
             let message = "the arena is mapped read-only from another process";
@@ -44,7 +44,7 @@ impl Arena {
             return filled;
         }
         let start = self.host_start().wrapping_add(offset);
-        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, used by nothing else (contract).
+        // SAFETY: in bounds (just checked), initialized since arenas start zeroed, and used by nothing else (contract).
         source.read_exact(unsafe { std::slice::from_raw_parts_mut(start, bytes) })
     }
 

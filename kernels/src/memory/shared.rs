@@ -1,6 +1,6 @@
-//! Memory that processes of one node share: a sealed memfd and a mapping of it.
+//! Memory that processes of one node share: a sealed memfd, and a mapping of this memfd.
 //!
-//! - SHARED-1: a mapping is never larger than its file, and the file's size is sealed, so no access faults, whatever a
+//! - SHARED-1: a mapping is never larger than its file, and the file's size is sealed. So no access faults, whatever a
 //!   peer does. A peer with write access can corrupt values, but cannot cause a fault.
 #![allow(unsafe_code)]
 
@@ -14,10 +14,10 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use super::heap::empty_start;
 use crate::error::{KernelError, Result};
 
-/// Seals that fix the size of the file, and the seals themselves.
+/// Seals that make the file's size, and the seals themselves, unchangeable.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
 
-/// Permitted access to memory that a peer passed.
+/// The permitted access to memory of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
     /// Read-only; writes are rejected.
@@ -26,7 +26,7 @@ pub enum Access {
     ReadWrite,
 }
 
-/// A mapped memfd; unmapped and closed when dropped.
+/// A mapped memfd. Dropping it unmaps and closes the memfd.
 #[derive(Debug)]
 pub(super) struct Mapping {
     pub(super) file: OwnedFd,
@@ -41,8 +41,8 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Creates zeroed memory. The system allocates a page at its first write, as for a heap. `fallocate` would reserve
-    /// the pages here, but for too large a size it does not fail: the out-of-memory killer runs.
+    /// Creates zeroed memory. As for a heap, the system allocates a page at its first write. `fallocate` would reserve
+    /// all pages now; but if the size is too large, it does not fail, and the out-of-memory killer runs.
     pub(super) fn create(bytes: usize) -> io::Result<Self> {
         let file = memfd_create("shardflow", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         let length = u64::try_from(bytes).unwrap_or(u64::MAX);
@@ -51,7 +51,7 @@ impl Mapping {
         Ok(Self::map(file, bytes, Access::ReadWrite)?)
     }
 
-    /// Maps memory of a peer's [`Mapping::create`]; rejects another size, or one that the peer could still change.
+    /// Maps the memory of a peer's [`Mapping::create`]. Rejects another size, or one that the peer can still change.
     pub(super) fn of_peer(file: OwnedFd, bytes: usize, access: Access) -> Result<Self> {
         let refused =
             |what: &str, expected: String, got: String| KernelError::arguments("map_peer", what, expected, got);
@@ -77,7 +77,7 @@ impl Mapping {
             Access::Read => ProtFlags::READ,
             Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
         };
-        // SAFETY: a new mapping at an address that the system chooses replaces no existing mapping.
+        // SAFETY: a new mapping at an address that the system chooses does not replace an existing mapping.
         let start = unsafe { mmap(null_mut(), bytes, protection, MapFlags::SHARED, &file, 0)? };
         let start = NonNull::new(start.cast()).ok_or(rustix::io::Errno::NOMEM)?;
         Ok(Self { file, start, bytes, access })
@@ -87,8 +87,8 @@ impl Mapping {
 impl Drop for Mapping {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            // SAFETY: mapped in `map` with this size, unmapped once, and the arena that used it is gone. The only
-            // possible error is that it is not mapped.
+            // SAFETY: `map` mapped this size, it is unmapped only once, and the arena that used the mapping is gone.
+            // The only possible error is that the memory is not mapped.
             let _ = unsafe { munmap(self.start.as_ptr().cast(), self.bytes) };
         }
     }

@@ -1,4 +1,4 @@
-//! Checks the shapes and dtypes of a launch's buffers: the same for every backend.
+//! Checks the shapes and dtypes of a launch's buffers. The checks are the same for every backend.
 
 use std::fmt::{Debug, Display};
 
@@ -8,7 +8,7 @@ use crate::region::check_inside;
 use crate::tensor::{DType, Region, element_count};
 
 impl Launch {
-    /// Checks the number of buffers, which of them are BF16, and whether the op supports a launch's `accumulate`.
+    /// Checks the number of buffers, which of them are BF16, and whether the op supports the launch's `accumulate`.
     pub(crate) fn check_op(&self, accumulate: bool) -> Result<()> {
         let count = |(reads, writes)| format!("{reads} read, {writes} written");
         let counts = (self.reads.len(), self.writes.len());
@@ -25,8 +25,8 @@ impl Launch {
         if matches!(self.op, Op::Collective(_)) { Ok(()) } else { self.check_bf16() }
     }
 
-    /// Checks which buffers are BF16: ports must support it, and all reads that may be BF16 have one dtype. If that is
-    /// F32, so are the writes, since only a cast converts; else writes may be either, for sums (also by collectives).
+    /// Checks BF16 buffers. Ports must support BF16, and reads that may be BF16 must have one dtype. If it is F32, the
+    /// writes are F32, as only a cast converts. If it is BF16, writes may be either, for sums (also by collectives).
     fn check_bf16(&self) -> Result<()> {
         let is_half = |buffer: &Buffer| buffer.dtype == DType::BF16;
         let ports = |buffers: &[Buffer], may: fn(&Op, usize) -> bool| {
@@ -49,7 +49,7 @@ impl Launch {
         }
     }
 
-    /// Checks shapes and dtypes of buffers, whose number is checked. Collectives and custom kernels check theirs.
+    /// Checks the buffers' shapes and dtypes, not their number. Collectives and custom kernels check their own buffers.
     pub(crate) fn check_buffers(&self, accumulate: bool) -> Result<()> {
         self.check_shapes()?;
         match self.op {
@@ -66,7 +66,7 @@ impl Launch {
         }
     }
 
-    /// Fails unless indices and random numbers are integers, all else floats (`check_bf16` checks which may be bf16).
+    /// Fails unless indices and random numbers are integers, and all others floats (`check_bf16` checks the width).
     fn check_dtypes(&self) -> Result<()> {
         let integers = match self.op {
             Op::Embedding { .. } | Op::EmbeddingGrad { .. } => Some(0),
@@ -139,7 +139,7 @@ impl Launch {
         }
     }
 
-    /// Checks the shapes of an op on the rows of read `i`, which lie along its last dim.
+    /// Checks the shapes of an op that works on the rows of read `i`. A row lies along the last dim.
     fn check_row_shapes(&self, i: usize) -> Result<()> {
         let (x, (leading, width)) = (&self.reads[i].shape[..], self.rows(i)?);
         match self.op {
@@ -159,7 +159,7 @@ impl Launch {
         KernelError::arguments(self.op.name(), what, expected, got)
     }
 
-    /// Fails unless `holds`. The texts are formatted only then: most launches pass many checks.
+    /// Fails if `holds` is false. Formats the texts only then, because most launches pass many checks.
     fn require(&self, holds: bool, what: impl Display, expected: impl Display, got: impl Debug) -> Result<()> {
         if holds { Ok(()) } else { Err(self.refused(&what.to_string(), expected.to_string(), format!("{got:?}"))) }
     }
@@ -168,7 +168,7 @@ impl Launch {
         shape.try_into().map_err(|_| self.refused(what, expected, format!("{shape:?}")))
     }
 
-    /// The extents `[b, t, h, d]` of attention.
+    /// Attention's extents `[b, t, h, d]`.
     pub(crate) fn attention_dims(&self) -> Result<[usize; 4]> {
         self.dims("shape of read 0", &self.reads[0].shape, "[b, t, h, d]")
     }
@@ -181,7 +181,7 @@ impl Launch {
         Ok((leading, *width))
     }
 
-    /// The number of rows of read `i`, and their width.
+    /// The number and the width of read `i`'s rows.
     pub(crate) fn rows_of(&self, i: usize) -> Result<[usize; 2]> {
         self.rows(i).map(|(leading, width)| [element_count(leading), width])
     }

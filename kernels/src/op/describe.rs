@@ -4,11 +4,11 @@ use std::ops::Range;
 
 use crate::op::Op;
 
-/// Number of query rows that attention processes as one block.
+/// Number of query rows in one block of attention.
 pub(crate) const ATTENTION_BLOCK: usize = 64;
 
-/// What dropout with probability `p` computes for all elements: the random number below which it drops an element, and
-/// the factor of the others. At p = 1 the number exceeds every u32 but the largest, for which the factor is 0.
+/// Threshold and factor of dropout with probability `p`: an element is dropped if its random number is below the
+/// threshold, and otherwise multiplied by the factor. At p = 1, only the largest u32 is kept, and the factor is 0.
 pub(crate) fn dropout_threshold(p: f32) -> (u32, f32) {
     let threshold = (f64::from(p) * 4_294_967_296.0).min(f64::from(u32::MAX)) as u32;
     (threshold, if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 })
@@ -60,38 +60,38 @@ impl Op {
         Properties { name, arity, sum, bf16_reads, bf16_writes }
     }
 
-    /// Name for errors, plans and traces.
+    /// Name of the op for errors, plans and traces.
     pub fn name(&self) -> &str {
         self.properties().name
     }
 
-    /// Number of buffers read and written; `None` for custom kernels.
+    /// Number of read and of written buffers; `None` for custom kernels.
     pub fn arity(&self) -> Option<(usize, usize)> {
         (!matches!(self, Op::Custom(_))).then(|| self.properties().arity)
     }
 
-    /// Index of the write that can accumulate, if any; `None` for custom kernels, which handle `accumulate` themselves.
+    /// Index of the write that can accumulate, if any. `None` for custom kernels, which handle `accumulate` themselves.
     pub fn can_accumulate(&self) -> Option<usize> {
         self.properties().sum
     }
 
-    /// Whether read `port` may have dtype `BF16`: activations and their gradients. Parameters, statistics and
-    /// sums are `F32`, except for operands of a product. All such reads of a launch have the same dtype.
+    /// True if read `port` may be `BF16`: activations, their gradients, and operands of a product. Other parameters,
+    /// and statistics and sums, are `F32`. All reads of a launch that may be `BF16` have the same dtype.
     pub fn reads_bf16(&self, port: usize) -> bool {
         self.properties().bf16_reads.contains(&port)
     }
 
-    /// Whether write `port` may be `BF16`, if all reads that may be BF16 are. An accumulating write is always `F32`.
+    /// True if write `port` may be `BF16`, provided that all reads that may be BF16 are. Accumulating writes are `F32`.
     pub fn writes_bf16(&self, port: usize) -> bool {
         self.properties().bf16_writes.contains(&port)
     }
 
-    /// Floats of scratch memory that each CPU thread needs for reads of these shapes; 0 for shapes that the op rejects.
+    /// Floats of scratch memory per CPU thread for reads of these shapes. 0 for shapes that the op rejects.
     pub(crate) fn thread_floats(&self, reads: &[&[usize]]) -> usize {
         match (self, reads) {
-            // A block of scores.
+            // For a block of scores.
             (Op::Attention { .. }, [_, k, ..]) => ATTENTION_BLOCK * k.get(1).copied().unwrap_or(0),
-            // A block of probabilities and a block of their gradients.
+            // For a block of probabilities and a block of their gradients.
             (Op::AttentionGrad { .. }, [_, _, k, ..]) => ATTENTION_BLOCK * 2 * k.get(1).copied().unwrap_or(0),
             _ => 0,
         }

@@ -1,4 +1,4 @@
-//! Einsum subscripts as one matrix product.
+//! Einsum subscripts that describe one matrix product.
 
 use std::fmt;
 
@@ -13,11 +13,11 @@ impl fmt::Display for Einsum {
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
-    /// In `a` and `out`.
+    /// The letter is in `a` and `out`.
     Row,
-    /// In `b` and `out`.
+    /// The letter is in `b` and `out`.
     Column,
-    /// In `a` and `b`.
+    /// The letter is in `a` and `b`.
     Summed,
 }
 
@@ -25,8 +25,8 @@ impl Einsum {
     /// Parses subscripts such as `"btc,hdc->bthd"`: one ASCII letter per dim.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when malformed, or not one matrix product without moving data: each letter must be in
-    /// exactly two of the three terms, and a group's letters must be adjacent and in the same order in both terms.
+    /// [`KernelError::Arguments`] if malformed, or if not one matrix product without moving data: each letter must be
+    /// in exactly two of the three terms, and a group's letters must be adjacent and in the same order in both terms.
     pub fn parse(text: &str) -> Result<Self> {
         let refused = |what: &str, expected: &str| KernelError::arguments("einsum", what, expected, text);
         let terms = text.split_once("->").and_then(|(ab, out)| Some((ab.split_once(',')?, out)));
@@ -55,7 +55,7 @@ impl Einsum {
         term.chars().filter(|&letter| self.role(letter) == Some(role)).collect()
     }
 
-    /// Whether each of a, b and out is stored transposed.
+    /// Returns whether a, b and out are each stored transposed.
     fn layout(&self) -> Result<[bool; 3]> {
         let refused = |expected: &str| KernelError::arguments("einsum", "subscripts", expected, self.to_string());
         let terms = [&self.a, &self.b, &self.out];
@@ -69,7 +69,7 @@ impl Einsum {
         }
         let mut transposed = [false; 3];
         for (flag, (term, (x, y))) in transposed.iter_mut().zip(terms.into_iter().zip(self.groups())) {
-            // If one group is empty, both orders match: the matrix is then a row or a column, not transposed.
+            // If one group is empty, both orders match: the matrix is a row or a column, and counts as not transposed.
             *flag = *term != format!("{x}{y}");
             if *flag && *term != format!("{y}{x}") {
                 return Err(refused(&self.as_product()));
@@ -78,7 +78,7 @@ impl Einsum {
         Ok(transposed)
     }
 
-    /// The two groups of indices of each term, in the order of `a`, or of `b` for letters that are not in `a`.
+    /// Each term's two groups of indices. Letters have the order that they have in `a`, or else in `b`.
     fn groups(&self) -> [(String, String); 3] {
         let rows = self.letters(&self.a, Role::Row);
         let columns = self.letters(&self.b, Role::Column);
@@ -86,7 +86,7 @@ impl Einsum {
         [(rows.clone(), summed.clone()), (summed, columns.clone()), (rows, columns)]
     }
 
-    /// Describes the matrix product that the subscripts compute, and valid subscripts for it.
+    /// Describes the matrix product of the subscripts, and valid subscripts for it.
     fn as_product(&self) -> String {
         let groups = self.groups();
         let dims = |(x, y): &(String, String)| {
@@ -101,7 +101,7 @@ impl Einsum {
         format!("the matrix product of {left} and {right} written {a},{b}->{out}, with dims stored in this order")
     }
 
-    /// The extent of a letter in its operands, which must agree.
+    /// The extent of a letter. Both operands with this letter must agree.
     fn extent(&self, letter: char, a: &[usize], b: &[usize]) -> Result<usize> {
         let of = |term: &str, shape: &[usize]| term.find(letter).and_then(|i| shape.get(i).copied());
         match (of(&self.a, a), of(&self.b, b)) {
@@ -126,10 +126,10 @@ impl Einsum {
         Ok(())
     }
 
-    /// The matrix product for operands of these shapes.
+    /// Returns the matrix product for operands of these shapes.
     ///
     /// # Errors
-    /// [`KernelError::Arguments`] when ranks or shared extents differ, or the subscripts are not one matrix product.
+    /// [`KernelError::Arguments`] if ranks or shared extents differ, or the subscripts are not one matrix product.
     pub fn gemm_dims(&self, a: &[usize], b: &[usize]) -> Result<GemmDims> {
         self.check_ranks(a, b)?;
         let [a_transposed, b_transposed, out_transposed] = self.layout()?;
@@ -146,7 +146,7 @@ impl Einsum {
         })
     }
 
-    /// The shape of the result for operands of these shapes.
+    /// Returns the shape of the result for operands of these shapes.
     ///
     /// # Errors
     /// As for [`Einsum::gemm_dims`].

@@ -1,4 +1,4 @@
-//! A case of the test `cuda`: regions that one GPU copies from another.
+//! A case of the test `cuda`: one GPU copies regions from another GPU.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ pub fn run() {
     let [device, other] = [0, 1].map(|rank| Device::cuda(rank, gpus[rank].clone(), engine.clone()));
     let (stream, arena) = (device.stream("pull", 1).expect("a stream"), device.arena(4096).expect("memory"));
     let source = other.arena(4096).expect("memory");
-    // Some columns; some columns in some planes; whole rows, which are contiguous.
+    // In order: some columns; some columns of some planes; whole rows, which are contiguous.
     for (from, start, to, target_start, size) in [
         (vec![9, 10], vec![2, 3], vec![7, 6], vec![1, 2], vec![5, 4]),
         (vec![5, 4, 10], vec![1, 1, 3], vec![3, 3, 5], vec![0, 1, 0], vec![3, 2, 5]),

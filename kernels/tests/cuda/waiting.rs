@@ -1,4 +1,4 @@
-//! Cases of the test `cuda`: which member waits for which, and for how long.
+//! Cases of the test `cuda`: which member waits for which other member, and for how long.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ fn memberships(gpus: &[Arc<Gpu>; 2]) -> [GroupMember; 2] {
     [0, 1].map(|member: usize| GroupMember { group: group.clone(), member, gpu: gpus[member].clone(), id })
 }
 
-/// The time that a stream has spent in collectives grows while it is in one, and stays constant afterwards.
+/// The time that a stream has spent in collectives grows during a collective, and stays constant afterwards.
 pub fn time() {
     let gpus: [_; 2] = gpus().try_into().expect("two devices");
     let nccl = Nccl::join(&memberships(&gpus), WITHIN).expect("both members join");
@@ -44,7 +44,7 @@ pub fn time() {
         };
         let mut time_min = Duration::ZERO;
         for _ in 0..3 {
-            // Wait until the time has grown by this much: only the other member's call ends the wait.
+            // Waits until the time has grown by this much. Only the other member's call ends the wait.
             time_min += Duration::from_millis(3);
             let other = streams[1].collective_time();
             submit(0);
@@ -73,7 +73,7 @@ pub fn time() {
     }
 }
 
-/// Returns once the pollers have parked: polling every 50 us would cause a hundred thread switches.
+/// Returns once the pollers have parked. Polling every 50 us would cause a hundred thread switches.
 fn wait_for_pollers_to_park() {
     let context_switches = || {
         let threads = std::fs::read_dir("/proc/self/task").expect("Linux").flatten().map(|thread| thread.path());
@@ -102,7 +102,7 @@ fn wait_for_pollers_to_park() {
     }
 }
 
-/// A pipe is connected before it is used, and reports who waits in it for whom.
+/// Tests that a pipe is connected before its first use, and reports which member waits in it for which other member.
 pub fn pipe() {
     let gpus = [0, 1].map(|i| Gpu::open(i).expect("a device"));
     let memberships = memberships(&gpus);

@@ -45,8 +45,8 @@ enum Command {
     /// List, verify, reshard or export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Report this machine's resources, missing software, and how to install it. Exits with 78 if a requirement of
-    /// every job fails.
+    /// Report this machine's resources, missing software and how to install it. Exits with code 78 if something that
+    /// every job needs does not work.
     Doctor {
         /// Print one JSON object
         #[arg(long)]
@@ -64,7 +64,7 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true, value_name = "PROGRAM ARGS")]
         command: Vec<OsString>,
     },
-    /// Summarise a trace written by `--trace`: busy and idle time with reasons, critical path, simulated time.
+    /// Summarise a trace that `--trace` wrote: busy time, idle time with reasons, critical path and simulated time.
     Trace {
         /// Trace files: one for each process
         #[arg(required = true, value_name = "FILE")]
@@ -83,7 +83,7 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show which actor waits for which, down to the cause. Follows waits to other processes of this node.
+    /// Show the chain of waiting actors down to the cause. Follows waits to other processes of this node.
     #[cfg(feature = "watch")]
     ExplainHang {
         /// Address that one of the job's processes listens on
@@ -92,13 +92,13 @@ enum Command {
     },
     /// Print a new secret for `SHARDFLOW_SECRET`.
     Secret,
-    /// For the launcher only: kills the remaining processes when the launcher ends.
+    /// For internal use by the launcher: kills the remaining processes when the launcher ends.
     #[command(hide = true)]
     Guard {
         #[arg(long)]
         folder: PathBuf,
     },
-    /// For `launch` and `plan` only: executes a program that is killed when they end.
+    /// For internal use by `launch` and `plan`: executes a program and kills it when the parent process ends.
     #[command(hide = true)]
     Child {
         #[arg(long)]
@@ -108,10 +108,10 @@ enum Command {
     },
 }
 
-/// Flags have torchrun's names, spelled with `-` or `_`.
+/// Flags that exist in torchrun have the same names here. Words are separated by `-` or `_`.
 #[derive(Args)]
 struct LaunchArgs {
-    /// Processes on this node; the same on all nodes
+    /// Number of processes on this node; must be equal on all nodes
     #[arg(long, alias = "nproc_per_node", value_name = "N", default_value_t = 1)]
     nproc_per_node: u32,
     /// Number of nodes. Each runs this command with its own --node-rank
@@ -129,32 +129,32 @@ struct LaunchArgs {
     /// Maximum number of restarts after failures that a restart may fix
     #[arg(long, alias = "max_restarts", value_name = "N", default_value_t = 0)]
     max_restarts: u64,
-    /// Ignored; accepted for compatibility with torchrun. The end of a process is detected at once
+    /// Accepted for compatibility with torchrun, but ignored: the launcher detects the end of a process at once
     #[arg(long, alias = "monitor_interval", value_name = "SECONDS", hide = true)]
     #[allow(dead_code)]
     monitor_interval: Option<f64>,
     /// Folder for logs; a log is DIR/<job>/attempt-<n>/rank-<r>.log
     #[arg(long, alias = "log_dir", value_name = "DIR", default_value = "shardflow-logs")]
     log_dir: PathBuf,
-    /// Time from the signal to end a process until SIGKILL
+    /// Time limit for a process to end after a signal; then SIGKILL follows
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     grace: Duration,
-    /// Time from the first failure until SIGTERM to the other processes
+    /// Time between the first failure and SIGTERM to the other processes
     #[arg(long, alias = "failure_wait", value_name = "SECONDS", default_value = "15", value_parser = seconds)]
     failure_wait: Duration,
-    /// Pause before the second restart; doubled for each later one, up to 60 s. The first restart has no pause
+    /// Pause before the second restart. It doubles for each later restart, up to 60 s. The first restart has no pause
     #[arg(long, alias = "restart_wait", value_name = "SECONDS", default_value = "1", value_parser = seconds)]
     restart_wait: Duration,
     /// Time to wait at the start for the processes of all nodes [default: 300]
     #[arg(long, alias = "meet_wait", value_name = "SECONDS", value_parser = positive_seconds)]
     meet_wait: Option<Duration>,
-    /// How long to report to the other nodes a failure before the rendezvous that no restart can fix [default: 10]
+    /// If a permanent failure precedes the rendezvous: time limit for reporting it to the other nodes [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
     /// Local address that the processes listen on [default: source address of the route to process 0]
     #[arg(long, value_name = "ADDRESS", value_parser = interface)]
     interface: Option<String>,
-    /// Host name or address at which other nodes reach this node's processes [default: the one that they listen on]
+    /// Host name or address at which other nodes reach this node's processes [default: the address they listen on]
     #[arg(long, value_name = "HOST")]
     advertise: Option<String>,
     /// Interval between heartbeats; the same on all nodes [default: 250]
@@ -163,7 +163,8 @@ struct LaunchArgs {
     /// Time without heartbeats after which a process counts as failed; the same on all nodes [default: 4000]
     #[arg(long, value_name = "MILLISECONDS")]
     heartbeat_deadline_ms: Option<u64>,
-    /// Encrypt tensors and register messages between nodes; the same on all nodes. Rendezvous and control always are
+    /// Encrypt tensors and register messages between nodes. Must be equal on all nodes. Rendezvous and control messages
+    /// are always encrypted
     #[arg(long)]
     encrypt: bool,
     /// The program and its arguments
@@ -172,7 +173,7 @@ struct LaunchArgs {
 }
 
 impl LaunchArgs {
-    /// Environment variables for the processes: those of the flags, and defaults for CUDA's settings that are not set.
+    /// Environment variables for the processes, from the given flags, and defaults for CUDA settings that are not set.
     fn variables(&self) -> Vec<(&'static str, String)> {
         let given = [
             (env::MEET_MS, self.meet_wait.map(|wait| wait.as_millis().to_string())),
@@ -193,14 +194,14 @@ fn endpoint(text: &str) -> Result<Endpoint, String> {
     Endpoint::parse_rendezvous(text).map_err(|expected| format!("expected {expected}"))
 }
 
-/// Checks an address and keeps its text, because a zone is known by its name.
+/// Checks an address but returns its text, which may contain the name of an IPv6 zone.
 fn interface(text: &str) -> Result<String, String> {
     parse_ip(text).map(|_| text.into()).ok_or_else(|| "expected an IP address, such as 10.0.0.1 or fe80::1%eth0".into())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().map_err(|_| "expected a number of seconds".to_string())?;
-    // At most a day: a longer wait is a mistake, and `Instant` cannot overflow.
+    // Limit waits to one day, so that `Instant` cannot overflow. A longer wait is a mistake.
     if !(0.0..=86400.0).contains(&seconds) {
         return Err("expected 0 to 86400 seconds".into());
     }
@@ -217,7 +218,7 @@ fn main() -> ExitCode {
         report_usage(&error);
         error.exit()
     });
-    // The launcher and its helpers handle signals themselves. Other commands end on one, even as process 1.
+    // The launcher and its helpers handle signals themselves. Every other command ends on a signal, even as process 1.
     if !matches!(command, Command::Launch(_) | Command::Guard { .. } | Command::Child { .. })
         && let Err(error) = Requests::on_signals()
     {
@@ -351,13 +352,13 @@ fn run_trace(files: &[PathBuf], join: Option<&Path>) -> Output {
     Ok((summary.to_string().replace(|c: char| c.is_control() && c != '\n', "?"), Exit::Done))
 }
 
-/// Runs the program with variables that make it write its plan instead of starting a session.
+/// Runs the program with environment variables that make it write its plan instead of starting a session.
 fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -> Output {
     if let Some(flag) = command[0].to_str().filter(|name| name.starts_with('-')) {
         let text = format!("unexpected argument '{flag}'; see `shardflow plan --help`");
         return Err(failed(Exit::Usage, text));
     }
-    // A file in memory: a full disk cannot truncate the plan, and a signal leaves no file behind.
+    // Use a file in memory: a full disk cannot truncate the plan, and a killed command leaves no file behind.
     let text = rustix::fs::memfd_create("plan", MemfdFlags::CLOEXEC);
     let mut text =
         File::from(text.map_err(|e| failed(Exit::Internal, format!("cannot create a file in memory: {e}")))?);
@@ -375,7 +376,7 @@ fn run_plan(html: Option<PathBuf>, dot: Option<PathBuf>, command: &[OsString]) -
     read.map_err(|e| failed(Exit::Internal, format!("cannot read the plan: {e}")))?;
     let written: Vec<String> =
         html.iter().chain(&dot).map(|path| format!("the plan is in {}", path.display())).collect();
-    // A program that returns the error of its session from `main` ends with a code other than 0.
+    // Accept any exit code: the program's `main` may return the error with which the session did not start.
     if !plan.is_empty() && output.status.code().is_some() {
         return Ok((if written.is_empty() { plan } else { written.join("\n") }, Exit::Done));
     }

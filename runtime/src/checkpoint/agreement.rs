@@ -16,7 +16,7 @@ pub struct ProcessRank {
 }
 
 impl ProcessRank {
-    /// The only process.
+    /// The rank in a single-process job.
     pub const ALONE: Self = Self { process: 0, processes: 1, epoch: 0 };
 }
 
@@ -40,23 +40,24 @@ pub enum SaveOutcome {
     AlreadyThere,
 }
 
-/// The agreement of a job's processes. For each save in order, the saver's thread calls [`SaveAgreement::all_written`]
-/// and, without an error, [`SaveAgreement::outcome`]. Each call may wait for others, but must return in a limited time.
+/// How the processes of a job agree on saves. For each save, in order, the saver's thread calls
+/// [`SaveAgreement::all_written`] and, if that succeeds, [`SaveAgreement::outcome`]. Each call may wait for other
+/// processes, but must return in a limited time.
 pub trait SaveAgreement: Send + Sync {
     /// Reports whether this process has written its shard. Returns when all processes have reported.
     ///
     /// # Errors
-    /// On every process, if one could not write, has ended, or did not report in time; the error names it.
+    /// If a process could not write, ended, or did not report in time. All processes get an error with its rank.
     fn all_written(&self, save: SaveId, own: Result<(), String>) -> Result<(), AgreeError>;
 
     /// Process 0 reports the result of the commit (`Some`); the others (`None`) wait for it.
     ///
     /// # Errors
-    /// On every process, if process 0 could not commit, has ended, or did not report in time.
+    /// If process 0 could not commit, ended, or did not report in time. All processes get the error.
     fn outcome(&self, save: SaveId, decided: Option<Result<SaveOutcome, String>>) -> Result<SaveOutcome, AgreeError>;
 }
 
-/// The agreement of a single process.
+/// The agreement in a single-process job.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SingleProcess;
 

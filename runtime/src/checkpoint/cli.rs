@@ -14,8 +14,8 @@ use crate::program::ProgramError;
 use shardflow_job::exit::Exit;
 use shardflow_job::text::counted;
 
-/// Commands on the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path if support for it is
-/// built in.
+/// Commands on the checkpoints of a store. DIR is a folder, or a URL such as s3://bucket/path if this binary was built
+/// with support for that store.
 #[derive(Subcommand, Clone, Debug)]
 pub enum CheckpointCommand {
     /// List the committed checkpoints, oldest first
@@ -23,15 +23,15 @@ pub enum CheckpointCommand {
         /// Folder or URL of the checkpoints
         dir: String,
     },
-    /// Read every byte and compare checksums; names the first damaged file of each checkpoint
+    /// Read every byte and compare checksums. Reports the first damaged file of each checkpoint
     Verify {
         /// Folder or URL of the checkpoints
         dir: String,
-        /// Only this step's checkpoint
+        /// Verify only the checkpoint of this step
         #[arg(long)]
         step: Option<u64>,
     },
-    /// Write a checkpoint to another place, in another number of shards
+    /// Copy a checkpoint to another place, with another number of shards
     Reshard {
         /// Folder or URL of the checkpoints
         dir: String,
@@ -41,7 +41,7 @@ pub enum CheckpointCommand {
         /// Number of shards
         #[arg(long)]
         shards: u32,
-        /// The step; the newest complete one if not given
+        /// Step of the checkpoint [default: the newest complete one]
         #[arg(long)]
         step: Option<u64>,
     },
@@ -49,9 +49,9 @@ pub enum CheckpointCommand {
     Export {
         /// Folder or URL of the checkpoints
         dir: String,
-        /// The file
+        /// File to write
         file: PathBuf,
-        /// The step; the newest complete one if not given
+        /// Step of the checkpoint [default: the newest complete one]
         #[arg(long)]
         step: Option<u64>,
     },
@@ -63,13 +63,13 @@ impl From<CheckpointError> for ProgramError {
     }
 }
 
-/// Attempts to read the newest checkpoint while a training replaces it.
+/// Maximum number of attempts to read the newest checkpoint while a training run replaces it.
 const ATTEMPTS_MAX: u32 = 5;
 
 /// Runs a command and returns the text to print.
 ///
 /// # Errors
-/// One or several lines to print, with the exit code.
+/// The error has one or more lines to print, and the exit code.
 pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
     match command {
         CheckpointCommand::Ls { dir } => list(&Store::open(dir)?),
@@ -92,7 +92,7 @@ pub fn run(command: &CheckpointCommand) -> Result<String, ProgramError> {
     }
 }
 
-/// Opens this step's checkpoint, or the newest complete one. Also returns a warning line for each damaged one.
+/// Opens the checkpoint of `step`, or the newest complete one. Also returns a warning line per damaged checkpoint.
 fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String), CheckpointError> {
     if let Some(step) = step {
         return Ok((store.read(step)?, String::new()));
@@ -103,7 +103,7 @@ fn select(store: &Store, step: Option<u64>) -> Result<(CheckpointReader, String)
     Ok((newest.reader.ok_or_else(absent)?, warnings))
 }
 
-/// Does `work` with a checkpoint. If a training deletes the newest one meanwhile, tries again with the new newest.
+/// Calls `work` with a checkpoint. If a training run deletes that checkpoint meanwhile, retries with the newest one.
 fn with_selected(
     store: &Store,
     step: Option<u64>,
@@ -141,7 +141,7 @@ fn list(store: &Store) -> Result<String, ProgramError> {
             Err(error @ (CheckpointError::Damaged { .. } | CheckpointError::Newer { .. })) => {
                 writeln!(text, "{step:>12}  {error}")
             }
-            // It was deleted after the listing.
+            // The checkpoint was deleted after the listing.
             Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) => continue,
             Err(error) => return Err(error.into()),
         };

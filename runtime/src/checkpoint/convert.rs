@@ -15,10 +15,10 @@ use super::shard::{self, Entry, header, metadata, write_whole};
 use super::store::Store;
 use crate::lock::Lock;
 
-/// Writes a checkpoint as one safetensors file, equal to that of `Session::save`. No incomplete file ever appears.
+/// Writes a checkpoint as one safetensors file, equal to the file of `Session::save`. No incomplete file ever appears.
 ///
 /// # Errors
-/// [`CheckpointError`] of the checkpoint, or [`CheckpointError::Io`] of the file.
+/// [`CheckpointError::Io`] if the file cannot be written, else the [`CheckpointError`] of reading the checkpoint.
 pub fn export(reader: &CheckpointReader, path: &Path) -> Result<(), CheckpointError> {
     let mut tensors: Vec<&StoredTensor> = reader.manifest().tensors.iter().collect();
     tensors.sort_by(|a, b| a.info.name.cmp(&b.info.name));
@@ -38,11 +38,11 @@ pub fn export(reader: &CheckpointReader, path: &Path) -> Result<(), CheckpointEr
     })
 }
 
-/// Writes a checkpoint to another store in `shards` shards: each tensor is split over them along its first dim, as by
-/// layout `S0` on the mesh `shard=<shards>`. Everything else is unchanged, and any mesh can load it.
+/// Writes a checkpoint to another store in `shards` shards. Each tensor is split over the shards along its first dim,
+/// like layout `S0` on the mesh `shard=<shards>`. Everything else is unchanged, and any mesh can load the result.
 ///
 /// # Errors
-/// [`CheckpointError`]; [`CheckpointError::Exists`] if the target already has the step.
+/// [`CheckpointError::Exists`] if the target already has the step, else the error of reading or writing.
 pub fn reshard(reader: &CheckpointReader, target: &Store, shards: u32) -> Result<(), CheckpointError> {
     if shards == 0 || shards as usize > SHARDS_MAX {
         return Err(CheckpointError::Refused(format!("{shards} shards; the number must be 1 to {SHARDS_MAX}")));

@@ -67,7 +67,7 @@ pub enum CheckpointError {
         "{place}: {ranks} cannot see a file that rank 0 has written there; all nodes must share the folder, so use a network file system"
     )]
     NotShared { place: String, ranks: String },
-    /// Another process, or the agreement between processes, failed; nothing was committed.
+    /// Another process failed, or the processes could not agree.
     #[error("checkpoint of step {step} not committed: {source}")]
     Others { step: u64, source: AgreeError },
     #[error("{place}: rank {rank} {problem}; see its log")]
@@ -109,7 +109,7 @@ impl CheckpointError {
         crate::files::system_error(self).map(std::io::Error::kind)
     }
 
-    /// True if the checkpoint is damaged, so that an older one may help; false if it is unfit, deleted or unreachable.
+    /// True if the checkpoint is damaged: an older one may be good. False if it is unfit, deleted or unreachable.
     pub fn is_damage(&self) -> bool {
         matches!(self, Self::Damaged { .. })
     }

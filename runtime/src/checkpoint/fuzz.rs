@@ -1,4 +1,4 @@
-//! Properties of the decoders of manifests and sidecars for arbitrary input, for fuzzing and for tests.
+//! Properties of the manifest and sidecar decoders that must hold for any input. Fuzzing and tests check them.
 use serde_json::value::RawValue;
 
 use super::manifest::{
@@ -6,7 +6,7 @@ use super::manifest::{
 };
 use super::shard::{Sidecar, SidecarPiece};
 
-/// Largest number of elements for which a tensor is checked element by element.
+/// Tensors with more elements than this are not checked element by element.
 const ELEMENTS_MAX: usize = 1 << 12;
 
 /// A manifest with a tensor of 4 x 6 in two pieces, a scalar, and an empty tensor.
@@ -48,7 +48,7 @@ pub(crate) fn sample_manifest() -> Manifest {
     }
 }
 
-/// Bodies of a manifest and of a sidecar as processes write them, without the seal.
+/// Sample bodies of a manifest and of a sidecar, as processes write them but without the seal.
 pub fn samples() -> Vec<Vec<u8>> {
     let (manifest, sum) = (sample_manifest(), Checksum::of(b""));
     let piece = SidecarPiece { tensor: "w".into(), offset: 8, start: vec![0, 0], size: vec![3, 6], blake3: sum };
@@ -57,8 +57,8 @@ pub fn samples() -> Vec<Vec<u8>> {
     [serde_json::to_vec(&manifest), serde_json::to_vec(&sidecar)].map(Result::unwrap_or_default).into()
 }
 
-/// Checks that decoding never panics, and that a sealed manifest that is accepted survives encoding and decoding and
-/// holds its invariants, which are checked here independently of [`Manifest::decode`].
+/// Checks that decoding never panics, and that accepted manifests and sidecars survive encoding and decoding. Also
+/// checks the invariants of an accepted manifest, with code that is independent of [`Manifest::decode`].
 ///
 /// # Panics
 /// If a property does not hold.
@@ -80,7 +80,7 @@ pub fn check(body: &[u8]) {
     }
 }
 
-/// MF-2 and MF-3 for small tensors.
+/// Checks MF-3, and MF-2 for small tensors.
 fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) {
     let shape = &tensor.info.shape;
     for piece in &tensor.pieces {

@@ -1,4 +1,4 @@
-//! Operations on an object store for synchronous callers: each has a deadline, so no store can make them wait forever.
+//! Operations on an object store for synchronous callers. Each operation has a deadline, so no caller waits forever.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -15,20 +15,20 @@ use super::manifest::Checksum;
 use crate::clock::WaitClock;
 use crate::files;
 
-/// Default limit for one operation. The last one of a large local file waits until all of it is on disk.
+/// Default deadline of an operation. The last operation on a large local file waits until the whole file is on disk.
 pub const DEADLINE: Duration = Duration::from_secs(120);
-/// Default bytes of one upload request, which is the memory that a write needs. Cloud stores require 5 MiB or more.
+/// Default size of one upload request, bytes; a write needs this amount of memory. Cloud stores require at least 5 MiB.
 pub const PART_BYTES: usize = 16 << 20;
 /// Maximum number of parts of one upload, a little below the limit of cloud stores.
 const PARTS_MAX: u64 = 9_000;
-/// How long a file of another node may stay invisible: NFS caches folders for 60 s (`acdirmax`).
+/// How long a file that another node wrote may stay invisible. NFS caches folders for 60 s (`acdirmax`).
 pub(crate) const HIDDEN: Duration = Duration::from_secs(90);
 /// Poll interval for a file that is not yet visible.
 const POLL: Duration = Duration::from_secs(1);
-/// Maximum number of threads that block in a local file system.
+/// Maximum number of threads that block on local file operations.
 const BLOCKED_THREADS_MAX: usize = 8;
 
-/// The threads on which operations run. Dropping it does not wait for them.
+/// The threads on which operations run. Dropping an `Io` does not wait for its threads.
 #[derive(Debug)]
 pub(crate) struct Io(Option<Runtime>);
 
@@ -36,7 +36,7 @@ impl Io {
     pub(crate) fn new(place: &str) -> Result<Self, CheckpointError> {
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(1).max_blocking_threads(BLOCKED_THREADS_MAX).thread_name("checkpoint-io").enable_all();
-        // The builder panics if the system cannot start a thread.
+        // The builder panics if it cannot start a thread, so first check that the system can start two.
         let probes = ["checkpoint-io"; 2].map(|name| thread::Builder::new().name(name.into()).spawn(thread::park));
         let started = probes.into_iter().map(|probe| probe.map(|probe| (probe.thread().unpark(), probe.join())));
         started.collect::<io::Result<Vec<_>>>().map_err(CheckpointError::Thread)?;
@@ -60,7 +60,7 @@ impl Drop for Io {
 
 #[derive(Clone, Debug)]
 pub(crate) struct StoreFile {
-    /// Its name in errors.
+    /// Name of the file in errors.
     pub(crate) name: String,
     pub(crate) path: Path,
 }
@@ -74,12 +74,12 @@ pub(crate) struct Operations {
     pub(crate) clock: Arc<dyn WaitClock>,
     /// How long a file that another process has written may stay invisible here.
     pub(crate) hidden: Duration,
-    /// True if the backend is the file system, with its root as prefix.
+    /// True if the backend is the local file system and its prefix is the file system's root.
     pub(crate) is_local: bool,
 }
 
 impl Operations {
-    /// Polls for another process's file until it appears, or until the time limit for it to become visible has passed.
+    /// Polls until another process's file appears, for at most [`Operations::hidden`].
     pub(crate) fn wait_visible<T>(
         &self,
         read: impl Fn() -> Result<Option<T>, CheckpointError>,
@@ -121,7 +121,7 @@ impl Operations {
     ) -> Result<T, CheckpointError> {
         let (sender, receiver) = sync_channel(1);
         let task = self.io.runtime().spawn(async move {
-            // The receiver is dropped after the deadline.
+            // Sending fails if the caller has stopped waiting at the deadline.
             let _ = sender.send(work.await);
         });
         let result = match receiver.recv_timeout(self.deadline) {
@@ -168,7 +168,7 @@ impl Operations {
         self.run(&file.name, StoreOperation::Read, get)
     }
 
-    /// Writes a small file in one operation. It replaces an existing file; with [`PutMode::Create`] it fails instead.
+    /// Writes a small file in one operation. Replaces an existing file, or fails with [`PutMode::Create`].
     pub(crate) fn put(&self, file: &StoreFile, bytes: Vec<u8>, mode: PutMode) -> Result<(), CheckpointError> {
         let (backend, path, create) = (self.backend.clone(), file.path.clone(), mode == PutMode::Create);
         let payload = PutPayload::from(bytes);
@@ -256,7 +256,7 @@ impl Upload<'_> {
         self.operations.run(&self.file.name, StoreOperation::Write, part)
     }
 
-    /// Sends the rest and returns the checksum of the whole file. On success the file is in its place, durably.
+    /// Sends the remaining bytes and returns the checksum of the whole file. After success, the file is durable.
     pub(crate) fn finish(mut self) -> Result<Checksum, CheckpointError> {
         let sum = Checksum(self.hasher.finalize());
         debug_assert_eq!(self.hasher.count(), self.total, "{}: the size differs from the total", self.file.name);
@@ -277,7 +277,7 @@ impl Upload<'_> {
 impl Drop for Upload<'_> {
     fn drop(&mut self) {
         if let Some(mut multipart) = self.multipart.take() {
-            // On the store's thread, because an abort may block as long as a write.
+            // Abort on the store's thread, because an abort may block as long as a write.
             self.operations.io.runtime().spawn(async move { multipart.abort().await });
         }
     }

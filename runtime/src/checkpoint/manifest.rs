@@ -22,7 +22,7 @@ pub const MANIFEST_BYTES_MAX: u64 = 256 << 20;
 const TENSORS_MAX: usize = 1 << 18;
 /// Maximum number of shards of a checkpoint.
 pub const SHARDS_MAX: usize = 1 << 16;
-/// Maximum number of pieces of one tensor, because each is compared with each.
+/// Maximum number of pieces of one tensor. It is limited because a check compares each pair of pieces.
 pub const TENSOR_PIECES_MAX: usize = 1 << 12;
 const PIECES_MAX: usize = 1 << 20;
 const DIMS_MAX: usize = 32;
@@ -30,7 +30,7 @@ const DIMS_MAX: usize = 32;
 pub const TEXT_BYTES_MAX: usize = 1 << 12;
 const CURSOR_ENTRIES_MAX: usize = 1 << 10;
 
-/// State that the user's program needs to resume, other than the number of steps. Its content is the program's choice.
+/// State that the user's program needs to resume, besides the number of steps. The program chooses its content.
 pub type Cursor = BTreeMap<String, String>;
 
 /// Role of a tensor in the training.
@@ -43,7 +43,7 @@ pub enum TensorKind {
     State,
 }
 
-/// Element types as written, little-endian.
+/// Names of element types in the manifest. Shards store elements in little-endian order.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "DType")]
 enum Element {
@@ -58,7 +58,7 @@ enum Element {
 pub struct Checksum(pub(crate) blake3::Hash);
 
 impl Checksum {
-    /// The checksum of bytes.
+    /// The checksum of `bytes`.
     pub fn of(bytes: &[u8]) -> Self {
         Self(blake3::hash(bytes))
     }
@@ -86,36 +86,36 @@ impl std::fmt::Debug for Checksum {
     }
 }
 
-/// A file of pieces.
+/// A file that holds pieces of tensors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shard {
     /// Path in the checkpoint's folder: `e<epoch>-<attempt>/shard-<process>-of-<processes>.safetensors`.
     pub file: String,
-    /// Its size.
+    /// Size of the file.
     pub bytes: u64,
     /// BLAKE3 of the whole file.
     pub blake3: Checksum,
 }
 
-/// A box of a tensor, in a shard.
+/// A box of a tensor, and its location in a shard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Piece {
     /// Index of the shard.
     pub shard: usize,
-    /// First byte of its elements in the shard.
+    /// Offset of the first element in the shard, bytes.
     pub offset: u64,
     /// First index in each dim of the tensor.
     pub start: Vec<usize>,
     /// Extent in each dim.
     pub size: Vec<usize>,
-    /// BLAKE3 of its elements' bytes.
+    /// BLAKE3 of the elements' bytes.
     pub blake3: Checksum,
 }
 
 impl Piece {
-    /// The box.
+    /// The box as a region of the tensor.
     pub fn region(&self) -> Region {
         Region { start: self.start.clone(), size: self.size.clone() }
     }
@@ -125,14 +125,14 @@ impl Piece {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorMeta {
-    /// Its name, unique in the checkpoint.
+    /// Name of the tensor, unique in the checkpoint.
     pub name: String,
-    /// Its role.
+    /// Role of the tensor.
     pub kind: TensorKind,
     /// Element type.
     #[serde(with = "Element")]
     pub dtype: DType,
-    /// Shape in the program, to which regions refer.
+    /// Shape in the program. Regions refer to this shape.
     pub shape: Vec<usize>,
     /// Shape in an exported file, with the same number of elements.
     pub saved_shape: Vec<usize>,
@@ -145,7 +145,7 @@ pub struct TensorMeta {
 }
 
 impl TensorMeta {
-    /// Number of elements; `None` if its bytes exceed `isize::MAX`.
+    /// Number of elements; `None` if the tensor has more than `isize::MAX` bytes.
     fn elements(&self) -> Option<usize> {
         let element = self.dtype.bytes();
         let bytes = self.shape.iter().try_fold(element, |product, extent| product.checked_mul(*extent))?;
@@ -157,7 +157,7 @@ impl TensorMeta {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StoredTensor {
-    /// Its metadata.
+    /// Metadata of the tensor.
     pub info: TensorMeta,
     /// The pieces that hold its elements.
     pub pieces: Vec<Piece>,
@@ -169,7 +169,7 @@ pub struct StoredTensor {
 pub struct JobTime {
     /// Start of the job, Unix time in milliseconds; equal for all attempts of one job.
     pub began_ms: u64,
-    /// Milliseconds in steps whose updates are part of the model.
+    /// Time in steps whose updates are part of the model, in milliseconds.
     pub productive_ms: u64,
 }
 
@@ -179,28 +179,28 @@ pub struct JobTime {
 pub struct Manifest {
     /// Steps done.
     pub step: u64,
-    /// Updates applied, without skipped steps. `None` before version 3.
+    /// Number of applied updates; skipped steps do not count. `None` before version 3.
     #[serde(default)]
     pub updates: Option<u64>,
-    /// The incarnation of the job that wrote it.
+    /// Incarnation of the job that wrote the checkpoint.
     pub epoch: u64,
-    /// The mesh that wrote it; any other mesh can load it.
+    /// Mesh of the job that wrote the checkpoint. Any other mesh can load it.
     pub mesh: String,
-    /// Seed. Initial weights and dropout masks are functions of the seed and `step`; no generator has other state.
+    /// Seed. Initial weights and dropout masks depend only on the seed and `step`; random generators keep no state.
     pub seed: u64,
     /// The program's cursor.
     pub cursor: Cursor,
     /// Values that the program declared. Empty before version 3.
     #[serde(default)]
     pub declared: Values,
-    /// Version of Shardflow that wrote it.
+    /// Version of Shardflow that wrote the checkpoint.
     pub writer: String,
-    /// Hash of the plan that wrote it, if known.
+    /// Hash of the plan that wrote the checkpoint, if known.
     pub plan: Option<String>,
-    /// Time statistics of the job that wrote it.
+    /// Time statistics of the job that wrote the checkpoint.
     #[serde(default)]
     pub job: JobTime,
-    /// The files.
+    /// The shard files.
     pub shards: Vec<Shard>,
     /// Parameters and states of the optimizer.
     pub tensors: Vec<StoredTensor>,
@@ -210,7 +210,7 @@ impl Manifest {
     /// Reads and checks a manifest.
     ///
     /// # Errors
-    /// The violation, with the tensor and the numbers.
+    /// The violated invariant, with the tensor and the numbers.
     pub fn decode(text: &[u8]) -> Result<Self, String> {
         let manifest: Self = open_sealed(FORMAT, text)?;
         manifest.check()?;
@@ -226,7 +226,7 @@ impl Manifest {
         seal(FORMAT, self)
     }
 
-    /// Updates applied; the number of steps for versions before 3, which did not count updates.
+    /// Number of applied updates. For versions before 3, which did not count updates, this is the number of steps.
     pub fn updates(&self) -> u64 {
         self.updates.unwrap_or(self.step)
     }
@@ -335,13 +335,13 @@ struct Sealed<'a> {
     body: &'a RawValue,
 }
 
-/// The version of an unaltered manifest that is too new for this program. Later versions keep the envelope's checksum.
+/// Version of an unaltered manifest, if it is too new for this program. Later versions keep the envelope's checksum.
 pub(crate) fn newer_version(text: &[u8]) -> Option<u32> {
     let Sealed { format, version, blake3, body } = serde_json::from_slice(text).ok()?;
     (format == FORMAT && version > VERSION && checksum(version, body) == blake3).then_some(version)
 }
 
-/// The checksum of a sealed text, over its version and the bytes of its body; up to version 2 over the body only.
+/// The checksum of a sealed text. It covers the version and the body's bytes; up to version 2, only the body.
 fn checksum(version: u32, body: &RawValue) -> Checksum {
     let mut hasher = blake3::Hasher::new();
     if version > 2 {
@@ -366,7 +366,7 @@ fn seal_as<T: Serialize>(version: u32, format: &str, body: &T) -> Result<Vec<u8>
     Ok(text)
 }
 
-/// Decodes a sealed text, if it is unaltered.
+/// Decodes a sealed text after checking that it is unaltered.
 pub(crate) fn open_sealed<T: DeserializeOwned>(format: &str, text: &[u8]) -> Result<T, String> {
     if text.len() as u64 > MANIFEST_BYTES_MAX {
         return Err(format!("{} bytes, the maximum is {MANIFEST_BYTES_MAX}", text.len()));

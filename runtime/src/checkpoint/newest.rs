@@ -19,12 +19,12 @@ impl Store {
         self.newest_accepted(None, |_| Ok(()))
     }
 
-    /// Like [`Store::newest`], but checks every byte, so only later damage can prevent loading.
+    /// Like [`Store::newest`], but checks every byte. Only damage that occurs after the check can prevent loading.
     pub fn newest_verified(&self) -> Result<NewestCheckpoint, CheckpointError> {
         self.newest_accepted(None, CheckpointReader::verify)
     }
 
-    /// The newest checkpoint that `accept` accepts, of a step before `before` if that is given.
+    /// The newest checkpoint that `accept` accepts. If `before` is given, only earlier steps are considered.
     pub(crate) fn newest_accepted(
         &self,
         before: Option<u64>,
@@ -41,7 +41,7 @@ impl Store {
                     Err(error) => return Err(error),
                 }
             }
-            // A training that deletes a checkpoint has committed a newer one before. It is slower than this loop.
+            // A run commits a newer checkpoint before it deletes one, so look again. Saves are slower than this loop.
             let listed = self.steps_with_folder()?;
             if !is_any_gone || listed.last() <= steps.last() {
                 return Ok(NewestCheckpoint { reader: None, damaged });
@@ -50,9 +50,9 @@ impl Store {
         }
     }
 
-    /// Deletes old checkpoints of steps up to `newest`, and files of failed attempts. It keeps the newest `keep` good
-    /// ones (at least one) and those of steps that are multiples of `keep_every`. One process calls it after `newest`
-    /// is committed: others may already save a later step, even one that has a damaged checkpoint.
+    /// Deletes old checkpoints up to step `newest`, and files of failed attempts. Keeps the newest `keep` good ones (at
+    /// least one), and those whose step is a multiple of `keep_every`. One process calls this after `newest` is
+    /// committed. Later steps stay, even damaged ones: other processes may already be saving them.
     ///
     /// # Errors
     /// If a deletion fails; the next call finds the remaining files again.
@@ -65,7 +65,7 @@ impl Store {
                     self.delete_other_attempts(&reader)?;
                 }
                 Ok(_) => self.delete(step, "", true)?,
-                // Files of a failed attempt before a good checkpoint are useless.
+                // A newer good checkpoint exists, so the files of a failed attempt are useless.
                 Err(CheckpointError::Absent { .. } | CheckpointError::Deleted { .. }) if kept > 0 => {
                     self.delete(step, "", true)?
                 }

@@ -18,7 +18,7 @@ pub enum WhenBusy {
 pub struct SaveSchedule {
     /// Steps between two saves.
     pub every: u64,
-    /// Steps of the whole training.
+    /// Number of steps of the whole training run.
     pub steps: u64,
 }
 
@@ -29,17 +29,17 @@ pub struct SaverOptions {
     pub member: ProcessRank,
     /// Number of complete checkpoints to keep, 1 or more.
     pub keep: usize,
-    /// Checkpoints of steps that are multiples of this are never deleted.
+    /// A checkpoint whose step is a multiple of this number is never deleted.
     pub keep_every: Option<u64>,
-    /// The planned saves, if known; the check of free space counts the checkpoints that they will leave.
+    /// The planned saves, if known. The check of free space includes the checkpoints that these saves will leave.
     pub schedule: Option<SaveSchedule>,
-    /// A file with all parameters that the program will also write; the check of free space counts it.
+    /// Path of the parameter file that the program will also write, if any. The check of free space includes this file.
     pub save: Option<PathBuf>,
     /// Behavior of a save while another one runs.
     pub busy: WhenBusy,
     /// Hash of the plan, for the manifest.
     pub plan: Option<String>,
-    /// The job's unique name, the same for all incarnations; a later one takes the store's lock immediately.
+    /// The job's unique name, equal for all incarnations. A later incarnation takes the store's lock immediately.
     pub job: Option<String>,
 }
 

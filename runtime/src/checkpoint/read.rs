@@ -19,7 +19,7 @@ pub struct CheckpointReader {
 }
 
 impl Store {
-    /// Opens a committed checkpoint: checks its manifest and the sizes of all shards. Reading checks their contents.
+    /// Opens a committed checkpoint. Checks its manifest and the sizes of all shards; later reads check their contents.
     ///
     /// # Errors
     /// [`CheckpointError`]: `Absent`, `Damaged` with the file, `Deleted` by another process, or `Newer`.
@@ -51,7 +51,7 @@ impl Store {
         Ok(CheckpointReader { store: self.clone(), manifest, by_name })
     }
 
-    /// `damaged`, or `Deleted` if the step has no manifest, because deletion begins with it (ST-3).
+    /// Returns `damaged`, or `Deleted` if the step has no manifest: a deletion removes the manifest first (ST-3).
     fn damaged_or_deleted(&self, step: u64, damaged: CheckpointError) -> CheckpointError {
         match self.is_committed(step) {
             Ok(false) => CheckpointError::Deleted { place: self.place().into(), step },
@@ -69,7 +69,7 @@ impl Store {
         Ok(())
     }
 
-    /// [`Store::read`] after another process, which found a cursor with this [`Manifest::cursor_digest`].
+    /// Like [`Store::read`], but waits until the digest of the checkpoint's cursor is `cursor`, as on rank 0.
     pub(crate) fn read_as(&self, step: u64, cursor: u64) -> Result<CheckpointReader, CheckpointError> {
         let attempt = || match self.read(step) {
             Ok(reader) if reader.manifest().cursor_digest() != cursor => Ok(None),
@@ -100,12 +100,12 @@ impl CheckpointReader {
         self.by_name.get(name).map(|index| &self.manifest.tensors[*index])
     }
 
-    /// Like [`CheckpointReader::tensors`], for one box. It needs memory for the box and for one piece.
+    /// Like [`CheckpointReader::tensors`], for one box. The call needs memory for the box and for one piece.
     pub fn tensor(&self, name: &str, region: &Region) -> Result<HostTensor, CheckpointError> {
         Ok(self.tensors(name, std::slice::from_ref(region))?.swap_remove(0))
     }
 
-    /// Reads boxes of a tensor, in the program's shape; each piece is read at most once.
+    /// Reads boxes of a tensor. The boxes refer to the program's shape. Each piece is read at most once.
     ///
     /// # Errors
     /// [`CheckpointError::Unfit`] for an unknown tensor or box; [`CheckpointError::Damaged`] with the altered shard.

@@ -21,9 +21,9 @@ use crate::lock::Lock;
 #[derive(Debug, Default)]
 pub(crate) struct Attempt {
     pub(crate) number: u32,
-    /// The step's checkpoint, if there is one, was found damaged.
+    /// True if an existing checkpoint of the step is damaged and the save replaces it.
     pub(crate) replaces: bool,
-    /// The store's lock, on process 0 of a saver.
+    /// The store's lock; `None` except on process 0 of a saver.
     pub(crate) lock: Option<Arc<Lock>>,
 }
 
@@ -38,11 +38,11 @@ impl Attempt {
 pub struct SaveReport {
     /// Steps done at the snapshot.
     pub step: u64,
-    /// The result. After an error no incomplete checkpoint is ever listed, and training may continue.
+    /// The result. After an error, no incomplete checkpoint is listed, and training may continue.
     pub result: Result<SaveOutcome, CheckpointError>,
     /// Time from the complete snapshot to the outcome.
     pub seconds: f64,
-    /// Error of the deletion of older checkpoints, if any; the save is valid in spite of it.
+    /// Error from deleting older checkpoints, if any. It does not affect the save.
     pub prune: Option<CheckpointError>,
 }
 
@@ -124,7 +124,7 @@ impl Save<'_> {
         store.operations.put(&store.file(id.step, &file), text, PutMode::Overwrite)
     }
 
-    /// Builds the manifest and creates its file, unless the step has one.
+    /// Builds the manifest and creates its file. Does nothing if a checkpoint exists that the save must not replace.
     fn commit(&self) -> Result<SaveOutcome, CheckpointError> {
         let Self { store, snapshot, options, id, attempt } = *self;
         let exists = store.is_committed(id.step)?;
@@ -185,7 +185,7 @@ pub(crate) fn commit_manifest(store: &Store, manifest: &Manifest) -> Result<Save
     let Err(error) = store.operations.put(&file, text.clone(), PutMode::Create) else {
         return Ok(SaveOutcome::Committed);
     };
-    // A cloud store may return this error to its own retry, and a commit whose response was lost is still a commit.
+    // If a response was lost and the client retried, the retry fails although the commit succeeded. Compare the files.
     match store.operations.get(&file, MANIFEST_BYTES_MAX) {
         Ok(Some(existing)) if existing == text => Ok(SaveOutcome::Committed),
         Ok(Some(_)) if error.is_there() => Ok(SaveOutcome::AlreadyThere),

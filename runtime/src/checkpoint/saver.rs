@@ -1,4 +1,4 @@
-//! The saver writes snapshots on its own thread while training continues, one at a time.
+//! The saver writes snapshots, one at a time, on its own thread while training continues.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -21,7 +21,7 @@ use crate::metrics as names;
 pub enum SaveStart {
     /// The snapshot is complete, and the saver's thread writes it.
     Started {
-        /// Report of the previous save, unless it was returned before.
+        /// Report of the previous save, if no earlier call returned it.
         before: Option<Box<SaveReport>>,
     },
     /// Another save is running, and the option is [`WhenBusy::Skip`].
@@ -29,30 +29,31 @@ pub enum SaveStart {
 }
 
 /// Saves in the background. At most one save is running, and at most two snapshots are in memory. Dropping the saver
-/// does not wait: a running save may still be committed while the process lives.
+/// does not wait: a running save may still be committed if the process stays alive.
 pub struct Saver {
     jobs: Sender<(Attempt, Snapshot)>,
     reports: Receiver<(SaveReport, Snapshot)>,
-    /// True while the report of a save is outstanding.
+    /// True from the start of a save until its report is received.
     is_busy: bool,
-    /// The last snapshot's buffers, which the next one reuses.
+    /// Buffers of the last snapshot; the next snapshot reuses them.
     pub(crate) spare: Option<Snapshot>,
     next_attempt: u32,
     busy: WhenBusy,
     place: String,
-    /// Held by process 0 until the saver is dropped and its last save has ended.
+    /// The store's lock. Process 0 holds it until the saver is dropped and the last save has ended.
     lock: Option<Arc<Lock>>,
 }
 
 impl Saver {
-    /// [`Store::set_cursor`] by process 0, if it still holds the lock.
+    /// On process 0, checks the lock and calls [`Store::set_cursor`]. Does nothing on other processes.
     pub(crate) fn set_cursor(&self, step: u64, cursor: Cursor) -> Result<(), CheckpointError> {
         let Some(lock) = &self.lock else { return Ok(()) };
         lock.check()?;
         lock.store.set_cursor(step, cursor)
     }
 
-    /// Takes the store's lock on process 0, and starts the thread. [`crate::session::Session::saver`] checks the store.
+    /// Takes the store's lock on process 0, and starts the thread. Does not check the store:
+    /// [`crate::session::Session::saver`] does.
     ///
     /// # Errors
     /// [`CheckpointError::Held`]; also if the options contradict each other, or no thread can be started.
@@ -73,7 +74,7 @@ impl Saver {
             for (attempt, snapshot) in work {
                 let report = save(&store, &snapshot, &options, &attempt, &*agree);
                 publish_metrics(&report);
-                // Before sending the report, so that dropping the saver after the report releases the lock at once.
+                // Release this reference first: dropping the saver after the report must release the lock at once.
                 drop(attempt);
                 if done.send((report, snapshot)).is_err() {
                     return;
@@ -89,7 +90,7 @@ impl Saver {
         self.is_busy && self.reports.is_empty() && self.busy == WhenBusy::Skip
     }
 
-    /// Starts to write a snapshot after the running save. `replaces`: the step's checkpoint, if any, was found damaged.
+    /// Waits for the running save, then starts to write a snapshot. `replaces` is [`Attempt::replaces`].
     pub(crate) fn start(&mut self, snapshot: Snapshot, replaces: bool) -> Result<SaveStart, CheckpointError> {
         let mut before = None;
         if self.is_busy {
@@ -107,7 +108,7 @@ impl Saver {
         CheckpointError::Refused(format!("{}: the saver's thread has panicked", self.place))
     }
 
-    /// Returns the report of the last save once, when the save has ended; never waits.
+    /// Returns the report of the last save, if the save has ended and no earlier call returned it. Never waits.
     pub fn poll(&mut self) -> Option<SaveReport> {
         self.wait(Duration::ZERO).ok().flatten()
     }
@@ -115,7 +116,7 @@ impl Saver {
     /// Waits for the running save and returns its report, or `None` if there is none.
     ///
     /// # Errors
-    /// [`CheckpointError::Stalled`] if it takes longer than `limit`; the save continues.
+    /// [`CheckpointError::Stalled`] if the save takes longer than `limit`. The save continues.
     pub fn wait(&mut self, limit: Duration) -> Result<Option<SaveReport>, CheckpointError> {
         if !self.is_busy {
             return Ok(None);
@@ -134,7 +135,7 @@ impl Saver {
     }
 }
 
-/// Saves a snapshot on the caller's thread. It takes no lock, so nothing else may write to the store.
+/// Saves a snapshot on the caller's thread. Takes no lock, so the caller must exclude other writers to the store.
 ///
 /// # Errors
 /// If the options contradict each other. The report has the result of the write.

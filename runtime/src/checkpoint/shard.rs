@@ -1,4 +1,4 @@
-//! Shards: safetensors files of pieces, written as a stream, each with a sidecar that lists its content for process 0.
+//! Shards: safetensors files of pieces, written as a stream. A sidecar lists the content of each shard for process 0.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -32,7 +32,7 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    /// A piece of a tensor. Its name is the tensor's, followed by its box unless it is the whole tensor.
+    /// The entry of a piece. Its name is the tensor's name, followed by the box if the piece is not the whole tensor.
     pub(crate) fn of_piece(info: &TensorMeta, region: &Region) -> Self {
         let (mut name, dtype, shape) = (info.name.clone(), info.dtype, region.size.clone());
         if shape != info.shape {
@@ -59,7 +59,7 @@ pub(crate) fn declared_of(metadata: &HashMap<String, String>) -> Values {
     metadata.iter().filter_map(named).collect()
 }
 
-/// A safetensors file's JSON header. The crate's own type has a hash map of metadata, whose order differs between runs.
+/// JSON header of a safetensors file. The `safetensors` crate uses a hash map, whose order differs between runs.
 #[derive(Serialize)]
 struct Header<'a> {
     #[serde(rename = "__metadata__")]
@@ -91,7 +91,7 @@ pub(crate) fn header(entries: &[Entry], metadata: &Values) -> Result<Vec<u8>, Ch
     Ok(header)
 }
 
-/// Writes a shard with one entry of `content` in memory at a time. Returns the file, and offset and checksum by entry.
+/// Writes a shard with one entry of `content` in memory at a time. Returns the file, and offset and checksum per entry.
 pub(crate) fn write<'a>(
     store: &Store,
     step: u64,
@@ -150,7 +150,7 @@ pub(crate) fn write_whole<E: From<CheckpointError>>(
         let kind = std::io::ErrorKind::InvalidInput;
         return Err(failed(std::io::Error::new(kind, "the path exists and is not a file")));
     }
-    // A symbolic link stays, and its target is replaced.
+    // A symbolic link stays; the rename replaces its target.
     let target = path.canonicalize().unwrap_or_else(|_| path.into());
     let mut name = target.file_name().unwrap_or_default().to_os_string();
     name.push(format!(".{}.part", std::process::id()));

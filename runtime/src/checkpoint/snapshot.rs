@@ -1,4 +1,4 @@
-//! A snapshot: a copy in host memory of a process's state between two steps, written while training continues.
+//! A snapshot: a copy of a process's state between two steps, in host memory. It is written while training continues.
 
 use shardflow_kernels::tensor::{HostTensor, Region};
 
@@ -7,7 +7,7 @@ use super::manifest::Manifest;
 /// A process's part of a checkpoint, and the metadata of the whole checkpoint.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
-    /// The manifest; the commit adds shards and pieces. Equal on all processes, but only process 0 provides the cursor.
+    /// The manifest; the commit adds shards and pieces. Equal on all processes, but only process 0's cursor is used.
     pub manifest: Manifest,
     /// The pieces that this process writes.
     pub pieces: Vec<SnapshotPiece>,
@@ -18,9 +18,9 @@ pub struct Snapshot {
 pub struct SnapshotPiece {
     /// Index in [`Manifest::tensors`].
     pub tensor: usize,
-    /// Its region of the tensor.
+    /// The box.
     pub region: Region,
-    /// Its elements.
+    /// The elements of the box.
     pub data: HostTensor,
 }
 

@@ -1,10 +1,10 @@
 //! A store of checkpoints: the location of each file, the list of checkpoints, and the deletion of files.
 //!
-//! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` does. One atomic operation, which
-//!   fails if the file exists, creates it after all its shards are written and synced.
-//! - ST-2: each save attempt has its own folder, `step-<S>/e<epoch>-<attempt>/`, so a late writer alters no other one.
+//! - ST-1: a checkpoint of step S exists if and only if `step-<S>/manifest.json` exists. This file is created by one
+//!   atomic operation, after all shards are written and synced. The operation fails if the file exists.
+//! - ST-2: each save attempt has its own folder, `step-<S>/e<epoch>-<attempt>/`, so a late writer alters no other.
 //! - ST-3: deletion begins with the manifest, and the newest good checkpoint is never deleted.
-//! - ST-4: a checkpoint's cursor is that of its manifest, or of a `cursor.json` that contains this manifest's checksum.
+//! - ST-4: the manifest has the cursor. A `cursor.json` replaces it if that file contains the manifest's checksum.
 
 use std::collections::BTreeMap;
 use std::path::{Component, PathBuf};
@@ -28,7 +28,7 @@ use crate::files;
 pub(super) const MANIFEST: &str = "manifest.json";
 /// Name of a manifest after [`Store::set_aside`].
 const SET_ASIDE: &str = "manifest.json.damaged";
-/// Name of the file with a cursor that replaces the manifest's (ST-4).
+/// Name of the file with a cursor that replaces the manifest's cursor (ST-4).
 pub(super) const CURSOR: &str = "cursor.json";
 pub(super) const CURSOR_BYTES_MAX: u64 = 16 << 20;
 
@@ -39,7 +39,7 @@ pub(super) struct NewCursor {
     pub(super) cursor: Cursor,
 }
 
-/// A local folder, or one in the cloud, that holds checkpoints. Clones share their threads.
+/// A folder that holds checkpoints, local or in a cloud store. Clones share their threads.
 #[derive(Clone, Debug)]
 pub struct Store {
     pub(crate) operations: Operations,
@@ -49,9 +49,9 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens a store at a local path, `file:///path`, `memory:///`, or, with the cargo feature `aws`, `gcp` or `azure`,
-    /// at `s3://bucket/path`, `gs://bucket/path` or `az://container/path`; settings of cloud stores come from the
-    /// environment. The folder is created by the first write.
+    /// Opens a store at a local path, `file:///path` or `memory:///`; with the cargo feature `aws`, `gcp` or `azure`,
+    /// also at `s3://bucket/path`, `gs://bucket/path` or `az://container/path`. Settings of cloud stores come from the
+    /// environment. The first write creates the folder.
     ///
     /// # Errors
     /// [`CheckpointError::Place`] if the place cannot be a store.
@@ -75,7 +75,7 @@ impl Store {
         Self::new(Arc::from(backend), prefix, place.into(), None)
     }
 
-    /// A store in a folder of the caller's backend.
+    /// Opens a store in the folder `prefix` of the caller's backend.
     ///
     /// # Errors
     /// If the folder's name is invalid, or no thread can be started.
@@ -86,7 +86,7 @@ impl Store {
         Self::new(backend, prefix, place, None)
     }
 
-    /// Like [`Store::open`], for a local folder behind the caller's backend, whose root is the file system's root.
+    /// Like [`Store::open`] for a local folder, but uses the caller's backend, whose root is the file system's root.
     pub fn in_folder(
         backend: Arc<dyn ObjectStore>,
         folder: &std::path::Path,
@@ -139,7 +139,7 @@ impl Store {
         self
     }
 
-    /// Sets the bytes of an upload request: the memory that a write needs beside the snapshot. The default is 16 MiB.
+    /// Sets the size of an upload request in bytes. A write needs this memory besides the snapshot. Default: 16 MiB.
     #[must_use]
     pub fn with_part_bytes(mut self, bytes: usize) -> Self {
         self.operations.part_bytes = bytes.max(1);
@@ -162,7 +162,7 @@ impl Store {
         StoreFile { name: format!("{}/{file}", self.place), path }
     }
 
-    /// A file or folder of a step's checkpoint; with an empty name the step's folder.
+    /// A file or folder of a step's checkpoint. An empty name stands for the step's folder.
     pub(crate) fn file(&self, step: u64, file: &str) -> StoreFile {
         self.top(&format!("{}/{file}", Self::folder_name(step)))
     }
@@ -175,7 +175,7 @@ impl Store {
         Ok(self.operations.size(&self.manifest(step))?.is_some())
     }
 
-    /// Lists the folder of a step or of the store, or with `deep` all files below it. Only files have a size.
+    /// Lists the folder of `step`, or of the store for `None`. `deep` lists all files below. Only files have a size.
     pub(crate) fn list(&self, step: Option<u64>, deep: bool) -> Result<BTreeMap<String, Option<u64>>, CheckpointError> {
         let whole = || StoreFile { name: self.place.clone(), path: self.prefix.clone() };
         let StoreFile { name, path: at } = step.map_or_else(whole, |step| self.file(step, ""));
@@ -211,7 +211,7 @@ impl Store {
         Ok(steps)
     }
 
-    /// Steps that have a committed checkpoint, in order. It does not check for damage.
+    /// Steps that have a committed checkpoint, in order. The checkpoints may be damaged.
     pub fn steps(&self) -> Result<Vec<u64>, CheckpointError> {
         let committed = |step| self.is_committed(step).map(|committed| committed.then_some(step)).transpose();
         self.steps_with_folder()?.into_iter().filter_map(committed).collect()
@@ -222,24 +222,24 @@ impl Store {
         self.operations.get(&self.manifest(step), MANIFEST_BYTES_MAX)?.ok_or_else(absent)
     }
 
-    /// Atomically replaces the cursor of a committed checkpoint. A training that rolls back calls it, in one process,
-    /// so that later runs skip the same samples.
+    /// Atomically replaces the cursor of a committed checkpoint. After a rollback, one process calls this, so that
+    /// later runs skip the same samples.
     ///
     /// # Errors
-    /// [`CheckpointError::Absent`], or if the write fails.
+    /// [`CheckpointError::Absent`] if the step has no checkpoint; also if the write fails.
     pub fn set_cursor(&self, step: u64, cursor: Cursor) -> Result<(), CheckpointError> {
         let manifest = Checksum::of(&self.manifest_text(step)?);
         let sealed = seal("shardflow-cursor", &NewCursor { manifest, cursor }).map_err(CheckpointError::Refused)?;
         self.operations.put(&self.file(step, CURSOR), sealed, PutMode::Overwrite)
     }
 
-    /// Renames the manifest of a checkpoint that is damaged, or that training has rolled back past, so that the step
-    /// can be committed again. Its files stay until a newer checkpoint is committed.
+    /// Renames the manifest of a checkpoint that is damaged, or newer than the step to which training has rolled back.
+    /// The step can then be committed again. The checkpoint's files stay until a newer checkpoint is committed.
     pub fn set_aside(&self, step: u64) -> Result<(), CheckpointError> {
         self.operations.rename(&self.manifest(step), &self.file(step, SET_ASIDE))
     }
 
-    /// Deletes a file or a folder of a step; with an empty name the whole step, its manifest first.
+    /// Deletes a file or a folder of a step. An empty name deletes the whole step, starting with its manifest.
     pub(super) fn delete(&self, step: u64, name: &str, is_folder: bool) -> Result<(), CheckpointError> {
         if name.is_empty() {
             self.delete(step, MANIFEST, false)?;

@@ -29,7 +29,7 @@ pub struct Finding {
     pub hint: Option<String>,
 }
 
-/// The caller sets the group.
+/// Creates a finding without a hint. The caller sets the group.
 pub(super) fn ok(name: &'static str, value: impl Into<String>) -> Finding {
     Finding { group: "", name, status: FindingStatus::Ok, value: value.into(), hint: None }
 }

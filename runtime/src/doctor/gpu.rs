@@ -1,4 +1,4 @@
-//! GPUs, their driver and libraries as the CUDA backend finds them, with the backend's own error texts.
+//! Reports GPUs, their driver and libraries, as the CUDA backend finds them, with the backend's own error texts.
 
 use shardflow_kernels::cuda::DeviceFacts;
 use shardflow_kernels::cuda::probe;
@@ -37,7 +37,7 @@ fn device(ordinal: usize, facts: &Result<DeviceFacts, KernelError>) -> Finding {
     }
 }
 
-/// A finding with the backend's error; its hint is separate.
+/// Converts an error of the backend to a finding with a hint.
 fn unusable(name: &'static str, error: &KernelError) -> Finding {
     match error {
         KernelError::Unavailable { what, hint } => not_ok(name, FindingStatus::Absent, what, hint),

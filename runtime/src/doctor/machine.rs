@@ -64,7 +64,7 @@ fn memory() -> Finding {
     }
 }
 
-/// The limit that a session checks plans for CPU devices against.
+/// The memory limit against which a session checks plans for CPU devices.
 fn memory_budget() -> Finding {
     match free_memory() {
         Some(FreeMemory { bytes, bound }) => {

@@ -1,4 +1,4 @@
-//! Tries the operations with which the processes of a job communicate.
+//! Tries the operations that the processes of a job use to communicate.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};

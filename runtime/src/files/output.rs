@@ -1,4 +1,4 @@
-//! Checks of output paths and of free space, before the work whose result is written there.
+//! Checks output paths and free space before the work whose result is written there.
 
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -16,11 +16,11 @@ pub struct OutputFileError {
     pub cause: io::Error,
 }
 
-/// Checks that a file can be created or replaced at `path`, without leaving or changing one.
+/// Checks that a file can be created or replaced at `path`. Leaves no new file and changes no existing file.
 ///
 /// # Errors
-/// `path` is a folder, ends with a slash or has no file name, its folder is missing or not writable, or the existing
-/// file cannot be replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
+/// If `path` is a folder, ends with a slash or has no file name; if its folder is missing or not writable; or if the
+/// existing file cannot be replaced: it is immutable, a mount point, or another user's in a folder with the sticky bit.
 pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     let error = |cause| OutputFileError { path: path.into(), cause };
     if path.is_dir() {
@@ -30,7 +30,7 @@ pub fn check_writable(path: &Path) -> Result<(), OutputFileError> {
     if path.file_name().is_some_and(|name| !path.as_os_str().as_bytes().ends_with(name.as_bytes())) {
         return Err(error(io::Error::new(io::ErrorKind::IsADirectory, "it ends with a slash, like a folder")));
     }
-    // Saving renames a new file to this path, which would replace a device or a pipe, as with `--save /dev/null`.
+    // Saving renames a new file to this path. That would replace a device or a pipe, as with `--save /dev/null`.
     if path.exists() && !path.is_file() {
         return Err(error(io::Error::new(io::ErrorKind::InvalidInput, "it exists and is not a regular file")));
     }
@@ -63,7 +63,7 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Checks that a rename can replace the file at `path`, if there is one. This includes a write-protected file.
+/// Checks that a rename can replace the file at `path`, if there is one. A rename can replace a write-protected file.
 fn check_replaceable(path: &Path) -> io::Result<()> {
     let Ok(existing) = path.canonicalize() else { return Ok(()) };
     // Without O_TRUNC, this changes nothing. EPERM, unlike EACCES, means an immutable or append-only file.
@@ -88,10 +88,10 @@ fn check_replaceable(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Checks that lines can be appended to `path`, changing no file. Opens no pipe or terminal: that waits for a reader.
+/// Checks that lines can be appended to `path`. Changes no file. Opens no pipe or terminal: an open waits for a reader.
 ///
 /// # Errors
-/// Those of [`check_writable`], and a full file system.
+/// The errors of [`check_writable`], and a full file system.
 pub fn check_appendable(path: &Path) -> Result<(), OutputFileError> {
     match path.metadata() {
         Ok(existing) if existing.is_file() => {
@@ -109,7 +109,7 @@ pub fn is_full(cause: io::ErrorKind) -> bool {
     matches!(cause, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
 }
 
-/// What the user can change so that a file can be written; empty for other causes.
+/// What the user can change so that a file can be written; empty if there is no hint.
 pub fn hint(cause: io::ErrorKind) -> &'static str {
     use io::ErrorKind as Kind;
     match cause {
@@ -141,7 +141,7 @@ pub(crate) fn free_bytes(folder: &Path) -> Option<u64> {
     (stat.f_blocks > 0).then(|| stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Files that can still be created in the folder; `None` if the file system does not limit them.
+/// Number of files that can still be created in the folder; `None` if the file system does not limit them.
 pub(crate) fn free_inodes(folder: &Path) -> Option<u64> {
     let stat = rustix::fs::statvfs(folder).ok()?;
     (stat.f_files > 0).then_some(stat.f_favail)

@@ -1,4 +1,4 @@
-//! The methods that add to a [`Graph`]. None fails: errors are recorded with the caller's source line.
+//! The methods that add to a [`Graph`]. They never fail: they record errors with the caller's source line.
 
 use std::panic::Location;
 use std::sync::{Arc, OnceLock};
@@ -18,7 +18,7 @@ use crate::sbp::rule::{Rule, plausible_shapes};
 use crate::sbp::{NdSbp, Sbp};
 use shardflow_job::text::counted;
 
-/// A layout as the user writes it: the mesh axes over which dims are split; along all other axes the tensor is
+/// A layout as the user writes it. It names the mesh axes over which dims are split; along all other axes the tensor is
 /// broadcast. Example: `Layout::split("data", 0).and_split("tensor", 2)`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layout(Vec<(String, usize)>);
@@ -40,7 +40,7 @@ impl Layout {
         self
     }
 
-    /// The layout of a tensor of this shape on a placement, or the error message. `Broadcast` along axes of size 1.
+    /// The layout of a tensor of this shape on a placement, or the error message. Axes of size 1 are `Broadcast`.
     fn on(&self, placement: &Placement, shape: &[usize]) -> Result<NdSbp, String> {
         let axes = placement.axes();
         let mut out = NdSbp::broadcast(axes.len());
@@ -135,7 +135,7 @@ impl Graph {
         self.add_input(name, shape, dtype, Rate::MicroBatch, (layout, Sbp::Split(0)))
     }
 
-    /// [`Graph::input`] with another batch dim, as in `[time, batch, features]`. Batches of inputs may differ in size.
+    /// Like [`Graph::input`], with another batch dim: 1 for `[time, batch, features]`. Inputs may differ in batch size.
     #[track_caller]
     pub fn input_with_batch_dim(
         &mut self,
@@ -184,7 +184,7 @@ impl Graph {
         self.source(name, NodeOp::Parameter { init }, shape, DType::F32, Rate::Step, layout)
     }
 
-    /// Sets the shape of a parameter in checkpoints, with the same number of elements: for example
+    /// Sets the shape that a parameter has in checkpoints. The number of elements must be equal. Example:
     /// `[heads * head_dim, width]` for a tensor that the program uses as `[heads, head_dim, width]`.
     #[track_caller]
     pub fn saved_as(&mut self, parameter: Var, shape: &[usize]) {
@@ -202,7 +202,7 @@ impl Graph {
         self.tensors[parameter.index()].saved_shape = Some(shape.to_vec());
     }
 
-    /// Looks up the rows `ids [..]` of `table [v, c]`: `[.., c]`.
+    /// Looks up rows of `table [v, c]` by `ids [..]`. The result has the shape `[.., c]`.
     #[track_caller]
     pub fn embedding(&mut self, ids: Var, table: Var) -> Var {
         let [ids, table] = self.check_args("embedding", [ids, table]);
@@ -271,9 +271,9 @@ impl Graph {
         self.kernel("attention", Op::Attention { scale }, &args)[0]
     }
 
-    /// In training, zeroes elements with probability `p` and scales the others up; in evaluation the identity, see
-    /// [`Mode`](crate::passes::mode::Mode). The mask depends on the session's seed, step, `seed` and the element's
-    /// index in the step's whole tensor, not on layout, batch dim or micro-batches. Each dropout needs another `seed`.
+    /// In training, zeroes elements with probability `p` and scales the others up. In evaluation, changes nothing; see
+    /// [`Mode`](crate::passes::mode::Mode). The mask depends on the session's seed, the step, `seed` and the element's
+    /// index in the step's whole tensor, not on layout, batch dim or micro-batches. Each dropout needs its own `seed`.
     #[track_caller]
     pub fn dropout(&mut self, x: Var, p: f32, seed: u64) -> Var {
         if !(0.0..1.0).contains(&p) {
@@ -285,7 +285,7 @@ impl Graph {
         self.kernel("dropout", op, &[x, rng])[0]
     }
 
-    /// Cross-entropy `[]` of `logits [.., v]` (v may be split) and i32 `targets [..]`, averaged over a step's tokens.
+    /// Cross-entropy, averaged over a step's tokens, of `logits [.., v]` (v may be split) and i32 `targets [..]`.
     #[track_caller]
     pub fn cross_entropy(&mut self, logits: Var, targets: Var) -> Var {
         let [logits, targets] = self.check_args("cross_entropy", [logits, targets]);
@@ -299,7 +299,7 @@ impl Graph {
             self.refuse("cross_entropy", message);
             return self.poison(&[]);
         }
-        // `compile` refuses an overflow.
+        // `compile` refuses a shape whose product overflows.
         let tokens = self.shape(targets).iter().fold(1usize, |n, extent| n.saturating_mul(*extent));
         let scale = 1.0 / tokens.max(1) as f32;
         let max = self.kernel("row_max", Op::RowMax, &[logits])[0];
@@ -309,7 +309,7 @@ impl Graph {
         self.kernel("loss", Op::TokenLoss { scale }, &[max, stats[0], stats[1]])[0]
     }
 
-    /// Changes the layout, not the value.
+    /// Changes the layout of a tensor, not its value.
     #[track_caller]
     pub fn relayout(&mut self, x: Var, layout: Layout) -> Var {
         let [x] = self.check_args("relayout", [x]);
@@ -331,7 +331,7 @@ impl Graph {
         self.node_by_rule(&name, NodeOp::Custom(op), rule, &inputs)
     }
 
-    /// Minimises `loss`, a scalar, by training every parameter that it depends on; there must be at least one.
+    /// Minimises the scalar `loss` by training every parameter on which it depends. At least one parameter is required.
     #[track_caller]
     pub fn minimize(&mut self, loss: Var, optimizer: AdamW) {
         if self.objective.is_some() {
@@ -350,16 +350,17 @@ impl Graph {
         self.output_as("loss", loss, None);
     }
 
-    /// Gives the host a tensor's value after each step, under a unique name; `minimize` names the loss `loss`. The
-    /// value is that of the whole batch, for any number of micro-batches: the ops' rules concatenate parts of the
-    /// batch, add sums and means over it, and take a value that does not depend on it once. Where they do not determine
-    /// it, as for a nonlinear function of a sum over the batch, `compile` requires [`Graph::output_with`].
+    /// Sends a tensor's value to the host after each step, under a unique name; `minimize` names the loss `loss`. The
+    /// value is that of the whole batch. The ops' rules determine how micro-batches are combined: parts of the batch
+    /// are concatenated, sums and means over the batch are added, and a value that does not depend on the batch is
+    /// taken once. If the rules do not determine this, as for a nonlinear function of a sum over the batch, `compile`
+    /// requires [`Graph::output_with`].
     #[track_caller]
     pub fn output(&mut self, name: &str, tensor: Var) {
         self.output_as(name, tensor, None);
     }
 
-    /// [`Graph::output`] with an explicit way to combine the values of micro-batches.
+    /// Like [`Graph::output`], with an explicit way to combine the values of micro-batches.
     #[track_caller]
     pub fn output_with(&mut self, name: &str, tensor: Var, combine: Combine) {
         self.output_as(name, tensor, Some(combine));
@@ -398,7 +399,7 @@ impl Graph {
         self.outputs.push(Output { name: name.to_string(), tensor, combine, location });
     }
 
-    /// Adds an input. Inputs with one name are one host tensor on several placements, so their properties must match.
+    /// Adds an input. Inputs of the same name are one host tensor on several placements; their properties must match.
     #[track_caller]
     fn add_input(
         &mut self,
@@ -465,7 +466,7 @@ impl Graph {
         std::array::from_fn(|port| self.check_arg(op, &format!("input {port}"), args[port], location))
     }
 
-    /// Returns the argument, or for another graph's tensor, which is an error, a poisoned one with as many dims.
+    /// Returns `arg`. If it belongs to another graph, records an error and returns a placeholder with as many dims.
     pub(crate) fn check_arg(&mut self, op: &str, role: &str, arg: Var, location: SourceLine) -> Var {
         if self.owns(arg) {
             return arg;
@@ -528,7 +529,7 @@ impl Graph {
         }
     }
 
-    /// Adds an op of the user with one output.
+    /// Adds an op that the user called, with one output.
     #[track_caller]
     fn op<const N: usize>(&mut self, name: &str, op: Op, args: [Var; N]) -> Var {
         let args = self.check_args(name, args);
@@ -640,7 +641,7 @@ impl Graph {
     }
 }
 
-/// The entry of a safetensors file that is not a tensor.
+/// Name of the entry in a safetensors file that is metadata, not a tensor.
 const FILE_METADATA: &str = "__metadata__";
 /// Prefix of the names of the optimizer's state in checkpoints.
 pub const STATE_PREFIX: &str = "adamw.";

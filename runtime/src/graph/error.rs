@@ -2,7 +2,7 @@
 
 use std::panic::Location;
 
-/// The line of the user's program that created something.
+/// The source line of the user's program that created a node or a tensor.
 pub type SourceLine = &'static Location<'static>;
 
 /// An error in the user's program.

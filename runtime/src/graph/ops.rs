@@ -8,16 +8,16 @@ use shardflow_kernels::tensor::{DType, Region};
 use crate::layout_error::LayoutError;
 use crate::sbp::rule::Rule;
 
-/// Letters for `n` leading dims that an op treats alike, without the letters that the rules below name.
+/// Letters for `n` leading dims that an op treats alike. They are not used for other dims in the rules below.
 fn leading(n: usize) -> String {
     "abefgijlmnopqrsuxyz".chars().take(n).collect()
 }
 
-/// The factor rule of a kernel op with inputs of these shapes. A factor (letter) that no output has is contracted.
+/// The factor rule of a kernel op with inputs of these shapes. A factor (letter) that is in no output is contracted.
 pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
     let rank = |i: usize| shapes.get(i).map_or(0, |s| s.len());
     let rows = |i: usize| leading(rank(i).saturating_sub(1));
-    // All dims of the first input, and all but the last.
+    // Letters for all dims of the first input, and for all but its last dim.
     let (x, r) = (leading(rank(0)), rows(0));
     let parse = |text: String| Rule::parse(&text);
     match op {
@@ -46,9 +46,9 @@ pub fn rule(op: &Op, shapes: &[&[usize]]) -> Result<Rule, LayoutError> {
             parse(format!(",{r}v,{r},{r},{r}->{r}v"))?.linear(&[&[0]])
         }
         Op::Dropout { .. } => parse(format!("{x},r->{x}"))?.fixed("r")?.linear(&[&[0]]),
-        // Reads gradient, hyper-parameters and scale; updates parameter, m and v. Elementwise in all but `h` and scale.
+        // Reads gradient, hyper-parameters and scale; updates parameter, m and v. Elementwise except for `h` and scale.
         Op::AdamW { .. } => parse(format!("{x},h,->{x},{x},{x}"))?.fixed("h"),
-        // `SumLeading` needs the output's rank, see `sum_leading`. The others are inserted after the layout pass.
+        // For `SumLeading`, see `sum_leading`. Passes after the layout pass insert the other ops of this list.
         Op::SumLeading | Op::CopyRegion { .. } | Op::SumSquares { .. } | Op::ClipScale { .. } => Rule::parse("->"),
         Op::Cast | Op::Collective(_) | Op::Custom(_) => Rule::parse("->"),
     }
@@ -69,7 +69,7 @@ pub fn input_dtype(op: &Op, port: usize) -> DType {
     }
 }
 
-/// The op with the attributes of one shard: some depend on the shard's region of the whole tensors.
+/// The op with its attributes for one shard. Some attributes depend on the shard's region of the whole tensors.
 pub fn localize(op: &Op, inputs: &[Region], outputs: &[Region]) -> Op {
     match op {
         Op::Embedding { vocab, .. } => Op::Embedding { vocab_start: inputs[1].start[0], vocab: *vocab },

@@ -2,30 +2,30 @@
 //!
 //! # A step whose update would not be finite
 //!
-//! Finite gradients can still make a parameter or a moment infinite, because AdamW squares them. The host decides on
-//! the update, and it knows the gradients' norm `g` and the learning rate, but no single element. So it keeps upper
-//! bounds of the magnitude of all parameters `p` and of both moments (`Bounds`) across steps, and skips the update when
-//! a bound exceeds the largest float. This is sound, because no element exceeds its bound, and cheap on the host.
+//! Finite gradients can still make a parameter or a moment infinite, because AdamW squares them. The host decides
+//! whether to apply an update. It knows the gradients' norm `g` and the learning rate, but not the elements. So it
+//! keeps upper bounds (`Bounds`) across steps: `P` of `|p|` (parameters), and `M` and `V` of the moments `|m|` and `v`.
+//! It skips an update if a bound exceeds the largest float. No element exceeds its bound, and the check is cheap.
 //!
-//! An element's gradient, after clipping, is at most `G = min(g, max_norm)`. From `m' = b1 m + (1 - b1) x`,
-//! `v' = b2 v + (1 - b2) x^2` with `|x| <= G`:
+//! The gradient `x` of an element after clipping satisfies `|x| <= G = min(g, max_norm)`. The new values are
+//! `m' = b1 m + (1 - b1) x`, `v' = b2 v + (1 - b2) x^2` and `p'` as below. Their bounds are:
 //!
 //! - `M' = b1 M + (1 - b1) G` and `V' = b2 V + (1 - b2) G^2`.
-//! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`, which by Cauchy and Schwarz is
-//!   at most `sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2)) sqrt(v')`: that root is `Q'`. Moments start at 0, with
-//!   `Q = 0`; for moments from a checkpoint, `Q` is unknown.
-//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`, so
-//!   the quotient is at most `Q'` and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`,
-//!   if `s M'` is a finite float; the 1 covers tensors without decay.
+//! - If `|m| <= Q sqrt(v)` for all elements, then `|m'| <= b1 Q sqrt(v) + (1 - b1) |x|`. By Cauchy and Schwarz, this is
+//!   at most `Q' sqrt(v')` with `Q' = sqrt(b1^2 Q^2 / b2 + (1 - b1)^2 / (1 - b2))`. Moments start at 0, with `Q = 0`;
+//!   for moments from a checkpoint, `Q` is unknown.
+//! - `p' = p (1 - lr decay) - s m' / (r sqrt(v') + eps)` with `s = lr / (1 - b1^t) <= lr / (1 - b1)` and `r >= 1`. The
+//!   quotient is at most `Q'`, and at most `M' / eps`. Hence `P' = P max(1, |1 - lr decay|) + s min(Q', M' / eps)`, if
+//!   `s M'` is a finite float. The 1 covers tensors without decay.
 //!
 //! Rounding: `ROUNDING` is far above the rounding error of the few operations of a step. Underflow: a square below
-//! `2^-150` rounds to 0, which loses up to `2^-148 / (1 - b2)` of `v`, which moves the bound of the quotient to
-//! `Q' max(1, t / eps)`, `t = 2^-74 / sqrt(1 - b2)`.
+//! `2^-150` rounds to 0, so `v` loses up to `2^-148 / (1 - b2)`. The bound of the quotient then becomes
+//! `Q' max(1, t / eps)` with `t = 2^-74 / sqrt(1 - b2)`.
 
 /// A factor above the relative rounding error of one step's operations.
 const ROUNDING: f64 = 1.0 + 1.0 / (1 << 21) as f64;
 
-/// Above the absolute rounding error of subnormal floats: a few times the smallest one, `2^-149`.
+/// A few times the smallest subnormal float, `2^-149`, and so above the absolute rounding error of subnormal floats.
 const SMALLEST: f64 = f64::from_bits((1023 - 146) << 52);
 
 /// AdamW's settings, see [`shardflow_kernels::op::Op::AdamW`].
@@ -47,7 +47,7 @@ impl Default for AdamW {
     }
 }
 
-/// The settings without the maximum norm.
+/// Writes the settings without the maximum norm.
 impl std::fmt::Display for AdamW {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { betas: (beta1, beta2), eps, weight_decay, .. } = self;
@@ -92,11 +92,11 @@ impl AdamW {
 /// The kind of value that an update could make infinite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Overflow {
-    /// Depends on the gradients and the learning rate.
+    /// A parameter, which depends on the gradients and the learning rate.
     Parameter,
-    /// Depends on the gradients alone.
+    /// A first moment, which depends on the gradients alone.
     FirstMoment,
-    /// Depends on the gradients alone.
+    /// A second moment, which depends on the gradients alone.
     SecondMoment,
 }
 
@@ -111,7 +111,7 @@ pub(crate) struct Bounds {
 }
 
 impl Bounds {
-    /// The bounds before a checkpoint's values are applied: the ratio of its moments is unknown.
+    /// The bounds after loading a checkpoint, before they include its values. The ratio of its moments is unknown.
     pub(crate) const OF_CHECKPOINT: Self = Self { parameter: 0.0, first: 0.0, second: 0.0, ratio: f64::INFINITY };
 
     /// The kind of value that may exceed the largest float, if any.
@@ -120,7 +120,7 @@ impl Bounds {
         let parts =
             [(Overflow::SecondMoment, second), (Overflow::FirstMoment, first), (Overflow::Parameter, parameter)];
         let is_float = |bound: f64| bound <= f64::from(f32::MAX);
-        // False for NaN.
+        // `is_float` is false for NaN.
         parts.into_iter().find(|(_, bound)| !is_float(*bound)).map(|(kind, _)| kind)
     }
 }
@@ -149,7 +149,7 @@ mod tests {
         }
     }
 
-    /// For random gradients and learning rates, every update that the bounds allow is finite and within them.
+    /// For random gradients and learning rates, every update that the bounds allow is finite and within the bounds.
     #[test]
     fn no_element_exceeds_its_bound() {
         let mut seed = 1u64;

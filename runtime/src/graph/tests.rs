@@ -1,4 +1,4 @@
-//! The error messages of invalid programs, with the user's source lines; and `explain` of valid ones.
+//! Tests the error messages of invalid programs, with the user's source lines, and `explain` of valid programs.
 //! The expected texts show the source line itself instead of its number, so they stay valid when lines move.
 
 use std::sync::Arc;
@@ -164,7 +164,7 @@ fn invalid_programs_are_reported() {
         .assert_eq(&error_with("data=2,tensor=4", &CompileOptions { devices: 4, ..CompileOptions::default() }, x));
 }
 
-/// `compile` reports all errors at once, and no errors that follow from others.
+/// `compile` reports all errors at once, but omits errors that follow from others.
 #[test]
 fn errors_are_reported_together_and_once() {
     expect![[r#"
@@ -185,7 +185,7 @@ fn errors_are_reported_together_and_once() {
     }));
 }
 
-/// A norm needs its whole weight: under `Explicit` the program must state the gather, otherwise it is listed.
+/// A norm needs its whole weight. Under `Explicit`, the program must state the gather; otherwise `explain` lists it.
 #[test]
 fn a_layout_change_is_an_error_under_explicit_boxing_and_listed_otherwise() {
     let build = |g: &mut Graph| {
@@ -423,7 +423,7 @@ fn every_method_refuses_a_tensor_of_another_graph() {
         ("shape", |p, other| _ = nn::attention(&mut p.g, "a", other, 4, None)),
     ];
     for (index, (subject, call)) in calls.iter().enumerate() {
-        // With fewer or more tensors than the other graph, the index is out of range or that of another tensor.
+        // With 0 own tensors, the foreign tensor's index is out of range. With 9, it is the index of an own tensor.
         for (own_tensors, want) in [(0, 4), (9, 4)] {
             let mut other = Graph::new(&mesh());
             let created: Vec<Var> = (0..want).map(|i| floats(&mut other, &format!("o{i}"), &[4, 3, 6])).collect();
@@ -433,7 +433,7 @@ fn every_method_refuses_a_tensor_of_another_graph() {
             }
             p.g.output("y", p.x);
             call(&mut p, created[3]);
-            // Some of the calls add dropout.
+            // Some of the calls add dropout, which requires a mode.
             let options = CompileOptions { mode: Some(Mode::Training), ..CompileOptions::default() };
             let CompileError::Graph(errors) = compile(p.g, &options).expect_err("another graph's") else {
                 panic!("{subject}: not an error of the graph")
@@ -628,7 +628,7 @@ fn invalid_shapes_and_numbers_are_reported() {
     }));
 }
 
-/// So a program that inspects shapes reaches `compile`, which reports the error.
+/// A program that inspects shapes must still reach `compile`, which reports the error.
 #[test]
 fn results_of_invalid_ops_have_plausible_shapes() {
     let mut g = Graph::new(&mesh());

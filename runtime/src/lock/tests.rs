@@ -59,7 +59,7 @@ fn a_holder_in_a_cloud_store_is_alive_while_it_renews() {
     let (clock, store) = in_cloud();
     let first = Lock::take_as(&store, holder(1, "a", 0)).unwrap();
     let renewing = first.clone();
-    // It renews every 29 s only, which is less than three intervals.
+    // The first holder renews only every 29 s, which is less than three intervals.
     clock.on_wait(move |now| {
         if now.as_secs() % 29 == 0 {
             renewing.renew().unwrap();
@@ -143,7 +143,7 @@ fn only_one_of_several_processes_takes_a_dead_holders_lock() {
     }
 }
 
-/// They may come from a copy, or from a user.
+/// Such entries may come from a copy of the store, or from a user.
 #[test]
 fn folders_and_odd_names_are_no_locks() {
     let (folder, store) = on_disk();
@@ -173,7 +173,7 @@ fn a_lock_whose_file_is_deleted_is_lost() {
     assert!(lock.check().unwrap_err().to_string().contains("file was deleted"));
 }
 
-/// Shards that a manifest names, and a manifest that rank 0 has named, may become visible late.
+/// The shards that a manifest names may become visible late, and so may a manifest that rank 0 has reported.
 #[test]
 fn a_read_waits_for_files_that_another_process_has_written() {
     use crate::checkpoint::fuzz::sample_manifest;
@@ -214,7 +214,7 @@ fn a_read_waits_for_files_that_another_process_has_written() {
             assert!(error.to_string().contains(text), "{error}");
         }
     }
-    // The read also waits for the cursor that rank 0 has read, and does not accept another one.
+    // The read also waits for the cursor that rank 0 has read, and does not accept another cursor.
     let (clock, store) = in_cloud();
     commit_manifest(&store, &manifest).unwrap();
     let shard = store.file(4, &manifest.shards[0].file);

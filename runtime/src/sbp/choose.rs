@@ -6,9 +6,9 @@
 //! - CH-3: for each op, the compute on its busiest device.
 //!
 //! The search is a beam search in topological order, followed by sweeps that change one op at a time while the cost
-//! decreases. The beam merges assignments that leave the same layouts to later ops, so it is exact while it is wide
-//! enough. It ranks by the cost so far plus the **pending** cost of reducing `Partial` tensors that are not reduced
-//! yet. (A pending cost for gathering slices of a `Broadcast` tensor was tried: the results were the same or worse.)
+//! decreases. The beam merges assignments that leave the same layouts to later ops, so a wide enough beam is exact. It
+//! ranks assignments by the cost so far plus the **pending** cost: that of reducing `Partial` tensors which are not
+//! reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor gave the same or worse results.)
 
 use std::collections::HashSet;
 
@@ -27,7 +27,6 @@ const BEAM_WIDTH_MIN: usize = 16;
 /// Target number of extensions per node: the beam is wide where nodes have few candidates.
 const EXTENSIONS: usize = 512;
 
-/// Maximum number of sweeps.
 const SWEEPS_MAX: usize = 16;
 
 /// Relative difference below which costs count as equal: the order of a sum changes its rounding.
@@ -41,7 +40,7 @@ pub struct TensorSpec {
     pub dtype: DType,
     /// The required layout, if there is one. A tensor that no node produces must have one.
     pub pinned: Option<PlacedLayout>,
-    /// True if it is used after the problem's nodes. A tensor without readers also counts as used.
+    /// True if the tensor is used after the problem's nodes. A tensor without readers also counts as used.
     pub is_output: bool,
 }
 
@@ -57,11 +56,11 @@ pub struct Candidate {
 pub struct NodeSpec {
     pub name: String,
     pub placement: Placement,
-    /// Indices of the tensors it reads.
+    /// Indices of the tensors that the node reads.
     pub inputs: Vec<usize>,
-    /// Indices of the tensors it produces.
+    /// Indices of the tensors that the node produces.
     pub outputs: Vec<usize>,
-    /// The possible signatures; ties go to the first.
+    /// The possible signatures. If costs are equal, the first one wins.
     pub candidates: Vec<Candidate>,
 }
 
@@ -87,7 +86,7 @@ pub struct Choice {
 }
 
 impl NodeSpec {
-    /// A node whose candidates are a rule's signatures on this placement. `whole_seconds`: time of the unsharded op.
+    /// A node whose candidates are a rule's signatures on this placement. The unsharded op takes `whole_seconds`.
     ///
     /// # Errors
     /// When an input is not in `tensors`, or the inputs' shapes do not fit the rule.
@@ -122,7 +121,6 @@ pub fn choose(problem: &Problem, model: &CostModel) -> Result<Choice, LayoutErro
     Ok(chooser.into_choice(candidates))
 }
 
-/// A candidate with interned layouts.
 struct InternedCandidate {
     inputs: Vec<usize>,
     outputs: Vec<usize>,
@@ -148,12 +146,12 @@ struct Chooser<'a> {
 struct LiveTensor {
     tensor: usize,
     layout: usize,
-    /// The layouts to which it was converted, with their cost counted; sorted.
+    /// The layouts to which the tensor was converted, sorted. The cost includes these conversions.
     converted_to: Vec<usize>,
     pending_seconds: f64,
 }
 
-/// Candidates for the nodes so far.
+/// The candidates chosen for the nodes so far.
 #[derive(Clone)]
 struct Assignment {
     cost_seconds: f64,
@@ -162,7 +160,6 @@ struct Assignment {
     last: Option<usize>,
 }
 
-/// An assignment extended by one node.
 struct Extension {
     assignment: Assignment,
     candidate: usize,
@@ -233,14 +230,14 @@ impl<'a> Chooser<'a> {
                 let count = self.candidates[n].len();
                 extensions.extend((0..count).filter_map(|candidate| self.extend(n, candidate, assignment)));
             }
-            // The sort is stable: ties go to the first.
+            // The sort is stable, so the first of equal extensions stays first.
             extensions.sort_by(|a: &Extension, b: &Extension| {
                 let tie_break = (a.conversions, a.candidate).cmp(&(b.conversions, b.candidate));
                 a.rank_seconds.total_cmp(&b.rank_seconds).then(tie_break)
             });
             let (mut next, mut seen) = (Vec::new(), HashSet::new());
             for Extension { mut assignment, candidate, .. } in extensions {
-                // The state that later nodes depend on; equal states have equal pending costs, so the first is best.
+                // Later nodes depend only on this state. Equal states have equal pending costs, so the first is best.
                 let state = |t: &LiveTensor| (t.tensor, t.layout, t.converted_to.clone());
                 if next.len() < width && seen.insert(assignment.live.iter().map(state).collect::<Vec<_>>()) {
                     choices.push((assignment.last, candidate));
@@ -274,7 +271,7 @@ impl<'a> Chooser<'a> {
             let required = self.candidates[n][candidate].inputs[i];
             let position = live.iter().position(|t| t.tensor == tensor).unwrap_or(live.len());
             if position == live.len() {
-                // Not produced by a node: it is live from its first to its last reader.
+                // No node produces this tensor: it is live from its first to its last reader.
                 let layout = self.pinned[tensor]?;
                 live.push(LiveTensor { tensor, layout, converted_to: Vec::new(), pending_seconds: 0.0 });
             }
@@ -381,7 +378,7 @@ impl<'a> Chooser<'a> {
     }
 }
 
-/// Checks that the node reads only existing tensors, produces only new ones, and that its candidates fit its operands.
+/// Checks that the node reads existing tensors and produces new ones, and that its candidates fit its operands.
 fn check_node(
     problem: &Problem,
     node: &NodeSpec,

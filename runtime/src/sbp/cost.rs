@@ -10,7 +10,7 @@ use crate::boxing::table::CostTable;
 use crate::boxing::{CostModel, plan};
 use crate::placement::Placement;
 
-/// Seconds of an op on the busiest device of a placement under a signature, if it takes `whole_seconds` unsharded. The
+/// Seconds of an op on the busiest device of a placement under a signature. The unsharded op takes `whole_seconds`. The
 /// time is proportional to the smallest local share of an operand, because one operand has all the split factors.
 pub fn compute_seconds(
     whole_seconds: f64,

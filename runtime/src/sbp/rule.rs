@@ -1,9 +1,9 @@
-//! The factor rule of an op: it names the indices of all operands. Signatures and shapes follow from it.
+//! The factor rule of an op. It names the indices of all operands, and determines signatures and shapes.
 //!
 //! A rule is written like an einsum, `"btc,vc->btv"`: each letter is a **factor**, an index of the op's iteration
 //! space. Along one mesh axis there are three kinds of signatures:
-//! 1. One factor is split: operands with it are `Split` along its dim, inputs without it are `Broadcast`, and outputs
-//!    without it (it is contracted) are `Partial`.
+//! 1. One factor is split: operands with it are `Split` along its dim, and inputs without it are `Broadcast`. Outputs
+//!    without it are `Partial`, because the op contracts the factor.
 //! 2. All devices do the same work: all operands are `Broadcast`.
 //! 3. A linear op maps terms to terms: some inputs and all outputs are `Partial(Sum)`, the other inputs `Broadcast`.
 
@@ -55,7 +55,7 @@ impl Rule {
     /// output. For an op without inputs, use [`Rule::new`].
     ///
     /// # Errors
-    /// When there is no arrow, and as [`Rule::new`].
+    /// When there is no arrow; also the errors of [`Rule::new`].
     pub fn parse(text: &str) -> Result<Self, LayoutError> {
         let no_arrow = || LayoutError::Rule { text: text.into(), why: "it has no arrow; write inputs->outputs".into() };
         let (inputs, outputs) = text.split_once("->").ok_or_else(no_arrow)?;
@@ -100,7 +100,7 @@ impl Rule {
         Ok(self)
     }
 
-    /// Sets the reduction of the terms that result from splitting this contracted factor; the default is `Sum`.
+    /// Sets the reduction that combines the terms if this contracted factor is split. The default is `Sum`.
     ///
     /// # Errors
     /// When no operand has the letter.
@@ -110,8 +110,8 @@ impl Rule {
         Ok(self)
     }
 
-    /// Declares the op jointly linear in the inputs of each of these sets: `f(x + x', y) = f(x, y) + f(x', y)` for
-    /// `[0]`, `f(x + x', y + y') = f(x, y) + f(x', y')` for `[0, 1]`.
+    /// Declares that the op is jointly linear in each of these sets of inputs. `[0]` means
+    /// `f(x + x', y) = f(x, y) + f(x', y)`, and `[0, 1]` means `f(x + x', y + y') = f(x, y) + f(x', y')`.
     ///
     /// # Errors
     /// When a set is empty or names an input that does not exist.
@@ -147,7 +147,7 @@ impl Rule {
         factors
     }
 
-    /// Signatures along one mesh axis, in this order: split factors by first appearance, all `Broadcast`, linear ones.
+    /// Signatures along one mesh axis: first each split factor by first appearance, then all `Broadcast`, then linear.
     pub fn signatures_1d(&self) -> Vec<Signature<Sbp>> {
         let may_split = self.factors().into_iter().filter(|f| !self.fixed.contains(f));
         let mut all: Vec<Signature<Sbp>> = may_split.map(|factor| self.split(factor)).collect();
@@ -165,7 +165,7 @@ impl Rule {
 
     /// Output layouts along one axis for these input layouts; `None` if no signature has these inputs.
     pub fn output_layouts(&self, inputs: &[Sbp]) -> Option<Vec<Sbp>> {
-        // Checked first, because a factor that only outputs have can also be split.
+        // Check this case first: a factor that only outputs have can also be split with these inputs.
         if inputs.iter().all(|sbp| *sbp == Sbp::Broadcast) {
             return Some(vec![Sbp::Broadcast; self.outputs.len()]);
         }
@@ -257,8 +257,8 @@ impl fmt::Display for Rule {
     }
 }
 
-/// Output shapes for a rule (its text) that is invalid or does not fit these inputs, so that building can continue to
-/// the next error: an index has its extent in the first input that contains it, or 1.
+/// Output shapes for the text of a rule that is invalid or does not fit these inputs, so that building can continue to
+/// the next error. The extent of an index is its extent in the first input that contains it, or 1 if there is none.
 pub fn plausible_shapes(text: &str, inputs: &[&[usize]]) -> Vec<Vec<usize>> {
     let Some((operands, outputs)) = text.split_once("->") else {
         return vec![inputs.first().map_or(Vec::new(), |shape| shape.to_vec())];

@@ -33,7 +33,7 @@ pub enum JoinError {
 }
 
 impl JoinError {
-    /// The text of this error. `name` returns the name of a file for its index, from 1.
+    /// The text of this error. `name` returns the name of a file for its index; indices start at 1.
     pub fn with_names(&self, name: impl Fn(usize) -> String) -> String {
         match self {
             Self::Format { file, source } => format!("{} is not a trace written by Shardflow: {source}", name(*file)),
@@ -88,7 +88,7 @@ pub(super) struct Args {
 #[derive(Debug)]
 pub struct JoinedTrace {
     pub(super) events: Vec<Event>,
-    /// By file: shift of its times, microseconds.
+    /// Shift of each file's times, microseconds.
     shifts_us: Vec<f64>,
 }
 
@@ -139,7 +139,7 @@ fn events_of<T: DeserializeOwned>(text: &str) -> serde_json::Result<Vec<T>> {
     })
 }
 
-/// True if the length of a file was written but not its end: it ends with zeros or a part of a character.
+/// True if a file's length was written but its end was not: the text ends with zeros or a partial character.
 fn is_torn_text(text: &str) -> bool {
     text.ends_with(['\0', char::REPLACEMENT_CHARACTER])
 }
@@ -158,7 +158,7 @@ fn check_actors_unique(files: &[Vec<Event>]) -> Result<(), JoinError> {
     Ok(())
 }
 
-/// By file: the shift, in microseconds, to the clock of the file that began first.
+/// The shift of each file, in microseconds, to the clock of the file that began first.
 fn shifts(files: &[Vec<Event>]) -> Result<Vec<f64>, JoinError> {
     let clock = |(index, events): (usize, &Vec<Event>)| {
         let unix_ns = events.iter().find(|event| event.name == CLOCK).and_then(|event| event.args.unix_ns);
@@ -171,7 +171,7 @@ fn shifts(files: &[Vec<Event>]) -> Result<Vec<f64>, JoinError> {
     for (index, events) in files.iter().enumerate() {
         written.extend(events.iter().filter(|e| e.ph == "s").map(|e| (e.id.as_str(), (index, e.ts))));
     }
-    // By writing and reading file: the smallest time from a piece's write to its read, by the files' own clocks.
+    // Per writing and reading file: the smallest time from a piece's write to its read, each by the file's own clock.
     let mut smallest: BTreeMap<(usize, usize), f64> = BTreeMap::new();
     for (index, events) in files.iter().enumerate() {
         for event in events.iter().filter(|e| e.ph == "f") {

@@ -1,4 +1,4 @@
-//! Summary of a trace: how busy actors were, what they waited for, critical path, and step time beside the prediction.
+//! Summary of a trace: how busy actors were, what they waited for, the critical path, and step time and prediction.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -10,7 +10,7 @@ use shardflow_job::text::counted;
 const PATH_SHOWN: usize = 6;
 const EDGES_SHOWN: usize = 8;
 
-/// A trace has no step after the first one, and so no summary.
+/// A trace has no step after the first one, and therefore no summary.
 #[derive(Debug, thiserror::Error)]
 #[error("the trace has no step after the first; trace at least two steps")]
 pub struct SummaryError;
@@ -18,7 +18,7 @@ pub struct SummaryError;
 /// Use of an actor's time, as shares of the total time of all steps. Idle time between steps does not count.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ActorShare {
-    /// Its name.
+    /// Name of the actor.
     pub name: String,
     /// Share with a firing in flight.
     pub busy: f64,
@@ -28,9 +28,9 @@ pub struct ActorShare {
     pub credit: f64,
     /// Share idle because a piece was written but had not arrived: messages or scheduling.
     pub link: f64,
-    /// Share idle because a piece was not yet written, and would not have been in the simulator's run either.
+    /// Share idle because a piece was not yet written, up to the idle time in the simulator's run.
     pub bubble: f64,
-    /// Share idle because firings took longer than their mean time, so that a piece was not yet written.
+    /// Share idle because a piece was not yet written, beyond `bubble`: firings took longer than their mean time.
     pub imbalance: f64,
     /// The rest, such as handling of the actor's messages.
     pub other: f64,
@@ -51,13 +51,13 @@ pub struct TraceSummary {
     pub passes: u64,
     /// Mean time from a pass's first launch to its last end, seconds.
     pub step_seconds: f64,
-    /// The simulator's prediction of that time, seconds.
+    /// The simulator's prediction of `step_seconds`.
     pub predicted_seconds: Option<f64>,
     /// Use of time by actor.
     pub actors: Vec<ActorShare>,
     /// Waits: `input` or `credit`, the register, and the time per step over all actors, seconds.
     pub edges: Vec<(String, String, f64)>,
-    /// The last step's critical path: each action's time on it, seconds, the largest first.
+    /// The last step's critical path: seconds of each action on the path, the largest first.
     pub path: Vec<(String, f64)>,
 }
 
@@ -65,15 +65,15 @@ struct TraceIndex {
     names: BTreeMap<u32, String>,
     /// Firings in the order of their starts.
     slices: Vec<Event>,
-    /// By actor: indices of its slices, in the order of time.
+    /// Indices of each actor's slices, in the order of time.
     of_actor: BTreeMap<u32, Vec<usize>>,
-    /// By pass: time of its first launch and of its last end.
+    /// Time of each pass's first launch and of its last end.
     spans: BTreeMap<u64, (f64, f64)>,
-    /// By the arrow's id: the slice in which it starts, and the time.
+    /// By arrow id: the slice in which the arrow starts, and the time.
     starts: HashMap<String, (usize, f64)>,
-    /// By slice: register and id of the arrows that end in it.
+    /// By slice: register and id of each arrow that ends in the slice.
     ends: HashMap<usize, Vec<(String, String)>>,
-    /// By register: slices that read it, in the order of their starts.
+    /// By register: slices that read the register, in the order of their starts.
     readers: HashMap<String, Vec<usize>>,
     predicted: Option<(f64, BTreeMap<String, f64>)>,
 }
@@ -147,7 +147,7 @@ impl TraceIndex {
         trace
     }
 
-    /// The last slice of an actor that had begun at a time.
+    /// The last slice of an actor that begins at or before `ts`.
     fn slice_at(&self, actor: u32, ts: f64) -> Option<usize> {
         let own = self.of_actor.get(&actor)?;
         // Differences below a nanosecond are rounding errors.
@@ -155,7 +155,7 @@ impl TraceIndex {
         count.checked_sub(1).map(|place| own[place])
     }
 
-    /// The slice that wrote the piece for which a slice waited last, and the time of the write.
+    /// For a slice that waited for a piece: the slice that wrote the piece, and the time of the write.
     fn writer_of(&self, index: usize) -> Option<(usize, f64)> {
         let register = &self.slices[index].args.register;
         let (_, id) = self.ends.get(&index)?.iter().find(|(name, _)| name == register)?;
@@ -192,7 +192,7 @@ impl TraceIndex {
         ActorShare { name: share.name, busy, host, credit, link, bubble, imbalance, other }
     }
 
-    /// Seconds of each action on the critical path, from a step's last firing back through those that let each begin.
+    /// Seconds of each action on the critical path: a step's last firing, the firing that enabled it, and so on back.
     fn critical_path(&self, pass: u64) -> Vec<(String, f64)> {
         let of_step = (0..self.slices.len()).filter(|index| self.slices[*index].args.pass == pass);
         let mut at = self.last_ended(of_step, f64::INFINITY);

@@ -1,5 +1,5 @@
 //! The pipeline bubble, measured and predicted by the same code: the share of a step in which compute actors are idle,
-//! 1 - busy / (actors x elapsed). A step lasts from the first launch of a compute actor to the last end.
+//! 1 - busy / (actors x elapsed). A step lasts from the first launch to the last end of a compute actor's firing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -86,7 +86,7 @@ pub(super) struct Prediction {
 }
 
 impl Prediction {
-    /// `None` until each action has fired, or if other processes host a part of the plan, whose durations are missing.
+    /// `None` until each action has fired, or if other processes host a part of the plan: its durations are unknown.
     pub(super) fn of(observer: &Observer) -> Option<Self> {
         if observer.process_map().processes > 1 {
             return None;

@@ -15,7 +15,7 @@ use shardflow_job::transport::resolve;
 
 /// Time-out of each connect, write and read.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// A process with progress in this time is not stuck.
+/// A process that made progress within this time is not stuck.
 const PROGRESS_SECONDS: f64 = 1.0;
 const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 
@@ -101,7 +101,7 @@ pub fn status(address: SocketAddr) -> Result<Status, ClientError> {
 pub struct HangExplanation {
     /// In the order of queries: the first process, then those that may have the cause.
     pub reports: Vec<HangReport>,
-    /// Processes that others wait for and that cannot be queried.
+    /// Processes that cannot be queried although others wait for them, with the errors.
     pub unreachable: Vec<(u32, ClientError)>,
 }
 
@@ -112,8 +112,8 @@ impl fmt::Display for HangExplanation {
     }
 }
 
-/// Queries the session at an address, and all processes that may have the cause of its waits. The port of process `n`
-/// is the first port plus the difference of ranks.
+/// Queries the session at an address, and all processes that may have the cause of its waits. The port of another
+/// process is `first`'s port plus the difference of their ranks.
 ///
 /// # Errors
 /// If no server responds at the first address.
@@ -136,7 +136,7 @@ pub fn explain_hang(first: SocketAddr) -> Result<HangExplanation, ClientError> {
 
 fn query_process(first: SocketAddr, own: u32, process: u32) -> Result<HangReport, ClientError> {
     let port = i64::from(first.port()) + i64::from(process) - i64::from(own);
-    // A connection to port 0 fails.
+    // If the port is out of range, use port 0: a connection to port 0 fails.
     let address = SocketAddr::new(first.ip(), port.try_into().unwrap_or(0));
     let report: HangReport = request(address, "/hang")?;
     if report.process == process {

@@ -1,4 +1,4 @@
-//! Changes of a session since a live page's last event: one value of bounded size, sent as JSON.
+//! An event for a live page: the session's changes since the page's last event, as one JSON value of bounded size.
 
 use std::collections::HashMap;
 
@@ -41,7 +41,7 @@ pub(super) struct Point(
 /// An event for one client. Times are relative to the session's start.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct Event {
-    /// As in `/plan`. If no session is running, it and all other fields are empty.
+    /// Id of the session, as in `/plan`. If no session is running, all fields except `health` are empty.
     pub session: String,
     /// `running`, `failed`, `ended` or `none`.
     pub health: &'static str,
@@ -49,7 +49,7 @@ pub(super) struct Event {
     /// Time since a firing began or ended.
     pub idle_us: u64,
     pub steps: u64,
-    /// Passes over the plan at which the step number jumps, each with the steps done before it; firings count passes.
+    /// Passes over the plan at which the step number jumps, each with the steps done before that. Firings count passes.
     pub passes: Vec<(u64, u64)>,
     /// Total number of steps that the program plans.
     pub steps_planned: Option<u64>,
@@ -58,12 +58,12 @@ pub(super) struct Event {
     /// Median duration of the newest steps.
     pub step_seconds: Option<f64>,
     pub tokens_per_second: Option<f64>,
-    /// New steps: number of steps done including it, loss, gradient norm, learning rate, seconds.
+    /// Per new step: number of steps done including this one, loss, gradient norm, learning rate, seconds.
     pub points: Vec<Point>,
     /// Per newly ended firing: actor, action, firing, launch (us), duration (us), the condition that became true last
     /// (0 input, 1 credit, 2 host, 3 itself), and its register.
     pub firings: Vec<u64>,
-    /// Number of firings that are not in an event.
+    /// Number of new firings that this event leaves out.
     pub firings_left_out: u64,
     /// Per actor with changes: the actor, us in firings without collectives, us in collectives, and us of waits for
     /// inputs, credits, the host and itself, all since the start.
@@ -73,10 +73,10 @@ pub(super) struct Event {
     /// Per device: the device, bytes planned, peak bytes in use, bytes allocated.
     pub memory: Vec<[usize; 4]>,
     pub bubble: Option<f64>,
-    /// Per edge that holds up an actor: the register, the reader's actor, 0 if it waits for a piece or 1 if the
+    /// Per edge that holds up an actor: the register, the reading actor, 0 if that actor waits for a piece or 1 if the
     /// producer waits for a slot, and the time (us).
     pub blocked: Vec<[u64; 4]>,
-    /// Per actor with a long wait: what it waits for.
+    /// Per actor with a long wait: the actor, and what it waits for.
     pub waits: Vec<(u32, String)>,
     /// Per other process: its rank, and us since its last heartbeat, `None` after it has ended.
     pub peers: Vec<(u32, Option<u64>)>,
@@ -109,7 +109,7 @@ impl Cursor {
             SessionHealth::Failed(_) => "failed",
             SessionHealth::Ended => "ended",
         };
-        // In this order, so that no time in the states is later than `now_ns`.
+        // Take the snapshots first, so that no time in them is later than `now_ns`.
         let control = observer.control();
         let (snapshots, now_ns) = (control.snapshot(), control.now_ns().unwrap_or_default());
         let (metrics, steps) = (observer.metrics(), observer.recent_steps());
@@ -142,7 +142,7 @@ impl Cursor {
     fn add_points(&mut self, event: &mut Event, steps: &RecentSteps) {
         let loss = |s: &StepStats| s.loss.map(f64::from);
         let point = |s: &StepStats| Point(s.steps, loss(s), s.gradient_norm, s.learning_rate, s.seconds);
-        // After a rollback, steps count again from the restored one.
+        // After a rollback, steps count again from the restored step.
         let known = self.step;
         let is_new = |s: &&StepStats| s.steps > known || known > event.steps;
         event.points = steps.steps.iter().filter(is_new).map(point).collect();

@@ -1,4 +1,4 @@
-//! Encodes Inf and NaN as text, because JSON has no such numbers and they matter most.
+//! Encodes Inf and NaN as text: JSON has no such numbers, and users must see them.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 

@@ -45,7 +45,7 @@ pub(super) fn shape(observer: &Observer) -> Value {
         json!({ "process": process, "devices": devices, "host": host, "pid": pid, "is_on_this_node": is_on_this_node })
     };
     json!({
-        // As text, because a JavaScript number cannot hold it.
+        // Send the id as text, because a JavaScript number cannot hold it.
         "session": observer.started.to_string(),
         "mesh": plan.graph.mesh().to_string(),
         "device": plan.device.to_string(),

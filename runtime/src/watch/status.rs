@@ -22,18 +22,18 @@ const WAIT_MIN: f64 = 5e-4;
 /// A step without progress for this time is reported.
 const IDLE_SECONDS_REPORTED: f64 = 1.0;
 
-/// Status of a session. Shares refer to the last ten seconds, or to the time since its start.
+/// Status of a session. Shares refer to the last ten seconds, or to the time since the session's start if shorter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// Its mesh.
+    /// Mesh of the session.
     pub mesh: String,
-    /// Kind of its devices.
+    /// Kind of the session's devices.
     pub device: String,
     /// Rank of the process.
     pub process: u32,
     /// Number of processes.
     pub processes: u32,
-    /// The cause of its failure.
+    /// The cause of the session's failure, if it failed.
     pub failed: Option<String>,
     /// Steps done.
     pub steps: u64,
@@ -64,7 +64,7 @@ pub struct Status {
 /// Memory of one device, bytes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceStatus {
-    /// Its rank.
+    /// Rank of the device.
     pub device: usize,
     /// Peak according to the plan.
     pub planned_bytes: usize,
@@ -75,11 +75,11 @@ pub struct DeviceStatus {
 /// Status of one actor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ActorStatus {
-    /// Its name.
+    /// Name of the actor.
     pub name: String,
     /// Share of the time with a firing in flight.
     pub busy: f64,
-    /// Its current firing or wait.
+    /// The actor's current firing or wait.
     pub now: String,
     /// Duration of the current firing or wait.
     pub now_seconds: f64,
@@ -104,7 +104,7 @@ impl Status {
             SessionHealth::Failed(cause) => Some(cause),
             SessionHealth::Ended => return None,
         };
-        // In this order, so that no time in the states is later than `now_ns`.
+        // Take the snapshots first, so that no time in them is later than `now_ns`.
         let control = observer.control();
         let (snapshots, now_ns) = (control.snapshot(), control.now_ns()?);
         let (plan, process_map) = (observer.plan(), observer.process_map());
@@ -155,11 +155,11 @@ impl Status {
     }
 }
 
-/// By reason and register: share of the time that actors waited for it.
+/// Share of the time that actors waited for a register, by reason and register.
 type Waits = BTreeMap<(&'static str, RegisterId), f64>;
 
 impl ActorStatus {
-    /// Status of an actor at `now_ns`; adds its waits.
+    /// Returns the status of an actor at `now_ns`, and adds its waits to `waits`.
     fn of(
         observer: &Observer,
         snapshot: &ActorSnapshot,

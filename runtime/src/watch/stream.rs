@@ -1,4 +1,4 @@
-//! The live page's event stream: at most one event per second with the changes since the last; nothing is queued.
+//! The live page's event stream: at most one event per second, with the changes since the last one. No event is queued.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Weak};
@@ -17,7 +17,6 @@ use tokio::time::MissedTickBehavior;
 use super::events::Cursor;
 use crate::session::observer::Observer;
 
-/// The observer of the session that the server shows.
 pub(super) type ShownSession = Arc<Mutex<Weak<Observer>>>;
 
 #[derive(Clone)]
@@ -70,7 +69,7 @@ async fn send_events(state: ServerState, sender: mpsc::Sender<Sent>, _permit: Ow
         };
         missed = 0;
         let observer = state.observer();
-        // On another thread, because it waits for the states of all actors.
+        // Create the event on another thread, because this waits for the states of all actors.
         let created = tokio::task::spawn_blocking(move || {
             let event = observer.map_or_else(Cursor::no_session, |observer| cursor.next_event(&observer));
             (Sent::default().json_data(&event), cursor)

@@ -6,7 +6,7 @@ use shardflow_actors::spec::{ActorId, Spec};
 
 pub(super) struct RunningStep<'a> {
     spec: &'a Spec,
-    /// Number of steps begun according to firings, including this one.
+    /// Number of steps that have begun, including this one, counted from the actors' firings.
     steps: u64,
 }
 
@@ -24,7 +24,7 @@ impl<'a> RunningStep<'a> {
         u64::from(self.spec.actors[actor.0 as usize].actions[action as usize].per_step)
     }
 
-    /// Each unfinished action of an actor in this step, with a condition that it waits for.
+    /// The conditions for which an actor's unfinished actions of this step wait, each with its action.
     pub(super) fn missing<'s>(&self, snapshot: &'s ActorSnapshot) -> impl Iterator<Item = (u32, &'s Missing)> {
         let is_due =
             |action: u32| snapshot.firings[action as usize] < self.per_step(snapshot.actor, action) * self.steps;

@@ -31,7 +31,7 @@ pub struct Job {
 impl Job {
     pub fn new() -> Job {
         let folder = tempfile::tempdir().unwrap();
-        // A pipe that is open for reading and writing has no end and does not block an open. `WAIT.none` stays empty.
+        // A pipe opened for reading and writing never ends, and opening it does not block. `WAIT.none` stays empty.
         let pipe = |name: &str| {
             let path = folder.path().join(name);
             mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
@@ -76,7 +76,7 @@ impl Job {
         Running::start(command)
     }
 
-    /// Like [`Job::sh`], without a reader of its output.
+    /// Like [`Job::sh`], but nothing reads the launcher's output.
     pub fn sh_unread(&self, flags: &[&str], script: &str) -> Unread {
         let mut command = self.command(env!("CARGO_BIN_EXE_shardflow"));
         command.arg("launch").args(flags).args(["--", "sh", "-c", script]);
@@ -122,7 +122,6 @@ impl Job {
     }
 }
 
-/// A running launcher.
 pub struct Running {
     pid: Pid,
     status: Receiver<ExitStatus>,
@@ -131,9 +130,8 @@ pub struct Running {
     pub err: Receiver<Vec<u8>>,
 }
 
-/// A launcher that has ended.
 pub struct Ended {
-    /// 128 + n for signal n.
+    /// Exit code; 128 + n for signal n.
     pub code: i32,
     /// Output that was not read before.
     pub out: String,
@@ -160,7 +158,7 @@ impl Running {
 
     pub fn end(self) -> Ended {
         let Ok(status) = self.status.recv_timeout(timeout(30)) else {
-            // The launcher's processes end with it.
+            // When the launcher ends, its processes end too.
             self.signal(Signal::KILL);
             let err: Vec<u8> = self.err.iter().flatten().collect();
             panic!("the launcher has not ended: {}", String::from_utf8_lossy(&err));
@@ -223,7 +221,7 @@ fn lines(from: impl Read + Send + 'static) -> Receiver<Vec<u8>> {
     lines
 }
 
-/// A process that is not a child of the test, held by a pidfd, so that its id cannot be reused.
+/// A process that is not a child of the test. A pidfd identifies it, so its id cannot be reused.
 pub struct Process {
     pub pid: i32,
     handle: OwnedFd,

@@ -6,9 +6,9 @@ use super::secret_source::SecretSource;
 /// How this process was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LaunchContext {
-    /// As a single process: no variable indicates others.
+    /// A single process: no variable indicates a launcher of several processes.
     Local,
-    /// As one of several.
+    /// One of several processes.
     World(Launched),
 }
 
@@ -23,9 +23,9 @@ pub struct Launched {
     pub local_process: u32,
     /// Number of processes on this node.
     pub local_processes: u32,
-    /// Number of this node, if known.
+    /// Number of this node, if the launcher provides it.
     pub node: Option<u32>,
-    /// Address that process 0 listens on.
+    /// Address on which process 0 listens.
     pub endpoint: Endpoint,
     /// The secret shared by the job's processes.
     pub secret: SecretSource,
@@ -55,7 +55,7 @@ pub enum LaunchedBy {
 }
 
 impl LaunchedBy {
-    /// The name, and how to give all processes the same secret with this launcher.
+    /// The launcher's name, and how the user can give all processes the same secret under this launcher.
     pub(super) fn texts(self) -> (&'static str, &'static str) {
         match self {
             LaunchedBy::Shardflow => ("shardflow launch", "`shardflow launch` sets one"),

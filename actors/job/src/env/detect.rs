@@ -10,7 +10,7 @@ use super::names::{Variables, get};
 use super::secret_source::SecretSource;
 use super::slurm::{first_host, tasks_per_node};
 
-/// Ports that are derived from a job's name. Below Linux's ephemeral ports (from 32768) and Kubernetes's (from 30000).
+/// Ports derived from a job's name. They are below Linux's ephemeral ports (from 32768) and Kubernetes's (from 30000).
 pub const DERIVED_PORTS: Range<u16> = 20000..30000;
 
 /// Detects how a process with these variables was started.
@@ -18,7 +18,7 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
     let Some((source, found)) = find_launcher(variables) else { return Ok(LaunchContext::Local) };
     let vars = Reader { variables, found };
     let place = place(source, &vars)?;
-    // One process needs no rendezvous and no secret. Shardflow's launcher always sets both, with the restart count.
+    // One process needs no rendezvous and no secret. Shardflow's launcher always sets up both, and the restart count.
     if place.processes == 1 && source != LaunchedBy::Shardflow {
         return Ok(LaunchContext::Local);
     }
@@ -62,13 +62,13 @@ const MPICH: [&str; 4] = ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALN
 const OPENMPI: [&str; 4] =
     ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"];
 
-/// Variables of a launcher, besides its ranks and sizes.
+/// Names of a launcher's variables, except those for ranks and sizes.
 struct Names {
-    /// One of these identifies the launcher.
+    /// If any of these variables is set, this launcher may have started the process.
     markers: &'static [&'static str],
-    /// The number of restarts. `mpirun` does not restart, and a pod does not receive its restart count.
+    /// The variable with the number of restarts. `mpirun` does not restart; a pod does not get its restart count.
     restart: Option<&'static str>,
-    /// The parts of the job's name.
+    /// The variables whose values make up the job's name.
     run_id: &'static [&'static str],
 }
 
@@ -84,19 +84,19 @@ fn names(source: LaunchedBy) -> Names {
     Names { markers, restart, run_id }
 }
 
-/// The innermost launcher, and the first of its markers that is set. OpenMPI precedes Slurm because `mpirun` starts its
-/// helpers on other nodes with `srun`, so its processes also have Slurm's variables, which describe the helper. MPICH
-/// follows Slurm because `srun --mpi=pmi2` sets `PMI_*` too.
+/// Returns the innermost launcher, and the first of its markers that is set. OpenMPI precedes Slurm: `mpirun` starts
+/// its helpers on other nodes with `srun`, so its processes inherit Slurm variables that describe the helper. MPICH
+/// follows Slurm because `srun --mpi=pmi2` also sets `PMI_*`.
 fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     use LaunchedBy::{Kubernetes, Mpich, OpenMpi, Shardflow, Slurm, Torchrun};
     let is = |name: &str, value: &str| get(variables, name) == Some(value);
     let (tasks, has) = (slurm_tasks(variables).1, |name: &str| get(variables, name).is_some());
-    // Hydra also starts its helpers with `srun`. Only Hydra sets the local process count.
+    // MPICH's launcher Hydra also starts its helpers with `srun`. Only Hydra sets `MPI_LOCALNRANKS`.
     let is_helper = || has("MPI_LOCALNRANKS") && has("PMI_SIZE") && !is("PMI_SIZE", tasks);
     [Shardflow, Torchrun, OpenMpi, Slurm, Mpich, Kubernetes].into_iter().find_map(|source| {
         let marker = names(source).markers.iter().find(|name| has(name))?;
         let is_launcher = match source {
-            // An sbatch script is in no step; the shell of an interactive step is one task.
+            // An sbatch script runs outside of any step. The shell of an interactive step is the step's only task.
             Slurm => has("SLURM_PROCID") && tasks != "1" && !is_helper(),
             Mpich => !is("PMI_SIZE", "1"),
             _ => true,
@@ -105,13 +105,13 @@ fn find_launcher(variables: &Variables) -> Option<(LaunchedBy, &'static str)> {
     })
 }
 
-/// The variable with the number of a step's tasks, and its value. `SLURM_NTASKS` may count the tasks of the whole job.
+/// The variable with a step's task count, and its value. `SLURM_NTASKS` may count the tasks of the whole job.
 fn slurm_tasks(variables: &Variables) -> (&'static str, &str) {
     let names = ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"];
     names.into_iter().find_map(|name| Some((name, get(variables, name)?))).unwrap_or(("SLURM_NTASKS", "1"))
 }
 
-/// The variables of a launcher that was detected by the variable `found`.
+/// Reads the variables of a launcher. `found` is the variable by which the launcher was detected.
 struct Reader<'a> {
     variables: &'a Variables,
     found: &'static str,
@@ -144,7 +144,7 @@ fn parse<T: FromStr>(name: &'static str, text: &str) -> Result<T, EnvError> {
     text.parse().map_err(|_| invalid(name, text, "must be a whole number, not negative"))
 }
 
-/// Ranks and sizes of a process, and the variable that the world size came from.
+/// Ranks and sizes of a process, and the name of the variable with the world size.
 struct Place {
     process: u32,
     processes: u32,
@@ -165,7 +165,7 @@ fn place(source: LaunchedBy, vars: &Reader) -> Result<Place, EnvError> {
     }
 }
 
-/// True in a PyTorchJob, which starts one process in each pod and sets torchrun's variables without the local ones.
+/// True in a PyTorchJob: it starts one process per pod, and sets torchrun's variables except the local rank and size.
 fn is_pod(vars: &Reader) -> bool {
     vars.get("LOCAL_RANK").is_none() && vars.get("LOCAL_WORLD_SIZE").is_none()
 }
@@ -222,12 +222,12 @@ fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
     Ok(Place { process, processes, processes_name, local_process, local_processes, node: Some(node) })
 }
 
-/// One process for each pod. A pod with several processes runs `shardflow launch`.
+/// One process per pod: to run several processes in a pod, start them with `shardflow launch`.
 fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
     let process = vars.number("JOB_COMPLETION_INDEX", "the number of this pod")?;
     let meaning = "the number of pods of the job (or to 1, if each pod trains on its own)";
     let processes = vars.number("SHARDFLOW_NNODES", meaning)?;
-    // Pods that train on their own keep their index, which may exceed the world size of 1.
+    // A pod whose world size is 1 trains alone. Its index may exceed that size.
     if process >= processes && processes != 1 {
         let rule = "the index of a pod is below the number of pods";
         return Err(contradiction(("JOB_COMPLETION_INDEX", process), ("SHARDFLOW_NNODES", processes), rule));
@@ -236,7 +236,7 @@ fn kubernetes_place(vars: &Reader) -> Result<Place, EnvError> {
     Ok(Place { process, processes, processes_name, local_process: 0, local_processes: 1, node: Some(process) })
 }
 
-/// Derives the address of process 0 from the launcher's variables. Only called without `SHARDFLOW_ENDPOINT`.
+/// Derives the address of process 0 from the launcher's variables. Called only if `SHARDFLOW_ENDPOINT` is not set.
 fn derived_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
     let missing = |meaning| Err(vars.missing("SHARDFLOW_ENDPOINT", meaning));
     match source {
@@ -263,9 +263,9 @@ fn derived_endpoint(source: LaunchedBy, vars: &Reader, place: &Place) -> Result<
 
 fn master_endpoint(vars: &Reader) -> Result<Endpoint, EnvError> {
     let host = match vars.need("MASTER_ADDR", "the host of process 0")? {
-        // In a PyTorchJob the master's own MASTER_ADDR is localhost; the other pods have its name.
+        // In a PyTorchJob, `MASTER_ADDR` is `localhost` in the master pod, and the master's name in the other pods.
         "localhost" if is_pod(vars) && vars.get("RANK") == Some("0") => "0.0.0.0",
-        // It may hold an IPv6 address with or without brackets.
+        // `MASTER_ADDR` may be an IPv6 address with or without brackets.
         host => host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host),
     };
     let port = vars.need("MASTER_PORT", "a free port on the host of process 0")?;
@@ -293,7 +293,7 @@ fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
     Ok(Endpoint::Tcp { host, port })
 }
 
-/// A port that all processes of a job derive from its name and that two jobs on a node rarely share.
+/// Derives a port from the job's name: the same port in all processes of the job, but rarely the same for two jobs.
 fn derived_port(job: &str) -> u16 {
     let Range { start, end } = DERIVED_PORTS;
     let digest = *blake3::hash(job.as_bytes()).as_bytes();

@@ -1,4 +1,4 @@
-//! The address at which the processes of a world meet.
+//! The address at which the processes of a world rendezvous.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,21 +7,21 @@ use crate::transport::{Address, UNIX_PATH_BYTES_MAX};
 
 use crate::machine::parse_ip;
 
-/// The default port of a rendezvous address, the same as torchrun's.
+/// Default port of a rendezvous address. torchrun uses the same one.
 pub const PORT_DEFAULT: u16 = 29400;
 
 /// An address that the first process listens on and all others connect to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Endpoint {
-    /// `tcp://HOST:PORT`. An IPv6 host has no brackets, but may have a zone. Port 0 is refused.
+    /// `tcp://HOST:PORT`. An IPv6 host is stored without brackets and may have a zone. Port 0 is invalid.
     Tcp { host: String, port: u16 },
-    /// `unix:PATH`: for processes of one node.
+    /// `unix:PATH`, for processes on one node.
     Unix(PathBuf),
 }
 
 impl Endpoint {
-    /// Parses `tcp://HOST:PORT` or `unix:PATH`. The error is the expected form.
+    /// Parses `tcp://HOST:PORT` or `unix:PATH`. The error describes the expected form.
     pub fn parse(text: &str) -> Result<Endpoint, &'static str> {
         if let Some(path) = text.strip_prefix("unix:") {
             return match path {
@@ -36,7 +36,7 @@ impl Endpoint {
         Ok(Endpoint::Tcp { host, port: port.ok_or("tcp://HOST:PORT, with the port")? })
     }
 
-    /// Like [`Endpoint::parse`], and also accepts torchrun's `HOST` and `HOST:PORT`.
+    /// Like [`Endpoint::parse`], but also accepts torchrun's forms `HOST` and `HOST:PORT`.
     pub fn parse_rendezvous(text: &str) -> Result<Endpoint, &'static str> {
         if text.starts_with("tcp://") || text.starts_with("unix:") {
             return Endpoint::parse(text);

@@ -1,4 +1,4 @@
-//! The errors of an invalid environment.
+//! Errors for an invalid environment.
 
 use std::fmt::Display;
 

@@ -1,31 +1,31 @@
-//! Names of the environment variables, and their values.
+//! Names of the environment variables, and functions that read their values.
 
 use std::collections::BTreeMap;
 
-/// Variable that chooses the [`crate::options::Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; equal on all.
+/// Variable for [`crate::options::Transport`]: `auto`, `shared-memory`, `unix` or `tcp`; the same for all processes.
 pub const TRANSPORT: &str = "SHARDFLOW_TRANSPORT";
-/// Variable that chooses the engine of [`crate::options::Collectives`]: `own` or `mpi`; the same for all processes.
+/// Variable for [`crate::options::Collectives`]: `own` or `mpi`; the same for all processes.
 pub const COLLECTIVES: &str = "SHARDFLOW_COLLECTIVES";
-/// Variable that switches the encryption of tensors over TCP `on` or `off`; the same for all processes.
+/// Variable for the encryption of tensors over TCP: `on` or `off`; the same for all processes.
 pub const ENCRYPT: &str = "SHARDFLOW_ENCRYPT";
-/// Variable with the exit codes that caused the launcher's restarts of the job so far, comma-separated.
+/// Variable with the exit codes that led to the launcher's restarts of the job so far, comma-separated.
 pub const RESTART_CAUSES: &str = "SHARDFLOW_RESTART_CAUSES";
-/// Variable with the time at which the launcher began the job: Unix time in milliseconds.
+/// Variable with the time at which the launcher started the job: Unix time in milliseconds.
 pub const JOB_BEGAN_MS: &str = "SHARDFLOW_JOB_BEGAN_MS";
-/// Variable with the local address that the process listens on.
+/// Variable with the local address on which the process listens.
 pub const INTERFACE: &str = "SHARDFLOW_INTERFACE";
 /// Variable with the host name or address at which other processes reach this one; the ports do not change.
 pub const ADVERTISE: &str = "SHARDFLOW_ADVERTISE";
 /// Variable with the milliseconds between heartbeats; the same for all processes.
 pub const HEARTBEAT_MS: &str = "SHARDFLOW_HEARTBEAT_MS";
-/// Variable with the milliseconds of silence after which a process counts as failed; the same for all processes.
+/// Variable with the heartbeat deadline: milliseconds of silence until a process counts as failed; the same for all.
 pub const HEARTBEAT_DEADLINE_MS: &str = "SHARDFLOW_HEARTBEAT_DEADLINE_MS";
-/// Variable with the milliseconds that a process waits at the start for all others to join.
+/// Variable with the milliseconds that a process waits at startup until all processes have joined.
 pub const MEET_MS: &str = "SHARDFLOW_MEET_MS";
-/// Variable with the milliseconds that a process spends on reporting a failure before the rendezvous to the others.
+/// Variable with the milliseconds for which a process reports a failure before the rendezvous to the other processes.
 pub const REPORT_WAIT_MS: &str = "SHARDFLOW_REPORT_WAIT_MS";
 
-/// Variables by name.
+/// Environment variables: values by name.
 pub type Variables = BTreeMap<String, String>;
 
 /// The environment variables of this process. Invalid UTF-8 becomes replacement characters.

@@ -18,7 +18,7 @@ pub enum SecretSource {
 }
 
 impl SecretSource {
-    /// Finds the secret in the variables, if any.
+    /// Finds out from the variables where the secret is, if one is set.
     pub fn find(variables: &Variables) -> Result<Option<SecretSource>, EnvError> {
         match (get(variables, "SHARDFLOW_SECRET"), get(variables, "SHARDFLOW_SECRET_FILE")) {
             (None, None) => Ok(None),
@@ -31,7 +31,7 @@ impl SecretSource {
         }
     }
 
-    /// Returns the secret; reads it from the file if needed.
+    /// Returns the secret. Reads the file if the secret is in a file.
     pub fn read(&self) -> Result<Secret, EnvError> {
         let path = match self {
             SecretSource::Text(secret) => return Ok(secret.clone()),
@@ -46,7 +46,7 @@ impl SecretSource {
     }
 }
 
-/// Makes a secret from the text of `place`, a variable or a file.
+/// Makes a secret from `text`. `place` names the variable or file that holds it.
 fn parse(text: &str, place: &str) -> Result<Secret, EnvError> {
     Secret::new(text).map_err(|source| EnvError::ShortSecret { place: place.into(), source })
 }

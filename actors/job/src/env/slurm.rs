@@ -1,8 +1,8 @@
-//! Parsers of two of Slurm's formats: host lists and tasks per node.
+//! Parses two of Slurm's formats: host lists and tasks per node.
 
 const NODES_MAX: usize = 1 << 16;
 
-/// The first host of a list such as `node[01-03,7],other`, or the syntax error in the list.
+/// Returns the first host of a list such as `node[01-03,7],other`, or a description of the syntax error.
 pub fn first_host(list: &str) -> Result<String, &'static str> {
     let mut in_brackets = false;
     let ends_item = |c| {
@@ -13,7 +13,7 @@ pub fn first_host(list: &str) -> Result<String, &'static str> {
     Ok(hosts.into_iter().next().unwrap_or_default())
 }
 
-/// The first host of an item without outer commas, such as `rack[1-2]node[01-03,7]`.
+/// Returns the first host of one list item, such as `rack[1-2]node[01-03,7]`.
 fn first_of_item(item: &str) -> Result<String, &'static str> {
     let (mut host, mut rest) = (String::new(), item);
     while let Some((before, after)) = rest.split_once('[') {
@@ -35,7 +35,7 @@ fn first_of_item(item: &str) -> Result<String, &'static str> {
     }
 }
 
-/// `01` of `01-03` or `01`. Leading zeros are part of the name.
+/// Returns `01` for `01-03` or `01`: the leading zeros are part of the host name.
 fn low_of_range(range: &str) -> Result<&str, &'static str> {
     let number = |text: &str| match text.parse::<u64>() {
         Ok(value) if text.bytes().all(|b| b.is_ascii_digit()) => Ok(value),
@@ -48,7 +48,7 @@ fn low_of_range(range: &str) -> Result<&str, &'static str> {
     Ok(low)
 }
 
-/// Tasks of each node, from a list such as `2(x3),1`. The error is the expected form.
+/// Returns the number of tasks per node, from a list such as `2(x3),1`. The error describes the expected form.
 pub fn tasks_per_node(list: &str) -> Result<Vec<u32>, &'static str> {
     const FORM: &str = "must be a list such as 2(x3),1";
     let mut tasks = Vec::new();
@@ -104,7 +104,7 @@ mod tests {
         }
     }
 
-    /// An item as its parts: text, then ranges (low, high minus low, width).
+    /// One item of a host list: each part is a text and the ranges after it (low, high minus low, width).
     type Item = Vec<(String, Vec<(u64, u64, usize)>)>;
 
     fn item() -> impl Strategy<Value = Item> {

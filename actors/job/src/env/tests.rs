@@ -1,4 +1,4 @@
-//! Detection with every launcher's variables: complete, incomplete and contradictory.
+//! Tests the detection with complete, incomplete and contradictory variables of every launcher.
 
 use proptest::prelude::*;
 
@@ -28,7 +28,7 @@ fn error(text: &str) -> String {
     detect(&with_secret(text)).expect_err(text).to_string()
 }
 
-/// `process/processes local/locals node endpoint restart run_id`.
+/// Formats a context as `process/processes local/locals node endpoint restart run_id`.
 fn summary(text: &str) -> String {
     let w = world(text);
     format!(
@@ -85,7 +85,7 @@ fn the_innermost_launcher_wins() {
     assert_eq!(world(&all).source, LaunchedBy::Shardflow);
     let all = format!("{TORCHRUN} {OPENMPI} {SLURM} JOB_COMPLETION_INDEX=1 SHARDFLOW_NNODES=2");
     assert_eq!(world(&all).source, LaunchedBy::Torchrun);
-    // The helper of mpirun is task 0 of a step whose size is 1 or differs from the number of processes.
+    // A helper of mpirun is task 0 of a Slurm step. The step's size is 1 or differs from the number of processes.
     assert_eq!(world(&format!("{OPENMPI} {SLURM} SLURM_PROCID=0 SLURM_NTASKS=2")).source, LaunchedBy::OpenMpi);
     assert_eq!(world(&format!("{SLURM} JOB_COMPLETION_INDEX=1")).source, LaunchedBy::Slurm);
     for unset in ["", "RANK= LOCAL_RANK="] {
@@ -96,11 +96,11 @@ fn the_innermost_launcher_wins() {
 
 #[test]
 fn mpich_and_intel_mpi_are_distinguished_from_slurm() {
-    // `srun --mpi=pmi2` sets these too.
+    // `srun --mpi=pmi2` also sets these variables.
     let pmi2 = "PMI_RANK=3 PMI_SIZE=4 PMI_FD=9 PMI_JOBID=77.0";
     assert_eq!(world(&format!("{SLURM} {pmi2}")).source, LaunchedBy::Slurm);
     assert_eq!(world(&format!("{SLURM} {MPICH}")).source, LaunchedBy::Slurm, "both launchers agree");
-    // Hydra's helper is a Slurm task on each node.
+    // Hydra starts one helper per node, as a Slurm task.
     let helper = SLURM.replace("SLURM_PROCID=3 SLURM_NTASKS=4", "SLURM_PROCID=1 SLURM_NTASKS=2");
     assert_eq!(world(&format!("{helper} {MPICH}")).source, LaunchedBy::Mpich);
     assert_eq!(world(&format!("{OPENMPI} {MPICH}")).source, LaunchedBy::OpenMpi);
@@ -156,7 +156,7 @@ fn a_single_process_is_local() {
     }
 }
 
-/// Every subset of a launcher's variables is a local process, the whole world, or an error that names a missing one.
+/// Any subset of a launcher's variables gives a local process, the whole world, or an error that names a missing one.
 #[test]
 fn incomplete_variables_are_refused() {
     for (whole, extras) in [
@@ -174,7 +174,7 @@ fn incomplete_variables_are_refused() {
             let mut all = chosen.clone();
             all.insert("SHARDFLOW_SECRET".into(), SECRET.into());
             match detect(&all) {
-                // Torchrun's variables without both local ones are those of a pod.
+                // Torchrun's variables without both local ones describe a pod.
                 Ok(LaunchContext::World(_)) if !chosen.keys().any(|name| name.starts_with("LOCAL_")) => {
                     assert!(chosen.len() == whole.len() || vars(POD).keys().eq(chosen.keys()), "{chosen:?}");
                 }
@@ -189,7 +189,7 @@ fn incomplete_variables_are_refused() {
     }
 }
 
-/// Every rank, size, local rank and local size up to 4.
+/// Tests every combination of rank, size, local rank and local size up to 4.
 #[test]
 fn contradictory_ranks_and_sizes_are_refused() {
     for n in 0..5u32.pow(4) {
@@ -277,7 +277,7 @@ proptest! {
     }
 }
 
-/// The variables that Slurm 22.05 set on two nodes: in an `sbatch` script, and in the last task of `srun -n 3` in it.
+/// The variables that Slurm 22.05 set on two nodes: in an `sbatch` script, and in the last task of its `srun -n 3`.
 #[test]
 fn variables_recorded_from_slurm_are_detected() {
     let job = "SLURM_JOB_ID=1 SLURM_JOBID=1 SLURM_NNODES=2 SLURM_JOB_NODELIST=n[01-02] SLURM_NODELIST=n[01-02] \

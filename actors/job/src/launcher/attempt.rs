@@ -1,4 +1,4 @@
-//! One attempt: starts all processes of the node and waits until the last of them has ended.
+//! One attempt: starts all processes of the node and waits until every process has ended.
 //!
 //! ```text
 //!  Running ──a process fails──► Settling ──failure wait──► Ending ──grace period──► Killed ──► abandoned
@@ -19,20 +19,20 @@ use super::options::LaunchError;
 use crate::exit::{Exit, Report};
 use crate::output;
 
-/// Time until SIGKILL when the ended processes blame all that are left, which are usually frozen.
+/// Time until SIGKILL when the ended processes blame all remaining ones. The blamed processes are usually frozen.
 const BLAMED_WAIT: Duration = Duration::from_secs(2);
-/// Failure wait if others wait in vain for the failed process; those that fail for the same cause report it first.
+/// Failure wait if others wait in vain for the failed process. Other processes with the same cause report it meanwhile.
 const UNJOINED_WAIT: Duration = Duration::from_millis(500);
-/// Interval between checks for processes that others wait for in vain.
+/// Interval of the check whether processes wait in vain for another one.
 const ABSENCE_POLL: Duration = Duration::from_millis(500);
-/// Time until a killed process that does not end is abandoned. Only the kernel can delay its end.
+/// Time after SIGKILL until the launcher abandons a process that still runs. Only the kernel can delay its end.
 const KILL_WAIT: Duration = Duration::from_secs(10);
 
 pub(super) struct Outcome {
     pub(super) ended: Vec<Ended>,
     pub(super) signal: Option<u8>,
     pub(super) abandoned: bool,
-    /// By local rank: rank, error lines, and the log's path.
+    /// For each process, by local rank: its rank, its error lines, and the path of its log.
     logs: Vec<(u32, Vec<String>, String)>,
 }
 
@@ -52,7 +52,7 @@ struct Attempt<'a, 'b> {
     abandoned: bool,
 }
 
-/// Starts all processes after `pause` and waits until they have ended.
+/// Starts all processes after `pause`, and waits until they have ended.
 pub(super) fn run(job: &mut Job, number: u64, pause: Duration) -> Result<Outcome, LaunchError> {
     // A signal during the pause ends the launcher before any process is started.
     let start_at = Instant::now() + pause;
@@ -101,7 +101,7 @@ impl Attempt<'_, '_> {
         self.children.iter().filter(|child| child.ended.is_none())
     }
 
-    /// True if the reports of the ended processes blame every process that is left.
+    /// True if the ended processes' reports blame every remaining process.
     fn only_blamed_left(&self) -> bool {
         let reports = || self.children.iter().filter_map(|child| child.ended.as_ref()?.report.as_ref());
         let is_blamed = |rank| reports().any(|r| r.first_cause_rank == Some(rank) && r.rank != rank);
@@ -111,14 +111,14 @@ impl Attempt<'_, '_> {
     fn failure_wait(&self) -> Duration {
         let options = self.job.options;
         let mut reports = self.children.iter().filter_map(|child| child.ended.as_ref()?.report.as_ref());
-        // On several nodes, rank 0 goes on refusing the processes that join.
+        // With several nodes, rank 0 must go on and refuse the processes that try to join.
         let wait_is_vain = options.nodes == 1 && reports.any(Report::concerns_all);
         if wait_is_vain { options.failure_wait.min(UNJOINED_WAIT) } else { options.failure_wait }
     }
 
     fn handle_end(&mut self, local: usize) {
         let signaled = matches!(self.phase, Phase::Ending { .. } | Phase::Killed { .. });
-        // A process whose start failed after the spawn is not in `children`.
+        // If a start failed after the process was spawned, `children` lacks that process.
         let Some(child) = self.children.get_mut(local) else { return };
         child.finish(self.job, signaled);
         child.ended.iter().filter(|ended| !ended.signaled).for_each(|ended| self.job.report(ended.report()));
@@ -133,16 +133,16 @@ impl Attempt<'_, '_> {
         }
     }
 
-    /// Begins to wait for the end of the other processes after the failure of this one.
+    /// Called after a process has failed: waits `failure_wait` for the others to end.
     fn settle(&mut self, local: usize) {
-        // The output of the first process is already on the screen.
+        // The screen already shows the output of the node's first process.
         if let Some(ended) = self.children[local].ended.as_ref().filter(|_| local > 0) {
             print_notice(&ended.describe());
         }
         self.phase = Phase::Settling { until: Instant::now() + self.failure_wait() };
     }
 
-    /// Fails a process that ended with code 0 before it joined, if processes of this node wait for it.
+    /// Marks a process as failed if it ended with code 0 before it joined and other processes of this node wait for it.
     fn fail_absent(&mut self) {
         let absent = self.children.iter().position(Child::is_absent);
         let Some(local) = absent.filter(|_| self.living().any(Child::is_joining)) else { return };
@@ -152,7 +152,7 @@ impl Attempt<'_, '_> {
         self.settle(local);
     }
 
-    /// A process that ends with code 0 and does not join may be of any program, but has failed if other nodes wait.
+    /// Processes that exit with 0 without joining may run any program, but have failed if other nodes wait for them.
     fn fail_if_missed(&mut self) {
         if self.phase == Phase::Running
             && self.children.iter().all(Child::is_absent)
@@ -167,7 +167,7 @@ impl Attempt<'_, '_> {
 
     fn forward_signal(&mut self, signal: u8) {
         if i32::from(signal) == SIGUSR1 {
-            // All processes agree on the request, so it is enough that one with a handler receives the signal.
+            // All processes agree on a request, so it suffices if one process with a handler receives the signal.
             return self.living().for_each(Child::signal_usr1);
         }
         if self.signal.is_some() && i32::from(signal) == SIGINT {
@@ -225,7 +225,7 @@ impl Attempt<'_, '_> {
 }
 
 impl Outcome {
-    /// Prints the errors of the failed processes whose output is not on the screen.
+    /// Prints the errors of failed processes, except those of the first process, which the screen already shows.
     pub(super) fn show_errors(&self) {
         for ((rank, lines, _), ended) in self.logs.iter().zip(&self.ended).skip(1) {
             if ended.exit != Exit::Done {

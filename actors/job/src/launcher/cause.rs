@@ -1,4 +1,4 @@
-//! Determines the first cause among failed processes, and whether to restart. Pure functions.
+//! Determines the first cause among failed processes, and whether to restart. All functions are pure.
 
 use std::time::Duration;
 
@@ -8,23 +8,23 @@ use crate::exit::{Exit, Report, unix_ns};
 pub(super) struct Ended {
     pub(super) rank: u32,
     pub(super) exit: Exit,
-    /// When the launcher detected the end: Unix time in nanoseconds.
+    /// When the launcher detected the process's end: Unix time in nanoseconds.
     pub(super) time_unix_ns: u64,
     pub(super) report: Option<Report>,
-    /// The first of its log's last lines that begin with `error:`.
+    /// The first of the error lines at the end of the process's log.
     pub(super) error_line: Option<String>,
-    /// The launcher had sent it a signal to end.
+    /// True if the launcher had sent the process a signal to end.
     pub(super) signaled: bool,
 }
 
 impl Ended {
-    /// A process that is assumed to have ended because of the launcher's signal.
+    /// A process that presumably ended because of the launcher's signal.
     pub(super) fn by_signal(rank: u32, signal: u8) -> Self {
         let (exit, time_unix_ns) = (Exit::Signal(signal), unix_ns());
         Self { rank, exit, time_unix_ns, report: None, error_line: None, signaled: true }
     }
 
-    /// The failure of a process that ended with code 0 while others wait for it. No restart fixes it.
+    /// The failure of a process that ended with code 0 although others wait for it. A restart cannot help.
     pub(super) fn missed(&self) -> Self {
         let cause = "it ended with code 0, but other ranks wait for it to join; start the same program with the same \
                      flags on all ranks";
@@ -33,7 +33,7 @@ impl Ended {
         Self { exit, report: Some(report), ..self.clone() }
     }
 
-    /// 0: the failure was its own. 1: it blames another process. 2: the launcher ended it.
+    /// 0: the failure began in this process. 1: the process blames another one. 2: the launcher ended the process.
     fn class(&self) -> u8 {
         match &self.report {
             Some(report) if report.is_own_failure() => 0,
@@ -44,7 +44,7 @@ impl Ended {
         }
     }
 
-    /// True if it ended on request and must not be restarted here: see [`crate::departure::report`].
+    /// True if the process ended on request and must not be restarted here: see [`crate::departure::report`].
     pub(super) fn ended_on_request(&self) -> bool {
         self.exit == Exit::Retry
             && self.report.as_ref().is_some_and(|report| report.first_cause_rank == Some(self.rank))
@@ -74,14 +74,14 @@ impl Ended {
     }
 }
 
-/// The process with which the failure began: own failures precede those that blame a process; then the earliest.
+/// The process in which the failure began: the earliest failure of its own, or else the earliest that blames another.
 pub(super) fn first_cause(ended: &[Ended]) -> Option<&Ended> {
     ended.iter().filter(|e| e.exit != Exit::Done).min_by_key(|e| (e.class(), e.time(), e.rank))
 }
 
 /// The launcher's exit after `signal`, and the failed process that determines it, if any.
 pub(super) fn exit_after_signal(ended: &[Ended], signal: u8) -> (Exit, Option<&Ended>) {
-    // An end by this signal, by the launcher's own, or because other processes end, is not a failure.
+    // Not failures: a process ended by this signal or the launcher's own, or because other processes ended.
     let is_expected = |e: &&Ended| match e.exit {
         Exit::Done => true,
         Exit::Signal(by) => e.signaled || by == signal || by == 15,
@@ -98,14 +98,14 @@ pub(super) fn exit_after_signal(ended: &[Ended], signal: u8) -> (Exit, Option<&E
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Decision {
     Restart,
-    /// The processes would fail again, or must not be restarted.
+    /// The processes would fail again, or a restart is not allowed.
     WouldNotHelp,
     Exhausted,
-    /// Several restarts in a row committed no higher step.
+    /// Several restarts in a row have not committed a higher step.
     NoProgress,
 }
 
-/// Restarts in a row without a higher committed step, after which the launcher gives up.
+/// The launcher gives up after this many restarts in a row that do not commit a higher step.
 pub(super) const RESTARTS_WITHOUT_PROGRESS_MAX: u32 = 2;
 
 const RESTART_WAIT_MAX: Duration = Duration::from_secs(60);
@@ -124,7 +124,7 @@ impl Restarts {
         Restarts { max, ..Restarts::default() }
     }
 
-    /// Pause before the next attempt: none, then `first`, then doubled up to the larger of it and [`RESTART_WAIT_MAX`].
+    /// Pause before the next attempt: 0 for the first restart, then `first`, doubled up to [`RESTART_WAIT_MAX`].
     pub(super) fn pause(&self, first: Duration) -> Duration {
         match self.made {
             0 | 1 => Duration::ZERO,
@@ -132,7 +132,7 @@ impl Restarts {
         }
     }
 
-    /// Decides after an attempt that failed with `exit`; `committed` is the last committed step.
+    /// Decides what follows an attempt that failed with `exit`. `committed` is the last committed step.
     pub(super) fn next(&mut self, exit: Exit, committed: Option<u64>) -> Decision {
         if committed > self.committed {
             self.committed = committed;
@@ -208,7 +208,7 @@ mod tests {
         assert_eq!(exit_after_signal(&[ended(0, 130, 1)], 2).0.code(), 130);
     }
 
-    /// The decisions after attempts that all fail with `code` and have committed these steps.
+    /// The decision after each attempt. Every attempt fails with `code`; `committed` lists their last committed steps.
     fn decisions(max: u64, code: u8, committed: &[Option<u64>]) -> Vec<Decision> {
         let mut restarts = Restarts::new(max);
         committed.iter().map(|step| restarts.next(Exit::from_code(code), *step)).collect()

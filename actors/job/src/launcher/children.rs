@@ -1,4 +1,4 @@
-//! One process of an attempt: its environment, its start, its end.
+//! One process of an attempt: how it is set up, started and reaped.
 
 use std::io::{self, Read};
 use std::net::TcpListener;
@@ -22,13 +22,13 @@ use crate::exit::{ERROR_FILE, Exit, PROGRESS_FILE, Report, joining_file, unix_ns
 use crate::output::{self, OutputQueue};
 use crate::requests::signal_mask;
 
-/// Time to read a process's remaining output. Reading takes longer only if another process holds its pipes.
+/// Timeout for reading a process's remaining output. Only another process that holds the pipes can cause such a delay.
 const PUMPS_WAIT: Duration = Duration::from_secs(2);
 
 pub(super) struct AttemptConfig {
     pub(super) attempt: u64,
     endpoint: Endpoint,
-    /// `MASTER_ADDR` and `MASTER_PORT`, for programs that read only torchrun's variables.
+    /// Values of `MASTER_ADDR` and `MASTER_PORT`, for programs that read only torchrun's variables.
     master: (String, u16),
 }
 
@@ -38,7 +38,7 @@ impl AttemptConfig {
         let master = match &endpoint {
             Endpoint::Tcp { host, port } => (host.clone(), *port),
             Endpoint::Unix(_) => {
-                // The port is free now, but is not reserved.
+                // The port is free now, but another process may take it later.
                 let free = || TcpListener::bind(("127.0.0.1", 0))?.local_addr();
                 ("127.0.0.1".into(), free().map_err(LaunchError::io("find a free port"))?.port())
             }
@@ -51,17 +51,17 @@ pub(super) struct Child {
     pub(super) rank: u32,
     pub(super) log: Log,
     process: Process,
-    /// Its process id, which is also its process group.
+    /// The process id, which is also the id of the process's group.
     pid: Pid,
     error_file: PathBuf,
-    /// Disconnected when all of its output is read.
+    /// Disconnected once all output of the process has been read.
     pumps: Receiver<()>,
-    /// `None` while it runs.
+    /// `None` while the process runs.
     pub(super) ended: Option<Ended>,
 }
 
 impl Child {
-    /// Starts the process with local rank `local`. Its end is sent as an event.
+    /// Starts the process with local rank `local`. An event reports its end.
     pub(super) fn start(job: &mut Job, config: &AttemptConfig, local: u32) -> Result<Child, LaunchError> {
         let options = job.options;
         let rank = options.node * options.local_processes + local;
@@ -96,25 +96,25 @@ impl Child {
         Ok(Child { rank, log, process, pid, error_file, pumps, ended: None })
     }
 
-    /// True once it has begun to wait for the other ranks.
+    /// True once the process has begun to wait for the other ranks.
     pub(super) fn is_joining(&self) -> bool {
         joining_file(&self.error_file).exists()
     }
 
-    /// True if it ended with code 0 before it began to join.
+    /// True if the process ended with code 0 before it began to join.
     pub(super) fn is_absent(&self) -> bool {
         self.ended.as_ref().is_some_and(|ended| ended.exit == Exit::Done) && !self.is_joining()
     }
 
-    /// Sends a signal to the process and its own children.
+    /// Sends a signal to the process and its children.
     pub(super) fn signal(&self, signal: Signal) {
         if self.ended.is_none() {
-            // An error means that the group is empty.
+            // An error means that the process group is empty.
             let _ = kill_process_group(self.pid, signal);
         }
     }
 
-    /// Sends SIGUSR1 to the process alone, if it has a handler: the default action would end it.
+    /// Sends SIGUSR1 to the process only, and only if it has a handler: the default action would end the process.
     pub(super) fn signal_usr1(&self) {
         if signal_mask(&self.pid.to_string(), "SigCgt:") >> (SIGUSR1 - 1) & 1 == 1 {
             // An error means that the process has ended.
@@ -122,9 +122,9 @@ impl Child {
         }
     }
 
-    /// Called after its event: kills the rest of its group and records its end. `signaled`: by the launcher.
+    /// Handles the process's end: kills the rest of its group and records the end. `signaled` means: by the launcher.
     pub(super) fn finish(&mut self, job: &mut Job, signaled: bool) {
-        // Until the process is reaped, its id and its group's cannot be reused.
+        // Until the process is reaped, neither its id nor its group's id can be reused.
         let _ = kill_process_group(self.pid, Signal::KILL);
         let _ = job.guard.report('-', self.pid);
         let time_unix_ns = unix_ns();
@@ -132,7 +132,7 @@ impl Child {
             Ok(status) => Exit::from_status(status),
             Err(_) => Exit::Internal,
         };
-        // Its pipes close when the group ends, unless a child has left the group.
+        // The pipes close when the group ends, except if a child has left the group.
         let _ = self.pumps.recv_timeout(PUMPS_WAIT);
         let report = Report::read(&self.error_file);
         let error_line = if exit == Exit::Done { None } else { self.log.errors().into_iter().next() };
@@ -159,12 +159,12 @@ fn start_pumps(process: &mut Process, log: &Log) -> io::Result<Receiver<()>> {
     Ok(pumps)
 }
 
-/// Returns when the process has ended, without reaping it.
+/// Blocks until the process has ended. Does not reap it.
 fn wait_until_ended(pid: Pid) {
     while let Err(rustix::io::Errno::INTR) = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT) {}
 }
 
-/// Sets Shardflow's variables, torchrun's, and the CUDA driver's.
+/// Sets the variables of Shardflow, of torchrun and of the CUDA driver.
 fn set_environment(command: &mut Command, job: &Job, config: &AttemptConfig, local: u32) {
     let options = job.options;
     let rank = options.node * options.local_processes + local;

@@ -1,9 +1,9 @@
-//! Prevents children from outliving the launcher, with two hidden commands of the binary.
+//! Two hidden commands of the binary, which end the children if the launcher dies.
 //!
 //! A launcher that is killed by SIGKILL cannot end its processes. So each child sets its parent-death signal before it
-//! executes the program ([`become_program`]). The child's own children do not inherit that, so a guard process reads
-//! all process groups from a pipe of the launcher and kills the remaining ones when the pipe closes ([`guard`]). The
-//! signal needs no other process; the guard reaches every process that has not left its group by `setsid`.
+//! executes the program ([`become_program`]). The child's own children do not inherit this signal. So a guard process
+//! reads all process groups from a pipe, and kills the remaining groups when the launcher's end closes ([`guard`]). The
+//! signal works without the guard. The guard reaches every process that has not left its group by `setsid`.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -19,7 +19,7 @@ use rustix::process::{Pid, Signal, getppid, kill_process_group, set_parent_proce
 use crate::departure::report;
 use crate::exit::Exit;
 
-/// Prefix of a launcher's private folder; the guard removes no other folder.
+/// Name prefix of a launcher's private folder. The guard removes only such folders.
 pub(super) const FOLDER_PREFIX: &str = "shardflow-launch-";
 
 /// The launcher's handle of a running guard process.
@@ -29,22 +29,22 @@ pub(super) struct Guard {
 }
 
 impl Guard {
-    /// Starts `helper guard`, which also removes `folder` when it ends.
+    /// Starts the command `helper guard`. The guard also removes `folder` when it ends.
     pub(super) fn start(helper: &Path, folder: &Path) -> io::Result<Guard> {
         let mut command = Command::new(helper);
         command.arg("guard").arg("--folder").arg(folder);
-        // A terminal sends signals to the launcher's group; the guard has its own.
+        // A terminal sends its signals to the launcher's group, so the guard gets its own group.
         command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         let mut process = command.spawn()?;
         let pipe = process.stdin.take();
         Ok(Guard { process, pipe })
     }
 
-    /// Reports that `group` exists (`+`) or is empty (`-`), before its leader is reaped, so that the id cannot be
-    /// reused yet. An error means that the guard has ended; then only the kernel's signal remains.
+    /// Reports that `group` exists (`+`) or is empty (`-`). Call this before the group's leader is reaped: until then,
+    /// its id cannot be reused. An error means that the guard has ended; then only the parent-death signal remains.
     pub(super) fn report(&mut self, sign: char, group: Pid) -> io::Result<()> {
         match &mut self.pipe {
-            // One write below a pipe's atomic 4096 bytes: the guard reads a whole line or none.
+            // A pipe writes less than 4096 bytes atomically, so the guard reads a whole line or none.
             Some(pipe) => pipe.write_all(format!("{sign}{}\n", group.as_raw_pid()).as_bytes()),
             None => Ok(()),
         }
@@ -54,14 +54,14 @@ impl Guard {
 impl Drop for Guard {
     fn drop(&mut self) {
         self.pipe = None;
-        // The guard ends when the pipe closes. An error means that it ended before.
+        // The guard ends when the pipe closes. An error means that it had already ended.
         let _ = self.process.wait();
     }
 }
 
-/// The command `shardflow guard`: reads groups from `from` until its end, then kills the remaining ones.
+/// The command `shardflow guard`: reads process groups from `from` until EOF, then kills the remaining groups.
 pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
-    // These signals often go to all of the launcher's processes, and the guard must outlive the launcher.
+    // All of the launcher's processes often receive these signals, and the guard must outlive the launcher.
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP] {
         let _ = signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)));
     }
@@ -78,27 +78,27 @@ pub fn guard(folder: &Path, from: impl BufRead) -> Exit {
         let _ = kill_process_group(group, Signal::KILL);
     }
     if folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FOLDER_PREFIX)) {
-        // Usually the launcher has removed it.
+        // The launcher has usually removed the folder already.
         let _ = std::fs::remove_dir_all(folder);
     }
     Exit::Done
 }
 
-/// The command that executes `program` through [`become_program`].
+/// Returns the command that executes `program` through [`become_program`].
 pub fn child_command(helper: &Path, program: &Path, args: &[OsString]) -> Command {
     let mut command = Command::new(helper);
     command.arg("child").arg("--parent").arg(std::process::id().to_string()).arg("--").arg(program).args(args);
-    // With a group of its own, a signal reaches the program's children too, and a terminal's signal arrives only once.
+    // In a group of its own, a child gets a terminal's signal only once, and its children get the launcher's signals.
     command.process_group(0);
     command
 }
 
-/// The command `shardflow child`: executes `program`, which the kernel kills when the starting thread ends.
+/// The command `shardflow child`: executes `program`. The kernel kills it when the thread that started it ends.
 pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return fail(Exit::Internal, &format!("cannot set the parent-death signal: {error}"));
     }
-    // The launcher may have ended before the signal was set.
+    // The launcher may have ended before this process set its parent-death signal.
     if getppid().map(|pid| pid.as_raw_pid()) != i32::try_from(parent).ok() {
         return fail(Exit::Retry, "the launcher ended");
     }
@@ -108,7 +108,7 @@ pub fn become_program(parent: u32, program: PathBuf, args: &[OsString]) -> Exit 
 
 fn fail(exit: Exit, cause: &str) -> Exit {
     eprintln!("error: {cause}");
-    // If the report cannot be written, the log still has the line above.
+    // If the report cannot be written, the log still contains the line printed above.
     let _ = report(exit, cause, None);
     exit
 }

@@ -1,4 +1,4 @@
-//! The state that all attempts of a launcher share, and the events that it waits for.
+//! The state shared by all attempts of a launcher, and the events that the launcher waits for.
 
 use std::path::PathBuf;
 use std::{io, thread};
@@ -22,31 +22,31 @@ use crate::transport::PrivateFolder;
 const EVENTS_MAX: usize = 64;
 
 pub(super) enum Event {
-    /// The process with this local rank ended and has not been reaped.
+    /// The process with this local rank has ended and has not been reaped.
     Ended(usize),
     Signal(u8),
 }
 
 pub(super) struct Job<'a> {
     pub(super) options: &'a LaunchOptions,
-    /// Resolved path.
+    /// Resolved path of the program.
     pub(super) program: PathBuf,
     pub(super) run_id: String,
-    /// Unix time in milliseconds.
+    /// When the job began: Unix time in milliseconds.
     pub(super) began_ms: u64,
     pub(super) secret: Secret,
-    /// Private folder; removed when the launcher ends.
+    /// Private folder of this launcher, removed when the launcher ends.
     pub(super) folder: PrivateFolder,
     pub(super) events: (Sender<Event>, Receiver<Event>),
     pub(super) guard: Guard,
     /// The exit codes of the attempts so far.
     pub(super) causes: Vec<u8>,
     departure: Option<Departure>,
-    /// Reporting threads hold clones of the sender, so the receiver is disconnected when all reports are sent.
+    /// Each reporting thread holds a clone of the sender, so the receiver is disconnected once all reports are sent.
     reports: (Sender<()>, Receiver<()>),
 }
 
-/// Waits until `done` has a value or is disconnected, or a signal other than SIGUSR1 arrives.
+/// Blocks until `done` has a value or is disconnected, or until a signal other than SIGUSR1 arrives.
 pub(super) fn wait_until_done_or_signal<T>(done: &Receiver<T>, events: &Receiver<Event>) -> Option<T> {
     loop {
         select! {
@@ -65,7 +65,7 @@ pub(super) fn print_notice(text: &str) {
 
 impl<'a> Job<'a> {
     pub(super) fn prepare(options: &'a LaunchOptions, departure: Option<Departure>) -> Result<Job<'a>, LaunchError> {
-        // Comes first: process 1 of a container ignores signals without a handler.
+        // The handlers must be installed first: process 1 of a container ignores signals without a handler.
         let events = crossbeam_channel::bounded(EVENTS_MAX);
         let sender: Sender<Event> = events.0.clone();
         let forward = move |signal| drop(sender.send(Event::Signal(signal as u8)));
@@ -94,7 +94,7 @@ impl<'a> Job<'a> {
         };
         let run_id = match &options.run_id {
             Some(name) => name.clone(),
-            // Seconds sort logs by time; random characters distinguish jobs that start in the same second.
+            // The time in seconds sorts logs. Random characters distinguish jobs that start in the same second.
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
         let folder = temporary_folder(FOLDER_PREFIX).map_err(|error| LaunchError::Refused(error.to_string()))?;
@@ -104,7 +104,7 @@ impl<'a> Job<'a> {
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
     }
 
-    /// Reports a process's failure before the rendezvous, or this node's end, to the other nodes on a new thread.
+    /// Reports to the other nodes, on a new thread, that a process failed before the rendezvous or that this node ends.
     pub(super) fn report(&self, report: Report) {
         let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
         let count = if report.departed { self.options.local_processes } else { 1 };
@@ -116,18 +116,18 @@ impl<'a> Job<'a> {
             departure.report(report.rank..report.rank + count, &report);
             drop(pending);
         };
-        // If the thread cannot start, the other nodes wait until their timeout.
+        // If the thread cannot start, the other nodes wait until they time out.
         let _ = thread::Builder::new().name("report".into()).spawn(send);
     }
 
-    /// Reports to the other nodes that no process of this node joins. Returns true if a process there waits for them.
+    /// Reports to the other nodes that no process of this node joins. True if a process of another node waits for them.
     pub(super) fn is_missed(&self, report: Report) -> bool {
         let Some(departure) = self.departure.clone() else { return false };
         print_notice("no process of this node joined the rendezvous; reporting this to the nodes that wait");
         let ranks = report.rank..report.rank + self.options.local_processes;
         let (sender, missed) = crossbeam_channel::bounded(1);
         let send = move || sender.send(departure.report(ranks, &report));
-        // If the thread cannot start, the channel is closed and the other nodes wait until their timeout.
+        // If the thread cannot start, the channel is closed, and the other nodes wait until they time out.
         let _ = thread::Builder::new().name("report".into()).spawn(send);
         wait_until_done_or_signal(&missed, &self.events.1).unwrap_or(false)
     }
@@ -142,7 +142,7 @@ impl<'a> Job<'a> {
         self.folder.path().join("progress")
     }
 
-    /// The rendezvous endpoint of an attempt. Each attempt has a Unix socket of its own: an old one may be left.
+    /// The rendezvous endpoint of an attempt. Each attempt has its own Unix socket, because an old socket may remain.
     pub(super) fn endpoint(&self, attempt: u64) -> Result<Endpoint, LaunchError> {
         match &self.options.endpoint {
             Some(endpoint) => Ok(endpoint.clone()),

@@ -1,4 +1,4 @@
-//! Log files of the processes. Each process writes its own, but the launcher copies that of the first.
+//! Log files of the processes. The launcher copies the first process's output to its log; the others write their own.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 
 use crate::output::{self, OutputKind, OutputQueue, ends_line};
 
-/// Longest piece of a line that is copied at once, in bytes.
+/// Maximum length in bytes of a piece of output that is copied at once.
 const LINE_BYTES_MAX: u64 = 64 << 10;
-/// Size of a log's end that is searched for errors, in bytes.
+/// How many bytes at a log's end are searched for errors.
 const TAIL_BYTES: u64 = 64 << 10;
-/// Largest number of a process's error lines that are printed, and their largest length in characters.
+/// Maximum number of error lines printed for a process, and their maximum length in characters.
 const ERROR_LINES_MAX: usize = 5;
 const ERROR_CHARS_MAX: usize = 500;
 
@@ -19,7 +19,7 @@ pub(super) struct Log {
     pub(super) path: PathBuf,
     /// Open for appending.
     pub(super) file: File,
-    /// Size of the content from an earlier job of the same name.
+    /// Size of the content that an earlier job of the same name wrote.
     before_bytes: u64,
 }
 
@@ -36,7 +36,7 @@ impl Log {
         Ok(Log { path, file, before_bytes })
     }
 
-    /// The last lines that begin with `error:`; empty if the log cannot be read.
+    /// The last lines that begin with `error:`. Empty if the log cannot be read.
     pub(super) fn errors(&self) -> Vec<String> {
         self.tail().map(|tail| error_lines(&tail)).unwrap_or_default()
     }
@@ -58,8 +58,8 @@ fn error_lines(tail: &[u8]) -> Vec<String> {
     shown.iter().map(|line| line.chars().take(ERROR_CHARS_MAX).collect()).collect()
 }
 
-/// Copies `from` line by line to the log, which gets every line, and to the screen, which drops lines if its reader
-/// stalls. A failing log does not block the process either; `failed` gets its first error.
+/// Copies `from` line by line to the log and to the screen. The log gets every line; the screen drops lines if its
+/// reader stalls. If the log cannot be written, the process is not blocked, and `failed` gets the first error.
 pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue, failed: impl FnOnce(io::Error)) {
     let (mut from, mut line, mut failed) = (BufReader::new(from), Vec::new(), Some(failed));
     loop {
@@ -74,7 +74,7 @@ pub(super) fn pump(from: impl Read, mut log: File, screen: &OutputQueue, failed:
                 Err(error) => report(error),
             }
         }
-        // Standard error, JSON and errors are never dropped.
+        // The screen never drops standard error, JSON or errors.
         let is_record = std::ptr::eq(screen, output::stderr()) || line.starts_with(b"{") || line.starts_with(b"error:");
         screen.put(if is_record { OutputKind::Record } else { OutputKind::Progress }, &line);
     }

@@ -1,4 +1,4 @@
-//! Options of `shardflow launch`, and what follows from them before a process is started.
+//! Options of `shardflow launch`, and the values derived from them before a process is started.
 
 use std::ffi::OsString;
 use std::os::unix::fs::PermissionsExt;
@@ -15,33 +15,33 @@ use crate::transport::PROCESSES_MAX;
 /// Options of `shardflow launch`.
 #[derive(Clone, Debug)]
 pub struct LaunchOptions {
-    /// The program: a path, or a name that is searched for in `PATH`.
+    /// The program: a path, or a name to look up in `PATH`.
     pub program: OsString,
-    /// Its arguments.
+    /// The program's arguments.
     pub args: Vec<OsString>,
     /// The `shardflow` binary, which provides the hidden commands `guard` and `child`.
     pub helper: PathBuf,
-    /// Processes on this node, at least 1; the same on every node.
+    /// Number of processes on this node, at least 1; the same on every node.
     pub local_processes: u32,
     /// Number of nodes, at least 1.
     pub nodes: u32,
     /// Number of this node, below `nodes`.
     pub node: u32,
-    /// The address of process 0. Without it, on one node, a Unix socket in a private folder.
+    /// The address of process 0. By default, on one node, a Unix socket in a private folder.
     pub endpoint: Option<Endpoint>,
-    /// Name of the job: letters, digits, `.`, `-` and `_`. Generated if absent.
+    /// Name of the job: letters, digits, `.`, `-` and `_`. Generated if not set.
     pub run_id: Option<String>,
-    /// Largest number of restarts.
+    /// Maximum number of restarts.
     pub restarts_max: u64,
-    /// Logs are written to `<log_dir>/<run id>/attempt-<n>/rank-<r>.log`.
+    /// Folder of the logs: `<log_dir>/<run id>/attempt-<n>/rank-<r>.log`.
     pub log_dir: PathBuf,
     /// Time between SIGTERM, or a forwarded signal, and SIGKILL.
     pub grace: Duration,
-    /// Time between the first failure and SIGTERM to the other processes.
+    /// Time from the first failure until the launcher sends SIGTERM to the remaining processes.
     pub failure_wait: Duration,
-    /// Pause before the second restart; doubled for each later one.
+    /// Pause before the second restart. It doubles with each later restart.
     pub restart_wait: Duration,
-    /// Environment variables of the processes that this launcher reads too, such as [`crate::env::HEARTBEAT_MS`].
+    /// Environment variables of the processes that the launcher also reads, such as [`crate::env::HEARTBEAT_MS`].
     pub variables: Vec<(&'static str, String)>,
 }
 
@@ -59,7 +59,7 @@ pub enum LaunchError {
     Io { action: String, source: io::Error },
 }
 
-/// What the user can change if the system cannot start a process or a thread.
+/// A hint for the user if a system limit prevents the start of a process or a thread.
 fn limit_hint(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::WouldBlock => {
@@ -76,7 +76,7 @@ impl LaunchError {
             LaunchError::Usage(_) => Exit::Usage,
             LaunchError::Refused(_) => Exit::Refused,
             LaunchError::Env(error) => error.exit(),
-            // A process or a thread cannot be started.
+            // The system cannot start a process or a thread.
             LaunchError::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             LaunchError::Io { .. } => Exit::Internal,
         }
@@ -87,7 +87,7 @@ impl LaunchError {
     }
 }
 
-/// How to reach the other nodes; `None` if flags or variables are incomplete, which is reported elsewhere.
+/// How to reach the other nodes. `None` if flags or variables are incomplete; other code reports that.
 pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     let endpoint = options.endpoint.as_ref().filter(|_| options.nodes > 1)?;
     let variables = variables(options);
@@ -96,7 +96,7 @@ pub(super) fn departure(options: &LaunchOptions) -> Option<Departure> {
     Some(Departure::new(endpoint, secret, &cluster_options, processes(options)?))
 }
 
-/// The report that this node has ended its job.
+/// Makes the report that this node has ended its job.
 pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> Report {
     let LaunchOptions { node, local_processes, .. } = options;
     let rank = node.saturating_mul(*local_processes);
@@ -105,12 +105,12 @@ pub(super) fn departed(options: &LaunchOptions, exit: Exit, cause: &str) -> Repo
     Report { rank, exit, time_unix_ns, cause, first_cause_rank, joined: false, departed: true }
 }
 
-/// The number of processes on all nodes, if a job may have that many.
+/// The total number of processes on all nodes. `None` if a job may not have that many.
 pub(super) fn processes(options: &LaunchOptions) -> Option<u32> {
     options.local_processes.checked_mul(options.nodes).filter(|processes| *processes <= PROCESSES_MAX)
 }
 
-/// The environment variables of this process, with those set by flags.
+/// The environment variables of this process, with those that flags override.
 pub(super) fn variables(options: &LaunchOptions) -> Variables {
     let given = options.variables.iter().map(|(name, value)| ((*name).to_owned(), value.clone()));
     process_variables().into_iter().chain(given).collect()
@@ -145,7 +145,7 @@ pub(super) fn check(options: &LaunchOptions) -> Result<(), LaunchError> {
     }
 }
 
-/// Resolves the program's path, so that a wrong name is reported once, before any process is started.
+/// Resolves the program's path before any process is started, so that a wrong name is reported only once.
 pub(super) fn find_program(options: &LaunchOptions) -> Result<PathBuf, LaunchError> {
     let program = PathBuf::from(&options.program);
     if let Some(flag) = options.program.to_str().filter(|name| name.starts_with('-')) {

@@ -1,15 +1,15 @@
-//! Addresses of this node, and how host names resolve on it.
+//! Addresses of this node, and how host names resolve on this node.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::{fs, io};
 
 use crate::transport::{Address, first_success, resolve};
 
-/// The addresses to which `HOST:PORT` of the first process resolves on this node.
+/// The addresses to which process 0's `HOST:PORT` resolves on this node.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Targets {
     pub(crate) addresses: Vec<SocketAddr>,
-    /// The name is this node's own and resolves to loopback here only; or it is the unspecified address.
+    /// True if other nodes cannot use the addresses: the node's own name resolves to loopback, or one is unspecified.
     pub(crate) is_hidden: bool,
 }
 
@@ -20,7 +20,7 @@ impl Targets {
 }
 
 fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets {
-    // A literal loopback address is used as given: ports may be forwarded.
+    // A literal loopback address stays as it is, because ports may be forwarded.
     let host = name.rsplit_once(':').map_or(name, |(host, _)| host);
     let ip = host.trim_matches(['[', ']']).split('%').next().unwrap_or_default();
     let is_literal = host == "localhost" || ip.parse().is_ok_and(|ip: IpAddr| !ip.is_unspecified());
@@ -33,8 +33,8 @@ fn targets(name: &str, addresses: Vec<SocketAddr>, spans_nodes: bool) -> Targets
     Targets { addresses: if is_hidden { addresses } else { external }, is_hidden }
 }
 
-/// The local address, at port 0, from which `HOST:PORT` is reached. If the host is this node's own name and the job
-/// spans nodes, an address that other nodes may reach. Fails if the name has no address (yet), or no route leads to it.
+/// The local address, at port 0, from which this node reaches `HOST:PORT`. If the host is this node's own name and the
+/// job spans nodes, an address that other nodes may reach. Fails if the name has no address yet or no route.
 pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<SocketAddr> {
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes)?;
     if let Some(outward) = outward_address().filter(|_| is_hidden) {
@@ -43,7 +43,7 @@ pub(crate) fn address_towards(name: &str, spans_nodes: bool) -> io::Result<Socke
     first_success(addresses, source_address)
 }
 
-/// A log line if the first process's name resolves on this node to an address that other nodes cannot reach.
+/// Returns a log line if process 0's name resolves on this node to an address that other nodes cannot reach.
 pub fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
     let Address::Tcp(name) = coordinator else { return None };
     let Targets { addresses, is_hidden } = Targets::of(name, spans_nodes).ok()?;
@@ -63,15 +63,15 @@ pub fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
 
 /// Parses an IP address, with a zone if it is link-local (`fe80::1%eth0`), at port 0.
 pub fn parse_ip(text: &str) -> Option<SocketAddr> {
-    // Names are refused: resolving one may be slow and return several addresses.
+    // Host names are rejected: resolving a name may be slow and return several addresses.
     let ip: IpAddr = text.split('%').next()?.parse().ok()?;
     let with_port = if ip.is_ipv6() { format!("[{text}]:0") } else { format!("{text}:0") };
     resolve(&with_port).ok()?.first().copied()
 }
 
-/// An address of this node that other nodes may reach: that of the default route, or the first that is not loopback.
+/// An address that other nodes may reach: the default route's source address, or else the first that is not loopback.
 fn outward_address() -> Option<SocketAddr> {
-    // Documentation addresses (RFC 5737, RFC 3849), which the default route covers.
+    // Addresses reserved for documentation (RFC 5737, RFC 3849): packets to them would take the default route.
     let remote = [(Ipv4Addr::new(192, 0, 2, 1), 9).into(), (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1), 9).into()];
     let routed = remote.into_iter().find_map(|to| source_address(to).ok().filter(|own| !own.ip().is_loopback()));
     let read = |path| fs::read_to_string(path).unwrap_or_default();
@@ -81,7 +81,7 @@ fn outward_address() -> Option<SocketAddr> {
 /// The source address of packets from this node to `target`, at port 0.
 fn source_address(target: SocketAddr) -> io::Result<SocketAddr> {
     let any: IpAddr = if target.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    // Connecting a UDP socket sends no packet; it makes the system choose the route and so the address.
+    // Connecting a UDP socket sends no packet, but the system selects the route and thereby the source address.
     let socket = UdpSocket::bind((any, 0))?;
     socket.connect(target)?;
     let mut own = socket.local_addr()?;

@@ -1,8 +1,8 @@
-//! The cores that a process may use, and its share of a node's cores.
+//! The cores that a process may use, and the process's share of a node's cores.
 
 use rustix::thread::CpuSet;
 
-/// Affinity mask of this process, 64 cores in a word, lowest first; empty if the system does not report it.
+/// Affinity mask of this process: 64 cores per word, lowest core first. Empty if the system does not report it.
 pub fn affinity() -> Vec<u64> {
     let Ok(set) = rustix::thread::sched_getaffinity(None) else { return Vec::new() };
     let mut words = vec![0u64; CpuSet::MAX_CPU / 64];
@@ -11,7 +11,7 @@ pub fn affinity() -> Vec<u64> {
     words
 }
 
-/// Formats a mask of cores, such as `0-3,8`.
+/// Formats a core mask, such as `0-3,8`.
 pub fn cores_text(mask: &[u64]) -> String {
     let cores: Vec<usize> = cores_of(mask).collect();
     let ranges = cores.chunk_by(|a, b| a + 1 == *b).map(|run| match run {
@@ -25,9 +25,9 @@ fn cores_of(mask: &[u64]) -> impl Iterator<Item = usize> {
     (0..mask.len() * 64).filter(|core| mask[core / 64] >> (core % 64) & 1 == 1)
 }
 
-/// Threads for each device of process `own`, at least 1. `node` has the affinity mask and the number of devices of each
-/// process of the node. A core in several masks is divided among the devices of these processes. An empty mask is
-/// unknown and overlaps all others. `quota` is how many cores a cgroup grants to those that share cores with `own`.
+/// Returns the threads per device of process `own`, at least 1. `node` lists each process's affinity mask and device
+/// count. A core in several masks is divided among the devices of these processes. An empty mask is unknown and
+/// overlaps all others. `quota` is how many cores a cgroup grants to the processes that share cores with `own`.
 pub fn threads_per_device(node: &[(&[u64], usize)], own: usize, quota: usize) -> usize {
     let own: Vec<usize> = cores_of(node[own].0).collect();
     let has = |mask: &[u64], core: usize| {

@@ -1,4 +1,4 @@
-//! Free memory within the limits of cgroups.
+//! Free memory of the machine and within cgroup limits.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum MemoryBound {
-    /// The machine: `MemAvailable` of `/proc/meminfo`.
+    /// The whole machine: `MemAvailable` of `/proc/meminfo`.
     Machine,
-    /// The process's memory cgroup, or an ancestor of it. `used_bytes` excludes reclaimable page cache.
+    /// The process's memory cgroup, or one of its ancestors. `used_bytes` excludes reclaimable page cache.
     Cgroup { folder: PathBuf, limit_bytes: u64, used_bytes: u64 },
 }
 
@@ -27,27 +27,27 @@ impl fmt::Display for MemoryBound {
     }
 }
 
-/// Device and inode of a memory cgroup's folder: the same in all processes of the machine, under whatever path.
+/// Device and inode of a memory cgroup's folder. All processes of the machine see the same id, even at different paths.
 pub type CgroupId = (u64, u64);
 
 impl MemoryBound {
-    /// The cgroup, or `None` for the machine.
+    /// The id of the cgroup, or `None` for the machine.
     pub fn cgroup(&self) -> Option<CgroupId> {
         let Self::Cgroup { folder, .. } = self else { return None };
         fs::metadata(folder).map(|data| (data.dev(), data.ino())).ok()
     }
 }
 
-/// Limits and needs of a process that the plan does not have.
+/// A process's cgroups, and the memory it needs in addition to the plan.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryClaim {
-    /// The cgroups with a limit that count the process's memory, at most [`CGROUPS_MAX`].
+    /// The limited cgroups that count the process's memory, at most [`CGROUPS_MAX`].
     pub cgroups: Vec<CgroupId>,
-    /// Bytes that the process allocates besides the plan.
+    /// Bytes that the process allocates in addition to the plan.
     pub extra_bytes: u64,
 }
 
-/// Cgroups of one process that are compared; the tightest are kept.
+/// How many cgroups of one process are compared. If there are more, those with the least free memory are kept.
 pub const CGROUPS_MAX: usize = 16;
 
 /// Memory that this process could allocate now.
@@ -59,17 +59,17 @@ pub struct FreeMemory {
     pub bound: MemoryBound,
 }
 
-/// The least free memory of the machine and of each memory cgroup up to the root; `None` if `/proc` does not report it.
+/// The least free memory of the machine and of all memory cgroups up to the root. `None` if `/proc` does not report it.
 pub fn free_memory() -> Option<FreeMemory> {
     memory_bounds().into_iter().next()
 }
 
-/// Free memory under each bound of this process, tightest first: the machine, and its cgroups with a memory limit.
+/// Free memory of the machine and of each limited cgroup of this process, least first.
 pub fn memory_bounds() -> Vec<FreeMemory> {
     memory_bounds_by(&|path| fs::read_to_string(path).ok())
 }
 
-/// [`memory_bounds`] according to the files that `read` returns.
+/// Like [`memory_bounds`], but gets the content of files from `read`.
 fn memory_bounds_by(read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     let text = |path: &str| read(Path::new(path)).unwrap_or_default();
     let machine = meminfo(&text("/proc/meminfo"), "MemAvailable");
@@ -80,22 +80,22 @@ fn memory_bounds_by(read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     bounds
 }
 
-/// Version 1 has a limit near 2^63 for a cgroup without one.
+/// Larger limits count as none: version 1 reports a limit near 2^63 for an unlimited cgroup.
 const UNLIMITED_BYTES: u64 = 1 << 60;
 
-/// A value of `/proc/meminfo`, in bytes.
+/// Returns a value of `/proc/meminfo` in bytes.
 pub fn meminfo(text: &str, key: &str) -> Option<u64> {
     let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?.trim();
     let (number, unit) = value.split_once(' ').unwrap_or((value, ""));
     number.parse::<u64>().ok()?.checked_mul(if unit == "kB" { 1024 } else { 1 })
 }
 
-/// Files of a memory cgroup: limit, usage; and the prefix of the lines in `memory.stat` that include descendants.
+/// Names in a memory cgroup: limit file, usage file, and the prefix of `memory.stat` lines that include descendants.
 const V1: [&str; 3] = ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_"];
 const V2: [&str; 3] = ["memory.max", "memory.current", ""];
 
-/// Free memory of each memory cgroup with a limit, from the process's own up to the root of its hierarchy. `cgroups`
-/// and `mounts` are the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
+/// Free memory of each limited memory cgroup, from the process's own cgroup up to the root. `cgroups` and `mounts` are
+/// the contents of `/proc/self/cgroup` and `/proc/self/mountinfo`.
 fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) -> Vec<FreeMemory> {
     let mut out = Vec::new();
     for line in cgroups.lines() {
@@ -107,11 +107,11 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
             _ => continue,
         };
         let Some((root, mount)) = mounts.lines().find_map(|line| mount_of(line, kind)) else { continue };
-        // In a container the process's own cgroup may be mounted as the root, while its path is the host's.
+        // In a container, the process's own cgroup may be mounted as the root, although `path` comes from the host.
         let folder =
             Path::new(path).strip_prefix(&root).map_or(mount.clone(), |below| mount.join(below).components().collect());
         for (index, folder) in folder.ancestors().take_while(|folder| folder.starts_with(&mount)).enumerate() {
-            // Version 1 only: such a group does not include its children's usage.
+            // Version 1 only: in this mode a cgroup's usage does not include its children.
             let is_flat = read(&folder.join("memory.use_hierarchy")).is_some_and(|text| text.trim() == "0");
             if index > 0 && is_flat {
                 break;
@@ -122,7 +122,7 @@ fn cgroups(cgroups: &str, mounts: &str, read: &dyn Fn(&Path) -> Option<String>) 
     out
 }
 
-/// Root within the hierarchy and mount point, if this line of `mountinfo` mounts such a hierarchy with memory limits.
+/// If this line of `mountinfo` mounts a hierarchy with memory limits: the mounted root and the mount point.
 fn mount_of(line: &str, kind: &str) -> Option<(PathBuf, PathBuf)> {
     let (mount, filesystem) = line.split_once(" - ")?;
     let mut filesystem = filesystem.split(' ');
@@ -137,10 +137,10 @@ fn mount_of(line: &str, kind: &str) -> Option<(PathBuf, PathBuf)> {
 fn cgroup(folder: &Path, files: [&str; 3], read: &dyn Fn(&Path) -> Option<String>) -> Option<FreeMemory> {
     let [limit, usage, prefix] = files;
     let number = |name: &str| read(&folder.join(name))?.trim().parse::<u64>().ok();
-    // Without a limit, version 2 has `max` and version 1 a number near 2^63, which is never the tightest bound.
+    // Without a limit, version 2 has `max`. Version 1 has a number near 2^63, which is never the tightest bound.
     let (limit_bytes, usage) = (number(limit)?, number(usage)?);
     let stat = read(&folder.join("memory.stat")).unwrap_or_default();
-    // `MemAvailable` also counts page cache as available.
+    // Page cache counts as available, as it does in `MemAvailable`.
     let cached = |name: &str| {
         let value = stat.lines().find_map(|line| line.strip_prefix(prefix)?.strip_prefix(name)?.strip_prefix(' '));
         value.and_then(|value| value.trim().parse::<u64>().ok()).unwrap_or(0)
@@ -164,7 +164,7 @@ mod tests {
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
 ";
 
-    /// The least free memory and its cgroup's folder; each file is `(path, text)`.
+    /// Returns the least free memory and its cgroup's folder. `files` has pairs of `(path, text)`.
     fn least(own: &str, mounts: &str, files: &[(&str, &str)]) -> Option<(u64, String)> {
         let files: BTreeMap<PathBuf, &str> = files.iter().map(|(path, text)| (path.into(), *text)).collect();
         let read = |path: &Path| files.get(path).map(|text| (*text).to_owned());
@@ -190,7 +190,7 @@ mod tests {
             ("/sys/fs/cgroup/memory/memory.usage_in_bytes", "2000"),
         ];
         assert_eq!(least(own, MOUNTS, &files), Some((4000, a.into())));
-        // The parent does not include the child's usage; the group's own limit still counts.
+        // With this setting the parent's usage does not include the child. The child's own limit still counts.
         files.push(("/sys/fs/cgroup/memory/a/b/memory.use_hierarchy", "0\n"));
         files.push(("/sys/fs/cgroup/memory/a/memory.use_hierarchy", "0\n"));
         assert_eq!(least(own, MOUNTS, &files).unwrap().0, NONE_V1.parse::<u64>().unwrap() - 100);
@@ -220,7 +220,7 @@ mod tests {
         assert_eq!(least(task, "", &files), None, "nothing is mounted");
     }
 
-    /// Docker: `/proc/self/cgroup` has the host's path, and the container's own group is mounted.
+    /// With Docker, `/proc/self/cgroup` has the host's path, and the mounted root is the container's own cgroup.
     #[test]
     fn the_group_of_a_container_is_found_at_the_mount_point() {
         let files = [("/sys/fs/cgroup/memory.max", "3000"), ("/sys/fs/cgroup/memory.current", "1000")];

@@ -1,5 +1,5 @@
-//! The control plane: one thread that exchanges control messages with all peers, over connections that the handshake
-//! has authenticated. Each message follows its length, a little-endian u32. The first one is [`Body::Joined`].
+//! The control plane: one thread that exchanges control messages with all peers over authenticated connections. Each
+//! message follows its length, a little-endian u32. The first message is [`Body::Joined`].
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Read, Write};
@@ -17,7 +17,7 @@ use super::outbox::{Outbox, Waiting};
 use super::shared::{JoinOnDrop, Shared};
 use crate::transport::{Connection, Socket};
 
-/// Starts the thread. It ends when the first returned value is dropped. Connections become ready later.
+/// Starts the control thread, which ends when the first returned value is dropped. Connections open later.
 pub(super) fn start(
     shared: Arc<Shared>,
     connections: BTreeMap<u32, Connection>,
@@ -34,7 +34,7 @@ pub(super) fn start(
     drop(guard);
     let (stop, stopped) = oneshot::channel::<()>();
     let run = async move {
-        // An error means that the sender was dropped, which is the signal.
+        // An error means that the sender was dropped. Dropping it is the signal to stop.
         let _ = stopped.await;
         peers.shutdown().await;
     };
@@ -43,11 +43,11 @@ pub(super) fn start(
     Ok((stop, JoinOnDrop(Some(thread))))
 }
 
-/// Serves the connection to one peer until either direction ends.
+/// Serves the connection to one peer until reading or writing ends.
 async fn exchange(shared: Arc<Shared>, process: u32, connection: AsyncConnection) {
     let (outbox, waiting) = Outbox::new();
     tokio::select! {
-        // Messages that have arrived are handled before the connection's end, whichever direction ends first.
+        // Received messages are handled before the end of the connection, whichever direction ends first.
         biased;
         ended = receive(&shared, process, &connection, outbox) => report(process, ended),
         ended = send(&connection, waiting) => report(process, ended),
@@ -97,7 +97,7 @@ async fn receive(shared: &Shared, process: u32, connection: &AsyncConnection, ou
     }
 }
 
-/// A connection, and a second handle of its socket that waits until it is ready.
+/// A connection, and a second handle of its socket that waits for readiness.
 struct AsyncConnection {
     connection: Connection,
     ready: Ready,
@@ -109,7 +109,7 @@ enum Ready {
 }
 
 impl AsyncConnection {
-    /// Needs a runtime's context.
+    /// Must be called in the context of a runtime.
     fn new(connection: Connection) -> io::Result<Self> {
         connection.set_nonblocking(true)?;
         let ready = match connection.socket() {
@@ -119,7 +119,7 @@ impl AsyncConnection {
         Ok(Self { connection, ready })
     }
 
-    /// Calls `attempt` until it does not block.
+    /// Retries `attempt` until it does not return `WouldBlock`.
     async fn complete<R>(
         &self,
         interest: Interest,

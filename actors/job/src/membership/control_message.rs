@@ -1,13 +1,13 @@
-//! Control messages as bytes with limits: `header (bincode) | payload` (raw: bincode copies bytes one by one).
+//! The encoding of control messages: `header (bincode) | payload (raw)`. bincode would copy the payload byte by byte.
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
 
 use super::cause::Report;
 
-/// Maximum bytes of an application's message.
+/// Maximum size in bytes of an application's message.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
-/// Maximum bytes of a cause's text; longer texts are truncated.
+/// Maximum size in bytes of a cause's text. Longer texts are truncated.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
 pub(crate) const CONTROL_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
 
@@ -22,19 +22,19 @@ pub(crate) struct ControlMessage {
     pub(crate) payload: Vec<u8>,
 }
 
-/// The kinds of control messages. Reports and `Leaving` are urgent: the receiver answers with `Received`.
+/// The kinds of control messages. Reports and `Leaving` are urgent: the receiver acknowledges them with `Received`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
-    /// The sender's membership runs; the first message.
+    /// The sender's membership is running. Always the first message.
     Joined,
-    /// The application's; the payload is its bytes.
+    /// A message of the application. The payload is its content.
     Message {
         topic: u16,
     },
-    /// The sender failed or lost another process.
+    /// The sender has failed or has lost another process.
     Report(Report),
     Leaving,
-    /// How many urgent control messages the sender has received since the start.
+    /// The number of urgent control messages that the sender has received since the start.
     Received {
         urgent: u64,
     },
@@ -49,7 +49,7 @@ impl From<Body> for ControlMessage {
 impl ControlMessage {
     pub(crate) fn write(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.payload.len());
-        // Writing to a vector does not fail, and `truncated` keeps texts within the limit.
+        // Writing to a vector does not fail, and `truncated` keeps each text within the limit.
         let _ = bincode::serde::encode_into_std_write(&self.body, &mut bytes, CONFIG);
         bytes.extend_from_slice(&self.payload);
         bytes
@@ -113,7 +113,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// For any bytes from a peer, reading terminates and uses no more memory than those bytes.
+        /// For any bytes from a peer, decoding terminates and uses no more memory than these bytes.
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
             let _ = ControlMessage::read(&bytes);

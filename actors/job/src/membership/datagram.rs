@@ -1,4 +1,4 @@
-//! The heartbeat datagram: a [`Signed`] with fixed-size little-endian numbers, and its MAC. Pure.
+//! The heartbeat datagram: a [`Signed`] as fixed-size little-endian numbers, followed by its MAC. Pure.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
-/// Magic, version, session, epoch, process, lost process, sequence.
+/// In order: magic, version, session, epoch, process, lost process, sequence.
 type Signed = ([u8; 4], u32, [u8; 16], u64, u32, u32, u64);
 
 const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
@@ -15,32 +15,32 @@ const VERSION: u32 = 3;
 /// Number of bytes that the MAC covers.
 const SIGNED: usize = 48;
 const MAC: usize = 16;
-/// Value of `lost` without a lost process.
+/// Value of the field for the lost process if no process is lost.
 const NO_PROCESS: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Heartbeat {
     pub(crate) epoch: u64,
     pub(crate) process: u32,
-    /// Counts up from 1 within an epoch.
+    /// Starts at 1 in each epoch and increases by 1.
     pub(crate) sequence: u64,
-    /// The process that the sender has lost, which is the reason for its end.
+    /// The process whose loss ends the sender's session.
     pub(crate) lost: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rejection {
-    /// Wrong size, magic or version, or a process that is not in this world.
+    /// Wrong size, magic or version, or a process number outside of this world.
     Format,
-    /// Wrong MAC: signed without the job's key.
+    /// Wrong MAC: the sender does not have the job's key.
     Mac,
-    /// From an older incarnation.
+    /// From an older incarnation of the world.
     OldEpoch,
-    /// From a newer incarnation: this process belongs to an old one.
+    /// From a newer incarnation: this process belongs to an old incarnation.
     NewerEpoch,
     /// From another run with the same key.
     Session,
-    /// A duplicate, or older than the newest one.
+    /// A duplicate of a received datagram, or older than the newest one.
     Replay,
 }
 
@@ -50,7 +50,7 @@ pub(crate) struct Codec {
     session: [u8; 16],
     epoch: u64,
     processes: u32,
-    /// Highest received sequence number, by process.
+    /// Highest received sequence number of each process.
     received: BTreeMap<u32, u64>,
 }
 
@@ -80,7 +80,7 @@ impl Codec {
         mac
     }
 
-    /// Checks and decodes a datagram; accepts each sequence number once.
+    /// Checks and decodes a datagram. Accepts each sequence number once.
     pub(crate) fn read(&mut self, bytes: &[u8]) -> Result<Heartbeat, Rejection> {
         let Ok(((magic, version, session, epoch, process, lost, sequence), SIGNED)) =
             bincode::serde::decode_from_slice::<Signed, _>(bytes, CONFIG)
@@ -90,7 +90,7 @@ impl Codec {
         if bytes.len() != BYTES || magic != MAGIC || version != VERSION {
             return Err(Rejection::Format);
         }
-        // Compares in constant time, so that the time reveals nothing about a partially correct MAC.
+        // Constant-time comparison: its duration reveals nothing about a partially correct MAC.
         let difference = self.mac(&bytes[..SIGNED]).iter().zip(&bytes[SIGNED..]).fold(0, |all, (a, b)| all | (a ^ b));
         if difference != 0 {
             return Err(Rejection::Mac);
@@ -147,7 +147,7 @@ mod tests {
         for invalid in [2, 4, u32::MAX - 1] {
             assert_eq!(receiver.read(&codec(3).write(2, 9, Some(invalid))), Err(Rejection::Format));
         }
-        // The rejected datagrams did not use up the sequence number.
+        // The rejected datagrams have not consumed the sequence number.
         assert!(receiver.read(&codec(3).write(2, 1, None)).is_ok());
     }
 

@@ -1,17 +1,17 @@
-//! Detects peers without heartbeats. Pure: the caller supplies the time, counted from any fixed start.
+//! Detects peers that send no heartbeats. Pure: the caller supplies the time since any fixed start.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Event {
-    /// Silent for half the deadline; only logged.
+    /// The peer was silent for half the deadline. This is only logged.
     Suspect { process: u32, silent: Duration },
-    /// Heartbeats of a suspect have returned.
+    /// A suspect sends heartbeats again.
     Returned { process: u32 },
-    /// Silent for the whole deadline. Returned once; the peer stays lost.
+    /// The peer was silent for the whole deadline. Reported once; the peer stays lost.
     Lost { process: u32, silent: Duration },
-    /// This process itself did not run (stopped or starved) and received nothing: all peers get a new deadline.
+    /// This process itself did not run (stopped or starved) and received no heartbeats: all peers get a new deadline.
     Paused { pause: Duration },
 }
 
@@ -37,7 +37,7 @@ pub(crate) struct Detector {
 }
 
 impl Detector {
-    /// Creates a detector; the deadline of all peers starts `now`.
+    /// Creates a detector. Each peer's deadline counts from `now`.
     pub(crate) fn new(peers: impl IntoIterator<Item = u32>, deadline: Duration, now: Duration) -> Self {
         let alive = |process| (process, Peer { last_heartbeat: now, health: PeerHealth::Alive });
         Self { deadline, peers: peers.into_iter().map(alive).collect(), last_tick: now }
@@ -53,13 +53,13 @@ impl Detector {
         self.peers.remove(&process);
     }
 
-    /// Health of a peer and the time since its last heartbeat; `None` if it has left.
+    /// A peer's health and the time since its last heartbeat; `None` if the peer has left.
     pub(crate) fn health(&self, process: u32, now: Duration) -> Option<(PeerHealth, Duration)> {
         self.peers.get(&process).map(|p| (p.health, now.saturating_sub(p.last_heartbeat)))
     }
 
-    /// Checks all peers. Must run several times within half a deadline: a longer gap counts as a pause of this process.
-    /// Pass all received heartbeats to [`Detector::receive`] first.
+    /// Checks all peers. Call this several times per half deadline: a longer gap counts as a pause of this process.
+    /// First pass all received heartbeats to [`Detector::receive`].
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<Event> {
         let mut events = Vec::new();
         let pause = now.saturating_sub(self.last_tick);
@@ -96,7 +96,7 @@ mod tests {
 
     const DEADLINE: Duration = Duration::from_millis(4000);
 
-    /// Ticks every 50 ms in `from..=to` with heartbeats of `alive` at each tick; returns the events with their times.
+    /// Ticks every 50 ms in `from..=to`, with heartbeats of the peers in `alive`. Returns the events with their times.
     fn run(detector: &mut Detector, from: u64, to: u64, alive: &[u32]) -> Vec<(u64, Event)> {
         let mut events = Vec::new();
         for now in (from..=to).step_by(50) {
@@ -112,7 +112,7 @@ mod tests {
         let suspect = Event::Suspect { process: 2, silent: ms(2000) };
         let lost = Event::Lost { process: 2, silent: ms(4000) };
         assert_eq!(run(&mut d, 0, 9000, &[1]), [(2000, suspect), (4000, lost)]);
-        // A lost peer stays lost, because other processes have acted on it.
+        // A lost peer stays lost, because other processes have already reacted to the loss.
         assert_eq!(run(&mut d, 9050, 20_000, &[1, 2]), []);
         assert_eq!(d.health(2, ms(20_000)), Some((PeerHealth::Lost, ms(0))));
     }
@@ -139,7 +139,7 @@ mod tests {
     fn a_process_that_was_frozen_does_not_report_its_peers_as_lost() {
         for pause in [2000, 4000, 60_000] {
             let mut d = Detector::new([1, 2], DEADLINE, ms(0));
-            // Peer 2 was silent already before the pause; it gets a new deadline too.
+            // Peer 2 was already silent before the pause, but also gets a new deadline.
             run(&mut d, 0, 1900, &[1]);
             let resumed = 1900 + pause;
             assert_eq!(d.tick(ms(resumed)), [Event::Paused { pause: ms(pause) }]);
@@ -151,7 +151,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// For any arrival times, a peer is lost exactly if it was silent for a deadline, within one tick.
+        /// For any arrival times, a peer is lost if and only if it was silent for a deadline, to within one tick.
         #[test]
         fn a_peer_is_lost_exactly_after_a_deadline_of_silence(
             gaps in proptest::collection::vec(1u64..5200, 1..12),

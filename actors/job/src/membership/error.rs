@@ -1,4 +1,4 @@
-//! Errors of a membership.
+//! The error type of a membership.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use super::control_message::MESSAGE_BYTES_MAX;
 use super::outbox;
 use crate::exit::Exit;
 
-/// Errors of a membership.
+/// Why a membership could not start or continue.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum MembershipError {
@@ -41,7 +41,7 @@ impl MembershipError {
     /// The exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
-            // A thread cannot be started.
+            // The system cannot start a thread.
             Self::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             Self::Config { .. } | Self::Io { .. } => Exit::Internal,
             Self::TooLarge { .. } | Self::NoPeer { .. } | Self::Left => Exit::Internal,

@@ -1,4 +1,4 @@
-//! Properties of the heartbeat and control message decoders for arbitrary input; for fuzzing and tests.
+//! Properties of the decoders of heartbeats and control messages for arbitrary input, for fuzzing and tests.
 use super::cause::{Kind, Report};
 use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX};
 use super::datagram::{BYTES, Codec, Rejection};
@@ -24,14 +24,14 @@ pub(super) fn bodies() -> [Body; 6] {
     ]
 }
 
-/// Valid control messages, and a heartbeat signed with another key.
+/// Returns valid control messages, and a heartbeat that is signed with another key.
 pub fn samples() -> Vec<Vec<u8>> {
     let messages = bodies().map(|body| ControlMessage::from(body).write());
     messages.into_iter().chain([codec(8).write(2, 5, Some(1)).to_vec()]).collect()
 }
 
-/// Panics unless datagrams without the key are rejected, and accepted ones are of this epoch, come from an existing
-/// process, have exactly one encoding, and are accepted once.
+/// Panics if a datagram without the key is accepted. Also panics if an accepted one is of another epoch, comes from a
+/// process that does not exist, has a second encoding, or is accepted twice.
 pub fn check_datagram(bytes: &[u8]) {
     let mut codec = codec(7);
     let forged = codec.read(bytes);
@@ -49,7 +49,7 @@ pub fn check_datagram(bytes: &[u8]) {
 /// Checks that a decoded control message has exactly one encoding and a payload within the limit.
 ///
 /// # Panics
-/// When one of these does not hold.
+/// If a message has another encoding or its payload exceeds the limit.
 pub fn check_control_message(bytes: &[u8]) {
     if let Ok(message) = ControlMessage::read(bytes) {
         assert!(message.payload.len() <= MESSAGE_BYTES_MAX);

@@ -1,7 +1,7 @@
-//! Control messages that wait to be written to a peer's connection.
+//! Control messages that wait until they are written to a peer's connection.
 //!
-//! - **OB-1**: at most [`MESSAGES_MAX`] messages of the application wait, with at most [`BYTES_MAX`] bytes in total. So
-//!   a peer that does not read costs no memory beyond this and its socket's buffers.
+//! - **OB-1**: at most [`MESSAGES_MAX`] application messages wait, with at most [`BYTES_MAX`] bytes in total. So a peer
+//!   that does not read uses no memory beyond this and the buffers of its socket.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::control_message::{Body, ControlMessage};
 
-/// Messages that wait for one peer.
+/// Maximum number of application messages that wait for one peer.
 pub(crate) const MESSAGES_MAX: u64 = 1024;
 pub(crate) const BYTES_MAX: u64 = 4 << 20;
 
@@ -31,7 +31,7 @@ pub(crate) enum Unsent {
 #[derive(Debug)]
 pub(crate) struct Queued {
     pub(crate) bytes: Vec<u8>,
-    /// Bytes of the application's message that it carries.
+    /// Size in bytes of the application message; `None` for other messages.
     message_bytes: Option<u64>,
 }
 
@@ -53,7 +53,7 @@ impl Outbox {
         (Self { messages: sender, count: Arc::clone(&count) }, Waiting { messages, count })
     }
 
-    /// Queues a control message. Only messages of the application are limited: of all others there are few.
+    /// Queues a control message. Only application messages are limited, because there are few others.
     pub(crate) fn send(&self, message: &ControlMessage) -> Result<(), Unsent> {
         let is_message = matches!(message.body, Body::Message { .. });
         let message_bytes = is_message.then_some(message.payload.len() as u64);
@@ -69,7 +69,7 @@ impl Outbox {
 }
 
 impl Waiting {
-    /// Records that a message no longer waits.
+    /// Records that a message has been written and no longer waits.
     pub(crate) fn written(&self, message: &Queued) {
         if let Some(bytes) = message.message_bytes {
             let mut count = self.count.lock();

@@ -16,7 +16,7 @@ use super::outbox::{Count, Outbox, Unsent};
 use super::status::{Counters, MembershipEvent};
 use crate::exit::Exit;
 
-/// Maximum number of peer messages that the application has not read yet.
+/// Maximum number of messages from peers that the application has not read yet.
 pub(crate) const NOTICES_MAX: usize = 4096;
 
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(super) struct JoinOnDrop(pub(super) Option<JoinHandle<()>>);
 
 impl Drop for JoinOnDrop {
     fn drop(&mut self) {
-        // A panic of the thread is a bug; the panic hook has reported it.
+        // A panic of the thread is a bug, which the panic hook has already reported.
         let _ = self.0.take().map(JoinHandle::join);
     }
 }
@@ -41,7 +41,7 @@ enum ControlState {
 struct Peer {
     control: ControlState,
     left: bool,
-    /// Urgent control messages: sent to the peer, acknowledged by it, and received from it.
+    /// Number of urgent control messages sent to the peer, acknowledged by the peer, and received from the peer.
     urgent_sent: u64,
     urgent_acknowledged: u64,
     urgent_received: u64,
@@ -65,7 +65,7 @@ pub(crate) struct Shared {
     pub(crate) epoch: u64,
     start: Instant,
     state: Mutex<State>,
-    /// Notified about connections, acknowledgements and the end.
+    /// Notified of new and closed connections, received messages, and the session's end.
     changed: Condvar,
     notices: Sender<MembershipEvent>,
     counters: Mutex<Counters>,
@@ -111,7 +111,7 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Handles the end of the control connection to a peer; a symptom of failure, unless the peer has left.
+    /// Handles the end of the control connection to a peer. It is a symptom of failure, except if the peer has left.
     pub(crate) fn disconnected(&self, process: u32) {
         let mut state = self.state.lock();
         if let Some(peer) = state.peers.get_mut(&process) {
@@ -123,8 +123,8 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Blocks until all peers are connected, then starts the failure detector. After `within`, it waits only for peers
-    /// whose last heartbeat is younger than `deadline`.
+    /// Blocks until all peers are connected, then starts the failure detector. After `within`, the call waits only for
+    /// peers whose last heartbeat is younger than `deadline`.
     pub(crate) fn wait_for_peers(
         &self,
         within: Duration,
@@ -160,8 +160,8 @@ impl Shared {
         }
     }
 
-    /// The content of the next heartbeat: the process that this one has lost. `None` if the session has ended for
-    /// another cause; peers then also detect the missing heartbeats.
+    /// The content of the next heartbeat: the process that this one has lost, if any. `None` sends no heartbeat: the
+    /// session has ended for another cause, and peers detect missing heartbeats too.
     pub(crate) fn heartbeat(&self) -> Option<Option<u32>> {
         let state = self.state.lock();
         let lost = state.arbiter.lost_by_own();
@@ -172,7 +172,7 @@ impl Shared {
         let mut state = self.state.lock();
         let (now, by) = (self.now(), heartbeat.process);
         if let Some(about) = heartbeat.lost {
-            // No sign of life: the sender is ending. Its control message may not arrive: TCP also needs the way back.
+            // Not a sign of life: the sender is ending. Its control message may be lost, as TCP needs both directions.
             let (cause, exit) = (String::new(), Exit::PeerUnavailable.code());
             let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
             if state.peers.get(&by).is_some_and(|peer| !peer.left) && state.arbiter.report(now, report) {
@@ -231,7 +231,7 @@ impl Shared {
         let Some(first) = state.arbiter.tick(self.now()) else { return };
         tracing::error!(process = first.process, exit = first.exit, cause = %first.cause, "session ends");
         state.first = Some(first.clone());
-        // `notify` reserves room for it.
+        // `notify` reserves a place for this event.
         let _ = self.notices.try_send(MembershipEvent::Ended(first));
         self.changed.notify_all();
     }
@@ -247,7 +247,7 @@ impl Shared {
         self.decide(state);
     }
 
-    /// Sends a report of this process to all peers; false if it changes nothing.
+    /// Records this process's report and sends it to all peers. Returns false if the report is not new.
     fn add_own_report(&self, state: &mut State, report: Report) -> bool {
         let is_new = state.arbiter.report(self.now(), report.clone());
         if is_new {
@@ -276,14 +276,14 @@ impl Shared {
         let message = body.into();
         for peer in state.peers.values_mut() {
             let ControlState::Open(outbox) = &peer.control else { continue };
-            // An error means that the connection has just ended, which `disconnected` reports.
+            // An error means that the connection has just ended; `disconnected` reports that.
             if outbox.send(&message).is_ok() {
                 peer.urgent_sent += 1;
             }
         }
     }
 
-    /// Counts bytes of a peer that are no control message.
+    /// Counts invalid control messages of a peer.
     pub(crate) fn garbled(&self, process: u32, reason: &str) {
         tracing::warn!(process, reason, "rejected a control message");
         self.count(|c| c.garbled += 1);
@@ -313,14 +313,14 @@ impl Shared {
                 if let Some(detector) = &mut state.detector {
                     detector.forget(by);
                 }
-                // `notify` reserves room for one of each peer.
+                // `notify` reserves a place for one `Left` of each peer.
                 let _ = self.notices.try_send(MembershipEvent::Left { process: by });
             }
             Body::Report(report) => drop(state.arbiter.report(now, report)),
         }
         let Some(peer) = state.peers.get_mut(&by) else { return };
         peer.urgent_received += 1;
-        // Acknowledgements are not acknowledged, so there are no more of them than of urgent messages.
+        // Acknowledgements are not acknowledged, so their number is limited by that of urgent messages.
         if let ControlState::Open(outbox) = &peer.control {
             let _ = outbox.send(&Body::Received { urgent: peer.urgent_received }.into());
         }
@@ -328,7 +328,7 @@ impl Shared {
 
     fn notify(&self, state: &mut State, event: MembershipEvent) {
         if self.notices.len() < NOTICES_MAX {
-            // The channel has additional room, reserved for `Left` and `Ended`.
+            // This cannot fail: the places for `Left` and `Ended` are additional.
             let _ = self.notices.try_send(event);
         } else {
             let cause = format!("the application has not read {NOTICES_MAX} messages of peers");
@@ -360,7 +360,7 @@ impl Shared {
         })
     }
 
-    /// Leaves cleanly: notifies peers. From now on nothing counts as a failure of this process's session.
+    /// Leaves cleanly: notifies peers. From now on no failure ends this process's session.
     pub(crate) fn leave(&self) {
         let mut state = self.state.lock();
         if state.first.is_none() && !state.left {
@@ -380,8 +380,8 @@ impl Shared {
         self.state.lock().first.clone()
     }
 
-    /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier ones;
-    /// false on timeout. Does not wait for peers that are already lost.
+    /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier messages.
+    /// Returns false on timeout. Does not wait for lost peers.
     pub(crate) fn wait_for_delivery(&self, timeout: Duration) -> bool {
         let is_delivered =
             |p: &Peer| !matches!(p.control, ControlState::Open(_)) || p.urgent_acknowledged == p.urgent_sent;

@@ -1,8 +1,8 @@
-//! What a membership reports: events and counters.
+//! The events and counters of a membership.
 
 use super::cause::FirstCause;
 
-/// An event from the other processes.
+/// An event that other processes caused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names explain the fields")]
 pub enum MembershipEvent {
@@ -14,7 +14,7 @@ pub enum MembershipEvent {
     Left {
         process: u32,
     },
-    /// The session has ended; sent once.
+    /// The session has ended. This event is sent only once.
     Ended(FirstCause),
 }
 
@@ -29,7 +29,7 @@ pub struct Counters {
     /// Datagrams of another run with the same key.
     pub other_session: u64,
     pub old_epoch: u64,
-    /// Datagrams of a newer epoch; the first one ends this process.
+    /// Datagrams of a newer epoch. The first one makes this process end.
     pub newer_epoch: u64,
     pub garbled: u64,
 }

@@ -1,4 +1,4 @@
-//! Tests several memberships in one process. `tests/membership_processes.rs` uses real processes.
+//! Tests several memberships in one process. `tests/membership_processes.rs` tests real processes.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown};
@@ -14,14 +14,14 @@ use super::*;
 const KEY: [u8; 32] = [5; 32];
 const SESSION: [u8; 16] = [6; 16];
 const EPOCH: u64 = 3;
-/// Timeout for events that normally happen at once, on a busy machine.
+/// Timeout for events that normally happen at once; long enough for a busy machine.
 const SOON: Duration = Duration::from_secs(20);
 
 pub(super) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// A separate session id per test, so that tests in one process do not interact.
+/// A separate session id for each test, so that tests in one process do not interfere with each other.
 fn session(test: u8) -> [u8; 16] {
     let mut session = SESSION;
     session[0] = test;
@@ -54,7 +54,7 @@ fn world(test: u8, processes: u32) -> Vec<Membership> {
     start(configs(test, processes))
 }
 
-/// The first cause; skips messages and orderly ends.
+/// Returns the first cause. Skips messages and `Left` events.
 fn first_cause(membership: &Membership) -> FirstCause {
     let until = Instant::now() + SOON;
     loop {
@@ -101,7 +101,7 @@ fn leave_all(members: Vec<Membership>) {
 fn messages_arrive_in_order() {
     let members = world(1, 3);
     for i in 0..2000u32 {
-        // More messages than the window holds; the receiver reads each one.
+        // Sends more messages than may wait. The receiver reads each message.
         members[0].send(1, 7, i.to_le_bytes().to_vec()).expect("the receiver reads all messages");
         assert_eq!(next_message(&members[1]), (0, 7, i.to_le_bytes().to_vec()));
     }
@@ -153,7 +153,7 @@ fn a_process_that_leaves_in_order_is_not_lost() {
     for member in &members {
         assert_eq!(member.notices().recv_timeout(SOON), Ok(MembershipEvent::Left { process: 2 }));
         assert!(matches!(member.send(2, 0, vec![]), Err(MembershipError::Gone { process: 2 })));
-        // Waits longer than the deadline: missing heartbeats and a late suspicion are not failures.
+        // Waits longer than the deadline. Neither missing heartbeats nor a late suspicion is a failure now.
         member.suspect(2, "connection reset");
         assert!(member.notices().recv_timeout(ms(1700)).is_err());
         assert_eq!(member.silent_times().last(), Some(&(2, None)));
@@ -198,7 +198,7 @@ fn a_one_way_partition_ends_both_sides() {
 #[test]
 fn invalid_datagrams_are_rejected_and_counted() {
     let mut configs = configs(9, 2);
-    // Few heartbeats of the real peer, so that they do not interfere with the sequence numbers below.
+    // The real peer sends few heartbeats, so that they do not interfere with the sequence numbers below.
     configs[1].interval = Duration::from_secs(1);
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
@@ -219,7 +219,7 @@ fn invalid_datagrams_are_rejected_and_counted() {
     sender.send_to(b"hello", target).expect("sent");
     wait_until(|| members[0].counters().bad_format > 0);
     let counters = members[0].counters();
-    // The real peer's heartbeats have lower sequence numbers than 1 000 000, so they also count as replays.
+    // The real peer's sequence numbers are below 1 000 000, so its heartbeats also count as replays.
     assert!(counters.replays >= 2, "{counters:?}");
     let Counters { bad_format, bad_mac, other_session, old_epoch, newer_epoch, garbled, .. } = counters;
     assert_eq!((bad_format, bad_mac, other_session, old_epoch, newer_epoch, garbled), (1, 1, 1, 1, 0, 0));
@@ -246,7 +246,7 @@ fn invalid_messages_of_peers_are_counted() {
     let forged = Report { by: 0, about: 0, kind: Kind::Failed, follows: false, cause: String::new(), exit: 70 };
     shared.receive(1, Body::Report(forged).into());
     assert_eq!((shared.counters().garbled, shared.first_cause()), (3, None));
-    // Messages of processes that are not peers are ignored.
+    // Messages from processes that are not peers are ignored.
     shared.receive(0, Body::Leaving.into());
     shared.receive(2, Body::Leaving.into());
     assert!(notices.try_recv().is_err());
@@ -267,7 +267,7 @@ fn too_many_unread_messages_end_the_session() {
     assert_eq!((first.process, first.exit), (0, 70));
 }
 
-/// Forwards bytes between two streams. While `cut`, it neither forwards nor closes, like a frozen peer.
+/// Forwards bytes between two streams. While `cut` is set, neither forwards bytes nor closes, like a frozen peer.
 fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
     let (a, inner_a) = UnixStream::pair().expect("a pair");
     let (inner_b, b) = UnixStream::pair().expect("a pair");
@@ -284,14 +284,14 @@ fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
                     break;
                 }
             }
-            // The peer sees the end of the connection.
+            // After this, the peer reads the end of the connection.
             let _ = to.shutdown(Shutdown::Both);
         });
     }
     (a, b)
 }
 
-/// Forwards datagrams, but drops them while `cut`.
+/// Forwards datagrams, but drops them while `cut` is set.
 fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
     let socket = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let address = socket.local_addr().expect("bound");
@@ -299,7 +299,7 @@ fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
         let mut bytes = [0; 256];
         while let Ok((length, _)) = socket.recv_from(&mut bytes) {
             if !cut.load(Ordering::Relaxed) {
-                // The receiver may have ended.
+                // An error means that the receiver may have ended.
                 let _ = socket.send_to(&bytes[..length], to);
             }
         }
@@ -307,7 +307,7 @@ fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Two processes with a network that can be cut: their connection, and the heartbeats of the processes in `silenced`.
+/// Two processes. `cut` interrupts their connection and the heartbeats of the processes in `silenced`.
 fn with_network(test: u8, deadline: Duration, silenced: &[u32]) -> (Vec<Membership>, Arc<AtomicBool>) {
     let mut configs = configs(test, 2);
     let cut = Arc::new(AtomicBool::new(false));
@@ -340,14 +340,14 @@ fn a_partition_ends_both_sides() {
     let (members, cut) = with_network(19, ms(1000), &[0, 1]);
     cut.store(true, Ordering::Relaxed);
     for (own, member) in members.iter().enumerate() {
-        // Neither side receives the other's report.
+        // Neither side receives a report from the other one.
         assert_ends(member, 1 - own as u32, 69, "no heartbeat for 1.");
     }
 }
 
 #[test]
 fn a_process_whose_heartbeats_are_lost_learns_it_from_its_peers_heartbeats() {
-    // No control message arrives, because the connection is cut. Only the heartbeats of process 1 arrive.
+    // The cut connection delivers no control message. Only the heartbeats of process 1 arrive.
     let (members, cut) = with_network(20, ms(1000), &[0]);
     let begin = Instant::now();
     cut.store(true, Ordering::Relaxed);
@@ -355,7 +355,7 @@ fn a_process_whose_heartbeats_are_lost_learns_it_from_its_peers_heartbeats() {
     assert_eq!((causes[0].process, causes[0].exit), (0, 69));
     assert_eq!(causes[0].cause, "it is lost; the report of the cause did not arrive (seen by process 1)");
     assert_eq!((causes[1].process, causes[1].exit), (0, 69));
-    // Process 0 does not wait for a deadline of its own, which would begin only when process 1 has ended.
+    // Process 0 does not wait for its own deadline, which would begin only when process 1 has ended.
     assert!(begin.elapsed() < ms(2400), "{:?}", begin.elapsed());
 }
 
@@ -374,7 +374,7 @@ fn a_peer_that_does_not_read_costs_at_most_one_outbox() {
             Err(other) => panic!("{other}"),
         }
     }
-    // Beside those that wait, some are in the buffers of the sockets and of the proxy.
+    // In addition to the waiting messages, some are in the buffers of the sockets and of the proxy.
     assert!(sent <= 16 * outbox::MESSAGES_MAX && sent + rejected == 100_000, "{sent} were sent");
     let start = Instant::now();
     drop(members.remove(0));
@@ -395,7 +395,7 @@ fn peers_that_do_not_join_are_reported() {
 #[test]
 fn a_process_that_gives_up_joining_reports_the_reason() {
     let mut configs = configs(17, 3);
-    // Process 2 never joins; process 0 gives up first.
+    // Process 2 never joins. Process 0 has the shorter timeout.
     let absent = configs.pop().expect("three");
     configs[0].join_within = ms(1000);
     let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
@@ -436,12 +436,12 @@ fn a_heartbeat_ends_the_silence_of_its_sender() {
     configs.iter_mut().for_each(|c| c.interval = ms(20));
     let members = start(configs);
     let begin = Instant::now();
-    // True only after a heartbeat later than `begin`.
+    // True only after a heartbeat that arrives later than `begin`.
     wait_until(|| matches!(members[0].silent_times()[..], [(1, Some(silent))] if silent < begin.elapsed()));
     leave_all(members);
 }
 
-/// Prints the round-trip time of a small message. There is no limit, because the test may run on a busy machine.
+/// Prints the round-trip time of a small message. The test sets no limit, because the machine may be busy.
 #[test]
 fn small_messages_complete_round_trips() {
     let members = world(16, 2);

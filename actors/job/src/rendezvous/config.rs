@@ -1,4 +1,4 @@
-//! The configuration of a rendezvous, and what a process publishes according to it.
+//! The configuration of a rendezvous, and the values that a process publishes for it.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -15,44 +15,44 @@ use crate::transport::{Address, Hello, Purpose, SessionId, TransportError, resol
 /// Configuration of one process's rendezvous.
 #[derive(Clone, Debug)]
 pub struct RendezvousConfig {
-    /// Rank, below `processes`.
+    /// Rank of this process, below `processes`.
     pub process: u32,
     /// World size.
     pub processes: u32,
-    /// How many times the process was restarted; the largest count of all processes is the world's epoch.
+    /// How many times the process was restarted. The largest count of all processes is the world's epoch.
     pub restart: u64,
-    /// The address of process 0; the same text for all.
+    /// The address of process 0. All processes use the same text.
     pub coordinator: Address,
     /// The job's secret.
     pub secret: Secret,
-    /// The program, host and process.
+    /// The identity of the program, the host and the process.
     pub identity: Identity,
-    /// Memory of this process, for the others of its node.
+    /// Memory claim of this process, published to the other processes of its node.
     pub memory: MemoryClaim,
-    /// Further values that must be equal on all processes. A value comes before those that depend on it.
+    /// Additional values that must be equal on all processes. A value comes before any value that depends on it.
     pub facts: Vec<Fact>,
-    /// UDP address that receives heartbeats; [`local_address`] selects the local address to bind.
+    /// UDP address that receives heartbeats. [`local_address`] returns the local address to bind.
     pub heartbeat: SocketAddr,
-    /// True if other nodes have processes of this world.
+    /// True if the world also has processes on other nodes.
     pub spans_nodes: bool,
-    /// Local address to listen on, with port 0. Without it, see [`local_address`].
+    /// Local address to listen on, with port 0. By default, the result of [`local_address`].
     pub interface: Option<SocketAddr>,
-    /// How others reach this process; without it, at the addresses that it listens on.
+    /// How others reach this process. By default, at the addresses on which it listens.
     pub advertise: Option<Arc<dyn Advertise>>,
-    /// How long to wait for all others to join, and then again for them to be ready.
+    /// How long to wait until all have joined, and after that, again, until all are ready.
     pub timeout: Duration,
-    /// Interval between reports of the missing ranks.
+    /// Interval between reports of the ranks that are missing.
     pub report_every: Duration,
-    /// How long to retry while the world already runs: it may be about to end because of a failure.
+    /// How long to retry if the world is already running: a failure may be about to end it.
     pub late_grace: Duration,
-    /// How long to wait for more processes after a conflict, so that they are refused too.
+    /// How long to accept more processes after a conflict, so that these are refused too.
     pub conflict_grace: Duration,
-    /// How long to report a failure before the start: rank 0 refuses the others, other ranks report to rank 0.
+    /// How long to report a failure before the start. Rank 0 refuses the other processes; other ranks report to rank 0.
     pub report_within: Duration,
 }
 
 impl RendezvousConfig {
-    /// Configuration of a world of one process.
+    /// The configuration of a world with one process.
     pub fn new(coordinator: Address, secret: Secret, identity: Identity, options: &ClusterOptions) -> Self {
         Self {
             process: 0,
@@ -76,8 +76,8 @@ impl RendezvousConfig {
     }
 }
 
-/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached.
-/// Loopback for a Unix socket. Retries until the deadline, because the name may be registered later.
+/// The local address to listen on, with port 0: `interface`, or the address from which the coordinator is reached. For
+/// a Unix socket, loopback. Retries until the deadline, because the name may be registered later.
 pub fn local_address(
     coordinator: &Address,
     interface: Option<SocketAddr>,
@@ -112,7 +112,7 @@ pub(super) fn join_info(config: &RendezvousConfig, addresses: Vec<Address>) -> R
     Ok(info)
 }
 
-/// The same address without its IPv6 zone, which is valid on this node only.
+/// Returns the address without its IPv6 zone: a zone is valid only on this node.
 pub(super) fn unzoned(address: Address) -> Address {
     let zoned = match &address {
         Address::Tcp(text) if text.contains('%') => resolve(text).ok(),
@@ -121,7 +121,7 @@ pub(super) fn unzoned(address: Address) -> Address {
     zoned.and_then(|all| all.first().copied()).map_or(address, |own| Address::Tcp(without_zone(own).to_string()))
 }
 
-/// The addresses at which others reach these listening addresses.
+/// Returns the addresses at which other processes reach the addresses in `bound`.
 pub(super) fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Result<Vec<Address>, RendezvousError> {
     let Some(advertise) = &config.advertise else { return Ok(bound) };
     let published = |address: &Address| {
@@ -131,14 +131,14 @@ pub(super) fn advertised(config: &RendezvousConfig, bound: Vec<Address>) -> Resu
     Ok(bound.iter().map(published).collect::<Result<_, _>>()?)
 }
 
-/// Pause between retries of a call that returns at once.
+/// Pause before a retry of a call that returns immediately.
 pub(super) const RETRY: Duration = Duration::from_millis(50);
 
 pub(super) fn is_in_use(error: &TransportError) -> bool {
     matches!(error, TransportError::Listen { cause, .. } if cause.kind() == io::ErrorKind::AddrInUse)
 }
 
-/// The hello of a process without a session yet. Everything between nodes is encrypted.
+/// The hello of a process that has no session yet. Connections between nodes are always encrypted.
 pub(super) fn hello(config: &RendezvousConfig, from: u32) -> Hello {
     let sealed = matches!(config.coordinator, Address::Tcp(_));
     let session = SessionId::default();

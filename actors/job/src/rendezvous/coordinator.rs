@@ -1,4 +1,4 @@
-//! Process 0 at rendezvous: collects the join requests, compares them, and starts all processes together.
+//! Process 0 at the rendezvous: collects the join requests, compares them, and starts all processes together.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,9 +20,9 @@ use super::messages::{
 use crate::exit::Report;
 use crate::machine::Targets;
 
-/// Timeout of each message to or from a connected process.
+/// Timeout for each message to or from a connected process.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to wait for an address in use, and then for its holder to authenticate as a process of this job.
+/// If the address is in use: how long to wait for it, and then for its holder to authenticate as a process of this job.
 const IN_USE_WAIT: Duration = Duration::from_millis(1500);
 const CONFLICTS_MAX: usize = 64;
 
@@ -33,19 +33,19 @@ struct Joined {
 
 struct JoinState {
     own: JoinInfo,
-    /// By rank, from rank 1.
+    /// Indexed by rank, starting at rank 1.
     joined: Vec<Option<Joined>>,
     conflicts: Vec<Conflict>,
-    /// RV-4: these ranks will not join.
+    /// RV-4: the ranks that will not join, and the report about them.
     failed: Option<(Range<u32>, Report)>,
-    /// Connections of processes that did not join and receive the refusal.
+    /// Connections of processes that did not join. They receive the refusal too.
     rejected: Vec<Connection>,
 }
 
 pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
     let listener = listen(config, deadline, on_waiting)?;
     let joined = (1..config.processes).map(|_| None).collect();
-    // Others reach process 0 by the configured name, which may resolve differently on their nodes.
+    // Other processes reach process 0 by the configured name, which may resolve differently on their nodes.
     let others = listener.addresses().iter().skip(1).cloned();
     let published = std::iter::once(config.coordinator.clone()).chain(others).collect();
     let own = join_info(config, advertised(config, published)?)?;
@@ -76,7 +76,7 @@ pub(super) fn run(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut
     }
 }
 
-/// RV-4 for `ranks`, which include 0: refuses all that connect within `report_within`. True if one wanted to join.
+/// RV-4 for `ranks`, which include 0: refuses every caller within `report_within`. True if a caller tried to join.
 pub(crate) fn refuse_callers(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -88,12 +88,12 @@ pub(crate) fn refuse_callers(
     Ok(refuse_missing(&listener, missing, report, deadline))
 }
 
-/// Refuses every process that connects until `missing` is empty or the deadline passes. True if one would join.
+/// Refuses every process that connects, until `missing` is empty or the deadline passes. True if one tried to join.
 fn refuse_missing(listener: &Listener, mut missing: BTreeSet<u32>, report: &Report, deadline: Instant) -> bool {
     let mut joins = false;
     while !missing.is_empty() {
         let Ok((from, connection)) = listener.wait_any(Purpose::Rendezvous, deadline) else { break };
-        // The whole request is read first: closing a connection with unread bytes may discard the answer.
+        // Reads the whole request first: closing a connection with unread bytes may discard the answer.
         let Ok(request) = read_request(&connection) else { continue };
         joins |= matches!(request, Request::Join(_));
         let ranks = if let Request::Failed { ranks, .. } = request { ranks } else { from..from.saturating_add(1) };
@@ -107,7 +107,7 @@ fn read_request(connection: &Connection) -> Result<Request, WireError> {
     wire::read_message(&mut connection.until(Instant::now() + REPLY_TIMEOUT), REQUEST_BYTES_MAX)
 }
 
-/// Listens on the coordinator's address, and on a second address that only the roster publishes.
+/// Listens on the coordinator's address, and on a second address that only the roster contains.
 fn listen(config: &RendezvousConfig, until: Instant, note: &mut dyn FnMut(&str)) -> Result<Listener, RendezvousError> {
     let (begin, mut wait, mut failed) = (Instant::now(), Duration::ZERO, None);
     loop {
@@ -124,7 +124,7 @@ fn listen(config: &RendezvousConfig, until: Instant, note: &mut dyn FnMut(&str))
         match join_as_duplicate(config) {
             refused @ RendezvousError::Refused(_) => return Err(refused),
             in_use @ RendezvousError::InUse { .. } => failed = Some(in_use),
-            // An earlier world, which may be about to end.
+            // An earlier world holds the address and may be about to end.
             error => (failed, wait) = (Some(error), config.late_grace),
         }
     }
@@ -140,7 +140,7 @@ fn bind(config: &RendezvousConfig, give_up: Instant) -> Result<Listener, Transpo
             Address::Tcp(name) => open_tcp(config, name, &open),
         };
         match opened {
-            // An earlier rank 0 that is about to end may still hold the address.
+            // An earlier rank 0 may still hold the address until it ends.
             Err(error) if is_in_use(&error) && Instant::now() < give_up => std::thread::sleep(RETRY),
             opened => return opened,
         }
@@ -164,7 +164,7 @@ fn open_tcp(
             return open(&any);
         }
         match open(&[ListenAddress::Tcp(address), ListenAddress::PrivateUnix]) {
-            // The name resolves to an address in front of this node, such as a service's: listen on all.
+            // The name resolves to an address in front of this node, such as a service's: listens on all addresses.
             Err(TransportError::Listen { cause, .. })
                 if cause.kind() == io::ErrorKind::AddrNotAvailable && !target.ip().is_loopback() =>
             {
@@ -177,7 +177,7 @@ fn open_tcp(
     Err(last)
 }
 
-/// Another process holds the address, possibly another rank 0. Joins it, so that it refuses all as a conflict.
+/// Another process, perhaps a second rank 0, holds the address. Joins that process to make it refuse all processes.
 fn join_as_duplicate(config: &RendezvousConfig) -> RendezvousError {
     let brief = RendezvousConfig { timeout: REPLY_TIMEOUT, late_grace: Duration::ZERO, ..config.clone() };
     match join(&brief, Instant::now() + IN_USE_WAIT, &mut |_| {}) {
@@ -192,7 +192,7 @@ impl JoinState {
         (1u32..).zip(&self.joined).filter(|(_, entry)| entry.is_none()).map(|(rank, _)| rank).collect()
     }
 
-    /// Accepts join requests until all have joined, a failure is reported, or the deadline or `conflict_grace` passes.
+    /// Accepts join requests until all processes have joined or one reports a failure, or until a time-out.
     fn collect(
         &mut self,
         config: &RendezvousConfig,
@@ -202,7 +202,7 @@ impl JoinState {
     ) -> Result<(), TransportError> {
         let (mut deadline, mut report_at) = (deadline, Instant::now() + config.report_every);
         loop {
-            // A process that died while it waited has to join again.
+            // A process that died while it waited must join again.
             for entry in &mut self.joined {
                 entry.take_if(|joined| joined.connection.is_closed());
             }
@@ -227,7 +227,7 @@ impl JoinState {
         }
     }
 
-    /// Reads a request and records the process as joined, failed or in conflict.
+    /// Reads a request, and records a joined process, a failure or a conflict.
     fn handle_request(&mut self, from: u32, connection: Connection) {
         let info = match read_request(&connection) {
             Ok(Request::Join(info)) if info.member.process == from && info.check().is_ok() => info,
@@ -235,7 +235,7 @@ impl JoinState {
                 self.failed = Some((ranks, report));
                 return self.rejected.push(connection);
             }
-            // The sender holds the secret, so this is a bug or a dying process, which may join again.
+            // The sender knows the secret. So this is a bug, or the process is ending and may join again.
             request => {
                 tracing::warn!(from, error = ?request.err(), "invalid rendezvous request");
                 return;
@@ -245,7 +245,7 @@ impl JoinState {
             self.add_conflict(conflict);
         }
         let Some(entry) = from.checked_sub(1).and_then(|index| self.joined.get_mut(index as usize)) else {
-            // Rank 0 is this process. A rank beyond the world has another world size: that conflict is recorded above.
+            // Rank 0 is this process. A rank outside of the world implies another world size, which is recorded above.
             if from == 0 {
                 let (first, second) = (self.own.member.label(), info.member.label());
                 self.add_conflict(Conflict::Duplicate { first, second });
@@ -263,7 +263,7 @@ impl JoinState {
             // RV-3
             *entry = Some(Joined { info, connection });
         } else if new.restart < old.restart {
-            // Only the process of an earlier attempt is refused; the others continue.
+            // Refuses only the process of the earlier attempt. The others continue.
             let conflicts = vec![Conflict::Duplicate { first, second }];
             send_answer(&connection, &Answer::Refused(RendezvousRefusal::Conflicts(conflicts)));
         } else {
@@ -285,7 +285,7 @@ impl JoinState {
         Ok(Roster { session: SessionId::random().map_err(TransportError::from)?, epoch, members })
     }
 
-    /// RV-1. The error is the process that was lost.
+    /// RV-1: starts all processes. The error is the process that was lost.
     fn start(&self, roster: &Roster) -> Result<(), ProcessLabel> {
         let all = || self.joined.iter().flatten();
         let send = |answer: Answer| all().find(move |joined| !send_answer(&joined.connection, &answer));

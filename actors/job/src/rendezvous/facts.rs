@@ -1,4 +1,4 @@
-//! Names of the facts that processes compare when they meet.
+//! Names of the facts that processes compare at the rendezvous.
 
 /// The mesh.
 pub const MESH: &str = "mesh";
@@ -8,7 +8,7 @@ pub const TRANSPORT: &str = "transport";
 pub const COLLECTIVES: &str = "collectives";
 /// Whether tensors over TCP are encrypted.
 pub const ENCRYPTION: &str = "encryption";
-/// What the bits of results depend on: the CPU's instruction set, or the GPU's libraries.
+/// What determines the bits of results: the CPU's instruction set, or the GPU's libraries.
 pub const KERNELS: &str = "kernels";
 /// Hash of the plan.
 pub const PLAN: &str = "plan";
@@ -19,10 +19,10 @@ pub const EXECUTABLE: &str = "executable";
 /// World size.
 pub const PROCESSES: &str = "number of processes";
 
-/// Largest length of a value, in bytes.
+/// Maximum length of a value in bytes.
 pub const VALUE_BYTES_MAX: usize = 1024;
 
-/// How to fix a difference in a fact.
+/// Returns how to fix a difference in the fact `name`.
 pub(super) fn advice(name: &str) -> &'static str {
     match name {
         VERSION | EXECUTABLE => "start the same build on every node",

@@ -11,7 +11,7 @@ use super::messages::{Answer, Fact, JoinInfo, Member, REQUEST_BYTES_MAX, Ready, 
 use crate::exit::Report;
 use crate::machine::MemoryClaim;
 
-/// Encoded messages without their length prefix.
+/// Returns encoded messages without their length prefixes.
 pub fn samples() -> Vec<Vec<u8>> {
     let heartbeat = SocketAddr::from((Ipv4Addr::LOCALHOST, 20001));
     let addresses = vec![Address::Tcp("127.0.0.1:20000".into()), Address::Unix("/tmp/socket".into())];
@@ -38,7 +38,7 @@ pub fn samples() -> Vec<Vec<u8>> {
     all.map(Result::unwrap_or_default).collect()
 }
 
-/// Checks that a decoded message survives encoding and decoding, and can be displayed.
+/// Checks that a decoded message does not change when it is encoded and decoded, and that it can be displayed.
 ///
 /// # Panics
 /// If one of these properties does not hold.
@@ -46,7 +46,7 @@ pub fn check(bytes: &[u8]) {
     if let Some(info) = check_round_trip::<JoinInfo>(bytes)
         && info.check().is_ok()
     {
-        // An accepted message fits the limit when it is encoded again.
+        // The encoding of an accepted message is within the limit again.
         assert!(wire::encode(&info).is_ok_and(|bytes| bytes.len() <= REQUEST_BYTES_MAX));
         assert_eq!(info.conflict(&info), None);
     }

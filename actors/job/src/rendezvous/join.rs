@@ -1,4 +1,4 @@
-//! Every process but 0 at rendezvous: connects to process 0, sends its [`JoinInfo`], waits for the roster.
+//! A process other than 0 at the rendezvous: connects to process 0, sends its [`JoinInfo`], and waits for the roster.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -15,12 +15,12 @@ use super::messages::{
 };
 use crate::exit::Report;
 
-/// Time after the deadline for process 0's report of the missing ranks to arrive.
+/// Extra time after the deadline, in which process 0's report of the missing ranks can arrive.
 const MARGIN: Duration = Duration::from_secs(5);
 const CAUSE_BYTES_MAX: usize = 4 << 10;
 
 pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mut dyn FnMut(&str)) -> Outcome {
-    // TCP for processes on other nodes, and a Unix socket for those on this node.
+    // Listens on TCP for processes on other nodes, and on a Unix socket for those on this node.
     let address = local_address(&config.coordinator, config.interface, config.spans_nodes, deadline)?;
     let listen = [ListenAddress::Tcp(address), ListenAddress::PrivateUnix];
     let listener = Listener::listen(config.process, config.secret.clone(), &listen, ListenerOptions::default())?;
@@ -28,7 +28,7 @@ pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mu
     loop {
         let connection = connect_to_coordinator(config, deadline, on_waiting)?;
         match request_join(config, &own, &listener, &connection, deadline) {
-            // Process 0 closed the connection during the wait: it was restarted, or a newer process has this rank.
+            // Process 0 closed the waiting connection: process 0 was restarted, or a newer process has this rank.
             Err(RendezvousError::Transport(error)) if is_hangup(&error) && Instant::now() < deadline => {
                 tracing::warn!(%error, "lost rank 0 at rendezvous; connecting again");
                 std::thread::sleep(RETRY);
@@ -38,7 +38,7 @@ pub(super) fn join(config: &RendezvousConfig, deadline: Instant, on_waiting: &mu
     }
 }
 
-/// RV-4: reports to process 0, or whatever answers for it, that `ranks` will not join. True if it waited for them.
+/// RV-4: reports to process 0 or its substitute that `ranks` will not join. True if the receiver waited for them.
 pub(crate) fn send_failure(
     config: &RendezvousConfig,
     ranks: Range<u32>,
@@ -50,7 +50,7 @@ pub(crate) fn send_failure(
     let hello = hello(config, from);
     loop {
         let connection = match connect(&config.coordinator, &config.secret, &hello, deadline) {
-            // The last attempt still runs; after its failure, process 0 waits for this node.
+            // The previous attempt is still running. Once it has failed, process 0 waits for this node.
             Err(error) if report.departed && error.refusal().is_some() && Instant::now() < deadline => {
                 std::thread::sleep(RETRY);
                 continue;
@@ -61,10 +61,10 @@ pub(crate) fn send_failure(
         let written = wire::write_message(&mut until(), &request, REQUEST_BYTES_MAX);
         let answer = written.and_then(|()| wire::read_message::<Answer>(&mut until(), MESSAGE_BYTES_MAX));
         match answer {
-            // For a failure of process 0, its launcher answers.
+            // If process 0 failed, its launcher sends this answer.
             Ok(Answer::Refused(RendezvousRefusal::Failed(first))) if first.rank == 0 => return Ok(false),
             Ok(_) => return Ok(true),
-            // It ended before it accepted the report, so others may not have received it.
+            // The receiver ended before it accepted the report, so others may not have received the report.
             Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY),
             Err(cause) => {
                 let peer = format!("rank 0 at {}", config.coordinator);
@@ -105,7 +105,7 @@ fn connect_to_coordinator(
     }
 }
 
-/// Runs the exchange with process 0, from the join request to the start.
+/// Exchanges all messages with process 0, from the join request to the start.
 fn request_join(
     config: &RendezvousConfig,
     own: &JoinInfo,
@@ -140,7 +140,7 @@ fn request_join(
     if !in_order || roster.members.len() != config.processes as usize || listed != Some(&own.member) {
         return Err(unexpected("sent a roster of another world"));
     }
-    // Rank 0 may publish the unspecified address. The coordinator's name, by which it was reached, replaces it.
+    // Rank 0 may publish the unspecified address. Uses the coordinator's name instead, by which rank 0 was reached.
     let is_unspecified = |text: &str| text.parse().is_ok_and(|address: SocketAddr| address.ip().is_unspecified());
     for address in &mut roster.members[0].addresses {
         if matches!(address, Address::Tcp(text) if is_unspecified(text)) {
@@ -148,7 +148,7 @@ fn request_join(
         }
     }
     listener.begin(roster.world());
-    // From here on the loss of process 0 fails the start. Its refusal may be readable even if `Ready` cannot be sent.
+    // From here on, losing process 0 fails the start. Its refusal may be readable even if sending `Ready` fails.
     let ready = Ready { session: roster.session };
     let deadline = Instant::now() + config.timeout;
     let _ = wire::write_message(&mut connection.until(deadline), &ready, REQUEST_BYTES_MAX);

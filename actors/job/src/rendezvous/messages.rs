@@ -1,4 +1,4 @@
-//! Messages of the rendezvous, and the reasons for which it refuses a start.
+//! Messages of the rendezvous, and the reasons for refusing a start.
 
 use std::fmt;
 use std::fs::File;
@@ -17,28 +17,28 @@ use crate::machine::{CGROUPS_MAX, MemoryClaim, affinity};
 pub(super) const REQUEST_BYTES_MAX: usize = 16 << 10;
 const NAME_BYTES_MAX: usize = 256;
 const FACTS_MAX: usize = 96;
-/// Largest sum of the lengths of all facts' names and values.
+/// Maximum total length of the names and values of all facts.
 const FACTS_BYTES_MAX: usize = 9 << 10;
 const ADDRESSES_MAX: usize = 8;
 const ADDRESS_BYTES_MAX: usize = 512;
-/// 64-bit words for 1024 cores, the size of the kernel's affinity mask.
+/// Number of 64-bit words for 1024 cores, the size of the kernel's affinity mask.
 const CORES_WORDS_MAX: usize = 16;
-/// Maximum number of ranks or conflicts that a message lists; it only counts the rest.
+/// Maximum number of ranks or conflicts that a message lists. Further ones are only counted.
 const LISTED_MAX: usize = 16;
 
-/// The program that a process runs, and its host and process id.
+/// The program that a process runs, its host and its process id.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// Version of this crate.
     pub version: String,
-    /// BLAKE3 of the executable.
+    /// BLAKE3 hash of the executable.
     pub binary: [u8; 32],
-    /// The kernel's boot id and the host name: the same for all processes of one machine.
+    /// The kernel's boot id and the host name. They are the same for all processes of a machine.
     pub node: String,
-    /// Hash of user, device, inode and path of `TMPDIR`. Processes with the same hash can open each other's sockets in
-    /// that folder. Containers of one host have the same `node` but may have separate `/tmp`.
+    /// Hash of user, device, inode and path of `TMPDIR`. Processes with the same hash can open each other's sockets
+    /// there. Containers on one host have the same `node`, but may have separate `/tmp` folders.
     pub sockets: [u8; 32],
-    /// Affinity mask: see [`crate::machine::threads_per_device`].
+    /// Affinity mask. See [`crate::machine::threads_per_device`].
     pub cores: Vec<u64>,
     /// Host name, for messages.
     pub host: String,
@@ -47,10 +47,10 @@ pub struct Identity {
 }
 
 impl Identity {
-    /// The identity of the running process. Reads the whole executable.
+    /// Returns the identity of the running process. Reads the whole executable.
     pub fn of_this_process() -> Result<Self, RendezvousError> {
         let failed = |part| move |cause| RendezvousError::Identity { part, cause };
-        // `/proc/self/exe` is the running file even if another file replaced it at its path.
+        // `/proc/self/exe` is the running file, even if the file at its path was replaced.
         let executable = File::open("/proc/self/exe");
         let executable = executable.or_else(|_| std::env::current_exe().and_then(File::open));
         let mut hasher = blake3::Hasher::new();
@@ -67,7 +67,7 @@ impl Identity {
     }
 }
 
-/// One process of a world, as published to the others.
+/// What one process of a world publishes to the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "`Identity` and `RendezvousConfig` explain the fields")]
 pub struct Member {
@@ -84,23 +84,23 @@ pub struct Member {
 }
 
 impl Member {
-    /// Label for messages.
+    /// The process's label for messages.
     pub fn label(&self) -> ProcessLabel {
         ProcessLabel { process: self.process, host: self.host.clone(), pid: self.pid }
     }
 
-    /// True if the two run on one node and can open each other's Unix sockets.
+    /// True if both processes run on one node and can open each other's Unix sockets.
     pub fn is_near(&self, other: &Self) -> bool {
         let can_open = self.sockets == other.sockets && self.unix().is_some() && other.unix().is_some();
         self.node == other.node && can_open
     }
 
-    /// The address to dial from another node.
+    /// The address for dialling this process from another node.
     pub fn tcp(&self) -> Option<&Address> {
         self.addresses.iter().find(|a| matches!(a, Address::Tcp(_)))
     }
 
-    /// The address to dial from its own node.
+    /// The address for dialling this process from its own node.
     pub fn unix(&self) -> Option<&Address> {
         self.addresses.iter().find(|a| matches!(a, Address::Unix(_)))
     }
@@ -115,18 +115,18 @@ pub struct Fact {
 }
 
 impl Fact {
-    /// Makes a fact.
+    /// Creates a fact.
     pub fn new(name: impl Into<String>, value: impl ToString) -> Self {
         Self { name: name.into(), value: value.to_string() }
     }
 }
 
-/// The data that a process sends in order to join.
+/// The data that a process sends to join.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JoinInfo {
     /// The process and its addresses.
     pub member: Member,
-    /// Values that must be equal on all processes. A value comes before those that depend on it.
+    /// Values that must be equal on all processes. A value comes before any value that depends on it.
     pub facts: Vec<Fact>,
 }
 
@@ -145,7 +145,7 @@ impl JoinInfo {
             ("address", longest, ADDRESS_BYTES_MAX),
             ("list of facts", self.facts.len(), FACTS_MAX),
         ];
-        // Each fact is checked before their total, because the name of a long fact is the better hint.
+        // Checks each fact before the total, because the name of a long fact is the more helpful error.
         let facts = self.facts.iter().map(|fact| (fact.name.as_str(), fact.value.len(), VALUE_BYTES_MAX));
         let total = ("text of all facts", all_bytes, FACTS_BYTES_MAX);
         for (part, length, length_max) in fixed.into_iter().chain(facts).chain([total]) {
@@ -157,7 +157,7 @@ impl JoinInfo {
         Ok(())
     }
 
-    /// The first fact whose value differs in another process.
+    /// The first fact whose value differs between the two processes.
     pub(super) fn conflict(&self, other: &Self) -> Option<Conflict> {
         let value = |info: &Self, name: &str| {
             let fact = info.facts.iter().find(|fact| fact.name == name);
@@ -175,11 +175,11 @@ impl JoinInfo {
 /// The members of a world.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Roster {
-    /// Random id of the session, the same for all.
+    /// Random id of the session, the same for all members.
     pub session: SessionId,
     /// The largest restart count of all members.
     pub epoch: u64,
-    /// By rank.
+    /// Sorted by rank.
     pub members: Vec<Member>,
 }
 
@@ -190,7 +190,7 @@ impl Roster {
     }
 }
 
-/// The first message to process 0.
+/// The first message that a process sends to process 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Request {
     Join(JoinInfo),
@@ -203,20 +203,20 @@ pub(super) enum Request {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Answer {
-    /// All have joined. The receiver accepts connections of the members and sends [`Ready`].
+    /// All processes have joined. The receiver starts to accept connections from the members, and sends [`Ready`].
     Roster(Roster),
-    /// All are ready.
+    /// All processes are ready.
     Start,
     Refused(RendezvousRefusal),
 }
 
-/// To process 0: the sender accepts connections of the session's members.
+/// The message to process 0 that the sender accepts connections from the session's members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ready {
     pub session: SessionId,
 }
 
-/// A process's rank, host and process id, for messages.
+/// A process's rank, host and process id, for use in messages.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the names explain the fields")]
 pub struct ProcessLabel {
@@ -241,7 +241,7 @@ pub enum Conflict {
     Duplicate { first: ProcessLabel, second: ProcessLabel },
 }
 
-/// Why the world does not start; the same for all processes that can be reached.
+/// Why the world does not start. All processes that can be reached receive the same reason.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum RendezvousRefusal {
@@ -252,7 +252,7 @@ pub enum RendezvousRefusal {
         ranks(.missing), joined(.missing, *.processes), refused_connections(*.refused)
     )]
     Missing { missing: Vec<u32>, processes: u32, waited_ms: u64, refused: u64 },
-    /// A process ended before it joined, for a cause that no restart fixes; or a node ended, which the cause names.
+    /// A process ended before it joined, and no restart can fix the cause; or a node ended, which the cause names.
     #[error("{}", failed(.0))]
     Failed(Report),
     #[error("{0} joined and was lost before the start; see its log")]
@@ -295,7 +295,7 @@ pub(super) const WAIT_LONGER: &str = "to wait longer, set SHARDFLOW_MEET_MS or p
 
 pub(super) type Outcome = Result<(Roster, Listener), RendezvousError>;
 
-/// Why a process did not join a world.
+/// Why this process did not join a world.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum RendezvousError {
@@ -320,7 +320,7 @@ pub enum RendezvousError {
     InUse { coordinator: Address },
     #[error("no route to {coordinator}: {cause}")]
     NoRoute { coordinator: Address, cause: io::Error },
-    /// Process 0 received the join request and then did not answer in time or sent an invalid answer: a bug.
+    /// Process 0 received the join request, but did not answer in time or answered with an invalid message: a bug.
     #[error("rank 0 at {coordinator} {action}")]
     Unexpected { coordinator: Address, action: String },
 }

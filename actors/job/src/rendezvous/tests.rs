@@ -1,4 +1,4 @@
-//! Rendezvous of several processes over Unix sockets and loopback; each process is a thread.
+//! Tests the rendezvous of several processes over Unix sockets and loopback. Each process is a thread.
 
 use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, channel};
@@ -24,7 +24,7 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(20)
 }
 
-/// A free port on loopback; another process is unlikely to take it before the test does.
+/// A free port on loopback. It is unlikely that another process takes it before the test does.
 fn tcp() -> Address {
     let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     Address::Tcp(listener.local_addr().unwrap().to_string())
@@ -36,7 +36,7 @@ fn unix() -> (TempDir, Address) {
     (folder, address)
 }
 
-/// Process `process` of `processes`, with a host name of its own.
+/// Configuration of process `process` of `processes`, with its own host name.
 fn config(address: &Address, process: u32, processes: u32) -> RendezvousConfig {
     let host = format!("host{process}");
     let (version, node) = ("1.0.0".into(), "node".into());
@@ -58,7 +58,7 @@ fn spawn<'s>(scope: &'s Scope<'s, '_>, config: RendezvousConfig) -> ScopedJoinHa
     scope.spawn(move || rendezvous(&config, |_| {}))
 }
 
-/// Process 0, and the lines that it reports while it waits.
+/// Starts process 0. Also returns the lines that it reports while it waits.
 fn spawn_rank_0<'s>(
     scope: &'s Scope<'s, '_>,
     config: RendezvousConfig,
@@ -76,7 +76,7 @@ fn wait_for_line(lines: &Receiver<String>, expected: &str) {
     }
 }
 
-/// Runs all processes concurrently; `change` alters their configurations.
+/// Runs all processes concurrently. `change` modifies their configurations.
 fn run_all(address: &Address, processes: u32, change: impl Fn(&mut RendezvousConfig)) -> Vec<Outcome> {
     let configs = (0..processes).map(|process| {
         let mut config = config(address, process, processes);
@@ -185,7 +185,7 @@ fn all_ranks_receive_a_conflict_with_both_values() {
         ("plan", |c| c.facts[2].value = "abd".into(), "abc", "abd"),
         ("mesh", |c| c.facts[0].value = "tensor=2".into(), "data=2", "tensor=2"),
         ("number of processes", |c| c.processes = 5, "4", "5"),
-        // The first difference is reported: for example, another learning rate also makes another plan.
+        // Only the first difference is reported. For example, another learning rate also changes the plan.
         ("lr", |c| c.facts[1..].iter_mut().for_each(|fact| fact.value = "0.25".into()), "0.5", "0.25"),
         ("lr", |c| drop(c.facts.remove(1)), "0.5", "nothing"),
         ("batch", |c| c.facts.push(Fact::new("batch", 4)), "nothing", "4"),
@@ -260,7 +260,7 @@ fn a_late_process_is_refused_and_counted() {
     let error = rendezvous(&late, |_| {}).unwrap_err();
     assert!(matches!(error, RendezvousError::Late { process: 1, epoch: 4, .. }), "{error}");
     assert!(listener.refused().old_epoch >= 2);
-    // A restarted process waits for this world to end.
+    // The restarted process waits until this world ends.
     let next = RendezvousConfig { restart: 5, timeout: Duration::from_millis(100), ..late };
     let error = rendezvous(&next, |_| {}).unwrap_err();
     assert!(matches!(error, RendezvousError::NotReached(TransportError::Unreachable { .. })), "{error}");
@@ -276,7 +276,7 @@ fn a_restarted_process_replaces_its_predecessor() {
         let mut restarted = RendezvousConfig { restart: 1, ..config(&address, 1, 3) };
         restarted.identity.pid = 201;
         let newer = spawn(s, restarted);
-        // The older process is replaced, joins again, and is refused with the newer one's label.
+        // The newer process replaces the older one, which joins again and is refused with the newer one's label.
         let (first, second) = (ProcessLabel { pid: 201, ..label(1) }, label(1));
         let expected = RendezvousRefusal::Conflicts(vec![Conflict::Duplicate { first, second }]);
         assert_eq!(refusal(older.join().unwrap()), expected);
@@ -393,7 +393,7 @@ fn identity_and_local_address_of_this_process_are_found() {
     assert_eq!(local(&tcp(), elsewhere.parse().ok()), Ok(elsewhere));
 }
 
-/// A PyTorchJob's master does this.
+/// In a PyTorchJob, the master is configured like this.
 #[test]
 fn rank_0_may_listen_on_the_unspecified_address() {
     let Address::Tcp(loopback) = tcp() else { panic!("it is TCP") };
@@ -422,7 +422,7 @@ fn failure(rank: u32, exit: u8) -> Report {
     Report { rank, exit, time_unix_ns: 1, cause: "--width is no multiple of --heads".into(), ..Report::default() }
 }
 
-/// The exit code and message of a process that was refused because of a report.
+/// Returns the exit code and the message for a process that was refused because of a report.
 fn failed_refusal(outcome: Outcome) -> (u8, String) {
     let refusal = refusal(outcome);
     let RendezvousRefusal::Failed(report) = &refusal else { panic!("{refusal}") };
@@ -438,7 +438,7 @@ fn the_failure_of_a_process_before_it_joins_ends_all() {
             let joined = spawn(s, config(&address, 1, 4));
             wait_for_line(&lines, "waiting for ranks 2, 3: 2 of 4 joined");
             send_failure(&config(&address, 3, 4), 3..4, &failure(3, 2)).unwrap();
-            // It joins after the report, while rank 0 still answers.
+            // This process joins after the report, while rank 0 still answers.
             let late = spawn(s, config(&address, 2, 4));
             let expected = "rank 3 ended before it joined: --width is no multiple of --heads (code 2: usage)";
             for thread in [joined, late, rank_0] {
@@ -453,10 +453,10 @@ fn another_process_answers_for_a_failed_rank_0() {
     let (_folder, unix) = unix();
     for address in [unix, tcp()] {
         scope(|s| {
-            // Both connect before any process listens at the address of rank 0.
+            // Both processes connect before any process listens at rank 0's address.
             let waiting = [1, 2].map(|process| spawn(s, config(&address, process, 4)));
             let reporting = s.spawn(|| send_failure(&config(&address, 3, 4), 3..4, &failure(3, 65)));
-            // It returns when all ranks have connected, long before this timeout.
+            // Returns once all ranks have connected, long before this timeout.
             let patient = RendezvousConfig { report_within: Duration::from_secs(600), ..config(&address, 0, 4) };
             refuse_callers(&patient, 0..1, &failure(0, 2)).unwrap();
             for thread in waiting {
@@ -485,7 +485,7 @@ fn a_running_world_refuses_a_report() {
     assert!(error.to_string().contains("is running"), "{error}");
 }
 
-/// A peer that holds the secret cannot end the others with success, or with a code that restarts them forever.
+/// A peer with the secret cannot end the others with code 0, or with a code that restarts them forever.
 #[test]
 fn reports_without_a_final_failure_are_ignored() {
     let (_folder, address) = unix();
@@ -517,7 +517,7 @@ fn the_end_of_a_node_ends_all_whatever_its_code() {
     });
 }
 
-/// The report that the node of this rank has ended its job.
+/// The report that the node of rank `rank` has ended its job.
 fn departure(rank: u32) -> Report {
     let cause = "node 1 ended: killed (code 137)".into();
     Report { cause, first_cause_rank: Some(rank), departed: true, ..failure(rank, 69) }
@@ -551,7 +551,7 @@ fn rank_0_refuses_an_address_of_another_program() {
     assert!(lines[0].ends_with("is in use; trying again for 100ms"), "{lines:?}");
 }
 
-/// Waits until rank 0 of a running world refuses one more process.
+/// Waits until rank 0 of a running world has refused one more process.
 fn wait_for_refusal(running: &[(Roster, Listener)]) {
     let refused = || running[0].1.refused().total();
     let (before, end) = (refused(), Instant::now() + Duration::from_secs(20));
@@ -561,7 +561,7 @@ fn wait_for_refusal(running: &[(Roster, Listener)]) {
     }
 }
 
-/// The launchers of two attempts may overlap.
+/// Two attempts overlap: each has its own launchers.
 #[test]
 fn rank_0_waits_until_an_earlier_world_has_ended() {
     let address = tcp();

@@ -1,4 +1,4 @@
-//! Addresses of listeners, and how they resolve.
+//! Addresses of listeners, and their resolution.
 
 use std::net::{SocketAddr, SocketAddrV6, ToSocketAddrs};
 use std::os::unix::net::UnixDatagram;
@@ -8,13 +8,13 @@ use std::{fmt, io};
 use rustix::net::netdevice::name_to_index;
 use serde::{Deserialize, Serialize};
 
-/// Maximum length of a Unix socket path in bytes: `sun_path` has 108 including the terminating 0.
+/// Maximum length of a Unix socket path in bytes: `sun_path` has 108 bytes, including the terminating 0.
 pub const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// Address of a listener, written `HOST:PORT` or `unix:PATH`. [`resolve`] handles the first form.
+/// Address of a listener, written as `HOST:PORT` or `unix:PATH`. [`resolve`] resolves `HOST:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Address {
-    /// `HOST:PORT`; an IPv6 host is in brackets. Names are resolved at each connection attempt.
+    /// `HOST:PORT`, with brackets around an IPv6 host. A name is resolved at each connection attempt.
     Tcp(String),
     /// Path of a Unix socket.
     Unix(PathBuf),
@@ -43,7 +43,7 @@ pub fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     Ok(vec![SocketAddrV6::new(ip, port, 0, id).into()])
 }
 
-/// Calls `attempt` for each of a name's addresses until one succeeds; otherwise returns the last error.
+/// Calls `attempt` for each of `addresses` until one call succeeds. Otherwise returns the last error.
 pub(crate) fn first_success<T>(
     addresses: Vec<SocketAddr>,
     mut attempt: impl FnMut(SocketAddr) -> io::Result<T>,
@@ -52,12 +52,12 @@ pub(crate) fn first_success<T>(
     addresses.into_iter().fold(none, |found, address| found.or_else(|_| attempt(address)))
 }
 
-/// Removes the zone for use on other nodes: a zone is valid only on its own node.
+/// Removes the zone for use on other nodes. A zone is valid only on its own node.
 pub fn without_zone(address: SocketAddr) -> SocketAddr {
     (address.ip(), address.port()).into()
 }
 
-/// Adds the zone of an own address to a peer's link-local address; returns other addresses unchanged.
+/// Adds the zone of `own` to a link-local address of a peer. Returns other addresses unchanged.
 pub fn with_zone_of(peer: SocketAddr, own: SocketAddr) -> SocketAddr {
     match (peer, own) {
         (SocketAddr::V6(peer), SocketAddr::V6(own)) if peer.ip().is_unicast_link_local() && peer.scope_id() == 0 => {

@@ -12,17 +12,17 @@ use rustix::net::sockopt;
 use super::address::Address;
 use super::sealed::Seal;
 
-/// Default timeout of a write to a peer that does not read, see [`Connection::set_send_timeout`].
+/// Default timeout for a write if the peer does not read. See [`Connection::set_send_timeout`].
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(10);
-/// Idle time of a TCP connection before the first keepalive probe.
+/// How long a TCP connection is idle before the first keepalive probe.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 const KEEPALIVE_PROBES: u32 = 3;
-/// The system treats zero as "no timeout", so an expired deadline uses this value instead.
+/// Timeout after an expired deadline. Zero would mean "no timeout" to the system.
 const TIMEOUT_MIN: Duration = Duration::from_millis(1);
 
-/// A connected socket, by default blocking and without a read timeout. If it is encrypted, call [`Write::flush`] after
-/// the last write: a non-blocking or timed-out write may leave accepted bytes unsent.
+/// A connected socket. By default it is blocking and has no read timeout. If the connection is encrypted, call
+/// [`Write::flush`] after the last write: a non-blocking or timed-out write may leave accepted bytes unsent.
 #[derive(Debug)]
 pub struct Connection {
     socket: Socket,
@@ -50,7 +50,7 @@ impl From<UnixStream> for Connection {
     }
 }
 
-/// Applies the same call to both kinds of sockets.
+/// Calls the same method on both kinds of sockets.
 macro_rules! each {
     ($connection:expr, $stream:ident => $call:expr) => {
         match &$connection.socket {
@@ -61,7 +61,7 @@ macro_rules! each {
 }
 
 impl Connection {
-    /// Clones the handle, for use in another thread.
+    /// Clones the handle for use in another thread.
     pub fn try_clone(&self) -> io::Result<Self> {
         let plain: Self = each!(self, stream => stream.try_clone()?.into());
         Ok(Self { seal: self.seal.clone(), ..plain })
@@ -72,22 +72,22 @@ impl Connection {
         self.seal = Some(Arc::new(seal));
     }
 
-    /// Returns the socket of a plain connection; the error is an encrypted connection, unchanged.
+    /// Returns the socket of an unencrypted connection. If the connection is encrypted, the error returns it unchanged.
     pub fn into_socket(self) -> Result<Socket, Self> {
         if self.seal.is_some() { Err(self) } else { Ok(self.socket) }
     }
 
-    /// The socket, to wait until it is ready.
+    /// The socket, for waiting until it is ready.
     pub(crate) fn socket(&self) -> &Socket {
         &self.socket
     }
 
-    /// True if it is encrypted.
+    /// True if the connection is encrypted.
     pub fn is_sealed(&self) -> bool {
         self.seal.is_some()
     }
 
-    /// Writes as much of `first`, and then of `second`, as is accepted without blocking; if encrypted, in one record.
+    /// Writes as much of `first`, then of `second`, as possible without blocking. If encrypted, writes one record.
     pub fn write_both(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         match &self.seal {
             Some(seal) => each!(self, stream => seal.write(stream, first, second)),
@@ -105,13 +105,13 @@ impl Connection {
         each!(self, stream => stream.shutdown(direction))
     }
 
-    /// Sets the read timeout; a read that exceeds it fails with `WouldBlock`. `None` disables the timeout.
+    /// Sets the read timeout. A read that takes longer fails with `WouldBlock`. `None` disables the timeout.
     pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         each!(self, stream => stream.set_read_timeout(timeout))
     }
 
-    /// A write without progress for this time fails with `WouldBlock`. TCP fails with `TimedOut`, even without a
-    /// pending write, if the peer's machine acknowledges nothing for this time or the peer reads nothing: keep reading.
+    /// A write without progress for this time fails with `WouldBlock`. TCP fails with `TimedOut`, even without a write,
+    /// if for this time the peer's machine acknowledges nothing or the peer does not read. So keep reading.
     pub fn set_send_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = timeout.max(TIMEOUT_MIN);
         if let Socket::Tcp(stream) = &self.socket {
@@ -120,17 +120,17 @@ impl Connection {
         each!(self, stream => stream.set_write_timeout(Some(timeout)))
     }
 
-    /// Enables or disables nonblocking mode. A new connection is blocking.
+    /// Enables or disables nonblocking mode. A new connection is in blocking mode.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         each!(self, stream => stream.set_nonblocking(nonblocking))
     }
 
-    /// True for a Unix socket, which can transfer descriptors.
+    /// True for a Unix socket, which can transfer file descriptors.
     pub fn is_unix(&self) -> bool {
         matches!(self.socket, Socket::Unix(_))
     }
 
-    /// The peer's address, for error messages.
+    /// The peer's address, for use in error messages.
     pub fn peer(&self) -> String {
         match &self.socket {
             Socket::Tcp(stream) => stream.peer_addr().map_or_else(|_| "a closed connection".into(), |a| a.to_string()),
@@ -142,7 +142,7 @@ impl Connection {
         }
     }
 
-    /// True if the connection is closed or broken and nothing is left to read. Does not block.
+    /// True if the connection is closed or broken and has no more data to read. Does not block.
     pub fn is_closed(&self) -> bool {
         use rustix::net::RecvFlags;
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
@@ -152,12 +152,12 @@ impl Connection {
         }
     }
 
-    /// Returns a wrapper whose reads and writes end by a deadline.
+    /// Returns a wrapper whose reads and writes fail after a deadline.
     pub fn until(&self, deadline: Instant) -> DeadlineConnection<'_> {
         DeadlineConnection { connection: self, deadline }
     }
 
-    /// Configures an authenticated connection: blocking mode, keepalive probes and the write timeout.
+    /// Configures an authenticated connection: blocking mode, keepalive probes and write timeout.
     pub(super) fn configure(&self) -> io::Result<()> {
         if let Socket::Tcp(stream) = &self.socket {
             sockopt::set_socket_keepalive(stream, true)?;
@@ -218,7 +218,7 @@ impl AsFd for Connection {
     }
 }
 
-/// Reads and writes of a connection that fail with `TimedOut` after a deadline, even if bytes arrive slowly.
+/// A connection whose reads and writes fail with `TimedOut` after a deadline, even if bytes keep arriving slowly.
 #[derive(Debug)]
 pub struct DeadlineConnection<'a> {
     connection: &'a Connection,
@@ -240,7 +240,7 @@ impl DeadlineConnection<'_> {
     }
 }
 
-/// Maps `WouldBlock`, which the system returns on a timeout, to `TimedOut`.
+/// Turns `WouldBlock`, which the system returns on a timeout, into `TimedOut`.
 fn timed_out(error: io::Error) -> io::Error {
     if error.kind() == io::ErrorKind::WouldBlock { io::ErrorKind::TimedOut.into() } else { error }
 }

@@ -1,4 +1,4 @@
-//! Transfers descriptors, such as those of shared memory, over a Unix socket.
+//! Transfers file descriptors, such as those of shared memory, over a Unix socket.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -17,21 +17,21 @@ use super::error::TransportError;
 pub const DESCRIPTORS_MAX: usize = 64;
 const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX));
 
-/// Sends 1 to [`DESCRIPTORS_MAX`] descriptors in one message; the receiver gets its own handles.
+/// Sends 1 to [`DESCRIPTORS_MAX`] descriptors in one message. The receiver gets its own handles.
 pub fn send_descriptors(connection: &Connection, descriptors: &[BorrowedFd<'_>]) -> Result<(), TransportError> {
     check(connection, descriptors.len())?;
     let mut space = [MaybeUninit::uninit(); SPACE];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     assert!(ancillary.push(SendAncillaryMessage::ScmRights(descriptors)), "the buffer holds the maximum number");
-    // The count is sent as one byte of data: a stream transfers no descriptors without data.
+    // The count is sent as one byte of data, because a stream socket transfers descriptors only together with data.
     let count = [descriptors.len() as u8];
     let send = || sendmsg(connection, &[IoSlice::new(&count)], &mut ancillary, SendFlags::NOSIGNAL);
     let sent = retry_on_intr(send).map(drop);
     sent.map_err(|error| TransportError::io("sending descriptors to", &connection.peer(), error))
 }
 
-/// Receives the `count` descriptors, 1 to [`DESCRIPTORS_MAX`], of one [`send_descriptors`]. They are closed on exec.
-/// The connection's read timeout applies. Received descriptors are closed on error.
+/// Receives the `count` descriptors, 1 to [`DESCRIPTORS_MAX`], of one [`send_descriptors`] call. They are closed on
+/// exec. The connection's read timeout applies. On error, already received descriptors are closed.
 pub fn receive_descriptors(connection: &Connection, count: usize) -> Result<Vec<OwnedFd>, TransportError> {
     check(connection, count)?;
     let mut space = [MaybeUninit::uninit(); SPACE];
@@ -110,7 +110,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         send_descriptors(&a, &[file.as_fd()]).unwrap();
         assert!(matches!(receive_descriptors(&b, 2), Err(TransportError::Descriptors { got: 1, .. })));
-        // Data without descriptors.
+        // Sends data without descriptors.
         (&a).write_all(&[3]).unwrap();
         assert!(matches!(receive_descriptors(&b, 3), Err(TransportError::Descriptors { got: 3, .. })));
         assert!(matches!(send_descriptors(&a, &[]), Err(TransportError::Descriptors { got: 0, .. })));

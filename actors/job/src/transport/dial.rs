@@ -1,4 +1,4 @@
-//! The dialling side: connects, runs the handshake and retries until a deadline.
+//! The dialling side: connects, runs the handshake, and retries until a deadline.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -16,17 +16,17 @@ use super::hello::Hello;
 use super::sealed::Seal;
 use crate::secret::Secret;
 
-/// Back-off between attempts: doubles from the minimum to the maximum.
+/// Pause between attempts: starts at the minimum and doubles up to the maximum.
 const WAIT_MIN: Duration = Duration::from_millis(5);
 const WAIT_MAX: Duration = Duration::from_millis(250);
-/// Timeout of one attempt, so that a peer that accepts and sends nothing does not use up the whole deadline.
+/// Timeout of one attempt. Without it, a peer that accepts but sends nothing would use up the whole deadline.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Connects to the process `hello.to` and authenticates both sides. If the peer is absent, refuses temporarily, has not
-/// started or closes the connection, it retries until `deadline`. It makes at least one attempt.
+/// Connects to process `hello.to`; both sides authenticate. Retries until `deadline` if the peer is absent, has not
+/// started, refuses temporarily or closes the connection. Makes at least one attempt.
 ///
 /// # Errors
-/// [`TransportError::Handshake`] at once if authentication fails; [`TransportError::Unreachable`] at the deadline.
+/// [`TransportError::Handshake`] immediately if authentication fails; [`TransportError::Unreachable`] at the deadline.
 pub fn connect(
     address: &Address,
     secret: &Secret,
@@ -39,7 +39,7 @@ pub fn connect(
     })
 }
 
-/// Like [`connect`]. `pause` sleeps between attempts; if it returns true, this fails with [`TransportError::Closed`].
+/// Like [`connect`], but calls `pause` between attempts. If that returns true, fails with [`TransportError::Closed`].
 pub(super) fn connect_unless(
     address: &Address,
     secret: &Secret,
@@ -56,7 +56,7 @@ pub(super) fn connect_unless(
         };
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            // The deadline interrupted the last attempt; the previous error is more useful.
+            // The deadline interrupted the last attempt, so the error of the previous attempt is more useful.
             let last = Box::new(last.unwrap_or(error));
             let (to, address, purpose) = (hello.to, address.clone(), hello.purpose);
             let waited_ms = begin.elapsed().as_millis() as u64;
@@ -72,7 +72,7 @@ pub(super) fn connect_unless(
 
 fn is_temporary(error: &TransportError) -> bool {
     match error {
-        // Not started yet, or disconnected: a listener with too many unauthenticated connections drops the oldest one.
+        // The peer has not started, or its listener has too many unauthenticated connections and dropped this one.
         TransportError::Io { .. } => true,
         TransportError::Handshake { cause: HandshakeError::Echo, .. } => true,
         TransportError::Handshake { cause: HandshakeError::Refused(refusal), .. } => refusal.is_temporary(),
@@ -114,7 +114,7 @@ fn time_until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
-/// Has a timeout while the acceptor's backlog is full, so that a frozen acceptor cannot block it forever.
+/// Uses a timeout if the acceptor's backlog is full, so that a frozen acceptor cannot block the dialler forever.
 fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
     let socket = net::socket_with(net::AddressFamily::UNIX, net::SocketType::STREAM, net::SocketFlags::CLOEXEC, None)?;
     net::sockopt::set_socket_timeout(&socket, net::sockopt::Timeout::Send, Some(time_until(deadline)))?;
@@ -124,7 +124,7 @@ fn open_unix(path: &Path, deadline: Instant) -> io::Result<UnixStream> {
 
 fn open_tcp(target: SocketAddr, deadline: Instant) -> io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&target, time_until(deadline))?;
-    // Without a listener, a port of the ephemeral range can connect to itself.
+    // If nobody listens on a port of the ephemeral range, a socket can connect to itself.
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
@@ -163,7 +163,7 @@ mod tests {
         connect(&Address::Tcp(address.to_string()), &secret(), &hello(), deadline)
     }
 
-    /// The dialler's error for an acceptor that sends `answer` and then only reads.
+    /// Returns the dialler's error if the acceptor sends `answer` and then only reads.
     fn error_for(answer: &[u8], deadline: Instant) -> TransportError {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let address = listener.local_addr().unwrap();
@@ -171,7 +171,7 @@ mod tests {
             let acceptor = scope.spawn(|| {
                 let (mut stream, _) = listener.accept().unwrap();
                 stream.write_all(answer).unwrap();
-                // Until the dialler closes the connection.
+                // Reads until the dialler closes the connection.
                 let _ = io::copy(&mut stream, &mut io::sink());
             });
             let error = dial(address, deadline).unwrap_err();
@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn a_peer_that_is_not_an_acceptor_is_rejected_at_once() {
         let deadline = Instant::now() + Duration::from_secs(20);
-        // A greeting for another dialler.
+        // Another dialler's greeting.
         let (_, other) = Dialler::new(&secret()).unwrap();
         let greeting = with_length(&Acceptor::new(&secret(), &other).unwrap().1);
         let magic: fn(&HandshakeError) -> bool = |e| matches!(e, HandshakeError::Magic);
@@ -208,7 +208,7 @@ mod tests {
         }
     }
 
-    /// The peer is alive but does not read.
+    /// The peer is alive, but does not read.
     #[test]
     fn a_write_without_progress_times_out() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();

@@ -1,4 +1,4 @@
-//! Errors of connections.
+//! The error type of connections.
 
 use std::io;
 
@@ -8,7 +8,7 @@ use super::hello::Purpose;
 use super::wire::WireError;
 use crate::secret::RandomError;
 
-/// Why a connection could not be established, or why it ended.
+/// Why a connection could not be established or has ended.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum TransportError {
@@ -16,7 +16,7 @@ pub enum TransportError {
     Random(#[from] RandomError),
     #[error("cannot listen on {address}: {cause}")]
     Listen { address: Address, cause: io::Error },
-    /// `last` is the error of the last attempt that was not cut short.
+    /// `last` is the error of the last attempt that the deadline did not interrupt.
     #[error(
         "no connection to process {to} at {address} for {purpose}: {attempts} attempts in {waited_ms} ms, the last error: {last}"
     )]
@@ -52,11 +52,11 @@ fn describe_refusals(count: &u64) -> String {
     if *count == 0 { String::new() } else { format!("; {count} connections were refused since the start") }
 }
 
-/// Operation of [`TransportError::Io`].
+/// The operation of a [`TransportError::Io`] if the accepting thread cannot start.
 pub(super) const START_THREAD: &str = "starting the accepting thread of";
 
 impl TransportError {
-    /// True if the system could not start a thread.
+    /// True if a system limit prevented the start of a thread.
     pub fn is_thread_limit(&self) -> bool {
         matches!(self, Self::Io { operation: START_THREAD, .. })
     }
@@ -65,7 +65,7 @@ impl TransportError {
         Self::Io { operation, peer: peer.to_string(), cause: cause.into() }
     }
 
-    /// True if authentication failed or the protocols differ, so that a retry cannot succeed.
+    /// True if authentication failed or the protocols differ: a retry cannot succeed.
     pub fn is_authentication(&self) -> bool {
         match self {
             Self::Handshake { cause: HandshakeError::Refused(refusal), .. } => !refusal.is_temporary(),
@@ -75,7 +75,7 @@ impl TransportError {
         }
     }
 
-    /// The peer's authenticated refusal, if there is one.
+    /// The peer's authenticated refusal, if the peer has sent one.
     pub fn refusal(&self) -> Option<&Refusal> {
         match self {
             Self::Handshake { cause: HandshakeError::Refused(refusal), .. } => Some(refusal),

@@ -1,7 +1,7 @@
-//! Private folders for sockets in the system's temporary folder.
+//! Private folders for sockets, inside the system's temporary folder.
 //!
-//! The owner holds a lock on the file `lock` in the folder. The kernel releases it when the owner dies for any reason,
-//! so later owners can remove the folders of killed processes.
+//! The owner locks the file `lock` in the folder. The kernel releases the lock when the owner dies for any reason, so
+//! later owners can remove the folders of killed processes.
 
 use std::fs::{self, File, Permissions};
 use std::io;
@@ -14,16 +14,16 @@ use tempfile::TempDir;
 const PREFIX: &str = "shardflow-";
 const LOCK: &str = "lock";
 
-/// A folder that only this user can enter. Dropping it removes it.
+/// A folder that only this user can access. Dropping the value removes the folder.
 #[derive(Debug)]
 pub struct PrivateFolder {
     folder: TempDir,
-    /// `None` on a file system without locks; then nobody removes the folder of a killed owner.
+    /// `None` on a file system without locks. There, a killed owner's folder is never removed.
     _lock: Option<File>,
 }
 
 impl PrivateFolder {
-    /// Creates a folder named `prefix`, which begins with `shardflow-`, plus letters; removes those of dead owners.
+    /// Creates a folder named `prefix`, which must be `shardflow-*`, plus letters. Removes the folders of dead owners.
     pub fn new(prefix: &str) -> io::Result<Self> {
         remove_dead(&std::env::temp_dir());
         let private = Permissions::from_mode(0o700);
@@ -38,7 +38,7 @@ impl PrivateFolder {
     }
 }
 
-/// Creates the lock. The file gets its final name only while it is locked, so the owner of an unlocked file is dead.
+/// Creates the lock file. It gets its final name only after it is locked, so the owner of an unlocked file is dead.
 fn lock(folder: &Path) -> io::Result<File> {
     let (new, named) = (folder.join("lock.new"), folder.join(LOCK));
     let file = File::create(&new)?;
@@ -47,7 +47,7 @@ fn lock(folder: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Age at which an empty folder has no owner: an owner creates the lock at once.
+/// An empty folder of this age has no owner, because an owner creates the lock file at once.
 const EMPTY_AGE: Duration = Duration::from_secs(600);
 
 /// Removes this user's folders whose owners are dead. Skips folders that cannot be read or removed.
@@ -55,12 +55,12 @@ fn remove_dead(temporary: &Path) {
     let own = rustix::process::geteuid().as_raw();
     for entry in fs::read_dir(temporary).into_iter().flatten().flatten() {
         let is_named = entry.file_name().to_string_lossy().starts_with(PREFIX);
-        // Metadata of the entry itself: symbolic links are not followed.
+        // The entry's own metadata: symbolic links are not followed.
         let Some(data) = entry.metadata().ok().filter(|data| is_named && data.is_dir() && data.uid() == own) else {
             continue;
         };
         if data.modified().is_ok_and(|at| at.elapsed().is_ok_and(|age| age > EMPTY_AGE)) {
-            // Its owner was killed before it created the lock. Fails if the folder is not empty.
+            // The owner was killed before it created the lock file. This fails if the folder is not empty.
             let _ = fs::remove_dir(entry.path());
         }
         let is_dead = File::open(entry.path().join(LOCK)).is_ok_and(|file| file.try_lock().is_ok());
@@ -84,7 +84,7 @@ mod tests {
         };
         let (living, dead, without, other) = (make("shardflow-a"), make("shardflow-b"), make("shardflow-c"), make("d"));
         let held = lock(&living).unwrap();
-        // As the kernel does when the owner ends.
+        // Like the kernel when the owner ends.
         drop(lock(&dead).unwrap());
         drop(lock(&other).unwrap());
         fs::write(dead.join("0.sock"), "").unwrap();
@@ -119,7 +119,7 @@ mod tests {
         let folder = PrivateFolder::new("shardflow-test-").unwrap();
         let path = folder.path().to_owned();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o700);
-        // Creating another folder does not remove it.
+        // Creating another folder does not remove this one, because its owner is alive.
         drop(PrivateFolder::new("shardflow-test-").unwrap());
         assert!(path.join(LOCK).exists());
         drop(folder);

@@ -1,5 +1,5 @@
-//! The handshake of a connection, as a state machine on bytes without sockets, so that it can be fuzzed. It is Noise
-//! with a pre-shared key (`NNpsk0`, <https://noiseprotocol.org/noise.html>); the key is derived from the job's secret.
+//! The handshake of a connection: a state machine on bytes without sockets, so that it can be fuzzed. It is Noise with
+//! a pre-shared key (`NNpsk0`, <https://noiseprotocol.org/noise.html>), which is derived from the job's secret.
 //!
 //! ```text
 //! dialler                                        acceptor
@@ -9,15 +9,15 @@
 //!                       ◄─────────────────────── verdict, encrypted
 //! ```
 //!
-//! - **HS-1**: neither side uses a hello or a verdict before it has decrypted it. Until then it reads only magic,
-//!   version and lengths, which do not depend on the secret.
+//! - **HS-1**: neither side uses a hello or a verdict before it has decrypted the message. Before that, a side reads
+//!   only magic, version and lengths, which do not depend on the secret.
 //! - **HS-2**: the keys depend on an ephemeral key of each side, so a recorded message is invalid in any other
-//!   handshake. A recorded greeting of a dialler passes the first check, but its hello cannot follow.
-//! - **HS-3**: each direction has its own key, so a message of one side is never valid as one of the other.
-//! - **HS-4**: the dialler proves first: an acceptor encrypts nothing for a dialler without the secret.
-//! - **HS-5**: the hello names both processes, so a hello for one process is refused by another.
+//!   handshake. An acceptor answers a recorded greeting, but then no valid hello can follow.
+//! - **HS-3**: each direction has its own key, so a message of one side is never valid as a message of the other side.
+//! - **HS-4**: the dialler proves first that it has the secret. Before that, the acceptor encrypts nothing for it.
+//! - **HS-5**: the hello names both processes, so a process refuses a hello meant for another one.
 //!
-//! On the wire, the length of each message precedes it as a little-endian u16.
+//! On the wire, each message follows its length, a little-endian u16.
 
 use serde::{Deserialize, Serialize};
 use snow::{Builder, HandshakeState, StatelessTransportState};
@@ -26,7 +26,7 @@ use super::hello::{Hello, PROCESSES_MAX, Purpose, SessionId};
 use super::wire::{self, WireError};
 use crate::secret::Secret;
 
-/// Version of all messages between processes. Any change to a message increments it.
+/// Version of all messages between processes. Increment it with any change to a message.
 pub const PROTOCOL_VERSION: u16 = 4;
 /// Maximum size of a handshake message in bytes.
 pub const HANDSHAKE_BYTES_MAX: usize = 1024;
@@ -39,7 +39,7 @@ const HEAD_BYTES: usize = 6;
 pub(super) const TAG_BYTES: usize = 16;
 const PATTERN: &str = "Noise_NNpsk0_25519_AESGCM_SHA256";
 
-/// Why an acceptor refuses an authenticated dialler. The dialler receives it encrypted.
+/// Why an acceptor refuses an authenticated dialler. The refusal is sent encrypted.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum Refusal {
@@ -47,7 +47,7 @@ pub enum Refusal {
     Session { acceptor: SessionId, dialler: SessionId },
     #[error("this process is in epoch {dialler}, but epoch {acceptor} is running")]
     OldEpoch { acceptor: u64, dialler: u64 },
-    /// The acceptor belongs to an incarnation that has ended; it will exit soon.
+    /// The acceptor belongs to an earlier incarnation, which has ended. The acceptor will exit soon.
     #[error("it is still in epoch {acceptor}, but this process is in epoch {dialler}")]
     NewEpoch { acceptor: u64, dialler: u64 },
     #[error("epoch {epoch} is running: this process is too late, or its rank is already taken")]
@@ -85,19 +85,19 @@ pub enum HandshakeError {
     Echo,
     #[error("it does not hold this job's secret, or its message was modified")]
     Proof,
-    /// The acceptor could not decrypt this side's greeting. This answer is not authenticated.
+    /// The acceptor could not decrypt this side's greeting. The acceptor's answer is not authenticated.
     #[error("it rejects this process's proof of the job's secret: is the same secret set everywhere?")]
     Denied,
     #[error("it holds the secret, but its message cannot be decoded: {0}")]
     Unreadable(WireError),
-    /// The cipher could not be set up: the system returns no random numbers.
+    /// The cipher could not be set up, because the system provides no random numbers.
     #[error("cannot encrypt: {0}")]
     Cipher(snow::Error),
     #[error("refused: {0}")]
     Refused(Refusal),
 }
 
-/// Magic and version, which precede both greetings. Alone, it answers a dialler with another version or secret.
+/// Magic and version, which begin both greetings. Sent alone, they answer a dialler with another version or secret.
 pub fn head() -> [u8; HEAD_BYTES] {
     let mut head = [0; HEAD_BYTES];
     head[..4].copy_from_slice(&MAGIC);
@@ -110,7 +110,7 @@ pub(super) fn with_length(part: &[u8]) -> Vec<u8> {
     [&(part.len() as u16).to_le_bytes()[..], part].concat()
 }
 
-/// Checks a greeting's magic and version, which keep their positions in later, longer versions; returns the rest.
+/// Checks magic and version, whose positions stay the same in later versions. Returns the rest of the greeting.
 fn check_head(message: &[u8]) -> Result<&[u8], HandshakeError> {
     let Some((head, rest)) = message.split_first_chunk::<HEAD_BYTES>() else { return Err(HandshakeError::Magic) };
     if head[..4] != MAGIC {
@@ -134,7 +134,7 @@ fn noise(secret: &Secret, initiates: bool) -> Result<HandshakeState, snow::Error
     if initiates { builder.build_initiator() } else { builder.build_responder() }
 }
 
-/// Appends a greeting's Noise message to its head.
+/// Makes a greeting: the head, followed by the Noise message.
 fn greeting(noise: &mut HandshakeState) -> Result<Vec<u8>, HandshakeError> {
     let mut message = vec![0; GREETING_BYTES];
     message[..HEAD_BYTES].copy_from_slice(&head());
@@ -199,7 +199,7 @@ impl Dialler {
 }
 
 impl GreetedDialler {
-    /// Processes the acceptor's verdict. The returned keys continue with nonce 1 in both directions.
+    /// Processes the acceptor's verdict. The returned keys continue at nonce 1 in both directions.
     pub fn finish(self, message: &[u8]) -> Result<StatelessTransportState, HandshakeError> {
         let verdict = decrypt(&self.0, "verdict", message)?;
         let verdict: Result<(), Refusal> = wire::decode(&verdict).map_err(HandshakeError::Unreadable)?;
@@ -215,8 +215,8 @@ impl Acceptor {
     /// Processes the dialler's greeting and returns the greeting to send.
     ///
     /// # Errors
-    /// [`HandshakeError::Magic`], [`HandshakeError::Length`]; [`HandshakeError::Version`], [`HandshakeError::Proof`]:
-    /// answer with [`head`], so that the dialler reports it too.
+    /// [`HandshakeError::Magic`], [`HandshakeError::Length`]. After [`HandshakeError::Version`] or
+    /// [`HandshakeError::Proof`], answer with [`head`], so that the dialler can report the reason.
     pub fn new(secret: &Secret, peer_greeting: &[u8]) -> Result<(Self, Vec<u8>), HandshakeError> {
         let body = check_head(peer_greeting)?;
         check_length(body)?;
@@ -227,19 +227,19 @@ impl Acceptor {
         Ok((Self(keys), greeting))
     }
 
-    /// Decrypts the dialler's hello. An authentic hello that cannot be decoded, for example with an unknown purpose, is
-    /// [`Refusal::Unreadable`]; send it to the dialler like any other refusal.
+    /// Decrypts the dialler's hello. If an authentic hello cannot be decoded, for example because its purpose is
+    /// unknown, returns [`Refusal::Unreadable`]. Send it to the dialler like any other refusal.
     pub fn verify(&self, message: &[u8]) -> Result<Result<Hello, Refusal>, HandshakeError> {
         Ok(wire::decode(&decrypt(&self.0, "hello", message)?).map_err(|_| Refusal::Unreadable))
     }
 
-    /// Returns the verdict to send, and the keys, which continue with nonce 1. Only after [`Acceptor::verify`].
+    /// Returns the verdict to send, and the keys, which continue at nonce 1. Call this after [`Acceptor::verify`].
     pub fn answer(self, verdict: &Result<(), Refusal>) -> Result<(Vec<u8>, StatelessTransportState), HandshakeError> {
         Ok((encrypt(&self.0, verdict)?, self.0))
     }
 }
 
-/// The acceptor's identity, and the rule for accepting diallers.
+/// The acceptor's identity, and the rule by which it accepts diallers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AcceptPolicy {
     /// The acceptor's process.
@@ -253,9 +253,9 @@ pub struct AcceptPolicy {
 pub struct SettledWorld {
     /// The session.
     pub session: SessionId,
-    /// Its epoch.
+    /// The session's epoch.
     pub epoch: u64,
-    /// Number of its processes.
+    /// Number of processes in the session.
     pub processes: u32,
 }
 

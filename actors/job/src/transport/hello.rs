@@ -1,4 +1,4 @@
-//! What a dialler states about both processes.
+//! What a dialler states about itself and the process that it dials.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::secret::{RandomError, random};
 
-/// Maximum number of processes of one world.
+/// Maximum number of processes in a world.
 pub const PROCESSES_MAX: u32 = 4096;
 
 /// Random id of one incarnation of a world; all zero before the rendezvous.
@@ -30,15 +30,15 @@ impl fmt::Display for SessionId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum Purpose {
-    /// To process 0, before the session exists.
+    /// A connection to process 0 before the session exists.
     Rendezvous,
-    /// Supervision and the end of the session.
+    /// Control messages: failure detection and the end of the session.
     Control,
-    /// Messages and register data. `index` distinguishes the connections between the same two processes.
+    /// Messages and register data. `index` distinguishes several connections between the same two processes.
     Registers { index: u16 },
-    /// One edge of a collective: group member `member` has dialled `peer`. `group` is an index in the plan.
+    /// One edge of a collective: group member `member` has dialled member `peer`. `group` is an index in the plan.
     Group { group: u32, member: u32, peer: u32 },
-    /// Shared memory descriptors, over a Unix socket.
+    /// Descriptors of shared memory, sent over a Unix socket.
     Memory,
 }
 
@@ -57,13 +57,13 @@ impl fmt::Display for Purpose {
 /// The dialler's description of both processes; the handshake authenticates it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
-    /// Zero for [`Purpose::Rendezvous`].
+    /// The session id; zero for [`Purpose::Rendezvous`].
     pub session: SessionId,
-    /// The incarnation of the world; for [`Purpose::Rendezvous`] how often the dialler has been restarted.
+    /// The world's incarnation. For [`Purpose::Rendezvous`], the number of restarts of the dialler.
     pub epoch: u64,
-    /// Process that dials.
+    /// The process that dials.
     pub from: u32,
-    /// Process that it dials.
+    /// The process that is dialled.
     pub to: u32,
     /// Whether the bytes that follow the handshake are encrypted.
     pub sealed: bool,

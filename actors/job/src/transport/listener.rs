@@ -1,9 +1,9 @@
-//! The accepting side: one thread polls sockets and unauthenticated connections, and keeps the others until claimed.
+//! The accepting side: one thread polls sockets and runs handshakes. Authenticated connections wait until claimed.
 //!
-//! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one drops the oldest. Each
-//!   keeps at most one handshake message in memory, for at most `handshake_timeout`.
-//! - **EP-2**: an unauthenticated connection never blocks the thread, whatever it sends or does not send.
-//! - **EP-3**: at most `unclaimed_max` connections are unclaimed; a further dialler must retry.
+//! - **EP-1**: at most `unauthenticated_max` connections are unauthenticated; a further one replaces the oldest. Each
+//!   holds at most one handshake message in memory, for at most `handshake_timeout`.
+//! - **EP-2**: an unauthenticated connection never blocks the thread, no matter what it sends.
+//! - **EP-3**: at most `unclaimed_max` connections are unclaimed. Further diallers must retry.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -34,22 +34,22 @@ mod state;
 pub use socket::ListenAddress;
 pub use state::{ListenerOptions, Refusals};
 
-/// Accepts connections from the other processes of the job. Dropping it closes it.
+/// Accepts connections from the other processes of the job. Dropping the listener closes it.
 #[derive(Debug)]
 pub struct Listener {
     addresses: Vec<Address>,
     private_error: Option<String>,
     shared: Arc<Shared>,
-    /// Closing it ends the thread.
+    /// Closing this socket ends the thread.
     wake: UnixStream,
     thread: Option<JoinHandle<()>>,
-    /// Sockets to unlink, with their inodes: a successor may have replaced the path by then.
+    /// Socket paths to unlink, and their inodes: a successor may have created a new socket at the same path.
     paths: Vec<(PathBuf, u64)>,
     _folders: Vec<PrivateFolder>,
 }
 
 impl Listener {
-    /// Listens as `process`. Until [`Listener::begin`] it accepts only [`Purpose::Rendezvous`].
+    /// Listens as `process`. Before [`Listener::begin`], the listener accepts only [`Purpose::Rendezvous`].
     pub fn listen(
         process: u32,
         secret: Secret,
@@ -91,30 +91,30 @@ impl Listener {
         Ok(Self { addresses, private_error, shared, wake, thread, paths, _folders: folders })
     }
 
-    /// Why it could not listen on [`ListenAddress::PrivateUnix`]: the folder and the cause.
+    /// Why listening on [`ListenAddress::PrivateUnix`] failed: the folder and the cause. `None` if it did not fail.
     pub fn private_error(&self) -> Option<&str> {
         self.private_error.as_deref()
     }
 
-    /// Its addresses for others, in the order of the `listen` argument.
+    /// The addresses at which others reach this listener, in the order of the `listen` argument.
     pub fn addresses(&self) -> &[Address] {
         &self.addresses
     }
 
-    /// Sets session, epoch and number of processes. From now on it accepts only members of this world.
+    /// Sets session, epoch and number of processes. From now on, only members of this world are accepted.
     pub fn begin(&self, world: SettledWorld) {
         let mut state = self.shared.state.lock();
         state.policy.world = Some(world);
-        // Late diallers are disconnected; when they retry, the handshake reports the reason.
+        // Late diallers are disconnected. When they retry, the handshake reports the reason to them.
         state.unclaimed.retain(|u| u.purpose != Purpose::Rendezvous);
     }
 
-    /// Waits for the connection that process `from` dialled for `purpose`. If it dialled twice, returns the newer one.
+    /// Waits for the connection that process `from` dialled for `purpose`. If there are two, returns the newer one.
     pub fn wait(&self, from: u32, purpose: Purpose, deadline: Instant) -> Result<Connection, TransportError> {
         self.claim(Some(from), purpose, deadline).map(|(_, connection)| connection)
     }
 
-    /// Waits for a connection that any process dialled for `purpose`. Returns the oldest one with its process.
+    /// Waits for a connection that any process dialled for `purpose`. Returns the oldest one, and its process.
     pub fn wait_any(&self, purpose: Purpose, deadline: Instant) -> Result<(u32, Connection), TransportError> {
         self.claim(None, purpose, deadline)
     }
@@ -143,7 +143,7 @@ impl Listener {
         }
     }
 
-    /// Same as [`super::connect`], but stops when this listener is closed.
+    /// Same as [`super::connect`], but fails when this listener is closed.
     pub fn dial(
         &self,
         address: &Address,
@@ -158,7 +158,7 @@ impl Listener {
         })
     }
 
-    /// True once it has been closed.
+    /// True once the listener has been closed.
     pub fn is_closed(&self) -> bool {
         self.shared.state.lock().closed
     }
@@ -168,7 +168,7 @@ impl Listener {
         self.shared.state.lock().refusals
     }
 
-    /// Stops accepting and ends each [`Listener::wait`] and [`Listener::dial`]. Claimed connections stay open.
+    /// Stops accepting, and ends all calls of [`Listener::wait`] and [`Listener::dial`]. Claimed connections stay open.
     pub fn close(&self) {
         self.shared.close();
         let _ = self.wake.shutdown(std::net::Shutdown::Both);
@@ -179,7 +179,7 @@ impl Drop for Listener {
     fn drop(&mut self) {
         self.close();
         if let Some(thread) = self.thread.take() {
-            // The panic hook has reported a panic of the thread.
+            // If the thread panicked, the panic hook has already reported it.
             let _ = thread.join();
         }
         for (path, _) in self.paths.iter().filter(|(path, bound)| inode(path) == Some(*bound)) {

@@ -1,9 +1,9 @@
-//! Encrypted records over a socket: a length (little-endian u16), then one Noise message.
+//! Encrypted records over a socket. A record is a length (little-endian u16) and one Noise message.
 //!
-//! - **SEAL-1**: record `n` of a direction is encrypted with nonce `n`, so removed, repeated or reordered records fail.
-//! - **SEAL-2**: each direction holds at most one record to send and [`INPUT_BYTES`] of received bytes.
-//! - **SEAL-3**: bytes are accepted from the writer a record at a time. A record that the socket accepts only in part
-//!   is sent to its end before the next one is encrypted.
+//! - **SEAL-1**: record `n` of a direction has nonce `n`, so removed, repeated or reordered records are detected.
+//! - **SEAL-2**: each direction holds at most one record to send, and [`INPUT_BYTES`] of received bytes.
+//! - **SEAL-3**: the writer's bytes are accepted one record at a time. If the socket accepts only part of a record, the
+//!   rest is sent before the next record is encrypted.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
@@ -14,14 +14,14 @@ use snow::StatelessTransportState;
 use super::handshake::TAG_BYTES;
 
 const PREFIX_BYTES: usize = 2;
-/// Largest record without its prefix: the limit of a Noise message.
+/// Maximum size of a record without its prefix: the limit of a Noise message.
 const RECORD_BYTES_MAX: usize = 65535;
-/// Most bytes of a writer that one record carries.
+/// Maximum number of a writer's bytes in one record.
 pub(super) const PLAIN_BYTES_MAX: usize = RECORD_BYTES_MAX - TAG_BYTES;
-/// Received bytes that are held: two records.
+/// Size of the buffer for received bytes: two records.
 const INPUT_BYTES: usize = 2 * (PREFIX_BYTES + RECORD_BYTES_MAX);
 
-/// The cipher of a connection. Both directions can be used at the same time by different threads.
+/// The cipher of a connection. Different threads may use the two directions at the same time.
 pub(super) struct Seal {
     keys: StatelessTransportState,
     incoming: Mutex<Incoming>,
@@ -30,11 +30,11 @@ pub(super) struct Seal {
 
 struct Incoming {
     nonce: u64,
-    /// Received bytes; `start..end` are not decrypted yet.
+    /// Received bytes. Those in `start..end` are not decrypted yet.
     input: Vec<u8>,
     start: usize,
     end: usize,
-    /// Decrypted bytes; `taken..decrypted` are not read yet.
+    /// Decrypted bytes. Those in `taken..decrypted` have not been read yet.
     plain: Vec<u8>,
     taken: usize,
     decrypted: usize,
@@ -42,7 +42,7 @@ struct Incoming {
 
 struct Outgoing {
     nonce: u64,
-    /// The record `..end` that is being sent, from `sent` on.
+    /// The record `..end` that is being sent. Its first `sent` bytes have been sent.
     record: Vec<u8>,
     sent: usize,
     end: usize,
@@ -55,7 +55,7 @@ impl fmt::Debug for Seal {
 }
 
 impl Seal {
-    /// Continues after a handshake, which used nonce 0 in both directions.
+    /// Continues after a handshake, which has used nonce 0 in both directions.
     pub(super) fn new(keys: StatelessTransportState) -> Self {
         let incoming =
             Incoming { nonce: 1, input: Vec::new(), start: 0, end: 0, plain: Vec::new(), taken: 0, decrypted: 0 };
@@ -63,7 +63,7 @@ impl Seal {
         Self { keys, incoming: Mutex::new(incoming), outgoing: Mutex::new(outgoing) }
     }
 
-    /// Reads decrypted bytes. Fails if a record was modified; after a timeout or `WouldBlock` a later call continues.
+    /// Reads decrypted bytes. Fails if a record was modified. After a timeout or `WouldBlock`, call it again.
     pub(super) fn read(&self, mut socket: impl Read, into: &mut [u8]) -> io::Result<usize> {
         let mut incoming = self.incoming.lock();
         let incoming = &mut *incoming;
@@ -77,7 +77,7 @@ impl Seal {
             }
             let Some(record) = incoming.next_record() else {
                 if incoming.receive(&mut socket)? == 0 {
-                    // A record that is cut off is lost, as the peer's later bytes are.
+                    // The connection ended within a record: this record and the peer's later bytes are lost.
                     return if incoming.start == incoming.end { Ok(0) } else { Err(ErrorKind::UnexpectedEof.into()) };
                 }
                 continue;
@@ -97,8 +97,8 @@ impl Seal {
         }
     }
 
-    /// Encrypts at most one record of `first` and then `second`, and sends as much of it as the socket accepts. Returns
-    /// how many bytes were accepted from the caller. Accepts none while the previous record cannot be sent.
+    /// Encrypts at most one record from `first` and then `second`, and sends as much of it as the socket accepts.
+    /// Returns how many of the caller's bytes were accepted: none while the previous record cannot be sent completely.
     pub(super) fn write(&self, socket: impl Write, first: &[u8], second: &[u8]) -> io::Result<usize> {
         let mut outgoing = self.outgoing.lock();
         let mut socket = socket;
@@ -131,7 +131,7 @@ impl Seal {
         }
     }
 
-    /// Sends the rest of the last record.
+    /// Sends the rest of the current record.
     pub(super) fn flush(&self, mut socket: impl Write) -> io::Result<()> {
         self.outgoing.lock().send(&mut socket)
     }
@@ -143,7 +143,7 @@ impl Seal {
 }
 
 impl Incoming {
-    /// The range of the next complete record without its prefix, which is then consumed.
+    /// Returns the range of the next complete record, without its prefix, and marks the record as consumed.
     fn next_record(&mut self) -> Option<std::ops::Range<usize>> {
         let received = &self.input[self.start..self.end];
         let (prefix, rest) = received.split_first_chunk::<PREFIX_BYTES>()?;
@@ -155,10 +155,10 @@ impl Incoming {
         })
     }
 
-    /// Reads what has arrived behind the bytes that are held.
+    /// Reads bytes from the socket, and appends them to the received bytes.
     fn receive(&mut self, socket: &mut impl Read) -> io::Result<usize> {
         self.input.resize(INPUT_BYTES, 0);
-        // Only if a whole record does not fit behind `start`.
+        // Moves the bytes only if a whole record does not fit behind `start`.
         if self.start == self.end || self.start > INPUT_BYTES / 2 {
             self.input.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);

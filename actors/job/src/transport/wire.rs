@@ -1,11 +1,11 @@
-//! Encodes structured messages, with a length prefix if needed. Tensors do not use this module.
+//! Encodes structured messages, with a length prefix if needed. Tensors are not sent this way.
 
 use std::io::{self, Read, Write};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Maximum size of a message in bytes; a reader may allow less.
+/// Maximum size of a message in bytes. A reader may have a lower limit.
 pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Size of the length prefix, a little-endian u32.
 const PREFIX_BYTES: usize = 4;
@@ -16,11 +16,11 @@ const CONFIG: bincode::config::Configuration<
     bincode::config::Limit<MESSAGE_BYTES_MAX>,
 > = bincode::config::standard().with_limit::<MESSAGE_BYTES_MAX>();
 
-/// A message could not be read or written.
+/// Why a message could not be read or written.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum WireError {
-    /// The read or write failed; [`io::ErrorKind::UnexpectedEof`] if the peer closed the connection.
+    /// The read or write failed. The kind is [`io::ErrorKind::UnexpectedEof`] if the peer closed the connection.
     #[error("{0}")]
     Io(#[from] io::Error),
     #[error("a message of {bytes} bytes, the maximum is {bytes_max}")]
@@ -32,7 +32,7 @@ pub enum WireError {
 }
 
 impl WireError {
-    /// True for a timeout.
+    /// True if the error is a timeout.
     pub fn is_timeout(&self) -> bool {
         matches!(self, Self::Io(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut))
     }
@@ -43,13 +43,13 @@ pub fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, WireError> {
     bincode::serde::encode_to_vec(value, CONFIG).map_err(|e| WireError::Malformed { message: e.to_string() })
 }
 
-/// Decodes a message from exactly these bytes. Allocates at most a small multiple of their number.
+/// Decodes a message from exactly these bytes. Allocates at most a small multiple of their size.
 pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     if bytes.len() > MESSAGE_BYTES_MAX {
         return Err(WireError::TooLong { bytes: bytes.len(), bytes_max: MESSAGE_BYTES_MAX });
     }
-    // bincode allocates a text at its claimed length before it reads the bytes. So short messages have lower limits:
-    // sixteen times their size, because a number encoded in one byte counts as eight.
+    // bincode allocates memory for a text of the claimed length before it reads the text. So short messages have lower
+    // limits: sixteen times their size, because bincode counts a number encoded in one byte as eight bytes.
     let decoded = match bytes.len() {
         0..=0x1000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x1_0000>()),
         0x1001..=0x1_0000 => bincode::serde::decode_from_slice(bytes, CONFIG.with_limit::<0x10_0000>()),
@@ -62,7 +62,7 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     Ok(value)
 }
 
-/// Writes a length-prefixed message in one call.
+/// Writes a message with its length prefix in one call.
 pub fn write_message<T: Serialize>(to: &mut impl Write, value: &T, bytes_max: usize) -> Result<(), WireError> {
     let body = encode(value)?;
     let bytes_max = bytes_max.min(MESSAGE_BYTES_MAX);
@@ -73,7 +73,7 @@ pub fn write_message<T: Serialize>(to: &mut impl Write, value: &T, bytes_max: us
     Ok(to.flush()?)
 }
 
-/// Reads one message of [`write_message`]. Memory use grows with the received bytes, not with the announced length.
+/// Reads a message from [`write_message`]. Memory use grows with the bytes received, not with the announced length.
 pub fn read_message<T: DeserializeOwned>(from: &mut impl Read, bytes_max: usize) -> Result<T, WireError> {
     let mut prefix = [0; PREFIX_BYTES];
     from.read_exact(&mut prefix)?;
@@ -126,7 +126,7 @@ mod tests {
         bytes.extend_from_slice(&(u64::MAX / 2).to_le_bytes());
         assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { .. })));
         assert!(matches!(decode::<Vec<u64>>(&bytes), Err(WireError::Malformed { .. })));
-        // A string of several MiB in a message of a few bytes.
+        // A message of a few bytes that claims a string of several MiB.
         let bytes = [&[252][..], &(5u32 << 20).to_le_bytes()].concat();
         assert!(matches!(decode::<String>(&bytes), Err(WireError::Malformed { message }) if message.contains("Limit")));
         let numbers: Vec<u64> = vec![1; 4000];

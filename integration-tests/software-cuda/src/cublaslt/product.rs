@@ -1,4 +1,4 @@
-//! Matrix products in plain loops with f32 accumulators, through the checked memory.
+//! Computes matrix products in plain loops with f32 accumulators, through the checked memory.
 //!
 //! `D = epilogue(alpha * op(A) op(B) + beta * C)`; the bias has one element per row of D, as in cuBLASLt.
 #![allow(unsafe_code)]
@@ -14,13 +14,13 @@ pub mod epilogue {
     pub const RELU: u32 = 2;
     /// Adds a bias.
     pub const BIAS: u32 = 4;
-    /// Writes the sums of each row of the result.
+    /// Writes the sum of each row of the result.
     pub const BIAS_GRADIENT: u32 = 16;
-    /// `gelu(x)`, by tanh.
+    /// `gelu(x)`, computed with tanh.
     pub const GELU: u32 = 32;
-    /// Multiplies by the derivative of gelu at the auxiliary matrix.
+    /// Multiplies by the derivative of gelu at the elements of the auxiliary matrix.
     pub const GELU_GRADIENT: u32 = 64;
-    /// Reads or writes the auxiliary matrix, the input of gelu.
+    /// Reads or writes the auxiliary matrix, which holds the input of gelu.
     pub const AUXILIARY: u32 = 128;
     /// Writes the sums over k of op(A).
     pub const BIAS_GRADIENT_A: u32 = 256;
@@ -46,7 +46,7 @@ pub mod epilogue {
 /// Layout of a matrix.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    /// Type of its elements.
+    /// Type of the elements.
     pub dtype: cudaDataType,
     /// Rows.
     pub rows: usize,
@@ -54,7 +54,7 @@ pub(crate) struct Layout {
     pub cols: usize,
     /// Elements from one column to the next, or from one row to the next if row-major.
     pub leading: usize,
-    /// Row-major.
+    /// Whether the matrix is row-major.
     pub by_rows: bool,
     /// Number of matrices.
     pub batch: usize,
@@ -65,9 +65,9 @@ pub(crate) struct Layout {
 /// A matrix product.
 #[derive(Clone, Debug)]
 pub(crate) struct Product {
-    /// Addresses of A, B, C and D.
+    /// Addresses of the matrices A, B, C and D.
     pub addresses: [usize; 4],
-    /// Their layouts.
+    /// Layouts of A, B, C and D.
     pub layouts: [Layout; 4],
     /// Whether A and B are transposed.
     pub transposed: [bool; 2],
@@ -77,7 +77,7 @@ pub(crate) struct Product {
     pub beta: f32,
     /// Bits of [`epilogue`].
     pub epilogue: u32,
-    /// Address, type, and elements from one matrix of the batch to the next.
+    /// Address and type of the bias, and elements from one bias of the batch to the next.
     pub bias: (usize, cudaDataType, usize),
     /// Address of the auxiliary matrix.
     pub auxiliary: usize,
@@ -162,7 +162,7 @@ fn vector(p: &Product, length: usize) -> Layout {
     Layout { dtype, rows: length, cols: 1, leading: length, by_rows: false, batch: 1, stride }
 }
 
-/// Multiplies row-major matrices: `a` is m by k, `b` k by n.
+/// Multiplies row-major matrices: `a` is m by k, and `b` is k by n.
 fn multiply(a: &[f32], b: &[f32], (m, n, k): (usize, usize, usize)) -> Vec<f32> {
     let mut out = vec![0.0f32; m * n];
     for (row, a_row) in out.chunks_exact_mut(n.max(1)).zip(a.chunks_exact(k.max(1))) {
@@ -187,7 +187,7 @@ fn row_major(matrix: Vec<f32>, layout: &Layout, transposed: bool) -> Vec<f32> {
     out
 }
 
-/// Calls `f` with the address, number and length of each contiguous row or column.
+/// Calls `f` with the address, the number and the length of each contiguous row or column.
 fn lines(
     address: usize,
     layout: &Layout,

@@ -16,7 +16,7 @@ pub(crate) struct GraphExecution {
     graph: Arc<Graph>,
     /// Addresses by tensor id.
     addresses: HashMap<i64, usize>,
-    /// Host scalars by tensor id, read at submission.
+    /// Values of host scalars by tensor id, read at submission.
     numbers: HashMap<i64, f32>,
     workspace: (usize, usize),
 }
@@ -24,7 +24,7 @@ pub(crate) struct GraphExecution {
 impl GraphExecution {
     /// # Safety
     ///
-    /// The pointer for a tensor by value points to an f32.
+    /// For each tensor by value, the pointer points to an f32.
     pub(super) unsafe fn new(
         graph: Arc<Graph>,
         pointers: &HashMap<i64, usize>,
@@ -37,7 +37,7 @@ impl GraphExecution {
                 return Err(format!("executes a plan without an address for tensor {id}"));
             }
             if tensor.is_by_value {
-                // SAFETY: by the contract above.
+                // SAFETY: the caller keeps the contract above.
                 numbers.insert(*id, unsafe { *(address as *const f32) });
             } else if !address.is_multiple_of(tensor.alignment) {
                 return Err(format!("executes a plan with tensor {id} off its alignment of {}", tensor.alignment));
@@ -49,7 +49,7 @@ impl GraphExecution {
     }
 }
 
-/// Elements of a tensor, indexed by its strides.
+/// Elements of a tensor at the offsets that its strides give.
 type Values = Vec<f32>;
 
 /// Executes the graph.
@@ -73,7 +73,7 @@ pub fn run(accessor: &mut Accessor, execution: &GraphExecution) {
         }
         let to = &execution.graph.tensors[&write];
         let mut made = evaluate(&execution.graph, node, &known);
-        // NVIDIA's engines accumulate a product that later operations read into the memory's previous contents.
+        // NVIDIA's engines add a product to the previous contents of its memory if a later operation reads the product.
         let is_read = || execution.graph.nodes.iter().any(|other| other.ids().0.contains(&write));
         if matches!(node, Node::Matmul { .. }) && !to.is_virtual && to.data == FLOAT && is_read() {
             let Some(before) = load(accessor, execution.addresses[&write], to) else { return };
@@ -114,7 +114,7 @@ fn indices(dims: &[usize], mut f: impl FnMut(&[usize])) {
     }
 }
 
-/// Offset of an element; dims of 1 are broadcast.
+/// Returns the offset of an element. Dims of size 1 are broadcast.
 fn place(tensor: &Tensor, index: &[usize]) -> usize {
     let sides = tensor.dims.iter().zip(&tensor.strides);
     sides.zip(index).map(|((extent, stride), at)| if *extent == 1 { 0 } else { at * stride }).sum()
@@ -193,7 +193,7 @@ fn pointwise(mode: i64, [x, b, t]: [f32; 3], index: usize) -> f32 {
     } else if is(Mode::CUDNN_POINTWISE_BINARY_SELECT) {
         if t != 0.0 { x } else { b }
     } else {
-        // The mode is not emulated; NaN makes the results fail.
+        // The mode is not emulated. NaN makes a test that uses the result fail.
         f32::NAN
     }
 }
@@ -246,7 +246,7 @@ fn store(accessor: &mut Accessor, address: usize, tensor: &Tensor, values: &[f32
         if !accessor.touch(at, length * bytes, Access::Write) {
             return None;
         }
-        // SAFETY: the run was checked above, and only operations, which run one at a time, access it.
+        // SAFETY: the run was checked above. Only operations access it, and they run one at a time.
         let raw = unsafe { std::slice::from_raw_parts_mut(at as *mut u8, length * bytes) };
         for (element, value) in raw.chunks_exact_mut(bytes).zip(&values[start..]) {
             match (bytes, tensor.data) {

@@ -1,5 +1,5 @@
-//! A graph of operations, read from descriptors and checked: shapes match, ids are unique, virtual tensors are written
-//! before they are read.
+//! A graph of operations that is read from descriptors and checked: shapes match, ids are unique, and virtual tensors
+//! are written before they are read.
 
 use std::collections::{HashMap, HashSet};
 
@@ -22,35 +22,35 @@ pub const BOOLEAN: i64 = 11;
 /// A tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Tensor {
-    /// Extents.
+    /// Size of each dim.
     pub dims: Vec<usize>,
-    /// Elements from one index to the next.
+    /// Elements from one index to the next, for each dim.
     pub strides: Vec<usize>,
-    /// Its element type.
+    /// The element type.
     pub data: i64,
-    /// Alignment of its address in bytes.
+    /// Alignment of the address in bytes.
     pub alignment: usize,
-    /// It has no memory.
+    /// Whether the tensor has no memory.
     pub is_virtual: bool,
-    /// It is a host scalar.
+    /// Whether the tensor is a host scalar.
     pub is_by_value: bool,
 }
 
-/// An operation on tensors given by their ids.
+/// An operation. Its tensors are given by their ids.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Node {
     /// `c = a b`.
     Matmul { a: i64, b: i64, c: i64 },
-    /// Element by element.
+    /// An elementwise function.
     Pointwise { mode: i64, axis: Option<usize>, x: i64, b: Option<i64>, t: Option<i64>, y: i64 },
-    /// Over the dims that have size 1 in y.
+    /// A reduction over the dims that have size 1 in y.
     Reduction { is_max: bool, x: i64, y: i64 },
-    /// The same memory with other dims and strides.
+    /// The same memory as x, with other dims and strides.
     Reshape { x: i64, y: i64 },
 }
 
 impl Node {
-    /// Ids of the tensors that it reads, and of the one that it writes.
+    /// Returns the ids of the tensors that the operation reads, and the id of the tensor that it writes.
     pub fn ids(&self) -> (Vec<i64>, i64) {
         match *self {
             Node::Matmul { a, b, c } => (vec![a, b], c),
@@ -86,7 +86,7 @@ fn tensor(descriptor: &Descriptor) -> Tensor {
     }
 }
 
-/// Checks a tensor on its own.
+/// Checks a tensor without the rest of its graph.
 pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
     let tensor = tensor(descriptor);
     let extents = || tensor.dims.iter().chain(&tensor.strides);
@@ -99,7 +99,7 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
     if ![FLOAT, INT32, BFLOAT16, BOOLEAN].contains(&tensor.data) || (tensor.is_by_value && tensor.data != FLOAT) {
         return refuse(&format!("a tensor of type {}", tensor.data));
     }
-    // Each index needs its own element, or results would depend on the order of writes.
+    // Each index needs its own element. Otherwise results would depend on the order of writes.
     let mut sides: Vec<(usize, usize)> = tensor.strides.iter().copied().zip(tensor.dims.iter().copied()).collect();
     sides.retain(|(_, extent)| *extent > 1);
     sides.sort_unstable();
@@ -114,7 +114,7 @@ pub(super) fn check_tensor(descriptor: &Descriptor) -> Result<(), CudnnStatus> {
 }
 
 impl Graph {
-    /// Adds an operation, which may not be finalised yet.
+    /// Adds an operation. Its descriptors may not be finalised yet.
     pub(super) fn add(&mut self, all: &HashMap<u64, Descriptor>, operation: &Descriptor) -> Result<(), CudnnStatus> {
         use Attribute::*;
         let found = |name: Attribute| all.get(&(operation.long(name)? as u64));
@@ -228,7 +228,7 @@ impl Graph {
         if fits { Ok(()) } else { invalid(&format!("operands do not match: {node:?}")) }
     }
 
-    /// Checks the whole graph.
+    /// Checks that virtual tensors are written before they are read, and that each written tensor is written once.
     pub(super) fn check(&self) -> Result<(), CudnnStatus> {
         let mut written = HashSet::new();
         for node in &self.nodes {
@@ -243,8 +243,8 @@ impl Graph {
         Ok(())
     }
 
-    /// Whether a fused attention engine supports the graph: at least two products, with head depths that are multiples
-    /// of 8.
+    /// Whether a fused attention engine supports the graph. It needs at least two products, and head depths that are
+    /// multiples of 8.
     pub(super) fn has_engine(&self) -> bool {
         let products = self.nodes.iter().filter(|node| matches!(node, Node::Matmul { .. })).count();
         let has_valid_depth = |t: &Tensor| {

@@ -1,4 +1,4 @@
-//! The attributes of each kind of descriptor: types, maximum numbers of values, and which are required.
+//! The attributes of each kind of descriptor: the type, the maximum number of values, and whether it is required.
 use cudarc::cudnn::sys::cudnnBackendAttributeName_t::{self as Attribute, *};
 use cudarc::cudnn::sys::cudnnBackendAttributeType_t::{self as Type, *};
 use cudarc::cudnn::sys::cudnnBackendDescriptorType_t::{self as Kind, *};
@@ -6,13 +6,13 @@ use cudarc::cudnn::sys::cudnnBackendDescriptorType_t::{self as Kind, *};
 /// The rule of one attribute.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AttributeRule {
-    /// Its name.
+    /// The attribute.
     pub name: Attribute,
-    /// Type of its values.
+    /// Type of the values.
     pub kind: Type,
     /// Maximum number of values.
     pub count_max: usize,
-    /// Whether the descriptor requires it.
+    /// Whether the descriptor requires the attribute.
     pub is_required: bool,
 }
 
@@ -98,7 +98,7 @@ const VARIANT_PACK: &[AttributeRule] = &[
 ];
 const MATMUL: &[AttributeRule] = &[required(CUDNN_ATTR_MATMUL_COMP_TYPE, CUDNN_TYPE_DATA_TYPE)];
 
-/// The attributes of a kind of descriptor; empty if it is not emulated.
+/// Returns the attributes of a kind of descriptor, or none if the kind is not emulated.
 pub fn of(kind: Kind) -> &'static [AttributeRule] {
     match kind {
         CUDNN_BACKEND_TENSOR_DESCRIPTOR => TENSOR,

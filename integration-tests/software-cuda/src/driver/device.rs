@@ -1,4 +1,4 @@
-//! Devices and contexts of the driver.
+//! The driver's functions for devices and contexts.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::ffi::{c_char, c_int, c_uint};
@@ -13,7 +13,7 @@ use crate::world::{State, current_device, lock, machine, set_current_device};
 const DRIVER_VERSION: c_int = 13000;
 const NAME: &[u8] = b"software CUDA device\0";
 
-/// Attributes of a device: those of an H100, as far as programs query them.
+/// Returns an attribute of a device: the value of an H100, for all attributes that programs query.
 fn attribute(attribute: CUdevice_attribute, device: CUdevice) -> c_int {
     use CUdevice_attribute::*;
     match attribute {
@@ -196,7 +196,7 @@ exports! { driver;
     }
 }
 
-/// The error's name or description; neither is freed.
+/// Returns the error's name or description. Neither text is ever freed.
 fn error_text(error: CUresult, is_long: bool) -> *const c_char {
     use CUresult::*;
     let long = match error {

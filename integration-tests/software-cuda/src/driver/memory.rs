@@ -1,4 +1,4 @@
-//! Allocations, copies and fills of the driver.
+//! The driver's functions for allocations, copies and fills.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::ffi::{c_uchar, c_uint, c_ushort, c_void};
@@ -24,11 +24,11 @@ fn allocate(place: Place, bytes: usize, unborn: bool) -> Result<usize, CUresult>
     lock(&machine().registry).allocate(place, bytes, limit, unborn).ok_or(CUresult::CUDA_ERROR_OUT_OF_MEMORY)
 }
 
-/// Submits a copy; waits for it if the target is pageable, because such a copy is synchronous.
+/// Submits a copy. Also waits for it if the target is pageable memory, because such a copy is synchronous.
 ///
 /// # Safety
 ///
-/// Pageable memory is readable or writable over the extent of `rows`.
+/// Pageable memory must be readable or writable over the extent of `rows`.
 unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> Result<(), CUresult> {
     let bytes = rows.width * rows.height;
     let mut state = machine().state();
@@ -53,7 +53,7 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> R
     if let Some(target) = registry.find_mut(to) {
         let is_free = target.place == Place::Host && target.pending.0 == 0 && target.freed.is_none();
         if is_free && is_tight && to + bytes <= target.base + target.bytes {
-            // The host reads NaN in every type until the copy has finished. SAFETY: the bytes are in a live allocation
+            // Until the copy has finished, the host reads NaN in every type. SAFETY: the bytes are in a live allocation
             // of pinned memory that no queued copy uses.
             unsafe { std::ptr::write_bytes(to as *mut u8, 0xff, bytes) };
         }
@@ -62,7 +62,7 @@ unsafe fn copy(from: usize, to: usize, rows: Rows, stream: u64, name: &str) -> R
     drop(registry);
     let staged = (!window.contains(from)).then(|| {
         let row = |r: usize| {
-            // SAFETY: by the contract above.
+            // SAFETY: the caller keeps the contract above.
             unsafe { std::slice::from_raw_parts((from + r * rows.pitch.0) as *const u8, rows.width) }
         };
         (0..rows.height).flat_map(row).copied().collect::<Vec<u8>>()
@@ -77,7 +77,7 @@ fn line(bytes: usize) -> Rows {
     Rows { width: bytes, height: 1, pitch: (bytes, bytes) }
 }
 
-/// Checks that each side of a copy is on its context's device.
+/// Checks that both addresses of a copy are on the devices of their contexts.
 fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -> Result<(), CUresult> {
     let is_there = |(address, context): (CUdeviceptr, CUcontext)| {
         let place = lock(&machine().registry).owner(address as usize).map(|o| o.place);
@@ -90,7 +90,7 @@ fn check_devices(to: (CUdeviceptr, CUcontext), from: (CUdeviceptr, CUcontext)) -
     Ok(())
 }
 
-/// Records a finding if a copy between devices has to go through host memory, which a driver does silently.
+/// Records a finding if a copy between devices must go through host memory. Real drivers do this silently.
 fn find_staged_copy(to: usize, from: usize) {
     let registry = lock(&machine().registry);
     let (Some(target), Some(source)) = (registry.find(to), registry.find(from)) else { return };
@@ -140,7 +140,7 @@ exports! { driver;
         if address == 0 {
             return Ok(());
         }
-        // Waits for the device that owns the memory, not for the current one.
+        // Wait for the device that owns the memory, which may not be the current device.
         let device = match lock(&machine().registry).owner(address as usize).map(|o| o.place) {
             Some(Place::Device(device)) => device,
             _ => return Err(CUresult::CUDA_ERROR_INVALID_VALUE),
@@ -270,7 +270,7 @@ exports! { driver;
     }
 
     fn cuStreamWriteValue32_v2(stream: CUstream, to: CUdeviceptr, value: c_uint, flags: c_uint) -> CUresult {
-        // `cuda.h`: the second version of the call omits memory barriers only on devices without support for them.
+        // `cuda.h`: this version of the call permits the flag that omits memory barriers only on devices without them.
         if flags != 0 {
             return Err(CUresult::CUDA_ERROR_INVALID_VALUE);
         }

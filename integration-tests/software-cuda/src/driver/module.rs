@@ -1,4 +1,4 @@
-//! Modules, functions and launches of the driver.
+//! The driver's functions for modules, kernels and launches.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::collections::HashMap;
@@ -24,10 +24,10 @@ fn modules() -> &'static Mutex<HashMap<u64, Library>> {
 
 /// # Safety
 ///
-/// `image` points to an image that ends with NUL.
+/// `image` must point to an image that ends with NUL.
 unsafe fn load_image(module: *mut CUmodule, image: *const c_void) -> Result<(), CUresult> {
     machine().state().device()?;
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     let text = unsafe { text(image.cast()) };
     let Some(path) = image::library_path(&text, &machine().config.cache) else {
         eprintln!("software-cuda: cannot load an image that the software NVRTC did not create");
@@ -46,7 +46,7 @@ unsafe fn load_image(module: *mut CUmodule, image: *const c_void) -> Result<(), 
 
 /// # Safety
 ///
-/// `arguments` points to one pointer per argument of the function.
+/// `arguments` must point to one pointer per argument of the function.
 unsafe fn launch(
     function: CUfunction,
     dims: [u32; 6],
@@ -68,7 +68,7 @@ unsafe fn launch(
     }
     let (kernel, name) = (found.kernel, found.name.clone());
     drop(functions);
-    // SAFETY: by the contract above.
+    // SAFETY: the caller keeps the contract above.
     let arguments = unsafe { copy_arguments(kernel, arguments) };
     let mut state = machine().state();
     let handle = state.stream(stream as u64)?;

@@ -1,4 +1,4 @@
-//! Streams and events of the driver.
+//! The driver's functions for streams and events.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::ffi::{c_int, c_uint, c_void};
@@ -86,7 +86,7 @@ exports! { driver;
     fn cuStreamWaitEvent(stream: CUstream, awaited: CUevent, _flags: c_uint) -> CUresult {
         let mut state = machine().state();
         let handle = state.stream(stream as u64)?;
-        // Waiting for an event that was never recorded has no effect, and is usually a bug.
+        // A wait for an event that was never recorded has no effect. It is usually a bug.
         let Some(signal) = event(&state, awaited)?.last.clone() else {
             let name = format!("event {:#x}", awaited as u64);
             let message = || format!("a stream waits for {name}, which was never recorded");

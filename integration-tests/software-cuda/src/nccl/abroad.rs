@@ -1,4 +1,4 @@
-//! Communication of a process with the hub about ranks in other processes.
+//! Communication between a process and the hub, for communicators with ranks in other processes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, MutexGuard};
@@ -11,16 +11,16 @@ use crate::nccl::engine::Stage;
 use crate::nccl::wire::{ExchangeId, HubConnection, HubEvent, HubMessage};
 use crate::world::{OpKind, SoftwareMachine, State};
 
-/// Result of an exchange between several processes.
+/// Result of a collective or message between several processes.
 pub(crate) struct ExchangeResult {
-    /// Why the calls do not match, if so.
+    /// Why the ranks' calls do not match; `None` if they match.
     pub mismatch: Option<String>,
     /// The combined data for all ranks.
     pub bytes: Vec<u8>,
 }
 
-/// Sends the calls and data of this process's ranks to the hub. The caller must not hold the state's lock, because this
-/// may block.
+/// Sends the calls and data of this process's ranks to the hub. Sending may block, so the caller must not hold the
+/// state's lock.
 pub fn post(
     machine: &SoftwareMachine,
     hub: Option<&HubConnection>,
@@ -30,7 +30,7 @@ pub fn post(
 ) {
     let (mut calls, mut bytes) = (Vec::new(), Vec::new());
     for member in members {
-        // An invalid read is already a finding; the other ranks get zeros, so that they report only their own errors.
+        // An invalid read is already a finding. The other ranks get zeros, so they report only their own errors.
         let input =
             data::read_input(machine, member, ranks).unwrap_or_else(|| vec![0; data::sent_bytes(member, ranks)]);
         calls.push((member.rank, member.call, input.len()));
@@ -41,7 +41,7 @@ pub fn post(
     }
 }
 
-/// Handles an event from the hub for a clique's ranks in this process.
+/// Handles an event from the hub for this process's ranks of a clique.
 pub fn deliver(machine: &SoftwareMachine, clique: u64, event: HubEvent) {
     let mut state = machine.state();
     let known = state.comms.cliques.get_mut(&clique).expect("cliques are never removed");
@@ -62,8 +62,8 @@ pub fn deliver(machine: &SoftwareMachine, clique: u64, event: HubEvent) {
     machine.progressed.notify_all();
 }
 
-/// Stores a result for the waiting parts. Reports a mismatch here and not at execution, because another rank that
-/// learns of it may abort first.
+/// Stores a result for the waiting parts. Reports a mismatch now, not at execution, because another rank may see the
+/// mismatch earlier and abort.
 fn handle_result(
     machine: &SoftwareMachine,
     state: &mut State,
@@ -90,11 +90,11 @@ fn handle_result(
     state.last_progress = Instant::now();
 }
 
-/// How often a busy process notifies the processes that it shares communicators with.
+/// How often a busy process notifies the processes with which it shares communicators.
 const BUSY_EVERY: Duration = Duration::from_millis(500);
 
-/// Notifies other processes that this one makes progress or compiles, so that they do not report a deadlock. Releases
-/// the lock meanwhile.
+/// Notifies other processes that this process makes progress or compiles, so that they do not report a deadlock.
+/// Releases the lock while it sends.
 pub fn send_busy<'a>(
     machine: &'a SoftwareMachine,
     state: MutexGuard<'a, State>,

@@ -1,7 +1,7 @@
 //! NCCL's collectives, messages and groups.
 //!
-//! A thread keeps the calls of a group until the outermost group ends; then those of one communicator and stream become
-//! one operation.
+//! A thread collects the calls of a group until the outermost group ends. Then the calls of each communicator and
+//! stream become one operation.
 #![allow(unsafe_code, non_snake_case)]
 
 use std::cell::RefCell;
@@ -15,12 +15,12 @@ use crate::nccl::data::element_bytes;
 use crate::nccl::engine::{Call, CallKind, Group, Part, Stage, Tag, defer};
 use crate::world::{OpKind, State, machine};
 
-/// The calls of a thread in an open group.
+/// The calls that a thread has made in an open group.
 #[derive(Default)]
 struct Pending {
     depth: u32,
     calls: Vec<(u64, u64, Call)>,
-    /// Rank and number of the last collective that this thread issued, by clique.
+    /// For each clique, the rank and number of the last collective that this thread issued.
     last: HashMap<u64, (usize, u64)>,
 }
 
@@ -37,7 +37,7 @@ fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), nc
     let (device, ranks) = (found.device, state.comms.cliques[&found.clique].ranks.len());
     match super::status_of(&state, found) {
         ncclResult_t::ncclSuccess => {}
-        // A communicator that is not ready or has a call in progress refuses calls.
+        // A communicator refuses calls while it is not ready or has a call in progress.
         ncclResult_t::ncclInProgress => {
             let key = format!("{handle:?} in progress");
             machine().report_finding("misuse", &key, || {
@@ -63,20 +63,20 @@ fn accept(handle: ncclComm_t, stream: cudaStream_t, call: Call) -> Result<(), nc
     })
 }
 
-/// Submits one operation per communicator and stream, in the order of their first calls.
+/// Submits one operation per communicator and stream. Operations are in the order of their first calls.
 fn issue(state: &mut State, pending: &mut Pending, calls: Vec<(u64, u64, Call)>) -> Result<(), ncclResult_t> {
     let is_alone = calls.len() == 1;
     let mut groups: Vec<(u64, u64, Vec<Part>)> = Vec::new();
     for (handle, stream, call) in calls {
         let (tag, broken) = state.comms.tag(handle, &call);
         if let Some((pair, broken)) = broken {
-            // Reported once per pair of communicators, because later calls are out of order too.
+            // Report each pair of communicators once, because all later calls are out of order, too.
             machine().report_finding("collective-order", &format!("{pair:?}"), || broken);
         }
         let (clique, rank) = (state.comms.comms[&handle].clique, state.comms.comms[&handle].rank);
         if let Tag::Collective(number) = tag {
             let before = pending.last.insert(clique, (rank, number));
-            // Only a blocking call can wait for a call that its own thread issues later.
+            // Only a blocking call can wait for a call that its own thread has not issued yet.
             if is_alone
                 && state.comms.comms[&handle].is_blocking
                 && before.is_some_and(|(other, n)| other != rank && n == number)

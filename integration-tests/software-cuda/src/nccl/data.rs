@@ -1,7 +1,7 @@
-//! Memory accesses and arithmetic of collectives and messages.
+//! Memory accesses and arithmetic for collectives and messages.
 //!
-//! Reductions run in rank order, in f32 for floating-point types up to 32 bits, so that results do not depend on the
-//! schedule.
+//! Reductions run in rank order. They use f32 for floating-point types of up to 32 bits. Results therefore do not
+//! depend on the schedule.
 #![allow(unsafe_code)]
 
 use crate::nccl::engine::{Call, CallKind};
@@ -9,26 +9,26 @@ use crate::run::{Running, accessor};
 use crate::shadow::Access;
 use crate::world::{SoftwareMachine, lock};
 
-/// Bytes of an element by the number of its type.
+/// Bytes of an element, indexed by NCCL's number of the type.
 const ELEMENT_BYTES: [usize; 12] = [1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1];
 const AVERAGE: u32 = 4;
 
-/// A participating rank.
+/// A rank that takes part in a collective or message.
 pub(crate) struct Member {
-    /// Its call.
+    /// The rank's call.
     pub call: Call,
-    /// Its rank.
+    /// The number of the rank.
     pub rank: usize,
-    /// Its operation.
+    /// The rank's running operation.
     pub running: Running,
 }
 
-/// Bytes of an element, or `None` for an unknown type.
+/// Returns the bytes of an element, or `None` for an unknown type.
 pub fn element_bytes(dtype: u32) -> Option<usize> {
     ELEMENT_BYTES.get(dtype as usize).copied()
 }
 
-/// Indices of the members whose data reaches the others, among the members in this process.
+/// Returns the indices of the members in this process whose data reaches other members.
 pub fn sources(members: &[Member]) -> Vec<usize> {
     match members[0].call.kind {
         CallKind::Send | CallKind::Receive => vec![0],
@@ -39,7 +39,7 @@ pub fn sources(members: &[Member]) -> Vec<usize> {
     }
 }
 
-/// Number of elements that a member sends and receives.
+/// Returns how many elements a member sends and how many it receives.
 fn lengths(call: &Call, rank: usize, ranks: usize) -> (usize, usize) {
     let (n, is_root) = (call.count, call.peer as usize == rank);
     match call.kind {
@@ -53,7 +53,7 @@ fn lengths(call: &Call, rank: usize, ranks: usize) -> (usize, usize) {
     }
 }
 
-/// Describes a mismatch between the ranks' calls.
+/// Describes a mismatch between the ranks' calls, or returns `None` if they match.
 pub fn mismatch(calls: &[(usize, Call)]) -> Option<String> {
     let first = &calls[0];
     let is_message = matches!(first.1.kind, CallKind::Send | CallKind::Receive);
@@ -72,8 +72,8 @@ pub fn mismatch(calls: &[(usize, Call)]) -> Option<String> {
     Some(format!("{}, but {}", describe(first), describe(other)))
 }
 
-/// Checks and executes one collective or message; `members` are all ranks in order, or sender and receiver. Returns
-/// whether the calls mismatch.
+/// Checks and executes one collective or message. `members` are all ranks in order, or the sender and the receiver.
+/// Returns whether the calls mismatch.
 pub fn execute(machine: &SoftwareMachine, members: &[Member]) -> bool {
     let calls: Vec<(usize, Call)> = members.iter().map(|m| (m.rank, m.call)).collect();
     if let Some(message) = mismatch(&calls) {
@@ -87,7 +87,7 @@ pub fn execute(machine: &SoftwareMachine, members: &[Member]) -> bool {
     false
 }
 
-/// Reads the data that a member sends; `None` if the access is invalid.
+/// Reads the data that a member sends. `None` if the access is invalid.
 pub fn read_input(machine: &SoftwareMachine, member: &Member, ranks: usize) -> Option<Vec<u8>> {
     let bytes = sent_bytes(member, ranks);
     let mut shadow = lock(&machine.shadow);
@@ -103,12 +103,12 @@ pub fn read_input(machine: &SoftwareMachine, member: &Member, ranks: usize) -> O
     Some(input)
 }
 
-/// Number of bytes that a member sends.
+/// Returns the number of bytes that a member sends.
 pub fn sent_bytes(member: &Member, ranks: usize) -> usize {
     lengths(&member.call, member.rank, ranks).0 * ELEMENT_BYTES[member.call.dtype as usize]
 }
 
-/// Combines the data of all members; each member receives all or its part of the result: see [`write_output`].
+/// Combines the data of all members. Each member receives all of the result or its own part; see [`write_output`].
 pub fn combine(call: &Call, inputs: &[&[u8]]) -> Vec<u8> {
     match call.kind {
         CallKind::AllReduce | CallKind::Reduce | CallKind::ReduceScatter => reduce(inputs, call),
@@ -128,7 +128,7 @@ pub fn write_output(machine: &SoftwareMachine, member: &Member, ranks: usize, wh
         return;
     }
     let start = if member.call.kind == CallKind::ReduceScatter { member.rank * bytes } else { 0 };
-    // SAFETY: the range was checked above, and `whole` has at least its length.
+    // SAFETY: the range was checked above, and `whole` is long enough.
     unsafe {
         let from = whole[start..start + bytes].as_ptr();
         std::ptr::copy_nonoverlapping(from, member.call.receive as *mut u8, bytes);
@@ -199,7 +199,7 @@ fn store_f32(to: &mut [u8], dtype: u32, value: f32) {
     }
 }
 
-/// The nearest bf16, ties to even.
+/// Rounds to the nearest bf16, ties to even.
 pub fn to_bf16(value: f32) -> u16 {
     let bits = value.to_bits();
     if value.is_nan() {

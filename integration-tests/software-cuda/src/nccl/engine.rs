@@ -1,16 +1,16 @@
 //! Communicators, the matching of their ranks' calls, and the order of collectives.
 //!
 //! - NC-1: the n-th collective of a communicator is the same on all its ranks: kind, count, type, reduction and root.
-//! - NC-2: communicators that share devices issue their collectives in the same order on all of them.
+//! - NC-2: communicators that share devices issue their collectives in the same order on all of these devices.
 //!
-//! The calls of a group on one communicator and stream form one operation. It starts when it is first in its stream;
-//! each part executes once its partners have started too, and the operation ends with its last part. On a non-blocking
-//! communicator the call returns "in progress", and the operation is submitted to its stream only after the host has
-//! polled.
+//! The calls of a group on one communicator and stream form one operation; each call is a part of it. The operation
+//! starts when it is first in its stream. Each part executes once its partners have started, and the operation ends
+//! with its last part. On a non-blocking communicator, the call returns "in progress". The operation is submitted to
+//! its stream only after the host has polled.
 //!
-//! If other processes have ranks, the first message between two ranks stays "in progress" until both have called,
-//! because NCCL connects them only then. A part whose local partners have started is posted to the hub, and executes
-//! when the hub's result arrives. Clocks do not cross processes, because addresses do not either.
+//! If other processes have ranks, the first message between two ranks stays "in progress" until both ranks have called,
+//! because NCCL connects them only then. A part is posted to the hub when its local partners have started, and executes
+//! when the hub's result arrives. Clocks and addresses do not cross processes.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, MutexGuard};
@@ -29,15 +29,15 @@ use crate::world::{OpKind, SoftwareMachine, State};
 /// The kind of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum CallKind {
-    /// A reduction of all ranks' data, to all.
+    /// A reduction of all ranks' data; every rank receives the result.
     AllReduce,
-    /// The root's data, to all.
+    /// The root's data, sent to every rank.
     Broadcast,
-    /// A reduction of all ranks' data, to the root.
+    /// A reduction of all ranks' data; the root receives the result.
     Reduce,
-    /// The data of all ranks, to all.
+    /// The data of all ranks; every rank receives all of it.
     AllGather,
-    /// A part of the reduction of all ranks' data, to each.
+    /// A reduction of all ranks' data; each rank receives one part of the result.
     ReduceScatter,
     /// A message to a peer.
     Send,
@@ -45,10 +45,10 @@ pub(crate) enum CallKind {
     Receive,
 }
 
-/// A call.
+/// A call of a collective, or of one end of a message.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Call {
-    /// Its kind.
+    /// Kind of the call.
     pub kind: CallKind,
     /// Address of the sent data.
     pub send: usize,
@@ -56,15 +56,15 @@ pub(crate) struct Call {
     pub receive: usize,
     /// Number of elements, as the NCCL function counts them.
     pub count: usize,
-    /// Number of the type.
+    /// NCCL's number of the element type.
     pub dtype: u32,
-    /// Number of the reduction.
+    /// NCCL's number of the reduction.
     pub reduction: u32,
-    /// Root or peer.
+    /// Rank of the root or peer.
     pub peer: i32,
 }
 
-/// Identifies the partners of a part.
+/// Identifies a part among the partners that execute it together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tag {
     /// The n-th collective of the communicator.
@@ -79,21 +79,21 @@ pub(crate) enum Tag {
 pub(crate) struct Part {
     /// The call.
     pub call: Call,
-    /// Its tag.
+    /// Tag of the call.
     pub tag: Tag,
-    /// Its progress.
+    /// Progress of the call.
     pub stage: Stage,
 }
 
 /// Progress of a part.
 pub(crate) enum Stage {
-    /// Not all of its local partners have started.
+    /// Some local partners have not started.
     Waiting,
-    /// It was posted to the hub.
+    /// The part was posted to the hub.
     Posted,
     /// The hub has sent the result.
     Answered(Arc<ExchangeResult>),
-    /// It has finished.
+    /// The part has finished.
     Done,
 }
 
@@ -107,30 +107,30 @@ impl Part {
 pub(crate) struct Group {
     /// Handle of the communicator.
     pub comm: u64,
-    /// Its calls.
+    /// The calls.
     pub parts: Vec<Part>,
-    /// Set once it is first in its stream.
+    /// Set once the group is first in its stream.
     pub started: Option<Running>,
 }
 
-/// A communicator of one rank.
+/// One rank's communicator.
 pub(crate) struct Comm {
-    /// Handle of its clique.
+    /// Handle of the communicator's clique.
     pub clique: u64,
-    /// Its rank.
+    /// The rank.
     pub rank: usize,
-    /// Its device.
+    /// The rank's device.
     pub device: usize,
-    /// Whether its calls block.
+    /// Whether calls on this communicator block.
     pub is_blocking: bool,
-    /// Destroyed or aborted: later calls are refused.
+    /// Whether the communicator was destroyed or aborted. It then refuses calls.
     pub is_closed: bool,
     collectives: u64,
     sent: HashMap<usize, u64>,
     received: HashMap<usize, u64>,
     /// Asynchronous error.
     pub error: Option<ncclResult_t>,
-    /// Operations of calls in progress, which are submitted to their streams after the host has polled, or later.
+    /// Operations of calls in progress. They are submitted to their streams after the host has polled, or after a time.
     pub deferred: Vec<Deferred>,
     /// Whether the host has polled since the last call.
     pub was_polled: bool,
@@ -148,34 +148,34 @@ pub(crate) struct Deferred {
 /// How long operations stay deferred if the host never polls.
 const DEFERRED_FOR: Duration = Duration::from_millis(5);
 
-/// The ranks of one unique id.
+/// The ranks that share one unique id.
 #[derive(Default)]
 pub(crate) struct Clique {
-    /// Handles by rank; `None` for ranks that are missing or in other processes.
+    /// Handles by rank. `None` for a rank that is missing or in another process.
     pub ranks: Vec<Option<u64>>,
     /// Devices of the local ranks, in joining order.
     pub devices: Vec<usize>,
-    /// A rank was destroyed or aborted.
+    /// Whether a rank was destroyed or aborted.
     pub is_closing: bool,
     /// Error of the whole clique.
     pub error: Option<ncclResult_t>,
     /// Connection to the hub, which coordinates the processes.
     pub hub: Option<Arc<HubConnection>>,
-    /// All ranks have joined, some of them in other processes.
+    /// Whether all ranks have joined and some of them are in other processes.
     pub has_remote_ranks: bool,
-    /// First messages that ranks of other processes have called.
+    /// The first messages that ranks of other processes have already called.
     pub called: HashSet<Direction>,
-    /// The hub's process has released its ranks and may end.
+    /// Whether the hub's process has released its ranks, so that it may end.
     pub hub_has_left: bool,
     /// Number of issued collectives by device.
     issued: HashMap<usize, u64>,
-    /// For a collective that not all local ranks have issued: the first device to issue it, the counts of other cliques
-    /// on that device at the time, and the number of ranks that have not issued it.
+    /// An entry for each collective that some local ranks have not issued: the first device that issued it, the counts
+    /// of other cliques on that device at that time, and the number of ranks that have not issued it.
     orders: HashMap<u64, (usize, BTreeMap<u64, u64>, usize)>,
 }
 
 impl Clique {
-    /// A clique without ranks yet.
+    /// Creates a clique that no rank has joined yet.
     pub fn of(ranks: usize, hub: Arc<HubConnection>) -> Clique {
         Clique { ranks: vec![None; ranks], hub: Some(hub), ..Clique::default() }
     }
@@ -186,28 +186,28 @@ impl Clique {
     }
 }
 
-/// A violation of NC-2: the two cliques, and a description.
+/// A violation of NC-2: the handles of the two cliques, and a description.
 pub(crate) type Disorder = ((u64, u64), String);
 
 /// All communicators.
 #[derive(Default)]
 pub(crate) struct Comms {
-    /// By handle.
+    /// Communicators by handle.
     pub comms: BTreeMap<u64, Comm>,
-    /// By handle.
+    /// Cliques by handle.
     pub cliques: BTreeMap<u64, Clique>,
     /// Cliques by unique id.
     pub ids: HashMap<String, u64>,
 }
 
 impl Comms {
-    /// Communicators that were not closed.
+    /// Returns the communicators that were not closed.
     pub fn leaks(&self) -> Vec<String> {
         let open = self.comms.values().filter(|c| !c.is_closed);
         open.map(|c| format!("communicator of rank {} on device {}", c.rank, c.device)).collect()
     }
 
-    /// Names of the communicators whose local ranks are all closed.
+    /// Returns the names of the cliques whose local ranks are all closed.
     pub fn closed_names(&self) -> Vec<String> {
         let is_open = |clique: u64| self.comms.values().any(|c| c.clique == clique && !c.is_closed);
         self.ids.iter().filter(|(_, clique)| !is_open(**clique)).map(|(name, _)| name.clone()).collect()
@@ -256,7 +256,7 @@ impl Comms {
         }
     }
 
-    /// The tag of a communicator's next call, and its violation of NC-2, if any.
+    /// Returns the tag of a communicator's next call, and a violation of NC-2 if the call causes one.
     pub fn tag(&mut self, handle: u64, call: &Call) -> (Tag, Option<Disorder>) {
         let comm = self.comms.get_mut(&handle).expect("looked up by the caller");
         let peer = call.peer.max(0) as usize;
@@ -277,8 +277,8 @@ impl Comms {
         (tag, self.check_order(own, device, number))
     }
 
-    /// NC-2: before the `number`-th collective of the clique `own`, `device` has issued the same numbers of collectives
-    /// of other communicators as the first device that issued it.
+    /// Checks NC-2 when `device` issues the `number`-th collective of the clique `own`. Up to this call, `device` must
+    /// have issued as many collectives of each other clique as the first device that issued this collective.
     fn check_order(&mut self, own: u64, device: usize, number: u64) -> Option<Disorder> {
         let before: BTreeMap<u64, u64> = self
             .cliques
@@ -316,7 +316,7 @@ impl Comms {
 
 /// A part whose local partners have all started.
 pub(crate) struct Transfer {
-    /// Streams and part indices, by rank or sender first.
+    /// Streams and part indices of the members: in rank order, or the sender first.
     pub members: Vec<(u64, usize)>,
     /// The next step.
     step: Step,
@@ -342,7 +342,7 @@ fn started_part(state: &State, comm: u64, tag: Tag) -> Option<(u64, usize)> {
     })
 }
 
-/// Ranks, handles and tags of the partners of a part; the handle is `None` in other processes.
+/// Returns the rank, handle and tag of each partner of a part. The handle is `None` for a rank in another process.
 fn partners(state: &State, comm: u64, tag: Tag) -> Vec<(usize, Option<u64>, Tag)> {
     let own = &state.comms.comms[&comm];
     let clique = &state.comms.cliques[&own.clique];
@@ -354,7 +354,7 @@ fn partners(state: &State, comm: u64, tag: Tag) -> Vec<(usize, Option<u64>, Tag)
     }
 }
 
-/// A part of a stream's first operation that can execute now.
+/// Returns a part of the stream's first operation that can execute now.
 pub fn next_transfer(state: &State, handle: u64) -> Option<Transfer> {
     let Some(OpKind::Nccl(group)) = state.streams[&handle].queue.front().map(|o| &o.kind) else { return None };
     group.started.as_ref()?;
@@ -382,7 +382,7 @@ pub fn next_transfer(state: &State, handle: u64) -> Option<Transfer> {
     None
 }
 
-/// The reasons why a started operation waits.
+/// Returns the reasons why a started operation waits.
 pub fn blockers(state: &State, own: u64, group: &Group) -> Vec<Blocker> {
     let mut blockers = Vec::new();
     let has_remote_ranks = state.comms.cliques[&state.comms.comms[&group.comm].clique].has_remote_ranks;
@@ -415,7 +415,7 @@ fn has(group: &Group, tag: Tag) -> bool {
     group.parts.iter().any(|p| p.tag == tag && !p.is_done())
 }
 
-/// Starts the first operation of a stream, or executes one part of it.
+/// Starts the first operation of a stream, or executes one of its parts.
 pub fn advance<'a>(
     machine: &'a SoftwareMachine,
     mut state: MutexGuard<'a, State>,
@@ -457,7 +457,7 @@ pub fn advance<'a>(
             return state;
         }
         Step::Receive(answer) => {
-            // A mismatch was reported when the result arrived.
+            // A mismatch was already reported when the result arrived.
             if answer.mismatch.is_none() {
                 members.iter().for_each(|member| data::write_output(machine, member, ranks, &answer.bytes));
             }
@@ -471,7 +471,7 @@ fn set_idle(state: &mut State, stream: u64) {
     state.streams.get_mut(&stream).expect("busy streams are not removed").is_busy = false;
 }
 
-/// Finishes executed parts, and operations whose last part they were.
+/// Finishes executed parts. Also finishes each operation whose last part has executed.
 fn finish<'a>(
     mut state: MutexGuard<'a, State>,
     transferred: &[(u64, usize)],
@@ -481,7 +481,7 @@ fn finish<'a>(
     let sources = data::sources(members);
     for (stream, part) in transferred {
         set_idle(&mut state, *stream);
-        // Skips operations that were aborted meanwhile.
+        // Skip operations that were aborted during the execution.
         let queued = &state.streams[stream];
         if !matches!(queued.queue.front().map(|o| &o.kind), Some(OpKind::Nccl(g)) if g.started.is_some()) {
             continue;
@@ -515,8 +515,8 @@ fn group_mut(state: &mut State, handle: u64) -> &mut Group {
     }
 }
 
-/// Defers an operation, as NCCL does on a non-blocking communicator: work submitted to the stream before the host has
-/// polled the call's completion overtakes it.
+/// Defers an operation, as NCCL does on a non-blocking communicator. Work that the host submits to the stream before it
+/// has polled therefore runs before the operation.
 pub fn defer(machine: &SoftwareMachine, state: &mut State, stream: u64, group: Group, name: String) {
     let (host, comm) = (state.host_clock(machine.config.one_host), group.comm);
     let first: Vec<Direction> = first_remote_messages(state, comm, &group).collect();
@@ -530,7 +530,7 @@ pub fn defer(machine: &SoftwareMachine, state: &mut State, stream: u64, group: G
     state.last_progress = Instant::now();
 }
 
-/// Polls whether a communicator's calls have finished; never true on the first poll after a call.
+/// Polls whether a communicator's calls have finished. The first poll after a call always returns false.
 pub fn poll_calls(machine: &SoftwareMachine, state: &mut State, comm: u64) -> bool {
     let found = state.comms.comms.get_mut(&comm).expect("looked up by the caller");
     if found.deferred.is_empty() {
@@ -543,7 +543,7 @@ pub fn poll_calls(machine: &SoftwareMachine, state: &mut State, comm: u64) -> bo
     true
 }
 
-/// The first messages of a group to and from ranks of other processes.
+/// Returns the group's first messages to and from ranks in other processes.
 fn first_remote_messages(state: &State, comm: u64, group: &Group) -> impl Iterator<Item = Direction> {
     let own = &state.comms.comms[&comm];
     let ranks = &state.comms.cliques[&own.clique].ranks;
@@ -551,7 +551,7 @@ fn first_remote_messages(state: &State, comm: u64, group: &Group) -> impl Iterat
     first.filter(|direction| ranks.get(direction.peer).is_some_and(Option::is_none))
 }
 
-/// Whether the remote ends of a communicator's deferred first messages have called too.
+/// Whether the remote ranks have also called the deferred first messages of this communicator.
 fn is_connected(state: &State, comm: u64) -> bool {
     let own = &state.comms.comms[&comm];
     let called = &state.comms.cliques[&own.clique].called;
@@ -566,7 +566,7 @@ fn submit_deferred(machine: &SoftwareMachine, state: &mut State, comm: u64) {
     }
 }
 
-/// Submits deferred calls that the host does not poll. Returns whether there were any.
+/// Submits deferred calls that the host does not poll. Returns whether there were any such calls.
 pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool {
     let is_old = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > DEFERRED_FOR);
     let is_left = |c: &Comm| c.deferred.iter().any(|d| d.since.elapsed() > machine.config.deadlock);
@@ -582,7 +582,7 @@ pub fn submit_old_deferred(machine: &SoftwareMachine, state: &mut State) -> bool
     !old.is_empty()
 }
 
-/// Removes a communicator's operations from all queues. Returns their number.
+/// Removes a communicator's operations from all queues, and returns their number.
 pub fn abort(state: &mut State, comm: u64) -> usize {
     let mut dropped =
         std::mem::take(&mut state.comms.comms.get_mut(&comm).expect("looked up by the caller").deferred).len();

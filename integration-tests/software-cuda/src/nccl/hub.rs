@@ -1,8 +1,8 @@
-//! The hub coordinates the ranks of several processes; it runs in the process that created the communicator's id.
+//! The hub coordinates ranks in several processes. It runs in the process that created the communicator's id.
 //!
 //! Every process with ranks of a communicator sends their calls and data to the hub. Once all participants have posted,
-//! the hub compares the calls, as [`crate::nccl::engine`] does within a process (NC-1), and sends the result to all of
-//! them. It does not use streams or take locks of the device, so it never blocks on them.
+//! the hub compares the calls (NC-1) like [`crate::nccl::engine`], and sends the result to all of them. The hub does
+//! not use streams or take locks of the device, so streams and locks never block it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufReader};
@@ -26,7 +26,7 @@ static LEFT: Condvar = Condvar::new();
 struct HubGroup {
     ranks: Vec<Option<JoinRequest>>,
     connections: HashMap<u64, Connection>,
-    /// Posts of exchanges that are not complete.
+    /// Posts of incomplete exchanges.
     posts: BTreeMap<ExchangeId, Vec<Post>>,
 }
 
@@ -40,7 +40,7 @@ struct Post {
 
 struct Connection {
     out: UnixStream,
-    /// Ranks that are not closed.
+    /// Ranks of this process that are not closed.
     open: Vec<usize>,
     is_own: bool,
 }
@@ -58,15 +58,15 @@ fn listen(hub: &str) -> io::Result<()> {
     let listen = move || {
         for (number, stream) in listener.incoming().flatten().enumerate() {
             let serving = thread::Builder::new().name("software-nccl-hub".into());
-            // If the thread cannot start, the connection closes, which the other side notices.
+            // If the thread cannot start, the connection closes. The other process notices this.
             drop(serving.spawn(move || serve(number as u64, stream)));
         }
     };
     thread::Builder::new().name("software-nccl-hub".into()).spawn(listen).map(drop)
 }
 
-/// Waits until the other processes have been notified that this process has closed its ranks of these communicators;
-/// otherwise its exit would look like a crash.
+/// Waits until the hub has notified the other processes that this process has closed its ranks of these communicators.
+/// Without this notice, the exit of this process would look like a crash.
 pub fn wait_until_left(cliques: &[String], limit: Duration) {
     let is_here = |group: &HubGroup| group.connections.values().any(|connection| connection.is_own);
     let waits =
@@ -74,7 +74,7 @@ pub fn wait_until_left(cliques: &[String], limit: Duration) {
     drop(LEFT.wait_timeout_while(lock(&GROUPS), limit, waits));
 }
 
-/// Serves one process until it ends or has closed its ranks.
+/// Serves one process until the process ends or has closed its ranks.
 fn serve(connection: u64, stream: UnixStream) {
     let Ok(out) = stream.try_clone() else { return };
     let (mut out, mut from) = (Some(out), BufReader::new(stream));
@@ -111,7 +111,7 @@ fn serve(connection: u64, stream: UnixStream) {
 }
 
 impl HubGroup {
-    /// Sends a message to all processes except one. The reader of a connection notices if its process has ended.
+    /// Sends a message to all processes except one. Ignores errors: the reader of a connection notices its end.
     fn send_to_others(&self, except: Option<u64>, message: &HubMessage) {
         for (_, other) in self.connections.iter().filter(|(number, _)| Some(**number) != except) {
             drop(write_message(&other.out, message, &[]));
@@ -163,7 +163,7 @@ impl HubGroup {
             return;
         }
         let mut posts = self.posts.remove(&exchange).unwrap_or_default();
-        // By rank, or the sender first.
+        // Sort the posts by rank, or the sender before the receiver.
         let receiver = if let ExchangeId::Message(_, to, _) = exchange { to } else { usize::MAX };
         posts.sort_by_key(|post| (post.rank == receiver, post.rank));
         let calls: Vec<(usize, Call)> = posts.iter().map(|post| (post.rank, post.call)).collect();
@@ -176,7 +176,7 @@ impl HubGroup {
         let answer = HubMessage::ExchangeResult { exchange, mismatch };
         let takes_part = |number: &u64| posts.iter().any(|post| post.connection == *number);
         let mut receivers: Vec<_> = self.connections.iter().filter(|(number, _)| takes_part(number)).collect();
-        // This process comes last, because it may end as soon as it has its result, before the others have theirs.
+        // Send to this process last. It may exit when it has its result, and the other processes need theirs first.
         receivers.sort_by_key(|(_, connection)| connection.is_own);
         receivers.into_iter().for_each(|(_, connection)| drop(write_message(&connection.out, &answer, &whole)));
     }

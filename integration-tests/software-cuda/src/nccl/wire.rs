@@ -1,7 +1,7 @@
-//! The messages between processes that share a communicator, and a process's connection to the hub.
+//! The messages between processes that share a communicator, and the connection of a process to the hub.
 //!
-//! A message is a JSON header and raw bytes, both preceded by their lengths. Only processes of one test exchange
-//! messages, so nothing is validated except that a message can be decoded.
+//! A message is a JSON header and raw bytes, each preceded by its length. Only processes of one test exchange messages,
+//! so the reader checks only that a message can be decoded.
 
 use std::io::{self, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -22,12 +22,12 @@ use crate::world::{lock, machine};
 pub(crate) enum ExchangeId {
     /// The n-th collective of the communicator.
     Collective(u64),
-    /// The n-th message from a rank to a rank.
+    /// The n-th message from one rank to another.
     Message(usize, usize, u64),
 }
 
 impl ExchangeId {
-    /// The exchange of a rank's part.
+    /// Returns the exchange to which a rank's part belongs.
     pub fn of(rank: usize, tag: Tag) -> ExchangeId {
         match tag {
             Tag::Collective(n) => ExchangeId::Collective(n),
@@ -37,7 +37,7 @@ impl ExchangeId {
     }
 }
 
-/// The request of a rank to join.
+/// A rank's request to join.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct JoinRequest {
     /// Name of the communicator.
@@ -48,11 +48,11 @@ pub(crate) struct JoinRequest {
     pub rank: usize,
     /// Node and device number; two ranks must not share a device.
     pub device: (String, usize),
-    /// Its process id.
+    /// Process id of the joining rank.
     pub process: u32,
 }
 
-/// One end of the messages from a rank to another.
+/// One end of all messages from one rank to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct Direction {
     /// The rank of this end.
@@ -64,7 +64,7 @@ pub(crate) struct Direction {
 }
 
 impl Direction {
-    /// The end of a rank's first message to or from a peer, if the tag is one.
+    /// Returns this end of a rank's first message to or from a peer, or `None` for any other tag.
     pub fn of_first(rank: usize, tag: Tag) -> Option<Direction> {
         match tag {
             Tag::Send(peer, 1) => Some(Direction { rank, peer, sends: true }),
@@ -73,7 +73,7 @@ impl Direction {
         }
     }
 
-    /// The other end.
+    /// Returns the other end.
     pub fn other(self) -> Direction {
         Direction { rank: self.peer, peer: self.rank, sends: !self.sends }
     }
@@ -84,27 +84,27 @@ impl Direction {
 pub(crate) enum HubMessage {
     /// To the hub: a rank joins.
     Join(JoinRequest),
-    /// To the hub: calls of one process's ranks, followed by their data.
+    /// To the hub: calls of the sending process's ranks, followed by their data.
     Post {
         exchange: ExchangeId,
-        /// Rank, call, bytes that it sends.
+        /// Rank, call, and number of bytes that the rank sends.
         calls: Vec<(usize, Call, usize)>,
     },
-    /// To the hub, forwarded to the others: a rank has called its first message to or from a peer.
+    /// To the hub, which forwards it: a rank has called its first message to or from a peer.
     Call(Direction),
     /// To the hub: a rank was destroyed (`in_order`) or aborted.
     Leave { rank: usize, in_order: bool },
-    /// To the hub, forwarded to the others: this process makes progress or compiles.
+    /// To the hub, which forwards it: the sending process makes progress or compiles.
     Busy,
     /// From the hub: all ranks have joined.
     Full,
-    /// From the hub: the ranks are inconsistent.
+    /// From the hub: the ranks' requests to join are inconsistent.
     Refused,
     /// From the hub: the result of an exchange, or its mismatch.
     ExchangeResult { exchange: ExchangeId, mismatch: Option<String> },
-    /// From the hub: a rank was aborted, or its process has ended.
+    /// From the hub: a rank was aborted, or a process with open ranks has ended.
     Lost,
-    /// From the hub: its own process has destroyed all its ranks and may end soon.
+    /// From the hub: the hub's process has destroyed all its ranks and may end soon.
     HubLeft,
 }
 
@@ -129,30 +129,30 @@ pub fn read_message(from: &mut BufReader<UnixStream>) -> io::Result<(HubMessage,
     Ok((serde_json::from_slice(&header)?, bytes))
 }
 
-/// The name of a communicator, encoded in its unique id: the name of the hub's socket, `/`, and a number.
+/// Returns the name of a communicator, which its unique id encodes: the name of the hub's socket, `/`, and a number.
 pub fn name_of(id: &ncclUniqueId) -> String {
     let bytes: Vec<u8> = id.internal.iter().take_while(|byte| **byte != 0).map(|byte| *byte as u8).collect();
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// The unique id that encodes a name.
+/// Returns the unique id that encodes a name.
 pub fn id_of(name: &str) -> ncclUniqueId {
     let mut internal = [0; 128];
     internal.iter_mut().zip(name.bytes().take(127)).for_each(|(to, byte)| *to = byte as _);
     ncclUniqueId { internal }
 }
 
-/// The address of a hub, an abstract socket, which leaves no file behind.
+/// Returns the address of a hub. It is an abstract socket, which leaves no file behind.
 pub fn address(clique: &str) -> io::Result<SocketAddr> {
     SocketAddr::from_abstract_name(clique.split('/').next().unwrap_or_default())
 }
 
-/// A process's connection to the hub of one communicator.
+/// The connection of a process to the hub of one communicator.
 #[derive(Debug)]
 pub(crate) struct HubConnection(Mutex<UnixStream>);
 
 impl HubConnection {
-    /// Connects to the hub; its messages go to the clique with the handle `clique`.
+    /// Connects to the hub. A thread delivers the hub's messages to the clique with the handle `clique`.
     pub fn connect(name: &str, clique: u64) -> io::Result<Arc<HubConnection>> {
         let stream = UnixStream::connect_addr(&address(name)?)?;
         let mut from = BufReader::new(stream.try_clone()?);
@@ -171,7 +171,7 @@ impl HubConnection {
         Ok(Arc::new(HubConnection(Mutex::new(stream))))
     }
 
-    /// Sends a message to the hub. Ignores errors, because the reader notices a closed connection.
+    /// Sends a message to the hub. Ignores errors, because the thread that reads notices a closed connection.
     pub fn send(&self, message: &HubMessage, bytes: &[u8]) {
         let _ = write_message(&lock(&self.0), message, bytes);
     }
@@ -182,7 +182,7 @@ impl HubConnection {
     }
 }
 
-/// An event of a communicator from the hub.
+/// An event that the hub's connection delivers to a communicator.
 pub(crate) enum HubEvent {
     /// The result of an exchange.
     ExchangeResult(ExchangeId, Arc<ExchangeResult>),

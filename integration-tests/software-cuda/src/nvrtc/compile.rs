@@ -1,4 +1,4 @@
-//! Compiles CUDA C++ to a host library with g++, once per text.
+//! Compiles CUDA C++ to a host library with g++. Each text is compiled once.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -41,15 +41,15 @@ const FLAGS: &[&str] = &[
 
 /// A program passed to NVRTC.
 pub(crate) struct Program {
-    /// Its text.
+    /// Text of the program.
     pub text: String,
-    /// Its name in messages.
+    /// Name of the program in messages.
     pub name: String,
-    /// Names and texts of its headers.
+    /// Names and texts of the headers.
     pub headers: Vec<(String, String)>,
 }
 
-/// Options without effect here.
+/// Options that have no effect here.
 const IGNORED: &[&str] = &[
     "--gpu-architecture",
     "-arch",
@@ -79,7 +79,7 @@ const IGNORED: &[&str] = &[
     "-diag-suppress",
 ];
 
-/// Translates NVRTC's options to g++'s; returns an error for an unknown option.
+/// Translates NVRTC's options to g++'s options. Fails for an unknown option.
 fn translate(options: &[String]) -> Result<Vec<String>, String> {
     let mut out = Vec::new();
     let mut architecture = 900;
@@ -127,7 +127,7 @@ fn run(command: &mut Command) -> Result<String, String> {
     String::from_utf8(output.stdout).map_err(|e| format!("the preprocessed text is not UTF-8: {e}"))
 }
 
-/// A path that no other thread or process uses.
+/// Returns a path that no other thread or process uses.
 fn unique_path(folder: &Path, ending: &str) -> PathBuf {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     folder.join(format!("partial-{}-{}{ending}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed)))
@@ -160,7 +160,7 @@ pub fn compile(program: &Program, options: &[String], cache: &Path) -> Result<St
     let headers = cache.join(format!("headers-{}", image::digest(&given)));
     write_all(&headers, program.headers.iter().map(|(n, t)| (n.as_str(), t.as_str())))?;
 
-    // The source has its own folder, so that quoted includes find nothing there, as in NVRTC.
+    // The source has its own folder. Quoted includes then find no other files, as in NVRTC.
     let name = Path::new(&program.name).file_name().unwrap_or(OsStr::new("program.cu"));
     let source = cache.join(format!("source-{}", image::digest(&[&program.text]))).join(name);
     write(&source, &program.text)?;
@@ -175,7 +175,7 @@ pub fn compile(program: &Program, options: &[String], cache: &Path) -> Result<St
     let digest = image::digest(&[&text, &shim_digest, standard, &FLAGS.join(" ")]);
     let library = image::path(&digest, cache);
     if !library.exists() {
-        // Processes that start together need the same kernels: one compiles each, and the others wait for it.
+        // Processes that start together need the same kernels. One process compiles each kernel, and the others wait.
         let lock_file = std::fs::File::create(library.with_extension("lock")).and_then(|f| f.lock().map(|()| f));
         let _lock_file = lock_file.map_err(|e| format!("cannot lock {}: {e}", library.display()))?;
         if library.exists() {
@@ -187,10 +187,10 @@ pub fn compile(program: &Program, options: &[String], cache: &Path) -> Result<St
         let mut command = Command::new("g++");
         command.arg(standard).args(FLAGS).args(["-x", "c++", "-fpreprocessed", "-c"]).arg(&rewritten);
         let compiled = run(command.arg("-o").arg(&object));
-        // Linked without the sanitizer's library, because the shim defines its functions.
+        // Link without the sanitizer's library, because the shim defines its functions.
         let linked = compiled
             .and_then(|_| run(Command::new("g++").args(["-shared", "-o"]).arg(&partial).arg(&object).args(["-lm"])));
-        // Failing to remove the temporary files is harmless.
+        // Ignore errors, because leftover temporary files are harmless.
         let _ = (std::fs::remove_file(&rewritten), std::fs::remove_file(&object));
         linked?;
         std::fs::rename(&partial, &library).map_err(|e| format!("cannot write {}: {e}", library.display()))?;

@@ -1,27 +1,27 @@
-//! Images that replace PTX and cubins: a line with the digest of a compiled library.
+//! Images that replace PTX and cubins. An image is one line with the digest of a compiled library.
 
 use std::path::{Path, PathBuf};
 
 const MARK: &str = "// software CUDA image ";
 const DIGEST_CHARS: usize = 32;
 
-/// The image of a library.
+/// Returns the image of a library.
 pub fn image(digest: &str) -> String {
     format!("{MARK}{digest}\n")
 }
 
-/// The path of a library.
+/// Returns the path of a library.
 pub fn path(digest: &str, cache: &Path) -> PathBuf {
     cache.join(format!("{digest}.so"))
 }
 
-/// The path of an image's library; `None` if the text is not an image.
+/// Returns the path of an image's library, or `None` if the text is not an image.
 pub fn library_path(text: &str, cache: &Path) -> Option<PathBuf> {
     let digest = text.strip_prefix(MARK)?.get(..DIGEST_CHARS)?;
     digest.bytes().all(|b| b.is_ascii_hexdigit()).then(|| path(digest, cache))
 }
 
-/// The digest of texts.
+/// Returns the digest of several texts.
 pub fn digest(texts: &[&str]) -> String {
     let mut hasher = blake3::Hasher::new();
     for text in texts {

@@ -1,24 +1,24 @@
 //! Rewrites preprocessed CUDA C++ into C++ for g++.
 //!
-//! The preprocessor keeps `__global__`, `__shared__` and `__launch_bounds__`, also from macros. Here kernels are
-//! collected, static shared memory becomes `static`, and dynamic shared memory becomes an alias of the shim's array.
+//! The preprocessor keeps `__global__`, `__shared__` and `__launch_bounds__`, even from macros. This module collects
+//! the kernels, makes static shared memory `static`, and makes dynamic shared memory an alias of the shim's array.
 
-/// A kernel of a text.
+/// A kernel in a text.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct KernelName {
-    /// Its name.
+    /// Name of the kernel.
     pub name: String,
-    /// The first of its launch bounds as an expression.
+    /// First argument of the kernel's launch bounds, as an expression.
     pub threads_max: Option<String>,
 }
 
-/// Returns the rewritten text, followed by a description of each kernel, and the kernels.
+/// Returns the kernels and the rewritten text, to which a description of each kernel is appended.
 pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
     let tokens = tokens(text);
     let mut out = String::with_capacity(text.len() + 1024);
     let mut kernels: Vec<KernelName> = Vec::new();
     let mut in_dynamic = false;
-    // Number of open brackets in a declaration of static shared memory.
+    // Number of open brackets inside a declaration of static shared memory; `None` outside.
     let mut in_static: Option<u32> = None;
     let mut bounds = None;
     let mut at = 0;
@@ -34,7 +34,7 @@ pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
             }
             "__launch_bounds__" => {
                 let (first, end) = bracketed(&tokens, at + 1).ok_or("__launch_bounds__ without its brackets")?;
-                // May also precede `__global__`.
+                // The bounds may also precede `__global__`.
                 bounds = Some(first);
                 at = end;
                 if kernels.last().is_some_and(|k| k.threads_max == bounds) {
@@ -77,8 +77,8 @@ pub fn rewrite(text: &str) -> Result<(String, Vec<KernelName>), String> {
     Ok((out, kernels))
 }
 
-/// Initialises each variable of a declaration with constants, because g++ would generate code with a guard in shared
-/// memory for arrays of classes. Returns the number of open brackets after the token, or `None` after the declaration.
+/// Initialises each variable of a declaration with constants. Otherwise g++ would place a guard in shared memory for
+/// arrays of classes. Returns the number of open brackets after the token, or `None` after the declaration.
 fn static_part(token: &str, depth: u32, out: &mut String) -> Option<u32> {
     match token {
         "(" | "[" | "{" | "<" => return Some(depth + 1),
@@ -94,14 +94,14 @@ fn is_space(token: &str) -> bool {
     token.trim().is_empty()
 }
 
-/// Whether the declaration with this `__shared__` is of dynamic memory: it has `extern` before or after the word.
+/// Whether this `__shared__` declares dynamic memory. Such a declaration has `extern` before or after the word.
 fn is_dynamic(tokens: &[&str], at: usize) -> bool {
     let before = tokens[..at].iter().rev().take_while(|t| !matches!(**t, ";" | "{" | "}"));
     let after = tokens[at..].iter().take_while(|t| !matches!(**t, ";" | "=" | "["));
     before.chain(after).any(|t| *t == "extern")
 }
 
-/// The kernel's name: the identifier before the parameters, after `__global__` and attributes.
+/// Returns the kernel's name: the last identifier before the parameters, after `__global__` and attributes.
 fn kernel_name(tokens: &[&str]) -> Option<String> {
     let mut at = 0;
     let mut last = None;
@@ -124,7 +124,7 @@ fn bounds_in(tokens: &[&str]) -> Option<String> {
     Some(bracketed(tokens, at + 1)?.0)
 }
 
-/// The first expression in the parentheses that open at `at` or after spaces there, and the index of the closing one.
+/// Returns the first expression in the parentheses that open at `at` or after spaces, and the index where they close.
 fn bracketed(tokens: &[&str], at: usize) -> Option<(String, usize)> {
     let open = (at..tokens.len()).find(|i| !is_space(tokens[*i])).filter(|i| tokens[*i] == "(")?;
     let (mut depth, mut first, mut is_first) = (0, String::new(), true);
@@ -145,7 +145,7 @@ fn bracketed(tokens: &[&str], at: usize) -> Option<(String, usize)> {
     None
 }
 
-/// Splits a text into identifiers, literals, line markers and runs of spaces; other characters are single tokens.
+/// Splits a text into identifiers, literals, line markers and runs of spaces. Each other character is a separate token.
 fn tokens(text: &str) -> Vec<&str> {
     let bytes = text.as_bytes();
     let is_name = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b >= 0x80;
@@ -161,7 +161,7 @@ fn tokens(text: &str) -> Vec<&str> {
             b'#' if is_line_start => run(at, &|b| b != b'\n'),
             b if is_name(b) => run(at, &is_name),
             b if b.is_ascii_whitespace() => {
-                // A line end is a separate token, so that line markers are recognised.
+                // A line end is a separate token, so that the next token can be recognised as a line marker.
                 if b == b'\n' { at + 1 } else { run(at, &|b| b.is_ascii_whitespace() && b != b'\n') }
             }
             quote @ (b'"' | b'\'') => {

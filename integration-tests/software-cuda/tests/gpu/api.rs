@@ -19,13 +19,13 @@ macro_rules! cuda {
 
 pub(crate) use cuda;
 
-/// A symbol of the software device's control interface.
+/// Returns a symbol of the software device's control interface.
 pub fn control<F: Copy>(name: &str) -> F {
     // SAFETY: callers pass the type of the named symbol.
     unsafe { *sys::culib().get::<F>(name.as_bytes()).expect("the software device is loaded") }
 }
 
-/// Findings after all submitted work.
+/// Returns the findings after all submitted work.
 pub fn findings() -> Vec<(String, String)> {
     let report = control::<extern "C" fn() -> *const std::ffi::c_char>("software_cuda_report")();
     // SAFETY: the text ends with NUL, and is never freed.
@@ -34,26 +34,26 @@ pub fn findings() -> Vec<(String, String)> {
     report["findings"].as_array().unwrap().iter().map(|f| (text(f, "kind"), text(f, "message"))).collect()
 }
 
-/// Clears the findings and starts a schedule.
+/// Clears the findings and sets the schedule.
 pub fn begin(policy: &str, seed: u64) {
     control::<extern "C" fn()>("software_cuda_forget_findings")();
     let name = CString::new(policy).unwrap();
-    // SAFETY: this is the function's type; the text ends with NUL.
+    // SAFETY: the type is the function's type; the text ends with NUL.
     let schedule = control::<unsafe extern "C" fn(*const std::ffi::c_char, u64) -> u32>("software_cuda_schedule");
     // SAFETY: the text ends with NUL.
     assert_eq!(unsafe { schedule(name.as_ptr(), seed) }, 1);
 }
 
-/// Number of calls of a function or a class of functions.
+/// Returns the number of calls of a function, or of a class of functions.
 pub fn calls(name: &str) -> u64 {
     let name = CString::new(name).unwrap();
-    // SAFETY: this is the function's type; the text ends with NUL.
+    // SAFETY: the type is the function's type; the text ends with NUL.
     let count = control::<unsafe extern "C" fn(*const std::ffi::c_char) -> u64>("software_cuda_call_count");
     // SAFETY: the text ends with NUL.
     unsafe { count(name.as_ptr()) }
 }
 
-/// Compiles a text with NVRTC; returns the image, or the log as an error.
+/// Compiles a text with NVRTC. Returns the image, or the compiler's log as an error.
 pub fn compile(text: &str, options: &[&str]) -> Result<Vec<u8>, String> {
     let (text, name) = (CString::new(text).unwrap(), c"kernels.cu");
     let options: Vec<CString> = options.iter().map(|o| CString::new(*o).unwrap()).collect();
@@ -93,7 +93,7 @@ pub fn enable_peer_access(peer: sys::CUcontext) {
     assert!(matches!(code, CUresult::CUDA_SUCCESS | CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED));
 }
 
-/// The kernels of the tests, loaded on the current device.
+/// Loads the kernels of the tests on the current device.
 pub fn module() -> CUmodule {
     let image =
         compile(include_str!("kernels.cu"), &["--gpu-architecture=sm_90"]).unwrap_or_else(|log| panic!("{log}"));
@@ -102,21 +102,21 @@ pub fn module() -> CUmodule {
     module
 }
 
-/// Looks up a kernel.
+/// Returns a kernel of a module.
 pub fn function(module: CUmodule, name: &str) -> CUfunction {
     let (mut function, name) = (std::ptr::null_mut(), CString::new(name).unwrap());
     cuda!(cuModuleGetFunction(&mut function, module, name.as_ptr()));
     function
 }
 
-/// A stream that does not synchronise with the NULL stream.
+/// Creates a stream that does not synchronise with the NULL stream.
 pub fn stream() -> CUstream {
     let mut stream = std::ptr::null_mut();
     cuda!(cuStreamCreate(&mut stream, 1));
     stream
 }
 
-/// An event without times.
+/// Creates an event that does not record times.
 pub fn event() -> CUevent {
     let mut event = std::ptr::null_mut();
     cuda!(cuEventCreate(&mut event, 2));
@@ -155,7 +155,7 @@ pub fn free(address: u64) {
     cuda!(cuMemFree_v2(address));
 }
 
-/// Reads device memory on a stream, and waits for it.
+/// Reads device memory on a stream, and waits for the copy.
 pub fn read(address: u64, count: usize, stream: CUstream) -> Vec<f32> {
     let mut values = vec![0.0f32; count];
     cuda!(cuMemcpyDtoHAsync_v2(values.as_mut_ptr().cast(), address, count * 4, stream));
@@ -179,7 +179,7 @@ pub enum Arg {
     F(f32),
 }
 
-/// Launches a kernel; returns the driver's result.
+/// Launches a kernel and returns the driver's result.
 pub fn try_launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream, args: &[Arg]) -> CUresult {
     let mut words: Vec<u64> = args
         .iter()
@@ -198,7 +198,7 @@ pub fn try_launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream
     }
 }
 
-/// Launches `dims.0` blocks of `dims.1` threads.
+/// Launches a kernel with `dims.0` blocks of `dims.1` threads.
 pub fn launch(f: CUfunction, dims: (u32, u32), shared: u32, stream: CUstream, args: &[Arg]) {
     assert_eq!(try_launch(f, dims, shared, stream, args), CUresult::CUDA_SUCCESS);
 }
@@ -221,11 +221,11 @@ pub fn comms(ranks: usize) -> Vec<cudarc::nccl::sys::ncclComm_t> {
     comms
 }
 
-/// Blocks the device in a host function until the returned sender is dropped or sends.
+/// Blocks the device in a host function until the returned sender is dropped or sends a value.
 pub fn block_device(stream: CUstream) -> std::sync::mpsc::Sender<()> {
-    // SAFETY: the driver calls it with the argument passed below.
+    // SAFETY: the driver calls this function with the argument passed below.
     unsafe extern "C" fn wait(receiver: *mut c_void) {
-        // SAFETY: the box was created below, for this call only.
+        // SAFETY: the box was created below, for this one call.
         let receiver = unsafe { Box::from_raw(receiver.cast::<std::sync::mpsc::Receiver<()>>()) };
         let _ = receiver.recv();
     }
@@ -240,7 +240,7 @@ pub fn host_access(address: *mut f32, count: usize, is_write: bool) {
     access(address as u64, count as u64 * 4, u32::from(is_write));
 }
 
-/// Captures the calling thread's clock.
+/// Returns the calling thread's clock as a token.
 pub fn capture() -> u64 {
     control::<extern "C" fn() -> u64>("software_cuda_clock_capture")()
 }
@@ -250,11 +250,11 @@ pub fn join(token: u64) {
     control::<extern "C" fn(u64)>("software_cuda_clock_join")(token);
 }
 
-/// Creates a non-blocking communicator, which may not be ready yet.
+/// Creates a non-blocking communicator. It may not be ready when this function returns.
 pub fn join_ranks(id: cudarc::nccl::sys::ncclUniqueId, ranks: usize, rank: usize) -> cudarc::nccl::sys::ncclComm_t {
     use cudarc::nccl::sys::{ncclCommInitRankConfig, ncclConfig_t, ncclResult_t};
     let mut comm = std::ptr::null_mut();
-    // SAFETY: all-zero bytes are valid for this structure of numbers and pointers.
+    // SAFETY: a structure of numbers and pointers may consist of zero bytes.
     let mut config: ncclConfig_t = unsafe { std::mem::zeroed() };
     config.size = size_of_val(&config);
     config.blocking = 0;

@@ -1,4 +1,4 @@
-//! Planted mistakes: each is found under every policy and seed, and the program without it has no findings.
+//! Planted mistakes: the device finds each one under every policy and seed. Without the mistake there are no findings.
 
 use shardflow_software_cuda::POLICIES;
 
@@ -12,11 +12,11 @@ fn seeds() -> u64 {
 
 /// A program that can run with or without a mistake.
 pub struct Bug {
-    /// Its name in messages.
+    /// Name of the mistake in messages.
     pub name: &'static str,
-    /// Kinds of findings, one of which must occur; optionally followed by a colon and a part of the message.
+    /// Kinds of findings, at least one of which must occur. A colon and a part of the message may follow a kind.
     pub kinds: &'static [&'static str],
-    /// Runs the program, with the mistake if true.
+    /// Runs the program. The mistake is planted if the argument is true.
     pub run: fn(&LoadedKernels, bool),
 }
 
@@ -45,7 +45,7 @@ impl LoadedKernels {
     }
 }
 
-/// Runs all programs of a list with and without their mistakes.
+/// Runs each program of a list with and without its mistake.
 pub fn run_all(bugs: &[Bug], devices: i32) {
     let loaded = LoadedKernels::new(devices);
     for bug in bugs {
@@ -74,7 +74,7 @@ pub fn run_all(bugs: &[Bug], devices: i32) {
     api::begin("in-order", 1);
 }
 
-/// In the parent: the child finds all mistakes and succeeds.
+/// In the parent: checks that the child finds all mistakes and succeeds.
 pub fn expect_found(case: &str, devices: usize) {
     let (output, report) = child::start(case, devices, "in-order", 1, &[("SOFTWARE_CUDA_DEADLOCK_MS", "250")]);
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);

@@ -22,7 +22,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "product with too long a leading dimension", kinds: &["bounds", "uninitialised"], run: product_bounds },
 ];
 
-/// In the child.
+/// In the child: runs all programs of this file.
 pub fn check() {
     run_all(BUGS, 1);
 }

@@ -42,7 +42,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "host function that waits for the device", kinds: &["misuse"], run: waiting_callback },
 ];
 
-/// In the child.
+/// In the child: runs all programs of this file.
 pub fn check() {
     run_all(BUGS, 2);
     let leaks = api::control::<extern "C" fn() -> u64>("software_cuda_leak_count")();
@@ -109,8 +109,8 @@ fn write_after_write(loaded: &LoadedKernels, planted: bool) {
     d.close();
 }
 
-/// Only the last words of a buffer conflict, so that the kernel's quick checks meet them, and not the first region
-/// checks.
+/// Only the last words of a buffer conflict. The kernel's quick checks then see the conflict, not the first check of a
+/// region.
 fn few_read(loaded: &LoadedKernels, planted: bool) {
     let d = Fixture::new();
     cuda!(cuMemsetD32Async(d.a + 4 * (N as u64 - 3), 0, 3, d.s[0]));
@@ -258,8 +258,8 @@ fn uninitialised(loaded: &LoadedKernels, planted: bool) {
     free(fresh);
 }
 
-/// A producer and a consumer, each with its own thread and stream, and a message between them. The producer sends it
-/// when its work has finished or at launch, with or without its clock.
+/// A producer and a consumer each have their own thread and stream, and the producer sends a message to the consumer.
+/// It sends the message at launch or when its work has finished, with or without its clock.
 fn messages(loaded: &LoadedKernels, sends_at_launch: bool, carries_clock: bool) {
     let (d, out) = (Fixture::new(), alloc(N));
     let (add, start) = (loaded.kernel("add") as usize, api::capture());
@@ -386,7 +386,7 @@ fn null_stream(loaded: &LoadedKernels, planted: bool) {
 }
 
 fn peer(loaded: &LoadedKernels, planted: bool) {
-    // Access stays enabled, so the device without access to the other reads when the mistake is planted.
+    // Peer access stays enabled, so the planted mistake reads on the device that never had access.
     let owner = if planted { 0 } else { 1 };
     api::use_device(owner);
     let there = filled(&[3.0; N]);
@@ -441,7 +441,7 @@ fn never_recorded(_: &LoadedKernels, planted: bool) {
 }
 
 fn waiting_callback(_: &LoadedKernels, planted: bool) {
-    // SAFETY: the driver calls it with the argument passed below.
+    // SAFETY: the driver calls this function with the argument passed below.
     unsafe extern "C" fn function(stream: *mut std::ffi::c_void) {
         if !stream.is_null() {
             // SAFETY: the stream comes from the driver, which refuses this call.

@@ -39,12 +39,12 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "communicator used after its end", kinds: &["misuse"], run: closed },
 ];
 
-/// In the child.
+/// In the child: runs all programs of this file.
 pub fn check() {
     run_all(BUGS, 2);
 }
 
-/// Two devices, each with two streams, two buffers, and a rank of two communicators.
+/// Two devices, each with two streams, two buffers, and a rank in each of two communicators.
 struct Pair {
     s: [[CUstream; 2]; 2],
     x: [[u64; 2]; 2],
@@ -61,7 +61,7 @@ impl Pair {
         Pair { s: [s0, s1], x: [x0, x1], comms: [api::comms(2), api::comms(2)] }
     }
 
-    /// Sums buffer `index` of a device in place.
+    /// Sums buffer `index` of a device in place, as one rank of the all-reduce.
     fn sum(&self, device: usize, comm: usize, on: usize, index: usize, count: usize) {
         let (x, s) = (self.x[device][index], self.s[device][on]);
         nccl!(ncclAllReduce(x as _, x as _, count, F32, SUM, self.comms[comm][device], s.cast()));
@@ -74,10 +74,10 @@ impl Pair {
         nccl!(ncclGroupEnd());
     }
 
-    /// Waits, accepting errors, and destroys everything.
+    /// Waits for all work, ignoring errors, and destroys all objects.
     fn close(self) {
         let close = |comm: ncclComm_t, ends: bool| {
-            // SAFETY: the communicator comes from the library, and is destroyed once.
+            // SAFETY: the communicator comes from the library and is destroyed once.
             let _ = unsafe {
                 if ends { cudarc::nccl::sys::ncclCommDestroy(comm) } else { cudarc::nccl::sys::ncclCommAbort(comm) }
             };
@@ -128,7 +128,7 @@ fn kinds(_: &LoadedKernels, planted: bool) {
 
 fn crossed(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
-    // Groups of one call each look to NCCL like separate host threads.
+    // To NCCL, groups of one call each look like calls from separate host threads.
     let issue = |device: usize, comm: usize| {
         let other = if comm == 0 { 0 } else { 1 };
         p.sum(device, comm, 0, other, N);
@@ -249,7 +249,7 @@ fn early_overwrite(_: &LoadedKernels, planted: bool) {
     p.close();
 }
 
-/// A collective orders the earlier work of all ranks before their later work.
+/// A collective orders the earlier work of all ranks before the later work of each rank.
 fn before_collective(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     let mut contexts = [null_mut(); 2];
@@ -276,7 +276,7 @@ fn before_collective(_: &LoadedKernels, planted: bool) {
     p.close();
 }
 
-/// On non-blocking communicators a call may be submitted to its stream after the host's next work.
+/// On a non-blocking communicator, NCCL may submit a call to its stream after work that the host submits later.
 fn in_progress(_: &LoadedKernels, planted: bool) {
     let p = Pair::new();
     let mut id = cudarc::nccl::sys::ncclUniqueId { internal: [0; 128] };
@@ -292,7 +292,7 @@ fn in_progress(_: &LoadedKernels, planted: bool) {
         let (x, s) = (p.x[device][0], p.s[device][0].cast());
         nccl!(ncclAllReduce(x as _, x as _, N, F32, SUM, *comm, s));
     }
-    // SAFETY: ends the group started above.
+    // SAFETY: this call ends the group that was started above.
     assert_eq!(unsafe { cudarc::nccl::sys::ncclGroupEnd() }, in_progress);
     if !planted {
         comms.iter().for_each(|comm| api::wait_for_call(*comm, in_progress));
@@ -317,7 +317,7 @@ fn early_abort(_: &LoadedKernels, planted: bool) {
     }
     drop(held);
     if planted {
-        // The communicators of the first set are already closed.
+        // The communicators of the first set were closed above.
         let Pair { s, x, comms } = p;
         let rest = [Vec::new(), comms[1].clone()];
         return Pair { s, x, comms: rest }.close();

@@ -1,4 +1,4 @@
-//! Runs a case of a test in a child process on the software device.
+//! Runs a test's case in a child process on the software device.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -7,14 +7,14 @@ use shardflow_software_cuda::SimReport;
 
 const CASE: &str = "SOFTWARE_CUDA_TEST_CASE";
 
-/// In the child: runs the case named by the parent.
+/// In the child: runs the case that the parent has named.
 pub fn run(cases: &[(&str, fn())]) {
     let name = std::env::var(CASE).expect("the parent names a case");
     let (_, case) = cases.iter().find(|c| c.0 == name).expect("a case of that name");
     case();
 }
 
-/// In the parent: a command that runs a case and writes a report to the folder.
+/// In the parent: returns a command that runs a case and writes a report to the folder.
 pub fn command(case: &str, folder: &Path, devices: usize, policy: &str, seed: u64) -> Command {
     let program = std::env::current_exe().expect("this program");
     let command = shardflow_software_cuda::command(program, folder, devices, policy, seed);
@@ -23,7 +23,7 @@ pub fn command(case: &str, folder: &Path, devices: usize, policy: &str, seed: u6
     command
 }
 
-/// In the parent: runs a case with settings; returns its output and the device's report.
+/// In the parent: runs a case with these environment variables. Returns its output and the device's report.
 pub fn start(case: &str, devices: usize, policy: &str, seed: u64, settings: &[(&str, &str)]) -> (Output, SimReport) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut command = command(case, folder.path(), devices, policy, seed);

@@ -1,4 +1,4 @@
-//! Lost devices, leaks, counters, and ranks in separate threads.
+//! Tests of lost devices, leaks, call counters, and ranks in separate threads.
 
 use std::time::{Duration, Instant};
 
@@ -45,7 +45,7 @@ pub fn check_killed() {
     assert_eq!(unsafe { sys::cuMemAlloc_v2(&mut address, 4) }, lost, "the error stays");
 }
 
-/// In the child: the second launch never ends, and other streams continue.
+/// In the child: the second launch never ends. Other streams must continue.
 pub fn check_hung() {
     api::use_device(0);
     let (add, s, other, x, e) = (function(api::module(), "add"), stream(), stream(), filled(&[1.0; 64]), event());
@@ -78,7 +78,7 @@ pub fn check_leaks() {
     std::mem::forget(made);
 }
 
-/// In the child: counts the calls of a steady step.
+/// In the child: counts the calls of one step after the first steps.
 pub fn check_counters() {
     api::use_device(0);
     let (add, s, x) = (function(api::module(), "add"), stream(), filled(&[1.0; 64]));
@@ -108,7 +108,7 @@ pub fn check_rank_threads() {
         let threads: Vec<_> = (0..RANKS).map(|rank| scope.spawn(move || one_rank(id, rank))).collect();
         threads.into_iter().map(|t| t.join().expect("a rank succeeds")).collect()
     });
-    // Ten averages of 1, 2, 3, 4 leave 2.5.
+    // Ten rounds of averaging 1, 2, 3 and 4 give 2.5.
     assert_eq!(sums, [2.5; RANKS]);
 
     fn one_rank(id: cudarc::nccl::sys::ncclUniqueId, rank: usize) -> f32 {
@@ -134,7 +134,7 @@ pub fn check_rank_threads() {
         nccl!(ncclGroupStart());
         nccl!(ncclSend(x as _, 64, f32_type, next as i32, comm, s.cast()));
         nccl!(ncclRecv(y as _, 64, f32_type, before as i32, comm, s.cast()));
-        // SAFETY: ends the group started above.
+        // SAFETY: this call ends the group that was started above.
         api::wait_for_call(comm, unsafe { ncclGroupEnd() });
         let value = api::read(y, 64, s)[63];
         nccl!(ncclCommFinalize(comm));

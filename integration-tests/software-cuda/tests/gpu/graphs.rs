@@ -1,4 +1,4 @@
-//! cuDNN on the software device: results of a small graph, and planted mistakes.
+//! Tests cuDNN on the software device: the results of a small graph, and planted mistakes.
 
 use std::ffi::c_void;
 use std::ptr::{from_ref, null_mut};
@@ -29,7 +29,7 @@ pub const BUGS: &[Bug] = &[
     Bug { name: "a tensor without an address", kinds: &["misuse: without an address"], run: no_address },
 ];
 
-/// In the child.
+/// In the child: checks the results, then runs all programs with mistakes.
 pub fn check() {
     values();
     run_all(BUGS, 1);
@@ -51,11 +51,11 @@ struct GraphFault {
 
 fn attribute<T>(descriptor: cudnnBackendDescriptor_t, name: Attribute, kind: Type, values: &[T]) -> Answer {
     let (count, start) = (values.len() as i64, values.as_ptr().cast::<c_void>());
-    // SAFETY: `values` holds this number of values of the type.
+    // SAFETY: `values` holds `count` values of this type.
     unsafe { sys::cudnnBackendSetAttribute(descriptor, name, kind, count, start) }
 }
 
-/// Descriptors that live until it is dropped; after the first refusal it makes no more changes.
+/// Creates descriptors, and destroys them when it is dropped. After the first refusal, it makes no more changes.
 struct Builder {
     made: Vec<cudnnBackendDescriptor_t>,
     refused: bool,
@@ -64,7 +64,7 @@ struct Builder {
 impl Builder {
     fn open(&mut self, kind: Kind) -> cudnnBackendDescriptor_t {
         let mut made = null_mut();
-        // SAFETY: writes a handle to a local variable.
+        // SAFETY: the function writes a handle to a local variable.
         let answer = unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut made) };
         assert_eq!(answer, Answer::CUDNN_STATUS_SUCCESS);
         self.made.push(made);
@@ -141,7 +141,7 @@ impl Builder {
 impl Drop for Builder {
     fn drop(&mut self) {
         for descriptor in &self.made {
-            // SAFETY: created here, destroyed once.
+            // SAFETY: the descriptor was created here and is destroyed once.
             unsafe { sys::cudnnBackendDestroyDescriptor(*descriptor) };
         }
     }
@@ -153,11 +153,11 @@ const BUFFER: u8 = 0;
 const VIRTUAL: u8 = 1;
 const NUMBER: u8 = 2;
 
-/// Rows of a and v, and columns of b.
+/// Number of rows of a and v, and of columns of b.
 const N: usize = 2;
 const DEPTH: usize = 8;
 
-/// The buffers of a graph: `o = mask(a b) v`, a 2 x 8, b 8 x 2, v 2 x 8.
+/// The buffers of the graph `o = mask(a b) v`. The shapes are a 2 x 8, b 8 x 2 and v 2 x 8.
 #[derive(Clone, Copy)]
 struct Buffers {
     a: u64,
@@ -178,10 +178,10 @@ impl Buffers {
         [self.a, self.b, self.v, self.o, self.workspace].into_iter().for_each(free);
     }
 
-    /// Builds and runs the graph; returns whether nothing was refused.
+    /// Builds and runs the graph. Returns false if a call was refused.
     fn run(&self, s: CUstream, fault: GraphFault) -> bool {
         let mut handle = null_mut();
-        // SAFETY: writes a handle to a local variable; then passes a live handle and stream.
+        // SAFETY: the first call writes a handle to a local variable; the second gets a live handle and stream.
         unsafe {
             assert_eq!(sys::cudnnCreate(&mut handle), Answer::CUDNN_STATUS_SUCCESS);
             assert_eq!(sys::cudnnSetStream(handle, s.cast()), Answer::CUDNN_STATUS_SUCCESS);
@@ -189,7 +189,7 @@ impl Buffers {
         let mut builder = Builder { made: Vec::new(), refused: false };
         let whole = self.graph(&mut builder, fault, handle);
         let done = !builder.refused && self.execute(&mut builder, whole, handle, fault);
-        // SAFETY: created above.
+        // SAFETY: the handle was created above.
         unsafe { sys::cudnnDestroy(handle) };
         done
     }
@@ -235,7 +235,7 @@ impl Buffers {
         let (mut configuration, mut count) = (builder.open(Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR), 0);
         let (results, kind) = (Attribute::CUDNN_ATTR_ENGINEHEUR_RESULTS, Type::CUDNN_TYPE_BACKEND_DESCRIPTOR);
         let to = (&raw mut configuration).cast();
-        // SAFETY: fills in at most one descriptor, which `to` points to.
+        // SAFETY: the function fills in at most one descriptor, and `to` points to it.
         let answer = unsafe { sys::cudnnBackendGetAttribute(heuristic, results, kind, 1, &mut count, to) };
         assert_eq!((answer, count), (Answer::CUDNN_STATUS_SUCCESS, 1));
         let plan = builder.open(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR);
@@ -255,12 +255,12 @@ impl Buffers {
             builder.set(pack, workspace, Type::CUDNN_TYPE_VOID_PTR, &[self.workspace]);
         }
         builder.seal(pack);
-        // SAFETY: the handles are live; buffers are on the device, and host scalars live until here.
+        // SAFETY: the handles are live. The buffers are on the device, and host scalars live until this call returns.
         unsafe { sys::cudnnBackendExecute(handle, plan, pack) == Answer::CUDNN_STATUS_SUCCESS }
     }
 }
 
-/// Compares the graph's results, with and without its mask, with hand-computed ones.
+/// Compares the graph's results with values computed by hand, with and without the mask.
 fn values() {
     api::use_device(0);
     let (s, buffers) = (stream(), Buffers::new());
@@ -282,7 +282,7 @@ fn values() {
     cuda!(cuStreamDestroy_v2(s));
 }
 
-/// Runs the graph once, with a mistake that the library refuses or ignores.
+/// Runs the graph once. If `planted`, the run has a mistake that the library refuses or ignores.
 fn run_once(planted: bool, fault: GraphFault) {
     let (s, buffers) = (stream(), Buffers::new());
     buffers.run(s, if planted { fault } else { GraphFault::default() });

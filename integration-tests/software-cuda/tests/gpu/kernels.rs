@@ -1,4 +1,4 @@
-//! The test kernels compute the right values without findings under every policy.
+//! Checks that the test kernels compute the right values, without findings, under every policy.
 
 use shardflow_software_cuda::POLICIES;
 
@@ -11,7 +11,7 @@ fn bf16(x: f32) -> u16 {
     ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) as u16
 }
 
-/// Allocates bf16 numbers in device memory, two per word.
+/// Allocates device memory with these numbers as bf16, two per word.
 fn bf16_buffer(values: &[f32]) -> u64 {
     let words: Vec<f32> = values
         .chunks(2)
@@ -20,7 +20,7 @@ fn bf16_buffer(values: &[f32]) -> u64 {
     filled(&words)
 }
 
-/// In the child.
+/// In the child: checks the results of all test kernels.
 pub fn check_kernels() {
     api::use_device(0);
     let (module, s) = (api::module(), stream());
@@ -79,7 +79,7 @@ impl Bits for Vec<f32> {
     }
 }
 
-/// In the child.
+/// In the child: checks the errors and options of the compiler.
 pub fn check_compiler() {
     api::use_device(0);
     let log = api::compile("extern \"C\" __global__ void f(float* x) {\n  x[0] = undeclared;\n}\n", &[]).unwrap_err();

@@ -1,4 +1,4 @@
-//! Ranks of one communicator in several processes.
+//! Tests communicators whose ranks are in several processes.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -21,7 +21,7 @@ const PROCESS: &str = "SOFTWARE_CUDA_TEST_PROCESS";
 const OWN: usize = 2;
 const RANKS: usize = 2 * OWN;
 const WITHIN: Duration = Duration::from_secs(60);
-/// Cases in which a process waits forever.
+/// Cases in which a process would wait forever.
 const STUCK: [&str; 2] = ["a process never calls", "a send is not announced"];
 
 /// One rank.
@@ -38,7 +38,7 @@ fn process() -> usize {
     std::env::var(PROCESS).expect("the parent numbers processes").parse().expect("a number")
 }
 
-/// The communicator's id, which the first process creates and the parent forwards.
+/// Returns the communicator's id. The first process creates it, and the parent forwards it to the second process.
 fn shared_id() -> ncclUniqueId {
     let mut id = ncclUniqueId { internal: [0; 128] };
     if process() == 0 {
@@ -54,7 +54,7 @@ fn shared_id() -> ncclUniqueId {
     id
 }
 
-/// This process's ranks, on devices from `first` on.
+/// Creates this process's ranks, on consecutive devices from `first` on.
 fn join(first: usize) -> Vec<Rank> {
     let id = shared_id();
     let rank = |i: usize| {
@@ -70,14 +70,14 @@ fn wait_for_all(ranks: &[Rank]) {
     ranks.iter().for_each(|rank| api::wait_for_call(rank.comm, ncclResult_t::ncclInProgress));
 }
 
-/// Calls a function for all ranks in one group.
+/// Calls a function for all ranks, in one group.
 fn call_all(ranks: &[Rank], call: impl Fn(&Rank) -> ncclResult_t) {
     nccl!(ncclGroupStart());
     for rank in ranks {
         let code = call(rank);
         assert!(matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress), "{code:?}");
     }
-    // SAFETY: ends the group started above.
+    // SAFETY: this call ends the group that was started above.
     let code = unsafe { cudarc::nccl::sys::ncclGroupEnd() };
     assert!(matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress), "{code:?}");
 }
@@ -92,7 +92,7 @@ fn close(ranks: Vec<Rank>) {
     }
 }
 
-/// In a child: every kind of call.
+/// In a child: makes every kind of call.
 pub fn check_together() {
     use cudarc::nccl::sys::*;
     let ranks = join(process() * OWN);
@@ -123,7 +123,7 @@ pub fn check_together() {
     call_all(&ranks, |r| unsafe { ncclBroadcast(r.x as _, r.y as _, N, F32, 2, r.comm, r.s.cast()) });
     wait_for_all(&ranks);
     expect(&ranks, true, &|_, _| 3.0);
-    // To the next rank, in this process or in the other.
+    // Send to the next rank, which may be in the other process.
     let neighbour = |rank: usize, by: usize| ((rank + by) % RANKS) as i32;
     // SAFETY: as above.
     call_all(&ranks, |r| unsafe {
@@ -136,7 +136,7 @@ pub fn check_together() {
     close(ranks);
 }
 
-/// In a child: the processes call with different lengths, and both get an error.
+/// In a child: the processes call with different lengths, so both get an error.
 pub fn check_lengths() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -149,7 +149,7 @@ pub fn check_lengths() {
     abort(&ranks);
 }
 
-/// In a child: the second process dies, the first gets an error, and an abort releases its streams.
+/// In a child: the second process dies. The first process gets an error, and an abort releases its streams.
 pub fn check_gone() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -160,7 +160,7 @@ pub fn check_gone() {
         let code = unsafe { cudarc::nccl::sys::ncclRecv(other as _, N, F32, 0, ranks[0].comm, s.cast()) };
         api::wait_for_call(ranks[0].comm, code);
         api::wait(s);
-        // Dies without closing anything.
+        // Die without closing anything.
         std::process::abort();
     }
     // SAFETY: the addresses are of device memory that is long enough; handles come from the libraries.
@@ -168,21 +168,21 @@ pub fn check_gone() {
         cudarc::nccl::sys::ncclAllReduce(r.x as _, r.y as _, N, F32, SUM, r.comm, r.s.cast())
     });
     wait_for_all(&ranks);
-    // The other process dies when it receives this, during the all-reduce. SAFETY: as above.
+    // The other process dies when it receives this message, during the all-reduce. SAFETY: as above.
     let _ = unsafe { cudarc::nccl::sys::ncclSend(other as _, N, F32, OWN as i32, ranks[0].comm, s.cast()) };
     ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     abort(&ranks);
     ranks.iter().for_each(|rank| api::wait(rank.s));
 }
 
-/// In a child: both processes use the same devices.
+/// In a child: both processes use the same devices, which must be refused.
 pub fn check_same_devices() {
     let ranks = join(0);
     ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclInvalidUsage));
     abort(&ranks);
 }
 
-/// In a child: the second process never calls.
+/// In a child: the second process never makes the call that the first process waits for.
 pub fn check_missing() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -196,13 +196,13 @@ pub fn check_missing() {
         let waited = unsafe { cudarc::driver::sys::cuStreamSynchronize(ranks[0].s) };
         assert_ne!(waited, cudarc::driver::sys::CUresult::CUDA_SUCCESS);
     } else {
-        // Waits until the other process has aborted.
+        // Wait until the other process has aborted.
         ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     }
     abort(&ranks);
 }
 
-/// In a child: the first process waits for its first send, which the second never receives.
+/// In a child: the first process waits for its first send. The second process never calls the receive.
 pub fn check_unannounced() {
     let ranks = join(process() * OWN);
     wait_for_all(&ranks);
@@ -212,7 +212,7 @@ pub fn check_unannounced() {
         let code = unsafe { cudarc::nccl::sys::ncclSend(r.x as _, N, F32, OWN as i32, r.comm, r.s.cast()) };
         api::wait_for_call(r.comm, code);
     } else {
-        // Waits until the other process has aborted.
+        // Wait until the other process has aborted.
         ranks.iter().for_each(|rank| assert_eq!(error_of(rank), ncclResult_t::ncclRemoteError));
     }
     abort(&ranks);
@@ -233,12 +233,12 @@ fn abort(ranks: &[Rank]) {
     ranks.iter().for_each(|rank| nccl!(ncclCommAbort(rank.comm)));
 }
 
-/// In the parent: runs a case in two processes; returns whether each succeeded, its output and its report.
+/// In the parent: runs a case in two processes. Returns for each whether it succeeded, its output and its report.
 fn start(case: &str, policy: &str, seed: u64) -> Vec<(bool, String, SimReport)> {
     let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
     let start = |process: usize| -> Child {
         let mut command = child::command(case, folders[process].path(), RANKS, policy, seed + process as u64);
-        // Other cases keep the default limit for a loaded machine.
+        // Other cases keep the default limit, which is long enough for a loaded machine.
         command.envs(STUCK.contains(&case).then_some(("SOFTWARE_CUDA_DEADLOCK_MS", "1500")));
         command.env(PROCESS, process.to_string()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command.spawn().expect("this program starts")
@@ -274,7 +274,7 @@ fn ranks_of_several_processes_work_together() {
     }
 }
 
-/// Kinds of findings, without those of an abort, which depend on timing.
+/// Returns the kinds of findings. Leaves out those of an abort, because they depend on timing.
 fn kinds(report: &SimReport) -> BTreeSet<&str> {
     let kinds = report.findings.iter().map(|finding| &finding.kind[..]);
     kinds.filter(|kind| !["leak", "aborted"].contains(kind)).collect()

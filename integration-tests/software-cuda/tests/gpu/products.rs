@@ -1,4 +1,4 @@
-//! cuBLASLt on the software device: results of products and epilogues.
+//! Tests cuBLASLt on the software device: the results of products and epilogues.
 
 use std::ffi::c_void;
 use std::ptr::null_mut;
@@ -17,7 +17,7 @@ macro_rules! lt {
     }};
 }
 
-/// `D = A B + beta D` with an epilogue, column-major in f32.
+/// The product `D = A B + beta D` with an epilogue, column-major in f32.
 #[derive(Clone, Copy)]
 pub struct Gemm {
     pub a: u64,
@@ -35,7 +35,7 @@ pub struct Gemm {
 }
 
 impl Gemm {
-    /// A product of `n` by `n` matrices.
+    /// Returns a product of `n` by `n` matrices.
     pub fn square(a: u64, b: u64, d: u64, n: u64) -> Gemm {
         Gemm {
             a,
@@ -53,7 +53,7 @@ impl Gemm {
         }
     }
 
-    /// Plans and runs it once.
+    /// Plans the product and runs it once.
     pub fn run(&self, s: CUstream) {
         let (m, n, k) = self.dims;
         let (mut handle, mut desc, mut pref) = (null_mut(), null_mut(), null_mut());
@@ -86,7 +86,7 @@ impl Gemm {
         lt!(cublasLtMatmulPreferenceCreate(&mut pref));
         let limit = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         lt!(cublasLtMatmulPreferenceSetAttribute(pref, limit, self.workspace.1.pointer(), 8));
-        // SAFETY: all-zero bytes are valid for this structure of numbers.
+        // SAFETY: a structure of numbers may consist of zero bytes.
         let (mut found, mut count) = (unsafe { std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>() }, 0);
         lt!(cublasLtMatmulAlgoGetHeuristic(handle, desc, la, lb, ld, ld, pref, 1, &mut found, &mut count));
         assert_eq!(count, 1);
@@ -121,7 +121,7 @@ impl Gemm {
     }
 }
 
-/// The value of an attribute.
+/// A value for an attribute of a descriptor.
 trait Attribute {
     fn pointer(&self) -> *const c_void;
     fn bytes(&self) -> usize;
@@ -150,7 +150,7 @@ fn assert_close(got: &[f32], expected: &[f32], case: &str) {
     assert!(worst < 1e-4, "{case}: off by {worst}");
 }
 
-/// In the child.
+/// In the child: checks the results of all epilogues and layouts.
 pub fn check() {
     api::use_device(0);
     let s = stream();
@@ -164,7 +164,7 @@ pub fn check() {
     let (bias, aux) = (filled(&bias_v), filled(&vec![0.25; m * n]));
     let dims = (m as u64, n as u64, k as u64);
     let gemm = Gemm { dims, ..Gemm::square(a, b, d, m as u64) };
-    // Column-major: A[i, l] is at l * m + i.
+    // All matrices are column-major: A[i, l] is at l * m + i.
     let product: Vec<f32> = (0..m * n).map(|p| (0..k).map(|l| av[l * m + p % m] * bv[p / m * k + l]).sum()).collect();
     let biased: Vec<f32> = product.iter().enumerate().map(|(p, x)| x + bias_v[p % m]).collect();
     let check = |gemm: Gemm, at: u64, expected: &[f32], case: &str| {
@@ -191,7 +191,7 @@ pub fn check() {
     check(Gemm { epilogue: 256, bias: grad, ..gemm }, grad, &rows, "sums of A");
     let columns: Vec<f32> = (0..n).map(|j| (0..k).map(|l| bv[j * k + l]).sum()).collect();
     check(Gemm { epilogue: 512, bias: grad, ..gemm }, grad, &columns, "sums of B");
-    // Transposed: A is stored as k by m.
+    // For the transposed product, A is stored as k by m.
     let transposed: Vec<f32> = (0..m * k).map(|p| av[p % k * m + p / k]).collect();
     let at = filled(&transposed);
     check(Gemm { a: at, transposed: (1, 0), leading_a: k as i64, ..gemm }, d, &product, "transposed");

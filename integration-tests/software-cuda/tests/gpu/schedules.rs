@@ -8,12 +8,12 @@ use crate::{child, cuda};
 
 static EXECUTED: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
-// SAFETY: any number may be passed.
+// SAFETY: the function accepts any number as its argument.
 unsafe extern "C" fn record(number: *mut c_void) {
     EXECUTED.lock().unwrap().push(number as usize);
 }
 
-/// The order of execution of eight streams' operations, submitted while the device was blocked.
+/// Returns the execution order of operations on eight streams that were submitted while the device was blocked.
 fn order_of(policy: &str, seed: u64) -> Vec<usize> {
     api::begin(policy, seed);
     let (first, streams) = (stream(), [(); 8].map(|()| stream()));
@@ -30,14 +30,13 @@ fn order_of(policy: &str, seed: u64) -> Vec<usize> {
     std::mem::take(&mut EXECUTED.lock().unwrap())
 }
 
-/// In the child.
+/// In the child: checks each policy.
 pub fn check() {
     api::use_device(0);
     let up: Vec<usize> = (0..8).collect();
     assert_eq!(order_of("in-order", 1), up);
     assert_eq!(order_of("lazy", 1), up);
-    // The blocking operation may run before or after the first submission; after that, the latest submission runs
-    // first.
+    // The blocking operation may run before or after the first submission. After it, the latest submission runs first.
     let down = order_of("adversarial", 1);
     assert!(down.starts_with(&[7, 6, 5, 4, 3, 2, 1]) || down.starts_with(&[0, 7, 6, 5, 4, 3, 2]), "{down:?}");
     for policy in ["random", "starve"] {

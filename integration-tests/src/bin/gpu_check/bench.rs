@@ -1,5 +1,5 @@
-//! Runs a single launch on its own buffers, to time it or to read its outputs; and measures the copy and product
-//! ceilings with it.
+//! Runs a single launch on its own buffers, to time the launch or to read its outputs. Also measures the peak rates of
+//! copies and matrix products.
 
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -22,14 +22,14 @@ use shardflow_kernels::tensor::element_count;
 use crate::model::{On, token};
 use crate::{Found, Result};
 
-/// Duration of a series of launches that makes the cost of its submission negligible.
+/// Duration of a series of launches. It is so long that the cost of submission is negligible.
 const ROUND_MS: f64 = 20.0;
 const ROUNDS: usize = 5;
 const SERIES_MAX: usize = 200;
-/// Memory that a series of launches cycles through: larger than any GPU's cache.
+/// Bytes of memory that a series of launches cycles through. This is larger than any GPU's cache.
 const ROUND_BYTES: usize = 256 << 20;
 const COPIES_MAX: usize = 8;
-/// Elements that the host writes at once.
+/// Number of elements that the host writes at once.
 const BLOCK: usize = 1 << 20;
 
 /// A device and a stream for single launches.
@@ -50,7 +50,7 @@ impl Bench {
         Ok(Self { stream: device.stream("bench", device.threads_per_stream())?, device })
     }
 
-    /// Milliseconds per launch: the median over several rounds of a series.
+    /// Returns the milliseconds per launch: the median over several rounds. Each round is a series of launches.
     pub fn measure(&self, launch: &Launch) -> Result<f64> {
         let (packed, bytes) = self.pack(launch);
         let copies = match self.device.kind() {
@@ -65,7 +65,7 @@ impl Bench {
             self.stream.prepare(&program)?;
             self.submit(&program, &arena)
         };
-        // The first round loads kernels and selects algorithms for products.
+        // The first round also loads kernels and selects algorithms for products, so its time is not used.
         round(copies)?;
         let count = (ROUND_MS / round(1)?.max(1e-3)).ceil() as usize;
         let count = count.clamp(1, SERIES_MAX);
@@ -73,12 +73,12 @@ impl Bench {
         Ok(median(ms).unwrap_or(f64::NAN))
     }
 
-    /// The device's counters by name.
+    /// Returns the device's counters by name.
     pub fn counts(&self) -> Vec<(&'static str, u64)> {
         self.device.counts()
     }
 
-    /// The outputs of a launch. Outputs that it does not also read start as NaN.
+    /// Returns the outputs of a launch. An output that the launch does not also read is NaN before the launch.
     pub fn outputs(&self, launch: &Launch) -> Result<Vec<HostTensor>> {
         let (packed, bytes) = self.pack(launch);
         let arena = self.device.arena(bytes)?;
@@ -99,8 +99,8 @@ impl Bench {
         Ok(writes.iter().map(read).collect::<std::result::Result<_, _>>()?)
     }
 
-    /// Packs the launch's buffers from offset 0, keeping shared buffers shared, with the workspace that this device
-    /// needs. Returns the launch and its bytes.
+    /// Packs the launch's buffers from offset 0 on, and adds the workspace that this device needs. Buffers that were
+    /// shared stay shared. Returns the new launch and its total bytes.
     fn pack(&self, launch: &Launch) -> (Launch, usize) {
         let mut packed = launch.clone();
         let bytes = self.device.kind().workspace_bytes(launch);
@@ -118,7 +118,7 @@ impl Bench {
         (packed, end)
     }
 
-    /// Milliseconds from the submission of a program to its end.
+    /// Submits a program, and returns the milliseconds until its end.
     fn submit(&self, program: &Arc<Program>, arena: &Arena) -> Result<f64> {
         let (sender, notices) = channel();
         let notify = Box::new(move |notice| drop(sender.send(Stamped::new(notice))));
@@ -142,8 +142,8 @@ fn moved(launch: &Launch, by: usize) -> Launch {
     launch
 }
 
-/// Fills the buffers that a launch reads, and with `writes` those it writes, with numbers between 0.1 and 1.1, which
-/// every op accepts, and integer buffers with tokens.
+/// Fills the buffers that a launch reads with numbers between 0.1 and 1.1, which every op accepts. Integer buffers get
+/// tokens. If `writes` is true, also fills the buffers that the launch writes.
 fn fill(arena: &Arena, by: usize, launch: &Launch, writes: bool) -> Result<()> {
     let vocabulary = match launch.op {
         Op::Embedding { vocab, .. } | Op::SumExpTarget { vocab, .. } => vocab,

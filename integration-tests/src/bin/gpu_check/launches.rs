@@ -1,4 +1,4 @@
-//! Times each launch of a training step, and compares its outputs with the CPU backend's.
+//! Times each launch of a training step, and compares the outputs of each launch with the CPU backend's.
 
 use std::collections::BTreeMap;
 
@@ -13,9 +13,9 @@ use crate::bench::Bench;
 use crate::model::ModelArgs;
 use crate::{Found, Result};
 
-/// Tolerance for sums in another order, relative to an element's size plus the mean of all.
+/// Tolerance for another order of sums, relative to an element's magnitude plus the mean magnitude.
 const CLOSE: f64 = 1e-4;
-/// The same with bf16 operands.
+/// Tolerance with bf16 operands.
 const CLOSE_BF16: f64 = 2e-2;
 
 /// Returns each distinct launch of the compute streams in a step, with its number of occurrences.
@@ -34,7 +34,7 @@ fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
             }
             let typed = |buffers: &[Buffer]| buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect::<Vec<_>>();
             let op = match &launch.op {
-                // Each parameter has its own offset in the result, which would make these launches distinct.
+                // Leave out the parameter's offset in the result, which would make equal launches distinct.
                 Op::SumSquares { .. } => launch.op.name().to_owned(),
                 op => format!("{op:?}"),
             };
@@ -45,7 +45,7 @@ fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
     found.into_values().collect()
 }
 
-/// Floating-point operations; 0 for an op that only moves memory. Attention counts its causal half.
+/// Returns the floating-point operations of a launch, or 0 if it only moves memory. Attention counts its causal half.
 fn flops(launch: &Launch) -> f64 {
     let products = match &launch.op {
         Op::Einsum(einsum) => {
@@ -56,7 +56,7 @@ fn flops(launch: &Launch) -> f64 {
         Op::AttentionGrad { .. } => 5.0,
         _ => return 0.0,
     };
-    // [b, t, h, d]: q of the forward pass, do of the backward pass.
+    // The shape is [b, t, h, d]. The forward pass reads q first, and the backward pass reads the gradient `do` first.
     let shape = &launch.reads[0].shape;
     products * (element_count(shape) * shape[1]) as f64
 }
@@ -79,12 +79,12 @@ fn describe(launch: &Launch) -> Value {
 pub struct LaunchArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// Time only ops whose name starts with this, such as attention.
+    /// Time only the ops whose names start with this text, such as attention.
     #[arg(long, default_value = "")]
     op: String,
 }
 
-/// Times the launches and sorts them by their time per step.
+/// Times the launches and sorts them by their total time per step.
 pub fn time(LaunchArgs { model: args, op }: &LaunchArgs) -> Result<Found> {
     let (plan, batch) = args.compile()?;
     let bench = Bench::open(plan.device)?;
@@ -130,12 +130,12 @@ pub fn compare(args: &ModelArgs) -> Result<Found> {
     Ok(Found { json: json!({ "model": args.json(batch), "launches": rows }), wrong })
 }
 
-/// The larger value, or NaN if either is NaN.
+/// Returns the larger value, or NaN if either value is NaN.
 fn nan_max(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b { a } else { b }
 }
 
-/// The largest difference, relative to an element's size and to the mean of all.
+/// Returns the largest difference, relative to the element's magnitude plus the mean magnitude.
 fn largest_difference(got: &[f32], want: &[f32]) -> f64 {
     let mean = want.iter().map(|w| f64::from(w.abs())).sum::<f64>() / want.len().max(1) as f64;
     let relative = |(got, want): (&f32, &f32)| {

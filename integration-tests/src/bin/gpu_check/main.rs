@@ -1,6 +1,6 @@
-//! Shardflow's part of `integration-tests/gpu/check.sh`: reports versions, measures copies and products, trains GPT-2,
-//! times and compares its launches, and runs several devices on one GPU with delays. Each command prints one line of
-//! JSON.
+//! Shardflow's commands for `integration-tests/gpu/check.sh`: report versions, measure copies and products, train
+//! GPT-2, time and compare its launches, and train with delays on several devices that share one GPU. Each command
+//! prints one line of JSON.
 
 use std::process::ExitCode;
 
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The JSON that a command prints, and its errors.
+/// The JSON that a command prints, and the errors that it found.
 struct Found {
     json: Value,
     wrong: Vec<String>,

@@ -1,4 +1,4 @@
-//! The model, its training program and its data, by the same rules as `gpt2_torch.py`.
+//! The model, its training program and its data. `gpt2_torch.py` follows the same rules.
 
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use shardflow::prelude::*;
 
 use crate::Result;
 
-/// Defaults are GPT-2's sizes with 124 million weights; the head is a separate matrix, and there are no biases.
+/// The defaults are the sizes of GPT-2 with 124 million weights, but with a separate head matrix and without biases.
 #[derive(Args, Clone, Debug)]
 pub struct ModelArgs {
     #[arg(long, value_enum, default_value_t = On::Cuda)]
@@ -25,7 +25,7 @@ pub struct ModelArgs {
     pub width: usize,
     #[arg(long, default_value_t = 1024)]
     pub context: usize,
-    /// Rows of the embedding's and the head's tables: GPT-2's 50257 tokens, rounded up.
+    /// Rows of the tables of the embedding and of the head: GPT-2's 50257 tokens, rounded up.
     #[arg(long, default_value_t = 50304)]
     pub vocabulary: usize,
     /// Samples per step; 0 for the largest power of two, up to 16, whose plan fits into half of the GPU's free memory.
@@ -44,7 +44,7 @@ pub enum On {
     Cuda,
 }
 
-/// How activations are stored.
+/// Element types in which activations are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Stored {
     F32,
@@ -55,7 +55,7 @@ pub enum Stored {
 const BATCH_MAX: usize = 16;
 
 impl ModelArgs {
-    /// Compiles the training program; returns it with its batch size.
+    /// Compiles the training program, and returns its plan and its batch size.
     pub fn compile(&self) -> Result<(Plan, usize)> {
         if self.batch > 0 {
             return Ok((self.plan(self.batch)?, self.batch));
@@ -101,7 +101,7 @@ impl ModelArgs {
         Ok(compile(g, &options)?)
     }
 
-    /// The inputs of a step.
+    /// Returns the inputs of a step.
     pub fn batch(&self, step: u64, batch: usize) -> [(&'static str, HostTensor); 2] {
         let (first, length) = (step * batch as u64, self.context as u64);
         let tokens = |shift: u64| {
@@ -112,7 +112,7 @@ impl ModelArgs {
         [("ids", tokens(0)), ("targets", tokens(1))]
     }
 
-    /// The model's settings for the report.
+    /// Returns the model's settings for the report.
     pub fn json(&self, batch: usize) -> Value {
         let Self { device, precision, mesh, layers, heads, width, context, vocabulary, .. } = self;
         let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| value.get_name().to_owned());
@@ -123,10 +123,10 @@ impl ModelArgs {
     }
 }
 
-/// Mixed with a token's position.
+/// Seed that is mixed with a token's position.
 const DATA_SEED: u64 = 4242;
 
-/// The token at position `i` of an endless text. Small tokens are frequent, so that the model can learn.
+/// Returns the token at position `i` of an endless text. Small tokens are frequent, so that the model can learn.
 pub fn token(i: u64, vocabulary: usize) -> i32 {
     let vocabulary = vocabulary as u64;
     let x = mix(DATA_SEED.wrapping_add(i)) % vocabulary;

@@ -17,10 +17,10 @@ use crate::{Found, Result};
 pub struct TrainArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Warm-up steps, whose losses are reported.
+    /// Number of warm-up steps. Their losses are reported.
     #[arg(long, default_value_t = 10)]
     pub steps: u64,
-    /// Timed steps after the warm-up.
+    /// Number of timed steps after the warm-up.
     #[arg(long, default_value_t = 30)]
     pub timed: usize,
     #[arg(long, default_value_t = 3e-4)]
@@ -31,7 +31,7 @@ pub struct TrainArgs {
 pub fn run(args: &TrainArgs) -> Result<Found> {
     let begin = Instant::now();
     let model = &args.model;
-    // Opened before the first reading, so that the context does not count as the training's memory.
+    // Open the GPU before the first reading. The memory of its context then does not count as the training's memory.
     let gpu = if model.device == On::Cuda { Some(Gpu::open(0)?) } else { None };
     let free = || gpu.as_ref().map(|gpu| gpu.memory().map(|(free, _)| free)).transpose();
     let free_before = free()?;

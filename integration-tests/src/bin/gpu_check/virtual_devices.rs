@@ -1,5 +1,5 @@
-//! Runs four devices of a mesh on one GPU. Losses are bit-identical for any delays on its streams; in f32 they match
-//! the CPU backend's within a tolerance. Each training is a separate process, because the environment sets the delays.
+//! Trains on four mesh devices that share one GPU. Losses are bit-identical for any delays on its streams; in f32 they
+//! match the CPU backend within a tolerance. The environment sets the delays, so each training has its own process.
 
 use std::process::Command;
 
@@ -9,7 +9,7 @@ use shardflow_kernels::cuda::test_delay::SPIN;
 
 use crate::{Found, Result};
 
-/// Relative difference of losses from the CPU backend's: sums in another order, other roundings of exp and erf.
+/// Relative difference of losses from the CPU backend, due to another order of sums and other roundings of exp and erf.
 const CPU_MAX: f64 = 1e-4;
 
 /// Environment variable that selects the visible GPUs.
@@ -18,13 +18,13 @@ const VISIBLE: &str = "CUDA_VISIBLE_DEVICES";
 /// Arguments of [`run`].
 #[derive(Args, Clone, Debug)]
 pub struct VirtualArgs {
-    /// Mesh of the four devices.
+    /// Mesh with four devices.
     #[arg(long)]
     mesh: String,
-    /// Trainings with delays in each precision.
+    /// Number of trainings with delays, in each precision.
     #[arg(long, default_value_t = 2)]
     seeds: u64,
-    /// Longest delay in GPU clock cycles.
+    /// Longest delay, in GPU clock cycles.
     #[arg(long, default_value_t = 200_000)]
     cycles: u64,
     #[arg(long, default_value_t = 5)]
@@ -34,13 +34,13 @@ pub struct VirtualArgs {
     size: usize,
 }
 
-/// Trains in each precision. A failed training is reported beside the results of the others.
+/// Trains in each precision. If a training fails, reports it together with the results of the others.
 pub fn run(args: &VirtualArgs) -> Result<Found> {
     let (mut runs, mut wrong) = (Vec::new(), Vec::new());
     for precision in ["f32", "bf16"] {
         let mut losses = |device, seed| {
             let trained = train(args, precision, device, seed);
-            // Progress, in case the user interrupts it.
+            // Print progress, in case the user interrupts the program.
             eprintln!("{precision}, {device}, delays {seed:?}: {trained:?}");
             trained.map_err(|error| wrong.push(error.to_string())).ok()
         };
@@ -65,7 +65,7 @@ pub fn run(args: &VirtualArgs) -> Result<Found> {
     Ok(Found { json: json!({ "mesh": args.mesh, "cycles": args.cycles, "runs": runs }), wrong })
 }
 
-/// Runs one training in a child process; returns its losses.
+/// Runs one training in a child process, and returns its losses.
 fn train(args: &VirtualArgs, precision: &str, device: &str, spin: Option<u64>) -> Result<Vec<f64>> {
     let mut child = Command::new(std::env::current_exe()?);
     let size = args.size.to_string();

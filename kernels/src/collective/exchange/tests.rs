@@ -1,4 +1,4 @@
-//! Copies that bypass the caches, for which the conformance suite's tensors are too small.
+//! Tests copies that bypass the caches. The conformance suite's tensors are too small for these copies.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ fn a_streamed_copy_equals_its_source() {
     for (from, to) in (0..17).flat_map(|from| (0..17).map(move |to| (from, to))) {
         for len in [0, 1, 15, 16, 17, 31, 64, 100, STREAM_RUN_MIN, 500] {
             y.write_host(0, &zeros).unwrap();
-            // SAFETY: inside, and no other thread accesses the memory.
+            // SAFETY: both ranges are inside, and no other thread accesses the memory.
             unsafe { stream(posted(&x).at(from), posted(&y).at(to), len) };
             let got = y.read_host(0, &[ALL], DType::I32).unwrap();
             let expected = |i: usize| if (to..to + len).contains(&i) { (from + i - to) as i32 } else { 0 };

@@ -1,4 +1,4 @@
-//! The MPI calls of the engine: all foreign-function calls.
+//! All foreign-function calls of the MPI engine.
 //!
 //! - MPI-1: MPI is initialized for concurrent calls by several threads. It is not finalized while communicators exist.
 //! - MPI-2: buffers of an unfinished call stay in place until the process exits, since MPI cannot cancel such a call.
@@ -20,10 +20,10 @@ use mpi::{Threading, traits::AsRaw};
 use crate::collective::ReduceOp;
 use crate::error::{KernelError, Result};
 
-/// How long a waiting call yields between completion tests before it sleeps between them.
+/// How long a waiting call yields between completion tests. After this time it sleeps between tests.
 const YIELD: Duration = Duration::from_micros(200);
 
-/// Length of each of those sleeps.
+/// Length of each sleep between completion tests.
 const NAP: Duration = Duration::from_micros(20);
 
 /// Number of completion tests between two checks for an interrupt.
@@ -36,11 +36,11 @@ const END_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) type CheckInterrupt<'a> = dyn FnMut() -> Result<()> + 'a;
 
 /// MPI in this process: its rank and the number of processes. MPI is started once per process and finalized with the
-/// last clone. After an abort it is not finalized: MPI would wait for the transfers of peers that are gone.
+/// last clone. MPI is not finalized after an abort: it would wait for the transfers of peers that are gone.
 pub struct MpiWorld {
     universe: Option<Universe>,
     comm: Comm,
-    /// Used only for the barrier before MPI is finalized, so that it never matches another barrier.
+    /// Used only for the barrier before MPI is finalized, which must not match any other barrier.
     end_comm: Comm,
     rank: u32,
     size: u32,
@@ -105,15 +105,15 @@ impl MpiWorld {
         unsafe { comm.run(Transfer::Barrier, &mut late) }.inspect_err(|_| self.abort())
     }
 
-    /// Creates one communicator per group of processes, each group with its tag. All members call this with the groups
-    /// in the same order. A separate thread waits for them inside MPI; this call waits at most `within`.
+    /// Creates one communicator per group, given as its processes and its tag. All members call this with the groups in
+    /// the same order. A separate thread waits for them inside MPI. This call waits at most `within`.
     pub(super) fn comms(self: &Arc<Self>, groups: Vec<(Vec<c_int>, c_int)>, within: Duration) -> Result<Vec<Comm>> {
         let (sender, receiver) = bounded(1);
         let world = self.clone();
         let make = move || {
             let comms =
                 groups.iter().map(|(processes, tag)| world.comm(processes, *tag)).collect::<Result<Vec<_>, _>>();
-            // Fails when the receiver has timed out.
+            // The send fails when the receiver has timed out.
             let _ = sender.send(comms);
         };
         let call = "MPI_Comm_create_group";
@@ -124,12 +124,12 @@ impl MpiWorld {
         comms.inspect_err(|_| self.abort())
     }
 
-    /// A communicator of these processes. All of them call this, in the same order for all groups.
+    /// Creates the communicator of these processes. Each of them calls this for its groups in the same order.
     fn comm(&self, processes: &[c_int], tag: c_int) -> Result<Comm> {
         let mut comm = Comm { raw: self.comm.raw };
         let mut raw_group = mem::MaybeUninit::uninit();
         let mut group = mem::MaybeUninit::uninit();
-        // SAFETY: `processes` are ranks of the world, each once; MPI writes the handles before they are read.
+        // SAFETY: `processes` are distinct ranks of the world. MPI writes the handles before they are read.
         unsafe {
             check("MPI_Comm_group", ffi::MPI_Comm_group(self.comm.raw, raw_group.as_mut_ptr()))?;
             let mut all = raw_group.assume_init();
@@ -165,7 +165,7 @@ fn check(call: &'static str, code: c_int) -> Result<()> {
     }
     let mut text = vec![0 as c_char; ffi::MPI_MAX_ERROR_STRING as usize + 1];
     let mut len = 0;
-    // SAFETY: the buffer is as long as MPI's longest text and its terminator.
+    // SAFETY: the buffer holds MPI's longest text and its terminator.
     unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr(), &mut len) };
     let bytes: Vec<u8> = text.iter().take(len as usize).map(|c| *c as u8).collect();
     Err(failed(call, &String::from_utf8_lossy(&bytes)))
@@ -177,7 +177,7 @@ pub(super) struct Comm {
     raw: MPI_Comm,
 }
 
-// SAFETY: a handle that several threads may use at the same time (MPI-1).
+// SAFETY: a communicator is a handle that several threads may use at the same time (MPI-1).
 unsafe impl Send for Comm {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Comm {}
@@ -189,8 +189,8 @@ pub(super) struct Layout {
     pub(super) starts: Vec<c_int>,
 }
 
-/// An MPI call and its buffers. Members are ranks of the communicator; counts and offsets are in words. `Records` puts
-/// the records of all members one after the other; in a `ReduceScatter`, member i receives `counts[i]` words of x.
+/// An MPI call and its buffers. Members are ranks of the communicator. Counts and offsets are in words. `Records`
+/// concatenates the records of all members. In a `ReduceScatter`, member i receives `counts[i]` words of x.
 pub(super) enum Transfer<'a> {
     Barrier,
     Max { x: &'a [u64; 2], y: &'a mut [u64; 2] },
@@ -206,18 +206,18 @@ pub(super) enum Transfer<'a> {
 }
 
 fn raw(op: ReduceOp) -> MPI_Op {
-    // SAFETY: constants of the library.
+    // SAFETY: the operations are constants of the library.
     unsafe { if op == ReduceOp::Sum { ffi::RSMPI_SUM } else { ffi::RSMPI_MAX } }
 }
 
-/// Type of words that are only moved, with any bits.
+/// The MPI type of words that are only copied, whatever their bits.
 fn words() -> MPI_Datatype {
-    // SAFETY: a constant of the library.
+    // SAFETY: the type is a constant of the library.
     unsafe { ffi::RSMPI_UINT32_T }
 }
 
-/// Addresses of empty buffers. OpenMPI treats a call whose two buffers have the same address as in-place, even if one
-/// of them is empty, and then runs another algorithm than the other members.
+/// Addresses for empty buffers. If both buffers of a call start at one address, OpenMPI takes the call as in-place,
+/// even if one buffer is empty. It then runs a different algorithm from the other members.
 static EMPTY: [u64; 2] = [0; 2];
 
 fn start<T>(slice: &[T]) -> *const c_void {
@@ -229,7 +229,7 @@ fn start_mut<T>(slice: &mut [T]) -> *mut c_void {
     if slice.is_empty() { (&raw const EMPTY[1]).cast_mut().cast() } else { slice.as_mut_ptr().cast() }
 }
 
-/// Callers have checked that lengths fit ([`super::count`]).
+/// Callers have checked that the length fits ([`super::count`]).
 fn len<T>(slice: &[T]) -> c_int {
     slice.len() as c_int
 }
@@ -252,7 +252,7 @@ impl Transfer<'_> {
     /// # Safety
     /// Buffers and arrays stay valid and unused until the request has completed.
     unsafe fn start(&mut self, comm: MPI_Comm, request: *mut MPI_Request) -> c_int {
-        // SAFETY: the contract; each pointer is of a slice as long as the counts beside it say.
+        // SAFETY: by the contract. Each pointer belongs to a slice whose length matches the counts passed with it.
         unsafe {
             let (float, long) = (ffi::RSMPI_FLOAT, ffi::RSMPI_UINT64_T);
             match self {
@@ -306,14 +306,14 @@ impl Comm {
         check("MPI_Comm_set_errhandler", unsafe { ffi::MPI_Comm_set_errhandler(self.raw, ffi::RSMPI_ERRORS_RETURN) })
     }
 
-    /// Runs a transfer; `interrupt` is called while it waits.
+    /// Runs a transfer. Calls `interrupt` while the transfer is in flight.
     ///
     /// # Safety
-    /// If this fails, all that the transfer borrows must stay in place, unused, until the process exits (MPI-2).
+    /// If this fails, everything that the transfer borrows must stay in place, unused, until the process exits (MPI-2).
     pub(super) unsafe fn run(&self, mut transfer: Transfer<'_>, interrupt: &mut CheckInterrupt<'_>) -> Result<()> {
         let name = transfer.name();
         let mut request = mem::MaybeUninit::uninit();
-        // SAFETY: borrowed buffers stay valid by the contract; `transfer` owns the rest and is leaked on failure.
+        // SAFETY: borrowed buffers stay valid by the contract. `transfer` owns the others, and is leaked on failure.
         check(name, unsafe { transfer.start(self.raw, request.as_mut_ptr()) })?;
         // SAFETY: MPI has initialized the request.
         let done = wait(name, unsafe { request.assume_init() }, interrupt);
@@ -323,11 +323,11 @@ impl Comm {
         done
     }
 
-    /// Receives a post of this tag, if one has arrived: its sender and its two words.
+    /// Receives a post with this tag, if one has arrived. Returns its sender and its two words.
     pub(super) fn receive_post(&self, from: Option<usize>, tag: c_int) -> Result<Option<(usize, [u64; 2])>> {
         let (mut arrived, mut status) = (0, mem::MaybeUninit::<ffi::MPI_Status>::uninit());
         let mut words = [0u64; 2];
-        // SAFETY: MPI writes the status before it is read; a post's two words fit; a longer message is an error.
+        // SAFETY: MPI writes the status before it is read. The two words of a post fit. A longer message is an error.
         unsafe {
             let source = from.map_or(ffi::RSMPI_ANY_SOURCE, |from| from as c_int);
             check("MPI_Iprobe", ffi::MPI_Iprobe(source, tag, self.raw, &mut arrived, status.as_mut_ptr()))?;
@@ -344,7 +344,7 @@ impl Comm {
 
     /// Frees the communicator. None of its calls may be in flight, and MPI must not be finalized.
     pub(super) fn free(mut self) {
-        // SAFETY: the communicator exists, by the contract; its error code would not change anything.
+        // SAFETY: the communicator exists, by the contract. An error code would not change anything.
         unsafe { ffi::MPI_Comm_free(&mut self.raw) };
     }
 }

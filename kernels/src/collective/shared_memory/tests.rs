@@ -1,4 +1,4 @@
-//! How readers handle wrong content of the board, and which arguments the engine rejects.
+//! Tests how readers handle wrong content of the board, and which arguments the engine rejects.
 
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -34,7 +34,7 @@ fn arenas(n: usize, bytes: usize) -> BTreeMap<usize, Arena> {
 
 const SUM: CollectiveKind = CollectiveKind::AllReduce { op: ReduceOp::Sum };
 
-/// Member 0 of group 1 calls; the result arrives on the channel.
+/// Calls as member 0 of group 1. The result arrives on the channel.
 fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Receiver<Result<()>> {
     let (sender, results) = channel();
     let engine = engine.clone();
@@ -51,7 +51,7 @@ fn call(engine: &Arc<SharedMemory>, kind: CollectiveKind, elements: usize) -> Re
 
 #[test]
 fn memory_that_a_peer_posts_outside_its_arena_is_not_accessed() {
-    // Too large to be copied, so that members read each other's arenas.
+    // These tensors are too large to be copied to the board, so members read each other's arenas.
     let elements = COPY_BYTES_MAX;
     let bytes = elements * 4;
     for (x, y) in [(4, 0), (0, 4), (u64::MAX, 0), (0, u64::MAX - 3), (1, 0), (u64::MAX / 2, 0), (bytes as u64, 0)] {
@@ -84,7 +84,7 @@ fn memory_that_a_peer_sends_from_outside_its_arena_is_not_accessed() {
     }
 }
 
-/// Whatever the board contains, a call returns, at the latest after an abort.
+/// A call returns whatever the board contains, at the latest after an abort.
 #[test]
 fn calls_end_with_garbage_on_the_board() {
     let groups = [group(1, &[0, 1, 2])];
@@ -93,7 +93,7 @@ fn calls_end_with_garbage_on_the_board() {
         let engine = SharedMemory::new(mapped(&board, Access::ReadWrite), &groups, arenas(3, 1 << 16)).unwrap();
         let engine = Arc::new(engine);
         let mut random = SplitMix64(seed);
-        // Small words too: they look like states and member indices.
+        // Three of four words are small, and look like states and member indices.
         let mut word = || if random.below(4) == 0 { random.draw() as i32 } else { random.below(4) as i32 };
         let words = board.bytes() / 4;
         board.write_host(0, &HostTensor::i32(&[words], (0..words).map(|_| word()).collect())).unwrap();
@@ -120,7 +120,7 @@ fn inconsistent_boards_groups_and_arenas_are_rejected() {
     let same_id = [group(1, &[0, 1]), group(1, &[1, 2])];
     let error = new_error(&Board::create(&same_id).unwrap(), &same_id, arenas(3, 8));
     assert!(error.contains("1 different ids for 2 groups"));
-    // The first process passed these groups; the next passes others.
+    // The board was first opened with `groups`; the next process passes other groups.
     let others = [group(1, &[0, 1]), group(2, &[0, 2])];
     assert!(new_error(&board, &others, arenas(3, 8)).contains("those of the other processes"));
     assert!(new_error(&board, &groups[..1], arenas(3, 8)).contains("bytes of shared memory"));
@@ -136,7 +136,7 @@ fn inconsistent_boards_groups_and_arenas_are_rejected() {
     let own = engine.arenas[&0].clone();
     assert!(run(group(3, &[0, 1]), &own).contains("a group of this node"));
     assert!(run(group(1, &[0, 2]), &own).contains("a group of this node"));
-    // Peers do not know another mapping of the same memory; a read-only mapping cannot be written at all.
+    // Peers do not know other mappings of the shared arena. A read-only mapping cannot be written.
     assert!(run(group(1, &[0, 1]), &mapped(&own, Access::ReadWrite)).contains("the shared arena of rank 0"));
     assert!(run(group(2, &[1, 2]), &mapped(&own, Access::Read)).contains("writable memory"));
 }

@@ -8,9 +8,9 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 
-/// Socket send buffer within a node, in bytes (the kernel reserves twice as much). Measured: with the default sizes the
-/// kernel wakes the receiver too often (Unix), or buffers more data than the caches hold (TCP); either costs up to half
-/// of the throughput. Between nodes the kernel sizes buffers itself, to match the network.
+/// Socket send buffer within a node, in bytes (the kernel reserves twice as much). With the default sizes, the kernel
+/// wakes the receiver too often (Unix) or buffers more data than the caches hold (TCP). Each costs up to half of the
+/// throughput (measured). Between nodes the kernel adapts buffer sizes to the network.
 const NODE_BUFFER_BYTES: usize = 512 << 10;
 
 /// An authenticated connection to another member, without bytes in flight. Members of one process use a socket pair.
@@ -20,17 +20,17 @@ pub enum Channel {
     Unix(UnixStream),
     /// Between nodes.
     Tcp(TcpStream),
-    /// A stream that transforms the bytes that it sends, for example by encryption.
+    /// A stream that transforms its bytes, for example by encryption.
     Sealed(Box<dyn SealedStream>),
 }
 
-/// A non-blocking stream with buffers for bytes that it has accepted but not sent, or received but not returned. All
-/// methods except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
+/// A non-blocking stream that buffers bytes: accepted but not yet sent, or received but not yet returned. All methods
+/// except [`SealedStream::shutdown`] fail with [`io::ErrorKind::WouldBlock`] if they cannot proceed.
 pub trait SealedStream: fmt::Debug + Send + Sync {
-    /// The socket, to set its options and to wait for it.
+    /// Returns the socket, for setting its options and for waiting on it.
     fn socket(&self) -> BorrowedFd<'_>;
 
-    /// Accepts bytes of `first` and then of `second`, and returns how many.
+    /// Accepts bytes of `first` and then of `second`. Returns the number of accepted bytes.
     ///
     /// # Errors
     /// System errors.
@@ -45,7 +45,7 @@ pub trait SealedStream: fmt::Debug + Send + Sync {
     /// System errors.
     fn flush(&self) -> io::Result<()>;
 
-    /// Returns received bytes; 0 when the peer has closed its side.
+    /// Copies received bytes to `into` and returns their number. Returns 0 when the peer has closed its side.
     ///
     /// # Errors
     /// System errors; [`io::ErrorKind::InvalidData`] for bytes that were modified.
@@ -60,10 +60,10 @@ impl Channel {
     pub(super) fn prepare(&self) -> io::Result<()> {
         let socket = self.as_fd();
         rustix::io::ioctl_fionbio(socket, true)?;
-        // A Unix socket, or TCP over loopback.
+        // The peer is on this node: a Unix socket, or TCP over loopback.
         let peer = rustix::net::getpeername(socket)?.and_then(|peer| SocketAddr::try_from(peer).ok());
         if peer.is_none_or(|peer| peer.ip().is_loopback()) {
-            // Affects only speed, and the system may allow less.
+            // The size affects only speed, and the system may allow less.
             let _ = sockopt::set_socket_send_buffer_size(socket, NODE_BUFFER_BYTES);
         }
         if let Channel::Tcp(stream) = self {
@@ -72,7 +72,7 @@ impl Channel {
         Ok(())
     }
 
-    /// Sends as much of `first`, then of `second`, as the kernel accepts without blocking; 0 when it accepts nothing.
+    /// Sends as much of `first`, then of `second`, as the kernel accepts without blocking. Returns the number of bytes.
     pub(super) fn send(&self, first: &[u8], second: &[u8]) -> io::Result<usize> {
         if let Channel::Sealed(stream) = self {
             return without_blocking(|| stream.send(first, second)).map(Option::unwrap_or_default);
@@ -85,7 +85,7 @@ impl Channel {
         .map(Option::unwrap_or_default)
     }
 
-    /// Sends accepted bytes without blocking; true when none are left.
+    /// Sends accepted bytes without blocking. Returns true when none are left.
     pub(super) fn flush(&self) -> io::Result<bool> {
         match self {
             Channel::Sealed(stream) => Ok(without_blocking(|| stream.flush().map(|()| 0))?.is_some()),
@@ -97,7 +97,7 @@ impl Channel {
         matches!(self, Channel::Sealed(stream) if stream.has_unsent())
     }
 
-    /// Reads the available bytes without blocking; `None` when there are none, 0 when the peer has closed its side.
+    /// Reads available bytes without blocking. Returns `None` if there are none, and 0 if the peer has closed its side.
     pub(super) fn receive(&self, into: &mut [u8]) -> io::Result<Option<usize>> {
         without_blocking(|| match self {
             Channel::Unix(stream) => (&mut &*stream).read(into),
@@ -126,7 +126,7 @@ impl AsFd for Channel {
     }
 }
 
-/// Calls `attempt`, again after an interrupt by a signal; `None` when it would block.
+/// Calls `attempt`, and repeats it after an interrupt by a signal. Returns `None` when it would block.
 fn without_blocking(mut attempt: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
     loop {
         match attempt() {

@@ -1,11 +1,11 @@
-//! A pipeline of pieces: pieces are sent to one peer while others arrive from another, are combined with the member's
-//! own values, and are forwarded. Rings and pairwise exchanges are lists of pieces.
+//! A pipeline of pieces. A member sends pieces to one peer while it receives pieces from another peer. It combines
+//! received pieces with its own values, and forwards them. Rings and pairwise exchanges are lists of pieces.
 //!
-//! - FLOW-1: pieces are sent in order and received in order. Outgoing piece t may forward incoming piece t-1; then only
-//!   the words received so far are sent.
+//! - FLOW-1: pieces are sent in order and received in order. Outgoing piece t may forward incoming piece t-1. If so,
+//!   only words that have been received can be sent.
 //! - FLOW-2: data in transit alternates between two slots. Incoming piece t may use its slot once outgoing pieces
-//!   `0..t` are sent; these include the slot's previous content (incoming piece t-2 leaves as outgoing piece t-1). Two
-//!   slots keep a ring moving: the member that has sent least can send, since its next member has sent no less and so
+//!   `0..t` are sent: these include the slot's previous content, since incoming piece t-2 leaves as outgoing piece t-1.
+//!   Two slots keep a ring moving: the member that has sent least can send. Its next member has sent no less, and so
 //!   has a free slot.
 
 use std::ops::Range;
@@ -25,7 +25,7 @@ pub(super) const SLOTS: usize = 3;
 
 const PACK_SLOT: usize = 2;
 
-/// Minimum bytes of one send call while more of the piece is still to be received.
+/// While a piece is still arriving, a send call sends at least this many bytes of it.
 const SEND_BYTES_MIN: usize = 32 << 10;
 
 /// Some elements of a box; `range` indexes the box's elements.
@@ -36,16 +36,16 @@ pub(super) struct Part {
     pub(super) range: Range<usize>,
 }
 
-/// Location of an out piece's words.
+/// Location of an outgoing piece's words.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
     /// A contiguous range of x.
     X(Range<usize>),
     /// A contiguous range of y.
     Y(Range<usize>),
-    /// Scattered over x: packed first.
+    /// Scattered over x. The words are packed before they are sent.
     Pack(Part),
-    /// In the slot of the previous in piece.
+    /// In the slot of the previous incoming piece.
     Slot,
 }
 
@@ -53,18 +53,18 @@ pub(super) enum Source {
 pub(super) struct Out {
     pub(super) from: Source,
     pub(super) words: usize,
-    /// Whether it forwards the previous in piece.
+    /// Whether this piece forwards the previous incoming piece.
     pub(super) forwards: bool,
 }
 
-/// Destination of an in piece's words.
+/// Destination of an incoming piece's words.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
     /// Directly into a contiguous range of y.
     Y(Range<usize>),
     /// Into a slot, combined there with this member's words of x.
     Combine(Part),
-    /// Into a slot; combined with this member's words of x, the result is written to y from this index on.
+    /// Into a slot. The words are combined with this member's words of x and written to y from this index on.
     Finish(Part, usize),
     /// Into a slot, then scattered over y.
     Unpack(Part),
@@ -90,7 +90,7 @@ struct Progress {
     piece: usize,
     /// Bytes of the next piece that have been transferred.
     bytes: usize,
-    /// Words of it that can be forwarded.
+    /// Words of the next piece that can be forwarded.
     words: usize,
 }
 
@@ -99,7 +99,7 @@ impl Flow {
         Self { op, boxes: Vec::new(), outs: Vec::new(), ins: Vec::new() }
     }
 
-    /// Adds a box, for [`Part::runs`].
+    /// Adds a box and returns its index, for [`Part::runs`].
     pub(super) fn add_box(&mut self, runs: Runs) -> usize {
         self.boxes.push(runs);
         self.boxes.len() - 1
@@ -116,7 +116,7 @@ impl Flow {
         self.boxes[part.runs].for_each(range, |place, at, len| run(place, words.start + at, len));
     }
 
-    /// Sends all out pieces to `to` and receives all in pieces from `from`. `slots` has `SLOTS * PIECE_WORDS` words.
+    /// Sends outgoing pieces to `to` and receives incoming ones from `from`. `slots` has `SLOTS * PIECE_WORDS` words.
     pub(super) fn run(
         &self,
         port: &mut Port,
@@ -146,7 +146,7 @@ impl Flow {
             if waits_to.is_none() && waits_from.is_none() && run.is_done(to.is_some(), from.is_some()) {
                 return Ok(());
             }
-            // With nothing to wait for, the next iteration skips empty pieces.
+            // If there is nothing to wait for, the next iteration skips empty pieces.
             if !moved && (waits_to.is_some() || waits_from.is_some()) {
                 port.wait(waits_to, waits_from)?;
             }
@@ -170,7 +170,7 @@ impl RunningFlow<'_> {
         (!sends || self.sent.piece == self.flow.outs.len()) && (!receives || self.received.piece == self.flow.ins.len())
     }
 
-    /// Whether the next received bytes have a free slot (FLOW-2), or a header is still expected.
+    /// Whether a slot is free for the next received bytes (FLOW-2), or a header is still expected.
     fn can_receive(&self, port: &mut Port, peer: usize) -> Result<bool> {
         match self.flow.ins.get(self.received.piece) {
             Some(In { to: Target::Y(_), .. }) => Ok(true),
@@ -179,7 +179,7 @@ impl RunningFlow<'_> {
         }
     }
 
-    /// Number of words of the next out piece that may be sent (FLOW-1).
+    /// Number of words of the next outgoing piece that may be sent (FLOW-1).
     fn ready(&self, piece: &Out) -> usize {
         let before = self.sent.piece.wrapping_sub(1);
         match self.received.piece {
@@ -190,7 +190,7 @@ impl RunningFlow<'_> {
         }
     }
 
-    /// Whether enough bytes are ready to be sent, or the channel holds some.
+    /// Whether enough bytes are ready to be sent, or the channel holds unsent bytes.
     fn can_send(&self, port: &mut Port, peer: usize) -> Result<bool> {
         let Some(piece) = self.flow.outs.get(self.sent.piece) else { return Ok(!port.link(peer)?.0.out_done()) };
         let ready = self.ready(piece);
@@ -207,7 +207,7 @@ impl RunningFlow<'_> {
         if !self.can_receive(port, peer)? {
             return Ok(false);
         }
-        // An empty transfer consists of its header.
+        // A transfer of no bytes still has a header.
         let Some(piece) = self.flow.ins.get(self.received.piece) else {
             return Ok(port.receive(peer, &mut [])? > 0);
         };

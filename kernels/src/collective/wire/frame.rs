@@ -1,4 +1,4 @@
-//! The header before every transfer and its encoding. Pure functions; received bytes are not trusted.
+//! The header that precedes every transfer, and its encoding. Pure functions; received bytes are not trusted.
 //!
 //! ```text
 //! offset  0  magic u32         8  group u32       16  sequence u64     32  length u64
@@ -25,9 +25,9 @@ pub(super) enum Kind {
     Data = 1,
     /// The sender has waited for a while in the call that the text describes. No bytes follow.
     Waiting = 2,
-    /// The sender has failed: member `length` makes a different call. The text is `expected`, newline, `got`.
+    /// The sender has failed: the member in `length` makes a different call. The text is `expected`, newline, `got`.
     Mismatch = 3,
-    /// The sender has failed: the link from rank `digest` to rank `length` failed. The text is the cause.
+    /// The sender has failed: the link from the rank in `digest` to the rank in `length` failed. The text is the cause.
     LinkLost = 4,
     /// The sender has failed for the reason in the text.
     Stopped = 5,
@@ -45,7 +45,7 @@ pub(super) struct Header {
     pub(super) sender: u32,
     /// Number of calls that sender and receiver completed together before this one.
     pub(super) sequence: u64,
-    /// Hash of what the two must agree on.
+    /// Hash of what sender and receiver must agree on.
     pub(super) digest: u64,
     pub(super) length: u64,
 }
@@ -65,7 +65,7 @@ impl Header {
         out.extend(text.as_bytes());
     }
 
-    /// Decodes the header at the start of `bytes`, and its text; `None` when more bytes are needed.
+    /// Decodes the header at the start of `bytes`, and its text. Returns `None` when more bytes are needed.
     pub(super) fn decode(bytes: &[u8]) -> Result<Option<(Self, &[u8])>, String> {
         let Some((fixed, rest)) = bytes.split_first_chunk::<FIXED_BYTES>() else {
             // Reject garbage at its first bytes, without waiting for a whole header.
@@ -108,7 +108,7 @@ fn bad_magic(bytes: &[u8]) -> String {
     format!("not a transfer header: bytes {:02x?}", &bytes[..bytes.len().min(8)])
 }
 
-/// A peer's text for display: control characters are replaced.
+/// Replaces control characters in a peer's text, so that it can be displayed.
 pub(super) fn readable(text: &[u8]) -> String {
     String::from_utf8_lossy(text).chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }

@@ -13,7 +13,7 @@ pub fn samples() -> Vec<Vec<u8>> {
     Kind::ALL.map(sample).into()
 }
 
-/// Checks that a header has one encoding, is no longer than [`HEADER_BYTES_MAX`], and that its text can be displayed.
+/// Checks that a header has one encoding of at most [`HEADER_BYTES_MAX`] bytes, and that its text can be displayed.
 ///
 /// # Panics
 /// When one of these properties does not hold.

@@ -1,7 +1,7 @@
 //! One member's end of a channel: sends and receives transfers and their headers without blocking.
 //!
-//! - LINK-1: a transfer is one header and the `length` bytes it announces. Both ends know the length in advance, and a
-//!   header with another length is rejected, so the peer never decides how much is read or allocated.
+//! - LINK-1: a transfer is one header followed by `length` bytes. Both ends know the length in advance, and reject a
+//!   header with another length. So the peer never decides how much is read or allocated.
 //! - LINK-2: between transfers either end may send a header that announces no bytes (`Waiting`, or a failure's reason).
 //! - LINK-3: a link holds bounded memory: [`INBOX_BYTES`] of read-ahead, and at most two unsent headers.
 
@@ -15,7 +15,7 @@ use super::frame::{HEADER_BYTES_MAX, Header, Kind, readable};
 use crate::collective::Group;
 use crate::error::{KernelError, Result};
 
-/// Bytes of read-ahead while a header is expected: small transfers arrive together with their header.
+/// Bytes to read ahead while a header is expected. A small transfer arrives together with its header.
 const INBOX_BYTES: usize = 16 << 10;
 
 /// A member and its current call.
@@ -41,7 +41,7 @@ impl Context {
     }
 }
 
-/// What is expected from the peer.
+/// What this member expects from the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Incoming {
     Nothing,
@@ -66,11 +66,11 @@ pub(super) struct Link {
     out_left: u64,
     /// Number of calls that the two ends have completed together.
     pub(super) sequence: u64,
-    /// Whether the peer was notified, in this call, that this member waits in it.
+    /// Whether this member has notified the peer, in the current call, that it waits.
     announced: bool,
     /// Whether the peer has closed its side.
     ended: bool,
-    /// Since when the kernel has accepted no bytes.
+    /// When the kernel stopped accepting bytes; `None` while it accepts them.
     pub(super) stalled: Option<Instant>,
 }
 
@@ -132,7 +132,7 @@ impl Link {
         self.out_left == 0 && self.flushed()
     }
 
-    /// Whether no header is left to send, nor bytes that the channel has accepted.
+    /// Whether all headers, and all bytes that the channel has accepted, have been sent.
     pub(super) fn flushed(&self) -> bool {
         self.outbox.is_empty() && !self.channel.has_unsent()
     }
@@ -146,12 +146,12 @@ impl Link {
         !self.ended && !matches!(self.incoming, Incoming::Body(_))
     }
 
-    /// Whether the next bytes from the peer are a header that is not read yet.
+    /// Whether a header may come next from the peer, and none of it has been read.
     pub(super) fn awaits_header(&self) -> bool {
         self.can_receive_header() && self.unread.is_empty()
     }
 
-    /// Sends the pending header, then as much of `data` as the kernel accepts; returns how many bytes of `data`.
+    /// Sends the pending header, then as much of `data` as the kernel accepts. Returns the number of `data` bytes.
     pub(super) fn send(&mut self, context: &Context, data: &[u8]) -> Result<usize> {
         let header = &self.outbox[self.outbox_sent..];
         let sent = if header.is_empty() && data.is_empty() {
@@ -175,7 +175,7 @@ impl Link {
         Ok(data_sent)
     }
 
-    /// The error of a failed write: the peer's own reason if it sent one before it closed, else the I/O error.
+    /// The error of a failed write: the reason that the peer sent before it closed, if any, else the I/O error.
     fn write_error(&mut self, context: &Context, error: &io::Error) -> KernelError {
         let peer_error = self.read_headers(context).err();
         peer_error.unwrap_or_else(|| context.link_error(self.peer, format!("cannot write: {error}")))
@@ -218,7 +218,7 @@ impl Link {
         context.link_error(self.peer, format!("closed by the peer during {}", context.text))
     }
 
-    /// Reads headers that arrived between transfers, up to the header of a transfer. Fails with the error they report.
+    /// Reads headers that arrived between transfers, up to that of a transfer. Fails with an error that they report.
     pub(super) fn read_headers(&mut self, context: &Context) -> Result<()> {
         while self.can_receive_header() {
             if let Some((header, text)) = self.peek(context)? {
@@ -300,8 +300,8 @@ impl Link {
         }
     }
 
-    /// Notifies the peer that this member waits in its call, once per call and only between transfers. Repeated calls
-    /// send what the channel holds.
+    /// Notifies the peer, once per call and only between transfers, that this member waits in its call. Repeated calls
+    /// of this function send what the channel still holds.
     pub(super) fn announce(&mut self, context: &Context) -> Result<()> {
         if self.channel.has_unsent() {
             self.send(context, &[])?;
@@ -314,7 +314,7 @@ impl Link {
         self.send(context, &[]).map(|_| ())
     }
 
-    /// Sends the peer the reason why this member failed, if it is between transfers, and closes the outgoing direction.
+    /// Sends the reason for this member's failure if the link is between transfers. Closes the outgoing direction.
     pub(super) fn fail(&mut self, context: &Context, error: &KernelError) {
         if self.out_left == 0 && self.outbox.len() <= HEADER_BYTES_MAX {
             let mut header = self.header(context, Kind::Stopped, 0);
@@ -334,7 +334,7 @@ impl Link {
             };
             self.push_header(context, header, &text);
             let (header, sent) = (&self.outbox[self.outbox_sent..], self.outbox_sent);
-            // If sending the reason fails, there is nobody to report that to.
+            // If sending the reason fails, there is nobody to report the failure to.
             self.outbox_sent = sent + self.channel.send(header, &[]).unwrap_or(0);
             let _ = self.channel.flush();
         }

@@ -9,7 +9,7 @@ use crate::memory::Words;
 use crate::region::{Runs, for_each_run};
 use crate::tensor::Region;
 
-/// The most bytes that are sent before the receiver is known to be in its call: they fit in the kernel's buffers.
+/// Largest x, in bytes, sent before the receiver is known to be in its call. The kernel's buffers hold that much.
 const EAGER_BYTES_MAX: usize = 64 << 10;
 
 /// Member i contributes `sources[i]` and receives `targets[i]`.
@@ -47,7 +47,7 @@ pub(super) fn all_to_all(
     Ok(())
 }
 
-/// Splits the box `common` into parts of one piece each. `held` is the region that the tensor holds.
+/// Splits the box `common` into parts of at most one piece. `held` is the region that the tensor holds.
 fn parts(flow: &mut Flow, held: &Region, common: &Region) -> Vec<Part> {
     let runs = flow.add_box(Runs::new(&held.size, &common.relative_to(held)));
     let all = common.element_count();
@@ -79,7 +79,7 @@ pub(super) fn send(port: &mut Port, words: &Words<'_>, to: usize) -> Result<()> 
     if data.len() <= EAGER_BYTES_MAX {
         return port.exchange(Some((to, data)), Some((to, &mut [])));
     }
-    // Waiting for a late receiver has no timeout; a write that stalls after it is an error.
+    // The wait for a late receiver has no timeout. After it, a write that stalls is an error.
     port.exchange(None, Some((to, &mut [])))?;
     port.exchange(Some((to, data)), None)
 }

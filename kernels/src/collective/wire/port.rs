@@ -1,8 +1,8 @@
 //! All links of one member: transfers over two links at once, waits, and failure detection.
 //!
-//! Members that disagree detect it even though no call communicates with all of them: a member that has waited for
+//! A disagreement is detected even if no call exchanges data between all members. A member that has waited for
 //! [`QUIET`] sends its call to all other members of that call, and reads the headers that they sent. When two members
-//! wait in different calls, the one that entered its call first receives the other's header.
+//! wait in different calls, the one that entered its call first receives the other one's header.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,11 +18,11 @@ use crate::error::{KernelError, Result};
 /// Longest wait between two checks for an abort.
 const TICK: Duration = Duration::from_millis(50);
 
-/// How long a member waits without progress before it sends its call to the others.
+/// How long a member waits without progress before it sends its call to the other members.
 const QUIET: Duration = Duration::from_millis(200);
 
-/// How long a member whose link broke waits for the cause from other members, since it is often not the first to know.
-/// Longer than [`QUIET`], the time after which members that wait elsewhere begin to read headers.
+/// How long a member whose link broke waits for other members to send the cause, which they often know first. Longer
+/// than [`QUIET`]: members that wait for other peers begin to read headers after that time.
 const CAUSE_WAIT: Duration = Duration::from_millis(500);
 
 /// State that all members of a group in this process share.
@@ -33,7 +33,7 @@ pub(super) struct GroupStatus {
     /// The failure of this group, set by any of its members in this process.
     pub(super) failed: OnceLock<KernelError>,
     group: Arc<Group>,
-    /// By member: 0, or the member that it waits for, plus 1.
+    /// By member: the member that it waits for, plus 1; 0 when it waits for none.
     waiting: Vec<AtomicUsize>,
 }
 
@@ -61,11 +61,11 @@ impl GroupStatus {
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) context: Context,
-    /// By member; `None` for the member itself.
+    /// The link to each member; `None` for the member itself.
     links: Vec<Option<Link>>,
     status: Arc<GroupStatus>,
     write_timeout: Duration,
-    /// Since when no bytes have moved.
+    /// The start of the current period without transferred bytes.
     quiet_since: Option<Instant>,
 }
 
@@ -111,19 +111,19 @@ impl Port {
         Ok(())
     }
 
-    /// Sends the next bytes of a transfer without blocking; returns how many.
+    /// Sends the next bytes of a transfer without blocking. Returns the number of bytes.
     pub(super) fn send(&mut self, peer: usize, data: &[u8]) -> Result<usize> {
         let (link, context) = self.link(peer)?;
         link.send(context, data)
     }
 
-    /// Reads the next bytes of a transfer without blocking; returns how many.
+    /// Reads the next bytes of a transfer without blocking. Returns the number of bytes.
     pub(super) fn receive(&mut self, peer: usize, into: &mut [u8]) -> Result<usize> {
         let (link, context) = self.link(peer)?;
         link.receive(context, into)
     }
 
-    /// Sends all of `out` to a peer and fills `into` from a peer, concurrently: the next bytes of two transfers.
+    /// Sends all of `out` to a peer while it fills `into` from a peer. Both hold the next bytes of a transfer.
     pub(super) fn exchange(&mut self, out: Option<(usize, &[u8])>, into: Option<(usize, &mut [u8])>) -> Result<()> {
         let (to, data) = out.map_or((None, &[][..]), |(peer, data)| (Some(peer), data));
         let (from, into) = into.map_or((None, &mut [][..]), |(peer, into)| (Some(peer), into));
@@ -134,7 +134,7 @@ impl Port {
                 let bytes = self.send(peer, &data[sent..])?;
                 sent += bytes;
                 moved += bytes;
-                // An empty transfer consists of its header.
+                // A transfer of no bytes still has a header.
                 let flushed = self.link(peer)?.0.flushed();
                 waits_to = (sent < data.len() || !flushed).then_some(peer);
             }
@@ -199,7 +199,7 @@ impl Port {
         if since.elapsed() >= QUIET { self.exchange_announcements() } else { Ok(()) }
     }
 
-    /// The error when a peer closed its side although bytes were left to send to it.
+    /// The error when a peer closed its side while this member still had bytes to send to it.
     fn hung_up(&mut self, peer: usize) -> KernelError {
         match self.link(peer).and_then(|(link, context)| link.read_headers(context)) {
             Err(peer_error) => peer_error,
@@ -215,9 +215,9 @@ impl Port {
         Ok(())
     }
 
-    /// The most likely cause of `error`: one that this process or another member already knows.
+    /// Returns a cause of `error` that this process or another member already knows, else `error` itself.
     fn root_cause(&mut self, error: KernelError) -> KernelError {
-        // An error from a peer names another rank or is not a link failure, so it already is the cause.
+        // An error that a peer sent names another rank or is not a link failure. It already is the cause.
         let own_rank = self.context.group.ranks[self.context.member];
         if !matches!(error, KernelError::Link { rank, .. } if rank == own_rank) {
             return error;
@@ -229,7 +229,7 @@ impl Port {
             }
             for link in self.links.iter_mut().flatten() {
                 match link.read_headers(&self.context) {
-                    // An error that it sent, not a closed connection.
+                    // The peer sent this error: the connection is not closed.
                     Err(peer_error) if link.can_receive_header() => return peer_error,
                     _ => {}
                 }
@@ -244,10 +244,10 @@ impl Port {
         }
     }
 
-    /// Fails the group for this member, and notifies the others of the cause. Returns the cause.
+    /// Fails the group for this member, and notifies the other members of the cause. Returns the cause.
     pub(super) fn fail(&mut self, error: KernelError) -> KernelError {
         let cause = self.root_cause(error);
-        // Another member of this process, or an abort, may have been first.
+        // Another member of this process, or an abort, may have failed the group first.
         let failed = self.status.failed.get_or_init(|| cause);
         let cause = self.status.aborted.get().unwrap_or(failed).clone();
         for link in self.links.iter_mut().flatten() {

@@ -1,8 +1,8 @@
 //! Rings: each member sends to the next and receives from the previous one. Reductions and gathers take one trip around
 //! the ring, an all-reduce takes two.
 //!
-//! The data that member c owns starts at member c+1, and each member adds its own values on the way to c: the order of
-//! [`crate::collective::Group`]. It is split into rounds, so that data in transit fits in the cache and in two slots.
+//! Data that member c owns is combined on its way from member c+1 to c: each member adds its own values. This is the
+//! order of [`crate::collective::Group`]. Rounds keep the data in transit within the cache and two slots.
 
 use super::flow::{Flow, In, Out, PIECE_WORDS, Part, Source, Target};
 use super::port::Port;
@@ -54,7 +54,7 @@ pub(super) fn all_gather(
     slots: &mut [f32],
     (whole, parts): (&[usize], &[Region]),
 ) -> Result<()> {
-    // A gather combines nothing.
+    // A gather combines nothing, so the operation does not matter.
     let mut ring = Ring::new(port, ReduceOp::Sum, parts.iter().map(|part| Runs::new(whole, part)));
     let own = Runs::new(whole, &parts[port.context.member]);
     let (x, y) = words.split();
@@ -80,7 +80,7 @@ impl Ring {
         largest.div_ceil(PIECE_WORDS)
     }
 
-    /// The part of this round that the member `back` positions before this one owns.
+    /// This round's part of the data whose owner is `back` positions before this member.
     fn part(&self, back: usize, round: usize) -> Part {
         let owner = (self.member + 2 * self.members - back) % self.members;
         let runs = self.boxes[owner];
@@ -109,7 +109,7 @@ impl Ring {
         }
     }
 
-    /// One round of a gather. This member's own part is in y when it was `reduced` there, else in x.
+    /// One round of a gather. This member's own part is in y if `reduced`, else in x.
     fn gather(&mut self, round: usize, reduced: bool) {
         for step in 0..self.members - 1 {
             let (sent, received) = (self.part(step, round), self.part(step + 1, round));

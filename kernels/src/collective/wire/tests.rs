@@ -1,4 +1,4 @@
-//! Compares the engine bit by bit with the in-process engine, and tests peers that break, stall and send wrong headers.
+//! Compares the engine bit by bit with the in-process engine. Tests peers that break, stall or send wrong headers.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -20,7 +20,7 @@ use crate::tensor::{HostTensor, split_range};
 const LONG_TIMEOUT: Duration = Duration::from_secs(30);
 const SHORT_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// Values of very different magnitudes, so that the order of additions affects the result; the same in every run.
+/// Values of very different magnitudes, so that the order of additions affects the result. The same in every run.
 fn floats(random: &mut SplitMix64, len: usize) -> Vec<f32> {
     let float = |bits: u64| (bits as f32 / 1e9 - 1.0) * [1.0, 1e-4, 1e5, -0.0][bits as usize % 4];
     (0..len).map(|_| float(random.draw() >> 33)).collect()
@@ -52,7 +52,7 @@ fn engines(n: usize, write_timeout: Duration) -> Vec<Wire> {
     mesh(n, &mut unix_pair).into_iter().map(|channels| Wire::new(channels, write_timeout)).collect()
 }
 
-/// One call of all members: the tensor of each, and the shape of its result.
+/// One call by all members: each member's tensor, and the shape of each member's result.
 struct Case {
     kind: CollectiveKind,
     xs: Vec<HostTensor>,
@@ -81,7 +81,7 @@ fn run_case(engine: &dyn Collective, member: usize, case: &Case) -> Result<Vec<u
     Ok(bits(&arena.read_host(y_offset, y_shape, DType::F32)?))
 }
 
-/// Runs each member's cases on all members concurrently; results by member, then by case.
+/// Runs each member's cases, with all members at once. Returns the results by member, then by case.
 fn run_all<'a>(
     engines: impl IntoIterator<Item = &'a dyn Collective>,
     cases_of: impl Fn(usize) -> &'a [Case],
@@ -142,7 +142,7 @@ fn trees_and_rings_return_the_bits_of_the_in_process_engine() {
     }
 }
 
-/// Parts along a dim: even, or all but one element on the first.
+/// Parts along a dim: even, or with all but one element in the first part.
 fn split(shape: &[usize], n: usize, dim: usize, uneven: bool) -> Vec<Region> {
     let extent = shape[dim];
     let part = |i: usize| {
@@ -157,7 +157,7 @@ fn split(shape: &[usize], n: usize, dim: usize, uneven: bool) -> Vec<Region> {
     (0..n).map(part).collect()
 }
 
-/// Every kind, with scattered and uneven parts, larger than a piece.
+/// Calls of every kind. The parts are scattered and uneven, and larger than a piece.
 fn large_cases(n: usize, shape: &[usize]) -> Vec<Case> {
     let mut random = SplitMix64(n as u64);
     let len = shape.iter().product();
@@ -196,7 +196,7 @@ fn every_kind_is_correct_over_many_pieces() {
     }
 }
 
-/// Forwards bytes in pieces of 1 to 7, yielding to other threads in between, until its source ends.
+/// Forwards bytes in pieces of 1 to 7 bytes until `from` ends. Yields to other threads between pieces.
 fn split_bytes(mut from: UnixStream, mut to: UnixStream, seed: u64) {
     let mut random = SplitMix64(seed);
     let mut buffer = [0; 7];
@@ -234,7 +234,7 @@ fn fragmented_reads_do_not_change_results() {
     }
 }
 
-/// Member 0 of a call with `len` floats, whose peer is the test itself: `peer` is the peer's end of the channel.
+/// Member 0 of a call with `len` floats. The test itself acts as the peer, with `peer` as its end of the channel.
 struct MemberUnderTest {
     wire: Wire,
     peer: UnixStream,
@@ -373,7 +373,7 @@ fn all_other_members_report_a_member_that_leaves() {
     }
 }
 
-/// Member `odd_member` of 3 makes a different call than the others; all members report the mismatch.
+/// Member `odd_member` of 3 makes a different call from the others. All members report the mismatch.
 fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: &[Case], odd_tree_bytes_max: usize) {
     let wires = engines(3, LONG_TIMEOUT);
     wires[odd_member].set_tree_bytes_max(odd_tree_bytes_max);
@@ -387,7 +387,7 @@ fn check_all_report_the_mismatch(odd_member: usize, different: &[Case], common: 
 fn members_that_wait_for_each_other_in_different_calls_report_a_mismatch() {
     let cases = all_reduces(3, [10, 11]);
     for odd_member in 0..3 {
-        // The root of a tree waits for a member of the ring, and so on.
+        // The odd member runs a ring and the others run a tree, so they wait for each other.
         check_all_report_the_mismatch(odd_member, &cases[4..5], &cases[..1], 0);
         // Two members wait for each other, and neither has sent anything.
         let broadcast = Case {
@@ -425,7 +425,7 @@ fn waits_lists_the_absent_member() {
     thread::scope(|scope| {
         let early = scope.spawn(|| run_case(&wires[0], 0, case));
         let deadline = Instant::now() + LONG_TIMEOUT;
-        // The member waits one tick at a time.
+        // The member waits one tick at a time, and is listed only during a tick.
         while wires[0].waits() != [MemberWait { group: 7, rank: 10, peer: 11 }] {
             assert!(Instant::now() < deadline && !early.is_finished());
             thread::yield_now();

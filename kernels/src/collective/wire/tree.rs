@@ -1,5 +1,5 @@
-//! Trees, for small tensors and broadcasts. Members are counted from the root. The neighbours of member r differ from
-//! it in one of its trailing zero bits, or in its lowest one bit.
+//! Trees, for small tensors and broadcasts. Positions are counted from the root. A neighbour's position differs in one
+//! bit: one of the trailing zero bits for a child, the lowest one bit for the parent.
 
 use super::flow::PIECE_WORDS;
 use super::port::Port;
@@ -31,7 +31,7 @@ impl Tree {
         (self.position != 0).then(|| self.member(self.position & (self.position - 1)))
     }
 
-    /// The children, nearest first: the member, and its distance in positions.
+    /// The children, nearest first: each child's member index, and its distance in positions.
     fn children(&self) -> impl DoubleEndedIterator<Item = (usize, usize)> {
         let bits = if self.position == 0 { usize::BITS } else { self.position.trailing_zeros() };
         let distances = (0..bits.min(usize::BITS - 1)).map(|bit| 1usize << bit);
@@ -79,7 +79,7 @@ pub(super) fn all_reduce(port: &mut Port, words: &mut Words<'_>, blocks: &mut [f
     broadcast_from_root(port, &tree, words.y)
 }
 
-/// Combines the values of all members, where block i holds member i's, in the order of [`crate::collective::Group`].
+/// Combines the values of all members in the order of [`crate::collective::Group`]. Block i holds member i's values.
 fn combine_blocks(op: ReduceOp, blocks: &[f32], n: usize, y: &mut [f32]) {
     let len = y.len();
     for owner in 0..n {
@@ -104,7 +104,7 @@ pub(super) fn broadcast(port: &mut Port, words: &mut Words<'_>, root: usize) -> 
     broadcast_from_root(port, &Tree::new(port, root), words.y)
 }
 
-/// Sends the root's `y` to all in pieces: while one arrives, the previous goes to the child with the largest subtree.
+/// Sends the root's `y` to all. While a piece arrives, the previous one goes to the child with the largest subtree.
 fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<()> {
     let parent = tree.parent();
     let children: Vec<usize> = tree.children().rev().map(|(child, _)| child).collect();
@@ -114,7 +114,7 @@ fn broadcast_from_root(port: &mut Port, tree: &Tree, y: &mut [f32]) -> Result<()
     for &child in &children {
         port.begin_out(child, size_of_val(y))?;
     }
-    // An empty transfer consists of its header, so there is at least one piece.
+    // A transfer of no bytes still has a header, so there is at least one piece.
     let pieces = y.len().div_ceil(PIECE_WORDS).max(1);
     let all = y.len();
     let end = |piece: usize| all.min(piece * PIECE_WORDS);

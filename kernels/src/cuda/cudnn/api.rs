@@ -13,7 +13,7 @@ use crate::cuda::library::{Library, dotted_patch, dynamic_library};
 use crate::cuda::status::static_text;
 use crate::error::{KernelError, Result};
 
-/// The oldest version that was tried and accepts the graphs: `10000 * major + 100 * minor`.
+/// The oldest tested version that accepts the graphs: `10000 * major + 100 * minor`.
 const VERSION_MIN: usize = 91_200;
 
 /// Buffer size for the library's error message, in bytes.
@@ -47,7 +47,7 @@ impl Api {
 
     /// `10000 * major + 100 * minor + patch`.
     pub(super) fn number(&self) -> usize {
-        // SAFETY: has no preconditions.
+        // SAFETY: the call has no preconditions.
         unsafe { (self.version)() }
     }
 
@@ -61,7 +61,7 @@ impl Api {
             return Ok(());
         }
         let mut text = [0; TEXT_BYTES];
-        // SAFETY: `error_string` returns a static string; `last_error` leaves the last of `TEXT_BYTES` bytes 0.
+        // SAFETY: `error_string` returns a static string. `last_error` leaves the last byte of `text` 0.
         let (name, text) = unsafe {
             (self.last_error)(text.as_mut_ptr(), TEXT_BYTES - 1);
             (static_text((self.error_string)(code)), CStr::from_ptr(text.as_ptr()).to_string_lossy().trim().to_owned())

@@ -1,4 +1,4 @@
-//! cuDNN's descriptors: sets of attributes that are set and then finalized.
+//! cuDNN's descriptors. Each gets its attributes and is then finalized.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -31,7 +31,7 @@ pub(super) enum Values<'a> {
     Text(&'a [u8]),
 }
 
-/// An owned descriptor. Its owner also keeps the descriptors that it refers to.
+/// An owned descriptor. Its owner also keeps alive the descriptors that this one refers to.
 #[derive(Debug)]
 pub(super) struct Descriptor {
     raw: Raw<cudnnBackendDescriptor_t>,
@@ -42,7 +42,7 @@ pub(super) struct Descriptor {
 impl Descriptor {
     pub(super) fn new(api: &'static Api, kind: Kind, place: &str) -> Result<Self> {
         let mut raw = std::ptr::null_mut();
-        // SAFETY: writes a handle to a local.
+        // SAFETY: the call writes a handle to a local.
         let code = unsafe { (api.descriptor_create)(kind, &mut raw) };
         api.check(code, "cudnnBackendCreateDescriptor", &describe(place, kind))?;
         Ok(Self { raw: Raw(raw), kind, api })
@@ -84,14 +84,14 @@ impl Descriptor {
             Values::Pointers(values) => (Type::CUDNN_TYPE_VOID_PTR, values.len(), values.as_ptr().cast()),
             Values::Text(values) => (Type::CUDNN_TYPE_CHAR, values.len(), values.as_ptr().cast()),
         };
-        // SAFETY: the descriptor is live; `start` points to `count` values of the given type, which cuDNN copies.
+        // SAFETY: the descriptor is live. `start` points to `count` values of the given type, which cuDNN copies.
         let code = unsafe { (self.api.set_attribute)(self.raw.0, name, kind, count as i64, start) };
         self.api.check(code, "cudnnBackendSetAttribute", &format!("{}, {name:?}", describe(place, self.kind)))
     }
 
     pub(super) fn integer(&self, name: Attribute, place: &str) -> Result<i64> {
         let (mut value, mut count) = (0i64, 0);
-        // SAFETY: writes at most one integer, to a local.
+        // SAFETY: the call writes at most one integer, to a local.
         let code = unsafe {
             let to = (&raw mut value).cast();
             (self.api.get_attribute)(self.raw.0, name, Type::CUDNN_TYPE_INT64, 1, &mut count, to)
@@ -116,8 +116,8 @@ impl Descriptor {
         Ok(descriptors)
     }
 
-    /// Runs a plan on the handle's stream. The caller guarantees that device addresses in `pack` are of memory that
-    /// holds the tensors and lives until the stream has passed the call, and that host scalars live until this returns.
+    /// Runs a plan on the handle's stream. The caller guarantees that the memory at the addresses in `pack` holds the
+    /// tensors and lives until the stream has passed the call. Host scalars must live until this function returns.
     pub(super) fn execute(&self, handle: Raw<cudnnHandle_t>, pack: &Self, place: &str) -> Result<()> {
         // SAFETY: handle and descriptors are live; the caller guarantees the rest.
         let code = unsafe { (self.api.execute)(handle.0, self.raw.0, pack.raw.0) };
@@ -131,7 +131,7 @@ fn describe(place: &str, kind: Kind) -> String {
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        // SAFETY: created in `new`, destroyed once; the owner has bound the context.
+        // SAFETY: the descriptor was created in `new` and is destroyed once. The owner has bound the context.
         let _ = unsafe { (self.api.descriptor_destroy)(self.raw.0) };
     }
 }

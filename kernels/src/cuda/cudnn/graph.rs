@@ -37,7 +37,7 @@ pub(super) type TensorId = usize;
 pub(super) enum Node {
     /// `c = a b`, over the last two dims.
     Matmul { a: TensorId, b: TensorId, c: TensorId },
-    /// Elementwise `mode`; broadcasts dims of 1. An index counts along `axis`; a select is `if t { x } else { b }`.
+    /// Elementwise `mode`; broadcasts dims of 1. An index mode counts along `axis`. Select is `if t { x } else { b }`.
     Pointwise {
         mode: PointwiseMode,
         axis: Option<i64>,
@@ -57,7 +57,7 @@ pub(super) struct Graph {
     pub(super) tensors: Vec<Tensor>,
     pub(super) nodes: Vec<Node>,
     pub(super) workspace_bytes: usize,
-    /// The workspace tensor that cuDNN adds partial sums to, as (byte offset, floats); must be zeroed before each run.
+    /// The workspace tensor of cuDNN's partial sums, as (byte offset, floats). It must be zeroed before each run.
     pub(super) accumulated: Option<(usize, usize)>,
 }
 
@@ -92,7 +92,7 @@ impl Builder {
         self.tensor([b, h, t, d], [t * h * d, d, h * d, 1], BF16, storage)
     }
 
-    /// The same tensor, with dims batch, head, depth, time.
+    /// A transposed view of an activation, with dims batch, head, depth, time.
     fn transposed(&mut self, place: Place) -> TensorId {
         let [b, h, t, d] = self.extents;
         self.tensor([b, h, d, t], [t * h * d, d, 1, h * d], BF16, Storage::Buffer(place))
@@ -192,7 +192,7 @@ impl Builder {
         let [k, v] = [2, 3].map(|i| self.transposed(Place::read(i)));
         let lse = self.rows(Storage::Buffer(Place::read(5)));
         let [dq, dk, dv] = [0, 1, 2].map(|i| self.activation(Storage::Buffer(Place::write(i))));
-        // The row sums of do * o pass between kernels in memory. cuDNN's pattern scales them by a dropout factor.
+        // Kernels pass the row sums of do * o in memory. cuDNN's pattern scales these sums by a dropout factor.
         let product = self.tensor([b, h, t, d], [t * h * d, t * d, d, 1], F32, Storage::Virtual);
         self.pointwise(product, CUDNN_POINTWISE_MUL, d_o, Some(o));
         let sums = self.rows(Storage::Virtual);
@@ -200,14 +200,14 @@ impl Builder {
         let storage = self.reserve(b * h * t);
         let (delta, one) = (self.rows(storage), self.scalar(1.0));
         self.pointwise(delta, CUDNN_POINTWISE_MUL, sums, Some(one));
-        // Recompute the probabilities from the scores; then dv.
+        // Recompute the probabilities from the scores. Then compute dv.
         let (scores, scale) = self.scaled(q, k, scale);
         let shifted = self.map(CUDNN_POINTWISE_SUB, scores, Some(lse));
         let shifted = self.masked(shifted);
         let probabilities = self.map(CUDNN_POINTWISE_EXP, shifted, None);
         let transposed_scores = self.transposed_scores(probabilities);
         self.matmul(transposed_scores, d_o, dv);
-        // Gradient of the scores; then dk.
+        // Compute the gradient of the scores. Then compute dk.
         let grads = self.scores(F32);
         self.matmul(d_o, v, grads);
         let grads = self.map(CUDNN_POINTWISE_SUB, grads, Some(delta));
@@ -215,7 +215,7 @@ impl Builder {
         let grads = self.map(CUDNN_POINTWISE_MUL, grads, Some(scale));
         let transposed_scores = self.transposed_scores(grads);
         self.matmul(transposed_scores, q, dk);
-        // dq accumulates in f32, from all blocks of keys.
+        // dq is summed in f32 over all blocks of keys.
         let keys = self.activation(Storage::Virtual);
         self.graph.nodes.push(Node::Transpose { x: k, y: keys });
         let storage = self.reserve(b * h * t * d);

@@ -87,8 +87,8 @@ impl Plan {
         Err(failure.unwrap_or_else(no_engine))
     }
 
-    /// Enqueues the plan; returns false, without effect, if an address is not aligned to [`ALIGNMENT`]. The buffers of
-    /// `address_of` and `workspace`, of `bytes_max` bytes ([`Plan::new`]), live until the stream has passed the call.
+    /// Enqueues the plan. Returns false, without effect, if an address is not aligned to [`ALIGNMENT`]. The buffers and
+    /// the `workspace` of `bytes_max` bytes ([`Plan::new`]) must live until the stream has passed the call.
     pub(super) fn execute(
         &self,
         api: &'static Api,
@@ -104,7 +104,7 @@ impl Plan {
                 Storage::Virtual => continue,
                 Storage::Buffer(place) => address_of(*place)?,
                 Storage::Workspace(start) => workspace + *start as u64,
-                // The plan outlives cuDNN's read of the scalar.
+                // cuDNN reads the scalar before the plan is dropped.
                 Storage::HostScalar(value) => std::ptr::from_ref(value).expose_provenance() as u64,
             };
             if !matches!(tensor.storage, Storage::HostScalar(_)) && pointer % ALIGNMENT != 0 {
@@ -144,7 +144,7 @@ impl Builder<'_> {
         Descriptor::finalized(self.api, kind, attributes, self.place)
     }
 
-    /// An `accumulated` tensor has the layout of NVIDIA's frontend for sums of dq; only cuDNN's kernels read it.
+    /// An `accumulated` tensor has the layout of NVIDIA's frontend for sums of dq. Only cuDNN's kernels read it.
     fn tensor(&self, index: usize, tensor: &Tensor, accumulated: bool) -> Result<Descriptor> {
         let id = [id(index)];
         let mut attributes = vec![
@@ -161,7 +161,7 @@ impl Builder<'_> {
         self.finalized(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR, &attributes)
     }
 
-    /// Creates an operation: the descriptor of its function, if it has one, and its tensors.
+    /// Creates an operation from its tensors and the descriptor of its function, if it has one.
     fn operation(
         &mut self,
         kind: Kind,
@@ -280,7 +280,7 @@ impl Builder<'_> {
         Ok(configuration)
     }
 
-    /// Creates a plan; returns it with its workspace size in bytes.
+    /// Creates a plan. Returns the plan and its workspace size in bytes.
     fn plan(&self, configuration: &Descriptor, target: Target<'_>) -> Result<(Descriptor, usize)> {
         use Attribute::{CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP as DEVICE, CUDNN_ATTR_EXECUTION_PLAN_HANDLE as HANDLE};
         let configuration = [configuration];
@@ -294,7 +294,7 @@ impl Builder<'_> {
 }
 
 impl Target<'_> {
-    /// The target as an attribute, whose name is `handle` or `device` by the kind of target.
+    /// The target as an attribute with the name `handle` or `device`, depending on the kind of target.
     fn attribute(&self, handle: Option<Attribute>, device: Option<Attribute>) -> Option<(Attribute, Values<'_>)> {
         match self {
             Target::Handle(raw) => handle.map(|name| (name, Values::Handle(*raw))),

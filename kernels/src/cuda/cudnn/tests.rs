@@ -1,4 +1,4 @@
-//! Checks the graphs that cuDNN receives; a test run by hand gives them to NVIDIA's library.
+//! Checks the graphs that cuDNN receives. A test that is run by hand passes the graphs to NVIDIA's library.
 
 use cudarc::cudnn::sys::{
     cudnnBackendAttributeName_t as Attribute, cudnnBackendDescriptorType_t as Kind, cudnnDataType_t,
@@ -77,7 +77,7 @@ fn device_description(architecture: usize) -> String {
     )
 }
 
-/// For described GPUs that the machine lacks: compiles the engines' kernels. A stub answers every driver call.
+/// Compiles the engines' kernels for described GPUs that the machine lacks. A stub answers every driver call.
 #[test]
 #[ignore = "needs NVIDIA's cuDNN: run kernels/cuda/check_cudnn.py"]
 fn nvidias_library_creates_plans_for_our_graphs() {

@@ -1,4 +1,4 @@
-//! A launch whose buffers have been checked: number, shapes and types.
+//! A launch whose buffers have been checked for their number, shapes and types.
 
 use crate::error::Result;
 use crate::op::Launch;

@@ -36,7 +36,7 @@ fn tiled(dtype: DType, depth: usize) -> Option<Tiled> {
     let i = DEPTHS.iter().position(|&depth_max| depth <= depth_max)?;
     let d = DEPTHS[i];
     Some(match dtype {
-        // Tile sizes of attention_f32.cu: 64 rows of the block's own and 32 other rows, padded by 4.
+        // Tile sizes of attention_f32.cu: 64 rows of the block itself and 32 other rows, padded by 4.
         DType::F32 | DType::I32 => Tiled {
             forward: (names!("attention_f32")[i], 4 * ((64 + 2 * 32) * (d + 4) + 64 * 36)),
             keys: (names!("attention_grad_keys_f32")[i], 4 * (2 * (64 + 32) * (d + 4) + 2 * 32 * 68)),
@@ -71,7 +71,7 @@ impl Dims {
     ) -> Steps {
         let [batch, time, heads, depth] = self.0;
         let time_blocks = time.div_ceil(BLOCK_ROWS);
-        // A tiled depth is at most 128; more than 2^31 heads fit in no memory.
+        // A tiled depth is at most 128, and no memory holds 2^31 heads.
         let [heads_arg, depth] = [heads, depth].map(|extent| Arg::I32(extent as i32));
         arguments.extend([long(time), heads_arg, depth, long(time_blocks), Arg::F32(scale)]);
         blocks(function, batch * heads * time_blocks, threads, shared_bytes, arguments)
@@ -85,7 +85,7 @@ impl Dims {
     }
 }
 
-/// The arguments for write `i`: its address and, for bf16 kernels, whether it is f32.
+/// The arguments for write `i`: its address and, for bf16 kernels, whether the write is f32.
 fn result(args: &Args<'_>, i: usize) -> Vec<Arg> {
     let is_f32 = Arg::I32(i32::from(args.write_dtype(i) == DType::F32));
     if args.read_dtype(0) == DType::BF16 { vec![write(i), is_f32] } else { vec![write(i)] }
@@ -104,8 +104,8 @@ pub(super) fn attention(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
     }
 }
 
-/// The backward steps. As in [`attention`], plain kernels replace tiled ones that do not fit: on f32, heads deeper than
-/// 96 need 116 KiB; sm_86 and sm_89 have 99 KiB.
+/// The backward steps. As in [`attention`], plain kernels replace tiled ones that do not fit: in f32, heads deeper than
+/// 96 need 116 KiB, but sm_86 and sm_89 have 99 KiB.
 pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared: usize) -> Steps {
     let dims = Dims(args.launch.attention_dims()?);
     if dims.0.contains(&0) {
@@ -131,7 +131,7 @@ pub(super) fn attention_grad(args: &Args<'_>, scale: f32, shared: usize) -> Step
     Ok([rows, keys, queries].concat())
 }
 
-/// Floats for the row sums of do * o.
+/// Number of floats for the row sums of do * o.
 pub(super) fn workspace_floats(q: &[usize]) -> usize {
     match q {
         &[batch, time, heads, depth] if depth > 0 => batch * time * heads,
@@ -146,8 +146,8 @@ const CUDNN_DEPTH_STEP: usize = 8;
 /// For shorter sequences, cuDNN's heuristic for the gradient crashes (9.12 and 9.28, at a length of 1).
 const CUDNN_TIME_MIN: usize = 2;
 
-/// The attention that cuDNN may run in place of the launch's steps, whose buffers [`lower`](super::lower) has accepted;
-/// `None` for other launches and shapes. All activations and their gradients are bf16.
+/// The attention that cuDNN may run in place of the launch's steps; `None` for other launches and shapes. The caller
+/// has passed the launch to [`lower`](super::lower), which checks it. All activations and their gradients are bf16.
 pub fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
     let (pass, scale, bf16_reads, bf16_writes) = match launch.op {
         Op::Attention { scale } => (Pass::Forward, scale, 3, 1),
@@ -159,7 +159,7 @@ pub fn cudnn_attention(launch: &Launch) -> Option<AttentionShape> {
         return None;
     }
     let &[batch, time, heads, depth] = &launch.reads.first()?.shape[..] else { return None };
-    // cuDNN's indices are 64 bits wide, but not in every kernel.
+    // Some of cuDNN's kernels have 32-bit indices.
     let fits = [batch, time, heads].iter().all(|&extent| extent > 0) && batch * time * heads * depth < 1 << 31;
     let depth_fits = depth > 0 && depth <= CUDNN_DEPTH_MAX && depth.is_multiple_of(CUDNN_DEPTH_STEP);
     let shape = AttentionShape { pass, batch, time, heads, depth, scale };

@@ -1,5 +1,5 @@
-//! Building blocks of collectives on GPUs and the workspace that the engines need: contiguous regions, the messages
-//! between members, and which of them are packed. Pure.
+//! Building blocks of collectives on GPUs: contiguous regions, the messages between members and which of these are
+//! packed, and the workspace that the engines need. Pure functions.
 //!
 //! - STAGE-1: an engine uses at most [`workspace_bytes`] of a launch's workspace. The plan does not know which engine
 //!   will run, so this is the maximum over all engines.
@@ -14,7 +14,7 @@ use crate::tensor::{DType, Region, element_count, split_range};
 /// Maximum number of members whose values one kernel combines.
 pub(crate) const MEMBERS_MAX: usize = 16;
 
-/// Bytes combined at once if members' values must be copied from other GPUs.
+/// Bytes that one step combines if members' values must be copied from other GPUs.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
 /// Element offset of a region in a tensor of this shape, if the region is contiguous.
@@ -45,9 +45,9 @@ pub(crate) fn regions<'a>(kind: &'a CollectiveKind, y_shape: &[usize]) -> Option
 pub(crate) struct Message {
     pub(crate) peer: usize,
     pub(crate) sends: bool,
-    /// In the member's own x or y.
+    /// Boxes in the member's own x or y.
     pub(crate) boxes: Vec<Region>,
-    /// Element offset there if the data is contiguous; otherwise it is packed.
+    /// Element offset in x or y if the data is contiguous. Other data is packed.
     pub(crate) direct: Option<usize>,
 }
 

@@ -5,7 +5,7 @@ use super::kernel::{BF16_PACK, PACK, Steps, THREADS, blocks, long, pack_of, read
 use crate::cuda::step::{Arg, Place, Step};
 use crate::tensor::{DType, element_count};
 
-/// Packs of four per thread of AdamW: PACKS_PER_THREAD in optimizer.cu.
+/// Packs of four elements per thread of the AdamW kernel: PACKS_PER_THREAD in optimizer.cu.
 const ADAMW_PACKS: usize = 4;
 
 /// An elementwise kernel for the types of read 0 and write 0. Parameters: all reads, write 0, its length, and `more`.
@@ -13,7 +13,7 @@ pub(super) fn map(args: &Args<'_>, names: [&'static str; 3], more: &[Arg]) -> St
     let mut arguments: Vec<Arg> = (0..args.launch.reads.len()).map(read).collect();
     arguments.extend([write(0), long(args.written(0))]);
     arguments.extend(more);
-    // If the types differ, the pack of the wider one.
+    // If the types differ, use the pack of the wider type.
     let pack = pack_of(args.read_dtype(0)).min(pack_of(args.write_dtype(0)));
     threads(args.pick(0, 0, names), args.written(0).div_ceil(pack), arguments)
 }

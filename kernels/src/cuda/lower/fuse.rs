@@ -1,5 +1,5 @@
-//! Fuses two adjacent launches into one kernel to save a trip through memory: residual sum and layer norm, bias and
-//! GELU, row maximum and sum of exponentials. The backend finds the pairs in a program; the graph stays unchanged.
+//! Fuses two adjacent launches into one kernel to reduce memory traffic: residual sum and layer norm, bias and GELU,
+//! row maximum and sum of exponentials. The backend finds the pairs in a program; the graph stays unchanged.
 use super::kernel::{long, pack_of, read, threads, write};
 use super::loss::rows;
 use super::lower;
@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::op::{Buffer, Launch, Op};
 use crate::tensor::{DType, element_count};
 
-/// Two launches as one. Places in the steps refer to these buffers.
+/// Two launches as one. Places in `steps` refer to `reads` and `writes`.
 #[derive(Clone, Debug)]
 pub struct FusedLaunches {
     /// Buffers read from outside the pair.
@@ -29,7 +29,7 @@ pub fn may_fuse(first: &Launch, second: &Launch) -> bool {
     has_kernel && !first.accumulate && !second.accumulate
 }
 
-/// Fuses two launches into one step if possible; [`Arg::LaunchIndex`] is the second's. No signal may be due in between.
+/// Fuses two launches if possible. [`Arg::LaunchIndex`] is the second launch's index. No signal may be due in between.
 ///
 /// # Errors
 /// Those of [`lower`] for either launch.
@@ -37,7 +37,7 @@ pub fn fuse(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Result<Op
     if !may_fuse(first, second) {
         return Ok(None);
     }
-    // Both must be valid on their own.
+    // Both launches must be valid on their own.
     lower(first, false, SHARED_BYTES_DEFAULT as usize)?;
     lower(second, false, SHARED_BYTES_DEFAULT as usize)?;
     let is_sum = first.writes[0] == second.reads[0] && element_count(&first.writes[0].shape) > 0;
@@ -75,7 +75,7 @@ fn pick_uniform(first: &Launch, second: &Launch, f32: &'static str, bf16: &'stat
 
 fn add_layer_norm(first: &Launch, second: &Launch, eps: f32, overlap: &Overlap<'_>) -> Fused {
     let weight = &second.reads[1..2];
-    // The norm's results may overwrite the summands, which the norm alone no longer needs.
+    // A separate norm may overwrite the summands, which only the sum reads. A fused norm may not.
     if conflict(&first.reads, &second.writes, overlap) || conflict(weight, &first.writes, overlap) {
         return Ok(None);
     }
@@ -89,7 +89,7 @@ fn add_layer_norm(first: &Launch, second: &Launch, eps: f32, overlap: &Overlap<'
 
 fn bias_gelu(first: &Launch, second: &Launch, overlap: &Overlap<'_>) -> Fused {
     let in_place = same_start(&first.writes[0], &second.writes[0]);
-    // Each element of x is read by the thread that overwrites it.
+    // The thread that overwrites an element of x is the thread that reads it.
     let [x_conflicts, bias_conflicts] = [0, 1].map(|i| conflict(&first.reads[i..=i], &second.writes, overlap));
     if bias_conflicts || x_conflicts && !in_place {
         return Ok(None);

@@ -27,7 +27,7 @@ macro_rules! variants {
 }
 pub(super) use variants;
 
-/// One kernel; none if there are no blocks.
+/// One kernel step; no step if there are no blocks.
 pub(super) fn blocks(
     function: &'static str,
     blocks: usize,
@@ -61,7 +61,7 @@ pub(super) fn write(i: usize) -> Arg {
     Arg::Pointer(Place::write(i))
 }
 
-/// A count, extent or index; no tensor has 2^63 elements.
+/// An argument for a count, extent or index. It fits, since no tensor has 2^63 elements.
 pub(super) fn long(value: usize) -> Arg {
     Arg::I64(value as i64)
 }

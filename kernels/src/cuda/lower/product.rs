@@ -24,7 +24,7 @@ pub(super) fn product(dims: GemmDims, operands: DType, result: DType, beta: f32)
         m: m as u64,
         n: n as u64,
         k: k as u64,
-        // Seen as column-major, `a` is A' unless it is stored transposed.
+        // As a column-major matrix, `a` is A' unless A is stored transposed.
         a_transposed: !a_transposed,
         b_transposed: !b_transposed,
         a,
@@ -45,7 +45,7 @@ pub(super) fn einsum(args: &Args<'_>, einsum: &Einsum) -> Steps {
         return Ok(vec![]);
     }
     if dims.k == 0 {
-        // An empty sum, which cuBLASLt refuses.
+        // cuBLASLt refuses an empty sum.
         return if args.accumulate { Ok(vec![]) } else { fill(args, 0.0) };
     }
     let beta = if args.accumulate { 1.0 } else { 0.0 };

@@ -8,23 +8,23 @@ use crate::tensor::{DType, element_count};
 /// Target number of blocks, enough to fill a device several times.
 const BLOCKS: usize = 512;
 
-/// Threads of a block along a row: 512 bytes of it.
+/// Threads of a block along a row. Together they process 512 bytes of the row.
 const COLUMN_THREADS: usize = 32;
 
-/// Minimum rows per thread before a sum is split further.
+/// A sum is not split further if a thread would then have fewer rows.
 const ROWS_PER_THREAD: usize = 4;
 
 /// Minimum elements per block of a sum of squares: a 768 x 768 weight then occupies a GPU of 132 multiprocessors.
 const SQUARES_PER_BLOCK: usize = 8 * THREADS;
 
-/// Maximum parts of a sum of squares: as many as one block sums at once.
+/// Maximum parts of a sum of squares. One block can sum this many parts at once.
 const SQUARES_PARTS_MAX: usize = 4 * THREADS;
 
 /// How a sum over `rows` rows of `width` columns is split.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct ColumnSum {
     columns: usize,
-    /// Blocks along the rows; more than one need a second pass over their partial sums.
+    /// Number of blocks along the rows. If there are several, a second pass adds up their partial sums.
     pub(super) parts: usize,
     rows_per_part: usize,
     threads: [usize; 2],
@@ -45,7 +45,7 @@ impl ColumnSum {
         if self.parts > 1 { self.parts * width } else { 0 }
     }
 
-    /// One pass: `arguments`, then output, rows, width, rows per part, and whether to add to the output.
+    /// One pass with `arguments`, then output, rows, width, rows per part, and whether to add to the output.
     fn pass(
         &self,
         function: &'static str,
@@ -89,7 +89,7 @@ pub(super) fn sum_columns(
 
 /// Upper bound of [`ColumnSum::workspace_floats`] over all widths.
 pub(super) fn sum_workspace_floats(elements: usize) -> usize {
-    // Up to this number of rows, there is one part.
+    // A sum over at most this number of rows has one part.
     if elements <= THREADS / COLUMN_THREADS * ROWS_PER_THREAD {
         return 0;
     }
@@ -113,7 +113,7 @@ pub(super) fn sum_leading(args: &Args<'_>) -> Steps {
 /// The number of parts of a sum of squares, and elements per part.
 fn squares_parts(n: usize) -> (usize, usize) {
     let parts = n.div_ceil(SQUARES_PER_BLOCK).clamp(1, SQUARES_PARTS_MAX);
-    // A multiple of 16 bytes.
+    // Each part is a multiple of 16 bytes.
     let per_part = n.div_ceil(parts).next_multiple_of(PACK).max(PACK);
     (n.div_ceil(per_part).max(1), per_part)
 }

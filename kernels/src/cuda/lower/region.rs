@@ -1,4 +1,4 @@
-//! Ops on regions of larger tensors. Merges dims where possible; the kernels take up to four.
+//! Ops on regions of larger tensors. Merges dims where possible, since the kernels take at most four dims.
 
 use super::args::Args;
 use super::kernel::{PACK, Steps, long, pack_of, read, threads, variants};
@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::op::describe::dropout_threshold;
 use crate::tensor::{DType, Region, element_count};
 
-/// Dims that a kernel takes; further outer dims become one launch per index.
+/// Number of dims that a kernel takes. Each index of the other, outer dims needs its own kernel launch.
 const DIMS: usize = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,7 +26,7 @@ fn place(shape: &[usize], index: &[usize]) -> usize {
     steps(shape).iter().zip(index).map(|(step, index)| step * index).sum()
 }
 
-/// Dims of a region in two tensors, merged where contiguous in both: at least one; the last has adjacent elements.
+/// Dims of a region in two tensors, merged where contiguous in both. At least one dim; the last has adjacent elements.
 fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     let [a, b] = shapes.map(steps);
     let mut dims: Vec<Dim> = Vec::new();
@@ -46,7 +46,7 @@ fn join_dims(size: &[usize], shapes: [&[usize]; 2]) -> Vec<Dim> {
     dims
 }
 
-/// Calls `run(offsets in both tensors, dims)` with the innermost four dims, for each index of the outer ones.
+/// Calls `run(offsets in both tensors, dims)` with the innermost four dims, for each index of the outer dims.
 fn for_each_region(dims: &[Dim], mut run: impl FnMut([usize; 2], [Dim; DIMS]) -> Result<()>) -> Result<()> {
     let (outer, inner) = dims.split_at(dims.len().saturating_sub(DIMS));
     let mut last = [Dim { size: 1, steps: [0, 0] }; DIMS];
@@ -63,7 +63,7 @@ fn for_each_region(dims: &[Dim], mut run: impl FnMut([usize; 2], [Dim; DIMS]) ->
     Ok(())
 }
 
-/// Element count and sizes of a region as the kernels take them, in units of `unit` elements.
+/// Element count and sizes of dims 1 to 3 of a region as the kernels take them, in units of `unit` elements.
 fn sizes(dims: &[Dim; DIMS], unit: usize) -> [usize; DIMS] {
     let count: usize = dims.iter().map(|dim| dim.size).product();
     [count / unit, dims[1].size, dims[2].size, dims[3].size / unit]

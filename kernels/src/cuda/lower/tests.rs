@@ -118,7 +118,7 @@ fn is_writable(operand: Operand) -> bool {
     !matches!(operand, Operand::Read(_))
 }
 
-/// The launch and its dtype variants: reads that may be bf16 are bf16, and each write that may be bf16 is or is not.
+/// The launch, and its variants with bf16 in all reads that allow it and in each subset of the writes that allow it.
 fn dtype_variants(launch: Launch) -> Vec<Launch> {
     let bf16_writes: Vec<usize> = (0..launch.writes.len()).filter(|&i| launch.op.writes_bf16(i)).collect();
     let mut half = launch.clone();

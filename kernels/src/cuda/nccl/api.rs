@@ -12,8 +12,8 @@ use crate::cuda::status::static_text;
 use crate::error::{KernelError, Result};
 
 /// The oldest supported version: `10000 * major + 100 * minor + patch`. Before 2.24, members in one process may read
-/// each other's buffers directly, without having access; before 2.18, a non-blocking communicator may read its
-/// configuration after that was freed.
+/// each other's buffers directly without having access. Before 2.18, a non-blocking communicator may read its
+/// configuration after the caller has freed it.
 const VERSION_MIN: usize = 22_400;
 
 pub(crate) const SUCCESS: u32 = 0;
@@ -26,7 +26,7 @@ pub(crate) const IN_PROGRESS: u32 = 7;
 
 type Stream = *mut c_void;
 
-/// The first fields of `ncclConfig_t`, as of version 2.17; `size` lets later versions see that the rest is missing.
+/// The first fields of `ncclConfig_t`, as of version 2.17. From `size`, later versions see that the rest is missing.
 #[repr(C)]
 pub(crate) struct Config {
     size: usize,
@@ -91,7 +91,7 @@ impl Api {
 
     fn number(&self) -> Result<usize> {
         let mut version = 0;
-        // SAFETY: writes to a local.
+        // SAFETY: the call writes to a local.
         self.check(unsafe { (self.version)(&mut version) }, "ncclGetVersion", "nccl")?;
         Ok(usize::try_from(version).unwrap_or(0))
     }
@@ -101,12 +101,12 @@ impl Api {
         self.number().map(dotted_patch)
     }
 
-    /// Converts a status code to an error; a call in progress is none.
+    /// Converts a status code to an error. A call in progress is not an error.
     pub(crate) fn check(&self, code: u32, call: &'static str, place: &str) -> Result<()> {
         if code == SUCCESS || code == IN_PROGRESS {
             return Ok(());
         }
-        // SAFETY: both return static strings; the last error needs no communicator.
+        // SAFETY: both functions return static strings. The last error needs no communicator.
         let (name, text) =
             unsafe { (static_text((self.error_string)(code)), static_text((self.last_error)(std::ptr::null_mut()))) };
         Err(KernelError::Cuda { place: place.to_owned(), call, code, name, text })

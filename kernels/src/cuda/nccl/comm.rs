@@ -34,7 +34,7 @@ impl UniqueId {
     pub fn new() -> Result<Self> {
         let api = Api::get()?;
         let mut id = ncclUniqueId { internal: [0; 128] };
-        // SAFETY: writes an id to a local.
+        // SAFETY: the call writes an id to a local.
         api.check(unsafe { (api.unique_id)(&mut id) }, "ncclGetUniqueId", "nccl")?;
         Ok(Self(id.internal.map(|byte| byte as u8)))
     }
@@ -47,7 +47,7 @@ pub struct GroupMember {
     pub group: Arc<Group>,
     /// Index of the member.
     pub member: usize,
-    /// The GPU of the member's device; no two members of a group share one.
+    /// The GPU of the member's device. No two members of a group share a GPU.
     pub gpu: Arc<Gpu>,
     /// The group's id.
     pub id: UniqueId,
@@ -59,7 +59,7 @@ pub(super) struct Comm {
     api: &'static Api,
     /// `None` after the communicator has ended. Locked during NCCL calls (NCCL-1).
     handle: Mutex<Option<Raw<ncclComm_t>>>,
-    /// Not the `Gpu`: its poller may hold the last reference to the communicator.
+    /// Not the `Gpu`, because the poller of the GPU may hold the last reference to the communicator.
     context: Arc<Context>,
     place: String,
     call_log: Mutex<CallLog>,
@@ -125,7 +125,7 @@ pub(super) fn join(memberships: &[&GroupMember], deadline: Instant, within: Dura
             membership.gpu.context.bind()?;
             let id = ncclUniqueId { internal: membership.id.0.map(|byte| byte as _) };
             let (mut config, mut handle) = (Config::non_blocking(), Box::new(std::ptr::null_mut()));
-            // SAFETY: the box that receives the handle outlives the NCCL group, at whose end NCCL has written it.
+            // SAFETY: the box for the handle outlives the NCCL group. NCCL has written the handle when the group ends.
             let code = unsafe { (api.init)(&mut *handle, n, id, member, &mut config) };
             api.check(code, "ncclCommInitRankConfig", &place)?;
             let (context, call_log) = (membership.gpu.context.clone(), Mutex::default());
@@ -154,10 +154,10 @@ pub(super) fn join(memberships: &[&GroupMember], deadline: Instant, within: Dura
 }
 
 fn grouped(api: &Api, place: &str, calls: impl FnOnce() -> Result<()>) -> Result<()> {
-    // SAFETY: has no preconditions.
+    // SAFETY: the call has no preconditions.
     api.check(unsafe { (api.group_start)() }, "ncclGroupStart", place)?;
     let called = calls();
-    // SAFETY: closes the group opened above, whether or not `calls` failed.
+    // SAFETY: the call closes the group opened above, whether or not `calls` failed.
     let ended = api.check(unsafe { (api.group_end)() }, "ncclGroupEnd", place);
     called.and(ended)
 }
@@ -186,7 +186,7 @@ impl Comm {
         let locked = self.handle.lock();
         let Some(comm) = *locked else { return Ok(true) };
         let mut state = SUCCESS;
-        // SAFETY: a live communicator; writes a code to a local.
+        // SAFETY: the communicator is live. The call writes a code to a local.
         self.check(unsafe { (self.api.async_error)(comm.0, &mut state) }, "ncclCommGetAsyncError")?;
         self.check(state, "ncclCommGetAsyncError")?;
         Ok(state != IN_PROGRESS)
@@ -202,20 +202,20 @@ impl Comm {
         }
     }
 
-    /// The first call that a stream of this member has reached and not left.
+    /// The first call that a stream of this member has reached but not completed.
     pub(super) fn pending_call(&self) -> Option<u64> {
         let is_pending = |open: &&Open| open.stream.has_reached(open.number) && !open.stream.has_passed(open.number);
         self.call_log.lock().open.iter().find(is_pending).map(|open| open.call)
     }
 
-    /// Whether the member's stream has reached the call; without progress words (PROGRESS-1), once the call is made.
+    /// Whether the member's stream has reached the call. Without progress words (PROGRESS-1): whether it was made.
     pub(super) fn has_reached(&self, call: u64) -> bool {
         let call_log = self.call_log.lock();
         let is_ahead = |open: &Open| open.call == call && !open.stream.has_reached(open.number);
         call <= call_log.calls && !call_log.open.iter().any(is_ahead)
     }
 
-    /// Enqueues an NCCL collective on the stream. `elements` are those of one member's part.
+    /// Enqueues an NCCL collective on the stream. `elements` is the size of one member's part.
     pub(super) fn call(
         &self,
         kind: NcclCall,
@@ -257,7 +257,7 @@ impl Comm {
         grouped(api, &self.place, || {
             for transfer in transfers.iter().filter(|transfer| transfer.elements > 0) {
                 let (n, peer) = (transfer.elements, transfer.peer as c_int);
-                // SAFETY: see `call`.
+                // SAFETY: as in `call`.
                 let (code, name) = unsafe {
                     if transfer.sends {
                         ((api.send)(transfer.address as *const c_void, n, dtype, peer, comm, handle), "ncclSend")
@@ -271,13 +271,13 @@ impl Comm {
         })
     }
 
-    /// Aborts the communicator: its kernels that wait for other members end.
+    /// Aborts the communicator. This ends its kernels that wait for other members.
     pub(super) fn abort(&self) {
         let handle = self.handle.lock().take();
         if let Some(comm) = handle
             && self.context.bind_to_drop()
         {
-            // SAFETY: owned here and no longer used. The status no longer matters.
+            // SAFETY: the communicator is owned here and no longer used. Its status no longer matters.
             let _ = unsafe { (self.api.abort)(comm.0) };
         }
     }
@@ -316,7 +316,7 @@ pub(super) fn finalize(comms: &[&Arc<Comm>], within: Duration) {
         }
     });
     each(&|comm, handle| {
-        // SAFETY: finalized and no longer used.
+        // SAFETY: the communicator is finalized and no longer used.
         let code = unsafe { (comm.api.destroy)(handle) };
         *comm.handle.lock() = None;
         code == SUCCESS || code == IN_PROGRESS

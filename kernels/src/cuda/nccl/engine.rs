@@ -1,8 +1,8 @@
 //! Collectives between GPUs by NCCL: non-blocking communicators, created within a deadline from a unique id that the
 //! caller distributes. Calls are enqueued on streams; pollers detect errors. One failed communicator aborts all.
 //!
-//! - NCCL-1: calls of one communicator are made by one thread at a time, in the order that the plan fixes for all
-//!   members, and over all communicators of a device in the order of the submissions (ORDER-1).
+//! - NCCL-1: one thread at a time makes the calls of a communicator, in the order that the plan fixes for all members.
+//!   Over all communicators of a device, calls are in the order of the submissions (ORDER-1).
 //! - NCCL-2: nothing is put on a stream after a call until NCCL reports that the call is on the stream.
 //! - NCCL-3: after an abort no call is made, and work that looks complete on a stream is not treated as complete.
 //!
@@ -36,11 +36,11 @@ use crate::error::{KernelError, Result};
 use crate::event::BackendObject;
 use crate::tensor::{Region, element_count};
 
-/// How long the issuing thread polls whether a call is on the stream before it leaves that to the stream's own thread.
+/// How long the issuing thread polls whether a call is on the stream. After that, the stream's own thread polls.
 pub(super) const ISSUE_SPIN: Duration = Duration::from_micros(50);
 /// Poll interval of the stream's own thread.
 const ISSUE_STEP: Duration = Duration::from_micros(20);
-/// How long the cause of an error that NCCL only passes on may take to be reported.
+/// How long to wait for the report of the cause, if NCCL only passes on an error.
 const CAUSE_WITHIN: Duration = Duration::from_millis(500);
 /// How long members wait for each other at shutdown.
 const FINALIZE_WITHIN: Duration = Duration::from_secs(5);
@@ -58,7 +58,7 @@ pub(super) struct Inner {
     received: ReceivedBytes,
     orders: Mutex<HashMap<usize, Arc<IssueOrder>>>,
     pub(super) abort_status: AbortStatus,
-    /// Aborts the communicators if a poller found an error.
+    /// The thread that aborts the communicators after a poller found an error.
     aborting: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -107,8 +107,8 @@ impl Inner {
         }
     }
 
-    /// A communicator failed: aborts all of them, since other members would wait forever. If NCCL only passes on the
-    /// error of a device or of another process, whoever has the cause gets time to report it first.
+    /// Aborts all communicators after one has failed, since other members would wait forever. If NCCL only passes on
+    /// the error of a device or of another process, first waits for a report of the cause.
     pub(super) fn abort_on_error(&self, error: KernelError) -> KernelError {
         let began = Instant::now();
         while is_passed_on(&error) && self.abort_status.aborted().is_none() && began.elapsed() < CAUSE_WITHIN {
@@ -165,7 +165,7 @@ impl ErrorCheck for Inner {
     }
 }
 
-/// Not for `Inner`: the last reference may be a poller's, and a poller must not block here.
+/// `Inner` has no such `drop`: a poller may hold the last reference to it, and a poller must not block here.
 impl Drop for Nccl {
     fn drop(&mut self) {
         if self.0.abort_status.aborted().is_none() {
@@ -190,7 +190,7 @@ struct MemberCall<'a> {
 type Unpack = (StridedRegion, StridedRegion);
 
 impl MemberCall<'_> {
-    /// Enqueues the call; returns the copies to enqueue after it.
+    /// Enqueues the call. Returns the copies to enqueue after the call.
     fn issue(&self) -> Result<Vec<Unpack>> {
         let &GpuCall { call, x, y, x_shape, y_shape, .. } = self.of;
         let [x_elements, y_elements] = [x_shape, y_shape].map(element_count);
@@ -215,7 +215,7 @@ impl MemberCall<'_> {
         self.call_or_copy(kind, x, y, elements).map(|()| Vec::new())
     }
 
-    /// An NCCL call, or a copy in a group of one. `elements` are those of one member.
+    /// Makes an NCCL call, or a copy in a group of one. `elements` is the size of one member's part.
     fn call_or_copy(&self, kind: NcclCall, x: u64, y: u64, elements: usize) -> Result<()> {
         match self.comm {
             _ if elements == 0 => Ok(()),
@@ -233,7 +233,7 @@ impl MemberCall<'_> {
         }
     }
 
-    /// Reduce-scatters uneven or non-contiguous parts, each copied to its own slot. The reduced padding is ignored.
+    /// Reduce-scatters uneven or non-contiguous parts, each first copied to its own slot. Ignores the reduced padding.
     fn reduce_parts(&self, op: ReduceOp, parts: &[Region]) -> Result<Vec<Unpack>> {
         let longest = parts.iter().map(Region::element_count).max().unwrap_or(0);
         let slot = longest * self.of.dtype.bytes();
@@ -328,8 +328,8 @@ impl Collective for Nccl {
         self.0.abort(cause);
     }
 
-    /// A stream inside a call waits for the members that have not reached the call. The progress of members in other
-    /// processes is unknown, so it may wait for them too.
+    /// A stream inside a call waits for the members that have not reached the call. It may also wait for members in
+    /// other processes, whose progress is unknown.
     fn waits(&self) -> Vec<MemberWait> {
         let mut waits = Vec::new();
         for ((id, member), comm) in &self.0.comms {

@@ -1,9 +1,9 @@
-//! One-way byte transfer from a GPU of one process to a GPU of another: a communicator of the two, and a dedicated
-//! stream on each side, so that a transfer waits only for earlier transfers.
+//! One-way byte transfer from a GPU of one process to a GPU of another process. A pipe has a communicator of the two
+//! GPUs, and a dedicated stream on each side, so that a transfer waits only for earlier transfers.
 //!
 //! - PIPE-1: both ends make their calls in the order in which the sender announces its sends. A thread that waits for
-//!   nothing else calls each receive when its send is announced.
-//! - PIPE-2: a send is announced once called, before anyone waits for it: NCCL may need the other end's call first.
+//!   nothing else calls each receive when the matching send is announced.
+//! - PIPE-2: a send is announced after its call and before any wait for it, since NCCL may need the other end's call.
 //! - PIPE-3: the data is written before the send is called, and nobody reads the destination. The register protocol
 //!   guarantees both, so neither stream waits for another. The memory stays allocated until the stream has used it.
 //! - PIPE-4: the stream writes its progress around each call, as around collectives, to identify a hanging pipe.
@@ -64,14 +64,14 @@ impl Nccl {
 
 impl Pipe {
     /// Transfers a few bytes in the pipe's direction and waits for them, since NCCL connects on first use. All
-    /// processes connect their ends in one common order over all pipes, so that each waits for an end that will come.
+    /// processes connect the ends of all pipes in one common order, so each end waits only for an end that will come.
     ///
     /// # Errors
     /// [`KernelError::Cuda`], also if the other end does not connect in time; [`KernelError::Aborted`].
     pub fn connect(&self, within: Duration) -> Result<()> {
         const BYTES: usize = 16;
         let deadline = Instant::now() + within;
-        // Freed before the devices' arenas are created, so no plan counts it.
+        // This memory is freed before the devices' arenas are created, so no plan counts it.
         let memory = DeviceMemory::new(&self.stream.gpu, self.stream.rank, BYTES, &Arc::default())?;
         let arena = Arena::on_device(memory);
         // The pipe's first member sends.
@@ -86,8 +86,8 @@ impl Pipe {
         Ok(())
     }
 
-    /// Calls a send of these ranges of an arena (offset and length in bytes) as one message. Next, announce it to the
-    /// other end (PIPE-2), then settle it.
+    /// Calls a send of these ranges of an arena (offset and length in bytes) as one message. After this, announce the
+    /// send to the other end (PIPE-2), then settle it.
     ///
     /// # Errors
     /// [`KernelError::Arguments`] for memory of another GPU or a range outside the arena; [`KernelError::Cuda`];
@@ -96,7 +96,7 @@ impl Pipe {
         self.call(true, arena, ranges)
     }
 
-    /// Waits until the last send, which was of this arena, is on the stream. This requires the other end's call.
+    /// Waits until the last send, which read this arena, is on the stream. This requires the other end's call.
     ///
     /// # Errors
     /// [`KernelError::Cuda`]; [`KernelError::Aborted`].
@@ -133,7 +133,7 @@ impl Pipe {
         self.has_finished(sent, None).map(drop)
     }
 
-    /// Waits until it has finished with its memory; returns false if it has not by the deadline.
+    /// As [`Pipe::wait`], but returns false if the transfer has not finished by the deadline.
     fn has_finished(&self, sent: &Sent, deadline: Option<Instant>) -> Result<bool> {
         let began = Instant::now();
         loop {
@@ -177,7 +177,7 @@ impl Pipe {
         self.comm.transfer(&transfers, None, &self.stream).map_err(|error| self.inner.abort_on_error(error))
     }
 
-    /// Waits for pending work; returns whether it ended in time.
+    /// Waits for pending work. Returns whether the work ended in time.
     fn drain(&self) -> bool {
         if self.pending.lock().is_some() {
             return false;

@@ -1,4 +1,4 @@
-//! Shared arenas and mappings of them by peers.
+//! Tests shared arenas, and peers' mappings of them.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -83,13 +83,13 @@ fn unsealed_and_wrongly_sized_memory_of_a_peer_is_rejected() {
     let arena = Arena::shared_by_processes(4096).unwrap();
     expect_rejected(&arena.descriptor().unwrap(), 4095, "expected 4095 bytes, got 4096 bytes");
     expect_rejected(&arena.descriptor().unwrap(), 8192, "expected 8192 bytes, got 4096 bytes");
-    // Not sealed: the peer could truncate it, and a later read would fault.
+    // The size is not sealed: the peer could truncate the file, and a later read would fault.
     let open = memfd_create("open", MemfdFlags::ALLOW_SEALING).unwrap();
     ftruncate(&open, 4096).unwrap();
     expect_rejected(&open, 4096, "seals");
     fcntl_add_seals(&open, SealFlags::GROW | SealFlags::SEAL).unwrap();
     expect_rejected(&open, 4096, "seals");
-    // A file on disk has no seals at all.
+    // A file on disk has no seals.
     let file = std::fs::File::open(std::env::current_exe().unwrap()).unwrap();
     expect_rejected(&file, file.metadata().unwrap().len() as usize, "sealed memfd");
     expect_rejected(&std::net::TcpListener::bind("127.0.0.1:0").unwrap(), 4096, "expected 4096 bytes");

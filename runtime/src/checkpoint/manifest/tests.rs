@@ -81,7 +81,7 @@ fn inconsistent_manifests_are_refused() {
     }
 }
 
-/// Reads a manifest of an older version, which lacks these keys.
+/// Reads a manifest of this older version, from which these keys are removed.
 fn old(version: u32, keys: &[&str]) -> Manifest {
     let mut old = serde_json::to_value(good()).unwrap();
     keys.iter().for_each(|key| drop(old.as_object_mut().unwrap().remove(*key).unwrap()));

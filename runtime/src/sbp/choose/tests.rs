@@ -1,4 +1,4 @@
-//! Tests of the layout search: known layouts of known models, the optimum for small problems, the time for large ones.
+//! Tests of the layout search: layouts of known models, the optimum for small problems, the time for large problems.
 
 use std::time::{Duration, Instant};
 
@@ -82,7 +82,7 @@ fn check(builder: &Builder, expected: Expect) {
     expected.assert_eq(&layouts.chain(conversions).collect::<Vec<_>>().join("; "));
 }
 
-/// Shoeybi et al. 2019, <https://arxiv.org/abs/1909.08053>: the first weight by columns, the second by rows.
+/// Shoeybi et al. 2019, <https://arxiv.org/abs/1909.08053>, split the first weight by columns and the second by rows.
 #[test]
 fn megatron_keeps_the_hidden_split_and_reduces_once() {
     let mut b = Builder::new("tensor=2");
@@ -120,7 +120,7 @@ fn data_and_tensor_parallelism_combine() {
     );
 }
 
-/// Slicing would halve the small compute of each norm, but the product needs the whole tensor.
+/// Slicing would halve the small compute time of each norm, but the product needs the whole tensor.
 #[test]
 fn a_chain_is_not_sliced_if_it_must_be_gathered() {
     let mut b = Builder::new("tensor=2");
@@ -159,7 +159,7 @@ fn the_cost_is_the_sum_of_compute_and_boxing() {
     let h = b.product("h", "btc,hc->bth", x, up);
     b.product("y", "bth,ch->btc", h, down);
     let choice = b.choose();
-    // Two products, each halved, and the output's all-reduce (CH-2): two latencies and its 256 KiB.
+    // The cost is that of two halved products and the output's all-reduce (CH-2): two latencies and 256 KiB.
     let compute = 2.0 * 0.5 * (4 * 64 * 1024 * 512) as f64 * SECONDS_PER_FLOP;
     let all_reduce = 2.0 * 5e-6 + (4 * 64 * 256 * 4) as f64 * 1e-10;
     assert!((choice.cost_seconds - compute - all_reduce).abs() < 1e-12, "{}", choice.cost_seconds);

@@ -33,7 +33,7 @@ fn session() -> Session {
 fn step(session: &mut Session) -> f32 {
     let tokens = || HostTensor::i32(&[4, 3], (0..12).map(|i| i % 5).collect());
     let report = session.step(&[("ids", tokens()), ("targets", tokens())], 0.01).expect("a step");
-    // The loss is known before every actor has received the end of its firing.
+    // The loss may be known before all actors have received the end of their firings.
     let observer = session.observer().expect("it runs");
     while observer.control().snapshot().iter().any(|actor| actor.waiting.in_flight.is_some()) {
         std::thread::yield_now();

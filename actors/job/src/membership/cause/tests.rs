@@ -1,4 +1,4 @@
-//! Tests first causes in virtual time: every order of arrival, and random failures and delays.
+//! Tests the choice of the first cause in virtual time: every order of arrival, and random failures and delays.
 
 use super::*;
 use crate::membership::tests::ms;
@@ -13,7 +13,7 @@ fn lost(by: u32, about: u32, follows: bool) -> Report {
     Report { by, about, kind: Kind::Lost, follows, cause: "connection lost".into(), exit: 69 }
 }
 
-/// The decision of process `own` of 6, with its time, when reports arrive at these times. It checks every 50 ms.
+/// Returns the time and the decision of process `own` of 6 for reports at these times. Checks every 50 ms.
 fn decide(own: u32, reports: &[(u64, Report)]) -> Option<(u64, FirstCause)> {
     let mut arbiter = Arbiter::new(own, 6, GRACE);
     let mut found = None;
@@ -38,17 +38,17 @@ fn decided_process(own: u32, reports: &[(u64, Report)]) -> (u64, u32) {
 fn the_kind_of_a_report_decides() {
     // A process's own failure is decided at once and beats an earlier symptom.
     assert_eq!(decided_process(0, &[(0, lost(0, 2, false)), (100, failed(0, false))]), (100, 0));
-    // A process's own report beats symptoms if it arrives within the window of the first symptom.
+    // A process's report of its own failure beats symptoms if it arrives within the first symptom's window.
     let reports = [(0, lost(0, 2, false)), (50, lost(1, 2, false)), (450, failed(3, false))];
     assert_eq!(decided_process(0, &reports), (500, 3));
     let late = [(0, lost(0, 2, false)), (550, failed(3, false))];
     assert_eq!(decided_process(0, &late), (500, 2));
-    // A secondary failure loses, even if it is this process's own or has the lower process number.
+    // A secondary failure loses, even if it is this process's own or comes from a lower process number.
     assert_eq!(decided_process(0, &[(0, failed(5, false)), (100, failed(0, true))]), (500, 5));
     assert_eq!(decided_process(1, &[(0, failed(0, true)), (100, failed(5, false))]), (500, 5));
-    // Of two processes that report their own failure, the lower number wins, so that the others agree.
+    // If two processes report their own failures, the lower number wins, so that the other processes agree.
     assert_eq!(decided_process(1, &[(0, failed(5, false)), (100, failed(4, false))]), (500, 4));
-    // The process with the most accusers wins; with a tie, the one with first-hand accusers.
+    // The process with the most first-hand accusers wins.
     let reports = [(0, lost(0, 1, false)), (0, lost(2, 3, false)), (100, lost(4, 3, false))];
     assert_eq!(decided_process(0, &reports), (500, 3));
     let reports = [(0, lost(1, 2, true)), (0, lost(2, 1, true)), (100, lost(2, 5, false))];
@@ -57,7 +57,7 @@ fn the_kind_of_a_report_decides() {
 
 #[test]
 fn a_process_that_was_frozen_decides_on_itself() {
-    // After it resumes, it first reads its peer's report, then detects that the peer has closed the connections.
+    // After process 1 resumes, it first reads its peer's report, then detects that the peer has closed the connections.
     let mut arbiter = Arbiter::new(1, 2, GRACE);
     assert!(arbiter.report(ms(0), Report { about: 1, ..lost(0, 1, false) }));
     let symptom = arbiter.own_symptom(0, "connection lost".into(), 69);
@@ -82,7 +82,7 @@ fn invalid_and_repeated_reports_have_no_effect() {
     }
     assert_eq!(arbiter.tick(ms(9000)), None);
     assert!(arbiter.report(ms(0), lost(1, 2, false)));
-    // A repeated report neither counts twice nor restarts the window.
+    // A repeated report is not counted again and does not restart the window.
     assert!(!arbiter.report(ms(400), lost(1, 2, false)));
     assert!(arbiter.tick(ms(500)).is_some());
     assert!(!arbiter.report(ms(600), failed(0, false)) && arbiter.tick(ms(9000)).is_none());
@@ -126,7 +126,7 @@ fn permutations<T: Clone>(items: &[T]) -> Vec<Vec<T>> {
     (0..items.len()).flat_map(with_first).collect()
 }
 
-/// For every set of up to four of these reports, the order of arrival within the window does not matter.
+/// For every set of up to four of these reports, the order of arrival within the window does not change the decision.
 #[test]
 fn every_order_of_arrival_leads_to_the_same_decision() {
     let all = [
@@ -146,7 +146,7 @@ fn every_order_of_arrival_leads_to_the_same_decision() {
         }
         let chosen: Vec<_> =
             all.iter().enumerate().filter(|(i, _)| set >> i & 1 == 1).map(|(_, r)| r.clone()).collect();
-        // Process 5 has no own failure in these reports.
+        // Process 5 reports no own failure here.
         let decisions = permutations(&chosen).into_iter().map(|order| {
             let timed: Vec<_> = order.into_iter().enumerate().map(|(i, r)| (i as u64 * 100, r)).collect();
             decide(5, &timed).expect("a cause")
@@ -173,7 +173,7 @@ impl World {
 }
 
 proptest::proptest! {
-    /// One process fails, reported or not. Peers detect it at different times and later stop, which looks like a loss.
+    /// One process fails, with or without a report. Peers detect it at different times, and look lost when they stop.
     #[test]
     fn survivors_agree_on_the_process_that_failed_first(
         processes in 2u32..7,

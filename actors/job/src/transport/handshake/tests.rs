@@ -1,4 +1,4 @@
-//! Tests the handshake without sockets: valid handshakes succeed, all others fail.
+//! Tests the handshake without sockets: valid handshakes succeed, and all others fail.
 
 use proptest::prelude::*;
 
@@ -10,7 +10,7 @@ pub(in crate::transport) fn hello() -> Hello {
     Hello { session: SessionId([7; 16]), epoch: 4, from: 1, to: 2, sealed: true, purpose }
 }
 
-/// Runs a handshake; `change` may modify each of the four messages by index. Returns the results of both sides.
+/// Runs a handshake. `change` may modify each of the four messages, by index. Returns the results of both sides.
 pub(in crate::transport) fn run_handshake(
     secrets: [&Secret; 2],
     verdict: Result<(), Refusal>,
@@ -58,7 +58,7 @@ fn another_secret_is_denied() {
     assert!(matches!(acceptor, Err(HandshakeError::Proof)), "{acceptor:?}");
 }
 
-/// An acceptor without the secret cannot forge a verdict by returning messages.
+/// An acceptor without the secret sends the dialler's own messages back. This does not forge a verdict.
 #[test]
 fn an_acceptor_that_only_echoes_is_rejected() {
     let (dialler, own_greeting) = Dialler::new(&secret()).unwrap();
@@ -80,10 +80,10 @@ fn both_sides_reject_a_recorded_handshake() {
         recorded.push(message.clone());
         message
     });
-    // A dialler without the secret replays to an acceptor.
+    // A dialler without the secret replays recorded messages to an acceptor.
     let (acceptor, _) = Acceptor::new(&secret(), &recorded[0]).unwrap();
     assert!(matches!(acceptor.verify(&recorded[2]), Err(HandshakeError::Proof)));
-    // An acceptor without the secret replays to a dialler.
+    // An acceptor without the secret replays recorded messages to a dialler.
     let (dialler, _) = Dialler::new(&secret()).unwrap();
     assert!(matches!(dialler.introduce(&hello(), &recorded[1]), Err(HandshakeError::Proof)));
 }
@@ -98,7 +98,7 @@ fn any_flipped_bit_is_detected() {
     });
     assert_eq!(lengths.len(), 4);
     for (index, bytes) in lengths.into_iter().enumerate() {
-        // Every bit of magic, version and tag, and one bit of each later byte.
+        // Flips every bit of magic, version and tag, and one bit of each later byte.
         for bit in (0..bytes * 8).filter(|bit| *bit < 48 || bit % 8 == bit / 8 % 8) {
             let [dialler, acceptor] = run_handshake([&secret(), &secret()], verdict(), |i, mut message| {
                 if i == index {
@@ -109,7 +109,7 @@ fn any_flipped_bit_is_detected() {
             let at = format!("message {index}, bit {bit}: {dialler:?}, {acceptor:?}");
             // The acceptor has finished before the verdict (message 3) arrives.
             assert!(index == 3 || acceptor.is_err(), "{at}");
-            // A modified message is never taken for the acceptor's refusal.
+            // The dialler never mistakes a modified message for the acceptor's refusal.
             assert!(!matches!(dialler, Ok(_) | Err(HandshakeError::Refused(_))), "{at}");
         }
     }
@@ -134,7 +134,7 @@ fn both_sides_report_a_version_mismatch() {
     }
 }
 
-/// A dialler of a newer build sends an unknown purpose: the refusal is authentic, so that it reports the reason.
+/// A dialler of a newer build sends an unknown purpose. The refusal is authentic, so the dialler reports the reason.
 #[test]
 fn an_unknown_purpose_is_refused_after_the_proof() {
     let (dialler, greeting) = Dialler::new(&secret()).unwrap();

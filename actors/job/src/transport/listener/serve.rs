@@ -1,4 +1,4 @@
-//! The thread of a listener: polls sockets and unauthenticated connections and advances handshakes. It never blocks.
+//! A listener's thread, which never blocks: it polls sockets and unauthenticated connections and advances handshakes.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -19,7 +19,7 @@ use crate::transport::sealed::Seal;
 
 /// Maximum number of connections accepted from one socket per iteration.
 const ACCEPTS_MAX: usize = 64;
-/// Pause of all sockets after a failed accept, for example because no descriptors are left.
+/// How long all sockets pause after an accept fails, for example because no descriptors are left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) struct Server {
@@ -28,7 +28,7 @@ pub(super) struct Server {
     pub(super) secret: Secret,
     pub(super) options: ListenerOptions,
     pub(super) shared: Arc<Shared>,
-    /// Oldest first.
+    /// The oldest connection is first.
     pub(super) pending: VecDeque<PendingConnection>,
     pub(super) paused_until: Option<Instant>,
 }
@@ -37,17 +37,17 @@ pub(super) struct Server {
 pub(super) struct PendingConnection {
     connection: Connection,
     deadline: Instant,
-    /// The incoming message with its length prefix; `filled` bytes have been received.
+    /// The incoming message with its length prefix. The first `filled` bytes have been received.
     message: Vec<u8>,
     filled: usize,
-    /// `None` until the greeting has been received.
+    /// `None` until the greeting arrives.
     acceptor: Option<Acceptor>,
 }
 
 enum Step {
     Incomplete,
     Accepted(Hello),
-    /// The connection is rejected and counted by this counter.
+    /// The connection is rejected, and this counter is incremented.
     Rejected(fn(&mut Refusals) -> &mut u64),
 }
 
@@ -65,13 +65,13 @@ impl Server {
         self.shared.close();
     }
 
-    /// Returns which sockets and pending connections are ready; `None` when the listener closes.
+    /// Returns which sockets and pending connections are ready. Returns `None` when the listener closes.
     fn poll(&mut self) -> Option<(Vec<bool>, Vec<bool>)> {
         let now = Instant::now();
         self.paused_until = self.paused_until.filter(|until| *until > now);
         let is_paused = self.paused_until.is_some();
         let wake_at = self.pending.front().map(|p| p.deadline).into_iter().chain(self.paused_until).min();
-        // One millisecond more, so that it does not wake just before the deadline.
+        // Adds one millisecond, so that the thread does not wake just before the deadline.
         let wait = wake_at.map(|at| at.saturating_duration_since(now) + Duration::from_millis(1));
         let wait = wait.map(|wait| Timespec { tv_sec: wait.as_secs() as i64, tv_nsec: wait.subsec_nanos().into() });
 
@@ -82,7 +82,7 @@ impl Server {
         match poll(&mut fds, wait.as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Some((Vec::new(), vec![false; self.pending.len()])),
-            // Only a bug can cause another error; retrying would spin and hide it.
+            // Only a bug can cause another error. Retrying would spin and hide the bug.
             Err(error) => {
                 tracing::error!(%error, "poll failed, the listener closes");
                 return None;
@@ -141,7 +141,7 @@ impl Server {
         }
     }
 
-    /// Advances the handshake with the received bytes; at most two messages.
+    /// Advances the handshake by at most two messages, as far as bytes have arrived.
     fn step(&self, pending: &mut PendingConnection) -> Step {
         loop {
             let message = match pending.receive() {
@@ -165,7 +165,7 @@ impl Server {
     fn greet(&self, pending: &mut PendingConnection, message: &[u8]) -> Result<(), Step> {
         let (acceptor, answer) = Acceptor::new(&self.secret, message).map_err(|cause| {
             if matches!(cause, HandshakeError::Version { .. } | HandshakeError::Proof) {
-                // It may be a process of this job with another version or secret; this answer lets it report that.
+                // The peer may be in this job, with another version or secret. This answer lets it report that.
                 let _ = pending.send(&head());
             }
             rejected(&cause)
@@ -175,7 +175,7 @@ impl Server {
         Ok(())
     }
 
-    /// HS-1: decrypts the hello before it uses it.
+    /// HS-1: decrypts the hello before using it.
     fn verify(&self, pending: &mut PendingConnection, acceptor: Acceptor, message: &[u8]) -> Step {
         let hello = match acceptor.verify(message) {
             Ok(hello) => hello,
@@ -196,7 +196,7 @@ impl Server {
         }
     }
 
-    /// Applies the policy and EP-3.
+    /// Checks the policy and EP-3.
     fn admit(&self, hello: &Hello) -> Result<(), Refusal> {
         let state = self.shared.state.lock();
         state.policy.admit(hello)?;
@@ -215,7 +215,7 @@ impl Server {
         }
         let Hello { from, purpose, .. } = hello;
         if purpose != Purpose::Rendezvous {
-            // Replaces the connection of a dialler that retried. At rendezvous, both are reported.
+            // The new connection replaces that of a dialler that retried. At rendezvous, both are reported.
             state.unclaimed.retain(|u| (u.from, u.purpose) != (from, purpose));
         }
         state.unclaimed.push_back(Unclaimed { from, purpose, connection });
@@ -247,7 +247,7 @@ fn counter(refusal: &Refusal) -> fn(&mut Refusals) -> &mut u64 {
 }
 
 impl PendingConnection {
-    /// Returns the next message without its length prefix once it is complete. Never reads past its end.
+    /// Returns the next message, without its length prefix, once it is complete. Never reads beyond this message.
     fn receive(&mut self) -> io::Result<Option<Vec<u8>>> {
         loop {
             while self.filled < self.message.len() {
@@ -273,7 +273,7 @@ impl PendingConnection {
         }
     }
 
-    /// Sends a message without blocking. The send buffer of a new socket holds a whole handshake.
+    /// Sends a message without blocking. A new socket's send buffer is large enough for a whole handshake.
     fn send(&self, part: &[u8]) -> io::Result<()> {
         (&self.connection).write_all(&with_length(part))
     }

@@ -12,17 +12,17 @@ use crate::transport::connection::Connection;
 use crate::transport::error::TransportError;
 use crate::transport::folder::PrivateFolder;
 
-/// Length of the system's accept queue; with a shorter one, a burst of connections delays a valid peer by a second.
+/// Length of the system's accept queue. With a shorter queue, a burst of connections delays a valid peer by a second.
 const BACKLOG: i32 = 1024;
 
 /// Where to listen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
-    /// On an address of this node; port 0 selects a free port.
+    /// An address of this node. Port 0 selects a free port.
     Tcp(SocketAddr),
-    /// On a path. A missing folder is created for this user only; a stale socket of a killed process is replaced.
+    /// A path. A missing folder is created for this user only. The stale socket of a killed process is replaced.
     Unix(PathBuf),
-    /// On a socket in a new [`PrivateFolder`]. If that fails, see [`crate::transport::Listener::private_error`].
+    /// A socket in a new [`PrivateFolder`]. If this fails, see [`crate::transport::Listener::private_error`].
     PrivateUnix,
 }
 
@@ -63,7 +63,7 @@ pub(super) fn listen_tcp(address: SocketAddr) -> Result<(Address, Socket), Trans
 }
 
 pub(super) fn listen_private(process: u32) -> Result<(PrivateFolder, (Address, Socket)), String> {
-    // Only the error kind: the library's text names a random path below the folder.
+    // Reports only the error kind, because the library's text names a random path below the folder.
     let folder = PrivateFolder::new("shardflow-");
     let folder = folder.map_err(|error| format!("cannot make a folder there: {}", error.kind()))?;
     let path = folder.path().join(format!("{process}.sock"));
@@ -82,7 +82,7 @@ pub(super) fn listen_unix(path: &Path) -> Result<(Address, Socket), TransportErr
             fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
         }
         let listener = match UnixListener::bind(path) {
-            // Nobody accepts connections there: the owner was killed.
+            // Nobody accepts connections on this socket, because its owner was killed.
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && UnixStream::connect(path).is_err() => {
                 fs::remove_file(path).and_then(|()| UnixListener::bind(path))
             }
@@ -100,7 +100,7 @@ pub(super) fn inode(path: &Path) -> Option<u64> {
     fs::symlink_metadata(path).ok().map(|metadata| metadata.ino())
 }
 
-/// Sets the backlog; the standard library uses 128, and a second `listen` call changes it.
+/// Sets the backlog with a second `listen` call, since the standard library uses 128.
 fn set_backlog(listener: &impl AsFd) -> io::Result<()> {
     Ok(rustix::net::listen(listener, BACKLOG)?)
 }

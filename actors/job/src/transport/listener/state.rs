@@ -1,4 +1,4 @@
-//! The state that a listener's thread and its owner share: unclaimed connections and counters.
+//! The state shared by a listener's thread and its owner: unclaimed connections and counters.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::transport::hello::Purpose;
 pub struct ListenerOptions {
     /// Maximum number of unauthenticated connections.
     pub unauthenticated_max: usize,
-    /// Timeout of a handshake.
+    /// Maximum duration of a handshake.
     pub handshake_timeout: Duration,
     /// Maximum number of authenticated connections that nobody has claimed.
     pub unclaimed_max: usize,
@@ -26,27 +26,27 @@ impl Default for ListenerOptions {
     }
 }
 
-/// Number of rejected connections of a listener, by reason. The counters only grow.
+/// Number of connections that a listener rejected, by reason. The counters only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the names explain the other fields")]
 pub struct Refusals {
-    /// Dropped in favour of a newer unauthenticated connection.
+    /// Dropped in favour of a newer connection, because too many were unauthenticated.
     pub evicted: u64,
     pub timed_out: u64,
     pub disconnected: u64,
-    /// Not this protocol: wrong magic or message length.
+    /// Not this protocol: the magic or the message length is wrong.
     pub malformed: u64,
     pub version: u64,
-    /// Cannot be decrypted: another secret, a replay or tampering.
+    /// Cannot be decrypted: the peer has another secret, or replayed or modified a message.
     pub proof: u64,
     pub session: u64,
-    /// An older epoch, or a process that is too late for the running one.
+    /// The peer has an older epoch, or is too late for the running world.
     pub old_epoch: u64,
     pub new_epoch: u64,
-    /// A process number that does not exist, or a connection meant for another process.
+    /// The peer's process number does not exist, or the connection is meant for another process.
     pub process: u64,
     pub unreadable: u64,
-    /// Temporary: not started yet, or too many unclaimed connections.
+    /// Temporary: the listener's world has not started, or too many connections are unclaimed.
     pub retry: u64,
 }
 

@@ -37,7 +37,7 @@ fn tcp(listener: &Listener) -> TcpStream {
     stream
 }
 
-/// A short deadline for temporary conditions that do not end during the test.
+/// A short deadline, for a temporary refusal that lasts as long as the test.
 fn short_deadline() -> Instant {
     Instant::now() + Duration::from_millis(500)
 }
@@ -107,7 +107,7 @@ fn a_second_connection_of_a_dialler_replaces_the_first() {
     let _first = connect(address, &secret(), &hello(1, Purpose::Control), soon()).unwrap();
     let mut second = connect(address, &secret(), &hello(1, Purpose::Control), soon()).unwrap();
     let other = connect(address, &secret(), &hello(2, Purpose::Control), soon()).unwrap();
-    // This connection is accepted after the second one, so the second one is unclaimed by then.
+    // The listener accepts this connection after the second one, so now the second one is unclaimed.
     listener.wait(2, Purpose::Control, soon()).unwrap();
     drop(other);
     second.write_all(b"2").unwrap();
@@ -136,7 +136,7 @@ fn refused_diallers_learn_the_reason_and_are_counted() {
     let denied = connect(address, &other, &control, soon()).unwrap_err();
     assert!(matches!(denied, TransportError::Handshake { cause: HandshakeError::Denied, .. }), "{denied}");
     assert!(denied.is_authentication());
-    // The dialler of the newer epoch retried until its deadline, which interrupted the last attempt.
+    // The dialler of the newer epoch has retried until its deadline, which interrupted its last attempt.
     let Refusals { new_epoch, disconnected, .. } = wait_for_counters(&listener, |r| r.proof == 1);
     assert!(new_epoch >= 1 && disconnected <= 1);
     let counted = Refusals { old_epoch: 2, process: 2, session: 1, proof: 1, ..Refusals::default() };
@@ -189,7 +189,7 @@ fn an_invalid_message_closes_the_connection_at_once() {
     newer[6] += 1;
     forged[20] ^= 1;
     let (answer_bytes, head_bytes) = (2 + GREETING_BYTES, 2 + head().len());
-    // The bytes, the length of the answer (0 if the listener only closes the connection), and the counter.
+    // The sent bytes, the length of the answer (0 if the listener only closes the connection), and the counter.
     type Case<'a> = (&'a [u8], usize, fn(&Refusals) -> u64);
     let cases: [Case; 7] = [
         (b"GET / HTTP/1.1\r\n\r\n", 0, |r| r.malformed),
@@ -205,7 +205,7 @@ fn an_invalid_message_closes_the_connection_at_once() {
         let mut stream = tcp(&listener);
         stream.write_all(bytes).unwrap();
         let mut answer = Vec::new();
-        // Unread bytes on the other side cause a connection reset.
+        // An error is possible: bytes that the other side has not read cause a connection reset.
         let _ = stream.read_to_end(&mut answer);
         assert!(answer.len() == answer_bytes || answer.is_empty(), "{bytes:?}: {answer:?}");
         wait_for_counters(&listener, |r| counter(r) == before + 1);

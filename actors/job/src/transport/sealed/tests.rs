@@ -13,11 +13,11 @@ fn seals() -> [Seal; 2] {
     run_handshake([&sample(), &sample()], Ok(()), |_, message| message).map(|keys| Seal::new(keys.unwrap()))
 }
 
-/// A socket that accepts and returns a few bytes at a time, and would block in between.
+/// A socket that accepts and returns only a few bytes at a time. In between, it returns `WouldBlock`.
 #[derive(Default)]
 struct Narrow {
     bytes: VecDeque<u8>,
-    /// How many bytes each call moves; 0 would block. Repeats from the start.
+    /// How many bytes each call accepts or returns, cyclically; 0 means `WouldBlock`.
     widths: Vec<usize>,
     calls: usize,
 }
@@ -57,7 +57,7 @@ impl Read for &mut Narrow {
 }
 
 proptest! {
-    /// Whatever the socket accepts and returns at a time, all bytes arrive in order, and each call moves what it says.
+    /// All bytes arrive in order, and each call returns how many it moved, however many the socket moves at once.
     #[test]
     fn bytes_arrive_in_order_over_any_socket(
         first in 0usize..200_000, second in 0usize..70_000, read_max in 1usize..100_000,
@@ -121,7 +121,7 @@ fn changed_repeated_reordered_and_missing_records_are_errors() {
     }
 }
 
-/// The two directions are independent: both ends write more than the sockets hold before either reads.
+/// The two directions are independent: both ends write more than the sockets can hold before either end reads.
 #[test]
 fn both_directions_move_at_the_same_time() {
     let [a, b] = seals();
