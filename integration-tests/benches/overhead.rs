@@ -4,8 +4,9 @@
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use shardflow::plan::{ActionKey, BaseKey, Plan};
+use shardflow::plan::{BaseKey, Plan};
 use shardflow::session::{Session, SessionOptions};
+use shardflow_actors::spec::StreamKind;
 use shardflow_integration_tests::default_model;
 use shardflow_integration_tests::measure::{median, timed};
 use shardflow_kernels::collective::in_process::InProcess;
@@ -20,10 +21,8 @@ const ROUNDS: usize = 60;
 fn bound_programs(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     let mut out = Vec::new();
     for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
-        for (action, spec) in actions.iter().zip(&actor.actions) {
-            if !matches!(action.key, ActionKey::Forward | ActionKey::Backward | ActionKey::Norm | ActionKey::Update) {
-                continue;
-            }
+        let is_compute = actor.stream == StreamKind::Compute;
+        for (action, spec) in actions.iter().zip(&actor.actions).filter(|_| is_compute) {
             let scratch = plan.memory[0].scratch.iter().find(|(id, _)| id.0 as usize == index).map_or(0, |(_, s)| s.0);
             let offset = |base: &BaseKey| match base {
                 BaseKey::Fixed => 0,

@@ -20,7 +20,7 @@ fn predicted(plan: &Plan) -> Vec<u64> {
             // These are copies on the reader's stream, not collectives.
             continue;
         }
-        let rate = node.phase.rate();
+        let rate = node.rate;
         assert_eq!(plan.graph.tensor(node.outputs[0]).rate, rate);
         let firings = rate.per_step(plan.micro_batches) as u64;
         for (device, received) in step.to.placement.devices().iter().zip(&step.bytes_received) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardflow::checkpoint::convert;
-use shardflow::graph::Phase;
+use shardflow::graph::Role;
 use shardflow::prelude::*;
 use shardflow::session::numerics::FirstNonFinite;
 use shardflow_integration_tests::training::{LEARNING_RATE, Scratch, bits, options, within};
@@ -128,18 +128,18 @@ fn a_step_that_is_not_finite_changes_nothing_and_names_the_first_tensor() {
             let mut session = start(mesh, max_norm, OnNonFinite::Stop);
             step(&mut session, 0, 0.0).expect("a finite step");
             for row in [0, 3, BATCH - 1] {
-                for (value, tensor, op, phase) in [
-                    (f32::INFINITY, "fault", "input", Phase::Forward),
-                    (f32::NAN, "fault", "input", Phase::Forward),
-                    (1.0, "faulty", "custom kernel", Phase::Forward),
-                    (-1.0, "faulty_grad", "custom kernel", Phase::Backward),
+                for (value, tensor, op, role) in [
+                    (f32::INFINITY, "fault", "input", Role::Forward),
+                    (f32::NAN, "fault", "input", Role::Forward),
+                    (1.0, "faulty", "custom kernel", Role::Forward),
+                    (-1.0, "faulty_grad", "custom kernel", Role::Backward),
                 ] {
                     let case = format!("{mesh}, clipped to {max_norm}, row {row}, {value}");
                     let error = step(&mut session, row, value);
                     assert!(error.as_ref().is_err_and(|e| e.exit() == Exit::Numerics), "{case}: {error:?}");
                     let found = first(error);
                     assert_eq!(found.tensor.split('.').next(), Some(tensor), "{case}: {found}");
-                    assert_eq!((found.op.as_str(), found.phase), (op, phase), "{case}: {found}");
+                    assert_eq!((found.op.as_str(), found.role), (op, role), "{case}: {found}");
                     assert_eq!(found.micro_batch, Some(row / 2), "{case}: {found}");
                     assert_eq!(found.device, device_of(mesh, row), "{case}: {found}");
                     assert_eq!(found.elements, (LENGTH * WIDTH) as u64, "{case}: {found}");

@@ -1,7 +1,7 @@
 //! Training with activations and gradients in bf16. Losses are close to f32 on every mesh, with less memory and the
 //! same bits in every run. Weights, their gradients and their moments are in f32.
 
-use shardflow::graph::{NodeOp, Phase};
+use shardflow::graph::{NodeOp, Role};
 use shardflow::passes::precision::Precision;
 use shardflow::passes::{Boxing, CompileOptions};
 use shardflow::plan::Plan;
@@ -119,7 +119,7 @@ fn no_micro_batch_casts_a_weight() {
                     copies += 1;
                 }
                 NodeOp::Kernel(Op::Cast) if parameters.contains(&node.inputs[0]) => {
-                    assert_eq!(node.phase, Phase::Update, "{mesh}: {}", node.name);
+                    assert_eq!(node.role, Role::Update, "{mesh}: {}", node.name);
                     casts += 1;
                 }
                 _ => {}

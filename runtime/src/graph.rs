@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicU32;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, LazyLock, OnceLock};
 
-use shardflow_actors::label::Role;
+pub use shardflow_actors::label::Role;
 use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{CustomKernel, Op};

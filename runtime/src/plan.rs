@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 
-
 use shardflow_actors::spec::{ActorId, RegisterId, Spec, StreamKind};
 use shardflow_kernels::collective::CollectiveCall;
 use shardflow_kernels::device::DeviceKind;

@@ -121,7 +121,14 @@ impl BoxingPass<'_> {
         Ok(current)
     }
 
-    fn push_step(&mut self, input: Var, info: &TensorInfo, step: BoxingStep, (role, rate): (Role, Rate), reader: &Node) -> Var {
+    fn push_step(
+        &mut self,
+        input: Var,
+        info: &TensorInfo,
+        step: BoxingStep,
+        (role, rate): (Role, Rate),
+        reader: &Node,
+    ) -> Var {
         let placement = self.graph.placements.iter().position(|p| *p == step.to.placement);
         let placement = placement.expect("a step starts and ends on placements of the graph");
         let layout = Some(step.to.sbp.clone());

@@ -91,7 +91,8 @@ pub fn assign(graph: &Graph, segments: &Segments, classes: &Classes) -> Assignme
 }
 
 fn aliases(graph: &Graph, classes: &Classes) -> BTreeMap<Var, Var> {
-    let position = |node: &Node, class: ClassId| graph.placements[node.placement].index_of(classes.representative(class));
+    let position =
+        |node: &Node, class: ClassId| graph.placements[node.placement].index_of(classes.representative(class));
     let mut alias = BTreeMap::new();
     for node in &graph.nodes {
         let same_memory = match &node.op {

@@ -116,7 +116,8 @@ impl<'a> Work<'a> {
             append_step(step, position, traits);
         }
         let coords = placement.coords(position);
-        let is_counted = |layout: &&NdSbp| layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
+        let is_counted =
+            |layout: &&NdSbp| layout.0.iter().zip(&coords).all(|(sbp, at)| *sbp != Sbp::Broadcast || *at == 0);
         traits.extend(self.counted.iter().map(|layout| usize::from(is_counted(layout))));
     }
 }

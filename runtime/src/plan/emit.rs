@@ -328,7 +328,9 @@ impl Emitter<'_> {
         let mut groups = placement.groups(axes).into_iter();
         let ranks = groups.find(|group| group.contains(&self.device)).expect("every device is in a group");
         let first = self.context.assignment.resolve_alias(node.inputs[0]);
-        let Some(Storage::Register(register)) = self.context.storage(self.device).storage.get(&first).copied() else { return };
+        let Some(Storage::Register(register)) = self.context.storage(self.device).storage.get(&first).copied() else {
+            return;
+        };
         let base = self.port_base(DeviceRegister { device: self.device, register });
         let bytes = self.context.arena(self.device).registers[register].stride;
         let slot = Buffer { base, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
@@ -407,7 +409,8 @@ impl Emitter<'_> {
             !register.transfers.is_empty() || register.readers.iter().any(is_other)
         };
         let early = |(port, after): &(&usize, &usize)| **after < launches.len() && has_waiting_stream(**port);
-        let mut signals: Vec<(usize, u32)> = written.iter().filter(early).map(|(port, after)| (*after, *port as u32)).collect();
+        let mut signals: Vec<(usize, u32)> =
+            written.iter().filter(early).map(|(port, after)| (*after, *port as u32)).collect();
         signals.sort_unstable();
         signals
     }

@@ -171,7 +171,8 @@ impl Lowering<'_> {
             let emitted: Vec<EmittedAction> = (ids.iter())
                 .map(|id| emit(self.context, (device, *id), &mut |ranks| groups.communicator(*stream, ranks)))
                 .collect();
-            let specs = ids.iter().zip(&emitted).map(|(id, action)| self.action_spec(device, *id, action, numbers, groups));
+            let specs =
+                ids.iter().zip(&emitted).map(|(id, action)| self.action_spec(device, *id, action, numbers, groups));
             let specs: Vec<ActionSpec> = specs.collect();
             let scratch_bytes = emitted.iter().map(|action| action.scratch_bytes).max().unwrap_or(0);
             let start = memory.arena_bytes;
@@ -209,8 +210,7 @@ impl Lowering<'_> {
         numbers: &Numbers,
     ) -> RegisterSpec {
         let EmitContext { segments, classes, .. } = self.context;
-        let mut readers: Vec<ActionRef> =
-            register.readers.iter().map(|id| self.locate(numbers, device, *id)).collect();
+        let mut readers: Vec<ActionRef> = register.readers.iter().map(|id| self.locate(numbers, device, *id)).collect();
         for id in &register.transfers {
             let pulling = segments.get(*id).nodes.iter().flat_map(|node| classes.readers(*node, device));
             readers.extend(pulling.filter(|other| **other != device).map(|other| self.locate(numbers, *other, *id)));
@@ -231,8 +231,7 @@ impl Lowering<'_> {
         let first = register.tensors.first().map_or("done", |v| &graph.tensor(*v).name);
         let more = register.tensors.len().saturating_sub(1);
         let rest = if more > 0 { format!(" (+{more})") } else { String::new() };
-        let producer =
-            if register.initial { "parameters" } else { &self.context.segments.get(register.producer).name };
+        let producer = if register.initial { "parameters" } else { &self.context.segments.get(register.producer).name };
         format!("device {device} {producer}/{first}{rest}")
     }
 
@@ -250,10 +249,10 @@ impl Lowering<'_> {
         let per_step = |rate: Rate| rate.per_step(self.micro_batches) as u32;
         let firings = per_step(segment.rate);
         let number = |at: &DeviceRegister| RegisterId(numbers.registers[at.device] + at.register as u32);
-        let inputs = emitted.inputs.iter().map(|at| InputSpec {
-            register: number(at),
-            firings_per_piece: firings / per_step(register(at).rate),
-        });
+        let inputs = emitted
+            .inputs
+            .iter()
+            .map(|at| InputSpec { register: number(at), firings_per_piece: firings / per_step(register(at).rate) });
         let outputs = emitted.outputs.iter().enumerate().map(|(port, index)| {
             let at = DeviceRegister { device, register: *index };
             OutputSpec {
@@ -304,12 +303,10 @@ impl Lowering<'_> {
             let all = (0..).zip(actions).flat_map(|(actor, actions)| {
                 (0..).zip(actions).map(move |(action, plan)| (ActionRef { actor: ActorId(actor), action }, plan))
             });
-            all.filter(move |(_, plan)| plan.host.as_ref().is_some_and(|host| host.transfer == transfer)).map(|(at, _)| at)
+            all.filter(move |(_, plan)| plan.host.as_ref().is_some_and(|host| host.transfer == transfer))
+                .map(|(at, _)| at)
         };
-        Decision {
-            observed: located(HostTransfer::Fetch).collect(),
-            granted: located(HostTransfer::Decide).collect(),
-        }
+        Decision { observed: located(HostTransfer::Fetch).collect(), granted: located(HostTransfer::Decide).collect() }
     }
 }
 

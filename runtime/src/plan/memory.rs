@@ -125,8 +125,7 @@ pub fn residents(graph: &Graph, storage: &ClassStorage, map: &ArenaMap, device: 
     let resident = |var: &Var| {
         let is_resident = matches!(graph.producer(*var).op, NodeOp::Parameter { .. } | NodeOp::State);
         let own_offset = offset(var).filter(|_| is_resident)?;
-        let bf16_offset =
-            copies.get(var).map(|copy| offset(copy).expect("a bf16 copy is on its parameter's devices"));
+        let bf16_offset = copies.get(var).map(|copy| offset(copy).expect("a bf16 copy is on its parameter's devices"));
         let (region, dtype) = (local_part(graph, *var, device), graph.tensor(*var).dtype);
         Some(ResidentTensor { var: *var, region, dtype, offset: own_offset, bf16_offset })
     };

@@ -128,7 +128,8 @@ impl Builder {
         let producers = node.inputs.iter().filter_map(|input| self.of_node[graph.tensor(*input).producer.index()]);
         let sources: BTreeSet<SegmentId> = producers.collect();
         let joins = |segment: &SegmentId| {
-            let new = sources.iter().filter(|source| *source != segment && !self.reads[segment.index()].contains(source));
+            let new =
+                sources.iter().filter(|source| *source != segment && !self.reads[segment.index()].contains(source));
             new.into_iter().all(|source| !self.depends(*source, *segment))
         };
         let segment = self.newest.get(&key).copied().filter(joins).unwrap_or_else(|| self.open(key));

@@ -52,7 +52,8 @@ impl<'a> Times<'a> {
         }
         let sources: Vec<SegmentId> = self.segments.reads[id.index()].iter().copied().collect();
         let begin = |reader: &SegmentId| {
-            let times = self.by_segment.get(reader).filter(|_| self.segments.get(*reader).stream == StreamKind::Compute)?;
+            let times =
+                self.by_segment.get(reader).filter(|_| self.segments.get(*reader).stream == StreamKind::Compute)?;
             (times.len() == firings).then_some(times)
         };
         let first_reader = readers[id.index()].iter().filter_map(begin).min_by_key(|times| times.first().copied());
@@ -69,7 +70,8 @@ impl<'a> Times<'a> {
     /// When the piece that firing `iteration` of `firings` reads is complete.
     fn end(&self, source: SegmentId, iteration: usize, firings: usize) -> u64 {
         let times = &self.by_segment[&source];
-        let last = if firings == 1 { times.len().saturating_sub(1) } else { iteration.min(times.len().saturating_sub(1)) };
+        let last =
+            if firings == 1 { times.len().saturating_sub(1) } else { iteration.min(times.len().saturating_sub(1)) };
         times.get(last).map_or(0, |time| time.1)
     }
 

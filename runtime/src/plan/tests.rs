@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use expect_test::expect;
 use shardflow_actors::simulate::{Jitter, SimulatedRun, SimulationOptions, Timing, simulate};
-use shardflow_actors::spec::{Firing, RegisterSpec, Spec, StreamKind};
+use shardflow_actors::spec::{ActionSpec, Firing, RegisterSpec, Spec, StreamKind};
 use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use super::validate::validate;
-use super::{ActionKey, Plan, RegisterPlace, Schedule};
-use crate::graph::{AdamW, Graph};
+use super::{Plan, RegisterPlace, Schedule};
+use crate::graph::{AdamW, Graph, Role};
 use crate::nn::{self, GptConfig};
 use crate::passes::{CompileError, CompileOptions, compile};
 use crate::placement::Mesh;
@@ -119,12 +119,14 @@ fn a_different_collective_on_one_device_is_refused_with_the_group() {
 
 #[test]
 fn a_fetch_of_an_update_output_is_refused() {
-    let make_update = |plan: &mut Plan| {
-        let norms = plan.actions.iter_mut().flatten().filter(|action| action.key == ActionKey::Norm);
-        norms.for_each(|norm| norm.key = ActionKey::Update);
+    let fetch_an_update = |plan: &mut Plan| {
+        let segments = &mut plan.segments;
+        let named = |name: &str| segments.ids().find(|id| segments.get(*id).name == name).expect("the plan has it");
+        let (fetch, update) = (named("fetch (step)"), named("update"));
+        segments.reads[fetch.0 as usize].insert(update);
     };
-    let error = refused("stage=2", Schedule::OneFOneB, make_update);
-    expect!["the plan cannot run to completion: the host fetches register 'device 0 norm/grad_squares.237', which the update writes, but the update starts only after that fetch"].assert_eq(&error);
+    let error = refused("stage=2", Schedule::OneFOneB, fetch_an_update);
+    expect!["the plan cannot run to completion: fetch (step) waits for update, but the host starts update only after it has seen the results"].assert_eq(&error);
 }
 
 #[test]
@@ -141,7 +143,7 @@ fn overlapping_parts_of_an_arena_are_refused() {
     expect!["device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, but register 'device 0 parameters/h.0.ln1.weight (+15)' starts at byte 35200"].assert_eq(&error);
     let error = refused("stage=2", Schedule::OneFOneB, |plan| plan.memory[1].arena_bytes -= 64);
     let expected =
-        "device 1: scratch of device 1 compute ends at byte 37632, but the memory after the arena starts at byte 37568";
+        "device 1: scratch of device 1 compute ends at byte 37760, but the memory after the arena starts at byte 37696";
     assert_eq!(error, expected);
 }
 
@@ -150,12 +152,12 @@ const BACKWARD: u64 = 20;
 
 /// Only forward, backward and hops take time.
 fn timing(plan: &Plan, hop_ticks: u64) -> Timing {
-    let ticks = |key: ActionKey| match key {
-        ActionKey::Forward => FORWARD,
-        ActionKey::Backward => BACKWARD,
+    let ticks = |action: &ActionSpec| match action.label.role {
+        Role::Forward => FORWARD,
+        Role::Backward => BACKWARD,
         _ => 0,
     };
-    let action_ticks = plan.actions.iter().map(|a| a.iter().map(|a| ticks(a.key)).collect()).collect();
+    let action_ticks = plan.spec.actors.iter().map(|actor| actor.actions.iter().map(ticks).collect()).collect();
     Timing { action_ticks, hop_ticks }
 }
 

@@ -130,7 +130,8 @@ fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
     for id in fetches {
         if let Some(source) = segments.reads[id.index()].iter().find(|source| follows_decision(source)) {
             let [fetch, source] = [id, *source].map(|id| &segments.get(id).name);
-            let why = format!("{fetch} waits for {source}, but the host starts {source} only after it has seen the results");
+            let why =
+                format!("{fetch} waits for {source}, but the host starts {source} only after it has seen the results");
             return Err(PlanError::Liveness(why));
         }
     }

@@ -27,7 +27,8 @@ pub(super) fn external_actions(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId,
     for actor in actors {
         let (spec, plans) = (&plan.spec.actors[actor.0 as usize], &plan.actions[actor.0 as usize]);
         for (index, (action, plan)) in spec.actions.iter().zip(plans).enumerate() {
-            if action.external && plan.host.is_none() {
+            let is_fed = plan.host.as_ref().is_some_and(|host| host.transfer != HostTransfer::Fetch);
+            if action.external && !is_fed {
                 out.push((*actor, index as u32, action.per_step));
             }
         }

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use clap::Args;
 use serde_json::{Value, json};
-use shardflow::plan::{ActionKey, Plan};
+use shardflow::plan::Plan;
 use shardflow::prelude::{DType, DeviceKind};
+use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::element_count;
 
@@ -20,14 +21,13 @@ const CLOSE_BF16: f64 = 2e-2;
 
 /// Returns each distinct launch of the compute streams in a step, with its number of occurrences.
 fn distinct(plan: &Plan) -> Vec<(Launch, usize)> {
-    use ActionKey::{Backward, Forward, Norm, Update};
     let mut found: BTreeMap<String, (Launch, usize)> = BTreeMap::new();
     for action in plan.actions.iter().flatten() {
-        let times = match action.key {
-            Forward | Backward => plan.micro_batches,
-            Norm | Update => 1,
-            _ => continue,
-        };
+        let segment = plan.segments.get(action.segment);
+        if segment.stream != StreamKind::Compute {
+            continue;
+        }
+        let times = segment.rate.per_step(plan.micro_batches);
         for launch in &action.launches {
             if matches!(launch.op, Op::Collective(_) | Op::Custom(_)) {
                 continue;

@@ -19,8 +19,7 @@ const HOP: u64 = 1;
 
 /// The compute segments of a graph as work, and the site of each device that has work.
 pub fn work_graph(graph: &Graph, segments: &Segments, micro_batches: usize) -> (WorkGraph, Vec<Option<usize>>) {
-    let compute: Vec<SegmentId> =
-        segments.ids().filter(|id| segments.get(*id).stream == StreamKind::Compute).collect();
+    let compute: Vec<SegmentId> = segments.ids().filter(|id| segments.get(*id).stream == StreamKind::Compute).collect();
     let index_of: BTreeMap<SegmentId, usize> = compute.iter().enumerate().map(|(index, id)| (*id, index)).collect();
     let (site_of_device, sites_of_placement) = sites(graph, segments);
     let mut needs = Needs { segments, index_of: &index_of, through: HashMap::new(), fetches: fetches(segments) };

@@ -1,0 +1,105 @@
+//! Step plans of pipelines take the known times, with the known numbers of micro-batches in flight.
+
+use super::*;
+
+/// A chain of stages; `order` has the site of each chunk of the forward chain.
+fn chain(order: &[usize], micro_batches: u32, (forward, backward, hop_ticks): (u64, u64, u64)) -> WorkGraph {
+    let chunks = order.len();
+    let work = |index: usize| {
+        // Forward chunks, then backward chunks from the last to the first.
+        let (is_forward, chunk) = if index < chunks { (true, index) } else { (false, 2 * chunks - 1 - index) };
+        let mut needs: Vec<(usize, bool)> = Vec::new();
+        if let Some(previous) = index.checked_sub(1) {
+            needs.push((previous, previous + 1 != chunks));
+        }
+        if !is_forward && chunk + 1 != chunks {
+            needs.push((chunk, false));
+        }
+        Work {
+            segment: SegmentId(index as u32),
+            role: if is_forward { Role::Forward } else { Role::Backward },
+            sites: vec![order[chunk]],
+            firings: micro_batches,
+            ticks: if is_forward { forward } else { backward },
+            needs,
+            closed_by: if is_forward { vec![2 * chunks - 1 - chunk] } else { Vec::new() },
+        }
+    };
+    let sites = order.iter().max().map_or(0, |last| last + 1);
+    WorkGraph { work: (0..2 * chunks).map(work).collect(), sites, micro_batches, hop_ticks }
+}
+
+fn makespan(plan: &StepPlan) -> u64 {
+    plan.times.iter().flatten().map(|time| time.1).max().unwrap_or(0)
+}
+
+/// Each entry runs once, in the order of its work, and after all that it needs.
+fn check(graph: &WorkGraph, plan: &StepPlan) {
+    for (index, work) in graph.work.iter().enumerate() {
+        assert_eq!(plan.times[index].len(), work.firings as usize, "work {index}");
+        for (iteration, (start, _)) in plan.times[index].iter().enumerate() {
+            for (need, hop) in &work.needs {
+                let end = plan.times[*need][iteration].1 + if *hop { graph.hop_ticks } else { 0 };
+                assert!(end <= *start, "work {index} starts at {start}, before work {need} ends at {end}");
+            }
+        }
+    }
+    for list in &plan.lists {
+        let starts: Vec<u64> = list.iter().map(|e| plan.times[e.work][e.iteration as usize].0).collect();
+        assert!(starts.is_sorted());
+    }
+}
+
+#[test]
+fn pipelines_take_the_known_times() {
+    let stages: Vec<usize> = (0..4).collect();
+    let graph = chain(&stages, 8, (1, 2, 0));
+    let plans = [Schedule::GPipe, Schedule::OneFOneB].map(|schedule| schedule.plan(&graph));
+    plans.iter().for_each(|plan| check(&graph, plan));
+    assert_eq!(plans.each_ref().map(makespan), [33, 33]);
+    assert_eq!(plans[0].in_flight[..4], [8, 8, 8, 8]);
+    assert_eq!(plans[1].in_flight[..4], [4, 3, 2, 1]);
+}
+
+/// With hops, `2 (p - s) - 1` micro-batches in flight keep every stage busy; here in half ticks.
+#[test]
+fn one_forward_one_backward_runs_further_ahead_when_messages_take_time() {
+    let stages: Vec<usize> = (0..8).collect();
+    let graph = chain(&stages, 32, (2, 4, 1));
+    let plan = Schedule::OneFOneB.plan(&graph);
+    check(&graph, &plan);
+    assert_eq!(makespan(&plan), 2 * 124);
+    assert_eq!(plan.in_flight[..8], [15, 13, 11, 9, 7, 5, 3, 1]);
+}
+
+/// Every assignment of chunks to few devices ends, whatever the order in which the chain visits them.
+#[test]
+fn chains_that_return_to_a_site_end() {
+    for chunks in 1..6u32 {
+        for code in 0..3u32.pow(chunks) {
+            let order: Vec<usize> = (0..chunks).map(|chunk| (code / 3u32.pow(chunk) % 3) as usize).collect();
+            for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
+                for micro_batches in [1, 5] {
+                    let graph = chain(&order, micro_batches, (10, 20, 1));
+                    check(&graph, &schedule.plan(&graph));
+                }
+            }
+        }
+    }
+}
+
+/// Work on all sites keeps its place among the work of single sites.
+#[test]
+fn work_on_several_sites_runs_in_one_order_on_all() {
+    for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
+        let mut graph = chain(&[0, 1, 0, 2, 0], 6, (10, 20, 1));
+        for index in [0, 4, 5, 9] {
+            graph.work[index].sites = vec![0, 1, 2];
+        }
+        let plan = schedule.plan(&graph);
+        check(&graph, &plan);
+        let shared = |list: &Vec<Entry>| list.iter().copied().filter(|e| graph.work[e.work].sites.len() == 3).collect();
+        let orders: Vec<Vec<Entry>> = plan.lists.iter().map(shared).collect();
+        assert!(orders.windows(2).all(|pair| pair[0] == pair[1]));
+    }
+}
