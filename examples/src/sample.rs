@@ -87,7 +87,7 @@ pub fn loading_bytes(plan: &Plan) -> u64 {
 /// The sampler runs after the session has ended, which releases `own_bytes` of the plan.
 pub fn sampling_bytes(plan: &Plan, sampler: Option<&Sampler>, own_bytes: u64) -> u64 {
     // All devices' parts of a tensor, and the whole tensor.
-    let gathering = (plan.memory.len() as u64 + 1) * largest_parameter_bytes(plan);
+    let gathering = (plan.device_count() as u64 + 1) * largest_parameter_bytes(plan);
     let Some(sampler) = sampler else { return gathering };
     let parameters: u64 = parameter_bytes(plan).sum();
     parameters + gathering.max(sampler.bytes().saturating_sub(own_bytes))

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use shardflow::plan::{BaseKey, Plan};
+use shardflow::plan::{BaseKey, Instance};
 use shardflow::session::{Session, SessionOptions};
 use shardflow_actors::spec::StreamKind;
 use shardflow_integration_tests::default_model;
@@ -18,12 +18,12 @@ use shardflow_kernels::stream::{Notification, Stream, Submission};
 const ROUNDS: usize = 60;
 
 /// Returns the programs of the compute actor with their base addresses. Every register has one slot.
-fn bound_programs(plan: &Plan, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
+fn bound_programs(plan: &Instance, arena: &Arena) -> Vec<(Arc<Program>, Vec<Base>)> {
     let mut out = Vec::new();
-    for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
+    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         let is_compute = actor.stream == StreamKind::Compute;
         for (action, spec) in actions.iter().zip(&actor.actions).filter(|_| is_compute) {
-            let scratch = plan.memory[0].scratch.iter().find(|(id, _)| id.0 as usize == index).map_or(0, |(_, s)| s.0);
+            let scratch = plan.memory[0].scratch.get(&actor.stream).map_or(0, |scratch| scratch.0);
             let offset = |base: &BaseKey| match base {
                 BaseKey::Fixed => 0,
                 BaseKey::Scratch => scratch,
@@ -53,12 +53,12 @@ fn run_directly(stream: &Stream, programs: &[(Arc<Program>, Vec<Base>)]) {
 
 fn main() {
     let threads = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(1);
-    let plan = default_model::plan(threads);
+    let plan = default_model::plan(threads).instance();
     let device = Device::cpu(0, threads, Arc::new(InProcess::new()));
     let stream = device.stream("direct", threads).expect("a thread");
     let arena = device.arena(plan.memory[0].arena_bytes).expect("memory");
     let programs = bound_programs(&plan, &arena);
-    let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
+    let mut session = Session::start((*plan.plan).clone(), &SessionOptions::default()).expect("a session");
     let (mut session_seconds, mut direct_seconds) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS + 5 {
         let pair = (timed(|| default_model::step(&mut session)), timed(|| run_directly(&stream, &programs)));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use shardflow::boxing::step::StepKind;
 use shardflow::graph::NodeOp;
-use shardflow::plan::{BaseKey, Plan};
+use shardflow::plan::{BaseKey, Instance};
 use shardflow_integration_tests::training::{Model, ONE, options, within};
 use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;
@@ -12,8 +12,8 @@ use shardflow_kernels::tensor::{element_count, split_range};
 
 /// Returns the bytes that each device receives in a step, except those for clipping. They follow from the graph's
 /// layout changes and the bucket sizes.
-fn predicted(plan: &Plan) -> Vec<u64> {
-    let mut bytes = vec![0; plan.memory.len()];
+fn predicted(plan: &Instance) -> Vec<u64> {
+    let mut bytes = vec![0; plan.device_count()];
     for node in plan.graph.nodes() {
         let NodeOp::Boxing(step) = &node.op else { continue };
         if step.kind == StepKind::Transfer {
@@ -34,7 +34,7 @@ fn predicted(plan: &Plan) -> Vec<u64> {
 }
 
 /// Bytes of all-reduces of whole gradient slots. Each of n members receives `(n - 1) * own chunk + (all - own chunk)`.
-fn buckets(plan: &Plan) -> BTreeMap<usize, u64> {
+fn buckets(plan: &Instance) -> BTreeMap<usize, u64> {
     let mut bytes = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
         for (action, spec) in actions.iter().zip(&actor.actions).filter(|a| a.0.name.starts_with("all-reduce")) {

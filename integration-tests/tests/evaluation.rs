@@ -46,13 +46,14 @@ fn step(plan: Plan) -> StepReport {
     session.step(&[("x", x)], 0.0).expect("a step")
 }
 
-fn launches(plan: &Plan) -> Vec<&str> {
-    plan.actions.iter().flatten().flat_map(|action| &action.launches).map(|launch| launch.op.name()).collect()
+fn launches(plan: &Plan) -> Vec<String> {
+    let actions = plan.clone().instance().actions;
+    actions.iter().flatten().flat_map(|action| &action.launches).map(|launch| launch.op.name().to_owned()).collect()
 }
 
 fn has_dropout(plan: &Plan) -> bool {
     let is_dropout = |launch: &shardflow_kernels::op::Launch| matches!(launch.op, Op::Dropout { .. });
-    plan.actions.iter().flatten().flat_map(|action| &action.launches).any(is_dropout)
+    plan.clone().instance().actions.iter().flatten().flat_map(|action| &action.launches).any(is_dropout)
 }
 
 #[test]
@@ -63,7 +64,7 @@ fn dropout_is_the_identity_and_costs_nothing() {
             let compiled = |p, mode| compile(forward(mesh, p), &options(micro_batches, mode)).expect("a plan");
             let (without, plan) = (compiled(None, None), compiled(Some(0.5), EVALUATION));
             assert_eq!(launches(&plan), launches(&without), "{case}");
-            let bytes = |plan: &Plan| plan.memory.iter().map(|m| m.total_bytes()).collect::<Vec<_>>();
+            let bytes = |plan: &Plan| plan.memories().map(|m| m.total_bytes()).collect::<Vec<_>>();
             assert_eq!(bytes(&plan), bytes(&without), "{case}");
             assert!(!plan.graph.nodes().iter().any(|node| node.name == "rng"), "{case}: a random input remains");
             let training = compiled(Some(0.5), Some(Mode::Training));

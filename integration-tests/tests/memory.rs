@@ -63,7 +63,7 @@ fn all_allocated_memory_is_planned_for_any_number_of_threads() {
             let options = |threads_per_device| CompileOptions { threads_per_device, precision, ..options(2, OneFOneB) };
             let plans = [1, 3].map(|threads| model().plan("data=2,stage=2", &options(threads)));
             assert_eq!(plans[0].hash(), plans[1].hash(), "{precision:?}");
-            let bytes = plans.each_ref().map(|plan| plan.memory[0].total_bytes());
+            let bytes = plans.each_ref().map(|plan| plan.memory(0).total_bytes());
             // In bf16, a widened launch needs the most scratch memory, for any number of threads.
             assert!(bytes[0] < bytes[1] || precision == Precision::BF16, "{precision:?}: {bytes:?}");
             for threads in [1, 3] {
@@ -100,7 +100,7 @@ fn a_session_can_use_all_cores_of_its_process() {
 fn one_f_one_b_needs_less_memory_than_gpipe() {
     let bytes = |schedule| {
         let plan = model().plan("stage=4", &options(8, schedule));
-        plan.memory.iter().map(|m| m.total_bytes()).collect::<Vec<_>>()
+        plan.memories().map(|m| m.total_bytes()).collect::<Vec<_>>()
     };
     let (gpipe, one) = (bytes(GPipe), bytes(OneFOneB));
     // The first stage has 7 of 8 micro-batches in flight (with the latency of a transfer), and the last stage has 1.
@@ -110,7 +110,7 @@ fn one_f_one_b_needs_less_memory_than_gpipe() {
 
 #[test]
 fn a_plan_that_does_not_fit_is_refused_with_the_numbers() {
-    let needed = model().plan("data=2", &options(1, OneFOneB)).memory.iter().map(|m| m.total_bytes()).max();
+    let needed = model().plan("data=2", &options(1, OneFOneB)).memories().map(|m| m.total_bytes()).max();
     let needed = needed.expect("two devices");
     let compile_in = |bytes| {
         let options = CompileOptions { memory_bytes: Some(bytes), ..options(1, OneFOneB) };

@@ -63,12 +63,12 @@ fn pipelines_and_repetitions_give_the_same_bits() {
 
 /// Returns the bytes of all registers: stashed activations, transfers between stages, weights read by other actions.
 fn register_bytes(plan: &Plan) -> u64 {
-    plan.spec.registers.iter().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
+    plan.clone().instance().spec.registers.iter().map(|r| u64::from(r.slots) * r.slot_bytes as u64).sum()
 }
 
 /// Returns the bytes of all devices, without scratch memory.
 fn bytes_without_scratch(plan: &Plan) -> usize {
-    plan.memory.iter().map(|memory| memory.fixed_bytes + memory.register_bytes).sum()
+    plan.memories().map(|memory| memory.fixed_bytes + memory.register_bytes).sum()
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn collectives_move_f32_and_stages_bf16() {
     let plan =
         Model::default().plan("data=2,stage=2", &CompileOptions { boxing: Boxing::Automatic, ..bf16_options(2) });
     let (mut collectives, mut transfers) = (0, 0);
-    for launch in plan.actions.iter().flatten().flat_map(|action| &action.launches) {
+    for launch in plan.clone().instance().actions.iter().flatten().flat_map(|action| &action.launches) {
         let has_bf16 = launch.reads.iter().chain(&launch.writes).any(|buffer| buffer.dtype == DType::BF16);
         match launch.op {
             Op::Collective(_) => {

@@ -14,7 +14,7 @@ use shardflow_kernels::cuda::shared_gpu::SharedGpu;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 
-use crate::plan::Plan;
+use crate::plan::Instance;
 use crate::process_map::{NodeDevices, ProcessMap, groups};
 
 /// Time limit for the members of a group to join, after all processes are ready.
@@ -49,7 +49,7 @@ pub(crate) struct ProcessDevices {
 
 /// Opens the devices that this process hosts; `ids` returns each group's `ncclUniqueId`.
 pub(crate) fn open(
-    plan: &Plan,
+    plan: &Instance,
     process_map: &ProcessMap,
     node: NodeDevices,
     takes_pipes: bool,
@@ -99,7 +99,7 @@ fn ordinals(process_map: &ProcessMap, node: NodeDevices, count: usize) -> Result
 /// Creates the engine: NCCL if each device has its own GPU, else `SharedGpu`, because NCCL does not accept two members
 /// on one GPU. If devices share GPUs, this process hosts all devices.
 fn gpu_engine(
-    plan: &Plan,
+    plan: &Instance,
     process_map: &ProcessMap,
     gpus: &BTreeMap<usize, Arc<Gpu>>,
     takes_pipes: bool,

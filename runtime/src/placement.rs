@@ -211,6 +211,31 @@ impl Placement {
         self.devices.iter().position(|&d| d == device)
     }
 
+    /// The group of a device along `axes` (axis indices): its number among the groups, and its members' ranks, row-major.
+    /// Groups are numbered as by [`Placement::group_indices`].
+    ///
+    /// # Panics
+    /// If the placement does not contain the device.
+    pub(crate) fn group_of(&self, axes: &[usize], device: usize) -> (u32, Vec<usize>) {
+        let index = self.index_of(device).expect("a group belongs to a device of the placement");
+        let (mut rest, mut stride, mut first) = (index, 1, index);
+        let (mut number, mut number_stride) = (0, 1);
+        // From the last axis to the first; the members' offsets from the first member.
+        let mut offsets = vec![0];
+        for (a, axis) in self.axes.iter().enumerate().rev() {
+            let coordinate = rest % axis.size;
+            if axes.contains(&a) {
+                first -= coordinate * stride;
+                offsets = (0..axis.size).flat_map(|c| offsets.iter().map(move |offset| c * stride + offset)).collect();
+            } else {
+                number += coordinate * number_stride;
+                number_stride *= axis.size;
+            }
+            (rest, stride) = (rest / axis.size, stride * axis.size);
+        }
+        (number as u32, offsets.into_iter().map(|offset| self.devices[first + offset]).collect())
+    }
+
     /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are in the order
     /// of their first members, and members are in row-major order. Without axes, each device is its own group.
     pub fn group_indices(&self, axes: &[usize]) -> Vec<Vec<usize>> {

@@ -3,22 +3,32 @@
 
 use std::collections::BTreeMap;
 
-use shardflow_actors::spec::{ActorId, RegisterId, Spec, StreamKind};
+use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::collective::CollectiveCall;
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, Region};
 
 use crate::graph::{Graph, NodeId, Var};
-use crate::plan::segments::{SegmentId, Segments};
+use assign::{Aliases, ClassStorage};
+use classes::{ClassId, Classes};
+use emit::EmittedAction;
+use explain::listed;
+use groups::Patterns;
+pub use instance::Instance;
+use memory::{ArenaMap, residents};
 pub use schedule::Schedule;
+use segments::{SegmentId, Segments};
+use slots::Slots;
 
 pub(crate) mod assign;
 pub mod classes;
 pub(crate) mod emit;
 pub(crate) mod explain;
 pub mod flops;
+pub mod groups;
 mod hash;
+pub mod instance;
 pub(crate) mod lower;
 pub(crate) mod memory;
 pub(crate) mod picture;
@@ -120,8 +130,8 @@ pub struct DeviceMemory {
     pub fixed_bytes: usize,
     /// Register slots, bytes: everything that passes between actions, including weights and gradients.
     pub register_bytes: usize,
-    /// Scratch offset and bytes, by actor.
-    pub scratch: BTreeMap<ActorId, (usize, usize)>,
+    /// Scratch offset and bytes, by stream.
+    pub scratch: BTreeMap<StreamKind, (usize, usize)>,
     /// The whole arena, bytes: fixed tensors, registers and scratch.
     pub arena_bytes: usize,
     /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernel threads and of tensors
@@ -129,8 +139,6 @@ pub struct DeviceMemory {
     pub stream_bytes: usize,
     /// Mirrors of registers that other processes write, bytes; 0 until a session has assigned devices to processes.
     pub mirror_bytes: usize,
-    /// Parameters and states.
-    pub residents: Vec<ResidentTensor>,
 }
 
 impl DeviceMemory {
@@ -158,23 +166,42 @@ impl DeviceMemory {
     }
 }
 
-/// A compiled program: everything that a session needs to run it.
+/// What the devices of a class have in common.
+#[derive(Clone, Debug)]
+pub struct ClassPlan {
+    pub(crate) storage: ClassStorage,
+    /// By register.
+    pub(crate) slots: Vec<Slots>,
+    /// The memory map, with scratch.
+    pub(crate) arena: ArenaMap,
+    /// The actions of the class's representative, in the order of its segments.
+    pub(crate) actions: Vec<EmittedAction>,
+}
+
+/// A compiled program. Everything is described once for each class of devices; an [`Instance`] is the part of a plan
+/// that a session loads.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The graph after all passes.
     pub graph: Graph,
-    /// Actors and registers.
-    pub spec: Spec,
-    /// `[actor][action]`.
-    pub actions: Vec<Vec<ActionPlan>>,
-    /// By register.
-    pub registers: Vec<RegisterPlace>,
-    /// By device rank.
-    pub memory: Vec<DeviceMemory>,
-    /// Micro-batches per step.
-    pub micro_batches: usize,
     /// The units of work.
     pub segments: Segments,
+    /// The classes of the mesh's devices.
+    pub classes: Classes,
+    /// By class.
+    pub(crate) class_plans: Vec<ClassPlan>,
+    pub(crate) aliases: Aliases,
+    /// Accumulations fused into the producing kernel: value to sum.
+    pub(crate) fused: BTreeMap<Var, Var>,
+    pub(crate) patterns: Patterns,
+    /// By site: the segments that its compute actors fire, in order.
+    pub(crate) lists: Vec<Vec<SegmentId>>,
+    /// Priorities of compute segments where credits decide the order.
+    pub(crate) priorities: BTreeMap<SegmentId, i32>,
+    /// By device: its site, if it computes.
+    pub(crate) site_of: Vec<Option<usize>>,
+    /// Micro-batches per step.
+    pub micro_batches: usize,
     /// The schedule.
     pub schedule: Schedule,
     /// Threads of a compute stream. Each process chooses its own; not part of the plan's hash.
@@ -188,32 +215,54 @@ pub struct Plan {
 }
 
 impl Plan {
+    pub(crate) fn class_plan(&self, device: usize) -> &ClassPlan {
+        &self.class_plans[self.classes.of[device].index()]
+    }
+
+    /// Number of devices.
+    pub fn device_count(&self) -> usize {
+        self.classes.of.len()
+    }
+
+    /// The memory of a device.
+    pub fn memory(&self, device: usize) -> &DeviceMemory {
+        &self.class_plan(device).arena.memory
+    }
+
+    /// The memory of each device, in the order of ranks.
+    pub fn memories(&self) -> impl ExactSizeIterator<Item = &DeviceMemory> {
+        (0..self.device_count()).map(|device| self.memory(device))
+    }
+
+    /// The memory of a class's devices, as a line.
+    pub(crate) fn memory_row(&self, class: ClassId) -> String {
+        let (devices, memory) = (&self.classes.devices[class.index()], &self.class_plans[class.index()].arena.memory);
+        let subject =
+            if let [only] = devices[..] { format!("device {only}") } else { format!("devices {}", listed(devices)) };
+        format!("  {subject}: {} = {}\n", memory.total_bytes(), memory.sum())
+    }
+
+    /// Parameters and states of a device.
+    pub fn residents(&self, device: usize) -> Vec<ResidentTensor> {
+        let ClassPlan { storage, arena, .. } = self.class_plan(device);
+        residents(&self.graph, storage, arena, device)
+    }
+
     /// Sets the threads of compute streams and recomputes the memory of streams outside the arena.
     pub(crate) fn set_threads(&mut self, threads_per_device: usize) {
         self.threads_per_device = threads_per_device;
-        self.memory.iter_mut().for_each(|memory| memory.stream_bytes = 0);
-        for (actor, actions) in self.spec.actors.iter().zip(&self.actions) {
-            let threads = threads_of(actor.stream, threads_per_device);
-            let launches = actions.iter().flat_map(|action| &action.launches);
-            let scratch = launches.map(|launch| self.device.scratch_bytes(launch, threads)).max().unwrap_or(0);
-            self.memory[actor.device].stream_bytes += self.device.stream_bytes() + scratch;
+        let (segments, device) = (&self.segments, self.device);
+        for class in &mut self.class_plans {
+            let mut scratch: BTreeMap<StreamKind, usize> = BTreeMap::new();
+            for action in &class.actions {
+                let stream = segments.get(action.plan.segment).stream;
+                let threads = threads_of(stream, threads_per_device);
+                let bytes = action.plan.launches.iter().map(|launch| device.scratch_bytes(launch, threads)).max();
+                let most = scratch.entry(stream).or_default();
+                *most = bytes.unwrap_or(0).max(*most);
+            }
+            class.arena.memory.stream_bytes = scratch.values().map(|bytes| device.stream_bytes() + bytes).sum();
         }
-    }
-
-    /// A resident tensor's part on each device, in the placement's order, with its index among the device's residents.
-    pub(crate) fn resident_parts(&self, var: Var) -> Vec<(usize, usize, &ResidentTensor)> {
-        let placement = &self.graph.placements[self.graph.placement_of(var)];
-        let part = |device: &usize| {
-            let mut residents = self.memory[*device].residents.iter().enumerate();
-            let (index, resident) = residents.find(|(_, r)| r.var == var)?;
-            Some((*device, index, resident))
-        };
-        placement.devices().iter().filter_map(part).collect()
-    }
-
-    /// The memory of a register.
-    pub fn register_place(&self, id: RegisterId) -> RegisterPlace {
-        self.registers[id.0 as usize]
     }
 }
 

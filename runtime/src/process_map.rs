@@ -11,7 +11,7 @@ use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{element_count, split_range};
 
-use crate::plan::{BaseKey, Plan};
+use crate::plan::{BaseKey, Instance};
 
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,14 +61,14 @@ impl ProcessMap {
         (0..self.processes).filter(move |process| *process != own)
     }
 
-    pub fn actors_of(&self, plan: &Plan, process: u32) -> Vec<ActorId> {
+    pub fn actors_of(&self, plan: &Instance, process: u32) -> Vec<ActorId> {
         let devices = self.devices_of(process);
         let actors = plan.spec.actors.iter().enumerate().filter(|(_, actor)| devices.contains(&actor.device));
         actors.map(|(index, _)| ActorId(index as u32)).collect()
     }
 
     /// Registers that process `from` produces and process `to` reads, with the byte runs of a slot that `to` reads.
-    pub fn crossing(&self, plan: &Plan, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<ByteRun>> {
+    pub fn crossing(&self, plan: &Instance, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<ByteRun>> {
         let (producers, readers) = (self.devices_of(from), self.devices_of(to));
         let device = |actor: ActorId| plan.spec.actor(actor).device;
         let mut out = BTreeMap::new();
@@ -84,13 +84,13 @@ impl ProcessMap {
     }
 
     /// The device of process `to` that receives a register's bytes: the device of the register's first reader there.
-    pub fn landing(&self, plan: &Plan, register: RegisterId, to: u32) -> Option<usize> {
+    pub fn landing(&self, plan: &Instance, register: RegisterId, to: u32) -> Option<usize> {
         let readers = plan.spec.register(register).readers.iter();
         readers.map(|reader| plan.spec.actor(reader.actor).device).find(|device| self.process_of(*device) == to)
     }
 
     /// Registers that `from` produces and this process reads, with the device and the bytes of the local mirror (copy).
-    pub fn mirrors(&self, plan: &Plan, from: u32) -> Vec<(RegisterId, usize, usize)> {
+    pub fn mirrors(&self, plan: &Instance, from: u32) -> Vec<(RegisterId, usize, usize)> {
         let mirror = |register: RegisterId| {
             let spec = &plan.spec.registers[register.0 as usize];
             let landing = self.landing(plan, register, self.process)?;
@@ -100,7 +100,7 @@ impl ProcessMap {
     }
 
     /// Registers of all processes whose bytes cross processes, by the producing and the receiving device.
-    pub fn crossing_pairs(&self, plan: &Plan) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
+    pub fn crossing_pairs(&self, plan: &Instance) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
         for from in 0..self.processes {
             for to in (0..self.processes).filter(|to| *to != from) {
@@ -120,7 +120,7 @@ impl ProcessMap {
 }
 
 /// All groups of a plan, in order of id.
-pub fn groups(plan: &Plan) -> Vec<Arc<Group>> {
+pub fn groups(plan: &Instance) -> Vec<Arc<Group>> {
     let mut out = BTreeMap::new();
     for call in plan.actions.iter().flatten().flat_map(|action| action.collectives()) {
         out.entry(call.group.id).or_insert_with(|| call.group.clone());
@@ -129,7 +129,7 @@ pub fn groups(plan: &Plan) -> Vec<Arc<Group>> {
 }
 
 /// Byte ranges of a register's slot that an action reads.
-fn read_ranges(plan: &Plan, ActionRef { actor, action }: ActionRef, register: RegisterId) -> Vec<Range<usize>> {
+fn read_ranges(plan: &Instance, ActionRef { actor, action }: ActionRef, register: RegisterId) -> Vec<Range<usize>> {
     let (spec, own) = (plan.spec.action(actor, action), &plan.actions[actor.0 as usize][action as usize]);
     let is_of_register = |buffer: &&Buffer| match own.bases[buffer.base] {
         BaseKey::Input(port) => spec.inputs[port].register == register,

@@ -18,7 +18,7 @@ use shardflow_kernels::tensor::HostTensor;
 use crate::cluster::world::{WAITING, World};
 use crate::declare::Declarations;
 use crate::graph::optimizer::Bounds;
-use crate::plan::{Plan, ResidentTensor};
+use crate::plan::{Instance, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::Exit;
 use shardflow_job::requests::Requests;
@@ -66,7 +66,7 @@ pub use shardflow_kernels::error::THREADS_HINT;
 
 /// A running plan, or this process's part of it. Dropping the session shuts it down.
 pub struct Session {
-    plan: Arc<Plan>,
+    plan: Arc<Instance>,
     process_map: ProcessMap,
     node_processes: Vec<u32>,
     budget: Budget,
@@ -143,7 +143,7 @@ impl Session {
     }
 
     /// The plan that runs.
-    pub fn plan(&self) -> &Plan {
+    pub fn plan(&self) -> &Instance {
         &self.plan
     }
 

@@ -183,8 +183,8 @@ fn options(args: &GptArgs, cluster: &Cluster) -> Result<CompileOptions, GptError
 fn extra_bytes(args: &GptArgs, plan: &Plan, sampler: Option<&Sampler>, cluster: &Cluster) -> u64 {
     let loading = if args.init_from.is_some() { loading_bytes(plan) } else { 0 };
     // The sampler runs on the first process, which has the first devices.
-    let first_devices = plan.memory.len() / cluster.processes().max(1) as usize;
-    let own_bytes = plan.memory.iter().take(first_devices).map(|memory| memory.total_bytes() as u64).sum();
+    let first_devices = plan.device_count() / cluster.processes().max(1) as usize;
+    let own_bytes = (0..first_devices).map(|device| plan.memory(device).total_bytes() as u64).sum();
     let sampling = if args.sample > 0 { sampling_bytes(plan, sampler, own_bytes) } else { 0 };
     loading.max(sampling)
 }

@@ -29,7 +29,7 @@ use shardflow_kernels::memory::{Access, Arena, Base};
 use super::by_mpi::ByMpi;
 use super::error::ClusterError;
 use crate::devices::Pipes;
-use crate::plan::Plan;
+use crate::plan::Instance;
 use crate::process_map::{ProcessMap, groups};
 
 /// Interval at which a wait for a peer checks whether the session has ended.
@@ -100,7 +100,7 @@ impl Connector {
 
     pub(crate) fn connect_all(
         &self,
-        plan: &Plan,
+        plan: &Instance,
         devices: &[Device],
         arenas: &BTreeMap<usize, Arena>,
         in_process: Arc<dyn Collective>,
@@ -173,7 +173,7 @@ impl Connector {
     fn share_memory(
         &self,
         groups: Vec<Arc<Group>>,
-        plan: &Plan,
+        plan: &Instance,
         arenas: &BTreeMap<usize, Arena>,
         near: &BTreeSet<u32>,
     ) -> Result<Shared, ClusterError> {
@@ -245,7 +245,7 @@ impl Connector {
     }
 
     /// Opens a register connection to each peer and makes a mirror of each register that is received over it.
-    fn peers(&self, plan: &Plan, devices: &[Device]) -> Result<(Mirrors, Vec<PeerSpec>), ClusterError> {
+    fn peers(&self, plan: &Instance, devices: &[Device]) -> Result<(Mirrors, Vec<PeerSpec>), ClusterError> {
         let own = self.process_map.process;
         let (mut memory, mut specs) = (Mirrors::new(), Vec::new());
         let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.process_map.crossing_pairs(plan) };

@@ -32,8 +32,8 @@ use super::nccl_ids;
 use super::save_agreement::{self, ClusterAgreement, Received};
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement};
 use crate::devices::Pipes;
-use crate::plan::Plan;
-use crate::plan::validate::{self, PlanError};
+use crate::plan::Instance;
+use crate::plan::validate::PlanError;
 use crate::process_map::ProcessMap;
 
 /// How long a failed session waits for the first cause, beyond the membership's own grace period.
@@ -187,7 +187,7 @@ impl World {
     /// Meets the other processes; `None` for a single process. `facts` are the values that must be equal on all
     /// processes, besides the build; `memory` may differ. Later waits for live processes last up to `wait_max`.
     pub(crate) fn join(
-        plan: &Plan,
+        plan: &Instance,
         cluster: &Cluster,
         memory: &MemoryClaim,
         facts: impl FnOnce() -> Result<Vec<Fact>, ClusterError>,
@@ -271,7 +271,7 @@ impl World {
     }
 
     /// Adds the mirrors that the processes of this node will allocate to the plan's memory, and checks its budget.
-    pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
+    pub(crate) fn count_mirrors(&self, plan: &mut Instance) -> Result<(), PlanError> {
         for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
             let unshared = process_map.peers().filter(|peer| !self.connector.shares_memory(process_map.process, *peer));
             let mirrors: Vec<_> = unshared.flat_map(|peer| process_map.mirrors(plan, peer)).collect();
@@ -279,7 +279,7 @@ impl World {
                 plan.memory[device].mirror_bytes += bytes;
             }
         }
-        validate::memory(plan)
+        plan.check_memory()
     }
 
     /// True if registers between GPUs use pipes instead of the connections.

@@ -323,7 +323,8 @@ fn explain_shows_a_data_and_tensor_parallel_plan() {
           device 0 decide/hyper: 1 x 64 -> device 0 compute update
 
         memory (bytes)
-          device 0: 4160 = 896 fixed + 2880 in registers + 384 scratch"#]].assert_eq(&shown.join("\n"));
+          device 0: 4160 = 896 fixed + 2880 in registers + 384 scratch
+          devices [2, 3]: 4160 = 896 fixed + 2880 in registers + 384 scratch"#]].assert_eq(&shown.join("\n"));
 }
 
 fn mesh() -> Mesh {

@@ -53,19 +53,15 @@ pub struct Ports {
     pub writes: Vec<usize>,
 }
 
-/// The assignment of all tensors.
+/// Tensors that share another's memory: relayouts that move no data, and reduced buckets.
 #[derive(Clone, Debug, Default)]
-pub struct Assignment {
-    pub classes: Vec<ClassStorage>,
-    /// Tensors that share another's memory: relayouts that move no data, and reduced buckets.
-    pub alias: BTreeMap<Var, Var>,
-}
+pub struct Aliases(BTreeMap<Var, Var>);
 
-impl Assignment {
+impl Aliases {
     /// The tensor whose memory `var` uses.
-    pub fn resolve_alias(&self, var: Var) -> Var {
+    pub fn resolve(&self, var: Var) -> Var {
         let mut var = var;
-        while let Some(next) = self.alias.get(&var) {
+        while let Some(next) = self.0.get(&var) {
             var = *next;
         }
         var
@@ -79,18 +75,15 @@ struct Readers {
     transfers: BTreeSet<SegmentId>,
 }
 
-pub fn assign(graph: &Graph, segments: &Segments, classes: &Classes) -> Assignment {
-    let alias = aliases(graph, classes);
-    let mut out = Assignment { alias, classes: Vec::new() };
+/// The storage of each class, and the tensors without memory of their own.
+pub fn assign(graph: &Graph, segments: &Segments, classes: &Classes) -> (Vec<ClassStorage>, Aliases) {
+    let aliases = aliases(graph, classes);
     let producers = producers(graph, segments);
-    for class in classes.ids() {
-        let storage = ClassBuilder::new(graph, segments, classes, &out, class).build(&producers);
-        out.classes.push(storage);
-    }
-    out
+    let build = |class| ClassBuilder::new(graph, segments, classes, &aliases, class).build(&producers);
+    (classes.ids().map(build).collect(), aliases)
 }
 
-fn aliases(graph: &Graph, classes: &Classes) -> BTreeMap<Var, Var> {
+fn aliases(graph: &Graph, classes: &Classes) -> Aliases {
     let position =
         |node: &Node, class: ClassId| graph.placements[node.placement].index_of(classes.representative(class));
     let mut alias = BTreeMap::new();
@@ -107,14 +100,14 @@ fn aliases(graph: &Graph, classes: &Classes) -> BTreeMap<Var, Var> {
             alias.extend(node.outputs.iter().copied().zip(node.inputs.iter().copied()));
         }
     }
-    alias
+    Aliases(alias)
 }
 
 struct ClassBuilder<'a> {
     graph: &'a Graph,
     segments: &'a Segments,
     classes: &'a Classes,
-    assignment: &'a Assignment,
+    aliases: &'a Aliases,
     /// The class's representative.
     device: usize,
     /// By placement: true if the class is in it.
@@ -128,13 +121,13 @@ impl<'a> ClassBuilder<'a> {
         graph: &'a Graph,
         segments: &'a Segments,
         classes: &'a Classes,
-        assignment: &'a Assignment,
+        aliases: &'a Aliases,
         class: ClassId,
     ) -> Self {
         let device = classes.representative(class);
         let is_on = graph.placements.iter().map(|placement| placement.index_of(device).is_some()).collect();
         let (readers, out) = (BTreeMap::new(), ClassStorage::default());
-        Self { graph, segments, classes, assignment, device, is_on, readers, out }
+        Self { graph, segments, classes, aliases, device, is_on, readers, out }
     }
 
     fn build(mut self, producers: &BTreeMap<Var, SegmentId>) -> ClassStorage {
@@ -169,7 +162,7 @@ impl<'a> ClassBuilder<'a> {
         if is_transfer(node) {
             let sources = self.classes.sources(id, device);
             let others = self.classes.readers(id, device).iter().any(|reader| *reader != device);
-            let readers = self.readers.entry(self.assignment.resolve_alias(node.inputs[0])).or_default();
+            let readers = self.readers.entry(self.aliases.resolve(node.inputs[0])).or_default();
             if sources.contains(&device) {
                 readers.own.insert(segment);
             }
@@ -180,7 +173,7 @@ impl<'a> ClassBuilder<'a> {
         }
         if is_on {
             for input in node.inputs.iter().filter(|input| self.is_on[self.graph.placement_of(**input)]) {
-                self.readers.entry(self.assignment.resolve_alias(*input)).or_default().own.insert(segment);
+                self.readers.entry(self.aliases.resolve(*input)).or_default().own.insert(segment);
             }
         }
         is_on
@@ -219,7 +212,7 @@ impl<'a> ClassBuilder<'a> {
         // In the order of the tensors: a bucket's gradients are stored in the order in which backward computes them.
         for index in 0..self.graph.tensors.len() {
             let var = self.graph.var(index);
-            if !self.is_on[self.graph.placement_of(var)] || self.assignment.resolve_alias(var) != var {
+            if !self.is_on[self.graph.placement_of(var)] || self.aliases.resolve(var) != var {
                 continue;
             }
             let readers = self.readers.remove(&var).unwrap_or_default();

@@ -1,34 +1,19 @@
 //! Emits the launches of one action on one device, with buffers in register ports, fixed memory or scratch.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
-use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, Group, ReduceOp};
-use shardflow_kernels::device::DeviceKind;
+use shardflow_kernels::collective::{CollectiveCall, CollectiveKind, ReduceOp};
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{DType, element_count};
 
 use crate::boxing::step::{BoxingStep, LocalStep};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Var, ops};
-use crate::plan::assign::{Assignment, ClassStorage, Storage};
-use crate::plan::classes::Classes;
-use crate::plan::memory::{ArenaMap, Interval, local_part, local_shape, pack};
+use crate::plan::assign::Storage;
+use crate::plan::groups::collective_axes;
+use crate::plan::memory::{Interval, local_part, local_shape, pack};
 use crate::plan::segments::{Segment, SegmentId, Segments};
-use crate::plan::{ActionPlan, BaseKey, HostPort};
+use crate::plan::{ActionPlan, BaseKey, HostPort, Plan};
 use crate::sbp::Sbp;
-
-/// The input of [`emit`] that all actions share.
-pub struct EmitContext<'a> {
-    pub graph: &'a Graph,
-    pub segments: &'a Segments,
-    pub classes: &'a Classes,
-    pub assignment: &'a Assignment,
-    /// By class: the memory map, except scratch.
-    pub arenas: &'a [ArenaMap],
-    /// Accumulations fused into the producing kernel: value to sum.
-    pub fused: &'a BTreeMap<Var, Var>,
-    pub kind: DeviceKind,
-}
 
 /// A register of a device: its rank, and the index among its class's registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -46,8 +31,6 @@ pub struct EmittedAction {
     /// Registers written, in port order.
     pub outputs: Vec<usize>,
     pub scratch_bytes: usize,
-    /// The ranks of each group whose collectives it calls.
-    pub groups: BTreeSet<Vec<usize>>,
 }
 
 /// Finds accumulations whose value comes from a kernel that can add to its output and has no other reader.
@@ -72,22 +55,17 @@ pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Va
 }
 
 /// Emits a segment's action on one device.
-pub fn emit(
-    context: &EmitContext<'_>,
-    (device, segment): (usize, SegmentId),
-    group_ids: &mut dyn FnMut(&[usize]) -> Arc<Group>,
-) -> EmittedAction {
-    let storage = context.storage(device);
-    let ports = storage.ports.get(&segment).cloned().unwrap_or_default();
+pub fn emit(plan: &Plan, device: usize, segment: SegmentId) -> EmittedAction {
+    let ports = plan.class_plan(device).storage.ports.get(&segment).cloned().unwrap_or_default();
     let mut inputs: Vec<DeviceRegister> =
         ports.reads.into_iter().map(|register| DeviceRegister { device, register }).collect();
-    inputs.extend(context.remote_inputs(device, segment));
+    inputs.extend(remote_inputs(plan, device, segment));
     let outputs = ports.writes;
     let mut bases = vec![BaseKey::Fixed, BaseKey::Scratch];
     bases.extend((0..inputs.len()).map(BaseKey::Input));
     bases.extend((0..outputs.len()).map(BaseKey::Output));
     let mut emitter = Emitter {
-        context,
+        plan,
         device,
         segment,
         inputs: &inputs,
@@ -99,51 +77,39 @@ pub fn emit(
         scratch: Vec::new(),
         scratch_of: BTreeMap::new(),
         written: BTreeMap::new(),
-        groups: BTreeSet::new(),
-        group_ids,
     };
-    let Segment { nodes, name, .. } = context.segments.get(segment);
+    let Segment { nodes, name, .. } = plan.segments.get(segment);
     for id in nodes {
         emitter.current = *id;
-        emitter.emit_node(&context.graph.nodes[id.index()]);
+        emitter.emit_node(&plan.graph.nodes[id.index()]);
     }
     let scratch_bytes = emitter.place_scratch();
     let signals = emitter.signals();
-    let Emitter { launches, nodes, groups, host, .. } = emitter;
+    let Emitter { launches, nodes, host, .. } = emitter;
     let plan = ActionPlan { segment, name: name.clone(), launches, nodes, signals, bases, host };
-    EmittedAction { plan, inputs, outputs, scratch_bytes, groups }
+    EmittedAction { plan, inputs, outputs, scratch_bytes }
 }
 
-impl EmitContext<'_> {
-    fn storage(&self, device: usize) -> &ClassStorage {
-        &self.assignment.classes[self.classes.of[device].index()]
-    }
-
-    fn arena(&self, device: usize) -> &ArenaMap {
-        &self.arenas[self.classes.of[device].index()]
-    }
-
-    /// Registers of other devices that a transfer reads.
-    fn remote_inputs(&self, device: usize, segment: SegmentId) -> Vec<DeviceRegister> {
-        let mut inputs = Vec::new();
-        for id in &self.segments.get(segment).nodes {
-            let node = &self.graph.nodes[id.index()];
-            for source in self.classes.sources(*id, device).iter().filter(|source| **source != device) {
-                let var = self.assignment.resolve_alias(node.inputs[0]);
-                if let Some(Storage::Register(register)) = self.storage(*source).storage.get(&var) {
-                    inputs.push(DeviceRegister { device: *source, register: *register });
-                }
+/// Registers of other devices that a transfer reads.
+fn remote_inputs(plan: &Plan, device: usize, segment: SegmentId) -> Vec<DeviceRegister> {
+    let mut inputs = Vec::new();
+    for id in &plan.segments.get(segment).nodes {
+        let node = &plan.graph.nodes[id.index()];
+        for source in plan.classes.sources(*id, device).iter().filter(|source| **source != device) {
+            let var = plan.aliases.resolve(node.inputs[0]);
+            if let Some(Storage::Register(register)) = plan.class_plan(*source).storage.storage.get(&var) {
+                inputs.push(DeviceRegister { device: *source, register: *register });
             }
         }
-        inputs
     }
+    inputs
 }
 
 /// Index of [`BaseKey::Scratch`] in an action's bases.
 const SCRATCH: usize = 1;
 
 struct Emitter<'a> {
-    context: &'a EmitContext<'a>,
+    plan: &'a Plan,
     device: usize,
     segment: SegmentId,
     inputs: &'a [DeviceRegister],
@@ -157,8 +123,6 @@ struct Emitter<'a> {
     scratch_of: BTreeMap<Var, usize>,
     /// By output port: the number of launches after which it is complete.
     written: BTreeMap<usize, usize>,
-    groups: BTreeSet<Vec<usize>>,
-    group_ids: &'a mut dyn FnMut(&[usize]) -> Arc<Group>,
 }
 
 impl Emitter<'_> {
@@ -168,17 +132,17 @@ impl Emitter<'_> {
 
     /// The buffer of a tensor's part on `device`; only pulls use another device's.
     fn buffer_on(&mut self, var: Var, device: usize) -> Buffer {
-        let context = self.context;
-        let var = context.assignment.resolve_alias(var);
-        let var = context.fused.get(&var).copied().unwrap_or(var);
-        let shape = local_shape(context.graph, var, device);
-        let dtype = context.graph.tensor(var).dtype;
-        let storage = context.storage(device).storage.get(&var).copied().unwrap_or(Storage::Scratch);
-        let arena = context.arena(device);
+        let plan = self.plan;
+        let var = plan.aliases.resolve(var);
+        let var = plan.fused.get(&var).copied().unwrap_or(var);
+        let shape = local_shape(&plan.graph, var, device);
+        let dtype = plan.graph.tensor(var).dtype;
+        let class = plan.class_plan(device);
+        let storage = class.storage.storage.get(&var).copied().unwrap_or(Storage::Scratch);
         let (base, offset) = match storage {
-            Storage::Fixed => (0, arena.fixed[&var]),
+            Storage::Fixed => (0, class.arena.fixed[&var]),
             Storage::Register(register) => {
-                (self.port_base(DeviceRegister { device, register }), arena.slot_offsets[register][&var])
+                (self.port_base(DeviceRegister { device, register }), class.arena.slot_offsets[register][&var])
             }
             Storage::Scratch => (SCRATCH, self.scratch_index(var, element_count(&shape) * dtype.bytes())),
         };
@@ -220,7 +184,7 @@ impl Emitter<'_> {
             return;
         }
         let mut launch = Launch { op, reads, writes, accumulate, workspace: None };
-        let bytes = self.context.kind.workspace_bytes(&launch);
+        let bytes = self.plan.device.workspace_bytes(&launch);
         launch.workspace = (bytes > 0).then(|| self.scratch_buffer(&[bytes.div_ceil(4)]));
         let Launch { reads, writes, workspace, .. } = &launch;
         let index = self.launches.len();
@@ -239,14 +203,14 @@ impl Emitter<'_> {
     }
 
     fn emit_node(&mut self, node: &Node) {
-        let (graph, device) = (self.context.graph, self.device);
+        let (graph, device) = (&self.plan.graph, self.device);
         let parts = || {
             [&node.inputs, &node.outputs]
                 .map(|vars| vars.iter().map(|var| local_part(graph, *var, device)).collect::<Vec<_>>())
         };
         match &node.op {
             NodeOp::Kernel(op) => {
-                let accumulate = node.outputs.iter().any(|o| self.context.fused.contains_key(o));
+                let accumulate = node.outputs.iter().any(|o| self.plan.fused.contains_key(o));
                 let [ins, outs] = parts();
                 self.launch_node(node, ops::localize(op, &ins, &outs), accumulate);
             }
@@ -254,13 +218,13 @@ impl Emitter<'_> {
                 let [ins, outs] = parts();
                 self.launch_node(node, Op::Custom(op.kernel(&ins, &outs)), false);
             }
-            NodeOp::Accumulate if self.context.fused.contains_key(&node.inputs[0]) => {}
+            NodeOp::Accumulate if self.plan.fused.contains_key(&node.inputs[0]) => {}
             NodeOp::Accumulate => {
                 let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                 self.launch(Op::Copy, vec![read], vec![write], true);
             }
             NodeOp::Boxing(step) => self.emit_boxing(node, step),
-            NodeOp::Bucket { axes } => self.emit_bucket(node, axes),
+            NodeOp::Bucket { .. } => self.emit_bucket(node),
             NodeOp::NormSums { indices } => self.emit_norm_sums(node, indices),
             NodeOp::NormTotal => self.emit_norm_total(node),
             NodeOp::ClipScale { max_norm } => {
@@ -278,28 +242,28 @@ impl Emitter<'_> {
         self.launch(op, reads, writes, accumulate);
     }
 
-    fn collective(&mut self, ranks: &[usize], kind: CollectiveKind, reads: Vec<Buffer>, writes: Vec<Buffer>) {
-        let group = (self.group_ids)(ranks);
-        let member =
-            ranks.iter().position(|r| *r == self.device).expect("a device calls only collectives of its own groups");
-        self.groups.insert(ranks.to_vec());
-        self.launch(Op::Collective(CollectiveCall { group, member, kind }), reads, writes, false);
+    fn collective(&mut self, node: &Node, kind: CollectiveKind, read: Buffer, write: Buffer) {
+        let plan = self.plan;
+        let (stream, axes) = collective_axes(&plan.graph, node).expect("only nodes with groups call collectives");
+        let group = plan.patterns.group(&plan.graph, (stream, &axes), node.placement, self.device);
+        let member = group.ranks.iter().position(|r| *r == self.device).expect("a device is in its own group");
+        self.launch(Op::Collective(CollectiveCall { group, member, kind }), vec![read], vec![write], false);
     }
 
     fn emit_boxing(&mut self, node: &Node, step: &BoxingStep) {
-        let placement = &self.context.graph.placements[node.placement];
+        let placement = &self.plan.graph.placements[node.placement];
         let Some(position) = placement.index_of(self.device) else { return };
         match step.local(position) {
             LocalStep::Keep => {
                 // If other devices change their part, the output has its own buffer on this device too.
-                if self.context.assignment.resolve_alias(node.outputs[0]) == node.outputs[0] {
+                if self.plan.aliases.resolve(node.outputs[0]) == node.outputs[0] {
                     let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
                     self.launch(Op::Copy, vec![read], vec![write], false);
                 }
             }
             LocalStep::Call(call) => {
                 let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
-                self.collective(&call.ranks, call.kind, vec![read], vec![write]);
+                self.collective(node, call.kind, read, write);
             }
             LocalStep::Local { fill, copy } => {
                 let (read, write) = (self.buffer(node.inputs[0]), self.buffer(node.outputs[0]));
@@ -322,24 +286,21 @@ impl Emitter<'_> {
     }
 
     /// The gradients of a bucket are contiguous in one slot: a single in-place all-reduce of the whole slot.
-    fn emit_bucket(&mut self, node: &Node, axes: &[usize]) {
-        let graph = self.context.graph;
-        let placement = &graph.placements[node.placement];
-        let mut groups = placement.groups(axes).into_iter();
-        let ranks = groups.find(|group| group.contains(&self.device)).expect("every device is in a group");
-        let first = self.context.assignment.resolve_alias(node.inputs[0]);
-        let Some(Storage::Register(register)) = self.context.storage(self.device).storage.get(&first).copied() else {
+    fn emit_bucket(&mut self, node: &Node) {
+        let first = self.plan.aliases.resolve(node.inputs[0]);
+        let Some(Storage::Register(register)) = self.plan.class_plan(self.device).storage.storage.get(&first).copied()
+        else {
             return;
         };
         let base = self.port_base(DeviceRegister { device: self.device, register });
-        let bytes = self.context.arena(self.device).registers[register].stride;
+        let bytes = self.plan.class_plan(self.device).arena.registers[register].stride;
         let slot = Buffer { base, offset: 0, shape: vec![bytes / 4], dtype: DType::F32 };
-        self.collective(&ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![slot.clone()], vec![slot]);
+        self.collective(node, CollectiveKind::AllReduce { op: ReduceOp::Sum }, slot.clone(), slot);
     }
 
     /// Sums the squares of the gradient parts of which this device holds the first copy, so each part counts once.
     fn emit_norm_sums(&mut self, node: &Node, indices: &[usize]) {
-        let graph = self.context.graph;
+        let graph = &self.plan.graph;
         let sums = self.buffer(node.outputs[0]);
         self.launch(Op::Fill { value: 0.0 }, vec![], vec![sums.clone()], false);
         let placement = &graph.placements[node.placement];
@@ -356,12 +317,11 @@ impl Emitter<'_> {
 
     /// Adds the inputs that this device holds, in order, then sums over the devices of the placement.
     fn emit_norm_total(&mut self, node: &Node) {
-        let graph = self.context.graph;
+        let graph = &self.plan.graph;
         let device = self.device;
         let is_local = |var: &&Var| graph.placements[graph.placement_of(**var)].index_of(device).is_some();
         let parts: Vec<Buffer> = node.inputs.iter().filter(is_local).map(|var| self.buffer(*var)).collect();
         let total = self.buffer(node.outputs[0]);
-        let ranks = graph.placements[node.placement].devices();
         let mut parts = parts.into_iter();
         let Some(mut sum) = parts.next() else { return };
         for part in parts {
@@ -369,16 +329,12 @@ impl Emitter<'_> {
             self.launch(Op::Add, vec![sum, part], vec![added.clone()], false);
             sum = added;
         }
-        if ranks.len() > 1 {
-            self.collective(ranks, CollectiveKind::AllReduce { op: ReduceOp::Sum }, vec![sum], vec![total]);
-        } else {
-            self.launch(Op::Copy, vec![sum], vec![total], false);
-        }
+        self.collective(node, CollectiveKind::AllReduce { op: ReduceOp::Sum }, sum, total);
     }
 
     fn add_host_tensors(&mut self, vars: &[Var]) {
         let buffers: Vec<Buffer> = vars.iter().map(|v| self.buffer(*v)).collect();
-        let Some(transfer) = self.context.segments.get(self.segment).host else { return };
+        let Some(transfer) = self.plan.segments.get(self.segment).host else { return };
         let port = self.host.get_or_insert_with(|| HostPort { transfer, vars: Vec::new(), buffers: Vec::new() });
         port.vars.extend(vars);
         port.buffers.extend(buffers);
@@ -400,12 +356,12 @@ impl Emitter<'_> {
 
     /// Signals to publish early: output ports that other streams wait for and that are complete before the last launch.
     fn signals(&self) -> Vec<(usize, u32)> {
-        let Self { context, written, launches, .. } = self;
-        let stream = context.segments.get(self.segment).stream;
-        let registers = &context.storage(self.device).registers;
+        let Self { plan, written, launches, .. } = self;
+        let stream = plan.segments.get(self.segment).stream;
+        let registers = &plan.class_plan(self.device).storage.registers;
         let has_waiting_stream = |port: usize| {
             let register = &registers[self.outputs[port]];
-            let is_other = |reader: &SegmentId| context.segments.get(*reader).stream != stream;
+            let is_other = |reader: &SegmentId| plan.segments.get(*reader).stream != stream;
             !register.transfers.is_empty() || register.readers.iter().any(is_other)
         };
         let early = |(port, after): &(&usize, &usize)| **after < launches.len() && has_waiting_stream(**port);

@@ -2,12 +2,13 @@
 
 use std::fmt::{self, Write};
 
-use shardflow_actors::spec::{ActionRef, Firing, RegisterSpec};
+use shardflow_actors::spec::{ActionRef, Firing, RegisterSpec, Spec};
 use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::tensor::DType;
 
 use crate::graph::NodeOp;
-use crate::plan::Plan;
+use crate::plan::instance::Quotient;
+use crate::plan::{ActionPlan, Plan};
 use shardflow_job::text::counted;
 
 impl Plan {
@@ -30,7 +31,7 @@ impl Plan {
                 let flight = counted(self.in_flight.get(index).copied().unwrap_or(1), "micro-batch");
                 let axes = placement.axes_text();
                 let shape = if axes.is_empty() { String::new() } else { format!(" as {axes}") };
-                writeln!(out, "placement {index}: devices {:?}{shape}, {flight} in flight", placement.devices())?;
+                writeln!(out, "placement {index}: devices {}{shape}, {flight} in flight", listed(placement.devices()))?;
             }
         }
         writeln!(out, "\nparameters")?;
@@ -40,16 +41,17 @@ impl Plan {
             writeln!(out, "  {:<24} {:<16} {layout} on placement {placement}", info.name, format!("{:?}", info.shape))?;
         }
         self.write_boxing(out)?;
-        self.write_actors(out)?;
+        let Quotient { spec, actions, .. } = self.quotient();
+        self.write_actors(out, &spec, &actions)?;
         writeln!(out, "\nregisters (slots x bytes)")?;
-        let reader = |r: &ActionRef| self.spec.action_name(r.actor, r.action);
-        for RegisterSpec { name, slots, slot_bytes, readers, .. } in &self.spec.registers {
+        let reader = |r: &ActionRef| spec.action_name(r.actor, r.action);
+        for RegisterSpec { name, slots, slot_bytes, readers, .. } in &spec.registers {
             let readers: Vec<String> = readers.iter().map(reader).collect();
             writeln!(out, "  {name}: {slots} x {slot_bytes} -> {}", readers.join(", "))?;
         }
         writeln!(out, "\nmemory (bytes)")?;
-        for (device, memory) in self.memory.iter().enumerate() {
-            writeln!(out, "  device {device}: {} = {}", memory.total_bytes(), memory.sum())?;
+        for class in self.classes.ids() {
+            out.push_str(&self.memory_row(class));
         }
         Ok(())
     }
@@ -76,9 +78,13 @@ impl Plan {
         Ok(())
     }
 
-    fn write_actors(&self, out: &mut String) -> fmt::Result {
+    /// Writes the actors of one device of each class.
+    fn write_actors(&self, out: &mut String, spec: &Spec, actions: &[Vec<ActionPlan>]) -> fmt::Result {
         writeln!(out, "\nactors")?;
-        for (actor, plans) in self.spec.actors.iter().zip(&self.actions) {
+        for devices in self.classes.devices.iter().filter(|devices| devices.len() > 1) {
+            writeln!(out, "  device {} stands for {}", devices[0], listed(devices))?;
+        }
+        for (actor, plans) in spec.actors.iter().zip(actions) {
             let order = match &actor.firing {
                 Firing::Credit => "by credit".to_string(),
                 Firing::Ordered(list) => {
@@ -95,6 +101,18 @@ impl Plan {
             }
         }
         Ok(())
+    }
+}
+
+/// Devices as text; of many, the first ones, the last one and the number.
+pub(crate) fn listed(devices: &[usize]) -> String {
+    const SHOWN: usize = 16;
+    match devices {
+        [first @ .., last] if devices.len() > SHOWN => {
+            let first = first[..SHOWN / 2].iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+            format!("[{first}, .., {last}] ({})", devices.len())
+        }
+        _ => format!("{devices:?}"),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write};
 
-use crate::plan::{DeviceMemory, Plan};
+use crate::plan::{ClassPlan, DeviceMemory, Plan};
 
 /// Hashes formatted text without storing it.
 struct HashWriter(blake3::Hasher);
@@ -15,18 +15,22 @@ impl Write for HashWriter {
 }
 
 impl Plan {
-    /// BLAKE3 hash of everything that determines execution: actors, registers, launches and the layout of the arenas.
-    /// Within one binary, equal hashes mean equal plans; the hashed text may differ between compilers. The number of
-    /// threads is not hashed, because neither results nor arenas depend on it.
+    /// BLAKE3 hash of everything that determines execution: the classes of devices, their segments, registers, launches
+    /// and arenas, and the lists of the schedule. Within one binary, equal hashes mean equal plans; the hashed text may
+    /// differ between compilers. The number of threads is not hashed, because neither results nor arenas depend on it.
     pub fn hash(&self) -> blake3::Hash {
-        let Self { spec, actions, registers, micro_batches, schedule, device, in_flight, .. } = self;
-        // The memory of mirrors and streams differs between processes.
-        let shared = |m: &DeviceMemory| DeviceMemory { mirror_bytes: 0, stream_bytes: 0, ..m.clone() };
-        let memory: Vec<_> = self.memory.iter().map(shared).collect();
+        let Self { classes, lists, patterns, micro_batches, schedule, device, .. } = self;
         let mut writer = HashWriter(blake3::Hasher::new());
-        let hashed = (spec, actions, registers, memory, (micro_batches, schedule, device, in_flight));
         // Hashing cannot fail; if the `Debug` of a custom kernel fails, the text is shorter on all processes.
-        let _ = write!(writer, "{} {hashed:?}", self.graph.mesh());
+        let _ = write!(writer, "{} {:?}", self.graph.mesh(), (&classes.of, &classes.transfers, lists, patterns));
+        let _ = write!(writer, "{:?}", (micro_batches, schedule, device));
+        for ClassPlan { storage, slots, arena, actions } in &self.class_plans {
+            // The memory of streams differs between processes.
+            let memory = DeviceMemory { stream_bytes: 0, ..arena.memory.clone() };
+            let _ =
+                write!(writer, "{:?}", (storage, slots, &arena.registers, &arena.slot_offsets, &arena.fixed, memory));
+            let _ = write!(writer, "{actions:?}");
+        }
         writer.0.finalize()
     }
 }

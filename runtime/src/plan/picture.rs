@@ -4,8 +4,10 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 
+use shardflow_actors::spec::Spec;
+
 use crate::graph::NodeOp;
-use crate::plan::explain::text_of;
+use crate::plan::explain::{listed, text_of};
 use crate::plan::{DeviceMemory, Plan};
 use shardflow_job::text::{counted, size};
 
@@ -28,12 +30,31 @@ struct Edge {
 impl Plan {
     /// The plan in DOT, for `dot -Tsvg`: boxes are actors within a device, arrows are registers with bytes per step.
     pub fn to_dot(&self) -> String {
-        text_of(|out| self.write_dot(out))
+        text_of(|out| Picture::of(self).write_dot(out))
     }
 
     /// The plan as an HTML page.
     pub fn to_html(&self) -> String {
-        text_of(|out| self.write_html(out))
+        text_of(|out| Picture::of(self).write_html(out))
+    }
+}
+
+/// The picture of a plan shows one device of each class.
+struct Picture<'a> {
+    plan: &'a Plan,
+    spec: Spec,
+    /// By class: its representative's rank, and the text above its column.
+    columns: Vec<(usize, String)>,
+}
+
+impl<'a> Picture<'a> {
+    fn of(plan: &'a Plan) -> Self {
+        let column = |devices: &Vec<usize>| match devices[..] {
+            [only] => (only, format!("device {only}")),
+            _ => (devices[0], format!("device {} of {}", devices[0], devices.len())),
+        };
+        let columns = plan.classes.devices.iter().map(column).collect();
+        Self { plan, spec: plan.quotient().spec, columns }
     }
 
     /// The arrows by producer and reader, both indices of actors.
@@ -61,10 +82,10 @@ impl Plan {
 
     fn write_dot(&self, out: &mut String) -> fmt::Result {
         writeln!(out, "digraph plan {{\n  rankdir=LR; node [shape=box, fontname=\"sans-serif\"];")?;
-        for device in 0..self.memory.len() {
-            let bytes = size(self.memory[device].total_bytes() as u64);
-            writeln!(out, "  subgraph cluster_{device} {{ label=\"device {device}, {bytes}\";")?;
-            for (index, actor) in self.spec.actors.iter().enumerate().filter(|(_, actor)| actor.device == device) {
+        for (device, title) in &self.columns {
+            let bytes = size(self.plan.memory(*device).total_bytes() as u64);
+            writeln!(out, "  subgraph cluster_{device} {{ label=\"{title}, {bytes}\";")?;
+            for (index, actor) in self.spec.actors.iter().enumerate().filter(|(_, actor)| actor.device == *device) {
                 let actions: Vec<String> =
                     actor.actions.iter().map(|a| format!("{} x {}", a.per_step, quoted(&a.name))).collect();
                 writeln!(out, "    a{index} [label=\"{}\\n{}\"];", quoted(&actor.name), actions.join("\\n"))?;
@@ -79,48 +100,51 @@ impl Plan {
     }
 
     fn write_html(&self, out: &mut String) -> fmt::Result {
-        let mesh = escaped(&self.graph.mesh().to_string());
+        let plan = self.plan;
+        let mesh = escaped(&plan.graph.mesh().to_string());
         writeln!(
             out,
             "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
              <title>Plan on {mesh}</title><style>{STYLE}</style><h1>Plan on {mesh}</h1>"
         )?;
-        let devices = counted(self.graph.mesh().device_count(), "device");
-        let batches = counted(self.micro_batches, "micro-batch");
-        writeln!(out, "<p>{devices}, {batches} a step, {}.</p>", self.schedule)?;
+        let devices = counted(plan.device_count(), "device");
+        let batches = counted(plan.micro_batches, "micro-batch");
+        writeln!(out, "<p>{devices}, {batches} a step, {}.</p>", plan.schedule)?;
         writeln!(out, "<h2>Actors and registers</h2>")?;
         self.write_svg(out)?;
         self.write_memory_bars(out)?;
         writeln!(out, "<h2>Layout changes</h2><table><tr><th>role<th>tensor<th>change<th>line")?;
-        for node in self.graph.nodes() {
+        for node in plan.graph.nodes() {
             let NodeOp::Boxing(step) = &node.op else { continue };
             let (role, name, change) = (node.role, escaped(&node.name), escaped(&step.to_string()));
             let (file, line) = (escaped(node.location.file()), node.location.line());
             writeln!(out, "<tr><td>{role}<td>{name}<td>{change}<td>{file}:{line}")?;
         }
         writeln!(out, "</table>\n<h2>Parameters</h2><table><tr><th>name<th>shape<th>layout<th>devices")?;
-        for var in self.graph.parameters() {
-            let info = self.graph.tensor(var);
-            let layout = escaped(&self.graph.layout(var).to_string());
-            let placement = &self.graph.placements()[self.graph.placement_of(var)];
-            let (name, devices) = (escaped(&info.name), placement.devices());
-            writeln!(out, "<tr><td>{name}<td>{:?}<td>{layout}<td>{devices:?}", info.shape)?;
+        for var in plan.graph.parameters() {
+            let info = plan.graph.tensor(var);
+            let layout = escaped(&plan.graph.layout(var).to_string());
+            let placement = &plan.graph.placements()[plan.graph.placement_of(var)];
+            let (name, devices) = (escaped(&info.name), listed(placement.devices()));
+            writeln!(out, "<tr><td>{name}<td>{:?}<td>{layout}<td>{devices}", info.shape)?;
         }
         writeln!(out, "</table>")?;
-        let text = escaped(&self.explain());
+        let text = escaped(&plan.explain());
         writeln!(out, "<h2>Full plan</h2><details><summary>as text</summary><pre>{text}</pre></details>")
     }
 
     /// Writes a column for each device with a box for each of its actors.
     fn write_svg(&self, out: &mut String) -> fmt::Result {
-        let mut ends = vec![40; self.memory.len()];
+        let mut ends = vec![40; self.columns.len()];
+        let column_of = |device: usize| self.plan.classes.of[device].index();
         let boxes: Vec<(usize, usize, Vec<String>)> = (self.spec.actors.iter())
             .map(|actor| {
                 let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
                 let lines: Vec<String> = actions.flat_map(|action| wrapped(&action)).collect();
-                let y = ends[actor.device];
-                ends[actor.device] += BOX.1 + lines.len() * LINE + GAP.1;
-                (actor.device * (BOX.0 + GAP.0) + 20, y, lines)
+                let column = column_of(actor.device);
+                let y = ends[column];
+                ends[column] += BOX.1 + lines.len() * LINE + GAP.1;
+                (column * (BOX.0 + GAP.0) + 20, y, lines)
             })
             .collect();
         let height = ends.iter().max().unwrap_or(&40);
@@ -131,8 +155,8 @@ impl Plan {
             "<defs><marker id=tip viewBox=\"0 0 8 8\" refX=8 refY=4 markerWidth=6 markerHeight=6 orient=auto>"
         )?;
         writeln!(out, "<path d=\"M0 0L8 4L0 8z\"/></marker></defs>")?;
-        for device in 0..ends.len() {
-            writeln!(out, "<text x={} y=24 class=device>device {device}</text>", device * (BOX.0 + GAP.0) + 20)?;
+        for (column, (_, title)) in self.columns.iter().enumerate() {
+            writeln!(out, "<text x={} y=24 class=device>{title}</text>", column * (BOX.0 + GAP.0) + 20)?;
         }
         let edges = self.edges();
         let most = edges.values().map(|edge| edge.step_bytes).max().unwrap_or(1).max(1);
@@ -166,14 +190,15 @@ impl Plan {
     }
 
     fn write_memory_bars(&self, out: &mut String) -> fmt::Result {
-        let names = self.memory.first().map(DeviceMemory::parts).unwrap_or_default();
+        let memories = || self.columns.iter().map(|(device, _)| self.plan.memory(*device));
+        let names = memories().next().map(DeviceMemory::parts).unwrap_or_default();
         write!(out, "<h2>Memory</h2><table><tr><th>device<th>total")?;
         names.iter().try_for_each(|(name, _)| write!(out, "<th>{name}"))?;
         writeln!(out, "<th>")?;
-        let most = self.memory.iter().map(DeviceMemory::total_bytes).max().unwrap_or(1).max(1);
-        for (device, memory) in self.memory.iter().enumerate() {
+        let most = memories().map(DeviceMemory::total_bytes).max().unwrap_or(1).max(1);
+        for (memory, (_, title)) in memories().zip(&self.columns) {
             let parts = memory.parts();
-            write!(out, "<tr><td>{device}<td>{}", size(memory.total_bytes() as u64))?;
+            write!(out, "<tr><td>{title}<td>{}", size(memory.total_bytes() as u64))?;
             parts.iter().try_for_each(|(_, bytes)| write!(out, "<td>{}", size(*bytes as u64)))?;
             write!(out, "<td class=bar>")?;
             for (name, bytes) in parts {
@@ -242,18 +267,19 @@ mod tests {
     fn dot_and_html_show_all_actors_registers_and_sizes() {
         for mesh in ["data=1", "data=2,stage=2"] {
             let plan = plan(mesh);
+            let picture = Picture::of(&plan);
             let (dot, html) = (plan.to_dot(), plan.to_html());
-            for (index, actor) in plan.spec.actors.iter().enumerate() {
+            for (index, actor) in picture.spec.actors.iter().enumerate() {
                 assert!(dot.contains(&format!("a{index} [label=\"{}", actor.name)), "{mesh}: {}", actor.name);
             }
-            assert_eq!(html.matches("<rect ").count(), plan.spec.actors.len(), "{mesh}");
-            let edges = plan.edges();
+            assert_eq!(html.matches("<rect ").count(), picture.spec.actors.len(), "{mesh}");
+            let edges = picture.edges();
             assert_eq!((dot.matches(" -> ").count(), html.matches("class=edge ").count()), (edges.len(), edges.len()));
             let crossing = |r: &&shardflow_actors::spec::RegisterSpec| r.readers.iter().any(|x| x.actor != r.producer);
-            for register in plan.spec.registers.iter().filter(crossing) {
+            for register in picture.spec.registers.iter().filter(crossing) {
                 assert!(dot.contains(&register.name) && html.contains(&escaped(&register.name)), "{}", register.name);
             }
-            for memory in &plan.memory {
+            for memory in picture.columns.iter().map(|(device, _)| plan.memory(*device)) {
                 let [all, fixed] = [memory.total_bytes(), memory.fixed_bytes].map(|bytes| size(bytes as u64));
                 assert!(html.contains(&format!("<td>{all}<td>{fixed}")), "{mesh}");
             }
@@ -265,8 +291,9 @@ mod tests {
     #[test]
     fn an_arrow_shows_the_bytes_of_a_step() {
         let plan = plan("stage=2");
-        let index = |name: &str| plan.spec.actors.iter().position(|a| a.name == name).unwrap() as u32;
-        let edge = &plan.edges()[&(index("device 0 compute"), index("device 1 copy"))];
+        let picture = Picture::of(&plan);
+        let index = |name: &str| picture.spec.actors.iter().position(|a| a.name == name).unwrap() as u32;
+        let edge = &picture.edges()[&(index("device 0 compute"), index("device 1 copy"))];
         assert_eq!(edge.step_bytes, 2 * 4 * 3 * 8 * 4, "{:?}", edge.registers);
     }
 
@@ -280,13 +307,13 @@ mod tests {
             assert!(html.contains(head), "{mesh}");
             // The actions of an actor, joined from the lines of its box.
             let boxes: Vec<String> = html.split("<g><rect ").skip(1).map(box_text).collect();
-            for (actor, text) in plan.spec.actors.iter().zip(&boxes) {
+            for (actor, text) in Picture::of(&plan).spec.actors.iter().zip(&boxes) {
                 let actions = actor.actions.iter().map(|a| format!("{} x {}", a.per_step, a.name));
                 assert_eq!(*text, actions.collect::<String>(), "{}", actor.name);
             }
             let picture = &html[..html.find("Full plan").expect("the text follows")];
             assert!(!picture.contains("MicroBatch") && !picture.contains("OneFOneB"), "{mesh}");
-            let bytes = plan.memory[0].total_bytes();
+            let bytes = plan.memory(0).total_bytes();
             assert!(bytes > 1024 && !picture.contains(&bytes.to_string()), "{mesh}: raw bytes");
         }
     }

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use expect_test::expect;
 use shardflow_actors::simulate::{Jitter, SimulatedRun, SimulationOptions, Timing, simulate};
-use shardflow_actors::spec::{ActionSpec, Firing, RegisterSpec, Spec, StreamKind};
+use shardflow_actors::spec::{ActionSpec, Firing, Spec, StreamKind};
 use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
-use super::validate::validate;
-use super::{Plan, RegisterPlace, Schedule};
+use super::assign::RegisterPlan;
+use super::slots::Slots;
+use super::validate::{check_quotient, validate};
+use super::{ClassPlan, Plan, RegisterPlace, Schedule};
 use crate::graph::{AdamW, Graph, Role};
 use crate::nn::{self, GptConfig};
 use crate::passes::{CompileError, CompileOptions, compile};
@@ -58,9 +60,10 @@ fn plans_for_many_meshes_are_valid_and_deterministic() {
             }
         }
         let (plan, again) = (gpt(mesh, 2, Schedule::OneFOneB), gpt(mesh, 2, Schedule::OneFOneB));
+        assert_eq!((plan.hash(), plan.explain()), (again.hash(), again.explain()));
+        let (plan, again) = (plan.instance(), again.instance());
         assert!(plan.spec == again.spec && plan.memory == again.memory, "mesh {mesh}");
         assert_eq!(format!("{:?}", plan.actions), format!("{:?}", again.actions), "mesh {mesh}");
-        assert_eq!(plan.explain(), again.explain());
     }
 }
 
@@ -72,42 +75,40 @@ fn refused(mesh: &str, schedule: Schedule, corrupt: impl FnOnce(&mut Plan)) -> S
 }
 
 /// Changes the register with the activations that forward keeps for backward.
-fn change_stash(change: fn(&mut RegisterSpec, &mut RegisterPlace)) -> impl FnOnce(&mut Plan) {
+fn change_stash(change: fn(&mut Slots, &mut RegisterPlace)) -> impl FnOnce(&mut Plan) {
     move |plan| {
-        let is_stash = |r: &RegisterSpec| r.name.starts_with("device 0 forward/") && r.slots > 1;
-        let stash = plan.spec.registers.iter().position(is_stash).expect("forward has a stash");
-        change(&mut plan.spec.registers[stash], &mut plan.registers[stash]);
+        let ClassPlan { storage, slots, arena, .. } = &mut plan.class_plans[0];
+        let is_forward = |register: &RegisterPlan| plan.segments.get(register.producer).name == "forward";
+        let mut registers = storage.registers.iter().zip(&*slots);
+        let stash = registers.position(|(register, slots)| is_forward(register) && slots.count > 1);
+        let stash = stash.expect("forward has a stash");
+        change(&mut slots[stash], &mut arena.registers[stash]);
     }
 }
 
 /// GPipe runs all forwards first, but the stash has only one slot.
 #[test]
 fn a_register_with_too_few_slots_is_refused_with_the_deadlock_cycle() {
-    let error = refused("tensor=2", Schedule::GPipe, change_stash(|r, _| r.slots = 1));
+    let error = refused("tensor=2", Schedule::GPipe, change_stash(|slots, _| slots.count = 1));
     expect!["the plan cannot run to completion: deadlock: device 0 compute forward waits for a credit of register 'device 0 forward/dropout.6 (+66)' (1 of 1 slots held by device 0 compute backward); device 0 compute backward waits for its turn after device 0 compute forward, which closes the cycle"].assert_eq(&error);
-    let error = refused("tensor=2", Schedule::GPipe, change_stash(|r, _| r.slots = 0));
+    let error = refused("tensor=2", Schedule::GPipe, change_stash(|slots, _| slots.count = 0));
     expect!["the plan cannot run to completion: register 'device 0 forward/dropout.6 (+66)': slots is 0, expected at least 1"].assert_eq(&error);
 }
 
 #[test]
 fn a_different_action_order_on_one_device_is_refused_with_the_group() {
-    let reorder = |plan: &mut Plan| {
-        let compute = plan.spec.actors.iter_mut().find(|a| (a.device, a.stream) == (1, StreamKind::Compute));
-        let Some(Firing::Ordered(list)) = compute.map(|a| &mut a.firing) else {
-            panic!("the actor must fire in order")
-        };
-        list.swap(3, 4);
-    };
-    let error = refused("tensor=2", Schedule::GPipe, reorder);
+    let mut quotient = gpt("tensor=2", 4, Schedule::GPipe).quotient();
+    let compute = quotient.spec.actors.iter_mut().find(|a| (a.device, a.stream) == (1, StreamKind::Compute));
+    let Some(Firing::Ordered(list)) = compute.map(|a| &mut a.firing) else { panic!("the actor must fire in order") };
+    list.swap(3, 4);
+    let error = check_quotient(&quotient).expect_err("the order differs").to_string();
     expect!["devices 0 and 1 call different collectives of group 0: forward forward forward forward backward backward backward backward versus forward forward forward backward forward backward backward backward"].assert_eq(&error);
 }
 
 #[test]
 fn a_different_collective_on_one_device_is_refused_with_the_group() {
     let change = |plan: &mut Plan| {
-        let actor = plan.spec.actors.iter().position(|a| (a.device, a.stream) == (1, StreamKind::Compute));
-        let launches =
-            plan.actions[actor.expect("device 1 has a compute actor")].iter_mut().flat_map(|a| &mut a.launches);
+        let launches = plan.class_plans[1].actions.iter_mut().flat_map(|action| &mut action.plan.launches);
         let sum = CollectiveKind::AllReduce { op: ReduceOp::Sum };
         let call = launches.filter_map(|l| if let Op::Collective(call) = &mut l.op { Some(call) } else { None });
         let call = call.into_iter().find(|c| c.kind == sum).expect("forward sums activations");
@@ -132,18 +133,17 @@ fn a_fetch_of_an_update_output_is_refused() {
 #[test]
 fn a_register_that_is_too_small_is_refused_with_the_buffer() {
     let error = refused("stage=2", Schedule::OneFOneB, change_stash(|_, place| place.stride -= 256));
-    let expected =
-        "device 0 compute forward: launch 27 (gelu): a buffer ends at byte 6912, but its memory has only 6656 bytes";
+    let expected = "device 0 forward: launch 27 (gelu): a buffer ends at byte 6912, but its memory has only 6656 bytes";
     assert_eq!(error, expected);
 }
 
 #[test]
 fn overlapping_parts_of_an_arena_are_refused() {
-    let error = refused("stage=2", Schedule::OneFOneB, change_stash(|r, _| r.slots += 1));
-    expect!["device 0: register 'device 0 forward/dropout.6 (+29)' ends at byte 42112, but register 'device 0 parameters/h.0.ln1.weight (+15)' starts at byte 35200"].assert_eq(&error);
-    let error = refused("stage=2", Schedule::OneFOneB, |plan| plan.memory[1].arena_bytes -= 64);
+    let error = refused("stage=2", Schedule::OneFOneB, change_stash(|slots, _| slots.count += 1));
+    expect!["device 0: the register of dropout.6 ends at byte 42112, but the register of h.0.ln1.weight starts at byte 35200"].assert_eq(&error);
+    let error = refused("stage=2", Schedule::OneFOneB, |plan| plan.class_plans[1].arena.memory.arena_bytes -= 64);
     let expected =
-        "device 1: scratch of device 1 compute ends at byte 37760, but the memory after the arena starts at byte 37696";
+        "device 1: scratch of Compute ends at byte 37760, but the memory after the arena starts at byte 37696";
     assert_eq!(error, expected);
 }
 
@@ -151,21 +151,22 @@ const FORWARD: u64 = 10;
 const BACKWARD: u64 = 20;
 
 /// Only forward, backward and hops take time.
-fn timing(plan: &Plan, hop_ticks: u64) -> Timing {
+fn timing(spec: &Spec, hop_ticks: u64) -> Timing {
     let ticks = |action: &ActionSpec| match action.label.role {
         Role::Forward => FORWARD,
         Role::Backward => BACKWARD,
         _ => 0,
     };
-    let action_ticks = plan.spec.actors.iter().map(|actor| actor.actions.iter().map(ticks).collect()).collect();
+    let action_ticks = spec.actors.iter().map(|actor| actor.actions.iter().map(ticks).collect()).collect();
     Timing { action_ticks, hop_ticks }
 }
 
 fn run(plan: &Plan, slots_max: u32, hop_ticks: u64, jitter: Option<Jitter>) -> SimulatedRun {
-    let mut spec: Spec = plan.spec.clone();
+    let mut spec: Spec = plan.clone().instance().spec;
     spec.registers.iter_mut().for_each(|r| r.slots = r.slots.min(slots_max));
     let options = SimulationOptions { jitter, ..SimulationOptions::steps(1) };
-    simulate(&Arc::new(spec), &timing(plan, hop_ticks), &options).unwrap_or_else(|e| panic!("{e}"))
+    let timing = timing(&spec, hop_ticks);
+    simulate(&Arc::new(spec), &timing, &options).unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// The minimum for a synchronous pipeline without interleaving is `(micro-batches + stages - 1) (forward + backward)`.

@@ -1,16 +1,18 @@
 //! Refuses plans that would deadlock, call different collectives, overlap in memory or exceed the memory.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use shardflow_actors::simulate::{SimulationError, SimulationOptions, Timing, simulate};
-use shardflow_actors::spec::{ActorId, Firing};
+use shardflow_actors::spec::{Firing, Spec};
 use shardflow_kernels::collective::{CollectiveCall, CollectiveKind};
 use shardflow_kernels::op::Launch;
 use shardflow_kernels::tensor::element_count;
 
+use crate::plan::emit::{DeviceRegister, EmittedAction};
+use crate::plan::instance::Quotient;
 use crate::plan::segments::SegmentId;
-use crate::plan::{BaseKey, DeviceMemory, HostTransfer, Plan};
+use crate::plan::{BaseKey, ClassPlan, HostTransfer, Plan};
 
 /// Why a plan is refused.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -43,18 +45,23 @@ pub enum PlanError {
 /// Simulated steps: enough to reuse every register's slots.
 const STEPS: u32 = 2;
 
-/// Checks the order of collectives, bounds, memory and liveness.
+/// Checks the order of collectives, bounds, memory and liveness, each once for each class of devices.
 ///
 /// # Errors
 /// The first failed check.
 pub fn validate(plan: &Plan) -> Result<(), PlanError> {
-    check_collectives(plan)?;
-    check_collective_order(plan)?;
+    check_decisions(plan)?;
     check_bounds(plan)?;
     check_disjoint(plan)?;
-    check_decisions(plan)?;
-    memory(plan)?;
-    let spec = Arc::new(plan.spec.clone());
+    check_memory(plan)?;
+    check_quotient(&plan.quotient())
+}
+
+/// Checks the order of collectives and liveness among one device of each class.
+pub(crate) fn check_quotient(quotient: &Quotient) -> Result<(), PlanError> {
+    check_collectives(quotient)?;
+    check_collective_order(&quotient.spec)?;
+    let spec = Arc::new(quotient.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
     simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(STEPS)).map_err(liveness)?;
     Ok(())
@@ -69,15 +76,17 @@ fn signature(call: &CollectiveCall) -> String {
     }
 }
 
-/// Checks, for each group and action, that all members make the same calls in launch order.
-fn check_collectives(plan: &Plan) -> Result<(), PlanError> {
-    let mut seen: BTreeMap<(u32, SegmentId), (usize, Vec<String>)> = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
-        for action in actions {
-            let mut calls: BTreeMap<u32, Vec<String>> = BTreeMap::new();
-            action.collectives().for_each(|call| calls.entry(call.group.id).or_default().push(signature(call)));
-            for (group, calls) in calls {
-                let first = seen.entry((group, action.segment)).or_insert_with(|| (actor.device, calls.clone()));
+/// Checks that all members of a firing group make the same calls in launch order.
+fn check_collectives(Quotient { spec, actions, calls }: &Quotient) -> Result<(), PlanError> {
+    let mut seen: BTreeMap<u32, (usize, Vec<String>)> = BTreeMap::new();
+    let mut groups_of_calls = calls.iter();
+    for (actor, plans) in spec.actors.iter().zip(actions) {
+        for (action, plan) in actor.actions.iter().zip(plans) {
+            let groups_of_calls = groups_of_calls.next().map_or(&[][..], Vec::as_slice);
+            for group in &action.groups {
+                let own = plan.collectives().zip(groups_of_calls).filter(|(_, groups)| groups.contains(group));
+                let calls: Vec<String> = own.map(|(call, _)| signature(call)).collect();
+                let first = seen.entry(*group).or_insert_with(|| (actor.device, calls.clone()));
                 let longest = first.1.len().max(calls.len());
                 if let Some(at) = (0..longest).find(|i| first.1.get(*i) != calls.get(*i)) {
                     let call = |calls: &[String]| {
@@ -85,7 +94,7 @@ fn check_collectives(plan: &Plan) -> Result<(), PlanError> {
                         format!("{call} as call {at} of {}", action.name)
                     };
                     let (first, second) = ((first.0, call(&first.1)), (actor.device, call(&calls)));
-                    return Err(PlanError::CollectiveOrder { group, first, second });
+                    return Err(PlanError::CollectiveOrder { group: *group, first, second });
                 }
             }
         }
@@ -93,19 +102,17 @@ fn check_collectives(plan: &Plan) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// Checks that all members fire the actions that call a group's collectives in the same order.
-fn check_collective_order(plan: &Plan) -> Result<(), PlanError> {
+/// Checks that all members fire the actions that call a communicator's collectives in the same order.
+fn check_collective_order(spec: &Spec) -> Result<(), PlanError> {
     let mut seen: BTreeMap<u32, (usize, String)> = BTreeMap::new();
-    for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
+    for actor in &spec.actors {
         let list: Vec<usize> = match &actor.firing {
             Firing::Ordered(list) => list.iter().map(|i| *i as usize).collect(),
-            // Without a list, the order is defined only if a single action calls collectives.
-            Firing::Credit => (0..actions.len()).collect(),
+            Firing::Credit => (0..actor.actions.len()).collect(),
         };
         let mut orders: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
-        for action in list.into_iter().map(|index| &actions[index]) {
-            let groups: BTreeSet<u32> = action.collectives().map(|call| call.group.id).collect();
-            groups.into_iter().for_each(|group| orders.entry(group).or_default().push(&action.name));
+        for action in list.iter().filter_map(|index| actor.actions.get(*index)) {
+            action.communicators.iter().for_each(|group| orders.entry(*group).or_default().push(&action.name));
         }
         for (group, order) in orders {
             let own = (actor.device, order.join(" "));
@@ -138,37 +145,31 @@ fn check_decisions(plan: &Plan) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// Checks that no device needs more than the plan's memory limit.
-///
-/// # Errors
-/// [`PlanError::Memory`].
-pub fn memory(plan: &Plan) -> Result<(), PlanError> {
+fn check_memory(plan: &Plan) -> Result<(), PlanError> {
     let Some(budget) = plan.memory_bytes else { return Ok(()) };
-    if plan.memory.iter().all(|m| m.total_bytes() <= budget) {
+    if plan.class_plans.iter().all(|class| class.arena.memory.total_bytes() <= budget) {
         return Ok(());
     }
-    let row = |(device, memory): (usize, &DeviceMemory)| memory.row(device);
-    Err(PlanError::Memory { budget, table: plan.memory.iter().enumerate().map(row).collect() })
+    Err(PlanError::Memory { budget, table: plan.classes.ids().map(|class| plan.memory_row(class)).collect() })
 }
 
 /// Checks that fixed tensors, slots and scratch of a device do not overlap and end within its arena.
 fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
-    let after = "the memory after the arena";
-    let ends = |m: &DeviceMemory| {
-        vec![(0, m.fixed_bytes, "fixed tensors".to_string()), (m.arena_bytes, usize::MAX, after.into())]
-    };
-    let mut parts: Vec<Vec<(usize, usize, String)>> = plan.memory.iter().map(ends).collect();
-    for (place, register) in plan.registers.iter().zip(&plan.spec.registers) {
-        let end = place.offset + place.stride * register.slots as usize;
-        parts[place.device].push((place.offset, end, format!("register '{}'", register.name)));
-    }
-    for (memory, parts) in plan.memory.iter().zip(&mut parts) {
-        let scratch = memory.scratch.iter().map(|(actor, (start, bytes))| {
-            (*start, start + bytes, format!("scratch of {}", plan.spec.actor(*actor).name))
-        });
-        parts.extend(scratch);
-    }
-    for (device, mut parts) in parts.into_iter().enumerate() {
+    for class in plan.classes.ids() {
+        let (device, ClassPlan { storage, slots, arena, .. }) =
+            (plan.classes.representative(class), &plan.class_plans[class.index()]);
+        let memory = &arena.memory;
+        let mut parts = vec![
+            (0, memory.fixed_bytes, "fixed tensors".to_owned()),
+            (memory.arena_bytes, usize::MAX, "the memory after the arena".to_owned()),
+        ];
+        for ((place, slots), register) in arena.registers.iter().zip(slots).zip(&storage.registers) {
+            let name = register.tensors.first().map_or("done", |var| &plan.graph.tensor(*var).name);
+            let end = place.offset + place.stride * slots.count as usize;
+            parts.push((place.offset, end, format!("the register of {name}")));
+        }
+        let scratch = memory.scratch.iter();
+        parts.extend(scratch.map(|(stream, (start, bytes))| (*start, start + bytes, format!("scratch of {stream:?}"))));
         parts.retain(|part| part.0 < part.1);
         parts.sort();
         if let Some(pair) = parts.windows(2).find(|pair| pair[0].1 > pair[1].0) {
@@ -181,30 +182,35 @@ fn check_disjoint(plan: &Plan) -> Result<(), PlanError> {
 
 /// Checks that every buffer ends within the memory of its base.
 fn check_bounds(plan: &Plan) -> Result<(), PlanError> {
-    for (index, (actor, actions)) in plan.spec.actors.iter().zip(&plan.actions).enumerate() {
-        for (action, spec) in actions.iter().zip(&actor.actions) {
-            let memory = &plan.memory[actor.device];
-            let size = |base: usize| match action.bases[base] {
-                BaseKey::Fixed => memory.arena_bytes,
-                BaseKey::Scratch => memory.scratch.get(&ActorId(index as u32)).map_or(0, |s| s.1),
-                BaseKey::Input(port) => plan.register_place(spec.inputs[port].register).stride,
-                BaseKey::Output(port) => plan.register_place(spec.outputs[port].register).stride,
-            };
-            for (position, launch) in action.launches.iter().enumerate() {
-                let Launch { op, reads, writes, workspace, .. } = launch;
-                for buffer in reads.iter().chain(writes).chain(workspace) {
-                    let end = buffer.offset + element_count(&buffer.shape) * buffer.dtype.bytes();
-                    let size = size(buffer.base);
-                    if end > size {
-                        return Err(PlanError::Bounds {
-                            action: format!("{} {}", actor.name, action.name),
-                            launch: position,
-                            op: op.name().into(),
-                            end,
-                            size,
-                        });
-                    }
-                }
+    for class in plan.classes.ids() {
+        let device = plan.classes.representative(class);
+        for action in &plan.class_plans[class.index()].actions {
+            check_action_bounds(plan, device, action)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_action_bounds(plan: &Plan, device: usize, action: &EmittedAction) -> Result<(), PlanError> {
+    let own = &plan.class_plan(device).arena;
+    let stream = plan.segments.get(action.plan.segment).stream;
+    let size = |base: usize| match action.plan.bases[base] {
+        BaseKey::Fixed => own.memory.arena_bytes,
+        BaseKey::Scratch => own.memory.scratch.get(&stream).map_or(0, |scratch| scratch.1),
+        BaseKey::Input(port) => {
+            let DeviceRegister { device, register } = action.inputs[port];
+            plan.class_plan(device).arena.registers[register].stride
+        }
+        BaseKey::Output(port) => own.registers[action.outputs[port]].stride,
+    };
+    for (position, launch) in action.plan.launches.iter().enumerate() {
+        let Launch { op, reads, writes, workspace, .. } = launch;
+        for buffer in reads.iter().chain(writes).chain(workspace) {
+            let end = buffer.offset + element_count(&buffer.shape) * buffer.dtype.bytes();
+            let size = size(buffer.base);
+            if end > size {
+                let action = format!("device {device} {}", action.plan.name);
+                return Err(PlanError::Bounds { action, launch: position, op: op.name().into(), end, size });
             }
         }
     }

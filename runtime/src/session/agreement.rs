@@ -10,7 +10,7 @@ use super::outcome::Outcome;
 use crate::graph::Var;
 use crate::graph::builder::RNG_INPUT;
 use crate::plan::memory::local_part;
-use crate::plan::{HostTransfer, Plan};
+use crate::plan::{HostTransfer, Instance};
 use crate::process_map::ProcessMap;
 use crate::sbp::region::contains;
 use shardflow_job::rendezvous::ranks;
@@ -69,7 +69,7 @@ type Feeders = BTreeMap<(Vec<usize>, Vec<usize>), BTreeSet<u32>>;
 
 /// Inputs that several processes of a plan feed; the same list on all processes. Inputs of the same name are one host
 /// tensor, which may be fed to several placements, each with its own layout.
-pub fn shared_inputs(plan: &Plan, process_map: &ProcessMap) -> Vec<SharedInput> {
+pub fn shared_inputs(plan: &Instance, process_map: &ProcessMap) -> Vec<SharedInput> {
     // By name: one of the inputs, and the processes that feed each region.
     let mut fed: BTreeMap<&str, (Var, Feeders)> = BTreeMap::new();
     for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
@@ -124,7 +124,7 @@ pub fn step_numbers(shared: &[SharedInput], process: u32) -> usize {
 }
 
 /// Number of values that a process sends at a load.
-pub fn load_numbers(plan: &Plan) -> usize {
+pub fn load_numbers(plan: &Instance) -> usize {
     LOAD_NAMES.len() + plan.graph.residents().count()
 }
 
@@ -151,7 +151,7 @@ pub(super) struct LoadSummary {
 }
 
 /// The numbers that a process sends at a load: of what it has read, or of its error's exit code.
-pub(super) fn numbers_of_load(plan: &Plan, summary: Result<LoadSummary, u8>) -> Vec<u64> {
+pub(super) fn numbers_of_load(plan: &Instance, summary: Result<LoadSummary, u8>) -> Vec<u64> {
     let outcome = summary.as_ref().map_or_else(|exit| Outcome::Failed(*exit), |summary| Outcome::Good(summary.steps));
     let LoadSummary { updates, seed, manifest, tensors, .. } = summary.unwrap_or_default();
     let digests = plan.graph.residents().map(|var| tensors.get(&var).copied().unwrap_or_default());
@@ -160,7 +160,7 @@ pub(super) fn numbers_of_load(plan: &Plan, summary: Result<LoadSummary, u8>) -> 
 
 /// The difference between the numbers of all processes for a step, if there is one. `steps`: the steps done before.
 pub(super) fn difference_in_step(
-    plan: &Plan,
+    plan: &Instance,
     shared: &[SharedInput],
     steps: u64,
     all_numbers: &[Vec<u64>],
@@ -189,7 +189,7 @@ pub(super) fn difference_in_step(
 }
 
 /// The difference between the numbers of all processes for a load, none of which failed.
-pub(super) fn difference_in_load(plan: &Plan, source: &str, all_numbers: &[Vec<u64>]) -> Option<RankDisagreement> {
+pub(super) fn difference_in_load(plan: &Instance, source: &str, all_numbers: &[Vec<u64>]) -> Option<RankDisagreement> {
     let differs = |index: &usize| all_numbers.iter().any(|other| other.get(*index) != all_numbers[0].get(*index));
     let index = (0..load_numbers(plan)).find(differs)?;
     let mut tensors = plan.graph.residents().map(|var| format!("tensor {}", plan.graph.tensor(var).name));

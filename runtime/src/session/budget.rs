@@ -6,7 +6,7 @@ use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::Var;
 use crate::plan::validate::PlanError;
-use crate::plan::{Plan, ResidentTensor};
+use crate::plan::{Instance, Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 
@@ -52,7 +52,7 @@ impl Budget {
     /// `snapshots` snapshots each, and what they allocate besides the plan.
     pub(crate) fn check(
         &self,
-        plan: &Plan,
+        plan: &Instance,
         process_map: &ProcessMap,
         node_processes: &[u32],
         snapshots: usize,
@@ -87,7 +87,7 @@ impl Budget {
 }
 
 /// Bytes of a process for the plan, with a row of `table` for each use.
-fn process_bytes(plan: &Plan, process_map: &ProcessMap, process: u32, snapshots: usize, table: &mut String) -> u64 {
+fn process_bytes(plan: &Instance, process_map: &ProcessMap, process: u32, snapshots: usize, table: &mut String) -> u64 {
     let devices = process_map.devices_of(process);
     let mut needed = 0;
     for device in devices.clone() {
@@ -107,8 +107,8 @@ fn process_bytes(plan: &Plan, process_map: &ProcessMap, process: u32, snapshots:
 
 /// Bytes that a process needs to run this plan alone.
 pub fn bytes_alone(plan: &Plan) -> u64 {
-    let process_map = ProcessMap { process: 0, processes: 1, devices: plan.memory.len() };
-    process_bytes(plan, &process_map, 0, 0, &mut String::new())
+    let devices = 0..plan.device_count();
+    rank_bytes(plan, devices.len()) + devices.map(|device| plan.memory(device).total_bytes() as u64).sum::<u64>()
 }
 
 /// The reserve of a process with this many devices.
@@ -117,7 +117,7 @@ fn rank_bytes(plan: &Plan, devices: usize) -> u64 {
 }
 
 /// The parts of a parameter or state in a checkpoint, each with the first device of the placement that has it.
-pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)> {
+pub(crate) fn saved_parts(plan: &Instance, var: Var) -> Vec<(usize, &ResidentTensor)> {
     let mut parts: Vec<(usize, &ResidentTensor)> = Vec::new();
     for (device, _, resident) in plan.resident_parts(var) {
         let region = &resident.region;
@@ -128,7 +128,7 @@ pub(crate) fn saved_parts(plan: &Plan, var: Var) -> Vec<(usize, &ResidentTensor)
     parts
 }
 
-fn snapshot_bytes(plan: &Plan, is_included: impl Fn(usize) -> bool) -> u64 {
+fn snapshot_bytes(plan: &Instance, is_included: impl Fn(usize) -> bool) -> u64 {
     let parts = plan.graph.residents().flat_map(|var| saved_parts(plan, var));
     let parts = parts.filter(|(device, _)| is_included(*device));
     parts.map(|(_, part)| (part.region.element_count() * part.dtype.bytes()) as u64).sum()
@@ -140,17 +140,23 @@ mod tests {
     use crate::prelude::*;
     use shardflow_job::machine::MemoryBound;
 
-    fn plan(mesh: &str) -> Plan {
+    fn plan(mesh: &str) -> Instance {
         let mut g = Graph::new(&Mesh::parse(mesh).unwrap());
         let ids = g.input("ids", &[8, 4], DType::I32, Layout::split("data", 0));
         let x = nn::embedding(&mut g, "embedding", ids, 16, 32, Parallel::Replicated);
         let loss = g.cross_entropy(x, ids);
         g.minimize(loss, AdamW::default());
-        compile(g, &CompileOptions::default()).unwrap()
+        compile(g, &CompileOptions::default()).unwrap().instance()
     }
 
     /// Checks the budget of a job with `processes` processes, of which `node_processes` run on this node.
-    fn check(budget: u64, plan: &Plan, processes: u32, node_processes: &[u32], snapshots: usize) -> Result<(), String> {
+    fn check(
+        budget: u64,
+        plan: &Instance,
+        processes: u32,
+        node_processes: &[u32],
+        snapshots: usize,
+    ) -> Result<(), String> {
         let bounds = vec![(None, FreeMemory { bytes: budget, bound: MemoryBound::Machine })];
         let budget = Budget { bounds, claims: Vec::new() };
         let process_map = ProcessMap { process: node_processes[0], processes, devices: plan.memory.len() };
@@ -225,13 +231,13 @@ mod tests {
             message.contains(&format!("rank 0: {snapshot} bytes")) && message.contains("rank 1: 0 bytes"),
             "{message}"
         );
-        let session = Session::start(plan, &SessionOptions::default()).unwrap();
+        let session = Session::start((*plan.plan).clone(), &SessionOptions::default()).unwrap();
         assert_eq!(session.snapshot(None).unwrap().bytes(), snapshot);
     }
 
     #[test]
     fn all_plans_for_cpus_are_compared_with_the_machine() {
-        let mut plan = plan("data=1");
+        let mut plan = (*plan("data=1").plan).clone();
         assert!(!Budget::measure(&plan).bounds.is_empty());
         plan.memory_bytes = Some(1 << 30);
         assert!(!Budget::measure(&plan).bounds.is_empty(), "a budget of each device does not replace the node's");
@@ -249,7 +255,7 @@ mod tests {
             let h = g.gelu(h);
             let y = nn::linear(&mut g, "down", h, 64, Parallel::Replicated);
             g.output("y", y);
-            compile(g, &CompileOptions { precision, ..CompileOptions::default() }).unwrap().memory[0].stream_bytes
+            compile(g, &CompileOptions { precision, ..CompileOptions::default() }).unwrap().memory(0).stream_bytes
         };
         assert_eq!(stream_bytes(Precision::F32), 0);
         // A launch holds two or three matrices of this size in f32.

@@ -147,7 +147,7 @@ impl Session {
         self.write_all(path, &source, &digests)?;
         let plan = self.plan.clone();
         for device in self.process_map.own() {
-            let residents = plan.memory[device].residents.iter();
+            let residents = plan.residents[device].iter();
             for resident in residents.filter(|r| matches!(plan.graph.producer(r.var).op, NodeOp::State)) {
                 self.write_resident(device, resident, &filled(&resident.region.size, resident.dtype, 0.0))?;
             }

@@ -18,11 +18,11 @@ use super::host::{Fetched, HostIn, HostOut};
 use super::ports::HostPorts;
 use crate::cluster::connector::Connections;
 use crate::graph::{Rate, Var};
-use crate::plan::{ActionPlan, BaseKey, HostTransfer, Plan, threads_of};
+use crate::plan::{ActionPlan, BaseKey, HostTransfer, Instance, threads_of};
 use crate::process_map::ProcessMap;
 
 /// The external actions of these actors other than feeds, each with its firings per step.
-pub(super) fn external_actions(plan: &Plan, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
+pub(super) fn external_actions(plan: &Instance, actors: &[ActorId]) -> Vec<(ActorId, u32, u32)> {
     let mut out = Vec::new();
     for actor in actors {
         let (spec, plans) = (&plan.spec.actors[actor.0 as usize], &plan.actions[actor.0 as usize]);
@@ -48,7 +48,7 @@ pub(super) struct Loaded {
 
 /// Prepares the kernels of this process's actors, and assigns memory to registers.
 pub(super) fn load(
-    plan: &Plan,
+    plan: &Instance,
     process_map: &ProcessMap,
     devices: &[Device],
     arenas: &BTreeMap<usize, Arena>,
@@ -90,7 +90,7 @@ pub(super) fn load(
 }
 
 struct Loader<'a> {
-    plan: &'a Plan,
+    plan: &'a Instance,
     /// By device; includes at least those of this process.
     arenas: &'a BTreeMap<usize, Arena>,
     feeds: Vec<FeedPort>,
@@ -112,13 +112,13 @@ pub(super) struct FeedPort {
 impl Loader<'_> {
     fn program(&mut self, actor: ActorId, index: usize) -> ActionProgram {
         let action = &self.plan.actions[actor.0 as usize][index];
-        let ActorSpec { name, device, .. } = &self.plan.spec.actors[actor.0 as usize];
+        let ActorSpec { name, device, stream, .. } = &self.plan.spec.actors[actor.0 as usize];
         let mut launches = action.launches.clone();
         launches.extend(self.host_launch(actor, index, *device, action));
         let name = format!("{name} {}", action.name);
         let program = Program { name, launches, signals: action.signals.clone() };
         let fixed = |offset: usize| BaseRef::Fixed(Base { arena: self.arenas[device].clone(), offset });
-        let scratch = self.plan.memory[*device].scratch.get(&actor).map_or(0, |s| s.0);
+        let scratch = self.plan.memory[*device].scratch.get(stream).map_or(0, |s| s.0);
         let bases = action.bases.iter().map(|base| match base {
             BaseKey::Fixed => fixed(0),
             BaseKey::Scratch => fixed(scratch),

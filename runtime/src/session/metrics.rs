@@ -16,7 +16,7 @@ use super::report::StepReport;
 use super::tokens::tokens_per_step;
 use crate::checkpoint::manifest::JobTime;
 use crate::metrics as names;
-use crate::plan::{Plan, flops};
+use crate::plan::{Instance, flops};
 use crate::process_map::ProcessMap;
 
 pub(super) struct StepMetrics {
@@ -58,7 +58,7 @@ impl TrainingTime {
 }
 
 impl StepMetrics {
-    pub(super) fn new(plan: &Plan, process_map: &ProcessMap, options: &SessionOptions) -> Self {
+    pub(super) fn new(plan: &Instance, process_map: &ProcessMap, options: &SessionOptions) -> Self {
         let peak_flops = options.peak_flops;
         let now_ms = unix_ns() / 1_000_000;
         let job_began_ms = options.cluster.job_began_ms.unwrap_or(now_ms);
@@ -123,7 +123,7 @@ impl StepMetrics {
 }
 
 /// Publishes the values that do not change.
-fn publish_start(plan: &Plan, process_map: &ProcessMap, options: &SessionOptions, step_flops: f64) {
+fn publish_start(plan: &Instance, process_map: &ProcessMap, options: &SessionOptions, step_flops: f64) {
     gauge!(names::STEP_FLOPS).set(step_flops);
     let labels = [
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
@@ -208,7 +208,7 @@ pub(super) struct MetricsSource {
 }
 
 impl MetricsSource {
-    pub(super) fn metrics(&self, plan: &Plan, steps: u64, snapshots: &[ActorSnapshot]) -> Metrics {
+    pub(super) fn metrics(&self, plan: &Instance, steps: u64, snapshots: &[ActorSnapshot]) -> Metrics {
         let spec = &plan.spec;
         let unused = |RegisterSpec { name, slots, slot_bytes, .. }: &RegisterSpec| {
             let (name, slots, slot_bytes) = (name.clone(), *slots, *slot_bytes);
@@ -225,7 +225,7 @@ impl MetricsSource {
                 measured[actor.device] += register.slot_bytes * used.slots_peak as usize;
             }
             if snapshot.firings.iter().any(|f| *f > 0) {
-                let scratch = plan.memory[actor.device].scratch.get(&snapshot.actor);
+                let scratch = plan.memory[actor.device].scratch.get(&actor.stream);
                 measured[actor.device] += scratch.map_or(0, |s| s.1);
             }
             let work = actor.actions.iter().zip(&snapshot.firings).zip(&snapshot.busy_ns);

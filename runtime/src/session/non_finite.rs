@@ -145,7 +145,7 @@ impl Session {
         let graph = &self.plan.graph;
         let mut out = Vec::new();
         for device in self.process_map.own() {
-            for resident in &self.plan.memory[device].residents {
+            for resident in &self.plan.residents[device] {
                 let node = graph.tensor(resident.var).producer;
                 if !matches!(graph.nodes()[node.index()].op, NodeOp::Parameter { .. }) {
                     continue;

@@ -17,7 +17,7 @@ use super::published::{PublishedMetrics, Sources};
 pub use super::recent::RecentSteps;
 use super::report::StepReport;
 pub use crate::cluster::world::PeerState;
-use crate::plan::Plan;
+use crate::plan::Instance;
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::unix_ns;
 
@@ -58,7 +58,7 @@ impl Observer {
         }
     }
 
-    pub fn plan(&self) -> &Plan {
+    pub fn plan(&self) -> &Instance {
         &self.sources.plan
     }
 

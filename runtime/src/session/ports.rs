@@ -8,7 +8,7 @@ use shardflow_kernels::tensor::DType;
 use super::agreement::{self, SharedInput};
 use crate::graph::Var;
 use crate::plan::segments::SegmentId;
-use crate::plan::{HostTransfer, Plan};
+use crate::plan::{HostTransfer, Instance};
 use crate::process_map::ProcessMap;
 
 /// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
@@ -28,7 +28,7 @@ pub struct HostPorts {
 }
 
 impl HostPorts {
-    pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
+    pub fn of(plan: &Instance, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
             for action in actions {
@@ -40,8 +40,8 @@ impl HostPorts {
                 }
             }
         }
-        for (device, memory) in plan.memory.iter().enumerate() {
-            for (index, resident) in memory.residents.iter().enumerate() {
+        for (device, residents) in plan.residents.iter().enumerate() {
+            for (index, resident) in residents.iter().enumerate() {
                 let tensors = vec![(resident.region.size.clone(), resident.dtype)];
                 let port = out.add(process_map.process_of(device), tensors);
                 out.residents.insert((device, index), port);

@@ -14,7 +14,7 @@ use super::metrics::MetricsSource;
 use super::passes::cause_of;
 use crate::cluster::world::World;
 use crate::metrics as names;
-use crate::plan::Plan;
+use crate::plan::Instance;
 use crate::process_map::ProcessMap;
 
 /// Shortest time between two samples, which are taken at the end of a step.
@@ -22,7 +22,7 @@ const SAMPLE_EVERY: Duration = Duration::from_secs(1);
 
 /// The parts of a running session that an observer reads. They do not keep its device memory alive.
 pub(super) struct Sources {
-    pub(super) plan: Arc<Plan>,
+    pub(super) plan: Arc<Instance>,
     pub(super) process_map: ProcessMap,
     pub(super) control: Control,
     pub(super) metrics: MetricsSource,

@@ -42,7 +42,7 @@ use crate::graph::optimizer::Bounds;
 use crate::init;
 use crate::metrics as names;
 use crate::passes::THREADS_MAX;
-use crate::plan::Plan;
+use crate::plan::{Instance, Plan};
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::Exit;
 use shardflow_job::machine::{affinity, threads_per_device};
@@ -76,6 +76,7 @@ impl Session {
             return Err(SessionError::PlanWritten);
         }
         options.declared.check()?;
+        let plan = plan.instance();
         static WARNINGS: Once = Once::new();
         WARNINGS.call_once(|| {
             let slow = slow_build_warning(shardflow_kernels::OPT_LEVEL).filter(|_| options.cluster.is_first());
@@ -93,7 +94,7 @@ impl Session {
     }
 
     fn start_in_world(
-        mut plan: Plan,
+        mut plan: Instance,
         options: &SessionOptions,
         budget: Budget,
         world: Option<Arc<World>>,
@@ -154,7 +155,7 @@ impl Session {
         });
         self.bounds.parameter = largest.fold(0.0, f64::max);
         for device in self.process_map.own() {
-            for resident in &plan.memory[device].residents {
+            for resident in &plan.residents[device] {
                 let NodeOp::Parameter { init } = plan.graph.producer(resident.var).op else { continue };
                 let info = plan.graph.tensor(resident.var);
                 let mut data = vec![0.0; resident.region.element_count()];
@@ -207,7 +208,7 @@ impl Session {
 impl Resources {
     /// Adapts the plan to this node, opens devices, allocates memory, and connects the processes.
     fn acquire(
-        plan: &mut Plan,
+        plan: &mut Instance,
         options: &SessionOptions,
         budget: &Budget,
         world: Option<&World>,
@@ -255,14 +256,14 @@ impl Resources {
 }
 
 /// The declared values, with those of the optimizer.
-fn declared(plan: &Plan, options: &SessionOptions) -> Declarations {
+fn declared(plan: &Instance, options: &SessionOptions) -> Declarations {
     let declared = options.declared.clone();
     let Some(adamw) = plan.graph.objective.map(|objective| objective.optimizer) else { return declared };
     declared.declare(OPTIMIZER, adamw, OnResume::Warn).declare(MAX_NORM, adamw.max_norm, OnResume::Warn)
 }
 
 /// Values that must be equal on all processes, besides the build. The plan is last because it depends on most others.
-fn facts(plan: &Plan, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
+fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, ClusterError> {
     let cluster = &options.cluster.options;
     let kernels = match plan.device {
         DeviceKind::Cpu => instruction_set(),

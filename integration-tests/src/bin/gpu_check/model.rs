@@ -67,7 +67,7 @@ impl ModelArgs {
         let mut batch = BATCH_MAX;
         loop {
             let plan = self.plan(batch)?;
-            let bytes: usize = plan.memory.iter().map(|memory| memory.total_bytes()).sum();
+            let bytes: usize = plan.memories().map(|memory| memory.total_bytes()).sum();
             if bytes <= half || batch == 1 {
                 return Ok((plan, batch));
             }

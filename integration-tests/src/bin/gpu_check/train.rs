@@ -37,7 +37,7 @@ pub fn run(args: &TrainArgs) -> Result<Found> {
     let free_before = free()?;
     let (plan, batch) = model.compile()?;
     let weights: usize = plan.graph.parameters().iter().map(|v| plan.graph.shape(*v).iter().product::<usize>()).sum();
-    let planned_bytes: usize = plan.memory.iter().map(|memory| memory.total_bytes()).sum();
+    let planned_bytes: usize = plan.memories().map(|memory| memory.total_bytes()).sum();
     let mut session = Session::start(plan, &SessionOptions::default())?;
     let started_s = begin.elapsed().as_secs_f64();
     let mut losses = Vec::new();

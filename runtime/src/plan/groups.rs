@@ -1,0 +1,79 @@
+//! Groups of devices that call collectives together. A pattern is a placement with some of its axes: the devices that
+//! differ only along these axes form a group. Ids follow from the pattern and the device by arithmetic.
+
+use std::sync::Arc;
+
+use shardflow_actors::spec::StreamKind;
+use shardflow_kernels::collective::Group;
+
+use crate::boxing::step::StepKind;
+use crate::graph::{Graph, Node, NodeOp};
+
+/// The groups along some axes of a placement, on one stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pattern {
+    /// The stream that calls the collectives.
+    pub stream: StreamKind,
+    /// Index into [`Graph::placements`].
+    pub placement: usize,
+    /// Indices of the placement's axes.
+    pub axes: Vec<usize>,
+    /// Id of its first group.
+    pub first_id: u32,
+}
+
+/// All patterns of a plan, in the order of the program.
+#[derive(Clone, Debug, Default)]
+pub struct Patterns(pub Vec<Pattern>);
+
+/// The axes along which a node's devices call a collective, and the stream; `None` for other nodes.
+pub fn collective_axes(graph: &Graph, node: &Node) -> Option<(StreamKind, Vec<usize>)> {
+    let all = || (0..graph.placements[node.placement].axes().len()).collect();
+    match &node.op {
+        NodeOp::Boxing(step) if !matches!(step.kind, StepKind::Slice | StepKind::Pad(_) | StepKind::Transfer) => {
+            Some((StreamKind::Compute, step.axes.clone()))
+        }
+        NodeOp::Bucket { axes } => Some((StreamKind::Communication, axes.clone())),
+        NodeOp::NormTotal => Some((StreamKind::Compute, all())),
+        _ => None,
+    }
+}
+
+impl Patterns {
+    /// The patterns of a graph after all passes.
+    pub fn of(graph: &Graph) -> Self {
+        let (mut patterns, mut first_id) = (Self::default(), 0);
+        for node in &graph.nodes {
+            let Some((stream, axes)) = collective_axes(graph, node) else { continue };
+            let placement = node.placement;
+            let is_known = |p: &Pattern| (p.stream, p.placement, &p.axes) == (stream, placement, &axes);
+            if !patterns.0.iter().any(is_known) {
+                let members: usize = axes.iter().map(|axis| graph.placements[placement].axes()[*axis].size).product();
+                let groups = (graph.placements[placement].device_count() / members.max(1)) as u32;
+                patterns.0.push(Pattern { stream, placement, axes, first_id });
+                first_id += groups;
+            }
+        }
+        patterns
+    }
+
+    /// The group of a device. Patterns that give it the same devices share the group of the first of them.
+    pub fn group(
+        &self,
+        graph: &Graph,
+        (stream, axes): (StreamKind, &[usize]),
+        placement: usize,
+        device: usize,
+    ) -> Arc<Group> {
+        let (_, ranks) = graph.placements[placement].group_of(axes, device);
+        let same = |pattern: &&Pattern| {
+            let known = &graph.placements[pattern.placement];
+            pattern.stream == stream
+                && known.index_of(device).is_some()
+                && known.group_of(&pattern.axes, device).1 == ranks
+        };
+        let pattern = self.0.iter().find(same).expect("the pattern of every collective is known");
+        let (index, _) = graph.placements[pattern.placement].group_of(&pattern.axes, device);
+        Arc::new(Group { id: pattern.first_id + index, ranks })
+    }
+}
