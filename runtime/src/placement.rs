@@ -1,6 +1,7 @@
 //! A [`Mesh`] names the axes of all devices; a [`Placement`] is the subset of devices that holds a tensor.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::layout_error::LayoutError;
 
@@ -116,8 +117,8 @@ impl fmt::Display for Mesh {
 /// A device's **index** is its position here; its **rank** is its number in the session's [`Mesh`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Placement {
-    axes: Vec<Axis>,
-    devices: Vec<usize>,
+    axes: Arc<[Axis]>,
+    devices: Arc<[usize]>,
 }
 
 impl Placement {
@@ -126,8 +127,8 @@ impl Placement {
     /// # Errors
     /// When an axis has size 0, a name is empty or occurs twice, or devices occur twice or do not match the axes.
     pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
-        let axes: Vec<Axis> = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
-        let placement = Self { axes, devices };
+        let axes = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
+        let placement = Self { axes, devices: devices.into() };
         for (i, axis) in placement.axes.iter().enumerate() {
             if axis.name.is_empty() {
                 return Err(LayoutError::MeshSyntax { text: placement.axes_text(), part: format!("={}", axis.size) });
@@ -140,12 +141,12 @@ impl Placement {
             }
         }
         let expected = placement.axes.iter().map(|a| a.size).product();
-        let mut sorted = placement.devices.clone();
+        let mut sorted = placement.devices.to_vec();
         sorted.sort_unstable();
         sorted.dedup();
         if placement.devices.len() != expected || sorted.len() != expected {
             let axes = placement.axes_text();
-            return Err(LayoutError::Devices { axes, expected, devices: placement.devices });
+            return Err(LayoutError::Devices { axes, expected, devices: placement.devices.to_vec() });
         }
         Ok(placement)
     }
@@ -188,9 +189,9 @@ impl Placement {
         }
         let matches = |index: &usize| self.coords(*index)[position] == coordinate;
         let devices = (0..self.devices.len()).filter(matches).map(|i| self.devices[i]).collect();
-        let mut axes = self.axes.clone();
+        let mut axes = self.axes.to_vec();
         axes.remove(position);
-        Ok(Self { axes, devices })
+        Ok(Self { axes: axes.into(), devices })
     }
 
     /// Coordinates of the device at this index, one for each axis.
@@ -199,6 +200,11 @@ impl Placement {
         let mut coords: Vec<usize> = self.axes.iter().rev().map(|a| (rest % a.size, rest /= a.size).0).collect();
         coords.reverse();
         coords
+    }
+
+    /// Index of the device with these coordinates.
+    pub(crate) fn index_at(&self, coords: &[usize]) -> usize {
+        self.axes.iter().zip(coords).fold(0, |index, (axis, coordinate)| index * axis.size + coordinate)
     }
 
     /// Index of the device with this rank, if the placement contains it.
@@ -225,6 +231,21 @@ impl Placement {
             groups[position_of[first]].push(index);
         }
         groups
+    }
+
+    /// The group of [`Placement::group_indices`] that contains the device at this index.
+    pub(crate) fn group_of(&self, index: usize, axes: &[usize]) -> Vec<usize> {
+        let mut group = vec![index];
+        let mut stride = 1;
+        for (a, axis) in self.axes.iter().enumerate().rev() {
+            if axes.contains(&a) {
+                let first = |member: usize| member - member / stride % axis.size * stride;
+                let along = |coordinate: usize| group.iter().map(move |&member| first(member) + coordinate * stride);
+                group = (0..axis.size).flat_map(along).collect();
+            }
+            stride *= axis.size;
+        }
+        group
     }
 
     /// [`Placement::group_indices`] as ranks.
@@ -273,6 +294,11 @@ mod tests {
         assert_eq!(place.groups(&[2, 0]), place.groups(&[0, 2]));
         assert_eq!(place.groups(&[]).len(), 8);
         assert_eq!(place.groups(&[0, 1, 2]), [[0, 1, 2, 3, 4, 5, 6, 7]]);
+        for axes in [&[][..], &[1], &[0, 2], &[2, 0], &[0, 1, 2]] {
+            for group in place.group_indices(axes) {
+                group.iter().for_each(|index| assert_eq!(place.group_of(*index, axes), group, "{axes:?}"));
+            }
+        }
     }
 
     #[test]

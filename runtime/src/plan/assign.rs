@@ -125,10 +125,7 @@ fn aliases(graph: &Graph) -> BTreeMap<Var, Var> {
     for node in &graph.nodes {
         let same_memory = match &node.op {
             NodeOp::Relayout | NodeOp::Bucket { .. } => true,
-            NodeOp::Boxing(step) if step.kind != StepKind::Transfer => {
-                let devices = graph.placements[node.placement].device_count();
-                (0..devices).all(|device| step.local(device) == LocalStep::Keep)
-            }
+            NodeOp::Boxing(step) => step.is_kept_everywhere(),
             _ => false,
         };
         if same_memory {
