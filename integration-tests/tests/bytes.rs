@@ -23,8 +23,8 @@ fn predicted(plan: &Instance) -> Vec<u64> {
         let rate = node.rate;
         assert_eq!(plan.graph.tensor(node.outputs[0]).rate, rate);
         let firings = rate.per_step(plan.micro_batches) as u64;
-        for (device, received) in step.to.placement.devices().iter().zip(&step.bytes_received) {
-            bytes[*device] += firings * *received as u64;
+        for (index, device) in step.to.placement.devices().iter().enumerate() {
+            bytes[*device] += firings * step.bytes_received(index) as u64;
         }
     }
     for (device, received) in buckets(plan) {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 pub use shardflow_kernels::cpu::THREADS_MAX;
 use shardflow_kernels::device::DeviceKind;
 
-use crate::boxing::CostModel;
+use crate::boxing::{CostModel, Planner};
 use crate::graph::{Combine, Graph, GraphError, Objective};
 use crate::plan::lower::lower;
 use crate::plan::validate::{PlanError, validate};
@@ -134,9 +134,10 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         optimizer::add_update(&mut graph, &grads, adamw);
         check_errors(&graph)?;
     }
-    layout::choose(&mut graph, &options.cost_model);
+    let mut planner = Planner::new(options.cost_model);
+    layout::choose(&mut graph, &mut planner);
     check_errors(&graph)?;
-    boxing::insert(&mut graph, &options.cost_model, options.boxing);
+    boxing::insert(&mut graph, &mut planner, options.boxing);
     check_errors(&graph)?;
     if options.precision == Precision::BF16 {
         precision::narrow(&mut graph);

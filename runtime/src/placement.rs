@@ -1,6 +1,7 @@
 //! A [`Mesh`] names the axes of all devices; a [`Placement`] is the subset of devices that holds a tensor.
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::layout_error::LayoutError;
 
@@ -116,8 +117,8 @@ impl fmt::Display for Mesh {
 /// A device's **index** is its position here; its **rank** is its number in the session's [`Mesh`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Placement {
-    axes: Vec<Axis>,
-    devices: Vec<usize>,
+    axes: Arc<[Axis]>,
+    devices: Arc<[usize]>,
 }
 
 impl Placement {
@@ -126,8 +127,8 @@ impl Placement {
     /// # Errors
     /// When an axis has size 0, a name is empty or occurs twice, or devices occur twice or do not match the axes.
     pub fn of(devices: Vec<usize>, axes: &[(&str, usize)]) -> Result<Self, LayoutError> {
-        let axes: Vec<Axis> = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
-        let placement = Self { axes, devices };
+        let axes = axes.iter().map(|&(name, size)| Axis { name: name.into(), size }).collect();
+        let placement = Self { axes, devices: devices.into() };
         for (i, axis) in placement.axes.iter().enumerate() {
             if axis.name.is_empty() {
                 return Err(LayoutError::MeshSyntax { text: placement.axes_text(), part: format!("={}", axis.size) });
@@ -140,19 +141,19 @@ impl Placement {
             }
         }
         let expected = placement.axes.iter().map(|a| a.size).product();
-        let mut sorted = placement.devices.clone();
+        let mut sorted = placement.devices.to_vec();
         sorted.sort_unstable();
         sorted.dedup();
         if placement.devices.len() != expected || sorted.len() != expected {
             let axes = placement.axes_text();
-            return Err(LayoutError::Devices { axes, expected, devices: placement.devices });
+            return Err(LayoutError::Devices { axes, expected, devices: placement.devices.to_vec() });
         }
         Ok(placement)
     }
 
     /// Different devices along a single axis.
     pub(crate) fn of_all(devices: Vec<usize>) -> Self {
-        Self { axes: vec![Axis { name: "all".into(), size: devices.len() }], devices }
+        Self { axes: [Axis { name: "all".into(), size: devices.len() }].into(), devices: devices.into() }
     }
 
     /// The axes, outermost first.
@@ -193,9 +194,9 @@ impl Placement {
         }
         let matches = |index: &usize| self.coords(*index)[position] == coordinate;
         let devices = (0..self.devices.len()).filter(matches).map(|i| self.devices[i]).collect();
-        let mut axes = self.axes.clone();
+        let mut axes = self.axes.to_vec();
         axes.remove(position);
-        Ok(Self { axes, devices })
+        Ok(Self { axes: axes.into(), devices })
     }
 
     /// Coordinates of the device at this index, one for each axis.
@@ -206,34 +207,27 @@ impl Placement {
         coords
     }
 
+    /// Index of the device with these coordinates.
+    pub(crate) fn index_at(&self, coords: &[usize]) -> usize {
+        self.axes.iter().zip(coords).fold(0, |index, (axis, coordinate)| index * axis.size + coordinate)
+    }
+
     /// Index of the device with this rank, if the placement contains it.
     pub fn index_of(&self, device: usize) -> Option<usize> {
         self.devices.iter().position(|&d| d == device)
     }
 
-    /// The group of a device along `axes` (axis indices): its number among the groups, and its members' ranks, row-major.
-    /// Groups are numbered as by [`Placement::group_indices`].
-    ///
-    /// # Panics
-    /// If the placement does not contain the device.
-    pub(crate) fn group_of(&self, axes: &[usize], device: usize) -> (u32, Vec<usize>) {
-        let index = self.index_of(device).expect("a group belongs to a device of the placement");
-        let (mut rest, mut stride, mut first) = (index, 1, index);
-        let (mut number, mut number_stride) = (0, 1);
-        // From the last axis to the first; the members' offsets from the first member.
-        let mut offsets = vec![0];
+    /// The number of the device's group in [`Placement::group_indices`].
+    pub(crate) fn group_number(&self, index: usize, axes: &[usize]) -> u32 {
+        let (mut rest, mut number, mut stride) = (index, 0, 1);
         for (a, axis) in self.axes.iter().enumerate().rev() {
-            let coordinate = rest % axis.size;
-            if axes.contains(&a) {
-                first -= coordinate * stride;
-                offsets = (0..axis.size).flat_map(|c| offsets.iter().map(move |offset| c * stride + offset)).collect();
-            } else {
-                number += coordinate * number_stride;
-                number_stride *= axis.size;
+            if !axes.contains(&a) {
+                number += rest % axis.size * stride;
+                stride *= axis.size;
             }
-            (rest, stride) = (rest / axis.size, stride * axis.size);
+            rest /= axis.size;
         }
-        (number as u32, offsets.into_iter().map(|offset| self.devices[first + offset]).collect())
+        number as u32
     }
 
     /// Partitions the device indices into groups that differ only along `axes` (axis indices). Groups are in the order
@@ -255,6 +249,21 @@ impl Placement {
             groups[position_of[first]].push(index);
         }
         groups
+    }
+
+    /// The group of [`Placement::group_indices`] that contains the device at this index.
+    pub(crate) fn group_of(&self, index: usize, axes: &[usize]) -> Vec<usize> {
+        let mut group = vec![index];
+        let mut stride = 1;
+        for (a, axis) in self.axes.iter().enumerate().rev() {
+            if axes.contains(&a) {
+                let first = |member: usize| member - member / stride % axis.size * stride;
+                let along = |coordinate: usize| group.iter().map(move |&member| first(member) + coordinate * stride);
+                group = (0..axis.size).flat_map(along).collect();
+            }
+            stride *= axis.size;
+        }
+        group
     }
 
     /// [`Placement::group_indices`] as ranks.
@@ -280,6 +289,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn each_device_knows_its_group_by_arithmetic() {
+        let placement = Mesh::new(&[("a", 2), ("b", 3), ("c", 1), ("d", 2)]).unwrap().whole();
+        for set in 0..16usize {
+            let axes: Vec<usize> = (0..4).filter(|axis| set >> axis & 1 == 1).collect();
+            for (number, group) in placement.group_indices(&axes).into_iter().enumerate() {
+                for index in &group {
+                    assert_eq!(placement.group_of(*index, &axes), group);
+                    assert_eq!(placement.group_number(*index, &axes), number as u32);
+                }
+            }
+        }
+    }
+
+    #[test]
     fn ranks_are_row_major() {
         let mesh = Mesh::parse("data=2, stage=3,tensor=2").unwrap();
         assert_eq!(mesh.device_count(), 12);
@@ -303,6 +326,11 @@ mod tests {
         assert_eq!(place.groups(&[2, 0]), place.groups(&[0, 2]));
         assert_eq!(place.groups(&[]).len(), 8);
         assert_eq!(place.groups(&[0, 1, 2]), [[0, 1, 2, 3, 4, 5, 6, 7]]);
+        for axes in [&[][..], &[1], &[0, 2], &[2, 0], &[0, 1, 2]] {
+            for group in place.group_indices(axes) {
+                group.iter().for_each(|index| assert_eq!(place.group_of(*index, axes), group, "{axes:?}"));
+            }
+        }
     }
 
     #[test]

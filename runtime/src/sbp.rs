@@ -162,16 +162,83 @@ impl fmt::Display for PlacedLayout {
 /// The region of a tensor of this shape on the device at `index`. `Partial` does not restrict the region, because a
 /// device holds a term of each element. Parts may be uneven and empty. The layout must have passed [`NdSbp::check`].
 pub fn local_region(shape: &[usize], layout: &NdSbp, placement: &Placement, index: usize) -> Region {
+    region_at(shape, layout, placement.axes().iter().map(|axis| axis.size), &placement.coords(index))
+}
+
+/// [`local_region`] at these coordinates of axes of these sizes.
+pub(crate) fn region_at(
+    shape: &[usize],
+    layout: &NdSbp,
+    sizes: impl IntoIterator<Item = usize>,
+    coords: &[usize],
+) -> Region {
     let mut region = Region::whole(shape);
-    let coords = placement.coords(index);
-    for ((sbp, axis), &coordinate) in layout.0.iter().zip(placement.axes()).zip(&coords) {
+    for ((sbp, size), &coordinate) in layout.0.iter().zip(sizes).zip(coords) {
         if let Sbp::Split(dim) = *sbp {
-            let part = split_range(region.size[dim], axis.size, coordinate);
+            let part = split_range(region.size[dim], size, coordinate);
             region.start[dim] += part.start;
             region.size[dim] = part.len();
         }
     }
     region
+}
+
+/// Calls `f` with the regions under two layouts on one device of each class, given the sizes of the axes. The first
+/// device has coordinate 0 on all axes.
+///
+/// The devices of a class have regions of equal sizes, which have equally much in common. Along an axis that no layout
+/// splits, devices are alike. Along an axis that splits a dim, the parts have two sizes, so the remainder of the
+/// division separates two classes. That suffices while one layout divides the parts of the other, because then the
+/// smaller part is what they have in common. Otherwise the common part depends on the position, and each coordinate is a
+/// class.
+pub(crate) fn for_each_class(
+    shape: &[usize],
+    sizes: &[usize],
+    [from, to]: [&NdSbp; 2],
+    mut f: impl FnMut(Region, Region),
+) {
+    let coordinates = class_coordinates(shape, sizes, [from, to]);
+    // The position in each axis' list of coordinates.
+    let mut positions = vec![0; sizes.len()];
+    loop {
+        let coords: Vec<usize> = coordinates.iter().zip(&positions).map(|(list, &position)| list[position]).collect();
+        let region = |layout| region_at(shape, layout, sizes.iter().copied(), &coords);
+        f(region(from), region(to));
+        let Some(axis) = (0..positions.len()).rev().find(|&a| positions[a] + 1 < coordinates[a].len()) else { return };
+        positions[axis] += 1;
+        positions[axis + 1..].fill(0);
+    }
+}
+
+/// For each axis, the first coordinate of each class.
+fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> Vec<Vec<usize>> {
+    let mut coordinates = vec![vec![0]; sizes.len()];
+    for (dim, &extent) in shape.iter().enumerate() {
+        let axes = layouts.map(|layout| -> Vec<usize> {
+            (0..sizes.len()).filter(|&a| sizes[a] > 1 && layout.0[a].split_dim() == Some(dim)).collect()
+        });
+        let is_nested = axes[0].starts_with(&axes[1]) || axes[1].starts_with(&axes[0]);
+        for axes in &axes {
+            // The parts that an axis divides have one or two extents.
+            let mut extents = vec![extent];
+            for &axis in axes {
+                let size = sizes[axis];
+                let boundaries = extents.iter().map(|extent| extent % size);
+                coordinates[axis].extend(boundaries);
+                if !is_nested {
+                    coordinates[axis].extend(0..size);
+                }
+                extents = extents.iter().flat_map(|extent| [extent / size, extent.div_ceil(size)]).collect();
+                extents.sort_unstable();
+                extents.dedup();
+            }
+        }
+    }
+    for list in &mut coordinates {
+        list.sort_unstable();
+        list.dedup();
+    }
+    coordinates
 }
 
 /// Splits a tensor into one shard for each device, by index. The terms of `Partial` floats are random, from `seed`, so

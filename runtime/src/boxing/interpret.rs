@@ -18,7 +18,8 @@ const UNWRITTEN: f32 = f32::from_bits(0x7fff_ffff);
 /// # Panics
 /// When a shard does not have the shape that its layout requires, or a step does not write a whole shard.
 pub fn interpret(plan: &BoxingPlan, shards: &[HostTensor]) -> (Vec<HostTensor>, BTreeMap<usize, usize>) {
-    let mut bytes_received: BTreeMap<usize, usize> = plan.bytes_received.keys().map(|&device| (device, 0)).collect();
+    let mut bytes_received: BTreeMap<usize, usize> =
+        plan.bytes_received().into_keys().map(|device| (device, 0)).collect();
     let mut shards = shards.to_vec();
     for step in &plan.steps {
         let run = |(index, &device): (usize, &usize)| {

@@ -5,8 +5,7 @@ use std::fmt;
 use shardflow_kernels::collective::{CollectiveKind, ReduceOp};
 use shardflow_kernels::tensor::{DType, Region, split_range};
 
-use crate::placement::Placement;
-use crate::sbp::{NdSbp, PlacedLayout, Sbp, local_region};
+use crate::sbp::{NdSbp, PlacedLayout, Sbp, for_each_class, local_region};
 
 /// The kind of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,14 +56,16 @@ pub struct BoxingStep {
     pub kind: StepKind,
     /// Shape of the whole tensor.
     pub shape: Vec<usize>,
+    /// Type of its elements.
+    pub dtype: DType,
     /// Layout before.
     pub from: PlacedLayout,
     /// Layout after.
     pub to: PlacedLayout,
     /// The axes of the groups; empty for a transfer.
     pub axes: Vec<usize>,
-    /// Bytes that each device of `to.placement` receives from others, by index.
-    pub bytes_received: Vec<usize>,
+    /// Elements that the busiest device of `to.placement` receives from others.
+    pub elements_max: usize,
     /// The cost by the cost model.
     pub cost_seconds: f64,
 }
@@ -106,9 +107,9 @@ pub struct Pull {
 }
 
 /// Returns the kind and the group axes of a layout change on one placement, if a single step makes it.
-pub(super) fn classify(placement: &Placement, from: &NdSbp, to: &NdSbp) -> Option<(StepKind, Vec<usize>)> {
+pub(super) fn classify(sizes: &[usize], from: &NdSbp, to: &NdSbp) -> Option<(StepKind, Vec<usize>)> {
     let changed: Vec<usize> = (0..from.0.len()).filter(|&a| from.0[a] != to.0[a]).collect();
-    if changed.iter().all(|&a| placement.axes()[a].size == 1) {
+    if changed.iter().all(|&a| sizes[a] == 1) {
         return Some((StepKind::Slice, changed));
     }
     let axes = add_nested_axes(&changed, from, to);
@@ -148,43 +149,38 @@ fn add_nested_axes(changed: &[usize], from: &NdSbp, to: &NdSbp) -> Vec<usize> {
     (0..from.0.len()).filter(|&a| changed.contains(&a) || nested(a)).collect()
 }
 
-/// Bytes that each device of `to.placement` receives, by its regions; formulas as in `shardflow_kernels::collective`.
-pub(super) fn bytes_received(
-    kind: StepKind,
-    dtype: DType,
-    groups: &[Vec<usize>],
-    from: &[Region],
-    to: &[Region],
-) -> Vec<usize> {
-    let mut bytes = vec![0; to.len()];
-    for group in groups {
-        for (member, &index) in group.iter().enumerate() {
-            let (before, after, n) = (from[index].element_count(), to[index].element_count(), group.len());
-            let elements = match kind {
-                StepKind::Slice | StepKind::Pad(_) | StepKind::Transfer => 0,
-                StepKind::AllReduce(_) => {
-                    let chunk = split_range(before, n, member).len();
-                    (n - 1) * chunk + before - chunk
-                }
-                StepKind::ReduceScatter(_) => (n - 1) * after,
-                StepKind::AllGather | StepKind::AllToAll => after - common_elements(&from[index], &to[index]),
-            };
-            bytes[index] = elements * dtype.bytes();
+/// Elements that one device of `members` receives in a collective, by its regions; formulas as in
+/// `shardflow_kernels::collective`.
+fn elements_received(kind: StepKind, (member, members): (usize, usize), before: &Region, after: &Region) -> usize {
+    match kind {
+        StepKind::Slice | StepKind::Pad(_) => 0,
+        StepKind::AllReduce(_) => {
+            let chunk = split_range(before.element_count(), members, member).len();
+            (members - 1) * chunk + before.element_count() - chunk
         }
+        StepKind::ReduceScatter(_) => (members - 1) * after.element_count(),
+        StepKind::AllGather | StepKind::AllToAll | StepKind::Transfer => after.element_count() - common(before, after),
     }
-    bytes
 }
 
-/// [`bytes_received`] for a transfer, given each target device's index in the source placement, if it is in both.
-pub(super) fn bytes_pulled(dtype: DType, own_index: &[Option<usize>], from: &[Region], to: &[Region]) -> Vec<usize> {
-    let bytes = |(region, own_index): (&Region, &Option<usize>)| {
-        let held = own_index.map_or(0, |index| common_elements(&from[index], region));
-        (region.element_count() - held) * dtype.bytes()
-    };
-    to.iter().zip(own_index).map(bytes).collect()
+/// Elements that the busiest device of a placement with axes of these sizes receives; `axes` are those of the groups.
+pub(super) fn elements_max(
+    kind: StepKind,
+    axes: &[usize],
+    shape: &[usize],
+    sizes: &[usize],
+    layouts: [&NdSbp; 2],
+) -> usize {
+    let members = axes.iter().map(|&axis| sizes[axis]).product();
+    let mut max = 0;
+    // Of the members of a group, the first has the largest chunk.
+    for_each_class(shape, sizes, layouts, |before, after| {
+        max = max.max(elements_received(kind, (0, members), &before, &after));
+    });
+    max
 }
 
-fn common_elements(a: &Region, b: &Region) -> usize {
+pub(super) fn common(a: &Region, b: &Region) -> usize {
     a.intersect(b).map_or(0, |r| r.element_count())
 }
 
@@ -194,11 +190,50 @@ impl BoxingStep {
         self.to.region(&self.shape, index).size
     }
 
+    /// Bytes that the busiest device of `to.placement` receives from others.
+    pub fn bytes_received_max(&self) -> usize {
+        self.elements_max * self.dtype.bytes()
+    }
+
+    /// Bytes that the device at this index of `to.placement` receives from others.
+    pub fn bytes_received(&self, index: usize) -> usize {
+        let after = self.to.region(&self.shape, index);
+        let elements = if self.kind == StepKind::Transfer {
+            let own = self.from.placement.index_of(self.to.placement.devices()[index]);
+            after.element_count() - own.map_or(0, |own| common(&self.from.region(&self.shape, own), &after))
+        } else {
+            let group = self.from.placement.group_of(index, &self.axes);
+            let member = group.iter().position(|&i| i == index).unwrap_or(0);
+            elements_received(self.kind, (member, group.len()), &self.from.region(&self.shape, index), &after)
+        };
+        elements * self.dtype.bytes()
+    }
+
+    /// True if [`BoxingStep::local`] is [`LocalStep::Keep`] on all devices.
+    pub fn is_kept_everywhere(&self) -> bool {
+        let is_copied = |&axis: &usize| self.from.sbp.0[axis] == Sbp::Broadcast && self.axis_size(axis) > 1;
+        match self.kind {
+            StepKind::Slice => {}
+            StepKind::Pad(op) if op == ReduceOp::Max || !self.axes.iter().any(is_copied) => {}
+            _ => return false,
+        }
+        let sizes: Vec<usize> = self.from.placement.axes().iter().map(|axis| axis.size).collect();
+        let mut is_kept = true;
+        for_each_class(&self.shape, &sizes, [&self.from.sbp, &self.to.sbp], |before, after| {
+            is_kept &= before == after;
+        });
+        is_kept
+    }
+
+    fn axis_size(&self, axis: usize) -> usize {
+        self.from.placement.axes()[axis].size
+    }
+
     /// The work of the device at this index of `to.placement`. In a transfer, devices that are only in `from.placement`
     /// do nothing, but must not change their shard while others read it.
     pub fn local(&self, index: usize) -> LocalStep {
         match self.kind {
-            StepKind::Transfer => LocalStep::Pull(self.pulls().swap_remove(index)),
+            StepKind::Transfer => LocalStep::Pull(pulls(self, index)),
             StepKind::Slice => self.slice(index),
             StepKind::Pad(op) => self.pad(index, op),
             _ => LocalStep::Call(self.call(index)),
@@ -233,9 +268,7 @@ impl BoxingStep {
 
     fn call(&self, index: usize) -> GroupCall {
         let placement = &self.from.placement;
-        let mut groups = placement.group_indices(&self.axes);
-        let position = groups.iter().position(|g| g.contains(&index)).unwrap_or(0);
-        let group = groups.swap_remove(position);
+        let group = placement.group_of(index, &self.axes);
         // The other axes determine the part of the whole tensor that a group shares.
         let mut others = self.from.sbp.clone();
         self.axes.iter().for_each(|&a| others.0[a] = Sbp::Broadcast);
@@ -253,52 +286,109 @@ impl BoxingStep {
         let member = group.iter().position(|&i| i == index).unwrap_or(0);
         GroupCall { ranks: group.iter().map(|&i| placement.devices()[i]).collect(), member, kind }
     }
-
-    /// The boxes that each target device pulls, by index. Of several holders of a box, the source is the target itself,
-    /// else the device at its coordinates, else the device from which the fewest elements are pulled so far.
-    fn pulls(&self) -> Vec<Vec<Pull>> {
-        let (source, target) = (&self.from.placement, &self.to.placement);
-        let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));
-        // Source regions are either equal or disjoint, so each distinct region has a list of holders.
-        let mut holders: Vec<(Region, Vec<usize>)> = Vec::new();
-        for index in 0..source.device_count() {
-            let region = self.from.region(&self.shape, index);
-            match holders.iter_mut().find(|h| h.0 == region) {
-                Some((_, indices)) => indices.push(index),
-                None => holders.push((region, vec![index])),
-            }
-        }
-        let mut pulled = vec![0; source.device_count()];
-        let mut all = Vec::new();
-        for (index, &device) in target.devices().iter().enumerate() {
-            let region = self.to.region(&self.shape, index);
-            let mut pulls = Vec::new();
-            for (held, indices) in &holders {
-                let Some(common) = held.intersect(&region) else { continue };
-                let own = source.index_of(device).filter(|i| indices.contains(i));
-                let same_coords = Some(index).filter(|i| same_axes && indices.contains(i));
-                let least = indices.iter().copied().min_by_key(|&i| (pulled[i], i));
-                let Some(holder) = own.or(same_coords).or(least) else { continue };
-                if own.is_none() {
-                    pulled[holder] += common.element_count();
-                }
-                let (src, dst) = (common.relative_to(held), common.relative_to(&region));
-                pulls.push(Pull { from_device: source.devices()[holder], src, dst });
-            }
-            all.push(pulls);
-        }
-        all
-    }
 }
 
 impl fmt::Display for BoxingStep {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let axes: Vec<&str> = self.axes.iter().map(|&a| self.from.placement.axes()[a].name.as_str()).collect();
-        let most = self.bytes_received.iter().max().copied().unwrap_or(0);
+        let most = self.bytes_received_max();
         match self.kind {
             StepKind::Transfer => write!(f, "transfer: {} -> {}", self.from, self.to)?,
             kind => write!(f, "{} over {}: {} -> {}", kind.name(), axes.join("+"), self.from.sbp, self.to.sbp)?,
         }
         write!(f, ", {most} bytes")
     }
+}
+
+/// The devices with the same coordinates on the axes that split the tensor: they hold the same region.
+struct Holders {
+    region: Region,
+    /// Coordinates of the first of them, whose index is the least.
+    coords: Vec<usize>,
+}
+
+impl Holders {
+    fn contain(&self, layout: &PlacedLayout, index: usize) -> bool {
+        let coords = layout.placement.coords(index).into_iter().zip(&self.coords);
+        coords.zip(&layout.sbp.0).all(|((a, b), sbp)| a == *b || sbp.split_dim().is_none())
+    }
+
+    /// Their indices, in order.
+    fn indices(&self, layout: &PlacedLayout) -> Vec<usize> {
+        let axes: Vec<usize> = (0..self.coords.len()).filter(|&a| layout.sbp.0[a].split_dim().is_none()).collect();
+        layout.placement.group_of(layout.placement.index_at(&self.coords), &axes)
+    }
+}
+
+/// The holders of each region that has a part of `wanted`, in the order of their first indices.
+fn holders_of(wanted: &Region, shape: &[usize], layout: &PlacedLayout) -> Vec<Holders> {
+    let mut all = vec![Holders { region: Region::whole(shape), coords: Vec::new() }];
+    for (axis, sbp) in layout.placement.axes().iter().zip(&layout.sbp.0) {
+        let mut divided = Vec::new();
+        for holders in all {
+            let coordinates = if let Sbp::Split(_) = sbp { 0..axis.size } else { 0..1 };
+            for coordinate in coordinates {
+                let mut region = holders.region.clone();
+                if let Sbp::Split(dim) = *sbp {
+                    let part = split_range(region.size[dim], axis.size, coordinate);
+                    region.start[dim] += part.start;
+                    region.size[dim] = part.len();
+                }
+                if region.intersect(wanted).is_some() {
+                    let coords = holders.coords.iter().copied().chain([coordinate]).collect();
+                    divided.push(Holders { region, coords });
+                }
+            }
+        }
+        all = divided;
+    }
+    all.retain(|holders| holders.region.intersect(wanted).is_some());
+    all
+}
+
+/// The boxes that the device at `index` of the target placement pulls. Of several holders of a box, the source is the
+/// target itself, else the device at its coordinates, else the device from which the fewest elements are pulled so far.
+fn pulls(step: &BoxingStep, index: usize) -> Vec<Pull> {
+    let region = step.to.region(&step.shape, index);
+    let mut pulls = Vec::new();
+    for holders in holders_of(&region, &step.shape, &step.from) {
+        let Some(common) = holders.region.intersect(&region) else { continue };
+        let holder = preferred(step, &holders, index).unwrap_or_else(|| least_pulled(step, &holders, index));
+        let (src, dst) = (common.relative_to(&holders.region), common.relative_to(&region));
+        pulls.push(Pull { from_device: step.from.placement.devices()[holder], src, dst });
+    }
+    pulls
+}
+
+/// The target device itself or the device at its coordinates, if it is one of the holders.
+fn preferred(step: &BoxingStep, holders: &Holders, index: usize) -> Option<usize> {
+    let (source, target) = (&step.from.placement, &step.to.placement);
+    let own = source.index_of(target.devices()[index]).filter(|&own| holders.contain(&step.from, own));
+    own.or_else(|| {
+        let same_axes = source.axes().iter().map(|a| a.size).eq(target.axes().iter().map(|a| a.size));
+        Some(index).filter(|&index| same_axes && holders.contain(&step.from, index))
+    })
+}
+
+/// Repeats the choices of the earlier target devices that pull from these holders.
+fn least_pulled(step: &BoxingStep, holders: &Holders, index: usize) -> usize {
+    let indices = holders.indices(&step.from);
+    let mut pulled = vec![0; indices.len()];
+    let readers = holders_of(&holders.region, &step.shape, &step.to);
+    let mut readers: Vec<usize> = readers.iter().flat_map(|reader| reader.indices(&step.to)).collect();
+    readers.sort_unstable();
+    for reader in readers {
+        let least = || (0..pulled.len()).min_by_key(|&position| pulled[position]).unwrap_or(0);
+        if reader == index {
+            return indices[least()];
+        }
+        let preferred = preferred(step, holders, reader);
+        let position = preferred.and_then(|holder| indices.binary_search(&holder).ok()).unwrap_or_else(least);
+        let is_own = step.from.placement.devices()[indices[position]] == step.to.placement.devices()[reader];
+        if !is_own {
+            let common = step.to.region(&step.shape, reader).intersect(&holders.region);
+            pulled[position] += common.map_or(0, |common| common.element_count());
+        }
+    }
+    indices[0]
 }

@@ -8,7 +8,7 @@ use shardflow_actors::label::Role;
 use shardflow_kernels::op::Op;
 
 use crate::boxing::step::{BoxingStep, StepKind};
-use crate::boxing::{self, CostModel};
+use crate::boxing::{BoxingPlan, Planner};
 use crate::graph::{Graph, Node, NodeOp, Rate, TensorInfo, Var};
 use crate::sbp::{NdSbp, PlacedLayout};
 
@@ -24,8 +24,8 @@ pub enum Boxing {
 
 /// Inserts the steps. Requires a layout for every tensor and a signature for every kernel. Records an error in the
 /// graph where no sequence of collectives makes the change, or `mode` forbids it.
-pub fn insert(graph: &mut Graph, model: &CostModel, mode: Boxing) {
-    let mut pass = BoxingPass { model, mode, graph, rebuilt: Vec::new(), versions: BTreeMap::new() };
+pub fn insert(graph: &mut Graph, planner: &mut Planner, mode: Boxing) {
+    let mut pass = BoxingPass { planner, mode, graph, rebuilt: Vec::new(), versions: BTreeMap::new() };
     for index in 0..pass.graph.nodes.len() {
         let mut node = pass.graph.nodes[index].clone();
         let placement = pass.graph.placements[node.placement].clone();
@@ -59,7 +59,7 @@ fn required_layouts(graph: &Graph, node: &Node) -> Vec<(usize, NdSbp)> {
 }
 
 struct BoxingPass<'a> {
-    model: &'a CostModel,
+    planner: &'a mut Planner,
     mode: Boxing,
     graph: &'a mut Graph,
     rebuilt: Vec<Node>,
@@ -85,10 +85,10 @@ impl BoxingPass<'_> {
             return Ok(*found);
         }
         let info = self.graph.tensor(var).clone();
-        let mut best: Option<(Var, boxing::BoxingPlan)> = None;
+        let mut best: Option<(Var, BoxingPlan)> = None;
         for version in versions {
-            let plan = boxing::plan(&info.shape, info.dtype, &self.layout(version), required, self.model)
-                .map_err(|e| e.to_string())?;
+            let (layout, planner) = (self.layout(version), &mut self.planner);
+            let plan = planner.plan(&info.shape, info.dtype, &layout, required).map_err(|e| e.to_string())?;
             if best.as_ref().is_none_or(|b| plan.cost_seconds < b.1.cost_seconds) {
                 best = Some((version, plan));
             }

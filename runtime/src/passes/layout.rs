@@ -16,7 +16,7 @@ use std::panic::Location;
 use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::element_count;
 
-use crate::boxing::CostModel;
+use crate::boxing::Planner;
 use crate::graph::{Graph, Node, NodeOp, Rate, SourceLine, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::passes::optimizer::owner_sums;
@@ -30,7 +30,7 @@ const FLOPS_PER_SECOND: f64 = 1e11;
 const BYTES_PER_SECOND: f64 = 1e10;
 
 /// Sets the signature of every node and the layout of every tensor; records an error if there is no solution.
-pub fn choose(graph: &mut Graph, model: &CostModel) {
+pub fn choose(graph: &mut Graph, planner: &mut Planner) {
     set_update_layouts(graph);
     let mut problem = Problem { tensors: tensors(graph), nodes: Vec::new() };
     let mut splits = Splits::new(&problem.tensors);
@@ -48,7 +48,7 @@ pub fn choose(graph: &mut Graph, model: &CostModel) {
             Err(e) => return graph.node_error(index, e.to_string()),
         }
     }
-    match choose_layouts(&problem, model) {
+    match choose_layouts(&problem, planner) {
         Ok(choice) => {
             for ((spec, index), candidate) in problem.nodes.iter().zip(node_of).zip(choice.candidates) {
                 graph.nodes[index].signature = Some(spec.candidates[candidate].signature.clone());

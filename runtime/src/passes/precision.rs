@@ -227,7 +227,7 @@ fn insert_casts(graph: &mut Graph) {
         if let NodeOp::Boxing(step) = &node.op
             && graph.tensor(node.outputs[0]).dtype == DType::BF16
         {
-            node.op = NodeOp::Boxing(Arc::new(with_bf16_sizes(step)));
+            node.op = NodeOp::Boxing(Arc::new(BoxingStep { dtype: DType::BF16, ..(**step).clone() }));
         }
         let updated = node.updates.first().and_then(|var| Some((*var, *casts.get(&(*var, None))?)));
         let refreshed = updated.map(|(parameter, copy)| Node {
@@ -249,12 +249,6 @@ fn bf16_copy(graph: &mut Graph, of: Var, parameter: Node) -> Node {
     let info = TensorInfo { name: name.clone(), dtype: DType::BF16, saved_shape: None, ..info };
     let out = graph.new_tensor(info, parameter.location);
     Node { name, op: NodeOp::Bf16Copy { of }, outputs: vec![out], ..parameter }
-}
-
-/// The step with the number of bytes that it moves in bf16.
-fn with_bf16_sizes(step: &BoxingStep) -> BoxingStep {
-    let in_bf16 = |bytes: &usize| bytes / DType::F32.bytes() * DType::BF16.bytes();
-    BoxingStep { bytes_received: step.bytes_received.iter().map(in_bf16).collect(), ..step.clone() }
 }
 
 /// A cast for `reader`, with the placement, role and rate of `at`.

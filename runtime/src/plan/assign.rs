@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::boxing::step::{LocalStep, StepKind};
+use crate::boxing::step::StepKind;
 use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
 use crate::plan::classes::{ClassId, Classes};
 use crate::plan::segments::{SegmentId, Segments, producers};
@@ -77,23 +77,18 @@ struct Readers {
 
 /// The storage of each class, and the tensors without memory of their own.
 pub fn assign(graph: &Graph, segments: &Segments, classes: &Classes) -> (Vec<ClassStorage>, Aliases) {
-    let aliases = aliases(graph, classes);
+    let aliases = aliases(graph);
     let producers = producers(graph, segments);
     let build = |class| ClassBuilder::new(graph, segments, classes, &aliases, class).build(&producers);
     (classes.ids().map(build).collect(), aliases)
 }
 
-fn aliases(graph: &Graph, classes: &Classes) -> Aliases {
-    let position =
-        |node: &Node, class: ClassId| graph.placements[node.placement].index_of(classes.representative(class));
+fn aliases(graph: &Graph) -> Aliases {
     let mut alias = BTreeMap::new();
     for node in &graph.nodes {
         let same_memory = match &node.op {
             NodeOp::Relayout | NodeOp::Bucket { .. } => true,
-            NodeOp::Boxing(step) if matches!(step.kind, StepKind::Slice | StepKind::Pad(_)) => {
-                let mut positions = classes.ids().filter_map(|class| position(node, class));
-                positions.all(|position| step.local(position) == LocalStep::Keep)
-            }
+            NodeOp::Boxing(step) => step.is_kept_everywhere(),
             _ => false,
         };
         if same_memory {

@@ -65,15 +65,18 @@ impl Patterns {
         placement: usize,
         device: usize,
     ) -> Arc<Group> {
-        let (_, ranks) = graph.placements[placement].group_of(axes, device);
-        let same = |pattern: &&Pattern| {
-            let known = &graph.placements[pattern.placement];
-            pattern.stream == stream
-                && known.index_of(device).is_some()
-                && known.group_of(&pattern.axes, device).1 == ranks
+        let number_and_ranks = |placement: usize, axes: &[usize]| {
+            let placement = &graph.placements[placement];
+            let index = placement.index_of(device)?;
+            let ranks = placement.group_of(index, axes).into_iter().map(|member| placement.devices()[member]);
+            Some((placement.group_number(index, axes), ranks.collect::<Vec<_>>()))
         };
-        let pattern = self.0.iter().find(same).expect("the pattern of every collective is known");
-        let (index, _) = graph.placements[pattern.placement].group_of(&pattern.axes, device);
-        Arc::new(Group { id: pattern.first_id + index, ranks })
+        let (_, ranks) = number_and_ranks(placement, axes).expect("a device calls only its own groups");
+        let same = |pattern: &Pattern| {
+            let (number, others) = number_and_ranks(pattern.placement, &pattern.axes)?;
+            (pattern.stream == stream && others == ranks).then_some(pattern.first_id + number)
+        };
+        let id = self.0.iter().find_map(same).expect("the pattern of every collective is known");
+        Arc::new(Group { id, ranks })
     }
 }

@@ -17,7 +17,7 @@ use shardflow_kernels::tensor::DType;
 use super::cost::{CostCache, compute_seconds};
 use super::rule::{NdSignature, Rule};
 use super::{NdSbp, PlacedLayout};
-use crate::boxing::CostModel;
+use crate::boxing::Planner;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
 
@@ -112,10 +112,10 @@ impl NodeSpec {
     }
 }
 
-/// Chooses a signature for each node; a pure function of its arguments. Fails with [`LayoutError::Choice`] if the
-/// problem is malformed, or a node's inputs cannot take the layouts of any candidate.
-pub fn choose(problem: &Problem, model: &CostModel) -> Result<Choice, LayoutError> {
-    let mut chooser = Chooser::new(problem, *model)?;
+/// Chooses a signature for each node; a pure function of the problem and the planner's cost model. Fails with
+/// [`LayoutError::Choice`] if the problem is malformed, or a node's inputs cannot take the layouts of any candidate.
+pub fn choose(problem: &Problem, planner: &mut Planner) -> Result<Choice, LayoutError> {
+    let mut chooser = Chooser::new(problem, planner)?;
     let mut candidates = chooser.beam()?;
     chooser.sweep(&mut candidates);
     Ok(chooser.into_choice(candidates))
@@ -129,7 +129,7 @@ struct InternedCandidate {
 
 struct Chooser<'a> {
     problem: &'a Problem,
-    costs: CostCache,
+    costs: CostCache<'a>,
     /// The interned shape of each tensor.
     shapes: Vec<usize>,
     /// The interned pinned layout of each tensor.
@@ -169,15 +169,15 @@ struct Extension {
 }
 
 impl<'a> Chooser<'a> {
-    fn new(problem: &'a Problem, model: CostModel) -> Result<Self, LayoutError> {
-        let (mut costs, count) = (CostCache::new(model), problem.tensors.len());
+    fn new(problem: &'a Problem, planner: &'a mut Planner) -> Result<Self, LayoutError> {
+        let (mut costs, count) = (CostCache::new(planner), problem.tensors.len());
         let (mut producers, mut readers, mut candidates) = (vec![None; count], vec![Vec::new(); count], Vec::new());
         for (n, node) in problem.nodes.iter().enumerate() {
             check_node(problem, node, &producers, &readers)?;
             node.inputs.iter().enumerate().for_each(|(i, &t)| readers[t].push((n, i)));
             node.outputs.iter().enumerate().for_each(|(i, &t)| producers[t] = Some((n, i)));
-            let mut id =
-                |sbp: &NdSbp| costs.layout_id(PlacedLayout { placement: node.placement.clone(), sbp: sbp.clone() });
+            let placement_id = costs.placement_id(&node.placement);
+            let mut id = |sbp: &NdSbp| costs.layout_id(&node.placement, placement_id, sbp);
             let mut intern = |c: &Candidate| InternedCandidate {
                 inputs: c.signature.inputs.iter().map(&mut id).collect(),
                 outputs: c.signature.outputs.iter().map(&mut id).collect(),
@@ -196,7 +196,10 @@ impl<'a> Chooser<'a> {
                     return Err(LayoutError::Choice { node: tensor.name.clone(), why });
                 }
             }
-            pinned.push(tensor.pinned.clone().map(|layout| costs.layout_id(layout)));
+            pinned.push(tensor.pinned.as_ref().map(|PlacedLayout { placement, sbp }| {
+                let placement_id = costs.placement_id(placement);
+                costs.layout_id(placement, placement_id, sbp)
+            }));
         }
         Ok(Self { problem, costs, shapes, pinned, producers, readers, candidates })
     }

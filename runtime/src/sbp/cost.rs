@@ -1,4 +1,4 @@
-//! The cost of a choice of layouts: boxing between interned layouts (each pair is planned once), and compute.
+//! The cost of a choice of layouts: boxing between interned layouts, and compute.
 
 use std::collections::HashMap;
 
@@ -6,8 +6,7 @@ use shardflow_kernels::tensor::{DType, element_count};
 
 use super::rule::NdSignature;
 use super::{NdSbp, PlacedLayout, local_region};
-use crate::boxing::table::CostTable;
-use crate::boxing::{CostModel, plan};
+use crate::boxing::Planner;
 use crate::placement::Placement;
 
 /// Seconds of an op on the busiest device of a placement under a signature. The unsharded op takes `whole_seconds`. The
@@ -29,35 +28,50 @@ pub fn compute_seconds(
     whole_seconds * operands.filter(|o| element_count(o.1) > 0).map(share).fold(1.0, f64::min)
 }
 
-/// A cache of boxing costs. Layouts and shapes are interned as indices.
-#[derive(Default)]
-pub(super) struct CostCache {
-    model: CostModel,
+/// Boxing costs between interned layouts of interned shapes; each is looked up in the planner once.
+pub(super) struct CostCache<'a> {
+    planner: &'a mut Planner,
+    placement_ids: HashMap<Placement, usize>,
     layouts: Vec<PlacedLayout>,
-    layout_ids: HashMap<PlacedLayout, usize>,
+    /// By placement and layout.
+    layout_ids: HashMap<(usize, NdSbp), usize>,
     /// For each layout, the id of [`NdSbp::reduced`].
     reduced: Vec<usize>,
     shapes: Vec<(Vec<usize>, DType)>,
-    tables: HashMap<(usize, Placement), CostTable>,
-    /// By shape, source layout and target layout; NaN if not computed yet.
-    seconds: Vec<Vec<Vec<f64>>>,
+    shape_ids: HashMap<(Vec<usize>, DType), usize>,
+    /// By shape, source layout and target layout.
+    seconds: HashMap<(usize, usize, usize), f64>,
 }
 
-impl CostCache {
-    pub(super) fn new(model: CostModel) -> Self {
-        Self { model, ..Self::default() }
+impl<'a> CostCache<'a> {
+    pub(super) fn new(planner: &'a mut Planner) -> Self {
+        Self {
+            planner,
+            placement_ids: HashMap::new(),
+            layouts: Vec::new(),
+            layout_ids: HashMap::new(),
+            reduced: Vec::new(),
+            shapes: Vec::new(),
+            shape_ids: HashMap::new(),
+            seconds: HashMap::new(),
+        }
     }
 
-    pub(super) fn layout_id(&mut self, layout: PlacedLayout) -> usize {
-        if let Some(&id) = self.layout_ids.get(&layout) {
+    pub(super) fn placement_id(&mut self, placement: &Placement) -> usize {
+        let next = self.placement_ids.len();
+        *self.placement_ids.entry(placement.clone()).or_insert(next)
+    }
+
+    /// The id of a layout on the placement with this id.
+    pub(super) fn layout_id(&mut self, placement: &Placement, placement_id: usize, sbp: &NdSbp) -> usize {
+        if let Some(&id) = self.layout_ids.get(&(placement_id, sbp.clone())) {
             return id;
         }
         let id = self.layouts.len();
-        self.layouts.push(layout.clone());
-        self.layout_ids.insert(layout.clone(), id);
+        self.layouts.push(PlacedLayout { placement: placement.clone(), sbp: sbp.clone() });
+        self.layout_ids.insert((placement_id, sbp.clone()), id);
         self.reduced.push(id);
-        let sbp = layout.sbp.reduced();
-        self.reduced[id] = self.layout_id(PlacedLayout { sbp, ..layout });
+        self.reduced[id] = self.layout_id(placement, placement_id, &sbp.reduced());
         id
     }
 
@@ -70,9 +84,9 @@ impl CostCache {
     }
 
     pub(super) fn shape_id(&mut self, shape: &[usize], dtype: DType) -> usize {
-        let position = self.shapes.iter().position(|s| s.0 == shape && s.1 == dtype);
-        position.unwrap_or_else(|| {
-            self.shapes.push((shape.to_vec(), dtype));
+        let key = (shape.to_vec(), dtype);
+        *self.shape_ids.entry(key).or_insert_with_key(|key| {
+            self.shapes.push(key.clone());
             self.shapes.len() - 1
         })
     }
@@ -82,24 +96,9 @@ impl CostCache {
         if from == to {
             return 0.0;
         }
-        let cached = self.seconds.get(shape).and_then(|s| s.get(from)?.get(to));
-        if let Some(&seconds) = cached.filter(|s| !s.is_nan()) {
-            return seconds;
-        }
-        let seconds = self.planned_seconds(shape, from, to);
-        self.seconds.resize_with(self.shapes.len(), Vec::new);
-        self.seconds[shape].resize_with(self.layouts.len(), Vec::new);
-        self.seconds[shape][from].resize(self.layouts.len(), f64::NAN);
-        self.seconds[shape][from][to] = seconds;
-        seconds
-    }
-
-    fn planned_seconds(&mut self, shape: usize, from: usize, to: usize) -> f64 {
-        let (from, to, (dims, dtype)) = (&self.layouts[from], &self.layouts[to], &self.shapes[shape]);
-        if from.placement != to.placement {
-            return plan(dims, *dtype, from, to, &self.model).map_or(f64::INFINITY, |p| p.cost_seconds);
-        }
-        let new = || CostTable::new(dims, *dtype, &from.placement, &self.model);
-        self.tables.entry((shape, from.placement.clone())).or_insert_with(new).seconds(&from.sbp, &to.sbp)
+        let Self { planner, layouts, shapes, seconds, .. } = self;
+        let (dims, dtype) = &shapes[shape];
+        let planned = || planner.seconds(dims, *dtype, &layouts[from], &layouts[to]);
+        *seconds.entry((shape, from, to)).or_insert_with(planned)
     }
 }

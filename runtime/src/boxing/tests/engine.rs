@@ -95,9 +95,9 @@ fn check_engine(shape: &[usize], from: &PlacedLayout, to: &PlacedLayout) {
     }
     let same = shards.iter().zip(&expected).all(|(a, b)| same_bits(a, b));
     assert!(same && shards.len() == expected.len(), "{from} -> {to} by {plan}");
-    for (&device, &predicted) in &plan.bytes_received {
-        let counted = engine.bytes_received(device) as usize + pulled.get(&device).unwrap_or(&0);
-        assert_eq!(counted, predicted, "device {device}, {from} -> {to} by {plan}");
+    for (device, predicted) in &plan.bytes_received() {
+        let counted = engine.bytes_received(*device) as usize + pulled.get(device).unwrap_or(&0);
+        assert_eq!(counted, *predicted, "device {device}, {from} -> {to} by {plan}");
     }
 }
 

@@ -67,7 +67,7 @@ impl Builder {
     }
 
     fn choose(&self) -> Choice {
-        choose(&self.problem, &CostModel::default()).unwrap()
+        choose(&self.problem, &mut Planner::default()).unwrap()
     }
 }
 
@@ -181,7 +181,8 @@ fn the_cost_is_the_sum_of_compute_and_boxing() {
 
 /// The least objective over all assignments.
 fn exhaustive(problem: &Problem) -> f64 {
-    let mut chooser = Chooser::new(problem, CostModel::default()).unwrap();
+    let mut planner = Planner::default();
+    let mut chooser = Chooser::new(problem, &mut planner).unwrap();
     let counts: Vec<usize> = problem.nodes.iter().map(|n| n.candidates.len()).collect();
     let (mut candidates, mut least) = (vec![0; counts.len()], f64::INFINITY);
     loop {
@@ -225,7 +226,7 @@ fn malformed_problems_are_refused() {
     let why = |change: fn(&mut Problem)| {
         let mut problem = problem();
         change(&mut problem);
-        choose(&problem, &CostModel::default()).unwrap_err().to_string()
+        choose(&problem, &mut Planner::default()).unwrap_err().to_string()
     };
     assert!(why(|p| p.tensors[0].pinned = None).contains("reads x, which has no layout yet"));
     assert!(why(|p| p.nodes.clear()).contains("y: no node produces it, and it has no pinned layout"));
