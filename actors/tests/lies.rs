@@ -53,7 +53,7 @@ fn spec() -> Spec {
     }
     let update = b.action(actors[0], "update", 1);
     let weights = b.register("weights", 1, update, 1);
-    (b.register_mut(weights).initial, b.register_mut(weights).slot_bytes) = (true, 8);
+    (b.register_mut(weights).initial, b.register_mut(weights).slot_bytes) = (1, 8);
     let user = b.actor("user", 0, Firing::Credit);
     let using = b.external(user, "work", 2);
     b.read(weights, using, 2);
@@ -205,7 +205,7 @@ fn wrong_slots_and_pieces_are_rejected() {
     check(&[valid_piece(0, 0)], filled(IN, 0, 1, 1), "piece 1 of register 'in' without its bytes");
     let twice = "CR-4 register 'in': filled carries piece 0, expected 1";
     check(&[valid_piece(0, 0)], filled(IN, 0, 0, 0), twice);
-    let early = "CR-1 register 'out': sink work released piece 0, but only 0 pieces are published";
+    let early = "CR-1 register 'out': sink work released piece 0 from slot 0, which is free";
     check(&[], released(OUT, 0, 0, 0), early);
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::protocol::Protocol;
+use crate::protocol::{Protocol, Sequence};
 use crate::simulate::tests::Fault;
 use crate::simulate::{SimulationError, SimulationOptions, Timing, plans, simulate};
 use crate::spec::ActorSpec;
@@ -18,17 +18,19 @@ fn hang(spec: &Arc<Spec>, steps: u32, fault: Fault) -> Option<Hang> {
     }
 }
 
-/// All pieces of some steps that go to another actor: register, reader index, reader, piece.
+/// All pieces of some steps that go to another actor, in the order of publication: register, reader index, reader,
+/// piece.
 pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef, u64)> {
     let mut found = Vec::new();
     for (register, r) in spec.registers.iter().zip(0..) {
         let id = RegisterId(r);
-        let (action, port) = spec.writer(id).expect("every register has a writer");
-        let action = spec.action(register.producer, action);
-        let count = action.per_step / action.outputs[port as usize].firings_per_piece * steps;
-        let first = u64::from(register.initial);
         for (&reader, index) in register.readers.iter().zip(0..).filter(|(r, _)| r.actor != register.producer) {
-            found.extend((first..first + u64::from(count)).map(|piece| (id, index, reader, piece)));
+            let mut arrivals = Sequence::of_arrivals(spec, id, reader);
+            let end = u64::from(register.pieces_per_step * steps + register.initial);
+            while arrivals.next() < end {
+                found.push((id, index, reader, arrivals.next()));
+                arrivals.advance();
+            }
         }
     }
     found

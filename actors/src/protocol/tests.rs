@@ -58,7 +58,7 @@ fn released(piece: u64, slot: u32) -> ProtocolEvent {
 #[test]
 fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
     let (mut source, mut sink) = source_and_sink();
-    let state = |p: &Protocol| p.ring(WIRE).map(|ring| (ring.free(), ring.published, ring.released()[0])).unwrap();
+    let state = |p: &Protocol| p.slots(WIRE).map(|s| (s.free(), s.published(), s.released().next().unwrap())).unwrap();
     assert_eq!(state(&source), (2, 0, 0));
     assert_eq!(handle(&mut source, tokens(0, 1)), launch(0, 0));
     assert_eq!(state(&source), (1, 0, 0));
@@ -69,7 +69,7 @@ fn a_slot_changes_from_free_to_writing_to_filled_to_free() {
     let message = Message::Released { register: WIRE, reader: 0, slot: 0, piece: 0 };
     assert_eq!(handle(&mut sink, DONE), [Effect::Send { to: SOURCE, message }]);
     handle(&mut source, ProtocolEvent::Message(message));
-    assert_eq!((state(&source), source.ring(WIRE).unwrap().peak), ((2, 1, 1), 1));
+    assert_eq!((state(&source), source.slots(WIRE).unwrap().peak), ((2, 1, 1), 1));
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn invalid_messages_are_rejected() {
     handle(&mut sink, filled(0, 0));
     assert_eq!(reject(&mut sink.clone(), filled(0, 0)), "CR-4 register 'wire': filled carries piece 0, expected 1");
     handle(&mut sink, filled(1, 1));
-    let text = "CR-3 register 'wire': reader sink read received piece 2 while all 2 slots are unread";
+    let text = "CR-3 register 'wire': reader sink read received piece 2 in slot 0, where piece 0 is unread";
     assert_eq!(reject(&mut sink.clone(), filled(2, 0)), text);
     assert!(reject(&mut sink.clone(), released(0, 0)).contains("belongs to another actor"));
     let stray = Message::Filled { register: RegisterId(9), reader: 0, slot: 0, piece: 0 };
@@ -112,7 +112,7 @@ fn invalid_messages_are_rejected() {
 fn releases_are_checked() {
     let (mut source, _) = source_and_sink();
     handle(&mut source, tokens(0, 4));
-    let text = "CR-1 register 'wire': sink read released piece 0, but only 0 pieces are published";
+    let text = "CR-1 register 'wire': sink read released piece 0 from slot 0, which is being written with piece 0";
     assert_eq!(reject(&mut source.clone(), released(0, 0)), text);
     handle(&mut source, DONE);
     handle(&mut source, released(0, 0));
@@ -133,12 +133,12 @@ fn early_outputs_are_published_once_and_by_a_signal() {
     handle(&mut shard, tokens(0, 2));
     // The first firing does not complete the piece, so its signal has no effect.
     handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
-    assert_eq!(shard.ring(gradient).unwrap().published, 0);
+    assert_eq!(shard.slots(gradient).unwrap().published(), 0);
     assert_eq!(handle(&mut shard, DONE), launch(0, 1));
     assert!(shard.repeats(0, 0, 1));
     assert!(reject(&mut shard.clone(), DONE).contains("without the signal"));
     handle(&mut shard, ProtocolEvent::Signal { action: 0, output: 0 });
-    assert_eq!(shard.ring(gradient).unwrap().published, 1);
+    assert_eq!(shard.slots(gradient).unwrap().published(), 1);
     assert!(reject(&mut shard.clone(), ProtocolEvent::Signal { action: 0, output: 0 }).contains("already published"));
     // The actor's own reader has the piece, but one firing is in flight (CR-5).
     assert_eq!(handle(&mut shard, DONE), launch(1, 0));
@@ -150,7 +150,7 @@ fn an_initial_register_of_one_slot_is_updated_after_its_readers() {
     let actor = b.actor("shard", 0, Firing::Credit);
     let (train, update) = (b.external(actor, "train", 2), b.external(actor, "update", 1));
     let parameters = b.register("parameters", 1, update, 1);
-    b.register_mut(parameters).initial = true;
+    b.register_mut(parameters).initial = 1;
     b.read(parameters, train, 2);
     // It would fire first if it were ready.
     b.action_mut(update).priority = -1;

@@ -36,7 +36,7 @@ pub(crate) fn data_parallel() -> Spec {
         b.edge(format!("device{d}.stash"), 2, forward, backward);
         let update = b.action(compute, "update", 1);
         let parameters = b.register(format!("device{d}.parameters"), 1, update, 1);
-        b.register_mut(parameters).initial = true;
+        b.register_mut(parameters).initial = 1;
         b.read(parameters, forward, 2);
         b.read(parameters, backward, 2);
         // Both devices must reduce the buckets in the same order.
@@ -82,7 +82,7 @@ pub(crate) fn accumulation() -> Spec {
     let gradient = b.register("gradient", 1, train, 4);
     b.read(gradient, update, 1);
     let parameters = b.register("parameters", 1, update, 1);
-    b.register_mut(parameters).initial = true;
+    b.register_mut(parameters).initial = 1;
     b.read(parameters, train, 4);
     let metric = b.register("loss", 1, train, 4);
     let log = b.action(host, "log", 1);
@@ -97,7 +97,7 @@ fn stale() -> Spec {
     let work = b.external(worker, "work", 4);
     let update = b.external(server, "update", 2);
     let state = b.register("state", 2, update, 1);
-    b.register_mut(state).initial = true;
+    b.register_mut(state).initial = 1;
     b.read(state, work, 2);
     let report = b.action(server, "report", 2);
     let result = b.register("result", 2, work, 2);

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
-    ActionRef, ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, RegisterId, RegisterSpec, Spec,
-    StreamKind,
+    ActionRef, ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, Pieces, RegisterId,
+    RegisterSpec, Spec, StreamKind,
 };
 use shardflow_kernels::collective::Group;
 use shardflow_kernels::device::DeviceKind;
@@ -71,7 +71,10 @@ pub fn lower(
         actions.push(plans);
     }
     let registers = assignment.registers.iter().zip(counts).zip(&places);
-    let register = |((register, slots), place)| register_spec(&graph, &actors, register, slots, place);
+    let register = |((register, slots), place): ((&RegisterPlan, u32), &RegisterPlace)| {
+        let pieces_per_step = register.rate.per_step(micro_batches) as u32;
+        register_spec(&graph, &actors, register, (slots, pieces_per_step), place)
+    };
     spec.registers = registers.map(register).collect();
     spec.decision = decision(&actors);
     let mut plan = Plan {
@@ -130,7 +133,7 @@ fn register_spec(
     graph: &Graph,
     actors: &Actors,
     register: &RegisterPlan,
-    slots: u32,
+    (slots, pieces_per_step): (u32, u32),
     place: &RegisterPlace,
 ) -> RegisterSpec {
     RegisterSpec {
@@ -138,7 +141,9 @@ fn register_spec(
         producer: locate(actors, register.producer).actor,
         slots,
         slot_bytes: place.stride,
-        initial: register.initial,
+        pieces_per_step,
+        initial: register.initial.into(),
+        slot_of: Arc::default(),
         readers: register.readers.iter().map(|site| locate(actors, *site)).collect(),
     }
 }
@@ -183,10 +188,10 @@ fn action_spec(
     let inputs = emitted
         .inputs
         .iter()
-        .map(|r| InputSpec { register: RegisterId(*r as u32), firings_per_piece: firings / pieces(*r) });
+        .map(|r| InputSpec { register: RegisterId(*r as u32), pieces: Pieces::Rate(firings / pieces(*r)) });
     let outputs = emitted.outputs.iter().enumerate().map(|(port, r)| OutputSpec {
         register: RegisterId(*r as u32),
-        firings_per_piece: firings / pieces(*r),
+        pieces: Pieces::Rate(firings / pieces(*r)),
         early: emitted.plan.signals.iter().any(|s| s.1 == port as u32),
     });
     let forward_first = schedule == Schedule::GPipe;

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use shardflow_actors::check::PERIOD_STEPS_MAX;
 use shardflow_actors::simulate::{SimulationError, SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{ActorId, Firing};
 use shardflow_kernels::collective::{CollectiveCall, CollectiveKind};
@@ -39,7 +40,7 @@ pub enum PlanError {
     Overlap { device: usize, first: String, end: usize, second: String, start: usize },
 }
 
-/// Simulated steps: enough to reuse every register's slots.
+/// Minimum number of simulated steps: enough to reuse every register's slots.
 const STEPS: u32 = 2;
 
 /// Checks the order of collectives, bounds, memory and liveness.
@@ -55,7 +56,9 @@ pub fn validate(plan: &Plan) -> Result<(), PlanError> {
     memory(plan)?;
     let spec = Arc::new(plan.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
-    simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(STEPS)).map_err(liveness)?;
+    // `simulate` refuses a longer period.
+    let steps = spec.period_steps().min(PERIOD_STEPS_MAX) as u32;
+    simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(steps.max(STEPS))).map_err(liveness)?;
     Ok(())
 }
 
