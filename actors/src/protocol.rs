@@ -228,12 +228,12 @@ impl Protocol {
         };
         let (action, port) = self.reading[index].1;
         let input = &mut self.actions[action as usize].inputs[port as usize];
-        let expected = input.arrivals.next();
+        let (expected, expected_slot) = (input.arrivals.piece(), input.arrivals.slot());
         if piece != expected {
             let register = self.spec.register_name(register);
             return Err(ProtocolError::WrongPiece { register, message: "filled".into(), expected, got: piece });
         }
-        check_slot(&self.spec, register, piece, input.slot(piece), slot)?;
+        check_slot(&self.spec, register, piece, expected_slot, slot)?;
         if let Some(unread) = input.held_in(slot) {
             let reader = self.spec.action_name(self.me, action);
             let register = self.spec.register_name(register);
@@ -251,12 +251,13 @@ impl Protocol {
         };
         let spec = &self.spec;
         let name = |at: ActionRef| spec.action_name(at.actor, at.action);
-        let (expected, at) = (slots.readers[index].releases.next(), slots.readers[index].at);
+        let slots::ReaderState { at, ref releases, .. } = slots.readers[index];
+        let (expected, expected_slot) = (releases.piece(), releases.slot());
         if piece != expected {
             let (register, message) = (spec.register_name(register), format!("released by {}", name(at)));
             return Err(ProtocolError::WrongPiece { register, message, expected, got: piece });
         }
-        check_slot(spec, register, piece, slots.map.slot(piece), slot)?;
+        check_slot(spec, register, piece, expected_slot, slot)?;
         slots.release(index, slot, piece).map_err(|state| {
             let (register, reader) = (spec.register_name(register), name(at));
             ProtocolError::Unpublished { register, reader, piece, slot, state }
@@ -293,32 +294,31 @@ impl Protocol {
         let index = action as usize;
         let next = self.actions[index].fired;
         for port in 0..self.actions[index].outputs.len() {
-            let OutPort { early, current, slots, .. } = self.actions[index].outputs[port];
+            let OutPort { early, current, slots, .. } = &self.actions[index].outputs[port];
             if current.last && !early {
                 self.publish(action, port, effects);
-            } else if current.last && self.slots[slots].is_writing(current.slot, current.piece) {
+            } else if current.last && self.slots[*slots].is_writing(current.slot, current.piece) {
                 let action = self.spec.action_name(self.me, action);
                 return Err(ProtocolError::MissingSignal { action, output: port as u32 });
             }
-            let output = &mut self.actions[index].outputs[port];
-            output.current = output.map.reach(next);
+            self.actions[index].outputs[port].advance(next);
         }
         self.in_flight = None;
         for port in 0..self.actions[index].inputs.len() {
             let input = &mut self.actions[index].inputs[port];
-            let ended = input.current;
-            if ended.last {
+            let ports::Reach { piece, slot, last, .. } = input.current;
+            if last {
                 input.release();
             }
-            input.current = input.map.reach(next);
-            if !ended.last {
+            input.advance(next);
+            if !last {
                 continue;
             }
             let (register, reader, producer) = (input.register, input.reader, input.producer);
             if producer == self.me {
-                self.released(register, reader, ended.slot, ended.piece)?;
+                self.released(register, reader, slot, piece)?;
             } else {
-                let message = Message::Released { register, reader, slot: ended.slot, piece: ended.piece };
+                let message = Message::Released { register, reader, slot, piece };
                 effects.push(Effect::Send { to: producer, message });
             }
         }

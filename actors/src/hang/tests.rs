@@ -27,8 +27,8 @@ pub(crate) fn pieces(spec: &Spec, steps: u32) -> Vec<(RegisterId, u32, ActionRef
         for (&reader, index) in register.readers.iter().zip(0..).filter(|(r, _)| r.actor != register.producer) {
             let mut arrivals = Sequence::of_arrivals(spec, id, reader);
             let end = u64::from(register.pieces_per_step * steps + register.initial);
-            while arrivals.next() < end {
-                found.push((id, index, reader, arrivals.next()));
+            while arrivals.piece() < end {
+                found.push((id, index, reader, arrivals.piece()));
                 arrivals.advance();
             }
         }

@@ -40,6 +40,18 @@ impl PortMap {
         let piece = piece + self.offset;
         Reach { piece, slot: self.slots.slot(piece), first, last }
     }
+
+    /// Changes `current` to the access of the following firing, which has number `next`. For one piece per firing, it
+    /// does not divide, and `first` and `last` stay true.
+    #[inline]
+    fn advance(&self, current: &mut Reach, next: u64) {
+        if matches!(self.pieces, Pieces::Rate(1)) {
+            current.piece += 1;
+            current.slot = self.slots.following(current.slot, current.piece);
+        } else {
+            *current = self.reach(next);
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -82,10 +94,6 @@ impl InPort {
         port
     }
 
-    pub fn slot(&self, piece: u64) -> u32 {
-        self.map.slots.slot(piece)
-    }
-
     /// True if the current firing can read its piece.
     pub fn is_ready(&self) -> bool {
         self.holds(self.current)
@@ -121,6 +129,11 @@ impl InPort {
         self.held[self.current.slot as usize] = NONE;
         self.released += 1;
     }
+
+    /// The current firing has ended; the following one has number `next`.
+    pub fn advance(&mut self, next: u64) {
+        self.map.advance(&mut self.current, next);
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -138,5 +151,10 @@ impl OutPort {
     pub fn new(spec: &Spec, output: &OutputSpec, slots: usize) -> Self {
         let map = PortMap::new(spec, output.register, &output.pieces, spec.register(output.register).initial);
         Self { register: output.register, slots, early: output.early, current: map.reach(0), map }
+    }
+
+    /// The current firing has ended; the following one has number `next`.
+    pub fn advance(&mut self, next: u64) {
+        self.map.advance(&mut self.current, next);
     }
 }

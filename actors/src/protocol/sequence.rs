@@ -1,27 +1,35 @@
 //! The fixed order in which pieces of a register are published to a reader, or released by it.
 
+use super::slots::SlotMap;
 use crate::spec::{ActionRef, RegisterId, Spec};
 
-/// A sequence of pieces that repeats every step, and the position of the next one.
+/// A sequence of pieces that repeats every step, and the next one. Advancing does not divide if pieces follow in the order
+/// of their numbers and slots form a ring.
 #[derive(Clone, Debug)]
 pub(crate) struct Sequence {
     /// Pieces of step 0; empty for all pieces in the order of their numbers.
     order: Box<[u32]>,
+    slots: SlotMap,
     pieces_per_step: u32,
-    /// Position in `order`.
+    /// Position of the next piece in `order`.
     at: usize,
-    /// Number to add to the entries of `order`, or the next piece if `order` is empty.
+    /// Number of the step's first piece.
     base: u64,
+    next: u64,
+    slot: u32,
 }
 
 impl Sequence {
-    fn new(order: Vec<u32>, pieces_per_step: u32) -> Self {
-        let first = order.first().copied().unwrap_or(0);
-        let is_plain = order.len() == pieces_per_step as usize && (first..).zip(&order).all(|(n, piece)| n == *piece);
+    fn new(spec: &Spec, register: RegisterId, mut order: Vec<u32>) -> Self {
+        let of = spec.register(register);
+        let next = order.first().copied().unwrap_or(0);
+        let is_plain =
+            order.len() == of.pieces_per_step as usize && (next..).zip(&order).all(|(n, piece)| n == *piece);
         if is_plain {
-            return Self { order: Box::default(), pieces_per_step, at: 0, base: first.into() };
+            order.clear();
         }
-        Self { order: order.into(), pieces_per_step, at: 0, base: 0 }
+        let (order, slots, next) = (order.into(), SlotMap::new(of), next.into());
+        Self { order, pieces_per_step: of.pieces_per_step, at: 0, base: 0, next, slot: slots.slot(next), slots }
     }
 
     /// The pieces that a reader gets, as far as they are not initial, in the order in which they are published.
@@ -36,7 +44,7 @@ impl Sequence {
         let published = spec.writes(register).into_iter().filter(|(_, access)| access.last);
         let numbers = published.map(|(_, access)| access.piece + of.initial);
         let is_read = |piece: &u32| ports.iter().any(|port| port.pieces.contains(piece % of.pieces_per_step));
-        Self::new(numbers.filter(is_read).collect(), of.pieces_per_step)
+        Self::new(spec, register, numbers.filter(is_read).collect())
     }
 
     /// The pieces that a reader releases, in this order.
@@ -45,20 +53,24 @@ impl Sequence {
         let port = spec.input(register, reader);
         let accesses = port.into_iter().flat_map(|port| port.pieces.accesses(per_step));
         let order = accesses.filter(|access| access.last).map(|access| access.piece).collect();
-        Self::new(order, spec.register(register).pieces_per_step)
+        Self::new(spec, register, order)
     }
 
     /// The next piece.
-    pub(crate) fn next(&self) -> u64 {
-        match self.order.get(self.at) {
-            Some(piece) => self.base + u64::from(*piece),
-            None => self.base,
-        }
+    pub(crate) fn piece(&self) -> u64 {
+        self.next
     }
 
+    /// The slot of the next piece.
+    pub(crate) fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    #[inline]
     pub(crate) fn advance(&mut self) {
         if self.order.is_empty() {
-            self.base += 1;
+            self.next += 1;
+            self.slot = self.slots.following(self.slot, self.next);
             return;
         }
         self.at += 1;
@@ -66,5 +78,7 @@ impl Sequence {
             self.at = 0;
             self.base += u64::from(self.pieces_per_step);
         }
+        self.next = self.base + u64::from(self.order[self.at]);
+        self.slot = self.slots.slot(self.next);
     }
 }

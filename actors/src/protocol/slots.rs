@@ -60,6 +60,14 @@ impl SlotMap {
     pub(crate) fn slot(&self, piece: u64) -> u32 {
         slot_in(self.slots, &self.table, piece)
     }
+
+    /// The slot of a piece, if the one before it lies in slot `last`. Does not divide for a ring.
+    pub(crate) fn following(&self, last: u32, piece: u64) -> u32 {
+        if !self.table.is_empty() {
+            return self.slot(piece);
+        }
+        if last + 1 == self.slots { 0 } else { last + 1 }
+    }
 }
 
 /// A reader of the register, as its producer sees it.
@@ -68,7 +76,7 @@ pub(super) struct ReaderState {
     pub at: ActionRef,
     /// Index of its input port if it belongs to the producer.
     pub own_port: Option<u32>,
-    /// Number of pieces published to it.
+    /// Number of pieces published to it, unless all readers get all pieces.
     published: u64,
     /// Number of pieces that it has released.
     released: u64,
@@ -79,7 +87,7 @@ pub(super) struct ReaderState {
 /// The producer's state of one register.
 #[derive(Clone, Debug)]
 pub struct RegisterSlots {
-    pub(super) map: SlotMap,
+    map: SlotMap,
     states: Box<[SlotState]>,
     /// By slot: the set of readers that have not released its piece, as `words` words.
     left: Box<[u64]>,
@@ -150,7 +158,7 @@ impl RegisterSlots {
 
     /// Number of pieces that were published to a reader, including the initial ones.
     pub fn published_to(&self, reader: usize) -> u64 {
-        self.readers[reader].published
+        if self.is_uniform() { self.published } else { self.readers[reader].published }
     }
 
     /// Number of pieces that each reader has released, as far as the producer knows, by reader index.
@@ -193,35 +201,40 @@ impl RegisterSlots {
     }
 
     /// `Writing -> Filled`, or directly to `Free` without readers. The caller has checked the state.
+    #[inline]
     pub(super) fn publish(&mut self, slot: u32) {
         let SlotState::Writing { piece } = self.states[slot as usize] else { return };
         self.published += 1;
+        let mut readers = self.readers.len() as u32;
         let (at, set) = (slot as usize * self.words, self.readers_start(piece));
-        let mut readers = 0;
-        for word in 0..self.words {
-            self.left[at + word] = self.readers_of[set + word];
-            readers += self.readers_of[set + word].count_ones();
+        self.left[at..at + self.words].copy_from_slice(&self.readers_of[set..set + self.words]);
+        if !self.is_uniform() {
+            readers = 0;
+            for reader in 0..self.readers.len() {
+                let is_read = u32::from(self.is_left(slot, reader));
+                readers += is_read;
+                self.readers[reader].published += u64::from(is_read);
+            }
         }
         self.states[slot as usize] = SlotState::Filled { piece, readers };
         if readers == 0 {
             self.free_slot(slot);
-        } else if readers as usize == self.readers.len() {
-            self.readers.iter_mut().for_each(|reader| reader.published += 1);
-        } else {
-            for reader in 0..self.readers.len() {
-                self.readers[reader].published += u64::from(self.is_left(slot, reader));
-            }
         }
+    }
+
+    /// True if all readers get all pieces.
+    fn is_uniform(&self) -> bool {
+        self.readers_of.len() == self.words
     }
 
     /// True if a reader gets the piece.
     pub(super) fn reads(&self, reader: usize, piece: u64) -> bool {
-        self.readers_of[self.readers_start(piece) + reader / WORD] >> (reader % WORD) & 1 == 1
+        self.is_uniform() || self.readers_of[self.readers_start(piece) + reader / WORD] >> (reader % WORD) & 1 == 1
     }
 
     /// Index of the first word of the set of a piece's readers.
     fn readers_start(&self, piece: u64) -> usize {
-        if self.readers_of.len() == self.words {
+        if self.is_uniform() {
             return 0;
         }
         (piece % (self.readers_of.len() / self.words) as u64) as usize * self.words
@@ -229,6 +242,7 @@ impl RegisterSlots {
 
     /// A reader releases its next piece from its slot; the slot becomes `Free` with the last reader. Returns the slot's
     /// state if the slot does not hold this piece for the reader.
+    #[inline]
     pub(super) fn release(&mut self, reader: usize, slot: u32, piece: u64) -> Result<(), SlotState> {
         let state = self.states[slot as usize];
         match state {
@@ -280,9 +294,9 @@ impl RegisterSlots {
             let is_filled = |slot: &u32| {
                 matches!(self.states[*slot as usize], SlotState::Filled { .. }) && self.is_left(*slot, index)
             };
-            let (filled, ReaderState { published, released, .. }) =
-                ((0..self.count()).filter(is_filled).count(), reader);
-            if released + filled as u64 != *published {
+            let (filled, released) = ((0..self.count()).filter(is_filled).count(), reader.released);
+            let published = self.published_to(index);
+            if released + filled as u64 != published {
                 let numbers =
                     format!("reader {index}: published {published}, released {released}, filled slots {filled}");
                 return violated("CR-1", numbers);

@@ -315,7 +315,7 @@ impl Reader {
             return unexpected(format!("bytes of register '{}'", name()));
         };
         let spec = self.link.session.spec.register(register);
-        let due = mirrored.arrivals.next();
+        let due = mirrored.arrivals.piece();
         let is_own_slot = slot == spec.slot(piece);
         let refresh = piece < u64::from(spec.initial) && is_own_slot;
         if !refresh && (piece != due || !is_own_slot) {
