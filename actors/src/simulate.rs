@@ -342,7 +342,7 @@ impl Simulator<'_> {
         if let Some(fault) = self.options.fault {
             let nth = self.sent;
             self.sent += 1;
-            for message in fault.apply(nth, message) {
+            for message in fault.apply(self.spec, nth, message) {
                 self.send(from, to, message);
             }
             return;

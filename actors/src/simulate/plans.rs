@@ -183,7 +183,9 @@ pub(crate) fn chunks() -> Spec {
     let device = b.actor("device", 0, Firing::Ordered(list.clone()));
     let forwards = [0, 1].map(|chunk| b.action(device, format!("forward{chunk}"), 2));
     let backwards = [0, 1].map(|chunk| b.action(device, format!("backward{chunk}"), 2));
-    b.action_mut(forwards[0]).external = true;
+    let host = b.actor("host", 0, Firing::Credit);
+    let feed = b.external(host, "feed", 2);
+    b.edge("batch", 3, feed, forwards[0]);
     b.edge("between", 1, forwards[0], forwards[1]);
     for chunk in 0..2 {
         b.edge(format!("stash{chunk}"), 2, forwards[chunk], backwards[chunk]);

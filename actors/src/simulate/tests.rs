@@ -5,6 +5,7 @@ use crate::builder::Builder;
 use crate::credits;
 use crate::hang::{Root, tests::pieces};
 use crate::pipeline::{Pipeline, PipelineSchedule};
+use crate::protocol::Sequence;
 use crate::spec::{ActorSpec, Firing};
 
 /// A fault to inject: the n-th message is changed, messages are lost, or a firing never ends.
@@ -13,9 +14,9 @@ pub(crate) enum Fault {
     Lose(u64),
     Repeat(u64),
     NextPiece(u64),
-    /// Loses the `Filled` messages of a register to one reader (by index) from this piece on.
+    /// Loses this `Filled` message of a register to one reader (by index) and all later ones.
     LosePieces(RegisterId, u32, u64),
-    /// Loses the `Released` messages of one reader to the producer from this piece on.
+    /// Loses this `Released` message of one reader to the producer and all later ones.
     LoseReleases(RegisterId, u32, u64),
     Hang(ActionRef, u64),
     SurplusCredit,
@@ -39,11 +40,14 @@ pub(crate) fn exact(spec: &Arc<Spec>, ticks: u64, hop_ticks: u64, steps: u32) ->
 }
 
 impl Fault {
-    pub(crate) fn apply(self, nth: u64, message: Message) -> Vec<Message> {
+    pub(crate) fn apply(self, spec: &Spec, nth: u64, message: Message) -> Vec<Message> {
+        let at = |of: RegisterId, to: u32| spec.register(of).readers[to as usize];
         let is_lost = match (self, message) {
-            (Self::LosePieces(of, to, from), Message::Filled { register, reader, piece, .. })
-            | (Self::LoseReleases(of, to, from), Message::Released { register, reader, piece, .. }) => {
-                (register, reader) == (of, to) && piece >= from
+            (Self::LosePieces(of, to, from), Message::Filled { register, reader, piece, .. }) => {
+                (register, reader) == (of, to) && follows(Sequence::of_arrivals(spec, of, at(of, to)), from, piece)
+            }
+            (Self::LoseReleases(of, to, from), Message::Released { register, reader, piece, .. }) => {
+                (register, reader) == (of, to) && follows(Sequence::of_releases(spec, of, at(of, to)), from, piece)
             }
             _ => false,
         };
@@ -55,6 +59,14 @@ impl Fault {
             _ => vec![message],
         }
     }
+}
+
+/// True if a piece is `from` or comes after it. One of both must be in the sequence.
+pub(crate) fn follows(mut sequence: Sequence, from: u64, piece: u64) -> bool {
+    while ![from, piece].contains(&sequence.piece()) {
+        sequence.advance();
+    }
+    sequence.piece() == from
 }
 
 fn next_piece(mut message: Message) -> Message {
