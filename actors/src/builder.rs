@@ -17,6 +17,11 @@ impl Builder {
         Self::default()
     }
 
+    /// Continues a plan.
+    pub fn extend(spec: Spec) -> Self {
+        Self { spec }
+    }
+
     /// Adds an actor on a device's compute stream.
     pub fn actor(&mut self, name: impl Into<String>, device: usize, firing: Firing) -> ActorId {
         let (name, stream) = (name.into(), StreamKind::Compute);

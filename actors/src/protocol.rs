@@ -28,6 +28,8 @@ mod waiting;
 pub use error::ProtocolError;
 use ports::{InPort, OutPort};
 pub(crate) use sequence::Sequence;
+#[cfg(test)]
+pub(crate) use slots::SlotFault;
 pub use slots::{RegisterSlots, SlotState};
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
@@ -505,8 +507,8 @@ impl Protocol {
     }
 
     #[cfg(test)]
-    pub(crate) fn add_surplus_credit(&mut self) {
-        self.slots.iter_mut().for_each(|slots| slots.surplus = true);
+    pub(crate) fn break_slots(&mut self, fault: SlotFault) {
+        self.slots.iter_mut().for_each(|slots| slots.fault = Some(fault));
     }
 }
 

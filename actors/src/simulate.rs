@@ -148,9 +148,11 @@ pub fn simulate(
     options: &SimulationOptions,
 ) -> Result<SimulatedRun, SimulationError> {
     check(spec)?;
-    let protocols = (0..spec.actors.len() as u32).map(|a| Protocol::new(spec, ActorId(a)));
+    let actors = (0..spec.actors.len() as u32).map(ActorId);
+    #[cfg(not(test))]
+    let protocols = actors.map(|actor| Protocol::new(spec, actor));
     #[cfg(test)]
-    let protocols = protocols.map(|protocol| tests::with_fault(protocol, options.fault));
+    let protocols = actors.map(|actor| tests::protocol(spec, actor, options.fault));
     let mut simulator = Simulator {
         spec,
         timing,
@@ -403,6 +405,10 @@ impl Simulator<'_> {
 }
 
 #[cfg(test)]
+mod mutants;
+#[cfg(test)]
 pub(crate) mod plans;
+#[cfg(test)]
+mod random;
 #[cfg(test)]
 pub(crate) mod tests;

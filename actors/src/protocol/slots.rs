@@ -84,6 +84,20 @@ pub(super) struct ReaderState {
     pub releases: Sequence,
 }
 
+/// A rule for slots that a test breaks.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum SlotFault {
+    /// One filled slot counts as free.
+    Surplus,
+    /// The first reader's release frees the slot, not the last one's.
+    FreedByFirst,
+    /// The last release frees another filled slot, if there is one.
+    FreesOther,
+    /// The last reader's release does not free the slot.
+    KeepsLast,
+}
+
 /// The producer's state of one register.
 #[derive(Clone, Debug)]
 pub struct RegisterSlots {
@@ -99,9 +113,8 @@ pub struct RegisterSlots {
     published: u64,
     /// Maximum number of slots held at once.
     pub(crate) peak: u32,
-    /// Fault injection: one filled slot counts as free.
     #[cfg(test)]
-    pub(crate) surplus: bool,
+    pub(crate) fault: Option<SlotFault>,
 }
 
 impl RegisterSlots {
@@ -126,7 +139,7 @@ impl RegisterSlots {
             published: 0,
             peak: 0,
             #[cfg(test)]
-            surplus: false,
+            fault: None,
         };
         for piece in 0..u64::from(of.initial) {
             let slot = slots.map.slot(piece);
@@ -183,7 +196,7 @@ impl RegisterSlots {
     pub(super) fn is_free(&self, slot: u32) -> bool {
         let state = self.states[slot as usize];
         #[cfg(test)]
-        if self.surplus && matches!(state, SlotState::Filled { .. }) && self.held <= self.count() {
+        if self.fault == Some(SlotFault::Surplus) && matches!(state, SlotState::Filled { .. }) && self.held <= self.count() {
             return true;
         }
         state == SlotState::Free
@@ -249,6 +262,8 @@ impl RegisterSlots {
             SlotState::Filled { piece: held, readers } if held == piece && self.is_left(slot, reader) => {
                 self.left[slot as usize * self.words + reader / WORD] &= !(1 << (reader % WORD));
                 self.states[slot as usize] = SlotState::Filled { piece, readers: readers - 1 };
+                #[cfg(test)]
+                let (slot, readers) = self.broken(slot, readers);
                 if readers == 1 {
                     self.free_slot(slot);
                 }
@@ -259,6 +274,18 @@ impl RegisterSlots {
         reader.released += 1;
         reader.releases.advance();
         Ok(())
+    }
+
+    /// Fault injection: the slot to change by a release, and the number of readers that it was held by.
+    #[cfg(test)]
+    fn broken(&self, slot: u32, readers: u32) -> (u32, u32) {
+        let is_filled = |other: &u32| matches!(self.states[*other as usize], SlotState::Filled { .. }) && *other != slot;
+        match self.fault {
+            Some(SlotFault::FreedByFirst) => (slot, 1),
+            Some(SlotFault::FreesOther) => ((0..self.count()).find(is_filled).unwrap_or(slot), readers),
+            Some(SlotFault::KeepsLast) => (slot, readers + 1),
+            Some(SlotFault::Surplus) | None => (slot, readers),
+        }
     }
 
     fn free_slot(&mut self, slot: u32) {

@@ -1,11 +1,12 @@
 //! Tests the simulator against known schedules, and the protocol under random timing and injected faults.
 
+use super::mutants::Mutation;
 use super::*;
 use crate::builder::Builder;
 use crate::credits;
 use crate::hang::{Root, tests::pieces};
 use crate::pipeline::{Pipeline, PipelineSchedule};
-use crate::protocol::Sequence;
+use crate::protocol::{Sequence, SlotFault};
 use crate::spec::{ActorSpec, Firing};
 
 /// A fault to inject: the n-th message is changed, messages are lost, or a firing never ends.
@@ -14,12 +15,16 @@ pub(crate) enum Fault {
     Lose(u64),
     Repeat(u64),
     NextPiece(u64),
+    NextSlot(u64),
     /// Loses this `Filled` message of a register to one reader (by index) and all later ones.
     LosePieces(RegisterId, u32, u64),
     /// Loses this `Released` message of one reader to the producer and all later ones.
     LoseReleases(RegisterId, u32, u64),
     Hang(ActionRef, u64),
-    SurplusCredit,
+    /// A broken rule for slots.
+    Slots(SlotFault),
+    /// One actor runs a plan with a changed register.
+    Plan(ActorId, RegisterId, Mutation),
     /// No action gets more tokens.
     TokensMax(u32),
 }
@@ -28,9 +33,16 @@ pub(super) fn tokens(count: u32, fault: Option<Fault>) -> u32 {
     if let Some(Fault::TokensMax(max)) = fault { count.min(max) } else { count }
 }
 
-pub(super) fn with_fault(mut protocol: Protocol, fault: Option<Fault>) -> Protocol {
-    if fault == Some(Fault::SurplusCredit) {
-        protocol.add_surplus_credit();
+pub(super) fn protocol(spec: &Arc<Spec>, actor: ActorId, fault: Option<Fault>) -> Protocol {
+    if let Some(Fault::Plan(of, register, mutation)) = fault
+        && of == actor
+    {
+        let changed = mutants::mutated(spec, register, mutation).expect("it applies");
+        return Protocol::new(&Arc::new(changed), actor);
+    }
+    let mut protocol = Protocol::new(spec, actor);
+    if let Some(Fault::Slots(fault)) = fault {
+        protocol.break_slots(fault);
     }
     protocol
 }
@@ -56,6 +68,7 @@ impl Fault {
             Fault::Lose(n) if n == nth => vec![],
             Fault::Repeat(n) if n == nth => vec![message, message],
             Fault::NextPiece(n) if n == nth => vec![next_piece(message)],
+            Fault::NextSlot(n) if n == nth => vec![next_slot(message)],
             _ => vec![message],
         }
     }
@@ -72,6 +85,12 @@ pub(crate) fn follows(mut sequence: Sequence, from: u64, piece: u64) -> bool {
 fn next_piece(mut message: Message) -> Message {
     let (Message::Filled { piece, .. } | Message::Released { piece, .. }) = &mut message;
     *piece += 1;
+    message
+}
+
+fn next_slot(mut message: Message) -> Message {
+    let (Message::Filled { slot, .. } | Message::Released { slot, .. }) = &mut message;
+    *slot += 1;
     message
 }
 
@@ -155,7 +174,7 @@ proptest::proptest! {
     }
 }
 
-fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
+pub(super) fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
     // Both long and short delays, so that messages overtake firings and firings overtake messages.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
     SimulationOptions {
@@ -201,7 +220,7 @@ fn faulty_messages_are_detected() {
         let count = 2 * pieces(&spec, steps).len() as u64;
         let mut caught = 0;
         for nth in 0..count {
-            for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth)] {
+            for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth), Fault::NextSlot(nth)] {
                 let options = SimulationOptions { fault: Some(fault), ..shuffled(nth, steps) };
                 let result = simulate(&spec, &times, &options);
                 assert!(result.is_err(), "{name}: {fault:?} of {count} messages was not detected");
@@ -219,7 +238,7 @@ fn one_credit_too_many_is_detected() {
         let times = Timing::uniform(&spec, 2, 7);
         let mut faulty = 0;
         for seed in 0..20 {
-            let options = SimulationOptions { fault: Some(Fault::SurplusCredit), ..shuffled(seed, steps) };
+            let options = SimulationOptions { fault: Some(Fault::Slots(SlotFault::Surplus)), ..shuffled(seed, steps) };
             faulty += u32::from(simulate(&spec, &times, &options).is_err());
         }
         // If every micro-batch has a slot, or a list limits the forwards, the credits never run out.
