@@ -155,10 +155,9 @@ fn all_plans() -> Vec<(String, Arc<Spec>, u32)> {
 
 /// True if the fault ends one of some runs with an error or changes its data.
 fn is_caught(spec: &Arc<Spec>, steps: u32, digest: u64, fault: Fault) -> bool {
-    let times = Timing::uniform(spec, 2, 3);
-    (0..6).any(|seed| {
+    (0..12).any(|seed| {
         let options = SimulationOptions { fault: Some(fault), ..shuffled(seed, steps) };
-        simulate(spec, &times, &options).map_or(true, |run| run.digest != digest)
+        simulate(spec, &Timing::uniform(spec, 2, seed % 3), &options).map_or(true, |run| run.digest != digest)
     })
 }
 
@@ -175,7 +174,8 @@ fn a_changed_plan_in_one_actor_is_caught() {
                     let caught = is_caught(&spec, steps, digest, fault);
                     let (tried, found) = counts.entry(mutation).or_default();
                     (*tried, *found) = (*tried + 1, *found + u32::from(caught));
-                    // An actor that does not see the changed part, or sees both ends of it, behaves well.
+                    // Many changes have no effect: in an actor that does not see the changed part or sees both ends,
+                    // for a piece that nobody reads, or in a slot that is not used again.
                     let crosses = of.readers.iter().all(|reader| reader.actor != of.producer);
                     let sees_all = mutation == Mutation::NextSlot && crosses && !of.readers.is_empty();
                     assert!(caught || !sees_all, "{name}: {fault:?} of '{}'", of.name);
@@ -185,8 +185,7 @@ fn a_changed_plan_in_one_actor_is_caught() {
     }
     for mutation in ALL {
         let (tried, found) = counts.get(&mutation).copied().unwrap_or_default();
-        eprintln!("{mutation:?}: {found} of {tried}");
-        assert!(found >= 2, "{mutation:?}: {found} of {tried} caught");
+        assert!(found >= 5 && 4 * found >= tried, "{mutation:?}: {found} of {tried} caught");
     }
 }
 
@@ -199,7 +198,6 @@ fn a_broken_rule_for_slots_is_caught() {
             tried += 1;
             found += u32::from(is_caught(&spec, steps, digest, Fault::Slots(broken)));
         }
-        eprintln!("{broken:?}: {found} of {tried}");
-        assert!(found >= 5, "{broken:?}: {found} of {tried} plans caught it");
+        assert!(found >= 10, "{broken:?}: {found} of {tried} plans caught it");
     }
 }
