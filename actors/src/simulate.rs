@@ -409,6 +409,6 @@ mod mutants;
 #[cfg(test)]
 pub(crate) mod plans;
 #[cfg(test)]
-mod random;
+pub(crate) mod random;
 #[cfg(test)]
 pub(crate) mod tests;

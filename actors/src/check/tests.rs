@@ -1,9 +1,9 @@
 //! Checks that each inconsistency of a plan is rejected with its own error.
 
 use super::*;
-use crate::spec::Access;
 use crate::builder::Builder;
 use crate::simulate::plans;
+use crate::spec::Access;
 
 type Change = fn(&mut Spec);
 
@@ -178,10 +178,9 @@ fn inconsistent_slots_are_rejected() {
             ("register 'state': initial pieces 0 and 2 both lie in slot 0", |s| {
                 (s.registers[0].slots, s.registers[0].slot_of) = (2, [].into());
             }),
-            (
-                "register 'state': piece 4 is written in step 0 in slot 2, whose piece 2 is read only in step 1",
-                |s| s.registers[0].slot_of = [0, 1, 2, 3, 2, 3].into(),
-            ),
+            ("register 'state': piece 4 is written in step 0 in slot 2, whose piece 2 is read only in step 1", |s| {
+                s.registers[0].slot_of = [0, 1, 2, 3, 2, 3].into()
+            }),
             ("register 'state': pieces_per_step is 0, expected at least 1", |s| s.registers[0].pieces_per_step = 0),
             ("the slots of all registers repeat only after 1031 steps, expected at most 1024", |s| {
                 (s.registers[1].slots, s.registers[1].slot_of) = (2, (0..1031).map(|n| u32::from(n > 0)).collect());

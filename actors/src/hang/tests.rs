@@ -52,11 +52,10 @@ pub(crate) fn explains(spec: &Spec, root: &Root, expected: &Root) -> bool {
         {
             follows(Sequence::of_arrivals(spec, r, a), from, piece)
         }
-        (&Root::LostRelease { register, piece, reader }, &Root::LostRelease { register: r, piece: from, reader: a })
-            if (register, reader) == (r, a) && !plain(r, a) =>
-        {
-            follows(Sequence::of_releases(spec, r, a), from, piece)
-        }
+        (
+            &Root::LostRelease { register, piece, reader },
+            &Root::LostRelease { register: r, piece: from, reader: a },
+        ) if (register, reader) == (r, a) && !plain(r, a) => follows(Sequence::of_releases(spec, r, a), from, piece),
         _ => root == expected,
     }
 }

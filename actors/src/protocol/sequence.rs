@@ -23,8 +23,7 @@ impl Sequence {
     fn new(spec: &Spec, register: RegisterId, mut order: Vec<u32>) -> Self {
         let of = spec.register(register);
         let next = order.first().copied().unwrap_or(0);
-        let is_plain =
-            order.len() == of.pieces_per_step as usize && (next..).zip(&order).all(|(n, piece)| n == *piece);
+        let is_plain = order.len() == of.pieces_per_step as usize && (next..).zip(&order).all(|(n, piece)| n == *piece);
         if is_plain {
             order.clear();
         }

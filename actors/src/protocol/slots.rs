@@ -196,7 +196,10 @@ impl RegisterSlots {
     pub(super) fn is_free(&self, slot: u32) -> bool {
         let state = self.states[slot as usize];
         #[cfg(test)]
-        if self.fault == Some(SlotFault::Surplus) && matches!(state, SlotState::Filled { .. }) && self.held <= self.count() {
+        if self.fault == Some(SlotFault::Surplus)
+            && matches!(state, SlotState::Filled { .. })
+            && self.held <= self.count()
+        {
             return true;
         }
         state == SlotState::Free
@@ -279,7 +282,8 @@ impl RegisterSlots {
     /// Fault injection: the slot to change by a release, and the number of readers that it was held by.
     #[cfg(test)]
     fn broken(&self, slot: u32, readers: u32) -> (u32, u32) {
-        let is_filled = |other: &u32| matches!(self.states[*other as usize], SlotState::Filled { .. }) && *other != slot;
+        let is_filled =
+            |other: &u32| matches!(self.states[*other as usize], SlotState::Filled { .. }) && *other != slot;
         match self.fault {
             Some(SlotFault::FreedByFirst) => (slot, 1),
             Some(SlotFault::FreesOther) => ((0..self.count()).find(is_filled).unwrap_or(slot), readers),

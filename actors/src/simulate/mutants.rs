@@ -194,7 +194,8 @@ fn a_broken_rule_for_slots_is_caught() {
     for broken in [SlotFault::Surplus, SlotFault::FreedByFirst, SlotFault::FreesOther, SlotFault::KeepsLast] {
         let (mut tried, mut found) = (0, 0);
         for (_, spec, steps) in all_plans() {
-            let digest = simulate(&spec, &Timing::uniform(&spec, 2, 1), &SimulationOptions::steps(steps)).unwrap().digest;
+            let digest =
+                simulate(&spec, &Timing::uniform(&spec, 2, 1), &SimulationOptions::steps(steps)).unwrap().digest;
             tried += 1;
             found += u32::from(is_caught(&spec, steps, digest, Fault::Slots(broken)));
         }

@@ -67,7 +67,8 @@ impl Generator {
         if self.draw(3) == 0 {
             return (0..writes).map(|at| (at * pieces as usize / writes) as u32).collect();
         }
-        let mut written: Vec<u32> = (0..writes as u32).map(|at| if at < pieces { at } else { self.draw(pieces) }).collect();
+        let mut written: Vec<u32> =
+            (0..writes as u32).map(|at| if at < pieces { at } else { self.draw(pieces) }).collect();
         for at in (1..writes).rev() {
             written.swap(at, self.draw(at as u32 + 1) as usize);
         }
@@ -192,14 +193,16 @@ impl Lifetime {
 
 /// The lifetimes of a register's pieces in an exact run of [`STEPS`] steps.
 fn lifetimes(spec: &Arc<Spec>, times: &Timing, id: RegisterId) -> Vec<Lifetime> {
-    let run = simulate(spec, times, &SimulationOptions::steps(STEPS)).unwrap_or_else(|e| panic!("unlimited slots: {e}"));
+    let run =
+        simulate(spec, times, &SimulationOptions::steps(STEPS)).unwrap_or_else(|e| panic!("unlimited slots: {e}"));
     let register = spec.register(id);
     let (per_step, initial) = (u64::from(register.pieces_per_step), u64::from(register.initial));
     let count = per_step * u64::from(STEPS) + initial;
     let mut all: Vec<_> = (0..count)
         .map(|n| {
             let within = (n % per_step) as u32;
-            let readers = register.readers.iter().filter(|r| spec.input(id, **r).unwrap().pieces.contains(within)).count();
+            let readers =
+                register.readers.iter().filter(|r| spec.input(id, **r).unwrap().pieces.contains(within)).count();
             let (written, read) = (n.saturating_sub(initial) / per_step, if readers == 0 { 0 } else { n / per_step });
             // Initial pieces need slots of their own, even if nobody reads them.
             (Lifetime { acquired: 0, freed: u64::from(n < initial), written, read }, readers)
@@ -308,7 +311,8 @@ fn coloured_slots_give_the_same_data_as_unlimited_slots_in_any_timing() {
         let falls = |p: &Pieces| matches!(p, Pieces::Table(t) if t.windows(2).any(|w| w[1].piece < w[0].piece));
         permuted += u32::from(inputs().any(|input| falls(&input.pieces)));
         shared += u32::from((0..limited.registers.len()).any(|r| limited.writers(RegisterId(r as u32)).count() > 1));
-        let misses = |r: RegisterId, p: &Pieces| (0..limited.register(r).pieces_per_step).any(|piece| !p.contains(piece));
+        let misses =
+            |r: RegisterId, p: &Pieces| (0..limited.register(r).pieces_per_step).any(|piece| !p.contains(piece));
         partial += u32::from(inputs().any(|input| misses(input.register, &input.pieces)));
         periods += u32::from(limited.period_steps() > 1);
     }
@@ -333,7 +337,8 @@ fn one_period_decides_whether_a_plan_runs() {
             }
         }
         if let Err(error) = check(&spec) {
-            let is_known = matches!(error, SpecError::Overlap { .. } | SpecError::Lag { .. } | SpecError::Period { .. });
+            let is_known =
+                matches!(error, SpecError::Overlap { .. } | SpecError::Lag { .. } | SpecError::Period { .. });
             assert!(is_known, "seed {seed}: {error}");
             continue;
         }
