@@ -22,15 +22,17 @@ use crate::spec::{ActionRef, ActorId, Firing, RegisterId, Spec};
 mod error;
 mod ports;
 mod sequence;
+mod slot;
 mod slots;
 mod waiting;
 
 pub use error::ProtocolError;
 use ports::{InPort, OutPort};
 pub(crate) use sequence::Sequence;
+pub use slot::SlotState;
+pub use slots::RegisterSlots;
 #[cfg(test)]
 pub(crate) use slots::SlotFault;
-pub use slots::{RegisterSlots, SlotState};
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
 /// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers.

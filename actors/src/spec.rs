@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 mod pieces;
 
-pub use pieces::{Access, Pieces};
+pub use pieces::{PieceAccess, Pieces};
 
 /// Index of an actor in [`Spec::actors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -243,7 +243,7 @@ impl Spec {
 
     /// The writes of a register in one step, in their order: the writing action and its access. With several writers
     /// the order is that of the actor's list.
-    pub fn writes(&self, register: RegisterId) -> Vec<(u32, Access)> {
+    pub fn writes(&self, register: RegisterId) -> Vec<(u32, PieceAccess)> {
         let Some(actor) = self.registers.get(register.0 as usize).map(|r| self.actor(r.producer)) else {
             return Vec::new();
         };

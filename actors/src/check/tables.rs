@@ -1,8 +1,8 @@
 //! Checks the writes and reads of a register: each piece is written and read from its first to its last access, in a
 //! slot of its own, and a slot's next piece never waits for a later step.
 
-use crate::check::SpecError;
-use crate::spec::{Access, ActionRef, Pieces, RegisterId, RegisterSpec, Spec};
+use super::error::SpecError;
+use crate::spec::{ActionRef, PieceAccess, Pieces, RegisterId, RegisterSpec, Spec};
 
 /// A piece's progress through one step.
 #[derive(Clone, Copy, PartialEq)]
@@ -17,14 +17,14 @@ enum Progress {
 struct Port {
     action: u32,
     firing: u32,
-    access: Access,
+    access: PieceAccess,
 }
 
 pub(super) fn check(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
     let register = spec.register(id);
     for reader in &register.readers {
         if let Some(Pieces::Table(table)) = spec.input(id, *reader).map(|input| &input.pieces) {
-            let port = |(firing, access): (u32, &Access)| Port { action: reader.action, firing, access: *access };
+            let port = |(firing, access): (u32, &PieceAccess)| Port { action: reader.action, firing, access: *access };
             let reads: Vec<_> = (0..).zip(&**table).map(port).collect();
             check_flags(spec, id, *reader, &reads, "read")?;
         }
@@ -39,7 +39,7 @@ pub(super) fn check(spec: &Spec, id: RegisterId) -> Result<(), SpecError> {
         return Ok(());
     }
     let mut fired = vec![0; spec.actor(register.producer).actions.len()];
-    let port = |(action, access): (u32, Access)| {
+    let port = |(action, access): (u32, PieceAccess)| {
         fired[action as usize] += 1;
         Port { action, firing: fired[action as usize] - 1, access }
     };
@@ -70,7 +70,7 @@ fn check_flags(
     let mut progress = vec![Progress::None; register.pieces_per_step as usize];
     let mut closed_at = vec![0; progress.len()];
     for (at, port) in accesses.iter().enumerate() {
-        let Access { piece, first, last } = port.access;
+        let PieceAccess { piece, first, last } = port.access;
         match (progress[piece as usize], first) {
             (Progress::None, false) => return wrong(port, "first", true),
             (Progress::Open(_), true) => return wrong(port, "first", false),

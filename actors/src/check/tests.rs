@@ -3,7 +3,7 @@
 use super::*;
 use crate::builder::Builder;
 use crate::simulate::plans;
-use crate::spec::Access;
+use crate::spec::PieceAccess;
 
 type Change = fn(&mut Spec);
 
@@ -92,7 +92,7 @@ fn reject_all(plan: fn() -> Spec, faults: &[(&str, Change)]) {
     }
 }
 
-fn table(pieces: &mut Pieces, change: fn(&mut [Access])) {
+fn table(pieces: &mut Pieces, change: fn(&mut [PieceAccess])) {
     let Pieces::Table(accesses) = pieces else { panic!("{pieces:?} is not a table") };
     let mut changed = accesses.to_vec();
     change(&mut changed);
@@ -100,7 +100,7 @@ fn table(pieces: &mut Pieces, change: fn(&mut [Access])) {
 }
 
 /// `chunks`: the outputs of actions 2 and 3 that write register 5, `shared`, in the order 3, 2, 3, 2.
-fn shared(spec: &mut Spec, action: usize, change: fn(&mut [Access])) {
+fn shared(spec: &mut Spec, action: usize, change: fn(&mut [PieceAccess])) {
     let outputs = &mut spec.actors[0].actions[action].outputs;
     let output = outputs.iter_mut().find(|output| output.register == RegisterId(5));
     table(&mut output.expect("it writes `shared`").pieces, change);

@@ -1,6 +1,6 @@
 //! Violations of the protocol.
 
-use super::slots::SlotState;
+use super::slot::SlotState;
 use crate::spec::RegisterId;
 
 /// An event that no correct peer sends: a bug, a corrupted message or another plan. Labels: [`crate::protocol`].

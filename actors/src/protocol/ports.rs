@@ -1,7 +1,7 @@
 //! The ports of an action: which piece, in which slot, its current firing accesses.
 
 use super::sequence::Sequence;
-use super::slots::SlotMap;
+use super::slot::SlotMap;
 use crate::spec::{ActionRef, ActorId, InputSpec, OutputSpec, Pieces, RegisterId, Spec};
 
 /// Marks a slot of which a reader holds no piece.

@@ -1,6 +1,6 @@
 //! The fixed order in which pieces of a register are published to a reader, or released by it.
 
-use super::slots::SlotMap;
+use super::slot::SlotMap;
 use crate::spec::{ActionRef, RegisterId, Spec};
 
 /// A sequence of pieces that repeats every step, and the next one. Advancing does not divide if pieces follow in the order

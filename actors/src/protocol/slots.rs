@@ -5,70 +5,13 @@
 //! - **CR-2**: slots held + slots free == credits.
 //! - **CR-4**: a piece lies only in the slot that the plan gives it.
 
-use std::fmt;
-use std::sync::Arc;
-
 use super::error::ProtocolError;
 use super::sequence::Sequence;
-use crate::spec::{ActionRef, ActorId, Pieces, RegisterId, RegisterSpec, Spec, slot_in};
+use super::slot::{SlotMap, SlotState};
+use crate::spec::{ActionRef, ActorId, Pieces, RegisterId, Spec};
 
 /// Bits in a word of a set of readers.
 const WORD: usize = u64::BITS as usize;
-
-/// The state of one slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SlotState {
-    /// A firing may acquire it.
-    Free,
-    /// Some firing has begun this piece, and no firing has completed it.
-    Writing {
-        /// Number of the piece.
-        piece: u64,
-    },
-    /// Published; not all readers have released it.
-    Filled {
-        /// Number of the piece.
-        piece: u64,
-        /// Number of readers that have not released it.
-        readers: u32,
-    },
-}
-
-impl fmt::Display for SlotState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Free => f.write_str("is free"),
-            Self::Writing { piece } => write!(f, "is being written with piece {piece}"),
-            Self::Filled { piece, readers } => write!(f, "holds piece {piece} for {readers} readers"),
-        }
-    }
-}
-
-/// Maps pieces to slots.
-#[derive(Clone, Debug)]
-pub(crate) struct SlotMap {
-    slots: u32,
-    /// Empty for a ring.
-    table: Arc<[u32]>,
-}
-
-impl SlotMap {
-    pub(crate) fn new(spec: &RegisterSpec) -> Self {
-        Self { slots: spec.slots, table: spec.slot_of.clone() }
-    }
-
-    pub(crate) fn slot(&self, piece: u64) -> u32 {
-        slot_in(self.slots, &self.table, piece)
-    }
-
-    /// The slot of a piece, if the one before it lies in slot `last`. Does not divide for a ring.
-    pub(crate) fn following(&self, last: u32, piece: u64) -> u32 {
-        if !self.table.is_empty() {
-            return self.slot(piece);
-        }
-        if last + 1 == self.slots { 0 } else { last + 1 }
-    }
-}
 
 /// A reader of the register, as its producer sees it.
 #[derive(Clone, Debug)]
@@ -223,7 +166,9 @@ impl RegisterSlots {
         self.published += 1;
         let mut readers = self.readers.len() as u32;
         let (at, set) = (slot as usize * self.words, self.readers_start(piece));
-        self.left[at..at + self.words].copy_from_slice(&self.readers_of[set..set + self.words]);
+        for word in 0..self.words {
+            self.left[at + word] = self.readers_of[set + word];
+        }
         if !self.is_uniform() {
             readers = 0;
             for reader in 0..self.readers.len() {

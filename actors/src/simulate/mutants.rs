@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::tests::{Fault, shuffled};
 use super::{SimulationOptions, Timing, plans, simulate};
 use crate::protocol::SlotFault;
-use crate::spec::{Access, ActionRef, ActorId, Firing, Pieces, RegisterId, Spec};
+use crate::spec::{ActionRef, ActorId, Firing, PieceAccess, Pieces, RegisterId, Spec};
 
 /// A change of a register in the plan of one actor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,8 +57,8 @@ const ALL: [Mutation; 13] = [
 ];
 
 /// A changed table, or `None` if the change does not apply.
-fn changed(mutation: Mutation, mut table: Vec<Access>) -> Option<Vec<Access>> {
-    let position = |test: fn(&Access) -> bool| table.iter().position(test);
+fn changed(mutation: Mutation, mut table: Vec<PieceAccess>) -> Option<Vec<PieceAccess>> {
+    let position = |test: fn(&PieceAccess) -> bool| table.iter().position(test);
     match mutation {
         Mutation::PublishesEarly | Mutation::ReleasesEarly => {
             let early = position(|access| !access.last)?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 /// One firing's access to a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Access {
+pub struct PieceAccess {
     /// The piece of this step, below [`crate::spec::RegisterSpec::pieces_per_step`].
     pub piece: u32,
     /// For a writer: the first write of the piece by any action; it acquires the slot. For a reader: its first read.
@@ -20,7 +20,7 @@ pub enum Pieces {
     /// This many firings in a row access the same piece. The pieces follow in the order of their numbers.
     Rate(u32),
     /// One entry per firing of the step. Every step repeats the table.
-    Table(Arc<[Access]>),
+    Table(Arc<[PieceAccess]>),
 }
 
 impl Default for Pieces {
@@ -35,7 +35,7 @@ impl Pieces {
     pub fn in_order(pieces: &[u32]) -> Self {
         let access = |(at, &piece): (usize, &u32)| {
             let (before, after) = (&pieces[..at], &pieces[at + 1..]);
-            Access { piece, first: !before.contains(&piece), last: !after.contains(&piece) }
+            PieceAccess { piece, first: !before.contains(&piece), last: !after.contains(&piece) }
         };
         Self::Table(pieces.iter().enumerate().map(access).collect())
     }
@@ -64,15 +64,17 @@ impl Pieces {
     ///
     /// # Panics
     /// If a table has no entry for it.
-    pub fn access(&self, at: u32) -> Access {
+    pub fn access(&self, at: u32) -> PieceAccess {
         match self {
-            Self::Rate(k) => Access { piece: at / k, first: at.is_multiple_of(*k), last: (at + 1).is_multiple_of(*k) },
+            Self::Rate(k) => {
+                PieceAccess { piece: at / k, first: at.is_multiple_of(*k), last: (at + 1).is_multiple_of(*k) }
+            }
             Self::Table(table) => table[at as usize],
         }
     }
 
     /// The accesses of one step of an action with this many firings. A table of the wrong length gives its own.
-    pub fn accesses(&self, per_step: u32) -> impl Iterator<Item = Access> + '_ {
+    pub fn accesses(&self, per_step: u32) -> impl Iterator<Item = PieceAccess> + '_ {
         let count = match self {
             Self::Rate(_) => per_step,
             Self::Table(table) => table.len() as u32,
@@ -91,13 +93,13 @@ impl Pieces {
             }
             Self::Table(table) => {
                 let (step, at) = (firing / table.len() as u64, firing % table.len() as u64);
-                let Access { piece, first, last } = table[at as usize];
+                let PieceAccess { piece, first, last } = table[at as usize];
                 (step * u64::from(pieces_per_step) + u64::from(piece), first, last)
             }
         }
     }
 
-    /// Number of pieces that the first `firings` firings finish: those with [`Access::last`].
+    /// Number of pieces that the first `firings` firings finish: those with [`PieceAccess::last`].
     pub fn finished(&self, firings: u64) -> u64 {
         match self {
             Self::Rate(k) => firings / u64::from(*k),
