@@ -18,7 +18,8 @@ impl Builder {
     }
 
     /// Continues a plan.
-    pub fn extend(spec: Spec) -> Self {
+    #[cfg(test)]
+    pub(crate) fn extend(spec: Spec) -> Self {
         Self { spec }
     }
 

@@ -1,7 +1,7 @@
 //! The fixed order in which pieces of a register are published to a reader, or released by it.
 
 use super::slot::SlotMap;
-use crate::spec::{ActionRef, RegisterId, Spec};
+use crate::spec::{ActionRef, Pieces, RegisterId, RegisterSpec, Spec};
 
 /// A sequence of pieces that repeats every step, and the next one. Advancing does not divide if pieces follow in the order
 /// of their numbers and slots form a ring.
@@ -20,15 +20,18 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    fn new(spec: &Spec, register: RegisterId, mut order: Vec<u32>) -> Self {
-        let of = spec.register(register);
+    /// All pieces from this one on, in the order of their numbers.
+    fn plain(of: &RegisterSpec, next: u32) -> Self {
+        let (slots, next) = (SlotMap::new(of), next.into());
+        let (order, slot) = (Box::default(), slots.slot(next));
+        Self { order, pieces_per_step: of.pieces_per_step, at: 0, base: 0, next, slot, slots }
+    }
+
+    fn new(of: &RegisterSpec, order: Vec<u32>) -> Self {
         let next = order.first().copied().unwrap_or(0);
         let is_plain = order.len() == of.pieces_per_step as usize && (next..).zip(&order).all(|(n, piece)| n == *piece);
-        if is_plain {
-            order.clear();
-        }
-        let (order, slots, next) = (order.into(), SlotMap::new(of), next.into());
-        Self { order, pieces_per_step: of.pieces_per_step, at: 0, base: 0, next, slot: slots.slot(next), slots }
+        let plain = Self::plain(of, next);
+        if is_plain { plain } else { Self { order: order.into(), ..plain } }
     }
 
     /// The pieces that a reader gets, as far as they are not initial, in the order in which they are published.
@@ -40,19 +43,28 @@ impl Sequence {
     pub(crate) fn of_arrivals_to(spec: &Spec, register: RegisterId, readers: &[ActionRef]) -> Self {
         let of = spec.register(register);
         let ports: Vec<_> = readers.iter().filter_map(|reader| spec.input(register, *reader)).collect();
+        let is_rate = |pieces: &Pieces| matches!(pieces, Pieces::Rate(_));
+        let producer = spec.actor(of.producer);
+        let written = |(action, port): (u32, u32)| &producer.actions[action as usize].outputs[port as usize].pieces;
+        if spec.writers(register).map(written).all(is_rate) && ports.iter().all(|port| is_rate(&port.pieces)) {
+            return Self::plain(of, of.initial);
+        }
         let published = spec.writes(register).into_iter().filter(|(_, access)| access.last);
         let numbers = published.map(|(_, access)| access.piece + of.initial);
         let is_read = |piece: &u32| ports.iter().any(|port| port.pieces.contains(piece % of.pieces_per_step));
-        Self::new(spec, register, numbers.filter(is_read).collect())
+        Self::new(of, numbers.filter(is_read).collect())
     }
 
     /// The pieces that a reader releases, in this order.
     pub(crate) fn of_releases(spec: &Spec, register: RegisterId, reader: ActionRef) -> Self {
+        let (of, port) = (spec.register(register), spec.input(register, reader));
+        if port.is_some_and(|port| matches!(port.pieces, Pieces::Rate(_))) {
+            return Self::plain(of, 0);
+        }
         let per_step = spec.action(reader.actor, reader.action).per_step;
-        let port = spec.input(register, reader);
         let accesses = port.into_iter().flat_map(|port| port.pieces.accesses(per_step));
         let order = accesses.filter(|access| access.last).map(|access| access.piece).collect();
-        Self::new(spec, register, order)
+        Self::new(of, order)
     }
 
     /// The next piece.

@@ -320,10 +320,23 @@ fn coloured_slots_give_the_same_data_as_unlimited_slots_in_any_timing() {
     assert!(all.iter().all(|count| *count > 20), "slot tables, permuted, several writers, partial, periods: {all:?}");
 }
 
+/// Makes two actions of different actors with lists the members of a collective, if there are such actions.
+fn add_collective(spec: &mut Spec) {
+    let is_listed = |at: &ActionRef| matches!(spec.actor(at.actor).firing, Firing::Ordered(_));
+    let listed: Vec<_> = spec.all_actions().filter(|(at, _)| is_listed(at)).map(|(at, x)| (at, x.per_step)).collect();
+    let pairs = listed.iter().flat_map(|one| listed.iter().map(move |other| (one, other)));
+    let member = |((one, count), (other, same)): &(&(ActionRef, u32), &(ActionRef, u32))| {
+        (one.actor != other.actor && count == same).then_some([*one, *other])
+    };
+    for at in pairs.filter_map(|pair| member(&pair)).next().into_iter().flatten() {
+        spec.actors[at.actor.0 as usize].actions[at.action as usize].groups = vec![0];
+    }
+}
+
 /// The theorem of `docs/semantics.md`: whether a plan runs is decided within one period, for any slots and any timing.
 #[test]
 fn one_period_decides_whether_a_plan_runs() {
-    let (mut alive, mut stuck) = (0, 0);
+    let (mut alive, mut stuck, mut collectives) = (0, 0, 0);
     for seed in 0..1500 {
         let mut spec = unlimited(seed);
         let mut rng = SplitMix64(seed);
@@ -342,6 +355,9 @@ fn one_period_decides_whether_a_plan_runs() {
             assert!(is_known, "seed {seed}: {error}");
             continue;
         }
+        if rng.below(2) == 0 {
+            add_collective(&mut spec);
+        }
         let spec = Arc::new(spec);
         let (period, times) = (spec.period_steps() as u32, Timing::uniform(&spec, 1, 0));
         if period > STEPS {
@@ -359,6 +375,8 @@ fn one_period_decides_whether_a_plan_runs() {
             }
         }
         *if one { &mut alive } else { &mut stuck } += 1;
+        collectives += u32::from(one && spec.all_actions().any(|(_, action)| !action.groups.is_empty()));
     }
     assert!(alive > 150 && stuck > 150, "{alive} plans run, {stuck} do not");
+    assert!(collectives > 10, "{collectives} of them have a collective");
 }
