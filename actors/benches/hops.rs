@@ -94,8 +94,9 @@ impl Actor for Peer {
                 }
                 // A launch ends at once, so that only the hop is measured.
                 let Some(action) = launched else {
-                    let ring = state.protocol.rings().next();
-                    if state.notify_at > 0 && ring.is_some_and(|r| r.1.released()[0] == state.notify_at) {
+                    let wire = state.protocol.produced().next();
+                    let released = wire.and_then(|(_, slots)| slots.released().next());
+                    if state.notify_at > 0 && released == Some(state.notify_at) {
                         done.send(())?;
                     }
                     return Ok(());

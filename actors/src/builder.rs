@@ -1,7 +1,7 @@
 //! Builds a [`Spec`] incrementally and keeps readers and ports consistent.
 
 use crate::spec::{
-    ActionRef, ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, RegisterId, RegisterSpec, Spec,
+    ActionRef, ActionSpec, ActorId, ActorSpec, Firing, InputSpec, OutputSpec, Pieces, RegisterId, RegisterSpec, Spec,
     StreamKind,
 };
 
@@ -15,6 +15,12 @@ impl Builder {
     /// Creates an empty plan.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Continues a plan.
+    #[cfg(test)]
+    pub(crate) fn extend(spec: Spec) -> Self {
+        Self { spec }
     }
 
     /// Adds an actor on a device's compute stream.
@@ -49,18 +55,38 @@ impl Builder {
         writer: ActionRef,
         firings_per_piece: u32,
     ) -> RegisterId {
-        let register = RegisterId(self.spec.registers.len() as u32);
-        let (name, producer) = (name.into(), writer.actor);
-        let readers = Vec::new();
-        self.spec.registers.push(RegisterSpec { name, producer, slots, slot_bytes: 0, initial: false, readers });
-        self.action_mut(writer).outputs.push(OutputSpec { register, firings_per_piece, early: false });
+        let pieces_per_step = self.action_mut(writer).per_step.checked_div(firings_per_piece).unwrap_or(0);
+        let register = self.channel(name, writer.actor, slots, pieces_per_step);
+        self.write(register, writer, Pieces::Rate(firings_per_piece));
         register
     }
 
-    /// Adds a reader.
+    /// Adds a register whose writers are added with [`Builder::write`].
+    pub fn channel(
+        &mut self,
+        name: impl Into<String>,
+        producer: ActorId,
+        slots: u32,
+        pieces_per_step: u32,
+    ) -> RegisterId {
+        self.spec.registers.push(RegisterSpec::new(name, producer, slots, pieces_per_step));
+        RegisterId(self.spec.registers.len() as u32 - 1)
+    }
+
+    /// Adds an output port that writes these pieces.
+    pub fn write(&mut self, register: RegisterId, writer: ActionRef, pieces: Pieces) {
+        self.action_mut(writer).outputs.push(OutputSpec { register, pieces, early: false });
+    }
+
+    /// Adds a reader; `firings_per_piece` firings share a piece.
     pub fn read(&mut self, register: RegisterId, reader: ActionRef, firings_per_piece: u32) {
+        self.read_pieces(register, reader, Pieces::Rate(firings_per_piece));
+    }
+
+    /// Adds a reader of these pieces.
+    pub fn read_pieces(&mut self, register: RegisterId, reader: ActionRef, pieces: Pieces) {
         self.spec.registers[register.0 as usize].readers.push(reader);
-        self.action_mut(reader).inputs.push(InputSpec { register, firings_per_piece });
+        self.action_mut(reader).inputs.push(InputSpec { register, pieces });
     }
 
     /// Adds a register with one reader and one piece per firing.
@@ -85,9 +111,10 @@ impl Builder {
         &mut self.spec.registers[register.0 as usize]
     }
 
-    /// Marks a register as early: a signal publishes it before the last firing that writes it ends.
+    /// Marks a register as early: a signal publishes its pieces before the last firing that writes them ends.
     pub fn early(&mut self, register: RegisterId) {
-        if let Some((action, port)) = self.spec.writer(register) {
+        let writers: Vec<_> = self.spec.writers(register).collect();
+        for (action, port) in writers {
             let actor = self.spec.registers[register.0 as usize].producer;
             self.action_mut(ActionRef { actor, action }).outputs[port as usize].early = true;
         }

@@ -35,7 +35,7 @@ pub(crate) struct Bus {
     remote: Remote,
     mailboxes: Vec<Mailbox>,
     #[cfg(test)]
-    fault: OnceLock<crate::simulate::tests::Fault>,
+    fault: OnceLock<(crate::simulate::tests::Fault, std::sync::Arc<Spec>)>,
 }
 
 #[derive(Debug)]
@@ -87,14 +87,14 @@ impl Bus {
     }
 
     #[cfg(test)]
-    pub(crate) fn inject(&self, fault: crate::simulate::tests::Fault) {
-        self.fault.set(fault).expect("called once");
+    pub(crate) fn inject(&self, fault: crate::simulate::tests::Fault, spec: std::sync::Arc<Spec>) {
+        self.fault.set((fault, spec)).expect("called once");
     }
 
     #[cfg(test)]
     fn is_lost(&self, cast: &Cast) -> bool {
         let Cast::Event(ProtocolEvent::Message(message)) = cast else { return false };
-        self.fault.get().is_some_and(|fault| fault.apply(0, *message).is_empty())
+        self.fault.get().is_some_and(|(fault, spec)| fault.apply(spec, 0, *message).is_empty())
     }
 
     /// True if a mailbox holds more entries than credits allow. Messages from peers are then rejected.

@@ -403,23 +403,16 @@ impl<'a> Search<'a> {
         match missing {
             &Missing::Piece { register, piece, writer } => {
                 let known = self.snapshots.get(&writer.actor).and_then(|s| s.register(register));
-                if known.is_some_and(|of| of.published > piece) {
+                let index = self.reader_index(register, at);
+                if known.zip(index).is_some_and(|(of, index)| of.is_held(piece, index)) {
                     return vec![Next::Root(Root::LostPiece { register, piece, reader: at })];
                 }
                 vec![self.target(writer)]
             }
-            Missing::Credit { register, holders, .. } => {
-                let released = self.snapshots.get(&at.actor).and_then(|s| s.register(*register));
-                let next = |reader: ActionRef| {
-                    let readers = &self.input.spec.register(*register).readers;
-                    let index = readers.iter().position(|r| *r == reader);
-                    let known = index.zip(released).map(|(index, of)| of.released[index]);
-                    match known.zip(self.released_by(*register, reader)) {
-                        Some((piece, done)) if done > piece => {
-                            Next::Root(Root::LostRelease { register: *register, piece, reader })
-                        }
-                        _ => self.target(reader),
-                    }
+            &Missing::Credit { register, piece, ref holders, .. } => {
+                let next = |reader: ActionRef| match self.has_released(register, reader, piece) {
+                    true => Next::Root(Root::LostRelease { register, piece, reader }),
+                    false => self.target(reader),
                 };
                 holders.iter().map(|holder| next(holder.reader)).collect()
             }
@@ -431,12 +424,18 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Number of pieces of a register that a reader has released, as counted by the reader.
-    fn released_by(&self, register: RegisterId, reader: ActionRef) -> Option<u64> {
-        let snapshot = self.snapshots.get(&reader.actor)?;
-        let action = self.input.spec.actor(reader.actor).actions.get(reader.action as usize)?;
-        let input = action.inputs.iter().find(|input| input.register == register)?;
-        Some(snapshot.completed(reader.action) / u64::from(input.firings_per_piece))
+    fn reader_index(&self, register: RegisterId, reader: ActionRef) -> Option<u32> {
+        let readers = &self.input.spec.register(register).readers;
+        readers.iter().position(|r| *r == reader).map(|index| index as u32)
+    }
+
+    /// True if a reader has released a piece, as far as its own snapshot says.
+    fn has_released(&self, register: RegisterId, reader: ActionRef, piece: u64) -> bool {
+        let Some(snapshot) = self.snapshots.get(&reader.actor) else { return false };
+        let pieces_per_step = self.input.spec.register(register).pieces_per_step;
+        let input = self.input.spec.input(register, reader);
+        let needed = input.and_then(|input| input.pieces.firings_to_finish(piece, pieces_per_step));
+        needed.is_some_and(|needed| snapshot.completed(reader.action) >= needed)
     }
 }
 

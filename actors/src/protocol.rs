@@ -1,28 +1,38 @@
 //! The register protocol of one actor: a pure state machine from events to effects, for shell, simulator and tests.
 //!
-//! Firing `n` reads and writes piece `n / firings_per_piece` of each input and output (one later to write an `initial`
-//! register, whose piece 0 exists from the start). So the state is a few counters; events do not allocate.
+//! The plan fixes the piece and the slot of each firing at each port, by a rate or a table. The producer holds the state
+//! of each slot of its registers, and each input port the piece that it holds in each slot. Events do not allocate.
 //!
-//! - **CR-1**, **CR-2**: see `protocol/register.rs`.
-//! - **CR-3**: a reader never has more unread pieces than the register has slots; this bounds every queue of messages.
-//! - **CR-4**: pieces reach each reader, and each reader releases them, in order, each once, in slot `piece mod slots`.
+//! - **CR-1**, **CR-2**: see `protocol/slots.rs`.
+//! - **CR-3**: a reader holds at most one piece in each slot; this bounds every queue of messages.
+//! - **CR-4**: pieces reach each reader, and each reader releases them, in the order that the plan fixes, each once, in
+//!   the slot that the plan gives them.
 //! - **CR-5**: at most one firing of an actor is in flight.
 //! - **CR-6** (across actors): `released at the producer <= released by the reader <= filled at the reader <=
-//!   published`; the differences are messages in transit.
+//!   published to it`; the differences are messages in transit. A slot that a reader holds is filled at the producer,
+//!   with the same piece, and the producer waits for this reader.
 //! - **CR-7** (across actors): the inputs of a firing do not change while it is in flight; the simulator checks it.
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::spec::{ActionRef, ActorId, Firing, InputSpec, OutputSpec, RegisterId, Spec};
+use crate::spec::{ActionRef, ActorId, Firing, RegisterId, Spec};
 
 mod error;
-mod register;
+mod ports;
+mod sequence;
+mod slot;
+mod slots;
 mod waiting;
 
 pub use error::ProtocolError;
-pub use register::SlotRing;
+use ports::{InPort, OutPort};
+pub(crate) use sequence::Sequence;
+pub use slot::SlotState;
+pub use slots::RegisterSlots;
+#[cfg(test)]
+pub(crate) use slots::SlotFault;
 pub use waiting::{ActionWaits, ActorWaits, Holder, Missing};
 
 /// A message between actors: ids and slots, never addresses. `reader` is an index in the register's readers.
@@ -89,8 +99,8 @@ pub struct Protocol {
     started: bool,
     in_flight: Option<u32>,
     actions: Box<[ActionState]>,
-    rings: Box<[SlotRing]>,
-    /// Sorted; the position is the index in `rings`.
+    slots: Box<[RegisterSlots]>,
+    /// Sorted; the position is the index in `slots`.
     produced: Box<[RegisterId]>,
     /// Sorted.
     reading: Box<[Reading]>,
@@ -110,48 +120,11 @@ struct ActionState {
 }
 
 #[derive(Clone, Debug)]
-struct InPort {
-    register: RegisterId,
-    reader: u32,
-    producer: ActorId,
-    slots: u32,
-    firings_per_piece: u64,
-    /// Number of filled pieces, including the initial one.
-    filled: u64,
-}
-
-#[derive(Clone, Debug)]
-struct OutPort {
-    register: RegisterId,
-    ring: usize,
-    firings_per_piece: u64,
-    early: bool,
-    /// Number of the piece that firing 0 writes.
-    first_piece: u64,
-}
-
-#[derive(Clone, Debug)]
 enum FiringState {
     /// Action indices, by priority.
     Credit(Box<[u32]>),
     /// The list, and the position of the next firing in it.
     Ordered(Box<[u32]>, usize),
-}
-
-impl OutPort {
-    fn piece(&self, firing: u64) -> u64 {
-        self.first_piece + firing / self.firings_per_piece
-    }
-
-    /// True for the firing that acquires the slot.
-    fn begins(&self, firing: u64) -> bool {
-        firing.is_multiple_of(self.firings_per_piece)
-    }
-
-    /// True for the firing that publishes it.
-    fn completes(&self, firing: u64) -> bool {
-        (firing + 1).is_multiple_of(self.firings_per_piece)
-    }
 }
 
 impl Protocol {
@@ -163,36 +136,18 @@ impl Protocol {
         let own = spec.actor(me);
         let mut produced: Vec<_> = own.actions.iter().flat_map(|a| &a.outputs).map(|o| o.register).collect();
         produced.sort_unstable();
-        let rings = produced.iter().map(|r| SlotRing::new(spec.register(*r))).collect();
+        produced.dedup();
+        let slots = produced.iter().map(|register| RegisterSlots::new(spec, *register, me)).collect();
         let mut reading = Vec::new();
-        let actions: Box<[ActionState]> = (own.actions.iter().enumerate())
-            .map(|(index, action)| {
-                let port = |(p, i): (usize, &InputSpec)| {
-                    let register = spec.register(i.register);
-                    let this = ActionRef { actor: me, action: index as u32 };
-                    let reader = register.readers.iter().position(|r| *r == this).expect("checked: is listed") as u32;
-                    reading.push(((i.register, reader), (index as u32, p as u32)));
-                    InPort {
-                        register: i.register,
-                        reader,
-                        producer: register.producer,
-                        slots: register.slots,
-                        firings_per_piece: i.firings_per_piece.into(),
-                        filled: register.initial.into(),
-                    }
-                };
-                let inputs = action.inputs.iter().enumerate().map(port).collect();
-                let output = |o: &OutputSpec| OutPort {
-                    register: o.register,
-                    ring: produced.binary_search(&o.register).expect("collected above"),
-                    firings_per_piece: o.firings_per_piece.into(),
-                    early: o.early,
-                    first_piece: spec.register(o.register).initial.into(),
-                };
-                let outputs = action.outputs.iter().map(output).collect();
-                ActionState { fired: 0, external: action.external, tokens: 0, inputs, outputs }
-            })
-            .collect();
+        let mut actions = Vec::new();
+        for (action, of) in (0..).zip(&own.actions) {
+            let input = |input| InPort::new(spec, ActionRef { actor: me, action }, input);
+            let inputs: Box<[InPort]> = of.inputs.iter().map(input).collect();
+            reading.extend((0..).zip(&inputs).map(|(port, input)| ((input.register, input.reader), (action, port))));
+            let index = |register| produced.binary_search(&register).expect("collected above");
+            let outputs = of.outputs.iter().map(|output| OutPort::new(spec, output, index(output.register))).collect();
+            actions.push(ActionState { fired: 0, external: of.external, tokens: 0, inputs, outputs });
+        }
         reading.sort_unstable();
         let firing = match &own.firing {
             Firing::Ordered(list) => FiringState::Ordered(list.clone().into(), 0),
@@ -202,8 +157,8 @@ impl Protocol {
                 FiringState::Credit(order)
             }
         };
-        let (spec, produced, reading) = (spec.clone(), produced.into(), reading.into());
-        Self { spec, me, started: false, in_flight: None, actions, rings, produced, reading, firing }
+        let (spec, actions, produced, reading) = (spec.clone(), actions.into(), produced.into(), reading.into());
+        Self { spec, me, started: false, in_flight: None, actions, slots, produced, reading, firing }
     }
 
     /// Calls [`Protocol::apply`], then [`Protocol::fire`].
@@ -244,8 +199,8 @@ impl Protocol {
         let Some(action) = self.choose() else { return };
         let state = &mut self.actions[action as usize];
         let firing = state.fired;
-        for output in state.outputs.iter().filter(|o| o.begins(firing)) {
-            self.rings[output.ring].acquire();
+        for output in state.outputs.iter().filter(|o| o.current.first) {
+            self.slots[output.slots].acquire(output.current.slot, output.current.piece);
         }
         state.fired += 1;
         state.tokens -= u64::from(state.external);
@@ -266,10 +221,9 @@ impl Protocol {
     /// True if inputs, credits and tokens for an action's next firing are available.
     fn is_ready(&self, action: u32) -> bool {
         let state = &self.actions[action as usize];
-        let firing = state.fired;
         (!state.external || state.tokens > 0)
-            && state.inputs.iter().all(|i| i.filled > firing / i.firings_per_piece)
-            && state.outputs.iter().all(|o| !o.begins(firing) || self.rings[o.ring].free() > 0)
+            && state.inputs.iter().all(InPort::is_ready)
+            && state.outputs.iter().all(|o| !o.current.first || self.slots[o.slots].is_free(o.current.slot))
     }
 
     fn filled(&mut self, register: RegisterId, reader: u32, slot: u32, piece: u64) -> Result<(), ProtocolError> {
@@ -277,64 +231,60 @@ impl Protocol {
             return Err(self.misrouted(register, reader));
         };
         let (action, port) = self.reading[index].1;
-        let done = self.completed(action);
         let input = &mut self.actions[action as usize].inputs[port as usize];
-        if piece != input.filled {
-            let (register, expected) = (self.spec.register_name(register), input.filled);
+        let (expected, expected_slot) = (input.arrivals.piece(), input.arrivals.slot());
+        if piece != expected {
+            let register = self.spec.register_name(register);
             return Err(ProtocolError::WrongPiece { register, message: "filled".into(), expected, got: piece });
         }
-        check_slot(&self.spec, register, piece, (piece % u64::from(input.slots)) as u32, slot)?;
-        if input.filled - done / input.firings_per_piece >= u64::from(input.slots) {
+        check_slot(&self.spec, register, piece, expected_slot, slot)?;
+        if let Some(unread) = input.held_in(slot) {
             let reader = self.spec.action_name(self.me, action);
             let register = self.spec.register_name(register);
-            return Err(ProtocolError::Overflow { register, reader, slots: input.slots, piece });
+            return Err(ProtocolError::Overflow { register, reader, slot, unread, piece });
         }
-        input.filled += 1;
+        input.fill(slot, piece);
         Ok(())
     }
 
     fn released(&mut self, register: RegisterId, reader: u32, slot: u32, piece: u64) -> Result<(), ProtocolError> {
-        let readers = |id: RegisterId| &self.spec.register(id).readers;
-        let ring = match self.produced.binary_search(&register) {
-            Ok(ring) if (reader as usize) < readers(register).len() => &mut self.rings[ring],
+        let index = reader as usize;
+        let slots = match self.produced.binary_search(&register) {
+            Ok(at) if index < self.slots[at].readers.len() => &mut self.slots[at],
             _ => return Err(self.misrouted(register, reader)),
         };
-        let reader_name = || {
-            let r = readers(register)[reader as usize];
-            self.spec.action_name(r.actor, r.action)
-        };
-        let (name, expected, published) =
-            (|| self.spec.register_name(register), ring.released()[reader as usize], ring.published);
+        let spec = &self.spec;
+        let name = |at: ActionRef| spec.action_name(at.actor, at.action);
+        let slots::ReaderState { at, ref releases, .. } = slots.readers[index];
+        let (expected, expected_slot) = (releases.piece(), releases.slot());
         if piece != expected {
-            let message = format!("released by {}", reader_name());
-            return Err(ProtocolError::WrongPiece { register: name(), message, expected, got: piece });
+            let (register, message) = (spec.register_name(register), format!("released by {}", name(at)));
+            return Err(ProtocolError::WrongPiece { register, message, expected, got: piece });
         }
-        if piece >= published {
-            return Err(ProtocolError::Unpublished { register: name(), reader: reader_name(), piece, published });
-        }
-        check_slot(&self.spec, register, piece, ring.slot_of(piece), slot)?;
-        ring.release(reader as usize);
-        Ok(())
+        check_slot(spec, register, piece, expected_slot, slot)?;
+        slots.release(index, slot, piece).map_err(|state| {
+            let (register, reader) = (spec.register_name(register), name(at));
+            ProtocolError::Unpublished { register, reader, piece, slot, state }
+        })
     }
 
     fn signal(&mut self, action: u32, output: u32, effects: &mut Vec<Effect>) -> Result<(), ProtocolError> {
         if self.in_flight != Some(action) {
             return Err(self.not_in_flight(action, format!("signal of output {output}")));
         }
-        let state = &self.actions[action as usize];
-        let firing = state.fired - 1;
         let unexpected = |reason| {
             let action = self.spec.action_name(self.me, action);
             Err(ProtocolError::UnexpectedSignal { action, output, reason })
         };
-        let Some(port) = state.outputs.get(output as usize).filter(|o| o.early) else {
+        let outputs = &self.actions[action as usize].outputs;
+        let Some(port) = outputs.get(output as usize).filter(|o| o.early) else {
             return unexpected("not an early output");
         };
         // Programs signal on every firing; only the last that writes a slot publishes it.
-        if !port.completes(firing) {
+        if !port.current.last {
             return Ok(());
         }
-        if self.rings[port.ring].published > port.piece(firing) {
+        if !self.slots[port.slots].is_writing(port.current.slot, port.current.piece) {
             return unexpected("already published");
         }
         self.publish(action, output as usize, effects);
@@ -346,28 +296,29 @@ impl Protocol {
             return Err(self.not_in_flight(action, "done".into()));
         }
         let index = action as usize;
-        let firing = self.actions[index].fired - 1;
+        let next = self.actions[index].fired;
         for port in 0..self.actions[index].outputs.len() {
-            let output = &self.actions[index].outputs[port];
-            if !output.completes(firing) {
-                continue;
-            }
-            if !output.early {
+            let OutPort { early, current, slots, .. } = &self.actions[index].outputs[port];
+            if current.last && !early {
                 self.publish(action, port, effects);
-            } else if self.rings[output.ring].published <= output.piece(firing) {
+            } else if current.last && self.slots[*slots].is_writing(current.slot, current.piece) {
                 let action = self.spec.action_name(self.me, action);
                 return Err(ProtocolError::MissingSignal { action, output: port as u32 });
             }
+            self.actions[index].outputs[port].advance(next);
         }
         self.in_flight = None;
         for port in 0..self.actions[index].inputs.len() {
-            let input = &self.actions[index].inputs[port];
-            if !(firing + 1).is_multiple_of(input.firings_per_piece) {
+            let input = &mut self.actions[index].inputs[port];
+            let ports::Reach { piece, slot, last, .. } = input.current;
+            if last {
+                input.release();
+            }
+            input.advance(next);
+            if !last {
                 continue;
             }
             let (register, reader, producer) = (input.register, input.reader, input.producer);
-            let piece = firing / input.firings_per_piece;
-            let slot = (piece % u64::from(input.slots)) as u32;
             if producer == self.me {
                 self.released(register, reader, slot, piece)?;
             } else {
@@ -378,22 +329,22 @@ impl Protocol {
         Ok(())
     }
 
-    /// Publishes the slot of an output to all readers; readers in this actor see it at once.
+    /// Publishes the slot of an output to the piece's readers; those in this actor see it at once.
     fn publish(&mut self, action: u32, port: usize, effects: &mut Vec<Effect>) {
         let output = &self.actions[action as usize].outputs[port];
-        let register = output.register;
-        let ring = &mut self.rings[output.ring];
-        let piece = ring.publish();
-        let slot = ring.slot_of(piece);
-        for (index, reader) in self.spec.register(register).readers.iter().enumerate() {
-            if reader.actor != self.me {
-                let message = Message::Filled { register, reader: index as u32, slot, piece };
-                effects.push(Effect::Send { to: reader.actor, message });
+        let (register, ports::Reach { piece, slot, .. }) = (output.register, output.current);
+        let slots = &mut self.slots[output.slots];
+        slots.publish(slot);
+        for (index, reader) in slots.readers.iter().enumerate() {
+            if !slots.reads(index, piece) {
                 continue;
             }
-            let inputs = &mut self.actions[reader.action as usize].inputs;
-            let input = inputs.iter_mut().find(|i| i.register == register).expect("checked: has the port");
-            input.filled += 1;
+            if let Some(port) = reader.own_port {
+                self.actions[reader.at.action as usize].inputs[port as usize].fill(slot, piece);
+            } else {
+                let message = Message::Filled { register, reader: index as u32, slot, piece };
+                effects.push(Effect::Send { to: reader.at.actor, message });
+            }
         }
     }
 
@@ -435,40 +386,43 @@ impl Protocol {
 
     /// Slot that a firing reads at an input port.
     pub fn input_slot(&self, action: u32, port: usize, firing: u64) -> u32 {
-        let input = &self.actions[action as usize].inputs[port];
-        (firing / input.firings_per_piece % u64::from(input.slots)) as u32
+        self.actions[action as usize].inputs[port].map.reach(firing).slot
     }
 
     /// Slot that a firing writes at an output port.
     pub fn output_slot(&self, action: u32, port: usize, firing: u64) -> u32 {
-        let output = &self.actions[action as usize].outputs[port];
-        self.rings[output.ring].slot_of(output.piece(firing))
+        self.actions[action as usize].outputs[port].map.reach(firing).slot
     }
 
     /// True if an earlier firing has already written that slot's piece, so that this one accumulates into it.
     pub fn repeats(&self, action: u32, port: usize, firing: u64) -> bool {
-        !self.actions[action as usize].outputs[port].begins(firing)
+        !self.actions[action as usize].outputs[port].map.reach(firing).first
     }
 
     /// True if this firing is the last one that writes that slot's piece.
     pub fn completes(&self, action: u32, port: usize, firing: u64) -> bool {
-        self.actions[action as usize].outputs[port].completes(firing)
+        self.actions[action as usize].outputs[port].map.reach(firing).last
     }
 
-    /// The slot rings of the registers that this actor produces.
-    pub fn rings(&self) -> impl Iterator<Item = (RegisterId, &SlotRing)> {
-        self.produced.iter().copied().zip(&self.rings)
+    /// The slots of the registers that this actor produces.
+    pub fn produced(&self) -> impl Iterator<Item = (RegisterId, &RegisterSlots)> {
+        self.produced.iter().copied().zip(&self.slots)
     }
 
-    /// The slot ring of a register that this actor produces.
-    pub fn ring(&self, register: RegisterId) -> Option<&SlotRing> {
-        self.produced.binary_search(&register).ok().map(|r| &self.rings[r])
+    /// The slots of a register that this actor produces.
+    pub fn slots(&self, register: RegisterId) -> Option<&RegisterSlots> {
+        self.produced.binary_search(&register).ok().map(|r| &self.slots[r])
     }
 
     /// `(filled, released)` pieces at an input port, as counted by this actor.
     pub fn input_pieces(&self, action: u32, port: usize) -> (u64, u64) {
         let input = &self.actions[action as usize].inputs[port];
-        (input.filled, self.completed(action) / input.firings_per_piece)
+        (input.filled, input.released)
+    }
+
+    /// The slots with the pieces that an input port holds: filled, and not released.
+    pub fn input_held(&self, action: u32, port: usize) -> impl Iterator<Item = (u32, u64)> + '_ {
+        self.actions[action as usize].inputs[port].held()
     }
 
     /// Reports why this actor does not fire.
@@ -492,27 +446,29 @@ impl Protocol {
 
     fn missing(&self, action: u32) -> Vec<Missing> {
         let state = &self.actions[action as usize];
-        let firing = state.fired;
         let mut missing = Vec::new();
         for input in &state.inputs {
-            let piece = firing / input.firings_per_piece;
-            if input.filled <= piece {
-                let action = self.spec.writer(input.register).map_or(0, |w| w.0);
-                let writer = ActionRef { actor: input.producer, action };
-                missing.push(Missing::Piece { register: input.register, piece, writer });
+            let (register, reach) = (input.register, input.map.reach(state.fired));
+            if !input.holds(reach) {
+                let first = ActionRef { actor: input.producer, action: 0 };
+                let writer = self.spec.publisher(register, reach.piece).unwrap_or(first);
+                missing.push(Missing::Piece { register, piece: reach.piece, writer });
             }
         }
-        for output in state.outputs.iter().filter(|o| o.begins(firing)) {
-            let ring = &self.rings[output.ring];
-            if ring.free() > 0 {
+        for output in &state.outputs {
+            let (slots, reach) = (&self.slots[output.slots], output.map.reach(state.fired));
+            if !reach.first || slots.is_free(reach.slot) {
                 continue;
             }
-            let readers = self.spec.register(output.register).readers.iter();
-            let oldest = ring.released().iter().min();
-            let holders = readers.zip(ring.released()).filter(|(_, released)| Some(*released) == oldest);
-            let held = |released| (ring.published - released) as u32;
-            let holders = holders.map(|(&reader, released)| Holder { reader, slots: held(released) }).collect();
-            missing.push(Missing::Credit { register: output.register, slots: ring.slots, holders });
+            let held = |reader: u32| (0..slots.count()).filter(|slot| slots.is_left(*slot, reader as usize)).count();
+            let holder = |reader| Holder { reader: slots.readers[reader as usize].at, slots: held(reader) as u32 };
+            let holders = slots.readers_left(reach.slot).map(holder).collect();
+            let held = match slots.states()[reach.slot as usize] {
+                SlotState::Free => None,
+                SlotState::Writing { piece } | SlotState::Filled { piece, .. } => Some(piece),
+            };
+            let (register, slots, piece) = (output.register, slots.count(), held.unwrap_or(reach.piece));
+            missing.push(Missing::Credit { register, slots, piece, holders });
         }
         if state.external && state.tokens == 0 {
             missing.push(Missing::Token);
@@ -520,32 +476,32 @@ impl Protocol {
         missing
     }
 
-    /// Checks CR-1, CR-2, CR-3 and CR-5 for this actor.
+    /// Checks CR-1 to CR-5 for this actor.
     pub fn check(&self) -> Result<(), ProtocolError> {
-        for (register, ring) in self.rings() {
-            ring.check(&self.spec.register(register).name)?;
+        for (register, slots) in self.produced() {
+            slots.check(&self.spec.register(register).name)?;
         }
         for (index, action) in (0..).zip(&self.actions) {
-            for (port, input) in action.inputs.iter().enumerate() {
-                let (filled, released) = self.input_pieces(index, port);
-                if released > filled || filled - released > u64::from(input.slots) {
+            for input in &action.inputs {
+                let (held, InPort { register, filled, released, .. }) = (input.held().count() as u64, input);
+                if released + held != *filled {
                     return Err(ProtocolError::Invariant {
                         label: "CR-3",
-                        at: format!("register '{}'", self.spec.register_name(input.register)),
-                        numbers: format!("{} slots, filled {filled}, released {released}", input.slots),
+                        at: format!("register '{}'", self.spec.register_name(*register)),
+                        numbers: format!("filled {filled}, released {released}, held {held}"),
                     });
                 }
             }
-            // CR-5: an unpublished piece belongs to the firing in flight or to an accumulation.
-            let ended = self.completed(index);
-            let writing = |o: &&OutPort| o.begins(ended) && o.piece(ended) > self.rings[o.ring].published;
-            if let Some(output) = action.outputs.iter().find(writing)
+            // CR-5: a slot that is being written belongs to the firing in flight or to an accumulation.
+            let begun =
+                |o: &&OutPort| o.current.first && self.slots[o.slots].is_writing(o.current.slot, o.current.piece);
+            if let Some(output) = action.outputs.iter().find(begun)
                 && self.in_flight != Some(index)
             {
                 return Err(ProtocolError::Invariant {
                     label: "CR-5",
                     at: self.spec.action_name(self.me, index),
-                    numbers: format!("{ended} firings ended, piece {} unpublished", output.piece(ended) - 1),
+                    numbers: format!("{} firings ended, piece {} unpublished", action.fired, output.current.piece),
                 });
             }
         }
@@ -553,8 +509,8 @@ impl Protocol {
     }
 
     #[cfg(test)]
-    pub(crate) fn add_surplus_credit(&mut self) {
-        self.rings.iter_mut().for_each(|r| r.surplus = 1);
+    pub(crate) fn break_slots(&mut self, fault: SlotFault) {
+        self.slots.iter_mut().for_each(|slots| slots.fault = Some(fault));
     }
 }
 

@@ -24,7 +24,7 @@ use shardflow_kernels::tensor::{DType, HostTensor};
 
 use crate::error::{Failure, PeerError};
 use crate::protocol::Message;
-use crate::spec::{ActorId, RegisterId, Spec};
+use crate::spec::{ActionRef, ActorId, RegisterId, Spec};
 use shardflow_job::transport::Connection;
 
 /// Interval at which a wait for peers checks whether the session has failed.
@@ -178,11 +178,22 @@ impl Remote {
         self.changed.notify_all();
     }
 
-    /// RM-3: the oldest piece of the register that a reader here has not released.
-    pub(crate) fn oldest_held(&self, spec: &Spec, register: RegisterId) -> u64 {
+    /// The readers of a register in this process.
+    pub(crate) fn local_readers(&self, spec: &Spec, register: RegisterId) -> Vec<ActionRef> {
+        let readers = spec.register(register).readers.iter();
+        readers.filter(|reader| self.is_local(reader.actor)).copied().collect()
+    }
+
+    /// RM-3: true if a reader here has not released a piece that it has received or will receive.
+    pub(crate) fn is_held(&self, spec: &Spec, register: RegisterId, piece: u64) -> bool {
+        let pieces_per_step = spec.register(register).pieces_per_step;
         let readers = spec.register(register).readers.iter().zip(&self.released[register.0 as usize]);
-        let local = readers.filter(|(reader, _)| self.is_local(reader.actor));
-        local.map(|(_, released)| released.load(Ordering::Acquire)).min().unwrap_or(u64::MAX)
+        let mut local = readers.filter(|(reader, _)| self.is_local(reader.actor));
+        local.any(|(reader, released)| {
+            let pieces = spec.input(register, *reader).map(|input| &input.pieces);
+            let needed = pieces.and_then(|p| Some(p.finished(p.firings_to_finish(piece, pieces_per_step)?)));
+            needed.is_some_and(|needed| released.load(Ordering::Acquire) < needed)
+        })
     }
 
     /// The process that hosts the actor, if it is another one.

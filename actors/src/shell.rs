@@ -207,6 +207,7 @@ impl RunningSession {
 
     /// Sends the bytes of `initial` registers to the peers that read them; waits up to [`WatchdogOptions::wait_max`]
     /// for theirs. All processes call it, with no work in flight, after such a register was written outside the plan.
+    /// After the first step, it is exact for registers with as many slots as initial pieces.
     pub fn refresh(&mut self) -> Result<(), Failure> {
         self.rounds += 1;
         let session = &self.session;

@@ -11,7 +11,7 @@ use shardflow_kernels::hash::SplitMix64;
 
 use crate::check::{SpecError, check};
 use crate::hang::{Hang, HangSnapshot, explain};
-use crate::protocol::{Effect, Message, Protocol, ProtocolError, ProtocolEvent};
+use crate::protocol::{Effect, Message, Protocol, ProtocolError, ProtocolEvent, SlotState};
 use crate::snapshot::ActorSnapshot;
 use crate::spec::{ActionRef, ActorId, Decision, RegisterId, Spec};
 
@@ -148,9 +148,11 @@ pub fn simulate(
     options: &SimulationOptions,
 ) -> Result<SimulatedRun, SimulationError> {
     check(spec)?;
-    let protocols = (0..spec.actors.len() as u32).map(|a| Protocol::new(spec, ActorId(a)));
+    let actors = (0..spec.actors.len() as u32).map(ActorId);
+    #[cfg(not(test))]
+    let protocols = actors.map(|actor| Protocol::new(spec, actor));
     #[cfg(test)]
-    let protocols = protocols.map(|protocol| tests::with_fault(protocol, options.fault));
+    let protocols = actors.map(|actor| tests::protocol(spec, actor, options.fault));
     let mut simulator = Simulator {
         spec,
         timing,
@@ -248,7 +250,7 @@ impl Simulator<'_> {
         let slots_peak = (0..self.spec.registers.len())
             .map(|r| {
                 let producer = &self.protocols[self.spec.registers[r].producer.0 as usize];
-                producer.ring(RegisterId(r as u32)).map_or(0, |ring| ring.peak)
+                producer.slots(RegisterId(r as u32)).map_or(0, |slots| slots.peak)
             })
             .collect();
         // Releases may still be in transit after the last firing.
@@ -342,7 +344,7 @@ impl Simulator<'_> {
         if let Some(fault) = self.options.fault {
             let nth = self.sent;
             self.sent += 1;
-            for message in fault.apply(nth, message) {
+            for message in fault.apply(self.spec, nth, message) {
                 self.send(from, to, message);
             }
             return;
@@ -374,17 +376,24 @@ impl Simulator<'_> {
     /// Checks CR-6 for one register; with `settled`, also that no message is in transit.
     fn check_conservation(&self, id: RegisterId, settled: bool) -> Result<(), SimulationError> {
         let register = self.spec.register(id);
-        let Some(ring) = self.protocols[register.producer.0 as usize].ring(id) else { return Ok(()) };
+        let Some(slots) = self.protocols[register.producer.0 as usize].slots(id) else { return Ok(()) };
+        let credited: Vec<u64> = slots.released().collect();
         for (index, reader) in register.readers.iter().enumerate() {
             let actor = self.spec.actor(reader.actor);
             let inputs = &actor.actions[reader.action as usize].inputs;
             let Some(port) = inputs.iter().position(|i| i.register == id) else { continue };
             let protocol = &self.protocols[reader.actor.0 as usize];
             let (filled, released) = protocol.input_pieces(reader.action, port);
-            let (credited, published) = (ring.released()[index], ring.published);
+            let (credited, published) = (credited[index], slots.published_to(index));
             let in_order = credited <= released && released <= filled && filled <= published;
             let at_rest = credited == released && filled == published;
-            if !in_order || (settled && !at_rest) {
+            // The producer may not free a slot that the reader still holds.
+            let is_filled = |(slot, piece): (u32, u64)| {
+                let state = slots.states()[slot as usize];
+                matches!(state, SlotState::Filled { piece: held, .. } if held == piece) && slots.is_left(slot, index)
+            };
+            let mut held = protocol.input_held(reader.action, port);
+            if !in_order || (settled && !at_rest) || !held.all(is_filled) {
                 let numbers =
                     format!("credited {credited}, released {released}, filled {filled}, published {published}");
                 let reader = self.spec.action_name(reader.actor, reader.action);
@@ -396,6 +405,10 @@ impl Simulator<'_> {
 }
 
 #[cfg(test)]
+mod mutants;
+#[cfg(test)]
 pub(crate) mod plans;
+#[cfg(test)]
+pub(crate) mod random;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -1,6 +1,6 @@
 //! Snapshots of actors for monitoring.
 
-use crate::protocol::{ActorWaits, Protocol};
+use crate::protocol::{ActorWaits, Protocol, SlotState};
 use crate::spec::{ActorId, RegisterId};
 use crate::trace::Idle;
 
@@ -38,10 +38,25 @@ pub struct RegisterUse {
     pub slots_held: u32,
     /// Maximum number of slots held at once since the start.
     pub slots_peak: u32,
-    /// Number of published pieces since the start, including the initial one.
+    /// Number of published pieces since the start, including the initial ones.
     pub published: u64,
     /// Number of pieces that each reader has released, as far as the producer knows, by reader index.
     pub released: Vec<u64>,
+    /// The state of each slot, and the indices of the readers that have not released it.
+    pub states: Vec<(SlotState, Vec<u32>)>,
+}
+
+impl RegisterUse {
+    /// Number of published slots that some reader has not released.
+    pub fn slots_filled(&self) -> u32 {
+        self.states.iter().filter(|(state, _)| matches!(state, SlotState::Filled { .. })).count() as u32
+    }
+
+    /// True if a slot holds this piece for this reader: it was published, and no release has arrived.
+    pub(crate) fn is_held(&self, piece: u64, reader: u32) -> bool {
+        let holds = |state: &SlotState| matches!(state, SlotState::Filled { piece: held, .. } if *held == piece);
+        self.states.iter().any(|(state, readers)| holds(state) && readers.contains(&reader))
+    }
 }
 
 /// The first output tensor of one firing that contains Inf or NaN.
@@ -64,13 +79,17 @@ pub struct NotFinite {
 impl ActorSnapshot {
     /// A snapshot without times.
     pub(crate) fn of(protocol: &Protocol) -> Self {
-        let uses = protocol.rings().map(|(register, ring)| RegisterUse {
+        let uses = protocol.produced().map(|(register, slots)| RegisterUse {
             register,
-            slots: ring.slots,
-            slots_held: ring.held(),
-            slots_peak: ring.peak,
-            published: ring.published,
-            released: ring.released().to_vec(),
+            slots: slots.count(),
+            slots_held: slots.held(),
+            slots_peak: slots.peak,
+            published: slots.published(),
+            released: slots.released().collect(),
+            states: (0..)
+                .zip(slots.states())
+                .map(|(slot, state)| (*state, slots.readers_left(slot).collect()))
+                .collect(),
         });
         let (waiting, firings) = (protocol.waiting(), protocol.all_fired());
         Self {

@@ -1,8 +1,15 @@
 //! The part of a plan that the protocol uses: registers, credits, actions and firing. Plain data, no device.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
 use serde::{Deserialize, Serialize};
 
 use crate::label::Label;
+
+mod pieces;
+
+pub use pieces::{PieceAccess, Pieces};
 
 /// Index of an actor in [`Spec::actors`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,19 +40,26 @@ pub struct Decision {
 }
 
 /// The channel from one producing actor to its readers.
+///
+/// In step `s`, a writer's access to piece `p` means piece `s * pieces_per_step + p + initial`, and a reader's access to
+/// piece `p` means piece `s * pieces_per_step + p`. So readers lag behind the writers by `initial` pieces.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegisterSpec {
     /// Shown in errors, e.g. `stage0.forward/h`.
     pub name: String,
-    /// The actor whose action writes it.
+    /// The actor whose actions write it. If several do, the actor fires by an ordered list.
     pub producer: ActorId,
     /// Number of slots; these are the producer's credits.
     pub slots: u32,
     /// Bytes of one slot; 0 for a register that only signals.
     pub slot_bytes: usize,
-    /// True if slot 0 holds piece 0 before any firing (parameters).
-    pub initial: bool,
-    /// Every reader gets every piece. A reader is one action of one actor.
+    /// Number of pieces written in one step.
+    pub pieces_per_step: u32,
+    /// Pieces `0..initial` exist before any firing; parameters have one.
+    pub initial: u32,
+    /// Piece `n` lies in slot `slot_of[n mod slot_of.len()]`. If empty, it lies in slot `n mod slots` (a ring).
+    pub slot_of: Arc<[u32]>,
+    /// A reader is one action of one actor. It gets the pieces that its input port accesses.
     pub readers: Vec<ActionRef>,
 }
 
@@ -118,23 +132,65 @@ pub struct ActionSpec {
 }
 
 /// An input port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InputSpec {
     /// The register read.
     pub register: RegisterId,
-    /// This many consecutive firings read the same piece; then it is released.
-    pub firings_per_piece: u32,
+    /// The piece that each firing reads. The last read of a piece releases it.
+    pub pieces: Pieces,
 }
 
 /// An output port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OutputSpec {
     /// The register written; this actor is its producer.
     pub register: RegisterId,
-    /// This many consecutive firings write one slot (accumulation); the last one publishes it.
-    pub firings_per_piece: u32,
-    /// True if the last firing publishes it by a signal of its program, before the firing ends.
+    /// The piece that each firing writes. The first write of a piece acquires its slot, later ones add to it
+    /// (accumulation), and the last one publishes it.
+    pub pieces: Pieces,
+    /// True if a signal of the program publishes the piece, before the firing that completes it ends.
     pub early: bool,
+}
+
+impl RegisterSpec {
+    /// A register without readers, bytes and initial pieces, whose slots form a ring.
+    pub fn new(name: impl Into<String>, producer: ActorId, slots: u32, pieces_per_step: u32) -> Self {
+        Self {
+            name: name.into(),
+            producer,
+            slots,
+            slot_bytes: 0,
+            pieces_per_step,
+            initial: 0,
+            slot_of: Arc::default(),
+            readers: Vec::new(),
+        }
+    }
+
+    /// The slot of a piece.
+    pub fn slot(&self, piece: u64) -> u32 {
+        slot_in(self.slots, &self.slot_of, piece)
+    }
+
+    /// Number of steps after which the slots of pieces repeat, if slots that exchange their roles count as equal.
+    /// Always 1 for a ring.
+    pub fn period_steps(&self) -> u32 {
+        let count = self.slot_of.len();
+        let renames = |steps: usize| {
+            let mut renamed = BTreeMap::new();
+            let shift = steps * self.pieces_per_step as usize;
+            (0..count).all(|n| {
+                let to = self.slot_of[(n + shift) % count];
+                *renamed.entry(self.slot_of[n]).or_insert(to) == to
+            })
+        };
+        (1..=count).find(|steps| renames(*steps)).map_or(1, |steps| steps as u32)
+    }
+}
+
+/// The slot of a piece in a ring of `slots`, or by the table if that is not empty.
+pub(crate) fn slot_in(slots: u32, table: &[u32], piece: u64) -> u32 {
+    if table.is_empty() { (piece % u64::from(slots)) as u32 } else { table[(piece % table.len() as u64) as usize] }
 }
 
 impl Spec {
@@ -174,13 +230,74 @@ impl Spec {
         self.registers.get(register.0 as usize).map_or_else(|| format!("register {}", register.0), |r| r.name.clone())
     }
 
-    /// The action and output port that write a register, if it exists.
-    pub fn writer(&self, register: RegisterId) -> Option<(u32, u32)> {
-        let producer = self.registers.get(register.0 as usize)?.producer;
-        let actions = &self.actors.get(producer.0 as usize)?.actions;
-        actions.iter().enumerate().find_map(|(a, action)| {
-            let port = action.outputs.iter().position(|o| o.register == register)?;
-            Some((a as u32, port as u32))
+    /// The actions and output ports that write a register, by action.
+    pub fn writers(&self, register: RegisterId) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let producer = self.registers.get(register.0 as usize).and_then(|r| self.actors.get(r.producer.0 as usize));
+        let actions = producer.into_iter().flat_map(|actor| (0..).zip(&actor.actions));
+        actions.flat_map(move |(a, action)| {
+            let ports = (0..).zip(&action.outputs).filter(move |(_, output)| output.register == register);
+            ports.map(move |(port, _)| (a, port))
         })
+    }
+
+    /// The first of [`Spec::writers`].
+    pub fn writer(&self, register: RegisterId) -> Option<(u32, u32)> {
+        self.writers(register).next()
+    }
+
+    /// The writes of a register in one step, in their order: the writing action and its access. With several writers
+    /// the order is that of the actor's list.
+    pub fn writes(&self, register: RegisterId) -> Vec<(u32, PieceAccess)> {
+        let Some(actor) = self.registers.get(register.0 as usize).map(|r| self.actor(r.producer)) else {
+            return Vec::new();
+        };
+        let accesses = |(action, port): (u32, u32)| {
+            let action = &actor.actions[action as usize];
+            action.outputs[port as usize].pieces.accesses(action.per_step)
+        };
+        let mut writers: Vec<_> = self.writers(register).map(|writer| (writer.0, accesses(writer))).collect();
+        match (&actor.firing, &mut *writers) {
+            (Firing::Ordered(list), [_, _, ..]) => {
+                let write = |action: &u32| {
+                    let (action, accesses) = writers.iter_mut().find(|(a, _)| a == action)?;
+                    Some((*action, accesses.next()?))
+                };
+                list.iter().filter_map(write).collect()
+            }
+            (_, [(action, accesses), ..]) => accesses.map(|access| (*action, access)).collect(),
+            (_, []) => Vec::new(),
+        }
+    }
+
+    /// The action that publishes a piece; for an initial piece, the first writer.
+    pub fn publisher(&self, register: RegisterId, piece: u64) -> Option<ActionRef> {
+        let spec = self.registers.get(register.0 as usize)?;
+        let mut writers = self.writers(register).map(|(action, _)| action);
+        let (first, more) = (writers.next()?, writers.next().is_some());
+        let own = piece.checked_sub(u64::from(spec.initial)).filter(|_| more);
+        let publishes = |own: u64| {
+            let within = (own % u64::from(spec.pieces_per_step)) as u32;
+            self.writes(register).into_iter().find(|(_, access)| access.piece == within && access.last)
+        };
+        let action = own.and_then(publishes).map_or(first, |(action, _)| action);
+        Some(ActionRef { actor: spec.producer, action })
+    }
+
+    /// The input port through which an action reads a register.
+    pub fn input(&self, register: RegisterId, reader: ActionRef) -> Option<&InputSpec> {
+        let action = self.actors.get(reader.actor.0 as usize)?.actions.get(reader.action as usize)?;
+        action.inputs.iter().find(|input| input.register == register)
+    }
+
+    /// Number of steps whose simulation covers all steps: the least common multiple of the registers' periods.
+    pub fn period_steps(&self) -> u64 {
+        let divisor = |mut a: u64, mut b: u64| {
+            while b > 0 {
+                (a, b) = (b, a % b);
+            }
+            a
+        };
+        let periods = self.registers.iter().map(|register| u64::from(register.period_steps()));
+        periods.fold(1, |all: u64, own| (all / divisor(all, own)).saturating_mul(own))
     }
 }

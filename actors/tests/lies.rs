@@ -13,7 +13,7 @@ use shardflow_actors::frame::{FRAME_BYTES, Frame, FrameError};
 use shardflow_actors::protocol::Message;
 use shardflow_actors::remote::{ByteRun, HostBroadcast, PeerSpec, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
-use shardflow_actors::spec::{ActorId, Firing, RegisterId, Spec};
+use shardflow_actors::spec::{ActorId, Firing, Pieces, RegisterId, Spec};
 use shardflow_actors::watchdog::WatchdogOptions;
 use shardflow_job::secret::Secret;
 use shardflow_job::transport::{
@@ -41,6 +41,12 @@ const WEIGHTS: RegisterId = RegisterId(3);
 /// An actor of this process: reads `WEIGHTS` twice per step when it has tokens.
 const USER: ActorId = ActorId(4);
 
+/// From the peer to this process: pieces 1 and then 0 of each step, of which readers here take only piece 0; 2 slots of 8
+/// bytes, of which 4 are sent.
+const TURNED: RegisterId = RegisterId(5);
+/// An actor of this process that reads `TURNED`.
+const TAKER: ActorId = ActorId(5);
+
 /// `source (peer) -> middle (here) -> sink (peer) -> end (peer)`, and `source -> user (here)`.
 fn spec() -> Spec {
     let mut b = Builder::new();
@@ -53,13 +59,21 @@ fn spec() -> Spec {
     }
     let update = b.action(actors[0], "update", 1);
     let weights = b.register("weights", 1, update, 1);
-    (b.register_mut(weights).initial, b.register_mut(weights).slot_bytes) = (true, 8);
+    (b.register_mut(weights).initial, b.register_mut(weights).slot_bytes) = (1, 8);
     let user = b.actor("user", 0, Firing::Credit);
     let using = b.external(user, "work", 2);
     b.read(weights, using, 2);
     // An update depends on the step that used the weights.
     let used = b.register("used", 2, using, 2);
     b.read(used, update, 1);
+    let turn = b.external(actors[0], "turn", 2);
+    let turned = b.channel("turned", actors[0], 2, 2);
+    (b.register_mut(turned).slot_of, b.register_mut(turned).slot_bytes) = ([1, 0].into(), 8);
+    b.write(turned, turn, Pieces::in_order(&[1, 0]));
+    let taker = b.actor("taker", 0, Firing::Credit);
+    let take = b.action(taker, "take", 1);
+    b.read_pieces(turned, take, Pieces::in_order(&[0]));
+    b.read_pieces(turned, end, Pieces::in_order(&[1]));
     b.build()
 }
 
@@ -80,12 +94,12 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
     let (connection, mut peer_end) = authenticated();
     let engine = Arc::new(InProcess::new());
     let device = Device::cpu(0, 1, engine.clone());
-    let memory = [IN, OUT, WEIGHTS, RegisterId(4)].map(|register| {
+    let memory = [IN, OUT, WEIGHTS, RegisterId(4), TURNED].map(|register| {
         let arena = device.arena(16).unwrap();
         (register, RegisterMemory { base: Base { arena, offset: 0 }, stride: 8 })
     });
     let mirrors = [0, 2].map(|index: usize| memory[index].1.base.arena.clone());
-    let hosted = [(ActorId(1), "middle"), (USER, "user")].map(|(actor, name)| {
+    let hosted = [(ActorId(1), "middle"), (USER, "user"), (TAKER, "taker")].map(|(actor, name)| {
         let program = Arc::new(Program { name: "work".into(), ..Program::default() });
         let programs = vec![ActionProgram { program, bases: Vec::new() }];
         (actor, ActorHost { stream: device.stream(name, 1).unwrap(), programs })
@@ -96,7 +110,7 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
         actors: [0, 2, 3].map(ActorId).into(),
         connection,
         pushes: BTreeMap::from([(OUT, half())]),
-        mirrors: BTreeMap::from([(IN, half()), (WEIGHTS, half())]),
+        mirrors: BTreeMap::from([(IN, half()), (WEIGHTS, half()), (TURNED, half())]),
         pipes: BTreeMap::new(),
     };
     let host_ports = [PEER, 0].map(|process| HostBroadcast { process, tensors: vec![(vec![2], DType::F32)] }).into();
@@ -205,7 +219,7 @@ fn wrong_slots_and_pieces_are_rejected() {
     check(&[valid_piece(0, 0)], filled(IN, 0, 1, 1), "piece 1 of register 'in' without its bytes");
     let twice = "CR-4 register 'in': filled carries piece 0, expected 1";
     check(&[valid_piece(0, 0)], filled(IN, 0, 0, 0), twice);
-    let early = "CR-1 register 'out': sink work released piece 0, but only 0 pieces are published";
+    let early = "CR-1 register 'out': sink work released piece 0 from slot 0, which is free";
     check(&[], released(OUT, 0, 0, 0), early);
 }
 
@@ -282,6 +296,28 @@ fn weights_are_refreshed_only_between_steps() {
     peer.write_all(&refresh).unwrap();
     assert!(rejection(&running).to_string().contains("a refresh of register 'weights' in the middle of a step"));
     assert_eq!(mirror.read_host(0, &[1], DType::I32).unwrap().as_i32().unwrap(), [i32::from_le_bytes([8; 4])]);
+}
+
+#[test]
+fn the_bytes_of_pieces_follow_the_table() {
+    let due =
+        |piece, slot, due| format!("bytes of piece {piece} of register 'turned' for slot {slot}, expected piece {due}");
+    let piece = |slot, piece| {
+        [&data(TURNED, slot, piece, 4).encode()[..], &[5; 4], &filled(TURNED, 0, slot, piece).encode()].concat()
+    };
+    // Piece 1 is not for this process. Piece 0 lies in slot 1, and piece 2 follows it, in the same slot.
+    check(&[], data(TURNED, 0, 1, 4), &due(1, 0, 0));
+    check(&[], data(TURNED, 0, 0, 4), &due(0, 0, 0));
+    check(&[], data(TURNED, 1, 2, 4), &due(2, 1, 0));
+    check(&[piece(1, 0)], data(TURNED, 0, 1, 4), &due(1, 0, 2));
+    check(&[piece(1, 0)], filled(TURNED, 0, 1, 2), "piece 2 of register 'turned' without its bytes");
+    let (running, mut peer, _) = running();
+    peer.write_all(&piece(1, 0)).unwrap();
+    wait_for(&running, 2, 1);
+    peer.write_all(&piece(1, 2)).unwrap();
+    peer.write_all(&Frame::Bye.encode()).unwrap();
+    wait_for(&running, 2, 2);
+    running.shutdown().unwrap();
 }
 
 #[test]

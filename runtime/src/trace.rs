@@ -207,24 +207,25 @@ impl TraceFile {
         }))?;
         for input in &action.inputs {
             let register = &spec.registers[input.register.0 as usize];
-            if register.producer == actor || !fired.firing.is_multiple_of(u64::from(input.firings_per_piece)) {
+            let (piece, is_first, _) = input.pieces.of_firing(fired.firing, register.pieces_per_step);
+            if register.producer == actor || !is_first {
                 continue;
             }
-            let piece = fired.firing / u64::from(input.firings_per_piece);
             let reader =
                 register.readers.iter().position(|r| (r.actor, r.action) == (actor, fired.action)).unwrap_or(0);
-            // No firing writes an initial piece.
-            if piece > 0 || !register.initial {
+            // No firing writes the initial pieces.
+            if piece >= u64::from(register.initial) {
                 let at = (pid, tid, micros(fired.launched_ns));
                 self.write_event(&arrow("f", register, (input.register.0, piece, reader), at))?;
             }
         }
         for output in &action.outputs {
             let register = &spec.registers[output.register.0 as usize];
-            if !(fired.firing + 1).is_multiple_of(u64::from(output.firings_per_piece)) {
+            let (piece, _, is_last) = output.pieces.of_firing(fired.firing, register.pieces_per_step);
+            if !is_last {
                 continue;
             }
-            let piece = fired.firing / u64::from(output.firings_per_piece) + u64::from(register.initial);
+            let piece = piece + u64::from(register.initial);
             for (index, _) in register.readers.iter().enumerate().filter(|(_, reader)| reader.actor != actor) {
                 // The time must be inside the slice, otherwise the arrow binds to the next slice.
                 let ready_ns = if output.early { fired.early_ns } else { fired.ended_ns.saturating_sub(1) };

@@ -1,5 +1,6 @@
 //! Violations of the protocol.
 
+use super::slot::SlotState;
 use crate::spec::RegisterId;
 
 /// An event that no correct peer sends: a bug, a corrupted message or another plan. Labels: [`crate::protocol`].
@@ -10,10 +11,12 @@ pub enum ProtocolError {
     WrongPiece { register: String, message: String, expected: u64, got: u64 },
     #[error("CR-4 register '{register}': piece {piece} arrived in slot {got}, expected {expected}")]
     WrongSlot { register: String, piece: u64, expected: u32, got: u32 },
-    #[error("CR-3 register '{register}': reader {reader} received piece {piece} while all {slots} slots are unread")]
-    Overflow { register: String, reader: String, slots: u32, piece: u64 },
-    #[error("CR-1 register '{register}': {reader} released piece {piece}, but only {published} pieces are published")]
-    Unpublished { register: String, reader: String, piece: u64, published: u64 },
+    #[error(
+        "CR-3 register '{register}': reader {reader} received piece {piece} in slot {slot}, where piece {unread} is unread"
+    )]
+    Overflow { register: String, reader: String, slot: u32, unread: u64, piece: u64 },
+    #[error("CR-1 register '{register}': {reader} released piece {piece} from slot {slot}, which {state}")]
+    Unpublished { register: String, reader: String, piece: u64, slot: u32, state: SlotState },
     #[error(
         "actor {actor} received a message for reader {reader} of register {register:?}, which belongs to another actor"
     )]

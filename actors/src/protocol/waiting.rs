@@ -32,10 +32,11 @@ pub enum Missing {
         piece: u64,
         writer: ActionRef,
     },
-    /// A free slot of an output: all are held. The holders have not released the oldest piece.
+    /// The slot of an output's next piece, which holds `piece`. The holders have not released it.
     Credit {
         register: RegisterId,
         slots: u32,
+        piece: u64,
         holders: Vec<Holder>,
     },
     Token,
@@ -62,7 +63,7 @@ impl Missing {
                 let from = spec.action_name(writer.actor, writer.action);
                 format!("piece {piece} of register '{}' from {from}", spec.register_name(*register))
             }
-            Missing::Credit { register, slots, holders } => {
+            Missing::Credit { register, slots, holders, .. } => {
                 let held = |h: &Holder| {
                     let by = spec.action_name(h.reader.actor, h.reader.action);
                     format!("{} of {slots} slots held by {by}", h.slots)

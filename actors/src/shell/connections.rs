@@ -16,7 +16,7 @@ use crate::bus::Cast;
 use crate::error::{Failure, PeerError};
 use crate::frame::{FRAME_BYTES, Frame};
 use crate::loaded::Memory;
-use crate::protocol::{Message, ProtocolEvent};
+use crate::protocol::{Message, ProtocolEvent, Sequence};
 use crate::remote::{ByteRun, HostPiece, Outgoing, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
@@ -62,7 +62,8 @@ pub(crate) fn serve(
         let writer = Writer { sink, link: link.clone(), pushes, pushed: BTreeMap::new() };
         let write = move || writer.run(&outgoing);
         connections.writers.push(thread::Builder::new().name(format!("to rank {process}")).spawn(write)?);
-        let reader = Reader { source, link, mirrors, pieces: BTreeMap::new() };
+        let mirrored = mirrors.keys().map(|register| (*register, Mirrored::new(&link, *register))).collect();
+        let reader = Reader { source, link, mirrors, mirrored };
         let read = move || reader.run();
         connections.readers.push(thread::Builder::new().name(format!("from rank {process}")).spawn(read)?);
     }
@@ -148,8 +149,11 @@ impl Writer {
 
     fn write_initial_registers(&mut self) -> io::Result<()> {
         let spec = self.link.session.spec.clone();
-        let initial: Vec<_> = self.pushes.keys().filter(|r| spec.register(**r).initial).copied().collect();
-        initial.into_iter().try_for_each(|register| self.write_slot(register, 0, 0))
+        for register in self.pushes.keys().copied().collect::<Vec<_>>() {
+            let of = spec.register(register);
+            (0..u64::from(of.initial)).try_for_each(|piece| self.write_slot(register, of.slot(piece), piece))?;
+        }
+        Ok(())
     }
 
     fn write_frame(&mut self, frame: Frame) -> io::Result<()> {
@@ -205,8 +209,26 @@ struct Reader {
     source: BufReader<Connection>,
     link: Arc<Link>,
     mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
-    /// By register: the next piece whose bytes are expected.
-    pieces: BTreeMap<RegisterId, u64>,
+    mirrored: BTreeMap<RegisterId, Mirrored>,
+}
+
+/// The state of a register's mirror.
+struct Mirrored {
+    /// The pieces whose bytes are expected.
+    arrivals: Sequence,
+    /// By slot: the piece that it holds, if any.
+    slots: Vec<Option<u64>>,
+}
+
+impl Mirrored {
+    fn new(link: &Link, register: RegisterId) -> Self {
+        let spec = &link.session.spec;
+        let of = spec.register(register);
+        let mut slots = vec![None; of.slots as usize];
+        (0..u64::from(of.initial)).for_each(|piece| slots[of.slot(piece) as usize] = Some(piece));
+        let readers = link.remote().local_readers(spec, register);
+        Self { arrivals: Sequence::of_arrivals_to(spec, register, &readers), slots }
+    }
 }
 
 impl Reader {
@@ -261,8 +283,7 @@ impl Reader {
             return unexpected(format!("a message about register '{name}' between actors {from:?} and {to:?}"));
         }
         if matches!(message, Message::Filled { .. })
-            && self.mirrors.contains_key(&register)
-            && self.pieces.get(&register).is_none_or(|due| piece >= *due)
+            && self.mirrored.get(&register).is_some_and(|mirrored| !mirrored.slots.contains(&Some(piece)))
         {
             let name = self.link.session.spec.register_name(register);
             return unexpected(format!("piece {piece} of register '{name}' without its bytes"));
@@ -285,16 +306,19 @@ impl Reader {
         sent.map_or(Ok(()), |sent| pipe.wait(&sent)).map_err(|error| io::Error::from(error).into())
     }
 
-    /// RM-1 for a slot's bytes. The bytes of an initial register's piece 0 may be sent again (a refresh).
+    /// RM-1 for a slot's bytes. The bytes of initial pieces may be sent again (a refresh).
     fn process_data(&mut self, register: RegisterId, slot: u32, piece: u64, bytes: u64) -> Result<(), PeerError> {
         let name = || self.link.session.spec.register_name(register);
-        let (Some(runs), Some(memory)) = (self.mirrors.get(&register), self.link.memory.get(&register)) else {
+        let (Some(runs), Some(memory), Some(mirrored)) =
+            (self.mirrors.get(&register), self.link.memory.get(&register), self.mirrored.get(&register))
+        else {
             return unexpected(format!("bytes of register '{}'", name()));
         };
         let spec = self.link.session.spec.register(register);
-        let due = self.pieces.get(&register).copied().unwrap_or(u64::from(spec.initial));
-        let refresh = spec.initial && (slot, piece) == (0, 0);
-        if !refresh && (piece != due || u64::from(slot) != piece % u64::from(spec.slots)) {
+        let due = mirrored.arrivals.piece();
+        let is_own_slot = slot == spec.slot(piece);
+        let refresh = piece < u64::from(spec.initial) && is_own_slot;
+        if !refresh && (piece != due || !is_own_slot) {
             let message =
                 format!("bytes of piece {piece} of register '{}' for slot {slot}, expected piece {due}", name());
             return unexpected(message);
@@ -303,8 +327,8 @@ impl Reader {
         if bytes != expected {
             return unexpected(format!("{bytes} bytes for a slot of register '{}', expected {expected}", name()));
         }
-        let held = self.link.remote().oldest_held(&self.link.session.spec, register);
-        if !refresh && held.saturating_add(u64::from(spec.slots)) <= piece {
+        let is_held = |held: &u64| self.link.remote().is_held(&self.link.session.spec, register, *held);
+        if let Some(held) = mirrored.slots[slot as usize].filter(|held| !refresh && is_held(held)) {
             return unexpected(format!(
                 "bytes of piece {piece} of register '{}' that would overwrite piece {held}, still in use",
                 name()
@@ -324,8 +348,9 @@ impl Reader {
         if firings.is_some() && self.link.session.steps.firings_of_readers(register) != firings {
             return self.refresh_in_step(register);
         }
-        if !refresh {
-            self.pieces.insert(register, due + 1);
+        if !refresh && let Some(mirrored) = self.mirrored.get_mut(&register) {
+            mirrored.slots[slot as usize] = Some(piece);
+            mirrored.arrivals.advance();
         }
         Ok(())
     }

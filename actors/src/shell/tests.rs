@@ -14,7 +14,7 @@ use crate::builder::Builder;
 use crate::protocol::Message;
 use crate::remote::Peers;
 use crate::simulate::{plans, tests::exact};
-use crate::spec::{ActionRef, ActorSpec, Firing, InputSpec, RegisterId};
+use crate::spec::{ActionRef, ActorSpec, Firing, InputSpec, Pieces, RegisterId};
 use crate::trace::Cause;
 
 /// Much longer than any run here takes; ends a test that hangs.
@@ -132,7 +132,9 @@ pub(super) fn bench(spec: Spec) -> Bench {
     let memory = spec.registers.iter().enumerate().map(|(r, register)| {
         let device = &devices[spec.actor(register.producer).device];
         let arena = device.arena(4 * register.slots as usize).unwrap();
-        arena.write_host(0, &HostTensor::i32(&[1], vec![r as i32])).unwrap();
+        for piece in 0..u64::from(register.initial.max(1)) {
+            arena.write_host(4 * register.slot(piece) as usize, &HostTensor::i32(&[1], vec![r as i32])).unwrap();
+        }
         (RegisterId(r as u32), RegisterMemory { base: Base { arena, offset: 0 }, stride: 4 })
     });
     let memory = memory.collect();
@@ -160,10 +162,10 @@ fn mix_program(spec: &Spec, a: usize, x: usize, history: Base) -> ActionProgram 
     let mut program = Program { name: action.name.clone(), ..Program::default() };
     for (port, output) in action.outputs.iter().enumerate() {
         let register = spec.register(output.register);
-        let kernel = Mix { seed: seed(a, x, port), keep: register.initial };
+        let kernel = Mix { seed: seed(a, x, port), keep: register.initial > 0 };
         let op = Op::Custom(Arc::new(kernel));
         let write = vec![cell(action.inputs.len() + port)];
-        program.launches.push(launch(op, reads.clone(), write, output.firings_per_piece > 1));
+        program.launches.push(launch(op, reads.clone(), write, output.pieces.accumulates()));
         if output.early {
             program.signals.push((program.launches.len(), port as u32));
         }
@@ -203,14 +205,17 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
     let mut run = exact(&Arc::new(spec.clone()), 3, 1, steps).unwrap();
     run.timeline.sort_by_key(|f| f.start);
     let mut slots: Vec<Vec<i32>> = spec.registers.iter().map(|r| vec![0; r.slots as usize]).collect();
-    slots.iter_mut().enumerate().for_each(|(r, s)| s[0] = r as i32);
+    for (r, register) in spec.registers.iter().enumerate() {
+        (0..u64::from(register.initial)).for_each(|piece| slots[r][register.slot(piece) as usize] = r as i32);
+    }
     let mut histories: Vec<Vec<i32>> = spec.actors.iter().map(|a| vec![0; a.actions.len()]).collect();
     for fired in run.timeline {
         let (a, x) = (fired.actor.0 as usize, fired.action as usize);
         let action = &spec.actors[a].actions[x];
-        let place = |id: RegisterId, piece: u64| (id.0 as usize, piece as usize % spec.register(id).slots as usize);
+        let place = |id: RegisterId, piece: u64| (id.0 as usize, spec.register(id).slot(piece) as usize);
+        let of_firing = |id, pieces: &Pieces| pieces.of_firing(fired.firing, spec.register(id).pieces_per_step);
         let read = |i: &InputSpec| {
-            let (register, slot) = place(i.register, fired.firing / u64::from(i.firings_per_piece));
+            let (register, slot) = place(i.register, of_firing(i.register, &i.pieces).0);
             slots[register][slot]
         };
         let inputs: Vec<i32> = action.inputs.iter().map(read).collect();
@@ -218,10 +223,10 @@ fn expected(spec: &Spec, steps: u32) -> Vec<Vec<i32>> {
         reads.push(histories[a][x]);
         for (port, output) in action.outputs.iter().enumerate() {
             let initial = spec.register(output.register).initial;
-            let every = u64::from(output.firings_per_piece);
-            let (register, slot) = place(output.register, fired.firing / every + u64::from(initial));
+            let (piece, first, _) = of_firing(output.register, &output.pieces);
+            let (register, slot) = place(output.register, piece + u64::from(initial));
             let value = value(seed(a, x, port), &reads);
-            let keep = initial || fired.firing % every != 0;
+            let keep = initial > 0 || !first;
             let cell = &mut slots[register][slot];
             *cell = if keep { mix(*cell, value) } else { value };
         }

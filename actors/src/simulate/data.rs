@@ -59,8 +59,13 @@ struct Flight {
 
 impl Data {
     pub(super) fn new(spec: &Spec) -> Self {
-        let slots = spec.registers.iter().enumerate();
-        let slots = slots.map(|(r, s)| vec![if s.initial { mix(1, r as u64) } else { UNWRITTEN }; s.slots as usize]);
+        let slots = spec.registers.iter().enumerate().map(|(r, register)| {
+            let mut slots = vec![UNWRITTEN; register.slots as usize];
+            for piece in 0..u64::from(register.initial) {
+                slots[register.slot(piece) as usize] = mix(1 + piece, r as u64);
+            }
+            slots
+        });
         let history = spec.actors.iter().map(|a| vec![0; a.actions.len()]).collect();
         Self { slots: slots.collect(), flights: vec![Flight::default(); spec.actors.len()], history }
     }
@@ -84,7 +89,7 @@ impl Data {
         for (port, output) in action.outputs.iter().enumerate() {
             let slot = protocol.output_slot(fired.action, port, fired.firing) as usize;
             let register = spec.register(output.register);
-            let in_place = register.initial && register.slots == 1;
+            let in_place = register.initial > 0 && register.slots == 1;
             let kept = in_place || protocol.repeats(fired.action, port, fired.firing);
             let value = &mut self.slots[output.register.0 as usize][slot];
             flight.before.push(if kept { *value } else { UNWRITTEN });

@@ -1,10 +1,12 @@
 //! Tests the simulator against known schedules, and the protocol under random timing and injected faults.
 
+use super::mutants::Mutation;
 use super::*;
 use crate::builder::Builder;
 use crate::credits;
 use crate::hang::{Root, tests::pieces};
 use crate::pipeline::{Pipeline, PipelineSchedule};
+use crate::protocol::{Sequence, SlotFault};
 use crate::spec::{ActorSpec, Firing};
 
 /// A fault to inject: the n-th message is changed, messages are lost, or a firing never ends.
@@ -13,12 +15,16 @@ pub(crate) enum Fault {
     Lose(u64),
     Repeat(u64),
     NextPiece(u64),
-    /// Loses the `Filled` messages of a register to one reader (by index) from this piece on.
+    NextSlot(u64),
+    /// Loses this `Filled` message of a register to one reader (by index) and all later ones.
     LosePieces(RegisterId, u32, u64),
-    /// Loses the `Released` messages of one reader to the producer from this piece on.
+    /// Loses this `Released` message of one reader to the producer and all later ones.
     LoseReleases(RegisterId, u32, u64),
     Hang(ActionRef, u64),
-    SurplusCredit,
+    /// A broken rule for slots.
+    Slots(SlotFault),
+    /// One actor runs a plan with a changed register.
+    Plan(ActorId, RegisterId, Mutation),
     /// No action gets more tokens.
     TokensMax(u32),
 }
@@ -27,9 +33,16 @@ pub(super) fn tokens(count: u32, fault: Option<Fault>) -> u32 {
     if let Some(Fault::TokensMax(max)) = fault { count.min(max) } else { count }
 }
 
-pub(super) fn with_fault(mut protocol: Protocol, fault: Option<Fault>) -> Protocol {
-    if fault == Some(Fault::SurplusCredit) {
-        protocol.add_surplus_credit();
+pub(super) fn protocol(spec: &Arc<Spec>, actor: ActorId, fault: Option<Fault>) -> Protocol {
+    if let Some(Fault::Plan(of, register, mutation)) = fault
+        && of == actor
+    {
+        let changed = mutants::mutated(spec, register, mutation).expect("it applies");
+        return Protocol::new(&Arc::new(changed), actor);
+    }
+    let mut protocol = Protocol::new(spec, actor);
+    if let Some(Fault::Slots(fault)) = fault {
+        protocol.break_slots(fault);
     }
     protocol
 }
@@ -39,11 +52,14 @@ pub(crate) fn exact(spec: &Arc<Spec>, ticks: u64, hop_ticks: u64, steps: u32) ->
 }
 
 impl Fault {
-    pub(crate) fn apply(self, nth: u64, message: Message) -> Vec<Message> {
+    pub(crate) fn apply(self, spec: &Spec, nth: u64, message: Message) -> Vec<Message> {
+        let at = |of: RegisterId, to: u32| spec.register(of).readers[to as usize];
         let is_lost = match (self, message) {
-            (Self::LosePieces(of, to, from), Message::Filled { register, reader, piece, .. })
-            | (Self::LoseReleases(of, to, from), Message::Released { register, reader, piece, .. }) => {
-                (register, reader) == (of, to) && piece >= from
+            (Self::LosePieces(of, to, from), Message::Filled { register, reader, piece, .. }) => {
+                (register, reader) == (of, to) && follows(Sequence::of_arrivals(spec, of, at(of, to)), from, piece)
+            }
+            (Self::LoseReleases(of, to, from), Message::Released { register, reader, piece, .. }) => {
+                (register, reader) == (of, to) && follows(Sequence::of_releases(spec, of, at(of, to)), from, piece)
             }
             _ => false,
         };
@@ -52,14 +68,29 @@ impl Fault {
             Fault::Lose(n) if n == nth => vec![],
             Fault::Repeat(n) if n == nth => vec![message, message],
             Fault::NextPiece(n) if n == nth => vec![next_piece(message)],
+            Fault::NextSlot(n) if n == nth => vec![next_slot(message)],
             _ => vec![message],
         }
     }
 }
 
+/// True if a piece is `from` or comes after it. One of both must be in the sequence.
+pub(crate) fn follows(mut sequence: Sequence, from: u64, piece: u64) -> bool {
+    while ![from, piece].contains(&sequence.piece()) {
+        sequence.advance();
+    }
+    sequence.piece() == from
+}
+
 fn next_piece(mut message: Message) -> Message {
     let (Message::Filled { piece, .. } | Message::Released { piece, .. }) = &mut message;
     *piece += 1;
+    message
+}
+
+fn next_slot(mut message: Message) -> Message {
+    let (Message::Filled { slot, .. } | Message::Released { slot, .. }) = &mut message;
+    *slot += 1;
     message
 }
 
@@ -143,7 +174,7 @@ proptest::proptest! {
     }
 }
 
-fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
+pub(super) fn shuffled(seed: u64, steps: u32) -> SimulationOptions {
     // Both long and short delays, so that messages overtake firings and firings overtake messages.
     let (action_ticks_max, hop_ticks_max) = [(5, 5), (1, 20), (20, 1), (0, 3)][seed as usize % 4];
     SimulationOptions {
@@ -189,7 +220,7 @@ fn faulty_messages_are_detected() {
         let count = 2 * pieces(&spec, steps).len() as u64;
         let mut caught = 0;
         for nth in 0..count {
-            for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth)] {
+            for fault in [Fault::Lose(nth), Fault::Repeat(nth), Fault::NextPiece(nth), Fault::NextSlot(nth)] {
                 let options = SimulationOptions { fault: Some(fault), ..shuffled(nth, steps) };
                 let result = simulate(&spec, &times, &options);
                 assert!(result.is_err(), "{name}: {fault:?} of {count} messages was not detected");
@@ -207,7 +238,7 @@ fn one_credit_too_many_is_detected() {
         let times = Timing::uniform(&spec, 2, 7);
         let mut faulty = 0;
         for seed in 0..20 {
-            let options = SimulationOptions { fault: Some(Fault::SurplusCredit), ..shuffled(seed, steps) };
+            let options = SimulationOptions { fault: Some(Fault::Slots(SlotFault::Surplus)), ..shuffled(seed, steps) };
             faulty += u32::from(simulate(&spec, &times, &options).is_err());
         }
         // If every micro-batch has a slot, or a list limits the forwards, the credits never run out.

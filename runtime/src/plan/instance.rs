@@ -5,8 +5,8 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use shardflow_actors::spec::{
-    ActionRef, ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, RegisterId, RegisterSpec, Spec,
-    StreamKind,
+    ActionRef, ActionSpec, ActorId, ActorSpec, Decision, Firing, InputSpec, OutputSpec, Pieces, RegisterId,
+    RegisterSpec, Spec, StreamKind,
 };
 use shardflow_kernels::op::Op;
 
@@ -16,6 +16,7 @@ use crate::plan::classes::ClassId;
 use crate::plan::emit::{DeviceRegister, EmittedAction, emit};
 use crate::plan::groups::collective_axes;
 use crate::plan::segments::SegmentId;
+use crate::plan::slots::Slots;
 use crate::plan::validate::PlanError;
 use crate::plan::{ActionPlan, DeviceMemory, HostTransfer, Plan, RegisterPlace, ResidentTensor};
 
@@ -214,8 +215,7 @@ impl<'a> Builder<'a> {
         }
         for (index, register) in class.storage.registers.iter().enumerate() {
             let place = RegisterPlace { device, ..class.arena.registers[index] };
-            let slots = class.slots[index].count;
-            let spec = self.register_spec(device, register, (slots, &place));
+            let spec = self.register_spec(device, register, (&class.slots[index], &place));
             self.spec.registers.push(spec);
             self.registers.push(place);
         }
@@ -243,7 +243,7 @@ impl<'a> Builder<'a> {
         &self,
         device: usize,
         register: &RegisterPlan,
-        (slots, place): (u32, &RegisterPlace),
+        (slots, place): (&Slots, &RegisterPlace),
     ) -> RegisterSpec {
         let own = register.readers.iter().map(|id| self.locate(device, *id));
         let mut readers: BTreeSet<ActionRef> = own.collect();
@@ -255,9 +255,11 @@ impl<'a> Builder<'a> {
         RegisterSpec {
             name: self.register_name(device, register),
             producer: self.locate(device, register.producer).actor,
-            slots,
+            slots: slots.count,
             slot_bytes: place.stride,
-            initial: register.initial,
+            pieces_per_step: register.rate.per_step(self.plan.micro_batches) as u32,
+            initial: register.initial.into(),
+            slot_of: slots.slot_of.clone(),
             readers: readers.into_iter().collect(),
         }
     }
@@ -301,12 +303,12 @@ impl<'a> Builder<'a> {
         }
         let inputs = sources
             .iter()
-            .map(|at| InputSpec { register: number(at), firings_per_piece: firings / per_step(register(at).rate) });
+            .map(|at| InputSpec { register: number(at), pieces: Pieces::Rate(firings / per_step(register(at).rate)) });
         let outputs = emitted.outputs.iter().enumerate().map(|(port, index)| {
             let at = DeviceRegister { device, register: *index };
             OutputSpec {
                 register: number(&at),
-                firings_per_piece: firings / per_step(register(&at).rate),
+                pieces: Pieces::Rate(firings / per_step(register(&at).rate)),
                 early: emitted.plan.signals.iter().any(|signal| signal.1 == port as u32),
             }
         });

@@ -68,7 +68,7 @@ impl<'a> Picture<'a> {
                 let pieces = register.readers.iter().filter(|r| r.actor.0 == reader).filter_map(|r| {
                     let action = &self.spec.actors[reader as usize].actions[r.action as usize];
                     let input = action.inputs.iter().find(|input| input.register.0 as usize == index)?;
-                    Some(u64::from(action.per_step / input.firings_per_piece))
+                    Some(input.pieces.finished(action.per_step.into()))
                 });
                 let step_bytes = pieces.max().unwrap_or(0) * register.slot_bytes as u64;
                 let edge = edges.entry((register.producer.0, reader)).or_default();

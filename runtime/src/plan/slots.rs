@@ -2,6 +2,7 @@
 //! slots. That run stays possible with so many slots, so the plan is live at any timing.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use shardflow_actors::spec::StreamKind;
 
@@ -14,6 +15,27 @@ use crate::plan::segments::{SegmentId, Segments};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Slots {
     pub count: u32,
+    /// The slot of each piece of a step; empty if piece `n` lies in slot `n mod count`.
+    pub slot_of: Arc<[u32]>,
+}
+
+impl Slots {
+    /// The fewest slots for pieces that are alive between these ticks. A ring if it needs no more than a table.
+    fn of(lifetimes: &[(u64, u64)]) -> Self {
+        let fits = |count: &usize| lifetimes.iter().zip(&lifetimes[*count..]).all(|(piece, next)| piece.1 <= next.0);
+        let ring = (1..lifetimes.len()).find(fits).unwrap_or(lifetimes.len()).max(1);
+        // A piece takes the first slot that is free when it begins.
+        let (mut free_at, mut slot_of): (Vec<u64>, Vec<u32>) = (Vec::new(), Vec::new());
+        for (start, end) in lifetimes {
+            let slot = free_at.iter().position(|free| free <= start).unwrap_or(free_at.len());
+            free_at.resize(free_at.len().max(slot + 1), 0);
+            free_at[slot] = *end;
+            slot_of.push(slot as u32);
+        }
+        let is_table = free_at.len() < ring;
+        let count = if is_table { free_at.len() } else { ring };
+        Self { count: count as u32, slot_of: if is_table { slot_of.into() } else { Arc::default() } }
+    }
 }
 
 /// When each firing of each segment runs in a step with unlimited slots: start and end in ticks, by segment.
@@ -77,12 +99,13 @@ impl<'a> Times<'a> {
 
     /// The slots of each register of a class.
     pub fn slots(&self, storage: &ClassStorage) -> Vec<Slots> {
-        storage.registers.iter().map(|register| Slots { count: self.count(register) }).collect()
+        storage.registers.iter().map(|register| Slots::of(&self.lifetimes(register))).collect()
     }
 
-    fn count(&self, register: &RegisterPlan) -> u32 {
+    /// When each piece of a step is acquired and released. A register with one piece per step needs one slot.
+    fn lifetimes(&self, register: &RegisterPlan) -> Vec<(u64, u64)> {
         if register.initial || register.rate == Rate::Step {
-            return 1;
+            return vec![(0, 0)];
         }
         let producer = self.segments.get(register.producer);
         let written = &self.by_segment[&register.producer];
@@ -91,15 +114,56 @@ impl<'a> Times<'a> {
             let hop = if is_own && self.segments.get(*reader).stream == producer.stream { 0 } else { self.hop_ticks };
             self.by_segment[reader].get(piece).map_or(0, |time| time.1 + hop)
         };
-        let lifetimes: Vec<(u64, u64)> = (written.iter().enumerate())
-            .map(|(piece, (start, end))| {
-                let own = register.readers.iter().map(|reader| released(reader, piece, true));
-                let others = register.transfers.iter().map(|reader| released(reader, piece, false));
-                (*start, own.chain(others).max().unwrap_or(*end))
-            })
-            .collect();
-        // Piece `n + count` takes the slot of piece `n`.
-        let fits = |count: &usize| lifetimes.iter().zip(&lifetimes[*count..]).all(|(piece, next)| piece.1 <= next.0);
-        (1..lifetimes.len()).find(fits).unwrap_or(lifetimes.len()).max(1) as u32
+        let lifetime = |(piece, (start, end)): (usize, &(u64, u64))| {
+            let own = register.readers.iter().map(|reader| released(reader, piece, true));
+            let others = register.transfers.iter().map(|reader| released(reader, piece, false));
+            (*start, own.chain(others).max().unwrap_or(*end))
+        };
+        written.iter().enumerate().map(lifetime).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_holds_pieces_that_are_released_in_order() {
+        let slots = |lifetimes: &[(u64, u64)]| {
+            let Slots { count, slot_of } = Slots::of(lifetimes);
+            (count, slot_of.to_vec())
+        };
+        assert_eq!(slots(&[(0, 0)]), (1, vec![]));
+        assert_eq!(slots(&[(0, 3), (1, 4), (3, 6), (4, 7)]), (2, vec![]));
+        assert_eq!(slots(&[(0, 9), (1, 9), (2, 9)]), (3, vec![]));
+        // The first piece lives on while the others follow each other.
+        assert_eq!(slots(&[(0, 9), (1, 2), (3, 4), (5, 6)]), (2, vec![0, 1, 1, 1]));
+    }
+
+    /// No two pieces that are alive at once share a slot, and as many slots are in use at some time.
+    #[test]
+    fn slots_are_as_few_as_the_pieces_that_are_alive_at_once() {
+        let mut seed = 1u64;
+        let mut next = |n: u64| {
+            seed = crate::init::mix(seed);
+            seed % n
+        };
+        for _ in 0..500 {
+            let (mut start, pieces) = (0, next(9) + 1);
+            let piece = |_| {
+                start += next(4);
+                (start, start + 1 + next(12))
+            };
+            let lifetimes: Vec<(u64, u64)> = (0..pieces).map(piece).collect();
+            let Slots { count, slot_of } = Slots::of(&lifetimes);
+            let slot = |piece: usize| slot_of.get(piece).copied().unwrap_or(piece as u32 % count);
+            for (piece, (_, end)) in lifetimes.iter().enumerate() {
+                let later = lifetimes.iter().enumerate().skip(piece + 1).filter(|(_, later)| later.0 < *end);
+                assert!(later.into_iter().all(|(later, _)| slot(later) != slot(piece)), "{lifetimes:?}: {slot_of:?}");
+            }
+            let alive = |at: u64| lifetimes.iter().filter(|(start, end)| *start <= at && at < *end).count();
+            let most = lifetimes.iter().map(|(start, _)| alive(*start)).max();
+            assert_eq!(most, Some(count as usize), "{lifetimes:?}: {slot_of:?}");
+        }
     }
 }

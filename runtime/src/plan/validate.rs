@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use shardflow_actors::check::PERIOD_STEPS_MAX;
 use shardflow_actors::simulate::{SimulationError, SimulationOptions, Timing, simulate};
 use shardflow_actors::spec::{Firing, Spec};
 use shardflow_kernels::collective::{CollectiveCall, CollectiveKind};
@@ -42,7 +43,7 @@ pub enum PlanError {
     Overlap { device: usize, first: String, end: usize, second: String, start: usize },
 }
 
-/// Simulated steps: enough to reuse every register's slots.
+/// Minimum number of simulated steps: enough to reuse every register's slots.
 const STEPS: u32 = 2;
 
 /// Checks the order of collectives, bounds, memory and liveness, each once for each class of devices.
@@ -63,7 +64,9 @@ pub(crate) fn check_quotient(quotient: &Quotient) -> Result<(), PlanError> {
     check_collective_order(&quotient.spec)?;
     let spec = Arc::new(quotient.spec.clone());
     let liveness = |e: SimulationError| PlanError::Liveness(e.to_string());
-    simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(STEPS)).map_err(liveness)?;
+    // `simulate` refuses a longer period.
+    let steps = spec.period_steps().min(PERIOD_STEPS_MAX) as u32;
+    simulate(&spec, &Timing::uniform(&spec, 1, 0), &SimulationOptions::steps(steps.max(STEPS))).map_err(liveness)?;
     Ok(())
 }
 

@@ -133,8 +133,7 @@ impl PublishedMetrics {
                 ["free", "writing", "filled"]
                     .map(|state| gauge!(names::SLOTS, "register" => register.clone(), "state" => state))
             });
-            let freed = used.released.iter().min().copied().unwrap_or(used.published);
-            let filled = (used.published - freed) as u32;
+            let filled = used.slots_filled();
             let counts = [used.slots.saturating_sub(used.slots_held), used.slots_held.saturating_sub(filled), filled];
             gauges.iter().zip(counts).for_each(|(gauge, count)| gauge.set(f64::from(count)));
         }
@@ -157,7 +156,7 @@ impl PublishedMetrics {
                         continue;
                     }
                     let transport = sources.transport(input.register, snapshot.actor);
-                    let pieces = completed / u64::from(input.firings_per_piece);
+                    let pieces = input.pieces.finished(completed);
                     let (_, _, max) = crossed.entry(input.register).or_insert((&producer.name, transport, 0));
                     *max = pieces.max(*max);
                 }

@@ -22,7 +22,7 @@ pub(super) fn shape(observer: &Observer) -> Value {
     let reader = |id: RegisterId, at: &ActionRef| {
         let action = plan.spec.action(at.actor, at.action);
         let input = action.inputs.iter().find(|input| input.register == id);
-        let pieces_per_step = input.map_or(0, |input| action.per_step / input.firings_per_piece);
+        let pieces_per_step = input.map_or(0, |input| input.pieces.finished(action.per_step.into()));
         let transport = observer.transport(id, at.actor);
         json!({ "actor": at.actor.0, "pieces_per_step": pieces_per_step, "transport": transport })
     };

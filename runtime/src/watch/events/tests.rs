@@ -156,7 +156,7 @@ fn an_edge_is_blocked_only_if_the_running_step_needs_it() {
     let reader = |actor, action| ActionRef { actor: ActorId(actor), action };
     let piece = |piece| Missing::Piece { register: RegisterId(activation), piece, writer: reader(0, 0) };
     let holders = vec![Holder { reader: reader(0, 1), slots: 2 }];
-    let credit = Missing::Credit { register: RegisterId(stash), slots: 2, holders };
+    let credit = Missing::Credit { register: RegisterId(stash), slots: 2, piece: 0, holders };
     let blocked_by = |snapshots: &[ActorSnapshot]| {
         let mut event = Event::default();
         add_blocked_edges(&mut event, &spec, snapshots, &snapshots.iter().collect::<Vec<_>>());

@@ -1,0 +1,204 @@
+//! Faults in the rules for tables and slots. In one actor, a rule is broken or the plan is another one; each such fault
+//! must end a run with an error or change its data.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::tests::{Fault, shuffled};
+use super::{SimulationOptions, Timing, plans, simulate};
+use crate::protocol::SlotFault;
+use crate::spec::{ActionRef, ActorId, Firing, PieceAccess, Pieces, RegisterId, Spec};
+
+/// A change of a register in the plan of one actor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Mutation {
+    /// Every piece lies one slot further.
+    NextSlot,
+    /// A write before the last one publishes the piece, and the last one does not.
+    PublishesEarly,
+    /// The last write of a piece does not publish it.
+    PublishesNever,
+    /// The first write of a piece does not acquire its slot.
+    AcquiresNever,
+    /// A later write of a piece acquires its slot again.
+    AcquiresTwice,
+    /// Two writers of one piece change places in the list.
+    WritersSwapped,
+    /// Two firings exchange the pieces that they write.
+    WritesSwapped,
+    /// A read before the last one releases the piece, and the last one does not.
+    ReleasesEarly,
+    /// The last read of a piece does not release it.
+    ReleasesNever,
+    /// Two firings exchange the pieces that they read.
+    ReadsSwapped,
+    /// A reader reads one of its pieces instead of another one.
+    ReadsFewer,
+    /// One more piece exists from the start.
+    LagsMore,
+    /// One piece less exists from the start.
+    LagsLess,
+}
+
+const ALL: [Mutation; 13] = [
+    Mutation::NextSlot,
+    Mutation::PublishesEarly,
+    Mutation::PublishesNever,
+    Mutation::AcquiresNever,
+    Mutation::AcquiresTwice,
+    Mutation::WritersSwapped,
+    Mutation::WritesSwapped,
+    Mutation::ReleasesEarly,
+    Mutation::ReleasesNever,
+    Mutation::ReadsSwapped,
+    Mutation::ReadsFewer,
+    Mutation::LagsMore,
+    Mutation::LagsLess,
+];
+
+/// A changed table, or `None` if the change does not apply.
+fn changed(mutation: Mutation, mut table: Vec<PieceAccess>) -> Option<Vec<PieceAccess>> {
+    let position = |test: fn(&PieceAccess) -> bool| table.iter().position(test);
+    match mutation {
+        Mutation::PublishesEarly | Mutation::ReleasesEarly => {
+            let early = position(|access| !access.last)?;
+            let piece = table[early].piece;
+            table.iter_mut().filter(|access| access.piece == piece).for_each(|access| access.last = false);
+            table[early].last = true;
+        }
+        Mutation::PublishesNever | Mutation::ReleasesNever => {
+            let at = position(|access| access.last)?;
+            table[at].last = false;
+        }
+        Mutation::AcquiresNever => {
+            let at = position(|access| access.first)?;
+            table[at].first = false;
+        }
+        Mutation::AcquiresTwice => {
+            let at = position(|access| !access.first)?;
+            table[at].first = true;
+        }
+        Mutation::WritesSwapped | Mutation::ReadsSwapped => {
+            let other = table.iter().position(|access| access.piece != table[0].piece)?;
+            table.swap(0, other);
+        }
+        Mutation::ReadsFewer => {
+            let other = table.iter().position(|access| access.piece != table[0].piece)?;
+            table[0].piece = table[other].piece;
+        }
+        _ => return None,
+    }
+    Some(table)
+}
+
+/// The plan with a changed register, or `None` if the change does not apply.
+pub(crate) fn mutated(spec: &Spec, id: RegisterId, mutation: Mutation) -> Option<Spec> {
+    let mut spec = spec.clone();
+    let register = spec.registers[id.0 as usize].clone();
+    let own = &mut spec.registers[id.0 as usize];
+    let table = |pieces: &Pieces, per_step| changed(mutation, pieces.accesses(per_step).collect());
+    match mutation {
+        Mutation::NextSlot if own.slots > 1 => {
+            let length = if own.slot_of.is_empty() { own.slots } else { own.slot_of.len() as u32 };
+            own.slot_of = (0..length).map(|piece| (register.slot(piece.into()) + 1) % own.slots).collect();
+        }
+        Mutation::LagsMore if own.initial < own.slots => own.initial += 1,
+        Mutation::LagsLess if own.initial > 0 => own.initial -= 1,
+        Mutation::NextSlot | Mutation::LagsMore | Mutation::LagsLess => return None,
+        Mutation::WritersSwapped => {
+            let writers: Vec<u32> = spec.writers(id).map(|(action, _)| action).collect();
+            let Firing::Ordered(list) = &mut spec.actors[register.producer.0 as usize].firing else { return None };
+            let first = list.iter().position(|action| writers.contains(action))?;
+            let other = list.iter().position(|action| writers.contains(action) && *action != list[first])?;
+            list.swap(first, other);
+        }
+        Mutation::ReleasesEarly | Mutation::ReleasesNever | Mutation::ReadsSwapped | Mutation::ReadsFewer => {
+            let changed = register.readers.iter().find_map(|&ActionRef { actor, action }| {
+                let action = &mut spec.actors[actor.0 as usize].actions[action as usize];
+                let input = action.inputs.iter_mut().find(|input| input.register == id)?;
+                input.pieces = Pieces::Table(table(&input.pieces, action.per_step)?.into());
+                Some(())
+            });
+            changed?;
+        }
+        _ => {
+            let changed = spec.writers(id).collect::<Vec<_>>().into_iter().find_map(|(action, port)| {
+                let action = &mut spec.actors[register.producer.0 as usize].actions[action as usize];
+                let output = &mut action.outputs[port as usize];
+                output.pieces = Pieces::Table(table(&output.pieces, action.per_step)?.into());
+                Some(())
+            });
+            changed?;
+        }
+    }
+    Some(spec)
+}
+
+/// The actors that see a register.
+fn actors(spec: &Spec, id: RegisterId) -> Vec<ActorId> {
+    let register = spec.register(id);
+    let mut actors: Vec<_> = register.readers.iter().map(|reader| reader.actor).chain([register.producer]).collect();
+    actors.sort_unstable();
+    actors.dedup();
+    actors
+}
+
+/// All plans of the other tests, with their steps, and some random ones.
+fn all_plans() -> Vec<(String, Arc<Spec>, u32)> {
+    let mut all: Vec<_> = plans::all().into_iter().map(|(name, spec, steps)| (name.to_string(), spec, steps)).collect();
+    for seed in 0..30 {
+        let spec = super::random::coloured(&super::random::unlimited(seed), seed);
+        all.push((format!("random {seed}"), Arc::new(spec), 4));
+    }
+    all
+}
+
+/// True if the fault ends one of some runs with an error or changes its data.
+fn is_caught(spec: &Arc<Spec>, steps: u32, digest: u64, fault: Fault) -> bool {
+    (0..12).any(|seed| {
+        let options = SimulationOptions { fault: Some(fault), ..shuffled(seed, steps) };
+        simulate(spec, &Timing::uniform(spec, 2, seed % 3), &options).map_or(true, |run| run.digest != digest)
+    })
+}
+
+#[test]
+fn a_changed_plan_in_one_actor_is_caught() {
+    let mut counts: BTreeMap<Mutation, (u32, u32)> = BTreeMap::new();
+    for (name, spec, steps) in all_plans() {
+        let digest = simulate(&spec, &Timing::uniform(&spec, 2, 1), &SimulationOptions::steps(steps)).unwrap().digest;
+        for register in (0..spec.registers.len() as u32).map(RegisterId) {
+            let of = spec.register(register);
+            for mutation in ALL.into_iter().filter(|mutation| mutated(&spec, register, *mutation).is_some()) {
+                for actor in actors(&spec, register) {
+                    let fault = Fault::Plan(actor, register, mutation);
+                    let caught = is_caught(&spec, steps, digest, fault);
+                    let (tried, found) = counts.entry(mutation).or_default();
+                    (*tried, *found) = (*tried + 1, *found + u32::from(caught));
+                    // Many changes have no effect: in an actor that does not see the changed part or sees both ends,
+                    // for a piece that nobody reads, or in a slot that is not used again.
+                    let crosses = of.readers.iter().all(|reader| reader.actor != of.producer);
+                    let sees_all = mutation == Mutation::NextSlot && crosses && !of.readers.is_empty();
+                    assert!(caught || !sees_all, "{name}: {fault:?} of '{}'", of.name);
+                }
+            }
+        }
+    }
+    for mutation in ALL {
+        let (tried, found) = counts.get(&mutation).copied().unwrap_or_default();
+        assert!(found >= 5 && 4 * found >= tried, "{mutation:?}: {found} of {tried} caught");
+    }
+}
+
+#[test]
+fn a_broken_rule_for_slots_is_caught() {
+    for broken in [SlotFault::Surplus, SlotFault::FreedByFirst, SlotFault::FreesOther, SlotFault::KeepsLast] {
+        let (mut tried, mut found) = (0, 0);
+        for (_, spec, steps) in all_plans() {
+            let digest =
+                simulate(&spec, &Timing::uniform(&spec, 2, 1), &SimulationOptions::steps(steps)).unwrap().digest;
+            tried += 1;
+            found += u32::from(is_caught(&spec, steps, digest, Fault::Slots(broken)));
+        }
+        assert!(found >= 10, "{broken:?}: {found} of {tried} plans caught it");
+    }
+}
