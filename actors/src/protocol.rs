@@ -335,8 +335,9 @@ impl Protocol {
         let (register, ports::Reach { piece, slot, .. }) = (output.register, output.current);
         let slots = &mut self.slots[output.slots];
         slots.publish(slot);
+        let is_uniform = slots.is_uniform();
         for (index, reader) in slots.readers.iter().enumerate() {
-            if !slots.reads(index, piece) {
+            if !is_uniform && !slots.reads(index, piece) {
                 continue;
             }
             if let Some(port) = reader.own_port {

@@ -95,15 +95,18 @@ impl InPort {
     }
 
     /// True if the current firing can read its piece.
+    #[inline]
     pub fn is_ready(&self) -> bool {
         self.holds(self.current)
     }
 
+    #[inline]
     pub fn holds(&self, reach: Reach) -> bool {
         self.held[reach.slot as usize] == reach.piece
     }
 
     /// The piece that the port holds in a slot.
+    #[inline]
     pub fn held_in(&self, slot: u32) -> Option<u64> {
         Some(self.held[slot as usize]).filter(|piece| *piece != NONE)
     }
@@ -113,24 +116,28 @@ impl InPort {
         (0..).zip(&self.held).filter(|(_, piece)| **piece != NONE).map(|(slot, piece)| (slot, *piece))
     }
 
+    #[inline]
     fn hold(&mut self, slot: u32, piece: u64) {
         self.held[slot as usize] = piece;
         self.filled += 1;
     }
 
     /// The next piece of `arrivals` was filled. The caller has checked the slot.
+    #[inline]
     pub fn fill(&mut self, slot: u32, piece: u64) {
         self.hold(slot, piece);
         self.arrivals.advance();
     }
 
     /// Releases the piece of the current firing.
+    #[inline]
     pub fn release(&mut self) {
         self.held[self.current.slot as usize] = NONE;
         self.released += 1;
     }
 
     /// The current firing has ended; the following one has number `next`.
+    #[inline]
     pub fn advance(&mut self, next: u64) {
         self.map.advance(&mut self.current, next);
     }
@@ -154,6 +161,7 @@ impl OutPort {
     }
 
     /// The current firing has ended; the following one has number `next`.
+    #[inline]
     pub fn advance(&mut self, next: u64) {
         self.map.advance(&mut self.current, next);
     }

@@ -52,6 +52,7 @@ impl SlotMap {
     }
 
     /// The slot of a piece, if the one before it lies in slot `last`. Does not divide for a ring.
+    #[inline]
     pub(crate) fn following(&self, last: u32, piece: u64) -> u32 {
         if !self.table.is_empty() {
             return self.slot(piece);

@@ -136,6 +136,7 @@ impl RegisterSlots {
         self.left[slot as usize * self.words + reader / WORD] >> (reader % WORD) & 1 == 1
     }
 
+    #[inline]
     pub(super) fn is_free(&self, slot: u32) -> bool {
         let state = self.states[slot as usize];
         #[cfg(test)]
@@ -148,11 +149,13 @@ impl RegisterSlots {
         state == SlotState::Free
     }
 
+    #[inline]
     pub(super) fn is_writing(&self, slot: u32, piece: u64) -> bool {
         self.states[slot as usize] == SlotState::Writing { piece }
     }
 
     /// `Free -> Writing`. The caller has checked [`RegisterSlots::is_free`].
+    #[inline]
     pub(super) fn acquire(&mut self, slot: u32, piece: u64) {
         self.states[slot as usize] = SlotState::Writing { piece };
         self.held += 1;
@@ -184,13 +187,13 @@ impl RegisterSlots {
     }
 
     /// True if all readers get all pieces.
-    fn is_uniform(&self) -> bool {
+    pub(super) fn is_uniform(&self) -> bool {
         self.readers_of.len() == self.words
     }
 
     /// True if a reader gets the piece.
     pub(super) fn reads(&self, reader: usize, piece: u64) -> bool {
-        self.is_uniform() || self.readers_of[self.readers_start(piece) + reader / WORD] >> (reader % WORD) & 1 == 1
+        self.readers_of[self.readers_start(piece) + reader / WORD] >> (reader % WORD) & 1 == 1
     }
 
     /// Index of the first word of the set of a piece's readers.
