@@ -1,8 +1,9 @@
 //! Tracks the members of a session, detects failures, and decides why the session ended.
 //!
-//! Each process holds one [`Membership`]. Heartbeats (datagrams) detect silent peers. The control plane (messages over
-//! connections that the caller has authenticated) carries failures, orderly ends and small application messages.
-//! Any failure ends the session in all processes with one [`FirstCause`].
+//! Each process holds one [`Membership`], with connections to its neighbours in the [`ControlTree`] only. Heartbeats
+//! (datagrams) detect silent neighbours. The control plane (messages over connections that the caller has authenticated)
+//! carries failures, orderly ends, small application messages, and numbers that combine on their way ([`Rule`]), from
+//! neighbour to neighbour. Any failure ends the session in all processes with one [`FirstCause`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,6 +17,7 @@ use tokio::sync::oneshot;
 mod cause;
 mod control;
 mod control_message;
+mod core;
 mod datagram;
 mod detector;
 mod error;
@@ -24,13 +26,18 @@ mod error;
 pub mod fuzz;
 mod heartbeat;
 mod outbox;
+mod reduce;
+mod rounds;
 mod shared;
 mod status;
+mod tree;
 
 pub use cause::FirstCause;
 pub use control_message::MESSAGE_BYTES_MAX;
 pub use error::MembershipError;
+pub use reduce::{Difference, Reduced, Rule};
 pub use status::{Counters, MembershipEvent};
+pub use tree::{ControlTree, FAN_OUT};
 
 use crate::exit::Exit;
 use crate::transport::Connection;
@@ -58,9 +65,11 @@ pub struct MembershipConfig {
     pub key: [u8; 32],
     /// The bound heartbeat socket, see [`bind`].
     pub heartbeat: UdpSocket,
-    /// Addresses of the peers' heartbeat sockets.
+    /// Who is connected to whom; by default all processes are on one node.
+    pub tree: Arc<ControlTree>,
+    /// Addresses of the heartbeat sockets of this process's neighbours in the tree.
     pub addresses: BTreeMap<u32, SocketAddr>,
-    /// An authenticated connection to each peer, only for control.
+    /// An authenticated connection to each neighbour, only for control.
     pub connections: BTreeMap<u32, Connection>,
     /// Time between heartbeats.
     pub interval: Duration,
@@ -91,6 +100,7 @@ impl MembershipConfig {
             epoch,
             key,
             heartbeat,
+            tree: Arc::new(ControlTree::new(&vec![0; processes as usize])),
             addresses: BTreeMap::new(),
             connections: BTreeMap::new(),
             interval: Duration::from_millis(250),
@@ -107,12 +117,15 @@ impl MembershipConfig {
         if process >= processes {
             return wrong(format!("processes are numbered 0 to {}", i64::from(processes) - 1));
         }
-        let peers = || (0..processes).filter(|p| *p != process);
-        if !self.addresses.keys().copied().eq(peers()) {
-            return wrong(format!("heartbeat addresses of {:?}, expected one per peer", self.addresses.keys()));
+        if self.tree.processes() != processes {
+            return wrong(format!("a control tree of {} processes", self.tree.processes()));
         }
-        if !self.connections.keys().copied().eq(peers()) {
-            return wrong(format!("control connections to {:?}, expected one per peer", self.connections.keys()));
+        let peers = self.tree.neighbours(process);
+        if !self.addresses.keys().eq(&peers) {
+            return wrong(format!("heartbeat addresses of {:?}, expected {peers:?}", self.addresses.keys()));
+        }
+        if !self.connections.keys().eq(&peers) {
+            return wrong(format!("control connections to {:?}, expected {peers:?}", self.connections.keys()));
         }
         if self.interval.is_zero() || self.deadline < 4 * self.interval {
             let (interval, deadline) = (self.interval, self.deadline);
@@ -145,14 +158,13 @@ impl Membership {
     /// Joins the session; blocks until all peers have joined.
     pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
         config.check()?;
-        let MembershipConfig { process, processes, session, epoch, key, .. } = config;
+        let MembershipConfig { process, processes, session, epoch, key, tree, .. } = config;
         // Extra room for one `Left` of each peer and for `Ended`.
         let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
-        let shared = Arc::new(Shared::new(process, processes, epoch, config.grace, sender));
+        let shared = Arc::new(Shared::new(process, tree, epoch, (config.deadline, config.grace), sender));
         let codec = Codec::new(&key, session, epoch, processes);
-        let addresses = config.addresses.into_values().collect();
         // Heartbeats start before the connections: peers that are ready earlier already monitor this process.
-        let (socket, interval) = (config.heartbeat, config.interval);
+        let (socket, addresses, interval) = (config.heartbeat, config.addresses, config.interval);
         let heartbeats = Heartbeats { shared: shared.clone(), codec, socket, addresses, interval };
         let heartbeat =
             heartbeats.start().map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
@@ -172,16 +184,43 @@ impl Membership {
         &self.notices
     }
 
-    /// Sends a peer a message of at most [`MESSAGE_BYTES_MAX`] bytes. Messages to one peer arrive in order. Returns
-    /// without waiting for delivery, but fails with [`MembershipError::Backlog`] if the peer does not read.
+    /// Sends a process a message of at most [`MESSAGE_BYTES_MAX`] bytes, through the tree. Messages to one process arrive
+    /// in order. Returns without waiting for delivery, but fails with [`MembershipError::Backlog`] if the neighbour on
+    /// the way does not read. If a later one does not, the session ends.
     pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
-        self.shared.send(to, topic, bytes)
+        self.shared.send(Some(to), topic, bytes)
     }
 
-    /// Sends a message to all peers; stops at the first error.
+    /// Sends a message to all other processes; returns the first error, after it was sent to all that can be reached.
     pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
-        let peers = (0..self.shared.processes).filter(|p| *p != self.shared.own);
-        peers.into_iter().try_for_each(|to| self.send(to, topic, bytes.to_vec()))
+        self.shared.send(None, topic, bytes.to_vec())
+    }
+
+    /// Supplies this process's numbers to the topic's next round, by field as `rules` describe them, and returns the
+    /// channel of the topic's results. All processes supply theirs, in the same order of rounds. Nothing arrives after
+    /// the session's end: also wait for that.
+    ///
+    /// # Errors
+    /// [`MembershipError::Numbers`] for a topic above 63 or numbers that do not fit the rules;
+    /// [`MembershipError::TooLarge`] if they do not fit in a message.
+    pub fn reduce(
+        &self,
+        topic: u16,
+        rules: &Arc<[Rule]>,
+        fields: Vec<Vec<u64>>,
+    ) -> Result<Receiver<Reduced>, MembershipError> {
+        self.shared.supply(topic, rules, fields)
+    }
+
+    /// The process whose numbers the topic's round waits for, as far as this process knows, and whether it has left. A
+    /// neighbour on the way at first; after a fraction of a second, the process itself.
+    pub fn missing(&self, topic: u16) -> Option<(u32, bool)> {
+        self.shared.missing(topic)
+    }
+
+    /// The processes that this one is connected to.
+    pub fn tree(&self) -> &ControlTree {
+        &self.shared.tree
     }
 
     /// Ends the session: this process has failed. For errors that a lost peer caused, use [`Membership::suspect`].
@@ -200,7 +239,8 @@ impl Membership {
         self.shared.first_cause()
     }
 
-    /// Returns the time since each peer's last heartbeat; `None` if it has left.
+    /// Returns the time since the last sign of life of each other process; `None` if it has left. For processes that are
+    /// no neighbours, it is the time known on the way to them: exact for the most silent one of a direction.
     pub fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
         self.shared.silent_times()
     }

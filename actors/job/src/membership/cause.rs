@@ -57,6 +57,12 @@ pub(crate) struct Report {
     pub(crate) exit: u8,
 }
 
+impl Report {
+    fn key(&self) -> (u32, u32, Kind) {
+        (self.by, self.about, self.kind)
+    }
+}
+
 /// Text for the cause of a report that only a heartbeat brought.
 const UNKNOWN_CAUSE: &str = "it is lost; the report of the cause did not arrive";
 
@@ -71,11 +77,16 @@ pub(crate) struct Arbiter {
     /// By reporter, accused process and kind, so their number is bounded.
     reports: BTreeMap<(u32, u32, Kind), Report>,
     closed: bool,
+    /// The reports that this process has passed on, and whether they had a cause.
+    relayed: BTreeMap<(u32, u32, Kind), bool>,
+    /// The best rank of these, see [`Arbiter::relays`].
+    best_relayed: u8,
 }
 
 impl Arbiter {
     pub(crate) fn new(own: u32, processes: u32, grace: Duration) -> Self {
-        Self { own, processes, grace, decide_at: None, reports: BTreeMap::new(), closed: false }
+        let (reports, relayed) = (BTreeMap::new(), BTreeMap::new());
+        Self { own, processes, grace, decide_at: None, reports, closed: false, relayed, best_relayed: u8::MAX }
     }
 
     /// Closes the arbiter after this process has left cleanly: later reports are ignored.
@@ -99,13 +110,40 @@ impl Arbiter {
         lost.map(|r| r.about)
     }
 
-    /// Adds a report; false if it is known, too late or invalid.
-    pub(crate) fn report(&mut self, now: Duration, report: Report) -> bool {
+    /// The reports that count.
+    pub(crate) fn reports(&self) -> impl Iterator<Item = &Report> {
+        self.reports.values()
+    }
+
+    fn is_valid(&self, report: &Report) -> bool {
         let exist = report.by < self.processes && report.about < self.processes;
-        if self.closed || !exist || (report.by == report.about) != (report.kind == Kind::Failed) {
+        exist && (report.by == report.about) == (report.kind == Kind::Failed)
+    }
+
+    /// True if this process must pass the report on: once, even after its own decision. A report that cannot be the first
+    /// cause because a better one was passed on before needs no passing on: one failure causes many of those.
+    pub(crate) fn relays(&mut self, report: &Report) -> bool {
+        let rank = match report.kind {
+            Kind::Failed if !report.follows => 0,
+            Kind::Failed => 1,
+            Kind::Lost => 2,
+        };
+        let (key, has_cause) = (report.key(), !report.cause.is_empty());
+        let is_known = self.relayed.get(&key).is_some_and(|had_cause| *had_cause || !has_cause);
+        if is_known || rank > self.best_relayed || !self.is_valid(report) {
             return false;
         }
-        let key = (report.by, report.about, report.kind);
+        self.best_relayed = rank;
+        self.relayed.insert(key, has_cause);
+        true
+    }
+
+    /// Adds a report; false if it is known, too late or invalid.
+    pub(crate) fn report(&mut self, now: Duration, report: Report) -> bool {
+        if self.closed || !self.is_valid(&report) {
+            return false;
+        }
+        let key = report.key();
         if let Some(known) = self.reports.get_mut(&key) {
             if known.cause.is_empty() {
                 *known = report;

@@ -10,24 +10,27 @@ fn codec(key: u8) -> Codec {
     Codec::new(&[key; 32], [9; 16], EPOCH, PROCESSES)
 }
 
-pub(super) fn bodies() -> [Body; 6] {
+pub(super) fn bodies() -> [Body; 9] {
     let cause = "out of memory".to_string();
     let failed = Report { by: 1, about: 1, kind: Kind::Failed, follows: true, cause, exit: 71 };
     let lost = Report { about: 2, kind: Kind::Lost, follows: false, exit: 69, ..failed.clone() };
     [
-        Body::Message { topic: 7 },
+        Body::Message { from: 1, to: 2, topic: 7 },
         Body::Report(failed),
         Body::Report(lost),
-        Body::Leaving,
+        Body::Leaving { processes: vec![1, 3] },
         Body::Joined,
+        Body::Complete,
         Body::Received { urgent: 3 },
+        Body::Round { topic: 4, round: 9 },
+        Body::Missing { topic: 4, round: 9, process: 2 },
     ]
 }
 
 /// Valid control messages, and a heartbeat signed with another key.
 pub fn samples() -> Vec<Vec<u8>> {
     let messages = bodies().map(|body| ControlMessage::from(body).write());
-    messages.into_iter().chain([codec(8).write(2, 5, Some(1)).to_vec()]).collect()
+    messages.into_iter().chain([codec(8).write(2, 5, Some(1), None).to_vec()]).collect()
 }
 
 /// Panics unless datagrams without the key are rejected, and accepted ones are of this epoch, come from an existing
@@ -40,7 +43,7 @@ pub fn check_datagram(bytes: &[u8]) {
     codec.sign(&mut datagram);
     if let Ok(heartbeat) = codec.read(&datagram) {
         assert!(heartbeat.epoch == EPOCH && heartbeat.process < PROCESSES);
-        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.lost);
+        let written = codec.write(heartbeat.process, heartbeat.sequence, heartbeat.lost, heartbeat.most_silent);
         assert_eq!(written, datagram);
         assert_eq!(codec.read(&datagram), Err(Rejection::Replay));
     }
@@ -66,7 +69,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_properties_hold_for_modified_samples(
-            index in 0usize..7, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
+            index in 0usize..10, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
         ) {
             let mut changed = samples().swap_remove(index);
             let at = at.index(changed.len());

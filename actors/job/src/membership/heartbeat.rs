@@ -3,6 +3,7 @@
 //! Heartbeats are datagrams: after a network outage of some seconds, TCP's retransmission timer has backed off by about
 //! the same time, so a TCP connection could stay silent past the deadline after recovery. A datagram arrives at once.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::{Arc, Weak};
@@ -23,7 +24,8 @@ pub(crate) struct Heartbeats {
     pub(crate) shared: Arc<Shared>,
     pub(crate) codec: Codec,
     pub(crate) socket: UdpSocket,
-    pub(crate) addresses: Vec<SocketAddr>,
+    /// Of the neighbours in the control tree.
+    pub(crate) addresses: BTreeMap<u32, SocketAddr>,
     pub(crate) interval: Duration,
 }
 
@@ -49,7 +51,7 @@ impl Heartbeats {
             self.wait(TICK.min(next.saturating_duration_since(now)));
             self.drain();
             self.shared.tick();
-            if !loss_reported && self.shared.heartbeat().flatten().is_some() {
+            if !loss_reported && self.shared.heartbeats().iter().any(|(_, lost, _)| lost.is_some()) {
                 // Sent at once: this process may end before the next heartbeat.
                 loss_reported = true;
                 self.send(&mut sequence);
@@ -58,10 +60,10 @@ impl Heartbeats {
     }
 
     fn send(&self, sequence: &mut u64) {
-        let Some(lost) = self.shared.heartbeat() else { return };
         *sequence += 1;
-        let datagram = self.codec.write(self.shared.own, *sequence, lost);
-        for address in &self.addresses {
+        for (to, lost, most_silent) in self.shared.heartbeats() {
+            let Some(address) = self.addresses.get(&to) else { continue };
+            let datagram = self.codec.write(self.shared.own, *sequence, lost, most_silent);
             // A network failure causes missing heartbeats on both sides; the next heartbeat retries.
             if let Err(error) = self.socket.send_to(&datagram, address) {
                 tracing::debug!(%address, %error, "cannot send a heartbeat");

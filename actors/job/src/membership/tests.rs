@@ -29,12 +29,24 @@ fn session(test: u8) -> [u8; 16] {
 }
 
 fn configs(test: u8, processes: u32) -> Vec<MembershipConfig> {
+    configs_on(test, &vec![0; processes as usize])
+}
+
+/// Processes on these nodes, with connections along the control tree.
+fn configs_on(test: u8, nodes: &[u32]) -> Vec<MembershipConfig> {
+    let (processes, tree) = (nodes.len() as u32, Arc::new(ControlTree::new(nodes)));
     let loopback: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
-    let config = |p| MembershipConfig::new(p, processes, session(test), EPOCH, KEY, bind(loopback).expect("loopback"));
+    let config = |p| {
+        let socket = bind(loopback).expect("loopback");
+        MembershipConfig {
+            tree: tree.clone(),
+            ..MembershipConfig::new(p, processes, session(test), EPOCH, KEY, socket)
+        }
+    };
     let mut configs: Vec<MembershipConfig> = (0..processes).map(config).collect();
     let addresses: Vec<_> = configs.iter().map(|c| c.heartbeat.local_addr().expect("bound")).collect();
     for a in 0..processes {
-        for b in 0..a {
+        if let Some(b) = tree.parent(a) {
             let (to_b, to_a) = UnixStream::pair().expect("a pair");
             configs[a as usize].connections.insert(b, to_b.into());
             configs[b as usize].connections.insert(a, to_a.into());
@@ -113,6 +125,56 @@ fn messages_arrive_in_order() {
     assert!(matches!(too_large, MembershipError::TooLarge { .. }));
     assert!(matches!(members[0].send(3, 0, vec![]), Err(MembershipError::NoPeer { process: 3, processes: 3 })));
     assert!(matches!(members[0].send(0, 0, vec![]), Err(MembershipError::NoPeer { .. })));
+    leave_all(members);
+}
+
+/// Leaders are 0, 1 and 4; 2 is below 0, and 3 below 1.
+const NODES: [u32; 5] = [0, 1, 0, 1, 2];
+
+#[test]
+fn messages_cross_the_tree() {
+    let members = start(configs_on(21, &NODES));
+    members[3].send(2, 7, b"to one".to_vec()).expect("a way");
+    members[3].send_to_all(8, b"to all").expect("a way");
+    assert_eq!(next_message(&members[2]), (3, 7, b"to one".to_vec()));
+    for member in [0, 1, 2, 4] {
+        assert_eq!(next_message(&members[member]), (3, 8, b"to all".to_vec()));
+    }
+    leave_all(members);
+}
+
+#[test]
+fn a_failure_and_a_departure_cross_the_tree() {
+    let mut members = start(configs_on(22, &NODES));
+    let leaving = members.remove(2);
+    assert!(leaving.leave());
+    drop(leaving);
+    for member in &members {
+        assert_eq!(member.notices().recv_timeout(SOON), Ok(MembershipEvent::Left { process: 2 }));
+    }
+    members[2].fail("out of memory", 71);
+    members.iter().for_each(|member| assert_ends(member, 3, 71, "out of memory"));
+}
+
+#[test]
+fn numbers_of_all_processes_are_combined() {
+    let members = start(configs_on(23, &NODES));
+    let rules: Arc<[Rule]> = Arc::new([Rule::Max { words: 1 }, Rule::First { words: 1 }, Rule::Same(None)]);
+    let fields = |process: u64, value| vec![vec![process], if process == 0 { vec![9] } else { vec![] }, vec![value]];
+    for (round, values) in [[5; 5], [5, 5, 6, 5, 5]].into_iter().enumerate() {
+        let supply = |(member, process): (&Membership, usize)| {
+            member.reduce(4, &rules, fields(process as u64, values[process])).expect("the session runs")
+        };
+        let results: Vec<_> = members.iter().zip(0..).map(supply).collect();
+        for result in results {
+            let Reduced { words, difference } = result.recv_timeout(SOON).expect("a result");
+            assert_eq!(words, [vec![4], vec![9], vec![]]);
+            let values = (0..).zip(values).collect();
+            assert_eq!(difference, (round == 1).then_some(Difference { field: 2, values }));
+        }
+    }
+    assert!(matches!(members[0].reduce(4, &rules, vec![vec![0]]), Err(MembershipError::Numbers { topic: 4 })));
+    assert!(matches!(members[0].reduce(64, &rules, fields(0, 0)), Err(MembershipError::Numbers { .. })));
     leave_all(members);
 }
 
@@ -204,14 +266,14 @@ fn invalid_datagrams_are_rejected_and_counted() {
     let members = start(configs);
     let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let valid = Codec::new(&KEY, session(9), EPOCH, 2);
-    let replayed = valid.write(1, 1_000_000, None);
+    let replayed = valid.write(1, 1_000_000, None, None);
     let datagrams = [
         replayed,
         replayed,
-        valid.write(1, 999_999, None),
-        Codec::new(&[0; 32], session(9), EPOCH, 2).write(1, 2_000_000, None),
-        Codec::new(&KEY, session(9), EPOCH - 1, 2).write(1, 2_000_000, None),
-        Codec::new(&KEY, SESSION, EPOCH, 2).write(1, 2_000_000, None),
+        valid.write(1, 999_999, None, None),
+        Codec::new(&[0; 32], session(9), EPOCH, 2).write(1, 2_000_000, None, None),
+        Codec::new(&KEY, session(9), EPOCH - 1, 2).write(1, 2_000_000, None, None),
+        Codec::new(&KEY, SESSION, EPOCH, 2).write(1, 2_000_000, None, None),
     ];
     for datagram in datagrams {
         sender.send_to(&datagram, target).expect("sent");
@@ -232,34 +294,39 @@ fn a_newer_epoch_fences_the_old_one() {
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
     let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
-    let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, None);
+    let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, None, None);
     sender.send_to(&newer, target).expect("sent");
     members.iter().for_each(|member| assert_ends(member, 0, 75, "fenced"));
+}
+
+/// The state of process 0 of two.
+fn shared_of_two(sender: crossbeam_channel::Sender<MembershipEvent>) -> Shared {
+    Shared::new(0, Arc::new(ControlTree::new(&[0, 0])), EPOCH, (ms(1000), ms(0)), sender)
 }
 
 #[test]
 fn invalid_messages_of_peers_are_counted() {
     let (sender, notices) = bounded(8);
-    let shared = Shared::new(0, 2, EPOCH, ms(0), sender);
+    let shared = shared_of_two(sender);
     shared.receive(1, Body::Received { urgent: 1 }.into());
     shared.garbled(1, "noise");
     let forged = Report { by: 0, about: 0, kind: Kind::Failed, follows: false, cause: String::new(), exit: 70 };
     shared.receive(1, Body::Report(forged).into());
     assert_eq!((shared.counters().garbled, shared.first_cause()), (3, None));
     // Messages of processes that are not peers are ignored.
-    shared.receive(0, Body::Leaving.into());
-    shared.receive(2, Body::Leaving.into());
+    shared.receive(0, Body::Leaving { processes: vec![0] }.into());
+    shared.receive(2, Body::Leaving { processes: vec![2] }.into());
     assert!(notices.try_recv().is_err());
-    shared.receive(1, Body::Message { topic: 1 }.into());
+    shared.receive(1, Body::Message { from: 1, to: 0, topic: 1 }.into());
     assert!(matches!(notices.try_recv(), Ok(MembershipEvent::Message { from: 1, .. })));
 }
 
 #[test]
 fn too_many_unread_messages_end_the_session() {
     let (sender, notices) = bounded(NOTICES_MAX + 2);
-    let shared = Shared::new(0, 2, EPOCH, ms(0), sender);
+    let shared = shared_of_two(sender);
     for _ in 0..NOTICES_MAX + 10 {
-        shared.receive(1, Body::Message { topic: 1 }.into());
+        shared.receive(1, Body::Message { from: 1, to: 0, topic: 1 }.into());
     }
     let all: Vec<_> = notices.try_iter().collect();
     assert_eq!(all.len(), NOTICES_MAX + 1);
