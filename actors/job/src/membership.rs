@@ -2,7 +2,7 @@
 //!
 //! Each process holds one [`Membership`], with connections to its neighbours in the [`ControlTree`] only. Heartbeats
 //! (datagrams) detect silent neighbours. The control plane (messages over connections that the caller has authenticated)
-//! carries failures, orderly ends, small application messages, and numbers that combine on their way ([`Rule`]), from
+//! carries failures, orderly ends, small application messages, and numbers that combine on their way ([`MergeRule`]), from
 //! neighbour to neighbour. Any failure ends the session in all processes with one [`FirstCause`].
 
 use std::collections::BTreeMap;
@@ -35,7 +35,7 @@ mod tree;
 pub use cause::FirstCause;
 pub use control_message::MESSAGE_BYTES_MAX;
 pub use error::MembershipError;
-pub use reduce::{Difference, Reduced, Rule};
+pub use reduce::{Difference, MergeRule, Reduced};
 pub use status::{Counters, MembershipEvent};
 pub use tree::{ControlTree, FAN_OUT};
 
@@ -206,7 +206,7 @@ impl Membership {
     pub fn reduce(
         &self,
         topic: u16,
-        rules: &Arc<[Rule]>,
+        rules: &Arc<[MergeRule]>,
         fields: Vec<Vec<u64>>,
     ) -> Result<Receiver<Reduced>, MembershipError> {
         self.shared.supply(topic, rules, fields)

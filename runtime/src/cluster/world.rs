@@ -93,7 +93,7 @@ struct State {
     activities: BTreeMap<u32, (String, Instant)>,
     /// By neighbour: the last reports from it and to it.
     heard: BTreeMap<u32, Vec<u32>>,
-    told: BTreeMap<u32, Vec<(u32, String, Instant)>>,
+    reported: BTreeMap<u32, Vec<(u32, String, Instant)>>,
 }
 
 impl State {
@@ -122,12 +122,12 @@ impl State {
             let mut busy: Vec<_> = busy.map(|(rank, (activity, since))| (*rank, activity.clone(), *since)).collect();
             busy.sort_by_key(|(rank, _, since)| (*since, *rank));
             busy.truncate(SLOW_LISTED_MAX);
-            if *self.told.entry(neighbour).or_default() != busy {
+            if *self.reported.entry(neighbour).or_default() != busy {
                 let line = |(rank, activity, since): &(u32, String, Instant)| {
                     format!("{rank} {} {activity}\n", now.saturating_duration_since(*since).as_millis())
                 };
                 reports.push((neighbour, busy.iter().map(line).collect::<String>().into_bytes()));
-                self.told.insert(neighbour, busy);
+                self.reported.insert(neighbour, busy);
             }
         }
         reports

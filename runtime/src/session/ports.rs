@@ -5,12 +5,11 @@ use std::collections::BTreeMap;
 use shardflow_actors::remote::HostBroadcast;
 use shardflow_kernels::tensor::DType;
 
-use super::agreement::{self, SharedInput};
 use crate::graph::{Rate, Var};
 use crate::plan::{ActionKey, Plan};
 use crate::process_map::ProcessMap;
 
-/// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
+/// Ports through which processes send host data to each other: fetch results and resident tensors.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
     pub ports: Vec<HostBroadcast>,
@@ -18,16 +17,10 @@ pub struct HostPorts {
     pub fetches: BTreeMap<(usize, Rate), (u32, Vec<Var>)>,
     /// Port of a device's resident tensor, by its index.
     pub residents: BTreeMap<(usize, usize), u32>,
-    /// By process: port of its number pair, see `Session::exchange`.
-    pub pairs: Vec<u32>,
-    /// By process: port of the numbers that it sends in each step, see [`super::agreement`].
-    pub steps: Vec<u32>,
-    /// By process: port of the numbers that it sends at a load, see [`super::agreement`].
-    pub loads: Vec<u32>,
 }
 
 impl HostPorts {
-    pub fn of(plan: &Plan, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
+    pub fn of(plan: &Plan, process_map: &ProcessMap) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
             for action in actions {
@@ -44,15 +37,6 @@ impl HostPorts {
                 let port = out.add(process_map.process_of(device), tensors);
                 out.residents.insert((device, index), port);
             }
-        }
-        let loads = agreement::load_numbers(plan);
-        for process in 0..process_map.processes {
-            // A number is sent as two integers.
-            let mut port = |numbers: usize| out.add(process, vec![(vec![2 * numbers], DType::I32)]);
-            let ports = [2, agreement::step_numbers(shared, process), loads].map(&mut port);
-            out.pairs.push(ports[0]);
-            out.steps.push(ports[1]);
-            out.loads.push(ports[2]);
         }
         out
     }

@@ -19,7 +19,7 @@ use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
-use super::agreement::{SharedInput, shared_inputs};
+use super::agreement::{SharedInput, rules_of_step, shared_inputs};
 use super::budget::Budget;
 use super::error::SessionError;
 use super::exchange::Inbox;
@@ -107,6 +107,7 @@ impl Session {
         let plan = Arc::new(plan);
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
+            step_rules: rules_of_step(&plan, &shared_inputs),
             shared_inputs,
             declared: declared(&plan, options),
             ignoring: options.ignoring.clone(),
@@ -240,7 +241,7 @@ impl Resources {
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
         let shared_inputs = shared_inputs(plan, &process_map);
-        let ports = Arc::new(HostPorts::of(plan, &process_map, &shared_inputs));
+        let ports = Arc::new(HostPorts::of(plan, &process_map));
         set_activity(WAITING);
         let mut connections = match world {
             Some(world) => {

@@ -8,9 +8,11 @@ use shardflow_kernels::collective::ReduceOp;
 use shardflow_kernels::op::norm_of_squares;
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
-use super::agreement::{difference_in_step, digest};
+use super::agreement::{SharedInput, difference_in_step, digest, fields_of_step};
 use super::error::SessionError;
 use super::load::FeedPort;
+use super::numbers::{Pending, Topic};
+use super::outcome::array;
 use super::report::StepReport;
 use super::{Session, tokens};
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
@@ -44,9 +46,9 @@ impl Session {
         }
         let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let requested = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        self.send_step_numbers(requested.code(), learning_rate, &by_name);
+        let numbers = self.supply_step_numbers(requested.code(), learning_rate, &by_name)?;
         let results = self.run(&by_name)?;
-        let request = Request::from_code(self.agree_on_step()?);
+        let request = Request::from_code(self.agree_on_step(numbers)?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
         let mut report = StepReport { request, ..self.report(results)? };
         let mut accepted = Ok(());
@@ -77,11 +79,18 @@ impl Session {
         accepted.map(|()| report)
     }
 
-    /// Sends this process's request, learning rate and digests of a step to all processes.
-    fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
+    /// Supplies this process's request, learning rate and digests of a step, which all processes compare.
+    fn supply_step_numbers(
+        &mut self,
+        request: u64,
+        learning_rate: f32,
+        inputs: &Inputs<'_>,
+    ) -> Result<Pending, SessionError> {
         let own = self.process_map.process;
-        let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
-        for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
+        let digest = |input: &SharedInput| {
+            if input.processes.binary_search(&own).is_err() {
+                return Vec::new();
+            }
             let mut hasher = blake3::Hasher::new();
             let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
             for micro_batch in 0..firings {
@@ -89,20 +98,22 @@ impl Session {
                     hasher.update(self.region(input.var, region.clone(), micro_batch, inputs).as_bytes());
                 }
             }
-            numbers.push(digest(&hasher));
-        }
-        self.send_numbers(&self.ports.steps, &numbers);
+            vec![digest(&hasher)]
+        };
+        let digests = self.shared_inputs.iter().map(digest).collect();
+        let fields = fields_of_step(&self.plan, request, learning_rate, digests);
+        self.supply(Topic::Step, &self.step_rules, fields).map_err(|failure| self.fail(failure))
     }
 
-    /// Compares all processes' numbers for the step and returns the largest request; a difference cancels the update.
-    fn agree_on_step(&mut self) -> Result<u64, SessionError> {
-        let ports = self.ports.clone();
-        let all_numbers = self.receive_numbers(&ports.steps, None)?;
-        if let Some(difference) = difference_in_step(&self.plan, &self.shared_inputs, self.steps, &all_numbers) {
+    /// Waits for all processes' numbers and returns the largest request; a difference cancels the update.
+    fn agree_on_step(&mut self, numbers: Pending) -> Result<u64, SessionError> {
+        let all = self.combined(numbers, None).map_err(|failure| self.fail(failure))?;
+        if let Some(difference) = &all.difference {
+            let difference = difference_in_step(&self.plan, &self.shared_inputs, self.steps, difference);
             self.decide(f32::NAN)?;
             return Err(difference.into());
         }
-        Ok(all_numbers.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
+        Ok(array::<1>(&all, 0)[0])
     }
 
     /// Feeds a batch and returns the results of the devices of all processes. Devices then wait before the update.

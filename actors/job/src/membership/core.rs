@@ -17,7 +17,7 @@ use super::cause::{Arbiter, FirstCause, Kind, Report};
 use super::control_message::{Body, ControlMessage, LISTED_MAX, TO_ALL, truncated};
 use super::datagram::{Heartbeat, MostSilent};
 use super::detector::{Detector, Event, PeerHealth};
-use super::reduce::{Reduced, Rule};
+use super::reduce::{MergeRule, Reduced};
 use super::rounds::{RoundEffect, Rounds, Unexpected};
 use super::status::MembershipEvent;
 use super::tree::ControlTree;
@@ -60,7 +60,7 @@ pub(super) struct Peer {
     pub(super) last_heartbeat: Option<Duration>,
     /// The process on its side of the edge that has been silent for longest, as of its last heartbeat.
     most_silent: Option<MostSilent>,
-    /// Processes whose leaving it has not been told yet.
+    /// Processes whose leaving has not been reported to it yet.
     departures: BTreeSet<u32>,
 }
 
@@ -377,7 +377,7 @@ impl Core {
         }
     }
 
-    pub(crate) fn supply(&mut self, topic: u16, rules: Arc<[Rule]>, fields: Vec<Vec<u64>>, now: Duration) {
+    pub(crate) fn supply(&mut self, topic: u16, rules: Arc<[MergeRule]>, fields: Vec<Vec<u64>>, now: Duration) {
         let effects = self.rounds.supply(topic, (rules, fields), now);
         self.apply_or_suspect(effects, self.own, now);
     }

@@ -17,7 +17,7 @@ const CONFIG: Configuration<LittleEndian, Fixint, Limit<MESSAGE_BYTES_MAX>> =
 
 /// How the words of a field combine. All processes use the same rules for a topic's round.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Rule {
+pub enum MergeRule {
     /// The largest of all processes; the first word that differs decides.
     Max {
         /// Number of words.
@@ -36,9 +36,9 @@ pub enum Rule {
 /// The combined numbers of all processes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reduced {
-    /// By field: the combined words; none for [`Rule::Same`].
+    /// By field: the combined words; none for [`MergeRule::Same`].
     pub words: Vec<Vec<u64>>,
-    /// The first field whose words differ, although its rule is [`Rule::Same`].
+    /// The first field whose words differ, although its rule is [`MergeRule::Same`].
     pub difference: Option<Difference>,
 }
 
@@ -54,7 +54,7 @@ pub struct Difference {
 /// The numbers of a process and those below it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Partial {
-    /// The words of all [`Rule::Max`] fields, in order.
+    /// The words of all [`MergeRule::Max`] fields, in order.
     max: Vec<u64>,
     /// Fields whose words have been equal so far, and are compared with others further up.
     same: Vec<(u32, u64)>,
@@ -64,7 +64,7 @@ pub(crate) struct Partial {
 /// The combined numbers, as they travel down.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Total {
-    /// The words of all [`Rule::Max`] and [`Rule::First`] fields, in order.
+    /// The words of all [`MergeRule::Max`] and [`MergeRule::First`] fields, in order.
     words: Vec<u64>,
     difference: Option<Difference>,
 }
@@ -80,20 +80,20 @@ fn decode<T: for<'a> Deserialize<'a>>(bytes: &[u8]) -> Option<T> {
 }
 
 /// Largest number of bytes that numbers with these rules take in a message between `processes`.
-pub(crate) fn bytes_max(rules: &[Rule], processes: u32) -> usize {
-    let words = |rule: &Rule| match rule {
-        Rule::Max { words } | Rule::First { words } => 8 * words,
-        Rule::Same(_) => 12,
+pub(crate) fn bytes_max(rules: &[MergeRule], processes: u32) -> usize {
+    let words = |rule: &MergeRule| match rule {
+        MergeRule::Max { words } | MergeRule::First { words } => 8 * words,
+        MergeRule::Same(_) => 12,
     };
     64 + rules.iter().map(words).sum::<usize>() + 12 * processes as usize
 }
 
 /// True if a process supplies as many words as the rules say.
-pub(crate) fn fits(rules: &[Rule], own: u32, fields: &[Vec<u64>]) -> bool {
-    let count = |rule: &Rule| match rule {
-        Rule::Max { words } => *words,
-        Rule::First { words } => *words * usize::from(own == 0),
-        Rule::Same(processes) => usize::from(has(processes.as_deref(), own)),
+pub(crate) fn fits(rules: &[MergeRule], own: u32, fields: &[Vec<u64>]) -> bool {
+    let count = |rule: &MergeRule| match rule {
+        MergeRule::Max { words } => *words,
+        MergeRule::First { words } => *words * usize::from(own == 0),
+        MergeRule::Same(processes) => usize::from(has(processes.as_deref(), own)),
     };
     rules.len() == fields.len() && rules.iter().zip(fields).all(|(rule, words)| words.len() == count(rule))
 }
@@ -104,13 +104,13 @@ fn has(processes: Option<&[u32]>, process: u32) -> bool {
 
 impl Partial {
     /// The numbers of one process.
-    pub(crate) fn new(rules: &[Rule], fields: &[Vec<u64>]) -> Self {
+    pub(crate) fn new(rules: &[MergeRule], fields: &[Vec<u64>]) -> Self {
         let mut out = Self::default();
         for (index, (rule, words)) in (0..).zip(rules.iter().zip(fields)) {
             match rule {
-                Rule::Max { .. } => out.max.extend(words),
-                Rule::First { .. } => {}
-                Rule::Same(_) => out.same.extend(words.first().map(|word| (index, *word))),
+                MergeRule::Max { .. } => out.max.extend(words),
+                MergeRule::First { .. } => {}
+                MergeRule::Same(_) => out.same.extend(words.first().map(|word| (index, *word))),
             }
         }
         out
@@ -125,11 +125,11 @@ impl Partial {
     }
 
     /// True if a process with these rules below `top` may have sent it.
-    pub(crate) fn is_valid(&self, rules: &[Rule], tree: &ControlTree, top: u32) -> bool {
-        let max = rules.iter().map(|rule| if let Rule::Max { words } = rule { *words } else { 0 }).sum::<usize>();
-        let is_same = |field: u32| matches!(rules.get(field as usize), Some(Rule::Same(_)));
+    pub(crate) fn is_valid(&self, rules: &[MergeRule], tree: &ControlTree, top: u32) -> bool {
+        let max = rules.iter().map(|rule| if let MergeRule::Max { words } = rule { *words } else { 0 }).sum::<usize>();
+        let is_same = |field: u32| matches!(rules.get(field as usize), Some(MergeRule::Same(_)));
         let is_listed = |Difference { field, values }: &Difference| {
-            let Some(Rule::Same(processes)) = rules.get(*field as usize) else { return false };
+            let Some(MergeRule::Same(processes)) = rules.get(*field as usize) else { return false };
             let is_below = |process: u32| {
                 process < tree.processes() && tree.is_below(process, top) && has(processes.as_deref(), process)
             };
@@ -142,7 +142,7 @@ impl Partial {
     }
 
     /// Combines the numbers of `own` with those of its children's subtrees.
-    pub(crate) fn combine(self, rules: &[Rule], tree: &ControlTree, own: u32, children: Vec<(u32, Self)>) -> Self {
+    pub(crate) fn combine(self, rules: &[MergeRule], tree: &ControlTree, own: u32, children: Vec<(u32, Self)>) -> Self {
         let mut out = Self { max: self.max, ..Self::default() };
         let mut equal: BTreeMap<u32, Vec<(Source, u64)>> = BTreeMap::new();
         let mut differing: BTreeMap<u32, Vec<(u32, u64)>> = BTreeMap::new();
@@ -175,14 +175,14 @@ impl Partial {
     }
 
     /// The message to all processes, from process 0 with these words of its own.
-    pub(crate) fn total(self, rules: &[Rule], fields: &[Vec<u64>]) -> Vec<u8> {
+    pub(crate) fn total(self, rules: &[MergeRule], fields: &[Vec<u64>]) -> Vec<u8> {
         let mut largest = self.max.into_iter();
         let mut words = Vec::new();
         for (rule, own) in rules.iter().zip(fields) {
             match rule {
-                Rule::Max { words: count } => words.extend(largest.by_ref().take(*count)),
-                Rule::First { .. } => words.extend(own),
-                Rule::Same(_) => {}
+                MergeRule::Max { words: count } => words.extend(largest.by_ref().take(*count)),
+                MergeRule::First { .. } => words.extend(own),
+                MergeRule::Same(_) => {}
             }
         }
         encode(&Total { words, difference: self.difference })
@@ -191,14 +191,14 @@ impl Partial {
 
 impl Reduced {
     /// Reads process 0's message; `None` if it does not fit the rules.
-    pub(crate) fn read(bytes: &[u8], rules: &[Rule]) -> Option<Self> {
+    pub(crate) fn read(bytes: &[u8], rules: &[MergeRule]) -> Option<Self> {
         let Total { words, difference } = decode(bytes)?;
         let mut left = &words[..];
         let mut fields = Vec::new();
         for rule in rules {
             let count = match rule {
-                Rule::Max { words } | Rule::First { words } => *words,
-                Rule::Same(_) => 0,
+                MergeRule::Max { words } | MergeRule::First { words } => *words,
+                MergeRule::Same(_) => 0,
             };
             let (field, rest) = left.split_at_checked(count)?;
             fields.push(field.to_vec());
@@ -208,8 +208,9 @@ impl Reduced {
     }
 
     /// The result in a world of one process.
-    pub fn alone(rules: &[Rule], fields: Vec<Vec<u64>>) -> Self {
-        let keep = |(rule, words): (&Rule, Vec<u64>)| if matches!(rule, Rule::Same(_)) { Vec::new() } else { words };
+    pub fn alone(rules: &[MergeRule], fields: Vec<Vec<u64>>) -> Self {
+        let keep =
+            |(rule, words): (&MergeRule, Vec<u64>)| if matches!(rule, MergeRule::Same(_)) { Vec::new() } else { words };
         Self { words: rules.iter().zip(fields).map(keep).collect(), difference: None }
     }
 }
@@ -222,12 +223,12 @@ enum Source {
 
 impl Source {
     /// The processes that have supplied this word of the field.
-    fn processes(&self, rules: &[Rule], field: u32, tree: &ControlTree, own: u32) -> Vec<u32> {
+    fn processes(&self, rules: &[MergeRule], field: u32, tree: &ControlTree, own: u32) -> Vec<u32> {
         match self {
             Self::Own => vec![own],
             Self::Below(child) => {
                 let supplies = |process: &u32| match &rules[field as usize] {
-                    Rule::Same(processes) => has(processes.as_deref(), *process),
+                    MergeRule::Same(processes) => has(processes.as_deref(), *process),
                     _ => false,
                 };
                 (0..tree.processes()).filter(|process| tree.is_below(*process, *child) && supplies(process)).collect()
@@ -237,17 +238,17 @@ impl Source {
 }
 
 /// True if all processes that supply the field are `own` or below it.
-fn is_compared(rules: &[Rule], field: u32, tree: &ControlTree, own: u32) -> bool {
+fn is_compared(rules: &[MergeRule], field: u32, tree: &ControlTree, own: u32) -> bool {
     match &rules[field as usize] {
-        Rule::Same(Some(processes)) => processes.iter().all(|process| tree.is_below(*process, own)),
+        MergeRule::Same(Some(processes)) => processes.iter().all(|process| tree.is_below(*process, own)),
         _ => tree.parent(own).is_none(),
     }
 }
 
-fn take_larger(rules: &[Rule], largest: &mut [u64], other: &[u64]) {
+fn take_larger(rules: &[MergeRule], largest: &mut [u64], other: &[u64]) {
     let mut start = 0;
     for rule in rules {
-        let Rule::Max { words } = rule else { continue };
+        let MergeRule::Max { words } = rule else { continue };
         let range = start..start + words;
         if other[range.clone()] > largest[range.clone()] {
             largest[range.clone()].copy_from_slice(&other[range.clone()]);
@@ -263,7 +264,7 @@ mod tests {
     use super::*;
 
     /// Combines all numbers along the tree, from the leaves to process 0. Also returns the largest message.
-    fn reduce(tree: &ControlTree, rules: &[Rule], fields: &[Vec<Vec<u64>>]) -> (Reduced, usize) {
+    fn reduce(tree: &ControlTree, rules: &[MergeRule], fields: &[Vec<Vec<u64>>]) -> (Reduced, usize) {
         let mut partials: BTreeMap<u32, Partial> = BTreeMap::new();
         let mut bytes = 0;
         // A parent's number is lower than those of its children.
@@ -282,18 +283,18 @@ mod tests {
     }
 
     /// The result by definition.
-    fn expected(rules: &[Rule], fields: &[Vec<Vec<u64>>]) -> Reduced {
+    fn expected(rules: &[MergeRule], fields: &[Vec<Vec<u64>>]) -> Reduced {
         let mut reduced = Reduced::default();
         for (index, rule) in rules.iter().enumerate() {
             let all = || fields.iter().map(|fields| &fields[index]);
             reduced.words.push(match rule {
-                Rule::Max { .. } => all().max().expect("a process").clone(),
-                Rule::First { .. } => fields[0][index].clone(),
-                Rule::Same(_) => Vec::new(),
+                MergeRule::Max { .. } => all().max().expect("a process").clone(),
+                MergeRule::First { .. } => fields[0][index].clone(),
+                MergeRule::Same(_) => Vec::new(),
             });
             let values: Vec<_> = (0..).zip(all()).filter_map(|(p, words)| Some((p, *words.first()?))).collect();
             let differs = values.iter().any(|(_, value)| *value != values[0].1);
-            if matches!(rule, Rule::Same(_)) && differs && reduced.difference.is_none() {
+            if matches!(rule, MergeRule::Same(_)) && differs && reduced.difference.is_none() {
                 reduced.difference = Some(Difference { field: index as u32, values });
             }
         }
@@ -310,17 +311,17 @@ mod tests {
         ) {
             let tree = ControlTree::new(&nodes);
             let all = tree.processes();
-            let mut rules = vec![Rule::Max { words: 2 }, Rule::First { words: 3 }, Rule::Same(None), Rule::Max { words: 1 }];
+            let mut rules = vec![MergeRule::Max { words: 2 }, MergeRule::First { words: 3 }, MergeRule::Same(None), MergeRule::Max { words: 1 }];
             for set in &sets {
                 let set: Vec<u32> = (0..all).filter(|process| set[*process as usize]).collect();
-                rules.push(Rule::Same(Some(set.into())));
+                rules.push(MergeRule::Same(Some(set.into())));
             }
             let fields: Vec<Vec<Vec<u64>>> = (0..all).map(|process| {
                 let mut next = seed.iter().cycle().skip(process as usize * 7).copied();
-                let field = |(index, rule): (usize, &Rule)| match rule {
-                    Rule::Max { words } => next.by_ref().take(*words).collect(),
-                    Rule::First { words } => (0..*words as u64 * u64::from(process == 0)).collect(),
-                    Rule::Same(set) => {
+                let field = |(index, rule): (usize, &MergeRule)| match rule {
+                    MergeRule::Max { words } => next.by_ref().take(*words).collect(),
+                    MergeRule::First { words } => (0..*words as u64 * u64::from(process == 0)).collect(),
+                    MergeRule::Same(set) => {
                         let value = 1000 + u64::from(differing.contains(&(index, process)));
                         if has(set.as_deref(), process) { vec![value] } else { Vec::new() }
                     }
@@ -335,7 +336,7 @@ mod tests {
         #[test]
         fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Partial::read(&bytes);
-            let _ = Reduced::read(&bytes, &[Rule::Max { words: 2 }]);
+            let _ = Reduced::read(&bytes, &[MergeRule::Max { words: 2 }]);
         }
     }
 
@@ -344,9 +345,9 @@ mod tests {
         let bytes = [8u32, 64, 3072].map(|processes| {
             let tree = ControlTree::new(&(0..processes).map(|process| process / 8).collect::<Vec<_>>());
             // A step of a mesh with 8 tensor ranks on each node: a digest of each data rank's batch.
-            let mut rules = vec![Rule::Max { words: 1 }, Rule::Same(None)];
+            let mut rules = vec![MergeRule::Max { words: 1 }, MergeRule::Same(None)];
             let data_ranks = (0..processes / 8).map(|data| (8 * data..8 * data + 8).collect::<Vec<u32>>());
-            rules.extend(data_ranks.map(|processes| Rule::Same(Some(processes.into()))));
+            rules.extend(data_ranks.map(|processes| MergeRule::Same(Some(processes.into()))));
             let fields = |process: u32| {
                 let digest = |data: u32| if data == process / 8 { vec![u64::from(data)] } else { Vec::new() };
                 let fixed = [vec![u64::from(process == 5)], vec![7]];

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::control_message::{Body, ControlMessage};
-use super::reduce::{Partial, Reduced, Rule};
+use super::reduce::{MergeRule, Partial, Reduced};
 use super::tree::ControlTree;
 
-/// How long a round waits before processes tell each other which one is missing.
+/// How long a round waits before processes report to each other which one is missing.
 const NAME_AFTER: Duration = Duration::from_millis(200);
 /// Maximum number of topics with rounds, so that a peer cannot use up memory.
 pub(crate) const TOPICS_MAX: u16 = 64;
@@ -26,7 +26,7 @@ pub(crate) struct Rounds {
 }
 
 /// The numbers that this process supplies to a round, with their rules.
-type Supplied = (Arc<[Rule]>, Vec<Vec<u64>>);
+type Supplied = (Arc<[MergeRule]>, Vec<Vec<u64>>);
 
 #[derive(Debug, Default)]
 struct Topic {
@@ -35,7 +35,7 @@ struct Topic {
     /// By child: its numbers of the next round.
     below: BTreeMap<u32, Partial>,
     /// Rules of the round that was sent up and whose result is missing.
-    sent_rules: Option<Arc<[Rule]>>,
+    sent_rules: Option<Arc<[MergeRule]>>,
     /// Rounds combined here, and results received.
     combined: u64,
     received: u64,
@@ -44,7 +44,7 @@ struct Topic {
     /// By neighbour: the process that it waits for in the current round.
     named: BTreeMap<u32, u32>,
     /// By neighbour: the process that this one has named to it in the current round.
-    told: BTreeMap<u32, u32>,
+    reported: BTreeMap<u32, u32>,
 }
 
 /// What a process must do after its rounds have changed.
@@ -137,7 +137,7 @@ impl Rounds {
         state.received += 1;
         state.since = (!state.own.is_empty()).then_some(now);
         state.named.clear();
-        state.told.clear();
+        state.reported.clear();
         let message = ControlMessage { body: Body::Round { topic, round }, payload: bytes.to_vec() };
         let down = self.children.iter().map(|child| RoundEffect::Send { to: *child, message: message.clone() });
         down.chain([RoundEffect::Reduced { topic, reduced }]).collect()
@@ -166,7 +166,7 @@ impl Rounds {
     }
 
     /// The messages that name the missing process of rounds that have waited for a while, to neighbours that wait too.
-    /// A neighbour that was told nothing assumes that this process is the missing one.
+    /// A neighbour without a report assumes that this process is the missing one.
     pub(crate) fn tick(&mut self, now: Duration) -> Vec<RoundEffect> {
         let mut effects = Vec::new();
         let topics: Vec<u16> = self.topics.keys().copied().collect();
@@ -181,8 +181,8 @@ impl Rounds {
             let above = self.tree.parent(self.own).filter(|_| !is_combined);
             let waiting: BTreeSet<u32> = below.copied().chain(above).collect();
             for to in waiting {
-                if state.told.get(&to).copied().unwrap_or(self.own) != process {
-                    state.told.insert(to, process);
+                if state.reported.get(&to).copied().unwrap_or(self.own) != process {
+                    state.reported.insert(to, process);
                     let body = Body::Missing { topic, round: state.received, process };
                     effects.push(RoundEffect::Send { to, message: body.into() });
                 }

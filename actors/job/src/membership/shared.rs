@@ -15,7 +15,7 @@ use super::datagram::{Heartbeat, MostSilent, Rejection};
 use super::detector::PeerHealth;
 use super::error::MembershipError;
 use super::outbox::{Count, Outbox, Unsent};
-use super::reduce::{self, Reduced, Rule};
+use super::reduce::{self, MergeRule, Reduced};
 use super::rounds::TOPICS_MAX;
 use super::status::{Counters, MembershipEvent};
 use super::tree::ControlTree;
@@ -284,7 +284,7 @@ impl Shared {
     pub(crate) fn supply(
         &self,
         topic: u16,
-        rules: &Arc<[Rule]>,
+        rules: &Arc<[MergeRule]>,
         fields: Vec<Vec<u64>>,
     ) -> Result<Receiver<Reduced>, MembershipError> {
         if topic >= TOPICS_MAX || !reduce::fits(rules, self.own, &fields) {

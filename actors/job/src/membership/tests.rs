@@ -159,7 +159,8 @@ fn a_failure_and_a_departure_cross_the_tree() {
 #[test]
 fn numbers_of_all_processes_are_combined() {
     let members = start(configs_on(23, &NODES));
-    let rules: Arc<[Rule]> = Arc::new([Rule::Max { words: 1 }, Rule::First { words: 1 }, Rule::Same(None)]);
+    let rules: Arc<[MergeRule]> =
+        Arc::new([MergeRule::Max { words: 1 }, MergeRule::First { words: 1 }, MergeRule::Same(None)]);
     let fields = |process: u64, value| vec![vec![process], if process == 0 { vec![9] } else { vec![] }, vec![value]];
     for (round, values) in [[5; 5], [5, 5, 6, 5, 5]].into_iter().enumerate() {
         let supply = |(member, process): (&Membership, usize)| {

@@ -287,8 +287,8 @@ fn all_leave_with_few_messages() {
     assert!(all < 40 * 3072 && most < 1024, "{all} messages, at most {most} of a process");
 }
 
-fn rules() -> Arc<[Rule]> {
-    Arc::new([Rule::Max { words: 1 }, Rule::First { words: 1 }, Rule::Same(None)])
+fn rules() -> Arc<[MergeRule]> {
+    Arc::new([MergeRule::Max { words: 1 }, MergeRule::First { words: 1 }, MergeRule::Same(None)])
 }
 
 fn numbers(process: u32, value: u64) -> Vec<Vec<u64>> {
