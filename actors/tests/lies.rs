@@ -100,7 +100,7 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
         pipes: BTreeMap::new(),
     };
     let host_ports = [PEER, 0].map(|process| HostBroadcast { process, tensors: vec![(vec![2], DType::F32)] }).into();
-    let peers = Peers { peers: vec![peer], host_ports, host: None };
+    let peers = Peers { peers: vec![peer], host_ports, ..Peers::default() };
     peer_end.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
     let loaded = LoadedPlan { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };
     (start(loaded, WatchdogOptions::default()).unwrap(), peer_end, mirrors)

@@ -114,6 +114,9 @@ pub struct Session {
     observer: Option<Arc<Observer>>,
 }
 
+/// Time without arrivals after which a process that waits looks whether a sender has left.
+const DEPARTURE_CHECK: Duration = Duration::from_millis(500);
+
 /// How long a session that shuts down waits for running firings.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -186,8 +189,9 @@ impl Session {
 
     /// Sends a piece of this process to all processes, including itself.
     fn send(&self, inbox: &mut Inbox, piece: HostPiece) {
+        let piece = Arc::new(piece);
         if let Some(running) = self.running.as_ref().filter(|_| self.process_map.processes > 1) {
-            running.send_host_piece(piece.clone());
+            running.send_host_piece(&piece);
         }
         inbox.put(piece);
     }
@@ -213,7 +217,9 @@ impl Session {
             let missing = inbox.missing_senders(wanted);
             let Some(sender) = missing.first().copied() else { break };
             running.host_waits_for((sender != self.process_map.process).then_some(sender));
-            if let Some(process) = missing.into_iter().find(|process| inbox.ended.contains(process)) {
+            // Pieces come along the tree, in order.
+            let hop = |process: u32| self.world.as_ref().map_or(process, |world| world.hop(process));
+            if let Some(process) = missing.iter().copied().map(hop).find(|hop| inbox.ended.contains(hop)) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
             select! {
@@ -227,6 +233,13 @@ impl Session {
                 recv(timeout) -> _ => {
                     let seconds = limit.unwrap_or_default().as_secs();
                     return Err(Failure::Peer { process: sender, cause: PeerError::Late { seconds } });
+                }
+                // What a process has sent before it left has arrived by now.
+                default(DEPARTURE_CHECK) => {
+                    let has_left = |process: &u32| self.world.as_ref().is_some_and(|world| world.has_left(*process));
+                    if let Some(process) = missing.into_iter().find(has_left) {
+                        return Err(Failure::Peer { process, cause: PeerError::Ended });
+                    }
                 }
             }
         }

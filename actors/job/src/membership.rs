@@ -218,6 +218,11 @@ impl Membership {
         self.shared.missing(topic)
     }
 
+    /// True if another process has left the session cleanly.
+    pub fn has_left(&self, process: u32) -> bool {
+        self.shared.has_left(process)
+    }
+
     /// The processes that this one is connected to.
     pub fn tree(&self) -> &ControlTree {
         &self.shared.tree

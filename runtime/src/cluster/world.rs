@@ -1,6 +1,6 @@
 //! A session's membership in its world: joins the other processes, receives their failures, and reports its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::UdpSocket;
 use std::sync::{Arc, Weak};
@@ -264,9 +264,12 @@ impl World {
         let (options, secret) = (cluster.options.clone().with_finite_times(), world.secret.read()?);
         let (roster, listener, heartbeat) = meet(world, &options, &secret, (memory, facts))?;
         let process_map = ProcessMap { process: world.process, processes, devices };
+        let nodes: Vec<&str> = roster.members.iter().map(|member| member.node.as_str()).collect();
+        let tree = Arc::new(ControlTree::new(&nodes));
         let mut connector = Connector {
             device: plan.device,
             process_map,
+            tree,
             roster: roster.into(),
             listener: listener.into(),
             secret,
@@ -292,6 +295,15 @@ impl World {
     /// Publishes this process's activity to the others. While it is [`WAITING`], the monitor logs theirs at intervals.
     pub(crate) fn doing(&self, activity: &str) {
         self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
+    }
+
+    /// The neighbour in the control tree on the way to a process; the process itself if it is this one.
+    pub(crate) fn hop(&self, process: u32) -> u32 {
+        self.connector.tree.next_hop(self.process_map.process, process).unwrap_or(process)
+    }
+
+    pub(crate) fn has_left(&self, process: u32) -> bool {
+        self.membership.has_left(process)
     }
 
     /// The processes of this node, in order.
@@ -326,12 +338,10 @@ impl World {
 
     /// Adds the mirrors that the processes of this node will allocate to the plan's memory, and checks its budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Plan) -> Result<(), PlanError> {
-        for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
-            let unshared = process_map.peers().filter(|peer| !self.connector.shares_memory(process_map.process, *peer));
-            let mirrors: Vec<_> = unshared.flat_map(|peer| process_map.mirrors(plan, peer)).collect();
-            for (_, device, bytes) in mirrors {
-                plan.memory[device].mirror_bytes += bytes;
-            }
+        let here: BTreeSet<u32> = self.here().into_iter().collect();
+        let crossings = self.process_map.crossings(plan).into_iter().filter(|crossing| here.contains(&crossing.to));
+        for crossing in crossings.filter(|crossing| !self.connector.shares_memory(crossing.from, crossing.to)) {
+            plan.memory[crossing.landing].mirror_bytes += crossing.mirror_bytes(plan);
         }
         validate::memory(plan)
     }
@@ -461,8 +471,7 @@ fn start_membership(
     (config.interval, config.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
     config.join_within = options.connect_within;
     config.join_at_most = wait_max.max(options.connect_within);
-    let nodes: Vec<&str> = roster.members.iter().map(|member| member.node.as_str()).collect();
-    config.tree = Arc::new(ControlTree::new(&nodes));
+    config.tree = connector.tree.clone();
     for process in config.tree.neighbours(own) {
         config.connections.insert(process, connector.connect(process, Purpose::Control)?);
         config.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));

@@ -14,7 +14,7 @@ use super::ports::HostPorts;
 pub(super) struct Inbox {
     ports: Arc<HostPorts>,
     pub(super) peers: Receiver<PeerMessage>,
-    waiting: BTreeMap<u32, VecDeque<Vec<HostTensor>>>,
+    waiting: BTreeMap<u32, VecDeque<Arc<HostPiece>>>,
     /// Processes that send nothing more.
     pub(super) ended: BTreeSet<u32>,
 }
@@ -31,8 +31,8 @@ impl Inbox {
         }
     }
 
-    pub(super) fn put(&mut self, piece: HostPiece) {
-        self.waiting.entry(piece.port).or_default().push_back(piece.tensors);
+    pub(super) fn put(&mut self, piece: Arc<HostPiece>) {
+        self.waiting.entry(piece.port).or_default().push_back(piece);
     }
 
     /// The senders of the wanted pieces that are missing.
@@ -44,6 +44,9 @@ impl Inbox {
     /// Removes and returns up to `count` of a port's oldest pieces.
     pub(super) fn take(&mut self, port: u32, count: usize) -> Vec<Vec<HostTensor>> {
         let Some(pieces) = self.waiting.get_mut(&port) else { return Vec::new() };
-        pieces.drain(..count.min(pieces.len())).collect()
+        let tensors = |piece| {
+            Arc::try_unwrap(piece).map_or_else(|piece: Arc<HostPiece>| piece.tensors.clone(), |piece| piece.tensors)
+        };
+        pieces.drain(..count.min(pieces.len())).map(tensors).collect()
     }
 }

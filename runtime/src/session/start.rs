@@ -248,7 +248,7 @@ impl Resources {
                 let connector = Connector { pipes, ..world.connector() };
                 connector.connect_all(plan, &devices, &arenas, engine)?
             }
-            None => Connections { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() },
+            None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);
         Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })

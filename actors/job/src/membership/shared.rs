@@ -309,6 +309,10 @@ impl Shared {
         Some((process, state.core.has_departed(process)))
     }
 
+    pub(crate) fn has_left(&self, process: u32) -> bool {
+        self.state.lock().core.has_departed(process)
+    }
+
     /// Leaves cleanly: notifies peers. From now on nothing counts as a failure of this process's session.
     pub(crate) fn leave(&self) {
         self.change(|core, _| core.leave());
