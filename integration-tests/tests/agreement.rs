@@ -20,7 +20,7 @@ use shardflow::passes::compile;
 use shardflow::placement::Mesh;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::prelude::{DType, Declarations, Layout, OnResume};
-use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow::session::{Batch, Session, SessionError, SessionOptions};
 use shardflow_integration_tests::faulty::{FaultyStore, StoreFault};
 use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
@@ -169,6 +169,74 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
                     (Err(error), None) => panic!("{mesh}: {error}"),
                 }
             }
+        }
+    });
+}
+
+/// Each rank supplies only its data rank's part; losses are those of the whole batch. Ranks of one data coordinate are
+/// compared.
+#[test]
+fn ranks_may_supply_only_their_part_of_a_batch() {
+    within(SECONDS, || {
+        let meshes =
+            [("data=2", 2), ("tensor=2", 2), ("data=2,tensor=2", 3), ("data=2,tensor=2", 4), ("data=2,stage=2", 4)];
+        for (mesh, processes) in meshes {
+            let expected = losses(mesh, 2);
+            let name = format!("local-{processes}-{}", mesh.replace([',', '='], "-"));
+            let ranks = run_ranks(&name, processes, |rank, cluster| {
+                let mut session = start(mesh, &options_with(cluster));
+                let whole = model().batch(0);
+                let part = session.local_batch(&whole).expect("a batch that fits");
+                let samples = if mesh.starts_with("data") { 2 } else { 4 };
+                for (name, tensor) in &part {
+                    assert_eq!(tensor.shape, [samples, model().context], "{mesh}: {name} of rank {rank}");
+                }
+                let inputs = if mesh.contains("stage") { 1 } else { 2 };
+                assert_eq!(part.len(), inputs, "{mesh}: a stage feeds only its own inputs");
+                let mut found = vec![session.step(Batch::Local(&part), LEARNING_RATE).expect("a step").loss];
+                // A rank may switch between the two.
+                found.push(model().step(&mut session).loss);
+                session.shutdown().expect("a clean shutdown");
+                found.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>()
+            });
+            assert!(ranks.iter().all(|found| *found == expected), "{mesh} on {processes}: {ranks:?}, {expected:?}");
+        }
+    });
+}
+
+#[test]
+fn wrong_parts_of_a_batch_are_named() {
+    within(SECONDS, || {
+        let ranks = run_ranks("wrong-local", 4, |rank, cluster| {
+            let mut session = start("data=2,tensor=2", &options_with(cluster));
+            let whole = model().batch(0);
+            let error = session.step(Batch::Local(&whole), LEARNING_RATE).expect_err("the whole batch").to_string();
+            let mut part = session.local_batch(&whole).expect("a batch that fits");
+            // Ranks 2 and 3 have the second data coordinate.
+            if rank == 3 {
+                part[0].1 = changed(&part[0].1, 0..1);
+            }
+            let difference = disagreement_text(session.step(Batch::Local(&part), LEARNING_RATE));
+            session.shutdown().expect("a clean shutdown");
+            (error, difference)
+        });
+        for (error, difference) in ranks {
+            assert!(error.contains("ids") && error.contains("I32 [2, 8] on this rank"), "{error}");
+            assert!(difference.starts_with("step 1: the ranks differ in input ids: rank 2 has"), "{difference}");
+            assert!(difference.contains("; rank 3 has") && !difference.contains("rank 0"), "{difference}");
+        }
+        let ranks = run_ranks("wrong-stage", 2, |rank, cluster| {
+            let mut session = start("stage=2", &options_with(cluster));
+            let whole = model().batch(0);
+            let error = session.step(Batch::Local(&whole), LEARNING_RATE).expect_err("the whole batch").to_string();
+            let part = session.local_batch(&whole).expect("a batch that fits");
+            session.step(Batch::Local(&part), LEARNING_RATE).expect("a step");
+            session.shutdown().expect("a clean shutdown");
+            (rank, error)
+        });
+        for (rank, error) in ranks {
+            assert!(error.contains(["targets", "ids"][rank as usize]), "{error}");
+            assert!(error.contains("no device of this rank reads it"), "{error}");
         }
     });
 }

@@ -34,7 +34,7 @@
 //!    byte. Without running anything, `shardflow plan` prints it.
 //! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares plan and
 //!    options with theirs, and allocates all memory.
-//! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes must call it.
+//! 4. **Steps.** [`prelude::Session::step`] takes the batch, whole or this rank's part, and returns the loss. All processes must call it.
 //! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes them in the background and continues from them, on any
 //!    mesh and any number of processes.
 //! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure anywhere ends every process with one cause;
@@ -138,7 +138,7 @@ pub mod prelude {
     pub use crate::sbp::rule::Rule;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
-    pub use crate::session::{Session, SessionError, SessionOptions, StepReport, Threads};
+    pub use crate::session::{Batch, Session, SessionError, SessionOptions, StepReport, Threads};
     pub use shardflow_job::exit::Exit;
     pub use shardflow_job::requests::{Request, Requests};
     pub use shardflow_kernels::device::DeviceKind;

@@ -13,7 +13,7 @@ use shardflow_actors::shell::RunningSession;
 use shardflow_actors::spec::ActorId;
 use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::memory::Arena;
-use shardflow_kernels::tensor::HostTensor;
+use shardflow_kernels::tensor::{HostTensor, Region};
 
 use crate::cluster::world::{WAITING, World};
 use crate::declare::Declarations;
@@ -25,6 +25,7 @@ use shardflow_job::membership::MergeRule;
 use shardflow_job::requests::Requests;
 
 pub(crate) mod agreement;
+mod batch;
 mod budget;
 pub(crate) mod checkpoint;
 mod error;
@@ -51,6 +52,7 @@ mod step;
 mod tokens;
 
 use agreement::SharedInput;
+pub use batch::Batch;
 use budget::Budget;
 pub use budget::bytes_alone;
 pub use error::SessionError;
@@ -91,6 +93,8 @@ pub struct Session {
     vocabularies: BTreeMap<String, usize>,
     /// Inputs that several processes feed; the same list on all processes.
     shared_inputs: Vec<SharedInput>,
+    /// By input: the part of a micro-batch that a local batch holds.
+    local_parts: BTreeMap<String, Region>,
     /// How the numbers of a step combine.
     step_rules: Arc<[MergeRule]>,
     declared: Declarations,

@@ -5,12 +5,12 @@ use shardflow_job::membership::MergeRule;
 use shardflow_kernels::tensor::HostTensor;
 
 use super::Session;
+use super::batch::Inputs;
 use super::error::SessionError;
 use super::numbers::Topic;
 use super::numerics::{FirstNonFinite, NonFinite, OnNonFinite};
 use super::outcome::array;
 use super::report::StepReport;
-use super::step::Inputs;
 use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};

@@ -20,6 +20,7 @@ use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
 use super::agreement::{SharedInput, rules_of_step, shared_inputs};
+use super::batch::local_parts;
 use super::budget::Budget;
 use super::error::SessionError;
 use super::exchange::Inbox;
@@ -107,6 +108,7 @@ impl Session {
         let plan = Arc::new(plan);
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
+            local_parts: local_parts(&plan, &process_map),
             step_rules: rules_of_step(&plan, &shared_inputs),
             shared_inputs,
             declared: declared(&plan, options),

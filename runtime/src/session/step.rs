@@ -9,6 +9,7 @@ use shardflow_kernels::op::norm_of_squares;
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
 use super::agreement::{SharedInput, difference_in_step, digest, fields_of_step};
+use super::batch::{Batch, Inputs};
 use super::error::SessionError;
 use super::load::FeedPort;
 use super::numbers::{Pending, Topic};
@@ -23,31 +24,33 @@ use crate::sbp::region::{combine, concat, slice_region};
 use crate::sbp::{Sbp, gather};
 use shardflow_job::requests::{Request, since_1970};
 
-pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
-
 /// Fetch results of all devices: one list per firing, with one tensor per port.
 type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
 
 impl Session {
-    /// Runs one step on the whole batch and returns the program's outputs; all devices are then idle. Nothing is
-    /// updated if loss or gradient norm is Inf or NaN, or the update could overflow: see [`super::numerics`]. A program
+    /// Runs one step on a batch and returns the program's outputs; all devices are then idle. A slice of named tensors is
+    /// the whole batch; see [`Batch::Local`] to supply a part. Nothing is updated if loss or gradient norm is Inf or NaN, or the update could overflow: see [`super::numerics`]. A program
     /// without an objective ignores `learning_rate`.
     ///
     /// # Errors
     /// An input that is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary: nothing
     /// ran. [`SessionError::NonFinite`], if the options require it, or [`SessionError::Disagreement`] on all ranks, if
     /// learning rates or shared elements differ: nothing was updated. Also the failure of the session.
-    pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
+    pub fn step<'a>(&mut self, batch: impl Into<Batch<'a>>, learning_rate: f32) -> Result<StepReport, SessionError> {
+        let batch = batch.into();
+        self.check_inputs(batch)?;
+        self.run_step(&batch.into(), learning_rate)
+    }
+
+    fn run_step(&mut self, inputs: &Inputs<'_>, learning_rate: f32) -> Result<StepReport, SessionError> {
         let begin = Instant::now();
-        self.check_inputs(inputs)?;
         if !learning_rate.is_finite() {
             let (name, expected) = ("learning_rate".into(), "a finite number".into());
             return Err(SessionError::Input { name, expected, got: learning_rate.to_string() });
         }
-        let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let requested = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        let numbers = self.supply_step_numbers(requested.code(), learning_rate, &by_name)?;
-        let results = self.run(&by_name)?;
+        let numbers = self.supply_step_numbers(requested.code(), learning_rate, inputs)?;
+        let results = self.run(inputs)?;
         let request = Request::from_code(self.agree_on_step(numbers)?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
         let mut report = StepReport { request, ..self.report(results)? };
@@ -62,7 +65,7 @@ impl Session {
             (is_finite, overflow) => {
                 self.decide(f32::NAN)?;
                 let found =
-                    if is_finite { report.overflow(overflow) } else { self.find_first_non_finite(&by_name, &report)? };
+                    if is_finite { report.overflow(overflow) } else { self.find_first_non_finite(inputs, &report)? };
                 accepted = self.accept_non_finite(&found);
                 report.non_finite = Some(found);
             }
@@ -160,8 +163,8 @@ impl Session {
         running.add_tokens(feed.actor, feed.action, firings as u32)
     }
 
-    fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
-        let graph = &self.plan.graph;
+    fn check_inputs(&self, batch: Batch<'_>) -> Result<(), SessionError> {
+        let (graph, inputs, is_local) = (&self.plan.graph, batch.tensors(), matches!(batch, Batch::Local(_)));
         let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
         let inputs_of_graph = graph.nodes().iter().filter(is_fed);
         let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
@@ -182,12 +185,21 @@ impl Session {
         }
         for (name, var) in expected {
             let info = graph.tensor(var);
-            let mut shape = info.shape.clone();
+            let part = self.local_parts.get(name).filter(|_| is_local);
+            let found = inputs.iter().find(|i| i.0 == name);
+            if is_local && part.is_none() {
+                if found.is_none() {
+                    continue;
+                }
+                return Err(wrong(name, "no part of it: no device of this rank reads it".into(), "a tensor".into()));
+            }
+            let mut shape = part.map_or_else(|| info.shape.clone(), |part| part.size.clone());
             if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {
                 *rows *= self.plan.micro_batches;
             }
-            let wanted = format!("{:?} {shape:?}", info.dtype);
-            match inputs.iter().find(|i| i.0 == name) {
+            let place = part.map_or("", |_| " on this rank, with a local batch");
+            let wanted = format!("{:?} {shape:?}{place}", info.dtype);
+            match found {
                 None => return Err(wrong(name, wanted, "nothing".into())),
                 Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
                     return Err(wrong(name, wanted, format!("{:?} {:?}", t.dtype(), t.shape)));
@@ -215,11 +227,39 @@ impl Session {
 
     /// A region of an input; the region is relative to the start of the micro-batch.
     fn region(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
-        let info = self.plan.graph.tensor(var);
-        if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
-            region.start[dim] += micro_batch * info.shape[dim];
+        let (info, name) = (self.plan.graph.tensor(var), self.plan.graph.producer(var).name.as_str());
+        let part = self.local_parts.get(name).filter(|_| inputs.is_local);
+        let held = part.map_or(&info.shape, |part| &part.size);
+        if let Some(part) = part {
+            region.start.iter_mut().zip(&part.start).for_each(|(start, first)| *start -= first);
         }
-        slice_region(inputs[self.plan.graph.producer(var).name.as_str()], &region)
+        if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
+            region.start[dim] += micro_batch * held[dim];
+        }
+        slice_region(inputs.tensors[name], &region)
+    }
+
+    /// This rank's part of a whole batch, for [`Batch::Local`].
+    ///
+    /// # Errors
+    /// The same as those of [`Session::step`] for a wrong input.
+    pub fn local_batch<'a>(&self, whole: &[(&'a str, HostTensor)]) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
+        self.check_inputs(Batch::Whole(whole))?;
+        let inputs = Inputs::from(Batch::Whole(whole));
+        let nodes = self.plan.graph.nodes().iter().filter(|node| matches!(node.op, NodeOp::Input));
+        let vars: BTreeMap<&str, Var> = nodes.map(|node| (node.name.as_str(), node.outputs[0])).collect();
+        let part = |name: &'a str| {
+            let (region, var) = (self.local_parts.get(name)?, *vars.get(name)?);
+            let dim = batch_dim(self.plan.graph.tensor(var));
+            let micro_batches = if dim.is_some() { self.plan.micro_batches } else { 1 };
+            let parts = (0..micro_batches).map(|index| self.region(var, region.clone(), index, &inputs));
+            let mut parts: Vec<HostTensor> = parts.collect();
+            Some((
+                name,
+                if let (Some(dim), 2..) = (dim, parts.len()) { concat(&parts, dim) } else { parts.swap_remove(0) },
+            ))
+        };
+        Ok(whole.iter().filter_map(|(name, _)| part(name)).collect())
     }
 
     fn report(&self, results: Results) -> Result<StepReport, SessionError> {
