@@ -59,11 +59,13 @@ pub struct PeerSpec {
     pub pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
-/// A port through which the host program of one process sends tensors to the programs of all others, along the tree.
+/// A port through which the host program of one process sends tensors to those of others, along the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostBroadcast {
+pub struct HostRoute {
     /// The sending process.
     pub process: u32,
+    /// The only receiver; `None` for all others.
+    pub to: Option<u32>,
     /// Shape and element type of each tensor.
     pub tensors: Vec<(Vec<usize>, DType)>,
 }
@@ -78,7 +80,7 @@ pub struct Peers {
     /// By process: the peer on the way to it, and this process itself for its own entry. Empty if all others are peers.
     pub hops: Vec<u32>,
     /// Ports between the host programs of all processes, outside the plan.
-    pub host_ports: Vec<HostBroadcast>,
+    pub host_ports: Vec<HostRoute>,
     /// Receives the peers' messages for the host program.
     pub host: Option<Sender<PeerMessage>>,
 }
@@ -122,7 +124,7 @@ pub(crate) struct Remote {
     /// The peers that host pieces are sent to: by index of the peer.
     carries_host: Vec<bool>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
-    pub(crate) host_ports: Vec<HostBroadcast>,
+    pub(crate) host_ports: Vec<HostRoute>,
     pub(crate) host: Option<Sender<PeerMessage>>,
     /// By peer: the last received `Ready` round, its stamp, and whether the peer has ended in order.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
@@ -167,17 +169,26 @@ impl Remote {
         true
     }
 
-    /// Sends a piece to the next processes on the tree, except the peer that it came from.
+    /// Sends a piece to the next processes on the tree, except the peer that it came from; only towards its receiver, if
+    /// it has one.
     pub(crate) fn send_host_piece(&self, piece: &Arc<HostPiece>, from: Option<usize>) {
+        let to = self.host_ports.get(piece.port as usize).and_then(|port| port.to);
         for (index, (_, outbox)) in self.outboxes.iter().enumerate() {
-            if self.carries_host[index] && Some(index) != from {
+            let is_on_way = to.map_or(self.carries_host[index], |to| self.is_behind(index, to));
+            if is_on_way && Some(index) != from {
                 // If the peer's writer thread has ended, the peer is lost; the reader thread reports that.
                 let _ = outbox.send(Outgoing::Host(piece.clone()));
             }
         }
     }
 
-    /// True if the pieces of a process come from this peer.
+    /// True if the pieces of a port are for this process's host program.
+    pub(crate) fn is_for_host(&self, port: &HostRoute) -> bool {
+        // Along the tree, a receiver behind no peer is this process.
+        port.to.is_none_or(|to| !(0..self.outboxes.len()).any(|peer| self.is_behind(peer, to)))
+    }
+
+    /// True if the pieces of a process come from this peer, and those for it go there.
     pub(crate) fn is_behind(&self, peer: usize, process: u32) -> bool {
         let hop = self.hops.get(process as usize).copied().unwrap_or(process);
         self.carries_host[peer] && self.outboxes[peer].0 == hop

@@ -20,7 +20,7 @@ use shardflow::passes::compile;
 use shardflow::placement::Mesh;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::prelude::{DType, Declarations, Layout, OnResume};
-use shardflow::session::{Batch, Session, SessionError, SessionOptions};
+use shardflow::session::{Batch, Outputs, Session, SessionError, SessionOptions};
 use shardflow_integration_tests::faulty::{FaultyStore, StoreFault};
 use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
@@ -290,6 +290,51 @@ fn an_input_of_several_placements_is_one_tensor() {
                 }
             }
         }
+    });
+}
+
+/// Rank 0 assembles the outputs. The others get all of them, or only what decides about the update.
+#[test]
+fn outputs_go_to_the_ranks_that_want_them() {
+    within(SECONDS, || {
+        let plan = || {
+            let mut g = Graph::new(&Mesh::parse("data=2,stage=2").expect("a mesh"));
+            g.place_at("stage", 0);
+            let x = g.input("x", &[4, 4], DType::F32, Layout::split("data", 0));
+            let doubled = g.scale(x, 2.0);
+            g.output("doubled", doubled);
+            g.place_at("stage", 1);
+            let quadrupled = g.scale(doubled, 2.0);
+            g.output("quadrupled", quadrupled);
+            compile(g, &options(MICRO_BATCHES, OneFOneB)).expect("a plan")
+        };
+        let times = |factor: f32| HostTensor::f32(&[4, 4], (0..16).map(|value| factor * value as f32).collect());
+        for (outputs, name) in [(Outputs::AllRanks, "outputs-all"), (Outputs::FirstRank, "outputs-first")] {
+            let found = run_ranks(name, 4, |_, cluster| {
+                let session = SessionOptions { outputs, ..options_with(cluster) };
+                let mut session = Session::start(plan(), &session).unwrap_or_else(|e| panic!("{e}"));
+                let reports = [(); 2].map(|()| session.step(&[("x", times(1.0))], 0.0).expect("a step"));
+                session.shutdown().expect("a clean shutdown");
+                reports.map(|report| report.outputs)
+            });
+            for (rank, reports) in found.into_iter().enumerate() {
+                for report in reports {
+                    let all = BTreeMap::from([("doubled".into(), times(2.0)), ("quadrupled".into(), times(4.0))]);
+                    let gets_all = rank == 0 || outputs == Outputs::AllRanks;
+                    assert_eq!(report, if gets_all { all } else { BTreeMap::new() }, "{name}: rank {rank}");
+                }
+            }
+        }
+        // All ranks must agree on it.
+        let errors = run_ranks("outputs-differ", 2, |rank, cluster| {
+            let outputs = if rank == 0 { Outputs::AllRanks } else { Outputs::FirstRank };
+            let session = SessionOptions { outputs, ..options_with(cluster) };
+            Session::start(plan(), &session).err().expect("they differ").to_string()
+        });
+        assert!(
+            errors.iter().all(|error| error.contains("differ in their outputs: AllRanks and FirstRank")),
+            "{errors:?}"
+        );
     });
 }
 

@@ -138,7 +138,7 @@ pub mod prelude {
     pub use crate::sbp::rule::Rule;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
-    pub use crate::session::{Batch, Session, SessionError, SessionOptions, StepReport, Threads};
+    pub use crate::session::{Batch, Outputs, Session, SessionError, SessionOptions, StepReport, Threads};
     pub use shardflow_job::exit::Exit;
     pub use shardflow_job::requests::{Request, Requests};
     pub use shardflow_kernels::device::DeviceKind;

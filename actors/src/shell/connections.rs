@@ -17,7 +17,7 @@ use crate::error::{Failure, PeerError};
 use crate::frame::{FRAME_BYTES, Frame};
 use crate::loaded::Memory;
 use crate::protocol::{Message, ProtocolEvent};
-use crate::remote::{ByteRun, HostBroadcast, HostPiece, Outgoing, PeerMessage, PeerSpec, Remote};
+use crate::remote::{ByteRun, HostPiece, HostRoute, Outgoing, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
 use shardflow_job::transport::Connection;
@@ -350,7 +350,7 @@ impl Reader {
 
     fn process_host_piece(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
         let remote = self.link.remote();
-        let is_behind = |port: &&HostBroadcast| remote.is_behind(self.link.index, port.process);
+        let is_behind = |port: &&HostRoute| remote.is_behind(self.link.index, port.process);
         let Some(own) = remote.host_ports.get(port as usize).filter(is_behind) else {
             return unexpected(format!("tensors for port {port}, which belongs to another process"));
         };
@@ -369,7 +369,9 @@ impl Reader {
         }
         let piece = Arc::new(HostPiece { port, tensors });
         remote.send_host_piece(&piece, Some(self.link.index));
-        self.send_to_host(PeerMessage::Piece(piece));
+        if remote.is_for_host(own) {
+            self.send_to_host(PeerMessage::Piece(piece));
+        }
         Ok(())
     }
 }

@@ -340,7 +340,7 @@ impl Graph {
             self.refuse("minimize", message);
         }
         self.objective = Some(Objective { loss, optimizer, location: self.here() });
-        self.output_as("loss", loss, None);
+        self.output_as(LOSS_OUTPUT, loss, None);
     }
 
     /// Gives the host a tensor's value after each step, under a unique name; `minimize` names the loss `loss`. The
@@ -631,6 +631,9 @@ impl Graph {
         created
     }
 }
+
+/// Name of the loss, as the host fetches it.
+pub const LOSS_OUTPUT: &str = "loss";
 
 /// The entry of a safetensors file that is not a tensor.
 const FILE_METADATA: &str = "__metadata__";

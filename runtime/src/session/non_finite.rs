@@ -98,7 +98,8 @@ impl Session {
         report: &StepReport,
     ) -> Result<NonFinite, SessionError> {
         self.running.iter().for_each(|running| running.check_finite(true));
-        let run = self.run(inputs).and_then(|_| self.decide(f32::NAN));
+        let run = self.run(inputs, &[].into(), Vec::new()).and_then(|_| self.take_results());
+        let run = run.and_then(|_| self.decide(f32::NAN));
         self.running.iter().for_each(|running| running.check_finite(false));
         run?;
         let found = self.running.as_ref().map(|running| running.take_not_finite()).unwrap_or_default();

@@ -50,6 +50,9 @@ use shardflow_job::machine::{affinity, threads_per_device};
 use shardflow_job::rendezvous::Fact;
 use shardflow_job::rendezvous::facts::{COLLECTIVES, ENCRYPTION, KERNELS, MESH, PLAN, TRANSPORT};
 
+/// The fact for [`SessionOptions::outputs`].
+const OUTPUTS: &str = "outputs";
+
 /// The warning for kernels built with this optimization level, which may be fifty times slower.
 fn slow_build_warning(opt_level: &str) -> Option<String> {
     let advice = "build with --release, or add to Cargo.toml: [profile.dev.package.\"*\"] opt-level = 3";
@@ -243,7 +246,7 @@ impl Resources {
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
         let shared_inputs = shared_inputs(plan, &process_map);
-        let ports = Arc::new(HostPorts::of(plan, &process_map));
+        let ports = Arc::new(HostPorts::of(plan, &process_map, options.outputs));
         set_activity(WAITING);
         let mut connections = match world {
             Some(world) => {
@@ -279,6 +282,7 @@ fn facts(plan: &Plan, options: &SessionOptions) -> Result<Vec<Fact>, ClusterErro
         Fact::new(KERNELS, kernels),
         Fact::new(SEED, options.seed),
         Fact::new(ON_NON_FINITE, format_args!("{:?}", options.on_non_finite)),
+        Fact::new(OUTPUTS, format_args!("{:?}", options.outputs)),
     ];
     facts.extend(options.declared.iter().map(|(name, value)| Fact::new(name, value)));
     facts.push(Fact::new(PLAN, plan.hash()));

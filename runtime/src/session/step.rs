@@ -4,33 +4,28 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use shardflow_actors::error::Failure;
-use shardflow_kernels::collective::ReduceOp;
-use shardflow_kernels::op::norm_of_squares;
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
 use super::agreement::{SharedInput, difference_in_step, digest, fields_of_step};
 use super::batch::{Batch, Inputs};
 use super::error::SessionError;
 use super::load::FeedPort;
-use super::numbers::{Pending, Topic};
 use super::outcome::array;
 use super::report::StepReport;
 use super::{Session, tokens};
-use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
-use crate::graph::{Combine, Node, NodeOp, Rate, TensorInfo, Var};
+use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
+use crate::graph::{Node, NodeOp, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
-use crate::sbp::region::{combine, concat, slice_region};
-use crate::sbp::{Sbp, gather};
+use crate::sbp::Sbp;
+use crate::sbp::region::{concat, slice_region};
+use shardflow_job::membership::Reduced;
 use shardflow_job::requests::{Request, since_1970};
-
-/// Fetch results of all devices: one list per firing, with one tensor per port.
-type Results = BTreeMap<(usize, Rate), Vec<Vec<HostTensor>>>;
 
 impl Session {
     /// Runs one step on a batch and returns the program's outputs; all devices are then idle. A slice of named tensors is
-    /// the whole batch; see [`Batch::Local`] to supply a part. Nothing is updated if loss or gradient norm is Inf or NaN, or the update could overflow: see [`super::numerics`]. A program
-    /// without an objective ignores `learning_rate`.
+    /// the whole batch; see [`Batch::Local`] to supply a part. Nothing is updated if loss or gradient norm is Inf or NaN,
+    /// or the update could overflow: see [`super::numerics`]. A program without an objective ignores `learning_rate`.
     ///
     /// # Errors
     /// An input that is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary: nothing
@@ -49,11 +44,13 @@ impl Session {
             return Err(SessionError::Input { name, expected, got: learning_rate.to_string() });
         }
         let requested = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        let numbers = self.supply_step_numbers(requested.code(), learning_rate, inputs)?;
-        let results = self.run(inputs)?;
-        let request = Request::from_code(self.agree_on_step(numbers)?);
+        let fields = self.step_numbers(requested.code(), learning_rate, inputs);
+        let rules = self.step_rules.clone();
+        let numbers = self.run(inputs, &rules, fields)?;
+        let outputs = self.exchange_outputs()?;
+        let request = Request::from_code(self.agree_on_step(&numbers)?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
-        let mut report = StepReport { request, ..self.report(results)? };
+        let mut report = StepReport { request, ..self.report(outputs) };
         let mut accepted = Ok(());
         let bounds = self.bounds_after(&report, learning_rate);
         match (report.is_finite(), bounds.overflow()) {
@@ -82,13 +79,8 @@ impl Session {
         accepted.map(|()| report)
     }
 
-    /// Supplies this process's request, learning rate and digests of a step, which all processes compare.
-    fn supply_step_numbers(
-        &mut self,
-        request: u64,
-        learning_rate: f32,
-        inputs: &Inputs<'_>,
-    ) -> Result<Pending, SessionError> {
+    /// This process's request, learning rate and digests of a step, which all processes compare.
+    fn step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) -> Vec<Vec<u64>> {
         let own = self.process_map.process;
         let digest = |input: &SharedInput| {
             if input.processes.binary_search(&own).is_err() {
@@ -104,32 +96,17 @@ impl Session {
             vec![digest(&hasher)]
         };
         let digests = self.shared_inputs.iter().map(digest).collect();
-        let fields = fields_of_step(&self.plan, request, learning_rate, digests);
-        self.supply(Topic::Step, &self.step_rules, fields).map_err(|failure| self.fail(failure))
+        fields_of_step(&self.plan, request, learning_rate, digests)
     }
 
-    /// Waits for all processes' numbers and returns the largest request; a difference cancels the update.
-    fn agree_on_step(&mut self, numbers: Pending) -> Result<u64, SessionError> {
-        let all = self.combined(numbers, None).map_err(|failure| self.fail(failure))?;
+    /// Returns the largest request of all processes; a difference between their numbers cancels the update.
+    fn agree_on_step(&mut self, all: &Reduced) -> Result<u64, SessionError> {
         if let Some(difference) = &all.difference {
             let difference = difference_in_step(&self.plan, &self.shared_inputs, self.steps, difference);
             self.decide(f32::NAN)?;
             return Err(difference.into());
         }
-        Ok(array::<1>(&all, 0)[0])
-    }
-
-    /// Feeds a batch and returns the results of the devices of all processes. Devices then wait before the update.
-    pub(super) fn run(&mut self, inputs: &Inputs<'_>) -> Result<Results, SessionError> {
-        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
-        self.start_step(inputs).map_err(|failure| self.fail(failure))?;
-        let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
-        let wanted = |((_, rate), (port, _)): (&(usize, Rate), &(u32, _))| (*port, rate.per_step(micro_batches));
-        let wanted: Vec<_> = ports.fetches.iter().map(wanted).collect();
-        self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.inbox.lock();
-        let fetches = ports.fetches.keys().zip(wanted);
-        Ok(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect())
+        Ok(array::<1>(all, 0)[0])
     }
 
     /// Starts the update with this learning rate (NaN cancels it), and waits until all devices are idle.
@@ -143,7 +120,7 @@ impl Session {
     }
 
     /// Feeds a batch and adds the tokens of all other external actions.
-    fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
+    pub(super) fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
         for feed in self.feeds.iter().filter(|feed| !feed.decides) {
             self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
         }
@@ -261,61 +238,9 @@ impl Session {
         };
         Ok(whole.iter().filter_map(|(name, _)| part(name)).collect())
     }
-
-    fn report(&self, results: Results) -> Result<StepReport, SessionError> {
-        let graph = &self.plan.graph;
-        let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
-        let mut squares: Vec<[f64; 2]> = Vec::new();
-        for output in &graph.outputs {
-            let info = graph.tensor(output.tensor);
-            let placement = &graph.placements[graph.placement_of(output.tensor)];
-            let firings = info.rate.per_step(self.plan.micro_batches);
-            let shard = |device: &usize, firing: usize| {
-                let key = (*device, info.rate);
-                let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
-                results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
-            };
-            let piece = |firing| {
-                let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
-                gather(&shards, &info.shape, graph.layout(output.tensor), placement)
-            };
-            let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
-            let whole = combine_micro_batches(pieces, output.combine.unwrap_or(Combine::First));
-            if output.name == GRAD_SQUARES_OUTPUT {
-                let (values, _) = whole.as_f32().unwrap_or_default().as_chunks::<2>();
-                squares.resize(values.len(), [0.0; 2]);
-                for (sum, value) in squares.iter_mut().zip(values) {
-                    *sum = [sum[0] + f64::from(value[0]), sum[1] + f64::from(value[1])];
-                }
-            } else {
-                outputs.insert(output.name.clone(), whole);
-            }
-        }
-        let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
-        let grad_norm = (!squares.is_empty()).then(|| norm_of_squares(squares));
-        Ok(StepReport { step: self.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None })
-    }
 }
 
 /// The dim along which micro-batches split an input.
 fn batch_dim(input: &TensorInfo) -> Option<usize> {
     if let Some(Sbp::Split(dim)) = input.loop_sbp { Some(dim) } else { None }
-}
-
-/// Combines the values of a step's micro-batches, in their order; `pieces` is not empty.
-fn combine_micro_batches(mut pieces: Vec<HostTensor>, method: Combine) -> HostTensor {
-    let op = match method {
-        Combine::First => return pieces.swap_remove(0),
-        Combine::Concat(dim) => return concat(&pieces, dim),
-        Combine::Stack => {
-            pieces.iter_mut().for_each(|piece| piece.shape.insert(0, 1));
-            return concat(&pieces, 0);
-        }
-        Combine::Sum => ReduceOp::Sum,
-        Combine::Max => ReduceOp::Max,
-    };
-    let mut terms = pieces.into_iter();
-    let mut whole = terms.next().expect("a step has a micro-batch");
-    terms.for_each(|term| combine(&mut whole, &term, op));
-    whole
 }
