@@ -263,3 +263,52 @@ impl Remote {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::builder::Builder;
+
+    /// Process 3 of 8: below 0, above 5 and 7, which is behind 5. Registers also cross to 6, which is behind 0.
+    fn remote() -> (Remote, Vec<Receiver<Outgoing>>) {
+        let peer = |process| {
+            let connection = UnixStream::pair().expect("a pair").0.into();
+            let (actors, pushes, mirrors, pipes) = Default::default();
+            PeerSpec { process, actors, connection, pushes, mirrors, pipes }
+        };
+        let route = |process, to| HostRoute { process, to, tensors: Vec::new() };
+        let host_ports = vec![
+            route(3, None),
+            route(7, Some(0)),
+            route(7, None),
+            route(6, None),
+            route(7, Some(3)),
+            route(0, Some(6)),
+        ];
+        let peers = [0, 5, 6].map(peer).into();
+        let hops = vec![0, 0, 0, 3, 0, 5, 0, 5];
+        let peers = Peers { peers, hops, host_ports, ..Peers::default() };
+        let (remote, ends) = Remote::new(&Builder::default().build(), peers);
+        (remote, ends.into_iter().map(|(_, outbox)| outbox).collect())
+    }
+
+    #[test]
+    fn host_pieces_pass_along_the_tree() {
+        let (remote, outboxes) = remote();
+        let sent = |port, from| {
+            remote.send_host_piece(&Arc::new(HostPiece { port, tensors: Vec::new() }), from);
+            outboxes.iter().map(|outbox| outbox.try_iter().count()).collect::<Vec<_>>()
+        };
+        assert_eq!(sent(0, None), [1, 1, 0], "its own piece for all: along the tree only");
+        assert_eq!(sent(1, Some(1)), [1, 0, 0], "a piece for process 0");
+        assert_eq!(sent(2, Some(1)), [1, 0, 0], "a piece for all goes on, not back");
+        assert_eq!(sent(3, Some(0)), [0, 1, 0]);
+        assert_eq!(sent(4, Some(1)), [0, 0, 0], "it has arrived");
+        let is_for_host: Vec<bool> = remote.host_ports.iter().map(|port| remote.is_for_host(port)).collect();
+        assert_eq!(is_for_host, [true, false, true, true, true, false]);
+        let behind = |peer| (0..8).filter(|process| remote.is_behind(peer, *process)).collect::<Vec<u32>>();
+        assert_eq!([behind(0), behind(1), behind(2)], [vec![0, 1, 2, 4, 6], vec![5, 7], vec![]]);
+    }
+}

@@ -184,11 +184,7 @@ pub(super) type Numbers = (Arc<[MergeRule]>, Vec<Vec<u64>>);
 
 /// A process's numbers at a load, with their rules, in parts that fit in messages: of what it has read, or of its error's
 /// exit code.
-pub(super) fn numbers_of_load(
-    plan: &Plan,
-    process: u32,
-    summary: Result<LoadSummary, u8>,
-) -> Vec<Numbers> {
+pub(super) fn numbers_of_load(plan: &Plan, process: u32, summary: Result<LoadSummary, u8>) -> Vec<Numbers> {
     let outcome = summary.as_ref().map_or_else(|exit| Outcome::Failed(*exit), |_| Outcome::Good(0));
     let LoadSummary { steps, updates, seed, manifest, tensors } = summary.unwrap_or_default();
     let words = [Worst::words(process, outcome).to_vec()];

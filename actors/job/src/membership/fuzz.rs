@@ -2,6 +2,8 @@
 use super::cause::{Kind, Report};
 use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX};
 use super::datagram::{BYTES, Codec, Rejection};
+use super::reduce::{MergeRule, Partial, Reduced};
+use super::tree::ControlTree;
 
 const EPOCH: u64 = 3;
 const PROCESSES: u32 = 4;
@@ -27,10 +29,21 @@ pub(super) fn bodies() -> [Body; 9] {
     ]
 }
 
-/// Valid control messages, and a heartbeat signed with another key.
+fn rules() -> [MergeRule; 3] {
+    [MergeRule::Max { words: 2 }, MergeRule::First { words: 1 }, MergeRule::Same(None)]
+}
+
+fn own_numbers(rules: &[MergeRule], word: u64) -> Partial {
+    Partial::new(rules, &[vec![1, 2], vec![3], vec![word]])
+}
+
+/// Valid control messages, a heartbeat signed with another key, and the numbers of a round.
 pub fn samples() -> Vec<Vec<u8>> {
     let messages = bodies().map(|body| ControlMessage::from(body).write());
-    messages.into_iter().chain([codec(8).write(2, 5, Some(1), None).to_vec()]).collect()
+    messages
+        .into_iter()
+        .chain([codec(8).write(2, 5, Some(1), None).to_vec(), own_numbers(&rules(), 4).write()])
+        .collect()
 }
 
 /// Panics unless datagrams without the key are rejected, and accepted ones are of this epoch, come from an existing
@@ -49,7 +62,8 @@ pub fn check_datagram(bytes: &[u8]) {
     }
 }
 
-/// Checks that a decoded control message has exactly one encoding and a payload within the limit.
+/// Checks that a decoded control message has exactly one encoding and a payload within the limit; and the same bytes as
+/// the numbers of a round: they have one encoding, and combining them with a process's own ends.
 ///
 /// # Panics
 /// When one of these does not hold.
@@ -57,6 +71,15 @@ pub fn check_control_message(bytes: &[u8]) {
     if let Ok(message) = ControlMessage::read(bytes) {
         assert!(message.payload.len() <= MESSAGE_BYTES_MAX);
         assert_eq!(message.write(), bytes, "{message:?}");
+    }
+    let (tree, rules) = (ControlTree::new(&[0; PROCESSES as usize]), rules());
+    let _ = Reduced::read(bytes, &rules);
+    if let Some(partial) = Partial::read(bytes) {
+        assert_eq!(partial.write(), bytes, "{partial:?}");
+        if partial.is_valid(&rules, &tree, 1) {
+            let combined = own_numbers(&rules, 0).combine(&rules, &tree, 0, vec![(1, partial)]);
+            assert!(combined.is_valid(&rules, &tree, 0), "{combined:?}");
+        }
     }
 }
 
@@ -69,7 +92,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_properties_hold_for_modified_samples(
-            index in 0usize..10, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
+            index in 0usize..11, at in any::<prop::sample::Index>(), bytes in prop::collection::vec(any::<u8>(), 0..8),
         ) {
             let mut changed = samples().swap_remove(index);
             let at = at.index(changed.len());

@@ -138,6 +138,7 @@ impl Partial {
         self.max.len() == max
             && self.same.is_sorted_by(|a, b| a.0 < b.0)
             && self.same.iter().all(|(field, _)| is_same(*field))
+            && self.difference.iter().all(|found| self.same.iter().all(|(field, _)| *field < found.field))
             && self.difference.as_ref().is_none_or(is_listed)
     }
 
