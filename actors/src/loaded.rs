@@ -78,9 +78,13 @@ pub struct LoadedPlan {
 pub(crate) fn check_loaded(loaded: &LoadedPlan) -> Result<(), ActorError> {
     let spec = &loaded.spec;
     check(spec)?;
+    let mut hosts = loaded.peers.distant.keys().map(|actor| (*actor, 1)).collect::<BTreeMap<ActorId, usize>>();
+    for actor in loaded.peers.peers.iter().flat_map(|peer| &peer.actors) {
+        *hosts.entry(*actor).or_default() += 1;
+    }
     for (a, actor) in spec.actors.iter().enumerate() {
         let id = ActorId(a as u32);
-        let hosts = loaded.peers.peers.iter().filter(|peer| peer.actors.contains(&id)).count();
+        let hosts = hosts.get(&id).copied().unwrap_or(0);
         let Some(own) = loaded.hosted.get(&id) else {
             expect_count(&actor.name, "processes that host it", 1, hosts)?;
             continue;

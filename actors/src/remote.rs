@@ -5,6 +5,9 @@
 //! also bound the mirror: the producer cannot rewrite a slot before all readers have released it. Processes that share
 //! memory exchange only ids. Between GPUs a pipe may carry the bytes, which the connection only announces.
 //!
+//! Only processes whose registers cross are connected, and those on a tree that reaches all: along the tree, host
+//! programs send tensors to each other, and every process passes on what it receives.
+//!
 //! - **RM-1**: every message from a peer is checked against the plan before use: the hosts of the register's producer
 //!   and reader, the number of bytes of a slot, the expected piece and slot.
 //! - **RM-2**: an outbox holds at most what the credits of the peer's actors allow (CR-3) and the host sends in a step.
@@ -56,11 +59,13 @@ pub struct PeerSpec {
     pub pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
-/// A port through which the host program of one process sends tensors to the programs of all others.
+/// A port through which the host program of one process sends tensors to those of others, along the tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostBroadcast {
+pub struct HostRoute {
     /// The sending process.
     pub process: u32,
+    /// The only receiver; `None` for all others.
+    pub to: Option<u32>,
     /// Shape and element type of each tensor.
     pub tensors: Vec<(Vec<usize>, DType)>,
 }
@@ -68,10 +73,14 @@ pub struct HostBroadcast {
 /// The peers of a process and the ports between host programs.
 #[derive(Debug, Default)]
 pub struct Peers {
-    /// The other processes.
+    /// The processes that this one is connected to.
     pub peers: Vec<PeerSpec>,
+    /// The actors of processes without a connection to this one.
+    pub distant: BTreeMap<ActorId, u32>,
+    /// By process: the peer on the way to it, and this process itself for its own entry. Empty if all others are peers.
+    pub hops: Vec<u32>,
     /// Ports between the host programs of all processes, outside the plan.
-    pub host_ports: Vec<HostBroadcast>,
+    pub host_ports: Vec<HostRoute>,
     /// Receives the peers' messages for the host program.
     pub host: Option<Sender<PeerMessage>>,
 }
@@ -80,7 +89,7 @@ pub struct Peers {
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs, reason = "the comments of the variants name the fields")]
 pub enum PeerMessage {
-    Piece(HostPiece),
+    Piece(Arc<HostPiece>),
     /// The process has ended in order and sends nothing more.
     Ended {
         process: u32,
@@ -108,10 +117,14 @@ pub(crate) enum Outgoing {
 /// The outboxes of a session, and the state of its peers.
 #[derive(Debug)]
 pub(crate) struct Remote {
-    /// By actor: index of the peer that hosts it, if it is not here.
+    /// By actor: index of the peer that hosts it, if one does.
     peer_of: Vec<Option<usize>>,
+    distant: BTreeMap<ActorId, u32>,
+    hops: Vec<u32>,
+    /// The peers that host pieces are sent to: by index of the peer.
+    carries_host: Vec<bool>,
     outboxes: Vec<(u32, Sender<Outgoing>)>,
-    pub(crate) host_ports: Vec<HostBroadcast>,
+    pub(crate) host_ports: Vec<HostRoute>,
     pub(crate) host: Option<Sender<PeerMessage>>,
     /// By peer: the last received `Ready` round, its stamp, and whether the peer has ended in order.
     ready: Mutex<Vec<(u64, Stamped<()>, bool)>>,
@@ -125,7 +138,7 @@ pub(crate) struct Remote {
 impl Remote {
     /// Creates the outboxes; the threads start later. Also returns the peers, each with the queue of its outbox.
     pub(crate) fn new(spec: &Spec, peers: Peers) -> (Self, Vec<(PeerSpec, Receiver<Outgoing>)>) {
-        let Peers { peers, host_ports, host } = peers;
+        let Peers { peers, distant, hops, host_ports, host } = peers;
         let mut peer_of = vec![None; spec.actors.len()];
         let (mut outboxes, mut ends) = (Vec::new(), Vec::new());
         for (index, peer) in peers.into_iter().enumerate() {
@@ -134,10 +147,14 @@ impl Remote {
             outboxes.push((peer.process, sender));
             ends.push((peer, outgoing));
         }
+        let carries_host = outboxes.iter().map(|(process, _)| hops.is_empty() || hops.contains(process)).collect();
         let ready = Mutex::new(vec![(0, Stamped::default(), false); ends.len()]);
         let sent = spec.registers.iter().map(|_| ReleaseClocks::default()).collect();
         let released = spec.registers.iter().map(|r| r.readers.iter().map(|_| AtomicU64::new(0)).collect()).collect();
-        (Self { peer_of, outboxes, host_ports, host, ready, changed: Condvar::new(), sent, released }, ends)
+        let changed = Condvar::new();
+        let remote =
+            Self { peer_of, distant, hops, carries_host, outboxes, host_ports, host, ready, changed, sent, released };
+        (remote, ends)
     }
 
     /// Queues a message for an actor on a peer; false if no peer hosts the actor.
@@ -152,9 +169,29 @@ impl Remote {
         true
     }
 
-    pub(crate) fn send_host_piece(&self, piece: HostPiece) {
-        let piece = Arc::new(piece);
-        self.outboxes.iter().for_each(|(_, outbox)| drop(outbox.send(Outgoing::Host(piece.clone()))));
+    /// Sends a piece to the next processes on the tree, except the peer that it came from; only towards its receiver, if
+    /// it has one.
+    pub(crate) fn send_host_piece(&self, piece: &Arc<HostPiece>, from: Option<usize>) {
+        let to = self.host_ports.get(piece.port as usize).and_then(|port| port.to);
+        for (index, (_, outbox)) in self.outboxes.iter().enumerate() {
+            let is_on_way = to.map_or(self.carries_host[index], |to| self.is_behind(index, to));
+            if is_on_way && Some(index) != from {
+                // If the peer's writer thread has ended, the peer is lost; the reader thread reports that.
+                let _ = outbox.send(Outgoing::Host(piece.clone()));
+            }
+        }
+    }
+
+    /// True if the pieces of a port are for this process's host program.
+    pub(crate) fn is_for_host(&self, port: &HostRoute) -> bool {
+        // Along the tree, a receiver behind no peer is this process.
+        port.to.is_none_or(|to| !(0..self.outboxes.len()).any(|peer| self.is_behind(peer, to)))
+    }
+
+    /// True if the pieces of a process come from this peer, and those for it go there.
+    pub(crate) fn is_behind(&self, peer: usize, process: u32) -> bool {
+        let hop = self.hops.get(process as usize).copied().unwrap_or(process);
+        self.carries_host[peer] && self.outboxes[peer].0 == hop
     }
 
     /// Ends the writer threads after the queued messages.
@@ -198,7 +235,8 @@ impl Remote {
 
     /// The process that hosts the actor, if it is another one.
     pub(crate) fn process_of(&self, actor: ActorId) -> Option<u32> {
-        self.peer_of.get(actor.0 as usize).copied().flatten().map(|peer| self.outboxes[peer].0)
+        let peer = self.peer_of.get(actor.0 as usize).copied().flatten().map(|peer| self.outboxes[peer].0);
+        peer.or_else(|| self.distant.get(&actor).copied())
     }
 
     pub(crate) fn is_at(&self, peer: usize, actor: ActorId) -> bool {
@@ -206,7 +244,7 @@ impl Remote {
     }
 
     pub(crate) fn is_local(&self, actor: ActorId) -> bool {
-        self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none)
+        self.peer_of.get(actor.0 as usize).is_some_and(Option::is_none) && !self.distant.contains_key(&actor)
     }
 
     /// Sends the initial registers' bytes for refresh number `round` and waits until all peers have done the same.
@@ -234,5 +272,54 @@ impl Remote {
         }
         ready.iter().for_each(|(_, ready, _)| *ready.get());
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::builder::Builder;
+
+    /// Process 3 of 8: below 0, above 5 and 7, which is behind 5. Registers also cross to 6, which is behind 0.
+    fn remote() -> (Remote, Vec<Receiver<Outgoing>>) {
+        let peer = |process| {
+            let connection = UnixStream::pair().expect("a pair").0.into();
+            let (actors, pushes, mirrors, pipes) = Default::default();
+            PeerSpec { process, actors, connection, pushes, mirrors, pipes }
+        };
+        let route = |process, to| HostRoute { process, to, tensors: Vec::new() };
+        let host_ports = vec![
+            route(3, None),
+            route(7, Some(0)),
+            route(7, None),
+            route(6, None),
+            route(7, Some(3)),
+            route(0, Some(6)),
+        ];
+        let peers = [0, 5, 6].map(peer).into();
+        let hops = vec![0, 0, 0, 3, 0, 5, 0, 5];
+        let peers = Peers { peers, hops, host_ports, ..Peers::default() };
+        let (remote, ends) = Remote::new(&Builder::default().build(), peers);
+        (remote, ends.into_iter().map(|(_, outbox)| outbox).collect())
+    }
+
+    #[test]
+    fn host_pieces_pass_along_the_tree() {
+        let (remote, outboxes) = remote();
+        let sent = |port, from| {
+            remote.send_host_piece(&Arc::new(HostPiece { port, tensors: Vec::new() }), from);
+            outboxes.iter().map(|outbox| outbox.try_iter().count()).collect::<Vec<_>>()
+        };
+        assert_eq!(sent(0, None), [1, 1, 0], "its own piece for all: along the tree only");
+        assert_eq!(sent(1, Some(1)), [1, 0, 0], "a piece for process 0");
+        assert_eq!(sent(2, Some(1)), [1, 0, 0], "a piece for all goes on, not back");
+        assert_eq!(sent(3, Some(0)), [0, 1, 0]);
+        assert_eq!(sent(4, Some(1)), [0, 0, 0], "it has arrived");
+        let is_for_host: Vec<bool> = remote.host_ports.iter().map(|port| remote.is_for_host(port)).collect();
+        assert_eq!(is_for_host, [true, false, true, true, true, false]);
+        let behind = |peer| (0..8).filter(|process| remote.is_behind(peer, *process)).collect::<Vec<u32>>();
+        assert_eq!([behind(0), behind(1), behind(2)], [vec![0, 1, 2, 4, 6], vec![5, 7], vec![]]);
     }
 }

@@ -215,8 +215,8 @@ impl RunningSession {
     }
 
     /// Sends tensors through a port of this process to the host programs of all other processes.
-    pub fn send_host_piece(&self, piece: HostPiece) {
-        self.session.bus.remote().send_host_piece(piece);
+    pub fn send_host_piece(&self, piece: &Arc<HostPiece>) {
+        self.session.bus.remote().send_host_piece(piece, None);
     }
 
     /// Sets the process whose part of a step the host program waits for, if any. Stall reports use it.

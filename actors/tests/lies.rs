@@ -11,7 +11,7 @@ use shardflow_actors::builder::Builder;
 use shardflow_actors::error::{Failure, PeerError};
 use shardflow_actors::frame::{FRAME_BYTES, Frame, FrameError};
 use shardflow_actors::protocol::Message;
-use shardflow_actors::remote::{ByteRun, HostBroadcast, PeerSpec, Peers};
+use shardflow_actors::remote::{ByteRun, HostRoute, PeerSpec, Peers};
 use shardflow_actors::shell::{ActionProgram, ActorHost, LoadedPlan, RegisterMemory, RunningSession, start};
 use shardflow_actors::spec::{ActorId, Firing, Pieces, RegisterId, Spec};
 use shardflow_actors::watchdog::WatchdogOptions;
@@ -113,8 +113,9 @@ fn running() -> (RunningSession, Connection, [Arena; 2]) {
         mirrors: BTreeMap::from([(IN, half()), (WEIGHTS, half()), (TURNED, half())]),
         pipes: BTreeMap::new(),
     };
-    let host_ports = [PEER, 0].map(|process| HostBroadcast { process, tensors: vec![(vec![2], DType::F32)] }).into();
-    let peers = Peers { peers: vec![peer], host_ports, host: None };
+    let host_ports =
+        [PEER, 0].map(|process| HostRoute { process, to: None, tensors: vec![(vec![2], DType::F32)] }).into();
+    let peers = Peers { peers: vec![peer], host_ports, ..Peers::default() };
     peer_end.write_all(&Frame::Ready { round: 1 }.encode()).unwrap();
     let loaded = LoadedPlan { spec: Arc::new(spec()), hosted: hosted.into(), memory: memory.into(), engine, peers };
     (start(loaded, WatchdogOptions::default()).unwrap(), peer_end, mirrors)

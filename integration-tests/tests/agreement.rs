@@ -20,7 +20,7 @@ use shardflow::passes::compile;
 use shardflow::placement::Mesh;
 use shardflow::plan::Schedule::OneFOneB;
 use shardflow::prelude::{DType, Declarations, Layout, OnResume};
-use shardflow::session::{Session, SessionError, SessionOptions};
+use shardflow::session::{Batch, Outputs, Session, SessionError, SessionOptions};
 use shardflow_integration_tests::faulty::{FaultyStore, StoreFault};
 use shardflow_integration_tests::together::cluster_at;
 use shardflow_integration_tests::training::{LEARNING_RATE, Model, ONE, Scratch, bits, options, vocabulary, within};
@@ -173,6 +173,74 @@ fn elements_that_several_ranks_feed_are_compared_in_each_step() {
     });
 }
 
+/// Each rank supplies only its data rank's part; losses are those of the whole batch. Ranks of one data coordinate are
+/// compared.
+#[test]
+fn ranks_may_supply_only_their_part_of_a_batch() {
+    within(SECONDS, || {
+        let meshes =
+            [("data=2", 2), ("tensor=2", 2), ("data=2,tensor=2", 3), ("data=2,tensor=2", 4), ("data=2,stage=2", 4)];
+        for (mesh, processes) in meshes {
+            let expected = losses(mesh, 2);
+            let name = format!("local-{processes}-{}", mesh.replace([',', '='], "-"));
+            let ranks = run_ranks(&name, processes, |rank, cluster| {
+                let mut session = start(mesh, &options_with(cluster));
+                let whole = model().batch(0);
+                let part = session.local_batch(&whole).expect("a batch that fits");
+                let samples = if mesh.starts_with("data") { 2 } else { 4 };
+                for (name, tensor) in &part {
+                    assert_eq!(tensor.shape, [samples, model().context], "{mesh}: {name} of rank {rank}");
+                }
+                let inputs = if mesh.contains("stage") { 1 } else { 2 };
+                assert_eq!(part.len(), inputs, "{mesh}: a stage feeds only its own inputs");
+                let mut found = vec![session.step(Batch::Local(&part), LEARNING_RATE).expect("a step").loss];
+                // A rank may switch between the two.
+                found.push(model().step(&mut session).loss);
+                session.shutdown().expect("a clean shutdown");
+                found.into_iter().map(|loss| loss.expect("a loss").to_bits()).collect::<Vec<_>>()
+            });
+            assert!(ranks.iter().all(|found| *found == expected), "{mesh} on {processes}: {ranks:?}, {expected:?}");
+        }
+    });
+}
+
+#[test]
+fn wrong_parts_of_a_batch_are_named() {
+    within(SECONDS, || {
+        let ranks = run_ranks("wrong-local", 4, |rank, cluster| {
+            let mut session = start("data=2,tensor=2", &options_with(cluster));
+            let whole = model().batch(0);
+            let error = session.step(Batch::Local(&whole), LEARNING_RATE).expect_err("the whole batch").to_string();
+            let mut part = session.local_batch(&whole).expect("a batch that fits");
+            // Ranks 2 and 3 have the second data coordinate.
+            if rank == 3 {
+                part[0].1 = changed(&part[0].1, 0..1);
+            }
+            let difference = disagreement_text(session.step(Batch::Local(&part), LEARNING_RATE));
+            session.shutdown().expect("a clean shutdown");
+            (error, difference)
+        });
+        for (error, difference) in ranks {
+            assert!(error.contains("ids") && error.contains("I32 [2, 8] on this rank"), "{error}");
+            assert!(difference.starts_with("step 1: the ranks differ in input ids: rank 2 has"), "{difference}");
+            assert!(difference.contains("; rank 3 has") && !difference.contains("rank 0"), "{difference}");
+        }
+        let ranks = run_ranks("wrong-stage", 2, |rank, cluster| {
+            let mut session = start("stage=2", &options_with(cluster));
+            let whole = model().batch(0);
+            let error = session.step(Batch::Local(&whole), LEARNING_RATE).expect_err("the whole batch").to_string();
+            let part = session.local_batch(&whole).expect("a batch that fits");
+            session.step(Batch::Local(&part), LEARNING_RATE).expect("a step");
+            session.shutdown().expect("a clean shutdown");
+            (rank, error)
+        });
+        for (rank, error) in ranks {
+            assert!(error.contains(["targets", "ids"][rank as usize]), "{error}");
+            assert!(error.contains("no device of this rank reads it"), "{error}");
+        }
+    });
+}
+
 /// Two stages read one input, and the first stage splits it over `data`. Each rank's elements are compared with those
 /// of other ranks. If the second stage splits another dim, only elements common to row and column blocks are compared.
 #[test]
@@ -222,6 +290,51 @@ fn an_input_of_several_placements_is_one_tensor() {
                 }
             }
         }
+    });
+}
+
+/// Rank 0 assembles the outputs. The others get all of them, or only what decides about the update.
+#[test]
+fn outputs_go_to_the_ranks_that_want_them() {
+    within(SECONDS, || {
+        let plan = || {
+            let mut g = Graph::new(&Mesh::parse("data=2,stage=2").expect("a mesh"));
+            g.place_at("stage", 0);
+            let x = g.input("x", &[4, 4], DType::F32, Layout::split("data", 0));
+            let doubled = g.scale(x, 2.0);
+            g.output("doubled", doubled);
+            g.place_at("stage", 1);
+            let quadrupled = g.scale(doubled, 2.0);
+            g.output("quadrupled", quadrupled);
+            compile(g, &options(MICRO_BATCHES, OneFOneB)).expect("a plan")
+        };
+        let times = |factor: f32| HostTensor::f32(&[4, 4], (0..16).map(|value| factor * value as f32).collect());
+        for (outputs, name) in [(Outputs::AllRanks, "outputs-all"), (Outputs::FirstRank, "outputs-first")] {
+            let found = run_ranks(name, 4, |_, cluster| {
+                let session = SessionOptions { outputs, ..options_with(cluster) };
+                let mut session = Session::start(plan(), &session).unwrap_or_else(|e| panic!("{e}"));
+                let reports = [(); 2].map(|()| session.step(&[("x", times(1.0))], 0.0).expect("a step"));
+                session.shutdown().expect("a clean shutdown");
+                reports.map(|report| report.outputs)
+            });
+            for (rank, reports) in found.into_iter().enumerate() {
+                for report in reports {
+                    let all = BTreeMap::from([("doubled".into(), times(2.0)), ("quadrupled".into(), times(4.0))]);
+                    let gets_all = rank == 0 || outputs == Outputs::AllRanks;
+                    assert_eq!(report, if gets_all { all } else { BTreeMap::new() }, "{name}: rank {rank}");
+                }
+            }
+        }
+        // All ranks must agree on it.
+        let errors = run_ranks("outputs-differ", 2, |rank, cluster| {
+            let outputs = if rank == 0 { Outputs::AllRanks } else { Outputs::FirstRank };
+            let session = SessionOptions { outputs, ..options_with(cluster) };
+            Session::start(plan(), &session).err().expect("they differ").to_string()
+        });
+        assert!(
+            errors.iter().all(|error| error.contains("differ in their outputs: AllRanks and FirstRank")),
+            "{errors:?}"
+        );
     });
 }
 

@@ -34,7 +34,8 @@
 //!    byte. `shardflow plan` prints it without running anything.
 //! 3. **Start.** [`prelude::Session::start`] joins the processes of [`cluster::Cluster::from_env`], compares the plan
 //!    and the options of all processes, and allocates all memory.
-//! 4. **Steps.** [`prelude::Session::step`] takes the whole batch and returns the loss. All processes must call it.
+//! 4. **Steps.** [`prelude::Session::step`] takes the batch, whole or only the part of this rank, and returns
+//!    the loss. All processes must call it.
 //! 5. **Checkpoints.** A [`prelude::CheckpointManager`] writes them in the background and continues from them, on any
 //!    mesh and any number of processes.
 //! 6. **End.** [`prelude::Session::shutdown`] ends the actors. A failure in any process ends all processes with the
@@ -138,7 +139,7 @@ pub mod prelude {
     pub use crate::sbp::rule::Rule;
     pub use crate::session::metrics::{DeviceMetrics, Metrics};
     pub use crate::session::numerics::{NonFinite, OnNonFinite};
-    pub use crate::session::{Session, SessionError, SessionOptions, StepReport, Threads};
+    pub use crate::session::{Batch, Outputs, Session, SessionError, SessionOptions, StepReport, Threads};
     pub use shardflow_job::exit::Exit;
     pub use shardflow_job::requests::{Request, Requests};
     pub use shardflow_kernels::device::DeviceKind;

@@ -30,6 +30,33 @@ pub struct NodeDevices {
     pub all: usize,
 }
 
+/// A register that a process produces and another one reads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Crossing {
+    pub register: RegisterId,
+    pub from: u32,
+    pub to: u32,
+    /// The device of the producer.
+    pub source: usize,
+    /// The device of `to` that receives the bytes: that of its first reader.
+    pub landing: usize,
+    /// The actions of `to` that read it.
+    pub readers: Vec<ActionRef>,
+}
+
+impl Crossing {
+    /// The byte runs of a slot that `to` reads.
+    pub fn runs(&self, plan: &Instance) -> Vec<ByteRun> {
+        merge(self.readers.iter().flat_map(|reader| read_ranges(plan, *reader, self.register)).collect())
+    }
+
+    /// Bytes of a mirror in `to`.
+    pub fn mirror_bytes(&self, plan: &Instance) -> usize {
+        let spec = plan.spec.register(self.register);
+        spec.slots as usize * spec.slot_bytes
+    }
+}
+
 impl ProcessMap {
     /// Ranks of the devices that a process hosts, in order.
     pub fn devices_of(&self, process: u32) -> Range<usize> {
@@ -41,8 +68,12 @@ impl ProcessMap {
     }
 
     pub fn process_of(&self, device: usize) -> u32 {
-        let hosts = |process: &u32| self.devices_of(*process).contains(&device);
-        (0..self.processes).find(hosts).unwrap_or_default()
+        let processes = (self.processes as usize).max(1);
+        // See `split_range`: the first processes have one device more.
+        let (base, extra) = (self.devices / processes, self.devices % processes);
+        let longer = extra * (base + 1);
+        let process = if device < longer { device / (base + 1) } else { extra + (device - longer) / base.max(1) };
+        if process < processes { process as u32 } else { 0 }
     }
 
     /// Counts the devices of a node's processes: those with ranks below `process`, and all of them.
@@ -67,49 +98,37 @@ impl ProcessMap {
         actors.map(|(index, _)| ActorId(index as u32)).collect()
     }
 
-    /// Registers that process `from` produces and process `to` reads, with the byte runs of a slot that `to` reads.
-    pub fn crossing(&self, plan: &Instance, from: u32, to: u32) -> BTreeMap<RegisterId, Vec<ByteRun>> {
-        let (producers, readers) = (self.devices_of(from), self.devices_of(to));
+    /// The process of each actor.
+    pub fn hosts(&self, plan: &Instance) -> impl Iterator<Item = (ActorId, u32)> {
+        let actors = plan.spec.actors.iter().enumerate();
+        actors.map(|(index, actor)| (ActorId(index as u32), self.process_of(actor.device)))
+    }
+
+    /// Registers that another process than the producer's reads, for all processes: one entry for each reading process.
+    pub fn crossings(&self, plan: &Instance) -> Vec<Crossing> {
         let device = |actor: ActorId| plan.spec.actor(actor).device;
-        let mut out = BTreeMap::new();
+        let mut out = Vec::new();
         for (index, register) in plan.spec.registers.iter().enumerate() {
-            let remote: Vec<_> = register.readers.iter().filter(|r| readers.contains(&device(r.actor))).collect();
-            if producers.contains(&device(register.producer)) && !remote.is_empty() {
-                let id = RegisterId(index as u32);
-                let ranges = remote.into_iter().flat_map(|r| read_ranges(plan, *r, id));
-                out.insert(id, merge(ranges.collect()));
+            let source = device(register.producer);
+            let from = self.process_of(source);
+            // By reading process: the device of its first reader, and its readers.
+            let mut readers: BTreeMap<u32, (usize, Vec<ActionRef>)> = BTreeMap::new();
+            for reader in &register.readers {
+                let landing = device(reader.actor);
+                readers.entry(self.process_of(landing)).or_insert_with(|| (landing, Vec::new())).1.push(*reader);
             }
+            let register = RegisterId(index as u32);
+            let crossing = |(to, (landing, readers))| Crossing { register, from, to, source, landing, readers };
+            out.extend(readers.into_iter().filter(|(to, _)| *to != from).map(crossing));
         }
         out
     }
 
-    /// The device of process `to` that receives a register's bytes: the device of the register's first reader there.
-    pub fn landing(&self, plan: &Instance, register: RegisterId, to: u32) -> Option<usize> {
-        let readers = plan.spec.register(register).readers.iter();
-        readers.map(|reader| plan.spec.actor(reader.actor).device).find(|device| self.process_of(*device) == to)
-    }
-
-    /// Registers that `from` produces and this process reads, with the device and the bytes of the local mirror (copy).
-    pub fn mirrors(&self, plan: &Instance, from: u32) -> Vec<(RegisterId, usize, usize)> {
-        let mirror = |register: RegisterId| {
-            let spec = &plan.spec.registers[register.0 as usize];
-            let landing = self.landing(plan, register, self.process)?;
-            Some((register, landing, spec.slots as usize * spec.slot_bytes))
-        };
-        self.crossing(plan, from, self.process).into_keys().filter_map(mirror).collect()
-    }
-
-    /// Registers of all processes whose bytes cross processes, by the producing and the receiving device.
+    /// Registers whose bytes cross processes, by the producing and the receiving device; for all processes.
     pub fn crossing_pairs(&self, plan: &Instance) -> BTreeMap<(usize, usize), Vec<RegisterId>> {
         let mut out: BTreeMap<(usize, usize), Vec<RegisterId>> = BTreeMap::new();
-        for from in 0..self.processes {
-            for to in (0..self.processes).filter(|to| *to != from) {
-                for (id, runs) in self.crossing(plan, from, to) {
-                    let source = plan.spec.actor(plan.spec.register(id).producer).device;
-                    let landing = self.landing(plan, id, to).filter(|_| !runs.is_empty());
-                    landing.into_iter().for_each(|landing| out.entry((source, landing)).or_default().push(id));
-                }
-            }
+        for crossing in self.crossings(plan).into_iter().filter(|crossing| !crossing.runs(plan).is_empty()) {
+            out.entry((crossing.source, crossing.landing)).or_default().push(crossing.register);
         }
         out
     }

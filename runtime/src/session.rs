@@ -13,7 +13,7 @@ use shardflow_actors::shell::RunningSession;
 use shardflow_actors::spec::ActorId;
 use shardflow_kernels::clock::Stamped;
 use shardflow_kernels::memory::Arena;
-use shardflow_kernels::tensor::HostTensor;
+use shardflow_kernels::tensor::{HostTensor, Region};
 
 use crate::cluster::world::{WAITING, World};
 use crate::declare::Declarations;
@@ -21,9 +21,11 @@ use crate::graph::optimizer::Bounds;
 use crate::plan::{Instance, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::Exit;
+use shardflow_job::membership::MergeRule;
 use shardflow_job::requests::Requests;
 
 pub(crate) mod agreement;
+mod batch;
 mod budget;
 pub(crate) mod checkpoint;
 mod error;
@@ -32,10 +34,12 @@ pub(crate) mod host;
 mod load;
 pub mod metrics;
 mod non_finite;
+mod numbers;
 pub mod numerics;
 pub(crate) mod observer;
 mod options;
 mod outcome;
+mod outputs;
 mod passes;
 pub mod plan_files;
 mod ports;
@@ -49,17 +53,17 @@ mod step;
 mod tokens;
 
 use agreement::SharedInput;
+pub use batch::Batch;
 use budget::Budget;
 pub use budget::bytes_alone;
 pub use error::SessionError;
-use exchange::{Inbox, tensor_of};
+use exchange::Inbox;
 use host::Fetched;
 use load::FeedPort;
 use metrics::{Metrics, MetricsSource, StepMetrics};
 use numerics::OnNonFinite;
 use observer::Observer;
-pub use options::{SessionOptions, Threads};
-use outcome::{NumberPair, Outcome};
+pub use options::{Outputs, SessionOptions, Threads};
 use ports::HostPorts;
 pub use report::StepReport;
 pub use shardflow_kernels::error::THREADS_HINT;
@@ -90,6 +94,10 @@ pub struct Session {
     vocabularies: BTreeMap<String, usize>,
     /// Inputs that several processes feed; the same list on all processes.
     shared_inputs: Vec<SharedInput>,
+    /// By input: the part of a micro-batch that a local batch holds.
+    local_parts: BTreeMap<String, Region>,
+    /// How the numbers of a step combine.
+    step_rules: Arc<[MergeRule]>,
     declared: Declarations,
     ignoring: Vec<String>,
     steps: u64,
@@ -110,6 +118,9 @@ pub struct Session {
     /// `Some` while the actors run.
     observer: Option<Arc<Observer>>,
 }
+
+/// Time without arrivals after which a process that waits looks whether a sender has left.
+const DEPARTURE_CHECK: Duration = Duration::from_millis(500);
 
 /// How long a session that shuts down waits for running firings.
 const QUIESCE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -181,46 +192,13 @@ impl Session {
         self.updates
     }
 
-    /// Sends numbers to all processes through this process's port among `ports`.
-    fn send_numbers(&self, ports: &[u32], numbers: &[u64]) {
-        let port = ports[self.process_map.process as usize];
-        self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![tensor_of(numbers)] });
-    }
-
     /// Sends a piece of this process to all processes, including itself.
     fn send(&self, inbox: &mut Inbox, piece: HostPiece) {
+        let piece = Arc::new(piece);
         if let Some(running) = self.running.as_ref().filter(|_| self.process_map.processes > 1) {
-            running.send_host_piece(piece.clone());
+            running.send_host_piece(&piece);
         }
         inbox.put(piece);
-    }
-
-    /// Sends a number pair and waits for one of every process. Returns them in the order of ranks.
-    fn exchange(&mut self, pair: NumberPair) -> Result<Vec<NumberPair>, SessionError> {
-        let ports = self.ports.clone();
-        self.send_numbers(&ports.pairs, &pair);
-        let pairs = self.receive_numbers_between_steps(&ports.pairs)?.into_iter();
-        Ok(pairs.map(|pair| [0, 1].map(|index| pair.get(index).copied().unwrap_or_default())).collect())
-    }
-
-    /// Sends the outcome of this process's part and waits for that of every process. Returns them by rank.
-    fn exchange_outcomes(&mut self, own: Outcome) -> Result<Vec<Outcome>, SessionError> {
-        Ok(self.exchange(own.to_pair())?.into_iter().map(Outcome::from_pair).collect())
-    }
-
-    /// Like [`Session::receive_numbers`], between steps: logs slow processes, and waits as long as the watchdog allows.
-    fn receive_numbers_between_steps(&mut self, ports: &[u32]) -> Result<Vec<Vec<u64>>, SessionError> {
-        self.set_activity(WAITING);
-        let numbers = self.receive_numbers(ports, Some(self.wait_max));
-        self.set_activity(BETWEEN_STEPS);
-        numbers
-    }
-
-    /// Receives one message of numbers from each of these ports. `limit`: as in [`Session::receive`].
-    fn receive_numbers(&mut self, ports: &[u32], limit: Option<Duration>) -> Result<Vec<Vec<u64>>, SessionError> {
-        let wanted: Vec<_> = ports.iter().map(|port| (*port, 1)).collect();
-        self.receive(&wanted, limit).map_err(|failure| self.fail(failure))?;
-        Ok(self.inbox.lock().take_numbers(ports))
     }
 
     /// Waits for these pieces and forwards this process's fetches. A piece missing after `limit` fails the session.
@@ -244,7 +222,9 @@ impl Session {
             let missing = inbox.missing_senders(wanted);
             let Some(sender) = missing.first().copied() else { break };
             running.host_waits_for((sender != self.process_map.process).then_some(sender));
-            if let Some(process) = missing.into_iter().find(|process| inbox.ended.contains(process)) {
+            // Pieces come along the tree, in order.
+            let hop = |process: u32| self.world.as_ref().map_or(process, |world| world.hop(process));
+            if let Some(process) = missing.iter().copied().map(hop).find(|hop| inbox.ended.contains(hop)) {
                 return Err(Failure::Peer { process, cause: PeerError::Ended });
             }
             select! {
@@ -258,6 +238,13 @@ impl Session {
                 recv(timeout) -> _ => {
                     let seconds = limit.unwrap_or_default().as_secs();
                     return Err(Failure::Peer { process: sender, cause: PeerError::Late { seconds } });
+                }
+                // What a process has sent before it left has arrived by now.
+                default(DEPARTURE_CHECK) => {
+                    let has_left = |process: &u32| self.world.as_ref().is_some_and(|world| world.has_left(*process));
+                    if let Some(process) = missing.into_iter().find(has_left) {
+                        return Err(Failure::Peer { process, cause: PeerError::Ended });
+                    }
                 }
             }
         }
@@ -323,17 +310,6 @@ impl Session {
         let ended = running.shutdown();
         finished?;
         Ok(ended.map(drop)?)
-    }
-
-    /// Finishes this process's work and waits for the others: closing a connection earlier may lose the last data sent.
-    fn finish_with_peers(&self) -> Result<(), Failure> {
-        let (Some(running), Some(_)) = (&self.running, &self.world) else { return Ok(()) };
-        running.quiesce(QUIESCE_TIMEOUT)?;
-        self.send_numbers(&self.ports.pairs, &[0; 2]);
-        let wanted: Vec<_> = self.ports.pairs.iter().map(|port| (*port, 1)).collect();
-        // A peer that is late or has left needs nothing from this process.
-        let _ = self.receive_within(&wanted, Some(QUIESCE_TIMEOUT));
-        Ok(())
     }
 }
 

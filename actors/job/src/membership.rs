@@ -1,8 +1,9 @@
 //! Tracks the members of a session, detects failures, and decides why the session ended.
 //!
-//! Each process holds one [`Membership`]. Heartbeats (datagrams) detect silent peers. The control plane (messages over
-//! connections that the caller has authenticated) carries failures, orderly ends and small application messages.
-//! Any failure ends the session in all processes with one [`FirstCause`].
+//! Each process holds one [`Membership`], with connections to its neighbours in the [`ControlTree`] only. Heartbeats
+//! (datagrams) detect silent neighbours. The control plane (messages over connections that the caller has authenticated)
+//! carries failures, orderly ends, small application messages, and numbers that combine on their way ([`MergeRule`]), from
+//! neighbour to neighbour. Any failure ends the session in all processes with one [`FirstCause`].
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,6 +17,7 @@ use tokio::sync::oneshot;
 mod cause;
 mod control;
 mod control_message;
+mod core;
 mod datagram;
 mod detector;
 mod error;
@@ -24,13 +26,18 @@ mod error;
 pub mod fuzz;
 mod heartbeat;
 mod outbox;
+mod reduce;
+mod rounds;
 mod shared;
 mod status;
+mod tree;
 
 pub use cause::FirstCause;
 pub use control_message::MESSAGE_BYTES_MAX;
 pub use error::MembershipError;
+pub use reduce::{Difference, MergeRule, Reduced};
 pub use status::{Counters, MembershipEvent};
+pub use tree::{ControlTree, FAN_OUT};
 
 use crate::exit::Exit;
 use crate::transport::Connection;
@@ -38,44 +45,46 @@ use datagram::Codec;
 use heartbeat::Heartbeats;
 use shared::{JoinOnDrop, NOTICES_MAX, Shared};
 
-/// Timeout for a clean leave to get acknowledgements from all peers.
+/// Timeout of an orderly end that waits for acknowledgements from peers.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a dropped membership waits until peers have received its last message. A frozen peer never receives it.
+/// Timeout of a dropped membership that waits for peers to receive its last message; a frozen peer does not.
 const DROP_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Configuration of a membership. Most values come from the rendezvous.
+/// Configuration of a membership; the rendezvous supplies most of it.
 #[derive(Debug)]
 pub struct MembershipConfig {
     /// Number of this process.
     pub process: u32,
-    /// Number of processes in the world, including this one.
+    /// Number of processes of the world, including this one.
     pub processes: u32,
-    /// Id of the run; the same for all incarnations of the run.
+    /// Id of the run; the same for all its incarnations.
     pub session: [u8; 16],
-    /// Number of the incarnation. Messages of older incarnations are rejected.
+    /// The incarnation; messages of older ones are rejected.
     pub epoch: u64,
-    /// The job's key, from which a separate key for each use is derived.
+    /// The job's key. A separate key for each use is derived from it.
     pub key: [u8; 32],
-    /// The bound heartbeat socket. See [`bind`].
+    /// The bound heartbeat socket, see [`bind`].
     pub heartbeat: UdpSocket,
-    /// Addresses of the peers' heartbeat sockets.
+    /// Who is connected to whom; by default all processes are on one node.
+    pub tree: Arc<ControlTree>,
+    /// Addresses of the heartbeat sockets of this process's neighbours in the tree.
     pub addresses: BTreeMap<u32, SocketAddr>,
-    /// An authenticated connection to each peer, used only for control messages.
+    /// An authenticated connection to each neighbour, only for control.
     pub connections: BTreeMap<u32, Connection>,
     /// Time between heartbeats.
     pub interval: Duration,
     /// Time without heartbeats after which a peer is lost.
     pub deadline: Duration,
-    /// Time after the first symptom during which reports of a better cause may arrive.
+    /// Time after the first symptom in which better causes may arrive.
     pub grace: Duration,
-    /// How long to wait for all peers to join.
+    /// Timeout for peers to join.
     pub join_within: Duration,
-    /// How long to wait for a peer that sends heartbeats but has not joined.
+    /// Timeout for peers that send heartbeats but have not joined.
     pub join_at_most: Duration,
 }
 
 impl MembershipConfig {
-    /// Defaults: no addresses or connections, a heartbeat every 250 ms, a deadline of 4 s, 500 ms grace, 30 s to join.
+    /// Without addresses and connections; a heartbeat every 250 ms, a deadline of 4 s, 500 ms of grace, 30 s to join.
     pub fn new(
         process: u32,
         processes: u32,
@@ -91,6 +100,7 @@ impl MembershipConfig {
             epoch,
             key,
             heartbeat,
+            tree: Arc::new(ControlTree::new(&vec![0; processes as usize])),
             addresses: BTreeMap::new(),
             connections: BTreeMap::new(),
             interval: Duration::from_millis(250),
@@ -107,12 +117,15 @@ impl MembershipConfig {
         if process >= processes {
             return wrong(format!("processes are numbered 0 to {}", i64::from(processes) - 1));
         }
-        let peers = || (0..processes).filter(|p| *p != process);
-        if !self.addresses.keys().copied().eq(peers()) {
-            return wrong(format!("heartbeat addresses of {:?}, expected one per peer", self.addresses.keys()));
+        if self.tree.processes() != processes {
+            return wrong(format!("a control tree of {} processes", self.tree.processes()));
         }
-        if !self.connections.keys().copied().eq(peers()) {
-            return wrong(format!("control connections to {:?}, expected one per peer", self.connections.keys()));
+        let peers = self.tree.neighbours(process);
+        if !self.addresses.keys().eq(&peers) {
+            return wrong(format!("heartbeat addresses of {:?}, expected {peers:?}", self.addresses.keys()));
+        }
+        if !self.connections.keys().eq(&peers) {
+            return wrong(format!("control connections to {:?}, expected {peers:?}", self.connections.keys()));
         }
         if self.interval.is_zero() || self.deadline < 4 * self.interval {
             let (interval, deadline) = (self.interval, self.deadline);
@@ -124,35 +137,34 @@ impl MembershipConfig {
     }
 }
 
-/// Binds a heartbeat socket to an address of this node. With port 0, the system chooses the port.
+/// Binds a heartbeat socket to an address of this node; with port 0 the system chooses a port.
 pub fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     UdpSocket::bind(address)
 }
 
-/// This process's membership in the session.
+/// The membership of this process in the session.
 ///
-/// Dropping it takes at most a second, even with frozen peers. Without [`Membership::leave`], peers report a failure.
+/// Dropping it takes at most a second, even with frozen peers. Without [`Membership::leave`] peers see a failure.
 #[derive(Debug)]
 pub struct Membership {
     shared: Arc<Shared>,
     notices: Receiver<MembershipEvent>,
-    /// The threads, in drop order. Each thread ends when the first element of its pair is dropped.
+    /// The threads, dropped in this order. Each ends when the first part is dropped.
     _heartbeat: (Arc<()>, JoinOnDrop),
     _control: (oneshot::Sender<()>, JoinOnDrop),
 }
 
 impl Membership {
-    /// Joins the session. Blocks until all peers have joined.
+    /// Joins the session; blocks until all peers have joined.
     pub fn start(config: MembershipConfig) -> Result<Self, MembershipError> {
         config.check()?;
-        let MembershipConfig { process, processes, session, epoch, key, .. } = config;
-        // Extra capacity for one `Left` event per peer and for `Ended`.
+        let MembershipConfig { process, processes, session, epoch, key, tree, .. } = config;
+        // Extra room for one `Left` of each peer and for `Ended`.
         let (sender, notices) = bounded(NOTICES_MAX + processes as usize);
-        let shared = Arc::new(Shared::new(process, processes, epoch, config.grace, sender));
+        let shared = Arc::new(Shared::new(process, tree, epoch, (config.deadline, config.grace), sender));
         let codec = Codec::new(&key, session, epoch, processes);
-        let addresses = config.addresses.into_values().collect();
-        // Heartbeats start before the connections, because a peer that starts earlier already monitors this process.
-        let (socket, interval) = (config.heartbeat, config.interval);
+        // Heartbeats start before the connections: peers that are ready earlier already monitor this process.
+        let (socket, addresses, interval) = (config.heartbeat, config.addresses, config.interval);
         let heartbeats = Heartbeats { shared: shared.clone(), codec, socket, addresses, interval };
         let heartbeat =
             heartbeats.start().map_err(|source| MembershipError::Io { operation: "start heartbeats", source })?;
@@ -160,47 +172,80 @@ impl Membership {
         // From here on, dropping `membership` ends both threads.
         let membership = Self { shared: shared.clone(), notices, _heartbeat: heartbeat, _control: control };
         if let Err(error) = shared.wait_for_peers(config.join_within, config.join_at_most, config.deadline) {
-            // Reports the failure to the peers that are connected.
+            // Reports the reason to the peers that have connected.
             shared.fail(error.to_string(), error.exit().code());
             return Err(error);
         }
         Ok(membership)
     }
 
-    /// The received events, in order for each peer. The application must read them; a large backlog ends the session.
+    /// Receives events, in order per peer. The application must read them: too many unread ones end the session.
     pub fn notices(&self) -> &Receiver<MembershipEvent> {
         &self.notices
     }
 
-    /// Sends a peer a message of at most [`MESSAGE_BYTES_MAX`] bytes. Messages to the same peer arrive in order. Does
-    /// not wait for delivery. Fails with [`MembershipError::Backlog`] if the peer does not read its messages.
+    /// Sends a process a message of at most [`MESSAGE_BYTES_MAX`] bytes, through the tree. Messages to one process arrive
+    /// in order. Returns without waiting for delivery, but fails with [`MembershipError::Backlog`] if the neighbour on
+    /// the way does not read. If a later one does not, the session ends.
     pub fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
-        self.shared.send(to, topic, bytes)
+        self.shared.send(Some(to), topic, bytes)
     }
 
-    /// Sends a message to all peers. Stops at the first error.
+    /// Sends a message to all other processes; returns the first error, after it was sent to all that can be reached.
     pub fn send_to_all(&self, topic: u16, bytes: &[u8]) -> Result<(), MembershipError> {
-        let peers = (0..self.shared.processes).filter(|p| *p != self.shared.own);
-        peers.into_iter().try_for_each(|to| self.send(to, topic, bytes.to_vec()))
+        self.shared.send(None, topic, bytes.to_vec())
     }
 
-    /// Ends the session because this process has failed. If a lost peer caused the error, use [`Membership::suspect`].
+    /// Supplies this process's numbers to the topic's next round, by field as `rules` describe them, and returns the
+    /// channel of the topic's results. All processes supply theirs, in the same order of rounds. Nothing arrives after
+    /// the session's end: also wait for that.
+    ///
+    /// # Errors
+    /// [`MembershipError::Numbers`] for a topic above 63 or numbers that do not fit the rules;
+    /// [`MembershipError::TooLarge`] if they do not fit in a message.
+    pub fn reduce(
+        &self,
+        topic: u16,
+        rules: &Arc<[MergeRule]>,
+        fields: Vec<Vec<u64>>,
+    ) -> Result<Receiver<Reduced>, MembershipError> {
+        self.shared.supply(topic, rules, fields)
+    }
+
+    /// The process whose numbers the topic's round waits for, as far as this process knows, and whether it has left. A
+    /// neighbour on the way at first; after a fraction of a second, the process itself.
+    pub fn missing(&self, topic: u16) -> Option<(u32, bool)> {
+        self.shared.missing(topic)
+    }
+
+    /// True if another process has left the session cleanly.
+    pub fn has_left(&self, process: u32) -> bool {
+        self.shared.has_left(process)
+    }
+
+    /// The processes that this one is connected to.
+    pub fn tree(&self) -> &ControlTree {
+        &self.shared.tree
+    }
+
+    /// Ends the session: this process has failed. For errors that a lost peer caused, use [`Membership::suspect`].
     pub fn fail(&self, cause: impl Into<String>, exit: u8) {
         self.shared.fail(cause.into(), exit);
     }
 
-    /// Reports a symptom of a lost peer, such as a broken data connection. The session ends with this peer as the
-    /// cause, except if a better cause arrives within the grace window.
+    /// Reports a symptom of a lost peer, such as a broken data connection. The session ends with that peer as the
+    /// cause, unless a better cause arrives within the grace window.
     pub fn suspect(&self, process: u32, cause: impl Into<String>) {
         self.shared.suspect(process, cause.into());
     }
 
-    /// The first cause, if the session has ended because of a failure.
+    /// The first cause, if the session has ended.
     pub fn first_cause(&self) -> Option<FirstCause> {
         self.shared.first_cause()
     }
 
-    /// Returns the time since each peer's last heartbeat; `None` if the peer has left.
+    /// Returns the time since the last sign of life of each other process; `None` if it has left. For processes that are
+    /// no neighbours, it is the time known on the way to them: exact for the most silent one of a direction.
     pub fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
         self.shared.silent_times()
     }
@@ -211,7 +256,7 @@ impl Membership {
     }
 
     /// Leaves the session cleanly, after all work of this process. Waits at most a second until peers have received all
-    /// messages; false if a peer did not acknowledge them. Later failures of peers do not affect this process.
+    /// messages; false if one did not acknowledge them. Later failures of peers do not affect this process.
     pub fn leave(&self) -> bool {
         self.shared.leave();
         self.shared.wait_for_delivery(LEAVE_TIMEOUT)

@@ -67,9 +67,13 @@ fn join(process: u32, processes: u32, commands: &mut impl Iterator<Item = String
     let port = |address: SocketAddr| address.port();
     print(format!("{} {}", port(listener.local_addr().expect("bound")), port(heartbeat.local_addr().expect("bound"))));
     let mut config = MembershipConfig::new(process, processes, [1; 16], 1, [2; 32], heartbeat);
+    let neighbours = config.tree.neighbours(process);
     for peer in (0..processes).filter(|p| *p != process) {
         let line = commands.next().expect("the peer's ports");
         let ports: Vec<u16> = line.split(' ').map(|p| p.parse().expect("a port")).collect();
+        if !neighbours.contains(&peer) {
+            continue;
+        }
         config.addresses.insert(peer, (Ipv4Addr::LOCALHOST, ports[1]).into());
         if peer < process {
             let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, ports[0])).expect("the peer listens");
@@ -77,7 +81,7 @@ fn join(process: u32, processes: u32, commands: &mut impl Iterator<Item = String
             config.connections.insert(peer, stream.into());
         }
     }
-    while config.connections.len() + 1 < processes as usize {
+    while config.connections.len() < neighbours.len() {
         let (mut stream, _) = listener.accept().expect("a peer");
         let mut number = [0; 4];
         stream.read_exact(&mut number).expect("its number");

@@ -17,7 +17,7 @@ use crate::error::{Failure, PeerError};
 use crate::frame::{FRAME_BYTES, Frame};
 use crate::loaded::Memory;
 use crate::protocol::{Message, ProtocolEvent, Sequence};
-use crate::remote::{ByteRun, HostPiece, Outgoing, PeerMessage, PeerSpec, Remote};
+use crate::remote::{ByteRun, HostPiece, HostRoute, Outgoing, PeerMessage, PeerSpec, Remote};
 use crate::spec::RegisterId;
 use crate::supervisor::Session;
 use shardflow_job::transport::Connection;
@@ -375,7 +375,8 @@ impl Reader {
 
     fn process_host_piece(&mut self, port: u32, bytes: u64) -> Result<(), PeerError> {
         let remote = self.link.remote();
-        let Some(own) = remote.host_ports.get(port as usize).filter(|p| p.process == self.link.process) else {
+        let is_behind = |port: &&HostRoute| remote.is_behind(self.link.index, port.process);
+        let Some(own) = remote.host_ports.get(port as usize).filter(is_behind) else {
             return unexpected(format!("tensors for port {port}, which belongs to another process"));
         };
         let expected: usize = own.tensors.iter().map(|(shape, dtype)| element_count(shape) * dtype.bytes()).sum();
@@ -391,7 +392,11 @@ impl Reader {
             self.source.read_exact(&mut raw)?;
             tensors.push(HostTensor::from_le_bytes(dtype, &shape, &raw));
         }
-        self.send_to_host(PeerMessage::Piece(HostPiece { port, tensors }));
+        let piece = Arc::new(HostPiece { port, tensors });
+        remote.send_host_piece(&piece, Some(self.link.index));
+        if remote.is_for_host(own) {
+            self.send_to_host(PeerMessage::Piece(piece));
+        }
         Ok(())
     }
 }

@@ -8,10 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use shardflow_actors::remote::PeerSpec;
+use shardflow_actors::remote::{ByteRun, PeerSpec};
 use shardflow_actors::shell::RegisterMemory;
-use shardflow_actors::spec::RegisterId;
+use shardflow_actors::spec::{ActorId, RegisterId};
 use shardflow_job::env::{INTERFACE, TRANSPORT};
+use shardflow_job::membership::ControlTree;
 use shardflow_job::options::{ClusterOptions, Collectives, Transport};
 use shardflow_job::rendezvous::{Member, Roster};
 use shardflow_job::secret::Secret;
@@ -23,6 +24,7 @@ use shardflow_kernels::collective::routed::Routed;
 use shardflow_kernels::collective::shared_memory::SharedMemory;
 use shardflow_kernels::collective::wire::{self, Channel, SealedStream, Wire};
 use shardflow_kernels::collective::{Collective, Group};
+use shardflow_kernels::cuda::nccl::Pipe;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::{Access, Arena, Base};
 
@@ -42,6 +44,18 @@ pub(crate) struct Connections {
     /// Local copies (mirrors) of the slots of peers' registers.
     pub(crate) mirrors: BTreeMap<RegisterId, RegisterMemory>,
     pub(crate) peers: Vec<PeerSpec>,
+    /// The actors of processes without a connection to this one.
+    pub(crate) distant: BTreeMap<ActorId, u32>,
+    /// By process: the peer on the way to it.
+    pub(crate) hops: Vec<u32>,
+}
+
+impl Connections {
+    /// Of a process without others.
+    pub(crate) fn alone(engine: Arc<dyn Collective>) -> Self {
+        let (mapped, mirrors, distant) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { engine, mapped, mirrors, peers: Vec::new(), distant, hops: Vec::new() }
+    }
 }
 
 #[derive(Clone)]
@@ -49,6 +63,8 @@ pub(crate) struct Connector {
     /// Memory of CUDA devices is never shared between processes, and the GPU engine runs their collectives.
     pub(crate) device: DeviceKind,
     pub(crate) process_map: ProcessMap,
+    /// Control connections, and those that carry tensors of host programs, follow it.
+    pub(crate) tree: Arc<ControlTree>,
     pub(crate) roster: Arc<Roster>,
     pub(crate) listener: Arc<Listener>,
     pub(crate) secret: Secret,
@@ -140,16 +156,29 @@ impl Connector {
         }
         let engine: Arc<dyn Collective> =
             if engines.is_empty() { in_process } else { Arc::new(Routed::new(engines, in_process)) };
-        Ok(Connections { engine, mapped, mirrors, peers })
+        let near: BTreeSet<u32> = peers.iter().map(|peer| peer.process).chain([own]).collect();
+        let distant = self.process_map.hosts(plan).filter(|(_, process)| !near.contains(process)).collect();
+        let hop = |process| self.tree.next_hop(own, process).unwrap_or(own);
+        let hops = (0..self.process_map.processes).map(hop).collect();
+        Ok(Connections { engine, mapped, mirrors, peers, distant, hops })
     }
 }
 
 /// Refuses a transport that needs Unix sockets if processes of one node cannot open each other's, as in containers with
 /// separate `/tmp`. If TCP may be used instead, returns the line that the first such process logs.
 pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Result<Option<String>, ClusterError> {
-    let pairs =
-        roster.members.iter().enumerate().flat_map(|(i, a)| roster.members[i + 1..].iter().map(move |b| (a, b)));
-    let apart = pairs.into_iter().find(|(a, b)| a.node == b.node && !a.is_near(b));
+    // If all are near the first process of their node, all are near each other.
+    let mut first_of: BTreeMap<&str, &Member> = BTreeMap::new();
+    let mut apart: Option<(&Member, &Member)> = None;
+    for member in &roster.members {
+        let first = *first_of.entry(&member.node).or_insert(member);
+        if first.process != member.process
+            && !first.is_near(member)
+            && apart.is_none_or(|(a, _)| first.process < a.process)
+        {
+            apart = Some((first, member));
+        }
+    }
     let Some((a, b)) = apart.filter(|_| transport != Transport::Tcp) else { return Ok(None) };
     let reason = match [a, b].into_iter().find(|member| member.unix().is_none()) {
         Some(member) => format!("rank {} could not create a Unix socket in its TMPDIR", member.process),
@@ -244,38 +273,51 @@ impl Connector {
         Ok(channels)
     }
 
-    /// Opens a register connection to each peer and makes a mirror of each register that is received over it.
+    /// Opens a register connection to each process that registers cross to or from, and to the neighbours in the control
+    /// tree; makes a mirror of each register that is received.
     fn peers(&self, plan: &Instance, devices: &[Device]) -> Result<(Mirrors, Vec<PeerSpec>), ClusterError> {
         let own = self.process_map.process;
-        let (mut memory, mut specs) = (Mirrors::new(), Vec::new());
-        let pairs = if self.pipes.is_empty() { BTreeMap::new() } else { self.process_map.crossing_pairs(plan) };
-        for process in self.process_map.peers() {
-            let (mut pushes, mut mirrors) = (BTreeMap::new(), BTreeMap::new());
-            if !self.shares_memory(own, process) {
-                pushes = self.process_map.crossing(plan, own, process);
-                mirrors = self.process_map.crossing(plan, process, own);
-                for (register, device, bytes) in self.process_map.mirrors(plan, process) {
-                    let base = Base { arena: devices[device - self.process_map.own().start].arena(bytes)?, offset: 0 };
-                    let stride = plan.spec.registers[register.0 as usize].slot_bytes;
-                    memory.insert(register, RegisterMemory { base, stride });
-                }
+        let mut memory = Mirrors::new();
+        let mut peers: BTreeMap<u32, Exchanged> = BTreeMap::new();
+        peers.extend(self.tree.neighbours(own).into_iter().map(|process| (process, Exchanged::default())));
+        let crossings = self.process_map.crossings(plan).into_iter();
+        for crossing in crossings.filter(|crossing| crossing.from == own || crossing.to == own) {
+            let process = if crossing.from == own { crossing.to } else { crossing.from };
+            let exchanged = peers.entry(process).or_default();
+            if self.shares_memory(own, process) {
+                continue;
             }
+            let (register, runs) = (crossing.register, crossing.runs(plan));
+            if let Some(pipe) = self.pipes.get(&(crossing.source, crossing.landing)).filter(|_| !runs.is_empty()) {
+                exchanged.pipes.insert(register, pipe.clone());
+            }
+            if crossing.from == own {
+                exchanged.pushes.insert(register, runs);
+                continue;
+            }
+            exchanged.mirrors.insert(register, runs);
+            let device = &devices[crossing.landing - self.process_map.own().start];
+            let base = Base { arena: device.arena(crossing.mirror_bytes(plan))?, offset: 0 };
+            memory.insert(register, RegisterMemory { base, stride: plan.spec.register(register).slot_bytes });
+        }
+        let mut actors: BTreeMap<u32, Vec<ActorId>> = BTreeMap::new();
+        self.process_map.hosts(plan).for_each(|(actor, process)| actors.entry(process).or_default().push(actor));
+        let mut specs = Vec::new();
+        for (process, Exchanged { pushes, mirrors, pipes }) in peers {
             let connection = self.connect(process, Purpose::Registers { index: 0 })?;
-            let crossing: BTreeSet<RegisterId> = pushes.keys().chain(mirrors.keys()).copied().collect();
-            let mut pipes = BTreeMap::new();
-            for (ends, registers) in &pairs {
-                let Some(pipe) = self.pipes.get(ends) else { continue };
-                // A register may be sent to several processes; this process then holds one pipe for each of them.
-                let peer_device = if self.process_map.process_of(ends.0) == own { ends.1 } else { ends.0 };
-                let is_peer = self.process_map.process_of(peer_device) == process;
-                let piped = registers.iter().filter(|r| is_peer && crossing.contains(r));
-                piped.for_each(|register| drop(pipes.insert(*register, pipe.clone())));
-            }
-            let actors = self.process_map.actors_of(plan, process);
+            let actors = actors.remove(&process).unwrap_or_default();
             specs.push(PeerSpec { process, actors, connection, pushes, mirrors, pipes });
         }
         Ok((memory, specs))
     }
+}
+
+/// The registers that cross between this process and another one without shared memory, see [`PeerSpec`].
+#[derive(Default)]
+struct Exchanged {
+    pushes: BTreeMap<RegisterId, Vec<ByteRun>>,
+    mirrors: BTreeMap<RegisterId, Vec<ByteRun>>,
+    pipes: BTreeMap<RegisterId, Arc<Pipe>>,
 }
 
 type Mirrors = BTreeMap<RegisterId, RegisterMemory>;

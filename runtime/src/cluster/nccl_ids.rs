@@ -1,8 +1,9 @@
-//! Exchanges each group's `ncclUniqueId` over the control plane: its first member's process sends it to the others.
+//! Exchanges each group's `ncclUniqueId` over the control plane: its first member's process sends it to the group's
+//! others. Then all processes wait for each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 use shardflow_job::membership::Membership;
@@ -14,6 +15,11 @@ use super::save_agreement::Received;
 use crate::process_map::ProcessMap;
 
 pub(super) const TOPIC: u16 = 2;
+/// Topic of the round that ends when all processes are here.
+const ROUND_TOPIC: u16 = 8;
+
+/// Interval at which a wait for all checks whether the session has ended.
+const CHECK_EVERY: Duration = Duration::from_millis(100);
 
 /// Bytes of a group's number and id in a message.
 const ENTRY_BYTES: usize = 4 + 128;
@@ -26,11 +32,10 @@ pub(super) fn exchange(
     messages: &Receiver<Received>,
     deadline: Instant,
 ) -> Result<Vec<UniqueId>, KernelError> {
-    let aborted = |cause: String| KernelError::Aborted { cause };
+    let aborted = |cause| KernelError::Aborted { cause };
     let creator = |group: &Group| process_map.process_of(group.ranks[0]);
     let mut ids: BTreeMap<u32, UniqueId> = BTreeMap::new();
-    // Every peer gets a message, even an empty one: NCCL has its own timeout, so none may join before all are here.
-    let mut outgoing: BTreeMap<u32, Vec<u8>> = process_map.peers().map(|process| (process, Vec::new())).collect();
+    let mut outgoing: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
     for group in groups.iter().filter(|group| creator(group) == process_map.process) {
         let id = UniqueId::new()?;
         ids.insert(group.id, id);
@@ -43,7 +48,8 @@ pub(super) fn exchange(
     }
     let is_member = |group: &&Arc<Group>| process_map.processes_of(group).contains(&process_map.process);
     let own_groups: Vec<&Arc<Group>> = groups.iter().filter(is_member).collect();
-    let mut pending: BTreeSet<u32> = process_map.peers().collect();
+    let mut pending: BTreeSet<u32> = own_groups.iter().map(|group| creator(group)).collect();
+    pending.remove(&process_map.process);
     while let Some(peer) = pending.first().copied() {
         let Received { from: sender, bytes } = messages.recv_deadline(deadline).map_err(|error| {
             let cause = membership.first_cause().map(|first| first.to_string());
@@ -60,9 +66,28 @@ pub(super) fn exchange(
             }
         }
     }
+    // NCCL has its own timeout, so none may join before all are here.
+    wait_for_all(membership, deadline).map_err(aborted)?;
     if let Some(missing) = own_groups.iter().find(|group| !ids.contains_key(&group.id)) {
         return Err(aborted(format!("rank {} sent no NCCL id for group {}", creator(missing), missing.id)));
     }
     // The ids of other processes' groups are not used and stay zero.
     Ok(groups.iter().map(|group| ids.get(&group.id).copied().unwrap_or(UniqueId([0; 128]))).collect())
+}
+
+/// Waits until all processes have called this.
+fn wait_for_all(membership: &Membership, deadline: Instant) -> Result<(), String> {
+    let results = membership.reduce(ROUND_TOPIC, &[].into(), Vec::new()).map_err(|error| error.to_string())?;
+    loop {
+        if results.recv_timeout(CHECK_EVERY).is_ok() {
+            return Ok(());
+        }
+        if let Some(first) = membership.first_cause() {
+            return Err(first.to_string());
+        }
+        if Instant::now() >= deadline {
+            let rank = membership.missing(ROUND_TOPIC).map_or(0, |(process, _)| process);
+            return Err(format!("rank {rank} did not send its NCCL group ids in time"));
+        }
+    }
 }

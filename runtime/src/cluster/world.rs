@@ -1,6 +1,6 @@
 //! A session's membership in its world: joins the other processes, receives their failures, and reports its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::UdpSocket;
 use std::sync::{Arc, Weak};
@@ -14,7 +14,7 @@ use shardflow_actors::shell::{Control, RunningSession};
 use shardflow_job::env::{INTERFACE, LaunchContext, Launched};
 use shardflow_job::exit;
 use shardflow_job::machine::{MemoryClaim, hidden_name};
-use shardflow_job::membership::{self, FirstCause, Membership, MembershipConfig, MembershipEvent};
+use shardflow_job::membership::{self, ControlTree, FirstCause, Membership, MembershipConfig, MembershipEvent};
 use shardflow_job::options::{ClusterOptions, Transport};
 use shardflow_job::rendezvous::{Fact, Identity, Member, RendezvousConfig, Roster, local_address, rendezvous};
 use shardflow_job::secret::Secret;
@@ -63,8 +63,10 @@ pub struct PeerState {
     pub silent: Option<Duration>,
 }
 
-/// Topic of the control plane on which processes report their activity.
+/// Topic of the control plane on which neighbours in the control tree report who is busy on their side.
 const ACTIVITY_TOPIC: u16 = 3;
+/// Longest interval between these reports while there are changes.
+const ACTIVITY_EVERY: Duration = Duration::from_millis(250);
 /// The activity of a process that waits for others.
 pub(crate) const WAITING: &str = "";
 /// Longest text of a peer's activity, in characters.
@@ -87,7 +89,11 @@ struct State {
     /// Peers that have left in order.
     left: Vec<u32>,
     control: Option<Control>,
+    /// What this process does, and the busy ones that neighbours have reported; each with its start.
     activities: BTreeMap<u32, (String, Instant)>,
+    /// By neighbour: the last reports from it and to it.
+    heard: BTreeMap<u32, Vec<u32>>,
+    reported: BTreeMap<u32, Vec<(u32, String, Instant)>>,
 }
 
 impl State {
@@ -103,6 +109,46 @@ impl State {
         let entries: Vec<String> = self.activities.iter().filter_map(entry).take(SLOW_LISTED_MAX).collect();
         (waits && !entries.is_empty()).then(|| format!("waiting for {}", entries.join("; for ")))
     }
+
+    /// The reports to neighbours whose content has changed: the processes on this side that have been busy for longest.
+    /// So each process knows some of the slowest ones, and a report does not grow with the world.
+    fn activity_reports(&mut self, own: u32, tree: &ControlTree, now: Instant) -> Vec<(u32, Vec<u8>)> {
+        let mut reports = Vec::new();
+        for neighbour in tree.neighbours(own) {
+            let is_busy = |(rank, (activity, _)): &(&u32, &(String, Instant))| {
+                activity != WAITING && tree.next_hop(own, **rank) != Some(neighbour)
+            };
+            let busy = self.activities.iter().filter(is_busy);
+            let mut busy: Vec<_> = busy.map(|(rank, (activity, since))| (*rank, activity.clone(), *since)).collect();
+            busy.sort_by_key(|(rank, _, since)| (*since, *rank));
+            busy.truncate(SLOW_LISTED_MAX);
+            if *self.reported.entry(neighbour).or_default() != busy {
+                let line = |(rank, activity, since): &(u32, String, Instant)| {
+                    format!("{rank} {} {activity}\n", now.saturating_duration_since(*since).as_millis())
+                };
+                reports.push((neighbour, busy.iter().map(line).collect::<String>().into_bytes()));
+                self.reported.insert(neighbour, busy);
+            }
+        }
+        reports
+    }
+
+    /// Replaces what a neighbour has reported before.
+    fn record_activities(&mut self, from: u32, bytes: &[u8], now: Instant) {
+        let text = String::from_utf8_lossy(bytes);
+        let entry = |line: &str| {
+            let mut parts = line.splitn(3, ' ');
+            let (rank, age_ms) = (parts.next()?.parse::<u32>().ok()?, parts.next()?.parse::<u32>().ok()?);
+            let activity = parts.next()?.chars().filter(|c| !c.is_control()).take(ACTIVITY_CHARS_MAX).collect();
+            let since = now.checked_sub(Duration::from_millis(age_ms.into())).unwrap_or(now);
+            Some((rank, (activity, since)))
+        };
+        let entries: Vec<(u32, (String, Instant))> = text.lines().take(SLOW_LISTED_MAX).filter_map(entry).collect();
+        let ranks = entries.iter().map(|(rank, _)| *rank).collect();
+        let before = self.heard.insert(from, ranks).unwrap_or_default();
+        before.iter().for_each(|rank| drop(self.activities.remove(rank)));
+        self.activities.extend(entries);
+    }
 }
 
 const SLOW_LISTED_MAX: usize = 8;
@@ -111,30 +157,34 @@ impl Monitor {
     /// Starts the thread that receives events. It ends with the membership or with the session.
     fn spawn(
         self: &Arc<Self>,
-        events: Receiver<MembershipEvent>,
+        membership: &Arc<Membership>,
         listener: Weak<Listener>,
         queues: [(u16, Sender<Received>); 2],
         (own, options): (u32, ClusterOptions),
     ) -> io::Result<()> {
-        let monitor = self.clone();
-        let mut report_at = Instant::now() + options.report_every;
+        let (monitor, events, membership) = (self.clone(), membership.notices().clone(), Arc::downgrade(membership));
+        let every = ACTIVITY_EVERY.min(options.report_every / 4);
+        let (mut report_at, mut activity_at) = (Instant::now() + options.report_every, Instant::now() + every);
         let run = move || {
             loop {
-                if Instant::now() >= report_at {
-                    report_at = Instant::now() + options.report_every;
-                    let slow = monitor.state.lock().slow_peers(own, options.report_every, Instant::now());
+                let now = Instant::now();
+                if now >= report_at {
+                    report_at = now + options.report_every;
+                    let slow = monitor.state.lock().slow_peers(own, options.report_every, now);
                     slow.iter().for_each(|line| options.report_waiting(line));
                 }
-                let event = match events.recv_deadline(report_at) {
+                if now >= activity_at {
+                    activity_at = now + every;
+                    membership.upgrade().iter().for_each(|membership| monitor.report_activities(own, membership, now));
+                }
+                let event = match events.recv_deadline(report_at.min(activity_at)) {
                     Ok(event) => event,
                     Err(RecvTimeoutError::Timeout) => continue,
                     Err(RecvTimeoutError::Disconnected) => return,
                 };
                 match event {
                     MembershipEvent::Message { topic: ACTIVITY_TOPIC, from, bytes } => {
-                        let text = String::from_utf8_lossy(&bytes);
-                        let activity = text.chars().filter(|c| !c.is_control()).take(ACTIVITY_CHARS_MAX).collect();
-                        monitor.state.lock().activities.insert(from, (activity, Instant::now()));
+                        monitor.state.lock().record_activities(from, &bytes, Instant::now());
                     }
                     MembershipEvent::Message { topic, from, bytes } => {
                         if let Some((_, queue)) = queues.iter().find(|(of, _)| *of == topic) {
@@ -148,6 +198,12 @@ impl Monitor {
             }
         };
         thread::Builder::new().name("membership".into()).spawn(run).map(drop)
+    }
+
+    fn report_activities(&self, own: u32, membership: &Membership, now: Instant) {
+        let reports = self.state.lock().activity_reports(own, membership.tree(), now);
+        // A lost connection also fails the membership, so the error needs no handling here.
+        reports.into_iter().for_each(|(to, bytes)| drop(membership.send(to, ACTIVITY_TOPIC, bytes)));
     }
 
     fn record_left(&self, process: u32) {
@@ -208,9 +264,12 @@ impl World {
         let (options, secret) = (cluster.options.clone().with_finite_times(), world.secret.read()?);
         let (roster, listener, heartbeat) = meet(world, &options, &secret, (memory, facts))?;
         let process_map = ProcessMap { process: world.process, processes, devices };
+        let nodes: Vec<&str> = roster.members.iter().map(|member| member.node.as_str()).collect();
+        let tree = Arc::new(ControlTree::new(&nodes));
         let mut connector = Connector {
             device: plan.device,
             process_map,
+            tree,
             roster: roster.into(),
             listener: listener.into(),
             secret,
@@ -226,9 +285,9 @@ impl World {
         let agreement = ClusterAgreement::new(process_map, membership.clone(), messages, wait_max).into();
         let (monitor, listener): (Arc<Monitor>, _) = (Arc::default(), Arc::downgrade(&connector.listener));
         let (to_nccl, ids) = bounded(QUEUE_MAX);
-        let (events, own) = (membership.notices().clone(), (world.process, connector.options.clone()));
+        let own = (world.process, connector.options.clone());
         let queues = [(save_agreement::TOPIC, to_agreement), (nccl_ids::TOPIC, to_nccl)];
-        let spawned = monitor.spawn(events, listener, queues, own);
+        let spawned = monitor.spawn(&membership, listener, queues, own);
         spawned.map_err(system("start a thread"))?;
         Ok(Some(Self { process_map, connector, membership, monitor, agreement, ids }))
     }
@@ -236,8 +295,15 @@ impl World {
     /// Publishes this process's activity to the others. While it is [`WAITING`], the monitor logs theirs at intervals.
     pub(crate) fn doing(&self, activity: &str) {
         self.monitor.state.lock().activities.insert(self.process_map.process, (activity.into(), Instant::now()));
-        // A lost connection also fails the membership, so the error needs no handling here.
-        let _ = self.membership.send_to_all(ACTIVITY_TOPIC, activity.as_bytes());
+    }
+
+    /// The neighbour in the control tree on the way to a process; the process itself if it is this one.
+    pub(crate) fn hop(&self, process: u32) -> u32 {
+        self.connector.tree.next_hop(self.process_map.process, process).unwrap_or(process)
+    }
+
+    pub(crate) fn has_left(&self, process: u32) -> bool {
+        self.membership.has_left(process)
     }
 
     /// The processes of this node, in order.
@@ -272,12 +338,10 @@ impl World {
 
     /// Adds the mirrors that the processes of this node will allocate to the plan's memory, and checks its budget.
     pub(crate) fn count_mirrors(&self, plan: &mut Instance) -> Result<(), PlanError> {
-        for process_map in self.here().into_iter().map(|process| ProcessMap { process, ..self.process_map }) {
-            let unshared = process_map.peers().filter(|peer| !self.connector.shares_memory(process_map.process, *peer));
-            let mirrors: Vec<_> = unshared.flat_map(|peer| process_map.mirrors(plan, peer)).collect();
-            for (_, device, bytes) in mirrors {
-                plan.memory[device].mirror_bytes += bytes;
-            }
+        let here: BTreeSet<u32> = self.here().into_iter().collect();
+        let crossings = self.process_map.crossings(plan).into_iter().filter(|crossing| here.contains(&crossing.to));
+        for crossing in crossings.filter(|crossing| !self.connector.shares_memory(crossing.from, crossing.to)) {
+            plan.memory[crossing.landing].mirror_bytes += crossing.mirror_bytes(plan);
         }
         plan.check_memory()
     }
@@ -407,7 +471,8 @@ fn start_membership(
     (config.interval, config.deadline) = (options.heartbeat_every, options.heartbeat_deadline);
     config.join_within = options.connect_within;
     config.join_at_most = wait_max.max(options.connect_within);
-    for process in process_map.peers() {
+    config.tree = connector.tree.clone();
+    for process in config.tree.neighbours(own) {
         config.connections.insert(process, connector.connect(process, Purpose::Control)?);
         config.addresses.insert(process, with_zone_of(roster.members[process as usize].heartbeat, bound));
     }
@@ -441,5 +506,38 @@ mod tests {
         assert_eq!(line(WAITING, &[(0, WAITING)], 7), None, "all wait");
         let many: Vec<_> = (2..20).map(|rank| (rank, "busy")).collect();
         assert_eq!(line(WAITING, &many, 7).unwrap().matches("rank ").count(), SLOW_LISTED_MAX);
+    }
+
+    #[test]
+    fn busy_processes_are_known_across_the_control_tree() {
+        // Rank 0 and 2 are leaders; 1 is below 0, and 3 below 2.
+        let tree = ControlTree::new(&["a", "a", "b", "b"]);
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut states: Vec<State> = (0..4).map(|_| State::default()).collect();
+        let own = [(0, WAITING), (1, "loading\nweights"), (2, WAITING), (3, WAITING)];
+        own.iter()
+            .for_each(|(rank, text)| drop(states[*rank].activities.insert(*rank as u32, ((*text).into(), at(1)))));
+        let exchange = |states: &mut Vec<State>, now| {
+            let mut reports = 0;
+            for from in 0..4 {
+                for (to, bytes) in states[from as usize].activity_reports(from, &tree, now) {
+                    states[to as usize].record_activities(from, &bytes, now);
+                    reports += 1;
+                }
+            }
+            reports
+        };
+        let reports = (0..3).map(|round| exchange(&mut states, at(3 + round))).sum::<usize>();
+        assert_eq!(reports, 3, "one for each hop");
+        let line = |state: &State, own| state.slow_peers(own, Duration::from_secs(2), at(9));
+        for (own, state) in (0..).zip(&states).filter(|(own, _)| *own != 1) {
+            assert_eq!(line(state, own).as_deref(), Some("waiting for rank 1, which has been loading for 8 s"));
+        }
+        // It waits too: nobody is busy any more.
+        states[1].activities.insert(1, (WAITING.into(), at(10)));
+        let reports = (0..3).map(|round| exchange(&mut states, at(11 + round))).sum::<usize>();
+        assert_eq!(reports, 3);
+        assert!((0..).zip(&states).all(|(own, state)| line(state, own).is_none()));
     }
 }

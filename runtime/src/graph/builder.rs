@@ -347,7 +347,7 @@ impl Graph {
             self.refuse("minimize", message);
         }
         self.objective = Some(Objective { loss, optimizer, location: self.here() });
-        self.output_as("loss", loss, None);
+        self.output_as(LOSS_OUTPUT, loss, None);
     }
 
     /// Sends a tensor's value to the host after each step, under a unique name; `minimize` names the loss `loss`. The
@@ -640,6 +640,9 @@ impl Graph {
         created
     }
 }
+
+/// Name of the loss, as the host fetches it.
+pub const LOSS_OUTPUT: &str = "loss";
 
 /// Name of the entry in a safetensors file that is metadata, not a tensor.
 const FILE_METADATA: &str = "__metadata__";

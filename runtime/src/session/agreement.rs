@@ -1,31 +1,33 @@
 //! Checks values that must be equal on all ranks: per step the learning rate and elements that several ranks feed, per
-//! load the tensors. Each rank compares all values, so all report the same error. A step's numbers share a message with
-//! requests to stop; the only cost is a digest of the shared elements.
+//! load the tensors. The values are compared on their way up the control tree, and all ranks report the same error. A
+//! step's numbers share a message with requests to stop; the only cost is a digest of the shared elements.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use shardflow_kernels::tensor::Region;
 
-use super::outcome::Outcome;
+use super::outcome::{Outcome, Worst};
 use crate::graph::Var;
 use crate::graph::builder::RNG_INPUT;
 use crate::plan::memory::local_part;
 use crate::plan::{HostTransfer, Instance};
 use crate::process_map::ProcessMap;
 use crate::sbp::region::contains;
+use shardflow_job::membership::{Difference, MergeRule, Reduced};
 use shardflow_job::rendezvous::ranks;
 
 /// Maximum number of different values that an error lists.
 const VALUES_MAX: usize = 4;
 
-/// Numbers of a step before its digests: the request and the learning rate's bits.
-const STEP_NUMBERS: usize = 2;
-
-/// Names of a load's numbers that precede the digests of tensors. The first two are an [`Outcome`].
+/// Names of a load's fields that precede the digests of tensors. The first is the outcome, see [`Worst`].
 const LOAD_NAMES: [&str; 5] = ["outcome", "number of steps", "number of updates", "seed", "manifest"];
 
 /// Index of the first digest among them.
 const MANIFEST: usize = 4;
+
+/// Maximum number of tensors that are compared at once, so that their digests fit in a message.
+const TENSORS_MAX: usize = 4096;
 
 /// Ranks have different values where all must have the same.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -59,7 +61,8 @@ fn list(values: &[(u32, String)]) -> String {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SharedInput {
     pub(super) var: Var,
-    pub(super) processes: BTreeSet<u32>,
+    /// In order.
+    pub(super) processes: Arc<[u32]>,
     /// The regions of one micro-batch that all of them feed.
     pub(super) regions: Vec<Region>,
 }
@@ -97,7 +100,8 @@ pub fn shared_inputs(plan: &Instance, process_map: &ProcessMap) -> Vec<SharedInp
             }
         }
     }
-    shared.into_iter().map(|((var, processes), regions)| SharedInput { var, processes, regions }).collect()
+    let shared = shared.into_iter();
+    shared.map(|((var, all), regions)| SharedInput { var, processes: all.into_iter().collect(), regions }).collect()
 }
 
 /// The boxes into which the borders of all regions divide a tensor.
@@ -116,16 +120,6 @@ fn cells<'a>(regions: impl Iterator<Item = &'a Region> + Clone) -> Vec<Region> {
         cells = cells.iter().flat_map(along).collect();
     }
     cells
-}
-
-/// Number of values that a process sends in a step.
-pub fn step_numbers(shared: &[SharedInput], process: u32) -> usize {
-    STEP_NUMBERS + shared.iter().filter(|input| input.processes.contains(&process)).count()
-}
-
-/// Number of values that a process sends at a load.
-pub fn load_numbers(plan: &Instance) -> usize {
-    LOAD_NAMES.len() + plan.graph.residents().count()
 }
 
 /// The first 8 bytes of a BLAKE3 checksum.
@@ -150,54 +144,73 @@ pub(super) struct LoadSummary {
     pub(super) tensors: BTreeMap<Var, u64>,
 }
 
-/// The numbers that a process sends at a load: of what it has read, or of its error's exit code.
-pub(super) fn numbers_of_load(plan: &Instance, summary: Result<LoadSummary, u8>) -> Vec<u64> {
-    let outcome = summary.as_ref().map_or_else(|exit| Outcome::Failed(*exit), |summary| Outcome::Good(summary.steps));
-    let LoadSummary { updates, seed, manifest, tensors, .. } = summary.unwrap_or_default();
-    let digests = plan.graph.residents().map(|var| tensors.get(&var).copied().unwrap_or_default());
-    outcome.to_pair().into_iter().chain([updates, seed, manifest]).chain(digests).collect()
+/// How the numbers of a step combine: the largest request, the learning rate, a digest of each shared input.
+pub(super) fn rules_of_step(plan: &Instance, shared: &[SharedInput]) -> Arc<[MergeRule]> {
+    let rate = plan.graph.objective.map(|_| MergeRule::Same(None));
+    let digests = shared.iter().map(|input| MergeRule::Same(Some(input.processes.clone())));
+    [MergeRule::Max { words: 1 }].into_iter().chain(rate).chain(digests).collect()
 }
 
-/// The difference between the numbers of all processes for a step, if there is one. `steps`: the steps done before.
+/// A process's numbers for these rules. A program without an objective ignores the learning rate.
+pub(super) fn fields_of_step(
+    plan: &Instance,
+    request: u64,
+    learning_rate: f32,
+    digests: Vec<Vec<u64>>,
+) -> Vec<Vec<u64>> {
+    let rate = plan.graph.objective.map(|_| vec![u64::from(learning_rate.to_bits())]);
+    [vec![request]].into_iter().chain(rate).chain(digests).collect()
+}
+
+/// Names the difference between the numbers of all processes for a step. `steps`: the steps done before.
 pub(super) fn difference_in_step(
     plan: &Instance,
     shared: &[SharedInput],
     steps: u64,
-    all_numbers: &[Vec<u64>],
-) -> Option<RankDisagreement> {
-    let number = |process: u32, index: usize| all_numbers[process as usize].get(index).copied().unwrap_or_default();
-    let disagreement = |name, values| Some(RankDisagreement { context: format!("step {}", steps + 1), name, values });
-    let all = 0..all_numbers.len() as u32;
-    if plan.graph.objective.is_some() && all.clone().any(|process| number(process, 1) != number(0, 1)) {
-        let value = |process| (process, f32::from_bits(number(process, 1) as u32).to_string());
-        return disagreement("learning_rate".into(), all.map(value).collect());
-    }
-    // A process sends only digests of its own inputs, in the order of the list.
-    let mut next = vec![STEP_NUMBERS; all_numbers.len()];
-    for input in shared {
-        let mut values = Vec::new();
-        for process in &input.processes {
-            let index = &mut next[*process as usize];
-            values.push((*process, number(*process, *index)));
-            *index += 1;
+    difference: &Difference,
+) -> RankDisagreement {
+    let (context, values) = (format!("step {}", steps + 1), difference.values.clone());
+    let before = 1 + usize::from(plan.graph.objective.is_some());
+    let input = (difference.field as usize).checked_sub(before).and_then(|index| shared.get(index));
+    match input {
+        Some(input) => {
+            let name = format!("input {}", plan.graph.producer(input.var).name);
+            RankDisagreement { context, name, values: in_hex(values) }
         }
-        if values.iter().any(|value| value.1 != values[0].1) {
-            return disagreement(format!("input {}", plan.graph.producer(input.var).name), in_hex(values));
+        None => {
+            let values = as_text(values, |bits| f32::from_bits(bits as u32).to_string());
+            RankDisagreement { context, name: "learning_rate".into(), values }
         }
     }
-    None
 }
 
-/// The difference between the numbers of all processes for a load, none of which failed.
-pub(super) fn difference_in_load(plan: &Instance, source: &str, all_numbers: &[Vec<u64>]) -> Option<RankDisagreement> {
-    let differs = |index: &usize| all_numbers.iter().any(|other| other.get(*index) != all_numbers[0].get(*index));
-    let index = (0..load_numbers(plan)).find(differs)?;
+/// Numbers by field, and how they combine.
+pub(super) type Numbers = (Arc<[MergeRule]>, Vec<Vec<u64>>);
+
+/// A process's numbers at a load, with their rules, in parts that fit in messages: of what it has read, or of its error's
+/// exit code.
+pub(super) fn numbers_of_load(plan: &Instance, process: u32, summary: Result<LoadSummary, u8>) -> Vec<Numbers> {
+    let outcome = summary.as_ref().map_or_else(|exit| Outcome::Failed(*exit), |_| Outcome::Good(0));
+    let LoadSummary { steps, updates, seed, manifest, tensors } = summary.unwrap_or_default();
+    let words = [Worst::words(process, outcome).to_vec()];
+    let fields = words.into_iter().chain([steps, updates, seed, manifest].map(|number| vec![number]));
+    let digests = plan.graph.residents().map(|var| vec![tensors.get(&var).copied().unwrap_or_default()]);
+    let fields: Vec<Vec<u64>> = fields.chain(digests).collect();
+    let rule =
+        |words: &Vec<u64>| if words.len() > 1 { MergeRule::Max { words: words.len() } } else { MergeRule::Same(None) };
+    fields.chunks(TENSORS_MAX).map(|fields| (fields.iter().map(rule).collect(), fields.to_vec())).collect()
+}
+
+/// The difference between the numbers of all processes for a load, none of which failed, from the result of each part.
+pub(super) fn difference_in_load(plan: &Instance, source: &str, parts: &[Reduced]) -> Option<RankDisagreement> {
+    let (part, difference) = parts.iter().enumerate().find_map(|(part, all)| Some((part, all.difference.clone()?)))?;
+    let index = part * TENSORS_MAX + difference.field as usize;
     let mut tensors = plan.graph.residents().map(|var| format!("tensor {}", plan.graph.tensor(var).name));
     let name = match LOAD_NAMES.get(index) {
         Some(name) => name.to_string(),
         None => tensors.nth(index - LOAD_NAMES.len()).unwrap_or_default(),
     };
-    let values = (0..).zip(all_numbers.iter().map(|numbers| numbers.get(index).copied().unwrap_or_default())).collect();
+    let values = difference.values;
     let values = if index < MANIFEST { as_text(values, |value| value.to_string()) } else { in_hex(values) };
     Some(RankDisagreement { context: source.into(), name, values })
 }

@@ -14,7 +14,8 @@ use shardflow_kernels::tensor::{HostTensor, element_count};
 
 use super::agreement::{LoadSummary, difference_in_load, digest_of, numbers_of_load};
 use super::error::SessionError;
-use super::outcome::Outcome;
+use super::numbers::Topic;
+use super::outcome::{Worst, array};
 use super::{BETWEEN_STEPS, Session};
 use crate::checkpoint::error::CheckpointError;
 use crate::checkpoint::manifest::TensorKind;
@@ -196,14 +197,14 @@ impl Session {
             return own;
         }
         let own_summary = own.as_ref().map(summary).map_err(|error| error.exit().code());
-        let ports = self.ports.clone();
-        self.send_numbers(&ports.loads, &numbers_of_load(&self.plan, own_summary));
-        let all_numbers = self.receive_numbers_between_steps(&ports.loads)?;
+        let mut found = Vec::new();
+        for (rules, fields) in numbers_of_load(&self.plan, self.process_map.process, own_summary) {
+            found.push(self.combine(Topic::Load, &rules, fields)?);
+        }
         let own = own?;
-        let outcome = |numbers: &Vec<u64>| Outcome::from_pair(numbers.first_chunk().copied().unwrap_or([u64::MAX; 2]));
-        let outcomes: Vec<Outcome> = all_numbers.iter().map(outcome).collect();
-        Outcome::check_others(&outcomes, source, "cannot load it")?;
-        match difference_in_load(&self.plan, source, &all_numbers) {
+        let worst = Worst::from_words(found.first().map(|first| array(first, 0)).unwrap_or_default());
+        worst.check(source, "cannot load it")?;
+        match difference_in_load(&self.plan, source, &found) {
             Some(difference) => Err(difference.into()),
             None => Ok(own),
         }

@@ -14,7 +14,7 @@ use super::ports::HostPorts;
 pub(super) struct Inbox {
     ports: Arc<HostPorts>,
     pub(super) peers: Receiver<PeerMessage>,
-    waiting: BTreeMap<u32, VecDeque<Vec<HostTensor>>>,
+    waiting: BTreeMap<u32, VecDeque<Arc<HostPiece>>>,
     /// Processes that send nothing more.
     pub(super) ended: BTreeSet<u32>,
 }
@@ -31,14 +31,8 @@ impl Inbox {
         }
     }
 
-    pub(super) fn put(&mut self, piece: HostPiece) {
-        self.waiting.entry(piece.port).or_default().push_back(piece.tensors);
-    }
-
-    /// Removes and returns the oldest numbers of each of these ports.
-    pub(super) fn take_numbers(&mut self, ports: &[u32]) -> Vec<Vec<u64>> {
-        let numbers = |port: &u32| self.take(*port, 1).into_iter().flatten().flat_map(numbers_of).collect();
-        ports.iter().map(numbers).collect()
+    pub(super) fn put(&mut self, piece: Arc<HostPiece>) {
+        self.waiting.entry(piece.port).or_default().push_back(piece);
     }
 
     /// The senders of the wanted pieces that are missing.
@@ -50,28 +44,9 @@ impl Inbox {
     /// Removes and returns up to `count` of a port's oldest pieces.
     pub(super) fn take(&mut self, port: u32, count: usize) -> Vec<Vec<HostTensor>> {
         let Some(pieces) = self.waiting.get_mut(&port) else { return Vec::new() };
-        pieces.drain(..count.min(pieces.len())).collect()
-    }
-}
-
-pub(super) fn tensor_of(numbers: &[u64]) -> HostTensor {
-    let halves: Vec<i32> = numbers.iter().flat_map(|number| [*number as u32 as i32, (number >> 32) as i32]).collect();
-    HostTensor::i32(&[halves.len()], halves)
-}
-
-fn numbers_of(tensor: HostTensor) -> Vec<u64> {
-    let halves = tensor.as_i32().unwrap_or_default();
-    halves.chunks_exact(2).map(|half| u64::from(half[0] as u32) | u64::from(half[1] as u32) << 32).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_survive_the_encoding_as_a_tensor() {
-        for pair in [[0, 0], [1, u64::MAX], [u64::MAX - 1, 1 << 32], [0x8000_0000, 0x1234_5678_9abc_def0]] {
-            assert_eq!(numbers_of(tensor_of(&pair)), pair);
-        }
+        let tensors = |piece| {
+            Arc::try_unwrap(piece).map_or_else(|piece: Arc<HostPiece>| piece.tensors.clone(), |piece| piece.tensors)
+        };
+        pieces.drain(..count.min(pieces.len())).map(tensors).collect()
     }
 }

@@ -55,7 +55,7 @@ pub(super) fn load(
     connections: Connections,
     ports: &HostPorts,
 ) -> Result<Loaded, KernelError> {
-    let Connections { engine, mirrors: mut memory, peers, .. } = connections;
+    let Connections { engine, mirrors: mut memory, peers, distant, hops, .. } = connections;
     let (sender, fetched) = unbounded();
     let mut loader = Loader { plan, arenas, feeds: Vec::new(), sender };
     let mut hosted = BTreeMap::new();
@@ -81,7 +81,7 @@ pub(super) fn load(
         memory.insert(RegisterId(index as u32), RegisterMemory { base, stride: place.stride });
     }
     let (host, from_peers) = unbounded();
-    let peers = Peers { peers, host_ports: ports.ports.clone(), host: Some(host) };
+    let peers = Peers { peers, distant, hops, host_ports: ports.ports.clone(), host: Some(host) };
     let loaded = LoadedPlan { spec: Arc::new(plan.spec.clone()), hosted, memory, engine, peers };
     // A channel without senders counts as closed.
     let has_fetches = ports.fetches.keys().any(|(device, _)| process_map.own().contains(device));

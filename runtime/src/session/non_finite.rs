@@ -1,14 +1,16 @@
 //! Bounds of parameters and moments, and the search for the first Inf or NaN of a step that is not finite.
 
 use shardflow_actors::snapshot::NotFinite;
+use shardflow_job::membership::MergeRule;
 use shardflow_kernels::tensor::HostTensor;
 
 use super::Session;
+use super::batch::Inputs;
 use super::error::SessionError;
+use super::numbers::Topic;
 use super::numerics::{FirstNonFinite, NonFinite, OnNonFinite};
-use super::outcome::NumberPair;
+use super::outcome::array;
 use super::report::StepReport;
-use super::step::Inputs;
 use crate::graph::builder::STATE_PREFIX;
 use crate::graph::optimizer::Bounds;
 use crate::graph::{Node, NodeOp, Rate, Var};
@@ -29,13 +31,13 @@ struct Origin {
 
 impl Origin {
     /// Encodes the origin for an exchange between processes. Encoded pairs are ordered as origins are.
-    fn to_pair(self) -> NumberPair {
+    fn to_pair(self) -> [u64; 2] {
         let Self { once_per_step, micro_batch, node, output, device, elements } = self;
         let computed = u64::from(once_per_step) << 63 | u64::from(micro_batch) << 40 | u64::from(node) << 8;
         [computed | u64::from(output), u64::from(device) << 32 | u64::from(elements)]
     }
 
-    fn from_pair([computed, place]: NumberPair) -> Self {
+    fn from_pair([computed, place]: [u64; 2]) -> Self {
         Self {
             once_per_step: computed >> 63 != 0,
             micro_batch: (computed << 1 >> 41) as u32,
@@ -47,8 +49,8 @@ impl Origin {
     }
 }
 
-/// Sent by a process that has found no non-finite tensor.
-const NOT_FOUND: NumberPair = [u64::MAX; 2];
+/// Supplied by a process that has found no non-finite tensor.
+const NOT_FOUND: [u64; 2] = [u64::MAX; 2];
 
 impl Session {
     /// Bounds after the update of this step; default bounds for a program without an objective.
@@ -79,13 +81,13 @@ impl Session {
         }
         // Non-negative floats are ordered as their bits are.
         let Bounds { parameter, first, second, .. } = self.bounds;
-        let half = |bound: f64| u64::from((bound as f32).next_up().to_bits());
-        let pairs = self.exchange([parameter.to_bits(), half(first) << 32 | half(second)])?;
-        let largest = |part: fn(&NumberPair) -> u64| pairs.iter().map(part).max().unwrap_or_default();
-        let moment = |bits: u64| f64::from(f32::from_bits(bits as u32));
-        self.bounds.parameter = f64::from_bits(largest(|pair| pair[0]));
-        self.bounds.first = moment(largest(|pair| pair[1] >> 32));
-        self.bounds.second = moment(largest(|pair| pair[1] & u64::from(u32::MAX)));
+        let moment = |bound: f64| f64::from((bound as f32).next_up()).to_bits();
+        let bounds = [parameter.to_bits(), moment(first), moment(second)];
+        let rules = [MergeRule::Max { words: 1 }, MergeRule::Max { words: 1 }, MergeRule::Max { words: 1 }].into();
+        let all = self.combine(Topic::BetweenSteps, &rules, bounds.map(|bound| vec![bound]).into())?;
+        let largest = |field| f64::from_bits(array::<1>(&all, field)[0]);
+        self.bounds.parameter = largest(0);
+        (self.bounds.first, self.bounds.second) = (largest(1), largest(2));
         Ok(())
     }
 
@@ -96,13 +98,15 @@ impl Session {
         report: &StepReport,
     ) -> Result<NonFinite, SessionError> {
         self.running.iter().for_each(|running| running.check_finite(true));
-        let run = self.run(inputs).and_then(|_| self.decide(f32::NAN));
+        let run = self.run(inputs, &[].into(), Vec::new()).and_then(|_| self.take_results());
+        let run = run.and_then(|_| self.decide(f32::NAN));
         self.running.iter().for_each(|running| running.check_finite(false));
         run?;
         let found = self.running.as_ref().map(|running| running.take_not_finite()).unwrap_or_default();
         let computed = found.iter().filter_map(|found| self.origin(found));
         let own = computed.chain(self.non_finite_parameters()?).min().map_or(NOT_FOUND, Origin::to_pair);
-        let first = self.exchange(own)?.into_iter().min().filter(|pair| *pair != NOT_FOUND);
+        let first = self.largest(own.map(|word| !word))?.map(|word| !word);
+        let first = Some(first).filter(|pair| *pair != NOT_FOUND);
         let first = first.and_then(|pair| self.describe(Origin::from_pair(pair)));
         Ok(NonFinite { first, ..report.overflow(None) })
     }

@@ -19,6 +19,16 @@ pub enum Threads {
     Owned,
 }
 
+/// Which ranks get the outputs of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Outputs {
+    /// All ranks.
+    #[default]
+    AllRanks,
+    /// Rank 0. The others get only the loss and the gradient norm.
+    FirstRank,
+}
+
 /// Options of a session.
 #[derive(Clone, Debug)]
 pub struct SessionOptions {
@@ -41,6 +51,8 @@ pub struct SessionOptions {
     pub peak_flops: Option<f64>,
     /// Total number of steps that the program plans, so that the live page can estimate the end.
     pub steps_planned: Option<u64>,
+    /// Which ranks get the outputs of a step; the same for all. Other outputs are not sent.
+    pub outputs: Outputs,
     /// Whether the session publishes to the `metrics` facade; enable it for one session per process.
     pub publishes_metrics: bool,
     /// Values that must be equal on all ranks. Checkpoints record them, and a resume compares them.
@@ -62,6 +74,7 @@ impl Default for SessionOptions {
             extra_bytes: 0,
             peak_flops: None,
             steps_planned: None,
+            outputs: Outputs::default(),
             publishes_metrics: true,
             declared: Declarations::default(),
             ignoring: Vec::new(),

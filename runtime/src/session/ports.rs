@@ -2,65 +2,78 @@
 
 use std::collections::BTreeMap;
 
-use shardflow_actors::remote::HostBroadcast;
+use shardflow_actors::remote::HostRoute;
 use shardflow_kernels::tensor::DType;
 
-use super::agreement::{self, SharedInput};
+use super::options::Outputs;
 use crate::graph::Var;
+use crate::graph::builder::{GRAD_SQUARES_OUTPUT, LOSS_OUTPUT};
 use crate::plan::segments::SegmentId;
 use crate::plan::{HostTransfer, Instance};
 use crate::process_map::ProcessMap;
 
-/// Ports through which processes send host data to each other: fetch results, resident tensors and numbers.
+/// Ports through which processes send host data to each other: fetch results and resident tensors.
 #[derive(Clone, Debug, Default)]
 pub struct HostPorts {
-    pub ports: Vec<HostBroadcast>,
+    pub ports: Vec<HostRoute>,
     /// By device and segment: the port of a fetch, and its tensors in order.
     pub fetches: BTreeMap<(usize, SegmentId), (u32, Vec<Var>)>,
+    /// By index of the graph's output: the port through which process 0 sends the whole tensor of each firing.
+    pub outputs: Vec<u32>,
     /// Port of a device's resident tensor, by its index.
     pub residents: BTreeMap<(usize, usize), u32>,
-    /// By process: port of its number pair, see `Session::exchange`.
-    pub pairs: Vec<u32>,
-    /// By process: port of the numbers that it sends in each step, see [`super::agreement`].
-    pub steps: Vec<u32>,
-    /// By process: port of the numbers that it sends at a load, see [`super::agreement`].
-    pub loads: Vec<u32>,
 }
 
 impl HostPorts {
-    pub fn of(plan: &Instance, process_map: &ProcessMap, shared: &[SharedInput]) -> Self {
+    pub fn of(plan: &Instance, process_map: &ProcessMap, outputs: Outputs) -> Self {
         let mut out = Self::default();
         for (actor, actions) in plan.spec.actors.iter().zip(&plan.actions) {
             for action in actions {
                 let fetch = action.host.as_ref().filter(|host| host.transfer == HostTransfer::Fetch);
                 if let Some(host) = fetch {
                     let tensors = host.buffers.iter().map(|b| (b.shape.clone(), b.dtype)).collect();
-                    let port = out.add(process_map.process_of(actor.device), tensors);
+                    let port = out.add(process_map.process_of(actor.device), Some(0), tensors);
                     out.fetches.insert((actor.device, action.segment), (port, host.vars.clone()));
                 }
             }
         }
+        for output in &plan.graph.outputs {
+            let info = plan.graph.tensor(output.tensor);
+            let is_for_all = outputs == Outputs::AllRanks || is_decisive(&output.name);
+            let dtype = out.fetched_dtype(plan, output.tensor);
+            let port = out.add(0, (!is_for_all).then_some(0), vec![(info.shape.clone(), dtype)]);
+            out.outputs.push(port);
+        }
         for (device, residents) in plan.residents.iter().enumerate() {
             for (index, resident) in residents.iter().enumerate() {
                 let tensors = vec![(resident.region.size.clone(), resident.dtype)];
-                let port = out.add(process_map.process_of(device), tensors);
+                let port = out.add(process_map.process_of(device), None, tensors);
                 out.residents.insert((device, index), port);
             }
-        }
-        let loads = agreement::load_numbers(plan);
-        for process in 0..process_map.processes {
-            // A number is sent as two integers.
-            let mut port = |numbers: usize| out.add(process, vec![(vec![2 * numbers], DType::I32)]);
-            let ports = [2, agreement::step_numbers(shared, process), loads].map(&mut port);
-            out.pairs.push(ports[0]);
-            out.steps.push(ports[1]);
-            out.loads.push(ports[2]);
         }
         out
     }
 
-    fn add(&mut self, process: u32, tensors: Vec<(Vec<usize>, DType)>) -> u32 {
-        self.ports.push(HostBroadcast { process, tensors });
+    /// The type in which devices send an output to the host.
+    fn fetched_dtype(&self, plan: &Instance, var: Var) -> DType {
+        let graph = &plan.graph;
+        let fetch = plan.segments.fetch_of(graph, var);
+        let devices = graph.placements[graph.placement_of(var)].devices().iter();
+        let fetched = |device: &usize| {
+            let (port, vars) = self.fetches.get(&(*device, fetch))?;
+            let index = vars.iter().position(|other| *other == var)?;
+            Some(self.ports[*port as usize].tensors.get(index)?.1)
+        };
+        devices.into_iter().find_map(fetched).unwrap_or(graph.tensor(var).dtype)
+    }
+
+    fn add(&mut self, process: u32, to: Option<u32>, tensors: Vec<(Vec<usize>, DType)>) -> u32 {
+        self.ports.push(HostRoute { process, to, tensors });
         self.ports.len() as u32 - 1
     }
+}
+
+/// True for an output that decides about the update, which all processes need.
+fn is_decisive(output: &str) -> bool {
+    output == LOSS_OUTPUT || output == GRAD_SQUARES_OUTPUT
 }

@@ -17,7 +17,8 @@ pub struct StepReport {
     pub loss: Option<f32>,
     /// Global norm of the gradients before clipping, if there are any.
     pub grad_norm: Option<f64>,
-    /// Each output of the whole batch by name; [`crate::graph::Combine`] describes those computed per micro-batch.
+    /// Each output of the whole batch by name; [`crate::graph::Combine`] describes those computed per micro-batch. See
+    /// [`super::SessionOptions::outputs`].
     pub outputs: BTreeMap<String, HostTensor>,
     /// The request that the processes agreed on in this step; equal on all of them. See [`shardflow_job::requests`].
     pub request: Request,

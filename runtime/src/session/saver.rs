@@ -65,24 +65,22 @@ impl Session {
             Ok(saver)
         });
         let failed = |error: &CheckpointError| Outcome::Failed(error.exit_code());
-        let outcomes = self.exchange_outcomes(probed.as_ref().err().map_or(Outcome::Good(number), failed))?;
+        let outcomes = self.combine_outcomes(probed.as_ref().err().map_or(Outcome::Good(number), failed))?;
         let saver = probed?;
-        let probe_of = |outcome: Outcome| probe(store, outcome.value());
         let delete = || store.operations.delete(&probe(store, number));
-        Outcome::check_others(&outcomes, store.place(), "cannot use it").inspect_err(|_| drop(delete()))?;
-        let seen = store.operations.wait_visible(|| store.operations.size(&probe_of(outcomes[0])));
+        outcomes.worst.check(store.place(), "cannot use it").inspect_err(|_| drop(delete()))?;
+        let seen = store.operations.wait_visible(|| store.operations.size(&probe(store, outcomes.first)));
         let own = match &seen {
             Ok(Some(_)) => Outcome::Good(0),
             Ok(None) => Outcome::Absent,
             Err(error) => failed(error),
         };
-        let outcomes = self.exchange_outcomes(own)?;
+        let outcomes = self.combine_outcomes(own)?;
         let deleted = delete();
         seen?;
         deleted?;
-        Outcome::check_others(&outcomes, store.place(), "cannot read it")?;
-        let blind = (0..outcomes.len()).filter(|rank| outcomes[*rank] == Outcome::Absent);
-        let ranks: Vec<String> = blind.map(|rank| format!("rank {rank}")).collect();
+        outcomes.worst.check(store.place(), "cannot read it")?;
+        let ranks: Vec<String> = outcomes.absent.iter().map(|rank| format!("rank {rank}")).collect();
         if ranks.is_empty() {
             return Ok(saver);
         }

@@ -11,7 +11,7 @@ use super::Session;
 use super::agreement::{LoadSummary, digest_of};
 use super::budget::{SNAPSHOTS_MAX, saved_parts};
 use super::error::SessionError;
-use super::outcome::{NumberPair, Outcome};
+use super::outcome::Outcome;
 use super::start::cannot_start;
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement, SingleProcess};
 use crate::checkpoint::error::CheckpointError;
@@ -190,9 +190,9 @@ impl Session {
                 Err(error) => Outcome::Failed(error.exit_code()),
             };
             // The first process decides which step is loaded and which are damaged.
-            let chosen = self.exchange_outcomes(own)?[0];
+            let chosen = Outcome::from_pair(self.of_first(own.to_pair())?);
             let (reader, numbers) = found?;
-            Outcome::check_others(&[chosen], store.place(), "cannot read it")?;
+            chosen.check(0, store.place(), "cannot read it")?;
             let step = match chosen {
                 Outcome::Good(step) => step,
                 Outcome::Absent => return Ok(Restored { found: None, damaged: Vec::new(), notes: Vec::new() }),
@@ -204,7 +204,7 @@ impl Session {
                     return Err(CheckpointError::OnRank { place, rank: 0, exit, problem }.into());
                 }
             };
-            let [newest, cursor] = self.exchange(numbers)?[0];
+            let [newest, cursor] = self.of_first(numbers)?;
             self.damaged_up_to = self.damaged_up_to.max(newest);
             let reader = reader.map_or_else(|| store.read_as(step, cursor), Ok).map_err(SessionError::from);
             self.set_activity("loading weights");
@@ -215,18 +215,18 @@ impl Session {
                 Err(SessionError::Checkpoint(error)) if error.is_damage() => Outcome::Damaged,
                 Err(error) => Outcome::Failed(error.exit().code()),
             };
-            let outcomes = self.exchange_outcomes(own)?;
-            match (read, outcomes.iter().max()) {
-                (Err(SessionError::Checkpoint(error)), Some(Outcome::Damaged)) => all.push(error),
+            let outcomes = self.combine_outcomes(own)?;
+            match (read, outcomes.worst.outcome) {
+                (Err(SessionError::Checkpoint(error)), Outcome::Damaged) => all.push(error),
                 (Err(error), _) => return Err(error),
-                (Ok((parts, reader)), Some(Outcome::Good(_))) => {
+                (Ok((parts, reader)), Outcome::Good(_)) => {
                     // The first process's productive time counts: launchers of other nodes began later.
-                    let notes = self.load_parts(Ok(parts), &reader, outcomes[0].value())?;
+                    let notes = self.load_parts(Ok(parts), &reader, outcomes.first)?;
                     return Ok(Restored { found: Some((step, reader.manifest().cursor.clone())), damaged: all, notes });
                 }
                 (Ok(_), _) => {
-                    Outcome::check_others(&outcomes, store.place(), &format!("cannot load step {step}"))?;
-                    let rank = outcomes.iter().position(|outcome| *outcome == Outcome::Damaged).unwrap_or(0);
+                    outcomes.worst.check(store.place(), &format!("cannot load step {step}"))?;
+                    let rank = outcomes.worst.rank;
                     let why = format!("rank {rank} cannot read its part");
                     all.push(store.manifest(step).damaged(why));
                 }
@@ -246,7 +246,7 @@ impl Session {
         store: &Store,
         before: Option<u64>,
         all_damaged: &mut Vec<CheckpointError>,
-    ) -> Result<(Option<CheckpointReader>, NumberPair), CheckpointError> {
+    ) -> Result<(Option<CheckpointReader>, [u64; 2]), CheckpointError> {
         if self.process_map.process != 0 {
             return Ok((None, [0; 2]));
         }

@@ -19,7 +19,8 @@ use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::memory::Arena;
 use shardflow_kernels::tensor::HostTensor;
 
-use super::agreement::{SharedInput, shared_inputs};
+use super::agreement::{SharedInput, rules_of_step, shared_inputs};
+use super::batch::local_parts;
 use super::budget::Budget;
 use super::error::SessionError;
 use super::exchange::Inbox;
@@ -48,6 +49,9 @@ use shardflow_job::exit::Exit;
 use shardflow_job::machine::{affinity, threads_per_device};
 use shardflow_job::rendezvous::Fact;
 use shardflow_job::rendezvous::facts::{COLLECTIVES, ENCRYPTION, KERNELS, MESH, PLAN, TRANSPORT};
+
+/// The fact for [`SessionOptions::outputs`].
+const OUTPUTS: &str = "outputs";
 
 /// The warning for kernels built with this optimization level, which may be fifty times slower.
 fn slow_build_warning(opt_level: &str) -> Option<String> {
@@ -108,6 +112,8 @@ impl Session {
         let plan = Arc::new(plan);
         let mut session = Self {
             vocabularies: tokens::vocabularies(&plan.graph),
+            local_parts: local_parts(&plan, &process_map),
+            step_rules: rules_of_step(&plan, &shared_inputs),
             shared_inputs,
             declared: declared(&plan, options),
             ignoring: options.ignoring.clone(),
@@ -241,14 +247,14 @@ impl Resources {
             arenas.insert(device.rank(), if shared { device.shared_arena(bytes)? } else { device.arena(bytes)? });
         }
         let shared_inputs = shared_inputs(plan, &process_map);
-        let ports = Arc::new(HostPorts::of(plan, &process_map, &shared_inputs));
+        let ports = Arc::new(HostPorts::of(plan, &process_map, options.outputs));
         set_activity(WAITING);
         let mut connections = match world {
             Some(world) => {
                 let connector = Connector { pipes, ..world.connector() };
                 connector.connect_all(plan, &devices, &arenas, engine)?
             }
-            None => Connections { engine, mapped: BTreeMap::new(), mirrors: BTreeMap::new(), peers: Vec::new() },
+            None => Connections::alone(engine),
         };
         arenas.append(&mut connections.mapped);
         Ok(Self { process_map, node_processes, devices, arenas, shared_inputs, ports, connections })
@@ -277,6 +283,7 @@ fn facts(plan: &Instance, options: &SessionOptions) -> Result<Vec<Fact>, Cluster
         Fact::new(KERNELS, kernels),
         Fact::new(SEED, options.seed),
         Fact::new(ON_NON_FINITE, format_args!("{:?}", options.on_non_finite)),
+        Fact::new(OUTPUTS, format_args!("{:?}", options.outputs)),
     ];
     facts.extend(options.declared.iter().map(|(name, value)| Fact::new(name, value)));
     facts.push(Fact::new(PLAN, plan.hash()));

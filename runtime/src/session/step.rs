@@ -4,52 +4,53 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use shardflow_actors::error::Failure;
-use shardflow_kernels::collective::ReduceOp;
-use shardflow_kernels::op::norm_of_squares;
 use shardflow_kernels::tensor::{HostTensor, Region, element_count};
 
-use super::agreement::{difference_in_step, digest};
+use super::agreement::{SharedInput, difference_in_step, digest, fields_of_step};
+use super::batch::{Batch, Inputs};
 use super::error::SessionError;
 use super::load::FeedPort;
+use super::outcome::array;
 use super::report::StepReport;
 use super::{Session, tokens};
-use crate::graph::builder::{GRAD_SQUARES_OUTPUT, HYPER_INPUT, RNG_INPUT};
-use crate::graph::{Combine, Node, NodeOp, TensorInfo, Var};
+use crate::graph::builder::{HYPER_INPUT, RNG_INPUT};
+use crate::graph::{Node, NodeOp, TensorInfo, Var};
 use crate::init;
 use crate::plan::memory::local_part;
-use crate::plan::segments::SegmentId;
-use crate::sbp::region::{combine, concat, slice_region};
-use crate::sbp::{Sbp, gather};
+use crate::sbp::Sbp;
+use crate::sbp::region::{concat, slice_region};
+use shardflow_job::membership::Reduced;
 use shardflow_job::requests::{Request, since_1970};
 
-pub(super) type Inputs<'a> = BTreeMap<&'a str, &'a HostTensor>;
-
-/// Fetch results of all devices: one list per firing, with one tensor per port.
-type Results = BTreeMap<(usize, SegmentId), Vec<Vec<HostTensor>>>;
-
 impl Session {
-    /// Runs one step on the whole batch and returns the program's outputs; all devices are then idle. Nothing is
-    /// updated if loss or gradient norm is Inf or NaN, or the update could overflow: see [`super::numerics`]. A program
-    /// without an objective ignores `learning_rate`.
+    /// Runs one step on a batch and returns the program's outputs; all devices are then idle. A slice of named tensors is
+    /// the whole batch; see [`Batch::Local`] to supply a part. Nothing is updated if loss or gradient norm is Inf or NaN,
+    /// or the update could overflow: see [`super::numerics`]. A program without an objective ignores `learning_rate`.
     ///
     /// # Errors
     /// An input that is missing, unknown, of the wrong shape or type, or holds a token outside the vocabulary: nothing
     /// ran. [`SessionError::NonFinite`], if the options require it, or [`SessionError::Disagreement`] on all ranks, if
     /// learning rates or shared elements differ: nothing was updated. Also the failure of the session.
-    pub fn step(&mut self, inputs: &[(&str, HostTensor)], learning_rate: f32) -> Result<StepReport, SessionError> {
+    pub fn step<'a>(&mut self, batch: impl Into<Batch<'a>>, learning_rate: f32) -> Result<StepReport, SessionError> {
+        let batch = batch.into();
+        self.check_inputs(batch)?;
+        self.run_step(&batch.into(), learning_rate)
+    }
+
+    fn run_step(&mut self, inputs: &Inputs<'_>, learning_rate: f32) -> Result<StepReport, SessionError> {
         let begin = Instant::now();
-        self.check_inputs(inputs)?;
         if !learning_rate.is_finite() {
             let (name, expected) = ("learning_rate".into(), "a finite number".into());
             return Err(SessionError::Input { name, expected, got: learning_rate.to_string() });
         }
-        let by_name: Inputs<'_> = inputs.iter().map(|(name, tensor)| (*name, tensor)).collect();
         let requested = self.requests.as_ref().map(|r| r.before_step(self.last_step, since_1970())).unwrap_or_default();
-        self.send_step_numbers(requested.code(), learning_rate, &by_name);
-        let results = self.run(&by_name)?;
-        let request = Request::from_code(self.agree_on_step()?);
+        let fields = self.step_numbers(requested.code(), learning_rate, inputs);
+        let rules = self.step_rules.clone();
+        let numbers = self.run(inputs, &rules, fields)?;
+        let outputs = self.exchange_outputs()?;
+        let request = Request::from_code(self.agree_on_step(&numbers)?);
         self.requests.iter().for_each(|requests| requests.agreed(request));
-        let mut report = StepReport { request, ..self.report(results)? };
+        let mut report = StepReport { request, ..self.report(outputs) };
         let mut accepted = Ok(());
         let bounds = self.bounds_after(&report, learning_rate);
         match (report.is_finite(), bounds.overflow()) {
@@ -61,7 +62,7 @@ impl Session {
             (is_finite, overflow) => {
                 self.decide(f32::NAN)?;
                 let found =
-                    if is_finite { report.overflow(overflow) } else { self.find_first_non_finite(&by_name, &report)? };
+                    if is_finite { report.overflow(overflow) } else { self.find_first_non_finite(inputs, &report)? };
                 accepted = self.accept_non_finite(&found);
                 report.non_finite = Some(found);
             }
@@ -78,11 +79,13 @@ impl Session {
         accepted.map(|()| report)
     }
 
-    /// Sends this process's request, learning rate and digests of a step to all processes.
-    fn send_step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) {
+    /// This process's request, learning rate and digests of a step, which all processes compare.
+    fn step_numbers(&self, request: u64, learning_rate: f32, inputs: &Inputs<'_>) -> Vec<Vec<u64>> {
         let own = self.process_map.process;
-        let mut numbers = vec![request, u64::from(learning_rate.to_bits())];
-        for input in self.shared_inputs.iter().filter(|input| input.processes.contains(&own)) {
+        let digest = |input: &SharedInput| {
+            if input.processes.binary_search(&own).is_err() {
+                return Vec::new();
+            }
             let mut hasher = blake3::Hasher::new();
             let firings = self.plan.graph.tensor(input.var).rate.per_step(self.plan.micro_batches);
             for micro_batch in 0..firings {
@@ -90,34 +93,20 @@ impl Session {
                     hasher.update(self.region(input.var, region.clone(), micro_batch, inputs).as_bytes());
                 }
             }
-            numbers.push(digest(&hasher));
-        }
-        self.send_numbers(&self.ports.steps, &numbers);
+            vec![digest(&hasher)]
+        };
+        let digests = self.shared_inputs.iter().map(digest).collect();
+        fields_of_step(&self.plan, request, learning_rate, digests)
     }
 
-    /// Compares all processes' numbers for the step and returns the largest request; a difference cancels the update.
-    fn agree_on_step(&mut self) -> Result<u64, SessionError> {
-        let ports = self.ports.clone();
-        let all_numbers = self.receive_numbers(&ports.steps, None)?;
-        if let Some(difference) = difference_in_step(&self.plan, &self.shared_inputs, self.steps, &all_numbers) {
+    /// Returns the largest request of all processes; a difference between their numbers cancels the update.
+    fn agree_on_step(&mut self, all: &Reduced) -> Result<u64, SessionError> {
+        if let Some(difference) = &all.difference {
+            let difference = difference_in_step(&self.plan, &self.shared_inputs, self.steps, difference);
             self.decide(f32::NAN)?;
             return Err(difference.into());
         }
-        Ok(all_numbers.iter().filter_map(|numbers| numbers.first().copied()).max().unwrap_or_default())
-    }
-
-    /// Feeds a batch and returns the results of the devices of all processes. Devices then wait before the update.
-    pub(super) fn run(&mut self, inputs: &Inputs<'_>) -> Result<Results, SessionError> {
-        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
-        self.start_step(inputs).map_err(|failure| self.fail(failure))?;
-        let (ports, micro_batches) = (self.ports.clone(), self.plan.micro_batches);
-        let firings = |segment: SegmentId| self.plan.segments.get(segment).rate.per_step(micro_batches);
-        let wanted = |((_, segment), (port, _)): (&(usize, SegmentId), &(u32, _))| (*port, firings(*segment));
-        let wanted: Vec<_> = ports.fetches.iter().map(wanted).collect();
-        self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
-        let mut inbox = self.inbox.lock();
-        let fetches = ports.fetches.keys().zip(wanted);
-        Ok(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect())
+        Ok(array::<1>(all, 0)[0])
     }
 
     /// Starts the update with this learning rate (NaN cancels it), and waits until all devices are idle.
@@ -131,7 +120,7 @@ impl Session {
     }
 
     /// Feeds a batch and adds the tokens of all other external actions.
-    fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
+    pub(super) fn start_step(&self, inputs: &Inputs<'_>) -> Result<(), Failure> {
         for feed in self.feeds.iter().filter(|feed| !feed.decides) {
             self.feed(feed, |var, micro_batch| self.part(var, feed.device, micro_batch, inputs))?;
         }
@@ -151,8 +140,8 @@ impl Session {
         running.add_tokens(feed.actor, feed.action, firings as u32)
     }
 
-    fn check_inputs(&self, inputs: &[(&str, HostTensor)]) -> Result<(), SessionError> {
-        let graph = &self.plan.graph;
+    fn check_inputs(&self, batch: Batch<'_>) -> Result<(), SessionError> {
+        let (graph, inputs, is_local) = (&self.plan.graph, batch.tensors(), matches!(batch, Batch::Local(_)));
         let is_fed = |n: &&Node| matches!(n.op, NodeOp::Input) && n.name != RNG_INPUT && n.name != HYPER_INPUT;
         let inputs_of_graph = graph.nodes().iter().filter(is_fed);
         let expected: BTreeMap<&str, Var> = inputs_of_graph.map(|n| (n.name.as_str(), n.outputs[0])).collect();
@@ -173,12 +162,21 @@ impl Session {
         }
         for (name, var) in expected {
             let info = graph.tensor(var);
-            let mut shape = info.shape.clone();
+            let part = self.local_parts.get(name).filter(|_| is_local);
+            let found = inputs.iter().find(|i| i.0 == name);
+            if is_local && part.is_none() {
+                if found.is_none() {
+                    continue;
+                }
+                return Err(wrong(name, "no part of it: no device of this rank reads it".into(), "a tensor".into()));
+            }
+            let mut shape = part.map_or_else(|| info.shape.clone(), |part| part.size.clone());
             if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {
                 *rows *= self.plan.micro_batches;
             }
-            let wanted = format!("{:?} {shape:?}", info.dtype);
-            match inputs.iter().find(|i| i.0 == name) {
+            let place = part.map_or("", |_| " on this rank, with a local batch");
+            let wanted = format!("{:?} {shape:?}{place}", info.dtype);
+            match found {
                 None => return Err(wrong(name, wanted, "nothing".into())),
                 Some((_, t)) if t.shape != shape || t.dtype() != info.dtype => {
                     return Err(wrong(name, wanted, format!("{:?} {:?}", t.dtype(), t.shape)));
@@ -206,68 +204,43 @@ impl Session {
 
     /// A region of an input; the region is relative to the start of the micro-batch.
     fn region(&self, var: Var, mut region: Region, micro_batch: usize, inputs: &Inputs<'_>) -> HostTensor {
-        let info = self.plan.graph.tensor(var);
-        if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
-            region.start[dim] += micro_batch * info.shape[dim];
+        let (info, name) = (self.plan.graph.tensor(var), self.plan.graph.producer(var).name.as_str());
+        let part = self.local_parts.get(name).filter(|_| inputs.is_local);
+        let held = part.map_or(&info.shape, |part| &part.size);
+        if let Some(part) = part {
+            region.start.iter_mut().zip(&part.start).for_each(|(start, first)| *start -= first);
         }
-        slice_region(inputs[self.plan.graph.producer(var).name.as_str()], &region)
+        if let Some(dim) = batch_dim(info).filter(|dim| *dim < info.shape.len()) {
+            region.start[dim] += micro_batch * held[dim];
+        }
+        slice_region(inputs.tensors[name], &region)
     }
 
-    fn report(&self, results: Results) -> Result<StepReport, SessionError> {
-        let graph = &self.plan.graph;
-        let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
-        let mut squares: Vec<[f64; 2]> = Vec::new();
-        for output in &graph.outputs {
-            let info = graph.tensor(output.tensor);
-            let placement = &graph.placements[graph.placement_of(output.tensor)];
-            let firings = info.rate.per_step(self.plan.micro_batches);
-            let fetch = self.plan.segments.fetch_of(graph, output.tensor);
-            let shard = |device: &usize, firing: usize| {
-                let key = (*device, fetch);
-                let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
-                results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
-            };
-            let piece = |firing| {
-                let shards: Vec<HostTensor> = placement.devices().iter().map(|d| shard(d, firing)).collect();
-                gather(&shards, &info.shape, graph.layout(output.tensor), placement)
-            };
-            let pieces = (0..firings).map(piece).collect::<Result<_, _>>()?;
-            let whole = combine_micro_batches(pieces, output.combine.unwrap_or(Combine::First));
-            if output.name == GRAD_SQUARES_OUTPUT {
-                let (values, _) = whole.as_f32().unwrap_or_default().as_chunks::<2>();
-                squares.resize(values.len(), [0.0; 2]);
-                for (sum, value) in squares.iter_mut().zip(values) {
-                    *sum = [sum[0] + f64::from(value[0]), sum[1] + f64::from(value[1])];
-                }
-            } else {
-                outputs.insert(output.name.clone(), whole);
-            }
-        }
-        let loss = outputs.get("loss").and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
-        let grad_norm = (!squares.is_empty()).then(|| norm_of_squares(squares));
-        Ok(StepReport { step: self.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None })
+    /// This rank's part of a whole batch, for [`Batch::Local`].
+    ///
+    /// # Errors
+    /// The same as those of [`Session::step`] for a wrong input.
+    pub fn local_batch<'a>(&self, whole: &[(&'a str, HostTensor)]) -> Result<Vec<(&'a str, HostTensor)>, SessionError> {
+        self.check_inputs(Batch::Whole(whole))?;
+        let inputs = Inputs::from(Batch::Whole(whole));
+        let nodes = self.plan.graph.nodes().iter().filter(|node| matches!(node.op, NodeOp::Input));
+        let vars: BTreeMap<&str, Var> = nodes.map(|node| (node.name.as_str(), node.outputs[0])).collect();
+        let part = |name: &'a str| {
+            let (region, var) = (self.local_parts.get(name)?, *vars.get(name)?);
+            let dim = batch_dim(self.plan.graph.tensor(var));
+            let micro_batches = if dim.is_some() { self.plan.micro_batches } else { 1 };
+            let parts = (0..micro_batches).map(|index| self.region(var, region.clone(), index, &inputs));
+            let mut parts: Vec<HostTensor> = parts.collect();
+            Some((
+                name,
+                if let (Some(dim), 2..) = (dim, parts.len()) { concat(&parts, dim) } else { parts.swap_remove(0) },
+            ))
+        };
+        Ok(whole.iter().filter_map(|(name, _)| part(name)).collect())
     }
 }
 
 /// The dim along which micro-batches split an input.
 fn batch_dim(input: &TensorInfo) -> Option<usize> {
     if let Some(Sbp::Split(dim)) = input.loop_sbp { Some(dim) } else { None }
-}
-
-/// Combines the values of a step's micro-batches, in their order; `pieces` is not empty.
-fn combine_micro_batches(mut pieces: Vec<HostTensor>, method: Combine) -> HostTensor {
-    let op = match method {
-        Combine::First => return pieces.swap_remove(0),
-        Combine::Concat(dim) => return concat(&pieces, dim),
-        Combine::Stack => {
-            pieces.iter_mut().for_each(|piece| piece.shape.insert(0, 1));
-            return concat(&pieces, 0);
-        }
-        Combine::Sum => ReduceOp::Sum,
-        Combine::Max => ReduceOp::Max,
-    };
-    let mut terms = pieces.into_iter();
-    let mut whole = terms.next().expect("a step has a micro-batch");
-    terms.for_each(|term| combine(&mut whole, &term, op));
-    whole
 }

@@ -1,16 +1,16 @@
-//! Decides which of several reports is the first cause of the session's end. Pure: the caller supplies the time.
+//! Decides which of several reports is the first cause of a session's end. Pure: the caller supplies the time.
 //!
-//! One failure causes many reports. The failed process reports itself. Its peers report lost connections and later
-//! missing heartbeats. Peers also report the loss of processes that stop because of the failure. Reports carry no
-//! times, because clocks differ. They are ranked by kind, and by whether the reporter already knew of another report:
+//! One failure causes many reports: the failed process reports itself, its peers lose their connections to it and later
+//! its heartbeats, and processes that stop because of it are lost to others. Reports carry no times, because clocks
+//! differ. Their order depends on their kind, and on whether the reporter already knew of another report:
 //!
-//! 1. this process's own failure, unless this process already knew of another process's own failure;
-//! 2. another process's own failure, under the same condition;
-//! 3. secondary failures, whose reporter already knew of another process's failure;
-//! 4. symptoms (a lost connection, missing heartbeats): the process with the most first-hand accusers, then the most.
+//! 1. this process's own failure, unless it already knew of a peer's own failure;
+//! 2. a peer's own failure, with the same condition;
+//! 3. secondary failures: the reporter already knew of another process's failure;
+//! 4. symptoms (a lost connection, missing heartbeats): the process with the most accusers, first-hand ones first.
 //!
-//! The lower process number breaks ties. After the first report, a grace window allows better reports to arrive. So
-//! processes with the same reports, in any order, decide on the same cause. Only a process's own failure does not wait.
+//! Ties go to the lower process number. After the first report, a grace window allows better reports to arrive. So
+//! processes that receive the same reports in any order decide on the same cause. Only an own failure is final at once.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -24,9 +24,9 @@ use serde::{Deserialize, Serialize};
 pub struct FirstCause {
     /// The process that failed or was lost.
     pub process: u32,
-    /// What happened to the process, and which process observed it.
+    /// What happened to it, and which process observed it.
     pub cause: String,
-    /// The exit code of the failed process, or 69 if the process was lost.
+    /// The exit code: that of the failed process, or 69 if it was lost.
     pub exit: u8,
 }
 
@@ -50,14 +50,20 @@ pub(crate) struct Report {
     /// The process that failed; equal to `by` for [`Kind::Failed`].
     pub(crate) about: u32,
     pub(crate) kind: Kind,
-    /// True if the reporter already knew of another report that may have caused this one.
+    /// The reporter already knew of another report that may have caused this one.
     pub(crate) follows: bool,
-    /// The cause; empty if the report came in a heartbeat, which has no room for it. A control message adds it later.
+    /// Empty if a heartbeat brought the report, which has no room for it; a control message supplies it later.
     pub(crate) cause: String,
     pub(crate) exit: u8,
 }
 
-/// Text for the cause if only a heartbeat brought the report.
+impl Report {
+    fn key(&self) -> (u32, u32, Kind) {
+        (self.by, self.about, self.kind)
+    }
+}
+
+/// Text for the cause of a report that only a heartbeat brought.
 const UNKNOWN_CAUSE: &str = "it is lost; the report of the cause did not arrive";
 
 /// Collects reports and makes one decision.
@@ -66,19 +72,24 @@ pub(crate) struct Arbiter {
     own: u32,
     processes: u32,
     grace: Duration,
-    /// End of the grace window.
+    /// When the grace window ends.
     decide_at: Option<Duration>,
-    /// Keyed by reporter, accused process and kind, so the number of reports is bounded.
+    /// By reporter, accused process and kind, so their number is bounded.
     reports: BTreeMap<(u32, u32, Kind), Report>,
     closed: bool,
+    /// The reports that this process has passed on, and whether they had a cause.
+    relayed: BTreeMap<(u32, u32, Kind), bool>,
+    /// The best rank of these, see [`Arbiter::relays`].
+    best_relayed: u8,
 }
 
 impl Arbiter {
     pub(crate) fn new(own: u32, processes: u32, grace: Duration) -> Self {
-        Self { own, processes, grace, decide_at: None, reports: BTreeMap::new(), closed: false }
+        let (reports, relayed) = (BTreeMap::new(), BTreeMap::new());
+        Self { own, processes, grace, decide_at: None, reports, closed: false, relayed, best_relayed: u8::MAX }
     }
 
-    /// Ignores all later reports, because this process has left cleanly.
+    /// Closes the arbiter after this process has left cleanly: later reports are ignored.
     pub(crate) fn close(&mut self) {
         self.closed = true;
     }
@@ -93,19 +104,46 @@ impl Arbiter {
         Report { by: self.own, about, kind: Kind::Lost, follows, cause, exit }
     }
 
-    /// The process that this one has lost without knowing of another report. If several are lost, the lowest number.
+    /// The process that this one has lost without knowing of another report; the lowest number.
     pub(crate) fn lost_by_own(&self) -> Option<u32> {
         let lost = self.reports.values().find(|r| r.by == self.own && r.kind == Kind::Lost && !r.follows);
         lost.map(|r| r.about)
     }
 
-    /// Adds a report. Returns false if the report is already known, too late or invalid.
-    pub(crate) fn report(&mut self, now: Duration, report: Report) -> bool {
+    /// The reports that count.
+    pub(crate) fn reports(&self) -> impl Iterator<Item = &Report> {
+        self.reports.values()
+    }
+
+    fn is_valid(&self, report: &Report) -> bool {
         let exist = report.by < self.processes && report.about < self.processes;
-        if self.closed || !exist || (report.by == report.about) != (report.kind == Kind::Failed) {
+        exist && (report.by == report.about) == (report.kind == Kind::Failed)
+    }
+
+    /// True if this process must pass the report on: once, even after its own decision. A report that cannot be the first
+    /// cause because a better one was passed on before needs no passing on: one failure causes many of those.
+    pub(crate) fn relays(&mut self, report: &Report) -> bool {
+        let rank = match report.kind {
+            Kind::Failed if !report.follows => 0,
+            Kind::Failed => 1,
+            Kind::Lost => 2,
+        };
+        let (key, has_cause) = (report.key(), !report.cause.is_empty());
+        let is_known = self.relayed.get(&key).is_some_and(|had_cause| *had_cause || !has_cause);
+        if is_known || rank > self.best_relayed || !self.is_valid(report) {
             return false;
         }
-        let key = (report.by, report.about, report.kind);
+        self.best_relayed = rank;
+        self.relayed.insert(key, has_cause);
+        true
+    }
+
+    /// Adds a report; false if it is known, too late or invalid.
+    pub(crate) fn report(&mut self, now: Duration, report: Report) -> bool {
+        if self.closed || !self.is_valid(&report) {
+            return false;
+        }
+        let key = report.key();
         if let Some(known) = self.reports.get_mut(&key) {
             if known.cause.is_empty() {
                 *known = report;
@@ -123,7 +161,7 @@ impl Arbiter {
         self.decide_at.is_some() && !self.closed
     }
 
-    /// Returns the first cause once the grace window has ended. Returns it only once.
+    /// Returns the first cause, once, after the grace window.
     pub(crate) fn tick(&mut self, now: Duration) -> Option<FirstCause> {
         if self.closed || now < self.decide_at? {
             return None;
@@ -151,7 +189,7 @@ impl Arbiter {
             let same = self.reports.values().filter(|r| r.kind == report.kind && r.about == report.about);
             Reverse(same.filter(|r| !(first_hand && r.follows)).count())
         };
-        // Of several accusers of a process, the text names this process, or else the one with the lowest number.
+        // Among the accusers of one process, the text names this process first, then the lowest number.
         (class, accusers(true), accusers(false), report.about, report.follows, report.by != self.own, report.by)
     }
 }

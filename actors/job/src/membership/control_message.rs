@@ -1,13 +1,13 @@
-//! The encoding of control messages: `header (bincode) | payload (raw)`. bincode would copy the payload byte by byte.
+//! Control messages as bytes with limits: `header (bincode) | payload` (raw: bincode copies bytes one by one).
 
 use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
 use serde::{Deserialize, Serialize};
 
 use super::cause::Report;
 
-/// Maximum size in bytes of an application's message.
+/// Maximum bytes of an application's message.
 pub const MESSAGE_BYTES_MAX: usize = 256 << 10;
-/// Maximum size in bytes of a cause's text. Longer texts are truncated.
+/// Maximum bytes of a cause's text; longer texts are truncated.
 pub(crate) const CAUSE_BYTES_MAX: usize = 4 << 10;
 pub(crate) const CONTROL_BYTES_MAX: usize = HEADER_BYTES_MAX + MESSAGE_BYTES_MAX;
 
@@ -22,22 +22,37 @@ pub(crate) struct ControlMessage {
     pub(crate) payload: Vec<u8>,
 }
 
-/// The kinds of control messages. Reports and `Leaving` are urgent: the receiver acknowledges them with `Received`.
+/// Maximum number of processes in a message.
+pub(crate) const LISTED_MAX: usize = 512;
+/// Receiver of a message to all processes.
+pub(crate) const TO_ALL: u32 = u32::MAX;
+
+/// The kinds of control messages. Reports and `Leaving` are urgent: the receiver answers with `Received`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Body {
-    /// The sender's membership is running. Always the first message.
+    /// The sender's membership runs; the first message.
     Joined,
-    /// A message of the application. The payload is its content.
-    Message {
-        topic: u16,
-    },
-    /// The sender has failed or has lost another process.
+    /// All processes on the sender's side of the edge have joined.
+    Complete,
+    /// The application's, from a process to another one or to all; the payload is its bytes.
+    Message { from: u32, to: u32, topic: u16 },
+    /// A process failed or lost another one.
     Report(Report),
-    Leaving,
-    /// The number of urgent control messages that the sender has received since the start.
-    Received {
-        urgent: u64,
-    },
+    /// These processes have left in order.
+    Leaving { processes: Vec<u32> },
+    /// How many urgent control messages the sender has received since the start.
+    Received { urgent: u64 },
+    /// Numbers of a topic's round; the payload combines those of the sender and of all below it, or of all processes.
+    Round { topic: u16, round: u64 },
+    /// The topic's round waits for this process.
+    Missing { topic: u16, round: u64, process: u32 },
+}
+
+impl Body {
+    /// Maximum bytes of the payload.
+    fn payload_bytes_max(&self) -> usize {
+        if matches!(self, Self::Message { .. } | Self::Round { .. }) { MESSAGE_BYTES_MAX } else { 0 }
+    }
 }
 
 impl From<Body> for ControlMessage {
@@ -49,7 +64,7 @@ impl From<Body> for ControlMessage {
 impl ControlMessage {
     pub(crate) fn write(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(64 + self.payload.len());
-        // Writing to a vector does not fail, and `truncated` keeps each text within the limit.
+        // Writing to a vector does not fail, and `truncated` keeps texts within the limit.
         let _ = bincode::serde::encode_into_std_write(&self.body, &mut bytes, CONFIG);
         bytes.extend_from_slice(&self.payload);
         bytes
@@ -59,8 +74,7 @@ impl ControlMessage {
         let (body, read): (Body, usize) =
             bincode::serde::decode_from_slice(bytes, CONFIG).map_err(|_| "a header that cannot be read")?;
         let payload = bytes[read..].to_vec();
-        let payload_max = if matches!(body, Body::Message { .. }) { MESSAGE_BYTES_MAX } else { 0 };
-        if payload.len() > payload_max {
+        if payload.len() > body.payload_bytes_max() {
             return Err("too many bytes");
         }
         Ok(Self { body, payload })
@@ -79,7 +93,7 @@ mod tests {
     use crate::membership::fuzz::bodies;
 
     fn all() -> Vec<ControlMessage> {
-        let step = ControlMessage { body: Body::Message { topic: 7 }, payload: b"step 4".to_vec() };
+        let step = ControlMessage { body: Body::Message { from: 1, to: 0, topic: 7 }, payload: b"step 4".to_vec() };
         bodies().map(ControlMessage::from).into_iter().chain([step]).collect()
     }
 
@@ -88,8 +102,12 @@ mod tests {
         let cause = truncated("é".repeat(CAUSE_BYTES_MAX));
         let report = Report { by: 1, about: 1, kind: Kind::Failed, follows: true, cause, exit: 71 };
         let longest = ControlMessage::from(Body::Report(report));
-        let largest = ControlMessage { body: Body::Message { topic: 1 }, payload: vec![1; MESSAGE_BYTES_MAX] };
-        for message in all().into_iter().chain([longest, largest]) {
+        let largest = ControlMessage {
+            body: Body::Message { from: 2, to: TO_ALL, topic: 1 },
+            payload: vec![1; MESSAGE_BYTES_MAX],
+        };
+        let most = ControlMessage::from(Body::Leaving { processes: vec![7; LISTED_MAX] });
+        for message in all().into_iter().chain([longest, largest, most]) {
             let bytes = message.write();
             assert!(bytes.len() <= CONTROL_BYTES_MAX);
             assert_eq!(ControlMessage::read(&bytes), Ok(message));
@@ -104,16 +122,19 @@ mod tests {
             for length in 0..bytes.len() - payload {
                 assert!(ControlMessage::read(&bytes[..length]).is_err(), "{message:?} cut to {length}");
             }
-            if !matches!(message.body, Body::Message { .. }) {
+            if message.body.payload_bytes_max() == 0 {
                 assert_eq!(ControlMessage::read(&[&bytes[..], &[0]].concat()), Err("too many bytes"));
             }
         }
-        let long = ControlMessage { body: Body::Message { topic: 0 }, payload: vec![0; MESSAGE_BYTES_MAX + 1] };
+        let long = ControlMessage {
+            body: Body::Message { from: 1, to: 0, topic: 0 },
+            payload: vec![0; MESSAGE_BYTES_MAX + 1],
+        };
         assert_eq!(ControlMessage::read(&long.write()), Err("too many bytes"));
     }
 
     proptest::proptest! {
-        /// For any bytes from a peer, decoding terminates and uses no more memory than these bytes.
+        /// For any bytes from a peer, reading terminates and uses no more memory than those bytes.
         #[test]
         fn any_bytes_are_read_or_refused(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
             let _ = ControlMessage::read(&bytes);

@@ -1,46 +1,57 @@
-//! The heartbeat datagram: a [`Signed`] as fixed-size little-endian numbers, followed by its MAC. Pure.
+//! The heartbeat datagram: a [`Signed`] with fixed-size little-endian numbers, and its MAC. Pure.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bincode::config::{Configuration, Fixint, LittleEndian, legacy};
 
 pub(crate) const BYTES: usize = SIGNED + MAC;
 
-/// In order: magic, version, session, epoch, process, lost process, sequence.
-type Signed = ([u8; 4], u32, [u8; 16], u64, u32, u32, u64);
+/// Magic, version, session, epoch, process, lost process, sequence, most silent process, its silence in milliseconds.
+type Signed = ([u8; 4], u32, [u8; 16], u64, u32, u32, u64, u32, u32);
 
 const CONFIG: Configuration<LittleEndian, Fixint> = legacy();
 const MAGIC: [u8; 4] = *b"SFHB";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Number of bytes that the MAC covers.
-const SIGNED: usize = 48;
+const SIGNED: usize = 56;
 const MAC: usize = 16;
-/// Value of the field for the lost process if no process is lost.
+/// Value of a field without a process.
 const NO_PROCESS: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Heartbeat {
     pub(crate) epoch: u64,
     pub(crate) process: u32,
-    /// Starts at 1 in each epoch and increases by 1.
+    /// Counts up from 1 within an epoch.
     pub(crate) sequence: u64,
-    /// The process whose loss ends the sender's session.
+    /// The process that the sender has lost, which is the reason for its end.
     pub(crate) lost: Option<u32>,
+    /// Of the processes that the sender stands for.
+    pub(crate) most_silent: Option<MostSilent>,
+}
+
+/// The process whose last heartbeat is the oldest of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MostSilent {
+    pub(crate) process: u32,
+    /// Time since then, in whole milliseconds once it has been sent.
+    pub(crate) silent: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rejection {
-    /// Wrong size, magic or version, or a process number outside of this world.
+    /// Wrong size, magic or version, or a process that is not in this world.
     Format,
-    /// Wrong MAC: the sender does not have the job's key.
+    /// Wrong MAC: signed without the job's key.
     Mac,
-    /// From an older incarnation of the world.
+    /// From an older incarnation.
     OldEpoch,
-    /// From a newer incarnation: this process belongs to an old incarnation.
+    /// From a newer incarnation: this process belongs to an old one.
     NewerEpoch,
     /// From another run with the same key.
     Session,
-    /// A duplicate of a received datagram, or older than the newest one.
+    /// A duplicate, or older than the newest one.
     Replay,
 }
 
@@ -50,7 +61,7 @@ pub(crate) struct Codec {
     session: [u8; 16],
     epoch: u64,
     processes: u32,
-    /// Highest received sequence number of each process.
+    /// Highest received sequence number, by process.
     received: BTreeMap<u32, u64>,
 }
 
@@ -60,10 +71,18 @@ impl Codec {
         Self { key, session, epoch, processes, received: BTreeMap::new() }
     }
 
-    pub(crate) fn write(&self, process: u32, sequence: u64, lost: Option<u32>) -> [u8; BYTES] {
+    pub(crate) fn write(
+        &self,
+        process: u32,
+        sequence: u64,
+        lost: Option<u32>,
+        most_silent: Option<MostSilent>,
+    ) -> [u8; BYTES] {
         let mut out = [0; BYTES];
         let lost = lost.unwrap_or(NO_PROCESS);
-        let signed: Signed = (MAGIC, VERSION, self.session, self.epoch, process, lost, sequence);
+        let (silent, silent_ms) = most_silent
+            .map_or((NO_PROCESS, 0), |most| (most.process, most.silent.as_millis().min(u32::MAX.into()) as u32));
+        let signed: Signed = (MAGIC, VERSION, self.session, self.epoch, process, lost, sequence, silent, silent_ms);
         bincode::serde::encode_into_slice(signed, &mut out[..SIGNED], CONFIG).expect("the size is fixed");
         self.sign(&mut out);
         out
@@ -80,22 +99,23 @@ impl Codec {
         mac
     }
 
-    /// Checks and decodes a datagram. Accepts each sequence number once.
+    /// Checks and decodes a datagram; accepts each sequence number once.
     pub(crate) fn read(&mut self, bytes: &[u8]) -> Result<Heartbeat, Rejection> {
-        let Ok(((magic, version, session, epoch, process, lost, sequence), SIGNED)) =
-            bincode::serde::decode_from_slice::<Signed, _>(bytes, CONFIG)
-        else {
+        let Ok((signed, SIGNED)) = bincode::serde::decode_from_slice::<Signed, _>(bytes, CONFIG) else {
             return Err(Rejection::Format);
         };
+        let (magic, version, session, epoch, process, lost, sequence, silent, silent_ms) = signed;
         if bytes.len() != BYTES || magic != MAGIC || version != VERSION {
             return Err(Rejection::Format);
         }
-        // Constant-time comparison: its duration reveals nothing about a partially correct MAC.
+        // Compares in constant time, so that the time reveals nothing about a partially correct MAC.
         let difference = self.mac(&bytes[..SIGNED]).iter().zip(&bytes[SIGNED..]).fold(0, |all, (a, b)| all | (a ^ b));
         if difference != 0 {
             return Err(Rejection::Mac);
         }
         let lost = (lost != NO_PROCESS).then_some(lost);
+        let most = MostSilent { process: silent, silent: Duration::from_millis(silent_ms.into()) };
+        let most_silent = (silent != NO_PROCESS).then_some(most);
         let highest = self.received.get(&process).copied().unwrap_or(0);
         let rejection = match epoch {
             older if older < self.epoch => Rejection::OldEpoch,
@@ -103,10 +123,12 @@ impl Codec {
             newer if newer > self.epoch => Rejection::NewerEpoch,
             _ if process >= self.processes => Rejection::Format,
             _ if lost.is_some_and(|lost| lost >= self.processes || lost == process) => Rejection::Format,
+            // Every heartbeat has exactly one encoding.
+            _ if most_silent.map_or(silent_ms != 0, |most| most.process >= self.processes) => Rejection::Format,
             _ if sequence <= highest => Rejection::Replay,
             _ => {
                 self.received.insert(process, sequence);
-                return Ok(Heartbeat { epoch, process, sequence, lost });
+                return Ok(Heartbeat { epoch, process, sequence, lost, most_silent });
             }
         };
         Err(rejection)
@@ -127,33 +149,41 @@ mod tests {
     #[test]
     fn each_datagram_is_accepted_once() {
         let (sender, mut receiver) = (codec(3), codec(3));
-        let written = sender.write(2, 5, None);
-        assert_eq!(receiver.read(&written), Ok(Heartbeat { epoch: 3, process: 2, sequence: 5, lost: None }));
+        let written = sender.write(2, 5, None, None);
+        assert_eq!(
+            receiver.read(&written),
+            Ok(Heartbeat { epoch: 3, process: 2, sequence: 5, lost: None, most_silent: None })
+        );
         assert_eq!(receiver.read(&written), Err(Rejection::Replay));
-        assert_eq!(receiver.read(&sender.write(2, 4, None)), Err(Rejection::Replay));
-        assert!(receiver.read(&sender.write(1, 4, None)).is_ok(), "each process has its own sequence");
-        let with_loss = receiver.read(&sender.write(2, 6, Some(3))).expect("newer");
+        assert_eq!(receiver.read(&sender.write(2, 4, None, None)), Err(Rejection::Replay));
+        assert!(receiver.read(&sender.write(1, 4, None, None)).is_ok(), "each process has its own sequence");
+        let with_loss = receiver.read(&sender.write(2, 6, Some(3), None)).expect("newer");
         assert_eq!(with_loss.lost, Some(3));
+        let most_silent = Some(MostSilent { process: 3, silent: Duration::from_millis(4_000) });
+        let with_silence = receiver.read(&sender.write(2, 7, None, most_silent)).expect("newer");
+        assert_eq!(with_silence.most_silent, most_silent);
     }
 
     #[test]
     fn other_epochs_and_sessions_are_rejected() {
         let mut receiver = codec(3);
-        assert_eq!(receiver.read(&codec(2).write(2, 9, None)), Err(Rejection::OldEpoch));
-        assert_eq!(receiver.read(&codec(4).write(2, 9, None)), Err(Rejection::NewerEpoch));
+        assert_eq!(receiver.read(&codec(2).write(2, 9, None, None)), Err(Rejection::OldEpoch));
+        assert_eq!(receiver.read(&codec(4).write(2, 9, None, None)), Err(Rejection::NewerEpoch));
         let other = Codec::new(&KEY, [1; 16], 3, 4);
-        assert_eq!(receiver.read(&other.write(2, 9, None)), Err(Rejection::Session));
-        assert_eq!(receiver.read(&codec(3).write(4, 9, None)), Err(Rejection::Format));
+        assert_eq!(receiver.read(&other.write(2, 9, None, None)), Err(Rejection::Session));
+        assert_eq!(receiver.read(&codec(3).write(4, 9, None, None)), Err(Rejection::Format));
         for invalid in [2, 4, u32::MAX - 1] {
-            assert_eq!(receiver.read(&codec(3).write(2, 9, Some(invalid))), Err(Rejection::Format));
+            assert_eq!(receiver.read(&codec(3).write(2, 9, Some(invalid), None)), Err(Rejection::Format));
         }
-        // The rejected datagrams have not consumed the sequence number.
-        assert!(receiver.read(&codec(3).write(2, 1, None)).is_ok());
+        let unknown = Some(MostSilent { process: 4, silent: Duration::ZERO });
+        assert_eq!(receiver.read(&codec(3).write(2, 9, None, unknown)), Err(Rejection::Format));
+        // The rejected datagrams did not use up the sequence number.
+        assert!(receiver.read(&codec(3).write(2, 1, None, None)).is_ok());
     }
 
     #[test]
     fn every_changed_bit_and_length_is_rejected() {
-        let good = codec(3).write(2, 5, None);
+        let good = codec(3).write(2, 5, None, None);
         for bit in 0..BYTES * 8 {
             let mut bad = good;
             bad[bit / 8] ^= 1 << (bit % 8);
@@ -164,7 +194,7 @@ mod tests {
             assert_eq!(codec(3).read(&good[..length]), Err(Rejection::Format));
         }
         assert_eq!(codec(3).read(&[&good[..], &[0]].concat()), Err(Rejection::Format));
-        let forged = Codec::new(&[8; 32], SESSION, 3, 4).write(2, 5, None);
+        let forged = Codec::new(&[8; 32], SESSION, 3, 4).write(2, 5, None, None);
         assert_eq!(codec(3).read(&forged), Err(Rejection::Mac));
     }
 }

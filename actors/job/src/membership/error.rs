@@ -29,6 +29,8 @@ pub enum MembershipError {
     Backlog { process: u32, messages: u64, bytes: u64 },
     #[error("process {process} is not a peer: the world has {processes} processes, including this one")]
     NoPeer { process: u32, processes: u32 },
+    #[error("numbers for topic {topic} that do not fit their rules")]
+    Numbers { topic: u16 },
     #[error("process {process} has left or is disconnected")]
     Gone { process: u32 },
     #[error("the session has ended: {0}")]
@@ -44,7 +46,7 @@ impl MembershipError {
             // The system cannot start a thread.
             Self::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => Exit::Refused,
             Self::Config { .. } | Self::Io { .. } => Exit::Internal,
-            Self::TooLarge { .. } | Self::NoPeer { .. } | Self::Left => Exit::Internal,
+            Self::TooLarge { .. } | Self::NoPeer { .. } | Self::Numbers { .. } | Self::Left => Exit::Internal,
             Self::Missing { .. } | Self::Closed { .. } | Self::Backlog { .. } | Self::Gone { .. } => {
                 Exit::PeerUnavailable
             }

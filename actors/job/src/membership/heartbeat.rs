@@ -1,8 +1,9 @@
 //! One thread that sends and receives heartbeats and runs the failure detector.
 //!
-//! Heartbeats are datagrams. After a network outage of some seconds, TCP waits about as long before it retransmits, so
-//! a TCP connection could stay silent past the deadline after the network recovers. A datagram arrives at once.
+//! Heartbeats are datagrams: after a network outage of some seconds, TCP's retransmission timer has backed off by about
+//! the same time, so a TCP connection could stay silent past the deadline after recovery. A datagram arrives at once.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::{Arc, Weak};
@@ -14,21 +15,22 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::datagram::{BYTES, Codec};
 use super::shared::{JoinOnDrop, Shared};
 
-/// Maximum interval at which the failure detector and the grace window are checked.
+/// Maximum interval between checks of the failure detector and of the grace window.
 const TICK: Duration = Duration::from_millis(50);
-/// Maximum number of datagrams received between two checks, so that a flood cannot block the detector.
+/// Maximum number of datagrams processed between two checks, so that a flood cannot block the detector.
 const DRAIN_MAX: usize = 256;
 
 pub(crate) struct Heartbeats {
     pub(crate) shared: Arc<Shared>,
     pub(crate) codec: Codec,
     pub(crate) socket: UdpSocket,
-    pub(crate) addresses: Vec<SocketAddr>,
+    /// Of the neighbours in the control tree.
+    pub(crate) addresses: BTreeMap<u32, SocketAddr>,
     pub(crate) interval: Duration,
 }
 
 impl Heartbeats {
-    /// Starts the thread, which ends within a tick after the first returned value is dropped.
+    /// Starts the thread. It ends within a tick after the first returned value is dropped.
     pub(super) fn start(mut self) -> io::Result<(Arc<()>, JoinOnDrop)> {
         self.socket.set_nonblocking(true)?;
         let stop = Arc::new(());
@@ -43,14 +45,14 @@ impl Heartbeats {
             let now = Instant::now();
             if now >= next {
                 self.send(&mut sequence);
-                // Not `next + interval`: after a pause of this process, one heartbeat is enough.
+                // Not `next + interval`: one heartbeat is enough after a pause of this process.
                 next = now + self.interval;
             }
             self.wait(TICK.min(next.saturating_duration_since(now)));
             self.drain();
             self.shared.tick();
-            if !loss_reported && self.shared.heartbeat().flatten().is_some() {
-                // Sends the report at once, because this process may end before the next heartbeat.
+            if !loss_reported && self.shared.heartbeats().iter().any(|(_, lost, _)| lost.is_some()) {
+                // Sent at once: this process may end before the next heartbeat.
                 loss_reported = true;
                 self.send(&mut sequence);
             }
@@ -58,11 +60,11 @@ impl Heartbeats {
     }
 
     fn send(&self, sequence: &mut u64) {
-        let Some(lost) = self.shared.heartbeat() else { return };
         *sequence += 1;
-        let datagram = self.codec.write(self.shared.own, *sequence, lost);
-        for address in &self.addresses {
-            // After a network failure, both sides miss heartbeats. The next heartbeat is another attempt.
+        for (to, lost, most_silent) in self.shared.heartbeats() {
+            let Some(address) = self.addresses.get(&to) else { continue };
+            let datagram = self.codec.write(self.shared.own, *sequence, lost, most_silent);
+            // A network failure causes missing heartbeats on both sides; the next heartbeat retries.
             if let Err(error) = self.socket.send_to(&datagram, address) {
                 tracing::debug!(%address, %error, "cannot send a heartbeat");
             }
@@ -70,15 +72,15 @@ impl Heartbeats {
     }
 
     fn wait(&self, timeout: Duration) {
-        // Rounds up to milliseconds. Otherwise the loop would spin for the last fraction.
+        // Rounded up to milliseconds, so that the loop does not spin for the last fraction.
         let nanos = (timeout.subsec_millis() + 1).min(999) * 1_000_000;
         let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(nanos) };
-        // An error (a signal) is handled like a timeout: the loop continues.
+        // An error (a signal) has the same effect as a timeout: the loop continues.
         let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&timeout));
     }
 
     fn drain(&mut self) {
-        // One byte more than a datagram, to detect datagrams that are too long.
+        // One byte longer than a datagram, to detect longer ones.
         let mut bytes = [0; BYTES + 1];
         for _ in 0..DRAIN_MAX {
             let Ok((length, _)) = self.socket.recv_from(&mut bytes) else { return };

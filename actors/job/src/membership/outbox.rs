@@ -83,7 +83,7 @@ mod tests {
     use super::*;
 
     fn message(bytes: usize) -> ControlMessage {
-        ControlMessage { body: Body::Message { topic: 1 }, payload: vec![0; bytes] }
+        ControlMessage { body: Body::Message { from: 0, to: 1, topic: 1 }, payload: vec![0; bytes] }
     }
 
     #[test]
@@ -93,12 +93,12 @@ mod tests {
         assert_eq!(sent as u64, MESSAGES_MAX);
         let full = Count { messages: MESSAGES_MAX, bytes: 10 * MESSAGES_MAX };
         assert_eq!(outbox.send(&message(10)), Err(Unsent::Full(full)));
-        assert_eq!(outbox.send(&Body::Leaving.into()), Ok(()));
+        assert_eq!(outbox.send(&Body::Joined.into()), Ok(()));
         let first = waiting.messages.try_recv().expect("waits");
         waiting.written(&first);
         assert_eq!(outbox.send(&message(10)), Ok(()));
         drop(waiting);
-        assert_eq!(outbox.send(&Body::Leaving.into()), Err(Unsent::Closed));
+        assert_eq!(outbox.send(&Body::Joined.into()), Err(Unsent::Closed));
         let (outbox, _waiting) = Outbox::new();
         let sent = (0..10_000).filter(|_| outbox.send(&message(1 << 18)).is_ok()).count();
         assert_eq!(sent as u64, BYTES_MAX >> 18);

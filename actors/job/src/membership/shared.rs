@@ -1,22 +1,27 @@
-//! State that the threads of one membership share: the peers, their messages, and the first cause.
+//! State that the threads of one membership share, and the effects of its changes: messages, notices and results.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
-use parking_lot::{Condvar, Mutex};
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
-use super::cause::{Arbiter, FirstCause, Kind, Report};
-use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX, truncated};
-use super::datagram::{Heartbeat, Rejection};
-use super::detector::{Detector, Event, PeerHealth};
+use super::cause::FirstCause;
+use super::control_message::{Body, ControlMessage, MESSAGE_BYTES_MAX, TO_ALL};
+use super::core::{Core, Effect, Link, Peer};
+use super::datagram::{Heartbeat, MostSilent, Rejection};
+use super::detector::PeerHealth;
 use super::error::MembershipError;
 use super::outbox::{Count, Outbox, Unsent};
+use super::reduce::{self, MergeRule, Reduced};
+use super::rounds::TOPICS_MAX;
 use super::status::{Counters, MembershipEvent};
+use super::tree::ControlTree;
 use crate::exit::Exit;
 
-/// Maximum number of messages from peers that the application has not read yet.
+/// Maximum number of peer messages that the application has not read yet.
 pub(crate) const NOTICES_MAX: usize = 4096;
 
 #[derive(Debug)]
@@ -24,65 +29,53 @@ pub(super) struct JoinOnDrop(pub(super) Option<JoinHandle<()>>);
 
 impl Drop for JoinOnDrop {
     fn drop(&mut self) {
-        // A panic of the thread is a bug, which the panic hook has already reported.
+        // A panic of the thread is a bug; the panic hook has reported it.
         let _ = self.0.take().map(JoinHandle::join);
     }
 }
 
-#[derive(Debug, Default)]
-enum ControlState {
-    #[default]
-    Joining,
-    Open(Outbox),
-    Closed,
-}
-
-#[derive(Debug, Default)]
-struct Peer {
-    control: ControlState,
-    left: bool,
-    /// Number of urgent control messages sent to the peer, acknowledged by the peer, and received from the peer.
-    urgent_sent: u64,
-    urgent_acknowledged: u64,
-    urgent_received: u64,
-    last_heartbeat: Option<Duration>,
-}
-
 #[derive(Debug)]
 struct State {
-    peers: BTreeMap<u32, Peer>,
-    arbiter: Arbiter,
-    /// `None` until all peers are connected.
-    detector: Option<Detector>,
-    first: Option<FirstCause>,
-    left: bool,
+    core: Core,
+    /// Of the neighbours that have joined.
+    outboxes: BTreeMap<u32, Outbox>,
+    /// By topic: both ends of the channel of results.
+    results: BTreeMap<u16, (Sender<Reduced>, Receiver<Reduced>)>,
+}
+
+impl State {
+    fn results(&mut self, topic: u16) -> &(Sender<Reduced>, Receiver<Reduced>) {
+        self.results.entry(topic).or_insert_with(unbounded)
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) own: u32,
-    pub(crate) processes: u32,
+    pub(crate) tree: Arc<ControlTree>,
     pub(crate) epoch: u64,
     start: Instant,
     state: Mutex<State>,
-    /// Notified of new and closed connections, received messages, and the session's end.
+    /// Notified about connections, acknowledgements and the end.
     changed: Condvar,
     notices: Sender<MembershipEvent>,
     counters: Mutex<Counters>,
 }
 
 impl Shared {
-    pub(crate) fn new(own: u32, processes: u32, epoch: u64, grace: Duration, notices: Sender<MembershipEvent>) -> Self {
-        let state = State {
-            peers: (0..processes).filter(|p| *p != own).map(|p| (p, Peer::default())).collect(),
-            arbiter: Arbiter::new(own, processes, grace),
-            detector: None,
-            first: None,
-            left: false,
-        };
+    /// `limits`: the deadline of heartbeats, and the grace window.
+    pub(crate) fn new(
+        own: u32,
+        tree: Arc<ControlTree>,
+        epoch: u64,
+        limits: (Duration, Duration),
+        notices: Sender<MembershipEvent>,
+    ) -> Self {
+        let core = Core::new(own, tree.clone(), limits.0, limits.1);
+        let state = State { core, outboxes: BTreeMap::new(), results: BTreeMap::new() };
         Self {
             own,
-            processes,
+            tree,
             epoch,
             start: Instant::now(),
             state: Mutex::new(state),
@@ -97,34 +90,70 @@ impl Shared {
     }
 
     pub(crate) fn counters(&self) -> Counters {
-        *self.counters.lock()
+        let garbled = self.state.lock().core.garbled;
+        let counters = *self.counters.lock();
+        Counters { garbled: counters.garbled + garbled, ..counters }
     }
 
     fn now(&self) -> Duration {
         self.start.elapsed()
     }
 
-    pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
-        if let Some(peer) = self.state.lock().peers.get_mut(&process) {
-            peer.control = ControlState::Open(outbox);
-        }
-        self.changed.notify_all();
+    /// Changes the state, carries out the effects, and wakes waiting threads.
+    fn change<R>(&self, change: impl FnOnce(&mut Core, Duration) -> R) -> R {
+        let mut state = self.state.lock();
+        let changed = change(&mut state.core, self.now());
+        self.carry_out(&mut state);
+        changed
     }
 
-    /// Handles the end of the control connection to a peer. It is a symptom of failure, except if the peer has left.
-    pub(crate) fn disconnected(&self, process: u32) {
-        let mut state = self.state.lock();
-        if let Some(peer) = state.peers.get_mut(&process) {
-            peer.control = ControlState::Closed;
-            if state.detector.is_some() {
-                self.report_lost(&mut state, process, "its control connection closed".into());
+    fn carry_out(&self, state: &mut MutexGuard<'_, State>) {
+        while let Some(effect) = state.core.effects.pop_front() {
+            match effect {
+                Effect::Send { to, message } => self.pass_on(state, to, &message),
+                Effect::Notify(event) => self.notify(state, event),
+                // The other end is in the same map.
+                Effect::Reduced { topic, reduced } => drop(state.results(topic).0.send(reduced)),
             }
         }
         self.changed.notify_all();
     }
 
-    /// Blocks until all peers are connected, then starts the failure detector. After `within`, the call waits only for
-    /// peers whose last heartbeat is younger than `deadline`.
+    /// Queues a message of the membership itself, or one that this process passes on.
+    fn pass_on(&self, state: &mut State, to: u32, message: &ControlMessage) {
+        // If the connection has just ended, `disconnected` reports it.
+        let Some(outbox) = state.outboxes.get(&to) else { return };
+        if let Err(Unsent::Full(Count { messages, bytes })) = outbox.send(message) {
+            // Its sender is elsewhere; waiting here would also hold up reports.
+            let cause = format!("it reads no messages: {messages} ({bytes} bytes) are queued for it");
+            state.core.suspect(to, cause, self.now());
+        }
+    }
+
+    fn notify(&self, state: &mut State, event: MembershipEvent) {
+        if !matches!(event, MembershipEvent::Message { .. }) || self.notices.len() < NOTICES_MAX {
+            // The channel has additional room, reserved for `Left` and `Ended`.
+            let _ = self.notices.try_send(event);
+        } else {
+            let cause = format!("the application has not read {NOTICES_MAX} messages of peers");
+            state.core.fail(cause, Exit::Internal.code(), self.now());
+        }
+    }
+
+    pub(crate) fn connected(&self, process: u32, outbox: Outbox) {
+        let mut state = self.state.lock();
+        state.outboxes.insert(process, outbox);
+        state.core.connected(process, self.now());
+        self.carry_out(&mut state);
+    }
+
+    /// Handles the end of the control connection to a peer; a symptom of failure, unless the peer has left.
+    pub(crate) fn disconnected(&self, process: u32) {
+        self.change(|core, now| core.disconnected(process, now));
+    }
+
+    /// Blocks until all processes have joined. After `within`, it waits only for neighbours whose last heartbeat is
+    /// younger than `deadline`.
     pub(crate) fn wait_for_peers(
         &self,
         within: Duration,
@@ -133,26 +162,29 @@ impl Shared {
     ) -> Result<(), MembershipError> {
         let begin = self.now();
         let mut state = self.state.lock();
+        if self.tree.processes() == 1 {
+            return Ok(());
+        }
         loop {
-            if let Some(first) = &state.first {
+            let core = &state.core;
+            if let Some(first) = &core.first {
                 return Err(MembershipError::Ended(first.clone()));
             }
             let now = self.now();
-            let missing = || state.peers.iter().filter(|(_, peer)| matches!(peer.control, ControlState::Joining));
-            if !state.arbiter.is_deciding() {
-                let closed = state.peers.iter().find(|(_, peer)| matches!(peer.control, ControlState::Closed));
+            if !core.arbiter.is_deciding() {
+                let closed = core.peers.iter().find(|(_, peer)| peer.link == Link::Closed);
                 if let Some((&process, _)) = closed {
                     return Err(MembershipError::Closed { process });
                 }
-                if missing().next().is_none() {
-                    state.detector = Some(Detector::new(state.peers.keys().copied(), deadline, now));
+                if core.has_joined() {
                     return Ok(());
                 }
             }
-            let are_alive = missing().all(|(_, peer)| peer.last_heartbeat.is_some_and(|at| now < at + deadline));
+            let is_alive = |peer: &Peer| peer.last_heartbeat.is_some_and(|at| now < at + deadline);
+            let are_alive = core.missing_peers().all(|(_, peer)| is_alive(peer));
             let waited = now - begin;
             if waited >= within && (!are_alive || waited >= at_most) {
-                let processes = missing().map(|(process, _)| *process).collect();
+                let processes = core.missing_peers().map(|(process, _)| process).collect();
                 return Err(MembershipError::Missing { processes, seconds: waited.as_secs_f64() });
             }
             let left = if waited < within { within - waited } else { deadline.min(at_most - waited) };
@@ -160,32 +192,13 @@ impl Shared {
         }
     }
 
-    /// The content of the next heartbeat: the process that this one has lost, if any. `None` sends no heartbeat: the
-    /// session has ended for another cause, and peers detect missing heartbeats too.
-    pub(crate) fn heartbeat(&self) -> Option<Option<u32>> {
-        let state = self.state.lock();
-        let lost = state.arbiter.lost_by_own();
-        (state.first.is_none() || lost.is_some()).then_some(lost)
+    /// The next heartbeats, by receiver: the lost process, and the most silent one on this side of the edge.
+    pub(crate) fn heartbeats(&self) -> Vec<(u32, Option<u32>, Option<MostSilent>)> {
+        self.state.lock().core.heartbeats(self.now())
     }
 
     pub(crate) fn receive_heartbeat(&self, heartbeat: Heartbeat) {
-        let mut state = self.state.lock();
-        let (now, by) = (self.now(), heartbeat.process);
-        if let Some(about) = heartbeat.lost {
-            // Not a sign of life: the sender is ending. Its control message may be lost, as TCP needs both directions.
-            let (cause, exit) = (String::new(), Exit::PeerUnavailable.code());
-            let report = Report { by, about, kind: Kind::Lost, follows: false, cause, exit };
-            if state.peers.get(&by).is_some_and(|peer| !peer.left) && state.arbiter.report(now, report) {
-                tracing::warn!(by, about, "a peer's heartbeat reports a lost process");
-            }
-            return self.decide(&mut state);
-        }
-        if let Some(peer) = state.peers.get_mut(&by) {
-            peer.last_heartbeat = Some(now);
-        }
-        if let Some(detector) = &mut state.detector {
-            detector.receive(by, now);
-        }
+        self.change(|core, now| core.receive_heartbeat(heartbeat, now));
     }
 
     pub(crate) fn reject(&self, rejection: Rejection) {
@@ -207,198 +220,128 @@ impl Shared {
     }
 
     pub(crate) fn tick(&self) {
-        let mut state = self.state.lock();
-        let now = self.now();
-        let events = state.detector.as_mut().map(|d| d.tick(now)).unwrap_or_default();
-        for event in events {
-            match event {
-                Event::Suspect { process, silent } => {
-                    tracing::warn!(process, silent_ms = silent.as_millis() as u64, "heartbeats are late");
-                }
-                Event::Returned { process } => tracing::info!(process, "heartbeats are back"),
-                Event::Lost { process, silent } => {
-                    self.report_lost(&mut state, process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()));
-                }
-                Event::Paused { pause } => {
-                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process did not run");
-                }
-            }
-        }
-        self.decide(&mut state);
-    }
-
-    fn decide(&self, state: &mut State) {
-        let Some(first) = state.arbiter.tick(self.now()) else { return };
-        tracing::error!(process = first.process, exit = first.exit, cause = %first.cause, "session ends");
-        state.first = Some(first.clone());
-        // `notify` reserves a place for this event.
-        let _ = self.notices.try_send(MembershipEvent::Ended(first));
-        self.changed.notify_all();
+        self.change(Core::tick);
     }
 
     pub(crate) fn fail(&self, cause: String, exit: u8) {
-        let mut state = self.state.lock();
-        self.fail_locked(&mut state, cause, exit);
-    }
-
-    fn fail_locked(&self, state: &mut State, cause: String, exit: u8) {
-        let report = state.arbiter.own_failure(truncated(cause), exit);
-        self.add_own_report(state, report);
-        self.decide(state);
-    }
-
-    /// Records this process's report and sends it to all peers. Returns false if the report is not new.
-    fn add_own_report(&self, state: &mut State, report: Report) -> bool {
-        let is_new = state.arbiter.report(self.now(), report.clone());
-        if is_new {
-            self.broadcast(state, Body::Report(report));
-        }
-        is_new
+        self.change(|core, now| core.fail(cause, exit, now));
     }
 
     pub(crate) fn suspect(&self, process: u32, cause: String) {
-        let mut state = self.state.lock();
-        self.report_lost(&mut state, process, cause);
-        self.decide(&mut state);
+        self.change(|core, now| core.suspect(process, cause, now));
     }
 
-    fn report_lost(&self, state: &mut State, about: u32, cause: String) {
-        if state.peers.get(&about).is_none_or(|p| p.left) {
-            return;
-        }
-        let report = state.arbiter.own_symptom(about, truncated(cause), Exit::PeerUnavailable.code());
-        if self.add_own_report(state, report.clone()) {
-            tracing::warn!(process = about, cause = report.cause, "peer lost");
-        }
-    }
-
-    fn broadcast(&self, state: &mut State, body: Body) {
-        let message = body.into();
-        for peer in state.peers.values_mut() {
-            let ControlState::Open(outbox) = &peer.control else { continue };
-            // An error means that the connection has just ended; `disconnected` reports that.
-            if outbox.send(&message).is_ok() {
-                peer.urgent_sent += 1;
-            }
-        }
-    }
-
-    /// Counts invalid control messages of a peer.
+    /// Counts bytes of a peer that are no control message.
     pub(crate) fn garbled(&self, process: u32, reason: &str) {
         tracing::warn!(process, reason, "rejected a control message");
         self.count(|c| c.garbled += 1);
     }
 
     pub(crate) fn receive(&self, by: u32, message: ControlMessage) {
-        let mut state = self.state.lock();
-        self.receive_locked(&mut state, by, message);
-        self.decide(&mut state);
-        self.changed.notify_all();
+        self.change(|core, now| core.receive(by, message, now));
     }
 
-    fn receive_locked(&self, state: &mut State, by: u32, message: ControlMessage) {
-        let (Some(peer), now) = (state.peers.get_mut(&by), self.now()) else { return };
-        match message.body {
-            Body::Message { topic } => {
-                return self.notify(state, MembershipEvent::Message { from: by, topic, bytes: message.payload });
-            }
-            Body::Received { urgent } if urgent <= peer.urgent_sent => {
-                peer.urgent_acknowledged = urgent;
-                return;
-            }
-            Body::Received { .. } | Body::Joined => return self.count(|c| c.garbled += 1),
-            Body::Report(Report { by: reporter, .. }) if reporter != by => return self.count(|c| c.garbled += 1),
-            Body::Leaving => {
-                peer.left = true;
-                if let Some(detector) = &mut state.detector {
-                    detector.forget(by);
-                }
-                // `notify` reserves a place for one `Left` of each peer.
-                let _ = self.notices.try_send(MembershipEvent::Left { process: by });
-            }
-            Body::Report(report) => drop(state.arbiter.report(now, report)),
-        }
-        let Some(peer) = state.peers.get_mut(&by) else { return };
-        peer.urgent_received += 1;
-        // Acknowledgements are not acknowledged, so their number is limited by that of urgent messages.
-        if let ControlState::Open(outbox) = &peer.control {
-            let _ = outbox.send(&Body::Received { urgent: peer.urgent_received }.into());
+    fn check_running(&self, core: &Core) -> Result<(), MembershipError> {
+        match &core.first {
+            Some(first) => Err(MembershipError::Ended(first.clone())),
+            None if core.left => Err(MembershipError::Left),
+            None => Ok(()),
         }
     }
 
-    fn notify(&self, state: &mut State, event: MembershipEvent) {
-        if self.notices.len() < NOTICES_MAX {
-            // This cannot fail: the places for `Left` and `Ended` are additional.
-            let _ = self.notices.try_send(event);
-        } else {
-            let cause = format!("the application has not read {NOTICES_MAX} messages of peers");
-            self.fail_locked(state, cause, Exit::Internal.code());
-        }
-    }
-
-    pub(crate) fn send(&self, to: u32, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
+    /// Sends the application's message to a process, or to all.
+    pub(crate) fn send(&self, to: Option<u32>, topic: u16, bytes: Vec<u8>) -> Result<(), MembershipError> {
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(MembershipError::TooLarge { bytes: bytes.len() });
         }
-        let mut state = self.state.lock();
-        if let Some(first) = &state.first {
-            return Err(MembershipError::Ended(first.clone()));
-        }
-        if state.left {
-            return Err(MembershipError::Left);
-        }
-        let Some(peer) = state.peers.get_mut(&to) else {
-            return Err(MembershipError::NoPeer { process: to, processes: self.processes });
+        let state = self.state.lock();
+        self.check_running(&state.core)?;
+        let processes = self.tree.processes();
+        let hops = match to {
+            Some(to) if to == self.own || to >= processes => {
+                return Err(MembershipError::NoPeer { process: to, processes });
+            }
+            Some(to) => vec![(to, state.core.route(to))],
+            None => state.core.peers.keys().map(|peer| (*peer, state.core.route(*peer))).collect(),
         };
-        let (ControlState::Open(outbox), false) = (&peer.control, peer.left) else {
-            return Err(MembershipError::Gone { process: to });
+        let body = Body::Message { from: self.own, to: to.unwrap_or(TO_ALL), topic };
+        let message = ControlMessage { body, payload: bytes };
+        let send = |(to, hop): (u32, Option<u32>)| {
+            let outbox = hop.and_then(|hop| state.outboxes.get(&hop)).ok_or(MembershipError::Gone { process: to })?;
+            outbox.send(&message).map_err(|unsent| match unsent {
+                Unsent::Closed => MembershipError::Gone { process: to },
+                Unsent::Full(Count { messages, bytes }) => {
+                    MembershipError::Backlog { process: hop.unwrap_or(to), messages, bytes }
+                }
+            })
         };
-        let message = ControlMessage { body: Body::Message { topic }, payload: bytes };
-        outbox.send(&message).map_err(|unsent| match unsent {
-            Unsent::Closed => MembershipError::Gone { process: to },
-            Unsent::Full(Count { messages, bytes }) => MembershipError::Backlog { process: to, messages, bytes },
-        })
+        // All neighbours get it, even if one is gone.
+        let sent: Vec<_> = hops.into_iter().map(send).collect();
+        sent.into_iter().collect()
     }
 
-    /// Leaves cleanly: notifies peers. From now on no failure ends this process's session.
-    pub(crate) fn leave(&self) {
-        let mut state = self.state.lock();
-        if state.first.is_none() && !state.left {
-            state.left = true;
-            state.arbiter.close();
-            self.broadcast(&mut state, Body::Leaving);
+    /// Supplies this process's numbers to a topic's next round.
+    pub(crate) fn supply(
+        &self,
+        topic: u16,
+        rules: &Arc<[MergeRule]>,
+        fields: Vec<Vec<u64>>,
+    ) -> Result<Receiver<Reduced>, MembershipError> {
+        if topic >= TOPICS_MAX || !reduce::fits(rules, self.own, &fields) {
+            return Err(MembershipError::Numbers { topic });
         }
+        let bytes = reduce::bytes_max(rules, self.tree.processes());
+        if bytes > MESSAGE_BYTES_MAX {
+            return Err(MembershipError::TooLarge { bytes });
+        }
+        let mut state = self.state.lock();
+        self.check_running(&state.core)?;
+        let results = state.results(topic).1.clone();
+        state.core.supply(topic, rules.clone(), fields, self.now());
+        self.carry_out(&mut state);
+        Ok(results)
+    }
+
+    /// The process whose numbers the topic's round waits for, and whether it has left.
+    pub(crate) fn missing(&self, topic: u16) -> Option<(u32, bool)> {
+        let state = self.state.lock();
+        let process = state.core.missing(topic)?;
+        Some((process, state.core.has_departed(process)))
+    }
+
+    pub(crate) fn has_left(&self, process: u32) -> bool {
+        self.state.lock().core.has_departed(process)
+    }
+
+    /// Leaves cleanly: notifies peers. From now on nothing counts as a failure of this process's session.
+    pub(crate) fn leave(&self) {
+        self.change(|core, _| core.leave());
     }
 
     /// True if the session has ended for this process, cleanly or not.
     pub(crate) fn has_ended(&self) -> bool {
         let state = self.state.lock();
-        state.left || state.first.is_some()
+        state.core.left || state.core.first.is_some()
     }
 
     pub(crate) fn first_cause(&self) -> Option<FirstCause> {
-        self.state.lock().first.clone()
+        self.state.lock().core.first.clone()
     }
 
-    /// Waits until all connected peers have acknowledged the urgent control messages, and thereby all earlier messages.
-    /// Returns false on timeout. Does not wait for lost peers.
+    /// Waits until all connected neighbours have acknowledged the urgent control messages, and thereby all earlier ones;
+    /// false on timeout. Does not wait for neighbours that are already lost.
     pub(crate) fn wait_for_delivery(&self, timeout: Duration) -> bool {
-        let is_delivered =
-            |p: &Peer| !matches!(p.control, ControlState::Open(_)) || p.urgent_acknowledged == p.urgent_sent;
-        let is_lost = |state: &State, process: u32| {
-            let health = state.detector.as_ref().and_then(|d| d.health(process, self.now()));
-            health.is_some_and(|(health, _)| health == PeerHealth::Lost)
+        let is_delivered = |p: &Peer| p.link != Link::Open || p.urgent_acknowledged == p.urgent_sent;
+        let is_lost = |core: &Core, process: u32| {
+            core.health(process, self.now()).is_some_and(|(health, _)| health == PeerHealth::Lost)
         };
-        let done =
-            |state: &State| state.peers.iter().all(|(process, peer)| is_delivered(peer) || is_lost(state, *process));
+        let done = |core: &Core| core.peers.iter().all(|(process, peer)| is_delivered(peer) || is_lost(core, *process));
         let mut state = self.state.lock();
-        self.changed.wait_while_for(&mut state, |state| !done(state), timeout);
-        done(&state)
+        self.changed.wait_while_for(&mut state, |state| !done(&state.core), timeout);
+        done(&state.core)
     }
 
     pub(crate) fn silent_times(&self) -> Vec<(u32, Option<Duration>)> {
-        let (state, now) = (self.state.lock(), self.now());
-        let silent = |process| Some(state.detector.as_ref()?.health(process, now)?.1);
-        state.peers.keys().map(|process| (*process, silent(*process))).collect()
+        self.state.lock().core.silent_times(self.now())
     }
 }

@@ -1,4 +1,4 @@
-//! Tests several memberships in one process. `tests/membership_processes.rs` tests real processes.
+//! Tests several memberships in one process. `tests/membership_processes.rs` uses real processes.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown};
@@ -14,14 +14,14 @@ use super::*;
 const KEY: [u8; 32] = [5; 32];
 const SESSION: [u8; 16] = [6; 16];
 const EPOCH: u64 = 3;
-/// Timeout for events that normally happen at once; long enough for a busy machine.
+/// Timeout for events that normally happen at once, on a busy machine.
 const SOON: Duration = Duration::from_secs(20);
 
 pub(super) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
-/// A separate session id for each test, so that tests in one process do not interfere with each other.
+/// A separate session id per test, so that tests in one process do not interact.
 fn session(test: u8) -> [u8; 16] {
     let mut session = SESSION;
     session[0] = test;
@@ -29,12 +29,24 @@ fn session(test: u8) -> [u8; 16] {
 }
 
 fn configs(test: u8, processes: u32) -> Vec<MembershipConfig> {
+    configs_on(test, &vec![0; processes as usize])
+}
+
+/// Processes on these nodes, with connections along the control tree.
+fn configs_on(test: u8, nodes: &[u32]) -> Vec<MembershipConfig> {
+    let (processes, tree) = (nodes.len() as u32, Arc::new(ControlTree::new(nodes)));
     let loopback: SocketAddr = (Ipv4Addr::LOCALHOST, 0).into();
-    let config = |p| MembershipConfig::new(p, processes, session(test), EPOCH, KEY, bind(loopback).expect("loopback"));
+    let config = |p| {
+        let socket = bind(loopback).expect("loopback");
+        MembershipConfig {
+            tree: tree.clone(),
+            ..MembershipConfig::new(p, processes, session(test), EPOCH, KEY, socket)
+        }
+    };
     let mut configs: Vec<MembershipConfig> = (0..processes).map(config).collect();
     let addresses: Vec<_> = configs.iter().map(|c| c.heartbeat.local_addr().expect("bound")).collect();
     for a in 0..processes {
-        for b in 0..a {
+        if let Some(b) = tree.parent(a) {
             let (to_b, to_a) = UnixStream::pair().expect("a pair");
             configs[a as usize].connections.insert(b, to_b.into());
             configs[b as usize].connections.insert(a, to_a.into());
@@ -54,7 +66,7 @@ fn world(test: u8, processes: u32) -> Vec<Membership> {
     start(configs(test, processes))
 }
 
-/// Returns the first cause. Skips messages and `Left` events.
+/// The first cause; skips messages and orderly ends.
 fn first_cause(membership: &Membership) -> FirstCause {
     let until = Instant::now() + SOON;
     loop {
@@ -101,7 +113,7 @@ fn leave_all(members: Vec<Membership>) {
 fn messages_arrive_in_order() {
     let members = world(1, 3);
     for i in 0..2000u32 {
-        // Sends more messages than may wait. The receiver reads each message.
+        // More messages than the window holds; the receiver reads each one.
         members[0].send(1, 7, i.to_le_bytes().to_vec()).expect("the receiver reads all messages");
         assert_eq!(next_message(&members[1]), (0, 7, i.to_le_bytes().to_vec()));
     }
@@ -113,6 +125,57 @@ fn messages_arrive_in_order() {
     assert!(matches!(too_large, MembershipError::TooLarge { .. }));
     assert!(matches!(members[0].send(3, 0, vec![]), Err(MembershipError::NoPeer { process: 3, processes: 3 })));
     assert!(matches!(members[0].send(0, 0, vec![]), Err(MembershipError::NoPeer { .. })));
+    leave_all(members);
+}
+
+/// Leaders are 0, 1 and 4; 2 is below 0, and 3 below 1.
+const NODES: [u32; 5] = [0, 1, 0, 1, 2];
+
+#[test]
+fn messages_cross_the_tree() {
+    let members = start(configs_on(21, &NODES));
+    members[3].send(2, 7, b"to one".to_vec()).expect("a way");
+    members[3].send_to_all(8, b"to all").expect("a way");
+    assert_eq!(next_message(&members[2]), (3, 7, b"to one".to_vec()));
+    for member in [0, 1, 2, 4] {
+        assert_eq!(next_message(&members[member]), (3, 8, b"to all".to_vec()));
+    }
+    leave_all(members);
+}
+
+#[test]
+fn a_failure_and_a_departure_cross_the_tree() {
+    let mut members = start(configs_on(22, &NODES));
+    let leaving = members.remove(2);
+    assert!(leaving.leave());
+    drop(leaving);
+    for member in &members {
+        assert_eq!(member.notices().recv_timeout(SOON), Ok(MembershipEvent::Left { process: 2 }));
+    }
+    members[2].fail("out of memory", 71);
+    members.iter().for_each(|member| assert_ends(member, 3, 71, "out of memory"));
+}
+
+#[test]
+fn numbers_of_all_processes_are_combined() {
+    let members = start(configs_on(23, &NODES));
+    let rules: Arc<[MergeRule]> =
+        Arc::new([MergeRule::Max { words: 1 }, MergeRule::First { words: 1 }, MergeRule::Same(None)]);
+    let fields = |process: u64, value| vec![vec![process], if process == 0 { vec![9] } else { vec![] }, vec![value]];
+    for (round, values) in [[5; 5], [5, 5, 6, 5, 5]].into_iter().enumerate() {
+        let supply = |(member, process): (&Membership, usize)| {
+            member.reduce(4, &rules, fields(process as u64, values[process])).expect("the session runs")
+        };
+        let results: Vec<_> = members.iter().zip(0..).map(supply).collect();
+        for result in results {
+            let Reduced { words, difference } = result.recv_timeout(SOON).expect("a result");
+            assert_eq!(words, [vec![4], vec![9], vec![]]);
+            let values = (0..).zip(values).collect();
+            assert_eq!(difference, (round == 1).then_some(Difference { field: 2, values }));
+        }
+    }
+    assert!(matches!(members[0].reduce(4, &rules, vec![vec![0]]), Err(MembershipError::Numbers { topic: 4 })));
+    assert!(matches!(members[0].reduce(64, &rules, fields(0, 0)), Err(MembershipError::Numbers { .. })));
     leave_all(members);
 }
 
@@ -153,7 +216,7 @@ fn a_process_that_leaves_in_order_is_not_lost() {
     for member in &members {
         assert_eq!(member.notices().recv_timeout(SOON), Ok(MembershipEvent::Left { process: 2 }));
         assert!(matches!(member.send(2, 0, vec![]), Err(MembershipError::Gone { process: 2 })));
-        // Waits longer than the deadline. Neither missing heartbeats nor a late suspicion is a failure now.
+        // Waits longer than the deadline: missing heartbeats and a late suspicion are not failures.
         member.suspect(2, "connection reset");
         assert!(member.notices().recv_timeout(ms(1700)).is_err());
         assert_eq!(member.silent_times().last(), Some(&(2, None)));
@@ -198,20 +261,20 @@ fn a_one_way_partition_ends_both_sides() {
 #[test]
 fn invalid_datagrams_are_rejected_and_counted() {
     let mut configs = configs(9, 2);
-    // The real peer sends few heartbeats, so that they do not interfere with the sequence numbers below.
+    // Few heartbeats of the real peer, so that they do not interfere with the sequence numbers below.
     configs[1].interval = Duration::from_secs(1);
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
     let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let valid = Codec::new(&KEY, session(9), EPOCH, 2);
-    let replayed = valid.write(1, 1_000_000, None);
+    let replayed = valid.write(1, 1_000_000, None, None);
     let datagrams = [
         replayed,
         replayed,
-        valid.write(1, 999_999, None),
-        Codec::new(&[0; 32], session(9), EPOCH, 2).write(1, 2_000_000, None),
-        Codec::new(&KEY, session(9), EPOCH - 1, 2).write(1, 2_000_000, None),
-        Codec::new(&KEY, SESSION, EPOCH, 2).write(1, 2_000_000, None),
+        valid.write(1, 999_999, None, None),
+        Codec::new(&[0; 32], session(9), EPOCH, 2).write(1, 2_000_000, None, None),
+        Codec::new(&KEY, session(9), EPOCH - 1, 2).write(1, 2_000_000, None, None),
+        Codec::new(&KEY, SESSION, EPOCH, 2).write(1, 2_000_000, None, None),
     ];
     for datagram in datagrams {
         sender.send_to(&datagram, target).expect("sent");
@@ -219,7 +282,7 @@ fn invalid_datagrams_are_rejected_and_counted() {
     sender.send_to(b"hello", target).expect("sent");
     wait_until(|| members[0].counters().bad_format > 0);
     let counters = members[0].counters();
-    // The real peer's sequence numbers are below 1 000 000, so its heartbeats also count as replays.
+    // The real peer's heartbeats have lower sequence numbers than 1 000 000, so they also count as replays.
     assert!(counters.replays >= 2, "{counters:?}");
     let Counters { bad_format, bad_mac, other_session, old_epoch, newer_epoch, garbled, .. } = counters;
     assert_eq!((bad_format, bad_mac, other_session, old_epoch, newer_epoch, garbled), (1, 1, 1, 1, 0, 0));
@@ -232,34 +295,39 @@ fn a_newer_epoch_fences_the_old_one() {
     let target = configs[0].heartbeat.local_addr().expect("bound");
     let members = start(configs);
     let sender = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
-    let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, None);
+    let newer = Codec::new(&KEY, session(10), EPOCH + 1, 2).write(1, 1, None, None);
     sender.send_to(&newer, target).expect("sent");
     members.iter().for_each(|member| assert_ends(member, 0, 75, "fenced"));
+}
+
+/// The state of process 0 of two.
+fn shared_of_two(sender: crossbeam_channel::Sender<MembershipEvent>) -> Shared {
+    Shared::new(0, Arc::new(ControlTree::new(&[0, 0])), EPOCH, (ms(1000), ms(0)), sender)
 }
 
 #[test]
 fn invalid_messages_of_peers_are_counted() {
     let (sender, notices) = bounded(8);
-    let shared = Shared::new(0, 2, EPOCH, ms(0), sender);
+    let shared = shared_of_two(sender);
     shared.receive(1, Body::Received { urgent: 1 }.into());
     shared.garbled(1, "noise");
     let forged = Report { by: 0, about: 0, kind: Kind::Failed, follows: false, cause: String::new(), exit: 70 };
     shared.receive(1, Body::Report(forged).into());
     assert_eq!((shared.counters().garbled, shared.first_cause()), (3, None));
-    // Messages from processes that are not peers are ignored.
-    shared.receive(0, Body::Leaving.into());
-    shared.receive(2, Body::Leaving.into());
+    // Messages of processes that are not peers are ignored.
+    shared.receive(0, Body::Leaving { processes: vec![0] }.into());
+    shared.receive(2, Body::Leaving { processes: vec![2] }.into());
     assert!(notices.try_recv().is_err());
-    shared.receive(1, Body::Message { topic: 1 }.into());
+    shared.receive(1, Body::Message { from: 1, to: 0, topic: 1 }.into());
     assert!(matches!(notices.try_recv(), Ok(MembershipEvent::Message { from: 1, .. })));
 }
 
 #[test]
 fn too_many_unread_messages_end_the_session() {
     let (sender, notices) = bounded(NOTICES_MAX + 2);
-    let shared = Shared::new(0, 2, EPOCH, ms(0), sender);
+    let shared = shared_of_two(sender);
     for _ in 0..NOTICES_MAX + 10 {
-        shared.receive(1, Body::Message { topic: 1 }.into());
+        shared.receive(1, Body::Message { from: 1, to: 0, topic: 1 }.into());
     }
     let all: Vec<_> = notices.try_iter().collect();
     assert_eq!(all.len(), NOTICES_MAX + 1);
@@ -267,7 +335,7 @@ fn too_many_unread_messages_end_the_session() {
     assert_eq!((first.process, first.exit), (0, 70));
 }
 
-/// Forwards bytes between two streams. While `cut` is set, neither forwards bytes nor closes, like a frozen peer.
+/// Forwards bytes between two streams. While `cut`, it neither forwards nor closes, like a frozen peer.
 fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
     let (a, inner_a) = UnixStream::pair().expect("a pair");
     let (inner_b, b) = UnixStream::pair().expect("a pair");
@@ -284,14 +352,14 @@ fn proxy(cut: Arc<AtomicBool>) -> (UnixStream, UnixStream) {
                     break;
                 }
             }
-            // After this, the peer reads the end of the connection.
+            // The peer sees the end of the connection.
             let _ = to.shutdown(Shutdown::Both);
         });
     }
     (a, b)
 }
 
-/// Forwards datagrams, but drops them while `cut` is set.
+/// Forwards datagrams, but drops them while `cut`.
 fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
     let socket = bind((Ipv4Addr::LOCALHOST, 0).into()).expect("loopback");
     let address = socket.local_addr().expect("bound");
@@ -299,7 +367,7 @@ fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
         let mut bytes = [0; 256];
         while let Ok((length, _)) = socket.recv_from(&mut bytes) {
             if !cut.load(Ordering::Relaxed) {
-                // An error means that the receiver may have ended.
+                // The receiver may have ended.
                 let _ = socket.send_to(&bytes[..length], to);
             }
         }
@@ -307,7 +375,7 @@ fn relay(cut: Arc<AtomicBool>, to: SocketAddr) -> SocketAddr {
     address
 }
 
-/// Two processes. `cut` interrupts their connection and the heartbeats of the processes in `silenced`.
+/// Two processes with a network that can be cut: their connection, and the heartbeats of the processes in `silenced`.
 fn with_network(test: u8, deadline: Duration, silenced: &[u32]) -> (Vec<Membership>, Arc<AtomicBool>) {
     let mut configs = configs(test, 2);
     let cut = Arc::new(AtomicBool::new(false));
@@ -340,14 +408,14 @@ fn a_partition_ends_both_sides() {
     let (members, cut) = with_network(19, ms(1000), &[0, 1]);
     cut.store(true, Ordering::Relaxed);
     for (own, member) in members.iter().enumerate() {
-        // Neither side receives a report from the other one.
+        // Neither side receives the other's report.
         assert_ends(member, 1 - own as u32, 69, "no heartbeat for 1.");
     }
 }
 
 #[test]
 fn a_process_whose_heartbeats_are_lost_learns_it_from_its_peers_heartbeats() {
-    // The cut connection delivers no control message. Only the heartbeats of process 1 arrive.
+    // No control message arrives, because the connection is cut. Only the heartbeats of process 1 arrive.
     let (members, cut) = with_network(20, ms(1000), &[0]);
     let begin = Instant::now();
     cut.store(true, Ordering::Relaxed);
@@ -355,7 +423,7 @@ fn a_process_whose_heartbeats_are_lost_learns_it_from_its_peers_heartbeats() {
     assert_eq!((causes[0].process, causes[0].exit), (0, 69));
     assert_eq!(causes[0].cause, "it is lost; the report of the cause did not arrive (seen by process 1)");
     assert_eq!((causes[1].process, causes[1].exit), (0, 69));
-    // Process 0 does not wait for its own deadline, which would begin only when process 1 has ended.
+    // Process 0 does not wait for a deadline of its own, which would begin only when process 1 has ended.
     assert!(begin.elapsed() < ms(2400), "{:?}", begin.elapsed());
 }
 
@@ -374,7 +442,7 @@ fn a_peer_that_does_not_read_costs_at_most_one_outbox() {
             Err(other) => panic!("{other}"),
         }
     }
-    // In addition to the waiting messages, some are in the buffers of the sockets and of the proxy.
+    // Beside those that wait, some are in the buffers of the sockets and of the proxy.
     assert!(sent <= 16 * outbox::MESSAGES_MAX && sent + rejected == 100_000, "{sent} were sent");
     let start = Instant::now();
     drop(members.remove(0));
@@ -395,7 +463,7 @@ fn peers_that_do_not_join_are_reported() {
 #[test]
 fn a_process_that_gives_up_joining_reports_the_reason() {
     let mut configs = configs(17, 3);
-    // Process 2 never joins. Process 0 has the shorter timeout.
+    // Process 2 never joins; process 0 gives up first.
     let absent = configs.pop().expect("three");
     configs[0].join_within = ms(1000);
     let threads: Vec<_> = configs.into_iter().map(|c| thread::spawn(move || Membership::start(c))).collect();
@@ -436,12 +504,12 @@ fn a_heartbeat_ends_the_silence_of_its_sender() {
     configs.iter_mut().for_each(|c| c.interval = ms(20));
     let members = start(configs);
     let begin = Instant::now();
-    // True only after a heartbeat that arrives later than `begin`.
+    // True only after a heartbeat later than `begin`.
     wait_until(|| matches!(members[0].silent_times()[..], [(1, Some(silent))] if silent < begin.elapsed()));
     leave_all(members);
 }
 
-/// Prints the round-trip time of a small message. The test sets no limit, because the machine may be busy.
+/// Prints the round-trip time of a small message. There is no limit, because the test may run on a busy machine.
 #[test]
 fn small_messages_complete_round_trips() {
     let members = world(16, 2);

@@ -1,0 +1,164 @@
+//! The results of a step. Devices' pieces go to process 0, which assembles whole outputs and sends them to the processes
+//! that get them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use shardflow_actors::remote::HostPiece;
+use shardflow_job::membership::{MergeRule, Reduced};
+use shardflow_job::requests::Request;
+use shardflow_kernels::collective::ReduceOp;
+use shardflow_kernels::op::norm_of_squares;
+use shardflow_kernels::tensor::HostTensor;
+
+use super::Session;
+use super::batch::Inputs;
+use super::error::SessionError;
+use super::numbers::Topic;
+use super::report::StepReport;
+use crate::graph::builder::{GRAD_SQUARES_OUTPUT, LOSS_OUTPUT};
+use crate::graph::{Combine, Output};
+use crate::plan::segments::SegmentId;
+use crate::sbp::gather;
+use crate::sbp::region::{combine, concat};
+
+/// Fetch results of all devices: one list per firing, with one tensor per port.
+type Results = BTreeMap<(usize, SegmentId), Vec<Vec<HostTensor>>>;
+
+/// By index of the graph's output: the whole tensor of each firing; empty if this process does not get it.
+pub(super) type OutputTensors = Vec<Vec<HostTensor>>;
+
+impl Session {
+    /// Feeds a batch and waits until the devices of all processes have sent their results. Then the processes combine
+    /// these numbers. Devices wait before the update.
+    pub(super) fn run(
+        &mut self,
+        inputs: &Inputs<'_>,
+        rules: &Arc<[MergeRule]>,
+        numbers: Vec<Vec<u64>>,
+    ) -> Result<Reduced, SessionError> {
+        self.observer.iter().for_each(|observer| observer.passes.lock().begin(self.steps));
+        self.start_step(inputs).map_err(|failure| self.fail(failure))?;
+        let wanted = self.fetched_pieces(|device| self.process_map.own().contains(&device));
+        self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
+        if self.process_map.process != 0 {
+            // They have been sent to process 0.
+            let mut inbox = self.inbox.lock();
+            wanted.iter().for_each(|(port, count)| drop(inbox.take(*port, *count)));
+        }
+        // Supplied last, so that a process that waits for numbers knows which process's devices are late.
+        let pending = self.supply(Topic::Step, rules, numbers).map_err(|failure| self.fail(failure))?;
+        self.combined(pending, None).map_err(|failure| self.fail(failure))
+    }
+
+    /// The ports of these devices' fetches, and their number of pieces in a step.
+    fn fetched_pieces(&self, is_wanted: impl Fn(usize) -> bool) -> Vec<(u32, usize)> {
+        let fetches = self.ports.fetches.iter().filter(|((device, _), _)| is_wanted(*device));
+        let firings = |segment: SegmentId| self.plan.segments.get(segment).rate.per_step(self.plan.micro_batches);
+        fetches.map(|((_, segment), (port, _))| (*port, firings(*segment))).collect()
+    }
+
+    /// Waits for the results of all devices, on process 0; the others have none.
+    pub(super) fn take_results(&mut self) -> Result<Option<Results>, SessionError> {
+        if self.process_map.process != 0 {
+            return Ok(None);
+        }
+        let wanted = self.fetched_pieces(|_| true);
+        self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
+        let mut inbox = self.inbox.lock();
+        let fetches = self.ports.fetches.keys().zip(wanted);
+        Ok(Some(fetches.map(|(key, (port, count))| (*key, inbox.take(port, count))).collect()))
+    }
+
+    /// Returns the step's outputs that this process gets; all processes call it.
+    pub(super) fn exchange_outputs(&mut self) -> Result<OutputTensors, SessionError> {
+        if let Some(results) = self.take_results()? {
+            self.send_outputs(&results)?;
+        }
+        let mut wanted = Vec::new();
+        for (output, port) in self.plan.graph.outputs.iter().zip(&self.ports.outputs) {
+            let is_sent_here = self.process_map.process == 0 || self.ports.ports[*port as usize].to.is_none();
+            wanted.push((*port, if is_sent_here { self.firings(output) } else { 0 }));
+        }
+        self.receive(&wanted, None).map_err(|failure| self.fail(failure))?;
+        let mut inbox = self.inbox.lock();
+        Ok(wanted.into_iter().map(|(port, count)| inbox.take(port, count).into_iter().flatten().collect()).collect())
+    }
+
+    fn firings(&self, output: &Output) -> usize {
+        self.plan.graph.tensor(output.tensor).rate.per_step(self.plan.micro_batches)
+    }
+
+    /// Assembles the outputs on process 0 and sends them.
+    fn send_outputs(&mut self, results: &Results) -> Result<(), SessionError> {
+        let plan = self.plan.clone();
+        for (output, port) in plan.graph.outputs.iter().zip(self.ports.clone().outputs.iter().copied()) {
+            for firing in 0..self.firings(output) {
+                match self.whole_output(output, results, firing) {
+                    Ok(whole) => self.send(&mut self.inbox.lock(), HostPiece { port, tensors: vec![whole] }),
+                    Err(error) => {
+                        // The others wait for it.
+                        if self.process_map.processes > 1 {
+                            self.fail_alone(error.exit(), &error);
+                        }
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn whole_output(&self, output: &Output, results: &Results, firing: usize) -> Result<HostTensor, SessionError> {
+        let graph = &self.plan.graph;
+        let info = graph.tensor(output.tensor);
+        let placement = &graph.placements[graph.placement_of(output.tensor)];
+        let fetch = self.plan.segments.fetch_of(graph, output.tensor);
+        let shard = |device: &usize| {
+            let key = (*device, fetch);
+            let port = self.ports.fetches[&key].1.iter().position(|v| *v == output.tensor);
+            results[&key][firing][port.expect("a device fetches the outputs that it holds")].clone()
+        };
+        let shards: Vec<HostTensor> = placement.devices().iter().map(shard).collect();
+        Ok(gather(&shards, &info.shape, graph.layout(output.tensor), placement)?)
+    }
+
+    pub(super) fn report(&self, tensors: OutputTensors) -> StepReport {
+        let mut outputs: BTreeMap<String, HostTensor> = BTreeMap::new();
+        let mut squares: Vec<[f64; 2]> = Vec::new();
+        let found = self.plan.graph.outputs.iter().zip(tensors);
+        for (output, pieces) in found.filter(|(_, pieces)| !pieces.is_empty()) {
+            let whole = combine_micro_batches(pieces, output.combine.unwrap_or(Combine::First));
+            if output.name == GRAD_SQUARES_OUTPUT {
+                let (values, _) = whole.as_f32().unwrap_or_default().as_chunks::<2>();
+                squares.resize(values.len(), [0.0; 2]);
+                for (sum, value) in squares.iter_mut().zip(values) {
+                    *sum = [sum[0] + f64::from(value[0]), sum[1] + f64::from(value[1])];
+                }
+            } else {
+                outputs.insert(output.name.clone(), whole);
+            }
+        }
+        let loss = outputs.get(LOSS_OUTPUT).and_then(|t| t.as_f32()).and_then(|v| v.first().copied());
+        let grad_norm = (!squares.is_empty()).then(|| norm_of_squares(squares));
+        StepReport { step: self.steps, loss, grad_norm, outputs, request: Request::Nothing, non_finite: None }
+    }
+}
+
+/// Combines the values of a step's micro-batches, in their order; `pieces` is not empty.
+fn combine_micro_batches(mut pieces: Vec<HostTensor>, method: Combine) -> HostTensor {
+    let op = match method {
+        Combine::First => return pieces.swap_remove(0),
+        Combine::Concat(dim) => return concat(&pieces, dim),
+        Combine::Stack => {
+            pieces.iter_mut().for_each(|piece| piece.shape.insert(0, 1));
+            return concat(&pieces, 0);
+        }
+        Combine::Sum => ReduceOp::Sum,
+        Combine::Max => ReduceOp::Max,
+    };
+    let mut terms = pieces.into_iter();
+    let mut whole = terms.next().expect("a step has a micro-batch");
+    terms.for_each(|term| combine(&mut whole, &term, op));
+    whole
+}
