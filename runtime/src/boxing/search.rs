@@ -195,6 +195,9 @@ impl<'a> SearchSpace<'a> {
                 // An edge that costs more than a known path need not be evaluated.
                 let known = [self.target, next].map(|s| best[s].map_or(f64::INFINITY, |b| b.0 - cost));
                 let limit = known[0].min(known[1]);
+                if limit < 0.0 {
+                    continue;
+                }
                 let Some(edge) = self.edge(state, next, limit) else { continue };
                 let reached = (cost + edge.cost_seconds, steps + 1, state);
                 let is_better = |b: (f64, usize, usize)| reached.0.total_cmp(&b.0).then(reached.1.cmp(&b.1)).is_lt();
