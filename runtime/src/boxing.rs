@@ -159,6 +159,12 @@ impl Planner {
         route.as_deref().ok_or_else(|| error("no sequence of collectives makes this change"))
     }
 
+    /// Edges that the searches have evaluated, as a measure of their work.
+    #[cfg(test)]
+    pub(crate) fn edges_evaluated(&self) -> usize {
+        self.edges_evaluated
+    }
+
     fn overlap(&mut self, from: &Placement, to: &Placement) -> Overlap {
         if from == to {
             return Overlap::Same;

@@ -153,3 +153,6 @@ fn check_errors(graph: &Graph) -> Result<(), CompileError> {
     let errors = graph.errors();
     if errors.is_empty() { Ok(()) } else { Err(CompileError::Graph(errors)) }
 }
+
+#[cfg(test)]
+mod tests;

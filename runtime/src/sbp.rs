@@ -224,7 +224,7 @@ fn class_coordinates(shape: &[usize], sizes: &[usize], layouts: [&NdSbp; 2]) -> 
             for &axis in axes {
                 let size = sizes[axis];
                 let boundaries = extents.iter().map(|extent| extent % size);
-                coordinates[axis].extend(boundaries);
+                coordinates[axis].extend(boundaries.filter(|boundary| *boundary > 0));
                 if !is_nested {
                     coordinates[axis].extend(0..size);
                 }

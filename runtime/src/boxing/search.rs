@@ -1,6 +1,6 @@
 //! The search for the cheapest sequence of steps: its states are layouts on the source and target placements, its edges
 //! the steps of [`super::step`]. Dijkstra's algorithm (1959) finds the cheapest path; ties go to fewer steps, then to
-//! the layout that is listed first. `docs/adr/0021-boxing-changes-few-axes.md` says which axes a path may change.
+//! the layout that is listed first. `docs/adr/0023-boxing-changes-few-axes.md` says which axes a path may change.
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
@@ -193,7 +193,11 @@ impl<'a> SearchSpace<'a> {
             let others = (0..count).filter(|&s| s != self.target && !done[s]);
             for next in std::iter::once(self.target).filter(|&s| !done[s]).chain(others.collect::<Vec<_>>()) {
                 // An edge that costs more than a known path need not be evaluated.
-                let limit = best[self.target].map_or(f64::INFINITY, |b| b.0 - cost);
+                let known = [self.target, next].map(|s| best[s].map_or(f64::INFINITY, |b| b.0 - cost));
+                let limit = known[0].min(known[1]);
+                if limit < 0.0 {
+                    continue;
+                }
                 let Some(edge) = self.edge(state, next, limit) else { continue };
                 let reached = (cost + edge.cost_seconds, steps + 1, state);
                 let is_better = |b: (f64, usize, usize)| reached.0.total_cmp(&b.0).then(reached.1.cmp(&b.1)).is_lt();

@@ -171,6 +171,9 @@ pub(super) fn elements_max(
     sizes: &[usize],
     layouts: [&NdSbp; 2],
 ) -> usize {
+    if matches!(kind, StepKind::Slice | StepKind::Pad(_)) {
+        return 0;
+    }
     let members = axes.iter().map(|&axis| sizes[axis]).product();
     let mut max = 0;
     // Of the members of a group, the first has the largest chunk.

@@ -5,7 +5,8 @@
 //! - LAY-1: parameters and inputs are read in their given layout;
 //! - LAY-2: a split comes from a split. A kernel may split a factor over an axis only if one of its inputs can have
 //!   that split, because a parameter, an input or a `relayout` has it, or if it makes the parts from whole inputs;
-//! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts.
+//! - LAY-3: a tensor that can only be split stays split for a kernel that can work on its parts;
+//! - LAY-4: terms come from terms. A kernel may read terms along an axis only if one of its inputs can be terms there.
 //!
 //! Cost decides among the remaining candidates. Without these rules, cost would gather weights or introduce sequence
 //! parallelism on small models, and the program would not show what runs.
@@ -20,9 +21,8 @@ use crate::boxing::Planner;
 use crate::graph::{Graph, Node, NodeOp, Rate, SourceLine, Var, ops};
 use crate::layout_error::LayoutError;
 use crate::passes::optimizer::owner_sums;
-use crate::placement::Placement;
 use crate::sbp::choose::{Candidate, NodeSpec, Problem, TensorSpec, choose as choose_layouts};
-use crate::sbp::rule::{NdSignature, Rule};
+use crate::sbp::rule::{NdSignature, Rule, Signature};
 use crate::sbp::{NdSbp, PlacedLayout, Sbp};
 
 /// Assumed rates of compute; only their ratio to the rates of the cost model matters.
@@ -36,11 +36,8 @@ pub fn choose(graph: &mut Graph, planner: &mut Planner) {
     let mut splits = Splits::new(&problem.tensors);
     let mut node_of = Vec::new();
     for (index, node) in graph.nodes.iter().enumerate() {
-        match spec(graph, node, &problem.tensors) {
-            Ok(Some(mut spec)) => {
-                if node.rate == Rate::MicroBatch {
-                    splits.restrict(graph, node, &mut spec);
-                }
+        match spec(graph, node, &problem.tensors, &mut splits) {
+            Ok(Some(spec)) => {
                 problem.nodes.push(spec);
                 node_of.push(index);
             }
@@ -130,7 +127,12 @@ fn source(graph: &Graph, var: Var) -> Var {
 }
 
 /// The node as a part of the problem; `None` if there is nothing to choose.
-fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<NodeSpec>, LayoutError> {
+fn spec(
+    graph: &Graph,
+    node: &Node,
+    tensors: &[TensorSpec],
+    splits: &mut Splits,
+) -> Result<Option<NodeSpec>, LayoutError> {
     let placement = &graph.placements[node.placement];
     let indices = |vars: &[Var]| -> Vec<usize> { vars.iter().map(|v| source(graph, *v).index()).collect() };
     let shapes: Vec<&[usize]> = node.inputs.iter().map(|v| graph.shape(*v)).collect();
@@ -159,14 +161,40 @@ fn spec(graph: &Graph, node: &Node, tensors: &[TensorSpec]) -> Result<Option<Nod
         _ => return Ok(None),
     };
     let (inputs, outputs) = (indices(&node.inputs), node.outputs.iter().map(|v| v.index()).collect());
-    let seconds = whole_seconds(graph, node);
-    let mut spec = NodeSpec::of_rule(&node.name, placement, &rule, tensors, inputs, outputs, seconds)?;
-    spec.candidates.retain(|c| is_canonical(&c.signature, placement));
-    if let NodeOp::Relayout = node.op {
-        let required = tensors[node.outputs[0].index()].pinned.as_ref().map(|l| &l.sbp);
-        spec.candidates.retain(|c| c.signature.outputs.first() == required);
+    let (name, placement) = (node.name.clone(), placement.clone());
+    let mut spec = NodeSpec { name, placement, inputs, outputs, candidates: Vec::new() };
+    let by_axis = signatures_by_axis(node, &rule, &spec, tensors);
+    let counts = (node.inputs.len(), node.outputs.len());
+    let mut signatures = Vec::new();
+    if node.rate == Rate::MicroBatch {
+        signatures = NdSignature::combinations(&splits.restricted(graph, node, &spec, &by_axis), counts);
     }
+    // If the op cannot read a parameter in its given layout, all candidates stay; `explain` lists the change.
+    if signatures.is_empty() {
+        signatures = NdSignature::combinations(&by_axis, counts);
+    }
+    if node.rate == Rate::MicroBatch {
+        splits.record(&spec, &signatures);
+    }
+    spec.add_candidates(&rule, tensors, whole_seconds(graph, node), signatures)?;
     Ok(Some(spec))
+}
+
+/// The rule's signatures along each axis. Along axes of size 1, where all entries are equivalent, only `Broadcast`.
+fn signatures_by_axis(node: &Node, rule: &Rule, spec: &NodeSpec, tensors: &[TensorSpec]) -> Vec<Vec<Signature<Sbp>>> {
+    let all = rule.signatures_1d();
+    let along = |(axis, size): (usize, usize)| {
+        let is_broadcast = |s: &Signature<Sbp>| s.inputs.iter().chain(&s.outputs).all(|entry| *entry == Sbp::Broadcast);
+        let is_required = |s: &Signature<Sbp>| match node.op {
+            NodeOp::Relayout => {
+                let required = tensors[spec.outputs[0]].pinned.as_ref().map(|layout| layout.sbp.0[axis]);
+                required == Some(s.outputs[0])
+            }
+            _ => true,
+        };
+        all.iter().filter(|s| (size > 1 || is_broadcast(s)) && is_required(s)).cloned().collect()
+    };
+    spec.placement.axes().iter().map(|axis| axis.size).enumerate().map(along).collect()
 }
 
 /// For each tensor and mesh axis, the possible entries of its layout.
@@ -181,25 +209,33 @@ impl Splits {
         Self(tensors.iter().map(entries).collect())
     }
 
-    /// Keeps the candidates that LAY-1 to LAY-3 allow, and records the possible layouts of their outputs.
-    fn restrict(&mut self, graph: &Graph, node: &Node, spec: &mut NodeSpec) {
+    /// The signatures along each axis that LAY-1 to LAY-4 allow.
+    fn restricted(
+        &self,
+        graph: &Graph,
+        node: &Node,
+        spec: &NodeSpec,
+        by_axis: &[Vec<Signature<Sbp>>],
+    ) -> Vec<Vec<Signature<Sbp>>> {
         let is_given = |input: &Var| matches!(graph.producer(*input).op, NodeOp::Parameter { .. } | NodeOp::Input);
-        let keeps_given_layouts = |c: &Candidate| {
-            let mut inputs = node.inputs.iter().zip(&spec.inputs).zip(&c.signature.inputs);
-            inputs.all(|((var, tensor), required)| !is_given(var) || self.can_have(*tensor, required))
+        let given: Vec<bool> = node.inputs.iter().map(is_given).collect();
+        let along = |(axis, all): (usize, &Vec<Signature<Sbp>>)| {
+            let allowed = |signature: &&Signature<Sbp>| {
+                self.keeps_given_layouts(spec, &given, signature, axis)
+                    && self.split_exists(spec, signature, axis)
+                    && self.term_exists(spec, signature, axis)
+                    && self.stays_split(spec, signature, all, axis)
+            };
+            all.iter().filter(allowed).cloned().collect()
         };
-        let axes = spec.placement.axes().len();
-        let comes_from_a_split = |c: &Candidate| (0..axes).all(|axis| self.split_exists(spec, &c.signature, axis));
-        let stays_split = |c: &Candidate| (0..axes).all(|axis| self.stays_split(spec, &c.signature, axis));
-        let allowed = |c: &&Candidate| keeps_given_layouts(c) && comes_from_a_split(c) && stays_split(c);
-        let kept: Vec<Candidate> = spec.candidates.iter().filter(allowed).cloned().collect();
-        // If the op cannot read a parameter in its given layout, all candidates stay; `explain` lists the change.
-        if !kept.is_empty() {
-            spec.candidates = kept;
-        }
-        for candidate in &spec.candidates {
-            for (tensor, layout) in spec.outputs.iter().zip(&candidate.signature.outputs) {
-                self.0[*tensor].resize(axes, BTreeSet::new());
+        by_axis.iter().enumerate().map(along).collect()
+    }
+
+    /// Records the possible layouts of the node's outputs.
+    fn record(&mut self, spec: &NodeSpec, signatures: &[NdSignature]) {
+        for signature in signatures {
+            for (tensor, layout) in spec.outputs.iter().zip(&signature.outputs) {
+                self.0[*tensor].resize(layout.0.len(), BTreeSet::new());
                 self.0[*tensor].iter_mut().zip(&layout.0).for_each(|(entries, sbp)| {
                     entries.insert(*sbp);
                 });
@@ -207,35 +243,39 @@ impl Splits {
         }
     }
 
-    fn can_have(&self, tensor: usize, layout: &NdSbp) -> bool {
-        self.0[tensor].iter().zip(&layout.0).all(|(entries, sbp)| entries.contains(sbp))
+    fn can_have(&self, tensor: usize, axis: usize, entry: Sbp) -> Option<bool> {
+        self.0[tensor].get(axis).map(|entries| entries.contains(&entry))
+    }
+
+    /// LAY-1: false if a parameter or an input cannot have the layout that the signature requires.
+    fn keeps_given_layouts(&self, spec: &NodeSpec, given: &[bool], signature: &Signature<Sbp>, axis: usize) -> bool {
+        let mut inputs = given.iter().zip(&spec.inputs).zip(&signature.inputs);
+        inputs.all(|((given, tensor), required)| !given || self.can_have(*tensor, axis, *required) != Some(false))
     }
 
     /// LAY-2: false if a signature splits inputs along the axis and no input can have that split.
-    fn split_exists(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
+    fn split_exists(&self, spec: &NodeSpec, signature: &Signature<Sbp>, axis: usize) -> bool {
         let inputs = spec.inputs.iter().zip(&signature.inputs);
-        let mut inputs = inputs.filter(|(_, required)| required.0[axis].split_dim().is_some()).peekable();
-        inputs.peek().is_none()
-            || inputs.any(|(t, required)| self.0[*t].get(axis).is_some_and(|e| e.contains(&required.0[axis])))
+        let mut inputs = inputs.filter(|(_, required)| required.split_dim().is_some()).peekable();
+        inputs.peek().is_none() || inputs.any(|(t, required)| self.can_have(*t, axis, *required) == Some(true))
     }
 
     /// LAY-3: false if an input can only be split, the signature requires another layout, and another signature reads
     /// it split.
-    fn stays_split(&self, spec: &NodeSpec, signature: &NdSignature, axis: usize) -> bool {
+    fn stays_split(&self, spec: &NodeSpec, signature: &Signature<Sbp>, all: &[Signature<Sbp>], axis: usize) -> bool {
         (0..spec.inputs.len()).all(|input| {
             let only = self.0[spec.inputs[input]].get(axis).filter(|e| e.len() == 1).and_then(|e| e.first());
             let Some(entry @ Sbp::Split(_)) = only else { return true };
-            let reads_it_split = |c: &Candidate| c.signature.inputs[input].0[axis] == *entry;
-            signature.inputs[input].0[axis] == *entry || !spec.candidates.iter().any(reads_it_split)
+            signature.inputs[input] == *entry || !all.iter().any(|other| other.inputs[input] == *entry)
         })
     }
-}
 
-/// True if all layouts are `Broadcast` along axes of size 1, where all entries are equivalent.
-fn is_canonical(signature: &NdSignature, placement: &Placement) -> bool {
-    let canonical =
-        |layout: &NdSbp| layout.0.iter().zip(placement.axes()).all(|(s, a)| a.size > 1 || *s == Sbp::Broadcast);
-    signature.inputs.iter().chain(&signature.outputs).all(canonical)
+    /// LAY-4: false if a signature reads terms along the axis and no input can be terms.
+    fn term_exists(&self, spec: &NodeSpec, signature: &Signature<Sbp>, axis: usize) -> bool {
+        let inputs = spec.inputs.iter().zip(&signature.inputs);
+        let mut inputs = inputs.filter(|(_, required)| required.is_partial()).peekable();
+        inputs.peek().is_none() || inputs.any(|(t, required)| self.can_have(*t, axis, *required) == Some(true))
+    }
 }
 
 /// Estimated seconds of the op on one device.

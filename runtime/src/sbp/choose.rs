@@ -5,14 +5,21 @@
 //! - CH-2: for a tensor that is an output or has no reader, the reduction of `Partial` to `Broadcast`;
 //! - CH-3: for each op, the compute on its busiest device.
 //!
-//! The search is a beam search in topological order, followed by sweeps that change one op at a time while the cost
-//! decreases. The beam merges assignments that leave the same layouts to later ops, so a wide enough beam is exact. It
-//! ranks assignments by the cost so far plus the **pending** cost: that of reducing `Partial` tensors which are not
-//! reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor gave the same or worse results.)
+//! A large problem is solved by [`eliminate`]: exactly, in time that is linear in the number of layers, so a repeated
+//! layer costs as much as one that is stamped. A small one is solved by a beam search in topological order, followed by
+//! sweeps that change one op at a time while the cost decreases. The beam merges assignments that leave the same layouts
+//! to later ops, so it is exact while it is wide enough. It ranks by the cost so far plus the **pending** cost of
+//! reducing `Partial` tensors that are not reduced yet. (A pending cost for gathering slices of a `Broadcast` tensor was
+//! tried: the results were the same or worse.)
 
-use std::collections::HashSet;
+mod eliminate;
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::rc::Rc;
 
 use shardflow_kernels::tensor::DType;
+
+use eliminate::{Cost, ENTRIES_MAX, Minimum, Table, for_each_combination, minimise};
 
 use super::cost::{CostCache, compute_seconds};
 use super::rule::{NdSignature, Rule};
@@ -20,6 +27,10 @@ use super::{NdSbp, PlacedLayout};
 use crate::boxing::Planner;
 use crate::layout_error::LayoutError;
 use crate::placement::Placement;
+
+/// Maximum number of nodes for the beam search. Its time grows with their square. Smaller problems keep it because the
+/// bits of existing programs depend on its choices, some of which are not the cheapest.
+const BEAM_NODES_MAX: usize = 512;
 
 /// Minimum number of assignments that the beam keeps after each op.
 const BEAM_WIDTH_MIN: usize = 16;
@@ -86,29 +97,26 @@ pub struct Choice {
 }
 
 impl NodeSpec {
-    /// A node whose candidates are a rule's signatures on this placement. The unsharded op takes `whole_seconds`.
+    /// Adds these signatures as candidates. `whole_seconds`: time of the unsharded op.
     ///
     /// # Errors
     /// When an input is not in `tensors`, or the inputs' shapes do not fit the rule.
-    pub fn of_rule(
-        name: &str,
-        placement: &Placement,
+    pub fn add_candidates(
+        &mut self,
         rule: &Rule,
         tensors: &[TensorSpec],
-        inputs: Vec<usize>,
-        outputs: Vec<usize>,
         whole_seconds: f64,
-    ) -> Result<Self, LayoutError> {
-        let missing = |t: usize| LayoutError::Choice { node: name.into(), why: format!("no tensor {t}") };
+        signatures: Vec<NdSignature>,
+    ) -> Result<(), LayoutError> {
+        let missing = |t: usize| LayoutError::Choice { node: self.name.clone(), why: format!("no tensor {t}") };
         let shape = |&t: &usize| tensors.get(t).map(|tensor| tensor.shape.clone()).ok_or_else(|| missing(t));
-        let input_shapes = inputs.iter().map(shape).collect::<Result<Vec<_>, _>>()?;
+        let input_shapes = self.inputs.iter().map(shape).collect::<Result<Vec<_>, _>>()?;
         let output_shapes = rule.infer_shapes(&input_shapes)?;
-        let candidate = |signature: NdSignature| {
-            let seconds = compute_seconds(whole_seconds, &signature, &input_shapes, &output_shapes, placement);
+        self.candidates.extend(signatures.into_iter().map(|signature| {
+            let seconds = compute_seconds(whole_seconds, &signature, &input_shapes, &output_shapes, &self.placement);
             Candidate { signature, compute_seconds: seconds }
-        };
-        let candidates = rule.signatures(placement.axes().len()).into_iter().map(candidate).collect();
-        Ok(Self { name: name.into(), placement: placement.clone(), inputs, outputs, candidates })
+        }));
+        Ok(())
     }
 }
 
@@ -116,8 +124,14 @@ impl NodeSpec {
 /// [`LayoutError::Choice`] if the problem is malformed, or a node's inputs cannot take the layouts of any candidate.
 pub fn choose(problem: &Problem, planner: &mut Planner) -> Result<Choice, LayoutError> {
     let mut chooser = Chooser::new(problem, planner)?;
-    let mut candidates = chooser.beam()?;
-    chooser.sweep(&mut candidates);
+    let candidates = if problem.nodes.len() <= BEAM_NODES_MAX {
+        let mut candidates = chooser.beam()?;
+        chooser.sweep(&mut candidates);
+        candidates
+    } else {
+        chooser.eliminate()
+    };
+    chooser.check_reachable(&candidates)?;
     Ok(chooser.into_choice(candidates))
 }
 
@@ -221,11 +235,113 @@ impl<'a> Chooser<'a> {
         self.boxing(tensor, layout, reduced)
     }
 
+    /// Minimises the objective by eliminating nodes. Returns the index of each node's candidate.
+    fn eliminate(&mut self) -> Vec<usize> {
+        let sizes: Vec<usize> = self.candidates.iter().map(Vec::len).collect();
+        let (tables, is_exact) = self.tables(&sizes);
+        let Minimum { values: mut candidates, is_exact: is_minimum } = minimise(&sizes, tables);
+        if !(is_exact && is_minimum) {
+            self.sweep(&mut candidates);
+        }
+        candidates
+    }
+
+    /// The objective as tables over the nodes that have a choice; false if it is an estimate.
+    fn tables(&mut self, sizes: &[usize]) -> (Vec<Table>, bool) {
+        let (mut tables, mut is_exact, mut costs_by_key) = (Vec::new(), true, HashMap::new());
+        for (n, candidates) in self.candidates.iter().enumerate().filter(|(_, candidates)| candidates.len() > 1) {
+            let costs = candidates.iter().map(|c| Cost { seconds: c.seconds, conversions: 0 }).collect();
+            tables.push(Table { variables: vec![n], costs });
+        }
+        let mut chosen = vec![0; sizes.len()];
+        for tensor in 0..self.shapes.len() {
+            let nodes = self.deciding_nodes(tensor);
+            let entries = nodes.iter().fold(1_usize, |entries, n| entries.saturating_mul(sizes[*n]));
+            // Of a tensor with very many readers, each conversion is counted for each reader.
+            let parts = if entries <= ENTRIES_MAX { vec![nodes] } else { self.pairs(tensor, &nodes) };
+            is_exact &= entries <= ENTRIES_MAX;
+            for nodes in parts.into_iter().filter(|nodes| !nodes.is_empty()) {
+                let key = self.table_key(tensor, &nodes);
+                let costs =
+                    costs_by_key.entry(key).or_insert_with(|| self.costs_of(tensor, &nodes, sizes, &mut chosen));
+                tables.push(Table { costs: costs.clone(), variables: nodes });
+            }
+        }
+        (tables, is_exact)
+    }
+
+    /// The tensor's part of the objective, by the candidates of these nodes. `chosen` is scratch memory of zeros.
+    fn costs_of(&mut self, tensor: usize, nodes: &[usize], sizes: &[usize], chosen: &mut [usize]) -> Rc<[Cost]> {
+        let mut costs = Vec::new();
+        for_each_combination(nodes, sizes, |values| {
+            nodes.iter().zip(values).for_each(|(n, value)| chosen[*n] = *value);
+            let conversions = self.conversions_of(tensor, chosen).len();
+            costs.push(Cost { seconds: self.tensor_seconds(tensor, chosen), conversions });
+        });
+        nodes.iter().for_each(|n| chosen[*n] = 0);
+        costs.into()
+    }
+
+    /// What [`Chooser::costs_of`] depends on. It is equal for the tensors of repeated layers.
+    fn table_key(&self, tensor: usize, nodes: &[usize]) -> Vec<usize> {
+        let none = usize::MAX;
+        let mut key = vec![self.shapes[tensor], self.pinned[tensor].unwrap_or(none)];
+        key.push(usize::from(self.is_used_after(tensor)));
+        let mut extend = |n: usize, layout: &dyn Fn(&InternedCandidate) -> usize| {
+            key.push(nodes.binary_search(&n).unwrap_or(none));
+            key.push(self.candidates[n].len());
+            key.extend(self.candidates[n].iter().map(layout));
+        };
+        if let Some((n, i)) = self.producers[tensor] {
+            extend(n, &|c| c.outputs[i]);
+        }
+        self.readers[tensor].iter().for_each(|&(n, i)| extend(n, &|c| c.inputs[i]));
+        key.push(usize::from(self.producers[tensor].is_some()));
+        key
+    }
+
+    /// The nodes whose choice determines the layout changes of a tensor, sorted.
+    fn deciding_nodes(&self, tensor: usize) -> Vec<usize> {
+        let varies = |n: usize, layout: &dyn Fn(&InternedCandidate) -> usize| {
+            let candidates = &self.candidates[n];
+            candidates.iter().any(|c| layout(c) != layout(&candidates[0]))
+        };
+        let producer = self.producers[tensor].filter(|&(n, i)| varies(n, &|c| c.outputs[i]));
+        let readers = self.readers[tensor].iter().copied().filter(|&(n, i)| varies(n, &|c| c.inputs[i]));
+        let nodes: BTreeSet<usize> = producer.into_iter().chain(readers).map(|(n, _)| n).collect();
+        nodes.into_iter().collect()
+    }
+
+    /// Each deciding node with the producer, if that is one.
+    fn pairs(&self, tensor: usize, nodes: &[usize]) -> Vec<Vec<usize>> {
+        let producer = self.producers[tensor].map(|(n, _)| n).filter(|n| nodes.contains(n));
+        let readers = nodes.iter().filter(|n| Some(**n) != producer);
+        readers.map(|&n| producer.into_iter().chain([n]).collect::<BTreeSet<_>>().into_iter().collect()).collect()
+    }
+
+    /// Checks that every input can take the layout that its node requires.
+    fn check_reachable(&mut self, chosen: &[usize]) -> Result<(), LayoutError> {
+        for tensor in 0..self.shapes.len() {
+            if !self.tensor_seconds(tensor, chosen).is_finite() {
+                let node = self.readers[tensor].first().or(self.producers[tensor].as_ref()).map_or(0, |(n, _)| *n);
+                return Err(self.unreachable_error(node));
+            }
+        }
+        Ok(())
+    }
+
+    fn unreachable_error(&self, node: usize) -> LayoutError {
+        let why = "no candidate's layouts can be reached from its inputs".into();
+        LayoutError::Choice { node: self.problem.nodes[node].name.clone(), why }
+    }
+
     /// The beam search. Returns the index of each node's candidate.
     fn beam(&mut self) -> Result<Vec<usize>, LayoutError> {
         let mut beam = vec![Assignment { cost_seconds: 0.0, live: Vec::new(), last: None }];
         // (index of the previous choice, candidate)
         let mut choices: Vec<(Option<usize>, usize)> = Vec::new();
+        // Assignments differ only in the layouts of these tensors.
+        let varies: Vec<bool> = (0..self.shapes.len()).map(|t| !self.deciding_nodes(t).is_empty()).collect();
         for n in 0..self.problem.nodes.len() {
             let width = (EXTENSIONS / self.candidates[n].len()).max(BEAM_WIDTH_MIN);
             let mut extensions = Vec::new();
@@ -242,15 +358,15 @@ impl<'a> Chooser<'a> {
             for Extension { mut assignment, candidate, .. } in extensions {
                 // Later nodes depend only on this state. Equal states have equal pending costs, so the first is best.
                 let state = |t: &LiveTensor| (t.tensor, t.layout, t.converted_to.clone());
-                if next.len() < width && seen.insert(assignment.live.iter().map(state).collect::<Vec<_>>()) {
+                let live = assignment.live.iter().filter(|t| varies[t.tensor]);
+                if next.len() < width && seen.insert(live.map(state).collect::<Vec<_>>()) {
                     choices.push((assignment.last, candidate));
                     assignment.last = Some(choices.len() - 1);
                     next.push(assignment);
                 }
             }
             if next.is_empty() {
-                let why = "no candidate's layouts can be reached from its inputs".into();
-                return Err(LayoutError::Choice { node: self.problem.nodes[n].name.clone(), why });
+                return Err(self.unreachable_error(n));
             }
             beam = next;
         }

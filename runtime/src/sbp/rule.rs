@@ -27,6 +27,25 @@ pub struct Signature<Layout> {
 pub type NdSignature = Signature<NdSbp>;
 
 impl NdSignature {
+    /// Every combination of one signature for each axis, the last axis varying fastest, except those that mix
+    /// reductions in an operand. `counts`: the number of inputs and outputs.
+    pub(crate) fn combinations(by_axis: &[Vec<Signature<Sbp>>], counts: (usize, usize)) -> Vec<Self> {
+        let empty = |count: usize| vec![NdSbp(Vec::new()); count];
+        let mut all = vec![Self { inputs: empty(counts.0), outputs: empty(counts.1) }];
+        for signatures in by_axis {
+            let extend = |(nd, signature): (&Self, &Signature<Sbp>)| {
+                let along = |layouts: &[NdSbp], entries: &[Sbp]| {
+                    let extended = |(sbp, entry): (&NdSbp, &Sbp)| NdSbp([&sbp.0[..], &[*entry]].concat());
+                    layouts.iter().zip(entries).map(extended).collect()
+                };
+                Self { inputs: along(&nd.inputs, &signature.inputs), outputs: along(&nd.outputs, &signature.outputs) }
+            };
+            let pairs = all.iter().flat_map(|nd| signatures.iter().map(move |signature| (nd, signature)));
+            all = pairs.map(extend).filter(|signature| !signature.mixes_reductions()).collect();
+        }
+        all
+    }
+
     fn mixes_reductions(&self) -> bool {
         self.inputs.iter().chain(&self.outputs).any(NdSbp::mixes_reductions)
     }
@@ -172,21 +191,10 @@ impl Rule {
         self.signatures_1d().into_iter().find(|signature| signature.inputs == inputs).map(|signature| signature.outputs)
     }
 
-    /// Signatures on a placement with `axes` axes: every combination of [`Rule::signatures_1d`], the last axis varying
-    /// fastest, except those that mix reductions in an operand.
+    /// Signatures on a placement with `axes` axes: every combination of [`Rule::signatures_1d`], see
+    /// [`NdSignature::combinations`].
     pub fn signatures(&self, axes: usize) -> Vec<NdSignature> {
-        let one_axis = self.signatures_1d();
-        let combination = |number: usize| {
-            let digit = |axis: usize| number / one_axis.len().pow((axes - 1 - axis) as u32) % one_axis.len();
-            let operands = |count: usize, side: fn(&Signature<Sbp>) -> &[Sbp]| {
-                let layout = |i: usize| NdSbp((0..axes).map(|axis| side(&one_axis[digit(axis)])[i]).collect());
-                (0..count).map(layout).collect()
-            };
-            let (inputs, outputs) = (self.inputs.len(), self.outputs.len());
-            NdSignature { inputs: operands(inputs, |s| &s.inputs), outputs: operands(outputs, |s| &s.outputs) }
-        };
-        let all = (0..one_axis.len().pow(axes as u32)).map(combination);
-        all.filter(|signature| !signature.mixes_reductions()).collect()
+        NdSignature::combinations(&vec![self.signatures_1d(); axes], (self.inputs.len(), self.outputs.len()))
     }
 
     /// Infers the shapes of the outputs from those of the inputs (whole tensors, or the shards of one signature).

@@ -85,7 +85,7 @@ fn large_placements() -> impl Strategy<Value = Placement> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn classes_and_single_devices_equal_all_devices_on_five_axes(
         (source, target, same) in (large_placements(), large_placements(), any::<bool>()),

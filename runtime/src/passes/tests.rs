@@ -1,0 +1,59 @@
+//! Tests of the passes together: the work of choosing layouts and inserting boxing for deep models and many axes.
+
+use std::time::{Duration, Instant};
+
+use shardflow_kernels::tensor::DType;
+
+use super::*;
+use crate::graph::{AdamW, NodeOp};
+use crate::nn::{GptConfig, batch_layout, gpt};
+use crate::placement::Mesh;
+
+/// A GPT's graph with layouts and boxing, and the number of edges that the searches for boxing evaluated.
+fn boxed(mesh: &str, layers: usize) -> (Graph, usize) {
+    let config = GptConfig { vocabulary: 512, layers, heads: 8, width: 512, context: 256, batch: 32, dropout: 0.0 };
+    let mut graph = Graph::new(&Mesh::parse(mesh).unwrap());
+    let logits = gpt(&mut graph, &config);
+    let layout = batch_layout(&graph);
+    let targets = graph.input("targets", &[config.batch, config.context], DType::I32, layout);
+    let loss = graph.cross_entropy(logits, targets);
+    graph.minimize(loss, AdamW::default());
+    micro_batch::divide(&mut graph, 2);
+    let grads = autodiff::backward(&mut graph, loss);
+    optimizer::accumulate(&mut graph, loss);
+    optimizer::add_update(&mut graph, &grads, AdamW::default());
+    let (mut planner, start) = (Planner::default(), Instant::now());
+    layout::choose(&mut graph, &mut planner);
+    boxing::insert(&mut graph, &mut planner, Boxing::Automatic);
+    eprintln!("{mesh}, {layers} layers: layouts and boxing in {:?}", start.elapsed());
+    check_errors(&graph).unwrap();
+    (graph, planner.edges_evaluated())
+}
+
+fn boxing_steps(graph: &Graph) -> usize {
+    graph.nodes().iter().filter(|node| matches!(node.op, NodeOp::Boxing(_))).count()
+}
+
+#[test]
+fn each_layer_of_a_deep_model_is_laid_out_alike_at_no_further_search() {
+    let start = Instant::now();
+    let (shallow, edges) = boxed("data=2,stage=2,tensor=2", 64);
+    for layers in [128, 192] {
+        let (deep, more_edges) = boxed("data=2,stage=2,tensor=2", layers);
+        // Only one shape depends on the number of layers: the norms of all gradients.
+        assert!(more_edges < edges + 10, "{more_edges} edges for {layers} layers, {edges} for 64");
+        // Megatron: two all-reduces in the forward of a layer and two in its backward; the others are per stage or model.
+        let gradients = deep.parameters().len() - shallow.parameters().len();
+        assert_eq!(boxing_steps(&deep) - boxing_steps(&shallow), 4 * (layers - 64) + gradients, "{layers} layers");
+    }
+    // Ten times the usual duration, because the machine may be busy.
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+}
+
+#[test]
+fn five_axes_are_searched_as_fast_as_three() {
+    let (three, five) =
+        (boxed("data=2,stage=2,tensor=2", 64).1, boxed("pod=2,data=2,stage=2,context=2,tensor=2", 64).1);
+    // The first layouts are searched on all axes, so a few more edges are possible, but not a power of the axes.
+    assert!(five <= three * 3 / 2, "{five} edges on five axes, {three} on three");
+}
