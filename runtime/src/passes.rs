@@ -8,6 +8,7 @@ use shardflow_kernels::device::DeviceKind;
 use crate::boxing::{CostModel, Planner};
 use crate::graph::{Combine, Graph, GraphError, Objective};
 use crate::plan::lower::lower;
+use crate::placement::MESH_DEVICES_MAX;
 use crate::plan::validate::{PlanError, validate};
 use crate::plan::{Plan, Schedule};
 pub use boxing::Boxing;
@@ -53,9 +54,6 @@ pub struct CompileOptions {
     pub device: DeviceKind,
 }
 
-/// Maximum number of CPU devices in one process.
-pub const CPU_DEVICES_MAX: usize = 64;
-
 /// Maximum number of micro-batches in a step; plan validation simulates each of them.
 pub const MICRO_BATCHES_MAX: usize = 1 << 14;
 
@@ -66,7 +64,7 @@ impl Default for CompileOptions {
             micro_batches: 1,
             schedule: Schedule::OneFOneB,
             threads_per_device: 1,
-            devices: CPU_DEVICES_MAX,
+            devices: MESH_DEVICES_MAX,
             memory_bytes: None,
             bucket_bytes: 1 << 20,
             cost_model: CostModel::default(),
