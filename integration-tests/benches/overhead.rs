@@ -4,7 +4,8 @@
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use shardflow::plan::{BaseKey, Instance};
+use shardflow::plan::BaseKey;
+use shardflow::plan::instance::Instance;
 use shardflow::session::{Session, SessionOptions};
 use shardflow_actors::spec::StreamKind;
 use shardflow_integration_tests::default_model;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use shardflow::boxing::step::StepKind;
 use shardflow::graph::NodeOp;
-use shardflow::plan::{BaseKey, Instance};
+use shardflow::plan::BaseKey;
+use shardflow::plan::instance::Instance;
 use shardflow_integration_tests::training::{Model, ONE, options, within};
 use shardflow_kernels::collective::CollectiveKind;
 use shardflow_kernels::op::Op;

@@ -4,7 +4,7 @@
 use shardflow::passes::precision::Precision;
 use shardflow::passes::{CompileError, CompileOptions, THREADS_MAX, compile};
 use shardflow::plan::Schedule::{GPipe, OneFOneB};
-use shardflow::plan::validate::PlanError;
+use shardflow::plan::error::PlanError;
 use shardflow::session::{Session, SessionOptions, Threads};
 use shardflow_integration_tests::training::{Model, ONE, options, within};
 

@@ -14,7 +14,7 @@ use shardflow_kernels::cuda::shared_gpu::SharedGpu;
 use shardflow_kernels::device::{Device, DeviceKind};
 use shardflow_kernels::error::KernelError;
 
-use crate::plan::Instance;
+use crate::plan::instance::Instance;
 use crate::process_map::{NodeDevices, ProcessMap, groups};
 
 /// Time limit for the members of a group to join, after all processes are ready.

@@ -133,7 +133,7 @@ pub mod prelude {
     pub use crate::passes::precision::Precision;
     pub use crate::passes::{Boxing, CompileError, CompileOptions, compile};
     pub use crate::placement::Mesh;
-    pub use crate::plan::validate::PlanError;
+    pub use crate::plan::error::PlanError;
     pub use crate::plan::{Plan, Schedule};
     pub use crate::program;
     pub use crate::sbp::rule::Rule;

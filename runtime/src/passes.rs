@@ -7,9 +7,10 @@ use shardflow_kernels::device::DeviceKind;
 
 use crate::boxing::{CostModel, Planner};
 use crate::graph::{Combine, Graph, GraphError, Objective};
-use crate::plan::lower::lower;
 use crate::placement::MESH_DEVICES_MAX;
-use crate::plan::validate::{PlanError, validate};
+use crate::plan::error::PlanError;
+use crate::plan::lower::lower;
+use crate::plan::validate::validate;
 use crate::plan::{Plan, Schedule};
 pub use boxing::Boxing;
 use mode::Mode;

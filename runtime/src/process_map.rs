@@ -11,7 +11,8 @@ use shardflow_kernels::collective::Group;
 use shardflow_kernels::op::{Buffer, Launch, Op};
 use shardflow_kernels::tensor::{element_count, split_range};
 
-use crate::plan::{BaseKey, Instance};
+use crate::plan::BaseKey;
+use crate::plan::instance::Instance;
 
 /// The processes that run a plan, and the rank of this one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

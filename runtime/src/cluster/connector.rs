@@ -31,7 +31,7 @@ use shardflow_kernels::memory::{Access, Arena, Base};
 use super::by_mpi::ByMpi;
 use super::error::ClusterError;
 use crate::devices::Pipes;
-use crate::plan::Instance;
+use crate::plan::instance::Instance;
 use crate::process_map::{ProcessMap, groups};
 
 /// Interval at which a wait for a peer checks whether the session has ended.

@@ -32,8 +32,8 @@ use super::nccl_ids;
 use super::save_agreement::{self, ClusterAgreement, Received};
 use crate::checkpoint::agreement::{ProcessRank, SaveAgreement};
 use crate::devices::Pipes;
-use crate::plan::Instance;
-use crate::plan::validate::PlanError;
+use crate::plan::error::PlanError;
+use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 
 /// How long a failed session waits for the first cause, beyond the membership's own grace period.

@@ -8,30 +8,13 @@ use shardflow_kernels::tensor::{DType, element_count};
 
 use crate::boxing::step::{BoxingStep, LocalStep};
 use crate::graph::{Graph, Node, NodeId, NodeOp, Var, ops};
+use crate::plan::Plan;
+use crate::plan::action::{ActionPlan, BaseKey, DeviceRegister, EmittedAction, HostPort};
 use crate::plan::assign::Storage;
 use crate::plan::groups::collective_axes;
 use crate::plan::memory::{Interval, local_part, local_shape, pack};
 use crate::plan::segments::{Segment, SegmentId, Segments};
-use crate::plan::{ActionPlan, BaseKey, HostPort, Plan};
 use crate::sbp::Sbp;
-
-/// A register of a device: its rank, and the index among its class's registers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DeviceRegister {
-    pub device: usize,
-    pub register: usize,
-}
-
-/// An action's launches, registers, scratch and groups.
-#[derive(Clone, Debug)]
-pub struct EmittedAction {
-    pub plan: ActionPlan,
-    /// Registers read, in port order.
-    pub inputs: Vec<DeviceRegister>,
-    /// Registers written, in port order.
-    pub outputs: Vec<usize>,
-    pub scratch_bytes: usize,
-}
 
 /// Finds accumulations whose value comes from a kernel that can add to its output and has no other reader.
 pub fn fuse_accumulation(graph: &Graph, segments: &Segments) -> BTreeMap<Var, Var> {

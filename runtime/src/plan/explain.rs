@@ -7,14 +7,24 @@ use shardflow_kernels::device::DeviceKind;
 use shardflow_kernels::tensor::DType;
 
 use crate::graph::NodeOp;
+use crate::plan::Plan;
+use crate::plan::action::ActionPlan;
+use crate::plan::classes::ClassId;
 use crate::plan::instance::Quotient;
-use crate::plan::{ActionPlan, Plan};
 use shardflow_job::text::counted;
 
 impl Plan {
     /// The plan as text.
     pub fn explain(&self) -> String {
         text_of(|out| self.write_all(out))
+    }
+
+    /// The memory of a class's devices, as a line.
+    pub(crate) fn memory_row(&self, class: ClassId) -> String {
+        let (devices, memory) = (&self.classes.devices[class.index()], &self.class_plans[class.index()].arena.memory);
+        let subject =
+            if let [only] = devices[..] { format!("device {only}") } else { format!("devices {}", listed(devices)) };
+        format!("  {subject}: {} = {}\n", memory.total_bytes(), memory.sum())
     }
 
     fn write_all(&self, out: &mut String) -> fmt::Result {

@@ -11,14 +11,16 @@ use shardflow_actors::spec::{
 use shardflow_kernels::op::Op;
 
 use crate::graph::{NodeId, Rate, Var};
+use crate::plan::Plan;
+use crate::plan::action::{ActionPlan, DeviceRegister, EmittedAction};
 use crate::plan::assign::RegisterPlan;
 use crate::plan::classes::ClassId;
-use crate::plan::emit::{DeviceRegister, EmittedAction, emit};
+use crate::plan::emit::emit;
+use crate::plan::error::PlanError;
 use crate::plan::groups::collective_axes;
-use crate::plan::segments::SegmentId;
+use crate::plan::memory::{DeviceMemory, RegisterPlace, ResidentTensor};
+use crate::plan::segments::{HostTransfer, SegmentId};
 use crate::plan::slots::Slots;
-use crate::plan::validate::PlanError;
-use crate::plan::{ActionPlan, DeviceMemory, HostTransfer, Plan, RegisterPlace, ResidentTensor};
 
 /// A plan with the actors and registers of devices.
 #[derive(Clone, Debug)]

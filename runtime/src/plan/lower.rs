@@ -7,13 +7,15 @@ use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::{Graph, Node, NodeOp, Rate, Var};
+use crate::plan::action::EmittedAction;
 use crate::plan::assign::assign;
 use crate::plan::classes::classify;
-use crate::plan::emit::{EmittedAction, emit, fuse_accumulation};
+use crate::plan::emit::{emit, fuse_accumulation};
 use crate::plan::groups::Patterns;
 use crate::plan::memory::{align, lay_out};
-use crate::plan::schedule::work::work_graph;
-use crate::plan::schedule::{Entry, Schedule, StepPlan, WorkGraph};
+use crate::plan::schedule::Schedule;
+use crate::plan::schedule::list::{Entry, StepPlan};
+use crate::plan::schedule::work::{WorkGraph, work_graph};
 use crate::plan::segments::{Segments, divide};
 use crate::plan::slots::Times;
 use crate::plan::{ClassPlan, Plan};

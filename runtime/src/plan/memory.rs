@@ -2,14 +2,83 @@
 
 use std::collections::BTreeMap;
 
+use shardflow_actors::spec::StreamKind;
 use shardflow_kernels::memory::ALIGNMENT;
-use shardflow_kernels::tensor::element_count;
+use shardflow_kernels::tensor::{DType, Region, element_count};
 
 use crate::graph::{Graph, Node, NodeOp, Var};
 use crate::plan::assign::{ClassStorage, Storage};
 use crate::plan::slots::Slots;
-use crate::plan::{DeviceMemory, RegisterPlace, ResidentTensor};
 use crate::sbp::local_region;
+
+/// The memory of a register's slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegisterPlace {
+    /// The device whose arena holds it.
+    pub device: usize,
+    /// Offset of slot 0 in the arena, bytes.
+    pub offset: usize,
+    /// Bytes from one slot to the next.
+    pub stride: usize,
+}
+
+/// A parameter or a state on one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResidentTensor {
+    /// The tensor.
+    pub var: Var,
+    /// The device's part of it.
+    pub region: Region,
+    /// Element type.
+    pub dtype: DType,
+    /// Offset in the device's arena, bytes.
+    pub offset: usize,
+    /// Offset of the bf16 copy in the arena, bytes, if the parameter has one.
+    pub bf16_offset: Option<usize>,
+}
+
+/// One device's memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Bytes of tensors that no other action reads or nothing replaces: moments, f32 values of weights read in bf16.
+    pub fixed_bytes: usize,
+    /// Register slots, bytes: everything that passes between actions, including weights and gradients.
+    pub register_bytes: usize,
+    /// Scratch offset and bytes, by stream.
+    pub scratch: BTreeMap<StreamKind, (usize, usize)>,
+    /// The whole arena, bytes: fixed tensors, registers and scratch.
+    pub arena_bytes: usize,
+    /// Bytes that the device's streams allocate outside the arena: on CPUs the scratch of kernel threads and of tensors
+    /// widened from bf16. It depends on the process's number of threads, so it is not part of the plan's hash.
+    pub stream_bytes: usize,
+    /// Mirrors of registers that other processes write, bytes; 0 until a session has assigned devices to processes.
+    pub mirror_bytes: usize,
+}
+
+impl DeviceMemory {
+    /// The planned peak of allocated device memory, bytes, without that of driver and libraries (such as contexts).
+    pub fn total_bytes(&self) -> usize {
+        self.arena_bytes + self.stream_bytes + self.mirror_bytes
+    }
+
+    /// Name and bytes of each part of the total, for display. Each of the last two is omitted if it is 0.
+    pub fn parts(&self) -> Vec<(&'static str, usize)> {
+        let scratch = self.scratch.values().map(|s| s.1).sum();
+        let mut parts = vec![("fixed", self.fixed_bytes), ("in registers", self.register_bytes), ("scratch", scratch)];
+        let optional = [("of streams", self.stream_bytes), ("in mirrors", self.mirror_bytes)];
+        parts.extend(optional.into_iter().filter(|(_, bytes)| *bytes > 0));
+        parts
+    }
+
+    pub(crate) fn row(&self, device: usize) -> String {
+        format!("  device {device}: {} bytes = {}\n", self.total_bytes(), self.sum())
+    }
+
+    /// The parts as text, joined by `+`.
+    pub(crate) fn sum(&self) -> String {
+        self.parts().iter().map(|(name, bytes)| format!("{bytes} {name}")).collect::<Vec<_>>().join(" + ")
+    }
+}
 
 /// Rounds up to the alignment of tensors.
 pub fn align(bytes: usize) -> usize {
@@ -21,7 +90,7 @@ pub fn local_shape(graph: &Graph, var: Var, device: usize) -> Vec<usize> {
     local_part(graph, var, device).size
 }
 
-pub fn local_part(graph: &Graph, var: Var, device: usize) -> shardflow_kernels::tensor::Region {
+pub fn local_part(graph: &Graph, var: Var, device: usize) -> Region {
     let placement = &graph.placements[graph.placement_of(var)];
     let index = placement.index_of(device).expect("callers pass only devices of the tensor's placement");
     local_region(graph.shape(var), graph.layout(var), placement, index)

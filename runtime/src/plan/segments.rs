@@ -12,7 +12,6 @@ use shardflow_actors::spec::StreamKind;
 
 use crate::boxing::step::StepKind;
 use crate::graph::{Graph, Node, NodeId, NodeOp, Rate, Var};
-use crate::plan::HostTransfer;
 
 /// Index of a segment in [`Segments::list`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -22,6 +21,17 @@ impl SegmentId {
     pub(crate) fn index(self) -> usize {
         self.0 as usize
     }
+}
+
+/// What the host does in an action.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HostTransfer {
+    /// It feeds inputs.
+    Feed,
+    /// After it has seen a step's results, it feeds what the update needs, such as the learning rate.
+    Decide,
+    /// It fetches outputs.
+    Fetch,
 }
 
 /// Nodes that run as one action of each device of a placement.

@@ -1,5 +1,5 @@
 //! Counts the slots of each register: the most pieces that are alive at once when the step's lists run with unlimited
-//! slots. That run stays possible with so many slots, so the plan is live at any timing.
+//! slots. That run stays possible with this number of slots, so the plan is live at any timing.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,7 +8,8 @@ use shardflow_actors::spec::StreamKind;
 
 use crate::graph::Rate;
 use crate::plan::assign::{ClassStorage, RegisterPlan};
-use crate::plan::schedule::{StepPlan, WorkGraph};
+use crate::plan::schedule::list::StepPlan;
+use crate::plan::schedule::work::WorkGraph;
 use crate::plan::segments::{SegmentId, Segments};
 
 /// The slots of a register.

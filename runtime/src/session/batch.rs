@@ -6,7 +6,8 @@ use shardflow_kernels::tensor::{HostTensor, Region};
 
 use crate::graph::builder::RNG_INPUT;
 use crate::graph::{Graph, Var};
-use crate::plan::{HostTransfer, Instance};
+use crate::plan::HostTransfer;
+use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 use crate::sbp::{NdSbp, Sbp, local_region};
 

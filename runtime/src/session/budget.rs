@@ -5,8 +5,9 @@
 use shardflow_kernels::device::DeviceKind;
 
 use crate::graph::Var;
-use crate::plan::validate::PlanError;
-use crate::plan::{Instance, Plan, ResidentTensor};
+use crate::plan::error::PlanError;
+use crate::plan::instance::Instance;
+use crate::plan::{Plan, ResidentTensor};
 use crate::process_map::ProcessMap;
 use shardflow_job::machine::{CGROUPS_MAX, CgroupId, FreeMemory, MemoryClaim, memory_bounds};
 

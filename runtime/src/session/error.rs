@@ -14,7 +14,7 @@ use crate::cluster::ClusterError;
 use crate::cluster::failure::{exit_of, exit_of_kernel};
 use crate::declare::DeclareError;
 use crate::layout_error::LayoutError;
-use crate::plan::validate::PlanError;
+use crate::plan::error::PlanError;
 use shardflow_job::exit::Exit;
 use shardflow_job::rendezvous::{RendezvousError, RendezvousRefusal};
 

@@ -18,7 +18,8 @@ use super::host::{Fetched, HostIn, HostOut};
 use super::ports::HostPorts;
 use crate::cluster::connector::Connections;
 use crate::graph::{Rate, Var};
-use crate::plan::{ActionPlan, BaseKey, HostTransfer, Instance, threads_of};
+use crate::plan::instance::Instance;
+use crate::plan::{ActionPlan, BaseKey, HostTransfer, threads_of};
 use crate::process_map::ProcessMap;
 
 /// The external actions of these actors other than feeds, each with its firings per step.

@@ -16,7 +16,8 @@ use super::report::StepReport;
 use super::tokens::tokens_per_step;
 use crate::checkpoint::manifest::JobTime;
 use crate::metrics as names;
-use crate::plan::{Instance, flops};
+use crate::plan::flops;
+use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 
 pub(super) struct StepMetrics {

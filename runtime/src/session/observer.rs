@@ -17,7 +17,7 @@ use super::published::{PublishedMetrics, Sources};
 pub use super::recent::RecentSteps;
 use super::report::StepReport;
 pub use crate::cluster::world::PeerState;
-use crate::plan::Instance;
+use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::unix_ns;
 

@@ -8,8 +8,9 @@ use shardflow_kernels::tensor::DType;
 use super::options::Outputs;
 use crate::graph::Var;
 use crate::graph::builder::{GRAD_SQUARES_OUTPUT, LOSS_OUTPUT};
+use crate::plan::HostTransfer;
+use crate::plan::instance::Instance;
 use crate::plan::segments::SegmentId;
-use crate::plan::{HostTransfer, Instance};
 use crate::process_map::ProcessMap;
 
 /// Ports through which processes send host data to each other: fetch results and resident tensors.

@@ -14,7 +14,7 @@ use super::metrics::MetricsSource;
 use super::passes::cause_of;
 use crate::cluster::world::World;
 use crate::metrics as names;
-use crate::plan::Instance;
+use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 
 /// Shortest time between two samples, which are taken at the end of a step.

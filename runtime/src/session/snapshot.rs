@@ -52,7 +52,7 @@ impl Session {
     /// snapshots that a saver holds, so that a job without room for them fails before it trains.
     ///
     /// # Errors
-    /// [`crate::plan::validate::PlanError::NodeMemory`], on all processes.
+    /// [`crate::plan::error::PlanError::NodeMemory`], on all processes.
     pub fn agreement(&self) -> Result<(Arc<dyn SaveAgreement>, ProcessRank), SessionError> {
         let checked = self.budget.check(&self.plan, &self.process_map, &self.node_processes, SNAPSHOTS_MAX);
         checked.map_err(|error| match &self.world {

@@ -43,7 +43,8 @@ use crate::graph::optimizer::Bounds;
 use crate::init;
 use crate::metrics as names;
 use crate::passes::THREADS_MAX;
-use crate::plan::{Instance, Plan};
+use crate::plan::Plan;
+use crate::plan::instance::Instance;
 use crate::process_map::ProcessMap;
 use shardflow_job::exit::Exit;
 use shardflow_job::machine::{affinity, threads_per_device};
@@ -74,7 +75,7 @@ impl Session {
     /// Joins the others, allocates arenas, creates weights and starts actors. All processes call it with the same plan.
     ///
     /// # Errors
-    /// If memory, threads or peers are unavailable; [`crate::plan::validate::PlanError::NodeMemory`] before allocation.
+    /// If memory, threads or peers are unavailable; [`crate::plan::error::PlanError::NodeMemory`] before allocation.
     pub fn start(plan: Plan, options: &SessionOptions) -> Result<Self, SessionError> {
         if plan_files::write_requested(&plan).map_err(|(path, source)| SessionError::PlanFile { path, source })? {
             return Err(SessionError::PlanWritten);

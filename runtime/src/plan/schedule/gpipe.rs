@@ -2,7 +2,8 @@
 
 use shardflow_actors::label::Role;
 
-use super::{Rules, WorkGraph};
+use super::list::Rules;
+use super::work::WorkGraph;
 
 pub(super) fn rules(graph: &WorkGraph) -> Rules {
     let priorities = graph.work.iter().map(|work| match work.role {

@@ -4,7 +4,39 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 
-use super::{Entry, Rules, StepPlan, WorkGraph};
+use super::work::WorkGraph;
+
+/// What a named schedule says about each [`Work`], by index.
+#[derive(Clone, Debug)]
+pub struct Rules {
+    /// Of the work that is ready, the lowest value runs first; ties go to the work that the program makes last, which
+    /// finishes micro-batches.
+    pub priorities: Vec<i32>,
+    /// Maximum number of micro-batches that have begun and are not closed.
+    pub in_flight_max: Vec<u32>,
+}
+
+/// One firing of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Index of the work.
+    pub work: usize,
+    /// The micro-batch; 0 for work of the whole step.
+    pub iteration: u32,
+}
+
+/// The order of a step, and when each firing runs.
+#[derive(Clone, Debug, Default)]
+pub struct StepPlan {
+    /// By site, in order.
+    pub lists: Vec<Vec<Entry>>,
+    /// By work and iteration: start and end in ticks.
+    pub times: Vec<Vec<(u64, u64)>>,
+    /// By work: maximum number of micro-batches in flight.
+    pub in_flight: Vec<u32>,
+    /// The schedule's priorities, by work.
+    pub priorities: Vec<i32>,
+}
 
 pub(super) fn play(graph: &WorkGraph, rules: &Rules) -> StepPlan {
     let mut player = Player::new(graph, rules);

@@ -1,6 +1,11 @@
 //! Step plans of pipelines take the known times, with the known numbers of micro-batches in flight.
 
-use super::*;
+use shardflow_actors::label::Role;
+
+use super::Schedule;
+use super::list::{Entry, StepPlan};
+use super::work::{Work, WorkGraph};
+use crate::plan::segments::SegmentId;
 
 /// A chain of stages; `order` has the site of each chunk of the forward chain.
 fn chain(order: &[usize], micro_batches: u32, (forward, backward, hop_ticks): (u64, u64, u64)) -> WorkGraph {

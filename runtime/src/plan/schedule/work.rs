@@ -5,10 +5,40 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use shardflow_actors::label::Role;
 use shardflow_actors::spec::StreamKind;
 
-use super::{Work, WorkGraph};
 use crate::graph::Graph;
-use crate::plan::HostTransfer;
-use crate::plan::segments::{SegmentId, Segments};
+use crate::plan::segments::{HostTransfer, SegmentId, Segments};
+
+/// The work of a step on the compute streams.
+#[derive(Clone, Debug, Default)]
+pub struct WorkGraph {
+    /// The compute segments.
+    pub work: Vec<Work>,
+    /// Number of sites. The devices of a site are in the same placements, so they run the same segments.
+    pub sites: usize,
+    /// Firings in a step of the work of each micro-batch.
+    pub micro_batches: u32,
+    /// Ticks from the end of work to the start of work that waits for it on another stream or device.
+    pub hop_ticks: u64,
+}
+
+/// The work of one compute segment.
+#[derive(Clone, Debug)]
+pub struct Work {
+    /// The segment.
+    pub segment: SegmentId,
+    /// Its role.
+    pub role: Role,
+    /// The sites that run it.
+    pub sites: Vec<usize>,
+    /// Firings in a step: 1, or one for each micro-batch.
+    pub firings: u32,
+    /// Duration of a firing.
+    pub ticks: u64,
+    /// The work that it waits for: index, and whether a hop lies between.
+    pub needs: Vec<(usize, bool)>,
+    /// The backward work on the same sites that reads what this leaves for it.
+    pub closed_by: Vec<usize>,
+}
 
 /// Relative durations: of one micro-batch through one stage, of work of the whole step, and from the end of work to the
 /// start of the work that waits for it on another stream or device.

@@ -1,0 +1,74 @@
+//! The plan of an action: launches, buffers and registers of a segment on one device.
+
+use shardflow_kernels::collective::CollectiveCall;
+use shardflow_kernels::op::{Buffer, Launch, Op};
+
+use crate::graph::{NodeId, Var};
+use crate::plan::segments::{HostTransfer, SegmentId};
+
+/// The memory that a buffer's offset is relative to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BaseKey {
+    /// The start of the device's arena, which holds tensors with a fixed address.
+    Fixed,
+    /// The actor's scratch.
+    Scratch,
+    /// The current slot of an input port.
+    Input(usize),
+    /// The current slot of an output port.
+    Output(usize),
+}
+
+/// The host's transfer of an action; the session supplies the kernel.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostPort {
+    /// What the host does.
+    pub transfer: HostTransfer,
+    /// The tensors, in the order of `buffers`.
+    pub vars: Vec<Var>,
+    /// Their memory.
+    pub buffers: Vec<Buffer>,
+}
+
+/// The plan of one action.
+#[derive(Clone, Debug)]
+pub struct ActionPlan {
+    /// The segment that it runs.
+    pub segment: SegmentId,
+    /// The name in plans and errors.
+    pub name: String,
+    /// The kernel launches, in order.
+    pub launches: Vec<Launch>,
+    /// The node of each launch.
+    pub nodes: Vec<NodeId>,
+    /// Early signals: `(number of completed launches, output port)`.
+    pub signals: Vec<(usize, u32)>,
+    /// The meaning of each base index in the launches' buffers.
+    pub bases: Vec<BaseKey>,
+    /// The host's transfer, if there is one.
+    pub host: Option<HostPort>,
+}
+
+impl ActionPlan {
+    pub(crate) fn collectives(&self) -> impl Iterator<Item = &CollectiveCall> {
+        self.launches.iter().filter_map(|launch| if let Op::Collective(call) = &launch.op { Some(call) } else { None })
+    }
+}
+
+/// A register of a device: its rank, and the index among its class's registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeviceRegister {
+    pub device: usize,
+    pub register: usize,
+}
+
+/// An action's launches, registers, scratch and groups.
+#[derive(Clone, Debug)]
+pub struct EmittedAction {
+    pub plan: ActionPlan,
+    /// Registers read, in port order.
+    pub inputs: Vec<DeviceRegister>,
+    /// Registers written, in port order.
+    pub outputs: Vec<usize>,
+    pub scratch_bytes: usize,
+}
