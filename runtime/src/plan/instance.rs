@@ -136,6 +136,9 @@ enum View {
     Classes,
 }
 
+/// By class: the sets of classes in the groups of its devices.
+type ClassSets = BTreeMap<ClassId, BTreeSet<Vec<usize>>>;
+
 struct Builder<'a> {
     plan: &'a Plan,
     view: View,
@@ -147,8 +150,8 @@ struct Builder<'a> {
     /// or devices.
     firing_groups: BTreeMap<(SegmentId, Vec<usize>), u32>,
     communicators: BTreeMap<(StreamKind, Vec<usize>), u32>,
-    /// By pattern and class: the sets of classes in its groups.
-    class_sets: BTreeMap<(usize, Vec<usize>), BTreeMap<ClassId, BTreeSet<Vec<usize>>>>,
+    /// By placement and axes.
+    class_sets: BTreeMap<(usize, Vec<usize>), ClassSets>,
     /// By action, in the order of the actors: the firing groups of each collective.
     calls: Vec<Vec<BTreeSet<u32>>>,
     spec: Spec,
@@ -372,7 +375,7 @@ impl<'a> Builder<'a> {
     fn class_sets(&mut self, placement: usize, axes: Vec<usize>, device: usize) -> BTreeSet<Vec<usize>> {
         let (plan, class) = (self.plan, self.plan.classes.of[device]);
         let sets = self.class_sets.entry((placement, axes)).or_insert_with_key(|(placement, axes)| {
-            let mut sets: BTreeMap<ClassId, BTreeSet<Vec<usize>>> = BTreeMap::new();
+            let mut sets = ClassSets::new();
             for group in plan.graph.placements[*placement].groups(axes) {
                 let classes: BTreeSet<ClassId> = group.iter().map(|device| plan.classes.of[*device]).collect();
                 let members: Vec<usize> = classes.iter().map(|class| class.index()).collect();
