@@ -1,7 +1,7 @@
 //! Boxing: changes a tensor's layout or placement by the cheapest sequence of collectives.
 //! The same planner serves cost estimates, the choice of layouts and execution.
 //!
-//! A step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. [`search`]
+//! A step costs `alpha` for each round of messages and `beta` for each byte that the busiest device receives. `search`
 //! finds the cheapest sequence of steps, its **route**, which does not depend on the ranks of the devices.
 
 mod cost;

@@ -49,7 +49,7 @@ pub struct ClassPlan {
     pub(crate) actions: Vec<EmittedAction>,
 }
 
-/// A compiled program. Everything is described once for each class of devices; an [`Instance`] is the part of a plan
+/// A compiled program. Everything is described once for each class of devices; an [`instance::Instance`] is the part of a plan
 /// that a session loads.
 #[derive(Clone, Debug)]
 pub struct Plan {

@@ -192,7 +192,7 @@ impl Rule {
     }
 
     /// Signatures on a placement with `axes` axes: every combination of [`Rule::signatures_1d`], see
-    /// [`NdSignature::combinations`].
+    /// `NdSignature::combinations`.
     pub fn signatures(&self, axes: usize) -> Vec<NdSignature> {
         NdSignature::combinations(&vec![self.signatures_1d(); axes], (self.inputs.len(), self.outputs.len()))
     }

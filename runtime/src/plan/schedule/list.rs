@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, BinaryHeap};
 
 use super::work::WorkGraph;
 
-/// What a named schedule says about each [`Work`], by index.
+/// What a named schedule says about each [`super::work::Work`], by index.
 #[derive(Clone, Debug)]
 pub struct Rules {
     /// Of the work that is ready, the lowest value runs first; ties go to the work that the program makes last, which
