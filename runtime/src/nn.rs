@@ -124,7 +124,7 @@ pub struct GptConfig {
     pub dropout: f32,
 }
 
-/// Largest number of layers of a [`gpt`]. The time to compile a program grows with the square of its ops.
+/// Largest number of layers of a [`gpt`], so that a typing error is refused before the program is built.
 pub const LAYERS_MAX: usize = 1024;
 
 /// A size of a [`gpt`] that does not divide evenly.

@@ -53,6 +53,8 @@ pub struct CompileOptions {
     pub precision: Precision,
     /// The kind of the mesh's devices.
     pub device: DeviceKind,
+    /// Called with the name of each part of the compilation when it begins.
+    pub on_part: Option<fn(&'static str)>,
 }
 
 /// Maximum number of micro-batches in a step; plan validation simulates each of them.
@@ -72,6 +74,7 @@ impl Default for CompileOptions {
             boxing: Boxing::default(),
             precision: Precision::default(),
             device: DeviceKind::default(),
+            on_part: None,
         }
     }
 }
@@ -111,6 +114,8 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
     if let Some((name, got, max)) = counts.into_iter().find(|(_, got, max)| !(1..=*max).contains(got)) {
         return Err(CompileError::Range { name, got, max });
     }
+    let begin = |part| options.on_part.iter().for_each(|on_part| on_part(part));
+    begin("micro-batches and gradients");
     // The passes, in order. Each establishes what the next requires.
     mode::apply(&mut graph, options.mode);
     micro_batch::divide(&mut graph, options.micro_batches);
@@ -133,17 +138,21 @@ pub fn compile(mut graph: Graph, options: &CompileOptions) -> Result<Plan, Compi
         optimizer::add_update(&mut graph, &grads, adamw);
         check_errors(&graph)?;
     }
+    begin("layouts");
     let mut planner = Planner::new(options.cost_model);
     layout::choose(&mut graph, &mut planner);
     check_errors(&graph)?;
+    begin("layout changes");
     boxing::insert(&mut graph, &mut planner, options.boxing);
     check_errors(&graph)?;
     if options.precision == Precision::BF16 {
         precision::narrow(&mut graph);
     }
     bucket::gather(&mut graph, options.bucket_bytes);
+    begin("segments, classes and memory");
     let CompileOptions { micro_batches, schedule, threads_per_device, device, memory_bytes, .. } = *options;
-    let plan = Plan { memory_bytes, ..lower(graph, micro_batches, schedule, threads_per_device, device) };
+    let plan = lower(graph, micro_batches, schedule, (threads_per_device, device), memory_bytes);
+    begin("checks of the plan");
     validate(&plan)?;
     Ok(plan)
 }

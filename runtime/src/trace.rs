@@ -201,6 +201,7 @@ impl TraceFile {
             "name": action.name, "cat": category(action.label.role), "ph": "X", "pid": pid, "tid": tid,
             "ts": micros(fired.launched_ns), "dur": micros(fired.ended_ns - fired.launched_ns),
             "args": {
+                "role": action.label.role.name(), "chunk": action.label.chunk, "program": &*action.label.program,
                 "step": steps + 1, "pass": pass, "firing": fired.firing,
                 "waited_us": micros(fired.launched_ns - fired.idle_ns), "cause": cause, "register": register,
             },

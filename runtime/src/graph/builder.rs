@@ -517,6 +517,9 @@ impl Graph {
     ) -> Var {
         let out = self.push(name, op, &[], &[(shape.to_vec(), dtype, rate)])[0];
         self.tensors[out.index()].name = name.to_string();
+        if let Some(node) = self.nodes.last_mut() {
+            node.rate = rate;
+        }
         self.set_layout(name, out, &layout);
         out
     }

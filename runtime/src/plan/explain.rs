@@ -20,11 +20,11 @@ impl Plan {
     }
 
     /// The memory of a class's devices, as a line.
-    pub(crate) fn memory_row(&self, class: ClassId) -> String {
+    pub(crate) fn memory_row(&self, class: ClassId, unit: &str) -> String {
         let (devices, memory) = (&self.classes.devices[class.index()], &self.class_plans[class.index()].arena.memory);
         let subject =
             if let [only] = devices[..] { format!("device {only}") } else { format!("devices {}", listed(devices)) };
-        format!("  {subject}: {} = {}\n", memory.total_bytes(), memory.sum())
+        format!("  {subject}: {}{unit} = {}\n", memory.total_bytes(), memory.sum())
     }
 
     fn write_all(&self, out: &mut String) -> fmt::Result {
@@ -61,7 +61,7 @@ impl Plan {
         }
         writeln!(out, "\nmemory (bytes)")?;
         for class in self.classes.ids() {
-            out.push_str(&self.memory_row(class));
+            out.push_str(&self.memory_row(class, ""));
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use crate::plan::assign::assign;
 use crate::plan::classes::classify;
 use crate::plan::emit::{emit, fuse_accumulation};
 use crate::plan::groups::Patterns;
-use crate::plan::memory::{align, lay_out};
+use crate::plan::memory::{ArenaMap, align, lay_out};
 use crate::plan::schedule::Schedule;
 use crate::plan::schedule::list::{Entry, StepPlan};
 use crate::plan::schedule::work::{WorkGraph, work_graph};
@@ -20,13 +20,14 @@ use crate::plan::segments::{Segments, divide};
 use crate::plan::slots::Times;
 use crate::plan::{ClassPlan, Plan};
 
-/// Lowers a graph on which the layout, boxing and bucket passes have run.
+/// Lowers a graph on which the layout, boxing and bucket passes have run. A schedule that needs more than `memory_bytes`
+/// on a device is planned again to save memory.
 pub fn lower(
     mut graph: Graph,
     micro_batches: usize,
     schedule: Schedule,
-    threads_per_device: usize,
-    device: DeviceKind,
+    (threads_per_device, device): (usize, DeviceKind),
+    memory_bytes: Option<usize>,
 ) -> Plan {
     add_fetches(&mut graph);
     let program = if graph.objective.is_some() { "train" } else { "evaluate" };
@@ -34,21 +35,14 @@ pub fn lower(
     let classes = classify(&graph);
     let (storages, aliases) = assign(&graph, &segments, &classes);
     let (work, site_of) = work_graph(&graph, &segments, micro_batches);
-    let step = schedule.plan(&work);
-    let times = Times::of(&segments, &work, &step);
-    let class_plans = classes.ids().zip(storages).map(|(class, storage)| {
-        let slots = times.slots(&storage);
-        let arena = lay_out(&graph, &storage, &slots, classes.representative(class));
-        ClassPlan { storage, slots, arena, actions: Vec::new() }
-    });
-    let segments_of = |list: &Vec<Entry>| list.iter().map(|entry| work.work[entry.work].segment).collect();
+    let class_plan = |storage| ClassPlan { storage, slots: Vec::new(), arena: ArenaMap::default(), actions: Vec::new() };
     let mut plan = Plan {
-        in_flight: in_flight(&graph, &segments, &work, &step),
+        in_flight: Vec::new(),
         fused: fuse_accumulation(&graph, &segments),
         patterns: Patterns::of(&graph),
-        lists: step.lists.iter().map(segments_of).collect(),
-        priorities: work.work.iter().map(|work| work.segment).zip(step.priorities.iter().copied()).collect(),
-        class_plans: class_plans.collect(),
+        lists: Vec::new(),
+        priorities: BTreeMap::new(),
+        class_plans: storages.into_iter().map(class_plan).collect(),
         graph,
         segments,
         classes,
@@ -58,11 +52,31 @@ pub fn lower(
         schedule,
         threads_per_device,
         device,
-        memory_bytes: None,
+        memory_bytes,
     };
-    emit_classes(&mut plan);
-    plan.set_threads(threads_per_device);
+    schedule_step(&mut plan, &work, false);
+    let fits = |plan: &Plan| plan.memories().all(|memory| memory.total_bytes() <= memory_bytes.unwrap_or(usize::MAX));
+    if !fits(&plan) {
+        schedule_step(&mut plan, &work, true);
+    }
     plan
+}
+
+/// Plans the lists, then slots, memory and actions of each class.
+fn schedule_step(plan: &mut Plan, work: &WorkGraph, saves_memory: bool) {
+    let step = plan.schedule.plan(work, saves_memory);
+    let times = Times::of(&plan.segments, work, &step);
+    for class in plan.classes.ids() {
+        let ClassPlan { storage, slots, arena, .. } = &mut plan.class_plans[class.index()];
+        *slots = times.slots(storage);
+        *arena = lay_out(&plan.graph, storage, slots, plan.classes.representative(class));
+    }
+    let segments_of = |list: &Vec<Entry>| list.iter().map(|entry| work.work[entry.work].segment).collect();
+    plan.in_flight = in_flight(&plan.graph, &plan.segments, work, &step);
+    plan.lists = step.lists.iter().map(segments_of).collect();
+    plan.priorities = work.work.iter().map(|work| work.segment).zip(step.priorities).collect();
+    emit_classes(plan);
+    plan.set_threads(plan.threads_per_device);
 }
 
 /// Emits the actions of each class's representative, and places their scratch after the registers.

@@ -33,11 +33,12 @@ impl fmt::Display for Schedule {
 }
 
 impl Schedule {
-    /// Plans a step.
-    pub fn plan(self, work: &WorkGraph) -> StepPlan {
+    /// Plans a step. With `saves_memory`, it keeps as few micro-batches in flight as the schedule allows, even if stages
+    /// then wait for messages.
+    pub fn plan(self, work: &WorkGraph, saves_memory: bool) -> StepPlan {
         let rules = match self {
             Self::GPipe => gpipe::rules(work),
-            Self::OneFOneB => one_f_one_b::rules(work),
+            Self::OneFOneB => one_f_one_b::rules(work, saves_memory),
         };
         list::play(work, &rules)
     }

@@ -10,6 +10,7 @@ use shardflow_kernels::op::Op;
 use shardflow_kernels::tensor::DType;
 
 use super::assign::RegisterPlan;
+use super::error::PlanError;
 use super::slots::Slots;
 use super::validate::{check_quotient, validate};
 use super::{ClassPlan, Plan, RegisterPlace, Schedule};
@@ -23,18 +24,19 @@ pub(super) const GPT: GptConfig =
 
 const SCHEDULES: [Schedule; 2] = [Schedule::GPipe, Schedule::OneFOneB];
 
-fn try_gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Result<Plan, CompileError> {
+fn try_gpt(mesh: &str, options: &CompileOptions) -> Result<Plan, CompileError> {
     let mut g = Graph::new(&Mesh::parse(mesh).expect("a mesh"));
     let logits = nn::gpt(&mut g, &GPT);
     let layout = nn::batch_layout(&g);
     let targets = g.input("targets", &[GPT.batch, GPT.context], DType::I32, layout);
     let loss = g.cross_entropy(logits, targets);
     g.minimize(loss, AdamW::default());
-    compile(g, &CompileOptions { micro_batches, schedule, ..CompileOptions::default() })
+    compile(g, options)
 }
 
 pub(super) fn gpt(mesh: &str, micro_batches: usize, schedule: Schedule) -> Plan {
-    try_gpt(mesh, micro_batches, schedule).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"))
+    let options = CompileOptions { micro_batches, schedule, ..CompileOptions::default() };
+    try_gpt(mesh, &options).unwrap_or_else(|e| panic!("mesh {mesh}, {micro_batches}: {e}"))
 }
 
 #[test]
@@ -65,6 +67,20 @@ fn plans_for_many_meshes_are_valid_and_deterministic() {
         assert!(plan.spec == again.spec && plan.memory == again.memory, "mesh {mesh}");
         assert_eq!(format!("{:?}", plan.actions), format!("{:?}", again.actions), "mesh {mesh}");
     }
+}
+
+#[test]
+fn a_tight_memory_limit_keeps_fewer_micro_batches_in_flight() {
+    let options = CompileOptions { micro_batches: 8, ..CompileOptions::default() };
+    let in_flight = |plan: &Plan| plan.in_flight.iter().copied().filter(|count| *count > 1).collect::<Vec<_>>();
+    let most = |plan: &Plan| plan.memories().map(|memory| memory.total_bytes()).max().expect("devices");
+    let fast = try_gpt("stage=4", &options).expect("a plan without a limit");
+    assert_eq!(in_flight(&fast), [7, 5, 3]);
+    let limit = CompileOptions { memory_bytes: Some(most(&fast) - 1), ..options.clone() };
+    let small = try_gpt("stage=4", &limit).expect("a smaller plan fits");
+    assert_eq!(in_flight(&small), [4, 3, 2]);
+    let limit = CompileOptions { memory_bytes: Some(most(&small) - 1), ..options };
+    assert!(matches!(try_gpt("stage=4", &limit), Err(CompileError::Plan(PlanError::Memory { .. }))));
 }
 
 /// Changes a valid plan with `corrupt` and returns the error.

@@ -127,7 +127,7 @@ fn check_memory(plan: &Plan) -> Result<(), PlanError> {
     if plan.class_plans.iter().all(|class| class.arena.memory.total_bytes() <= budget) {
         return Ok(());
     }
-    Err(PlanError::Memory { budget, table: plan.classes.ids().map(|class| plan.memory_row(class)).collect() })
+    Err(PlanError::Memory { budget, table: plan.classes.ids().map(|class| plan.memory_row(class, " bytes")).collect() })
 }
 
 /// Checks that fixed tensors, slots and scratch of a device do not overlap and end within its arena.

@@ -1,6 +1,7 @@
 //! The constant part of a running plan, for the live page.
 
 use serde_json::{Value, json};
+use shardflow_actors::label::Label;
 use shardflow_actors::spec::{ActionRef, ActionSpec, ActorSpec, RegisterId, RegisterSpec, StreamKind};
 
 use crate::session::observer::{Observer, PeerState};
@@ -9,7 +10,13 @@ use crate::trace::category;
 /// A plan's actors and registers in the plan's order, including those of other processes.
 pub(super) fn shape(observer: &Observer) -> Value {
     let (plan, process_map) = (observer.plan(), observer.process_map());
-    let action = |action: &ActionSpec| json!({ "name": action.name, "category": category(action.label.role), "per_step": action.per_step });
+    let action = |action: &ActionSpec| {
+        let Label { role, chunk, program } = &action.label;
+        json!({
+            "name": action.name, "category": category(*role), "per_step": action.per_step,
+            "role": role.name(), "chunk": chunk, "program": &**program,
+        })
+    };
     let actor = |actor: &ActorSpec| {
         json!({
             "name": actor.name,

@@ -59,7 +59,7 @@ fn check(graph: &WorkGraph, plan: &StepPlan) {
 fn pipelines_take_the_known_times() {
     let stages: Vec<usize> = (0..4).collect();
     let graph = chain(&stages, 8, (1, 2, 0));
-    let plans = [Schedule::GPipe, Schedule::OneFOneB].map(|schedule| schedule.plan(&graph));
+    let plans = [Schedule::GPipe, Schedule::OneFOneB].map(|schedule| schedule.plan(&graph, false));
     plans.iter().for_each(|plan| check(&graph, plan));
     assert_eq!(plans.each_ref().map(makespan), [33, 33]);
     assert_eq!(plans[0].in_flight[..4], [8, 8, 8, 8]);
@@ -71,10 +71,14 @@ fn pipelines_take_the_known_times() {
 fn one_forward_one_backward_runs_further_ahead_when_messages_take_time() {
     let stages: Vec<usize> = (0..8).collect();
     let graph = chain(&stages, 32, (2, 4, 1));
-    let plan = Schedule::OneFOneB.plan(&graph);
+    let plan = Schedule::OneFOneB.plan(&graph, false);
     check(&graph, &plan);
     assert_eq!(makespan(&plan), 2 * 124);
     assert_eq!(plan.in_flight[..8], [15, 13, 11, 9, 7, 5, 3, 1]);
+    let plan = Schedule::OneFOneB.plan(&graph, true);
+    check(&graph, &plan);
+    assert_eq!(makespan(&plan), 2 * 151);
+    assert_eq!(plan.in_flight[..8], [8, 7, 6, 5, 4, 3, 2, 1]);
 }
 
 /// Every assignment of chunks to few devices ends, whatever the order in which the chain visits them.
@@ -86,7 +90,7 @@ fn chains_that_return_to_a_site_end() {
             for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
                 for micro_batches in [1, 5] {
                     let graph = chain(&order, micro_batches, (10, 20, 1));
-                    check(&graph, &schedule.plan(&graph));
+                    check(&graph, &schedule.plan(&graph, false));
                 }
             }
         }
@@ -101,7 +105,7 @@ fn work_on_several_sites_runs_in_one_order_on_all() {
         for index in [0, 4, 5, 9] {
             graph.work[index].sites = vec![0, 1, 2];
         }
-        let plan = schedule.plan(&graph);
+        let plan = schedule.plan(&graph, false);
         check(&graph, &plan);
         let shared = |list: &Vec<Entry>| list.iter().copied().filter(|e| graph.work[e.work].sites.len() == 3).collect();
         let orders: Vec<Vec<Entry>> = plan.lists.iter().map(shared).collect();
