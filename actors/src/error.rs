@@ -39,13 +39,13 @@ pub enum PeerError {
     Lost { message: String },
     #[error("sent an unreadable frame: {0}")]
     Frame(#[from] FrameError),
-    #[error("sent {message}, which the plan does not allow")]
+    #[error("sent {message}; the plan does not allow this")]
     Unexpected { message: String },
     #[error("sent a message that violates the protocol: {0}")]
     Protocol(ProtocolError),
     #[error("not ready after {seconds} s")]
     Late { seconds: u64 },
-    #[error("it ended the session before this process did: do all processes run the same number of steps?")]
+    #[error("it ended the session before this process did: run the same number of steps on all processes")]
     Ended,
     #[error("{cause}")]
     Failed { cause: String, exit: u8 },

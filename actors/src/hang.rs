@@ -91,8 +91,10 @@ impl Root {
                     name(reader)
                 )
             }
-            Self::Firing(at) => format!("{} has not ended, and waits for nobody", name(at)),
-            Self::Collective(at) => format!("{} has not ended, in a collective that all members have begun", name(at)),
+            Self::Firing(at) => format!("{} has not ended, and waits for no other action", name(at)),
+            Self::Collective(at) => {
+                format!("{} has not ended its collective, although all members have begun it", name(at))
+            }
             Self::Unresponsive(actor) => {
                 let name = &spec.actor(*actor).name;
                 format!("{name} does not respond: its thread is blocked, for example in a device driver call")

@@ -235,7 +235,12 @@ impl Protocol {
         let (expected, expected_slot) = (input.arrivals.piece(), input.arrivals.slot());
         if piece != expected {
             let register = self.spec.register_name(register);
-            return Err(ProtocolError::WrongPiece { register, message: "filled".into(), expected, got: piece });
+            return Err(ProtocolError::WrongPiece {
+                register,
+                message: "the filled message".into(),
+                expected,
+                got: piece,
+            });
         }
         check_slot(&self.spec, register, piece, expected_slot, slot)?;
         if let Some(unread) = input.held_in(slot) {
@@ -258,7 +263,7 @@ impl Protocol {
         let slots::ReaderState { at, ref releases, .. } = slots.readers[index];
         let (expected, expected_slot) = (releases.piece(), releases.slot());
         if piece != expected {
-            let (register, message) = (spec.register_name(register), format!("released by {}", name(at)));
+            let (register, message) = (spec.register_name(register), format!("the release by {}", name(at)));
             return Err(ProtocolError::WrongPiece { register, message, expected, got: piece });
         }
         check_slot(spec, register, piece, expected_slot, slot)?;

@@ -324,7 +324,7 @@ fn the_bytes_of_pieces_follow_the_table() {
 #[test]
 fn refresh_rounds_out_of_order_are_rejected() {
     for round in [0, 1, 3, u64::MAX] {
-        check(&[], Frame::Ready { round }, &format!("ready for refresh {round} out of order"));
+        check(&[], Frame::Ready { round }, &format!("a ready message for refresh {round} out of order"));
     }
 }
 

@@ -124,7 +124,7 @@ pub struct GptArgs {
     /// Size in MiB at which the trace ends; the training continues.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     pub trace_mib: u64,
-    /// Action of all processes on SIGUSR1, a notice of preemption. They take it after the current step.
+    /// Action of all processes on SIGUSR1, a notice of preemption. They act after the current step.
     #[arg(long, value_enum, default_value_t = OnUsr1Arg::Checkpoint)]
     pub on_usr1: OnUsr1Arg,
     /// Under Slurm, save a checkpoint and end with code 75 before the job's end time. The lead time is this margin plus
@@ -183,7 +183,7 @@ fn mesh(text: &str) -> Result<Mesh, String> {
 }
 
 fn usage(text: String) -> ProgramError {
-    ProgramError::new(Exit::Usage, text, "`gpt --help` lists the flags with their defaults")
+    ProgramError::new(Exit::Usage, text, "see `gpt --help` for the flags and their defaults")
 }
 
 /// Returns a usage error if the heads do not divide the width. Any other size gets the exit code of a refused plan.
@@ -393,7 +393,7 @@ mod tests {
             ),
             (
                 "--threads-per-device 65",
-                "--threads-per-device must be at most 64, got 65 | `gpt --help` lists the flags with their defaults",
+                "--threads-per-device must be at most 64, got 65 | see `gpt --help` for the flags and their defaults",
             ),
         ] {
             assert_eq!(check(flags), expected);

@@ -158,8 +158,8 @@ fn repository_text(root: &Path) -> Result<Vec<u8>, ProgramError> {
         text.extend(std::fs::read(path).map_err(|cause| unreadable(path, &cause))?);
     }
     if text.is_empty() {
-        let what = "no source or documentation files under";
-        return Err(no_default(format!("{what} {}, which is the default text", root.display())));
+        let what = "the default text is missing: no source or documentation files under";
+        return Err(no_default(format!("{what} {}", root.display())));
     }
     Ok(text)
 }
@@ -226,7 +226,7 @@ mod tests {
         std::fs::create_dir(&no_text).unwrap();
         for (folder, expected) in [
             (Path::new("no/such/folder"), "cannot read no/such/folder, a part of the default text: No such file"),
-            (&no_text, "no source or documentation files under "),
+            (&no_text, "the default text is missing: no source or documentation files under "),
         ] {
             let error = repository_text(folder).unwrap_err();
             assert!(error.to_string().starts_with(expected), "{error}");

@@ -62,7 +62,7 @@ pub enum GptError {
 fn flag_of(error: &ManagerError) -> &'static str {
     match error {
         ManagerError::Store(_) => "--checkpoint ",
-        ManagerError::Present { .. } => "--resume never, but ",
+        ManagerError::Present { .. } => "--resume never is given, but ",
         _ => "",
     }
 }
@@ -171,11 +171,11 @@ impl GptError {
             },
             Self::Checkpoints(error) => manager_hint(error),
             Self::Ended { saved: Saved::Checkpoint(_, Resume::Never), .. } => {
-                "the same command with --resume auto continues from there"
+                "to continue from there, run the same command with --resume auto"
             }
-            Self::Ended { saved: Saved::Checkpoint(..), .. } => "the same command continues from there",
+            Self::Ended { saved: Saved::Checkpoint(..), .. } => "to continue from there, run the same command",
             Self::Ended { saved: Saved::Nothing, .. } => {
-                "the same command starts from step 0; with --checkpoint DIR it saves a checkpoint before it ends"
+                "the same command starts from step 0; give --checkpoint DIR to save a checkpoint before it ends"
             }
             Self::Device(_) => DOCTOR_HINT,
             Self::Ended { saved: Saved::All, .. } | Self::Signals(_) => "",
@@ -190,13 +190,13 @@ impl GptError {
     }
 }
 
-const DOCTOR_HINT: &str = "`shardflow doctor` lists the devices and libraries of this machine";
+const DOCTOR_HINT: &str = "run `shardflow doctor` to list the devices and libraries of this machine";
 const BUG_HINT: &str = "this is a bug in Shardflow: please report it with the command and this text";
-const DEVICE_MEMORY_HINT: &str = "--memory-mib sets the memory of each device";
+const DEVICE_MEMORY_HINT: &str = "set the memory of each device with --memory-mib";
 
 fn compile_hint(error: &CompileError) -> &'static str {
     match error {
-        CompileError::Devices { .. } => "the number of devices is the product of the sizes in --mesh",
+        CompileError::Devices { .. } => "reduce the sizes in --mesh; their product is the number of devices",
         CompileError::Plan(PlanError::Memory { .. }) => DEVICE_MEMORY_HINT,
         CompileError::Graph(_) | CompileError::Range { .. } => "change the flag that gives this size; see `gpt --help`",
         CompileError::Plan(_) => BUG_HINT,
@@ -233,11 +233,11 @@ fn session_hint(error: &SessionError) -> &'static str {
         SessionError::PlanFile { source, .. } => files::hint(source.kind()),
         SessionError::Plan(PlanError::Memory { .. }) => DEVICE_MEMORY_HINT,
         SessionError::Plan(PlanError::NodeMemory { extra: 1.., .. }) => {
-            "reduce --batch, --width or --layers, give --sample 0 to generate no text, use more nodes, or free memory or \
-             raise its limit on this node"
+            "reduce --batch, --width or --layers, give --sample 0 to generate no text, use more nodes, free up memory \
+             on this node, or raise its memory limit"
         }
         SessionError::Plan(PlanError::NodeMemory { .. }) => {
-            "reduce --batch, --width or --layers, use more nodes, or free memory or raise its limit on this node"
+            "reduce --batch, --width or --layers, use more nodes, free up memory on this node, or raise its memory limit"
         }
         SessionError::Kernel(KernelError::OutOfMemory { .. }) => {
             "reduce the model or the batch, or raise the limit on memory (`ulimit -v`)"
@@ -261,7 +261,7 @@ fn session_hint(error: &SessionError) -> &'static str {
 /// Suggests how to keep steps finite. Clipping helps if a moment overflows: moments depend only on gradients.
 fn non_finite_hint(found: &NonFinite) -> &'static str {
     if is_loaded(found) {
-        return "the file or checkpoint that the parameters were loaded from has Inf or NaN: give another one";
+        return "the loaded file or checkpoint has parameters with Inf or NaN: give another one";
     }
     match found.overflow {
         Some(Overflow::Parameter) => "try a lower --lr",
@@ -306,11 +306,11 @@ fn checkpoint_hint(error: &CheckpointError) -> &'static str {
             "no checkpoint there is intact; restore one from a copy, or give another --checkpoint"
         }
         (CheckpointError::Fenced { .. }, _) => {
-            "end the other run if there is one, or restore the folder if it was moved; then start this one again"
+            "end the other run if there is one, or restore the folder if it was moved; then start this run again"
         }
-        (CheckpointError::NoRoom { checkpoints: 1, .. }, _) => "free space, or give another --checkpoint",
+        (CheckpointError::NoRoom { checkpoints: 1, .. }, _) => "free up space, or give another --checkpoint",
         (CheckpointError::NoRoom { .. }, _) => {
-            "free space, keep fewer checkpoints with --checkpoint-keep and --checkpoint-keep-every, or give another \
+            "free up space, keep fewer checkpoints with --checkpoint-keep and --checkpoint-keep-every, or give another \
              --checkpoint"
         }
         (CheckpointError::NotShared { .. }, _) => "give a --checkpoint that all nodes share",
@@ -357,7 +357,7 @@ mod tests {
         let file = |kind: ErrorKind| GptError::Log(OutputFileError { path: "log".into(), cause: kind.into() }).hint();
         let save = CheckpointError::Io { path: "model".into(), source: ErrorKind::StorageFull.into() };
         assert_eq!(GptError::Save(Box::new(save.into())).exit(), Exit::CannotWrite);
-        assert!(file(ErrorKind::StorageFull).contains("free space"));
+        assert!(file(ErrorKind::StorageFull).contains("free up space"));
         assert!(file(ErrorKind::PermissionDenied).contains("immutable"));
     }
 
@@ -365,7 +365,7 @@ mod tests {
     fn hints_for_checkpoints_fit_the_cause() {
         let io = |kind: ErrorKind| CheckpointError::Io { path: "x".into(), source: kind.into() };
         for (error, expected) in [
-            (io(ErrorKind::StorageFull), "free space"),
+            (io(ErrorKind::StorageFull), "free up space"),
             (io(ErrorKind::ReadOnlyFilesystem), "may write"),
             (io(ErrorKind::PermissionDenied), "may write"),
             (io(ErrorKind::NotADirectory), "give a folder"),

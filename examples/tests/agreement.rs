@@ -149,11 +149,11 @@ fn a_checkpoint_of_another_training_is_refused_and_not_changed() {
     assert_eq!(code, Some(0), "{text}");
     let before = files(&folder, "ck");
     for (flags, expected) in [
-        ("--layers 4", "its layers is 2, and this program's is 4"),
-        ("--layers 1", "its layers is 2, and this program's is 1"),
-        ("--heads 4", "its heads is 2, and this program's is 4"),
-        ("--width 32", "its width is 16, and this program's is 32"),
-        ("--context 16", "its context is 8, and this program's is 16"),
+        ("--layers 4", "its layers is 2, but this program has 4"),
+        ("--layers 1", "its layers is 2, but this program has 1"),
+        ("--heads 4", "its heads is 2, but this program has 4"),
+        ("--width 32", "its width is 16, but this program has 32"),
+        ("--context 16", "its context is 8, but this program has 16"),
         ("--data other", "its data is 1800 bytes, blake3 "),
         ("--data renumbered", "its data is 1800 bytes, blake3 "),
     ] {
@@ -164,8 +164,8 @@ fn a_checkpoint_of_another_training_is_refused_and_not_changed() {
     }
     // `--init-from` loads only weights, so it does not compare the data.
     for (flags, code, expected) in [
-        ("--heads 4", 2, "its heads is 2, and this program's is 4"),
-        ("--layers 1", 2, "its layers is 2, and this program's is 1"),
+        ("--heads 4", 2, "its heads is 2, but this program has 4"),
+        ("--layers 1", 2, "its layers is 2, but this program has 1"),
         ("--data renumbered", 2, "its vocabulary is 29 bytes, blake3 "),
         ("--data other", 0, "model: parameters are loaded; optimizer state is fresh"),
     ] {
@@ -196,7 +196,7 @@ fn a_resume_reports_what_differs_and_continues_with_the_next_sample() {
             3,
             "24",
         ),
-        ("--dropout 0.25 --clip 1 --seed 7", 8, &["warning: the seed is 1337 from ", "in place of 7"], 1, "28"),
+        ("--dropout 0.25 --clip 1 --seed 7", 8, &["warning: the seed is 1337 from ", "instead of 7"], 1, "28"),
         ("--dropout 0.25 --clip 1 --mesh data=2 --lr 0.5 --micro-batches 2 --schedule gpipe", 9, &[], 0, "32"),
     ] {
         let (text, samples) = resume(flags, steps);
@@ -232,7 +232,7 @@ fn resume_can_be_required_or_forbidden() {
     for other in ["", "--heads 1", "--data other"] {
         let (code, text) = gpt(&folder, &format!("--steps 4 --resume never --checkpoint ck {other}"));
         assert_eq!(code, Some(2), "{other}: {text}");
-        assert!(text.contains("--resume never, but ck has a checkpoint of step 2"), "{other}: {text}");
+        assert!(text.contains("--resume never is given, but ck has a checkpoint of step 2"), "{other}: {text}");
         assert!(!text.contains("continuing"), "{other}: {text}");
     }
     assert!(files(&folder, "ck") == before, "files have changed");

@@ -261,8 +261,8 @@ fn a_run_can_start_from_saved_parameters() {
         &folder,
         2,
         &[
-            ("--init-from good --width 32", "its width is 16, and this program's is 32", "--width"),
-            ("--init-from good --layers 3", "its layers is 2, and this program's is 3", "--layers"),
+            ("--init-from good --width 32", "its width is 16, but this program has 32", "--width"),
+            ("--init-from good --layers 3", "its layers is 2, but this program has 3", "--layers"),
             ("--init-from cut", "cut: not a complete safetensors file", "gpt --save"),
         ],
     );
@@ -277,7 +277,7 @@ fn a_run_can_start_from_saved_parameters() {
         "{}",
         run.stderr
     );
-    let hint = "hint: the file or checkpoint that the parameters were loaded from has Inf or NaN: give another one\n";
+    let hint = "hint: the loaded file or checkpoint has parameters with Inf or NaN: give another one\n";
     assert!(run.stderr.ends_with(hint), "{}", run.stderr);
 }
 
@@ -394,7 +394,7 @@ fn a_training_that_overflows_follows_its_policy_and_names_the_tensor() {
         ("--on-non-finite skip", "step 12 is not finite", 10),
         (
             "--on-non-finite rollback --checkpoint ck --checkpoint-every 1",
-            "rolled back to step 1 3 times without success: step 2",
+            "rolled back 3 times to step 1 without success: step 2",
             4,
         ),
     ] {

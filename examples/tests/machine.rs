@@ -278,7 +278,7 @@ fn parameters_without_space_for_the_optimizer_state_are_refused_before_training(
     let mount = "mount -t tmpfs -o size=8m,nr_inodes=6 none small";
     let mut run = start(&folder, &unshared(mount, &gpt("--checkpoint small/ck")), &[]);
     assert_eq!(run.end(TIMEOUT), Some(73), "{}", run.text());
-    let refusal = "--checkpoint small/ck: 3 inodes are free, but 5 are needed for 1 checkpoint of 5 inodes";
+    let refusal = "--checkpoint small/ck: 3 inodes are free, but 5 are needed: 1 checkpoint of 5 inodes";
     assert!(run.text().contains(refusal) && !run.text().contains("loss"), "{}", run.text());
 }
 

@@ -118,7 +118,7 @@ fn the_hint_after_a_signal_fits_the_resume_policy() {
     signal(run.child.id(), "TERM");
     assert_eq!(run.end(TIMEOUT), Some(143), "{}", run.text());
     let text = run.text();
-    assert!(text.contains("hint: the same command with --resume auto continues from there"), "{text}");
+    assert!(text.contains("hint: to continue from there, run the same command with --resume auto"), "{text}");
 }
 
 /// At the limit, the kernel sends SIGXFSZ. Without a handler, it would end the process without a message.

@@ -88,7 +88,7 @@ fn signals_save_a_checkpoint_and_end_the_training_and_the_hint_is_true() {
         assert_eq!(run.end(TIMEOUT), Some(code), "{name}: {}", run.text());
         let text = run.text();
         assert!(text.contains(&format!("requested by SIG{name}; nothing is saved")), "{text}");
-        assert!(text.contains("hint: the same command starts from step 0; with --checkpoint DIR"), "{text}");
+        assert!(text.contains("hint: the same command starts from step 0; give --checkpoint DIR"), "{text}");
 
         std::fs::remove_file(folder.path().join("log")).expect("a log");
         let mut run = folder.start(&mut gpt(&format!("{ENDLESS} --checkpoint ck --checkpoint-every 100000000")));
@@ -97,7 +97,7 @@ fn signals_save_a_checkpoint_and_end_the_training_and_the_hint_is_true() {
         assert_eq!(run.end(TIMEOUT), Some(code), "{name}: {}", run.text());
         let (text, step) = (run.text(), *checkpoints(&folder).last().expect("a checkpoint"));
         let error = format!("error: ended after step {step}, requested by SIG{name}; this step is saved in ck");
-        assert!(text.contains(&error) && text.contains("hint: the same command continues from there"), "{text}");
+        assert!(text.contains(&error) && text.contains("hint: to continue from there, run the same command"), "{text}");
         std::fs::remove_file(folder.path().join("log")).expect("a log");
     }
     assert_eq!(checkpoints(&folder).len(), 3, "each run continues from the one before");

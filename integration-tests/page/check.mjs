@@ -426,7 +426,7 @@ async function stall() {
   await until('the red stroke', async () => (await stroke()) === 'rgb(198, 32, 28)');
   await until('health', async () => (await text(page, 'health')) === 'running, edges are blocked');
   await until('the waiting actor', async () => /waits for piece/.test(await text(page, 'breakdown')));
-  await until('an incident', async () => /device 1 compute forward has not ended, and waits for nobody/.test(await text(page, 'incidents')));
+  await until('an incident', async () => /device 1 compute forward has not ended, and waits for no other action/.test(await text(page, 'incidents')));
   // `shardflow status` prints the same.
   const status = execFileSync(path.join(programs, 'shardflow'), ['status', '--at', `127.0.0.1:${port}`], { encoding: 'utf8' });
   assert.match(status, /^no progress for [1-9]\d+\.\d s; run `shardflow explain-hang` for the cause$/m);

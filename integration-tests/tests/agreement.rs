@@ -523,7 +523,7 @@ fn parameters_that_the_program_lacks_are_refused_unless_it_names_them() {
 
         let ignoring: Vec<String> = all.keys().filter(|name| name.starts_with("h.1.")).cloned().collect();
         let options = SessionOptions { ignoring: ignoring.clone(), ..SessionOptions::default() };
-        let states = format!("{} optimizer states are not needed, and skipped", 2 * ignoring.len());
+        let states = format!("{} optimizer states are skipped: the program does not need them", 2 * ignoring.len());
         let kept: BTreeMap<_, _> = all.iter().filter(|(name, _)| !ignoring.contains(name)).collect();
         let loaded = |session: &Session| {
             let own = session.parameters().expect("parameters");
@@ -560,7 +560,7 @@ fn a_program_that_only_computes_leaves_optimizer_states_out() {
         let plan = compile(g, &options(1, OneFOneB)).expect("a plan");
         let mut session = Session::start(plan, &SessionOptions::default()).expect("a session");
         let count = 2 * trained.parameters().expect("parameters").len();
-        let expected = format!("{count} optimizer states are not needed, and skipped");
+        let expected = format!("{count} optimizer states are skipped: the program does not need them");
         let restored = session.restore_newest(&store(&scratch.path().join("run"))).expect("a checkpoint");
         assert!(restored.notes.len() == 1 && restored.notes[0].ends_with(&expected), "{:?}", restored.notes);
         let notes = session.restore(&scratch.path().join("model")).expect("a file");
@@ -666,7 +666,7 @@ fn files_and_checkpoints_record_what_was_declared() {
         let expected = losses(&mut first);
         for (name, way) in ways {
             for (options, expected) in [
-                (declared("b", 4, 2), "its data is a, and this program's is b"),
+                (declared("b", 4, 2), "its data is a, but this program has b"),
                 (declared("a", 4, 4), "its heads is 2"),
             ] {
                 let error = way(&mut start(ONE, &options)).expect_err(name);
@@ -685,7 +685,7 @@ fn files_and_checkpoints_record_what_was_declared() {
             );
         }
         let error = start(ONE, &declared("a", 4, 4)).init_from(&file).expect_err("other heads").to_string();
-        assert!(error.contains("its heads is 2, and this program's is 4"), "{error}");
+        assert!(error.contains("its heads is 2, but this program has 4"), "{error}");
         start(ONE, &declared("b", 2, 2)).init_from(&file).expect("other data");
         // The session itself records the settings of the optimizer.
         assert!(value("shardflow.declared.optimizer").starts_with("AdamW, betas 0.9 and 0.99, eps 1e-8, weight decay"));

@@ -350,7 +350,7 @@ fn a_hung_device_ends_the_session_with_its_cause() {
         let root = root.split(';').next().unwrap_or_default();
         let (action, state) = root.split_once(" has ").expect("an action");
         assert!(action.starts_with(&format!("device {device} compute ")), "{mesh}: {text}");
-        assert_eq!(state, "not ended, and waits for nobody", "{mesh}: {text}");
+        assert_eq!(state, "not ended, and waits for no other action", "{mesh}: {text}");
     }
 }
 

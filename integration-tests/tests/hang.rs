@@ -145,7 +145,7 @@ fn a_hang_report_names_the_cause_and_the_wait_chain() {
             thread::scope(|scope| {
                 let stepping = scope.spawn(|| step(&mut session));
                 let (until, wanted) =
-                    (Instant::now() + PATIENCE, format!("{culprit} has not ended, and waits for nobody"));
+                    (Instant::now() + PATIENCE, format!("{culprit} has not ended, and waits for no other action"));
                 // Poll until all other actions wait.
                 let report = loop {
                     let report = explain();

@@ -343,14 +343,14 @@ fn wrong_dims_of_batches_and_outputs_are_refused() {
                 g.input_with_batch_dim("x", &[8, 4], 1, DType::F32, Layout::broadcast());
                 g.output("x", x)
             },
-            "with the batch as dim 0, this one F32 [8, 4] with the batch as dim 1",
+            "with the batch as dim 0, but this one is F32 [8, 4] with the batch as dim 1",
         ),
         (
             |g| {
                 let x = floats(g, "x", &[8, 4]);
                 g.output_with("x", x, Combine::Concat(2))
             },
-            "x: `Combine::Concat(2)`, but the shape [8, 4] has 2 dims",
+            "x: `Combine::Concat(2)` is given, but the shape [8, 4] has 2 dims",
         ),
         (
             |g| {

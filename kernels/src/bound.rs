@@ -76,7 +76,7 @@ pub(crate) unsafe fn run_custom(
     accumulate: bool,
 ) -> Result<()> {
     if let Some(i) = reads.iter().position(|read| writes.iter().any(|write| write.overlaps(read))) {
-        let (what, got) = (format!("read {i}"), "memory of a write");
+        let (what, got) = (format!("read {i}"), "written memory");
         return Err(KernelError::arguments(name, &what, "memory that is not written", got));
     }
     let half = |what, i| KernelError::arguments(name, &format!("dtype of {what} {i}"), "F32 or I32", "BF16");

@@ -37,7 +37,7 @@ pub enum KernelError {
         message: String,
     },
     /// The members of a collective made different calls.
-    #[error("collective mismatch in group {group}: member {member} calls {got}, others call {expected}")]
+    #[error("collective mismatch in group {group}, member {member}: the other members expect {expected}, got {got}")]
     CollectiveMismatch {
         /// Group id.
         group: u32,

@@ -241,8 +241,8 @@ fn all_processes_report_a_disagreement() {
         let (board, arenas) = (board(n), memory(n));
         for (rank, process) in start("odd", &board, &arenas).iter().enumerate() {
             let line = process.line();
-            let expected = "collective mismatch in group 7: member 1 calls AllReduce { op: Max }";
-            assert!(line.starts_with(expected) && line.contains("others call AllReduce { op: Sum }"), "{rank}: {line}");
+            let expected = "collective mismatch in group 7, member 1: the other members expect AllReduce { op: Sum }";
+            assert!(line.starts_with(expected) && line.contains("got AllReduce { op: Max }"), "{rank}: {line}");
         }
     }
 }

@@ -27,7 +27,7 @@ const LAST_SAVE_LIMIT: Duration = Duration::from_secs(600);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Resume {
-    /// Continue from the newest checkpoint, or start from step 0 if there is none. A message reports which.
+    /// Continue from the newest checkpoint, or start from step 0 if there is none. A message reports the choice.
     #[default]
     Auto,
     /// Continue from the newest checkpoint, or end with code 65 if there is none.
@@ -76,7 +76,7 @@ pub enum ManagerError {
     Snapshot(Box<SessionError>),
     #[error("{0}; there is no checkpoint to roll back to")]
     NoCheckpoint(Box<NonFinite>),
-    #[error("rolled back to step {step} {ROLLBACKS_MAX} times without success: {found}")]
+    #[error("rolled back {ROLLBACKS_MAX} times to step {step} without success: {found}")]
     TooManyRollbacks { step: u64, found: Box<NonFinite> },
     #[error("the last checkpoint is not saved: {cause}; {}", newest.map_or("there is no other".into(), |step| format!("the newest is of step {step}")))]
     Last { cause: Box<CheckpointError>, newest: Option<u64> },

@@ -146,7 +146,7 @@ impl Declarations {
             let Declared { name, value, on_resume, .. } = declared;
             let Some(recorded) = saved.get(name).filter(|recorded| *recorded != value) else { continue };
             match on_resume {
-                OnResume::Same => return Err(format!("its {name} is {recorded}, and this program's is {value}")),
+                OnResume::Same => return Err(format!("its {name} is {recorded}, but this program has {value}")),
                 OnResume::Warn => notes.push(format!("{name} was {recorded} and is {value} from here on")),
                 OnResume::Free => {}
             }
@@ -218,7 +218,7 @@ mod tests {
             .declare_model("heads", 4);
         assert_eq!(declared.compare(&declared.values(), false), Ok(Vec::new()));
         let difference =
-            |name: &str, saved: &str, here: &str| Err(format!("its {name} is {saved}, and this program's is {here}"));
+            |name: &str, saved: &str, here: &str| Err(format!("its {name} is {saved}, but this program has {here}"));
         let other = saved(&[("data", "b"), ("batch", "4")]);
         assert_eq!(declared.compare(&other, false), difference("data", "b", "a"));
         assert_eq!(declared.compare(&other, true), Ok(Vec::new()), "data is not compared when only weights are loaded");

@@ -8,7 +8,7 @@ use shardflow_job::text::counted;
 pub enum LayoutError {
     #[error("mesh {text:?}: cannot parse {part:?}: write name=size,name=size, such as data=2,tensor=4")]
     MeshSyntax { text: String, part: String },
-    #[error("mesh axis {axis} has size 0, but must have at least 1")]
+    #[error("mesh axis {axis} has size 0, expected at least 1")]
     EmptyAxis { axis: String },
     #[error("mesh {mesh} has more than {max} devices")]
     TooManyDevices { mesh: String, max: usize },

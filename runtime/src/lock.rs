@@ -123,7 +123,8 @@ impl Lock {
             let number = taken.last().map_or(1, |(last, _)| last + 1);
             if number == NUMBER_END {
                 let (place, last) = (store.place(), file_name(number - 1));
-                let text = format!("{place}/{last}: the number is too large for a lock; delete it if no run uses it");
+                let text =
+                    format!("{place}/{last}: the number is too large for a lock; delete the file if no run uses it");
                 return Err(CheckpointError::Refused(text));
             }
             let Some(file) = create(store, number, &holder)? else { continue };
@@ -255,7 +256,7 @@ fn create(store: &Store, number: u64, holder: &Holder) -> Result<Option<Option<F
             Err(CheckpointError::Store { source, .. })
                 if matches!(*source, Error::NotImplemented { .. } | Error::NotSupported { .. }) =>
             {
-                let why = format!("it lacks conditional puts, which commits and locks need: {source}");
+                let why = format!("it lacks conditional puts, but a commit and a lock require them: {source}");
                 Err(CheckpointError::Place { place: store.place().into(), why })
             }
             Err(error) => Err(error),

@@ -336,7 +336,7 @@ mod tests {
     #[test]
     fn invalid_meshes_are_refused_with_the_cause() {
         let text = |r: Result<Mesh, LayoutError>| r.unwrap_err().to_string();
-        assert_eq!(text(Mesh::parse("data=0")), "mesh axis data has size 0, but must have at least 1");
+        assert_eq!(text(Mesh::parse("data=0")), "mesh axis data has size 0, expected at least 1");
         assert_eq!(text(Mesh::parse("data=2,data=3")), "mesh axis data occurs twice");
         for wrong in ["", "data", "data=x", "=2", "data=2,,tensor=2", "data=-1"] {
             assert!(text(Mesh::parse(wrong)).contains("name=size"), "{wrong}");

@@ -118,7 +118,7 @@ impl MembershipConfig {
             return wrong(format!("processes are numbered 0 to {}", i64::from(processes) - 1));
         }
         if self.tree.processes() != processes {
-            return wrong(format!("a control tree of {} processes", self.tree.processes()));
+            return wrong(format!("the control tree has {} processes", self.tree.processes()));
         }
         let peers = self.tree.neighbours(process);
         if !self.addresses.keys().eq(&peers) {

@@ -17,7 +17,9 @@ pub enum SpecError {
     ForeignWriter { register: String, action: String, producer: String },
     #[error("register '{register}' is written by {writers} actions of actor {producer}, which has no ordered list")]
     Unordered { register: String, producer: String, writers: usize },
-    #[error("register '{register}' and {action} disagree: {listed} entries in its readers, {ports} input ports")]
+    #[error(
+        "register '{register}' lists {action} {listed} times as a reader, but {action} reads it at {ports} input ports"
+    )]
     Readers { register: String, action: String, listed: usize, ports: usize },
     #[error(
         "{action} fires {per_step} times per step, not a multiple of the {firings_per_piece} firings per piece of '{register}'"
@@ -43,11 +45,11 @@ pub enum SpecError {
     UnusedSlot { register: String, slot: u32 },
     #[error("register '{register}': initial pieces {first} and {second} both lie in slot {slot}")]
     InitialSlots { register: String, first: u64, second: u64, slot: u32 },
-    #[error("register '{register}': piece {second} is begun in slot {slot} before piece {first} there is complete")]
+    #[error("register '{register}', slot {slot}: piece {second} is begun before piece {first} is complete")]
     Overlap { register: String, first: u64, second: u64, slot: u32 },
     #[error(
-        "register '{register}': piece {second} is written in step {written} in slot {slot}, whose piece {first} is read only \
-         in step {read}"
+        "register '{register}', slot {slot}: piece {second} is written in step {written}, but piece {first} is not \
+         read until step {read}"
     )]
     Lag { register: String, first: u64, second: u64, slot: u32, written: u64, read: u64 },
     #[error("the slots of all registers repeat only after {steps} steps, expected at most {PERIOD_STEPS_MAX}")]

@@ -52,14 +52,14 @@ fn inconsistent_plans_are_rejected() {
         ("shard train appears 1 times in its actor's ordered list but fires 4 times per step", |s| {
             s.actors[1].firing = Firing::Ordered(vec![0, 1])
         }),
-        ("register 'batch' and shard train disagree: 2 entries in its readers, 1 input ports", |s| {
+        ("register 'batch' lists shard train 2 times as a reader, but shard train reads it at 1 input ports", |s| {
             let reader = s.registers[0].readers[0];
             s.registers[0].readers.push(reader);
         }),
         ("register 'batch' is written by 0 output ports of actor host, expected at least 1", |s| {
             s.actors[0].actions[0].outputs.clear();
         }),
-        ("register 'batch' and shard train disagree: 1 entries in its readers, 0 input ports", |s| {
+        ("register 'batch' lists shard train 1 times as a reader, but shard train reads it at 0 input ports", |s| {
             s.actors[1].actions[0].inputs[0].register = RegisterId(77);
         }),
     ];
@@ -178,7 +178,7 @@ fn inconsistent_slots_are_rejected() {
             ("register 'state': initial pieces 0 and 2 both lie in slot 0", |s| {
                 (s.registers[0].slots, s.registers[0].slot_of) = (2, [].into());
             }),
-            ("register 'state': piece 4 is written in step 0 in slot 2, whose piece 2 is read only in step 1", |s| {
+            ("register 'state', slot 2: piece 4 is written in step 0, but piece 2 is not read until step 1", |s| {
                 s.registers[0].slot_of = [0, 1, 2, 3, 2, 3].into()
             }),
             ("register 'state': pieces_per_step is 0, expected at least 1", |s| s.registers[0].pieces_per_step = 0),
@@ -190,7 +190,7 @@ fn inconsistent_slots_are_rejected() {
     reject_all(
         plans::interleaved,
         &[
-            ("register 'sums': piece 1 is begun in slot 0 before piece 0 there is complete", |s| {
+            ("register 'sums', slot 0: piece 1 is begun before piece 0 is complete", |s| {
                 (s.registers[0].slots, s.registers[0].slot_of) = (1, [].into())
             }),
             ("register 'sums': no action writes piece 1 of a step", |s| {

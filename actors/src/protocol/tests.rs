@@ -121,7 +121,7 @@ fn releases_are_checked() {
     assert_eq!(reject(&mut source.clone(), released(0, 0)), text);
     handle(&mut source, DONE);
     handle(&mut source, released(0, 0));
-    let text = "CR-4 register 'wire': released by sink read carries piece 0, expected 1";
+    let text = "CR-4 register 'wire': the release by sink read carries piece 0, expected 1";
     assert_eq!(reject(&mut source, released(0, 0)), text);
 }
 
@@ -204,7 +204,7 @@ fn slots_are_freed_by_piece_and_not_in_order() {
     assert_eq!(text, "source write waits for a credit of register 'wire' (2 of 3 slots held by sink read)");
     assert_eq!(handle(&mut source, released(0, 0)), launch(0, 3));
     // The release of piece 1 is due, and then that of piece 5, the first of the next step.
-    let text = "CR-4 register 'wire': released by sink read carries piece 5, expected 1";
+    let text = "CR-4 register 'wire': the release by sink read carries piece 5, expected 1";
     assert_eq!(reject(&mut source.clone(), released(5, 2)), text);
     handle(&mut source, released(1, 1));
     let text = "CR-1 register 'wire': sink read released piece 5 from slot 2, which is free";

@@ -255,7 +255,7 @@ impl Reader {
                 return Ok(false);
             }
             Frame::Ready { round } if self.link.remote().set_ready(self.link.index, round) => {}
-            Frame::Ready { round } => return unexpected(format!("ready for refresh {round} out of order")),
+            Frame::Ready { round } => return unexpected(format!("a ready message for refresh {round} out of order")),
             Frame::Message(message) => self.process_message(message)?,
             Frame::Data { register, slot, piece, bytes } => self.process_data(register, slot, piece, bytes)?,
             Frame::Host { port, bytes } => self.process_host_piece(port, bytes)?,

@@ -412,7 +412,10 @@ fn the_watchdog_reports_what_each_actor_waits_for() {
     let failure = running.failures().recv_timeout(TIMEOUT).unwrap();
     assert_eq!(failure.to_string(), report);
     let Failure::Stalled { idle_ms: 30_000, cause, process: None, .. } = &failure else { panic!("{failure}") };
-    assert!(cause.starts_with("a1 work has not ended, and waits for nobody; so a0 work waits for "), "{cause}");
+    assert!(
+        cause.starts_with("a1 work has not ended, and waits for no other action; so a0 work waits for "),
+        "{cause}"
+    );
     assert_eq!(at(2060), None, "the session has ended");
     assert_eq!(running.shutdown(), Err(failure));
     drop(open);

@@ -32,7 +32,7 @@ pub struct SimulatedFiring {
 
 /// CR-7: a firing's input changed, or was not written.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[error("CR-7 {action}, firing {firing}: the slot that it reads of register '{register}' {fault}")]
+#[error("CR-7 {action}, firing {firing}: its input slot of register '{register}' {fault}")]
 pub struct DataRace {
     action: String,
     firing: u64,

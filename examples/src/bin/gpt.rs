@@ -245,7 +245,7 @@ fn start(args: &GptArgs, plan: Plan, options: &SessionOptions) -> Result<Session
     }
     let threads = session.plan().threads_per_device;
     if threads != planned_threads && session.is_first() {
-        note(format!("{} per device: the cores that this process may run on", counted(threads, "thread")));
+        note(format!("using {} per device, as the cores of this process allow", counted(threads, "thread")));
     }
     Ok(session)
 }

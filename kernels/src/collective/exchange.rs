@@ -252,8 +252,8 @@ fn check_covered(name: &str, sources: &[Region], target: &Region) -> Result<()> 
         rest = rest.iter().flat_map(|region| subtract(region, source)).collect();
     }
     let Some(missing) = rest.iter().find(|region| !region.is_empty()) else { return Ok(()) };
-    let got = format!("no member that holds {missing:?}");
-    Err(KernelError::arguments(name, "sources", "for each element a member that holds it", got))
+    let got = format!("none for {missing:?}");
+    Err(KernelError::arguments(name, "sources", "a source member for every element", got))
 }
 
 /// Combines `a` and `b`, in this order. The only definition of each [`ReduceOp`].

@@ -147,7 +147,8 @@ impl Mpi {
             let processes: Vec<c_int> = group.ranks.iter().map(|rank| process_of(*rank) as c_int).collect();
             let is_invalid = |(i, p): (usize, &c_int)| *p as u32 >= world.size() || processes[..i].contains(p);
             if processes.iter().enumerate().any(is_invalid) {
-                let expected = format!("members of group {} in different processes of {}", group.id, world.size());
+                let expected =
+                    format!("members of group {} in different processes, numbered below {}", group.id, world.size());
                 return Err(KernelError::arguments("collectives by MPI", "group", expected, format!("{processes:?}")));
             }
             let Some(member) = processes.iter().position(|p| *p as u32 == world.rank()) else { continue };

@@ -46,7 +46,7 @@ impl<'a> Args<'a> {
     pub(crate) fn slice<T: HostElement>(&self, i: usize) -> Result<&'a [T]> {
         self.launch.expect_dtype("read", i, self.reads[i].dtype(), T::DTYPE)?;
         if self.writes.iter().any(|write| write.overlaps(&self.reads[i])) {
-            return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "memory of a write"));
+            return Err(self.launch.refused(&format!("read {i}"), "memory that is not written", "written memory"));
         }
         // SAFETY: the type matches, and no write of this launch overlaps (just checked); other streams: MEM-3.
         Ok(unsafe { self.reads[i].slice() })

@@ -504,7 +504,7 @@ fn check_in_place(launch: &Launch, bound: &Bound<'_>) -> Result<()> {
         for (r, read) in bound.reads.iter().enumerate() {
             if read.overlaps(write) && !(w == 0 && lower::in_place(launch).contains(&r)) {
                 let expected = "memory that is not written";
-                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "memory of a write"));
+                return Err(KernelError::arguments(bound.name, &format!("read {r}"), expected, "written memory"));
             }
         }
     }

@@ -151,8 +151,8 @@ impl Library {
                  nvidia-cuda-crt and add the lib folder to LD_LIBRARY_PATH"
             }
             Library::Nccl => {
-                "apt install libnccl2 (NVIDIA's repository), or pip install nvidia-nccl-cu13 and add its lib folder to \
-                 LD_LIBRARY_PATH; of version 2.24 or newer"
+                "install version 2.24 or newer: apt install libnccl2 (NVIDIA's repository), or pip install \
+                 nvidia-nccl-cu13 and add its lib folder to LD_LIBRARY_PATH"
             }
             Library::Cudnn => {
                 "optional, for attention in bf16: apt install cudnn9-cuda-13 (NVIDIA's repository), or pip install \

@@ -124,7 +124,7 @@ impl Launch {
             Op::Dropout { p, shape, start, .. } => {
                 self.expect(&[(1, &[2])], &[(0, read(0))])?;
                 let part = Region { start: start.clone(), size: read(0).to_vec() };
-                check_inside("dropout", "x in the whole tensor", &part, shape)?;
+                check_inside("dropout", "region of x", &part, shape)?;
                 self.require((0.0..=1.0).contains(p), "p", "0 to 1", p)
             }
             Op::SumSquares { index } => {

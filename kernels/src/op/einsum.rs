@@ -98,7 +98,7 @@ impl Einsum {
             if *term == format!("{y}{x}") { term.clone() } else { format!("{x}{y}") }
         });
         let (left, right) = (dims(&groups[0]), dims(&groups[1]));
-        format!("the matrix product of {left} and {right} written {a},{b}->{out}, with dims stored in this order")
+        format!("{a},{b}->{out}, the matrix product of {left} and {right} with dims stored in this order")
     }
 
     /// The extent of a letter. Both operands with this letter must agree.
@@ -188,8 +188,7 @@ mod tests {
             ("aib,jkl->abijkl", "[aib, 1]", "[1, jkl]", "aib,jkl->aibjkl"),
         ] {
             let error = Einsum::parse(text).unwrap_err().to_string();
-            let expected =
-                format!("expected the matrix product of {left} and {right} written {written}, with dims stored in");
+            let expected = format!("expected {written}, the matrix product of {left} and {right} with dims stored in");
             assert!(error.contains(&expected) && error.ends_with(&format!("got {text}")), "{error}");
             Einsum::parse(written).unwrap();
         }

@@ -45,14 +45,14 @@ enum Command {
     /// List, verify, reshard or export checkpoints.
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
-    /// Report this machine's resources, missing software and how to install it. Exits with code 78 if something that
-    /// every job needs does not work.
+    /// Report this machine's resources, missing software and how to install it. Exits with code 78 if a feature
+    /// required by every job is broken.
     Doctor {
         /// Print one JSON object
         #[arg(long)]
         json: bool,
     },
-    /// Print the plan that a program would run, without running it, or write it to files.
+    /// Print a program's plan, or write it to files. The program does not train.
     Plan {
         /// Write an HTML page with the graph, memory, layouts and boxing to this file
         #[arg(long, value_name = "FILE")]
@@ -148,7 +148,7 @@ struct LaunchArgs {
     /// Time to wait at the start for the processes of all nodes [default: 300]
     #[arg(long, alias = "meet_wait", value_name = "SECONDS", value_parser = positive_seconds)]
     meet_wait: Option<Duration>,
-    /// If a permanent failure precedes the rendezvous: time limit for reporting it to the other nodes [default: 10]
+    /// Time limit for reporting to the other nodes a permanent failure before the rendezvous [default: 10]
     #[arg(long, alias = "report_wait", value_name = "SECONDS", value_parser = seconds)]
     report_wait: Option<Duration>,
     /// Local address that the processes listen on [default: source address of the route to process 0]

@@ -48,7 +48,7 @@ pub enum CheckpointError {
     #[error("{file}: damaged: {why}")]
     Damaged { file: String, why: String },
     #[error(
-        "{file}: version {version} of the format; this program reads versions 1 to {VERSION}: use the build that wrote it"
+        "{file}: format version {version}, but this program reads only versions 1 to {VERSION}: use the build that wrote the file"
     )]
     Newer { file: String, version: u32 },
     #[error("{place}: no complete checkpoint{}", step.map(|s| format!(" of step {s}")).unwrap_or_default())]

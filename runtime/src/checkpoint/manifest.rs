@@ -292,7 +292,7 @@ fn check_tensor(tensor: &StoredTensor, shards: &[Shard]) -> Result<(), String> {
     let elements = info.elements().ok_or_else(|| format!("shape {:?} has too many elements", info.shape))?;
     let saved = TensorMeta { shape: info.saved_shape.clone(), ..info.clone() };
     if saved.elements() != Some(elements) {
-        return Err(format!("shapes {:?} and {:?} differ in elements", info.shape, info.saved_shape));
+        return Err(format!("shapes {:?} and {:?} differ in their number of elements", info.shape, info.saved_shape));
     }
     let mut covered = 0usize;
     for (index, piece) in tensor.pieces.iter().enumerate() {
@@ -317,10 +317,15 @@ fn check_piece(piece: &Piece, info: &TensorMeta, shards: &[Shard]) -> Result<(),
     if start.len() != dims || size.len() != dims || !(0..dims).all(inside) {
         return Err(format!("piece {size:?} at {start:?} is not inside shape {:?}", info.shape));
     }
-    let file = shards.get(*shard).ok_or_else(|| format!("a piece in shard {shard} of {}", shards.len()))?;
+    let file = shards
+        .get(*shard)
+        .ok_or_else(|| format!("a piece is in shard {shard}, but the number of shards is {}", shards.len()))?;
     let bytes = piece.region().element_count() as u64 * info.dtype.bytes() as u64;
     if offset.checked_add(bytes).is_none_or(|end| end > file.bytes) {
-        return Err(format!("{bytes} bytes at {offset} of {}, which has {}", file.file, file.bytes));
+        return Err(format!(
+            "a piece has {bytes} bytes at offset {offset} of {}, but the file has {} bytes",
+            file.file, file.bytes
+        ));
     }
     Ok(())
 }

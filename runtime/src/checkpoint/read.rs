@@ -160,7 +160,7 @@ impl CheckpointReader {
         let is_hidden = operations.size(file)?.is_none();
         let why = match operations.wait_visible(|| operations.size(file))? {
             Some(size) if size == shard.bytes && is_hidden => return operations.get_range(file, from, bytes),
-            Some(size) if size == shard.bytes => format!("got {} of {bytes} bytes at {from}", result?.len()),
+            Some(size) if size == shard.bytes => format!("got {} of {bytes} bytes at offset {from}", result?.len()),
             Some(size) => format!("{size} bytes long, expected {}", shard.bytes),
             None => "the file is missing".into(),
         };

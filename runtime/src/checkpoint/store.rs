@@ -68,7 +68,7 @@ impl Store {
             let folder = url.to_file_path().map_err(|()| fail("the URL must have the form file:///path".into()))?;
             return open_local(&folder);
         }
-        let hint = "; s3:// needs the cargo feature `aws`, gs:// `gcp`, az:// `azure`";
+        let hint = "; build with the cargo feature `aws` for s3://, `gcp` for gs://, `azure` for az://";
         let environment = std::env::vars_os().filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
         let (backend, prefix) =
             object_store::parse_url_opts(&url, environment).map_err(|e| fail(format!("{e}{hint}")))?;
@@ -268,8 +268,9 @@ fn absolute(path: &std::path::Path) -> std::io::Result<PathBuf> {
     while !existing.exists() {
         if let Ok(target) = existing.read_link() {
             let (link, target) = (existing.display(), target.display());
-            let why =
-                format!("{link} is a symbolic link to {target}, which does not exist; create it, or remove the link");
+            let why = format!(
+                "{link} is a symbolic link to {target}, which does not exist; create the target, or remove the link"
+            );
             return Err(std::io::Error::new(std::io::ErrorKind::NotFound, why));
         }
         // `..` after a missing folder cannot be resolved.

@@ -9,7 +9,7 @@ use super::error::ClusterError;
 use crate::process_map::ProcessMap;
 
 pub(super) fn not_built() -> ClusterError {
-    ClusterError::Mpi("this program was built without MPI: build it with `--features mpi`, or set it to `own`".into())
+    ClusterError::Mpi("this program has no MPI: build it with `--features mpi`, or set the variable to `own`".into())
 }
 
 /// This process's MPI world. Sessions of a [`super::Cluster`] share it, as MPI can start only once; the last ends it.

@@ -187,7 +187,7 @@ pub(super) fn check_near(roster: &Roster, own: u32, transport: Transport) -> Res
     let apart = format!("ranks {} and {} on {}: {reason}", a.process, b.process, a.host);
     if transport != Transport::Auto {
         let message = format!(
-            "{apart}; {TRANSPORT}=shared-memory and {TRANSPORT}=unix need one folder: share it, or set {TRANSPORT}=auto"
+            "{apart}; {TRANSPORT}=shared-memory and {TRANSPORT}=unix need a common folder: share one, or set {TRANSPORT}=auto"
         );
         return Err(ClusterError::Refused(message));
     }

@@ -434,7 +434,8 @@ fn meet(
     let local = local(Instant::now()).or_else(retry)?;
     let heartbeat = membership::bind(local).map_err(|cause| match options.interface {
         Some(own) if cause.kind() == io::ErrorKind::AddrNotAvailable => {
-            ClusterError::Refused(format!("{INTERFACE} or --interface is {}: no address of this node", own.ip()))
+            let text = format!("{INTERFACE} or --interface is {}, which is not an address of this node", own.ip());
+            ClusterError::Refused(text)
         }
         _ => system("listen for heartbeats")(cause),
     })?;

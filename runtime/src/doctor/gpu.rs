@@ -14,7 +14,7 @@ pub(super) fn examine() -> Vec<Finding> {
     };
     let mut found = vec![driver];
     if devices.is_empty() {
-        let hint = "CUDA needs a GPU and NVIDIA's driver; CUDA_VISIBLE_DEVICES may hide devices";
+        let hint = "CUDA needs a GPU and NVIDIA's driver; check that CUDA_VISIBLE_DEVICES hides no devices";
         found.push(not_ok("devices", FindingStatus::Absent, "none", hint));
     }
     found.extend(devices.iter().enumerate().map(|(ordinal, facts)| device(ordinal, facts)));

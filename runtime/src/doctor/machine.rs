@@ -50,7 +50,7 @@ fn vector_units() -> Finding {
         if units[0].1 && units[1].1 {
             return ok("vector units", names.join(" "));
         }
-        poor("vector units", format!("only {names:?}"), "kernels are several times faster with avx2 and fma")
+        poor("vector units", format!("only {names:?}"), "use a CPU with avx2 and fma: kernels are several times faster")
     }
     #[cfg(not(target_arch = "x86_64"))]
     ok("vector units", format!("those of {}", std::env::consts::ARCH))
@@ -83,7 +83,7 @@ fn huge_pages() -> Finding {
 
 fn shared_memory() -> Finding {
     const HINT: &str =
-        "in a container, increase it: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm";
+        "in a container, increase it: use docker run --shm-size=8g, or mount an emptyDir of medium Memory at /dev/shm";
     match rustix::fs::statvfs("/dev/shm") {
         Ok(found) => {
             let free = found.f_bavail.saturating_mul(found.f_frsize);
@@ -101,7 +101,7 @@ fn open_files() -> Finding {
     let (soft, hard) = (words.next().unwrap_or("unknown"), words.next().unwrap_or("unknown"));
     let value = format!("{soft}, can be raised to {hard}");
     match soft.parse::<u64>() {
-        Ok(number) if number < FILES_MIN => poor("open files", value, "ulimit -n 65536 before the launch"),
+        Ok(number) if number < FILES_MIN => poor("open files", value, "run `ulimit -n 65536` before the launch"),
         _ => ok("open files", value),
     }
 }

@@ -113,7 +113,7 @@ pub fn is_full(cause: io::ErrorKind) -> bool {
 pub fn hint(cause: io::ErrorKind) -> &'static str {
     use io::ErrorKind as Kind;
     match cause {
-        Kind::StorageFull | Kind::QuotaExceeded => "free space there, or give another path",
+        Kind::StorageFull | Kind::QuotaExceeded => "free up space there, or give another path",
         Kind::FileTooLarge => "raise the limit on the size of files (`ulimit -f`)",
         Kind::PermissionDenied | Kind::ReadOnlyFilesystem => {
             "give a path that this user may write to; `lsattr` lists files and folders that are immutable"
@@ -252,8 +252,8 @@ mod tests {
             (Errno::PERM, "immutable"),
             (Errno::ACCESS, "this user may write"),
             (Errno::ROFS, "may write to"),
-            (Errno::NOSPC, "free space"),
-            (Errno::DQUOT, "free space"),
+            (Errno::NOSPC, "free up space"),
+            (Errno::DQUOT, "free up space"),
             (Errno::NOENT, "a folder that exists"),
             (Errno::NOTDIR, "a folder that exists"),
             (Errno::ISDIR, "not a folder"),

@@ -372,7 +372,7 @@ impl Graph {
         let (shape, dtype) = (self.shape(tensor), self.tensor(tensor).dtype);
         let message = match combine {
             Some(Combine::Concat(dim)) if dim >= shape.len() => {
-                Some(format!("`Combine::Concat({dim})`, but the shape {shape:?} has {} dims", shape.len()))
+                Some(format!("`Combine::Concat({dim})` is given, but the shape {shape:?} has {} dims", shape.len()))
             }
             Some(combine @ (Combine::Sum | Combine::Max)) if dtype != DType::F32 => {
                 Some(format!("`Combine::{combine:?}` combines F32, got {dtype:?}"))
@@ -423,7 +423,7 @@ impl Graph {
                 _ => "once per step".to_string(),
             };
             let message = format!(
-                "another input with this name is {:?} {:?} {}, this one {dtype:?} {shape:?} {}; inputs with the same name are one tensor of the host and must be equal",
+                "another input with this name is {:?} {:?} {}, but this one is {dtype:?} {shape:?} {}; inputs with the same name are one tensor of the host and must be equal",
                 other.dtype,
                 other.shape,
                 batch(other.loop_sbp),

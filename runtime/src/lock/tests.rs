@@ -162,7 +162,10 @@ fn folders_and_odd_names_are_no_locks() {
     // No file with a higher number can be created.
     fs::write(folder.path().join("lock-18446744073709551614.json"), "odd").unwrap();
     let error = Lock::take_as(&store, holder(1, "a", 0)).unwrap_err().to_string();
-    assert!(error.contains("lock-18446744073709551614.json: the number is too large for a lock; delete it"), "{error}");
+    assert!(
+        error.contains("lock-18446744073709551614.json: the number is too large for a lock; delete the file"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -35,7 +35,8 @@ pub fn lower(
     let classes = classify(&graph);
     let (storages, aliases) = assign(&graph, &segments, &classes);
     let (work, site_of) = work_graph(&graph, &segments, micro_batches);
-    let class_plan = |storage| ClassPlan { storage, slots: Vec::new(), arena: ArenaMap::default(), actions: Vec::new() };
+    let class_plan =
+        |storage| ClassPlan { storage, slots: Vec::new(), arena: ArenaMap::default(), actions: Vec::new() };
     let mut plan = Plan {
         in_flight: Vec::new(),
         fused: fuse_accumulation(&graph, &segments),

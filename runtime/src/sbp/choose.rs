@@ -331,7 +331,7 @@ impl<'a> Chooser<'a> {
     }
 
     fn unreachable_error(&self, node: usize) -> LayoutError {
-        let why = "no candidate's layouts can be reached from its inputs".into();
+        let why = "no candidate's layouts can be reached from the node's inputs".into();
         LayoutError::Choice { node: self.problem.nodes[node].name.clone(), why }
     }
 

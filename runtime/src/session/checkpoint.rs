@@ -214,7 +214,7 @@ impl Session {
     pub(super) fn take_seed(&mut self, saved: Option<u64>, source: &str) -> Option<String> {
         let own = self.seed;
         self.seed = saved.unwrap_or(own);
-        (own != self.seed).then(|| format!("the seed is {} from {source}, in place of {own}", self.seed))
+        (own != self.seed).then(|| format!("the seed is {} from {source} instead of {own}", self.seed))
     }
 
     /// Checks a file's tensors for the program, or only its parameters; changes nothing in the session.
@@ -267,7 +267,7 @@ impl Session {
             let mut names: Vec<String> = unknown.into_iter().map(|(name, _)| name.to_owned()).collect();
             names.sort();
             return Err(unfit(format!(
-                "the program lacks {} of its parameters, such as {}; it was saved by another model (to leave \
+                "the program lacks {} of the saved parameters, such as {}; another model saved them (to leave \
                  parameters out on purpose, name them in `SessionOptions::ignoring`)",
                 names.len(),
                 names[..names.len().min(3)].join(", ")
@@ -275,7 +275,10 @@ impl Session {
         }
         if !states.is_empty() {
             let count = states.len();
-            notes.push(format!("{}: {count} optimizer states are not needed, and skipped", path.display()));
+            notes.push(format!(
+                "{}: {count} optimizer states are skipped: the program does not need them",
+                path.display()
+            ));
         }
         Ok(notes)
     }

@@ -141,7 +141,7 @@ fn check_free_space(store: &Store, bytes: u64, files: u64, checkpoints: u64, mor
         if let Some(free) = free.filter(|free| *free < needed) {
             let all = counted(checkpoints, "checkpoint");
             let also = if more > 0 { format!(", and {more} for the file with all parameters") } else { String::new() };
-            let why = format!("{free} {unit} are free, but {needed} are needed for {all} of {each} {unit}{also}");
+            let why = format!("{free} {unit} are free, but {needed} are needed: {all} of {each} {unit}{also}");
             return Err(CheckpointError::NoRoom { place: store.place().into(), checkpoints, why });
         }
     }

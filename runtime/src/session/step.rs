@@ -168,7 +168,7 @@ impl Session {
                 if found.is_none() {
                     continue;
                 }
-                return Err(wrong(name, "no part of it: no device of this rank reads it".into(), "a tensor".into()));
+                return Err(wrong(name, "nothing, as no device of this rank reads it".into(), "a tensor".into()));
             }
             let mut shape = part.map_or_else(|| info.shape.clone(), |part| part.size.clone());
             if let Some(rows) = batch_dim(info).and_then(|dim| shape.get_mut(dim)) {

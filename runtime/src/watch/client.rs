@@ -23,12 +23,12 @@ const RESPONSE_BYTES_MAX: u64 = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum ClientError {
-    #[error("nothing is served at {address}: {source}; is the job started with --listen {address}?")]
+    #[error("nothing is served at {address}: {source}; start the job with --listen {address}")]
     Unreachable { address: SocketAddr, source: io::Error },
-    #[error("{address} does not respond within {} s: {source}; is its process stopped, or its machine overloaded?", TIMEOUT.as_secs())]
+    #[error("{address} does not respond within {} s: {source}; check whether its process is stopped or its machine overloaded", TIMEOUT.as_secs())]
     NoResponse { address: SocketAddr, source: io::Error },
     /// The server is another program, or returns an error.
-    #[error("{address} returned for {path}: {response}")]
+    #[error("{address}: unexpected response to {path}: {response}")]
     BadResponse { address: SocketAddr, path: &'static str, response: String },
 }
 
@@ -85,7 +85,7 @@ impl fmt::Display for HangReport {
             [] | [_] => Ok(()),
             several => {
                 let ranks = several.iter().map(|rank| format!("rank {rank}")).collect::<Vec<_>>();
-                writeln!(f, "  this rank cannot determine which of them is late: {}", ranks.join(", "))
+                writeln!(f, "  one of these ranks is late; this rank cannot determine which one: {}", ranks.join(", "))
             }
         }
     }
@@ -225,7 +225,10 @@ mod tests {
         stream.set_read_timeout(Some(Duration::from_millis(1))).expect("a time-out");
         let silent = stream.read(&mut [0]).expect_err("nobody writes");
         let error = failed(address, silent).to_string();
-        assert!(error.contains("does not respond within 10 s") && error.contains("is its process stopped"), "{error}");
+        assert!(
+            error.contains("does not respond within 10 s") && error.contains("check whether its process is stopped"),
+            "{error}"
+        );
         drop(listener);
         let error = request::<u32>(address, "/status").expect_err("nobody listens").to_string();
         assert!(error.contains("nothing is served") && error.contains("--listen"), "{error}");
@@ -270,7 +273,7 @@ mod tests {
         let HangExplanation { reports: received, unreachable } = explain_hang(first).expect("a response");
         assert_eq!(received, reports);
         assert!(matches!(&unreachable[..], [(0, ClientError::Unreachable { .. })]), "{unreachable:?}");
-        assert!(received[0].to_string().contains("cannot determine which of them is late: rank 0, rank 2, rank 3"));
+        assert!(received[0].to_string().contains("cannot determine which one: rank 0, rank 2, rank 3"));
         let active = HangReport { idle_seconds: 0.1, ..received[0].clone() };
         let text = "there is progress";
         assert!(active.to_string().contains(text) && !received[0].to_string().contains(text), "{active}");

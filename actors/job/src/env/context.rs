@@ -61,17 +61,20 @@ impl LaunchedBy {
             LaunchedBy::Shardflow => ("shardflow launch", "`shardflow launch` sets one"),
             LaunchedBy::Torchrun => (
                 "torchrun",
-                "before `torchrun`, on every node: `export SHARDFLOW_SECRET=..`, with the output of `shardflow secret`; \
-                 in a PyTorchJob, from a Secret",
+                "run `shardflow secret` once; on every node, before `torchrun`, run `export SHARDFLOW_SECRET=..` with \
+                 its output; in a PyTorchJob, set the variable from a Secret",
             ),
-            LaunchedBy::OpenMpi => ("OpenMPI", "`mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`"),
+            LaunchedBy::OpenMpi => ("OpenMPI", "start with `mpirun -x SHARDFLOW_SECRET=$(shardflow secret) ..`"),
             LaunchedBy::Slurm => {
-                ("Slurm", "in the script, before `srun`: `export SHARDFLOW_SECRET=$(shardflow secret)`")
+                ("Slurm", "in the script, before `srun`, run `export SHARDFLOW_SECRET=$(shardflow secret)`")
             }
-            LaunchedBy::Mpich => ("MPICH or Intel MPI", "`mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`"),
-            LaunchedBy::Kubernetes => {
-                ("Kubernetes", "from a Secret, made with `kubectl create secret generic NAME --from-literal=..`")
+            LaunchedBy::Mpich => {
+                ("MPICH or Intel MPI", "start with `mpiexec -genv SHARDFLOW_SECRET $(shardflow secret) ..`")
             }
+            LaunchedBy::Kubernetes => (
+                "Kubernetes",
+                "set the variable from a Secret; `kubectl create secret generic NAME --from-literal=..` makes one",
+            ),
         }
     }
 }

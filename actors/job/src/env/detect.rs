@@ -24,7 +24,7 @@ pub fn detect(variables: &Variables) -> Result<LaunchContext, EnvError> {
     }
     let endpoint = match vars.get("SHARDFLOW_ENDPOINT") {
         Some(text) => {
-            Endpoint::parse(text).map_err(|e| invalid("SHARDFLOW_ENDPOINT", text, &format!("must be {e}")))?
+            Endpoint::parse(text).map_err(|e| invalid("SHARDFLOW_ENDPOINT", text, &format!("expected {e}")))?
         }
         None => derived_endpoint(source, &vars, &place)?,
     };
@@ -195,18 +195,19 @@ fn checked_place(names: [&'static str; 4], vars: &Reader, node: Option<u32>) -> 
 }
 
 fn slurm_place(vars: &Reader) -> Result<Place, EnvError> {
-    let process = vars.number("SLURM_PROCID", "the number of this task: start it with srun")?;
+    let process = vars.number("SLURM_PROCID", "the number of this task, by starting it with srun")?;
     let (processes_name, text) = slurm_tasks(vars.variables);
     let processes = parse(processes_name, text)?;
-    let local_process = vars.number("SLURM_LOCALID", "the number of this task on its node: start it with srun")?;
-    let node = vars.number("SLURM_NODEID", "the number of this node: start it with srun")?;
+    let local_process =
+        vars.number("SLURM_LOCALID", "the number of this task on its node, by starting it with srun")?;
+    let node = vars.number("SLURM_NODEID", "the number of this node, by starting the task with srun")?;
     let range_rule = "task numbers begin at 0 and are below the number of tasks";
     if process >= processes {
         return Err(contradiction(("SLURM_PROCID", process), (processes_name, processes), range_rule));
     }
     const PER_NODE: [&str; 2] = ["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"];
     let per_node_name = PER_NODE.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(PER_NODE[0]);
-    let list = vars.need(per_node_name, "the tasks of each node, such as 2(x3),1: start it with srun")?;
+    let list = vars.need(per_node_name, "the tasks of each node, such as 2(x3),1, by starting the task with srun")?;
     let tasks = tasks_per_node(list).map_err(|e| invalid(per_node_name, list, e))?;
     if tasks.iter().map(|count| u64::from(*count)).sum::<u64>() != u64::from(processes) {
         let rule = "the tasks of all nodes must add up to the number of tasks";
@@ -273,14 +274,14 @@ fn master_endpoint(vars: &Reader) -> Result<Endpoint, EnvError> {
         Ok(port) if port > 0 => {
             let unchecked = Endpoint::Tcp { host: host.into(), port };
             let checked = Endpoint::parse(&unchecked.to_string());
-            checked.map_err(|e| invalid("MASTER_ADDR", host, &format!("must be {e}")))
+            checked.map_err(|e| invalid("MASTER_ADDR", host, &format!("expected {e}")))
         }
         _ => Err(invalid("MASTER_PORT", port, "must be a port from 1 to 65535")),
     }
 }
 
 fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
-    let job = vars.need("SLURM_JOB_ID", "the job's number: start it with srun")?;
+    let job = vars.need("SLURM_JOB_ID", "the job's number, by starting the task with srun")?;
     let port = derived_port(&run_id(LaunchedBy::Slurm, vars));
     let _: u64 = parse("SLURM_JOB_ID", job)?;
     if place.local_processes == place.processes {
@@ -288,7 +289,7 @@ fn slurm_endpoint(vars: &Reader, place: &Place) -> Result<Endpoint, EnvError> {
     }
     const LISTS: [&str; 2] = ["SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"];
     let name = LISTS.into_iter().find(|name| vars.get(name).is_some()).unwrap_or(LISTS[0]);
-    let list = vars.need(name, "the step's nodes: start it with srun")?;
+    let list = vars.need(name, "the step's nodes, by starting the task with srun")?;
     let host = first_host(list).map_err(|e| invalid(name, list, &format!("not a list of hosts: {e}")))?;
     Ok(Endpoint::Tcp { host, port })
 }

@@ -25,7 +25,7 @@ impl Endpoint {
     pub fn parse(text: &str) -> Result<Endpoint, &'static str> {
         if let Some(path) = text.strip_prefix("unix:") {
             return match path {
-                _ if !path.starts_with('/') => Err("unix: and an absolute path"),
+                _ if !path.starts_with('/') => Err("unix: followed by an absolute path"),
                 _ if path.len() > UNIX_PATH_BYTES_MAX => Err("a Unix socket path of at most 107 bytes"),
                 _ if path.contains('\0') => Err("a path without NUL"),
                 path => Ok(Endpoint::Unix(path.into())),
@@ -60,7 +60,7 @@ fn split_port(address: &str) -> Result<(String, Option<u16>), &'static str> {
     let (host, port) = if let Some(rest) = address.strip_prefix('[') {
         let (host, after) = rest.split_once(']').ok_or("a closing bracket after the IPv6 address")?;
         if !host.contains(':') || parse_ip(host).is_none() {
-            return Err("an IPv6 address in the brackets; after a % an existing interface of this node");
+            return Err("an IPv6 address in the brackets, and after any % an existing interface of this node");
         }
         match after.strip_prefix(':') {
             None if !after.is_empty() => return Err("a colon and a port after the bracket"),

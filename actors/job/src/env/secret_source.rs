@@ -26,7 +26,7 @@ impl SecretSource {
             (None, Some(path)) => Ok(Some(SecretSource::File(path.into()))),
             (Some(_), Some(path)) => {
                 let file = ("SHARDFLOW_SECRET_FILE", path);
-                Err(contradiction(("SHARDFLOW_SECRET", "(hidden)"), file, "set one of the two"))
+                Err(contradiction(("SHARDFLOW_SECRET", "(hidden)"), file, "set only one of the two"))
             }
         }
     }

@@ -224,7 +224,7 @@ fn errors_name_the_variable_its_value_and_the_fix() {
     assert!(error(&format!("{SLURM} SLURM_NODEID=2")).contains("SLURM_NODEID=2 contradicts SLURM_TASKS_PER_NODE=3,1"));
     assert!(error(&format!("{SLURM} SLURM_LOCALID=1")).contains("SLURM_LOCALID=1 contradicts"));
     assert!(error(&format!("{SLURM} SLURM_JOB_NODELIST=n[8")).contains("SLURM_JOB_NODELIST=n[8: not a list of hosts"));
-    assert!(error(&format!("{LAUNCHER} SHARDFLOW_ENDPOINT=a:5")).contains("SHARDFLOW_ENDPOINT=a:5: must be"));
+    assert!(error(&format!("{LAUNCHER} SHARDFLOW_ENDPOINT=a:5")).contains("SHARDFLOW_ENDPOINT=a:5: expected"));
     assert!(error(&format!("{LAUNCHER} SHARDFLOW_ENDPOINT=unix:/x")).contains("one node only"));
     assert!(error(&format!("{TORCHRUN} MASTER_PORT=0")).contains("MASTER_PORT=0"));
     let without = OPENMPI.replace("SHARDFLOW_ENDPOINT=tcp://a:5", "");
@@ -241,7 +241,7 @@ fn several_processes_need_a_secret() {
     let short = detect(&vars(&format!("{TORCHRUN} SHARDFLOW_SECRET=tooshort"))).unwrap_err().to_string();
     assert!(short.contains("holds a secret of 8 characters") && !short.contains("tooshort"), "{short}");
     let both = detect(&with_secret(&format!("{TORCHRUN} SHARDFLOW_SECRET_FILE=/a"))).unwrap_err();
-    assert!(both.to_string().contains("set one of the two") && !both.to_string().contains(SECRET), "{both}");
+    assert!(both.to_string().contains("set only one of the two") && !both.to_string().contains(SECRET), "{both}");
     assert!(!format!("{:?}", world(TORCHRUN)).contains(SECRET), "debug output hides the secret");
 }
 

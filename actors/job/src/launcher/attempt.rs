@@ -194,7 +194,7 @@ impl Attempt<'_, '_> {
             }
             Phase::Settling { .. } => {
                 let wait = self.failure_wait();
-                print_notice(&format!("sending SIGTERM to rank {ranks}, {wait:?} after the failure"));
+                print_notice(&format!("{wait:?} after the failure: sending SIGTERM to rank {ranks}"));
                 self.living().for_each(|child| child.signal(Signal::TERM));
                 self.phase = Phase::Ending { until: Instant::now() + self.job.options.grace };
             }

@@ -82,7 +82,7 @@ impl Child {
         let mut process = command.spawn().map_err(LaunchError::io("start a process"))?;
         let pid = Pid::from_child(&process);
         if job.guard.report('+', pid).is_err() {
-            print_notice("the guard has ended: if the launcher is killed, children of ranks may survive");
+            print_notice("the guard process has ended: if the launcher is killed, children of ranks may survive");
         }
         let pumps = start_pumps(&mut process, &log).map_err(LaunchError::io("start a thread"))?;
         let events = job.events.0.clone();

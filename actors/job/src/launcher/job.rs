@@ -86,7 +86,7 @@ impl<'a> Job<'a> {
             None if options.nodes > 1 => {
                 return Err(LaunchError::Refused(format!(
                     "{} nodes need a secret: set SHARDFLOW_SECRET to the same text of at least 16 characters on each; \
-                     make one with: export SHARDFLOW_SECRET=$(shardflow secret)",
+                     run `export SHARDFLOW_SECRET=$(shardflow secret)` on one node, and copy the value to the others",
                     options.nodes
                 )));
             }
@@ -98,7 +98,7 @@ impl<'a> Job<'a> {
             None => format!("{}-{}", unix_ns() / 1_000_000_000, &random_secret()?.text()[..6]),
         };
         let folder = temporary_folder(FOLDER_PREFIX).map_err(|error| LaunchError::Refused(error.to_string()))?;
-        let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard"))?;
+        let guard = Guard::start(&options.helper, folder.path()).map_err(LaunchError::io("start the guard process"))?;
         let began_ms = unix_ns() / 1_000_000;
         let (causes, reports) = (Vec::new(), crossbeam_channel::bounded(0));
         Ok(Job { options, program, run_id, began_ms, secret, folder, events, guard, causes, departure, reports })
@@ -109,7 +109,7 @@ impl<'a> Job<'a> {
         let Some(departure) = self.departure.clone().filter(|_| report.concerns_all()) else { return };
         let count = if report.departed { self.options.local_processes } else { 1 };
         if report.departed {
-            print_notice("reporting the end of this node to the others; a signal ends the wait");
+            print_notice("reporting the end of this node to the other nodes; a signal (Ctrl-C) stops this");
         }
         let pending = self.reports.0.clone();
         let send = move || {

@@ -53,8 +53,9 @@ pub fn hidden_name(coordinator: &Address, spans_nodes: bool) -> Option<String> {
     }
     Some(match outward_address() {
         Some(outward) => format!(
-            "{host} resolves to {ip} on this node (see /etc/hosts), which other nodes cannot reach: rank 0 listens on all \
-             addresses, and this node's processes publish {}; set SHARDFLOW_INTERFACE to publish another one",
+            "{host} resolves to {ip} on this node (see /etc/hosts), but other nodes cannot reach that address: rank 0 \
+             listens on all addresses, and this node's processes publish {}; set SHARDFLOW_INTERFACE to publish \
+             another one",
             outward.ip()
         ),
         None => format!("{host} resolves to {ip} on this node, which has no address that other nodes can reach"),

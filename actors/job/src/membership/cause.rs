@@ -171,7 +171,7 @@ impl Arbiter {
         let cause = if first.cause.is_empty() { UNKNOWN_CAUSE } else { &first.cause };
         let cause = match (first.kind, first.by == self.own) {
             (Kind::Failed, _) => cause.to_owned(),
-            (Kind::Lost, true) => format!("{cause} (seen by this process, {})", first.by),
+            (Kind::Lost, true) => format!("{cause} (seen by process {}, this one)", first.by),
             (Kind::Lost, false) => format!("{cause} (seen by process {})", first.by),
         };
         Some(FirstCause { process: first.about, cause, exit: first.exit })

@@ -198,7 +198,7 @@ impl Core {
                     self.report_lost(process, format!("no heartbeat for {:.1} s", silent.as_secs_f64()), now);
                 }
                 Event::Paused { pause } => {
-                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process did not run");
+                    tracing::warn!(pause_ms = pause.as_millis() as u64, "this process was stopped or starved");
                 }
             }
         }
@@ -396,7 +396,7 @@ impl Core {
             }
             Err(Unexpected) => {
                 self.garbled += 1;
-                self.report_lost(by, "it sent numbers that do not fit this process's".into(), now);
+                self.report_lost(by, "it sent numbers that do not fit those of this process".into(), now);
             }
         }
     }

@@ -29,7 +29,7 @@ pub enum MembershipError {
     Backlog { process: u32, messages: u64, bytes: u64 },
     #[error("process {process} is not a peer: the world has {processes} processes, including this one")]
     NoPeer { process: u32, processes: u32 },
-    #[error("numbers for topic {topic} that do not fit their rules")]
+    #[error("the numbers for topic {topic} do not fit their rules")]
     Numbers { topic: u16 },
     #[error("process {process} has left or is disconnected")]
     Gone { process: u32 },

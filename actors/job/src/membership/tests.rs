@@ -243,7 +243,7 @@ fn a_suspicion_alone_ends_the_session() {
     for member in &members {
         let first = first_cause(member);
         assert_eq!((first.process, first.exit), (2, 69));
-        let seen = if std::ptr::eq(member, &members[0]) { "seen by this process, 0" } else { "seen by process 0" };
+        let seen = if std::ptr::eq(member, &members[0]) { "seen by process 0, this one" } else { "seen by process 0" };
         assert_eq!(first.cause, format!("connection reset by peer ({seen})"));
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn advice(name: &str) -> &'static str {
         TRANSPORT => "set the same SHARDFLOW_TRANSPORT on every node",
         COLLECTIVES => "set the same SHARDFLOW_COLLECTIVES on every node",
         ENCRYPTION => "set the same SHARDFLOW_ENCRYPT on every node",
-        KERNELS => "use nodes of one kind, with the same environment: results would differ by rounding",
+        KERNELS => "use nodes of one kind, with the same environment; otherwise results differ by rounding",
         PLAN => "give every rank the same arguments and configuration",
         _ => "give every rank the same value",
     }

@@ -130,7 +130,7 @@ fn request_join(
         Err(RendezvousError::Transport(TransportError::Wire { cause, .. })) if cause.is_timeout() => {
             let waited_ms = begin.elapsed().as_millis();
             return Err(unexpected(&format!(
-                "neither started nor refused in {waited_ms} ms: it is frozen, or started later, or waits longer: its SHARDFLOW_MEET_MS or --meet-wait is larger"
+                "neither started nor refused the job in {waited_ms} ms: rank 0 is frozen, began later, or has a larger SHARDFLOW_MEET_MS or --meet-wait"
             )));
         }
         Err(error) => return Err(error),

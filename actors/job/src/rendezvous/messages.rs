@@ -278,7 +278,9 @@ pub fn ranks(ranks: &[u32]) -> String {
 fn refused_connections(connections: u64) -> String {
     match connections {
         0 => String::new(),
-        n => format!("; rank 0 refused {n} connections: another secret or version on a rank, or unrelated peers"),
+        n => format!(
+            "; rank 0 refused {n} connections: a rank has another secret or version, or the peers are unrelated"
+        ),
     }
 }
 
@@ -307,7 +309,7 @@ pub enum RendezvousError {
     Refused(RendezvousRefusal),
     #[error(
         "rank {process} joined too late: epoch {epoch} already runs at {coordinator}; \
-         stop it, or restart all ranks together"
+         stop that run, or restart all ranks together"
     )]
     Late { process: u32, epoch: u64, coordinator: Address },
     #[error("rank {process} of a world of {processes}: expected 1 to 4096 processes, and ranks below their number")]

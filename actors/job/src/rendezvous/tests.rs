@@ -352,7 +352,10 @@ fn another_secret_is_an_authentication_error() {
         let error = rendezvous(&RendezvousConfig { secret, ..config(&address, 1, 2) }, |_| {}).unwrap_err();
         assert!(matches!(&error, RendezvousError::Transport(e) if e.is_authentication()), "{error}");
         let refusal = refusal(rank_0.join().unwrap());
-        assert!(refusal.to_string().contains("another secret or version on a rank, or unrelated peers"), "{refusal}");
+        assert!(
+            refusal.to_string().contains("a rank has another secret or version, or the peers are unrelated"),
+            "{refusal}"
+        );
     });
 }
 

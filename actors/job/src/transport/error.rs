@@ -40,7 +40,7 @@ pub enum TransportError {
     Closed,
     #[error("{peer} is not a Unix socket: it cannot transfer descriptors")]
     NotUnix { peer: String },
-    #[error("{peer}: {got} descriptors, expected {expected}")]
+    #[error("{peer}: expected {expected} descriptors, got {got}")]
     Descriptors { peer: String, expected: String, got: usize },
 }
 
@@ -53,7 +53,7 @@ fn describe_refusals(count: &u64) -> String {
 }
 
 /// The operation of a [`TransportError::Io`] if the accepting thread cannot start.
-pub(super) const START_THREAD: &str = "starting the accepting thread of";
+pub(super) const START_THREAD: &str = "cannot start the thread that accepts connections of";
 
 impl TransportError {
     /// True if a system limit prevented the start of a thread.

@@ -58,9 +58,9 @@ pub enum Refusal {
     Process { process: u32, processes: u32 },
     #[error("expected process {expected} at this address, found process {actual}")]
     WrongProcess { expected: u32, actual: u32 },
-    #[error("it cannot decode the hello: do both processes run the same build?")]
+    #[error("it cannot decode the hello message: run the same build for all processes")]
     Unreadable,
-    #[error("it already has {unclaimed} connections that are not in use yet, which is its maximum")]
+    #[error("it already has its maximum of {unclaimed} connections that are not in use yet")]
     Crowded { unclaimed: u64 },
 }
 
@@ -75,7 +75,7 @@ impl Refusal {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the error texts explain variants and fields")]
 pub enum HandshakeError {
-    #[error("it does not speak Shardflow's protocol: is the address right?")]
+    #[error("it does not speak Shardflow's protocol: check the address")]
     Magic,
     #[error("it speaks protocol version {peer}, but this process speaks {own}: all processes must run the same build")]
     Version { own: u16, peer: u16 },
@@ -86,7 +86,7 @@ pub enum HandshakeError {
     #[error("it does not hold this job's secret, or its message was modified")]
     Proof,
     /// The acceptor could not decrypt this side's greeting. The acceptor's answer is not authenticated.
-    #[error("it rejects this process's proof of the job's secret: is the same secret set everywhere?")]
+    #[error("it rejects this process's proof of the job's secret: set the same secret for all processes")]
     Denied,
     #[error("it holds the secret, but its message cannot be decoded: {0}")]
     Unreadable(WireError),

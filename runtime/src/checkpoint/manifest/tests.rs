@@ -42,8 +42,10 @@ fn inconsistent_manifests_are_refused() {
         ("is not inside shape", |m| m.tensors[0].pieces[0].size[0] = 0),
         ("is not inside shape", |m| m.tensors[0].pieces[0].size.push(1)),
         ("is not inside shape", |m| m.tensors[0].pieces[0].start.clear()),
-        ("a piece in shard 2 of 2", |m| m.tensors[0].pieces[0].shard = 2),
-        ("72 bytes at 129 of e0-0/shard-0-of-2.safetensors, which has 200", |m| m.tensors[0].pieces[0].offset = 129),
+        ("a piece is in shard 2, but the number of shards is 2", |m| m.tensors[0].pieces[0].shard = 2),
+        ("72 bytes at offset 129 of e0-0/shard-0-of-2.safetensors, but the file has 200 bytes", |m| {
+            m.tensors[0].pieces[0].offset = 129
+        }),
         ("which has 200", |m| m.tensors[0].pieces[0].offset = u64::MAX),
         ("tensor scalar: its pieces cover 0 of 1 elements", |m| m.tensors[1].pieces.clear()),
         ("overlap", |m| {
@@ -52,8 +54,8 @@ fn inconsistent_manifests_are_refused() {
         }),
         ("too many elements", |m| m.tensors[2].info.shape = vec![usize::MAX, 2]),
         ("too many elements", |m| m.tensors[2].info.shape = vec![1 << 32, 1 << 30]),
-        ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![25]),
-        ("differ in elements", |m| m.tensors[0].info.saved_shape = vec![usize::MAX; 3]),
+        ("differ in their number of elements", |m| m.tensors[0].info.saved_shape = vec![25]),
+        ("differ in their number of elements", |m| m.tensors[0].info.saved_shape = vec![usize::MAX; 3]),
         ("33 dims, the maximum is 32", |m| m.tensors[1].info.saved_shape = vec![1; 33]),
         ("two tensors are named wide", |m| m.tensors[1].info.name = "wide".into()),
         ("5000 bytes of its name, the maximum is 4096", |m| m.tensors[1].info.name = "n".repeat(5000)),

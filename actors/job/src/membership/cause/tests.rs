@@ -68,7 +68,7 @@ fn a_process_that_was_frozen_decides_on_itself() {
 #[test]
 fn the_cause_contains_the_observer() {
     let text = |own, by| decide(own, &[(0, lost(by, 2, false))]).expect("a cause").1.to_string();
-    assert_eq!(text(0, 0), "process 2: connection lost (seen by this process, 0)");
+    assert_eq!(text(0, 0), "process 2: connection lost (seen by process 0, this one)");
     assert_eq!(text(0, 1), "process 2: connection lost (seen by process 1)");
     assert_eq!(decide(0, &[(0, failed(2, false))]).expect("a cause").1.to_string(), "process 2: failure of 2");
 }
